@@ -1,0 +1,335 @@
+"""Watching a training run: optax transformations that average weights and gradients.
+
+`track_importance` stands last in the chain and sees the step that is really taken;
+`track_gradients` stands first and sees the raw gradient. Both pass the updates through
+untouched and keep their averages in the optimizer state, float32, like the parameters.
+`get_importance` reads whatever there is out of the state of any optimizer, an adaptive
+optimizer's own second moment included, which costs nothing.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import MaskedNode
+
+from jaxprune import averages, tree
+from jaxprune.base import Importance, Params, Weighting
+
+_SECOND_MOMENTS = {
+    optax.ScaleByAdamState: "nu",
+    optax.ScaleByAmsgradState: "nu",
+    optax.ScaleByRmsState: "nu",
+    optax.ScaleByRStdDevState: "nu",
+    optax.ScaleByRssState: "sum_of_squares",
+}
+
+
+class TrackImportanceState(NamedTuple):
+    """State of `track_importance`.
+
+    Attributes:
+      step: updates seen, int32 scalar.
+      weight: average of w, float32 like the parameters, or None.
+      magnitude: average of |w|, float32 like the parameters, or None.
+    """
+
+    step: jax.Array
+    weight: Params | None
+    magnitude: Params | None
+
+
+class TrackGradientsState(NamedTuple):
+    """State of `track_gradients`.
+
+    Attributes:
+      step: updates seen, int32 scalar.
+      square: average of g^2, float32 like the parameters, or None.
+      taylor: average of |w g|, float32 like the parameters, or None.
+    """
+
+    step: jax.Array
+    square: Params | None
+    taylor: Params | None
+
+
+def track_importance(
+    weighting: Weighting = averages.power(0.5),  # noqa: B008 (pure)
+    *,
+    every: int = 1,
+    start: int = 0,
+    average: Collection[str] = ("weight",),
+) -> optax.GradientTransformationExtraArgs:
+    """Averages the weights over training, later steps more; put it last in the chain.
+
+    Snapshot i is the weights after an update, A_n = sum_i c(i) w_i / sum_i c(i). Before
+    the first snapshot the average is the initial weight. A step that a wrapper such as
+    `optax.apply_if_finite` skips does not enter.
+
+    Args:
+      weighting: what each snapshot counts; the authors' sqrt(i) by default.
+      every: updates between snapshots, at least 1.
+      start: updates before the first snapshot, at least 0.
+      average: what to average, of "weight" (w, the paper) and "magnitude" (|w|).
+
+    Returns:
+      A transformation that returns the updates it is given. Its `update` needs
+      `params`. Leaves that are not floating are not tracked.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> params = {"w": jnp.ones((2, 2))}
+      >>> tx = optax.chain(optax.adamw(3e-4), jp.track_importance())
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"w": jnp.ones((2, 2))}, state, params)
+      >>> jp.get_importance(state).weight["w"].shape
+      (2, 2)
+
+    Reference:
+      Islam, Belhaouari, Bermak, "Systematic Weight Evaluation for Pruning Large
+      Language Models", 2025, arXiv 2502.17071; theirs takes a snapshot an epoch.
+    """
+    wanted = _wanted(average, TrackImportanceState, "track_importance")
+    due = _schedule(weighting, every, start)
+
+    def init(params: Params) -> TrackImportanceState:
+        def of(field: str, view: Callable[[jax.Array], jax.Array]) -> Params | None:
+            if field not in wanted:
+                return None
+            return _floating(lambda w: _float32(w, view), params)
+
+        step = jnp.zeros((), jnp.int32)
+        return TrackImportanceState(
+            step, of("weight", jnp.positive), of("magnitude", jnp.abs)
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: TrackImportanceState,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TrackImportanceState]:
+        del extra_args
+        _require(params, "track_importance")
+
+        def take(old: TrackImportanceState, gain: jax.Array) -> TrackImportanceState:
+            after = optax.apply_updates(params, updates)
+            return old._replace(
+                weight=_blend(old.weight, gain, lambda w: w, after),
+                magnitude=_blend(old.magnitude, gain, jnp.abs, after),
+            )
+
+        return updates, due(state, take)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def track_gradients(
+    weighting: Weighting = averages.uniform(),  # noqa: B008 (pure)
+    *,
+    every: int = 1,
+    start: int = 0,
+    average: Collection[str] = ("square",),
+) -> optax.GradientTransformationExtraArgs:
+    """Averages squared gradients over training; put it first in the chain.
+
+    Only for optimizers without a second moment of their own, or where the average over
+    the whole run is worth its memory. Anything in front of it (clipping) is seen by it.
+
+    Args:
+      weighting: what each snapshot counts; all alike by default.
+      every: updates between snapshots, at least 1.
+      start: updates before the first snapshot, at least 0.
+      average: what to average, of "square" (g^2) and "taylor" (|w g|, with the weights
+        at which the gradient was taken).
+
+    Returns:
+      A transformation that returns the updates it is given. "taylor" needs `params`.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> params = {"w": jnp.ones((1, 2))}
+      >>> tx = optax.chain(jp.track_gradients(), optax.sgd(0.1))
+      >>> _, state = tx.update({"w": jnp.array([[2.0, 3.0]])}, tx.init(params), params)
+      >>> jp.get_importance(state).square["w"].tolist()
+      [[4.0, 9.0]]
+    """
+    wanted = _wanted(average, TrackGradientsState, "track_gradients")
+    due = _schedule(weighting, every, start)
+
+    def init(params: Params) -> TrackGradientsState:
+        def of(field: str) -> Params | None:
+            if field not in wanted:
+                return None
+            return _floating(lambda w: jnp.zeros_like(w, jnp.float32), params)
+
+        return TrackGradientsState(jnp.zeros((), jnp.int32), of("square"), of("taylor"))
+
+    def update(
+        updates: optax.Updates,
+        state: TrackGradientsState,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TrackGradientsState]:
+        del extra_args
+        if "taylor" in wanted:
+            _require(params, "track_gradients")
+
+        def take(old: TrackGradientsState, gain: jax.Array) -> TrackGradientsState:
+            return old._replace(
+                square=_blend(old.square, gain, jnp.square, updates),
+                taylor=_blend(old.taylor, gain, _taylor, updates, params),
+            )
+
+        return updates, due(state, take)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def get_importance(state: Any) -> Importance:
+    """What was tracked, found anywhere inside an optimizer's state.
+
+    Args:
+      state: the state of any optax optimizer, however wrapped (`chain`, `masked`,
+        `partition`, `MultiSteps`, ...), or an `nnx.Optimizer`.
+
+    Returns:
+      The averages, like the parameters. `square` is the tracked E[g^2] where there is
+      one, else the second moment of Adam, AMSGrad, RMSProp or Adagrad as it stands.
+      Leaves nobody tracked are `optax.MaskedNode()`.
+
+    Raises:
+      ValueError: nothing is tracked in this state, or a leaf is tracked twice.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> state = optax.adamw(1e-3).init({"w": jnp.ones((2, 2))})
+      >>> jp.get_importance(state).square["w"].shape
+      (2, 2)
+    """
+    nodes = list(_find((TrackImportanceState, TrackGradientsState), state))
+    found: dict[str, list[Params]] = {field: [] for field in Importance._fields}
+    for node in nodes:
+        for field in found:
+            if (average := getattr(node, field, None)) is not None:
+                found[field].append(average)
+    merged = {k: _merge(trees, k) if trees else None for k, trees in found.items()}
+    if merged["square"] is None:
+        moments = [
+            getattr(node, _SECOND_MOMENTS[type(node)])
+            for node in _find(tuple(_SECOND_MOMENTS), state)
+        ]
+        merged["square"] = _merge(moments, "second moment") if moments else None
+    if all(average is None for average in merged.values()):
+        raise ValueError(
+            "this optimizer state tracks nothing; chain jp.track_importance() last: "
+            "tx = optax.chain(optimizer, jp.track_importance())"
+        )
+    return Importance(**merged)
+
+
+def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any]:
+    """Counts the step and takes a snapshot when one is due.
+
+    On the other steps a branch is taken that touches no average.
+    """
+    if every < 1 or start < 0:
+        raise ValueError(
+            f"tracking needs every >= 1 and start >= 0, got every={every}, "
+            f"start={start}"
+        )
+
+    def due(state: Any, take: Callable[[Any, jax.Array], Any]) -> Any:
+        since = state.step - start
+        gain = weighting(since // every + 1)
+        after = state._replace(step=optax.safe_increment(state.step))
+        if every == 1 and start == 0:
+            return take(after, gain)
+        now = (since >= 0) & (since % every == 0)
+        return jax.lax.cond(now, lambda s: take(s, gain), lambda s: s, after)
+
+    return due
+
+
+def _blend(
+    average: Params | None,
+    gain: jax.Array,
+    view: Callable[..., jax.Array],
+    *trees: Params,
+) -> Params | None:
+    """average + gain (view(x) - average), leaf by leaf, in float32."""
+
+    def leaf(old: Any, *new: Any) -> Any:
+        if tree.is_masked(old):
+            return old
+        value = view(*(x.astype(jnp.float32) for x in new))
+        return old + gain * (value - old)
+
+    if average is None:
+        return None
+    return jax.tree.map(leaf, average, *trees, is_leaf=tree.is_masked)
+
+
+def _taylor(gradient: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.abs(weight * gradient)
+
+
+def _floating(make: Callable[[Any], jax.Array], params: Params) -> Params:
+    return jax.tree.map(
+        lambda w: make(w) if tree.is_floating(w) else MaskedNode(), params
+    )
+
+
+def _float32(leaf: Any, view: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """A float32 array of its own, never the parameters' buffer, which may be donated."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros_like(leaf, jnp.float32)
+    return jnp.array(view(leaf), jnp.float32, copy=True)
+
+
+def _wanted(average: Collection[str], state: type, what: str) -> frozenset[str]:
+    known = set(getattr(state, "_fields")) - {"step"}  # noqa: B009
+    wanted = frozenset([average] if isinstance(average, str) else average)
+    if not wanted or not wanted <= known:
+        raise ValueError(
+            f"{what}(average=...) takes some of {sorted(known)}, got {average!r}"
+        )
+    return wanted
+
+
+def _require(params: Params | None, what: str) -> None:
+    if params is None:
+        raise ValueError(
+            f"{what} needs the parameters; call tx.update(g, state, params)"
+        )
+
+
+def _find(kinds: tuple[type, ...], state: Any) -> Iterable[Any]:
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return (node for node in nodes if isinstance(node, kinds))
+
+
+def _merge(trees: list[Params], what: str) -> Params:
+    """One tree of several that each watch some leaves (masked, partition)."""
+
+    def only(*candidates: Any) -> Any:
+        seen = [c for c in candidates if not tree.is_masked(c)]
+        if len(seen) > 1:
+            raise ValueError(
+                f"each leaf must be tracked once, but {len(seen)} transformations in "
+                f"this state track the {what} of one leaf; remove all but one"
+            )
+        return seen[0] if seen else MaskedNode()
+
+    return jax.tree.map(only, *trees, is_leaf=tree.is_masked)

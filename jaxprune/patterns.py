@@ -1,0 +1,197 @@
+"""Which weights live and die together: single weights, n of m, blocks, channels.
+
+A pattern pools the scores of a leaf into scores of units and spreads the mask of the
+units back over the leaf. Groups and blocks are laid on the (batch, in, out) view of
+`axes`; n:m means n KEPT of each m consecutive weights along the input axis.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.axes import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
+    """Every weight is its own unit.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.patterns.Unstructured()
+      Unstructured()
+    """
+
+    @property
+    def sparsity(self) -> None:
+        """Free."""
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
+        """Any shape will do."""
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """The scores themselves."""
+        return scores
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """The mask itself."""
+        return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class NM:
+    """Exactly n kept of each m consecutive weights along the input axis.
+
+    The pattern fixes the sparsity, 1 - n / m; ties keep the first of the group.
+
+    Attributes:
+      n: weights kept in a group.
+      m: weights in a group.
+
+    Raises:
+      ValueError: not 0 < n < m.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.patterns.NM(2, 4).sparsity
+      0.5
+
+    Reference:
+      Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, arXiv 2104.08378.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        """Refuses groups that keep nothing or everything."""
+        if not 0 < self.n < self.m:
+            raise ValueError(f"NM(n, m) needs 0 < n < m, got NM({self.n}, {self.m})")
+
+    @property
+    def sparsity(self) -> float:
+        """The share removed, 1 - n / m."""
+        return (self.m - self.n) / self.m
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+        """The input axes must divide into groups."""
+        inputs = axes.order(len(shape))[-len(axes.inputs + axes.outputs) :]
+        size = 1
+        for axis in inputs[: len(axes.inputs)]:
+            size *= shape[axis]
+        if size % self.m:
+            return (
+                f"NM({self.n}, {self.m}) needs the input axis to be divisible by "
+                f"{self.m}, got {size}"
+            )
+        return None
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """Minus the rank inside the group, so that one cut serves all groups."""
+        batch, inputs, outputs = (matrix := axes.matrix(scores)).shape
+        groups = matrix.reshape(batch, inputs // self.m, self.m, outputs)
+        groups = jnp.where(jnp.isnan(groups), -jnp.inf, groups)
+        place = jnp.arange(self.m)[:, None]
+        rank = jnp.zeros(groups.shape, jnp.float16)
+        for other in range(self.m):
+            rival = groups[:, :, other : other + 1]
+            before = (rival > groups) | ((rival == groups) & (other < place))
+            rank = rank + before
+        return axes.restore(-rank.reshape(matrix.shape), scores.shape)
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """The mask itself."""
+        return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Tiles of rows x columns (input x output) live and die together.
+
+    A tile's score is the mean of its weights' scores; a tile at the edge may be smaller
+    and counts as one tile. The sparsity is met in tiles.
+
+    Attributes:
+      rows: weights of a tile along the input.
+      columns: weights of a tile along the output.
+
+    Raises:
+      ValueError: a side is under 1.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.patterns.Block(16, 16)
+      Block(rows=16, columns=16)
+    """
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        """Refuses empty tiles."""
+        if min(self.rows, self.columns) < 1:
+            raise ValueError(f"Block needs sides of at least 1, got {self}")
+
+    @property
+    def sparsity(self) -> None:
+        """Free."""
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
+        """Any shape will do: edge tiles may be smaller."""
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """The mean score of each tile, (batch, in tiles, out tiles)."""
+        matrix = axes.matrix(scores)
+        return self._tiled(matrix) / self._tiled(jnp.ones_like(matrix))
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """Each tile's bit on all of its weights."""
+        _, inputs, outputs = jax.eval_shape(
+            axes.matrix, jax.ShapeDtypeStruct(shape, bool)
+        ).shape
+        mask = jnp.repeat(jnp.repeat(kept, self.rows, 1), self.columns, 2)
+        return axes.restore(mask[:, :inputs, :outputs], shape)
+
+    def _tiled(self, matrix: jax.Array) -> jax.Array:
+        batch, inputs, outputs = matrix.shape
+        rows, columns = -inputs % self.rows, -outputs % self.columns
+        padded = jnp.pad(matrix, ((0, 0), (0, rows), (0, columns)))
+        tiles = padded.reshape(
+            batch,
+            (inputs + rows) // self.rows,
+            self.rows,
+            (outputs + columns) // self.columns,
+            self.columns,
+        )
+        return tiles.sum((2, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """Whole output channels live and die together.
+
+    A channel's score is the mean of its weights' scores. The sparsity is met in
+    channels; stacked matrices have channels of their own.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.patterns.Channel()
+      Channel()
+    """
+
+    @property
+    def sparsity(self) -> None:
+        """Free."""
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
+        """Any shape will do."""
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """The mean score of each output channel, (batch, 1, out)."""
+        return axes.matrix(scores).mean(1, keepdims=True)
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """Each channel's bit on all of its weights."""
+        matrix = jax.eval_shape(axes.matrix, jax.ShapeDtypeStruct(shape, bool))
+        return axes.restore(jnp.broadcast_to(kept, matrix.shape), shape)

@@ -1,0 +1,330 @@
+"""Criteria: pure functions from importance and parameters to scores; higher is kept.
+
+Every criterion is `criterion(importance, params, *, prunable=...)`, so that any of them
+can be handed on as a value; those that need no statistics take `None` for importance.
+Scores are float32, whatever the parameters' dtype; units do not matter, since only the
+order counts. Leaves that may not be pruned become `optax.MaskedNode()`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from optax import MaskedNode
+
+from jaxprune import tree
+from jaxprune.base import Importance, Params, Prunable, Scores
+
+_TRACK = {
+    "weight": "chain jp.track_importance() last in the optimizer",
+    "magnitude": "chain jp.track_importance(average=('magnitude',)) last",
+    "square": (
+        "train with Adam, AdamW, RMSProp or Adagrad, whose own second moment serves, "
+        "or chain jp.track_gradients() first in the optimizer"
+    ),
+    "taylor": "chain jp.track_gradients(average=('taylor',)) first in the optimizer",
+}
+
+
+def magnitude(
+    importance: Importance | None, params: Params, *, prunable: Prunable = tree.prunable
+) -> Scores:
+    """The size of the final weight: |w|.
+
+    Args:
+      importance: not read; may be None.
+      params: the parameters.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> jp.scores.magnitude(None, {"w": jnp.array([[1.0, -2.0]])})["w"].tolist()
+      [[1.0, 2.0]]
+
+    Reference:
+      Han et al., "Learning both Weights and Connections for Efficient Neural Networks",
+      2015, arXiv 1506.02626.
+    """
+    return _score(_absolute, params, prunable)
+
+
+def averaged_weight(
+    importance: Importance | None, params: Params, *, prunable: Prunable = tree.prunable
+) -> Scores:
+    """The paper's criterion: the size of the weight's average over training, |A|.
+
+    A weight that changed sign while it was learned scores low, however large it ended.
+
+    Args:
+      importance: with `weight`, from `track_importance`.
+      params: the parameters; names and shapes are read, values are not.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: the average was not tracked, or is another model's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, -2.0]])}
+      >>> jp.scores.averaged_weight(jp.Importance(weight=w), w)["w"].tolist()
+      [[1.0, 2.0]]
+
+    Reference:
+      Islam, Belhaouari, Bermak, "Systematic Weight Evaluation for Pruning Large
+      Language Models", 2025, arXiv 2502.17071.
+    """
+    average = _tracked(importance, "weight", params)
+    return _score(_absolute_of_second, params, prunable, average)
+
+
+def averaged_magnitude(
+    importance: Importance | None, params: Params, *, prunable: Prunable = tree.prunable
+) -> Scores:
+    """The average of the weight's size over training, E|w|.
+
+    Args:
+      importance: with `magnitude`, from `track_importance(average=("magnitude",))`.
+      params: the parameters; names and shapes are read, values are not.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: it was not tracked, or is another model's.
+    """
+    average = _tracked(importance, "magnitude", params)
+    return _score(_second, params, prunable, average)
+
+
+def obd(
+    importance: Importance | None, params: Params, *, prunable: Prunable = tree.prunable
+) -> Scores:
+    """Optimal brain damage with the empirical Fisher as diagonal: w^2 E[g^2].
+
+    The rise of the loss in the second-order model whose Hessian is diagonal and equal
+    to the mean squared gradient (the factor 1/2 is left out).
+
+    Args:
+      importance: with `square`, tracked or from an adaptive optimizer.
+      params: the parameters.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: there are no squared gradients, or they are another model's.
+
+    Reference:
+      LeCun, Denker, Solla, "Optimal Brain Damage", 1989, equation 5.
+    """
+    square = _tracked(importance, "square", params)
+    return _score(_obd, params, prunable, square)
+
+
+def trajectory(
+    importance: Importance | None, params: Params, *, prunable: Prunable = tree.prunable
+) -> Scores:
+    """The default criterion: |w| E[g^2]^(1/4).
+
+    The geometric mean of magnitude and of OBD's square root: a diagonal curvature known
+    only by a noisy estimate, trusted half. The exponent is flat between 0.19 and 0.31
+    (docs/methods.md has the table it was chosen by).
+
+    Args:
+      importance: with `square`, tracked or from an adaptive optimizer.
+      params: the parameters.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: there are no squared gradients, or they are another model's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, -2.0]])}
+      >>> squares = {"w": jnp.array([[16.0, 1.0]])}
+      >>> jp.scores.trajectory(jp.Importance(square=squares), w)["w"].tolist()
+      [[2.0, 2.0]]
+    """
+    square = _tracked(importance, "square", params)
+    return _score(_trajectory, params, prunable, square)
+
+
+def taylor(
+    importance: Importance | None, params: Params, *, prunable: Prunable = tree.prunable
+) -> Scores:
+    """The first-order change of the loss, averaged over training: E|w g|.
+
+    Args:
+      importance: with `taylor`, from `track_gradients(average=("taylor",))`.
+      params: the parameters; names and shapes are read, values are not.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: it was not tracked, or is another model's.
+
+    Reference:
+      Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
+      arXiv 1906.10771; without the outer square.
+    """
+    return _score(_second, params, prunable, _tracked(importance, "taylor", params))
+
+
+def random(
+    importance: Importance | None,
+    params: Params,
+    *,
+    seed: int = 0,
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """Uniform random scores, the control that every criterion must beat.
+
+    Args:
+      importance: not read; may be None.
+      params: the parameters; names and shapes are read, values are not.
+      seed: seed of the scores; each leaf has its own stream, by position.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params` in [0, 1), float32.
+    """
+    keys = list(jax.random.split(jax.random.key(seed), len(tree.names(params))))
+    return _score(_uniform, params, prunable, keys)
+
+
+def threshold(
+    importance: Importance | None,
+    params: Params,
+    *,
+    compare: Literal["weight", "average"] = "weight",
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """The authors' threshold rule, as a score in standard deviations of the averages.
+
+    Their rule removes, in each leaf, what is at or under rate * std(A). With the score
+    |w| / std(A) that is `masks.above(scores, rate)`; a sparsity with the scope "global"
+    picks the rate that gives it.
+
+    Args:
+      importance: with `weight`, from `track_importance`.
+      params: the parameters.
+      compare: "weight" compares the final |w| (the released code); "average" compares
+        |A| itself (the text of the papers).
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32, in standard deviations (over the leaf, population).
+
+    Raises:
+      ValueError: the average was not tracked, is another model's, or `compare` is
+        neither of the two.
+
+    Reference:
+      The code released with Islam, Belhaouari, Bermak, "Neural Network Optimization
+      with Weight Evolution", 2023; rates there run from 0.1 to 6.
+    """
+    if compare not in ("weight", "average"):
+        raise ValueError(f"compare must be 'weight' or 'average', got {compare!r}")
+    formula = _deviations_of_average if compare == "average" else _deviations
+    return _score(formula, params, prunable, _tracked(importance, "weight", params))
+
+
+def _tracked(importance: Importance | None, field: str, params: Params) -> list:
+    """The statistic's leaves in the order of the parameters'."""
+    statistic = None if importance is None else getattr(importance, field)
+    if statistic is None:
+        raise ValueError(
+            f"this criterion needs Importance.{field}, which was not tracked; "
+            f"{_TRACK[field]}, or choose another criterion"
+        )
+    return tree.align(params, statistic, f"Importance.{field}")
+
+
+def _score(
+    formula: Callable[..., jax.Array],
+    params: Params,
+    prunable: Prunable,
+    statistic: list | None = None,
+) -> Scores:
+    """`formula(leaf, statistic)` on every prunable leaf, compiled once a shape."""
+    named = tree.named_leaves(params)
+    chosen = [not tree.is_masked(x) and prunable(n, x) for n, x in named.items()]
+    if not any(chosen):
+        raise ValueError(
+            f"some leaf must be prunable, but none of {list(named)[:6]} is; give "
+            "prunable=lambda name, leaf: ... that is True for the leaves to prune"
+        )
+    unseen = [
+        name
+        for name, take, extra in zip(named, chosen, statistic or chosen, strict=True)
+        if take and tree.is_masked(extra)
+    ]
+    if unseen:
+        raise ValueError(
+            f"every prunable leaf must have been tracked, but {unseen[:6]} were not; "
+            "track them or leave them out with prunable=jp.tree.excluding(...)"
+        )
+    compiled = _compiled(formula)
+    leaves = [
+        compiled(leaf, *(() if statistic is None else (statistic[i],)))
+        if take
+        else MaskedNode()
+        for i, (take, leaf) in enumerate(zip(chosen, named.values(), strict=True))
+    ]
+    structure = jax.tree.structure(params, is_leaf=tree.is_masked)
+    return jax.tree.unflatten(structure, leaves)
+
+
+@functools.cache
+def _compiled(formula: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return jax.jit(formula)
+
+
+def _absolute(w: jax.Array) -> jax.Array:
+    return jnp.abs(w.astype(jnp.float32))
+
+
+def _second(_: jax.Array, statistic: jax.Array) -> jax.Array:
+    return statistic.astype(jnp.float32)
+
+
+def _absolute_of_second(_: jax.Array, average: jax.Array) -> jax.Array:
+    return _absolute(average)
+
+
+def _obd(w: jax.Array, square: jax.Array) -> jax.Array:
+    return jnp.square(w.astype(jnp.float32)) * square.astype(jnp.float32)
+
+
+def _trajectory(w: jax.Array, square: jax.Array) -> jax.Array:
+    return _absolute(w) * jnp.sqrt(jnp.sqrt(square.astype(jnp.float32)))
+
+
+def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.random.uniform(key, w.shape)
+
+
+def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
+    return _absolute(w) / jnp.std(average.astype(jnp.float32))
+
+
+def _deviations_of_average(_: jax.Array, average: jax.Array) -> jax.Array:
+    return _deviations(average, average)
