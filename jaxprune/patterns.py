@@ -154,17 +154,12 @@ class Block:
         return axes.restore(mask[:, :inputs, :outputs], shape)
 
     def _tiled(self, matrix: jax.Array) -> jax.Array:
+        """Sums over tiles, one axis after the other: shardings survive that."""
         batch, inputs, outputs = matrix.shape
         rows, columns = -inputs % self.rows, -outputs % self.columns
         padded = jnp.pad(matrix, ((0, 0), (0, rows), (0, columns)))
-        tiles = padded.reshape(
-            batch,
-            (inputs + rows) // self.rows,
-            self.rows,
-            (outputs + columns) // self.columns,
-            self.columns,
-        )
-        return tiles.sum((2, 4))
+        high = padded.reshape(batch, -1, self.rows, outputs + columns).sum(2)
+        return high.reshape(batch, high.shape[1], -1, self.columns).sum(3)
 
 
 @dataclasses.dataclass(frozen=True)
