@@ -134,24 +134,31 @@ def obd(
 
 
 def trajectory(
-    importance: Importance | None, params: Params, *, prunable: Prunable = tree.prunable
+    importance: Importance | None,
+    params: Params,
+    *,
+    exponent: float = 0.25,
+    prunable: Prunable = tree.prunable,
 ) -> Scores:
     """The default criterion: |w| E[g^2]^(1/4).
 
     The geometric mean of magnitude and of OBD's square root: a diagonal curvature known
-    only by a noisy estimate, trusted half. The exponent is flat between 0.19 and 0.31
-    (docs/methods.md has the table it was chosen by).
+    only by a noisy estimate, trusted half. Exponent 0 is magnitude and 1/2 ranks as
+    OBD; docs/methods.md has the table by which 1/4 was chosen. With
+    `params=importance.weight` it is the averaged weight that is ranked.
 
     Args:
       importance: with `square`, tracked or from an adaptive optimizer.
       params: the parameters.
+      exponent: the power of E[g^2], in [0, 1].
       prunable: which leaves may be pruned.
 
     Returns:
       Scores like `params`, float32.
 
     Raises:
-      ValueError: there are no squared gradients, or they are another model's.
+      ValueError: there are no squared gradients, or they are another model's; the
+        exponent is out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -161,8 +168,10 @@ def trajectory(
       >>> jp.scores.trajectory(jp.Importance(square=squares), w)["w"].tolist()
       [[2.0, 2.0]]
     """
+    if not 0 <= exponent <= 1:
+        raise ValueError(f"exponent must be in [0, 1], got {exponent}; 0.25 is usual")
     square = _tracked(importance, "square", params)
-    return _score(_trajectory, params, prunable, square)
+    return _score(_trajectory, params, prunable, square, exponent)
 
 
 def taylor(
@@ -263,8 +272,12 @@ def _score(
     params: Params,
     prunable: Prunable,
     statistic: list | None = None,
+    *constants: float,
 ) -> Scores:
-    """`formula(leaf, statistic)` on every prunable leaf, compiled once a shape."""
+    """`formula(leaf, statistic, *constants)` on every prunable leaf.
+
+    Compiled once a shape.
+    """
     named = tree.named_leaves(params)
     chosen = [not tree.is_masked(x) and prunable(n, x) for n, x in named.items()]
     if not any(chosen):
@@ -284,7 +297,7 @@ def _score(
         )
     compiled = _compiled(formula)
     leaves = [
-        compiled(leaf, *(() if statistic is None else (statistic[i],)))
+        compiled(leaf, *(() if statistic is None else (statistic[i],)), *constants)
         if take
         else MaskedNode()
         for i, (take, leaf) in enumerate(zip(chosen, named.values(), strict=True))
@@ -314,8 +327,8 @@ def _obd(w: jax.Array, square: jax.Array) -> jax.Array:
     return jnp.square(w.astype(jnp.float32)) * square.astype(jnp.float32)
 
 
-def _trajectory(w: jax.Array, square: jax.Array) -> jax.Array:
-    return _absolute(w) * jnp.sqrt(jnp.sqrt(square.astype(jnp.float32)))
+def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Array:
+    return _absolute(w) * jnp.power(square.astype(jnp.float32), exponent)
 
 
 def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:

@@ -1,0 +1,55 @@
+"""The criteria that the experiments compare, by the names used in results and plots."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jaxprune as jp
+from jaxprune.base import Params, Scores
+
+
+class Watched(NamedTuple):
+    """What a training run leaves to rank weights by.
+
+    Attributes:
+      params: the trained parameters.
+      tracked: averages of jaxprune's own transformations.
+      adam: the same with Adam's second moment in place of the tracked E[g^2].
+    """
+
+    params: Params
+    tracked: jp.Importance
+    adam: jp.Importance
+
+
+def _family(exponent: float, of_average: bool, watched: Watched) -> Scores:
+    """|w| or |A| times E[g^2]^exponent."""
+    weights = watched.tracked.weight if of_average else watched.params
+    return jp.scores.trajectory(watched.tracked, weights, exponent=exponent)
+
+
+EXPONENTS = (0.125, 0.19, 0.25, 0.31, 0.375, 0.5)
+
+CRITERIA: dict[str, Callable[[Watched], Scores]] = {
+    "trajectory": lambda w: jp.scores.trajectory(w.tracked, w.params),
+    "trajectory_adam": lambda w: jp.scores.trajectory(w.adam, w.params),
+    "averaged_weight": lambda w: jp.scores.averaged_weight(w.tracked, w.params),
+    "magnitude": lambda w: jp.scores.magnitude(None, w.params),
+    "averaged_magnitude": lambda w: jp.scores.averaged_magnitude(w.tracked, w.params),
+    "obd": lambda w: jp.scores.obd(w.tracked, w.params),
+    "taylor": lambda w: jp.scores.taylor(w.tracked, w.params),
+    "random": lambda w: jp.scores.random(None, w.params),
+    "threshold_weight": lambda w: jp.scores.threshold(w.tracked, w.params),
+    "threshold_average": lambda w: jp.scores.threshold(
+        w.tracked, w.params, compare="average"
+    ),
+    **{
+        f"{'averaged_' if of_average else ''}trajectory_{exponent}": functools.partial(
+            _family, exponent, of_average
+        )
+        for exponent in EXPONENTS
+        for of_average in (False, True)
+    },
+}
+"""Name to criterion. The last twelve are the family that the default was chosen from:
+trajectory_P is |w| E[g^2]^P, averaged_trajectory_P has |A| in the place of |w|."""

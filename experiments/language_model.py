@@ -1,0 +1,104 @@
+"""A GPT as pure functions of its parameters, with nanoGPT's optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxprune as jp
+from jaxprune.models import generate, gpt
+
+ADAMW = 2
+"""Where AdamW's own state lies in the state of `optimizer(..., track=True)`."""
+
+
+class LanguageModel:
+    """A configuration's functions; parameters are nested dicts of arrays.
+
+    Attributes:
+      config: the model's shape.
+    """
+
+    def __init__(self, config: gpt.GPTConfig) -> None:
+        """Traces the model once; makes no parameters."""
+        self.config = config
+        model = nnx.eval_shape(lambda: gpt.GPT(config, rngs=nnx.Rngs(0)))
+        self._graph, self._state = nnx.split(model, nnx.Param)
+
+    def init(self, seed: int) -> Any:
+        """Parameters with nanoGPT's initialisation."""
+        model = gpt.GPT(self.config, rngs=nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def bind(self, params: Any) -> gpt.GPT:
+        """The model with these parameters."""
+        state = jax.tree.unflatten(
+            jax.tree.structure(self._state), jax.tree.leaves(params)
+        )
+        return nnx.merge(self._graph, state)
+
+    def loss(
+        self, params: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Mean nats per token, with dropout by `key` where there is dropout."""
+        dropout = key if self.config.dropout else None
+        return gpt.loss(self.bind(params), inputs, targets, key=dropout)
+
+    def token_losses(
+        self, params: Any, inputs: jax.Array, targets: jax.Array
+    ) -> jax.Array:
+        """Nats of each token, (batch, context), without dropout."""
+        logits = self.bind(params)(inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+    def sample(self, params: Any, prompt: np.ndarray, length: int) -> np.ndarray:
+        """`length` sampled tokens after the prompt, at temperature 0.8, seed 0.
+
+        The context holds the prompt and what is written; a longer text is written in
+        windows, each going on from the second half of the one before.
+        """
+        model, half = self.bind(params), self.config.context // 2
+        text = list(prompt)
+        for window in range(-(-length // half)):
+            seen = jnp.asarray([text[-half:]], jnp.int32)
+            new = generate.generate(
+                model,
+                seen,
+                steps=half,
+                key=jax.random.key(window),
+                temperature=0.8,
+            )
+            text += np.asarray(new)[0, seen.shape[1] :].tolist()
+        return np.array(text[len(prompt) : len(prompt) + length])
+
+
+def schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
+    """nanoGPT's: linear warm-up, then a cosine to a tenth of the peak."""
+    warmup = min(warmup, steps // 2)
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else peak, peak, warmup, max(steps, 1), peak / 10
+    )
+
+
+def optimizer(
+    learning_rate: optax.ScalarOrSchedule, *, track: bool
+) -> optax.GradientTransformation:
+    """nanoGPT's AdamW (clipped at norm 1; matrices alone decay), watched or not."""
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+    adamw = (
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(learning_rate, b1=0.9, b2=0.99, weight_decay=0.1, mask=decayed),
+    )
+    if not track:
+        return optax.chain(*adamw)
+    return optax.chain(
+        jp.track_gradients(average=("square", "taylor")),
+        *adamw,
+        jp.track_importance(average=("weight", "magnitude")),
+    )

@@ -1,0 +1,198 @@
+"""What a checkpoint folder says of itself: written last, checked first.
+
+The manifest names the format, the step, the configuration, the name, shape and dtype
+of every leaf, and the size and SHA-256 of every file, and carries its own digest. A
+folder without a valid manifest, or with a file that differs from it, is not whole.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "jaxprune.checkpoint"
+VERSION = 1
+
+_NAME = "checkpoint.json"
+_LISTED = 8
+
+
+class Broken(Exception):
+    """A checkpoint folder that is not whole; the message says why."""
+
+
+def write(
+    folder: Path, step: int, configuration: Any, leaves: Mapping[str, Any]
+) -> None:
+    """Describes a folder whose other files are complete, and syncs it to disk.
+
+    Args:
+      folder: the checkpoint's folder.
+      step: how many steps were done.
+      configuration: JSON-able.
+      leaves: name to array, in the order of storage.
+    """
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "configuration": configuration,
+        "leaves": {name: _kind(leaf) for name, leaf in leaves.items()},
+        "files": {
+            path.relative_to(folder).as_posix(): _fingerprint(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+    }
+    with open(folder / _NAME, "w", encoding="utf-8") as file:
+        json.dump(body | {"digest": _digest(body)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(folder)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads the manifest of a checkpoint's folder.
+
+    Args:
+      path: the checkpoint's folder.
+
+    Returns:
+      The manifest: "step", "configuration", "leaves" and "files".
+
+    Raises:
+      Broken: it is missing or damaged.
+      ValueError: it is of another format or version.
+    """
+    try:
+        body = json.loads((path / _NAME).read_bytes())
+        whole = body.pop("digest") == _digest(body)
+        format_, version = body["format"], body["version"]
+    except FileNotFoundError:
+        raise Broken(f"has no {_NAME}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Broken(f"has a damaged {_NAME}") from None
+    if not whole:
+        raise Broken(f"has a damaged {_NAME}")
+    if (format_, version) != (FORMAT, VERSION):
+        raise ValueError(
+            f"'{path}' must be of format {FORMAT} version {VERSION}, got {format_} "
+            f"version {version}; read it with the jaxprune that wrote it, or choose "
+            f"another folder."
+        )
+    return body
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Reads the manifest and holds every file against it.
+
+    Args:
+      path: the checkpoint's folder.
+
+    Returns:
+      The manifest, as `read`.
+
+    Raises:
+      Broken: the folder is not whole.
+      ValueError: it is of another format or version.
+    """
+    body = read(path)
+    for name, fingerprint in body["files"].items():
+        try:
+            whole = _fingerprint(path / name) == fingerprint
+        except OSError:
+            raise Broken(f"has no readable file '{name}'") from None
+        if not whole:
+            raise Broken(f"has a damaged file '{name}'")
+    return body
+
+
+def check_leaves(
+    path: Path, saved: Mapping[str, Any], target: Mapping[str, Any]
+) -> None:
+    """Refuses a checkpoint whose leaves are not the target's, naming each difference.
+
+    Args:
+      path: the checkpoint's folder, for the message.
+      saved: "leaves" of its manifest.
+      target: name to array or `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: a name, shape or dtype differs.
+    """
+    wanted = {name: _kind(leaf) for name, leaf in target.items()}
+    problems = [
+        f"'{name}' is {_spell(saved.get(name))} in it and {_spell(wanted.get(name))} "
+        f"in the target"
+        for name in {**saved, **wanted}
+        if saved.get(name) != wanted.get(name)
+    ]
+    if problems:
+        more = len(problems) - _LISTED
+        tail = f"; and {more} more" if more > 0 else ""
+        raise ValueError(
+            f"'{path}' must have the leaves of the target, but "
+            f"{'; '.join(problems[:_LISTED])}{tail}; build the model and the optimizer "
+            f"that it was saved from, or choose another folder."
+        )
+
+
+def _spell(kind: list[Any] | None) -> str:
+    return "absent" if kind is None else f"{kind[1]}{tuple(kind[0])}"
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """How two configurations differ, field by field.
+
+    Args:
+      saved: from a checkpoint, where tuples became lists.
+      current: JSON-able.
+
+    Returns:
+      One phrase a field that differs, such as "seed was 0 and is 1".
+    """
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        names = {key: f"{prefix}.{key}" if prefix else str(key) for key in tree}
+        pairs = [flat(value, names[key]) for key, value in tree.items()]
+        return {name: value for pair in pairs for name, value in pair.items()}
+
+    old = flat(dict(saved))
+    new = flat(json.loads(json.dumps(dict(current))))
+    return [
+        f"{name} was {old.get(name, 'absent')!r} and is {new.get(name, 'absent')!r}"
+        for name in {**old, **new}
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+
+
+def sync(path: Path) -> None:
+    """Makes the entries of a folder durable.
+
+    Args:
+      path: the folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    with open(path, "rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _kind(leaf: Any) -> list[Any]:
+    return [list(leaf.shape), np.dtype(leaf.dtype).name]

@@ -1,0 +1,1 @@
+"""Reference models in Flax NNX; nothing of the pruning code needs them."""

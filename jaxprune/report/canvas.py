@@ -1,0 +1,140 @@
+"""What every figure shares: colours, markers, panels of one size, PNG and SVG.
+
+Each criterion has one colour, marker and dash everywhere, told apart without colour
+too. matplotlib's settings are changed while a figure is made and put back after.
+"""
+
+import io
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, FAINT = "#1c2127", "#8b929b"
+KEPT, REMOVED = "#1b7837", "#9c4fb0"
+# Light and dark page, equally far from both grounds; the order is _KNOWN's.
+COLOURS = {
+    "#0072b2": "#55b4f0",
+    "#d55e00": "#ff8f45",
+    "#00845f": "#35c99d",
+    "#b0467f": "#ee9cc8",
+    "#a87200": "#e8b93f",
+    "#2a8ca8": "#7fd6ea",
+    "#757b84": "#a3a9b2",
+    "#4a3aa7": "#a99cf7",
+    "#8f2237": "#f07f92",
+    "#6b6a00": "#cfc94c",
+}
+DARK = COLOURS | {INK: "#e7eaee", FAINT: "#838b95", KEPT: "#69cf86", REMOVED: "#cf96e0"}
+_KNOWN = (
+    "trajectory",
+    "averaged_weight",
+    "magnitude",
+    "obd",
+    "averaged_magnitude",
+    "taylor",
+    "random",
+)
+_MARKERS = "osD^vPX<>*"
+_DASHES = ("-", "-", "-", "-", "--", "-.", ":", "--", "-.", "-")
+STYLE = matplotlib.rc_context(
+    {
+        "font.family": ["DejaVu Sans"],
+        "font.size": 9.5,
+        "axes.titlesize": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 10,
+        "text.parse_math": False,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": FAINT,
+        "axes.titlecolor": INK,
+        "xtick.color": FAINT,
+        "ytick.color": FAINT,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "lines.linewidth": 1.7,
+        "lines.markersize": 4.5,
+        "grid.color": FAINT,
+        "grid.alpha": 0.22,
+        "grid.linewidth": 0.7,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "jaxprune",
+    }
+)
+
+
+class Line(NamedTuple):
+    """How one criterion (or run) is drawn: colour, marker and dash."""
+
+    colour: str
+    marker: str
+    dash: str
+
+
+def styles(names: Sequence[str]) -> dict[str, Line]:
+    """One style for each name: the criteria of jaxprune always have the same.
+
+    Args:
+      names: Criteria, or labels of runs; beyond ten, colours come again with other
+        markers.
+
+    Returns:
+      The style of every name.
+    """
+    own = {name: _KNOWN.index(name) for name in names if name in _KNOWN}
+    free = (slot for slot in itertools.count() if slot not in own.values())
+    chosen = {name: own[name] if name in own else next(free) for name in names}
+    colours = tuple(COLOURS)
+    return {
+        name: Line(
+            colours[slot % len(colours)],
+            _MARKERS[(slot + slot // len(colours)) % len(_MARKERS)],
+            _DASHES[slot % len(_DASHES)],
+        )
+        for name, slot in chosen.items()
+    }
+
+
+def panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """Panels of one size, with room for the longest label to the right of each."""
+    columns = min(count, 3) if count != 4 else 2
+    rows = -(-count // columns)
+    left, inner, right = 0.6, 3.3, 0.085 * max(map(len, labels)) + 0.25
+    low, high, top = 0.55, 3.2, 0.5
+    cell, tall = left + inner + right, low + high + top
+    width, height = columns * cell, rows * tall
+    figure = Figure(figsize=(width, height))
+    boxes = [
+        (
+            (index % columns * cell + left) / width,
+            ((rows - 1 - index // columns) * tall + low) / height,
+            inner / width,
+            high / height,
+        )
+        for index in range(count)
+    ]
+    return figure, [figure.add_axes(box) for box in boxes]
+
+
+@STYLE
+def svg(figure: Figure) -> str:
+    """The figure as an SVG text with selectable text and no date, on no ground."""
+    stream = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    return stream.getvalue()
+
+
+@STYLE
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG of 200 dots an inch on white."""
+    stream = io.BytesIO()
+    metadata = {"Software": None}
+    figure.savefig(stream, format="png", dpi=200, facecolor="white", metadata=metadata)
+    return stream.getvalue()

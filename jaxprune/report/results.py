@@ -1,0 +1,383 @@
+"""results.json as checked numbers: what the tables, figures and comparisons read.
+
+Losses are validation losses in nats per token. The loss right after pruning
+(stage "pruned") is held against the dense model's of the same seed; the loss after
+retraining (stage "retrained") against the dense *control* of the same seed, which
+had the same number of steps in all. "Spread" is the sample standard deviation over
+the seeds.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Results = Mapping[str, Any]
+Stage = Literal["pruned", "retrained"]
+
+FORMAT = 1
+STAGES: tuple[Stage, ...] = ("pruned", "retrained")
+COLUMNS = (
+    "seed",
+    "criterion",
+    "scope",
+    "sparsity",
+    "achieved",
+    "loss_pruned",
+    "loss_retrained",
+    "dense_loss",
+    "dense_steps",
+    "control_loss",
+    "control_steps",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Maybe:
+    """What may be null, empty or absent, and else is of `kind`."""
+
+    kind: Any
+
+
+_RUN = {"steps": int, "loss": float}
+_SCHEMA: dict[str, Any] = {
+    "name": str,
+    "config": dict,
+    "versions": dict,
+    "device": str,
+    "finished": _Maybe(str),
+    "command": _Maybe(str),
+    "model": {"parameters": int, "prunable": int, "leaves": dict},
+    "seeds": [
+        {
+            "seed": int,
+            "dense": _RUN,
+            "control": _Maybe(_RUN),
+            "curve": _Maybe(
+                [{"step": int, "loss": float, "validation_loss": _Maybe(float)}]
+            ),
+            "cells": [
+                {
+                    "criterion": str,
+                    "scope": str,
+                    "sparsity": float,
+                    "achieved": float,
+                    "loss_pruned": float,
+                    "loss_retrained": _Maybe(float),
+                    "sparsity_by_leaf": _Maybe(dict),
+                }
+            ],
+            "samples": _Maybe([{"label": str, "text": str}]),
+            "weights": _Maybe(
+                {
+                    "steps": [float],
+                    "names": [str],
+                    "values": [[float]],
+                    "averages": [float],
+                    "kept": dict,
+                    "sparsity": float,
+                }
+            ),
+        }
+    ],
+    "phases": _Maybe(
+        [
+            {
+                "name": str,
+                "seconds": float,
+                "tokens_per_second": _Maybe(float),
+                "peak_memory_bytes": _Maybe(float),
+                "energy_kwh": _Maybe(float),
+                "co2_kg": _Maybe(float),
+            }
+        ]
+    ),
+    "costs": _Maybe(
+        [
+            {
+                "sparsity": float,
+                "bytes_dense": int,
+                "bytes_packed": int,
+                "flops_dense": float,
+                "flops_kept": float,
+            }
+        ]
+    ),
+}
+_KINDS = {str: "a text", dict: "an object", int: "an integer", float: "a number"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads and checks one run's results.json.
+
+    Args:
+      path: The file, or the folder that holds it.
+
+    Returns:
+      The checked results.
+
+    Raises:
+      ValueError: If the file is absent, is not JSON or is not a results.json.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"'{file}' does not exist; give a results.json that an experiment wrote, "
+            "or the folder that holds it"
+        )
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"'{file}' is not JSON ({error}); give a results.json that an experiment "
+            "wrote, and run that experiment again if this one was cut short"
+        ) from error
+    check(results, name=str(file))
+    return results
+
+
+def check(results: Any, *, name: str = "results") -> None:
+    """Refuses anything but complete results of the format written here.
+
+    Args:
+      results: What `json.load` gave.
+      name: How the message calls it, such as the file's path.
+
+    Raises:
+      ValueError: If the format is another, or naming everything that is missing, of
+        another kind, not finite, out of range or double.
+    """
+    found = results.get("format") if isinstance(results, Mapping) else None
+    if found != FORMAT:
+        kind = "format" if isinstance(results, Mapping) else type(results).__name__
+        raise ValueError(
+            f"'{name}' must be a results.json of format {FORMAT}, got {kind} "
+            f"{found!r}; give one that this version's experiments wrote"
+        )
+    problems = list(_mismatches(results, _SCHEMA, "")) or list(_disagreements(results))
+    if problems:
+        shown = "; ".join(problems[:8])
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(
+            f"'{name}' is not a complete results.json: {shown}{more}; run the "
+            "experiment again, or correct these entries"
+        )
+
+
+def _mismatches(value: Any, kind: Any, path: str) -> Iterator[str]:
+    """Walks value and schema together, yielding a sentence for each difference."""
+    if isinstance(kind, _Maybe):
+        if value is not None and value not in ([], {}):
+            yield from _mismatches(value, kind.kind, path)
+    elif value is None:
+        yield f"{path} is missing"
+    elif isinstance(kind, dict):
+        if not isinstance(value, Mapping):
+            yield f"{path} must be an object, got {value!r:.40}"
+            return
+        for key, inner in kind.items():
+            yield from _mismatches(value.get(key), inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(kind, list):
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            yield f"{path} must be a list, got {value!r:.40}"
+        elif not value:
+            yield f"{path} is empty"
+        else:
+            for index, item in enumerate(value):
+                yield from _mismatches(item, kind[0], f"{path}[{index}]")
+    elif isinstance(value, bool) or not isinstance(
+        value, (int, float) if kind is float else kind
+    ):
+        yield f"{path} must be {_KINDS[kind]}, got {value!r:.40}"
+    elif kind is float and not math.isfinite(value):
+        yield f"{path} must be finite, got {value}"
+
+
+def _disagreements(results: Results) -> Iterator[str]:
+    """What the schema cannot say: ranges, doubles, lengths, a control where needed."""
+    seen: set[int] = set()
+    for index, seed in enumerate(results["seeds"]):
+        path = f"seeds[{index}]"
+        if seed["seed"] in seen:
+            yield f"{path}.seed is {seed['seed']} twice"
+        seen.add(seed["seed"])
+        cells: set[tuple[str, str, float]] = set()
+        for number, cell in enumerate(seed["cells"]):
+            key = (cell["criterion"], cell["scope"], cell["sparsity"])
+            if not 0 <= cell["sparsity"] < 1:
+                yield f"{path}.cells[{number}].sparsity must be in [0, 1), got {key[2]}"
+            if key in cells:
+                yield f"{path}.cells[{number}] repeats {key}"
+            cells.add(key)
+        if not seed.get("control") and any(
+            cell.get("loss_retrained") is not None for cell in seed["cells"]
+        ):
+            yield f"{path}.control is missing though cells were retrained"
+        if weights := seed.get("weights"):
+            yield from _unequal(weights, f"{path}.weights")
+
+
+def _unequal(weights: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Yields the lists about sampled weights that do not have one entry each."""
+    count = len(weights["names"])
+    lists = {"values": weights["values"], "averages": weights["averages"]}
+    lists |= {f"kept.{name}": kept for name, kept in weights["kept"].items()}
+    for name, values in lists.items():
+        if len(values) != count:
+            yield f"{path}.{name} must have {count} entries, got {len(values)}"
+    if any(len(row) != len(weights["steps"]) for row in weights["values"]):
+        yield f"{path}.values must have one value a step, {len(weights['steps'])}"
+
+
+def rows(results: Results) -> list[dict[str, Any]]:
+    """The tidy table: one row per seed x criterion x scope x sparsity.
+
+    Args:
+      results: Checked results.
+
+    Returns:
+      One dict with the keys `COLUMNS` for each cell; None where nothing was measured.
+    """
+    table = []
+    for seed in results["seeds"]:
+        control = seed.get("control") or {}
+        for cell in seed["cells"]:
+            measured = {"seed": seed["seed"], **cell}
+            table.append({name: measured.get(name) for name in COLUMNS[:7]})
+            table[-1] |= {
+                "dense_loss": seed["dense"]["loss"],
+                "dense_steps": seed["dense"]["steps"],
+                "control_loss": control.get("loss"),
+                "control_steps": control.get("steps"),
+            }
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The loss of one criterion against sparsity, every seed beside its reference.
+
+    Attributes:
+      criterion: The criterion's name.
+      scope: "layer" or "global".
+      stage: "pruned" or "retrained".
+      sparsities: The requested sparsities, ascending, of shape (points,).
+      losses: Nats per token, of shape (seeds, points), masked where not measured.
+      reference: The loss of each seed's dense model ("pruned") or dense control
+        ("retrained"), of shape (seeds, 1).
+    """
+
+    criterion: str
+    scope: str
+    stage: Stage
+    sparsities: np.ndarray
+    losses: np.ma.MaskedArray
+    reference: np.ndarray
+
+    @functools.cached_property
+    def above(self) -> np.ma.MaskedArray:
+        """Nats above the reference of the same seed, of shape (seeds, points)."""
+        return self.losses - self.reference
+
+    def reach(
+        self, limit: float, *, relative: bool = False, worst: bool = False
+    ) -> float | None:
+        """The sparsity up to which every tested loss stays close to the reference.
+
+        Args:
+          limit: Nats above the reference, or a share of it when `relative`.
+          relative: Whether `limit` is a share of the reference's loss.
+          worst: Hold every seed to the limit rather than their mean.
+
+        Returns:
+          The largest such sparsity, or None where the first is already over.
+        """
+        above = self.above / self.reference if relative else self.above
+        held = (above.max(0) if worst else above.mean(0)) <= limit
+        count = int(np.logical_and.accumulate(np.ma.filled(held, False)).sum())
+        return float(self.sparsities[count - 1]) if count else None
+
+
+def curves(results: Results, stage: Stage, scope: str | None = None) -> list[Curve]:
+    """The curves of a stage, by criterion and scope in order of appearance.
+
+    Args:
+      results: Checked results.
+      stage: "pruned" or "retrained".
+      scope: Only this scope; all when None.
+
+    Returns:
+      One curve for each pair that has a loss at this stage; an empty list when
+      nothing was retrained.
+    """
+    seeds = results["seeds"]
+    losses: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
+    for index, seed in enumerate(seeds):
+        for cell in seed["cells"]:
+            loss = cell.get(f"loss_{stage}")
+            if loss is not None and scope in (None, cell["scope"]):
+                points = losses.setdefault((cell["criterion"], cell["scope"]), {})
+                points.setdefault(cell["sparsity"], {})[index] = loss
+    run = "dense" if stage == "pruned" else "control"
+    reference = [[(seed.get(run) or {}).get("loss", math.nan)] for seed in seeds]
+    found = []
+    for (criterion, of), points in losses.items():
+        grid = np.full((len(seeds), len(points)), math.nan)
+        for column, sparsity in enumerate(sorted(points)):
+            for index, loss in points[sparsity].items():
+                grid[index, column] = loss
+        masked = np.ma.masked_invalid(grid)
+        ordered = np.asarray(sorted(points))
+        found.append(
+            Curve(criterion, of, stage, ordered, masked, np.asarray(reference))
+        )
+    return found
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's entries with nested names joined by dots."""
+    entries: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            entries |= flat(value, f"{prefix}{name}.")
+        else:
+            entries[f"{prefix}{name}"] = value
+    return entries
+
+
+def criteria(results: Results) -> list[str]:
+    """The criteria in order of first appearance."""
+    cells = (cell for seed in results["seeds"] for cell in seed["cells"])
+    return list(dict.fromkeys(cell["criterion"] for cell in cells))
+
+
+def scopes(results: Results) -> list[str]:
+    """The scopes in order of first appearance."""
+    cells = (cell for seed in results["seeds"] for cell in seed["cells"])
+    return list(dict.fromkeys(cell["scope"] for cell in cells))
+
+
+def spread(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """The sample standard deviation over the seeds; NaN where only one was measured.
+
+    Args:
+      values: Losses, masked where not measured.
+      axis: The axis of the seeds.
+
+    Returns:
+      An array without that axis, in the unit of `values`.
+    """
+    deviation = np.ma.masked_invalid(values).std(axis, ddof=1)
+    return np.ma.filled(np.ma.asarray(deviation, dtype=float), math.nan)
+
+
+def extra_steps(results: Results) -> int | None:
+    """The steps that the dense control had beyond the dense model, if there is one."""
+    seed = results["seeds"][0]
+    control = seed.get("control")
+    return control["steps"] - seed["dense"]["steps"] if control else None

@@ -1,0 +1,30 @@
+"""Every test sees eight CPU devices and no silent broadcasting.
+
+The variables are set before the first `import jax`; processes that tests start inherit
+them. An accelerator's tests run with `JAX_PLATFORMS=cuda python -m pytest -m gpu`: what
+is already chosen is left alone (of two equal XLA flags the last one counts).
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
+    "XLA_FLAGS", ""
+)
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# A program that another run compiled and stored is not the one under test.
+jax.config.update("jax_enable_compilation_cache", False)
+
+# No deadline: the first example of a shape compiles.
+hypothesis.settings.register_profile(
+    "default", deadline=None, max_examples=25, print_blob=True
+)
+hypothesis.settings.register_profile(
+    "ci", hypothesis.settings.get_profile("default"), derandomize=True, database=None
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
