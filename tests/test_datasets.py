@@ -4,6 +4,7 @@ import doctest
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -187,7 +188,7 @@ sha$l we?
 **GHOST**  
 No—never\--
 
-"""  # noqa: W291
+"""
 PLAIN = """A Play
 
 ACT I
@@ -223,7 +224,7 @@ def test_every_tenth_play_is_for_validation(plays):
         paragraphs = ("\n" + plays.vocabulary.decode(tokens)).split("\n\n")
         return [  # the title is what comes right before the first act or prologue
             before.strip()
-            for before, after in zip(paragraphs, paragraphs[1:], strict=False)
+            for before, after in itertools.pairwise(paragraphs)
             if re.fullmatch("ACT I|PROLOGUE|INDUCTION", after)
         ]
 
@@ -644,7 +645,7 @@ def test_a_limit_is_a_fixed_prefix():
 def test_a_validation_set_too_short_is_refused():
     with pytest.raises(ValueError, match="at least 2 tokens, got 1; give a longer"):
         validation_batches(np.zeros(1, np.int32), 1, 1)
-    with pytest.raises(ValueError, match="limit must be at least 1 token, .*got 0"):
+    with pytest.raises(ValueError, match=r"limit must be at least 1 token, .*got 0"):
         validation_batches(np.arange(9), 1, 1, limit=0)
 
 
@@ -656,7 +657,5 @@ def test_the_docstrings_examples_hold(source):
 
 
 def test_the_names_are_those_of_the_builders():
-    assert NAMES == (
-        shakespeare_plays.Builder.name,
-        tiny_shakespeare_char.Builder.name,
-    )
+    names = (shakespeare_plays.Builder.name, tiny_shakespeare_char.Builder.name)
+    assert names == NAMES

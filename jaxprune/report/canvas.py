@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -105,7 +106,7 @@ def panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Panels of one size, with room for the longest label to the right of each."""
     columns = min(count, 3) if count != 4 else 2
     rows = -(-count // columns)
-    left, inner, right = 0.6, 3.3, 0.085 * max(map(len, labels)) + 0.25
+    left, inner, right = 0.72, 3.1, 0.08 * max(map(len, labels)) + 0.2
     low, high, top = 0.55, 3.2, 0.5
     cell, tall = left + inner + right, low + high + top
     width, height = columns * cell, rows * tall
@@ -120,6 +121,67 @@ def panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
         for index in range(count)
     ]
     return figure, [figure.add_axes(box) for box in boxes]
+
+
+def beside(axes: Axes, text: str, point: tuple[float, float], colour: str) -> None:
+    """Writes a text just right of a point."""
+    axes.annotate(
+        text,
+        point,
+        (8, 0),
+        textcoords="offset points",
+        color=colour,
+        va="center",
+        annotation_clip=False,
+    )
+
+
+def name_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
+    """Writes each line's name right of its end, moved apart so that none overlap.
+
+    Args:
+      axes: Panel whose scales and limits are set.
+      ends: Name, colour and last point, in data coordinates, of each line.
+    """
+    ends = sorted(ends, key=lambda end: end[3])
+    display = axes.transData.transform([end[2:] for end in ends])
+    heights = axes.transAxes.inverted().transform(display)[:, 1]
+    points = axes.get_window_extent().height / axes.figure.dpi * 72
+    for (name, colour, x, y), height in zip(
+        ends, apart(heights, 12.5 / points), strict=True
+    ):
+        axes.annotate(
+            name,
+            (x, y),
+            (1.06, height),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "lw": 0.6,
+                "shrinkA": 0,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def apart(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Moves ascending heights in [0, 1] apart by at least `gap`, as little as need be.
+
+    Args:
+      heights: Ascending heights, of shape (labels,).
+      gap: The least distance between neighbours.
+
+    Returns:
+      Heights of the same shape and order; from the top down when there are too many.
+    """
+    offsets = gap * np.arange(len(heights))
+    slack = heights - offsets
+    up, down = np.maximum.accumulate(slack), np.minimum.accumulate(slack[::-1])[::-1]
+    return np.clip((up + down) / 2, 0, 1 - offsets[-1]) + offsets
 
 
 @STYLE

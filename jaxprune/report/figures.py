@@ -1,7 +1,6 @@
 """The report's figures, as matplotlib `Figure` objects that nothing global knows of.
 
-Every criterion has one colour, marker and dash everywhere, told apart without colour
-too; lines carry their names where they end. Sparsities are drawn in percent and losses
+Lines carry their names where they end. Sparsities are drawn in percent and losses
 in nats per token above a reference, on an axis linear within `LINEAR` of it and
 logarithmic beyond, so that a thousandth and a whole nat are both legible.
 """
@@ -18,7 +17,6 @@ from jaxprune.report import canvas
 from jaxprune.report import results as results_
 
 LINEAR = 0.01  # nats
-CLOSE = 0.015  # nats: what the report calls "within" a reference
 TITLES = {"pruned": "Right after pruning", "retrained": "After retraining"}
 _REFERENCES = {"pruned": "dense model", "retrained": "dense control"}
 _TICKS = np.array([0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100])
@@ -47,10 +45,18 @@ def loss(
     style = canvas.styles(results_.criteria(results))
     shown = {stage: results_.curves(results, stage, scope) for stage in stages}
     shown = {stage: curves for stage, curves in shown.items() if curves}
-    figure, panels = canvas.panels(len(shown), [*style, "dense + 00000 steps  0.000"])
+    figure, panels = canvas.panels(len(shown), [*style, "control  0.000"])
     for axes, (stage, curves) in zip(panels, shown.items(), strict=True):
         lines = [(curve.criterion, style[curve.criterion], curve) for curve in curves]
-        _against_sparsity(axes, lines, _limits([results]), _dense(results, stage))
+        _against_sparsity(axes, lines, _limits([results]))
+        dense = _dense(results, stage)
+        for name, nats in dense.items():
+            dash: Any = "-" if nats == 0 else (0, (4, 3))
+            axes.axhline(nats, color=canvas.INK, lw=1, ls=dash, label=name, zorder=1)
+        ends = [
+            (name, canvas.INK, axes.get_xlim()[1], at) for name, at in dense.items()
+        ]
+        canvas.name_ends(axes, _ends(lines) + ends)
         axes.set_title(f"{TITLES[stage]}: nats above the {_REFERENCES[stage]}")
     return figure
 
@@ -78,7 +84,9 @@ def runs(
     figure, axes = canvas.panels(len(panels), list(style))
     limits = _limits(list(labelled.values()))
     for panel, (criterion, lines) in zip(axes, panels.items(), strict=True):
-        _against_sparsity(panel, lines, limits, {})
+        _against_sparsity(panel, lines, limits)
+        panel.axhline(0, color=canvas.INK, lw=1, zorder=1)
+        canvas.name_ends(panel, _ends(lines))
         panel.set_title(f"{criterion}: nats above the {_REFERENCES[stage]}")
     return figure
 
@@ -105,12 +113,12 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
     base = sampled["kept"].get("magnitude")
     for axes, criterion in zip(panels, criteria, strict=True):
         kept = sampled["kept"][criterion]
-        other = [base is not None and a != b for a, b in zip(kept, base or kept)]  # noqa: B905
+        other = [a != b for a, b in zip(kept, base or kept, strict=True)]
         for row, average, keep, bold in zip(
             values, sampled["averages"], kept, other, strict=True
         ):
             colour, alpha = (canvas.KEPT, 0.75) if keep else (canvas.REMOVED, 0.6)
-            look = {"color": colour, "alpha": 1 if bold else alpha}
+            look: dict[str, Any] = {"color": colour, "alpha": 1 if bold else alpha}
             width = 2.2 if bold else 0.9
             axes.plot(steps, row, lw=width, **look)
             axes.plot([steps[-1], end], [row[-1], average], lw=0.6, ls=":", **look)
@@ -120,22 +128,17 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
         axes.set_xlim(steps[0], end)
         axes.set_xlabel("training step")
         axes.set_ylabel("weight")
-        axes.set_title(f"{criterion} at {sampled['sparsity']:.0%} sparsity", pad=24)
-        place = {"transform": axes.transAxes, "va": "bottom"}
+        axes.set_title(
+            f"{criterion} at {100 * sampled['sparsity']:g} % sparsity", pad=24
+        )
+        place: dict[str, Any] = {"transform": axes.transAxes, "va": "bottom"}
         axes.text(0, 1.02, f"{sum(kept)} kept", color=canvas.KEPT, **place)
         removed = f"{len(kept) - sum(kept)} removed"
         axes.text(0.2, 1.02, removed, color=canvas.REMOVED, **place)
         if any(other):
             note = f"thick: {sum(other)} unlike magnitude"
             axes.text(1, 1.02, note, size=8.5, ha="right", **place)
-        axes.annotate(
-            "average",
-            (end, sampled["averages"][int(np.argmax(sampled["averages"]))]),
-            (7, 0),
-            textcoords="offset points",
-            va="center",
-            annotation_clip=False,
-        )
+        canvas.beside(axes, "average", (end, max(sampled["averages"])), canvas.INK)
     return figure
 
 
@@ -179,10 +182,11 @@ def layers(
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.set_yticks(np.arange(len(names)) + 0.5, names)
     axes.set_xticks(np.arange(len(shares)) + 0.5, list(shares), rotation=35, ha="left")
-    for text, name in zip(axes.get_xticklabels(), shares, strict=True):
-        text.set_color(canvas.styles(list(shares))[name].colour)
+    style = canvas.styles(list(shares))
+    for label, name in zip(axes.get_xticklabels(), shares, strict=True):
+        label.set_color(style[name].colour)
     axes.spines[:].set_visible(False)
-    title = f"% removed of each matrix at {sparsity:.0%}, {scope} scope"
+    title = f"% removed of each matrix at {100 * sparsity:g} %, {scope} scope"
     figure.text(0.1 / width, 1 - 0.12 / height, title, size=10.5, va="top")
     return figure
 
@@ -191,20 +195,21 @@ def layers(
 def training(results: Mapping[str, Any]) -> Figure:
     """The dense models' loss over the steps: training faint, validation strong."""
     figure, (axes,) = canvas.panels(1, ["validation  "])
-    colour, last = next(iter(canvas.COLOURS)), (0, 0.0, 0.0)
+    colour = next(iter(canvas.COLOURS))
+    last: tuple[float, float] | None = None
     for seed in results["seeds"]:
         curve = seed.get("curve") or ()
         axes.plot(*_points(curve, "loss"), color=canvas.FAINT, lw=0.6, alpha=0.8)
         steps, measured = _points(curve, "validation_loss")
         axes.plot(steps, measured, "o-", color=colour, ms=3, lw=1.4)
         if steps:
-            last = (steps[-1], measured[-1], last[2])
-    place = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
-    axes.annotate("validation", last[:2], (8, 0), color=colour, **place)
+            last = (steps[-1], measured[-1])
+    if last:
+        canvas.beside(axes, "validation", last, colour)
     axes.set_title("Training the dense models: nats per token")
     axes.text(
         0.98,
-        0.95,
+        0.96,
         "training batches",
         transform=axes.transAxes,
         color=canvas.FAINT,
@@ -235,55 +240,48 @@ def _limits(all_results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
         values += [
             nats
             for stage in results_.STAGES
-            for _, nats in _dense(results, stage).values()
+            for nats in _dense(results, stage).values()
         ]
-    return min(-1.5 * CLOSE, 1.3 * min(values)), max(5 * CLOSE, 1.3 * max(values))
+    return min(-1.5 * results_.CLOSE, 1.3 * min(values)), max(
+        5 * results_.CLOSE, 1.3 * max(values)
+    )
 
 
-def _dense(
-    results: Mapping[str, Any], stage: results_.Stage
-) -> dict[str, tuple[float, float]]:
-    """Mean loss of both dense models, and how far above the stage's reference."""
+def _dense(results: Mapping[str, Any], stage: results_.Stage) -> dict[str, float]:
+    """Both dense models by name and mean loss: how far above the stage's reference."""
     dense = float(np.mean([seed["dense"]["loss"] for seed in results["seeds"]]))
-    extra = results_.extra_steps(results)
     known = {"dense": dense}
-    if extra is not None:
+    if results_.extra_steps(results) is not None:
         losses = [seed["control"]["loss"] for seed in results["seeds"]]
-        known[f"dense + {extra} steps"] = float(np.mean(losses))
+        known["control"] = float(np.mean(losses))
     reference = dense if stage == "pruned" else list(known.values())[-1]
-    return {f"{name}  {at:.3f}": (at, at - reference) for name, at in known.items()}
+    return {f"{name}  {at:.3f}": at - reference for name, at in known.items()}
 
 
 def _against_sparsity(
     axes: Axes,
     lines: Sequence[tuple[str, canvas.Line, results_.Curve]],
     limits: tuple[float, float],
-    references: Mapping[str, tuple[float, float]],
 ) -> None:
-    """Draws labelled curves of nats above a reference, and the dense models."""
+    """Draws curves of nats above a reference, on axes that fit them all."""
     sparsities = np.unique(np.concatenate([curve.sparsities for *_, curve in lines]))
     percent = 100 * sparsities
     end = max(percent[-1], percent[0] + 1)
     axes.set_xlim(percent[0], end)
     axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.8)
     axes.set_ylim(*limits)
-    axes.axhspan(-CLOSE, CLOSE, color=canvas.FAINT, alpha=0.15, lw=0)
-    ends = []
+    axes.axhspan(-results_.CLOSE, results_.CLOSE, color=canvas.FAINT, alpha=0.15, lw=0)
     for name, style, curve in lines:
         x, above = 100 * curve.sparsities, curve.above
         if above.shape[0] > 1:
-            band = {"color": style.colour, "alpha": 0.16, "lw": 0}
+            band: dict[str, Any] = {"color": style.colour, "alpha": 0.16, "lw": 0}
             axes.fill_between(x, above.min(0), above.max(0), **band)
-        look = {"color": style.colour, "marker": style.marker, "ls": style.dash}
+        look: dict[str, Any] = {
+            "color": style.colour,
+            "marker": style.marker,
+            "ls": style.dash,
+        }
         axes.plot(x, above.mean(0), label=name, clip_on=False, **look)
-        ends.append((name, style.colour, x[-1], float(above.mean(0)[-1])))
-    for name, (_, nats) in references.items():
-        dash = "-" if nats == 0 else (0, (4, 3))
-        axes.axhline(nats, color=canvas.INK, lw=1, ls=dash, label=name, zorder=1)
-        ends.append((name, canvas.INK, end, nats))
-    if not references:
-        axes.axhline(0, color=canvas.INK, lw=1, zorder=1)
-    _name_ends(axes, ends)
     ticks = np.concatenate([-_TICKS, [0], _TICKS])
     ticks = ticks[(ticks >= limits[0]) & (ticks <= limits[1])]
     axes.set_yticks(
@@ -300,44 +298,16 @@ def _against_sparsity(
     axes.set_axisbelow(True)
 
 
-def _name_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
-    """Writes each line's name right of its end, moved apart so that none overlap."""
-    ends = sorted(ends, key=lambda end: end[3])
-    display = axes.transData.transform([end[2:] for end in ends])
-    heights = axes.transAxes.inverted().transform(display)[:, 1]
-    inches = axes.get_position().height * axes.get_figure().get_figheight()
-    for (name, colour, x, y), height in zip(
-        ends, apart(heights, 0.17 / inches), strict=True
-    ):
-        axes.annotate(
+def _ends(
+    lines: Sequence[tuple[str, canvas.Line, results_.Curve]],
+) -> list[tuple[str, str, float, float]]:
+    """Name, colour and last point of each line."""
+    return [
+        (
             name,
-            (x, y),
-            (1.06, height),
-            textcoords="axes fraction",
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "lw": 0.6,
-                "shrinkA": 0,
-                "relpos": (0, 0.5),
-            },
+            style.colour,
+            100 * float(curve.sparsities[-1]),
+            float(curve.above[:, -1].mean()),
         )
-
-
-def apart(heights: np.ndarray, gap: float) -> np.ndarray:
-    """Moves ascending heights in [0, 1] apart by at least `gap`, as little as need be.
-
-    Args:
-      heights: Ascending heights, of shape (labels,).
-      gap: The least distance between neighbours.
-
-    Returns:
-      Heights of the same shape and order; from the top down when there are too many.
-    """
-    offsets = gap * np.arange(len(heights))
-    slack = heights - offsets
-    up, down = np.maximum.accumulate(slack), np.minimum.accumulate(slack[::-1])[::-1]
-    return np.clip((up + down) / 2, 0, 1 - offsets[-1]) + offsets
+        for name, style, curve in lines
+    ]

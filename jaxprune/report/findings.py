@@ -1,8 +1,8 @@
 """What the numbers of one run say, in sentences and choices computed from them alone.
 
-"Within" a reference means at most `CLOSE` nats above it, at this sparsity and at every
-lower one that was tested; the reference is the dense model right after pruning, and
-after retraining the dense control with as many steps in all.
+"Within" a reference means at most `results.CLOSE` nats above it, at this sparsity
+and at every lower one that was tested. The reference is the dense model right after
+pruning, and after retraining the dense control with as many steps in all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxprune.report import results as results_
 
-CLOSE = 0.015  # nats
 CLOSE_SHARE = 0.01  # of the reference's loss
 _TYPICAL = 0.6  # the sparsity whose layers are shown
 _WATCHED = ("averaged_weight", "trajectory", "magnitude")
@@ -49,23 +48,25 @@ def headline(results: Mapping[str, Any]) -> list[str]:
 
 def _furthest(curves: Sequence[results_.Curve], reference: str) -> str:
     """Which criteria stay close to the reference up to the highest sparsity."""
-    reaches = {title(curve, curves): curve.reach(CLOSE) or 0.0 for curve in curves}
+    reaches = {
+        title(curve, curves): curve.reach(results_.CLOSE) or 0.0 for curve in curves
+    }
     best = max(reaches.values())
     if best == 0:
-        return f"no criterion stays within {CLOSE} nats of {reference}"
+        return f"no criterion stays within {results_.CLOSE} nats of {reference}"
     first = [name for name, reach in reaches.items() if reach == best]
     rest = [reach for reach in reaches.values() if reach < best]
-    names = _listed(first) if len(first) <= 3 else f"{len(first)} of {len(reaches)}"
+    scopes = {curve.scope for curve in curves}
+    kind = "criteria" if len(scopes) == 1 else "pairs of criterion and scope"
+    several = f"{len(first)} of {len(reaches)} {kind}"
+    names = _listed(first) if len(first) <= 3 else several
     verb = "stays" if len(first) == 1 else "stay"
-    text = (
-        f"{names} {verb} within {CLOSE} nats of {reference} up to {best:.0%} sparsity"
-    )
+    near = f"{verb} within {results_.CLOSE} nats of {reference}"
+    text = f"{names} {near} up to {percent(best)} sparsity"
     if not rest:
         return text
-    low, high = min(rest), max(rest)
-    others = "the other" if len(rest) == 1 else f"the other {len(rest)}"
-    span = f"{high:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
-    return f"{text}, {others} up to {span}"
+    high = max(rest)
+    return f"{text}, no other {f'past {percent(high)}' if high else 'at any'}"
 
 
 def _lowest(curves: Sequence[results_.Curve]) -> str:
@@ -80,19 +81,29 @@ def _lowest(curves: Sequence[results_.Curve]) -> str:
         return "Nothing but the dense model was retrained."
     mean, curve, column = min(found, key=lambda item: item[0])
     above = curve.above[:, column].compressed()
-    where = f"{title(curve, curves)} at {curve.sparsities[column]:.0%}"
+    where = f"{title(curve, curves)} at {percent(curve.sparsities[column])}"
     if mean >= 0:
         return (
             f"Pruning never lowered the loss: the lowest of {len(found)} is {where}, "
-            f"{mean:+.3f} nats against the dense control."
+            f"{signed(mean)} nats against the dense control."
         )
     deviation = float(results_.spread(above))
     noise = "" if mean < -deviation else ", no more than the spread of the seeds"
     return (
-        f"The lowest of {len(found)} retrained losses is {where}, {mean:+.3f} nats "
+        f"The lowest of {len(found)} retrained losses is {where}, {signed(mean)} nats "
         f"against the dense control and under it for {(above < 0).sum()} of "
         f"{len(above)} seeds{noise}; a lowest of many flatters."
     )
+
+
+def percent(share: float) -> str:
+    """A share as it is written everywhere: "60 %", "97.5 %"."""
+    return f"{100 * share:.4g}\N{NO-BREAK SPACE}%"
+
+
+def signed(nats: float) -> str:
+    """A difference of losses as it is written everywhere: "+0.015", "−0.003"."""
+    return f"{nats:+z.3f}".replace("-", "−")
 
 
 def title(curve: results_.Curve, among: Sequence[results_.Curve]) -> str:

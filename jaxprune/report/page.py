@@ -25,24 +25,24 @@ _STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--text);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1120px;margin:auto;padding:2.5rem 1.25rem 4rem}
+main{max-width:1160px;margin:auto;padding:2.5rem 1.25rem 4rem}
 h1{font-size:.95rem;font-weight:600;color:var(--quiet);margin:0 0 .75rem}
 h2{font-size:1.3rem;line-height:1.3;margin:3rem 0 .4rem}
 h3{font-size:1rem;margin:1.6rem 0 .2rem}
 code{font:.93em ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 p{max-width:46rem;margin:.5rem 0}
-.lead{font-size:1.55rem;line-height:1.35;font-weight:600;letter-spacing:-.01em;
+.lead{max-width:56rem;font-size:1.55rem;line-height:1.35;font-weight:600;letter-spacing:-.01em;
 text-wrap:pretty}
 .note,figcaption,caption{color:var(--quiet);font-size:.875rem;line-height:1.5}
 figcaption,caption{max-width:46rem;text-align:left}caption{padding-bottom:.4rem}
 figure{margin:1rem 0}
 .panels{display:flex;flex-wrap:wrap;gap:1rem 1.5rem}
-.panels>svg{flex:1 1 340px;min-width:0;max-width:530px;height:auto}
-.panels>svg.wide{flex-basis:100%;max-width:100%}
+.panels>svg{flex:1 1 340px;min-width:0;height:auto}
+.wide{overflow-x:auto}.wide>svg{display:block;height:auto}
 svg text{font-family:inherit!important}
 .scroll{overflow-x:auto;margin:1rem 0}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-th,td{padding:.32rem .7rem;text-align:right;border-bottom:1px solid var(--rule);
+table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
+th,td{padding:.32rem .4rem;text-align:right;border-bottom:1px solid var(--rule);
 white-space:nowrap;vertical-align:top}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 thead th{color:var(--quiet);font-weight:500}
@@ -54,9 +54,9 @@ overflow:hidden;margin:1.6rem 0}
 dl div{background:var(--panel);padding:.7rem .9rem}
 dt{color:var(--quiet);font-size:.8rem}
 dd{margin:0;font-weight:600;overflow-wrap:anywhere}
-pre{background:var(--panel);border:1px solid var(--rule);border-radius:8px;margin:.4rem 0;
-padding:.8rem 1rem;font:13px/1.5 ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;
-white-space:pre-wrap;overflow-wrap:anywhere}
+pre{background:var(--panel);border:1px solid var(--rule);border-radius:8px;
+margin:.4rem 0;padding:.8rem 1rem;font:13px/1.5 ui-monospace,Menlo,Consolas,
+"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 .texts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));
 gap:0 1.5rem}.texts pre{max-height:22rem;overflow-y:auto}
 summary{cursor:pointer;color:var(--quiet);margin:.8rem 0}
@@ -151,20 +151,20 @@ def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) ->
     Args:
       drawn: matplotlib figures by a name that is unique on the page.
       caption: Plain text below.
-      wide: Whether each takes a line of its own.
+      wide: Whether each takes a line of its own and may scroll sideways.
 
     Returns:
       HTML with the figures inline.
     """
-    label = f'role="img" aria-label="{html.escape(caption)}"'
-    shown = "".join(
-        inline(figure, name).replace(
-            "<svg", f'<svg class="{"wide" if wide else "panel"}" {label}', 1
-        )
-        for name, figure in drawn.items()
-    )
+    shown = ""
+    for name, figure in drawn.items():
+        inches = figure.get_figwidth()
+        size = f"max-width:{88 * inches:.0f}px"
+        size += f";min-width:{64 * inches:.0f}px" if wide else ""
+        opening = f'<svg role="img" aria-label="{html.escape(caption)}" style="{size}"'
+        shown += inline(figure, name).replace("<svg", opening, 1)
     return (
-        f'<figure><div class="panels">{shown}</div>'
+        f'<figure><div class="{"wide" if wide else "panels"}">{shown}</div>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 

@@ -21,6 +21,7 @@ Results = Mapping[str, Any]
 Stage = Literal["pruned", "retrained"]
 
 FORMAT = 1
+CLOSE = 0.015  # nats: what figures and tables call "within" a reference
 STAGES: tuple[Stage, ...] = ("pruned", "retrained")
 COLUMNS = (
     "seed",
@@ -378,6 +379,7 @@ def spread(values: np.ndarray, axis: int = 0) -> np.ndarray:
 
 def extra_steps(results: Results) -> int | None:
     """The steps that the dense control had beyond the dense model, if there is one."""
-    seed = results["seeds"][0]
-    control = seed.get("control")
-    return control["steps"] - seed["dense"]["steps"] if control else None
+    seeds = results["seeds"]
+    if not all(seed.get("control") for seed in seeds):
+        return None
+    return int(seeds[0]["control"]["steps"] - seeds[0]["dense"]["steps"])

@@ -18,7 +18,7 @@ from jaxprune.report import results as results_
 _BAND = (
     "Lines are means over the seeds, bands their range. The axis is linear within "
     f"{figures.LINEAR} nats of the reference and logarithmic beyond; the grey strip is "
-    f"±{findings.CLOSE} nats. "
+    f"±{results_.CLOSE} nats. "
 )
 
 
@@ -96,7 +96,7 @@ def _opening(results: Mapping[str, Any]) -> str:
 
 def _losses(results: Mapping[str, Any]) -> str:
     """Loss against sparsity, pictured and in numbers, for each scope."""
-    parts = ["<h2>Loss against sparsity</h2>"]
+    parts = ["<h2>Loss against sparsity</h2>", _reach_table(results)]
     scopes = results_.scopes(results)
     for scope in scopes:
         if len(scopes) > 1:
@@ -116,7 +116,6 @@ def _losses(results: Mapping[str, Any]) -> str:
         for stage, found in curves.items():
             if found:
                 parts.append(_loss_table(found, figures.TITLES[stage]))
-    parts.append(_reach_table(results))
     return "\n".join(parts)
 
 
@@ -127,24 +126,24 @@ def _loss_table(curves: Sequence[results_.Curve], title: str) -> str:
     means: dict[float, dict[str, float]] = {sparsity: {} for sparsity in sparsities}
     for curve in curves:
         for column, sparsity in enumerate(map(float, curve.sparsities)):
-            losses = curve.losses[:, column].compressed()
+            measured = curve.losses[:, column].compressed()
             above = curve.above[:, column].compressed()
-            means[sparsity][curve.criterion] = round(float(losses.mean()), 3)
-            texts = (_mean(losses), _mean(above, sign="+"))
+            means[sparsity][curve.criterion] = round(float(measured.mean()), 3)
+            texts = (_mean(measured), _mean(above, sign="+"))
             cells.setdefault(curve.criterion, {})[sparsity] = texts
-    rows = []
+    table = []
     for criterion, known in cells.items():
-        row = [criterion]
+        row: list[str] = [criterion]
         for sparsity in sparsities:
-            loss, above = map(html.escape, known.get(sparsity, ("", "")))
-            column = means[sparsity].values()
-            best = means[sparsity].get(criterion) == min(column) < max(column)
+            texts = known.get(sparsity, ("", ""))
+            of = means[sparsity]
+            best = of.get(criterion) == min(of.values()) < max(of.values())
             mark = ' class="best"' if best else ""
-            row.append(f"<td{mark}>{loss}<small>{above}</small></td>")
-        rows.append(row)
+            row.append(f"<td{mark}>{texts[0]}<small>{texts[1]}</small></td>")
+        table.append(row)
     return page.table(
-        ["criterion", *(_percent(sparsity) for sparsity in sparsities)],
-        rows,
+        ["criterion", *(findings.percent(sparsity) for sparsity in sparsities)],
+        table,
         f"{title}: loss in nats per token, mean ± spread of the seeds, and below it "
         "the same above the reference of each seed. The lowest of each column is "
         "marked; differences under the spread decide nothing.",
@@ -158,13 +157,13 @@ def _reach_table(results: Mapping[str, Any]) -> str:
     for stage in results_.STAGES:
         curves = results_.curves(results, stage)
         names = [
-            f"{stage}, {findings.CLOSE} nats",
-            f"{stage}, {findings.CLOSE_SHARE:.0%}",
+            f"{stage}, {results_.CLOSE} nats",
+            f"{stage}, {findings.percent(findings.CLOSE_SHARE)}",
         ]
         header += names if curves else []
         for curve in curves:
             row = found.setdefault((curve.criterion, curve.scope), {})
-            row[names[0]] = _reach(curve, findings.CLOSE, relative=False)
+            row[names[0]] = _reach(curve, results_.CLOSE, relative=False)
             row[names[1]] = _reach(curve, findings.CLOSE_SHARE, relative=True)
     rows = [
         [criterion, scope, *(row.get(name, "") for name in header[2:])]
@@ -173,8 +172,8 @@ def _reach_table(results: Mapping[str, Any]) -> str:
     return page.table(
         header,
         rows,
-        "The sparsity up to which the mean loss stays within 0.015 nats, or 1 %, of the "
-        "reference at every sparsity tested; in brackets where the worst seed does.",
+        "The sparsity up to which the mean loss stays within 0.015 nats, or 1 %, of "
+        "its reference at every sparsity tested; in brackets where every seed does.",
     )
 
 
@@ -182,8 +181,8 @@ def _reach(curve: results_.Curve, limit: float, *, relative: bool) -> str:
     """The mean's reach, and the worst seed's where that is another."""
     mean = curve.reach(limit, relative=relative)
     worst = curve.reach(limit, relative=relative, worst=True)
-    text = _percent(mean)
-    return text if mean == worst else f"{text} ({_percent(worst)})"
+    texts = ["none" if at is None else findings.percent(at) for at in (mean, worst)]
+    return texts[0] if mean == worst else f"{texts[0]} ({texts[1]})"
 
 
 def _weights(results: Mapping[str, Any]) -> str:
@@ -221,7 +220,7 @@ def _layers(results: Mapping[str, Any]) -> str:
 
 def _samples(results: Mapping[str, Any]) -> str:
     """Text sampled before and after, the first seed's open and the others' folded."""
-    parts = []
+    parts: list[str] = []
     for seed in results["seeds"]:
         texts = "".join(
             f"<div><h3>{html.escape(sample['label'])}</h3>"
@@ -239,11 +238,11 @@ def _samples(results: Mapping[str, Any]) -> str:
 
 def _costs(results: Mapping[str, Any]) -> str:
     """Bytes and FLOPs by sparsity; time, memory and energy by phase."""
-    parts = []
+    parts: list[str] = []
     if costs := results.get("costs"):
         rows = [
             [
-                _percent(cost["sparsity"]),
+                findings.percent(cost["sparsity"]),
                 _bytes(cost["bytes_dense"]),
                 _bytes(cost["bytes_packed"]),
                 f"{cost['bytes_packed'] / max(cost['bytes_dense'], 1):.0%}",
@@ -338,14 +337,10 @@ def command(results: Mapping[str, Any]) -> str:
 
 def _mean(losses: Sequence[float] | np.ndarray, sign: str = "") -> str:
     """Mean and, for several seeds, spread: "1.908 ± 0.008"."""
-    mean = f"{float(np.mean(losses)):{sign}.3f}".replace("-", "−")
+    mean = f"{float(np.mean(losses)):{sign}z.3f}".replace("-", "−")
     if len(losses) < 2:
         return mean
     return f"{mean} ± {float(np.std(losses, ddof=1)):.3f}"
-
-
-def _percent(sparsity: float | None) -> str:
-    return "none" if sparsity is None else f"{100 * sparsity:.4g} %"
 
 
 def _bytes(count: float) -> str:

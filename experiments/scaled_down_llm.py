@@ -1,0 +1,356 @@
+"""Train a small GPT, watch every weight, prune by what was seen, retrain, show it.
+
+    python -m experiments.scaled_down_llm --out results/first
+
+The paper's first experiment. Started again with the same flags, a run goes on where it
+was; a finished one says so. What it writes is described in experiments/README.md.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import records
+from experiments.criteria import CRITERIA
+from experiments.datasets import Corpus, load
+from experiments.language_model import LanguageModel
+from experiments.sweep import Plan, Seed
+from jaxprune import checkpoint, report
+from jaxprune.models import gpt
+
+_BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
+_STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}
+_RATE = {"cpu": 1e-3, "medium": 1e-3, "char": 1e-3, "gpt2": 6e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains a small GPT with tracking, prunes it by several criteria, retrains it.
+
+    Attributes:
+      out: folder of the results; a run found there goes on.
+      preset: size of the model; "char" and "gpt2" are for GPU or TPU.
+      data: "shakespeare_plays" (offline) or "tiny_shakespeare_char" (downloaded once).
+      text: a text file, or a folder of them, in place of a data set.
+      data_dir: where data sets are kept; TFDS's default if left out.
+      seeds: one training run each.
+      criteria: what to prune by; see experiments/criteria.py.
+      retrain_criteria: those retrained too; all of `criteria` if left out.
+      scopes: "global" ranks all matrices together, "layer" each alone; the first one is
+        retrained.
+      sparsities: shares of the decoder's matrices to remove.
+      retrain_sparsities: those retrained at; all of `sparsities` if left out.
+      batch_size: sequences in a batch; the preset's if left out.
+      steps: steps of training; the preset's if left out.
+      retrain_steps: steps after pruning, and of the dense control.
+      learning_rate: peak; the preset's if left out.
+      eval_tokens: validation tokens of every loss; 0 takes all.
+      show_sparsity: where samples, layers and single weights are shown.
+      sample_length: characters of a sample.
+      dtype: type of the matrix products; parameters are float32.
+      checkpoint_every: steps between checkpoints.
+      energy: three-letter code of the country whose electricity counts, to measure
+        energy and CO2 (needs the extra `energy`).
+      fsdp: split the parameters over the devices, where there are several.
+      smoke: everything at a size that ends within a minute.
+    """
+
+    out: Path = Path("results/scaled_down_llm")
+    preset: Literal["cpu", "medium", "char", "gpt2"] = "cpu"
+    data: str = "shakespeare_plays"
+    text: Path | None = None
+    data_dir: Path | None = None
+    seeds: tuple[int, ...] = (0, 1)
+    criteria: tuple[str, ...] = ("trajectory", "averaged_weight", "magnitude")
+    retrain_criteria: tuple[str, ...] | None = None
+    scopes: tuple[Literal["layer", "global"], ...] = ("global",)
+    sparsities: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    retrain_sparsities: tuple[float, ...] | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    retrain_steps: int = 100
+    learning_rate: float | None = None
+    eval_tokens: int = 100_000
+    show_sparsity: float = 0.8
+    sample_length: int = 300
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: int = 250
+    energy: str | None = None
+    fsdp: bool = False
+    smoke: bool = False
+
+    def plan(self) -> Plan:
+        """The numbers of one seed, checked.
+
+        Raises:
+          ValueError: a criterion is unknown, or a number is out of range.
+        """
+        config = self.smaller() if self.smoke else self
+        config.check()
+        sparsities = tuple(sorted(set(config.sparsities)))
+        return Plan(
+            batch_size=config.batch_size or _BATCH[config.preset],
+            steps=config.steps or _STEPS[config.preset],
+            retrain_steps=config.retrain_steps,
+            learning_rate=config.learning_rate or _RATE[config.preset],
+            criteria=config.criteria,
+            retrain_criteria=_or(config.retrain_criteria, config.criteria),
+            scopes=config.scopes,
+            sparsities=sparsities,
+            retrain_sparsities=_or(config.retrain_sparsities, sparsities),
+            eval_tokens=config.eval_tokens or None,
+            show_sparsity=min(
+                sparsities, key=lambda s: abs(s - config.show_sparsity)
+            ),
+            sample_length=config.sample_length,
+            checkpoint_every=config.checkpoint_every,
+            energy_country=config.energy,
+            fsdp=config.fsdp,
+        )
+
+    def smaller(self) -> "Config":
+        """The same at the size of `--smoke`."""
+        return dataclasses.replace(
+            self,
+            seeds=self.seeds[:1],
+            criteria=self.criteria[:3],
+            sparsities=(0.5, 0.9),
+            retrain_sparsities=None,
+            batch_size=4,
+            steps=40,
+            retrain_steps=10,
+            eval_tokens=4096,
+            sample_length=60,
+        )
+
+    def check(self) -> None:
+        """Refuses what could only fail later.
+
+        Raises:
+          ValueError: a criterion is unknown, a number out of range, or a list empty.
+        """
+        known = {*self.criteria, *(self.retrain_criteria or ())} - CRITERIA.keys()
+        if known:
+            raise ValueError(
+                f"criteria must be of {', '.join(CRITERIA)}, got {', '.join(known)}"
+            )
+        for sparsity in (*self.sparsities, *(self.retrain_sparsities or ())):
+            if not 0 < sparsity < 1:
+                raise ValueError(
+                    f"sparsities must be in (0, 1), got {sparsity}; the dense model is "
+                    "always measured"
+                )
+        for name in ("seeds", "criteria", "scopes", "sparsities"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one")
+        for name in ("batch_size", "steps", "retrain_steps", "checkpoint_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.eval_tokens < 0 or self.sample_length < 1:
+            raise ValueError("eval_tokens must be >= 0 and sample_length >= 1")
+
+
+def main(config: Config) -> Path:
+    """Runs the experiment, or what is left of it.
+
+    Args:
+      config: what to run.
+
+    Returns:
+      The report's path.
+
+    Raises:
+      ValueError: the configuration is out of range, or the folder holds another run.
+      OSError: the folder cannot be written to, or another process runs there.
+    """
+    plan = config.plan()
+    with _locked(config.out):
+        corpus = load(config.data, text=config.text, data_dir=config.data_dir)
+        identity = _identity(config, plan, corpus)
+        finished = config.out / "results.json"
+        if _begun(config.out, identity) and finished.exists():
+            print(
+                f"'{config.out}' is finished: see report.html there; give another "
+                "--out to run anew."
+            )
+            return config.out / "report.html"
+        results = _run(config, plan, corpus, identity)
+        report.write_report(results, config.out)
+        records.write_json(finished, results)
+    print(report.summary(results))
+    print(f"\nreport: {config.out / 'report.html'}")
+    return config.out / "report.html"
+
+
+def _run(
+    config: Config, plan: Plan, corpus: Corpus, identity: dict[str, Any]
+) -> dict[str, Any]:
+    shape = gpt.preset(config.preset, vocab_size=_vocabulary(config, corpus))
+    shape = dataclasses.replace(shape, dtype=config.dtype)
+    model = LanguageModel(shape)
+    seeds, phases = [], []
+    with records.MetricsLog(config.out / "metrics.jsonl") as log:
+        for number in tqdm(identity["seeds"], desc="seeds", disable=None):
+            seed = Seed(number, plan, model, corpus, config.out, log, identity)
+            seeds.append(seed.run())
+            phases += _summed(seed.phases)
+    leaves = jp.tree.named_leaves(jax.eval_shape(lambda: model.init(0)))
+    shown = {
+        name: {
+            "shape": list(leaf.shape),
+            "size": leaf.size,
+            "prunable": jp.tree.prunable(name, leaf),
+        }
+        for name, leaf in leaves.items()
+    }
+    prunable = sum(leaf["size"] for leaf in shown.values() if leaf["prunable"])
+    return {
+        "format": 1,
+        "name": "scaled_down_llm",
+        "config": identity,
+        "versions": records.versions(),
+        "device": records.device(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": {
+            "parameters": sum(leaf.size for leaf in leaves.values()),
+            "prunable": prunable,
+            "leaves": shown,
+        },
+        "seeds": seeds,
+        "phases": phases,
+        "costs": _costs(shape, seeds[0]["cells"], shown, plan),
+    }
+
+
+def _identity(config: Config, plan: Plan, corpus: Corpus) -> dict[str, Any]:
+    """What must be the same for a run to go on; JSON-able."""
+    numbers = dataclasses.asdict(plan)
+    return json.loads(
+        json.dumps(
+            {
+                "preset": config.preset,
+                "data": corpus.name,
+                "fingerprint": corpus.fingerprint,
+                "vocabulary": len(corpus.vocabulary),
+                "seeds": config.seeds[:1] if config.smoke else config.seeds,
+                "dtype": config.dtype,
+                "smoke": config.smoke,
+                **numbers,
+            }
+        )
+    )
+
+
+def _begun(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run; writes config.json if it holds none."""
+    path = out / "config.json"
+    if not path.exists():
+        records.write_json(path, identity)
+        return False
+    different = checkpoint.differences(json.loads(path.read_text()), identity)
+    if different:
+        raise ValueError(
+            f"'{out}' holds a run of another configuration: {'; '.join(different)}; "
+            "give the old values to go on, or another --out"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder; a killed process leaves no lock."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(
+            f"--out '{out}' must be a folder that can be written to, got "
+            f"{error.strerror}; give another"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(
+                f"another process is running in '{out}'; wait for it or give another "
+                "--out"
+            ) from error
+        yield
+
+
+def _vocabulary(config: Config, corpus: Corpus) -> int:
+    """The corpus's size, or GPT-2's own where its preset is to be kept whole."""
+    size = len(corpus.vocabulary)
+    return gpt.PRESETS[config.preset].get("vocab_size", size)
+
+
+def _summed(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One phase a name: costs added up, the peak of memory, the mean rate."""
+    merged: dict[str, dict[str, Any]] = {}
+    for phase in phases:
+        if phase["name"] not in merged:
+            merged[phase["name"]] = dict(phase)
+            continue
+        total = merged[phase["name"]]
+        tokens = [(p["tokens_per_second"] or 0) * p["seconds"] for p in (total, phase)]
+        for field in ("seconds", "energy_kwh", "co2_kg"):
+            if phase[field] is not None:
+                total[field] = (total[field] or 0) + phase[field]
+        total["tokens_per_second"] = sum(tokens) / total["seconds"] or None
+        total["peak_memory_bytes"] = max(
+            total["peak_memory_bytes"] or 0, phase["peak_memory_bytes"] or 0
+        )
+    return list(merged.values())
+
+
+def _costs(
+    shape: gpt.GPTConfig,
+    cells: list[dict[str, Any]],
+    leaves: dict[str, dict[str, Any]],
+    plan: Plan,
+) -> list[dict[str, Any]]:
+    """Bytes and FLOPs of the first criterion's cells, in principle and per token."""
+    sizes = {name: leaf["size"] for name, leaf in leaves.items()}
+    costs = []
+    for cell in cells:
+        if (cell["criterion"], cell["scope"]) != (plan.criteria[0], plan.scopes[0]):
+            continue
+        shares = cell["sparsity_by_leaf"]
+        packed = sum(
+            4 * round(size * (1 - shares[name])) + -(-size // 8)
+            if name in shares
+            else 4 * size
+            for name, size in sizes.items()
+        )
+        costs.append(
+            {
+                "sparsity": cell["sparsity"],
+                "bytes_dense": 4 * sum(sizes.values()),
+                "bytes_packed": packed,
+                "flops_dense": gpt.flops_per_token(shape),
+                "flops_kept": gpt.flops_per_token(shape, shares),
+            }
+        )
+    return costs
+
+
+def _or(value: tuple[Any, ...] | None, default: tuple[Any, ...]) -> tuple[Any, ...]:
+    return default if value is None else value
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except (ValueError, OSError, ImportError) as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,347 @@
+"""Train once, then prune in every way that is asked for: one stage after the other.
+
+Each stage's result is a small JSON file in the run's folder, written when the stage is
+over; a run started again reads what is there and does the rest. Inside a stage of many
+steps, `training.train` goes on from its own checkpoints.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxprune as jp
+from experiments import training
+from experiments.criteria import CRITERIA, Watched
+from experiments.datasets import Batches, Corpus, prefetch, validation_batches
+from experiments.language_model import ADAMW, LanguageModel, optimizer, schedule
+from experiments.records import MetricsLog, measure, write_json
+from jaxprune import checkpoint
+
+WATCHED_WEIGHTS = 64
+CURVE_TOKENS = 16_384
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The numbers that one seed's stages need; see `scaled_down_llm.Config`.
+
+    Attributes:
+      batch_size: sequences in a batch.
+      steps: steps of training.
+      retrain_steps: steps after pruning, and of the control.
+      learning_rate: peak, of both.
+      criteria: names of `CRITERIA`, each pruned by.
+      retrain_criteria: those retrained after it.
+      scopes: "layer", "global".
+      sparsities: the sweep.
+      retrain_sparsities: those retrained at.
+      eval_tokens: validation tokens of every loss; None for all.
+      show_sparsity: where samples and single weights are shown.
+      sample_length: characters of a sample.
+      checkpoint_every: steps between checkpoints.
+      energy_country: three-letter code, or None for no energy.
+      fsdp: whether to split parameters over the devices.
+    """
+
+    batch_size: int
+    steps: int
+    retrain_steps: int
+    learning_rate: float
+    criteria: tuple[str, ...]
+    retrain_criteria: tuple[str, ...]
+    scopes: tuple[jp.base.Scope, ...]
+    sparsities: tuple[float, ...]
+    retrain_sparsities: tuple[float, ...]
+    eval_tokens: int | None
+    show_sparsity: float
+    sample_length: int
+    checkpoint_every: int
+    energy_country: str | None
+    fsdp: bool
+
+
+class Seed:
+    """All stages of one seed; `run` returns what results.json holds of it."""
+
+    def __init__(
+        self,
+        seed: int,
+        plan: Plan,
+        model: LanguageModel,
+        corpus: Corpus,
+        out: Path,
+        log: MetricsLog,
+        identity: dict[str, Any],
+    ) -> None:
+        """Prepares the data and the compiled functions; computes nothing."""
+        self.seed, self.plan, self.model, self.corpus = seed, plan, model, corpus
+        self.log, self.identity = log, {**identity, "seed": seed}
+        self.folder = out / f"seed-{seed}"
+        self.mesh = training.make_mesh(plan.batch_size)
+        context = model.config.context
+        self.batches = Batches(corpus.train, plan.batch_size, context, seed)
+        evaluate = training.make_eval(model.token_losses, mesh=self.mesh)
+
+        def validation(limit: int | None) -> Callable[[Any], float]:
+            windows = validation_batches(corpus.validation, 64, context, limit)
+            return lambda params: evaluate(params, windows)
+
+        self.loss = validation(plan.eval_tokens)
+        self.curve_loss = validation(CURVE_TOKENS)
+        self.phases: list[dict[str, Any]] = []
+
+    def run(self) -> dict[str, Any]:
+        """Every stage in order, or what is left of them."""
+        watched = self._train()
+        dense = {"steps": self.plan.steps}
+        dense |= self._once("dense", lambda: {"loss": self.loss(watched.params)})
+        samples = [self._once("sample", lambda: self._sample("dense", watched.params))]
+        control = self._retrained("control", watched.params, None)
+        cells = []
+        for criterion in self.plan.criteria:
+            scores: list[Any] = []  # made once, and only if a cell is left to do
+            for scope in self.plan.scopes:
+                cells += [
+                    self._cell(watched, criterion, scope, sparsity, scores, samples)
+                    for sparsity in self.plan.sparsities
+                ]
+        return {
+            "seed": self.seed,
+            "dense": dense,
+            "control": {
+                "steps": self.plan.steps + self.plan.retrain_steps,
+                "loss": control["loss"],
+            },
+            "curve": self._curve(),
+            "cells": cells,
+            "samples": samples,
+            "weights": self._once("weights", lambda: self._weights(watched)),
+        }
+
+    def _once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> Any:
+        """The stage's result, read if it is there, else computed and kept."""
+        path = self.folder / f"{stage}.json"
+        if not path.exists():
+            with measure(
+                stage.split("/")[0], seed=self.seed, country=self.plan.energy_country
+            ) as phase:
+                content = compute()
+                phase.tokens = content.pop("tokens", None)
+            write_json(path, {"content": content, "phase": phase.record()})
+        stored = json.loads(path.read_text())
+        self.phases.append(stored["phase"])
+        return stored["content"]
+
+    def _train(self) -> Watched:
+        """The trained parameters and what was seen on the way to them."""
+        plan = self.plan
+        rate = schedule(plan.learning_rate, plan.steps, warmup=100)
+        tx = optimizer(rate, track=True)
+        params = self.model.init(self.seed)
+        sampled = _sampled_weights(params, self.seed)
+
+        def evaluate(state: training.TrainState) -> dict[str, Any]:
+            weights = _values(state.params, sampled)
+            return {"validation_loss": self.curve_loss(state.params), "weights": weights}
+
+        state = training.init(params, tx, mesh=self.mesh, fsdp=plan.fsdp)
+
+        def train() -> dict[str, Any]:
+            self._fit(
+                "train", state, tx, plan.steps, 0, evaluate, max(plan.steps // 40, 1)
+            )
+            return {"tokens": plan.steps * plan.batch_size * self.model.config.context}
+
+        self._once("train", train)
+        state = checkpoint.restore(self.folder / "train", state).state
+        tracked = jp.get_importance(state.opt_state)
+        adam = jp.get_importance(state.opt_state[ADAMW])
+        return Watched(state.params, tracked, tracked._replace(square=adam.square))
+
+    def _fit(
+        self,
+        stage: str,
+        state: training.TrainState,
+        tx: Any,
+        steps: int,
+        offset: int,
+        evaluate: Any = None,
+        evaluate_every: int = 1,
+    ) -> training.TrainState:
+        labels = {"phase": stage, "seed": self.seed}
+        return training.train(
+            state,
+            training.make_step(self.model.loss, tx),
+            lambda step: self.batches(offset + step),
+            steps=steps,
+            key=jax.random.key(self.seed),
+            directory=self.folder / stage,
+            configuration={**self.identity, "stage": stage},
+            every=self.plan.checkpoint_every,
+            log_every=max(min(50, steps // 10), 1),
+            on_start=lambda step: self.log.resume(step, **labels),
+            on_metrics=lambda metrics: self.log.write(metrics, **labels),
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            label=f"seed {self.seed} {stage.replace('/', ' ')}",
+            mesh=self.mesh,
+            prefetch=prefetch,
+        )
+
+    def _retrained(
+        self,
+        stage: str,
+        params: Any,
+        masks: Any,
+        then: Callable[[Any], dict[str, Any]] = lambda params: {},
+    ) -> dict[str, Any]:
+        """The loss after `retrain_steps` more steps, the masks held if there are any."""
+        plan = self.plan
+        rate = schedule(plan.learning_rate, plan.retrain_steps, warmup=50)
+        tx = optimizer(rate, track=False)
+        if masks is not None:
+            tx = jp.keep_masks(tx, masks)
+
+        def compute() -> dict[str, Any]:
+            state = training.init(params, tx, mesh=self.mesh, fsdp=plan.fsdp)
+            state = self._fit(stage, state, tx, plan.retrain_steps, plan.steps)
+            tokens = plan.retrain_steps * plan.batch_size * self.model.config.context
+            result = {"loss": self.loss(state.params), **then(state.params)}
+            return {**result, "tokens": tokens}
+
+        result = self._once(stage, compute)
+        shutil.rmtree(self.folder / stage, ignore_errors=True)
+        return result
+
+    def _cell(
+        self,
+        watched: Watched,
+        criterion: str,
+        scope: jp.base.Scope,
+        sparsity: float,
+        scores: list[Any],
+        samples: list[Any],
+    ) -> dict[str, Any]:
+        """One criterion at one sparsity: right after pruning, and retrained."""
+        plan, name = self.plan, f"{criterion}-{scope}-{sparsity:g}"
+        shown = sparsity == plan.show_sparsity and scope == plan.scopes[0]
+        label = f"{criterion}, {sparsity:.0%} removed"
+
+        def masks() -> Any:
+            if not scores:
+                scores.append(CRITERIA[criterion](watched))
+            return jp.masks.make(scores[0], sparsity, scope=scope)
+
+        def prune() -> dict[str, Any]:
+            kept = masks()
+            counts = jp.sparsity(kept)
+            params = jp.masks.apply(watched.params, kept)
+            shares = {k: zeros / size for k, (zeros, size) in counts.by_leaf.items()}
+            sample = self._sample(label, params) if shown else None
+            return {
+                "achieved": counts.total,
+                "loss_pruned": self.loss(params),
+                "sparsity_by_leaf": shares,
+                "sample": sample,
+            }
+
+        pruned = self._once(f"prune/{name}", prune)
+        samples += [pruned["sample"]] if shown else []
+        retrained: dict[str, Any] = {"loss": None}
+        retrain = (
+            criterion in plan.retrain_criteria
+            and sparsity in plan.retrain_sparsities
+            and scope == plan.scopes[0]
+        )
+        if retrain:
+            stage = f"retrain/{name}"
+            done = (self.folder / f"{stage}.json").exists()
+            kept = None if done else masks()
+            params = None if done else jp.masks.apply(watched.params, kept)
+
+            def sample(params: Any) -> dict[str, Any]:
+                text = self._sample(f"{label}, retrained", params) if shown else None
+                return {"sample": text}
+
+            retrained = self._retrained(stage, params, kept, sample)
+            samples += [retrained["sample"]] if shown else []
+        return {
+            "criterion": criterion,
+            "scope": scope,
+            "sparsity": sparsity,
+            "achieved": pruned["achieved"],
+            "loss_pruned": pruned["loss_pruned"],
+            "loss_retrained": retrained["loss"],
+            "sparsity_by_leaf": pruned["sparsity_by_leaf"],
+        }
+
+    def _sample(self, label: str, params: Any) -> dict[str, Any]:
+        """A text that the model writes, begun with the validation text's first words."""
+        prompt = self.corpus.validation[: self.model.config.context // 4]
+        written = self.model.sample(params, prompt, self.plan.sample_length)
+        text = self.corpus.vocabulary.decode([*prompt, *written])
+        return {"label": label, "text": text}
+
+    def _curve(self) -> list[dict[str, Any]]:
+        """Training and validation loss over the steps of the dense run."""
+        return [
+            {
+                "step": line["step"],
+                "loss": line.get("loss"),
+                "validation_loss": line.get("validation_loss"),
+            }
+            for line in self._lines()
+            if line.get("loss") is not None
+        ]
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = map(json.loads, self.log.path.read_text().splitlines())
+        return [x for x in lines if x["phase"] == "train" and x["seed"] == self.seed]
+
+    def _weights(self, watched: Watched) -> dict[str, Any]:
+        """How sampled weights moved, and which of them each criterion keeps."""
+        sampled = _sampled_weights(watched.params, self.seed)
+        rows = [line for line in self._lines() if "weights" in line]
+        names = list(jp.tree.named_leaves(watched.params))
+        kept = {}
+        for criterion in self.plan.criteria:
+            masks = jp.masks.make(
+                CRITERIA[criterion](watched),
+                self.plan.show_sparsity,
+                scope=self.plan.scopes[0],
+            )
+            kept[criterion] = [bool(bit) for bit in _values(masks, sampled)]
+        return {
+            "steps": [row["step"] for row in rows],
+            "names": [f"{names[leaf]}[{index}]" for leaf, index in sampled],
+            "values": np.array([row["weights"] for row in rows]).T.tolist(),
+            "averages": _values(watched.tracked.weight, sampled),
+            "kept": kept,
+            "sparsity": self.plan.show_sparsity,
+        }
+
+
+def _sampled_weights(params: Any, seed: int) -> list[tuple[int, int]]:
+    """(leaf, flat index) of some prunable weights, spread evenly over the leaves."""
+    rng = np.random.default_rng(seed)
+    named = jp.tree.named_leaves(params)
+    prunable = [i for i, (n, x) in enumerate(named.items()) if jp.tree.prunable(n, x)]
+    sizes = [leaf.size for leaf in named.values()]
+    chosen = [prunable[n % len(prunable)] for n in range(WATCHED_WEIGHTS)]
+    return [(leaf, int(rng.integers(sizes[leaf]))) for leaf in sorted(chosen)]
+
+
+def _values(tree: Any, sampled: list[tuple[int, int]]) -> list[float]:
+    """The sampled elements of a tree, fetched at once and nothing else."""
+    picked = []
+    for number, leaf in enumerate(jp.tree.named_leaves(tree).values()):
+        indices = [index for owner, index in sampled if owner == number]
+        if indices:
+            picked.append(leaf[np.unravel_index(indices, leaf.shape)])
+    return np.concatenate(jax.device_get(picked)).tolist()
