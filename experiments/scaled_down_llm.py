@@ -28,6 +28,7 @@ from experiments.language_model import LanguageModel
 from experiments.sweep import Plan, Seed
 from jaxprune import checkpoint, report
 from jaxprune.models import gpt
+from jaxprune.report import findings
 
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
 _STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}
@@ -110,9 +111,7 @@ class Config:
             sparsities=sparsities,
             retrain_sparsities=_or(config.retrain_sparsities, sparsities),
             eval_tokens=config.eval_tokens or None,
-            show_sparsity=min(
-                sparsities, key=lambda s: abs(s - config.show_sparsity)
-            ),
+            show_sparsity=min(sparsities, key=lambda s: abs(s - config.show_sparsity)),
             sample_length=config.sample_length,
             checkpoint_every=config.checkpoint_every,
             energy_country=config.energy,
@@ -188,7 +187,7 @@ def main(config: Config) -> Path:
         results = _run(config, plan, corpus, identity)
         report.write_report(results, config.out)
         records.write_json(finished, results)
-    print(report.summary(results))
+    print("\n".join(findings.headline(results)))
     print(f"\nreport: {config.out / 'report.html'}")
     return config.out / "report.html"
 

@@ -6,6 +6,7 @@ steps, `training.train` goes on from its own checkpoints.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxprune as jp
 from experiments import training
@@ -93,7 +96,9 @@ class Seed:
             return lambda params: evaluate(params, windows)
 
         self.loss = validation(plan.eval_tokens)
-        self.curve_loss = validation(CURVE_TOKENS)
+        self.curve_loss = validation(
+            min(CURVE_TOKENS, plan.eval_tokens or CURVE_TOKENS)
+        )
         self.phases: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
@@ -102,7 +107,11 @@ class Seed:
         dense = {"steps": self.plan.steps}
         dense |= self._once("dense", lambda: {"loss": self.loss(watched.params)})
         samples = [self._once("sample", lambda: self._sample("dense", watched.params))]
-        control = self._retrained("control", watched.params, None)
+        everything = jax.tree.map(
+            lambda score: jnp.ones_like(score, bool),
+            jp.scores.magnitude(None, watched.params),
+        )
+        control = self._retrained("control", watched.params, everything)
         cells = []
         for criterion in self.plan.criteria:
             scores: list[Any] = []  # made once, and only if a cell is left to do
@@ -141,21 +150,22 @@ class Seed:
     def _train(self) -> Watched:
         """The trained parameters and what was seen on the way to them."""
         plan = self.plan
-        rate = schedule(plan.learning_rate, plan.steps, warmup=100)
-        tx = optimizer(rate, track=True)
+        tx, step_fn = _watching(self.model, plan.learning_rate, plan.steps)
         params = self.model.init(self.seed)
         sampled = _sampled_weights(params, self.seed)
 
         def evaluate(state: training.TrainState) -> dict[str, Any]:
             weights = _values(state.params, sampled)
-            return {"validation_loss": self.curve_loss(state.params), "weights": weights}
+            return {
+                "validation_loss": self.curve_loss(state.params),
+                "weights": weights,
+            }
 
         state = training.init(params, tx, mesh=self.mesh, fsdp=plan.fsdp)
 
         def train() -> dict[str, Any]:
-            self._fit(
-                "train", state, tx, plan.steps, 0, evaluate, max(plan.steps // 40, 1)
-            )
+            every = max(plan.steps // 40, 1)
+            self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)
             return {"tokens": plan.steps * plan.batch_size * self.model.config.context}
 
         self._once("train", train)
@@ -168,7 +178,7 @@ class Seed:
         self,
         stage: str,
         state: training.TrainState,
-        tx: Any,
+        step_fn: training.StepFunction,
         steps: int,
         offset: int,
         evaluate: Any = None,
@@ -177,7 +187,7 @@ class Seed:
         labels = {"phase": stage, "seed": self.seed}
         return training.train(
             state,
-            training.make_step(self.model.loss, tx),
+            step_fn,
             lambda step: self.batches(offset + step),
             steps=steps,
             key=jax.random.key(self.seed),
@@ -201,16 +211,16 @@ class Seed:
         masks: Any,
         then: Callable[[Any], dict[str, Any]] = lambda params: {},
     ) -> dict[str, Any]:
-        """The loss after `retrain_steps` more steps, the masks held if there are any."""
+        """The loss after `retrain_steps` more steps with the masks held."""
         plan = self.plan
-        rate = schedule(plan.learning_rate, plan.retrain_steps, warmup=50)
-        tx = optimizer(rate, track=False)
-        if masks is not None:
-            tx = jp.keep_masks(tx, masks)
 
         def compute() -> dict[str, Any]:
+            inner, step_fn = _retraining(
+                self.model, plan.learning_rate, plan.retrain_steps
+            )
+            tx = jp.keep_masks(inner, masks)
             state = training.init(params, tx, mesh=self.mesh, fsdp=plan.fsdp)
-            state = self._fit(stage, state, tx, plan.retrain_steps, plan.steps)
+            state = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
             tokens = plan.retrain_steps * plan.batch_size * self.model.config.context
             result = {"loss": self.loss(state.params), **then(state.params)}
             return {**result, "tokens": tokens}
@@ -282,7 +292,7 @@ class Seed:
         }
 
     def _sample(self, label: str, params: Any) -> dict[str, Any]:
-        """A text that the model writes, begun with the validation text's first words."""
+        """A text that the model writes, begun with the first validation words."""
         prompt = self.corpus.validation[: self.model.config.context // 4]
         written = self.model.sample(params, prompt, self.plan.sample_length)
         text = self.corpus.vocabulary.decode([*prompt, *written])
@@ -325,6 +335,28 @@ class Seed:
             "kept": kept,
             "sparsity": self.plan.show_sparsity,
         }
+
+
+@functools.cache
+def _watching(
+    model: LanguageModel, learning_rate: float, steps: int
+) -> tuple[optax.GradientTransformation, training.StepFunction]:
+    """The optimizer of the dense run and its step; one object, so compiled once."""
+    tx = optimizer(schedule(learning_rate, steps, warmup=100), track=True)
+    return tx, training.make_step(model.loss, tx)
+
+
+@functools.cache
+def _retraining(
+    model: LanguageModel, learning_rate: float, steps: int
+) -> tuple[optax.GradientTransformation, training.StepFunction]:
+    """The optimizer of every retraining and its step.
+
+    The masks a step holds are those in its state, so one program serves every cell, and
+    the control, whose masks keep everything.
+    """
+    tx = optimizer(schedule(learning_rate, steps, warmup=50), track=False)
+    return tx, training.make_step(model.loss, jp.keep_masks(tx, {}))
 
 
 def _sampled_weights(params: Any, seed: int) -> list[tuple[int, int]]:

@@ -325,6 +325,7 @@ def test_donated_state_and_parameters_share_no_buffer():
     params = weights()
     tx = optax.chain(jp.track_gradients(), optax.adam(0.1), jp.track_importance())
     grads = jax.tree.map(jnp.ones_like, params)
+    chex.clear_trace_counter()
 
     @chex.assert_max_traces(n=1)
     def step(params, state, grads):

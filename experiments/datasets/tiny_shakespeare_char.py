@@ -7,6 +7,7 @@ needs TensorFlow, this one does not.
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import requests  # type: ignore[import-untyped]
@@ -40,7 +41,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         try:
             # TFDS tries for minutes; a machine without a network is told at once.
             cached = get_dl_fname(URL, expected)
-            if not any(dl_manager.download_dir.rglob(cached)):
+            if not any(Path(dl_manager.download_dir).rglob(cached)):
                 requests.get(URL, stream=True, timeout=20).close()
             path = dl_manager.download(URL)
         except Exception as error:

@@ -1,8 +1,9 @@
 """x @ kernel with a gradient that XLA's CPU backend is quick at.
 
 JAX's own rule makes the kernel's gradient as (g^T x)^T, and XLA fuses what made g
-(gelu's derivative, say) into the transposing copy of g: two fifths of the training step
-of a small GPT. Here it is x^T g, and the barrier keeps what made x out of its copy.
+(gelu's derivative, say) into the transposing copy of g: a third of the training step of
+a small GPT, or more. Here it is x^T g, and the barrier keeps what made x out of its
+copy.
 The price: forward-mode differentiation (`jax.jvp`) is not defined through it.
 """
 

@@ -19,6 +19,11 @@ from jaxprune.report import results as results_
 LINEAR = 0.01  # nats
 TITLES = {"pruned": "Right after pruning", "retrained": "After retraining"}
 _REFERENCES = {"pruned": "dense model", "retrained": "dense control"}
+READING = (
+    "Validation loss above the same seed's reference. Lines are means over the seeds, "
+    f"bands their range. The axis is linear within {LINEAR} nats of the reference and "
+    f"logarithmic beyond; the grey strip is ±{results_.CLOSE} nats."
+)
 _TICKS = np.array([0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100])
 
 
@@ -87,7 +92,8 @@ def runs(
         _against_sparsity(panel, lines, limits)
         panel.axhline(0, color=canvas.INK, lw=1, zorder=1)
         canvas.name_ends(panel, _ends(lines))
-        panel.set_title(f"{criterion}: nats above the {_REFERENCES[stage]}")
+        panel.set_title(criterion)
+        panel.set_ylabel(f"nats above the {_REFERENCES[stage]}")
     return figure
 
 
@@ -290,7 +296,7 @@ def _against_sparsity(
     axes.set_yticks([], minor=True)
     shown: list[float] = []
     for tick in percent:
-        if not shown or tick - shown[-1] >= 0.07 * (end - percent[0]):
+        if not shown or tick - shown[-1] >= 0.08 * (end - percent[0]):
             shown.append(float(tick))
     axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
     axes.set_xlabel("sparsity: % of the weights removed")

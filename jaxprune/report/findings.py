@@ -79,20 +79,24 @@ def _lowest(curves: Sequence[results_.Curve]) -> str:
     ]
     if not found:
         return "Nothing but the dense model was retrained."
-    mean, curve, column = min(found, key=lambda item: item[0])
+    lowest, curve, column = min(found, key=lambda item: item[0])
     above = curve.above[:, column].compressed()
     where = f"{title(curve, curves)} at {percent(curve.sparsities[column])}"
-    if mean >= 0:
+    if lowest >= 0:
         return (
             f"Pruning never lowered the loss: the lowest of {len(found)} is {where}, "
-            f"{signed(mean)} nats against the dense control."
+            f"{signed_text(lowest)} nats against the dense control."
         )
-    deviation = float(results_.spread(above))
-    noise = "" if mean < -deviation else ", no more than the spread of the seeds"
+    if len(above) < 2:
+        noise = ", with one seed and no spread to hold it against"
+    elif -lowest > np.std(above, ddof=1):
+        noise = ""
+    else:
+        noise = ", no more than the spread of the seeds"
     return (
-        f"The lowest of {len(found)} retrained losses is {where}, {signed(mean)} nats "
-        f"against the dense control and under it for {(above < 0).sum()} of "
-        f"{len(above)} seeds{noise}; a lowest of many flatters."
+        f"The lowest of {len(found)} retrained losses is {where}, "
+        f"{signed_text(lowest)} nats against the dense control and under it for "
+        f"{(above < 0).sum()} of {len(above)} seeds{noise}; a lowest of many flatters."
     )
 
 
@@ -101,9 +105,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.4g}\N{NO-BREAK SPACE}%"
 
 
-def signed(nats: float) -> str:
+def signed_text(nats: float) -> str:
     """A difference of losses as it is written everywhere: "+0.015", "−0.003"."""
     return f"{nats:+z.3f}".replace("-", "−")
+
+
+def mean(losses: Sequence[float] | np.ndarray, *, signed: bool = False) -> str:
+    """Mean and, for several seeds, spread, as written everywhere: "1.908 ± 0.008"."""
+    if not len(losses):
+        return "-"
+    middle = float(np.mean(losses))
+    text = signed_text(middle) if signed else f"{middle:.3f}"
+    deviation = "" if len(losses) < 2 else f" ± {float(np.std(losses, ddof=1)):.3f}"
+    return text + deviation
 
 
 def title(curve: results_.Curve, among: Sequence[results_.Curve]) -> str:

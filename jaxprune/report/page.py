@@ -46,7 +46,8 @@ th,td{padding:.32rem .4rem;text-align:right;border-bottom:1px solid var(--rule);
 white-space:nowrap;vertical-align:top}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 thead th{color:var(--quiet);font-weight:500}
-tbody th{font-weight:600}td small{display:block;color:var(--quiet)}
+tbody th{font-weight:600;position:sticky;left:0;background:var(--ground)}
+td small{display:block;color:var(--quiet)}
 td.best{background:var(--best);font-weight:700}td.best small{font-weight:400}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));
 gap:1px;background:var(--rule);border:1px solid var(--rule);border-radius:8px;
@@ -159,8 +160,8 @@ def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) ->
     shown = ""
     for name, figure in drawn.items():
         inches = figure.get_figwidth()
-        size = f"max-width:{88 * inches:.0f}px"
-        size += f";min-width:{64 * inches:.0f}px" if wide else ""
+        size = f"max-width:{96 * inches:.0f}px"
+        size += f";min-width:{70 * inches:.0f}px" if wide else ""
         opening = f'<svg role="img" aria-label="{html.escape(caption)}" style="{size}"'
         shown += inline(figure, name).replace("<svg", opening, 1)
     return (

@@ -3,14 +3,14 @@
 Losses are validation losses in nats per token. The loss right after pruning
 (stage "pruned") is held against the dense model's of the same seed; the loss after
 retraining (stage "retrained") against the dense *control* of the same seed, which
-had the same number of steps in all. "Spread" is the sample standard deviation over
-the seeds.
+had the same number of steps in all.
 """
 
 import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -210,6 +210,11 @@ def _disagreements(results: Results) -> Iterator[str]:
         cells: set[tuple[str, str, float]] = set()
         for number, cell in enumerate(seed["cells"]):
             key = (cell["criterion"], cell["scope"], cell["sparsity"])
+            if not re.fullmatch(r"[\w-]+", cell["scope"]):
+                yield (
+                    f"{path}.cells[{number}].scope must be a word, as files are named "
+                    f"after it, got {cell['scope']!r}"
+                )
             if not 0 <= cell["sparsity"] < 1:
                 yield f"{path}.cells[{number}].sparsity must be in [0, 1), got {key[2]}"
             if key in cells:
@@ -361,20 +366,6 @@ def scopes(results: Results) -> list[str]:
     """The scopes in order of first appearance."""
     cells = (cell for seed in results["seeds"] for cell in seed["cells"])
     return list(dict.fromkeys(cell["scope"] for cell in cells))
-
-
-def spread(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """The sample standard deviation over the seeds; NaN where only one was measured.
-
-    Args:
-      values: Losses, masked where not measured.
-      axis: The axis of the seeds.
-
-    Returns:
-      An array without that axis, in the unit of `values`.
-    """
-    deviation = np.ma.masked_invalid(values).std(axis, ddof=1)
-    return np.ma.filled(np.ma.asarray(deviation, dtype=float), math.nan)
 
 
 def extra_steps(results: Results) -> int | None:

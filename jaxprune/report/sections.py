@@ -15,12 +15,6 @@ from matplotlib.figure import Figure
 from jaxprune.report import figures, findings, page
 from jaxprune.report import results as results_
 
-_BAND = (
-    "Lines are means over the seeds, bands their range. The axis is linear within "
-    f"{figures.LINEAR} nats of the reference and logarithmic beyond; the grey strip is "
-    f"±{results_.CLOSE} nats. "
-)
-
 
 def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure that these results can fill, by the name of its file.
@@ -71,11 +65,11 @@ def _opening(results: Mapping[str, Any]) -> str:
     first, *others = findings.headline(results)
     seeds = results["seeds"]
     model = results["model"]
-    facts = {"dense loss": _mean([seed["dense"]["loss"] for seed in seeds])}
+    facts = {"dense loss": findings.mean([seed["dense"]["loss"] for seed in seeds])}
     extra = results_.extra_steps(results)
     if extra is not None:
         control = [seed["control"]["loss"] for seed in seeds]
-        facts[f"dense control, {extra} more steps"] = _mean(control)
+        facts[f"dense control, {extra} more steps"] = findings.mean(control)
     facts |= {
         "parameters": f"{model['parameters']:,}",
         "of them prunable": f"{model['prunable']:,}",
@@ -111,8 +105,7 @@ def _losses(results: Mapping[str, Any]) -> str:
             )
             if found
         }
-        caption = f"Validation loss above the same seed's reference. {_BAND}"
-        parts.append(page.picture(drawn, caption))
+        parts.append(page.picture(drawn, figures.READING))
         for stage, found in curves.items():
             if found:
                 parts.append(_loss_table(found, figures.TITLES[stage]))
@@ -129,7 +122,7 @@ def _loss_table(curves: Sequence[results_.Curve], title: str) -> str:
             measured = curve.losses[:, column].compressed()
             above = curve.above[:, column].compressed()
             means[sparsity][curve.criterion] = round(float(measured.mean()), 3)
-            texts = (_mean(measured), _mean(above, sign="+"))
+            texts = (findings.mean(measured), findings.mean(above, signed=True))
             cells.setdefault(curve.criterion, {})[sparsity] = texts
     table = []
     for criterion, known in cells.items():
@@ -333,14 +326,6 @@ def command(results: Mapping[str, Any]) -> str:
         elif value is not None:
             words += [f"--{flag}", str(value)]
     return shlex.join(words)
-
-
-def _mean(losses: Sequence[float] | np.ndarray, sign: str = "") -> str:
-    """Mean and, for several seeds, spread: "1.908 ± 0.008"."""
-    mean = f"{float(np.mean(losses)):{sign}z.3f}".replace("-", "−")
-    if len(losses) < 2:
-        return mean
-    return f"{mean} ± {float(np.std(losses, ddof=1)):.3f}"
 
 
 def _bytes(count: float) -> str:

@@ -1,0 +1,225 @@
+"""Several runs of one experiment side by side: what differed, and what came of it.
+
+    python -m experiments.compare RESULTS RESULTS... --out DIR
+
+RESULTS are results.json files or the folders that hold them. Prints a table and writes
+compare.csv and compare.html. Losses are nats per token above each run's own reference:
+the dense model right after pruning, the dense control with equal steps after
+retraining; "±" is the sample standard deviation over the seeds.
+"""
+
+import dataclasses
+import html
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from jaxprune.report import figures, findings, page
+from jaxprune.report import results as results_
+
+Runs = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Puts several runs of one experiment side by side."""
+
+    results: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RESULTS...", help_behavior_hint=""),
+    ]
+    """Two or more results.json files, or the folders that hold them."""
+    out: Path = Path("comparison")
+    """Where compare.csv and compare.html go."""
+
+
+def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Reads the runs that are to be compared.
+
+    Args:
+      paths: results.json files, or folders that hold them.
+
+    Returns:
+      The checked results by label: the name of the run's folder, or where two are
+      called the same, the path below what all have in common.
+
+    Raises:
+      ValueError: If there are fewer than two, one is not a results.json, one is given
+        twice, or they are of different experiments.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"compare needs two runs or more, got {len(paths)}")
+    files = [path / "results.json" if path.is_dir() else path for path in paths]
+    files = [file.resolve() for file in files]
+    if doubled := sorted({str(file) for file in files if files.count(file) > 1}):
+        raise ValueError(f"every run must be given once, got '{doubled[0]}' again")
+    runs = [results_.read(file) for file in files]
+    names = {run["name"]: file for run, file in zip(runs, files, strict=True)}
+    if len(names) > 1:
+        found = ", ".join(f"{name!r} in '{file}'" for name, file in names.items())
+        raise ValueError(
+            f"the runs must be of one experiment, got {found}; compare them apart"
+        )
+    labels = [file.parent.name for file in files]
+    if len({*labels}) < len(files):
+        above = os.path.commonpath([file.parent for file in files])
+        whole = [file if file.name != "results.json" else file.parent for file in files]
+        labels = [os.path.relpath(path, above) for path in whole]
+    return dict(zip(labels, runs, strict=True))
+
+
+def differences(runs: Runs) -> list[list[str]]:
+    """What the runs were told or made with that is not the same in all of them.
+
+    Args:
+      runs: Checked results by label.
+
+    Returns:
+      A row for each such entry of the configuration, the versions and the device: its
+      name, then its value in each run, "-" where it has none.
+    """
+    told = [
+        results_.flat(run["config"])
+        | {f"version of {name}": of for name, of in run["versions"].items()}
+        | {"device": run["device"]}
+        for run in runs.values()
+    ]
+    names = dict.fromkeys(name for run in told for name in run)
+    rows = [[name, *(str(run.get(name, "-")) for run in told)] for name in names]
+    return [row for row in rows if len({*row[1:]}) > 1]
+
+
+def summary(runs: Runs) -> list[list[str]]:
+    """The dense models: a row for each number, a column for each run."""
+    rows = {"seeds": [str(len(run["seeds"])) for run in runs.values()]}
+    for name in ("dense", "control"):
+        found = [
+            [seed[name]["loss"] for seed in run["seeds"] if seed.get(name)]
+            for run in runs.values()
+        ]
+        rows[f"{name} loss"] = [findings.mean(losses) for losses in found]
+    return [[name, *row] for name, row in rows.items()]
+
+
+def losses(runs: Runs, stage: results_.Stage) -> list[list[str]]:
+    """Nats above the reference, a row for each criterion, scope and sparsity.
+
+    Args:
+      runs: Checked results by label.
+      stage: "pruned" or "retrained".
+
+    Returns:
+      Rows of criterion, scope, sparsity and then "mean ± spread" of each run, "-" where
+      it has no such cell; none when no run has this stage.
+    """
+    cells: dict[tuple[str, str, float], dict[str, str]] = {}
+    for label, run in runs.items():
+        for curve in results_.curves(run, stage):
+            for column, sparsity in enumerate(map(float, curve.sparsities)):
+                of = cells.setdefault((curve.criterion, curve.scope, sparsity), {})
+                above = np.asarray(curve.above[:, column].compressed())
+                of[label] = findings.mean(above, signed=True)
+    order = list(dict.fromkeys(key[:2] for key in cells))
+    return [
+        [*key[:2], findings.percent(key[2]), *(of.get(label, "-") for label in runs)]
+        for key, of in sorted(
+            cells.items(), key=lambda cell: (order.index(cell[0][:2]), cell[0][2])
+        )
+    ]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of plain text, as wide as their widest cell."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def compare(runs: Runs, out: Path) -> str:
+    """Writes compare.csv and compare.html.
+
+    Args:
+      runs: Checked results by label.
+      out: The folder; made where absent.
+
+    Returns:
+      The same tables as plain text.
+
+    Raises:
+      OSError: If a file cannot be written.
+    """
+    labels = list(runs)
+    tables = [(["", *labels], summary(runs), "The dense models, nats per token")]
+    if changed := differences(runs):
+        tables.append((["entry", *labels], changed, "What differs"))
+    for stage in results_.STAGES:
+        if rows := losses(runs, stage):
+            header = ["criterion", "scope", "sparsity", *labels]
+            title = f"{figures.TITLES[stage]}, nats above each run's reference"
+            tables.append((header, rows, title))
+    files = {
+        "compare.csv": page.table_csv(
+            ("run", *results_.COLUMNS),
+            [
+                {"run": label, **row}
+                for label, run in runs.items()
+                for row in results_.rows(run)
+            ],
+        ),
+        "compare.html": _page(runs, tables).encode(),
+    }
+    page.write_files(files, out)
+    return "\n\n".join(
+        f"{title}\n{text_table(header, rows)}" for header, rows, title in tables
+    )
+
+
+def _page(runs: Runs, tables: Sequence[tuple[list[str], list[list[str]], str]]) -> str:
+    """The tables and, for each stage and scope, the figure of all runs."""
+    name = next(iter(runs.values()))["name"]
+    title = f"{name}: {len(runs)} runs side by side"
+    parts = [
+        f"<h1>{html.escape(name)}</h1>",
+        f'<p class="lead">{len(runs)} runs side by side</p>',
+    ]
+    if not differences(runs):
+        parts.append("<p>Configuration, versions and device are the same.</p>")
+    top = 2 if differences(runs) else 1
+    parts += [page.table(*table) for table in tables[:top]]
+    scopes = list(
+        dict.fromkeys(s for run in runs.values() for s in results_.scopes(run))
+    )
+    for number, stage in enumerate(results_.STAGES):
+        for scope in scopes:
+            if not any(results_.curves(run, stage, scope) for run in runs.values()):
+                continue
+            heading = f"{figures.TITLES[stage]}, {scope} scope"
+            parts.append(f"<h2>{html.escape(heading)}</h2>")
+            drawn = {
+                f"runs-{number}-{scopes.index(scope)}": figures.runs(
+                    runs, stage=stage, scope=scope
+                )
+            }
+            parts.append(page.picture(drawn, figures.READING, wide=True))
+    parts += [page.table(*table) for table in tables[top:]]
+    return page.page(title, "\n".join(parts))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; a refusal is one line on stderr and exit status 1."""
+    options = tyro.cli(Compare, prog="python -m experiments.compare", args=arguments)
+    try:
+        print(compare(load(options.results), options.out))
+    except (OSError, ValueError) as error:
+        sys.exit(f"compare: {error}")
+    print(f"\nwritten to '{options.out}': compare.csv, compare.html")
+
+
+if __name__ == "__main__":
+    main()
