@@ -84,14 +84,17 @@ def differences(runs: Runs) -> list[list[str]]:
       A row for each such entry of the configuration, the versions and the device: its
       name, then its value in each run, "-" where it has none.
     """
-    told = [
-        results_.flat(run["config"])
-        | {f"version of {name}": of for name, of in run["versions"].items()}
-        | {"device": run["device"]}
-        for run in runs.values()
+    every = list(runs.values())
+    parts = (
+        [results_.flat(run["config"]) for run in every],
+        [{f"version of {k}": of for k, of in run["versions"].items()} for run in every],
+        [{"device": run["device"]} for run in every],
+    )
+    rows = [
+        [name, *(str(run.get(name, "-")) for run in told)]
+        for told in parts
+        for name in dict.fromkeys(name for run in told for name in run)
     ]
-    names = dict.fromkeys(name for run in told for name in run)
-    rows = [[name, *(str(run.get(name, "-")) for run in told)] for name in names]
     return [row for row in rows if len({*row[1:]}) > 1]
 
 

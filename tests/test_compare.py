@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report import Page, synthetic
+from synthetic import Page, synthetic
 
 from experiments import compare
 from jaxprune.report import figures
@@ -65,7 +65,7 @@ def test_the_page_is_self_contained_and_escaped(pair, tmp_path):
     text = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     parsed = Page(text)
     assert not parsed.open
-    assert not re.search(r"https?://|@import|url\\((?!#)", text)
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
     assert "1 x <GPU>" in parsed.text
     assert sum(tag == "svg" for tag, _ in parsed.tags) == 2  # pruned and retrained
 

@@ -144,6 +144,17 @@ def test_a_later_token_does_not_change_earlier_logits():
     assert (before[:, 5:] != after[:, 5:]).any(axis=-1).all()
 
 
+def test_an_untied_head_that_copies_the_embedding_gives_the_tied_logits():
+    tied = _model()
+    untied = _model(dataclasses.replace(TINY, tie_weights=False))
+    values = _flat(nnx.state(tied, nnx.Param))
+    values["head/kernel"] = values["token_embedding/embedding"].T
+    graphdef, params = nnx.split(untied, nnx.Param)
+    leaves = [values[name] for name in tree.names(params)]
+    untied = nnx.merge(graphdef, jax.tree.structure(params).unflatten(leaves))
+    np.testing.assert_allclose(untied(_tokens()), tied(_tokens()), rtol=0, atol=1e-6)
+
+
 def test_logits_are_float32_and_bfloat16_products_stay_near():
     tokens = _tokens()
     exact = _model()(tokens)

@@ -139,9 +139,7 @@ def test_updates_pass_through_bit_for_bit(track, dtype):
 def test_training_is_the_same_with_and_without_tracking():
     params = weights()
     grads = gradients(params, STEPS)
-    tracked = optax.chain(
-        jp.track_gradients(), optax.adamw(0.1), jp.track_importance()
-    )
+    tracked = optax.chain(jp.track_gradients(), optax.adamw(0.1), jp.track_importance())
     a, b = record(tracked, params, grads), record(optax.adamw(0.1), params, grads)
     for x, y in zip(leaves(a.weights), leaves(b.weights), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)  # fusion may differ
@@ -186,7 +184,9 @@ def wrapped(name, track):
             ["layer/kernel"],
         ),
         "two partitions": (
-            optax.partition({"a": inner, "b": optax.chain(optax.sgd(0.1), track)}, labels),
+            optax.partition(
+                {"a": inner, "b": optax.chain(optax.sgd(0.1), track)}, labels
+            ),
             every,
         ),
         "apply_if_finite": (optax.apply_if_finite(inner, 3), every),
@@ -219,7 +219,9 @@ def test_works_inside_optax_containers(name):
     assert_averages(average, [flat[path] for path in tracked])
     entries, shape = jax.tree.flatten(average, is_leaf=is_masked)
     assert shape == jax.tree.structure(params)
-    assert [x for x, e in zip(flat, entries, strict=True) if not is_masked(e)] == tracked
+    assert [
+        x for x, e in zip(flat, entries, strict=True) if not is_masked(e)
+    ] == tracked
 
 
 def test_multi_steps_counts_real_steps_only():

@@ -114,12 +114,8 @@ def test_state_has_no_buffer_of_the_parameters_or_masks():
     params, mine = weights(), masks()
     for make in TABLE.values():
         state = make(mine).init(params)
-        taken = {
-            x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.ndim
-        }
-        theirs = {
-            x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, mine))
-        }
+        taken = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.ndim}
+        theirs = {x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, mine))}
         assert not taken & theirs
 
 

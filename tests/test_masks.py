@@ -249,7 +249,9 @@ def test_sparsity_counts_zeros_exactly():
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.6, 0.99])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_what_prune_removes_is_what_sparsity_reports(sparsity, scope):
-    params = {n: jax.random.normal(jax.random.key(i), (9, 11)) for i, n in enumerate("xyz")}
+    params = {
+        n: jax.random.normal(jax.random.key(i), (9, 11)) for i, n in enumerate("xyz")
+    }
     pruned, masks = pruned_and_mask(params, sparsity, scope=scope)
     share = round(sparsity * 297) if scope == "global" else 3 * round(sparsity * 99)
     for tree in (pruned, masks):

@@ -13,7 +13,9 @@ import jaxprune as jp
 
 
 def mask_of(scores, pattern, sparsity=None, **options):
-    masks = jp.masks.make({"k": jnp.asarray(scores)}, sparsity, pattern=pattern, **options)
+    masks = jp.masks.make(
+        {"k": jnp.asarray(scores)}, sparsity, pattern=pattern, **options
+    )
     return np.asarray(masks["k"])
 
 
@@ -184,7 +186,9 @@ def test_under_jit_each_pattern_is_the_same(pattern):
 
 @pytest.mark.parametrize("pattern", ALL, ids=str)
 def test_masks_of_each_pattern_can_be_packed(pattern):
-    masks = jp.masks.make({"k": jnp.asarray(scores_of((8, 5), 6))}, 0.5, pattern=pattern)
+    masks = jp.masks.make(
+        {"k": jnp.asarray(scores_of((8, 5), 6))}, 0.5, pattern=pattern
+    )
     assert same_bits(jp.masks.unpack(jp.masks.pack(masks)), masks)
 
 
