@@ -56,7 +56,7 @@ class TrackGradientsState(NamedTuple):
 
 
 def track_importance(
-    weighting: Weighting = averages.power(0.5),  # noqa: B008 (pure)
+    weighting: Weighting = averages.power(0.5),
     *,
     every: int = 1,
     start: int = 0,
@@ -131,7 +131,7 @@ def track_importance(
 
 
 def track_gradients(
-    weighting: Weighting = averages.uniform(),  # noqa: B008 (pure)
+    weighting: Weighting = averages.uniform(),
     *,
     every: int = 1,
     start: int = 0,
@@ -292,7 +292,7 @@ def _floating(make: Callable[[Any], jax.Array], params: Params) -> Params:
 
 
 def _float32(leaf: Any, view: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """A float32 array of its own, never the parameters' buffer, which may be donated."""
+    """A float32 array of its own: the parameters' buffer may be donated."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jnp.zeros_like(leaf, jnp.float32)
     return jnp.array(view(leaf), jnp.float32, copy=True)

@@ -21,7 +21,7 @@ def make(
     sparsity: float | Mapping[str, float] | None = None,
     *,
     scope: Scope = "layer",
-    pattern: Pattern = patterns.Unstructured(),  # noqa: B008 (frozen)
+    pattern: Pattern = patterns.Unstructured(),
     axes: Axes | Mapping[str, Axes] | None = None,
 ) -> Masks:
     """Keeps the highest scores, exactly as many as the sparsity says.

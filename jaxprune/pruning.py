@@ -13,7 +13,7 @@ def prune(
     sparsity: float | Mapping[str, float] | None = None,
     *,
     scope: Scope = "layer",
-    pattern: Pattern = patterns.Unstructured(),  # noqa: B008 (frozen)
+    pattern: Pattern = patterns.Unstructured(),
     axes: Axes | Mapping[str, Axes] | None = None,
 ) -> Params:
     """Sets the weights with the lowest scores to zero; pure, and fit for `jax.jit`.

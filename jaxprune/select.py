@@ -65,7 +65,7 @@ def top(scores: Sequence[jax.Array], kept: int) -> list[jax.Array]:
 
 
 def _split(count: int) -> _Count:
-    return _Count(np.uint32(count >> 32), np.uint32(count & 0xFFFFFFFF))
+    return _Count(jnp.uint32(count >> 32), jnp.uint32(count & 0xFFFFFFFF))
 
 
 @jax.jit

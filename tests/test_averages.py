@@ -84,7 +84,7 @@ def test_recurrence_with_the_gains_is_the_weighted_mean(name, values):
     all_gains = GAINS.setdefault(
         name, measured(make(kind, parameter), np.arange(1, 41))
     )
-    mean = 123.0
+    mean = 1.0  # the first gain is 1, to float32
     for gain, value in zip(all_gains, values, strict=False):
         mean += gain * (value - mean)
     expected = oracles.average(np.array(values), kind, parameter)

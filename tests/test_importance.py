@@ -201,7 +201,7 @@ def wrapped(name, track):
             every,
         ),
         "named_chain": (optax.named_chain(("a", optax.sgd(0.1)), ("b", track)), every),
-        "lookahead of flatten": (
+        "flatten": (
             optax.chain(optax.flatten(optax.adam(0.1)), track),
             every,
         ),
@@ -283,11 +283,8 @@ def test_square_is_read_from_adam_when_it_is_not_tracked():
 
 
 def test_square_is_read_from_rmsprop_too():
-    params = weights()
-    tx = optax.chain(optax.rmsprop(0.01), jp.track_importance())
-    run = record(tx, params, gradients(params, 4))
-    (nu,) = find(run.state, "nu")
-    assert same_bits(jp.get_importance(run.state).square, nu)
+    state = optax.chain(optax.rmsprop(0.01), jp.track_importance()).init(weights())
+    assert same_bits(jp.get_importance(state).square, find(state, "nu")[0])
 
 
 def test_tracked_square_wins_over_adams():
@@ -340,8 +337,7 @@ def test_donated_state_and_parameters_share_no_buffer():
         params, state = step(params, state, grads)
     importance = jp.get_importance(state)
     params, state = step(params, state, grads)
-    assert np.isfinite(leaves(params)[0]).all()
-    assert importance is not None
+    assert importance.weight is not None
 
 
 @pytest.mark.parametrize("every", [1, 3])

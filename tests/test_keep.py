@@ -1,4 +1,4 @@
-"""keep_masks: what is pruned is exactly zero after every step, and so are its moments."""
+"""keep_masks: what is pruned stays exactly zero at every step, moments too."""
 
 import chex
 import jax
@@ -90,7 +90,7 @@ def test_clipping_sees_the_masked_gradient():
         array(full.weights["kernel"])[:, mask],
         array(small.weights["kernel"]),
         rtol=0,
-        atol=1e-5,  # the norm is summed in another order, Adam's first steps divide by it
+        atol=1e-5,  # the norm's sum has another order, and Adam divides by it
     )
 
 

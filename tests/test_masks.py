@@ -1,4 +1,4 @@
-"""Masks and prune: zeros where removed, everything else untouched, bad input refused."""
+"""Masks and prune: zeros where removed, all else untouched, bad input refused."""
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ def test_sparsity_may_be_any_real_number(sparsity):
 
 
 def test_unknown_scope_is_refused():
-    with pytest.raises(ValueError, match="scope.*model|model.*scope"):
+    with pytest.raises(ValueError, match=r"scope.*model|model.*scope"):
         jp.masks.make({"a": jnp.ones((2, 2))}, 0.5, scope="model")
 
 

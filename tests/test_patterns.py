@@ -81,10 +81,10 @@ def test_nm_refuses_a_sparsity_that_disagrees(sparsity):
 
 def test_nm_refuses_an_input_that_it_does_not_divide_naming_all():
     scores = {"a": jnp.ones((6, 4)), "b": jnp.ones((8, 4)), "c": jnp.ones((10, 4))}
-    with pytest.raises(ValueError, match=r"(?s)a.*6.*c.*10") as raised:
+    with pytest.raises(ValueError, match=r"NM\(2, 4\)") as raised:
         jp.masks.make(scores, pattern=jp.patterns.NM(2, 4))
-    assert "NM(" in str(raised.value)
-    assert "4" in str(raised.value)
+    assert all(part in str(raised.value) for part in ("'a'", "6", "'c'", "10"))
+    assert "'b'" not in str(raised.value)
 
 
 @pytest.mark.parametrize("nm", [(0, 4), (4, 4), (5, 4), (-1, 4), (0, 0)])

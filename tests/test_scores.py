@@ -88,7 +88,7 @@ def test_statistics_of_another_model_are_refused():
         *[{"other": {"kernel": jnp.ones((4, 3))}}] * len(jp.Importance._fields)
     )
     for name in ("averaged_weight", "obd", "taylor"):
-        with pytest.raises(ValueError, match="layer|other"):
+        with pytest.raises(ValueError, match=r"layer|other"):
             getattr(jp.scores, name)(other, PARAMS)
 
 
@@ -162,7 +162,7 @@ def test_threshold_of_a_constant_average_removes_zeros_only():
 @pytest.mark.parametrize("rate", [-0.5, float("nan"), float("inf")])
 def test_threshold_refuses_a_bad_rate(rate):
     scores = jp.scores.threshold(statistics("weight"), PARAMS)
-    with pytest.raises(ValueError, match="threshold|rate"):
+    with pytest.raises(ValueError, match=r"threshold|rate"):
         jp.masks.above(scores, rate)
 
 

@@ -95,10 +95,7 @@ def test_under_jit_it_is_the_same(scope, sparsity):
 def test_ties_are_broken_by_position(scope):
     scores = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
     masks = jp.masks.make(scores, 0.5, scope=scope)
-    if scope == "layer":
-        expected = [[1, 1, 1, 0, 0, 0]] * 2
-    else:
-        expected = [[1] * 6, [0] * 6]
+    expected = {"layer": [[1, 1, 1, 0, 0, 0]] * 2, "global": [[1] * 6, [0] * 6]}[scope]
     np.testing.assert_array_equal([m.ravel() for m in flat(masks)], expected)
 
 
@@ -150,7 +147,12 @@ def test_neighbouring_floats_are_told_apart():
 def test_subnormal_scores_are_told_apart():
     values = np.array([3e-40, 1e-40, 2e-40, 4e-40], np.float32)
     masks = jp.masks.make({"a": jnp.asarray(values)}, 0.5)
-    assert flat(masks)[0].sum() == 2
+    np.testing.assert_array_equal(flat(masks)[0], [True, False, False, True])
+
+
+def test_float16_subnormals_are_told_apart():
+    scores = {"a": jnp.array([3e-6, 1e-6, 2e-6, 4e-6], jnp.float16)}
+    masks = jp.masks.make(scores, 0.5)
     np.testing.assert_array_equal(flat(masks)[0], [True, False, False, True])
 
 

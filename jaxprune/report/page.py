@@ -31,10 +31,10 @@ h2{font-size:1.3rem;line-height:1.3;margin:3rem 0 .4rem}
 h3{font-size:1rem;margin:1.6rem 0 .2rem}
 code{font:.93em ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 p{max-width:46rem;margin:.5rem 0}
-.lead{max-width:56rem;font-size:1.55rem;line-height:1.35;font-weight:600;letter-spacing:-.01em;
+.lead{max-width:56rem;font-size:clamp(1.2rem,4.5vw,1.55rem);line-height:1.35;font-weight:600;letter-spacing:-.01em;
 text-wrap:pretty}
-.note,figcaption,caption{color:var(--quiet);font-size:.875rem;line-height:1.5}
-figcaption,caption{max-width:46rem;text-align:left}caption{padding-bottom:.4rem}
+.note,figcaption{color:var(--quiet);font-size:.875rem;line-height:1.5}
+figcaption{max-width:46rem}.note{margin:1.4rem 0 -.4rem}
 figure{margin:1rem 0}
 .panels{display:flex;flex-wrap:wrap;gap:1rem 1.5rem}
 .panels>svg{flex:1 1 340px;min-width:0;height:auto}
@@ -139,9 +139,9 @@ def table(
             for cell in row[1:]
         ]
         lines.append(f"<tr><th>{html.escape(row[0])}</th>{''.join(cells)}</tr>")
-    above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    above = f'<p class="note">{html.escape(caption)}</p>' if caption else ""
     return (
-        f'<div class="scroll"><table>{above}<thead><tr>{head}</tr></thead>'
+        f'{above}<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
