@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import fcntl
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +218,7 @@ def _run(
     return {
         "format": 1,
         "name": "scaled_down_llm",
+        "command": _command(config),
         "config": identity,
         "versions": records.versions(),
         "device": records.device(),
@@ -249,6 +251,19 @@ def _identity(config: Config, plan: Plan, corpus: Corpus) -> dict[str, Any]:
             }
         )
     )
+
+
+def _command(config: Config) -> str:
+    """The command line of this configuration, what is not its default."""
+    words = ["python", "-m", "experiments.scaled_down_llm"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        words.append("--" + field.name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value if isinstance(value, tuple) else [value])
+    return shlex.join(words)
 
 
 def _begun(out: Path, identity: dict[str, Any]) -> bool:
