@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import fcntl
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments import records
 from experiments.criteria import CRITERIA
-from experiments.datasets import Corpus, load
+from experiments.datasets import Batches, Corpus, load, validation_batches
 from experiments.language_model import LanguageModel
 from experiments.sweep import Plan, Seed
 from jaxprune import checkpoint, report
@@ -125,6 +126,7 @@ class Config:
             self,
             seeds=self.seeds[:1],
             criteria=self.criteria[:3],
+            retrain_criteria=None,
             sparsities=(0.5, 0.9),
             retrain_sparsities=None,
             batch_size=4,
@@ -152,11 +154,23 @@ class Config:
                     "always measured"
                 )
         for name in ("seeds", "criteria", "scopes", "sparsities"):
-            if not getattr(self, name):
+            if not (values := getattr(self, name)):
                 raise ValueError(f"{name} must name at least one")
+            if len({*values}) < len(values):
+                raise ValueError(f"{name} must be named once each, got {values}")
+            retrained = getattr(self, f"retrain_{name}", None) or ()
+            if not {*retrained} <= {*values}:
+                raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
         for name in ("batch_size", "steps", "retrain_steps", "checkpoint_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        rate = self.learning_rate
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"learning_rate must be over 0, got {rate}")
+        if not 0 <= self.show_sparsity <= 1:
+            raise ValueError(
+                f"show_sparsity must be in [0, 1], got {self.show_sparsity}"
+            )
         if self.eval_tokens < 0 or self.sample_length < 1:
             raise ValueError("eval_tokens must be >= 0 and sample_length >= 1")
 
@@ -173,11 +187,16 @@ def main(config: Config) -> Path:
     Raises:
       ValueError: the configuration is out of range, or the folder holds another run.
       OSError: the folder cannot be written to, or another process runs there.
+      FloatingPointError: a loss is not finite.
     """
     plan = config.plan()
+    corpus = load(config.data, text=config.text, data_dir=config.data_dir)
+    identity = _identity(config, plan, corpus)
+    context = gpt.preset(config.preset, vocab_size=len(corpus.vocabulary)).context
+    for seed in identity["seeds"]:  # refuses what is too short before it writes
+        Batches(corpus.train, plan.batch_size, context, seed)
+    validation_batches(corpus.validation, 1, context, 1)
     with _locked(config.out):
-        corpus = load(config.data, text=config.text, data_dir=config.data_dir)
-        identity = _identity(config, plan, corpus)
         finished = config.out / "results.json"
         if _begun(config.out, identity) and finished.exists():
             print(
@@ -286,7 +305,7 @@ def _locked(out: Path) -> Iterator[None]:
     """Keeps a second process out of the folder; a killed process leaves no lock."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115
+        lock = open(out / ".lock", "a")  # noqa: SIM115
     except OSError as error:
         raise OSError(
             f"--out '{out}' must be a folder that can be written to, got "
@@ -366,5 +385,5 @@ def _or(value: tuple[Any, ...] | None, default: tuple[Any, ...]) -> tuple[Any, .
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError, ImportError) as problem:
+    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
         sys.exit(f"error: {problem}")

@@ -8,6 +8,7 @@ steps, `training.train` goes on from its own checkpoints.
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +94,17 @@ class Seed:
 
         def validation(limit: int | None) -> Callable[[Any], float]:
             windows = validation_batches(corpus.validation, 64, context, limit)
-            return lambda params: evaluate(params, windows)
+
+            def loss(params: Any) -> float:
+                mean = evaluate(params, windows)
+                if not math.isfinite(mean):
+                    raise FloatingPointError(
+                        f"seed {seed}: the validation loss must be finite, got {mean}; "
+                        "give a lower --learning-rate"
+                    )
+                return mean
+
+            return loss
 
         self.loss = validation(plan.eval_tokens)
         self.curve_loss = validation(
@@ -166,7 +177,7 @@ class Seed:
         def train() -> dict[str, Any]:
             every = max(plan.steps // 40, 1)
             self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)
-            return {"tokens": plan.steps * plan.batch_size * self.model.config.context}
+            return {"tokens": self._tokens(plan.steps)}
 
         self._once("train", train)
         state = checkpoint.restore(self.folder / "train", state).state
@@ -185,6 +196,11 @@ class Seed:
         evaluate_every: int = 1,
     ) -> training.TrainState:
         labels = {"phase": stage, "seed": self.seed}
+
+        def begin(step: int) -> None:
+            self.begun = step
+            self.log.resume(step, **labels)
+
         return training.train(
             state,
             step_fn,
@@ -195,7 +211,7 @@ class Seed:
             configuration={**self.identity, "stage": stage},
             every=self.plan.checkpoint_every,
             log_every=max(min(50, steps // 10), 1),
-            on_start=lambda step: self.log.resume(step, **labels),
+            on_start=begin,
             on_metrics=lambda metrics: self.log.write(metrics, **labels),
             evaluate=evaluate,
             evaluate_every=evaluate_every,
@@ -203,6 +219,10 @@ class Seed:
             mesh=self.mesh,
             prefetch=prefetch,
         )
+
+    def _tokens(self, steps: int) -> int:
+        """Those of the last `_fit`, from where it began: what its seconds are of."""
+        return (steps - self.begun) * self.plan.batch_size * self.model.config.context
 
     def _retrained(
         self,
@@ -221,9 +241,8 @@ class Seed:
             tx = jp.keep_masks(inner, masks)
             state = training.init(params, tx, mesh=self.mesh, fsdp=plan.fsdp)
             state = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-            tokens = plan.retrain_steps * plan.batch_size * self.model.config.context
             result = {"loss": self.loss(state.params), **then(state.params)}
-            return {**result, "tokens": tokens}
+            return {**result, "tokens": self._tokens(plan.retrain_steps)}
 
         result = self._once(stage, compute)
         shutil.rmtree(self.folder / stage, ignore_errors=True)
@@ -239,9 +258,9 @@ class Seed:
         samples: list[Any],
     ) -> dict[str, Any]:
         """One criterion at one sparsity: right after pruning, and retrained."""
-        plan, name = self.plan, f"{criterion}-{scope}-{sparsity:g}"
+        plan, name = self.plan, f"{criterion}-{scope}-{sparsity}"
         shown = sparsity == plan.show_sparsity and scope == plan.scopes[0]
-        label = f"{criterion}, {sparsity:.0%} removed"
+        label = f"{criterion}, {100 * sparsity:g}% removed"
 
         def masks() -> Any:
             if not scores:

@@ -26,8 +26,8 @@ def checked(sparsity: Any, where: str = "") -> float:
       ValueError: it is NaN or out of range.
       TypeError: it is no number.
     """
-    if isinstance(sparsity, bool):
-        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity}{where}")
+    if isinstance(sparsity, bool | str):
+        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}{where}")
     try:
         value = float(sparsity)
     except TypeError as error:

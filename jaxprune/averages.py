@@ -94,10 +94,9 @@ def exponential(decay: float) -> Weighting:
             f"exponential(decay) needs 0 < decay < 1, got {decay}; use uniform() to "
             "forget nothing"
         )
-    log_decay = math.log(decay)
+    log_decay = np.float32(math.log(decay))
     return lambda n: (
-        -np.float32(math.expm1(log_decay))
-        / -jnp.expm1(log_decay * jnp.asarray(n, jnp.float32))
+        jnp.expm1(log_decay) / jnp.expm1(log_decay * jnp.asarray(n, jnp.float32))
     )
 
 

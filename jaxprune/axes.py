@@ -8,9 +8,11 @@ convolution's [..., in, out], whose window belongs to the input.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxprune import tree
 
@@ -44,14 +46,20 @@ class Axes:
         Raises:
           ValueError: an axis is out of range or named twice.
         """
-        named = [*self.inputs, *self.outputs]
-        own = [axis % ndim for axis in named if -ndim <= axis < ndim]
-        if len(set(own)) != len(named):
-            raise ValueError(
-                f"{self} must name different axes of a leaf of {ndim} axes; "
-                "give axes={glob: Axes(inputs=..., outputs=...)} that fit it"
-            )
+        if problem := self.problem(ndim):
+            raise ValueError(problem)
+        own = [axis % ndim for axis in (*self.inputs, *self.outputs)]
         return (*(axis for axis in range(ndim) if axis not in own), *own)
+
+    def problem(self, ndim: int) -> str | None:
+        """Why a leaf of so many axes cannot be seen this way, or None if it can."""
+        named = [*self.inputs, *self.outputs]
+        if len({axis % ndim for axis in named if -ndim <= axis < ndim}) == len(named):
+            return None
+        return (
+            f"{self} must name different axes of a leaf of {ndim} axes, or give "
+            "axes={glob: Axes(inputs=..., outputs=...)}"
+        )
 
     def matrix(self, leaf: jax.Array) -> jax.Array:
         """The leaf as (batch, in, out), each of the three possibly of size 1."""
@@ -100,3 +108,61 @@ def resolve(
         return [axes] * len(leaves)
     ruled = tree.by_rule(axes or {}, names, None, "axes")
     return [rule or default(leaf) for rule, leaf in zip(ruled, leaves, strict=True)]
+
+
+def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
+    """The array with no shard boundary inside a tile, on a mesh of Explicit axes.
+
+    There, splitting an axis into tiles that a boundary cuts is an error; such an axis
+    is gathered first. On Auto meshes the compiler sees to it.
+
+    Args:
+      matrix: any array.
+      *tiles: the tile's length along each axis.
+
+    Returns:
+      The same values.
+    """
+    sharding = jax.typeof(matrix).sharding
+    parts = [
+        sharding.mesh.shape_tuple and _shards(sharding.mesh, entry)
+        for entry in sharding.spec
+    ]
+    spec = [
+        entry if not count or matrix.shape[axis] // count % tiles[axis] == 0 else None
+        for axis, (entry, count) in enumerate(zip(sharding.spec, parts, strict=True))
+    ]
+    if spec == list(sharding.spec):
+        return matrix
+    return jax.sharding.reshard(
+        matrix, NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    )
+
+
+def placed(array: jax.Array, like: jax.Array) -> jax.Array:
+    """The array with the sharding of another of its shape.
+
+    Args:
+      array: any array.
+      like: an array of the same shape.
+
+    Returns:
+      The same values; the very array where nothing is to be moved. Under `jit` on Auto
+      meshes the compiler places it.
+    """
+    if not isinstance(array, jax.core.Tracer) and not isinstance(like, jax.core.Tracer):
+        return (
+            jax.device_put(array, like.sharding)
+            if isinstance(like, jax.Array)
+            else array
+        )
+    wanted = jax.typeof(like).sharding
+    if jax.typeof(array).sharding == wanted or not wanted.mesh.shape_tuple:
+        return array
+    return jax.sharding.reshard(array, wanted)
+
+
+def _shards(mesh: Mesh | AbstractMesh, entry: Any) -> int:
+    """How many shards an entry of a partition makes of its axis."""
+    names = (entry,) if isinstance(entry, str) else (entry or ())
+    return math.prod(mesh.shape[name] for name in names)

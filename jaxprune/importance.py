@@ -68,6 +68,11 @@ def track_importance(
     the first snapshot the average is the initial weight. A step that a wrapper such as
     `optax.apply_if_finite` skips does not enter.
 
+    The average is a float32 recurrence. It follows the exact one to 1e-6 of the largest
+    weight over thousands of snapshots, but a drift of less than about n 2^-25 of the
+    weight is rounded away at snapshot n: over a million steps take `every=100`, which
+    is cheaper too.
+
     Args:
       weighting: what each snapshot counts; the authors' sqrt(i) by default.
       every: updates between snapshots, at least 1.
@@ -273,12 +278,24 @@ def _blend(
     def leaf(old: Any, *new: Any) -> Any:
         if tree.is_masked(old):
             return old
-        value = view(*(x.astype(jnp.float32) for x in new))
+        value = view(*map(_widened, new))
         return old + gain * (value - old)
 
     if average is None:
         return None
     return jax.tree.map(leaf, average, *trees, is_leaf=tree.is_masked)
+
+
+def _widened(leaf: jax.Array) -> jax.Array:
+    """The leaf in float32, rounded as it is stored.
+
+    XLA may leave out a rounding to bfloat16 that is followed by a widening; the average
+    would then be of weights that the model never had.
+    """
+    wide, kind = leaf.astype(jnp.float32), jnp.finfo(leaf.dtype)
+    if kind.bits >= 32:
+        return wide
+    return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
 
 
 def _taylor(gradient: jax.Array, weight: jax.Array) -> jax.Array:

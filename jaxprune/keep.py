@@ -35,7 +35,9 @@ def keep_masks(
     """Trains what the masks keep; the rest stays zero, its moments too.
 
     Args:
-      optimizer: any optax optimizer, with its clipping and its tracker.
+      optimizer: any optax optimizer, with its clipping. A tracker goes outside,
+        `chain(keep_masks(optimizer, masks), track_importance())`, to see the step that
+        is really taken.
       masks: masks of the parameters that will be trained; True is kept.
 
     Returns:
@@ -88,7 +90,7 @@ def _select(masks: Masks, values: Any, undo: Any = None) -> Any:
     """The values where kept; elsewhere 0, or minus `undo` where it is given."""
 
     def leaf(mask: Any, value: Any, *pruned: Any) -> Any:
-        if tree.is_masked(mask):
+        if tree.is_masked(mask) or isinstance(value, jax.ShapeDtypeStruct):
             return value
         other = -pruned[0].astype(value.dtype) if pruned else jnp.zeros_like(value)
         return jnp.where(mask, value, other)

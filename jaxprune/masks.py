@@ -5,13 +5,15 @@ by multiplication, so NaN, infinity and -0 go too.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune import allocate, axes, patterns, select, tree
+from jaxprune import allocate, patterns, select, tree
+from jaxprune import axes as axes_
 from jaxprune.axes import Axes
 from jaxprune.base import Masks, Params, Pattern, Scope, Scores
 
@@ -56,11 +58,13 @@ def make(
     """
     named = _checked(scores)
     names, leaves = list(named), list(named.values())
-    shapes = [leaf.shape for leaf in leaves]
     own_axes = _axes(axes, names, leaves, pattern)
     units = [pattern.units(*pair) for pair in zip(leaves, own_axes, strict=True)]
     kept = _select(units, names, _agreed(sparsity, pattern), scope)
-    bits = [pattern.expand(*each) for each in zip(kept, shapes, own_axes, strict=True)]
+    bits = [
+        axes_.placed(pattern.expand(mask, leaf.shape, own), leaf)
+        for mask, leaf, own in zip(kept, leaves, own_axes, strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(scores), bits)
 
 
@@ -69,10 +73,15 @@ def above(scores: Scores, threshold: float) -> Masks:
 
     Args:
       scores: a tree of floating arrays.
-      threshold: what is at or under it goes; the rate, for `scores.threshold`.
+      threshold: what is at or under it goes, finite and at least 0; the rate, for
+        `scores.threshold`.
 
     Returns:
-      Masks like `scores`; NaN goes.
+      Masks like `scores`; under `jit` a NaN goes.
+
+    Raises:
+      ValueError: the threshold is out of range, or a score is NaN.
+      TypeError: scores are not floating.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,6 +90,8 @@ def above(scores: Scores, threshold: float) -> Masks:
       [False, True]
     """
     _checked(scores)
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
     return jax.tree.map(lambda score: score > threshold, scores)
 
 
@@ -192,6 +203,9 @@ class PackedMask:
 def pack(masks: Masks) -> Any:
     """The masks at one bit a weight.
 
+    Rows along the last axis are filled up to whole bytes, so that a sharding survives;
+    a last axis of 1 therefore costs a byte a weight.
+
     Args:
       masks: boolean masks.
 
@@ -284,12 +298,12 @@ def _axes(
 ) -> list[Axes]:
     """The leaves' axes, after the pattern has looked at every shape."""
     if isinstance(pattern, patterns.Unstructured) and rules is None:
-        return [axes.Axes()] * len(leaves)
-    resolved = axes.resolve(rules, names, leaves)
+        return [Axes()] * len(leaves)
+    resolved = axes_.resolve(rules, names, leaves)
     problems = [
         f"{problem} at {name!r}"
         for name, leaf, own in zip(names, leaves, resolved, strict=True)
-        if (problem := pattern.problem(leaf.shape, own))
+        if (problem := own.problem(leaf.ndim) or pattern.problem(leaf.shape, own))
     ]
     if problems:
         raise ValueError(

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxprune.axes import Axes
+from jaxprune.axes import Axes, divisible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +89,16 @@ class NM:
 
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """Minus the rank inside the group, so that one cut serves all groups."""
-        batch, inputs, outputs = (matrix := axes.matrix(scores)).shape
+        matrix = divisible(axes.matrix(scores), 1, self.m, 1)
+        batch, inputs, outputs = matrix.shape
         groups = matrix.reshape(batch, inputs // self.m, self.m, outputs)
-        groups = jnp.where(jnp.isnan(groups), -jnp.inf, groups)
-        place = jnp.arange(self.m)[:, None]
+        place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
         rank = jnp.zeros(groups.shape, jnp.float16)
         for other in range(self.m):
             rival = groups[:, :, other : other + 1]
-            before = (rival > groups) | ((rival == groups) & (other < place))
+            both = jnp.isnan(rival) & jnp.isnan(groups)
+            higher = (rival > groups) | (jnp.isnan(groups) & ~jnp.isnan(rival))
+            before = higher | ((both | (rival == groups)) & (other < place))
             rank = rank + before
         return axes.restore(-rank.reshape(matrix.shape), scores.shape)
 
@@ -157,9 +159,13 @@ class Block:
         """Sums over tiles, one axis after the other: shardings survive that."""
         batch, inputs, outputs = matrix.shape
         rows, columns = -inputs % self.rows, -outputs % self.columns
-        padded = jnp.pad(matrix, ((0, 0), (0, rows), (0, columns)))
-        high = padded.reshape(batch, -1, self.rows, outputs + columns).sum(2)
-        return high.reshape(batch, high.shape[1], -1, self.columns).sum(3)
+        whole = divisible(matrix, 1, self.rows, self.columns)
+        padded = jnp.pad(whole, ((0, 0), (0, rows), (0, columns)))
+        high, wide = inputs + rows, outputs + columns
+        tall = padded.reshape(batch, high // self.rows, self.rows, wide).sum(2)
+        return tall.reshape(
+            batch, high // self.rows, wide // self.columns, self.columns
+        ).sum(3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
-from jaxprune import tree
+from jaxprune import axes, tree
 from jaxprune.base import Importance, Params, Prunable, Scores
 
 _TRACK = {
@@ -297,7 +297,10 @@ def _score(
         )
     compiled = _compiled(formula)
     leaves = [
-        compiled(leaf, *(() if statistic is None else (statistic[i],)), *constants)
+        axes.placed(
+            compiled(leaf, *(() if statistic is None else (statistic[i],)), *constants),
+            leaf,
+        )
         if take
         else MaskedNode()
         for i, (take, leaf) in enumerate(zip(chosen, named.values(), strict=True))
@@ -336,7 +339,10 @@ def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
-    return _absolute(w) / jnp.std(average.astype(jnp.float32))
+    """|w| / std(A); where the averages are all equal, only a zero is at the rate."""
+    size, deviation = _absolute(w), jnp.std(average.astype(jnp.float32))
+    constant = jnp.where(size > 0, jnp.inf, 0.0)
+    return jnp.where(deviation > 0, size / deviation, constant)
 
 
 def _deviations_of_average(_: jax.Array, average: jax.Array) -> jax.Array:

@@ -3,11 +3,11 @@
 Floats of one width are ordered by their bits, so the k-th highest is found by bisection
 over bit patterns: each pass counts, in every leaf, the scores at or above a candidate.
 Nothing is sorted, concatenated or gathered, so it works on any sharding and needs no
-memory beside the masks. Ties keep the first by (leaf, flat index). NaN ranks lowest, as
-minus infinity does.
+memory beside the masks. Ties keep the first by (leaf, flat index). NaN ranks lowest,
+under minus infinity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -71,19 +71,26 @@ def _split(count: int) -> _Count:
 @jax.jit
 def _top(scores: list[jax.Array], kept: _Count) -> list[jax.Array]:
     dtype = jnp.result_type(*scores)
-    scores = [jnp.where(jnp.isnan(s), -jnp.inf, s).astype(dtype) for s in scores]
-    threshold = _threshold(scores, kept, dtype)
+    scores = [leaf.astype(dtype) for leaf in scores]
+    threshold, into_nan = _threshold(scores, kept, dtype)
+
+    def above(leaf: jax.Array) -> jax.Array:
+        return jnp.where(into_nan, ~jnp.isnan(leaf), leaf > threshold)
+
+    def tied(leaf: jax.Array) -> jax.Array:
+        return jnp.where(into_nan, jnp.isnan(leaf), leaf == threshold)
+
     spare = kept
     for leaf in scores:
-        spare = spare.minus(_number(leaf > threshold))
+        spare = spare.minus(_number(above(leaf)))
     ties, allowed = [], []
     for leaf in scores:
-        ties.append(_number(leaf == threshold))
+        ties.append(_number(tied(leaf)))
         allowed.append(spare.at_most(ties[-1]))
         spare = spare.minus(allowed[-1])
-    bounds = _tie_bounds(scores, threshold, ties, allowed)
+    bounds = _tie_bounds(scores, tied, ties, allowed)
     return [
-        (leaf > threshold) | ((leaf == threshold) & (_flat_index(leaf) < bound))
+        above(leaf) | (tied(leaf) & (_flat_index(leaf) < bound))
         for leaf, bound in zip(scores, bounds, strict=True)
     ]
 
@@ -92,10 +99,13 @@ def _number(flags: jax.Array) -> jax.Array:
     return jnp.sum(flags, dtype=np.uint32)
 
 
-def _threshold(scores: list[jax.Array], kept: _Count, dtype: np.dtype) -> jax.Array:
+def _threshold(
+    scores: list[jax.Array], kept: _Count, dtype: np.dtype
+) -> tuple[jax.Array, jax.Array]:
     """The highest value with at least `kept` scores at or above it.
 
-    Above infinity, where bit patterns are NaN and nothing counts, if `kept` is 0.
+    Above infinity, where bit patterns are NaN and nothing counts, if `kept` is 0. The
+    second result tells that all numbers together are too few, so that NaN are kept too.
     """
     unsigned = np.dtype(f"uint{jnp.finfo(dtype).bits}")
     infinity = jax.lax.bitcast_convert_type(jnp.array(jnp.inf, dtype), unsigned)
@@ -106,25 +116,29 @@ def _threshold(scores: list[jax.Array], kept: _Count, dtype: np.dtype) -> jax.Ar
         bits = jnp.where(position >= sign, position ^ sign, ~position)
         return jax.lax.bitcast_convert_type(bits, dtype)
 
+    def enough(position: jax.Array) -> jax.Array:
+        count = _Count(jnp.uint32(0), jnp.uint32(0))
+        for leaf in scores:
+            count = count.plus(_number(leaf >= value(position)))
+        return count.at_least(kept)
+
     def narrow(bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bracket
         middle = high - (high - low) // unsigned.type(2)
-        count = _Count(jnp.uint32(0), jnp.uint32(0))
-        for leaf in scores:
-            count = count.plus(_number(leaf >= value(middle)))
-        enough = count.at_least(kept)
+        found = enough(middle)
         return (
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle - unsigned.type(1)),
+            jnp.where(found, middle, low),
+            jnp.where(found, high, middle - unsigned.type(1)),
         )
 
     lowest, above = ~(infinity | sign), (infinity | sign) + unsigned.type(1)
-    return value(jax.lax.while_loop(lambda b: b[0] < b[1], narrow, (lowest, above))[0])
+    bracket = jax.lax.while_loop(lambda b: b[0] < b[1], narrow, (lowest, above))
+    return value(bracket[0]), ~enough(lowest)
 
 
 def _tie_bounds(
     scores: list[jax.Array],
-    threshold: jax.Array,
+    tied: Callable[[jax.Array], jax.Array],
     ties: list[jax.Array],
     allowed: list[jax.Array],
 ) -> jax.Array:
@@ -141,7 +155,7 @@ def _tie_bounds(
         middle = low + (high - low) // np.uint32(2)
         found = jnp.stack(
             [
-                _number((leaf == threshold) & (_flat_index(leaf) < middle[i]))
+                _number(tied(leaf) & (_flat_index(leaf) < middle[i]))
                 for i, leaf in enumerate(scores)
             ]
         )

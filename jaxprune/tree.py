@@ -18,7 +18,7 @@ from optax import MaskedNode
 T = TypeVar("T")
 
 _UNPRUNABLE = re.compile(
-    r"embed|norm|(^|[/_])(wte|wpe|ln(_?\w)?|bn\d*|bias|scale|b)(/|$)"
+    r"embed|norm|(^|[/_])(wte|wpe|ln(_?\w)?|bn\d*|bias|scale)(/|$)"
     r"|(^|/)((lm_|output_)?head|classifier|logits)(/|$)",
     re.IGNORECASE,
 )
