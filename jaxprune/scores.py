@@ -102,6 +102,14 @@ def averaged_magnitude(
 
     Raises:
       ValueError: it was not tracked, or is another model's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, 2.0]])}
+      >>> scores = jp.scores.averaged_magnitude(jp.Importance(magnitude=w), w)
+      >>> scores["w"].tolist()
+      [[1.0, 2.0]]
     """
     average = _tracked(importance, "magnitude", params)
     return _score(_second, params, prunable, average)
@@ -125,6 +133,14 @@ def obd(
 
     Raises:
       ValueError: there are no squared gradients, or they are another model's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, -2.0]])}
+      >>> squares = {"w": jnp.array([[16.0, 1.0]])}
+      >>> jp.scores.obd(jp.Importance(square=squares), w)["w"].tolist()
+      [[16.0, 4.0]]
 
     Reference:
       LeCun, Denker, Solla, "Optimal Brain Damage", 1989, equation 5.
@@ -190,6 +206,13 @@ def taylor(
     Raises:
       ValueError: it was not tracked, or is another model's.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, 2.0]])}
+      >>> jp.scores.taylor(jp.Importance(taylor=w), w)["w"].tolist()
+      [[1.0, 2.0]]
+
     Reference:
       Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
       arXiv 1906.10771; without the outer square.
@@ -214,6 +237,12 @@ def random(
 
     Returns:
       Scores like `params` in [0, 1), float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> jp.scores.random(None, {"w": jnp.ones((2, 3))}, seed=1)["w"].shape
+      (2, 3)
     """
     keys = list(jax.random.split(jax.random.key(seed), len(tree.names(params))))
     return _score(_uniform, params, prunable, keys)
@@ -245,6 +274,13 @@ def threshold(
     Raises:
       ValueError: the average was not tracked, is another model's, or `compare` is
         neither of the two.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[2.0, -2.0]])}  # std 2
+      >>> jp.scores.threshold(jp.Importance(weight=w), w)["w"].tolist()
+      [[1.0, 1.0]]
 
     Reference:
       The code released with Islam, Belhaouari, Bermak, "Neural Network Optimization
