@@ -6,15 +6,12 @@ The paper's first experiment. Started again with the same flags, a run goes on w
 was; a finished one says so. What it writes is described in experiments/README.md.
 """
 
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +20,12 @@ import tyro
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import records
+from experiments import folder, records
 from experiments.criteria import CRITERIA
 from experiments.datasets import Batches, Corpus, load, validation_batches
 from experiments.language_model import LanguageModel
 from experiments.sweep import Plan, Seed
-from jaxprune import checkpoint, report
+from jaxprune import report
 from jaxprune.models import gpt
 from jaxprune.report import findings
 
@@ -56,7 +53,7 @@ class Config:
       retrain_sparsities: those retrained at; all of `sparsities` if left out.
       batch_size: sequences in a batch; the preset's if left out.
       steps: steps of training; the preset's if left out.
-      retrain_steps: steps after pruning, and of the dense control.
+      retrain_steps: steps after pruning, and of the dense control; 0 for neither.
       learning_rate: peak; the preset's if left out.
       eval_tokens: validation tokens of every loss; 0 takes all.
       show_sparsity: where samples, layers and single weights are shown.
@@ -161,7 +158,9 @@ class Config:
             retrained = getattr(self, f"retrain_{name}", None) or ()
             if not {*retrained} <= {*values}:
                 raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
-        for name in ("batch_size", "steps", "retrain_steps", "checkpoint_every"):
+        if self.retrain_steps < 0:
+            raise ValueError(f"retrain_steps must be >= 0, got {self.retrain_steps}")
+        for name in ("batch_size", "steps", "checkpoint_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         rate = self.learning_rate
@@ -196,9 +195,9 @@ def main(config: Config) -> Path:
     for seed in identity["seeds"]:  # refuses what is too short before it writes
         Batches(corpus.train, plan.batch_size, context, seed)
     validation_batches(corpus.validation, 1, context, 1)
-    with _locked(config.out):
+    with folder.locked(config.out):
         finished = config.out / "results.json"
-        if _begun(config.out, identity) and finished.exists():
+        if folder.begun(config.out, identity) and finished.exists():
             print(
                 f"'{config.out}' is finished: see report.html there; give another "
                 "--out to run anew."
@@ -283,43 +282,6 @@ def _command(config: Config) -> str:
         if value is not True:
             words += map(str, value if isinstance(value, tuple) else [value])
     return shlex.join(words)
-
-
-def _begun(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds this very run; writes config.json if it holds none."""
-    path = out / "config.json"
-    if not path.exists():
-        records.write_json(path, identity)
-        return False
-    different = checkpoint.differences(json.loads(path.read_text()), identity)
-    if different:
-        raise ValueError(
-            f"'{out}' holds a run of another configuration: {'; '.join(different)}; "
-            "give the old values to go on, or another --out"
-        )
-    return True
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder; a killed process leaves no lock."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "a")  # noqa: SIM115
-    except OSError as error:
-        raise OSError(
-            f"--out '{out}' must be a folder that can be written to, got "
-            f"{error.strerror}; give another"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(
-                f"another process is running in '{out}'; wait for it or give another "
-                "--out"
-            ) from error
-        yield
 
 
 def _vocabulary(config: Config, corpus: Corpus) -> int:

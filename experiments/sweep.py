@@ -118,11 +118,7 @@ class Seed:
         dense = {"steps": self.plan.steps}
         dense |= self._once("dense", lambda: {"loss": self.loss(watched.params)})
         samples = [self._once("sample", lambda: self._sample("dense", watched.params))]
-        everything = jax.tree.map(
-            lambda score: jnp.ones_like(score, bool),
-            jp.scores.magnitude(None, watched.params),
-        )
-        control = self._retrained("control", watched.params, everything)
+        control = self._control(watched)
         cells = []
         for criterion in self.plan.criteria:
             scores: list[Any] = []  # made once, and only if a cell is left to do
@@ -134,10 +130,7 @@ class Seed:
         return {
             "seed": self.seed,
             "dense": dense,
-            "control": {
-                "steps": self.plan.steps + self.plan.retrain_steps,
-                "loss": control["loss"],
-            },
+            "control": control,
             "curve": self._curve(),
             "cells": cells,
             "samples": samples,
@@ -248,6 +241,18 @@ class Seed:
         shutil.rmtree(self.folder / stage, ignore_errors=True)
         return result
 
+    def _control(self, watched: Watched) -> dict[str, Any] | None:
+        """The dense model after as many more steps, by the very same program."""
+        if not self.plan.retrain_steps:
+            return None
+        everything = jax.tree.map(
+            lambda score: jnp.ones_like(score, bool),
+            jp.scores.magnitude(None, watched.params),
+        )
+        result = self._retrained("control", watched.params, everything)
+        steps = self.plan.steps + self.plan.retrain_steps
+        return {"steps": steps, "loss": result["loss"]}
+
     def _cell(
         self,
         watched: Watched,
@@ -284,7 +289,8 @@ class Seed:
         samples += [pruned["sample"]] if shown else []
         retrained: dict[str, Any] = {"loss": None}
         retrain = (
-            criterion in plan.retrain_criteria
+            plan.retrain_steps > 0
+            and criterion in plan.retrain_criteria
             and sparsity in plan.retrain_sparsities
             and scope == plan.scopes[0]
         )

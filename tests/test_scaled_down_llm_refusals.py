@@ -1,12 +1,18 @@
 """What the main job refuses is one sentence, and nothing is written."""
 
 import fcntl
+import json
 import re
 import runpy
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_run import MODULE, flags, undisturbed, write_text
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +53,11 @@ def snapshot(folder):
     }
 
 
-def test_a_finished_run_says_so_and_changes_no_file(run, command):
+def test_a_finished_run_told_its_own_command_says_so_and_changes_no_file(run, command):
     before = snapshot(run.out)
-    status, said, errors = command(*flags(run.text, run.out))
+    recorded = json.loads((run.out / "results.json").read_text())["command"]
+    assert shlex.split(recorded)[:3] == ["python", "-m", MODULE]
+    status, said, errors = command(*shlex.split(recorded)[3:])
     assert status == 0
     assert "is finished" in said
     assert str(run.out) in said
@@ -139,6 +147,24 @@ def test_a_value_out_of_range_is_one_sentence_and_nothing_is_written(
     assert not out.exists()
 
 
+def test_a_process_that_refuses_prints_one_line_and_exits_with_one(text, tmp_path):
+    out = tmp_path / "out"
+    ended = subprocess.run(
+        [sys.executable, "-m", MODULE, *flags(text, out, "--sparsities", "1")],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert not ended.stdout
+    assert ended.stderr == (
+        "error: sparsities must be in (0, 1), got 1.0; the dense model is always "
+        "measured\n"
+    )
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -201,7 +227,7 @@ def test_a_second_process_in_the_folder_is_refused(run, command):
     before = snapshot(out)
     with open(out / ".lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        status, _, errors = command(*flags(text, out))
+        status, _, errors = command(*flags(run.text, out))
     assert status == 1
     assert errors == (
         f"error: another process is running in '{out}'; wait for it or give another "

@@ -1,0 +1,69 @@
+"""The folder of a run: one process at a time, one configuration for good."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments import records
+from jaxprune import checkpoint
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder; a killed process leaves no lock.
+
+    Args:
+      out: the folder; made if it is missing.
+
+    Yields:
+      Nothing; the folder is ours meanwhile.
+
+    Raises:
+      OSError: the folder cannot be written to, or another process has it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(
+            f"--out '{out}' must be a folder that can be written to, got "
+            f"{error.strerror}; give another"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(
+                f"another process is running in '{out}'; wait for it or give another "
+                "--out"
+            ) from error
+        yield
+
+
+def begun(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run; writes config.json if it holds none.
+
+    Args:
+      out: the folder.
+      identity: JSON-able; what must be the same for a run to go on.
+
+    Returns:
+      Whether the run was begun before.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration.
+    """
+    path = out / "config.json"
+    if not path.exists():
+        records.write_json(path, identity)
+        return False
+    different = checkpoint.differences(json.loads(path.read_text()), identity)
+    if different:
+        raise ValueError(
+            f"'{out}' holds a run of another configuration: {'; '.join(different)}; "
+            "give the old values to go on, or another --out"
+        )
+    return True

@@ -1,0 +1,79 @@
+"""Each criterion of the experiments is its formula, over what a run has watched."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from experiments.criteria import CRITERIA, EXPONENTS, Watched
+from experiments.language_model import ADAMW, optimizer
+
+STEPS, CLIP, B2 = 5, 1.0, 0.99
+NAME = "mlp/kernel"
+
+
+@pytest.fixture(scope="module")
+def watched():
+    """What five steps have seen, and the same by hand in float64."""
+    rng = np.random.default_rng(0)
+    params = {"mlp": {"kernel": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}}
+    tx = optimizer(optax.constant_schedule(0.1), track=True)
+    state, weights, gradients = tx.init(params), [], []
+    for _ in range(STEPS):
+        gradient = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
+        before = np.asarray(params["mlp"]["kernel"], np.float64)
+        updates, state = tx.update({"mlp": {"kernel": gradient}}, state, params)
+        params = optax.apply_updates(params, updates)
+        gradients.append((before, np.asarray(gradient, np.float64)))
+        weights.append(np.asarray(params["mlp"]["kernel"], np.float64))
+    tracked = jp.get_importance(state)
+    adam = jp.get_importance(state[ADAMW])
+    seen = Watched(params, tracked, tracked._replace(square=adam.square))
+    return seen, by_hand(weights, gradients)
+
+
+def by_hand(weights, gradients):
+    gain = np.sqrt(np.arange(1, STEPS + 1))
+    gain /= gain.sum()
+    second = np.zeros_like(weights[0])
+    for _, gradient in gradients:
+        clipped = gradient * min(1.0, CLIP / np.linalg.norm(gradient))
+        second = B2 * second + (1 - B2) * clipped**2
+    weight, average = np.abs(weights[-1]), np.tensordot(gain, weights, 1)
+    square = np.mean([g**2 for _, g in gradients], 0)
+    scores = {
+        "trajectory": weight * square**0.25,
+        "trajectory_adam": weight * second**0.25,
+        "averaged_weight": np.abs(average),
+        "magnitude": weight,
+        "averaged_magnitude": np.tensordot(gain, np.abs(weights), 1),
+        "obd": weight**2 * square,
+        "taylor": np.mean([np.abs(w * g) for w, g in gradients], 0),
+        "threshold_weight": weight / average.std(),
+        "threshold_average": np.abs(average) / average.std(),
+    }
+    for p in EXPONENTS:
+        scores[f"trajectory_{p}"] = weight * square**p
+        scores[f"averaged_trajectory_{p}"] = np.abs(average) * square**p
+    return scores
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "random"])
+def test_a_criterion_is_its_formula(watched, name):
+    seen, expected = watched
+    score = np.asarray(jp.tree.named_leaves(CRITERIA[name](seen))[NAME], np.float64)
+    # Adam's second moment may be scaled by any one factor: only the order counts.
+    np.testing.assert_allclose(
+        score / score.max(), expected[name] / expected[name].max(), rtol=2e-6
+    )
+
+
+def test_random_is_the_same_each_time_and_follows_no_weight(watched):
+    seen, _ = watched
+    first, again = (CRITERIA["random"](seen) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    order = np.argsort(np.asarray(first["mlp"]["kernel"]).ravel())
+    weights = np.abs(np.asarray(seen.params["mlp"]["kernel"])).ravel()
+    assert list(order) != list(np.argsort(weights))
