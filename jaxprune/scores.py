@@ -371,7 +371,8 @@ def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Arr
 
 
 def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
-    return jax.random.uniform(key, w.shape)
+    # Tied to the leaf, which is not read, so that the result lives where the leaf does.
+    return jax.lax.optimization_barrier((jax.random.uniform(key, w.shape), w))[0]
 
 
 def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
