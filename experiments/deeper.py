@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 import tyro
 
 import jaxprune as jp
 from experiments import folder, records, training
 from experiments.datasets import Batches, load, prefetch, validation_batches
-from experiments.language_model import LanguageModel, optimizer, schedule
+from experiments.language_model import (
+    LanguageModel,
+    keep_everything,
+    optimizer,
+    schedule,
+)
 from jaxprune.models import gpt
 
 
@@ -105,10 +109,7 @@ def run(
 ) -> Any:
     """The parameters after one run, from its segments' checkpoints where there are."""
     params = model.init(seed)
-    everything = jax.tree.map(
-        lambda score: jnp.ones_like(score, bool), jp.scores.magnitude(None, params)
-    )
-    tx = jp.keep_masks(optimizer(config.rate(), track=False), everything)
+    tx = jp.keep_masks(optimizer(config.rate(), track=False), keep_everything(params))
     step_fn = training.make_step(model.loss, tx)
     mesh = training.make_mesh(config.batch_size)
     state = training.init(params, tx, mesh=mesh)

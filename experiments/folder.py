@@ -54,13 +54,25 @@ def begun(out: Path, identity: dict[str, Any]) -> bool:
       Whether the run was begun before.
 
     Raises:
-      ValueError: the folder holds a run of another configuration.
+      ValueError: the folder holds a run of another configuration, or is damaged.
     """
     path = out / "config.json"
     if not path.exists():
+        if (out / "results.json").exists():
+            raise ValueError(
+                f"'{out}' holds results but not their config.json; bring it back, or "
+                "give another --out"
+            )
         records.write_json(path, identity)
         return False
-    different = checkpoint.differences(json.loads(path.read_text()), identity)
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' must be the JSON that was written there, got {error}; bring it "
+            "back, or give another --out"
+        ) from error
+    different = checkpoint.differences(before, identity)
     if different:
         raise ValueError(
             f"'{out}' holds a run of another configuration: {'; '.join(different)}; "

@@ -75,6 +75,13 @@ class LanguageModel:
         return np.array(text[len(prompt) : len(prompt) + length])
 
 
+def keep_everything(params: Any) -> Any:
+    """Masks that prune nothing, for a dense run by the program of the pruned ones."""
+    return jax.tree.map(
+        lambda score: jnp.ones_like(score, bool), jp.scores.magnitude(None, params)
+    )
+
+
 def schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
     """nanoGPT's: linear warm-up, then a cosine to a tenth of the peak."""
     warmup = min(warmup, steps // 2)

@@ -166,8 +166,7 @@ class Phase:
       seconds: wall time.
       peak_memory_bytes: the greatest use so far: of a device on GPU and TPU, of the
         process on CPU; None where the platform does not tell.
-      energy_kwh: of CPU, memory and GPU; None where not asked for or codecarbon is
-        not installed.
+      energy_kwh: of CPU, memory and GPU; None where not asked for.
       co2_kg: kilograms of CO2 equivalent, by the country's mean; likewise.
     """
 
@@ -261,7 +260,10 @@ def _cores() -> int:
 
 def _start_tracker(country: str) -> Any:
     if importlib.util.find_spec("codecarbon") is None:
-        return None
+        raise ModuleNotFoundError(
+            "energy is measured with the package codecarbon, which is not installed; "
+            "pip install 'jaxprune[energy]', or leave --energy out"
+        )
     from codecarbon import OfflineEmissionsTracker
 
     # Its own log level takes effect only after it has said the first things.

@@ -24,7 +24,8 @@ from experiments import folder, records
 from experiments.criteria import CRITERIA
 from experiments.datasets import Batches, Corpus, load, validation_batches
 from experiments.language_model import LanguageModel
-from experiments.sweep import Plan, Seed
+from experiments.plan import Plan
+from experiments.sweep import Seed
 from jaxprune import report
 from jaxprune.models import gpt
 from jaxprune.report import findings
@@ -303,9 +304,8 @@ def _summed(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if phase[field] is not None:
                 total[field] = (total[field] or 0) + phase[field]
         total["tokens_per_second"] = sum(tokens) / total["seconds"] or None
-        total["peak_memory_bytes"] = max(
-            total["peak_memory_bytes"] or 0, phase["peak_memory_bytes"] or 0
-        )
+        peaks = [p["peak_memory_bytes"] or 0 for p in (total, phase)]
+        total["peak_memory_bytes"] = max(peaks) or None
     return list(merged.values())
 
 

@@ -5,7 +5,6 @@ over; a run started again reads what is there and does the rest. Inside a stage 
 steps, `training.train` goes on from its own checkpoints.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -23,51 +21,19 @@ import jaxprune as jp
 from experiments import training
 from experiments.criteria import CRITERIA, Watched
 from experiments.datasets import Batches, Corpus, prefetch, validation_batches
-from experiments.language_model import ADAMW, LanguageModel, optimizer, schedule
+from experiments.language_model import (
+    ADAMW,
+    LanguageModel,
+    keep_everything,
+    optimizer,
+    schedule,
+)
+from experiments.plan import Plan
 from experiments.records import MetricsLog, measure, write_json
 from jaxprune import checkpoint
 
 WATCHED_WEIGHTS = 64
 CURVE_TOKENS = 16_384
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The numbers that one seed's stages need; see `scaled_down_llm.Config`.
-
-    Attributes:
-      batch_size: sequences in a batch.
-      steps: steps of training.
-      retrain_steps: steps after pruning, and of the control.
-      learning_rate: peak, of both.
-      criteria: names of `CRITERIA`, each pruned by.
-      retrain_criteria: those retrained after it.
-      scopes: "layer", "global".
-      sparsities: the sweep.
-      retrain_sparsities: those retrained at.
-      eval_tokens: validation tokens of every loss; None for all.
-      show_sparsity: where samples and single weights are shown.
-      sample_length: characters of a sample.
-      checkpoint_every: steps between checkpoints.
-      energy_country: three-letter code, or None for no energy.
-      fsdp: whether to split parameters over the devices.
-    """
-
-    batch_size: int
-    steps: int
-    retrain_steps: int
-    learning_rate: float
-    criteria: tuple[str, ...]
-    retrain_criteria: tuple[str, ...]
-    scopes: tuple[jp.base.Scope, ...]
-    sparsities: tuple[float, ...]
-    retrain_sparsities: tuple[float, ...]
-    eval_tokens: int | None
-    show_sparsity: float
-    sample_length: int
-    checkpoint_every: int
-    energy_country: str | None
-    fsdp: bool
 
 
 class Seed:
@@ -245,10 +211,7 @@ class Seed:
         """The dense model after as many more steps, by the very same program."""
         if not self.plan.retrain_steps:
             return None
-        everything = jax.tree.map(
-            lambda score: jnp.ones_like(score, bool),
-            jp.scores.magnitude(None, watched.params),
-        )
+        everything = keep_everything(watched.params)
         result = self._retrained("control", watched.params, everything)
         steps = self.plan.steps + self.plan.retrain_steps
         return {"steps": steps, "loss": result["loss"]}

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune import axes, tree
 from jaxprune import masks as masking
-from jaxprune import tree
 from jaxprune.base import Masks, Params
 
 
@@ -43,7 +43,8 @@ def keep_masks(
     Returns:
       A transformation whose first step sets pruned weights to zero, whatever they were,
       and whose later steps leave them there. Extra arguments reach the optimizer. The
-      masks are part of the state, so a checkpoint of the state holds them.
+      masks are part of the state, placed as the parameters are, so a checkpoint of the
+      state holds them.
 
     Raises:
       ValueError: at `init`: the masks are another model's; at `update`: no parameters.
@@ -62,7 +63,10 @@ def keep_masks(
 
     def init(params: Params) -> KeepMasksState:
         aligned = masking.checked(params, masks)
-        own = [m if tree.is_masked(m) else jnp.array(m, copy=True) for m in aligned]
+        own = [
+            m if tree.is_masked(m) else axes.placed(jnp.array(m, copy=True), leaf)
+            for m, leaf in zip(aligned, tree.named_leaves(params).values(), strict=True)
+        ]
         structure = jax.tree.structure(params, is_leaf=tree.is_masked)
         kept = jax.tree.unflatten(structure, own)
         return KeepMasksState(kept, optimizer.init(_select(kept, params)))

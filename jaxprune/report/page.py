@@ -80,7 +80,7 @@ def write_files(files: Mapping[str, bytes], directory: Path) -> list[Path]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        partial = directory / f".{name}.{os.getpid()}.partial"
+        partial = directory / f".{name}.partial"
         try:
             partial.write_bytes(content)
             os.replace(partial, directory / name)
