@@ -9,6 +9,7 @@ sparsity 0 the same recipe gives the dense control that it must be held against.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -49,6 +50,8 @@ class Config:
       steps: steps in all.
       restart: how many of them are the second cosine's.
       prune_every: steps between two prunings.
+      distill: weight of the divergence from the dense model by the same recipe and
+        seed, in [0, 1); 0 for none.
       batch_size: sequences in a batch.
       eval_tokens: validation tokens of every loss; 0 takes all.
     """
@@ -65,6 +68,7 @@ class Config:
     steps: int = 2500
     restart: int = 500
     prune_every: int = 50
+    distill: float = 0.0
     batch_size: int = 12
     eval_tokens: int = 0
 
@@ -83,8 +87,9 @@ class Config:
 
     def targets(self, final: float) -> dict[int, float]:
         """Step to the sparsity that it begins with, the cubic of Zhu and Gupta."""
-        if not 0 <= final < 1:
-            raise ValueError(f"sparsities must be in [0, 1), got {final}")
+        for name, share in (("sparsities", final), ("distill", self.distill)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {share}")
         begin, end = round(0.2 * self.steps), round(0.6 * self.steps)
         steps = [*range(begin + self.prune_every, end, self.prune_every), end]
         rest = [(end - step) / (end - begin) for step in steps]
@@ -104,13 +109,33 @@ def pruned(state: training.TrainState, sparsity: float) -> training.TrainState:
     )
 
 
+def distilled(
+    model: LanguageModel,
+    teacher: Any,
+    weight: float,
+    params: Any,
+    inputs: jax.Array,
+    targets: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Cross entropy mixed with the divergence from a teacher (Hinton et al., 2015)."""
+    loss = model.loss(params, inputs, targets, key)
+    student = jax.nn.log_softmax(model.bind(params)(inputs))
+    told = jax.nn.log_softmax(model.bind(teacher)(inputs))
+    divergence = optax.losses.kl_divergence_with_log_targets(student, told).mean()
+    return (1 - weight) * loss + weight * divergence
+
+
 def run(
     config: Config, model: LanguageModel, batches: Batches, seed: int, final: float
 ) -> Any:
     """The parameters after one run, from its segments' checkpoints where there are."""
-    params = model.init(seed)
+    params, loss = model.init(seed), model.loss
+    if config.distill and final:
+        teacher = run(config, model, batches, seed, 0.0)
+        loss = functools.partial(distilled, model, teacher, config.distill)
     tx = jp.keep_masks(optimizer(config.rate(), track=False), keep_everything(params))
-    step_fn = training.make_step(model.loss, tx)
+    step_fn = training.make_step(loss, tx)
     mesh = training.make_mesh(config.batch_size)
     state = training.init(params, tx, mesh=mesh)
     segments = config.out / f"seed-{seed}" / f"{final:g}"
@@ -169,7 +194,8 @@ def main(config: Config) -> Path:
                 if not path.exists():
                     params = run(config, model, batches, seed, final)
                     records.write_json(path, {"loss": evaluate(params, windows)})
-                    shutil.rmtree(path.parent / f"{final:g}", ignore_errors=True)
+                    if final or not config.distill:  # the teacher is needed again
+                        shutil.rmtree(path.parent / f"{final:g}", ignore_errors=True)
                 loss = json.loads(path.read_text())["loss"]
                 losses[str(seed)][f"{final:g}"] = loss
                 print(f"seed {seed}  {final:4.0%} removed  {loss:.4f} nats", flush=True)

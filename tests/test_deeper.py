@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from tiny_run import write_text
@@ -81,6 +82,33 @@ def test_a_run_cut_between_segments_ends_with_the_same_bits(
 def test_a_finished_run_trains_no_more(config, losses, monkeypatch):
     monkeypatch.setattr(training, "train", None)
     assert json.loads(deeper.main(config).read_text())["losses"] == losses
+
+
+def test_distilling_mixes_cross_entropy_with_the_divergence_from_the_teacher():
+    model = LanguageModel(gpt.preset("cpu", vocab_size=7, layers=1, width=8, heads=1))
+    student, teacher = model.init(0), jax.tree.map(lambda x: 30 * x, model.init(1))
+    inputs, targets = np.arange(6).reshape(1, 6), np.arange(6)[::-1].reshape(1, 6)
+    args = (student, inputs, targets, jax.random.key(0))
+    mixed = deeper.distilled(model, teacher, 0.25, *args)
+
+    def probabilities(params):
+        logits = np.asarray(model.bind(params)(inputs), np.float64)
+        return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+
+    p, q = probabilities(teacher), probabilities(student)
+    divergence = (p * np.log(p / q)).sum(-1).mean()
+    entropy = -np.log(np.take_along_axis(q, targets[..., None], -1)).mean()
+    assert divergence > 0.01
+    np.testing.assert_allclose(mixed, 0.75 * entropy + 0.25 * divergence, rtol=1e-4)
+
+
+def test_a_distilled_run_learns_from_the_dense_one_of_its_seed(
+    config, losses, tmp_path
+):
+    own = dataclasses.replace(config, out=tmp_path, distill=0.5)
+    taught = json.loads(deeper.main(own).read_text())["losses"]["0"]
+    assert taught["0"] == losses["0"]["0"]
+    assert taught["0.5"] != losses["0"]["0.5"]
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan")])
