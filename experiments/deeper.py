@@ -21,7 +21,7 @@ import optax
 import tyro
 
 import jaxprune as jp
-from experiments import folder, records, training
+from experiments import folder, layout, records, training
 from experiments.datasets import Batches, load, prefetch, validation_batches
 from experiments.language_model import (
     LanguageModel,
@@ -54,6 +54,7 @@ class Config:
         seed, in [0, 1); 0 for none.
       batch_size: sequences in a batch.
       eval_tokens: validation tokens of every loss; 0 takes all.
+      mesh: how the devices share the work, as in `scaled_down_llm`.
     """
 
     out: Path = Path("results/deeper")
@@ -71,6 +72,7 @@ class Config:
     distill: float = 0.0
     batch_size: int = 12
     eval_tokens: int = 0
+    mesh: str | None = None
 
     def rate(self) -> optax.Schedule:
         """The learning rate by step."""
@@ -136,7 +138,7 @@ def run(
         loss = functools.partial(distilled, model, teacher, config.distill)
     tx = jp.keep_masks(optimizer(config.rate(), track=False), keep_everything(params))
     step_fn = training.make_step(loss, tx)
-    mesh = training.make_mesh(config.batch_size)
+    mesh = layout.make_mesh(config.mesh, config.batch_size)
     state = training.init(params, tx, mesh=mesh)
     segments = config.out / f"seed-{seed}" / f"{final:g}"
     targets = config.targets(final) if final else {}
@@ -173,17 +175,21 @@ def main(config: Config) -> Path:
     """
     for final in config.sparsities:
         config.targets(final)
+    mesh = layout.make_mesh(config.mesh, config.batch_size)
     with folder.locked(config.out):
         corpus = load(config.data, text=config.text, data_dir=config.data_dir)
         fixed = dataclasses.asdict(config) | {"fingerprint": corpus.fingerprint}
-        for name in ("out", "text", "data_dir", "seeds", "sparsities"):
+        for name in ("out", "text", "data_dir", "seeds", "sparsities", "mesh"):
             del fixed[name]
         folder.begun(config.out, fixed)
         shape = gpt.preset(config.preset, vocab_size=len(corpus.vocabulary))
         model = LanguageModel(shape)
-        evaluate = training.make_eval(model.token_losses)
+        evaluate = training.make_eval(model.token_losses, mesh=mesh)
         windows = validation_batches(
-            corpus.validation, 64, shape.context, config.eval_tokens or None
+            corpus.validation,
+            layout.batch_size(64, mesh),
+            shape.context,
+            config.eval_tokens or None,
         )
         losses: dict[str, dict[str, float]] = {}
         for seed in config.seeds:

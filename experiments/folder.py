@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, one configuration for good."""
+"""The folder of a run: one run at a time, one configuration for good."""
 
 import contextlib
 import fcntl
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments import records
-from jaxprune import checkpoint
+from jaxprune import checkpoint, processes
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder; a killed process leaves no lock.
+    """Keeps a second run out of the folder; a killed process leaves no lock.
+
+    All processes of a run call this together; the first one holds the lock.
 
     Args:
       out: the folder; made if it is missing.
@@ -22,29 +24,34 @@ def locked(out: Path) -> Iterator[None]:
       Nothing; the folder is ours meanwhile.
 
     Raises:
-      OSError: the folder cannot be written to, or another process has it.
+      OSError: the folder cannot be written to, or another run has it.
     """
+    with contextlib.ExitStack() as held:
+        processes.on_first(lambda: _lock(out, held))
+        yield
+
+
+def _lock(out: Path, held: contextlib.ExitStack) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "a")  # noqa: SIM115
+        lock = held.enter_context(open(out / ".lock", "a"))  # noqa: SIM115
     except OSError as error:
         raise OSError(
             f"--out '{out}' must be a folder that can be written to, got "
             f"{error.strerror}; give another"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(
-                f"another process is running in '{out}'; wait for it or give another "
-                "--out"
-            ) from error
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError(
+            f"another process is running in '{out}'; wait for it or give another --out"
+        ) from error
 
 
 def begun(out: Path, identity: dict[str, Any]) -> bool:
     """Whether the folder holds this very run; writes config.json if it holds none.
+
+    All processes of a run call this together.
 
     Args:
       out: the folder.
@@ -56,6 +63,10 @@ def begun(out: Path, identity: dict[str, Any]) -> bool:
     Raises:
       ValueError: the folder holds a run of another configuration, or is damaged.
     """
+    return processes.on_first(lambda: _begun(out, identity))
+
+
+def _begun(out: Path, identity: dict[str, Any]) -> bool:
     path = out / "config.json"
     if not path.exists():
         if (out / "results.json").exists():

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 import jaxprune as jp
+from experiments import layout
 from jaxprune.models import generate, gpt
 
 ADAMW = 2
@@ -71,7 +72,7 @@ class LanguageModel:
                 key=jax.random.key(window),
                 temperature=0.8,
             )
-            text += np.asarray(new)[0, seen.shape[1] :].tolist()
+            text += layout.fetch(new)[0, seen.shape[1] :].tolist()
         return np.array(text[len(prompt) : len(prompt) + length])
 
 

@@ -24,7 +24,6 @@ class Plan:
       sample_length: characters of a sample.
       checkpoint_every: steps between checkpoints.
       energy_country: three-letter code, or None for no energy.
-      fsdp: whether to split parameters over the devices.
     """
 
     batch_size: int
@@ -41,4 +40,3 @@ class Plan:
     sample_length: int
     checkpoint_every: int
     energy_country: str | None
-    fsdp: bool

@@ -6,6 +6,7 @@ The paper's first experiment. Started again with the same flags, a run goes on w
 was; a finished one says so. What it writes is described in experiments/README.md.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -17,21 +18,23 @@ from typing import Any, Literal
 
 import jax
 import tyro
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import folder, records
+from experiments import folder, launch, layout, records
 from experiments.criteria import CRITERIA
 from experiments.datasets import Batches, Corpus, load, validation_batches
 from experiments.language_model import LanguageModel
 from experiments.plan import Plan
-from experiments.sweep import Seed
-from jaxprune import report
+from experiments.sweep import METRICS, Seed
+from jaxprune import processes, report
 from jaxprune.models import gpt
 from jaxprune.report import findings
 
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
 _STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}
+_OF_THE_START = ("coordinator", "processes", "process_id")
 _RATE = {"cpu": 1e-3, "medium": 1e-3, "char": 1e-3, "gpt2": 6e-4}
 
 
@@ -63,7 +66,12 @@ class Config:
       checkpoint_every: steps between checkpoints.
       energy: three-letter code of the country whose electricity counts, to measure
         energy and CO2 (needs the extra `energy`).
-      fsdp: split the parameters over the devices, where there are several.
+      mesh: how the devices share the work, "data=4,model=2" or "fsdp=8"; see
+        experiments/layout.py. All that the batch can be split over if left out.
+      coordinator: HOST:PORT of the first of several processes that make up the run, or
+        "auto" where the cluster tells; started with the same flags, on one folder.
+      processes: how many there are, where the cluster does not tell.
+      process_id: which of them this is, from 0, likewise.
       smoke: everything at a size that ends within a minute.
     """
 
@@ -88,7 +96,10 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = 250
     energy: str | None = None
-    fsdp: bool = False
+    mesh: str | None = None
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
     smoke: bool = False
 
     def plan(self) -> Plan:
@@ -115,7 +126,6 @@ class Config:
             sample_length=config.sample_length,
             checkpoint_every=config.checkpoint_every,
             energy_country=config.energy,
-            fsdp=config.fsdp,
         )
 
     def smaller(self) -> "Config":
@@ -190,38 +200,63 @@ def main(config: Config) -> Path:
       FloatingPointError: a loss is not finite.
     """
     plan = config.plan()
-    corpus = load(config.data, text=config.text, data_dir=config.data_dir)
+    launch.join(config.coordinator, config.processes, config.process_id)
+    corpus = launch.read_alike(
+        lambda: load(config.data, text=config.text, data_dir=config.data_dir)
+    )
     identity = _identity(config, plan, corpus)
-    context = gpt.preset(config.preset, vocab_size=len(corpus.vocabulary)).context
+    launch.check_alike({**identity, "out": str(config.out), "mesh": config.mesh})
+    shape = gpt.preset(config.preset, vocab_size=_vocabulary(config, corpus))
+    model = LanguageModel(dataclasses.replace(shape, dtype=config.dtype))
     for seed in identity["seeds"]:  # refuses what is too short before it writes
-        Batches(corpus.train, plan.batch_size, context, seed)
-    validation_batches(corpus.validation, 1, context, 1)
+        Batches(corpus.train, plan.batch_size, shape.context, seed)
+    validation_batches(corpus.validation, 1, shape.context, 1)
+    mesh = layout.make_mesh(config.mesh, plan.batch_size)
+    if mesh is not None:
+        layout.shardings(jax.eval_shape(lambda: model.init(0)), mesh)
+    shown = config.out / "report.html"
     with folder.locked(config.out):
         finished = config.out / "results.json"
-        if folder.begun(config.out, identity) and finished.exists():
-            print(
+        begun = folder.begun(config.out, identity)
+        if begun and processes.on_first(finished.exists):
+            _say(
                 f"'{config.out}' is finished: see report.html there; give another "
                 "--out to run anew."
             )
-            return config.out / "report.html"
-        results = _run(config, plan, corpus, identity)
-        report.write_report(results, config.out)
-        records.write_json(finished, results)
-    print("\n".join(findings.headline(results)))
-    print(f"\nreport: {config.out / 'report.html'}")
-    return config.out / "report.html"
+            return shown
+        results = _run(config, plan, model, corpus, identity, mesh)
+        processes.on_first(lambda: _write(results, config.out))
+    _say("\n".join([*findings.headline(results), "", f"report: {shown}"]))
+    return shown
+
+
+def _say(text: str) -> None:
+    if processes.is_first():
+        print(text)
+
+
+def _write(results: dict[str, Any], out: Path) -> None:
+    report.write_report(results, out)
+    records.write_json(out / "results.json", results)
 
 
 def _run(
-    config: Config, plan: Plan, corpus: Corpus, identity: dict[str, Any]
+    config: Config,
+    plan: Plan,
+    model: LanguageModel,
+    corpus: Corpus,
+    identity: dict[str, Any],
+    mesh: Mesh | None,
 ) -> dict[str, Any]:
-    shape = gpt.preset(config.preset, vocab_size=_vocabulary(config, corpus))
-    shape = dataclasses.replace(shape, dtype=config.dtype)
-    model = LanguageModel(shape)
     seeds, phases = [], []
-    with records.MetricsLog(config.out / "metrics.jsonl") as log:
-        for number in tqdm(identity["seeds"], desc="seeds", disable=None):
-            seed = Seed(number, plan, model, corpus, config.out, log, identity)
+    hidden = None if processes.is_first() else True
+    with contextlib.ExitStack() as open_files:
+        log = None
+        if processes.is_first():
+            path = config.out / METRICS
+            log = open_files.enter_context(records.MetricsLog(path))
+        for number in tqdm(identity["seeds"], desc="seeds", disable=hidden):
+            seed = Seed(number, plan, model, corpus, config.out, log, identity, mesh)
             seeds.append(seed.run())
             phases += _summed(seed.phases)
     leaves = jp.tree.named_leaves(jax.eval_shape(lambda: model.init(0)))
@@ -249,7 +284,7 @@ def _run(
         },
         "seeds": seeds,
         "phases": phases,
-        "costs": _costs(shape, seeds[0]["cells"], shown, plan),
+        "costs": _costs(model.config, seeds[0]["cells"], shown, plan),
     }
 
 
@@ -273,11 +308,14 @@ def _identity(config: Config, plan: Plan, corpus: Corpus) -> dict[str, Any]:
 
 
 def _command(config: Config) -> str:
-    """The command line of this configuration, what is not its default."""
+    """The command line of this configuration, what is not its default.
+
+    What joins processes is of one start and not of the run.
+    """
     words = ["python", "-m", "experiments.scaled_down_llm"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == field.default:
+        if value == field.default or field.name in _OF_THE_START:
             continue
         words.append("--" + field.name.replace("_", "-"))
         if value is not True:

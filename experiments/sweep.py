@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 import jaxprune as jp
-from experiments import training
+from experiments import layout, training
 from experiments.criteria import CRITERIA, Watched
 from experiments.datasets import Batches, Corpus, prefetch, validation_batches
 from experiments.language_model import (
@@ -31,7 +32,9 @@ from experiments.language_model import (
 from experiments.plan import Plan
 from experiments.records import MetricsLog, measure, write_json
 from jaxprune import checkpoint
+from jaxprune.processes import is_first, on_first
 
+METRICS = "metrics.jsonl"
 WATCHED_WEIGHTS = 64
 CURVE_TOKENS = 16_384
 
@@ -46,20 +49,25 @@ class Seed:
         model: LanguageModel,
         corpus: Corpus,
         out: Path,
-        log: MetricsLog,
+        log: MetricsLog | None,
         identity: dict[str, Any],
+        mesh: Mesh | None = None,
     ) -> None:
-        """Prepares the data and the compiled functions; computes nothing."""
+        """Prepares the data and the compiled functions; computes nothing.
+
+        `log` is None on processes that write nothing.
+        """
         self.seed, self.plan, self.model, self.corpus = seed, plan, model, corpus
         self.log, self.identity = log, {**identity, "seed": seed}
-        self.folder = out / f"seed-{seed}"
-        self.mesh = training.make_mesh(plan.batch_size)
+        self.folder, self.metrics = out / f"seed-{seed}", out / METRICS
+        self.mesh = mesh
         context = model.config.context
         self.batches = Batches(corpus.train, plan.batch_size, context, seed)
-        evaluate = training.make_eval(model.token_losses, mesh=self.mesh)
+        evaluate = training.make_eval(model.token_losses, mesh=mesh)
 
         def validation(limit: int | None) -> Callable[[Any], float]:
-            windows = validation_batches(corpus.validation, 64, context, limit)
+            size = layout.batch_size(64, mesh)
+            windows = validation_batches(corpus.validation, size, context, limit)
 
             def loss(params: Any) -> float:
                 mean = evaluate(params, windows)
@@ -106,14 +114,14 @@ class Seed:
     def _once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> Any:
         """The stage's result, read if it is there, else computed and kept."""
         path = self.folder / f"{stage}.json"
-        if not path.exists():
-            with measure(
-                stage.split("/")[0], seed=self.seed, country=self.plan.energy_country
-            ) as phase:
+        if not on_first(path.exists):
+            country = self.plan.energy_country if is_first() else None
+            with measure(stage.split("/")[0], seed=self.seed, country=country) as phase:
                 content = compute()
                 phase.tokens = content.pop("tokens", None)
-            write_json(path, {"content": content, "phase": phase.record()})
-        stored = json.loads(path.read_text())
+            result = {"content": content, "phase": phase.record()}
+            on_first(lambda: write_json(path, result))
+        stored = on_first(lambda: json.loads(path.read_text()))
         self.phases.append(stored["phase"])
         return stored["content"]
 
@@ -131,7 +139,7 @@ class Seed:
                 "weights": weights,
             }
 
-        state = training.init(params, tx, mesh=self.mesh, fsdp=plan.fsdp)
+        state = training.init(params, tx, mesh=self.mesh)
 
         def train() -> dict[str, Any]:
             every = max(plan.steps // 40, 1)
@@ -158,7 +166,12 @@ class Seed:
 
         def begin(step: int) -> None:
             self.begun = step
-            self.log.resume(step, **labels)
+            if self.log is not None:
+                self.log.resume(step, **labels)
+
+        def report(metrics: dict[str, Any]) -> None:
+            if self.log is not None:
+                self.log.write(metrics, **labels)
 
         return training.train(
             state,
@@ -171,7 +184,7 @@ class Seed:
             every=self.plan.checkpoint_every,
             log_every=max(min(50, steps // 10), 1),
             on_start=begin,
-            on_metrics=lambda metrics: self.log.write(metrics, **labels),
+            on_metrics=report,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
             label=f"seed {self.seed} {stage.replace('/', ' ')}",
@@ -198,13 +211,13 @@ class Seed:
                 self.model, plan.learning_rate, plan.retrain_steps
             )
             tx = jp.keep_masks(inner, masks)
-            state = training.init(params, tx, mesh=self.mesh, fsdp=plan.fsdp)
+            state = training.init(params, tx, mesh=self.mesh)
             state = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
             result = {"loss": self.loss(state.params), **then(state.params)}
             return {**result, "tokens": self._tokens(plan.retrain_steps)}
 
         result = self._once(stage, compute)
-        shutil.rmtree(self.folder / stage, ignore_errors=True)
+        on_first(lambda: shutil.rmtree(self.folder / stage, ignore_errors=True))
         return result
 
     def _control(self, watched: Watched) -> dict[str, Any] | None:
@@ -259,7 +272,7 @@ class Seed:
         )
         if retrain:
             stage = f"retrain/{name}"
-            done = (self.folder / f"{stage}.json").exists()
+            done = on_first((self.folder / f"{stage}.json").exists)
             kept = None if done else masks()
             params = None if done else jp.masks.apply(watched.params, kept)
 
@@ -299,8 +312,13 @@ class Seed:
         ]
 
     def _lines(self) -> list[dict[str, Any]]:
-        lines = map(json.loads, self.log.path.read_text().splitlines())
-        return [x for x in lines if x["phase"] == "train" and x["seed"] == self.seed]
+        def read() -> list[dict[str, Any]]:
+            lines = map(json.loads, self.metrics.read_text().splitlines())
+            return [
+                x for x in lines if x["phase"] == "train" and x["seed"] == self.seed
+            ]
+
+        return on_first(read)
 
     def _weights(self, watched: Watched) -> dict[str, Any]:
         """How sampled weights moved, and which of them each criterion keeps."""
@@ -364,4 +382,4 @@ def _values(tree: Any, sampled: list[tuple[int, int]]) -> list[float]:
         indices = [index for owner, index in sampled if owner == number]
         if indices:
             picked.append(leaf[np.unravel_index(indices, leaf.shape)])
-    return np.concatenate(jax.device_get(picked)).tolist()
+    return np.concatenate(layout.fetch(picked)).tolist()

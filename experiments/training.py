@@ -7,7 +7,6 @@ of the moment after n updates.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -16,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
+from jax.sharding import Mesh
 
-from jaxprune import checkpoint
+from experiments import layout
+from experiments.progress import Progress
+from jaxprune import checkpoint, sharding
 
 Batch: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Inputs and targets, int32, (batch, context)."""
@@ -52,69 +52,26 @@ class TrainState(NamedTuple):
 
 
 def init(
-    params: Any,
-    optimizer: optax.GradientTransformation,
-    *,
-    mesh: Mesh | None = None,
-    fsdp: bool = False,
+    params: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> TrainState:
     """Makes the state before the first step.
 
     Args:
       params: any tree of arrays.
       optimizer: an optax transformation.
-      mesh: where the state lives; None for the default device.
-      fsdp: whether to split each array over the mesh instead of repeating it.
+      mesh: where the state lives, as `layout.make_mesh` gives; None for the default
+        device.
 
     Returns:
       The state; the parameters and their moments are placed alike.
     """
-    if mesh is not None:
-        params = place(params, mesh, fsdp=fsdp)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    return state if mesh is None else place(state, mesh, fsdp=fsdp)
-
-
-def make_mesh(batch_size: int) -> Mesh | None:
-    """A mesh of one axis "data" over every device that a batch can be split over.
-
-    Args:
-      batch_size: sequences in a batch.
-
-    Returns:
-      A mesh over the greatest number of devices that divides the batch size; None
-      where that is one.
-    """
-    devices = jax.devices()
-    count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
-    if count == 1:
-        return None
-    return jax.make_mesh(
-        (count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count]
-    )
-
-
-def place(tree: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
-    """Puts a tree on every device of a mesh.
-
-    Args:
-      tree: any tree of arrays.
-      mesh: as `make_mesh` gives.
-      fsdp: whether to split each array along its longest axis that the number of
-        devices divides; arrays that have none are repeated.
-
-    Returns:
-      The tree, placed.
-    """
-
-    def sharding(leaf: Any) -> NamedSharding:
-        axes = [n for n, size in enumerate(leaf.shape) if size and not size % mesh.size]
-        if not (fsdp and axes):
-            return NamedSharding(mesh, PartitionSpec())
-        longest = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
-
-    return jax.device_put(tree, jax.tree.map(sharding, tree))
+    step = jnp.zeros((), jnp.int32)
+    if mesh is None:
+        return TrainState(params, optimizer.init(params), step)
+    params = layout.put(params, layout.shardings(params, mesh))
+    places = sharding.of_state(optimizer, params)
+    opt_state = layout.put(optimizer.init(params), places)
+    return TrainState(params, opt_state, layout.put(step, layout.repeated(mesh)))
 
 
 def make_step(
@@ -163,7 +120,7 @@ def make_eval(
       each, (batch, context). ValueError where all weights are zero.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=mesh and layout.repeated(mesh))
     def total(params: Any, inputs: Any, targets: Any, weights: Any) -> jax.Array:
         return jnp.sum(loss_fn(params, inputs, targets).astype(jnp.float32) * weights)
 
@@ -240,7 +197,8 @@ def train(
         and after the last.
       evaluate_every: steps between evaluations.
       label: names the run on the progress bar and in errors.
-      mesh: splits each batch over its axis "data"; the state must be placed on it.
+      mesh: splits each batch, as `layout.of_batch` says; the state must be placed on
+        it.
       prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
 
     Returns:
@@ -262,29 +220,25 @@ def train(
         on_start(start)
     if start == steps:
         return state
-    report = _Report(label, on_metrics)
+    progress = Progress(label, on_metrics, start=start, steps=steps)
     if evaluate is not None and start == 0:
-        report.write({"step": 0, **evaluate(state)})
+        progress.write({"step": 0, **evaluate(state)})
     step_fn = _compiled(step_fn, mesh and _shardings(state))
-    with tqdm(total=steps, initial=start, desc=label, disable=None) as report.bar:
+    with progress:
         for step, batch in enumerate(prefetch(batches, start, steps), start + 1):
             inputs, targets = _put(batch, mesh)
             state, loss = step_fn(state, inputs, targets, key)
-            report.add(loss, inputs.size)
+            progress.add(loss, inputs.size)
             saving = directory is not None and _due(step, every, steps)
-            evaluating = evaluate is not None and _due(step, evaluate_every, steps)
+            measure = evaluate if _due(step, evaluate_every, steps) else None
             # Windows end at the same steps whether or not the run was interrupted.
-            if saving or evaluating or _due(step, log_every, steps):
-                report.close(step)
-            if saving or evaluating or step == steps:
-                metrics = report.fetch()
-                if evaluate is not None and evaluating:
-                    metrics |= evaluate(state)
-                report.write(metrics)
-                report.restart_clock()
+            if saving or measure or _due(step, log_every, steps):
+                progress.close(step)
+            if saving or measure or step == steps:
+                progress.finish(measure and functools.partial(measure, state))
             if saving and directory is not None:
                 checkpoint.save(directory, state, step=step, configuration=settings)
-                report.restart_clock()
+                progress.restart_clock()
     return state
 
 
@@ -320,7 +274,7 @@ def _begin(
 def _put(arrays: tuple[np.ndarray, ...], mesh: Mesh | None) -> tuple[jax.Array, ...]:
     if mesh is None:
         return jax.device_put(arrays)
-    return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
+    return layout.put(arrays, layout.of_batch(mesh))
 
 
 def _shardings(state: TrainState) -> tuple[Any, tuple[Any, ...]]:
@@ -338,63 +292,3 @@ def _compiled(
     if shardings is not None:
         out = (jax.tree.unflatten(*shardings), None)
     return jax.jit(step_fn, donate_argnums=0, out_shardings=out)
-
-
-class _Report:
-    """Losses on their way from the device: a window is fetched when the next is full.
-
-    So the device never waits for the host, and is never two windows behind it.
-    """
-
-    def __init__(
-        self, label: str, write: Callable[[dict[str, Any]], None] | None
-    ) -> None:
-        self.label = label
-        self.write = write or (lambda metrics: None)
-        self.bar: Any = None
-        self.open: list[jax.Array] = []
-        self.closed: list[tuple[int, list[jax.Array]]] = []
-        self.tokens_per_step = 0
-        self.timed = 0
-        self.clock: float | None = None
-
-    def add(self, loss: jax.Array, tokens: int) -> None:
-        """Takes the loss of a step, a device scalar, and the number of its tokens."""
-        self.open.append(loss)
-        self.tokens_per_step = tokens
-        self.bar.update()
-        if self.clock is None:
-            # The first step compiles; the rate counts from its end.
-            jax.block_until_ready(loss)
-            self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Counts time and tokens anew, at a moment when no step is running."""
-        self.clock, self.timed = time.perf_counter(), 0
-
-    def close(self, step: int) -> None:
-        """Ends a window after this step and reports the one before."""
-        self.closed.append((step, self.open))
-        self.open = []
-        while len(self.closed) > 1:
-            self.write(self.fetch())
-
-    def fetch(self) -> dict[str, Any]:
-        """Waits for the oldest window and gives its metrics."""
-        step, losses = self.closed.pop(0)
-        values = np.asarray(jax.device_get(losses), np.float64)
-        seconds = time.perf_counter() - (self.clock or 0.0)
-        if not np.isfinite(values).all():
-            first = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
-            raise FloatingPointError(
-                f"{self.label}: the loss must be finite, got {values.min()} at step "
-                f"{first}; lower the learning rate."
-            )
-        self.timed += len(values)
-        done = self.timed
-        newest: Any = self.closed[0][1][-1] if self.closed else None
-        if newest is not None and newest.is_ready():
-            done += len(self.closed[0][1])
-        loss, rate = float(values.mean()), done * self.tokens_per_step / seconds
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        return {"step": step, "loss": loss, "tokens_per_second": rate}

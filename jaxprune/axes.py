@@ -125,7 +125,7 @@ def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
     """
     sharding = jax.typeof(matrix).sharding
     parts = [
-        sharding.mesh.shape_tuple and _shards(sharding.mesh, entry)
+        sharding.mesh.shape_tuple and shards(sharding.mesh, entry)
         for entry in sharding.spec
     ]
     spec = [
@@ -139,6 +139,21 @@ def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
     )
 
 
+def zeros_like(leaf: Any, dtype: Any) -> jax.Array:
+    """Zeros placed like the leaf, under `jit` on Auto meshes too.
+
+    Args:
+      leaf: an array, or `jax.ShapeDtypeStruct`.
+      dtype: of the zeros.
+
+    Returns:
+      Zeros of the leaf's shape, whatever its values, NaN too.
+    """
+    if isinstance(leaf, jax.core.Tracer):
+        return _never(leaf).astype(dtype)
+    return jnp.zeros_like(leaf, dtype)
+
+
 def placed(array: jax.Array, like: jax.Array) -> jax.Array:
     """The array with the sharding of another of its shape.
 
@@ -147,8 +162,7 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
       like: an array of the same shape.
 
     Returns:
-      The same values; the very array where nothing is to be moved. Under `jit` on Auto
-      meshes the compiler places it.
+      The same values; the very array where nothing is to be moved.
     """
     if not isinstance(array, jax.core.Tracer) and not isinstance(like, jax.core.Tracer):
         return (
@@ -157,12 +171,24 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
             else array
         )
     wanted = jax.typeof(like).sharding
-    if jax.typeof(array).sharding == wanted or not wanted.mesh.shape_tuple:
+    if wanted.mesh.shape_tuple and jax.typeof(array).sharding != wanted:
+        array = jax.sharding.reshard(array, wanted)
+    elif wanted.mesh.are_all_axes_explicit:
         return array
-    return jax.sharding.reshard(array, wanted)
+    return jnp.where(_never(like), jnp.zeros((), array.dtype), array)
 
 
-def _shards(mesh: Mesh | AbstractMesh, entry: Any) -> int:
-    """How many shards an entry of a partition makes of its axis."""
+def _never(leaf: jax.Array) -> jax.Array:
+    """False everywhere, for any value, and placed like the leaf.
+
+    Under `jit` on Auto meshes a result that reads no parameter is replicated. XLA knows
+    that no magnitude is under zero, but drops the comparison only after it has placed
+    everything: the leaf's sharding stays, and nothing is computed or read.
+    """
+    return jnp.abs(leaf) < 0
+
+
+def shards(mesh: Mesh | AbstractMesh, entry: Any) -> int:
+    """How many shards an entry of a partition spec makes of its axis."""
     names = (entry,) if isinstance(entry, str) else (entry or ())
     return math.prod(mesh.shape[name] for name in names)

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from jaxprune import manifest
+from jaxprune import manifest, processes
 from jaxprune.manifest import differences as differences
 
 _ARRAYS = "arrays"
@@ -112,22 +111,25 @@ def save(
         )
     leaves = _arrays(state)
     settings = _as_json(configuration)
-    stale = _check_newest(directory, step)
+    stale = processes.on_first(lambda: _check_newest(directory, step))
     final = directory / f"step_{step:08d}"
     partial = directory / f"{_PARTIAL}{final.name}"
+
+    def begin() -> None:
+        _clear_leftovers(directory)
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        manifest.write(partial, step, settings, leaves)
+        _commit(partial, final, stale, keep)
+
     try:
-        if _is_primary():
-            _clear_leftovers(directory)
-            partial.mkdir(parents=True)
-        _barrier("made")
-        _save_arrays(partial / _ARRAYS, leaves)
-        _barrier("written")
-        if _is_primary():
-            manifest.write(partial, step, settings, leaves)
-            _commit(partial, final, stale, keep)
-        _barrier("committed")
+        processes.on_first(begin)
+        processes.together(lambda: _save_arrays(partial / _ARRAYS, leaves))
+        processes.on_first(finish)
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(partial, ignore_errors=True)
         number, reason = _explain(error)
         raise OSError(
             number,
@@ -154,23 +156,8 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
       ValueError: the folder holds other things, or checkpoints of another format
         version, or damaged checkpoints only.
     """
-    directory = Path(directory).absolute()
-    reasons = []
-    for _, path in _scan(directory):
-        try:
-            body = manifest.verify(path)
-        except manifest.Broken as error:
-            reasons.append(f"'{path.name}' {error}")
-            continue
-        for reason in reasons:
-            _log.warning("%s: %s; using '%s'.", directory, reason, path.name)
-        return Checkpoint(body["step"], body["configuration"], path)
-    if reasons:
-        raise ValueError(
-            f"no checkpoint in '{directory}' is whole ({'; '.join(reasons)}); bring "
-            f"the files back from a copy, or remove the folder to begin again."
-        )
-    return None
+    found = processes.on_first(lambda: _newest(directory))
+    return found and found[0]
 
 
 def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Restored:
@@ -201,18 +188,42 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Restored:
       (3,)
     """
     target = _arrays(abstract_state)
-    found = latest(directory)
-    if found is None:
+    newest = processes.on_first(lambda: _newest(directory))
+    if newest is None:
         raise FileNotFoundError(
             f"'{Path(directory).absolute()}' holds no checkpoint; give the folder that "
             f"`save` was given."
         )
-    saved = manifest.read(found.path)["leaves"]
+    found, saved = newest
     manifest.check_leaves(found.path, saved, target)
     state = _load_arrays(found.path / _ARRAYS, list(saved), target)
     leaves = [state[name] for name in target]
     tree = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
     return Restored(tree, found.step, found.configuration)
+
+
+def _newest(
+    directory: str | os.PathLike[str],
+) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """The newest whole checkpoint and the kinds of its leaves."""
+    directory = Path(directory).absolute()
+    reasons = []
+    for _, path in _scan(directory):
+        try:
+            body = manifest.verify(path)
+        except manifest.Broken as error:
+            reasons.append(f"'{path.name}' {error}")
+            continue
+        for reason in reasons:
+            _log.warning("%s: %s; using '%s'.", directory, reason, path.name)
+        found = Checkpoint(body["step"], body["configuration"], path)
+        return found, body["leaves"]
+    if reasons:
+        raise ValueError(
+            f"no checkpoint in '{directory}' is whole ({'; '.join(reasons)}); bring "
+            f"the files back from a copy, or remove the folder to begin again."
+        )
+    return None
 
 
 def _arrays(tree: Any) -> dict[str, Any]:
@@ -342,15 +353,6 @@ def _clear_leftovers(directory: Path) -> None:
     for pattern in (_PARTIAL, _REMOVED):
         for path in directory.glob(f"{pattern}step_*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_primary() -> bool:
-    return jax.process_index() == 0
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"jaxprune.checkpoint.{name}")
 
 
 def _explain(error: Exception) -> tuple[int, str]:

@@ -2,7 +2,7 @@
 
 `track_importance` stands last in the chain and sees the step that is really taken;
 `track_gradients` stands first and sees the raw gradient. Both pass the updates through
-untouched and keep their averages in the optimizer state, float32, like the parameters.
+untouched and keep their averages in the optimizer state, placed like the parameters.
 `get_importance` reads whatever there is out of the state of any optimizer, an adaptive
 optimizer's own second moment included, which costs nothing.
 """
@@ -16,7 +16,11 @@ import optax
 from optax import MaskedNode
 
 from jaxprune import averages, tree
+from jaxprune import storage as storages
 from jaxprune.base import Importance, Params, Weighting
+from jaxprune.running import Average, Memory, View
+from jaxprune.storage import Storage
+
 
 _SECOND_MOMENTS = {
     optax.ScaleByAdamState: "nu",
@@ -32,8 +36,8 @@ class TrackImportanceState(NamedTuple):
 
     Attributes:
       step: updates seen, int32 scalar.
-      weight: average of w, float32 like the parameters, or None.
-      magnitude: average of |w|, float32 like the parameters, or None.
+      weight: average of w, like the parameters, or None.
+      magnitude: average of |w|, like the parameters, or None.
     """
 
     step: jax.Array
@@ -46,8 +50,8 @@ class TrackGradientsState(NamedTuple):
 
     Attributes:
       step: updates seen, int32 scalar.
-      square: average of g^2, float32 like the parameters, or None.
-      taylor: average of |w g|, float32 like the parameters, or None.
+      square: average of g^2, like the parameters, or None.
+      taylor: average of |w g|, like the parameters, or None.
     """
 
     step: jax.Array
@@ -61,6 +65,9 @@ def track_importance(
     every: int = 1,
     start: int = 0,
     average: Collection[str] = ("weight",),
+    storage: Storage = "float32",
+    memory: Memory = "device",
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the weights over training, later steps more; put it last in the chain.
 
@@ -68,16 +75,22 @@ def track_importance(
     the first snapshot the average is the initial weight. A step that a wrapper such as
     `optax.apply_if_finite` skips does not enter.
 
-    The average is a float32 recurrence. It follows the exact one to 1e-6 of the largest
-    weight over thousands of snapshots, but a drift of less than about n 2^-25 of the
-    weight is rounded away at snapshot n: over a million steps take `every=100`, which
-    is cheaper too.
+    In float32 the average follows the exact one to 1e-6 of the largest weight over
+    thousands of snapshots, but a drift of less than about n 2^-25 of the weight is
+    rounded away at snapshot n: over a million steps take `every=100`, which is cheaper
+    too. In "bfloat16" and "int8" the rounding is unbiased, so no drift is lost; each
+    weight is then known to about 0.5 % and 3 %, which changes the ranking by less than
+    the choice of a seed (docs/methods.md has the table).
 
     Args:
       weighting: what each snapshot counts; the authors' sqrt(i) by default.
       every: updates between snapshots, at least 1.
       start: updates before the first snapshot, at least 0.
       average: what to average, of "weight" (w, the paper) and "magnitude" (|w|).
+      storage: what an average is held in: 4, 2 or 1 bytes a weight.
+      memory: "pinned_host" keeps the averages in host memory and streams them through
+        the device, one leaf after the other, when a snapshot is due; give `every` too.
+      seed: of the rounding of "bfloat16" and "int8".
 
     Returns:
       A transformation that returns the updates it is given. Its `update` needs
@@ -100,19 +113,12 @@ def track_importance(
       Islam, Belhaouari, Bermak, "Systematic Weight Evaluation for Pruning Large
       Language Models", 2025, arXiv 2502.17071; theirs takes a snapshot an epoch.
     """
-    wanted = _wanted(average, TrackImportanceState, "track_importance")
+    watched = _watched("track_importance", average, _OF_WEIGHTS, storage, memory, seed)
     due = _schedule(weighting, every, start)
 
     def init(params: Params) -> TrackImportanceState:
-        def of(field: str, view: Callable[[jax.Array], jax.Array]) -> Params | None:
-            if field not in wanted:
-                return None
-            return _floating(lambda w: _float32(w, view), params)
-
-        step = jnp.zeros((), jnp.int32)
-        return TrackImportanceState(
-            step, of("weight", jnp.positive), of("magnitude", jnp.abs)
-        )
+        first = {k: a.start(params, from_values=True) for k, a in watched.items()}
+        return TrackImportanceState(jnp.zeros((), jnp.int32), **_NO_WEIGHTS | first)
 
     def update(
         updates: optax.Updates,
@@ -123,14 +129,10 @@ def track_importance(
         del extra_args
         _require(params, "track_importance")
 
-        def take(old: TrackImportanceState, gain: jax.Array) -> TrackImportanceState:
-            after = optax.apply_updates(params, updates)
-            return old._replace(
-                weight=_blend(old.weight, gain, lambda w: w, after),
-                magnitude=_blend(old.magnitude, gain, jnp.abs, after),
-            )
+        def trees() -> tuple[Params, ...]:
+            return (optax.apply_updates(params, updates),)
 
-        return updates, due(state, take)
+        return updates, due(state, watched, trees)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -141,6 +143,9 @@ def track_gradients(
     every: int = 1,
     start: int = 0,
     average: Collection[str] = ("square",),
+    storage: Storage = "float32",
+    memory: Memory = "device",
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages squared gradients over training; put it first in the chain.
 
@@ -153,6 +158,9 @@ def track_gradients(
       start: updates before the first snapshot, at least 0.
       average: what to average, of "square" (g^2) and "taylor" (|w g|, with the weights
         at which the gradient was taken).
+      storage: what an average is held in: 4, 2 or 1 bytes a weight.
+      memory: "device" or "pinned_host", as for `track_importance`.
+      seed: of the rounding of "bfloat16" and "int8".
 
     Returns:
       A transformation that returns the updates it is given. "taylor" needs `params`.
@@ -169,16 +177,12 @@ def track_gradients(
       >>> jp.get_importance(state).square["w"].tolist()
       [[4.0, 9.0]]
     """
-    wanted = _wanted(average, TrackGradientsState, "track_gradients")
+    watched = _watched("track_gradients", average, _OF_GRADIENTS, storage, memory, seed)
     due = _schedule(weighting, every, start)
 
     def init(params: Params) -> TrackGradientsState:
-        def of(field: str) -> Params | None:
-            if field not in wanted:
-                return None
-            return _floating(lambda w: jnp.zeros_like(w, jnp.float32), params)
-
-        return TrackGradientsState(jnp.zeros((), jnp.int32), of("square"), of("taylor"))
+        first = {k: a.start(params, from_values=False) for k, a in watched.items()}
+        return TrackGradientsState(jnp.zeros((), jnp.int32), **_NO_GRADIENTS | first)
 
     def update(
         updates: optax.Updates,
@@ -187,16 +191,9 @@ def track_gradients(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackGradientsState]:
         del extra_args
-        if "taylor" in wanted:
+        if "taylor" in watched:
             _require(params, "track_gradients")
-
-        def take(old: TrackGradientsState, gain: jax.Array) -> TrackGradientsState:
-            return old._replace(
-                square=_blend(old.square, gain, jnp.square, updates),
-                taylor=_blend(old.taylor, gain, _taylor, updates, params),
-            )
-
-        return updates, due(state, take)
+        return updates, due(state, watched, lambda: (updates, params))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -255,74 +252,69 @@ def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any
             f"start={start}"
         )
 
-    def due(state: Any, take: Callable[[Any, jax.Array], Any]) -> Any:
+    def due(
+        state: Any,
+        watched: dict[str, Average],
+        trees: Callable[[], tuple[Params, ...]],
+    ) -> Any:
         since = state.step - start
-        gain = weighting(since // every + 1)
+        n = since // every + 1
+        gain = weighting(n)
         after = state._replace(step=optax.safe_increment(state.step))
+
+        def take(old: Any) -> Any:
+            new = {
+                field: how.update(getattr(old, field), gain, n, *trees())
+                for field, how in watched.items()
+            }
+            return old._replace(**new)
+
         if every == 1 and start == 0:
-            return take(after, gain)
+            return take(after)
         now = (since >= 0) & (since % every == 0)
-        return jax.lax.cond(now, lambda s: take(s, gain), lambda s: s, after)
+        return jax.lax.cond(now, take, lambda old: old, after)
 
     return due
 
 
-def _blend(
-    average: Params | None,
-    gain: jax.Array,
-    view: Callable[..., jax.Array],
-    *trees: Params,
-) -> Params | None:
-    """average + gain (view(x) - average), leaf by leaf, in float32."""
-
-    def leaf(old: Any, *new: Any) -> Any:
-        if tree.is_masked(old):
-            return old
-        value = view(*map(_widened, new))
-        return old + gain * (value - old)
-
-    if average is None:
-        return None
-    return jax.tree.map(leaf, average, *trees, is_leaf=tree.is_masked)
-
-
-def _widened(leaf: jax.Array) -> jax.Array:
-    """The leaf in float32, rounded as it is stored.
-
-    XLA may leave out a rounding to bfloat16 that is followed by a widening; the average
-    would then be of weights that the model never had.
-    """
-    wide, kind = leaf.astype(jnp.float32), jnp.finfo(leaf.dtype)
-    if kind.bits >= 32:
-        return wide
-    return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
+def _watched(
+    what: str,
+    average: Collection[str],
+    known: dict[str, tuple[View, bool]],
+    storage: Storage,
+    memory: Memory,
+    seed: int,
+) -> dict[str, Average]:
+    """How each of the averages asked for is taken and held."""
+    wanted = frozenset([average] if isinstance(average, str) else average)
+    if not wanted or not wanted <= known.keys():
+        raise ValueError(
+            f"{what}(average=...) takes some of {sorted(known)}, got {average!r}"
+        )
+    if memory not in ("device", "pinned_host"):
+        raise ValueError(f"memory must be 'device' or 'pinned_host', got {memory!r}")
+    storages.checked(storage)
+    return {
+        field: Average(*known[field], storage, memory, stream=seed * 4096 + 1024 * i)
+        for i, field in enumerate(known)
+        if field in wanted
+    }
 
 
 def _taylor(gradient: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.abs(weight * gradient)
 
 
-def _floating(make: Callable[[Any], jax.Array], params: Params) -> Params:
-    return jax.tree.map(
-        lambda w: make(w) if tree.is_floating(w) else MaskedNode(), params
-    )
-
-
-def _float32(leaf: Any, view: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """A float32 array of its own: the parameters' buffer may be donated."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jnp.zeros_like(leaf, jnp.float32)
-    return jnp.array(view(leaf), jnp.float32, copy=True)
-
-
-def _wanted(average: Collection[str], state: type, what: str) -> frozenset[str]:
-    known = set(getattr(state, "_fields")) - {"step"}  # noqa: B009
-    wanted = frozenset([average] if isinstance(average, str) else average)
-    if not wanted or not wanted <= known:
-        raise ValueError(
-            f"{what}(average=...) takes some of {sorted(known)}, got {average!r}"
-        )
-    return wanted
+_OF_WEIGHTS: dict[str, tuple[View, bool]] = {
+    "weight": (jnp.positive, True),
+    "magnitude": (jnp.abs, False),
+}
+_OF_GRADIENTS: dict[str, tuple[View, bool]] = {
+    "square": (lambda gradient, *_: jnp.square(gradient), False),
+    "taylor": (_taylor, False),
+}
+_NO_WEIGHTS = dict.fromkeys(_OF_WEIGHTS)
+_NO_GRADIENTS = dict.fromkeys(_OF_GRADIENTS)
 
 
 def _require(params: Params | None, what: str) -> None:
@@ -349,4 +341,4 @@ def _merge(trees: list[Params], what: str) -> Params:
             )
         return seen[0] if seen else MaskedNode()
 
-    return jax.tree.map(only, *trees, is_leaf=tree.is_masked)
+    return jax.tree.map(only, *trees, is_leaf=tree.is_leaf)

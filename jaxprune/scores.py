@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
-from jaxprune import axes, tree
+from jaxprune import axes, storage, tree
 from jaxprune.base import Importance, Params, Prunable, Scores
 
 _TRACK = {
@@ -341,7 +341,7 @@ def _score(
         else MaskedNode()
         for i, (take, leaf) in enumerate(zip(chosen, named.values(), strict=True))
     ]
-    structure = jax.tree.structure(params, is_leaf=tree.is_masked)
+    structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -351,11 +351,11 @@ def _compiled(formula: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def _absolute(w: jax.Array) -> jax.Array:
-    return jnp.abs(w.astype(jnp.float32))
+    return jnp.abs(storage.decode(w))
 
 
 def _second(_: jax.Array, statistic: jax.Array) -> jax.Array:
-    return statistic.astype(jnp.float32)
+    return storage.decode(statistic)
 
 
 def _absolute_of_second(_: jax.Array, average: jax.Array) -> jax.Array:
@@ -363,11 +363,11 @@ def _absolute_of_second(_: jax.Array, average: jax.Array) -> jax.Array:
 
 
 def _obd(w: jax.Array, square: jax.Array) -> jax.Array:
-    return jnp.square(w.astype(jnp.float32)) * square.astype(jnp.float32)
+    return jnp.square(storage.decode(w)) * storage.decode(square)
 
 
 def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Array:
-    return _absolute(w) * jnp.power(square.astype(jnp.float32), exponent)
+    return _absolute(w) * jnp.power(storage.decode(square), exponent)
 
 
 def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
@@ -377,7 +377,7 @@ def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
 
 def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
     """|w| / std(A); where the averages are all equal, only a zero is at the rate."""
-    size, deviation = _absolute(w), jnp.std(average.astype(jnp.float32))
+    size, deviation = _absolute(w), jnp.std(storage.decode(average))
     constant = jnp.where(size > 0, jnp.inf, 0.0)
     return jnp.where(deviation > 0, size / deviation, constant)
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from optax import MaskedNode
 
+from jaxprune.storage import is_int8
+
 T = TypeVar("T")
 
 _UNPRUNABLE = re.compile(
@@ -27,6 +29,11 @@ _UNPRUNABLE = re.compile(
 def is_masked(node: Any) -> bool:
     """Whether a node stands for a leaf that was left out (`optax.MaskedNode()`)."""
     return isinstance(node, MaskedNode)
+
+
+def is_leaf(node: Any) -> bool:
+    """Whether a node counts as one leaf: left out, or held as `storage.Int8`."""
+    return is_masked(node) or is_int8(node)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -43,7 +50,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
       >>> jp.tree.named_leaves({"mlp": [1.0, 2.0]})
       {'mlp/0': 1.0, 'mlp/1': 2.0}
     """
-    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
+    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     return {_name(path): leaf for path, leaf in pairs}
 
 

@@ -17,11 +17,12 @@ PACKAGE = "jaxprune"
 MOST_LINES = 400
 
 FLOORS = [
-    [{"tree"}, {"axes"}, {"base"}],
+    [{"storage"}, {"tree"}, {"axes"}, {"base"}],
     [
         {
             "averages",
-            "storage",
+            "running",
+            "sharding",
             "scores",
             "patterns",
             "select",
@@ -42,7 +43,7 @@ FLOORS = [
         }
     ],
     [
-        {"manifest", "report.results", "report.canvas"},
+        {"manifest", "processes", "report.results", "report.canvas"},
         {"report.figures", "report.findings", "report.page"},
         {"report.sections"},
         {"checkpoint", "export", "report.__init__"},

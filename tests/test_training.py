@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import records, training
+from experiments import layout, records, training
 from jaxprune import checkpoint, manifest
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -191,15 +191,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     assert checkpoint.latest(tmp_path).step == 10
 
 
-@pytest.mark.parametrize("mesh", [None, "data", "fsdp"])
+MESHES = ["data=4", "fsdp=4", "fsdp=2,data=2", "data=2,fsdp=3"]
+
+
+@pytest.mark.parametrize("mesh", ["data=1", *MESHES])
 def test_the_step_is_compiled_once_and_the_caller_keeps_the_state(mesh):
     chex.clear_trace_counter()
     optimizer = optax.adamw(1e-2)
     step = training.make_step(mean_loss, optimizer)
     counted = chex.assert_max_traces(step, n=1)
-    place = None if mesh is None else training.make_mesh(12)
-    arguments = {"mesh": place, "fsdp": mesh == "fsdp"}
-    state = training.init(toy_params(), optimizer, **arguments)
+    place = layout.make_mesh(mesh, 12)
+    state = training.init(toy_params(), optimizer, mesh=place)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     for _ in range(2):
         result = training.train(
@@ -214,26 +216,23 @@ def test_the_step_is_compiled_once_and_the_caller_keeps_the_state(mesh):
 
 
 def test_a_mesh_computes_what_one_device_does():
-    mesh = training.make_mesh(12)
-    assert mesh is not None
-    assert mesh.size == 6
     results = []
-    for place, fsdp in [(None, False), (mesh, False), (mesh, True)]:
-        state = training.init(toy_params(), OPTIMIZER, mesh=place, fsdp=fsdp)
+    for mesh in ["data=1", None, *MESHES]:
+        place = layout.make_mesh(mesh, 12)
+        state = training.init(toy_params(), OPTIMIZER, mesh=place)
         state = training.train(
             state, STEP, batches, steps=5, key=jax.random.key(1), mesh=place
         )
         results.append(jax.device_get(state.params))
-    assert "data" in state.params["hidden"].sharding.spec
     for other in results[1:]:
         # The sums are taken in another order, and Adam divides by their root.
         chex.assert_trees_all_close(other, results[0], atol=1e-4)
 
 
 def test_a_run_resumed_on_a_mesh_is_placed_as_before(tmp_path):
-    mesh = training.make_mesh(12)
+    mesh = layout.make_mesh("fsdp=6", 12)
     for steps in (4, 8):
-        state = training.init(toy_params(), OPTIMIZER, mesh=mesh, fsdp=True)
+        state = training.init(toy_params(), OPTIMIZER, mesh=mesh)
         result = training.train(
             state,
             STEP,
@@ -250,13 +249,9 @@ def test_a_run_resumed_on_a_mesh_is_placed_as_before(tmp_path):
     chex.assert_trees_all_equal(result, whole)
 
 
-def test_a_batch_of_one_needs_no_mesh():
-    assert training.make_mesh(1) is None
-
-
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_evaluation_is_the_weighted_mean_in_one_program(on_mesh):
-    mesh = training.make_mesh(12) if on_mesh else None
+    mesh = layout.make_mesh(None, 12) if on_mesh else None
     params = toy_params()
     chex.clear_trace_counter()
     counted = chex.assert_max_traces(token_losses, n=1)
@@ -265,7 +260,7 @@ def test_evaluation_is_the_weighted_mean_in_one_program(on_mesh):
     weighted = [(*batches(n), random.integers(0, 2, (12, 8))) for n in range(3)]
     losses = [np.asarray(token_losses(params, *b[:2])) for b in weighted]
     if mesh is not None:
-        params = training.place(params, mesh)
+        params = layout.put(params, layout.shardings(params, mesh))
     expected = np.average(
         np.stack(losses).astype(np.float64), weights=np.stack([b[2] for b in weighted])
     )

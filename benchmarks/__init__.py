@@ -1,0 +1,1 @@
+"""Benchmarks: one runnable module a claim, one JSON line each."""

@@ -1,0 +1,186 @@
+"""How every benchmark measures: candidates in turn, medians with their spread.
+
+Times are seconds, memory is bytes. The candidates of a comparison run alternately in
+one process, so that whatever else the machine does falls on all of them alike.
+"""
+
+import gc
+import importlib.metadata
+import json
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jaxprune")
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def median_and_spread(samples: Sequence[float]) -> dict[str, float | int]:
+    """The median of repeated measurements and how far they spread.
+
+    Args:
+      samples: at least one number.
+
+    Returns:
+      `median`, `min`, `max`, the quartiles `q1` and `q3`, and `repeats`.
+
+    Example:
+      >>> from benchmarks import measure
+      >>> measure.median_and_spread([3.0, 1.0, 2.0])["median"]
+      2.0
+    """
+    lowest, q1, median, q3, highest = np.quantile(samples, [0, 0.25, 0.5, 0.75, 1])
+    return {
+        "median": float(median),
+        "min": float(lowest),
+        "q1": float(q1),
+        "q3": float(q3),
+        "max": float(highest),
+        "repeats": len(samples),
+    }
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """The wall time of one call, until its results are there.
+
+    Args:
+      function: takes nothing; arrays in what it returns are waited for.
+
+    Returns:
+      Seconds.
+    """
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Times the candidates alternately: a b c, a b c, ...
+
+    Args:
+      functions: name to a function that takes nothing.
+      repeats: measured calls of each.
+      warmup: calls of each before, which compile.
+
+    Returns:
+      Name to seconds of each measured call.
+    """
+    for _ in range(warmup):
+        for function in functions.values():
+            seconds(function)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(seconds(function))
+    return times
+
+
+def peak_memory(function: Callable[[], Any]) -> dict[str, int]:
+    """How much more memory the process held at the worst moment of one call.
+
+    The kernel's own high-water mark on Linux; elsewhere, and where it cannot be reset,
+    the largest of many readings a second. It is of host memory: on an accelerator read
+    `compiled.memory_analysis()` or `device.memory_stats()`.
+
+    Args:
+      function: takes nothing; call it once before, or compilation is measured too.
+
+    Returns:
+      `extra_bytes`, the peak over what was held before; `kept_bytes`, what was still
+      held at the end, with the result alive.
+
+    Raises:
+      OSError: the system has no /proc.
+    """
+    gc.collect()
+    before = _resident("VmRSS")
+    with _Watch() as watch:
+        result = jax.block_until_ready(function())
+    kept = _resident("VmRSS") - before
+    del result
+    return {"extra_bytes": max(watch.peak - before, 0), "kept_bytes": kept}
+
+
+def environment() -> dict[str, Any]:
+    """The device and the versions that decide the numbers.
+
+    Returns:
+      `device`, `devices` (how many), `cpu` (cores and model) and `versions` by name.
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    first = jax.devices()[0]
+    return {
+        "device": first.device_kind if first.platform != "cpu" else "cpu",
+        "devices": jax.device_count(),
+        "cpu": _cpu(),
+        "versions": versions,
+    }
+
+
+def report(name: str, **fields: Any) -> None:
+    """Prints the one JSON line of a benchmark.
+
+    Args:
+      name: the benchmark, named by its claim.
+      **fields: what it found; the environment is added.
+    """
+    print(json.dumps({"benchmark": name, **fields, **environment()}))
+
+
+class _Watch:
+    """The largest resident size while the block runs."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> "_Watch":
+        try:
+            _CLEAR.write_text("5")  # resets VmHWM
+            self._exact = True
+        except OSError:
+            self._exact = False
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._exact:
+            self.peak = _resident("VmHWM")
+            return
+        self._done.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._done.wait(0.0005):
+            self.peak = max(self.peak, _resident("VmRSS"))
+
+
+def _resident(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} must have the line {field}; run on Linux")
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text().splitlines()
+    models = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
+    return f"{len(models)} x {models[0]}" if models else platform.processor()

@@ -1,0 +1,206 @@
+"""Where a run's arrays live: a mesh told by a flag, and the axes that it splits.
+
+"data" splits the batch and repeats the parameters, "fsdp" splits both, "model" splits
+the matrices of the GPT between the devices that share a batch (Shoeybi et al.,
+"Megatron-LM", 2019, arXiv 1909.08053): up-projections by output, down-projections by
+input. An axis that does not divide evenly stays whole.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import jaxprune as jp
+
+AXES = ("data", "fsdp", "model")
+"""What a mesh may be made of."""
+
+_BATCH = ("data", "fsdp")
+_MODEL = {
+    "token_embedding/embedding": 0,
+    "attention/qkv/kernel": 1,
+    "attention/qkv/bias": 0,
+    "attention/out/kernel": 0,
+    "mlp/up/kernel": 1,
+    "mlp/up/bias": 0,
+    "mlp/down/kernel": 0,
+    "head/kernel": 1,
+}
+"""Ending of a leaf's name to the axis that "model" splits; other leaves stay whole."""
+
+
+def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
+    """The mesh of a run.
+
+    Args:
+      text: axes and sizes, "data=4,model=2"; None for one axis "data" over every device
+        that the batch can be split over.
+      batch_size: sequences in a batch.
+
+    Returns:
+      A mesh, its axes in the order they were told; None for a single device.
+
+    Raises:
+      ValueError: the text names no such mesh, there are fewer devices, the batch cannot
+        be split over it, or it leaves out devices of a run of several processes.
+
+    Example:
+      >>> make_mesh("data=1,model=1", batch_size=2) is None
+      True
+    """
+    devices = jax.devices()
+    if text is None:
+        fitting = [n for n in range(1, len(devices) + 1) if batch_size % n == 0]
+        axes = {"data": max(fitting)}
+    else:
+        axes = _parsed(text)
+    count = math.prod(axes.values())
+    named = f"the mesh {','.join(f'{name}={size}' for name, size in axes.items())}"
+    if count > len(devices):
+        raise ValueError(
+            f"{named} needs {count} devices, got {len(devices)}; give smaller sizes"
+        )
+    if jax.process_count() > 1 and count < len(devices):
+        raise ValueError(
+            f"{named} must have all {len(devices)} devices of {jax.process_count()} "
+            f"processes, got {count}; give a --mesh of all, and a batch size that it "
+            "divides"
+        )
+    split = math.prod(axes.get(name, 1) for name in _BATCH)
+    if batch_size % split:
+        raise ValueError(
+            f"{named} splits a batch over {split} devices, got batch_size="
+            f"{batch_size}; give a multiple of {split}, or other sizes"
+        )
+    if count == 1:
+        return None
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices[:count]
+    )
+
+
+def _parsed(text: str) -> dict[str, int]:
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in axes or not size.isdecimal() or not int(size):
+            raise ValueError(
+                f"--mesh must name each of {', '.join(AXES)} once at most, with a size "
+                f"of 1 or more, as in data=4,model=2, got '{part}' in '{text}'"
+            )
+        axes[name] = int(size)
+    return axes
+
+
+def shardings(params: Any, mesh: Mesh) -> Any:
+    """Where each parameter lives.
+
+    Args:
+      params: a tree of arrays or `jax.ShapeDtypeStruct`.
+      mesh: as `make_mesh` gives.
+
+    Returns:
+      A tree like it, of `NamedSharding`.
+
+    Raises:
+      ValueError: an axis of the mesh that should split parameters divides none.
+    """
+    leaves = jp.tree.named_leaves(params)
+    specs = [_spec(name, leaf.shape, mesh) for name, leaf in leaves.items()]
+    used = {axis for spec in specs for axis in spec}
+    for axis in mesh.axis_names:
+        if axis != "data" and mesh.shape[axis] > 1 and axis not in used:
+            raise ValueError(
+                f"the mesh's axis {axis}={mesh.shape[axis]} must divide an axis of a "
+                "parameter, got none that it does; give another size"
+            )
+    placed = [NamedSharding(mesh, spec) for spec in specs]
+    return jax.tree.unflatten(jax.tree.structure(params), placed)
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """By "model" on the axis its rule names; by "fsdp" on the longest that is left."""
+    parts: list[str | None] = [None] * len(shape)
+    for ending, axis in _MODEL.items():
+        matches = f"/{name}".endswith(f"/{ending}")
+        if matches and _divides(mesh, "model", shape[axis]):
+            parts[axis] = "model"
+    free = [
+        axis
+        for axis, size in enumerate(shape)
+        if parts[axis] is None and _divides(mesh, "fsdp", size)
+    ]
+    if free:
+        parts[max(free, key=lambda axis: shape[axis])] = "fsdp"
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
+
+
+def _divides(mesh: Mesh, axis: str, size: int) -> bool:
+    return axis in mesh.shape and size > 0 and size % mesh.shape[axis] == 0
+
+
+def repeated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def of_batch(mesh: Mesh) -> NamedSharding:
+    """Split along the first axis by every axis of the mesh that splits batches."""
+    names = tuple(name for name in mesh.axis_names if name in _BATCH)
+    return NamedSharding(mesh, PartitionSpec(names) if names else PartitionSpec())
+
+
+def batch_size(at_least: int, mesh: Mesh | None) -> int:
+    """The smallest size of a batch, no less than this, that splits evenly."""
+    if mesh is None:
+        return at_least
+    split = math.prod(mesh.shape[name] for name in mesh.axis_names if name in _BATCH)
+    return -(-at_least // split) * split
+
+
+def put(tree: Any, where: Any) -> Any:
+    """Places arrays, over the devices of all processes too.
+
+    Args:
+      tree: arrays; those of one process's memory must be the same on every process.
+      where: a sharding, or a tree of them like `tree`.
+
+    Returns:
+      The tree of JAX arrays with these shardings.
+    """
+
+    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    if isinstance(where, NamedSharding):
+        return jax.tree.map(lambda leaf: one(leaf, where), tree)
+    return jax.tree.map(one, tree, where)
+
+
+def fetch(tree: Any) -> Any:
+    """Small arrays as NumPy, the whole of each on every process.
+
+    Args:
+      tree: arrays, placed in any way; all processes give the same.
+
+    Returns:
+      The tree of NumPy arrays.
+    """
+
+    def one(leaf: Any) -> Any:
+        there = leaf.is_fully_addressable or leaf.is_fully_replicated
+        return leaf if there else multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(one, tree))

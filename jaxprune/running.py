@@ -1,0 +1,162 @@
+"""Running averages of whole trees, updated leaf by leaf, however they are held.
+
+A_n = A_{n-1} + gain(n) (x_n - A_{n-1}), in float32; only the leaf at hand is ever wide,
+and with averages in host memory only that one is on the device.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax import MaskedNode
+
+from jaxprune import axes, storage, tree
+from jaxprune.base import Params
+from jaxprune.storage import Int8, Storage
+
+Memory: TypeAlias = Literal["device", "pinned_host"]
+"""Where an average is between two snapshots."""
+
+View: TypeAlias = Callable[..., jax.Array]
+"""Leaves of the watched trees, float32, to the number that is averaged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """What is averaged and how it is held.
+
+    Attributes:
+      view: what is averaged of each leaf.
+      signed: whether that can be negative.
+      storage: "float32", "bfloat16" or "int8".
+      memory: "device" or "pinned_host".
+      stream: seeds the rounding; different for each average.
+    """
+
+    view: View
+    signed: bool
+    storage: Storage
+    memory: Memory
+    stream: int
+
+    def start(self, params: Params, *, from_values: bool) -> Params:
+        """The average before the first snapshot.
+
+        Args:
+          params: the parameters, or `jax.ShapeDtypeStruct`s.
+          from_values: whether it is the view of the parameters, or zero.
+
+        Returns:
+          Averages like `params`; `optax.MaskedNode()` where a leaf is not floating.
+        """
+
+        def first(number: int, leaf: Any) -> Any:
+            if not tree.is_floating(leaf):
+                return MaskedNode()
+            if from_values and not isinstance(leaf, jax.ShapeDtypeStruct):
+                # A buffer of its own: that of the parameters may be donated.
+                value = jnp.array(self.view(leaf), np.float32, copy=True)
+            else:
+                value = axes.zeros_like(leaf, np.float32)
+            return self._put(self._encode(value, number, 0))
+
+        leaves, structure = jax.tree.flatten(params, is_leaf=tree.is_masked)
+        first_ones = [first(number, leaf) for number, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, first_ones)
+
+    def update(
+        self, average: Params, gain: jax.Array, n: jax.Array, *trees: Params
+    ) -> Params:
+        """The average after one more snapshot.
+
+        Args:
+          average: the average before it.
+          gain: c(n) / S(n), float32 scalar.
+          n: the snapshot's number, from 1, int32 scalar.
+          *trees: what `view` takes, each like the parameters.
+
+        Returns:
+          Averages like those given.
+        """
+        held, structure = jax.tree.flatten(average, is_leaf=tree.is_leaf)
+        watched = list(zip(*map(structure.flatten_up_to, trees), strict=True))
+
+        def blended(number: int) -> jax.Array:
+            old = storage.decode(held[number])
+            return old + gain * (self.view(*map(_widened, watched[number])) - old)
+
+        tracked = [i for i, leaf in enumerate(held) if not tree.is_masked(leaf)]
+        exponents = self._exponents(held, tracked, n, blended)
+        after = list(held)
+        for before, number in zip([None, *tracked], tracked, strict=False):
+            if self.memory == "pinned_host" and before is not None:
+                # One after the other, so that one leaf at a time is on the device.
+                held[number], after[before] = jax.lax.optimization_barrier(
+                    (held[number], after[before])
+                )
+            after[number] = self._encode(blended(number), number, n, exponents)
+        return jax.tree.unflatten(
+            structure, [x if tree.is_masked(x) else self._put(x) for x in after]
+        )
+
+    def _encode(
+        self,
+        value: jax.Array,
+        number: int,
+        n: jax.Array | int,
+        exponents: dict[int, jax.Array] | None = None,
+    ) -> Any:
+        """The leaf of this number as it is held."""
+        if self.storage == "float32":
+            return value
+        thresholds = storage.dither(value.shape, self.stream + number, n)
+        if self.storage == "bfloat16":
+            return storage.encode_bfloat16(value, thresholds)
+        exponent = (
+            storage.unit_exponent(value, signed=self.signed)
+            if exponents is None
+            else exponents[number]
+        )
+        return storage.encode_int8(value, exponent, thresholds, signed=self.signed)
+
+    def _exponents(
+        self,
+        held: list[Any],
+        tracked: list[int],
+        n: jax.Array,
+        blended: Callable[[int], jax.Array],
+    ) -> dict[int, jax.Array] | None:
+        """The units of the one-byte codes, fitted now and then.
+
+        At n = 1, 2, 4, ... and at every 64th snapshot: the values are read twice then,
+        and in between no average can leave its range but one that grows suddenly.
+        """
+        if self.storage != "int8":
+            return None
+        due = ((n & (n - 1)) == 0) | (n % 64 == 0)
+        fitted = jax.lax.cond(
+            due,
+            lambda: [
+                storage.unit_exponent(blended(i), signed=self.signed) for i in tracked
+            ],
+            lambda: [storage.on_device(held[i].exponent) for i in tracked],
+        )
+        return dict(zip(tracked, fitted, strict=True))
+
+    def _put(self, leaf: Any) -> Any:
+        return storage.on_host(leaf) if self.memory == "pinned_host" else leaf
+
+
+def _widened(leaf: jax.Array) -> jax.Array:
+    """The leaf in float32, rounded as it is stored.
+
+    XLA may leave out a rounding to bfloat16 that is followed by a widening; the average
+    would then be of weights that the model never had.
+    """
+    wide, kind = leaf.astype(np.float32), jnp.finfo(leaf.dtype)
+    if kind.bits >= 32:
+        return wide
+    return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
