@@ -111,10 +111,11 @@ def resolve(
 
 
 def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
-    """The array with no shard boundary inside a tile, on a mesh of Explicit axes.
+    """The array with no shard boundary inside a tile, where its mesh is known.
 
-    There, splitting an axis into tiles that a boundary cuts is an error; such an axis
-    is gathered first. On Auto meshes the compiler sees to it.
+    An axis whose tiles are cut hands its shards to another axis that can take them, so
+    that each device holds as much as before; where none can, the axis is gathered. A
+    mesh of Auto axes is not known under `jit`: there the compiler sees to it.
 
     Args:
       matrix: any array.
@@ -123,20 +124,36 @@ def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
     Returns:
       The same values.
     """
-    sharding = jax.typeof(matrix).sharding
-    parts = [
-        sharding.mesh.shape_tuple and shards(sharding.mesh, entry)
-        for entry in sharding.spec
-    ]
-    spec = [
-        entry if not count or matrix.shape[axis] // count % tiles[axis] == 0 else None
-        for axis, (entry, count) in enumerate(zip(sharding.spec, parts, strict=True))
-    ]
-    if spec == list(sharding.spec):
+    sharding = _sharding(matrix)
+    if not isinstance(sharding, NamedSharding):
         return matrix
-    return jax.sharding.reshard(
-        matrix, NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    )
+    before = (*sharding.spec, *[None] * (matrix.ndim - len(sharding.spec)))
+    own = [e if isinstance(e, tuple) else (e,) if e else () for e in before]
+    spec = list(own)
+
+    def whole(axis: int, entry: tuple[Any, ...]) -> bool:
+        return matrix.shape[axis] % (shards(sharding.mesh, entry) * tiles[axis]) == 0
+
+    for axis, entry in enumerate(own):
+        if entry and not whole(axis, entry):
+            spec[axis] = ()
+            takers = (
+                i for i, e in enumerate(spec) if i != axis and whole(i, e + entry)
+            )
+            if (taker := next(takers, None)) is not None:
+                spec[taker] += entry
+    if spec == own:
+        return matrix
+    wanted = NamedSharding(sharding.mesh, PartitionSpec(*(e or None for e in spec)))
+    if isinstance(matrix, jax.core.Tracer):
+        return jax.sharding.reshard(matrix, wanted)
+    return jax.device_put(matrix, wanted)
+
+
+def _sharding(array: jax.Array) -> Any:
+    """Where an array is, as far as that is known."""
+    traced = isinstance(array, jax.core.Tracer)
+    return jax.typeof(array).sharding if traced else array.sharding
 
 
 def zeros_like(leaf: Any, dtype: Any) -> jax.Array:
@@ -162,7 +179,7 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
       like: an array of the same shape.
 
     Returns:
-      The same values; the very array where nothing is to be moved.
+      The same values; eagerly the very array where nothing is to be moved.
     """
     if not isinstance(array, jax.core.Tracer) and not isinstance(like, jax.core.Tracer):
         return (
@@ -173,8 +190,6 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
     wanted = jax.typeof(like).sharding
     if wanted.mesh.shape_tuple and jax.typeof(array).sharding != wanted:
         array = jax.sharding.reshard(array, wanted)
-    elif wanted.mesh.are_all_axes_explicit:
-        return array
     return jnp.where(_never(like), jnp.zeros((), array.dtype), array)
 
 

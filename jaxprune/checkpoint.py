@@ -144,7 +144,8 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
     """Finds the newest whole checkpoint of a folder, reading no arrays into memory.
 
     Interrupted saves are not looked at. A damaged checkpoint is passed over for an
-    older whole one, with a warning to this module's logger.
+    older whole one, with a warning to this module's logger. All processes of a
+    distributed run call it together; the first one looks, and all get its answer.
 
     Args:
       directory: a folder given to `save`; need not exist.
@@ -162,6 +163,8 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
 
 def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Restored:
     """Loads the newest whole checkpoint of a folder onto an abstract target.
+
+    All processes of a distributed run call it together.
 
     Args:
       directory: a folder given to `save`.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax import MaskedNode
 
 from jaxprune import averages, tree
@@ -20,7 +21,6 @@ from jaxprune import storage as storages
 from jaxprune.base import Importance, Params, Weighting
 from jaxprune.running import Average, Memory, View
 from jaxprune.storage import Storage
-
 
 _SECOND_MOMENTS = {
     optax.ScaleByAdamState: "nu",
@@ -118,7 +118,7 @@ def track_importance(
 
     def init(params: Params) -> TrackImportanceState:
         first = {k: a.start(params, from_values=True) for k, a in watched.items()}
-        return TrackImportanceState(jnp.zeros((), jnp.int32), **_NO_WEIGHTS | first)
+        return TrackImportanceState(_counter(params), **_NO_WEIGHTS | first)
 
     def update(
         updates: optax.Updates,
@@ -132,7 +132,7 @@ def track_importance(
         def trees() -> tuple[Params, ...]:
             return (optax.apply_updates(params, updates),)
 
-        return updates, due(state, watched, trees)
+        return updates, due(state, watched, trees, (params,))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -182,7 +182,7 @@ def track_gradients(
 
     def init(params: Params) -> TrackGradientsState:
         first = {k: a.start(params, from_values=False) for k, a in watched.items()}
-        return TrackGradientsState(jnp.zeros((), jnp.int32), **_NO_GRADIENTS | first)
+        return TrackGradientsState(_counter(params), **_NO_GRADIENTS | first)
 
     def update(
         updates: optax.Updates,
@@ -193,7 +193,8 @@ def track_gradients(
         del extra_args
         if "taylor" in watched:
             _require(params, "track_gradients")
-        return updates, due(state, watched, lambda: (updates, params))
+        trees = (updates, params) if "taylor" in watched else (updates,)
+        return updates, due(state, watched, lambda: trees, trees)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -256,6 +257,7 @@ def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any
         state: Any,
         watched: dict[str, Average],
         trees: Callable[[], tuple[Params, ...]],
+        near: tuple[Params, ...],
     ) -> Any:
         since = state.step - start
         n = since // every + 1
@@ -264,7 +266,7 @@ def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any
 
         def take(old: Any) -> Any:
             new = {
-                field: how.update(getattr(old, field), gain, n, *trees())
+                field: how.update(getattr(old, field), gain, n, trees(), near)
                 for field, how in watched.items()
             }
             return old._replace(**new)
@@ -299,6 +301,20 @@ def _watched(
         for i, field in enumerate(known)
         if field in wanted
     }
+
+
+def _counter(params: Params) -> jax.Array:
+    """Zero, on every device of the parameters' mesh if they are on one.
+
+    Elsewhere the first step would move it there, and the second compile anew.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    for leaf in jax.tree.leaves(params):
+        traced = isinstance(leaf, jax.core.Tracer)
+        where = None if traced else getattr(leaf, "sharding", None)
+        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+            return jax.device_put(zero, NamedSharding(where.mesh, PartitionSpec()))
+    return zero
 
 
 def _taylor(gradient: jax.Array, weight: jax.Array) -> jax.Array:

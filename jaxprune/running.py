@@ -15,7 +15,7 @@ from optax import MaskedNode
 
 from jaxprune import axes, storage, tree
 from jaxprune.base import Params
-from jaxprune.storage import Int8, Storage
+from jaxprune.storage import Storage
 
 Memory: TypeAlias = Literal["device", "pinned_host"]
 """Where an average is between two snapshots."""
@@ -68,7 +68,12 @@ class Average:
         return jax.tree.unflatten(structure, first_ones)
 
     def update(
-        self, average: Params, gain: jax.Array, n: jax.Array, *trees: Params
+        self,
+        average: Params,
+        gain: jax.Array,
+        n: jax.Array,
+        trees: tuple[Params, ...],
+        near: tuple[Params, ...],
     ) -> Params:
         """The average after one more snapshot.
 
@@ -76,7 +81,9 @@ class Average:
           average: the average before it.
           gain: c(n) / S(n), float32 scalar.
           n: the snapshot's number, from 1, int32 scalar.
-          *trees: what `view` takes, each like the parameters.
+          trees: what `view` takes, each like the parameters.
+          near: the same or of the same size, and in memory anyway: a one-byte code's
+            unit is fitted to them.
 
         Returns:
           Averages like those given.
@@ -89,7 +96,8 @@ class Average:
             return old + gain * (self.view(*map(_widened, watched[number])) - old)
 
         tracked = [i for i, leaf in enumerate(held) if not tree.is_masked(leaf)]
-        exponents = self._exponents(held, tracked, n, blended)
+        beside = list(zip(*map(structure.flatten_up_to, near), strict=True))
+        exponents = self._exponents(held, tracked, n, beside)
         after = list(held)
         for before, number in zip([None, *tracked], tracked, strict=False):
             if self.memory == "pinned_host" and before is not None:
@@ -127,24 +135,30 @@ class Average:
         held: list[Any],
         tracked: list[int],
         n: jax.Array,
-        blended: Callable[[int], jax.Array],
+        near: list[tuple[Any, ...]],
     ) -> dict[int, jax.Array] | None:
         """The units of the one-byte codes, fitted now and then.
 
-        At n = 1, 2, 4, ... and at every 64th snapshot: the values are read twice then,
-        and in between no average can leave its range but one that grows suddenly.
+        At n = 1, 2, 4, ... and at every 64th snapshot, to the average and what it moves
+        towards; in between nothing can leave the range but what grows suddenly.
         """
         if self.storage != "int8":
             return None
-        due = ((n & (n - 1)) == 0) | (n % 64 == 0)
-        fitted = jax.lax.cond(
-            due,
-            lambda: [
-                storage.unit_exponent(blended(i), signed=self.signed) for i in tracked
-            ],
+
+        def fitted(number: int) -> jax.Array:
+            old = storage.on_device(held[number])
+            new = self.view(*map(_widened, near[number]))
+            return jnp.maximum(
+                storage.unit_exponent(storage.largest(old), signed=self.signed),
+                storage.unit_exponent(new, signed=self.signed),
+            )
+
+        exponents = jax.lax.cond(
+            ((n & (n - 1)) == 0) | (n % 64 == 0),
+            lambda: [fitted(i) for i in tracked],
             lambda: [storage.on_device(held[i].exponent) for i in tracked],
         )
-        return dict(zip(tracked, fitted, strict=True))
+        return dict(zip(tracked, exponents, strict=True))
 
     def _put(self, leaf: Any) -> Any:
         return storage.on_host(leaf) if self.memory == "pinned_host" else leaf

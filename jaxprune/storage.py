@@ -31,6 +31,7 @@ _MANTISSA = 4  # bits of the one-byte code below a factor of two
 _DROPPED = 23 - _MANTISSA
 _ONE = 0x3F800000  # the bits of 1.0
 _NAN = -128
+_LEAST = -120  # 2^-120 / 16, the finest step, is a normal number still
 
 
 @jax.tree_util.register_dataclass
@@ -129,9 +130,11 @@ def flat_index(shape: tuple[int, ...], factor: int = 1) -> jax.Array:
     Returns:
       uint32, of that shape.
     """
-    index, stride = jnp.zeros((), np.uint32), factor
+    index, stride = jnp.zeros((1,) * len(shape), np.uint32), factor
     for axis in reversed(range(len(shape))):
-        iota = jax.lax.broadcasted_iota(np.uint32, shape, axis)
+        along = [1] * len(shape)
+        along[axis] = shape[axis]
+        iota = jax.lax.broadcasted_iota(np.uint32, along, axis)
         index = index + iota * np.uint32(stride & 0xFFFFFFFF)
         stride *= shape[axis]
     return index
@@ -140,19 +143,36 @@ def flat_index(shape: tuple[int, ...], factor: int = 1) -> jax.Array:
 def unit_exponent(values: jax.Array, *, signed: bool) -> jax.Array:
     """The power of two that the one-byte code of these values counts in.
 
-    The largest finite value lies between a quarter and half of the range, so that an
-    average may double before the code saturates.
+    The largest value lies between a quarter and half of the range, so that an average
+    may double before the code saturates.
 
     Args:
       values: float32, of any shape.
       signed: whether there are negative ones.
 
     Returns:
-      An int32 scalar from -126 to 127.
+      An int32 scalar from -120 to 121; -120 where a value is not finite.
     """
-    size = jnp.where(jnp.isfinite(values), jnp.abs(values), 0)
-    above = (_bits(jnp.max(size, initial=0)) >> 23) - 126  # max < 2^above
-    return jnp.maximum(above - (7 if signed else 15), -126).astype(np.int32)
+    largest = jnp.max(jnp.abs(values), initial=0)
+    above = (_bits(largest) >> 23) - 126  # largest < 2^above
+    fitted = jnp.maximum(above - (7 if signed else 15), _LEAST).astype(np.int32)
+    return jnp.where(largest < jnp.inf, fitted, _LEAST)
+
+
+def largest(leaf: Int8) -> jax.Array:
+    """The largest magnitude that a leaf holds; NaN may count as the largest code.
+
+    Args:
+      leaf: any leaf in one byte.
+
+    Returns:
+      A float32 scalar. Only codes are read, and nothing but a scalar is made of them.
+    """
+    code = jnp.max(leaf.codes, initial=_NAN + 1).astype(np.int32)
+    if leaf.signed:
+        lowest = jnp.min(leaf.codes, initial=0).astype(np.int32)
+        code = jnp.minimum(jnp.maximum(code, -lowest), 127)
+    return decode(Int8(code, leaf.exponent, leaf.signed))
 
 
 def encode_int8(
@@ -191,10 +211,9 @@ def encode_bfloat16(values: jax.Array, thresholds: jax.Array) -> jax.Array:
     Returns:
       bfloat16, of that shape; infinity and NaN are kept.
     """
-    bits = jax.lax.bitcast_convert_type(values, np.uint32)
-    high = ((bits + (thresholds >> np.uint32(16))) >> np.uint32(16)).astype(np.uint16)
-    rounded = jax.lax.bitcast_convert_type(high, jnp.bfloat16)
-    return jnp.where(jnp.isfinite(values), rounded, values.astype(jnp.bfloat16))
+    noise = jnp.where(jnp.isfinite(values), thresholds >> np.uint32(16), 0)
+    high = (jax.lax.bitcast_convert_type(values, np.uint32) + noise) >> np.uint32(16)
+    return jax.lax.bitcast_convert_type(high.astype(np.uint16), jnp.bfloat16)
 
 
 def decode(leaf: Any) -> jax.Array:

@@ -174,6 +174,38 @@ def test_a_checkpoint_damaged_anywhere_is_passed_over_for_an_older_one(
     assert checkpoint.latest(tmp_path).step == 2
 
 
+def test_a_checkpoint_cut_or_changed_at_any_byte_is_not_taken_for_whole(tmp_path):
+    path = save(tmp_path, 1)
+    meaning, taken = manifest.verify(path), []
+    for file in files(path):
+        content = file.read_bytes()
+        for n, byte in enumerate(content):
+            flipped = bytes([byte ^ 1 << n % 8])
+            for bad in (content[:n], content[:n] + flipped + content[n + 1 :]):
+                file.write_bytes(bad)
+                try:
+                    body = manifest.verify(path)
+                except manifest.Broken:
+                    continue
+                # White space of the manifest may change; what it says may not.
+                if file.name != "checkpoint.json" or body != meaning:
+                    taken.append((file, n))
+        file.write_bytes(content)
+    assert manifest.verify(path)
+    assert taken == []
+
+
+def test_a_save_that_was_cut_anywhere_is_not_looked_at(tmp_path):
+    save(tmp_path, 1)
+    partial = save(tmp_path, 2).rename(tmp_path / ".partial_step_00000002")
+    assert checkpoint.latest(tmp_path).step == 1
+    for damaged in files(partial):
+        damaged.unlink()
+        assert checkpoint.latest(tmp_path).step == 1
+    save(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+
+
 def test_where_no_checkpoint_is_whole_the_reasons_are_given(tmp_path):
     path = save(tmp_path, 1)
     (path / "checkpoint.json").unlink()

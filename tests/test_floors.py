@@ -17,7 +17,7 @@ PACKAGE = "jaxprune"
 MOST_LINES = 400
 
 FLOORS = [
-    [{"storage"}, {"tree"}, {"axes"}, {"base"}],
+    [{"storage", "sums"}, {"tree"}, {"axes"}, {"base"}],
     [
         {
             "averages",
