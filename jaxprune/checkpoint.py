@@ -91,7 +91,8 @@ def save(
 
     Raises:
       ValueError: the folder holds other things, or a whole checkpoint of this step or
-        a later one; `step` or `keep` out of range; NaN in the configuration.
+        a later one; `step` or `keep` out of range; NaN in the configuration; in a run
+        of several processes, a leaf on the devices of one.
       TypeError: a leaf is no array, or the configuration no JSON.
       OSError: the checkpoint could not be written; the earlier ones are untouched.
 
@@ -110,6 +111,7 @@ def save(
             f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}."
         )
     leaves = _arrays(state)
+    _check_global(leaves)
     settings = _as_json(configuration)
     stale = processes.on_first(lambda: _check_newest(directory, step))
     final = directory / f"step_{step:08d}"
@@ -251,6 +253,22 @@ def _arrays(tree: Any) -> dict[str, Any]:
             )
         leaves[name] = leaf
     return leaves
+
+
+def _check_global(leaves: Mapping[str, Any]) -> None:
+    if jax.process_count() == 1:
+        return
+    local = [
+        name
+        for name, leaf in leaves.items()
+        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+    ]
+    if local:
+        raise ValueError(
+            f"several processes save arrays on a mesh of all of them, got "
+            f"{', '.join(map(repr, local[:_LISTED]))} on one process's devices; place "
+            f"the state with `out_shardings`, `jaxprune.sharding.of_state` gives them."
+        )
 
 
 def _as_json(configuration: Mapping[str, Any]) -> Any:

@@ -129,10 +129,8 @@ def track_importance(
         del extra_args
         _require(params, "track_importance")
 
-        def trees() -> tuple[Params, ...]:
-            return (optax.apply_updates(params, updates),)
-
-        return updates, due(state, watched, trees, (params,))
+        # The very sum that the caller makes next; compiled together they are one.
+        return updates, due(state, watched, optax.apply_updates(params, updates))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -194,7 +192,7 @@ def track_gradients(
         if "taylor" in watched:
             _require(params, "track_gradients")
         trees = (updates, params) if "taylor" in watched else (updates,)
-        return updates, due(state, watched, lambda: trees, trees)
+        return updates, due(state, watched, *trees)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -253,12 +251,7 @@ def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any
             f"start={start}"
         )
 
-    def due(
-        state: Any,
-        watched: dict[str, Average],
-        trees: Callable[[], tuple[Params, ...]],
-        near: tuple[Params, ...],
-    ) -> Any:
+    def due(state: Any, watched: dict[str, Average], *trees: Params) -> Any:
         since = state.step - start
         n = since // every + 1
         gain = weighting(n)
@@ -266,7 +259,7 @@ def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any
 
         def take(old: Any) -> Any:
             new = {
-                field: how.update(getattr(old, field), gain, n, trees(), near)
+                field: how.update(getattr(old, field), gain, n, *trees)
                 for field, how in watched.items()
             }
             return old._replace(**new)

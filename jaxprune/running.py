@@ -29,7 +29,7 @@ class Average:
     """What is averaged and how it is held.
 
     Attributes:
-      view: what is averaged of each leaf.
+      view: what is averaged of each leaf; in magnitude it grows with its arguments'.
       signed: whether that can be negative.
       storage: "float32", "bfloat16" or "int8".
       memory: "device" or "pinned_host".
@@ -63,17 +63,13 @@ class Average:
                 value = axes.zeros_like(leaf, np.float32)
             return self._put(self._encode(value, number, 0))
 
+        structure: Any
         leaves, structure = jax.tree.flatten(params, is_leaf=tree.is_masked)
         first_ones = [first(number, leaf) for number, leaf in enumerate(leaves)]
         return jax.tree.unflatten(structure, first_ones)
 
     def update(
-        self,
-        average: Params,
-        gain: jax.Array,
-        n: jax.Array,
-        trees: tuple[Params, ...],
-        near: tuple[Params, ...],
+        self, average: Params, gain: jax.Array, n: jax.Array, *trees: Params
     ) -> Params:
         """The average after one more snapshot.
 
@@ -81,23 +77,19 @@ class Average:
           average: the average before it.
           gain: c(n) / S(n), float32 scalar.
           n: the snapshot's number, from 1, int32 scalar.
-          trees: what `view` takes, each like the parameters.
-          near: the same or of the same size, and in memory anyway: a one-byte code's
-            unit is fitted to them.
+          *trees: what `view` takes, each like the parameters.
 
         Returns:
           Averages like those given.
         """
+        structure: Any
         held, structure = jax.tree.flatten(average, is_leaf=tree.is_leaf)
         watched = list(zip(*map(structure.flatten_up_to, trees), strict=True))
 
-        def blended(number: int) -> jax.Array:
-            old = storage.decode(held[number])
-            return old + gain * (self.view(*map(_widened, watched[number])) - old)
-
         tracked = [i for i, leaf in enumerate(held) if not tree.is_masked(leaf)]
-        beside = list(zip(*map(structure.flatten_up_to, near), strict=True))
-        exponents = self._exponents(held, tracked, n, beside)
+        exponents = self._exponents(held, watched, tracked, n)
+        if exponents is not None:
+            watched, exponents = jax.lax.optimization_barrier((watched, exponents))
         after = list(held)
         for before, number in zip([None, *tracked], tracked, strict=False):
             if self.memory == "pinned_host" and before is not None:
@@ -105,7 +97,9 @@ class Average:
                 held[number], after[before] = jax.lax.optimization_barrier(
                     (held[number], after[before])
                 )
-            after[number] = self._encode(blended(number), number, n, exponents)
+            old = storage.decode(held[number])
+            new = old + gain * (self.view(*map(_widened, watched[number])) - old)
+            after[number] = self._encode(new, number, n, exponents)
         return jax.tree.unflatten(
             structure, [x if tree.is_masked(x) else self._put(x) for x in after]
         )
@@ -133,9 +127,9 @@ class Average:
     def _exponents(
         self,
         held: list[Any],
+        watched: list[tuple[jax.Array, ...]],
         tracked: list[int],
         n: jax.Array,
-        near: list[tuple[Any, ...]],
     ) -> dict[int, jax.Array] | None:
         """The units of the one-byte codes, fitted now and then.
 
@@ -147,7 +141,8 @@ class Average:
 
         def fitted(number: int) -> jax.Array:
             old = storage.on_device(held[number])
-            new = self.view(*map(_widened, near[number]))
+            # Every view grows with the size of what it sees.
+            new = self.view(*map(_largest, watched[number]))
             return jnp.maximum(
                 storage.unit_exponent(storage.largest(old), signed=self.signed),
                 storage.unit_exponent(new, signed=self.signed),
@@ -162,6 +157,10 @@ class Average:
 
     def _put(self, leaf: Any) -> Any:
         return storage.on_host(leaf) if self.memory == "pinned_host" else leaf
+
+
+def _largest(leaf: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(leaf), initial=0).astype(np.float32)
 
 
 def _widened(leaf: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from experiments import folder as folders
 from experiments import launch
@@ -53,6 +54,10 @@ said = {
     "all succeed": processes.together(jax.process_index),
     "latest": checkpoint.latest(folder / "empty"),
     "restore": attempt(lambda f: f(), lambda: checkpoint.restore(folder / "empty", {})),
+    "local": attempt(
+        lambda state: checkpoint.save(folder / "x", state, step=1, configuration={}),
+        {"a": {"b": jnp.ones(2)}},
+    ),
     "flags": attempt(launch.check_alike, {"steps": jax.process_index()}),
 }
 with folders.locked(folder / "out"):

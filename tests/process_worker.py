@@ -21,14 +21,17 @@ import jaxprune as jp
 from jaxprune import sharding
 
 SHAPES = {"matrix": (24, 40), "stack": (2, 16, 24), "bias": (16,)}
+# Kind of the mesh's axes, what is split how, what the averages are held in.
 LAYOUTS = {
     "fully sharded": (
         AxisType.Auto,
         {"matrix": P(("x", "y")), "stack": P(None, "x"), "bias": P("x")},
+        ("float32", "int8"),
     ),
     "rows and columns": (
         AxisType.Explicit,
         {"matrix": P("x", "y"), "stack": P(None, "x", "y"), "bias": P()},
+        ("float32", "bfloat16"),
     ),
 }
 
@@ -76,9 +79,9 @@ def trackers(storage):
     )
 
 
-def watched(params):
+def watched(params, storages):
     """Three steps with each storage, the state placed by its shardings."""
-    for storage in ("float32", "bfloat16", "int8"):
+    for storage in storages:
         tx = trackers(storage)
         where = sharding.of_state(tx, params)
         state = jax.jit(tx.init, out_shardings=where)(params)
@@ -163,9 +166,9 @@ def main(file, rank=None, count=None, port=None):
             f"127.0.0.1:{port}", num_processes=int(count), process_id=int(rank)
         )
     digests = {}
-    for layout, where in LAYOUTS.items():
-        params = parameters(*where)
-        results = dict(watched(params))
+    for layout, (kind, specs, storages) in LAYOUTS.items():
+        params = parameters(kind, specs)
+        results = dict(watched(params, storages))
         importance = jp.Importance(*results["float32: importance"])
         results |= {f"jitted: {k}": v for k, v in jitted(params, importance).items()}
         results |= {f"eagerly: {k}": v for k, v in eagerly(params, importance)}

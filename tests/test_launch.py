@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_run import MODULE, write_text
+from tiny_run import MODULE, metrics, write_text
 
 from experiments import launch
 from experiments.datasets import load
@@ -172,6 +172,8 @@ def test_two_processes_get_the_answer_or_the_error_of_the_first(tmp_path):
     assert first["latest"] is second["latest"] is None
     assert first["restore"] == second["restore"]
     assert first["restore"][0] == "FileNotFoundError"
+    assert first["local"] == second["local"]
+    assert "got 'a/b' on one process's devices; place" in first["local"][2]
     assert "steps was 0 and is 1" in second["flags"][2]
     assert "process 1 failed" in first["flags"][2]
     assert first["begun"] == second["begun"] == [False, True]
@@ -213,10 +215,7 @@ def test_the_main_job_runs_in_two_processes_as_in_one(tmp_path):
         assert f"--mesh {mesh}" in both["command"]
         assert "--coordinator" not in both["command"]
         assert both["seeds"][0]["samples"] == one["seeds"][0]["samples"]
-        steps = [
-            [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
-            for folder in (out, alone)
-        ]
+        steps = [[entry["step"] for entry in metrics(f)] for f in (out, alone)]
         assert steps[0] == steps[1]
         said = two(arguments, tmp_path, devices=2)
         assert "is finished" in said[0]

@@ -163,7 +163,28 @@ def quantised():
     def init(params):
         return BlocksState(jnp.zeros((), jnp.int32), jax.tree.map(in_blocks, params))
 
-    return optax.GradientTransformation(init, lambda updates, state, _: (updates, state))
+    return optax.GradientTransformation(
+        init, lambda updates, state, _: (updates, state)
+    )
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+def test_lean_averages_and_those_in_host_memory_are_placed_there(mesh, storage, memory):
+    params = parameters(mesh)
+    tx = jp.track_importance(storage=storage, memory=memory)
+    where = sharding.of_state(tx, params)
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params).weight)
+    placed = jax.tree.leaves(where.weight)
+    assert len(leaves) == len(placed) >= len(SPECS)
+    for leaf, found in zip(leaves, placed, strict=True):
+        assert found.memory_kind == memory
+        assert_equal(
+            found.with_memory_kind("device"),
+            NamedSharding(mesh, SPECS.get(leaf.shape, P())),
+            leaf.ndim,
+        )
+    assert where.step.memory_kind == "device"
 
 
 @pytest.mark.parametrize("container", ["dict", "nnx.State"])

@@ -1,0 +1,125 @@
+"""A billion parameters are trained, tracked and pruned within 24 GiB.
+
+Parameters, gradients and Adam's moments in bfloat16, the average in two bytes or one.
+No float32 copy of any of them is ever held for more than a leaf; the scores, four bytes
+a weight, are made when training's own buffers are gone.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+import jaxprune as jp
+from benchmarks import measure
+from jaxprune.running import Memory
+from jaxprune.storage import Storage
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains, tracks and prunes a deep perceptron and prints the memory it took.
+
+    Attributes:
+      layers: square matrices.
+      width: rows and columns of each.
+      storage: of the average.
+      memory: of the average.
+      steps: training steps.
+      sparsity: what is pruned, by one global ranking.
+    """
+
+    layers: int = 16
+    width: int = 8192
+    storage: Storage = "bfloat16"
+    memory: Memory = "device"
+    steps: int = 3
+    sparsity: float = 0.6
+
+
+def main(config: Config) -> None:
+    """Prints one JSON line; memory in bytes, peaks beyond what the process began with."""
+    watched = jp.track_importance(storage=config.storage, memory=config.memory)
+    tx = optax.chain(optax.adamw(1e-4, mu_dtype=jnp.bfloat16), watched)
+    batch = jax.random.normal(jax.random.key(0), (16, config.width), jnp.bfloat16)
+
+    def loss(params: Any) -> jax.Array:
+        hidden = batch
+        for kernel in params.values():
+            hidden = jnp.tanh(hidden @ kernel)
+        return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
+
+    def step(params: Any, state: Any) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    held: dict[str, Any] = {}
+
+    def train() -> Any:
+        held["params"] = params = _init(config)
+        held["state"] = tx.init(params)
+        compiled = jax.jit(step, donate_argnums=(0, 1))
+        for _ in range(config.steps):
+            held["params"], held["state"] = compiled(held["params"], held["state"])
+        return jax.block_until_ready(held)
+
+    trained = measure.peak_memory(train)
+    importance = jp.get_importance(held.pop("state"))
+
+    def score() -> Any:
+        held["scores"] = jp.scores.averaged_weight(importance, held["params"])
+        return held
+
+    scored = measure.peak_memory(score)
+    average_bytes = _bytes(importance.weight)
+    del importance
+
+    def prune() -> Any:
+        held["params"] = jp.prune(
+            held.pop("params"),
+            held["scores"],
+            config.sparsity,
+            scope="global",
+            donate=True,
+        )
+        return held
+
+    pruned = measure.peak_memory(prune)
+    measure.report(
+        "billion",
+        config=dataclasses.asdict(config),
+        parameters=config.layers * config.width**2,
+        parameter_bytes=_bytes(held["params"]),
+        average_bytes=average_bytes,
+        leaf_bytes_float32=4 * config.width**2,
+        training_peak=trained["extra_bytes"],
+        training_kept=trained["kept_bytes"],
+        scoring_peak=scored["extra_bytes"],
+        pruning_peak=pruned["extra_bytes"],
+        sparsity=jp.sparsity(held["params"]).total,
+    )
+
+
+def _init(config: Config) -> dict[str, jax.Array]:
+    """The matrices, made one after the other."""
+    width = config.width
+
+    @jax.jit
+    def matrix(key: jax.Array) -> jax.Array:
+        return jax.random.normal(key, (width, width), jnp.bfloat16) / width**0.5
+
+    return {
+        f"layer_{n:02d}": jax.block_until_ready(matrix(jax.random.key(n)))
+        for n in range(config.layers)
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
