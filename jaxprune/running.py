@@ -5,6 +5,7 @@ and with averages in host memory only that one is on the device.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -56,17 +57,15 @@ class Average:
         def first(number: int, leaf: Any) -> Any:
             if not tree.is_floating(leaf):
                 return MaskedNode()
-            if from_values and not isinstance(leaf, jax.ShapeDtypeStruct):
-                # A buffer of its own: that of the parameters may be donated.
-                value = jnp.array(self.view(leaf), np.float32, copy=True)
-            else:
-                value = axes.zeros_like(leaf, np.float32)
-            return self._put(self._encode(value, number, 0))
+            abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+            value = jnp.zeros_like(leaf) if abstract else leaf
+            start = storage.phase(self.stream + number)
+            return self._put(_first(value, start, self, from_values and not abstract))
 
         structure: Any
         leaves, structure = jax.tree.flatten(params, is_leaf=tree.is_masked)
-        first_ones = [first(number, leaf) for number, leaf in enumerate(leaves)]
-        return jax.tree.unflatten(structure, first_ones)
+        firsts = [first(number, leaf) for number, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, firsts)
 
     def update(
         self, average: Params, gain: jax.Array, n: jax.Array, *trees: Params
@@ -88,7 +87,9 @@ class Average:
 
         tracked = [i for i, leaf in enumerate(held) if not tree.is_masked(leaf)]
         exponents = self._exponents(held, watched, tracked, n)
-        if exponents is not None:
+        if exponents is not None or self.memory == "pinned_host":
+            # What is watched is written down once and read from there; made again for
+            # each reader, it would keep its own inputs alive until the end of the step.
             watched, exponents = jax.lax.optimization_barrier((watched, exponents))
         after = list(held)
         for before, number in zip([None, *tracked], tracked, strict=False):
@@ -99,7 +100,9 @@ class Average:
                 )
             old = storage.decode(held[number])
             new = old + gain * (self.view(*map(_widened, watched[number])) - old)
-            after[number] = self._encode(new, number, n, exponents)
+            start = storage.phase(self.stream + number)
+            exponent = None if exponents is None else exponents[number]
+            after[number] = self._encode(new, start, n, exponent)
         return jax.tree.unflatten(
             structure, [x if tree.is_masked(x) else self._put(x) for x in after]
         )
@@ -107,21 +110,18 @@ class Average:
     def _encode(
         self,
         value: jax.Array,
-        number: int,
+        start: jax.Array | np.uint32,
         n: jax.Array | int,
-        exponents: dict[int, jax.Array] | None = None,
+        exponent: jax.Array | None,
     ) -> Any:
-        """The leaf of this number as it is held."""
+        """A leaf as it is held."""
         if self.storage == "float32":
             return value
-        thresholds = storage.dither(value.shape, self.stream + number, n)
+        thresholds = storage.dither(value.shape, start, n)
         if self.storage == "bfloat16":
             return storage.encode_bfloat16(value, thresholds)
-        exponent = (
-            storage.unit_exponent(value, signed=self.signed)
-            if exponents is None
-            else exponents[number]
-        )
+        if exponent is None:
+            exponent = storage.unit_exponent(value, signed=self.signed)
         return storage.encode_int8(value, exponent, thresholds, signed=self.signed)
 
     def _exponents(
@@ -157,6 +157,16 @@ class Average:
 
     def _put(self, leaf: Any) -> Any:
         return storage.on_host(leaf) if self.memory == "pinned_host" else leaf
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _first(leaf: jax.Array, start: np.uint32, how: Average, from_values: bool) -> Any:
+    """A leaf's average before the first snapshot, in a buffer of its own."""
+    value = axes.zeros_like(leaf, np.float32)
+    if from_values:
+        # Returned as it is, the parameter's own buffer would be shared.
+        value = jnp.array(how.view(leaf), np.float32, copy=True)
+    return how._encode(value, start, 0, None)
 
 
 def _largest(leaf: jax.Array) -> jax.Array:

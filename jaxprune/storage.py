@@ -101,23 +101,38 @@ def checked(storage: str) -> Storage:
     raise ValueError(f"storage must be one of {list(STORAGES)}, got {storage!r}")
 
 
-def dither(shape: tuple[int, ...], stream: int, n: jax.Array | int) -> jax.Array:
+def dither(
+    shape: tuple[int, ...], start: jax.Array | np.uint32, n: jax.Array | int
+) -> jax.Array:
     """The thresholds u(n) of a leaf, in units of 2^-32.
 
-    They depend on position, stream and n alone, so on no sharding.
+    They depend on position, start and n alone, so on no sharding.
 
     Args:
       shape: the leaf's shape.
-      stream: the seed of this leaf, any integer.
+      start: u(0) of its first element, as `phase` gives.
       n: the snapshot, a scalar.
 
     Returns:
       uint32, of that shape, evenly spread over positions and over n.
     """
-    start = np.uint32(_mixed(stream)) + jnp.asarray(n).astype(np.uint32) * np.uint32(
-        _GOLDEN
-    )
-    return start + flat_index(shape, _PLASTIC)
+    moved = jnp.asarray(n).astype(np.uint32) * np.uint32(_GOLDEN)
+    return start + moved + flat_index(shape, _PLASTIC)
+
+
+def phase(stream: int) -> np.uint32:
+    """Where the thresholds of a leaf start: a well-mixed number of a small one.
+
+    Args:
+      stream: the seed of the leaf, any integer.
+
+    Returns:
+      uint32, by the finaliser of MurmurHash3.
+    """
+    bits = stream & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return np.uint32(bits ^ (bits >> 16))
 
 
 def flat_index(shape: tuple[int, ...], factor: int = 1) -> jax.Array:
@@ -272,11 +287,3 @@ def _float(bits: jax.Array) -> jax.Array:
 def _power_of_two(exponent: jax.Array) -> jax.Array:
     """2^exponent, exact on every backend, for exponents of normal numbers."""
     return _float((exponent + 127) << 23)
-
-
-def _mixed(stream: int) -> int:
-    """A well-mixed 32-bit number of a small one (the finaliser of MurmurHash3)."""
-    bits = stream & 0xFFFFFFFF
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
-    return bits ^ (bits >> 16)
