@@ -41,7 +41,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Prints one JSON line; memory in bytes, peaks beyond what the process began with."""
+    """Prints one JSON line; memory in bytes, beyond what the process began with."""
     watched = jp.track_importance(storage=config.storage, memory=config.memory)
     tx = optax.chain(optax.adamw(1e-4, mu_dtype=jnp.bfloat16), watched)
     batch = jax.random.normal(jax.random.key(0), (16, config.width), jnp.bfloat16)

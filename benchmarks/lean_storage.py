@@ -5,7 +5,6 @@ and prunes by each, and compares with float32.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,11 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
         prefetch=prefetch,
     )
     windows = validation_batches(corpus.validation, 64, shape.context, None)
-    loss = functools.partial(training.make_eval(model.token_losses), batches=windows)
+    evaluate = training.make_eval(model.token_losses)
+
+    def loss(params: Any) -> float:
+        return evaluate(params, windows)
+
     seen = {
         name: jp.Importance(
             weight=jp.get_importance(state.opt_state[-1 - number]).weight,

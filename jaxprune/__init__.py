@@ -8,6 +8,8 @@ from jaxprune import averages as averages
 from jaxprune import masks as masks
 from jaxprune import patterns as patterns
 from jaxprune import scores as scores
+from jaxprune import sharding as sharding
+from jaxprune import storage as storage
 from jaxprune import tree as tree
 from jaxprune.axes import Axes as Axes
 from jaxprune.base import Importance as Importance

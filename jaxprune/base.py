@@ -34,11 +34,14 @@ class Importance(NamedTuple):
     """What was accumulated over training; a field is None where nobody tracked it.
 
     Attributes:
-      weight: weighted average of the weights, like the parameters, float32.
-      magnitude: weighted average of their magnitudes |w|, float32.
+      weight: weighted average of the weights, like the parameters.
+      magnitude: weighted average of their magnitudes |w|.
       square: average of the squared gradients g^2, or an adaptive optimizer's own
         second moment, in that optimizer's dtype.
-      taylor: average of |w g|, float32.
+      taylor: average of |w g|.
+
+    A leaf is as it is held: float32, bfloat16 or a `storage.Int8`, of which
+    `storage.decode(leaf)` or `np.asarray(leaf)` makes float32. Criteria take any.
     """
 
     weight: Params | None = None

@@ -205,8 +205,9 @@ def get_importance(state: Any) -> Importance:
         `partition`, `MultiSteps`, ...), or an `nnx.Optimizer`.
 
     Returns:
-      The averages, like the parameters. `square` is the tracked E[g^2] where there is
-      one, else the second moment of Adam, AMSGrad, RMSProp or Adagrad as it stands.
+      The averages, like the parameters, as they are held and where; nothing is copied.
+      `square` is the tracked E[g^2] where there is one, else the second moment of Adam,
+      AMSGrad, RMSProp or Adagrad as it stands.
       Leaves nobody tracked are `optax.MaskedNode()`.
 
     Raises:
