@@ -198,7 +198,8 @@ def _never(leaf: jax.Array) -> jax.Array:
 
     Under `jit` on Auto meshes a result that reads no parameter is replicated. XLA knows
     that no magnitude is under zero, but drops the comparison only after it has placed
-    everything: the leaf's sharding stays, and nothing is computed or read.
+    everything: the leaf's sharding stays, and nothing is computed. (Of bfloat16 some
+    versions keep the comparison, which reads the leaf where it is.)
     """
     return jnp.abs(leaf) < 0
 

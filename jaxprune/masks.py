@@ -345,6 +345,7 @@ def _where(mask: jax.Array, leaf: jax.Array) -> jax.Array:
 @jax.jit
 def _pack(mask: jax.Array) -> PackedMask:
     row = jnp.atleast_1d(mask)
+    row = axes_.divisible(row, *[1] * (row.ndim - 1), 8)
     return PackedMask(jnp.packbits(row, axis=-1, bitorder="little"), mask.shape)
 
 

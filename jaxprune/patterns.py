@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxprune import sums
 from jaxprune.axes import Axes, divisible
 
 
@@ -162,10 +163,12 @@ class Block:
         whole = divisible(matrix, 1, self.rows, self.columns)
         padded = jnp.pad(whole, ((0, 0), (0, rows), (0, columns)))
         high, wide = inputs + rows, outputs + columns
-        tall = padded.reshape(batch, high // self.rows, self.rows, wide).sum(2)
-        return tall.reshape(
+        tall = padded.reshape(batch, high // self.rows, self.rows, wide)
+        tall = sums.total(tall, 2).squeeze(2)
+        tiles = tall.reshape(
             batch, high // self.rows, wide // self.columns, self.columns
-        ).sum(3)
+        )
+        return sums.total(tiles, 3).squeeze(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +193,8 @@ class Channel:
 
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """The mean score of each output channel, (batch, 1, out)."""
-        return axes.matrix(scores).mean(1, keepdims=True)
+        matrix = axes.matrix(scores)
+        return sums.total(matrix, 1) / matrix.shape[1]
 
     def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
         """Each channel's bit on all of its weights."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
-from jaxprune import axes, storage, tree
+from jaxprune import axes, storage, sums, tree
 from jaxprune.base import Importance, Params, Prunable, Scores
 
 _TRACK = {
@@ -371,15 +371,20 @@ def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Arr
 
 
 def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
-    # Tied to the leaf, which is not read, so that the result lives where the leaf does.
-    return jax.lax.optimization_barrier((jax.random.uniform(key, w.shape), w))[0]
+    return axes.placed(jax.random.uniform(key, w.shape), w)
 
 
 def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
     """|w| / std(A); where the averages are all equal, only a zero is at the rate."""
-    size, deviation = _absolute(w), jnp.std(storage.decode(average))
+    size, deviation = _absolute(w), _deviation(storage.decode(average))
     constant = jnp.where(size > 0, jnp.inf, 0.0)
     return jnp.where(deviation > 0, size / deviation, constant)
+
+
+def _deviation(values: jax.Array) -> jax.Array:
+    """The population's, by sums that are the same on any sharding."""
+    mean = sums.total(values) / values.size
+    return jnp.sqrt(sums.total(jnp.square(values - mean)) / values.size)
 
 
 def _deviations_of_average(_: jax.Array, average: jax.Array) -> jax.Array:
