@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxprune import tree
+from jaxprune import storage, tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,17 +176,18 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
 
     Args:
       array: any array.
-      like: an array of the same shape.
+      like: an array of the same shape; what is no JAX array says nothing.
 
     Returns:
-      The same values; eagerly the very array where nothing is to be moved.
+      The same values, in the memory they are in; eagerly the very array where nothing
+      is to be moved.
     """
+    if not isinstance(like, jax.Array):
+        return array
     if not isinstance(array, jax.core.Tracer) and not isinstance(like, jax.core.Tracer):
-        return (
-            jax.device_put(array, like.sharding)
-            if isinstance(like, jax.Array)
-            else array
-        )
+        kind = array.sharding.memory_kind
+        return jax.device_put(array, like.sharding.with_memory_kind(kind))
+    like = storage.on_device(like)
     wanted = jax.typeof(like).sharding
     if wanted.mesh.shape_tuple and jax.typeof(array).sharding != wanted:
         array = jax.sharding.reshard(array, wanted)

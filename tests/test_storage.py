@@ -275,13 +275,17 @@ def test_criteria_read_every_storage(params, name, criterion):
         assert stats.spearmanr(np.ravel(actual), np.ravel(expected))[0] > 0.99
 
 
-@pytest.mark.parametrize("name", LEAN)
-def test_the_averaged_weights_can_be_ranked_in_place_of_the_weights(params, name):
-    after, state = stepped(watching(name), params)
+@pytest.mark.parametrize("name", storage.STORAGES)
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+def test_the_averaged_weights_can_be_ranked_in_place_of_the_weights(
+    params, name, memory
+):
+    after, state = stepped(watching(name, memory), params)
     importance = jp.get_importance(state)
-    scores = jp.scores.trajectory(importance, importance.weight)
-    pruned = jp.prune(after, scores, 0.5)
-    assert jp.sparsity(pruned).total == 0.5
+    for score in (jp.scores.trajectory, jax.jit(jp.scores.trajectory)):
+        scores = score(importance, importance.weight)
+        assert scores["kernel"].sharding.memory_kind == "device"
+        assert jp.sparsity(jp.prune(after, scores, 0.5)).total == 0.5
 
 
 @pytest.mark.parametrize("name", LEAN)
@@ -386,3 +390,13 @@ def test_tracking_adds_no_copy_to_a_step_but_of_one_leaf(
 ):
     tracker = jp.track_importance(storage=name, every=every, memory=memory)
     assert temporaries(tracker) <= untracked + 4 * 256 * 256
+
+
+def test_the_gradients_half_costs_nothing_where_adam_keeps_it(params):
+    tx = optax.chain(optax.adamw(1e-3), jp.track_importance(storage="int8"))
+    _, state = stepped(tx, params)
+    moment = optax.tree.get(state, "nu")["kernel"]
+    assert jp.get_importance(state).square["kernel"] is moment
+    adam = sum(x.nbytes for x in jax.tree.leaves(optax.adamw(1e-3).init(params)))
+    whole = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert whole - adam <= 1.05 * params["kernel"].size
