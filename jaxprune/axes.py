@@ -185,8 +185,8 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
     if not isinstance(like, jax.Array):
         return array
     if not isinstance(array, jax.core.Tracer) and not isinstance(like, jax.core.Tracer):
-        kind = array.sharding.memory_kind
-        return jax.device_put(array, like.sharding.with_memory_kind(kind))
+        where, kind = like.sharding, array.sharding.memory_kind
+        return jax.device_put(array, where.with_memory_kind(kind) if kind else where)
     like = storage.on_device(like)
     wanted = jax.typeof(like).sharding
     if wanted.mesh.shape_tuple and jax.typeof(array).sharding != wanted:

@@ -6,16 +6,17 @@ by multiplication, so NaN, infinity and -0 go too.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune import allocate, patterns, select, tree
 from jaxprune import axes as axes_
+from jaxprune import patterns, select, tree
 from jaxprune.axes import Axes
 from jaxprune.base import Masks, Params, Pattern, Scope, Scores
+from jaxprune.choices import Choice, choose, floating
 
 
 def make(
@@ -56,14 +57,10 @@ def make(
       >>> jp.masks.make(scores, sparsity=0.5)["w"].tolist()
       [[True, False], [False, True]]
     """
-    named = _checked(scores)
-    names, leaves = list(named), list(named.values())
-    own_axes = _axes(axes, names, leaves, pattern)
-    units = [pattern.units(*pair) for pair in zip(leaves, own_axes, strict=True)]
-    kept = _select(units, names, _agreed(sparsity, pattern), scope)
+    chosen = choose(scores, sparsity, scope=scope, pattern=pattern, axes=axes)
     bits = [
-        axes_.placed(pattern.expand(mask, leaf.shape, own), leaf)
-        for mask, leaf, own in zip(kept, leaves, own_axes, strict=True)
+        axes_.placed(of_choice(choice, pattern, leaf.shape), leaf)
+        for choice, leaf in zip(chosen, jax.tree.leaves(scores), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(scores), bits)
 
@@ -89,7 +86,7 @@ def above(scores: Scores, threshold: float) -> Masks:
       >>> jp.masks.above({"w": jnp.array([0.5, 2.0])}, 1.0)["w"].tolist()
       [False, True]
     """
-    _checked(scores)
+    floating(scores)
     if not 0 <= threshold < math.inf:
         raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
     return jax.tree.map(lambda score: score > threshold, scores)
@@ -155,6 +152,20 @@ def combine(first: Masks, second: Masks) -> Masks:
     mine = tree.named_leaves(first).values()
     leaves = [both(a, b) for a, b in zip(mine, other, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(first, is_leaf=tree.is_masked), leaves)
+
+
+def of_choice(choice: Choice, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:
+    """The mask of one leaf.
+
+    Args:
+      choice: what was chosen for the leaf.
+      pattern: the pattern that it was chosen by.
+      shape: the leaf's shape.
+
+    Returns:
+      A boolean array of that shape.
+    """
+    return pattern.expand(_of_units(choice.units, choice.cut), shape, choice.axes)
 
 
 def checked(params: Params, masks: Masks) -> list[Any]:
@@ -250,91 +261,7 @@ def unpack(packed: Any) -> Masks:
     return jax.tree.map(_unpack, packed, is_leaf=is_packed)
 
 
-def _checked(scores: Scores) -> dict[str, jax.Array]:
-    """The scores' leaves by name, floating and without NaN where that can be seen."""
-    named = {
-        k: v for k, v in tree.named_leaves(scores).items() if not tree.is_masked(v)
-    }
-    if not named:
-        raise ValueError("scores must have at least one leaf to prune, but have none")
-    if wrong := [name for name, leaf in named.items() if not tree.is_floating(leaf)]:
-        raise TypeError(
-            f"scores must be floating arrays, but {wrong[:6]} are not; cast them with "
-            "astype(jnp.float32)"
-        )
-    concrete = {k: v for k, v in named.items() if not isinstance(v, jax.core.Tracer)}
-    nan = jax.device_get({name: _has_nan(leaf) for name, leaf in concrete.items()})
-    if wrong := [name for name, found in nan.items() if found]:
-        raise ValueError(
-            f"scores must not be NaN, but {wrong[:6]} hold some; look for the step at "
-            "which training diverged, or replace them with jnp.nan_to_num"
-        )
-    return named
-
-
-def _agreed(
-    sparsity: float | Mapping[str, float] | None, pattern: Pattern
-) -> float | Mapping[str, float]:
-    """The sparsity asked for, or the one that the pattern fixes."""
-    if pattern.sparsity is None:
-        if sparsity is None:
-            raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
-        return sparsity
-    if sparsity is not None and (
-        isinstance(sparsity, Mapping) or allocate.checked(sparsity) != pattern.sparsity
-    ):
-        raise ValueError(
-            f"{pattern} removes exactly {pattern.sparsity:.4g} of each leaf, but "
-            f"sparsity={sparsity} was asked for; leave the sparsity out"
-        )
-    return pattern.sparsity
-
-
-def _axes(
-    rules: Axes | Mapping[str, Axes] | None,
-    names: Sequence[str],
-    leaves: Sequence[jax.Array],
-    pattern: Pattern,
-) -> list[Axes]:
-    """The leaves' axes, after the pattern has looked at every shape."""
-    if isinstance(pattern, patterns.Unstructured) and rules is None:
-        return [Axes()] * len(leaves)
-    resolved = axes_.resolve(rules, names, leaves)
-    problems = [
-        f"{problem} at {name!r}"
-        for name, leaf, own in zip(names, leaves, resolved, strict=True)
-        if (problem := own.problem(leaf.ndim) or pattern.problem(leaf.shape, own))
-    ]
-    if problems:
-        raise ValueError(
-            f"{'; '.join(problems)}; leave such leaves out of the scores with "
-            "prunable=jp.tree.excluding('...')"
-        )
-    return resolved
-
-
-def _select(
-    units: list[jax.Array],
-    names: list[str],
-    sparsity: float | Mapping[str, float],
-    scope: Scope,
-) -> list[jax.Array]:
-    sizes = [unit.size for unit in units]
-    if scope == "global":
-        kept = sum(sizes) - allocate.in_all(sparsity, sizes)
-        return select.top(units, kept)
-    if scope != "layer":
-        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
-    removed = allocate.by_leaf(sparsity, names, sizes)
-    return [
-        select.top([unit], size - out)[0]
-        for unit, size, out in zip(units, sizes, removed, strict=True)
-    ]
-
-
-@jax.jit
-def _has_nan(leaf: jax.Array) -> jax.Array:
-    return jnp.any(jnp.isnan(leaf))
+_of_units = jax.jit(select.mask)
 
 
 @jax.jit

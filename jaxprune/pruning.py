@@ -1,10 +1,22 @@
-"""The front door: parameters and scores in, pruned parameters out."""
+"""The front door: parameters and scores in, pruned parameters out.
 
-from collections.abc import Mapping
+No tree of masks is ever made: thresholds are found for all leaves, then each leaf is
+cut by its own. With `donate=True` each leaf's new values take the place of its old.
+"""
 
-from jaxprune import masks, patterns, tree
+import collections
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import axes as axes_
+from jaxprune import patterns, select, tree
 from jaxprune.axes import Axes
 from jaxprune.base import Params, Pattern, Scope, Scores
+from jaxprune.choices import Choice, choose
 
 
 def prune(
@@ -15,8 +27,15 @@ def prune(
     scope: Scope = "layer",
     pattern: Pattern = patterns.Unstructured(),
     axes: Axes | Mapping[str, Axes] | None = None,
+    donate: bool = False,
 ) -> Params:
     """Sets the weights with the lowest scores to zero; pure, and fit for `jax.jit`.
+
+    With `donate=True` it is pure no more: THE OLD PARAMETERS ARE GONE. Their buffers
+    hold the result, leaf by leaf, so pruning needs at most one leaf of memory more;
+    reading an old leaf raises `RuntimeError`. Nothing is donated before all checks have
+    passed. Under `jit`, `donate` has no effect; there give `jax.jit` itself
+    `donate_argnums`.
 
     Args:
       params: the parameters, a pytree of arrays.
@@ -26,6 +45,7 @@ def prune(
       scope: "layer" removes the share from each leaf, "global" ranks all together.
       pattern: which weights live and die together.
       axes: which axes are input and output; Flax's [..., in, out] by default.
+      donate: whether the result may take the parameters' memory.
 
     Returns:
       Parameters of the same structure, dtypes and sharding. Leaves without scores
@@ -33,7 +53,7 @@ def prune(
 
     Raises:
       ValueError: scores are another model's or NaN, or sparsity, scope, pattern or a
-        rule does not fit.
+        rule does not fit; a leaf to donate is used twice or deleted.
       TypeError: scores are not floating.
 
     Example:
@@ -44,5 +64,69 @@ def prune(
       [[4.0, 0.0], [0.0, -3.0]]
     """
     tree.align(params, scores, "scores")
-    kept = masks.make(scores, sparsity, scope=scope, pattern=pattern, axes=axes)
-    return masks.apply(params, kept)
+    named = tree.named_leaves(params)
+    ranked = [k for k, v in tree.named_leaves(scores).items() if not tree.is_masked(v)]
+    if donate:
+        _check_owned(named, ranked, jax.tree.leaves(scores))
+    chosen = choose(scores, sparsity, scope=scope, pattern=pattern, axes=axes)
+    for name, choice in zip(ranked, chosen, strict=True):
+        named[name] = _pruned(named[name], choice, pattern, donate=donate)
+    structure = jax.tree.structure(params, is_leaf=tree.is_masked)
+    return jax.tree.unflatten(structure, list(named.values()))
+
+
+def _check_owned(
+    named: Mapping[str, Any], ranked: Sequence[str], scores: Sequence[Any]
+) -> None:
+    """Refuses to donate what would be missed elsewhere, or is gone."""
+    arrays = {name: named[name] for name in ranked if _is_concrete(named[name])}
+    if gone := [name for name, leaf in arrays.items() if leaf.is_deleted()]:
+        raise ValueError(
+            f"donate=True needs parameters that are there, but {gone[:6]} are deleted; "
+            "use what the call that donated them returned"
+        )
+    uses = collections.Counter(map(_buffer, [*named.values(), *scores]))
+    if shared := [k for k, v in arrays.items() if v.size and uses[_buffer(v)] > 1]:
+        raise ValueError(
+            f"donate=True needs arrays that nothing else uses, but {shared[:6]} are "
+            "other leaves or scores as well; copy those with jnp.copy, or leave donate "
+            "out"
+        )
+
+
+def _buffer(leaf: Any) -> int | None:
+    """Where a leaf lies on its first device; device_put may share a buffer."""
+    if not _is_concrete(leaf) or leaf.is_deleted():
+        return None
+    return leaf.addressable_data(0).unsafe_buffer_pointer()
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+def _pruned(leaf: Any, choice: Choice, pattern: Pattern, *, donate: bool) -> Any:
+    if not _is_concrete(leaf):
+        program = _program(None, donate=False)
+    else:
+        spread = len(leaf.sharding.device_set) > 1
+        program = _program(leaf.sharding if spread else None, donate=donate)
+    return program(leaf, choice.units, choice.cut, pattern, choice.axes)
+
+
+@functools.cache
+def _program(sharding: Any, *, donate: bool) -> Any:
+    """Where the mask is True, by one compiled program for each shape."""
+    return jax.jit(
+        _where,
+        static_argnums=(3, 4),
+        donate_argnums=0 if donate else (),
+        out_shardings=sharding,
+    )
+
+
+def _where(
+    leaf: jax.Array, units: jax.Array, cut: select.Cut, pattern: Pattern, axes: Axes
+) -> jax.Array:
+    mask = pattern.expand(select.mask(units, cut), leaf.shape, axes)
+    return jnp.where(axes_.placed(mask, leaf), leaf, jnp.zeros((), leaf.dtype))

@@ -1,53 +1,54 @@
 """The k highest of many scores, exactly, by counting.
 
-Floats of one width are ordered by their bits, so the k-th highest is found by bisection
-over bit patterns: each pass counts, in every leaf, the scores at or above a candidate.
-Nothing is sorted, concatenated or gathered, so it works on any sharding and needs no
-memory beside the masks. Ties keep the first by (leaf, flat index). NaN ranks lowest,
-under minus infinity.
+The threshold is found by narrowing a bracket of positions in the order of the floats. A
+sample says where to begin, exact counts decide. Nothing is sorted, joined or gathered,
+so it works on any sharding; leaves are only read, a few times, and masks are made leaf
+by leaf from a `Cut`. Ties keep the first by (leaf, flat index). NaN ranks lowest, under
+minus infinity.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import contextlib
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import brackets, ranks, storage
+from jaxprune.brackets import Bracket, Count, Order
+from jaxprune.ranks import Line
 
-class _Count(NamedTuple):
-    """A 64-bit count in two uint32 halves; x64 need not be enabled."""
-
-    high: jax.Array
-    low: jax.Array
-
-    def plus(self, count: jax.Array) -> "_Count":
-        low = self.low + count
-        return _Count(self.high + (low < count).astype(np.uint32), low)
-
-    def minus(self, count: jax.Array) -> "_Count":
-        borrow = (self.low < count).astype(np.uint32)
-        return _Count(self.high - borrow, self.low - count)
-
-    def at_least(self, other: "_Count") -> jax.Array:
-        return (self.high > other.high) | (
-            (self.high == other.high) & (self.low >= other.low)
-        )
-
-    def at_most(self, count: jax.Array) -> jax.Array:
-        """The smaller of the two, as uint32."""
-        return jnp.where(self.high > 0, count, jnp.minimum(self.low, count))
+# A sample saves passes where a ranking has at least so many scores. One score of 67 is
+# in it: a prime meets every column, whatever power of two the rows are long.
+_SAMPLE_FROM = 1 << 17
+_STRIDE = 67
 
 
-def top(scores: Sequence[jax.Array], kept: int) -> list[jax.Array]:
-    """Masks of the `kept` highest scores over all leaves together.
+class Cut(NamedTuple):
+    """Where a leaf is cut: kept is what ranks above the threshold, or early ties.
+
+    Attributes:
+      threshold: the rank of the lowest score that is kept, an integer scalar as wide as
+        the floats of the ranking.
+      bound: the flat index under which this leaf's ties are kept, uint32.
+    """
+
+    threshold: jax.Array
+    bound: jax.Array
+
+
+def cut_together(scores: Sequence[jax.Array], kept: int) -> list[Cut]:
+    """Cuts that keep the `kept` highest scores of all leaves together.
 
     Args:
       scores: arrays of any shape and floating dtype; each has under 2^32 elements.
       kept: how many to keep, 0 to the number of scores.
 
     Returns:
-      Boolean arrays of the scores' shapes; exactly `kept` of them are True.
+      One cut a leaf; their masks are True exactly `kept` times.
 
     Raises:
       ValueError: `kept` is out of range.
@@ -55,126 +56,283 @@ def top(scores: Sequence[jax.Array], kept: int) -> list[jax.Array]:
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxprune import select
-      >>> [mask.tolist() for mask in select.top([jnp.array([3.0, 1.0, 3.0])], 1)]
-      [[True, False, False]]
+      >>> scores = jnp.array([3.0, 1.0, 3.0])
+      >>> [cut] = select.cut_together([scores], 1)
+      >>> select.mask(scores, cut).tolist()
+      [True, False, False]
     """
-    size = sum(leaf.size for leaf in scores)
+    _check(kept, sum(leaf.size for leaf in scores))
+    return _cuts(list(scores), [kept], joint=True)
+
+
+def cut_each(scores: Sequence[jax.Array], kept: Sequence[int]) -> list[Cut]:
+    """Cuts that keep the highest scores of each leaf by itself.
+
+    Args:
+      scores: arrays of any shape and floating dtype; each has under 2^32 elements.
+      kept: how many to keep of each, 0 to its size.
+
+    Returns:
+      One cut a leaf; its mask is True exactly so many times.
+
+    Raises:
+      ValueError: a number is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxprune import select
+      >>> scores = [jnp.array([3.0, 1.0]), jnp.array([5.0, 7.0])]
+      >>> cuts = select.cut_each(scores, [1, 1])
+      >>> [select.mask(*pair).tolist() for pair in zip(scores, cuts)]
+      [[True, False], [False, True]]
+    """
+    for leaf, number in zip(scores, kept, strict=True):
+        _check(number, leaf.size)
+    cuts: dict[int, Cut] = {}
+    for dtype in dict.fromkeys(leaf.dtype for leaf in scores):
+        own = [i for i, leaf in enumerate(scores) if leaf.dtype == dtype]
+        found = _cuts([scores[i] for i in own], [kept[i] for i in own], joint=False)
+        cuts.update(zip(own, found, strict=True))
+    return [cuts[i] for i in range(len(scores))]
+
+
+def mask(scores: jax.Array, cut: Cut) -> jax.Array:
+    """The mask of one leaf.
+
+    Args:
+      scores: the leaf.
+      cut: its cut.
+
+    Returns:
+      Booleans of the leaf's shape and sharding; True is kept.
+    """
+    own = ranks.of(scores, cut.threshold.dtype)
+    early = storage.flat_index(scores.shape) < cut.bound
+    return (own > cut.threshold) | ((own == cut.threshold) & early)
+
+
+def at_once(leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """A context in which what is known is computed now, inside of `jit` too.
+
+    Args:
+      leaves: what will be computed with; nothing changes if one of them is traced.
+
+    Returns:
+      The context.
+    """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if not traced and isinstance(jnp.zeros(()), jax.core.Tracer):
+        return jax.ensure_compile_time_eval()
+    return contextlib.nullcontext()
+
+
+def _check(kept: int, size: int) -> None:
     if not 0 <= kept <= size:
         raise ValueError(f"kept must be 0 to {size}, the number of scores, got {kept}")
-    return _top(list(scores), _split(kept))
 
 
-def _split(count: int) -> _Count:
-    return _Count(jnp.uint32(count >> 32), jnp.uint32(count & 0xFFFFFFFF))
+def _cuts(scores: list[jax.Array], kept: Sequence[int], *, joint: bool) -> list[Cut]:
+    """Cuts of one ranking of all leaves together, or of a ranking of each."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in scores)
+    with at_once(scores):
+        line = Line.of(jnp.result_type(*scores))
+        sizes = np.array([leaf.size for leaf in scores], np.uint32)
+        everything = _everything(len(kept), sizes, line)
+        target = brackets.split(kept)
+        guess = _guess(scores, target, line, joint=joint)
+
+        def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
+            count = _count if traced else _count_jit
+            return [
+                count(leaf, candidates, wanted, 0 if joint else i, line)
+                for i, leaf in enumerate(scores)
+            ]
+
+        order = Order(counts, joint, line.octave)
+        found = brackets.search(order, target, everything, guess, traced=traced)
+        place, want, have = _shares(found, target, joint=joint)
+        bounds = _tie_bounds(scores, place, have, want, line, traced=traced)
+        return _assembled(place, bounds, line=line)
 
 
-@jax.jit
-def _top(scores: list[jax.Array], kept: _Count) -> list[jax.Array]:
-    dtype = jnp.result_type(*scores)
-    scores = [leaf.astype(dtype) for leaf in scores]
-    threshold, into_nan = _threshold(scores, kept, dtype)
+def _count(
+    leaf: jax.Array, candidates: jax.Array, wanted: jax.Array, group: Any, line: Line
+) -> jax.Array:
+    """One leaf's scores at or above its group's candidates, uint32 (candidates,)."""
 
-    def above(leaf: jax.Array) -> jax.Array:
-        return jnp.where(into_nan, ~jnp.isnan(leaf), leaf > threshold)
+    def count(leaf: jax.Array, candidates: jax.Array) -> Sequence[jax.Array]:
+        own = ranks.of(leaf, line.signed)
+        least = line.rank(candidates)
+        return ranks.number([own >= rank for rank in least], range(leaf.ndim))
 
-    def tied(leaf: jax.Array) -> jax.Array:
-        return jnp.where(into_nan, jnp.isnan(leaf), leaf == threshold)
-
-    spare = kept
-    for leaf in scores:
-        spare = spare.minus(_number(above(leaf)))
-    ties, allowed = [], []
-    for leaf in scores:
-        ties.append(_number(tied(leaf)))
-        allowed.append(spare.at_most(ties[-1]))
-        spare = spare.minus(allowed[-1])
-    bounds = _tie_bounds(scores, tied, ties, allowed)
-    return [
-        above(leaf) | (tied(leaf) & (_flat_index(leaf) < bound))
-        for leaf, bound in zip(scores, bounds, strict=True)
-    ]
+    return ranks.unless_settled(count, leaf, candidates[group], wanted[group])
 
 
-def _number(flags: jax.Array) -> jax.Array:
-    return jnp.sum(flags, dtype=np.uint32)
+def _everything(groups: int, sizes: np.ndarray, line: Line) -> Bracket:
+    """The bracket that holds any threshold; all scores count at its low end."""
+    low, high = (
+        np.zeros(groups, line.unsigned),
+        np.full(groups, line.top, line.unsigned),
+    )
+    return Bracket(*map(jnp.asarray, (low, high, sizes, np.zeros_like(sizes))))
 
 
-def _threshold(
-    scores: list[jax.Array], kept: _Count, dtype: np.dtype
-) -> tuple[jax.Array, jax.Array]:
-    """The highest value with at least `kept` scores at or above it.
+@functools.partial(jax.jit, static_argnames="line")
+def _assembled(place: jax.Array, bounds: jax.Array, *, line: Line) -> list[Cut]:
+    thresholds = line.rank(place)
+    return [Cut(thresholds[i], bounds[i]) for i in range(bounds.size)]
 
-    Above infinity, where bit patterns are NaN and nothing counts, if `kept` is 0. The
-    second result tells that all numbers together are too few, so that NaN are kept too.
+
+@functools.partial(jax.jit, static_argnames="joint")
+def _shares(
+    found: Bracket, kept: Count, *, joint: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For each leaf, its threshold's position, the ties to keep, the ties it has."""
+    spare = kept.minus(brackets.totals(found.above, joint=joint))
+    have = found.at - found.above
+    place = jnp.broadcast_to(found.low, have.shape)
+    if not joint:
+        return place, spare.low, have
+
+    def take(spare: Count, ties: jax.Array) -> tuple[Count, jax.Array]:
+        taken = spare.at_most(ties)
+        return spare.minus(Count(jnp.zeros_like(taken), taken)), taken
+
+    # The first leaves' ties first.
+    want = jax.lax.scan(take, jax.tree.map(lambda x: x[0], spare), have)[1]
+    return place, want, have
+
+
+def _guess(
+    scores: Sequence[jax.Array], kept: Count, line: Line, *, joint: bool
+) -> jax.Array | None:
+    """Positions between which a sample sees the thresholds, (2, groups).
+
+    None where rankings are short, and on several devices: there slices would travel.
     """
-    unsigned = np.dtype(f"uint{jnp.finfo(dtype).bits}")
-    infinity = jax.lax.bitcast_convert_type(jnp.array(jnp.inf, dtype), unsigned)
-    sign = unsigned.type(1 << (jnp.finfo(dtype).bits - 1))
+    sizes = np.array([leaf.size for leaf in scores])
+    mesh = [jax.typeof(leaf).sharding.mesh for leaf in scores]
+    spread = any(math.prod(size for _, size in m.shape_tuple) > 1 for m in mesh)
+    length = sizes.sum() if joint else sizes.sum() // len(sizes)
+    if spread or length < _SAMPLE_FROM:
+        return None
+    rows = [
+        _sampled(leaf, None if joint else int(length) // _STRIDE, line=line)
+        for leaf in scores
+    ]
+    total = np.array([sizes.sum()] if joint else sizes, np.float32)
+    return _between_samples(rows, kept, total, line=line, joint=joint)
 
-    def value(position: jax.Array) -> jax.Array:
-        """The float at a position of the order, in which `sign` is +0."""
-        bits = jnp.where(position >= sign, position ^ sign, ~position)
-        return jax.lax.bitcast_convert_type(bits, dtype)
 
-    def enough(position: jax.Array) -> jax.Array:
-        count = _Count(jnp.uint32(0), jnp.uint32(0))
-        for leaf in scores:
-            count = count.plus(_number(leaf >= value(position)))
-        return count.at_least(kept)
+@functools.partial(jax.jit, static_argnames=("most", "line"))
+def _sampled(leaf: jax.Array, most: int | None, *, line: Line) -> jax.Array:
+    """The ranks of one score of so many, at most `most` of them."""
+    stride = _STRIDE if most is None else max(leaf.size // most, 1) | 1
+    return ranks.of(
+        jax.lax.slice(leaf.ravel(), [0], [leaf.size], [stride]), line.signed
+    )
 
-    def narrow(bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bracket
-        middle = high - (high - low) // unsigned.type(2)
-        found = enough(middle)
-        return (
-            jnp.where(found, middle, low),
-            jnp.where(found, high, middle - unsigned.type(1)),
-        )
 
-    lowest, above = ~(infinity | sign), (infinity | sign) + unsigned.type(1)
-    bracket = jax.lax.while_loop(lambda b: b[0] < b[1], narrow, (lowest, above))
-    return value(bracket[0]), ~enough(lowest)
+@functools.partial(jax.jit, static_argnames=("line", "joint"))
+def _between_samples(
+    rows: Sequence[jax.Array],
+    kept: Count,
+    size: jax.Array,
+    *,
+    line: Line,
+    joint: bool,
+) -> jax.Array:
+    """Positions that by the samples count a little more and a little less than kept."""
+    lowest = np.iinfo(line.signed).min
+    longest = max(row.size for row in rows)
+    padded = [
+        jnp.pad(row, (0, longest - row.size), constant_values=lowest) for row in rows
+    ]
+    sample = jnp.concatenate(rows)[None] if joint else jnp.stack(padded)
+    sizes = [row.size for row in rows]
+    have = np.array([sum(sizes)] if joint else sizes, np.uint32)
+
+    def counts(candidates: jax.Array, wanted: jax.Array) -> jax.Array:
+        least = line.rank(candidates)
+        flags = [sample >= least[:, k, None] for k in range(least.shape[1])]
+        return jnp.stack(ranks.number(flags, (1,)), 1)
+
+    def position(target: jax.Array) -> jax.Array:
+        goal = Count(jnp.zeros_like(target), target)
+        return brackets.search(order, goal, start, traced=True).low
+
+    order = Order(counts, joint=False, smooth=line.octave)
+    start = _everything(have.size, have, line)
+    share, taken = kept.real() / size, have.astype(np.float32)
+    slack = 5 * jnp.sqrt(share * (1 - share) / taken) + 2 / taken
+    ends = [jnp.clip(share + off, 0, 1) * taken for off in (slack, -slack)]
+    return jax.lax.map(position, jnp.stack(ends).astype(np.uint32))
 
 
 def _tie_bounds(
-    scores: list[jax.Array],
-    tied: Callable[[jax.Array], jax.Array],
-    ties: list[jax.Array],
-    allowed: list[jax.Array],
+    scores: Sequence[jax.Array],
+    place: jax.Array,
+    have: jax.Array,
+    want: jax.Array,
+    line: Line,
+    *,
+    traced: bool,
 ) -> jax.Array:
     """For each leaf, the flat index under which its ties are kept.
 
-    Bisection over the index; no pass at all where every tie or none is kept.
+    A search by position from the end. Only leaves whose ties are kept in part are read.
     """
-    sizes = jnp.array([leaf.size for leaf in scores], np.uint32)
-    want, have = jnp.stack(allowed), jnp.stack(ties)
-    whole = jnp.where(want == have, sizes, 0)
+    sizes = np.array([leaf.size for leaf in scores], np.uint32)
 
-    def narrow(bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bracket
-        middle = low + (high - low) // np.uint32(2)
-        found = jnp.stack(
-            [
-                _number(tied(leaf) & (_flat_index(leaf) < middle[i]))
-                for i, leaf in enumerate(scores)
-            ]
-        )
-        enough = found >= want
-        return (
-            jnp.where(enough, low, jnp.minimum(middle + np.uint32(1), high)),
-            jnp.where(enough, middle, high),
-        )
+    def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
+        count = _count_ties if traced else _count_ties_jit
+        return [
+            count(leaf, place, candidates, wanted, i, line)
+            for i, leaf in enumerate(scores)
+        ]
 
-    cut = (want > 0) & (want < have)
-    start = (jnp.where(cut, 0, whole), jnp.where(cut, sizes, whole))
-    return jax.lax.while_loop(lambda b: jnp.any(b[0] < b[1]), narrow, start)[0]
+    start, target = _ties_begun(sizes, have, want)
+    order = Order(counts, joint=False, smooth=1 << 31)
+    found = brackets.search(order, target, start, traced=traced)
+    return _ties_done(sizes, have, want, found.low)
 
 
-def _flat_index(leaf: jax.Array) -> jax.Array:
-    """Each element's row-major position, uint32, like the leaf."""
-    index, stride = jnp.zeros((), np.uint32), 1
-    for axis in reversed(range(leaf.ndim)):
-        iota = jax.lax.broadcasted_iota(np.uint32, leaf.shape, axis)
-        index = index + iota * np.uint32(stride)
-        stride *= leaf.shape[axis]
-    return index
+@jax.jit
+def _ties_begun(
+    sizes: jax.Array, have: jax.Array, want: jax.Array
+) -> tuple[Bracket, Count]:
+    none = jnp.zeros_like(have)
+    last = jnp.where((want > 0) & (want < have), sizes - np.uint32(1), none)
+    # A leaf that keeps all its ties, or none, is settled.
+    return Bracket(none, last, have, none), Count(none, want)
+
+
+@jax.jit
+def _ties_done(
+    sizes: jax.Array, have: jax.Array, want: jax.Array, found: jax.Array
+) -> jax.Array:
+    return jnp.where(want > 0, sizes - found, np.uint32(0))
+
+
+def _count_ties(
+    leaf: jax.Array,
+    place: jax.Array,
+    candidates: jax.Array,
+    wanted: jax.Array,
+    i: Any,
+    line: Line,
+) -> jax.Array:
+    """One leaf's ties under flat indices, which candidates give from the end."""
+    threshold = line.rank(place[i])
+
+    def count(leaf: jax.Array, left_out: jax.Array) -> Sequence[jax.Array]:
+        tied = ranks.of(leaf, line.signed) == threshold
+        index = jnp.where(tied, storage.flat_index(leaf.shape), np.uint32(0xFFFFFFFF))
+        bounds = np.uint32(leaf.size) - left_out
+        return ranks.number([index < bound for bound in bounds], range(leaf.ndim))
+
+    return ranks.unless_settled(count, leaf, candidates[i], wanted[i])
+
+
+_count_jit = jax.jit(_count, static_argnames="line")
+_count_ties_jit = jax.jit(_count_ties, static_argnames="line")

@@ -17,7 +17,7 @@ PACKAGE = "jaxprune"
 MOST_LINES = 400
 
 FLOORS = [
-    [{"storage", "sums"}, {"tree"}, {"axes"}, {"base"}],
+    [{"storage", "sums", "brackets", "ranks"}, {"tree"}, {"axes"}, {"base"}],
     [
         {
             "averages",
@@ -30,7 +30,7 @@ FLOORS = [
             "schedules",
         }
     ],
-    [{"masks", "sparsegpt", "importance"}],
+    [{"choices"}, {"masks", "sparsegpt", "importance"}],
     [
         {
             "pruning",

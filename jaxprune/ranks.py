@@ -1,0 +1,120 @@
+"""Floats as integers in their order, and how many lie at or above some of them.
+
+Floats of one width are ordered by their bits; -0 and +0 rank alike, NaN ranks lowest,
+under minus infinity. Integers are compared and not floats, because some backends take
+subnormal numbers for zero.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Line(NamedTuple):
+    """The ranks of the floats of one width as positions 0, 1, 2, ...
+
+    All scores, NaN too, lie at 0 or above, none at `top`.
+
+    Attributes:
+      signed: the dtype of ranks.
+      unsigned: the dtype of positions.
+      top: the position over infinity.
+      octave: how many floats there are between two powers of two.
+    """
+
+    signed: np.dtype
+    unsigned: np.dtype
+    top: int
+    octave: int
+
+    @classmethod
+    def of(cls, dtype: Any) -> "Line":
+        """The positions of a floating dtype, or of a wider one that holds it."""
+        dtype = jnp.promote_types(dtype, jnp.bfloat16)
+        info = jnp.finfo(dtype)
+        infinity = int(np.array(np.inf, dtype).view(f"int{info.bits}"))
+        return cls(
+            np.dtype(f"int{info.bits}"),
+            np.dtype("uint64" if info.bits == 64 else "uint32"),
+            (1 << info.bits - 1) + infinity + 1,
+            1 << info.nmant,
+        )
+
+    def rank(self, position: jax.Array) -> jax.Array:
+        """The rank at a position."""
+        half = 1 << np.iinfo(self.signed).bits - 1
+        return (position - self.unsigned.type(half)).astype(self.signed)
+
+
+def of(scores: jax.Array, signed: Any) -> jax.Array:
+    """The ranks of scores.
+
+    Args:
+      scores: floats.
+      signed: the integers to rank them by; scores of another width are widened first.
+
+    Returns:
+      Integers of the scores' shape.
+    """
+    info = np.iinfo(signed)
+    if scores.dtype.itemsize * 8 != info.bits:
+        scores = scores.astype("bfloat16" if info.bits == 16 else f"float{info.bits}")
+    kind, infinity = info.dtype.type, np.array(np.inf, scores.dtype).view(info.dtype)
+    bits = jax.lax.bitcast_convert_type(scores, signed)
+    size = bits & kind(info.max)
+    ranks = jnp.where(bits < 0, -size, size)
+    return jnp.where(size > infinity, kind(info.min), ranks)
+
+
+def number(flags: Sequence[jax.Array], axes: Sequence[int]) -> Sequence[jax.Array]:
+    """How many are True, in one read of what the flags come from.
+
+    One reduction of several operands: XLA fuses it with what makes the flags, where on
+    a CPU it writes them out before a reduction of one.
+
+    Args:
+      flags: several arrays of one shape.
+      axes: the axes to count over.
+
+    Returns:
+      Counts for each array, uint32.
+    """
+    zeros = (np.uint32(0),) * len(flags)
+    ones = tuple(flag.astype(np.uint32) for flag in flags)
+
+    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+        return [x + y for x, y in zip(a, b, strict=True)]
+
+    return jax.lax.reduce(ones, zeros, add, tuple(axes))
+
+
+def unless_settled(
+    count: Callable[[jax.Array, jax.Array], Sequence[jax.Array]],
+    leaf: jax.Array,
+    candidates: jax.Array,
+    wanted: jax.Array,
+) -> jax.Array:
+    """What a leaf counts for each candidate, or zeros without a look at the leaf.
+
+    Args:
+      count: the leaf and the candidates to a count for each candidate, uint32.
+      leaf: any array.
+      candidates: (candidates,).
+      wanted: whether to count, bool.
+
+    Returns:
+      Counts, uint32 (candidates,).
+    """
+    # XLA would take what is made of the leaf alone out of the loop over passes, and
+    # keep it in memory; behind the barrier it depends on the pass.
+    leaf, candidates = jax.lax.optimization_barrier((leaf, candidates))
+    return jax.lax.cond(
+        wanted,
+        lambda leaf, candidates: jnp.stack(count(leaf, candidates)),
+        lambda leaf, candidates: jnp.zeros(candidates.shape, np.uint32),
+        leaf,
+        candidates,
+    )
