@@ -25,6 +25,8 @@ from jaxprune.ranks import Line
 # in it: a prime meets every column, whatever power of two the rows are long.
 _SAMPLE_FROM = 1 << 17
 _STRIDE = 67
+# More does not narrow a bracket enough to be worth its memory.
+_SAMPLE_MOST = 1 << 21
 
 
 class Cut(NamedTuple):
@@ -216,18 +218,21 @@ def _guess(
     length = sizes.sum() if joint else sizes.sum() // len(sizes)
     if spread or length < _SAMPLE_FROM:
         return None
+    most = int(length) // _STRIDE
+    strides = [max(size // most, 1) | 1 for size in sizes.tolist()]
+    if joint:
+        strides = [max(_STRIDE, int(length) // _SAMPLE_MOST | 1)] * len(scores)
     rows = [
-        _sampled(leaf, None if joint else int(length) // _STRIDE, line=line)
-        for leaf in scores
+        _sampled(leaf, stride, line=line)
+        for leaf, stride in zip(scores, strides, strict=True)
     ]
     total = np.array([sizes.sum()] if joint else sizes, np.float32)
     return _between_samples(rows, kept, total, line=line, joint=joint)
 
 
-@functools.partial(jax.jit, static_argnames=("most", "line"))
-def _sampled(leaf: jax.Array, most: int | None, *, line: Line) -> jax.Array:
-    """The ranks of one score of so many, at most `most` of them."""
-    stride = _STRIDE if most is None else max(leaf.size // most, 1) | 1
+@functools.partial(jax.jit, static_argnames=("stride", "line"))
+def _sampled(leaf: jax.Array, stride: int, *, line: Line) -> jax.Array:
+    """The ranks of one score of so many."""
     return ranks.of(
         jax.lax.slice(leaf.ravel(), [0], [leaf.size], [stride]), line.signed
     )
