@@ -166,7 +166,7 @@ def unit_exponent(values: jax.Array, *, signed: bool) -> jax.Array:
       signed: whether there are negative ones.
 
     Returns:
-      An int32 scalar from -120 to 121; -120 where a value is not finite.
+      An int32 scalar from -120 to 121; -120 where a value is infinite.
     """
     largest = jnp.max(jnp.abs(values), initial=0)
     above = (_bits(largest) >> 23) - 126  # largest < 2^above

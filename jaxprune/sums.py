@@ -45,7 +45,9 @@ def total(terms: jax.Array, axis: int | None = None) -> jax.Array:
     highest = jnp.max(terms, axis, keepdims=True)
     lowest = jnp.min(terms, axis, keepdims=True)
     largest = jnp.maximum(jnp.abs(highest), jnp.abs(lowest))
-    finite = largest < jnp.inf
+    # On a CPU, XLA's maximum does not hand NaN on.
+    nan = jnp.any(jnp.isnan(terms), axis, keepdims=True)
+    finite = (largest < jnp.inf) & ~nan
     exponent = jnp.where(finite, _exponent(largest), 0)
     left = jnp.where(finite, terms * _power_of_two(-exponent), 0)  # in (-4, 4)
     parts = []
@@ -56,7 +58,8 @@ def total(terms: jax.Array, axis: int | None = None) -> jax.Array:
     result = jnp.zeros_like(largest)
     for part in reversed(parts):  # scaling by a power of two is exact
         result = (result + part.astype(jnp.float32)) * 2.0**-bits
-    return jnp.where(finite, result * _power_of_two(exponent), highest + lowest)
+    special = jnp.where(nan, jnp.nan, highest + lowest)
+    return jnp.where(finite, result * _power_of_two(exponent), special)
 
 
 def _exponent(values: jax.Array) -> jax.Array:

@@ -257,3 +257,11 @@ def test_what_prune_removes_is_what_sparsity_reports(sparsity, scope):
     for tree in (pruned, masks):
         zeros = [z for z, _ in jp.sparsity(tree).by_leaf.values()]
         assert sum(zeros) == share
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("where", [(0, 0), (500, 3), (999, 1023)])
+def test_one_nan_among_a_million_scores_is_found(dtype, where):
+    scores = {"w": jnp.ones((1000, 1024), dtype).at[where].set(jnp.nan)}
+    with pytest.raises(ValueError, match="must not be NaN"):
+        jp.masks.make(scores, 0.5)

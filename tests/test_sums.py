@@ -60,3 +60,12 @@ def test_the_bits_are_the_same_on_eight_devices(kind, axis):
     for spec in (P("x"), P("y", "x"), P(None, ("x", "y"))):
         many = sums.total(jax.device_put(terms, NamedSharding(mesh, spec)), axis)
         assert same_bits(np.asarray(many), np.asarray(one))
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_one_nan_among_many_makes_its_sum_nan(axis):
+    terms = jnp.ones((1000, 1024)).at[500, 3].set(jnp.nan)
+    expected = np.sum(np.asarray(terms), axis, keepdims=True)
+    np.testing.assert_array_equal(
+        jax.jit(lambda x: sums.total(x, axis))(terms), expected
+    )
