@@ -42,25 +42,33 @@ def only(who):
     return act
 
 
-port, number, place = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
-folder = Path(place)
-said = {
-    "told": processes.on_first(lambda: [jax.process_index(), "x" * 5000]),
-    "raised": attempt(processes.on_first, fail),
-    "odd": attempt(processes.on_first, odd),
-    "first alone fails": attempt(processes.together, only(0)),
-    "second alone fails": attempt(processes.together, only(1)),
-    "all succeed": processes.together(jax.process_index),
-    "latest": checkpoint.latest(folder / "empty"),
-    "restore": attempt(lambda f: f(), lambda: checkpoint.restore(folder / "empty", {})),
-    "local": attempt(
-        lambda state: checkpoint.save(folder / "x", state, step=1, configuration={}),
-        {"a": {"b": jnp.ones(2)}},
-    ),
-    "flags": attempt(launch.check_alike, {"steps": jax.process_index()}),
-}
-with folders.locked(folder / "out"):
-    said["begun"] = [folders.begun(folder / "out", {"n": 1}) for _ in range(2)]
-    said["other"] = attempt(lambda n: folders.begun(folder / "out", {"n": n}), 2)
-(folder / f"said-{number}.json").write_text(json.dumps(said))
+def main(port, number, place):
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+    folder = Path(place)
+    said = {
+        "told": processes.on_first(lambda: [jax.process_index(), "x" * 5000]),
+        "raised": attempt(processes.on_first, fail),
+        "odd": attempt(processes.on_first, odd),
+        "first alone fails": attempt(processes.together, only(0)),
+        "second alone fails": attempt(processes.together, only(1)),
+        "all succeed": processes.together(jax.process_index),
+        "latest": checkpoint.latest(folder / "empty"),
+        "restore": attempt(
+            lambda f: f(), lambda: checkpoint.restore(folder / "empty", {})
+        ),
+        "local": attempt(
+            lambda state: checkpoint.save(
+                folder / "x", state, step=1, configuration={}
+            ),
+            {"a": {"b": jnp.ones(2)}},
+        ),
+        "flags": attempt(launch.check_alike, {"steps": jax.process_index()}),
+    }
+    with folders.locked(folder / "out"):
+        said["begun"] = [folders.begun(folder / "out", {"n": 1}) for _ in range(2)]
+        said["other"] = attempt(lambda n: folders.begun(folder / "out", {"n": n}), 2)
+    (folder / f"said-{number}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
