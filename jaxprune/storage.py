@@ -69,11 +69,6 @@ class Int8:
         """What the leaf stands for: float32."""
         return np.dtype(np.float32)
 
-    @property
-    def sharding(self) -> Any:
-        """Where the codes are."""
-        return self.codes.sharding
-
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(decode(self), dtype)
 
