@@ -114,7 +114,7 @@ def _watched_by_all(config: Config) -> optax.GradientTransformation:
     every = config.every
     gradients = [jp.track_gradients(storage=s, every=every) for s in storage.STORAGES]
     weights = [jp.track_importance(storage=s, every=every) for s in storage.STORAGES]
-    adamw = optimizer(schedule(1e-3, config.steps, warmup=100), track=False)
+    adamw = optimizer(schedule(1e-3, config.steps, warmup=100), track=())
     return optax.chain(*gradients, adamw, *reversed(weights))
 
 

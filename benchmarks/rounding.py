@@ -77,7 +77,7 @@ def _followed(config: Config) -> tuple[np.ndarray, dict[Any, Any], Any]:
     size = len(corpus.vocabulary)
     shape = gpt.GPTConfig(vocab_size=size, **gpt.PRESETS[config.preset])
     model = LanguageModel(shape)
-    adamw = optimizer(schedule(1e-3, config.steps, warmup=100), track=False)
+    adamw = optimizer(schedule(1e-3, config.steps, warmup=100), track=())
     gain = jp.averages.power(0.5)
     ways = [(c, r, f) for c in CODES for r in ROUNDINGS for f in FORMS]
 

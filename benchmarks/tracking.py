@@ -81,7 +81,7 @@ def _steps(config: Config) -> dict[str, Callable[[], Any]]:
     key = jax.random.key(0)
 
     def candidate(tracker: optax.GradientTransformation) -> Callable[[], Any]:
-        adamw = optimizer(schedule(1e-3, 1000, warmup=100), track=False)
+        adamw = optimizer(schedule(1e-3, 1000, warmup=100), track=())
         tx = optax.chain(adamw, tracker)
         step = jax.jit(training.make_step(model.loss, tx), donate_argnums=0)
         held = [training.init(model.init(0), tx)]

@@ -168,7 +168,7 @@ def compare(runs: Runs, out: Path) -> str:
             tables.append((header, rows, title))
     files = {
         "compare.csv": page.table_csv(
-            ("run", *results_.COLUMNS),
+            ("run", *max(map(results_.columns, runs.values()), key=len)),
             [
                 {"run": label, **row}
                 for label, run in runs.items()

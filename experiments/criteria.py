@@ -1,7 +1,7 @@
 """The criteria that the experiments compare, by the names used in results and plots."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jaxprune as jp
@@ -53,3 +53,31 @@ CRITERIA: dict[str, Callable[[Watched], Scores]] = {
 }
 """Name to criterion. The last twelve are the family that the default was chosen from:
 trajectory_P is |w| E[g^2]^P, averaged_trajectory_P has |A| in the place of |w|."""
+
+_NEEDED = {
+    "trajectory": {"square"},
+    "trajectory_adam": set(),
+    "averaged_trajectory": {"square", "weight"},
+    "averaged_magnitude": {"magnitude"},
+    "averaged_weight": {"weight"},
+    "obd": {"square"},
+    "taylor": {"taylor"},
+    "threshold_weight": {"weight"},
+    "threshold_average": {"weight"},
+}
+
+
+def averages(criteria: Collection[str]) -> frozenset[str]:
+    """What must be tracked for some criteria, and no more.
+
+    Args:
+      criteria: names of `CRITERIA`.
+
+    Returns:
+      Fields of `jp.Importance`; always the averaged weight, which reports show.
+    """
+    found = {"weight"}
+    for name in criteria:
+        stem, _, end = name.rpartition("_")
+        found |= _NEEDED.get(stem if end[:1].isdigit() else name, set())
+    return frozenset(found)

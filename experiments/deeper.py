@@ -136,7 +136,7 @@ def run(
     if config.distill and final:
         teacher = run(config, model, batches, seed, 0.0)
         loss = functools.partial(distilled, model, teacher, config.distill)
-    tx = jp.keep_masks(optimizer(config.rate(), track=False), keep_everything(params))
+    tx = jp.keep_masks(optimizer(config.rate(), track=()), keep_everything(params))
     step_fn = training.make_step(loss, tx)
     mesh = layout.make_mesh(config.mesh, config.batch_size)
     state = training.init(params, tx, mesh=mesh)

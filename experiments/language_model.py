@@ -1,5 +1,6 @@
 """A GPT as pure functions of its parameters, with nanoGPT's optimizer."""
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -10,10 +11,13 @@ from flax import nnx
 
 import jaxprune as jp
 from experiments import layout
+from jaxprune.base import Prunable
 from jaxprune.models import generate, gpt
 
 ADAMW = 2
-"""Where AdamW's own state lies in the state of `optimizer(..., track=True)`."""
+"""Where AdamW's own state lies in the state of `optimizer(..., track=EVERYTHING)`."""
+EVERYTHING = ("square", "taylor", "weight", "magnitude")
+"""All that can be tracked: E[g^2] and E|w g| of the gradients, A and E|w|."""
 
 
 class LanguageModel:
@@ -92,21 +96,53 @@ def schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
 
 
 def optimizer(
-    learning_rate: optax.ScalarOrSchedule, *, track: bool
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    track: Collection[str],
+    trained: Callable[[str], bool] | None = None,
+    rank: int | None = None,
+    targets: Prunable = jp.tree.prunable,
+    storage: jp.storage.Storage = "float32",
 ) -> optax.GradientTransformation:
-    """nanoGPT's AdamW (clipped at norm 1; matrices alone decay), watched or not."""
+    """nanoGPT's AdamW (clipped at norm 1; matrices alone decay), watched or not.
+
+    Args:
+      learning_rate: a number or a schedule.
+      track: which averages of weights and gradients are held, of `EVERYTHING`; where
+        there are some, AdamW is `ADAMW`-th.
+      trained: which leaves are trained, by name; the others get no moments, and their
+        gradients must be zero. None for all.
+      rank: of the change of each target by LoRA, everything else frozen; None to train
+        in full.
+      targets: what LoRA changes.
+      storage: how averages are held.
+
+    Returns:
+      The transformation.
+    """
 
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
 
-    adamw = (
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(learning_rate, b1=0.9, b2=0.99, weight_decay=0.1, mask=decayed),
-    )
+    adam = optax.adamw(learning_rate, b1=0.9, b2=0.99, weight_decay=0.1, mask=decayed)
+    clip = optax.clip_by_global_norm(1.0)
+    adamw = (clip, adam)
+    if rank is not None:
+        # The factors' gradients are clipped: those of the weights need not all exist.
+        low_rank = jp.lora(optax.chain(clip, adam), rank, targets=targets)
+        adamw = (optax.identity(), low_rank)
+    elif trained is not None:
+
+        def chosen(params: Any) -> Any:
+            structure = jax.tree.structure(params)
+            return jax.tree.unflatten(structure, map(trained, jp.tree.names(params)))
+
+        adamw = (clip, optax.masked(adam, chosen))
     if not track:
         return optax.chain(*adamw)
-    return optax.chain(
-        jp.track_gradients(average=("square", "taylor")),
-        *adamw,
-        jp.track_importance(average=("weight", "magnitude")),
-    )
+    before, after = optax.identity(), optax.identity()
+    if of_gradients := [name for name in EVERYTHING[:2] if name in track]:
+        before = jp.track_gradients(average=of_gradients, storage=storage)
+    if of_weights := [name for name in EVERYTHING[2:] if name in track]:
+        after = jp.track_importance(average=of_weights, storage=storage)
+    return optax.chain(before, *adamw, after)

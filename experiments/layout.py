@@ -1,11 +1,12 @@
 """Where a run's arrays live: a mesh told by a flag, and the axes that it splits.
 
 "data" splits the batch and repeats the parameters, "fsdp" splits both, "model" splits
-the matrices of the GPT between the devices that share a batch (Shoeybi et al.,
+the matrices of the model between the devices that share a batch (Shoeybi et al.,
 "Megatron-LM", 2019, arXiv 1909.08053): up-projections by output, down-projections by
 input. An axis that does not divide evenly stays whole.
 """
 
+import fnmatch
 import math
 from typing import Any
 
@@ -22,15 +23,18 @@ AXES = ("data", "fsdp", "model")
 _BATCH = ("data", "fsdp")
 _MODEL = {
     "token_embedding/embedding": 0,
-    "attention/qkv/kernel": 1,
-    "attention/qkv/bias": 0,
-    "attention/out/kernel": 0,
-    "mlp/up/kernel": 1,
-    "mlp/up/bias": 0,
-    "mlp/down/kernel": 0,
+    "decoder/embedding/embedding": 0,
+    "qkv/kernel": 1,
+    "qkv/bias": 0,
+    **{f"tower/layers/*/{part}/kernel": 1 for part in "qkv"},
+    "out/kernel": 0,
+    "gate_up/kernel": 1,
+    "up/kernel": 1,
+    "up/bias": 0,
+    "down/kernel": 0,
     "head/kernel": 1,
 }
-"""Ending of a leaf's name to the axis that "model" splits; other leaves stay whole."""
+"""End of a leaf's name, a glob, to the axis that "model" splits; others stay whole."""
 
 
 def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
@@ -127,7 +131,7 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """By "model" on the axis its rule names; by "fsdp" on the longest that is left."""
     parts: list[str | None] = [None] * len(shape)
     for ending, axis in _MODEL.items():
-        matches = f"/{name}".endswith(f"/{ending}")
+        matches = fnmatch.fnmatchcase(f"/{name}", f"*/{ending}")
         if matches and _divides(mesh, "model", shape[axis]):
             parts[axis] = "model"
     free = [

@@ -6,12 +6,8 @@ The paper's first experiment. Started again with the same flags, a run goes on w
 was; a finished one says so. What it writes is described in experiments/README.md.
 """
 
-import contextlib
 import dataclasses
-import datetime
 import json
-import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -19,22 +15,18 @@ from typing import Any, Literal
 import jax
 import tyro
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import folder, launch, layout, records
-from experiments.criteria import CRITERIA
-from experiments.datasets import Batches, Corpus, load, validation_batches
+from experiments import launch, layout, runner
+from experiments import plan as plan_
+from experiments.datasets import Corpus, load
 from experiments.language_model import LanguageModel
+from experiments.language_task import LanguageTask
 from experiments.plan import Plan
-from experiments.sweep import METRICS, Seed
-from jaxprune import processes, report
 from jaxprune.models import gpt
-from jaxprune.report import findings
 
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
 _STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}
-_OF_THE_START = ("coordinator", "processes", "process_id")
 _RATE = {"cpu": 1e-3, "medium": 1e-3, "char": 1e-3, "gpt2": 6e-4}
 
 
@@ -59,6 +51,8 @@ class Config:
       steps: steps of training; the preset's if left out.
       retrain_steps: steps after pruning, and of the dense control; 0 for neither.
       learning_rate: peak; the preset's if left out.
+      retrain_learning_rate: peak of the steps after pruning; that of training if left
+        out.
       eval_tokens: validation tokens of every loss; 0 takes all.
       show_sparsity: where samples, layers and single weights are shown.
       sample_length: characters of a sample.
@@ -90,6 +84,7 @@ class Config:
     steps: int | None = None
     retrain_steps: int = 100
     learning_rate: float | None = None
+    retrain_learning_rate: float | None = None
     eval_tokens: int = 100_000
     show_sparsity: float = 0.8
     sample_length: int = 300
@@ -111,14 +106,17 @@ class Config:
         config = self.smaller() if self.smoke else self
         config.check()
         sparsities = tuple(sorted(set(config.sparsities)))
+        rate = config.learning_rate or _RATE[config.preset]
         return Plan(
             batch_size=config.batch_size or _BATCH[config.preset],
             steps=config.steps or _STEPS[config.preset],
             retrain_steps=config.retrain_steps,
-            learning_rate=config.learning_rate or _RATE[config.preset],
+            learning_rate=rate,
+            retrain_learning_rate=config.retrain_learning_rate or rate,
             criteria=config.criteria,
             retrain_criteria=_or(config.retrain_criteria, config.criteria),
             scopes=config.scopes,
+            retrain_scopes=config.scopes[:1],
             sparsities=sparsities,
             retrain_sparsities=_or(config.retrain_sparsities, sparsities),
             eval_tokens=config.eval_tokens or None,
@@ -150,37 +148,7 @@ class Config:
         Raises:
           ValueError: a criterion is unknown, a number out of range, or a list empty.
         """
-        known = {*self.criteria, *(self.retrain_criteria or ())} - CRITERIA.keys()
-        if known:
-            raise ValueError(
-                f"criteria must be of {', '.join(CRITERIA)}, got {', '.join(known)}"
-            )
-        for sparsity in (*self.sparsities, *(self.retrain_sparsities or ())):
-            if not 0 < sparsity < 1:
-                raise ValueError(
-                    f"sparsities must be in (0, 1), got {sparsity}; the dense model is "
-                    "always measured"
-                )
-        for name in ("seeds", "criteria", "scopes", "sparsities"):
-            if not (values := getattr(self, name)):
-                raise ValueError(f"{name} must name at least one")
-            if len({*values}) < len(values):
-                raise ValueError(f"{name} must be named once each, got {values}")
-            retrained = getattr(self, f"retrain_{name}", None) or ()
-            if not {*retrained} <= {*values}:
-                raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
-        if self.retrain_steps < 0:
-            raise ValueError(f"retrain_steps must be >= 0, got {self.retrain_steps}")
-        for name in ("batch_size", "steps", "checkpoint_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        rate = self.learning_rate
-        if rate is not None and not 0 < rate < math.inf:
-            raise ValueError(f"learning_rate must be over 0, got {rate}")
-        if not 0 <= self.show_sparsity <= 1:
-            raise ValueError(
-                f"show_sparsity must be in [0, 1], got {self.show_sparsity}"
-            )
+        plan_.check(self)
         if self.eval_tokens < 0 or self.sample_length < 1:
             raise ValueError("eval_tokens must be >= 0 and sample_length >= 1")
 
@@ -208,83 +176,40 @@ def main(config: Config) -> Path:
     launch.check_alike({**identity, "out": str(config.out), "mesh": config.mesh})
     shape = gpt.preset(config.preset, vocab_size=_vocabulary(config, corpus))
     model = LanguageModel(dataclasses.replace(shape, dtype=config.dtype))
+    task = LanguageTask(model, corpus)
     for seed in identity["seeds"]:  # refuses what is too short before it writes
-        Batches(corpus.train, plan.batch_size, shape.context, seed)
-    validation_batches(corpus.validation, 1, shape.context, 1)
+        task.batches(plan.batch_size, seed)
+    task.validation(1, 1)
     mesh = layout.make_mesh(config.mesh, plan.batch_size)
     if mesh is not None:
         layout.shardings(jax.eval_shape(lambda: model.init(0)), mesh)
-    shown = config.out / "report.html"
-    with folder.locked(config.out):
-        finished = config.out / "results.json"
-        begun = folder.begun(config.out, identity)
-        if begun and processes.on_first(finished.exists):
-            _say(
-                f"'{config.out}' is finished: see report.html there; give another "
-                "--out to run anew."
-            )
-            return shown
-        results = _run(config, plan, model, corpus, identity, mesh)
-        processes.on_first(lambda: _write(results, config.out))
-    _say("\n".join([*findings.headline(results), "", f"report: {shown}"]))
-    return shown
-
-
-def _say(text: str) -> None:
-    if processes.is_first():
-        print(text)
-
-
-def _write(results: dict[str, Any], out: Path) -> None:
-    report.write_report(results, out)
-    records.write_json(out / "results.json", results)
+    return runner.in_folder(
+        config.out, identity, lambda: _run(config, plan, task, identity, mesh)
+    )
 
 
 def _run(
     config: Config,
     plan: Plan,
-    model: LanguageModel,
-    corpus: Corpus,
+    task: LanguageTask,
     identity: dict[str, Any],
     mesh: Mesh | None,
 ) -> dict[str, Any]:
-    seeds, phases = [], []
-    hidden = None if processes.is_first() else True
-    with contextlib.ExitStack() as open_files:
-        log = None
-        if processes.is_first():
-            path = config.out / METRICS
-            log = open_files.enter_context(records.MetricsLog(path))
-        for number in tqdm(identity["seeds"], desc="seeds", disable=hidden):
-            seed = Seed(number, plan, model, corpus, config.out, log, identity, mesh)
-            seeds.append(seed.run())
-            phases += _summed(seed.phases)
-    leaves = jp.tree.named_leaves(jax.eval_shape(lambda: model.init(0)))
-    shown = {
-        name: {
-            "shape": list(leaf.shape),
-            "size": leaf.size,
-            "prunable": jp.tree.prunable(name, leaf),
-        }
-        for name, leaf in leaves.items()
-    }
-    prunable = sum(leaf["size"] for leaf in shown.values() if leaf["prunable"])
+    numbers = identity["seeds"]
+    seeds, phases = runner.seeds(numbers, plan, task, config.out, identity, mesh)
+    model, shape = runner.described(task, jp.tree.prunable), task.model.config
     return {
         "format": 1,
         "name": "scaled_down_llm",
-        "command": _command(config),
+        "command": runner.command("experiments.scaled_down_llm", config),
         "config": identity,
-        "versions": records.versions(),
-        "device": records.device(),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": {
-            "parameters": sum(leaf.size for leaf in leaves.values()),
-            "prunable": prunable,
-            "leaves": shown,
-        },
+        **runner.circumstances(),
+        "model": model,
         "seeds": seeds,
         "phases": phases,
-        "costs": _costs(model.config, seeds[0]["cells"], shown, plan),
+        "costs": runner.costs(
+            seeds[0]["cells"], model, lambda shares: gpt.flops_per_token(shape, shares)
+        ),
     }
 
 
@@ -307,75 +232,10 @@ def _identity(config: Config, plan: Plan, corpus: Corpus) -> dict[str, Any]:
     )
 
 
-def _command(config: Config) -> str:
-    """The command line of this configuration, what is not its default.
-
-    What joins processes is of one start and not of the run.
-    """
-    words = ["python", "-m", "experiments.scaled_down_llm"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value == field.default or field.name in _OF_THE_START:
-            continue
-        words.append("--" + field.name.replace("_", "-"))
-        if value is not True:
-            words += map(str, value if isinstance(value, tuple) else [value])
-    return shlex.join(words)
-
-
 def _vocabulary(config: Config, corpus: Corpus) -> int:
     """The corpus's size, or GPT-2's own where its preset is to be kept whole."""
     size = len(corpus.vocabulary)
     return gpt.PRESETS[config.preset].get("vocab_size", size)
-
-
-def _summed(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One phase a name: costs added up, the peak of memory, the mean rate."""
-    merged: dict[str, dict[str, Any]] = {}
-    for phase in phases:
-        if phase["name"] not in merged:
-            merged[phase["name"]] = dict(phase)
-            continue
-        total = merged[phase["name"]]
-        tokens = [(p["tokens_per_second"] or 0) * p["seconds"] for p in (total, phase)]
-        for field in ("seconds", "energy_kwh", "co2_kg"):
-            if phase[field] is not None:
-                total[field] = (total[field] or 0) + phase[field]
-        total["tokens_per_second"] = sum(tokens) / total["seconds"] or None
-        peaks = [p["peak_memory_bytes"] or 0 for p in (total, phase)]
-        total["peak_memory_bytes"] = max(peaks) or None
-    return list(merged.values())
-
-
-def _costs(
-    shape: gpt.GPTConfig,
-    cells: list[dict[str, Any]],
-    leaves: dict[str, dict[str, Any]],
-    plan: Plan,
-) -> list[dict[str, Any]]:
-    """Bytes and FLOPs of the first criterion's cells, in principle and per token."""
-    sizes = {name: leaf["size"] for name, leaf in leaves.items()}
-    costs = []
-    for cell in cells:
-        if (cell["criterion"], cell["scope"]) != (plan.criteria[0], plan.scopes[0]):
-            continue
-        shares = cell["sparsity_by_leaf"]
-        packed = sum(
-            4 * round(size * (1 - shares[name])) + -(-size // 8)
-            if name in shares
-            else 4 * size
-            for name, size in sizes.items()
-        )
-        costs.append(
-            {
-                "sparsity": cell["sparsity"],
-                "bytes_dense": 4 * sum(sizes.values()),
-                "bytes_packed": packed,
-                "flops_dense": gpt.flops_per_token(shape),
-                "flops_kept": gpt.flops_per_token(shape, shares),
-            }
-        )
-    return costs
 
 
 def _or(value: tuple[Any, ...] | None, default: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,28 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 import jaxprune as jp
-from experiments import layout, training
-from experiments.criteria import CRITERIA, Watched
-from experiments.datasets import Batches, Corpus, prefetch, validation_batches
-from experiments.language_model import (
-    ADAMW,
-    LanguageModel,
-    keep_everything,
-    optimizer,
-    schedule,
-)
-from experiments.plan import Plan
+from experiments import curve, layout, training
+from experiments.criteria import CRITERIA, Watched, averages
+from experiments.datasets import prefetch
+from experiments.language_model import ADAMW, keep_everything, schedule
+from experiments.plan import Cell, Plan
 from experiments.records import MetricsLog, measure, write_json
+from experiments.task import Task
+from experiments.weights import WATCHED_WEIGHTS as WATCHED_WEIGHTS
+from experiments.weights import sampled_weights, values
 from jaxprune import checkpoint
+from jaxprune.base import Prunable, Scope
 from jaxprune.processes import is_first, on_first
 
 METRICS = "metrics.jsonl"
-WATCHED_WEIGHTS = 64
+MODEL = "model"
+"""In a seed's folder: the first criterion's model at the sparsity that is shown."""
 CURVE_TOKENS = 16_384
 
 
@@ -46,8 +46,7 @@ class Seed:
         self,
         seed: int,
         plan: Plan,
-        model: LanguageModel,
-        corpus: Corpus,
+        task: Task,
         out: Path,
         log: MetricsLog | None,
         identity: dict[str, Any],
@@ -57,17 +56,16 @@ class Seed:
 
         `log` is None on processes that write nothing.
         """
-        self.seed, self.plan, self.model, self.corpus = seed, plan, model, corpus
+        self.seed, self.plan, self.task = seed, plan, task
         self.log, self.identity = log, {**identity, "seed": seed}
         self.folder, self.metrics = out / f"seed-{seed}", out / METRICS
         self.mesh = mesh
-        context = model.config.context
-        self.batches = Batches(corpus.train, plan.batch_size, context, seed)
-        evaluate = training.make_eval(model.token_losses, mesh=mesh)
+        self.batches = task.batches(plan.batch_size, seed)
+        evaluate = training.make_eval(task.token_losses, mesh=mesh)
 
         def validation(limit: int | None) -> Callable[[Any], float]:
             size = layout.batch_size(64, mesh)
-            windows = validation_batches(corpus.validation, size, context, limit)
+            windows = task.validation(size, limit)
 
             def loss(params: Any) -> float:
                 mean = evaluate(params, windows)
@@ -85,27 +83,21 @@ class Seed:
             min(CURVE_TOKENS, plan.eval_tokens or CURVE_TOKENS)
         )
         self.phases: list[dict[str, Any]] = []
+        self._scores: tuple[str, Any] = ("", None)
 
     def run(self) -> dict[str, Any]:
         """Every stage in order, or what is left of them."""
         watched = self._train()
         dense = {"steps": self.plan.steps}
-        dense |= self._once("dense", lambda: {"loss": self.loss(watched.params)})
+        dense |= self._once("dense", lambda: self._measured(watched.params))
         samples = [self._once("sample", lambda: self._sample("dense", watched.params))]
         control = self._control(watched)
-        cells = []
-        for criterion in self.plan.criteria:
-            scores: list[Any] = []  # made once, and only if a cell is left to do
-            for scope in self.plan.scopes:
-                cells += [
-                    self._cell(watched, criterion, scope, sparsity, scores, samples)
-                    for sparsity in self.plan.sparsities
-                ]
+        cells = [self._cell(watched, cell, samples) for cell in self.plan.cells()]
         return {
             "seed": self.seed,
             "dense": dense,
             "control": control,
-            "curve": self._curve(),
+            "curve": curve.points(self._lines()),
             "cells": cells,
             "samples": samples,
             "weights": self._once("weights", lambda: self._weights(watched)),
@@ -128,29 +120,33 @@ class Seed:
     def _train(self) -> Watched:
         """The trained parameters and what was seen on the way to them."""
         plan = self.plan
-        tx, step_fn = _watching(self.model, plan.learning_rate, plan.steps)
-        params = self.model.init(self.seed)
-        sampled = _sampled_weights(params, self.seed)
+        held = averages(plan.criteria)
+        tx, step_fn = _watching(self.task, plan.learning_rate, plan.steps, held)
+        shapes = self.task.shapes
+        sampled = sampled_weights(shapes, self.seed, self._first_scope()[1])
 
         def evaluate(state: training.TrainState) -> dict[str, Any]:
-            weights = _values(state.params, sampled)
+            weights = values(state.params, sampled)
             return {
                 "validation_loss": self.curve_loss(state.params),
                 "weights": weights,
             }
 
-        state = training.init(params, tx, mesh=self.mesh)
-
         def train() -> dict[str, Any]:
+            state = training.init(self.task.init(self.seed), tx, mesh=self.mesh)
             every = max(plan.steps // 40, 1)
             self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)
             return {"tokens": self._tokens(plan.steps)}
 
         self._once("train", train)
-        state = checkpoint.restore(self.folder / "train", state).state
+        target = training.abstract(shapes, tx, mesh=self.mesh)
+        state = checkpoint.restore(self.folder / "train", target).state
         tracked = jp.get_importance(state.opt_state)
-        adam = jp.get_importance(state.opt_state[ADAMW])
-        return Watched(state.params, tracked, tracked._replace(square=adam.square))
+        adam = tracked
+        if "trajectory_adam" in plan.criteria:
+            square = jp.get_importance(state.opt_state[ADAMW]).square
+            adam = tracked._replace(square=square)
+        return Watched(state.params, tracked, adam)
 
     def _fit(
         self,
@@ -190,30 +186,38 @@ class Seed:
             label=f"seed {self.seed} {stage.replace('/', ' ')}",
             mesh=self.mesh,
             prefetch=prefetch,
+            donate=True,
         )
 
     def _tokens(self, steps: int) -> int:
         """Those of the last `_fit`, from where it began: what its seconds are of."""
-        return (steps - self.begun) * self.plan.batch_size * self.model.config.context
+        return (steps - self.begun) * self.plan.batch_size * self.task.length
 
     def _retrained(
         self,
         stage: str,
         params: Any,
-        masks: Any,
+        masks: Callable[[], Any],
         then: Callable[[Any], dict[str, Any]] = lambda params: {},
     ) -> dict[str, Any]:
         """The loss after `retrain_steps` more steps with the masks held."""
         plan = self.plan
 
         def compute() -> dict[str, Any]:
-            inner, step_fn = _retraining(
-                self.model, plan.learning_rate, plan.retrain_steps
+            rate = plan.retrain_learning_rate
+            inner, step_fn = _retraining(self.task, rate, plan.retrain_steps)
+            kept = masks()
+            # New arrays all of them, since the first step uses them up.
+            pruned = jax.tree.map(
+                lambda new, old: jnp.copy(new) if new is old else new,
+                jp.masks.apply(params, kept),
+                params,
             )
-            tx = jp.keep_masks(inner, masks)
-            state = training.init(params, tx, mesh=self.mesh)
+            tx = jp.keep_masks(inner, kept)
+            state = training.init(pruned, tx, mesh=self.mesh)
+            del kept, pruned, tx  # the state has them
             state = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-            result = {"loss": self.loss(state.params), **then(state.params)}
+            result = {**self._measured(state.params), **then(state.params)}
             return {**result, "tokens": self._tokens(plan.retrain_steps)}
 
         result = self._once(stage, compute)
@@ -224,120 +228,91 @@ class Seed:
         """The dense model after as many more steps, by the very same program."""
         if not self.plan.retrain_steps:
             return None
-        everything = keep_everything(watched.params)
-        result = self._retrained("control", watched.params, everything)
-        steps = self.plan.steps + self.plan.retrain_steps
-        return {"steps": steps, "loss": result["loss"]}
-
-    def _cell(
-        self,
-        watched: Watched,
-        criterion: str,
-        scope: jp.base.Scope,
-        sparsity: float,
-        scores: list[Any],
-        samples: list[Any],
-    ) -> dict[str, Any]:
-        """One criterion at one sparsity: right after pruning, and retrained."""
-        plan, name = self.plan, f"{criterion}-{scope}-{sparsity}"
-        shown = sparsity == plan.show_sparsity and scope == plan.scopes[0]
-        label = f"{criterion}, {100 * sparsity:g}% removed"
-
-        def masks() -> Any:
-            if not scores:
-                scores.append(CRITERIA[criterion](watched))
-            return jp.masks.make(scores[0], sparsity, scope=scope)
-
-        def prune() -> dict[str, Any]:
-            kept = masks()
-            counts = jp.sparsity(kept)
-            params = jp.masks.apply(watched.params, kept)
-            shares = {k: zeros / size for k, (zeros, size) in counts.by_leaf.items()}
-            sample = self._sample(label, params) if shown else None
-            return {
-                "achieved": counts.total,
-                "loss_pruned": self.loss(params),
-                "sparsity_by_leaf": shares,
-                "sample": sample,
-            }
-
-        pruned = self._once(f"prune/{name}", prune)
-        samples += [pruned["sample"]] if shown else []
-        retrained: dict[str, Any] = {"loss": None}
-        retrain = (
-            plan.retrain_steps > 0
-            and criterion in plan.retrain_criteria
-            and sparsity in plan.retrain_sparsities
-            and scope == plan.scopes[0]
+        result = self._retrained(
+            "control", watched.params, lambda: keep_everything(watched.params)
         )
-        if retrain:
-            stage = f"retrain/{name}"
-            done = on_first((self.folder / f"{stage}.json").exists)
-            kept = None if done else masks()
-            params = None if done else jp.masks.apply(watched.params, kept)
+        return {"steps": self.plan.steps + self.plan.retrain_steps, **result}
 
-            def sample(params: Any) -> dict[str, Any]:
-                text = self._sample(f"{label}, retrained", params) if shown else None
-                return {"sample": text}
+    def _measured(self, params: Any) -> dict[str, Any]:
+        """The validation loss, and what else the task measures."""
+        return {"loss": self.loss(params), **self.task.measured(params)}
 
-            retrained = self._retrained(stage, params, kept, sample)
-            samples += [retrained["sample"]] if shown else []
+    def _first_scope(self) -> tuple[Scope, Prunable]:
+        return self.task.scopes[self.plan.scopes[0]]
+
+    def _masks(self, watched: Watched, cell: Cell) -> Any:
+        """What a criterion keeps of the leaves that a scope is about."""
+        ranked, prunable = self.task.scopes[cell.scope]
+        scores = _only(self._scored(watched, cell.criterion), watched.params, prunable)
+        return jp.masks.make(scores, cell.sparsity, scope=ranked)
+
+    def _scored(self, watched: Watched, criterion: str) -> Any:
+        """The scores of a criterion; only the last one's are held."""
+        if self._scores[0] != criterion:
+            self._scores = (criterion, CRITERIA[criterion](watched))
+        return self._scores[1]
+
+    def _cell(self, watched: Watched, cell: Cell, samples: list[Any]) -> dict[str, Any]:
+        """One criterion at one sparsity: right after pruning, and retrained."""
+        pruned = self._once(f"prune/{cell.name}", lambda: self._pruned(watched, cell))
+        retrained: dict[str, Any] = {"loss": None}
+        if self.plan.retrains(cell):
+            retrained = self._retrained(
+                f"retrain/{cell.name}",
+                watched.params,
+                lambda: self._masks(watched, cell),
+                lambda params: self._shown(cell, params, retrained=True),
+            )
+        shown = [stage.pop("sample", None) for stage in (pruned, retrained)]
+        samples += [sample for sample in shown if sample is not None]
+        return {**cell._asdict(), **pruned, **_named("retrained", retrained)}
+
+    def _pruned(self, watched: Watched, cell: Cell) -> dict[str, Any]:
+        """What is measured right after pruning."""
+        kept = self._masks(watched, cell)
+        counts = jp.sparsity(kept)
+        params = jp.masks.apply(watched.params, kept)
+        shares = {k: zeros / size for k, (zeros, size) in counts.by_leaf.items()}
         return {
-            "criterion": criterion,
-            "scope": scope,
-            "sparsity": sparsity,
-            "achieved": pruned["achieved"],
-            "loss_pruned": pruned["loss_pruned"],
-            "loss_retrained": retrained["loss"],
-            "sparsity_by_leaf": pruned["sparsity_by_leaf"],
+            "achieved": counts.total,
+            **_named("pruned", self._measured(params)),
+            "sparsity_by_leaf": shares,
+            **self._shown(cell, params, retrained=False),
         }
 
-    def _sample(self, label: str, params: Any) -> dict[str, Any]:
-        """A text that the model writes, begun with the first validation words."""
-        prompt = self.corpus.validation[: self.model.config.context // 4]
-        written = self.model.sample(params, prompt, self.plan.sample_length)
-        text = self.corpus.vocabulary.decode([*prompt, *written])
-        return {"label": label, "text": text}
+    def _shown(self, cell: Cell, params: Any, *, retrained: bool) -> dict[str, Any]:
+        """A sample of the cells that are shown; the first's final model is written."""
+        plan = self.plan
+        if not plan.shows(cell):
+            return {"sample": None}
+        if cell.criterion == plan.criteria[0] and retrained == plan.retrains(cell):
+            steps = plan.retrain_steps if retrained else 0
+            how = {**cell._asdict(), "method": cell.criterion, "retrain_steps": steps}
+            self.task.save(params, self.folder / MODEL, how)
+        told = f"{cell.label}, retrained" if retrained else cell.label
+        return {"sample": self._sample(told, params)}
 
-    def _curve(self) -> list[dict[str, Any]]:
-        """Training and validation loss over the steps of the dense run."""
-        return [
-            {
-                "step": line["step"],
-                "loss": line.get("loss"),
-                "validation_loss": line.get("validation_loss"),
-            }
-            for line in self._lines()
-            if line.get("loss") is not None
-        ]
+    def _sample(self, label: str, params: Any) -> dict[str, Any]:
+        return self.task.shown(params, label, self.plan.sample_length)
 
     def _lines(self) -> list[dict[str, Any]]:
-        def read() -> list[dict[str, Any]]:
-            lines = map(json.loads, self.metrics.read_text().splitlines())
-            return [
-                x for x in lines if x["phase"] == "train" and x["seed"] == self.seed
-            ]
-
-        return on_first(read)
+        return curve.lines(self.metrics, self.seed)
 
     def _weights(self, watched: Watched) -> dict[str, Any]:
         """How sampled weights moved, and which of them each criterion keeps."""
-        sampled = _sampled_weights(watched.params, self.seed)
+        sampled = sampled_weights(watched.params, self.seed, self._first_scope()[1])
         rows = [line for line in self._lines() if "weights" in line]
         names = list(jp.tree.named_leaves(watched.params))
         kept = {}
         for criterion in self.plan.criteria:
-            masks = jp.masks.make(
-                CRITERIA[criterion](watched),
-                self.plan.show_sparsity,
-                scope=self.plan.scopes[0],
-            )
-            kept[criterion] = [bool(bit) for bit in _values(masks, sampled)]
+            scope, sparsity = self.plan.scopes[0], self.plan.show_sparsity
+            masks = self._masks(watched, Cell(criterion, scope, sparsity))
+            kept[criterion] = [bool(bit) for bit in values(masks, sampled)]
         return {
             "steps": [row["step"] for row in rows],
             "names": [f"{names[leaf]}[{index}]" for leaf, index in sampled],
             "values": np.array([row["weights"] for row in rows]).T.tolist(),
-            "averages": _values(watched.tracked.weight, sampled),
+            "averages": values(watched.tracked.weight, sampled),
             "kept": kept,
             "sparsity": self.plan.show_sparsity,
         }
@@ -345,41 +320,37 @@ class Seed:
 
 @functools.cache
 def _watching(
-    model: LanguageModel, learning_rate: float, steps: int
+    task: Task, learning_rate: float, steps: int, held: frozenset[str]
 ) -> tuple[optax.GradientTransformation, training.StepFunction]:
     """The optimizer of the dense run and its step; one object, so compiled once."""
-    tx = optimizer(schedule(learning_rate, steps, warmup=100), track=True)
-    return tx, training.make_step(model.loss, tx)
+    tx = task.optimizer(schedule(learning_rate, steps, warmup=100), track=held)
+    return tx, training.make_step(task.loss, tx)
 
 
 @functools.cache
 def _retraining(
-    model: LanguageModel, learning_rate: float, steps: int
+    task: Task, learning_rate: float, steps: int
 ) -> tuple[optax.GradientTransformation, training.StepFunction]:
     """The optimizer of every retraining and its step.
 
     The masks a step holds are those in its state, so one program serves every cell, and
     the control, whose masks keep everything.
     """
-    tx = optimizer(schedule(learning_rate, steps, warmup=50), track=False)
-    return tx, training.make_step(model.loss, jp.keep_masks(tx, {}))
+    tx = task.optimizer(schedule(learning_rate, steps, warmup=50), track=())
+    return tx, training.make_step(task.loss, jp.keep_masks(tx, {}))
 
 
-def _sampled_weights(params: Any, seed: int) -> list[tuple[int, int]]:
-    """(leaf, flat index) of some prunable weights, spread evenly over the leaves."""
-    rng = np.random.default_rng(seed)
-    named = jp.tree.named_leaves(params)
-    prunable = [i for i, (n, x) in enumerate(named.items()) if jp.tree.prunable(n, x)]
-    sizes = [leaf.size for leaf in named.values()]
-    chosen = [prunable[n % len(prunable)] for n in range(WATCHED_WEIGHTS)]
-    return [(leaf, int(rng.integers(sizes[leaf]))) for leaf in sorted(chosen)]
+def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:
+    """Measures of a stage by the names of results: "loss_pruned"."""
+    return {f"{name}_{stage}": value for name, value in measured.items()}
 
 
-def _values(tree: Any, sampled: list[tuple[int, int]]) -> list[float]:
-    """The sampled elements of a tree, fetched at once and nothing else."""
-    picked = []
-    for number, leaf in enumerate(jp.tree.named_leaves(tree).values()):
-        indices = [index for owner, index in sampled if owner == number]
-        if indices:
-            picked.append(leaf[np.unravel_index(indices, leaf.shape)])
-    return np.concatenate(layout.fetch(picked)).tolist()
+def _only(scores: Any, params: Any, prunable: Prunable) -> Any:
+    """The scores of the leaves that may be pruned; the others are left out."""
+    structure = jax.tree.structure(scores, is_leaf=jp.tree.is_masked)
+    of = jp.tree.named_leaves(params)
+    chosen = [
+        score if prunable(name, of[name]) else optax.MaskedNode()
+        for name, score in jp.tree.named_leaves(scores).items()
+    ]
+    return jax.tree.unflatten(structure, chosen)

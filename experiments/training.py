@@ -21,8 +21,8 @@ from experiments import layout
 from experiments.progress import Progress
 from jaxprune import checkpoint, sharding
 
-Batch: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""Inputs and targets, int32, (batch, context)."""
+Batch: TypeAlias = tuple[Any, np.ndarray]
+"""Inputs and targets, int32 (batch, context); inputs may be a tree of arrays."""
 
 Batches: TypeAlias = Callable[[int], Batch]
 """Step to its batch, a pure function."""
@@ -74,6 +74,37 @@ def init(
     return TrainState(params, opt_state, layout.put(step, layout.repeated(mesh)))
 
 
+def abstract(
+    shapes: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
+) -> TrainState:
+    """What `init` would give, without its numbers; a checkpoint is restored to it.
+
+    Args:
+      shapes: the parameters as `jax.ShapeDtypeStruct`s.
+      optimizer: as for `init`.
+      mesh: as for `init`.
+
+    Returns:
+      A state of `jax.ShapeDtypeStruct`s, with shardings if there is a mesh.
+    """
+    state = jax.eval_shape(lambda params: init(params, optimizer), shapes)
+    if mesh is None:
+        return state
+    placed = _placed(shapes, layout.shardings(shapes, mesh))
+    opt_state = _placed(state.opt_state, sharding.of_state(optimizer, placed))
+    return TrainState(placed, opt_state, _placed(state.step, layout.repeated(mesh)))
+
+
+def _placed(tree: Any, where: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
+        tree,
+        where,
+    )
+
+
 def make_step(
     loss_fn: LossFunction, optimizer: optax.GradientTransformation
 ) -> StepFunction:
@@ -107,7 +138,7 @@ def make_eval(
     loss_fn: Callable[[Any, jax.Array, jax.Array], jax.Array],
     *,
     mesh: Mesh | None = None,
-) -> Callable[[Any, Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]], float]:
+) -> Callable[[Any, Iterable[tuple[Any, np.ndarray, np.ndarray]]], float]:
     """Builds the mean loss over a validation set: one program, one fetch at the end.
 
     Args:
@@ -128,7 +159,7 @@ def make_eval(
         totals, weight = [], 0.0
         for inputs, targets, weights in batches:
             each = np.asarray(weights, np.float32)
-            each = np.broadcast_to(each.T, inputs.T.shape).T
+            each = np.broadcast_to(each.T, targets.T.shape).T
             totals.append(total(params, *_put((inputs, targets, each), mesh)))
             weight += float(each.sum(dtype=np.float64))
         if not weight:
@@ -173,6 +204,7 @@ def train(
     label: str = "train",
     mesh: Mesh | None = None,
     prefetch: Prefetch = in_order,
+    donate: bool = False,
 ) -> TrainState:
     """Trains to a step, from the last whole checkpoint in the folder if there is one.
 
@@ -181,7 +213,7 @@ def train(
     that `on_start` tells, and the record is that of an undisturbed run.
 
     Args:
-      state: where to begin when there is no checkpoint; left usable.
+      state: where to begin when there is no checkpoint.
       step_fn: as `make_step` gives; compiled here, its state donated.
       batches: step to its batch, a pure function.
       steps: updates in all.
@@ -200,6 +232,8 @@ def train(
       mesh: splits each batch, as `layout.of_batch` says; the state must be placed on
         it.
       prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
+      donate: whether `state` is used up, which saves holding it twice; else it is left
+        as it was.
 
     Returns:
       The state after the last step.
@@ -215,7 +249,7 @@ def train(
             f"every={every}, log_every={log_every}, evaluate_every={evaluate_every}."
         )
     settings = dict(configuration or {})
-    state, start = _begin(state, directory, settings, steps, label)
+    state, start = _begin(state, directory, settings, steps, label, donate)
     if on_start is not None:
         on_start(start)
     if start == steps:
@@ -228,7 +262,7 @@ def train(
         for step, batch in enumerate(prefetch(batches, start, steps), start + 1):
             inputs, targets = _put(batch, mesh)
             state, loss = step_fn(state, inputs, targets, key)
-            progress.add(loss, inputs.size)
+            progress.add(loss, targets.size)
             saving = directory is not None and _due(step, every, steps)
             measure = evaluate if _due(step, evaluate_every, steps) else None
             # Windows end at the same steps whether or not the run was interrupted.
@@ -252,11 +286,13 @@ def _begin(
     configuration: Mapping[str, Any],
     steps: int,
     label: str,
+    donate: bool,
 ) -> tuple[TrainState, int]:
-    """The state and step to go on from; never the caller's own arrays."""
+    """The state and step to go on from; the caller's own arrays only if donated."""
     found = None if directory is None else checkpoint.latest(directory)
     if directory is None or found is None:
-        return jax.tree.map(jnp.copy, state), int(state.step)
+        own = state if donate else jax.tree.map(jnp.copy, state)
+        return own, int(state.step)
     different = checkpoint.differences(found.configuration, configuration)
     if different:
         raise ValueError(
@@ -268,10 +304,18 @@ def _begin(
             f"{label}: '{found.path}' must be of at most the {steps} steps asked for, "
             f"got {found.step}; ask for more, or give another folder."
         )
+    if donate:
+        target = jax.tree.map(_without_numbers, state)
+        jax.tree.map(lambda leaf: leaf.delete(), state)
+        state = target
     return checkpoint.restore(directory, state).state, found.step
 
 
-def _put(arrays: tuple[np.ndarray, ...], mesh: Mesh | None) -> tuple[jax.Array, ...]:
+def _without_numbers(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _put(arrays: tuple[Any, ...], mesh: Mesh | None) -> Any:
     if mesh is None:
         return jax.device_put(arrays)
     return layout.put(arrays, layout.of_batch(mesh))

@@ -19,6 +19,7 @@ from optax import MaskedNode
 from jaxprune import averages, tree
 from jaxprune import storage as storages
 from jaxprune.base import Importance, Params, Weighting
+from jaxprune.low_rank import LoraState
 from jaxprune.running import Average, Memory, View
 from jaxprune.storage import Storage
 
@@ -208,7 +209,8 @@ def get_importance(state: Any) -> Importance:
     Returns:
       The averages, like the parameters, as they are held and where; nothing is copied.
       `square` is the tracked E[g^2] where there is one, else the second moment of Adam,
-      AMSGrad, RMSProp or Adagrad as it stands.
+      AMSGrad, RMSProp or Adagrad as it stands; inside `lora` there is none of the
+      weights, so chain `track_gradients()` before it.
       Leaves nobody tracked are `optax.MaskedNode()`.
 
     Raises:
@@ -336,7 +338,9 @@ def _require(params: Params | None, what: str) -> None:
 
 
 def _find(kinds: tuple[type, ...], state: Any) -> Iterable[Any]:
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    """The nodes of some kinds, but for LoRA's, which are of factors, not of weights."""
+    known = (*kinds, LoraState)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, known))
     return (node for node in nodes if isinstance(node, kinds))
 
 

@@ -10,8 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxprune import sums
+from jaxprune import ranks, sums
 from jaxprune.axes import Axes, divisible
+from jaxprune.ranks import Line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,51 @@ class Unstructured:
     def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
         """The mask itself."""
         return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class PerOutput:
+    """Every weight is its own unit, and each output loses the same share of its inputs.
+
+    Each output ranks its own inputs, as Wanda does; ties keep the first input. The
+    whole loses exactly the count asked for, so outputs differ by at most one weight;
+    the first outputs lose it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> scores = {"w": jnp.array([[4.0, 2.0], [3.0, 1.0]])}
+      >>> jp.masks.make(scores, 0.5, pattern=jp.patterns.PerOutput())["w"].tolist()
+      [[True, True], [False, False]]
+
+    Reference:
+      Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
+      2024, arXiv 2306.11695, section 3.
+    """
+
+    @property
+    def sparsity(self) -> None:
+        """Free."""
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
+        """Any shape will do."""
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """Minus the rank inside the output as a share of the inputs, (batch, out, in).
+
+        One cut serves all outputs. They stand last first: ties, which are weights of
+        one rank, keep the first.
+        """
+        matrix = axes.matrix(scores)
+        matrix = divisible(matrix, 1, max(matrix.shape[1], 1), 1)
+        own = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))
+        falling = ~ranks.of(own, Line.of(own.dtype).signed)
+        rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
+        return -rank.astype(jnp.float32) / max(own.shape[2], 1)
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """The mask, turned back."""
+        return axes.restore(jnp.swapaxes(jnp.flip(kept, (0, 1)), 1, 2), shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,20 +5,29 @@ them. An accelerator's tests run with `JAX_PLATFORMS=cuda python -m pytest -m gp
 is already chosen is left alone (of two equal XLA flags the last one counts).
 """
 
+import importlib.util
 import os
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
-    "XLA_FLAGS", ""
+# Most of the tests' time goes into compiling: without LLVM's passes a third less.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 {} {}".format(
+    "--xla_backend_optimization_level=0" * (os.environ["JAX_PLATFORMS"] == "cpu"),
+    os.environ.get("XLA_FLAGS", ""),
 )
+
+from collections.abc import Iterator
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A program that another run compiled and stored is not the one under test.
 jax.config.update("jax_enable_compilation_cache", False)
+
+# Modules are imported to look for doctests; this one cannot be without torch.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["torch_phi3_vision.py"]
 
 # No deadline: the first example of a shape compiles.
 hypothesis.settings.register_profile(
@@ -28,3 +37,14 @@ hypothesis.settings.register_profile(
     "ci", hypothesis.settings.get_profile("default"), derandomize=True, database=None
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs() -> Iterator[None]:
+    """Frees a module's compiled programs at its end.
+
+    Each holds several memory maps, and a process may have 65530 by default: all modules
+    together have more.
+    """
+    yield
+    jax.clear_caches()

@@ -20,14 +20,17 @@ FUNCTIONS = [
     "averages.exponential",
     "averages.power",
     "averages.uniform",
+    "calibrate",
     "get_importance",
     "keep_masks",
+    "lora",
     "masks.apply",
     "masks.combine",
     "masks.make",
     "masks.pack",
     "masks.unpack",
     "prune",
+    "prune_trained",
     "scores.averaged_magnitude",
     "scores.averaged_weight",
     "scores.magnitude",
@@ -37,6 +40,7 @@ FUNCTIONS = [
     "scores.threshold",
     "scores.trajectory",
     "sparsity",
+    "trace",
     "track_gradients",
     "track_importance",
     "tree.names",
@@ -44,14 +48,35 @@ FUNCTIONS = [
 ]
 CLASSES = [
     "Importance",
+    "methods.ALPS",
+    "methods.Magnitude",
+    "methods.RIA",
+    "methods.SparseGPT",
+    "methods.Wanda",
     "patterns.Block",
     "patterns.Channel",
     "patterns.NM",
+    "patterns.PerOutput",
     "patterns.Unstructured",
+    "shares.ERK",
+    "shares.OWL",
+    "shares.Ranked",
+    "shares.Uniform",
 ]
 # Heavy third parties stay out until the module that needs them is imported.
 HEAVY = ["flax", "orbax", "tyro", "matplotlib", "torch", "tensorflow_datasets"]
-BY_NAME = ["checkpoint", "report", "models.gpt", "models.generate"]
+BY_NAME = [
+    "checkpoint",
+    "cli",
+    "compact",
+    "directory",
+    "export",
+    "models.generate",
+    "models.gpt",
+    "models.hf",
+    "report",
+    "streaming",
+]
 
 
 def _get(name):

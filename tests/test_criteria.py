@@ -7,11 +7,12 @@ import optax
 import pytest
 
 import jaxprune as jp
-from experiments.criteria import CRITERIA, EXPONENTS, Watched
-from experiments.language_model import ADAMW, optimizer
+from experiments.criteria import CRITERIA, EXPONENTS, Watched, averages
+from experiments.language_model import ADAMW, EVERYTHING, optimizer
 
 STEPS, CLIP, B2 = 5, 1.0, 0.99
 NAME = "mlp/kernel"
+EMPTY = dict.fromkeys(jp.Importance._fields)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def watched():
     """What five steps have seen, and the same by hand in float64."""
     rng = np.random.default_rng(0)
     params = {"mlp": {"kernel": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}}
-    tx = optimizer(optax.constant_schedule(0.1), track=True)
+    tx = optimizer(optax.constant_schedule(0.1), track=EVERYTHING)
     state, weights, gradients = tx.init(params), [], []
     for _ in range(STEPS):
         gradient = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
@@ -77,3 +78,26 @@ def test_random_is_the_same_each_time_and_follows_no_weight(watched):
     order = np.argsort(np.asarray(first["mlp"]["kernel"]).ravel())
     weights = np.abs(np.asarray(seen.params["mlp"]["kernel"])).ravel()
     assert list(order) != list(np.argsort(weights))
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_what_is_tracked_for_a_criterion_is_enough_and_no_more(name, watched):
+    seen, _ = watched
+    needed = averages([name])
+    held = {field: getattr(seen.tracked, field) for field in needed}
+    alone = Watched(seen.params, jp.Importance(**EMPTY | held), seen.adam)
+    same = CRITERIA[name](alone)["mlp"]["kernel"]
+    np.testing.assert_array_equal(same, CRITERIA[name](seen)["mlp"]["kernel"])
+    for field in needed - {"weight"}:
+        less = alone.tracked._replace(**{field: None})
+        with pytest.raises(ValueError, match="track"):
+            CRITERIA[name](alone._replace(tracked=less))
+
+
+def test_the_optimizer_holds_what_is_asked_for():
+    params = {"mlp": {"kernel": jnp.ones((6, 5))}}
+    for track in (("weight",), ("taylor", "weight"), EVERYTHING):
+        state = optimizer(1e-3, track=track).init(params)
+        tracked = jp.get_importance((state[0], state[-1]))
+        assert {k for k, v in tracked._asdict().items() if v is not None} == {*track}
+        assert jp.get_importance(state[ADAMW]).square is not None

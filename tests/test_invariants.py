@@ -27,6 +27,7 @@ TABLE = {
     "track_gradients": lambda masks: jp.track_gradients(),
     "track_gradients, both": lambda masks: jp.track_gradients(average=STATISTICS),
     "keep_masks": lambda masks: jp.keep_masks(optax.adamw(0.1), masks),
+    "lora": lambda masks: jp.lora(optax.adamw(0.1), rank=2),
     "all": lambda masks: jp.keep_masks(
         optax.chain(
             jp.track_gradients(average=STATISTICS),

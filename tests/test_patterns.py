@@ -171,6 +171,7 @@ def test_global_channels_are_ranked_together_by_their_mean():
 
 ALL = [
     jp.patterns.Unstructured(),
+    jp.patterns.PerOutput(),
     jp.patterns.NM(2, 4),
     jp.patterns.Block(3, 2),
     jp.patterns.Channel(),
@@ -201,3 +202,41 @@ def test_a_vector_has_no_pattern_and_is_refused_by_name(pattern):
 @pytest.mark.parametrize("pattern", ALL[1:], ids=str)
 def test_an_empty_matrix_keeps_its_shape(pattern):
     assert mask_of(np.zeros((0, 4), np.float32), pattern, 0.5).shape == (0, 4)
+
+
+@given(
+    sparsity=st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.77, 0.95]),
+    seed=st.integers(0, 1000),
+    ties=st.booleans(),
+)
+def test_per_output_each_output_ranks_its_own_inputs(sparsity, seed, ties):
+    scores = scores_of((12, 5), seed, ties)
+    mask = mask_of(scores, jp.patterns.PerOutput(), sparsity)
+    removed = oracles.removed_count(sparsity, scores.size)
+    assert (~mask).sum() == removed
+    for i, column in enumerate(scores.T):  # the first outputs take the remainder
+        own = removed // 5 + (i < removed % 5)
+        np.testing.assert_array_equal(mask[:, i], oracles.keep_top(column, own))
+
+
+def test_per_output_follows_axes_and_stacks():
+    pattern, scores = jp.patterns.PerOutput(), scores_of((3, 8, 5), 1)
+    mask = mask_of(scores, pattern, 0.25)
+    assert (mask.sum(1) == 6).all()
+    torch = jp.Axes(inputs=(-1,), outputs=(-2,))
+    turned = mask_of(scores.swapaxes(1, 2), pattern, 0.25, axes=torch)
+    np.testing.assert_array_equal(turned.swapaxes(1, 2), mask)
+
+
+def test_per_output_takes_the_same_share_of_leaves_of_any_size_in_one_ranking():
+    scores = {"a": jnp.ones((4, 6)), "b": jnp.asarray(scores_of((16, 3), 2))}
+    masks = jp.masks.make(scores, 0.5, pattern=jp.patterns.PerOutput(), scope="global")
+    assert (np.asarray(masks["a"]).sum(0) == 2).all()
+    assert (np.asarray(masks["b"]).sum(0) == 8).all()
+
+
+def test_per_output_ranks_nan_lowest():
+    column = np.array([np.nan, -np.inf, 0.0, -0.0], np.float32)[:, None]
+    pattern = jp.patterns.PerOutput()
+    mask = jax.jit(lambda s: jp.masks.make({"k": s}, 0.5, pattern=pattern)["k"])(column)
+    np.testing.assert_array_equal(np.asarray(mask)[:, 0], [False, False, True, True])

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import tyro
 from tiny_run import (
     BATCH,
     CELLS,
@@ -17,12 +18,13 @@ from tiny_run import (
     STEPS,
     TOKENS,
     files,
+    flags,
     metrics,
     undisturbed,
 )
 
 import jaxprune as jp
-from experiments import sweep
+from experiments import scaled_down_llm, sweep
 from experiments.datasets import load
 from experiments.language_model import LanguageModel, optimizer
 from jaxprune import checkpoint
@@ -111,7 +113,7 @@ def trained(request, run, results):
     shape = gpt.preset("cpu", vocab_size=len(corpus.vocabulary))
     model = LanguageModel(shape)
     params = model.init(request.param)
-    tx = optimizer(optax.constant_schedule(0.0), track=True)
+    tx = optimizer(optax.constant_schedule(0.0), track=("square", "weight"))
     state = sweep.training.init(params, tx)
     state = checkpoint.restore(folder, jax.eval_shape(lambda: state)).state
     return results["seeds"][request.param], model, corpus, state
@@ -261,3 +263,14 @@ def test_costs_are_counted(results):
         assert cost["bytes_packed"] == cost["bytes_dense"] - 4 * zeros + bits
         assert cost["flops_kept"] < cost["flops_dense"]
     assert [cost["sparsity"] for cost in results["costs"]] == [0.5, 0.9]
+
+
+def test_retraining_has_a_learning_rate_of_its_own(run, tmp_path):
+    less = ["--seeds", "0", "--criteria", "trajectory", "--sparsities", "0.9"]
+    less += ["--steps", "2", "--retrain-learning-rate", "1e-12"]
+    args = flags(run.text, tmp_path / "run", *less)
+    scaled_down_llm.main(tyro.cli(scaled_down_llm.Config, args=args))
+    (seed,) = json.loads((tmp_path / "run" / "results.json").read_text())["seeds"]
+    (cell,) = seed["cells"]
+    assert seed["control"]["loss"] == pytest.approx(seed["dense"]["loss"], abs=1e-6)
+    assert cell["loss_retrained"] == pytest.approx(cell["loss_pruned"], abs=1e-6)

@@ -127,6 +127,7 @@ def refused(command, folder, arguments, fields):
         ("--retrain-steps", "-1", "retrain_steps"),
         ("--checkpoint-every", "0", "checkpoint_every"),
         ("--learning-rate", "-0.1", "learning_rate"),
+        ("--retrain-learning-rate", "0", "retrain_learning_rate"),
         ("--learning-rate", "0", "learning_rate"),
         ("--learning-rate", "inf", "learning_rate"),
         ("--learning-rate", "nan", "learning_rate"),

@@ -120,6 +120,37 @@ def test_the_loop_is_the_plain_loop(undisturbed):
     chex.assert_trees_all_equal(state, undisturbed[0])
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["alone", "in a folder"])
+def test_a_donated_state_is_used_up_and_another_is_left(kept, tmp_path):
+    def train(steps, donate):
+        state = training.init(toy_params(), OPTIMIZER)
+        folder = tmp_path / f"{donate}" if kept else None
+        key = jax.random.key(1)
+        options = {"steps": steps, "key": key, "directory": folder, "donate": donate}
+        return state, training.train(state, STEP, batches, **options)
+
+    for steps in (3, 6):  # in a folder the second goes on
+        old, expected = train(steps, donate=False)
+        gone, state = train(steps, donate=True)
+        chex.assert_trees_all_equal(state, expected)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(gone))
+        assert np.isfinite(optax.tree.norm(old.params))
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=4,data=2"])
+def test_an_abstract_state_is_the_state_without_its_numbers(mesh):
+    place = layout.make_mesh(mesh, 8) if mesh else None
+    state = training.init(toy_params(), OPTIMIZER, mesh=place)
+    shapes = jax.eval_shape(toy_params)
+    target = training.abstract(shapes, OPTIMIZER, mesh=place)
+    chex.assert_trees_all_equal_shapes_and_dtypes(target, state)
+    if place is not None:
+        for one, other in zip(
+            jax.tree.leaves(target), jax.tree.leaves(state), strict=True
+        ):
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+
+
 def test_killed_in_mid_step_and_in_mid_save_it_ends_with_the_same_bits(
     undisturbed, tmp_path
 ):

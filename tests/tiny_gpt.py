@@ -10,7 +10,7 @@ import numpy as np
 import jaxprune as jp
 from experiments import layout, training
 from experiments.datasets import Batches, validation_batches
-from experiments.language_model import LanguageModel, optimizer
+from experiments.language_model import EVERYTHING, LanguageModel, optimizer
 from jaxprune.models import gpt
 
 MODEL = LanguageModel(
@@ -20,8 +20,8 @@ TOKENS = (np.arange(2000) * np.arange(2000) // 7 % 16).astype(np.int32)
 BATCHES = Batches(TOKENS, batch_size=8, context=8, seed=0)
 WINDOWS = validation_batches(TOKENS[:500], 16, 8)
 STEPS, RETRAIN, SPARSITY = 6, 4, 0.6
-WATCHED = optimizer(3e-3, track=True)
-HELD = optimizer(1e-3, track=False)
+WATCHED = optimizer(3e-3, track=EVERYTHING)
+HELD = optimizer(1e-3, track=())
 
 traces = collections.Counter()
 """How often each step was traced."""

@@ -6,13 +6,12 @@ Tokens are characters, numbered by code point over the whole text as nanoGPT doe
 import dataclasses
 import functools
 import hashlib
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.datasets.prepared import examples
 from experiments.datasets.text import read_text
 
 NAMES = ("shakespeare_plays", "tiny_shakespeare_char")
@@ -180,55 +179,14 @@ def load(
             f"The data set must be one of {', '.join(NAMES)}, got {name!r}; for a text "
             "of your own give --text PATH."
         )
-    builder = _prepared_builder(name, data_dir)
-    return Corpus.of(name, _read(builder, "train"), _read(builder, "validation"))
+    return Corpus.of(
+        name, _text(name, "train", data_dir), _text(name, "validation", data_dir)
+    )
 
 
-def _prepared_builder(name: str, data_dir: Path | str | None) -> Any:
-    # Imported here, for it takes a second and a user's own text does not need it.
-    try:
-        tfds = importlib.import_module("tensorflow_datasets")
-        module = importlib.import_module(f"experiments.datasets.{name}")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"The data set {name!r} needs the package {error.name!r}, which is not "
-            "installed; install the extra with `pip install 'jaxprune[experiments]'`, "
-            "or give a text with --text PATH.",
-            name=error.name,
-        ) from error
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-
-    def make() -> Any:
-        return module.Builder(data_dir=data_dir, file_format="array_record")
-
-    builder = make()
-    try:
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-        )
-    except ConnectionError:
-        raise
-    except OSError as error:
-        # Another process that prepares it too may have renamed its folder first.
-        if not builder.is_prepared():
-            raise OSError(
-                f"The folder of data sets must be writable, got '{builder.data_dir}' "
-                f"({error.strerror or error}); choose another with --data-dir DIR."
-            ) from error
-        builder = make()
-    return builder
-
-
-def _read(builder: Any, split: str) -> str:
-    try:
-        examples = list(builder.as_data_source(split))
-    except Exception as error:  # array_record's reader raises RuntimeError and others
-        raise OSError(
-            f"The prepared data set must be whole, got '{builder.data_dir}' ({error}); "
-            "delete that folder to have it made again."
-        ) from error
-    return "\n".join(example["text"].decode() for example in examples)
+def _text(name: str, split: str, data_dir: Path | str | None) -> str:
+    found = examples(name, split, data_dir, instead="give a text with --text PATH")
+    return "\n".join(example["text"].decode() for example in found)
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""What our TFDS builders share: one `text` a record, and no questions to the network.
+"""What our TFDS builders share: a description, and no questions to the network.
 
 TFDS looks for every data set it does not find on disk in its cloud bucket first, which
 without a network costs seconds and cannot find ours.
 """
+
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -15,19 +17,23 @@ class OfflineInfo(tfds.core.DatasetInfo):
 
 
 def describe(
-    builder: tfds.core.DatasetBuilder, description: str, homepage: str
+    builder: tfds.core.DatasetBuilder,
+    description: str,
+    homepage: str,
+    features: dict[str, Any] | None = None,
 ) -> tfds.core.DatasetInfo:
-    """Describes a data set whose examples are texts, kept in the order they are made.
+    """Describes a data set whose examples are kept in the order they are made.
 
     Args:
       builder: the builder that asks.
       description: what the text is and how it is split.
       homepage: where it comes from.
+      features: of an example; one `text` by default.
     """
     return OfflineInfo(
         builder=builder,
         description=description,
         homepage=homepage,
-        features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+        features=tfds.features.FeaturesDict(features or {"text": tfds.features.Text()}),
         disable_shuffling=True,
     )

@@ -1,12 +1,16 @@
-"""Sampling from a `GPT`: one pass over the prompt, then a token at a time.
+"""Sampling from a language model: one pass over the prompt, then token by token.
 
-Keys and values are cached, and the loop is one compiled `lax.scan`. Learned positions
-end at the context, so a longer text needs `sliding=True`: past the context each token
-is drawn from a full pass over the last `context` tokens, as nanoGPT does.
+Keys and values are cached, and the loop is one compiled `lax.scan`. Positions end at
+the context, so a longer text needs `sliding=True`: past the context each token is drawn
+from a full pass over the last `context` tokens, as nanoGPT does. Where long texts have
+rotary angles of their own (`DecoderConfig.switches`), the cache is made anew when the
+text becomes long, since every key in it changes.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +18,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .gpt import GPT, Cache
+from .decoder import Decoder
+from .gpt import GPT
+from .phi3_vision import Phi3Vision
+
+Pictures: TypeAlias = tuple[
+    Float[Array, "crops height width 3"], Int[Array, "batch time"]
+]
+"""Pixels and sources of a prompt, as `Phi3Vision.embed` takes them."""
 
 
 def generate(
-    model: GPT,
+    model: GPT | Decoder | Phi3Vision,
     prompt: Int[Array, "batch time"],
     *,
     steps: int,
@@ -26,6 +37,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     sliding: bool = False,
+    pictures: Pictures | None = None,
 ) -> Int[Array, "batch time+steps"]:
     """Continues each prompt by `steps` tokens.
 
@@ -34,8 +46,9 @@ def generate(
     `steps` and `top_k`; another temperature or other parameters reuse it.
 
     Args:
-        model: the model; called without dropout.
-        prompt: integers (batch, time) in [0, vocab_size), at least one a row.
+        model: a `GPT` (called without dropout), a `Decoder` or a `Phi3Vision`.
+        prompt: integers (batch, time) in [0, vocab_size), at least one a row; below 0
+            where a picture is.
         steps: number of tokens to draw, 0 or more.
         key: decides the draws; not read at temperature 0.
         temperature: 0 takes the likeliest token (the first of equals), 1 follows the
@@ -44,6 +57,9 @@ def generate(
             None allows all.
         sliding: whether a text longer than the context is continued from its last
             `context` tokens, instead of refused.
+        pictures: for a `Phi3Vision`, `(prompt.pixels, prompt.sources[None])`
+            of a `pictures.Prompt`; looked at once. Rows of one batch share the pixels,
+            behind each other, and their sources count on: `pictures.together`.
 
     Returns:
         The prompt and its continuation, int32 (batch, time + steps).
@@ -52,18 +68,21 @@ def generate(
         TypeError: the prompt is not made of integers.
         ValueError: the prompt is not (batch, time >= 1), holds a token outside the
             vocabulary, is too long with its continuation, or another argument is
-            outside its range.
+            outside its range; pictures for a model that sees none, of another shape
+            than the prompt, or with `sliding`.
 
     Example:
-        >>> from jaxprune.models.gpt import preset
+        >>> from jaxprune.models.gpt import GPT, preset
         >>> model = GPT(preset("cpu", vocab_size=65), rngs=nnx.Rngs(0))
         >>> prompt = jnp.zeros((2, 3), jnp.int32)
         >>> generate(model, prompt, steps=5, key=jax.random.key(0)).shape
         (2, 8)
     """
-    _check_prompt(prompt, model.config.vocab_size)
-    _check_options(steps, temperature, top_k, model.config.vocab_size)
-    context, length = model.config.context, prompt.shape[1] + steps
+    config = model.config.decoder if isinstance(model, Phi3Vision) else model.config
+    _check_pictures(model, prompt, pictures, sliding)
+    _check_prompt(prompt, config.vocab_size, pictures)
+    _check_options(steps, temperature, top_k, config.vocab_size)
+    context, length = config.context, prompt.shape[1] + steps
     if length > context and not sliding:
         raise ValueError(
             f"generate needs prompt + steps <= context, got {prompt.shape[1]} + {steps}"
@@ -74,6 +93,7 @@ def generate(
         return prompt
     window = prompt[:, -context:]
     cached = min(steps, context - window.shape[1] + 1)
+    switches = getattr(config, "switches", ())
     graphdef, params = nnx.split(model, nnx.Param)
     drawn = _draw(
         graphdef,
@@ -81,50 +101,105 @@ def generate(
         window,
         key,
         jnp.float32(temperature),
-        plan=(cached, steps - cached),
+        pictures,
+        plan=(_stretches(window.shape[1], cached, switches), steps - cached),
         top_k=1 if temperature == 0 else top_k,
     )
     return jnp.concatenate([prompt, drawn], axis=1)
 
 
+def _stretches(time: int, steps: int, switches: Sequence[int]) -> tuple[int, ...]:
+    """How many tokens are drawn with one cache: up to each length that switches."""
+    last = time + steps - 1  # the longest sequence that is looked at
+    ends = [switch for switch in switches if time <= switch < last]
+    starts = [time - 1, *ends]
+    return tuple(b - a for a, b in zip(starts, [*ends, last], strict=True))
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan", "top_k"))
 def _draw(
-    graphdef: nnx.GraphDef[GPT],
+    graphdef: nnx.GraphDef[GPT | Decoder | Phi3Vision],
     params: nnx.State,
     window: Int[Array, "batch time"],
     key: PRNGKeyArray,
     temperature: Float[Array, ""],
+    pictures: Pictures | None,
     *,
-    plan: tuple[int, int],
+    plan: tuple[tuple[int, ...], int],
     top_k: int | None,
 ) -> Int[Array, "batch steps"]:
-    """Draws plan[0] tokens with the cache, then plan[1] each from a full window."""
-    model = nnx.merge(graphdef, params)
+    """Draws plan[0] tokens with a cache for each, then plan[1] each from a window."""
+    model, seen = nnx.merge(graphdef, params), None
+    if isinstance(model, Phi3Vision):
+        seen = None if pictures is None else model.embed(window, *pictures)
+        model = model.decoder
     draw = functools.partial(_sample, temperature=temperature, top_k=top_k)
-    keys = jax.random.split(key, sum(plan))
-    batch, time = window.shape
-
-    def extend(
-        carry: tuple[Cache, Array], key: PRNGKeyArray
-    ) -> tuple[tuple[Cache, Array], Array]:
-        cache, token = carry
-        logits, cache = model(token[:, None], cache=cache)
-        token = draw(logits[:, -1], key)
-        return (cache, token), token
+    stretches, slides = plan
+    keys = jax.random.split(key, sum(stretches) + slides)
+    time, done = window.shape[1], 0
+    for steps in stretches:
+        drawn = _extend(model, window, keys[done : done + steps], draw, seen)
+        window = jnp.concatenate([window, drawn], axis=1)
+        done += steps
 
     def slide(window: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-        token = draw(model(window)[:, -1], key)
+        token = draw(_last(model, window, None)[0], key)
         return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
 
-    logits, cache = model(window, cache=model.init_cache(batch, time + plan[0] - 1))
-    first = draw(logits[:, -1], keys[0])
-    _, rest = jax.lax.scan(extend, (cache, first), keys[1 : plan[0]])
-    drawn = jnp.concatenate([first[None], rest]).T  # (batch, plan[0])
-    if plan[1] == 0:
+    drawn = window[:, time:]
+    if slides == 0:
         return drawn
-    window = jnp.concatenate([window, drawn], axis=1)[:, -model.config.context :]
-    _, rest = jax.lax.scan(slide, window, keys[plan[0] :])
+    window = window[:, -model.config.context :]
+    _, rest = jax.lax.scan(slide, window, keys[done:])
     return jnp.concatenate([drawn, rest.T], axis=1)
+
+
+def _extend(
+    model: GPT | Decoder,
+    window: Int[Array, "batch time"],
+    keys: PRNGKeyArray,
+    draw: Callable[[Array, PRNGKeyArray], Array],
+    seen: Float[Array, "batch prompt width"] | None,
+) -> Int[Array, "batch steps"]:
+    """Draws a token for each key, with one cache.
+
+    `seen` is what the decoder gets for the first words, where pictures are among them.
+    """
+
+    def step(
+        carry: tuple[Any, Array], key: PRNGKeyArray
+    ) -> tuple[tuple[Any, Array], Array]:
+        cache, token = carry
+        logits, cache = _last(model, token[:, None], cache)
+        token = draw(logits, key)
+        return (cache, token), token
+
+    batch, time = window.shape
+    empty = model.init_cache(batch, time + keys.shape[0] - 1)
+    logits, cache = _last(model, window, empty, seen)
+    first = draw(logits, keys[0])
+    _, rest = jax.lax.scan(step, (cache, first), keys[1:])
+    return jnp.concatenate([first[None], rest]).T
+
+
+def _last(
+    model: GPT | Decoder,
+    tokens: Int[Array, "batch time"],
+    cache: Any,
+    seen: Float[Array, "batch prompt width"] | None = None,
+) -> tuple[Float[Array, "batch vocab"], Any]:
+    """The logits after the last token, alone where the vocabulary may be large."""
+    if isinstance(model, Decoder):
+        parts = [] if seen is None else [seen]
+        done = 0 if seen is None else seen.shape[1]
+        if done < tokens.shape[1]:
+            parts.append(model.embed(tokens[:, done:]))
+        x, cache = model.states(jnp.concatenate(parts, axis=1), cache=cache)
+        return model.logits(x[:, -1]), cache
+    if cache is None:
+        return model(tokens)[:, -1], None
+    logits, cache = model(tokens, cache=cache)
+    return logits[:, -1], cache
 
 
 def _sample(
@@ -143,7 +218,33 @@ def _sample(
     return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0]
 
 
-def _check_prompt(prompt: Array, vocab_size: int) -> None:
+def _check_pictures(
+    model: Any, prompt: Array, pictures: Pictures | None, sliding: bool
+) -> None:
+    if pictures is None:
+        return
+    if not isinstance(model, Phi3Vision) or sliding:
+        raise ValueError(
+            "generate takes pictures for a Phi3Vision and without sliding, got "
+            f"{type(model).__name__} and sliding={sliding}; leave them out."
+        )
+    pixels, sources = pictures
+    if sources.shape != prompt.shape:
+        raise ValueError(
+            f"generate needs a source for each word of the prompt {prompt.shape}, got "
+            f"{sources.shape}; take both from one pictures.Prompt."
+        )
+    if isinstance(sources, jax.core.Tracer) or not sources.size:
+        return
+    rows, last = 2 + len(pixels) * model.config.side**2, int(np.max(sources))
+    if last >= rows:
+        raise ValueError(
+            f"generate needs sources under {rows}, the rows of {len(pixels)} views, "
+            f"got {last}; give the pixels of every prompt of the batch."
+        )
+
+
+def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> None:
     if not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise TypeError(f"generate needs an integer prompt, got {prompt.dtype}.")
     if prompt.ndim != 2 or prompt.shape[1] == 0:
@@ -154,6 +255,8 @@ def _check_prompt(prompt: Array, vocab_size: int) -> None:
     if isinstance(prompt, jax.core.Tracer) or prompt.size == 0:
         return
     values = np.asarray(prompt)
+    if pictures is not None and not isinstance(pictures[1], jax.core.Tracer):
+        values = np.where(np.asarray(pictures[1]) < 0, values, 0)
     for value in (int(values.min()), int(values.max())):
         if not 0 <= value < vocab_size:
             raise ValueError(

@@ -41,7 +41,9 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
             f"write_report draws with matplotlib, and '{error.name}' is not installed; "
             "pip install 'jaxprune[experiments]'"
         ) from error
-    files = {"results.csv": page.table_csv(results_.COLUMNS, results_.rows(results))}
+    files = {
+        "results.csv": page.table_csv(results_.columns(results), results_.rows(results))
+    }
     for name, figure in sections.drawings(results).items():
         files[f"{name}.png"] = canvas.png(figure)
         files[f"{name}.svg"] = canvas.svg(figure).encode()

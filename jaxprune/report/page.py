@@ -49,17 +49,20 @@ thead th{color:var(--quiet);font-weight:500}
 tbody th{font-weight:600;position:sticky;left:0;background:var(--ground)}
 td small{display:block;color:var(--quiet)}
 td.best{background:var(--best);font-weight:700}td.best small{font-weight:400}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));
-gap:1px;background:var(--rule);border:1px solid var(--rule);border-radius:8px;
-overflow:hidden;margin:1.6rem 0}
-dl div{background:var(--panel);padding:.7rem .9rem}
+dl{display:flex;flex-wrap:wrap;gap:1px;background:var(--rule);
+border:1px solid var(--rule);border-radius:8px;overflow:hidden;margin:1.6rem 0}
+dl div{flex:1 1 9.5rem;box-sizing:border-box;background:var(--panel);
+padding:.7rem .9rem}
 dt{color:var(--quiet);font-size:.8rem}
 dd{margin:0;font-weight:600;overflow-wrap:anywhere}
 pre{background:var(--panel);border:1px solid var(--rule);border-radius:8px;
 margin:.4rem 0;padding:.8rem 1rem;font:13px/1.5 ui-monospace,Menlo,Consolas,
 "DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 .texts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));
-gap:0 1.5rem}.texts pre{max-height:22rem;overflow-y:auto}
+gap:0 1.5rem}.pictures{display:grid;gap:.6rem;
+grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}.asked{margin:0}
+.asked img{width:100%;image-rendering:pixelated;border-radius:4px}
+.texts pre{max-height:22rem;overflow-y:auto}
 summary{cursor:pointer;color:var(--quiet);margin:.8rem 0}
 """
 

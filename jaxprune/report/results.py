@@ -36,6 +36,13 @@ COLUMNS = (
     "control_loss",
     "control_steps",
 )
+ACCURACIES = (
+    "accuracy_pruned",
+    "accuracy_retrained",
+    "dense_accuracy",
+    "control_accuracy",
+)
+"""Columns of a run that answers questions, shares in [0, 1]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +247,12 @@ def _unequal(weights: Mapping[str, Any], path: str) -> Iterator[str]:
         yield f"{path}.values must have one value a step, {len(weights['steps'])}"
 
 
+def columns(results: Results) -> tuple[str, ...]:
+    """The names of the tidy table's columns."""
+    answers = any("accuracy" in seed["dense"] for seed in results["seeds"])
+    return COLUMNS + ACCURACIES if answers else COLUMNS
+
+
 def rows(results: Results) -> list[dict[str, Any]]:
     """The tidy table: one row per seed x criterion x scope x sparsity.
 
@@ -247,20 +260,17 @@ def rows(results: Results) -> list[dict[str, Any]]:
       results: Checked results.
 
     Returns:
-      One dict with the keys `COLUMNS` for each cell; None where nothing was measured.
+      One dict with the keys `columns` for each cell; None where nothing was measured.
     """
-    table = []
+    names, table = columns(results), []
     for seed in results["seeds"]:
-        control = seed.get("control") or {}
+        whole = {"seed": seed["seed"]}
+        for run in ("dense", "control"):
+            measured = seed.get(run) or {}
+            whole |= {f"{run}_{name}": value for name, value in measured.items()}
         for cell in seed["cells"]:
-            measured = {"seed": seed["seed"], **cell}
-            table.append({name: measured.get(name) for name in COLUMNS[:7]})
-            table[-1] |= {
-                "dense_loss": seed["dense"]["loss"],
-                "dense_steps": seed["dense"]["steps"],
-                "control_loss": control.get("loss"),
-                "control_steps": control.get("steps"),
-            }
+            found = {**whole, **cell}
+            table.append({name: found.get(name) for name in names})
     return table
 
 

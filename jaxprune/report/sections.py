@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxprune.report import figures, findings, page
+from jaxprune.report import accuracy, figures, findings, page
 from jaxprune.report import results as results_
 
 
@@ -50,6 +50,7 @@ def document(results: Mapping[str, Any]) -> str:
     parts = [
         _opening(results),
         _losses(results),
+        accuracy.section(results),
         _weights(results),
         _layers(results),
         _samples(results),
@@ -212,21 +213,27 @@ def _layers(results: Mapping[str, Any]) -> str:
 
 
 def _samples(results: Mapping[str, Any]) -> str:
-    """Text sampled before and after, the first seed's open and the others' folded."""
+    """What the models say before and after; the first seed's open, others folded."""
     parts: list[str] = []
+    first = (results["seeds"][0].get("samples") or [{}])[0]
+    title = "Answers" if first.get("pictures") else "Text sampled"
     for seed in results["seeds"]:
         texts = "".join(
-            f"<div><h3>{html.escape(sample['label'])}</h3>"
-            f"<pre>{html.escape(sample['text'].strip())}</pre></div>"
+            f"<div><h3>{html.escape(sample['label'])}</h3>{_shown(sample)}</div>"
             for sample in seed.get("samples") or ()
         )
         if texts:
             grid = f'<div class="texts">{texts}</div>'
             fold = f"<details><summary>Seed {seed['seed']}</summary>{grid}</details>"
             parts.append(fold if parts else grid)
-    return (
-        "\n".join(["<h2>Text sampled before and after</h2>", *parts]) if parts else ""
-    )
+    return "\n".join([f"<h2>{title} before and after</h2>", *parts]) if parts else ""
+
+
+def _shown(sample: Mapping[str, Any]) -> str:
+    """Pictures with their questions where a sample has them, else its text."""
+    if sample.get("pictures"):
+        return accuracy.pictured(sample)
+    return f"<pre>{html.escape(sample['text'].strip())}</pre>"
 
 
 def _costs(results: Mapping[str, Any]) -> str:

@@ -1,0 +1,149 @@
+"""Ours, on the sequences of the competitor `benchmarks.torch_pruning`, measured alike.
+
+The model is read as a Hugging Face directory into the package's decoder, pruned by
+`jp.prune_trained` and evaluated on held-out token files. Compilation counts as pruning;
+so does reading each leaf when its layer's turn comes, and writing it once it is pruned.
+"""
+
+import dataclasses
+import math
+import re
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+import jaxprune as jp
+from benchmarks import measure
+from jaxprune import stored
+from jaxprune.models import hf
+from jaxprune.models.decoder import loss_per_token
+
+Method = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Prunes a causal language model in float32 and prints one JSON line.
+
+    Attributes:
+      model: a Hugging Face directory.
+      method: how.
+      sparsity: the share to remove of each matrix.
+      pattern: n:m, n kept of each m consecutive inputs, in place of the sparsity.
+      shares: how the sparsity is shared out.
+      calibration: token ids, int32 (sequences, length), `.npy`.
+      evaluate: NAME=FILE, held-out texts of the same form.
+      batch: sequences in a batch.
+      damping: of the solvers that have one.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    method: Method
+    calibration: Path
+    sparsity: float = 0.5
+    pattern: str | None = None
+    shares: Literal["uniform", "erk", "owl"] = "uniform"
+    evaluate: tuple[str, ...] = ()
+    batch: int = 2
+    damping: float = 0.01
+
+
+class Cost:
+    """Seconds of the block under it, and the most bytes that were resident."""
+
+    def __init__(self) -> None:
+        self.seconds, self.peak = 0.0, 0
+
+    def __enter__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+        status = Path("/proc/self/status").read_text()
+        self.peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+
+
+def main(config: Config) -> None:
+    """Loads, prunes, evaluates; each timed apart, with the peak of resident memory."""
+    costs = {name: Cost() for name in ("load", "prune", "evaluate")}
+    ids = np.load(config.calibration)
+    with costs["load"]:
+        loaded = hf.load(config.model, dtype="float32", stored=True)
+        graphdef, params = nnx.split(loaded.model, nnx.Param)
+    texts = {k: np.load(v) for k, v in (x.split("=", 1) for x in config.evaluate)}
+    perplexities: dict[str, dict[str, float]] = {}
+    parts = np.split(ids, range(config.batch, len(ids), config.batch))
+    names, shape = loaded.names, loaded.config
+    batches = (
+        hf.embedded(config.model, names, shape, part, "float32") for part in parts
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with costs["prune"]:
+            params, report = pruned(config, graphdef, params, batches, folder)
+        with costs["evaluate"]:
+            params = stored.loaded(params)
+            perplexities["after"] = {
+                k: perplexity(graphdef, params, x) for k, x in texts.items()
+            }
+    rows = report.pop("weights")
+    measure.report(
+        "jax_pruning",
+        config={k: str(v) for k, v in dataclasses.asdict(config).items()},
+        perplexities=perplexities,
+        zeros=report["achieved"],
+        error=float(np.mean([row["error"] for row in rows])),
+        solve_seconds=sum(row["seconds"] for row in rows),
+        programs=report["programs"],
+        seconds={name: cost.seconds for name, cost in costs.items()},
+        peak_bytes={name: cost.peak for name, cost in costs.items()},
+    )
+
+
+def pruned(
+    config: Config,
+    graphdef: Any,
+    params: Any,
+    batches: Iterable[jax.Array],
+    folder: str,
+) -> tuple[Any, dict[str, Any]]:
+    """The pruned parameters and the report of the walk."""
+    method: Any = jp.methods.METHODS[config.method]
+    if config.method in ("sparsegpt", "alps"):
+        method = dataclasses.replace(method, damping=config.damping)
+    pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
+    rules = {"uniform": jp.shares.Uniform, "erk": jp.shares.ERK, "owl": jp.shares.OWL}
+    return jp.prune_trained(
+        lambda params, x: nnx.merge(graphdef, params).states(x)[0],
+        params,
+        batches,
+        method=method,
+        sparsity=None if pattern else config.sparsity,
+        pattern=pattern or None,
+        shares=rules[config.shares](),
+        folder=folder,
+    )
+
+
+def perplexity(graphdef: Any, params: Any, sequences: np.ndarray) -> float:
+    """exp of the mean negative log-likelihood of all tokens but each first."""
+
+    @jax.jit
+    def total(params: Any, ids: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return loss_per_token(model, ids[:, :-1], ids[:, 1:]).sum()
+
+    sums = [float(total(params, jnp.asarray(ids[None]))) for ids in sequences]
+    return math.exp(sum(sums) / sequences[:, 1:].size)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

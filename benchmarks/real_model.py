@@ -1,0 +1,185 @@
+"""A real model, ours and plain torch in turn: perplexity, time and memory.
+
+`python -m benchmarks.real_model MODEL TEXTS OUT` runs each cell of the table in a
+process of its own, torch's and ours of one setting after each other, on the same
+sequences and as many threads. Each cell is one JSON line in OUT; what is there is not
+run again. Both sides get the same settings of the allocator.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+# glibc: one arena, so that the peak is of what is used and not of how it is scattered.
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Runs the table of benchmarks/README.md, and prints it.
+
+    Attributes:
+      model: a Hugging Face directory, as `benchmarks.gemma` writes it.
+      texts: token files, as `benchmarks.texts` writes them.
+      out: where the results go, one file a cell.
+      calibration: the calibration file of the comparison, without ".npy".
+      draws: a larger one, whose further parts of that size are draws of their own.
+      drawn_by: method and sparsity that are compared on every draw.
+      mixtures: calibration files that are compared by `mixed_by`.
+      mixed_by: method and sparsity of that comparison.
+      held_out: the texts to evaluate on, without "held-out-" and ".npy".
+      sequences: how many sequences of each.
+      cells: the names of the cells to run; all if left out.
+      threads: of both sides.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    texts: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional]
+    calibration: str = "calibration-shakespeare-32"
+    draws: str = "calibration-shakespeare-128"
+    drawn_by: tuple[str, str] = ("wanda", "0.5")
+    mixtures: tuple[str, ...] = (
+        "calibration-mixed50-32",
+        "calibration-technical-32",
+        "calibration-mixed50-64",
+        "calibration-mixed75-32",
+        "calibration-mixed25-32",
+        "calibration-shakespeare-64",
+    )
+    mixed_by: tuple[str, str] = ("sparsegpt", "0.6")
+    held_out: tuple[str, ...] = ("shakespeare", "news")
+    sequences: int = 8
+    threads: int = 2
+    cells: tuple[str, ...] = ()
+
+
+def main(config: Config) -> None:
+    """Runs what is missing and prints the table."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        texts = _held_out(config, Path(folder))
+        draws = _draws(config, Path(folder))
+        cells = _cells(config, texts, draws)
+        wanted = [c for c in cells if c[0] in config.cells or not config.cells]
+        for name, command in tqdm(wanted, "cells", disable=None):
+            _run(config.out / f"{name}.json", command, config.threads)
+    print(table(config.out))
+
+
+def _held_out(config: Config, folder: Path) -> list[str]:
+    """NAME=FILE of the first few sequences of each text."""
+    found = []
+    for name in config.held_out:
+        ids = np.load(config.texts / f"held-out-{name}.npy")
+        np.save(folder / f"{name}.npy", ids[: config.sequences])
+        found.append(f"{name}={folder / name}.npy")
+    return found
+
+
+def _draws(config: Config, folder: Path) -> list[Path]:
+    """Files of the other draws."""
+    count = len(np.load(config.texts / f"{config.calibration}.npy"))
+    whole = np.load(config.texts / f"{config.draws}.npy")
+    found = []
+    for i, start in enumerate(range(count, len(whole), count), 1):
+        found.append(folder / f"draw-{i}.npy")
+        np.save(found[-1], whole[start : start + count])
+    return found
+
+
+def _cells(
+    config: Config, texts: list[str], draws: Sequence[Path]
+) -> Iterator[tuple[str, list[str]]]:
+    """Name and arguments of each process, in an order that serves a first look."""
+    usual = config.texts / f"{config.calibration}.npy"
+
+    def cell(
+        side: str, method: str, how: str, calibration: Path = usual
+    ) -> tuple[str, list[str]]:
+        flag = "--pattern" if ":" in how else "--sparsity"
+        command = [f"benchmarks.{side}_pruning", str(config.model)]
+        command += ["--method", method, flag, how, "--evaluate", *texts]
+        command += ["--calibration", str(calibration)]
+        name = f"{side}_{method}_{how.replace(':', 'of')}"
+        if calibration != usual:
+            name += f"_{calibration.stem.removeprefix('calibration-')}"
+        return name, command
+
+    for how in ("0.5", "0.6", "2:4"):
+        for method in ("wanda", "sparsegpt"):
+            yield cell("torch", method, how)
+            yield cell("jax", method, how)
+        yield cell("jax", "alps", how)
+    for method in ("sparsegpt", "alps"):
+        yield cell("jax", method, "0.7")
+    yield cell("torch", "none", "0.5")
+    for draw in draws:
+        for side in ("torch", "jax"):
+            yield cell(side, *config.drawn_by, draw)
+    for mixture in config.mixtures:
+        yield cell("jax", *config.mixed_by, config.texts / f"{mixture}.npy")
+
+
+def _run(place: Path, command: Sequence[str], threads: int) -> None:
+    """One process; its JSON line is kept once it is whole."""
+    if place.exists():
+        return
+    environment = {**os.environ, **_ALLOCATOR, "JAX_PLATFORMS": "cpu"}
+    environment["OMP_NUM_THREADS"] = str(threads)
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    partial = place.with_suffix(".partial")
+    partial.write_text(done.stdout.strip().splitlines()[-1] + "\n")
+    partial.replace(place)
+
+
+def table(folder: Path) -> str:
+    """The results as Markdown.
+
+    Args:
+      folder: with a JSON line a cell.
+
+    Returns:
+      A row for each cell: perplexities, seconds, peak memory.
+    """
+    cells = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    texts = sorted({t for c in cells.values() for t in _perplexities(c)})
+    head = ["cell", *texts, "prune s", "prune peak MiB", "load peak MiB"]
+    rows = [head, ["---"] * len(head)]
+    for name, cell in sorted(cells.items()):
+        found = _perplexities(cell)
+        rows.append(
+            [
+                name,
+                *(f"{found[text]:.2f}" for text in texts),
+                f"{cell['seconds']['prune']:.0f}",
+                f"{cell['peak_bytes']['prune'] / 2**20:.0f}",
+                f"{cell['peak_bytes']['load'] / 2**20:.0f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _perplexities(cell: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, dict[str, float]] = cell["perplexities"]
+    return found.get("after", found.get("before", {}))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,59 @@
+"""Saving ten megabytes takes a tenth of a second, most of it not the writing.
+
+`python -m benchmarks.saving` saves parameters of many leaves again and again, each time
+as the next step of one folder, and beside it writes the same bytes into one file.
+"""
+
+import dataclasses
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import tyro
+
+from benchmarks import measure
+from jaxprune import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measures the time of saving.
+
+    Attributes:
+      size: weights in all, float32.
+      leaves: how many leaves they lie in.
+      repeats: timings of each candidate.
+    """
+
+    size: int = 2_500_000
+    leaves: int = 60
+    repeats: int = 9
+
+
+def main(config: Config) -> None:
+    """Prints one JSON line, in seconds."""
+    length = config.size // config.leaves
+    state = {str(i): jnp.full((length,), float(i)) for i in range(config.leaves)}
+    steps = itertools.count()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+
+        def save() -> None:
+            checkpoint.save(place / "saved", state, step=next(steps), configuration={})
+
+        def write() -> None:
+            with open(place / "bytes", "wb") as file:
+                for leaf in state.values():
+                    file.write(memoryview(leaf))
+                os.fsync(file.fileno())
+
+        candidates = {"save": save, "write": write}
+        times = measure.interleaved(candidates, config.repeats)
+    found = {name: measure.median_and_spread(own) for name, own in times.items()}
+    measure.report("saving", config=dataclasses.asdict(config), **found)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

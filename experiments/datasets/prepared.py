@@ -1,0 +1,84 @@
+"""Data sets of TensorFlow Datasets, prepared once and read without TensorFlow.
+
+A prepared data set is written beside and renamed, so preparing may be interrupted or
+run twice at once.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def examples(
+    name: str,
+    split: str,
+    data_dir: Path | str | None = None,
+    *,
+    instead: str | None = None,
+) -> list[dict[str, Any]]:
+    """The examples of a split, in the order they were made.
+
+    Args:
+      name: a module of `experiments.datasets` with a `Builder`.
+      split: "train" or "validation".
+      data_dir: where data sets are kept; None: TensorFlow Datasets' default.
+      instead: what the user may do where a package is missing.
+
+    Returns:
+      Features by name.
+
+    Raises:
+      ModuleNotFoundError: if a package of the extra `experiments` is missing.
+      ConnectionError: if a download fails.
+      OSError: if `data_dir` cannot be written, or what is prepared there is damaged.
+    """
+    return _read(_prepared_builder(name, data_dir, instead), split)
+
+
+def _prepared_builder(
+    name: str, data_dir: Path | str | None, instead: str | None
+) -> Any:
+    # Imported here, for it takes a second and a user's own text does not need it.
+    try:
+        tfds = importlib.import_module("tensorflow_datasets")
+        module = importlib.import_module(f"experiments.datasets.{name}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"The data set {name!r} needs the package {error.name!r}, which is not "
+            "installed; install the extra with `pip install 'jaxprune[experiments]'`"
+            + (f", or {instead}." if instead else "."),
+            name=error.name,
+        ) from error
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+
+    def make() -> Any:
+        return module.Builder(data_dir=data_dir, file_format="array_record")
+
+    builder = make()
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    except ConnectionError:
+        raise
+    except OSError as error:
+        # Another process that prepares it too may have renamed its folder first.
+        if not builder.is_prepared():
+            raise OSError(
+                f"The folder of data sets must be writable, got '{builder.data_dir}' "
+                f"({error.strerror or error}); choose another with --data-dir DIR."
+            ) from error
+        builder = make()
+    return builder
+
+
+def _read(builder: Any, split: str) -> list[dict[str, Any]]:
+    try:
+        return list(builder.as_data_source(split))
+    except Exception as error:  # array_record's reader raises RuntimeError and others
+        raise OSError(
+            f"The prepared data set must be whole, got '{builder.data_dir}' ({error}); "
+            "delete that folder to have it made again."
+        ) from error

@@ -1,0 +1,123 @@
+"""A model of a folder, ready to run, and what its texts begin with."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxprune import stored
+from jaxprune.cli.console import Options
+from jaxprune.directory import Directory, open_directory
+from jaxprune.models import hf
+from jaxprune.models.decoder_config import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """How a model is run.
+
+    Attributes:
+      dtype: of the parameters and products; as they are stored if left out.
+      shard: split each parameter over all devices.
+      bos: begin each sequence of a text with the model's BOS token, whatever its folder
+        says. If left out, the folder decides.
+      no_bos: begin none with it.
+    """
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    shard: bool = False
+    bos: bool = False
+    no_bos: bool = False
+
+
+class Model(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+      graphdef: of a `Decoder`, without its parameters.
+      params: its parameters, `nnx.State`, in memory or `jp.Stored`.
+      config: its shape.
+      names: leaf name to where it came from.
+    """
+
+    graphdef: Any
+    params: Any
+    config: DecoderConfig
+    names: dict[str, hf.Source]
+
+    def read(self) -> "Model":
+        """The same with all parameters in memory."""
+        return self._replace(params=stored.loaded(self.params))
+
+
+def opened(path: Path) -> Directory:
+    """The folder, its headers read."""
+    return open_directory(path)
+
+
+def found(path: Path, options: ModelOptions) -> Model:
+    """A model whose parameters are in its files still.
+
+    Args:
+      path: its folder.
+      options: how it is run.
+
+    Returns:
+      The model, its parameters `jp.Stored`.
+
+    Raises:
+      ValueError: the folder is not understood, or damaged.
+      OSError: it cannot be read.
+    """
+    mesh = None
+    if options.shard:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
+    loaded = hf.load(path, dtype=options.dtype, mesh=mesh, stored=True)
+    graphdef, params = nnx.split(loaded.model, nnx.Param)
+    return Model(graphdef, params, loaded.config, loaded.names)
+
+
+class Beginning(NamedTuple):
+    """What the sequences of a text begin with.
+
+    Attributes:
+      token: BOS, or None.
+      why: in words.
+    """
+
+    token: int | None
+    why: str
+
+
+def beginning(tokenizer: hf.Tokenizer | None, options: ModelOptions) -> Beginning:
+    """Whether sequences begin with BOS.
+
+    Args:
+      tokenizer: the model's; None where only token ids are read.
+      options: what was asked for.
+
+    Returns:
+      The token and the reason.
+
+    Raises:
+      ValueError: both were asked for, or there is no such token.
+    """
+    if options.bos and options.no_bos:
+        raise ValueError("--bos and --no-bos exclude each other; leave one out")
+    if tokenizer is None:
+        return Beginning(None, "token ids are used as they are")
+    if options.no_bos:
+        return Beginning(None, "no BOS, as asked for")
+    if options.bos and tokenizer.bos is None:
+        raise ValueError(
+            "--bos needs a token that begins a text, but the model's folder names "
+            "none; leave --bos out"
+        )
+    if options.bos:
+        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as asked for")
+    if tokenizer.begins:
+        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as the folder says")
+    return Beginning(None, "no BOS, as the folder says")

@@ -1,0 +1,121 @@
+"""`jaxprune sample`: what a model writes after a prompt."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from jaxprune.cli import models
+from jaxprune.cli.console import Console
+from jaxprune.models import hf
+from jaxprune.models.generate import generate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample(models.ModelOptions):
+    """Continues a prompt.
+
+    Attributes:
+      model: the folder.
+      prompt: the beginning of the text.
+      steps: tokens to draw.
+      temperature: 0 takes the likeliest token, 1 follows the model, more is more
+        random.
+      top_k: draw among so many of the likeliest tokens; all if left out.
+      seed: decides the draws.
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    prompt: str
+    steps: int = 100
+    temperature: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+
+    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+        """Does it."""
+        tokenizer = hf.tokenizer(self.model)
+        begins = models.beginning(tokenizer, self)
+        prompt = start(tokenizer, self.prompt, begins.token)
+        tokens = continued(
+            models.found(self.model, self).read(),
+            prompt,
+            self.steps,
+            self.temperature,
+            self.top_k,
+            self.seed,
+        )
+        text = shown(tokenizer, [*prompt, *tokens])
+        console.note(f"the prompt begins with {begins.why}")
+        console.say(text)
+        return {"text": text, "prompt": self.prompt, "bos": begins.why} | {
+            "tokens": tokens,
+            "seed": self.seed,
+        }
+
+
+def start(tokenizer: hf.Tokenizer, prompt: str, bos: int | None) -> list[int]:
+    """The tokens of a prompt.
+
+    Args:
+      tokenizer: the model's.
+      prompt: the text.
+      bos: what it begins with, or None.
+
+    Returns:
+      At least one token.
+
+    Raises:
+      ValueError: there is none.
+    """
+    tokens = tokenizer.encode(prompt, bos=False)
+    tokens = [bos, *tokens] if bos is not None else tokens
+    if not tokens:
+        raise ValueError("--prompt must have at least one token, got none")
+    return tokens
+
+
+def continued(
+    model: models.Model,
+    prompt: list[int],
+    steps: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> list[int]:
+    """The tokens that a model draws after a prompt.
+
+    Args:
+      model: the model.
+      prompt: tokens.
+      steps: how many are drawn.
+      temperature: as for `generate`.
+      top_k: as for `generate`.
+      seed: decides the draws.
+
+    Returns:
+      `steps` tokens.
+
+    Raises:
+      ValueError: an option does not fit, or the text becomes too long.
+    """
+    whole = generate(
+        nnx.merge(model.graphdef, model.params),
+        jnp.array([prompt], jnp.int32),
+        steps=steps,
+        key=jax.random.key(seed),
+        temperature=temperature,
+        top_k=top_k,
+    )
+    return [int(token) for token in np.asarray(whole)[0, len(prompt) :]]
+
+
+def shown(tokenizer: hf.Tokenizer, tokens: list[int]) -> str:
+    """The text of tokens up to the one that ends it."""
+    ends = [i for i, token in enumerate(tokens) if i and token in tokenizer.eos]
+    return tokenizer.decode(tokens[: ends[0]] if ends else tokens)

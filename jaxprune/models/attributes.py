@@ -1,0 +1,150 @@
+"""A config.json read attribute by attribute; what nobody asked for is refused by name.
+
+A reader takes what it knows. In the end everything that was wrong, and everything that
+was never taken, is told in one sentence. Absent and null are the same, except where
+null says something.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+# What changes no number of a forward pass: bookkeeping, tokens, training, generation.
+_IGNORED = """
+    model_type architectures auto_map _name_or_path transformers_version torch_dtype
+    dtype tokenizer_class task_specific_params problem_type finetuning_task id2label
+    label2id num_labels return_dict output_attentions output_hidden_states
+    return_dict_in_generate output_scores torchscript use_bfloat16 tf_legacy_loss
+    _attn_implementation attn_implementation _attn_implementation_autoset
+    use_cache cache_implementation use_return_dict chunk_size_feed_forward is_decoder
+    tie_encoder_decoder prefix bos_token_id eos_token_id pad_token_id sep_token_id
+    unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id
+    bad_words_ids suppress_tokens begin_suppress_tokens do_sample early_stopping
+    length_penalty max_length min_length max_new_tokens no_repeat_ngram_size
+    encoder_no_repeat_ngram_size num_beams num_beam_groups diversity_penalty
+    num_return_sequences repetition_penalty temperature top_k top_p typical_p
+    remove_invalid_values exponential_decay_length_penalty initializer_range
+    initializer_factor attention_dropout hidden_dropout resid_pdrop embd_pdrop
+    attn_pdrop embedding_dropout pretraining_tp gradient_checkpointing unsloth_version
+    unsloth_fixed classifier_dropout reorder_and_upcast_attn summary_type
+    summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+"""
+IGNORED = frozenset(_IGNORED.split())
+# What is supported at one value only, in every family.
+ONLY: Mapping[str, Any] = {
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+}
+
+
+class Attributes:
+    """The attributes of one config.json, taken one by one.
+
+    Attributes:
+        problems: what was wrong with those taken so far, a phrase each.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, where: str = ""):
+        """Starts with nothing taken; `where` is put before the names in `problems`."""
+        self._config = config
+        self._where = where
+        self._taken: set[str] = set()
+        self.problems: list[str] = []
+
+    def raw(self, name: str, default: Any = None) -> Any:
+        """The value as it stands, null included; the default where it is absent."""
+        self._taken.add(name)
+        return self._config.get(name, default)
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive integer; without a default it must be there."""
+        value = self.raw(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.wrong(name, "a positive integer", value)
+            return 1
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A positive number."""
+        value = self.optional(name)
+        return default if value is None else value
+
+    def optional(self, name: str) -> float | None:
+        """A positive number, or None."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            self.wrong(name, "a positive number", value)
+            return None
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.raw(name)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            self.wrong(name, "true or false", value)
+        return bool(value)
+
+    def choice(self, name: str, known: Mapping[str, Any], default: str) -> Any:
+        """What the value stands for in `known`."""
+        value = self.raw(name)
+        value = default if value is None else value
+        if not isinstance(value, str) or value not in known:
+            self.wrong(name, f"one of {', '.join(known)}", value)
+            value = default
+        return known[value]
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        value = self.raw(name)
+        fine = isinstance(value, list) and all(
+            isinstance(x, int | float) and not isinstance(x, bool) and x > 0
+            for x in value
+        )
+        if not fine:
+            self.wrong(name, "a list of positive numbers", value)
+            return ()
+        return tuple(float(x) for x in value)
+
+    def within(self, name: str) -> "Attributes":
+        """The attributes inside an object, none where it is absent."""
+        value = self.raw(name)
+        if value is not None and not isinstance(value, dict):
+            self.wrong(name, "an object", value)
+            value = None
+        return Attributes(value or {}, where=f"{self._where}{name}.")
+
+    def given(self) -> bool:
+        """Whether there is any attribute at all."""
+        return bool(self._config)
+
+    def wrong(self, name: str, rule: str, value: Any) -> None:
+        """Notes that an attribute is not what it must be."""
+        told = "nothing" if value is None else _shown(value)
+        self.problems.append(f"{self._where}{name} must be {rule}, got {told}")
+
+    def rest(
+        self, *, ignored: Collection[str] = (), only: Mapping[str, Any] | None = None
+    ) -> None:
+        """Notes what was not taken, is not ignored and not at its only value.
+
+        Args:
+            ignored: names that do not matter.
+            only: names that are supported at this value, or null, alone.
+        """
+        for name, value in self._config.items():
+            if name in self._taken or name in ignored or value is None:
+                continue
+            if only is None or name not in only:
+                shown = _shown(value)
+                self.problems.append(f"{self._where}{name}={shown} is not known")
+            elif value != only[name]:
+                self.wrong(name, _shown(only[name]), value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,184 @@
+"""Rotary positions: pairs of features turned by angles that grow with the position.
+
+Feature i of the first half of a head and feature i of the second are a pair ("rotate
+half", as in the Hugging Face checkpoints); features past both halves stay as they are.
+A `Rope` holds numbers only, the angle a position for each pair; the schemes that
+stretch a context are functions that make one. Angles, cosines and sines are float32.
+
+References:
+    Su, Lu, Pan, Murtadha, Wen, Liu: RoFormer: Enhanced Transformer with Rotary Position
+    Embedding, 2021, arXiv 2104.09864, eq. 34. Chen, Wong, Chen, Tian: Extending Context
+    Window of Large Language Models via Position Interpolation, 2023, arXiv 2306.15595
+    (linear). Ding et al.: LongRoPE, 2024, arXiv 2402.13753. The Llama 3 scheme:
+    Grattafiori et al., 2024, arXiv 2407.21783.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Angles of one rotary scheme.
+
+    Attributes:
+        frequencies: radians a position, one for each pair of features.
+        long_frequencies: what takes their place in sequences of more than `switch`
+            tokens, for all of their positions; () if nothing does.
+        switch: the length up to which `frequencies` hold; None if always.
+        scale: factor on cosines and sines.
+    """
+
+    frequencies: tuple[float, ...] = dataclasses.field(repr=False)
+    long_frequencies: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    switch: int | None = None
+    scale: float = 1.0
+
+
+def linear(theta: float, dim: int, factor: float = 1.0) -> Rope:
+    """theta^(-2 i / dim) / factor for pair i: positions squeezed by `factor`.
+
+    Args:
+        theta: the base, above 1.
+        dim: how many features of a head turn, even.
+        factor: 1 is the plain scheme.
+
+    Returns:
+        The scheme.
+
+    Example:
+        >>> linear(100.0, 4).frequencies
+        (1.0, 0.1)
+    """
+    pairs = np.arange(0, dim, 2, dtype=np.float64) / dim
+    return Rope(frequencies=tuple((theta**-pairs / factor).tolist()))
+
+
+def llama3(
+    theta: float, dim: int, *, factor: float, low: float, high: float, original: int
+) -> Rope:
+    """Slow pairs squeezed by `factor`, fast ones left, those between interpolated.
+
+    A pair that turns more than `high` times within `original` positions is left, one
+    that turns less than `low` times is squeezed; between the two the share left is
+    (turns - low) / (high - low).
+
+    Args:
+        theta: the base, above 1.
+        dim: how many features of a head turn, even.
+        factor: how much slow pairs are squeezed.
+        low: turns under which a pair is slow.
+        high: turns over which a pair is fast.
+        original: the context of pretraining, in tokens.
+
+    Returns:
+        The scheme.
+
+    Example:
+        >>> llama3(1e4, 2, factor=8, low=1, high=4, original=8192).frequencies
+        (1.0,)
+    """
+    plain = np.array(linear(theta, dim).frequencies)
+    turns = original * plain / (2 * math.pi)
+    left = np.clip((turns - low) / (high - low), 0, 1)
+    mixed = left * plain + (1 - left) * plain / factor
+    return Rope(frequencies=tuple(mixed.tolist()))
+
+
+def longrope(
+    theta: float,
+    dim: int,
+    *,
+    short: Sequence[float],
+    long: Sequence[float],
+    original: int,
+    scale: float,
+) -> Rope:
+    """Each pair squeezed by a factor of its own, by others in long sequences.
+
+    Args:
+        theta: the base, above 1.
+        dim: how many features of a head turn, even.
+        short: a factor for each pair, for sequences of up to `original` tokens.
+        long: the factors for longer sequences.
+        original: the context of pretraining, in tokens.
+        scale: factor on cosines and sines, whatever the length.
+
+    Returns:
+        The scheme.
+
+    Raises:
+        ValueError: a list has not one factor for each pair.
+
+    Example:
+        >>> rope = longrope(1e4, 2, short=[1], long=[2], original=64, scale=1.2)
+        >>> rope.frequencies, rope.long_frequencies
+        ((1.0,), (0.5,))
+    """
+    plain = linear(theta, dim).frequencies
+    for name, factors in (("short_factor", short), ("long_factor", long)):
+        if len(factors) != len(plain):
+            raise ValueError(
+                f"longrope needs {name} to have {len(plain)} numbers, one for each "
+                f"pair of the {dim} features that turn, got {len(factors)}."
+            )
+    squeezed = [
+        tuple(f / factor for f, factor in zip(plain, factors, strict=True))
+        for factors in (short, long)
+    ]
+    return Rope(
+        frequencies=squeezed[0],
+        long_frequencies=squeezed[1],
+        switch=original,
+        scale=scale,
+    )
+
+
+def tables(
+    rope: Rope, positions: Int[Array, "time"], length: int | Int[Array, ""]
+) -> tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]]:
+    """Cosines and sines of the angles at these positions.
+
+    Args:
+        rope: the scheme.
+        positions: integers (time,).
+        length: tokens of the whole sequence, which decides between the short and the
+            long frequencies.
+
+    Returns:
+        Two float32 arrays (time, pairs), both times `rope.scale`.
+    """
+    frequencies = jnp.array(rope.frequencies, jnp.float32)
+    if rope.switch is not None:
+        long = jnp.array(rope.long_frequencies, jnp.float32)
+        frequencies = jnp.where(length > rope.switch, long, frequencies)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None]
+    return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "batch time heads dim"],
+    turn: tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]],
+) -> Float[Array, "batch time heads dim"]:
+    """Turns each pair (a, b) to (a cos - b sin, b cos + a sin), in float32.
+
+    Args:
+        x: queries or keys (batch, time, heads, dim).
+        turn: what `tables` returned, of at most dim / 2 pairs.
+
+    Returns:
+        Floats of the shape and dtype of `x`.
+    """
+    cos, sin = (table[None, :, None, :] for table in turn)
+    pairs = cos.shape[-1]
+    a, b = (x[..., start : start + pairs].astype(jnp.float32) for start in (0, pairs))
+    turned = [(a * cos - b * sin), (b * cos + a * sin)]
+    parts = [part.astype(x.dtype) for part in turned]
+    if 2 * pairs < x.shape[-1]:
+        parts.append(x[..., 2 * pairs :])
+    return jnp.concatenate(parts, axis=-1)

@@ -1,0 +1,333 @@
+"""A function as the flat list of primitive steps that it traces to.
+
+Calls are inlined, scans are unrolled, equal steps are one. Values are numbers; a piece
+of the list, from the values at hand to those that are wanted, becomes one compiled
+program, and pieces of the same form (equal layers of a model) share it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+# What only calls: its steps are taken in its place.
+_CALLS = (
+    "jit pjit closed_call core_call core_closed_call remat remat2 checkpoint "
+    "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin"
+)
+
+
+class Fixed(NamedTuple):
+    """An operand that is written into the program.
+
+    Attributes:
+      value: a scalar.
+      key: what tells it from others.
+    """
+
+    value: Any
+    key: Hashable
+
+
+class Step(NamedTuple):
+    """One primitive operation.
+
+    Attributes:
+      primitive: what is done.
+      params: how.
+      context: under which of JAX's settings it was traced.
+      inputs: the operands, numbers of values or `Fixed`.
+      outputs: the numbers of the results.
+      key: what tells it from steps that do something else.
+    """
+
+    primitive: core.Primitive
+    params: Mapping[str, Any]
+    context: Any
+    inputs: tuple[int | Fixed, ...]
+    outputs: tuple[int, ...]
+    key: Hashable
+
+    def run(self, operands: Sequence[Any]) -> Sequence[Any]:
+        """The results for these operands."""
+        bound = self.primitive.get_bind_params(dict(self.params))
+        # Before jax 0.12 a pair: functions and parameters.
+        functions, params = bound if isinstance(bound, tuple) else ((), bound)
+        with self.context.manager:
+            result = self.primitive.bind(*functions, *operands, **params)
+        return result if self.primitive.multiple_results else [result]
+
+
+@dataclasses.dataclass
+class Program:
+    """The steps of a function of parameters and a batch.
+
+    Attributes:
+      steps: in an order in which they can run.
+      kinds: shape and dtype of each value.
+      leaves: the numbers of the parameters' leaves, in flattening order.
+      batch: the numbers of the batch's leaves.
+      constants: values that the function closed over, by number.
+      outputs: the numbers of the results, or fixed ones.
+      maker: value to the position of the step that makes it.
+      varying: the values that depend on the batch.
+      idle: those that depend on neither parameters nor batch, `constants` included.
+    """
+
+    steps: list[Step]
+    kinds: list[Any]
+    leaves: list[int]
+    batch: list[int]
+    constants: dict[int, Any]
+    outputs: list[int | Fixed]
+    maker: dict[int, int]
+    varying: set[int]
+    idle: set[int]
+
+
+def flatten(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> Program:
+    """Traces a function and writes it down flat.
+
+    Args:
+      fn: parameters and a batch to anything.
+      params: a pytree of arrays, or of `jax.ShapeDtypeStruct`.
+      batch: the same of a batch; values are not read.
+
+    Returns:
+      Its program.
+    """
+    # Without jit, scans come out unrolled and jits inlined.
+    with jax.disable_jit():
+        closed = jax.make_jaxpr(fn)(params, batch)
+    writer = _Writer()
+    numbers = [writer.value(var.aval) for var in closed.jaxpr.invars]
+    count = len(jax.tree.leaves(params))
+    program = writer.program
+    program.leaves, program.batch = numbers[:count], numbers[count:]
+    program.varying.update(program.batch)
+    program.outputs = writer.inline(closed.jaxpr, closed.consts, numbers)
+    return program
+
+
+class _Writer:
+    """Writes equations of nested jaxprs into one program."""
+
+    def __init__(self) -> None:
+        self.program = Program([], [], [], [], {}, [], {}, set(), set())
+        self._known: dict[Hashable, tuple[int, ...]] = {}
+        self._constants: dict[int, int] = {}
+
+    def value(self, kind: Any) -> int:
+        self.program.kinds.append(kind)
+        return len(self.program.kinds) - 1
+
+    def inline(
+        self, jaxpr: Any, constants: Sequence[Any], operands: Sequence[int | Fixed]
+    ) -> list[int | Fixed]:
+        env: dict[Any, int | Fixed] = dict(
+            zip(jaxpr.invars, operands, strict=True),
+        )
+        for var, constant in zip(jaxpr.constvars, constants, strict=True):
+            env[var] = self._constant(constant, var.aval)
+        for equation in jaxpr.eqns:
+            inputs = [self._read(env, atom) for atom in equation.invars]
+            inner = _called(equation)
+            if inner is None:
+                results: Sequence[int | Fixed] = self._step(equation, inputs)
+            else:
+                open_jaxpr = getattr(inner, "jaxpr", inner)
+                closed_over = getattr(inner, "consts", ())
+                results = self.inline(open_jaxpr, closed_over, inputs)
+            env.update(zip(equation.outvars, results, strict=True))
+        return [self._read(env, atom) for atom in jaxpr.outvars]
+
+    def _read(self, env: Mapping[Any, int | Fixed], atom: Any) -> int | Fixed:
+        if not isinstance(atom, core.Literal):
+            return env[atom]
+        return Fixed(atom.val, (repr(atom.val), str(atom.aval), type(atom.val)))
+
+    def _constant(self, constant: Any, kind: Any) -> int:
+        if id(constant) not in self._constants:
+            number = self.value(kind)
+            self._constants[id(constant)] = number
+            self.program.constants[number] = constant
+            self.program.idle.add(number)
+        return self._constants[id(constant)]
+
+    def _step(self, equation: Any, inputs: Sequence[int | Fixed]) -> Sequence[int]:
+        program = self.program
+        key = (equation.primitive.name, frozen(equation.params))
+        operands = tuple(x.key if isinstance(x, Fixed) else x for x in inputs)
+        if not equation.effects and (key, operands) in self._known:
+            return self._known[key, operands]
+        outputs = tuple(self.value(var.aval) for var in equation.outvars)
+        self._known[key, operands] = outputs
+        program.maker.update(dict.fromkeys(outputs, len(program.steps)))
+        program.steps.append(
+            Step(
+                equation.primitive,
+                equation.params,
+                equation.ctx,
+                tuple(inputs),
+                outputs,
+                key,
+            )
+        )
+        values = {x for x in inputs if not isinstance(x, Fixed)}
+        if values & program.varying:
+            program.varying.update(outputs)
+        if values <= program.idle:
+            program.idle.update(outputs)
+        return outputs
+
+
+def _called(equation: Any) -> Any:
+    """The jaxpr that an equation only calls, or None."""
+    if equation.primitive.name not in _CALLS.split():
+        return None
+    kinds = (core.Jaxpr, core.ClosedJaxpr)
+    return next((p for p in equation.params.values() if isinstance(p, kinds)), None)
+
+
+def frozen(value: Any) -> Hashable:
+    """Something hashable that is equal for equal parameters of a primitive."""
+    if isinstance(value, Mapping):
+        return tuple((name, frozen(value[name])) for name in sorted(value, key=str))
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, *map(frozen, value))
+    if isinstance(value, np.ndarray):
+        return (value.shape, str(value.dtype), value.tobytes())
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value
+
+
+class Piece(NamedTuple):
+    """The steps from values at hand to values that are wanted.
+
+    Attributes:
+      steps: the steps, in order.
+      inputs: the values that must be at hand, in order of first use.
+      wanted: the values that it gives.
+      key: equal for pieces that do the same to their inputs.
+    """
+
+    steps: tuple[Step, ...]
+    inputs: tuple[int, ...]
+    wanted: tuple[int, ...]
+    key: Hashable
+
+    def run(self, *values: Any) -> list[Any]:
+        """The wanted values from the inputs; to be compiled."""
+        env = dict(zip(self.inputs, values, strict=True))
+        for step in self.steps:
+            operands = [
+                x.value if isinstance(x, Fixed) else env[x] for x in step.inputs
+            ]
+            env.update(zip(step.outputs, step.run(operands), strict=True))
+        return [env[number] for number in self.wanted]
+
+
+def piece(program: Program, positions: Iterable[int], wanted: Sequence[int]) -> Piece:
+    """Some steps of a program as a piece.
+
+    Args:
+      program: the program.
+      positions: the steps' positions.
+      wanted: the values to give.
+
+    Returns:
+      The piece.
+    """
+    steps = tuple(program.steps[i] for i in _ordered(program, set(positions)))
+    local: dict[int, int] = {}
+    inputs: list[int] = []
+    form: list[Hashable] = []
+
+    def name(number: int) -> int:
+        if number not in local:
+            local[number] = len(local)
+            inputs.append(number)
+        return local[number]
+
+    for step in steps:
+        operands = [x.key if isinstance(x, Fixed) else name(x) for x in step.inputs]
+        form.append((step.key, *operands))
+        for number in step.outputs:
+            local[number] = len(local)
+    given = tuple(name(number) for number in wanted)
+    return Piece(steps, tuple(inputs), tuple(wanted), (tuple(form), given))
+
+
+def _ordered(program: Program, positions: set[int]) -> list[int]:
+    """In order, what does not depend on the batch just before its first use.
+
+    Else it would be where an earlier layer used it first, and equal layers differ.
+    """
+    done: dict[int, None] = {}
+
+    def visit(position: int) -> None:
+        if position in done or position not in positions:
+            return
+        for x in program.steps[position].inputs:
+            if not isinstance(x, Fixed) and x in program.maker:
+                visit(program.maker[x])
+        done[position] = None
+
+    steps, varying = program.steps, program.varying
+    fixed = {i for i in positions if varying.isdisjoint(steps[i].outputs)}
+    for position in [*sorted(positions - fixed), *sorted(fixed)]:
+        visit(position)
+    return list(done)
+
+
+def constant(program: Program, number: int | Fixed) -> Any:
+    """The value of a number that depends on neither parameters nor batch, or None.
+
+    Args:
+      program: the program.
+      number: a value.
+
+    Returns:
+      The value, computed now.
+    """
+    if isinstance(number, Fixed):
+        return number.value
+    if number not in program.idle:
+        return None
+    steps = needed(program, [number], program.constants.__contains__)
+    own = piece(program, steps, [number])
+    return own.run(*(program.constants[n] for n in own.inputs))[0]
+
+
+def needed(
+    program: Program, wanted: Iterable[int], at_hand: Callable[[int], bool]
+) -> set[int]:
+    """The positions of the steps that lead from what is at hand to what is wanted.
+
+    Args:
+      program: the program.
+      wanted: numbers of values.
+      at_hand: whether a value need not be made.
+
+    Returns:
+      Positions in `program.steps`.
+    """
+    found: set[int] = set()
+    pending = [number for number in wanted if not at_hand(number)]
+    while pending:
+        position = program.maker.get(pending.pop())
+        if position is None or position in found:
+            continue
+        found.add(position)
+        pending += [
+            x
+            for x in program.steps[position].inputs
+            if not isinstance(x, Fixed) and not at_hand(x)
+        ]
+    return found

@@ -1,0 +1,261 @@
+"""One safetensors file: what its header says, held against its size, and its tensors.
+
+A file is eight bytes of length, a JSON header and the tensors, without gap or overlap.
+Tensors are views of the mapped file. `Damaged` means that a file is not what it says;
+`Unknown` that it is another kind of thing. Nothing is unpickled.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+_KINDS = {
+    "F": (np.float16, np.float32, np.float64),
+    "BF": (ml_dtypes.bfloat16,),
+    "I": (np.int8, np.int16, np.int32, np.int64),
+    "U": (np.uint8, np.uint16, np.uint32, np.uint64),
+    "C": (np.complex64,),
+}
+DTYPES = {
+    "BOOL": np.dtype(bool),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+} | {
+    f"{letter}{8 * np.dtype(kind).itemsize}": np.dtype(kind)
+    for letter, kinds in _KINDS.items()
+    for kind in kinds
+}
+"""NumPy's dtype for each of safetensors' codes, little-endian."""
+
+_LONGEST_JSON = 100_000_000
+_LISTED = 6
+
+
+class Damaged(ValueError):
+    """Files that are not what they say: cut short, inconsistent, or missing."""
+
+
+class Unknown(ValueError):
+    """A folder or file of another kind than the one that is read here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+      file: the name of its safetensors file.
+      dtype: NumPy's dtype.
+      shape: its shape.
+      offset: its first byte, from the beginning of the file.
+      size: its bytes.
+    """
+
+    file: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has."""
+        return len(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """What a safetensors file holds, checked against its size.
+
+    The tensors must fill the file from the header's end to its own, without gap or
+    overlap.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Name to place, in the order in which they lie, and the file's `__metadata__`.
+
+    Raises:
+      Damaged: the file is cut short or inconsistent.
+      Unknown: a tensor's dtype is not in `DTYPES`.
+
+    Reference:
+      Hugging Face, "Safetensors: format", github.com/huggingface/safetensors.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_JSON):
+            raise damaged(path, f"its header of {length} bytes does not fit {size}")
+        entries = parse(file.read(length), path)
+    metadata = entries.pop("__metadata__", {})
+    if not is_text(metadata):
+        raise damaged(path, "its __metadata__ is no map of text to text")
+    pairs = [(n, _entry(path, n, e, 8 + length)) for n, e in entries.items()]
+    tensors = dict(sorted(pairs, key=lambda pair: (pair[1].offset, pair[1].size)))
+    end = 8 + length
+    for name, info in tensors.items():
+        if info.offset != end:
+            raise damaged(path, f"'{name}' begins at {info.offset} and not at {end}")
+        end += info.size
+    if end != size:
+        raise damaged(path, f"its tensors end at {end}, and the file at {size}")
+    return tensors, metadata
+
+
+def write_header(
+    file: BinaryIO,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+) -> dict[str, TensorInfo]:
+    """Begins a safetensors file; the tensors are written to their places afterwards.
+
+    Args:
+      file: open for writing, at its beginning.
+      entries: name to code (one of `DTYPES`) and shape.
+      metadata: the file's `__metadata__`.
+
+    Returns:
+      Name to place. Wider dtypes come first, so that every tensor is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name in sorted(entries, key=lambda name: -DTYPES[entries[name][0]].itemsize):
+        code, shape = entries[name]
+        begin, end = end, end + math.prod(shape) * DTYPES[code].itemsize
+        places[name] = (begin, end)
+        offsets = {"data_offsets": [begin, end]}
+        header[name] = {"dtype": code, "shape": list(shape)} | offsets
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    start = 8 + len(text)
+    return {
+        name: TensorInfo(
+            "", DTYPES[entries[name][0]], entries[name][1], start + begin, end - begin
+        )
+        for name, (begin, end) in places.items()
+    }
+
+
+def view(path: Path, info: TensorInfo) -> np.ndarray:
+    """A tensor of a safetensors file as a read-only view of it.
+
+    Args:
+      path: the file.
+      info: the tensor's place in it.
+
+    Returns:
+      The array; its memory is the file's.
+
+    Raises:
+      Damaged: the file is shorter than its header said.
+    """
+    if not info.size:
+        empty = np.empty(info.shape, info.dtype)
+        empty.flags.writeable = False
+        return empty
+    try:
+        mapped = np.memmap(path, info.dtype, "r", info.offset, info.shape)
+    except ValueError:
+        raise damaged(path, "it became shorter since it was opened") from None
+    return mapped.view(np.ndarray)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The object.
+
+    Raises:
+      Damaged: it holds no JSON object, a name comes twice, or it is too long.
+    """
+    if path.stat().st_size > _LONGEST_JSON:
+        raise damaged(path, f"it is longer than {_LONGEST_JSON} bytes")
+    return parse(path.read_bytes(), path)
+
+
+def parse(content: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object, refused where a name comes twice.
+
+    Args:
+      content: the text, in UTF-8.
+      path: the file that it is from, for the error.
+
+    Returns:
+      The object.
+
+    Raises:
+      Damaged: it is no such object.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a name comes twice")
+        return table
+
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"it holds no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise damaged(path, "it holds no JSON object")
+    return value
+
+
+def is_text(value: Any) -> bool:
+    """Whether a JSON value is a map of text to text."""
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is that of a file in a folder, and leads nowhere else."""
+    return bool(name) and not {"/", "\\", "\0"} & set(name) and name not in (".", "..")
+
+
+def damaged(path: Path, what: str) -> Damaged:
+    """The error of a file that is not what it says."""
+    return Damaged(f"'{path}' is damaged: {what}; bring the file back from a copy.")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, quoted, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(f"'{name}'" for name in names[:_LISTED])
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return shown + more
+
+
+def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    """One tensor of a header, checked in itself."""
+    match entry:
+        case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
+            numbers = [*shape, begin, end]
+        case _:
+            raise damaged(path, f"'{name}' has no dtype, shape and data_offsets")
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise damaged(path, f"'{name}' has a shape or offset that is no whole number")
+    if code not in DTYPES:
+        raise Unknown(
+            f"the dtypes read here are {', '.join(DTYPES)}, but '{name}' in '{path}' "
+            f"is {code}; save the model in one of them."
+        )
+    size = math.prod(shape) * DTYPES[code].itemsize
+    if end - begin != size:
+        raise damaged(path, f"'{name}' needs {size} bytes and has {end - begin}")
+    return TensorInfo(path.name, DTYPES[code], tuple(shape), start + begin, size)
