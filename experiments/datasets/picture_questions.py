@@ -1,0 +1,199 @@
+"""Pictures with questions that only the picture answers: no network needed.
+
+Two handwritten digits, in two colours, on a piece of a photograph, and one question
+about them. Both come with scikit-learn: `load_digits` is the test set of the UCI
+"Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998, CC BY 4.0), the
+photographs are "china.jpg" and "flower.jpg" (CC BY). The digits of the last writers and
+the right-hand quarter of each photograph are for validation only.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from experiments.datasets.offline import describe
+
+# SHA-256 over the digits, their labels and the two photographs.
+CHECKSUM = "7d75dbd239d5498804d5a98dc8354b8781f22d04e0123f7dee2391a27049657b"
+SIZES = {"train": 12_000, "validation": 1000}
+HEIGHT, WIDTH = 28, 56
+COLOURS = {
+    "red": (235, 60, 50),
+    "green": (70, 220, 90),
+    "blue": (90, 130, 255),
+    "yellow": (250, 230, 70),
+    "white": (255, 255, 255),
+    "pink": (250, 120, 220),
+}
+DIGITS = (
+    *("zero", "one", "two", "three", "four"),
+    *("five", "six", "seven", "eight", "nine"),
+)
+PHOTOGRAPHS = {"china.jpg": "temple", "flower.jpg": "flower"}
+_VALIDATING = 297  # digits, the last ones
+_STROKE = 24  # pixels of a digit's side
+_DIMMED = 0.35  # brightness of the photographs
+
+
+class Source(NamedTuple):
+    """What pictures are made of.
+
+    Attributes:
+      digits: (count, 8, 8), 0 to 1.
+      labels: (count,), 0 to 9.
+      photographs: two, (height, width, 3) uint8.
+    """
+
+    digits: np.ndarray
+    labels: np.ndarray
+    photographs: list[np.ndarray]
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """Splits `train` and `validation`: `picture`, `question`, `answer`."""
+
+    name = "picture_questions"
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {  # noqa: RUF012 (TFDS)
+        "1.0.0": "Digits on photographs.",
+        "2.0.0": "Darker photographs, and questions with answers of several words.",
+    }
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return describe(
+            self,
+            "Two handwritten digits on a photograph, and a question about them.",
+            "https://scikit-learn.org/stable/datasets.html",
+            {
+                "picture": tfds.features.Image(shape=(HEIGHT, WIDTH, 3)),
+                "question": tfds.features.Text(),
+                "answer": tfds.features.Text(),
+            },
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        source = read_source()
+        return {
+            split: self._generate_examples(parts(source)[split], split)
+            for split in SIZES
+        }
+
+    def _generate_examples(
+        self, source: Source, split: str
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in range(SIZES[split]):
+            picture, question, answer = example(source, index)
+            png = io.BytesIO()
+            Image.fromarray(picture).save(png, "PNG")
+            yield (
+                index,
+                {"picture": png.getvalue(), "question": question, "answer": answer},
+            )
+
+
+def read_source() -> Source:
+    """The digits and photographs of the installed scikit-learn.
+
+    Raises:
+      ModuleNotFoundError: if scikit-learn is not installed.
+      ValueError: if they are not those that were recorded.
+    """
+    try:
+        from sklearn import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "picture_questions needs the package 'scikit-learn', which is not "
+            "installed; install the extra with `pip install 'jaxprune[experiments]'`.",
+            name="sklearn",
+        ) from error
+    digits, labels = datasets.load_digits(return_X_y=True)
+    photographs = [datasets.load_sample_image(name) for name in PHOTOGRAPHS]
+    digest = hashlib.sha256()
+    for array in (digits.astype(np.uint8), labels.astype(np.uint8), *photographs):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    if digest.hexdigest() != CHECKSUM:
+        raise ValueError(
+            "picture_questions must be made of the digits and photographs that were "
+            f"recorded (SHA-256 {CHECKSUM}), got {digest.hexdigest()}; install another "
+            "release of scikit-learn."
+        )
+    return Source(digits.reshape(-1, 8, 8) / 16, labels, photographs)
+
+
+def parts(source: Source) -> dict[str, Source]:
+    """What each split is made of; no digit and no pixel is in both."""
+    small = [np.asarray(Image.fromarray(p).reduce(2)) for p in source.photographs]
+    cuts = [3 * photograph.shape[1] // 4 for photograph in small]
+    return {
+        "train": Source(
+            source.digits[:-_VALIDATING],
+            source.labels[:-_VALIDATING],
+            [p[:, :cut] for p, cut in zip(small, cuts, strict=True)],
+        ),
+        "validation": Source(
+            source.digits[-_VALIDATING:],
+            source.labels[-_VALIDATING:],
+            [p[:, cut:] for p, cut in zip(small, cuts, strict=True)],
+        ),
+    }
+
+
+def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
+    """A picture with its question and answer, a pure function of the index.
+
+    Args:
+      source: what it is made of.
+      index: >= 0.
+
+    Returns:
+      (28, 56, 3) uint8, the question, and the answer, one to five words.
+    """
+    philox = np.random.Philox(key=np.array([index, len(source.labels)], np.uint64))
+    words = iter(philox.random_raw(16).tolist())
+
+    def below(count: int) -> int:
+        return int(next(words) % count)
+
+    where = below(len(PHOTOGRAPHS))
+    photograph = source.photographs[where]
+    top = below(photograph.shape[0] - HEIGHT)
+    left = below(photograph.shape[1] - WIDTH)
+    picture = _DIMMED * photograph[top : top + HEIGHT, left : left + WIDTH].astype(
+        float
+    )
+    seen = {}
+    for side, start in (("left", 0), ("right", WIDTH // 2)):
+        digit, colour = below(len(source.labels)), below(len(COLOURS))
+        down, across = (below(HEIGHT - _STROKE) for _ in range(2))
+        name, ink = list(COLOURS.items())[colour]
+        across += start
+        area = (slice(down, down + _STROKE), slice(across, across + _STROKE))
+        opaque = _stroke(source.digits[digit])[..., None]
+        picture[area] = opaque * np.array(ink) + (1 - opaque) * picture[area]
+        seen[side] = f"{name} {DIGITS[source.labels[digit]]}"
+    behind = list(PHOTOGRAPHS.values())[where]
+    asked = [
+        *((f"what is on the {side} ?", answer) for side, answer in seen.items()),
+        ("what is behind them ?", behind),
+        ("what do you see ?", " ".join([*seen.values(), behind])),
+    ]
+    question, answer = asked[below(len(asked))]
+    return picture.round().astype(np.uint8), question, answer
+
+
+def _stroke(digit: np.ndarray) -> np.ndarray:
+    """How opaque the ink is, (24, 24), 0 to 1."""
+    image = Image.fromarray(digit.astype(np.float32))
+    large = image.resize((_STROKE, _STROKE), Image.Resampling.BICUBIC)
+    return np.asarray(large).clip(0, 1)
+
+
+def vocabulary() -> list[str]:
+    """Every word of the questions and answers, in order."""
+    asked = ("what", "is", "on", "the", "left", "right", "behind", "them", "do", "you")
+    return [*asked, "see", "?", *DIGITS, *COLOURS, *PHOTOGRAPHS.values()]

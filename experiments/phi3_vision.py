@@ -1,0 +1,311 @@
+"""Train a small Phi-3-vision, watch every weight, prune its halves, retrain, show it.
+
+    python -m experiments.phi3_vision --out results/vision
+
+The paper's second experiment at a size for an afternoon: pictures with questions that
+only the picture answers. Started again with the same flags, a run goes on where it was;
+a finished one says so. What it writes is described in experiments/README.md.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from jax.sharding import Mesh
+
+from experiments import layout, picture_folder, picture_model, runner
+from experiments import plan as plan_
+from experiments.datasets import asked
+from experiments.picture_task import PictureTask, VisionModel, without_gradient
+from experiments.plan import Plan
+from jaxprune import folders
+from jaxprune.models.vision_family import vision_config
+from jaxprune.storage import Storage
+
+Part = Literal["all", "decoder", "tower"]
+FROZEN = {
+    "decoder": ("decoder/*",),
+    "tower": ("tower/*",),
+    "projector": ("project_in/*", "project_out/*", "separator", "row_end"),
+}
+"""What may be left as it is, by the globs of its leaves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains a small Phi-3-vision with tracking, prunes it, retrains it.
+
+    Attributes:
+      out: folder of the results; a run found there goes on.
+      preset: size of the model that is trained from nothing.
+      model: a folder of Phi-3-vision to fine-tune in its place.
+      data: "picture_questions", made of what scikit-learn ships; "tfds:NAME"; or a
+        folder with train.jsonl and validation.jsonl.
+      fields: the features of tfds:NAME that are picture, question and answer.
+      held_out: at most so many questions are measured on.
+      crops: at most so many crops of a picture; the model's if left out.
+      frozen: what is not trained, nor pruned: "tower", "decoder", "projector".
+      lora: rank of each matrix's change, everything else frozen; if left out all that
+        is not frozen is trained.
+      storage: what averages are held in, 4, 2 or 1 bytes a weight.
+      checkpointing: whether activations inside a layer are made again for the gradient,
+        for less memory.
+      dtype: type of the matrix products; parameters are float32.
+      data_dir: where data sets are kept; TFDS's default if left out.
+      seeds: one training run each.
+      criteria: what to prune by; see experiments/criteria.py.
+      retrain_criteria: those retrained too; all of `criteria` if left out.
+      scopes: what is ranked together and pruned: "all", the "decoder", the "tower".
+      retrain_scopes: those retrained; the first of `scopes` if left out.
+      sparsities: shares of the scope's matrices to remove.
+      retrain_sparsities: those retrained at; if left out 0.25, 0.5 and 0.8, or all of
+        `sparsities` where those are others.
+      batch_size: pictures in a batch.
+      steps: steps of training.
+      retrain_steps: steps after pruning, and of the dense control; 0 for neither.
+      learning_rate: peak.
+      retrain_learning_rate: peak of the steps after pruning; a tenth of that of
+        training if left out.
+      show_sparsity: where answers, layers and single weights are shown.
+      checkpoint_every: steps between checkpoints.
+      energy: three-letter code of the country whose electricity counts, to measure
+        energy and CO2 (needs the extra `energy`).
+      mesh: how the devices share the work, "data=8" or "fsdp=8".
+      smoke: everything at a size that ends within a minute.
+    """
+
+    out: Path = Path("results/phi3_vision")
+    preset: Literal["cpu"] = "cpu"
+    model: Path | None = None
+    data: str = asked.OWN
+    fields: tuple[str, ...] = ()
+    held_out: int = 1000
+    crops: int | None = None
+    frozen: tuple[Literal["tower", "decoder", "projector"], ...] = ()
+    lora: int | None = None
+    storage: Storage = "float32"
+    checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    data_dir: Path | None = None
+    seeds: tuple[int, ...] = (0,)
+    criteria: tuple[str, ...] = ("trajectory", "averaged_weight", "magnitude")
+    retrain_criteria: tuple[str, ...] | None = None
+    scopes: tuple[Part, ...] = ("all", "decoder", "tower")
+    retrain_scopes: tuple[Part, ...] | None = None
+    sparsities: tuple[float, ...] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    retrain_sparsities: tuple[float, ...] | None = None
+    batch_size: int = 32
+    steps: int = 3000
+    retrain_steps: int = 100
+    learning_rate: float = 1e-3
+    retrain_learning_rate: float | None = None
+    show_sparsity: float = 0.5
+    checkpoint_every: int = 250
+    energy: str | None = None
+    mesh: str | None = None
+    smoke: bool = False
+
+    def smaller(self) -> "Config":
+        """The same at the size of `--smoke`."""
+        return dataclasses.replace(
+            self,
+            seeds=self.seeds[:1],
+            criteria=self.criteria[:2],
+            retrain_criteria=None,
+            retrain_scopes=None,
+            sparsities=(0.25, 0.8),
+            retrain_sparsities=(0.8,),
+            batch_size=8,
+            steps=30,
+            retrain_steps=5,
+        )
+
+    def plan(self) -> Plan:
+        """The numbers of one seed, checked.
+
+        Raises:
+          ValueError: a criterion is unknown, or a number is out of range.
+        """
+        config = self.smaller() if self.smoke else self
+        config.check()
+        sparsities = tuple(sorted(set(config.sparsities)))
+        rate = config.learning_rate
+        usual = tuple(s for s in sparsities if s in (0.25, 0.5, 0.8))
+        return Plan(
+            batch_size=config.batch_size,
+            steps=config.steps,
+            retrain_steps=config.retrain_steps,
+            learning_rate=rate,
+            retrain_learning_rate=config.retrain_learning_rate or rate / 10,
+            criteria=config.criteria,
+            retrain_criteria=_or(config.retrain_criteria, config.criteria),
+            scopes=config.scopes,
+            retrain_scopes=_or(config.retrain_scopes, config.scopes[:1]),
+            sparsities=sparsities,
+            retrain_sparsities=_or(config.retrain_sparsities, usual or sparsities),
+            eval_tokens=None,
+            show_sparsity=min(sparsities, key=lambda s: abs(s - config.show_sparsity)),
+            sample_length=1,
+            checkpoint_every=config.checkpoint_every,
+            energy_country=config.energy,
+        )
+
+    def check(self) -> None:
+        """Refuses what could only fail later.
+
+        Raises:
+          ValueError: a criterion is unknown, a number out of range, or a list empty.
+        """
+        plan_.check(self)
+        if self.held_out < 1:
+            raise ValueError(f"held_out must be at least 1, got {self.held_out}")
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(f"lora must be a rank of at least 1, got {self.lora}")
+        if (self.frozen or self.lora) and "trajectory_adam" in self.criteria:
+            raise ValueError(
+                "trajectory_adam needs Adam's moments of every weight, but with "
+                "--frozen or --lora there are none of some; take trajectory"
+            )
+        if {*self.frozen} & {*self.scopes}:
+            raise ValueError(
+                f"what is frozen is not pruned: leave {', '.join(self.frozen)} out of "
+                "--scopes"
+            )
+
+
+def main(config: Config) -> Path:
+    """Runs the experiment, or what is left of it.
+
+    Args:
+      config: what to run.
+
+    Returns:
+      The report's path.
+
+    Raises:
+      ValueError: the configuration is out of range, or the folder holds another run.
+      OSError: the folder cannot be written to, or another process runs there.
+      FloatingPointError: a loss is not finite.
+    """
+    plan = config.plan()
+    if config.model is not None:
+        folders.apart(config.out, config.model)
+    mesh = layout.make_mesh(config.mesh, plan.batch_size)
+    task = make_task(config, mesh)
+    identity = _identity(config, plan, task)
+    if mesh is not None:
+        layout.shardings(task.shapes, mesh)
+    return runner.in_folder(
+        config.out, identity, lambda: _run(config, plan, task, identity, mesh)
+    )
+
+
+def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
+    """The model and its pictures.
+
+    Args:
+      config: says which.
+      mesh: where a folder's parameters are read to; None for one device.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: the pictures or the model's folder are not what they must be.
+      OSError: something is missing, or cannot be read.
+    """
+    splits = asked.load(config.data, data_dir=config.data_dir, fields=config.fields)
+    held_out = splits["validation"][: 64 if config.smoke else config.held_out]
+    if config.model is None:
+        name = "smoke" if config.smoke else config.preset
+        shape = vision_config(picture_model.PRESETS[name])
+        crops, folder = 2, None
+        tokenizer = picture_model.tokenizer()
+        if config.data != asked.OWN:
+            raise ValueError(
+                f"--data {config.data} needs --model DIR; the preset knows the words "
+                f"of {asked.OWN} alone"
+            )
+    else:
+        folder = picture_folder.opened(config.model, mesh)
+        shape, tokenizer, crops = folder.config, folder.tokenizer, folder.config.crops
+    shape = dataclasses.replace(shape, crops=config.crops or crops)
+    return PictureTask(
+        VisionModel(
+            shape.computed(config.dtype),
+            start=folder and folder.read,
+            remat=config.checkpointing,
+        ),
+        tokenizer,
+        splits["train"],
+        held_out,
+        frozen=tuple(glob for part in config.frozen for glob in FROZEN[part]),
+        rank=config.lora,
+        storage=config.storage,
+        write=folder and folder.write,
+    )
+
+
+def _run(
+    config: Config,
+    plan: Plan,
+    task: PictureTask,
+    identity: dict[str, Any],
+    mesh: Mesh | None,
+) -> dict[str, Any]:
+    numbers = identity["seeds"]
+    seeds, phases = runner.seeds(numbers, plan, task, config.out, identity, mesh)
+    model = runner.described(task, task.scopes["all"][1])
+    return {
+        "format": 1,
+        "name": "phi3_vision",
+        "command": runner.command("experiments.phi3_vision", config),
+        "config": identity,
+        **runner.circumstances(),
+        "model": {**model, "without_gradient": without_gradient(task)},
+        "text_only": task.text_only(),
+        "seeds": seeds,
+        "phases": phases,
+    }
+
+
+def _identity(config: Config, plan: Plan, task: PictureTask) -> dict[str, Any]:
+    """What must be the same for a run to go on; JSON-able."""
+    digest = hashlib.sha256()
+    for example in (*task.train, *task.held_out):
+        picture = example.picture
+        if isinstance(picture, Path):
+            digest.update(f"{picture.name} {picture.stat().st_size}\n".encode())
+        else:
+            digest.update(picture.tobytes())
+        digest.update(f"{example.question}\n{example.answer}\n".encode())
+    identity = {
+        "preset": config.preset if config.model is None else None,
+        "model": None if config.model is None else str(config.model),
+        "data": config.data,
+        "dtype": config.dtype,
+        "frozen": config.frozen,
+        "lora": config.lora,
+        "storage": config.storage,
+        "crops": task.model.config.crops,
+        "fingerprint": digest.hexdigest(),
+        "seeds": config.seeds[:1] if config.smoke else config.seeds,
+        "smoke": config.smoke,
+        **dataclasses.asdict(plan),
+    }
+    return dict(json.loads(json.dumps(identity)))
+
+
+def _or(value: tuple[Any, ...] | None, default: tuple[Any, ...]) -> tuple[Any, ...]:
+    return default if value is None else value
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
+        sys.exit(f"error: {problem}")
