@@ -69,7 +69,8 @@ def test_a_finished_run_told_its_own_command_says_so_and_changes_no_file(run, co
     ("changed", "fields"),
     [
         (["--steps", "13"], ["steps"]),
-        (["--learning-rate", "0.5"], ["learning_rate"]),
+        (["--learning-rate", "0.5"], ["learning_rate", "retrain_learning_rate"]),
+        (["--retrain-learning-rate", "0.5"], ["retrain_learning_rate"]),
         (["--criteria", "trajectory", "random"], ["criteria"]),
         (["--seeds", "0"], ["seeds"]),
     ],
