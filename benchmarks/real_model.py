@@ -119,8 +119,6 @@ def _cells(
     for how in ("0.5", "0.6", "2:4"):
         for method in ("wanda", "sparsegpt"):
             yield cell("torch", method, how)
-            name, command = cell("torch", method, how)
-            yield f"{name}_left", [*command, "--inputs", "left"]
             yield cell("jax", method, how)
         yield cell("jax", "alps", how)
     for method in ("sparsegpt", "alps"):

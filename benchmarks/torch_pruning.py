@@ -2,9 +2,7 @@
 
 Layer by layer, as the papers have it: the sequences go through a decoder layer as it
 is and the inputs of its linear layers are summed up; all its linear layers are pruned;
-the sequences go through it again, and what comes out is the next layer's input. With
-`--inputs left`, input by input, so that each weight is pruned for what the pruned ones
-before it leave, in its own layer too: the same method as `jp.prune_trained` has.
+the sequences go through it again, and what comes out is the next layer's input.
 
 What scripts of this kind are known to get wrong is right here, so that the method,
 speed and memory are compared and nothing else: every layer is called with its own
@@ -48,8 +46,6 @@ class Config:
       pattern: n:m, n kept of each m consecutive inputs, in place of the sparsity.
       calibration: token ids, int32 (sequences, length), `.npy`.
       evaluate: NAME=FILE, held-out texts of the same form.
-      inputs: whether a weight's inputs are those of its dense layer, as in the papers,
-        or as left by all that was pruned before; that takes a pass for each input.
       before: whether to evaluate the dense model too.
       save: where to write the pruned model; not timed.
       batch: sequences that go through a layer together.
@@ -64,7 +60,6 @@ class Config:
     pattern: str | None = None
     calibration: Path | None = None
     evaluate: tuple[str, ...] = ()
-    inputs: Literal["dense", "left"] = "dense"
     before: bool = False
     save: Path | None = None
     batch: int = 1
@@ -121,71 +116,21 @@ def prune(model: nn.Module, config: Config, solve: "Cost") -> None:
             linear.weight.copy_(magnitude(linear.weight, config))
         return
     hidden, arguments = capture(model, tokens(config.calibration))
-    prune_one = prune_layer if config.inputs == "dense" else prune_in_turn
     for layer, kwargs in zip(layers, arguments, strict=True):
-        prune_one(layer, hidden, kwargs, config, solve)
+        with input_sums(layer, hessian=config.method == "sparsegpt") as sums:
+            for batch in hidden.split(config.batch):
+                layer(batch, **kwargs)
+        with solve:
+            for total, group in by_input(sums):
+                prune_group(group, total, config)
         if layer is layers[-1]:
             break
         for batch in hidden.split(config.batch):
             batch.copy_(layer(batch, **kwargs))
 
 
-def prune_layer(
-    layer: nn.Module,
-    hidden: Tensor,
-    kwargs: dict[str, Any],
-    config: Config,
-    solve: "Cost",
-) -> None:
-    """Prunes a layer for the inputs that it has as it is.
-
-    Args:
-      layer: a decoder layer; its linear layers are pruned in place.
-      hidden: what enters it, (sequences, length, width).
-      kwargs: its other arguments.
-      config: what to do.
-      solve: is given the seconds spent apart from the passes.
-    """
-    with input_sums(layer, hessian=config.method == "sparsegpt") as sums:
-        for batch in hidden.split(config.batch):
-            layer(batch, **kwargs)
-    with solve:
-        for total, group in by_input(sums):
-            prune_group(group, total, config)
-
-
-def prune_in_turn(
-    layer: nn.Module,
-    hidden: Tensor,
-    kwargs: dict[str, Any],
-    config: Config,
-    solve: "Cost",
-) -> None:
-    """Prunes a layer, each weight for its input as left by those before it.
-
-    Args and what is done in place: as `prune_layer`.
-    """
-    with input_sums(layer, hessian=False) as seen:
-        layer(hidden[:1], **kwargs)
-    for group in [group for _, group in by_input(seen)]:
-        with (
-            input_sums(group[0], hessian=config.method == "sparsegpt") as sums,
-            hooked(group[:1], stop),
-        ):
-            for batch in hidden.split(config.batch):
-                with contextlib.suppress(_Stop):
-                    layer(batch, **kwargs)
-        with solve:
-            prune_group(group, sums[group[0]], config)
-
-
 class _Stop(Exception):
     """Ends a forward pass early."""
-
-
-def stop(*_: Any) -> None:
-    """A hook that ends the forward pass."""
-    raise _Stop
 
 
 def capture(model: nn.Module, sequences: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -204,13 +149,13 @@ def capture(model: nn.Module, sequences: Tensor) -> tuple[Tensor, list[dict[str,
     def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments.append(kwargs)
 
-    def take(_: nn.Module, args: tuple, kwargs: dict) -> None:
+    def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden.append(args[0])
         raise _Stop
 
     with hooked(body.layers, note):
         body(sequences[:1], use_cache=False)
-    with hooked(body.layers[:1], take):
+    with hooked(body.layers[:1], stop):
         for ids in sequences:
             with contextlib.suppress(_Stop):
                 body(ids[None], use_cache=False)

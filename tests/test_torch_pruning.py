@@ -191,29 +191,6 @@ def test_a_layer_is_pruned_by_what_the_pruned_ones_before_it_give(
     assert all(int((x == 0).sum()) == x.numel() // 2 for x in pruned)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_in_turn_a_weight_is_pruned_by_what_its_own_layer_leaves(model, ids, method):
-    config = dataclasses.replace(CONFIG, method=method, inputs="left")
-    layer, seen = model.model.layers[0], []
-    dense = layer.mlp.down_proj.weight.clone()
-    with torch.no_grad():
-        hidden, arguments = torch_pruning.capture(model, ids)
-        cost = torch_pruning.Cost()
-        torch_pruning.prune_in_turn(layer, hidden, arguments[0], config, cost)
-        pruned = layer.mlp.down_proj.weight.clone()
-        # All before it as pruned; the last one dense again.
-        layer.mlp.down_proj.weight.copy_(dense)
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-        layer(hidden, **arguments[0])
-        inputs = seen[0].flatten(0, 1)
-        total = inputs.T @ inputs
-        total = total if method == "sparsegpt" else total.diagonal()
-        torch_pruning.prune_group([layer.mlp.down_proj], total, config)
-    torch.testing.assert_close(layer.mlp.down_proj.weight, pruned)
-    weights = [x.weight for x in torch_pruning.linears(layer)]
-    assert all(int((x == 0).sum()) == x.numel() // 2 for x in weights)
-
-
 def test_perplexity_is_that_of_the_models_own_loss(model, ids):
     with torch.no_grad():
         loss = model(ids, labels=ids).loss
