@@ -11,6 +11,7 @@ goes on, and one of other seeds, rules or sparsities in the same folder adds to 
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -43,7 +44,7 @@ RULES: dict[str, Callable[[], Any]] = {
 SOLVERS: dict[str, Callable[[], Any]] = {
     "sparsegpt": jp.methods.SparseGPT,
     "alps": jp.methods.ALPS,
-    "wanda": jp.methods.Wanda,
+    "wanda": functools.partial(jp.methods.Wanda, inputs="left"),
 }
 """Name to method; "mask" is none of them: the lowest scores go, nothing is repaired."""
 

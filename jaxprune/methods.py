@@ -6,7 +6,7 @@ shape, whatever the number that goes.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ Name: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 
 Needs: TypeAlias = Literal["nothing", "mean_square", "hessian"]
 """Which moments of its input a method reads."""
+
+
+Inputs: TypeAlias = Literal["left", "dense"]
+"""Which input a weight is pruned for: as left by all that was pruned before it, or that
+of its layer while the layer is dense, as the papers have it."""
 
 
 class Matrix(NamedTuple):
@@ -61,12 +66,17 @@ class Method(Protocol):
 
     Attributes:
       needs: which moments of the input it reads.
+      inputs: which input that is.
       pattern: the pattern that its paper uses where nothing else is asked for.
     """
 
     @property
     def needs(self) -> Needs:
         """Which moments of the input it reads."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """Which input that is."""
 
     @property
     def pattern(self) -> Pattern:
@@ -86,6 +96,7 @@ class Magnitude:
     """
 
     needs: ClassVar[Needs] = "nothing"
+    inputs: ClassVar[Inputs] = "left"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
     def prune(self, matrix: Matrix) -> Pruned:
@@ -97,11 +108,16 @@ class Magnitude:
 class Wanda:
     """What moves its output least goes: |w_ij| sqrt(E[x_i^2]), output by output.
 
+    Attributes:
+      inputs: "dense" as in the paper. Since nothing is made up for, weights that were
+        chosen for what other missing weights leave lose more (docs/methods.md).
+
     Reference:
       Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large
       Language Models", 2023, arXiv 2306.11695, equation 1.
     """
 
+    inputs: Inputs = "dense"
     needs: ClassVar[Needs] = "mean_square"
     pattern: ClassVar[Pattern] = patterns.PerOutput()
 
@@ -119,6 +135,7 @@ class RIA:
 
     Attributes:
       power: of the input's norm; the paper's is 1/2.
+      inputs: as of `Wanda`.
 
     Reference:
       Zhang, Bai, Lin, Zhao, Hou, Cannistraci, "Plug-and-Play: An Efficient
@@ -126,6 +143,7 @@ class RIA:
     """
 
     power: float = 0.5
+    inputs: Inputs = "dense"
     needs: ClassVar[Needs] = "mean_square"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
@@ -142,6 +160,8 @@ class SparseGPT:
     Attributes:
       damping: added to the Hessian's diagonal, as a share of its mean.
       block: inputs whose mask is chosen together.
+      inputs: "left", so that each weight makes up for those missing before it too; the
+        paper's is "dense".
 
     Reference:
       Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
@@ -150,6 +170,7 @@ class SparseGPT:
 
     damping: float = 0.01
     block: int = 128
+    inputs: Inputs = "left"
     needs: ClassVar[Needs] = "hessian"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
@@ -175,6 +196,7 @@ class ALPS:
 
     Attributes:
       damping: added to the Hessian's diagonal, as a share of its mean.
+      inputs: as of `SparseGPT`.
 
     Reference:
       Meng, Behdin, Wang, Mazumder, "ALPS: Improved Optimization for Highly Sparse
@@ -182,6 +204,7 @@ class ALPS:
     """
 
     damping: float = 0.01
+    inputs: Inputs = "left"
     needs: ClassVar[Needs] = "hessian"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
@@ -218,9 +241,14 @@ def named(method: Method | Name) -> Method:
       The method.
 
     Raises:
-      ValueError: the name is unknown.
+      ValueError: the name is unknown, or the method asks for inputs that are none.
     """
     if not isinstance(method, str):
+        if method.inputs not in get_args(Inputs):
+            raise ValueError(
+                f"a method's inputs must be one of {', '.join(get_args(Inputs))}, got "
+                f"{method.inputs!r}"
+            )
         return method
     if method not in METHODS:
         raise ValueError(

@@ -188,6 +188,44 @@ class Stages:
         return len(self._compiled)
 
 
+def layers(stages: Sequence[Stage]) -> list[range]:
+    """The stages of each layer, where equal layers follow each other.
+
+    A layer's first stage begins in what comes before it, and may be another program in
+    the first layer; all its other stages are those of the next layer.
+
+    Args:
+      stages: of a program, in order.
+
+    Returns:
+      Positions, in order; a stage that repeats nothing, or only itself, is alone.
+    """
+    numbers: dict[Any, int] = {}
+    kinds = [numbers.setdefault(s.piece.key, len(numbers)) for s in stages]
+    found: list[range] = []
+    start, period = 0, 1
+    while start < len(kinds):
+        inner = kinds[start + 1 : start + period]
+        before = kinds[start - period + 1 : start]
+        if period == 1 or inner != before:
+            period = _period(kinds, start)
+        found.append(range(start, start + period))
+        start += period
+    return found
+
+
+def _period(kinds: Sequence[int], start: int) -> int:
+    """After how many stages those that follow the first come again; 1 where never."""
+    rest = kinds[start + 1 :]
+    if rest[:1] == rest[1:2]:
+        return 1
+    for period in range(2, len(rest) // 2 + 2):
+        inner, after = rest[: period - 1], rest[period : 2 * period - 1]
+        if inner == after:
+            return period
+    return 1
+
+
 def _cut(trace: Trace, chosen: Sequence[Product]) -> list[Stage]:
     flat = trace.program
     groups: dict[int, list[Product]] = {}

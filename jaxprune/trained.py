@@ -1,18 +1,11 @@
 """Prunes a trained model in one walk through its program, with calibration batches.
 
-Stage by stage: take all batches to the next input, add up its moments, prune the
-weights that it meets, go on with the pruned weights. So each weight is pruned for the
-input that it will really see; each activation is computed once; and memory holds one
-stage's moments and the live activations.
+The way there is `jaxprune.walk`; here is what is asked for, checked and reported.
 """
 
-import ctypes
-import dataclasses
-import functools
 import hashlib
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,18 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from jaxprune import calibration, matrices, meshes, methods, shares, tree
+from jaxprune import calibration, matrices, methods, shares, tree
 from jaxprune.base import Params, Pattern, Prunable
-from jaxprune.calibration import Moments
 from jaxprune.journal import Journal
-from jaxprune.matrices import Plan
 from jaxprune.methods import Method
 from jaxprune.shares import Shares
 from jaxprune.stages import Stage, Stages
-from jaxprune.stored import Stored
-from jaxprune.tracing import Product, trace
+from jaxprune.tracing import trace
+from jaxprune.walk import Walk
 
 
 class Trained(NamedTuple):
@@ -150,7 +140,7 @@ def prune_trained(
             "parameters": marks,
         }
         journal = Journal(Path(folder), {**facts, **job})
-    walk = _Walk(stages, plan, batches, counts, journal, donate=donate)
+    walk = Walk(stages, plan, batches, counts, journal, donate=donate)
     batches.clear()
     rows = walk.all(progress=progress)
     pruned = jax.tree.unflatten(jax.tree.structure(params), stages.leaves.all)
@@ -163,157 +153,6 @@ def prune_trained(
         "weights": rows,
     }
     return Trained(pruned, report)
-
-
-class _Walk:
-    """All batches, side by side, through the stages."""
-
-    def __init__(
-        self,
-        stages: Stages,
-        plan: Plan,
-        batches: Sequence[Any],
-        counts: Sequence[jax.Array | None],
-        journal: Journal | None,
-        *,
-        donate: bool,
-    ) -> None:
-        self.stages, self.plan, self.journal = stages, plan, journal
-        self.live = [stages.start(batch) for batch in batches]
-        self.counts = counts
-        read = journal.read if journal else lambda _: None
-        # Arrays and rows of the stages that are done.
-        self.done = [read(i) for i in range(len(stages.stages))]
-        self._sums: dict[str, Moments] = {}  # of weights whose last use is to come
-        self.donate = donate
-        homes = {i: x for i, x in enumerate(stages.leaves.all) if isinstance(x, Stored)}
-        self._homes = homes
-        self._owned = set(homes)  # leaves that are no array of the caller's
-        self._written: dict[int, list[tuple[int, Product]]] = {}  # in the journal
-
-    def all(self, *, progress: bool) -> list[dict[str, Any]]:
-        """Every stage; one row a weight."""
-        rows: list[dict[str, Any]] = []
-        # None: no bar where there is no terminal.
-        bar = tqdm(
-            self.stages.stages,
-            "pruning",
-            unit="input",
-            disable=None if progress else True,
-        )
-        for number, stage in enumerate(bar):
-            bar.set_postfix_str(stage.products[0].name)
-            rows += self._stage(number, stage)
-            self._let_go(number)
-        return rows
-
-    def _stage(self, number: int, stage: Stage) -> list[dict[str, Any]]:
-        known = self.done[number]
-        moments, value = self._forward(stage)
-        done = [p for p in stage.products if self.stages.last[p.name] == p.step]
-        if known is not None:
-            arrays, rows = known
-            for product in done:
-                self._put(product, arrays[product.name])
-            self.done[number] = None  # its file is let go
-        else:
-            found = [self._prune(p, moments[p.name], value) for p in done]
-            rows = [row for _, row in found]
-            if self.journal:
-                pruned = jax.device_get([matrix for matrix, _ in found])
-                names = [product.name for product in done]
-                written = dict(zip(names, pruned, strict=True))
-                self.journal.write(number, written, rows)
-        for product in done:
-            self._written.setdefault(product.view.leaf, []).append((number, product))
-        return rows
-
-    def _forward(self, stage: Stage) -> tuple[dict[str, Moments], jax.Array]:
-        """All batches to the stage's input; its moments, the first batch's value."""
-        fixed = self.stages.fixed(stage)
-        known = {name for done in self.done if done for name in done[0]}
-        groups = [g for g in self.stages.sharing(stage) if known.isdisjoint(g)]
-        needs = self.plan.method.needs
-        seen: list[jax.Array] = []
-        for i, live in enumerate(self.live):
-            value, self.live[i] = self.stages.run(stage, live, fixed)
-            seen = seen or [value]
-            weights = calibration.counted(stage, self.counts[i])
-            for names in groups:
-                self._sums[names[0]] = calibration.add(
-                    self._sums.get(names[0]),
-                    stage.source,
-                    value,
-                    weights,
-                    needs == "hessian",
-                )
-        moments = {}
-        last = {p.name for p in stage.products if self.stages.last[p.name] == p.step}
-        for names in groups:
-            if last.isdisjoint(names):
-                continue
-            sums = self._sums.pop(names[0])
-            found = calibration.finished(sums, names[0])
-            moments.update(dict.fromkeys(names, found))
-        return moments, seen[0]
-
-    def _prune(
-        self, product: Product, moments: Moments, value: jax.Array
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """One weight: solved, checked, put in its place."""
-        started = time.perf_counter()
-        leaf = self.stages.leaves[product.view.leaf]
-        before = meshes.automatic(product.view.read, leaf)
-        after, row = matrices.solve(self.plan, product, before, moments)
-        row["seconds"] = time.perf_counter() - started
-        row["error"] = matrices.error(product.source, value, before, after)
-        self._put(product, after)
-        return after, row
-
-    def _put(self, product: Product, matrix: Any) -> None:
-        i = product.view.leaf
-        leaf = self.stages.leaves[i]
-        spare = self.donate or i in self._owned
-        self.stages.leaves[i] = _replaced(product, leaf, matrix, donate=spare)
-        if self.donate and isinstance(leaf, jax.Array) and not leaf.is_deleted():
-            leaf.delete()
-        self._owned.add(i)
-
-    def _let_go(self, number: int) -> None:
-        """Frees the stored leaves whose last use this stage was."""
-        for i in self.stages.done(number):
-            self.stages.leaves.forget(i)
-            home, written = self._homes.get(i), self._written.get(i)
-            if home and written and self.journal:
-                read = functools.partial(_read_back, home, self.journal, written)
-                self.stages.leaves[i] = dataclasses.replace(home, read=read)
-        _trim()
-
-
-def _trim() -> None:
-    """Gives freed pages back: glibc keeps those of each thread, 100 MB and more."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
-def _replaced(product: Product, leaf: Any, matrix: Any, *, donate: bool) -> jax.Array:
-    """The leaf, where it was, with another matrix in the place of a weight."""
-    write = functools.partial(product.view.write, donate=donate)
-    new = meshes.automatic(write, leaf, jnp.asarray(matrix))
-    return jax.device_put(new, getattr(leaf, "sharding", None))
-
-
-def _read_back(
-    home: Stored, journal: Journal, written: Sequence[tuple[int, Product]]
-) -> jax.Array:
-    """A stored leaf with its pruned weights, from the journal."""
-    leaf = home.read()
-    for number, product in written:
-        matrix = journal.matrix(number, product.name)
-        leaf = _replaced(product, leaf, matrix, donate=True)
-    return leaf
 
 
 def _checked_batches(batches: Iterable[Any]) -> list[Any]:

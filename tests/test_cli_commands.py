@@ -49,6 +49,10 @@ HALF = ("--sparsity", "0.5")
             "not for wanda",
         ),
         (refused(*CALIBRATED, *HALF, "--damping", "-1"), "--damping must be positive"),
+        (
+            refused(*CALIBRATED, *HALF, "--method", "magnitude", "--inputs", "left"),
+            "--inputs is for methods that look at inputs",
+        ),
         (refused(*CALIBRATED, *HALF, "--batch", "3"), "divisible by --batch"),
         (refused(*CALIBRATED, *HALF, "--limit", "0"), "--limit must be at least 1"),
         (refused(*CALIBRATED, *HALF, "--length", "4"), "at least 8"),

@@ -77,14 +77,14 @@ def test_a_folder_is_fine_tuned_and_pruned_its_tower_left_alone(model, data, tmp
 
 
 def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_path):
-    changes = {"lora": 2, "frozen": (), "storage": "int8"}
+    changes = {"lora": 2, "frozen": (), "storage": "int8", "scopes": ("all",)}
     changes |= {"mesh": "data=2,fsdp=2,model=2"}
     config = _config(model, data, tmp_path / "run", **changes)
     phi3_vision.main(config)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     (seed,) = results["seeds"]
     assert seed["curve"][-1]["loss"] < seed["curve"][0]["loss"]
-    cell = next(cell for cell in seed["cells"] if cell["scope"] == "all")
+    (cell,) = seed["cells"]
     written = tmp_path / "run" / "seed-0" / "model"
     told = export.read_provenance(written)
     assert told["method"] == "trajectory"

@@ -40,19 +40,31 @@ def numbers(folder):
     return found
 
 
-def start(arguments, log):
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """What one start compiled, the next one need not."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+def start(arguments, environment, log):
     return subprocess.Popen(
         [sys.executable, "-m", MODULE, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment,
         stdout=log,
         stderr=subprocess.STDOUT,
     )
 
 
-def kill_when(ready, arguments, log):
+def kill_when(ready, arguments, environment, log):
     """Starts the process and kills it as soon as `ready()`; its return code."""
-    process = start(arguments, log)
+    process = start(arguments, environment, log)
     try:
         while process.poll() is None and not ready():
             time.sleep(0.002)
@@ -62,7 +74,7 @@ def kill_when(ready, arguments, log):
 
 
 def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
-    run, tmp_path
+    run, environment, tmp_path
 ):
     out, log = tmp_path / "killed", tmp_path / "log"
     arguments = flags(run.text, out)
@@ -75,11 +87,11 @@ def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
             "seed-1/weights.json",  # while the report is drawn
         ):
             assert not (out / moment).exists(), f"{moment} was there too early"
-            code = kill_when((out / moment).exists, arguments, file)
+            code = kill_when((out / moment).exists, arguments, environment, file)
             assert code == -signal.SIGKILL, log.read_text()
             assert (out / moment).exists()
             assert not (out / "results.json").exists()
-        assert start(arguments, file).wait() == 0, log.read_text()
+        assert start(arguments, environment, file).wait() == 0, log.read_text()
     assert f"report: {out / 'report.html'}" in log.read_text()
     assert numbers(out) == numbers(run.out)
     assert metrics(out) == metrics(run.out)
@@ -92,13 +104,18 @@ def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_killed_whenever_it_wrote_a_file_it_ends_with_the_same_bits(run, tmp_path):
+def test_killed_whenever_it_wrote_a_file_it_ends_with_the_same_bits(
+    run, environment, tmp_path
+):
     out, kills = tmp_path / "killed", 0
     with open(tmp_path / "log", "w") as file:
         while True:
             before = stages(out)
             code = kill_when(
-                lambda done=before: stages(out) - done, flags(run.text, out), file
+                lambda done=before: stages(out) - done,
+                flags(run.text, out),
+                environment,
+                file,
             )
             if code == 0:
                 break

@@ -160,10 +160,9 @@ def test_patterns_keep_the_sharding_and_the_bits(kind, pattern):
     expected = make(jp.scores.magnitude(None, one))
     for masks in (make(scores), jax.jit(make)(scores)):
         assert same_bits(local(masks), expected)
+        assert_sharded_as(masks, many)
     for pruned in (prune(many, scores), jax.jit(prune)(many, scores)):
         assert_sharded_as(pruned, many)
-    assert_sharded_as(make(scores), many)
-    assert_sharded_as(jax.jit(make)(scores), many)
 
 
 def test_block_tiles_may_cross_the_edge_of_a_device(kind):

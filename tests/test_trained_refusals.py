@@ -32,6 +32,10 @@ def broken(value):
 NM = jp.patterns.NM(2, 4)
 REFUSED = {
     "an unknown method": ({"method": "lasso"}, "magnitude, wanda, ria, sparsegpt"),
+    "unknown inputs": (
+        {"method": jp.methods.Wanda(inputs="whole")},
+        "inputs must be one of left, dense, got 'whole'",
+    ),
     "no batch": ({"batches": []}, "at least one batch"),
     "batches of two shapes": (
         {"batches": [*BATCHES, BATCHES[0][:5]]},

@@ -67,8 +67,10 @@ class Stopping:
       left: see above.
       met: the sizes of the weights since the start.
       die: whether to kill.
+      inputs: "dense" prunes a layer after all of it was seen.
     """
 
+    inputs: str = "left"
     left: ClassVar[int] = 10**6
     met: ClassVar[list] = []
     die: ClassVar[bool] = False
@@ -156,6 +158,16 @@ def test_a_walk_that_is_interrupted_again_and_again_gives_the_same(whole, tmp_pa
         done = left - (weight == "b")
     check(prune(tmp_path), whole)
     assert Stopping.met == SIZES[done:]
+
+
+@pytest.mark.parametrize("weight", ["down/0", "up/1", "down/1", "out"])
+def test_a_layer_seen_before_it_is_pruned_goes_on_too(weight, tmp_path):
+    dense = {"method": Stopping(inputs="dense")}
+    whole = prune(**dense)
+    with STOPPED:
+        prune(tmp_path, WEIGHTS.index(weight), **dense)
+    check(prune(tmp_path, **dense), whole)
+    assert Stopping.met == SIZES[WEIGHTS.index(weight) :]
 
 
 def test_a_walk_that_is_done_is_read_back_wherever_its_batches_lie(whole, folder):

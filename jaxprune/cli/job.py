@@ -40,6 +40,9 @@ class Job(models.ModelOptions):
       seed: which sequences are drawn, what is sampled.
       batch: sequences that go through the model together.
       damping: of sparsegpt and alps, as a share of the Hessian's mean diagonal.
+      inputs: which inputs a weight is pruned for: "left" by all that was pruned before,
+        or those of its "dense" layer, as in the papers. Each method has its own if left
+        out.
       exclude: globs of tensors to leave alone, as "*.down_proj.weight".
       evaluate: texts to measure the perplexity on, before and after. If left out, the
         last tenth of each calibration text, which then is not calibrated on.
@@ -67,6 +70,7 @@ class Job(models.ModelOptions):
     seed: int = 0
     batch: int = 4
     damping: float | None = None
+    inputs: methods.Inputs | None = None
     exclude: tuple[str, ...] = ()
     evaluate: tuple[Path, ...] = ()
     limit: int = 16
@@ -117,7 +121,7 @@ def check(job: Job) -> Meaning:
       ValueError: an option does not fit.
       OSError: a file is not there.
     """
-    method = rules.method(job.method, job.damping)
+    method = rules.method(job.method, job.damping, job.inputs)
     pattern = rules.pattern(job.pattern) or method.pattern
     rules.check_sparsity(job.sparsity, pattern)
     check_at_least_one(

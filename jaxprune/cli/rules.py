@@ -76,27 +76,34 @@ def check_sparsity(sparsity: float | None, of: Pattern) -> None:
         )
 
 
-def method(name: methods.Name, damping: float | None) -> methods.Method:
-    """A method with the damping asked for.
+def method(
+    name: methods.Name, damping: float | None, inputs: methods.Inputs | None
+) -> methods.Method:
+    """A method with the settings asked for.
 
     Args:
       name: its name.
       damping: a share of the Hessian's mean diagonal, or None for the usual.
+      inputs: which inputs weights are pruned for, or None for the usual.
 
     Returns:
       The method.
 
     Raises:
-      ValueError: the method has no damping, or it is not positive.
+      ValueError: the method has no such setting, or the damping is not positive.
     """
     found: Any = methods.named(name)
-    if damping is None:
-        return found
-    if not hasattr(found, "damping"):
+    own = {field.name for field in dataclasses.fields(found)}
+    if damping is not None and "damping" not in own:
         raise ValueError(f"--damping is for sparsegpt and alps, not for {name}")
-    if not (math.isfinite(damping) and damping > 0):
+    if damping is not None and not (math.isfinite(damping) and damping > 0):
         raise ValueError(f"--damping must be positive, got {damping}")
-    return dataclasses.replace(found, damping=damping)
+    if inputs is not None and "inputs" not in own:
+        raise ValueError(f"--inputs is for methods that look at inputs, not for {name}")
+    asked = {"damping": damping, "inputs": inputs}
+    return dataclasses.replace(
+        found, **{k: v for k, v in asked.items() if v is not None}
+    )
 
 
 def why_kept(name: str, info: TensorInfo, exclude: Sequence[str] = ()) -> str | None:
