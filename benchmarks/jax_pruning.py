@@ -38,7 +38,7 @@ class Config:
       method: how.
       sparsity: the share to remove of each matrix.
       inputs: whether weights are pruned for the inputs that are left, or those of their
-        dense layer as in the papers; the method's own if left out.
+        dense layer as in the papers.
       pattern: n:m, n kept of each m consecutive inputs, in place of the sparsity.
       shares: how the sparsity is shared out.
       calibration: token ids, int32 (sequences, length), `.npy`.
@@ -51,7 +51,7 @@ class Config:
     method: Method
     calibration: Path
     sparsity: float = 0.5
-    inputs: Literal["left", "dense"] | None = None
+    inputs: Literal["left", "dense"] = "left"
     pattern: str | None = None
     shares: Literal["uniform", "erk", "owl"] = "uniform"
     evaluate: tuple[str, ...] = ()
@@ -122,7 +122,7 @@ def pruned(
     method: Any = jp.methods.METHODS[config.method]
     if config.method in ("sparsegpt", "alps"):
         method = dataclasses.replace(method, damping=config.damping)
-    if config.inputs:
+    if config.method != "magnitude":
         method = dataclasses.replace(method, inputs=config.inputs)
     pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
     rules = {"uniform": jp.shares.Uniform, "erk": jp.shares.ERK, "owl": jp.shares.OWL}

@@ -11,7 +11,6 @@ goes on, and one of other seeds, rules or sparsities in the same folder adds to 
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -44,7 +43,7 @@ RULES: dict[str, Callable[[], Any]] = {
 SOLVERS: dict[str, Callable[[], Any]] = {
     "sparsegpt": jp.methods.SparseGPT,
     "alps": jp.methods.ALPS,
-    "wanda": functools.partial(jp.methods.Wanda, inputs="left"),
+    "wanda": jp.methods.Wanda,
 }
 """Name to method; "mask" is none of them: the lowest scores go, nothing is repaired."""
 

@@ -109,15 +109,14 @@ class Wanda:
     """What moves its output least goes: |w_ij| sqrt(E[x_i^2]), output by output.
 
     Attributes:
-      inputs: "dense" as in the paper. Since nothing is made up for, weights that were
-        chosen for what other missing weights leave lose more (docs/methods.md).
+      inputs: "dense" gives the paper's masks.
 
     Reference:
       Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large
       Language Models", 2023, arXiv 2306.11695, equation 1.
     """
 
-    inputs: Inputs = "dense"
+    inputs: Inputs = "left"
     needs: ClassVar[Needs] = "mean_square"
     pattern: ClassVar[Pattern] = patterns.PerOutput()
 
@@ -143,7 +142,7 @@ class RIA:
     """
 
     power: float = 0.5
-    inputs: Inputs = "dense"
+    inputs: Inputs = "left"
     needs: ClassVar[Needs] = "mean_square"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
@@ -160,8 +159,7 @@ class SparseGPT:
     Attributes:
       damping: added to the Hessian's diagonal, as a share of its mean.
       block: inputs whose mask is chosen together.
-      inputs: "left", so that each weight makes up for those missing before it too; the
-        paper's is "dense".
+      inputs: as of `Wanda`.
 
     Reference:
       Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
@@ -196,7 +194,7 @@ class ALPS:
 
     Attributes:
       damping: added to the Hessian's diagonal, as a share of its mean.
-      inputs: as of `SparseGPT`.
+      inputs: as of `Wanda`.
 
     Reference:
       Meng, Behdin, Wang, Mazumder, "ALPS: Improved Optimization for Highly Sparse

@@ -214,13 +214,20 @@ class Piece(NamedTuple):
       steps: the steps, in order.
       inputs: the values that must be at hand, in order of first use.
       wanted: the values that it gives.
-      key: equal for pieces that do the same to their inputs.
+      form: equal for pieces of the same steps, whatever is wanted of them.
+      given: which of the values in the form are wanted.
     """
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]
     wanted: tuple[int, ...]
-    key: Hashable
+    form: Hashable
+    given: tuple[int, ...]
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for pieces that do the same to their inputs."""
+        return self.form, self.given
 
     def run(self, *values: Any) -> list[Any]:
         """The wanted values from the inputs; to be compiled."""
@@ -261,7 +268,7 @@ def piece(program: Program, positions: Iterable[int], wanted: Sequence[int]) -> 
         for number in step.outputs:
             local[number] = len(local)
     given = tuple(name(number) for number in wanted)
-    return Piece(steps, tuple(inputs), tuple(wanted), (tuple(form), given))
+    return Piece(steps, tuple(inputs), tuple(wanted), tuple(form), given)
 
 
 def _ordered(program: Program, positions: set[int]) -> list[int]:

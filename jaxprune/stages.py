@@ -192,7 +192,8 @@ def layers(stages: Sequence[Stage]) -> list[range]:
     """The stages of each layer, where equal layers follow each other.
 
     A layer's first stage begins in what comes before it, and may be another program in
-    the first layer; all its other stages are those of the next layer.
+    the first layer; all its other stages have the steps of the next layer's. What is
+    handed on may differ: nothing after the last layer needs its residual.
 
     Args:
       stages: of a program, in order.
@@ -201,7 +202,7 @@ def layers(stages: Sequence[Stage]) -> list[range]:
       Positions, in order; a stage that repeats nothing, or only itself, is alone.
     """
     numbers: dict[Any, int] = {}
-    kinds = [numbers.setdefault(s.piece.key, len(numbers)) for s in stages]
+    kinds = [numbers.setdefault(s.piece.form, len(numbers)) for s in stages]
     found: list[range] = []
     start, period = 0, 1
     while start < len(kinds):

@@ -148,6 +148,8 @@ class Walk:
                     self.live[i] = live
                 if i == 0:
                     values.append(value)
+            if len(stages) > 1:  # or the host runs ahead, and what it made piles up
+                value.block_until_ready()
         return {
             number: _Seen(self._moments(stage, own), value)
             for number, stage, own, value in zip(

@@ -50,7 +50,7 @@ HALF = ("--sparsity", "0.5")
         ),
         (refused(*CALIBRATED, *HALF, "--damping", "-1"), "--damping must be positive"),
         (
-            refused(*CALIBRATED, *HALF, "--method", "magnitude", "--inputs", "left"),
+            refused(*CALIBRATED, *HALF, "--method", "magnitude", "--inputs", "dense"),
             "--inputs is for methods that look at inputs",
         ),
         (refused(*CALIBRATED, *HALF, "--batch", "3"), "divisible by --batch"),

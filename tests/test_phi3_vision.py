@@ -156,8 +156,9 @@ def test_greedy_words_are_those_of_passes_over_everything(shape, loaded):
         pictures=(pixels, sources),
     )
     assert got.shape == (1, tokens.shape[1] + steps)
+    whole = nnx.jit(lambda model, *prompt: model(*prompt)[:, -1].argmax(-1))
     for _ in range(steps):
-        word = loaded.model(tokens, pixels, sources)[:, -1].argmax(-1)[:, None]
+        word = whole(loaded.model, tokens, pixels, sources)[:, None]
         tokens = jnp.concatenate([tokens, word], axis=1)
         sources = jnp.concatenate([sources, jnp.full((1, 1), -1)], axis=1)
     np.testing.assert_array_equal(got, tokens)

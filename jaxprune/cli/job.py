@@ -40,9 +40,8 @@ class Job(models.ModelOptions):
       seed: which sequences are drawn, what is sampled.
       batch: sequences that go through the model together.
       damping: of sparsegpt and alps, as a share of the Hessian's mean diagonal.
-      inputs: which inputs a weight is pruned for: "left" by all that was pruned before,
-        or those of its "dense" layer, as in the papers. Each method has its own if left
-        out.
+      inputs: what a weight is pruned for: the inputs that are "left" by all that was
+        pruned before it, or those of its "dense" layer, as the papers have it.
       exclude: globs of tensors to leave alone, as "*.down_proj.weight".
       evaluate: texts to measure the perplexity on, before and after. If left out, the
         last tenth of each calibration text, which then is not calibrated on.
@@ -70,7 +69,7 @@ class Job(models.ModelOptions):
     seed: int = 0
     batch: int = 4
     damping: float | None = None
-    inputs: methods.Inputs | None = None
+    inputs: methods.Inputs = "left"
     exclude: tuple[str, ...] = ()
     evaluate: tuple[Path, ...] = ()
     limit: int = 16

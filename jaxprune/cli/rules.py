@@ -77,14 +77,14 @@ def check_sparsity(sparsity: float | None, of: Pattern) -> None:
 
 
 def method(
-    name: methods.Name, damping: float | None, inputs: methods.Inputs | None
+    name: methods.Name, damping: float | None, inputs: methods.Inputs
 ) -> methods.Method:
     """A method with the settings asked for.
 
     Args:
       name: its name.
       damping: a share of the Hessian's mean diagonal, or None for the usual.
-      inputs: which inputs weights are pruned for, or None for the usual.
+      inputs: which inputs weights are pruned for.
 
     Returns:
       The method.
@@ -98,11 +98,11 @@ def method(
         raise ValueError(f"--damping is for sparsegpt and alps, not for {name}")
     if damping is not None and not (math.isfinite(damping) and damping > 0):
         raise ValueError(f"--damping must be positive, got {damping}")
-    if inputs is not None and "inputs" not in own:
+    if inputs != found.inputs and "inputs" not in own:
         raise ValueError(f"--inputs is for methods that look at inputs, not for {name}")
     asked = {"damping": damping, "inputs": inputs}
     return dataclasses.replace(
-        found, **{k: v for k, v in asked.items() if v is not None}
+        found, **{k: v for k, v in asked.items() if k in own and v is not None}
     )
 
 
