@@ -92,7 +92,7 @@ class Walk:
             bar.set_postfix_str(stage.products[0].name)
             if number > numbers[0] and numbers[-1] + 1 < len(self.stages.stages):
                 self._again(stage)
-            rows += self._stage(number, stage, seen.get(number))
+            rows += self._stage(number, stage, seen.pop(number, None))
             self._let_go(number)
             bar.update()
         return rows
