@@ -92,13 +92,13 @@ class Walk:
             bar.set_postfix_str(stage.products[0].name)
             if number > numbers[0] and numbers[-1] + 1 < len(self.stages.stages):
                 self._again(stage)
-            rows += self._stage(number, stage, seen.pop(number, None))
+            rows += self._stage(number, stage, seen)
             self._let_go(number)
             bar.update()
         return rows
 
     def _stage(
-        self, number: int, stage: Stage, seen: _Seen | None
+        self, number: int, stage: Stage, seen: dict[int, _Seen]
     ) -> list[dict[str, Any]]:
         """Prunes the weights of a stage, or takes them from the journal."""
         known = self.done[number]
@@ -109,8 +109,8 @@ class Walk:
                 self._put(product, arrays[product.name])
             self.done[number] = None  # its file is let go
         else:
-            assert seen is not None  # all that is not known has been looked at
-            found = [self._prune(p, seen.moments[p.name], seen.value) for p in done]
+            own = seen.pop(number)
+            found = [self._prune(p, own.moments[p.name], own.value) for p in done]
             rows = [row for _, row in found]
             if self.journal:
                 pruned = jax.device_get([matrix for matrix, _ in found])

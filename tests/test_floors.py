@@ -47,6 +47,7 @@ FLOORS = [
         {"methods", "shares", "stages", "journal"},
         {"calibration"},
         {"matrices"},
+        {"walk"},
         {"trained"},
     ],
     [
@@ -99,7 +100,7 @@ ALSO = {
     "checkpoint": {"orbax"},
     "journal": {"safetensors"},
     "tensorfile": {"ml_dtypes"},
-    "trained": {"tqdm"},
+    "walk": {"tqdm"},
     "report.accuracy": {"matplotlib"},
     "report.canvas": {"matplotlib"},
     "report.figures": {"matplotlib"},

@@ -143,6 +143,7 @@ class Watching:
     """Magnitude pruning that asks for Hessians and looks at what is in memory."""
 
     needs: ClassVar = "hessian"
+    inputs: ClassVar = "left"
     pattern: ClassVar = jp.patterns.Unstructured()
 
     def prune(self, matrix):
