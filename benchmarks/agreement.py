@@ -1,0 +1,91 @@
+"""Where torch's masks and ours part: the same procedure, layer by layer.
+
+    python -m benchmarks.torch_pruning MODEL --method wanda --calibration IDS --save DIR
+    python -m benchmarks.agreement MODEL DIR --method wanda --calibration IDS
+
+prunes with `inputs="dense"`, as the papers and torch do, and prints the share of each
+layer's masks that differs.
+"""
+
+import dataclasses
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from flax import nnx
+
+import jaxprune as jp
+from benchmarks import jax_pruning, measure
+from jaxprune import stored
+from jaxprune.models import hf
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Prunes as torch has pruned and prints one JSON line.
+
+    Attributes:
+      model: a Hugging Face directory.
+      theirs: the same model as `benchmarks.torch_pruning --save` left it.
+      method: that method.
+      sparsity: that sparsity.
+      calibration: those token ids, int32 (sequences, length), `.npy`.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    theirs: Annotated[Path, tyro.conf.Positional]
+    method: Literal["wanda", "sparsegpt"]
+    calibration: Path
+    sparsity: float = 0.5
+
+
+def main(config: Config) -> None:
+    """Prunes, compares, prints."""
+    loaded = hf.load(config.model, dtype="float32", stored=True)
+    graphdef, params = nnx.split(loaded.model, nnx.Param)
+    ids = np.load(config.calibration)
+    batches = (
+        hf.embedded(config.model, loaded.names, loaded.config, part, "float32")
+        for part in np.split(ids, range(2, len(ids), 2))
+    )
+    settings = jax_pruning.Config(
+        config.model,
+        config.method,
+        config.calibration,
+        sparsity=config.sparsity,
+        inputs="dense",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        pruned, _ = jax_pruning.pruned(settings, graphdef, params, batches, folder)
+        ours = stored.loaded(pruned)
+    _, theirs = nnx.split(hf.load(config.theirs, dtype="float32").model, nnx.Param)
+    measure.report(
+        "agreement",
+        config={k: str(v) for k, v in dataclasses.asdict(config).items()},
+        sequences=len(ids),
+        differing=differing(ours, theirs),
+    )
+
+
+def differing(ours: nnx.State, theirs: nnx.State) -> list[float]:
+    """The share of the masks that differs, layer by layer."""
+    one, other = jp.tree.named_leaves(ours), jp.tree.named_leaves(theirs)
+    kernels = [k for k in one if k.startswith("layers/") and k.endswith("/kernel")]
+    kernels.sort(key=_layer)
+    shares = []
+    for _, names in itertools.groupby(kernels, _layer):
+        pairs = [(np.asarray(one[k]) == 0, np.asarray(other[k]) == 0) for k in names]
+        parted = sum(int((a != b).sum()) for a, b in pairs)
+        shares.append(parted / sum(a.size for a, _ in pairs))
+    return shares
+
+
+def _layer(name: str) -> int:
+    return int(name.split("/")[1])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
