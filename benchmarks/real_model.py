@@ -121,7 +121,8 @@ def _cells(
             yield cell("torch", method, how)
             yield cell("jax", method, how)
             name, command = cell("jax", method, how)
-            yield f"{name}_dense", [*command, "--inputs", "dense"]
+            # A sequence at a time, as torch has it: a whole layer is seen at once.
+            yield f"{name}_dense", [*command, "--inputs", "dense", "--batch", "1"]
         yield cell("jax", "alps", how)
     for method in ("sparsegpt", "alps"):
         yield cell("jax", method, "0.7")
