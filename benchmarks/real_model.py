@@ -33,8 +33,6 @@ class Config:
       texts: token files, as `benchmarks.texts` writes them.
       out: where the results go, one file a cell.
       calibration: the calibration file of the comparison, without ".npy".
-      draws: a larger one, whose further parts of that size are draws of their own.
-      drawn_by: method and sparsity that are compared on every draw.
       mixtures: calibration files that are compared by `mixed_by`.
       mixed_by: method and sparsity of that comparison.
       held_out: the texts to evaluate on, without "held-out-" and ".npy".
@@ -47,8 +45,6 @@ class Config:
     texts: Annotated[Path, tyro.conf.Positional]
     out: Annotated[Path, tyro.conf.Positional]
     calibration: str = "calibration-shakespeare-32"
-    draws: str = "calibration-shakespeare-128"
-    drawn_by: tuple[str, str] = ("wanda", "0.5")
     mixtures: tuple[str, ...] = (
         "calibration-mixed50-32",
         "calibration-technical-32",
@@ -69,8 +65,7 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         texts = _held_out(config, Path(folder))
-        draws = _draws(config, Path(folder))
-        cells = _cells(config, texts, draws)
+        cells = _cells(config, texts)
         wanted = [c for c in cells if c[0] in config.cells or not config.cells]
         for name, command in tqdm(wanted, "cells", disable=None):
             _run(config.out / f"{name}.json", command, config.threads)
@@ -87,20 +82,7 @@ def _held_out(config: Config, folder: Path) -> list[str]:
     return found
 
 
-def _draws(config: Config, folder: Path) -> list[Path]:
-    """Files of the other draws."""
-    count = len(np.load(config.texts / f"{config.calibration}.npy"))
-    whole = np.load(config.texts / f"{config.draws}.npy")
-    found = []
-    for i, start in enumerate(range(count, len(whole), count), 1):
-        found.append(folder / f"draw-{i}.npy")
-        np.save(found[-1], whole[start : start + count])
-    return found
-
-
-def _cells(
-    config: Config, texts: list[str], draws: Sequence[Path]
-) -> Iterator[tuple[str, list[str]]]:
+def _cells(config: Config, texts: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
     usual = config.texts / f"{config.calibration}.npy"
 
@@ -127,9 +109,6 @@ def _cells(
     for method in ("sparsegpt", "alps"):
         yield cell("jax", method, "0.7")
     yield cell("torch", "none", "0.5")
-    for draw in draws:
-        for side in ("torch", "jax"):
-            yield cell(side, *config.drawn_by, draw)
     for mixture in config.mixtures:
         yield cell("jax", *config.mixed_by, config.texts / f"{mixture}.npy")
 
