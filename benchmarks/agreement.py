@@ -19,7 +19,7 @@ from flax import nnx
 
 import jaxprune as jp
 from benchmarks import jax_pruning, measure
-from jaxprune import stored
+from jaxprune.arrays import lazy
 from jaxprune.models import hf
 
 
@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         pruned, _ = jax_pruning.pruned(settings, graphdef, params, batches, folder)
-        ours = stored.loaded(pruned)
+        ours = lazy.loaded(pruned)
     _, theirs = nnx.split(hf.load(config.theirs, dtype="float32").model, nnx.Param)
     measure.report(
         "agreement",

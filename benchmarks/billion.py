@@ -15,8 +15,8 @@ import tyro
 
 import jaxprune as jp
 from benchmarks import measure
-from jaxprune.running import Memory
-from jaxprune.storage import Storage
+from jaxprune.arrays.low_bit import Storage
+from jaxprune.training.running_average import Memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
     importance = jp.get_importance(held.pop("state"))
 
     def score() -> Any:
-        held["scores"] = jp.scores.averaged_weight(importance, held["params"])
+        held["scores"] = jp.scores.averaged_weight(held["params"], importance)
         return held
 
     scored = measure.peak_memory(score)
@@ -82,7 +82,7 @@ def main(config: Config) -> None:
             held.pop("params"),
             held["scores"],
             config.sparsity,
-            scope="global",
+            allocation="global",
             donate=True,
         )
         return held
@@ -92,7 +92,7 @@ def main(config: Config) -> None:
         {first: held["params"][first]},
         {first: held["scores"][first]},
         config.sparsity,
-        scope="global",
+        allocation="global",
     )
     pruned = measure.peak_memory(prune)
     measure.report(

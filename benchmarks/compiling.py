@@ -35,12 +35,12 @@ def main(config: Config) -> None:
         )
         for n in range(config.leaves)
     }
-    scores = jp.scores.magnitude(None, params)
+    scores = jp.scores.magnitude(params)
     found: dict[str, Any] = {}
     for scope in ("layer", "global"):
 
         def prune(params: Any, scores: Any, scope: Any = scope) -> Any:
-            return jp.prune(params, scores, 0.6, scope=scope)
+            return jp.prune(params, scores, 0.6, allocation=scope)
 
         found[f"{scope}, first call"] = _seconds(prune, params, scores)
         found[f"{scope}, second call"] = _seconds(prune, params, scores)

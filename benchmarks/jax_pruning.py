@@ -22,9 +22,9 @@ from flax import nnx
 
 import jaxprune as jp
 from benchmarks import measure
-from jaxprune import stored
+from jaxprune.arrays import lazy
 from jaxprune.models import hf
-from jaxprune.models.decoder import loss_per_token
+from jaxprune.models.decoder.model import loss_per_token
 
 Method = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
         with costs["prune"]:
             params, report = pruned(config, graphdef, params, batches, folder)
         with costs["evaluate"]:
-            params = stored.loaded(params)
+            params = lazy.loaded(params)
             perplexities["after"] = {
                 k: perplexity(graphdef, params, x) for k, x in texts.items()
             }
@@ -125,7 +125,11 @@ def pruned(
     if config.method != "magnitude":
         method = dataclasses.replace(method, inputs=config.inputs)
     pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
-    rules = {"uniform": jp.shares.Uniform, "erk": jp.shares.ERK, "owl": jp.shares.OWL}
+    rules = {
+        "uniform": jp.allocation.Uniform,
+        "erk": jp.allocation.ERK,
+        "owl": jp.allocation.OWL,
+    }
     return jp.prune_trained(
         lambda params, x: nnx.merge(graphdef, params).states(x)[0],
         params,
@@ -133,7 +137,7 @@ def pruned(
         method=method,
         sparsity=None if pattern else config.sparsity,
         pattern=pattern or None,
-        shares=rules[config.shares](),
+        allocation=rules[config.shares](),
         folder=folder,
     )
 

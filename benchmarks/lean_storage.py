@@ -16,10 +16,10 @@ from scipy import stats
 
 import jaxprune as jp
 from benchmarks import measure
-from experiments import training
 from experiments.datasets import Batches, load, prefetch, validation_batches
-from experiments.language_model import LanguageModel, optimizer, schedule
-from jaxprune import storage
+from experiments.harness import training
+from experiments.tasks.language_model import LanguageModel, optimizer, schedule
+from jaxprune.arrays import low_bit
 from jaxprune.models import gpt
 
 SPARSITIES = (0.5, 0.8, 0.9)
@@ -95,25 +95,25 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
             weight=jp.get_importance(state.opt_state[-1 - number]).weight,
             square=jp.get_importance(state.opt_state[number]).square,
         )
-        for number, name in enumerate(storage.STORAGES)
+        for number, name in enumerate(low_bit.STORAGES)
     }
     rows: dict[str, Any] = {}
     for criterion, score in CRITERIA.items():
         exact = score(seen["float32"], state.params)
-        for name in storage.STORAGES:
+        for name in low_bit.STORAGES:
             rows[f"{criterion} {name}"] = _compare(
                 state.params, exact, score(seen[name], state.params), loss
             )
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    held = {name: _bytes(seen[name].weight) / count for name in storage.STORAGES}
+    held = {name: _bytes(seen[name].weight) / count for name in low_bit.STORAGES}
     return {"dense": loss(state.params), "rows": rows, "bytes_per_weight": held}
 
 
 def _watched_by_all(config: Config) -> optax.GradientTransformation:
     """Gradients in front, weights behind; the storages of the latter in reverse."""
     every = config.every
-    gradients = [jp.track_gradients(storage=s, every=every) for s in storage.STORAGES]
-    weights = [jp.track_importance(storage=s, every=every) for s in storage.STORAGES]
+    gradients = [jp.track_gradients(storage=s, every=every) for s in low_bit.STORAGES]
+    weights = [jp.track_importance(storage=s, every=every) for s in low_bit.STORAGES]
     adamw = optimizer(schedule(1e-3, config.steps, warmup=100), track=())
     return optax.chain(*gradients, adamw, *reversed(weights))
 
@@ -122,8 +122,8 @@ def _compare(params: Any, exact: Any, scores: Any, loss: Any) -> dict[str, float
     """Rank correlation, agreement of global masks, loss of the pruned model."""
     numbers = {"rank_correlation": stats.spearmanr(_flat(exact), _flat(scores))[0]}
     for sparsity in SPARSITIES:
-        right = jp.masks.make(exact, sparsity, scope="global")
-        masks = jp.masks.make(scores, sparsity, scope="global")
+        right = jp.masks.make(exact, sparsity, allocation="global")
+        masks = jp.masks.make(scores, sparsity, allocation="global")
         percent = f"{100 * sparsity:g}"
         numbers[f"agreement_{percent}"] = np.mean(_flat(right) == _flat(masks))
         numbers[f"loss_{percent}"] = loss(jp.masks.apply(params, masks))

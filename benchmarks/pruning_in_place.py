@@ -14,7 +14,7 @@ import tyro
 
 import jaxprune as jp
 from benchmarks import measure
-from jaxprune.base import Scope
+from jaxprune.typing import Scope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,11 @@ def main(config: Config) -> None:
     )
 
 
-def _measured(config: Config, scope: Scope) -> dict[str, Any]:
+def _measured(config: Config, allocation: Scope) -> dict[str, Any]:
     def prune(params: Any, scores: Any, *, donate: bool = False) -> Any:
-        return jp.prune(params, scores, config.sparsity, scope=scope, donate=donate)
+        return jp.prune(
+            params, scores, config.sparsity, allocation=scope, donate=donate
+        )
 
     params = _params(config)
     scores = {k: jnp.abs(v).astype(jnp.float32) for k, v in params.items()}

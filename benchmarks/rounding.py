@@ -21,8 +21,8 @@ from scipy import stats
 import jaxprune as jp
 from benchmarks import measure
 from experiments.datasets import Batches, load
-from experiments.language_model import LanguageModel, optimizer, schedule
-from jaxprune import storage
+from experiments.tasks.language_model import LanguageModel, optimizer, schedule
+from jaxprune.arrays import low_bit
 from jaxprune.models import gpt
 
 CODES = ("bfloat16", "int8")
@@ -78,7 +78,7 @@ def _followed(config: Config) -> tuple[np.ndarray, dict[Any, Any], Any]:
     shape = gpt.GPTConfig(vocab_size=size, **gpt.PRESETS[config.preset])
     model = LanguageModel(shape)
     adamw = optimizer(schedule(1e-3, config.steps, warmup=100), track=())
-    gain = jp.averages.power(0.5)
+    gain = jp.weightings.power(0.5)
     ways = [(c, r, f) for c in CODES for r in ROUNDINGS for f in FORMS]
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
@@ -131,17 +131,17 @@ def _rounded(
     if code == "float32":
         return values
     if rounding == "sequence":
-        thresholds = storage.dither(values.shape, storage.phase(number), n)
+        thresholds = low_bit.dither(values.shape, low_bit.phase(number), n)
     elif rounding == "random":
         key = jax.random.fold_in(jax.random.key(number), n)
         thresholds = jax.random.bits(key, values.shape)
     else:
         thresholds = jnp.full(values.shape, 1 << 31, jnp.uint32)
     if code == "bfloat16":
-        return storage.decode(storage.encode_bfloat16(values, thresholds))
-    exponent = storage.unit_exponent(values, signed=True)
-    return storage.decode(
-        storage.encode_int8(values, exponent, thresholds, signed=True)
+        return low_bit.decode(low_bit.encode_bfloat16(values, thresholds))
+    exponent = low_bit.unit_exponent(values, signed=True)
+    return low_bit.decode(
+        low_bit.encode_int8(values, exponent, thresholds, signed=True)
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import tyro
 
 from benchmarks import measure
-from jaxprune import checkpoint
+from experiments.harness import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import tyro
 
 import jaxprune as jp
 from benchmarks import measure
-from jaxprune import select
+from jaxprune.topk import thresholds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ def main(config: Config) -> None:
     size = config.leaves * rows * 1000
     kept = size - round(config.sparsity * size)
     candidates: dict[str, Callable[[], Any]] = {
-        "threshold": lambda: select.cut_together(scores, kept),
+        "threshold": lambda: thresholds.cut_together(scores, kept),
         "masks": lambda: jp.masks.make(
-            dict(enumerate(scores)), config.sparsity, scope="global"
+            dict(enumerate(scores)), config.sparsity, allocation="global"
         ),
         "one_read": lambda: [_sum(leaf) for leaf in scores],
         "numpy_partition_joined": lambda: _partition(scores, size - kept),

@@ -16,8 +16,8 @@ import tyro
 
 import jaxprune as jp
 from benchmarks import measure
-from experiments import training
-from experiments.language_model import LanguageModel, optimizer, schedule
+from experiments.harness import training
+from experiments.tasks.language_model import LanguageModel, optimizer, schedule
 from jaxprune.models import gpt
 
 TRACKERS: dict[str, Callable[[], optax.GradientTransformation]] = {

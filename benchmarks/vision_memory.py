@@ -23,10 +23,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxprune as jp
 from benchmarks import measure
-from experiments import layout
-from jaxprune.models.decoder import nats
+from experiments.harness import device_mesh
+from jaxprune.models.decoder.model import nats
+from jaxprune.models.hf.vision_family import vision_config
 from jaxprune.models.phi3_vision import Phi3Vision, Phi3VisionConfig, unused
-from jaxprune.models.vision_family import vision_config
 
 # As published, but for the factors of the long rope, which change no shape.
 PUBLISHED: dict[str, Any] = {
@@ -87,11 +87,11 @@ def compiled(
     config: Config, shape: Phi3VisionConfig, mesh_text: str, storage: Storage
 ) -> dict[str, Any]:
     """One step, compiled: gigabytes of a device."""
-    mesh = layout.make_mesh(mesh_text, config.batch)
+    mesh = device_mesh.make_mesh(mesh_text, config.batch)
     assert mesh is not None
     model = nnx.eval_shape(lambda: Phi3Vision(shape, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model, nnx.Param)
-    places = layout.shardings(state, mesh)
+    places = device_mesh.shardings(state, mesh)
     params = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(
             leaf.shape, jnp.dtype(config.dtype), sharding=place
@@ -106,15 +106,15 @@ def compiled(
     if storage != "none":
         parts.append(jp.track_importance(storage=storage))
     optimizer = optax.chain(*parts)
-    of_state = jp.sharding.of_state(optimizer, params)
+    state_shardings = jp.state_shardings(optimizer, params)
     held = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=place
         ),
         jax.eval_shape(optimizer.init, params),
-        of_state,
+        state_shardings,
     )
-    split = layout.of_batch(mesh)
+    split = device_mesh.of_batch(mesh)
     size, views = shape.tower.image, 2
     tokens = _array((config.batch, config.time), jnp.int32, split)
     pixels = _array((config.batch, views, size, size, 3), jnp.float32, split)
@@ -132,7 +132,9 @@ def compiled(
         return optax.apply_updates(params, updates), held
 
     start = time.perf_counter()
-    program = jax.jit(step, donate_argnums=(0, 1), out_shardings=(places, of_state))
+    program = jax.jit(
+        step, donate_argnums=(0, 1), out_shardings=(places, state_shardings)
+    )
     done = program.lower(params, held, tokens, tokens, pixels).compile()
     memory = done.memory_analysis()
     return {

@@ -19,8 +19,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from jaxprune.report import figures, findings, page
-from jaxprune.report import results as results_
+from experiments.report import figures, findings
+from experiments.report import results as results_
+from jaxprune.report import page
 
 Runs = Mapping[str, Mapping[str, Any]]
 

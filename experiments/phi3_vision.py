@@ -17,14 +17,15 @@ from typing import Any, Literal
 import tyro
 from jax.sharding import Mesh
 
-from experiments import layout, picture_folder, picture_model, runner
-from experiments import plan as plan_
-from experiments.datasets import asked
-from experiments.picture_task import PictureTask, VisionModel, without_gradient
-from experiments.plan import Plan
-from jaxprune import folders
-from jaxprune.models.vision_family import vision_config
-from jaxprune.storage import Storage
+from experiments.datasets import question_answers
+from experiments.harness import device_mesh, runner
+from experiments.harness import plan as plan_
+from experiments.harness.plan import Plan
+from experiments.tasks import picture_checkpoint, picture_model
+from experiments.tasks.pictures import PictureTask, VisionModel, without_gradient
+from jaxprune.arrays.low_bit import Storage
+from jaxprune.formats import atomic
+from jaxprune.models.hf.vision_family import vision_config
 
 Part = Literal["all", "decoder", "tower"]
 FROZEN = {
@@ -81,7 +82,7 @@ class Config:
     out: Path = Path("results/phi3_vision")
     preset: Literal["cpu"] = "cpu"
     model: Path | None = None
-    data: str = asked.OWN
+    data: str = question_answers.OWN
     fields: tuple[str, ...] = ()
     held_out: int = 1000
     crops: int | None = None
@@ -193,12 +194,12 @@ def main(config: Config) -> Path:
     """
     plan = config.plan()
     if config.model is not None:
-        folders.apart(config.out, config.model)
-    mesh = layout.make_mesh(config.mesh, plan.batch_size)
+        atomic.apart(config.out, config.model)
+    mesh = device_mesh.make_mesh(config.mesh, plan.batch_size)
     task = make_task(config, mesh)
     identity = _identity(config, plan, task)
     if mesh is not None:
-        layout.shardings(task.shapes, mesh)
+        device_mesh.shardings(task.shapes, mesh)
     return runner.in_folder(
         config.out, identity, lambda: _run(config, plan, task, identity, mesh)
     )
@@ -218,20 +219,22 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
       ValueError: the pictures or the model's folder are not what they must be.
       OSError: something is missing, or cannot be read.
     """
-    splits = asked.load(config.data, data_dir=config.data_dir, fields=config.fields)
+    splits = question_answers.load(
+        config.data, data_dir=config.data_dir, fields=config.fields
+    )
     held_out = splits["validation"][: 64 if config.smoke else config.held_out]
     if config.model is None:
         name = "smoke" if config.smoke else config.preset
         shape = vision_config(picture_model.PRESETS[name])
         crops, folder = 2, None
         tokenizer = picture_model.tokenizer()
-        if config.data != asked.OWN:
+        if config.data != question_answers.OWN:
             raise ValueError(
                 f"--data {config.data} needs --model DIR; the preset knows the words "
-                f"of {asked.OWN} alone"
+                f"of {question_answers.OWN} alone"
             )
     else:
-        folder = picture_folder.opened(config.model, mesh)
+        folder = picture_checkpoint.opened(config.model, mesh)
         shape, tokenizer, crops = folder.config, folder.tokenizer, folder.config.crops
     shape = dataclasses.replace(shape, crops=config.crops or crops)
     return PictureTask(

@@ -17,12 +17,12 @@ import tyro
 from jax.sharding import Mesh
 
 import jaxprune as jp
-from experiments import launch, layout, runner
-from experiments import plan as plan_
 from experiments.datasets import Corpus, load
-from experiments.language_model import LanguageModel
-from experiments.language_task import LanguageTask
-from experiments.plan import Plan
+from experiments.harness import device_mesh, multi_process, runner
+from experiments.harness import plan as plan_
+from experiments.harness.plan import Plan
+from experiments.tasks.language import LanguageTask
+from experiments.tasks.language_model import LanguageModel
 from jaxprune.models import gpt
 
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
@@ -168,21 +168,21 @@ def main(config: Config) -> Path:
       FloatingPointError: a loss is not finite.
     """
     plan = config.plan()
-    launch.join(config.coordinator, config.processes, config.process_id)
-    corpus = launch.read_alike(
+    multi_process.join(config.coordinator, config.processes, config.process_id)
+    corpus = multi_process.read_alike(
         lambda: load(config.data, text=config.text, data_dir=config.data_dir)
     )
     identity = _identity(config, plan, corpus)
-    launch.check_alike({**identity, "out": str(config.out), "mesh": config.mesh})
+    multi_process.check_alike({**identity, "out": str(config.out), "mesh": config.mesh})
     shape = gpt.preset(config.preset, vocab_size=_vocabulary(config, corpus))
     model = LanguageModel(dataclasses.replace(shape, dtype=config.dtype))
     task = LanguageTask(model, corpus)
     for seed in identity["seeds"]:  # refuses what is too short before it writes
         task.batches(plan.batch_size, seed)
     task.validation(1, 1)
-    mesh = layout.make_mesh(config.mesh, plan.batch_size)
+    mesh = device_mesh.make_mesh(config.mesh, plan.batch_size)
     if mesh is not None:
-        layout.shardings(jax.eval_shape(lambda: model.init(0)), mesh)
+        device_mesh.shardings(jax.eval_shape(lambda: model.init(0)), mesh)
     return runner.in_folder(
         config.out, identity, lambda: _run(config, plan, task, identity, mesh)
     )

@@ -1,30 +1,59 @@
-"""Which weights of a network matter, and how to get rid of the rest, in JAX.
+"""Prune neural networks in JAX: while they train, or once they are trained.
 
 Chain `track_importance()` into an optax optimizer, turn what it saw into `scores`,
-`prune`, and retrain under `keep_masks`.
+`prune`, and retrain under `keep_masks`. Or give a trained function to `prune_trained`.
 """
 
-from jaxprune import averages as averages
-from jaxprune import masks as masks
-from jaxprune import methods as methods
-from jaxprune import patterns as patterns
 from jaxprune import scores as scores
-from jaxprune import sharding as sharding
-from jaxprune import shares as shares
-from jaxprune import storage as storage
-from jaxprune import tree as tree
-from jaxprune.axes import Axes as Axes
-from jaxprune.base import Importance as Importance
-from jaxprune.calibration import calibrate as calibrate
-from jaxprune.importance import get_importance as get_importance
-from jaxprune.importance import track_gradients as track_gradients
-from jaxprune.importance import track_importance as track_importance
-from jaxprune.keep import keep_masks as keep_masks
-from jaxprune.low_rank import lora as lora
-from jaxprune.pruning import prune as prune
-from jaxprune.stored import Stored as Stored
-from jaxprune.tracing import trace as trace
-from jaxprune.trained import prune_trained as prune_trained
-from jaxprune.tree import sparsity as sparsity
+from jaxprune.arrays import low_bit as low_bit
+from jaxprune.arrays import tree as tree
+from jaxprune.arrays.axes import Axes as Axes
+from jaxprune.arrays.lazy import Stored as Stored
+from jaxprune.arrays.tree import sparsity as sparsity
+from jaxprune.graph.linear_ops import trace as trace
+from jaxprune.masking import allocation as allocation
+from jaxprune.masking import masks as masks
+from jaxprune.masking import patterns as patterns
+from jaxprune.masking.prune import prune as prune
+from jaxprune.posttraining import methods as methods
+from jaxprune.posttraining.calibration import calibrate as calibrate
+from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
+from jaxprune.training import weightings as weightings
+from jaxprune.training.keep_masks import keep_masks as keep_masks
+from jaxprune.training.lora import lora as lora
+from jaxprune.training.state_sharding import state_shardings as state_shardings
+from jaxprune.training.track import get_importance as get_importance
+from jaxprune.training.track import track_gradients as track_gradients
+from jaxprune.training.track import track_importance as track_importance
+from jaxprune.typing import Importance as Importance
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Axes",
+    "Importance",
+    "Stored",
+    "allocation",
+    "calibrate",
+    "get_importance",
+    "keep_masks",
+    "lora",
+    "low_bit",
+    "masks",
+    "methods",
+    "patterns",
+    "prune",
+    "prune_trained",
+    "scores",
+    "sparsity",
+    "state_shardings",
+    "trace",
+    "track_gradients",
+    "track_importance",
+    "tree",
+    "weightings",
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

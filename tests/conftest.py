@@ -27,7 +27,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 # Modules are imported to look for doctests; this one cannot be without torch.
-collect_ignore = [] if importlib.util.find_spec("torch") else ["torch_phi3_vision.py"]
+collect_ignore = (
+    [] if importlib.util.find_spec("torch") else ["support/torch_phi3_vision.py"]
+)
 
 # No deadline: the first example of a shape compiles.
 hypothesis.settings.register_profile(

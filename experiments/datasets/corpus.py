@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.datasets.prepared import examples
 from experiments.datasets.text import read_text
+from experiments.datasets.tfds_reader import examples
 
 NAMES = ("shakespeare_plays", "tiny_shakespeare_char")
 

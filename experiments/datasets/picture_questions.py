@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.datasets.offline import describe
+from experiments.datasets.tfds_builder import describe
 
 # SHA-256 over the digits, their labels and the two photographs.
 CHECKSUM = "7d75dbd239d5498804d5a98dc8354b8781f22d04e0123f7dee2391a27049657b"

@@ -20,7 +20,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from experiments.datasets.offline import describe
+from experiments.datasets.tfds_builder import describe
 
 RELEASE = "3.0.0"
 # SHA-256 over the files of that release, in order of path.

@@ -14,7 +14,7 @@ import requests  # type: ignore[import-untyped]
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.resource import get_dl_fname
 
-from experiments.datasets.offline import describe
+from experiments.datasets.tfds_builder import describe
 
 URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"

@@ -11,12 +11,12 @@ from typing import Annotated, TypeAlias
 
 import tyro
 
-from jaxprune.cli.archives import Compact, Expand
+from jaxprune.cli.compact import Compact, Expand
 from jaxprune.cli.console import Console
-from jaxprune.cli.evaluation import Evaluate
-from jaxprune.cli.inspection import Inspect
-from jaxprune.cli.pruning import Prune
-from jaxprune.cli.sampling import Sample
+from jaxprune.cli.eval import Evaluate
+from jaxprune.cli.inspect import Inspect
+from jaxprune.cli.prune import Prune
+from jaxprune.cli.sample import Sample
 
 Command: TypeAlias = (
     Annotated[Prune, tyro.conf.subcommand("prune")]

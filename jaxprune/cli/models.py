@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxprune import stored
+from jaxprune.arrays import lazy
 from jaxprune.cli.console import Options
-from jaxprune.directory import Directory, open_directory
+from jaxprune.formats.checkpoint_dir import Directory, open_directory
 from jaxprune.models import hf
-from jaxprune.models.decoder_config import DecoderConfig
+from jaxprune.models.decoder.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Model(NamedTuple):
 
     def read(self) -> "Model":
         """The same with all parameters in memory."""
-        return self._replace(params=stored.loaded(self.params))
+        return self._replace(params=lazy.loaded(self.params))
 
 
 def opened(path: Path) -> Directory:

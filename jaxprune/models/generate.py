@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .decoder import Decoder
-from .gpt import GPT
-from .phi3_vision import Phi3Vision
+from jaxprune.models.decoder.model import Decoder
+from jaxprune.models.gpt.model import GPT
+from jaxprune.models.phi3_vision.model import Phi3Vision
 
 Pictures: TypeAlias = tuple[
     Float[Array, "crops height width 3"], Int[Array, "batch time"]

@@ -1,0 +1,334 @@
+"""Who should share the sparsity among the matrices when a solver prunes each of them?
+
+    python -m experiments.allocation_with_solvers --out results/reconstruction
+
+A dense GPT of the main experiment is pruned layer by layer from calibration sequences
+of its own training text. The solver chooses inside each matrix and repairs what it
+keeps; how many weights a matrix loses is told by a rule: the same share everywhere,
+ERK, OWL, or one global ranking of all matrices by a criterion, such as the quarter
+score of the training itself. Every cell is one small file, so a run that was stopped
+goes on, and one of other seeds, rules or sparsities in the same folder adds to it.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments.datasets import Batches, Corpus, load, validation_batches
+from experiments.harness import records, run_dir, training
+from experiments.harness.criteria import CRITERIA, Watched
+from experiments.report import allocation_figure as shown
+from experiments.tasks.dense_models import RECIPES, trained
+from experiments.tasks.language_model import LanguageModel
+from jaxprune.models import gpt
+
+RULES: dict[str, Callable[[], Any]] = {
+    "uniform": jp.allocation.Uniform,
+    "owl": jp.allocation.OWL,
+    "erk": jp.allocation.ERK,
+}
+"""Rules that share the sparsity without a score; each name of `CRITERIA` is one too."""
+
+SOLVERS: dict[str, Callable[[], Any]] = {
+    "sparsegpt": jp.methods.SparseGPT,
+    "alps": jp.methods.ALPS,
+    "wanda": jp.methods.Wanda,
+}
+"""Name to method; "mask" is none of them: the lowest scores go, nothing is repaired."""
+
+ALONE = {"wanda": "uniform", "mask": "trajectory"}
+"""What is there to compare with, each by one rule only."""
+
+_SEQUENCES_AT_ONCE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One pruned model.
+
+    Attributes:
+      seed: of the dense model.
+      draw: which draw of the calibration sequences.
+      solver: a name of `SOLVERS`, or "mask".
+      shares: a name of `RULES` or of `CRITERIA`.
+      sparsity: the share of the decoder's matrices that is removed.
+    """
+
+    seed: int
+    draw: int
+    solver: str
+    shares: str
+    sparsity: float
+
+    def path(self, out: Path) -> Path:
+        """Its file below the run's folder."""
+        name = f"{self.solver}-{self.shares}-{self.sparsity:g}-draw-{self.draw}.json"
+        return out / f"seed-{self.seed}" / "cells" / name
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Prunes dense GPTs by solvers, the sparsity shared out by several rules.
+
+    Attributes:
+      out: folder of the results; what is found there is not done again.
+      preset: size of the model.
+      data: "shakespeare_plays" (offline) or "tiny_shakespeare_char".
+      text: a text file, or a folder of them, in place of a data set.
+      data_dir: where data sets are kept.
+      seeds: one dense model each.
+      shares: rules that share the sparsity: uniform, owl, erk, or a criterion.
+      solvers: what prunes each matrix: sparsegpt, alps; wanda and mask, for comparison,
+        go with one rule each.
+      sparsities: shares of the decoder's matrices to remove.
+      draws: numbers of draws of the calibration sequences.
+      sequences: calibration sequences in a draw, of the model's context each.
+      steps: steps of training; the published tables' if left out.
+      eval_tokens: validation tokens of every loss; 0 takes all.
+      smoke: every part at a size that ends within half a minute.
+    """
+
+    out: Path = Path("results/reconstruction")
+    preset: Literal["cpu", "medium"] = "cpu"
+    data: str = "shakespeare_plays"
+    text: Path | None = None
+    data_dir: Path | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    shares: tuple[str, ...] = (
+        "uniform",
+        "owl",
+        "erk",
+        "magnitude",
+        "trajectory",
+        "trajectory_adam",
+    )
+    solvers: tuple[str, ...] = ("sparsegpt", "alps", "wanda", "mask")
+    sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    draws: tuple[int, ...] = (0,)
+    sequences: int = 128
+    steps: int | None = None
+    eval_tokens: int = 0
+    smoke: bool = False
+
+    def smaller(self) -> "Config":
+        """The same at the size of `--smoke`."""
+        return dataclasses.replace(
+            self,
+            seeds=self.seeds[:1],
+            shares=tuple(dict.fromkeys((*self.shares[:2], self.shares[-1]))),
+            sparsities=(0.7,),
+            sequences=_SEQUENCES_AT_ONCE,
+            steps=40,
+            eval_tokens=4096,
+        )
+
+    def check(self) -> None:
+        """Refuses what could only fail later.
+
+        Raises:
+          ValueError: a name is unknown, a number out of range, or a list empty.
+        """
+        for name, known in (
+            ("shares", {**RULES, **CRITERIA}),
+            ("solvers", {**SOLVERS, "mask": None}),
+        ):
+            if unknown := [x for x in getattr(self, name) if x not in known]:
+                raise ValueError(
+                    f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
+                )
+        for name in ("seeds", "shares", "solvers", "sparsities", "draws"):
+            values = getattr(self, name)
+            if not values or len({*values}) < len(values):
+                raise ValueError(f"{name} must be named once each, got {values}")
+        for sparsity in self.sparsities:
+            if not 0 < sparsity < 1:
+                raise ValueError(f"sparsities must be in (0, 1), got {sparsity}")
+        if self.sequences < 1 or self.sequences % min(
+            self.sequences, _SEQUENCES_AT_ONCE
+        ):
+            raise ValueError(
+                f"sequences must be a multiple of {_SEQUENCES_AT_ONCE}, or fewer, got "
+                f"{self.sequences}"
+            )
+        if self.eval_tokens < 0 or (self.steps is not None and self.steps < 1):
+            raise ValueError("eval_tokens must be >= 0 and steps >= 1")
+
+    def cells(self) -> list[Cell]:
+        """Every cell that is asked for, in the order in which they are done."""
+        return [
+            Cell(seed, draw, solver, shares, sparsity)
+            for seed, draw, solver in itertools.product(
+                self.seeds, self.draws, self.solvers
+            )
+            for shares in ([ALONE[solver]] if solver in ALONE else self.shares)
+            for sparsity in self.sparsities
+        ]
+
+
+class Run:
+    """What the cells of one configuration have in common."""
+
+    def __init__(self, config: Config, corpus: Corpus) -> None:
+        """Prepares the model and the validation set; trains nothing."""
+        self.config, self.corpus = config, corpus
+        recipe = RECIPES[config.preset]
+        self.recipe = dataclasses.replace(recipe, steps=config.steps or recipe.steps)
+        shape = gpt.preset(config.preset, vocab_size=len(corpus.vocabulary))
+        if config.smoke:
+            shape = dataclasses.replace(shape, layers=1, width=32, heads=2)
+        self.model = LanguageModel(shape)
+        self.evaluate = training.make_eval(self.model.token_losses)
+        self.windows = validation_batches(
+            corpus.validation, 16, shape.context, config.eval_tokens or None
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for cells to lie in one folder; JSON-able."""
+        return {
+            "preset": self.config.preset,
+            "data": self.corpus.name,
+            "fingerprint": self.corpus.fingerprint,
+            "sequences": self.config.sequences,
+            "eval_tokens": self.config.eval_tokens,
+            "smoke": self.config.smoke,
+            **dataclasses.asdict(self.recipe),
+        }
+
+    def dense(self, seed: int) -> Watched:
+        """The dense model of a seed; its loss is written the first time."""
+        place = self.config.out / f"seed-{seed}"
+        watched = trained(self.model, self.corpus, self.recipe, seed, place / "train")
+        if not (place / "dense.json").exists():
+            loss = self.loss(watched.params)
+            records.write_json(place / "dense.json", {"loss": loss})
+        return watched
+
+    def calibration(self, seed: int, draw: int) -> list[np.ndarray]:
+        """Sequences of the training text, int32, in batches of one shape.
+
+        Another draw, or another model's seed, gives others; none are those of training.
+        """
+        size = min(self.config.sequences, _SEQUENCES_AT_ONCE)
+        context = self.model.config.context
+        drawn = Batches(self.corpus.train, size, context, 2**32 * (draw + 1) + seed)
+        return [drawn(step)[0] for step in range(self.config.sequences // size)]
+
+    def loss(self, params: Any) -> float:
+        """Nats per token on the validation set."""
+        loss = self.evaluate(params, self.windows)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the validation loss must be finite, got {loss}")
+        return loss
+
+    def pruned(self, cell: Cell, watched: Watched, batches: list[np.ndarray]) -> Any:
+        """The parameters of a cell."""
+        if cell.solver == "mask":
+            scores = CRITERIA[cell.shares](watched)
+            return jp.prune(watched.params, scores, cell.sparsity, allocation="global")
+        rule = RULES.get(cell.shares)
+        shares = (
+            jp.allocation.Ranked(CRITERIA[cell.shares](watched))
+            if rule is None
+            else rule()
+        )
+        return jp.prune_trained(
+            lambda params, tokens: self.model.bind(params)(tokens),
+            watched.params,
+            batches,
+            method=SOLVERS[cell.solver](),
+            sparsity=cell.sparsity,
+            allocation=shares,
+            progress=False,
+        ).params
+
+    def measured(
+        self, cell: Cell, watched: Watched, batches: list[np.ndarray]
+    ) -> dict[str, Any]:
+        """What the file of a cell holds."""
+        start = time.perf_counter()
+        params = self.pruned(cell, watched, batches)
+        counted = jp.sparsity(jp.scores.magnitude(params))
+        seconds = time.perf_counter() - start
+        return {
+            **dataclasses.asdict(cell),
+            "zeros": counted.zeros,
+            "size": counted.size,
+            "loss": self.loss(params),
+            "seconds": seconds,
+            "sparsity_by_leaf": {k: z / n for k, (z, n) in counted.by_leaf.items()},
+        }
+
+
+def main(config: Config) -> Path:
+    """Does every cell that is asked for and not there; prints the tables of all.
+
+    Args:
+      config: what to run.
+
+    Returns:
+      The path of results.json.
+
+    Raises:
+      ValueError: the configuration is out of range, or the folder holds another run.
+      OSError: the folder cannot be written to, or another process runs there.
+      FloatingPointError: a loss is not finite.
+    """
+    config = config.smaller() if config.smoke else config
+    config.check()
+    corpus = load(config.data, text=config.text, data_dir=config.data_dir)
+    run = Run(config, corpus)
+    with run_dir.locked(config.out):
+        run_dir.begun(config.out, run.identity())
+        left = [c for c in config.cells() if not c.path(config.out).exists()]
+        with tqdm(total=len(left), desc="cells", disable=None) as bar:
+            for seed, cells in itertools.groupby(left, lambda cell: cell.seed):
+                _do(run, seed, cells, bar.update)
+        results = {
+            "format": 1,
+            "name": "reconstruction",
+            "config": run.identity(),
+            "versions": records.versions(),
+            "device": records.device(),
+            "dense": {
+                path.parent.name.removeprefix("seed-"): json.loads(path.read_text())
+                for path in sorted(config.out.glob("seed-*/dense.json"))
+            },
+            "cells": [
+                json.loads(path.read_text())
+                for path in sorted(config.out.glob("seed-*/cells/*.json"))
+            ],
+        }
+        path = config.out / "results.json"
+        shown.write(results, config.out)
+        records.write_json(path, results)
+    print(shown.tables(results))
+    print(f"\nwritten to '{config.out}'")
+    return path
+
+
+def _do(run: Run, seed: int, cells: Iterable[Cell], done: Callable[[], object]) -> None:
+    watched = run.dense(seed)
+    for draw, of_draw in itertools.groupby(cells, lambda cell: cell.draw):
+        batches = run.calibration(seed, draw)
+        for cell in of_draw:
+            content = run.measured(cell, watched, batches)
+            records.write_json(cell.path(run.config.out), content)
+            done()
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
+        sys.exit(f"error: {problem}")

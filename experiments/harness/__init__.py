@@ -1,0 +1,19 @@
+"""What every experiment is run with: training, sweeping, checkpoints, records."""
+
+__all__ = [
+    "checkpoint",
+    "criteria",
+    "curve",
+    "device_mesh",
+    "manifest",
+    "multi_process",
+    "plan",
+    "progress",
+    "records",
+    "run_dir",
+    "runner",
+    "sweep",
+    "task",
+    "training",
+    "weights",
+]

@@ -1,0 +1,83 @@
+"""The criteria that the experiments compare, by the names used in results and plots."""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import jaxprune as jp
+from jaxprune.typing import Params, Scores
+
+
+class Watched(NamedTuple):
+    """What a training run leaves to rank weights by.
+
+    Attributes:
+      params: the trained parameters.
+      tracked: averages of jaxprune's own transformations.
+      adam: the same with Adam's second moment in place of the tracked E[g^2].
+    """
+
+    params: Params
+    tracked: jp.Importance
+    adam: jp.Importance
+
+
+def _family(exponent: float, of_average: bool, watched: Watched) -> Scores:
+    """|w| or |A| times E[g^2]^exponent."""
+    weights = watched.tracked.weight if of_average else watched.params
+    return jp.scores.trajectory(weights, watched.tracked, exponent=exponent)
+
+
+EXPONENTS = (0.125, 0.19, 0.25, 0.31, 0.375, 0.5)
+
+CRITERIA: dict[str, Callable[[Watched], Scores]] = {
+    "trajectory": lambda w: jp.scores.trajectory(w.params, w.tracked),
+    "trajectory_adam": lambda w: jp.scores.trajectory(w.params, w.adam),
+    "averaged_weight": lambda w: jp.scores.averaged_weight(w.params, w.tracked),
+    "magnitude": lambda w: jp.scores.magnitude(w.params),
+    "averaged_magnitude": lambda w: jp.scores.averaged_magnitude(w.params, w.tracked),
+    "obd": lambda w: jp.scores.obd(w.params, w.tracked),
+    "taylor": lambda w: jp.scores.taylor(w.params, w.tracked),
+    "random": lambda w: jp.scores.random(w.params),
+    "threshold_weight": lambda w: jp.scores.threshold(w.params, w.tracked),
+    "threshold_average": lambda w: jp.scores.threshold(
+        w.params, w.tracked, compare="average"
+    ),
+    **{
+        f"{'averaged_' if of_average else ''}trajectory_{exponent}": functools.partial(
+            _family, exponent, of_average
+        )
+        for exponent in EXPONENTS
+        for of_average in (False, True)
+    },
+}
+"""Name to criterion. The last twelve are the family that the default was chosen from:
+trajectory_P is |w| E[g^2]^P, averaged_trajectory_P has |A| in the place of |w|."""
+
+_NEEDED = {
+    "trajectory": {"square"},
+    "trajectory_adam": set(),
+    "averaged_trajectory": {"square", "weight"},
+    "averaged_magnitude": {"magnitude"},
+    "averaged_weight": {"weight"},
+    "obd": {"square"},
+    "taylor": {"taylor"},
+    "threshold_weight": {"weight"},
+    "threshold_average": {"weight"},
+}
+
+
+def averages(criteria: Collection[str]) -> frozenset[str]:
+    """What must be tracked for some criteria, and no more.
+
+    Args:
+      criteria: names of `CRITERIA`.
+
+    Returns:
+      Fields of `jp.Importance`; always the averaged weight, which reports show.
+    """
+    found = {"weight"}
+    for name in criteria:
+        stem, _, end = name.rpartition("_")
+        found |= _NEEDED.get(stem if end[:1].isdigit() else name, set())
+    return frozenset(found)

@@ -1,0 +1,132 @@
+"""The numbers that fix what a run of the sweep computes."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+from experiments.harness.criteria import CRITERIA
+
+
+class Cell(NamedTuple):
+    """One way to prune.
+
+    Attributes:
+      criterion: of `CRITERIA`.
+      scope: of the task's.
+      sparsity: the share of the scope's weights to remove.
+    """
+
+    criterion: str
+    scope: str
+    sparsity: float
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.criterion}-{self.scope}-{self.sparsity}"
+
+    @property
+    def label(self) -> str:
+        """For readers."""
+        return f"{self.criterion}, {100 * self.sparsity:g}% removed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The numbers that one seed's stages need; see `scaled_down_llm.Config`.
+
+    Attributes:
+      batch_size: sequences in a batch.
+      steps: steps of training.
+      retrain_steps: steps after pruning, and of the control.
+      learning_rate: peak of training.
+      retrain_learning_rate: peak of the steps after it.
+      criteria: names of `CRITERIA`, each pruned by.
+      retrain_criteria: those retrained after it.
+      scopes: names of the task's scopes.
+      retrain_scopes: those retrained.
+      sparsities: the sweep.
+      retrain_sparsities: those retrained at.
+      eval_tokens: validation tokens of every loss; None for all.
+      show_sparsity: where samples and single weights are shown.
+      sample_length: characters of a sample.
+      checkpoint_every: steps between checkpoints.
+      energy_country: three-letter code, or None for no energy.
+    """
+
+    batch_size: int
+    steps: int
+    retrain_steps: int
+    learning_rate: float
+    retrain_learning_rate: float
+    criteria: tuple[str, ...]
+    retrain_criteria: tuple[str, ...]
+    scopes: tuple[str, ...]
+    retrain_scopes: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    retrain_sparsities: tuple[float, ...]
+    eval_tokens: int | None
+    show_sparsity: float
+    sample_length: int
+    checkpoint_every: int
+    energy_country: str | None
+
+    def cells(self) -> list[Cell]:
+        """Every way to prune, in order."""
+        ways = itertools.product(self.criteria, self.scopes, self.sparsities)
+        return [Cell(*way) for way in ways]
+
+    def retrains(self, cell: Cell) -> bool:
+        """Whether a cell is retrained too."""
+        return (
+            self.retrain_steps > 0
+            and cell.criterion in self.retrain_criteria
+            and cell.scope in self.retrain_scopes
+            and cell.sparsity in self.retrain_sparsities
+        )
+
+    def shows(self, cell: Cell) -> bool:
+        """Whether a cell's samples are shown."""
+        return cell.sparsity == self.show_sparsity and cell.scope == self.scopes[0]
+
+
+def check(config: Any) -> None:
+    """Refuses what could only fail later.
+
+    Args:
+      config: has the flags that every sweep has, by the names of `Plan`.
+
+    Raises:
+      ValueError: a criterion is unknown, a number out of range, or a list empty.
+    """
+    known = {*config.criteria, *(config.retrain_criteria or ())} - CRITERIA.keys()
+    if known:
+        raise ValueError(
+            f"criteria must be of {', '.join(CRITERIA)}, got {', '.join(known)}"
+        )
+    for sparsity in (*config.sparsities, *(config.retrain_sparsities or ())):
+        if not 0 < sparsity < 1:
+            raise ValueError(
+                f"sparsities must be in (0, 1), got {sparsity}; the dense model is "
+                "always measured"
+            )
+    for name in ("seeds", "criteria", "scopes", "sparsities"):
+        if not (values := getattr(config, name)):
+            raise ValueError(f"{name} must name at least one")
+        if len({*values}) < len(values):
+            raise ValueError(f"{name} must be named once each, got {values}")
+        retrained = getattr(config, f"retrain_{name}", None) or ()
+        if not {*retrained} <= {*values}:
+            raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
+    if config.retrain_steps < 0:
+        raise ValueError(f"retrain_steps must be >= 0, got {config.retrain_steps}")
+    for name in ("batch_size", "steps", "checkpoint_every"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in ("learning_rate", "retrain_learning_rate"):
+        rate = getattr(config, name)
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"{name} must be over 0, got {rate}")
+    if not 0 <= config.show_sparsity <= 1:
+        raise ValueError(f"show_sparsity must be in [0, 1], got {config.show_sparsity}")

@@ -1,0 +1,107 @@
+"""Losses on their way from the device: a window is fetched when the next is full.
+
+So the device never waits for the host, and is never two windows behind it.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxprune.arrays import processes
+
+
+class Progress:
+    """What a training loop tells while it runs; a context that shows a bar.
+
+    Attributes:
+      label: names the run on the bar and in errors.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        write: Callable[[dict[str, Any]], None] | None,
+        *,
+        start: int,
+        steps: int,
+    ) -> None:
+        """Prepares; nothing is shown before the context is entered.
+
+        Args:
+          label: names the run.
+          write: gets each window's metrics; None for nobody.
+          start: steps done before.
+          steps: steps in all.
+        """
+        self.label = label
+        self.write = write or (lambda metrics: None)
+        self._range = {"initial": start, "total": steps}
+        self._bar: Any = None
+        self._open: list[jax.Array] = []
+        self._closed: list[tuple[int, list[jax.Array]]] = []
+        self._tokens_per_step = 0
+        self._timed = 0
+        self._clock: float | None = None
+
+    def __enter__(self) -> "Progress":
+        hidden = None if processes.is_first() else True
+        self._bar = tqdm(**self._range, desc=self.label, disable=hidden)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, loss: jax.Array, tokens: int) -> None:
+        """Takes the loss of a step, a device scalar, and the number of its tokens."""
+        self._open.append(loss)
+        self._tokens_per_step = tokens
+        self._bar.update()
+        if self._clock is None:
+            # The first step compiles; the rate counts from its end.
+            jax.block_until_ready(loss)
+            self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Counts time and tokens anew, at a moment when no step is running."""
+        self._clock, self._timed = time.perf_counter(), 0
+
+    def close(self, step: int) -> None:
+        """Ends a window after this step and reports the one before."""
+        self._closed.append((step, self._open))
+        self._open = []
+        while len(self._closed) > 1:
+            self.write(self._fetch())
+
+    def finish(self, more: Callable[[], Mapping[str, Any]] | None = None) -> None:
+        """Reports the window that was closed last, when its steps are over.
+
+        Args:
+          more: gives further metrics of the same step.
+        """
+        metrics = self._fetch()
+        self.write({**metrics, **(more() if more else {})})
+        self.restart_clock()
+
+    def _fetch(self) -> dict[str, Any]:
+        """Waits for the oldest window and gives its metrics."""
+        step, losses = self._closed.pop(0)
+        values = np.asarray(jax.device_get(losses), np.float64)
+        seconds = time.perf_counter() - (self._clock or 0.0)
+        if not np.isfinite(values).all():
+            first = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
+            raise FloatingPointError(
+                f"{self.label}: the loss must be finite, got {values.min()} at step "
+                f"{first}; lower the learning rate."
+            )
+        self._timed += len(values)
+        done = self._timed
+        newest: Any = self._closed[0][1][-1] if self._closed else None
+        if newest is not None and newest.is_ready():
+            done += len(self._closed[0][1])
+        loss, rate = float(values.mean()), done * self._tokens_per_step / seconds
+        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        return {"step": step, "loss": loss, "tokens_per_second": rate}

@@ -1,0 +1,92 @@
+"""The folder of a run: one run at a time, one configuration for good."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.harness import checkpoint, records
+from jaxprune.arrays import processes
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; a killed process leaves no lock.
+
+    All processes of a run call this together; the first one holds the lock.
+
+    Args:
+      out: the folder; made if it is missing.
+
+    Yields:
+      Nothing; the folder is ours meanwhile.
+
+    Raises:
+      OSError: the folder cannot be written to, or another run has it.
+    """
+    with contextlib.ExitStack() as held:
+        processes.on_first(lambda: _lock(out, held))
+        yield
+
+
+def _lock(out: Path, held: contextlib.ExitStack) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context(open(out / ".lock", "a"))  # noqa: SIM115
+    except OSError as error:
+        raise OSError(
+            f"--out '{out}' must be a folder that can be written to, got "
+            f"{error.strerror}; give another"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError(
+            f"another process is running in '{out}'; wait for it or give another --out"
+        ) from error
+
+
+def begun(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run; writes config.json if it holds none.
+
+    All processes of a run call this together.
+
+    Args:
+      out: the folder.
+      identity: JSON-able; what must be the same for a run to go on.
+
+    Returns:
+      Whether the run was begun before.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration, or is damaged.
+    """
+    return processes.on_first(lambda: _begun(out, identity))
+
+
+def _begun(out: Path, identity: dict[str, Any]) -> bool:
+    path = out / "config.json"
+    if not path.exists():
+        if (out / "results.json").exists():
+            raise ValueError(
+                f"'{out}' holds results but not their config.json; bring it back, or "
+                "give another --out"
+            )
+        records.write_json(path, identity)
+        return False
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' must be the JSON that was written there, got {error}; bring it "
+            "back, or give another --out"
+        ) from error
+    different = checkpoint.differences(before, identity)
+    if different:
+        raise ValueError(
+            f"'{out}' holds a run of another configuration: {'; '.join(different)}; "
+            "give the old values to go on, or another --out"
+        )
+    return True

@@ -1,0 +1,355 @@
+"""Train once, then prune in every way that is asked for: one stage after the other.
+
+Each stage's result is a small JSON file in the run's folder, written when the stage is
+over; a run started again reads what is there and does the rest. Inside a stage of many
+steps, `training.train` goes on from its own checkpoints.
+"""
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+import jaxprune as jp
+from experiments.datasets import prefetch
+from experiments.harness import checkpoint, curve, device_mesh, training
+from experiments.harness.criteria import CRITERIA, Watched, averages
+from experiments.harness.plan import Cell, Plan
+from experiments.harness.records import MetricsLog, measure, write_json
+from experiments.harness.task import Task
+from experiments.harness.weights import WATCHED_WEIGHTS as WATCHED_WEIGHTS
+from experiments.harness.weights import sampled_weights, values
+from experiments.tasks.language_model import ADAMW, keep_everything, schedule
+from jaxprune.arrays.processes import is_first, on_first
+from jaxprune.typing import Prunable, Scope
+
+METRICS = "metrics.jsonl"
+MODEL = "model"
+"""In a seed's folder: the first criterion's model at the sparsity that is shown."""
+CURVE_TOKENS = 16_384
+
+
+class Seed:
+    """All stages of one seed; `run` returns what results.json holds of it."""
+
+    def __init__(
+        self,
+        seed: int,
+        plan: Plan,
+        task: Task,
+        out: Path,
+        log: MetricsLog | None,
+        identity: dict[str, Any],
+        mesh: Mesh | None = None,
+    ) -> None:
+        """Prepares the data and the compiled functions; computes nothing.
+
+        `log` is None on processes that write nothing.
+        """
+        self.seed, self.plan, self.task = seed, plan, task
+        self.log, self.identity = log, {**identity, "seed": seed}
+        self.folder, self.metrics = out / f"seed-{seed}", out / METRICS
+        self.mesh = mesh
+        self.batches = task.batches(plan.batch_size, seed)
+        evaluate = training.make_eval(task.token_losses, mesh=mesh)
+
+        def validation(limit: int | None) -> Callable[[Any], float]:
+            size = device_mesh.batch_size(64, mesh)
+            windows = task.validation(size, limit)
+
+            def loss(params: Any) -> float:
+                mean = evaluate(params, windows)
+                if not math.isfinite(mean):
+                    raise FloatingPointError(
+                        f"seed {seed}: the validation loss must be finite, got {mean}; "
+                        "give a lower --learning-rate"
+                    )
+                return mean
+
+            return loss
+
+        self.loss = validation(plan.eval_tokens)
+        self.curve_loss = validation(
+            min(CURVE_TOKENS, plan.eval_tokens or CURVE_TOKENS)
+        )
+        self.phases: list[dict[str, Any]] = []
+        self._scores: tuple[str, Any] = ("", None)
+
+    def run(self) -> dict[str, Any]:
+        """Every stage in order, or what is left of them."""
+        watched = self._train()
+        dense = {"steps": self.plan.steps}
+        dense |= self._once("dense", lambda: self._measured(watched.params))
+        samples = [self._once("sample", lambda: self._sample("dense", watched.params))]
+        control = self._control(watched)
+        cells = [self._cell(watched, cell, samples) for cell in self.plan.cells()]
+        return {
+            "seed": self.seed,
+            "dense": dense,
+            "control": control,
+            "curve": curve.points(self._lines()),
+            "cells": cells,
+            "samples": samples,
+            "weights": self._once("weights", lambda: self._weights(watched)),
+        }
+
+    def _once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> Any:
+        """The stage's result, read if it is there, else computed and kept."""
+        path = self.folder / f"{stage}.json"
+        if not on_first(path.exists):
+            country = self.plan.energy_country if is_first() else None
+            with measure(stage.split("/")[0], seed=self.seed, country=country) as phase:
+                content = compute()
+                phase.tokens = content.pop("tokens", None)
+            result = {"content": content, "phase": phase.record()}
+            on_first(lambda: write_json(path, result))
+        stored = on_first(lambda: json.loads(path.read_text()))
+        self.phases.append(stored["phase"])
+        return stored["content"]
+
+    def _train(self) -> Watched:
+        """The trained parameters and what was seen on the way to them."""
+        plan = self.plan
+        held = averages(plan.criteria)
+        tx, step_fn = _watching(self.task, plan.learning_rate, plan.steps, held)
+        shapes = self.task.shapes
+        sampled = sampled_weights(shapes, self.seed, self._first_scope()[1])
+
+        def evaluate(state: training.TrainState) -> dict[str, Any]:
+            weights = values(state.params, sampled)
+            return {
+                "validation_loss": self.curve_loss(state.params),
+                "weights": weights,
+            }
+
+        def train() -> dict[str, Any]:
+            state = training.init(self.task.init(self.seed), tx, mesh=self.mesh)
+            every = max(plan.steps // 40, 1)
+            self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)
+            return {"tokens": self._tokens(plan.steps)}
+
+        self._once("train", train)
+        target = training.abstract(shapes, tx, mesh=self.mesh)
+        state = checkpoint.restore(self.folder / "train", target).state
+        tracked = jp.get_importance(state.opt_state)
+        adam = tracked
+        if "trajectory_adam" in plan.criteria:
+            square = jp.get_importance(state.opt_state[ADAMW]).square
+            adam = tracked._replace(square=square)
+        return Watched(state.params, tracked, adam)
+
+    def _fit(
+        self,
+        stage: str,
+        state: training.TrainState,
+        step_fn: training.StepFunction,
+        steps: int,
+        offset: int,
+        evaluate: Any = None,
+        evaluate_every: int = 1,
+    ) -> training.TrainState:
+        labels = {"phase": stage, "seed": self.seed}
+
+        def begin(step: int) -> None:
+            self.begun = step
+            if self.log is not None:
+                self.log.resume(step, **labels)
+
+        def report(metrics: dict[str, Any]) -> None:
+            if self.log is not None:
+                self.log.write(metrics, **labels)
+
+        return training.train(
+            state,
+            step_fn,
+            lambda step: self.batches(offset + step),
+            steps=steps,
+            key=jax.random.key(self.seed),
+            directory=self.folder / stage,
+            configuration={**self.identity, "stage": stage},
+            every=self.plan.checkpoint_every,
+            log_every=max(min(50, steps // 10), 1),
+            on_start=begin,
+            on_metrics=report,
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            label=f"seed {self.seed} {stage.replace('/', ' ')}",
+            mesh=self.mesh,
+            prefetch=prefetch,
+            donate=True,
+        )
+
+    def _tokens(self, steps: int) -> int:
+        """Those of the last `_fit`, from where it began: what its seconds are of."""
+        return (steps - self.begun) * self.plan.batch_size * self.task.length
+
+    def _retrained(
+        self,
+        stage: str,
+        params: Any,
+        masks: Callable[[], Any],
+        then: Callable[[Any], dict[str, Any]] = lambda params: {},
+    ) -> dict[str, Any]:
+        """The loss after `retrain_steps` more steps with the masks held."""
+        plan = self.plan
+
+        def compute() -> dict[str, Any]:
+            rate = plan.retrain_learning_rate
+            inner, step_fn = _retraining(self.task, rate, plan.retrain_steps)
+            kept = masks()
+            # New arrays all of them, since the first step uses them up.
+            pruned = jax.tree.map(
+                lambda new, old: jnp.copy(new) if new is old else new,
+                jp.masks.apply(params, kept),
+                params,
+            )
+            tx = jp.keep_masks(inner, kept)
+            state = training.init(pruned, tx, mesh=self.mesh)
+            del kept, pruned, tx  # the state has them
+            state = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
+            result = {**self._measured(state.params), **then(state.params)}
+            return {**result, "tokens": self._tokens(plan.retrain_steps)}
+
+        result = self._once(stage, compute)
+        on_first(lambda: shutil.rmtree(self.folder / stage, ignore_errors=True))
+        return result
+
+    def _control(self, watched: Watched) -> dict[str, Any] | None:
+        """The dense model after as many more steps, by the very same program."""
+        if not self.plan.retrain_steps:
+            return None
+        result = self._retrained(
+            "control", watched.params, lambda: keep_everything(watched.params)
+        )
+        return {"steps": self.plan.steps + self.plan.retrain_steps, **result}
+
+    def _measured(self, params: Any) -> dict[str, Any]:
+        """The validation loss, and what else the task measures."""
+        return {"loss": self.loss(params), **self.task.measured(params)}
+
+    def _first_scope(self) -> tuple[Scope, Prunable]:
+        return self.task.scopes[self.plan.scopes[0]]
+
+    def _masks(self, watched: Watched, cell: Cell) -> Any:
+        """What a criterion keeps of the leaves that a scope is about."""
+        ranked, prunable = self.task.scopes[cell.scope]
+        scores = _only(self._scored(watched, cell.criterion), watched.params, prunable)
+        return jp.masks.make(scores, cell.sparsity, allocation=ranked)
+
+    def _scored(self, watched: Watched, criterion: str) -> Any:
+        """The scores of a criterion; only the last one's are held."""
+        if self._scores[0] != criterion:
+            self._scores = (criterion, CRITERIA[criterion](watched))
+        return self._scores[1]
+
+    def _cell(self, watched: Watched, cell: Cell, samples: list[Any]) -> dict[str, Any]:
+        """One criterion at one sparsity: right after pruning, and retrained."""
+        pruned = self._once(f"prune/{cell.name}", lambda: self._pruned(watched, cell))
+        retrained: dict[str, Any] = {"loss": None}
+        if self.plan.retrains(cell):
+            retrained = self._retrained(
+                f"retrain/{cell.name}",
+                watched.params,
+                lambda: self._masks(watched, cell),
+                lambda params: self._shown(cell, params, retrained=True),
+            )
+        shown = [stage.pop("sample", None) for stage in (pruned, retrained)]
+        samples += [sample for sample in shown if sample is not None]
+        return {**cell._asdict(), **pruned, **_named("retrained", retrained)}
+
+    def _pruned(self, watched: Watched, cell: Cell) -> dict[str, Any]:
+        """What is measured right after pruning."""
+        kept = self._masks(watched, cell)
+        counts = jp.sparsity(kept)
+        params = jp.masks.apply(watched.params, kept)
+        shares = {k: zeros / size for k, (zeros, size) in counts.by_leaf.items()}
+        return {
+            "achieved": counts.total,
+            **_named("pruned", self._measured(params)),
+            "sparsity_by_leaf": shares,
+            **self._shown(cell, params, retrained=False),
+        }
+
+    def _shown(self, cell: Cell, params: Any, *, retrained: bool) -> dict[str, Any]:
+        """A sample of the cells that are shown; the first's final model is written."""
+        plan = self.plan
+        if not plan.shows(cell):
+            return {"sample": None}
+        if cell.criterion == plan.criteria[0] and retrained == plan.retrains(cell):
+            steps = plan.retrain_steps if retrained else 0
+            how = {**cell._asdict(), "method": cell.criterion, "retrain_steps": steps}
+            self.task.save(params, self.folder / MODEL, how)
+        told = f"{cell.label}, retrained" if retrained else cell.label
+        return {"sample": self._sample(told, params)}
+
+    def _sample(self, label: str, params: Any) -> dict[str, Any]:
+        return self.task.shown(params, label, self.plan.sample_length)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return curve.lines(self.metrics, self.seed)
+
+    def _weights(self, watched: Watched) -> dict[str, Any]:
+        """How sampled weights moved, and which of them each criterion keeps."""
+        sampled = sampled_weights(watched.params, self.seed, self._first_scope()[1])
+        rows = [line for line in self._lines() if "weights" in line]
+        names = list(jp.tree.named_leaves(watched.params))
+        kept = {}
+        for criterion in self.plan.criteria:
+            scope, sparsity = self.plan.scopes[0], self.plan.show_sparsity
+            masks = self._masks(watched, Cell(criterion, scope, sparsity))
+            kept[criterion] = [bool(bit) for bit in values(masks, sampled)]
+        return {
+            "steps": [row["step"] for row in rows],
+            "names": [f"{names[leaf]}[{index}]" for leaf, index in sampled],
+            "values": np.array([row["weights"] for row in rows]).T.tolist(),
+            "averages": values(watched.tracked.weight, sampled),
+            "kept": kept,
+            "sparsity": self.plan.show_sparsity,
+        }
+
+
+@functools.cache
+def _watching(
+    task: Task, learning_rate: float, steps: int, held: frozenset[str]
+) -> tuple[optax.GradientTransformation, training.StepFunction]:
+    """The optimizer of the dense run and its step; one object, so compiled once."""
+    tx = task.optimizer(schedule(learning_rate, steps, warmup=100), track=held)
+    return tx, training.make_step(task.loss, tx)
+
+
+@functools.cache
+def _retraining(
+    task: Task, learning_rate: float, steps: int
+) -> tuple[optax.GradientTransformation, training.StepFunction]:
+    """The optimizer of every retraining and its step.
+
+    The masks a step holds are those in its state, so one program serves every cell, and
+    the control, whose masks keep everything.
+    """
+    tx = task.optimizer(schedule(learning_rate, steps, warmup=50), track=())
+    return tx, training.make_step(task.loss, jp.keep_masks(tx, {}))
+
+
+def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:
+    """Measures of a stage by the names of results: "loss_pruned"."""
+    return {f"{name}_{stage}": value for name, value in measured.items()}
+
+
+def _only(scores: Any, params: Any, prunable: Prunable) -> Any:
+    """The scores of the leaves that may be pruned; the others are left out."""
+    structure = jax.tree.structure(scores, is_leaf=jp.tree.is_masked)
+    of = jp.tree.named_leaves(params)
+    chosen = [
+        score if prunable(name, of[name]) else optax.MaskedNode()
+        for name, score in jp.tree.named_leaves(scores).items()
+    ]
+    return jax.tree.unflatten(structure, chosen)

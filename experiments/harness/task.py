@@ -1,0 +1,70 @@
+"""What an experiment trains, prunes and measures, as the stages of a run see it."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+
+from experiments.harness import training
+from jaxprune.typing import Params, Prunable, Scope
+
+
+class Task(Protocol):
+    """A model and its data; hashable. Parameters are any tree of arrays."""
+
+    def __hash__(self) -> int:
+        """One program is compiled for each task."""
+
+    @property
+    def scopes(self) -> Mapping[str, tuple[Scope, Prunable]]:
+        """By the names that results use: how weights are ranked, and which."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+
+    @property
+    def shapes(self) -> Params:
+        """The parameters as `jax.ShapeDtypeStruct`s; makes none."""
+
+    def init(self, seed: int) -> Params:
+        """The parameters before the first step."""
+
+    def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
+        """Mean nats of the targets of a training batch."""
+
+    def token_losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
+        """Nats of each target, of the targets' shape."""
+
+    def optimizer(
+        self, learning_rate: optax.ScalarOrSchedule, *, track: Collection[str]
+    ) -> optax.GradientTransformation:
+        """What trains it, holding these averages; as `language_model.optimizer`."""
+
+    def batches(self, batch_size: int, seed: int) -> training.Batches:
+        """Step to its batch, a pure function.
+
+        Raises:
+          ValueError: there is too little data for one.
+        """
+
+    def validation(
+        self, batch_size: int, limit: int | None
+    ) -> list[tuple[Any, np.ndarray, np.ndarray]]:
+        """Inputs, targets and weights, of one shape, for at most `limit` tokens.
+
+        Raises:
+          ValueError: there is too little data.
+        """
+
+    def shown(self, params: Params, label: str, length: int) -> dict[str, Any]:
+        """A sample of what the model does: "label", "text" and what else there is."""
+
+    def measured(self, params: Params) -> dict[str, Any]:
+        """What else is measured of a model, on the validation set; JSON-able."""
+
+    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+        """Writes a pruned model for others to load, where the task knows a format."""

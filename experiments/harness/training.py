@@ -1,0 +1,344 @@
+"""A training run is a folder: started again, it goes on where it was.
+
+A batch and a dropout key depend on the seed and the step only, and a checkpoint holds
+everything else, so a run that was killed and started again ends, on a CPU, with the
+bits of an undisturbed one. Steps count from 0; a checkpoint or a metric "of step n" is
+of the moment after n updates.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from experiments.harness import checkpoint, device_mesh
+from experiments.harness.progress import Progress
+from jaxprune.training import state_sharding
+
+Batch: TypeAlias = tuple[Any, np.ndarray]
+"""Inputs and targets, int32 (batch, context); inputs may be a tree of arrays."""
+
+Batches: TypeAlias = Callable[[int], Batch]
+"""Step to its batch, a pure function."""
+
+Prefetch: TypeAlias = Callable[[Batches, int, int], Iterable[Batch]]
+"""(batches, start, stop) to the batches of steps start, ..., stop - 1 in order."""
+
+StepFunction: TypeAlias = Callable[..., tuple["TrainState", jax.Array]]
+"""(state, inputs, targets, seed key) to the next state and the loss, a scalar."""
+
+LossFunction: TypeAlias = Callable[..., jax.Array]
+"""(params, inputs, targets, key) to the mean loss, a scalar."""
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+      params: any tree of arrays.
+      opt_state: the optimizer's state, importance included.
+      step: int32 scalar, updates done.
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+
+
+def init(
+    params: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
+) -> TrainState:
+    """Makes the state before the first step.
+
+    Args:
+      params: any tree of arrays.
+      optimizer: an optax transformation.
+      mesh: where the state lives, as `layout.make_mesh` gives; None for the default
+        device.
+
+    Returns:
+      The state; the parameters and their moments are placed alike.
+    """
+    step = jnp.zeros((), jnp.int32)
+    if mesh is None:
+        return TrainState(params, optimizer.init(params), step)
+    params = device_mesh.put(params, device_mesh.shardings(params, mesh))
+    places = state_sharding.state_shardings(optimizer, params)
+    opt_state = device_mesh.put(optimizer.init(params), places)
+    return TrainState(
+        params, opt_state, device_mesh.put(step, device_mesh.repeated(mesh))
+    )
+
+
+def abstract(
+    shapes: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
+) -> TrainState:
+    """What `init` would give, without its numbers; a checkpoint is restored to it.
+
+    Args:
+      shapes: the parameters as `jax.ShapeDtypeStruct`s.
+      optimizer: as for `init`.
+      mesh: as for `init`.
+
+    Returns:
+      A state of `jax.ShapeDtypeStruct`s, with shardings if there is a mesh.
+    """
+    state = jax.eval_shape(lambda params: init(params, optimizer), shapes)
+    if mesh is None:
+        return state
+    placed = _placed(shapes, device_mesh.shardings(shapes, mesh))
+    opt_state = _placed(
+        state.opt_state, state_sharding.state_shardings(optimizer, placed)
+    )
+    return TrainState(
+        placed, opt_state, _placed(state.step, device_mesh.repeated(mesh))
+    )
+
+
+def _placed(tree: Any, where: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
+        tree,
+        where,
+    )
+
+
+def make_step(
+    loss_fn: LossFunction, optimizer: optax.GradientTransformation
+) -> StepFunction:
+    """Builds the update of one step; `train` compiles it.
+
+    Args:
+      loss_fn: (params, inputs, targets, key) to the mean loss. The key is the seed key
+        with the step folded in.
+      optimizer: an optax transformation.
+
+    Returns:
+      The step function.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(
+        state: TrainState, inputs: jax.Array, targets: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
+        key = jax.random.fold_in(key, state.step)
+        loss, gradients = jax.value_and_grad(loss_fn)(
+            state.params, inputs, targets, key
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), loss
+
+    return step
+
+
+def make_eval(
+    loss_fn: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    *,
+    mesh: Mesh | None = None,
+) -> Callable[[Any, Iterable[tuple[Any, np.ndarray, np.ndarray]]], float]:
+    """Builds the mean loss over a validation set: one program, one fetch at the end.
+
+    Args:
+      loss_fn: (params, inputs, targets) to the loss of each token, (batch, context).
+      mesh: where the parameters live, if on a mesh.
+
+    Returns:
+      (params, batches of inputs, targets and weights) to the weighted mean. All
+      batches have one shape; weights are of a sequence each, (batch,), or of a token
+      each, (batch, context). ValueError where all weights are zero.
+    """
+
+    @functools.partial(jax.jit, out_shardings=mesh and device_mesh.repeated(mesh))
+    def total(params: Any, inputs: Any, targets: Any, weights: Any) -> jax.Array:
+        return jnp.sum(loss_fn(params, inputs, targets).astype(jnp.float32) * weights)
+
+    def evaluate(params: Any, batches: Iterable[Any]) -> float:
+        totals, weight = [], 0.0
+        for inputs, targets, weights in batches:
+            each = np.asarray(weights, np.float32)
+            each = np.broadcast_to(each.T, targets.T.shape).T
+            totals.append(total(params, *_put((inputs, targets, each), mesh)))
+            weight += float(each.sum(dtype=np.float64))
+        if not weight:
+            raise ValueError(
+                "the validation set must hold a token of positive weight, got none; "
+                "give a longer text."
+            )
+        return float(np.sum(jax.device_get(totals), dtype=np.float64) / weight)
+
+    return evaluate
+
+
+def in_order(batches: Batches, start: int, stop: int) -> Iterator[Batch]:
+    """The batches of steps start, ..., stop - 1, each made when it is asked for.
+
+    Args:
+      batches: step to its batch.
+      start: the first step.
+      stop: one past the last step.
+
+    Yields:
+      Inputs and targets.
+    """
+    yield from map(batches, range(start, stop))
+
+
+def train(
+    state: TrainState,
+    step_fn: StepFunction,
+    batches: Batches,
+    *,
+    steps: int,
+    key: jax.Array,
+    directory: Path | None = None,
+    configuration: Mapping[str, Any] | None = None,
+    every: int = 500,
+    log_every: int = 50,
+    on_start: Callable[[int], None] | None = None,
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
+    evaluate_every: int = 500,
+    label: str = "train",
+    mesh: Mesh | None = None,
+    prefetch: Prefetch = in_order,
+    donate: bool = False,
+) -> TrainState:
+    """Trains to a step, from the last whole checkpoint in the folder if there is one.
+
+    Everything is reported before the checkpoint that follows it, and the reports' steps
+    do not depend on where a run was interrupted: keep what was reported up to the step
+    that `on_start` tells, and the record is that of an undisturbed run.
+
+    Args:
+      state: where to begin when there is no checkpoint.
+      step_fn: as `make_step` gives; compiled here, its state donated.
+      batches: step to its batch, a pure function.
+      steps: updates in all.
+      key: the seed key of dropout.
+      directory: the folder of this run's checkpoints; None for none.
+      configuration: JSON-able; a checkpoint of another one is refused.
+      every: steps between checkpoints; the last step is always saved.
+      log_every: steps whose losses are averaged into one report.
+      on_start: gets the step at which the run starts, before anything else.
+      on_metrics: gets {"step", "loss", "tokens_per_second"}, and what `evaluate` gave,
+        in order.
+      evaluate: state to metrics, called at step 0, then every `evaluate_every` steps
+        and after the last.
+      evaluate_every: steps between evaluations.
+      label: names the run on the progress bar and in errors.
+      mesh: splits each batch, as `layout.of_batch` says; the state must be placed on
+        it.
+      prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
+      donate: whether `state` is used up, which saves holding it twice; else it is left
+        as it was.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration or a longer one, or
+        what `checkpoint.restore` raises; a number of steps out of range.
+      FloatingPointError: the loss is not finite.
+    """
+    if steps < 0 or min(every, log_every, evaluate_every) < 1:
+        raise ValueError(
+            f"train needs steps >= 0 and intervals >= 1, got steps={steps}, "
+            f"every={every}, log_every={log_every}, evaluate_every={evaluate_every}."
+        )
+    settings = dict(configuration or {})
+    state, start = _begin(state, directory, settings, steps, label, donate)
+    if on_start is not None:
+        on_start(start)
+    if start == steps:
+        return state
+    progress = Progress(label, on_metrics, start=start, steps=steps)
+    if evaluate is not None and start == 0:
+        progress.write({"step": 0, **evaluate(state)})
+    step_fn = _compiled(step_fn, mesh and _shardings(state))
+    with progress:
+        for step, batch in enumerate(prefetch(batches, start, steps), start + 1):
+            inputs, targets = _put(batch, mesh)
+            state, loss = step_fn(state, inputs, targets, key)
+            progress.add(loss, targets.size)
+            saving = directory is not None and _due(step, every, steps)
+            measure = evaluate if _due(step, evaluate_every, steps) else None
+            # Windows end at the same steps whether or not the run was interrupted.
+            if saving or measure or _due(step, log_every, steps):
+                progress.close(step)
+            if saving or measure or step == steps:
+                progress.finish(measure and functools.partial(measure, state))
+            if saving and directory is not None:
+                checkpoint.save(directory, state, step=step, configuration=settings)
+                progress.restart_clock()
+    return state
+
+
+def _due(step: int, interval: int, last: int) -> bool:
+    return step % interval == 0 or step == last
+
+
+def _begin(
+    state: TrainState,
+    directory: Path | None,
+    configuration: Mapping[str, Any],
+    steps: int,
+    label: str,
+    donate: bool,
+) -> tuple[TrainState, int]:
+    """The state and step to go on from; the caller's own arrays only if donated."""
+    found = None if directory is None else checkpoint.latest(directory)
+    if directory is None or found is None:
+        own = state if donate else jax.tree.map(jnp.copy, state)
+        return own, int(state.step)
+    different = checkpoint.differences(found.configuration, configuration)
+    if different:
+        raise ValueError(
+            f"{label}: '{found.path}' must be of the same configuration, but "
+            f"{'; '.join(different)}; give the old values, or another folder."
+        )
+    if found.step > steps:
+        raise ValueError(
+            f"{label}: '{found.path}' must be of at most the {steps} steps asked for, "
+            f"got {found.step}; ask for more, or give another folder."
+        )
+    if donate:
+        target = jax.tree.map(_without_numbers, state)
+        jax.tree.map(lambda leaf: leaf.delete(), state)
+        state = target
+    return checkpoint.restore(directory, state).state, found.step
+
+
+def _without_numbers(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _put(arrays: tuple[Any, ...], mesh: Mesh | None) -> Any:
+    if mesh is None:
+        return jax.device_put(arrays)
+    return device_mesh.put(arrays, device_mesh.of_batch(mesh))
+
+
+def _shardings(state: TrainState) -> tuple[Any, tuple[Any, ...]]:
+    leaves, structure = jax.tree.flatten(state)
+    return structure, tuple(leaf.sharding for leaf in leaves)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(
+    step_fn: StepFunction, shardings: tuple[Any, tuple[Any, ...]] | None
+) -> StepFunction:
+    # A compiler free to choose how the state comes out could choose another sharding
+    # than it went in with, and compile a second time.
+    out = None
+    if shardings is not None:
+        out = (jax.tree.unflatten(*shardings), None)
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=out)

@@ -1,0 +1,52 @@
+"""One run's results as a CSV, figures and one self-contained HTML page.
+
+Everything is made from the results alone and made before the first file is written;
+each file is written beside its place and renamed. Losses are validation losses in nats
+per token. matplotlib is imported when `write_report` is called, not before.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.report import results as results_
+
+__all__ = ["write_report"]
+
+
+def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
+    """Writes results.csv, the figures as PNG and SVG, and report.html.
+
+    Args:
+      results: The results of one run, as results.json holds them.
+      directory: Where the files go; made where absent, files there are replaced.
+
+    Returns:
+      The paths written: results.csv, each figure's .png and .svg, report.html.
+
+    Raises:
+      ValueError: If results lack something, naming what, or are of another format.
+      ImportError: If matplotlib is not installed.
+      OSError: If a file cannot be written; no file is ever left half written.
+
+    Example:
+      results = json.loads((run / "results.json").read_text())
+      write_report(results, run)
+    """
+    results_.check(results)
+    try:
+        from experiments.report import sections
+        from jaxprune.report import canvas, page
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"write_report draws with matplotlib, and '{error.name}' is not installed; "
+            "pip install 'jaxprune[experiments]'"
+        ) from error
+    files = {
+        "results.csv": page.table_csv(results_.columns(results), results_.rows(results))
+    }
+    for name, figure in sections.drawings(results).items():
+        files[f"{name}.png"] = canvas.png(figure)
+        files[f"{name}.svg"] = canvas.svg(figure).encode()
+    files["report.html"] = sections.document(results).encode()
+    return page.write_files(files, directory)

@@ -1,0 +1,181 @@
+"""How many questions are answered right, where a run measured that.
+
+Cells may have "accuracy_pruned" and "accuracy_retrained", shares in [0, 1], and with
+few questions "by_question_pruned" and "by_question_retrained", question to share; a run
+may say in "text_only" what can be had without looking.
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.report import figures, findings
+from experiments.report import results as results_
+from jaxprune.report import canvas, page
+
+Points = dict[str, dict[float, list[float]]]
+_RUNS = {"pruned": "dense", "retrained": "control"}
+
+
+def points(results: Mapping[str, Any], stage: str, scope: str) -> Points:
+    """Accuracies of a stage.
+
+    Args:
+      results: Checked results.
+      stage: "pruned" or "retrained".
+      scope: Which scope's cells.
+
+    Returns:
+      Criterion to sparsity to one accuracy a seed; empty where none was measured.
+    """
+    found: Points = {}
+    for seed in results["seeds"]:
+        for cell in seed["cells"]:
+            value = cell.get(f"accuracy_{stage}")
+            if value is not None and cell["scope"] == scope:
+                of = found.setdefault(cell["criterion"], {})
+                of.setdefault(cell["sparsity"], []).append(value)
+    return found
+
+
+def section(results: Mapping[str, Any]) -> str:
+    """Accuracy against sparsity, pictured and in numbers, for each scope."""
+    parts: list[str] = []
+    for number, scope in enumerate(results_.scopes(results)):
+        for stage in results_.STAGES:
+            found = points(results, stage, scope)
+            if not found:
+                continue
+            title = f"{figures.TITLES[stage]}, {scope}"
+            drawn = {f"accuracy-{number}-{stage}": drawing(results, stage, scope)}
+            parts.append(page.picture(drawn, f"{title}. {_references(results, stage)}"))
+            parts.append(_table(found, title))
+    parts += _by_question(results)
+    heading = "<h2>Questions answered right</h2>"
+    return "\n".join([heading, *parts]) if parts else ""
+
+
+def _by_question(results: Mapping[str, Any]) -> list[str]:
+    """Each question's share, dense and by the first scope's first criterion."""
+    scope, criterion = results_.scopes(results)[0], results_.criteria(results)[0]
+    columns = {"dense": [seed["dense"].get("by_question") for seed in results["seeds"]]}
+    for stage in results_.STAGES:
+        for seed in results["seeds"]:
+            for cell in seed["cells"]:
+                if (cell["scope"], cell["criterion"]) == (scope, criterion):
+                    name = f"{findings.percent(cell['sparsity'])} {stage}"
+                    found = cell.get(f"by_question_{stage}")
+                    columns.setdefault(name, []).append(found)
+    measured = {name: of for name, of in columns.items() if all(of)}
+    if "dense" not in measured:
+        return []
+    rows = [
+        [question, *(f"{100 * _mean(of, question):.1f}" for of in measured.values())]
+        for question in measured["dense"][0]
+    ]
+    caption = f"Percent right of each question: {criterion}, {scope}."
+    return [page.table(["question", *measured], rows, caption)]
+
+
+def _mean(of: Sequence[Mapping[str, float]], question: str) -> float:
+    return float(np.mean([each[question] for each in of]))
+
+
+def _references(results: Mapping[str, Any], stage: str) -> str:
+    """What the lines are held against, in words."""
+    told = [
+        f"{name}: {text}"
+        for name, text in (
+            ("dense", _share(_dense(results, stage))),
+            ("without the picture", _share(_text_only(results))),
+        )
+        if text
+    ]
+    return "Lines are means over the seeds. " + "; ".join(told) + "."
+
+
+def _dense(results: Mapping[str, Any], stage: str) -> float | None:
+    """The dense run's, of this stage, mean of the seeds."""
+    runs = [seed.get(_RUNS[stage]) or {} for seed in results["seeds"]]
+    values = [run["accuracy"] for run in runs if run.get("accuracy") is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _text_only(results: Mapping[str, Any]) -> float | None:
+    return (results.get("text_only") or {}).get("accuracy")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else findings.percent(round(value, 3))
+
+
+def _table(found: Points, title: str) -> str:
+    """Criteria by sparsities: mean and spread of the seeds, in percent."""
+    sparsities = sorted({sparsity for of in found.values() for sparsity in of})
+    rows = []
+    for criterion, of in found.items():
+        row = [criterion]
+        for sparsity in sparsities:
+            values = 100 * np.array(of.get(sparsity, []))
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            row.append(f"{values.mean():.1f}{spread}" if len(values) else "")
+        rows.append(row)
+    header = ["criterion", *map(findings.percent, sparsities)]
+    return page.table(header, rows, f"{title}: percent of the held-out questions.")
+
+
+@canvas.STYLE
+def drawing(results: Mapping[str, Any], stage: str, scope: str) -> Figure:
+    """Accuracy against sparsity, a line for each criterion.
+
+    Args:
+      results: Checked results.
+      stage: "pruned" or "retrained".
+      scope: Which scope's cells are drawn.
+
+    Returns:
+      The figure.
+    """
+    found = points(results, stage, scope)
+    style = canvas.styles(results_.criteria(results))
+    known = {"dense": _dense(results, stage), "no picture": _text_only(results)}
+    levels = {name: level for name, level in known.items() if level is not None}
+    figure, (axes,) = canvas.panels(1, [*found, *levels])
+    ends: list[tuple[str, str, float, float]] = []
+    for criterion, of in found.items():
+        percent = [100 * sparsity for sparsity in sorted(of)]
+        means = [100 * float(np.mean(of[sparsity])) for sparsity in sorted(of)]
+        look = style[criterion]
+        axes.plot(percent, means, color=look.colour, marker=look.marker, ls=look.dash)
+        ends.append((criterion, look.colour, percent[-1], means[-1]))
+    last = max(end[2] for end in ends)
+    for name, level in levels.items():
+        axes.axhline(100 * level, color=canvas.INK, lw=1, zorder=1)
+        ends.append((name, canvas.INK, last, 100 * level))
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("sparsity: % of the weights removed")
+    axes.set_title(f"{figures.TITLES[stage]}, {scope}: % answered right")
+    axes.grid()
+    canvas.name_ends(axes, ends)
+    return figure
+
+
+def pictured(sample: Mapping[str, Any]) -> str:
+    """A sample's pictures, each with what was asked and answered, as HTML.
+
+    Args:
+      sample: With "pictures", a list of {"png": base64, "text"}.
+
+    Returns:
+      HTML that loads nothing.
+    """
+    shown = "".join(
+        '<figure class="asked"><img alt="" src="data:image/png;base64,'
+        f'{html.escape(picture["png"])}"><figcaption>{html.escape(picture["text"])}'
+        "</figcaption></figure>"
+        for picture in sample["pictures"]
+    )
+    return f'<div class="pictures">{shown}</div>'

@@ -1,0 +1,218 @@
+"""What `reconstruction` found, as tables, a CSV and a figure.
+
+    python -m experiments.report.allocation_figure RESULTS... --out DIR
+
+RESULTS are results.json files of `experiments.allocation_with_solvers`, or the folders
+that hold them; one figure shows all. Losses are nats per token above the dense model of the same
+seed, on the validation set; "±" is the sample standard deviation over the seeds.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from matplotlib.figure import Figure
+
+from experiments.compare import text_table
+from experiments.report import figures, findings
+from jaxprune.report import canvas, page
+
+COLUMNS = (
+    "seed",
+    "draw",
+    "solver",
+    "shares",
+    "sparsity",
+    "achieved",
+    "zeros",
+    "size",
+    "loss",
+    "dense_loss",
+    "above",
+    "seconds",
+)
+_RULES = ("uniform", "owl", "erk", "magnitude", "trajectory", "trajectory_adam")
+_LAST = ("wanda", "mask")  # no lines of their own: one rule each
+
+Results = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Draws several runs of `reconstruction` in one figure."""
+
+    results: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RESULTS...", help_behavior_hint=""),
+    ]
+    """results.json files, or the folders that hold them."""
+    out: Path = Path("reconstruction")
+    """Where trajectory_shares.svg goes."""
+
+
+def rows(results: Results) -> list[dict[str, Any]]:
+    """The tidy table: one row a cell.
+
+    Args:
+      results: what results.json holds.
+
+    Returns:
+      One dict with the keys `COLUMNS` for each cell; "above" is nats above dense.
+    """
+    table = []
+    for cell in results["cells"]:
+        dense = results["dense"][str(cell["seed"])]["loss"]
+        derived = {
+            "achieved": cell["zeros"] / cell["size"],
+            "dense_loss": dense,
+            "above": cell["loss"] - dense,
+        }
+        whole = {**cell, **derived}
+        table.append({name: whole[name] for name in COLUMNS})
+    return table
+
+
+def tables(results: Results) -> str:
+    """Nats above dense, by solver and rule, then how far each rule is from uniform.
+
+    Args:
+      results: what results.json holds.
+
+    Returns:
+      Plain text; a draw of the calibration sequences has tables of its own.
+    """
+    found = rows(results)
+    parts = [_dense(results)]
+    for draw in sorted({row["draw"] for row in found}):
+        of_draw = [row for row in found if row["draw"] == draw]
+        named = f", calibration draw {draw + 1}" if draw else ""
+        parts.append(f"Nats above dense{named}\n{_table(of_draw, relative=False)}")
+        if any(row["shares"] == "uniform" for row in of_draw):
+            parts.append(
+                f"Nats above the same solver with uniform shares{named}\n"
+                f"{_table(of_draw, relative=True)}"
+            )
+    return "\n\n".join(parts)
+
+
+def _dense(results: Results) -> str:
+    losses = [dense["loss"] for dense in results["dense"].values()]
+    return f"Dense: {findings.mean(losses)} nats per token, {len(losses)} seeds"
+
+
+def _table(found: Sequence[Mapping[str, Any]], *, relative: bool) -> str:
+    """Rows are solver and rule, columns sparsities; means over the seeds."""
+    losses = {
+        (row["solver"], row["shares"], row["sparsity"], row["seed"]): row["above"]
+        for row in found
+    }
+    pairs = sorted({key[:2] for key in losses}, key=_order)
+    sparsities = sorted({key[2] for key in losses})
+    lines = []
+    for solver, shares in pairs:
+        if relative and (shares == "uniform" or solver in _LAST):
+            continue
+        line = [solver, shares]
+        for sparsity in sparsities:
+            values = []
+            for (*key, seed), above in losses.items():
+                if key != [solver, shares, sparsity]:
+                    continue
+                base = losses.get((solver, "uniform", sparsity, seed))
+                if not relative:
+                    values.append(above)
+                elif base is not None:
+                    values.append(above - base)
+            line.append(findings.mean(values, signed=True))
+        lines.append(line)
+    return text_table(["solver", "shares", *map(findings.percent, sparsities)], lines)
+
+
+def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
+    """Solvers that repair first; in each, the rules in the order of their kinds."""
+    solver, shares = pair
+    place = _RULES.index(shares) if shares in _RULES else len(_RULES)
+    first = ("sparsegpt", "alps", *_LAST)
+    return (first.index(solver) if solver in first else 0, solver, place, shares)
+
+
+def figure(all_results: Sequence[Results]) -> Figure:
+    """Loss above dense against sparsity: a panel a run and solver, a line a rule.
+
+    Args:
+      all_results: what the results.json of each run holds.
+
+    Returns:
+      The figure; lines are means over the seeds, bands their range. Variants of the
+      quarter score are left to the tables, unless there is nothing else.
+    """
+    lines: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    found = [
+        (row, f"{results['config']['preset']}: {row['solver']}")
+        for results in all_results
+        for row in rows(results)
+        if row["draw"] == 0 and row["solver"] not in _LAST
+    ]
+    main = [item for item in found if item[0]["shares"] in _RULES]
+    for row, panel in sorted(
+        main or found, key=lambda item: _order((item[0]["solver"], item[0]["shares"]))
+    ):
+        cells = lines.setdefault(row["shares"], {}).setdefault(row["seed"], [])
+        cells.append(
+            {
+                "criterion": panel,
+                "scope": "global",
+                "sparsity": row["sparsity"],
+                "loss_pruned": row["above"],
+            }
+        )
+    # The losses are above dense already, so every seed's reference is zero.
+    labelled = {
+        shares: {
+            "seeds": [
+                {"seed": seed, "dense": {"loss": 0.0}, "cells": cells}
+                for seed, cells in sorted(of.items())
+            ]
+        }
+        for shares, of in lines.items()
+    }
+    return figures.runs(labelled, stage="pruned", scope="global")
+
+
+def write(results: Results, out: Path) -> None:
+    """Writes results.csv and loss.svg.
+
+    Args:
+      results: what results.json holds.
+      out: the folder.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    files = {"results.csv": page.table_csv(COLUMNS, rows(results))}
+    if any(cell["solver"] not in _LAST for cell in results["cells"]):
+        files["loss.svg"] = canvas.svg(figure([results])).encode()
+    page.write_files(files, out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; a refusal is one line on stderr and exit status 1."""
+    prog = "python -m experiments.report.allocation_figure"
+    options = tyro.cli(Draw, prog=prog, args=arguments)
+    try:
+        paths = [p / "results.json" if p.is_dir() else p for p in options.results]
+        drawn = figure([json.loads(path.read_text()) for path in paths])
+        svg = canvas.svg(drawn).encode()
+        page.write_files({"trajectory_shares.svg": svg}, options.out)
+    except (OSError, ValueError) as error:
+        sys.exit(f"reconstruction_figure: {error}")
+    print(f"written to '{options.out}': trajectory_shares.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What the numbers of one run say, in sentences and choices computed from them alone.
+
+"Within" a reference means at most `results.CLOSE` nats above it, at this sparsity
+and at every lower one that was tested. The reference is the dense model right after
+pruning, and after retraining the dense control with as many steps in all.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.report import results as results_
+
+CLOSE_SHARE = 0.01  # of the reference's loss
+_TYPICAL = 0.6  # the sparsity whose layers are shown
+_WATCHED = ("averaged_weight", "trajectory", "magnitude")
+
+
+def headline(results: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, in sentences that are computed and nothing else.
+
+    Args:
+      results: Checked results.
+
+    Returns:
+      First how far the best criterion goes at equal steps, then how far right after
+      pruning, then whether pruning ever lowered the loss.
+    """
+    count = len(results["seeds"])
+    over = f"mean of {count} seeds" if count > 1 else "one seed"
+    extra = results_.extra_steps(results)
+    sentences = []
+    for stage, start, reference in (
+        (
+            "retrained",
+            f"Retrained for {extra} steps with the mask held, ",
+            "the dense model given the same steps",
+        ),
+        ("pruned", "Right after pruning, ", "the dense model"),
+    ):
+        found = results_.curves(results, stage)  # type: ignore[arg-type]
+        if found:
+            sentences.append(f"{start}{_furthest(found, reference)} ({over}).")
+    retrained = results_.curves(results, "retrained")
+    return sentences + ([_lowest(retrained)] if retrained else [])
+
+
+def _furthest(curves: Sequence[results_.Curve], reference: str) -> str:
+    """Which criteria stay close to the reference up to the highest sparsity."""
+    reaches = {
+        title(curve, curves): curve.reach(results_.CLOSE) or 0.0 for curve in curves
+    }
+    best = max(reaches.values())
+    if best == 0:
+        return f"no criterion stays within {results_.CLOSE} nats of {reference}"
+    first = [name for name, reach in reaches.items() if reach == best]
+    rest = [reach for reach in reaches.values() if reach < best]
+    scopes = {curve.scope for curve in curves}
+    kind = "criteria" if len(scopes) == 1 else "pairs of criterion and scope"
+    several = f"{len(first)} of {len(reaches)} {kind}"
+    names = _listed(first) if len(first) <= 3 else several
+    verb = "stays" if len(first) == 1 else "stay"
+    near = f"{verb} within {results_.CLOSE} nats of {reference}"
+    text = f"{names} {near} up to {percent(best)} sparsity"
+    if not rest:
+        return text
+    high = max(rest)
+    return f"{text}, no other {f'past {percent(high)}' if high else 'at any'}"
+
+
+def _lowest(curves: Sequence[results_.Curve]) -> str:
+    """Whether any pruned model ended under its control, and whether that is noise."""
+    found = [
+        (float(curve.above[:, column].mean()), curve, column)
+        for curve in curves
+        for column, sparsity in enumerate(curve.sparsities)
+        if sparsity > 0
+    ]
+    if not found:
+        return "Nothing but the dense model was retrained."
+    lowest, curve, column = min(found, key=lambda item: item[0])
+    above = curve.above[:, column].compressed()
+    where = f"{title(curve, curves)} at {percent(curve.sparsities[column])}"
+    if lowest >= 0:
+        return (
+            f"Pruning never lowered the loss: the lowest of {len(found)} is {where}, "
+            f"{signed_text(lowest)} nats against the dense control."
+        )
+    if len(above) < 2:
+        noise = ", with one seed and no spread to hold it against"
+    elif -lowest > np.std(above, ddof=1):
+        noise = ""
+    else:
+        noise = ", no more than the spread of the seeds"
+    return (
+        f"The lowest of {len(found)} retrained losses is {where}, "
+        f"{signed_text(lowest)} nats against the dense control and under it for "
+        f"{(above < 0).sum()} of {len(above)} seeds{noise}; a lowest of many flatters."
+    )
+
+
+def percent(share: float) -> str:
+    """A share as it is written everywhere: "60 %", "97.5 %"."""
+    return f"{100 * share:.4g}\N{NO-BREAK SPACE}%"
+
+
+def signed_text(nats: float) -> str:
+    """A difference of losses as it is written everywhere: "+0.015", "−0.003"."""
+    return f"{nats:+z.3f}".replace("-", "−")
+
+
+def mean(losses: Sequence[float] | np.ndarray, *, signed: bool = False) -> str:
+    """Mean and, for several seeds, spread, as written everywhere: "1.908 ± 0.008"."""
+    if not len(losses):
+        return "-"
+    middle = float(np.mean(losses))
+    text = signed_text(middle) if signed else f"{middle:.3f}"
+    deviation = "" if len(losses) < 2 else f" ± {float(np.std(losses, ddof=1)):.3f}"
+    return text + deviation
+
+
+def title(curve: results_.Curve, among: Sequence[results_.Curve]) -> str:
+    """The criterion's name, with the scope where several are compared."""
+    several = len({other.scope for other in among}) > 1
+    return f"{curve.criterion} ({curve.scope})" if several else curve.criterion
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as in a sentence: a, b and c."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def watched(results: Mapping[str, Any]) -> list[str]:
+    """The criteria whose choice among the sampled weights is drawn: at most three."""
+    sampled = results["seeds"][0].get("weights")
+    if not sampled:
+        return []
+    kept = list(sampled["kept"])
+    chosen = [name for name in _WATCHED if name in kept]
+    return (chosen + [name for name in kept if name not in chosen])[:3]
+
+
+def layers(
+    results: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, float]], float, str] | None:
+    """Shares removed by leaf, over the seeds, where scope makes them differ most."""
+    cells = [
+        cell
+        for seed in results["seeds"]
+        for cell in seed["cells"]
+        if cell.get("sparsity_by_leaf") and cell["sparsity"] > 0
+    ]
+    if not cells:
+        return None
+    sparsity = min({c["sparsity"] for c in cells}, key=lambda s: abs(s - _TYPICAL))
+    cells = [cell for cell in cells if cell["sparsity"] == sparsity]
+    scope = max(cells, key=lambda cell: np.ptp([*cell["sparsity_by_leaf"].values()]))
+    shares: dict[str, dict[str, float]] = {}
+    for cell in cells:
+        if cell["scope"] == scope["scope"]:
+            shares.setdefault(cell["criterion"], {})
+    for criterion, of in shares.items():
+        found = [
+            cell["sparsity_by_leaf"]
+            for cell in cells
+            if cell["criterion"] == criterion and cell["scope"] == scope["scope"]
+        ]
+        of |= {leaf: float(np.mean([c[leaf] for c in found])) for leaf in found[0]}
+    return shares, sparsity, scope["scope"]

@@ -1,0 +1,84 @@
+"""The dense models that `reconstruction` prunes: those of the main experiment.
+
+Same data, batches, optimizer and steps as `experiments.scaled_down_llm`, so on the same
+machine the same weights; the last checkpoint keeps the optimizer's state.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+import jaxprune as jp
+from experiments.datasets import Batches, Corpus, prefetch
+from experiments.harness import training
+from experiments.harness.criteria import Watched
+from experiments.tasks.language_model import (
+    ADAMW,
+    EVERYTHING,
+    LanguageModel,
+    optimizer,
+    schedule,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the dense models are trained.
+
+    Attributes:
+      steps: of training.
+      batch_size: sequences in a batch.
+      learning_rate: the peak.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float = 1e-3
+
+
+RECIPES = {"cpu": Recipe(2000, 12), "medium": Recipe(900, 16)}
+"""Those of the published tables in experiments/README.md, by preset."""
+
+
+def trained(
+    model: LanguageModel, corpus: Corpus, recipe: Recipe, seed: int, directory: Path
+) -> Watched:
+    """Trains a dense model, or what is left of it, and tells what was seen meanwhile.
+
+    Args:
+      model: the model's functions.
+      corpus: the text; its training part is learned from.
+      recipe: how.
+      seed: of the initialisation and of the batches.
+      directory: the folder of its checkpoints; a run found there goes on.
+
+    Returns:
+      The parameters, the tracked averages, and Adam's own second moment.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration.
+      FloatingPointError: the loss is not finite.
+    """
+    rate = schedule(recipe.learning_rate, recipe.steps, warmup=100)
+    tx = optimizer(rate, track=EVERYTHING)
+    context = model.config.context
+    state = training.train(
+        training.init(model.init(seed), tx),
+        training.make_step(model.loss, tx),
+        Batches(corpus.train, recipe.batch_size, context, seed),
+        steps=recipe.steps,
+        key=jax.random.key(seed),
+        directory=directory,
+        configuration={
+            **dataclasses.asdict(recipe),
+            "model": dataclasses.asdict(model.config),
+            "fingerprint": corpus.fingerprint,
+            "seed": seed,
+        },
+        label=f"seed {seed} train",
+        prefetch=prefetch,
+    )
+    tracked = jp.get_importance(state.opt_state)
+    adam = jp.get_importance(state.opt_state[ADAMW])
+    return Watched(state.params, tracked, tracked._replace(square=adam.square))

@@ -1,0 +1,85 @@
+"""A GPT and a corpus, as the stages of a run see them."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+import optax
+
+import jaxprune as jp
+from experiments.datasets import Batches, Corpus, validation_batches
+from experiments.tasks.language_model import LanguageModel, optimizer
+from jaxprune.typing import Params, Prunable, Scope
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageTask:
+    """Next characters of a text; a `task.Task`.
+
+    Attributes:
+      model: the GPT's functions.
+      corpus: the text.
+    """
+
+    model: LanguageModel
+    corpus: Corpus
+    scopes: ClassVar[Mapping[str, tuple[Scope, Prunable]]] = {
+        "global": ("global", jp.tree.prunable),
+        "layer": ("layer", jp.tree.prunable),
+    }
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.model.config.context
+
+    @property
+    def shapes(self) -> Params:
+        """The parameters' shapes and types."""
+        return jax.eval_shape(lambda: self.init(0))
+
+    def init(self, seed: int) -> Params:
+        """The parameters before the first step."""
+        return self.model.init(seed)
+
+    def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
+        """Mean nats per token."""
+        return self.model.loss(params, inputs, targets, key)
+
+    def token_losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
+        """Nats of each token."""
+        return self.model.token_losses(params, inputs, targets)
+
+    def optimizer(
+        self, learning_rate: optax.ScalarOrSchedule, *, track: Collection[str]
+    ) -> optax.GradientTransformation:
+        """nanoGPT's."""
+        return optimizer(learning_rate, track=track)
+
+    def batches(self, batch_size: int, seed: int) -> Batches:
+        """Windows of the training text."""
+        return Batches(self.corpus.train, batch_size, self.length, seed)
+
+    def validation(
+        self, batch_size: int, limit: int | None
+    ) -> list[tuple[Any, np.ndarray, np.ndarray]]:
+        """Windows that predict each token of the validation text once."""
+        tokens = self.corpus.validation
+        return validation_batches(tokens, batch_size, self.length, limit)
+
+    def shown(self, params: Params, label: str, length: int) -> dict[str, Any]:
+        """A text that the model writes, begun with the first validation words."""
+        prompt = self.corpus.validation[: self.length // 4]
+        written = self.model.sample(params, prompt, length)
+        text = self.corpus.vocabulary.decode([*prompt, *written])
+        return {"label": label, "text": text}
+
+    def measured(self, params: Params) -> dict[str, Any]:
+        """Nothing but the loss."""
+        return {}
+
+    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+        """Nothing: the checkpoints are enough for a model trained from nothing."""

@@ -1,0 +1,148 @@
+"""A GPT as pure functions of its parameters, with nanoGPT's optimizer."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxprune as jp
+from experiments.harness import device_mesh
+from jaxprune.models import generate, gpt
+from jaxprune.typing import Prunable
+
+ADAMW = 2
+"""Where AdamW's own state lies in the state of `optimizer(..., track=EVERYTHING)`."""
+EVERYTHING = ("square", "taylor", "weight", "magnitude")
+"""All that can be tracked: E[g^2] and E|w g| of the gradients, A and E|w|."""
+
+
+class LanguageModel:
+    """A configuration's functions; parameters are nested dicts of arrays.
+
+    Attributes:
+      config: the model's shape.
+    """
+
+    def __init__(self, config: gpt.GPTConfig) -> None:
+        """Traces the model once; makes no parameters."""
+        self.config = config
+        model = nnx.eval_shape(lambda: gpt.GPT(config, rngs=nnx.Rngs(0)))
+        self._graph, self._state = nnx.split(model, nnx.Param)
+
+    def init(self, seed: int) -> Any:
+        """Parameters with nanoGPT's initialisation."""
+        model = gpt.GPT(self.config, rngs=nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def bind(self, params: Any) -> gpt.GPT:
+        """The model with these parameters."""
+        state = jax.tree.unflatten(
+            jax.tree.structure(self._state), jax.tree.leaves(params)
+        )
+        return nnx.merge(self._graph, state)
+
+    def loss(
+        self, params: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Mean nats per token, with dropout by `key` where there is dropout."""
+        dropout = key if self.config.dropout else None
+        return gpt.loss(self.bind(params), inputs, targets, key=dropout)
+
+    def token_losses(
+        self, params: Any, inputs: jax.Array, targets: jax.Array
+    ) -> jax.Array:
+        """Nats of each token, (batch, context), without dropout."""
+        logits = self.bind(params)(inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+    def sample(self, params: Any, prompt: np.ndarray, length: int) -> np.ndarray:
+        """`length` sampled tokens after the prompt, at temperature 0.8, seed 0.
+
+        The context holds the prompt and what is written; a longer text is written in
+        windows, each going on from the second half of the one before.
+        """
+        model, half = self.bind(params), self.config.context // 2
+        text = list(prompt)
+        for window in range(-(-length // half)):
+            seen = jnp.asarray([text[-half:]], jnp.int32)
+            new = generate.generate(
+                model,
+                seen,
+                steps=half,
+                key=jax.random.key(window),
+                temperature=0.8,
+            )
+            text += device_mesh.fetch(new)[0, seen.shape[1] :].tolist()
+        return np.array(text[len(prompt) : len(prompt) + length])
+
+
+def keep_everything(params: Any) -> Any:
+    """Masks that prune nothing, for a dense run by the program of the pruned ones."""
+    return jax.tree.map(
+        lambda score: jnp.ones_like(score, bool), jp.scores.magnitude(params)
+    )
+
+
+def schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
+    """nanoGPT's: linear warm-up, then a cosine to a tenth of the peak."""
+    warmup = min(warmup, steps // 2)
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else peak, peak, warmup, max(steps, 1), peak / 10
+    )
+
+
+def optimizer(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    track: Collection[str],
+    trained: Callable[[str], bool] | None = None,
+    rank: int | None = None,
+    targets: Prunable = jp.tree.prunable,
+    storage: jp.low_bit.Storage = "float32",
+) -> optax.GradientTransformation:
+    """nanoGPT's AdamW (clipped at norm 1; matrices alone decay), watched or not.
+
+    Args:
+      learning_rate: a number or a schedule.
+      track: which averages of weights and gradients are held, of `EVERYTHING`; where
+        there are some, AdamW is `ADAMW`-th.
+      trained: which leaves are trained, by name; the others get no moments, and their
+        gradients must be zero. None for all.
+      rank: of the change of each target by LoRA, everything else frozen; None to train
+        in full.
+      targets: what LoRA changes.
+      storage: how averages are held.
+
+    Returns:
+      The transformation.
+    """
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+    adam = optax.adamw(learning_rate, b1=0.9, b2=0.99, weight_decay=0.1, mask=decayed)
+    clip = optax.clip_by_global_norm(1.0)
+    adamw = (clip, adam)
+    if rank is not None:
+        # The factors' gradients are clipped: those of the weights need not all exist.
+        low_rank = jp.lora(optax.chain(clip, adam), rank, targets=targets)
+        adamw = (optax.identity(), low_rank)
+    elif trained is not None:
+
+        def chosen(params: Any) -> Any:
+            structure = jax.tree.structure(params)
+            return jax.tree.unflatten(structure, map(trained, jp.tree.names(params)))
+
+        adamw = (clip, optax.masked(adam, chosen))
+    if not track:
+        return optax.chain(*adamw)
+    before, after = optax.identity(), optax.identity()
+    if of_gradients := [name for name in EVERYTHING[:2] if name in track]:
+        before = jp.track_gradients(average=of_gradients, storage=storage)
+    if of_weights := [name for name in EVERYTHING[2:] if name in track]:
+        after = jp.track_importance(average=of_weights, storage=storage)
+    return optax.chain(before, *adamw, after)

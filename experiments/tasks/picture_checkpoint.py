@@ -1,0 +1,105 @@
+"""A folder of Phi-3-vision to fine-tune: read to its places, written back pruned."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+
+import jaxprune as jp
+from experiments.harness import device_mesh
+from experiments.tasks.pictures import Tokenizer
+from jaxprune.formats import rewrite
+from jaxprune.formats.checkpoint_dir import open_directory
+from jaxprune.models.hf import loading_vision
+from jaxprune.models.hf.tensor_names import Source
+from jaxprune.models.phi3_vision import Phi3VisionConfig
+from jaxprune.typing import Params
+
+
+class Folder(NamedTuple):
+    """What is known of a folder before its weights are read.
+
+    Attributes:
+      config: the model's shape.
+      tokenizer: of its questions.
+      read: makes the float32 parameters, each leaf straight where it will live.
+      write: (leaves by name, place, JSON-able provenance) writes a folder like this one
+        with these leaves in place of its own; the others keep their bytes.
+    """
+
+    config: Phi3VisionConfig
+    tokenizer: Tokenizer
+    read: Callable[[], Params]
+    write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None]
+
+
+def opened(path: Path, mesh: Mesh | None) -> Folder:
+    """Reads a folder's configuration and words, none of its weights.
+
+    Args:
+      path: config.json, safetensors and a tokenizer.
+      mesh: that the parameters will be split over; None for one device.
+
+    Returns:
+      What it holds.
+
+    Raises:
+      ValueError: it is no Phi-3-vision that is understood, it is damaged, or there are
+        several processes.
+      OSError: something is missing.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("a folder is fine-tuned by one process; start one alone")
+    loaded = loading_vision.load(path, dtype="float32", stored=True)
+    words = loading_vision.tokenizer(path)
+    tokenizer = Tokenizer(
+        encode=lambda text: words.encode(text, bos=False),
+        decode=words.decode,
+        bos=words.bos,
+    )
+
+    def write(
+        leaves: Mapping[str, jax.Array], out: Path, how: Mapping[str, Any]
+    ) -> None:
+        places = {leaf: loaded.names[leaf] for leaf in leaves}
+        replaced = {
+            name: functools.partial(_as_stored, leaves[leaf], place)
+            for leaf, place in places.items()
+            for name in (place.name, *place.copies)
+        }
+        source = open_directory(path)
+        rewrite.write(source, out, replaced, provenance=how, overwrite=True)
+
+    read = functools.partial(_read, path, mesh)
+    return Folder(loaded.config, tokenizer, read, write)
+
+
+def _read(path: Path, mesh: Mesh | None) -> Params:
+    model = loading_vision.load(
+        path, dtype="float32", shardings=_places(path, mesh)
+    ).model
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def _places(
+    path: Path, mesh: Mesh | None
+) -> Callable[[str, tuple[int, ...]], Sharding] | None:
+    """The sharding of each leaf, by its name."""
+    if mesh is None:
+        return None
+    loaded = loading_vision.load(path, stored=True)
+    shapes = nnx.to_pure_dict(
+        nnx.state(loading_vision.abstract(loaded.config), nnx.Param)
+    )
+    places = jp.tree.named_leaves(device_mesh.shardings(shapes, mesh))
+    return lambda name, shape: places[name]
+
+
+def _as_stored(leaf: jax.Array, source: Source) -> np.ndarray:
+    array = np.asarray(leaf)
+    return array.T if source.transposed else array

@@ -1,0 +1,380 @@
+"""A Phi-3-vision and pictures with questions, as the stages of a run see them."""
+
+import base64
+import dataclasses
+import fnmatch
+import functools
+import io
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from PIL import Image
+
+import jaxprune as jp
+from experiments.datasets.question_answers import Asked
+from experiments.harness import device_mesh
+from experiments.tasks import language_model
+from jaxprune.arrays.low_bit import Storage
+from jaxprune.models.decoder.model import nats
+from jaxprune.models.phi3_vision import Phi3Vision, Phi3VisionConfig, preprocess, unused
+from jaxprune.typing import Params, Prunable, Scope
+
+SHOWN = 8
+"""Pictures of a sample."""
+QUESTIONS = 20
+"""Results tell the questions apart where there are at most so many."""
+_SHOWN_SIZE = 256  # pixels
+
+
+def prunable(config: Phi3VisionConfig) -> Prunable:
+    """The default rule less what gets no gradient, and the two separators."""
+    return jp.tree.excluding(*unused(config), "separator", "row_end")
+
+
+class Tokenizer(NamedTuple):
+    """Text to tokens.
+
+    Attributes:
+      encode: a text to integers.
+      decode: integers to a text.
+      bos: the token that begins a prompt, or None.
+    """
+
+    encode: Callable[[str], Sequence[int]]
+    decode: Callable[[Sequence[int]], str]
+    bos: int | None
+
+
+class VisionModel:
+    """A configuration's functions; parameters are nested dicts of arrays.
+
+    Attributes:
+      config: the model's shape.
+      remat: whether the activations inside a layer are made again for the gradient.
+    """
+
+    def __init__(
+        self,
+        config: Phi3VisionConfig,
+        *,
+        start: Callable[[], Params] | None = None,
+        remat: bool = False,
+    ) -> None:
+        """Traces the model once; makes no parameters.
+
+        `start` makes the parameters of every seed, in place of random ones.
+        """
+        self.config, self.remat, self._start = config, remat, start
+        model = nnx.eval_shape(lambda: Phi3Vision(config, rngs=nnx.Rngs(0)))
+        self._graph, self._state = nnx.split(model, nnx.Param)
+
+    def init(self, seed: int) -> Any:
+        """Random parameters, or those to start from."""
+        if self._start is not None:
+            return self._start()
+        model = Phi3Vision(self.config, rngs=nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    @property
+    def shapes(self) -> Any:
+        """The parameters' shapes and types, as `jax.ShapeDtypeStruct`."""
+        return nnx.to_pure_dict(self._state)
+
+    def bind(self, params: Any) -> Phi3Vision:
+        """The model with these parameters."""
+        state = jax.tree.unflatten(
+            jax.tree.structure(self._state), jax.tree.leaves(params)
+        )
+        return nnx.merge(self._graph, state)
+
+    def states(self, params: Any, inputs: Mapping[str, jax.Array]) -> jax.Array:
+        """Final hidden states (batch, time, width) of `PictureTask`'s inputs."""
+        model = self.bind(params)
+        batch, views = inputs["pixels"].shape[:2]
+        pixels = inputs["pixels"].reshape(batch * views, *inputs["pixels"].shape[2:])
+        # Each example numbers its own views; those of all lie behind each other.
+        own = views * self.config.side**2 * jnp.arange(batch)[:, None]
+        local = inputs["sources"]
+        sources = jnp.where(local >= 2, local + own, local)
+        x = model.embed(inputs["tokens"], pixels, sources, remat=self.remat)
+        return model.decoder.states(x, remat=self.remat)[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PictureTask:
+    """Answers to questions about pictures; a `task.Task`.
+
+    Attributes:
+      model: the model's functions.
+      tokenizer: of the questions.
+      train: examples to train on.
+      held_out: examples to measure on.
+      frozen: globs of the leaves that are not trained.
+      rank: of LoRA's change of each matrix; None trains in full.
+      storage: how averages are held.
+      write: (leaves by name, place, provenance) writes a folder with these leaves; None
+        where the run's checkpoints are enough.
+    """
+
+    model: VisionModel
+    tokenizer: Tokenizer
+    train: Sequence[Asked]
+    held_out: Sequence[Asked]
+    frozen: tuple[str, ...] = ()
+    rank: int | None = None
+    storage: Storage = "float32"
+    write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None] | None = (
+        None
+    )
+
+    @functools.cached_property
+    def scopes(self) -> Mapping[str, tuple[Scope, Prunable]]:
+        """One global ranking: of all, of the decoder, of the tower."""
+        usual = prunable(self.model.config)
+
+        def within(part: str) -> Prunable:
+            def rule(name: str, leaf: Any) -> bool:
+                return (
+                    name.startswith(part) and self.trained(name) and usual(name, leaf)
+                )
+
+            return rule
+
+        return {
+            "all": ("global", within("")),
+            "decoder": ("global", within("decoder/")),
+            "tower": ("global", within("tower/")),
+        }
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """Tokens and views of the longest example."""
+        lengths, views = [], []
+        for asked in (*self.train, *self.held_out):
+            config = self.model.config
+            rows, columns = preprocess.crops_of(
+                *asked.size, size=config.tower.image, crops=config.crops
+            )
+            places = preprocess.layout(rows, columns, config.side, 0)
+            text = self._text(asked).split("<|image_1|>")
+            words = sum(len(self.tokenizer.encode(part)) for part in text)
+            lengths.append(len(places) + words + (self.tokenizer.bos is not None))
+            views.append(1 + rows * columns)
+        return max(lengths) - 1, max(views)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self._sizes[0]
+
+    def _text(self, asked: Asked) -> str:
+        return preprocess.chat(asked.question, 1) + asked.answer + "<|end|>"
+
+    @property
+    def shapes(self) -> Params:
+        """The parameters' shapes and types."""
+        return self.model.shapes
+
+    def init(self, seed: int) -> Params:
+        """The parameters before the first step."""
+        return self.model.init(seed)
+
+    def trained(self, name: str) -> bool:
+        """Whether a leaf is trained."""
+        return not any(fnmatch.fnmatchcase(name, glob) for glob in self.frozen)
+
+    def optimizer(
+        self, learning_rate: optax.ScalarOrSchedule, *, track: Collection[str]
+    ) -> optax.GradientTransformation:
+        """AdamW of the leaves that are trained; the others have no moments."""
+        return language_model.optimizer(
+            learning_rate,
+            track=track,
+            trained=self.trained,
+            rank=self.rank,
+            targets=self.scopes["all"][1],
+            storage=self.storage,
+        )
+
+    def token_losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
+        """Nats of each target; those below 0 are none and cost nothing."""
+        states = self.model.states(params, inputs)
+        decoder = self.model.bind(params).decoder
+        losses = nats(decoder, states, jnp.maximum(targets, 0))
+        return jnp.where(targets >= 0, losses, 0)
+
+    def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
+        """Mean nats of the answers' tokens, their end included."""
+        leaves, structure = jax.tree.flatten(params)
+        held = [
+            leaf if self.trained(name) else jax.lax.stop_gradient(leaf)
+            for name, leaf in zip(jp.tree.names(params), leaves, strict=True)
+        ]
+        params = jax.tree.unflatten(structure, held)
+        losses = self.token_losses(params, inputs, targets)
+        return losses.sum() / (targets >= 0).sum()
+
+    def batches(
+        self, batch_size: int, seed: int
+    ) -> Callable[[int], tuple[Any, np.ndarray]]:
+        """Examples drawn at random, a pure function of the step."""
+        if not self.train:
+            raise ValueError("a picture task needs examples to train on, got none")
+
+        def batch(step: int) -> tuple[Any, np.ndarray]:
+            philox = np.random.Philox(key=np.array([seed, step], np.uint64))
+            chosen = philox.random_raw(batch_size) % np.uint64(len(self.train))
+            inputs, targets, _ = self.packed([self.train[int(i)] for i in chosen])
+            return inputs, targets
+
+        return batch
+
+    def validation(
+        self, batch_size: int, limit: int | None
+    ) -> list[tuple[Any, np.ndarray, np.ndarray]]:
+        """All held-out examples, their answers without the end counted.
+
+        `limit` counts tokens, so it takes the first limit / length examples.
+        """
+        most = None if limit is None else max(1, limit // self.length)
+        chosen = self.held_out[:most]
+        found = []
+        for start in range(0, len(chosen), batch_size):
+            part = list(chosen[start : start + batch_size])
+            missing = batch_size - len(part)
+            inputs, targets, weights = self.packed(part + part[:1] * missing)
+            weights[len(part) :] = 0
+            found.append((inputs, targets, weights))
+        return found
+
+    def packed(
+        self, examples: Sequence[Asked]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Examples as one batch.
+
+        Args:
+          examples: pictures, questions and answers.
+
+        Returns:
+          Inputs (tokens and sources (batch, length), pixels (batch, views, size, size,
+          3)), targets (batch, length), -1 where none is, and weights, 1 at the answer.
+        """
+        time, views = self._sizes
+        size = self.model.config.tower.image
+        count = len(examples)
+        tokens, sources, targets = (
+            np.full((count, time), fill, np.int32) for fill in (0, -1, -1)
+        )
+        weights = np.zeros((count, time), np.float32)
+        pixels = np.zeros((count, views, size, size, 3), np.float32)
+        for i, asked in enumerate(examples):
+            made = self._prompt(asked)
+            answer = len(self.tokenizer.encode(asked.answer))
+            stop = len(made.tokens) - 1
+            tokens[i, :stop], sources[i, :stop] = made.tokens[:-1], made.sources[:-1]
+            targets[i, stop - answer - 1 : stop] = made.tokens[-answer - 1 :]
+            weights[i, stop - answer - 1 : stop - 1] = 1
+            pixels[i, : len(made.pixels)] = made.pixels
+        return (
+            {"tokens": tokens, "sources": sources, "pixels": pixels},
+            targets,
+            weights,
+        )
+
+    def _prompt(self, asked: Asked) -> preprocess.Prompt:
+        return preprocess.prompt(
+            self._text(asked),
+            [asked.image],
+            self.tokenizer.encode,
+            self.model.config,
+            bos=self.tokenizer.bos,
+        )
+
+    @functools.cached_property
+    def _guesses(self) -> Callable[..., jax.Array]:
+        @jax.jit
+        def guesses(params: Params, inputs: Any) -> jax.Array:
+            states = self.model.states(params, inputs)
+            logits = self.model.bind(params).decoder.logits(states)
+            return jnp.argmax(logits, -1)
+
+        return guesses
+
+    def right(self, params: Params, examples: Sequence[Asked]) -> np.ndarray:
+        """Whether each answer, read greedily, is right: booleans."""
+        found = []
+        for start in range(0, len(examples), 64):
+            part = list(examples[start : start + 64])
+            filled = part + part[:1] * (64 - len(part))
+            inputs, targets, weights = self.packed(filled)
+            guessed = device_mesh.fetch(self._guesses(params, inputs))
+            same = (guessed == targets) | (weights == 0)
+            found.append(same.all(1)[: len(part)])
+        return np.concatenate(found)
+
+    def measured(self, params: Params) -> dict[str, Any]:
+        """The share of held-out questions answered right, of all and of each."""
+        right = self.right(params, self.held_out)
+        asked = np.array([example.question for example in self.held_out])
+        questions = np.unique(asked)
+        if len(questions) > QUESTIONS:
+            questions = questions[:0]
+        each = {str(one): float(right[asked == one].mean()) for one in questions}
+        return {"accuracy": float(right.mean()), "by_question": each}
+
+    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+        """Writes a folder like the one the model came from, if it came from one."""
+        if self.write is None:
+            return
+        low_rank = self.scopes["all"][1] if self.rank is not None else None
+        changed = {
+            name: leaf
+            for name, leaf in jp.tree.named_leaves(params).items()
+            if self.trained(name) and (low_rank is None or low_rank(name, leaf))
+        }
+        self.write(changed, out, how)
+
+    def text_only(self) -> dict[str, float]:
+        """The best that can be done without pictures: each question's usual answer."""
+        usual: dict[str, Counter[str]] = {}
+        for asked in self.train:
+            usual.setdefault(asked.question, Counter())[asked.answer] += 1
+        answers = {q: counted.most_common(1)[0][0] for q, counted in usual.items()}
+        right = [answers.get(a.question) == a.answer for a in self.held_out]
+        return {"accuracy": float(np.mean(right))}
+
+    def shown(self, params: Params, label: str, length: int) -> dict[str, Any]:
+        """Some held-out pictures, what is asked, and what the model answers."""
+        examples = list(self.held_out[:SHOWN])
+        inputs, _, weights = self.packed(examples)
+        guessed = device_mesh.fetch(self._guesses(params, inputs))
+        lines, seen = [], []
+        for i, asked in enumerate(examples):
+            said = self.tokenizer.decode(guessed[i][weights[i] > 0].tolist()).strip()
+            wrong = "" if said == asked.answer else f" ({asked.answer})"
+            lines.append(f"{asked.question} {said}{wrong}")
+            seen.append({"png": _png(asked.image), "text": lines[-1]})
+        return {"label": label, "text": "\n".join(lines), "pictures": seen}
+
+
+def _png(image: Image.Image) -> str:
+    """A picture, small, as base64 of a PNG."""
+    stream = io.BytesIO()
+    image = image.convert("RGB")
+    image.thumbnail((_SHOWN_SIZE, _SHOWN_SIZE))
+    image.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def without_gradient(task: PictureTask) -> list[str]:
+    """The leaves that no answer depends on, by name; they are never ranked."""
+    globs = unused(task.model.config)
+    names = jp.tree.names(task.shapes)
+    return [name for name in names if any(fnmatch.fnmatchcase(name, g) for g in globs)]

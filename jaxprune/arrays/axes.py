@@ -1,0 +1,108 @@
+"""Any leaf seen as a batch of matrices (batch, in, out), and back.
+
+Flax kernels are [in, out], so that is the default; further leading axes are a stack of
+such matrices (a scan over layers, experts). A leaf of four axes or more is taken for a
+convolution's [..., in, out], whose window belongs to the input.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays import tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Which axes of a leaf are its input and its output; the others are the batch.
+
+    Attributes:
+      inputs: the axes that the product sums over, negative numbers count from the end.
+      outputs: the axes that index the result.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.Axes(inputs=(-1,), outputs=(-2,))  # torch and Equinox: [out, in]
+      Axes(inputs=(-1,), outputs=(-2,))
+    """
+
+    inputs: tuple[int, ...] = (-2,)
+    outputs: tuple[int, ...] = (-1,)
+
+    def order(self, ndim: int) -> tuple[int, ...]:
+        """The permutation that brings batch, input and output axes together.
+
+        Args:
+          ndim: how many axes the leaf has.
+
+        Returns:
+          All axes, batch first, then inputs, then outputs.
+
+        Raises:
+          ValueError: an axis is out of range or named twice.
+        """
+        if problem := self.problem(ndim):
+            raise ValueError(problem)
+        own = [axis % ndim for axis in (*self.inputs, *self.outputs)]
+        return (*(axis for axis in range(ndim) if axis not in own), *own)
+
+    def problem(self, ndim: int) -> str | None:
+        """Why a leaf of so many axes cannot be seen this way, or None if it can."""
+        named = [*self.inputs, *self.outputs]
+        if len({axis % ndim for axis in named if -ndim <= axis < ndim}) == len(named):
+            return None
+        return (
+            f"{self} must name different axes of a leaf of {ndim} axes, or give "
+            "axes={glob: Axes(inputs=..., outputs=...)}"
+        )
+
+    def matrix(self, leaf: jax.Array) -> jax.Array:
+        """The leaf as (batch, in, out), each of the three possibly of size 1."""
+        moved = jnp.transpose(leaf, self.order(leaf.ndim))
+        batch = leaf.ndim - len(self.inputs) - len(self.outputs)
+        inputs = batch + len(self.inputs)
+        shape = moved.shape
+        return moved.reshape(
+            math.prod(shape[:batch]),
+            math.prod(shape[batch:inputs]),
+            math.prod(shape[inputs:]),
+        )
+
+    def restore(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The leaf of this shape whose `matrix` is given."""
+        order = self.order(len(shape))
+        moved = matrix.reshape([shape[axis] for axis in order])
+        return jnp.transpose(moved, sorted(range(len(order)), key=order.__getitem__))
+
+
+def default(leaf: jax.Array) -> Axes:
+    """The axes of a leaf of which nothing else is known: Flax's [..., in, out]."""
+    return Axes(tuple(range(-leaf.ndim, -1))) if leaf.ndim >= 4 else Axes()
+
+
+def resolve(
+    axes: Axes | Mapping[str, Axes] | None,
+    names: Sequence[str],
+    leaves: Sequence[jax.Array],
+) -> list[Axes]:
+    """The axes of each leaf from one value, from rules by name, or by default.
+
+    Args:
+      axes: one `Axes` for all leaves, {glob on the path name: Axes} (the first match
+        counts, unmatched leaves take the default), or None.
+      names: the leaves' path names.
+      leaves: the leaves.
+
+    Returns:
+      One `Axes` a leaf.
+
+    Raises:
+      ValueError: a rule matches nothing.
+    """
+    if isinstance(axes, Axes):
+        return [axes] * len(leaves)
+    ruled = tree.by_rule(axes or {}, names, None, "axes")
+    return [rule or default(leaf) for rule, leaf in zip(ruled, leaves, strict=True)]

@@ -1,0 +1,72 @@
+"""Sums whose bits depend on no order, so on no sharding and no compiler's choice.
+
+A float sum differs in its last bits from one order of the terms to another, and equal
+sums no longer tie. Here each term is cut into integers of a few bits, counted in a unit
+that the largest term fixes; integers add up exactly in any order.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_ONE = 0x3F800000  # the bits of 1.0
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def total(terms: jax.Array, axis: int | None = None) -> jax.Array:
+    """The sum along an axis, in any order the same.
+
+    It is as close as a float32 sum: terms are cut off at 2^-24 / n of the largest of n.
+
+    Args:
+      terms: floating, of at most 2^27 along each axis; taken as float32.
+      axis: the axis that is summed, None for all, one after the other.
+
+    Returns:
+      float32; the axis stays, with length 1. NaN and infinity as in any sum.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxprune.arrays import exact_sum as sums
+      >>> sums.total(jnp.array([0.5, 0.25, 2.0])).tolist()
+      [2.75]
+    """
+    if axis is None:
+        for each in range(terms.ndim):
+            terms = total(terms, each)
+        return terms
+    terms, count = terms.astype(jnp.float32), terms.shape[axis]
+    if not count:
+        return jnp.sum(terms, axis, keepdims=True)
+    digits = max(count - 1, 1).bit_length()
+    bits = 28 - digits
+    highest = jnp.max(terms, axis, keepdims=True)
+    lowest = jnp.min(terms, axis, keepdims=True)
+    largest = jnp.maximum(jnp.abs(highest), jnp.abs(lowest))
+    # On a CPU, XLA's maximum does not hand NaN on.
+    nan = jnp.any(jnp.isnan(terms), axis, keepdims=True)
+    finite = (largest < jnp.inf) & ~nan
+    exponent = jnp.where(finite, _exponent(largest), 0)
+    left = jnp.where(finite, terms * _power_of_two(-exponent), 0)  # in (-4, 4)
+    parts = []
+    for _ in range(-(-(24 + digits) // bits)):
+        whole = jnp.round(left * 2.0**bits)
+        left = left * 2.0**bits - whole
+        parts.append(jnp.sum(whole.astype(np.int32), axis, keepdims=True))
+    result = jnp.zeros_like(largest)
+    for part in reversed(parts):  # scaling by a power of two is exact
+        result = (result + part.astype(jnp.float32)) * 2.0**-bits
+    special = jnp.where(nan, jnp.nan, highest + lowest)
+    return jnp.where(finite, result * _power_of_two(exponent), special)
+
+
+def _exponent(values: jax.Array) -> jax.Array:
+    """floor(log2 |x|), at most one off so that its inverse is a normal number too."""
+    stored = jax.lax.bitcast_convert_type(jnp.abs(values), np.int32) >> 23
+    return jnp.clip(stored - 127, -126, 126)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type((exponent << 23) + np.int32(_ONE), jnp.float32)

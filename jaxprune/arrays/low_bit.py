@@ -1,0 +1,284 @@
+"""How an average is held: float32, or in two bytes or one by dithered rounding.
+
+A running average moves by less than a bfloat16 can show, so rounding to the nearest
+would stop it. Rounded up with the probability of the remainder it is right on average;
+here the threshold is no fresh random number but a low-discrepancy sequence over the
+snapshots, u(n) = frac(u(0) + n / golden ratio), started elsewhere for each position. A
+value that moves by a tenth of a step at each snapshot goes up at very nearly every
+tenth, so the errors of many roundings cancel instead of adding up.
+
+The one-byte code holds the sign and seven bits of log2(1 + |x| / unit): steps of
+1/16 of the unit near zero, of 3 to 6 % above it, up to 247 units. The unit is a power
+of two, one for each leaf. What is never negative (squares, magnitudes) has eight bits,
+up to 61,439 units. A value of the code is rounded to itself.
+"""
+
+import dataclasses
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Storage: TypeAlias = Literal["float32", "bfloat16", "int8"]
+"""What an average is held in: 4, 2 or 1 bytes a weight."""
+
+STORAGES: tuple[Storage, ...] = ("float32", "bfloat16", "int8")
+
+_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: the step of the sequence over snapshots
+_PLASTIC = 0xC13FA9A9  # 2^32 / plastic ratio: its start moves by this along a leaf
+_MANTISSA = 4  # bits of the one-byte code below a factor of two
+_DROPPED = 23 - _MANTISSA
+_ONE = 0x3F800000  # the bits of 1.0
+_NAN = -128
+_LEAST = -120  # 2^-120 / 16, the finest step, is a normal number still
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """A floating leaf in one byte a number; `np.asarray` and `decode` give float32.
+
+    Attributes:
+      codes: int8, of the leaf's shape; -128 is NaN.
+      exponent: int32 scalar, the unit is two to this power.
+      signed: whether a code has a sign (static).
+    """
+
+    codes: jax.Array
+    exponent: jax.Array
+    signed: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leaf's shape."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """How many axes the leaf has."""
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """How many numbers the leaf holds."""
+        return self.codes.size
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What the leaf stands for: float32."""
+        return np.dtype(np.float32)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(decode(self), dtype)
+
+
+def is_int8(node: Any) -> bool:
+    """Whether a node is a leaf held in one byte."""
+    return isinstance(node, Int8)
+
+
+def checked(storage: str) -> Storage:
+    """The storage, or one clear error.
+
+    Args:
+      storage: what a user asked for.
+
+    Returns:
+      The same.
+
+    Raises:
+      ValueError: there is no such storage.
+    """
+    for known in STORAGES:
+        if storage == known:
+            return known
+    raise ValueError(f"storage must be one of {list(STORAGES)}, got {storage!r}")
+
+
+def dither(
+    shape: tuple[int, ...], start: jax.Array | np.uint32, n: jax.Array | int
+) -> jax.Array:
+    """The thresholds u(n) of a leaf, in units of 2^-32.
+
+    They depend on position, start and n alone, so on no sharding.
+
+    Args:
+      shape: the leaf's shape.
+      start: u(0) of its first element, as `phase` gives.
+      n: the snapshot, a scalar.
+
+    Returns:
+      uint32, of that shape, evenly spread over positions and over n.
+    """
+    moved = jnp.asarray(n).astype(np.uint32) * np.uint32(_GOLDEN)
+    return start + moved + flat_index(shape, _PLASTIC)
+
+
+def phase(stream: int) -> np.uint32:
+    """Where the thresholds of a leaf start: a well-mixed number of a small one.
+
+    Args:
+      stream: the seed of the leaf, any integer.
+
+    Returns:
+      uint32, by the finaliser of MurmurHash3.
+    """
+    bits = stream & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return np.uint32(bits ^ (bits >> 16))
+
+
+def flat_index(shape: tuple[int, ...], factor: int = 1) -> jax.Array:
+    """Each element's row-major position times a factor, modulo 2^32.
+
+    Args:
+      shape: any shape.
+      factor: any integer.
+
+    Returns:
+      uint32, of that shape.
+    """
+    index, stride = jnp.zeros((1,) * len(shape), np.uint32), factor
+    for axis in reversed(range(len(shape))):
+        along = [1] * len(shape)
+        along[axis] = shape[axis]
+        iota = jax.lax.broadcasted_iota(np.uint32, along, axis)
+        index = index + iota * np.uint32(stride & 0xFFFFFFFF)
+        stride *= shape[axis]
+    return index
+
+
+def unit_exponent(values: jax.Array, *, signed: bool) -> jax.Array:
+    """The power of two that the one-byte code of these values counts in.
+
+    The largest value lies between a quarter and half of the range, so that an average
+    may double before the code saturates.
+
+    Args:
+      values: float32, of any shape.
+      signed: whether there are negative ones.
+
+    Returns:
+      An int32 scalar from -120 to 121; -120 where a value is infinite.
+    """
+    largest = jnp.max(jnp.abs(values), initial=0)
+    above = (_bits(largest) >> 23) - 126  # largest < 2^above
+    fitted = jnp.maximum(above - (7 if signed else 15), _LEAST).astype(np.int32)
+    return jnp.where(largest < jnp.inf, fitted, _LEAST)
+
+
+def largest(leaf: Int8) -> jax.Array:
+    """The largest magnitude that a leaf holds; NaN may count as the largest code.
+
+    Args:
+      leaf: any leaf in one byte.
+
+    Returns:
+      A float32 scalar. Only codes are read, and nothing but a scalar is made of them.
+    """
+    code = jnp.max(leaf.codes, initial=_NAN + 1).astype(np.int32)
+    if leaf.signed:
+        lowest = jnp.min(leaf.codes, initial=0).astype(np.int32)
+        code = jnp.minimum(jnp.maximum(code, -lowest), 127)
+    return decode(Int8(code, leaf.exponent, leaf.signed))
+
+
+def encode_int8(
+    values: jax.Array, exponent: jax.Array, thresholds: jax.Array, *, signed: bool
+) -> Int8:
+    """Rounds to the one-byte code, unbiased; saturates outside its range.
+
+    Args:
+      values: float32, of any shape; not negative unless `signed`.
+      exponent: as `unit_exponent` gives.
+      thresholds: as `dither` gives.
+      signed: whether codes have a sign.
+
+    Returns:
+      The leaf; what was not finite is NaN.
+    """
+    above_one = 1 + jnp.abs(values) * _power_of_two(-exponent)
+    noise = (thresholds >> np.uint32(32 - _DROPPED)).astype(np.int32)
+    code = (_bits(above_one) - np.int32(_ONE) + noise) >> _DROPPED
+    if signed:
+        code = jnp.minimum(code, 127)
+        code = jnp.where(values < 0, -code, code)
+    else:
+        code = jnp.minimum(code, 254) - 127
+    code = jnp.where(jnp.isfinite(values), code, _NAN)
+    return Int8(code.astype(np.int8), exponent, signed)
+
+
+def encode_bfloat16(values: jax.Array, thresholds: jax.Array) -> jax.Array:
+    """Rounds to bfloat16, unbiased.
+
+    Args:
+      values: float32, of any shape.
+      thresholds: as `dither` gives.
+
+    Returns:
+      bfloat16, of that shape; infinity and NaN are kept.
+    """
+    noise = jnp.where(jnp.isfinite(values), thresholds >> np.uint32(16), 0)
+    high = (jax.lax.bitcast_convert_type(values, np.uint32) + noise) >> np.uint32(16)
+    return jax.lax.bitcast_convert_type(high.astype(np.uint16), jnp.bfloat16)
+
+
+def decode(leaf: Any) -> jax.Array:
+    """A held leaf as float32.
+
+    Args:
+      leaf: a floating array or an `Int8`, in device or host memory.
+
+    Returns:
+      float32 in device memory, placed like the leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxprune.arrays import low_bit as storage
+      >>> storage.decode(jnp.ones(2, jnp.bfloat16))
+      Array([1., 1.], dtype=float32)
+    """
+    leaf = on_device(leaf)
+    if not is_int8(leaf):
+        return leaf.astype(np.float32)
+    code = leaf.codes.astype(np.int32)
+    size = jnp.abs(code) if leaf.signed else code + 127
+    above_one = _float((size << _DROPPED) + np.int32(_ONE))
+    value = (above_one - 1) * _power_of_two(leaf.exponent)
+    if leaf.signed:
+        value = jnp.where(code < 0, -value, value)
+    return jnp.where(code == _NAN, np.float32(np.nan), value)
+
+
+def on_device(tree: Any) -> Any:
+    """The tree with every array in device memory; those that are there stay."""
+    return _moved(tree, jax.memory.Space.Device)
+
+
+def on_host(tree: Any) -> Any:
+    """The tree with every array in pinned host memory, placed as it was."""
+    return _moved(tree, jax.memory.Space.Host)
+
+
+def _moved(tree: Any, space: Any) -> Any:
+    def move(leaf: Any) -> Any:
+        there = jax.typeof(leaf).memory_space == space
+        return leaf if there else jax.device_put(leaf, space)
+
+    return jax.tree.map(move, tree)
+
+
+def _bits(values: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(values, np.int32)
+
+
+def _float(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, np.float32)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    """2^exponent, exact on every backend, for exponents of normal numbers."""
+    return _float((exponent + 127) << 23)

@@ -1,0 +1,59 @@
+"""`jaxprune compact` and `jaxprune expand`: a directory in one file, and back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxprune.cli.console import Console, Options
+from jaxprune.formats.checkpoint_dir import open_directory
+from jaxprune.formats.compact import compact, expand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compact(Options):
+    """Packs a model's folder into one file: a bit for each weight, and what is left.
+
+    For storage and transfer. `jaxprune expand` gives the folder back byte for byte.
+
+    Attributes:
+      model: the folder.
+      file: the compact file to write.
+      overwrite: replace an earlier compact file.
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    overwrite: bool = False
+
+    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+        """Does it."""
+        result = compact(
+            open_directory(self.model), self.file, overwrite=self.overwrite
+        )
+        share = result.compact_bytes / result.dense_bytes
+        console.say(
+            f"'{self.file}': {result.compact_bytes:,} bytes, {share:.3f} of the "
+            f"folder's {result.dense_bytes:,}"
+        )
+        return {**result._asdict(), "share": share, "file": str(self.file)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expand(Options):
+    """Writes the folder that a compact file was made of, byte for byte.
+
+    Attributes:
+      file: the compact file.
+      out: the folder to write.
+    """
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+
+    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+        """Does it."""
+        paths = expand(self.file, self.out)
+        console.say(f"'{self.out}': {len(paths)} files, checked by their SHA-256")
+        return {"out": str(self.out), "files": [path.name for path in paths]}

@@ -1,0 +1,137 @@
+"""`jaxprune inspect`: what a model's folder holds, and what would be pruned of it."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxprune.cli import parse
+from jaxprune.cli.console import Console, Options, columns
+from jaxprune.formats import rewrite
+from jaxprune.formats.checkpoint_dir import Directory, open_directory
+from jaxprune.formats.compact import Sizes, sizes, stored_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect(Options):
+    """Lists a folder's tensors: shape, zeros, size, and whether they would be pruned.
+
+    Attributes:
+      model: the folder.
+      sparsity: also say how large the model would be pruned by this share.
+      exclude: globs of tensors that are to be left alone, as for `jaxprune prune`.
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    sparsity: float | None = None
+    exclude: tuple[str, ...] = ()
+
+    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+        """Does it."""
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"--sparsity must be in [0, 1), got {self.sparsity}")
+        source = open_directory(self.model)
+        if self.exclude:
+            parse.check_globs(self.exclude, source.tensors)
+        counted = sizes(source)
+        rows = _rows(source, counted, self.exclude)
+        made = _provenance(self.model)
+        totals = {
+            "dense_bytes": counted.dense_bytes,
+            "compact_bytes": counted.compact_bytes,
+            "zeros": counted.zeros,
+            "size": counted.size,
+            "prunable": sum(row["size"] for row in rows if row["pruned"]),
+        }
+        if self.sparsity is not None:
+            totals["compact_bytes_pruned"] = _packed(rows, source, self.sparsity)
+        _say(console, rows, totals, made, self.sparsity)
+        return {"model": str(self.model), "tensors": rows, "totals": totals} | {
+            "provenance": made
+        }
+
+
+def _rows(
+    source: Directory, counted: Sizes, exclude: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, info in source.tensors.items():
+        why = parse.why_kept(name, info, exclude)
+        zeros, size = counted.by_tensor[name]
+        rows.append(
+            {
+                "name": name,
+                "shape": list(info.shape),
+                "dtype": info.dtype.name,
+                "zeros": zeros,
+                "size": size,
+                "bytes": info.size,
+                "pruned": why is None,
+                "why": why or "a matrix of a layer",
+            }
+        )
+    return rows
+
+
+def _packed(rows: list[dict[str, Any]], source: Directory, sparsity: float) -> int:
+    """Bytes of a compact file after pruning, less its header."""
+    total = 0
+    for row in rows:
+        info = source.tensors[row["name"]]
+        size = math.prod(info.shape)
+        zeros = round(sparsity * size) if row["pruned"] else 0
+        kept = size - max(zeros, row["zeros"])
+        total += stored_bytes(kept, size, info.dtype.itemsize)
+    return total
+
+
+def _provenance(folder: Path) -> dict[str, Any] | None:
+    if not (folder / rewrite.NAME).is_file():
+        return None
+    record = rewrite.read_provenance(folder)
+    known = ("method", "pattern", "sparsity", "achieved", "perplexity", "command")
+    return {name: record[name] for name in known if name in record}
+
+
+def _say(
+    console: Console,
+    rows: list[dict[str, Any]],
+    totals: dict[str, Any],
+    made: dict[str, Any] | None,
+    sparsity: float | None,
+) -> None:
+    table = [
+        [
+            row["name"],
+            " x ".join(map(str, row["shape"])),
+            row["dtype"],
+            f"{row['zeros'] / max(row['size'], 1):.2%}",
+            f"{row['bytes']:,}",
+            "yes" if row["pruned"] else "no",
+            row["why"],
+        ]
+        for row in rows
+    ]
+    header = ["tensor", "shape", "dtype", "zeros", "bytes", "pruned", "why"]
+    console.say(columns(header, table))
+    share = totals["zeros"] / max(totals["size"], 1)
+    console.say(
+        f"\n{totals['size']:,} weights, {share:.2%} of them zero, "
+        f"{totals['prunable']:,} in tensors that would be pruned"
+    )
+    console.say(
+        f"{totals['dense_bytes']:,} bytes, about {totals['compact_bytes']:,} as a "
+        "compact file"
+    )
+    if sparsity is not None:
+        console.say(
+            f"pruned by {sparsity:g}: about {totals['compact_bytes_pruned']:,} bytes "
+            "as a compact file"
+        )
+    if made is not None:
+        console.say(
+            f"made by jaxprune: {made['method']}, {made['pattern']}, sparsity "
+            f"{made['sparsity']} asked, {made['achieved']:.4f} achieved"
+        )

@@ -1,0 +1,51 @@
+"""`jaxprune prune`: a model with zeros, and what became of it."""
+
+import dataclasses
+from typing import Any
+
+from jaxprune.cli import prune_options, prune_streaming, prune_with_calibration
+from jaxprune.cli.console import Console, columns
+from jaxprune.cli.eval import number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prune(prune_options.Job):
+    """Prunes a model and writes it as a folder that every loader reads.
+
+    Everything is checked before anything heavy. The dense model is measured first, and
+    not pruned if it knows nothing. A run that was killed goes on when the same command
+    is given again.
+    """
+
+    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+        """Does it."""
+        meaning = prune_options.check(self)
+        prune = prune_streaming.prune if self.streams else prune_with_calibration.prune
+        record = prune(self, meaning, console, arguments)
+        console.say(_summary(record))
+        console.say(f"'{self.out}': the model, jaxprune.json, report.html")
+        return {**record, "out": str(self.out)}
+
+
+def _summary(record: dict[str, Any]) -> str:
+    """The results for people."""
+    sizes = record["sizes"]
+    lines = []
+    if found := record.get("perplexity"):
+        stages = [s for s in ("dense", "pruned", "retrained") if s in _first(found)]
+        rows = [
+            [name, *(number(of[stage]["perplexity"]) for stage in stages)]
+            for name, of in found.items()
+        ]
+        lines.append(columns(["perplexity", *stages], rows))
+    lines.append(
+        f"{record['achieved']:.4%} of {sizes['size']:,} weights are zero "
+        f"({record['method']}, {record['pattern']}); {sizes['dense_bytes']:,} bytes, "
+        f"about {sizes['compact_bytes']:,} as a compact file; "
+        f"{record['seconds']:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+def _first(found: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(found.values()))

@@ -1,0 +1,207 @@
+"""What a pruning looks at: sequences to calibrate on, windows to measure it by."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprune.cli import models
+from jaxprune.cli.console import Console
+from jaxprune.cli.eval import described, measure, named, needed_tokenizer, number
+from jaxprune.cli.prune_options import Job
+from jaxprune.evaluation import perplexity, texts
+from jaxprune.formats.checkpoint_dir import Directory
+from jaxprune.models import hf
+from jaxprune.models.hf.families import decoder_config
+
+
+class Ready(NamedTuple):
+    """All that was read of texts.
+
+    Attributes:
+      tokenizer: the model's; None where only token ids are read.
+      begins: what sequences begin with.
+      calibration: the texts that are calibrated on, without their held-out ends.
+      drawn: sequences of them; None without calibration.
+      seen: name to what is evaluated.
+      roles: name to what the text is to the calibration.
+      retraining: sequences to retrain on, or None.
+      vocab_size: the model's.
+    """
+
+    tokenizer: hf.Tokenizer | None
+    begins: models.Beginning
+    calibration: list[texts.Text]
+    drawn: texts.Drawn | None
+    seen: dict[str, perplexity.Windows]
+    roles: dict[str, str]
+    retraining: np.ndarray | None
+    vocab_size: int
+
+
+def prepare(job: Job, source: Directory) -> Ready:
+    """Reads the texts, draws the sequences, lays the windows.
+
+    Args:
+      job: what is done.
+      source: the model's folder.
+
+    Returns:
+      All of it.
+
+    Raises:
+      ValueError: the model is not understood, or the texts do not fit it.
+      OSError: a file cannot be read.
+    """
+    config = decoder_config(source.config)[0]
+    if job.length > config.context:
+        raise ValueError(
+            f"--length must be at most the model's context {config.context}, got "
+            f"{job.length}"
+        )
+    files = (*job.calibration, *job.evaluate, *job.retrain_text)
+    tokenizer = needed_tokenizer(job.model, files)
+    if tokenizer is None and (source.path / "tokenizer.json").is_file():
+        known: hf.Tokenizer | None = hf.tokenizer(job.model)
+    else:
+        known = tokenizer
+    begins = models.beginning(tokenizer, job)
+    whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
+    own = [whole[path] for path in job.calibration]
+    ends: list[texts.Text | None] = [None] * len(own)
+    if not job.evaluate:
+        parts = [texts.without_end(text, job.limit * job.length) for text in own]
+        own, ends = [list(part) for part in zip(*parts, strict=True)]
+    drawn = None
+    if own:
+        drawn = texts.draw(
+            own,
+            sequences=job.sequences,
+            length=job.length,
+            bos=begins.token,
+            seed=job.seed,
+        )
+    evaluated, roles = _evaluated(job, whole, own, ends, drawn)
+    seen = {
+        name: perplexity.windows(
+            text,
+            context=job.length,
+            stride=job.length,
+            bos=begins.token,
+            limit=job.limit,
+            longest=config.context,
+        )
+        for name, text in evaluated.items()
+    }
+    again = {text.path: text for text in own}
+    later = [again.get(path, whole[path]) for path in job.retrain_text]
+    retraining = _retraining(job, later, begins.token)
+    return Ready(known, begins, own, drawn, seen, roles, retraining, config.vocab_size)
+
+
+def _evaluated(
+    job: Job,
+    whole: dict[Path, texts.Text],
+    own: list[texts.Text],
+    ends: list[texts.Text | None],
+    drawn: texts.Drawn | None,
+) -> tuple[dict[str, texts.Text], dict[str, str]]:
+    """Which texts are evaluated, by name, and what they are to the calibration."""
+    if job.evaluate:
+        digests = {text.sha256 for text in own}
+        found = dict(
+            zip(named(job.evaluate), map(whole.get, job.evaluate), strict=True)
+        )
+        given = {name: text for name, text in found.items() if text is not None}
+        return given, {
+            name: "also calibrated on" if text.sha256 in digests else "given"
+            for name, text in given.items()
+        }
+    left = drawn.left if drawn is not None else []
+    evaluated, roles = {}, {}
+    names = named(job.calibration)
+    for name, end, rest in zip(names, ends, left, strict=True):
+        text = end if end is not None else rest
+        if text is not None:
+            evaluated[name], roles[name] = text, "held out from calibration"
+    if not evaluated and drawn is not None:
+        text = own[0]._replace(tokens=drawn.tokens)
+        evaluated, roles = {"calibration": text}, {"calibration": "calibrated on"}
+    return evaluated, roles
+
+
+def _retraining(job: Job, later: list[texts.Text], bos: int | None) -> Any:
+    """Sequences to retrain on: all that the texts have, or as many as are used."""
+    if not later:
+        return None
+    body = job.length - (bos is not None)
+    have = min(
+        len(text.tokens) if text.is_rows else text.tokens.size // body for text in later
+    )
+    wanted = job.retrain_steps * job.batch
+    number = max(len(later), min(have * len(later), wanted))
+    found = texts.draw(
+        later, sequences=number, length=job.length, bos=bos, seed=job.seed + 1
+    )
+    return found.tokens
+
+
+def dense(
+    job: Job, ready: Ready, model: models.Model, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Measures the model before it is pruned, and refuses one that knows nothing.
+
+    Args:
+      job: what is done.
+      ready: the texts.
+      model: the dense model.
+      console: hears the perplexities.
+
+    Returns:
+      For each text how it is evaluated and, under "dense", what was measured.
+
+    Raises:
+      ValueError: on no text is the model better than guessing by frequency.
+    """
+    found = {
+        name: described(own) | {"role": ready.roles[name]}
+        for name, own in ready.seen.items()
+    }
+    before = measure(model, ready.seen, job.batch, console)
+    add(found, "dense", before)
+    sane = [
+        perplexity.is_sane(before[name], of["by_frequency"], ready.vocab_size)
+        for name, of in found.items()
+    ]
+    for name, of in found.items():
+        console.note(
+            f"dense: perplexity {number(before[name]['perplexity'])} on {name} "
+            f"({of['role']}; {before[name]['tokens']} tokens, context {of['context']}, "
+            f"{ready.begins.why})"
+        )
+    if not any(sane) and not job.any_perplexity:
+        told = ", ".join(
+            f"{number(before[name]['perplexity'])} on {name}, where guessing by "
+            f"frequency has {number(of['by_frequency'])}"
+            for name, of in found.items()
+        )
+        raise ValueError(
+            f"the dense model must know something before it is pruned, but its "
+            f"perplexity is {told} (vocabulary {ready.vocab_size}); look at the "
+            "checkpoint, the tokenizer and BOS, or give --any-perplexity"
+        )
+    return found
+
+
+def add(
+    found: dict[str, dict[str, Any]], stage: str, measured: dict[str, dict[str, Any]]
+) -> None:
+    """Notes what was measured at a stage.
+
+    Args:
+      found: name to what is known of a text; changed.
+      stage: "dense", "pruned" or "retrained".
+      measured: name to what `perplexity.measure` gave.
+    """
+    for name, result in measured.items():
+        found[name][stage] = result

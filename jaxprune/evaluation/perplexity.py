@@ -1,0 +1,223 @@
+"""Perplexity, with its context and stride said: exp of the mean loss of each token.
+
+A text is looked at through windows of one length. Each window moves on by the stride,
+and only the tokens that no window before it predicted count, so that every token of
+the text counts once. A window begins with BOS where the model wants that; the tokens
+before it are not seen. Losses are float32, their sum is float64.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxprune.evaluation.texts import Text
+from jaxprune.models.decoder.model import loss_per_token
+
+
+class Windows(NamedTuple):
+    """What is evaluated.
+
+    Attributes:
+      tokens: int32 (windows, context); all but the first of a window are predicted.
+      counted: bool (windows, context - 1), which predictions count.
+      facts: JSON-able: context, stride, bos.
+    """
+
+    tokens: np.ndarray
+    counted: np.ndarray
+    facts: dict[str, Any]
+
+
+def slide(
+    tokens: np.ndarray,
+    *,
+    context: int,
+    stride: int,
+    bos: int | None,
+    limit: int | None = None,
+) -> Windows:
+    """A text through windows.
+
+    Args:
+      tokens: (tokens,).
+      context: tokens of a window, BOS included, at least 2.
+      stride: how far each window moves on; at most context - 1, which a window
+        predicts, is taken.
+      bos: what each window begins with, or None; then the first token of the text is
+        context only.
+      limit: at most so many windows, from the beginning.
+
+    Returns:
+      The windows; what is past the end of the text repeats its last token and does not
+      count.
+
+    Raises:
+      ValueError: context or stride does not fit, or there is no token to predict.
+
+    Example:
+      >>> import numpy as np
+      >>> windows = slide(np.arange(7), context=4, stride=2, bos=None)
+      >>> windows.tokens.tolist()
+      [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 6]]
+      >>> windows.counted.astype(int).tolist()
+      [[1, 1, 1], [0, 1, 1], [0, 1, 0]]
+    """
+    if context < 2 or not 1 <= stride <= context:
+        raise ValueError(
+            f"windows need context >= 2 and 1 <= stride <= context, got context "
+            f"{context} and stride {stride}"
+        )
+    reach = context - 1
+    stride = min(stride, reach)
+    first = 0 if bos is not None else 1
+    if tokens.size <= first:
+        raise ValueError(
+            f"a text must have a token to predict, got {tokens.size} tokens; give a "
+            "longer text"
+        )
+    number = 1 + max(0, math.ceil((tokens.size - first - reach) / stride))
+    starts = first + stride * np.arange(min(number, limit or number))
+    place = starts[:, None] + np.arange(reach)[None, :]  # of what is predicted
+    done = np.where(np.arange(len(starts)) > 0, starts - stride + reach, 0)
+    counted = (place >= done[:, None]) & (place < tokens.size)
+    last = tokens.size - 1
+    if bos is None:
+        before = tokens[np.minimum(starts - 1, last)]
+    else:
+        before = np.full(len(starts), bos)
+    whole = np.concatenate([before[:, None], tokens[np.minimum(place, last)]], axis=1)
+    facts = {"context": context, "stride": stride, "bos": bos is not None}
+    return Windows(whole.astype(np.int32), counted, facts)
+
+
+def windows(
+    text: Text,
+    *,
+    context: int,
+    stride: int,
+    bos: int | None,
+    limit: int | None,
+    longest: int,
+) -> Windows:
+    """What is evaluated of a file: windows of a text, the rows of .npy as they are.
+
+    Args:
+      text: the file.
+      context: as for `slide`.
+      stride: as for `slide`.
+      bos: as for `slide`.
+      limit: at most so many windows or rows.
+      longest: the model's context.
+
+    Returns:
+      The windows.
+
+    Raises:
+      ValueError: they do not fit the text or the model.
+    """
+    if text.is_rows:
+        rows = text.tokens[:limit]
+        counted = np.ones((len(rows), rows.shape[1] - 1), bool)
+        facts = {"context": rows.shape[1], "stride": None, "bos": None}
+        found = Windows(rows, counted, facts)
+    else:
+        try:
+            found = slide(
+                text.tokens, context=context, stride=stride, bos=bos, limit=limit
+            )
+        except ValueError as error:
+            raise ValueError(f"'{text.path}': {error}") from None
+    if (size := found.tokens.shape[1] - 1) > longest:
+        raise ValueError(
+            f"the model sees at most {longest} tokens, but a window of '{text.path}' "
+            f"has {size} before its last; give --context {longest} or less"
+        )
+    return found
+
+
+def measure(
+    graphdef: Any,
+    params: Any,
+    seen: Windows,
+    *,
+    batch: int,
+    tick: Callable[[int], Any] = lambda number: None,
+) -> dict[str, Any]:
+    """The perplexity of a model.
+
+    Args:
+      graphdef: of a `Decoder`.
+      params: its parameters.
+      seen: what it is evaluated on.
+      batch: windows at a time; one program is compiled.
+      tick: called with the number of windows done.
+
+    Returns:
+      "perplexity" (None where it is infinite), "nats" a token (None where not finite),
+      "tokens" and "windows" that count.
+    """
+    number = len(seen.tokens)
+    batch = min(batch, number)
+    total = 0.0
+    for start in range(0, number, batch):
+        rows = np.arange(start, start + batch)
+        tokens = seen.tokens[np.minimum(rows, number - 1)]
+        losses = np.asarray(_losses(graphdef, params, tokens), np.float64)
+        own = min(batch, number - start)
+        total += losses[:own][seen.counted[start : start + own]].sum()
+        tick(own)
+    count = int(seen.counted.sum())
+    nats = total / count
+    finite = math.isfinite(nats)
+    return {
+        "perplexity": math.exp(nats) if finite and nats < 700 else None,
+        "nats": nats if finite else None,
+        "tokens": count,
+        "windows": number,
+    }
+
+
+def by_frequency(seen: Windows) -> float:
+    """The perplexity of guessing each token by how often it occurs, context unseen.
+
+    exp(H + (K - 1) / N): H is the entropy of the N counted tokens' frequencies, and the
+    second term is what it is too low for K frequencies having been taken from the same
+    N tokens.
+
+    Args:
+      seen: what is evaluated.
+
+    Returns:
+      A perplexity that a model which knows the language stays well under.
+    """
+    tokens = seen.tokens[:, 1:][seen.counted]
+    counts = np.unique(tokens, return_counts=True)[1]
+    share = counts / counts.sum()
+    entropy = -(share * np.log(share)).sum()
+    return float(np.exp(entropy + (len(counts) - 1) / counts.sum()))
+
+
+def is_sane(result: dict[str, Any], frequency: float, vocab_size: int) -> bool:
+    """Whether a perplexity is one of a model that knows something.
+
+    Args:
+      result: what `measure` gave.
+      frequency: what `by_frequency` gave.
+      vocab_size: the model's.
+
+    Returns:
+      True where it is under both.
+    """
+    found = result["perplexity"]
+    return found is not None and found < min(frequency, vocab_size)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _losses(graphdef: Any, params: Any, tokens: jax.Array) -> jax.Array:
+    model = nnx.merge(graphdef, params)
+    return loss_per_token(model, tokens[:, :-1], tokens[:, 1:])

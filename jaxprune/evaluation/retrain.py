@@ -1,0 +1,106 @@
+"""A short retraining of the pruned matrices, the zeros staying zeros.
+
+Adam on the texts' sequences in an order drawn by a seed, its rate falling to nothing
+along a cosine. What is trained is held in float32; all else stays as it is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxprune as jp
+from jaxprune.models.decoder.model import loss_per_token
+
+_CLIP = 1.0
+
+
+def retrain(
+    graphdef: Any,
+    params: Any,
+    names: set[str],
+    sequences: np.ndarray,
+    *,
+    batch: int,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    tick: Callable[[float], Any] = lambda loss: None,
+) -> tuple[Any, list[float]]:
+    """Retrains some of a model's leaves under the masks of their zeros.
+
+    Args:
+      graphdef: of a `Decoder`.
+      params: its parameters.
+      names: of the leaves that are trained.
+      sequences: int32 (sequences, length).
+      batch: sequences of a step.
+      steps: how many.
+      learning_rate: of the first step.
+      seed: decides the order.
+      tick: called after each step with its loss.
+
+    Returns:
+      The parameters, in their dtypes, and each step's loss.
+
+    Raises:
+      ValueError: the loss is not finite.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    places = [i for i, name in enumerate(jp.tree.names(params)) if name in names]
+    dtypes = [leaves[i].dtype for i in places]
+    trained = [leaves[i].astype(np.float32) for i in places]
+    frozen = [None if i in places else leaf for i, leaf in enumerate(leaves)]
+    masks = [leaf != 0 for leaf in trained]
+    tx = jp.keep_masks(
+        optax.chain(
+            optax.clip_by_global_norm(_CLIP),
+            optax.adamw(optax.cosine_decay_schedule(learning_rate, steps)),
+        ),
+        masks,
+    )
+
+    def loss(trained: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+        whole = list(frozen)
+        for i, leaf, dtype in zip(places, trained, dtypes, strict=True):
+            whole[i] = leaf.astype(dtype)
+        model = nnx.merge(graphdef, jax.tree.unflatten(structure, whole))
+        return loss_per_token(model, tokens[:, :-1], tokens[:, 1:]).mean()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(
+        trained: Any, state: Any, frozen: Any, tokens: jax.Array
+    ) -> tuple[Any, Any, jax.Array]:
+        value, gradient = jax.value_and_grad(loss)(trained, frozen, tokens)
+        updates, state = tx.update(gradient, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    state = jax.jit(tx.init)(trained)
+    losses = []
+    order = _order(len(sequences), batch, steps, seed)
+    for rows in order:
+        trained, state, value = step(trained, state, frozen, sequences[rows])
+        losses.append(float(value))
+        if not np.isfinite(losses[-1]):
+            raise ValueError(
+                f"the loss of retraining must be finite, got {losses[-1]} at step "
+                f"{len(losses)}; lower --retrain-learning-rate"
+            )
+        tick(losses[-1])
+    for i, leaf, dtype in zip(places, trained, dtypes, strict=True):
+        leaves[i] = jnp.asarray(leaf, dtype)
+    return jax.tree.unflatten(structure, leaves), losses
+
+
+def _order(sequences: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:
+    """Rows of each step; each sequence comes once before any comes twice."""
+    chance = np.random.default_rng(seed)
+    needed = batch * steps
+    rounds = -(-needed // sequences)
+    rows = np.concatenate([chance.permutation(sequences) for _ in range(rounds)])
+    return np.split(rows[:needed], steps)

@@ -1,0 +1,260 @@
+"""Texts to sequences of tokens: which are calibrated on, and which are held out.
+
+A text file is one stream of tokens. Sequences are pieces of it that do not overlap,
+drawn by a seed, each begun with BOS where the model wants that. Of a text that is
+calibrated on, the end is set aside before anything is drawn; it measures the model.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxprune.models.hf.tokenizer import Tokenizer
+
+HELD_OUT = 10
+"""One in so many tokens of a calibration text is held out."""
+
+_PLAIN, _LINES, _IDS = (".txt", ".md"), ".jsonl", ".npy"
+
+
+class Text(NamedTuple):
+    """A file as tokens.
+
+    Attributes:
+      path: the file.
+      sha256: of its bytes.
+      tokens: int32, (tokens,) of a text, (sequences, length) of `.npy`.
+    """
+
+    path: Path
+    sha256: str
+    tokens: np.ndarray
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether the file holds sequences that are used as they are."""
+        return self.tokens.ndim == 2
+
+
+def is_ids(path: Path) -> bool:
+    """Whether a file holds token ids, and needs no tokenizer."""
+    return path.suffix == _IDS
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Refuses files that are not there or of another kind, all at once.
+
+    Args:
+      paths: the files.
+
+    Raises:
+      FileNotFoundError: some are not there.
+      ValueError: some end otherwise.
+    """
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"texts must be files, but there is no {', '.join(missing)}"
+        )
+    known = (*_PLAIN, _LINES, _IDS)
+    if foreign := [str(path) for path in paths if path.suffix not in known]:
+        raise ValueError(
+            f"texts must end in {', '.join(known)}, got {', '.join(foreign)}; plain "
+            "text is .txt, lines of JSON with a 'text' are .jsonl, token ids are .npy"
+        )
+
+
+def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Text:
+    """A file as tokens.
+
+    Args:
+      path: plain text in UTF-8 (.txt, .md); .jsonl whose lines are objects with a
+        "text", which are joined by blank lines; or .npy of int32 (sequences, length).
+      tokenizer: of the model; not needed for .npy.
+      vocab_size: the model's.
+
+    Returns:
+      The tokens, without BOS unless .npy holds it.
+
+    Raises:
+      ValueError: the file is not what its name says, or a token is not in the
+        vocabulary.
+      OSError: it cannot be read.
+    """
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if is_ids(path):
+        return Text(path, digest, _ids(path, vocab_size))
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' must be UTF-8, but {error}; convert it") from None
+    if path.suffix == _LINES:
+        text = "\n\n".join(_documents(path, text))
+    if tokenizer is None:
+        raise ValueError(
+            f"'{path}' is text, but the model has no tokenizer; give token ids as .npy"
+        )
+    tokens = np.array(tokenizer.encode(text, bos=False), np.int32)
+    if tokens.size and tokens.max() >= vocab_size:
+        raise ValueError(
+            f"the tokenizer's tokens must be under the model's vocab_size {vocab_size},"
+            f" but '{path}' has {tokens.max()}; the tokenizer is another model's"
+        )
+    return Text(path, digest, tokens)
+
+
+def _documents(path: Path, text: str) -> list[str]:
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except ValueError:
+            document = None
+        if not (isinstance(document, dict) and isinstance(document.get("text"), str)):
+            raise ValueError(
+                f"each line of '{path}' must be a JSON object with a 'text', but line "
+                f"{number} is not"
+            )
+        found.append(document["text"])
+    return found
+
+
+def _ids(path: Path, vocab_size: int) -> np.ndarray:
+    tokens = np.load(path, allow_pickle=False)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"'{path}' must hold integers (sequences, length), got {tokens.dtype} of "
+            f"shape {tokens.shape}"
+        )
+    if tokens.shape[1] < 2 or not len(tokens):
+        raise ValueError(
+            f"'{path}' must hold sequences of at least 2 tokens, got {tokens.shape}"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"tokens must be from 0 to {vocab_size - 1}, but '{path}' has {low} to "
+            f"{high}; it was made with another model's tokenizer"
+        )
+    return tokens.astype(np.int32)
+
+
+def without_end(text: Text, most: int) -> tuple[Text, Text | None]:
+    """A text parted into what may be drawn from and an end that is held out.
+
+    Args:
+      text: the text.
+      most: the most tokens that the end needs.
+
+    Returns:
+      The beginning and the end, of a tenth of the tokens; of .npy and of very short
+      texts all and None.
+    """
+    end = 0 if text.is_rows else min(text.tokens.size // HELD_OUT, most)
+    if end < 2:
+        return text, None
+    parts = text.tokens[:-end], text.tokens[-end:]
+    return text._replace(tokens=parts[0]), text._replace(tokens=parts[1])
+
+
+class Drawn(NamedTuple):
+    """Sequences drawn from texts.
+
+    Attributes:
+      tokens: int32 (sequences, length).
+      counts: how many are of each text.
+      left: for each text the rows of .npy that were not drawn; None where there are
+        none, and for texts.
+    """
+
+    tokens: np.ndarray
+    counts: list[int]
+    left: list[Text | None]
+
+
+def draw(
+    texts: Sequence[Text], *, sequences: int, length: int, bos: int | None, seed: int
+) -> Drawn:
+    """Draws sequences, as many from each text, without overlap.
+
+    Args:
+      texts: the mixture.
+      sequences: how many in all; the first texts give one more where it must be.
+      length: tokens of each, BOS included.
+      bos: what each sequence of a text begins with; rows of .npy are as they are.
+      seed: decides which; the order follows the texts' in turn.
+
+    Returns:
+      The sequences.
+
+    Raises:
+      ValueError: a text is too short, or rows have another length.
+    """
+    share, rest = divmod(sequences, len(texts))
+    counts = [share + (i < rest) for i in range(len(texts))]
+    _check_enough(texts, counts, length, bos)
+    parts, left = [], []
+    for i, (text, count) in enumerate(zip(texts, counts, strict=True)):
+        chance = np.random.default_rng([seed, i])
+        tokens, remaining = _pieces(text, count, length, bos, chance)
+        parts.append(tokens)
+        left.append(remaining)
+    # In turn, so that every batch sees every text.
+    places = [(i + 0.5) / len(part) for part in parts for i in range(len(part))]
+    order = np.argsort(places, kind="stable")
+    return Drawn(np.concatenate(parts)[order], counts, left)
+
+
+def _check_enough(
+    texts: Sequence[Text], counts: Sequence[int], length: int, bos: int | None
+) -> None:
+    body = length - (bos is not None)
+    problems = []
+    for text, count in zip(texts, counts, strict=True):
+        if text.is_rows:
+            rows, own = text.tokens.shape
+            if own != length:
+                raise ValueError(
+                    f"'{text.path}' holds sequences of {own} tokens, but --length is "
+                    f"{length}; give --length {own}"
+                )
+            if rows < count:
+                problems.append(f"'{text.path}' has {rows} sequences of {count}")
+        elif text.tokens.size < count * body:
+            problems.append(
+                f"'{text.path}' has {text.tokens.size:,} tokens to draw from of "
+                f"{count * body:,} ({count} sequences of {body})"
+            )
+    if problems:
+        raise ValueError(
+            f"the texts are too short: {'; '.join(problems)} needed; give more text, "
+            "or fewer --sequences, or a smaller --length"
+        )
+
+
+def _pieces(
+    text: Text,
+    count: int,
+    length: int,
+    bos: int | None,
+    chance: np.random.Generator,
+) -> tuple[np.ndarray, Text | None]:
+    if text.is_rows:
+        chosen = np.sort(chance.choice(len(text.tokens), count, replace=False))
+        left = np.delete(text.tokens, chosen, axis=0)
+        return text.tokens[chosen], text._replace(tokens=left) if len(left) else None
+    body = length - (bos is not None)
+    places = text.tokens.size // body
+    first = int(chance.integers(text.tokens.size - places * body + 1))
+    chosen = chance.choice(places, count, replace=False)
+    starts = first + body * chosen
+    tokens = np.stack([text.tokens[start : start + body] for start in starts])
+    if bos is not None:
+        tokens = np.insert(tokens, 0, bos, axis=1)
+    return tokens.astype(np.int32), None

@@ -1,0 +1,11 @@
+"""Files of models: safetensors, checkpoint directories, the compact file."""
+
+__all__ = [
+    "atomic",
+    "checkpoint_dir",
+    "compact",
+    "compact_archive",
+    "prune_magnitude",
+    "rewrite",
+    "safetensors_file",
+]

@@ -1,0 +1,353 @@
+"""A pruned model in one file: a bit for each weight, then the weights that are left.
+
+For storage and transfer; `expand` gives back the directory byte for byte. The file is a
+safetensors file. Its `__metadata__` has "format", "version" and "contents", a JSON
+object:
+
+    {"tensors": {NAME: {"file": FILE, "dtype": CODE, "shape": [...],
+                        "encoding": "mask" or "dense"}},
+     "files": {FILE: SHA-256}}
+
+Its tensors are, for each NAME of encoding "mask", `mask/NAME` (uint8: one bit a weight
+of the flat tensor in C order, the first weight is the lowest bit, 1 where the weight's
+own bits are not all zero) and `values/NAME` (the weights with bit 1, in that order);
+for each of encoding "dense" `dense/NAME`; for each weights' FILE `header/FILE` (uint8:
+its length and header as they were); for each other FILE `file/FILE` (uint8). A mask is
+used where it makes the tensor smaller. Minus zero and NaN are weights like others.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from jaxprune.formats import atomic
+from jaxprune.formats.checkpoint_dir import Directory
+from jaxprune.formats.compact_archive import (
+    CHUNK,
+    FORMAT,
+    VERSION,
+    Archive,
+    bits_of,
+    chunks,
+    decoded,
+    open_archive,
+)
+from jaxprune.formats.safetensors_file import DTYPES, TensorInfo, damaged, write_header
+
+_CODES = {kind: code for code, kind in DTYPES.items()}
+
+
+class Result(NamedTuple):
+    """What a compact file saves.
+
+    Attributes:
+      dense_bytes: the bytes of the directory's files that are in it.
+      compact_bytes: its own bytes.
+    """
+
+    dense_bytes: int
+    compact_bytes: int
+
+
+def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
+    """The bytes of one tensor in a compact file.
+
+    Args:
+      nonzero: how many of its elements have a bit that is not zero.
+      size: how many elements it has.
+      itemsize: bytes of one.
+
+    Returns:
+      ceil(size / 8) + nonzero itemsize, or size itemsize where that is no more.
+
+    Example:
+      >>> from jaxprune.formats import compact
+      >>> compact.stored_bytes(400, 1000, 2)
+      925
+    """
+    return min(size * itemsize, -(-size // 8) + nonzero * itemsize)
+
+
+def compact(
+    source: Directory, out: str | os.PathLike[str], *, overwrite: bool = False
+) -> Result:
+    """Writes a directory as one compact file, tensor by tensor.
+
+    Args:
+      source: the directory; `source.others` go in too.
+      out: the file, outside of the directory.
+      overwrite: whether an earlier compact file may be replaced.
+
+    Returns:
+      The sizes.
+
+    Raises:
+      ValueError: `out` is taken or inside the directory, or the source changed while it
+        was read.
+      OSError: the file could not be written; nothing is left of it.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> from safetensors.numpy import save_file
+      >>> from jaxprune import compact, directory
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> (folder / "model").mkdir()
+      >>> _ = (folder / "model" / "config.json").write_text("{}")
+      >>> weight = np.zeros((64, 64), "f4")
+      >>> save_file({"w": weight}, folder / "model" / "model.safetensors")
+      >>> model = directory.open_directory(folder / "model")
+      >>> result = compact.compact(model, folder / "model.compact")
+      >>> result.compact_bytes < result.dense_bytes / 10
+      True
+      >>> _ = compact.expand(folder / "model.compact", folder / "again")
+      >>> directory.open_directory(folder / "again").read("w").any()
+      np.False_
+    """
+    place = atomic.apart(out, source.path)
+    replaceable = _why_not_ours if overwrite else None
+    with atomic.staged_file(place, replaceable=replaceable) as partial:
+        plan = _plan(source)
+        with open(partial, "wb") as file:
+            entries = write_header(file, plan.entries, plan.metadata)
+            for name, info in source.tensors.items():
+                _put_tensor(file, name, info, source, entries)
+            for name, size in plan.embedded.items():
+                path = source.path / name.partition("/")[2]
+                _put_bytes(file, path, size, entries[name])
+            file.flush()
+            os.fsync(file.fileno())
+    return Result(plan.dense_bytes, place.stat().st_size)
+
+
+class Sizes(NamedTuple):
+    """How large a directory is, and would be as a compact file.
+
+    Attributes:
+      dense_bytes: the bytes of its weights.
+      compact_bytes: about the bytes of its weights in a compact file.
+      zeros: how many elements are zero.
+      size: how many elements there are.
+      by_tensor: name to (zeros, size).
+    """
+
+    dense_bytes: int
+    compact_bytes: int
+    zeros: int
+    size: int
+    by_tensor: dict[str, tuple[int, int]]
+
+
+def sizes(source: Directory) -> Sizes:
+    """Counts a directory's zeros, tensor by tensor.
+
+    Args:
+      source: the directory.
+
+    Returns:
+      Exact counts; the bytes of a compact file less its header.
+    """
+    by_tensor, packed = {}, 0
+    for name, info in source.tensors.items():
+        size, filled, blank = math.prod(info.shape), 0, 0
+        for bits in chunks(source.read(name)):
+            filled += int(np.count_nonzero(bits.view(info.dtype)))
+            blank += bits.size - int(np.count_nonzero(bits))
+        by_tensor[name] = (size - filled, size)
+        packed += stored_bytes(size - blank, size, info.dtype.itemsize)
+    return Sizes(
+        dense_bytes=sum(info.size for info in source.tensors.values()),
+        compact_bytes=packed,
+        zeros=sum(zeros for zeros, _ in by_tensor.values()),
+        size=sum(size for _, size in by_tensor.values()),
+        by_tensor=by_tensor,
+    )
+
+
+class _Plan(NamedTuple):
+    """All that is known before the first byte is written.
+
+    Attributes:
+      entries: name to (code, shape) of what the file will hold.
+      metadata: its `__metadata__`.
+      embedded: "header/FILE" and "file/FILE" to how many bytes of FILE they hold.
+      dense_bytes: bytes of the source's files.
+    """
+
+    entries: dict[str, tuple[str, tuple[int, ...]]]
+    metadata: dict[str, str]
+    embedded: dict[str, int]
+    dense_bytes: int
+
+
+def _plan(source: Directory) -> _Plan:
+    tensors: dict[str, Any] = {}
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    paths = {name: source.path / name for name in (*source.metadata, *source.others)}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    embedded, digests = {}, {}
+    for file in source.metadata:
+        own = {k: info for k, info in source.tensors.items() if info.file == file}
+        head = sizes[file] - sum(info.size for info in own.values())
+        embedded[f"header/{file}"] = head
+        sink = hashlib.sha256(_head(paths[file], head))
+        for name, info in own.items():
+            tensors[name], stored = _scan(source, name, info, sink)
+            entries |= stored
+        digests[file] = sink.hexdigest()
+    for name in source.others:
+        embedded[f"file/{name}"] = sizes[name]
+        with open(paths[name], "rb") as other:
+            digests[name] = hashlib.file_digest(other, "sha256").hexdigest()
+    entries |= {name: ("U8", (size,)) for name, size in embedded.items()}
+    contents = json.dumps({"tensors": tensors, "files": digests})
+    metadata = {"format": FORMAT, "version": VERSION, "contents": contents}
+    return _Plan(entries, metadata, embedded, sum(sizes.values()))
+
+
+def _scan(
+    source: Directory, name: str, info: TensorInfo, sink: Any
+) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+    """What the contents say of a tensor, and the entries that hold it."""
+    nonzero = 0
+    for bits in chunks(source.read(name)):
+        sink.update(bits)
+        nonzero += int(np.count_nonzero(bits))
+    code, size = _CODES[info.dtype], math.prod(info.shape)
+    kind = {"file": info.file, "dtype": code, "shape": info.shape}
+    if stored_bytes(nonzero, size, info.dtype.itemsize) == info.size:
+        return kind | {"encoding": "dense"}, {f"dense/{name}": (code, info.shape)}
+    return kind | {"encoding": "mask"}, {
+        f"values/{name}": (code, (nonzero,)),
+        f"mask/{name}": ("U8", (-(-size // 8),)),
+    }
+
+
+def _head(path: Path, size: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+def _put_tensor(
+    file: BinaryIO,
+    name: str,
+    info: TensorInfo,
+    source: Directory,
+    entries: Mapping[str, TensorInfo],
+) -> None:
+    """Writes a tensor's mask and values, or the tensor, each to its place."""
+    if f"dense/{name}" in entries:
+        file.seek(entries[f"dense/{name}"].offset)
+        for bits in chunks(source.read(name)):
+            file.write(bits.tobytes())
+        return
+    values, mask = entries[f"values/{name}"], entries[f"mask/{name}"]
+    to_values, to_mask = values.offset, mask.offset
+    for bits in chunks(source.read(name)):
+        kept = bits != 0
+        file.seek(to_mask)
+        to_mask += file.write(np.packbits(kept, bitorder="little").tobytes())
+        file.seek(to_values)
+        to_values += file.write(bits[kept].tobytes())
+    if to_values != values.offset + values.size:
+        raise _changed(source.path / info.file)
+
+
+def _put_bytes(file: BinaryIO, path: Path, size: int, entry: TensorInfo) -> None:
+    file.seek(entry.offset)
+    with open(path, "rb") as origin:
+        while size:
+            part = origin.read(min(size, CHUNK))
+            if not part:
+                raise _changed(path)
+            file.write(part)
+            size -= len(part)
+
+
+def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The dense tensors of a compact file, one after the other; nothing is expanded.
+
+    Args:
+      path: the file.
+
+    Yields:
+      Name and array, in the order of the directory.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      Damaged: the file is not what its header says.
+      Unknown: it is another kind of file.
+    """
+    archive = open_archive(Path(path))
+    for name, entry in archive.tensors.items():
+        dtype = DTYPES[entry["dtype"]]
+        bits = np.empty(math.prod(entry["shape"]), bits_of(dtype))
+        position = 0
+        for part in decoded(archive, name):
+            bits[position : position + part.size] = part
+            position += part.size
+        yield name, bits.view(dtype).reshape(entry["shape"])
+
+
+def expand(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[Path]:
+    """Writes the directory that a compact file was made of, byte for byte.
+
+    Args:
+      path: the compact file.
+      out: the folder; nothing or an empty one may be there.
+
+    Returns:
+      The paths of its files.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: `out` is taken.
+      Damaged: the file is not what its header says, or a file that comes out of it is
+        not the one that went in; nothing is left of the folder.
+      Unknown: it is another kind of file.
+      OSError: the folder could not be written; nothing is left of it.
+    """
+    archive = open_archive(Path(path))
+    place = atomic.apart(out, archive.path)
+    with atomic.staged(place) as partial:
+        for name, digest in archive.files.items():
+            with atomic.Sink(partial / name) as sink:
+                for part in _restored(archive, name):
+                    sink.put(part)
+            if sink.digest != digest:
+                raise damaged(archive.path, f"'{name}' in it is not what went in")
+    return [place / name for name in archive.files]
+
+
+def _restored(archive: Archive, name: str) -> Iterator[np.ndarray]:
+    """The bytes of one file of the directory, chunk by chunk."""
+    if f"file/{name}" in archive.entries:
+        yield from chunks(archive.look(f"file/{name}"))
+        return
+    yield from chunks(archive.look(f"header/{name}"))
+    for tensor, entry in archive.tensors.items():
+        if entry["file"] == name:
+            for part in decoded(archive, tensor):
+                yield part.view(np.uint8)
+
+
+def _changed(path: Path) -> ValueError:
+    return ValueError(
+        f"a directory must stay as it is while it is read, but '{path}' changed; "
+        f"begin again."
+    )
+
+
+def _why_not_ours(path: Path) -> str | None:
+    """Why a path must not be replaced: only earlier compact files may be."""
+    try:
+        open_archive(path)
+    except (ValueError, OSError):
+        return "it is no compact file"
+    return None

@@ -1,0 +1,361 @@
+"""Which parameter meets which activation: the products of a traced program.
+
+Everything is read off the program that a function traces to, so Linen, NNX, Equinox and
+plain functions are alike. A product is seen as (batch, in, out) on the side of the
+weight and as (batch, samples, in) on the side of its input: batch are experts or
+groups, samples all positions that meet the same weight. A convolution is the product
+with its patches.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays import lazy, tree
+from jaxprune.arrays.axes import Axes
+from jaxprune.graph import program as program_
+from jaxprune.graph import weight_view
+from jaxprune.graph.program import Fixed, Program, Step
+from jaxprune.graph.weight_view import View
+from jaxprune.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """How an activation meets weights: what `read` makes of a value.
+
+    Attributes:
+      value: the number of the value in the program; inputs of equal layers are equal.
+      order: the axes of the value, batch first, samples, inputs last.
+      shape: (batch, samples, in).
+      leading: the shape of the samples, before they are one axis.
+      patches: for a convolution, the arguments of
+        `jax.lax.conv_general_dilated_patches`, as pairs; otherwise empty.
+    """
+
+    value: int = dataclasses.field(compare=False)
+    order: tuple[int, ...]
+    shape: tuple[int, int, int]
+    leading: tuple[int, ...]
+    patches: tuple[tuple[str, Any], ...] = ()
+
+    def read(self, value: jax.Array) -> jax.Array:
+        """The activation as (batch, samples, in).
+
+        Args:
+          value: the value.
+
+        Returns:
+          The same numbers, or a convolution's patches, in the value's dtype.
+        """
+        if self.patches:
+            value = jax.lax.conv_general_dilated_patches(
+                value, precision=jax.lax.Precision.HIGHEST, **dict(self.patches)
+            )
+        moved = jnp.transpose(value, self.order)
+        if self.patches:  # (samples..., batch x in) so far
+            batch, samples, inputs = self.shape
+            return jnp.swapaxes(moved.reshape(samples, batch, inputs), 0, 1)
+        return moved.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One product of a parameter with an activation.
+
+    Attributes:
+      name: the weight: the leaf's path name, with the indices of a stacked leaf behind
+        it ("blocks/kernel/3") or the part of it that is used ("qkv/kernel[:,0:64]").
+      leaf: the leaf's path name.
+      index: where in a stacked leaf, empty for a leaf by itself.
+      axes: the leaf's axes that are input and output, the others being batch or index;
+        None where an axis of the leaf is in part one and in part the other.
+      shape: (batch, in, out).
+      kind: "dot" or "convolution".
+      input: the number of its input; products of equal number share it (q, k and v).
+      use: 0 for the first product of this weight, 1 and on where the leaf is tied.
+      view: how the leaf is seen as (batch, in, out).
+      source: how the input is read off a value of the program.
+      step: the position of the product in the program.
+    """
+
+    name: str
+    leaf: str
+    index: tuple[int, ...]
+    axes: Axes | None
+    shape: tuple[int, int, int]
+    kind: str
+    input: int
+    use: int
+    view: View = dataclasses.field(repr=False)
+    source: Input = dataclasses.field(repr=False)
+    step: int = dataclasses.field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The products of a function, and what could not be seen.
+
+    Attributes:
+      products: in the order of the program.
+      unseen: path name to reason, for each leaf of two axes or more that is in no
+        product.
+      leaves: path name to position among the parameters' leaves.
+      program: the traced program.
+      views: the program's values that are views of a leaf.
+    """
+
+    products: tuple[Product, ...]
+    unseen: Mapping[str, str]
+    leaves: Mapping[str, int] = dataclasses.field(repr=False)
+    program: Program = dataclasses.field(repr=False)
+    views: Mapping[int, View] = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        """A table: one line a product, then what could not be seen."""
+        rows = [("weight", "batch x in x out", "input", "use", "kind")]
+        rows += [
+            (p.name, " x ".join(map(str, p.shape)), str(p.input), str(p.use), p.kind)
+            for p in self.products
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
+            for row in rows
+        ]
+        lines += [f"unseen: {name}: {why}" for name, why in self.unseen.items()]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace:
+    """Lists every product of a parameter with an activation.
+
+    Nothing is computed. Scans are unrolled, so a leaf that is stacked over layers has
+    one product a layer. What is not a plain move of a leaf (slice, reshape, transpose,
+    cast) on its way to a product hides it; such leaves are in `unseen`, with a reason.
+
+    Args:
+      fn: parameters and a batch to anything; traceable by JAX.
+      params: a pytree of arrays, or of `jp.Stored` or `jax.ShapeDtypeStruct`.
+      batch: one batch, arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The products, in the order of the program.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
+      >>> params = {"up": jnp.ones((2, 6)), "down": jnp.ones((6, 3))}
+      >>> print(jp.trace(fn, params, jnp.ones((5, 2))))
+      weight  batch x in x out  input  use  kind
+      up      1 x 2 x 6         0      0    dot
+      down    1 x 6 x 3         1      0    dot
+    """
+    params = lazy.abstract(params)
+    flat = program_.flatten(fn, params, batch)
+    named = {
+        k: v for k, v in tree.named_leaves(params).items() if not tree.is_masked(v)
+    }
+    finder = _Finder(flat, list(named))
+    for position, step in enumerate(flat.steps):
+        finder.look(position, step)
+    shapes = {name: jnp.shape(leaf) for name, leaf in named.items()}
+    return Trace(
+        tuple(finder.products),
+        finder.unseen(shapes),
+        {name: i for i, name in enumerate(named)},
+        flat,
+        finder.views,
+    )
+
+
+class _Finder:
+    """Follows each leaf through the steps to its products."""
+
+    def __init__(self, flat: Program, names: Sequence[str]) -> None:
+        self.flat = flat
+        self.names = names
+        self.products: list[Product] = []
+        self.views: dict[int, View] = {
+            number: View.whole(i, flat.kinds[number].shape)
+            for i, number in enumerate(flat.leaves)
+        }
+        # Value to the leaves that it was made of, views and others.
+        self._origins: dict[int, frozenset[int]] = {
+            number: frozenset([i]) for i, number in enumerate(flat.leaves)
+        }
+        self._hidden: dict[int, dict[str, None]] = {}
+        self._inputs: dict[tuple[int, Input], int] = {}
+        self._uses: dict[str, int] = {}
+
+    def look(self, position: int, step: Step) -> None:
+        """Takes one more step into account."""
+        numbers = [x for x in step.inputs if not isinstance(x, Fixed)]
+        if (found := self._moved(step)) is not None:
+            self.views.update(zip(step.outputs, found, strict=True))
+        elif not self._product(position, step):
+            for number in numbers:
+                for leaf in self._origins.get(number, ()):
+                    self._hidden.setdefault(leaf, {})[step.primitive.name] = None
+        origins = frozenset().union(*(self._origins.get(x, ()) for x in numbers))
+        varying = not self.flat.varying.isdisjoint(step.outputs)
+        if origins and not varying:
+            self._origins.update(dict.fromkeys(step.outputs, origins))
+
+    def _moved(self, step: Step) -> list[View] | None:
+        known = functools.partial(program_.constant, self.flat)
+        return weight_view.through(step, self.views, self.flat.kinds, known)
+
+    def unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Why leaves that could be matrices are in no product."""
+        seen = {product.leaf for product in self.products}
+        reasons = {}
+        for i, (name, shape) in enumerate(shapes.items()):
+            if name in seen or len(shape) < 2:
+                continue
+            steps = ", ".join(self._hidden.get(i, ()))
+            reasons[name] = f"goes into {steps}" if steps else "is not used"
+        return reasons
+
+    def _product(self, position: int, step: Step) -> bool:
+        """Notes the step if it is a product of a leaf and an activation."""
+        name = step.primitive.name
+        if name not in ("dot_general", "conv_general_dilated"):
+            return False
+        sides = [i for i, x in enumerate(step.inputs) if x in self.views]
+        if len(sides) != 1:
+            return False
+        side = sides[0]
+        weight, value = step.inputs[side], step.inputs[1 - side]
+        if isinstance(weight, Fixed) or isinstance(value, Fixed):
+            return False
+        if value not in self.flat.varying:
+            return False
+        view, kind = self.views[weight], self.flat.kinds[value]
+        if name == "dot_general":
+            numbers = step.params["dimension_numbers"]
+            seen, source = _dot(numbers, view, value, kind, side)
+        elif side == 1 and step.params["batch_group_count"] == 1:
+            result = self.flat.kinds[step.outputs[0]]
+            seen, source = _convolution(step.params, view, value, result)
+        else:
+            return False
+        self._note(position, step, seen, source)
+        return True
+
+    def _note(self, position: int, step: Step, view: View, source: Input) -> None:
+        leaf = self.names[view.leaf]
+        index, part = _place(view, self.flat.kinds[self.flat.leaves[view.leaf]].shape)
+        name = "/".join([leaf, *map(str, index)]) + part
+        use = self._uses.get(name, 0)
+        self._uses[name] = use + 1
+        self.products.append(
+            Product(
+                name=name,
+                leaf=leaf,
+                index=index,
+                axes=_axes(view),
+                shape=view.shape,  # type: ignore[arg-type]
+                kind="dot" if step.primitive.name == "dot_general" else "convolution",
+                input=self._inputs.setdefault(
+                    (source.value, source), len(self._inputs)
+                ),
+                use=use,
+                view=view,
+                source=source,
+                step=position,
+            )
+        )
+
+
+def _dot(
+    numbers: Any, view: View, value: Any, kind: Any, side: int
+) -> tuple[View, Input]:
+    """A `dot_general` whose operand `side` is the weight."""
+    contracted, batched = numbers
+    inputs, batch = tuple(contracted[side]), tuple(batched[side])
+    free = tuple(a for a in range(len(view.shape)) if a not in inputs + batch)
+    shape = [math.prod(view.shape[a] for a in axes) for axes in (batch, inputs, free)]
+    seen = view.transpose(batch + inputs + free)
+    # Grouped by axis before it is flattened, so that `axes` can tell them apart.
+    last, first = tuple(contracted[1 - side]), tuple(batched[1 - side])
+    samples = tuple(a for a in range(len(kind.shape)) if a not in first + last)
+    leading = tuple(kind.shape[a] for a in samples)
+    source = Input(
+        value=value,
+        order=first + samples + last,
+        shape=(shape[0], math.prod(leading), shape[1]),
+        leading=leading,
+    )
+    return seen.matrix(len(batch), len(inputs)), source
+
+
+def _convolution(
+    params: Mapping[str, Any], view: View, value: Any, result: Any
+) -> tuple[View, Input]:
+    """A convolution as the product of its kernel with patches of the input."""
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    out, own, *window = numbers.rhs_spec
+    size = [view.shape[axis] for axis in window]
+    inputs, outputs = view.shape[own] * math.prod(size), view.shape[out]
+    seen = view.transpose((own, *window, out))
+    seen = seen.reshape((inputs, groups, outputs // groups)).transpose((1, 0, 2))
+    feature = numbers.out_spec[1]
+    samples = [a for a in range(len(result.shape)) if a != feature]
+    leading = tuple(result.shape[a] for a in samples)
+    patches = {
+        "filter_shape": tuple(size),
+        "window_strides": params["window_strides"],
+        "padding": params["padding"],
+        "lhs_dilation": params["lhs_dilation"],
+        "rhs_dilation": params["rhs_dilation"],
+        "dimension_numbers": numbers,
+    }
+    source = Input(
+        value=value,
+        order=(*samples, feature),
+        shape=(groups, math.prod(leading), inputs),
+        leading=leading,
+        patches=tuple(patches.items()),
+    )
+    return seen, source
+
+
+def _axes(view: View) -> Axes | None:
+    """The leaf's input and output axes, where each axis is wholly one or the other."""
+    _, inputs, outputs = (set(axes) for axes in view.axes)
+    if inputs & outputs:
+        return None
+    return Axes(tuple(sorted(inputs)), tuple(sorted(outputs)))
+
+
+def _place(view: View, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
+    """The indices of a stacked leaf, and the part of the rest that is seen."""
+    if not view.sliced:
+        return (), ""
+    if view.box is None:
+        moves = [m for m in view.moves if isinstance(m, weight_view.Slice)]
+        return (), "".join(f"[{m.starts}+{m.sizes}]" for m in moves)
+    used = {axis for axes in view.axes for axis in axes}
+    index = tuple(
+        low
+        for axis, (low, high) in enumerate(view.box)
+        if axis not in used and high - low == 1 and shape[axis] > 1
+    )
+    rest = [
+        ":" if (low, high) == (0, shape[axis]) else f"{low}:{high}"
+        for axis, (low, high) in enumerate(view.box)
+        if axis in used
+    ]
+    return index, "" if set(rest) <= {":"} else f"[{','.join(rest)}]"

@@ -1,0 +1,328 @@
+"""The part of a parameter that a product uses, as a view that can be written back.
+
+On its way to a product a leaf is sliced (a layer of a stack, the queries of a fused
+kernel), reshaped and transposed. A view remembers these moves; it reads the part from
+the leaf and puts another in its place, exactly. Casts are no part of a view: what is
+read is what is stored.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.graph.program import Fixed, Step
+
+
+class Slice(NamedTuple):
+    """A box of the array."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def read(self, array: jax.Array) -> jax.Array:
+        """The box."""
+        return jax.lax.dynamic_slice(array, self.starts, self.sizes)
+
+    def write(self, array: jax.Array, part: jax.Array) -> jax.Array:
+        """The array with another box."""
+        return jax.lax.dynamic_update_slice(array, part, self.starts)
+
+
+class Reshape(NamedTuple):
+    """The same elements in another shape."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def read(self, array: jax.Array) -> jax.Array:
+        """The array in its later shape."""
+        return array.reshape(self.after)
+
+    def write(self, array: jax.Array, part: jax.Array) -> jax.Array:
+        """The part in its earlier shape."""
+        return part.reshape(self.before)
+
+
+class Transpose(NamedTuple):
+    """The same elements with the axes in another order."""
+
+    order: tuple[int, ...]
+
+    def read(self, array: jax.Array) -> jax.Array:
+        """The array in its later order."""
+        return jnp.transpose(array, self.order)
+
+    def write(self, array: jax.Array, part: jax.Array) -> jax.Array:
+        """The part in its earlier order."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return jnp.transpose(part, inverse)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How one leaf is seen.
+
+    Attributes:
+      leaf: the leaf's position among the parameters.
+      shape: of what is seen.
+      moves: slices, reshapes and transposes, in order.
+      axes: for each axis of what is seen, the leaf's axes that it is made of.
+      box: for each axis of the leaf, start and stop of what is seen; None where slices
+        and reshapes mix so that it is no box.
+      cast: whether it was cast on the way, so that the program's value is another.
+    """
+
+    leaf: int
+    shape: tuple[int, ...]
+    moves: tuple[Slice | Reshape | Transpose, ...]
+    axes: tuple[tuple[int, ...], ...]
+    box: tuple[tuple[int, int], ...] | None
+    cast: bool = False
+
+    @classmethod
+    def whole(cls, leaf: int, shape: Sequence[int]) -> "View":
+        """The view of all of a leaf."""
+        axes = tuple((axis,) for axis in range(len(shape)))
+        return cls(leaf, tuple(shape), (), axes, tuple((0, size) for size in shape))
+
+    @property
+    def sliced(self) -> bool:
+        """Whether it sees less than the whole leaf."""
+        return any(isinstance(move, Slice) for move in self.moves)
+
+    def read(self, leaf: jax.Array) -> jax.Array:
+        """What is seen of the leaf.
+
+        Args:
+          leaf: the leaf.
+
+        Returns:
+          An array of the view's shape and the leaf's dtype.
+        """
+        return _read(leaf, self._starts, form=self._form)
+
+    def write(self, leaf: jax.Array, part: jax.Array, *, donate: bool) -> jax.Array:
+        """The leaf with something else in the place of what is seen.
+
+        Args:
+          leaf: the leaf.
+          part: an array of the view's shape.
+          donate: whether the leaf's memory may be reused.
+
+        Returns:
+          An array of the leaf's shape and dtype.
+        """
+        program = _write_in_place if donate and self.sliced else _write
+        return program(leaf, part, self._starts, form=self._form)
+
+    @property
+    def _starts(self) -> list[tuple[int, ...]]:
+        return [move.starts for move in self.moves if isinstance(move, Slice)]
+
+    @property
+    def _form(self) -> tuple[Slice | Reshape | Transpose, ...]:
+        """The moves without where slices start: equal for the layers of a stack."""
+        return tuple(
+            Slice((), move.sizes) if isinstance(move, Slice) else move
+            for move in self.moves
+        )
+
+    def slice(self, starts: Sequence[int], sizes: Sequence[int]) -> "View":
+        """The view of a box of what is seen."""
+        if tuple(sizes) == self.shape:
+            return self
+        return dataclasses.replace(
+            self,
+            shape=tuple(sizes),
+            moves=(*self.moves, Slice(tuple(starts), tuple(sizes))),
+            box=self._narrowed(starts, sizes),
+        )
+
+    def reshape(self, shape: Sequence[int]) -> "View":
+        """The view in another shape."""
+        shape = tuple(shape)
+        if shape == self.shape:
+            return self
+        move = Reshape(self.shape, shape)
+        return dataclasses.replace(
+            self, shape=shape, moves=(*self.moves, move), axes=self._regrouped(shape)
+        )
+
+    def transpose(self, order: Sequence[int]) -> "View":
+        """The view with the axes in another order."""
+        if tuple(order) == tuple(range(len(self.shape))):
+            return self
+        return dataclasses.replace(
+            self,
+            shape=tuple(self.shape[axis] for axis in order),
+            moves=(*self.moves, Transpose(tuple(order))),
+            axes=tuple(self.axes[axis] for axis in order),
+        )
+
+    def matrix(self, batch: int, inputs: int) -> "View":
+        """The view as (batch, in, out).
+
+        Args:
+          batch: how many of the first axes are batch.
+          inputs: how many of the next are input; the rest is output.
+
+        Returns:
+          A view of three axes.
+        """
+        ends = [0, batch, batch + inputs, len(self.shape)]
+        parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        seen = self.reshape([math.prod(self.shape[part]) for part in parts])
+        axes = tuple(
+            tuple(sorted({axis for own in self.axes[part] for axis in own}))
+            for part in parts
+        )
+        return dataclasses.replace(seen, axes=axes)
+
+    def _narrowed(self, starts: Sequence[int], sizes: Sequence[int]) -> Any:
+        """The box of the leaf after a slice of what is seen, where it is one."""
+        box = list(self.box or ())
+        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            if size == self.shape[axis]:
+                continue
+            own = self.axes[axis]
+            if not box or len(own) != 1 or sum(own[0] in a for a in self.axes) > 1:
+                return None
+            low, high = box[own[0]]
+            if high - low != self.shape[axis]:
+                return None
+            box[own[0]] = (low + start, low + start + size)
+        return tuple(box) or None
+
+    def _regrouped(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """The leaf's axes behind each axis after a reshape.
+
+        Axes of both sides are taken until their sizes agree; each axis of such a group
+        is made of all the leaf's axes in it. Axes of length one are made of none.
+        """
+        before = [(s, self.axes[i]) for i, s in enumerate(self.shape) if s != 1]
+        after = [(axis, size) for axis, size in enumerate(shape) if size != 1]
+        made: dict[int, tuple[int, ...]] = {}
+        while before and after:
+            old, new = [before.pop(0)], [after.pop(0)]
+            while (own := math.prod(s for s, _ in old)) != (
+                other := math.prod(s for _, s in new)
+            ):
+                if own < other:
+                    old.append(before.pop(0))
+                else:
+                    new.append(after.pop(0))
+            behind = tuple(sorted({axis for _, axes in old for axis in axes}))
+            made.update((axis, behind) for axis, _ in new)
+        return tuple(made.get(axis, ()) for axis in range(len(shape)))
+
+
+_SAME = "copy copy_p optimization_barrier sharding_constraint reshard device_put"
+
+
+def through(
+    step: Step,
+    views: Mapping[int, View],
+    kinds: Sequence[Any],
+    known: Callable[[int | Fixed], Any],
+) -> list[View] | None:
+    """The views that a step's results are of a leaf, if it only moves one.
+
+    Args:
+      step: the step.
+      views: the views so far, by value.
+      kinds: shape and dtype of each value.
+      known: gives the value of a constant, or None.
+
+    Returns:
+      One view a result, or None: the step does something else.
+    """
+    sources = [views.get(x) if not isinstance(x, Fixed) else None for x in step.inputs]
+    name, params = step.primitive.name, step.params
+    if not sources or sources[0] is None or (name in _SAME.split() and None in sources):
+        return None
+    view = sources[0]
+    if name == "convert_element_type":
+        return [dataclasses.replace(view, cast=True)]
+    if name in _SAME.split():
+        return [same for same in sources if same]
+    after = [tuple(kinds[number].shape) for number in step.outputs]
+    if name == "slice" and set(params["strides"] or (1,)) == {1}:
+        return [view.slice(params["start_indices"], after[0])]
+    if name == "dynamic_slice":
+        starts = [known(x) for x in step.inputs[1:]]
+        if any(start is None for start in starts):
+            return None
+        return [view.slice(_clamped(starts, after[0], view.shape), after[0])]
+    if name == "unstack":
+        return _unstack(view, step.params["axis"], after)
+    if name == "split":
+        return _split(view, params["axis"], after)
+    if name in ("squeeze", "expand_dims") or (
+        name == "reshape" and params.get("dimensions") is None
+    ):
+        return [view.reshape(after[0])]
+    if name == "transpose":
+        return [view.transpose(params["permutation"])]
+    if name == "broadcast_in_dim" and math.prod(after[0]) == math.prod(view.shape):
+        return [view.reshape(after[0])]
+    return None
+
+
+def _begun(
+    form: Sequence[Slice | Reshape | Transpose], starts: Sequence[Any]
+) -> Iterator[Slice | Reshape | Transpose]:
+    """The moves of a form, with where its slices start."""
+    pending = iter(starts)
+    for move in form:
+        yield Slice(next(pending), move.sizes) if isinstance(move, Slice) else move
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _read(leaf: jax.Array, starts: Any, *, form: Any) -> jax.Array:
+    for move in _begun(form, starts):
+        leaf = move.read(leaf)
+    return leaf
+
+
+def _written(leaf: jax.Array, part: jax.Array, starts: Any, *, form: Any) -> jax.Array:
+    moves = list(_begun(form, starts))
+    part, arrays = part.astype(leaf.dtype), [leaf]
+    for move in moves[:-1]:
+        arrays.append(move.read(arrays[-1]))
+    for move, array in reversed(list(zip(moves, arrays, strict=False))):
+        part = move.write(array, part)
+    return part
+
+
+_write = jax.jit(_written, static_argnames="form")
+_write_in_place = jax.jit(_written, static_argnames="form", donate_argnums=0)
+
+
+def _clamped(
+    starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]
+) -> list[int]:
+    """Where a dynamic slice begins: moved until it fits, as XLA does."""
+    triples = zip(starts, sizes, shape, strict=True)
+    return [min(max(int(start), 0), whole - size) for start, size, whole in triples]
+
+
+def _unstack(view: View, axis: int, shapes: Sequence[tuple[int, ...]]) -> list[View]:
+    sizes = [1 if i == axis else size for i, size in enumerate(view.shape)]
+    place = [
+        [n if i == axis else 0 for i in range(len(sizes))] for n in range(len(shapes))
+    ]
+    return [view.slice(start, sizes).reshape(shapes[0]) for start in place]
+
+
+def _split(view: View, axis: int, shapes: Sequence[tuple[int, ...]]) -> list[View]:
+    starts, views = [0] * len(view.shape), []
+    for shape in shapes:
+        views.append(view.slice(tuple(starts), shape))
+        starts[axis] += shape[axis]
+    return views

@@ -1,0 +1,12 @@
+"""Scores to masks: patterns, how a sparsity is allocated, what is kept, pruning."""
+
+__all__ = [
+    "allocation",
+    "counts",
+    "masks",
+    "matrix_mask",
+    "packing",
+    "patterns",
+    "prune",
+    "selection",
+]

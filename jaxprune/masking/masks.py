@@ -1,0 +1,204 @@
+"""Masks: made from scores, applied to parameters, combined, packed to bits.
+
+A mask is True where a weight is kept. A removed weight becomes +0 by selection, never
+by multiplication, so NaN, infinity and -0 go too.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays import placement, tree
+from jaxprune.arrays.axes import Axes
+from jaxprune.masking import patterns
+from jaxprune.masking.selection import Choice, choose, floating
+from jaxprune.topk import thresholds
+from jaxprune.typing import Masks, Params, Pattern, Scope, Scores
+
+
+def make(
+    scores: Scores,
+    sparsity: float | Mapping[str, float] | None = None,
+    *,
+    allocation: Scope = "layer",
+    pattern: Pattern = patterns.Unstructured(),
+    axes: Axes | Mapping[str, Axes] | None = None,
+) -> Masks:
+    """Keeps the highest scores, exactly as many as the sparsity says.
+
+    Args:
+      scores: a tree of floating arrays; higher is kept. Under `jit`, where nothing can
+        be raised, a NaN ranks lowest.
+      sparsity: the share to remove, in [0, 1), or {glob on the path name: share}, of
+        which the first match counts (unmatched leaves keep all). None where the pattern
+        fixes it. Static under `jit`.
+      allocation: "layer" removes the share from each leaf; "global" ranks all leaves
+        together.
+      pattern: which weights live and die together.
+      axes: which axes are input and output, for patterns that care; one for all leaves
+        or {glob: Axes}; Flax's [..., in, out] by default.
+
+    Returns:
+      Masks like `scores`, boolean, with the scores' sharding. Ties keep the first by
+      (leaf, flat index).
+
+    Raises:
+      ValueError: a sparsity, pattern or rule does not fit, or a score is NaN; the
+        sentence names the leaves.
+      TypeError: scores are not floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> scores = {"w": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+      >>> jp.masks.make(scores, sparsity=0.5)["w"].tolist()
+      [[True, False], [False, True]]
+    """
+    chosen = choose(scores, sparsity, allocation=allocation, pattern=pattern, axes=axes)
+    bits = [
+        placement.placed(of_choice(choice, pattern, leaf.shape), leaf)
+        for choice, leaf in zip(chosen, jax.tree.leaves(scores), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(scores), bits)
+
+
+def above(scores: Scores, threshold: float) -> Masks:
+    """Keeps every score above a threshold, in any number.
+
+    Args:
+      scores: a tree of floating arrays.
+      threshold: what is at or under it goes, finite and at least 0; the rate, for
+        `scores.threshold`.
+
+    Returns:
+      Masks like `scores`; under `jit` a NaN goes.
+
+    Raises:
+      ValueError: the threshold is out of range, or a score is NaN.
+      TypeError: scores are not floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> jp.masks.above({"w": jnp.array([0.5, 2.0])}, 1.0)["w"].tolist()
+      [False, True]
+    """
+    floating(scores)
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
+    return jax.tree.map(lambda score: score > threshold, scores)
+
+
+def apply(params: Params, masks: Masks) -> Params:
+    """The parameters with +0 where the masks are False.
+
+    Args:
+      params: the parameters.
+      masks: masks of these parameters, in any container; a left-out leaf
+        (`optax.MaskedNode()`) comes back as the same object.
+
+    Returns:
+      Parameters of the same structure, dtypes and sharding.
+
+    Raises:
+      ValueError: the masks are another model's.
+      TypeError: the masks are not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> jp.masks.apply({"w": jnp.ones(2)}, {"w": jnp.array([True, False])})
+      {'w': Array([1., 0.], dtype=float32)}
+    """
+    aligned = checked(params, masks)
+    leaves = [
+        leaf if tree.is_masked(mask) else _where(mask, leaf)
+        for leaf, mask in zip(tree.named_leaves(params).values(), aligned, strict=True)
+    ]
+    return jax.tree.unflatten(
+        jax.tree.structure(params, is_leaf=tree.is_masked), leaves
+    )
+
+
+def combine(first: Masks, second: Masks) -> Masks:
+    """What both masks keep.
+
+    Args:
+      first: masks.
+      second: masks of the same parameters; where one of the two leaves a leaf out, the
+        other alone decides.
+
+    Returns:
+      Masks like `first`.
+
+    Raises:
+      ValueError: the two are of different models.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> a, b = jnp.array([True, True]), jnp.array([True, False])
+      >>> jp.masks.combine({"w": a}, {"w": b})["w"].tolist()
+      [True, False]
+    """
+    other = checked(first, second)
+
+    def both(a: Any, b: Any) -> Any:
+        return b if tree.is_masked(a) else a if tree.is_masked(b) else a & b
+
+    mine = tree.named_leaves(first).values()
+    leaves = [both(a, b) for a, b in zip(mine, other, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(first, is_leaf=tree.is_masked), leaves)
+
+
+def of_choice(choice: Choice, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:
+    """The mask of one leaf.
+
+    Args:
+      choice: what was chosen for the leaf.
+      pattern: the pattern that it was chosen by.
+      shape: the leaf's shape.
+
+    Returns:
+      A boolean array of that shape.
+    """
+    return pattern.expand(_of_units(choice.units, choice.cut), shape, choice.axes)
+
+
+def checked(params: Params, masks: Masks) -> list[Any]:
+    """The masks' leaves in the parameters' order, or one clear error.
+
+    Args:
+      params: the parameters, or masks of them.
+      masks: masks in any container.
+
+    Returns:
+      Boolean arrays, `optax.MaskedNode()` where left out.
+
+    Raises:
+      ValueError: the masks are another model's.
+      TypeError: the masks are not boolean.
+    """
+    aligned = tree.align(params, masks, "masks")
+    wrong = [
+        name
+        for name, mask in zip(tree.names(params), aligned, strict=True)
+        if not tree.is_masked(mask) and mask.dtype != bool
+    ]
+    if wrong:
+        raise TypeError(
+            f"masks must be boolean, True for kept, but {wrong[:6]} are not; make them "
+            "with jp.masks.make(scores, sparsity), or unpack packed ones"
+        )
+    return aligned
+
+
+_of_units = jax.jit(thresholds.mask)
+
+
+@jax.jit
+def _where(mask: jax.Array, leaf: jax.Array) -> jax.Array:
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))

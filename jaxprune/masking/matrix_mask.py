@@ -1,0 +1,51 @@
+"""The mask of one matrix under a pattern, inside a larger program.
+
+The number kept is traced, so one compiled program serves every sparsity.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays.axes import Axes
+from jaxprune.masking import patterns
+from jaxprune.topk.highest import highest
+from jaxprune.typing import Pattern
+
+
+def mask(scores: jax.Array, removed: Any, pattern: Pattern) -> jax.Array:
+    """The mask that `masks.make` makes of one matrix, for a traced count.
+
+    Args:
+      scores: (in, out), floating; higher is kept.
+      removed: how many of the pattern's units go, an integer, traced or not. A pattern
+        that fixes its sparsity does not look at it.
+      pattern: which weights live and die together.
+
+    Returns:
+      Booleans (in, out). The removed of `PerOutput` are spread evenly; the first
+      outputs take the remainder.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> from jaxprune.topk import highest
+      >>> scores = jnp.array([[4.0, 1.0], [2.0, 3.0]])
+      >>> highest.mask(scores, 1, jp.patterns.Unstructured()).tolist()
+      [[True, False], [True, True]]
+    """
+    axes, removed = Axes(), jnp.asarray(removed)
+    if isinstance(pattern, patterns.PerOutput):
+        inputs, outputs = scores.shape
+        return highest(scores, inputs - spread(removed, outputs), axis=0)
+    units = pattern.units(scores, axes)
+    if pattern.sparsity is not None:
+        removed = jnp.asarray(round(pattern.sparsity * units.size))
+    return pattern.expand(highest(units, units.size - removed), scores.shape, axes)
+
+
+def spread(total: jax.Array, parts: int) -> jax.Array:
+    """A total as `parts` integers that differ by at most one, the larger ones first."""
+    share, rest = total // max(parts, 1), total % max(parts, 1)
+    return share + (jnp.arange(parts) < rest).astype(share.dtype)

@@ -1,0 +1,93 @@
+"""Masks at one bit a weight, and back.
+
+Rows along the last axis are filled up to whole bytes, so that a sharding survives.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays import placement
+from jaxprune.masking.masks import checked
+from jaxprune.typing import Masks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMask:
+    """A mask at one bit a weight, eight along the last axis to a byte.
+
+    Attributes:
+      bits: uint8, the mask's shape with the last axis divided by 8, rounded up; the
+        first weight is the lowest bit.
+      shape: the mask's shape (static).
+    """
+
+    bits: jax.Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def pack(masks: Masks) -> Any:
+    """The masks at one bit a weight.
+
+    Rows along the last axis are filled up to whole bytes, so that a sharding survives;
+    a last axis of 1 therefore costs a byte a weight.
+
+    Args:
+      masks: boolean masks.
+
+    Returns:
+      A tree like `masks` with `PackedMask` leaves.
+
+    Raises:
+      TypeError: the masks are not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> jp.masks.pack({"w": jnp.array([True, False, True])})["w"].bits.tolist()
+      [5]
+    """
+    checked(masks, masks)
+    return jax.tree.map(_pack, masks)
+
+
+def unpack(packed: Any) -> Masks:
+    """The masks that `pack` packed.
+
+    Args:
+      packed: a tree with `PackedMask` leaves.
+
+    Returns:
+      Boolean masks of the original shapes.
+
+    Raises:
+      TypeError: a leaf is not packed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> packed = jp.masks.pack({"w": jnp.array([True, False, True])})
+      >>> jp.masks.unpack(packed)["w"].tolist()
+      [True, False, True]
+    """
+    is_packed = lambda node: isinstance(node, PackedMask)  # noqa: E731
+    if not all(map(is_packed, jax.tree.leaves(packed, is_leaf=is_packed))):
+        raise TypeError("unpack needs what jp.masks.pack returned; got other leaves")
+    return jax.tree.map(_unpack, packed, is_leaf=is_packed)
+
+
+@jax.jit
+def _pack(mask: jax.Array) -> PackedMask:
+    row = jnp.atleast_1d(mask)
+    row = placement.divisible(row, *[1] * (row.ndim - 1), 8)
+    return PackedMask(jnp.packbits(row, axis=-1, bitorder="little"), mask.shape)
+
+
+@jax.jit
+def _unpack(packed: PackedMask) -> jax.Array:
+    length = packed.shape[-1] if packed.shape else 1
+    bits = jnp.unpackbits(packed.bits, axis=-1, count=length, bitorder="little")
+    return bits.reshape(packed.shape).astype(bool)

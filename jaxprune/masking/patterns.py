@@ -1,0 +1,250 @@
+"""Which weights live and die together: single weights, n of m, blocks, channels.
+
+A pattern pools the scores of a leaf into scores of units and spreads the mask of the
+units back over the leaf. Groups and blocks are laid on the (batch, in, out) view of
+`axes`; n:m means n KEPT of each m consecutive weights along the input axis.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays import exact_sum
+from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.placement import divisible
+from jaxprune.topk import float_order
+from jaxprune.topk.float_order import Line
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
+    """Every weight is its own unit.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.patterns.Unstructured()
+      Unstructured()
+    """
+
+    @property
+    def sparsity(self) -> None:
+        """Free."""
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
+        """Any shape will do."""
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """The scores themselves."""
+        return scores
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """The mask itself."""
+        return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class PerOutput:
+    """Every weight is its own unit, and each output loses the same share of its inputs.
+
+    Each output ranks its own inputs, as Wanda does; ties keep the first input. The
+    whole loses exactly the count asked for, so outputs differ by at most one weight;
+    the first outputs lose it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> scores = {"w": jnp.array([[4.0, 2.0], [3.0, 1.0]])}
+      >>> jp.masks.make(scores, 0.5, pattern=jp.patterns.PerOutput())["w"].tolist()
+      [[True, True], [False, False]]
+
+    Reference:
+      Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
+      2024, arXiv 2306.11695, section 3.
+    """
+
+    @property
+    def sparsity(self) -> None:
+        """Free."""
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
+        """Any shape will do."""
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """Minus the rank inside the output as a share of the inputs, (batch, out, in).
+
+        One cut serves all outputs. They stand last first: ties, which are weights of
+        one rank, keep the first.
+        """
+        matrix = axes.matrix(scores)
+        matrix = divisible(matrix, 1, max(matrix.shape[1], 1), 1)
+        own = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))
+        falling = ~float_order.of(own, Line.of(own.dtype).signed)
+        rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
+        return -rank.astype(jnp.float32) / max(own.shape[2], 1)
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """The mask, turned back."""
+        return axes.restore(jnp.swapaxes(jnp.flip(kept, (0, 1)), 1, 2), shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class NM:
+    """Exactly n kept of each m consecutive weights along the input axis.
+
+    The pattern fixes the sparsity, 1 - n / m; ties keep the first of the group.
+
+    Attributes:
+      n: weights kept in a group.
+      m: weights in a group.
+
+    Raises:
+      ValueError: not 0 < n < m.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.patterns.NM(2, 4).sparsity
+      0.5
+
+    Reference:
+      Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, arXiv 2104.08378.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        """Refuses groups that keep nothing or everything."""
+        if not 0 < self.n < self.m:
+            raise ValueError(f"NM(n, m) needs 0 < n < m, got NM({self.n}, {self.m})")
+
+    @property
+    def sparsity(self) -> float:
+        """The share removed, 1 - n / m."""
+        return (self.m - self.n) / self.m
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+        """The input axes must divide into groups."""
+        inputs = axes.order(len(shape))[-len(axes.inputs + axes.outputs) :]
+        size = 1
+        for axis in inputs[: len(axes.inputs)]:
+            size *= shape[axis]
+        if size % self.m:
+            return (
+                f"NM({self.n}, {self.m}) needs the input axis to be divisible by "
+                f"{self.m}, got {size}"
+            )
+        return None
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """Minus the rank inside the group, so that one cut serves all groups."""
+        matrix = divisible(axes.matrix(scores), 1, self.m, 1)
+        batch, inputs, outputs = matrix.shape
+        groups = matrix.reshape(batch, inputs // self.m, self.m, outputs)
+        place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
+        rank = jnp.zeros(groups.shape, jnp.float16)
+        for other in range(self.m):
+            rival = groups[:, :, other : other + 1]
+            both = jnp.isnan(rival) & jnp.isnan(groups)
+            higher = (rival > groups) | (jnp.isnan(groups) & ~jnp.isnan(rival))
+            before = higher | ((both | (rival == groups)) & (other < place))
+            rank = rank + before
+        return axes.restore(-rank.reshape(matrix.shape), scores.shape)
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """The mask itself."""
+        return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Tiles of rows x columns (input x output) live and die together.
+
+    A tile's score is the mean of its weights' scores; a tile at the edge may be smaller
+    and counts as one tile. The sparsity is met in tiles.
+
+    Attributes:
+      rows: weights of a tile along the input.
+      columns: weights of a tile along the output.
+
+    Raises:
+      ValueError: a side is under 1.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.patterns.Block(16, 16)
+      Block(rows=16, columns=16)
+    """
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        """Refuses empty tiles."""
+        if min(self.rows, self.columns) < 1:
+            raise ValueError(f"Block needs sides of at least 1, got {self}")
+
+    @property
+    def sparsity(self) -> None:
+        """Free."""
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
+        """Any shape will do: edge tiles may be smaller."""
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """The mean score of each tile, (batch, in tiles, out tiles)."""
+        matrix = axes.matrix(scores)
+        return self._tiled(matrix) / self._tiled(jnp.ones_like(matrix))
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """Each tile's bit on all of its weights."""
+        _, inputs, outputs = jax.eval_shape(
+            axes.matrix, jax.ShapeDtypeStruct(shape, bool)
+        ).shape
+        mask = jnp.repeat(jnp.repeat(kept, self.rows, 1), self.columns, 2)
+        return axes.restore(mask[:, :inputs, :outputs], shape)
+
+    def _tiled(self, matrix: jax.Array) -> jax.Array:
+        """Sums over tiles, one axis after the other: shardings survive that."""
+        batch, inputs, outputs = matrix.shape
+        rows, columns = -inputs % self.rows, -outputs % self.columns
+        whole = divisible(matrix, 1, self.rows, self.columns)
+        padded = jnp.pad(whole, ((0, 0), (0, rows), (0, columns)))
+        high, wide = inputs + rows, outputs + columns
+        tall = padded.reshape(batch, high // self.rows, self.rows, wide)
+        tall = exact_sum.total(tall, 2).squeeze(2)
+        tiles = tall.reshape(
+            batch, high // self.rows, wide // self.columns, self.columns
+        )
+        return exact_sum.total(tiles, 3).squeeze(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """Whole output channels live and die together.
+
+    A channel's score is the mean of its weights' scores. The sparsity is met in
+    channels; stacked matrices have channels of their own.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.patterns.Channel()
+      Channel()
+    """
+
+    @property
+    def sparsity(self) -> None:
+        """Free."""
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
+        """Any shape will do."""
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """The mean score of each output channel, (batch, 1, out)."""
+        matrix = axes.matrix(scores)
+        return exact_sum.total(matrix, 1) / matrix.shape[1]
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """Each channel's bit on all of its weights."""
+        matrix = jax.eval_shape(axes.matrix, jax.ShapeDtypeStruct(shape, bool))
+        return axes.restore(jnp.broadcast_to(kept, matrix.shape), shape)

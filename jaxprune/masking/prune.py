@@ -1,0 +1,133 @@
+"""The front door: parameters and scores in, pruned parameters out.
+
+No tree of masks is ever made: thresholds are found for all leaves, then each leaf is
+cut by its own. With `donate=True` each leaf's new values take the place of its old.
+"""
+
+import collections
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays import placement, tree
+from jaxprune.arrays.axes import Axes
+from jaxprune.masking import patterns
+from jaxprune.masking.selection import Choice, choose
+from jaxprune.topk import thresholds
+from jaxprune.typing import Params, Pattern, Scope, Scores
+
+
+def prune(
+    params: Params,
+    scores: Scores,
+    sparsity: float | Mapping[str, float] | None = None,
+    *,
+    allocation: Scope = "layer",
+    pattern: Pattern = patterns.Unstructured(),
+    axes: Axes | Mapping[str, Axes] | None = None,
+    donate: bool = False,
+) -> Params:
+    """Sets the weights with the lowest scores to zero; pure, and fit for `jax.jit`.
+
+    With `donate=True` it is pure no more: THE OLD PARAMETERS ARE GONE. Their buffers
+    hold the result, leaf by leaf, so pruning needs at most one leaf of memory more;
+    reading an old leaf raises `RuntimeError`. Nothing is donated before all checks have
+    passed. Under `jit`, `donate` has no effect; there give `jax.jit` itself
+    `donate_argnums`.
+
+    Args:
+      params: the parameters, a pytree of arrays.
+      scores: scores of these parameters; higher is kept.
+      sparsity: the share to remove, in [0, 1), or {glob on the path name: share}. None
+        where the pattern fixes it. Static under `jit`.
+      allocation: "layer" removes the share from each leaf, "global" ranks all together.
+      pattern: which weights live and die together.
+      axes: which axes are input and output; Flax's [..., in, out] by default.
+      donate: whether the result may take the parameters' memory.
+
+    Returns:
+      Parameters of the same structure, dtypes and sharding. Leaves without scores
+      (`optax.MaskedNode()`) come back as the same objects.
+
+    Raises:
+      ValueError: scores are another model's or NaN, or sparsity, allocation, pattern or
+        a rule does not fit; a leaf to donate is used twice or deleted.
+      TypeError: scores are not floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> params = {"w": jnp.array([[4.0, -1.0], [2.0, -3.0]])}
+      >>> jp.prune(params, jp.scores.magnitude(params), 0.5)["w"].tolist()
+      [[4.0, 0.0], [0.0, -3.0]]
+    """
+    tree.align(params, scores, "scores")
+    named = tree.named_leaves(params)
+    ranked = [k for k, v in tree.named_leaves(scores).items() if not tree.is_masked(v)]
+    if donate:
+        _check_owned(named, ranked, jax.tree.leaves(scores))
+    chosen = choose(scores, sparsity, allocation=allocation, pattern=pattern, axes=axes)
+    for name, choice in zip(ranked, chosen, strict=True):
+        named[name] = _pruned(named[name], choice, pattern, donate=donate)
+    structure = jax.tree.structure(params, is_leaf=tree.is_masked)
+    return jax.tree.unflatten(structure, list(named.values()))
+
+
+def _check_owned(
+    named: Mapping[str, Any], ranked: Sequence[str], scores: Sequence[Any]
+) -> None:
+    """Refuses to donate what would be missed elsewhere, or is gone."""
+    arrays = {name: named[name] for name in ranked if _is_concrete(named[name])}
+    if gone := [name for name, leaf in arrays.items() if leaf.is_deleted()]:
+        raise ValueError(
+            f"donate=True needs parameters that are there, but {gone[:6]} are deleted; "
+            "use what the call that donated them returned"
+        )
+    uses = collections.Counter(map(_buffer, [*named.values(), *scores]))
+    if shared := [k for k, v in arrays.items() if v.size and uses[_buffer(v)] > 1]:
+        raise ValueError(
+            f"donate=True needs arrays that nothing else uses, but {shared[:6]} are "
+            "other leaves or scores as well; copy those with jnp.copy, or leave donate "
+            "out"
+        )
+
+
+def _buffer(leaf: Any) -> int | None:
+    """Where a leaf lies on its first device; device_put may share a buffer."""
+    if not _is_concrete(leaf) or leaf.is_deleted():
+        return None
+    return leaf.addressable_data(0).unsafe_buffer_pointer()
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+def _pruned(leaf: Any, choice: Choice, pattern: Pattern, *, donate: bool) -> Any:
+    if not _is_concrete(leaf):
+        program = _program(None, donate=False)
+    else:
+        spread = len(leaf.sharding.device_set) > 1
+        program = _program(leaf.sharding if spread else None, donate=donate)
+    return program(leaf, choice.units, choice.cut, pattern, choice.axes)
+
+
+@functools.cache
+def _program(sharding: Any, *, donate: bool) -> Any:
+    """Where the mask is True, by one compiled program for each shape."""
+    return jax.jit(
+        _where,
+        static_argnums=(3, 4),
+        donate_argnums=0 if donate else (),
+        out_shardings=sharding,
+    )
+
+
+def _where(
+    leaf: jax.Array, units: jax.Array, cut: thresholds.Cut, pattern: Pattern, axes: Axes
+) -> jax.Array:
+    mask = pattern.expand(thresholds.mask(units, cut), leaf.shape, axes)
+    return jnp.where(placement.placed(mask, leaf), leaf, jnp.zeros((), leaf.dtype))

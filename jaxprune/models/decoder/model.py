@@ -1,0 +1,325 @@
+"""One decoder-only transformer in Flax NNX for seven families of checkpoints.
+
+GPT-2, Llama, Mistral, Qwen 2 and 3, Phi-3 and Gemma 3 are one program with different
+switches, all of them in `DecoderConfig`. Conventions: kernels are `[in, out]`; each
+meets its activation in exactly one product, so that the traced program can be pruned
+matrix by matrix; the model holds parameters (`nnx.Param`) and nothing else, so
+`graphdef, params = nnx.split(model, nnx.Param)` is the whole model. Products run in
+`DecoderConfig.dtype`; norms, rotary angles, softmax, logits and loss are float32,
+whatever the parameters' dtype is.
+
+References:
+    Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762. Touvron et al.,
+    LLaMA, 2023, arXiv 2302.13971. Ainslie et al., GQA, 2023, arXiv 2305.13245. The
+    numbers are those of the Hugging Face implementations (tests/test_hf.py).
+"""
+
+from typing import NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxprune.models.decoder.config import DecoderConfig as DecoderConfig
+from jaxprune.models.decoder.layers import Block, Linear, Norm, contract, rows_of
+from jaxprune.models.decoder.rope import tables
+
+# Logits that the loss holds at a time: 2^25 floats are 128 MiB.
+_LOGITS = 2**25
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far; made by `Decoder.init_cache`.
+
+    Attributes:
+        keys: for each layer (batch, size, kv_heads, head_dim), compute dtype, turned
+            by their positions.
+        values: the same for the values, not turned.
+        length: int32 scalar, how many of the `size` positions are filled.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: Array
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer.
+
+    Args:
+        config: the shape.
+        rngs: gives the keys of the initial parameters; not kept.
+
+    Example:
+        >>> from jaxprune.models.decoder.rope import linear
+        >>> config = DecoderConfig(
+        ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+        ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+        ... )
+        >>> model = Decoder(config, rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((2, 10), jnp.int32)).shape
+        (2, 10, 65)
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        """Makes the parameters, float32, normal with deviation 0.02."""
+        self.config = config
+        self.embedding = _embedding(config, config.vocab_size, rngs)
+        if not config.ropes:
+            self.position_embedding = _embedding(config, config.context, rngs)
+        self.layers = nnx.List(
+            [Block(config, i, rngs=rngs) for i in range(config.layers)]
+        )
+        self.norm = Norm(config, config.width)
+        if not config.tie_weights:
+            width, vocab = config.width, config.vocab_size
+            self.head = Linear(config, width, vocab, bias=False, rngs=rngs)
+
+    @overload
+    def __call__(
+        self, tokens: Array, *, cache: None = None, positions: Array | None = None
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, tokens: Array, *, cache: Cache, positions: Array | None = None
+    ) -> tuple[Array, Cache]: ...
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        *,
+        cache: Cache | None = None,
+        positions: Int[Array, "time"] | None = None,
+    ) -> Array | tuple[Array, Cache]:
+        """Logits of the token that follows each token.
+
+        Args:
+            tokens: integers in [0, vocab_size); one past the end gives NaN logits.
+            cache: what came before these tokens. There must be room for them: a
+                full cache cannot raise under jit. Where long sequences have rotary
+                angles of their own (`DecoderConfig.switches`), the size of the cache
+                counts as the length.
+            positions: where the tokens stand, integers (time,), by default one after
+                the other behind the cache. Which tokens are seen is decided by their
+                order, not by this.
+
+        Returns:
+            Logits, float32 (batch, time, vocab_size), and with a cache the pair of
+            the logits and the longer cache.
+
+        Raises:
+            TypeError: the tokens are not integers.
+            ValueError: the tokens are not (batch, time), or too long.
+        """
+        x, cache = self.states(self.embed(tokens), cache=cache, positions=positions)
+        return self.logits(x) if cache is None else (self.logits(x), cache)
+
+    def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time w"]:
+        """The residual stream before the first layer, (batch, time, width)."""
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise TypeError(f"Decoder needs integer tokens, got {tokens.dtype}.")
+        if tokens.ndim != 2:
+            raise ValueError(
+                f"Decoder needs tokens of shape (batch, time), got {tokens.shape}; "
+                "tokens[None] makes one sequence a batch."
+            )
+        x = _look_up(self.embedding, tokens)
+        scale = self.config.embedding_scale
+        return x if scale == 1 else x * jnp.array(scale, x.dtype)
+
+    def states(
+        self,
+        x: Float[Array, "batch time width"],
+        *,
+        cache: Cache | None = None,
+        positions: Int[Array, "time"] | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "batch time width"], Cache | None]:
+        """The final hidden states, normalised, of embedded tokens.
+
+        Args:
+            x: what `embed` returned, or anything that shall take its place.
+            cache: as for the call.
+            positions: as for the call.
+            remat: whether the gradient makes the activations inside each layer again,
+                for less memory.
+
+        Returns:
+            The states (batch, time, width) and the longer cache (None without one).
+
+        Raises:
+            ValueError: the sequence is too long.
+        """
+        time = x.shape[1]
+        size = self.config.context if cache is None else cache.keys[0].shape[1]
+        if time > size:
+            raise ValueError(
+                f"Decoder needs at most {size} tokens here, got {time}; the context, "
+                "or the cache, ends there."
+            )
+        start = jnp.int32(0) if cache is None else cache.length
+        index = start + jnp.arange(time, dtype=jnp.int32)
+        length: int | Array = time if cache is None else size
+        if positions is None:
+            positions = index
+        elif cache is None:
+            length = jnp.max(positions) + 1
+        if not self.config.ropes:
+            x = x + _look_up(self.position_embedding, positions)[None]
+        turns = {rope: tables(rope, positions, length) for rope in self.config.ropes}
+        masks = _masks(self.config, index, time if cache is None else size)
+        pasts = []
+        for i, layer in enumerate(self.layers):
+            past = None if cache is None else (cache.keys[i], cache.values[i])
+            rope, window = self.config.rope(i), self.config.window(i)
+            turn = None if rope is None else turns[rope]
+            run = jax.checkpoint(layer) if remat else layer
+            x, past = run(x, turn, masks[window], past, start)
+            pasts.append(past)
+        x = self.norm(x)
+        if cache is None:
+            return x, None
+        keys, values = zip(*pasts, strict=True)
+        return x, Cache(keys, values, start + time)
+
+    def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
+        """Float32 logits of final hidden states (..., width)."""
+        if self.config.tie_weights:
+            table = self.embedding.embedding[...].astype(x.dtype)
+            out = contract(x, table, 1, "float32")
+        else:
+            out = self.head(x, dtype="float32")
+        most = self.config.logit_softcap
+        return out if most is None else most * jnp.tanh(out / most)
+
+    def init_cache(self, batch: int, size: int | None = None) -> Cache:
+        """An empty cache.
+
+        Args:
+            batch: number of sequences.
+            size: how many tokens it can hold, at most (and by default) `context`.
+
+        Returns:
+            A `Cache` of zeros with length 0.
+
+        Raises:
+            ValueError: the size is more than the context.
+        """
+        config = self.config
+        size = config.context if size is None else size
+        if size > config.context:
+            raise ValueError(
+                f"a cache needs size <= context, got {size} > {config.context}."
+            )
+        shape = (batch, size, config.kv_heads, config.head_dim)
+        empty = (jnp.zeros(shape, config.dtype),) * config.layers
+        return Cache(empty, empty, jnp.int32(0))
+
+
+def loss_per_token(
+    model: Decoder,
+    tokens: Int[Array, "batch time"],
+    targets: Int[Array, "batch time"],
+    *,
+    rows: int | None = None,
+) -> Float[Array, "batch time"]:
+    """Cross entropy of each target, in nats, a few tokens' logits at a time.
+
+    log(sum over v of exp(logit v)) - logit of the target. The logits of all tokens
+    never exist at once, nor for the gradient, which makes them again.
+
+    Args:
+        model: the model.
+        tokens: integers (batch, time).
+        targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
+        rows: tokens whose logits are held at a time, but at least one of each sequence;
+            by default as many as make 128 MiB.
+
+    Returns:
+        Float32 (batch, time).
+
+    Raises:
+        ValueError: the targets have another shape than the tokens, or `rows` is not
+            at least 1.
+
+    Example:
+        >>> from jaxprune.models.decoder.rope import linear
+        >>> config = DecoderConfig(
+        ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+        ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+        ... )
+        >>> tokens = jnp.zeros((2, 10), jnp.int32)
+        >>> loss_per_token(Decoder(config, rngs=nnx.Rngs(0)), tokens, tokens).shape
+        (2, 10)
+    """
+    if targets.shape != tokens.shape:
+        raise ValueError(
+            f"loss_per_token needs targets of the tokens' shape {tokens.shape}, got "
+            f"{targets.shape}."
+        )
+    x, _ = model.states(model.embed(tokens))
+    return nats(model, x, targets, rows=rows)
+
+
+def nats(
+    model: Decoder,
+    states: Float[Array, "batch time width"],
+    targets: Int[Array, "batch time"],
+    *,
+    rows: int | None = None,
+) -> Float[Array, "batch time"]:
+    """Cross entropy of each target by final hidden states, as in `loss_per_token`.
+
+    Args:
+        model: whose head is taken.
+        states: what `Decoder.states` gave.
+        targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
+        rows: as for `loss_per_token`.
+
+    Returns:
+        Float32 (batch, time).
+
+    Raises:
+        ValueError: `rows` is not at least 1.
+    """
+    rows = max(1, _LOGITS // model.config.vocab_size) if rows is None else rows
+    if rows < 1:
+        raise ValueError(f"loss_per_token needs rows >= 1, got {rows}.")
+
+    @jax.checkpoint
+    def of(row: tuple[Array, Array]) -> Array:
+        logits = model.logits(row[0])
+        chosen = jnp.take_along_axis(logits, row[1][..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    steps = (states.swapaxes(0, 1), targets.T)  # the batch may lie on many devices
+    batch, time = targets.shape
+    at_once = min(max(1, rows // max(1, batch)), time)
+    return jax.lax.map(of, steps, batch_size=at_once).T
+
+
+def _masks(config: DecoderConfig, index: Array, keys: int) -> dict[int | None, Array]:
+    """For each kind of layer which keys (time, keys) each token sees."""
+    row, column = index[:, None], jnp.arange(keys, dtype=jnp.int32)[None]
+    causal = column <= row
+    windows = {config.window(i) for i in range(config.layers)}
+    return {
+        window: causal if window is None else causal & (column > row - window)
+        for window in windows
+    }
+
+
+def _embedding(config: DecoderConfig, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(
+        rows,
+        config.width,
+        dtype=jnp.dtype(config.dtype),
+        embedding_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )
+
+
+def _look_up(table: nnx.Embed, rows: Array) -> Array:
+    return table(rows, out_sharding=rows_of(rows, rows.ndim))

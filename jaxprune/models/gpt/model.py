@@ -1,0 +1,346 @@
+"""GPT-2 in Flax NNX, as small as nanoGPT and with the same numbers as both.
+
+Conventions. Kernels are `[in, out]` (torch's nanoGPT keeps `[out, in]`, GPT-2's
+`Conv1D` is like ours); the query, key and value kernels are one matrix, in that
+order. The model holds parameters (`nnx.Param`) and nothing else: dropout takes its
+key at the call, so `graphdef, params = nnx.split(model, nnx.Param)` is the whole
+model and may be used as a pure function of `params`. Parameters are float32; the
+products run in `GPTConfig.dtype`; softmax, logits and loss are float32.
+
+References:
+    Radford, Wu, Child, Luan, Amodei, Sutskever: Language Models are Unsupervised
+    Multitask Learners (2019). Initialisation and presets: Karpathy, nanoGPT
+    (github.com/karpathy/nanoGPT, model.py and config/train_shakespeare_char.py).
+    Differences: dropout's random numbers, and the key of a dropout mask is an
+    argument.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxprune.models.gpt.config import PRESETS as PRESETS
+from jaxprune.models.gpt.config import GPTConfig as GPTConfig
+from jaxprune.models.gpt.config import flops_per_token as flops_per_token
+from jaxprune.models.gpt.config import matrix_sizes as matrix_sizes
+from jaxprune.models.gpt.config import preset as preset
+from jaxprune.models.gpt.linear import product
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far; made by `GPT.init_cache`.
+
+    Attributes:
+        keys: for each block (batch, size, heads, width / heads), compute dtype.
+        values: the same for the values.
+        length: int32 scalar, how many of the `size` positions are filled.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: Array
+
+
+class Attention(nnx.Module):
+    """Causal self-attention, `qkv` in and `out` back to the residual stream."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        """Makes the two matrices; `rngs` is read, not kept."""
+        self.qkv = _linear(config, config.width, 3 * config.width, rngs)
+        self.out = _linear(config, config.width, config.width, rngs, residual=True)
+        self.dropout = nnx.Dropout(config.dropout)
+        self.heads = config.heads
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time width"],
+        positions: Int[Array, "time"],
+        past: tuple[Array, Array] | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
+        """Attends to `past` (if any) and to the tokens up to each position."""
+        batch, time, width = x.shape
+        shape = (batch, time, self.heads, width // self.heads)
+        q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(x), 3, axis=-1))
+        if past is not None:
+            start = (0, positions[0], 0, 0)
+            k = jax.lax.dynamic_update_slice(past[0], k, start)
+            v = jax.lax.dynamic_update_slice(past[1], v, start)
+        dot = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+        seen = jnp.arange(k.shape[1])[None, :] <= positions[:, None]  # (time, keys)
+        dot = jnp.where(seen[None, None], dot / math.sqrt(shape[-1]), -jnp.inf)
+        share = jax.nn.softmax(dot, axis=-1).astype(v.dtype)  # (batch, heads, t, s)
+        first, second = _split(key, 2)
+        share = self.dropout(share, deterministic=key is None, rngs=first)
+        x = jnp.einsum("bhts,bshd->bthd", share, v).reshape(batch, time, width)
+        x = self.dropout(self.out(x), deterministic=key is None, rngs=second)
+        return x, (k, v)
+
+
+class MLP(nnx.Module):
+    """Four times wider, gelu, and back."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        """Makes the two matrices; `rngs` is read, not kept."""
+        self.up = _linear(config, config.width, 4 * config.width, rngs)
+        self.down = _linear(config, 4 * config.width, config.width, rngs, residual=True)
+        self.dropout = nnx.Dropout(config.dropout)
+        self.approximate = config.gelu == "tanh"
+
+    def __call__(
+        self, x: Float[Array, "batch time width"], key: PRNGKeyArray | None
+    ) -> Float[Array, "batch time width"]:
+        """Applies the layer to each token by itself."""
+        x = self.down(jax.nn.gelu(self.up(x), approximate=self.approximate))
+        return self.dropout(x, deterministic=key is None, rngs=key)
+
+
+class Block(nnx.Module):
+    """Normalise, attend, add; normalise, MLP, add."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        """Makes the layers; `rngs` is read, not kept."""
+        self.norm_attention = _norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.norm_mlp = _norm(config, rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time width"],
+        positions: Int[Array, "time"],
+        past: tuple[Array, Array] | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
+        """Returns the residual stream after the block, and its keys and values."""
+        first, second = _split(key, 2)
+        attended, past = self.attention(self.norm_attention(x), positions, past, first)
+        x = x + attended
+        return x + self.mlp(self.norm_mlp(x), second), past
+
+
+class GPT(nnx.Module):
+    """A decoder-only transformer with learned positions.
+
+    Args:
+        config: the shape.
+        rngs: gives the keys of the initial parameters; not kept.
+
+    Example:
+        >>> model = GPT(preset("cpu", vocab_size=65), rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((2, 10), jnp.int32)).shape
+        (2, 10, 65)
+    """
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        """Makes the parameters with nanoGPT's initialisation."""
+        self.config = config
+        self.token_embedding = _embedding(config, config.vocab_size, rngs)
+        self.position_embedding = _embedding(config, config.context, rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
+        self.norm = _norm(config, rngs)
+        if not config.tie_weights:
+            self.head = nnx.Linear(
+                config.width,
+                config.vocab_size,
+                use_bias=False,
+                dtype=jnp.dtype(config.dtype),
+                kernel_init=nnx.initializers.normal(0.02),
+                dot_general=product,
+                preferred_element_type=jnp.float32,
+                rngs=rngs,
+            )
+
+    @overload
+    def __call__(
+        self, tokens: Array, *, key: PRNGKeyArray | None = None, cache: None = None
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, tokens: Array, *, key: PRNGKeyArray | None = None, cache: Cache
+    ) -> tuple[Array, Cache]: ...
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        *,
+        key: PRNGKeyArray | None = None,
+        cache: Cache | None = None,
+    ) -> Array | tuple[Array, Cache]:
+        """Logits of the token that follows each token.
+
+        Args:
+            tokens: integers in [0, vocab_size); one past the end gives NaN logits.
+            key: makes the dropout masks; None means no dropout.
+            cache: what came before these tokens. There must be room for them: a
+                full cache cannot raise under jit.
+
+        Returns:
+            Logits, float32 (batch, time, vocab_size), and with a cache the pair of
+            the logits and the longer cache.
+
+        Raises:
+            TypeError: the tokens are not integers.
+            ValueError: the tokens are not (batch, time), or too long.
+        """
+        size = self.config.context if cache is None else cache.keys[0].shape[1]
+        _check_tokens(tokens, size)
+        start = jnp.int32(0) if cache is None else cache.length
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        keys = _split(key, self.config.layers + 1)
+        x = _look_up(self.token_embedding, tokens)  # (batch, time, width)
+        x = x + _look_up(self.position_embedding, positions)[None]
+        x = self.dropout(x, deterministic=key is None, rngs=keys[-1])
+        pasts = []
+        for i, block in enumerate(self.blocks):
+            past = None if cache is None else (cache.keys[i], cache.values[i])
+            x, past = block(x, positions, past, keys[i])
+            pasts.append(past)
+        logits = self._logits(self.norm(x))
+        if cache is None:
+            return logits
+        layer_keys, layer_values = zip(*pasts, strict=True)
+        return logits, Cache(layer_keys, layer_values, start + tokens.shape[1])
+
+    def init_cache(self, batch: int, size: int | None = None) -> Cache:
+        """An empty cache.
+
+        Args:
+            batch: number of sequences.
+            size: how many tokens it can hold, at most (and by default) `context`.
+
+        Returns:
+            A `Cache` of zeros with length 0.
+
+        Raises:
+            ValueError: the size is more than the context.
+        """
+        config = self.config
+        size = config.context if size is None else size
+        if size > config.context:
+            raise ValueError(
+                f"a cache needs size <= context, got {size} > {config.context}."
+            )
+        shape = (batch, size, config.heads, config.width // config.heads)
+        empty = (jnp.zeros(shape, config.dtype),) * config.layers
+        return Cache(empty, empty, jnp.int32(0))
+
+    def _logits(self, x: Array) -> Array:
+        if not self.config.tie_weights:
+            return self.head(x)
+        table = self.token_embedding.embedding[...].astype(x.dtype)
+        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+
+
+def loss(
+    model: GPT,
+    tokens: Int[Array, "batch time"],
+    targets: Int[Array, "batch time"],
+    *,
+    key: PRNGKeyArray | None = None,
+    weights: Float[Array, "batch time"] | None = None,
+) -> Float[Array, ""]:
+    """Cross entropy of the targets, the mean over tokens, in nats per token.
+
+    Args:
+        model: the model.
+        tokens: integers (batch, time).
+        targets: the tokens that follow, integers (batch, time); one past the end
+            of the vocabulary gives NaN.
+        key: makes the dropout masks; None means no dropout.
+        weights: how much each target counts; the mean is the weighted sum over the
+            sum of the weights (NaN if that is zero). None counts all alike.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: targets or weights have another shape than the tokens.
+    """
+    for name, array in (("targets", targets), ("weights", weights)):
+        if array is not None and array.shape != tokens.shape:
+            raise ValueError(
+                f"loss needs {name} of the tokens' shape {tokens.shape}, "
+                f"got {array.shape}."
+            )
+    logits = model(tokens, key=key)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+    if weights is None:
+        return jnp.mean(nats)
+    return jnp.sum(nats * weights) / jnp.sum(weights)
+
+
+def _linear(
+    config: GPTConfig,
+    inputs: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    *,
+    residual: bool = False,
+) -> nnx.Linear:
+    scale = 0.02 / math.sqrt(2 * config.layers) if residual else 0.02
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=config.bias,
+        dtype=jnp.dtype(config.dtype),
+        kernel_init=nnx.initializers.normal(scale),
+        dot_general=product,
+        rngs=rngs,
+    )
+
+
+def _norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.width,
+        epsilon=1e-5,
+        use_bias=config.bias,
+        use_fast_variance=False,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
+
+
+def _embedding(config: GPTConfig, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(
+        rows,
+        config.width,
+        dtype=jnp.dtype(config.dtype),
+        embedding_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )
+
+
+def _look_up(table: nnx.Embed, rows: Array) -> Array:
+    # With Explicit axes JAX wants to be told that the result lies as the rows do.
+    where = jax.typeof(rows).sharding
+    explicit = bool(where.mesh.explicit_axes)
+    out = jax.P(*where.spec, None) if explicit else None
+    return table(rows, out_sharding=out)
+
+
+def _split(key: PRNGKeyArray | None, count: int) -> Sequence[PRNGKeyArray | None]:
+    return (None,) * count if key is None else tuple(jax.random.split(key, count))
+
+
+def _check_tokens(tokens: Array, size: int) -> None:
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"GPT needs integer tokens, got {tokens.dtype}.")
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"GPT needs tokens of shape (batch, time), got {tokens.shape}; "
+            "tokens[None] makes one sequence a batch."
+        )
+    if tokens.shape[1] > size:
+        raise ValueError(
+            f"GPT needs at most {size} tokens a sequence (context or size of the "
+            f"cache), got {tokens.shape[1]}; give the last {size} or a larger context."
+        )

@@ -1,0 +1,226 @@
+"""Leaves out of a folder's tensors and back, whatever the model.
+
+Weights go from the mapped file straight to their sharding, one leaf at a time, so
+memory holds the model and one leaf. Kernels of torch are `[out, in]`, ours `[in, out]`;
+which leaf is which tensor, and how it lies there, is kept for the way back.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxprune.arrays.lazy import Stored
+from jaxprune.formats.checkpoint_dir import Directory
+from jaxprune.models.hf.tensor_names import Names, Source, listed
+
+Dtype = Literal["float32", "bfloat16"]
+Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+# Bytes of a file that are looked at before its pages are let go.
+_BLOCK = 2**26
+
+
+def check(
+    dtype: str | None,
+    compute: str | None,
+    shardings: Shardings | None,
+    mesh: jax.sharding.Mesh | None,
+) -> None:
+    """Refuses arguments of `load` that are not supported, or exclude each other."""
+    for name, value in (("dtype", dtype), ("compute_dtype", compute)):
+        if value not in (None, "float32", "bfloat16"):
+            raise ValueError(
+                f"load needs {name} to be float32, bfloat16 or None, got {value!r}."
+            )
+    if shardings is not None and mesh is not None:
+        raise ValueError("load takes shardings or a mesh, got both; leave one out.")
+
+
+def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Leaf name to shape of a model's parameters, abstract or not."""
+    state = nnx.state(model, nnx.Param)
+    pairs = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {name_of(path): leaf.shape for path, leaf in pairs}
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """A leaf's name, "layers/3/attention/q/kernel", from its path in a state."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removesuffix("/value")
+
+
+def placed(shardings: Shardings | None, mesh: jax.sharding.Mesh | None) -> Shardings:
+    """The sharding of each leaf: as given, split over a mesh, or on one device."""
+    return shardings or (_default if mesh is None else _split(mesh))
+
+
+def stored_leaves(
+    directory: Directory,
+    names: Mapping[str, Source],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: Dtype | None,
+    place: Shardings,
+) -> list[Stored]:
+    """The leaves, in the order of `shapes`, still in their files.
+
+    Args:
+        directory: the folder.
+        names: leaf name to tensor.
+        shapes: leaf name to shape.
+        dtype: what the leaves are read to; None keeps each as it is stored.
+        place: the sharding of each leaf.
+
+    Returns:
+        One `jp.Stored` each.
+    """
+    return [
+        _stored(directory, names[name], shape, dtype, place(name, shape))
+        for name, shape in shapes.items()
+    ]
+
+
+def filled(model: Any, leaves: list[Stored], *, stored: bool) -> Any:
+    """An abstract model with its parameters in their place, read or still in files."""
+    graphdef, state = nnx.split(model, nnx.Param)
+    arrays = leaves if stored else [leaf.read() for leaf in leaves]
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), arrays))
+
+
+def to_tensors(
+    names: Mapping[str, Source], params: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a directory from the parameters of the model it was loaded to.
+
+    Each comes as it was stored: transposed back and in its dtype, so a leaf that nobody
+    changed has the bits of the file. One leaf is on the host at a time.
+
+    Args:
+        names: what `load` returned.
+        params: parameters with the leaves of `names`, of whatever containers.
+
+    Yields:
+        Name and array of every tensor that was read, and of its copies.
+
+    Raises:
+        ValueError: the leaves are not those of `names`.
+    """
+    pairs = jax.tree_util.tree_flatten_with_path(params)[0]
+    leaves = {name_of(path): leaf for path, leaf in pairs}
+    if differ := sorted(leaves.keys() ^ names.keys()):
+        raise ValueError(
+            f"to_tensors needs the parameters of the model that `names` came with, but "
+            f"{listed(differ)} are in one of the two only."
+        )
+    for leaf, source in names.items():
+        array = np.asarray(jax.device_get(leaves[leaf]))
+        array = array.T if source.transposed else array
+        array = np.array(array, source.dtype, order="C")
+        for name in (source.name, *source.copies):
+            yield name, array
+
+
+def sources(family: Names, model: nnx.Module) -> dict[str, Source]:
+    """Which tensor each leaf of a model becomes that came from no directory.
+
+    Args:
+        family: the table of names.
+        model: the model.
+
+    Returns:
+        Leaf name to tensor, in the parameters' dtypes.
+    """
+    pairs = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))[0]
+    return {
+        name_of(path): Source(*family.source(name_of(path)), np.dtype(leaf.dtype))
+        for path, leaf in pairs
+    }
+
+
+def most_stored(directory: Directory, names: Mapping[str, Source]) -> Dtype:
+    """The compute dtype that suits a folder: bfloat16 where most weights are in it.
+
+    Args:
+        directory: the folder.
+        names: its tensors by leaf.
+
+    Returns:
+        "bfloat16" or "float32".
+    """
+    sizes: Counter[str] = Counter()
+    for source in names.values():
+        sizes[source.dtype.name] += directory.tensors[source.name].size
+    return "bfloat16" if sizes.most_common(1)[0][0] == "bfloat16" else "float32"
+
+
+def _stored(
+    directory: Directory,
+    source: Source,
+    shape: tuple[int, ...],
+    dtype: Dtype | None,
+    sharding: jax.sharding.Sharding,
+) -> Stored:
+    """One leaf, of which each device reads its own part of the file."""
+    kind = kind_of(source, dtype)
+
+    def part(index: Any) -> np.ndarray:
+        return _part(directory, source, index, kind)
+
+    def read() -> jax.Array:
+        return jax.make_array_from_callback(shape, sharding, part, dtype=kind)
+
+    return Stored(shape, kind, read, sharding)
+
+
+def kind_of(source: Source, dtype: Dtype | None) -> np.dtype:
+    """The dtype that a leaf is read to."""
+    stored = source.dtype.name
+    return np.dtype(jnp.dtype(dtype or ("float32" if stored == "float64" else stored)))
+
+
+def _part(
+    directory: Directory, source: Source, index: tuple[slice, ...], dtype: np.dtype
+) -> np.ndarray:
+    """A copy of a part of a leaf. Pages of the file leave memory block by block."""
+    stored = directory.tensors[source.name]
+    index = index[::-1] if source.transposed else index
+    rows, *others = (
+        range(*cut.indices(size)) for cut, size in zip(index, stored.shape, strict=True)
+    )
+    shape = (len(rows), *map(len, others))
+    part = _aligned(shape[::-1] if source.transposed else shape, dtype)
+    target = part.T if source.transposed else part
+    step = max(1, _BLOCK * stored.shape[0] // max(1, stored.size))
+    for first in range(0, len(rows), step):
+        block = rows[first : first + step]
+        view = directory.read(source.name)[block.start : block.stop]
+        target[first : first + step] = view[(slice(None), *index[1:])]
+    return part
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    # XLA on a CPU keeps memory that begins at a multiple of 64, and copies other.
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _default(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
+
+
+def _split(mesh: jax.sharding.Mesh) -> Shardings:
+    def sharding(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        fitting = [i for i, size in enumerate(shape) if size % mesh.size == 0]
+        spec: list[tuple[str, ...] | None] = [None] * len(shape)
+        if fitting:
+            spec[max(fitting, key=lambda i: shape[i])] = mesh.axis_names
+        return jax.sharding.NamedSharding(mesh, jax.P(*spec))
+
+    return sharding

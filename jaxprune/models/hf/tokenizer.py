@@ -1,0 +1,154 @@
+"""Text to tokens and back, with the tokenizer of a model's folder.
+
+tokenizer.json is read by the `tokenizers` package. Its template of special tokens is
+not applied, since it can put more than the beginning of a text into it; the token that
+a text begins with (BOS) is put there here, and whether it is, is said or read from the
+folder.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprune.formats.checkpoint_dir import Damaged, Unknown, open_directory
+
+_FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer and what its folder says of special tokens.
+
+    Attributes:
+        tokens: the `tokenizers.Tokenizer`.
+        bos: the token that texts begin with; None if there is none.
+        eos: the tokens that end a text.
+        begins: whether texts begin with `bos` unless the caller says otherwise.
+    """
+
+    tokens: Any = dataclasses.field(repr=False)
+    bos: int | None
+    eos: tuple[int, ...]
+    begins: bool
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token."""
+        return max(self.tokens.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            text: any text.
+            bos: whether to begin with `self.bos`; None does as the folder says.
+
+        Returns:
+            Integers.
+
+        Raises:
+            ValueError: `bos` is True and there is no such token.
+        """
+        ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
+        if not (self.begins if bos is None else bos):
+            return ids
+        if self.bos is None:
+            raise ValueError(
+                "encode with bos=True needs a token that begins a text, but neither "
+                f"{_SETTINGS} nor config.json names one; use bos=False."
+            )
+        return [self.bos, *ids]
+
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of tokens.
+
+        Args:
+            tokens: integers, a NumPy or JAX row included.
+            special: whether special tokens are shown.
+
+        Returns:
+            The text.
+        """
+        ids = [int(token) for token in tokens]
+        return str(self.tokens.decode(ids, skip_special_tokens=not special))
+
+
+def tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a model's folder.
+
+    A text begins with BOS where tokenizer_config.json says so (`add_bos_token`), or,
+    where that says nothing, where tokenizer.json puts it.
+
+    Args:
+        path: a local folder with config.json, safetensors and tokenizer.json.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ModuleNotFoundError: the `tokenizers` package is not installed.
+        directory.Unknown: the folder has no tokenizer.json.
+        directory.Damaged: a file cannot be read as what it is.
+    """
+    directory = open_directory(path)
+    tokens = _read(directory.path)
+    settings = _settings(directory.path)
+    bos = _token(tokens, settings.get("bos_token"))
+    if bos is None and isinstance(directory.config.get("bos_token_id"), int):
+        bos = directory.config["bos_token_id"]
+    begins = settings.get("add_bos_token")
+    if not isinstance(begins, bool):
+        begins = bos is not None and tokens.encode("").ids[:1] == [bos]
+    eos = directory.config.get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [eos]
+    ends = {_token(tokens, settings.get("eos_token")), *eos} - {None}
+    return Tokenizer(
+        tokens=tokens,
+        bos=bos,
+        eos=tuple(sorted(ends)),
+        begins=begins and bos is not None,
+    )
+
+
+def _read(folder: Path) -> Any:
+    path = folder / _FILE
+    if not path.is_file():
+        other = (
+            " but a tokenizer.model" if (folder / "tokenizer.model").is_file() else ""
+        )
+        raise Unknown(
+            f"'{folder}' has no {_FILE}{other}; make one with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"reading '{path}' needs the package tokenizers; pip install tokenizers."
+        ) from None
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise Damaged(f"'{path}' is no tokenizer: {error}.") from None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / _SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"'{path}' is not JSON: {error}.") from None
+    if not isinstance(settings, dict):
+        raise Damaged(f"'{path}' must hold an object, got {type(settings).__name__}.")
+    return settings
+
+
+def _token(tokens: Any, named: Any) -> int | None:
+    text = named.get("content") if isinstance(named, dict) else named
+    return tokens.token_to_id(text) if isinstance(text, str) else None

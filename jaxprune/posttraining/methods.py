@@ -1,0 +1,264 @@
+"""Post-training methods: what goes of one matrix, and what the rest becomes.
+
+A method is a frozen value with one pure function, `prune`: a matrix, the moments of its
+input and how many units go, to a new matrix and its mask. It is compiled once for a
+shape, whatever the number that goes.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.masking import matrix_mask, patterns
+from jaxprune.posttraining.solvers import alps, sparsegpt
+from jaxprune.scores import from_activations as activations
+from jaxprune.typing import Pattern
+
+Name: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
+"""The methods by the names that commands give them."""
+
+
+Needs: TypeAlias = Literal["nothing", "mean_square", "hessian"]
+"""Which moments of its input a method reads."""
+
+
+Inputs: TypeAlias = Literal["left", "dense"]
+"""Which input a weight is pruned for: as left by all that was pruned before it, or that
+of its layer while the layer is dense, as the papers have it."""
+
+
+class Matrix(NamedTuple):
+    """One matrix, to be pruned.
+
+    Attributes:
+      weight: (in, out) float32.
+      mean_square: (in,) float32, of each input feature.
+      hessian: (in, in) float32, X^T X / samples; None where the method needs none.
+      removed: how many units of the pattern go, uint32 scalar.
+      pattern: which weights live and die together.
+    """
+
+    weight: jax.Array
+    mean_square: jax.Array
+    hessian: Any
+    removed: jax.Array
+    pattern: Pattern
+
+
+class Pruned(NamedTuple):
+    """One matrix, pruned.
+
+    Attributes:
+      weight: (in, out) float32, zero where the mask is False.
+      mask: (in, out) bool.
+      damping: the damping that was used, 0 where a method has none; not finite where no
+        damping helped.
+    """
+
+    weight: jax.Array
+    mask: jax.Array
+    damping: jax.Array
+
+
+class Method(Protocol):
+    """How one matrix is pruned.
+
+    Attributes:
+      needs: which moments of the input it reads.
+      inputs: which input that is.
+      pattern: the pattern that its paper uses where nothing else is asked for.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """Which moments of the input it reads."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """Which input that is."""
+
+    @property
+    def pattern(self) -> Pattern:
+        """The usual pattern."""
+
+    def prune(self, matrix: Matrix) -> Pruned:
+        """The pruned matrix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude:
+    """The smallest weights go: |w|. The control; it looks at no activation.
+
+    Reference:
+      Han et al., "Learning both Weights and Connections for Efficient Neural Networks",
+      2015, arXiv 1506.02626.
+    """
+
+    needs: ClassVar[Needs] = "nothing"
+    inputs: ClassVar[Inputs] = "left"
+    pattern: ClassVar[Pattern] = patterns.Unstructured()
+
+    def prune(self, matrix: Matrix) -> Pruned:
+        """The pruned matrix."""
+        return _masked(matrix, jnp.abs(matrix.weight))
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanda:
+    """What moves its output least goes: |w_ij| sqrt(E[x_i^2]), output by output.
+
+    Attributes:
+      inputs: "dense" gives the paper's masks.
+
+    Reference:
+      Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large
+      Language Models", 2023, arXiv 2306.11695, equation 1.
+    """
+
+    inputs: Inputs = "left"
+    needs: ClassVar[Needs] = "mean_square"
+    pattern: ClassVar[Pattern] = patterns.PerOutput()
+
+    def prune(self, matrix: Matrix) -> Pruned:
+        """The pruned matrix."""
+        return _masked(matrix, activations.wanda(matrix.weight, matrix.mean_square))
+
+
+@dataclasses.dataclass(frozen=True)
+class RIA:
+    """Relative importance and activations.
+
+    (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) (sum x_i^2)^(power / 2): no input or
+    output channel is emptied for being small as a whole.
+
+    Attributes:
+      power: of the input's norm; the paper's is 1/2.
+      inputs: as of `Wanda`.
+
+    Reference:
+      Zhang, Bai, Lin, Zhao, Hou, Cannistraci, "Plug-and-Play: An Efficient
+      Post-training Pruning Method for Large Language Models", ICLR 2024, equation 4.
+    """
+
+    power: float = 0.5
+    inputs: Inputs = "left"
+    needs: ClassVar[Needs] = "mean_square"
+    pattern: ClassVar[Pattern] = patterns.Unstructured()
+
+    def prune(self, matrix: Matrix) -> Pruned:
+        """The pruned matrix."""
+        scores = activations.ria(matrix.weight, matrix.mean_square, self.power)
+        return _masked(matrix, scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseGPT:
+    """Input by input, the kept weights make up for what goes.
+
+    Attributes:
+      damping: added to the Hessian's diagonal, as a share of its mean.
+      block: inputs whose mask is chosen together.
+      inputs: as of `Wanda`.
+
+    Reference:
+      Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
+      One-Shot", 2023, arXiv 2301.00774, algorithm 1.
+    """
+
+    damping: float = 0.01
+    block: int = 128
+    inputs: Inputs = "left"
+    needs: ClassVar[Needs] = "hessian"
+    pattern: ClassVar[Pattern] = patterns.Unstructured()
+
+    def prune(self, matrix: Matrix) -> Pruned:
+        """The pruned matrix."""
+        return Pruned(
+            *sparsegpt.solve(
+                matrix.weight,
+                matrix.hessian,
+                matrix.removed,
+                pattern=matrix.pattern,
+                damping=self.damping,
+                block=self.block,
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ALPS:
+    """Alternating directions on the layer's squared error, then the best weights.
+
+    The stronger and slower solver; see `jaxprune.posttraining.solvers.alps`.
+
+    Attributes:
+      damping: added to the Hessian's diagonal, as a share of its mean.
+      inputs: as of `Wanda`.
+
+    Reference:
+      Meng, Behdin, Wang, Mazumder, "ALPS: Improved Optimization for Highly Sparse
+      One-Shot Pruning for Large Language Models", 2024, arXiv 2406.07831.
+    """
+
+    damping: float = 0.01
+    inputs: Inputs = "left"
+    needs: ClassVar[Needs] = "hessian"
+    pattern: ClassVar[Pattern] = patterns.Unstructured()
+
+    def prune(self, matrix: Matrix) -> Pruned:
+        """The pruned matrix."""
+        return Pruned(
+            *alps.solve(
+                matrix.weight,
+                matrix.hessian,
+                matrix.removed,
+                pattern=matrix.pattern,
+                damping=self.damping,
+            )
+        )
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "ria": RIA(),
+    "sparsegpt": SparseGPT(),
+    "alps": ALPS(),
+}
+"""Each method with its usual settings, by its name."""
+
+
+def named(method: Method | Name) -> Method:
+    """A method from its name, or the method itself.
+
+    Args:
+      method: a name in `METHODS`, or a method.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: the name is unknown, or the method asks for inputs that are none.
+    """
+    if not isinstance(method, str):
+        if method.inputs not in get_args(Inputs):
+            raise ValueError(
+                f"a method's inputs must be one of {', '.join(get_args(Inputs))}, got "
+                f"{method.inputs!r}"
+            )
+        return method
+    if method not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}, or a value of "
+            f"jaxprune.posttraining.methods, got {method!r}"
+        )
+    return METHODS[method]
+
+
+def _masked(matrix: Matrix, scores: jax.Array) -> Pruned:
+    weight = matrix.weight
+    mask = matrix_mask.mask(scores, matrix.removed, matrix.pattern)
+    kept = jnp.where(mask, weight, jnp.zeros((), weight.dtype))
+    return Pruned(kept, mask, jnp.zeros((), weight.dtype))

@@ -1,0 +1,228 @@
+"""ALPS: choose the support of a whole kernel by ADMM, then solve for what stays on it.
+
+The layer problem min tr (W - V)^T H (W - V) over all V with the pattern, in units in
+which H has a unit diagonal. A copy D of V obeys the pattern, V does not, and a growing
+penalty rho ||V - D||^2 draws the two together until the support of D settles. Then
+conjugate gradients find the best weights on that support, for all outputs at once.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.masking import patterns
+from jaxprune.posttraining.solvers import layer_problem
+from jaxprune.posttraining.solvers.layer_problem import Solution
+from jaxprune.typing import Pattern
+
+# Penalties, each for a few iterations: there is one factorisation for each.
+_FIRST, _GROWTH, _PENALTIES, _EACH = 0.1, 1.7, 7, 4
+# Steps of conjugate gradients after that; the copy is all but there.
+_STEPS = 5
+
+
+def solve(
+    weight: jax.Array,
+    hessian: jax.Array,
+    removed: Any,
+    *,
+    pattern: Pattern = patterns.Unstructured(),
+    damping: Any = 0.01,
+    steps: int = _STEPS,
+) -> Solution:
+    """Prunes a kernel to the pattern with little error, and updates what stays.
+
+    Args:
+      weight: (in, out), floating.
+      hessian: (in, in), proportional to X^T X of the inputs.
+      removed: how many units of the pattern go in all, an integer, traced or not;
+        `NM` does not look at it.
+      pattern: `Unstructured`, `PerOutput`, `NM` or `Block`.
+      damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
+        factorisation fails it is raised tenfold until it does not.
+      steps: steps of conjugate gradients on the support that was found.
+
+    Returns:
+      The pruned weight, its mask and the damping used, infinity where nothing helped:
+      look at it. Under `jax.lax.map` or `jax.vmap`, those of a stack of matrices.
+
+    Raises:
+      ValueError: a shape, number or pattern does not fit, or a value is not finite.
+      TypeError: a dtype does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxprune.posttraining.solvers import alps
+      >>> weight = jnp.array([[1.0], [2.0]])
+      >>> hessian = jnp.array([[1.0, 0.5], [0.5, 1.0]])
+      >>> print(alps.solve(weight, hessian, 1, damping=0.0).weight.round(3).tolist())
+      [[0.0], [2.5]]
+
+    Reference:
+      Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
+      Large Language Models", 2024, arXiv 2406.07831, Algorithms 1 and 2. Ours differs:
+      1. the penalties are fixed, 0.1 to 2.4 in seven steps, so that a solve costs the
+         same whatever the data;
+      2. there is an inverse for each penalty, not one eigendecomposition for all, which
+         would take longer than all the rest.
+    """
+    layer_problem.checked(weight, hessian, damping, removed, pattern)
+    _check_steps(steps)
+    return _solve(weight, hessian, removed, damping, pattern=pattern, steps=steps)
+
+
+def refine(
+    weight: jax.Array,
+    hessian: jax.Array,
+    mask: jax.Array,
+    *,
+    damping: Any = 0.01,
+    steps: int = 20,
+) -> jax.Array:
+    """The weights on a given support that keep the outputs best.
+
+    Args:
+      weight: (in, out), floating: what the outputs are to be those of.
+      hessian: (in, in), proportional to X^T X of the inputs.
+      mask: (in, out), boolean, True where kept.
+      damping: the share of the Hessian's mean diagonal added to its diagonal.
+      steps: steps of conjugate gradients; as many as an output keeps inputs are exact.
+
+    Returns:
+      The weights, exactly zero outside of the mask.
+
+    Raises:
+      ValueError: a shape or number does not fit, or a value is not finite.
+      TypeError: a dtype does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxprune.posttraining.solvers import alps
+      >>> weight, hessian = jnp.array([[1.0], [2.0]]), jnp.array([[1, 0.5], [0.5, 1]])
+      >>> mask = jnp.array([[False], [True]])
+      >>> alps.refine(weight, hessian, mask, damping=0.0).tolist()
+      [[0.0], [2.5]]
+    """
+    layer_problem.checked(weight, hessian, damping)
+    layer_problem.checked_mask(mask, weight)
+    _check_steps(steps)
+    return _refine(weight, hessian, mask, damping, steps=steps)
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 0:
+        raise ValueError(
+            f"steps must be at least 0, got {steps}; leave it out for the usual number"
+        )
+
+
+class _Problem(NamedTuple):
+    """The problem with a unit diagonal.
+
+    Attributes:
+      weight: what is to be approximated, (in, out).
+      matrix: the Hessian, (in, in).
+      scale: (in, 1), what the weight was multiplied by.
+    """
+
+    weight: jax.Array
+    matrix: jax.Array
+    scale: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "steps"))
+@layer_problem.precise
+def _solve(
+    weight: jax.Array,
+    hessian: jax.Array,
+    removed: Any,
+    damping: Any,
+    *,
+    pattern: Pattern,
+    steps: int,
+) -> Solution:
+    ready = layer_problem.damped(hessian, damping)
+    problem = _scaled(weight, ready.matrix, ready.alive)
+    project = functools.partial(matrix_mask.mask, removed=removed, pattern=pattern)
+    start, support = _support(problem, project)
+    best = _conjugate(problem, start, support, steps)
+    return Solution(_back(best, problem, weight.dtype), support, ready.damping)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+@layer_problem.precise
+def _refine(
+    weight: jax.Array, hessian: jax.Array, mask: jax.Array, damping: Any, *, steps: int
+) -> jax.Array:
+    matrix, alive = layer_problem.normalised(hessian)
+    matrix = matrix + jnp.eye(len(matrix), dtype=jnp.float32) * damping
+    problem = _scaled(weight, matrix, alive)
+    start = jnp.where(mask, problem.weight, 0)
+    return _back(_conjugate(problem, start, mask, steps), problem, weight.dtype)
+
+
+def _scaled(weight: jax.Array, matrix: jax.Array, alive: jax.Array) -> _Problem:
+    scale = jnp.sqrt(jnp.diagonal(matrix))[:, None]
+    own = jnp.where(alive[:, None], weight.astype(jnp.float32), 0) * scale
+    return _Problem(own, matrix / (scale * scale.T), scale)
+
+
+def _back(best: jax.Array, problem: _Problem, dtype: Any) -> jax.Array:
+    return (best / problem.scale).astype(dtype)
+
+
+def _support(problem: _Problem, project: Any) -> tuple[jax.Array, jax.Array]:
+    """The copy that the alternating directions settle on, and its support."""
+    eye = jnp.eye(len(problem.matrix), dtype=jnp.float32)
+
+    def iterate(_: Any, state: Any, inverse: jax.Array) -> Any:
+        copy, dual, _ = state
+        away = problem.weight - copy + dual
+        free = problem.weight - inverse @ away
+        wanted = free + dual
+        support = project(jnp.square(wanted))
+        copy = jnp.where(support, wanted, 0)
+        return copy, wanted - copy, support
+
+    def one(state: Any, penalty: jax.Array) -> Any:
+        factor = jax.lax.linalg.cholesky(problem.matrix + penalty * eye)
+        half = jax.lax.linalg.triangular_solve(
+            factor, eye * jnp.sqrt(penalty), left_side=True, lower=True
+        )
+        body = functools.partial(iterate, inverse=half.T @ half)
+        copy, dual, support = jax.lax.fori_loop(0, _EACH, body, state)
+        return (copy, dual / _GROWTH, support), None
+
+    penalties = _FIRST * _GROWTH ** jnp.arange(_PENALTIES, dtype=jnp.float32)
+    start = (
+        problem.weight,
+        jnp.zeros_like(problem.weight),
+        jnp.ones(problem.weight.shape, bool),
+    )
+    copy, _, support = jax.lax.scan(one, start, penalties)[0]
+    return copy, support
+
+
+def _conjugate(
+    problem: _Problem, start: jax.Array, support: jax.Array, steps: int
+) -> jax.Array:
+    """Conjugate gradients on the support, each output by itself, (in, out).
+
+    The diagonal is 1: that is the preconditioner.
+    """
+
+    def one(_: Any, state: Any) -> Any:
+        best, rest, direction, size = state
+        image = jnp.where(support, problem.matrix @ direction, 0)
+        curve = jnp.sum(direction * image, 0, keepdims=True)
+        step = jnp.where(curve > 0, size / jnp.where(curve > 0, curve, 1), 0)
+        best, rest = best + step * direction, rest - step * image
+        left = jnp.sum(rest * rest, 0, keepdims=True)
+        turn = jnp.where(size > 0, left / jnp.where(size > 0, size, 1), 0)
+        return best, rest, rest + turn * direction, left
+
+    rest = jnp.where(support, problem.matrix @ (problem.weight - start), 0)
+    size = jnp.sum(rest * rest, 0, keepdims=True)
+    return jax.lax.fori_loop(0, steps, one, (start, rest, rest, size))[0]

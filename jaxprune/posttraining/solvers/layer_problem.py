@@ -1,0 +1,266 @@
+"""The problem that a post-training solver solves: keep a layer's outputs.
+
+For a kernel W (in, out) and inputs X (rows, in) with H = X^T X the error of a pruned V
+is ||X W - X V||^2 = tr (W - V)^T H (W - V). H may be scaled by anything positive: all
+solvers here first scale it to a mean diagonal of 1.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays.axes import Axes
+from jaxprune.masking import patterns
+from jaxprune.typing import Pattern
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# More damping than the mean of the diagonal itself says that the Hessian is no Hessian.
+MOST_DAMPING = 1.0
+_LEAST_DAMPING = 1e-4
+
+
+class Solution(NamedTuple):
+    """What a solver found.
+
+    Attributes:
+      weight: (in, out), in the weight's dtype, zero where pruned.
+      mask: (in, out), True where kept; a kept weight may be zero by itself.
+      damping: the damping that was really used, float32; infinity where no damping up
+        to `MOST_DAMPING` made the Hessian positive definite, and then the weight is
+        not to be used.
+    """
+
+    weight: jax.Array
+    mask: jax.Array
+    damping: jax.Array
+
+
+class Damped(NamedTuple):
+    """A Hessian of mean diagonal 1, damped until it could be factorised.
+
+    Attributes:
+      matrix: (in, in), damping included; the identity's row where an input never fired.
+      factor: (in, in), the lower Cholesky factor of whatever was factorised.
+      alive: (in,), True where the input ever fired.
+      damping: what was added to the diagonal; infinity where nothing helped.
+    """
+
+    matrix: jax.Array
+    factor: jax.Array
+    alive: jax.Array
+    damping: jax.Array
+
+
+def precise(function: F) -> F:
+    """The function with products of full float32, which accelerators do not default to.
+
+    Args:
+      function: any function of arrays.
+
+    Returns:
+      The same function.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **options)
+
+    return cast(F, wrapped)
+
+
+@precise
+def error(weight: jax.Array, pruned: jax.Array, hessian: jax.Array) -> jax.Array:
+    """The share of a layer's output that pruning changed.
+
+    tr (W - V)^T H (W - V) / tr W^T H W, the squared relative error of the outputs over
+    the inputs that H was collected from.
+
+    Args:
+      weight: W, (in, out).
+      pruned: V, (in, out).
+      hessian: H, (in, in), proportional to X^T X.
+
+    Returns:
+      A float32 scalar, 0 for a layer that never gives anything.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxprune.posttraining.solvers import layer_problem as reconstruction
+      >>> weight, pruned = jnp.array([[3.0], [4.0]]), jnp.array([[0.0], [4.0]])
+      >>> print(f"{reconstruction.error(weight, pruned, jnp.eye(2)):.2f}")
+      0.36
+    """
+    weight, hessian = weight.astype(jnp.float32), hessian.astype(jnp.float32)
+    change = weight - pruned.astype(jnp.float32)
+    whole = jnp.vdot(weight, hessian @ weight)
+    share = jnp.vdot(change, hessian @ change) / jnp.where(whole > 0, whole, 1)
+    return jnp.where(whole > 0, share, 0)
+
+
+def normalised(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The Hessian scaled to a mean diagonal of 1, and which inputs ever fired.
+
+    Args:
+      hessian: (in, in), proportional to X^T X.
+
+    Returns:
+      (in, in), float32, the row and column of the identity where an input never fired;
+      and (in,), False there.
+    """
+    hessian = hessian.astype(jnp.float32)
+    diagonal = jnp.diagonal(hessian)
+    mean, alive = jnp.mean(diagonal), diagonal != 0
+    # Exactly zero, rounding or not: such an input has nothing to do with the others.
+    both = alive[:, None] & alive[None, :]
+    scaled = hessian / jnp.where(mean > 0, mean, 1)
+    return jnp.where(both, scaled, jnp.eye(len(hessian), dtype=jnp.float32)), alive
+
+
+def damped(hessian: jax.Array, damping: Any, *, reverse: bool = False) -> Damped:
+    """The Hessian damped by a share of its mean diagonal, and its Cholesky factor.
+
+    Where the factorisation fails the damping is raised tenfold, up to `MOST_DAMPING`.
+
+    Args:
+      hessian: (in, in), proportional to X^T X.
+      damping: the share of the mean diagonal to add to the diagonal.
+      reverse: whether the factor is of the inputs in reverse order.
+
+    Returns:
+      The damped Hessian in the given order, its factor and the damping.
+    """
+    scaled, alive = normalised(hessian)
+    ordered = jnp.flip(scaled) if reverse else scaled
+    eye = jnp.eye(len(scaled), dtype=jnp.float32)
+
+    def factor(amount: jax.Array) -> jax.Array:
+        return jax.lax.linalg.cholesky(ordered + eye * amount, symmetrize_input=False)
+
+    def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        amount, found = state
+        return ~jnp.all(jnp.isfinite(found)) & (amount < MOST_DAMPING)
+
+    def retried(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        more = jnp.maximum(10 * state[0], jnp.float32(_LEAST_DAMPING))
+        more = jnp.minimum(more, jnp.float32(MOST_DAMPING))
+        return more, factor(more)
+
+    start = jnp.asarray(damping, jnp.float32)
+    amount, found = jax.lax.while_loop(failed, retried, (start, factor(start)))
+    good = jnp.all(jnp.isfinite(found))
+    matrix = scaled + eye * amount
+    return Damped(matrix, found, alive, jnp.where(good, amount, jnp.inf))
+
+
+def checked(
+    weight: jax.Array,
+    hessian: jax.Array,
+    damping: Any,
+    removed: Any = 0,
+    pattern: Pattern = patterns.Unstructured(),
+) -> None:
+    """Raises for whatever a solver cannot take, as far as it can be seen.
+
+    Args:
+      weight: (in, out).
+      hessian: (in, in).
+      damping: the share of the mean diagonal, at least 0.
+      removed: how many units of the pattern go.
+      pattern: which weights live and die together.
+
+    Raises:
+      ValueError: a shape, number or pattern does not fit, or a value is not finite.
+      TypeError: the weight or the Hessian is not floating, or `removed` is no integer.
+    """
+    for name, array in (("weight", weight), ("hessian", hessian)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"the {name} must be floating, got {array.dtype}")
+        if array.ndim != 2:
+            raise ValueError(
+                f"the {name} must be one matrix, got shape {array.shape}; bring a leaf "
+                "to (in, out) with jp.Axes, and take stacked ones by jax.lax.map"
+            )
+    if hessian.shape != (weight.shape[0],) * 2:
+        raise ValueError(
+            f"a weight (in, out) of shape {weight.shape} needs a Hessian of shape "
+            f"{(weight.shape[0],) * 2}, got {hessian.shape}; a kernel stored (out, in) "
+            "is to be transposed"
+        )
+    if not isinstance(pattern, _SOLVED):
+        raise ValueError(
+            f"solvers take Unstructured, PerOutput, NM and Block, got {pattern}; use "
+            "jp.masks.make for it, since nothing is left to repair in a removed output"
+        )
+    if problem := pattern.problem(weight.shape, Axes()):
+        raise ValueError(f"{problem}; leave the leaf out or choose another pattern")
+    _check_values(weight, hessian, damping)
+    _check_count(weight, removed, pattern)
+
+
+def checked_mask(mask: jax.Array, weight: jax.Array) -> None:
+    """Raises for a mask that is not one of the weight.
+
+    Args:
+      mask: (in, out).
+      weight: (in, out).
+
+    Raises:
+      ValueError: the shape does not fit.
+      TypeError: the mask is not boolean.
+    """
+    if mask.dtype != bool:
+        raise TypeError(f"the mask must be boolean, True for kept, got {mask.dtype}")
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"the mask must have the weight's shape {weight.shape}, got {mask.shape}; "
+            "a mask stored (out, in) is to be transposed"
+        )
+
+
+_SOLVED = (patterns.Unstructured, patterns.PerOutput, patterns.NM, patterns.Block)
+
+
+def _check_values(weight: jax.Array, hessian: jax.Array, damping: Any) -> None:
+    if _known(damping) and not 0 <= float(damping) <= MOST_DAMPING:
+        raise ValueError(
+            f"damping must be from 0 to {MOST_DAMPING}, a share of the mean diagonal, "
+            f"got {damping}; 0.01 is usual"
+        )
+    if _known(weight) and not jnp.all(jnp.isfinite(weight)):
+        raise ValueError(
+            "the weight must be finite, but it holds NaN or infinity; repair the "
+            "checkpoint, or leave the leaf out"
+        )
+    if _known(hessian) and not jnp.all(jnp.isfinite(hessian)):
+        raise ValueError(
+            "the hessian must be finite, but it holds NaN or infinity; run the model "
+            "in float32, or leave the calibration sequence out that overflows"
+        )
+
+
+def _check_count(weight: jax.Array, removed: Any, pattern: Pattern) -> None:
+    dtype = jnp.asarray(removed).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"removed must be an integer, the number of units, got {dtype}; give "
+            "round(sparsity * weight.size)"
+        )
+    if pattern.sparsity is None and _known(removed):
+        most = weight.size
+        if isinstance(pattern, patterns.Block):
+            tall, wide = -weight.shape[0] // pattern.rows, -weight.shape[1]
+            most = tall * (wide // pattern.columns)
+        if not 0 <= int(removed) <= most:
+            raise ValueError(
+                f"removed must be from 0 to {most}, the units of {pattern} in a "
+                f"weight of shape {weight.shape}, got {int(removed)}"
+            )
+
+
+def _known(value: Any) -> bool:
+    return not isinstance(value, jax.core.Tracer)

@@ -1,0 +1,25 @@
+"""A number for each weight: how much it matters. The higher is kept."""
+
+from jaxprune.scores.from_activations import ria as ria
+from jaxprune.scores.from_activations import wanda as wanda
+from jaxprune.scores.from_training import averaged_magnitude as averaged_magnitude
+from jaxprune.scores.from_training import averaged_weight as averaged_weight
+from jaxprune.scores.from_training import magnitude as magnitude
+from jaxprune.scores.from_training import obd as obd
+from jaxprune.scores.from_training import random as random
+from jaxprune.scores.from_training import taylor as taylor
+from jaxprune.scores.from_training import threshold as threshold
+from jaxprune.scores.from_training import trajectory as trajectory
+
+__all__ = [
+    "averaged_magnitude",
+    "averaged_weight",
+    "magnitude",
+    "obd",
+    "random",
+    "ria",
+    "taylor",
+    "threshold",
+    "trajectory",
+    "wanda",
+]

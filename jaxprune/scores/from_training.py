@@ -1,0 +1,406 @@
+"""Criteria: pure functions from importance and parameters to scores; higher is kept.
+
+Every criterion is `criterion(params, importance, *, prunable=...)`, so that any of them
+can be handed on as a value; those that need no statistics ignore `importance`.
+Scores are float32, whatever the parameters' dtype; units do not matter, since only the
+order counts. Leaves that may not be pruned become `optax.MaskedNode()`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from optax import MaskedNode
+
+from jaxprune.arrays import exact_sum, low_bit, placement, tree
+from jaxprune.typing import Importance, Params, Prunable, Scores
+
+_TRACK = {
+    "weight": "chain jp.track_importance() last in the optimizer",
+    "magnitude": "chain jp.track_importance(average=('magnitude',)) last",
+    "square": (
+        "train with Adam, AdamW, RMSProp or Adagrad, whose own second moment serves, "
+        "or chain jp.track_gradients() first in the optimizer"
+    ),
+    "taylor": "chain jp.track_gradients(average=('taylor',)) first in the optimizer",
+}
+
+
+def magnitude(
+    params: Params,
+    importance: Importance | None = None,
+    *,
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """The size of the final weight: |w|.
+
+    Args:
+      params: the parameters.
+      importance: not read; may be None.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> jp.scores.magnitude({"w": jnp.array([[1.0, -2.0]])})["w"].tolist()
+      [[1.0, 2.0]]
+
+    Reference:
+      Han et al., "Learning both Weights and Connections for Efficient Neural Networks",
+      2015, arXiv 1506.02626.
+    """
+    return _score(_absolute, params, prunable)
+
+
+def averaged_weight(
+    params: Params,
+    importance: Importance | None = None,
+    *,
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """The paper's criterion: the size of the weight's average over training, |A|.
+
+    A weight that changed sign while it was learned scores low, however large it ended.
+
+    Args:
+      params: the parameters; names and shapes are read, values are not.
+      importance: with `weight`, from `track_importance`.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: the average was not tracked, or is another model's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, -2.0]])}
+      >>> jp.scores.averaged_weight(w, jp.Importance(weight=w))["w"].tolist()
+      [[1.0, 2.0]]
+
+    Reference:
+      Islam, Belhaouari, Bermak, "Systematic Weight Evaluation for Pruning Large
+      Language Models", 2025, arXiv 2502.17071.
+    """
+    average = _tracked(importance, "weight", params)
+    return _score(_absolute_of_second, params, prunable, average)
+
+
+def averaged_magnitude(
+    params: Params,
+    importance: Importance | None = None,
+    *,
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """The average of the weight's size over training, E|w|.
+
+    Args:
+      params: the parameters; names and shapes are read, values are not.
+      importance: with `magnitude`, from `track_importance(average=("magnitude",))`.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: it was not tracked, or is another model's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, 2.0]])}
+      >>> scores = jp.scores.averaged_magnitude(w, jp.Importance(magnitude=w))
+      >>> scores["w"].tolist()
+      [[1.0, 2.0]]
+    """
+    average = _tracked(importance, "magnitude", params)
+    return _score(_second, params, prunable, average)
+
+
+def obd(
+    params: Params,
+    importance: Importance | None = None,
+    *,
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """Optimal brain damage with the empirical Fisher as diagonal: w^2 E[g^2].
+
+    The rise of the loss in the second-order model whose Hessian is diagonal and equal
+    to the mean squared gradient (the factor 1/2 is left out).
+
+    Args:
+      params: the parameters.
+      importance: with `square`, tracked or from an adaptive optimizer.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: there are no squared gradients, or they are another model's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, -2.0]])}
+      >>> squares = {"w": jnp.array([[16.0, 1.0]])}
+      >>> jp.scores.obd(w, jp.Importance(square=squares))["w"].tolist()
+      [[16.0, 4.0]]
+
+    Reference:
+      LeCun, Denker, Solla, "Optimal Brain Damage", 1989, equation 5.
+    """
+    square = _tracked(importance, "square", params)
+    return _score(_obd, params, prunable, square)
+
+
+def trajectory(
+    params: Params,
+    importance: Importance | None = None,
+    *,
+    exponent: float = 0.25,
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """The default criterion: |w| E[g^2]^(1/4).
+
+    The geometric mean of magnitude and of OBD's square root: a diagonal curvature known
+    only by a noisy estimate, trusted half. Exponent 0 is magnitude and 1/2 ranks as
+    OBD; docs/methods.md has the table by which 1/4 was chosen. With
+    `params=importance.weight` it is the averaged weight that is ranked.
+
+    Args:
+      params: the parameters.
+      importance: with `square`, tracked or from an adaptive optimizer.
+      exponent: the power of E[g^2], in [0, 1].
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: there are no squared gradients, or they are another model's; the
+        exponent is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, -2.0]])}
+      >>> squares = {"w": jnp.array([[16.0, 1.0]])}
+      >>> jp.scores.trajectory(w, jp.Importance(square=squares))["w"].tolist()
+      [[2.0, 2.0]]
+    """
+    if not 0 <= exponent <= 1:
+        raise ValueError(f"exponent must be in [0, 1], got {exponent}; 0.25 is usual")
+    square = _tracked(importance, "square", params)
+    return _score(_trajectory, params, prunable, square, exponent)
+
+
+def taylor(
+    params: Params,
+    importance: Importance | None = None,
+    *,
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """The first-order change of the loss, averaged over training: E|w g|.
+
+    Args:
+      params: the parameters; names and shapes are read, values are not.
+      importance: with `taylor`, from `track_gradients(average=("taylor",))`.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32.
+
+    Raises:
+      ValueError: it was not tracked, or is another model's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[1.0, 2.0]])}
+      >>> jp.scores.taylor(w, jp.Importance(taylor=w))["w"].tolist()
+      [[1.0, 2.0]]
+
+    Reference:
+      Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
+      arXiv 1906.10771; without the outer square.
+    """
+    return _score(_second, params, prunable, _tracked(importance, "taylor", params))
+
+
+def random(
+    params: Params,
+    importance: Importance | None = None,
+    *,
+    seed: int = 0,
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """Uniform random scores, the control that every criterion must beat.
+
+    Args:
+      params: the parameters; names and shapes are read, values are not.
+      importance: not read; may be None.
+      seed: seed of the scores; each leaf has its own stream, by position.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params` in [0, 1), float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> jp.scores.random({"w": jnp.ones((2, 3))}, seed=1)["w"].shape
+      (2, 3)
+    """
+    keys = list(jax.random.split(jax.random.key(seed), len(tree.names(params))))
+    return _score(_uniform, params, prunable, keys)
+
+
+def threshold(
+    params: Params,
+    importance: Importance | None = None,
+    *,
+    compare: Literal["weight", "average"] = "weight",
+    prunable: Prunable = tree.prunable,
+) -> Scores:
+    """The authors' threshold rule, as a score in standard deviations of the averages.
+
+    Their rule removes, in each leaf, what is at or under rate * std(A). With the score
+    |w| / std(A) that is `masks.above(scores, rate)`; a sparsity with the allocation
+    "global" picks the rate that gives it.
+
+    Args:
+      params: the parameters.
+      importance: with `weight`, from `track_importance`.
+      compare: "weight" compares the final |w| (the released code); "average" compares
+        |A| itself (the text of the papers).
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Scores like `params`, float32, in standard deviations (over the leaf, population).
+
+    Raises:
+      ValueError: the average was not tracked, is another model's, or `compare` is
+        neither of the two.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> w = {"w": jnp.array([[2.0, -2.0]])}  # std 2
+      >>> jp.scores.threshold(w, jp.Importance(weight=w))["w"].tolist()
+      [[1.0, 1.0]]
+
+    Reference:
+      The code released with Islam, Belhaouari, Bermak, "Neural Network Optimization
+      with Weight Evolution", 2023; rates there run from 0.1 to 6.
+    """
+    if compare not in ("weight", "average"):
+        raise ValueError(f"compare must be 'weight' or 'average', got {compare!r}")
+    formula = _deviations_of_average if compare == "average" else _deviations
+    return _score(formula, params, prunable, _tracked(importance, "weight", params))
+
+
+def _tracked(importance: Importance | None, field: str, params: Params) -> list:
+    """The statistic's leaves in the order of the parameters'."""
+    statistic = None if importance is None else getattr(importance, field)
+    if statistic is None:
+        raise ValueError(
+            f"this criterion needs Importance.{field}, which was not tracked; "
+            f"{_TRACK[field]}, or choose another criterion"
+        )
+    return tree.align(params, statistic, f"Importance.{field}")
+
+
+def _score(
+    formula: Callable[..., jax.Array],
+    params: Params,
+    prunable: Prunable,
+    statistic: list | None = None,
+    *constants: float,
+) -> Scores:
+    """`formula(leaf, statistic, *constants)` on every prunable leaf.
+
+    Compiled once a shape.
+    """
+    named = tree.named_leaves(params)
+    chosen = [not tree.is_masked(x) and prunable(n, x) for n, x in named.items()]
+    if not any(chosen):
+        raise ValueError(
+            f"some leaf must be prunable, but none of {list(named)[:6]} is; give "
+            "prunable=lambda name, leaf: ... that is True for the leaves to prune"
+        )
+    unseen = [
+        name
+        for name, take, extra in zip(named, chosen, statistic or chosen, strict=True)
+        if take and tree.is_masked(extra)
+    ]
+    if unseen:
+        raise ValueError(
+            f"every prunable leaf must have been tracked, but {unseen[:6]} were not; "
+            "track them or leave them out with prunable=jp.tree.excluding(...)"
+        )
+    compiled = _compiled(formula)
+    leaves = [
+        placement.placed(
+            compiled(leaf, *(() if statistic is None else (statistic[i],)), *constants),
+            leaf,
+        )
+        if take
+        else MaskedNode()
+        for i, (take, leaf) in enumerate(zip(chosen, named.values(), strict=True))
+    ]
+    structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
+    return jax.tree.unflatten(structure, leaves)
+
+
+@functools.cache
+def _compiled(formula: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return jax.jit(formula)
+
+
+def _absolute(w: jax.Array) -> jax.Array:
+    return jnp.abs(low_bit.decode(w))
+
+
+def _second(_: jax.Array, statistic: jax.Array) -> jax.Array:
+    return low_bit.decode(statistic)
+
+
+def _absolute_of_second(_: jax.Array, average: jax.Array) -> jax.Array:
+    return _absolute(average)
+
+
+def _obd(w: jax.Array, square: jax.Array) -> jax.Array:
+    return jnp.square(low_bit.decode(w)) * low_bit.decode(square)
+
+
+def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Array:
+    return _absolute(w) * jnp.power(low_bit.decode(square), exponent)
+
+
+def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
+    return placement.placed(jax.random.uniform(key, w.shape), w)
+
+
+def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
+    """|w| / std(A); where the averages are all equal, only a zero is at the rate."""
+    size, deviation = _absolute(w), _deviation(low_bit.decode(average))
+    constant = jnp.where(size > 0, jnp.inf, 0.0)
+    return jnp.where(deviation > 0, size / deviation, constant)
+
+
+def _deviation(values: jax.Array) -> jax.Array:
+    """The population's, by sums that are the same on any sharding."""
+    mean = exact_sum.total(values) / values.size
+    return jnp.sqrt(exact_sum.total(jnp.square(values - mean)) / values.size)
+
+
+def _deviations_of_average(_: jax.Array, average: jax.Array) -> jax.Array:
+    return _deviations(average, average)

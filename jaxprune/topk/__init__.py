@@ -1,0 +1,8 @@
+"""The k highest of many numbers, exactly and wherever they lie, by counting."""
+
+__all__ = [
+    "count_search",
+    "float_order",
+    "highest",
+    "thresholds",
+]

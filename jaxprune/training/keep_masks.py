@@ -1,0 +1,103 @@
+"""Retraining under masks: an optimizer that keeps pruned weights at exactly zero.
+
+The transformation that owns the masks wraps the optimizer, so there is no hook that a
+user could forget: it masks gradients and parameters on the way in, before clipping,
+momentum or weight decay see them, and on the way out emits u where kept and -w where
+pruned, after which the weight is +0 exactly.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune.arrays import placement, tree
+from jaxprune.masking import masks as masking
+from jaxprune.typing import Masks, Params
+
+
+class KeepMasksState(NamedTuple):
+    """State of `keep_masks`.
+
+    Attributes:
+      masks: the masks, like the parameters, boolean.
+      inner: the wrapped optimizer's state.
+    """
+
+    masks: Masks
+    inner: optax.OptState
+
+
+def keep_masks(
+    optimizer: optax.GradientTransformation, masks: Masks
+) -> optax.GradientTransformationExtraArgs:
+    """Trains what the masks keep; the rest stays zero, its moments too.
+
+    Args:
+      optimizer: any optax optimizer, with its clipping. A tracker goes outside,
+        `chain(keep_masks(optimizer, masks), track_importance())`, to see the step that
+        is really taken.
+      masks: masks of the parameters that will be trained; True is kept.
+
+    Returns:
+      A transformation whose first step sets pruned weights to zero, whatever they were,
+      and whose later steps leave them there. Extra arguments reach the optimizer. The
+      masks are part of the state, placed as the parameters are, so a checkpoint of the
+      state holds them.
+
+    Raises:
+      ValueError: at `init`: the masks are another model's; at `update`: no parameters.
+      TypeError: at `init`: the masks are not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> tx = jp.keep_masks(optax.adamw(0.1), {"w": jnp.array([True, False])})
+      >>> updates, _ = tx.update({"w": jnp.ones(2)}, tx.init(params), params)
+      >>> float(optax.apply_updates(params, updates)["w"][1])
+      0.0
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(params: Params) -> KeepMasksState:
+        aligned = masking.checked(params, masks)
+        own = [
+            m if tree.is_masked(m) else placement.placed(jnp.array(m, copy=True), leaf)
+            for m, leaf in zip(aligned, tree.named_leaves(params).values(), strict=True)
+        ]
+        structure = jax.tree.structure(params, is_leaf=tree.is_masked)
+        kept = jax.tree.unflatten(structure, own)
+        return KeepMasksState(kept, optimizer.init(_select(kept, params)))
+
+    def update(
+        updates: optax.Updates,
+        state: KeepMasksState,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, KeepMasksState]:
+        if params is None:
+            raise ValueError(
+                "keep_masks needs the parameters; call tx.update(g, state, params)"
+            )
+        kept = state.masks
+        updates, inner = optimizer.update(
+            _select(kept, updates), state.inner, _select(kept, params), **extra_args
+        )
+        return _select(kept, updates, params), KeepMasksState(kept, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _select(masks: Masks, values: Any, undo: Any = None) -> Any:
+    """The values where kept; elsewhere 0, or minus `undo` where it is given."""
+
+    def leaf(mask: Any, value: Any, *pruned: Any) -> Any:
+        if tree.is_masked(mask) or isinstance(value, jax.ShapeDtypeStruct):
+            return value
+        other = -pruned[0].astype(value.dtype) if pruned else jnp.zeros_like(value)
+        return jnp.where(mask, value, other)
+
+    trees = (values,) if undo is None else (values, undo)
+    return jax.tree.map(leaf, masks, *trees, is_leaf=tree.is_masked)

@@ -1,0 +1,185 @@
+"""Running averages of whole trees, updated leaf by leaf, however they are held.
+
+A_n = A_{n-1} + gain(n) (x_n - A_{n-1}), in float32; only the leaf at hand is ever wide,
+and with averages in host memory only that one is on the device.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax import MaskedNode
+
+from jaxprune.arrays import low_bit, placement, tree
+from jaxprune.arrays.low_bit import Storage
+from jaxprune.typing import Params
+
+Memory: TypeAlias = Literal["device", "pinned_host"]
+"""Where an average is between two snapshots."""
+
+View: TypeAlias = Callable[..., jax.Array]
+"""Leaves of the watched trees, float32, to the number that is averaged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """What is averaged and how it is held.
+
+    Attributes:
+      view: what is averaged of each leaf; in magnitude it grows with its arguments'.
+      signed: whether that can be negative.
+      storage: "float32", "bfloat16" or "int8".
+      memory: "device" or "pinned_host".
+      stream: seeds the rounding; different for each average.
+    """
+
+    view: View
+    signed: bool
+    storage: Storage
+    memory: Memory
+    stream: int
+
+    def start(self, params: Params, *, from_values: bool) -> Params:
+        """The average before the first snapshot.
+
+        Args:
+          params: the parameters, or `jax.ShapeDtypeStruct`s.
+          from_values: whether it is the view of the parameters, or zero.
+
+        Returns:
+          Averages like `params`; `optax.MaskedNode()` where a leaf is not floating.
+        """
+
+        def first(number: int, leaf: Any) -> Any:
+            if not tree.is_floating(leaf):
+                return MaskedNode()
+            abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+            value = jnp.zeros_like(leaf) if abstract else leaf
+            start = low_bit.phase(self.stream + number)
+            return self._put(_first(value, start, self, from_values and not abstract))
+
+        structure: Any
+        leaves, structure = jax.tree.flatten(params, is_leaf=tree.is_masked)
+        firsts = [first(number, leaf) for number, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, firsts)
+
+    def update(
+        self, average: Params, gain: jax.Array, n: jax.Array, *trees: Params
+    ) -> Params:
+        """The average after one more snapshot.
+
+        Args:
+          average: the average before it.
+          gain: c(n) / S(n), float32 scalar.
+          n: the snapshot's number, from 1, int32 scalar.
+          *trees: what `view` takes, each like the parameters.
+
+        Returns:
+          Averages like those given.
+        """
+        structure: Any
+        held, structure = jax.tree.flatten(average, is_leaf=tree.is_leaf)
+        watched = list(zip(*map(structure.flatten_up_to, trees), strict=True))
+
+        tracked = [i for i, leaf in enumerate(held) if not tree.is_masked(leaf)]
+        exponents = self._exponents(held, watched, tracked, n)
+        if exponents is not None or self.memory == "pinned_host":
+            # What is watched is written down once and read from there; made again for
+            # each reader, it would keep its own inputs alive until the end of the step.
+            watched, exponents = jax.lax.optimization_barrier((watched, exponents))
+        after = list(held)
+        for before, number in zip([None, *tracked], tracked, strict=False):
+            if self.memory == "pinned_host" and before is not None:
+                # One after the other, so that one leaf at a time is on the device.
+                held[number], after[before] = jax.lax.optimization_barrier(
+                    (held[number], after[before])
+                )
+            old = low_bit.decode(held[number])
+            new = old + gain * (self.view(*map(_widened, watched[number])) - old)
+            start = low_bit.phase(self.stream + number)
+            exponent = None if exponents is None else exponents[number]
+            after[number] = self._encode(new, start, n, exponent)
+        return jax.tree.unflatten(
+            structure, [x if tree.is_masked(x) else self._put(x) for x in after]
+        )
+
+    def _encode(
+        self,
+        value: jax.Array,
+        start: jax.Array | np.uint32,
+        n: jax.Array | int,
+        exponent: jax.Array | None,
+    ) -> Any:
+        """A leaf as it is held."""
+        if self.storage == "float32":
+            return value
+        thresholds = low_bit.dither(value.shape, start, n)
+        if self.storage == "bfloat16":
+            return low_bit.encode_bfloat16(value, thresholds)
+        if exponent is None:
+            exponent = low_bit.unit_exponent(value, signed=self.signed)
+        return low_bit.encode_int8(value, exponent, thresholds, signed=self.signed)
+
+    def _exponents(
+        self,
+        held: list[Any],
+        watched: list[tuple[jax.Array, ...]],
+        tracked: list[int],
+        n: jax.Array,
+    ) -> dict[int, jax.Array] | None:
+        """The units of the one-byte codes, fitted now and then.
+
+        At n = 1, 2, 4, ... and at every 64th snapshot, to the average and what it moves
+        towards; in between nothing can leave the range but what grows suddenly.
+        """
+        if self.storage != "int8":
+            return None
+
+        def fitted(number: int) -> jax.Array:
+            old = low_bit.on_device(held[number])
+            # Every view grows with the size of what it sees.
+            new = self.view(*map(_largest, watched[number]))
+            return jnp.maximum(
+                low_bit.unit_exponent(low_bit.largest(old), signed=self.signed),
+                low_bit.unit_exponent(new, signed=self.signed),
+            )
+
+        exponents = jax.lax.cond(
+            ((n & (n - 1)) == 0) | (n % 64 == 0),
+            lambda: [fitted(i) for i in tracked],
+            lambda: [low_bit.on_device(held[i].exponent) for i in tracked],
+        )
+        return dict(zip(tracked, exponents, strict=True))
+
+    def _put(self, leaf: Any) -> Any:
+        return low_bit.on_host(leaf) if self.memory == "pinned_host" else leaf
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _first(leaf: jax.Array, start: np.uint32, how: Average, from_values: bool) -> Any:
+    """A leaf's average before the first snapshot, in a buffer of its own."""
+    value = placement.zeros_like(leaf, np.float32)
+    if from_values:
+        # Returned as it is, the parameter's own buffer would be shared.
+        value = jnp.array(how.view(leaf), np.float32, copy=True)
+    return how._encode(value, start, 0, None)
+
+
+def _largest(leaf: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(leaf), initial=0).astype(np.float32)
+
+
+def _widened(leaf: jax.Array) -> jax.Array:
+    """The leaf in float32, rounded as it is stored.
+
+    XLA may leave out a rounding to bfloat16 that is followed by a widening; the average
+    would then be of weights that the model never had.
+    """
+    wide, kind = leaf.astype(np.float32), jnp.finfo(leaf.dtype)
+    if kind.bits >= 32:
+        return wide
+    return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)

@@ -1,0 +1,78 @@
+"""The words of the package: what importance, scores, masks and patterns are.
+
+Polarity, everywhere: a higher score is kept, and a mask is True where a weight is
+kept. A leaf that must not be pruned is `optax.MaskedNode()` in scores and masks.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import jax
+
+from jaxprune.arrays.axes import Axes
+
+Params: TypeAlias = Any
+"""A pytree of arrays: dict, tuple, Linen or NNX state, Equinox module."""
+
+Scores: TypeAlias = Any
+"""Like Params, floating; higher is kept; `optax.MaskedNode()` where unprunable."""
+
+Masks: TypeAlias = Any
+"""Like Params, boolean; True is kept; `optax.MaskedNode()` where unprunable."""
+
+Weighting: TypeAlias = Callable[[jax.Array], jax.Array]
+"""Snapshot index i = 1, 2, ... (int32 scalar) to its gain c(i) / S(i) (float32)."""
+
+Prunable: TypeAlias = Callable[[str, Any], bool]
+"""Path name and leaf to whether the leaf may be pruned."""
+
+Scope: TypeAlias = Literal["layer", "global"]
+"""Whether a sparsity is met in each leaf, or by one ranking over all of them."""
+
+
+class Importance(NamedTuple):
+    """What was accumulated over training; a field is None where nobody tracked it.
+
+    Attributes:
+      weight: weighted average of the weights, like the parameters.
+      magnitude: weighted average of their magnitudes |w|.
+      square: average of the squared gradients g^2, or an adaptive optimizer's own
+        second moment, in that optimizer's dtype.
+      taylor: average of |w g|.
+
+    A leaf is as it is held: float32, bfloat16 or a `storage.Int8`, of which
+    `storage.decode(leaf)` or `np.asarray(leaf)` makes float32. Criteria take any.
+    """
+
+    weight: Params | None = None
+    magnitude: Params | None = None
+    square: Params | None = None
+    taylor: Params | None = None
+
+
+class Criterion(Protocol):
+    """A function that says how much each weight matters."""
+
+    def __call__(self, params: Params, importance: Importance | None = None) -> Scores:
+        """Scores like `params`; higher is kept."""
+
+
+class Pattern(Protocol):
+    """Which weights live and die together, and how the survivors may lie.
+
+    Attributes:
+      sparsity: the share that the pattern itself fixes, or None where it is free.
+    """
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of weights that the pattern fixes, or None."""
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+        """Why a leaf of this shape cannot take the pattern, or None if it can."""
+
+    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+        """The scores of the units that live or die together."""
+
+    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+        """The mask of a leaf of this shape from the mask of its units."""

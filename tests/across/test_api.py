@@ -1,0 +1,186 @@
+"""The public names: they are there, each says what it does, and importing is cheap."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxprune
+
+ROOT = Path(__file__).resolve().parents[2]
+INIT = ROOT / "jaxprune" / "__init__.py"
+
+FUNCTIONS = [
+    "averages.exponential",
+    "averages.power",
+    "averages.uniform",
+    "calibrate",
+    "get_importance",
+    "keep_masks",
+    "lora",
+    "masks.apply",
+    "masks.combine",
+    "masks.make",
+    "masks.pack",
+    "masks.unpack",
+    "prune",
+    "prune_trained",
+    "scores.averaged_magnitude",
+    "scores.averaged_weight",
+    "scores.magnitude",
+    "scores.obd",
+    "scores.random",
+    "scores.taylor",
+    "scores.threshold",
+    "scores.trajectory",
+    "sparsity",
+    "trace",
+    "track_gradients",
+    "track_importance",
+    "tree.names",
+    "tree.prunable",
+]
+CLASSES = [
+    "Importance",
+    "methods.ALPS",
+    "methods.Magnitude",
+    "methods.RIA",
+    "methods.SparseGPT",
+    "methods.Wanda",
+    "patterns.Block",
+    "patterns.Channel",
+    "patterns.NM",
+    "patterns.PerOutput",
+    "patterns.Unstructured",
+    "shares.ERK",
+    "shares.OWL",
+    "shares.Ranked",
+    "shares.Uniform",
+]
+# Heavy third parties stay out until the module that needs them is imported.
+HEAVY = ["flax", "orbax", "tyro", "matplotlib", "torch", "tensorflow_datasets"]
+BY_NAME = [
+    "checkpoint",
+    "cli",
+    "compact",
+    "directory",
+    "export",
+    "models.generate",
+    "models.gpt",
+    "models.hf",
+    "report",
+    "streaming",
+]
+
+
+def _get(name):
+    found = jaxprune
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _public_definitions():
+    """(file, node) of each public top-level function and class of the package."""
+    for path in sorted((ROOT / "jaxprune").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            if isinstance(node, kinds) and not node.name.startswith("_"):
+                yield pytest.param(
+                    node, id=f"{path.relative_to(ROOT / 'jaxprune')}:{node.name}"
+                )
+
+
+def _missing_sections(node):
+    """The Google sections that a function's docstring owes and does not have."""
+    doc = ast.get_docstring(node) or ""
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    arguments += [extra for extra in (node.args.vararg, node.args.kwarg) if extra]
+    returns = node.returns is not None and ast.unparse(node.returns) != "None"
+    owed = {"Args": bool(arguments), "Returns": returns}
+    # One line may say it all: "Whether a node stands for a leaf that was left out."
+    if "\n" not in doc.strip():
+        return [] if doc else ["a docstring"]
+    alternatives = {"Args": r"Args", "Returns": r"Returns|Yields"}
+    return [
+        section
+        for section, is_owed in owed.items()
+        if is_owed and not re.search(rf"^({alternatives[section]}):$", doc, re.M)
+    ]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_public_function_has_arguments_result_and_an_example_for_doctest(name):
+    function = _get(name)
+    owed = ["Args", "Returns", "Example"]
+    if not inspect.signature(function).parameters:
+        owed.remove("Args")
+    doc = inspect.getdoc(function) or ""
+    written = re.findall(r"^(Args|Returns|Example)s?:$", doc, re.MULTILINE)
+    assert written == owed
+    assert doctest.DocTestParser().get_examples(doc)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_public_class_says_what_it_is(name):
+    assert inspect.isclass(_get(name))
+    assert inspect.getdoc(_get(name))
+
+
+@pytest.mark.parametrize("node", [*_public_definitions()])
+def test_every_public_definition_is_documented(node):
+    assert ast.get_docstring(node), f"{node.name} has no docstring"
+    if isinstance(node, ast.FunctionDef):
+        assert _missing_sections(node) == []
+
+
+def test_names_are_exported_once_and_explicitly():
+    statements = ast.parse(INIT.read_text()).body
+    imports = [node for node in statements if isinstance(node, ast.ImportFrom)]
+    aliases = [alias for node in imports for alias in node.names]
+    assert [a.name for a in aliases if a.asname != a.name] == []
+    names = [alias.name for alias in aliases]
+    assert len(names) == len(set(names))
+    for name in {name.split(".")[0] for name in FUNCTIONS + CLASSES}:
+        assert name in names
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    modules = {path.stem for path in INIT.parent.glob("*.py")}
+    assert not modules & {name for name in FUNCTIONS if "." not in name}
+
+
+def test_the_version_is_that_of_the_distribution():
+    written = re.search(
+        r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    assert jaxprune.__version__ == written[1]
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    program = (
+        f"import sys, jaxprune;print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_rest_is_imported_by_its_own_name(name):
+    assert importlib.import_module(f"jaxprune.{name}").__doc__
+
+
+def test_the_types_ship():
+    assert (INIT.parent / "py.typed").exists()

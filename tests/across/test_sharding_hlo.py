@@ -1,0 +1,255 @@
+"""The compiled programs send no parameter between devices, however it is laid out."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+from jaxprune.arrays import placement, tree
+from tests.support.trajectories import same_bits
+
+KINDS = [AxisType.Auto, AxisType.Explicit]
+LAYOUTS = {
+    "fully sharded": P(("data", "model")),
+    "rows": P("data"),
+    "columns": P(None, "model"),
+    "both": P("data", "model"),
+    "stacked": P(None, "data", "model"),
+    "replicated": P(),
+}
+SIZE = 256 * 256
+# A packed mask is an eighth of this at one byte a weight, its shards an eighth again;
+# what may move is smaller: counts, a channel's mean, a leaf's deviation.
+BOUND = SIZE // 16
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter|"
+    r"collective-broadcast)(?:-start)?\("
+)
+ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
+
+pytestmark = pytest.mark.skipif(
+    len(jax.devices()) < 8, reason="needs the eight CPU devices of conftest.py"
+)
+
+
+def sent(function, *arguments):
+    """(operation, bytes on a device) of whatever the compiled program sends about."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert not re.search(r"\bsort\(", text)
+    found = COLLECTIVE.findall(text)
+    sizes = [[size(*array) for array in ARRAY.findall(result)] for result, _ in found]
+    # An all-to-all lists the pieces of one array, others list arrays sent together.
+    return [
+        (operation, sum(each) if operation == "all-to-all" else max(each))
+        for (_, operation), each in zip(found, sizes, strict=True)
+    ]
+
+
+def size(_, bits, shape):
+    elements = np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64)
+    return -(-int(bits or 8) // 8) * int(elements)
+
+
+def large(function, *arguments, bound=BOUND):
+    return [item for item in sent(function, *arguments) if item[1] >= bound]
+
+
+def make_mesh(kind):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+
+
+def drawn(shape, seed=0):
+    """Numbers with many ties."""
+    values = np.random.default_rng(seed).normal(size=shape)
+    return np.round(values, 1).astype(np.float32)
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def mesh(request):
+    return make_mesh(request.param)
+
+
+@pytest.fixture
+def params(mesh):
+    return {
+        name: jax.device_put(
+            drawn((4, 128, 128) if name == "stacked" else (256, 256)),
+            NamedSharding(mesh, spec),
+        )
+        for name, spec in LAYOUTS.items()
+    }
+
+
+@pytest.fixture
+def scores(params):
+    return jax.tree.map(jnp.abs, params)
+
+
+@pytest.fixture
+def masks(scores):
+    return jax.tree.map(lambda s: s > 0.5, scores)
+
+
+def trackers(**options):
+    return optax.chain(
+        jp.track_gradients(average=("square", "taylor"), **options),
+        optax.sgd(0.125),
+        jp.track_importance(average=("weight", "magnitude"), **options),
+    )
+
+
+def test_the_probe_sees_what_is_gathered():
+    mesh = make_mesh(AxisType.Auto)
+    x = jax.device_put(drawn((256, 256)), NamedSharding(mesh, P("data")))
+    everywhere = NamedSharding(mesh, P())
+    gathered = lambda x: jax.lax.with_sharding_constraint(x * 2, everywhere)  # noqa: E731
+    assert large(gathered, x) == [("all-gather", 4 * SIZE)]
+    mask = jax.device_put(x > 0, NamedSharding(mesh, P(("data", "model"))))
+    packed = lambda m: jnp.packbits(  # noqa: E731
+        jax.lax.with_sharding_constraint(m, everywhere), axis=-1
+    )
+    assert large(packed, mask)
+
+
+def test_scores(params):
+    importance = jp.Importance(*[params] * 4)
+    criteria = [
+        jp.scores.magnitude,
+        jp.scores.averaged_weight,
+        jp.scores.averaged_magnitude,
+        jp.scores.obd,
+        jp.scores.trajectory,
+        jp.scores.taylor,
+        jp.scores.random,
+        jp.scores.threshold,
+    ]
+    for_all = lambda i, p: [criterion(i, p) for criterion in criteria]  # noqa: E731
+    assert large(for_all, importance, params) == []
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        jp.patterns.Unstructured(),
+        jp.patterns.NM(2, 4),
+        jp.patterns.Block(4, 8),
+        jp.patterns.Channel(),
+    ],
+    ids=str,
+)
+def test_masks_and_pruning(params, scores, pattern, allocation):
+    def both(params, scores):
+        arguments = {"allocation": allocation, "pattern": pattern}
+        made = jp.masks.make(scores, 0.5, **arguments)
+        return made, jp.prune(params, scores, 0.5, **arguments)
+
+    assert large(both, params, scores) == []
+
+
+def test_what_is_done_with_masks(params, scores, masks):
+    def everything(params, scores, masks):
+        packed = jp.masks.pack(masks)
+        return (
+            jp.masks.above(scores, 0.5),
+            jp.masks.apply(params, masks),
+            jp.masks.combine(masks, masks),
+            packed,
+            jp.masks.unpack(packed),
+        )
+
+    assert large(everything, params, scores, masks) == []
+    assert large(jp.masks.unpack, jp.masks.pack(masks)) == []
+
+
+def test_counting_zeros(params):
+    count = lambda p: jax.tree.map(tree._count_nonzero, p)  # noqa: E731
+    assert large(count, params) == []
+
+
+def test_a_step_under_masks(params, masks):
+    tx = jp.keep_masks(optax.adamw(0.125), masks)
+    assert large(tx.update, params, tx.init(params), params) == []
+    assert large(tx.init, params) == []
+    kept = jax.jit(tx.init)(params).masks
+    for name, mask in kept.items():
+        assert mask.sharding.is_equivalent_to(params[name].sharding, mask.ndim)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_a_step_of_the_trackers(params, storage):
+    tx = trackers(storage=storage)
+    state = jax.jit(tx.init)(params)
+    assert large(tx.init, params) == []
+    assert large(tx.update, params, state, params) == []
+    assert large(lambda s: tuple(jp.get_importance(s)), state) == []
+
+
+def test_zeros_and_placed_arrays_cost_nothing_and_are_never_whole(mesh):
+    """The comparison that ties them to the leaf is dropped after they are placed."""
+    spec = NamedSharding(mesh, P("data", "model"))
+    bad = jax.device_put(np.array([[np.nan, np.inf], [-np.inf, -0.0]] * 4), spec)
+    for leaf in (bad, bad.astype(jnp.bfloat16), bad > 0):
+        zeros = jax.jit(lambda leaf: placement.zeros_like(leaf, np.float32))
+        assert zeros(leaf).sharding.is_equivalent_to(spec, 2)
+        np.testing.assert_array_equal(zeros(leaf), np.zeros((8, 2), np.float32))
+        assert not np.signbit(zeros(leaf)).any()
+        text = zeros.lower(leaf).compile().as_text()
+        assert "f32[8,2]" not in text.split("ENTRY")[1]
+        # Of bfloat16 and bool some versions keep it: a local read of the leaf.
+        assert leaf.dtype != np.float32 or "compare(" not in text
+
+        random = lambda leaf: jax.random.uniform(jax.random.key(0), leaf.shape)  # noqa: E731
+        placed = jax.jit(lambda leaf: placement.placed(random(leaf), leaf))  # noqa: B023
+        assert placed(leaf).sharding.is_equivalent_to(spec, 2)
+        assert same_bits(np.asarray(placed(leaf)), np.asarray(random(leaf)))
+        text = placed.lower(leaf).compile().as_text()
+        assert "[8,2]" not in text.split("ENTRY")[1]
+
+
+CUT = [
+    ((252, 64), P("data"), jp.patterns.NM(2, 4)),  # 63 rows a device
+    ((252, 64), P("data"), jp.patterns.Block(4, 4)),
+    ((4, 252, 64), P(None, "data"), jp.patterns.NM(2, 4)),
+    ((256, 48), P("data", "model"), jp.patterns.Block(4, 5)),
+]
+
+
+@pytest.mark.parametrize(("shape", "spec", "pattern"), CUT)
+def test_where_a_device_ends_inside_a_tile_shards_change_axes(shape, spec, pattern):
+    """No device ever holds more than its share, though all of it is sent."""
+    mesh = make_mesh(AxisType.Explicit)
+    values = drawn(shape)
+    held = {"w": jax.device_put(values, NamedSharding(mesh, spec))}
+    share = held["w"].addressable_shards[0].data.nbytes
+    half = 0.5 if pattern.sparsity is None else None
+    make = lambda s: jp.masks.make(s, half, pattern=pattern)  # noqa: E731
+    moved = sent(make, held)
+    assert {name for name, count in moved if count >= share // 8} == {"all-to-all"}
+    assert max(count for _, count in moved) <= share
+    one = make({"w": jnp.asarray(values)})["w"]
+    for masks in (make(held), jax.jit(make)(held)):
+        assert masks["w"].sharding.is_equivalent_to(held["w"].sharding, len(shape))
+        np.testing.assert_array_equal(masks["w"], one)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_where_no_axis_can_take_the_shards_the_masks_are_right_nonetheless(kind):
+    """The exception: that axis is gathered, by us or on Auto meshes by the compiler."""
+    values = drawn((252, 66))
+    spec = NamedSharding(make_mesh(kind), P("data"))
+    pattern = jp.patterns.Block(5, 4)
+    make = lambda s: jp.masks.make(s, 0.5, pattern=pattern)  # noqa: E731
+    held = {"w": jax.device_put(values, spec)}
+    assert "all-gather" in {name for name, _ in sent(make, held)}
+    one = make({"w": jnp.asarray(values)})["w"]
+    for masks in (make(held), jax.jit(make)(held)):
+        assert masks["w"].sharding.is_equivalent_to(spec, 2)
+        np.testing.assert_array_equal(masks["w"], one)

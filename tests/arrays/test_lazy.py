@@ -1,0 +1,172 @@
+"""Leaves that stay in their file: the same bits, in the memory of a layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune.arrays import lazy
+from tests.support.small_models import (
+    chain,
+    correlated,
+    kernels_of,
+    run_chain,
+    same_bits,
+)
+from tests.support.small_models import quick_compilation as quick_compilation
+
+WIDTHS = [6, 6, 6, 6, 6]
+PARAMS = chain(WIDTHS)
+BATCHES = [correlated(i, 24, 6) / 3 for i in range(2)]
+
+
+class Shelf:
+    """A tree whose leaves are read one by one, and how many are out at a time."""
+
+    def __init__(self, params):
+        self.reads = []
+        self.params = jax.tree_util.tree_map_with_path(self._stored, params)
+
+    def _stored(self, path, leaf):
+        host = np.asarray(leaf)
+
+        def read():
+            self.reads.append(jax.tree_util.keystr(path))
+            return jax.device_put(jnp.array(host), leaf.sharding)
+
+        return jp.Stored(host.shape, host.dtype, read, leaf.sharding)
+
+
+def prune(fn, params, batches=BATCHES, method="sparsegpt", sparsity=0.5, **options):
+    return jp.prune_trained(
+        fn, params, batches, method=method, sparsity=sparsity, progress=False, **options
+    )
+
+
+def held(tree):
+    return [x for x in jax.tree.leaves(tree) if not isinstance(x, jp.Stored)]
+
+
+def test_a_stored_leaf_says_its_shape():
+    leaf = jp.Stored((2, 3), np.dtype(np.float32), lambda: jnp.ones((2, 3)))
+    assert (leaf.ndim, leaf.size) == (2, 6)
+    assert lazy.array(leaf).tolist() == [[1] * 3] * 2
+    assert lazy.array(3) == 3
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
+def test_the_bits_are_those_of_arrays(method, tmp_path):
+    expected = prune(run_chain, PARAMS, method=method)
+    found = prune(run_chain, Shelf(PARAMS).params, method=method, folder=tmp_path)
+    assert not held(found.params)
+    assert same_bits(lazy.loaded(found.params), expected.params)
+
+
+@pytest.mark.parametrize("shares", [jp.allocation.ERK(), jp.allocation.OWL(factor=1.5)])
+def test_shares_read_what_they_need(shares, tmp_path):
+    options = {"method": "wanda", "sparsity": 0.4, "shares": shares}
+    expected = prune(run_chain, PARAMS, **options)
+    found = prune(run_chain, Shelf(PARAMS).params, folder=tmp_path, **options)
+    assert same_bits(lazy.loaded(found.params), expected.params)
+
+
+def test_without_a_folder_the_pruned_leaves_are_arrays():
+    expected = prune(run_chain, PARAMS)
+    found = prune(run_chain, Shelf(PARAMS).params)
+    assert len(held(found.params)) == len(kernels_of(PARAMS))
+    assert same_bits(lazy.loaded(found.params), expected.params)
+
+
+def test_the_trace_reads_nothing():
+    shelf = Shelf(PARAMS)
+    seen = jp.trace(run_chain, shelf.params, BATCHES[0])
+    expected = jp.trace(run_chain, PARAMS, BATCHES[0])
+    assert [p.name for p in seen.products] == [p.name for p in expected.products]
+    assert not shelf.reads
+
+
+def test_calibration_is_that_of_arrays():
+    expected = jp.calibrate(run_chain, PARAMS, BATCHES, hessian=True)
+    found = jp.calibrate(run_chain, Shelf(PARAMS).params, BATCHES, hessian=True)
+    assert same_bits(found, expected)
+
+
+def test_memory_holds_a_layer_and_not_the_model(tmp_path):
+    wide, most = 64, []
+    params = [jnp.eye(wide) * (1 + i / 8) for i in range(24)]
+
+    def fn(params, x):
+        for kernel in params:
+            x = jnp.tanh(x @ kernel)
+        return x
+
+    def leaf(i):
+        host = np.asarray(params[i])
+
+        def read():
+            shapes = [x.shape for x in jax.live_arrays()]
+            most.append(shapes.count((wide, wide)) - before)
+            return jnp.array(host)
+
+        return jp.Stored(host.shape, host.dtype, read)
+
+    tree = [leaf(i) for i in range(len(params))]
+    batches = [np.asarray(correlated(0, 8, wide))]
+    before = sum(x.shape == (wide, wide) for x in jax.live_arrays())
+    prune(fn, tree, batches, method="wanda", folder=tmp_path)
+    assert len(most) == 2 * len(params)  # once to be looked at, once to be pruned
+    # The layer before, for the way to the next input, and what is being pruned.
+    assert max(most) <= 4
+
+
+def test_parts_of_one_leaf_go_back_to_it(tmp_path):
+    params = {"qkv": jnp.asarray(np.random.default_rng(0).normal(size=(6, 12)), "f4")}
+
+    def fn(params, x):
+        first, second = jnp.split(params["qkv"], 2, axis=1)
+        return jnp.tanh(x @ first) @ second
+
+    expected = prune(fn, params)
+    found = prune(fn, Shelf(params).params, folder=tmp_path)
+    assert not held(found.params)
+    assert same_bits(lazy.loaded(found.params), expected.params)
+
+
+def test_a_killed_walk_goes_on(tmp_path):
+    shelf = Shelf(PARAMS)
+    whole = prune(run_chain, shelf.params, folder=tmp_path)
+    records = sorted(tmp_path.glob("stage_*.json"))
+    for path in records[2:]:
+        path.unlink()
+    again = prune(run_chain, Shelf(PARAMS).params, folder=tmp_path)
+    assert same_bits(lazy.loaded(again.params), lazy.loaded(whole.params))
+    assert again.report["weights"][:2] == whole.report["weights"][:2]
+
+
+def test_what_is_stored_must_be_finite(tmp_path):
+    wrong = jax.tree.map(lambda x: x.at[0].set(jnp.nan), PARAMS)
+    with pytest.raises(ValueError, match="finite"):
+        prune(run_chain, Shelf(wrong).params, folder=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", list(jax.sharding.AxisType)[:2])
+def test_each_device_gets_its_part(kind, tmp_path):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    where = jax.NamedSharding(mesh, jax.P(None, "data"))
+    params = [jax.device_put(k, where) for k in kernels_of(chain([8, 8, 8]))]
+    alone = jax.NamedSharding(mesh, jax.P())
+    batches = [jax.device_put(correlated(0, 24, 8) / 3, alone)]
+
+    def fn(params, x):
+        for kernel in params:
+            x = jnp.tanh(jnp.dot(x, kernel, out_sharding=alone))
+        return x
+
+    with jax.set_mesh(mesh):
+        expected = prune(fn, params, batches)
+        found = prune(fn, Shelf(params).params, batches, folder=tmp_path)
+    leaves = lazy.loaded(found.params)
+    assert [x.sharding for x in leaves] == [where] * 2
+    assert same_bits(leaves, expected.params)

@@ -1,0 +1,400 @@
+"""A checkpoint is whole or not taken for one, and comes back bit for bit."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from experiments.harness import checkpoint, manifest
+
+CONFIGURATION = {"seed": 0, "model": {"layers": (1, 2)}}
+
+
+def small_state(value=1.0):
+    return {
+        "params": {"w": jnp.full((3, 4), value), "b": jnp.zeros(4, jnp.bfloat16)},
+        "step": jnp.int32(7),
+    }
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def save(folder, step, value=None):
+    value = float(step) if value is None else value
+    return checkpoint.save(
+        folder, small_state(value), step=step, configuration=CONFIGURATION
+    )
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in files(folder)}
+
+
+def test_every_container_and_dtype_comes_back_bit_for_bit(tmp_path):
+    class Pair(typing.NamedTuple):
+        left: typing.Any
+        right: typing.Any
+
+    params = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    optimizer = optax.chain(optax.clip(1.0), optax.adamw(1e-3))
+    state = Pair(
+        params,
+        (
+            optimizer.init(params),
+            {"mask": jnp.array([True, False]), "none": None, "a/b": jnp.ones(2)},
+            [optax.MaskedNode(), jnp.arange(5, dtype=jnp.uint8), jnp.int32(3)],
+            {"bf16": jnp.asarray([1.1, -0.0, jnp.nan, jnp.inf], jnp.bfloat16)},
+            (np.arange(4), np.float64(0.1), jnp.zeros((0, 2)), np.zeros((3, 0))),
+        ),
+    )
+    checkpoint.save(tmp_path, state, step=3, configuration={})
+    target = jax.tree.map(
+        lambda x: abstract(x) if isinstance(x, jax.Array) else x, state
+    )
+    restored = checkpoint.restore(tmp_path, target)
+    assert restored.step == 3
+    assert jax.tree.structure(restored.state) == jax.tree.structure(state)
+    for new, old in zip(
+        jax.tree.leaves(restored.state), jax.tree.leaves(state), strict=True
+    ):
+        assert new.dtype == old.dtype
+        assert isinstance(new, jax.Array) == isinstance(old, jax.Array)
+        np.testing.assert_array_equal(
+            np.asarray(new).reshape(-1).view(np.uint8),
+            np.asarray(old).reshape(-1).view(np.uint8),
+        )
+
+
+def test_a_tree_that_is_one_array_or_has_no_elements_comes_back(tmp_path):
+    for step, state in enumerate([jnp.arange(3), {}, {"empty": jnp.zeros((0, 2))}]):
+        checkpoint.save(tmp_path, state, step=step, configuration={})
+        restored = checkpoint.restore(tmp_path, abstract(state)).state
+        chex.assert_trees_all_equal(restored, state)
+
+
+def test_four_devices_save_and_two_load(tmp_path):
+    def sharding(count, axis):
+        mesh = jax.make_mesh(
+            (count,), ("x",), (AxisType.Auto,), devices=jax.devices()[:count]
+        )
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "x"))
+
+    value = np.arange(32, dtype=np.float32).reshape(4, 8)
+    state = {"w": jax.device_put(value, sharding(4, 0))}
+    checkpoint.save(tmp_path, state, step=1, configuration={})
+    target = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=sharding(2, 1))
+    restored = checkpoint.restore(tmp_path, {"w": target}).state["w"]
+    assert restored.sharding == target.sharding
+    np.testing.assert_array_equal(restored, value)
+    alone = checkpoint.restore(tmp_path, abstract(state)).state["w"]
+    assert len(alone.sharding.device_set) == 1
+
+
+def test_the_configuration_is_read_without_the_arrays(tmp_path):
+    path = save(tmp_path, 5)
+    found = checkpoint.latest(tmp_path)
+    assert found == (5, {"seed": 0, "model": {"layers": [1, 2]}}, path)
+
+
+def test_configurations_are_compared_field_by_field():
+    saved = json.loads(json.dumps(CONFIGURATION))
+    assert checkpoint.differences(saved, CONFIGURATION) == []
+    current = {"seed": 1, "model": {"layers": (1, 2), "width": 8}}
+    assert checkpoint.differences(saved, current) == [
+        "seed was 0 and is 1",
+        "model.width was 'absent' and is 8",
+    ]
+
+
+def test_the_last_n_are_kept_and_nothing_else_stays(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000003", "step_00000004"]
+    checkpoint.save(tmp_path, small_state(), step=5, configuration={}, keep=1)
+    assert os.listdir(tmp_path) == ["step_00000005"]
+
+
+def test_a_missing_or_empty_folder_holds_no_checkpoint(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert checkpoint.latest(folder) is None
+        with pytest.raises(FileNotFoundError, match=r"holds no checkpoint; give the"):
+            checkpoint.restore(folder, small_state())
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_checkpoint_damaged_anywhere_is_passed_over_for_an_older_one(
+    tmp_path, caplog
+):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    random = np.random.default_rng(0)
+    for file in files(path):
+        content = file.read_bytes()
+        places = {0, len(content) // 2, len(content) - 1}
+        places |= set(random.integers(0, max(len(content), 1), 4).tolist())
+        damages = [content[:n] for n in places if 0 <= n < len(content)]
+        damages += [
+            content[:n] + bytes([content[n] ^ 0x10]) + content[n + 1 :]
+            for n in places
+            if 0 <= n < len(content)
+        ]
+        for damaged in damages:
+            file.write_bytes(damaged)
+            assert checkpoint.latest(tmp_path).step == 1, (file, len(damaged))
+        file.unlink()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            restored = checkpoint.restore(tmp_path, abstract(small_state()))
+        assert "using 'step_00000001'" in caplog.text
+        assert file.name in caplog.text
+        chex.assert_trees_all_equal(restored.state, small_state(1.0))
+        file.write_bytes(content)
+    assert checkpoint.latest(tmp_path).step == 2
+
+
+def test_a_checkpoint_cut_or_changed_at_any_byte_is_not_taken_for_whole(tmp_path):
+    path = save(tmp_path, 1)
+    meaning, taken = manifest.verify(path), []
+    for file in files(path):
+        content = file.read_bytes()
+        for n, byte in enumerate(content):
+            flipped = bytes([byte ^ 1 << n % 8])
+            for bad in (content[:n], content[:n] + flipped + content[n + 1 :]):
+                file.write_bytes(bad)
+                try:
+                    body = manifest.verify(path)
+                except manifest.Broken:
+                    continue
+                # White space of the manifest may change; what it says may not.
+                if file.name != "checkpoint.json" or body != meaning:
+                    taken.append((file, n))
+        file.write_bytes(content)
+    assert manifest.verify(path)
+    assert taken == []
+
+
+def test_a_save_that_was_cut_anywhere_is_not_looked_at(tmp_path):
+    save(tmp_path, 1)
+    partial = save(tmp_path, 2).rename(tmp_path / ".partial_step_00000002")
+    assert checkpoint.latest(tmp_path).step == 1
+    for damaged in files(partial):
+        damaged.unlink()
+        assert checkpoint.latest(tmp_path).step == 1
+    save(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+
+
+def test_where_no_checkpoint_is_whole_the_reasons_are_given(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "checkpoint.json").unlink()
+    with pytest.raises(
+        ValueError,
+        match=r"no checkpoint in .* is whole \('step_00000001' has no "
+        r"checkpoint.json\); bring .* or remove the folder",
+    ):
+        checkpoint.restore(tmp_path, small_state())
+
+
+def test_a_damaged_newest_checkpoint_is_replaced(tmp_path):
+    save(tmp_path, 1)
+    for step in (2, 3):
+        path = checkpoint.save(
+            tmp_path, small_state(0.0), step=step, configuration={}, keep=3
+        )
+        (path / "checkpoint.json").write_text("{")
+    assert checkpoint.latest(tmp_path).step == 1
+    save(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+    restored = checkpoint.restore(tmp_path, abstract(small_state()))
+    chex.assert_trees_all_equal(restored.state, small_state(2.0))
+
+
+def test_saving_a_step_again_or_an_earlier_one_is_refused(tmp_path):
+    save(tmp_path, 5)
+    before = snapshot(tmp_path)
+    for step in (5, 4):
+        with pytest.raises(ValueError, match=r"steps must grow .* another folder"):
+            save(tmp_path, step)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "0", "step_5"])
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for act in (
+        lambda: save(tmp_path, 1),
+        lambda: checkpoint.latest(tmp_path),
+        lambda: checkpoint.restore(tmp_path, small_state()),
+    ):
+        with pytest.raises(ValueError, match=rf"jaxprune only, .*'{name}'; choose"):
+            act()
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_file_in_the_folder_s_place_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="must be a folder of checkpoints, got a file"):
+        save(tmp_path / "file", 1)
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_another_format_version_is_refused(tmp_path, monkeypatch, version):
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "VERSION", version)
+        save(tmp_path, 1)
+    for act in (lambda: save(tmp_path, 1), lambda: checkpoint.latest(tmp_path)):
+        with pytest.raises(
+            ValueError, match=rf"version 1, got .* version {version}; read it with the"
+        ):
+            act()
+
+
+def test_another_model_is_refused_naming_every_leaf_that_differs(tmp_path):
+    save(tmp_path, 1)
+    target = {
+        "params": {"w": jnp.zeros((3, 5)), "b": jnp.zeros(4), "v": jnp.zeros(())},
+    }
+    with pytest.raises(ValueError, match="must have the leaves of the target") as error:
+        checkpoint.restore(tmp_path, target)
+    for part in (
+        "'params/w' is float32(3, 4) in it and float32(3, 5) in the target",
+        "'params/b' is bfloat16(4,) in it and float32(4,) in the target",
+        "'params/v' is absent in it and float32() in the target",
+        "'step' is int32() in it and absent in the target",
+    ):
+        assert part in str(error.value)
+    many = {str(n): jnp.zeros(1) for n in range(20)}
+    with pytest.raises(ValueError, match="and 15 more; build the model"):
+        checkpoint.restore(tmp_path, many)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"state": {"a": {"n": 3}}}, TypeError, "got int at 'a/n'; wrap it in jnp"),
+        ({"state": {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}}, ValueError, "two"),
+        ({"configuration": {"f": print}}, TypeError, "must be JSON-able"),
+        ({"configuration": {"f": np.nan}}, ValueError, "JSON-able without NaN"),
+        ({"step": -1}, ValueError, "step >= 0"),
+        ({"keep": 0}, ValueError, "keep >= 1"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    tmp_path, change, error, message
+):
+    arguments = {"state": small_state(), "step": 1, "configuration": {}} | change
+    with pytest.raises(error, match=message):
+        checkpoint.save(tmp_path / "run", arguments.pop("state"), **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_typed_random_keys_are_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"at 'key'; store jax.random.key_data\(key\)"):
+        checkpoint.save(tmp_path, {"key": jax.random.key(0)}, step=1, configuration={})
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_earlier_checkpoint(
+    tmp_path, monkeypatch
+):
+    save(tmp_path, 1)
+    before = snapshot(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_for_tensorstore(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing: d/1\n[source ...]")
+
+    for place, failure in [
+        ("_save_arrays", full),
+        ("_save_arrays", full_for_tensorstore),
+        ("_commit", full),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, place, failure)
+            with pytest.raises(
+                OSError, match=r"step 2 could not .*No space left on device\); free"
+            ) as error:
+                save(tmp_path, 2)
+        assert error.value.errno == errno.ENOSPC
+        assert snapshot(tmp_path) == before
+        assert len(os.listdir(tmp_path)) == 1
+
+
+def test_another_failure_of_a_save_is_told_in_its_first_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("odd\nand long")
+
+    monkeypatch.setattr(checkpoint, "_save_arrays", fail)
+    with pytest.raises(OSError, match=r"\(odd\); free") as error:
+        save(tmp_path, 1)
+    assert error.value.errno == errno.EIO
+    assert os.listdir(tmp_path) == []
+
+
+def test_orbax_stays_quiet(tmp_path, capfd, caplog):
+    with caplog.at_level(logging.DEBUG):
+        save(tmp_path, 1)
+        checkpoint.restore(tmp_path, small_state())
+    assert not [r for r in caplog.records if r.name == "absl"]
+    assert capfd.readouterr().err == ""
+
+
+CHILD = """
+import os, signal, sys, threading
+import jax.numpy as jnp
+from experiments.harness import checkpoint
+folder, moment = sys.argv[1:]
+die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+state = {str(n): jnp.full((64, 64), float(n)) for n in range(40)}
+checkpoint.save(folder, state, step=1, configuration={})
+if moment == "manifest":
+    checkpoint.manifest.write = die
+elif moment == "commit":
+    checkpoint.os.rename = die
+elif moment == "removal":
+    checkpoint.shutil.rmtree = die
+else:
+    save = checkpoint._save_arrays
+    def slowly(*arguments):
+        threading.Timer(float(moment), die).start()
+        save(*arguments)
+    checkpoint._save_arrays = slowly
+for step in range(2, 100):
+    checkpoint.save(folder, state, step=step, configuration={}, keep=1)
+"""
+
+
+@pytest.mark.parametrize("moment", ["0.03", "manifest", "commit", "removal"])
+def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, moment):
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, tmp_path, moment], cwd=Path.cwd(), check=False
+    )
+    assert child.returncode == -signal.SIGKILL
+    target = {str(n): jnp.zeros((64, 64)) for n in range(40)}
+    restored = checkpoint.restore(tmp_path, target)
+    for n in range(40):
+        np.testing.assert_array_equal(restored.state[str(n)], float(n))
+    step = restored.step + 1
+    checkpoint.save(tmp_path, target, step=step, configuration={}, keep=1)
+    assert os.listdir(tmp_path) == [f"step_{step:08d}"]

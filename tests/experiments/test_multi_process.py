@@ -1,0 +1,230 @@
+"""Several processes make one run: all alike, and one of them looks and writes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.datasets import load
+from experiments.harness import multi_process
+from jaxprune.arrays import processes
+from tests.support.tiny_run import MODULE, metrics, write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = [
+    *("--seeds", "0"),
+    *("--criteria", "trajectory", "random"),
+    *("--retrain-criteria", "trajectory"),
+    *("--sparsities", "0.5", "0.9"),
+    *("--retrain-sparsities", "0.9"),
+    *("--show-sparsity", "0.9"),
+    *("--batch-size", "4"),
+    *("--steps", "6"),
+    *("--retrain-steps", "2"),
+    *("--eval-tokens", "512"),
+    *("--sample-length", "8"),
+    *("--checkpoint-every", "3"),
+]
+
+JOINED = [
+    *("--coordinator", "127.0.0.1:{port}"),
+    *("--processes", "2"),
+    *("--process-id", "{number}"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, 2, None), "need --coordinator HOST:PORT, got none"),
+        ((None, None, 0), "need --coordinator HOST:PORT, got none"),
+        (("localhost", 2, 0), "must be HOST:PORT or auto, got 'localhost'"),
+        (("localhost:port", 2, 0), "must be HOST:PORT or auto"),
+        (("localhost:1234", 0, 0), "--processes must be at least 1, got 0"),
+        (("localhost:1234", 2, 2), "from 0 to --processes - 1, got 2 of 2"),
+        (("localhost:1234", 2, -1), "from 0 to --processes - 1, got -1 of 2"),
+    ],
+)
+def test_what_makes_no_run_of_processes_is_refused(monkeypatch, arguments, message):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_: pytest.fail("joined"))
+    with pytest.raises(ValueError, match=message):
+        multi_process.join(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed"),
+    [
+        (("host:1234", 2, 1), ("host:1234", 2, 1)),
+        (("[::1]:1234", None, None), ("[::1]:1234", None, None)),
+        (("auto", None, None), (None, None, None)),
+    ],
+)
+def test_jax_is_told_what_the_user_told_and_the_cluster_the_rest(
+    monkeypatch, arguments, passed
+):
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: told.append(a))
+    multi_process.join(*arguments)
+    multi_process.join(None, None, None)
+    assert told == [passed]
+
+
+def test_what_the_cluster_does_not_tell_is_one_sentence(monkeypatch):
+    def refuse(*_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(OSError, match=r"could not be joined \(coord.*give --coordin"):
+        multi_process.join("auto", None, None)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process as number 1 of two, the first of which answers `told`."""
+
+    def make(told):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        monkeypatch.setattr(multi_process, "on_first", lambda _: told)
+        monkeypatch.setattr(multi_process, "together", lambda function: function())
+
+    return make
+
+
+def test_processes_with_other_flags_are_refused_by_the_fields(second_of_two):
+    second_of_two({"steps": 5, "mesh": "data=8"})
+    with pytest.raises(
+        ValueError, match=r"process 1 .* steps was 5 and is 6; give all"
+    ):
+        multi_process.check_alike({"steps": 6, "mesh": "data=8"})
+    multi_process.check_alike({"steps": 5, "mesh": "data=8"})
+
+
+def test_processes_with_another_text_are_refused(second_of_two, tmp_path):
+    corpus = load(text=write_text(tmp_path / "tiny.txt"))
+    second_of_two(corpus.fingerprint)
+    assert multi_process.read_alike(lambda: corpus) is corpus
+    second_of_two("another")
+    with pytest.raises(ValueError, match="process 1 must read the text of process 0"):
+        multi_process.read_alike(lambda: corpus)
+
+
+def test_one_process_alone_is_the_first_and_asks_nobody():
+    def fail():
+        raise KeyError("mine")
+
+    assert processes.is_first()
+    for call in (processes.on_first, processes.together):
+        assert call(lambda: 3) == 3
+        with pytest.raises(KeyError, match="mine"):
+            call(fail)
+
+
+def two(arguments, tmp_path, devices=1):
+    """Two processes, each given the port and its own number where they are named."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    both = []
+    for number in "01":
+        marks = {"port": port, "number": number}
+        with open(tmp_path / f"log-{number}", "wb") as log:
+            command = [sys.executable, *(str(a).format(**marks) for a in arguments)]
+            both.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=log, stderr=log
+                )
+            )
+    try:
+        codes = [process.wait(400) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    logs = [(tmp_path / f"log-{n}").read_text(errors="replace") for n in "01"]
+    assert codes == [0, 0], "\n".join(logs)
+    return logs
+
+
+def test_two_processes_get_the_answer_or_the_error_of_the_first(tmp_path):
+    two(
+        [
+            ROOT / "tests" / "support" / "launch_worker.py",
+            "{port}",
+            "{number}",
+            tmp_path,
+        ],
+        tmp_path,
+    )
+    first, second = (
+        json.loads((tmp_path / f"said-{n}.json").read_text()) for n in (0, 1)
+    )
+    assert first["told"] == second["told"] == [0, "x" * 5000]
+    assert first["raised"] == second["raised"] == ["OSError", 28, "[Errno 28] full"]
+    assert first["odd"] == ["Odd", None, "one"]
+    assert second["odd"] == ["RuntimeError", None, "Odd: one"]
+    assert first["first alone fails"] == ["ValueError", None, "mine"]
+    assert second["first alone fails"][2] == "process 0 failed; its own output says why"
+    assert first["second alone fails"][2] == "process 1 failed; its own output says why"
+    assert second["second alone fails"] == ["ValueError", None, "mine"]
+    assert (first["all succeed"], second["all succeed"]) == (0, 1)
+    assert first["latest"] is second["latest"] is None
+    assert first["restore"] == second["restore"]
+    assert first["restore"][0] == "FileNotFoundError"
+    assert first["local"] == second["local"]
+    assert "got 'a/b' on one process's devices; place" in first["local"][2]
+    assert "steps was 0 and is 1" in second["flags"][2]
+    assert "process 1 failed" in first["flags"][2]
+    assert first["begun"] == second["begun"] == [False, True]
+    assert first["other"] == second["other"]
+    assert "n was 1 and is 2" in first["other"][2]
+
+
+def numbers(folder):
+    found = json.loads((folder / "results.json").read_text())
+    cells = found["seeds"][0]["cells"]
+    losses = [found["seeds"][0][name]["loss"] for name in ("dense", "control")]
+    losses += [cell["loss_pruned"] for cell in cells]
+    losses += [cell["loss_retrained"] or 0.0 for cell in cells]
+    return losses, found
+
+
+@pytest.mark.slow
+def test_the_main_job_runs_in_two_processes_as_in_one(tmp_path):
+    text = write_text(tmp_path / "tiny.txt")
+    command = ["-m", MODULE, "--text", text, *FLAGS]
+    alone = tmp_path / "alone"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, *map(str, command), "--mesh", "data=1", "--out", str(alone)],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+    )
+    expected, one = numbers(alone)
+    for mesh in ("data=2,model=2", "fsdp=4"):
+        out = tmp_path / mesh
+        arguments = [*command, "--mesh", mesh, "--out", out, *JOINED]
+        said = two(arguments, tmp_path, devices=2)
+        assert f"report: {out / 'report.html'}" in said[0]
+        assert "report" not in said[1]
+        found, both = numbers(out)
+        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-5
+        assert both["config"] == one["config"]
+        assert f"--mesh {mesh}" in both["command"]
+        assert "--coordinator" not in both["command"]
+        assert both["seeds"][0]["samples"] == one["seeds"][0]["samples"]
+        steps = [[entry["step"] for entry in metrics(f)] for f in (out, alone)]
+        assert steps[0] == steps[1]
+        said = two(arguments, tmp_path, devices=2)
+        assert "is finished" in said[0]
+        assert "is finished" not in said[1]

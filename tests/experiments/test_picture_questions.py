@@ -1,0 +1,95 @@
+"""The pictures with questions: from real digits and photographs, each answer seen."""
+
+import numpy as np
+import pytest
+
+from experiments.datasets import picture_questions as questions
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return questions.parts(questions.read_source())
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_an_example_depends_on_its_index_alone(parts, split):
+    for index in (0, 7):
+        one, other = (questions.example(parts[split], index) for _ in range(2))
+        np.testing.assert_array_equal(one[0], other[0])
+        assert one[1:] == other[1:]
+    assert any(
+        (
+            questions.example(parts[split], 0)[0]
+            != questions.example(parts[split], 1)[0]
+        ).ravel()
+    )
+
+
+def test_every_answer_is_asked_for_and_none_is_rare(parts):
+    answers, asked = {}, {}
+    for index in range(3000):
+        _, question, answer = questions.example(parts["train"], index)
+        answers.setdefault(question, []).append(answer)
+        asked[question] = asked.get(question, 0) + 1
+    assert len(asked) == 4
+    assert min(asked.values()) > 650
+    for given in answers.values():
+        for words in zip(*map(str.split, given), strict=True):
+            shares = [words.count(word) / len(words) for word in set(words)]
+            assert len(shares) in (2, 6, 10)
+            assert max(shares) < 1.4 / len(shares)
+    texts = [*asked, *(answer for given in answers.values() for answer in given)]
+    words = {word for text in texts for word in text.split()}
+    assert words == set(questions.vocabulary())
+
+
+def test_no_digit_and_no_pixel_is_in_both_parts(parts):
+    train, held_out = parts["train"], parts["validation"]
+    assert len(train.digits) + len(held_out.digits) == 1797
+    strips = {p.shape[1] for p in train.photographs}
+    assert strips == {240}
+    assert {p.shape[1] for p in held_out.photographs} == {80}
+
+
+def _ink(picture, side):
+    """The colour of the brightest pixel of a half, where the ink is full."""
+    half = picture[:, :28] if side == "left" else picture[:, 28:]
+    flat = half.reshape(-1, 3).astype(int)
+    return flat[flat.max(1).argmax()]
+
+
+def test_the_answer_about_a_colour_is_the_colour_that_was_drawn(parts):
+    seen = 0
+    for index in range(200):
+        picture, question, answer = questions.example(parts["train"], index)
+        side = question.split()[-2]
+        if side not in ("left", "right"):
+            continue
+        seen += 1
+        ink = _ink(picture, side)
+        nearest = min(
+            questions.COLOURS,
+            key=lambda name: np.abs(ink - questions.COLOURS[name]).sum(),
+        )
+        assert nearest == answer.split()[0]
+    assert seen > 50
+
+
+def test_other_sources_are_refused(monkeypatch):
+    monkeypatch.setattr(questions, "CHECKSUM", "0" * 64)
+    with pytest.raises(ValueError, match="another release of scikit-learn"):
+        questions.read_source()
+
+
+def test_the_data_set_is_read_as_it_was_made(tmp_path, monkeypatch, parts):
+    from experiments.datasets.tfds_reader import examples
+
+    monkeypatch.setattr(questions, "SIZES", {"train": 6, "validation": 3})
+    for split, count in questions.SIZES.items():
+        found = examples("picture_questions", split, tmp_path)
+        assert len(found) == count
+        for index, example in enumerate(found):
+            picture, question, answer = questions.example(parts[split], index)
+            np.testing.assert_array_equal(example["picture"], picture)
+            assert example["question"].decode() == question
+            assert example["answer"].decode() == answer

@@ -1,0 +1,159 @@
+"""Pictures as batches: what is seen, what is asked, what counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxprune as jp
+from experiments.datasets import picture_questions
+from experiments.datasets.question_answers import Asked
+from experiments.tasks import picture_model
+from experiments.tasks.pictures import PictureTask, VisionModel, without_gradient
+from jaxprune.models.hf.vision_family import vision_config
+from jaxprune.models.phi3_vision import preprocess
+
+
+@pytest.fixture(scope="module")
+def task():
+    config = vision_config(picture_model.PRESETS["smoke"])
+    config = dataclasses.replace(config, crops=2)
+    parts = picture_questions.parts(picture_questions.read_source())
+    train, held_out = (
+        [Asked(*picture_questions.example(parts[split], i)) for i in range(count)]
+        for split, count in (("train", 40), ("validation", 70))
+    )
+    tokenizer = picture_model.tokenizer()
+    return PictureTask(VisionModel(config), tokenizer, train, held_out)
+
+
+@pytest.fixture(scope="module")
+def params(task):
+    return task.init(0)
+
+
+def _words(examples):
+    return sum(len(asked.answer.split()) for asked in examples)
+
+
+def test_a_packed_batch_says_what_each_prompt_says(task, params):
+    """Each example alone, through the model itself, gives the batch's losses."""
+    examples = task.train[:3]
+    inputs, targets, weights = task.packed(examples)
+    batch = task.token_losses(params, inputs, targets)
+    model = task.model.bind(params)
+    for i, asked in enumerate(examples):
+        text = preprocess.chat(asked.question, 1) + asked.answer + "<|end|>"
+        made = preprocess.prompt(
+            text,
+            [Image.fromarray(asked.picture)],
+            task.tokenizer.encode,
+            task.model.config,
+            bos=task.tokenizer.bos,
+        )
+        logits = model(made.tokens[None], made.pixels, made.sources[None])[0]
+        nats = -np.asarray(jax.nn.log_softmax(logits))
+        words = len(asked.answer.split())
+        expected = [nats[i - 1, made.tokens[i]] for i in range(-words - 1, 0)]
+        counted = np.asarray(batch[i])[targets[i] >= 0]
+        np.testing.assert_allclose(counted, expected, rtol=1e-4, atol=1e-5)
+        given = made.tokens[-words - 1 : -1].tolist()
+        assert targets[i][weights[i] > 0].tolist() == given
+        assert task.tokenizer.decode(given) == asked.answer
+
+
+def test_the_loss_is_the_mean_of_the_answers_and_their_ends(task, params):
+    inputs, targets, _ = task.packed(task.train[:4])
+    losses = np.asarray(task.token_losses(params, inputs, targets))
+    counted = _words(task.train[:4]) + 4
+    assert (targets >= 0).sum() == counted
+    got = task.loss(params, inputs, targets, None)
+    np.testing.assert_allclose(got, losses.sum() / counted, rtol=1e-6)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(task):
+    one, other, later = (task.batches(4, 3)(step)[0]["tokens"] for step in (5, 5, 6))
+    np.testing.assert_array_equal(one, other)
+    assert (one != later).any()
+    assert (one != task.batches(4, 4)(5)[0]["tokens"]).any()
+
+
+def test_validation_counts_every_held_out_answer_once(task):
+    batches = task.validation(32, None)
+    assert len(batches) == 3
+    assert sum(weights.sum() for *_, weights in batches) == _words(task.held_out)
+    few = task.validation(32, 10 * task.length)
+    assert sum(weights.sum() for *_, weights in few) == _words(task.held_out[:10])
+
+
+def test_accuracy_is_the_share_of_likeliest_words_that_are_right(task, params):
+    right = task.right(params, task.held_out)
+    by_hand = []
+    for asked in task.held_out[:5]:
+        inputs, targets, weights = task.packed([asked])
+        states = task.model.states(params, inputs)
+        logits = task.model.bind(params).decoder.logits(states)
+        places = np.flatnonzero(weights[0])
+        guessed = np.asarray(logits[0].argmax(-1))
+        by_hand.append(all(guessed[i] == targets[0, i] for i in places))
+    np.testing.assert_array_equal(right[:5], by_hand)
+    measured = task.measured(params)
+    assert measured["accuracy"] == right.mean()
+    asked = [example.question for example in task.held_out]
+    assert measured["by_question"].keys() == {*asked}
+    for question, share in measured["by_question"].items():
+        own = [r for r, q in zip(right, asked, strict=True) if q == question]
+        assert share == pytest.approx(sum(own) / len(own))
+
+
+def test_without_pictures_the_usual_answer_is_the_best(task):
+    found = task.text_only()["accuracy"]
+    table = {}
+    for asked in task.train:
+        table.setdefault(asked.question, []).append(asked.answer)
+    right = 0
+    for asked in task.held_out:
+        given = table[asked.question]
+        best = max(given, key=lambda a: (given.count(a), -given.index(a)))
+        right += best == asked.answer
+    assert found == pytest.approx(right / len(task.held_out))
+
+
+def test_what_gets_no_gradient_is_never_ranked(task, params):
+    inputs, targets, _ = task.packed(task.train[:8])
+    gradients = jax.jit(jax.grad(task.loss))(params, inputs, targets, None)
+    still = {n for n, g in jp.tree.named_leaves(gradients).items() if not g.any()}
+    assert still
+    rules = {name: rule for name, (_, rule) in task.scopes.items()}
+    named = jp.tree.named_leaves(params)
+    chosen = {s: {n for n, x in named.items() if r(n, x)} for s, r in rules.items()}
+    assert not chosen["all"] & still
+    assert chosen["tower"] | chosen["decoder"] < chosen["all"]
+    assert not chosen["tower"] & chosen["decoder"]
+    outside = chosen["all"] - chosen["tower"] - chosen["decoder"]
+    assert outside == {"project_in/kernel", "project_out/kernel"}
+    assert {*without_gradient(task)} == still
+
+
+def test_a_sample_shows_pictures_with_what_was_asked_and_said(task, params):
+    sample = task.shown(params, "dense", 1)
+    assert sample["label"] == "dense"
+    assert len(sample["pictures"]) == 8
+    assert sample["text"].splitlines()[0].startswith(task.held_out[0].question)
+
+
+def test_an_empty_training_set_is_refused(task):
+    with pytest.raises(ValueError, match="got none"):
+        dataclasses.replace(task, train=[]).batches(2, 0)
+
+
+def test_the_pictures_change_what_is_said(task, params):
+    inputs, targets, _ = task.packed(task.train[:2])
+    grey = {**inputs, "pixels": np.zeros_like(inputs["pixels"])}
+    one, other = (
+        float(jnp.sum(task.token_losses(params, x, targets))) for x in (inputs, grey)
+    )
+    assert one != other

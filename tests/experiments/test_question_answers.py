@@ -1,0 +1,74 @@
+"""Pictures with questions from a folder or from TFDS: read late, refused early."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.datasets import picture_questions, question_answers
+
+
+def write(folder, lines, split="train"):
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
+    (folder / f"{split}.jsonl").write_text(text + "\n")
+
+
+def picture(folder, name="a.png", size=(6, 4)):
+    folder.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(array).save(folder / name)
+    return array
+
+
+LINE = {"image": "a.png", "question": "what ?", "answer": "noise"}
+
+
+def test_a_folder_is_read_line_by_line(tmp_path):
+    array = picture(tmp_path)
+    write(tmp_path, [LINE, "", {**LINE, "answer": "snow"}])
+    write(tmp_path, [LINE], "validation")
+    splits = question_answers.load(str(tmp_path))
+    assert [x.answer for x in splits["train"]] == ["noise", "snow"]
+    (one,) = splits["validation"]
+    assert one.size == (6, 4)
+    np.testing.assert_array_equal(np.asarray(one.image), array)
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["{"], "line 1: not JSON"),
+        ([LINE, {"image": "a.png", "question": "what ?"}], "line 2: must be an object"),
+        (["[1]"], "line 1: must be an object"),
+        ([{**LINE, "image": "train.jsonl"}], "line 1: no picture that can be read"),
+        ([{**LINE, "answer": 3}], "line 1: must be an object"),
+        ([""], "got none"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(lines, told, tmp_path):
+    picture(tmp_path)
+    write(tmp_path, lines)
+    with pytest.raises(ValueError, match=told):
+        question_answers.load(str(tmp_path))
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train\.jsonl' does not exist"):
+        question_answers.load(str(tmp_path))
+    write(tmp_path, [LINE])
+    with pytest.raises(FileNotFoundError, match=r"line 1: there is no .*a\.png"):
+        question_answers.load(str(tmp_path))
+
+
+def test_a_tfds_data_set_is_read_by_its_features(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture_questions, "SIZES", {"train": 3, "validation": 2})
+    own = question_answers.load("picture_questions", data_dir=tmp_path)
+    same = question_answers.load("tfds:picture_questions", data_dir=tmp_path)
+    assert [x.answer for x in own["train"]] == [x.answer for x in same["train"]]
+    fields = ("image", "question", "answer")
+    with pytest.raises(ValueError, match="lack image; give --fields"):
+        question_answers.load(
+            "tfds:picture_questions", data_dir=tmp_path, fields=fields
+        )

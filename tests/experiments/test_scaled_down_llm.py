@@ -1,0 +1,178 @@
+"""The main job, killed and started again, ends with the bits of an undisturbed run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tyro
+
+from experiments import scaled_down_llm
+from tests.support.tiny_run import (
+    BATCH,
+    CELLS,
+    CONTEXT,
+    MODULE,
+    STEPS,
+    files,
+    flags,
+    metrics,
+    undisturbed,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(allocation="module")
+def run():
+    return undisturbed()
+
+
+def numbers(folder):
+    """What must not depend on when and how often a run was interrupted."""
+    found = json.loads((folder / "results.json").read_text())
+    del found["finished"], found["command"]  # the time, and the folder's name
+    found["phases"] = [(phase["name"], phase["seed"]) for phase in found["phases"]]
+    return found
+
+
+@pytest.fixture(allocation="module")
+def environment(tmp_path_factory):
+    """What one start compiled, the next one need not."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+def start(arguments, environment, log):
+    return subprocess.Popen(
+        [sys.executable, "-m", MODULE, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def kill_when(ready, arguments, environment, log):
+    """Starts the process and kills it as soon as `ready()`; its return code."""
+    process = start(arguments, environment, log)
+    try:
+        while process.poll() is None and not ready():
+            time.sleep(0.002)
+    finally:
+        process.kill()
+    return process.wait()
+
+
+def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
+    run, environment, tmp_path
+):
+    out, log = tmp_path / "killed", tmp_path / "log"
+    arguments = flags(run.text, out)
+    with open(log, "w") as file:
+        for moment in (
+            "config.json",  # nothing is done yet
+            "seed-0/train/step_00000004",  # while it trains
+            "seed-0/control.json",  # while it prunes
+            "seed-1/retrain/trajectory-global-0.9/step_00000004",  # while it retrains
+            "seed-1/weights.json",  # while the report is drawn
+        ):
+            assert not (out / moment).exists(), f"{moment} was there too early"
+            code = kill_when((out / moment).exists, arguments, environment, file)
+            assert code == -signal.SIGKILL, log.read_text()
+            assert (out / moment).exists()
+            assert not (out / "results.json").exists()
+        assert start(arguments, environment, file).wait() == 0, log.read_text()
+    assert f"report: {out / 'report.html'}" in log.read_text()
+    assert numbers(out) == numbers(run.out)
+    assert metrics(out) == metrics(run.out)
+    assert files(out) == files(run.out)
+    # The rate is of the steps that the last process did, as the seconds are.
+    trained = json.loads((out / "seed-0" / "train.json").read_text())["phase"]
+    assert trained["tokens_per_second"] * trained["seconds"] < (
+        (STEPS - 3) * BATCH * CONTEXT
+    )
+
+
+@pytest.mark.slow
+def test_killed_whenever_it_wrote_a_file_it_ends_with_the_same_bits(
+    run, environment, tmp_path
+):
+    out, kills = tmp_path / "killed", 0
+    with open(tmp_path / "log", "w") as file:
+        while True:
+            before = stages(out)
+            code = kill_when(
+                lambda done=before: stages(out) - done,
+                flags(run.text, out),
+                environment,
+                file,
+            )
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
+            kills += 1
+    assert kills > 2 * (STEPS // 4 + len(CELLS))
+    assert numbers(out) == numbers(run.out)
+    assert metrics(out) == metrics(run.out)
+
+
+def stages(out):
+    """What tells how far a run has come: stages' results and whole checkpoints."""
+    if not out.exists():
+        return set()
+    return {*out.glob("*.json"), *out.glob("seed-*/**/*.json")} - {
+        *out.glob("seed-*/**/.partial_*/**")
+    }
+
+
+def test_stopped_while_the_report_is_written_it_writes_the_same_report(
+    run, tmp_path, monkeypatch
+):
+    out = tmp_path / "stopped"
+    config = tyro.cli(scaled_down_llm.Config, args=flags(run.text, out))
+
+    class Stopped(BaseException):
+        pass
+
+    replace, written = os.replace, []
+
+    def stop_at_the_fifth(source, target):
+        if Path(target).parent == out and Path(target).suffix in (".png", ".svg"):
+            written.append(target)
+            if len(written) == 5:
+                raise Stopped
+        return replace(source, target)
+
+    copy_stages(run.out, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_at_the_fifth)
+        with pytest.raises(Stopped):
+            scaled_down_llm.main(config)
+    assert not (out / "results.json").exists()
+    scaled_down_llm.main(config)
+    assert numbers(out) == numbers(run.out)
+    assert files(out) == files(run.out)
+    for name in ("results.csv", "metrics.jsonl"):
+        assert (out / name).read_bytes() == (run.out / name).read_bytes()
+
+
+def copy_stages(source, target):
+    for path in source.rglob("*"):
+        name = path.relative_to(source)
+        whole = name.parts[0].startswith("seed-") or str(name) in (
+            "config.json",
+            "metrics.jsonl",
+        )
+        if path.is_file() and whole:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(path.read_bytes())

@@ -1,0 +1,276 @@
+"""The main job's numbers are what they say: found again by hand from its checkpoint."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tyro
+
+import jaxprune as jp
+from experiments import scaled_down_llm
+from experiments.datasets import load
+from experiments.harness import checkpoint, sweep
+from experiments.report import results as results_
+from experiments.tasks.language_model import LanguageModel, optimizer
+from jaxprune.models import gpt
+from tests.support.tiny_run import (
+    BATCH,
+    CELLS,
+    CONTEXT,
+    RETRAIN,
+    RETRAINED,
+    SEEDS,
+    STEPS,
+    TOKENS,
+    files,
+    flags,
+    metrics,
+    undisturbed,
+)
+
+
+@pytest.fixture(allocation="module")
+def run():
+    return undisturbed()
+
+
+@pytest.fixture(allocation="module")
+def results(run):
+    return json.loads((run.out / "results.json").read_text())
+
+
+def test_the_report_reads_the_results_and_every_file_is_there(run, results):
+    out = run.out
+    results_.check(results)
+    assert results_.read(out) == results
+    assert {"config.json", "metrics.jsonl", "results.csv", "report.html"} < files(out)
+    assert not [name for name in files(out) if "partial" in name]
+    assert [seed["seed"] for seed in results["seeds"]] == [*SEEDS]
+    for seed in results["seeds"]:
+        cells = seed["cells"]
+        assert [(c["criterion"], c["sparsity"]) for c in cells] == CELLS
+        assert {c["scope"] for c in cells} == {"global"}
+        retrained = [c for c in cells if c["loss_retrained"] is not None]
+        assert [(c["criterion"], c["sparsity"]) for c in retrained] == [RETRAINED]
+        assert seed["dense"]["steps"] == STEPS
+        assert seed["control"]["steps"] == STEPS + RETRAIN
+
+
+def test_the_csv_has_the_numbers_of_the_results(run, results):
+    with open(run.out / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [
+        {
+            "seed": seed["seed"],
+            **{name: cell[name] for name in results_.COLUMNS[1:7]},
+            "dense_loss": seed["dense"]["loss"],
+            "dense_steps": seed["dense"]["steps"],
+            "control_loss": seed["control"]["loss"],
+            "control_steps": seed["control"]["steps"],
+        }
+        for seed in results["seeds"]
+        for cell in seed["cells"]
+    ]
+    assert rows == [
+        {name: "" if x is None else str(x) for name, x in row.items()}
+        for row in expected
+    ]
+
+
+def test_the_record_has_every_step_of_every_stage_once(run, results):
+    entries = metrics(run.out)
+    stages = ["train", "control", "retrain/trajectory-global-0.9"]
+    expected = [
+        (seed, stage, step)
+        for seed in SEEDS
+        for stage in stages
+        for step in (range(STEPS + 1) if stage == "train" else range(1, RETRAIN + 1))
+    ]
+    assert [(e["seed"], e["phase"], e["step"]) for e in entries] == expected
+    for number, seed in enumerate(results["seeds"]):
+        of_seed = [e for e in entries if e["seed"] == number and e["phase"] == "train"]
+        assert seed["curve"] == [
+            {name: e[name] for name in ("step", "loss", "validation_loss")}
+            for e in of_seed[1:]
+        ]
+
+
+def test_seeds_are_runs_of_their_own(results):
+    first, second = results["seeds"]
+    assert first["dense"] != second["dense"]
+    assert first["curve"] != second["curve"]
+    assert first["weights"]["values"] != second["weights"]["values"]
+
+
+@pytest.fixture(allocation="module", params=SEEDS, ids="seed {}".format)
+def trained(request, run, results):
+    """A seed's results, and what its last checkpoint holds, found by hand."""
+    folder = run.out / f"seed-{request.param}" / "train"
+    corpus = load(text=run.text)
+    shape = gpt.preset("cpu", vocab_size=len(corpus.vocabulary))
+    model = LanguageModel(shape)
+    params = model.init(request.param)
+    tx = optimizer(optax.constant_schedule(0.0), track=("square", "weight"))
+    state = sweep.training.init(params, tx)
+    state = checkpoint.restore(folder, jax.eval_shape(lambda: state)).state
+    return results["seeds"][request.param], model, corpus, state
+
+
+def mean_loss(model, params, corpus):
+    """The mean over the first TOKENS targets, window by window, in float64."""
+    tokens = corpus.validation.astype(np.int32)[: TOKENS + 1]
+    inputs, targets = tokens[:-1].reshape(-1, CONTEXT), tokens[1:].reshape(-1, CONTEXT)
+    logits = np.asarray(model.bind(params)(inputs), np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -np.take_along_axis(normal, targets[..., None], -1).mean()
+
+
+def prunable(params):
+    named = jp.tree.named_leaves(params).items()
+    return {n: np.asarray(x) for n, x in named if jp.tree.prunable(n, x)}
+
+
+def kept_by_hand(scores, sparsity):
+    """Sorts all scores together; the first of equal ones stay."""
+    flat = np.concatenate([score.ravel() for score in scores.values()])
+    kept = np.zeros(flat.size, bool)
+    count = flat.size - round(sparsity * flat.size)
+    kept[np.argsort(-flat, kind="stable")[:count]] = True
+    parts = np.split(kept, np.cumsum([s.size for s in scores.values()])[:-1])
+    return {n: p.reshape(scores[n].shape) for n, p in zip(scores, parts, strict=True)}
+
+
+def scores_by_hand(criterion, state):
+    weights = {n: np.abs(x) for n, x in prunable(state.params).items()}
+    if criterion == "magnitude":
+        return weights
+    square = jp.tree.named_leaves(jp.get_importance(state.opt_state).square)
+    # float32 as in the package, so that ties and neighbours are ranked alike.
+    power = np.float32(0.25)
+    return {n: x * np.asarray(square[n]) ** power for n, x in weights.items()}
+
+
+def test_the_dense_loss_is_that_of_the_checkpoint(trained):
+    seed, model, corpus, state = trained
+    assert seed["dense"]["loss"] == pytest.approx(
+        mean_loss(model, state.params, corpus), rel=1e-5
+    )
+    assert seed["curve"][-1]["validation_loss"] == pytest.approx(
+        seed["dense"]["loss"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(("criterion", "sparsity"), CELLS)
+def test_a_cell_is_the_loss_with_the_lowest_scores_at_zero(
+    trained, criterion, sparsity
+):
+    seed, model, corpus, state = trained
+    kept = kept_by_hand(scores_by_hand(criterion, state), sparsity)
+    names, structure = jp.tree.names(state.params), jax.tree.structure(state.params)
+    leaves = [
+        np.where(kept.get(name, True), leaf, 0).astype(np.float32)
+        for name, leaf in zip(names, jax.tree.leaves(state.params), strict=True)
+    ]
+    params = jax.tree.unflatten(structure, leaves)
+    cell = seed["cells"][CELLS.index((criterion, sparsity))]
+    assert cell["loss_pruned"] == pytest.approx(
+        mean_loss(model, params, corpus), rel=1e-4
+    )
+    assert cell["sparsity_by_leaf"].keys() == kept.keys()
+    shares = {name: 1 - mask.mean() for name, mask in kept.items()}
+    assert cell["sparsity_by_leaf"] == pytest.approx(shares, abs=1e-4)
+    removed = sum(round(s * kept[n].size) for n, s in cell["sparsity_by_leaf"].items())
+    size = sum(mask.size for mask in kept.values())
+    assert removed == round(sparsity * size)
+    assert cell["achieved"] == removed / size
+
+
+def test_the_shown_weights_are_those_of_the_run_and_so_are_their_flags(trained):
+    seed, _, _, state = trained
+    shown = seed["weights"]
+    assert shown["steps"] == [*range(STEPS + 1)]
+    places = [name.removesuffix("]").split("[") for name in shown["names"]]
+    assert len(places) == sweep.WATCHED_WEIGHTS
+    weights = prunable(state.params)
+    assert {name for name, _ in places} == weights.keys()
+    last = [float(weights[name].ravel()[int(index)]) for name, index in places]
+    assert [values[-1] for values in shown["values"]] == last
+
+    # The paper's average, from the values shown: after each step, weighed by sqrt(i).
+    weighing = np.sqrt(np.arange(1, STEPS + 1))
+    after = np.array(shown["values"])[:, 1:]
+    np.testing.assert_allclose(
+        shown["averages"], after @ weighing / weighing.sum(), rtol=1e-5, atol=1e-8
+    )
+    assert shown["sparsity"] == 0.9
+    assert shown["kept"].keys() == {"trajectory", "magnitude"}
+    for criterion, flags_ in shown["kept"].items():
+        kept = kept_by_hand(scores_by_hand(criterion, state), 0.9)
+        assert flags_ == [bool(kept[n].ravel()[int(i)]) for n, i in places]
+        assert any(flags_)
+        assert not all(flags_)
+
+
+def test_samples_go_on_from_the_validation_text(trained):
+    seed, model, corpus, _ = trained
+    assert [sample["label"] for sample in seed["samples"]] == [
+        "dense",
+        "trajectory, 90% removed",
+        "trajectory, 90% removed, retrained",
+        "magnitude, 90% removed",
+    ]
+    length = model.config.context // 4
+    prompt = corpus.vocabulary.decode(corpus.validation[:length])
+    for sample in seed["samples"]:
+        assert sample["text"].startswith(prompt)
+        assert len(sample["text"]) == length + 8
+
+
+def test_phases_add_up(run, results):
+    phases = results["phases"]
+    names = ["train", "dense", "sample", "control", "prune", "retrain", "weights"]
+    assert [(p["seed"], p["name"]) for p in phases] == [
+        (seed, name) for seed in SEEDS for name in names
+    ]
+    assert all(phase["seconds"] > 0 for phase in phases)
+    assert sum(phase["seconds"] for phase in phases) < run.seconds
+    steps = {"train": STEPS, "control": RETRAIN, "retrain": RETRAIN}
+    for phase in phases:
+        if phase["name"] in steps:
+            tokens = steps[phase["name"]] * BATCH * CONTEXT
+            rate = phase["tokens_per_second"]
+            assert rate * phase["seconds"] == pytest.approx(tokens)
+        else:
+            assert phase["tokens_per_second"] is None
+        assert phase["peak_memory_bytes"] > 2**20
+
+
+def test_costs_are_counted(results):
+    leaves = results["model"]["leaves"]
+    sizes = {name: leaf["size"] for name, leaf in leaves.items()}
+    masked = {name for name, leaf in leaves.items() if leaf["prunable"]}
+    assert results["model"]["parameters"] == sum(sizes.values())
+    assert results["model"]["prunable"] == sum(sizes[name] for name in masked)
+    for cost, cell in zip(results["costs"], results["seeds"][0]["cells"], strict=False):
+        assert cost["sparsity"] == cell["sparsity"]
+        assert cost["bytes_dense"] == 4 * sum(sizes.values())
+        zeros = round(cell["achieved"] * results["model"]["prunable"])
+        bits = sum(-(-sizes[name] // 8) for name in masked)
+        assert cost["bytes_packed"] == cost["bytes_dense"] - 4 * zeros + bits
+        assert cost["flops_kept"] < cost["flops_dense"]
+    assert [cost["sparsity"] for cost in results["costs"]] == [0.5, 0.9]
+
+
+def test_retraining_has_a_learning_rate_of_its_own(run, tmp_path):
+    less = ["--seeds", "0", "--criteria", "trajectory", "--sparsities", "0.9"]
+    less += ["--steps", "2", "--retrain-learning-rate", "1e-12"]
+    args = flags(run.text, tmp_path / "run", *less)
+    scaled_down_llm.main(tyro.cli(scaled_down_llm.Config, args=args))
+    (seed,) = json.loads((tmp_path / "run" / "results.json").read_text())["seeds"]
+    (cell,) = seed["cells"]
+    assert seed["control"]["loss"] == pytest.approx(seed["dense"]["loss"], abs=1e-6)
+    assert cell["loss_retrained"] == pytest.approx(cell["loss_pruned"], abs=1e-6)

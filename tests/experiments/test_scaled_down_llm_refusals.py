@@ -1,0 +1,254 @@
+"""What the main job refuses is one sentence, and nothing is written."""
+
+import fcntl
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_run import MODULE, flags, undisturbed, write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(allocation="module")
+def run():
+    return undisturbed()
+
+
+@pytest.fixture
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "tiny.txt")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `python -m experiments.scaled_down_llm` without the process's start."""
+
+    def execute(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [MODULE, *arguments])
+            patch.delitem(sys.modules, MODULE)
+            try:
+                runpy.run_module(MODULE, run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                status = end.code
+        printed = capsys.readouterr()
+        # A text given to sys.exit is printed by the interpreter, as status 1.
+        said = printed.err + (status if isinstance(status, str) else "")
+        return (1 if isinstance(status, str) else status), printed.out, said
+
+    return execute
+
+
+def snapshot(folder):
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_a_finished_run_told_its_own_command_says_so_and_changes_no_file(run, command):
+    before = snapshot(run.out)
+    recorded = json.loads((run.out / "results.json").read_text())["command"]
+    assert shlex.split(recorded)[:3] == ["python", "-m", MODULE]
+    status, said, errors = command(*shlex.split(recorded)[3:])
+    assert status == 0
+    assert "is finished" in said
+    assert str(run.out) in said
+    assert not errors
+    assert snapshot(run.out) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "fields"),
+    [
+        (["--steps", "13"], ["steps"]),
+        (["--learning-rate", "0.5"], ["learning_rate", "retrain_learning_rate"]),
+        (["--retrain-learning-rate", "0.5"], ["retrain_learning_rate"]),
+        (["--criteria", "trajectory", "random"], ["criteria"]),
+        (["--seeds", "0"], ["seeds"]),
+    ],
+)
+def test_another_configuration_in_the_folder_is_refused_by_its_fields(
+    run, command, changed, fields
+):
+    refused(command, run.out, flags(run.text, run.out, *changed), fields)
+
+
+@pytest.mark.parametrize(
+    ("characters", "fields"),
+    [
+        ("ABCDEFGHIJ KLMNOP.\n", ["fingerprint"]),
+        ("abcdefghij klmnopqrs.\n", ["fingerprint", "vocabulary"]),
+    ],
+)
+def test_another_text_in_the_folder_is_refused_by_its_fields(
+    run, command, tmp_path, characters, fields
+):
+    other = write_text(tmp_path / run.text.name, characters)
+    refused(command, run.out, flags(other, run.out), fields)
+
+
+def refused(command, folder, arguments, fields):
+    before = snapshot(folder)
+    status, said, errors = command(*arguments)
+    assert status == 1
+    assert not said
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+    assert str(folder) in errors
+    assert re.findall(r"(\w+) was .*? and is ", errors) == fields
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [
+        ("--sparsities", "1.0", "sparsities"),
+        ("--sparsities", "0.0", "sparsities"),
+        ("--sparsities", "-0.5", "sparsities"),
+        ("--sparsities", "nan", "sparsities"),
+        ("--sparsities", "inf", "sparsities"),
+        ("--retrain-sparsities", "1.5", "sparsities"),
+        ("--retrain-sparsities", "0.7", "retrain_sparsities"),
+        ("--criteria", "weight", "weight"),
+        ("--retrain-criteria", "weight", "weight"),
+        ("--retrain-criteria", "random", "retrain_criteria"),
+        ("--criteria", "random random", "criteria"),
+        ("--seeds", "1 1", "seeds"),
+        ("--seeds", "-1", "seed"),
+        ("--batch-size", "0", "batch_size"),
+        ("--steps", "0", "steps"),
+        ("--retrain-steps", "-1", "retrain_steps"),
+        ("--checkpoint-every", "0", "checkpoint_every"),
+        ("--learning-rate", "-0.1", "learning_rate"),
+        ("--retrain-learning-rate", "0", "retrain_learning_rate"),
+        ("--learning-rate", "0", "learning_rate"),
+        ("--learning-rate", "inf", "learning_rate"),
+        ("--learning-rate", "nan", "learning_rate"),
+        ("--eval-tokens", "-1", "eval_tokens"),
+        ("--sample-length", "0", "sample_length"),
+        ("--show-sparsity", "nan", "show_sparsity"),
+        ("--mesh", "rows=2", "as in data=4,model=2"),
+        ("--mesh", "data=16", "16 devices, got 8"),
+        ("--mesh", "data=4", "batch_size=2"),
+        ("--mesh", "model=7", "model=7 must divide"),
+        ("--coordinator", "localhost", "HOST:PORT"),
+        ("--processes", "2", "--coordinator"),
+        ("--process-id", "0", "--coordinator"),
+    ],
+)
+def test_a_value_out_of_range_is_one_sentence_and_nothing_is_written(
+    text, tmp_path, command, flag, value, named
+):
+    out = tmp_path / "out"
+    status, _, errors = command(*flags(text, out, flag, *value.split()))
+    assert status == 1
+    assert errors.startswith("error: ")
+    assert named in errors
+    assert len(errors.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_process_that_refuses_prints_one_line_and_exits_with_one(text, tmp_path):
+    out = tmp_path / "out"
+    ended = subprocess.run(
+        [sys.executable, "-m", MODULE, *flags(text, out, "--sparsities", "1")],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert not ended.stdout
+    assert ended.stderr == (
+        "error: sparsities must be in (0, 1), got 1.0; the dense model is always "
+        "measured\n"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--sparsities"],
+        ["--sparsities", "half"],
+        ["--scopes", "galaxy"],
+        ["--preset", "huge"],
+        ["--no-such-flag"],
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_a_usage_error(
+    text, tmp_path, command, arguments
+):
+    out = tmp_path / "out"
+    status, _, errors = command(*flags(text, out, *arguments))
+    assert status not in (0, None)
+    assert arguments[0].strip("-").split("-")[0] in errors
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "empty"),
+        (b" \n\t\n", "empty"),
+        (b"to be or not to be", "longer text"),
+        (b"x" * 20 + b"y" * 40, "longer text"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (None, "No such file"),
+    ],
+)
+def test_a_text_of_no_use_is_one_sentence_and_nothing_is_written(
+    tmp_path, command, content, named
+):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    if content is not None:
+        text.write_bytes(content)
+    status, _, errors = command(*flags(text, out))
+    assert status == 1
+    assert errors.startswith("error: ")
+    assert named in errors
+    assert len(errors.splitlines()) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_in_the_place_of_the_folder_is_refused(text, tmp_path, command, name):
+    (tmp_path / "file").write_text("mine")
+    before = snapshot(tmp_path)
+    status, _, errors = command(*flags(text, tmp_path / name))
+    assert status == 1
+    assert errors.startswith("error: ")
+    assert str(tmp_path / name) in errors
+    assert len(errors.splitlines()) == 1
+    assert snapshot(tmp_path) == before
+
+
+def test_a_second_process_in_the_folder_is_refused(run, command):
+    out = run.out
+    before = snapshot(out)
+    with open(out / ".lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        status, _, errors = command(*flags(run.text, out))
+    assert status == 1
+    assert errors == (
+        f"error: another process is running in '{out}'; wait for it or give another "
+        "--out"
+    )
+    assert snapshot(out) == before
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence(text, tmp_path, command):
+    status, _, errors = command(*flags(text, tmp_path, "--learning-rate", "1e30"))
+    assert status == 1
+    assert errors.startswith("error: ")
+    assert "--learning-rate" in errors
+    assert not (tmp_path / "results.json").exists()

@@ -1,0 +1,444 @@
+"""A run that was killed and started again is an undisturbed run, record included."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.harness import checkpoint, device_mesh, manifest, records, training
+
+OPTIMIZER = optax.adamw(1e-2)
+
+
+def batches(step):
+    inputs = np.random.default_rng([7, step]).integers(0, 16, (12, 8), np.int32)
+    return inputs, (inputs * 3 + 1) % 16
+
+
+def token_losses(params, inputs, targets, key=None):
+    hidden = params["embedding"][inputs]
+    if key is not None:
+        hidden = hidden * jax.random.bernoulli(key, 0.9, hidden.shape)
+    logits = jnp.tanh(hidden @ params["hidden"]) @ params["out"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def mean_loss(params, inputs, targets, key):
+    return token_losses(params, inputs, targets, key).mean()
+
+
+def toy_params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"embedding": (16, 24), "hidden": (24, 24), "out": (24, 16)}
+    pairs = zip(shapes.items(), keys, strict=True)
+    return {name: jax.random.normal(key, shape) / 5 for (name, shape), key in pairs}
+
+
+STEP = training.make_step(mean_loss, OPTIMIZER)
+
+
+def run(folder, batches=batches, **changes):
+    with records.MetricsLog(folder / "metrics.jsonl", tensorboard=False) as log:
+        arguments = {
+            "steps": 40,
+            "key": jax.random.key(1),
+            "directory": folder / "checkpoints",
+            "configuration": {"seed": 1},
+            "every": 10,
+            "log_every": 4,
+            "on_start": lambda step: log.resume(step, phase="toy"),
+            "on_metrics": lambda metrics: log.write(metrics, phase="toy"),
+            "evaluate": lambda state: {"norm": float(optax.tree.norm(state.params))},
+            "evaluate_every": 15,
+        }
+        state = training.init(toy_params(), OPTIMIZER)
+        return training.train(state, STEP, batches, **(arguments | changes))
+
+
+def run_and_die(folder, moment, when):
+    """Runs in a process of its own, which is killed at this step or in its save."""
+    save = checkpoint.save
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def deadly_batches(step):
+        return die() if (moment, when) == ("batch", step) else batches(step)
+
+    def deadly_save(*arguments, step, **named):
+        if step == when and moment == "commit":
+            checkpoint.os.rename = die
+        if step == when and moment == "manifest":
+            manifest.write = die
+        return save(*arguments, step=step, **named)
+
+    checkpoint.save = deadly_save
+    run(folder, deadly_batches)
+
+
+def curve(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    for entry in entries:
+        entry.pop("tokens_per_second", None)
+    return entries
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run(folder), folder
+
+
+def test_the_loss_falls_and_the_record_has_every_step_once(undisturbed):
+    state, folder = undisturbed
+    entries = curve(folder)
+    assert int(state.step) == 40
+    assert entries[0].keys() == {"phase", "step", "norm"}
+    assert entries[-1].keys() == {"phase", "step", "loss", "norm"}
+    assert entries[-1]["loss"] < 0.8 * entries[1]["loss"]
+    steps = [entry["step"] for entry in entries]
+    assert steps == sorted({*range(0, 41, 4), *range(0, 41, 10), 15, 30})
+
+
+def test_the_loop_is_the_plain_loop(undisturbed):
+    state = training.init(toy_params(), OPTIMIZER)
+    step = jax.jit(STEP)
+    for n in range(40):
+        state, _ = step(state, *batches(n), jax.random.key(1))
+    chex.assert_trees_all_equal(state, undisturbed[0])
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["alone", "in a folder"])
+def test_a_donated_state_is_used_up_and_another_is_left(kept, tmp_path):
+    def train(steps, donate):
+        state = training.init(toy_params(), OPTIMIZER)
+        folder = tmp_path / f"{donate}" if kept else None
+        key = jax.random.key(1)
+        options = {"steps": steps, "key": key, "directory": folder, "donate": donate}
+        return state, training.train(state, STEP, batches, **options)
+
+    for steps in (3, 6):  # in a folder the second goes on
+        old, expected = train(steps, donate=False)
+        gone, state = train(steps, donate=True)
+        chex.assert_trees_all_equal(state, expected)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(gone))
+        assert np.isfinite(optax.tree.norm(old.params))
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=4,data=2"])
+def test_an_abstract_state_is_the_state_without_its_numbers(mesh):
+    place = device_mesh.make_mesh(mesh, 8) if mesh else None
+    state = training.init(toy_params(), OPTIMIZER, mesh=place)
+    shapes = jax.eval_shape(toy_params)
+    target = training.abstract(shapes, OPTIMIZER, mesh=place)
+    chex.assert_trees_all_equal_shapes_and_dtypes(target, state)
+    if place is not None:
+        for one, other in zip(
+            jax.tree.leaves(target), jax.tree.leaves(state), strict=True
+        ):
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+
+
+def test_killed_in_mid_step_and_in_mid_save_it_ends_with_the_same_bits(
+    undisturbed, tmp_path
+):
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    for moment, when in [("batch", 17), ("manifest", 30), ("commit", 40)]:
+        child = subprocess.run(
+            [sys.executable, __file__, tmp_path, moment, str(when)],
+            env=environment,
+            check=False,
+        )
+        assert child.returncode == -signal.SIGKILL, moment
+    state = run(tmp_path)
+    chex.assert_trees_all_equal(state, undisturbed[0])
+    assert curve(tmp_path) == curve(undisturbed[1])
+
+
+def test_a_finished_run_redoes_nothing(undisturbed):
+    state, folder = undisturbed
+    before = (folder / "metrics.jsonl").read_bytes()
+
+    def refuse(step):
+        raise AssertionError(step)
+
+    chex.assert_trees_all_equal(run(folder, refuse), state)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused_naming_the_field(undisturbed):
+    with pytest.raises(
+        ValueError, match="seed was 1 and is 2; give the old values, or another folder"
+    ):
+        run(undisturbed[1], configuration={"seed": 2})
+
+
+def test_fewer_steps_than_were_done_are_refused(undisturbed):
+    with pytest.raises(ValueError, match="at most the 30 steps asked for, got 40"):
+        run(undisturbed[1], steps=30)
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": -1}, {"every": 0}, {"log_every": 0}, {"evaluate_every": 0}]
+)
+def test_numbers_out_of_range_are_refused(tmp_path, change):
+    with pytest.raises(ValueError, match="needs steps >= 0 and intervals >= 1"):
+        run(tmp_path, **change)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    def step_fn(state, inputs, targets, key):
+        loss = jnp.where(state.step == 13, jnp.nan, 1.0)
+        return state._replace(step=state.step + 1), loss
+
+    state = training.init(toy_params(), OPTIMIZER)
+    with pytest.raises(
+        FloatingPointError,
+        match="toy: the loss must be finite, got nan at step 14; low",
+    ):
+        training.train(
+            state,
+            step_fn,
+            batches,
+            steps=40,
+            key=jax.random.key(0),
+            directory=tmp_path,
+            every=10,
+            label="toy",
+        )
+    assert checkpoint.latest(tmp_path).step == 10
+
+
+MESHES = ["data=4", "fsdp=4", "fsdp=2,data=2", "data=2,fsdp=3"]
+
+
+@pytest.mark.parametrize("mesh", ["data=1", *MESHES])
+def test_the_step_is_compiled_once_and_the_caller_keeps_the_state(mesh):
+    chex.clear_trace_counter()
+    optimizer = optax.adamw(1e-2)
+    step = training.make_step(mean_loss, optimizer)
+    counted = chex.assert_max_traces(step, n=1)
+    place = device_mesh.make_mesh(mesh, 12)
+    state = training.init(toy_params(), optimizer, mesh=place)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    for _ in range(2):
+        result = training.train(
+            state, counted, batches, steps=9, key=jax.random.key(1), mesh=place
+        )
+    assert (
+        training._compiled(counted, place and training._shardings(state))._cache_size()
+        == 1
+    )
+    chex.assert_trees_all_equal(state.params, toy_params())
+    assert jax.tree.map(lambda leaf: leaf.sharding, result) == shardings
+
+
+def test_a_mesh_computes_what_one_device_does():
+    results = []
+    for mesh in ["data=1", None, *MESHES]:
+        place = device_mesh.make_mesh(mesh, 12)
+        state = training.init(toy_params(), OPTIMIZER, mesh=place)
+        state = training.train(
+            state, STEP, batches, steps=5, key=jax.random.key(1), mesh=place
+        )
+        results.append(jax.device_get(state.params))
+    for other in results[1:]:
+        # The sums are taken in another order, and Adam divides by their root.
+        chex.assert_trees_all_close(other, results[0], atol=1e-4)
+
+
+def test_a_run_resumed_on_a_mesh_is_placed_as_before(tmp_path):
+    mesh = device_mesh.make_mesh("fsdp=6", 12)
+    for steps in (4, 8):
+        state = training.init(toy_params(), OPTIMIZER, mesh=mesh)
+        result = training.train(
+            state,
+            STEP,
+            batches,
+            steps=steps,
+            key=jax.random.key(1),
+            directory=tmp_path / "stopped",
+            mesh=mesh,
+        )
+    whole = training.train(
+        state, STEP, batches, steps=8, key=jax.random.key(1), mesh=mesh
+    )
+    assert training._shardings(result) == training._shardings(whole)
+    chex.assert_trees_all_equal(result, whole)
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_evaluation_is_the_weighted_mean_in_one_program(on_mesh):
+    mesh = device_mesh.make_mesh(None, 12) if on_mesh else None
+    params = toy_params()
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(token_losses, n=1)
+    evaluate = training.make_eval(counted, mesh=mesh)
+    random = np.random.default_rng(0)
+    weighted = [(*batches(n), random.integers(0, 2, (12, 8))) for n in range(3)]
+    losses = [np.asarray(token_losses(params, *b[:2])) for b in weighted]
+    if mesh is not None:
+        params = device_mesh.put(params, device_mesh.shardings(params, mesh))
+    expected = np.average(
+        np.stack(losses).astype(np.float64), weights=np.stack([b[2] for b in weighted])
+    )
+    np.testing.assert_allclose(evaluate(params, weighted), expected, rtol=1e-6)
+    rows = [(*batch[:2], np.arange(12.0)) for batch in weighted]
+    expected = np.average(np.mean(losses, axis=(0, 2)), weights=np.arange(12.0))
+    np.testing.assert_allclose(evaluate(params, rows), expected, rtol=1e-6)
+    nothing = [(*batch[:2], np.zeros((12, 8))) for batch in weighted]
+    with pytest.raises(ValueError, match="a token of positive weight, got none"):
+        evaluate(params, nothing)
+
+
+def test_a_torn_last_line_is_dropped_and_later_steps_are_not_repeated(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with records.MetricsLog(path, tensorboard=False) as log:
+        for step in (10, 20, 30):
+            log.write({"step": step}, seed=0)
+        log.write({"step": 30}, seed=1)
+    with open(path, "a") as file:
+        file.write('{"seed": 1, "st')
+    with records.MetricsLog(path, tensorboard=False) as log:
+        log.resume(20, seed=0)
+        log.write({"step": 30, "loss": np.float32(0.5)}, seed=0)
+    assert path.read_text().splitlines() == [
+        '{"seed": 0, "step": 10}',
+        '{"seed": 0, "step": 20}',
+        '{"seed": 1, "step": 30}',
+        '{"seed": 0, "step": 30, "loss": 0.5}',
+    ]
+
+
+def test_tensorboard_events_are_written_where_the_package_is(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with records.MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.write({"step": 1, "loss": 2.0}, phase="train")
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes()
+
+
+def test_a_metrics_line_that_does_not_fit_the_disk_is_taken_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with records.MetricsLog(path, tensorboard=False) as log:
+        log.write({"step": 1})
+        file = log._file
+
+        class Full:
+            def write(self, line):
+                return file.write(line[:3])
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+        log._file = Full()
+        with pytest.raises(
+            OSError, match=r"could not be written .* free space"
+        ) as error:
+            log.write({"step": 2})
+        log._file = file
+        assert error.value.errno == errno.ENOSPC
+        log.write({"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's full device")
+def test_a_full_device_is_one_clear_error():
+    log = records.MetricsLog.__new__(records.MetricsLog)
+    log.path, log._events = Path("/dev/full"), None
+    with (
+        open("/dev/full", "wb", buffering=0) as log._file,
+        pytest.raises(OSError, match="No space left on device"),
+    ):
+        log.write({"step": 1})
+
+
+def test_results_are_replaced_whole_or_left_as_they_were(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "results.json"
+    records.write_json(path, {"n": np.int64(1), "w": jnp.arange(2), "f": np.float32(1)})
+    assert json.loads(path.read_text()) == {"n": 1, "w": [0, 1], "f": 1.0}
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(records.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device.* free space") as error:
+        records.write_json(path, {"n": 2})
+    assert error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["results.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.inf, np.array([1.0, np.nan])])
+def test_nan_is_refused_by_its_place(tmp_path, value):
+    with pytest.raises(ValueError, match=r"NaN or infinity at 'cells/1/loss"):
+        records.write_json(tmp_path / "r.json", {"cells": [{}, {"loss": value}]})
+    with (
+        records.MetricsLog(tmp_path / "m.jsonl", tensorboard=False) as log,
+        pytest.raises(ValueError, match="NaN or infinity at 'loss"),
+    ):
+        log.write({"loss": value})
+    assert (tmp_path / "m.jsonl").read_bytes() == b""
+    assert os.listdir(tmp_path) == ["m.jsonl"]
+
+
+def test_what_is_no_json_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="JSON holds no set"):
+        records.write_json(tmp_path / "r.json", {"a": {1}})
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="choose another folder"):
+        records.write_json(tmp_path / "file" / "results.json", {})
+    with pytest.raises(OSError, match="choose another folder"):
+        records.MetricsLog(tmp_path / "file" / "metrics.jsonl")
+
+
+def test_a_phase_says_what_it_cost():
+    with records.measure("train", seed=3) as phase:
+        phase.tokens = 100
+    record = phase.record()
+    assert list(record) == [
+        "name", "seed", "seconds", "peak_memory_bytes", "energy_kwh", "co2_kg",
+        "tokens_per_second",
+    ]  # fmt: skip
+    assert (record["name"], record["seed"]) == ("train", 3)
+    assert record["tokens_per_second"] == 100 / record["seconds"]
+    assert 10**7 < record["peak_memory_bytes"] < 10**12
+    assert record["energy_kwh"] is None
+
+
+def test_energy_is_measured_offline_where_codecarbon_is(tmp_path, capfd, monkeypatch):
+    pytest.importorskip("codecarbon")
+    monkeypatch.chdir(tmp_path)
+    with records.measure("train", country="DEU") as phase:
+        pass
+    assert phase.energy_kwh > 0
+    assert phase.co2_kg > 0
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    assert os.listdir(tmp_path) == []
+
+
+def test_versions_and_device_are_told():
+    assert records.versions()["jax"] == jax.__version__
+    assert records.versions()["python"].startswith("3.")
+    assert records.device().startswith("8 x cpu (")
+
+
+if __name__ == "__main__":
+    run_and_die(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

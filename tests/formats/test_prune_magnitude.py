@@ -1,0 +1,284 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxprune as jp
+from jaxprune.formats import prune_magnitude, rewrite
+from jaxprune.formats.checkpoint_dir import open_directory
+from tests.support.hf_directories import BFLOAT16, build, contents, llama, normal
+
+OUT_IN = jp.Axes(inputs=(-1,), outputs=(-2,))
+PATTERNS = [jp.patterns.Unstructured(), jp.patterns.PerOutput(), jp.patterns.NM(2, 4)]
+
+
+def prune(folder, tensors, config=None, shards=1, **settings):
+    """Prunes a directory of these tensors; what is read back, and the report."""
+    source = open_directory(build(folder / "m", tensors, shards, config))
+    report = prune_magnitude.prune_directory(source, folder / "out", **settings)
+    pruned = open_directory(folder / "out")
+    return {name: pruned.read(name) for name in tensors}, report
+
+
+def expected(weight, sparsity, pattern, axes=OUT_IN):
+    """The same by `jp.prune`, an independent program."""
+    params = {"w": jnp.asarray(weight)}
+    scores = {"w": jnp.abs(params["w"].astype(jnp.float32))}
+    share = None if pattern.sparsity else sparsity
+    return np.asarray(jp.prune(params, scores, share, pattern=pattern, axes=axes)["w"])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_weights_kept_are_those_that_prune_keeps(tmp_path, pattern, dtype, kind):
+    weight = normal(0, 24, 40, dtype=dtype)
+    sparsity = 0.5 if pattern.sparsity else 0.3
+    new, report = prune(
+        tmp_path,
+        {"h.0.mlp.weight": weight},
+        {"model_type": kind},
+        sparsity=sparsity,
+        pattern=pattern,
+    )
+    axes = OUT_IN if kind == "llama" else jp.Axes()
+    wanted = expected(weight, sparsity, pattern, axes)
+    np.testing.assert_array_equal(new["h.0.mlp.weight"], wanted)
+    zeros = round(sparsity * weight.size)
+    assert report.tensors == {"h.0.mlp.weight": (zeros, weight.size)}
+    assert report.achieved == zeros / weight.size
+
+
+def oracle(weight, removed):
+    """The lowest magnitudes removed one by one; of those tied, the last first."""
+    order = sorted(range(weight.size), key=lambda i: (abs(weight.flat[i]), -i))
+    kept = weight.copy().reshape(-1)
+    kept[order[:removed]] = 0
+    return kept.reshape(weight.shape)
+
+
+dtypes = st.sampled_from([np.dtype("f4"), np.dtype("f2"), np.dtype("f8"), BFLOAT16])
+
+
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=60),
+    st.floats(0, 0.99),
+    dtypes,
+    st.integers(1, 20),
+)
+def test_counts_are_exact_and_ties_keep_the_first(values, share, dtype, chunk):
+    weight = np.array(values, dtype)
+    removed = round(share * weight.size)
+    cut = weight.copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune_magnitude, "_CHUNK", chunk)
+        prune_magnitude._cut(cut.view(f"u{dtype.itemsize}"), removed)
+    np.testing.assert_array_equal(cut, oracle(weight, removed))
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.floats(0, 0.99), st.integers(1, 20))
+def test_each_output_loses_the_same_count_and_ties_keep_the_first(
+    outputs, inputs, share, chunk
+):
+    weight = np.random.default_rng(outputs).integers(-2, 3, (outputs, inputs))
+    weight = weight.astype(np.float32)
+    removed = round(share * weight.size)
+    per, rest = divmod(removed, outputs)
+    wanted = [oracle(row, per + (i < rest)) for i, row in enumerate(weight)]
+    bits = weight.copy().view(np.uint32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune_magnitude, "_CHUNK", chunk)
+        for part, start in prune_magnitude._row_chunks(bits):
+            counts = per + (np.arange(start, start + len(part)) < rest)
+            part[prune_magnitude._lowest(part & np.uint32(0x7FFFFFFF), counts)] = 0
+    np.testing.assert_array_equal(bits.view(np.float32), np.stack(wanted))
+
+
+def test_every_pattern_keeps_the_first_of_tied_weights(tmp_path):
+    for i, pattern in enumerate(PATTERNS):
+        share = None if pattern.sparsity else 0.5
+        (tmp_path / str(i)).mkdir()
+        weights = {"w.weight": np.full((4, 8), -2, np.float32)}
+        new, _ = prune(tmp_path / str(i), weights, sparsity=share, pattern=pattern)
+        wanted = expected(weights["w.weight"], 0.5, pattern)
+        np.testing.assert_array_equal(new["w.weight"], wanted)
+        assert (new["w.weight"] == 0).sum() == 16
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_stacked_experts_are_pruned_one_by_one(tmp_path, pattern):
+    stack = normal(0, 3, 8, 16) * np.array([1, 10, 100], np.float32)[:, None, None]
+    name = "model.layers.0.mlp.experts.down_proj"
+    share = None if pattern.sparsity else 0.25
+    new, _ = prune(tmp_path, {name: stack}, sparsity=share, pattern=pattern)
+    wanted = [expected(each, share, pattern) for each in stack]
+    np.testing.assert_array_equal(new[name], np.stack(wanted))
+
+
+def test_embeddings_norms_heads_and_convolutions_are_left_alone(tmp_path):
+    tensors = llama() | {
+        "conv1d.weight": normal(0, 16, 1, 4),
+        "patch.weight": normal(0, 4, 3, 2, 2),
+        "h.0.attn.bias": np.ones((4, 4), "f4"),
+        "ids.weight": np.ones((4, 4), np.int64),
+    }
+    new, report = prune(tmp_path, tensors, sparsity=0.5)
+    for name, value in tensors.items():
+        if "_proj" in name:
+            assert (new[name] == 0).sum() == value.size // 2
+            assert name in report.tensors
+        else:
+            np.testing.assert_array_equal(new[name], value)
+            assert name in report.skipped
+
+
+def test_shares_and_exclusions_are_given_by_name(tmp_path):
+    tensors = llama()
+    _, report = prune(
+        tmp_path,
+        tensors,
+        sparsity={"*/mlp/*": 0.75, "*": 0.25},
+        prunable=jp.tree.excluding("model/layers/0/*"),
+    )
+    shares = {name: zeros / size for name, (zeros, size) in report.tensors.items()}
+    prefix = "model.layers.1"
+    assert shares == {
+        f"{prefix}.self_attn.q_proj.weight": 0.25,
+        f"{prefix}.mlp.up_proj.weight": 0.75,
+        f"{prefix}.mlp.down_proj.weight": 0.75,
+    }
+
+
+def test_the_result_tells_how_it_was_made(tmp_path):
+    told = {"command": "jaxprune prune m out"}
+    _, report = prune(tmp_path, llama(), pattern=jp.patterns.NM(2, 4), provenance=told)
+    record = rewrite.read_provenance(report.path, verify=True)
+    assert record["method"] == "magnitude"
+    assert record["pattern"] == "NM(n=2, m=4)"
+    assert record["sparsity"] == record["achieved"] == report.achieved == 0.5
+    assert record["command"] == told["command"]
+    assert {k: (v["zeros"], v["size"]) for k, v in record["tensors"].items()} == (
+        report.tensors
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({}, ValueError, "leaves the sparsity free; give sparsity=0.5"),
+        ({"sparsity": 1.0}, ValueError, r"must be in \[0, 1\)"),
+        ({"sparsity": {"nothing/*": 0.5}}, ValueError, "'nothing/\\*' match none"),
+        (
+            {"sparsity": 0.6, "pattern": jp.patterns.NM(2, 4)},
+            ValueError,
+            "removes exactly 0.5 of each matrix",
+        ),
+        (
+            {"pattern": jp.patterns.NM(2, 3)},
+            ValueError,
+            "divisible by 3, got 16 at 'model.layers.0.self_attn.q_proj.weight'",
+        ),
+        (
+            {"sparsity": 0.5, "pattern": jp.patterns.Block(2, 2)},
+            TypeError,
+            r"Unstructured, PerOutput or NM, got Block\(rows=2",
+        ),
+        (
+            {"sparsity": 0.5, "prunable": lambda name, leaf: False},
+            ValueError,
+            "must have a tensor that may be pruned",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path, settings, error, match
+):
+    with pytest.raises(error, match=match):
+        prune(tmp_path, llama(), **settings)
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    tensors = llama()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp.up_proj.weight' holds"):
+        prune(tmp_path, tensors, sparsity=0.5)
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_empty_and_unaligned_tensors_pass(tmp_path):
+    tensors = {
+        "a.weight": np.zeros((0, 4), "f4"),
+        "b.weight": np.ones((0, 4, 4), "f4"),
+        "c.weight": normal(0, 4, 4),
+    }
+    _, report = prune(tmp_path, tensors, sparsity=0.5)
+    assert report.tensors["c.weight"] == (8, 16)
+
+
+def run(code, **variables):
+    """A Python program of its own; its output."""
+    lines = [f"{name} = {value!r}" for name, value in variables.items()]
+    program = "\n".join([*lines, textwrap.dedent(code)])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
+    source = open_directory(build(tmp_path / "m", llama(4), 4))
+    prune_magnitude.prune_directory(source, tmp_path / "whole", sparsity=0.5)
+    code = """
+        import os, signal
+        from jaxprune import directory, streaming
+
+        def kill(name, done, total):
+            if done > 0.6 * total:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        source = directory.open_directory(folder + "/m")
+        streaming.prune_directory(source, folder + "/out", sparsity=0.5, progress=kill)
+    """
+    status, _ = run(code, folder=str(tmp_path))
+    assert status == -9
+    assert not (tmp_path / "out").exists()
+    seen = []
+    prune_magnitude.prune_directory(
+        source, tmp_path / "out", sparsity=0.5, progress=lambda *a: seen.append(a[0])
+    )
+    assert next(iter(source.metadata)) == seen[0]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["m", "out", "whole"]
+
+
+def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
+    tensors = {f"layers.{i}.weight": normal(i, 1024, 1024) for i in range(64)}
+    build(tmp_path / "m", tensors, 2)
+    code = """
+        import pathlib
+        from jaxprune import directory, patterns, streaming
+
+        def peak():
+            status = pathlib.Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+        source = directory.open_directory(folder + "/m")
+        before = peak()
+        pattern = patterns.PerOutput()
+        streaming.prune_directory(
+            source, folder + "/out", sparsity=0.5, pattern=pattern
+        )
+        print(peak() - before)
+    """
+    status, output = run(code, folder=str(tmp_path))
+    assert status == 0, output
+    # 256 MiB in all, 4 MiB a tensor; VmHWM counts mapped pages, and what is imported
+    # and allocated for the first time too.
+    assert int(output) < 48 * 2**20

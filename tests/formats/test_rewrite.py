@@ -1,0 +1,393 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune.formats import atomic, rewrite
+from jaxprune.formats.checkpoint_dir import Damaged, Unknown, open_directory
+from tests.support.hf_directories import (
+    BFLOAT16,
+    INDEX,
+    build,
+    contents,
+    llama,
+    load,
+    normal,
+)
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+HOW = {"method": "magnitude", "pattern": "Unstructured()", "sparsity": 0.5}
+
+
+def half(value):
+    """Every second weight removed."""
+    kept = np.arange(value.size).reshape(value.shape) % 2 == 0
+    return np.where(kept, value, 0).astype(value.dtype)
+
+
+@pytest.fixture(params=[1, 3], ids=["one file", "three files"])
+def source(request, tmp_path):
+    return open_directory(build(tmp_path / "m", llama(dtype=BFLOAT16), request.param))
+
+
+def test_nothing_replaced_gives_every_file_byte_for_byte(tmp_path, source):
+    paths = rewrite.write(source, tmp_path / "out", {}, provenance=HOW)
+    assert sorted(p.name for p in paths) == sorted(os.listdir(tmp_path / "out"))
+    written = contents(tmp_path / "out")
+    del written["jaxprune.json"]
+    assert written == contents(tmp_path / "m")
+
+
+def test_only_the_replaced_tensors_bytes_change(tmp_path, source):
+    new = {Q: half(source.read(Q)), UP: lambda: half(source.read(UP))}
+    rewrite.write(source, tmp_path / "out", new, provenance=HOW)
+    before, after = contents(tmp_path / "m"), contents(tmp_path / "out")
+    for file in source.metadata:
+        old, made = load(tmp_path / "m" / file), load(tmp_path / "out" / file)
+        assert old.keys() == made.keys()
+        for name, (code, shape, data) in old.items():
+            wanted = half(source.read(name)).tobytes() if name in new else data
+            assert made[name] == (code, shape, wanted)
+        start = 8 + int.from_bytes(before[file][:8], "little")
+        assert before[file][:start] == after[file][:start]
+    for name in source.others:
+        assert before[name] == after[name]
+
+
+def test_values_are_cast_to_the_stored_dtype(tmp_path, source):
+    exact = jnp.asarray(source.read(Q)).astype(jnp.float32) * 1.001
+    rewrite.write(source, tmp_path / "out", {Q: exact}, provenance=HOW)
+    read = open_directory(tmp_path / "out").read(Q)
+    np.testing.assert_array_equal(read, np.asarray(exact.astype(jnp.bfloat16)))
+
+
+def test_a_transposed_view_is_written_in_its_own_order(tmp_path, source):
+    new = half(source.read(Q))
+    view = np.asfortranarray(new)
+    assert not view.flags.c_contiguous
+    rewrite.write(source, tmp_path / "out", {Q: view}, provenance=HOW)
+    np.testing.assert_array_equal(open_directory(tmp_path / "out").read(Q), new)
+
+
+def test_chunks_of_any_size_give_the_same_bytes(tmp_path, source, monkeypatch):
+    new = {Q: np.asfortranarray(half(source.read(Q))), UP: half(source.read(UP))}
+    rewrite.write(source, tmp_path / "a", new, provenance=HOW)
+    monkeypatch.setattr(rewrite, "_CHUNK", 37)
+    monkeypatch.setattr(atomic, "_CHUNK", 41)
+    rewrite.write(source, tmp_path / "b", new, provenance=HOW)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_minus_zero_is_written_as_zero(tmp_path, source):
+    new = np.where(half(source.read(Q)) == 0, -0.0, 1.0)
+    rewrite.write(source, tmp_path / "out", {Q: new}, provenance=HOW)
+    read = open_directory(tmp_path / "out").read(Q)
+    assert not np.signbit(read.astype(np.float32)).any()
+
+
+def test_provenance_counts_what_was_written(tmp_path, source):
+    new = {Q: half(source.read(Q)), UP: np.zeros(source.tensors[UP].shape)}
+    told = {**HOW, "command": "jaxprune prune", "perplexity": {"before": 3.5}}
+    rewrite.write(source, tmp_path / "out", new, provenance=told)
+    record = rewrite.read_provenance(tmp_path / "out", verify=True)
+    assert record.items() >= told.items()
+    assert record["tensors"] == {
+        Q: {"zeros": 256, "size": 512},
+        UP: {"zeros": 512, "size": 512},
+    }
+    assert record["achieved"] == 0.75
+    assert set(record["files"]) == {*source.metadata, *source.others}
+
+
+def test_a_file_changed_later_is_found_on_request(tmp_path, source):
+    rewrite.write(source, tmp_path / "out", {}, provenance=HOW)
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    rewrite.read_provenance(tmp_path / "out")
+    with pytest.raises(Damaged, match=r"tokenizer.json' is damaged"):
+        rewrite.read_provenance(tmp_path / "out", verify=True)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    with pytest.raises(Damaged, match=r"tokenizer.json' is damaged"):
+        rewrite.read_provenance(tmp_path / "out", verify=True)
+
+
+def test_provenance_of_another_kind_is_told_from_damage(tmp_path, source):
+    with pytest.raises(Unknown, match=r"has no jaxprune.json"):
+        rewrite.read_provenance(tmp_path / "m")
+    path = tmp_path / "m" / "jaxprune.json"
+    path.write_text('{"format": "jaxprune.export", "version": 9}')
+    with pytest.raises(Unknown, match="version 9"):
+        rewrite.read_provenance(tmp_path / "m")
+    path.write_text('{"format": "jaxprune.export", "version": 1}')
+    with pytest.raises(Damaged, match="lists no tensors and files"):
+        rewrite.read_provenance(tmp_path / "m")
+    path.write_text("{")
+    with pytest.raises(Damaged, match="no JSON"):
+        rewrite.read_provenance(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("new", "error", "match"),
+    [
+        ({"v": np.ones(2)}, ValueError, "'v' are not; it has"),
+        ({Q: np.ones((16, 32))}, ValueError, r"is \(32, 16\) and got \(16, 32\)"),
+        ({Q: lambda: np.ones((16, 32))}, ValueError, "transpose them back"),
+        ({Q: np.ones((32, 16), int)}, TypeError, "is bfloat16 and got int64"),
+        ({Q: np.full((32, 16), np.nan)}, ValueError, "'.*q_proj.weight' holds NaN"),
+        ({Q: np.full((32, 16), np.inf)}, ValueError, "holds NaN or inf"),
+        ({Q: np.full((32, 16), 1e300)}, ValueError, "infinity as bfloat16"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_and_leave_nothing(
+    tmp_path, source, new, error, match
+):
+    with pytest.raises(error, match=match):
+        rewrite.write(source, tmp_path / "out", new, provenance=HOW)
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_provenance_that_cannot_be_told_is_refused(tmp_path, source):
+    for wrong, error, match in [
+        ({"achieved": 1}, ValueError, "'achieved' are written by export"),
+        ({"method": float("nan")}, ValueError, "JSON-able without NaN"),
+        ({"method": object()}, TypeError, "JSON-able"),
+    ]:
+        with pytest.raises(error, match=match):
+            rewrite.write(source, tmp_path / "out", {}, provenance=wrong)
+
+
+@pytest.mark.parametrize("out", ["m", "m/inside", ".", "link"])
+def test_a_result_inside_its_source_or_around_it_is_refused(tmp_path, source, out):
+    (tmp_path / "link").symlink_to("m")
+    with pytest.raises(ValueError, match="must lie apart"):
+        rewrite.write(source, tmp_path / out, {}, provenance=HOW, overwrite=True)
+
+
+def test_what_is_not_an_earlier_result_is_never_replaced(tmp_path, source):
+    out = tmp_path / "out"
+    out.mkdir()
+    rewrite.write(source, out, {}, provenance=HOW)
+    with pytest.raises(ValueError, match="there is something already"):
+        rewrite.write(source, out, {}, provenance=HOW)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"also holds 'notes.txt'"):
+        rewrite.write(source, out, {}, provenance=HOW, overwrite=True)
+    (out / "jaxprune.json").unlink()
+    with pytest.raises(ValueError, match=r"no jaxprune.json of an earlier result"):
+        rewrite.write(source, out, {}, provenance=HOW, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_result_is_replaced_once_the_new_one_is_whole(tmp_path, source):
+    out = tmp_path / "out"
+    rewrite.write(source, out, {}, provenance=HOW)
+    before = contents(out)
+    new = {Q: np.full((32, 16), np.nan)}
+    with pytest.raises(ValueError, match="finite"):
+        rewrite.write(source, out, new, provenance=HOW, overwrite=True)
+    assert contents(out) == before
+    new = {Q: half(source.read(Q))}
+    rewrite.write(source, out, new, provenance=HOW, overwrite=True)
+    assert rewrite.read_provenance(out, verify=True)["achieved"] == 0.5
+    assert sorted(os.listdir(tmp_path)) == ["m", "out"]
+
+
+def test_a_run_that_dies_while_replacing_loses_neither(tmp_path, source, monkeypatch):
+    out = tmp_path / "out"
+    rewrite.write(source, out, {}, provenance=HOW)
+    before = contents(out)
+    rename = os.rename
+
+    def dies(old, new):
+        if Path(new) == out:
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    # As after a power cut: nothing runs that could bring the old one back.
+    monkeypatch.setattr(os, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        rewrite.write(source, out, {}, provenance=HOW, overwrite=True)
+    monkeypatch.undo()
+    assert not out.exists()
+    with pytest.raises(ValueError, match="there is something already"):
+        rewrite.write(source, out, {}, provenance=HOW)
+    assert contents(out) == before
+    assert sorted(os.listdir(tmp_path)) == ["m", "out"]
+
+
+@pytest.mark.parametrize("failing", ["shard", "copy", "record", "sync"])
+def test_a_crash_anywhere_leaves_nothing_half_written(
+    tmp_path, source, monkeypatch, failing
+):
+    def crash(*_, **__):
+        raise RuntimeError("crash")
+
+    where, name = {
+        "shard": (atomic.Sink, "put"),
+        "copy": (rewrite, "_copy"),
+        "record": (rewrite, "_record"),
+        "sync": (atomic.manifest, "sync"),
+    }[failing]
+    monkeypatch.setattr(where, name, crash)
+    with pytest.raises(RuntimeError, match="crash"):
+        rewrite.write(source, tmp_path / "out", {}, provenance=HOW)
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_what_a_dead_run_left_is_cleared(tmp_path, source):
+    left = tmp_path / ".out.partial"
+    (left / "folder").mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    rewrite.write(source, tmp_path / "out", {}, provenance=HOW)
+    assert sorted(os.listdir(tmp_path)) == ["m", "out"]
+    assert "folder" not in os.listdir(tmp_path / "out")
+
+
+def test_two_runs_do_not_write_to_one_place(tmp_path, source):
+    def second():
+        rewrite.write(source, tmp_path / "out", {}, provenance=HOW)
+
+    with pytest.raises(OSError, match="another run writes to"):
+        rewrite.write(source, tmp_path / "out", {Q: second}, provenance=HOW)
+
+
+def test_a_file_cut_under_way_is_damaged(tmp_path):
+    tensors = {"a": np.ones(4, "f4"), "b": np.ones(1 << 20, "f4")}
+    source = open_directory(build(tmp_path / "m", tensors))
+
+    def cut():
+        os.truncate(tmp_path / "m" / "model.safetensors", 1 << 20)
+        return tensors["a"]
+
+    with pytest.raises(Damaged, match="shorter"):
+        rewrite.write(source, tmp_path / "out", {"a": cut}, provenance=HOW)
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_stopped_run_goes_on_after_its_finished_files(tmp_path):
+    source = open_directory(build(tmp_path / "m", llama(), 3))
+    by_file = {info.file: name for name, info in source.tensors.items()}
+    called = []
+
+    def values(name, stop):
+        if stop:
+            raise KeyboardInterrupt
+        called.append(name)
+        return half(source.read(name))
+
+    def run(stop=None, out="out", how=HOW):
+        new = {n: lambda n=n: values(n, n == stop) for n in by_file.values()}
+        rewrite.write(source, tmp_path / out, new, provenance=how, resume=True)
+
+    first, second, third = (by_file[file] for file in source.metadata)
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=third)
+    assert not (tmp_path / "out").exists()
+    # One finished file is damaged since: it is made again, the other is not.
+    with open(tmp_path / ".out.partial" / list(source.metadata)[1], "r+b") as file:
+        file.write(b"\0")
+    called.clear()
+    run()
+    assert called == [second, third]
+    run(out="whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["m", "out", "whole"]
+    # Another job begins anew.
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=third, out="other")
+    called.clear()
+    run(out="other", how={**HOW, "sparsity": 0.25})
+    assert called == [first, second, third]
+
+
+@pytest.mark.parametrize("state", ["{", "{}"])
+def test_a_state_that_cannot_be_read_begins_anew(tmp_path, source, state):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / ".state.json").write_text(state)
+    rewrite.write(source, tmp_path / "out", {}, provenance=HOW, resume=True)
+    written = contents(tmp_path / "out")
+    del written["jaxprune.json"]
+    assert written == contents(tmp_path / "m")
+
+
+def test_progress_reaches_the_end(tmp_path, source):
+    seen = []
+    rewrite.write(
+        source, tmp_path / "out", {}, provenance=HOW, progress=lambda *a: seen.append(a)
+    )
+    total = sum(info.size for info in source.tensors.values())
+    assert [name for name, _, _ in seen] == list(source.tensors)
+    assert seen[-1][1:] == (total, total)
+
+
+def test_sizes_count_zeros_and_the_compact_file(tmp_path):
+    weight = np.array([0.0, -0.0, 1.0, 0.0] * 8, BFLOAT16)
+    ones = np.ones_like(weight)
+    source = open_directory(build(tmp_path / "m", {"a": weight, "b": ones}))
+    sizes = rewrite.sizes(source)
+    assert (sizes.zeros, sizes.size, sizes.dense_bytes) == (24, 64, 128)
+    assert sizes.by_tensor == {"a": (24, 32), "b": (0, 32)}
+    # 32 bits of mask, and 16 weights that are not +0; b is dense.
+    assert sizes.compact_bytes == 4 + 16 * 2 + 64
+
+
+def test_transformers_loads_the_result_with_the_same_logits(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    source = open_directory(tmp_path / "m")
+    assert source.indexed
+    chosen = [name for name in source.tensors if "_proj" in name]
+    new = {name: half(source.read(name)) for name in chosen}
+    rewrite.write(source, tmp_path / "out", new, provenance=HOW)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in new:
+                weight.copy_(torch.from_numpy(new[name]))
+        tokens = torch.arange(16)[None]
+        wanted = model(tokens).logits
+        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(loaded(tokens).logits, wanted)
+
+
+def test_a_killed_process_leaves_no_lock_and_no_result(tmp_path):
+    build(tmp_path / "m", llama(), 2)
+    code = f"""
+import os, sys
+from jaxprune import directory, export
+source = directory.open_directory({str(tmp_path / "m")!r})
+name = list(source.tensors)[-1]
+new = {{name: lambda: os._exit(9)}}
+export.write(source, {str(tmp_path / "out")!r}, new, provenance={{}}, resume=True)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert sorted(os.listdir(tmp_path)) == [".out.partial", "m"]
+    source = open_directory(tmp_path / "m")
+    rewrite.write(source, tmp_path / "out", {}, provenance={})
+    assert sorted(os.listdir(tmp_path)) == ["m", "out"]
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
+
+
+def test_a_pruned_directory_is_pruned_again(tmp_path, source):
+    rewrite.write(source, tmp_path / "a", {Q: half(source.read(Q))}, provenance=HOW)
+    again = open_directory(tmp_path / "a")
+    assert "jaxprune.json" in again.others
+    new = {UP: normal(0, 32, 16)}
+    rewrite.write(again, tmp_path / "b", new, provenance={"method": "other"})
+    record = rewrite.read_provenance(tmp_path / "b", verify=True)
+    assert (record["method"], list(record["tensors"])) == ("other", [UP])

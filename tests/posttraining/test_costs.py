@@ -1,0 +1,202 @@
+"""What the walk costs: one program for equal layers, one layer's statistics in memory.
+
+And what it is worth: the better the method, the smaller the error of the outputs.
+"""
+
+import contextlib
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from tests.support.small_models import (
+    chain,
+    chain_by_hand,
+    correlated,
+    draw,
+    kernels_of,
+    run_chain,
+)
+from tests.support.small_models import quick_compilation as quick_compilation
+
+
+def prune(fn, params, batches, method, sparsity=0.5, **options):
+    return jp.prune_trained(
+        fn, params, batches, method=method, sparsity=sparsity, progress=False, **options
+    )
+
+
+def run_stack(p, x):
+    def layer(x, own):
+        return x + jnp.tanh(x @ own["up"]) @ own["down"], None
+
+    return jax.lax.scan(jax.checkpoint(layer), x, p)[0]
+
+
+def stack(layers):
+    """Parameters of equal layers, stacked."""
+    return {"up": draw(0, layers, 5, 7), "down": draw(1, layers, 7, 5)}
+
+
+MODELS = {
+    "one by one": (run_chain, lambda layers: chain([5] * (layers + 1))),
+    "stacked": (run_stack, stack),
+}
+X = [correlated(i, 12, 5) for i in range(2)]
+
+COMPILED = []
+
+
+def _note(event, seconds, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(seconds)
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that grows by one with every program that XLA compiles."""
+    jax.monitoring.register_event_duration_secs_listener(_note)
+    COMPILED.clear()
+    try:
+        yield COMPILED
+    finally:
+        jax.monitoring.unregister_event_duration_listener(_note)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_equal_layers_share_their_programs(model):
+    fn, make = MODELS[model]
+    numbers, compiled = [], []
+    for layers in (3, 6):
+        params = jax.tree.map(jnp.asarray, make(layers))
+        prune(fn, params, X, "wanda")  # what is compiled once for a shape is done now
+        with compilations() as events:
+            numbers.append(prune(fn, params, X, "wanda").report["programs"])
+            compiled.append(len(events))
+    assert numbers[0] == numbers[1] > 0
+    # Nor is anything else compiled layer by layer.
+    assert compiled[0] == compiled[1] <= 2 * numbers[0] + 2
+
+
+def run_windows(windows):
+    """Layers that mix positions within a window and turn by angles of their own."""
+
+    def run(p, x, note=lambda name, inputs: None):
+        place = jnp.arange(len(x))
+        for i, (own, window) in enumerate(zip(p, windows, strict=True)):
+            turn = jnp.cos(place / jnp.float32(10 * window))[:, None]
+            near = jnp.abs(place[:, None] - place[None]) < window
+            note(f"{i}/mix", x)
+            h = turn * (x @ own["mix"])
+            h = jax.nn.softmax(jnp.where(near, h @ x.T, -jnp.inf)) @ h
+            note(f"{i}/out", h)
+            x = x + h @ own["out"]
+        return x
+
+    return run
+
+
+WINDOWS = [2, 5, 3, 2]
+WINDOWED = [{"mix": draw(2 * i, 5, 5), "out": draw(2 * i + 1, 5, 5)} for i in range(4)]
+
+
+def test_layers_that_differ_in_their_tables_share_their_programs():
+    different, alike = (
+        prune(run_windows(windows), WINDOWED, X, "wanda").report["programs"]
+        for windows in (WINDOWS, [2, 2, 2, 2])
+    )
+    assert different == alike <= 4  # two of the first layer, two of the others
+
+
+def test_layers_that_differ_in_their_tables_have_their_own():
+    fn = run_windows(WINDOWS)
+    moments = jp.calibrate(fn, WINDOWED, X)
+    seen = {name: [] for name in moments}
+    for x in X:
+        fn(WINDOWED, x, lambda name, inputs: seen[name].append(inputs))
+    for name, inputs in seen.items():
+        expected = np.square(np.concatenate(inputs)).mean(0)
+        np.testing.assert_allclose(moments[name].mean_square[0], expected, rtol=1e-4)
+
+
+def test_more_batches_compile_nothing_more():
+    params = chain([5] * 4)
+    prune(run_chain, params, X, "wanda")
+    numbers = []
+    for count in (1, 2):
+        with compilations() as events:
+            prune(run_chain, params, X * count, "wanda")
+            numbers.append(len(events))
+    assert numbers[0] == numbers[1]
+
+
+# Memory.
+
+WIDTHS = [11, 13, 17, 19, 3]
+SAMPLES = 23
+LIVE = []
+
+
+def _look():
+    LIVE.append([array.shape for array in jax.live_arrays()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Watching:
+    """Magnitude pruning that asks for Hessians and looks at what is in memory."""
+
+    needs: ClassVar = "hessian"
+    inputs: ClassVar = "left"
+    pattern: ClassVar = jp.patterns.Unstructured()
+
+    def prune(self, matrix):
+        assert matrix.hessian.shape == (matrix.weight.shape[0],) * 2
+        jax.debug.callback(_look)
+        return jp.methods.Magnitude().prune(matrix)
+
+
+def test_one_layers_statistics_and_activations_are_in_memory():
+    LIVE.clear()
+    batches = [correlated(i, SAMPLES, WIDTHS[0]) for i in range(3)]
+    prune(run_chain, chain(WIDTHS), batches, Watching())
+    jax.effects_barrier()
+    assert len(LIVE) == len(WIDTHS) - 1
+    for width, shapes in zip(WIDTHS, LIVE, strict=False):
+        hessians = [s for s in shapes if len(s) == 3 and s[1] == s[2] in WIDTHS]
+        assert hessians == [(1, width, width)]
+        squares = [s for s in shapes if s in [(1, w) for w in WIDTHS]]
+        assert squares == [(1, width)]
+        # Of each batch the input at hand; the batches themselves are NumPy here.
+        values = [s for s in shapes if len(s) == 2 and s[0] == SAMPLES]
+        assert set(values) <= {(SAMPLES, width)}
+        assert len(values) <= len(batches)
+
+
+# Worth.
+
+
+def test_better_methods_leave_smaller_errors():
+    params = chain([16, 16, 16])
+    batches = [correlated(i, 64, 16) / 4 for i in range(2)]
+    errors = {}
+    for method in ("magnitude", "wanda", "sparsegpt", "alps"):
+        pruned, report = prune(run_chain, params, batches, method, 0.6)
+        after = kernels_of(pruned)
+        inputs, before = chain_by_hand(
+            params, batches, lambda i, kernel, x, after=after: after[i]
+        )
+        lost = [
+            np.square(x @ (np.asarray(old, np.float64) - new)).sum()
+            / np.square(x @ old).sum()
+            for x, old, new in zip(inputs, kernels_of(params), before, strict=True)
+        ]
+        errors[method] = np.mean(lost)
+        # The report's are those of the first of the two batches.
+        told = np.mean([row["error"] for row in report["weights"]])
+        assert 0.5 < told / errors[method] < 2
+    assert errors["alps"] <= errors["sparsegpt"]
+    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]

@@ -1,0 +1,263 @@
+"""A walk that was killed goes on from its folder, to the same bits and the same rows.
+
+    python test_trained_resume.py FOLDER
+
+prunes the model of these tests and kills itself on the way.
+"""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import io_callback
+
+import jaxprune as jp
+from tests.support.small_models import chain, correlated, draw, run_chain, same_bits
+from tests.support.small_models import quick_compilation as quick_compilation
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAVES = {
+    "a": (5, 3),
+    "b": (5, 4),
+    "w": (7, 7),
+    "up": (2, 7, 9),
+    "down": (2, 9, 7),
+    "out": (7, 2),
+}
+WEIGHTS = ["a", "b", "w", "up/0", "down/0", "up/1", "down/1", "out"]
+SIZES = [(5, 3), (5, 4), (7, 7), *[(7, 9), (9, 7)] * 2, (7, 2)]
+
+
+def parameters():
+    return {
+        name: jnp.asarray(draw(i, *shape)) / 2
+        for i, (name, shape) in enumerate(LEAVES.items())
+    }
+
+
+def run(p, x):
+    """Two weights of one input, a weight used twice, stacked layers."""
+    x = jnp.concatenate([jnp.tanh(x @ p["a"]), jnp.sin(x @ p["b"])], 1)
+    x = jnp.tanh(jnp.tanh(3 * x @ p["w"]) @ p["w"])
+
+    def layer(x, own):
+        return x + jnp.tanh(x @ own["up"]) @ own["down"], None
+
+    x, _ = jax.lax.scan(layer, x, {k: p[k] for k in ("up", "down")})
+    return x @ p["out"]
+
+
+BATCHES = [correlated(i, 16, 5) for i in range(2)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping:
+    """Wanda that fails, or kills its process, when it has pruned `left` weights.
+
+    Attributes:
+      left: see above.
+      met: the sizes of the weights since the start.
+      die: whether to kill.
+      inputs: "dense" prunes a layer after all of it was seen.
+    """
+
+    inputs: str = "left"
+    left: ClassVar[int] = 10**6
+    met: ClassVar[list] = []
+    die: ClassVar[bool] = False
+    needs: ClassVar = "mean_square"
+    pattern: ClassVar = jp.patterns.PerOutput()
+
+    def prune(self, matrix):
+        kind = jax.ShapeDtypeStruct((), np.float32)
+        # When it runs, not when it is traced.
+        zero = io_callback(self.meet, kind, matrix.weight)
+        weight = matrix.weight + zero[None, None]
+        return jp.methods.Wanda().prune(matrix._replace(weight=weight))
+
+    @staticmethod
+    def meet(weight):
+        if len(Stopping.met) == Stopping.left:
+            if Stopping.die:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("stopped on purpose")
+        Stopping.met.append(weight.shape)
+        return np.zeros((), np.float32)
+
+
+STOPPED = pytest.raises(RuntimeError, match="stopped on purpose")
+
+
+def prune(folder=None, left=10**6, params=None, fn=run, batches=BATCHES, **options):
+    Stopping.left = left
+    Stopping.met.clear()
+    return jp.prune_trained(
+        fn,
+        parameters() if params is None else params,
+        batches,
+        **{"method": Stopping(), "sparsity": 0.5} | options,
+        folder=folder,
+        progress=False,
+    )
+
+
+def told(report):
+    """A report without what a second start may change: times and compilations."""
+    rows = [{k: v for k, v in r.items() if k != "seconds"} for r in report["weights"]]
+    rest = {k: v for k, v in report.items() if k not in ("seconds", "programs")}
+    return rest | {"weights": rows}
+
+
+@pytest.fixture(allocation="module")
+def whole():
+    """What an undisturbed walk gives."""
+    return prune()
+
+
+@pytest.fixture(allocation="module")
+def finished(tmp_path_factory):
+    """The folder of a walk that is done, and what it gave; not to be written to."""
+    folder = tmp_path_factory.mktemp("jobs") / "deep" / "folder"
+    return folder, prune(folder)
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def check(result, whole):
+    assert same_bits(result.params, whole.params)
+    assert told(result.report) == told(whole.report)
+
+
+def test_the_folder_makes_no_difference_to_the_result(whole, finished):
+    assert [row["name"] for row in whole.report["weights"]] == WEIGHTS
+    check(finished[1], whole)
+
+
+def test_a_walk_that_is_interrupted_again_and_again_gives_the_same(whole, tmp_path):
+    # At the second weight of an input, at a weight used twice, in a stack.
+    done = 0
+    for weight in ("b", "w", "down/0"):
+        left = WEIGHTS.index(weight)
+        with STOPPED:
+            prune(tmp_path, left - done)
+        # What was done is not done again; the weights of an input are one stage.
+        assert Stopping.met == SIZES[done:left]
+        done = left - (weight == "b")
+    check(prune(tmp_path), whole)
+    assert Stopping.met == SIZES[done:]
+
+
+@pytest.mark.parametrize("weight", ["down/0", "up/1", "down/1", "out"])
+def test_a_layer_seen_before_it_is_pruned_goes_on_too(weight, tmp_path):
+    dense = {"method": Stopping(inputs="dense")}
+    whole = prune(**dense)
+    with STOPPED:
+        prune(tmp_path, WEIGHTS.index(weight), **dense)
+    check(prune(tmp_path, **dense), whole)
+    assert Stopping.met == SIZES[WEIGHTS.index(weight) :]
+
+
+def test_a_walk_that_is_done_is_read_back_wherever_its_batches_lie(whole, folder):
+    batches = [jnp.asarray(x) for x in BATCHES]
+    check(prune(folder, batches=batches), whole)
+    assert not Stopping.met
+
+
+def test_a_killed_process_goes_on(whole, tmp_path):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as here, for the same bits
+    }
+    command = [sys.executable, __file__, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, timeout=300, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob("stage_*.json"))) >= 3
+    check(prune(tmp_path), whole)
+
+
+def test_damaged_stages_are_done_again(whole, folder):
+    files = sorted(p for p in folder.iterdir() if p.name.startswith("stage"))
+    for i, path in enumerate(files):
+        content = path.read_bytes()
+        if i % 4 == 1:
+            path.write_bytes(content[: len(content) // 2])
+        elif i % 8 == 2:
+            path.unlink()
+    check(prune(folder), whole)
+
+
+def test_half_precision_goes_on_too(tmp_path):
+    given = {
+        "params": chain([5, 6, 2], dtype=jnp.bfloat16),
+        "batches": [jnp.asarray(x, jnp.bfloat16) for x in BATCHES],
+        "fn": run_chain,
+    }
+    with STOPPED:
+        prune(tmp_path, 1, **given)
+    check(prune(tmp_path, **given), prune(**given))
+
+
+# Another job's folder.
+
+
+def other_run(p, x):
+    return run(p, -x * 2)
+
+
+def changed(name):
+    params = parameters()
+    return params | {name: params[name].at[(0,) * params[name].ndim].add(1e-3)}
+
+
+OTHERS = {
+    "sparsity": {"sparsity": 0.6},
+    "method": {"method": "wanda"},
+    "pattern": {"pattern": jp.patterns.Unstructured()},
+    "a weight": {"params": changed("up")},
+    "the batches": {"batches": [BATCHES[0], BATCHES[1] + 1e-3]},
+    "fewer batches": {"batches": BATCHES[:1]},
+    "which weights": {"prunable": jp.tree.excluding("out")},
+    "positions": {"positions": lambda x: jnp.arange(16) > 3},
+    "the function": {"fn": other_run},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_the_folder_of_another_job_is_refused_and_left_alone(what, folder):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(ValueError, match="another folder"):
+        prune(folder, **OTHERS[what])
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_other_positions_are_another_job(tmp_path):
+    def later(start):
+        return lambda x: jnp.arange(16) >= start
+
+    given = {"params": chain([5, 6, 2]), "fn": run_chain}
+    prune(tmp_path, positions=later(3), **given)
+    with pytest.raises(ValueError, match="another folder"):
+        prune(tmp_path, positions=later(8), **given)
+
+
+def main(folder):
+    Stopping.die = True
+    prune(folder, left=WEIGHTS.index("down/0"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

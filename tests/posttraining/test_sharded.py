@@ -1,0 +1,200 @@
+"""On eight devices the walk gives what it gives on one, and leaves stay in place."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+from tests.support.small_models import correlated, draw
+from tests.support.small_models import quick_compilation as quick_compilation
+
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+PARAMS = {"up": draw(0, 8, 16) / 3, "bias": draw(1, 16), "down": draw(2, 16, 8) / 3}
+BATCHES = [correlated(i, 16, 8) / 3 for i in range(2)]
+
+# How each leaf lies on a mesh of data=2, model=4.
+LAYOUTS = {
+    "fsdp": {
+        "up": P(("data", "model"), None),
+        "bias": P(None),
+        "down": P(None, ("data", "model")),
+    },
+    "tensor parallel": {
+        "up": P(None, "model"),
+        "bias": P("model"),
+        "down": P("model", None),
+    },
+    "both": {
+        "up": P("data", "model"),
+        "bias": P("model"),
+        "down": P("model", "data"),
+    },
+}
+
+
+def mesh_of(kind):
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(KINDS[kind],) * 2)
+
+
+def whole(p, x):
+    """The model as anybody writes it."""
+    return jnp.tanh(x @ p["up"] + p["bias"][None]) @ p["down"]
+
+
+def gathered(p, x):
+    """The model that gathers each weight for its product, as Explicit axes ask for."""
+    p = {k: jax.sharding.reshard(w, P(*[None] * w.ndim)) for k, w in p.items()}
+    return whole(p, x)
+
+
+def parallel(p, x):
+    """The model that says where a sharded sum comes together."""
+    x = jnp.tanh(x @ p["up"] + p["bias"][None])
+    return jnp.einsum("bi,io->bo", x, p["down"], out_sharding=P("data", None))
+
+
+EXPLICIT = {"fsdp": gathered, "tensor parallel": parallel, "both": gathered}
+
+
+def place(mesh, tree, specs):
+    return jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
+    )
+
+
+def prune(fn, params, batches, method="wanda", **options):
+    options = {"sparsity": 0.5, "method": method, "progress": False} | options
+    return jp.prune_trained(fn, params, batches, **options)
+
+
+def in_mesh(kind, mesh):
+    """Explicit axes need their mesh to be set, for the model itself to run."""
+    return jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext()
+
+
+@pytest.fixture(allocation="module")
+def alone():
+    """What one device gives, by method."""
+    return {m: prune(whole, PARAMS, BATCHES, m) for m in ("wanda", "sparsegpt")}
+
+
+def stays(before, after):
+    """Each leaf lies where it lay, and no device holds more of it than before."""
+    for name, leaf in before.items():
+        assert after[name].sharding == leaf.sharding
+        shards = [s.data.shape for s in after[name].addressable_shards]
+        assert shards == [s.data.shape for s in leaf.addressable_shards]
+        assert after[name].dtype == leaf.dtype
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("auto", "fsdp"),
+        ("auto", "tensor parallel"),
+        ("explicit", "tensor parallel"),
+        ("explicit", "both"),
+    ],
+)
+def test_sharded_weights_are_pruned_like_whole_ones_and_stay_sharded(
+    kind, layout, alone
+):
+    mesh = mesh_of(kind)
+    params = place(mesh, PARAMS, LAYOUTS[layout])
+    batches = [place(mesh, x, P("data", None)) for x in BATCHES]
+    fn = EXPLICIT[layout] if kind == "explicit" else whole
+    with in_mesh(kind, mesh):
+        pruned, report = prune(fn, params, batches)
+    stays(params, pruned)
+    assert not pruned["up"].is_fully_replicated
+    assert not pruned["down"].is_fully_replicated
+    for name in ("up", "down"):
+        np.testing.assert_array_equal(pruned[name], alone["wanda"].params[name])
+    assert pruned["bias"] is params["bias"]
+    for row, expected in zip(
+        report["weights"], alone["wanda"].report["weights"], strict=True
+    ):
+        assert row["zeros"] == expected["zeros"]
+        np.testing.assert_allclose(row["error"], expected["error"], rtol=1e-4)
+
+
+def test_reconstruction_on_a_mesh_is_that_on_one_device(alone):
+    mesh = mesh_of("explicit")
+    params = place(mesh, PARAMS, LAYOUTS["tensor parallel"])
+    batches = [place(mesh, x, P("data", None)) for x in BATCHES]
+    with jax.set_mesh(mesh):
+        pruned, _ = prune(parallel, params, batches, "sparsegpt")
+    stays(params, pruned)
+    for name in ("up", "down"):
+        expected = np.asarray(alone["sparsegpt"].params[name])
+        got = np.asarray(pruned[name])
+        np.testing.assert_array_equal(got == 0, expected == 0)
+        # Sums in another order, multiplied by the Hessian's condition.
+        np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_groups_that_shards_cut_are_kept_whole():
+    # 16 inputs on 8 devices: two of a group of four on each.
+    mesh = mesh_of("auto")
+    specs = LAYOUTS["tensor parallel"] | {"down": P(("data", "model"), None)}
+    params = place(mesh, PARAMS, specs)
+    options = {"pattern": jp.patterns.NM(2, 4), "sparsity": None}
+    batches = [place(mesh, BATCHES[0], P("data", None))]
+    expected, _ = prune(whole, PARAMS, BATCHES[:1], **options)
+    pruned, _ = prune(whole, params, batches, **options)
+    stays(params, pruned)
+    for name in ("up", "down"):
+        np.testing.assert_array_equal(pruned[name], expected[name])
+
+
+def test_stacked_layers_stay_sharded():
+    stack = {"up": draw(3, 2, 8, 16) / 3, "down": draw(4, 2, 16, 8) / 3}
+
+    def fn(p, x):
+        def layer(x, own):
+            return x + jnp.tanh(x @ own["up"]) @ own["down"], None
+
+        return jax.lax.scan(jax.checkpoint(layer), x, p)[0]
+
+    mesh = mesh_of("auto")
+    specs = {"up": P(None, "data", "model"), "down": P(None, "model", "data")}
+    params = place(mesh, stack, specs)
+    batches = [place(mesh, x, P("data", None)) for x in BATCHES]
+    expected, _ = prune(fn, stack, BATCHES)
+    pruned, _ = prune(fn, params, batches)
+    stays(params, pruned)
+    for name in stack:
+        np.testing.assert_array_equal(pruned[name], expected[name])
+        # The old leaves are still there.
+        np.testing.assert_array_equal(params[name], stack[name])
+
+
+def test_experts_on_devices_of_their_own_stay_there():
+    weight, x = draw(5, 4, 8, 6), draw(6, 4, 10, 8)
+    mesh = mesh_of("auto")
+
+    def fn(p, x):
+        return jnp.einsum("end,edf->enf", x, p["w"])
+
+    params = place(mesh, {"w": weight}, {"w": P("model", None, None)})
+    batch = place(mesh, x, P("model", None, None))
+    pruned, _ = prune(fn, params, [batch])
+    stays(params, pruned)
+    np.testing.assert_array_equal(
+        pruned["w"], prune(fn, {"w": weight}, [x]).params["w"]
+    )
+
+
+def test_a_walk_on_a_mesh_goes_on_from_its_folder(alone, tmp_path):
+    mesh = mesh_of("auto")
+    batches = [place(mesh, x, P("data", None)) for x in BATCHES]
+    for layout in ("tensor parallel", "both"):  # read back onto another layout
+        params = place(mesh, PARAMS, LAYOUTS[layout])
+        pruned, _ = prune(whole, params, batches, folder=tmp_path)
+        stays(params, pruned)
+        np.testing.assert_array_equal(pruned["up"], alone["wanda"].params["up"])

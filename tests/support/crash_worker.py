@@ -1,0 +1,122 @@
+"""One of two processes that train, prune and retrain as one run, and may be killed.
+
+    python crash_worker.py PORT NUMBER FOLDER MESH [WHO MOMENT]
+
+Process WHO kills itself with SIGKILL at the MOMENT: "step" (while it trains),
+"retrain" (while it retrains), "prune" (the other one is pruning), or in the second save
+of this start: "arrays:BYTES" (that much of the arrays is written), "manifest" (all of
+them are), "torn" (half of the manifest is, too), "rename" (all of it is). What the run
+ends with is in FOLDER/numbers-NUMBER.json.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import jax
+
+HEARTBEAT = 10
+"""Seconds after which a process that went silent ends the others."""
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(step, batches):
+    def deadly(number):
+        return die() if number == step else batches(number)
+
+    return deadly
+
+
+def die_in_save(moment, written):
+    """Lays what kills this process in its second save."""
+    from experiments.harness import checkpoint, manifest
+
+    save, saves = checkpoint._save_arrays, []
+
+    def dump(content, file, **named):
+        text = json.dumps(content, **named)
+        file.write(text[: len(text) // 2])
+        file.flush()
+        die()
+
+    def watched(path, leaves):
+        saves.append(path)
+        if len(saves) == 2:
+            if moment == "arrays":
+                arguments = (path.parent, int(written))
+                threading.Thread(target=watch, args=arguments, daemon=True).start()
+            elif moment == "manifest":
+                manifest.write = die
+            elif moment == "torn":
+                manifest.json.dump = dump
+            elif moment == "rename":
+                checkpoint.os.rename = die
+        save(path, leaves)
+
+    checkpoint._save_arrays = watched
+
+
+def watch(folder, least):
+    """Kills this process as soon as this many bytes lie in the folder."""
+    while size(folder) < least:
+        pass
+    die()
+
+
+def size(folder):
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.path.getsize(os.path.join(place, name))
+            except FileNotFoundError:  # renamed meanwhile
+                continue
+    return total
+
+
+def main(port, number, folder, mesh, who=None, moment=""):
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}",
+        2,
+        int(number),
+        initialization_timeout=60,
+        heartbeat_timeout_seconds=HEARTBEAT,
+        shutdown_timeout_seconds=HEARTBEAT,
+    )
+    from experiments.harness import device_mesh
+    from tests.support import tiny_gpt
+
+    moment, _, written = moment.partition(":")
+    named = {}
+    if who == number and moment == "step":
+        named["batches"] = die_at(5, tiny_gpt.BATCHES)
+    elif who == number and moment == "retrain":
+        named["retrain_batches"] = die_at(3, tiny_gpt.BATCHES)
+    elif who == number and moment == "prune":
+        named["before_prune"] = die
+    elif who == number:
+        die_in_save(moment, written)
+    folder, place = (
+        Path(folder),
+        device_mesh.make_mesh(mesh, tiny_gpt.BATCHES.batch_size),
+    )
+    result = tiny_gpt.run(place, folder, **named)
+    numbers = {
+        "loss": result.losses[-1],
+        "trained": tiny_gpt.digest(result.trained),
+        "importance": tiny_gpt.digest(result.importance),
+        "masks": tiny_gpt.digest(result.masks),
+        "retrained": tiny_gpt.digest(result.retrained),
+    }
+    (folder / f"numbers-{number}.json").write_text(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,74 @@
+"""What each of two processes gets from `processes`, and what is built on it."""
+
+import errno
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments.harness import checkpoint, multi_process
+from experiments.harness import run_dir as folders
+from jaxprune.arrays import processes
+
+
+def attempt(call, function):
+    try:
+        return call(function)
+    except Exception as error:
+        return [type(error).__name__, getattr(error, "errno", None), str(error)]
+
+
+def fail():
+    raise OSError(errno.ENOSPC, "full")
+
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def odd():
+    raise Odd("one", "two")
+
+
+def only(who):
+    def act():
+        if jax.process_index() == who:
+            raise ValueError("mine")
+        return "fine"
+
+    return act
+
+
+def main(port, number, place):
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+    folder = Path(place)
+    said = {
+        "told": processes.on_first(lambda: [jax.process_index(), "x" * 5000]),
+        "raised": attempt(processes.on_first, fail),
+        "odd": attempt(processes.on_first, odd),
+        "first alone fails": attempt(processes.together, only(0)),
+        "second alone fails": attempt(processes.together, only(1)),
+        "all succeed": processes.together(jax.process_index),
+        "latest": checkpoint.latest(folder / "empty"),
+        "restore": attempt(
+            lambda f: f(), lambda: checkpoint.restore(folder / "empty", {})
+        ),
+        "local": attempt(
+            lambda state: checkpoint.save(
+                folder / "x", state, step=1, configuration={}
+            ),
+            {"a": {"b": jnp.ones(2)}},
+        ),
+        "flags": attempt(multi_process.check_alike, {"steps": jax.process_index()}),
+    }
+    with folders.locked(folder / "out"):
+        said["begun"] = [folders.begun(folder / "out", {"n": 1}) for _ in range(2)]
+        said["other"] = attempt(lambda n: folders.begun(folder / "out", {"n": n}), 2)
+    (folder / f"said-{number}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

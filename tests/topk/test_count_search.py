@@ -1,0 +1,279 @@
+"""Thresholds are exact whatever the scores are; what is guessed costs passes only."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+from jaxprune.topk import count_search, float_order, thresholds
+from jaxprune.topk.count_search import Bracket, Order
+
+SHAPES = [(3, 5), (512, 300), (), (7,), (0, 4), (300, 2, 100)]  # the sample has two
+SIZE = sum(map(math.prod, SHAPES))
+STRIDE = thresholds._STRIDE
+SUBNORMAL = np.float32(2**-149)
+
+
+def scores_of(kind: str) -> np.ndarray:
+    """SIZE float32 in one row, out to mislead a strided sample."""
+    rng = np.random.default_rng(len(kind))
+    normal = rng.normal(size=SIZE).astype(np.float32)
+    place = np.arange(SIZE)
+    return {
+        "normal": lambda: normal,
+        "sorted": lambda: np.sort(normal),
+        "falling": lambda: np.sort(normal)[::-1],
+        "constant": lambda: np.full(SIZE, 2.5),
+        "two values": lambda: np.where(rng.random(SIZE) < 0.6, 1.0, 2.0),
+        "ties at the median": lambda: np.where(rng.random(SIZE) < 0.5, 0.0, normal),
+        "periodic": lambda: np.where(place % STRIDE == 0, 1e6, normal),
+        "shifted period": lambda: np.where((place - 15) % STRIDE == 0, -1e6, normal),
+        "column": lambda: (place % STRIDE) * 1.0,
+        "wide": lambda: normal * np.float32(10) ** rng.integers(-38, 38, SIZE),
+        "subnormal": lambda: SUBNORMAL * rng.integers(-9, 9, SIZE),
+        "zeros of both signs": lambda: np.where(rng.random(SIZE) < 0.5, -0.0, 0.0),
+        "infinite": lambda: rng.choice([np.inf, -np.inf, 0.0, 1.0], SIZE),
+        "NaN": lambda: np.where(rng.random(SIZE) < 0.7, np.nan, normal),
+        "NaN of both signs": lambda: np.where(
+            rng.random(SIZE) < 0.5, -np.float32(np.nan), np.float32(np.nan)
+        ),
+        "neighbours": lambda: np.float32(1) + place % 1000 * np.float32(2**-23),
+    }[kind]().astype(np.float32)
+
+
+KINDS = [
+    "normal",
+    "sorted",
+    "falling",
+    "constant",
+    "two values",
+    "ties at the median",
+    "periodic",
+    "shifted period",
+    "column",
+    "wide",
+    "subnormal",
+    "zeros of both signs",
+    "infinite",
+    "NaN",
+    "NaN of both signs",
+    "neighbours",
+]
+
+
+def leaves_of(row: np.ndarray, dtype) -> list[jax.Array]:
+    ends = np.cumsum([math.prod(shape) for shape in SHAPES])[:-1]
+    parts = zip(np.split(row, ends), SHAPES, strict=True)
+    return [jnp.asarray(part.reshape(shape), dtype) for part, shape in parts]
+
+
+def highest(row: np.ndarray, kept: int) -> np.ndarray:
+    """The kept highest, NaN lowest, of equal ones the first, by NumPy's stable sort."""
+    row = np.asarray(row, np.float64)
+    order = np.lexsort((-np.where(np.isnan(row), 0, row), np.isnan(row)))
+    mask = np.zeros(row.size, bool)
+    mask[order[:kept]] = True
+    return mask
+
+
+def row_of(leaves) -> np.ndarray:
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    return np.concatenate([a.astype(np.float64).ravel() for a in arrays])
+
+
+def masks_of(leaves, cuts):
+    return [thresholds.mask(*pair) for pair in zip(leaves, cuts, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_any_scores_exactly_the_highest_are_kept(kind, dtype):
+    with np.errstate(over="ignore"):
+        leaves = leaves_of(scores_of(kind), dtype)
+    row = row_of(leaves)
+    for kept in (0, 1, SIZE // 3, SIZE // 2, SIZE - 1, SIZE):
+        masks = masks_of(leaves, thresholds.cut_together(leaves, kept))
+        np.testing.assert_array_equal(row_of(masks), highest(row, kept))
+
+
+@pytest.fixture(allocation="module")
+def compiled():
+    together = lambda x: masks_of(x, thresholds.cut_together(x, SIZE // 3))  # noqa: E731
+    each = lambda x: masks_of(  # noqa: E731
+        x, thresholds.cut_each(x, [leaf.size // 3 for leaf in x])
+    )
+    return jax.jit(together), jax.jit(each)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_jit_too(kind, compiled):
+    leaves = leaves_of(scores_of(kind), jnp.float32)
+    together, each = compiled
+    expected = highest(row_of(leaves), SIZE // 3)
+    np.testing.assert_array_equal(row_of(together(leaves)), expected)
+    own = [highest(row_of([leaf]), leaf.size // 3) for leaf in leaves]
+    np.testing.assert_array_equal(row_of(each(leaves)), np.concatenate(own))
+    eager = thresholds.cut_each(leaves, [leaf.size // 3 for leaf in leaves])
+    np.testing.assert_array_equal(row_of(masks_of(leaves, eager)), np.concatenate(own))
+
+
+@given(ends=st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)))
+@settings(max_examples=15)
+def test_a_wrong_guess_changes_nothing(ends):
+    leaves = leaves_of(scores_of("normal"), jnp.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds, "_guess", lambda *_, **__: jnp.array(ends, np.uint32))
+        masks = masks_of(leaves, thresholds.cut_together(leaves, SIZE // 3))
+    np.testing.assert_array_equal(row_of(masks), highest(row_of(leaves), SIZE // 3))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("scores", ["normal", "two values", "wide"])
+def test_on_eight_devices_it_is_the_same(kind, scores):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    row = scores_of(scores)[: 512 * 300].reshape(512, 300)
+    tree = {"a": jnp.asarray(row), "b": jnp.asarray(row[:8])}
+    spread = {
+        k: jax.device_put(v, NamedSharding(mesh, P("x", "y"))) for k, v in tree.items()
+    }
+    make = lambda s: jp.masks.make(s, 0.6, allocation="global")  # noqa: E731
+    for masks in (make(spread), jax.jit(make)(spread)):
+        for name, mask in make(tree).items():
+            np.testing.assert_array_equal(np.asarray(masks[name]), np.asarray(mask))
+
+
+def test_scores_that_are_constants_of_a_jitted_function_are_cut_when_it_is_traced():
+    scores = {"w": jnp.arange(6.0)}
+    pruned = jax.jit(lambda p: jp.prune(p, scores, 0.5))({"w": jnp.ones(6)})
+    assert pruned["w"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_in_float64_neighbours_are_told_apart():
+    with jax.enable_x64(True):
+        row = 1.0 + np.arange(99)[::-1] * 2.0**-52
+        leaves = [jnp.asarray(row)]
+        assert leaves[0].dtype == np.float64
+        for run in (lambda f, *x: f(*x), lambda f, *x: jax.jit(f)(*x)):
+            masks = run(lambda x: masks_of(x, thresholds.cut_together(x, 40)), leaves)
+            np.testing.assert_array_equal(row_of(masks), highest(row, 40))
+
+
+def test_the_search_needs_less_than_a_tenth_of_the_scores_memory():
+    leaves = [jax.ShapeDtypeStruct((512, 1000), jnp.float32)] * 8
+    for cut in (
+        lambda x: thresholds.cut_together(x, 999_999),
+        lambda x: thresholds.cut_each(x, [99_999] * 8),
+    ):
+        memory = jax.jit(cut).lower(leaves).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 8 * 512 * 1000 * 4 / 10
+
+
+def searched(points, kept, top=2**32 - 2):
+    """A search over points in the row of positions, and how many passes it took."""
+    points = np.asarray(points, np.uint64)
+    passes = []
+
+    def counts(candidates, wanted):
+        if wanted[0]:
+            passes.append(np.asarray(candidates[0]))
+        above = points[None] >= np.asarray(candidates[0], np.uint64)[:, None]
+        return [jnp.asarray(above.sum(1), np.uint32)]
+
+    ends = (np.uint32([0]), np.uint32([top]), np.uint32([points.size]), np.uint32([0]))
+    order = Order(counts, joint=True, smooth=1 << 23)
+    start, target = Bracket(*map(jnp.asarray, ends)), count_search.split([kept])
+    return count_search.search(order, target, start, traced=False), passes
+
+
+@given(
+    points=st.lists(
+        st.one_of(
+            st.integers(0, 2**32 - 3),
+            st.integers(2**31, 2**31 + 99),
+            st.integers(0, 31).map(lambda n: 2**n),
+        ),
+        min_size=1,
+        max_size=60,
+    ),
+    share=st.floats(0, 1),
+)
+@settings(max_examples=60)
+def test_the_bracket_is_right_after_a_few_passes(points, share):
+    kept = max(round(share * len(points)), 1)
+    found, passes = searched(points, kept)
+    low, high = int(found.low[0]), int(found.high[0])
+    count = lambda position: sum(p >= position for p in points)  # noqa: E731
+    assert count(low) == int(found.at[0]) >= kept
+    assert count(high + 1) == int(found.above[0]) < kept
+    assert low == high or count(low) == kept
+    assert len(passes) <= 22  # each two passes leave an eighth, of 2^32
+    for candidates in passes:
+        assert (np.diff(candidates.astype(np.int64)) >= 0).all()
+
+
+@pytest.mark.parametrize("crowd", [1000, 1_000_000])
+def test_interpolation_that_is_led_astray_gives_way(crowd):
+    others = 2**31 + 1000 + np.arange(99)  # a line through the crowd ends far above
+    found, passes = searched([*np.full(crowd, 2**31), *others], 50)
+    assert int(found.at[0]) == 50
+    assert len(passes) <= 20  # by interpolation alone it would be thousands
+
+
+def test_where_scores_fall_evenly_four_passes_are_enough():
+    points = np.random.default_rng(0).integers(2**31, 2**31 + 2**23, 100_000)
+    found, passes = searched(points, 37_000)
+    assert int(found.at[0]) == 37_000
+    even = 9 / np.log2(
+        count_search.CANDIDATES + 1
+    )  # of an even grid, down to 2^23 places
+    assert len(passes) <= even + 4
+
+
+@given(
+    st.lists(
+        st.one_of(st.just(2**32 - 1), st.integers(0, 3), st.integers(0, 2**32 - 1)),
+        min_size=1,
+        max_size=9,
+    ),
+    st.integers(0, 2**36),
+    st.integers(0, 2**32 - 1),
+)
+def test_counts_are_python_integers(counts, other, small):
+    total = count_search.totals(jnp.array(counts, np.uint32), joint=True)
+    value = lambda count: (int(count.high[0]) << 32) + int(count.low[0])  # noqa: E731
+    assert value(total) == sum(counts)
+    given_ = count_search.split([other])
+    assert value(given_) == other
+    assert bool(total.at_least(given_)[0]) == (sum(counts) >= other)
+    assert int(given_.at_most(jnp.uint32([small]))[0]) == min(other, small)
+    high, low = (total, given_) if sum(counts) >= other else (given_, total)
+    assert value(high.minus(low)) == abs(sum(counts) - other)
+    np.testing.assert_allclose(float(given_.real()[0]), other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=10)
+def test_ranks_have_the_order_of_the_floats(dtype, seed):
+    width = jnp.finfo(dtype).bits
+    pattern = np.random.default_rng(seed).integers(0, 2**width, 400, np.uint64)
+    values = pattern.astype(f"uint{width}").view(dtype)
+    values[:4] = [0.0, -0.0, np.inf, -np.inf]
+    own = np.asarray(float_order.of(jnp.asarray(values), np.dtype(f"int{width}")))
+    with np.errstate(invalid="ignore"):  # a NaN may be a signalling one
+        exact = values.astype(np.float64)
+    nan = np.isnan(exact)
+    assert (own[nan] == np.iinfo(own.dtype).min).all()
+    assert (own[~nan] > np.iinfo(own.dtype).min).all()
+    own, exact = own[~nan], exact[~nan]
+    for compare in (np.greater, np.equal):
+        np.testing.assert_array_equal(
+            compare(own[:, None], own), compare(exact[:, None], exact)
+        )

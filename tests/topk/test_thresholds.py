@@ -1,0 +1,208 @@
+"""The kept set is the oracle's: exact counts, ties by (leaf, flat index)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxprune as jp
+from tests.support import oracles
+from tests.support.trajectories import array
+
+SHAPES = [(), (0,), (1,), (7,), (3, 5), (0, 4), (2, 3, 4)]  # few, for few compilations
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+SPARSITIES = [0.0, 1e-9, 0.3, 0.5, 0.6, 0.9, 0.999, 1 - 2**-53]
+VALUES = [0.0, -0.0, 1.0, -1.0, 2.0, 0.5, 1e-4, 3e4, np.inf, -np.inf]
+
+leaf = st.builds(
+    lambda shape, dtype, seed, kind: make_leaf(shape, dtype, seed, kind),
+    st.sampled_from(SHAPES),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**16),
+    st.sampled_from(["normal", "ties", "constant", "wide"]),
+)
+
+
+def make_leaf(shape, dtype, seed, kind):
+    rng = np.random.default_rng(seed)
+    if kind == "ties":
+        values = rng.choice(VALUES, size=shape)
+    elif kind == "constant":
+        values = np.full(shape, rng.choice(VALUES))
+    elif kind == "wide":
+        values = rng.normal(size=shape) * 10.0 ** rng.integers(-4, 5, shape)
+    else:
+        values = rng.normal(size=shape)
+    return jnp.asarray(np.clip(values, -6e4, 6e4) if kind == "wide" else values, dtype)
+
+
+def trees(leaves):
+    return {f"{i:02d}": {"kernel": x} for i, x in enumerate(leaves)}
+
+
+def flat(masks):
+    return [np.asarray(m) for m in jax.tree.leaves(masks)]
+
+
+def assert_same(masks, expected):
+    actual = flat(masks)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == bool
+        np.testing.assert_array_equal(a, e)
+
+
+@given(st.lists(leaf, min_size=1, max_size=4), st.sampled_from(SPARSITIES))
+def test_layer_scope_keeps_what_the_oracle_keeps(leaves, sparsity):
+    expected = oracles.keep_layer([array(x) for x in leaves], sparsity)
+    assert_same(jp.masks.make(trees(leaves), sparsity), expected)
+
+
+@given(st.lists(leaf, min_size=1, max_size=4), st.sampled_from(SPARSITIES))
+def test_global_scope_keeps_what_the_oracle_keeps(leaves, sparsity):
+    expected = oracles.keep_global([array(x) for x in leaves], sparsity)
+    assert_same(jp.masks.make(trees(leaves), sparsity, allocation="global"), expected)
+
+
+FIXED = trees([make_leaf((3, 5), d, 1, "ties") for d in DTYPES])
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global"])
+@given(sparsity=st.floats(0, 1, exclude_max=True, allow_subnormal=False))
+def test_count_removed_is_the_nearest_integer(allocation, sparsity):
+    masks = jp.masks.make(FIXED, sparsity, allocation=allocation)
+    kept = [int(m.sum()) for m in flat(masks)]
+    if allocation == "layer":
+        assert kept == [15 - oracles.removed_count(sparsity, 15)] * 3
+    else:
+        assert sum(kept) == 45 - oracles.removed_count(sparsity, 45)
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.97])
+def test_under_jit_it_is_the_same(allocation, sparsity):
+    rng = np.random.default_rng(3)
+    scores = trees([make_leaf((6, 5), d, rng.integers(99), "ties") for d in DTYPES])
+    eager = jp.masks.make(scores, sparsity, allocation=allocation)
+    jitted = jax.jit(lambda s: jp.masks.make(s, sparsity, allocation=allocation))(
+        scores
+    )
+    assert_same(jitted, flat(eager))
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global"])
+def test_ties_are_broken_by_position(allocation):
+    scores = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
+    masks = jp.masks.make(scores, 0.5, allocation=allocation)
+    expected = {"layer": [[1, 1, 1, 0, 0, 0]] * 2, "global": [[1] * 6, [0] * 6]}[
+        allocation
+    ]
+    np.testing.assert_array_equal([m.ravel() for m in flat(masks)], expected)
+
+
+def test_plus_and_minus_zero_are_equal():
+    scores = {"a": jnp.array([-0.0, 0.0, -0.0, 0.0])}
+    masks = jp.masks.make(scores, 0.5)
+    np.testing.assert_array_equal(flat(masks)[0], [True, True, False, False])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_ranks_lowest_under_jit(dtype):
+    scores = {"a": jnp.array([np.nan, -np.inf, 1.0, np.nan, -5.0, np.inf], dtype)}
+    for removed, kept in [
+        (1, [1, 1, 1, 0, 1, 1]),
+        (2, [0, 1, 1, 0, 1, 1]),
+        (3, [0, 0, 1, 0, 1, 1]),
+        (5, [0, 0, 0, 0, 0, 1]),
+    ]:
+        masks = jax.jit(lambda s, r=removed: jp.masks.make(s, r / 6))(scores)
+        np.testing.assert_array_equal(flat(masks)[0], np.array(kept, bool))
+
+
+def test_negative_nan_ranks_lowest_too():
+    scores = {"a": jnp.array([-np.nan, 1.0, np.copysign(np.nan, -1), -np.inf])}
+    masks = jax.jit(lambda s: jp.masks.make(s, 0.5))(scores)
+    np.testing.assert_array_equal(flat(masks)[0], [False, True, False, True])
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global"])
+def test_nan_is_refused_by_name_where_something_can_be_raised(allocation):
+    scores = {"fine": jnp.ones((2, 2)), "h": [{"bad": jnp.array([1.0, np.nan])}]}
+    with pytest.raises(ValueError, match="h/0/bad"):
+        jp.masks.make(scores, 0.5, allocation=allocation)
+
+
+def test_all_bad_leaves_are_named_at_once():
+    scores = {name: jnp.array([1.0, np.nan]) for name in ("first", "second")}
+    with pytest.raises(ValueError, match=r"(?s)first.*second"):
+        jp.masks.make(scores, 0.5)
+
+
+def test_neighbouring_floats_are_told_apart():
+    base = np.float32(1.0) + np.arange(8, dtype=np.float32) * np.float32(2**-23)
+    scores = {"a": jnp.asarray(base[::-1].copy())}
+    expected = oracles.keep_top(base[::-1], 4)
+    np.testing.assert_array_equal(flat(jp.masks.make(scores, 0.5))[0], expected)
+
+
+def test_float16_subnormals_are_told_apart():
+    scores = {"a": jnp.array([3e-6, 1e-6, 2e-6, 4e-6], jnp.float16)}
+    masks = jp.masks.make(scores, 0.5)
+    np.testing.assert_array_equal(flat(masks)[0], [True, False, False, True])
+
+
+def test_a_large_leaf_is_exact_too():
+    values = np.random.default_rng(0).normal(size=(300, 700)).astype(np.float32)
+    for allocation in ("layer", "global"):
+        masks = jp.masks.make({"a": jnp.asarray(values)}, 0.6, allocation=allocation)
+        expected = oracles.keep_top(values, oracles.removed_count(0.6, values.size))
+        np.testing.assert_array_equal(flat(masks)[0], expected)
+
+
+def test_leaves_of_different_kinds_share_one_global_ranking():
+    scores = {"a": jnp.array([1.0, 3.0]), "b": jnp.array([2.0, 4.0], jnp.bfloat16)}
+    masks = jp.masks.make(scores, 0.5, allocation="global")
+    assert_same(masks, [np.array([False, True])] * 2)
+
+
+def test_masked_nodes_stay_where_they_are():
+    scores = {"a": jnp.arange(4.0), "b": optax.MaskedNode()}
+    for allocation in ("layer", "global"):
+        masks = jp.masks.make(scores, 0.5, allocation=allocation)
+        assert isinstance(masks["b"], optax.MaskedNode)
+
+
+def primitives(jaxpr):
+    """(name, largest result's size) of every equation, inner ones too."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name, max((v.aval.size for v in eqn.outvars), default=0)
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global"])
+def test_selection_neither_sorts_a_leaf_nor_joins_leaves(allocation):
+    scores = {name: jnp.ones((40, 50)) for name in "abc"}
+    traced = jax.make_jaxpr(lambda s: jp.masks.make(s, 0.6, allocation=allocation))(
+        scores
+    )
+    found = list(primitives(traced.jaxpr))
+    assert any(size >= 2000 for _, size in found)  # the walk reaches the arrays
+    large = {name for name, size in found if size >= 2000}
+    assert not large & {"sort", "top_k", "concatenate", "approx_top_k"}
+
+
+def test_works_under_vmap():
+    rng = np.random.default_rng(5)
+    stacked = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    make = lambda s: jp.masks.make({"a": s}, 0.6)["a"]  # noqa: E731
+    masks = jax.vmap(make)(jnp.asarray(stacked))
+    for mask, values in zip(np.asarray(masks), stacked, strict=True):
+        np.testing.assert_array_equal(mask, oracles.keep_top(values, 12))

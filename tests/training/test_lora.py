@@ -1,0 +1,243 @@
+"""LoRA as an optimizer: equal to adapters merged at the end, zeros where pruned."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxprune as jp
+
+
+def weights(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return {
+        "up": {"kernel": jax.random.normal(keys[0], (8, 16)) / 3},
+        "down": {
+            "kernel": jax.random.normal(keys[1], (16, 4)) / 4,
+            "bias": jax.random.normal(keys[2], (4,)),
+        },
+        "stack": {"kernel": jax.random.normal(keys[3], (3, 4, 4)) / 2},
+    }
+
+
+X = jax.random.normal(jax.random.key(7), (32, 8))
+Y = jax.random.normal(jax.random.key(8), (32, 4))
+
+
+def loss(params):
+    x = jnp.tanh(X @ params["up"]["kernel"]) @ params["down"]["kernel"]
+    x = x + params["down"]["bias"][None]
+    for i in range(3):
+        x = x + jnp.tanh(x @ params["stack"]["kernel"][i])
+    return jnp.mean((x - Y) ** 2)
+
+
+def trained(tx, params, steps=20, loss=loss):
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+def adapted(params, adapters, scale, masks=None):
+    """The textbook: W_0 + s M * (A B) where there is an adapter."""
+    masks = jax.tree.map(lambda w: jnp.ones_like(w, bool), params) | (masks or {})
+
+    def leaf(adapter, weight, mask):
+        if jp.tree.is_masked(adapter):
+            return weight
+        return weight + jnp.where(mask, scale * adapter.a @ adapter.b, 0)
+
+    def is_leaf(node):
+        return jp.tree.is_masked(node) or hasattr(node, "_fields")
+
+    return jax.tree.map(leaf, adapters, params, masks, is_leaf=is_leaf)
+
+
+INNER = {
+    "sgd": optax.sgd(0.05, momentum=0.9),
+    "adamw": optax.chain(
+        optax.clip_by_global_norm(0.1), optax.adamw(3e-3, weight_decay=0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("alpha", [None, 5.0])
+def test_it_is_adapters_trained_and_merged_at_the_end(inner, alpha):
+    params = weights()
+    tx = jp.lora(INNER[inner], rank=2, alpha=alpha)
+    merged, state = trained(tx, params)
+    start = tx.init(params).adapters
+    scale = (alpha or 2) / 2
+
+    def adapter_loss(adapters):
+        return loss(adapted(params, adapters, scale))
+
+    adapters, _ = trained(INNER[inner], start, loss=adapter_loss)
+    chex.assert_trees_all_close(state.adapters, adapters, atol=1e-4)
+    expected = adapted(params, adapters, scale)
+    # Twenty sums, one after the other, in place of one at the end.
+    chex.assert_trees_all_close(merged, expected, atol=1e-4)
+    moved = np.abs(merged["up"]["kernel"] - params["up"]["kernel"]).max()
+    assert moved > 1e-2
+    np.testing.assert_array_equal(merged["down"]["bias"], params["down"]["bias"])
+
+
+def test_a_change_has_the_rank_and_no_more():
+    params = weights()
+    merged, _ = trained(jp.lora(optax.adam(1e-2), rank=3), params)
+    change = merged["up"]["kernel"] - params["up"]["kernel"]
+    values = np.linalg.svd(np.asarray(change, np.float64), compute_uv=False)
+    assert values[2] > 1e-3 > 1e-5 > values[3]
+
+
+def test_pruned_weights_stay_at_zero_and_the_rest_is_the_masked_adapter():
+    dense = weights()
+    masks = jp.masks.make(jp.scores.magnitude(dense), 0.5, allocation="global")
+    params = jp.masks.apply(dense, masks)
+    inner = INNER["adamw"]
+    tx = jp.keep_masks(jp.lora(inner, rank=2), masks)
+    merged, _ = trained(tx, params)
+    for name, mask in jp.tree.named_leaves(masks).items():
+        if not jp.tree.is_masked(mask):
+            weight = np.asarray(jp.tree.named_leaves(merged)[name])
+            assert (weight[~np.asarray(mask)] == 0).all()
+            assert (weight[np.asarray(mask)] != 0).all()
+    full = {
+        part: leaves | {"kernel": masks[part]["kernel"]}
+        for part, leaves in jax.tree.map(
+            lambda w: jnp.ones_like(w, bool), params
+        ).items()
+    }
+
+    def adapter_loss(adapters):
+        return loss(adapted(params, adapters, 1.0, full))
+
+    start = jp.lora(inner, rank=2).init(params).adapters
+    adapters, _ = trained(inner, start, loss=adapter_loss)
+    expected = adapted(params, adapters, 1.0, full)
+    chex.assert_trees_all_close(merged, expected, atol=1e-5)
+
+
+def test_the_tracker_sees_weights_and_not_factors():
+    params = weights()
+    tx = optax.chain(
+        jp.track_gradients(), jp.lora(optax.adam(1e-2), rank=2), jp.track_importance()
+    )
+    _, state = trained(tx, params)
+    importance = jp.get_importance(state)
+    shape = params["up"]["kernel"].shape
+    assert importance.weight["up"]["kernel"].shape == shape
+    assert importance.square["up"]["kernel"].shape == shape
+
+
+def test_the_factors_moments_are_not_taken_for_the_weights():
+    params = weights()
+    tx = optax.chain(jp.lora(optax.adam(1e-2), rank=2), jp.track_importance())
+    _, state = trained(tx, params)
+    assert jp.get_importance(state).square is None
+    with pytest.raises(ValueError, match="track_gradients"):
+        jp.scores.trajectory(params, jp.get_importance(state))
+    with pytest.raises(ValueError, match="tracks nothing"):
+        jp.get_importance(jp.lora(optax.adam(1e-2), rank=2).init(params))
+
+
+def test_a_frozen_leaf_needs_no_gradient():
+    params = weights()
+    tx = jp.lora(optax.sgd(0.1), rank=2)
+    gradients = jax.grad(loss)(params)
+    full, _ = tx.update(gradients, tx.init(params), params)
+    gradients["down"]["bias"] = None
+    less, _ = tx.update(gradients, tx.init(params), params)
+    assert less["down"]["bias"] is None
+    chex.assert_trees_all_equal(less["up"], full["up"])
+
+
+def test_a_line_search_is_refused():
+    params = weights()
+    tx = jp.lora(optax.lbfgs(), rank=2)
+    gradients = jax.grad(loss)(params)
+    options = {"value": loss(params), "grad": gradients, "value_fn": loss}
+    with pytest.raises(ValueError, match="line search"):
+        tx.update(gradients, tx.init(params), params, **options)
+
+
+def test_moments_are_as_small_as_the_factors():
+    params = weights()
+    state = jp.lora(optax.adam(1e-2), rank=1).init(params)
+    factors = 8 + 16 + 16 + 4 + 3 * (4 + 4)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.adapters)) == factors
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.inner)) == 2 * factors + 1
+
+
+def test_a_rank_over_the_shorter_side_is_that_side():
+    state = jp.lora(optax.sgd(1.0), rank=64).init(weights())
+    assert state.adapters["down"]["kernel"].a.shape == (16, 4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_eight_devices_it_takes_the_same_steps(kind):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "model"), axis_types=(kind, kind))
+    params = weights()
+    tx = jp.lora(optax.adam(1e-2), rank=2)
+
+    def distance(params):
+        return sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(params))
+
+    alone, _ = trained(tx, params, loss=distance)
+
+    def place(leaf):
+        spec = [None] * leaf.ndim
+        for axis, name in ((-1, "model"), (-2, "fsdp")):
+            if leaf.ndim >= -axis and leaf.shape[axis] % mesh.shape[name] == 0:
+                spec[axis] = name
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    split = jax.device_put(params, jax.tree.map(place, params))
+    where = jp.state_shardings(tx, split)
+    assert where.adapters["up"]["kernel"].a.spec[0] == "fsdp"
+    assert where.adapters["up"]["kernel"].b.spec[1] == "model"
+    state = tx.init(split)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state.adapters)
+    merged, state = trained(tx, split, loss=distance)
+    chex.assert_trees_all_close(jax.device_get(merged), alone, atol=1e-4)
+    for old, leaf in zip(
+        jax.tree.leaves(places), jax.tree.leaves(state.adapters), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(old, leaf.ndim)
+    kernel = merged["up"]["kernel"]
+    assert kernel.sharding.is_equivalent_to(place(params["up"]["kernel"]), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "rank >= 1"),
+        ({"rank": 2, "alpha": 0.0}, "alpha > 0"),
+        ({"rank": 2, "alpha": float("nan")}, "alpha > 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jp.lora(optax.sgd(1.0), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (lambda name, leaf: False, "got none"),
+        (lambda name, leaf: True, "down/bias"),
+    ],
+)
+def test_targets_without_matrices_are_refused(targets, message):
+    with pytest.raises(ValueError, match=message):
+        jp.lora(optax.sgd(1.0), 2, targets=targets).init(weights())

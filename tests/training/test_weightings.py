@@ -1,0 +1,128 @@
+"""Each weighting is a gain c(i) / S(i), and its recurrence is the weighted mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxprune as jp
+from tests.support import oracles
+
+WEIGHTINGS = {
+    "uniform": ("uniform", 0.0),
+    "power(0)": ("power", 0.0),
+    "power(0.5)": ("power", 0.5),
+    "power(1)": ("power", 1.0),
+    "power(2.3)": ("power", 2.3),
+    "exponential(0.5)": ("exponential", 0.5),
+    "exponential(0.9)": ("exponential", 0.9),
+    "exponential(0.999)": ("exponential", 0.999),
+}
+
+
+def make(kind, parameter):
+    if kind == "uniform":
+        return jp.weightings.uniform()
+    return getattr(jp.weightings, kind)(parameter)
+
+
+def measured(weighting, indices):
+    gain = jax.jit(jax.vmap(weighting))
+    return np.asarray(gain(jnp.asarray(indices, jnp.int32)), np.float64)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_gain_is_the_newest_share_of_the_sum(name):
+    kind, parameter = WEIGHTINGS[name]
+    expected = oracles.gains(kind, 3000, parameter)
+    actual = measured(make(kind, parameter), np.arange(1, 3001))
+    np.testing.assert_allclose(actual, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_first_snapshot_replaces_whatever_was_there(name):
+    gain = make(*WEIGHTINGS[name])(jnp.int32(1))
+    assert gain.shape == ()
+    assert gain.dtype == jnp.float32
+    assert float(gain) == 1.0
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_gain_stays_right_after_a_million_snapshots(name):
+    kind, parameter = WEIGHTINGS[name]
+    expected = oracles.gains(kind, 1_000_000, parameter)
+    indices = np.array([10_000, 99_999, 1_000_000])
+    actual = measured(make(kind, parameter), indices)
+    np.testing.assert_allclose(actual, expected[indices - 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_gain_is_a_share_even_at_the_largest_index(name):
+    actual = measured(make(*WEIGHTINGS[name]), [2**30, 2**31 - 1])
+    assert np.all(actual > 0)
+    assert np.all(actual <= 1)
+
+
+def test_power_zero_is_uniform():
+    indices = np.arange(1, 200)
+    np.testing.assert_allclose(
+        measured(jp.weightings.power(0.0), indices),
+        measured(jp.weightings.uniform(), indices),
+        rtol=1e-6,
+    )
+
+
+@given(
+    name=st.sampled_from(sorted(WEIGHTINGS)),
+    values=st.lists(st.floats(-10, 10), min_size=1, max_size=40),
+)
+@settings(max_examples=60, deadline=None)
+def test_recurrence_with_the_gains_is_the_weighted_mean(name, values):
+    kind, parameter = WEIGHTINGS[name]
+    all_gains = GAINS.setdefault(
+        name, measured(make(kind, parameter), np.arange(1, 41))
+    )
+    mean = 1.0  # the first gain is 1, to float32
+    for gain, value in zip(all_gains, values, strict=False):
+        mean += gain * (value - mean)
+    expected = oracles.average(np.array(values), kind, parameter)
+    assert mean == pytest.approx(expected, abs=2e-5)  # gains are float32
+
+
+GAINS: dict[str, np.ndarray] = {}
+
+
+def test_exponential_is_the_bias_corrected_moving_average():
+    decay, values = 0.9, np.random.default_rng(0).normal(size=25)
+    moving = 0.0
+    for value in values:
+        moving = decay * moving + (1 - decay) * value
+    corrected = moving / (1 - decay ** len(values))
+    mean = 0.0
+    for gain, value in zip(
+        measured(jp.weightings.exponential(decay), np.arange(1, 26)),
+        values,
+        strict=True,
+    ):
+        mean += gain * (value - mean)
+    assert mean == pytest.approx(corrected, rel=1e-5)
+
+
+def test_larger_powers_weigh_later_snapshots_more():
+    late = [measured(jp.weightings.power(p), [100])[0] for p in (0.0, 0.5, 1.0, 2.0)]
+    assert late == sorted(late)
+    assert late[0] < late[-1]
+
+
+@pytest.mark.parametrize("decay", [1.0, 1.5, -0.1, float("nan"), float("inf")])
+def test_exponential_refuses_a_decay_outside_its_range(decay):
+    with pytest.raises(ValueError, match="decay"):
+        jp.weightings.exponential(decay)
+
+
+@pytest.mark.parametrize("p", [float("nan"), float("inf")])
+def test_power_refuses_what_is_not_a_number(p):
+    with pytest.raises(ValueError, match="p"):
+        jp.weightings.power(p)
