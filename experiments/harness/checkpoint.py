@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from experiments.harness import manifest
 from experiments.harness.manifest import differences as differences
 from jaxprune.arrays import processes
+from jaxprune.formats import atomic
 
 _ARRAYS = "arrays"
 _PARTIAL, _REMOVED = ".partial_", ".removed_"
@@ -365,7 +366,7 @@ def _commit(partial: Path, final: Path, stale: list[Path], keep: int) -> None:
     for path in stale:
         os.replace(path, path.with_name(f"{_REMOVED}{path.name}"))
     os.rename(partial, final)
-    manifest.sync(final.parent)
+    atomic.sync(final.parent)
     for _, path in _scan(final.parent)[keep:]:
         os.replace(path, path.with_name(f"{_REMOVED}{path.name}"))
     _clear_leftovers(final.parent)

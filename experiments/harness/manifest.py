@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune.formats.atomic import sync
+
 FORMAT = "jaxprune.checkpoint"
 VERSION = 1
 
@@ -170,19 +172,6 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         for name in {**old, **new}
         if name not in old or name not in new or old[name] != new[name]
     ]
-
-
-def sync(path: Path) -> None:
-    """Makes the entries of a folder durable.
-
-    Args:
-      path: the folder.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fingerprint(path: Path) -> list[Any]:

@@ -3,8 +3,8 @@
     python -m experiments.report.allocation_figure RESULTS... --out DIR
 
 RESULTS are results.json files of `experiments.allocation_with_solvers`, or the folders
-that hold them; one figure shows all. Losses are nats per token above the dense model of the same
-seed, on the validation set; "±" is the sample standard deviation over the seeds.
+that hold them; one figure shows all. Losses are nats per token above the dense model of
+the same seed, on the validation set; "±" is the sample standard deviation over seeds.
 """
 
 import dataclasses

@@ -18,6 +18,8 @@ from jaxprune.cli.inspect import Inspect
 from jaxprune.cli.prune import Prune
 from jaxprune.cli.sample import Sample
 
+__all__ = ["main"]
+
 Command: TypeAlias = (
     Annotated[Prune, tyro.conf.subcommand("prune")]
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-import jaxprune as jp
+from jaxprune.arrays import tree
 from jaxprune.models.decoder.model import loss_per_token
+from jaxprune.training.keep_masks import keep_masks
 
 _CLIP = 1.0
 
@@ -52,12 +53,12 @@ def retrain(
       ValueError: the loss is not finite.
     """
     leaves, structure = jax.tree.flatten(params)
-    places = [i for i, name in enumerate(jp.tree.names(params)) if name in names]
+    places = [i for i, name in enumerate(tree.names(params)) if name in names]
     dtypes = [leaves[i].dtype for i in places]
     trained = [leaves[i].astype(np.float32) for i in places]
     frozen = [None if i in places else leaf for i, leaf in enumerate(leaves)]
     masks = [leaf != 0 for leaf in trained]
-    tx = jp.keep_masks(
+    tx = keep_masks(
         optax.chain(
             optax.clip_by_global_norm(_CLIP),
             optax.adamw(optax.cosine_decay_schedule(learning_rate, steps)),

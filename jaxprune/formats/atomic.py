@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from experiments.harness import manifest
 from jaxprune.formats.safetensors_file import damaged
 
 _CHUNK = 1 << 20
@@ -76,7 +75,7 @@ def staged(
             if not resume:
                 _empty(partial)
             yield partial
-            manifest.sync(partial)
+            sync(partial)
             _place(partial, out)
         except BaseException as error:
             _recover(out)
@@ -110,7 +109,7 @@ def staged_file(out: Path, *, replaceable: Replaceable | None = None) -> Iterato
             _empty(partial)
             yield partial / out.name
             os.replace(partial / out.name, out)
-            manifest.sync(out.parent)
+            sync(out.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -175,6 +174,19 @@ class Sink:
             self.put(part)
 
 
+def sync(path: Path) -> None:
+    """Makes the entries of a folder durable.
+
+    Args:
+      path: the folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _may_go_on(error: BaseException) -> bool:
     """Whether the same run may do better when it is started again."""
     return not isinstance(error, Exception) or isinstance(error, OSError | MemoryError)
@@ -228,7 +240,7 @@ def _place(partial: Path, out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         os.rename(out, _beside(out, "replaced"))
     os.rename(partial, out)
-    manifest.sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(_beside(out, "replaced"), ignore_errors=True)
 
 

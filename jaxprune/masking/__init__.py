@@ -2,6 +2,7 @@
 
 __all__ = [
     "allocation",
+    "checks",
     "counts",
     "masks",
     "matrix_mask",

@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns
+from jaxprune.masking.checks import checked
+from jaxprune.masking.packing import PackedMask as PackedMask
+from jaxprune.masking.packing import pack as pack
+from jaxprune.masking.packing import unpack as unpack
 from jaxprune.masking.selection import Choice, choose, floating
 from jaxprune.topk import thresholds
 from jaxprune.typing import Masks, Params, Pattern, Scope, Scores
@@ -166,34 +170,6 @@ def of_choice(choice: Choice, pattern: Pattern, shape: tuple[int, ...]) -> jax.A
       A boolean array of that shape.
     """
     return pattern.expand(_of_units(choice.units, choice.cut), shape, choice.axes)
-
-
-def checked(params: Params, masks: Masks) -> list[Any]:
-    """The masks' leaves in the parameters' order, or one clear error.
-
-    Args:
-      params: the parameters, or masks of them.
-      masks: masks in any container.
-
-    Returns:
-      Boolean arrays, `optax.MaskedNode()` where left out.
-
-    Raises:
-      ValueError: the masks are another model's.
-      TypeError: the masks are not boolean.
-    """
-    aligned = tree.align(params, masks, "masks")
-    wrong = [
-        name
-        for name, mask in zip(tree.names(params), aligned, strict=True)
-        if not tree.is_masked(mask) and mask.dtype != bool
-    ]
-    if wrong:
-        raise TypeError(
-            f"masks must be boolean, True for kept, but {wrong[:6]} are not; make them "
-            "with jp.masks.make(scores, sparsity), or unpack packed ones"
-        )
-    return aligned
 
 
 _of_units = jax.jit(thresholds.mask)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.arrays import placement
-from jaxprune.masking.masks import checked
+from jaxprune.masking.checks import checked
 from jaxprune.typing import Masks
 
 

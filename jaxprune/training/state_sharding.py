@@ -110,15 +110,16 @@ def _checked(owned: Mapping[_Path, Any]) -> dict[_Path, Sharding]:
     kinds = (NamedSharding, SingleDeviceSharding)
     if wrong := ["/".join(p) for p, s in found.items() if not isinstance(s, kinds)]:
         raise ValueError(
-            f"state_shardings needs parameters on a mesh or on a device, but {wrong[:6]} "
-            "are on neither; give arrays placed with jax.device_put(params, shardings), or "
+            "state_shardings needs parameters on a mesh or on a device, but "
+            f"{wrong[:6]} are on neither; give arrays placed with "
+            "jax.device_put(params, shardings), or "
             "jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
         )
     if len({type(sharding) for sharding in found.values()}) > 1:
         single = ["/".join(p) for p, s in found.items() if isinstance(s, kinds[1])]
         raise ValueError(
-            f"state_shardings needs all parameters on one mesh, but {single[:6]} are on "
-            "a single device; place them with jax.device_put(leaf, "
+            f"state_shardings needs all parameters on one mesh, but {single[:6]} are "
+            "on a single device; place them with jax.device_put(leaf, "
             "NamedSharding(mesh, PartitionSpec()))"
         )
     return {path: s for path, s in found.items() if s is not None}

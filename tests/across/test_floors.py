@@ -1,11 +1,12 @@
-"""The floors of docs/design.md: imports go strictly down.
+"""The floors of docs/design.md: folders import only folders below them.
 
-The table below is the layout. Each row is a floor, each set in it a step: a module may
-import what stands on a lower step, never what stands beside or above it. A module that
-is missing from the table fails here; one that is not written yet does not.
+`FLOORS` is the layout: each row is a folder of the package (or `typing.py`), from the
+ground up, with the third parties that it may use. A folder that is missing from the
+table fails here. Inside a folder modules import each other freely, but not in a circle.
 """
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,122 +16,51 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "jaxprune"
 MOST_LINES = 400
+MOST_ENTRIES = 16
 
-FLOORS = [
-    [
-        {"tensorfile", "storage", "sums", "brackets", "ranks", "meshes", "program"}
-        | {"stored"},
-        {"directory", "tree", "views"},
-        {"axes"},
-        {"base"},
-    ],
-    [
-        {
-            "averages",
-            "running",
-            "sharding",
-            "scores",
-            "patterns",
-            "select",
-            "allocate",
-            "schedules",
-            "wanda",
-        },
-        {"highest", "reconstruction"},
-    ],
-    [
-        {"choices", "low_rank"},
-        {"masks", "importance", "sparsegpt", "alps", "tracing"},
-    ],
-    [
-        {"pruning", "keep", "gradual", "dynamic", "structure"},
-        {"methods", "shares", "stages", "journal"},
-        {"calibration"},
-        {"matrices"},
-        {"walk"},
-        {"trained"},
-    ],
-    [
-        {"manifest", "processes", "archive", "report.results", "report.canvas"},
-        {"folders", "report.figures", "report.findings", "report.page"},
-        {"report.accuracy"},
-        {"report.sections", "report.pruned"},
-        {"checkpoint", "compact", "report.__init__"},
-        {"export"},
-        {"streaming"},
-    ],
-    [
-        {"__init__", "cli.console", "cli.machine", "cli.texts", "cli.rules"},
-        {"cli.costs", "cli.models", "cli.perplexity", "cli.archives", "cli.retraining"},
-        {"cli.record", "cli.sampling", "cli.evaluation", "cli.inspection"},
-        {"cli.job"},
-        {"cli.preparation"},
-        {"cli.calibrated", "cli.streamed"},
-        {"cli.pruning"},
-        {"cli.__init__"},
-        {"cli.__main__"},
-    ],
-]
-# What the tower may use of the floors: it stands on the ground beside both.
-GROUND = {"tensorfile", "directory", "stored"}
-# A tower of its own: it imports nothing of the floors, nor they of it, but the command
-# puts the two together.
-TOWER = [
-    {
-        "models.gpt_config",
-        "models.linear",
-        "models.attributes",
-        "models.rope",
-        "models.tokens",
-    },
-    {"models.decoder_config", "models.schemes"},
-    {"models.blocks", "models.families"},
-    {"models.gpt", "models.decoder", "models.matching", "models.clip"},
-    {"models.loading", "models.phi3_vision"},
-    {"models.generate", "models.hf", "models.pictures", "models.vision_family"},
-    {"models.hf_vision"},
-    {"models.__init__"},
-]
-
-EVERYWHERE = {"jax", "numpy", "jaxtyping"}
-# Below floor 2 optax lends one word: the node that stands for a leaf left out.
-VOCABULARY = {"optax.MaskedNode"}
-OPTAX_FROM = 2
-ALSO = {
-    "checkpoint": {"orbax"},
-    "journal": {"safetensors"},
-    "tensorfile": {"ml_dtypes"},
-    "walk": {"tqdm"},
-    "report.accuracy": {"matplotlib"},
-    "report.canvas": {"matplotlib"},
-    "report.figures": {"matplotlib"},
-    "report.page": {"matplotlib"},
-    "report.pruned": {"matplotlib"},
-    "report.sections": {"matplotlib"},
-    "models.pictures": {"PIL"},
-    "models.tokens": {"tokenizers"},
+EVERYWHERE = {"jax", "numpy", "jaxtyping", "optax"}
+FLOORS: dict[str, set[str]] = {
+    "arrays": {"ml_dtypes"},
+    "typing": set(),
+    "topk": set(),
+    "scores": set(),
+    "graph": set(),
+    "masking": set(),
+    "training": set(),
+    "formats": {"ml_dtypes", "safetensors"},
+    "posttraining": {"safetensors", "tqdm"},
+    "models": {"flax", "PIL", "tokenizers"},
+    "evaluation": {"flax", "tqdm"},
+    "report": {"matplotlib"},
+    "__init__": set(),
+    "cli": {"flax", "tyro", "tqdm"},
 }
+# The library knows no model, and no file: what these need is on the ground or above.
+APART = {
+    "models": {"arrays", "formats", "typing"},
+    "report": set(),
+    "formats": {"arrays", "typing", "topk", "scores", "masking"},
+}
+# Not part of what `import jaxprune` loads.
+ON_DEMAND = {"models", "evaluation", "report", "cli"}
 TESTS_ONLY = {"torch", "transformers", "chex"}
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc", "_src"}
 
-
-def _steps(floors: list[list[set[str]]]) -> dict[str, tuple[int, int]]:
-    return {
-        module: (floor, step)
-        for floor, steps in enumerate(floors)
-        for step, modules in enumerate(steps)
-        for module in modules
-    }
-
-
-PLACE = _steps(FLOORS)
-TOWER_PLACE = _steps([TOWER])
+FOLDERS = list(FLOORS)
+MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
+SOURCES = [
+    *MODULES,
+    *sorted((ROOT / "experiments").rglob("*.py")),
+    *sorted((ROOT / "benchmarks").rglob("*.py")),
+]
 
 
 def _name(path: Path) -> str:
-    """The module's name below the package: "masks", "models.gpt", "__init__"."""
-    parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-    return ".".join(parts)
+    """The module's dotted name below the package: "masking.masks", "__init__"."""
+    return ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts)
+
+
+NAMES = [_name(path) for path in MODULES]
 
 
 def _imports(module: str, source: str) -> Iterator[str]:
@@ -145,91 +75,99 @@ def _imports(module: str, source: str) -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
-def _own_module(name: str) -> str:
-    """The module of the package that an imported dotted name lies in."""
-    parts = name.split(".")[1:]
-    for end in range(len(parts), 0, -1):
-        module = ".".join(parts[:end])
-        for candidate in (module, f"{module}.__init__"):
-            if candidate in {**PLACE, **TOWER_PLACE}:
-                return candidate
-    return "__init__"
-
-
 def violations(module: str, source: str) -> list[str]:
     """What a module imports and may not, one sentence each."""
-    in_tower, in_cli = module in TOWER_PLACE, module.startswith("cli.")
-    places = TOWER_PLACE if in_tower else PLACE
-    if module not in places:
-        return [f"{module} is not in the table of floors; give it its place there"]
+    own = module.split(".")[0]
+    if own not in FLOORS:
+        return [f"{own} is not in the table of floors; give it its place there"]
     found = []
     for name in _imports(module, source):
-        top = name.split(".")[0]
+        top, *rest = name.split(".")
         if top in sys.stdlib_module_names:
             continue
-        if top == PACKAGE:
-            other = _own_module(name)
-            shared = in_tower and other in GROUND
-            if shared or (in_cli and other in TOWER_PLACE):
-                continue
-            if other not in places:
-                found.append(f"{module} and {other} stand in different towers")
-            elif places[other] >= places[module]:
-                found.append(f"{module} imports {other}, which is not below it")
+        if top != PACKAGE:
+            if top not in EVERYWHERE | FLOORS[own]:
+                found.append(f"{module} imports {name}, which does not belong there")
             continue
-        allowed = EVERYWHERE | ALSO.get(module, set())
-        allowed |= {"flax"} if in_tower or in_cli else set()
-        allowed |= {"tyro", "tqdm"} if in_cli else set()
-        if not in_tower and places[module][0] >= OPTAX_FROM:
-            allowed |= {"optax"}
-        if top not in allowed and (in_tower or name not in VOCABULARY):
-            found.append(f"{module} imports {name}, which does not belong there")
+        folder = rest[0] if rest and rest[0] in FLOORS else "__init__"
+        if folder == own:
+            continue
+        if FOLDERS.index(folder) >= FOLDERS.index(own):
+            found.append(f"{module} imports {name}, which is not below it")
+        elif own in APART and folder not in APART[own]:
+            found.append(f"{module} imports {name}, which {own} must not know")
+        elif any(part.startswith("_") and part != "__init__" for part in rest):
+            found.append(f"{module} imports {name}, which is private to its folder")
     return found
 
 
-MODULES = sorted((ROOT / PACKAGE).rglob("*.py"), key=_name)
-SOURCES = [
-    *MODULES,
-    *sorted((ROOT / "experiments").rglob("*.py")),
-    *sorted((ROOT / "benchmarks").rglob("*.py")),
-]
-# An `__init__.py` of a folder of modules may be empty; then it stands nowhere.
-WRITTEN = [path for path in MODULES if path.read_text().strip()]
+def circles(sources: dict[str, str]) -> list[str]:
+    """The modules of a circle of imports, or nothing.
+
+    Args:
+      sources: dotted name below the package to source, all of one folder.
+    """
+    graph = {}
+    for module, source in sources.items():
+        below = {
+            candidate
+            for name in _imports(module, source)
+            for candidate in sources
+            if candidate != module
+            and not candidate.endswith("__init__")
+            and (name + ".").startswith(f"{PACKAGE}.{candidate}.")
+        }
+        graph[module] = below
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=_name)
-def test_imports_go_strictly_down(path):
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_imports_go_down(path):
     assert violations(_name(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize("folder", sorted({name.split(".")[0] for name in NAMES}))
+def test_no_circle_inside_a_folder(folder):
+    own = {
+        name: path.read_text()
+        for name, path in zip(NAMES, MODULES, strict=True)
+        if name.split(".")[0] == folder
+    }
+    assert circles(own) == []
+
+
+def test_a_circle_is_found():
+    sources = {
+        "topk.a": "from jaxprune.topk import b",
+        "topk.b": "from jaxprune.topk.c import number",
+        "topk.c": "from .a import one",
+    }
+    assert len(circles(sources)) == 4
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("masks", "from jaxprune import pruning"),
-        ("masks", "from jaxprune.training.track import track_importance"),
-        ("masks", "import jaxprune.masking.masks"),
-        ("masks", "from . import keep"),
-        ("masks", "from .keep import keep_masks"),
-        ("masks", "def late():\n    from jaxprune import report"),
-        ("masks", "import jaxprune"),
-        ("tree", "from jaxprune.typing import Params"),
-        ("select", "from jaxprune.scores.from_training import magnitude"),
-        ("pruning", "from jaxprune.models import gpt"),
-        ("models.gpt", "from jaxprune import masks"),
-        ("models.gpt", "from ..base import Params"),
-        ("models.gpt", "from . import generate"),
-        ("models.gpt", "import optax"),
-        ("scores", "import optax"),
-        ("scores", "from optax import MaskedNode, adam"),
-        ("masks", "from flax import nnx"),
-        ("keep", "import orbax.checkpoint as ocp"),
-        ("checkpoint", "import matplotlib.pyplot as plt"),
-        ("checkpoint", "import tensorflow_datasets"),
-        ("export", "import torch"),
-        ("report.results", "from jaxprune import report"),
-        ("report.figures", "from . import page"),
-        ("pruning", "from experiments.report import results"),
-        ("brand_new", "import jax"),
+        ("masking.masks", "from jaxprune.training.track import track_importance"),
+        ("masking.masks", "from jaxprune import prune"),
+        ("masking.masks", "import jaxprune"),
+        ("masking.masks", "def late():\n    from jaxprune.report import page"),
+        ("masking.masks", "from jaxprune.topk.thresholds import _count"),
+        ("topk.thresholds", "from ..masking import masks"),
+        ("arrays.tree", "from jaxprune.typing import Params"),
+        ("models.decoder.model", "from jaxprune import masking"),
+        ("models.decoder.model", "from jaxprune.masking import masks"),
+        ("models.hf.loading", "from jaxprune.posttraining import methods"),
+        ("report.page", "from jaxprune.formats import rewrite"),
+        ("masking.masks", "from flax import nnx"),
+        ("training.keep_masks", "import orbax.checkpoint as ocp"),
+        ("formats.compact", "import matplotlib.pyplot as plt"),
+        ("formats.rewrite", "import torch"),
+        ("brand_new.module", "import jax"),
     ],
 )
 def test_an_import_that_climbs_is_found(module, source):
@@ -239,26 +177,46 @@ def test_an_import_that_climbs_is_found(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("base", "from jaxprune.arrays.axes import Axes"),
-        ("scores", "from optax import MaskedNode"),
-        ("masks", "import optax\nfrom jaxprune import allocate, select, tree"),
-        ("keep", "from .masks import apply as apply"),
-        ("checkpoint", "from orbax.checkpoint import v1 as ocp\nimport json"),
-        ("report.page", "from experiments.report import canvas\nimport matplotlib"),
-        ("report.__init__", "from .sections import charts\nfrom . import results"),
-        ("models.generate", "from jaxprune.models.gpt import GPT"),
-        ("models.gpt", "from flax import nnx\nfrom jaxtyping import Array, Float"),
-        ("__init__", "from . import masks as masks\nfrom .keep import keep_masks"),
+        ("typing", "from jaxprune.arrays.axes import Axes"),
+        ("masking.masks", "import optax\nfrom jaxprune.topk import thresholds"),
+        ("masking.masks", "from .patterns import NM"),
+        ("models.hf.loading", "from jaxprune.formats.checkpoint_dir import Directory"),
+        ("report.page", "from jaxprune.report import canvas\nimport matplotlib"),
+        ("models.gpt.model", "from flax import nnx\nfrom jaxtyping import Array"),
+        ("__init__", "from jaxprune.masking import masks as masks"),
     ],
 )
 def test_an_import_that_goes_down_is_allowed(module, source):
     assert violations(module, source) == []
 
 
-def test_importing_the_package_leaves_the_report_and_checkpoints_to_their_users():
+def test_importing_the_package_leaves_models_and_reports_to_their_users():
     source = (ROOT / PACKAGE / "__init__.py").read_text()
-    floors = {PLACE[_own_module(name)][0] for name in _imports("__init__", source)}
-    assert max(floors) < PLACE["checkpoint"][0]
+    folders = {name.split(".")[1] for name in _imports("__init__", source)}
+    assert not folders & ON_DEMAND
+
+
+def test_the_top_of_the_package_is_one_glance():
+    entries = [
+        entry
+        for entry in (ROOT / PACKAGE).iterdir()
+        if not entry.name.startswith("__pycache__")
+    ]
+    assert len(entries) <= MOST_ENTRIES
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES}))
+def test_each_folder_says_its_idea_and_lists_its_names(folder):
+    tree = ast.parse((folder / "__init__.py").read_text())
+    assert ast.get_docstring(tree)
+    assigned = [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    assert "__all__" in assigned
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -36,7 +36,7 @@ def start(folder, name, devices, *arguments):
         )
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """What the lone process and each of the two wrote, by name."""
     folder, port = tmp_path_factory.mktemp("processes"), free_port()

@@ -16,6 +16,7 @@ from tests.support import tiny_gpt
 from tests.support.crash_worker import HEARTBEAT
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "tests" / "support" / "crash_worker.py"
 MESH = "fsdp=2,model=2"
 PATIENCE = HEARTBEAT + 30
 """Seconds for a process to notice that the other one is gone, on a busy machine."""

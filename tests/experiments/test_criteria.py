@@ -15,7 +15,7 @@ NAME = "mlp/kernel"
 EMPTY = dict.fromkeys(jp.Importance._fields)
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def watched():
     """What five steps have seen, and the same by hand in float64."""
     rng = np.random.default_rng(0)

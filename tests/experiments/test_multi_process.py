@@ -16,6 +16,7 @@ from jaxprune.arrays import processes
 from tests.support.tiny_run import MODULE, metrics, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "tests" / "support" / "launch_worker.py"
 FLAGS = [
     *("--seeds", "0"),
     *("--criteria", "trajectory", "random"),
@@ -158,7 +159,7 @@ def two(arguments, tmp_path, devices=1):
 def test_two_processes_get_the_answer_or_the_error_of_the_first(tmp_path):
     two(
         [
-            ROOT / "tests" / "support" / "launch_worker.py",
+            WORKER,
             "{port}",
             "{number}",
             tmp_path,

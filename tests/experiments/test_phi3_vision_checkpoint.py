@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
-from test_asked import picture, write
 
 import jaxprune as jp
 from experiments import phi3_vision
@@ -20,6 +19,7 @@ from jaxprune.formats.checkpoint_dir import Unknown
 from jaxprune.models.hf import loading_vision
 from jaxprune.models.hf.vision_family import vision_config
 from jaxprune.models.phi3_vision import Phi3Vision
+from tests.support.picture_files import picture, write
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,10 @@
 """Pictures with questions from a folder or from TFDS: read late, refused early."""
 
-import json
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments.datasets import picture_questions, question_answers
-
-
-def write(folder, lines, split="train"):
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
-    (folder / f"{split}.jsonl").write_text(text + "\n")
-
-
-def picture(folder, name="a.png", size=(6, 4)):
-    folder.mkdir(parents=True, exist_ok=True)
-    array = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    Image.fromarray(array).save(folder / name)
-    return array
-
-
-LINE = {"image": "a.png", "question": "what ?", "answer": "noise"}
+from tests.support.picture_files import picture, write
 
 
 def test_a_folder_is_read_line_by_line(tmp_path):

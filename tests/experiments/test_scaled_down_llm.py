@@ -27,7 +27,7 @@ from tests.support.tiny_run import (
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def run():
     return undisturbed()
 
@@ -40,7 +40,7 @@ def numbers(folder):
     return found
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """What one start compiled, the next one need not."""
     return os.environ | {

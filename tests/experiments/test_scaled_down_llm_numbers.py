@@ -32,12 +32,12 @@ from tests.support.tiny_run import (
 )
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def run():
     return undisturbed()
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def results(run):
     return json.loads((run.out / "results.json").read_text())
 
@@ -105,7 +105,7 @@ def test_seeds_are_runs_of_their_own(results):
     assert first["weights"]["values"] != second["weights"]["values"]
 
 
-@pytest.fixture(allocation="module", params=SEEDS, ids="seed {}".format)
+@pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
 def trained(request, run, results):
     """A seed's results, and what its last checkpoint holds, found by hand."""
     folder = run.out / f"seed-{request.param}" / "train"

@@ -16,7 +16,7 @@ from tests.support.tiny_run import MODULE, flags, undisturbed, write_text
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def run():
     return undisturbed()
 

@@ -39,7 +39,7 @@ def _flat(params):
     return dict(zip(tree.names(params), jax.tree.leaves(params), strict=True))
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def pair():
     """A torch GPT-2 with every weight random, and ours with the same weights."""
     torch = pytest.importorskip("torch")
@@ -71,7 +71,7 @@ def pair():
     return theirs, ours
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def tokens():
     rng = np.random.default_rng(0)
     return rng.integers(0, CONFIG.vocab_size, (3, CONFIG.context)).astype(np.int32)

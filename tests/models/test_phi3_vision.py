@@ -26,12 +26,12 @@ SHORT, LONG = (60, 50), (60, 140)
 CROPS = {SHORT: 2, LONG: 6}
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def reference():
     return torch_phi3_vision.Reference()
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def loaded(reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("phi3v")
     torch_phi3_vision.save(folder, reference)

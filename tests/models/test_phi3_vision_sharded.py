@@ -16,7 +16,7 @@ from experiments.tasks.pictures import PictureTask, VisionModel
 from jaxprune.models.hf.vision_family import vision_config
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def task():
     config = vision_config(picture_model.PRESETS["smoke"])
     config = dataclasses.replace(config, crops=2)

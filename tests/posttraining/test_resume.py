@@ -1,6 +1,6 @@
 """A walk that was killed goes on from its folder, to the same bits and the same rows.
 
-    python test_trained_resume.py FOLDER
+    python test_resume.py FOLDER
 
 prunes the model of these tests and kills itself on the way.
 """
@@ -117,13 +117,13 @@ def told(report):
     return rest | {"weights": rows}
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def whole():
     """What an undisturbed walk gives."""
     return prune()
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a walk that is done, and what it gave; not to be written to."""
     folder = tmp_path_factory.mktemp("jobs") / "deep" / "folder"

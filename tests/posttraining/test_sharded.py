@@ -77,7 +77,7 @@ def in_mesh(kind, mesh):
     return jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext()
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def alone():
     """What one device gives, by method."""
     return {m: prune(whole, PARAMS, BATCHES, m) for m in ("wanda", "sparsegpt")}

@@ -14,7 +14,7 @@ import pytest
 from tests.support import oracles
 
 
-@pytest.fixture(autouse=True, allocation="module")
+@pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
     """For a module that imports it: programs run once, so XLA need not polish them."""
     jax.config.update("jax_disable_most_optimizations", True)

@@ -101,7 +101,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with the model, two texts, and token ids."""
     root = tmp_path_factory.mktemp("cli")

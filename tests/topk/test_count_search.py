@@ -103,7 +103,7 @@ def test_of_any_scores_exactly_the_highest_are_kept(kind, dtype):
         np.testing.assert_array_equal(row_of(masks), highest(row, kept))
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def compiled():
     together = lambda x: masks_of(x, thresholds.cut_together(x, SIZE // 3))  # noqa: E731
     each = lambda x: masks_of(  # noqa: E731

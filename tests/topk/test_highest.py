@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
+from jaxprune.masking import matrix_mask
 from jaxprune.topk import highest as highest_
 from tests.support import oracles
 from tests.support.trajectories import array
@@ -47,7 +48,7 @@ def keep_along(scores, kept, axis):
 
 whole = jax.jit(highest_.highest)
 along = jax.jit(highest_.highest, static_argnums=2)
-masked = jax.jit(highest_.mask, static_argnums=2)
+masked = jax.jit(matrix_mask.mask, static_argnums=2)
 kinds = st.sampled_from(["normal", "ties", "special", "wide"])
 
 
@@ -117,7 +118,7 @@ def test_a_pattern_keeps_what_masks_make_keeps(pattern, seed, kind, share):
 
 def test_one_program_serves_all_counts():
     per_output = jp.patterns.PerOutput()
-    traced = chex.assert_max_traces(lambda s, k: highest_.mask(s, k, per_output), 1)
+    traced = chex.assert_max_traces(lambda s, k: matrix_mask.mask(s, k, per_output), 1)
     compiled = jax.jit(traced)
     scores = jnp.asarray(scores_of(4, "normal"))
     for removed in (0, 17, 60, 120):
@@ -128,7 +129,7 @@ def test_one_program_serves_all_counts():
 
 @pytest.mark.parametrize("over", ["vmap", "map"])
 def test_a_stack_of_matrices_has_a_count_each(over):
-    one = lambda x: highest_.mask(*x, jp.patterns.Unstructured())  # noqa: E731
+    one = lambda x: matrix_mask.mask(*x, jp.patterns.Unstructured())  # noqa: E731
     scores = jnp.asarray(scores_of(4, "ties"))
     stack, counts = jnp.stack([scores, -scores]), jnp.array([30, 77])
     mapped = jax.vmap(one) if over == "vmap" else lambda x: jax.lax.map(one, x)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.masking import patterns
+from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import layer_problem
 from jaxprune.posttraining.solvers.layer_problem import Solution
 from jaxprune.typing import Pattern
