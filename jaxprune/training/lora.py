@@ -50,6 +50,8 @@ class LoraState(NamedTuple):
       inner: the wrapped optimizer's state; its parameters are the adapters.
     """
 
+    importance_fields = ()  # the moments inside are of factors, not of weights
+
     adapters: Any
     inner: optax.OptState
 
