@@ -18,7 +18,7 @@ from jaxprune.models.hf.vision_family import vision_config
 from jaxprune.models.phi3_vision import Phi3Vision, Phi3VisionConfig, preprocess
 
 torch = pytest.importorskip("torch")
-torch_phi3_vision = pytest.importorskip("torch_phi3_vision")
+torch_phi3_vision = pytest.importorskip("tests.support.torch_phi3_vision")
 
 # First pictures of prompts that are shorter, and longer, than the 64 tokens at which
 # the rotary angles change.

@@ -41,7 +41,7 @@ class Attributes:
     """The attributes of one config.json, taken one by one.
 
     Attributes:
-        problems: what was wrong with those taken so far, a phrase each.
+      problems: what was wrong with those taken so far, a phrase each.
     """
 
     def __init__(self, config: Mapping[str, Any], *, where: str = ""):
@@ -132,8 +132,8 @@ class Attributes:
         """Notes what was not taken, is not ignored and not at its only value.
 
         Args:
-            ignored: names that do not matter.
-            only: names that are supported at this value, or null, alone.
+          ignored: names that do not matter.
+          only: names that are supported at this value, or null, alone.
         """
         for name, value in self._config.items():
             if name in self._taken or name in ignored or value is None:

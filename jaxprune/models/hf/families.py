@@ -33,12 +33,12 @@ class Family:
     """One row of the table.
 
     Attributes:
-        fields: attributes to fields of `DecoderConfig`.
-        modules: our module to theirs; those of a layer begin with "layers/".
-        only: attributes that are supported at this value alone.
-        prefix: what the names begin with, except the head's; base models leave it out.
-        transposed: whether their kernels are [out, in].
-        skipped: names of tensors that hold nothing learned.
+      fields: attributes to fields of `DecoderConfig`.
+      modules: our module to theirs; those of a layer begin with "layers/".
+      only: attributes that are supported at this value alone.
+      prefix: what the names begin with, except the head's; base models leave it out.
+      transposed: whether their kernels are [out, in].
+      skipped: names of tensors that hold nothing learned.
     """
 
     fields: Callable[[Attributes], Fields]
@@ -52,11 +52,11 @@ class Family:
         """The tensor of a leaf, and whether it lies transposed.
 
         Args:
-            leaf: a leaf's name, "layers/3/attention/q/kernel".
+          leaf: a leaf's name, "layers/3/attention/q/kernel".
 
         Returns:
-            Its name, "model.layers.3.self_attn.q_proj.weight", and True if its axes
-            are the kernel's reversed.
+          Its name, "model.layers.3.self_attn.q_proj.weight", and True if its axes
+          are the kernel's reversed.
         """
         module, kind = leaf.rsplit("/", 1)
         layer = re.match(r"layers/(\d+)/", module)
@@ -73,20 +73,20 @@ def decoder_config(config: Mapping[str, Any]) -> tuple[DecoderConfig, Family]:
     """Reads a Hugging Face config.json, old or new.
 
     Args:
-        config: the parsed file.
+      config: the parsed file.
 
     Returns:
-        The shape, in float32, and the row of the family.
+      The shape, in float32, and the row of the family.
 
     Raises:
-        ValueError: the model type is not supported, an attribute is unknown, lacking or
-            unsupported (all are named), or two do not fit.
+      ValueError: the model type is not supported, an attribute is unknown, lacking or
+        unsupported (all are named), or two do not fit.
 
     Example:
-        >>> config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024,
-        ...           "n_embd": 768, "n_layer": 12, "n_head": 12}
-        >>> decoder_config(config)[0].mlp_width
-        3072
+      >>> config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024,
+      ...           "n_embd": 768, "n_layer": 12, "n_head": 12}
+      >>> decoder_config(config)[0].mlp_width
+      3072
     """
     kind = config.get("model_type")
     if kind == "gemma3":

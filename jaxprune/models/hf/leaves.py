@@ -70,14 +70,14 @@ def stored_leaves(
     """The leaves, in the order of `shapes`, still in their files.
 
     Args:
-        directory: the folder.
-        names: leaf name to tensor.
-        shapes: leaf name to shape.
-        dtype: what the leaves are read to; None keeps each as it is stored.
-        place: the sharding of each leaf.
+      directory: the folder.
+      names: leaf name to tensor.
+      shapes: leaf name to shape.
+      dtype: what the leaves are read to; None keeps each as it is stored.
+      place: the sharding of each leaf.
 
     Returns:
-        One `jp.Stored` each.
+      One `jp.Stored` each.
     """
     return [
         _stored(directory, names[name], shape, dtype, place(name, shape))
@@ -101,14 +101,14 @@ def to_tensors(
     changed has the bits of the file. One leaf is on the host at a time.
 
     Args:
-        names: what `load` returned.
-        params: parameters with the leaves of `names`, of whatever containers.
+      names: what `load` returned.
+      params: parameters with the leaves of `names`, of whatever containers.
 
     Yields:
-        Name and array of every tensor that was read, and of its copies.
+      Name and array of every tensor that was read, and of its copies.
 
     Raises:
-        ValueError: the leaves are not those of `names`.
+      ValueError: the leaves are not those of `names`.
     """
     pairs = jax.tree_util.tree_flatten_with_path(params)[0]
     leaves = {name_of(path): leaf for path, leaf in pairs}
@@ -129,11 +129,11 @@ def sources(family: Names, model: nnx.Module) -> dict[str, Source]:
     """Which tensor each leaf of a model becomes that came from no directory.
 
     Args:
-        family: the table of names.
-        model: the model.
+      family: the table of names.
+      model: the model.
 
     Returns:
-        Leaf name to tensor, in the parameters' dtypes.
+      Leaf name to tensor, in the parameters' dtypes.
     """
     pairs = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))[0]
     return {
@@ -146,11 +146,11 @@ def most_stored(directory: Directory, names: Mapping[str, Source]) -> Dtype:
     """The compute dtype that suits a folder: bfloat16 where most weights are in it.
 
     Args:
-        directory: the folder.
-        names: its tensors by leaf.
+      directory: the folder.
+      names: its tensors by leaf.
 
     Returns:
-        "bfloat16" or "float32".
+      "bfloat16" or "float32".
     """
     sizes: Counter[str] = Counter()
     for source in names.values():

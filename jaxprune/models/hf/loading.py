@@ -34,9 +34,9 @@ class Loaded(NamedTuple):
     """A model that was read from a directory.
 
     Attributes:
-        model: the model.
-        config: its shape.
-        names: leaf name to where it came from, for `to_tensors`.
+      model: the model.
+      config: its shape.
+      names: leaf name to where it came from, for `to_tensors`.
     """
 
     model: Decoder
@@ -56,39 +56,39 @@ def load(
     """Reads a model's folder: config.json and safetensors.
 
     Args:
-        path: a local folder; nothing is downloaded.
-        dtype: of the parameters; None keeps each as it is stored, bit for bit.
-        compute_dtype: of the products; None is `dtype`, or bfloat16 where most weights
-            are stored in it, else float32.
-        shardings: gives the sharding of a leaf by its name and shape.
-        mesh: instead of `shardings`: each leaf is split over all devices of this mesh
-            along its longest axis that they divide, and copied to each where there is
-            none. Without either all is on the default device.
-        stored: whether leaves stay in the files; a `jp.Stored` stands for each, until
-            it is read. See `jp.prune_trained`, and `embedded`.
+      path: a local folder; nothing is downloaded.
+      dtype: of the parameters; None keeps each as it is stored, bit for bit.
+      compute_dtype: of the products; None is `dtype`, or bfloat16 where most weights
+        are stored in it, else float32.
+      shardings: gives the sharding of a leaf by its name and shape.
+      mesh: instead of `shardings`: each leaf is split over all devices of this mesh
+        along its longest axis that they divide, and copied to each where there is
+        none. Without either all is on the default device.
+      stored: whether leaves stay in the files; a `jp.Stored` stands for each, until
+        it is read. See `jp.prune_trained`, and `embedded`.
 
     Returns:
-        The model, its shape, and where each leaf came from.
+      The model, its shape, and where each leaf came from.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        directory.Unknown: the folder is no model that is understood here; the sentence
-            names the attributes or tensors.
-        directory.Damaged: a file is cut short, or tensors are missing, doubled or of
-            another shape.
-        ValueError: a dtype is not supported, or both `shardings` and `mesh` are given.
+      FileNotFoundError: there is no such folder.
+      directory.Unknown: the folder is no model that is understood here; the sentence
+        names the attributes or tensors.
+      directory.Damaged: a file is cut short, or tensors are missing, doubled or of
+        another shape.
+      ValueError: a dtype is not supported, or both `shardings` and `mesh` are given.
 
     Example:
-        >>> import json, pathlib, tempfile
-        >>> from safetensors.numpy import save_file
-        >>> config = {"model_type": "gpt2", "vocab_size": 5, "n_positions": 4,
-        ...           "n_embd": 2, "n_layer": 1, "n_head": 1}
-        >>> model = Decoder(decoder_config(config)[0], rngs=nnx.Rngs(0))
-        >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> _ = (folder / "config.json").write_text(json.dumps(config))
-        >>> save_file(dict(tensors(model, config)), folder / "model.safetensors")
-        >>> load(folder).config.mlp_width
-        8
+      >>> import json, pathlib, tempfile
+      >>> from safetensors.numpy import save_file
+      >>> config = {"model_type": "gpt2", "vocab_size": 5, "n_positions": 4,
+      ...           "n_embd": 2, "n_layer": 1, "n_head": 1}
+      >>> model = Decoder(decoder_config(config)[0], rngs=nnx.Rngs(0))
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> _ = (folder / "config.json").write_text(json.dumps(config))
+      >>> save_file(dict(tensors(model, config)), folder / "model.safetensors")
+      >>> load(folder).config.mlp_width
+      8
     """
     leaves.check(dtype, compute_dtype, shardings, mesh)
     directory = open_directory(path)
@@ -121,14 +121,14 @@ def embedded(
     a small model, is never in memory.
 
     Args:
-        path: the folder that the model was loaded from.
-        names: where its leaves came from.
-        config: its shape.
-        tokens: integers (batch, time) in [0, vocab_size).
-        dtype: of the parameters, as for `load`.
+      path: the folder that the model was loaded from.
+      names: where its leaves came from.
+      config: its shape.
+      tokens: integers (batch, time) in [0, vocab_size).
+      dtype: of the parameters, as for `load`.
 
     Returns:
-        The residual stream before the first layer.
+      The residual stream before the first layer.
     """
     source = names["embedding/embedding"]
     rows = open_directory(path).read(source.name)[np.asarray(tokens)]
@@ -143,14 +143,14 @@ def tensors(
     """The tensors of a new directory, for a model that came from none.
 
     Args:
-        model: the model.
-        config: the config.json that it was made from.
+      model: the model.
+      config: the config.json that it was made from.
 
     Yields:
-        Name and array of every tensor, in the parameters' dtypes.
+      Name and array of every tensor, in the parameters' dtypes.
 
     Raises:
-        ValueError: the configuration is not understood, or is another model's.
+      ValueError: the configuration is not understood, or is another model's.
     """
     shape, family = decoder_config(config)
     if dataclasses.replace(shape, dtype=model.config.dtype) != model.config:

@@ -30,9 +30,9 @@ class Loaded(NamedTuple):
     """A model that was read from a directory.
 
     Attributes:
-        model: the model.
-        config: its shape.
-        names: leaf name to where it came from, for `to_tensors`.
+      model: the model.
+      config: its shape.
+      names: leaf name to where it came from, for `to_tensors`.
     """
 
     model: Phi3Vision
@@ -52,23 +52,23 @@ def load(
     """Reads a folder of `model_type` "phi3_v": config.json and safetensors.
 
     Args:
-        path: a local folder; nothing is downloaded.
-        dtype: as for `hf.load`, like all that follow.
-        compute_dtype: of the products, in the tower too.
-        shardings: gives the sharding of a leaf by its name and shape.
-        mesh: instead of `shardings`.
-        stored: whether leaves stay in the files.
+      path: a local folder; nothing is downloaded.
+      dtype: as for `hf.load`, like all that follow.
+      compute_dtype: of the products, in the tower too.
+      shardings: gives the sharding of a leaf by its name and shape.
+      mesh: instead of `shardings`.
+      stored: whether leaves stay in the files.
 
     Returns:
-        The model, its shape, and where each leaf came from.
+      The model, its shape, and where each leaf came from.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        directory.Unknown: the folder is no Phi-3-vision that is understood here; the
-            sentence names the attributes or tensors.
-        directory.Damaged: a file is cut short, or tensors are missing, doubled or of
-            another shape.
-        ValueError: a dtype is not supported, or both `shardings` and `mesh` are given.
+      FileNotFoundError: there is no such folder.
+      directory.Unknown: the folder is no Phi-3-vision that is understood here; the
+        sentence names the attributes or tensors.
+      directory.Damaged: a file is cut short, or tensors are missing, doubled or of
+        another shape.
+      ValueError: a dtype is not supported, or both `shardings` and `mesh` are given.
     """
     leaves.check(dtype, compute_dtype, shardings, mesh)
     directory = open_directory(path)
@@ -112,14 +112,14 @@ def tensors(
     """The tensors of a new directory, for a model that came from none.
 
     Args:
-        model: the model.
-        config: the config.json that it was made from.
+      model: the model.
+      config: the config.json that it was made from.
 
     Yields:
-        Name and array of every tensor, in the parameters' dtypes.
+      Name and array of every tensor, in the parameters' dtypes.
 
     Raises:
-        ValueError: the configuration is not understood, or is another model's.
+      ValueError: the configuration is not understood, or is another model's.
     """
     shape = vision_config(config).computed(model.config.dtype)
     if dataclasses.replace(shape, crops=model.config.crops) != model.config:

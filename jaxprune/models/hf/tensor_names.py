@@ -34,10 +34,10 @@ class Source(NamedTuple):
     """The tensor that a leaf was read from.
 
     Attributes:
-        name: its name in the directory.
-        transposed: whether its axes are the leaf's reversed.
-        dtype: how it is stored there.
-        copies: names under which the directory holds it again (a tied head).
+      name: its name in the directory.
+      transposed: whether its axes are the leaf's reversed.
+      dtype: how it is stored there.
+      copies: names under which the directory holds it again (a tied head).
     """
 
     name: str
@@ -55,17 +55,17 @@ def match(
     """Finds the tensor of each leaf.
 
     Args:
-        directory: the model's folder.
-        family: its table of names.
-        leaves: leaf name to shape.
-        copies: tensors, without the prefix, that may be there again: to the leaf.
+      directory: the model's folder.
+      family: its table of names.
+      leaves: leaf name to shape.
+      copies: tensors, without the prefix, that may be there again: to the leaf.
 
     Returns:
-        Leaf name to tensor.
+      Leaf name to tensor.
 
     Raises:
-        directory.Damaged: a tensor is missing, doubled or of another shape.
-        directory.Unknown: a tensor is none of the model's.
+      directory.Damaged: a tensor is missing, doubled or of another shape.
+      directory.Unknown: a tensor is none of the model's.
     """
     found: dict[str, list[str]] = {}
     for name in directory.tensors:

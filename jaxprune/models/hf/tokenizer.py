@@ -23,10 +23,10 @@ class Tokenizer:
     """A tokenizer and what its folder says of special tokens.
 
     Attributes:
-        tokens: the `tokenizers.Tokenizer`.
-        bos: the token that texts begin with; None if there is none.
-        eos: the tokens that end a text.
-        begins: whether texts begin with `bos` unless the caller says otherwise.
+      tokens: the `tokenizers.Tokenizer`.
+      bos: the token that texts begin with; None if there is none.
+      eos: the tokens that end a text.
+      begins: whether texts begin with `bos` unless the caller says otherwise.
     """
 
     tokens: Any = dataclasses.field(repr=False)
@@ -43,14 +43,14 @@ class Tokenizer:
         """The tokens of a text.
 
         Args:
-            text: any text.
-            bos: whether to begin with `self.bos`; None does as the folder says.
+          text: any text.
+          bos: whether to begin with `self.bos`; None does as the folder says.
 
         Returns:
-            Integers.
+          Integers.
 
         Raises:
-            ValueError: `bos` is True and there is no such token.
+          ValueError: `bos` is True and there is no such token.
         """
         ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
         if not (self.begins if bos is None else bos):
@@ -66,11 +66,11 @@ class Tokenizer:
         """The text of tokens.
 
         Args:
-            tokens: integers, a NumPy or JAX row included.
-            special: whether special tokens are shown.
+          tokens: integers, a NumPy or JAX row included.
+          special: whether special tokens are shown.
 
         Returns:
-            The text.
+          The text.
         """
         ids = [int(token) for token in tokens]
         return str(self.tokens.decode(ids, skip_special_tokens=not special))
@@ -83,16 +83,16 @@ def tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     where that says nothing, where tokenizer.json puts it.
 
     Args:
-        path: a local folder with config.json, safetensors and tokenizer.json.
+      path: a local folder with config.json, safetensors and tokenizer.json.
 
     Returns:
-        The tokenizer.
+      The tokenizer.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ModuleNotFoundError: the `tokenizers` package is not installed.
-        directory.Unknown: the folder has no tokenizer.json.
-        directory.Damaged: a file cannot be read as what it is.
+      FileNotFoundError: there is no such folder.
+      ModuleNotFoundError: the `tokenizers` package is not installed.
+      directory.Unknown: the folder has no tokenizer.json.
+      directory.Damaged: a file cannot be read as what it is.
     """
     directory = open_directory(path)
     tokens = _read(directory.path)

@@ -64,10 +64,10 @@ class Names:
         """The tensor of a leaf, and whether its axes are the leaf's reversed.
 
         Args:
-            leaf: a leaf's name, "tower/layers/3/q/kernel".
+          leaf: a leaf's name, "tower/layers/3/q/kernel".
 
         Returns:
-            Its name, and True if its axes are reversed.
+          Its name, and True if its axes are reversed.
         """
         part, _, inner = leaf.partition("/")
         if part == "decoder":
@@ -96,14 +96,14 @@ def vision_config(config: Mapping[str, Any]) -> Phi3VisionConfig:
     """Reads a config.json of `model_type` "phi3_v".
 
     Args:
-        config: the parsed file.
+      config: the parsed file.
 
     Returns:
-        The shape, in float32.
+      The shape, in float32.
 
     Raises:
-        ValueError: it is another model, an attribute is unknown, lacking or unsupported
-            (all are named), or two do not fit.
+      ValueError: it is another model, an attribute is unknown, lacking or unsupported
+        (all are named), or two do not fit.
     """
     if config.get("model_type") != "phi3_v":
         raise ValueError(
