@@ -108,7 +108,7 @@ def _encode(text):
 
 
 def _config(crops=4):
-    from jaxprune.models.hf.vision_family import vision_config
+    from jaxprune.models.hf import vision_config
     from tests.support import torch_phi3_vision
 
     config = vision_config(torch_phi3_vision.CONFIG)

@@ -98,6 +98,10 @@ class DecoderConfig:
                 )
         self._layerwise()
 
+    def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "DecoderConfig":
+        """The same shape with products of another type."""
+        return dataclasses.replace(self, dtype=dtype)
+
     @property
     def switches(self) -> tuple[int, ...]:
         """Lengths past which other rotary angles hold, for all positions, ascending."""

@@ -1,8 +1,8 @@
-"""Rotary schemes out of a config.json, in its older and its newer words.
+"""Reads the rotary scheme from a config.json, in its older and its newer form.
 
-The newer is one object, `rope_parameters`, or one for each kind of layer. The older is
-`rope_theta` and, where a context was stretched, an object `rope_scaling`, which goes
-before. A scheme that is not known is refused by name.
+The newer form is an object `rope_parameters`, or one for each kind of layer. The older
+form is `rope_theta` and, where a context was stretched, an object `rope_scaling`; where
+both are given, `rope_scaling` counts. A scheme that is not known is refused by name.
 """
 
 import math

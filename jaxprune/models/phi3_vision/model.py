@@ -42,7 +42,8 @@ class Phi3VisionConfig:
     decoder: DecoderConfig
     tower: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     skipped: int = 1
-    crops: int = 16
+    # A setting of the processor alone: models that differ in it are the same program.
+    crops: int = dataclasses.field(default=16, compare=False)
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -62,11 +63,11 @@ class Phi3VisionConfig:
         """Type of the products."""
         return self.decoder.dtype
 
-    def computed(self, dtype: Literal["float32", "bfloat16"]) -> "Phi3VisionConfig":
+    def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "Phi3VisionConfig":
         """The same shape with products of another type, in both halves."""
         return dataclasses.replace(
             self,
-            decoder=dataclasses.replace(self.decoder, dtype=dtype),
+            decoder=self.decoder.with_dtype(dtype),
             tower=dataclasses.replace(self.tower, dtype=dtype),
         )
 
