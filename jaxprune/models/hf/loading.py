@@ -30,12 +30,12 @@ class Loaded(NamedTuple):
 
     Attributes:
       model: a `Decoder`, or a `Phi3Vision` where the `model_type` is "phi3_v".
-      config: its shape.
+      config: its shape, a `DecoderConfig` or a `Phi3VisionConfig`.
       names: leaf name to the tensor that it came from, for `to_tensors`.
     """
 
     model: Any
-    config: DecoderConfig | Phi3VisionConfig
+    config: Any
     names: dict[str, Source]
 
 
