@@ -88,7 +88,7 @@ def check_at_least_one(**options: int | None) -> None:
 
 def needed_tokenizer(model: Path, files: tuple[Path, ...]) -> hf.Tokenizer | None:
     """The model's tokenizer, or None where all files hold token ids."""
-    return None if all(map(texts.is_ids, files)) else hf.tokenizer(model)
+    return None if all(map(texts.is_ids, files)) else hf.load_tokenizer(model)
 
 
 def named(paths: tuple[Path, ...]) -> list[str]:

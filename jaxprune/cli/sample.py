@@ -39,7 +39,7 @@ class Sample(models.ModelOptions):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Does it."""
-        tokenizer = hf.tokenizer(self.model)
+        tokenizer = hf.load_tokenizer(self.model)
         begins = models.beginning(tokenizer, self)
         prompt = start(tokenizer, self.prompt, begins.token)
         tokens = continued(
