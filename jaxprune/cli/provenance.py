@@ -1,6 +1,5 @@
 """What is written down of a pruning, and read again by its page: jaxprune.json."""
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +7,10 @@ from typing import Any
 
 from jaxprune.cli import machine
 from jaxprune.evaluation.texts import Text
-from jaxprune.formats import rewrite
+from jaxprune.formats import atomic, rewrite
 from jaxprune.formats.checkpoint_dir import Directory
 from jaxprune.formats.compact import stored_bytes
-from jaxprune.report import page, pruned_model
+from jaxprune.report import pruned_model
 
 PAGE = "report.html"
 
@@ -105,9 +104,8 @@ def complete(out: Path, more: Mapping[str, Any]) -> dict[str, Any]:
       OSError: a file could not be written; what was there is kept.
     """
     whole = rewrite.read_provenance(out) | dict(more)
-    text = json.dumps(whole, indent=1, allow_nan=False) + "\n"
-    document = pruned_model.document(whole).encode()
-    page.write_files({rewrite.NAME: text.encode(), PAGE: document}, out)
+    atomic.replace_json(out / rewrite.NAME, whole)
+    atomic.replace(out / PAGE, pruned_model.document(whole).encode())
     return whole
 
 

@@ -96,18 +96,18 @@ def compact(
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> from safetensors.numpy import save_file
-      >>> from jaxprune import compact, directory
+      >>> from jaxprune.formats import checkpoint_dir, compact
       >>> folder = pathlib.Path(tempfile.mkdtemp())
       >>> (folder / "model").mkdir()
       >>> _ = (folder / "model" / "config.json").write_text("{}")
       >>> weight = np.zeros((64, 64), "f4")
       >>> save_file({"w": weight}, folder / "model" / "model.safetensors")
-      >>> model = directory.open_directory(folder / "model")
+      >>> model = checkpoint_dir.open_directory(folder / "model")
       >>> result = compact.compact(model, folder / "model.compact")
       >>> result.compact_bytes < result.dense_bytes / 10
       True
       >>> _ = compact.expand(folder / "model.compact", folder / "again")
-      >>> directory.open_directory(folder / "again").read("w").any()
+      >>> checkpoint_dir.open_directory(folder / "again").read("w").any()
       np.False_
     """
     place = atomic.apart(out, source.path)
@@ -203,8 +203,7 @@ def _plan(source: Directory) -> _Plan:
         digests[file] = sink.hexdigest()
     for name in source.others:
         embedded[f"file/{name}"] = sizes[name]
-        with open(paths[name], "rb") as other:
-            digests[name] = hashlib.file_digest(other, "sha256").hexdigest()
+        digests[name] = atomic.digest(paths[name])
     entries |= {name: ("U8", (size,)) for name, size in embedded.items()}
     contents = json.dumps({"tensors": tensors, "files": digests})
     metadata = {"format": FORMAT, "version": VERSION, "contents": contents}

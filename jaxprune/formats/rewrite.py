@@ -86,15 +86,15 @@ def write(
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> from safetensors.numpy import save_file
-      >>> from jaxprune import directory, export
+      >>> from jaxprune.formats import checkpoint_dir, rewrite
       >>> folder = pathlib.Path(tempfile.mkdtemp())
       >>> (folder / "a").mkdir()
       >>> _ = (folder / "a" / "config.json").write_text("{}")
       >>> save_file({"w": np.ones(4, "f4")}, folder / "a" / "model.safetensors")
-      >>> source = directory.open_directory(folder / "a")
+      >>> source = checkpoint_dir.open_directory(folder / "a")
       >>> new = {"w": np.array([1.0, 0.0, 0.0, 1.0])}
-      >>> _ = export.write(source, folder / "b", new, provenance={"method": "hand"})
-      >>> export.read_provenance(folder / "b")["achieved"]
+      >>> _ = rewrite.write(source, folder / "b", new, provenance={"method": "hand"})
+      >>> rewrite.read_provenance(folder / "b")["achieved"]
       0.5
     """
     place = atomic.apart(out, source.path)
@@ -110,12 +110,12 @@ def write(
                 meter(file, sum(i.size for _, i in _within(source, file)))
                 continue
             done[file] = _write_shard(source, file, partial, replaced, meter)
-            _put_json(partial / _STATE, {"job": job, "done": done})
+            atomic.replace_json(partial / _STATE, {"job": job, "done": done})
         digests = {file: made["sha256"] for file, made in done.items()}
         for name in others:
             digests[name] = _copy(source.path / name, partial / name)
         counts = {k: v for made in done.values() for k, v in made["tensors"].items()}
-        _put_json(partial / NAME, _record(told, counts, digests))
+        atomic.replace_json(partial / NAME, _record(told, counts, digests))
         (partial / _STATE).unlink()
     return [place / name for name in (*digests, NAME)]
 
@@ -152,7 +152,7 @@ def read_provenance(
         raise damaged(file, "it lists no tensors and files")
     if verify:
         for name, digest in record["files"].items():
-            if not is_plain(name) or _digest(file.with_name(name)) != digest:
+            if not (is_plain(name) and _is_whole(file.with_name(name), digest)):
                 raise damaged(file.with_name(name), "it is not what was written")
     return record
 
@@ -234,7 +234,7 @@ def _finished(partial: Path, job: str) -> dict[str, Any]:
             done = {
                 name: made
                 for name, made in state["done"].items()
-                if _digest(partial / name) == made["sha256"]
+                if _is_whole(partial / name, made["sha256"])
             }
     for path in partial.iterdir():
         if path.name not in (*done, _STATE):
@@ -322,21 +322,12 @@ def _record(
     }
 
 
-def _put_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON beside its place and renames it."""
-    beside = path.with_name(f"{path.name}.partial")
-    with atomic.Sink(beside) as sink:
-        sink.put(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    os.replace(beside, path)
-
-
-def _digest(path: Path) -> str | None:
-    """The SHA-256 of a file, or None where it cannot be read."""
+def _is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file can be read and is what was written."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return atomic.digest(path) == sha256
     except OSError:
-        return None
+        return False
 
 
 def _why_not_ours(path: Path) -> str | None:

@@ -1,16 +1,14 @@
 """A self-contained HTML page: tables and inline figures that follow light and dark.
 
 Nothing is loaded from elsewhere and no script runs. All text is escaped here, so that
-callers pass plain text; files are written beside their place and renamed.
+callers pass plain text.
 """
 
 import csv
 import html
 import io
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -65,31 +63,6 @@ grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}.asked{margin:0}
 .texts pre{max-height:22rem;overflow-y:auto}
 summary{cursor:pointer;color:var(--quiet);margin:.8rem 0}
 """
-
-
-def write_files(files: Mapping[str, bytes], directory: Path) -> list[Path]:
-    """Writes each file beside its place and renames it.
-
-    Args:
-      files: Contents by name.
-      directory: Where they go; made where absent.
-
-    Returns:
-      The paths, in order.
-
-    Raises:
-      OSError: If the folder or a file cannot be written; the file that was there
-        before is kept.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        partial = directory / f".{name}.partial"
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, directory / name)
-        finally:
-            partial.unlink(missing_ok=True)
-    return [directory / name for name in files]
 
 
 def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:

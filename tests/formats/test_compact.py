@@ -231,7 +231,7 @@ def test_a_cut_file_is_damaged_and_another_kind_is_unknown(tmp_path, packed):
     with pytest.raises(Damaged, match="tensors end at"):
         compact.expand(packed, tmp_path / "again")
     dense = tmp_path / "m" / "model-00001-of-00003.safetensors"
-    with pytest.raises(Unknown, match=r"must be of format jaxprune.formats.compact"):
+    with pytest.raises(Unknown, match=r"must be of format jaxprune.compact"):
         compact.expand(dense, tmp_path / "again")
     with pytest.raises(FileNotFoundError, match="there is no compact file"):
         next(compact.tensors(tmp_path / "absent"))

@@ -231,7 +231,7 @@ def test_a_crash_anywhere_leaves_nothing_half_written(
         "shard": (atomic.Sink, "put"),
         "copy": (rewrite, "_copy"),
         "record": (rewrite, "_record"),
-        "sync": (atomic.manifest, "sync"),
+        "sync": (atomic, "sync"),
     }[failing]
     monkeypatch.setattr(where, name, crash)
     with pytest.raises(RuntimeError, match="crash"):
@@ -369,11 +369,11 @@ def test_a_killed_process_leaves_no_lock_and_no_result(tmp_path):
     build(tmp_path / "m", llama(), 2)
     code = f"""
 import os, sys
-from jaxprune import directory, export
-source = directory.open_directory({str(tmp_path / "m")!r})
+from jaxprune.formats import checkpoint_dir, rewrite
+source = checkpoint_dir.open_directory({str(tmp_path / "m")!r})
 name = list(source.tensors)[-1]
 new = {{name: lambda: os._exit(9)}}
-export.write(source, {str(tmp_path / "out")!r}, new, provenance={{}}, resume=True)
+rewrite.write(source, {str(tmp_path / "out")!r}, new, provenance={{}}, resume=True)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert sorted(os.listdir(tmp_path)) == [".out.partial", "m"]
