@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxprune.arrays.lazy import Stored
-from jaxprune.formats.checkpoint_dir import Directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models.hf.tensor_names import Names, Source, listed
 
 Dtype = Literal["float32", "bfloat16"]
@@ -61,7 +61,7 @@ def placed(shardings: Shardings | None, mesh: jax.sharding.Mesh | None) -> Shard
 
 
 def stored_leaves(
-    directory: Directory,
+    directory: CheckpointDir,
     names: Mapping[str, Source],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: Dtype | None,
@@ -142,7 +142,7 @@ def sources(family: Names, model: nnx.Module) -> dict[str, Source]:
     }
 
 
-def most_stored(directory: Directory, names: Mapping[str, Source]) -> Dtype:
+def most_stored(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
     """The compute dtype that suits a folder: bfloat16 where most weights are in it.
 
     Args:
@@ -159,7 +159,7 @@ def most_stored(directory: Directory, names: Mapping[str, Source]) -> Dtype:
 
 
 def _stored(
-    directory: Directory,
+    directory: CheckpointDir,
     source: Source,
     shape: tuple[int, ...],
     dtype: Dtype | None,
@@ -184,7 +184,7 @@ def kind_of(source: Source, dtype: Dtype | None) -> np.dtype:
 
 
 def _part(
-    directory: Directory, source: Source, index: tuple[slice, ...], dtype: np.dtype
+    directory: CheckpointDir, source: Source, index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
     """A copy of a part of a leaf. Pages of the file leave memory block by block."""
     stored = directory.tensors[source.name]

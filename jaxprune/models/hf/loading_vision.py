@@ -13,7 +13,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxprune.formats.checkpoint_dir import Damaged, Directory, Unknown, open_directory
+from jaxprune.formats.checkpoint_dir import (
+    Damaged,
+    CheckpointDir,
+    Unknown,
+    open_directory,
+)
 from jaxprune.formats.safetensors_file import read_json
 from jaxprune.models.hf import leaves
 from jaxprune.models.hf.leaves import Dtype, Shardings
@@ -95,7 +100,7 @@ def abstract(config: Phi3VisionConfig) -> Phi3Vision:
     return nnx.eval_shape(lambda: Phi3Vision(config, rngs=nnx.Rngs(0)))
 
 
-def _crops(directory: Directory, default: int) -> int:
+def _crops(directory: CheckpointDir, default: int) -> int:
     """What the processor's settings say, where the folder has them."""
     path = directory.path / _PROCESSOR
     if not path.is_file():

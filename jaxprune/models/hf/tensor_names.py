@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from jaxprune.formats.checkpoint_dir import Damaged, Directory, Unknown
+from jaxprune.formats.checkpoint_dir import Damaged, CheckpointDir, Unknown
 
 _FLOATING = ("float32", "bfloat16", "float16", "float64")
 _LISTED = 12
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 
 def match(
-    directory: Directory,
+    directory: CheckpointDir,
     family: Names,
     leaves: Mapping[str, tuple[int, ...]],
     copies: Mapping[str, str],
@@ -104,7 +104,7 @@ def match(
 
 
 def _refuse(
-    directory: Directory,
+    directory: CheckpointDir,
     unknown: list[str],
     missing: list[str],
     doubled: list[str],
@@ -130,7 +130,7 @@ def _refuse(
         )
 
 
-def _same(directory: Directory, embedding: str, copy: str) -> None:
+def _same(directory: CheckpointDir, embedding: str, copy: str) -> None:
     one, other = directory.tensors[embedding], directory.tensors[copy]
     if (one.dtype, one.shape) == (other.dtype, other.shape):
         bits = np.dtype(f"u{one.dtype.itemsize}")
