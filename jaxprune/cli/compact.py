@@ -13,12 +13,12 @@ from jaxprune.formats.compact import compact, expand
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compact(Options):
-    """Packs a model's folder into one file: a bit for each weight, and what is left.
+    """Packs a model's directory into one file: a bit for each weight, and what is left.
 
-    For storage and transfer. `jaxprune expand` gives the folder back byte for byte.
+    For storage and transfer. `jaxprune expand` gives the directory back byte for byte.
 
     Attributes:
-      model: the folder.
+      model: the directory.
       file: the compact file to write.
       overwrite: replace an earlier compact file.
     """
@@ -35,18 +35,18 @@ class Compact(Options):
         share = result.compact_bytes / result.dense_bytes
         console.say(
             f"'{self.file}': {result.compact_bytes:,} bytes, {share:.3f} of the "
-            f"folder's {result.dense_bytes:,}"
+            f"directory's {result.dense_bytes:,}"
         )
         return {**result._asdict(), "share": share, "file": str(self.file)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expand(Options):
-    """Writes the folder that a compact file was made of, byte for byte.
+    """Writes the directory that a compact file was made of, byte for byte.
 
     Attributes:
       file: the compact file.
-      out: the folder to write.
+      out: the directory to write.
     """
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]

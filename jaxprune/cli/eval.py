@@ -21,7 +21,7 @@ class Evaluate(models.ModelOptions):
     longer.
 
     Attributes:
-      model: the folder.
+      model: the directory.
       text: plain text (.txt, .md), .jsonl with a "text" in each line, or .npy of int32
         token ids (sequences, length), whose rows are evaluated as they are.
       context: tokens of a window, BOS included.

@@ -1,4 +1,4 @@
-"""`jaxprune inspect`: what a model's folder holds, and what would be pruned of it."""
+"""`jaxprune inspect`: what a directory holds, and what would be pruned of it."""
 
 import dataclasses
 import math
@@ -10,16 +10,16 @@ import tyro
 from jaxprune.cli import parse
 from jaxprune.cli.console import Console, Options, columns
 from jaxprune.formats import rewrite
-from jaxprune.formats.checkpoint_dir import Directory, open_directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.formats.compact import Sizes, sizes, stored_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect(Options):
-    """Lists a folder's tensors: shape, zeros, size, and whether they would be pruned.
+    """Lists a model's tensors: shape, zeros, size, and whether they would be pruned.
 
     Attributes:
-      model: the folder.
+      model: the directory.
       sparsity: also say how large the model would be pruned by this share.
       exclude: globs of tensors that are to be left alone, as for `jaxprune prune`.
     """
@@ -54,7 +54,7 @@ class Inspect(Options):
 
 
 def _rows(
-    source: Directory, counted: Sizes, exclude: tuple[str, ...]
+    source: CheckpointDir, counted: Sizes, exclude: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     rows = []
     for name, info in source.tensors.items():
@@ -75,7 +75,7 @@ def _rows(
     return rows
 
 
-def _packed(rows: list[dict[str, Any]], source: Directory, sparsity: float) -> int:
+def _packed(rows: list[dict[str, Any]], source: CheckpointDir, sparsity: float) -> int:
     """Bytes of a compact file after pruning, less its header."""
     total = 0
     for row in rows:
@@ -87,10 +87,10 @@ def _packed(rows: list[dict[str, Any]], source: Directory, sparsity: float) -> i
     return total
 
 
-def _provenance(folder: Path) -> dict[str, Any] | None:
-    if not (folder / rewrite.NAME).is_file():
+def _provenance(directory: Path) -> dict[str, Any] | None:
+    if not (directory / rewrite.NAME).is_file():
         return None
-    record = rewrite.read_provenance(folder)
+    record = rewrite.read_provenance(directory)
     known = ("method", "pattern", "sparsity", "achieved", "perplexity", "command")
     return {name: record[name] for name in known if name in record}
 

@@ -1,4 +1,4 @@
-"""A model of a folder, ready to run, and what its texts begin with."""
+"""A model of a directory, ready to run, and what its texts begin with."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxprune.arrays import lazy
 from jaxprune.cli.console import Options
-from jaxprune.formats.checkpoint_dir import Directory, open_directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
 
@@ -22,8 +22,8 @@ class ModelOptions(Options):
     Attributes:
       dtype: of the parameters and products; as they are stored if left out.
       shard: split each parameter over all devices.
-      bos: begin each sequence of a text with the model's BOS token, whatever its folder
-        says. If left out, the folder decides.
+      bos: begin each sequence of a text with the BOS token, whatever the directory
+        says. If left out, the directory decides.
       no_bos: begin none with it.
     """
 
@@ -53,8 +53,8 @@ class Model(NamedTuple):
         return self._replace(params=lazy.loaded(self.params))
 
 
-def opened(path: Path) -> Directory:
-    """The folder, its headers read."""
+def opened(path: Path) -> CheckpointDir:
+    """The directory, its headers read."""
     return open_directory(path)
 
 
@@ -62,14 +62,14 @@ def found(path: Path, options: ModelOptions) -> Model:
     """A model whose parameters are in its files still.
 
     Args:
-      path: its folder.
+      path: its directory.
       options: how it is run.
 
     Returns:
       The model, its parameters `jp.Stored`.
 
     Raises:
-      ValueError: the folder is not understood, or damaged.
+      ValueError: the directory is not understood, or damaged.
       OSError: it cannot be read.
     """
     mesh = None
@@ -113,11 +113,11 @@ def beginning(tokenizer: hf.Tokenizer | None, options: ModelOptions) -> Beginnin
         return Beginning(None, "no BOS, as asked for")
     if options.bos and tokenizer.bos is None:
         raise ValueError(
-            "--bos needs a token that begins a text, but the model's folder names "
+            "--bos needs a token that begins a text, but the model's directory names "
             "none; leave --bos out"
         )
     if options.bos:
         return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as asked for")
     if tokenizer.begins:
-        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as the folder says")
-    return Beginning(None, "no BOS, as the folder says")
+        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as the directory says")
+    return Beginning(None, "no BOS, as the directory says")

@@ -8,7 +8,7 @@ from typing import Any
 from jaxprune.cli import machine
 from jaxprune.evaluation.texts import Text
 from jaxprune.formats import atomic, rewrite
-from jaxprune.formats.checkpoint_dir import Directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.formats.compact import stored_bytes
 from jaxprune.report import pruned_model
 
@@ -48,7 +48,7 @@ def calibration(
 
 
 def sizes(
-    source: Directory, counts: Mapping[str, tuple[int, int]]
+    source: CheckpointDir, counts: Mapping[str, tuple[int, int]]
 ) -> dict[str, int | float]:
     """Bytes of the weights as they are, and in a compact file.
 
@@ -124,7 +124,7 @@ def check_place(out: Path, source: Path, *, overwrite: bool) -> None:
     if place.is_relative_to(origin) or origin.is_relative_to(place):
         raise ValueError(
             f"OUT must lie apart from MODEL, but '{place}' and '{origin}' are in each "
-            "other; choose a folder beside it"
+            "other; choose a directory beside it"
         )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

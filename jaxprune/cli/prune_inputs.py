@@ -10,7 +10,7 @@ from jaxprune.cli.console import Console
 from jaxprune.cli.eval import described, measure, named, needed_tokenizer, number
 from jaxprune.cli.prune_options import Job
 from jaxprune.evaluation import perplexity, texts
-from jaxprune.formats.checkpoint_dir import Directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models import hf
 from jaxprune.models.hf.families import decoder_config
 
@@ -39,12 +39,12 @@ class Ready(NamedTuple):
     vocab_size: int
 
 
-def prepare(job: Job, source: Directory) -> Ready:
+def prepare(job: Job, source: CheckpointDir) -> Ready:
     """Reads the texts, draws the sequences, lays the windows.
 
     Args:
       job: what is done.
-      source: the model's folder.
+      source: the model's directory.
 
     Returns:
       All of it.

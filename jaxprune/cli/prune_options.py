@@ -19,12 +19,12 @@ class Job(models.ModelOptions):
     """A pruning.
 
     Attributes:
-      model: the folder of the model: config.json, *.safetensors, tokenizer.json.
-      out: the folder to write, of the same form, with true zeros, jaxprune.json and
+      model: the directory of the model: config.json, *.safetensors, tokenizer.json.
+      out: the directory to write, of the same form, with true zeros, jaxprune.json and
         report.html.
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
         too; sparsegpt and alps also update what stays, alps more thoroughly and slowly.
-        magnitude without --calibration streams: any safetensors folder, in the memory
+      out: the directory to write, of the same form: true zeros, jaxprune.json and
         of one tensor.
       sparsity: the share to remove, in [0, 1). To be left out with --pattern n:m.
       pattern: "per-layer" ranks the weights of a matrix together, "per-output" those of

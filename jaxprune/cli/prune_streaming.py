@@ -11,7 +11,7 @@ from jaxprune.cli.console import Console
 from jaxprune.cli.costs import Costs
 from jaxprune.cli.eval import measure
 from jaxprune.cli.prune_options import Job, Meaning
-from jaxprune.formats.checkpoint_dir import Directory, open_directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.formats.prune_magnitude import prune_directory
 from jaxprune.typing import Pattern
 
@@ -59,7 +59,7 @@ def prune(
 def _write(
     job: Job,
     pattern: Pattern,
-    source: Directory,
+    source: CheckpointDir,
     told: dict[str, Any],
     console: Console,
 ) -> dict[str, tuple[int, int]]:

@@ -19,7 +19,7 @@ from jaxprune.cli.prune_inputs import Ready
 from jaxprune.cli.prune_options import Job, Meaning
 from jaxprune.evaluation import retrain
 from jaxprune.formats import rewrite
-from jaxprune.formats.checkpoint_dir import Directory, open_directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
 
 _PROMPT, _TEMPERATURE = 16, 0.8
@@ -270,7 +270,7 @@ def _counts(model: models.Model, leaves: set[str]) -> dict[str, tuple[int, int]]
 
 def _write(
     job: Job,
-    source: Directory,
+    source: CheckpointDir,
     model: models.Model,
     leaves: set[str],
     told: dict[str, Any],

@@ -21,7 +21,7 @@ class Sample(models.ModelOptions):
     """Continues a prompt.
 
     Attributes:
-      model: the folder.
+      model: the directory.
       prompt: the beginning of the text.
       steps: tokens to draw.
       temperature: 0 takes the likeliest token, 1 follows the model, more is more

@@ -134,20 +134,20 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def apart(out: str | os.PathLike[str], source: Path) -> Path:
+def apart(place: str | os.PathLike[str], source: Path) -> Path:
     """The place of a result, refused where it would touch what it is made from.
 
     Args:
-      out: where the result goes.
+      place: where the result goes.
       source: the directory or file that it is made from.
 
     Returns:
-      `out`, absolute, links followed.
+      `place`, absolute, links followed.
 
     Raises:
       ValueError: one of the two lies in the other.
     """
-    place, origin = Path(out).resolve(), source.resolve()
+    place, origin = Path(place).resolve(), source.resolve()
     if place.is_relative_to(origin) or origin.is_relative_to(place):
         raise ValueError(
             f"a result must lie apart from its source, but '{place}' and '{origin}' "

@@ -17,10 +17,9 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arrays.messages import listed
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import Directory
-from jaxprune.formats.compact import Sizes as Sizes
-from jaxprune.formats.compact import sizes as sizes
+from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.formats.safetensors_file import (
     Damaged,
     TensorInfo,
@@ -28,7 +27,6 @@ from jaxprune.formats.safetensors_file import (
     damaged,
     is_plain,
     is_text,
-    listed,
     read_json,
 )
 
@@ -48,8 +46,8 @@ _OURS = ("format", "version", "achieved", "tensors", "files")
 
 
 def write(
-    source: Directory,
-    out: str | os.PathLike[str],
+    source: CheckpointDir,
+    directory: str | os.PathLike[str],
     replaced: Mapping[str, Values],
     *,
     provenance: Mapping[str, Any],
@@ -61,7 +59,7 @@ def write(
 
     Args:
       source: the directory.
-      out: the new folder, apart from the source.
+      directory: the new one, apart from the source.
       replaced: name to new values, in the stored shape; they are cast to the stored
         dtype, and minus zero becomes zero. A function is called when its turn comes.
       provenance: JSON-able; how the values were made: "method", "pattern", "sparsity"
@@ -77,27 +75,27 @@ def write(
 
     Raises:
       ValueError: a name is not in the source, a shape differs, values are NaN or
-        infinite in the stored dtype; `out` is taken, or not apart from the source;
-        provenance uses a name of ours or is no JSON.
+        infinite in the stored dtype; `directory` is taken, or not apart from the
+        source; provenance uses a name of ours or is no JSON.
       TypeError: values are not floating where the stored tensor is.
-      OSError: the folder could not be written.
+      OSError: the directory could not be written.
 
     Example:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> from safetensors.numpy import save_file
       >>> from jaxprune.formats import checkpoint_dir, rewrite
-      >>> folder = pathlib.Path(tempfile.mkdtemp())
-      >>> (folder / "a").mkdir()
-      >>> _ = (folder / "a" / "config.json").write_text("{}")
-      >>> save_file({"w": np.ones(4, "f4")}, folder / "a" / "model.safetensors")
-      >>> source = checkpoint_dir.open_directory(folder / "a")
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> (directory / "a").mkdir()
+      >>> _ = (directory / "a" / "config.json").write_text("{}")
+      >>> save_file({"w": np.ones(4, "f4")}, directory / "a" / "model.safetensors")
+      >>> source = checkpoint_dir.open_directory(directory / "a")
       >>> new = {"w": np.array([1.0, 0.0, 0.0, 1.0])}
-      >>> _ = rewrite.write(source, folder / "b", new, provenance={"method": "hand"})
-      >>> rewrite.read_provenance(folder / "b")["achieved"]
+      >>> _ = rewrite.write(source, directory / "b", new, provenance={"method": "hand"})
+      >>> rewrite.read_provenance(directory / "b")["achieved"]
       0.5
     """
-    place = atomic.apart(out, source.path)
+    place = atomic.apart(directory, source.path)
     told = _checked(source, replaced, provenance)
     others = [name for name in source.others if name != NAME]
     job = _job(source, replaced, told)
@@ -121,12 +119,12 @@ def write(
 
 
 def read_provenance(
-    path: str | os.PathLike[str], *, verify: bool = False
+    directory: str | os.PathLike[str], *, verify: bool = False
 ) -> dict[str, Any]:
     """What `jaxprune.json` says of a directory that `write` wrote.
 
     Args:
-      path: the folder.
+      directory: the directory.
       verify: whether to hold every file against its SHA-256.
 
     Returns:
@@ -137,15 +135,17 @@ def read_provenance(
       Unknown: there is none, or it is of another format or version.
       Damaged: it is no such file, or with `verify` a file is not the one written.
     """
-    file = Path(path) / NAME
+    file = Path(directory) / NAME
     if not file.is_file():
-        raise Unknown(f"'{path}' has no {NAME}; give a folder that jaxprune wrote.")
+        raise Unknown(
+            f"'{directory}' has no {NAME}; give a directory that jaxprune wrote"
+        )
     record = read_json(file)
     kind = (record.get("format"), record.get("version"))
     if kind != (FORMAT, VERSION):
         raise Unknown(
             f"'{file}' must be of format {FORMAT} version {VERSION}, got {kind[0]} "
-            f"version {kind[1]}; read it with the jaxprune that wrote it."
+            f"version {kind[1]}; read it with the jaxprune that wrote it"
         )
     files = record.get("files")
     if not is_text(files) or not isinstance(record.get("tensors"), dict):
@@ -170,13 +170,13 @@ class _Meter:
 
 
 def _checked(
-    source: Directory, replaced: Mapping[str, Values], provenance: Mapping[str, Any]
+    source: CheckpointDir, replaced: Mapping[str, Values], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The provenance as JSON, after all has been refused that can be at once."""
     if foreign := [name for name in replaced if name not in source.tensors]:
         raise ValueError(
             f"replaced tensors must be tensors of '{source.path}', but "
-            f"{listed(foreign)} are not; it has {listed(source.tensors)}."
+            f"{listed(foreign)} are not; it has {listed(source.tensors)}"
         )
     for name, values in replaced.items():
         if not callable(values):
@@ -184,14 +184,14 @@ def _checked(
     if taken := [name for name in _OURS if name in provenance]:
         raise ValueError(
             f"{listed(taken)} are written by export itself; leave them out of the "
-            f"provenance."
+            f"provenance"
         )
     try:
         return json.loads(json.dumps(dict(provenance), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise type(error)(
             f"the provenance must be JSON-able without NaN ({error}); give numbers, "
-            f"strings, lists and dictionaries."
+            f"strings, lists and dictionaries"
         ) from None
 
 
@@ -199,7 +199,7 @@ def _check_kind(name: str, values: Any, info: TensorInfo) -> None:
     if np.shape(values) != info.shape:
         raise ValueError(
             f"replaced values must have the stored shape, but '{name}' is "
-            f"{info.shape} and got {np.shape(values)}; transpose them back."
+            f"{info.shape} and got {np.shape(values)}; transpose them back"
         )
     given = np.dtype(getattr(values, "dtype", None) or np.asarray(values).dtype)
     floating = jnp.issubdtype(given, jnp.floating)
@@ -208,12 +208,12 @@ def _check_kind(name: str, values: Any, info: TensorInfo) -> None:
     ):
         raise TypeError(
             f"replaced values must be floating like what is stored, but '{name}' is "
-            f"{info.dtype} and got {given}; cast them first."
+            f"{info.dtype} and got {given}; cast them first"
         )
 
 
 def _job(
-    source: Directory, replaced: Mapping[str, Values], told: Mapping[str, Any]
+    source: CheckpointDir, replaced: Mapping[str, Values], told: Mapping[str, Any]
 ) -> str:
     """What must be equal for a finished file of an earlier run to be of this one."""
     stats = {name: (source.path / name).stat() for name in source.metadata}
@@ -242,12 +242,12 @@ def _finished(partial: Path, job: str) -> dict[str, Any]:
     return done
 
 
-def _within(source: Directory, file: str) -> Iterator[tuple[str, TensorInfo]]:
+def _within(source: CheckpointDir, file: str) -> Iterator[tuple[str, TensorInfo]]:
     return ((k, info) for k, info in source.tensors.items() if info.file == file)
 
 
 def _write_shard(
-    source: Directory,
+    source: CheckpointDir,
     file: str,
     partial: Path,
     replaced: Mapping[str, Values],
@@ -281,7 +281,7 @@ def _put_values(sink: atomic.Sink, name: str, info: TensorInfo, values: Values) 
         if not np.isfinite(cast).all():
             raise ValueError(
                 f"replaced values must be finite, but '{name}' holds NaN or infinity "
-                f"as {info.dtype}; look at the method, or leave the tensor out."
+                f"as {info.dtype}; look at the method, or leave the tensor out"
             )
         cast[cast == 0] = 0
         zeros += cast.size - int(np.count_nonzero(cast))
@@ -331,7 +331,7 @@ def _is_whole(path: Path, sha256: str) -> bool:
 
 
 def _why_not_ours(path: Path) -> str | None:
-    """Why a folder must not be replaced: only an earlier result may be."""
+    """Why a directory must not be replaced: only an earlier result may be."""
     try:
         files = read_provenance(path)["files"]
     except (Unknown, Damaged):
