@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxprune.cli.console import Console, Options
+from jaxprune.cli.console import Console, Options, byte_progress
 from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.formats.compact import compact, expand
 
@@ -28,10 +28,12 @@ class Compact(Options):
     overwrite: bool = False
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        """Does it."""
-        result = compact(
-            open_directory(self.model), self.file, overwrite=self.overwrite
-        )
+        """Packs the directory; the sizes."""
+        source = open_directory(self.model)
+        with byte_progress(2 * source.size, "packing") as progress:
+            result = compact(
+                source, self.file, overwrite=self.overwrite, progress=progress
+            )
         share = result.compact_bytes / result.dense_bytes
         console.say(
             f"'{self.file}': {result.compact_bytes:,} bytes, {share:.3f} of the "
@@ -53,7 +55,7 @@ class Expand(Options):
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        """Does it."""
+        """Writes the directory; the names of its files."""
         paths = expand(self.file, self.out)
         console.say(f"'{self.out}': {len(paths)} files, checked by their SHA-256")
         return {"out": str(self.out), "files": [path.name for path in paths]}

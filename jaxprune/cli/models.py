@@ -10,9 +10,9 @@ from flax import nnx
 
 from jaxprune.arrays import lazy
 from jaxprune.cli.console import Options
-from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.models.decoder.model import Decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Model(NamedTuple):
 
     Attributes:
       graphdef: of a `Decoder`, without its parameters.
-      params: its parameters, `nnx.State`, in memory or `jp.Stored`.
+      params: its parameters, `nnx.State`, in memory or in their files.
       config: its shape.
       names: leaf name to where it came from.
     """
@@ -52,21 +52,20 @@ class Model(NamedTuple):
         """The same with all parameters in memory."""
         return self._replace(params=lazy.loaded(self.params))
 
+    def decoder(self) -> Decoder:
+        """The model itself."""
+        return nnx.merge(self.graphdef, self.params)
 
-def opened(path: Path) -> CheckpointDir:
-    """The directory, its headers read."""
-    return open_directory(path)
 
-
-def found(path: Path, options: ModelOptions) -> Model:
-    """A model whose parameters are in its files still.
+def find(path: Path, options: ModelOptions) -> Model:
+    """A model whose parameters are still in its files.
 
     Args:
       path: its directory.
       options: how it is run.
 
     Returns:
-      The model, its parameters `jp.Stored`.
+      The model, its parameters lazy arrays.
 
     Raises:
       ValueError: the directory is not understood, or damaged.

@@ -18,7 +18,7 @@ class Prune(prune_options.Job):
     """
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        """Does it."""
+        """Prunes the model; the record."""
         meaning = prune_options.check(self)
         prune = prune_streaming.prune if self.streams else prune_with_calibration.prune
         record = prune(self, meaning, console, arguments)

@@ -155,7 +155,7 @@ def dense(
       job: what is done.
       ready: the texts.
       model: the dense model.
-      console: hears the perplexities.
+      console: shows the perplexities.
 
     Returns:
       For each text how it is evaluated and, under "dense", what was measured.
@@ -167,7 +167,7 @@ def dense(
         name: described(own) | {"role": ready.roles[name]}
         for name, own in ready.seen.items()
     }
-    before = measure(model, ready.seen, job.batch, console)
+    before = measure(model, ready.seen, job.batch)
     add(found, "dense", before)
     sane = [
         perplexity.is_sane(before[name], of["by_frequency"], ready.vocab_size)
@@ -180,14 +180,14 @@ def dense(
             f"{ready.begins.why})"
         )
     if not any(sane) and not job.any_perplexity:
-        told = ", ".join(
+        results = ", ".join(
             f"{number(before[name]['perplexity'])} on {name}, where guessing by "
             f"frequency has {number(of['by_frequency'])}"
             for name, of in found.items()
         )
         raise ValueError(
             f"the dense model must know something before it is pruned, but its "
-            f"perplexity is {told} (vocabulary {ready.vocab_size}); look at the "
+            f"perplexity is {results} (vocabulary {ready.vocab_size}); look at the "
             "checkpoint, the tokenizer and BOS, or give --any-perplexity"
         )
     return found

@@ -181,7 +181,7 @@ def staged(
     with locked(partial):
         _recover(out)
         try:
-            _check_free(out, replaceable)
+            check_free(out, replaceable)
             if not resume:
                 _empty(partial)
             yield partial
@@ -215,7 +215,7 @@ def staged_file(out: Path, *, replaceable: Replaceable | None = None) -> Iterato
     partial = _beside(out, "partial")
     with locked(partial):
         try:
-            _check_free(out, replaceable)
+            check_free(out, replaceable)
             _empty(partial)
             yield partial / out.name
             os.replace(partial / out.name, out)
@@ -338,7 +338,16 @@ def _beside(out: Path, what: str) -> Path:
     return out.with_name(f".{out.name}.{what}")
 
 
-def _check_free(out: Path, replaceable: Replaceable | None) -> None:
+def check_free(out: Path, replaceable: Replaceable | None) -> None:
+    """Refuses a place that holds something, unless `replaceable` allows it.
+
+    Args:
+      out: the place.
+      replaceable: as for `staged`.
+
+    Raises:
+      ValueError: the place is taken.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     reason = "there is something already"
@@ -347,7 +356,7 @@ def _check_free(out: Path, replaceable: Replaceable | None) -> None:
     if reason:
         raise ValueError(
             f"the result must not destroy what is at '{out}', but {reason}; choose "
-            "another place, or remove it yourself"
+            "another place, or give overwrite if it is an earlier result"
         )
 
 

@@ -8,9 +8,9 @@ code is run, and no name in an index or link leads out of the directory.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -32,6 +32,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _FOREIGN = (*_PICKLES, ".h5", ".msgpack", ".gguf")
 _COPIED = (".json", ".model", ".txt", ".md", ".jinja", ".tiktoken", ".py")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with what was done last, the bytes that are done, and the bytes in all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,11 @@ class CheckpointDir:
     indexed: bool
     others: tuple[str, ...]
 
+    @property
+    def size(self) -> int:
+        """The bytes of all tensors."""
+        return sum(info.size for info in self.tensors.values())
+
     def read(self, name: str) -> np.ndarray:
         """A tensor as a read-only view of its file.
 
@@ -78,6 +86,28 @@ class CheckpointDir:
             )
         info = self.tensors[name]
         return view(self.path / info.file, info)
+
+    def meter(
+        self, progress: Progress | None, passes: int = 1
+    ) -> Callable[[str, int], None]:
+        """Adds up the bytes of what is done, for `progress`.
+
+        Args:
+          progress: what is called, or None.
+          passes: how often each tensor is done.
+
+        Returns:
+          To be called with what was done and its bytes.
+        """
+        total, done = passes * self.size, 0
+
+        def advance(what: str, size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(what, done, total)
+
+        return advance
 
 
 def open_directory(path: str | os.PathLike[str]) -> CheckpointDir:

@@ -20,14 +20,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import CheckpointDir
+from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress
 from jaxprune.formats.compact_archive import (
     FORMAT,
     VERSION,
@@ -38,7 +38,12 @@ from jaxprune.formats.compact_archive import (
     layout,
     open_archive,
 )
-from jaxprune.formats.safetensors_file import DTYPES, TensorInfo, damaged, write_header
+from jaxprune.formats.safetensors_file import (
+    DTYPES,
+    TensorInfo,
+    damaged,
+    write_header,
+)
 
 _CODES = {kind: code for code, kind in DTYPES.items()}
 
@@ -75,7 +80,11 @@ def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
 
 
 def compact(
-    source: CheckpointDir, path: str | os.PathLike[str], *, overwrite: bool = False
+    source: CheckpointDir,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Result:
     """Writes a directory as one compact file, tensor by tensor.
 
@@ -83,6 +92,7 @@ def compact(
       source: the directory; `source.others` go in too.
       path: the file, outside of the directory.
       overwrite: whether an earlier compact file may be replaced.
+      progress: called when a tensor is counted, and again when it is written.
 
     Returns:
       The sizes.
@@ -112,12 +122,14 @@ def compact(
     """
     place = atomic.apart(path, source.path)
     replaceable = _why_not_ours if overwrite else None
+    advance = source.meter(progress, passes=2)
     with atomic.staged_file(place, replaceable=replaceable) as partial:
-        plan = _plan(source)
+        plan = _plan(source, advance)
         with open(partial, "wb") as file:
             entries = write_header(file, plan.entries, plan.metadata)
             for name, info in source.tensors.items():
                 _put_tensor(file, name, info, source, entries)
+                advance(name, info.size)
             for name, size in plan.embedded.items():
                 origin = source.path / name.partition("/")[2]
                 _put_bytes(file, origin, size, entries[name])
@@ -178,7 +190,7 @@ def sizes(source: CheckpointDir) -> Sizes:
             blank[name] += bits.size - int(np.count_nonzero(bits))
         by_tensor[name] = (size - filled, size)
     return Sizes(
-        dense_bytes=sum(info.size for info in source.tensors.values()),
+        dense_bytes=source.size,
         compact_bytes=packed_bytes(source, blank),
         zeros=sum(zeros for zeros, _ in by_tensor.values()),
         size=sum(size for _, size in by_tensor.values()),
@@ -202,7 +214,7 @@ class _Plan(NamedTuple):
     dense_bytes: int
 
 
-def _plan(source: CheckpointDir) -> _Plan:
+def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
     tensors: dict[str, Any] = {}
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     paths = {name: source.path / name for name in (*source.metadata, *source.others)}
@@ -216,6 +228,7 @@ def _plan(source: CheckpointDir) -> _Plan:
         for name, info in own.items():
             tensors[name], stored = _scan(source, name, info, sink)
             entries |= stored
+            advance(name, info.size)
         digests[file] = sink.hexdigest()
     for name in source.others:
         embedded[f"file/{name}"] = sizes[name]

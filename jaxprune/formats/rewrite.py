@@ -1,4 +1,4 @@
-"""A model directory written again with some tensors replaced, all else byte for byte.
+"""A checkpoint directory written again: some tensors new, all else byte for byte.
 
 The result is a plain Hugging Face directory that every loader reads: true zeros, the
 same files, names, shapes and dtypes. Beside them lies `jaxprune.json`, which says how
@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxprune.arrays.messages import listed
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import CheckpointDir
+from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress
 from jaxprune.formats.safetensors_file import (
     Damaged,
     TensorInfo,
@@ -36,8 +36,6 @@ FORMAT, VERSION = "jaxprune.export", 1
 Values: TypeAlias = Any
 """An array of NumPy or JAX, or a function of nothing that returns one."""
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""What was written last, the bytes that are done, and the bytes in all."""
 
 _STATE = ".state.json"
 _PAGE = "report.html"  # what the command writes beside
@@ -102,12 +100,12 @@ def write(
     ours = _why_not_ours if overwrite else None
     with atomic.staged(place, replaceable=ours, resume=resume) as partial:
         done = _finished(partial, job)
-        meter = _Meter(progress, sum(info.size for info in source.tensors.values()))
+        advance = source.meter(progress)
         for file in source.metadata:
             if file in done:
-                meter(file, sum(i.size for _, i in _within(source, file)))
+                advance(file, sum(i.size for _, i in _within(source, file)))
                 continue
-            done[file] = _write_shard(source, file, partial, replaced, meter)
+            done[file] = _write_shard(source, file, partial, replaced, advance)
             atomic.replace_json(partial / _STATE, {"job": job, "done": done})
         digests = {file: made["sha256"] for file, made in done.items()}
         for name in others:
@@ -116,6 +114,23 @@ def write(
         atomic.replace_json(partial / NAME, _record(told, counts, digests))
         (partial / _STATE).unlink()
     return [place / name for name in (*digests, NAME)]
+
+
+def check_place(
+    directory: str | os.PathLike[str], source: Path, *, overwrite: bool
+) -> None:
+    """Refuses, before a long job, a place that `write` would refuse after it.
+
+    Args:
+      directory: where the result goes.
+      source: the directory that it is made from.
+      overwrite: whether an earlier result may be replaced.
+
+    Raises:
+      ValueError: it may not go there.
+    """
+    place = atomic.apart(directory, source)
+    atomic.check_free(place, _why_not_ours if overwrite else None)
 
 
 def read_provenance(
@@ -155,18 +170,6 @@ def read_provenance(
             if not (is_plain(name) and _is_whole(file.with_name(name), digest)):
                 raise damaged(file.with_name(name), "it is not what was written")
     return record
-
-
-class _Meter:
-    """Tells how far a run is."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def __call__(self, what: str, size: int) -> None:
-        self._done += size
-        if self._progress is not None:
-            self._progress(what, self._done, self._total)
 
 
 def _checked(
@@ -251,7 +254,7 @@ def _write_shard(
     file: str,
     partial: Path,
     replaced: Mapping[str, Values],
-    meter: _Meter,
+    advance: Callable[[str, int], None],
 ) -> dict[str, Any]:
     """Writes one file of weights: the old bytes, but for the tensors replaced."""
     counts = {}
@@ -264,7 +267,7 @@ def _write_shard(
                 counts[name] = {"zeros": zeros, "size": math.prod(info.shape)}
             else:
                 sink.copy(origin, info.offset + info.size)
-            meter(name, info.size)
+            advance(name, info.size)
         sink.copy(origin, end)
     return {"sha256": sink.digest, "tensors": counts}
 

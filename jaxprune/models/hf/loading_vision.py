@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from jaxprune.formats.checkpoint_dir import (
-    Damaged,
     CheckpointDir,
+    Damaged,
     Unknown,
     open_directory,
 )

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from jaxprune.formats.checkpoint_dir import Damaged, CheckpointDir, Unknown
+from jaxprune.formats.checkpoint_dir import CheckpointDir, Damaged, Unknown
 
 _FLOATING = ("float32", "bfloat16", "float16", "float64")
 _LISTED = 12
