@@ -21,6 +21,7 @@ import tyro
 
 from experiments.report import figures, findings
 from experiments.report import results as results_
+from jaxprune.formats import atomic
 from jaxprune.report import page
 
 Runs = Mapping[str, Mapping[str, Any]]
@@ -178,7 +179,7 @@ def compare(runs: Runs, out: Path) -> str:
         ),
         "compare.html": _page(runs, tables).encode(),
     }
-    page.write_files(files, out)
+    atomic.replace_files(out, files)
     return "\n\n".join(
         f"{title}\n{text_table(header, rows)}" for header, rows, title in tables
     )

@@ -36,6 +36,7 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
     results_.check(results)
     try:
         from experiments.report import sections
+        from jaxprune.formats import atomic
         from jaxprune.report import canvas, page
     except ModuleNotFoundError as error:
         raise ImportError(
@@ -49,4 +50,4 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
         files[f"{name}.png"] = canvas.png(figure)
         files[f"{name}.svg"] = canvas.svg(figure).encode()
     files["report.html"] = sections.document(results).encode()
-    return page.write_files(files, directory)
+    return atomic.replace_files(directory, files)

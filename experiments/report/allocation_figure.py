@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from experiments.compare import text_table
 from experiments.report import figures, findings
+from jaxprune.formats import atomic
 from jaxprune.report import canvas, page
 
 COLUMNS = (
@@ -197,7 +198,7 @@ def write(results: Results, out: Path) -> None:
     files = {"results.csv": page.table_csv(COLUMNS, rows(results))}
     if any(cell["solver"] not in _LAST for cell in results["cells"]):
         files["loss.svg"] = canvas.svg(figure([results])).encode()
-    page.write_files(files, out)
+    atomic.replace_files(out, files)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -208,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paths = [p / "results.json" if p.is_dir() else p for p in options.results]
         drawn = figure([json.loads(path.read_text()) for path in paths])
         svg = canvas.svg(drawn).encode()
-        page.write_files({"trajectory_shares.svg": svg}, options.out)
+        atomic.replace_files(options.out, {"trajectory_shares.svg": svg})
     except (OSError, ValueError) as error:
         sys.exit(f"reconstruction_figure: {error}")
     print(f"written to '{options.out}': trajectory_shares.svg")

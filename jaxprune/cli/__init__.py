@@ -1,4 +1,4 @@
-"""The command `jaxprune`: prune, evaluate and pack models that lie in folders.
+"""The command `jaxprune`: prune, evaluate and pack models that lie in directories.
 
 Each subcommand is a frozen dataclass of options with a `run`. Exit codes: 0 done, 1
 refused or failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Command = tyro.cli(
             Command,  # type: ignore[arg-type]
             prog="jaxprune",
-            description="Prunes trained language models in Hugging Face folders.",
+            description="Prunes trained language models in Hugging Face directories.",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )

@@ -6,19 +6,19 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxprune.cli.console import Console, Options
+from jaxprune.cli.console import Console, Options, byte_progress
 from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.formats.compact import compact, expand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compact(Options):
-    """Packs a model's folder into one file: a bit for each weight, and what is left.
+    """Packs a model's directory into one file: a bit for each weight, and what is left.
 
-    For storage and transfer. `jaxprune expand` gives the folder back byte for byte.
+    For storage and transfer. `jaxprune expand` gives the directory back byte for byte.
 
     Attributes:
-      model: the folder.
+      model: the directory.
       file: the compact file to write.
       overwrite: replace an earlier compact file.
     """
@@ -28,32 +28,34 @@ class Compact(Options):
     overwrite: bool = False
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        """Does it."""
-        result = compact(
-            open_directory(self.model), self.file, overwrite=self.overwrite
-        )
+        """Packs the directory; the sizes."""
+        source = open_directory(self.model)
+        with byte_progress(2 * source.size, "packing") as progress:
+            result = compact(
+                source, self.file, overwrite=self.overwrite, progress=progress
+            )
         share = result.compact_bytes / result.dense_bytes
         console.say(
             f"'{self.file}': {result.compact_bytes:,} bytes, {share:.3f} of the "
-            f"folder's {result.dense_bytes:,}"
+            f"directory's {result.dense_bytes:,}"
         )
         return {**result._asdict(), "share": share, "file": str(self.file)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expand(Options):
-    """Writes the folder that a compact file was made of, byte for byte.
+    """Writes the directory that a compact file was made of, byte for byte.
 
     Attributes:
       file: the compact file.
-      out: the folder to write.
+      out: the directory to write.
     """
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        """Does it."""
+        """Writes the directory; the names of its files."""
         paths = expand(self.file, self.out)
         console.say(f"'{self.out}': {len(paths)} files, checked by their SHA-256")
         return {"out": str(self.out), "files": [path.name for path in paths]}

@@ -1,16 +1,19 @@
 """What a command says, and where: results on stdout, all else on stderr.
 
-With `--json` stdout gets one JSON object and nothing else. Bars are shown on a terminal
-only. A refusal is one sentence and exit code 1.
+With `--json` stdout gets one JSON object and nothing else. A refusal is one sentence
+and exit code 1. A long job shows a bar on a terminal, elsewhere a line now and then.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
+
+from jaxprune.arrays.console_progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Options:
 
 
 class Console:
-    """Where a command's words go.
+    """Where a command writes.
 
     Attributes:
       quiet: whether stdout is kept for one JSON object.
@@ -50,25 +53,20 @@ class Console:
         if self.quiet:
             print(json.dumps(result, allow_nan=False))
 
-    def bar(self, what: str, total: int, unit: str) -> Any:
-        """A bar on stderr, where that is a terminal; to be closed.
 
-        Args:
-          what: is done.
-          total: how much of it.
-          unit: of what; "B" counts bytes.
+@contextlib.contextmanager
+def byte_progress(total: int, what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows how many bytes are done; what it yields is a writer's `progress=`."""
+    before = 0
+    with Progress(total, what, unit="B", leave=False) as progress:
 
-        Returns:
-          A tqdm bar.
-        """
-        return tqdm(
-            total=total,
-            desc=what,
-            unit=unit,
-            unit_scale=unit == "B",
-            disable=None,
-            leave=False,
-        )
+        def advance(what: str, done: int, total: int) -> None:
+            nonlocal before
+            progress.note(what)
+            progress.update(done - before)
+            before = done
+
+        yield advance
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -87,12 +85,9 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
       a       10
     """
     table = [header, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
         for row in table
     ]
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxprune.cli import models
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.cli import models, parse
 from jaxprune.cli.console import Console, columns
 from jaxprune.evaluation import perplexity, texts
 from jaxprune.models import hf
@@ -14,14 +15,14 @@ from jaxprune.models import hf
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(models.ModelOptions):
-    """Measures a model's perplexity on texts, with context and stride said.
+    """Measures a model's perplexity on texts, in windows of a context and a stride.
 
     A window of --context tokens moves on by --stride; of each window only the tokens
     that were not predicted before count. Shorter strides give more context and take
     longer.
 
     Attributes:
-      model: the folder.
+      model: the directory.
       text: plain text (.txt, .md), .jsonl with a "text" in each line, or .npy of int32
         token ids (sequences, length), whose rows are evaluated as they are.
       context: tokens of a window, BOS included.
@@ -39,51 +40,32 @@ class Evaluate(models.ModelOptions):
     batch: int = 4
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        """Does it."""
-        check_at_least_one(limit=self.limit, batch=self.batch)
+        """Measures the model; the results by text."""
+        parse.check_at_least_one(limit=self.limit, batch=self.batch)
         texts.check_files(self.text)
         tokenizer = needed_tokenizer(self.model, self.text)
         begins = models.beginning(tokenizer, self)
-        model = models.found(self.model, self).read()
+        model = models.find(self.model, self).read()
         files = [texts.read(p, tokenizer, model.config.vocab_size) for p in self.text]
         seen = {
             name: perplexity.windows(
                 file,
                 context=self.context,
-                stride=self.context if self.stride is None else self.stride,
+                stride=self.stride,
                 bos=begins.token,
                 limit=self.limit,
                 longest=model.config.context,
             )
             for name, file in zip(named(self.text), files, strict=True)
         }
+        measured = measure(model, seen, self.batch)
         found = {
-            name: described(own) | {"sha256": file.sha256} | measured
-            for (name, own), file, measured in zip(
-                seen.items(),
-                files,
-                measure(model, seen, self.batch, console).values(),
-                strict=True,
-            )
+            name: described(seen[name]) | {"sha256": file.sha256} | measured[name]
+            for name, file in zip(seen, files, strict=True)
         }
         console.say(table(found))
         console.say(f"sequences begin with {begins.why}")
         return {"model": str(self.model), "bos": begins.why, "texts": found}
-
-
-def check_at_least_one(**options: int | None) -> None:
-    """Refuses numbers under 1.
-
-    Args:
-      **options: by their names; None is fine.
-
-    Raises:
-      ValueError: one is.
-    """
-    for name, value in options.items():
-        if value is not None and value < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be at least 1, got {value}")
 
 
 def needed_tokenizer(model: Path, files: tuple[Path, ...]) -> hf.Tokenizer | None:
@@ -98,28 +80,23 @@ def named(paths: tuple[Path, ...]) -> list[str]:
 
 
 def measure(
-    model: models.Model,
-    seen: dict[str, perplexity.Windows],
-    batch: int,
-    console: Console,
+    model: models.Model, seen: dict[str, perplexity.Windows], batch: int
 ) -> dict[str, dict[str, Any]]:
-    """The perplexity on each text.
+    """The perplexity on each text, with a bar.
 
     Args:
-      model: the model.
+      model: its parameters in memory.
       seen: name to windows.
       batch: windows at a time.
-      console: shows a bar.
 
     Returns:
       Name to what `perplexity.measure` gives.
     """
     total = sum(len(own.tokens) for own in seen.values())
-    with console.bar("evaluating", total, "windows") as bar:
+    decoder = model.decoder()
+    with Progress(total, "evaluating", unit="window", leave=False) as progress:
         return {
-            name: perplexity.measure(
-                model.graphdef, model.params, own, batch=batch, tick=bar.update
-            )
+            name: perplexity.measure(decoder, own, batch=batch, tick=progress.update)
             for name, own in seen.items()
         }
 

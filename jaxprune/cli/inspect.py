@@ -1,7 +1,6 @@
-"""`jaxprune inspect`: what a model's folder holds, and what would be pruned of it."""
+"""`jaxprune inspect`: what a directory holds, and what would be pruned of it."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,16 +9,16 @@ import tyro
 from jaxprune.cli import parse
 from jaxprune.cli.console import Console, Options, columns
 from jaxprune.formats import rewrite
-from jaxprune.formats.checkpoint_dir import Directory, open_directory
-from jaxprune.formats.compact import Sizes, sizes, stored_bytes
+from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.formats.compact import Sizes, packed_bytes, sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect(Options):
-    """Lists a folder's tensors: shape, zeros, size, and whether they would be pruned.
+    """Lists a model's tensors: shape, zeros, size, and whether they would be pruned.
 
     Attributes:
-      model: the folder.
+      model: the directory.
       sparsity: also say how large the model would be pruned by this share.
       exclude: globs of tensors that are to be left alone, as for `jaxprune prune`.
     """
@@ -29,7 +28,7 @@ class Inspect(Options):
     exclude: tuple[str, ...] = ()
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        """Does it."""
+        """Lists the tensors."""
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"--sparsity must be in [0, 1), got {self.sparsity}")
         source = open_directory(self.model)
@@ -46,7 +45,13 @@ class Inspect(Options):
             "prunable": sum(row["size"] for row in rows if row["pruned"]),
         }
         if self.sparsity is not None:
-            totals["compact_bytes_pruned"] = _packed(rows, source, self.sparsity)
+            zeros = {
+                row["name"]: max(round(self.sparsity * row["size"]), row["zeros"])
+                if row["pruned"]
+                else row["zeros"]
+                for row in rows
+            }
+            totals["compact_bytes_pruned"] = packed_bytes(source, zeros)
         _say(console, rows, totals, made, self.sparsity)
         return {"model": str(self.model), "tensors": rows, "totals": totals} | {
             "provenance": made
@@ -54,7 +59,7 @@ class Inspect(Options):
 
 
 def _rows(
-    source: Directory, counted: Sizes, exclude: tuple[str, ...]
+    source: CheckpointDir, counted: Sizes, exclude: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     rows = []
     for name, info in source.tensors.items():
@@ -75,22 +80,10 @@ def _rows(
     return rows
 
 
-def _packed(rows: list[dict[str, Any]], source: Directory, sparsity: float) -> int:
-    """Bytes of a compact file after pruning, less its header."""
-    total = 0
-    for row in rows:
-        info = source.tensors[row["name"]]
-        size = math.prod(info.shape)
-        zeros = round(sparsity * size) if row["pruned"] else 0
-        kept = size - max(zeros, row["zeros"])
-        total += stored_bytes(kept, size, info.dtype.itemsize)
-    return total
-
-
-def _provenance(folder: Path) -> dict[str, Any] | None:
-    if not (folder / rewrite.NAME).is_file():
+def _provenance(directory: Path) -> dict[str, Any] | None:
+    if not (directory / rewrite.NAME).is_file():
         return None
-    record = rewrite.read_provenance(folder)
+    record = rewrite.read_provenance(directory)
     known = ("method", "pattern", "sparsity", "achieved", "perplexity", "command")
     return {name: record[name] for name in known if name in record}
 

@@ -1,4 +1,4 @@
-"""A model of a folder, ready to run, and what its texts begin with."""
+"""A model of a directory, ready to run, and what its texts begin with."""
 
 import dataclasses
 from pathlib import Path
@@ -10,9 +10,9 @@ from flax import nnx
 
 from jaxprune.arrays import lazy
 from jaxprune.cli.console import Options
-from jaxprune.formats.checkpoint_dir import Directory, open_directory
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.models.decoder.model import Decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class ModelOptions(Options):
     Attributes:
       dtype: of the parameters and products; as they are stored if left out.
       shard: split each parameter over all devices.
-      bos: begin each sequence of a text with the model's BOS token, whatever its folder
-        says. If left out, the folder decides.
+      bos: begin each sequence of a text with the BOS token, whatever the directory
+        says. If left out, the directory decides.
       no_bos: begin none with it.
     """
 
@@ -38,7 +38,7 @@ class Model(NamedTuple):
 
     Attributes:
       graphdef: of a `Decoder`, without its parameters.
-      params: its parameters, `nnx.State`, in memory or `jp.LazyArray`.
+      params: its parameters, `nnx.State`, in memory or in their files.
       config: its shape.
       names: leaf name to where it came from.
     """
@@ -52,24 +52,23 @@ class Model(NamedTuple):
         """The same with all parameters in memory."""
         return self._replace(params=lazy.loaded(self.params))
 
+    def decoder(self) -> Decoder:
+        """The model itself."""
+        return nnx.merge(self.graphdef, self.params)
 
-def opened(path: Path) -> Directory:
-    """The folder, its headers read."""
-    return open_directory(path)
 
-
-def found(path: Path, options: ModelOptions) -> Model:
-    """A model whose parameters are in its files still.
+def find(path: Path, options: ModelOptions) -> Model:
+    """A model whose parameters are still in its files.
 
     Args:
-      path: its folder.
+      path: its directory.
       options: how it is run.
 
     Returns:
-      The model, its parameters `jp.LazyArray`.
+      The model, its parameters lazy arrays.
 
     Raises:
-      ValueError: the folder is not understood, or damaged.
+      ValueError: the directory is not understood, or damaged.
       OSError: it cannot be read.
     """
     mesh = None
@@ -118,11 +117,11 @@ def beginning(tokenizer: hf.Tokenizer | None, options: ModelOptions) -> Beginnin
         return Beginning(None, "no BOS, as asked for")
     if options.bos and tokenizer.bos is None:
         raise ValueError(
-            "--bos needs a token that begins a text, but the model's folder names "
+            "--bos needs a token that begins a text, but the model's directory names "
             "none; leave --bos out"
         )
     if options.bos:
         return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as asked for")
     if tokenizer.begins:
-        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as the folder says")
-    return Beginning(None, "no BOS, as the folder says")
+        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as the directory says")
+    return Beginning(None, "no BOS, as the directory says")

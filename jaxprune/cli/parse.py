@@ -1,24 +1,25 @@
-"""What the words of a command mean: patterns, methods, which tensors are left alone."""
+"""What the words of a command mean: patterns, methods, which tensors stay dense."""
 
 import dataclasses
 import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.messages import listed
 from jaxprune.formats.checkpoint_dir import TensorInfo
 from jaxprune.masking import allocation, patterns
 from jaxprune.posttraining import methods
 from jaxprune.typing import Pattern
 
-SHARES: dict[str, allocation.Rule] = {
-    "uniform": allocation.Uniform(),
+Allocation: TypeAlias = Literal["layer", "erk", "owl"]
+ALLOCATIONS: dict[Allocation, allocation.Rule] = {
+    "layer": allocation.Uniform(),
     "erk": allocation.ERK(),
     "owl": allocation.OWL(),
 }
-SharesName = Literal["uniform", "erk", "owl"]
 
 
 def pattern(text: str | None) -> Pattern | None:
@@ -85,7 +86,7 @@ def method(
 
     Args:
       name: its name.
-      damping: a share of the Hessian's mean diagonal, or None for the usual.
+      damping: a share of the Hessian's mean diagonal, or None for the method's own.
       inputs: which inputs weights are pruned for.
 
     Returns:
@@ -146,19 +147,28 @@ def check_globs(globs: Sequence[str], tensors: dict[str, TensorInfo]) -> None:
       tensors: of the directory.
 
     Raises:
-      ValueError: so.
+      ValueError: a glob matches no tensor that would be pruned, or they match all.
     """
     free = [name for name, info in tensors.items() if why_kept(name, info) is None]
-    if idle := [glob for glob in globs if not any(matches(n, [glob]) for n in free)]:
+    if unused := [glob for glob in globs if not any(matches(n, [glob]) for n in free)]:
         raise ValueError(
-            f"every --exclude must match a tensor that would be pruned, but {idle} "
-            f"match none of {free[:6]}; `jaxprune inspect` lists them all"
+            f"every --exclude must match a tensor that would be pruned, but "
+            f"{listed(unused)} match none of {listed(free)}; `jaxprune inspect` lists "
+            "them all"
         )
     if not [name for name in free if not matches(name, globs)]:
         raise ValueError(
-            "a tensor must be left to prune, but --exclude leaves none of "
-            f"{free[:6]}; exclude less"
+            f"a tensor must be left to prune, but --exclude leaves none of "
+            f"{listed(free)}; exclude less"
         )
+
+
+def check_at_least_one(**options: int | None) -> None:
+    """Refuses numbers under 1, given by the names of their options; None is fine."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least 1, got {value}")
 
 
 def by_name(

@@ -10,7 +10,7 @@ from jaxprune.cli.eval import number
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prune(prune_options.Job):
-    """Prunes a model and writes it as a folder that every loader reads.
+    """Prunes a model and writes it as a directory that every loader reads.
 
     Everything is checked before anything heavy. The dense model is measured first, and
     not pruned if it knows nothing. A run that was killed goes on when the same command
@@ -18,7 +18,7 @@ class Prune(prune_options.Job):
     """
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        """Does it."""
+        """Prunes the model; the record."""
         meaning = prune_options.check(self)
         prune = prune_streaming.prune if self.streams else prune_with_calibration.prune
         record = prune(self, meaning, console, arguments)

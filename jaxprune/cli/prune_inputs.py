@@ -10,7 +10,7 @@ from jaxprune.cli.console import Console
 from jaxprune.cli.eval import described, measure, named, needed_tokenizer, number
 from jaxprune.cli.prune_options import Job
 from jaxprune.evaluation import perplexity, texts
-from jaxprune.formats.checkpoint_dir import Directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models import hf
 
 
@@ -38,12 +38,12 @@ class Ready(NamedTuple):
     vocab_size: int
 
 
-def prepare(job: Job, source: Directory) -> Ready:
+def prepare(job: Job, source: CheckpointDir) -> Ready:
     """Reads the texts, draws the sequences, lays the windows.
 
     Args:
       job: what is done.
-      source: the model's folder.
+      source: the model's directory.
 
     Returns:
       All of it.
@@ -154,7 +154,7 @@ def dense(
       job: what is done.
       ready: the texts.
       model: the dense model.
-      console: hears the perplexities.
+      console: shows the perplexities.
 
     Returns:
       For each text how it is evaluated and, under "dense", what was measured.
@@ -166,7 +166,7 @@ def dense(
         name: described(own) | {"role": ready.roles[name]}
         for name, own in ready.seen.items()
     }
-    before = measure(model, ready.seen, job.batch, console)
+    before = measure(model, ready.seen, job.batch)
     add(found, "dense", before)
     sane = [
         perplexity.is_sane(before[name], of["by_frequency"], ready.vocab_size)
@@ -179,14 +179,14 @@ def dense(
             f"{ready.begins.why})"
         )
     if not any(sane) and not job.any_perplexity:
-        told = ", ".join(
+        results = ", ".join(
             f"{number(before[name]['perplexity'])} on {name}, where guessing by "
             f"frequency has {number(of['by_frequency'])}"
             for name, of in found.items()
         )
         raise ValueError(
             f"the dense model must know something before it is pruned, but its "
-            f"perplexity is {told} (vocabulary {ready.vocab_size}); look at the "
+            f"perplexity is {results} (vocabulary {ready.vocab_size}); look at the "
             "checkpoint, the tokenizer and BOS, or give --any-perplexity"
         )
     return found

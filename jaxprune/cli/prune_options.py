@@ -1,4 +1,4 @@
-"""What `jaxprune prune` can be told, and all of it that can be refused at once."""
+"""The options of `jaxprune prune`, and all that can be refused before it begins."""
 
 import dataclasses
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from jaxprune.cli import models, parse, provenance
-from jaxprune.cli.eval import check_at_least_one
+from jaxprune.cli import models, parse
 from jaxprune.evaluation import texts
+from jaxprune.formats import rewrite
 from jaxprune.masking import patterns
 from jaxprune.posttraining import methods
 from jaxprune.typing import Pattern
@@ -19,19 +19,19 @@ class Job(models.ModelOptions):
     """A pruning.
 
     Attributes:
-      model: the folder of the model: config.json, *.safetensors, tokenizer.json.
-      out: the folder to write, of the same form, with true zeros, jaxprune.json and
+      model: the directory of the model: config.json, *.safetensors, tokenizer.json.
+      out: the directory to write, of the same form, with true zeros, jaxprune.json and
         report.html.
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
         too; sparsegpt and alps also update what stays, alps more thoroughly and slowly.
-        magnitude without --calibration streams: any safetensors folder, in the memory
-        of one tensor.
+        magnitude without --calibration streams: any safetensors directory, in the
+        memory of one tensor.
       sparsity: the share to remove, in [0, 1). To be left out with --pattern n:m.
       pattern: "per-layer" ranks the weights of a matrix together, "per-output" those of
         each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks.
         Each method has its own if left out.
-      shares: how much of each matrix goes: uniform, erk (by its shape), owl (layers
-        with outliers keep more).
+      allocation: how the sparsity is shared out: layer (to each matrix the same), erk
+        (by its shape), owl (layers with outliers keep more).
       calibration: texts that show what the weights are for: .txt, .md, .jsonl with a
         "text" in each line, or .npy of int32 token ids (sequences, length). Several are
         a mixture, the same number of sequences of each. A mixture of the kinds of text
@@ -64,7 +64,7 @@ class Job(models.ModelOptions):
     method: methods.Name = "sparsegpt"
     sparsity: float | None = None
     pattern: str | None = None
-    shares: parse.SharesName = "uniform"
+    allocation: parse.Allocation = "layer"
     calibration: tuple[Path, ...] = ()
     sequences: int = 64
     length: int = 512
@@ -100,7 +100,7 @@ class Meaning(NamedTuple):
 
     Attributes:
       method: how a matrix is pruned.
-      pattern: which weights live and die together.
+      pattern: which weights are pruned together.
       sparsity: the share to remove.
     """
 
@@ -125,7 +125,7 @@ def check(job: Job) -> Meaning:
     method = parse.method(job.method, job.damping, job.inputs)
     pattern = parse.pattern(job.pattern) or method.pattern
     parse.check_sparsity(job.sparsity, pattern)
-    check_at_least_one(
+    parse.check_at_least_one(
         sequences=job.sequences, batch=job.batch, limit=job.limit, length=job.length
     )
     if job.length < 8:
@@ -145,16 +145,16 @@ def check(job: Job) -> Meaning:
             f"--method {job.method} needs --calibration FILE..., a text of the kind "
             "that the model is used on; only magnitude does without"
         )
-    if job.shares != "uniform" and pattern.sparsity is not None:
+    if job.allocation != "layer" and pattern.sparsity is not None:
         raise ValueError(
-            f"--shares {job.shares} needs a pattern that leaves the sparsity free, got "
-            f"--pattern {job.pattern}"
+            f"--allocation {job.allocation} needs a pattern that leaves the sparsity "
+            f"free, got --pattern {job.pattern}"
         )
     _check_retraining(job)
     if job.streams:
         _check_streaming(job, pattern)
     texts.check_files((*job.calibration, *job.evaluate, *job.retrain_text))
-    provenance.check_place(job.out, job.model, overwrite=job.overwrite)
+    rewrite.check_place(job.out, job.model, overwrite=job.overwrite)
     sparsity = job.sparsity if pattern.sparsity is None else pattern.sparsity
     return Meaning(method, pattern, float(sparsity or 0))
 
@@ -177,7 +177,7 @@ def _check_streaming(job: Job, pattern: Pattern) -> None:
     wrong = [
         name
         for name, given in (
-            (f"--shares {job.shares}", job.shares != "uniform"),
+            (f"--allocation {job.allocation}", job.allocation != "layer"),
             (f"--pattern {job.pattern}", not isinstance(pattern, known)),
             ("--retrain-steps", job.retrain_steps > 0),
         )

@@ -5,15 +5,14 @@ With `--evaluate` the model is loaded too, before and after, to measure it.
 
 from typing import Any
 
-from jaxprune.arrays.tree import prunable
+from jaxprune.arrays import tree
 from jaxprune.cli import models, parse, provenance, prune_inputs
-from jaxprune.cli.console import Console
-from jaxprune.cli.costs import Costs
+from jaxprune.cli.console import Console, byte_progress
 from jaxprune.cli.eval import measure
 from jaxprune.cli.prune_options import Job, Meaning
-from jaxprune.formats.checkpoint_dir import Directory, open_directory
+from jaxprune.evaluation.machine import Costs
+from jaxprune.formats.checkpoint_dir import TensorInfo, open_directory
 from jaxprune.formats.prune_magnitude import prune_directory
-from jaxprune.typing import Pattern
 
 
 def prune(
@@ -24,7 +23,7 @@ def prune(
     Args:
       job: what is done.
       meaning: of its words.
-      console: hears of it.
+      console: shows what is going on.
       arguments: of the command.
 
     Returns:
@@ -41,44 +40,28 @@ def prune(
     found: dict[str, Any] = {}
     if ready is not None:
         with costs.phase("evaluate before"):
-            model = models.found(job.model, job).read()
+            model = models.find(job.model, job).read()
             found = prune_inputs.dense(job, ready, model, console)
             del model
-    told = provenance.making(arguments) | {"excluded": list(job.exclude)}
-    with costs.phase("prune"):
-        counts = _write(job, meaning.pattern, source, told, console)
-    if ready is not None:
-        with costs.phase("evaluate after"):
-            model = models.found(job.out, job).read()
-            after = measure(model, ready.seen, job.batch, console)
-            prune_inputs.add(found, "pruned", after)
-    more = {"sizes": provenance.sizes(source, counts), **costs.facts()}
-    return provenance.complete(job.out, more | ({"perplexity": found} if found else {}))
 
+    def prunable(name: str, info: TensorInfo) -> bool:
+        return tree.prunable(name, info) and not parse.matches(name, job.exclude)
 
-def _write(
-    job: Job,
-    pattern: Pattern,
-    source: Directory,
-    told: dict[str, Any],
-    console: Console,
-) -> dict[str, tuple[int, int]]:
-    total = sum(info.size for info in source.tensors.values())
-    with console.bar("pruning", total, "B") as bar:
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.set_postfix_str(what, refresh=False)
-            bar.update(done - bar.n)
-
-        return prune_directory(
+    with costs.phase("prune"), byte_progress(source.size, "pruning") as progress:
+        pruned = prune_directory(
             source,
             job.out,
             sparsity=job.sparsity,
-            pattern=pattern,
-            prunable=lambda name, info: (
-                prunable(name, info) and not parse.matches(name, job.exclude)
-            ),
-            provenance=told,
+            pattern=meaning.pattern,
+            prunable=prunable,
+            provenance=provenance.making(arguments) | {"excluded": list(job.exclude)},
             overwrite=job.overwrite,
             progress=progress,
-        ).tensors
+        )
+    if ready is not None:
+        with costs.phase("evaluate after"):
+            model = models.find(job.out, job).read()
+            after = measure(model, ready.seen, job.batch)
+            prune_inputs.add(found, "pruned", after)
+    more = {"sizes": provenance.sizes(source, pruned.tensors), **costs.facts()}
+    return provenance.complete(job.out, more | ({"perplexity": found} if found else {}))

@@ -1,5 +1,6 @@
 """`jaxprune prune` of a loaded model: measured, pruned, retrained, written."""
 
+import dataclasses
 import functools
 import shutil
 from collections.abc import Iterator
@@ -11,15 +12,17 @@ from flax import nnx
 
 import jaxprune as jp
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.messages import listed
 from jaxprune.cli import models, parse, provenance, prune_inputs, sample
-from jaxprune.cli.console import Console
-from jaxprune.cli.costs import Costs
+from jaxprune.cli.console import Console, byte_progress
 from jaxprune.cli.eval import measure, number
 from jaxprune.cli.prune_inputs import Ready
 from jaxprune.cli.prune_options import Job, Meaning
 from jaxprune.evaluation import retrain
+from jaxprune.evaluation.machine import Costs
 from jaxprune.formats import rewrite
-from jaxprune.formats.checkpoint_dir import Directory, open_directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
 
 _PROMPT, _TEMPERATURE = 16, 0.8
@@ -33,7 +36,7 @@ def prune(
     Args:
       job: what is done.
       meaning: of its words.
-      console: hears of it.
+      console: shows what is going on.
       arguments: of the command.
 
     Returns:
@@ -43,57 +46,119 @@ def prune(
       ValueError: something does not fit.
       OSError: a file could not be read or written.
     """
+    run = _begin(job, meaning, console)
+    with run.costs.phase("evaluate before"):
+        dense = run.model.read()
+        run.perplexity = prune_inputs.dense(job, run.ready, dense, console)
+        run.sample("dense", dense)
+        del dense
+    with run.costs.phase("prune"):
+        model, leaves, record = _pruned(run)
+    stage = "pruned"
+    with run.costs.phase("evaluate after"):
+        run.measure(stage, model)
+    if run.ready.retraining is not None:
+        stage = "retrained"
+        with run.costs.phase("retrain"):
+            model, record["retraining"] = _retrained(
+                job, run.ready.retraining, model, leaves
+            )
+        with run.costs.phase("evaluate retrained"):
+            run.measure(stage, model)
+    run.sample(stage, model)
+    record |= {
+        "perplexity": run.perplexity,
+        "samples": run.samples,
+        **provenance.making(arguments),
+        "sizes": provenance.sizes(run.source, _counts(model, leaves)),
+        **run.costs.facts(),
+    }
+    _write(job, run.source, model, leaves, record)
+    whole = provenance.complete(job.out, {})
+    shutil.rmtree(job.work, ignore_errors=True)
+    return whole
+
+
+@dataclasses.dataclass
+class _Run:
+    """A pruning under way.
+
+    Attributes:
+      job: what is done.
+      meaning: of its words.
+      console: shows what is going on.
+      source: the model's directory.
+      ready: the texts.
+      model: the dense model, its parameters in their files.
+      prunable: which leaves may be pruned.
+      prompt: the tokens before a sample, or None where none is made.
+      costs: of the phases.
+      perplexity: what was measured, by text and stage.
+      samples: "label" and "text" of each.
+    """
+
+    job: Job
+    meaning: Meaning
+    console: Console
+    source: CheckpointDir
+    ready: Ready
+    model: models.Model
+    prunable: Any
+    prompt: list[int] | None
+    costs: Costs
+    perplexity: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    samples: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    def measure(self, stage: str, model: models.Model) -> None:
+        """Measures the model at a stage."""
+        after = measure(model, self.ready.seen, self.job.batch)
+        prune_inputs.add(self.perplexity, stage, after)
+        for name, result in after.items():
+            shown = number(result["perplexity"])
+            self.console.note(f"{stage}: perplexity {shown} on {name}")
+
+    def sample(self, stage: str, model: models.Model) -> None:
+        """Lets the model write at a stage."""
+        if self.prompt is None or self.ready.tokenizer is None:
+            return
+        steps, seed = self.job.prompt_steps, self.job.seed
+        tokens = sample.continued(model, self.prompt, steps, _TEMPERATURE, None, seed)
+        text = sample.shown(self.ready.tokenizer, [*self.prompt, *tokens])
+        self.samples.append({"label": stage, "text": text})
+
+
+def _begin(job: Job, meaning: Meaning, console: Console) -> _Run:
+    """Reads the texts and the model's headers, and refuses what does not fit."""
     costs = Costs()
     with costs.phase("read"):
         source = open_directory(job.model)
         parse.check_globs(job.exclude, source.tensors)
         ready = prune_inputs.prepare(job, source)
-        model = models.found(job.model, job)
-        rule = parse.by_name(lambda leaf: model.names[leaf].name, job.exclude)
-        _check_pattern(meaning, model, rule)
+        model = models.find(job.model, job)
+        prunable = parse.by_name(lambda leaf: model.names[leaf].name, job.exclude)
+        _check_pattern(meaning, model, prunable)
     prompt = _prompt(job, ready, model.config.context)
-    with costs.phase("evaluate before"):
-        dense = model.read()
-        found = prune_inputs.dense(job, ready, dense, console)
-        samples = _sampled([], "dense", job, ready, dense, prompt)
-        del dense
-    with costs.phase("prune"):
-        console.note(f"what is done is kept in '{job.work}' until the end")
-        trained = jp.prune_trained(
-            functools.partial(_states, model.graphdef),
-            model.params,
-            _embedded(job, model, _drawn(ready)),
-            method=meaning.method,
-            sparsity=job.sparsity,
-            pattern=meaning.pattern,
-            allocation=parse.SHARES[job.shares],
-            prunable=rule,
-            folder=job.work,
-        )
-        leaves = {row["name"] for row in trained.report["weights"]}
-        model = _rounded(model._replace(params=trained.params).read(), leaves)
-        report = trained.report
-    stage = "pruned"
-    with costs.phase("evaluate after"):
-        _measured(found, stage, job, ready, model, console)
-    told: dict[str, Any] = {}
-    if ready.retraining is not None:
-        stage = "retrained"
-        with costs.phase("retrain"):
-            model, told["retraining"] = _retrained(
-                job, ready.retraining, model, leaves, console
-            )
-        with costs.phase("evaluate retrained"):
-            _measured(found, stage, job, ready, model, console)
-    samples = _sampled(samples, stage, job, ready, model, prompt)
-    told |= _told(job, meaning, ready, model, report, arguments)
-    told |= {"perplexity": found, "samples": samples}
-    counts = _counts(model, leaves)
-    told |= {"sizes": provenance.sizes(source, counts), **costs.facts()}
-    _write(job, source, model, leaves, told, console)
-    whole = provenance.complete(job.out, {})
-    shutil.rmtree(job.work, ignore_errors=True)
-    return whole
+    return _Run(job, meaning, console, source, ready, model, prunable, prompt, costs)
+
+
+def _pruned(run: _Run) -> tuple[models.Model, set[str], dict[str, Any]]:
+    """The pruned model, the leaves that are pruned, and what the record says of it."""
+    job, model = run.job, run.model
+    run.console.note(f"what is done is kept in '{job.work}' until the end")
+    result = jp.prune_trained(
+        functools.partial(_states, model.graphdef),
+        model.params,
+        _embedded(job, model, run.ready),
+        method=run.meaning.method,
+        sparsity=job.sparsity,
+        pattern=run.meaning.pattern,
+        allocation=parse.ALLOCATIONS[job.allocation],
+        prunable=run.prunable,
+        folder=job.work,
+    )
+    leaves = {row["name"] for row in result.report["weights"]}
+    found = _rounded(model._replace(params=result.params).read(), leaves)
+    return found, leaves, _record(run, result.report)
 
 
 def _states(graphdef: Any, params: Any, x: jax.Array) -> jax.Array:
@@ -101,29 +166,26 @@ def _states(graphdef: Any, params: Any, x: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, params).states(x)[0]
 
 
-def _embedded(job: Job, model: models.Model, tokens: np.ndarray) -> Iterator[jax.Array]:
+def _embedded(job: Job, model: models.Model, ready: Ready) -> Iterator[jax.Array]:
     """The batches, embedded; the table of embeddings stays in its file."""
+    if ready.drawn is None:
+        raise ValueError("--calibration must be given to look at the inputs")
+    tokens = ready.drawn.tokens
     for part in np.split(tokens, len(tokens) // job.batch):
         yield hf.embedded(job.model, model.names, model.config, part, job.dtype)
 
 
-def _drawn(ready: Ready) -> np.ndarray:
-    if ready.drawn is None:
-        raise ValueError("--calibration must be given to look at the inputs")
-    return ready.drawn.tokens
-
-
-def _check_pattern(meaning: Meaning, model: models.Model, rule: Any) -> None:
+def _check_pattern(meaning: Meaning, model: models.Model, prunable: Any) -> None:
     """Refuses matrices that the pattern does not fit, by the directory's names."""
-    problems = [
-        f"{problem} at '{model.names[name].name}'"
-        for name, leaf in jp.tree.named_leaves(model.params).items()
-        if rule(name, leaf) and (problem := meaning.pattern.problem(leaf.shape, Axes()))
-    ]
+    problems: dict[str, list[str]] = {}
+    for name, leaf in jp.tree.named_leaves(model.params).items():
+        if not prunable(name, leaf):
+            continue
+        if problem := meaning.pattern.problem(leaf.shape, Axes()):
+            problems.setdefault(problem, []).append(model.names[name].name)
     if problems:
-        raise ValueError(
-            f"{'; '.join(problems[:6])}; leave such tensors out with --exclude"
-        )
+        places = (f"{problem} at {listed(of)}" for problem, of in problems.items())
+        raise ValueError(f"{'; '.join(places)}; leave such tensors out with --exclude")
 
 
 def _prompt(job: Job, ready: Ready, context: int) -> list[int] | None:
@@ -144,24 +206,6 @@ def _prompt(job: Job, ready: Ready, context: int) -> list[int] | None:
     return prompt
 
 
-def _sampled(
-    samples: list[dict[str, str]],
-    stage: str,
-    job: Job,
-    ready: Ready,
-    model: models.Model,
-    prompt: list[int] | None,
-) -> list[dict[str, str]]:
-    """The samples and one more."""
-    if prompt is None or ready.tokenizer is None:
-        return samples
-    tokens = sample.continued(
-        model, prompt, job.prompt_steps, _TEMPERATURE, None, job.seed
-    )
-    text = sample.shown(ready.tokenizer, [*prompt, *tokens])
-    return [*samples, {"label": stage, "text": text}]
-
-
 def _rounded(model: models.Model, leaves: set[str]) -> models.Model:
     """The model as it will be written: the pruned leaves as their tensors hold them."""
 
@@ -177,87 +221,67 @@ def _rounded(model: models.Model, leaves: set[str]) -> models.Model:
     return model._replace(params=jax.tree.unflatten(structure, values))
 
 
-def _measured(
-    found: dict[str, dict[str, Any]],
-    stage: str,
-    job: Job,
-    ready: Ready,
-    model: models.Model,
-    console: Console,
-) -> None:
-    after = measure(model, ready.seen, job.batch, console)
-    prune_inputs.add(found, stage, after)
-    for name, result in after.items():
-        console.note(f"{stage}: perplexity {number(result['perplexity'])} on {name}")
-
-
 def _retrained(
-    job: Job,
-    sequences: np.ndarray,
-    model: models.Model,
-    leaves: set[str],
-    console: Console,
+    job: Job, sequences: np.ndarray, model: models.Model, leaves: set[str]
 ) -> tuple[models.Model, dict[str, Any]]:
-    with console.bar("retraining", job.retrain_steps, "steps") as bar:
+    """The model after a few steps, and what the record says of them."""
+    steps = job.retrain_steps
+    with Progress(steps, "retraining", unit="step", leave=False) as progress:
 
         def tick(loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
+            progress.note(f"loss {loss:.3f}")
+            progress.update()
 
-        params, losses = retrain.retrain(
-            model.graphdef,
-            model.params,
+        decoder, losses = retrain.retrain(
+            model.decoder(),
             leaves,
             sequences,
             batch=job.batch,
-            steps=job.retrain_steps,
+            steps=steps,
             learning_rate=job.retrain_learning_rate,
             seed=job.seed,
             tick=tick,
         )
-    told = {
-        "steps": job.retrain_steps,
+    record = {
+        "steps": steps,
         "learning_rate": job.retrain_learning_rate,
         "batch": job.batch,
         "texts": [path.name for path in job.retrain_text],
         "losses": losses,
     }
-    return _rounded(model._replace(params=params), leaves), told
+    params = nnx.state(decoder, nnx.Param)
+    return _rounded(model._replace(params=params), leaves), record
 
 
-def _told(
-    job: Job,
-    meaning: Meaning,
-    ready: Ready,
-    model: models.Model,
-    report: dict[str, Any],
-    arguments: list[str],
-) -> dict[str, Any]:
+def _record(run: _Run, report: dict[str, Any]) -> dict[str, Any]:
     """What jaxprune.json says besides what was measured."""
-    rows = [
-        {**row, "name": model.names[row["name"]].name, "leaf": row["name"]}
-        for row in report["weights"]
+    job, names = run.job, run.model.names
+    counts = run.ready.drawn.counts if run.ready.drawn is not None else []
+    files = [
+        {"name": text.path.name, "sha256": text.sha256, "sequences": count}
+        for text, count in zip(run.ready.calibration, counts, strict=True)
     ]
-    counts = ready.drawn.counts if ready.drawn is not None else []
     return {
         "method": job.method,
-        "settings": repr(meaning.method),
-        "pattern": str(meaning.pattern),
-        "sparsity": meaning.sparsity,
-        "shares": job.shares,
+        "settings": repr(run.meaning.method),
+        "pattern": str(run.meaning.pattern),
+        "sparsity": run.meaning.sparsity,
+        "allocation": job.allocation,
         "excluded": list(job.exclude),
-        "dtype": model.config.dtype,
-        "calibration": provenance.calibration(
-            ready.calibration,
-            counts,
-            length=job.length,
-            seed=job.seed,
-            begins=ready.begins.why,
-        )
-        | {"positions": report["positions"]},
+        "dtype": run.model.config.dtype,
+        "calibration": {
+            "files": files,
+            "sequences": sum(counts),
+            "length": job.length,
+            "seed": job.seed,
+            "bos": run.ready.begins.why,
+            "positions": report["positions"],
+        },
         "unseen": report["unseen"],
-        "weights": rows,
-        **provenance.making(arguments),
+        "weights": [
+            {**row, "name": names[row["name"]].name, "leaf": row["name"]}
+            for row in report["weights"]
+        ],
     }
 
 
@@ -270,11 +294,10 @@ def _counts(model: models.Model, leaves: set[str]) -> dict[str, tuple[int, int]]
 
 def _write(
     job: Job,
-    source: Directory,
+    source: CheckpointDir,
     model: models.Model,
     leaves: set[str],
-    told: dict[str, Any],
-    console: Console,
+    record: dict[str, Any],
 ) -> None:
     named = jp.tree.named_leaves(model.params)
     replaced = {
@@ -283,15 +306,14 @@ def _write(
         )
         for name in sorted(leaves)
     }
-    total = sum(info.size for info in source.tensors.values())
-    with console.bar("writing", total, "B") as bar:
+    with byte_progress(source.size, "writing") as progress:
         rewrite.write(
             source,
             job.out,
             replaced,
-            provenance=told,
+            provenance=record,
             overwrite=job.overwrite,
-            progress=lambda what, done, total: bar.update(done - bar.n),
+            progress=progress,
         )
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 
 from jaxprune.cli import models
 from jaxprune.cli.console import Console
@@ -21,7 +20,7 @@ class Sample(models.ModelOptions):
     """Continues a prompt.
 
     Attributes:
-      model: the folder.
+      model: the directory.
       prompt: the beginning of the text.
       steps: tokens to draw.
       temperature: 0 takes the likeliest token, 1 follows the model, more is more
@@ -38,12 +37,12 @@ class Sample(models.ModelOptions):
     seed: int = 0
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        """Does it."""
+        """Draws the text."""
         tokenizer = hf.load_tokenizer(self.model)
         begins = models.beginning(tokenizer, self)
         prompt = start(tokenizer, self.prompt, begins.token)
         tokens = continued(
-            models.found(self.model, self).read(),
+            models.find(self.model, self).read(),
             prompt,
             self.steps,
             self.temperature,
@@ -105,7 +104,7 @@ def continued(
       ValueError: an option does not fit, or the text becomes too long.
     """
     whole = generate(
-        nnx.merge(model.graphdef, model.params),
+        model.decoder(),
         jnp.array([prompt], jnp.int32),
         steps=steps,
         key=jax.random.key(seed),

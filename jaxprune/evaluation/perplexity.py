@@ -1,9 +1,9 @@
-"""Perplexity, with its context and stride said: exp of the mean loss of each token.
+"""Perplexity: exp of the mean loss of each token, in windows of a context and stride.
 
-A text is looked at through windows of one length. Each window moves on by the stride,
-and only the tokens that no window before it predicted count, so that every token of
-the text counts once. A window begins with BOS where the model wants that; the tokens
-before it are not seen. Losses are float32, their sum is float64.
+Each window moves on by the stride, and only the tokens that no window before it
+predicted count, so that every token of the text counts once. A window begins with BOS
+where the model wants that; the model does not see the tokens before the window. Losses
+are float32, their sum is float64.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxprune.evaluation.texts import Text
-from jaxprune.models.decoder.model import loss_per_token
+from jaxprune.models.decoder.model import Decoder, loss_per_token
 
 
 class Windows(NamedTuple):
@@ -37,17 +37,17 @@ def slide(
     tokens: np.ndarray,
     *,
     context: int,
-    stride: int,
-    bos: int | None,
+    stride: int | None = None,
+    bos: int | None = None,
     limit: int | None = None,
 ) -> Windows:
-    """A text through windows.
+    """The windows of a text.
 
     Args:
       tokens: (tokens,).
       context: tokens of a window, BOS included, at least 2.
-      stride: how far each window moves on; at most context - 1, which a window
-        predicts, is taken.
+      stride: how far each window moves on, at most context - 1, which is what a window
+        predicts, and so far if left out.
       bos: what each window begins with, or None; then the first token of the text is
         context only.
       limit: at most so many windows, from the beginning.
@@ -67,12 +67,13 @@ def slide(
       >>> windows.counted.astype(int).tolist()
       [[1, 1, 1], [0, 1, 1], [0, 1, 0]]
     """
+    reach = context - 1
+    stride = reach if stride is None else stride
     if context < 2 or not 1 <= stride <= context:
         raise ValueError(
             f"windows need context >= 2 and 1 <= stride <= context, got context "
             f"{context} and stride {stride}"
         )
-    reach = context - 1
     stride = min(stride, reach)
     first = 0 if bos is not None else 1
     if tokens.size <= first:
@@ -82,7 +83,9 @@ def slide(
         )
     number = 1 + max(0, math.ceil((tokens.size - first - reach) / stride))
     starts = first + stride * np.arange(min(number, limit or number))
-    place = starts[:, None] + np.arange(reach)[None, :]  # of what is predicted
+    # (windows, context - 1): the place in the text of each predicted token.
+    place = starts[:, None] + np.arange(reach)[None, :]
+    # (windows,): the first place that no window before has predicted.
     done = np.where(np.arange(len(starts)) > 0, starts - stride + reach, 0)
     counted = (place >= done[:, None]) & (place < tokens.size)
     last = tokens.size - 1
@@ -99,12 +102,12 @@ def windows(
     text: Text,
     *,
     context: int,
-    stride: int,
-    bos: int | None,
-    limit: int | None,
+    stride: int | None = None,
+    bos: int | None = None,
+    limit: int | None = None,
     longest: int,
 ) -> Windows:
-    """What is evaluated of a file: windows of a text, the rows of .npy as they are.
+    """The windows of a text's file, or the rows of `.npy` as they are.
 
     Args:
       text: the file.
@@ -135,32 +138,43 @@ def windows(
     if (size := found.tokens.shape[1] - 1) > longest:
         raise ValueError(
             f"the model sees at most {longest} tokens, but a window of '{text.path}' "
-            f"has {size} before its last; give --context {longest} or less"
+            f"has {size} before its last; give a context of {longest} or less"
         )
     return found
 
 
 def measure(
-    graphdef: Any,
-    params: Any,
+    model: Decoder,
     seen: Windows,
     *,
-    batch: int,
+    batch: int = 4,
     tick: Callable[[int], Any] = lambda number: None,
 ) -> dict[str, Any]:
     """The perplexity of a model.
 
     Args:
-      graphdef: of a `Decoder`.
-      params: its parameters.
+      model: all its parameters in memory.
       seen: what it is evaluated on.
       batch: windows at a time; one program is compiled.
-      tick: called with the number of windows done.
+      tick: called after each batch with the number of its windows.
 
     Returns:
       "perplexity" (None where it is infinite), "nats" a token (None where not finite),
       "tokens" and "windows" that count.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.models.decoder.config import DecoderConfig
+      >>> model = Decoder(
+      ...     DecoderConfig(vocab_size=65, context=8, layers=1, width=4, heads=1,
+      ...                   kv_heads=1, head_dim=4, mlp_width=4),
+      ...     rngs=nnx.Rngs(0),
+      ... )
+      >>> found = measure(model, slide(np.arange(60), context=8))
+      >>> found["tokens"], round(found["perplexity"])  # untrained: one in vocab_size
+      (59, 65)
     """
+    graphdef, params = nnx.split(model)
     number = len(seen.tokens)
     batch = min(batch, number)
     total = 0.0
@@ -195,7 +209,7 @@ def by_frequency(seen: Windows) -> float:
     Returns:
       A perplexity that a model which knows the language stays well under.
     """
-    tokens = seen.tokens[:, 1:][seen.counted]
+    tokens = seen.tokens[:, 1:][seen.counted]  # (N,)
     counts = np.unique(tokens, return_counts=True)[1]
     share = counts / counts.sum()
     entropy = -(share * np.log(share)).sum()

@@ -1,11 +1,11 @@
 """A short retraining of the pruned matrices, the zeros staying zeros.
 
-Adam on the texts' sequences in an order drawn by a seed, its rate falling to nothing
-along a cosine. What is trained is held in float32; all else stays as it is.
+Adam on the texts' sequences in an order drawn by a seed, its rate falling to zero along
+a cosine. What is trained is held in float32; all else stays as it is.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import jax
@@ -13,32 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Int
 
 from jaxprune.arrays import tree
-from jaxprune.models.decoder.model import loss_per_token
+from jaxprune.models.decoder.model import Decoder, loss_per_token
 from jaxprune.training.keep_masks import keep_masks
 
 _CLIP = 1.0
 
 
 def retrain(
-    graphdef: Any,
-    params: Any,
-    names: set[str],
-    sequences: np.ndarray,
+    model: Decoder,
+    names: Set[str],
+    sequences: Int[np.ndarray, "sequences length"],
     *,
-    batch: int,
+    batch: int = 4,
     steps: int,
     learning_rate: float,
-    seed: int,
+    seed: int = 0,
     tick: Callable[[float], Any] = lambda loss: None,
-) -> tuple[Any, list[float]]:
+) -> tuple[Decoder, list[float]]:
     """Retrains some of a model's leaves under the masks of their zeros.
 
     Args:
-      graphdef: of a `Decoder`.
-      params: its parameters.
-      names: of the leaves that are trained.
+      model: all its parameters in memory; it is not changed.
+      names: of the leaves that are trained, as `tree.names` of its parameters.
       sequences: int32 (sequences, length).
       batch: sequences of a step.
       steps: how many.
@@ -47,11 +46,12 @@ def retrain(
       tick: called after each step with its loss.
 
     Returns:
-      The parameters, in their dtypes, and each step's loss.
+      A model with the new parameters, in their dtypes, and each step's loss.
 
     Raises:
       ValueError: the loss is not finite.
     """
+    graphdef, params = nnx.split(model)
     leaves, structure = jax.tree.flatten(params)
     places = [i for i, name in enumerate(tree.names(params)) if name in names]
     dtypes = [leaves[i].dtype for i in places]
@@ -70,8 +70,8 @@ def retrain(
         whole = list(frozen)
         for i, leaf, dtype in zip(places, trained, dtypes, strict=True):
             whole[i] = leaf.astype(dtype)
-        model = nnx.merge(graphdef, jax.tree.unflatten(structure, whole))
-        return loss_per_token(model, tokens[:, :-1], tokens[:, 1:]).mean()
+        found = nnx.merge(graphdef, jax.tree.unflatten(structure, whole))
+        return loss_per_token(found, tokens[:, :-1], tokens[:, 1:]).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
@@ -90,12 +90,12 @@ def retrain(
         if not np.isfinite(losses[-1]):
             raise ValueError(
                 f"the loss of retraining must be finite, got {losses[-1]} at step "
-                f"{len(losses)}; lower --retrain-learning-rate"
+                f"{len(losses)}; lower the learning rate"
             )
         tick(losses[-1])
     for i, leaf, dtype in zip(places, trained, dtypes, strict=True):
         leaves[i] = jnp.asarray(leaf, dtype)
-    return jax.tree.unflatten(structure, leaves), losses
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)), losses
 
 
 def _order(sequences: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Texts to sequences of tokens: which are calibrated on, and which are held out.
+"""Texts to sequences of tokens: which calibrate, and which are held out.
 
 A text file is one stream of tokens. Sequences are pieces of it that do not overlap,
 drawn by a seed, each begun with BOS where the model wants that. Of a text that is
@@ -146,7 +146,7 @@ def _ids(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def without_end(text: Text, most: int) -> tuple[Text, Text | None]:
-    """A text parted into what may be drawn from and an end that is held out.
+    """A text split into what may be drawn from and an end that is held out.
 
     Args:
       text: the text.
@@ -221,8 +221,8 @@ def _check_enough(
             rows, own = text.tokens.shape
             if own != length:
                 raise ValueError(
-                    f"'{text.path}' holds sequences of {own} tokens, but --length is "
-                    f"{length}; give --length {own}"
+                    f"'{text.path}' holds sequences of {own} tokens, but the "
+                    f"length is {length}; give length {own}"
                 )
             if rows < count:
                 problems.append(f"'{text.path}' has {rows} sequences of {count}")
@@ -234,7 +234,7 @@ def _check_enough(
     if problems:
         raise ValueError(
             f"the texts are too short: {'; '.join(problems)} needed; give more text, "
-            "or fewer --sequences, or a smaller --length"
+            "or fewer sequences, or a smaller length"
         )
 
 

@@ -1,18 +1,20 @@
-"""A folder appears under its name whole, or not at all.
+"""A file or directory appears under its name whole, or not at all.
 
-It is written beside its place as `.NAME.partial` and renamed when all is on disk. The
-writer holds a lock that the system drops when its process dies, so what a dead run left
-is told from what a running one writes. A folder that is replaced is moved aside first
-and comes back if the new one does not arrive.
+It is written beside its place as `.NAME.partial`, synced to disk and renamed. Who
+writes a directory holds a lock that the system drops when the process dies, so what a
+dead run left differs from what a running one writes. A directory that is replaced is
+moved aside first and comes back if the new one does not arrive. A directory that a run
+can go on in names its job, and another job is refused.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,27 +23,135 @@ from jaxprune.formats.safetensors_file import damaged
 _CHUNK = 1 << 20
 
 Replaceable = Callable[[Path], str | None]
-"""Why an existing folder or file must not be replaced, or None where it may be."""
+"""Why an existing directory or file must not be replaced, or None where it may be."""
 
 
-def apart(out: str | os.PathLike[str], source: Path) -> Path:
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file that is whole on disk, or as it was before.
+
+    Args:
+      path: the file; its directory is made where absent.
+      content: all of it.
+
+    Raises:
+      OSError: it could not be written; what was there is kept.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "file"
+      >>> replace(path, b"abc")
+      >>> path.read_text()
+      'abc'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path, "partial")
+    try:
+        with Sink(partial) as sink:
+            sink.put(content)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Writes JSON as `replace` writes bytes; NaN and infinity are a ValueError."""
+    replace(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def replace_files(directory: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Writes some files of a directory, each as `replace` does; their paths."""
+    for name, content in files.items():
+        replace(directory / name, content)
+    return [directory / name for name in files]
+
+
+def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
+    """Whether the job that a directory belongs to was begun; notes it if there is none.
+
+    Args:
+      path: the JSON file that names the job; its directory is the job's.
+      job: JSON-able; what decides the result.
+
+    Returns:
+      Whether the same job was begun before.
+
+    Raises:
+      ValueError: the directory belongs to another job, or the file is damaged.
+    """
+    if not path.exists():
+        replace_json(path, dict(job))
+        return False
+    try:
+        begun = json.loads(path.read_bytes())
+        different = differences(begun, job)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"'{path}' must say which job its directory belongs to, but is damaged; "
+            "bring it back, or choose another directory"
+        ) from None
+    if different:
+        raise ValueError(
+            f"'{path.parent}' belongs to another job: {'; '.join(different)}; give the "
+            "old values to go on, or choose another directory"
+        )
+    return True
+
+
+def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
+    """How two jobs differ, entry by entry.
+
+    Args:
+      begun: as JSON holds it, tuples being lists.
+      job: JSON-able.
+
+    Returns:
+      A phrase for each entry that differs.
+
+    Example:
+      >>> differences({"data": {"seed": 0}}, {"data": {"seed": 1}})
+      ['data.seed was 0 and is 1']
+    """
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        names = {key: f"{prefix}.{key}" if prefix else str(key) for key in tree}
+        pairs = [flat(value, names[key]) for key, value in tree.items()]
+        return {name: value for pair in pairs for name, value in pair.items()}
+
+    old, new = flat(dict(begun)), flat(json.loads(json.dumps(dict(job))))
+    return [
+        f"{name} was {old.get(name, 'absent')!r} and is {new.get(name, 'absent')!r}"
+        for name in {**old, **new}
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def apart(place: str | os.PathLike[str], source: Path) -> Path:
     """The place of a result, refused where it would touch what it is made from.
 
     Args:
-      out: where the result goes.
-      source: the folder or file that it is made from.
+      place: where the result goes.
+      source: the directory or file that it is made from.
 
     Returns:
-      `out`, absolute, links followed.
+      `place`, absolute, links followed.
 
     Raises:
       ValueError: one of the two lies in the other.
     """
-    place, origin = Path(out).resolve(), source.resolve()
+    place, origin = Path(place).resolve(), source.resolve()
     if place.is_relative_to(origin) or origin.is_relative_to(place):
         raise ValueError(
             f"a result must lie apart from its source, but '{place}' and '{origin}' "
-            f"are in each other; choose a folder beside it."
+            "are in each other; choose a directory beside it"
         )
     return place
 
@@ -50,28 +160,28 @@ def apart(out: str | os.PathLike[str], source: Path) -> Path:
 def staged(
     out: Path, *, replaceable: Replaceable | None = None, resume: bool = False
 ) -> Iterator[Path]:
-    """A folder to fill, which takes its place when the block ends without an error.
+    """A directory to fill, which takes its place when the block ends without an error.
 
     Args:
-      out: the final place, absolute; nothing or an empty folder may be there.
-      replaceable: decides whether a folder that holds something may be replaced; None
-        replaces none.
+      out: the final place, absolute; nothing or an empty directory may be there.
+      replaceable: decides whether a directory that holds something may be replaced;
+        None replaces none.
       resume: whether the block finds what an earlier run left, and leaves what it wrote
         when it is stopped or the disk fails. Otherwise it begins empty, and it leaves
         nothing after an error.
 
     Yields:
-      The folder beside, locked for this process.
+      The directory beside, locked for this process.
 
     Raises:
       ValueError: the place is taken.
       OSError: another process writes to this place, or the disk fails.
     """
     partial = _beside(out, "partial")
-    with _locked(partial):
+    with locked(partial):
         _recover(out)
         try:
-            _check_free(out, replaceable)
+            check_free(out, replaceable)
             if not resume:
                 _empty(partial)
             yield partial
@@ -103,15 +213,51 @@ def staged_file(out: Path, *, replaceable: Replaceable | None = None) -> Iterato
       OSError: another process writes to this place, or the disk fails.
     """
     partial = _beside(out, "partial")
-    with _locked(partial):
+    with locked(partial):
         try:
-            _check_free(out, replaceable)
+            check_free(out, replaceable)
             _empty(partial)
             yield partial / out.name
             os.replace(partial / out.name, out)
             sync(out.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Makes a directory and holds it for this process alone; a dead one holds nothing.
+
+    Args:
+      directory: made where absent.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      OSError: another process holds it, or it cannot be written to.
+    """
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OSError(
+                errno.EBUSY,
+                f"another run writes to '{directory}'; wait for it, or choose another "
+                f"place",
+            ) from None
+        # The run that held it may have renamed it in between.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), directory.stat()):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Sink:
@@ -174,13 +320,9 @@ class Sink:
             self.put(part)
 
 
-def sync(path: Path) -> None:
-    """Makes the entries of a folder durable.
-
-    Args:
-      path: the folder.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(directory: Path) -> None:
+    """Makes the entries of a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -196,33 +338,16 @@ def _beside(out: Path, what: str) -> Path:
     return out.with_name(f".{out.name}.{what}")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Makes a folder and holds it for this process alone."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OSError(
-                errno.EBUSY,
-                f"another run writes to '{folder}'; wait for it, or choose another "
-                f"place",
-            ) from None
-        # The run that held it may have renamed it in between.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), folder.stat()):
-                break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+def check_free(out: Path, replaceable: Replaceable | None) -> None:
+    """Refuses a place that holds something, unless `replaceable` allows it.
 
+    Args:
+      out: the place.
+      replaceable: as for `staged`.
 
-def _check_free(out: Path, replaceable: Replaceable | None) -> None:
+    Raises:
+      ValueError: the place is taken.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     reason = "there is something already"
@@ -231,12 +356,12 @@ def _check_free(out: Path, replaceable: Replaceable | None) -> None:
     if reason:
         raise ValueError(
             f"the result must not destroy what is at '{out}', but {reason}; choose "
-            f"another place, or remove it yourself."
+            "another place, or give overwrite if it is an earlier result"
         )
 
 
 def _place(partial: Path, out: Path) -> None:
-    """Puts a whole folder into its place; what was there goes when it has arrived."""
+    """Puts a whole directory into its place, and removes what was there after that."""
     if out.exists() and any(out.iterdir()):
         os.rename(out, _beside(out, "replaced"))
     os.rename(partial, out)
@@ -255,8 +380,8 @@ def _recover(out: Path) -> None:
         os.rename(replaced, out)
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

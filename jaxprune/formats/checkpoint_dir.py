@@ -1,19 +1,20 @@
-"""A model's folder as named tensors: config.json and safetensors, mapped, never loaded.
+"""A checkpoint directory as named tensors: config.json and safetensors, mapped.
 
 Opening reads headers only and checks them against the files' sizes, so whatever is
 opened can be read. `Damaged` means that files are not what they say; `Unknown` means
-that the folder is another kind of thing, and says which. Nothing is unpickled, no code
-is run, and no name in an index or link leads out of the folder.
+that the directory is another kind of thing, and says which. Nothing is unpickled, no
+code is run, and no name in an index or link leads out of the directory.
 """
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from jaxprune.arrays.messages import listed
 from jaxprune.formats.safetensors_file import Damaged as Damaged
 from jaxprune.formats.safetensors_file import TensorInfo as TensorInfo
 from jaxprune.formats.safetensors_file import Unknown as Unknown
@@ -21,7 +22,6 @@ from jaxprune.formats.safetensors_file import (
     damaged,
     is_plain,
     is_text,
-    listed,
     read_header,
     read_json,
     view,
@@ -33,20 +33,23 @@ _FOREIGN = (*_PICKLES, ".h5", ".msgpack", ".gguf")
 _COPIED = (".json", ".model", ".txt", ".md", ".jinja", ".tiktoken", ".py")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
 
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with what was done last, the bytes that are done, and the bytes in all."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Directory:
-    """An opened model directory.
+class CheckpointDir:
+    """An opened checkpoint directory.
 
     Attributes:
-      path: the folder, absolute.
+      path: where it is, absolute.
       config: what config.json says.
       tensors: name to place, file after file by name, as they lie in each.
       metadata: each safetensors file's `__metadata__`.
       indexed: whether an index lists the tensors.
       others: the names of the files beside the weights that belong to the model:
         config.json first, then the index, tokenizer, generation settings, licence and
-        model code (copied, never run). Weights in other formats and folders are not
+        model code (copied, never run). Weights in other formats and directories are not
         among them.
     """
 
@@ -56,6 +59,11 @@ class Directory:
     metadata: dict[str, dict[str, str]]
     indexed: bool
     others: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """The bytes of all tensors."""
+        return sum(info.size for info in self.tensors.values())
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as a read-only view of its file.
@@ -74,29 +82,51 @@ class Directory:
         """
         if name not in self.tensors:
             raise ValueError(
-                f"'{self.path}' has no tensor '{name}'; it has {listed(self.tensors)}."
+                f"'{self.path}' has no tensor '{name}'; it has {listed(self.tensors)}"
             )
         info = self.tensors[name]
         return view(self.path / info.file, info)
 
+    def meter(
+        self, progress: Progress | None, passes: int = 1
+    ) -> Callable[[str, int], None]:
+        """Adds up the bytes of what is done, for `progress`.
 
-def open_directory(path: str | os.PathLike[str]) -> Directory:
-    """Opens a folder with config.json and safetensors, reading headers only.
+        Args:
+          progress: what is called, or None.
+          passes: how often each tensor is done.
 
-    Links are followed inside the folder, and from a snapshot of Hugging Face's cache to
-    its blobs; a link that leads elsewhere is refused.
+        Returns:
+          To be called with what was done and its bytes.
+        """
+        total, done = passes * self.size, 0
+
+        def advance(what: str, size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(what, done, total)
+
+        return advance
+
+
+def open_directory(path: str | os.PathLike[str]) -> CheckpointDir:
+    """Opens a directory with config.json and safetensors, reading headers only.
+
+    Links are followed inside the directory, and from a snapshot of Hugging Face's cache
+    to its blobs; a link that leads elsewhere is refused.
 
     Args:
-      path: a local folder; nothing is downloaded.
+      path: a local directory; nothing is downloaded.
 
     Returns:
-      The directory.
+      The opened directory.
 
     Raises:
-      FileNotFoundError: there is no such folder.
+      FileNotFoundError: there is no such directory.
       Unknown: it is none that is read here: no config.json, weights that are not
         safetensors, several files and no index, quantised weights, an unknown dtype, a
-        link out of the folder.
+        link out of the directory.
       Damaged: a file is cut short or inconsistent, or a tensor or file is missing.
 
     Example:
@@ -104,33 +134,33 @@ def open_directory(path: str | os.PathLike[str]) -> Directory:
       >>> import numpy as np
       >>> from safetensors.numpy import save_file
       >>> from jaxprune.formats.checkpoint_dir import open_directory
-      >>> folder = pathlib.Path(tempfile.mkdtemp())
-      >>> _ = (folder / "config.json").write_text('{"model_type": "llama"}')
-      >>> save_file({"w": np.eye(2, dtype="f4")}, folder / "model.safetensors")
-      >>> opened = open_directory(folder)
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> _ = (directory / "config.json").write_text('{"model_type": "llama"}')
+      >>> save_file({"w": np.eye(2, dtype="f4")}, directory / "model.safetensors")
+      >>> opened = open_directory(directory)
       >>> opened.tensors["w"].shape, opened.read("w").tolist()
       ((2, 2), [[1.0, 0.0], [0.0, 1.0]])
     """
-    folder = _folder(path)
-    config = _config(folder)
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    weight_map = _index(folder)
-    files = _shards(folder, names, weight_map)
+    directory = _directory(path)
+    config = _config(directory)
+    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    weight_map = _index(directory)
+    files = _shards(directory, names, weight_map)
     tensors: dict[str, TensorInfo] = {}
     metadata = {}
     for file in files:
-        found, metadata[file] = read_header(_inside(folder, file))
+        found, metadata[file] = read_header(_inside(directory, file))
         if twice := [name for name in found if name in tensors]:
-            raise damaged(folder / file, f"it holds {listed(twice)} a second time")
+            raise damaged(directory / file, f"it holds {listed(twice)} a second time")
         tensors |= found
     if weight_map is not None:
-        _check_index(folder, weight_map, tensors)
+        _check_index(directory, weight_map, tensors)
     others = [name for name in names if _belongs(name)]
     first = [name for name in (CONFIG, INDEX) if name in others]
     for name in others:
-        _inside(folder, name)
-    return Directory(
-        path=folder,
+        _inside(directory, name)
+    return CheckpointDir(
+        path=directory,
         config=config,
         tensors=tensors,
         metadata=metadata,
@@ -139,68 +169,68 @@ def open_directory(path: str | os.PathLike[str]) -> Directory:
     )
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
-    folder = Path(path).absolute()
-    if not folder.exists():
+def _directory(path: str | os.PathLike[str]) -> Path:
+    directory = Path(path).absolute()
+    if not directory.exists():
         raise FileNotFoundError(
-            f"there is no folder '{path}'; give a local folder with {CONFIG} and "
-            f"*.safetensors, nothing is downloaded."
+            f"there is no directory '{path}'; give a local directory with {CONFIG} and "
+            f"*.safetensors, nothing is downloaded"
         )
-    if not folder.is_dir():
+    if not directory.is_dir():
         raise Unknown(
-            f"a model is a folder with {CONFIG} and *.safetensors, but '{path}' is a "
-            f"file; give the folder that it belongs to."
+            f"a model is a directory with {CONFIG} and *.safetensors, but '{path}' is "
+            "a file; give the directory that it belongs to"
         )
-    return folder
+    return directory
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
+def _config(directory: Path) -> dict[str, Any]:
+    if not (directory / CONFIG).is_file():
         raise Unknown(
-            f"a model's folder must hold {CONFIG}, but '{folder}' has none; give the "
-            f"folder that holds it."
+            f"a model's directory must hold {CONFIG}, but '{directory}' has none; give "
+            "the directory that holds it"
         )
-    path = _inside(folder, CONFIG)
+    path = _inside(directory, CONFIG)
     config = read_json(path)
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
     if any(part.get("quantization_config") for part in parts):
         raise Unknown(
             f"weights must be plain floating numbers, but '{path}' has a "
-            f"quantization_config; save the model dequantised and give that folder."
+            f"quantization_config; save the model dequantised and give that directory"
         )
     return config
 
 
-def _index(folder: Path) -> dict[str, str] | None:
+def _index(directory: Path) -> dict[str, str] | None:
     """Tensor name to file name, or None where there is no index."""
-    if not (folder / INDEX).is_file():
+    if not (directory / INDEX).is_file():
         return None
-    path = _inside(folder, INDEX)
-    if (folder / "model.safetensors").is_file():
+    path = _inside(directory, INDEX)
+    if (directory / "model.safetensors").is_file():
         raise Unknown(
-            f"'{folder}' must hold one set of weights, but has both model.safetensors "
-            f"and {INDEX}; move one of the two elsewhere."
+            f"'{directory}' must hold one set of weights, but has both "
+            f"model.safetensors and {INDEX}; move one of the two elsewhere"
         )
     weight_map = read_json(path).get("weight_map")
     if not weight_map or not is_text(weight_map):
         raise damaged(path, "its weight_map is no map of tensor names to file names")
     if bad := sorted({file for file in weight_map.values() if not is_plain(file)}):
-        raise damaged(path, f"{listed(bad)} are no names of files of its own folder")
+        raise damaged(path, f"{listed(bad)} are no names of files of its own directory")
     files = sorted(set(weight_map.values()))
     if foreign := [file for file in files if not file.endswith(".safetensors")]:
         raise Unknown(
             f"weights must be *.safetensors, but '{path}' lists {listed(foreign)}; "
-            f"convert them with the safetensors package."
+            f"convert them with the safetensors package"
         )
-    if missing := [file for file in files if not (folder / file).is_file()]:
+    if missing := [file for file in files if not (directory / file).is_file()]:
         raise damaged(path, f"it lists {listed(missing)}, and no such file is here")
     return weight_map
 
 
 def _shards(
-    folder: Path, names: Sequence[str], weight_map: dict[str, str] | None
+    directory: Path, names: Sequence[str], weight_map: dict[str, str] | None
 ) -> list[str]:
-    """The files that an index lists, or the only one of a folder without an index."""
+    """The files that an index lists, or the only one where there is no index."""
     if weight_map is not None:
         return sorted(set(weight_map.values()))
     files = [name for name in names if name.endswith(".safetensors")]
@@ -209,23 +239,23 @@ def _shards(
     if files:
         raise Unknown(
             f"several safetensors files need a {INDEX} that says which belong to the "
-            f"model, but '{folder}' has {listed(files)} and none; keep one of them, "
-            f"or add the index."
+            f"model, but '{directory}' has {listed(files)} and none; keep one of them, "
+            f"or add the index"
         )
     foreign = [name for name in names if name.endswith(_FOREIGN)]
     pickled = any(name.endswith(_PICKLES) for name in foreign)
     reason = ", and pickle is never read, because it can run code" if pickled else ""
     raise Unknown(
-        f"weights must be *.safetensors, but '{folder}' has "
+        f"weights must be *.safetensors, but '{directory}' has "
         f"{listed(foreign) or 'none'}{reason}; convert the model with the safetensors "
-        f"package and give that folder."
+        f"package and give that directory"
     )
 
 
 def _check_index(
-    folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]
+    directory: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]
 ) -> None:
-    path = folder / INDEX
+    path = directory / INDEX
     absent = [
         f"'{name}' in '{file}'"
         for name, file in weight_map.items()
@@ -237,17 +267,17 @@ def _check_index(
         raise damaged(path, f"it does not list {listed(extra)} of its own files")
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder, refused where a link leads out of it."""
-    path, home = folder / name, folder.resolve()
+def _inside(directory: Path, name: str) -> Path:
+    """The path of a file of the directory, refused where a link leads out of it."""
+    path, home = directory / name, directory.resolve()
     target = path.resolve()
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in homes):
         raise Unknown(
-            f"'{path}' is a link to '{target}', outside the model's folder; copy the "
-            f"file into the folder."
+            f"'{path}' is a link to '{target}', outside the model's directory; copy "
+            "the file into the directory"
         )
     return path
 

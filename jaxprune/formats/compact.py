@@ -20,25 +20,30 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import Directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress
 from jaxprune.formats.compact_archive import (
-    CHUNK,
     FORMAT,
     VERSION,
     Archive,
     bits_of,
     chunks,
     decoded,
+    layout,
     open_archive,
 )
-from jaxprune.formats.safetensors_file import DTYPES, TensorInfo, damaged, write_header
+from jaxprune.formats.safetensors_file import (
+    DTYPES,
+    TensorInfo,
+    damaged,
+    write_header,
+)
 
 _CODES = {kind: code for code, kind in DTYPES.items()}
 
@@ -75,55 +80,79 @@ def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
 
 
 def compact(
-    source: Directory, out: str | os.PathLike[str], *, overwrite: bool = False
+    source: CheckpointDir,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Result:
     """Writes a directory as one compact file, tensor by tensor.
 
     Args:
       source: the directory; `source.others` go in too.
-      out: the file, outside of the directory.
+      path: the file, outside of the directory.
       overwrite: whether an earlier compact file may be replaced.
+      progress: called when a tensor is counted, and again when it is written.
 
     Returns:
       The sizes.
 
     Raises:
-      ValueError: `out` is taken or inside the directory, or the source changed while it
-        was read.
+      ValueError: `path` is taken or inside the directory, or the source changed while
+        it was read.
       OSError: the file could not be written; nothing is left of it.
 
     Example:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> from safetensors.numpy import save_file
-      >>> from jaxprune import compact, directory
-      >>> folder = pathlib.Path(tempfile.mkdtemp())
-      >>> (folder / "model").mkdir()
-      >>> _ = (folder / "model" / "config.json").write_text("{}")
+      >>> from jaxprune.formats import checkpoint_dir, compact
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> (directory / "model").mkdir()
+      >>> _ = (directory / "model" / "config.json").write_text("{}")
       >>> weight = np.zeros((64, 64), "f4")
-      >>> save_file({"w": weight}, folder / "model" / "model.safetensors")
-      >>> model = directory.open_directory(folder / "model")
-      >>> result = compact.compact(model, folder / "model.compact")
+      >>> save_file({"w": weight}, directory / "model" / "model.safetensors")
+      >>> model = checkpoint_dir.open_directory(directory / "model")
+      >>> result = compact.compact(model, directory / "model.compact")
       >>> result.compact_bytes < result.dense_bytes / 10
       True
-      >>> _ = compact.expand(folder / "model.compact", folder / "again")
-      >>> directory.open_directory(folder / "again").read("w").any()
+      >>> _ = compact.expand(directory / "model.compact", directory / "again")
+      >>> checkpoint_dir.open_directory(directory / "again").read("w").any()
       np.False_
     """
-    place = atomic.apart(out, source.path)
+    place = atomic.apart(path, source.path)
     replaceable = _why_not_ours if overwrite else None
+    advance = source.meter(progress, passes=2)
     with atomic.staged_file(place, replaceable=replaceable) as partial:
-        plan = _plan(source)
+        plan = _plan(source, advance)
         with open(partial, "wb") as file:
             entries = write_header(file, plan.entries, plan.metadata)
             for name, info in source.tensors.items():
                 _put_tensor(file, name, info, source, entries)
+                advance(name, info.size)
             for name, size in plan.embedded.items():
-                path = source.path / name.partition("/")[2]
-                _put_bytes(file, path, size, entries[name])
+                origin = source.path / name.partition("/")[2]
+                _put_bytes(file, origin, size, entries[name])
             file.flush()
             os.fsync(file.fileno())
     return Result(plan.dense_bytes, place.stat().st_size)
+
+
+def packed_bytes(source: CheckpointDir, zeros: Mapping[str, int]) -> int:
+    """The bytes of a directory's weights in a compact file, less its header.
+
+    Args:
+      source: the directory.
+      zeros: name to how many elements have no bit that is not zero; others have none.
+
+    Returns:
+      The sum of `stored_bytes`.
+    """
+    total = 0
+    for name, info in source.tensors.items():
+        size = math.prod(info.shape)
+        total += stored_bytes(size - zeros.get(name, 0), size, info.dtype.itemsize)
+    return total
 
 
 class Sizes(NamedTuple):
@@ -144,7 +173,7 @@ class Sizes(NamedTuple):
     by_tensor: dict[str, tuple[int, int]]
 
 
-def sizes(source: Directory) -> Sizes:
+def sizes(source: CheckpointDir) -> Sizes:
     """Counts a directory's zeros, tensor by tensor.
 
     Args:
@@ -153,17 +182,16 @@ def sizes(source: Directory) -> Sizes:
     Returns:
       Exact counts; the bytes of a compact file less its header.
     """
-    by_tensor, packed = {}, 0
+    by_tensor, blank = {}, dict.fromkeys(source.tensors, 0)
     for name, info in source.tensors.items():
-        size, filled, blank = math.prod(info.shape), 0, 0
+        size, filled = math.prod(info.shape), 0
         for bits in chunks(source.read(name)):
             filled += int(np.count_nonzero(bits.view(info.dtype)))
-            blank += bits.size - int(np.count_nonzero(bits))
+            blank[name] += bits.size - int(np.count_nonzero(bits))
         by_tensor[name] = (size - filled, size)
-        packed += stored_bytes(size - blank, size, info.dtype.itemsize)
     return Sizes(
-        dense_bytes=sum(info.size for info in source.tensors.values()),
-        compact_bytes=packed,
+        dense_bytes=source.size,
+        compact_bytes=packed_bytes(source, blank),
         zeros=sum(zeros for zeros, _ in by_tensor.values()),
         size=sum(size for _, size in by_tensor.values()),
         by_tensor=by_tensor,
@@ -186,7 +214,7 @@ class _Plan(NamedTuple):
     dense_bytes: int
 
 
-def _plan(source: Directory) -> _Plan:
+def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
     tensors: dict[str, Any] = {}
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     paths = {name: source.path / name for name in (*source.metadata, *source.others)}
@@ -200,11 +228,11 @@ def _plan(source: Directory) -> _Plan:
         for name, info in own.items():
             tensors[name], stored = _scan(source, name, info, sink)
             entries |= stored
+            advance(name, info.size)
         digests[file] = sink.hexdigest()
     for name in source.others:
         embedded[f"file/{name}"] = sizes[name]
-        with open(paths[name], "rb") as other:
-            digests[name] = hashlib.file_digest(other, "sha256").hexdigest()
+        digests[name] = atomic.digest(paths[name])
     entries |= {name: ("U8", (size,)) for name, size in embedded.items()}
     contents = json.dumps({"tensors": tensors, "files": digests})
     metadata = {"format": FORMAT, "version": VERSION, "contents": contents}
@@ -212,21 +240,18 @@ def _plan(source: Directory) -> _Plan:
 
 
 def _scan(
-    source: Directory, name: str, info: TensorInfo, sink: Any
+    source: CheckpointDir, name: str, info: TensorInfo, sink: Any
 ) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
     """What the contents say of a tensor, and the entries that hold it."""
     nonzero = 0
     for bits in chunks(source.read(name)):
         sink.update(bits)
         nonzero += int(np.count_nonzero(bits))
-    code, size = _CODES[info.dtype], math.prod(info.shape)
-    kind = {"file": info.file, "dtype": code, "shape": info.shape}
-    if stored_bytes(nonzero, size, info.dtype.itemsize) == info.size:
-        return kind | {"encoding": "dense"}, {f"dense/{name}": (code, info.shape)}
-    return kind | {"encoding": "mask"}, {
-        f"values/{name}": (code, (nonzero,)),
-        f"mask/{name}": ("U8", (-(-size // 8),)),
-    }
+    size = math.prod(info.shape)
+    dense = stored_bytes(nonzero, size, info.dtype.itemsize) == info.size
+    entry = {"file": info.file, "dtype": _CODES[info.dtype], "shape": info.shape}
+    entry |= {"encoding": "dense" if dense else "mask"}
+    return entry, layout(name, entry, nonzero)
 
 
 def _head(path: Path, size: int) -> bytes:
@@ -238,7 +263,7 @@ def _put_tensor(
     file: BinaryIO,
     name: str,
     info: TensorInfo,
-    source: Directory,
+    source: CheckpointDir,
     entries: Mapping[str, TensorInfo],
 ) -> None:
     """Writes a tensor's mask and values, or the tensor, each to its place."""
@@ -260,14 +285,11 @@ def _put_tensor(
 
 
 def _put_bytes(file: BinaryIO, path: Path, size: int, entry: TensorInfo) -> None:
+    content = _head(path, size)
+    if len(content) < size:
+        raise _changed(path)
     file.seek(entry.offset)
-    with open(path, "rb") as origin:
-        while size:
-            part = origin.read(min(size, CHUNK))
-            if not part:
-                raise _changed(path)
-            file.write(part)
-            size -= len(part)
+    file.write(content)
 
 
 def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -295,26 +317,28 @@ def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
         yield name, bits.view(dtype).reshape(entry["shape"])
 
 
-def expand(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[Path]:
+def expand(
+    path: str | os.PathLike[str], directory: str | os.PathLike[str]
+) -> list[Path]:
     """Writes the directory that a compact file was made of, byte for byte.
 
     Args:
       path: the compact file.
-      out: the folder; nothing or an empty one may be there.
+      directory: where it goes; nothing or an empty one may be there.
 
     Returns:
       The paths of its files.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: `out` is taken.
+      ValueError: `directory` is taken.
       Damaged: the file is not what its header says, or a file that comes out of it is
-        not the one that went in; nothing is left of the folder.
+        not the one that went in; nothing is left of the directory.
       Unknown: it is another kind of file.
-      OSError: the folder could not be written; nothing is left of it.
+      OSError: the directory could not be written; nothing is left of it.
     """
     archive = open_archive(Path(path))
-    place = atomic.apart(out, archive.path)
+    place = atomic.apart(directory, archive.path)
     with atomic.staged(place) as partial:
         for name, digest in archive.files.items():
             with atomic.Sink(partial / name) as sink:
@@ -340,7 +364,7 @@ def _restored(archive: Archive, name: str) -> Iterator[np.ndarray]:
 def _changed(path: Path) -> ValueError:
     return ValueError(
         f"a directory must stay as it is while it is read, but '{path}' changed; "
-        f"begin again."
+        f"begin again"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.arrays.messages import listed
 from jaxprune.formats.safetensors_file import (
     DTYPES,
     TensorInfo,
@@ -17,7 +18,6 @@ from jaxprune.formats.safetensors_file import (
     damaged,
     is_plain,
     is_text,
-    listed,
     parse,
     read_header,
     view,
@@ -64,13 +64,13 @@ def open_archive(path: Path) -> Archive:
       Unknown: it is another kind of file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no compact file '{path}'; make it first.")
+        raise FileNotFoundError(f"there is no compact file '{path}'; make it first")
     entries, metadata = read_header(path)
     kind = (metadata.get("format"), metadata.get("version"))
     if kind != (FORMAT, VERSION):
         raise Unknown(
             f"'{path}' must be of format {FORMAT} version {VERSION}, got "
-            f"{kind[0]} version {kind[1]}; give a file that `compact` wrote."
+            f"{kind[0]} version {kind[1]}; give a file that `compact` wrote"
         )
     contents = parse(metadata.get("contents", "").encode(), path)
     match contents:
@@ -80,40 +80,55 @@ def open_archive(path: Path) -> Archive:
             raise damaged(path, "its contents list no tensors and files")
     if not is_text(files) or not all(map(is_plain, files)):
         raise damaged(path, "it holds files whose names lead elsewhere")
-    wanted: dict[str, tuple[np.dtype, tuple[int, ...] | None]] = {}
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, entry in held.items():
-        wanted |= _expected(path, name, entry, files)
+        _check_entry(path, name, entry, files)
+        wanted |= layout(name, entry)
     for name in files:
         header = f"header/{name}" in entries
-        wanted[f"{'header' if header else 'file'}/{name}"] = (DTYPES["U8"], None)
+        wanted[f"{'header' if header else 'file'}/{name}"] = ("U8", (-1,))
     if wrong := [name for name in wanted if name not in entries]:
         raise damaged(path, f"it lacks {listed(wrong)}")
     if wrong := [name for name in entries if name not in wanted]:
         raise damaged(path, f"its contents say nothing of {listed(wrong)}")
-    for name, (dtype, shape) in wanted.items():
-        if entries[name].dtype != dtype or shape not in (None, entries[name].shape):
+    for name, (code, shape) in wanted.items():
+        found = entries[name]
+        if found.dtype != DTYPES[code] or shape not in ((-1,), found.shape):
             raise damaged(path, f"'{name}' in it is not what its contents say")
     return Archive(path, entries, held, files)
 
 
-def _expected(
-    path: Path, name: str, entry: Any, files: Mapping[str, str]
-) -> dict[str, tuple[np.dtype, tuple[int, ...] | None]]:
-    """The dtype and shape (None is any) of what must be stored of one tensor."""
+def layout(
+    name: str, entry: Mapping[str, Any], kept: int = -1
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What is stored of a tensor.
+
+    Args:
+      name: of the tensor.
+      entry: what the contents say of it.
+      kept: how many of its elements have a bit that is not zero, or -1 for any number.
+
+    Returns:
+      Prefix and name to code and shape.
+    """
+    code, shape = entry["dtype"], tuple(entry["shape"])
+    if entry["encoding"] == "dense":
+        return {f"dense/{name}": (code, shape)}
+    return {
+        f"values/{name}": (code, (kept,)),
+        f"mask/{name}": ("U8", (-(-math.prod(shape) // 8),)),
+    }
+
+
+def _check_entry(path: Path, name: str, entry: Any, files: Mapping[str, str]) -> None:
     match entry:
         case {
             "file": str(file),
             "dtype": str(code),
             "shape": [*shape],
-            "encoding": "mask" | "dense" as encoding,
+            "encoding": "mask" | "dense",
         } if file in files and code in DTYPES and all(map(_is_count, shape)):
-            if encoding == "dense":
-                return {f"dense/{name}": (DTYPES[code], tuple(shape))}
-            bits = -(-math.prod(shape) // 8)
-            return {
-                f"mask/{name}": (DTYPES["U8"], (bits,)),
-                f"values/{name}": (DTYPES[code], None),
-            }
+            return
     raise damaged(path, f"its contents say nothing sound of '{name}'")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxprune.arrays import tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.formats import rewrite
-from jaxprune.formats.checkpoint_dir import Directory, TensorInfo
+from jaxprune.formats.checkpoint_dir import CheckpointDir, TensorInfo
 from jaxprune.masking import allocation, patterns
 from jaxprune.typing import Pattern, Prunable
 
@@ -48,7 +48,7 @@ class Pruned(NamedTuple):
 
 
 def prune_directory(
-    source: Directory,
+    source: CheckpointDir,
     out: str | os.PathLike[str],
     *,
     sparsity: float | Mapping[str, float] | None = None,
@@ -199,7 +199,7 @@ def _counts(
 
 
 def _pruned(
-    source: Directory,
+    source: CheckpointDir,
     name: str,
     removed: int,
     pattern: Pattern,

@@ -1,4 +1,4 @@
-"""A model directory written again with some tensors replaced, all else byte for byte.
+"""A checkpoint directory written again: some tensors new, all else byte for byte.
 
 The result is a plain Hugging Face directory that every loader reads: true zeros, the
 same files, names, shapes and dtypes. Beside them lies `jaxprune.json`, which says how
@@ -17,10 +17,9 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arrays.messages import listed
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import Directory
-from jaxprune.formats.compact import Sizes as Sizes
-from jaxprune.formats.compact import sizes as sizes
+from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress
 from jaxprune.formats.safetensors_file import (
     Damaged,
     TensorInfo,
@@ -28,7 +27,6 @@ from jaxprune.formats.safetensors_file import (
     damaged,
     is_plain,
     is_text,
-    listed,
     read_json,
 )
 
@@ -38,8 +36,6 @@ FORMAT, VERSION = "jaxprune.export", 1
 Values: TypeAlias = Any
 """An array of NumPy or JAX, or a function of nothing that returns one."""
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""What was written last, the bytes that are done, and the bytes in all."""
 
 _STATE = ".state.json"
 _PAGE = "report.html"  # what the command writes beside
@@ -48,8 +44,8 @@ _OURS = ("format", "version", "achieved", "tensors", "files")
 
 
 def write(
-    source: Directory,
-    out: str | os.PathLike[str],
+    source: CheckpointDir,
+    directory: str | os.PathLike[str],
     replaced: Mapping[str, Values],
     *,
     provenance: Mapping[str, Any],
@@ -61,7 +57,7 @@ def write(
 
     Args:
       source: the directory.
-      out: the new folder, apart from the source.
+      directory: the new one, apart from the source.
       replaced: name to new values, in the stored shape; they are cast to the stored
         dtype, and minus zero becomes zero. A function is called when its turn comes.
       provenance: JSON-able; how the values were made: "method", "pattern", "sparsity"
@@ -77,56 +73,73 @@ def write(
 
     Raises:
       ValueError: a name is not in the source, a shape differs, values are NaN or
-        infinite in the stored dtype; `out` is taken, or not apart from the source;
-        provenance uses a name of ours or is no JSON.
+        infinite in the stored dtype; `directory` is taken, or not apart from the
+        source; provenance uses a name of ours or is no JSON.
       TypeError: values are not floating where the stored tensor is.
-      OSError: the folder could not be written.
+      OSError: the directory could not be written.
 
     Example:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> from safetensors.numpy import save_file
-      >>> from jaxprune import directory, export
-      >>> folder = pathlib.Path(tempfile.mkdtemp())
-      >>> (folder / "a").mkdir()
-      >>> _ = (folder / "a" / "config.json").write_text("{}")
-      >>> save_file({"w": np.ones(4, "f4")}, folder / "a" / "model.safetensors")
-      >>> source = directory.open_directory(folder / "a")
+      >>> from jaxprune.formats import checkpoint_dir, rewrite
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> (directory / "a").mkdir()
+      >>> _ = (directory / "a" / "config.json").write_text("{}")
+      >>> save_file({"w": np.ones(4, "f4")}, directory / "a" / "model.safetensors")
+      >>> source = checkpoint_dir.open_directory(directory / "a")
       >>> new = {"w": np.array([1.0, 0.0, 0.0, 1.0])}
-      >>> _ = export.write(source, folder / "b", new, provenance={"method": "hand"})
-      >>> export.read_provenance(folder / "b")["achieved"]
+      >>> _ = rewrite.write(source, directory / "b", new, provenance={"method": "hand"})
+      >>> rewrite.read_provenance(directory / "b")["achieved"]
       0.5
     """
-    place = atomic.apart(out, source.path)
+    place = atomic.apart(directory, source.path)
     told = _checked(source, replaced, provenance)
     others = [name for name in source.others if name != NAME]
     job = _job(source, replaced, told)
     ours = _why_not_ours if overwrite else None
     with atomic.staged(place, replaceable=ours, resume=resume) as partial:
         done = _finished(partial, job)
-        meter = _Meter(progress, sum(info.size for info in source.tensors.values()))
+        advance = source.meter(progress)
         for file in source.metadata:
             if file in done:
-                meter(file, sum(i.size for _, i in _within(source, file)))
+                advance(file, sum(i.size for _, i in _within(source, file)))
                 continue
-            done[file] = _write_shard(source, file, partial, replaced, meter)
-            _put_json(partial / _STATE, {"job": job, "done": done})
+            done[file] = _write_shard(source, file, partial, replaced, advance)
+            atomic.replace_json(partial / _STATE, {"job": job, "done": done})
         digests = {file: made["sha256"] for file, made in done.items()}
         for name in others:
             digests[name] = _copy(source.path / name, partial / name)
         counts = {k: v for made in done.values() for k, v in made["tensors"].items()}
-        _put_json(partial / NAME, _record(told, counts, digests))
+        atomic.replace_json(partial / NAME, _record(told, counts, digests))
         (partial / _STATE).unlink()
     return [place / name for name in (*digests, NAME)]
 
 
+def check_place(
+    directory: str | os.PathLike[str], source: Path, *, overwrite: bool
+) -> None:
+    """Refuses, before a long job, a place that `write` would refuse after it.
+
+    Args:
+      directory: where the result goes.
+      source: the directory that it is made from.
+      overwrite: whether an earlier result may be replaced.
+
+    Raises:
+      ValueError: it may not go there.
+    """
+    place = atomic.apart(directory, source)
+    atomic.check_free(place, _why_not_ours if overwrite else None)
+
+
 def read_provenance(
-    path: str | os.PathLike[str], *, verify: bool = False
+    directory: str | os.PathLike[str], *, verify: bool = False
 ) -> dict[str, Any]:
     """What `jaxprune.json` says of a directory that `write` wrote.
 
     Args:
-      path: the folder.
+      directory: the directory.
       verify: whether to hold every file against its SHA-256.
 
     Returns:
@@ -137,46 +150,36 @@ def read_provenance(
       Unknown: there is none, or it is of another format or version.
       Damaged: it is no such file, or with `verify` a file is not the one written.
     """
-    file = Path(path) / NAME
+    file = Path(directory) / NAME
     if not file.is_file():
-        raise Unknown(f"'{path}' has no {NAME}; give a folder that jaxprune wrote.")
+        raise Unknown(
+            f"'{directory}' has no {NAME}; give a directory that jaxprune wrote"
+        )
     record = read_json(file)
     kind = (record.get("format"), record.get("version"))
     if kind != (FORMAT, VERSION):
         raise Unknown(
             f"'{file}' must be of format {FORMAT} version {VERSION}, got {kind[0]} "
-            f"version {kind[1]}; read it with the jaxprune that wrote it."
+            f"version {kind[1]}; read it with the jaxprune that wrote it"
         )
     files = record.get("files")
     if not is_text(files) or not isinstance(record.get("tensors"), dict):
         raise damaged(file, "it lists no tensors and files")
     if verify:
         for name, digest in record["files"].items():
-            if not is_plain(name) or _digest(file.with_name(name)) != digest:
+            if not (is_plain(name) and _is_whole(file.with_name(name), digest)):
                 raise damaged(file.with_name(name), "it is not what was written")
     return record
 
 
-class _Meter:
-    """Tells how far a run is."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def __call__(self, what: str, size: int) -> None:
-        self._done += size
-        if self._progress is not None:
-            self._progress(what, self._done, self._total)
-
-
 def _checked(
-    source: Directory, replaced: Mapping[str, Values], provenance: Mapping[str, Any]
+    source: CheckpointDir, replaced: Mapping[str, Values], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The provenance as JSON, after all has been refused that can be at once."""
     if foreign := [name for name in replaced if name not in source.tensors]:
         raise ValueError(
             f"replaced tensors must be tensors of '{source.path}', but "
-            f"{listed(foreign)} are not; it has {listed(source.tensors)}."
+            f"{listed(foreign)} are not; it has {listed(source.tensors)}"
         )
     for name, values in replaced.items():
         if not callable(values):
@@ -184,14 +187,14 @@ def _checked(
     if taken := [name for name in _OURS if name in provenance]:
         raise ValueError(
             f"{listed(taken)} are written by export itself; leave them out of the "
-            f"provenance."
+            f"provenance"
         )
     try:
         return json.loads(json.dumps(dict(provenance), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise type(error)(
             f"the provenance must be JSON-able without NaN ({error}); give numbers, "
-            f"strings, lists and dictionaries."
+            f"strings, lists and dictionaries"
         ) from None
 
 
@@ -199,7 +202,7 @@ def _check_kind(name: str, values: Any, info: TensorInfo) -> None:
     if np.shape(values) != info.shape:
         raise ValueError(
             f"replaced values must have the stored shape, but '{name}' is "
-            f"{info.shape} and got {np.shape(values)}; transpose them back."
+            f"{info.shape} and got {np.shape(values)}; transpose them back"
         )
     given = np.dtype(getattr(values, "dtype", None) or np.asarray(values).dtype)
     floating = jnp.issubdtype(given, jnp.floating)
@@ -208,12 +211,12 @@ def _check_kind(name: str, values: Any, info: TensorInfo) -> None:
     ):
         raise TypeError(
             f"replaced values must be floating like what is stored, but '{name}' is "
-            f"{info.dtype} and got {given}; cast them first."
+            f"{info.dtype} and got {given}; cast them first"
         )
 
 
 def _job(
-    source: Directory, replaced: Mapping[str, Values], told: Mapping[str, Any]
+    source: CheckpointDir, replaced: Mapping[str, Values], told: Mapping[str, Any]
 ) -> str:
     """What must be equal for a finished file of an earlier run to be of this one."""
     stats = {name: (source.path / name).stat() for name in source.metadata}
@@ -234,7 +237,7 @@ def _finished(partial: Path, job: str) -> dict[str, Any]:
             done = {
                 name: made
                 for name, made in state["done"].items()
-                if _digest(partial / name) == made["sha256"]
+                if _is_whole(partial / name, made["sha256"])
             }
     for path in partial.iterdir():
         if path.name not in (*done, _STATE):
@@ -242,16 +245,16 @@ def _finished(partial: Path, job: str) -> dict[str, Any]:
     return done
 
 
-def _within(source: Directory, file: str) -> Iterator[tuple[str, TensorInfo]]:
+def _within(source: CheckpointDir, file: str) -> Iterator[tuple[str, TensorInfo]]:
     return ((k, info) for k, info in source.tensors.items() if info.file == file)
 
 
 def _write_shard(
-    source: Directory,
+    source: CheckpointDir,
     file: str,
     partial: Path,
     replaced: Mapping[str, Values],
-    meter: _Meter,
+    advance: Callable[[str, int], None],
 ) -> dict[str, Any]:
     """Writes one file of weights: the old bytes, but for the tensors replaced."""
     counts = {}
@@ -264,7 +267,7 @@ def _write_shard(
                 counts[name] = {"zeros": zeros, "size": math.prod(info.shape)}
             else:
                 sink.copy(origin, info.offset + info.size)
-            meter(name, info.size)
+            advance(name, info.size)
         sink.copy(origin, end)
     return {"sha256": sink.digest, "tensors": counts}
 
@@ -281,7 +284,7 @@ def _put_values(sink: atomic.Sink, name: str, info: TensorInfo, values: Values) 
         if not np.isfinite(cast).all():
             raise ValueError(
                 f"replaced values must be finite, but '{name}' holds NaN or infinity "
-                f"as {info.dtype}; look at the method, or leave the tensor out."
+                f"as {info.dtype}; look at the method, or leave the tensor out"
             )
         cast[cast == 0] = 0
         zeros += cast.size - int(np.count_nonzero(cast))
@@ -322,25 +325,16 @@ def _record(
     }
 
 
-def _put_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON beside its place and renames it."""
-    beside = path.with_name(f"{path.name}.partial")
-    with atomic.Sink(beside) as sink:
-        sink.put(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    os.replace(beside, path)
-
-
-def _digest(path: Path) -> str | None:
-    """The SHA-256 of a file, or None where it cannot be read."""
+def _is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file can be read and is what was written."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return atomic.digest(path) == sha256
     except OSError:
-        return None
+        return False
 
 
 def _why_not_ours(path: Path) -> str | None:
-    """Why a folder must not be replaced: only an earlier result may be."""
+    """Why a directory must not be replaced: only an earlier result may be."""
     try:
         files = read_provenance(path)["files"]
     except (Unknown, Damaged):

@@ -8,7 +8,7 @@ Tensors are views of the mapped file. `Damaged` means that a file is not what it
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,7 +37,6 @@ DTYPES = {
 """NumPy's dtype for each of safetensors' codes, little-endian."""
 
 _LONGEST_JSON = 100_000_000
-_LISTED = 6
 
 
 class Damaged(ValueError):
@@ -45,7 +44,7 @@ class Damaged(ValueError):
 
 
 class Unknown(ValueError):
-    """A folder or file of another kind than the one that is read here."""
+    """A directory or file of another kind than the one that is read here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,21 +223,13 @@ def is_text(value: Any) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is that of a file in a folder, and leads nowhere else."""
+    """Whether a name is that of a file in a directory, and leads nowhere else."""
     return bool(name) and not {"/", "\\", "\0"} & set(name) and name not in (".", "..")
 
 
 def damaged(path: Path, what: str) -> Damaged:
     """The error of a file that is not what it says."""
-    return Damaged(f"'{path}' is damaged: {what}; bring the file back from a copy.")
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names, quoted, and how many more there are."""
-    names = list(names)
-    shown = ", ".join(f"'{name}'" for name in names[:_LISTED])
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return shown + more
+    return Damaged(f"'{path}' is damaged: {what}; bring the file back from a copy")
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
@@ -253,7 +244,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     if code not in DTYPES:
         raise Unknown(
             f"the dtypes read here are {', '.join(DTYPES)}, but '{name}' in '{path}' "
-            f"is {code}; save the model in one of them."
+            f"is {code}; save the model in one of them"
         )
     size = math.prod(shape) * DTYPES[code].itemsize
     if end - begin != size:

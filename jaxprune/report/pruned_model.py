@@ -4,7 +4,6 @@ What was not measured has no section. Names of tensors are read as layers and ki
 matrix: what stands behind the first number, "3.mlp.up_proj" being layer 3.
 """
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,17 +33,19 @@ def document(record: Mapping[str, Any]) -> str:
     Returns:
       One HTML page that loads nothing.
     """
-    parts = [
-        _opening(record),
-        _perplexity(record),
-        _layers(record),
-        _errors(record),
-        _samples(record),
-        _sizes(record),
-        _costs(record),
-        _making(record),
-    ]
-    return page.page("A pruned model", "\n".join(part for part in parts if part))
+    texts = (record.get("perplexity") or {}).values()
+    rows = [row for row in record.get("weights") or () if row.get("error") is not None]
+    return page.render(
+        "pruned_model.html",
+        title="A pruned model",
+        record=record,
+        headline=headline(record),
+        facts=_facts(record),
+        stages=[stage for stage in STAGES if all(stage in of for of in texts)],
+        zeros=_zeros(record),
+        errors=_errors({row["name"]: row["error"] for row in rows}),
+        worst=sorted(rows, key=lambda row: -row["error"])[:_WORST],
+    )
 
 
 def headline(record: Mapping[str, Any]) -> str:
@@ -61,11 +62,11 @@ def headline(record: Mapping[str, Any]) -> str:
         f"are gone by {record['method']}"
     )
     for name, of in (record.get("perplexity") or {}).items():
-        last = _last(of)
-        return (
-            f"{what}: perplexity on {name} went from {_number(of['dense'])} to "
-            f"{_number(of[last])}."
+        last = [stage for stage in STAGES if stage in of][-1]
+        before, after = (
+            page.perplexity(of[stage]["perplexity"]) for stage in ("dense", last)
         )
+        return f"{what}: perplexity on {name} went from {before} to {after}."
     return f"{what}."
 
 
@@ -144,8 +145,8 @@ def _place(name: str) -> tuple[int, str] | None:
     return (int(found[1]), found[2]) if found else None
 
 
-def _opening(record: Mapping[str, Any]) -> str:
-    """The headline and the few numbers that count."""
+def _facts(record: Mapping[str, Any]) -> dict[str, str]:
+    """The few numbers that count."""
     sizes = record["sizes"]
     asked = record["sparsity"]
     facts = {
@@ -154,52 +155,17 @@ def _opening(record: Mapping[str, Any]) -> str:
         "sparsity asked": f"{asked:.2%}" if isinstance(asked, float) else str(asked),
         "achieved": f"{record['achieved']:.4%}",
         "weights pruned": f"{sizes['size']:,}",
-        "compact file": _bytes(sizes["compact_bytes"]),
-        "time": _time(record["seconds"]),
+        "compact file": page.size(sizes["compact_bytes"]),
+        "time": page.duration(record["seconds"]),
         "device": record["device"],
     }
     if peak := record.get("peak_memory_bytes"):
-        facts["peak memory"] = _bytes(peak)
-    listed = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
-        for name, value in facts.items()
-    )
-    lead = html.escape(headline(record))
-    return f'<h1>A pruned model</h1>\n<p class="lead">{lead}</p>\n<dl>{listed}</dl>'
+        facts["peak memory"] = page.size(peak)
+    return facts
 
 
-def _perplexity(record: Mapping[str, Any]) -> str:
-    """Before and after, text by text."""
-    found = record.get("perplexity")
-    if not found:
-        return ""
-    stages = [s for s in STAGES if all(s in of for of in found.values())]
-    rows = [
-        [
-            name,
-            of["role"],
-            *(_cell(of[stage]) for stage in stages),
-            _number({"perplexity": of["by_frequency"]}),
-            f"{of['dense']['tokens']:,}",
-            str(of["context"]),
-            str(of["stride"] or "rows"),
-        ]
-        for name, of in found.items()
-    ]
-    header = ["text", "what it is", *stages, "by frequency"]
-    caption = (
-        "Perplexity, and below it nats per token, the same tokens in every column. By "
-        "frequency: what guessing each token by how often it occurs would have. Few "
-        "tokens make differences of a few percent mean little."
-    )
-    table = page.table([*header, "tokens", "context", "stride"], rows, caption)
-    begins = (record.get("calibration") or {}).get("bos")
-    note = f'<p class="note">{html.escape(f"Sequences begin with {begins}.")}</p>'
-    return f"<h2>Perplexity</h2>\n{table}{note if begins else ''}"
-
-
-def _layers(record: Mapping[str, Any]) -> str:
-    """How much of each matrix is zero."""
+def _zeros(record: Mapping[str, Any]) -> dict[str, Figure]:
+    """How much of each matrix is zero; nothing where no matrix has a layer."""
     tensors = record["tensors"]
     order = [
         row["name"] for row in record.get("weights") or () if row["name"] in tensors
@@ -210,132 +176,17 @@ def _layers(record: Mapping[str, Any]) -> str:
         if _place(name) is not None
     }
     if not shares:
-        return ""
-    drawn = layers(shares, logarithmic=False, title="% of each matrix that is zero")
-    caption = "Zeros of each pruned matrix, counted in what was written."
-    picture = page.picture({"zeros": drawn}, caption, wide=True)
-    return f"<h2>Sparsity by layer</h2>\n{picture}"
+        return {}
+    title = "% of each matrix that is zero"
+    return {"zeros": layers(shares, logarithmic=False, title=title)}
 
 
-def _errors(record: Mapping[str, Any]) -> str:
-    """What pruning did to each matrix's output."""
-    rows = [row for row in record.get("weights") or () if row.get("error") is not None]
-    if not rows:
-        return ""
-    parts = ["<h2>Error by layer</h2>"]
-    errors = {row["name"]: row["error"] for row in rows}
-    if any(_place(name) for name in errors):
-        title = "|X(W − V)|² / |XW|² of each matrix, on the first batch"
-        drawn = layers(errors, logarithmic=True, title=title)
-        caption = (
-            "How far each matrix's output is from that of the dense matrix on the same "
-            "input, the input being what the layers pruned before it give."
-        )
-        parts.append(page.picture({"errors": drawn}, caption, wide=True))
-    worst = sorted(rows, key=lambda row: -row["error"])[:_WORST]
-    table = [
-        [
-            row["name"],
-            " × ".join(map(str, row["shape"][-2:])),
-            f"{row['zeros'] / max(row['size'], 1):.2%}",
-            f"{row['error']:.3g}",
-            f"{row['damping']:.3g}" if row["damping"] else "",
-            f"{row['seconds']:.2f} s",
-        ]
-        for row in worst
-    ]
-    header = ["matrix", "in × out", "zeros", "error", "damping", "time"]
-    caption = f"The {len(worst)} largest errors; jaxprune.json has them all."
-    return "\n".join([*parts, page.table(header, table, caption)])
-
-
-def _samples(record: Mapping[str, Any]) -> str:
-    """Text before and after."""
-    texts = "".join(
-        f"<div><h3>{html.escape(sample['label'])}</h3>"
-        f"<pre>{html.escape(sample['text'].strip())}</pre></div>"
-        for sample in record.get("samples") or ()
-    )
-    if not texts:
-        return ""
-    return f'<h2>Text sampled before and after</h2>\n<div class="texts">{texts}</div>'
-
-
-def _sizes(record: Mapping[str, Any]) -> str:
-    """Bytes, as they are and packed."""
-    sizes = record["sizes"]
-    dense, packed = sizes["dense_bytes"], sizes["compact_bytes"]
-    rows = [
-        ["this folder's weights, dense with zeros", _bytes(dense), "100%"],
-        ["as a compact file", _bytes(packed), f"{packed / max(dense, 1):.1%}"],
-    ]
-    caption = (
-        "A compact file holds a bit for each weight and the weights that are left "
-        "(jaxprune compact). Zeros make no hardware faster by themselves."
-    )
-    return f"<h2>Size</h2>\n{page.table(['form', 'bytes', 'of dense'], rows, caption)}"
-
-
-def _costs(record: Mapping[str, Any]) -> str:
-    """Time and memory by phase."""
-    phases = record.get("phases")
-    if not phases:
-        return ""
-    rows = [
-        [of["name"], _time(of["seconds"]), _bytes(of["peak_memory_bytes"] or 0)]
-        for of in phases
-    ]
-    table = page.table(
-        ["phase", "time", "peak memory so far"], rows, "Compilation included."
-    )
-    return f"<h2>Time and memory</h2>\n{table}"
-
-
-def _making(record: Mapping[str, Any]) -> str:
-    """The command, the texts, the versions."""
-    parts = [
-        "<h2>How this was made</h2>",
-        f"<pre>{html.escape(record['command'])}</pre>",
-    ]
-    if used := record.get("calibration"):
-        rows = [
-            [of["name"], str(of["sequences"]), of["sha256"][:16]]
-            for of in used["files"]
-        ]
-        caption = (
-            f"Calibrated on {used['sequences']} sequences of {used['length']} tokens, "
-            f"seed {used['seed']}; all positions count."
-        )
-        header = ["text", "sequences", "SHA-256 begins"]
-        parts.append(page.table(header, rows, caption))
-    if again := record.get("retraining"):
-        losses = again["losses"]
-        text = (
-            f"Retrained for {again['steps']} steps of {again['batch']} sequences at "
-            f"{again['learning_rate']:g}, zeros held: loss of the first step "
-            f"{losses[0]:.4f}, of the last {losses[-1]:.4f}."
-        )
-        parts.append(f"<p>{html.escape(text)}</p>")
-    rows = [[name, version] for name, version in record["versions"].items()]
-    parts.append(page.table(["versions", ""], rows))
-    return "\n".join(parts)
-
-
-def _last(of: Mapping[str, Any]) -> str:
-    return [stage for stage in STAGES if stage in of][-1]
-
-
-def _cell(result: Mapping[str, Any]) -> str:
-    nats = result["nats"]
-    below = "not finite" if nats is None else f"{nats:.4f}"
-    return f"<td>{_number(result)}<small>{below}</small></td>"
-
-
-def _number(result: Mapping[str, Any]) -> str:
-    value = result["perplexity"]
-    if value is None:
-        return "infinite"
-    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
+def _errors(errors: Mapping[str, float]) -> dict[str, Figure]:
+    """What pruning did to each matrix's output; nothing where none has a layer."""
+    if not any(_place(name) for name in errors):
+        return {}
+    title = "|X(W − V)|² / |XW|² of each matrix, on the first batch"
+    return {"errors": layers(errors, logarithmic=True, title=title)}
 
 
 def _small(value: float) -> str:
@@ -343,17 +194,3 @@ def _small(value: float) -> str:
     if value == 0 or value >= 0.001:
         return f"{value:.2g}".removeprefix("0") or "0"
     return f"{value:.0e}".replace("e-0", "e-")
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} GB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -41,7 +41,7 @@ HALF = ("--sparsity", "0.5")
         (refused(*CALIBRATED, "--sparsity", "0.6", "--pattern", "2:4"), "exactly 0.5"),
         (refused(*CALIBRATED, "--pattern", "1:3"), "divisible by 3, got 32 at 'model"),
         (
-            refused(*CALIBRATED, "--pattern", "2:4", "--shares", "owl"),
+            refused(*CALIBRATED, "--pattern", "2:4", "--allocation", "owl"),
             "leaves the sparsity free",
         ),
         (refused(*HALF, "--method", "wanda"), "needs --calibration"),
@@ -65,14 +65,17 @@ HALF = ("--sparsity", "0.5")
         (refused(*CALIBRATED, *HALF, "--retrain-steps", "2"), "belong together"),
         (refused(*CALIBRATED, *HALF, "--prompt-steps", "80"), "context of 64"),
         (refused(*CALIBRATED, *HALF, out="model/in"), "apart"),
-        (refused(*CALIBRATED, *HALF, out="made"), "give --overwrite"),
-        (refused(*CALIBRATED, *HALF, out="a.txt"), "must be free"),
-        (refused(*CALIBRATED, *HALF, model="none"), "no folder 'none'"),
+        (
+            refused(*CALIBRATED, *HALF, out="made"),
+            "give overwrite if it is an earlier result",
+        ),
+        (refused(*CALIBRATED, *HALF, out="a.txt"), "must not destroy"),
+        (refused(*CALIBRATED, *HALF, model="none"), "no directory 'none'"),
         (refused(*HALF, "--calibration", "none.txt"), "there is no none.txt"),
         (refused(*HALF, "--calibration", "model/config.json"), "must end in .txt"),
         (
             refused(*HALF, "--calibration", "rows.npy", "--length", "8"),
-            "give --length 16",
+            "give length 16",
         ),
         (
             refused(*HALF, "--method", "magnitude", "--pattern", "4x4"),
@@ -185,5 +188,5 @@ def test_the_command_is_a_process_with_an_exit_code(place):
     command = [sys.executable, "-m", "jaxprune.cli", "inspect", "none", "--json"]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("jaxprune inspect: there is no folder 'none'")
+    assert done.stderr.startswith("jaxprune inspect: there is no directory 'none'")
     assert "Traceback" not in done.stderr

@@ -96,7 +96,7 @@ def test_perplexities_are_those_of_the_folders(place, pruned, stage):
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatch):
-    options = ["--method", "wanda", "--sparsity", "0.6", "--shares", "erk"]
+    options = ["--method", "wanda", "--sparsity", "0.6", "--allocation", "erk"]
     options += ["--calibration", place / "a.txt", "--prompt-steps", "0"]
     code, whole, _ = prune(capsys, place, "whole", *options)
     assert code == 0
@@ -212,7 +212,7 @@ def test_magnitude_is_measured_where_a_text_is_given(place, capsys):
     assert magnitude("0.5")[0] == 0
     code, found, err = magnitude("0.7")
     assert (code, found) == (1, None)
-    assert "--overwrite" in err
+    assert "give overwrite if" in err
     code, found, _ = magnitude("0.7", "--overwrite")
     assert code == 0
     rows = np.load(place / "other.npy")

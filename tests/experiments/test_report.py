@@ -12,7 +12,7 @@ import pytest
 
 from experiments.report import figures, sections, write_report
 from experiments.report import results as results_
-from jaxprune.report import canvas, page
+from jaxprune.report import canvas
 from tests.support.synthetic import Page, synthetic
 
 
@@ -188,31 +188,6 @@ def test_optional_parts_may_be_absent(tmp_path):
     text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
     assert "Text sampled" not in text
     assert "Bytes, FLOPs" not in text
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("old")
-    replace = page.os.replace
-
-    def full(source: Path, target: Path) -> None:
-        assert source.parent == target.parent
-        if target.name == "a.txt":
-            raise OSError(28, "No space left on device", str(target))
-        replace(source, target)
-
-    monkeypatch.setattr(page.os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        page.write_files({"b.txt": b"b", "a.txt": b"new"}, tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "a.txt": "old",
-        "b.txt": "b",
-    }
-
-
-def test_a_folder_that_is_a_file_is_an_error(tmp_path, results):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        page.write_files({"a.txt": b""}, tmp_path / "file")
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path):

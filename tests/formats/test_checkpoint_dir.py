@@ -160,7 +160,7 @@ def _weights_link_out(folder):
         (_both, "both model.safetensors and"),
         (_index_of_pickles, "lists 'pytorch_model.bin'; convert"),
         (_link_out, "'.*vocab.txt' is a link to '.*secret', outside"),
-        (_weights_link_out, "outside the model's folder"),
+        (_weights_link_out, "outside the model's directory"),
     ],
 )
 def test_what_is_no_model_directory_is_unknown(tmp_path, spoil, match):
@@ -174,7 +174,7 @@ def test_a_missing_folder_and_a_file_say_what_to_give(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
         open_directory("meta-llama/Llama-3.1-8B")
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(Unknown, match="is a file; give the folder"):
+    with pytest.raises(Unknown, match="is a file; give the directory"):
         open_directory(tmp_path / "model.safetensors")
 
 

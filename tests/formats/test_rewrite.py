@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.formats import atomic, rewrite
+from jaxprune.formats import atomic, compact, rewrite
 from jaxprune.formats.checkpoint_dir import Damaged, Unknown, open_directory
 from tests.support.hf_directories import (
     BFLOAT16,
@@ -231,7 +231,7 @@ def test_a_crash_anywhere_leaves_nothing_half_written(
         "shard": (atomic.Sink, "put"),
         "copy": (rewrite, "_copy"),
         "record": (rewrite, "_record"),
-        "sync": (atomic.manifest, "sync"),
+        "sync": (atomic, "sync"),
     }[failing]
     monkeypatch.setattr(where, name, crash)
     with pytest.raises(RuntimeError, match="crash"):
@@ -329,7 +329,7 @@ def test_sizes_count_zeros_and_the_compact_file(tmp_path):
     weight = np.array([0.0, -0.0, 1.0, 0.0] * 8, BFLOAT16)
     ones = np.ones_like(weight)
     source = open_directory(build(tmp_path / "m", {"a": weight, "b": ones}))
-    sizes = rewrite.sizes(source)
+    sizes = compact.sizes(source)
     assert (sizes.zeros, sizes.size, sizes.dense_bytes) == (24, 64, 128)
     assert sizes.by_tensor == {"a": (24, 32), "b": (0, 32)}
     # 32 bits of mask, and 16 weights that are not +0; b is dense.
@@ -369,11 +369,11 @@ def test_a_killed_process_leaves_no_lock_and_no_result(tmp_path):
     build(tmp_path / "m", llama(), 2)
     code = f"""
 import os, sys
-from jaxprune import directory, export
-source = directory.open_directory({str(tmp_path / "m")!r})
+from jaxprune.formats import checkpoint_dir, rewrite
+source = checkpoint_dir.open_directory({str(tmp_path / "m")!r})
 name = list(source.tensors)[-1]
 new = {{name: lambda: os._exit(9)}}
-export.write(source, {str(tmp_path / "out")!r}, new, provenance={{}}, resume=True)
+rewrite.write(source, {str(tmp_path / "out")!r}, new, provenance={{}}, resume=True)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert sorted(os.listdir(tmp_path)) == [".out.partial", "m"]

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxprune.arrays.lazy import LazyArray
-from jaxprune.formats.checkpoint_dir import Directory
+from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models.hf.families.family import Family
 from jaxprune.models.hf.tensor_names import Source, listed
 
@@ -62,7 +62,7 @@ def placement(shardings: Shardings | None, mesh: jax.sharding.Mesh | None) -> Sh
 
 
 def stored_leaves(
-    directory: Directory,
+    directory: CheckpointDir,
     names: Mapping[str, Source],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: Dtype | None,
@@ -143,7 +143,7 @@ def sources(family: Family, model: nnx.Module) -> dict[str, Source]:
     }
 
 
-def common_dtype(directory: Directory, names: Mapping[str, Source]) -> Dtype:
+def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
     """The compute dtype that suits a folder: bfloat16 where most weights are in it.
 
     Args:
@@ -160,7 +160,7 @@ def common_dtype(directory: Directory, names: Mapping[str, Source]) -> Dtype:
 
 
 def _stored(
-    directory: Directory,
+    directory: CheckpointDir,
     source: Source,
     shape: tuple[int, ...],
     dtype: Dtype | None,
@@ -185,7 +185,7 @@ def read_dtype(source: Source, dtype: Dtype | None) -> np.dtype:
 
 
 def _part(
-    directory: Directory, source: Source, index: tuple[slice, ...], dtype: np.dtype
+    directory: CheckpointDir, source: Source, index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
     """A copy of a part of a leaf, made block by block so that few pages are in use."""
     stored = directory.tensors[source.name]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.formats.checkpoint_dir import Damaged, Directory, Unknown
+from jaxprune.formats.checkpoint_dir import Damaged, CheckpointDir, Unknown
 from jaxprune.models.hf.families.family import Family
 
 _FLOATING = ("float32", "bfloat16", "float16", "float64")
@@ -34,7 +34,7 @@ class Source(NamedTuple):
 
 
 def match(
-    directory: Directory,
+    directory: CheckpointDir,
     family: Family,
     leaves: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Source]:
@@ -90,7 +90,7 @@ def match(
 
 
 def _refuse(
-    directory: Directory,
+    directory: CheckpointDir,
     unknown: list[str],
     missing: list[str],
     doubled: list[str],
@@ -115,7 +115,7 @@ def _refuse(
         )
 
 
-def _check_copy(directory: Directory, embedding: str, copy: str) -> None:
+def _check_copy(directory: CheckpointDir, embedding: str, copy: str) -> None:
     """Refuses a second copy of the embedding that has other bits."""
     one, other = directory.tensors[embedding], directory.tensors[copy]
     if (one.dtype, one.shape) == (other.dtype, other.shape):

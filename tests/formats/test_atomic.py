@@ -1,0 +1,76 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxprune.formats import atomic
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("old")
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        assert source.parent == target.parent
+        if target.name == "a.txt":
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.replace_files(tmp_path, {"b.txt": b"b", "a.txt": b"new"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a.txt": "old",
+        "b.txt": "b",
+    }
+
+
+def test_a_directory_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        atomic.replace_files(tmp_path / "file", {"a.txt": b""})
+
+
+def test_json_that_is_no_json_leaves_the_old_file(tmp_path):
+    atomic.replace_json(tmp_path / "a.json", {"loss": 0.5})
+    for wrong in ({"loss": np.nan}, {"loss": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            atomic.replace_json(tmp_path / "a.json", wrong)
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"loss": 0.5}
+
+
+def test_a_job_goes_on_in_its_own_directory_and_another_is_refused(tmp_path):
+    path = tmp_path / "new" / "job.json"
+    job = {"sizes": (1, 2), "data": {"seed": 0}}
+    assert not atomic.begin_or_resume(path, job)
+    assert atomic.begin_or_resume(path, job)
+    with pytest.raises(ValueError, match=r"new' belongs to another job: data.seed was"):
+        atomic.begin_or_resume(path, {**job, "data": {"seed": 1}})
+    for damaged in ("{", "[1]", ""):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"job.json' must say which job"):
+            atomic.begin_or_resume(path, job)
+
+
+def test_every_difference_between_two_jobs_is_named():
+    found = atomic.differences({"a": 1, "b": {"c": [1]}}, {"b": {"c": (1, 2)}, "d": 0})
+    assert found == [
+        "a was 1 and is 'absent'",
+        "b.c was [1] and is [1, 2]",
+        "d was 'absent' and is 0",
+    ]
+
+
+def test_a_directory_is_held_by_one_at_a_time(tmp_path):
+    run = tmp_path / "run"
+    with (
+        atomic.locked(run),
+        pytest.raises(OSError, match="another run writes to"),
+        atomic.locked(run),
+    ):
+        pass
+    with atomic.locked(run):
+        pass
