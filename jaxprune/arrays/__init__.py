@@ -2,9 +2,11 @@
 
 __all__ = [
     "axes",
+    "console_progress",
     "exact_sum",
     "lazy",
     "low_bit",
+    "messages",
     "placement",
     "processes",
     "tree",

@@ -1,0 +1,95 @@
+"""How far a long job is: a bar on a terminal, a line now and then anywhere else."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+# Seconds between two lines; a job that is shorter writes none.
+_SECONDS = 10.0
+
+
+class Progress:
+    """Shows on stderr how much of a job is done; a context.
+
+    Example:
+      >>> with Progress(2, "pruning", unit="segment") as progress:
+      ...     for name in ("up", "down"):
+      ...         progress.note(name)
+      ...         progress.update()
+    """
+
+    def __init__(
+        self,
+        total: int,
+        what: str,
+        *,
+        unit: str = "step",
+        done: int = 0,
+        shown: bool = True,
+        leave: bool = True,
+    ) -> None:
+        """Begins to count.
+
+        Args:
+          total: how much there is to do.
+          what: is done, "pruning" say.
+          unit: of what, in the singular; "B" counts bytes.
+          done: how much was done before.
+          shown: whether to show anything.
+          leave: whether a finished bar stays on the terminal.
+        """
+        self._what, self._unit, self._note = what, unit, ""
+        self._total, self._done, self._before = total, done, done
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=what,
+            unit=unit,
+            unit_scale=unit == "B",
+            leave=leave,
+            disable=None if shown else True,  # None: where stderr is no terminal
+        )
+        self._lines = shown and bool(self._bar.disable)
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        """Returns the object itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
+
+    def note(self, text: str) -> None:
+        """Says what is being done, behind the numbers."""
+        self._note = text
+        self._bar.set_postfix_str(text)
+
+    def update(self, count: int = 1) -> None:
+        """Takes so much more as done."""
+        self._done += count
+        self._bar.update(count)
+        now = time.monotonic()
+        if self._lines and now - self._last >= _SECONDS:
+            self._last = now
+            print(self._line(now - self._start), file=sys.stderr, flush=True)
+
+    def _line(self, seconds: float) -> str:
+        """What is done, what is left and about how long that will take."""
+        done, total = str(self._done), f"{self._total} {self._unit}s"
+        if self._unit == "B":
+            done, total = (
+                tqdm.format_sizeof(x, "B") for x in (self._done, self._total)
+            )
+        rate = (self._done - self._before) / seconds
+        left = "unknown"
+        if rate > 0:
+            left = tqdm.format_interval((self._total - self._done) / rate)
+        note = f" ({self._note})" if self._note else ""
+        spent = tqdm.format_interval(seconds)
+        return f"{self._what}: {done} of {total}{note}, {spent} spent, {left} left"
