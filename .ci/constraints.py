@@ -3,7 +3,7 @@
     python .ci/constraints.py write FILE    what is installed here, as pip constraints
     python .ci/constraints.py check FILE    that what is installed here is what FILE says
 
-constraints/oldest.txt (Python 3.11) holds the lower bounds of pyproject.toml, and
+constraints/oldest.txt (Python 3.11) holds the lower bounds of pyproject.toml,
 constraints/newest.txt (later Pythons) the newest releases when it was written.
 To renew them: install without `-c`, run the full suite, then `write`.
 """
@@ -51,7 +51,7 @@ def problems(path: Path) -> list[str]:
     """What differs, a sentence each."""
     pins = pinned(path)
     found = [
-        f"{name} {version} is installed, but {path} has {pins.get(name, 'no pin of it')}"
+        f"{name} {version} is installed, but {path} pins {pins.get(name, 'nothing')}"
         for name, version in installed().items()
         if pins.get(name) != version
     ]
@@ -68,7 +68,7 @@ def problems(path: Path) -> list[str]:
 def main(verb: str, path: Path) -> int:
     """Writes or checks; returns the exit code."""
     if verb == "write":
-        head = HEAD.format("%d.%d" % sys.version_info[:2], path)
+        head = HEAD.format(f"{sys.version_info[0]}.{sys.version_info[1]}", path)
         pins = "".join(f"{name}=={version}\n" for name, version in installed().items())
         path.write_text(head + pins)
         return 0

@@ -1,4 +1,4 @@
-"""Prune any trained JAX function: it is traced, calibrated and solved layer by layer."""
+"""Prune any trained JAX function: traced, calibrated and solved layer by layer."""
 
 import jax
 import jax.numpy as jnp

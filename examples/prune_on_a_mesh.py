@@ -47,4 +47,6 @@ params, _ = train(
     jp.keep_masks(optax.adamw(1e-3), masks), jp.masks.apply(params, masks), 20
 )
 print(f"loss {loss(params):.4f}, sparsity {jp.sparsity(params).total:.1%}")
-print("up lies as", params["up"].sharding.spec, "its mask as", masks["up"].sharding.spec)
+print(
+    "up lies as", params["up"].sharding.spec, "its mask as", masks["up"].sharding.spec
+)

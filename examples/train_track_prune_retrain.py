@@ -43,7 +43,9 @@ params = {
     },
     "head": {"kernel": jax.random.normal(keys[2], (64, 4)) / 8},
 }
-params, state = train(optax.chain(optax.adamw(1e-2), jp.track_importance()), params, 500)
+params, state = train(
+    optax.chain(optax.adamw(1e-2), jp.track_importance()), params, 500
+)
 print(f"dense:     loss {loss(params):.4f}")
 
 scores = jp.scores.trajectory(params, jp.get_importance(state))

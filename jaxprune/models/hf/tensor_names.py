@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.formats.checkpoint_dir import Damaged, CheckpointDir, Unknown
+from jaxprune.formats.checkpoint_dir import CheckpointDir, Damaged, Unknown
 from jaxprune.models.hf.families.family import Family
 
 _FLOATING = ("float32", "bfloat16", "float16", "float64")
