@@ -1,7 +1,7 @@
 """Pins of the environments that .ci/run installs: written once, checked in every run.
 
-    python .ci/constraints.py write FILE    what is installed here, as pip constraints
-    python .ci/constraints.py check FILE    that what is installed here is what FILE says
+    python .ci/constraints.py write FILE    what this environment has, as constraints
+    python .ci/constraints.py check FILE    that this environment is what FILE says
 
 constraints/oldest.txt (Python 3.11) holds the lower bounds of pyproject.toml,
 constraints/newest.txt (later Pythons) the newest releases when it was written.

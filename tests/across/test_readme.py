@@ -21,7 +21,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def _blocks():
-    """ "page:line" to (page, line, source) of each block of Python."""
+    """Name ("page:line") to (page, line, source) of each block of Python."""
     for page in PAGES:
         text = page.read_text()
         for found in _BLOCK.finditer(text):
