@@ -7,5 +7,6 @@ __all__ = [
     "low_bit",
     "placement",
     "processes",
+    "sparsity",
     "tree",
 ]

@@ -199,8 +199,8 @@ def exact(
     low, high = -1.0, 1.0
     for _ in range(64):
         middle = (low + high) / 2
-        removed = (np.clip(shares + middle, 0, 1) * sizes).sum()
-        low, high = (middle, high) if removed < goal else (low, middle)
+        pruned = (np.clip(shares + middle, 0, 1) * sizes).sum()
+        low, high = (middle, high) if pruned < goal else (low, middle)
     ends = np.cumsum(np.clip(shares + high, 0, 1) * sizes)
     counts = np.diff(np.minimum(np.rint(ends), goal), prepend=0)
     counts[-1] += goal - counts.sum()
