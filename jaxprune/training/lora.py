@@ -50,10 +50,13 @@ class LoraState(NamedTuple):
       inner: the wrapped optimizer's state; its parameters are the adapters.
     """
 
-    importance_fields = ()  # the moments inside are of factors, not of weights
-
     adapters: Any
     inner: optax.OptState
+
+    @property
+    def importance_fields(self) -> tuple[str, ...]:
+        """None: the moments inside are of factors, not of weights."""
+        return ()
 
 
 def lora(
