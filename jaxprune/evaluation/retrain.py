@@ -55,7 +55,8 @@ def retrain(
     leaves, structure = jax.tree.flatten(params)
     places = [i for i, name in enumerate(tree.names(params)) if name in names]
     dtypes = [leaves[i].dtype for i in places]
-    trained = [leaves[i].astype(np.float32) for i in places]
+    # Copies: a step gives up the arrays that it is given.
+    trained = [jnp.array(leaves[i], np.float32) for i in places]
     frozen = [None if i in places else leaf for i, leaf in enumerate(leaves)]
     masks = [leaf != 0 for leaf in trained]
     tx = keep_masks(

@@ -1,4 +1,5 @@
 import re
+import runpy
 import subprocess
 import sys
 
@@ -184,6 +185,16 @@ def test_the_likeliest_words_follow_a_prompt(place, capsys):
     assert found["tokens"] == [11, 12, 13, 14, 15]
 
 
+def test_the_module_is_the_command(place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxprune", "inspect", "none", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("jaxprune.cli", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (1, "")
+    assert err.startswith("jaxprune inspect: there is no directory 'none'")
+
+
+@pytest.mark.full
 def test_the_command_is_a_process_with_an_exit_code(place):
     command = [sys.executable, "-m", "jaxprune.cli", "inspect", "none", "--json"]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True)

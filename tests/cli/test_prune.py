@@ -95,6 +95,7 @@ def test_perplexities_are_those_of_the_folders(place, pruned, stage):
     assert record["perplexity"]["a.txt"]["bos"] is True
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatch):
     options = ["--method", "wanda", "--sparsity", "0.6", "--allocation", "erk"]
     options += ["--calibration", place / "a.txt", "--prompt-steps", "0"]
@@ -130,6 +131,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatc
     assert not (place / ".again.work").exists()
 
 
+@pytest.mark.full
 def test_retraining_moves_what_is_kept_and_nothing_else(place, pruned, capsys):
     code, found, _ = prune(
         capsys, place, "retrained", *WANDA, "--calibration", place / "rows.npy",
@@ -152,6 +154,7 @@ def test_retraining_moves_what_is_kept_and_nothing_else(place, pruned, capsys):
             np.testing.assert_array_equal(after[name], value)
 
 
+@pytest.mark.full
 def test_what_is_measured_is_what_is_written(place, tmp_path, capsys):
     tiny_cli.model(tmp_path / "half", "bfloat16")
     code, found, _ = run(
