@@ -44,7 +44,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Prunes, compares, prints."""
-    loaded = hf.load(config.model, dtype="float32", stored=True)
+    loaded = hf.load(config.model, dtype="float32", lazy=True)
     graphdef, params = nnx.split(loaded.model, nnx.Param)
     ids = np.load(config.calibration)
     batches = (

@@ -80,7 +80,7 @@ def main(config: Config) -> None:
     costs = {name: Cost() for name in ("load", "prune", "evaluate")}
     ids = np.load(config.calibration)
     with costs["load"]:
-        loaded = hf.load(config.model, dtype="float32", stored=True)
+        loaded = hf.load(config.model, dtype="float32", lazy=True)
         graphdef, params = nnx.split(loaded.model, nnx.Param)
     texts = {k: np.load(v) for k, v in (x.split("=", 1) for x in config.evaluate)}
     perplexities: dict[str, dict[str, float]] = {}

@@ -25,7 +25,7 @@ import jaxprune as jp
 from benchmarks import measure
 from experiments.harness import device_mesh
 from jaxprune.models.decoder.model import nats
-from jaxprune.models.hf.vision_family import vision_config
+from jaxprune.models.hf import vision_config
 from jaxprune.models.phi3_vision import Phi3Vision, Phi3VisionConfig, unused
 
 # As published, but for the factors of the long rope, which change no shape.
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
     """Prints one JSON line, in it a row for each mesh and storage."""
     rows = []
     shape = vision_config({**PUBLISHED, "num_hidden_layers": config.layers})
-    shape = shape.computed("bfloat16")
+    shape = shape.with_dtype("bfloat16")
     for mesh in config.meshes:
         for storage in config.storages:
             rows.append(compiled(config, shape, mesh, storage))

@@ -25,7 +25,7 @@ from experiments.tasks import picture_checkpoint, picture_model
 from experiments.tasks.pictures import PictureTask, VisionModel, without_gradient
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.formats import atomic
-from jaxprune.models.hf.vision_family import vision_config
+from jaxprune.models.hf import vision_config
 
 Part = Literal["all", "decoder", "tower"]
 FROZEN = {
@@ -239,7 +239,7 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
     shape = dataclasses.replace(shape, crops=config.crops or crops)
     return PictureTask(
         VisionModel(
-            shape.computed(config.dtype),
+            shape.with_dtype(config.dtype),
             start=folder and folder.read,
             remat=config.checkpointing,
         ),

@@ -1,8 +1,8 @@
 """Every test sees eight CPU devices and no silent broadcasting.
 
 The variables are set before the first `import jax`; processes that tests start inherit
-them. An accelerator's tests run with `JAX_PLATFORMS=cuda python -m pytest -m gpu`: what
-is already chosen is left alone (of two equal XLA flags the last one counts).
+them. An accelerator's tests run with `JAX_PLATFORMS=cuda python -m pytest -n0 -m gpu`:
+what is already chosen is left alone (of two equal XLA flags the last one counts).
 """
 
 import importlib.util

@@ -14,9 +14,8 @@ import jaxprune as jp
 from experiments.harness import device_mesh
 from experiments.tasks.pictures import Tokenizer
 from jaxprune.formats import rewrite
-from jaxprune.formats.checkpoint_dir import open_directory
-from jaxprune.models.hf import loading_vision
-from jaxprune.models.hf.tensor_names import Source
+from jaxprune.formats.checkpoint_dir import Unknown, open_directory
+from jaxprune.models import hf
 from jaxprune.models.phi3_vision import Phi3VisionConfig
 from jaxprune.typing import Params
 
@@ -55,8 +54,11 @@ def opened(path: Path, mesh: Mesh | None) -> Folder:
     """
     if jax.process_count() > 1:
         raise ValueError("a folder is fine-tuned by one process; start one alone")
-    loaded = loading_vision.load(path, dtype="float32", stored=True)
-    words = loading_vision.tokenizer(path)
+    kind = open_directory(path).config.get("model_type")
+    if kind != "phi3_v":
+        raise Unknown(f"'{path}': model_type must be phi3_v, got {kind!r}")
+    loaded = hf.load(path, dtype="float32", lazy=True)
+    words = hf.load_tokenizer(path)
     tokenizer = Tokenizer(
         encode=lambda text: words.encode(text, bos=False),
         decode=words.decode,
@@ -80,9 +82,7 @@ def opened(path: Path, mesh: Mesh | None) -> Folder:
 
 
 def _read(path: Path, mesh: Mesh | None) -> Params:
-    model = loading_vision.load(
-        path, dtype="float32", shardings=_places(path, mesh)
-    ).model
+    model = hf.load(path, dtype="float32", shardings=_places(path, mesh)).model
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
@@ -92,14 +92,12 @@ def _places(
     """The sharding of each leaf, by its name."""
     if mesh is None:
         return None
-    loaded = loading_vision.load(path, stored=True)
-    shapes = nnx.to_pure_dict(
-        nnx.state(loading_vision.abstract(loaded.config), nnx.Param)
-    )
+    loaded = hf.load(path, lazy=True)
+    shapes = nnx.to_pure_dict(nnx.state(hf.abstract(loaded.config), nnx.Param))
     places = jp.tree.named_leaves(device_mesh.shardings(shapes, mesh))
     return lambda name, shape: places[name]
 
 
-def _as_stored(leaf: jax.Array, source: Source) -> np.ndarray:
+def _as_stored(leaf: jax.Array, source: hf.Source) -> np.ndarray:
     array = np.asarray(leaf)
     return array.T if source.transposed else array

@@ -26,14 +26,14 @@ _UNPRUNABLE = re.compile(
 )
 
 
-def is_masked(node: Any) -> bool:
+def is_excluded(node: Any) -> bool:
     """Whether a node stands for a leaf that was left out (`optax.MaskedNode()`)."""
     return isinstance(node, MaskedNode)
 
 
 def is_leaf(node: Any) -> bool:
-    """Whether a node counts as one leaf: left out, or held as `storage.Int8`."""
-    return is_masked(node) or is_int8(node)
+    """Whether a node counts as one leaf: left out, or held as `low_bit.Int8`."""
+    return is_excluded(node) or is_int8(node)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
       {'mlp/0': 1.0, 'mlp/1': 2.0}
     """
     pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    return {_name(path): leaf for path, leaf in pairs}
+    return {name_of(path): leaf for path, leaf in pairs}
 
 
 def names(tree: Any) -> list[str]:
@@ -154,8 +154,8 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     wrong = [
         f"{name!r} ({jnp.shape(given[name])} for {jnp.shape(leaf)})"
         for name, leaf in wanted.items()
-        if not is_masked(given[name])
-        and not is_masked(leaf)
+        if not is_excluded(given[name])
+        and not is_excluded(leaf)
         and jnp.shape(given[name]) != jnp.shape(leaf)
     ]
     if wrong:
@@ -264,7 +264,8 @@ def _count_nonzero(leaf: jax.Array) -> jax.Array:
     return jnp.sum(leaf != 0, dtype=np.uint32)
 
 
-def _name(path: Sequence[Any]) -> str:
+def name_of(path: Sequence[Any]) -> str:
+    """The path name of a leaf, from what JAX gives as its path."""
     wrapped = path and getattr(path[-1], "name", None) == "value"
     return jax.tree_util.keystr(
         tuple(path[:-1] if wrapped else path), simple=True, separator="/"

@@ -70,7 +70,7 @@ class Evaluate(models.ModelOptions):
 
 def needed_tokenizer(model: Path, files: tuple[Path, ...]) -> hf.Tokenizer | None:
     """The model's tokenizer, or None where all files hold token ids."""
-    return None if all(map(texts.is_ids, files)) else hf.tokenizer(model)
+    return None if all(map(texts.is_ids, files)) else hf.load_tokenizer(model)
 
 
 def named(paths: tuple[Path, ...]) -> list[str]:

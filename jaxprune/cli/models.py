@@ -74,7 +74,12 @@ def find(path: Path, options: ModelOptions) -> Model:
     mesh = None
     if options.shard:
         mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
-    loaded = hf.load(path, dtype=options.dtype, mesh=mesh, stored=True)
+    loaded = hf.load(path, dtype=options.dtype, mesh=mesh, lazy=True)
+    if not isinstance(loaded.config, DecoderConfig):
+        raise ValueError(
+            f"the command runs language models, got '{path}', which sees pictures; "
+            "jaxprune.models.hf.load reads it"
+        )
     graphdef, params = nnx.split(loaded.model, nnx.Param)
     return Model(graphdef, params, loaded.config, loaded.names)
 

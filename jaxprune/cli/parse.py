@@ -15,7 +15,7 @@ from jaxprune.posttraining import methods
 from jaxprune.typing import Pattern
 
 Allocation: TypeAlias = Literal["layer", "erk", "owl"]
-ALLOCATIONS: dict[Allocation, allocation.Shares] = {
+ALLOCATIONS: dict[Allocation, allocation.Rule] = {
     "layer": allocation.Uniform(),
     "erk": allocation.ERK(),
     "owl": allocation.OWL(),

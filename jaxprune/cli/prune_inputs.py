@@ -12,7 +12,6 @@ from jaxprune.cli.prune_options import Job
 from jaxprune.evaluation import perplexity, texts
 from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models import hf
-from jaxprune.models.hf.families import decoder_config
 
 
 class Ready(NamedTuple):
@@ -53,7 +52,7 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
       ValueError: the model is not understood, or the texts do not fit it.
       OSError: a file cannot be read.
     """
-    config = decoder_config(source.config)[0]
+    config = hf.decoder_config(source.config)
     if job.length > config.context:
         raise ValueError(
             f"--length must be at most the model's context {config.context}, got "
@@ -62,7 +61,7 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
     files = (*job.calibration, *job.evaluate, *job.retrain_text)
     tokenizer = needed_tokenizer(job.model, files)
     if tokenizer is None and (source.path / "tokenizer.json").is_file():
-        known: hf.Tokenizer | None = hf.tokenizer(job.model)
+        known: hf.Tokenizer | None = hf.load_tokenizer(job.model)
     else:
         known = tokenizer
     begins = models.beginning(tokenizer, job)

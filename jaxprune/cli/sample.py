@@ -38,7 +38,7 @@ class Sample(models.ModelOptions):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Draws the text."""
-        tokenizer = hf.tokenizer(self.model)
+        tokenizer = hf.load_tokenizer(self.model)
         begins = models.beginning(tokenizer, self)
         prompt = start(tokenizer, self.prompt, begins.token)
         tokens = continued(

@@ -46,37 +46,37 @@ def generate(
     `steps` and `top_k`; another temperature or other parameters reuse it.
 
     Args:
-        model: a `GPT` (called without dropout), a `Decoder` or a `Phi3Vision`.
-        prompt: integers (batch, time) in [0, vocab_size), at least one a row; below 0
-            where a picture is.
-        steps: number of tokens to draw, 0 or more.
-        key: decides the draws; not read at temperature 0.
-        temperature: 0 takes the likeliest token (the first of equals), 1 follows the
-            model, more is more random.
-        top_k: how many of the likeliest tokens may be drawn (of equals the first);
-            None allows all.
-        sliding: whether a text longer than the context is continued from its last
-            `context` tokens, instead of refused.
-        pictures: for a `Phi3Vision`, `(prompt.pixels, prompt.sources[None])`
-            of a `pictures.Prompt`; looked at once. Rows of one batch share the pixels,
-            behind each other, and their sources count on: `pictures.together`.
+      model: a `GPT` (called without dropout), a `Decoder` or a `Phi3Vision`.
+      prompt: integers (batch, time) in [0, vocab_size), at least one a row; below 0
+        where a picture is.
+      steps: number of tokens to draw, 0 or more.
+      key: decides the draws; not read at temperature 0.
+      temperature: 0 takes the likeliest token (the first of equals), 1 follows the
+        model, more is more random.
+      top_k: how many of the likeliest tokens may be drawn (of equals the first);
+        None allows all.
+      sliding: whether a text longer than the context is continued from its last
+        `context` tokens, instead of refused.
+      pictures: for a `Phi3Vision`, `(prompt.pixels, prompt.sources[None])`
+        of a `pictures.Prompt`; looked at once. Rows of one batch share the pixels,
+        behind each other, and their sources count on: `pictures.together`.
 
     Returns:
-        The prompt and its continuation, int32 (batch, time + steps).
+      The prompt and its continuation, int32 (batch, time + steps).
 
     Raises:
-        TypeError: the prompt is not made of integers.
-        ValueError: the prompt is not (batch, time >= 1), holds a token outside the
-            vocabulary, is too long with its continuation, or another argument is
-            outside its range; pictures for a model that sees none, of another shape
-            than the prompt, or with `sliding`.
+      TypeError: the prompt is not made of integers.
+      ValueError: the prompt is not (batch, time >= 1), holds a token outside the
+        vocabulary, is too long with its continuation, or another argument is
+        outside its range; pictures for a model that sees none, of another shape
+        than the prompt, or with `sliding`.
 
     Example:
-        >>> from jaxprune.models.gpt import GPT, preset
-        >>> model = GPT(preset("cpu", vocab_size=65), rngs=nnx.Rngs(0))
-        >>> prompt = jnp.zeros((2, 3), jnp.int32)
-        >>> generate(model, prompt, steps=5, key=jax.random.key(0)).shape
-        (2, 8)
+      >>> from jaxprune.models.gpt import GPT, preset
+      >>> model = GPT(preset("cpu", vocab_size=65), rngs=nnx.Rngs(0))
+      >>> prompt = jnp.zeros((2, 3), jnp.int32)
+      >>> generate(model, prompt, steps=5, key=jax.random.key(0)).shape
+      (2, 8)
     """
     config = model.config.decoder if isinstance(model, Phi3Vision) else model.config
     _check_pictures(model, prompt, pictures, sliding)

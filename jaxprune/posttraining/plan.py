@@ -14,8 +14,8 @@ import numpy as np
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.lazy import Leaves, array
 from jaxprune.graph.linear_ops import Product
-from jaxprune.masking import counts as allocate
-from jaxprune.masking.allocation import Shares, Uniform, Weight
+from jaxprune.masking import allocation, patterns
+from jaxprune.masking.allocation import Allocation, Rule, Weight
 from jaxprune.masking.patterns import PerOutput, Unstructured
 from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining.calibration import Moments
@@ -30,14 +30,14 @@ class Plan(NamedTuple):
       method: how a matrix is solved.
       pattern: which weights live and die together.
       sparsity: what was asked for.
-      shares: how it was shared out.
+      rule: how it was shared out.
       removed: name of the weight to the units that go from each of its matrices.
     """
 
     method: Method
     pattern: Pattern
     sparsity: float | Mapping[str, float] | None
-    shares: Shares
+    rule: Rule
     removed: dict[str, list[int]]
 
     def facts(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
             "method": repr(self.method),
             "pattern": repr(self.pattern),
             "sparsity": self.sparsity,
-            "shares": type(self.shares).__name__,
+            "allocation": repr(self.rule),
             "removed": {name: sum(counts) for name, counts in self.removed.items()},
         }
 
@@ -122,8 +122,8 @@ def planned(
     leaves: Leaves,
     method: Method,
     sparsity: float | Mapping[str, float] | None,
-    pattern: Pattern | None,
-    shares: Shares,
+    pattern: Pattern | str | None,
+    shared: Allocation,
     moments: Callable[[], Mapping[str, Moments]],
 ) -> Plan:
     """Decides how much of each weight goes.
@@ -134,8 +134,8 @@ def planned(
       method: how a matrix is solved.
       sparsity: the share to remove, or {glob: share}, or None.
       pattern: which weights live and die together, or None for the method's own.
-      shares: how the sparsity is shared out.
-      moments: gives the dense model's, called where the shares need them.
+      shared: how the sparsity is shared out.
+      moments: gives the dense model's, called where the rule needs them.
 
     Returns:
       The plan.
@@ -144,7 +144,8 @@ def planned(
       ValueError: something does not fit; the sentence names the weights.
     """
     weights = {p.name: p for p in products if p.use == 0}
-    pattern = method.pattern if pattern is None else pattern
+    pattern = patterns.named(method.pattern if pattern is None else pattern)
+    agreed, rule = allocation.agreed(sparsity, pattern, shared)
     problems = [
         f"{why} at '{name}'"
         for name, p in weights.items()
@@ -158,15 +159,14 @@ def planned(
     for inputs, outputs in {p.shape[1:] for p in weights.values()}:
         _try(method, pattern, inputs, outputs)
     units = {name: _units(pattern, p) for name, p in weights.items()}
-    if isinstance(sparsity, Mapping) or pattern.sparsity is not None:
-        counts = _by_rule(sparsity, pattern, shares, units)
-    else:
-        counts = _by_shares(sparsity, pattern, shares, weights, units, leaves, moments)
+    seen = moments() if rule.needs_inputs else {}
+    known = [_known(p, leaves, seen.get(name)) for name, p in weights.items()]
+    counts = allocation.counts(agreed, rule, known, list(units.values()))
     removed = {
         name: _spread(count, weights[name].shape[0])
         for name, count in zip(weights, counts, strict=True)
     }
-    return Plan(method, pattern, sparsity, shares, removed)
+    return Plan(method, pattern, sparsity, rule, removed)
 
 
 def _try(method: Method, pattern: Pattern, inputs: int, outputs: int) -> None:
@@ -179,56 +179,17 @@ def _try(method: Method, pattern: Pattern, inputs: int, outputs: int) -> None:
     )
 
 
-def _by_rule(
-    sparsity: float | Mapping[str, float] | None,
-    pattern: Pattern,
-    shares: Shares,
-    units: Mapping[str, int],
-) -> list[int]:
-    """Counts where a pattern or rules by name fix the shares."""
-    fixed = pattern.sparsity
-    if not isinstance(shares, Uniform):
-        raise ValueError(
-            f"allocation={type(shares).__name__}(...) needs one sparsity and a pattern "
-            f"that leaves it free, got sparsity={sparsity} and {pattern}; leave shares "
-            "out"
-        )
-    if fixed is not None and sparsity is not None and sparsity != fixed:
-        raise ValueError(
-            f"{pattern} removes exactly {fixed:.4g} of each weight, but "
-            f"sparsity={sparsity} was asked for; leave the sparsity out"
-        )
-    asked = sparsity if fixed is None else fixed
-    return allocate.by_leaf(asked or 0.0, list(units), list(units.values()))
-
-
-def _by_shares(
-    sparsity: Any,
-    pattern: Pattern,
-    shares: Shares,
-    weights: Mapping[str, Product],
-    units: Mapping[str, int],
-    leaves: Leaves,
-    moments: Callable[[], Mapping[str, Moments]],
-) -> list[int]:
-    """Counts by a rule that shares out one sparsity."""
-    if sparsity is None:
-        raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
-    allocate.checked(sparsity)
-    seen = moments() if shares.needs_inputs else {}
-    given = [
-        Weight(
-            p,
-            functools.partial(_matrix, p, leaves),
-            seen[name].mean_square if seen else None,
-        )
-        for name, p in weights.items()
-    ]
-    found = shares.of(given, float(sparsity))
-    return [
-        round(share * number)
-        for share, number in zip(found, units.values(), strict=True)
-    ]
+def _known(product: Product, leaves: Leaves, moments: Moments | None) -> Weight:
+    """What a rule may know of a weight."""
+    return Weight(
+        name=product.name,
+        leaf=product.leaf,
+        index=product.index,
+        shape=product.shape,
+        view=product.view.read,
+        read=functools.partial(_matrix, product, leaves),
+        mean_square=None if moments is None else moments.mean_square,
+    )
 
 
 def _matrix(product: Product, leaves: Leaves) -> jax.Array:

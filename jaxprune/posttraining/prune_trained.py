@@ -19,7 +19,7 @@ import numpy as np
 from jaxprune.arrays import tree
 from jaxprune.graph.linear_ops import trace
 from jaxprune.graph.segments import Stage, Stages
-from jaxprune.masking.allocation import Shares, Uniform
+from jaxprune.masking.allocation import Allocation
 from jaxprune.posttraining import calibration, fingerprint, methods
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.methods import Method
@@ -32,7 +32,7 @@ class Trained(NamedTuple):
     """A pruned model and how it came about.
 
     Attributes:
-      params: like the parameters that were given, pruned; `jp.Stored` leaves are
+      params: like the parameters that were given, pruned; `jp.LazyArray` leaves are
         that still, the pruned ones in `folder`, or arrays where none was given.
       report: JSON-able: method, pattern, sparsity asked for and achieved, calibration,
         seconds, what was not seen, and a row for each weight: name, shape, units
@@ -51,8 +51,8 @@ def prune_trained(
     *,
     method: Method | methods.Name,
     sparsity: float | Mapping[str, float] | None = None,
-    pattern: Pattern | None = None,
-    allocation: Shares = Uniform(),
+    pattern: Pattern | str | None = None,
+    allocation: Allocation = "layer",
     prunable: Prunable = tree.prunable,
     positions: Callable[[Any], jax.Array] | None = None,
     folder: str | Path | None = None,
@@ -67,17 +67,20 @@ def prune_trained(
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
-      params: the parameters, any pytree of arrays, sharded or not. `jp.Stored` leaves
-        are in memory from their first use to their last: with `folder`, a model larger
-        than memory is pruned in that of a layer.
+      params: the parameters, any pytree of arrays, sharded or not. `jp.LazyArray`
+        leaves are in memory from their first use to their last: with `folder`, a model
+        larger than memory is pruned in that of a layer.
       batches: pytrees of arrays, all of one shape; their live activations are kept. An
         iterator's batches are let go once they are used.
       method: "magnitude", "wanda", "ria", "sparsegpt", "alps", or a value of
         `jp.methods` with settings of your own.
       sparsity: the share to remove of the weights that are pruned, in [0, 1), or {glob
         on the weight's name: share}. None where the pattern fixes it.
-      pattern: which weights live and die together; the method's own by default.
-      allocation: how the sparsity is shared out among the weights.
+      pattern: which weights are pruned together: a value of `jp.patterns`, or its name
+        such as "2:4"; the method's own by default.
+      allocation: how the sparsity is shared out: "layer" gives each weight the same,
+        "global" ranks all magnitudes together, "erk", "owl", a value of
+        `jp.allocation`, or {glob on the weight's name: share}.
       prunable: which leaves may be pruned.
       positions: a batch to booleans of the samples' shape, (batch, time) say: which
         positions count. None counts all, BOS too.

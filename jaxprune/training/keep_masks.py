@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.arrays import placement, tree
-from jaxprune.masking import masks as masking
+from jaxprune.masking.checks import checked
 from jaxprune.typing import Masks, Params
 
 
@@ -38,7 +38,8 @@ def keep_masks(
       optimizer: any optax optimizer, with its clipping. A tracker goes outside,
         `chain(keep_masks(optimizer, masks), track_importance())`, to see the step that
         is really taken.
-      masks: masks of the parameters that will be trained; True is kept.
+      masks: masks of the parameters that will be trained; True is kept, and a leaf
+        with `optax.MaskedNode()`, None or True for its mask is trained as a whole.
 
     Returns:
       A transformation whose first step sets pruned weights to zero, whatever they were,
@@ -62,12 +63,14 @@ def keep_masks(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> KeepMasksState:
-        aligned = masking.checked(params, masks)
+        aligned = checked(params, masks)
         own = [
-            m if tree.is_masked(m) else placement.placed(jnp.array(m, copy=True), leaf)
+            m
+            if tree.is_excluded(m)
+            else placement.placed(jnp.array(m, copy=True), leaf)
             for m, leaf in zip(aligned, tree.named_leaves(params).values(), strict=True)
         ]
-        structure = jax.tree.structure(params, is_leaf=tree.is_masked)
+        structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
         kept = jax.tree.unflatten(structure, own)
         return KeepMasksState(kept, optimizer.init(_select(kept, params)))
 
@@ -94,10 +97,10 @@ def _select(masks: Masks, values: Any, undo: Any = None) -> Any:
     """The values where kept; elsewhere 0, or minus `undo` where it is given."""
 
     def leaf(mask: Any, value: Any, *pruned: Any) -> Any:
-        if tree.is_masked(mask) or isinstance(value, jax.ShapeDtypeStruct):
+        if tree.is_excluded(mask) or isinstance(value, jax.ShapeDtypeStruct):
             return value
         other = -pruned[0].astype(value.dtype) if pruned else jnp.zeros_like(value)
         return jnp.where(mask, value, other)
 
     trees = (values,) if undo is None else (values, undo)
-    return jax.tree.map(leaf, masks, *trees, is_leaf=tree.is_masked)
+    return jax.tree.map(leaf, masks, *trees, is_leaf=tree.is_excluded)

@@ -180,7 +180,10 @@ def test_an_import_that_climbs_is_found(module, source):
         ("typing", "from jaxprune.arrays.axes import Axes"),
         ("masking.masks", "import optax\nfrom jaxprune.topk import thresholds"),
         ("masking.masks", "from .patterns import NM"),
-        ("models.hf.loading", "from jaxprune.formats.checkpoint_dir import Directory"),
+        (
+            "models.hf.loading",
+            "from jaxprune.formats.checkpoint_dir import CheckpointDir",
+        ),
         ("report.page", "from jaxprune.report import canvas\nimport matplotlib"),
         ("models.gpt.model", "from flax import nnx\nfrom jaxtyping import Array"),
         ("__init__", "from jaxprune.masking import masks as masks"),

@@ -1,4 +1,4 @@
-"""README.md keeps its promises: every block of Python runs as it stands.
+"""README.md and docs/ keep their promises: every block of Python runs as it stands.
 
 Each block is a program of its own: it gets a fresh namespace and an empty folder, and
 a warning is an error as everywhere in the tests.
@@ -15,12 +15,21 @@ README = ROOT / "README.md"
 # Installed by the extra `test` or by the user, not by the package itself.
 OPTIONAL = {"equinox"}
 
-_TEXT = README.read_text() if README.exists() else ""
+_TEXT = README.read_text()
 _BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-BLOCKS = {
-    f"line {_TEXT.count(chr(10), 0, found.start(1)) + 1}": found[1]
-    for found in _BLOCK.finditer(_TEXT)
-}
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _blocks():
+    """Name ("page:line") to (page, line, source) of each block of Python."""
+    for page in PAGES:
+        text = page.read_text()
+        for found in _BLOCK.finditer(text):
+            line = text.count("\n", 0, found.start(1)) + 1
+            yield f"{page.name}:{line}", (page, line, found[1])
+
+
+BLOCKS = dict(_blocks())
 
 
 def _imported(source: str) -> set[str]:
@@ -35,22 +44,22 @@ def _imported(source: str) -> set[str]:
 
 @pytest.mark.parametrize("where", BLOCKS)
 def test_every_block_runs_as_it_stands(where, tmp_path, monkeypatch):
-    source = BLOCKS[where]
+    page, line, source = BLOCKS[where]
     for module in _imported(source) & OPTIONAL:
         pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
-    # Empty lines in front, so that a traceback names README's own line.
-    above = "\n" * (int(where.removeprefix("line ")) - 1)
-    exec(compile(above + source, str(README), "exec"), {"__name__": "__main__"})
+    # Empty lines in front, so that a traceback names the page's own line.
+    above = "\n" * (line - 1)
+    exec(compile(above + source, str(page), "exec"), {"__name__": "__main__"})
 
 
 def test_there_are_blocks_for_each_kind_of_model():
-    imported = set().union(*map(_imported, BLOCKS.values()))
+    imported = set().union(*(_imported(source) for _, _, source in BLOCKS.values()))
     assert {"jaxprune", "optax", "flax", "equinox"} <= imported
 
 
 def test_no_block_is_exempt_from_running():
-    assert "no-run" not in _TEXT
+    assert not any("no-run" in page.read_text() for page in PAGES)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +69,37 @@ def test_a_newcomers_commands_are_there(command):
     assert command in _TEXT
 
 
-def test_links_into_the_checkout_lead_somewhere():
-    targets = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", _TEXT)
-    targets += re.findall(r'src(?:set)?="(?!\w+:)([^"]+)"', _TEXT)
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+WRITTEN = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *(ROOT / name / "README.md" for name in ("examples", "experiments", "benchmarks")),
+]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_into_the_checkout_lead_somewhere(page):
+    text = page.read_text()
+    targets = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)
+    targets += re.findall(r'src(?:set)?="(?!\w+:)([^"]+)"', text)
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert missing == []
+
+
+def test_the_tests_that_the_docs_name_exist():
+    files = [*(ROOT / "tests").rglob("test_*.py")]
+    known = {path.stem for path in files}
+    for path in files:
+        known |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    named = {
+        (page.name, name)
+        for page in WRITTEN
+        for name in re.findall(r"\btest_\w+", page.read_text())
+    }
+    assert {pair for pair in named if pair[1] not in known} == set()
+    paths = {
+        (page.name, path)
+        for page in WRITTEN
+        for path in re.findall(r"\btests/[\w/]+\.py", page.read_text())
+    }
+    assert {pair for pair in paths if not (ROOT / pair[1]).exists()} == set()

@@ -13,7 +13,7 @@ from jaxprune.models import hf
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return hf.tokenizer(tiny_cli.model(tmp_path_factory.mktemp("texts") / "model"))
+    return hf.load_tokenizer(tiny_cli.model(tmp_path_factory.mktemp("texts") / "model"))
 
 
 def made(path, tokens):

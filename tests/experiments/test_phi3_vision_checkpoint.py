@@ -16,8 +16,8 @@ from experiments.tasks import picture_model
 from experiments.tasks.language_model import EVERYTHING
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import Unknown
-from jaxprune.models.hf import loading_vision
-from jaxprune.models.hf.vision_family import vision_config
+from jaxprune.models import hf
+from jaxprune.models.hf import vision_config
 from jaxprune.models.phi3_vision import Phi3Vision
 from tests.support.picture_files import picture, write
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     config = picture_model.PRESETS["smoke"]
     made = Phi3Vision(vision_config(config), rngs=nnx.Rngs(0))
-    save_file(dict(loading_vision.tensors(made, config)), folder / "model.safetensors")
+    save_file(dict(hf.tensors(made, config)), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     picture_model.words().save(str(folder / "tokenizer.json"))
     return folder
@@ -93,10 +93,8 @@ def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_pat
     assert told["retrain_steps"] == 2
     assert told["sparsity"] == 0.5
     assert told["scope"] == "all"
-    loaded = loading_vision.load(written)
-    before = jp.tree.named_leaves(
-        nnx.state(loading_vision.load(model).model, nnx.Param)
-    )
+    loaded = hf.load(written)
+    before = jp.tree.named_leaves(nnx.state(hf.load(model).model, nnx.Param))
     leaves = jp.tree.named_leaves(nnx.state(loaded.model, nnx.Param))
     changed = 0
     for name, leaf in leaves.items():

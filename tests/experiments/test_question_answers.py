@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.datasets import picture_questions, question_answers
-from tests.support.picture_files import picture, write
+from tests.support.picture_files import LINE, picture, write
 
 
 def test_a_folder_is_read_line_by_line(tmp_path):

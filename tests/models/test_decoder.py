@@ -14,7 +14,7 @@ from jaxprune.models import hf
 from jaxprune.models.decoder import rope
 from jaxprune.models.decoder.model import Decoder, DecoderConfig, loss_per_token
 from jaxprune.models.generate import generate
-from jaxprune.models.hf.families import decoder_config
+from jaxprune.models.hf import decoder_config
 from tests.support import tiny_hf
 
 PLAIN = DecoderConfig(
@@ -124,7 +124,7 @@ def test_logits_are_those_of_the_formulas(name, tmp_path):
 
 @pytest.mark.parametrize("name", tiny_hf.CONFIGS)
 def test_the_matrices_of_the_layers_may_be_pruned_and_nothing_else(name):
-    config, _ = decoder_config(tiny_hf.config_json(name))
+    config = decoder_config(tiny_hf.config_json(name))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     leaves = tree.named_leaves(nnx.state(model, nnx.Param))
     prunable = [n for n, leaf in leaves.items() if tree.prunable(n, leaf)]
@@ -150,7 +150,7 @@ def test_leaves_have_these_names():
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3-long", "gemma3", "qwen2"])
 def test_each_matrix_meets_its_input_in_one_product(name):
-    config, _ = decoder_config(tiny_hf.config_json(name))
+    config = decoder_config(tiny_hf.config_json(name))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)
     with jax.disable_jit():

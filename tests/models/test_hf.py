@@ -12,7 +12,7 @@ from jaxprune.arrays import tree
 from jaxprune.formats.checkpoint_dir import Damaged, Unknown, open_directory
 from jaxprune.models import hf
 from jaxprune.models.generate import generate
-from jaxprune.models.hf.families import decoder_config
+from jaxprune.models.hf import decoder_config
 from tests.support import tiny_hf
 
 LONG = ("phi3-long", "phi3-partial")
@@ -220,7 +220,7 @@ def test_a_second_copy_of_a_tied_head_goes_along(tmp_path):
 
 def _read(name, **changes):
     config = {**tiny_hf.config_json(name), **changes}
-    return decoder_config({k: v for k, v in config.items() if v is not ...})[0]
+    return decoder_config({k: v for k, v in config.items() if v is not ...})
 
 
 def test_old_and_new_words_for_rotary_schemes_agree():
@@ -436,7 +436,7 @@ def _tokenizer_folder(folder, *, template=False, **settings):
 )
 def test_texts_begin_as_the_folder_says(template, settings, begins, tmp_path):
     folder = _tokenizer_folder(tmp_path, template=template, **settings)
-    tokenizer = hf.tokenizer(folder)
+    tokenizer = hf.load_tokenizer(folder)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.begins) == (1, (2,), begins)
     assert tokenizer.vocab_size == 7
     assert tokenizer.encode("to be or") == [1] * begins + [3, 4, 5]
@@ -449,7 +449,7 @@ def test_texts_begin_as_the_folder_says(template, settings, begins, tmp_path):
 def test_a_tokenizer_without_bos_says_so(tmp_path):
     folder = _tokenizer_folder(tmp_path, add_bos_token=True)
     tiny_hf.edit(folder, bos_token_id=None, eos_token_id=[2, 5])
-    tokenizer = hf.tokenizer(folder)
+    tokenizer = hf.load_tokenizer(folder)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.begins) == (None, (2, 5), False)
     with pytest.raises(ValueError, match=r"token that begins a text.*bos=False"):
         tokenizer.encode("to be", bos=True)
@@ -459,17 +459,17 @@ def test_what_is_no_tokenizer_is_told_apart(tmp_path):
     folder = _tokenizer_folder(tmp_path)
     (folder / "tokenizer_config.json").write_text("[]")
     with pytest.raises(Damaged, match=r"tokenizer_config.json' must hold an object"):
-        hf.tokenizer(folder)
+        hf.load_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(Damaged, match=r"tokenizer_config.json' is not JSON"):
-        hf.tokenizer(folder)
+        hf.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(Damaged, match="is no tokenizer"):
-        hf.tokenizer(folder)
+        hf.load_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"")
     with pytest.raises(Unknown, match=r"no tokenizer.json but a tokenizer.model; make"):
-        hf.tokenizer(folder)
+        hf.load_tokenizer(folder)
 
 
 def test_a_sharded_folder_is_one_model(tmp_path):

@@ -13,12 +13,11 @@ from PIL import Image
 
 from jaxprune.formats.checkpoint_dir import Damaged, Unknown, open_directory
 from jaxprune.models import generate, hf
-from jaxprune.models.hf import loading_vision
-from jaxprune.models.hf.vision_family import vision_config
+from jaxprune.models.hf import vision_config
 from jaxprune.models.phi3_vision import Phi3Vision, Phi3VisionConfig, preprocess
 
 torch = pytest.importorskip("torch")
-torch_phi3_vision = pytest.importorskip("torch_phi3_vision")
+torch_phi3_vision = pytest.importorskip("tests.support.torch_phi3_vision")
 
 # First pictures of prompts that are shorter, and longer, than the 64 tokens at which
 # the rotary angles change.
@@ -35,7 +34,7 @@ def reference():
 def loaded(reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("phi3v")
     torch_phi3_vision.save(folder, reference)
-    return loading_vision.load(folder)
+    return hf.load(folder)
 
 
 def _prompt(config, shape):
@@ -112,7 +111,7 @@ def test_gradients_are_those_of_torch(shape, reference, loaded):
         cross = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(cross)
 
-    got = dict(loading_vision.to_tensors(loaded.names, jax.jit(jax.grad(loss))(params)))
+    got = dict(hf.to_tensors(loaded.names, jax.jit(jax.grad(loss))(params)))
     unused = 0
     for name, parameter in reference.published().items():
         if parameter.grad is None:
@@ -248,12 +247,10 @@ def _save(folder, reference, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folder_goes_back_bit_for_bit(dtype, tmp_path):
     reference = torch_phi3_vision.Reference().to(dtype)
-    loaded = loading_vision.load(_save(tmp_path, reference))
+    loaded = hf.load(_save(tmp_path, reference))
     assert loaded.config.dtype == str(dtype).removeprefix("torch.")
     directory = open_directory(tmp_path)
-    got = dict(
-        loading_vision.to_tensors(loaded.names, nnx.state(loaded.model, nnx.Param))
-    )
+    got = dict(hf.to_tensors(loaded.names, nnx.state(loaded.model, nnx.Param)))
     assert got.keys() == directory.tensors.keys()
     for name, array in got.items():
         stored = directory.read(name)
@@ -269,26 +266,24 @@ def test_a_second_copy_of_the_embedding_is_kept_or_refused(reference, tmp_path):
     tensors = load_file(path)
     tensors[copy] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path)
-    loaded = loading_vision.load(tmp_path)
-    got = dict(
-        loading_vision.to_tensors(loaded.names, nnx.state(loaded.model, nnx.Param))
-    )
+    loaded = hf.load(tmp_path)
+    got = dict(hf.to_tensors(loaded.names, nnx.state(loaded.model, nnx.Param)))
     np.testing.assert_array_equal(got[copy], got["model.embed_tokens.weight"])
     tensors[copy] += 1
     save_file(tensors, path)
     with pytest.raises(Damaged, match=r"wte.weight differs"):
-        loading_vision.load(tmp_path)
+        hf.load(tmp_path)
 
 
 def test_the_number_of_crops_is_read_with_the_processor(reference, tmp_path):
     _save(tmp_path, reference)
-    assert loading_vision.load(tmp_path).config.crops == 16
+    assert hf.load(tmp_path).config.crops == 16
     settings = tmp_path / "preprocessor_config.json"
     settings.write_text(json.dumps({"num_crops": 4}))
-    assert loading_vision.load(tmp_path).config.crops == 4
+    assert hf.load(tmp_path).config.crops == 4
     settings.write_text(json.dumps({"num_crops": "many"}))
     with pytest.raises(Damaged, match="num_crops"):
-        loading_vision.load(tmp_path)
+        hf.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -308,18 +303,20 @@ def test_what_the_configuration_says_and_nobody_knows_is_refused(
 ):
     _save(tmp_path, reference, **changes)
     with pytest.raises(Unknown, match=told):
-        loading_vision.load(tmp_path)
+        hf.load(tmp_path)
 
 
-def test_a_language_model_is_sent_to_its_own_loader(reference, tmp_path):
+def test_each_reader_of_a_shape_names_the_other():
+    config = torch_phi3_vision.CONFIG
+    with pytest.raises(ValueError, match=r"phi3_v, got 'phi3'; hf\.decoder_config"):
+        vision_config({**config, "model_type": "phi3"})
+    with pytest.raises(ValueError, match=r"'phi3_v' sees pictures.*hf\.vision_config"):
+        hf.decoder_config(config)
+
+
+def test_attributes_of_pictures_are_unknown_to_a_language_model(reference, tmp_path):
     _save(tmp_path, reference, model_type="phi3")
-    with pytest.raises(Unknown, match=r"model_type must be phi3_v.*models\.hf"):
-        loading_vision.load(tmp_path)
-
-
-def test_the_loader_of_language_models_sends_here(reference, tmp_path):
-    _save(tmp_path, reference)
-    with pytest.raises(Unknown, match=r"hf_vision"):
+    with pytest.raises(Unknown, match=r"config.json.*phi3 config.*embd_layer=.*known"):
         hf.load(tmp_path)
 
 
@@ -328,12 +325,12 @@ def test_tensors_of_another_shape_are_refused(reference, tmp_path):
     processor["vision_config"] = {**processor["vision_config"], "num_hidden_layers": 4}
     _save(tmp_path, reference, img_processor=processor)
     with pytest.raises(Damaged, match=r"missing: .*encoder\.layers\.3"):
-        loading_vision.load(tmp_path)
+        hf.load(tmp_path)
 
 
 def test_a_new_model_is_written_by_the_published_names(reference, tmp_path):
     model = Phi3Vision(vision_config(torch_phi3_vision.CONFIG), rngs=nnx.Rngs(0))
-    tensors = dict(loading_vision.tensors(model, torch_phi3_vision.CONFIG))
+    tensors = dict(hf.tensors(model, torch_phi3_vision.CONFIG))
     assert tensors.keys() == reference.published().keys()
     for name, parameter in reference.published().items():
         assert tensors[name].shape == tuple(parameter.shape), name
@@ -368,13 +365,13 @@ PUBLISHED = {
 
 def test_the_published_size_has_as_many_parameters_as_published():
     config = vision_config(PUBLISHED)
-    params = nnx.state(loading_vision.abstract(config), nnx.Param)
+    params = nnx.state(hf.abstract(config), nnx.Param)
     assert 4.14e9 < sum(x.size for x in jax.tree.leaves(params)) < 4.2e9
 
 
 def test_a_picture_goes_through_the_published_size():
     config = vision_config(PUBLISHED)
-    graphdef, params = nnx.split(loading_vision.abstract(config), nnx.Param)
+    graphdef, params = nnx.split(hf.abstract(config), nnx.Param)
     tokens = jax.ShapeDtypeStruct((1, 400), jnp.int32)
     pixels = jax.ShapeDtypeStruct((2, 336, 336, 3), jnp.float32)
     logits = jax.eval_shape(

@@ -13,7 +13,7 @@ from experiments.harness import device_mesh, training
 from experiments.tasks import picture_model
 from experiments.tasks.language_model import EVERYTHING, optimizer
 from experiments.tasks.pictures import PictureTask, VisionModel
-from jaxprune.models.hf.vision_family import vision_config
+from jaxprune.models.hf import vision_config
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def _photograph(width, height, mode="RGB"):
 
 
 def _expected(image, size, crops):
-    torch_phi3_vision = pytest.importorskip("torch_phi3_vision")
+    torch_phi3_vision = pytest.importorskip("tests.support.torch_phi3_vision")
     pixels, rows, columns = torch_phi3_vision.preprocess(image, size, crops)
     return pixels.numpy().transpose(0, 2, 3, 1), rows, columns
 
@@ -108,7 +108,7 @@ def _encode(text):
 
 
 def _config(crops=4):
-    from jaxprune.models.hf.vision_family import vision_config
+    from jaxprune.models.hf import vision_config
     from tests.support import torch_phi3_vision
 
     config = vision_config(torch_phi3_vision.CONFIG)
@@ -127,7 +127,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_prompt_has_the_tokens_of_the_processor(text):
-    torch_phi3_vision = pytest.importorskip("torch_phi3_vision")
+    torch_phi3_vision = pytest.importorskip("tests.support.torch_phi3_vision")
     config = _config()
     images = [_photograph(90, 60), _photograph(40, 100)][: 1 + ("_2" in text)]
     shapes = [torch_phi3_vision.preprocess(image, 56, 4)[1:] for image in images]
@@ -145,14 +145,14 @@ def test_a_prompt_has_the_tokens_of_the_processor(text):
     [("no picture", 1), ("<|image_2|>", 1), ("<|image_1|>", 0), ("<|image_1|>", 2)],
 )
 def test_a_prompt_that_does_not_name_its_pictures_is_refused(text, count):
-    pytest.importorskip("torch_phi3_vision")
+    pytest.importorskip("tests.support.torch_phi3_vision")
     images = [_photograph(30, 30)] * count
     with pytest.raises(ValueError, match="must name"):
         preprocess.prompt(text, images, _encode, _config())
 
 
 def test_a_prompt_without_pictures_is_its_text():
-    pytest.importorskip("torch_phi3_vision")
+    pytest.importorskip("tests.support.torch_phi3_vision")
     got = preprocess.prompt("text", [], _encode, _config(), bos=1)
     np.testing.assert_array_equal(got.tokens, [1, *_encode("text")])
     assert got.pixels.shape == (0, 56, 56, 3)

@@ -39,7 +39,7 @@ FORMULAS = {
 def test_score_is_its_formula(name):
     needed, formula = FORMULAS[name]
     importance = statistics(*needed)
-    scores = getattr(jp.scores, name)(importance, PARAMS)
+    scores = getattr(jp.scores, name)(PARAMS, importance)
     kernels = [None if t is None else array(t["layer"]["kernel"]) for t in importance]
     expected = formula(jp.Importance(*kernels))
     actual = array(scores["layer"]["kernel"])
@@ -52,8 +52,8 @@ def test_score_is_its_formula(name):
 def test_score_under_jit_is_the_same(name):
     importance = statistics(*FORMULAS[name][0])
     criterion = getattr(jp.scores, name)
-    eager = criterion(importance, PARAMS)["layer"]["kernel"]
-    jitted = jax.jit(criterion)(importance, PARAMS)["layer"]["kernel"]
+    eager = criterion(PARAMS, importance)["layer"]["kernel"]
+    jitted = jax.jit(criterion)(PARAMS, importance)["layer"]["kernel"]
     np.testing.assert_allclose(array(eager), array(jitted), rtol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_every_kind_of_tree_is_scored(name):
 )
 def test_missing_statistic_says_the_way_out(name, way_out):
     with pytest.raises(ValueError, match=way_out):
-        getattr(jp.scores, name)(statistics(), PARAMS)
+        getattr(jp.scores, name)(PARAMS, statistics())
 
 
 def test_statistics_of_another_model_are_refused():
@@ -89,7 +89,7 @@ def test_statistics_of_another_model_are_refused():
     )
     for name in ("averaged_weight", "obd", "taylor"):
         with pytest.raises(ValueError, match=r"layer|other"):
-            getattr(jp.scores, name)(other, PARAMS)
+            getattr(jp.scores, name)(PARAMS, other)
 
 
 def test_statistics_of_another_shape_are_refused():
@@ -98,7 +98,7 @@ def test_statistics_of_another_shape_are_refused():
         tree["layer"]["kernel"] = jnp.ones((3, 4))
     for name in ("averaged_weight", "obd"):
         with pytest.raises(ValueError, match="layer/kernel"):
-            getattr(jp.scores, name)(importance, PARAMS)
+            getattr(jp.scores, name)(PARAMS, importance)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -239,7 +239,7 @@ def test_oscillating_weight_ranks_low_by_the_papers_average_only():
     importance = jp.get_importance(run.state)
 
     def lowest(criterion):
-        return int(np.argmin(array(criterion(importance, run.params)["kernel"])))
+        return int(np.argmin(array(criterion(run.params, importance)["kernel"])))
 
     assert lowest(jp.scores.averaged_weight) == 0
     assert lowest(jp.scores.magnitude) == 1

@@ -222,10 +222,10 @@ def random_tensors(name, seed=0):
 
     from jaxprune.models import hf
     from jaxprune.models.decoder.model import Decoder
-    from jaxprune.models.hf.families import decoder_config
+    from jaxprune.models.hf import decoder_config
 
     config = config_json(name)
-    model = nnx.eval_shape(lambda: Decoder(decoder_config(config)[0], rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(decoder_config(config), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
     graphdef, state = nnx.split(model, nnx.Param)
     leaves, structure = jax.tree.flatten(state)

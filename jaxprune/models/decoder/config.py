@@ -16,36 +16,36 @@ class DecoderConfig:
     """The shape of a `Decoder`; checked when it is made.
 
     Attributes:
-        vocab_size: number of different tokens.
-        context: the longest sequence, in tokens.
-        layers: number of blocks.
-        width: size of the residual stream.
-        heads: query heads of a layer.
-        kv_heads: key and value heads; each serves heads / kv_heads query heads.
-        head_dim: features of a head.
-        mlp_width: features inside the MLP.
-        norm: "layer" (with bias), "rms", or "rms_plus_one" (scaled by 1 + w).
-        norm_epsilon: what is added to the variance.
-        qk_norm: whether queries and keys are normalised, head by head.
-        post_norms: whether what a block adds is normalised too.
-        activation: the MLP's nonlinearity; "gelu" is exact.
-        gated: whether the MLP is activation(gate) * up, else activation(up).
-        fused: whether q, k and v are one matrix, and gate and up another.
-        qkv_bias: whether the query, key and value products have a bias.
-        out_bias: whether the attention's output product has one.
-        mlp_bias: whether the MLP's products have one.
-        tie_weights: whether the output head is the token embedding.
-        embedding_scale: factor on the embedding, rounded to `dtype`.
-        attention_scale: factor on the scores; None is head_dim^(-1/2).
-        logit_softcap: c of c tanh(logit / c); None for none.
-        ropes: the rotary schemes; () for learned positions.
-        rope_of: for each layer, which of `ropes`; () for the first everywhere.
-        windows: for each layer, how many tokens a token sees, itself included, None for
-            all; () for all everywhere.
-        dtype: type of the matrix products, whatever the parameters' is.
+      vocab_size: number of different tokens.
+      context: the longest sequence, in tokens.
+      layers: number of blocks.
+      width: size of the residual stream.
+      heads: query heads of a layer.
+      kv_heads: key and value heads; each serves heads / kv_heads query heads.
+      head_dim: features of a head.
+      mlp_width: features inside the MLP.
+      norm: "layer" (with bias), "rms", or "rms_plus_one" (scaled by 1 + w).
+      norm_epsilon: what is added to the variance.
+      qk_norm: whether queries and keys are normalised, head by head.
+      post_norms: whether what a block adds is normalised too.
+      activation: the MLP's nonlinearity; "gelu" is exact.
+      gated: whether the MLP is activation(gate) * up, else activation(up).
+      fused: whether q, k and v are one matrix, and gate and up another.
+      qkv_bias: whether the query, key and value products have a bias.
+      out_bias: whether the attention's output product has one.
+      mlp_bias: whether the MLP's products have one.
+      tie_weights: whether the output head is the token embedding.
+      embedding_scale: factor on the embedding, rounded to `dtype`.
+      attention_scale: factor on the scores; None is head_dim^(-1/2).
+      logit_softcap: c of c tanh(logit / c); None for none.
+      ropes: the rotary schemes; () for learned positions.
+      rope_of: for each layer, which of `ropes`; () for the first everywhere.
+      windows: for each layer, how many tokens a token sees, itself included, None for
+        all; () for all everywhere.
+      dtype: type of the matrix products, whatever the parameters' is.
 
     Raises:
-        ValueError: a field is outside its range, or two do not fit.
+      ValueError: a field is outside its range, or two do not fit.
     """
 
     vocab_size: int
@@ -97,6 +97,10 @@ class DecoderConfig:
                     f"got {getattr(self, name)!r}."
                 )
         self._layerwise()
+
+    def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "DecoderConfig":
+        """The same shape with products of another type."""
+        return dataclasses.replace(self, dtype=dtype)
 
     @property
     def switches(self) -> tuple[int, ...]:

@@ -4,9 +4,9 @@ Norms, rotary turns, scores and softmax are float32, products run in
 `DecoderConfig.dtype`. A layer holds parameters and settings, nothing else.
 
 References:
-    Zhang, Sennrich: Root Mean Square Layer Normalization, 2019, arXiv 1910.07467.
-    Ainslie et al.: GQA, 2023, arXiv 2305.13245. Shazeer: GLU Variants Improve
-    Transformer, 2020, arXiv 2002.05202.
+  Zhang, Sennrich: Root Mean Square Layer Normalization, 2019, arXiv 1910.07467.
+  Ainslie et al.: GQA, 2023, arXiv 2305.13245. Shazeer: GLU Variants Improve
+  Transformer, 2020, arXiv 2002.05202.
 """
 
 from collections.abc import Callable
@@ -32,9 +32,9 @@ class Numeric(Protocol):
     """What norms and products need to know of a model.
 
     Attributes:
-        norm: the kind of its norms.
-        norm_epsilon: what is added to the variance.
-        dtype: type of its products.
+      norm: the kind of its norms.
+      norm_epsilon: what is added to the variance.
+      dtype: type of its products.
     """
 
     @property
@@ -116,13 +116,13 @@ def contract(
     """The product of the last axis of `x` with an axis of a matrix.
 
     Args:
-        x: floating (..., inputs).
-        matrix: floating, of two axes and the dtype of `x`.
-        axis: 0 for [inputs, outputs], 1 for [outputs, inputs].
-        dtype: of the result, by default that of `x`.
+      x: floating (..., inputs).
+      matrix: floating, of two axes and the dtype of `x`.
+      axis: 0 for [inputs, outputs], 1 for [outputs, inputs].
+      dtype: of the result, by default that of `x`.
 
     Returns:
-        Floats (..., outputs), which lie on the devices as the rows of `x` do.
+      Floats (..., outputs), which lie on the devices as the rows of `x` do.
     """
     axes = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(
@@ -140,11 +140,11 @@ def rows_of(x: Array, rows: int) -> jax.P | None:
     With Explicit axes JAX wants to be told how a result lies; else this is None.
 
     Args:
-        x: any array.
-        rows: how many of its axes count.
+      x: any array.
+      rows: how many of its axes count.
 
     Returns:
-        A partition of rows + 1 axes, or None.
+      A partition of rows + 1 axes, or None.
     """
     where = jax.typeof(x).sharding
     return jax.P(*where.spec[:rows], None) if where.mesh.explicit_axes else None

@@ -9,9 +9,9 @@ matrix by matrix; the model holds parameters (`nnx.Param`) and nothing else, so
 whatever the parameters' dtype is.
 
 References:
-    Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762. Touvron et al.,
-    LLaMA, 2023, arXiv 2302.13971. Ainslie et al., GQA, 2023, arXiv 2305.13245. The
-    numbers are those of the Hugging Face implementations (tests/test_hf.py).
+  Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762. Touvron et al.,
+  LLaMA, 2023, arXiv 2302.13971. Ainslie et al., GQA, 2023, arXiv 2305.13245. The
+  numbers are those of the Hugging Face implementations (tests/test_hf.py).
 """
 
 from typing import NamedTuple, overload
@@ -33,10 +33,10 @@ class Cache(NamedTuple):
     """Keys and values of the tokens seen so far; made by `Decoder.init_cache`.
 
     Attributes:
-        keys: for each layer (batch, size, kv_heads, head_dim), compute dtype, turned
-            by their positions.
-        values: the same for the values, not turned.
-        length: int32 scalar, how many of the `size` positions are filled.
+      keys: for each layer (batch, size, kv_heads, head_dim), compute dtype, turned
+        by their positions.
+      values: the same for the values, not turned.
+      length: int32 scalar, how many of the `size` positions are filled.
     """
 
     keys: tuple[Array, ...]
@@ -48,18 +48,18 @@ class Decoder(nnx.Module):
     """A decoder-only transformer.
 
     Args:
-        config: the shape.
-        rngs: gives the keys of the initial parameters; not kept.
+      config: the shape.
+      rngs: gives the keys of the initial parameters; not kept.
 
     Example:
-        >>> from jaxprune.models.decoder.rope import linear
-        >>> config = DecoderConfig(
-        ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
-        ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
-        ... )
-        >>> model = Decoder(config, rngs=nnx.Rngs(0))
-        >>> model(jnp.zeros((2, 10), jnp.int32)).shape
-        (2, 10, 65)
+      >>> from jaxprune.models.decoder.rope import linear
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+      ... )
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((2, 10), jnp.int32)).shape
+      (2, 10, 65)
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -96,22 +96,22 @@ class Decoder(nnx.Module):
         """Logits of the token that follows each token.
 
         Args:
-            tokens: integers in [0, vocab_size); one past the end gives NaN logits.
-            cache: what came before these tokens. There must be room for them: a
-                full cache cannot raise under jit. Where long sequences have rotary
-                angles of their own (`DecoderConfig.switches`), the size of the cache
-                counts as the length.
-            positions: where the tokens stand, integers (time,), by default one after
-                the other behind the cache. Which tokens are seen is decided by their
-                order, not by this.
+          tokens: integers in [0, vocab_size); one past the end gives NaN logits.
+          cache: what came before these tokens. There must be room for them: a
+            full cache cannot raise under jit. Where long sequences have rotary
+            angles of their own (`DecoderConfig.switches`), the size of the cache
+            counts as the length.
+          positions: where the tokens stand, integers (time,), by default one after
+            the other behind the cache. Which tokens are seen is decided by their
+            order, not by this.
 
         Returns:
-            Logits, float32 (batch, time, vocab_size), and with a cache the pair of
-            the logits and the longer cache.
+          Logits, float32 (batch, time, vocab_size), and with a cache the pair of
+          the logits and the longer cache.
 
         Raises:
-            TypeError: the tokens are not integers.
-            ValueError: the tokens are not (batch, time), or too long.
+          TypeError: the tokens are not integers.
+          ValueError: the tokens are not (batch, time), or too long.
         """
         x, cache = self.states(self.embed(tokens), cache=cache, positions=positions)
         return self.logits(x) if cache is None else (self.logits(x), cache)
@@ -140,17 +140,17 @@ class Decoder(nnx.Module):
         """The final hidden states, normalised, of embedded tokens.
 
         Args:
-            x: what `embed` returned, or anything that shall take its place.
-            cache: as for the call.
-            positions: as for the call.
-            remat: whether the gradient makes the activations inside each layer again,
-                for less memory.
+          x: what `embed` returned, or anything that shall take its place.
+          cache: as for the call.
+          positions: as for the call.
+          remat: whether the gradient makes the activations inside each layer again,
+            for less memory.
 
         Returns:
-            The states (batch, time, width) and the longer cache (None without one).
+          The states (batch, time, width) and the longer cache (None without one).
 
         Raises:
-            ValueError: the sequence is too long.
+          ValueError: the sequence is too long.
         """
         time = x.shape[1]
         size = self.config.context if cache is None else cache.keys[0].shape[1]
@@ -198,14 +198,14 @@ class Decoder(nnx.Module):
         """An empty cache.
 
         Args:
-            batch: number of sequences.
-            size: how many tokens it can hold, at most (and by default) `context`.
+          batch: number of sequences.
+          size: how many tokens it can hold, at most (and by default) `context`.
 
         Returns:
-            A `Cache` of zeros with length 0.
+          A `Cache` of zeros with length 0.
 
         Raises:
-            ValueError: the size is more than the context.
+          ValueError: the size is more than the context.
         """
         config = self.config
         size = config.context if size is None else size
@@ -231,28 +231,28 @@ def loss_per_token(
     never exist at once, nor for the gradient, which makes them again.
 
     Args:
-        model: the model.
-        tokens: integers (batch, time).
-        targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
-        rows: tokens whose logits are held at a time, but at least one of each sequence;
-            by default as many as make 128 MiB.
+      model: the model.
+      tokens: integers (batch, time).
+      targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
+      rows: tokens whose logits are held at a time, but at least one of each sequence;
+        by default as many as make 128 MiB.
 
     Returns:
-        Float32 (batch, time).
+      Float32 (batch, time).
 
     Raises:
-        ValueError: the targets have another shape than the tokens, or `rows` is not
-            at least 1.
+      ValueError: the targets have another shape than the tokens, or `rows` is not
+        at least 1.
 
     Example:
-        >>> from jaxprune.models.decoder.rope import linear
-        >>> config = DecoderConfig(
-        ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
-        ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
-        ... )
-        >>> tokens = jnp.zeros((2, 10), jnp.int32)
-        >>> loss_per_token(Decoder(config, rngs=nnx.Rngs(0)), tokens, tokens).shape
-        (2, 10)
+      >>> from jaxprune.models.decoder.rope import linear
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+      ... )
+      >>> tokens = jnp.zeros((2, 10), jnp.int32)
+      >>> loss_per_token(Decoder(config, rngs=nnx.Rngs(0)), tokens, tokens).shape
+      (2, 10)
     """
     if targets.shape != tokens.shape:
         raise ValueError(
@@ -273,16 +273,16 @@ def nats(
     """Cross entropy of each target by final hidden states, as in `loss_per_token`.
 
     Args:
-        model: whose head is taken.
-        states: what `Decoder.states` gave.
-        targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
-        rows: as for `loss_per_token`.
+      model: whose head is taken.
+      states: what `Decoder.states` gave.
+      targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
+      rows: as for `loss_per_token`.
 
     Returns:
-        Float32 (batch, time).
+      Float32 (batch, time).
 
     Raises:
-        ValueError: `rows` is not at least 1.
+      ValueError: `rows` is not at least 1.
     """
     rows = max(1, _LOGITS // model.config.vocab_size) if rows is None else rows
     if rows < 1:

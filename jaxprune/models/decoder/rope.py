@@ -6,11 +6,11 @@ A `Rope` holds numbers only, the angle a position for each pair; the schemes tha
 stretch a context are functions that make one. Angles, cosines and sines are float32.
 
 References:
-    Su, Lu, Pan, Murtadha, Wen, Liu: RoFormer: Enhanced Transformer with Rotary Position
-    Embedding, 2021, arXiv 2104.09864, eq. 34. Chen, Wong, Chen, Tian: Extending Context
-    Window of Large Language Models via Position Interpolation, 2023, arXiv 2306.15595
-    (linear). Ding et al.: LongRoPE, 2024, arXiv 2402.13753. The Llama 3 scheme:
-    Grattafiori et al., 2024, arXiv 2407.21783.
+  Su, Lu, Pan, Murtadha, Wen, Liu: RoFormer: Enhanced Transformer with Rotary Position
+  Embedding, 2021, arXiv 2104.09864, eq. 34. Chen, Wong, Chen, Tian: Extending Context
+  Window of Large Language Models via Position Interpolation, 2023, arXiv 2306.15595
+  (linear). Ding et al.: LongRoPE, 2024, arXiv 2402.13753. The Llama 3 scheme:
+  Grattafiori et al., 2024, arXiv 2407.21783.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ class Rope:
     """Angles of one rotary scheme.
 
     Attributes:
-        frequencies: radians a position, one for each pair of features.
-        long_frequencies: what takes their place in sequences of more than `switch`
-            tokens, for all of their positions; () if nothing does.
-        switch: the length up to which `frequencies` hold; None if always.
-        scale: factor on cosines and sines.
+      frequencies: radians a position, one for each pair of features.
+      long_frequencies: what takes their place in sequences of more than `switch`
+        tokens, for all of their positions; () if nothing does.
+      switch: the length up to which `frequencies` hold; None if always.
+      scale: factor on cosines and sines.
     """
 
     frequencies: tuple[float, ...] = dataclasses.field(repr=False)
@@ -44,16 +44,16 @@ def linear(theta: float, dim: int, factor: float = 1.0) -> Rope:
     """theta^(-2 i / dim) / factor for pair i: positions squeezed by `factor`.
 
     Args:
-        theta: the base, above 1.
-        dim: how many features of a head turn, even.
-        factor: 1 is the plain scheme.
+      theta: the base, above 1.
+      dim: how many features of a head turn, even.
+      factor: 1 is the plain scheme.
 
     Returns:
-        The scheme.
+      The scheme.
 
     Example:
-        >>> linear(100.0, 4).frequencies
-        (1.0, 0.1)
+      >>> linear(100.0, 4).frequencies
+      (1.0, 0.1)
     """
     pairs = np.arange(0, dim, 2, dtype=np.float64) / dim
     return Rope(frequencies=tuple((theta**-pairs / factor).tolist()))
@@ -69,19 +69,19 @@ def llama3(
     (turns - low) / (high - low).
 
     Args:
-        theta: the base, above 1.
-        dim: how many features of a head turn, even.
-        factor: how much slow pairs are squeezed.
-        low: turns under which a pair is slow.
-        high: turns over which a pair is fast.
-        original: the context of pretraining, in tokens.
+      theta: the base, above 1.
+      dim: how many features of a head turn, even.
+      factor: how much slow pairs are squeezed.
+      low: turns under which a pair is slow.
+      high: turns over which a pair is fast.
+      original: the context of pretraining, in tokens.
 
     Returns:
-        The scheme.
+      The scheme.
 
     Example:
-        >>> llama3(1e4, 2, factor=8, low=1, high=4, original=8192).frequencies
-        (1.0,)
+      >>> llama3(1e4, 2, factor=8, low=1, high=4, original=8192).frequencies
+      (1.0,)
     """
     plain = np.array(linear(theta, dim).frequencies)
     turns = original * plain / (2 * math.pi)
@@ -102,23 +102,23 @@ def longrope(
     """Each pair squeezed by a factor of its own, by others in long sequences.
 
     Args:
-        theta: the base, above 1.
-        dim: how many features of a head turn, even.
-        short: a factor for each pair, for sequences of up to `original` tokens.
-        long: the factors for longer sequences.
-        original: the context of pretraining, in tokens.
-        scale: factor on cosines and sines, whatever the length.
+      theta: the base, above 1.
+      dim: how many features of a head turn, even.
+      short: a factor for each pair, for sequences of up to `original` tokens.
+      long: the factors for longer sequences.
+      original: the context of pretraining, in tokens.
+      scale: factor on cosines and sines, whatever the length.
 
     Returns:
-        The scheme.
+      The scheme.
 
     Raises:
-        ValueError: a list has not one factor for each pair.
+      ValueError: a list has not one factor for each pair.
 
     Example:
-        >>> rope = longrope(1e4, 2, short=[1], long=[2], original=64, scale=1.2)
-        >>> rope.frequencies, rope.long_frequencies
-        ((1.0,), (0.5,))
+      >>> rope = longrope(1e4, 2, short=[1], long=[2], original=64, scale=1.2)
+      >>> rope.frequencies, rope.long_frequencies
+      ((1.0,), (0.5,))
     """
     plain = linear(theta, dim).frequencies
     for name, factors in (("short_factor", short), ("long_factor", long)):
@@ -145,13 +145,13 @@ def tables(
     """Cosines and sines of the angles at these positions.
 
     Args:
-        rope: the scheme.
-        positions: integers (time,).
-        length: tokens of the whole sequence, which decides between the short and the
-            long frequencies.
+      rope: the scheme.
+      positions: integers (time,).
+      length: tokens of the whole sequence, which decides between the short and the
+        long frequencies.
 
     Returns:
-        Two float32 arrays (time, pairs), both times `rope.scale`.
+      Two float32 arrays (time, pairs), both times `rope.scale`.
     """
     frequencies = jnp.array(rope.frequencies, jnp.float32)
     if rope.switch is not None:
@@ -168,11 +168,11 @@ def rotate(
     """Turns each pair (a, b) to (a cos - b sin, b cos + a sin), in float32.
 
     Args:
-        x: queries or keys (batch, time, heads, dim).
-        turn: what `tables` returned, of at most dim / 2 pairs.
+      x: queries or keys (batch, time, heads, dim).
+      turn: what `tables` returned, of at most dim / 2 pairs.
 
     Returns:
-        Floats of the shape and dtype of `x`.
+      Floats of the shape and dtype of `x`.
     """
     cos, sin = (table[None, :, None, :] for table in turn)
     pairs = cos.shape[-1]

@@ -4,9 +4,9 @@ Nothing here makes an array. Leaf names are those of `jaxprune.models.gpt.GPT`; 
 are exact Python integers.
 
 Reference:
-    Presets: Karpathy, nanoGPT (github.com/karpathy/nanoGPT, README.md and
-    config/train_shakespeare_char.py), and Radford et al., Language Models are
-    Unsupervised Multitask Learners (2019), table 2. "medium" is our own.
+  Presets: Karpathy, nanoGPT (github.com/karpathy/nanoGPT, README.md and
+  config/train_shakespeare_char.py), and Radford et al., Language Models are
+  Unsupervised Multitask Learners (2019), table 2. "medium" is our own.
 """
 
 import dataclasses
@@ -36,20 +36,20 @@ class GPTConfig:
     """The shape of a GPT; checked when it is made.
 
     Attributes:
-        vocab_size: number of different tokens.
-        context: the longest sequence, in tokens (learned positions).
-        layers: number of blocks.
-        heads: attention heads in each block; must divide `width`.
-        width: size of the residual stream.
-        dropout: share of activations dropped when a call is given a key, in [0, 1).
-        bias: whether linear layers and normalisations have a bias (GPT-2: yes).
-        tie_weights: whether the output head is the token embedding.
-        gelu: "erf" (exact, nanoGPT) or "tanh" (GPT-2's approximation).
-        dtype: type of the matrix products; parameters are float32 in any case.
+      vocab_size: number of different tokens.
+      context: the longest sequence, in tokens (learned positions).
+      layers: number of blocks.
+      heads: attention heads in each block; must divide `width`.
+      width: size of the residual stream.
+      dropout: share of activations dropped when a call is given a key, in [0, 1).
+      bias: whether linear layers and normalisations have a bias (GPT-2: yes).
+      tie_weights: whether the output head is the token embedding.
+      gelu: "erf" (exact, nanoGPT) or "tanh" (GPT-2's approximation).
+      dtype: type of the matrix products; parameters are float32 in any case.
 
     Raises:
-        ValueError: a size is not a positive integer, `heads` does not divide
-            `width`, or another field is outside its range.
+      ValueError: a size is not a positive integer, `heads` does not divide
+        `width`, or another field is outside its range.
     """
 
     vocab_size: int
@@ -97,18 +97,18 @@ def preset(name: str, **changes: Any) -> GPTConfig:
     """A configuration from `PRESETS`, with fields added or changed.
 
     Args:
-        name: a key of `PRESETS`.
-        **changes: fields of `GPTConfig`; all presets but "gpt2" need `vocab_size`.
+      name: a key of `PRESETS`.
+      **changes: fields of `GPTConfig`; all presets but "gpt2" need `vocab_size`.
 
     Returns:
-        The configuration.
+      The configuration.
 
     Raises:
-        ValueError: the name is unknown, or a field is outside its range.
+      ValueError: the name is unknown, or a field is outside its range.
 
     Example:
-        >>> preset("cpu", vocab_size=65).width
-        128
+      >>> preset("cpu", vocab_size=65).width
+      128
     """
     if name not in PRESETS:
         raise ValueError(
@@ -122,15 +122,15 @@ def matrix_sizes(config: GPTConfig) -> dict[str, int]:
     """Number of weights of each matrix that a token is multiplied by.
 
     Args:
-        config: the shape.
+      config: the shape.
 
     Returns:
-        Leaf name to in x out. The output head is the last one, by the name of its
-        leaf ("token_embedding/embedding" when tied).
+      Leaf name to in x out. The output head is the last one, by the name of its
+      leaf ("token_embedding/embedding" when tied).
 
     Example:
-        >>> sum(matrix_sizes(preset("cpu", vocab_size=65)).values())
-        794752
+      >>> sum(matrix_sizes(preset("cpu", vocab_size=65)).values())
+      794752
     """
     square = config.width**2
     block = {
@@ -159,19 +159,19 @@ def flops_per_token(
     operations that are left in principle; no dense kernel skips zeros.
 
     Args:
-        config: the shape.
-        sparsity: leaf name to the share of it that is zero, in [0, 1]; a leaf not
-            named counts in full.
+      config: the shape.
+      sparsity: leaf name to the share of it that is zero, in [0, 1]; a leaf not
+        named counts in full.
 
     Returns:
-        The number of operations.
+      The number of operations.
 
     Raises:
-        ValueError: a name is not one of `matrix_sizes`, or a share is not in [0, 1].
+      ValueError: a name is not one of `matrix_sizes`, or a share is not in [0, 1].
 
     Example:
-        >>> flops_per_token(preset("cpu", vocab_size=65))
-        1720576
+      >>> flops_per_token(preset("cpu", vocab_size=65))
+      1720576
     """
     sizes = matrix_sizes(config)
     sparsity = {} if sparsity is None else sparsity

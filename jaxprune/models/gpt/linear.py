@@ -24,15 +24,15 @@ def product(
     """x @ kernel, for the argument `dot_general` of `flax.nnx.Linear`.
 
     Args:
-        x: floating (..., inputs), of the kernel's dtype.
-        kernel: floating (inputs, outputs).
-        *_: what else `nnx.Linear` hands a `dot_general`: the axes, always these.
-        preferred_element_type: dtype of the result, by default that of `x`.
-        **__: precision and sharding, left to JAX's defaults.
+      x: floating (..., inputs), of the kernel's dtype.
+      kernel: floating (inputs, outputs).
+      *_: what else `nnx.Linear` hands a `dot_general`: the axes, always these.
+      preferred_element_type: dtype of the result, by default that of `x`.
+      **__: precision and sharding, left to JAX's defaults.
 
     Returns:
-        The product (..., outputs). Both gradients have the dtype and the sharding of
-        what they belong to.
+      The product (..., outputs). Both gradients have the dtype and the sharding of
+      what they belong to.
     """
     return _product(x, kernel, preferred_element_type)
 

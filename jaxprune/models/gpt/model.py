@@ -8,11 +8,11 @@ model and may be used as a pure function of `params`. Parameters are float32; th
 products run in `GPTConfig.dtype`; softmax, logits and loss are float32.
 
 References:
-    Radford, Wu, Child, Luan, Amodei, Sutskever: Language Models are Unsupervised
-    Multitask Learners (2019). Initialisation and presets: Karpathy, nanoGPT
-    (github.com/karpathy/nanoGPT, model.py and config/train_shakespeare_char.py).
-    Differences: dropout's random numbers, and the key of a dropout mask is an
-    argument.
+  Radford, Wu, Child, Luan, Amodei, Sutskever: Language Models are Unsupervised
+  Multitask Learners (2019). Initialisation and presets: Karpathy, nanoGPT
+  (github.com/karpathy/nanoGPT, model.py and config/train_shakespeare_char.py).
+  Differences: dropout's random numbers, and the key of a dropout mask is an
+  argument.
 """
 
 import math
@@ -36,9 +36,9 @@ class Cache(NamedTuple):
     """Keys and values of the tokens seen so far; made by `GPT.init_cache`.
 
     Attributes:
-        keys: for each block (batch, size, heads, width / heads), compute dtype.
-        values: the same for the values.
-        length: int32 scalar, how many of the `size` positions are filled.
+      keys: for each block (batch, size, heads, width / heads), compute dtype.
+      values: the same for the values.
+      length: int32 scalar, how many of the `size` positions are filled.
     """
 
     keys: tuple[Array, ...]
@@ -128,13 +128,13 @@ class GPT(nnx.Module):
     """A decoder-only transformer with learned positions.
 
     Args:
-        config: the shape.
-        rngs: gives the keys of the initial parameters; not kept.
+      config: the shape.
+      rngs: gives the keys of the initial parameters; not kept.
 
     Example:
-        >>> model = GPT(preset("cpu", vocab_size=65), rngs=nnx.Rngs(0))
-        >>> model(jnp.zeros((2, 10), jnp.int32)).shape
-        (2, 10, 65)
+      >>> model = GPT(preset("cpu", vocab_size=65), rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((2, 10), jnp.int32)).shape
+      (2, 10, 65)
     """
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
@@ -177,18 +177,18 @@ class GPT(nnx.Module):
         """Logits of the token that follows each token.
 
         Args:
-            tokens: integers in [0, vocab_size); one past the end gives NaN logits.
-            key: makes the dropout masks; None means no dropout.
-            cache: what came before these tokens. There must be room for them: a
-                full cache cannot raise under jit.
+          tokens: integers in [0, vocab_size); one past the end gives NaN logits.
+          key: makes the dropout masks; None means no dropout.
+          cache: what came before these tokens. There must be room for them: a
+            full cache cannot raise under jit.
 
         Returns:
-            Logits, float32 (batch, time, vocab_size), and with a cache the pair of
-            the logits and the longer cache.
+          Logits, float32 (batch, time, vocab_size), and with a cache the pair of
+          the logits and the longer cache.
 
         Raises:
-            TypeError: the tokens are not integers.
-            ValueError: the tokens are not (batch, time), or too long.
+          TypeError: the tokens are not integers.
+          ValueError: the tokens are not (batch, time), or too long.
         """
         size = self.config.context if cache is None else cache.keys[0].shape[1]
         _check_tokens(tokens, size)
@@ -213,14 +213,14 @@ class GPT(nnx.Module):
         """An empty cache.
 
         Args:
-            batch: number of sequences.
-            size: how many tokens it can hold, at most (and by default) `context`.
+          batch: number of sequences.
+          size: how many tokens it can hold, at most (and by default) `context`.
 
         Returns:
-            A `Cache` of zeros with length 0.
+          A `Cache` of zeros with length 0.
 
         Raises:
-            ValueError: the size is more than the context.
+          ValueError: the size is more than the context.
         """
         config = self.config
         size = config.context if size is None else size
@@ -250,19 +250,19 @@ def loss(
     """Cross entropy of the targets, the mean over tokens, in nats per token.
 
     Args:
-        model: the model.
-        tokens: integers (batch, time).
-        targets: the tokens that follow, integers (batch, time); one past the end
-            of the vocabulary gives NaN.
-        key: makes the dropout masks; None means no dropout.
-        weights: how much each target counts; the mean is the weighted sum over the
-            sum of the weights (NaN if that is zero). None counts all alike.
+      model: the model.
+      tokens: integers (batch, time).
+      targets: the tokens that follow, integers (batch, time); one past the end
+        of the vocabulary gives NaN.
+      key: makes the dropout masks; None means no dropout.
+      weights: how much each target counts; the mean is the weighted sum over the
+        sum of the weights (NaN if that is zero). None counts all alike.
 
     Returns:
-        A float32 scalar.
+      A float32 scalar.
 
     Raises:
-        ValueError: targets or weights have another shape than the tokens.
+      ValueError: targets or weights have another shape than the tokens.
     """
     for name, array in (("targets", targets), ("weights", weights)):
         if array is not None and array.shape != tokens.shape:

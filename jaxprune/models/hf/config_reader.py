@@ -1,14 +1,14 @@
-"""A config.json read attribute by attribute; what nobody asked for is refused by name.
+"""Reads a config.json attribute by attribute and refuses, by name, what is left over.
 
-A reader takes what it knows. In the end everything that was wrong, and everything that
-was never taken, is told in one sentence. Absent and null are the same, except where
-null says something.
+A family reads the attributes that it knows. In the end all that were wrong and all that
+nobody read are named in one error. An absent attribute and null are the same, except
+where null has a meaning of its own.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# What changes no number of a forward pass: bookkeeping, tokens, training, generation.
+# What does not change the forward pass: bookkeeping, tokens, training, generation.
 _IGNORED = """
     model_type architectures auto_map _name_or_path transformers_version torch_dtype
     dtype tokenizer_class task_specific_params problem_type finetuning_task id2label
@@ -38,22 +38,22 @@ ONLY: Mapping[str, Any] = {
 
 
 class Attributes:
-    """The attributes of one config.json, taken one by one.
+    """The attributes of one config.json, read one by one.
 
     Attributes:
-        problems: what was wrong with those taken so far, a phrase each.
+      problems: what was wrong with those read so far, a phrase each.
     """
 
     def __init__(self, config: Mapping[str, Any], *, where: str = ""):
-        """Starts with nothing taken; `where` is put before the names in `problems`."""
+        """Starts with nothing read; `where` is put before the names in `problems`."""
         self._config = config
         self._where = where
-        self._taken: set[str] = set()
+        self._read: set[str] = set()
         self.problems: list[str] = []
 
     def raw(self, name: str, default: Any = None) -> Any:
         """The value as it stands, null included; the default where it is absent."""
-        self._taken.add(name)
+        self._read.add(name)
         return self._config.get(name, default)
 
     def size(self, name: str, default: int | None = None) -> int:
@@ -123,20 +123,20 @@ class Attributes:
 
     def wrong(self, name: str, rule: str, value: Any) -> None:
         """Notes that an attribute is not what it must be."""
-        told = "nothing" if value is None else _shown(value)
-        self.problems.append(f"{self._where}{name} must be {rule}, got {told}")
+        got = "nothing" if value is None else _shown(value)
+        self.problems.append(f"{self._where}{name} must be {rule}, got {got}")
 
     def rest(
         self, *, ignored: Collection[str] = (), only: Mapping[str, Any] | None = None
     ) -> None:
-        """Notes what was not taken, is not ignored and not at its only value.
+        """Notes what was not read, is not ignored and not at its only value.
 
         Args:
-            ignored: names that do not matter.
-            only: names that are supported at this value, or null, alone.
+          ignored: names that do not matter.
+          only: names that are supported at this value, or null, alone.
         """
         for name, value in self._config.items():
-            if name in self._taken or name in ignored or value is None:
+            if name in self._read or name in ignored or value is None:
                 continue
             if only is None or name not in only:
                 shown = _shown(value)

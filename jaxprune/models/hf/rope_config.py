@@ -1,8 +1,8 @@
-"""Rotary schemes out of a config.json, in its older and its newer words.
+"""Reads the rotary scheme from a config.json, in its older and its newer form.
 
-The newer is one object, `rope_parameters`, or one for each kind of layer. The older is
-`rope_theta` and, where a context was stretched, an object `rope_scaling`, which goes
-before. A scheme that is not known is refused by name.
+The newer form is an object `rope_parameters`, or one for each kind of layer. The older
+form is `rope_theta` and, where a context was stretched, an object `rope_scaling`; where
+both are given, `rope_scaling` counts. A scheme that is not known is refused by name.
 """
 
 import math
@@ -26,11 +26,11 @@ def one(a: Attributes, fields: Mapping[str, Any]) -> rope.Rope:
     """The scheme of all layers.
 
     Args:
-        a: the configuration's attributes.
-        fields: says the head's size and the context.
+      a: the configuration's attributes.
+      fields: says the head's size and the context.
 
     Returns:
-        The scheme; what is wrong is noted in `a.problems`.
+      The scheme; what is wrong is noted in `a.problems`.
     """
     new, old = a.within("rope_parameters"), a.within("rope_scaling")
     theta = a.number("rope_theta", 1e4)
@@ -48,11 +48,11 @@ def full_and_sliding(
     """The schemes of the layers that see all and of those that see a window.
 
     Args:
-        a: the configuration's attributes.
-        fields: says the head's size and the context.
+      a: the configuration's attributes.
+      fields: says the head's size and the context.
 
     Returns:
-        Two schemes; what is wrong is noted in `a.problems`.
+      Two schemes; what is wrong is noted in `a.problems`.
     """
     both, old = a.within("rope_parameters"), a.within("rope_scaling")
     bases = (a.number("rope_theta", 1e6), a.number("rope_local_base_freq", 1e4))

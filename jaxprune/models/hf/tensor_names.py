@@ -1,43 +1,30 @@
-"""Which tensor of a directory is which leaf: all of them, or one error with all of it.
+"""Finds the tensor of each leaf of a model in a directory.
 
-Tensors that are unknown, missing, doubled or of another shape are told together.
+Every tensor must belong to a leaf and every leaf must have its tensor: those that are
+unknown, missing, doubled or of another shape are named together, in one error.
 """
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxprune.formats.checkpoint_dir import CheckpointDir, Damaged, Unknown
+from jaxprune.models.hf.families.family import Family
 
 _FLOATING = ("float32", "bfloat16", "float16", "float64")
 _LISTED = 12
-
-
-class Names(Protocol):
-    """A family's table of names."""
-
-    @property
-    def prefix(self) -> str:
-        """What most names begin with; base models leave it out."""
-
-    @property
-    def skipped(self) -> str:
-        """A pattern of tensors that hold nothing learned."""
-
-    def source(self, leaf: str) -> tuple[str, bool]:
-        """The tensor of a leaf, and whether its axes are the leaf's reversed."""
 
 
 class Source(NamedTuple):
     """The tensor that a leaf was read from.
 
     Attributes:
-        name: its name in the directory.
-        transposed: whether its axes are the leaf's reversed.
-        dtype: how it is stored there.
-        copies: names under which the directory holds it again (a tied head).
+      name: its name in the directory.
+      transposed: whether its axes are the leaf's reversed.
+      dtype: how it is stored there.
+      copies: names under which the directory holds it again (a tied head).
     """
 
     name: str
@@ -48,26 +35,24 @@ class Source(NamedTuple):
 
 def match(
     directory: CheckpointDir,
-    family: Names,
+    family: Family,
     leaves: Mapping[str, tuple[int, ...]],
-    copies: Mapping[str, str],
 ) -> dict[str, Source]:
     """Finds the tensor of each leaf.
 
     Args:
-        directory: the model's folder.
-        family: its table of names.
-        leaves: leaf name to shape.
-        copies: tensors, without the prefix, that may be there again: to the leaf.
+      directory: the model's folder.
+      family: its names of tensors.
+      leaves: leaf name to shape.
 
     Returns:
-        Leaf name to tensor.
+      Leaf name to tensor.
 
     Raises:
-        directory.Damaged: a tensor is missing, doubled or of another shape.
-        directory.Unknown: a tensor is none of the model's.
+      Damaged: a tensor is missing, doubled or of another shape.
+      Unknown: a tensor is none of the model's.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}  # name without the prefix to full names
     for name in directory.tensors:
         found.setdefault(name.removeprefix(family.prefix), []).append(name)
     names, wrong, used = {}, [], set()
@@ -86,6 +71,7 @@ def match(
         if info.dtype.name not in _FLOATING:
             wrong.append(f"{found[key][0]} is {info.dtype}, which is not floating")
         names[leaf] = Source(found[key][0], transposed, info.dtype)
+    copies = {key: leaf for key, leaf in family.copies.items() if key not in used}
     used.update(copies)
     unknown = [
         name
@@ -98,7 +84,7 @@ def match(
     for key, leaf in copies.items():
         for name in found.get(key, []):
             tied = names[leaf]
-            _same(directory, tied.name, name)
+            _check_copy(directory, tied.name, name)
             names[leaf] = tied._replace(copies=(*tied.copies, name))
     return names
 
@@ -110,7 +96,7 @@ def _refuse(
     doubled: list[str],
     wrong: list[str],
 ) -> None:
-    told = [
+    found = [
         f"{what} {listed(names)}"
         for what, names in (
             ("unknown:", unknown),
@@ -120,22 +106,22 @@ def _refuse(
         )
         if names
     ]
-    if told:
+    if found:
         kind = Damaged if missing or doubled or wrong else Unknown
         raise kind(
             f"'{directory.path}' must hold the tensors of the "
             f"{directory.config['model_type']} model that its config.json describes; "
-            + "; ".join(told)
-            + "."
+            + "; ".join(found)
         )
 
 
-def _same(directory: CheckpointDir, embedding: str, copy: str) -> None:
+def _check_copy(directory: CheckpointDir, embedding: str, copy: str) -> None:
+    """Refuses a second copy of the embedding that has other bits."""
     one, other = directory.tensors[embedding], directory.tensors[copy]
     if (one.dtype, one.shape) == (other.dtype, other.shape):
         bits = np.dtype(f"u{one.dtype.itemsize}")
         a, b = (directory.read(name).view(bits) for name in (embedding, copy))
-        step = max(1, 2**24 // max(1, one.shape[-1]))
+        step = max(1, 2**24 // max(1, one.shape[-1]))  # rows compared at a time
         if all(
             np.array_equal(a[i : i + step], b[i : i + step])
             for i in range(0, len(a), step)
@@ -144,12 +130,12 @@ def _same(directory: CheckpointDir, embedding: str, copy: str) -> None:
     raise Damaged(
         f"'{directory.path}' holds its embedding, {embedding}, again, but "
         f"{copy} differs from it; remove that, or, if it is a head of its own, set "
-        "tie_word_embeddings to false in config.json."
+        "tie_word_embeddings to false in config.json"
     )
 
 
 def listed(names: list[str]) -> str:
     """The first few names, and how many more there are."""
-    told = ", ".join(names[:_LISTED])
+    first = ", ".join(names[:_LISTED])
     more = len(names) - _LISTED
-    return told + (f" and {more} more" if more > 0 else "")
+    return first + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the tokenizer of a model's folder.
+"""Turns text into tokens and back with the tokenizer of a model's directory.
 
 tokenizer.json is read by the `tokenizers` package. Its template of special tokens is
 not applied, since it can put more than the beginning of a text into it; the token that
@@ -23,10 +23,10 @@ class Tokenizer:
     """A tokenizer and what its folder says of special tokens.
 
     Attributes:
-        tokens: the `tokenizers.Tokenizer`.
-        bos: the token that texts begin with; None if there is none.
-        eos: the tokens that end a text.
-        begins: whether texts begin with `bos` unless the caller says otherwise.
+      tokens: the `tokenizers.Tokenizer`.
+      bos: the token that texts begin with; None if there is none.
+      eos: the tokens that end a text.
+      begins: whether texts begin with `bos` unless the caller says otherwise.
     """
 
     tokens: Any = dataclasses.field(repr=False)
@@ -43,14 +43,14 @@ class Tokenizer:
         """The tokens of a text.
 
         Args:
-            text: any text.
-            bos: whether to begin with `self.bos`; None does as the folder says.
+          text: any text.
+          bos: whether to begin with `self.bos`; None does as the folder says.
 
         Returns:
-            Integers.
+          Integers.
 
         Raises:
-            ValueError: `bos` is True and there is no such token.
+          ValueError: `bos` is True and there is no such token.
         """
         ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
         if not (self.begins if bos is None else bos):
@@ -58,7 +58,7 @@ class Tokenizer:
         if self.bos is None:
             raise ValueError(
                 "encode with bos=True needs a token that begins a text, but neither "
-                f"{_SETTINGS} nor config.json names one; use bos=False."
+                f"{_SETTINGS} nor config.json names one; use bos=False"
             )
         return [self.bos, *ids]
 
@@ -66,44 +66,44 @@ class Tokenizer:
         """The text of tokens.
 
         Args:
-            tokens: integers, a NumPy or JAX row included.
-            special: whether special tokens are shown.
+          tokens: integers, a NumPy or JAX row included.
+          special: whether special tokens are shown.
 
         Returns:
-            The text.
+          The text.
         """
         ids = [int(token) for token in tokens]
         return str(self.tokens.decode(ids, skip_special_tokens=not special))
 
 
-def tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a model's folder.
 
     A text begins with BOS where tokenizer_config.json says so (`add_bos_token`), or,
     where that says nothing, where tokenizer.json puts it.
 
     Args:
-        path: a local folder with config.json, safetensors and tokenizer.json.
+      directory: a local folder with config.json, safetensors and tokenizer.json.
 
     Returns:
-        The tokenizer.
+      The tokenizer.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ModuleNotFoundError: the `tokenizers` package is not installed.
-        directory.Unknown: the folder has no tokenizer.json.
-        directory.Damaged: a file cannot be read as what it is.
+      FileNotFoundError: there is no such folder.
+      ModuleNotFoundError: the `tokenizers` package is not installed.
+      Unknown: the folder has no tokenizer.json.
+      Damaged: a file cannot be read as what it is.
     """
-    directory = open_directory(path)
-    tokens = _read(directory.path)
-    settings = _settings(directory.path)
+    opened = open_directory(directory)
+    tokens = _read(opened.path)
+    settings = _settings(opened.path)
     bos = _token(tokens, settings.get("bos_token"))
-    if bos is None and isinstance(directory.config.get("bos_token_id"), int):
-        bos = directory.config["bos_token_id"]
+    if bos is None and isinstance(opened.config.get("bos_token_id"), int):
+        bos = opened.config["bos_token_id"]
     begins = settings.get("add_bos_token")
     if not isinstance(begins, bool):
         begins = bos is not None and tokens.encode("").ids[:1] == [bos]
-    eos = directory.config.get("eos_token_id")
+    eos = opened.config.get("eos_token_id")
     eos = eos if isinstance(eos, list) else [eos]
     ends = {_token(tokens, settings.get("eos_token")), *eos} - {None}
     return Tokenizer(
@@ -122,18 +122,18 @@ def _read(folder: Path) -> Any:
         )
         raise Unknown(
             f"'{folder}' has no {_FILE}{other}; make one with transformers: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     try:
         import tokenizers
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            f"reading '{path}' needs the package tokenizers; pip install tokenizers."
+            f"reading '{path}' needs the package tokenizers; pip install tokenizers"
         ) from None
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
-        raise Damaged(f"'{path}' is no tokenizer: {error}.") from None
+        raise Damaged(f"'{path}' is no tokenizer: {error}") from None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -143,9 +143,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise Damaged(f"'{path}' is not JSON: {error}.") from None
+        raise Damaged(f"'{path}' is not JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise Damaged(f"'{path}' must hold an object, got {type(settings).__name__}.")
+        raise Damaged(f"'{path}' must hold an object, got {type(settings).__name__}")
     return settings
 
 

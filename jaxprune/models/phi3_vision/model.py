@@ -7,8 +7,8 @@ prompt is replaced by is computed beforehand (`phi3_vision.preprocess`), so one 
 program serves pictures of any form.
 
 Reference:
-    Abdin et al.: Phi-3 Technical Report, 2024, arXiv 2404.14219, section 6. Dong et
-    al.: InternLM-XComposer2-4KHD, 2024, arXiv 2404.06512 (the crops).
+  Abdin et al.: Phi-3 Technical Report, 2024, arXiv 2404.14219, section 6. Dong et
+  al.: InternLM-XComposer2-4KHD, 2024, arXiv 2404.06512 (the crops).
 """
 
 import dataclasses
@@ -30,19 +30,20 @@ class Phi3VisionConfig:
     """The shape of a `Phi3Vision`; checked when it is made.
 
     Attributes:
-        decoder: the language model's.
-        tower: the image tower's.
-        skipped: how many of the tower's last layers are not run.
-        crops: at most so many crops of an image, the global view not counted.
+      decoder: the language model's.
+      tower: the image tower's.
+      skipped: how many of the tower's last layers are not run.
+      crops: at most so many crops of an image, the global view not counted.
 
     Raises:
-        ValueError: two patches do not fit the tower's grid, or no layer would be run.
+      ValueError: two patches do not fit the tower's grid, or no layer would be run.
     """
 
     decoder: DecoderConfig
     tower: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     skipped: int = 1
-    crops: int = 16
+    # A setting of the processor alone: models that differ in it are the same program.
+    crops: int = dataclasses.field(default=16, compare=False)
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -62,11 +63,11 @@ class Phi3VisionConfig:
         """Type of the products."""
         return self.decoder.dtype
 
-    def computed(self, dtype: Literal["float32", "bfloat16"]) -> "Phi3VisionConfig":
+    def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "Phi3VisionConfig":
         """The same shape with products of another type, in both halves."""
         return dataclasses.replace(
             self,
-            decoder=dataclasses.replace(self.decoder, dtype=dtype),
+            decoder=self.decoder.with_dtype(dtype),
             tower=dataclasses.replace(self.tower, dtype=dtype),
         )
 
@@ -84,18 +85,18 @@ def unused(config: Phi3VisionConfig) -> tuple[str, ...]:
     `prunable=jp.tree.excluding(*unused(config), "separator", "row_end")`.
 
     Args:
-        config: the model's shape.
+      config: the model's shape.
 
     Returns:
-        Globs on path names.
+      Globs on path names.
 
     Example:
-        >>> decoder = DecoderConfig(
-        ...     vocab_size=5, context=8, layers=1, width=4, heads=1, kv_heads=1,
-        ...     head_dim=4, mlp_width=8,
-        ... )
-        >>> unused(Phi3VisionConfig(decoder=decoder))
-        ('tower/layers/23/*', 'tower/norm/*')
+      >>> decoder = DecoderConfig(
+      ...     vocab_size=5, context=8, layers=1, width=4, heads=1, kv_heads=1,
+      ...     head_dim=4, mlp_width=8,
+      ... )
+      >>> unused(Phi3VisionConfig(decoder=decoder))
+      ('tower/layers/23/*', 'tower/norm/*')
     """
     layers = config.tower.layers
     skipped = range(layers - config.skipped, layers)
@@ -106,8 +107,8 @@ class Phi3Vision(nnx.Module):
     """The model.
 
     Args:
-        config: the shape.
-        rngs: gives the keys of the initial parameters; not kept.
+      config: the shape.
+      rngs: gives the keys of the initial parameters; not kept.
     """
 
     def __init__(self, config: Phi3VisionConfig, *, rngs: nnx.Rngs):
@@ -127,12 +128,12 @@ class Phi3Vision(nnx.Module):
         """All that a word may be replaced by.
 
         Args:
-            pixels: views and crops of all pictures, normalised, of the tower's size.
-            remat: as for `Decoder.states`.
+          pixels: views and crops of all pictures, normalised, of the tower's size.
+          remat: as for `Decoder.states`.
 
         Returns:
-            The end of a row, the separator, and then side x side tokens of each crop,
-            row by row: (2 + crops * side^2, width).
+          The end of a row, the separator, and then side x side tokens of each crop,
+          row by row: (2 + crops * side^2, width).
         """
         config = self.config
         layers = config.tower.layers - config.skipped
@@ -157,16 +158,16 @@ class Phi3Vision(nnx.Module):
         """The residual stream before the decoder's first layer.
 
         Args:
-            tokens: integers; what is below 0 stands for a part of a picture.
-            pixels: views and crops of all pictures of the batch, or None.
-            sources: the row of `image_tokens` in each word's place, below 0 for none.
-            remat: as for `Decoder.states`.
+          tokens: integers; what is below 0 stands for a part of a picture.
+          pixels: views and crops of all pictures of the batch, or None.
+          sources: the row of `image_tokens` in each word's place, below 0 for none.
+          remat: as for `Decoder.states`.
 
         Returns:
-            Floats (batch, time, width).
+          Floats (batch, time, width).
 
         Raises:
-            ValueError: only one of pixels and sources is given.
+          ValueError: only one of pixels and sources is given.
         """
         x = self.decoder.embed(jnp.maximum(tokens, 0))
         if (pixels is None) != (sources is None):
@@ -208,17 +209,17 @@ class Phi3Vision(nnx.Module):
         """Logits of the token that follows each token.
 
         Args:
-            tokens: as for `embed`.
-            pixels: as for `embed`.
-            sources: as for `embed`.
-            cache: what came before these tokens, pictures included.
+          tokens: as for `embed`.
+          pixels: as for `embed`.
+          sources: as for `embed`.
+          cache: what came before these tokens, pictures included.
 
         Returns:
-            Logits, float32 (batch, time, vocab_size), and with a cache the pair of the
-            logits and the longer cache.
+          Logits, float32 (batch, time, vocab_size), and with a cache the pair of the
+          logits and the longer cache.
 
         Raises:
-            ValueError: only one of pixels and sources is given, or it is too long.
+          ValueError: only one of pixels and sources is given, or it is too long.
         """
         x = self.embed(tokens, pixels, sources)
         x, cache = self.decoder.states(x, cache=cache)

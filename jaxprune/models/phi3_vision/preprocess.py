@@ -36,10 +36,10 @@ class Picture(NamedTuple):
     """A picture, ready for the tower.
 
     Attributes:
-        pixels: the global view, then the crops row by row, (1 + rows * columns, size,
-            size, 3) float32.
-        rows: crops from top to bottom.
-        columns: crops from left to right.
+      pixels: the global view, then the crops row by row, (1 + rows * columns, size,
+        size, 3) float32.
+      rows: crops from top to bottom.
+      columns: crops from left to right.
     """
 
     pixels: np.ndarray
@@ -51,9 +51,9 @@ class Prompt(NamedTuple):
     """A prompt with pictures.
 
     Attributes:
-        tokens: int32 (time,), -i where picture i is.
-        sources: int32 (time,), the row of `Phi3Vision.image_tokens` there, else -1.
-        pixels: views and crops of all pictures, (crops, size, size, 3) float32.
+      tokens: int32 (time,), -i where picture i is.
+      sources: int32 (time,), the row of `Phi3Vision.image_tokens` there, else -1.
+      pixels: views and crops of all pictures, (crops, size, size, 3) float32.
     """
 
     tokens: np.ndarray
@@ -68,20 +68,20 @@ def picture(image: Image.Image, *, size: int = 336, crops: int = 16) -> Picture:
     <= crops, for a picture lying on its side; white is added above and below.
 
     Args:
-        image: of any mode and size; it is taken as RGB.
-        size: height and width of a crop.
-        crops: at most so many.
+      image: of any mode and size; it is taken as RGB.
+      size: height and width of a crop.
+      crops: at most so many.
 
     Returns:
-        The picture.
+      The picture.
 
     Raises:
-        ValueError: the picture is so long that its short side would vanish.
+      ValueError: the picture is so long that its short side would vanish.
 
     Example:
-        >>> seen = picture(Image.new("RGB", (640, 480)), size=8, crops=4)
-        >>> seen.pixels.shape, seen.rows, seen.columns
-        ((5, 8, 8, 3), 2, 2)
+      >>> seen = picture(Image.new("RGB", (640, 480)), size=8, crops=4)
+      >>> seen.pixels.shape, seen.rows, seen.columns
+      ((5, 8, 8, 3), 2, 2)
     """
     whole = _normalised(_resized(image.convert("RGB"), size, crops))
     rows, columns = whole.shape[0] // size, whole.shape[1] // size
@@ -126,20 +126,20 @@ def crops_of(
     """How many crops a picture is cut into, without cutting it.
 
     Args:
-        width: of the picture, in pixels.
-        height: likewise.
-        size: height and width of a crop.
-        crops: at most so many.
+      width: of the picture, in pixels.
+      height: likewise.
+      size: height and width of a crop.
+      crops: at most so many.
 
     Returns:
-        Crops from top to bottom, and from left to right.
+      Crops from top to bottom, and from left to right.
 
     Raises:
-        ValueError: the picture is so long that its short side would vanish.
+      ValueError: the picture is so long that its short side would vanish.
 
     Example:
-        >>> crops_of(640, 480)
-        (3, 4)
+      >>> crops_of(640, 480)
+      (3, 4)
     """
     longer, shorter = _fitting(width, height, size, crops)
     sides = (-(-shorter // size), longer // size)
@@ -154,14 +154,14 @@ def bicubic(array: np.ndarray, size: int) -> np.ndarray:
     """Resizes as torch does: cubic convolution, a = -3/4, without antialiasing.
 
     Args:
-        array: (height, width, channels), floating.
-        size: the new height and width.
+      array: (height, width, channels), floating.
+      size: the new height and width.
 
     Returns:
-        (size, size, channels), float32.
+      (size, size, channels), float32.
 
     Reference:
-        Keys: Cubic convolution interpolation for digital image processing, 1981.
+      Keys: Cubic convolution interpolation for digital image processing, 1981.
     """
     tall, wide = (_cubic(length, size) for length in array.shape[:2])
     return np.einsum("ih,hwc,jw->ijc", tall, array, wide, optimize=True).astype("f4")
@@ -189,17 +189,17 @@ def layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
     global view, an end after each row.
 
     Args:
-        rows: crops from top to bottom.
-        columns: crops from left to right.
-        side: tokens along each side of a crop.
-        first: the place of the global view among all views and crops of the batch.
+      rows: crops from top to bottom.
+      columns: crops from left to right.
+      side: tokens along each side of a crop.
+      first: the place of the global view among all views and crops of the batch.
 
     Returns:
-        int32 rows of `Phi3Vision.image_tokens`.
+      int32 rows of `Phi3Vision.image_tokens`.
 
     Example:
-        >>> layout(1, 1, 1, 0).tolist()
-        [3, 0, 1, 2, 0]
+      >>> layout(1, 1, 1, 0).tolist()
+      [3, 0, 1, 2, 0]
     """
 
     def numbers(crop: int, down: int, across: int) -> np.ndarray:
@@ -224,17 +224,17 @@ def prompt(
     """A prompt's tokens and its pictures.
 
     Args:
-        text: with "<|image_1|>" to "<|image_n|>" where the pictures are.
-        images: the pictures, the first of them <|image_1|>.
-        encode: a text without pictures to tokens, without BOS.
-        config: the model's shape.
-        bos: the token that begins the prompt, or None.
+      text: with "<|image_1|>" to "<|image_n|>" where the pictures are.
+      images: the pictures, the first of them <|image_1|>.
+      encode: a text without pictures to tokens, without BOS.
+      config: the model's shape.
+      bos: the token that begins the prompt, or None.
 
     Returns:
-        The prompt.
+      The prompt.
 
     Raises:
-        ValueError: the text does not name the pictures, each at least once.
+      ValueError: the text does not name the pictures, each at least once.
     """
     named = [int(number) for number in _PLACE.findall(text)]
     if set(named) != set(range(1, len(images) + 1)):
@@ -266,15 +266,15 @@ def together(prompts: Sequence[Prompt], side: int) -> Prompt:
     """Prompts of one length as a batch.
 
     Args:
-        prompts: each with its own pictures, or none.
-        side: image tokens along a side of a view, `config.side`.
+      prompts: each with its own pictures, or none.
+      side: image tokens along a side of a view, `config.side`.
 
     Returns:
-        Tokens and sources int32 (batch, time), the sources counting through the pixels
-        of all prompts, which lie behind each other.
+      Tokens and sources int32 (batch, time), the sources counting through the pixels
+      of all prompts, which lie behind each other.
 
     Raises:
-        ValueError: the prompts are not of one length.
+      ValueError: the prompts are not of one length.
     """
     lengths = {len(each.tokens) for each in prompts}
     if len(lengths) != 1:
@@ -299,15 +299,15 @@ def chat(question: str, images: int = 0) -> str:
     r"""A question in the form that the model was tuned on, pictures before it.
 
     Args:
-        question: the text.
-        images: how many pictures go before it.
+      question: the text.
+      images: how many pictures go before it.
 
     Returns:
-        The prompt; the answer follows.
+      The prompt; the answer follows.
 
     Example:
-        >>> chat("What is it?", 1)
-        '<|user|>\n<|image_1|>\nWhat is it?<|end|>\n<|assistant|>\n'
+      >>> chat("What is it?", 1)
+      '<|user|>\n<|image_1|>\nWhat is it?<|end|>\n<|assistant|>\n'
     """
     places = "".join(f"<|image_{i + 1}|>\n" for i in range(images))
     return f"<|user|>\n{places}{question}<|end|>\n<|assistant|>\n"

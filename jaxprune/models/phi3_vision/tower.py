@@ -4,9 +4,9 @@ Parameters are those of the published checkpoints, the last layers included that
 of earlier features never runs.
 
 Reference:
-    Radford et al.: Learning Transferable Visual Models From Natural Language
-    Supervision, 2021, arXiv 2103.00020. Dosovitskiy et al.: An Image is Worth 16x16
-    Words, 2020, arXiv 2010.11929.
+  Radford et al.: Learning Transferable Visual Models From Natural Language
+  Supervision, 2021, arXiv 2103.00020. Dosovitskiy et al.: An Image is Worth 16x16
+  Words, 2020, arXiv 2010.11929.
 """
 
 import dataclasses
@@ -31,18 +31,18 @@ class ClipConfig:
     """The shape of a `ClipTower`; checked when it is made. Defaults are ViT-L/14-336's.
 
     Attributes:
-        image: height and width of an image, in pixels.
-        patch: height and width of a patch.
-        layers: number of blocks.
-        width: size of the residual stream.
-        heads: heads of a layer.
-        mlp_width: features inside the MLP.
-        activation: the MLP's nonlinearity; "gelu" is exact.
-        norm_epsilon: what is added to the variance.
-        dtype: type of the products, whatever the parameters' is.
+      image: height and width of an image, in pixels.
+      patch: height and width of a patch.
+      layers: number of blocks.
+      width: size of the residual stream.
+      heads: heads of a layer.
+      mlp_width: features inside the MLP.
+      activation: the MLP's nonlinearity; "gelu" is exact.
+      norm_epsilon: what is added to the variance.
+      dtype: type of the products, whatever the parameters' is.
 
     Raises:
-        ValueError: a field is outside its range, or two do not fit.
+      ValueError: a field is outside its range, or two do not fit.
     """
 
     image: int = 336
@@ -86,16 +86,16 @@ class ClipTower(nnx.Module):
     """The tower.
 
     Args:
-        config: the shape.
-        rngs: gives the keys of the initial parameters; not kept.
+      config: the shape.
+      rngs: gives the keys of the initial parameters; not kept.
 
     Example:
-        >>> config = ClipConfig(
-        ...     image=8, patch=4, layers=2, width=8, heads=2, mlp_width=16
-        ... )
-        >>> tower = ClipTower(config, rngs=nnx.Rngs(0))
-        >>> tower.states(jnp.zeros((3, 8, 8, 3)), layers=1).shape
-        (3, 5, 8)
+      >>> config = ClipConfig(
+      ...     image=8, patch=4, layers=2, width=8, heads=2, mlp_width=16
+      ... )
+      >>> tower = ClipTower(config, rngs=nnx.Rngs(0))
+      >>> tower.states(jnp.zeros((3, 8, 8, 3)), layers=1).shape
+      (3, 5, 8)
     """
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
@@ -152,12 +152,12 @@ class ClipTower(nnx.Module):
         """The residual stream after some layers, not normalised.
 
         Args:
-            pixels: normalised images (images, height, width, 3).
-            layers: how many layers are run; all by default.
-            remat: as for `Decoder.states`.
+          pixels: normalised images (images, height, width, 3).
+          layers: how many layers are run; all by default.
+          remat: as for `Decoder.states`.
 
         Returns:
-            The class first, then the patches row by row: (images, grid^2 + 1, width).
+          The class first, then the patches row by row: (images, grid^2 + 1, width).
         """
         x = self.norm_embedded(self.embed(pixels))
         for layer in self.layers[:layers]:

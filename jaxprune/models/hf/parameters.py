@@ -1,8 +1,8 @@
-"""Leaves out of a folder's tensors and back, whatever the model.
+"""Parameters of a model from the tensors of a directory, and back.
 
-Weights go from the mapped file straight to their sharding, one leaf at a time, so
+A weight is read from the mapped file straight to its sharding, one leaf at a time, so
 memory holds the model and one leaf. Kernels of torch are `[out, in]`, ours `[in, out]`;
-which leaf is which tensor, and how it lies there, is kept for the way back.
+a `Source` keeps which tensor a leaf came from and how it is stored there.
 """
 
 import math
@@ -15,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxprune.arrays.lazy import Stored
+from jaxprune.arrays.lazy import LazyArray
 from jaxprune.formats.checkpoint_dir import CheckpointDir
-from jaxprune.models.hf.tensor_names import Names, Source, listed
+from jaxprune.models.hf.families.family import Family
+from jaxprune.models.hf.tensor_names import Source, listed
 
 Dtype = Literal["float32", "bfloat16"]
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
-# Bytes of a file that are looked at before its pages are let go.
+# Bytes of a file that are mapped at a time; its pages can be dropped after.
 _BLOCK = 2**26
 
 
-def check(
+def check_options(
     dtype: str | None,
     compute: str | None,
     shardings: Shardings | None,
@@ -36,28 +37,28 @@ def check(
     for name, value in (("dtype", dtype), ("compute_dtype", compute)):
         if value not in (None, "float32", "bfloat16"):
             raise ValueError(
-                f"load needs {name} to be float32, bfloat16 or None, got {value!r}."
+                f"load needs {name} to be float32, bfloat16 or None, got {value!r}"
             )
     if shardings is not None and mesh is not None:
-        raise ValueError("load takes shardings or a mesh, got both; leave one out.")
+        raise ValueError("load takes shardings or a mesh, got both; leave one out")
 
 
 def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Leaf name to shape of a model's parameters, abstract or not."""
     state = nnx.state(model, nnx.Param)
     pairs = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {name_of(path): leaf.shape for path, leaf in pairs}
+    return {leaf_name(path): leaf.shape for path, leaf in pairs}
 
 
-def name_of(path: tuple[Any, ...]) -> str:
+def leaf_name(path: tuple[Any, ...]) -> str:
     """A leaf's name, "layers/3/attention/q/kernel", from its path in a state."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.removesuffix("/value")
 
 
-def placed(shardings: Shardings | None, mesh: jax.sharding.Mesh | None) -> Shardings:
+def placement(shardings: Shardings | None, mesh: jax.sharding.Mesh | None) -> Shardings:
     """The sharding of each leaf: as given, split over a mesh, or on one device."""
-    return shardings or (_default if mesh is None else _split(mesh))
+    return shardings or (_on_one_device if mesh is None else _split_over(mesh))
 
 
 def stored_leaves(
@@ -66,18 +67,18 @@ def stored_leaves(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: Dtype | None,
     place: Shardings,
-) -> list[Stored]:
+) -> list[LazyArray]:
     """The leaves, in the order of `shapes`, still in their files.
 
     Args:
-        directory: the folder.
-        names: leaf name to tensor.
-        shapes: leaf name to shape.
-        dtype: what the leaves are read to; None keeps each as it is stored.
-        place: the sharding of each leaf.
+      directory: the folder.
+      names: leaf name to tensor.
+      shapes: leaf name to shape.
+      dtype: what the leaves are read to; None keeps each as it is stored.
+      place: the sharding of each leaf.
 
     Returns:
-        One `jp.Stored` each.
+      One `jp.LazyArray` each.
     """
     return [
         _stored(directory, names[name], shape, dtype, place(name, shape))
@@ -85,10 +86,10 @@ def stored_leaves(
     ]
 
 
-def filled(model: Any, leaves: list[Stored], *, stored: bool) -> Any:
-    """An abstract model with its parameters in their place, read or still in files."""
+def filled(model: Any, leaves: list[LazyArray], *, lazy: bool) -> Any:
+    """An abstract model with these parameters, read or still in their files."""
     graphdef, state = nnx.split(model, nnx.Param)
-    arrays = leaves if stored else [leaf.read() for leaf in leaves]
+    arrays = leaves if lazy else [leaf.read() for leaf in leaves]
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), arrays))
 
 
@@ -101,56 +102,56 @@ def to_tensors(
     changed has the bits of the file. One leaf is on the host at a time.
 
     Args:
-        names: what `load` returned.
-        params: parameters with the leaves of `names`, of whatever containers.
+      names: which tensor each leaf came from, as `load` returned it.
+      params: parameters with the leaves of `names`, of whatever containers.
 
     Yields:
-        Name and array of every tensor that was read, and of its copies.
+      Name and array of every tensor that was read, and of its copies.
 
     Raises:
-        ValueError: the leaves are not those of `names`.
+      ValueError: the leaves are not those of `names`.
     """
     pairs = jax.tree_util.tree_flatten_with_path(params)[0]
-    leaves = {name_of(path): leaf for path, leaf in pairs}
+    leaves = {leaf_name(path): leaf for path, leaf in pairs}
     if differ := sorted(leaves.keys() ^ names.keys()):
         raise ValueError(
             f"to_tensors needs the parameters of the model that `names` came with, but "
-            f"{listed(differ)} are in one of the two only."
+            f"{listed(differ)} are in one of the two only"
         )
     for leaf, source in names.items():
-        array = np.asarray(jax.device_get(leaves[leaf]))
+        array = np.asarray(jax.device_get(leaves[leaf]))  # one leaf on the host
         array = array.T if source.transposed else array
         array = np.array(array, source.dtype, order="C")
         for name in (source.name, *source.copies):
             yield name, array
 
 
-def sources(family: Names, model: nnx.Module) -> dict[str, Source]:
+def sources(family: Family, model: nnx.Module) -> dict[str, Source]:
     """Which tensor each leaf of a model becomes that came from no directory.
 
     Args:
-        family: the table of names.
-        model: the model.
+      family: the table of names.
+      model: the model.
 
     Returns:
-        Leaf name to tensor, in the parameters' dtypes.
+      Leaf name to tensor, in the parameters' dtypes.
     """
     pairs = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))[0]
     return {
-        name_of(path): Source(*family.source(name_of(path)), np.dtype(leaf.dtype))
+        leaf_name(path): Source(*family.source(leaf_name(path)), np.dtype(leaf.dtype))
         for path, leaf in pairs
     }
 
 
-def most_stored(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
+def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
     """The compute dtype that suits a folder: bfloat16 where most weights are in it.
 
     Args:
-        directory: the folder.
-        names: its tensors by leaf.
+      directory: the folder.
+      names: its tensors by leaf.
 
     Returns:
-        "bfloat16" or "float32".
+      "bfloat16" or "float32".
     """
     sizes: Counter[str] = Counter()
     for source in names.values():
@@ -164,9 +165,9 @@ def _stored(
     shape: tuple[int, ...],
     dtype: Dtype | None,
     sharding: jax.sharding.Sharding,
-) -> Stored:
-    """One leaf, of which each device reads its own part of the file."""
-    kind = kind_of(source, dtype)
+) -> LazyArray:
+    """One leaf; when it is read, each device reads its own part of the file."""
+    kind = read_dtype(source, dtype)
 
     def part(index: Any) -> np.ndarray:
         return _part(directory, source, index, kind)
@@ -174,10 +175,10 @@ def _stored(
     def read() -> jax.Array:
         return jax.make_array_from_callback(shape, sharding, part, dtype=kind)
 
-    return Stored(shape, kind, read, sharding)
+    return LazyArray(shape, kind, read, sharding)
 
 
-def kind_of(source: Source, dtype: Dtype | None) -> np.dtype:
+def read_dtype(source: Source, dtype: Dtype | None) -> np.dtype:
     """The dtype that a leaf is read to."""
     stored = source.dtype.name
     return np.dtype(jnp.dtype(dtype or ("float32" if stored == "float64" else stored)))
@@ -186,15 +187,15 @@ def kind_of(source: Source, dtype: Dtype | None) -> np.dtype:
 def _part(
     directory: CheckpointDir, source: Source, index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """A copy of a part of a leaf. Pages of the file leave memory block by block."""
+    """A copy of a part of a leaf, made block by block so that few pages are in use."""
     stored = directory.tensors[source.name]
-    index = index[::-1] if source.transposed else index
+    index = index[::-1] if source.transposed else index  # of the tensor's axes
     rows, *others = (
         range(*cut.indices(size)) for cut, size in zip(index, stored.shape, strict=True)
     )
     shape = (len(rows), *map(len, others))
     part = _aligned(shape[::-1] if source.transposed else shape, dtype)
-    target = part.T if source.transposed else part
+    target = part.T if source.transposed else part  # a view with the tensor's axes
     step = max(1, _BLOCK * stored.shape[0] // max(1, stored.size))
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
@@ -204,19 +205,20 @@ def _part(
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    # XLA on a CPU keeps memory that begins at a multiple of 64, and copies other.
+    """An empty array that XLA's CPU backend takes as it is: it copies others."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+    start = -raw.ctypes.data % 64  # it wants memory from a multiple of 64 on
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _default(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+def _on_one_device(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
 
-def _split(mesh: jax.sharding.Mesh) -> Shardings:
+def _split_over(mesh: jax.sharding.Mesh) -> Shardings:
     def sharding(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        # The longest axis that the number of devices divides, if there is one.
         fitting = [i for i, size in enumerate(shape) if size % mesh.size == 0]
         spec: list[tuple[str, ...] | None] = [None] * len(shape)
         if fitting:

@@ -1,0 +1,52 @@
+"""Sharded parameters are tracked, pruned and retrained where they lie."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxprune as jp
+
+mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
+rows = jax.NamedSharding(mesh, jax.P("fsdp"))
+keys = jax.random.split(jax.random.key(0), 3)
+params = {
+    "up": jax.device_put(jax.random.normal(keys[0], (64, 256)) / 8, rows),
+    "down": jax.device_put(jax.random.normal(keys[1], (256, 64)) / 16, rows),
+}
+x = jax.random.normal(keys[2], (128, 64))
+
+
+def loss(params):
+    return jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"] - x) ** 2)
+
+
+def train(tx, params, steps):
+    # Moments that start as zeros are replicated under jit: say where they lie.
+    places = jp.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=places)(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+tx = optax.chain(optax.adamw(1e-2), jp.track_importance(storage="int8"))
+params, state = train(tx, params, 50)
+scores = jp.scores.trajectory(params, jp.get_importance(state))
+masks = jp.masks.make(scores, sparsity=0.5, allocation="global")
+params, _ = train(
+    jp.keep_masks(optax.adamw(1e-3), masks), jp.masks.apply(params, masks), 20
+)
+print(f"loss {loss(params):.4f}, sparsity {jp.sparsity(params).total:.1%}")
+print(
+    "up lies as", params["up"].sharding.spec, "its mask as", masks["up"].sharding.spec
+)

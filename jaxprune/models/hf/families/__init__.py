@@ -1,0 +1,116 @@
+"""The families of checkpoints that are read: one file each, and one table of them.
+
+A new family is a file with a `Family` and a line of `FAMILIES`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.models.hf.families import (
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    phi3,
+    phi3_vision,
+    qwen,
+)
+from jaxprune.models.hf.families.family import Family as Family
+from jaxprune.models.phi3_vision.model import Phi3VisionConfig
+
+__all__ = ["FAMILIES", "Family", "decoder_config", "find", "vision_config"]
+
+FAMILIES = {
+    "gpt2": gpt2.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen.QWEN2,
+    "qwen3": qwen.QWEN3,
+    "phi3": phi3.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "phi3_v": phi3_vision.FAMILY,
+}
+"""The supported families by `model_type`."""
+
+
+def find(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json.
+
+    Args:
+      config: the parsed file.
+
+    Returns:
+      The family that its `model_type` names.
+
+    Raises:
+      ValueError: the model type is not supported.
+    """
+    kind = config.get("model_type")
+    if kind == "gemma3":
+        raise ValueError(
+            "model_type 'gemma3' is the form with images, whose language model lies "
+            "inside; save that as model_type 'gemma3_text' "
+            "(Gemma3ForCausalLM.from_pretrained, then save_pretrained)"
+        )
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(
+            f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}"
+        )
+    return FAMILIES[kind]
+
+
+def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Reads the config.json of a language model, old or new.
+
+    Args:
+      config: the parsed file.
+
+    Returns:
+      The shape, in float32.
+
+    Raises:
+      ValueError: the model type is not supported, an attribute is unknown, lacking or
+        unsupported (all are named), or two do not fit.
+
+    Example:
+      >>> config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024,
+      ...           "n_embd": 768, "n_layer": 12, "n_head": 12}
+      >>> decoder_config(config).mlp_width
+      3072
+    """
+    if config.get("model_type") == "phi3_v":
+        raise ValueError(
+            "model_type 'phi3_v' sees pictures and is no language model alone; "
+            "hf.vision_config reads its config.json, hf.load its directory"
+        )
+    shape: DecoderConfig = find(config).read(config)
+    return shape
+
+
+def vision_config(config: Mapping[str, Any]) -> Phi3VisionConfig:
+    """Reads a config.json of `model_type` "phi3_v".
+
+    Args:
+      config: the parsed file.
+
+    Returns:
+      The shape, in float32.
+
+    Raises:
+      ValueError: it is another model, or as for `decoder_config`.
+
+    Example:
+      >>> config = {"model_type": "phi3_v", "vocab_size": 32, "hidden_size": 8,
+      ...           "num_hidden_layers": 1, "num_attention_heads": 2,
+      ...           "intermediate_size": 16, "max_position_embeddings": 64}
+      >>> vision_config(config).tower.layers
+      24
+    """
+    if config.get("model_type") != "phi3_v":
+        raise ValueError(
+            f"model_type must be phi3_v, got {config.get('model_type')!r}; "
+            "hf.decoder_config reads language models"
+        )
+    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(config)
+    return shape

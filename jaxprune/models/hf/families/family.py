@@ -1,0 +1,182 @@
+"""How one family of checkpoints is read, and what several families have in common.
+
+A family is a value: a function from the attributes of its config.json to the fields of
+a model's shape, the attributes that are supported at one value only, and a table of
+tensor names. An attribute that no family asks for is refused by name. Defaults are
+those of the Hugging Face classes, whose files may leave them out.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.models.hf.config_reader import IGNORED, ONLY, Attributes
+
+Fields = dict[str, Any]
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_SLIDING = {"full_attention": False, "sliding_attention": True}
+
+OUTER = {"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"}
+"""Modules outside of the layers, ours to those of Llama and its relatives."""
+LAYER = {
+    "attention/q": "self_attn.q_proj",
+    "attention/k": "self_attn.k_proj",
+    "attention/v": "self_attn.v_proj",
+    "attention/out": "self_attn.o_proj",
+    "attention/norm_q": "self_attn.q_norm",
+    "attention/norm_k": "self_attn.k_norm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+    "norm_attention": "input_layernorm",
+    "norm_mlp": "post_attention_layernorm",
+}
+"""Modules of a layer, likewise."""
+
+
+def modules(
+    outer: Mapping[str, str], layer: Mapping[str, str], layers: str = "layers"
+) -> dict[str, str]:
+    """The table of modules of a model whose layers are called `layers` there."""
+    inner = {f"layers/{ours}": f"{layers}.{{}}.{n}" for ours, n in layer.items()}
+    return {**outer, **inner}
+
+
+def _unchanged(directory: Path, shape: Any) -> Any:
+    return shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of checkpoints.
+
+    Attributes:
+      fields: attributes of config.json to fields of the shape.
+      modules: our module to theirs, "{}" for the number of the layer.
+      only: attributes that are supported at this value alone.
+      parameters: leaves that are no module's kernel, bias, scale or embedding: to their
+        tensor, and whether its axes are the leaf's reversed.
+      shape: fields to the shape of the model.
+      from_directory: (directory, shape) to the shape with what other files say of it.
+      prefix: what the names begin with, except the head's; base models leave it out.
+      stored_out_in: whether kernels are stored [out, in].
+      skipped: a pattern of tensors that hold nothing learned.
+      copies: tensors, without the prefix, that may repeat a leaf: to that leaf.
+    """
+
+    fields: Callable[[Attributes], Fields]
+    modules: Mapping[str, str]
+    only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parameters: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
+    shape: Callable[..., Any] = DecoderConfig
+    from_directory: Callable[[Path, Any], Any] = _unchanged
+    prefix: str = "model."
+    stored_out_in: bool = True
+    skipped: str = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    copies: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"lm_head.weight": "embedding/embedding"}
+    )
+
+    def read(self, config: Mapping[str, Any]) -> Any:
+        """The model's shape, in float32, from the parsed config.json.
+
+        Raises:
+          ValueError: attributes are unknown, lacking or unsupported (all are named), or
+            two do not fit.
+        """
+        attributes = Attributes(config)
+        fields = self.fields(attributes)
+        attributes.rest(ignored=IGNORED, only={**ONLY, **self.only})
+        if attributes.problems:
+            raise ValueError(
+                f"a {config['model_type']} configuration is refused unless all of it "
+                "is understood: " + "; ".join(attributes.problems)
+            )
+        return self.shape(**fields)
+
+    def source(self, leaf: str) -> tuple[str, bool]:
+        """The tensor of a leaf, and whether its axes are the leaf's reversed.
+
+        Args:
+          leaf: a leaf's name, "layers/3/attention/q/kernel".
+
+        Returns:
+          Its name, "model.layers.3.self_attn.q_proj.weight", and True if it is [out,
+          in], while our kernels are [in, out].
+        """
+        if leaf in self.parameters:
+            name, reverse = self.parameters[leaf]
+            return self.prefix + name, reverse
+        module, kind = leaf.rsplit("/", 1)
+        layer = re.search(r"(?<=\blayers/)\d+", module)
+        theirs = self.modules[re.sub(r"(?<=\blayers/)\d+/", "", module)]
+        if layer is not None:
+            theirs = theirs.format(layer[0])
+        head = theirs == "lm_head"
+        name = theirs + (".bias" if kind == "bias" else ".weight")
+        reverse = kind == "kernel" and (self.stored_out_in or head)
+        return name if head else self.prefix + name, reverse
+
+
+def sizes(a: Attributes, *, head_dim: int | None = None, tied: bool = False) -> Fields:
+    """The fields that all families but GPT-2 write alike.
+
+    Args:
+      a: the configuration's attributes.
+      head_dim: the default of this attribute; None is hidden_size / heads.
+      tied: the default of tie_word_embeddings.
+
+    Returns:
+      Fields of `DecoderConfig`.
+    """
+    width, heads = a.size("hidden_size"), a.size("num_attention_heads")
+    return {
+        "vocab_size": a.size("vocab_size"),
+        "context": a.size("max_position_embeddings"),
+        "layers": a.size("num_hidden_layers"),
+        "width": width,
+        "heads": heads,
+        "kv_heads": a.size("num_key_value_heads", heads),
+        "head_dim": a.size("head_dim", head_dim or width // heads),
+        "mlp_width": a.size("intermediate_size"),
+        "norm_epsilon": a.number("rms_norm_eps", 1e-6),
+        "tie_weights": a.flag("tie_word_embeddings", tied),
+    }
+
+
+def activation(a: Attributes, name: str = "hidden_act", default: str = "silu") -> str:
+    """The nonlinearity that an attribute names."""
+    found: str = a.choice(name, _ACTIVATIONS, default)
+    return found
+
+
+def window(a: Attributes, default: int | None) -> int | None:
+    """How many tokens a token sees; null says all."""
+    given = a.raw("sliding_window", default)
+    return None if given is None else a.size("sliding_window", default)
+
+
+def sliding_layers(a: Attributes, default: list[bool]) -> list[bool]:
+    """Which layers see a window only, by `layer_types` if that is there."""
+    given = a.raw("layer_types")
+    if given is None:
+        return default
+    if not isinstance(given, list) or not all(
+        isinstance(kind, str) and kind in _SLIDING for kind in given
+    ):
+        a.wrong("layer_types", f"a list of {' and '.join(_SLIDING)}", given)
+        return default
+    if len(given) != len(default):
+        a.wrong("layer_types", f"{len(default)} long, one a layer", len(given))
+        return default
+    return [_SLIDING[kind] for kind in given]
