@@ -152,7 +152,7 @@ def _pruned(run: _Run) -> tuple[models.Model, set[str], dict[str, Any]]:
         method=run.meaning.method,
         sparsity=job.sparsity,
         pattern=run.meaning.pattern,
-        allocation=parse.ALLOCATIONS[job.allocation],
+        allocation=run.meaning.allocation,
         prunable=run.prunable,
         folder=job.work,
     )
