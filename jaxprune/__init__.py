@@ -8,7 +8,7 @@ from jaxprune import scores as scores
 from jaxprune.arrays import low_bit as low_bit
 from jaxprune.arrays import tree as tree
 from jaxprune.arrays.axes import Axes as Axes
-from jaxprune.arrays.lazy import Stored as Stored
+from jaxprune.arrays.lazy import LazyArray as LazyArray
 from jaxprune.arrays.tree import sparsity as sparsity
 from jaxprune.graph.linear_ops import trace as trace
 from jaxprune.masking import allocation as allocation
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Axes",
     "Importance",
-    "Stored",
+    "LazyArray",
     "allocation",
     "calibrate",
     "get_importance",

@@ -346,7 +346,7 @@ def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:
 
 def _only(scores: Any, params: Any, prunable: Prunable) -> Any:
     """The scores of the leaves that may be pruned; the others are left out."""
-    structure = jax.tree.structure(scores, is_leaf=jp.tree.is_masked)
+    structure = jax.tree.structure(scores, is_leaf=jp.tree.is_excluded)
     of = jp.tree.named_leaves(params)
     chosen = [
         score if prunable(name, of[name]) else optax.MaskedNode()

@@ -1,6 +1,6 @@
 """Leaves that stay in their file until they are needed.
 
-A pytree of `Stored` leaves stands for a model that is larger than memory: the walk of
+A pytree of `LazyArray` leaves stands for a model that is larger than memory:
 `jp.prune_trained` reads each leaf when its layer's turn comes, and lets it go after.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stored:
-    """An array that is somewhere else.
+class LazyArray:
+    """An array in a file, or elsewhere, that is read when it is needed.
 
     Attributes:
       shape: its shape.
@@ -42,7 +42,7 @@ class Stored:
 
 def array(leaf: Any) -> Any:
     """The leaf itself, read where it is stored."""
-    return leaf.read() if isinstance(leaf, Stored) else leaf
+    return leaf.read() if isinstance(leaf, LazyArray) else leaf
 
 
 def loaded(tree: Any) -> Any:
@@ -52,23 +52,23 @@ def loaded(tree: Any) -> Any:
       tree: any pytree.
 
     Returns:
-      The same tree with arrays in the place of `Stored` leaves.
+      The same tree with arrays in the place of `LazyArray` leaves.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
-      >>> from jaxprune.arrays import lazy as stored
-      >>> leaf = stored.Stored((2,), np.dtype(np.float32), lambda: jnp.ones(2))
-      >>> stored.loaded({"bias": leaf})["bias"].tolist()
+      >>> from jaxprune.arrays import lazy
+      >>> leaf = lazy.LazyArray((2,), np.dtype(np.float32), lambda: jnp.ones(2))
+      >>> lazy.loaded({"bias": leaf})["bias"].tolist()
       [1.0, 1.0]
     """
     return jax.tree.map(array, tree)
 
 
 def abstract(tree: Any) -> Any:
-    """A tree with shapes in the place of `Stored` leaves, for a function to trace."""
+    """A tree with a shape for each `LazyArray`, for a function to trace."""
 
     def one(leaf: Any) -> Any:
-        if not isinstance(leaf, Stored):
+        if not isinstance(leaf, LazyArray):
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
@@ -82,7 +82,7 @@ class Leaves:
         """Holds the leaves.
 
         Args:
-          leaves: arrays and `Stored` ones.
+          leaves: arrays and `LazyArray` ones.
         """
         self.all = list(leaves)
         self._read: dict[int, jax.Array] = {}
@@ -97,7 +97,7 @@ class Leaves:
     def __getitem__(self, i: int) -> Any:
         """The array of a leaf, read if need be."""
         leaf = self.all[i]
-        if not isinstance(leaf, Stored):
+        if not isinstance(leaf, LazyArray):
             return leaf
         if i not in self._read:
             self._read[i] = leaf.read()

@@ -26,14 +26,14 @@ _UNPRUNABLE = re.compile(
 )
 
 
-def is_masked(node: Any) -> bool:
+def is_excluded(node: Any) -> bool:
     """Whether a node stands for a leaf that was left out (`optax.MaskedNode()`)."""
     return isinstance(node, MaskedNode)
 
 
 def is_leaf(node: Any) -> bool:
     """Whether a node counts as one leaf: left out, or held as `storage.Int8`."""
-    return is_masked(node) or is_int8(node)
+    return is_excluded(node) or is_int8(node)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -154,8 +154,8 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     wrong = [
         f"{name!r} ({jnp.shape(given[name])} for {jnp.shape(leaf)})"
         for name, leaf in wanted.items()
-        if not is_masked(given[name])
-        and not is_masked(leaf)
+        if not is_excluded(given[name])
+        and not is_excluded(leaf)
         and jnp.shape(given[name]) != jnp.shape(leaf)
     ]
     if wrong:

@@ -38,7 +38,7 @@ class Model(NamedTuple):
 
     Attributes:
       graphdef: of a `Decoder`, without its parameters.
-      params: its parameters, `nnx.State`, in memory or `jp.Stored`.
+      params: its parameters, `nnx.State`, in memory or `jp.LazyArray`.
       config: its shape.
       names: leaf name to where it came from.
     """
@@ -66,7 +66,7 @@ def found(path: Path, options: ModelOptions) -> Model:
       options: how it is run.
 
     Returns:
-      The model, its parameters `jp.Stored`.
+      The model, its parameters `jp.LazyArray`.
 
     Raises:
       ValueError: the folder is not understood, or damaged.

@@ -146,7 +146,7 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
-      params: a pytree of arrays, or of `jp.Stored` or `jax.ShapeDtypeStruct`.
+      params: a pytree of arrays, or of `jp.LazyArray` or `jax.ShapeDtypeStruct`.
       batch: one batch, arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
@@ -165,7 +165,7 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
     params = lazy.abstract(params)
     flat = program_.flatten(fn, params, batch)
     named = {
-        k: v for k, v in tree.named_leaves(params).items() if not tree.is_masked(v)
+        k: v for k, v in tree.named_leaves(params).items() if not tree.is_excluded(v)
     }
     finder = _Finder(flat, list(named))
     for position, step in enumerate(flat.steps):

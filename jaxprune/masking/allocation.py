@@ -149,7 +149,7 @@ class Ranked:
         named = tree.named_leaves(self.scores)
         views = {weight.product.name: weight.product for weight in weights}
         missing = {p.leaf for p in views.values()} - {
-            k for k, v in named.items() if not tree.is_masked(v)
+            k for k, v in named.items() if not tree.is_excluded(v)
         }
         if missing:
             raise ValueError(

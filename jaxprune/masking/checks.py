@@ -24,7 +24,7 @@ def checked(params: Params, masks: Masks) -> list[Any]:
     wrong = [
         name
         for name, mask in zip(tree.names(params), aligned, strict=True)
-        if not tree.is_masked(mask) and mask.dtype != bool
+        if not tree.is_excluded(mask) and mask.dtype != bool
     ]
     if wrong:
         raise TypeError(

@@ -119,11 +119,11 @@ def apply(params: Params, masks: Masks) -> Params:
     """
     aligned = checked(params, masks)
     leaves = [
-        leaf if tree.is_masked(mask) else _where(mask, leaf)
+        leaf if tree.is_excluded(mask) else _where(mask, leaf)
         for leaf, mask in zip(tree.named_leaves(params).values(), aligned, strict=True)
     ]
     return jax.tree.unflatten(
-        jax.tree.structure(params, is_leaf=tree.is_masked), leaves
+        jax.tree.structure(params, is_leaf=tree.is_excluded), leaves
     )
 
 
@@ -151,11 +151,13 @@ def combine(first: Masks, second: Masks) -> Masks:
     other = checked(first, second)
 
     def both(a: Any, b: Any) -> Any:
-        return b if tree.is_masked(a) else a if tree.is_masked(b) else a & b
+        return b if tree.is_excluded(a) else a if tree.is_excluded(b) else a & b
 
     mine = tree.named_leaves(first).values()
     leaves = [both(a, b) for a, b in zip(mine, other, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(first, is_leaf=tree.is_masked), leaves)
+    return jax.tree.unflatten(
+        jax.tree.structure(first, is_leaf=tree.is_excluded), leaves
+    )
 
 
 def of_choice(choice: Choice, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:

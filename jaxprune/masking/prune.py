@@ -66,13 +66,15 @@ def prune(
     """
     tree.align(params, scores, "scores")
     named = tree.named_leaves(params)
-    ranked = [k for k, v in tree.named_leaves(scores).items() if not tree.is_masked(v)]
+    ranked = [
+        k for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
+    ]
     if donate:
         _check_owned(named, ranked, jax.tree.leaves(scores))
     chosen = choose(scores, sparsity, allocation=allocation, pattern=pattern, axes=axes)
     for name, choice in zip(ranked, chosen, strict=True):
         named[name] = _pruned(named[name], choice, pattern, donate=donate)
-    structure = jax.tree.structure(params, is_leaf=tree.is_masked)
+    structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
     return jax.tree.unflatten(structure, list(named.values()))
 
 

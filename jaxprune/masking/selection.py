@@ -90,7 +90,7 @@ def floating(scores: Scores) -> dict[str, jax.Array]:
       TypeError: a leaf is not floating.
     """
     named = {
-        k: v for k, v in tree.named_leaves(scores).items() if not tree.is_masked(v)
+        k: v for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
     }
     if not named:
         raise ValueError("scores must have at least one leaf to prune, but have none")

@@ -55,7 +55,7 @@ def calibrate(
 
     Args:
       fn: parameters and a batch to anything.
-      params: the parameters; `jp.Stored` leaves are read anew for each batch.
+      params: the parameters; `jp.LazyArray` leaves are read anew for each batch.
       batches: pytrees of arrays.
       hessian: whether to add up X^T X as well, in^2 floats for each input.
       positions: a batch to booleans of the shape of the samples, (batch, time) say:

@@ -32,7 +32,7 @@ class Trained(NamedTuple):
     """A pruned model and how it came about.
 
     Attributes:
-      params: like the parameters that were given, pruned; `jp.Stored` leaves are
+      params: like the parameters that were given, pruned; `jp.LazyArray` leaves are
         that still, the pruned ones in `folder`, or arrays where none was given.
       report: JSON-able: method, pattern, sparsity asked for and achieved, calibration,
         seconds, what was not seen, and a row for each weight: name, shape, units
@@ -67,9 +67,9 @@ def prune_trained(
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
-      params: the parameters, any pytree of arrays, sharded or not. `jp.Stored` leaves
-        are in memory from their first use to their last: with `folder`, a model larger
-        than memory is pruned in that of a layer.
+      params: the parameters, any pytree of arrays, sharded or not. `jp.LazyArray`
+        leaves are in memory from their first use to their last: with `folder`, a model
+        larger than memory is pruned in that of a layer.
       batches: pytrees of arrays, all of one shape; their live activations are kept. An
         iterator's batches are let go once they are used.
       method: "magnitude", "wanda", "ria", "sparsegpt", "alps", or a value of

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from jaxprune.arrays import placement
-from jaxprune.arrays.lazy import Stored
+from jaxprune.arrays.lazy import LazyArray
 from jaxprune.graph.linear_ops import Product
 from jaxprune.graph.segments import Stage, Stages, layers
 from jaxprune.posttraining import calibration, solve_weight
@@ -65,7 +65,9 @@ class Walk:
         self.done = [read(i) for i in range(len(stages.stages))]
         self._sums: dict[str, Moments] = {}  # of weights whose last use is to come
         self.donate = donate
-        homes = {i: x for i, x in enumerate(stages.leaves.all) if isinstance(x, Stored)}
+        homes = {
+            i: x for i, x in enumerate(stages.leaves.all) if isinstance(x, LazyArray)
+        }
         self._homes = homes
         self._owned = set(homes)  # leaves that are no array of the caller's
         self._written: dict[int, list[tuple[int, Product]]] = {}  # in the journal
@@ -241,7 +243,7 @@ def _replaced(product: Product, leaf: Any, matrix: Any, *, donate: bool) -> jax.
 
 
 def _read_back(
-    home: Stored, journal: Journal, written: Sequence[tuple[int, Product]]
+    home: LazyArray, journal: Journal, written: Sequence[tuple[int, Product]]
 ) -> jax.Array:
     """A stored leaf with its pruned weights, from the journal."""
     leaf = home.read()

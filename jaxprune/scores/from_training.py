@@ -330,7 +330,7 @@ def _score(
     Compiled once a shape.
     """
     named = tree.named_leaves(params)
-    chosen = [not tree.is_masked(x) and prunable(n, x) for n, x in named.items()]
+    chosen = [not tree.is_excluded(x) and prunable(n, x) for n, x in named.items()]
     if not any(chosen):
         raise ValueError(
             f"some leaf must be prunable, but none of {list(named)[:6]} is; give "
@@ -339,7 +339,7 @@ def _score(
     unseen = [
         name
         for name, take, extra in zip(named, chosen, statistic or chosen, strict=True)
-        if take and tree.is_masked(extra)
+        if take and tree.is_excluded(extra)
     ]
     if unseen:
         raise ValueError(

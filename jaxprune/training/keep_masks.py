@@ -64,10 +64,12 @@ def keep_masks(
     def init(params: Params) -> KeepMasksState:
         aligned = masking.checked(params, masks)
         own = [
-            m if tree.is_masked(m) else placement.placed(jnp.array(m, copy=True), leaf)
+            m
+            if tree.is_excluded(m)
+            else placement.placed(jnp.array(m, copy=True), leaf)
             for m, leaf in zip(aligned, tree.named_leaves(params).values(), strict=True)
         ]
-        structure = jax.tree.structure(params, is_leaf=tree.is_masked)
+        structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
         kept = jax.tree.unflatten(structure, own)
         return KeepMasksState(kept, optimizer.init(_select(kept, params)))
 
@@ -94,10 +96,10 @@ def _select(masks: Masks, values: Any, undo: Any = None) -> Any:
     """The values where kept; elsewhere 0, or minus `undo` where it is given."""
 
     def leaf(mask: Any, value: Any, *pruned: Any) -> Any:
-        if tree.is_masked(mask) or isinstance(value, jax.ShapeDtypeStruct):
+        if tree.is_excluded(mask) or isinstance(value, jax.ShapeDtypeStruct):
             return value
         other = -pruned[0].astype(value.dtype) if pruned else jnp.zeros_like(value)
         return jnp.where(mask, value, other)
 
     trees = (values,) if undo is None else (values, undo)
-    return jax.tree.map(leaf, masks, *trees, is_leaf=tree.is_masked)
+    return jax.tree.map(leaf, masks, *trees, is_leaf=tree.is_excluded)

@@ -107,7 +107,7 @@ def lora(
         chosen = {
             name: leaf
             for name, leaf in named.items()
-            if not tree.is_masked(leaf) and targets(name, leaf)
+            if not tree.is_excluded(leaf) and targets(name, leaf)
         }
         flat = [name for name, leaf in chosen.items() if leaf.ndim < 2]
         if flat or not chosen:
@@ -120,7 +120,7 @@ def lora(
             _adapter(leaf, rank, key) if name in chosen else optax.MaskedNode()
             for key, (name, leaf) in zip(keys, named.items(), strict=True)
         ]
-        structure = jax.tree.structure(params, is_leaf=tree.is_masked)
+        structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
         made = jax.tree.unflatten(structure, adapters)
         return LoraState(made, optimizer.init(made))
 
@@ -138,11 +138,13 @@ def lora(
             )
 
         def gradient(adapter: Any, g: Any) -> Any:
-            return adapter if tree.is_masked(adapter) else _gradient(adapter, g, scale)
+            return (
+                adapter if tree.is_excluded(adapter) else _gradient(adapter, g, scale)
+            )
 
         def change(adapter: Any, step: Any, g: Any) -> Any:
-            if tree.is_masked(adapter):
-                return g if g is None or tree.is_masked(g) else jnp.zeros_like(g)
+            if tree.is_excluded(adapter):
+                return g if g is None or tree.is_excluded(g) else jnp.zeros_like(g)
             return _change(adapter, step, scale, g).astype(g.dtype)
 
         old = state.adapters
@@ -155,7 +157,7 @@ def lora(
 
 
 def _is_adapter(node: Any) -> bool:
-    return isinstance(node, Adapter) or tree.is_masked(node)
+    return isinstance(node, Adapter) or tree.is_excluded(node)
 
 
 def _adapter(leaf: Any, rank: int, key: jax.Array) -> Adapter:

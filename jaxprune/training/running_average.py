@@ -63,7 +63,7 @@ class Average:
             return self._put(_first(value, start, self, from_values and not abstract))
 
         structure: Any
-        leaves, structure = jax.tree.flatten(params, is_leaf=tree.is_masked)
+        leaves, structure = jax.tree.flatten(params, is_leaf=tree.is_excluded)
         firsts = [first(number, leaf) for number, leaf in enumerate(leaves)]
         return jax.tree.unflatten(structure, firsts)
 
@@ -85,7 +85,7 @@ class Average:
         held, structure = jax.tree.flatten(average, is_leaf=tree.is_leaf)
         watched = list(zip(*map(structure.flatten_up_to, trees), strict=True))
 
-        tracked = [i for i, leaf in enumerate(held) if not tree.is_masked(leaf)]
+        tracked = [i for i, leaf in enumerate(held) if not tree.is_excluded(leaf)]
         exponents = self._exponents(held, watched, tracked, n)
         if exponents is not None or self.memory == "pinned_host":
             # What is watched is written down once and read from there; made again for
@@ -104,7 +104,7 @@ class Average:
             exponent = None if exponents is None else exponents[number]
             after[number] = self._encode(new, start, n, exponent)
         return jax.tree.unflatten(
-            structure, [x if tree.is_masked(x) else self._put(x) for x in after]
+            structure, [x if tree.is_excluded(x) else self._put(x) for x in after]
         )
 
     def _encode(

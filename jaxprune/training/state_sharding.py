@@ -73,7 +73,7 @@ def state_shardings(optimizer: _Optimizer, params: Params) -> Any:
     owned = {
         _parts(name): leaf
         for name, leaf in tree.named_leaves(params).items()
-        if not tree.is_masked(leaf)
+        if not tree.is_excluded(leaf)
     }
     shardings = _checked(owned)
     shapes = {path: tuple(leaf.shape) for path, leaf in owned.items()}

@@ -349,7 +349,7 @@ def _merge(trees: list[Params], what: str) -> Params:
     """One tree of several that each watch some leaves (masked, partition)."""
 
     def only(*candidates: Any) -> Any:
-        seen = [c for c in candidates if not tree.is_masked(c)]
+        seen = [c for c in candidates if not tree.is_excluded(c)]
         if len(seen) > 1:
             raise ValueError(
                 f"each leaf must be tracked once, but {len(seen)} transformations in "

@@ -35,7 +35,7 @@ class Shelf:
             self.reads.append(jax.tree_util.keystr(path))
             return jax.device_put(jnp.array(host), leaf.sharding)
 
-        return jp.Stored(host.shape, host.dtype, read, leaf.sharding)
+        return jp.LazyArray(host.shape, host.dtype, read, leaf.sharding)
 
 
 def prune(fn, params, batches=BATCHES, method="sparsegpt", sparsity=0.5, **options):
@@ -45,11 +45,11 @@ def prune(fn, params, batches=BATCHES, method="sparsegpt", sparsity=0.5, **optio
 
 
 def held(tree):
-    return [x for x in jax.tree.leaves(tree) if not isinstance(x, jp.Stored)]
+    return [x for x in jax.tree.leaves(tree) if not isinstance(x, jp.LazyArray)]
 
 
 def test_a_stored_leaf_says_its_shape():
-    leaf = jp.Stored((2, 3), np.dtype(np.float32), lambda: jnp.ones((2, 3)))
+    leaf = jp.LazyArray((2, 3), np.dtype(np.float32), lambda: jnp.ones((2, 3)))
     assert (leaf.ndim, leaf.size) == (2, 6)
     assert lazy.array(leaf).tolist() == [[1] * 3] * 2
     assert lazy.array(3) == 3
@@ -109,7 +109,7 @@ def test_memory_holds_a_layer_and_not_the_model(tmp_path):
             most.append(shapes.count((wide, wide)) - before)
             return jnp.array(host)
 
-        return jp.Stored(host.shape, host.dtype, read)
+        return jp.LazyArray(host.shape, host.dtype, read)
 
     tree = [leaf(i) for i in range(len(params))]
     batches = [np.asarray(correlated(0, 8, wide))]

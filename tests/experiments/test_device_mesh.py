@@ -72,7 +72,7 @@ def test_the_step_is_compiled_once_and_every_state_keeps_the_layout(mesh):
     wanted = jp.tree.named_leaves(device_mesh.shardings(result.trained.params, place))
     for tree in (result.importance.weight, result.importance.square, result.masks):
         for name, leaf in jp.tree.named_leaves(tree).items():
-            if not jp.tree.is_masked(leaf):
+            if not jp.tree.is_excluded(leaf):
                 same = leaf.sharding.is_equivalent_to(wanted[name], leaf.ndim)
                 assert same, (name, leaf.sharding)
 

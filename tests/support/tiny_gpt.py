@@ -96,7 +96,7 @@ def digest(tree):
     """Of every leaf's name, kind and bytes."""
     seen = hashlib.sha256()
     for name, leaf in jp.tree.named_leaves(tree).items():
-        if not jp.tree.is_masked(leaf):
+        if not jp.tree.is_excluded(leaf):
             value = device_mesh.fetch(leaf)
             seen.update(f"{name} {value.dtype} {value.shape}".encode())
             seen.update(np.ascontiguousarray(value).tobytes())

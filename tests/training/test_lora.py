@@ -52,12 +52,12 @@ def adapted(params, adapters, scale, masks=None):
     masks = jax.tree.map(lambda w: jnp.ones_like(w, bool), params) | (masks or {})
 
     def leaf(adapter, weight, mask):
-        if jp.tree.is_masked(adapter):
+        if jp.tree.is_excluded(adapter):
             return weight
         return weight + jnp.where(mask, scale * adapter.a @ adapter.b, 0)
 
     def is_leaf(node):
-        return jp.tree.is_masked(node) or hasattr(node, "_fields")
+        return jp.tree.is_excluded(node) or hasattr(node, "_fields")
 
     return jax.tree.map(leaf, adapters, params, masks, is_leaf=is_leaf)
 
@@ -108,7 +108,7 @@ def test_pruned_weights_stay_at_zero_and_the_rest_is_the_masked_adapter():
     tx = jp.keep_masks(jp.lora(inner, rank=2), masks)
     merged, _ = trained(tx, params)
     for name, mask in jp.tree.named_leaves(masks).items():
-        if not jp.tree.is_masked(mask):
+        if not jp.tree.is_excluded(mask):
             weight = np.asarray(jp.tree.named_leaves(merged)[name])
             assert (weight[~np.asarray(mask)] == 0).all()
             assert (weight[np.asarray(mask)] != 0).all()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxprune.arrays.lazy import Stored
+from jaxprune.arrays.lazy import LazyArray
 from jaxprune.formats.checkpoint_dir import Directory
 from jaxprune.models.hf.tensor_names import Names, Source, listed
 
@@ -66,7 +66,7 @@ def stored_leaves(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: Dtype | None,
     place: Shardings,
-) -> list[Stored]:
+) -> list[LazyArray]:
     """The leaves, in the order of `shapes`, still in their files.
 
     Args:
@@ -77,7 +77,7 @@ def stored_leaves(
         place: the sharding of each leaf.
 
     Returns:
-        One `jp.Stored` each.
+        One `jp.LazyArray` each.
     """
     return [
         _stored(directory, names[name], shape, dtype, place(name, shape))
@@ -85,7 +85,7 @@ def stored_leaves(
     ]
 
 
-def filled(model: Any, leaves: list[Stored], *, stored: bool) -> Any:
+def filled(model: Any, leaves: list[LazyArray], *, stored: bool) -> Any:
     """An abstract model with its parameters in their place, read or still in files."""
     graphdef, state = nnx.split(model, nnx.Param)
     arrays = leaves if stored else [leaf.read() for leaf in leaves]
@@ -164,7 +164,7 @@ def _stored(
     shape: tuple[int, ...],
     dtype: Dtype | None,
     sharding: jax.sharding.Sharding,
-) -> Stored:
+) -> LazyArray:
     """One leaf, of which each device reads its own part of the file."""
     kind = kind_of(source, dtype)
 
@@ -174,7 +174,7 @@ def _stored(
     def read() -> jax.Array:
         return jax.make_array_from_callback(shape, sharding, part, dtype=kind)
 
-    return Stored(shape, kind, read, sharding)
+    return LazyArray(shape, kind, read, sharding)
 
 
 def kind_of(source: Source, dtype: Dtype | None) -> np.dtype:

@@ -64,8 +64,8 @@ def load(
         mesh: instead of `shardings`: each leaf is split over all devices of this mesh
             along its longest axis that they divide, and copied to each where there is
             none. Without either all is on the default device.
-        stored: whether leaves stay in the files; a `jp.Stored` stands for each, until
-            it is read. See `jp.prune_trained`, and `embedded`.
+        stored: whether leaves stay in the files; a `jp.LazyArray` stands for each,
+            until it is read. See `jp.prune_trained`, and `embedded`.
 
     Returns:
         The model, its shape, and where each leaf came from.
