@@ -68,7 +68,7 @@ def prune(
             pattern=meaning.pattern,
             allocation=parse.SHARES[job.shares],
             prunable=rule,
-            folder=job.work,
+            directory=job.work,
         )
         leaves = {row["name"] for row in trained.report["weights"]}
         model = _rounded(model._replace(params=trained.params).read(), leaves)

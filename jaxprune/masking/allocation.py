@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays import tree
-from jaxprune.graph.linear_ops import Product
+from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.masking import counts as allocate
 from jaxprune.masking import masks
 from jaxprune.scores import from_activations as activations
@@ -34,7 +34,7 @@ class Weight(NamedTuple):
         the rule does not ask for it.
     """
 
-    product: Product
+    product: LinearOp
     matrix: Any
     mean_square: jax.Array | None
 
@@ -195,7 +195,7 @@ def exact(
     ]
 
 
-def block_of(product: Product) -> tuple[str, int]:
+def block_of(product: LinearOp) -> tuple[str, int]:
     """The layer that a weight belongs to: what stands before the first number.
 
     Args:

@@ -43,7 +43,7 @@ def rule(shares, sparsity, params=PARAMS, fn=run_chain):
             lambda p=p: p.view.read(leaves[p.leaf]),
             moments[p.name].mean_square if moments else None,
         )
-        for p in traced.products
+        for p in traced.linear_ops
         if jp.tree.prunable(p.leaf, leaves[p.leaf])
     ]
     found = shares.of(weights, sparsity)
