@@ -9,7 +9,7 @@ from jaxprune.arrays import low_bit as low_bit
 from jaxprune.arrays import tree as tree
 from jaxprune.arrays.axes import Axes as Axes
 from jaxprune.arrays.lazy import LazyArray as LazyArray
-from jaxprune.arrays.tree import sparsity as sparsity
+from jaxprune.arrays.sparsity import sparsity as sparsity
 from jaxprune.graph.linear_ops import trace as trace
 from jaxprune.masking import allocation as allocation
 from jaxprune.masking import masks as masks
@@ -18,11 +18,11 @@ from jaxprune.masking.prune import prune as prune
 from jaxprune.posttraining import methods as methods
 from jaxprune.posttraining.calibration import calibrate as calibrate
 from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
+from jaxprune.scores.importance import get_importance as get_importance
 from jaxprune.training import weightings as weightings
 from jaxprune.training.keep_masks import keep_masks as keep_masks
 from jaxprune.training.lora import lora as lora
 from jaxprune.training.state_sharding import state_shardings as state_shardings
-from jaxprune.training.track import get_importance as get_importance
 from jaxprune.training.track import track_gradients as track_gradients
 from jaxprune.training.track import track_importance as track_importance
 from jaxprune.typing import Importance as Importance

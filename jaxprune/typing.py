@@ -5,7 +5,7 @@ kept. A leaf that must not be pruned is `optax.MaskedNode()` in scores and masks
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 
@@ -26,9 +26,6 @@ Weighting: TypeAlias = Callable[[jax.Array], jax.Array]
 Prunable: TypeAlias = Callable[[str, Any], bool]
 """Path name and leaf to whether the leaf may be pruned."""
 
-Scope: TypeAlias = Literal["layer", "global"]
-"""Whether a sparsity is met in each leaf, or by one ranking over all of them."""
-
 
 class Importance(NamedTuple):
     """What was accumulated over training; a field is None where nobody tracked it.
@@ -40,8 +37,8 @@ class Importance(NamedTuple):
         second moment, in that optimizer's dtype.
       taylor: average of |w g|.
 
-    A leaf is as it is held: float32, bfloat16 or a `storage.Int8`, of which
-    `storage.decode(leaf)` or `np.asarray(leaf)` makes float32. Criteria take any.
+    A leaf is as it is held: float32, bfloat16 or a `low_bit.Int8`, of which
+    `low_bit.decode(leaf)` or `np.asarray(leaf)` makes float32. Criteria take any.
     """
 
     weight: Params | None = None
@@ -53,12 +50,12 @@ class Importance(NamedTuple):
 class Criterion(Protocol):
     """A function that says how much each weight matters."""
 
-    def __call__(self, params: Params, importance: Importance | None = None) -> Scores:
-        """Scores like `params`; higher is kept."""
+    def __call__(self, params: Params, importance: Any = None) -> Scores:
+        """Scores like `params`; `importance` is an `Importance`, a state, or None."""
 
 
 class Pattern(Protocol):
-    """Which weights live and die together, and how the survivors may lie.
+    """Which weights are pruned together, and how those that are kept may lie.
 
     Attributes:
       sparsity: the share that the pattern itself fixes, or None where it is free.
@@ -72,7 +69,7 @@ class Pattern(Protocol):
         """Why a leaf of this shape cannot take the pattern, or None if it can."""
 
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
-        """The scores of the units that live or die together."""
+        """The scores of the units that are pruned together."""
 
     def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
         """The mask of a leaf of this shape from the mask of its units."""

@@ -237,8 +237,8 @@ def decode(leaf: Any) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.arrays import low_bit as storage
-      >>> storage.decode(jnp.ones(2, jnp.bfloat16))
+      >>> from jaxprune.arrays import low_bit
+      >>> low_bit.decode(jnp.ones(2, jnp.bfloat16))
       Array([1., 1.], dtype=float32)
     """
     leaf = on_device(leaf)

@@ -13,7 +13,7 @@ from jaxprune.masking import allocation, patterns
 from jaxprune.posttraining import methods
 from jaxprune.typing import Pattern
 
-SHARES: dict[str, allocation.Shares] = {
+SHARES: dict[str, allocation.Rule] = {
     "uniform": allocation.Uniform(),
     "erk": allocation.ERK(),
     "owl": allocation.OWL(),

@@ -264,7 +264,7 @@ def _told(
 def _counts(model: models.Model, leaves: set[str]) -> dict[str, tuple[int, int]]:
     """Tensor name to zeros and size, of the pruned ones."""
     named = jp.tree.named_leaves(model.params)
-    zeros = jp.tree.sparsity({name: named[name] for name in leaves}).by_leaf
+    zeros = jp.sparsity({name: named[name] for name in leaves}).by_leaf
     return {model.names[name].name: count for name, count in zeros.items()}
 
 

@@ -20,8 +20,7 @@ from jaxprune.arrays import tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import Directory, TensorInfo
-from jaxprune.masking import counts as allocate
-from jaxprune.masking import patterns
+from jaxprune.masking import allocation, patterns
 from jaxprune.typing import Pattern, Prunable
 
 # The models whose matrices, or stacks of them, are [in, out].
@@ -196,7 +195,7 @@ def _counts(
         raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
     names = [name.replace(".", "/") for name in chosen]
     sizes = [math.prod(info.shape[-2:]) for info in chosen.values()]
-    return dict(zip(chosen, allocate.by_leaf(sparsity, names, sizes), strict=True))
+    return dict(zip(chosen, allocation.by_leaf(sparsity, names, sizes), strict=True))
 
 
 def _pruned(

@@ -1,241 +1,213 @@
-"""One sparsity, many matrices: what share of each goes.
+"""How one sparsity is shared out among the weights of a model, and what a call means.
 
-A rule gives each weight its share; the shares add up to the sparsity asked for of all
-weights together. `Ranked` takes them from one global ranking: by the trajectory score,
-where the optimizer's state is still there, layers that the loss reacts to keep more.
+A sparsity is a share in [0, 1). The number of units that a weight loses is the integer
+nearest to sparsity times size (a half goes to the even one). Counts are Python
+integers, since a model may have more weights than 32 bits can count.
 """
 
-import dataclasses
-import itertools
-import re
-from collections.abc import Sequence
-from fractions import Fraction
-from typing import Any, NamedTuple, Protocol
-
-import jax
-import jax.numpy as jnp
-import numpy as np
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 from jaxprune.arrays import tree
-from jaxprune.graph.linear_ops import LinearOp
-from jaxprune.masking import counts as allocate
-from jaxprune.masking import masks
-from jaxprune.scores import from_activations as activations
-from jaxprune.typing import Scores
+from jaxprune.masking.rules import ERK as ERK
+from jaxprune.masking.rules import OWL as OWL
+from jaxprune.masking.rules import Global as Global
+from jaxprune.masking.rules import Layer as Layer
+from jaxprune.masking.rules import Ranked as Ranked
+from jaxprune.masking.rules import Rule as Rule
+from jaxprune.masking.rules import Uniform as Uniform
+from jaxprune.masking.rules import Weight as Weight
+from jaxprune.typing import Pattern
+
+Name: TypeAlias = Literal["layer", "uniform", "global", "erk", "owl"]
+"""The rules by their names; "layer" and "uniform" are one."""
+
+Sparsity: TypeAlias = float | Mapping[str, float] | None
+"""One share, a share for each {glob on the path name}, or None."""
+
+Allocation: TypeAlias = Rule | Name | Mapping[str, float]
+"""A rule, its name, or {glob on the path name: share}."""
+
+RULES: dict[str, Rule] = {
+    "layer": Uniform(),
+    "uniform": Uniform(),
+    "global": Global(),
+    "erk": ERK(),
+    "owl": OWL(),
+}
+"""Each rule with its usual settings, by its name."""
 
 
-class Weight(NamedTuple):
-    """What a rule may know of a weight.
+def named(allocation: Rule | str) -> Rule:
+    """A rule from its name, or the rule itself.
 
-    Attributes:
-      product: where it is and how it is seen.
-      matrix: gives it as (batch, in, out).
-      mean_square: of its input's features (batch, in), from the dense model; None where
-        the rule does not ask for it.
+    Args:
+      allocation: a name in `RULES`, or a rule.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: the name is unknown.
+      TypeError: it is neither a name nor a rule.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.allocation.named("owl")
+      OWL(spread=0.08, factor=5.0)
     """
+    if isinstance(allocation, str):
+        if allocation in RULES:
+            return RULES[allocation]
+    elif hasattr(allocation, "sparsities") and not isinstance(allocation, type):
+        return allocation
+    error = ValueError if isinstance(allocation, str) else TypeError
+    raise error(
+        f"allocation must be one of {', '.join(RULES)}, a value such as "
+        f"jp.allocation.ERK(), or {{glob: share}}, got {allocation!r}"
+    )
 
-    product: LinearOp
-    matrix: Any
-    mean_square: jax.Array | None
 
+def agreed(
+    sparsity: Sparsity, pattern: Pattern, allocation: Allocation = "layer"
+) -> tuple[float | Mapping[str, float], Rule]:
+    """The sparsity and the rule that a call means, where its arguments agree.
 
-class Shares(Protocol):
-    """How a sparsity is shared out.
+    A pattern may fix the sparsity; then none needs to be given, and no rule may share
+    out another.
 
-    Attributes:
-      needs_inputs: whether it reads the mean squares of the dense model's inputs.
+    Args:
+      sparsity: what was asked for.
+      pattern: the pattern.
+      allocation: a rule, its name, or {glob: share} in the place of a sparsity.
+
+    Returns:
+      One share in [0, 1) or {glob: share}, and the rule.
+
+    Raises:
+      ValueError: the arguments disagree, or a share is out of range.
+      TypeError: a share is no number, or the allocation no rule.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.allocation.agreed(None, jp.patterns.NM(2, 4))
+      (0.5, Uniform())
     """
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether it reads the mean squares of the dense model's inputs."""
-
-    def of(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
-        """The share of each weight that goes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Uniform:
-    """The same share of every weight."""
-
-    needs_inputs = False
-
-    def of(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
-        """The share of each weight that goes."""
-        return [Fraction(allocate.checked(sparsity))] * len(weights)
-
-
-@dataclasses.dataclass(frozen=True)
-class ERK:
-    """Erdos-Renyi-Kernel: the kept share goes as (in + out) / (in out).
-
-    Weights that would keep more than all keep all, and the rest shares what is left.
-
-    Reference:
-      Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets
-      Winners", 2020, arXiv 1911.11134, section 3.
-    """
-
-    needs_inputs = False
-
-    def of(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
-        """The share of each weight that goes."""
-        shapes = [weight.product.shape for weight in weights]
-        return exact(
-            1 - _capped([(i + o) / (i * o) for _, i, o in shapes], weights, sparsity),
-            weights,
-            sparsity,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class OWL:
-    """Layers with more outliers keep more.
-
-    An outlier is a weight whose Wanda score is above `factor` times its layer's mean.
-    The kept share of a layer (a block of the model) grows linearly with its share of
-    outliers, within plus or minus `spread`, the mean over layers being as asked for.
-
-    Attributes:
-      spread: the paper's lambda.
-      factor: the paper's M.
-
-    Reference:
-      Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for
-      Pruning LLMs to High Sparsity", 2023, arXiv 2310.05175, equation 2. Here the
-      shares are shifted together so that the sparsity of all weights is exact, where
-      layers differ in size.
-    """
-
-    spread: float = 0.08
-    factor: float = 5.0
-    needs_inputs = True
-
-    def of(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
-        """The share of each weight that goes."""
-        blocks = [block_of(weight.product) for weight in weights]
-        totals = {block: np.zeros(2) for block in blocks}
-        for block, weight in zip(blocks, weights, strict=True):
-            totals[block] += (float(_scores(weight).sum()), weight.product.size)
-        outliers = {block: 0.0 for block in totals}
-        for block, weight in zip(blocks, weights, strict=True):
-            total, size = totals[block]
-            above = _scores(weight) > self.factor * total / size
-            outliers[block] += float(jnp.sum(above, dtype=np.float32)) / size
-        ratio = np.array(list(outliers.values()))
-        width = max(ratio.max() - ratio.min(), np.finfo(float).tiny)
-        scaled = (ratio - ratio.min()) / width * 2 * self.spread
-        kept = dict(zip(outliers, scaled - scaled.mean() + 1 - sparsity, strict=True))
-        return exact(np.array([1 - kept[block] for block in blocks]), weights, sparsity)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Ranked:
-    """The share of each weight that one global ranking of scores removes.
-
-    With `scores.trajectory(params, get_importance(state))` training itself says how
-    much of each matrix matters; Adam's second moment is enough. The method then chooses
-    inside the matrix.
-
-    Attributes:
-      scores: scores of these parameters, any criterion's.
-    """
-
-    scores: Scores
-    needs_inputs = False
-
-    def of(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
-        """The share of each weight that goes."""
-        named = tree.named_leaves(self.scores)
-        views = {weight.product.name: weight.product for weight in weights}
-        missing = {p.leaf for p in views.values()} - {
-            k for k, v in named.items() if not tree.is_excluded(v)
-        }
-        if missing:
+    if isinstance(allocation, Mapping):
+        if sparsity is not None:
             raise ValueError(
-                "shares.Ranked needs scores of every weight to prune, but has none of "
-                f"{sorted(missing)[:6]}; make them from these parameters, with the "
-                "same prunable rule"
+                "shares by leaf must be given once, but both "
+                f"allocation={dict(allocation)} and sparsity={sparsity} were given; "
+                "leave the sparsity out"
             )
-        parts = {
-            name: product.view.read(named[product.leaf])
-            for name, product in views.items()
-        }
-        kept = masks.make(parts, sparsity, allocation="global")
-        counts = tree.sparsity(kept).by_leaf
-        return [Fraction(*counts[weight.product.name]) for weight in weights]
+        sparsity, allocation = allocation, "layer"
+    rule, fixed = named(allocation), pattern.sparsity
+    by_leaf = isinstance(sparsity, Mapping)
+    if by_leaf and not isinstance(rule, Uniform):
+        raise ValueError(
+            f"allocation={rule} needs one sparsity to share out, but "
+            f"sparsity={sparsity} gives shares by leaf; leave the allocation out"
+        )
+    if fixed is None:
+        if sparsity is None:
+            raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
+        return sparsity if isinstance(sparsity, Mapping) else checked(sparsity), rule
+    if sparsity is not None and (by_leaf or checked(sparsity) != fixed):
+        raise ValueError(
+            f"{pattern} removes exactly {fixed:.4g} of each weight, but "
+            f"sparsity={sparsity} was asked for; leave the sparsity out"
+        )
+    if not isinstance(rule, Uniform | Global):
+        raise ValueError(
+            f"allocation={rule} needs one sparsity to share out, but {pattern} removes "
+            f"exactly {fixed:.4g} of each weight; leave the allocation out"
+        )
+    return fixed, rule
 
 
-def exact(
-    shares: np.ndarray, weights: Sequence[Weight], sparsity: float
-) -> list[Fraction]:
-    """Shares moved together, and cut at 0 and 1, until all weights lose what was asked.
-
-    Args:
-      shares: one a weight.
-      weights: the weights.
-      sparsity: the share of all weights that goes.
-
-    Returns:
-      Fractions whose counts are integers that add up to the nearest of sparsity x size.
-    """
-    sizes = np.array([weight.product.size for weight in weights], float)
-    goal = allocate.in_all(sparsity, [weight.product.size for weight in weights])
-    low, high = -1.0, 1.0
-    for _ in range(64):
-        middle = (low + high) / 2
-        removed = (np.clip(shares + middle, 0, 1) * sizes).sum()
-        low, high = (middle, high) if removed < goal else (low, middle)
-    ends = np.cumsum(np.clip(shares + high, 0, 1) * sizes)
-    counts = np.diff(np.minimum(np.rint(ends), goal), prepend=0)
-    counts[-1] += goal - counts.sum()
-    return [
-        Fraction(int(count), weight.product.size)
-        for count, weight in zip(counts, weights, strict=True)
-    ]
-
-
-def block_of(product: LinearOp) -> tuple[str, int]:
-    """The layer that a weight belongs to: what stands before the first number.
+def checked(sparsity: Any, where: str = "") -> float:
+    """A sparsity as a float in [0, 1).
 
     Args:
-      product: a product of the weight.
+      sparsity: a Python or NumPy number.
+      where: which leaf or rule it is for, for the error.
 
     Returns:
-      A prefix and the layer's number; of a leaf that is stacked over layers its first
-      name and its index, of a weight without a number its own name and -1.
+      The number.
+
+    Raises:
+      ValueError: it is NaN or out of range.
+      TypeError: it is no number.
     """
-    if product.index:
-        return product.leaf.split("/")[0], product.index[0]
-    parts = product.leaf.split("/")
-    before = list(itertools.takewhile(lambda part: not part.isdecimal(), parts))
-    if len(before) < len(parts):
-        return "/".join(before), int(parts[len(before)])
-    if found := re.match(r"(.*?)_(\d+)(/|$)", product.leaf):  # Linen: Block_3/Dense_0
-        return found[1], int(found[2])
-    return product.leaf, -1
+    if isinstance(sparsity, bool | str):
+        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}{where}")
+    try:
+        value = float(sparsity)
+    except TypeError as error:
+        raise TypeError(
+            f"sparsity must be a number in [0, 1) or {{glob: number}}, got "
+            f"{type(sparsity).__name__}{where}; under jit it must be static"
+        ) from error
+    if math.isnan(value) or not 0 <= value < 1:
+        raise ValueError(
+            f"sparsity must be in [0, 1), the share to remove, got {value}{where}"
+            + ("; give 0.6 for 60 %" if 1 <= value <= 100 else "")
+        )
+    return value
 
 
-def _capped(
-    raw: Sequence[float], weights: Sequence[Weight], sparsity: float
-) -> np.ndarray:
-    """Kept shares in proportion to `raw`, none above 1, that add up to what is kept."""
-    sizes = np.array([weight.product.size for weight in weights], float)
-    kept, full = np.array(raw), np.zeros(len(raw), bool)
-    goal = (1 - allocate.checked(sparsity)) * sizes.sum()
-    while True:
-        rest = kept[~full] @ sizes[~full]
-        scale = (goal - sizes[full].sum()) / rest if rest else 0.0
-        over = ~full & (kept * scale > 1)
-        if not over.any():
-            return np.where(full, 1.0, kept * scale)
-        full |= over
+def by_leaf(
+    sparsity: float | Mapping[str, float], names: Sequence[str], sizes: Sequence[int]
+) -> list[int]:
+    """How many of each leaf's units are pruned where no rule shares them out.
+
+    Args:
+      sparsity: one share for all leaves, or {glob on the path name: share}; the first
+        match counts and a leaf that no glob matches keeps all.
+      names: the leaves' path names.
+      sizes: the leaves' numbers of units.
+
+    Returns:
+      One count a leaf.
+
+    Raises:
+      ValueError: a share is out of range or a glob matches nothing.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.allocation.by_leaf({"mlp/*": 0.5}, ["mlp/up", "out"], [10, 10])
+      [5, 0]
+    """
+    if isinstance(sparsity, Mapping):
+        rules = {g: checked(s, f" for {g!r}") for g, s in sparsity.items()}
+        shares = tree.by_rule(rules, names, 0.0, "sparsity")
+    else:
+        shares = [checked(sparsity)] * len(names)
+    return [round(s * size) for s, size in zip(shares, sizes, strict=True)]
 
 
-def _scores(weight: Weight) -> jax.Array:
-    return _wanda(weight.matrix(), weight.mean_square)
+def counts(
+    sparsity: float | Mapping[str, float],
+    rule: Rule,
+    weights: Sequence[Weight],
+    units: Sequence[int],
+) -> list[int]:
+    """How many of each weight's units are pruned.
 
+    Args:
+      sparsity: what is shared out, as of `agreed`.
+      rule: how.
+      weights: what the rule may know.
+      units: the weights' numbers of units.
 
-@jax.jit
-def _wanda(matrix: jax.Array, mean_square: jax.Array) -> jax.Array:
-    return jax.vmap(activations.wanda)(matrix.astype(np.float32), mean_square)
+    Returns:
+      One count a weight.
+
+    Raises:
+      ValueError: the rule refuses the weights, or a glob matches nothing.
+    """
+    if isinstance(sparsity, Mapping):
+        return by_leaf(sparsity, [weight.name for weight in weights], units)
+    found = rule.sparsities(weights, sparsity)
+    return [round(share * number) for share, number in zip(found, units, strict=True)]

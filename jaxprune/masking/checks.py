@@ -1,9 +1,47 @@
-"""What masks must be: boolean, and of these parameters."""
+"""What scores and masks must be: floating without NaN, boolean, of these parameters."""
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxprune.arrays import tree
-from jaxprune.typing import Masks, Params
+from jaxprune.topk import thresholds
+from jaxprune.typing import Masks, Params, Scores
+
+
+def floating(scores: Scores) -> dict[str, jax.Array]:
+    """The scores' leaves by name, floating and without NaN where that can be seen.
+
+    Args:
+      scores: a tree.
+
+    Returns:
+      Path name to leaf, without leaves that are left out.
+
+    Raises:
+      ValueError: there is no leaf, or one holds a NaN.
+      TypeError: a leaf is not floating.
+    """
+    named = {
+        k: v for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
+    }
+    if not named:
+        raise ValueError("scores must have at least one leaf to prune, but have none")
+    if wrong := [name for name, leaf in named.items() if not tree.is_floating(leaf)]:
+        raise TypeError(
+            f"scores must be floating arrays, but {wrong[:6]} are not; cast them with "
+            "astype(jnp.float32)"
+        )
+    concrete = {k: v for k, v in named.items() if not isinstance(v, jax.core.Tracer)}
+    with thresholds.at_once(list(concrete.values())):
+        nan = jax.device_get({name: _has_nan(leaf) for name, leaf in concrete.items()})
+    if wrong := [name for name, found in nan.items() if found]:
+        raise ValueError(
+            f"scores must not be NaN, but {wrong[:6]} hold some; look for the step at "
+            "which training diverged, or replace them with jnp.nan_to_num"
+        )
+    return named
 
 
 def checked(params: Params, masks: Masks) -> list[Any]:
@@ -11,7 +49,7 @@ def checked(params: Params, masks: Masks) -> list[Any]:
 
     Args:
       params: the parameters, or masks of them.
-      masks: masks in any container.
+      masks: masks in any container; None and True stand for a leaf that keeps all.
 
     Returns:
       Boolean arrays, `optax.MaskedNode()` where left out.
@@ -20,15 +58,26 @@ def checked(params: Params, masks: Masks) -> list[Any]:
       ValueError: the masks are another model's.
       TypeError: the masks are not boolean.
     """
-    aligned = tree.align(params, masks, "masks")
+    named = tree.named_leaves(params)
+    aligned = tree.align(params, tree.with_nodes(masks, named), "masks")
     wrong = [
         name
-        for name, mask in zip(tree.names(params), aligned, strict=True)
-        if not tree.is_excluded(mask) and mask.dtype != bool
+        for name, mask in zip(named, aligned, strict=True)
+        if not tree.is_excluded(mask) and not _is_boolean(mask)
     ]
     if wrong:
         raise TypeError(
-            f"masks must be boolean, True for kept, but {wrong[:6]} are not; make them "
-            "with jp.masks.make(scores, sparsity), or unpack packed ones"
+            f"masks must be boolean arrays, True for kept, but {wrong[:6]} are not; "
+            "make them with jp.masks.make(scores, sparsity), or unpack packed ones"
         )
     return aligned
+
+
+def _is_boolean(mask: Any) -> bool:
+    return hasattr(mask, "dtype") and jnp.issubdtype(mask.dtype, jnp.bool_)
+
+
+@jax.jit
+def _has_nan(leaf: jax.Array) -> jax.Array:
+    # Not by a maximum: on a CPU, XLA's does not hand NaN on.
+    return jnp.any(jnp.isnan(leaf))

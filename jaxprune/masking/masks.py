@@ -1,7 +1,7 @@
 """Masks: made from scores, applied to parameters, combined, packed to bits.
 
-A mask is True where a weight is kept. A removed weight becomes +0 by selection, never
-by multiplication, so NaN, infinity and -0 go too.
+A mask is True where a weight is kept. A pruned weight becomes +0 by selection, never
+by multiplication, so NaN, infinity and -0 become +0 too.
 """
 
 import math
@@ -14,21 +14,22 @@ import jax.numpy as jnp
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns
-from jaxprune.masking.checks import checked
+from jaxprune.masking.allocation import Allocation
+from jaxprune.masking.checks import checked, floating
 from jaxprune.masking.packing import PackedMask as PackedMask
 from jaxprune.masking.packing import pack as pack
 from jaxprune.masking.packing import unpack as unpack
-from jaxprune.masking.selection import Choice, choose, floating
+from jaxprune.masking.selection import Selection, select
 from jaxprune.topk import thresholds
-from jaxprune.typing import Masks, Params, Pattern, Scope, Scores
+from jaxprune.typing import Masks, Params, Pattern, Scores
 
 
 def make(
     scores: Scores,
     sparsity: float | Mapping[str, float] | None = None,
     *,
-    allocation: Scope = "layer",
-    pattern: Pattern = patterns.Unstructured(),
+    allocation: Allocation = "layer",
+    pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
 ) -> Masks:
     """Keeps the highest scores, exactly as many as the sparsity says.
@@ -39,9 +40,11 @@ def make(
       sparsity: the share to remove, in [0, 1), or {glob on the path name: share}, of
         which the first match counts (unmatched leaves keep all). None where the pattern
         fixes it. Static under `jit`.
-      allocation: "layer" removes the share from each leaf; "global" ranks all leaves
-        together.
-      pattern: which weights live and die together.
+      allocation: how it is shared out: "layer" removes the share from each leaf,
+        "global" ranks all leaves together, "erk", or a value of `jp.allocation`; also
+        {glob: share} in the place of a sparsity.
+      pattern: which weights are pruned together: a value of `jp.patterns`, or its name
+        such as "2:4".
       axes: which axes are input and output, for patterns that care; one for all leaves
         or {glob: Axes}; Flax's [..., in, out] by default.
 
@@ -61,10 +64,11 @@ def make(
       >>> jp.masks.make(scores, sparsity=0.5)["w"].tolist()
       [[True, False], [False, True]]
     """
-    chosen = choose(scores, sparsity, allocation=allocation, pattern=pattern, axes=axes)
+    pattern = patterns.named(pattern)
+    found = select(scores, sparsity, rule=allocation, pattern=pattern, axes=axes)
     bits = [
-        placement.placed(of_choice(choice, pattern, leaf.shape), leaf)
-        for choice, leaf in zip(chosen, jax.tree.leaves(scores), strict=True)
+        placement.placed(_mask(selection, pattern, leaf.shape), leaf)
+        for selection, leaf in zip(found, jax.tree.leaves(scores), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(scores), bits)
 
@@ -74,11 +78,11 @@ def above(scores: Scores, threshold: float) -> Masks:
 
     Args:
       scores: a tree of floating arrays.
-      threshold: what is at or under it goes, finite and at least 0; the rate, for
+      threshold: what is at or under it is pruned; finite and at least 0; the rate, for
         `scores.threshold`.
 
     Returns:
-      Masks like `scores`; under `jit` a NaN goes.
+      Masks like `scores`; under `jit` a NaN is pruned.
 
     Raises:
       ValueError: the threshold is out of range, or a score is NaN.
@@ -101,8 +105,8 @@ def apply(params: Params, masks: Masks) -> Params:
 
     Args:
       params: the parameters.
-      masks: masks of these parameters, in any container; a left-out leaf
-        (`optax.MaskedNode()`) comes back as the same object.
+      masks: masks of these parameters, in any container; an excluded leaf
+        (`optax.MaskedNode()`, None or True) comes back as the same object.
 
     Returns:
       Parameters of the same structure, dtypes and sharding.
@@ -132,7 +136,7 @@ def combine(first: Masks, second: Masks) -> Masks:
 
     Args:
       first: masks.
-      second: masks of the same parameters; where one of the two leaves a leaf out, the
+      second: masks of the same parameters; where one of the two excludes a leaf, the
         other alone decides.
 
     Returns:
@@ -148,6 +152,7 @@ def combine(first: Masks, second: Masks) -> Masks:
       >>> jp.masks.combine({"w": a}, {"w": b})["w"].tolist()
       [True, False]
     """
+    first = tree.with_nodes(first, tree.named_leaves(second))
     other = checked(first, second)
 
     def both(a: Any, b: Any) -> Any:
@@ -160,18 +165,10 @@ def combine(first: Masks, second: Masks) -> Masks:
     )
 
 
-def of_choice(choice: Choice, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:
-    """The mask of one leaf.
-
-    Args:
-      choice: what was chosen for the leaf.
-      pattern: the pattern that it was chosen by.
-      shape: the leaf's shape.
-
-    Returns:
-      A boolean array of that shape.
-    """
-    return pattern.expand(_of_units(choice.units, choice.cut), shape, choice.axes)
+def _mask(selection: Selection, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:
+    """The mask of one leaf of this shape."""
+    kept = _of_units(selection.units, selection.cut)
+    return pattern.expand(kept, shape, selection.axes)
 
 
 _of_units = jax.jit(thresholds.mask)

@@ -1,4 +1,4 @@
-"""Which weights live and die together: single weights, n of m, blocks, channels.
+"""Sparsity patterns: which weights are pruned together, and how many of a group.
 
 A pattern pools the scores of a leaf into scores of units and spreads the mask of the
 units back over the leaf. Groups and blocks are laid on the (batch, in, out) view of
@@ -6,6 +6,7 @@ units back over the leaf. Groups and blocks are laid on the (batch, in, out) vie
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.placement import divisible
 from jaxprune.topk import float_order
 from jaxprune.topk.float_order import Line
+from jaxprune.typing import Pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +160,7 @@ class NM:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Tiles of rows x columns (input x output) live and die together.
+    """Tiles of rows x columns (input x output) are pruned as a whole.
 
     A tile's score is the mean of its weights' scores; a tile at the edge may be smaller
     and counts as one tile. The sparsity is met in tiles.
@@ -221,7 +223,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Channel:
-    """Whole output channels live and die together.
+    """Whole output channels are pruned together.
 
     A channel's score is the mean of its weights' scores. The sparsity is met in
     channels; stacked matrices have channels of their own.
@@ -248,3 +250,45 @@ class Channel:
         """Each channel's bit on all of its weights."""
         matrix = jax.eval_shape(axes.matrix, jax.ShapeDtypeStruct(shape, bool))
         return axes.restore(jnp.broadcast_to(kept, matrix.shape), shape)
+
+
+def named(pattern: Pattern | str) -> Pattern:
+    """A pattern from its name, or the pattern itself.
+
+    Args:
+      pattern: "unstructured" or "per-layer", "per-output", "channel", "n:m" as in
+        "2:4", "RxC" as in "16x16" (inputs x outputs), or a pattern.
+
+    Returns:
+      The pattern.
+
+    Raises:
+      ValueError: the name is none of these.
+      TypeError: it is neither a name nor a pattern.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.patterns.named("2:4"), jp.patterns.named("16x16")
+      (NM(n=2, m=4), Block(rows=16, columns=16))
+    """
+    if isinstance(pattern, str):
+        if (plain := _NAMED.get(pattern)) is not None:
+            return plain
+        if found := re.fullmatch(r"(\d+)([:x])(\d+)", pattern):
+            kind = NM if found[2] == ":" else Block
+            return kind(int(found[1]), int(found[3]))
+    elif hasattr(pattern, "units") and not isinstance(pattern, type):
+        return pattern
+    error = ValueError if isinstance(pattern, str) else TypeError
+    raise error(
+        f"pattern must be one of {', '.join(_NAMED)}, n:m as in '2:4', a block as in "
+        f"'16x16', or a value such as jp.patterns.NM(2, 4), got {pattern!r}"
+    )
+
+
+_NAMED: dict[str, Pattern] = {
+    "unstructured": Unstructured(),
+    "per-layer": Unstructured(),
+    "per-output": PerOutput(),
+    "channel": Channel(),
+}

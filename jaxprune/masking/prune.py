@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns
-from jaxprune.masking.selection import Choice, choose
+from jaxprune.masking.allocation import Allocation
+from jaxprune.masking.selection import Selection, select
 from jaxprune.topk import thresholds
-from jaxprune.typing import Params, Pattern, Scope, Scores
+from jaxprune.typing import Params, Pattern, Scores
 
 
 def prune(
@@ -25,8 +26,8 @@ def prune(
     scores: Scores,
     sparsity: float | Mapping[str, float] | None = None,
     *,
-    allocation: Scope = "layer",
-    pattern: Pattern = patterns.Unstructured(),
+    allocation: Allocation = "layer",
+    pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
     donate: bool = False,
 ) -> Params:
@@ -43,8 +44,11 @@ def prune(
       scores: scores of these parameters; higher is kept.
       sparsity: the share to remove, in [0, 1), or {glob on the path name: share}. None
         where the pattern fixes it. Static under `jit`.
-      allocation: "layer" removes the share from each leaf, "global" ranks all together.
-      pattern: which weights live and die together.
+      allocation: how it is shared out: "layer" removes the share from each leaf,
+        "global" ranks all leaves together, "erk", or a value of `jp.allocation`; also
+        {glob: share} in the place of a sparsity.
+      pattern: which weights are pruned together: a value of `jp.patterns`, or its name
+        such as "2:4".
       axes: which axes are input and output; Flax's [..., in, out] by default.
       donate: whether the result may take the parameters' memory.
 
@@ -71,9 +75,10 @@ def prune(
     ]
     if donate:
         _check_owned(named, ranked, jax.tree.leaves(scores))
-    chosen = choose(scores, sparsity, allocation=allocation, pattern=pattern, axes=axes)
-    for name, choice in zip(ranked, chosen, strict=True):
-        named[name] = _pruned(named[name], choice, pattern, donate=donate)
+    pattern = patterns.named(pattern)
+    found = select(scores, sparsity, rule=allocation, pattern=pattern, axes=axes)
+    for name, selection in zip(ranked, found, strict=True):
+        named[name] = _pruned(named[name], selection, pattern, donate=donate)
     structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
     return jax.tree.unflatten(structure, list(named.values()))
 
@@ -108,13 +113,13 @@ def _is_concrete(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
-def _pruned(leaf: Any, choice: Choice, pattern: Pattern, *, donate: bool) -> Any:
+def _pruned(leaf: Any, own: Selection, pattern: Pattern, *, donate: bool) -> Any:
     if not _is_concrete(leaf):
         program = _program(None, donate=False)
     else:
         spread = len(leaf.sharding.device_set) > 1
         program = _program(leaf.sharding if spread else None, donate=donate)
-    return program(leaf, choice.units, choice.cut, pattern, choice.axes)
+    return program(leaf, own.units, own.cut, pattern, own.axes)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Which weights are kept, decided before any mask is made.
+"""Which weights are kept: a threshold for each leaf, found before any mask is made.
 
-All that can be refused is refused here, for all leaves at once. What comes out is a
-threshold for each leaf, from which `masks` makes masks and `pruning` prunes in place.
+All that can be refused is refused here, for all leaves at once. From the thresholds
+`masks` makes masks, and `prune` sets weights to zero leaf by leaf.
 """
 
 import functools
@@ -10,23 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxprune.arrays import axes as axes_
-from jaxprune.arrays import tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.masking import counts as allocate
-from jaxprune.masking import patterns
+from jaxprune.masking import allocation, patterns
+from jaxprune.masking.checks import floating
 from jaxprune.topk import thresholds
-from jaxprune.typing import Pattern, Scope, Scores
+from jaxprune.typing import Pattern, Scores
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """Which weights of one leaf are kept.
 
     Attributes:
-      units: scores of the units that live or die together.
-      cut: where the units are cut.
+      units: scores of the units that are pruned together.
+      cut: the threshold between kept and pruned units.
       axes: which axes of the leaf are input and output.
     """
 
@@ -35,25 +33,25 @@ class Choice(NamedTuple):
     axes: Axes
 
 
-def choose(
+def select(
     scores: Scores,
-    sparsity: float | Mapping[str, float] | None,
+    sparsity: allocation.Sparsity,
     *,
-    allocation: Scope,
+    rule: allocation.Allocation,
     pattern: Pattern,
     axes: Axes | Mapping[str, Axes] | None,
-) -> Iterator[Choice]:
+) -> Iterator[Selection]:
     """What `masks.make` keeps.
 
     Args:
       scores: as all the arguments, those of `masks.make`.
       sparsity: the share to remove.
-      allocation: "layer" or "global".
-      pattern: which weights live and die together.
+      rule: how it is shared out, `allocation` of `masks.make`.
+      pattern: which weights are pruned together.
       axes: which axes are input and output.
 
     Returns:
-      One choice for each leaf that is not left out, in order. All checks are done by
+      One selection for each leaf that is not left out, in order. All checks are done by
       then. Outside of `jit` the units of a pattern are made when their turn comes, if
       no ranking spans leaves.
 
@@ -64,73 +62,78 @@ def choose(
     named = floating(scores)
     names, leaves = list(named), list(named.values())
     own_axes = _axes(axes, names, leaves, pattern)
-    share = _agreed(sparsity, pattern)
+    share, rule = allocation.agreed(sparsity, pattern, rule)
     sizes = _sizes(pattern, leaves, own_axes)
-    if allocation == "global":
-        counts = [sum(sizes) - allocate.in_all(share, sizes)]
-    elif allocation == "layer":
-        removed = allocate.by_leaf(share, names, sizes)
-        counts = [size - out for size, out in zip(sizes, removed, strict=True)]
+    if isinstance(rule, allocation.Global) and not isinstance(share, Mapping):
+        kept = [sum(sizes) - round(share * sum(sizes))]
+        return _selections(leaves, own_axes, kept, pattern, together=True)
+    if isinstance(rule, allocation.Uniform):
+        pruned = allocation.by_leaf(share, names, sizes)
     else:
-        raise ValueError(f"allocation must be 'layer' or 'global', got {allocation!r}")
-    return _choices(leaves, own_axes, counts, allocation, pattern)
+        weights = _weights(names, leaves, axes_.resolve(axes, names, leaves), rule)
+        pruned = allocation.counts(share, rule, weights, sizes)
+    kept = [size - out for size, out in zip(sizes, pruned, strict=True)]
+    return _selections(leaves, own_axes, kept, pattern, together=False)
 
 
-def floating(scores: Scores) -> dict[str, jax.Array]:
-    """The scores' leaves by name, floating and without NaN where that can be seen.
-
-    Args:
-      scores: a tree.
-
-    Returns:
-      Path name to leaf, without leaves that are left out.
-
-    Raises:
-      ValueError: there is no leaf, or one holds a NaN.
-      TypeError: a leaf is not floating.
-    """
-    named = {
-        k: v for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
-    }
-    if not named:
-        raise ValueError("scores must have at least one leaf to prune, but have none")
-    if wrong := [name for name, leaf in named.items() if not tree.is_floating(leaf)]:
-        raise TypeError(
-            f"scores must be floating arrays, but {wrong[:6]} are not; cast them with "
-            "astype(jnp.float32)"
-        )
-    concrete = {k: v for k, v in named.items() if not isinstance(v, jax.core.Tracer)}
-    with thresholds.at_once(list(concrete.values())):
-        nan = jax.device_get({name: _has_nan(leaf) for name, leaf in concrete.items()})
-    if wrong := [name for name, found in nan.items() if found]:
-        raise ValueError(
-            f"scores must not be NaN, but {wrong[:6]} hold some; look for the step at "
-            "which training diverged, or replace them with jnp.nan_to_num"
-        )
-    return named
-
-
-def _choices(
+def _weights(
+    names: Sequence[str],
     leaves: Sequence[jax.Array],
     own_axes: Sequence[Axes],
-    counts: Sequence[int],
-    allocation: Scope,
+    rule: allocation.Rule,
+) -> list[allocation.Weight]:
+    """What a rule may know of the leaves."""
+    if rule.needs_inputs:
+        raise ValueError(
+            f"allocation={rule} reads the inputs of the weights, which scores do not "
+            "hold; call jp.prune_trained, or use allocation='erk' or 'global'"
+        )
+    if flat := [
+        name
+        for name, leaf, own in zip(names, leaves, own_axes, strict=True)
+        if own.problem(leaf.ndim)
+    ]:
+        raise ValueError(
+            f"allocation={type(rule).__name__} needs leaves with an input and an "
+            f"output axis, but {flat[:6]} have none; leave them out of the scores with "
+            "prunable=jp.tree.excluding('...')"
+        )
+    return [
+        allocation.Weight(
+            name=name,
+            leaf=name,
+            index=(),
+            shape=jax.eval_shape(own.matrix, leaf).shape,  # (batch, in, out)
+            view=own.matrix,
+            read=functools.partial(own.matrix, leaf),
+        )
+        for name, leaf, own in zip(names, leaves, own_axes, strict=True)
+    ]
+
+
+def _selections(
+    leaves: Sequence[jax.Array],
+    own_axes: Sequence[Axes],
+    kept: Sequence[int],
     pattern: Pattern,
-) -> Iterator[Choice]:
+    *,
+    together: bool,
+) -> Iterator[Selection]:
+    """The selections of one ranking of all leaves together, or of a ranking of each."""
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     free = traced or isinstance(pattern, patterns.Unstructured)
-    if allocation == "layer" and not free:
-        for leaf, own, kept in zip(leaves, own_axes, counts, strict=True):
+    if not (together or free):
+        for leaf, own, number in zip(leaves, own_axes, kept, strict=True):
             units = pattern.units(leaf, own)
-            yield Choice(units, thresholds.cut_each([units], [kept])[0], own)
+            yield Selection(units, thresholds.cut_each([units], [number])[0], own)
         return
     every = [pattern.units(*pair) for pair in zip(leaves, own_axes, strict=True)]
-    if allocation == "layer":
-        cuts = thresholds.cut_each(every, counts)
+    if together:
+        cuts = thresholds.cut_together(every, kept[0])
     else:
-        cuts = thresholds.cut_together(every, counts[0])
+        cuts = thresholds.cut_each(every, kept)
     for units, cut, own in zip(every, cuts, own_axes, strict=True):
-        yield Choice(units, cut, own)
+        yield Selection(units, cut, own)
 
 
 def _sizes(
@@ -144,24 +147,6 @@ def _sizes(
         for leaf, own in zip(leaves, own_axes, strict=True)
     ]
     return [math.prod(each.shape) for each in units]
-
-
-def _agreed(
-    sparsity: float | Mapping[str, float] | None, pattern: Pattern
-) -> float | Mapping[str, float]:
-    """The sparsity asked for, or the one that the pattern fixes."""
-    if pattern.sparsity is None:
-        if sparsity is None:
-            raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
-        return sparsity
-    if sparsity is not None and (
-        isinstance(sparsity, Mapping) or allocate.checked(sparsity) != pattern.sparsity
-    ):
-        raise ValueError(
-            f"{pattern} removes exactly {pattern.sparsity:.4g} of each leaf, but "
-            f"sparsity={sparsity} was asked for; leave the sparsity out"
-        )
-    return pattern.sparsity
 
 
 def _axes(
@@ -185,9 +170,3 @@ def _axes(
             "prunable=jp.tree.excluding('...')"
         )
     return resolved
-
-
-@jax.jit
-def _has_nan(leaf: jax.Array) -> jax.Array:
-    # Not by a maximum: on a CPU, XLA's does not hand NaN on.
-    return jnp.any(jnp.isnan(leaf))

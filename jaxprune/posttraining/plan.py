@@ -17,8 +17,8 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.lazy import Leaves, array
 from jaxprune.arrays.messages import listed
 from jaxprune.graph.linear_ops import LinearOp
-from jaxprune.masking import counts as allocate
-from jaxprune.masking.allocation import Shares, Uniform, Weight
+from jaxprune.masking import allocation, patterns
+from jaxprune.masking.allocation import Allocation, Rule, Weight
 from jaxprune.masking.patterns import PerOutput, Unstructured
 from jaxprune.posttraining.fingerprint import Fingerprint
 from jaxprune.posttraining.input_statistics import InputStatistics
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
       method: how a matrix is pruned.
       pattern: which weights are pruned as a unit.
       sparsity: what was asked for.
-      shares: how it was shared out.
+      rule: how it was shared out.
       units: name of the weight to the number of its units.
       kept: name of the weight to the units that each of its matrices keeps.
     """
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     method: Method
     pattern: Pattern
     sparsity: float | Mapping[str, float] | None
-    shares: Shares
+    rule: Rule
     units: dict[str, int]
     kept: dict[str, list[int]]
 
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
             "method": repr(self.method),
             "pattern": repr(self.pattern),
             "sparsity": self.sparsity,
-            "shares": type(self.shares).__name__,
+            "allocation": repr(self.rule),
             "removed": self.removed,
         }
 
@@ -138,8 +138,8 @@ def planned(
     leaves: Leaves,
     method: Method,
     sparsity: float | Mapping[str, float] | None,
-    pattern: Pattern | None,
-    shares: Shares,
+    pattern: Pattern | str | None,
+    shared: Allocation,
     statistics: Callable[[], Mapping[str, InputStatistics]],
 ) -> Plan:
     """Decides how many units each weight keeps.
@@ -149,9 +149,9 @@ def planned(
       leaves: all of the parameters' leaves.
       method: how a matrix is pruned.
       sparsity: the share to remove, or {glob: share}, or None.
-      pattern: which weights live and die together, or None for the method's own.
-      shares: how the sparsity is shared out.
-      statistics: gives the dense model's, called where the shares need them.
+      pattern: which weights are pruned as a unit, or None for the method's own.
+      shared: how the sparsity is shared out.
+      statistics: gives the dense model's, called where the rule needs them.
 
     Returns:
       The plan.
@@ -159,32 +159,30 @@ def planned(
     Raises:
       ValueError: something does not fit; the sentence names the weights.
     """
-    weights = {p.name: p for p in ops if p.use == 0}
-    pattern = method.pattern if pattern is None else pattern
+    weights = {op.name: op for op in ops if op.use == 0}
+    pattern = patterns.named(method.pattern if pattern is None else pattern)
+    agreed, rule = allocation.agreed(sparsity, pattern, shared)
     problems = [
         f"{why} at '{name}'"
-        for name, p in weights.items()
-        if (why := pattern.problem(p.shape[1:], Axes()))
+        for name, op in weights.items()
+        if (why := pattern.problem(op.shape[1:], Axes()))
     ]
     if problems:
         raise ValueError(
             f"{'; '.join(problems)}; leave such weights out with "
             "prunable=jp.tree.excluding('...')"
         )
-    for inputs, outputs in {p.shape[1:] for p in weights.values()}:
+    for inputs, outputs in {op.shape[1:] for op in weights.values()}:
         _try(method, pattern, inputs, outputs)
-    units = {name: _units(pattern, p) for name, p in weights.items()}
-    if isinstance(sparsity, Mapping) or pattern.sparsity is not None:
-        counts = _by_rule(sparsity, pattern, shares, units)
-    else:
-        counts = _by_shares(
-            sparsity, pattern, shares, weights, units, leaves, statistics
-        )
+    units = {name: _units(pattern, op) for name, op in weights.items()}
+    seen = statistics() if rule.needs_inputs else {}
+    known = [_known(op, leaves, seen.get(name)) for name, op in weights.items()]
+    counts = allocation.counts(agreed, rule, known, list(units.values()))
     kept = {
         name: _kept(units[name], count, weights[name].shape[0])
         for name, count in zip(weights, counts, strict=True)
     }
-    return Plan(method, pattern, sparsity, shares, units, kept)
+    return Plan(method, pattern, sparsity, rule, units, kept)
 
 
 def _try(method: Method, pattern: Pattern, inputs: int, outputs: int) -> None:
@@ -197,60 +195,17 @@ def _try(method: Method, pattern: Pattern, inputs: int, outputs: int) -> None:
     )
 
 
-def _by_rule(
-    sparsity: float | Mapping[str, float] | None,
-    pattern: Pattern,
-    shares: Shares,
-    units: Mapping[str, int],
-) -> list[int]:
-    """Counts where a pattern or rules by name fix the shares."""
-    fixed = pattern.sparsity
-    if not isinstance(shares, Uniform):
-        raise ValueError(
-            f"allocation={type(shares).__name__}(...) needs one sparsity and a pattern "
-            f"that leaves it free, got sparsity={sparsity} and {pattern}; leave shares "
-            "out"
-        )
-    if fixed is not None and sparsity is not None and sparsity != fixed:
-        raise ValueError(
-            f"{pattern} removes exactly {fixed:.4g} of each weight, but "
-            f"sparsity={sparsity} was asked for; leave the sparsity out"
-        )
-    asked = sparsity if fixed is None else fixed
-    return allocate.by_leaf(asked or 0.0, list(units), list(units.values()))
-
-
-def _by_shares(
-    sparsity: Any,
-    pattern: Pattern,
-    shares: Shares,
-    weights: Mapping[str, LinearOp],
-    units: Mapping[str, int],
-    leaves: Leaves,
-    statistics: Callable[[], Mapping[str, InputStatistics]],
-) -> list[int]:
-    """Counts by a rule that shares out one sparsity."""
-    if sparsity is None:
-        raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
-    allocate.checked(sparsity)
-    seen = statistics() if shares.needs_inputs else {}
-    given = [
-        Weight(
-            p,
-            functools.partial(_matrix, p, leaves),
-            seen[name].mean_square if seen else None,
-        )
-        for name, p in weights.items()
-    ]
-    found = shares.of(given, float(sparsity))
-    return [
-        round(share * number)
-        for share, number in zip(found, units.values(), strict=True)
-    ]
-
-
-def _matrix(op: LinearOp, leaves: Leaves) -> jax.Array:
-    return op.view.read(array(leaves.all[op.view.leaf]))
+def _known(op: LinearOp, leaves: Leaves, statistics: InputStatistics | None) -> Weight:
+    """What a rule may know of a weight."""
+    return Weight(
+        name=op.name,
+        leaf=op.leaf,
+        index=op.index,
+        shape=op.shape,
+        view=op.view.read,
+        read=lambda: op.view.read(array(leaves.all[op.view.leaf])),
+        mean_square=None if statistics is None else statistics.mean_square,
+    )
 
 
 def _units(pattern: Pattern, op: LinearOp) -> int:

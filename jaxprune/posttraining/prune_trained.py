@@ -17,7 +17,7 @@ from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
 from jaxprune.graph.linear_ops import trace
-from jaxprune.masking.allocation import Shares, Uniform
+from jaxprune.masking.allocation import Allocation
 from jaxprune.posttraining import calibration, fingerprint, input_statistics, methods
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.methods import Method
@@ -51,8 +51,8 @@ def prune_trained(
     *,
     method: Method | methods.Name,
     sparsity: float | Mapping[str, float] | None = None,
-    pattern: Pattern | None = None,
-    allocation: Shares = Uniform(),
+    pattern: Pattern | str | None = None,
+    allocation: Allocation = "layer",
     prunable: Prunable = tree.prunable,
     positions: Callable[[Any], jax.Array] | None = None,
     directory: str | Path | None = None,
@@ -76,8 +76,11 @@ def prune_trained(
         `jp.methods` with settings of your own.
       sparsity: the share to remove of the weights that are pruned, in [0, 1), or {glob
         on the weight's name: share}. None where the pattern fixes it.
-      pattern: which weights are pruned as a unit; the method's own by default.
-      allocation: how the sparsity is shared out among the weights.
+      pattern: which weights are pruned together: a value of `jp.patterns`, or its name
+        such as "2:4"; the method's own by default.
+      allocation: how the sparsity is shared out: "layer" gives each weight the same,
+        "global" ranks all magnitudes together, "erk", "owl", a value of
+        `jp.allocation`, or {glob on the weight's name: share}.
       prunable: which leaves may be pruned.
       positions: a batch to booleans of the samples' shape, (batch, time) say: which
         positions count. None counts all, BOS too.

@@ -26,9 +26,9 @@ def wanda(weight: jax.Array, mean_square: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.scores.from_training import from_activations as wanda
+      >>> import jaxprune as jp
       >>> weight, square = jnp.array([[1.0, -2.0], [3.0, 1.0]]), jnp.array([4.0, 1.0])
-      >>> wanda.wanda(weight, square).tolist()
+      >>> jp.scores.wanda(weight, square).tolist()
       [[2.0, 4.0], [3.0, 1.0]]
 
     Reference:
@@ -60,9 +60,9 @@ def ria(weight: jax.Array, mean_square: jax.Array, power: float = 0.5) -> jax.Ar
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.scores.from_training import from_activations as wanda
+      >>> import jaxprune as jp
       >>> weight, square = jnp.array([[1.0, 3.0], [1.0, 1.0]]), jnp.array([16.0, 1.0])
-      >>> wanda.ria(weight, square).tolist()
+      >>> jp.scores.ria(weight, square).tolist()
       [[1.5, 3.0], [1.0, 0.75]]
 
     Reference:

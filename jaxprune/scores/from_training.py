@@ -1,36 +1,28 @@
 """Criteria: pure functions from importance and parameters to scores; higher is kept.
 
 Every criterion is `criterion(params, importance, *, prunable=...)`, so that any of them
-can be handed on as a value; those that need no statistics ignore `importance`.
+can be handed on as a value; those that need no statistics ignore `importance`, which is
+an `Importance`, the state of an optimizer, or an `nnx.Optimizer`.
 Scores are float32, whatever the parameters' dtype; units do not matter, since only the
 order counts. Leaves that may not be pruned become `optax.MaskedNode()`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
 from jaxprune.arrays import exact_sum, low_bit, placement, tree
-from jaxprune.typing import Importance, Params, Prunable, Scores
-
-_TRACK = {
-    "weight": "chain jp.track_importance() last in the optimizer",
-    "magnitude": "chain jp.track_importance(average=('magnitude',)) last",
-    "square": (
-        "train with Adam, AdamW, RMSProp or Adagrad, whose own second moment serves, "
-        "or chain jp.track_gradients() first in the optimizer"
-    ),
-    "taylor": "chain jp.track_gradients(average=('taylor',)) first in the optimizer",
-}
+from jaxprune.scores.importance import refuse_swapped, tracked
+from jaxprune.typing import Params, Prunable, Scores
 
 
 def magnitude(
     params: Params,
-    importance: Importance | None = None,
+    importance: Any = None,
     *,
     prunable: Prunable = tree.prunable,
 ) -> Scores:
@@ -59,7 +51,7 @@ def magnitude(
 
 def averaged_weight(
     params: Params,
-    importance: Importance | None = None,
+    importance: Any = None,
     *,
     prunable: Prunable = tree.prunable,
 ) -> Scores:
@@ -89,13 +81,13 @@ def averaged_weight(
       Islam, Belhaouari, Bermak, "Systematic Weight Evaluation for Pruning Large
       Language Models", 2025, arXiv 2502.17071.
     """
-    average = _tracked(importance, "weight", params)
+    average = tracked(importance, "weight", params)
     return _score(_absolute_of_second, params, prunable, average)
 
 
 def averaged_magnitude(
     params: Params,
-    importance: Importance | None = None,
+    importance: Any = None,
     *,
     prunable: Prunable = tree.prunable,
 ) -> Scores:
@@ -120,13 +112,13 @@ def averaged_magnitude(
       >>> scores["w"].tolist()
       [[1.0, 2.0]]
     """
-    average = _tracked(importance, "magnitude", params)
+    average = tracked(importance, "magnitude", params)
     return _score(_second, params, prunable, average)
 
 
 def obd(
     params: Params,
-    importance: Importance | None = None,
+    importance: Any = None,
     *,
     prunable: Prunable = tree.prunable,
 ) -> Scores:
@@ -157,13 +149,13 @@ def obd(
     Reference:
       LeCun, Denker, Solla, "Optimal Brain Damage", 1989, equation 5.
     """
-    square = _tracked(importance, "square", params)
+    square = tracked(importance, "square", params)
     return _score(_obd, params, prunable, square)
 
 
 def trajectory(
     params: Params,
-    importance: Importance | None = None,
+    importance: Any = None,
     *,
     exponent: float = 0.25,
     prunable: Prunable = tree.prunable,
@@ -198,13 +190,13 @@ def trajectory(
     """
     if not 0 <= exponent <= 1:
         raise ValueError(f"exponent must be in [0, 1], got {exponent}; 0.25 is usual")
-    square = _tracked(importance, "square", params)
+    square = tracked(importance, "square", params)
     return _score(_trajectory, params, prunable, square, exponent)
 
 
 def taylor(
     params: Params,
-    importance: Importance | None = None,
+    importance: Any = None,
     *,
     prunable: Prunable = tree.prunable,
 ) -> Scores:
@@ -232,12 +224,12 @@ def taylor(
       Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
       arXiv 1906.10771; without the outer square.
     """
-    return _score(_second, params, prunable, _tracked(importance, "taylor", params))
+    return _score(_second, params, prunable, tracked(importance, "taylor", params))
 
 
 def random(
     params: Params,
-    importance: Importance | None = None,
+    importance: Any = None,
     *,
     seed: int = 0,
     prunable: Prunable = tree.prunable,
@@ -265,7 +257,7 @@ def random(
 
 def threshold(
     params: Params,
-    importance: Importance | None = None,
+    importance: Any = None,
     *,
     compare: Literal["weight", "average"] = "weight",
     prunable: Prunable = tree.prunable,
@@ -304,18 +296,7 @@ def threshold(
     if compare not in ("weight", "average"):
         raise ValueError(f"compare must be 'weight' or 'average', got {compare!r}")
     formula = _deviations_of_average if compare == "average" else _deviations
-    return _score(formula, params, prunable, _tracked(importance, "weight", params))
-
-
-def _tracked(importance: Importance | None, field: str, params: Params) -> list:
-    """The statistic's leaves in the order of the parameters'."""
-    statistic = None if importance is None else getattr(importance, field)
-    if statistic is None:
-        raise ValueError(
-            f"this criterion needs Importance.{field}, which was not tracked; "
-            f"{_TRACK[field]}, or choose another criterion"
-        )
-    return tree.align(params, statistic, f"Importance.{field}")
+    return _score(formula, params, prunable, tracked(importance, "weight", params))
 
 
 def _score(
@@ -329,6 +310,7 @@ def _score(
 
     Compiled once a shape.
     """
+    refuse_swapped(params)
     named = tree.named_leaves(params)
     chosen = [not tree.is_excluded(x) and prunable(n, x) for n, x in named.items()]
     if not any(chosen):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.arrays import placement, tree
-from jaxprune.masking import masks as masking
+from jaxprune.masking.checks import checked
 from jaxprune.typing import Masks, Params
 
 
@@ -38,7 +38,8 @@ def keep_masks(
       optimizer: any optax optimizer, with its clipping. A tracker goes outside,
         `chain(keep_masks(optimizer, masks), track_importance())`, to see the step that
         is really taken.
-      masks: masks of the parameters that will be trained; True is kept.
+      masks: masks of the parameters that will be trained; True is kept, and a leaf
+        with `optax.MaskedNode()`, None or True for its mask is trained as a whole.
 
     Returns:
       A transformation whose first step sets pruned weights to zero, whatever they were,
@@ -62,7 +63,7 @@ def keep_masks(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> KeepMasksState:
-        aligned = masking.checked(params, masks)
+        aligned = checked(params, masks)
         own = [
             m
             if tree.is_excluded(m)

@@ -21,7 +21,7 @@ from jaxprune.typing import Params
 Memory: TypeAlias = Literal["device", "pinned_host"]
 """Where an average is between two snapshots."""
 
-View: TypeAlias = Callable[..., jax.Array]
+Watched: TypeAlias = Callable[..., jax.Array]
 """Leaves of the watched trees, float32, to the number that is averaged."""
 
 
@@ -37,7 +37,7 @@ class Average:
       stream: seeds the rounding; different for each average.
     """
 
-    view: View
+    view: Watched
     signed: bool
     storage: Storage
     memory: Memory

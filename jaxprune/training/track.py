@@ -2,35 +2,23 @@
 
 `track_importance` stands last in the chain and sees the step that is really taken;
 `track_gradients` stands first and sees the raw gradient. Both pass the updates through
-untouched and keep their averages in the optimizer state, placed like the parameters.
-`get_importance` reads whatever there is out of the state of any optimizer, an adaptive
-optimizer's own second moment included, which costs nothing.
+untouched and keep their averages in the optimizer state, placed like the parameters,
+where `get_importance` finds them.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from optax import MaskedNode
 
-from jaxprune.arrays import low_bit as storages
-from jaxprune.arrays import tree
+from jaxprune.arrays import low_bit
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.training import weightings
-from jaxprune.training.lora import LoraState
-from jaxprune.training.running_average import Average, Memory, View
-from jaxprune.typing import Importance, Params, Weighting
-
-_SECOND_MOMENTS = {
-    optax.ScaleByAdamState: "nu",
-    optax.ScaleByAmsgradState: "nu",
-    optax.ScaleByRmsState: "nu",
-    optax.ScaleByRStdDevState: "nu",
-    optax.ScaleByRssState: "sum_of_squares",
-}
+from jaxprune.training.running_average import Average, Memory, Watched
+from jaxprune.typing import Params, Weighting
 
 
 class TrackImportanceState(NamedTuple):
@@ -46,6 +34,11 @@ class TrackImportanceState(NamedTuple):
     weight: Params | None
     magnitude: Params | None
 
+    @property
+    def importance_fields(self) -> tuple[str, ...]:
+        """The fields of an `Importance` that are held here."""
+        return ("weight", "magnitude")
+
 
 class TrackGradientsState(NamedTuple):
     """State of `track_gradients`.
@@ -59,6 +52,11 @@ class TrackGradientsState(NamedTuple):
     step: jax.Array
     square: Params | None
     taylor: Params | None
+
+    @property
+    def importance_fields(self) -> tuple[str, ...]:
+        """The fields of an `Importance` that are held here."""
+        return ("square", "taylor")
 
 
 def track_importance(
@@ -200,51 +198,6 @@ def track_gradients(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def get_importance(state: Any) -> Importance:
-    """What was tracked, found anywhere inside an optimizer's state.
-
-    Args:
-      state: the state of any optax optimizer, however wrapped (`chain`, `masked`,
-        `partition`, `MultiSteps`, ...), or an `nnx.Optimizer`.
-
-    Returns:
-      The averages, like the parameters, as they are held and where; nothing is copied.
-      `square` is the tracked E[g^2] where there is one, else the second moment of Adam,
-      AMSGrad, RMSProp or Adagrad as it stands; inside `lora` there is none of the
-      weights, so chain `track_gradients()` before it.
-      Leaves nobody tracked are `optax.MaskedNode()`.
-
-    Raises:
-      ValueError: nothing is tracked in this state, or a leaf is tracked twice.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import jaxprune as jp
-      >>> state = optax.adamw(1e-3).init({"w": jnp.ones((2, 2))})
-      >>> jp.get_importance(state).square["w"].shape
-      (2, 2)
-    """
-    nodes = list(_find((TrackImportanceState, TrackGradientsState), state))
-    found: dict[str, list[Params]] = {field: [] for field in Importance._fields}
-    for node in nodes:
-        for field in found:
-            if (average := getattr(node, field, None)) is not None:
-                found[field].append(average)
-    merged = {k: _merge(trees, k) if trees else None for k, trees in found.items()}
-    if merged["square"] is None:
-        moments = [
-            getattr(node, _SECOND_MOMENTS[type(node)])
-            for node in _find(tuple(_SECOND_MOMENTS), state)
-        ]
-        merged["square"] = _merge(moments, "second moment") if moments else None
-    if all(average is None for average in merged.values()):
-        raise ValueError(
-            "this optimizer state tracks nothing; chain jp.track_importance() last: "
-            "tx = optax.chain(optimizer, jp.track_importance())"
-        )
-    return Importance(**merged)
-
-
 def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any]:
     """Counts the step and takes a snapshot when one is due.
 
@@ -280,7 +233,7 @@ def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any
 def _watched(
     what: str,
     average: Collection[str],
-    known: dict[str, tuple[View, bool]],
+    known: dict[str, tuple[Watched, bool]],
     storage: Storage,
     memory: Memory,
     seed: int,
@@ -293,7 +246,7 @@ def _watched(
         )
     if memory not in ("device", "pinned_host"):
         raise ValueError(f"memory must be 'device' or 'pinned_host', got {memory!r}")
-    storages.checked(storage)
+    low_bit.checked(storage)
     return {
         field: Average(*known[field], storage, memory, stream=seed * 4096 + 1024 * i)
         for i, field in enumerate(known)
@@ -319,11 +272,11 @@ def _taylor(gradient: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.abs(weight * gradient)
 
 
-_OF_WEIGHTS: dict[str, tuple[View, bool]] = {
+_OF_WEIGHTS: dict[str, tuple[Watched, bool]] = {
     "weight": (jnp.positive, True),
     "magnitude": (jnp.abs, False),
 }
-_OF_GRADIENTS: dict[str, tuple[View, bool]] = {
+_OF_GRADIENTS: dict[str, tuple[Watched, bool]] = {
     "square": (lambda gradient, *_: jnp.square(gradient), False),
     "taylor": (_taylor, False),
 }
@@ -336,25 +289,3 @@ def _require(params: Params | None, what: str) -> None:
         raise ValueError(
             f"{what} needs the parameters; call tx.update(g, state, params)"
         )
-
-
-def _find(kinds: tuple[type, ...], state: Any) -> Iterable[Any]:
-    """The nodes of some kinds, but for LoRA's, which are of factors, not of weights."""
-    known = (*kinds, LoraState)
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, known))
-    return (node for node in nodes if isinstance(node, kinds))
-
-
-def _merge(trees: list[Params], what: str) -> Params:
-    """One tree of several that each watch some leaves (masked, partition)."""
-
-    def only(*candidates: Any) -> Any:
-        seen = [c for c in candidates if not tree.is_excluded(c)]
-        if len(seen) > 1:
-            raise ValueError(
-                f"each leaf must be tracked once, but {len(seen)} transformations in "
-                f"this state track the {what} of one leaf; remove all but one"
-            )
-        return seen[0] if seen else MaskedNode()
-
-    return jax.tree.map(only, *trees, is_leaf=tree.is_leaf)

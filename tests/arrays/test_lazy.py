@@ -65,7 +65,7 @@ def test_the_bits_are_those_of_arrays(method, tmp_path):
 
 @pytest.mark.parametrize("shares", [jp.allocation.ERK(), jp.allocation.OWL(factor=1.5)])
 def test_shares_read_what_they_need(shares, tmp_path):
-    options = {"method": "wanda", "sparsity": 0.4, "shares": shares}
+    options = {"method": "wanda", "sparsity": 0.4, "allocation": shares}
     expected = prune(run_chain, PARAMS, **options)
     found = prune(run_chain, Shelf(PARAMS).params, directory=tmp_path, **options)
     assert same_bits(lazy.loaded(found.params), expected.params)

@@ -269,9 +269,9 @@ def test_criteria_read_every_storage(params, name, criterion):
     after, lean = stepped(watching(name), params)
     _, wide = stepped(watching("float32"), params)
     score = getattr(jp.scores, criterion)
-    expected = score(jp.get_importance(wide), after)["kernel"]
+    expected = score(after, jp.get_importance(wide))["kernel"]
     for one in (score, jax.jit(score)):
-        actual = one(jp.get_importance(lean), after)["kernel"]
+        actual = one(after, jp.get_importance(lean))["kernel"]
         assert actual.dtype == jnp.float32
         assert stats.spearmanr(np.ravel(actual), np.ravel(expected))[0] > 0.99
 
@@ -284,7 +284,7 @@ def test_the_averaged_weights_can_be_ranked_in_place_of_the_weights(
     after, state = stepped(watching(name, memory), params)
     importance = jp.get_importance(state)
     for score in (jp.scores.trajectory, jax.jit(jp.scores.trajectory)):
-        scores = score(importance, importance.weight)
+        scores = score(importance.weight, importance)
         assert scores["kernel"].sharding.memory_kind == "device"
         assert jp.sparsity(jp.prune(after, scores, 0.5)).total == 0.5
 

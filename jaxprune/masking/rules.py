@@ -1,0 +1,282 @@
+"""Rules that share out one sparsity: each weight gets its own, all together lose it.
+
+A rule sees plain data of each weight (name, shape, values, statistics of its input).
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.masking.checks import floating
+from jaxprune.scores import from_activations
+from jaxprune.topk import thresholds
+from jaxprune.typing import Scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """What a rule may know of a weight.
+
+    Attributes:
+      name: the weight's name.
+      leaf: the path name of its leaf, of which it may be a part.
+      index: its place in a leaf that stacks weights; empty for a leaf by itself.
+      shape: (batch, in, out).
+      view: an array shaped like the leaf to the weight's part of it, (batch, in, out).
+      read: gives the weight itself as (batch, in, out).
+      mean_square: of its input's features (batch, in), from the dense model; None where
+        the rule does not ask for it.
+    """
+
+    name: str
+    leaf: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    view: Callable[[jax.Array], jax.Array]
+    read: Callable[[], jax.Array]
+    mean_square: jax.Array | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+class Rule(Protocol):
+    """How a sparsity is shared out.
+
+    Attributes:
+      needs_inputs: whether it reads the mean squares of the dense model's inputs.
+    """
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it reads the mean squares of the dense model's inputs."""
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """The same sparsity for every weight: "layer" or "uniform"."""
+
+    needs_inputs = False
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+        return [Fraction(sparsity)] * len(weights)
+
+
+Layer = Uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """One ranking over all weights: "global".
+
+    `masks.make` and `prune` rank the scores that they are given. `prune_trained` ranks
+    magnitudes, which it reads all at once, and its method then chooses inside each
+    weight; `Ranked` takes other scores.
+    """
+
+    needs_inputs = False
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight, from one ranking of magnitudes."""
+        return _ranked(weights, [jnp.abs(w.read()) for w in weights], sparsity)
+
+
+@dataclasses.dataclass(frozen=True)
+class ERK:
+    """Erdos-Renyi-Kernel: the kept share is in proportion to (in + out) / (in out).
+
+    Weights that would keep more than all keep all, and the rest shares what is left.
+
+    Reference:
+      Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets
+      Winners", 2020, arXiv 1911.11134, section 3.
+    """
+
+    needs_inputs = False
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+        raw = [(i + o) / (i * o) for *_, i, o in (weight.shape for weight in weights)]
+        return exact(1 - _capped(raw, weights, sparsity), weights, sparsity)
+
+
+@dataclasses.dataclass(frozen=True)
+class OWL:
+    """Layers with more outliers keep more.
+
+    An outlier is a weight whose Wanda score is above `factor` times its layer's mean.
+    The kept share of a layer (a block of the model) grows linearly with its share of
+    outliers, within plus or minus `spread`, the mean over layers being as asked for.
+
+    Attributes:
+      spread: the paper's lambda.
+      factor: the paper's M.
+
+    Reference:
+      Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for
+      Pruning LLMs to High Sparsity", 2023, arXiv 2310.05175, equation 2. Here the
+      shares are shifted together so that the sparsity of all weights is exact, where
+      layers differ in size.
+    """
+
+    spread: float = 0.08
+    factor: float = 5.0
+    needs_inputs = True
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+        blocks = [block_of(weight) for weight in weights]
+        totals = {block: np.zeros(2) for block in blocks}
+        for block, weight in zip(blocks, weights, strict=True):
+            totals[block] += (float(_scores(weight).sum()), weight.size)
+        outliers = {block: 0.0 for block in totals}
+        for block, weight in zip(blocks, weights, strict=True):
+            total, size = totals[block]
+            above = _scores(weight) > self.factor * total / size
+            outliers[block] += float(jnp.sum(above, dtype=np.float32)) / size
+        ratio = np.array(list(outliers.values()))
+        width = max(ratio.max() - ratio.min(), np.finfo(float).tiny)
+        scaled = (ratio - ratio.min()) / width * 2 * self.spread
+        kept = dict(zip(outliers, scaled - scaled.mean() + 1 - sparsity, strict=True))
+        return exact(np.array([1 - kept[block] for block in blocks]), weights, sparsity)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranked:
+    """The sparsity that one global ranking of given scores leaves each weight with.
+
+    With `scores.trajectory(params, state)` training itself says how much of each matrix
+    matters; Adam's second moment is enough. What is pruned inside a matrix is chosen by
+    the method of `prune_trained`, or by the scores of `prune`.
+
+    Attributes:
+      scores: scores of these parameters, any criterion's.
+    """
+
+    scores: Scores = dataclasses.field(repr=False)
+    needs_inputs = False
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+        named = floating(self.scores)
+        if missing := sorted({weight.leaf for weight in weights} - named.keys()):
+            raise ValueError(
+                "allocation.Ranked needs scores of every weight to prune, but has none "
+                f"of {missing[:6]}; make them from these parameters, with the same "
+                "prunable rule"
+            )
+        return _ranked(weights, [w.view(named[w.leaf]) for w in weights], sparsity)
+
+
+def exact(
+    shares: np.ndarray, weights: Sequence[Weight], sparsity: float
+) -> list[Fraction]:
+    """Shares moved together, and cut at 0 and 1, until all weights lose what was asked.
+
+    Args:
+      shares: the share that each weight loses.
+      weights: the weights.
+      sparsity: the share that all weights together lose.
+
+    Returns:
+      Fractions whose counts are integers that add up to the nearest of sparsity x size.
+    """
+    sizes = np.array([weight.size for weight in weights], float)
+    goal = round(sparsity * sum(weight.size for weight in weights))
+    low, high = -1.0, 1.0
+    for _ in range(64):
+        middle = (low + high) / 2
+        pruned = (np.clip(shares + middle, 0, 1) * sizes).sum()
+        low, high = (middle, high) if pruned < goal else (low, middle)
+    ends = np.cumsum(np.clip(shares + high, 0, 1) * sizes)
+    counts = np.diff(np.minimum(np.rint(ends), goal), prepend=0)
+    counts[-1] += goal - counts.sum()
+    return [
+        Fraction(int(count), weight.size)
+        for count, weight in zip(counts, weights, strict=True)
+    ]
+
+
+def block_of(weight: Weight) -> tuple[str, int]:
+    """The layer that a weight belongs to: what stands before the first number.
+
+    Args:
+      weight: the weight.
+
+    Returns:
+      A prefix and the layer's number; of a leaf that is stacked over layers its first
+      name and its index, of a weight without a number its own name and -1.
+    """
+    if weight.index:
+        return weight.leaf.split("/")[0], weight.index[0]
+    parts = weight.leaf.split("/")
+    before = list(itertools.takewhile(lambda part: not part.isdecimal(), parts))
+    if len(before) < len(parts):
+        return "/".join(before), int(parts[len(before)])
+    if found := re.match(r"(.*?)_(\d+)(/|$)", weight.leaf):  # Linen: Block_3/Dense_0
+        return found[1], int(found[2])
+    return weight.leaf, -1
+
+
+def _capped(
+    raw: Sequence[float], weights: Sequence[Weight], sparsity: float
+) -> np.ndarray:
+    """Kept shares in proportion to `raw`, none above 1, that add up to what is kept."""
+    sizes = np.array([weight.size for weight in weights], float)
+    kept, full = np.array(raw), np.zeros(len(raw), bool)
+    goal = (1 - sparsity) * sizes.sum()
+    while True:
+        rest = kept[~full] @ sizes[~full]
+        scale = (goal - sizes[full].sum()) / rest if rest else 0.0
+        over = ~full & (kept * scale > 1)
+        if not over.any():
+            return np.where(full, 1.0, kept * scale)
+        full |= over
+
+
+def _ranked(
+    weights: Sequence[Weight], scores: Sequence[jax.Array], sparsity: float
+) -> list[Fraction]:
+    """The share of each weight that one ranking of all scores prunes."""
+    # Ties keep the first by name.
+    order = sorted(range(len(weights)), key=lambda i: weights[i].name)
+    size = sum(score.size for score in scores)
+    with thresholds.at_once(scores):
+        own = [scores[i] for i in order]
+        cuts = thresholds.cut_together(own, size - round(sparsity * size))
+        kept = jax.device_get(list(map(_kept, own, cuts)))
+    found = {i: int(number) for i, number in zip(order, kept, strict=True)}
+    return [Fraction(w.size - found[i], w.size) for i, w in enumerate(weights)]
+
+
+@jax.jit
+def _kept(scores: jax.Array, cut: thresholds.Cut) -> jax.Array:
+    return jnp.sum(thresholds.mask(scores, cut), dtype=np.uint32)
+
+
+def _scores(weight: Weight) -> jax.Array:
+    if weight.mean_square is None:
+        raise ValueError(
+            f"OWL reads the mean squares of the inputs of '{weight.name}', which are "
+            "not there; give Weight(mean_square=...)"
+        )
+    return _wanda(weight.read(), weight.mean_square)
+
+
+@jax.jit
+def _wanda(matrix: jax.Array, mean_square: jax.Array) -> jax.Array:
+    return jax.vmap(from_activations.wanda)(matrix.astype(np.float32), mean_square)
