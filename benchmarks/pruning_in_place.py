@@ -14,7 +14,6 @@ import tyro
 
 import jaxprune as jp
 from benchmarks import measure
-from jaxprune.typing import Scope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +49,10 @@ def main(config: Config) -> None:
     )
 
 
-def _measured(config: Config, allocation: Scope) -> dict[str, Any]:
+def _measured(config: Config, allocation: jp.allocation.Name) -> dict[str, Any]:
     def prune(params: Any, scores: Any, *, donate: bool = False) -> Any:
         return jp.prune(
-            params, scores, config.sparsity, allocation=scope, donate=donate
+            params, scores, config.sparsity, allocation=allocation, donate=donate
         )
 
     params = _params(config)
@@ -61,7 +60,7 @@ def _measured(config: Config, allocation: Scope) -> dict[str, Any]:
     program = jax.jit(prune, donate_argnums=0, static_argnames="donate")
     compiled = program.lower(params, scores).compile().memory_analysis()
     result: dict[str, Any] = {
-        f"{scope}, one program": {"temporary_bytes": compiled.temp_size_in_bytes}
+        f"{allocation}, one program": {"temporary_bytes": compiled.temp_size_in_bytes}
     }
     prune(_params(config), scores, donate=True)  # compiles
     for donate in (True, False):
@@ -77,7 +76,7 @@ def _measured(config: Config, allocation: Scope) -> dict[str, Any]:
             call = lambda p=params, d=donate: prune(p, scores, donate=d)  # noqa: E731
             peaks.append(measure.peak_memory(call)["extra_bytes"])
             del call
-        result[f"{scope}, donate={donate}"] = {
+        result[f"{allocation}, donate={donate}"] = {
             "extra_bytes": measure.median_and_spread(peaks),
             "seconds": measure.median_and_spread(times),
         }

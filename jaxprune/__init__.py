@@ -9,7 +9,7 @@ from jaxprune.arrays import low_bit as low_bit
 from jaxprune.arrays import tree as tree
 from jaxprune.arrays.axes import Axes as Axes
 from jaxprune.arrays.lazy import LazyArray as LazyArray
-from jaxprune.arrays.tree import sparsity as sparsity
+from jaxprune.arrays.sparsity import sparsity as sparsity
 from jaxprune.graph.linear_ops import trace as trace
 from jaxprune.masking import allocation as allocation
 from jaxprune.masking import masks as masks

@@ -30,7 +30,7 @@ from experiments.harness.weights import WATCHED_WEIGHTS as WATCHED_WEIGHTS
 from experiments.harness.weights import sampled_weights, values
 from experiments.tasks.language_model import ADAMW, keep_everything, schedule
 from jaxprune.arrays.processes import is_first, on_first
-from jaxprune.typing import Prunable, Scope
+from jaxprune.typing import Prunable
 
 METRICS = "metrics.jsonl"
 MODEL = "model"
@@ -236,7 +236,7 @@ class Seed:
         """The validation loss, and what else the task measures."""
         return {"loss": self.loss(params), **self.task.measured(params)}
 
-    def _first_scope(self) -> tuple[Scope, Prunable]:
+    def _first_scope(self) -> tuple[jp.allocation.Name, Prunable]:
         return self.task.scopes[self.plan.scopes[0]]
 
     def _masks(self, watched: Watched, cell: Cell) -> Any:

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import optax
 
+import jaxprune as jp
 from experiments.harness import training
-from jaxprune.typing import Params, Prunable, Scope
+from jaxprune.typing import Params, Prunable
 
 
 class Task(Protocol):
@@ -19,7 +20,7 @@ class Task(Protocol):
         """One program is compiled for each task."""
 
     @property
-    def scopes(self) -> Mapping[str, tuple[Scope, Prunable]]:
+    def scopes(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
         """By the names that results use: how weights are ranked, and which."""
 
     @property

@@ -12,7 +12,7 @@ import optax
 import jaxprune as jp
 from experiments.datasets import Batches, Corpus, validation_batches
 from experiments.tasks.language_model import LanguageModel, optimizer
-from jaxprune.typing import Params, Prunable, Scope
+from jaxprune.typing import Params, Prunable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class LanguageTask:
 
     model: LanguageModel
     corpus: Corpus
-    scopes: ClassVar[Mapping[str, tuple[Scope, Prunable]]] = {
+    scopes: ClassVar[Mapping[str, tuple[jp.allocation.Name, Prunable]]] = {
         "global": ("global", jp.tree.prunable),
         "layer": ("layer", jp.tree.prunable),
     }

@@ -24,7 +24,7 @@ from experiments.tasks import language_model
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.models.decoder.model import nats
 from jaxprune.models.phi3_vision import Phi3Vision, Phi3VisionConfig, preprocess, unused
-from jaxprune.typing import Params, Prunable, Scope
+from jaxprune.typing import Params, Prunable
 
 SHOWN = 8
 """Pictures of a sample."""
@@ -135,7 +135,7 @@ class PictureTask:
     )
 
     @functools.cached_property
-    def scopes(self) -> Mapping[str, tuple[Scope, Prunable]]:
+    def scopes(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
         """One global ranking: of all, of the decoder, of the tower."""
         usual = prunable(self.model.config)
 

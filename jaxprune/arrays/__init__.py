@@ -9,5 +9,6 @@ __all__ = [
     "messages",
     "placement",
     "processes",
+    "sparsity",
     "tree",
 ]

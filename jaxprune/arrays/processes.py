@@ -1,8 +1,8 @@
 """The first process of a distributed run acts alone, and all of them learn how it went.
 
 What depends on a folder (is it saved? which is the newest?) may look different to two
-processes that look at different moments. So one looks, and tells the others; they get
-its answer or its error. With one process these are plain calls.
+processes that look at different moments. So one looks and sends its answer, or its
+error, to the others. With one process these are plain calls.
 """
 
 import pickle
@@ -59,10 +59,10 @@ def on_first(function: Callable[[], T]) -> T:
             value = function()
         except Exception as error:
             failure = error
-    sent, told = _broadcast((value, _sendable(failure)))
-    if failure or told:
-        raise failure or told
-    return sent
+    value, reported = _broadcast((value, _sendable(failure)))
+    if failure or reported:
+        raise failure or reported
+    return value
 
 
 def together(function: Callable[[], T]) -> T:

@@ -1,29 +1,32 @@
-"""Leaves by name: where they are, which may be pruned, how many of them are zero.
+"""Leaves by name: how a leaf is called, which leaves may be pruned, and trees aligned.
 
 A leaf's name is its path with "/" between the parts, "blocks/0/mlp/up/kernel". NNX's
 wrapping (a trailing `.value`) is not part of it, so a tree and the optimizer's copy of
 it have the same names, whatever containers they are made of.
 """
 
+import dataclasses
 import fnmatch
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from optax import MaskedNode
 
 from jaxprune.arrays.low_bit import is_int8
 
 T = TypeVar("T")
 
-_UNPRUNABLE = re.compile(
-    r"embed|norm|(^|[/_])(wte|wpe|ln(_?\w)?|bn\d*|bias|scale)(/|$)"
-    r"|(^|/)((lm_|output_)?head|classifier|logits)(/|$)",
-    re.IGNORECASE,
-)
+# What a name speaks of, and the words that say so.
+_UNPRUNABLE = {
+    "an embedding": r"embed|(^|[/_])(wte|wpe)(/|$)",
+    "a normalisation": r"norm|(^|[/_])(ln(_?\w)?|bn\d*|scale)(/|$)",
+    "a bias": r"(^|[/_])bias(/|$)",
+    "an output head": r"(^|/)((lm_|output_)?head|classifier|logits)(/|$)",
+}
 
 
 def is_excluded(node: Any) -> bool:
@@ -93,10 +96,30 @@ def prunable(name: str, leaf: Any) -> bool:
       >>> jp.tree.prunable("token_embedding/embedding", jnp.zeros((4, 8)))
       False
     """
-    return is_floating(leaf) and leaf.ndim >= 2 and not _UNPRUNABLE.search(name)
+    return why_unprunable(name, leaf) is None
 
 
-def excluding(*globs: str) -> Callable[[str, Any], bool]:
+def why_unprunable(name: str, leaf: Any) -> str | None:
+    """Why the default rule leaves a leaf alone, or None if it may be pruned.
+
+    Args:
+      name: the leaf's path name.
+      leaf: an array or anything with `shape` and `dtype`.
+
+    Returns:
+      A few words: "not floating", "one axis", "named as a bias".
+    """
+    if not is_floating(leaf):
+        return "not floating"
+    if leaf.ndim < 2:
+        return "no axes" if leaf.ndim == 0 else "one axis"
+    for what, words in _UNPRUNABLE.items():
+        if re.search(words, name, re.IGNORECASE):
+            return f"named as {what}"
+    return None
+
+
+def excluding(*globs: str) -> "Excluding":
     """The default rule less the leaves whose names match one of these globs.
 
     Args:
@@ -112,13 +135,94 @@ def excluding(*globs: str) -> Callable[[str, Any], bool]:
       >>> rule("blocks/0/kernel", jnp.zeros((4, 8)))
       False
     """
+    return Excluding(globs)
 
-    def rule(name: str, leaf: Any) -> bool:
-        return prunable(name, leaf) and not any(
-            fnmatch.fnmatchcase(name, glob) for glob in globs
-        )
 
-    return rule
+@dataclasses.dataclass(frozen=True)
+class Excluding:
+    """The default rule less the leaves whose names match a glob.
+
+    Attributes:
+      globs: shell-style patterns on path names.
+    """
+
+    globs: tuple[str, ...]
+
+    def __call__(self, name: str, leaf: Any) -> bool:
+        """Whether the leaf may be pruned."""
+        return self.why(name, leaf) is None
+
+    def why(self, name: str, leaf: Any) -> str | None:
+        """Why the leaf is left alone, or None if it may be pruned."""
+        for glob in self.globs:
+            if fnmatch.fnmatchcase(name, glob):
+                return f"excluded by {glob!r}"
+        return why_unprunable(name, leaf)
+
+
+class Row(NamedTuple):
+    """What a rule says of a leaf.
+
+    Attributes:
+      name: the leaf's path name.
+      shape: its shape.
+      pruned: whether it may be pruned.
+      why: why not, in a few words; empty where it may.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pruned: bool
+    why: str
+
+
+class Explanation(tuple[Row, ...]):
+    """The rows of `explain`, one a leaf; printed they are a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """A line a leaf, the number of weights that may be pruned last."""
+        cells = [(row.name, str(row.shape), row.why or "pruned") for row in self]
+        total = sum(math.prod(row.shape) for row in self)
+        own = sum(math.prod(row.shape) for row in self if row.pruned)
+        widths = [max((len(c[i]) for c in cells), default=0) for i in range(2)]
+        lines = [
+            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {why}"
+            for name, shape, why in cells
+        ]
+        return "\n".join([*lines, f"{own:,} of {total:,} weights may be pruned"])
+
+
+def explain(
+    params: Any, *, prunable: Callable[[str, Any], bool] = prunable
+) -> Explanation:
+    """Which leaves would be pruned, and why not the others.
+
+    Args:
+      params: a pytree of arrays, or of `jax.ShapeDtypeStruct`.
+      prunable: the rule, as a criterion takes it.
+
+    Returns:
+      A row (name, shape, pruned, why) for each leaf; `print` it for a table.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> print(jp.tree.explain({"up": {"kernel": jnp.ones((4, 8)), "b": jnp.ones(8)}}))
+      up/b       (8,)    one axis
+      up/kernel  (4, 8)  pruned
+      32 of 40 weights may be pruned
+    """
+    named = named_leaves(params).items()
+    return Explanation(_row(name, leaf, prunable) for name, leaf in named)
+
+
+def _row(name: str, leaf: Any, prunable: Callable[[str, Any], bool]) -> Row:
+    pruned = not is_excluded(leaf) and bool(prunable(name, leaf))
+    own = getattr(prunable, "why", why_unprunable)
+    why = None if pruned else own(name, leaf) or "excluded by the rule prunable="
+    return Row(name, tuple(getattr(leaf, "shape", ())), pruned, why or "")
 
 
 def is_floating(leaf: Any) -> bool:
@@ -166,6 +270,26 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     return [given[name] for name in wanted]
 
 
+def with_nodes(masks: Any, names: Container[str]) -> Any:
+    """The masks with `optax.MaskedNode()` for None and True.
+
+    Args:
+      masks: masks in any container.
+      names: leaves that there are; a None elsewhere is no leaf and stays.
+
+    Returns:
+      The same container.
+    """
+
+    def one(path: Any, mask: Any) -> Any:
+        excluded = mask is True or (mask is None and name_of(path) in names)
+        return MaskedNode() if excluded else mask
+
+    return jax.tree_util.tree_map_with_path(
+        one, masks, is_leaf=lambda node: node is None or is_leaf(node)
+    )
+
+
 def by_rule(
     rules: Mapping[str, T], leaf_names: Sequence[str], default: T, what: str
 ) -> list[T]:
@@ -183,11 +307,11 @@ def by_rule(
     Raises:
       ValueError: a rule matches no leaf at all.
     """
-    idle = [g for g in rules if not fnmatch.filter(leaf_names, g)]
-    if idle:
+    unused = [g for g in rules if not fnmatch.filter(leaf_names, g)]
+    if unused:
         raise ValueError(
             f"every {what} rule must match a leaf that may be pruned, but "
-            f"{_listed(idle)} match none of {_listed(list(leaf_names))}; "
+            f"{_listed(unused)} match none of {_listed(list(leaf_names))}; "
             "write globs on path names, as in {'*/mlp/*': ...}"
         )
 
@@ -197,71 +321,6 @@ def by_rule(
         )
 
     return [first(name) for name in leaf_names]
-
-
-class Sparsity(NamedTuple):
-    """How many weights are zero, counted exactly.
-
-    Attributes:
-      zeros: zeros in all leaves, a Python integer.
-      size: weights in all leaves, a Python integer.
-      by_leaf: path name to (zeros, size) of that leaf.
-    """
-
-    zeros: int
-    size: int
-    by_leaf: dict[str, tuple[int, int]]
-
-    @property
-    def total(self) -> float:
-        """The share of zeros in all leaves, in [0, 1]; 0 for an empty tree."""
-        return self.zeros / self.size if self.size else 0.0
-
-    def __str__(self) -> str:
-        """A table: one line a leaf, the total last."""
-        rows = [*self.by_leaf.items(), ("total", (self.zeros, self.size))]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(
-            f"{name:<{width}}  {zeros / max(size, 1):7.2%}  of {size:,}"
-            for name, (zeros, size) in rows
-        )
-
-
-def sparsity(params: Any) -> Sparsity:
-    """The share of zeros in each leaf and in all, exact.
-
-    Masks work too (False counts as zero), which gives the sparsity of the prunable
-    leaves alone.
-
-    Args:
-      params: a pytree of arrays of any dtype.
-
-    Returns:
-      Exact counts as Python integers; `print` it for a table.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
-      >>> jp.sparsity({"a": jnp.array([0.0, 1.0]), "b": jnp.ones(2)}).total
-      0.25
-    """
-    leaves = {
-        name: leaf
-        for name, leaf in named_leaves(params).items()
-        if hasattr(leaf, "dtype")
-    }
-    nonzero = jax.device_get({k: _count_nonzero(v) for k, v in leaves.items()})
-    by_leaf = {
-        name: (int(leaf.size) - int(nonzero[name]), int(leaf.size))
-        for name, leaf in leaves.items()
-    }
-    zeros = sum(z for z, _ in by_leaf.values())
-    return Sparsity(zeros, sum(n for _, n in by_leaf.values()), by_leaf)
-
-
-@jax.jit
-def _count_nonzero(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(leaf != 0, dtype=np.uint32)
 
 
 def name_of(path: Sequence[Any]) -> str:

@@ -154,7 +154,7 @@ def _pruned(run: _Run) -> tuple[models.Model, set[str], dict[str, Any]]:
         pattern=run.meaning.pattern,
         allocation=run.meaning.allocation,
         prunable=run.prunable,
-        folder=job.work,
+        directory=job.work,
     )
     leaves = {row["name"] for row in result.report["weights"]}
     found = _rounded(model._replace(params=result.params).read(), leaves)
@@ -288,7 +288,7 @@ def _record(run: _Run, report: dict[str, Any]) -> dict[str, Any]:
 def _counts(model: models.Model, leaves: set[str]) -> dict[str, tuple[int, int]]:
     """Tensor name to zeros and size, of the pruned ones."""
     named = jp.tree.named_leaves(model.params)
-    zeros = jp.tree.sparsity({name: named[name] for name in leaves}).by_leaf
+    zeros = jp.sparsity({name: named[name] for name in leaves}).by_leaf
     return {model.names[name].name: count for name, count in zeros.items()}
 
 

@@ -57,9 +57,10 @@ def named(allocation: Rule | str) -> Rule:
       >>> jp.allocation.named("owl")
       OWL(spread=0.08, factor=5.0)
     """
-    if isinstance(allocation, str) and allocation in RULES:
-        return RULES[allocation]
-    if hasattr(allocation, "sparsities") and not isinstance(allocation, type):
+    if isinstance(allocation, str):
+        if allocation in RULES:
+            return RULES[allocation]
+    elif hasattr(allocation, "sparsities") and not isinstance(allocation, type):
         return allocation
     error = ValueError if isinstance(allocation, str) else TypeError
     raise error(

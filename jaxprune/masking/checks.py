@@ -1,11 +1,9 @@
 """What scores and masks must be: floating without NaN, boolean, of these parameters."""
 
-from collections.abc import Container
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from optax import MaskedNode
 
 from jaxprune.arrays import tree
 from jaxprune.topk import thresholds
@@ -61,7 +59,7 @@ def checked(params: Params, masks: Masks) -> list[Any]:
       TypeError: the masks are not boolean.
     """
     named = tree.named_leaves(params)
-    aligned = tree.align(params, with_nodes(masks, named), "masks")
+    aligned = tree.align(params, tree.with_nodes(masks, named), "masks")
     wrong = [
         name
         for name, mask in zip(named, aligned, strict=True)
@@ -73,26 +71,6 @@ def checked(params: Params, masks: Masks) -> list[Any]:
             "make them with jp.masks.make(scores, sparsity), or unpack packed ones"
         )
     return aligned
-
-
-def with_nodes(masks: Masks, names: Container[str]) -> Masks:
-    """The masks with `optax.MaskedNode()` for None and True.
-
-    Args:
-      masks: masks in any container.
-      names: leaves that there are; a None elsewhere is no leaf and stays.
-
-    Returns:
-      The same container.
-    """
-
-    def one(path: Any, mask: Any) -> Any:
-        excluded = mask is True or (mask is None and tree.name_of(path) in names)
-        return MaskedNode() if excluded else mask
-
-    return jax.tree_util.tree_map_with_path(
-        one, masks, is_leaf=lambda node: node is None or tree.is_leaf(node)
-    )
 
 
 def _is_boolean(mask: Any) -> bool:

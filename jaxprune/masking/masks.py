@@ -15,7 +15,7 @@ from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns
 from jaxprune.masking.allocation import Allocation
-from jaxprune.masking.checks import checked, floating, with_nodes
+from jaxprune.masking.checks import checked, floating
 from jaxprune.masking.packing import PackedMask as PackedMask
 from jaxprune.masking.packing import pack as pack
 from jaxprune.masking.packing import unpack as unpack
@@ -78,11 +78,11 @@ def above(scores: Scores, threshold: float) -> Masks:
 
     Args:
       scores: a tree of floating arrays.
-      threshold: what is at or under it goes, finite and at least 0; the rate, for
+      threshold: what is at or under it is pruned; finite and at least 0; the rate, for
         `scores.threshold`.
 
     Returns:
-      Masks like `scores`; under `jit` a NaN goes.
+      Masks like `scores`; under `jit` a NaN is pruned.
 
     Raises:
       ValueError: the threshold is out of range, or a score is NaN.
@@ -152,7 +152,7 @@ def combine(first: Masks, second: Masks) -> Masks:
       >>> jp.masks.combine({"w": a}, {"w": b})["w"].tolist()
       [True, False]
     """
-    first = with_nodes(first, tree.named_leaves(second))
+    first = tree.with_nodes(first, tree.named_leaves(second))
     other = checked(first, second)
 
     def both(a: Any, b: Any) -> Any:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from jaxprune.topk import thresholds
 from jaxprune.typing import Scores
 
 
-class Weight(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
     """What a rule may know of a weight.
 
     Attributes:
@@ -199,8 +200,8 @@ def exact(
     low, high = -1.0, 1.0
     for _ in range(64):
         middle = (low + high) / 2
-        removed = (np.clip(shares + middle, 0, 1) * sizes).sum()
-        low, high = (middle, high) if removed < goal else (low, middle)
+        pruned = (np.clip(shares + middle, 0, 1) * sizes).sum()
+        low, high = (middle, high) if pruned < goal else (low, middle)
     ends = np.cumsum(np.clip(shares + high, 0, 1) * sizes)
     counts = np.diff(np.minimum(np.rint(ends), goal), prepend=0)
     counts[-1] += goal - counts.sum()
@@ -268,9 +269,14 @@ def _kept(scores: jax.Array, cut: thresholds.Cut) -> jax.Array:
 
 
 def _scores(weight: Weight) -> jax.Array:
+    if weight.mean_square is None:
+        raise ValueError(
+            f"OWL reads the mean squares of the inputs of '{weight.name}', which are "
+            "not there; give Weight(mean_square=...)"
+        )
     return _wanda(weight.read(), weight.mean_square)
 
 
 @jax.jit
-def _wanda(matrix: jax.Array, mean_square: jax.Array | None) -> jax.Array:
+def _wanda(matrix: jax.Array, mean_square: jax.Array) -> jax.Array:
     return jax.vmap(from_activations.wanda)(matrix.astype(np.float32), mean_square)

@@ -64,7 +64,7 @@ def select(
     own_axes = _axes(axes, names, leaves, pattern)
     share, rule = allocation.agreed(sparsity, pattern, rule)
     sizes = _sizes(pattern, leaves, own_axes)
-    if isinstance(rule, allocation.Global):
+    if isinstance(rule, allocation.Global) and not isinstance(share, Mapping):
         kept = [sum(sizes) - round(share * sum(sizes))]
         return _selections(leaves, own_axes, kept, pattern, together=True)
     if isinstance(rule, allocation.Uniform):

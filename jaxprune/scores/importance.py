@@ -1,8 +1,8 @@
 """What was tracked, found in the state of any optimizer.
 
-A state says itself what it holds: its class attribute `importance_fields` names those
-of its fields that are fields of an `Importance`, or is empty where nothing under it
-belongs to the weights (LoRA's moments are of its factors). Optax's own states are
+A state says itself what it holds: its property `importance_fields` names those of its
+fields that are fields of an `Importance`, or is empty where nothing under it belongs to
+the weights (LoRA's moments are of its factors). Optax's own states are
 listed here. `nnx.state(optimizer)` keeps only the names of fields, no types; there a
 node is recognised by its names.
 """
@@ -122,7 +122,7 @@ def _held(node: Any) -> dict[str, str] | None:
     """Field of a node to field of `Importance`; None where the node is no state."""
     if (field := _SECOND_MOMENTS.get(type(node))) is not None:
         return {field: "moment"}
-    fields = getattr(type(node), "importance_fields", None)
+    fields = getattr(node, "importance_fields", None)
     return None if fields is None else dict(zip(fields, fields, strict=True))
 
 

@@ -50,10 +50,13 @@ class LoraState(NamedTuple):
       inner: the wrapped optimizer's state; its parameters are the adapters.
     """
 
-    importance_fields = ()  # the moments inside are of factors, not of weights
-
     adapters: Any
     inner: optax.OptState
+
+    @property
+    def importance_fields(self) -> tuple[str, ...]:
+        """None: the moments inside are of factors, not of weights."""
+        return ()
 
 
 def lora(
@@ -105,26 +108,8 @@ def lora(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> LoraState:
-        named = tree.named_leaves(params)
-        chosen = {
-            name: leaf
-            for name, leaf in named.items()
-            if not tree.is_excluded(leaf) and targets(name, leaf)
-        }
-        flat = [name for name, leaf in chosen.items() if leaf.ndim < 2]
-        if flat or not chosen:
-            raise ValueError(
-                f"lora needs matrices to adapt, got {flat[:6] or 'none'}; give targets "
-                "that choose leaves of two axes or more"
-            )
-        keys = jax.random.split(jax.random.key(seed), len(named))
-        adapters = [
-            _adapter(leaf, rank, key) if name in chosen else optax.MaskedNode()
-            for key, (name, leaf) in zip(keys, named.items(), strict=True)
-        ]
-        structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
-        made = jax.tree.unflatten(structure, adapters)
-        return LoraState(made, optimizer.init(made))
+        adapters = _adapters(params, rank, targets, seed)
+        return LoraState(adapters, optimizer.init(adapters))
 
     def update(
         updates: optax.Updates,
@@ -138,24 +123,37 @@ def lora(
                 "lora trains factors, of which a line search's grad and value_fn know "
                 "nothing; take an optimizer that needs the gradient alone"
             )
-
-        def gradient(adapter: Any, g: Any) -> Any:
-            return (
-                adapter if tree.is_excluded(adapter) else _gradient(adapter, g, scale)
-            )
-
-        def change(adapter: Any, step: Any, g: Any) -> Any:
-            if tree.is_excluded(adapter):
-                return g if g is None or tree.is_excluded(g) else jnp.zeros_like(g)
-            return _change(adapter, step, scale, g).astype(g.dtype)
-
         old = state.adapters
-        gradients = jax.tree.map(gradient, old, updates, is_leaf=_is_adapter)
+        of_each = functools.partial(jax.tree.map, is_leaf=_is_adapter)
+        gradients = of_each(functools.partial(_gradient, scale), old, updates)
         steps, inner = optimizer.update(gradients, state.inner, old, **extra_args)
-        changes = jax.tree.map(change, old, steps, updates, is_leaf=_is_adapter)
+        changes = of_each(functools.partial(_change, scale), old, steps, updates)
         return changes, LoraState(optax.apply_updates(old, steps), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _adapters(params: Params, rank: int, targets: Prunable, seed: int) -> Params:
+    """An `Adapter` for each target, `optax.MaskedNode()` for every other leaf."""
+    named = tree.named_leaves(params)
+    chosen = {
+        name: leaf
+        for name, leaf in named.items()
+        if not tree.is_excluded(leaf) and targets(name, leaf)
+    }
+    flat = [name for name, leaf in chosen.items() if leaf.ndim < 2]
+    if flat or not chosen:
+        raise ValueError(
+            f"lora needs matrices to adapt, got {flat[:6] or 'none'}; give targets "
+            "that choose leaves of two axes or more"
+        )
+    keys = jax.random.split(jax.random.key(seed), len(named))
+    adapters = [
+        _adapter(leaf, rank, key) if name in chosen else optax.MaskedNode()
+        for key, (name, leaf) in zip(keys, named.items(), strict=True)
+    ]
+    structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
+    return jax.tree.unflatten(structure, adapters)
 
 
 def _is_adapter(node: Any) -> bool:
@@ -199,20 +197,27 @@ def _without(sharding: Any, ndim: int, new: int | None) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _gradient(adapter: Adapter, g: jax.Array, scale: float) -> Adapter:
+def _gradient(scale: float, adapter: Any, g: Any) -> Any:
     """What the gradient of a matrix means for its factors."""
+    if tree.is_excluded(adapter):
+        return adapter
     a, b = (jnp.swapaxes(factor, -1, -2).astype(g.dtype) for factor in adapter)
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     return Adapter(
-        scale * product(g, b, out_sharding=_explicit(g, -1)),
-        scale * product(a, g, out_sharding=_explicit(g, -2)),
+        scale * product(g, b, out_sharding=_explicit(g, -1)),  # (..., in, rank)
+        scale * product(a, g, out_sharding=_explicit(g, -2)),  # (..., rank, out)
     )
 
 
-def _change(adapter: Adapter, step: Adapter, scale: float, g: jax.Array) -> jax.Array:
-    """(A + dA)(B + dB) - A B, as one product that no digits cancel in."""
-    left = jnp.concatenate([step.a, adapter.a], axis=-1)
-    right = jnp.concatenate([adapter.b + step.b, step.b], axis=-2)
+def _change(scale: float, adapter: Any, step: Any, g: Any) -> Any:
+    """What the step of the factors means for a matrix.
+
+    (A + dA)(B + dB) - A B, as one product that no digits cancel in.
+    """
+    if tree.is_excluded(adapter):
+        return g if g is None or tree.is_excluded(g) else jnp.zeros_like(g)
+    left = jnp.concatenate([step.a, adapter.a], axis=-1)  # (..., in, 2 rank)
+    right = jnp.concatenate([adapter.b + step.b, step.b], axis=-2)  # (..., 2 rank, out)
     # Factors are float32: with fewer digits the weights would leave their sum.
     product = functools.partial(jnp.matmul, precision="highest")
-    return scale * product(left, right, out_sharding=_explicit(g))
+    return (scale * product(left, right, out_sharding=_explicit(g))).astype(g.dtype)

@@ -30,10 +30,14 @@ class TrackImportanceState(NamedTuple):
       magnitude: average of |w|, like the parameters, or None.
     """
 
-    importance_fields = ("weight", "magnitude")
     step: jax.Array
     weight: Params | None
     magnitude: Params | None
+
+    @property
+    def importance_fields(self) -> tuple[str, ...]:
+        """The fields of an `Importance` that are held here."""
+        return ("weight", "magnitude")
 
 
 class TrackGradientsState(NamedTuple):
@@ -45,10 +49,14 @@ class TrackGradientsState(NamedTuple):
       taylor: average of |w g|, like the parameters, or None.
     """
 
-    importance_fields = ("square", "taylor")
     step: jax.Array
     square: Params | None
     taylor: Params | None
+
+    @property
+    def importance_fields(self) -> tuple[str, ...]:
+        """The fields of an `Importance` that are held here."""
+        return ("square", "taylor")
 
 
 def track_importance(

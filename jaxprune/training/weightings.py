@@ -1,11 +1,14 @@
 """How much each snapshot of a running average counts: its gain c(n) / S(n).
 
 A weighted average A_n = sum_i c(i) x_i / S(n), S(n) = sum_i c(i), i = 1..n, is the
-recurrence A_n = A_{n-1} + (c(n) / S(n)) (x_n - A_{n-1}). A weighting is the function
-from n to that gain. All here are closed forms, so nothing but n is ever stored and no
-error adds up over a million steps.
+recurrence A_n = A_{n-1} + (c(n) / S(n)) (x_n - A_{n-1}). A weighting is a frozen value
+that is called with n and gives that gain. All here are closed forms, so nothing but n
+is ever stored and no error adds up over a million steps. The classes are lower case
+because they are read as functions: `jp.weightings.power(0.5)`.
 """
 
+import dataclasses
+import functools
 import math
 from typing import cast
 
@@ -13,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.typing import Weighting
-
+# Snapshots whose gains are summed one by one; later ones come from an expansion.
 _TABLE = 64
 
 
-def uniform() -> Weighting:
+@dataclasses.dataclass(frozen=True)
+class uniform:
     """Every snapshot counts alike: c(i) = 1, gain 1 / n.
 
     Returns:
@@ -29,10 +32,14 @@ def uniform() -> Weighting:
       >>> float(jp.weightings.uniform()(4))
       0.25
     """
-    return lambda n: 1.0 / jnp.asarray(n, jnp.float32)
+
+    def __call__(self, n: jax.Array | int) -> jax.Array:
+        """The gain of snapshot n, float32."""
+        return 1.0 / jnp.asarray(n, jnp.float32)
 
 
-def power(p: float) -> Weighting:
+@dataclasses.dataclass(frozen=True)
+class power:
     """Later snapshots count more: c(i) = i^p.
 
     S(n) is tabulated up to n = 64 and then taken from the Euler-Maclaurin expansion,
@@ -56,23 +63,28 @@ def power(p: float) -> Weighting:
       Islam, Belhaouari, Bermak, "Neural Network Optimization with Weight Evolution",
       2023 (p = 0.5, one snapshot an epoch).
     """
-    if not 0 <= p <= 8:
-        raise ValueError(f"power(p) needs p from 0 to 8, got {p}; the authors use 0.5")
-    counts = np.arange(1, _TABLE + 1, dtype=np.float64) ** p
-    exact = counts / np.cumsum(counts)
-    constant = float(counts.sum() - _TABLE**p * _euler_maclaurin(p, float(_TABLE)))
 
-    def gain(n: jax.Array) -> jax.Array:
+    p: float
+
+    def __post_init__(self) -> None:
+        """Refuses powers outside of 0 to 8."""
+        if not 0 <= self.p <= 8:
+            raise ValueError(
+                f"power(p) needs p from 0 to 8, got {self.p}; the authors use 0.5"
+            )
+
+    def __call__(self, n: jax.Array | int) -> jax.Array:
+        """The gain of snapshot n, float32."""
+        n = jnp.asarray(n)
+        exact, constant = _tabulated(self.p)
         at = jnp.maximum(n, 1).astype(jnp.float32)
         table = jnp.asarray(exact, jnp.float32)[jnp.minimum(n, _TABLE) - 1]
-        return jnp.where(
-            n <= _TABLE, table, 1.0 / (_euler_maclaurin(p, at) + constant * at**-p)
-        )
-
-    return lambda n: gain(jnp.asarray(n))
+        later = 1.0 / (_euler_maclaurin(self.p, at) + constant * at**-self.p)
+        return jnp.where(n <= _TABLE, table, later)
 
 
-def exponential(decay: float) -> Weighting:
+@dataclasses.dataclass(frozen=True)
+class exponential:
     """The bias-corrected exponential moving average: c(i) = decay^(-i).
 
     Args:
@@ -89,15 +101,29 @@ def exponential(decay: float) -> Weighting:
       >>> float(jp.weightings.exponential(0.5)(1))
       1.0
     """
-    if not 0 < decay < 1:
-        raise ValueError(
-            f"exponential(decay) needs 0 < decay < 1, got {decay}; use uniform() to "
-            "forget nothing"
-        )
-    log_decay = np.float32(math.log(decay))
-    return lambda n: (
-        jnp.expm1(log_decay) / jnp.expm1(log_decay * jnp.asarray(n, jnp.float32))
-    )
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        """Refuses a decay outside of (0, 1)."""
+        if not 0 < self.decay < 1:
+            raise ValueError(
+                f"exponential(decay) needs 0 < decay < 1, got {self.decay}; use "
+                "uniform() to forget nothing"
+            )
+
+    def __call__(self, n: jax.Array | int) -> jax.Array:
+        """The gain of snapshot n, float32."""
+        log_decay = np.float32(math.log(self.decay))
+        return jnp.expm1(log_decay) / jnp.expm1(log_decay * jnp.asarray(n, jnp.float32))
+
+
+@functools.cache
+def _tabulated(p: float) -> tuple[np.ndarray, float]:
+    """The first gains, and the constant term of S(n)."""
+    counts = np.arange(1, _TABLE + 1, dtype=np.float64) ** p
+    constant = float(counts.sum() - _TABLE**p * _euler_maclaurin(p, float(_TABLE)))
+    return counts / np.cumsum(counts), constant
 
 
 def _euler_maclaurin(p: float, n: float | jax.Array) -> jax.Array:

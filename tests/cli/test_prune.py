@@ -9,7 +9,7 @@ pytest.importorskip("tokenizers")
 
 from jaxprune import cli
 from jaxprune.formats import rewrite
-from jaxprune.posttraining.progress import Journal
+from jaxprune.posttraining.progress import ProgressLog
 
 __all__ = ["place"]
 
@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatc
     code, whole, _ = prune(capsys, place, "whole", *options)
     assert code == 0
     written, known = [], []
-    write, read = Journal.write, Journal.read
+    write, read = ProgressLog.write, ProgressLog.read
 
     def dies(self, stage, arrays, record):
         if len(written) == 2:
@@ -115,13 +115,13 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatc
         known.append(found is not None)
         return found
 
-    monkeypatch.setattr(Journal, "write", dies)
+    monkeypatch.setattr(ProgressLog, "write", dies)
     code, found, err = prune(capsys, place, "again", *options)
     assert (code, found) == (130, None)
     assert "interrupted" in err
     assert not (place / "again").exists()
-    monkeypatch.setattr(Journal, "write", write)
-    monkeypatch.setattr(Journal, "read", reads)
+    monkeypatch.setattr(ProgressLog, "write", write)
+    monkeypatch.setattr(ProgressLog, "read", reads)
     code, found, _ = prune(capsys, place, "again", *options)
     assert code == 0
     assert known[:3] == [True, True, False]

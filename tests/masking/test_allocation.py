@@ -39,14 +39,18 @@ def rule(shares, sparsity, params=PARAMS, fn=run_chain):
     moments = jp.calibrate(fn, params, BATCHES) if shares.needs_inputs else {}
     weights = [
         jp.allocation.Weight(
-            p,
-            lambda p=p: p.view.read(leaves[p.leaf]),
-            moments[p.name].mean_square if moments else None,
+            name=p.name,
+            leaf=p.leaf,
+            index=p.index,
+            shape=p.shape,
+            view=p.view.read,
+            read=lambda p=p: p.view.read(leaves[p.leaf]),
+            mean_square=moments[p.name].mean_square if moments else None,
         )
-        for p in traced.products
+        for p in traced.linear_ops
         if jp.tree.prunable(p.leaf, leaves[p.leaf])
     ]
-    found = shares.of(weights, sparsity)
+    found = shares.sparsities(weights, sparsity)
     assert len(found) == len(weights)
     assert all(isinstance(share, Fraction) for share in found)
     return np.array([float(share) for share in found]), weights
@@ -177,7 +181,7 @@ def test_owl_takes_the_layers_of_a_stack_for_blocks():
 
     one, _ = rule(jp.allocation.OWL(), 0.6, {"blocks": params}, run_blocks)
     other, weights = rule(jp.allocation.OWL(), 0.6, {"blocks": stacked}, run_stack)
-    assert [w.product.index for w in weights] == [(i,) for i in (0, 0, 1, 1, 2, 2)]
+    assert [w.index for w in weights] == [(i,) for i in (0, 0, 1, 1, 2, 2)]
     np.testing.assert_allclose(one, other)
 
 
@@ -242,3 +246,96 @@ def test_the_total_is_exact_in_weights(name):
         assert removed.sum() == expected
         assert (removed >= 0).all()
         assert (removed <= SIZES).all()
+
+
+# The same words in masks.make, prune and prune_trained.
+
+
+def pruned_counts(masks):
+    return [int((~np.asarray(mask)).sum()) for mask in jax.tree.leaves(masks)]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("layer", jp.allocation.Layer()),
+        ("uniform", jp.allocation.Uniform()),
+        ("global", jp.allocation.Global()),
+        ("erk", jp.allocation.ERK()),
+    ],
+)
+def test_a_word_and_its_value_mean_the_same_in_make_and_in_prune_trained(word, value):
+    scores = jp.scores.magnitude(PARAMS)
+    masks = jp.masks.make(scores, 0.6, allocation=word)
+    named = jp.masks.make(scores, 0.6, allocation=value)
+    trained = zeros(word, 0.6)
+    np.testing.assert_array_equal(zeros(value, 0.6), trained)
+    np.testing.assert_array_equal(pruned_counts(masks), trained)
+    pruned = jp.prune(PARAMS, scores, 0.6, allocation=word)
+    for one, other, kept in zip(*map(kernels_of, (masks, named, pruned)), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(kept) != 0)
+
+
+def test_magnitude_with_a_global_allocation_is_global_magnitude_pruning():
+    pruned = jp.prune_trained(
+        run_chain,
+        PARAMS,
+        BATCHES,
+        method="magnitude",
+        sparsity=0.6,
+        allocation="global",
+        progress=False,
+    ).params
+    expected = jp.prune(PARAMS, jp.scores.magnitude(PARAMS), 0.6, allocation="global")
+    for a, b in zip(*map(kernels_of, (pruned, expected)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_ranked_gives_make_the_counts_of_its_own_scores():
+    others = jax.tree.map(lambda w: jnp.abs(jnp.roll(w, 5)), PARAMS)
+    ranked = jp.allocation.Ranked(jp.scores.magnitude(PARAMS))
+    expected = jp.masks.make(ranked.scores, 0.55, allocation="global")
+    masks = jp.masks.make(jp.scores.magnitude(others), 0.55, allocation=ranked)
+    assert pruned_counts(masks) == pruned_counts(expected)
+
+
+def test_shares_by_leaf_are_an_allocation_too():
+    scores, rules = jp.scores.magnitude(PARAMS), {"layer_1/*": 0.5}
+    masks = jp.masks.make(scores, allocation=rules)
+    assert pruned_counts(masks) == [0, 144, 0]
+    assert zeros(rules, None).tolist() == [0, 144, 0]
+    with pytest.raises(ValueError, match="must be given once"):
+        jp.masks.make(scores, 0.5, allocation=rules)
+
+
+def test_owl_says_in_one_sentence_where_it_finds_inputs():
+    with pytest.raises(ValueError, match=r"reads the inputs.*jp\.prune_trained"):
+        jp.masks.make(jp.scores.magnitude(PARAMS), 0.5, allocation="owl")
+
+
+def test_a_rule_by_shapes_names_leaves_that_are_no_matrices():
+    scores = {"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"ERK needs leaves .*\['bias'\] have none"):
+        jp.masks.make(scores, 0.5, allocation="erk")
+
+
+@pytest.mark.parametrize(
+    ("allocation", "error", "words"),
+    [
+        ("layers", ValueError, "layer, uniform, global, erk, owl.*got 'layers'"),
+        (jp.allocation.ERK, TypeError, r"such as jp\.allocation\.ERK\(\)"),
+        (0.5, TypeError, "got 0.5"),
+    ],
+)
+def test_what_is_no_allocation_is_refused_with_the_choices(allocation, error, words):
+    for call in (zeros, lambda a, s: jp.masks.make(PARAMS, s, allocation=a)):
+        with pytest.raises(error, match=words):
+            call(allocation, 0.5)
+
+
+def test_allocations_print_and_compare():
+    assert jp.allocation.OWL() == jp.allocation.named("owl")
+    assert jp.allocation.OWL(spread=0.1) != jp.allocation.OWL()
+    assert repr(jp.allocation.Global()) == "Global()"
+    assert repr(jp.allocation.Ranked(PARAMS)) == "Ranked()"

@@ -207,6 +207,35 @@ def test_masks_that_are_not_boolean_are_refused():
         jp.masks.pack(numbers)
 
 
+@pytest.mark.parametrize("excluded", [None, True])
+def test_none_and_true_exclude_a_leaf_as_a_masked_node_does(excluded):
+    mask = jnp.array([[True, False, True], [False, True, True]])
+    given = {"a": {"kernel": mask}, "b": {"kernel": excluded}}
+    nodes = {"a": {"kernel": mask}, "b": {"kernel": optax.MaskedNode()}}
+    assert same_bits(jp.masks.apply(PARAMS, given), jp.masks.apply(PARAMS, nodes))
+    assert jp.masks.apply(PARAMS, given)["b"]["kernel"] is PARAMS["b"]["kernel"]
+    states = [jp.keep_masks(optax.sgd(0.1), m).init(PARAMS) for m in (given, nodes)]
+    assert same_bits(*states)
+    full = jax.tree.map(lambda x: x > 0, PARAMS)
+    for pair in ((given, full), (full, given), (given, given)):
+        both = jp.masks.combine(*pair)
+        np.testing.assert_array_equal(np.asarray(both["a"]["kernel"]), mask)
+    assert bool(jp.masks.combine(given, full)["b"]["kernel"].all())
+
+
+def test_a_none_that_the_parameters_have_too_is_no_leaf():
+    params = {"kernel": jnp.ones(2), "bias": None}
+    masks = {"kernel": jnp.array([True, False]), "bias": None}
+    assert jp.masks.apply(params, masks)["bias"] is None
+    assert jp.masks.combine(masks, masks)["bias"] is None
+
+
+def test_false_for_a_mask_is_refused_by_name():
+    given = {"a": {"kernel": False}, "b": {"kernel": True}}
+    with pytest.raises(ValueError, match="masks must have the shapes.*a/kernel"):
+        jp.masks.apply(PARAMS, given)
+
+
 def test_nan_scores_are_refused_by_prune_too():
     scores = {"a": PARAMS["a"], "b": {"kernel": jnp.full((3, 2), jnp.nan)}}
     with pytest.raises(ValueError, match="b/kernel"):

@@ -242,3 +242,38 @@ def test_per_output_ranks_nan_lowest():
     pattern = jp.patterns.PerOutput()
     mask = jax.jit(lambda s: jp.masks.make({"k": s}, 0.5, pattern=pattern)["k"])(column)
     np.testing.assert_array_equal(np.asarray(mask)[:, 0], [False, False, True, True])
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("unstructured", jp.patterns.Unstructured()),
+        ("per-layer", jp.patterns.Unstructured()),
+        ("per-output", jp.patterns.PerOutput()),
+        ("channel", jp.patterns.Channel()),
+        ("2:4", jp.patterns.NM(2, 4)),
+        ("1:16", jp.patterns.NM(1, 16)),
+        ("4x2", jp.patterns.Block(4, 2)),
+    ],
+)
+def test_a_pattern_may_be_given_by_its_name(name, pattern):
+    assert jp.patterns.named(name) == pattern == jp.patterns.named(pattern)
+    scores = {"w": jax.random.normal(jax.random.key(0), (16, 8))}
+    sparsity = pattern.sparsity or 0.5
+    masks = jp.masks.make(scores, sparsity, pattern=name)
+    expected = jp.masks.make(scores, sparsity, pattern=pattern)
+    np.testing.assert_array_equal(np.asarray(masks["w"]), np.asarray(expected["w"]))
+    pruned = jp.prune(scores, scores, sparsity, pattern=name)
+    np.testing.assert_array_equal(np.asarray(pruned["w"]) != 0, expected["w"])
+
+
+@pytest.mark.parametrize("bad", ["2/4", "blocks", "2:4:8", "", "-1:4"])
+def test_an_unknown_pattern_names_the_choices(bad):
+    with pytest.raises(ValueError, match="unstructured, per-layer, per-output, chan"):
+        jp.masks.make({"w": jnp.ones((4, 4))}, 0.5, pattern=bad)
+
+
+@pytest.mark.parametrize("bad", [jp.patterns.NM, None, 4])
+def test_what_is_no_pattern_is_refused_with_the_choices(bad):
+    with pytest.raises(TypeError, match=r"such as jp\.patterns\.NM\(2, 4\)"):
+        jp.prune({"w": jnp.ones((4, 4))}, {"w": jnp.ones((4, 4))}, 0.5, pattern=bad)

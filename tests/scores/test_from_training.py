@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxprune as jp
 from tests.support import oracles
@@ -81,6 +82,74 @@ def test_every_kind_of_tree_is_scored(name):
 def test_missing_statistic_says_the_way_out(name, way_out):
     with pytest.raises(ValueError, match=way_out):
         getattr(jp.scores, name)(PARAMS, statistics())
+
+
+STATES = {
+    "a chain": lambda params: optax.chain(optax.adam(0.1), jp.track_importance()),
+    "Adam alone": lambda params: optax.adam(0.1),
+    "MultiSteps": lambda params: optax.MultiSteps(optax.adam(0.1), 2),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_serves_as_its_importance(name):
+    state = STATES[name](PARAMS).init(PARAMS)
+    state = jax.tree.map(lambda x: x + 1, state)
+    expected = jp.scores.trajectory(PARAMS, jp.get_importance(state))
+    for criterion in (jp.scores.trajectory, jax.jit(jp.scores.trajectory)):
+        scores = criterion(PARAMS, state)["layer"]["kernel"]
+        np.testing.assert_allclose(scores, expected["layer"]["kernel"], rtol=1e-6)
+
+
+def test_an_nnx_optimizer_and_its_state_serve_as_importance():
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    for tx in (
+        optax.chain(jp.track_gradients(average=("square", "taylor")), optax.sgd(0.1)),
+        optax.chain(optax.adamw(0.1), jp.track_importance()),
+        optax.rmsprop(0.1),
+    ):
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        optimizer.update(model, jax.tree.map(lambda w: w + 2, params))
+        expected = jp.scores.obd(params, jp.get_importance(optimizer))
+        kept = jp.get_importance(optimizer)
+        for held in (nnx.state(optimizer), nnx.split(optimizer)[1]):
+            found = jp.get_importance(held)
+            for field, average in kept._asdict().items():
+                assert (getattr(found, field) is None) == (average is None), field
+            scores = jp.scores.obd(params, held)
+            np.testing.assert_array_equal(*map(leaves_of, (scores, expected)))
+
+
+def leaves_of(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def test_the_moments_of_loras_factors_are_no_importance():
+    params = {"kernel": jnp.ones((4, 4))}
+    state = jp.lora(optax.adam(0.1), 2).init(params)
+    model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    adapted = nnx.Optimizer(model, jp.lora(optax.adam(0.1), 2), wrt=nnx.Param)
+    for held in (state, nnx.state(adapted)):
+        with pytest.raises(ValueError, match="tracks nothing"):
+            jp.scores.trajectory(params, held)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "trajectory", "taylor", "random"])
+def test_swapped_arguments_are_named(name):
+    state = optax.adam(0.1).init(PARAMS)
+    criterion = getattr(jp.scores, name)
+    for given, what in ((statistics("square"), "an Importance"), (state, "an optim")):
+        with pytest.raises(TypeError, match=f"parameters first.* but got {what}"):
+            criterion(given, PARAMS)
+
+
+def test_a_state_that_tracks_nothing_says_what_to_chain():
+    for state in (optax.sgd(0.1).init(PARAMS), {"layer": jnp.ones(3)}):
+        with pytest.raises(ValueError, match=r"chain jp\.track_importance\(\) last"):
+            jp.scores.trajectory(PARAMS, state)
+    with pytest.raises(ValueError, match=r"Importance\.square, which was not tracked"):
+        jp.scores.trajectory(PARAMS)
 
 
 def test_statistics_of_another_model_are_refused():

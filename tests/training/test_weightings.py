@@ -1,5 +1,7 @@
 """Each weighting is a gain c(i) / S(i), and its recurrence is the weighted mean."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +128,20 @@ def test_exponential_refuses_a_decay_outside_its_range(decay):
 def test_power_refuses_what_is_not_a_number(p):
     with pytest.raises(ValueError, match="p"):
         jp.weightings.power(p)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_a_weighting_is_a_value_that_prints_compares_and_hashes(name):
+    kind, parameter = WEIGHTINGS[name]
+    one = make(kind, parameter)
+    assert one == make(kind, parameter)
+    assert hash(one) == hash(make(kind, parameter))
+    assert one != jp.weightings.power(7.0)
+    assert eval(repr(one), vars(jp.weightings)) == one
+
+
+def test_the_signatures_of_the_trackers_can_be_read():
+    shown = inspect.signature(jp.track_importance).parameters["weighting"]
+    assert str(shown).endswith("= power(p=0.5)")
+    shown = inspect.signature(jp.track_gradients).parameters["weighting"]
+    assert str(shown).endswith("= uniform()")

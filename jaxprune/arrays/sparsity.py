@@ -1,0 +1,82 @@
+"""How many weights of a tree are zero, counted exactly."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.arrays import lazy, tree
+
+
+class Sparsity(NamedTuple):
+    """How many weights are zero, counted exactly.
+
+    Attributes:
+      zeros: zeros in all leaves, a Python integer.
+      size: weights in all leaves, a Python integer.
+      by_leaf: path name to (zeros, size) of that leaf.
+    """
+
+    zeros: int
+    size: int
+    by_leaf: dict[str, tuple[int, int]]
+
+    @property
+    def total(self) -> float:
+        """The share of zeros in all leaves, in [0, 1]; 0 for an empty tree."""
+        return self.zeros / self.size if self.size else 0.0
+
+    def __str__(self) -> str:
+        """A table: one line a leaf, the total last."""
+        rows = [*self.by_leaf.items(), ("total", (self.zeros, self.size))]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(
+            f"{name:<{width}}  {zeros / max(size, 1):7.2%}  of {size:,}"
+            for name, (zeros, size) in rows
+        )
+
+
+def sparsity(params: Any, masks: Any = None) -> Sparsity:
+    """The share of zeros in each leaf and in all, exact.
+
+    Args:
+      params: a pytree of arrays of any dtype; of masks, False counts as zero.
+      masks: masks of these parameters; only leaves that have one are counted, not the
+        excluded ones. All are counted if left out.
+
+    Returns:
+      Exact counts as Python integers; `print` it for a table.
+
+    Raises:
+      ValueError: the masks are another model's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> jp.sparsity({"a": jnp.array([0.0, 1.0]), "b": jnp.ones(2)}).total
+      0.25
+    """
+    named = tree.named_leaves(params)
+    own = list(named.values())
+    if masks is not None:
+        own = tree.align(params, tree.with_nodes(masks, named), "masks")
+    leaves = {
+        name: leaf
+        for (name, leaf), mask in zip(named.items(), own, strict=True)
+        if hasattr(leaf, "dtype") and not tree.is_excluded(mask)
+    }
+    nonzero = jax.device_get(
+        {k: _count_nonzero(lazy.array(v)) for k, v in leaves.items()}
+    )
+    by_leaf = {
+        name: (int(leaf.size) - int(nonzero[name]), int(leaf.size))
+        for name, leaf in leaves.items()
+    }
+    zeros = sum(z for z, _ in by_leaf.values())
+    return Sparsity(zeros, sum(n for _, n in by_leaf.values()), by_leaf)
+
+
+@jax.jit
+def _count_nonzero(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(leaf != 0, dtype=np.uint32)
