@@ -138,7 +138,7 @@ def pruned(
         sparsity=None if pattern else config.sparsity,
         pattern=pattern or None,
         allocation=rules[config.shares](),
-        folder=folder,
+        directory=folder,
     )
 
 

@@ -11,6 +11,7 @@ from jaxprune.cli.console import Console, Options, columns
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.formats.compact import Sizes, packed_bytes, sizes
+from jaxprune.masking import allocation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,8 @@ class Inspect(Options):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Lists the tensors."""
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"--sparsity must be in [0, 1), got {self.sparsity}")
+        if self.sparsity is not None:
+            allocation.checked(self.sparsity)
         source = open_directory(self.model)
         if self.exclude:
             parse.check_globs(self.exclude, source.tensors)

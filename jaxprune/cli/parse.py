@@ -1,82 +1,15 @@
-"""What the words of a command mean: patterns, methods, which tensors stay dense."""
+"""What the words of a command mean: methods, and which tensors stay dense."""
 
 import dataclasses
 import fnmatch
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed
 from jaxprune.formats.checkpoint_dir import TensorInfo
-from jaxprune.masking import allocation, patterns
 from jaxprune.posttraining import methods
-from jaxprune.typing import Pattern
-
-Allocation: TypeAlias = Literal["layer", "erk", "owl"]
-ALLOCATIONS: dict[Allocation, allocation.Rule] = {
-    "layer": allocation.Uniform(),
-    "erk": allocation.ERK(),
-    "owl": allocation.OWL(),
-}
-
-
-def pattern(text: str | None) -> Pattern | None:
-    """A pattern from its word.
-
-    Args:
-      text: "per-layer", "per-output", "n:m" as in "2:4", "RxC" as in "16x16" (inputs x
-        outputs), or None.
-
-    Returns:
-      The pattern; None for None.
-
-    Raises:
-      ValueError: the word is none of these.
-
-    Example:
-      >>> pattern("2:4")
-      NM(n=2, m=4)
-    """
-    if text is None:
-        return None
-    if text in ("per-layer", "unstructured"):
-        return patterns.Unstructured()
-    if text == "per-output":
-        return patterns.PerOutput()
-    if found := re.fullmatch(r"(\d+):(\d+)", text):
-        return patterns.NM(int(found[1]), int(found[2]))
-    if found := re.fullmatch(r"(\d+)x(\d+)", text):
-        return patterns.Block(int(found[1]), int(found[2]))
-    raise ValueError(
-        f"--pattern must be per-layer, per-output, n:m as in 2:4, or a block as in "
-        f"16x16, got '{text}'"
-    )
-
-
-def check_sparsity(sparsity: float | None, of: Pattern) -> None:
-    """Refuses a sparsity outside [0, 1), missing, or at odds with the pattern.
-
-    Args:
-      sparsity: what was asked for.
-      of: the pattern.
-
-    Raises:
-      ValueError: it does not fit.
-    """
-    fixed = of.sparsity
-    if sparsity is None and fixed is None:
-        raise ValueError(
-            "--sparsity must say the share to remove, for example --sparsity 0.5"
-        )
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise ValueError(f"--sparsity must be in [0, 1), got {sparsity}")
-    if None not in (sparsity, fixed) and sparsity != fixed:
-        raise ValueError(
-            f"--pattern {of} removes exactly {fixed}, but --sparsity {sparsity} was "
-            "asked for; leave --sparsity out"
-        )
 
 
 def method(

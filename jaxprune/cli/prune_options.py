@@ -2,13 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from jaxprune.cli import models, parse
 from jaxprune.evaluation import texts
 from jaxprune.formats import rewrite
+from jaxprune.masking import allocation as allocations
 from jaxprune.masking import patterns
 from jaxprune.posttraining import methods
 from jaxprune.typing import Pattern
@@ -64,7 +65,7 @@ class Job(models.ModelOptions):
     method: methods.Name = "sparsegpt"
     sparsity: float | None = None
     pattern: str | None = None
-    allocation: parse.Allocation = "layer"
+    allocation: allocations.Name = "layer"
     calibration: tuple[Path, ...] = ()
     sequences: int = 64
     length: int = 512
@@ -102,11 +103,13 @@ class Meaning(NamedTuple):
       method: how a matrix is pruned.
       pattern: which weights are pruned together.
       sparsity: the share to remove.
+      allocation: how the sparsity is shared out.
     """
 
     method: methods.Method
     pattern: Pattern
-    sparsity: float
+    sparsity: Any
+    allocation: allocations.Rule
 
 
 def check(job: Job) -> Meaning:
@@ -123,8 +126,8 @@ def check(job: Job) -> Meaning:
       OSError: a file is not there.
     """
     method = parse.method(job.method, job.damping, job.inputs)
-    pattern = parse.pattern(job.pattern) or method.pattern
-    parse.check_sparsity(job.sparsity, pattern)
+    pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
+    sparsity, rule = allocations.agreed(job.sparsity, pattern, job.allocation)
     parse.check_at_least_one(
         sequences=job.sequences, batch=job.batch, limit=job.limit, length=job.length
     )
@@ -145,18 +148,12 @@ def check(job: Job) -> Meaning:
             f"--method {job.method} needs --calibration FILE..., a text of the kind "
             "that the model is used on; only magnitude does without"
         )
-    if job.allocation != "layer" and pattern.sparsity is not None:
-        raise ValueError(
-            f"--allocation {job.allocation} needs a pattern that leaves the sparsity "
-            f"free, got --pattern {job.pattern}"
-        )
     _check_retraining(job)
     if job.streams:
-        _check_streaming(job, pattern)
+        _check_streaming(job, pattern, rule)
     texts.check_files((*job.calibration, *job.evaluate, *job.retrain_text))
     rewrite.check_place(job.out, job.model, overwrite=job.overwrite)
-    sparsity = job.sparsity if pattern.sparsity is None else pattern.sparsity
-    return Meaning(method, pattern, float(sparsity or 0))
+    return Meaning(method, pattern, sparsity, rule)
 
 
 def _check_retraining(job: Job) -> None:
@@ -172,12 +169,12 @@ def _check_retraining(job: Job) -> None:
         )
 
 
-def _check_streaming(job: Job, pattern: Pattern) -> None:
+def _check_streaming(job: Job, pattern: Pattern, rule: allocations.Rule) -> None:
     known = (patterns.Unstructured, patterns.PerOutput, patterns.NM)
     wrong = [
         name
         for name, given in (
-            (f"--allocation {job.allocation}", job.allocation != "layer"),
+            (f"--allocation {job.allocation}", rule != allocations.Uniform()),
             (f"--pattern {job.pattern}", not isinstance(pattern, known)),
             ("--retrain-steps", job.retrain_steps > 0),
         )

@@ -152,9 +152,9 @@ def _pruned(run: _Run) -> tuple[models.Model, set[str], dict[str, Any]]:
         method=run.meaning.method,
         sparsity=job.sparsity,
         pattern=run.meaning.pattern,
-        allocation=parse.ALLOCATIONS[job.allocation],
+        allocation=run.meaning.allocation,
         prunable=run.prunable,
-        folder=job.work,
+        directory=job.work,
     )
     leaves = {row["name"] for row in result.report["weights"]}
     found = _rounded(model._replace(params=result.params).read(), leaves)

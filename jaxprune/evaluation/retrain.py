@@ -55,36 +55,29 @@ def retrain(
     leaves, structure = jax.tree.flatten(params)
     places = [i for i, name in enumerate(tree.names(params)) if name in names]
     dtypes = [leaves[i].dtype for i in places]
-    trained = [leaves[i].astype(np.float32) for i in places]
+    # Copies: a step gives up the arrays that it is given.
+    trained = [jnp.array(leaves[i], np.float32) for i in places]
     frozen = [None if i in places else leaf for i, leaf in enumerate(leaves)]
-    masks = [leaf != 0 for leaf in trained]
-    tx = keep_masks(
-        optax.chain(
-            optax.clip_by_global_norm(_CLIP),
-            optax.adamw(optax.cosine_decay_schedule(learning_rate, steps)),
-        ),
-        masks,
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(_CLIP),
+        optax.adamw(optax.cosine_decay_schedule(learning_rate, steps)),
     )
+    tx = keep_masks(optimizer, [leaf != 0 for leaf in trained])
+
+    def whole(trained: Any, frozen: Any) -> Decoder:
+        found = list(frozen)
+        for i, leaf, dtype in zip(places, trained, dtypes, strict=True):
+            found[i] = jnp.asarray(leaf, dtype)
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, found))
 
     def loss(trained: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
-        whole = list(frozen)
-        for i, leaf, dtype in zip(places, trained, dtypes, strict=True):
-            whole[i] = leaf.astype(dtype)
-        found = nnx.merge(graphdef, jax.tree.unflatten(structure, whole))
-        return loss_per_token(found, tokens[:, :-1], tokens[:, 1:]).mean()
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (batch, length - 1)
+        return loss_per_token(whole(trained, frozen), inputs, targets).mean()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(
-        trained: Any, state: Any, frozen: Any, tokens: jax.Array
-    ) -> tuple[Any, Any, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(trained, frozen, tokens)
-        updates, state = tx.update(gradient, state, trained)
-        return optax.apply_updates(trained, updates), state, value
-
+    step = _step(loss, tx)
     state = jax.jit(tx.init)(trained)
     losses = []
-    order = _order(len(sequences), batch, steps, seed)
-    for rows in order:
+    for rows in _order(len(sequences), batch, steps, seed):
         trained, state, value = step(trained, state, frozen, sequences[rows])
         losses.append(float(value))
         if not np.isfinite(losses[-1]):
@@ -93,9 +86,21 @@ def retrain(
                 f"{len(losses)}; lower the learning rate"
             )
         tick(losses[-1])
-    for i, leaf, dtype in zip(places, trained, dtypes, strict=True):
-        leaves[i] = jnp.asarray(leaf, dtype)
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)), losses
+    return whole(trained, frozen), losses
+
+
+def _step(loss: Callable[..., jax.Array], tx: optax.GradientTransformation) -> Any:
+    """A compiled step: trained leaves, state, frozen leaves and tokens to the next."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(
+        trained: Any, state: Any, frozen: Any, tokens: Int[jax.Array, "batch length"]
+    ) -> tuple[Any, Any, jax.Array]:
+        value, gradient = jax.value_and_grad(loss)(trained, frozen, tokens)
+        updates, state = tx.update(gradient, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    return step
 
 
 def _order(sequences: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:

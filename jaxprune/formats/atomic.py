@@ -158,12 +158,12 @@ def apart(place: str | os.PathLike[str], source: Path) -> Path:
 
 @contextlib.contextmanager
 def staged(
-    out: Path, *, replaceable: Replaceable | None = None, resume: bool = False
+    place: Path, *, replaceable: Replaceable | None = None, resume: bool = False
 ) -> Iterator[Path]:
     """A directory to fill, which takes its place when the block ends without an error.
 
     Args:
-      out: the final place, absolute; nothing or an empty directory may be there.
+      place: the final place, absolute; nothing or an empty directory may be there.
       replaceable: decides whether a directory that holds something may be replaced;
         None replaces none.
       resume: whether the block finds what an earlier run left, and leaves what it wrote
@@ -177,18 +177,18 @@ def staged(
       ValueError: the place is taken.
       OSError: another process writes to this place, or the disk fails.
     """
-    partial = _beside(out, "partial")
+    partial = _beside(place, "partial")
     with locked(partial):
-        _recover(out)
+        _recover(place)
         try:
-            check_free(out, replaceable)
+            check_free(place, replaceable)
             if not resume:
                 _empty(partial)
             yield partial
             sync(partial)
-            _place(partial, out)
+            _place(partial, place)
         except BaseException as error:
-            _recover(out)
+            _recover(place)
             if not (resume and _may_go_on(error)):
                 shutil.rmtree(partial, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -197,11 +197,13 @@ def staged(
 
 
 @contextlib.contextmanager
-def staged_file(out: Path, *, replaceable: Replaceable | None = None) -> Iterator[Path]:
+def staged_file(
+    place: Path, *, replaceable: Replaceable | None = None
+) -> Iterator[Path]:
     """A file to write, which takes its place when the block ends without an error.
 
     Args:
-      out: the final place, absolute.
+      place: the final place, absolute.
       replaceable: decides whether a file that is there may be replaced; None replaces
         none.
 
@@ -212,14 +214,14 @@ def staged_file(out: Path, *, replaceable: Replaceable | None = None) -> Iterato
       ValueError: the place is taken.
       OSError: another process writes to this place, or the disk fails.
     """
-    partial = _beside(out, "partial")
+    partial = _beside(place, "partial")
     with locked(partial):
         try:
-            check_free(out, replaceable)
+            check_free(place, replaceable)
             _empty(partial)
-            yield partial / out.name
-            os.replace(partial / out.name, out)
-            sync(out.parent)
+            yield partial / place.name
+            os.replace(partial / place.name, place)
+            sync(place.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -247,7 +249,7 @@ def locked(directory: Path) -> Iterator[None]:
             raise OSError(
                 errno.EBUSY,
                 f"another run writes to '{directory}'; wait for it, or choose another "
-                f"place",
+                "place",
             ) from None
         # The run that held it may have renamed it in between.
         with contextlib.suppress(FileNotFoundError):
@@ -334,50 +336,50 @@ def _may_go_on(error: BaseException) -> bool:
     return not isinstance(error, Exception) or isinstance(error, OSError | MemoryError)
 
 
-def _beside(out: Path, what: str) -> Path:
-    return out.with_name(f".{out.name}.{what}")
+def _beside(place: Path, what: str) -> Path:
+    return place.with_name(f".{place.name}.{what}")
 
 
-def check_free(out: Path, replaceable: Replaceable | None) -> None:
+def check_free(place: Path, replaceable: Replaceable | None) -> None:
     """Refuses a place that holds something, unless `replaceable` allows it.
 
     Args:
-      out: the place.
+      place: where a result goes.
       replaceable: as for `staged`.
 
     Raises:
       ValueError: the place is taken.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     reason = "there is something already"
     if replaceable is not None:
-        reason = replaceable(out) or ""
+        reason = replaceable(place) or ""
     if reason:
         raise ValueError(
-            f"the result must not destroy what is at '{out}', but {reason}; choose "
+            f"the result must not destroy what is at '{place}', but {reason}; choose "
             "another place, or give overwrite if it is an earlier result"
         )
 
 
-def _place(partial: Path, out: Path) -> None:
+def _place(partial: Path, place: Path) -> None:
     """Puts a whole directory into its place, and removes what was there after that."""
-    if out.exists() and any(out.iterdir()):
-        os.rename(out, _beside(out, "replaced"))
-    os.rename(partial, out)
-    sync(out.parent)
-    shutil.rmtree(_beside(out, "replaced"), ignore_errors=True)
+    if place.exists() and any(place.iterdir()):
+        os.rename(place, _beside(place, "replaced"))
+    os.rename(partial, place)
+    sync(place.parent)
+    shutil.rmtree(_beside(place, "replaced"), ignore_errors=True)
 
 
-def _recover(out: Path) -> None:
+def _recover(place: Path) -> None:
     """Brings back, or clears, what a run that died while replacing moved aside."""
-    replaced = _beside(out, "replaced")
+    replaced = _beside(place, "replaced")
     if not replaced.exists():
         return
-    if out.exists():
+    if place.exists():
         shutil.rmtree(replaced)
     else:
-        os.rename(replaced, out)
+        os.rename(replaced, place)
 
 
 def _empty(directory: Path) -> None:

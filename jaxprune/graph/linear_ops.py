@@ -1,10 +1,10 @@
-"""Which parameter meets which activation: the products of a traced program.
+"""The linear ops of a traced program: which parameter meets which activation.
 
 Everything is read off the program that a function traces to, so Linen, NNX, Equinox and
-plain functions are alike. A product is seen as (batch, in, out) on the side of the
-weight and as (batch, samples, in) on the side of its input: batch are experts or
-groups, samples all positions that meet the same weight. A convolution is the product
-with its patches.
+plain functions are alike. A linear op is a matmul or a convolution. Its weight is seen
+as (batch, in, out) and its input as (batch, samples, in): batch are experts or groups,
+samples all positions that meet the same weight. A convolution is the matmul with the
+patches of its input.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.graph import program as program_
 from jaxprune.graph import weight_view
 from jaxprune.graph.program import Fixed, Program, Step
-from jaxprune.graph.weight_view import View
+from jaxprune.graph.weight_view import WeightView
 from jaxprune.typing import Params
 
 
@@ -65,8 +65,8 @@ class Input:
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-    """One product of a parameter with an activation.
+class LinearOp:
+    """One matmul or convolution of a parameter with an activation.
 
     Attributes:
       name: the weight: the leaf's path name, with the indices of a stacked leaf behind
@@ -77,11 +77,11 @@ class Product:
         None where an axis of the leaf is in part one and in part the other.
       shape: (batch, in, out).
       kind: "dot" or "convolution".
-      input: the number of its input; products of equal number share it (q, k and v).
-      use: 0 for the first product of this weight, 1 and on where the leaf is tied.
+      input: the number of its input; ops of equal number share it (q, k and v).
+      use: 0 for the first use of this weight, 1 and on where the leaf is tied.
       view: how the leaf is seen as (batch, in, out).
       source: how the input is read off a value of the program.
-      step: the position of the product in the program.
+      step: the position of the op in the program.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Product:
     kind: str
     input: int
     use: int
-    view: View = dataclasses.field(repr=False)
+    view: WeightView = dataclasses.field(repr=False)
     source: Input = dataclasses.field(repr=False)
     step: int = dataclasses.field(repr=False)
 
@@ -104,29 +104,29 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """The products of a function, and what could not be seen.
+    """The linear ops of a function, and what could not be seen.
 
     Attributes:
-      products: in the order of the program.
+      linear_ops: in the order of the program.
       unseen: path name to reason, for each leaf of two axes or more that is in no
-        product.
+        linear op.
       leaves: path name to position among the parameters' leaves.
       program: the traced program.
       views: the program's values that are views of a leaf.
     """
 
-    products: tuple[Product, ...]
+    linear_ops: tuple[LinearOp, ...]
     unseen: Mapping[str, str]
     leaves: Mapping[str, int] = dataclasses.field(repr=False)
     program: Program = dataclasses.field(repr=False)
-    views: Mapping[int, View] = dataclasses.field(repr=False)
+    views: Mapping[int, WeightView] = dataclasses.field(repr=False)
 
     def __str__(self) -> str:
-        """A table: one line a product, then what could not be seen."""
+        """A table: one line a linear op, then what could not be seen."""
         rows = [("weight", "batch x in x out", "input", "use", "kind")]
         rows += [
             (p.name, " x ".join(map(str, p.shape)), str(p.input), str(p.use), p.kind)
-            for p in self.products
+            for p in self.linear_ops
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -138,11 +138,11 @@ class Trace:
 
 
 def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace:
-    """Lists every product of a parameter with an activation.
+    """Lists every matmul and convolution of a parameter with an activation.
 
     Nothing is computed. Scans are unrolled, so a leaf that is stacked over layers has
-    one product a layer. What is not a plain move of a leaf (slice, reshape, transpose,
-    cast) on its way to a product hides it; such leaves are in `unseen`, with a reason.
+    one linear op a layer. A leaf that more than slices, reshapes, transposes and casts
+    change on its way to a linear op is in `unseen`, with the reason.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
@@ -150,7 +150,7 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
       batch: one batch, arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      The products, in the order of the program.
+      The linear ops, in the order of the program.
 
     Example:
       >>> import jax.numpy as jnp
@@ -172,7 +172,7 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
         finder.look(position, step)
     shapes = {name: jnp.shape(leaf) for name, leaf in named.items()}
     return Trace(
-        tuple(finder.products),
+        tuple(finder.ops),
         finder.unseen(shapes),
         {name: i for i, name in enumerate(named)},
         flat,
@@ -181,14 +181,14 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
 
 
 class _Finder:
-    """Follows each leaf through the steps to its products."""
+    """Follows each leaf through the steps to its linear ops."""
 
     def __init__(self, flat: Program, names: Sequence[str]) -> None:
         self.flat = flat
         self.names = names
-        self.products: list[Product] = []
-        self.views: dict[int, View] = {
-            number: View.whole(i, flat.kinds[number].shape)
+        self.ops: list[LinearOp] = []
+        self.views: dict[int, WeightView] = {
+            number: WeightView.whole(i, flat.kinds[number].shape)
             for i, number in enumerate(flat.leaves)
         }
         # Value to the leaves that it was made of, views and others.
@@ -204,7 +204,7 @@ class _Finder:
         numbers = [x for x in step.inputs if not isinstance(x, Fixed)]
         if (found := self._moved(step)) is not None:
             self.views.update(zip(step.outputs, found, strict=True))
-        elif not self._product(position, step):
+        elif not self._linear_op(position, step):
             for number in numbers:
                 for leaf in self._origins.get(number, ()):
                     self._hidden.setdefault(leaf, {})[step.primitive.name] = None
@@ -213,13 +213,13 @@ class _Finder:
         if origins and not varying:
             self._origins.update(dict.fromkeys(step.outputs, origins))
 
-    def _moved(self, step: Step) -> list[View] | None:
+    def _moved(self, step: Step) -> list[WeightView] | None:
         known = functools.partial(program_.constant, self.flat)
-        return weight_view.through(step, self.views, self.flat.kinds, known)
+        return weight_view.propagate(step, self.views, self.flat.kinds, known)
 
     def unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """Why leaves that could be matrices are in no product."""
-        seen = {product.leaf for product in self.products}
+        """Why leaves that could be matrices are in no linear op."""
+        seen = {op.leaf for op in self.ops}
         reasons = {}
         for i, (name, shape) in enumerate(shapes.items()):
             if name in seen or len(shape) < 2:
@@ -228,8 +228,8 @@ class _Finder:
             reasons[name] = f"goes into {steps}" if steps else "is not used"
         return reasons
 
-    def _product(self, position: int, step: Step) -> bool:
-        """Notes the step if it is a product of a leaf and an activation."""
+    def _linear_op(self, position: int, step: Step) -> bool:
+        """Notes the step if it is a linear op of a leaf and an activation."""
         name = step.primitive.name
         if name not in ("dot_general", "conv_general_dilated"):
             return False
@@ -254,14 +254,14 @@ class _Finder:
         self._note(position, step, seen, source)
         return True
 
-    def _note(self, position: int, step: Step, view: View, source: Input) -> None:
+    def _note(self, position: int, step: Step, view: WeightView, source: Input) -> None:
         leaf = self.names[view.leaf]
         index, part = _place(view, self.flat.kinds[self.flat.leaves[view.leaf]].shape)
         name = "/".join([leaf, *map(str, index)]) + part
         use = self._uses.get(name, 0)
         self._uses[name] = use + 1
-        self.products.append(
-            Product(
+        self.ops.append(
+            LinearOp(
                 name=name,
                 leaf=leaf,
                 index=index,
@@ -280,8 +280,8 @@ class _Finder:
 
 
 def _dot(
-    numbers: Any, view: View, value: Any, kind: Any, side: int
-) -> tuple[View, Input]:
+    numbers: Any, view: WeightView, value: Any, kind: Any, side: int
+) -> tuple[WeightView, Input]:
     """A `dot_general` whose operand `side` is the weight."""
     contracted, batched = numbers
     inputs, batch = tuple(contracted[side]), tuple(batched[side])
@@ -302,9 +302,9 @@ def _dot(
 
 
 def _convolution(
-    params: Mapping[str, Any], view: View, value: Any, result: Any
-) -> tuple[View, Input]:
-    """A convolution as the product of its kernel with patches of the input."""
+    params: Mapping[str, Any], view: WeightView, value: Any, result: Any
+) -> tuple[WeightView, Input]:
+    """A convolution as the matmul of its kernel with patches of the input."""
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     out, own, *window = numbers.rhs_spec
     size = [view.shape[axis] for axis in window]
@@ -332,7 +332,7 @@ def _convolution(
     return seen, source
 
 
-def _axes(view: View) -> Axes | None:
+def _axes(view: WeightView) -> Axes | None:
     """The leaf's input and output axes, where each axis is wholly one or the other."""
     _, inputs, outputs = (set(axes) for axes in view.axes)
     if inputs & outputs:
@@ -340,7 +340,7 @@ def _axes(view: View) -> Axes | None:
     return Axes(tuple(sorted(inputs)), tuple(sorted(outputs)))
 
 
-def _place(view: View, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
+def _place(view: WeightView, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
     """The indices of a stacked leaf, and the part of the rest that is seen."""
     if not view.sliced:
         return (), ""

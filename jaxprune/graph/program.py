@@ -1,8 +1,8 @@
 """A function as the flat list of primitive steps that it traces to.
 
-Calls are inlined, scans are unrolled, equal steps are one. Values are numbers; a piece
-of the list, from the values at hand to those that are wanted, becomes one compiled
-program, and pieces of the same form (equal layers of a model) share it.
+Calls are inlined, scans are unrolled, equal steps are one. Values are numbers; a
+subgraph, from the values that are known to those that are wanted, becomes one compiled
+program, and subgraphs of the same form (equal layers of a model) share it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-# What only calls: its steps are taken in its place.
+# Primitives that only call another program: its steps are taken in their place.
 _CALLS = (
     "jit pjit closed_call core_call core_closed_call remat remat2 checkpoint "
     "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin"
@@ -70,22 +70,23 @@ class Program:
       kinds: shape and dtype of each value.
       leaves: the numbers of the parameters' leaves, in flattening order.
       batch: the numbers of the batch's leaves.
-      constants: values that the function closed over, by number.
+      closed_over: values that the function closed over, by number.
       outputs: the numbers of the results, or fixed ones.
       maker: value to the position of the step that makes it.
       varying: the values that depend on the batch.
-      idle: those that depend on neither parameters nor batch, `constants` included.
+      constants: those that depend on neither parameters nor batch, `closed_over`
+        included.
     """
 
     steps: list[Step]
     kinds: list[Any]
     leaves: list[int]
     batch: list[int]
-    constants: dict[int, Any]
+    closed_over: dict[int, Any]
     outputs: list[int | Fixed]
     maker: dict[int, int]
     varying: set[int]
-    idle: set[int]
+    constants: set[int]
 
 
 def flatten(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> Program:
@@ -153,8 +154,8 @@ class _Writer:
         if id(constant) not in self._constants:
             number = self.value(kind)
             self._constants[id(constant)] = number
-            self.program.constants[number] = constant
-            self.program.idle.add(number)
+            self.program.closed_over[number] = constant
+            self.program.constants.add(number)
         return self._constants[id(constant)]
 
     def _step(self, equation: Any, inputs: Sequence[int | Fixed]) -> Sequence[int]:
@@ -179,8 +180,8 @@ class _Writer:
         values = {x for x in inputs if not isinstance(x, Fixed)}
         if values & program.varying:
             program.varying.update(outputs)
-        if values <= program.idle:
-            program.idle.update(outputs)
+        if values <= program.constants:
+            program.constants.update(outputs)
         return outputs
 
 
@@ -207,14 +208,14 @@ def frozen(value: Any) -> Hashable:
     return value
 
 
-class Piece(NamedTuple):
-    """The steps from values at hand to values that are wanted.
+class Subgraph(NamedTuple):
+    """The steps from values that are known to values that are wanted.
 
     Attributes:
       steps: the steps, in order.
-      inputs: the values that must be at hand, in order of first use.
+      inputs: the values that must be known, in order of first use.
       wanted: the values that it gives.
-      form: equal for pieces of the same steps, whatever is wanted of them.
+      form: equal for subgraphs of the same steps, whatever is wanted of them.
       given: which of the values in the form are wanted.
     """
 
@@ -226,7 +227,7 @@ class Piece(NamedTuple):
 
     @property
     def key(self) -> Hashable:
-        """Equal for pieces that do the same to their inputs."""
+        """Equal for subgraphs that do the same to their inputs."""
         return self.form, self.given
 
     def run(self, *values: Any) -> list[Any]:
@@ -240,8 +241,10 @@ class Piece(NamedTuple):
         return [env[number] for number in self.wanted]
 
 
-def piece(program: Program, positions: Iterable[int], wanted: Sequence[int]) -> Piece:
-    """Some steps of a program as a piece.
+def subgraph(
+    program: Program, positions: Iterable[int], wanted: Sequence[int]
+) -> Subgraph:
+    """Some steps of a program, as a subgraph.
 
     Args:
       program: the program.
@@ -249,9 +252,11 @@ def piece(program: Program, positions: Iterable[int], wanted: Sequence[int]) -> 
       wanted: the values to give.
 
     Returns:
-      The piece.
+      The subgraph.
     """
     steps = tuple(program.steps[i] for i in _ordered(program, set(positions)))
+    # Values are numbered anew in order of appearance, so that two layers with the same
+    # steps have the same form, wherever in the program they are.
     local: dict[int, int] = {}
     inputs: list[int] = []
     form: list[Hashable] = []
@@ -268,13 +273,14 @@ def piece(program: Program, positions: Iterable[int], wanted: Sequence[int]) -> 
         for number in step.outputs:
             local[number] = len(local)
     given = tuple(name(number) for number in wanted)
-    return Piece(steps, tuple(inputs), tuple(wanted), tuple(form), given)
+    return Subgraph(steps, tuple(inputs), tuple(wanted), tuple(form), given)
 
 
 def _ordered(program: Program, positions: set[int]) -> list[int]:
-    """In order, what does not depend on the batch just before its first use.
+    """The positions in order, each fixed step just before its first use.
 
-    Else it would be where an earlier layer used it first, and equal layers differ.
+    A step that does not depend on the batch would otherwise stand where an earlier
+    layer used it first, and equal layers would differ.
     """
     done: dict[int, None] = {}
 
@@ -305,28 +311,28 @@ def constant(program: Program, number: int | Fixed) -> Any:
     """
     if isinstance(number, Fixed):
         return number.value
-    if number not in program.idle:
+    if number not in program.constants:
         return None
-    steps = needed(program, [number], program.constants.__contains__)
-    own = piece(program, steps, [number])
-    return own.run(*(program.constants[n] for n in own.inputs))[0]
+    steps = needed(program, [number], program.closed_over.__contains__)
+    own = subgraph(program, steps, [number])
+    return own.run(*(program.closed_over[n] for n in own.inputs))[0]
 
 
 def needed(
-    program: Program, wanted: Iterable[int], at_hand: Callable[[int], bool]
+    program: Program, wanted: Iterable[int], known: Callable[[int], bool]
 ) -> set[int]:
-    """The positions of the steps that lead from what is at hand to what is wanted.
+    """The positions of the steps that lead from known values to those wanted.
 
     Args:
       program: the program.
       wanted: numbers of values.
-      at_hand: whether a value need not be made.
+      known: whether a value need not be computed.
 
     Returns:
       Positions in `program.steps`.
     """
     found: set[int] = set()
-    pending = [number for number in wanted if not at_hand(number)]
+    pending = [number for number in wanted if not known(number)]
     while pending:
         position = program.maker.get(pending.pop())
         if position is None or position in found:
@@ -335,6 +341,6 @@ def needed(
         pending += [
             x
             for x in program.steps[position].inputs
-            if not isinstance(x, Fixed) and not at_hand(x)
+            if not isinstance(x, Fixed) and not known(x)
         ]
     return found

@@ -1,6 +1,6 @@
-"""The part of a parameter that a product uses, as a view that can be written back.
+"""The part of a parameter that a linear op uses, as a view that can be written back.
 
-On its way to a product a leaf is sliced (a layer of a stack, the queries of a fused
+On its way to a linear op a leaf is sliced (a layer of a stack, the queries of a fused
 kernel), reshaped and transposed. A view remembers these moves; it reads the part from
 the leaf and puts another in its place, exactly. Casts are no part of a view: what is
 read is what is stored.
@@ -65,7 +65,7 @@ class Transpose(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class WeightView:
     """How one leaf is seen.
 
     Attributes:
@@ -86,7 +86,7 @@ class View:
     cast: bool = False
 
     @classmethod
-    def whole(cls, leaf: int, shape: Sequence[int]) -> "View":
+    def whole(cls, leaf: int, shape: Sequence[int]) -> "WeightView":
         """The view of all of a leaf."""
         axes = tuple((axis,) for axis in range(len(shape)))
         return cls(leaf, tuple(shape), (), axes, tuple((0, size) for size in shape))
@@ -133,7 +133,7 @@ class View:
             for move in self.moves
         )
 
-    def slice(self, starts: Sequence[int], sizes: Sequence[int]) -> "View":
+    def slice(self, starts: Sequence[int], sizes: Sequence[int]) -> "WeightView":
         """The view of a box of what is seen."""
         if tuple(sizes) == self.shape:
             return self
@@ -144,7 +144,7 @@ class View:
             box=self._narrowed(starts, sizes),
         )
 
-    def reshape(self, shape: Sequence[int]) -> "View":
+    def reshape(self, shape: Sequence[int]) -> "WeightView":
         """The view in another shape."""
         shape = tuple(shape)
         if shape == self.shape:
@@ -154,7 +154,7 @@ class View:
             self, shape=shape, moves=(*self.moves, move), axes=self._regrouped(shape)
         )
 
-    def transpose(self, order: Sequence[int]) -> "View":
+    def transpose(self, order: Sequence[int]) -> "WeightView":
         """The view with the axes in another order."""
         if tuple(order) == tuple(range(len(self.shape))):
             return self
@@ -165,7 +165,7 @@ class View:
             axes=tuple(self.axes[axis] for axis in order),
         )
 
-    def matrix(self, batch: int, inputs: int) -> "View":
+    def matrix(self, batch: int, inputs: int) -> "WeightView":
         """The view as (batch, in, out).
 
         Args:
@@ -191,6 +191,7 @@ class View:
             if size == self.shape[axis]:
                 continue
             own = self.axes[axis]
+            # Part of a box only along an axis that is one whole axis of the leaf.
             if not box or len(own) != 1 or sum(own[0] in a for a in self.axes) > 1:
                 return None
             low, high = box[own[0]]
@@ -204,11 +205,15 @@ class View:
 
         Axes of both sides are taken until their sizes agree; each axis of such a group
         is made of all the leaf's axes in it. Axes of length one are made of none.
+        (4, 6) as (2, 2, 6): the first group is {4} and {2, 2}, so both new axes are
+        made of axis 0. (4, 6) as (8, 3): nothing agrees before {4, 6} and {8, 3}.
         """
         before = [(s, self.axes[i]) for i, s in enumerate(self.shape) if s != 1]
         after = [(axis, size) for axis, size in enumerate(shape) if size != 1]
         made: dict[int, tuple[int, ...]] = {}
         while before and after:
+            # One group: the side with the smaller size so far takes its next axis.
+            # Both sides end at the same size, so that neither runs out of axes.
             old, new = [before.pop(0)], [after.pop(0)]
             while (own := math.prod(s for s, _ in old)) != (
                 other := math.prod(s for _, s in new)
@@ -225,12 +230,12 @@ class View:
 _SAME = "copy copy_p optimization_barrier sharding_constraint reshard device_put"
 
 
-def through(
+def propagate(
     step: Step,
-    views: Mapping[int, View],
+    views: Mapping[int, WeightView],
     kinds: Sequence[Any],
     known: Callable[[int | Fixed], Any],
-) -> list[View] | None:
+) -> list[WeightView] | None:
     """The views that a step's results are of a leaf, if it only moves one.
 
     Args:
@@ -274,10 +279,10 @@ def through(
     return None
 
 
-def _begun(
+def _with_starts(
     form: Sequence[Slice | Reshape | Transpose], starts: Sequence[Any]
 ) -> Iterator[Slice | Reshape | Transpose]:
-    """The moves of a form, with where its slices start."""
+    """The moves of a form, each slice with the place where it starts."""
     pending = iter(starts)
     for move in form:
         yield Slice(next(pending), move.sizes) if isinstance(move, Slice) else move
@@ -285,13 +290,14 @@ def _begun(
 
 @functools.partial(jax.jit, static_argnames="form")
 def _read(leaf: jax.Array, starts: Any, *, form: Any) -> jax.Array:
-    for move in _begun(form, starts):
+    for move in _with_starts(form, starts):
         leaf = move.read(leaf)
     return leaf
 
 
 def _written(leaf: jax.Array, part: jax.Array, starts: Any, *, form: Any) -> jax.Array:
-    moves = list(_begun(form, starts))
+    moves = list(_with_starts(form, starts))
+    # What each move was made of: a slice is written back into it.
     part, arrays = part.astype(leaf.dtype), [leaf]
     for move in moves[:-1]:
         arrays.append(move.read(arrays[-1]))
@@ -312,7 +318,9 @@ def _clamped(
     return [min(max(int(start), 0), whole - size) for start, size, whole in triples]
 
 
-def _unstack(view: View, axis: int, shapes: Sequence[tuple[int, ...]]) -> list[View]:
+def _unstack(
+    view: WeightView, axis: int, shapes: Sequence[tuple[int, ...]]
+) -> list[WeightView]:
     sizes = [1 if i == axis else size for i, size in enumerate(view.shape)]
     place = [
         [n if i == axis else 0 for i in range(len(sizes))] for n in range(len(shapes))
@@ -320,7 +328,9 @@ def _unstack(view: View, axis: int, shapes: Sequence[tuple[int, ...]]) -> list[V
     return [view.slice(start, sizes).reshape(shapes[0]) for start in place]
 
 
-def _split(view: View, axis: int, shapes: Sequence[tuple[int, ...]]) -> list[View]:
+def _split(
+    view: WeightView, axis: int, shapes: Sequence[tuple[int, ...]]
+) -> list[WeightView]:
     starts, views = [0] * len(view.shape), []
     for shape in shapes:
         views.append(view.slice(tuple(starts), shape))

@@ -14,13 +14,13 @@ from jaxprune.topk.highest import highest
 from jaxprune.typing import Pattern
 
 
-def mask(scores: jax.Array, removed: Any, pattern: Pattern) -> jax.Array:
+def mask(scores: jax.Array, kept: Any, pattern: Pattern) -> jax.Array:
     """The mask that `masks.make` makes of one matrix, for a traced count.
 
     Args:
       scores: (in, out), floating; higher is kept.
-      removed: how many of the pattern's units go, an integer, traced or not. A pattern
-        that fixes its sparsity does not look at it.
+      kept: how many of the pattern's units are kept, an integer, traced or not. A
+        pattern that fixes its sparsity does not look at it.
       pattern: which weights live and die together.
 
     Returns:
@@ -30,19 +30,20 @@ def mask(scores: jax.Array, removed: Any, pattern: Pattern) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxprune as jp
-      >>> from jaxprune.topk import highest
+      >>> from jaxprune.masking import matrix_mask
       >>> scores = jnp.array([[4.0, 1.0], [2.0, 3.0]])
-      >>> highest.mask(scores, 1, jp.patterns.Unstructured()).tolist()
+      >>> matrix_mask.mask(scores, 3, jp.patterns.Unstructured()).tolist()
       [[True, False], [True, True]]
     """
-    axes, removed = Axes(), jnp.asarray(removed)
+    axes, kept = Axes(), jnp.asarray(kept)
     if isinstance(pattern, patterns.PerOutput):
         inputs, outputs = scores.shape
+        removed = scores.size - kept
         return highest(scores, inputs - spread(removed, outputs), axis=0)
     units = pattern.units(scores, axes)
     if pattern.sparsity is not None:
-        removed = jnp.asarray(round(pattern.sparsity * units.size))
-    return pattern.expand(highest(units, units.size - removed), scores.shape, axes)
+        kept = jnp.asarray(units.size - round(pattern.sparsity * units.size))
+    return pattern.expand(highest(units, kept), scores.shape, axes)
 
 
 def spread(total: jax.Array, parts: int) -> jax.Array:

@@ -3,10 +3,12 @@
 __all__ = [
     "calibration",
     "fingerprint",
+    "input_statistics",
     "methods",
     "plan",
     "progress",
     "prune_trained",
+    "pruner",
     "sequential",
     "solve_weight",
     "solvers",

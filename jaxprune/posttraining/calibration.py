@@ -1,43 +1,23 @@
-"""What weights see: statistics of the inputs of products, over calibration batches.
+"""The statistics of a dense model's inputs, over calibration batches.
 
-For each input feature the mean square, and on request the Hessian of the layer's
-squared error, X^T X / n, in float32. Products that share an input share its statistics.
-Sums run over the positions that count, all of them unless the caller says otherwise; a
-sequence's first token (BOS) counts too.
+`calibrate` takes batches through the same pipeline as `jp.prune_trained`, and prunes
+nothing.
 """
 
-import functools
-import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import placement, tree
+from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
-from jaxprune.graph.linear_ops import Input, Product, Trace, trace
-from jaxprune.graph.segments import Stage, Stages
+from jaxprune.arrays.messages import listed
+from jaxprune.graph.linear_ops import LinearOp, Trace, trace
+from jaxprune.posttraining.input_statistics import InputStatistics, Sums
+from jaxprune.posttraining.sequential import SegmentedProgram, SequentialPipeline
 from jaxprune.typing import Params, Prunable
-
-# Hessians are halved down to blocks of so many inputs; those under the diagonal are
-# never made.
-_BLOCK = 512
-
-
-class Moments(NamedTuple):
-    """The second moments of one input.
-
-    Attributes:
-      samples: over how many positions, float32 scalar.
-      mean_square: (batch, in) float32: the mean of each feature's square.
-      hessian: (batch, in, in) float32: X^T X / samples; None where not asked for.
-    """
-
-    samples: jax.Array
-    mean_square: jax.Array
-    hessian: jax.Array | None
 
 
 def calibrate(
@@ -48,8 +28,8 @@ def calibrate(
     hessian: bool = False,
     positions: Callable[[Any], jax.Array] | None = None,
     prunable: Prunable = tree.prunable,
-) -> dict[str, Moments]:
-    """The statistics of every product's input, over batches, by the dense model.
+) -> dict[str, InputStatistics]:
+    """The statistics of every linear op's input, over batches, by the dense model.
 
     One batch is in memory at a time. Batches of another shape are traced anew.
 
@@ -63,12 +43,12 @@ def calibrate(
       prunable: which leaves are of interest.
 
     Returns:
-      Name of the weight to its input's moments; of a weight used more than once, over
-      all uses that see it the same way.
+      Name of the weight to the statistics of its input; of a weight used more than
+      once, over all uses that see it the same way.
 
     Raises:
-      ValueError: there is no batch or no product, an input is not finite, or positions
-        do not have the shape of an input's samples.
+      ValueError: there is no batch or no linear op, an input is not finite, or
+        positions do not have the shape of an input's samples.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,199 +58,56 @@ def calibrate(
       >>> jp.calibrate(fn, {"w": jnp.ones((2, 3))}, batches)["w"].mean_square.tolist()
       [[5.0, 2.0]]
     """
-    planned: dict[Any, Stages] = {}
-    sums: dict[str, Moments] = {}
+    programs: dict[Any, SegmentedProgram] = {}
+    sums = Sums(hessian=hessian)
     for batch in batches:
-        kind = kinds(batch)
-        if kind not in planned:
+        if (kind := kind_of(batch)) not in programs:
             traced = trace(fn, params, batch)
-            products = chosen(traced, params, prunable)
+            ops = chosen(traced, params, prunable)
             leaves = Leaves(jax.tree.leaves(params))
-            planned[kind] = Stages(traced, leaves, products)
-        _add_batch(sums, planned[kind], batch, hessian=hessian, positions=positions)
-    if not planned:
+            programs[kind] = SegmentedProgram(traced, leaves, ops)
+        program = programs[kind]
+        counted = None if positions is None else positions(batch)
+        pipeline = SequentialPipeline(program, [batch], [counted], sums)
+        for number in range(len(program.segments)):
+            pipeline.observe(range(number, number + 1))
+            program.release(number)
+    if not programs:
         raise ValueError("calibrate needs at least one batch, got none")
-    done: dict[int, Moments] = {}
-    for name, total in sums.items():
-        if id(total) not in done:
-            done[id(total)] = finished(total, name)
-    return {name: done[id(total)] for name, total in sums.items()}
+    return sums.finish_all()
 
 
-def _add_batch(
-    sums: dict[str, Moments],
-    stages: Stages,
-    batch: Any,
-    *,
-    hessian: bool,
-    positions: Callable[[Any], jax.Array] | None,
-) -> None:
-    live = stages.start(batch)
-    count = None if positions is None else positions(batch)
-    for number, stage in enumerate(stages.stages):
-        value, live = stages.run(stage, live, stages.fixed(stage))
-        weights = counted(stage, count)
-        for names in stages.sharing(stage):
-            total = add(sums.get(names[0]), stage.source, value, weights, hessian)
-            sums.update(dict.fromkeys(names, total))
-        for i in stages.done(number):
-            stages.leaves.forget(i)
-
-
-def kinds(batch: Any) -> Any:
+def kind_of(batch: Any) -> Any:
     """Structure, shapes and dtypes of a batch, to compare."""
     leaves, structure = jax.tree.flatten(batch)
     return structure, tuple((np.shape(x), jnp.result_type(x)) for x in leaves)
 
 
-def chosen(traced: Trace, params: Params, prunable: Prunable) -> list[Product]:
-    """The products whose weights may be pruned.
+def chosen(traced: Trace, params: Params, prunable: Prunable) -> list[LinearOp]:
+    """The linear ops whose weights may be pruned.
 
     Args:
-      traced: the function's products.
+      traced: the function's linear ops.
       params: the parameters.
       prunable: which leaves may be pruned.
 
     Returns:
-      Products, in order.
+      Linear ops, in order.
 
     Raises:
       ValueError: there is none.
     """
     named = tree.named_leaves(params)
-    found = [p for p in traced.products if prunable(p.leaf, named[p.leaf])]
-    first = {p.name: p.view for p in found if p.use == 0}
+    found = [op for op in traced.linear_ops if prunable(op.leaf, named[op.leaf])]
+    first = {op.name: op.view for op in found if op.use == 0}
     # Another use of a tied weight counts where it sees the weight the same way.
-    found = [p for p in found if p.view == first[p.name]]
+    found = [op for op in found if op.view == first[op.name]]
     if not found:
+        seen = sorted({op.leaf for op in traced.linear_ops})
         raise ValueError(
-            "some product of a prunable leaf with an activation must be seen, but "
-            f"there is none; seen are {sorted({p.leaf for p in traced.products})[:6]}, "
-            f"unseen {dict(list(traced.unseen.items())[:6])}; give prunable=lambda "
-            "name, leaf: ..., or write the product so that the leaf goes into it as it "
-            "is"
+            "some matmul or convolution of a prunable leaf with an activation must be "
+            f"seen, but there is none; seen are {listed(seen) or 'none'}, unseen "
+            f"{dict(list(traced.unseen.items())[:6])}; give prunable=lambda name, "
+            "leaf: ..., or write the function so that the leaf enters it as it is"
         )
     return found
-
-
-def counted(stage: Stage, count: jax.Array | None) -> jax.Array | None:
-    """Which samples of a stage's input count, (samples,).
-
-    Args:
-      stage: the stage.
-      count: booleans of the samples' shape, or None for all.
-
-    Returns:
-      float32 (samples,), or None.
-
-    Raises:
-      ValueError: the shapes differ.
-    """
-    if count is None:
-        return None
-    leading = stage.source.leading
-    if math.prod(leading) != count.size or leading[: count.ndim] != count.shape:
-        raise ValueError(
-            f"positions must have the shape of the samples of each input, but that of "
-            f"'{stage.products[0].name}' has samples {leading} and positions are "
-            f"{count.shape}; leave such weights out with prunable=..., or positions"
-        )
-    return jnp.ravel(count).astype(np.float32)
-
-
-def add(
-    before: Moments | None,
-    source: Input,
-    value: jax.Array,
-    weights: jax.Array | None,
-    hessian: bool,
-) -> Moments:
-    """Sums with one more batch in them.
-
-    Args:
-      before: sums so far; their memory may be reused.
-      source: how the input is read.
-      value: the value it is read from.
-      weights: 1 for samples that count, 0 for others, (samples,); None counts all.
-      hessian: whether X^T X is added up.
-
-    Returns:
-      Sums, not yet divided by the count.
-    """
-    batch, _, inputs = source.shape
-    if before is None:
-        # On one device there at once, or they would be added up by two programs.
-        where = getattr(value, "sharding", None)
-        where = where if where and len(where.device_set) == 1 else None
-        zeros = functools.partial(jnp.zeros, dtype=np.float32, device=where)
-        wide = zeros((batch, inputs, inputs)) if hessian else None
-        before = Moments(zeros(()), zeros((batch, inputs)), wide)
-    return placement.automatic(
-        lambda *arrays: _added(*arrays, source), before, value, weights
-    )
-
-
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _added(
-    sums: Moments, value: jax.Array, weights: jax.Array | None, source: Input
-) -> Moments:
-    x = source.read(value).astype(np.float32)  # (batch, samples, in)
-    samples = jnp.asarray(x.shape[1], np.float32)
-    if weights is not None:
-        counts = weights[None, :, None] > 0
-        x, samples = jnp.where(counts, x, np.float32(0)), weights.sum()
-    square, hessian = sums.mean_square, sums.hessian
-    if hessian is None:
-        square = square + jnp.square(x).sum(1)
-    else:
-        hessian = _upper(hessian, x, 0, x.shape[2])
-    return Moments(sums.samples + samples, square, hessian)
-
-
-def _upper(hessian: jax.Array, x: jax.Array, start: int, stop: int) -> jax.Array:
-    """Adds X^T X of some inputs to the Hessian, on and above its diagonal."""
-    if stop - start <= _BLOCK:
-        own = x[:, :, start:stop]
-        return hessian.at[:, start:stop, start:stop].add(_product(own, own))
-    half = (start + stop) // 2
-    corner = _product(x[:, :, start:half], x[:, :, half:stop])
-    hessian = hessian.at[:, start:half, half:stop].add(corner)
-    return _upper(_upper(hessian, x, start, half), x, half, stop)
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum("bsi,bsj->bij", x, y, precision="highest")
-
-
-def finished(sums: Moments, name: str) -> Moments:
-    """Means from sums.
-
-    Args:
-      sums: what `add` gave.
-      name: the weight, for the error.
-
-    Returns:
-      The moments; the Hessian is symmetric.
-
-    Raises:
-      ValueError: the input is not finite, or no position counts.
-    """
-    moments = placement.automatic(_divided, sums)
-    if not (np.isfinite(moments.mean_square).all() and float(sums.samples) > 0):
-        raise ValueError(
-            f"the input of '{name}' must be finite and some position must count, but "
-            "it is not or none does; look for NaN or overflow in the model's forward "
-            "pass on these batches (float32 in place of float16 may help)"
-        )
-    return moments
-
-
-@jax.jit
-def _divided(sums: Moments) -> Moments:
-    scale = 1 / sums.samples
-    hessian = sums.hessian
-    if hessian is not None:
-        upper = jnp.triu(hessian) * scale
-        hessian = upper + jnp.swapaxes(jnp.triu(hessian, 1) * scale, 1, 2)
-        return Moments(sums.samples, jnp.diagonal(upper, axis1=1, axis2=2), hessian)
-    return Moments(sums.samples, sums.mean_square * scale, None)

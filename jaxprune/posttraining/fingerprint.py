@@ -1,7 +1,9 @@
-"""Numbers that tell one model from another, and one set of batches from another."""
+"""Digests that tell one job from another: its weights, its batches and its program."""
 
+import hashlib
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,34 +11,66 @@ import numpy as np
 
 from jaxprune.arrays import placement
 from jaxprune.arrays.lazy import Leaves, array
+from jaxprune.posttraining.sequential import SegmentedProgram
 
 
-def fingerprints(names: Mapping[str, int], leaves: Leaves) -> dict[str, int]:
-    """A number for the values of each leaf, to tell one model from another.
+class Fingerprint(NamedTuple):
+    """What one read of a leaf tells.
+
+    Attributes:
+      finite: whether all values are finite.
+      mark: a sum of the leaf's bits that depends on their places, 32 bits.
+    """
+
+    finite: bool
+    mark: int
+
+
+def of_leaves(names: Mapping[str, int], leaves: Leaves) -> dict[str, Fingerprint]:
+    """The fingerprints of some leaves; each lazy one is read once, and not kept.
 
     Args:
       names: path name to position.
       leaves: the leaves.
 
     Returns:
-      Path name to a sum of the leaf's bits, which depends on their places.
+      Path name to fingerprint.
     """
-    return {name: looked_at(leaves.all[i])[1] for name, i in names.items()}
+    found = {}
+    for name, i in names.items():
+        finite, mark = placement.automatic(_fingerprint, array(leaves.all[i]))
+        found[name] = Fingerprint(bool(finite), int(mark))
+    return found
 
 
-def looked_at(leaf: Any) -> tuple[bool, int]:
-    """Whether a leaf is finite, and its fingerprint; read for it where it is stored."""
-    finite, mark = placement.automatic(_looked, array(leaf))
-    return bool(finite), int(mark)
+def of_arrays(tree: Any) -> str:
+    """SHA-256 of the arrays in a tree, in order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def of_program(program: SegmentedProgram) -> str:
+    """SHA-256 of what the segments compute, the same in every process."""
+    parts = [segment.subgraph for segment in program.segments]
+    keys = "\n".join(repr(part.key) for part in parts)
+    # A function among a primitive's parameters is written with its address.
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", keys).encode())
+    given = {n for part in parts for n in part.inputs}
+    for number in sorted(given & program.trace.program.constants):
+        digest.update(np.ascontiguousarray(program.table(number)).tobytes())
+    return digest.hexdigest()
 
 
 @jax.jit
-def _looked(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = jnp.asarray(leaf, np.float32) if leaf.dtype != np.float32 else leaf
-    words = jax.lax.bitcast_convert_type(bits, np.uint32)
-    place = jnp.zeros_like(words)
+    words = jax.lax.bitcast_convert_type(bits, np.uint32)  # the leaf's shape
+    place = jnp.zeros_like(words)  # of each word, in row-major order
     for axis, size in enumerate(words.shape):
         own = jax.lax.broadcasted_iota(np.uint32, words.shape, axis)
         place = place * np.uint32(size) + own
+    # Odd factors: no bit of a word is lost.
     mark = jnp.sum(words * (2 * place + 1), dtype=np.uint32)
     return jnp.all(jnp.isfinite(leaf)), mark

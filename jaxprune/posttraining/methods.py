@@ -1,19 +1,19 @@
-"""Post-training methods: what goes of one matrix, and what the rest becomes.
+"""Post-training methods: what is kept of one matrix, and with which values.
 
-A method is a frozen value with one pure function, `prune`: a matrix, the moments of its
-input and how many units go, to a new matrix and its mask. It is compiled once for a
-shape, whatever the number that goes.
+A method is a frozen value with one pure function, `prune`: a matrix, the statistics of
+its input and how many units are kept, to a new matrix and its mask. It is compiled once
+for a shape, whatever the number that is kept.
 """
 
 import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import alps, sparsegpt
-from jaxprune.scores import from_activations as activations
+from jaxprune.scores import from_activations
 from jaxprune.typing import Pattern
 
 Name: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
@@ -21,12 +21,12 @@ Name: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 
 
 Needs: TypeAlias = Literal["nothing", "mean_square", "hessian"]
-"""Which moments of its input a method reads."""
+"""Which statistics of its input a method reads."""
 
 
 Inputs: TypeAlias = Literal["left", "dense"]
-"""Which input a weight is pruned for: as left by all that was pruned before it, or that
-of its layer while the layer is dense, as the papers have it."""
+"""Which input a weight is pruned for: the one that the weights pruned before it leave,
+or that of its layer while the layer is dense, as in the papers."""
 
 
 class Matrix(NamedTuple):
@@ -36,14 +36,14 @@ class Matrix(NamedTuple):
       weight: (in, out) float32.
       mean_square: (in,) float32, of each input feature.
       hessian: (in, in) float32, X^T X / samples; None where the method needs none.
-      removed: how many units of the pattern go, uint32 scalar.
-      pattern: which weights live and die together.
+      kept: how many units of the pattern are kept, uint32 scalar.
+      pattern: which weights are pruned as a unit.
     """
 
-    weight: jax.Array
-    mean_square: jax.Array
+    weight: Float[Array, "in out"]
+    mean_square: Float[Array, " in"]
     hessian: Any
-    removed: jax.Array
+    kept: Integer[Array, ""]
     pattern: Pattern
 
 
@@ -57,23 +57,23 @@ class Pruned(NamedTuple):
         damping helped.
     """
 
-    weight: jax.Array
-    mask: jax.Array
-    damping: jax.Array
+    weight: Float[Array, "in out"]
+    mask: Bool[Array, "in out"]
+    damping: Float[Array, ""]
 
 
 class Method(Protocol):
     """How one matrix is pruned.
 
     Attributes:
-      needs: which moments of the input it reads.
+      needs: which statistics of the input it reads.
       inputs: which input that is.
       pattern: the pattern that its paper uses where nothing else is asked for.
     """
 
     @property
     def needs(self) -> Needs:
-        """Which moments of the input it reads."""
+        """Which statistics of the input it reads."""
 
     @property
     def inputs(self) -> Inputs:
@@ -89,7 +89,7 @@ class Method(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Magnitude:
-    """The smallest weights go: |w|. The control; it looks at no activation.
+    """Removes the smallest weights: |w|. The baseline; it looks at no activation.
 
     Reference:
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks",
@@ -107,7 +107,7 @@ class Magnitude:
 
 @dataclasses.dataclass(frozen=True)
 class Wanda:
-    """What moves its output least goes: |w_ij| sqrt(E[x_i^2]), output by output.
+    """Removes what changes its output least: |w_ij| sqrt(E[x_i^2]), by output.
 
     Attributes:
       inputs: "dense" gives the paper's masks.
@@ -123,7 +123,9 @@ class Wanda:
 
     def prune(self, matrix: Matrix) -> Pruned:
         """The pruned matrix."""
-        return _masked(matrix, activations.wanda(matrix.weight, matrix.mean_square))
+        return _masked(
+            matrix, from_activations.wanda(matrix.weight, matrix.mean_square)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +151,13 @@ class RIA:
 
     def prune(self, matrix: Matrix) -> Pruned:
         """The pruned matrix."""
-        scores = activations.ria(matrix.weight, matrix.mean_square, self.power)
+        scores = from_activations.ria(matrix.weight, matrix.mean_square, self.power)
         return _masked(matrix, scores)
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPT:
-    """Input by input, the kept weights make up for what goes.
+    """Input by input, the kept weights make up for those that are removed.
 
     Attributes:
       damping: added to the Hessian's diagonal, as a share of its mean.
@@ -179,7 +181,7 @@ class SparseGPT:
             *sparsegpt.solve(
                 matrix.weight,
                 matrix.hessian,
-                matrix.removed,
+                matrix.kept,
                 pattern=matrix.pattern,
                 damping=self.damping,
                 block=self.block,
@@ -213,7 +215,7 @@ class ALPS:
             *alps.solve(
                 matrix.weight,
                 matrix.hessian,
-                matrix.removed,
+                matrix.kept,
                 pattern=matrix.pattern,
                 damping=self.damping,
             )
@@ -257,8 +259,9 @@ def named(method: Method | Name) -> Method:
     return METHODS[method]
 
 
-def _masked(matrix: Matrix, scores: jax.Array) -> Pruned:
+def _masked(matrix: Matrix, scores: Float[Array, "in out"]) -> Pruned:
+    """The matrix with its highest scores kept, as they are."""
     weight = matrix.weight
-    mask = matrix_mask.mask(scores, matrix.removed, matrix.pattern)
+    mask = matrix_mask.mask(scores, matrix.kept, matrix.pattern)
     kept = jnp.where(mask, weight, jnp.zeros((), weight.dtype))
     return Pruned(kept, mask, jnp.zeros((), weight.dtype))

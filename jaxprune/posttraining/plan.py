@@ -1,44 +1,57 @@
-"""The weights of a job as matrices: how much of each goes, and how one is solved.
+"""What a job does to which weight: how many units of each matrix are kept.
 
-All that can be refused is refused before the walk begins, for all weights at once.
+All that can be refused is refused before the first segment runs, for all weights at
+once.
 """
 
 import collections
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.lazy import Leaves, array
-from jaxprune.graph.linear_ops import Product
+from jaxprune.arrays.messages import listed
+from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.masking import allocation, patterns
 from jaxprune.masking.allocation import Allocation, Rule, Weight
 from jaxprune.masking.patterns import PerOutput, Unstructured
-from jaxprune.posttraining import fingerprint
-from jaxprune.posttraining.calibration import Moments
+from jaxprune.posttraining.fingerprint import Fingerprint
+from jaxprune.posttraining.input_statistics import InputStatistics
 from jaxprune.posttraining.methods import Matrix, Method
-from jaxprune.typing import Params, Pattern
+from jaxprune.typing import Pattern
+
+Box: TypeAlias = tuple[tuple[int, int], ...]
+"""Start and stop along each axis of a leaf."""
 
 
 class Plan(NamedTuple):
     """What is done to which weight.
 
     Attributes:
-      method: how a matrix is solved.
-      pattern: which weights live and die together.
+      method: how a matrix is pruned.
+      pattern: which weights are pruned as a unit.
       sparsity: what was asked for.
       rule: how it was shared out.
-      removed: name of the weight to the units that go from each of its matrices.
+      units: name of the weight to the number of its units.
+      kept: name of the weight to the units that each of its matrices keeps.
     """
 
     method: Method
     pattern: Pattern
     sparsity: float | Mapping[str, float] | None
     rule: Rule
-    removed: dict[str, list[int]]
+    units: dict[str, int]
+    kept: dict[str, list[int]]
+
+    @property
+    def removed(self) -> dict[str, int]:
+        """Name of the weight to the number of units that it loses."""
+        return {name: self.units[name] - sum(own) for name, own in self.kept.items()}
 
     def facts(self) -> dict[str, Any]:
         """What decides the result, JSON-able."""
@@ -47,95 +60,98 @@ class Plan(NamedTuple):
             "pattern": repr(self.pattern),
             "sparsity": self.sparsity,
             "allocation": repr(self.rule),
-            "removed": {name: sum(counts) for name, counts in self.removed.items()},
+            "removed": self.removed,
         }
 
 
-def concrete(
-    params: Params, products: Sequence[Product], *, donate: bool
-) -> tuple[Leaves, dict[str, int]]:
-    """The parameters' leaves, those to prune being finite arrays.
+def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> None:
+    """Refuses leaves that cannot be pruned; no value is read.
 
     Args:
-      params: the parameters.
-      products: of the weights to prune.
+      leaves: the parameters' leaves, in flattening order.
+      ops: of the weights to prune.
       donate: whether the old weights are given up; then no two leaves may be one.
 
-    Returns:
-      All leaves, in flattening order, and the fingerprints of those to prune.
+    Raises:
+      ValueError: a leaf to prune is abstract or traced, two weights overlap in their
+        leaf, or a leaf to give up is used twice.
+    """
+    names = {op.leaf: op.view.leaf for op in ops}
+    traced = (jax.core.Tracer, jax.ShapeDtypeStruct)
+    if wrong := [k for k, i in names.items() if isinstance(leaves.all[i], traced)]:
+        raise ValueError(
+            f"the parameters must be arrays with values, but {listed(wrong)} are not; "
+            "call prune_trained outside of jit"
+        )
+    uses = collections.Counter(map(id, leaves.all))
+    if donate and (
+        shared := [k for k, i in names.items() if uses[id(leaves.all[i])] > 1]
+    ):
+        raise ValueError(
+            f"donate=True needs arrays that nothing else uses, but {listed(shared)} "
+            "are other leaves as well; copy those with jnp.copy, or leave donate out"
+        )
+    _check_apart(ops)
+
+
+def check_finite(fingerprints: Mapping[str, Fingerprint]) -> None:
+    """Refuses leaves to prune that hold NaN or infinity.
+
+    Args:
+      fingerprints: of the leaves to prune, by path name.
 
     Raises:
-      ValueError: a leaf to prune is abstract, traced or not finite, two weights
-        overlap in their leaf, or a leaf to give up is used twice.
+      ValueError: some are not finite; the sentence names them.
     """
-    leaves = jax.tree.leaves(params)
-    names = {p.leaf: p.view.leaf for p in products}
-    traced = (jax.core.Tracer, jax.ShapeDtypeStruct)
-    if wrong := [k for k, i in names.items() if isinstance(leaves[i], traced)]:
+    if wrong := [name for name, own in fingerprints.items() if not own.finite]:
         raise ValueError(
-            f"the parameters must be arrays with values, but {wrong[:6]} are not; call "
-            "prune_trained outside of jit"
-        )
-    seen = {name: fingerprint.looked_at(leaves[i]) for name, i in names.items()}
-    if wrong := [name for name, (finite, _) in seen.items() if not finite]:
-        raise ValueError(
-            f"the weights to prune must be finite, but {wrong[:6]} hold NaN or "
+            f"the weights to prune must be finite, but {listed(wrong)} hold NaN or "
             "infinity; look for a damaged checkpoint"
         )
-    uses = collections.Counter(map(id, leaves))
-    if shared := [k for k, i in names.items() if donate and uses[id(leaves[i])] > 1]:
-        raise ValueError(
-            f"donate=True needs arrays that nothing else uses, but {shared[:6]} are "
-            "other leaves as well; copy those with jnp.copy, or leave donate out"
-        )
-    _check_apart(products)
-    return Leaves(leaves), {name: mark for name, (_, mark) in seen.items()}
 
 
-def _check_apart(products: Sequence[Product]) -> None:
+def _check_apart(ops: Sequence[LinearOp]) -> None:
     """Refuses weights that are parts of one another."""
-    by_leaf: dict[str, dict[str, Product]] = {}
-    for product in products:
-        by_leaf.setdefault(product.leaf, {})[product.name] = product
+    by_leaf: dict[str, dict[str, LinearOp]] = {}
+    for op in ops:
+        by_leaf.setdefault(op.leaf, {})[op.name] = op
     for leaf, own in by_leaf.items():
-        boxes = [(name, product.view.box) for name, product in own.items()]
-        for i, (name, box) in enumerate(boxes):
-            for other, second in boxes[:i]:
-                apart = (
-                    box is not None
-                    and second is not None
-                    and any(
-                        a[1] <= b[0] or b[1] <= a[0]
-                        for a, b in zip(box, second, strict=True)
-                    )
+        for one, other in itertools.combinations(own.values(), 2):
+            if not _apart(one.view.box, other.view.box):
+                raise ValueError(
+                    f"each weight must be used as one part of its leaf, but "
+                    f"'{other.name}' and '{one.name}' overlap; leave the leaf out with "
+                    f"prunable=jp.tree.excluding('{leaf}')"
                 )
-                if not apart:
-                    raise ValueError(
-                        f"each weight must be used as one part of its leaf, but "
-                        f"'{name}' and '{other}' overlap; leave the leaf out with "
-                        f"prunable=jp.tree.excluding('{leaf}')"
-                    )
+
+
+def _apart(one: Box | None, other: Box | None) -> bool:
+    """Whether two boxes of a leaf have no element in common, as far as is known."""
+    if one is None or other is None:
+        return False
+    pairs = zip(one, other, strict=True)
+    return any(a[1] <= b[0] or b[1] <= a[0] for a, b in pairs)
 
 
 def planned(
-    products: Sequence[Product],
+    ops: Sequence[LinearOp],
     leaves: Leaves,
     method: Method,
     sparsity: float | Mapping[str, float] | None,
     pattern: Pattern | str | None,
     shared: Allocation,
-    moments: Callable[[], Mapping[str, Moments]],
+    statistics: Callable[[], Mapping[str, InputStatistics]],
 ) -> Plan:
-    """Decides how much of each weight goes.
+    """Decides how many units each weight keeps.
 
     Args:
-      products: of the weights to prune.
+      ops: of the weights to prune.
       leaves: all of the parameters' leaves.
-      method: how a matrix is solved.
+      method: how a matrix is pruned.
       sparsity: the share to remove, or {glob: share}, or None.
-      pattern: which weights live and die together, or None for the method's own.
+      pattern: which weights are pruned as a unit, or None for the method's own.
       shared: how the sparsity is shared out.
-      moments: gives the dense model's, called where the rule needs them.
+      statistics: gives the dense model's, called where the rule needs them.
 
     Returns:
       The plan.
@@ -143,30 +159,30 @@ def planned(
     Raises:
       ValueError: something does not fit; the sentence names the weights.
     """
-    weights = {p.name: p for p in products if p.use == 0}
+    weights = {op.name: op for op in ops if op.use == 0}
     pattern = patterns.named(method.pattern if pattern is None else pattern)
     agreed, rule = allocation.agreed(sparsity, pattern, shared)
     problems = [
         f"{why} at '{name}'"
-        for name, p in weights.items()
-        if (why := pattern.problem(p.shape[1:], Axes()))
+        for name, op in weights.items()
+        if (why := pattern.problem(op.shape[1:], Axes()))
     ]
     if problems:
         raise ValueError(
             f"{'; '.join(problems)}; leave such weights out with "
             "prunable=jp.tree.excluding('...')"
         )
-    for inputs, outputs in {p.shape[1:] for p in weights.values()}:
+    for inputs, outputs in {op.shape[1:] for op in weights.values()}:
         _try(method, pattern, inputs, outputs)
-    units = {name: _units(pattern, p) for name, p in weights.items()}
-    seen = moments() if rule.needs_inputs else {}
-    known = [_known(p, leaves, seen.get(name)) for name, p in weights.items()]
+    units = {name: _units(pattern, op) for name, op in weights.items()}
+    seen = statistics() if rule.needs_inputs else {}
+    known = [_known(op, leaves, seen.get(name)) for name, op in weights.items()]
     counts = allocation.counts(agreed, rule, known, list(units.values()))
-    removed = {
-        name: _spread(count, weights[name].shape[0])
+    kept = {
+        name: _kept(units[name], count, weights[name].shape[0])
         for name, count in zip(weights, counts, strict=True)
     }
-    return Plan(method, pattern, sparsity, rule, removed)
+    return Plan(method, pattern, sparsity, rule, units, kept)
 
 
 def _try(method: Method, pattern: Pattern, inputs: int, outputs: int) -> None:
@@ -175,37 +191,34 @@ def _try(method: Method, pattern: Pattern, inputs: int, outputs: int) -> None:
     kinds = (np.float32, np.float32, np.float32, np.uint32)
     arrays = map(jax.ShapeDtypeStruct, shapes, kinds)
     jax.eval_shape(
-        lambda w, m, h, r: method.prune(Matrix(w, m, h, r, pattern)), *arrays
+        lambda w, m, h, k: method.prune(Matrix(w, m, h, k, pattern)), *arrays
     )
 
 
-def _known(product: Product, leaves: Leaves, moments: Moments | None) -> Weight:
+def _known(op: LinearOp, leaves: Leaves, statistics: InputStatistics | None) -> Weight:
     """What a rule may know of a weight."""
     return Weight(
-        name=product.name,
-        leaf=product.leaf,
-        index=product.index,
-        shape=product.shape,
-        view=product.view.read,
-        read=functools.partial(_matrix, product, leaves),
-        mean_square=None if moments is None else moments.mean_square,
+        name=op.name,
+        leaf=op.leaf,
+        index=op.index,
+        shape=op.shape,
+        view=op.view.read,
+        read=lambda: op.view.read(array(leaves.all[op.view.leaf])),
+        mean_square=None if statistics is None else statistics.mean_square,
     )
 
 
-def _matrix(product: Product, leaves: Leaves) -> jax.Array:
-    return product.view.read(array(leaves.all[product.view.leaf]))
-
-
-def _units(pattern: Pattern, product: Product) -> int:
-    """How many units live or die in a weight."""
-    batch, *matrix = product.shape
+def _units(pattern: Pattern, op: LinearOp) -> int:
+    """How many units of the pattern a weight has."""
+    batch, *matrix = op.shape
     if isinstance(pattern, Unstructured | PerOutput):
-        return product.size
+        return op.size
     scores = jax.ShapeDtypeStruct(tuple(matrix), np.float32)
     units = jax.eval_shape(functools.partial(pattern.units, axes=Axes()), scores)
     return batch * int(np.prod(units.shape))
 
 
-def _spread(count: int, parts: int) -> list[int]:
-    """A count as integers that differ by at most one, the larger ones first."""
-    return [count // parts + (i < count % parts) for i in range(parts)]
+def _kept(units: int, removed: int, parts: int) -> list[int]:
+    """What each matrix of a weight keeps; the first ones lose one unit more."""
+    share, more = divmod(removed, parts)
+    return [units // parts - share - (i < more) for i in range(parts)]

@@ -1,8 +1,8 @@
-"""What a long pruning has done so far, on disk, so that a killed one goes on.
+"""What a long pruning has done so far, on disk, so that a killed one can resume.
 
-One pair of files a stage: the weights it pruned, and a record that names their digest
-and is renamed into place last. A stage without a whole record is done again. The folder
-belongs to one job; another job's is refused.
+One pair of files a segment: the weights that were pruned in it, and a record that names
+their digest and is renamed into place last. A segment without a whole record is pruned
+again. A directory belongs to one job; another job's is refused.
 """
 
 import hashlib
@@ -15,56 +15,59 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from jaxprune.arrays.messages import listed
 from jaxprune.formats import safetensors_file
 
 _JOB = "job.json"
 
 
-class Journal:
-    """The stages that are done.
+class ProgressLog:
+    """The segments that are done.
 
     Attributes:
-      folder: where they are.
+      directory: where they are.
     """
 
-    def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
-        """Opens or begins the folder of a job.
+    def __init__(self, directory: Path, job: Mapping[str, Any]) -> None:
+        """Opens or begins the directory of a job.
 
         Args:
-          folder: made where absent.
+          directory: made where absent.
           job: JSON-able; what decides the result.
 
         Raises:
-          ValueError: the folder is another job's, and the sentence names what differs;
-            or what says whose it is is damaged.
+          ValueError: the directory is another job's, and the sentence names what
+            differs; or the file that says whose it is is damaged.
         """
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
         job = json.loads(json.dumps(dict(job)))
-        if (path := folder / _JOB).exists():
+        if (path := directory / _JOB).exists():
             known = _known(path)
             differs = sorted(k for k in {**known, **job} if known.get(k) != job.get(k))
             if differs:
                 raise ValueError(
-                    f"'{folder}' must be this job's folder, but {differs} differ from "
-                    "the job that began it; choose another folder, or delete it"
+                    f"'{directory}' must be this job's directory, but "
+                    f"{listed(differs)} differ from the job that began it; choose "
+                    "another directory, or delete it"
                 )
         else:
             _replace(path, json.dumps(job, indent=1).encode())
 
-    def read(self, stage: int) -> tuple[dict[str, np.ndarray], Any] | None:
-        """The weights and the record of a stage.
+    def read(self, segment: int) -> tuple[dict[str, np.ndarray], Any] | None:
+        """The weights and the record of a segment.
 
         Args:
-          stage: its number.
+          segment: its number.
 
         Returns:
-          Name to matrix, and what `write` was given; None where the stage is not whole.
+          Name to weight, and what `write` was given; None where the files are not
+          whole.
         """
-        weights, record = self._paths(stage)
+        weights, record = self._paths(segment)
         try:
             body = json.loads(record.read_text(encoding="utf-8"))
-            digest, told = body["sha256"], body["record"]
+            digest, rows = body["sha256"], body["record"]
             if digest != hashlib.sha256(weights.read_bytes()).hexdigest():
                 return None
             tensors, _ = safetensors_file.read_header(weights)
@@ -73,51 +76,53 @@ class Journal:
         arrays = {
             name: safetensors_file.view(weights, info) for name, info in tensors.items()
         }
-        return arrays, told
+        return arrays, rows
 
-    def matrix(self, stage: int, name: str) -> np.ndarray:
-        """One weight of a stage that is whole, as a view of its file.
+    def weight(self, segment: int, name: str) -> np.ndarray:
+        """One weight of a segment whose files are whole.
 
         Args:
-          stage: its number.
+          segment: its number.
           name: of the weight.
 
         Returns:
-          The matrix; its memory is the file's, and is let go with it.
+          (batch, in, out), mapped from the file.
         """
-        weights, _ = self._paths(stage)
+        weights, _ = self._paths(segment)
         tensors, _ = safetensors_file.read_header(weights)
         return safetensors_file.view(weights, tensors[name])
 
-    def write(self, stage: int, arrays: Mapping[str, np.ndarray], record: Any) -> None:
-        """Notes a stage as done.
+    def write(
+        self, segment: int, arrays: Mapping[str, np.ndarray], record: Any
+    ) -> None:
+        """Notes a segment as done.
 
         Args:
-          stage: its number.
-          arrays: name to matrix.
+          segment: its number.
+          arrays: name to weight.
           record: JSON-able.
         """
-        path, place = self._paths(stage)
+        path, place = self._paths(segment)
         content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()})
         _replace(path, content)
         body = {"sha256": hashlib.sha256(content).hexdigest(), "record": record}
         _replace(place, json.dumps(body).encode())
 
-    def _paths(self, stage: int) -> tuple[Path, Path]:
-        name = f"stage_{stage:05d}"
-        return self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
+    def _paths(self, segment: int) -> tuple[Path, Path]:
+        name = f"segment_{segment:05d}"
+        return self.directory / f"{name}.safetensors", self.directory / f"{name}.json"
 
 
 def _known(path: Path) -> dict[str, Any]:
-    """The job that a folder belongs to."""
+    """The job that a directory belongs to."""
     try:
         job = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         job = None
     if not isinstance(job, dict):
         raise ValueError(
-            f"'{path}' must say whose folder it is, but is damaged; delete the folder, "
-            "or choose another"
+            f"'{path}' must say whose directory it is, but is damaged; delete the "
+            "directory, or choose another"
         )
     return job
 

@@ -1,10 +1,9 @@
-"""Prunes a trained model in one walk through its program, with calibration batches.
+"""Prunes a trained model, segment by segment of its program, with calibration batches.
 
-The way there is `jaxprune.posttraining.sequential`; here is what is asked for, checked
-and reported.
+Here the arguments are checked and the result is reported; what is in between is
+`jaxprune.posttraining.pruner`.
 """
 
-import hashlib
 import itertools
 import math
 import time
@@ -13,27 +12,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.lazy import Leaves
+from jaxprune.arrays.messages import listed
 from jaxprune.graph.linear_ops import trace
-from jaxprune.graph.segments import Stage, Stages
 from jaxprune.masking.allocation import Allocation
-from jaxprune.posttraining import calibration, fingerprint, methods
+from jaxprune.posttraining import calibration, fingerprint, input_statistics, methods
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.methods import Method
-from jaxprune.posttraining.progress import Journal
-from jaxprune.posttraining.sequential import Walk
+from jaxprune.posttraining.plan import Plan
+from jaxprune.posttraining.progress import ProgressLog
+from jaxprune.posttraining.pruner import Pruner
+from jaxprune.posttraining.sequential import SegmentedProgram
 from jaxprune.typing import Params, Pattern, Prunable
 
 
-class Trained(NamedTuple):
+class PruneResult(NamedTuple):
     """A pruned model and how it came about.
 
     Attributes:
       params: like the parameters that were given, pruned; `jp.LazyArray` leaves are
-        that still, the pruned ones in `folder`, or arrays where none was given.
+        that still, the pruned ones in `directory`, or arrays where none was given.
       report: JSON-able: method, pattern, sparsity asked for and achieved, calibration,
         seconds, what was not seen, and a row for each weight: name, shape, units
         removed, zeros, size, relative squared error of its output on the first 256
@@ -55,23 +55,23 @@ def prune_trained(
     allocation: Allocation = "layer",
     prunable: Prunable = tree.prunable,
     positions: Callable[[Any], jax.Array] | None = None,
-    folder: str | Path | None = None,
+    directory: str | Path | None = None,
     donate: bool = False,
     progress: bool = True,
-) -> Trained:
-    """Prunes a trained model after a look at calibration batches.
+) -> PruneResult:
+    """Prunes a trained model, with calibration batches.
 
-    The weights that are pruned are the products of a prunable leaf with an activation,
+    Pruned are the prunable leaves that meet an activation in a matmul or convolution,
     as `jp.trace` lists them; a tied weight is pruned at its last use, for all its
     inputs. The same call gives the same bits.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
       params: the parameters, any pytree of arrays, sharded or not. `jp.LazyArray`
-        leaves are in memory from their first use to their last: with `folder`, a model
-        larger than memory is pruned in that of a layer.
-      batches: pytrees of arrays, all of one shape; their live activations are kept. An
-        iterator's batches are let go once they are used.
+        leaves are in memory from their first use to their last: with `directory`, a
+        model larger than memory is pruned in that of a layer.
+      batches: pytrees of arrays, all of one shape; their activations are kept. An
+        iterator's batches are freed once they are used.
       method: "magnitude", "wanda", "ria", "sparsegpt", "alps", or a value of
         `jp.methods` with settings of your own.
       sparsity: the share to remove of the weights that are pruned, in [0, 1), or {glob
@@ -84,17 +84,18 @@ def prune_trained(
       prunable: which leaves may be pruned.
       positions: a batch to booleans of the samples' shape, (batch, time) say: which
         positions count. None counts all, BOS too.
-      folder: where progress is kept; the same call after a kill goes on from there.
+      directory: where progress is kept; the same call after a kill resumes from there.
       donate: whether the old weights are given up, each as soon as its successor is
         there; THE OLD PARAMETERS ARE GONE then, and memory holds the model once.
-      progress: whether to show a bar, on a terminal.
+      progress: whether to show how far it is: a bar on a terminal, a line now and then
+        in a log.
 
     Returns:
       The pruned parameters, of the same structure, dtypes and sharding, and a report.
 
     Raises:
       ValueError: an argument does not fit, an input is not finite, a factorisation
-        failed, or the folder is another job's; nothing has been written then.
+        failed, or the directory is another job's; no result has been written then.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -112,11 +113,14 @@ def prune_trained(
     started = time.perf_counter()
     batches = _checked_batches(batches)
     traced = trace(fn, params, batches[0])
-    products = calibration.chosen(traced, params, prunable)
-    leaves, marks = plans.concrete(params, products, donate=donate)
-    stages = Stages(traced, leaves, products)
+    ops = calibration.chosen(traced, params, prunable)
+    leaves = Leaves(jax.tree.leaves(params))
+    plans.check_leaves(leaves, ops, donate=donate)
+    prints = fingerprint.of_leaves({op.leaf: op.view.leaf for op in ops}, leaves)
+    plans.check_finite(prints)
+    program = SegmentedProgram(traced, leaves, ops)
     plan = plans.planned(
-        products,
+        ops,
         leaves,
         methods.named(method),
         sparsity,
@@ -126,64 +130,64 @@ def prune_trained(
             fn, params, batches, positions=positions, prunable=prunable
         ),
     )
-    counts = [positions(batch) if positions else None for batch in batches]
-    for stage, count in itertools.product(stages.stages, counts):
-        calibration.counted(stage, count)
-    facts = {
-        **plan.facts(),
-        "positions": "chosen" if positions else "all",
-        "samples": _samples(stages.stages[0], counts),
-        "batches": len(batches),
-        "calibration": _digest(batches),
-    }
-    journal = None
-    if folder is not None:
-        rest = {name: i for name, i in stages.used.items() if name not in marks}
-        marks |= fingerprint.fingerprints(rest, leaves)
+    counted = [positions(batch) if positions else None for batch in batches]
+    for segment, own in itertools.product(program.segments, counted):
+        input_statistics.counted_samples(segment, own)
+    facts = _facts(plan, program, batches, counted)
+    log = None
+    if directory is not None:
+        rest = {n: i for n, i in program.used.items() if n not in prints}
+        prints |= fingerprint.of_leaves(rest, leaves)
         job = {
-            "counted": _digest(counts),
-            "program": stages.form(),
-            "parameters": marks,
+            "counted": fingerprint.of_arrays(counted),
+            "program": fingerprint.of_program(program),
+            "parameters": {name: own.mark for name, own in prints.items()},
         }
-        journal = Journal(Path(folder), {**facts, **job})
-    walk = Walk(stages, plan, batches, counts, journal, donate=donate)
-    batches.clear()
-    rows = walk.all(progress=progress)
-    pruned = jax.tree.unflatten(jax.tree.structure(params), stages.leaves.all)
+        log = ProgressLog(Path(directory), {**facts, **job})
+    pruner = Pruner(program, plan, batches, counted, log, donate=donate)
+    batches.clear()  # the pipeline frees each one after its first segment
+    rows = pruner.run(progress=progress)
     report = {
         **facts,
-        "programs": stages.programs,
+        "programs": program.programs,
         "achieved": sum(r["zeros"] for r in rows) / sum(r["size"] for r in rows),
         "seconds": time.perf_counter() - started,
         "unseen": dict(traced.unseen),
         "weights": rows,
     }
-    return Trained(pruned, report)
+    pruned = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
+    return PruneResult(pruned, report)
 
 
 def _checked_batches(batches: Iterable[Any]) -> list[Any]:
     batches = list(batches)
     if not batches:
         raise ValueError("prune_trained needs at least one batch, got none")
-    first = calibration.kinds(batches[0])
-    odd = [i for i, x in enumerate(batches) if calibration.kinds(x) != first]
+    first = calibration.kind_of(batches[0])
+    odd = [i for i, x in enumerate(batches) if calibration.kind_of(x) != first]
     if odd:
         raise ValueError(
-            f"all batches must have the shapes and dtypes of the first, but {odd[:6]} "
-            "differ; drop the incomplete last batch, or cut all sequences to one length"
+            "all batches must have the shapes and dtypes of the first, but those at "
+            f"{listed(odd)} differ; drop the incomplete last batch, or cut all "
+            "sequences to one length"
         )
     return batches
 
 
-def _samples(first: Stage, counts: Sequence[Any]) -> int:
-    """How many positions count, at the first input."""
-    every = math.prod(first.source.leading)
-    return sum(every if c is None else int(jnp.sum(c, dtype=np.int32)) for c in counts)
-
-
-def _digest(batches: Sequence[Any]) -> str:
-    """SHA-256 of the arrays in a tree, in order."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(batches):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+def _facts(
+    plan: Plan,
+    program: SegmentedProgram,
+    batches: Sequence[Any],
+    counted: Sequence[jax.Array | None],
+) -> dict[str, Any]:
+    """What the report says of a job before it has begun."""
+    # At the first input; each other one has as many samples.
+    every = math.prod(program.segments[0].source.leading)
+    samples = [every if own is None else int(own.sum()) for own in counted]
+    return {
+        **plan.facts(),
+        "positions": "all" if counted[0] is None else "chosen",
+        "samples": sum(samples),
+        "batches": len(batches),
+        "calibration": fingerprint.of_arrays(batches),
+    }

@@ -58,7 +58,7 @@ def test_a_stored_leaf_says_its_shape():
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_the_bits_are_those_of_arrays(method, tmp_path):
     expected = prune(run_chain, PARAMS, method=method)
-    found = prune(run_chain, Shelf(PARAMS).params, method=method, folder=tmp_path)
+    found = prune(run_chain, Shelf(PARAMS).params, method=method, directory=tmp_path)
     assert not held(found.params)
     assert same_bits(lazy.loaded(found.params), expected.params)
 
@@ -67,7 +67,7 @@ def test_the_bits_are_those_of_arrays(method, tmp_path):
 def test_shares_read_what_they_need(shares, tmp_path):
     options = {"method": "wanda", "sparsity": 0.4, "allocation": shares}
     expected = prune(run_chain, PARAMS, **options)
-    found = prune(run_chain, Shelf(PARAMS).params, folder=tmp_path, **options)
+    found = prune(run_chain, Shelf(PARAMS).params, directory=tmp_path, **options)
     assert same_bits(lazy.loaded(found.params), expected.params)
 
 
@@ -114,7 +114,7 @@ def test_memory_holds_a_layer_and_not_the_model(tmp_path):
     tree = [leaf(i) for i in range(len(params))]
     batches = [np.asarray(correlated(0, 8, wide))]
     before = sum(x.shape == (wide, wide) for x in jax.live_arrays())
-    prune(fn, tree, batches, method="wanda", folder=tmp_path)
+    prune(fn, tree, batches, method="wanda", directory=tmp_path)
     assert len(most) == 2 * len(params)  # once to be looked at, once to be pruned
     # The layer before, for the way to the next input, and what is being pruned.
     assert max(most) <= 4
@@ -128,18 +128,18 @@ def test_parts_of_one_leaf_go_back_to_it(tmp_path):
         return jnp.tanh(x @ first) @ second
 
     expected = prune(fn, params)
-    found = prune(fn, Shelf(params).params, folder=tmp_path)
+    found = prune(fn, Shelf(params).params, directory=tmp_path)
     assert not held(found.params)
     assert same_bits(lazy.loaded(found.params), expected.params)
 
 
 def test_a_killed_walk_goes_on(tmp_path):
     shelf = Shelf(PARAMS)
-    whole = prune(run_chain, shelf.params, folder=tmp_path)
-    records = sorted(tmp_path.glob("stage_*.json"))
+    whole = prune(run_chain, shelf.params, directory=tmp_path)
+    records = sorted(tmp_path.glob("segment_*.json"))
     for path in records[2:]:
         path.unlink()
-    again = prune(run_chain, Shelf(PARAMS).params, folder=tmp_path)
+    again = prune(run_chain, Shelf(PARAMS).params, directory=tmp_path)
     assert same_bits(lazy.loaded(again.params), lazy.loaded(whole.params))
     assert again.report["weights"][:2] == whole.report["weights"][:2]
 
@@ -147,7 +147,7 @@ def test_a_killed_walk_goes_on(tmp_path):
 def test_what_is_stored_must_be_finite(tmp_path):
     wrong = jax.tree.map(lambda x: x.at[0].set(jnp.nan), PARAMS)
     with pytest.raises(ValueError, match="finite"):
-        prune(run_chain, Shelf(wrong).params, folder=tmp_path / "new")
+        prune(run_chain, Shelf(wrong).params, directory=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -166,7 +166,7 @@ def test_each_device_gets_its_part(kind, tmp_path):
 
     with jax.set_mesh(mesh):
         expected = prune(fn, params, batches)
-        found = prune(fn, Shelf(params).params, batches, folder=tmp_path)
+        found = prune(fn, Shelf(params).params, batches, directory=tmp_path)
     leaves = lazy.loaded(found.params)
     assert [x.sharding for x in leaves] == [where] * 2
     assert same_bits(leaves, expected.params)

@@ -1,4 +1,5 @@
 import re
+import runpy
 import subprocess
 import sys
 
@@ -35,14 +36,17 @@ HALF = ("--sparsity", "0.5")
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (refused(*CALIBRATED), "--sparsity must say"),
-        (refused(*CALIBRATED, "--sparsity", "1"), r"in \[0, 1\), got 1"),
-        (refused(*CALIBRATED, *HALF, "--pattern", "2of4"), "--pattern must be"),
+        (refused(*CALIBRATED), "leaves the sparsity free; give sparsity"),
+        (refused(*CALIBRATED, "--sparsity", "1"), r"in \[0, 1\), .* got 1"),
+        (
+            refused(*CALIBRATED, *HALF, "--pattern", "2of4"),
+            "pattern must be one of unstructured, per-layer",
+        ),
         (refused(*CALIBRATED, "--sparsity", "0.6", "--pattern", "2:4"), "exactly 0.5"),
         (refused(*CALIBRATED, "--pattern", "1:3"), "divisible by 3, got 32 at 'model"),
         (
             refused(*CALIBRATED, "--pattern", "2:4", "--allocation", "owl"),
-            "leaves the sparsity free",
+            "needs one sparsity to share out",
         ),
         (refused(*HALF, "--method", "wanda"), "needs --calibration"),
         (
@@ -184,6 +188,16 @@ def test_the_likeliest_words_follow_a_prompt(place, capsys):
     assert found["tokens"] == [11, 12, 13, 14, 15]
 
 
+def test_the_module_is_the_command(place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxprune", "inspect", "none", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("jaxprune.cli", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (1, "")
+    assert err.startswith("jaxprune inspect: there is no directory 'none'")
+
+
+@pytest.mark.full
 def test_the_command_is_a_process_with_an_exit_code(place):
     command = [sys.executable, "-m", "jaxprune.cli", "inspect", "none", "--json"]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True)

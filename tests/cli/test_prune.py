@@ -9,7 +9,7 @@ pytest.importorskip("tokenizers")
 
 from jaxprune import cli
 from jaxprune.formats import rewrite
-from jaxprune.posttraining.progress import Journal
+from jaxprune.posttraining.progress import ProgressLog
 
 __all__ = ["place"]
 
@@ -95,13 +95,14 @@ def test_perplexities_are_those_of_the_folders(place, pruned, stage):
     assert record["perplexity"]["a.txt"]["bos"] is True
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatch):
     options = ["--method", "wanda", "--sparsity", "0.6", "--allocation", "erk"]
     options += ["--calibration", place / "a.txt", "--prompt-steps", "0"]
     code, whole, _ = prune(capsys, place, "whole", *options)
     assert code == 0
     written, known = [], []
-    write, read = Journal.write, Journal.read
+    write, read = ProgressLog.write, ProgressLog.read
 
     def dies(self, stage, arrays, record):
         if len(written) == 2:
@@ -114,13 +115,13 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatc
         known.append(found is not None)
         return found
 
-    monkeypatch.setattr(Journal, "write", dies)
+    monkeypatch.setattr(ProgressLog, "write", dies)
     code, found, err = prune(capsys, place, "again", *options)
     assert (code, found) == (130, None)
     assert "interrupted" in err
     assert not (place / "again").exists()
-    monkeypatch.setattr(Journal, "write", write)
-    monkeypatch.setattr(Journal, "read", reads)
+    monkeypatch.setattr(ProgressLog, "write", write)
+    monkeypatch.setattr(ProgressLog, "read", reads)
     code, found, _ = prune(capsys, place, "again", *options)
     assert code == 0
     assert known[:3] == [True, True, False]
@@ -130,6 +131,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatc
     assert not (place / ".again.work").exists()
 
 
+@pytest.mark.full
 def test_retraining_moves_what_is_kept_and_nothing_else(place, pruned, capsys):
     code, found, _ = prune(
         capsys, place, "retrained", *WANDA, "--calibration", place / "rows.npy",
@@ -152,6 +154,7 @@ def test_retraining_moves_what_is_kept_and_nothing_else(place, pruned, capsys):
             np.testing.assert_array_equal(after[name], value)
 
 
+@pytest.mark.full
 def test_what_is_measured_is_what_is_written(place, tmp_path, capsys):
     tiny_cli.model(tmp_path / "half", "bfloat16")
     code, found, _ = run(

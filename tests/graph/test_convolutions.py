@@ -1,4 +1,4 @@
-"""A convolution is the product of its kernel with patches: cut out by hand here."""
+"""A convolution is the matmul of its kernel with patches: cut out by hand here."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import jaxprune as jp
 from tests.support.small_models import draw, hessian
 from tests.support.small_models import quick_compilation as quick_compilation
 
-# Convolutions: the product with patches, cut out by hand.
+# Convolutions: the matmul with patches, cut out by hand.
 
 
 def patches_by_hand(x, window, strides=None, dilation=None, padding=None, spread=None):
@@ -60,7 +60,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_convolution_is_a_product_with_patches(name):
+def test_a_convolution_is_a_matmul_with_patches(name):
     options = {"window_strides": (1, 1), "padding": ((0, 0), (0, 0))}
     options |= CONVOLUTIONS[name]
     groups = options.get("feature_group_count", 1)
@@ -72,7 +72,7 @@ def test_a_convolution_is_a_product_with_patches(name):
         )
 
     traced = jp.trace(fn, {"w": kernel}, IMAGE)
-    (found,) = traced.products
+    (found,) = traced.linear_ops
     assert found.kind == "convolution"
     assert found.shape == (groups, 4 // groups * 6, 8 // groups)
     if groups == 1:
@@ -109,7 +109,7 @@ def test_a_convolution_may_keep_its_channels_first():
         )
 
     x = draw(23, 2, 4, 9)
-    (found,) = jp.trace(fn, {"w": kernel}, x).products
+    (found,) = jp.trace(fn, {"w": kernel}, x).linear_ops
     assert found.shape == (1, 12, 5)
     assert found.axes == jp.Axes((1, 2), (0,))
     patches = patches_by_hand(x.swapaxes(1, 2), (3,), (2,), padding=((1, 1),))
@@ -134,5 +134,5 @@ def test_convolutions_of_one_input_share_it_where_their_patches_are_the_same():
         return conv(p["a"]), conv(p["b"]), conv(p["c"], rhs_dilation=(2, 2))
 
     params = {n: draw(30 + i, 3, 3, 4, 2) for i, n in enumerate("abc")}
-    numbers = [p.input for p in jp.trace(fn, params, IMAGE).products]
+    numbers = [p.input for p in jp.trace(fn, params, IMAGE).linear_ops]
     assert numbers[0] == numbers[1] != numbers[2]

@@ -23,11 +23,11 @@ FLAT = draw(1, 6, 4)
 
 
 def shapes(traced):
-    return {p.name: p.shape for p in traced.products}
+    return {p.name: p.shape for p in traced.linear_ops}
 
 
 def inputs_of(traced):
-    return {p.name: p.input for p in traced.products}
+    return {p.name: p.input for p in traced.linear_ops}
 
 
 def check(fn, params, x, by_hand, *, tolerance=1e-4, prunable=jp.tree.prunable):
@@ -109,12 +109,12 @@ def test_linen_attention_has_heads_as_outputs_and_shares_its_input():
     model = Layer()
     params = initial(model, X)
     traced = jp.trace(model.apply, params, X)
-    own = {p.name.removeprefix("params/"): p for p in traced.products}
+    own = {p.name.removeprefix("params/"): p for p in traced.linear_ops}
     for part in ("query", "key", "value"):
-        product = own[f"attention/{part}/kernel"]
-        assert product.axes == jp.Axes((0,), (1, 2))
-        assert product.shape == (1, 4, 4)
-        assert product.input == own["attention/query/kernel"].input
+        op = own[f"attention/{part}/kernel"]
+        assert op.axes == jp.Axes((0,), (1, 2))
+        assert op.shape == (1, 4, 4)
+        assert op.input == own["attention/query/kernel"].input
     out = own["attention/out/kernel"]
     assert out.axes == jp.Axes((0, 1), (2,))
     assert out.input != own["attention/query/kernel"].input
@@ -130,12 +130,12 @@ def test_linen_scan_over_layers_with_remat_is_layer_by_layer():
     model = Stacked()
     params = initial(model, tokens)
     traced = jp.trace(model.apply, params, tokens)
-    kernels = [p for p in traced.products if p.leaf.startswith("params/layers")]
+    kernels = [p for p in traced.linear_ops if p.leaf.startswith("params/layers")]
     assert len(kernels) == 2 * 6
     assert [p.index for p in kernels] == [(0,)] * 6 + [(1,)] * 6
     up = next(p for p in kernels if p.name == "params/layers/up/kernel/1")
     assert up.axes == jp.Axes((1,), (2,))
-    head = traced.products[-1]
+    head = traced.linear_ops[-1]
     assert (head.name, head.shape) == ("params/embed/embedding", (1, 4, 7))
     assert head.axes == jp.Axes((1,), (0,))
 
@@ -288,7 +288,7 @@ def test_nnx_scan_with_remat_over_stacked_layers_is_layer_by_layer():
         return nnx.merge(graphdef, state)(x)
 
     traced = jp.trace(fn, state, FLAT)
-    assert [p.name for p in traced.products] == [
+    assert [p.name for p in traced.linear_ops] == [
         f"blocks/{part}/kernel/{i}" for i in range(3) for part in ("up", "down")
     ]
     leaves = {k: np.asarray(v) for k, v in jp.tree.named_leaves(state).items()}
@@ -328,7 +328,7 @@ def test_nnx_convolution_and_an_embedding_used_as_head():
     graphdef, state = split(lambda: Tied(nnx.Rngs(0)))
     tokens = np.array([[0, 1, 2, 3], [6, 5, 4, 3]])
     traced = jp.trace(lambda s, x: nnx.merge(graphdef, s)(x), state, tokens)
-    found = {p.name: p for p in traced.products}
+    found = {p.name: p for p in traced.linear_ops}
     assert set(found) == {"conv/kernel", "embed/embedding"}
     assert found["conv/kernel"].kind == "convolution"
     assert found["conv/kernel"].shape == (1, 12, 4)
@@ -355,9 +355,11 @@ def test_an_equinox_mlp_under_vmap_is_seen_from_output_to_input():
         return jax.vmap(eqx.combine(params, static))(x)
 
     traced = jp.trace(fn, params, FLAT)
-    assert [p.name for p in traced.products] == [f"layers/{i}/weight" for i in range(3)]
-    assert [p.shape for p in traced.products] == [(1, 4, 6), (1, 6, 6), (1, 6, 2)]
-    assert all(p.axes == jp.Axes((1,), (0,)) for p in traced.products)
+    assert [p.name for p in traced.linear_ops] == [
+        f"layers/{i}/weight" for i in range(3)
+    ]
+    assert [p.shape for p in traced.linear_ops] == [(1, 4, 6), (1, 6, 6), (1, 6, 2)]
+    assert all(p.axes == jp.Axes((1,), (0,)) for p in traced.linear_ops)
     x, by_hand = FLAT, {}
     for i, layer in enumerate(params.layers):
         by_hand[f"layers/{i}/weight"] = x
@@ -390,7 +392,7 @@ def test_an_equinox_convolution_has_its_channels_first():
     params, static = divided(eqx.nn.Conv2d, 4, 6, 3, groups=2)
     (found,) = jp.trace(
         lambda p, x: jax.vmap(eqx.combine(p, static))(x), params, draw(3, 2, 4, 5, 5)
-    ).products
+    ).linear_ops
     assert (found.name, found.kind) == ("weight", "convolution")
     assert found.shape == (2, 18, 3)
 

@@ -1,4 +1,4 @@
-"""However a product is written, it is seen as (batch, in, out) with its real input."""
+"""However a linear op is written, it is seen as (batch, in, out) with its input."""
 
 import types
 
@@ -193,13 +193,13 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_product_is_seen_as_batch_in_out(name):
+def test_a_linear_op_is_seen_as_batch_in_out(name):
     own = PLAIN[name]
     traced = jp.trace(own.fn, own.params, own.x)
-    assert len(traced.products) == len(own.expected)
+    assert len(traced.linear_ops) == len(own.expected)
     leaves = jp.tree.named_leaves(own.params)
     for found, (weight, axes, matrix, inputs) in zip(
-        traced.products, own.expected, strict=True
+        traced.linear_ops, own.expected, strict=True
     ):
         assert (found.name, found.leaf, found.kind) == (weight, weight, "dot")
         assert found.index == ()
@@ -221,7 +221,7 @@ def test_a_product_is_seen_as_batch_in_out(name):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_input_of_a_product_is_what_it_really_reads(name):
+def test_the_input_of_a_linear_op_is_what_it_really_reads(name):
     own = PLAIN[name]
     found = jp.calibrate(own.fn, own.params, [own.x], hessian=True, prunable=everything)
     for weight, _, _, inputs in own.expected:

@@ -1,4 +1,4 @@
-"""Every product of a parameter with an activation is found, and how it is laid out."""
+"""Every linear op of a parameter with an activation is found, and its layout."""
 
 import functools
 
@@ -16,7 +16,7 @@ f32 = jnp.float32
 
 def rows(traced):
     """What a reader of the table sees."""
-    return [(p.name, p.shape, p.axes, p.input, p.use) for p in traced.products]
+    return [(p.name, p.shape, p.axes, p.input, p.use) for p in traced.linear_ops]
 
 
 X = draw(0, 5, 4)
@@ -64,16 +64,16 @@ def walked(x, stack=STACK):
     ],
     ids=["scan", "remat", "jit in", "unroll", "jit", "fori", "python", "indices"],
 )
-def test_a_stacked_leaf_has_one_product_a_layer(fn):
+def test_a_stacked_leaf_has_one_linear_op_a_layer(fn):
     params = {"w": jnp.asarray(STACK)}
     traced = jp.trace(fn, params, X)
     expected = [
         (f"w/{i}", (1, 4, 4), jp.Axes((1,), (2,)), i, 0) for i in range(len(STACK))
     ]
     assert rows(traced) == expected
-    assert [p.index for p in traced.products] == [(0,), (1,), (2,)]
-    assert {p.leaf for p in traced.products} == {"w"}
-    for p, w in zip(traced.products, STACK, strict=True):
+    assert [p.index for p in traced.linear_ops] == [(0,), (1,), (2,)]
+    assert {p.leaf for p in traced.linear_ops} == {"w"}
+    for p, w in zip(traced.linear_ops, STACK, strict=True):
         np.testing.assert_array_equal(p.view.read(params["w"]), w[None])
     found = jp.calibrate(fn, params, [X], hessian=True)
     for i, x in enumerate(walked(X)):
@@ -84,8 +84,8 @@ def test_a_stacked_leaf_has_one_product_a_layer(fn):
 
 def test_a_reversed_scan_names_the_layers_by_their_place_in_the_leaf():
     traced = jp.trace(lambda p, x: scanned(p, x, reverse=True), {"w": STACK}, X)
-    assert [p.name for p in traced.products] == ["w/2", "w/1", "w/0"]
-    assert [p.input for p in traced.products] == [0, 1, 2]
+    assert [p.name for p in traced.linear_ops] == ["w/2", "w/1", "w/0"]
+    assert [p.input for p in traced.linear_ops] == [0, 1, 2]
 
 
 def test_a_stack_of_stacks_has_two_indices():
@@ -97,10 +97,10 @@ def test_a_stack_of_stacks_has_two_indices():
         {"w": stack},
         X,
     )
-    assert [p.index for p in traced.products] == [
+    assert [p.index for p in traced.linear_ops] == [
         (i, j) for i in range(2) for j in range(3)
     ]
-    assert traced.products[4].name == "w/1/1"
+    assert traced.linear_ops[4].name == "w/1/1"
 
 
 def test_experts_in_stacked_layers_are_batch_and_layers_are_index():
@@ -128,12 +128,12 @@ def test_a_fused_kernel_that_is_split_before_use_is_three_weights_of_one_input()
 
     kernel = draw(10, 4, 12)
     traced = jp.trace(fn, {"qkv": kernel}, X)
-    assert [p.name for p in traced.products] == [
+    assert [p.name for p in traced.linear_ops] == [
         f"qkv[:,{a}:{a + 4}]" for a in (0, 4, 8)
     ]
-    assert [p.input for p in traced.products] == [0, 0, 0]
-    assert [p.use for p in traced.products] == [0, 0, 0]
-    for i, p in enumerate(traced.products):
+    assert [p.input for p in traced.linear_ops] == [0, 0, 0]
+    assert [p.use for p in traced.linear_ops] == [0, 0, 0]
+    for i, p in enumerate(traced.linear_ops):
         assert p.shape == (1, 4, 4)
         part = kernel[None, :, 4 * i : 4 * i + 4]
         np.testing.assert_array_equal(p.view.read(jnp.asarray(kernel)), part)
@@ -144,8 +144,8 @@ def test_a_kernel_cut_along_its_input_has_parts_with_inputs_of_their_own():
         return x[:, :2] @ p["w"][:2] + x[:, 2:] @ p["w"][2:]
 
     traced = jp.trace(fn, {"w": W}, X)
-    assert [p.name for p in traced.products] == ["w[0:2,:]", "w[2:4,:]"]
-    assert [p.input for p in traced.products] == [0, 1]
+    assert [p.name for p in traced.linear_ops] == ["w[0:2,:]", "w[2:4,:]"]
+    assert [p.input for p in traced.linear_ops] == [0, 1]
     found = jp.calibrate(fn, {"w": W}, [X], hessian=True)
     for name, x in (("w[0:2,:]", X[:, :2]), ("w[2:4,:]", X[:, 2:])):
         np.testing.assert_allclose(
@@ -153,7 +153,7 @@ def test_a_kernel_cut_along_its_input_has_parts_with_inputs_of_their_own():
         )
 
 
-# Which products share an input.
+# Which linear ops share an input.
 
 
 def attention(p, x, cast=lambda x: x):
@@ -178,7 +178,7 @@ QKV = {name: draw(11 + i, 4, 4) for i, name in enumerate(["q", "k", "v", "out"])
 )
 def test_queries_keys_and_values_share_their_input(cast):
     traced = jp.trace(lambda p, x: attention(p, x, cast), QKV, X3)
-    by_name = {p.name: p.input for p in traced.products}
+    by_name = {p.name: p.input for p in traced.linear_ops}
     assert by_name == {"q": 0, "k": 0, "v": 0, "out": 1}
 
 
@@ -187,7 +187,7 @@ def test_different_inputs_are_not_shared():
         return x @ p["a"], jnp.tanh(x) @ p["b"], (x + 0) @ p["c"], x[::-1] @ p["d"]
 
     params = {name: draw(1, 4, 3) for name in "abcd"}
-    numbers = [p.input for p in jp.trace(fn, params, X).products]
+    numbers = [p.input for p in jp.trace(fn, params, X).linear_ops]
     assert numbers[0] != numbers[1]
     assert len(set(numbers[:2] + numbers[3:])) == 3
 
@@ -213,13 +213,13 @@ def test_each_use_of_a_tied_weight_has_its_own_input():
         return jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["w"].T
 
     traced = jp.trace(fn, {"w": draw(2, 4, 4)}, X)
-    assert [(p.name, p.use, p.input) for p in traced.products] == [
+    assert [(p.name, p.use, p.input) for p in traced.linear_ops] == [
         ("w", 0, 0),
         ("w", 1, 1),
         ("w", 2, 2),
     ]
-    assert traced.products[0].axes == jp.Axes((0,), (1,))
-    assert traced.products[2].axes == jp.Axes((1,), (0,))
+    assert traced.linear_ops[0].axes == jp.Axes((0,), (1,))
+    assert traced.linear_ops[2].axes == jp.Axes((1,), (0,))
 
 
 # Low rank, and products of parameters alone.
@@ -230,7 +230,7 @@ def test_both_factors_of_a_low_rank_product_are_seen():
         return (x @ p["down"]) @ p["up"]
 
     traced = jp.trace(fn, {"down": draw(1, 4, 2), "up": draw(2, 2, 6)}, X)
-    assert [(p.name, p.input) for p in traced.products] == [("down", 0), ("up", 1)]
+    assert [(p.name, p.input) for p in traced.linear_ops] == [("down", 0), ("up", 1)]
 
 
 # What cannot be seen.
@@ -284,7 +284,7 @@ HIDDEN = {
 def test_what_hides_a_weight_is_named(name):
     fn, weight, reason = HIDDEN[name]
     traced = jp.trace(fn, {"w": weight, "scale": jnp.float32(2)}, X)
-    assert [p.name for p in traced.products] == []
+    assert [p.name for p in traced.linear_ops] == []
     assert set(traced.unseen) == {"w"}
     assert reason in traced.unseen["w"]
     assert f"unseen: w: {traced.unseen['w']}" in str(traced)
@@ -296,7 +296,7 @@ def test_a_weight_that_low_rank_factors_are_added_to_is_unseen_and_named():
 
     params = {"w": SQUARE, "a": draw(1, 4, 2), "b": draw(2, 2, 4)}
     traced = jp.trace(fn, params, X)
-    assert not traced.products
+    assert not traced.linear_ops
     assert set(traced.unseen) == {"w", "a", "b"}
     assert "add" in traced.unseen["w"]
 
@@ -308,12 +308,12 @@ def test_a_leaf_that_nothing_uses_is_named_and_vectors_are_not():
         X,
     )
     assert traced.unseen == {"idle": "is not used"}
-    assert [p.name for p in traced.products] == ["w"]
+    assert [p.name for p in traced.linear_ops] == ["w"]
 
 
-def test_a_product_of_activations_is_no_product_of_a_parameter():
+def test_a_product_of_activations_is_no_linear_op_of_a_parameter():
     traced = jp.trace(lambda p, x: (x @ p["w"]) @ (x @ p["w"]).T, {"w": W}, X)
-    assert {p.name for p in traced.products} == {"w"}
+    assert {p.name for p in traced.linear_ops} == {"w"}
 
 
 # What may be given.
@@ -327,8 +327,8 @@ def test_tracing_computes_nothing():
         params,
         {"x": kind((2**22, 2**20))},
     )
-    assert [p.size for p in traced.products] == [2**40, 2**42]
-    assert traced.products[1].shape == (1, 2**20, 2**22)
+    assert [p.size for p in traced.linear_ops] == [2**40, 2**42]
+    assert traced.linear_ops[1].shape == (1, 2**20, 2**22)
 
 
 def test_the_batch_may_be_any_tree():
@@ -339,7 +339,7 @@ def test_the_batch_may_be_any_tree():
     params = {"embedding": draw(1, 9, 4), "w": W}
     batch = {"tokens": np.array([[1, 2]]), "more": (np.ones((1, 2)), np.float32(1))}
     traced = jp.trace(fn, params, batch)
-    assert [p.name for p in traced.products] == ["w"]
+    assert [p.name for p in traced.linear_ops] == ["w"]
     assert "gather" in traced.unseen["embedding"]
 
 
@@ -352,11 +352,11 @@ def test_names_are_those_of_the_tree():
         return x @ p["a"][0]
 
     traced = jp.trace(fn, params, X)
-    assert [p.name for p in traced.products] == ["blocks/0/w", "blocks/1/w", "a/0"]
-    assert {p.name for p in traced.products} == set(jp.tree.names(params))
+    assert [p.name for p in traced.linear_ops] == ["blocks/0/w", "blocks/1/w", "a/0"]
+    assert {p.name for p in traced.linear_ops} == set(jp.tree.names(params))
 
 
-def test_the_table_has_one_line_a_product():
+def test_the_table_has_one_line_a_linear_op():
     lines = str(jp.trace(lambda p, x: attention(p, x), QKV, X3)).splitlines()
     assert len(lines) == 1 + len(QKV)
     assert [line.split()[0] for line in lines[1:]] == ["q", "k", "v", "out"]
@@ -366,4 +366,4 @@ def test_the_table_has_one_line_a_product():
 def test_a_constant_in_the_function_is_no_parameter():
     constant = jnp.asarray(W)
     traced = jp.trace(lambda p, x: (x @ constant) @ p["w"], {"w": draw(1, 6, 2)}, X)
-    assert [p.name for p in traced.products] == ["w"]
+    assert [p.name for p in traced.linear_ops] == ["w"]

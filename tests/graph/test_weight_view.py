@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprune.graph.weight_view import View
+from jaxprune.graph.weight_view import WeightView
 
 SHAPES = [(12,), (4, 6), (3, 4, 6), (2, 3, 2, 4)]
 
@@ -21,7 +21,7 @@ def numbered(shape, dtype=np.float32):
 def moved(draw):
     """A shape, a view of it by some moves, and what NumPy makes of them."""
     shape = draw(st.sampled_from(SHAPES))
-    view, array = View.whole(0, shape), numbered(shape)
+    view, array = WeightView.whole(0, shape), numbered(shape)
     for kind in draw(st.lists(st.sampled_from("srt"), max_size=5)):
         if kind == "s":
             box = []
@@ -87,7 +87,7 @@ def test_a_box_and_the_axes_say_where_the_part_lies(case):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_leaf_keeps_its_dtype(dtype):
     leaf = jnp.asarray(numbered((4, 6)), dtype)
-    view = View.whole(0, (4, 6)).slice((1, 0), (2, 6)).transpose((1, 0))
+    view = WeightView.whole(0, (4, 6)).slice((1, 0), (2, 6)).transpose((1, 0))
     assert view.read(leaf).dtype == dtype
     part = jnp.full((6, 2), 1 / 3, jnp.float32)
     written = view.write(leaf, part, donate=False)
@@ -97,30 +97,30 @@ def test_a_leaf_keeps_its_dtype(dtype):
 
 
 def test_a_leaf_that_is_given_away_gives_the_same():
-    view = View.whole(0, (3, 4)).slice((1, 0), (1, 4)).reshape((2, 2))
+    view = WeightView.whole(0, (3, 4)).slice((1, 0), (1, 4)).reshape((2, 2))
     leaf, part = jnp.asarray(numbered((3, 4))), -jnp.ones((2, 2))
     kept = np.asarray(view.write(leaf, part, donate=False))
     np.testing.assert_array_equal(view.write(leaf, part, donate=True), kept)
 
 
 def test_a_matrix_groups_axes_as_batch_input_output():
-    view = View.whole(0, (3, 4, 2, 5)).matrix(1, 1)
+    view = WeightView.whole(0, (3, 4, 2, 5)).matrix(1, 1)
     assert view.shape == (3, 4, 10)
     assert [set(axes) for axes in view.axes] == [{0}, {1}, {2, 3}]
-    whole = View.whole(0, (4, 6)).matrix(0, 1)
+    whole = WeightView.whole(0, (4, 6)).matrix(0, 1)
     assert whole.shape == (1, 4, 6)
     assert [set(axes) for axes in whole.axes] == [set(), {0}, {1}]
 
 
 def test_an_axis_made_of_two_is_known_as_both():
-    view = View.whole(0, (4, 6)).reshape((24,))
+    view = WeightView.whole(0, (4, 6)).reshape((24,))
     assert set(view.axes[0]) == {0, 1}
     # Cut across rows it is no box of the leaf.
     assert view.slice((3,), (10,)).box is None
 
 
 def test_moves_that_change_nothing_are_no_moves():
-    view = View.whole(0, (4, 6))
+    view = WeightView.whole(0, (4, 6))
     assert view.reshape((4, 6)) == view
     assert view.transpose((0, 1)) == view
     assert view.slice((0, 0), (4, 6)) == view

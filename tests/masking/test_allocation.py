@@ -47,7 +47,7 @@ def rule(shares, sparsity, params=PARAMS, fn=run_chain):
             read=lambda p=p: p.view.read(leaves[p.leaf]),
             mean_square=moments[p.name].mean_square if moments else None,
         )
-        for p in traced.products
+        for p in traced.linear_ops
         if jp.tree.prunable(p.leaf, leaves[p.leaf])
     ]
     found = shares.sparsities(weights, sparsity)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.posttraining.solvers import alps, sparsegpt
+from jaxprune.posttraining.solvers import alps, layer_problem, sparsegpt
 from tests.support import oracles
 from tests.support import oracles_trained as slow
 from tests.support.trajectories import same_bits
@@ -21,7 +21,9 @@ def problem(seed=0, size=IN, outputs=OUT, rows=200):
 
 
 def solve(weight, hessian, removed, **options):
-    return alps.solve(jnp.asarray(weight), jnp.asarray(hessian), removed, **options)
+    pattern = options.get("pattern", jp.patterns.Unstructured())
+    kept = layer_problem.unit_count(weight.shape, pattern) - removed
+    return alps.solve(jnp.asarray(weight), jnp.asarray(hessian), kept, **options)
 
 
 def refine(weight, hessian, mask, **options):
@@ -84,7 +86,7 @@ def test_it_beats_sparsegpt_and_sparsegpts_support_with_the_best_weights(pattern
     for share in (0.5, 0.6, 0.7, 0.9) if pattern.sparsity is None else (0.5,):
         removed = round(share * weight.size)
         theirs = sparsegpt.solve(
-            jnp.asarray(weight), jnp.asarray(hessian), removed, pattern=pattern
+            *map(jnp.asarray, (weight, hessian)), weight.size - removed, pattern=pattern
         )
         refined = slow.least_squares(
             weight.astype(np.float64), whole, np.asarray(theirs.mask)
@@ -111,13 +113,13 @@ def test_every_count_is_exact_and_all_share_one_program(pattern):
     traces = []
 
     @jax.jit
-    def compiled(weight, hessian, removed):
-        traces.append(removed)
-        return alps.solve(weight, hessian, removed, pattern=pattern)
+    def compiled(weight, hessian, kept):
+        traces.append(kept)
+        return alps.solve(weight, hessian, kept, pattern=pattern)
 
     units = 20 if isinstance(pattern, jp.patterns.Block) else IN * OUT
     for removed in (0, 1, units // 2, units - 3, units):
-        found = compiled(weight, hessian, removed)
+        found = compiled(weight, hessian, units - removed)
         gone = ~np.asarray(found.mask)
         assert not np.asarray(found.weight)[gone].any()
         assert np.isfinite(found.weight).all()
@@ -175,7 +177,7 @@ def test_a_stack_of_experts_is_solved_like_each_of_them(over):
     counts = jnp.array([100, 170])
     one = lambda x: alps.solve(*x)  # noqa: E731
     mapped = jax.vmap(one) if over == "vmap" else lambda x: jax.lax.map(one, x)
-    found = mapped((*stack, counts))
+    found = mapped((*stack, IN * OUT - counts))
     for i, (weight, hessian) in enumerate(pairs):
         alone = solve(weight, hessian, int(counts[i]))
         assert int((~found.mask[i]).sum()) == int(counts[i])

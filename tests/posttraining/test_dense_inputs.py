@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.arrays.lazy import Leaves
 from jaxprune.graph import segments
 from jaxprune.graph.linear_ops import trace
 from jaxprune.posttraining import calibration
@@ -54,7 +53,9 @@ def by_wanda(kernel, rows):
 def by_sparsegpt(kernel, rows):
     own = jnp.asarray(hessian(rows[None])[0], jnp.float32)
     removed = oracles.removed_count(0.6, kernel.size)
-    found = sparsegpt.solve(jnp.asarray(kernel, jnp.float32), own, removed)
+    found = sparsegpt.solve(
+        jnp.asarray(kernel, jnp.float32), own, kernel.size - removed
+    )
     return np.asarray(found.weight, np.float64)
 
 
@@ -116,9 +117,9 @@ def parts(fn, params, x):
     """The names of the weights of each layer, as the walk would take them."""
     traced = trace(fn, params, x)
     chosen = calibration.chosen(traced, params, jp.tree.prunable)
-    cut = segments.Stages(traced, Leaves(jax.tree.leaves(params)), chosen).stages
+    cut = segments.cut(traced, chosen)
     return [
-        [p.name for i in own for p in cut[i].products] for own in segments.layers(cut)
+        [p.name for i in own for p in cut[i].linear_ops] for own in segments.layers(cut)
     ]
 
 

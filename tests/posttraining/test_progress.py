@@ -1,4 +1,4 @@
-"""A folder of progress holds whole stages of one job, or says that it does not."""
+"""A directory of progress holds whole segments of one job, or says that it does not."""
 
 import json
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.posttraining.progress import Journal
+from jaxprune.posttraining.progress import ProgressLog
 from tests.support.small_models import bits, draw
 
 JOB = {"method": "wanda", "sparsity": 0.5, "removed": {"a": 3}, "pair": (1, 2)}
@@ -15,50 +15,50 @@ RECORD = [{"name": "blocks/0/w", "zeros": 3, "error": 0.25}]
 
 
 @pytest.fixture
-def journal(tmp_path):
-    """A journal with stages 0 and 2."""
-    own = Journal(tmp_path / "deep" / "folder", JOB)
+def log(tmp_path):
+    """A log with segments 0 and 2."""
+    own = ProgressLog(tmp_path / "deep" / "directory", JOB)
     own.write(0, ARRAYS, RECORD)
     own.write(2, {"c": ARRAYS["b"]}, [])
     return own
 
 
-def files(journal, stage):
-    """What lies in the folder for a stage."""
-    return sorted(p for p in journal.folder.iterdir() if f"{stage:05d}" in p.name)
+def files(log, segment):
+    """What lies in the directory for a segment."""
+    return sorted(p for p in log.directory.iterdir() if f"{segment:05d}" in p.name)
 
 
-def test_a_stage_comes_back_as_it_was_written(journal):
-    arrays, record = journal.read(0)
+def test_a_segment_comes_back_as_it_was_written(log):
+    arrays, record = log.read(0)
     assert record == RECORD
     assert set(arrays) == set(ARRAYS)
     for name, array in ARRAYS.items():
         assert bits(arrays[name]) == bits(array)
-    assert journal.read(1) is None
-    assert journal.read(2)[1] == []
+    assert log.read(1) is None
+    assert log.read(2)[1] == []
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_every_dtype_keeps_its_bits(journal, dtype):
+def test_every_dtype_keeps_its_bits(log, dtype):
     array = np.asarray(jnp.asarray(draw(3, 1, 5, 2), dtype))
-    journal.write(7, {"w": array}, {})
-    assert bits(journal.read(7)[0]["w"]) == bits(array)
+    log.write(7, {"w": array}, {})
+    assert bits(log.read(7)[0]["w"]) == bits(array)
 
 
-def test_a_transposed_array_comes_back_in_its_own_order(journal):
+def test_a_transposed_array_comes_back_in_its_own_order(log):
     array = draw(3, 4, 5, 2).T
-    journal.write(7, {"w": array}, {})
-    np.testing.assert_array_equal(journal.read(7)[0]["w"], array)
+    log.write(7, {"w": array}, {})
+    np.testing.assert_array_equal(log.read(7)[0]["w"], array)
 
 
-def test_a_stage_without_weights_is_a_stage(journal):
-    journal.write(5, {}, [])
-    arrays, record = journal.read(5)
+def test_a_segment_without_weights_is_a_segment(log):
+    log.write(5, {}, [])
+    arrays, record = log.read(5)
     assert (dict(arrays), record) == ({}, [])
 
 
-def test_the_same_job_goes_on_in_the_same_folder(journal):
-    again = Journal(journal.folder, JOB)
+def test_the_same_job_goes_on_in_the_same_directory(log):
+    again = ProgressLog(log.directory, JOB)
     assert again.read(0)[1] == RECORD
 
 
@@ -71,81 +71,81 @@ def test_the_same_job_goes_on_in_the_same_folder(journal):
         ({"method": "ria", "sparsity": 0.6}, r"method.*sparsity"),
     ],
 )
-def test_another_jobs_folder_is_refused_and_says_what_differs(journal, change, named):
+def test_another_jobs_directory_is_refused_and_says_what_differs(log, change, named):
     with pytest.raises(ValueError, match=named) as caught:
-        Journal(journal.folder, {**JOB, **change})
-    assert str(journal.folder) in str(caught.value)
-    assert journal.read(0)[1] == RECORD
+        ProgressLog(log.directory, {**JOB, **change})
+    assert str(log.directory) in str(caught.value)
+    assert log.read(0)[1] == RECORD
 
 
-def test_a_job_with_less_in_it_is_another_job(journal):
+def test_a_job_with_less_in_it_is_another_job(log):
     less = {k: v for k, v in JOB.items() if k != "pair"}
     with pytest.raises(ValueError, match="pair"):
-        Journal(journal.folder, less)
+        ProgressLog(log.directory, less)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 9, -1])
-def test_a_file_that_was_cut_off_is_no_stage(journal, cut):
-    for path in files(journal, 0):
+def test_a_file_that_was_cut_off_is_no_segment(log, cut):
+    for path in files(log, 0):
         whole = path.read_bytes()
         path.write_bytes(whole[:cut])
-        assert journal.read(0) is None
+        assert log.read(0) is None
         path.write_bytes(whole)
-        assert journal.read(0) is not None
+        assert log.read(0) is not None
 
 
-def test_a_changed_byte_is_no_stage(journal):
-    path = next(p for p in files(journal, 0) if p.suffix == ".safetensors")
+def test_a_changed_byte_is_no_segment(log):
+    path = next(p for p in files(log, 0) if p.suffix == ".safetensors")
     whole = bytearray(path.read_bytes())
     whole[-1] ^= 1
     path.write_bytes(whole)
-    assert journal.read(0) is None
+    assert log.read(0) is None
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_missing_file_is_no_stage(journal, index):
-    files(journal, 0)[index].unlink()
-    assert journal.read(0) is None
+def test_a_missing_file_is_no_segment(log, index):
+    files(log, 0)[index].unlink()
+    assert log.read(0) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", "3", '{"sha256": 1}', "\xff"])
-def test_a_record_of_another_kind_is_no_stage(journal, text):
-    path = next(p for p in files(journal, 0) if p.suffix == ".json")
+def test_a_record_of_another_kind_is_no_segment(log, text):
+    path = next(p for p in files(log, 0) if p.suffix == ".json")
     path.write_bytes(text.encode("latin-1"))
-    assert journal.read(0) is None
+    assert log.read(0) is None
 
 
-def test_a_record_without_its_rows_is_no_stage(journal):
-    path = next(p for p in files(journal, 0) if p.suffix == ".json")
+def test_a_record_without_its_rows_is_no_segment(log):
+    path = next(p for p in files(log, 0) if p.suffix == ".json")
     body = json.loads(path.read_text())
     path.write_text(json.dumps({"sha256": body["sha256"]}))
-    assert journal.read(0) is None
+    assert log.read(0) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])
-def test_a_damaged_job_file_is_refused_in_a_sentence(journal, text):
-    (path,) = (p for p in journal.folder.iterdir() if p.name.startswith("job"))
+def test_a_damaged_job_file_is_refused_in_a_sentence(log, text):
+    (path,) = (p for p in log.directory.iterdir() if p.name.startswith("job"))
     path.write_text(text)
-    with pytest.raises(ValueError, match="folder"):
-        Journal(journal.folder, JOB)
+    with pytest.raises(ValueError, match="directory"):
+        ProgressLog(log.directory, JOB)
 
 
-def test_a_stage_that_is_written_again_replaces_the_first(journal):
-    journal.write(0, {"w": ARRAYS["b"]}, ["second"])
-    arrays, record = journal.read(0)
+def test_a_segment_that_is_written_again_replaces_the_first(log):
+    log.write(0, {"w": ARRAYS["b"]}, ["second"])
+    arrays, record = log.read(0)
     assert record == ["second"]
     assert list(arrays) == ["w"]
 
 
-def test_weights_of_one_write_and_the_record_of_another_are_no_stage(journal):
-    record = next(p for p in files(journal, 0) if p.suffix == ".json")
+def test_weights_of_one_write_and_the_record_of_another_are_no_segment(log):
+    record = next(p for p in files(log, 0) if p.suffix == ".json")
     old = record.read_bytes()
-    journal.write(0, {"w": ARRAYS["b"]}, ["second"])
+    log.write(0, {"w": ARRAYS["b"]}, ["second"])
     record.write_bytes(old)
-    assert journal.read(0) is None
+    assert log.read(0) is None
 
 
-def test_nothing_half_written_is_left_behind(journal):
-    assert not [p for p in journal.folder.iterdir() if "partial" in p.name]
-    names = {p.suffix for p in journal.folder.iterdir()}
+def test_nothing_half_written_is_left_behind(log):
+    assert not [p for p in log.directory.iterdir() if "partial" in p.name]
+    names = {p.suffix for p in log.directory.iterdir()}
     assert names == {".json", ".safetensors"}

@@ -39,13 +39,13 @@ REFUSED = {
     "no batch": ({"batches": []}, "at least one batch"),
     "batches of two shapes": (
         {"batches": [*BATCHES, BATCHES[0][:5]]},
-        r"shapes and dtypes of the first, but \[2\]",
+        r"shapes and dtypes of the first, but those at 2 differ",
     ),
     "batches of two dtypes": (
         {"batches": [BATCHES[0], BATCHES[1].astype(np.float16)]},
-        r"shapes and dtypes of the first, but \[1\]",
+        r"shapes and dtypes of the first, but those at 1 differ",
     ),
-    "NaN in a weight": ({"params": broken(np.nan)}, r"layer_1/kernel'\] hold NaN"),
+    "NaN in a weight": ({"params": broken(np.nan)}, r"layer_1/kernel' hold NaN"),
     "infinity in a weight": ({"params": broken(np.inf)}, "layer_1/kernel"),
     "no sparsity": ({"sparsity": None}, "give sparsity=0.5"),
     "all of it": ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\)"),
@@ -59,14 +59,14 @@ REFUSED = {
         "removes exactly 0.5",
     ),
     "shares and rules": (
-        {"sparsity": {"*": 0.5}, "shares": jp.allocation.ERK()},
+        {"sparsity": {"*": 0.5}, "allocation": jp.allocation.ERK()},
         "ERK.* needs one sparsity",
     ),
     "shares and n of m": (
         {
             "sparsity": None,
             "pattern": jp.patterns.NM(1, 2),
-            "shares": jp.allocation.OWL(),
+            "allocation": jp.allocation.OWL(),
         },
         "OWL.* needs one sparsity",
     ),
@@ -94,7 +94,7 @@ LATE = {"no position"}
 def test_what_does_not_fit_is_refused_and_nothing_is_written(name, tmp_path):
     options, sentence = REFUSED[name]
     with pytest.raises(ValueError, match=sentence) as caught:
-        prune(folder=tmp_path / "progress", **options)
+        prune(directory=tmp_path / "progress", **options)
     assert "\n" not in str(caught.value)
     assert name in LATE or not list(tmp_path.iterdir())
 

@@ -97,7 +97,7 @@ class Stopping:
 STOPPED = pytest.raises(RuntimeError, match="stopped on purpose")
 
 
-def prune(folder=None, left=10**6, params=None, fn=run, batches=BATCHES, **options):
+def prune(directory=None, left=10**6, params=None, fn=run, batches=BATCHES, **options):
     Stopping.left = left
     Stopping.met.clear()
     return jp.prune_trained(
@@ -105,7 +105,7 @@ def prune(folder=None, left=10**6, params=None, fn=run, batches=BATCHES, **optio
         parameters() if params is None else params,
         batches,
         **{"method": Stopping(), "sparsity": 0.5} | options,
-        folder=folder,
+        directory=directory,
         progress=False,
     )
 
@@ -185,12 +185,12 @@ def test_a_killed_process_goes_on(whole, tmp_path):
     command = [sys.executable, __file__, str(tmp_path)]
     ended = subprocess.run(command, env=environment, timeout=300, check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.glob("stage_*.json"))) >= 3
+    assert len(list(tmp_path.glob("segment_*.json"))) >= 3
     check(prune(tmp_path), whole)
 
 
 def test_damaged_stages_are_done_again(whole, folder):
-    files = sorted(p for p in folder.iterdir() if p.name.startswith("stage"))
+    files = sorted(p for p in folder.iterdir() if p.name.startswith("segment"))
     for i, path in enumerate(files):
         content = path.read_bytes()
         if i % 4 == 1:
@@ -239,7 +239,7 @@ OTHERS = {
 @pytest.mark.parametrize("what", OTHERS)
 def test_the_folder_of_another_job_is_refused_and_left_alone(what, folder):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(ValueError, match="another folder"):
+    with pytest.raises(ValueError, match="another directory"):
         prune(folder, **OTHERS[what])
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -250,7 +250,7 @@ def test_other_positions_are_another_job(tmp_path):
 
     given = {"params": chain([5, 6, 2]), "fn": run_chain}
     prune(tmp_path, positions=later(3), **given)
-    with pytest.raises(ValueError, match="another folder"):
+    with pytest.raises(ValueError, match="another directory"):
         prune(tmp_path, positions=later(8), **given)
 
 

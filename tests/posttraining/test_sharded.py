@@ -195,6 +195,6 @@ def test_a_walk_on_a_mesh_goes_on_from_its_folder(alone, tmp_path):
     batches = [place(mesh, x, P("data", None)) for x in BATCHES]
     for layout in ("tensor parallel", "both"):  # read back onto another layout
         params = place(mesh, PARAMS, LAYOUTS[layout])
-        pruned, _ = prune(whole, params, batches, folder=tmp_path)
+        pruned, _ = prune(whole, params, batches, directory=tmp_path)
         stays(params, pruned)
         np.testing.assert_array_equal(pruned["up"], alone["wanda"].params["up"])

@@ -1,4 +1,4 @@
-"""ALPS: choose the support of a whole kernel by ADMM, then solve for what stays on it.
+"""ALPS: choose the support of a kernel by ADMM, then solve for the weights on it.
 
 The layer problem min tr (W - V)^T H (W - V) over all V with the pattern, in units in
 which H has a unit diagonal. A copy D of V obeys the pattern, V does not, and a growing
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import layer_problem
@@ -24,21 +25,21 @@ _STEPS = 5
 
 
 def solve(
-    weight: jax.Array,
-    hessian: jax.Array,
-    removed: Any,
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    kept: Any,
     *,
     pattern: Pattern = patterns.Unstructured(),
     damping: Any = 0.01,
     steps: int = _STEPS,
 ) -> Solution:
-    """Prunes a kernel to the pattern with little error, and updates what stays.
+    """Prunes a kernel to the pattern with little error, and updates what is kept.
 
     Args:
       weight: (in, out), floating.
       hessian: (in, in), proportional to X^T X of the inputs.
-      removed: how many units of the pattern go in all, an integer, traced or not;
-        `NM` does not look at it.
+      kept: how many units of the pattern are kept, an integer, traced or not; `NM`
+        does not look at it.
       pattern: `Unstructured`, `PerOutput`, `NM` or `Block`.
       damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
         factorisation fails it is raised tenfold until it does not.
@@ -68,15 +69,15 @@ def solve(
       2. there is an inverse for each penalty, not one eigendecomposition for all, which
          would take longer than all the rest.
     """
-    layer_problem.checked(weight, hessian, damping, removed, pattern)
+    layer_problem.checked(weight, hessian, damping, kept, pattern)
     _check_steps(steps)
-    return _solve(weight, hessian, removed, damping, pattern=pattern, steps=steps)
+    return _solve(weight, hessian, kept, damping, pattern=pattern, steps=steps)
 
 
 def refine(
-    weight: jax.Array,
-    hessian: jax.Array,
-    mask: jax.Array,
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    mask: Bool[Array, "in out"],
     *,
     damping: Any = 0.01,
     steps: int = 20,
@@ -127,17 +128,17 @@ class _Problem(NamedTuple):
       scale: (in, 1), what the weight was multiplied by.
     """
 
-    weight: jax.Array
-    matrix: jax.Array
-    scale: jax.Array
+    weight: Float[Array, "in out"]
+    matrix: Float[Array, "in in"]
+    scale: Float[Array, "in 1"]
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "steps"))
 @layer_problem.precise
 def _solve(
-    weight: jax.Array,
-    hessian: jax.Array,
-    removed: Any,
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    kept: Any,
     damping: Any,
     *,
     pattern: Pattern,
@@ -145,7 +146,7 @@ def _solve(
 ) -> Solution:
     ready = layer_problem.damped(hessian, damping)
     problem = _scaled(weight, ready.matrix, ready.alive)
-    project = functools.partial(matrix_mask.mask, removed=removed, pattern=pattern)
+    project = functools.partial(matrix_mask.mask, kept=kept, pattern=pattern)
     start, support = _support(problem, project)
     best = _conjugate(problem, start, support, steps)
     return Solution(_back(best, problem, weight.dtype), support, ready.damping)
@@ -154,7 +155,12 @@ def _solve(
 @functools.partial(jax.jit, static_argnames="steps")
 @layer_problem.precise
 def _refine(
-    weight: jax.Array, hessian: jax.Array, mask: jax.Array, damping: Any, *, steps: int
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    mask: Bool[Array, "in out"],
+    damping: Any,
+    *,
+    steps: int,
 ) -> jax.Array:
     matrix, alive = layer_problem.normalised(hessian)
     matrix = matrix + jnp.eye(len(matrix), dtype=jnp.float32) * damping
@@ -178,11 +184,12 @@ def _support(problem: _Problem, project: Any) -> tuple[jax.Array, jax.Array]:
     eye = jnp.eye(len(problem.matrix), dtype=jnp.float32)
 
     def iterate(_: Any, state: Any, inverse: jax.Array) -> Any:
-        copy, dual, _ = state
+        copy, dual, _ = state  # (in, out) each
         away = problem.weight - copy + dual
+        # The best V for this D: without the pattern, drawn to it by the penalty.
         free = problem.weight - inverse @ away
         wanted = free + dual
-        support = project(jnp.square(wanted))
+        support = project(jnp.square(wanted))  # (in, out), bool
         copy = jnp.where(support, wanted, 0)
         return copy, wanted - copy, support
 
@@ -191,8 +198,10 @@ def _support(problem: _Problem, project: Any) -> tuple[jax.Array, jax.Array]:
         half = jax.lax.linalg.triangular_solve(
             factor, eye * jnp.sqrt(penalty), left_side=True, lower=True
         )
+        # rho (H + rho I)^-1, (in, in), for all iterations of this penalty.
         body = functools.partial(iterate, inverse=half.T @ half)
         copy, dual, support = jax.lax.fori_loop(0, _EACH, body, state)
+        # The dual is held as a share of the penalty, which grows.
         return (copy, dual / _GROWTH, support), None
 
     penalties = _FIRST * _GROWTH ** jnp.arange(_PENALTIES, dtype=jnp.float32)
@@ -214,7 +223,7 @@ def _conjugate(
     """
 
     def one(_: Any, state: Any) -> Any:
-        best, rest, direction, size = state
+        best, rest, direction, size = state  # (in, out) three times, (1, out)
         image = jnp.where(support, problem.matrix @ direction, 0)
         curve = jnp.sum(direction * image, 0, keepdims=True)
         step = jnp.where(curve > 0, size / jnp.where(curve > 0, curve, 1), 0)

@@ -6,11 +6,13 @@ solvers here first scale it to a mean diagonal of 1.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns
@@ -34,9 +36,9 @@ class Solution(NamedTuple):
         not to be used.
     """
 
-    weight: jax.Array
-    mask: jax.Array
-    damping: jax.Array
+    weight: Float[Array, "in out"]
+    mask: Bool[Array, "in out"]
+    damping: Float[Array, ""]
 
 
 class Damped(NamedTuple):
@@ -49,14 +51,14 @@ class Damped(NamedTuple):
       damping: what was added to the diagonal; infinity where nothing helped.
     """
 
-    matrix: jax.Array
-    factor: jax.Array
-    alive: jax.Array
-    damping: jax.Array
+    matrix: Float[Array, "in in"]
+    factor: Float[Array, "in in"]
+    alive: Bool[Array, " in"]
+    damping: Float[Array, ""]
 
 
 def precise(function: F) -> F:
-    """The function with products of full float32, which accelerators do not default to.
+    """The function with matmuls of full float32, which accelerators do not default to.
 
     Args:
       function: any function of arrays.
@@ -73,36 +75,9 @@ def precise(function: F) -> F:
     return cast(F, wrapped)
 
 
-@precise
-def error(weight: jax.Array, pruned: jax.Array, hessian: jax.Array) -> jax.Array:
-    """The share of a layer's output that pruning changed.
-
-    tr (W - V)^T H (W - V) / tr W^T H W, the squared relative error of the outputs over
-    the inputs that H was collected from.
-
-    Args:
-      weight: W, (in, out).
-      pruned: V, (in, out).
-      hessian: H, (in, in), proportional to X^T X.
-
-    Returns:
-      A float32 scalar, 0 for a layer that never gives anything.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxprune.posttraining.solvers import layer_problem as reconstruction
-      >>> weight, pruned = jnp.array([[3.0], [4.0]]), jnp.array([[0.0], [4.0]])
-      >>> print(f"{reconstruction.error(weight, pruned, jnp.eye(2)):.2f}")
-      0.36
-    """
-    weight, hessian = weight.astype(jnp.float32), hessian.astype(jnp.float32)
-    change = weight - pruned.astype(jnp.float32)
-    whole = jnp.vdot(weight, hessian @ weight)
-    share = jnp.vdot(change, hessian @ change) / jnp.where(whole > 0, whole, 1)
-    return jnp.where(whole > 0, share, 0)
-
-
-def normalised(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalised(
+    hessian: Float[Array, "in in"],
+) -> tuple[Float[Array, "in in"], Bool[Array, " in"]]:
     """The Hessian scaled to a mean diagonal of 1, and which inputs ever fired.
 
     Args:
@@ -121,7 +96,9 @@ def normalised(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(both, scaled, jnp.eye(len(hessian), dtype=jnp.float32)), alive
 
 
-def damped(hessian: jax.Array, damping: Any, *, reverse: bool = False) -> Damped:
+def damped(
+    hessian: Float[Array, "in in"], damping: Any, *, reverse: bool = False
+) -> Damped:
     """The Hessian damped by a share of its mean diagonal, and its Cholesky factor.
 
     Where the factorisation fails the damping is raised tenfold, up to `MOST_DAMPING`.
@@ -161,7 +138,7 @@ def checked(
     weight: jax.Array,
     hessian: jax.Array,
     damping: Any,
-    removed: Any = 0,
+    kept: Any = 0,
     pattern: Pattern = patterns.Unstructured(),
 ) -> None:
     """Raises for whatever a solver cannot take, as far as it can be seen.
@@ -170,12 +147,12 @@ def checked(
       weight: (in, out).
       hessian: (in, in).
       damping: the share of the mean diagonal, at least 0.
-      removed: how many units of the pattern go.
-      pattern: which weights live and die together.
+      kept: how many units of the pattern are kept.
+      pattern: which weights are pruned as a unit.
 
     Raises:
       ValueError: a shape, number or pattern does not fit, or a value is not finite.
-      TypeError: the weight or the Hessian is not floating, or `removed` is no integer.
+      TypeError: the weight or the Hessian is not floating, or `kept` is no integer.
     """
     for name, array in (("weight", weight), ("hessian", hessian)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -199,7 +176,7 @@ def checked(
     if problem := pattern.problem(weight.shape, Axes()):
         raise ValueError(f"{problem}; leave the leaf out or choose another pattern")
     _check_values(weight, hessian, damping)
-    _check_count(weight, removed, pattern)
+    _check_count(weight, kept, pattern)
 
 
 def checked_mask(mask: jax.Array, weight: jax.Array) -> None:
@@ -243,22 +220,36 @@ def _check_values(weight: jax.Array, hessian: jax.Array, damping: Any) -> None:
         )
 
 
-def _check_count(weight: jax.Array, removed: Any, pattern: Pattern) -> None:
-    dtype = jnp.asarray(removed).dtype
+def unit_count(shape: Sequence[int], pattern: Pattern) -> int:
+    """The number of units that a pattern has in a matrix; `NM` fixes its own.
+
+    Args:
+      shape: (in, out).
+      pattern: `Unstructured`, `PerOutput`, `NM` or `Block`.
+
+    Returns:
+      Tiles, those at the edge included, or weights.
+    """
+    rows, columns = 1, 1
+    if isinstance(pattern, patterns.Block):
+        rows, columns = pattern.rows, pattern.columns
+    return math.ceil(shape[0] / rows) * math.ceil(shape[1] / columns)
+
+
+def _check_count(weight: jax.Array, kept: Any, pattern: Pattern) -> None:
+    dtype = jnp.asarray(kept).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
-            f"removed must be an integer, the number of units, got {dtype}; give "
-            "round(sparsity * weight.size)"
+            f"kept must be an integer, the number of units, got {dtype}; give "
+            "weight.size - round(sparsity * weight.size)"
         )
-    if pattern.sparsity is None and _known(removed):
-        most = weight.size
-        if isinstance(pattern, patterns.Block):
-            tall, wide = -weight.shape[0] // pattern.rows, -weight.shape[1]
-            most = tall * (wide // pattern.columns)
-        if not 0 <= int(removed) <= most:
+    if pattern.sparsity is None and _known(kept):
+        most = unit_count(weight.shape, pattern)
+        if not 0 <= int(kept) <= most:
             raise ValueError(
-                f"removed must be from 0 to {most}, the units of {pattern} in a "
-                f"weight of shape {weight.shape}, got {int(removed)}"
+                f"kept must be from 0 to {most}, the units of {pattern} in a "
+                f"weight of shape {weight.shape}, got {int(kept)}; give a count and no "
+                "share"
             )
 
 

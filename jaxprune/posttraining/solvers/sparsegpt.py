@@ -8,11 +8,13 @@ inverted, and no update is written twice.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import layer_problem
@@ -20,33 +22,33 @@ from jaxprune.posttraining.solvers.layer_problem import Solution
 from jaxprune.topk.highest import highest
 from jaxprune.typing import Pattern
 
-# Inputs that are swept between two products with the rest of their block.
+# Inputs that are swept one by one before the rest of their block is updated at once.
 _SWEPT = 16
 
 
 def solve(
-    weight: jax.Array,
-    hessian: jax.Array,
-    removed: Any,
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    kept: Any,
     *,
     pattern: Pattern = patterns.Unstructured(),
     damping: Any = 0.01,
     block: int = 128,
 ) -> Solution:
-    """Prunes a kernel and updates what stays, so that its outputs change little.
+    """Prunes a kernel and updates what is kept, so that its outputs change little.
 
     In each block of inputs the mask keeps the highest w^2 / [U_jj]^2, with w as updated
     by then: over the block and all outputs (`Unstructured`), in each output
     (`PerOutput`), in each group when its turn comes (`NM`), by tiles when theirs comes
-    (`Block`, the mean of a tile). Each block loses its share of `removed`, rounded so
-    that the sum is exact; ties keep the first. Then, input by input, a removed w_j is
-    made up for by w_i -= U_ji w_j / U_jj in all later inputs i.
+    (`Block`, the mean of a tile). Each block loses its share of what is not kept,
+    rounded so that the sum is exact; ties keep the first. Then, input by input, a
+    removed w_j is made up for by w_i -= U_ji w_j / U_jj in all later inputs i.
 
     Args:
       weight: (in, out), floating, at most 65535 inputs.
       hessian: (in, in), proportional to X^T X of the inputs.
-      removed: how many units of the pattern go in all, an integer, traced or not;
-        `NM` does not look at it.
+      kept: how many units of the pattern are kept, an integer, traced or not; `NM`
+        does not look at it.
       pattern: `Unstructured`, `PerOutput`, `NM` or `Block`.
       damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
         factorisation fails it is raised tenfold until it does not.
@@ -73,16 +75,16 @@ def solve(
       in One-Shot", 2023, arXiv 2301.00774, Algorithm 1. Ours differs: counts are exact
       and no inverse is formed; the results are the same up to rounding.
     """
-    layer_problem.checked(weight, hessian, damping, removed, pattern)
+    layer_problem.checked(weight, hessian, damping, kept, pattern)
     if block < 1:
         raise ValueError(f"block must be at least 1 input, got {block}; 128 is usual")
-    return _solve(weight, hessian, removed, damping, pattern=pattern, block=block)
+    return _solve(weight, hessian, kept, damping, pattern=pattern, block=block)
 
 
 def update(
-    weight: jax.Array,
-    hessian: jax.Array,
-    mask: jax.Array,
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    mask: Bool[Array, "in out"],
     *,
     damping: Any = 0.01,
     block: int = 128,
@@ -135,18 +137,18 @@ class _Problem(NamedTuple):
       damping: the damping used.
     """
 
-    weight: jax.Array
-    factor: jax.Array
-    inverse: jax.Array
-    damping: jax.Array
+    weight: Float[Array, "blocks block out"]
+    factor: Float[Array, "blocks in block"]
+    inverse: Float[Array, "blocks block block"]
+    damping: Float[Array, ""]
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "block"))
 @layer_problem.precise
 def _solve(
-    weight: jax.Array,
-    hessian: jax.Array,
-    removed: Any,
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    kept: Any,
     damping: Any,
     *,
     pattern: Pattern,
@@ -157,16 +159,20 @@ def _solve(
         empty = jnp.zeros(weight.shape, bool)
         return Solution(weight, empty, jnp.asarray(damping, jnp.float32))
     plan = _plan(pattern, block, inputs)
-    choose = functools.partial(
-        _chosen, removed=jnp.asarray(removed), pattern=pattern, inputs=inputs
-    )
+    pruned = layer_problem.unit_count(weight.shape, pattern) - jnp.asarray(kept)
+    choose = functools.partial(_chosen, pruned=pruned, pattern=pattern, inputs=inputs)
     return _swept(weight, hessian, damping, plan, choose)
 
 
 @functools.partial(jax.jit, static_argnames="block")
 @layer_problem.precise
 def _update(
-    weight: jax.Array, hessian: jax.Array, mask: jax.Array, damping: Any, *, block: int
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    mask: Bool[Array, "in out"],
+    damping: Any,
+    *,
+    block: int,
 ) -> Solution:
     if not weight.size:
         return Solution(weight, mask, jnp.asarray(damping, jnp.float32))
@@ -203,31 +209,36 @@ def _chosen(
     scores: jax.Array,
     first: jax.Array,
     *,
-    removed: jax.Array,
+    pruned: jax.Array,
     pattern: Pattern,
     inputs: int,
 ) -> jax.Array:
-    """The mask of the inputs from `first` on, of sqrt(w^2 / U_jj^2), (rows, out)."""
+    """The mask of the inputs from `first` on, of sqrt(w^2 / U_jj^2), (rows, out).
+
+    `pruned` is how many units the whole weight loses; these inputs lose their share.
+    """
     rows, outputs = scores.shape
     if isinstance(pattern, patterns.NM):
-        return matrix_mask.mask(scores, 0, pattern)
+        return matrix_mask.mask(scores, kept=0, pattern=pattern)
     last = first + rows
-    if isinstance(pattern, patterns.Block):
-        tall = -(-inputs // pattern.rows)
-        out = _share(removed, first // rows, last // rows, tall)
-        return matrix_mask.mask(jnp.square(scores), out, pattern)
-    # Padding ranks lowest of all, and is removed beside the number.
+    if isinstance(pattern, patterns.Block):  # these rows are one row of tiles
+        tall, wide = math.ceil(inputs / rows), math.ceil(outputs / pattern.columns)
+        lost = _share(pruned, first // rows, last // rows, tall)
+        return matrix_mask.mask(jnp.square(scores), kept=wide - lost, pattern=pattern)
+    # NaN ranks lowest of all: padding is pruned first, beside the number.
     index = first + jnp.arange(rows)
     scores = jnp.where((index < inputs)[:, None], scores, jnp.nan)
     whole = jnp.clip(inputs - first, 0, rows)
     if isinstance(pattern, patterns.PerOutput):
-        out = _share(matrix_mask.spread(removed, outputs), first, last, inputs)
-        return highest(scores, whole - out, axis=0)
-    return highest(scores, whole * outputs - _share(removed, first, last, inputs))
+        lost = _share(matrix_mask.spread(pruned, outputs), first, last, inputs)
+        return highest(scores, whole - lost, axis=0)
+    return highest(scores, whole * outputs - _share(pruned, first, last, inputs))
 
 
 def _share(total: jax.Array, first: Any, last: Any, parts: int) -> jax.Array:
     """What the parts from `first` to `last` lose of a total, which they sum up to."""
+    # Not total * end / parts, which 32 bits do not hold; rest * end they do, of at most
+    # 65535 parts.
     each, rest = total // parts, (total % parts).astype(np.uint32)
 
     def until(end: Any) -> jax.Array:
@@ -247,15 +258,15 @@ def _swept(
 
     def one(lost: jax.Array, step: Any) -> Any:
         index, own, factor, inverse = step
-        moved = _history(factor, lost, index)
-        start = own + inverse.T @ moved
+        moved = _history(factor, lost, index)  # (block, out)
+        start = own + inverse.T @ moved  # the block's weights as updated by now
         kept, mask = _one_block(start, inverse, index * block, plan, choose)
         lost = jax.lax.dynamic_update_slice_in_dim(
             lost, own - kept, index * block, axis=0
         )
         return lost, (kept, mask)
 
-    lost = jnp.zeros((problem.factor.shape[1], outputs), jnp.float32)
+    lost = jnp.zeros((problem.factor.shape[1], outputs), jnp.float32)  # (in, out)
     steps = (jnp.arange(count), problem.weight, problem.factor, problem.inverse)
     _, (kept, mask) = jax.lax.scan(one, lost, steps)
     kept, mask = (x.reshape(-1, outputs)[: len(weight)] for x in (kept, mask))
@@ -273,6 +284,7 @@ def _problem(
     factor = jnp.pad(factor, (0, size - len(factor)))
     padding = jnp.arange(size) >= len(weight)
     factor = factor + jnp.diag(padding.astype(jnp.float32))
+    # (in, in) to (blocks, in, block)
     columns = factor.reshape(size, size // block, block).swapaxes(0, 1)
     eye = jnp.eye(block, dtype=jnp.float32)
 
@@ -302,20 +314,25 @@ def _history(factor: jax.Array, lost: jax.Array, index: jax.Array) -> jax.Array:
 def _one_block(
     start: jax.Array, inverse: jax.Array, first: jax.Array, plan: _Plan, choose: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """What is left of one block and its mask, (block, out) each."""
-    pivots = jnp.diagonal(inverse)
-    if plan.early:
+    """What is left of one block and its mask, (block, out) each.
+
+    The block is swept a few inputs at a time: those are updated by the errors of all
+    inputs before them in one matmul, then one by one. An input by itself would read the
+    whole block.
+    """
+    pivots = jnp.diagonal(inverse)  # (block,)
+    if plan.early:  # the mask of the whole block, by the weights it begins with
         early = choose(jnp.abs(start) / pivots[:, None], first)
 
     def sweep(errors: jax.Array, at: jax.Array) -> Any:
         take = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=plan.swept
         )
-        columns = take(inverse, axis=1)
-        own = take(start) - columns.T @ errors
+        columns = take(inverse, axis=1)  # (block, swept)
+        own = take(start) - columns.T @ errors  # (swept, out)
         if plan.early:
             mask = take(early)
-        else:
+        else:  # groups and tiles are chosen when their turn comes, by updated weights
             mask = choose(jnp.abs(own) / take(pivots)[:, None], first + at)
         own, error = _inputs(own, take(columns), mask)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, error, at, axis=0)

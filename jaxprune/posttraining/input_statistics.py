@@ -1,0 +1,206 @@
+"""What weights see: mean squares and Hessians of inputs, summed up over batches.
+
+For each input feature the mean square, and on request the Hessian of the layer's
+squared error, X^T X / n, in float32. Linear ops that share an input share its
+statistics. Sums run over the positions that count, all of them unless the caller says
+otherwise; a sequence's first token (BOS) counts too.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune.arrays import placement
+from jaxprune.graph.linear_ops import Input
+from jaxprune.graph.segments import Segment
+
+# A Hessian is halved down to blocks of so many inputs; those under the diagonal are
+# never computed.
+_BLOCK = 512
+
+
+class InputStatistics(NamedTuple):
+    """The second moments of one input.
+
+    Attributes:
+      samples: over how many positions, float32 scalar.
+      mean_square: (batch, in) float32: the mean of each feature's square.
+      hessian: (batch, in, in) float32: X^T X / samples; None where not asked for.
+    """
+
+    samples: Float[Array, ""]
+    mean_square: Float[Array, "batch in"]
+    hessian: Float[Array, "batch in in"] | None
+
+
+class Sums:
+    """The sums of inputs over batches; weights of one input share theirs."""
+
+    def __init__(self, *, hessian: bool) -> None:
+        """Begins with nothing.
+
+        Args:
+          hessian: whether X^T X is summed up as well.
+        """
+        self._hessian = hessian
+        self._sums: dict[tuple[str, ...], InputStatistics] = {}
+
+    def add(
+        self,
+        segment: Segment,
+        groups: Sequence[tuple[str, ...]],
+        value: jax.Array,
+        positions: jax.Array | None,
+    ) -> None:
+        """Adds the input of a segment, of one batch.
+
+        Args:
+          segment: the segment.
+          groups: names of weights, those with the same statistics together.
+          value: the value that the input is read from.
+          positions: which samples count, booleans of their shape, or None for all.
+        """
+        counted = counted_samples(segment, positions)
+        for names in groups:
+            before = self._sums.get(names)
+            if before is None:
+                before = _zeros(segment.source, value, self._hessian)
+            self._sums[names] = placement.automatic(
+                functools.partial(_added, source=segment.source),
+                before,
+                value,
+                counted,
+            )
+
+    def finish(self, names: tuple[str, ...]) -> dict[str, InputStatistics]:
+        """The statistics of a group of weights, whose sums are freed.
+
+        Args:
+          names: the group.
+
+        Returns:
+          Name to statistics; the Hessian is symmetric.
+
+        Raises:
+          ValueError: the input is not finite, or no position counts.
+        """
+        statistics = placement.automatic(_divided, self._sums.pop(names))
+        finite = np.isfinite(statistics.mean_square).all()
+        if not (finite and float(statistics.samples) > 0):
+            raise ValueError(
+                f"the input of '{names[0]}' must be finite and some position must "
+                "count, but it is not or none does; look for NaN or overflow in the "
+                "model's forward pass on these batches (float32 in place of float16 "
+                "may help)"
+            )
+        return dict.fromkeys(names, statistics)
+
+    def finish_all(self) -> dict[str, InputStatistics]:
+        """The statistics of all groups, as `finish` gives them."""
+        found: dict[str, InputStatistics] = {}
+        for names in list(self._sums):
+            found |= self.finish(names)
+        return found
+
+
+def counted_samples(
+    segment: Segment, positions: jax.Array | None
+) -> Float[Array, " samples"] | None:
+    """Which samples of a segment's input count.
+
+    Args:
+      segment: the segment.
+      positions: booleans of the samples' shape, or None for all.
+
+    Returns:
+      1 for samples that count, 0 for others; None for all.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    if positions is None:
+        return None
+    leading, shape = segment.source.leading, positions.shape
+    if math.prod(leading) != positions.size or leading[: len(shape)] != shape:
+        raise ValueError(
+            f"positions must have the shape of the samples of each input, but that of "
+            f"'{segment.linear_ops[0].name}' has samples {leading} and positions are "
+            f"{shape}; leave such weights out with prunable=..., or positions"
+        )
+    return jnp.ravel(positions).astype(np.float32)
+
+
+def _zeros(source: Input, value: jax.Array, hessian: bool) -> InputStatistics:
+    """Sums of no batch."""
+    batch, _, inputs = source.shape
+    # On the one device that the value is on; sums that are put nowhere would be added
+    # to by one program at first and by another one after.
+    where = getattr(value, "sharding", None)
+    where = where if where and len(where.device_set) == 1 else None
+    zeros = functools.partial(jnp.zeros, dtype=np.float32, device=where)
+    wide = zeros((batch, inputs, inputs)) if hessian else None
+    return InputStatistics(zeros(()), zeros((batch, inputs)), wide)
+
+
+@functools.partial(jax.jit, static_argnames="source", donate_argnums=0)
+def _added(
+    sums: InputStatistics,
+    value: jax.Array,
+    counted: Float[Array, " samples"] | None,
+    *,
+    source: Input,
+) -> InputStatistics:
+    """Sums with one more batch in them, not yet divided by the number of samples."""
+    x = source.read(value).astype(np.float32)  # (batch, samples, in)
+    samples = jnp.asarray(x.shape[1], np.float32)
+    if counted is not None:
+        # Selected, not multiplied: what does not count may be NaN.
+        x = jnp.where(counted[None, :, None] > 0, x, np.float32(0))
+        samples = counted.sum()
+    square, hessian = sums.mean_square, sums.hessian
+    if hessian is None:
+        square = square + jnp.square(x).sum(1)  # (batch, in)
+    else:  # its diagonal is the squares
+        hessian = _add_upper(hessian, x, 0, x.shape[2])
+    return InputStatistics(sums.samples + samples, square, hessian)
+
+
+def _add_upper(
+    hessian: Float[Array, "batch in in"],
+    x: Float[Array, "batch samples in"],
+    start: int,
+    stop: int,
+) -> Float[Array, "batch in in"]:
+    """Adds X^T X of some inputs to the Hessian, on and above its diagonal."""
+    if stop - start <= _BLOCK:
+        own = x[:, :, start:stop]
+        return hessian.at[:, start:stop, start:stop].add(_gram(own, own))
+    half = (start + stop) // 2
+    corner = _gram(x[:, :, start:half], x[:, :, half:stop])
+    hessian = hessian.at[:, start:half, half:stop].add(corner)
+    return _add_upper(_add_upper(hessian, x, start, half), x, half, stop)
+
+
+def _gram(
+    x: Float[Array, "batch samples i"], y: Float[Array, "batch samples j"]
+) -> Float[Array, "batch i j"]:
+    return jnp.einsum("bsi,bsj->bij", x, y, precision="highest")
+
+
+@jax.jit
+def _divided(sums: InputStatistics) -> InputStatistics:
+    """Means from sums, and the Hessian's lower half from its upper."""
+    scale = 1 / sums.samples
+    hessian = sums.hessian
+    if hessian is not None:
+        upper = jnp.triu(hessian) * scale  # (batch, in, in)
+        hessian = upper + jnp.swapaxes(jnp.triu(hessian, 1) * scale, 1, 2)
+        square = jnp.diagonal(upper, axis1=1, axis2=2)  # (batch, in)
+        return InputStatistics(sums.samples, square, hessian)
+    return InputStatistics(sums.samples, sums.mean_square * scale, None)
