@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments.harness import checkpoint, device_mesh
+from experiments.harness import checkpoint, device_mesh, manifest
 from experiments.harness.progress import Progress
 from jaxprune.training import state_sharding
 
@@ -299,7 +299,7 @@ def _begin(
     if directory is None or found is None:
         own = state if donate else jax.tree.map(jnp.copy, state)
         return own, int(state.step)
-    different = checkpoint.differences(found.configuration, configuration)
+    different = manifest.differences(found.configuration, configuration)
     if different:
         raise ValueError(
             f"{label}: '{found.path}' must be of the same configuration, but "
