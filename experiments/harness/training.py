@@ -59,7 +59,7 @@ def init(
     Args:
       params: any tree of arrays.
       optimizer: an optax transformation.
-      mesh: where the state lives, as `layout.make_mesh` gives; None for the default
+      mesh: where the state lives, as `device_mesh.make_mesh` gives; None for the default
         device.
 
     Returns:
@@ -235,7 +235,7 @@ def train(
         and after the last.
       evaluate_every: steps between evaluations.
       label: names the run on the progress bar and in errors.
-      mesh: splits each batch, as `layout.of_batch` says; the state must be placed on
+      mesh: splits each batch, as `device_mesh.of_batch` says; the state must be placed on
         it.
       prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
       donate: whether `state` is used up, which saves holding it twice; else it is left
