@@ -44,11 +44,18 @@ def test_start_and_interval_pick_the_snapshots(start, every):
     assert_averages(tracked, run.weights, start=start, every=every)
 
 
-@pytest.mark.parametrize("optimizer", [optax.adamw(0.05), optax.sgd(0.1, 0.9)])
 @pytest.mark.parametrize(
-    ("kind", "p"), [("uniform", 0.0), ("power", 0.5), ("exponential", 0.9)]
+    ("optimizer", "kind", "p", "dtype"),
+    [
+        (optax.adamw(0.05), "uniform", 0.0, jnp.float32),
+        (optax.sgd(0.1, 0.9), "uniform", 0.0, jnp.bfloat16),
+        (optax.sgd(0.1, 0.9), "power", 0.5, jnp.float32),
+        (optax.adamw(0.05), "power", 0.5, jnp.bfloat16),
+        (optax.adamw(0.05), "exponential", 0.9, jnp.float32),
+        (optax.sgd(0.1, 0.9), "exponential", 0.9, jnp.bfloat16),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_average_of_weight_and_magnitude_is_exact(optimizer, kind, p, dtype):
     params = weights(dtype)
     weighting = getattr(jp.weightings, kind)(*([] if kind == "uniform" else [p]))
@@ -170,7 +177,7 @@ def test_integers_are_left_alone():
     assert isinstance(jp.get_importance(state).weight["count"], optax.MaskedNode)
 
 
-def is_masked(x):
+def is_excluded(x):
     return isinstance(x, optax.MaskedNode)
 
 
@@ -222,10 +229,10 @@ def test_works_inside_optax_containers(name):
     average = jp.get_importance(run.state).weight
     flat = dict(zip(jp.tree.names(params), leaves(run.weights), strict=True))
     assert_averages(average, [flat[path] for path in tracked])
-    entries, shape = jax.tree.flatten(average, is_leaf=is_masked)
+    entries, shape = jax.tree.flatten(average, is_leaf=is_excluded)
     assert shape == jax.tree.structure(params)
     assert [
-        x for x, e in zip(flat, entries, strict=True) if not is_masked(e)
+        x for x, e in zip(flat, entries, strict=True) if not is_excluded(e)
     ] == tracked
 
 
