@@ -111,7 +111,7 @@ class ERK:
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
         raw = [(i + o) / (i * o) for *_, i, o in (weight.shape for weight in weights)]
-        return exact(1 - _capped(raw, weights, sparsity), weights, sparsity)
+        return _exact(1 - _capped(raw, weights, sparsity), weights, sparsity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class OWL:
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
-        blocks = [block_of(weight) for weight in weights]
+        blocks = [_block_of(weight) for weight in weights]
         totals = {block: np.zeros(2) for block in blocks}
         for block, weight in zip(blocks, weights, strict=True):
             totals[block] += (float(_scores(weight).sum()), weight.size)
@@ -152,7 +152,9 @@ class OWL:
         width = max(ratio.max() - ratio.min(), np.finfo(float).tiny)
         scaled = (ratio - ratio.min()) / width * 2 * self.spread
         kept = dict(zip(outliers, scaled - scaled.mean() + 1 - sparsity, strict=True))
-        return exact(np.array([1 - kept[block] for block in blocks]), weights, sparsity)
+        return _exact(
+            np.array([1 - kept[block] for block in blocks]), weights, sparsity
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,18 +184,13 @@ class Ranked:
         return _ranked(weights, [w.view(named[w.leaf]) for w in weights], sparsity)
 
 
-def exact(
+def _exact(
     shares: np.ndarray, weights: Sequence[Weight], sparsity: float
 ) -> list[Fraction]:
     """Shares moved together, and cut at 0 and 1, until all weights lose what was asked.
 
-    Args:
-      shares: the share that each weight loses.
-      weights: the weights.
-      sparsity: the share that all weights together lose.
-
-    Returns:
-      Fractions whose counts are integers that add up to the nearest of sparsity x size.
+    They come as fractions whose counts are integers that add up to the one nearest to
+    sparsity x size.
     """
     sizes = np.array([weight.size for weight in weights], float)
     goal = round(sparsity * sum(weight.size for weight in weights))
@@ -211,15 +208,11 @@ def exact(
     ]
 
 
-def block_of(weight: Weight) -> tuple[str, int]:
-    """The layer that a weight belongs to: what stands before the first number.
+def _block_of(weight: Weight) -> tuple[str, int]:
+    """The layer (prefix, number) of a weight: what stands before the first number.
 
-    Args:
-      weight: the weight.
-
-    Returns:
-      A prefix and the layer's number; of a leaf that is stacked over layers its first
-      name and its index, of a weight without a number its own name and -1.
+    Of a leaf that is stacked over layers it is the first name and the index, of a
+    weight without a number its own name and -1.
     """
     if weight.index:
         return weight.leaf.split("/")[0], weight.index[0]
