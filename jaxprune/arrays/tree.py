@@ -263,7 +263,7 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
 
 
 def with_nodes(masks: Any, names: Container[str]) -> Any:
-    """The masks with `optax.MaskedNode()` for True, and for None at one of the names."""
+    """The masks with `MaskedNode()` for True, and for None at one of the names."""
 
     def one(path: Any, mask: Any) -> Any:
         excluded = mask is True or (mask is None and name_of(path) in names)
