@@ -181,7 +181,15 @@ class Ranked:
                 f"of {missing[:6]}; make them from these parameters, with the same "
                 "prunable rule"
             )
-        return _ranked(weights, [w.view(named[w.leaf]) for w in weights], sparsity)
+        leaves = [named[weight.leaf] for weight in weights]
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise ValueError(
+                "allocation.Ranked counts what its scores prune, so they must have "
+                "values, but they are traced; make them outside of jit"
+            )
+        with thresholds.at_once(leaves):
+            parts = [w.view(leaf) for w, leaf in zip(weights, leaves, strict=True)]
+            return _ranked(weights, parts, sparsity)
 
 
 def _exact(
@@ -248,10 +256,9 @@ def _ranked(
     # Ties keep the first by name.
     order = sorted(range(len(weights)), key=lambda i: weights[i].name)
     size = sum(score.size for score in scores)
-    with thresholds.at_once(scores):
-        own = [scores[i] for i in order]
-        cuts = thresholds.cut_together(own, size - round(sparsity * size))
-        kept = jax.device_get(list(map(_kept, own, cuts)))
+    own = [scores[i] for i in order]
+    cuts = thresholds.cut_together(own, size - round(sparsity * size))
+    kept = jax.device_get(list(map(_kept, own, cuts)))
     found = {i: int(number) for i, number in zip(order, kept, strict=True)}
     return [Fraction(w.size - found[i], w.size) for i, w in enumerate(weights)]
 
