@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns
-from jaxprune.topk.highest import highest
+from jaxprune.topk.thresholds import highest
 from jaxprune.typing import Pattern
 
 
@@ -30,9 +30,9 @@ def mask(scores: jax.Array, removed: Any, pattern: Pattern) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxprune as jp
-      >>> from jaxprune.topk import highest
+      >>> from jaxprune.masking import matrix_mask
       >>> scores = jnp.array([[4.0, 1.0], [2.0, 3.0]])
-      >>> highest.mask(scores, 1, jp.patterns.Unstructured()).tolist()
+      >>> matrix_mask.mask(scores, 1, jp.patterns.Unstructured()).tolist()
       [[True, False], [True, True]]
     """
     axes, removed = Axes(), jnp.asarray(removed)

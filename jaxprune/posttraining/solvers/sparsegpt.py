@@ -17,7 +17,7 @@ import numpy as np
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import layer_problem
 from jaxprune.posttraining.solvers.layer_problem import Solution
-from jaxprune.topk.highest import highest
+from jaxprune.topk.thresholds import highest
 from jaxprune.typing import Pattern
 
 # Inputs that are swept between two products with the rest of their block.
