@@ -175,8 +175,10 @@ def mask(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
     rows = cut.bound.ndim
     across = cut.bound.shape + (1,) * (scores.ndim - rows)
     own, least = float_order.of(scores, cut.threshold.dtype), cut.threshold
-    early = low_bit.flat_index(scores.shape[rows:]) < cut.bound.reshape(across)
-    least = least.reshape(across)
+    index = low_bit.flat_index(scores.shape[rows:]).reshape(
+        (1,) * rows + scores.shape[rows:]
+    )
+    early, least = index < cut.bound.reshape(across), least.reshape(across)
     return (own > least) | ((own == least) & early)
 
 
@@ -359,7 +361,7 @@ def _count(
         else:
             tied = own == line.rank(own_rows(place)).reshape(across)
             length = np.uint32(math.prod(rows.shape[1:]))
-            keys = length - low_bit.flat_index(rows.shape[1:])  # 1 is the last
+            keys = length - low_bit.flat_index(rows.shape[1:])[None]  # 1 is the last
             keys = jnp.where(tied, keys, np.uint32(0)).astype(line.unsigned)
             if ties is not True:
                 keys = jnp.where(ties, keys, line.position(own))
