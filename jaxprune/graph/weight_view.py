@@ -101,7 +101,7 @@ class WeightView:
         return _read(leaf, self._starts, form=self._form)
 
     def write(self, leaf: jax.Array, part: jax.Array, *, donate: bool) -> jax.Array:
-        """The leaf with another part, of the view's shape; `donate` reuses its memory."""
+        """The leaf with another part in place; `donate` reuses the leaf's memory."""
         program = _write_in_place if donate and self.sliced else _write
         return program(leaf, part, self._starts, form=self._form)
 
@@ -150,7 +150,7 @@ class WeightView:
         )
 
     def matrix(self, batch: int, inputs: int) -> "WeightView":
-        """The view as (batch, in, out): so many batch axes, input axes, and the rest."""
+        """The view as (batch, in, out): so many axes each, out the rest."""
         ends = [0, batch, batch + inputs, len(self.shape)]
         parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
         seen = self.reshape([math.prod(self.shape[part]) for part in parts])

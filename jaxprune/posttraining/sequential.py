@@ -1,9 +1,9 @@
 """All batches, side by side, through the segments of a program.
 
 `SequentialPipeline` takes all batches to the next input and adds up its statistics.
-Before it is taken on, the weights that the input meets may be pruned. So each weight is seen with the input that it will really have, each
-activation is computed once, and memory holds one segment's statistics and the
-activations that later segments need.
+Before it is taken on, the weights that the input meets may be pruned. So each weight is
+seen with the input that it will really have, each activation is computed once, and
+memory holds one segment's statistics and the activations that later segments need.
 """
 
 import collections
