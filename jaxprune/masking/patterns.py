@@ -19,8 +19,18 @@ from jaxprune.topk.float_order import Line
 from jaxprune.typing import Pattern
 
 
+class _Free:
+    """A pattern that leaves the sparsity free and takes any shape."""
+
+    sparsity: float | None = None
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+        """Any shape will do."""
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
-class Unstructured:
+class Unstructured(_Free):
     """Every weight is its own unit.
 
     Example:
@@ -28,13 +38,6 @@ class Unstructured:
       >>> jp.patterns.Unstructured()
       Unstructured()
     """
-
-    @property
-    def sparsity(self) -> None:
-        """Free."""
-
-    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
-        """Any shape will do."""
 
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """The scores themselves."""
@@ -46,7 +49,7 @@ class Unstructured:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerOutput:
+class PerOutput(_Free):
     """Every weight is its own unit, and each output loses the same share of its inputs.
 
     Each output ranks its own inputs, as Wanda does; ties keep the first input. The
@@ -65,22 +68,15 @@ class PerOutput:
       2024, arXiv 2306.11695, section 3.
     """
 
-    @property
-    def sparsity(self) -> None:
-        """Free."""
-
-    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
-        """Any shape will do."""
-
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """Minus the rank inside the output as a share of the inputs, (batch, out, in).
 
         One cut serves all outputs. They stand last first: ties, which are weights of
         one rank, keep the first.
         """
-        matrix = axes.matrix(scores)
+        matrix = axes.matrix(scores)  # (batch, in, out)
         matrix = divisible(matrix, 1, max(matrix.shape[1], 1), 1)
-        own = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))
+        own = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))  # (batch, out, in)
         falling = ~float_order.of(own, Line.of(own.dtype).signed)
         rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
         return -rank.astype(jnp.float32) / max(own.shape[2], 1)
@@ -142,6 +138,7 @@ class NM:
         """Minus the rank inside the group, so that one cut serves all groups."""
         matrix = divisible(axes.matrix(scores), 1, self.m, 1)
         batch, inputs, outputs = matrix.shape
+        # (batch, groups, m, out)
         groups = matrix.reshape(batch, inputs // self.m, self.m, outputs)
         place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
         rank = jnp.zeros(groups.shape, jnp.float16)
@@ -159,7 +156,7 @@ class NM:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(_Free):
     """Tiles of rows x columns (input x output) are pruned as a whole.
 
     A tile's score is the mean of its weights' scores; a tile at the edge may be smaller
@@ -186,13 +183,6 @@ class Block:
         if min(self.rows, self.columns) < 1:
             raise ValueError(f"Block needs sides of at least 1, got {self}")
 
-    @property
-    def sparsity(self) -> None:
-        """Free."""
-
-    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
-        """Any shape will do: edge tiles may be smaller."""
-
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """The mean score of each tile, (batch, in tiles, out tiles)."""
         matrix = axes.matrix(scores)
@@ -214,15 +204,15 @@ class Block:
         padded = jnp.pad(whole, ((0, 0), (0, rows), (0, columns)))
         high, wide = inputs + rows, outputs + columns
         tall = padded.reshape(batch, high // self.rows, self.rows, wide)
-        tall = exact_sum.total(tall, 2).squeeze(2)
+        tall = exact_sum.total(tall, 2).squeeze(2)  # (batch, in tiles, out)
         tiles = tall.reshape(
             batch, high // self.rows, wide // self.columns, self.columns
         )
-        return exact_sum.total(tiles, 3).squeeze(3)
+        return exact_sum.total(tiles, 3).squeeze(3)  # (batch, in tiles, out tiles)
 
 
 @dataclasses.dataclass(frozen=True)
-class Channel:
+class Channel(_Free):
     """Whole output channels are pruned together.
 
     A channel's score is the mean of its weights' scores. The sparsity is met in
@@ -233,13 +223,6 @@ class Channel:
       >>> jp.patterns.Channel()
       Channel()
     """
-
-    @property
-    def sparsity(self) -> None:
-        """Free."""
-
-    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
-        """Any shape will do."""
 
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """The mean score of each output channel, (batch, 1, out)."""

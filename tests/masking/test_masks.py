@@ -161,7 +161,7 @@ def test_sparsity_may_be_any_real_number(sparsity):
     assert int(masks["a"].sum()) == 4 - round(4 * float(sparsity))
 
 
-def test_unknown_scope_is_refused():
+def test_an_unknown_allocation_is_refused():
     with pytest.raises(ValueError, match=r"allocation.*model|model.*allocation"):
         jp.masks.make({"a": jnp.ones((2, 2))}, 0.5, allocation="model")
 
@@ -232,7 +232,7 @@ def test_a_none_that_the_parameters_have_too_is_no_leaf():
 
 def test_false_for_a_mask_is_refused_by_name():
     given = {"a": {"kernel": False}, "b": {"kernel": True}}
-    with pytest.raises(ValueError, match="masks must have the shapes.*a/kernel"):
+    with pytest.raises(ValueError, match=r"masks must have the shapes.*a/kernel"):
         jp.masks.apply(PARAMS, given)
 
 
