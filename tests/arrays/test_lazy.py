@@ -82,7 +82,7 @@ def test_the_trace_reads_nothing():
     shelf = Shelf(PARAMS)
     seen = jp.trace(run_chain, shelf.params, BATCHES[0])
     expected = jp.trace(run_chain, PARAMS, BATCHES[0])
-    assert [p.name for p in seen.products] == [p.name for p in expected.products]
+    assert [p.name for p in seen.linear_ops] == [p.name for p in expected.linear_ops]
     assert not shelf.reads
 
 
