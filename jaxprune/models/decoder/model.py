@@ -42,7 +42,7 @@ class Decoder(nnx.Module):
     Example:
       >>> from jaxprune.models.decoder.rope import linear
       >>> config = DecoderConfig(
-      ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+      ...     vocab_size=65, context=32, layers=1, width=16, heads=4, kv_heads=2,
       ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
       ... )
       >>> model = Decoder(config, rngs=nnx.Rngs(0))
@@ -228,7 +228,7 @@ def loss_per_token(
     Example:
       >>> from jaxprune.models.decoder.rope import linear
       >>> config = DecoderConfig(
-      ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+      ...     vocab_size=65, context=32, layers=1, width=16, heads=4, kv_heads=2,
       ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
       ... )
       >>> tokens = jnp.zeros((2, 10), jnp.int32)

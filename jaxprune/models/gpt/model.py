@@ -124,7 +124,7 @@ class GPT(nnx.Module):
       rngs: gives the keys of the initial parameters; not kept.
 
     Example:
-      >>> model = GPT(preset("cpu", vocab_size=65), rngs=nnx.Rngs(0))
+      >>> model = GPT(preset("cpu", vocab_size=65, layers=1), rngs=nnx.Rngs(0))
       >>> model(jnp.zeros((2, 10), jnp.int32)).shape
       (2, 10, 65)
     """
