@@ -175,28 +175,9 @@ class Decoder(nnx.Module):
         return out if most is None else most * jnp.tanh(out / most)
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
-        """An empty cache.
-
-        Args:
-          batch: number of sequences.
-          size: how many tokens it can hold, at most (and by default) `context`.
-
-        Returns:
-          A `Cache` of zeros with length 0.
-
-        Raises:
-          ValueError: the size is more than the context.
-        """
+        """An empty cache for at most, and by default, `context` tokens."""
         config = self.config
-        return empty(
-            batch,
-            size,
-            context=config.context,
-            layers=config.layers,
-            heads=config.kv_heads,
-            head_dim=config.head_dim,
-            dtype=config.dtype,
-        )
+        return empty(config, batch, size, config.kv_heads, config.head_dim)
 
 
 def loss_per_token(

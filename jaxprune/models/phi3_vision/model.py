@@ -12,7 +12,7 @@ Reference:
 """
 
 import dataclasses
-from typing import Literal, overload
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -179,26 +179,6 @@ class Phi3Vision(nnx.Module):
         seen = self.image_tokens(pixels, remat=remat).astype(x.dtype)
         rows = seen[jnp.maximum(sources, 0)]  # (batch, time, width)
         return jnp.where(sources[..., None] >= 0, rows, x)
-
-    @overload
-    def __call__(
-        self,
-        tokens: Int[Array, "batch time"],
-        pixels: Array | None = None,
-        sources: Array | None = None,
-        *,
-        cache: None = None,
-    ) -> Array: ...
-
-    @overload
-    def __call__(
-        self,
-        tokens: Int[Array, "batch time"],
-        pixels: Array | None = None,
-        sources: Array | None = None,
-        *,
-        cache: Cache,
-    ) -> tuple[Array, Cache]: ...
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxprune.models.decoder.config import check_choice, check_positive
 from jaxprune.models.decoder.layers import Linear, Norm, attend
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -58,23 +59,14 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for name in ("image", "patch", "layers", "width", "heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"ClipConfig needs {name} to be a positive integer, got "
-                    f"{getattr(self, name)}"
-                )
+        check_positive(self, "image", "patch", "layers", "width", "heads", "mlp_width")
         for part, whole in (("patch", "image"), ("heads", "width")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"ClipConfig needs {whole} to be divisible by {part}, got "
                     f"{getattr(self, whole)} and {getattr(self, part)}"
                 )
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"ClipConfig needs activation to be one of {', '.join(_ACTIVATIONS)}, "
-                f"got {self.activation!r}"
-            )
+        check_choice(self, "activation", _ACTIVATIONS)
 
     @property
     def grid(self) -> int:
