@@ -47,6 +47,15 @@ def _run(model, tokens, **options):
     return _call(*nnx.split(model, nnx.Param), tokens, **options)
 
 
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _call_loss(graphdef, params, *batch, **options):
+    return gpt.loss(nnx.merge(graphdef, params), *batch, **options)
+
+
+def _loss(model, *batch, **options):
+    return _call_loss(*nnx.split(model, nnx.Param), *batch, **options)
+
+
 def _tokens(shape=(3, 8), seed=0, config=TINY):
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.integers(0, config.vocab_size, shape), jnp.int32)
@@ -151,8 +160,7 @@ def test_the_initial_loss_is_that_of_a_uniform_guess():
     tokens = _tokens((2, 64), config=INITIAL)
     targets = _tokens((2, 64), seed=1, config=INITIAL)
     # nanoGPT's small initial logits: within a few hundredths of log(512).
-    graphdef, params = nnx.split(_model(INITIAL), nnx.Param)
-    loss = jax.jit(lambda p: gpt.loss(nnx.merge(graphdef, p), tokens, targets))(params)
+    loss = _loss(_model(INITIAL), tokens, targets)
     assert abs(loss - math.log(512)) < 0.1
 
 
@@ -193,7 +201,7 @@ def test_logits_are_float32_and_bfloat16_products_stay_near():
 def test_a_token_past_the_vocabulary_gives_nan():
     bad = _tokens().at[0, 3].set(TINY.vocab_size)
     assert np.isnan(_run(_model(), bad)[0, 3]).all()
-    assert np.isnan(gpt.loss(_model(), _tokens(), bad))
+    assert np.isnan(_loss(_model(), _tokens(), bad))
 
 
 def test_dropout_needs_a_key_and_repeats_with_it():
@@ -217,10 +225,10 @@ def test_loss_is_the_float64_cross_entropy_and_weights_pick_tokens():
     shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     nats = -np.log(np.take_along_axis(shares, np.asarray(targets)[..., None], -1))
     nats = nats[..., 0]
-    np.testing.assert_allclose(gpt.loss(model, tokens, targets), nats.mean(), rtol=1e-6)
+    np.testing.assert_allclose(_loss(model, tokens, targets), nats.mean(), rtol=1e-6)
     weights = jnp.zeros(tokens.shape).at[0].set(1).at[1, 2].set(3)
     expected = (nats * np.asarray(weights)).sum() / weights.sum()
-    weighted = gpt.loss(model, tokens, targets, weights=weights)
+    weighted = _loss(model, tokens, targets, weights=weights)
     np.testing.assert_allclose(weighted, expected, rtol=1e-6)
 
 
