@@ -184,15 +184,7 @@ def _counts(
     chosen: Mapping[str, TensorInfo],
 ) -> dict[str, int]:
     """How many weights each matrix of a tensor loses."""
-    if pattern.sparsity is not None:
-        if sparsity not in (None, pattern.sparsity):
-            raise ValueError(
-                f"{pattern} removes exactly {pattern.sparsity:.4g} of each matrix, but "
-                f"sparsity={sparsity} was asked for; leave the sparsity out"
-            )
-        sparsity = pattern.sparsity
-    if sparsity is None:
-        raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
+    sparsity, _ = allocation.agreed(sparsity, pattern)
     names = [name.replace(".", "/") for name in chosen]
     sizes = [math.prod(info.shape[-2:]) for info in chosen.values()]
     return dict(zip(chosen, allocation.by_leaf(sparsity, names, sizes), strict=True))
