@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, Int
 
 from jaxprune.evaluation.texts import Text
 from jaxprune.models.decoder.model import Decoder, loss_per_token
@@ -28,13 +29,13 @@ class Windows(NamedTuple):
       facts: JSON-able: context, stride, bos.
     """
 
-    tokens: np.ndarray
-    counted: np.ndarray
+    tokens: Int[np.ndarray, "windows context"]
+    counted: Bool[np.ndarray, "windows context-1"]
     facts: dict[str, Any]
 
 
 def slide(
-    tokens: np.ndarray,
+    tokens: Int[np.ndarray, " tokens"],
     *,
     context: int,
     stride: int | None = None,
@@ -152,27 +153,28 @@ def measure(
 ) -> dict[str, Any]:
     """The perplexity of a model.
 
-    Args:
-      model: all its parameters in memory.
-      seen: what it is evaluated on.
-      batch: windows at a time; one program is compiled.
-      tick: called after each batch with the number of its windows.
+        Args:
+          model: all its parameters in memory.
+          seen: what it is evaluated on.
+          batch: windows at a time; one program is compiled.
+          tick: called after each batch with the number of its windows.
 
-    Returns:
-      "perplexity" (None where it is infinite), "nats" a token (None where not finite),
-      "tokens" and "windows" that count.
+        Returns:
+          "perplexity" (None where it is infinite), "nats" a token (None where not finite),
+          "tokens" and "windows" that count.
 
-    Example:
-      >>> from flax import nnx
-      >>> from jaxprune.models.decoder.config import DecoderConfig
-      >>> model = Decoder(
-      ...     DecoderConfig(vocab_size=65, context=8, layers=1, width=4, heads=1,
-      ...                   kv_heads=1, head_dim=4, mlp_width=4),
-      ...     rngs=nnx.Rngs(0),
-      ... )
-      >>> found = measure(model, slide(np.arange(60), context=8))
-      >>> found["tokens"], round(found["perplexity"])  # untrained: one in vocab_size
-      (59, 65)
+        Example:
+          >>> from flax import nnx
+    from jaxtyping import Bool, Float, Int
+          >>> from jaxprune.models.decoder.config import DecoderConfig
+          >>> model = Decoder(
+          ...     DecoderConfig(vocab_size=65, context=8, layers=1, width=4, heads=1,
+          ...                   kv_heads=1, head_dim=4, mlp_width=4),
+          ...     rngs=nnx.Rngs(0),
+          ... )
+          >>> found = measure(model, slide(np.arange(60), context=8))
+          >>> found["tokens"], round(found["perplexity"])  # untrained: one in vocab_size
+          (59, 65)
     """
     graphdef, params = nnx.split(model)
     number = len(seen.tokens)
@@ -180,6 +182,7 @@ def measure(
     total = 0.0
     for start in range(0, number, batch):
         rows = np.arange(start, start + batch)
+        # (batch, context): the last batch is filled up, so that one program serves all.
         tokens = seen.tokens[np.minimum(rows, number - 1)]
         losses = np.asarray(_losses(graphdef, params, tokens), np.float64)
         own = min(batch, number - start)
@@ -232,6 +235,8 @@ def is_sane(result: dict[str, Any], frequency: float, vocab_size: int) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _losses(graphdef: Any, params: Any, tokens: jax.Array) -> jax.Array:
+def _losses(
+    graphdef: Any, params: Any, tokens: Int[jax.Array, "batch context"]
+) -> Float[jax.Array, "batch context-1"]:
     model = nnx.merge(graphdef, params)
     return loss_per_token(model, tokens[:, :-1], tokens[:, 1:])
