@@ -153,28 +153,27 @@ def measure(
 ) -> dict[str, Any]:
     """The perplexity of a model.
 
-        Args:
-          model: all its parameters in memory.
-          seen: what it is evaluated on.
-          batch: windows at a time; one program is compiled.
-          tick: called after each batch with the number of its windows.
+    Args:
+      model: all its parameters in memory.
+      seen: what it is evaluated on.
+      batch: windows at a time; one program is compiled.
+      tick: called after each batch with the number of its windows.
 
-        Returns:
-          "perplexity" (None where it is infinite), "nats" a token (None where not finite),
-          "tokens" and "windows" that count.
+    Returns:
+      "perplexity" (None where it is infinite), "nats" a token (None where not finite),
+      "tokens" and "windows" that count.
 
-        Example:
-          >>> from flax import nnx
-    from jaxtyping import Bool, Float, Int
-          >>> from jaxprune.models.decoder.config import DecoderConfig
-          >>> model = Decoder(
-          ...     DecoderConfig(vocab_size=65, context=8, layers=1, width=4, heads=1,
-          ...                   kv_heads=1, head_dim=4, mlp_width=4),
-          ...     rngs=nnx.Rngs(0),
-          ... )
-          >>> found = measure(model, slide(np.arange(60), context=8))
-          >>> found["tokens"], round(found["perplexity"])  # untrained: one in vocab_size
-          (59, 65)
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.models.decoder.config import DecoderConfig
+      >>> model = Decoder(
+      ...     DecoderConfig(vocab_size=65, context=8, layers=1, width=4, heads=1,
+      ...                   kv_heads=1, head_dim=4, mlp_width=4),
+      ...     rngs=nnx.Rngs(0),
+      ... )
+      >>> found = measure(model, slide(np.arange(60), context=8))
+      >>> found["tokens"], round(found["perplexity"])  # untrained: one in vocab_size
+      (59, 65)
     """
     graphdef, params = nnx.split(model)
     number = len(seen.tokens)
