@@ -1,10 +1,10 @@
-"""Who should share the sparsity among the matrices when a solver prunes each of them?
+"""How should a sparsity be allocated to the matrices when a solver prunes each of them?
 
-    python -m experiments.allocation_with_solvers --out results/reconstruction
+    python -m experiments.allocation_with_solvers --out results/allocation_with_solvers
 
 A dense GPT of the main experiment is pruned layer by layer from calibration sequences
 of its own training text. The solver chooses inside each matrix and repairs what it
-keeps; how many weights a matrix loses is told by a rule: the same share everywhere,
+keeps; how many weights a matrix loses is fixed by the allocation: uniform,
 ERK, OWL, or one global ranking of all matrices by a criterion, such as the quarter
 score of the training itself. Every cell is one small file, so a run that was stopped
 goes on, and one of other seeds, rules or sparsities in the same folder adds to it.
@@ -33,22 +33,22 @@ from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
 from jaxprune.models import gpt
 
-RULES: dict[str, Callable[[], Any]] = {
+ALLOCATIONS: dict[str, Callable[[], Any]] = {
     "uniform": jp.allocation.Uniform,
     "owl": jp.allocation.OWL,
     "erk": jp.allocation.ERK,
 }
-"""Rules that share the sparsity without a score; each name of `CRITERIA` is one too."""
+"""Allocations without a score; each name of `CRITERIA` is one too."""
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "sparsegpt": jp.methods.SparseGPT,
     "alps": jp.methods.ALPS,
     "wanda": jp.methods.Wanda,
 }
-"""Name to method; "mask" is none of them: the lowest scores go, nothing is repaired."""
+"""Name to method; "mask" is none of them: the lowest scores are pruned, nothing is repaired."""
 
 ALONE = {"wanda": "uniform", "mask": "trajectory"}
-"""What is there to compare with, each by one rule only."""
+"""What is there to compare with, each by one allocation only."""
 
 _SEQUENCES_AT_ONCE = 16
 
@@ -61,25 +61,27 @@ class Cell:
       seed: of the dense model.
       draw: which draw of the calibration sequences.
       solver: a name of `SOLVERS`, or "mask".
-      shares: a name of `RULES` or of `CRITERIA`.
-      sparsity: the share of the decoder's matrices that is removed.
+      allocation: a name of `ALLOCATIONS` or of `CRITERIA`.
+      sparsity: the fraction of the decoder's matrices that is removed.
     """
 
     seed: int
     draw: int
     solver: str
-    shares: str
+    allocation: str
     sparsity: float
 
     def path(self, out: Path) -> Path:
         """Its file below the run's folder."""
-        name = f"{self.solver}-{self.shares}-{self.sparsity:g}-draw-{self.draw}.json"
+        name = (
+            f"{self.solver}-{self.allocation}-{self.sparsity:g}-draw-{self.draw}.json"
+        )
         return out / f"seed-{self.seed}" / "cells" / name
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Prunes dense GPTs by solvers, the sparsity shared out by several rules.
+    """Prunes dense GPTs by solvers, the sparsity allocated in several ways.
 
     Attributes:
       out: folder of the results; what is found there is not done again.
@@ -88,10 +90,10 @@ class Config:
       text: a text file, or a folder of them, in place of a data set.
       data_dir: where data sets are kept.
       seeds: one dense model each.
-      shares: rules that share the sparsity: uniform, owl, erk, or a criterion.
+      allocations: how the sparsity is allocated: uniform, owl, erk, or a criterion.
       solvers: what prunes each matrix: sparsegpt, alps; wanda and mask, for comparison,
-        go with one rule each.
-      sparsities: shares of the decoder's matrices to remove.
+        have one allocation each.
+      sparsities: fractions of the decoder's matrices to remove.
       draws: numbers of draws of the calibration sequences.
       sequences: calibration sequences in a draw, of the model's context each.
       steps: steps of training; the published tables' if left out.
@@ -99,13 +101,13 @@ class Config:
       smoke: every part at a size that ends within half a minute.
     """
 
-    out: Path = Path("results/reconstruction")
+    out: Path = Path("results/allocation_with_solvers")
     preset: Literal["cpu", "medium"] = "cpu"
     data: str = "shakespeare_plays"
     text: Path | None = None
     data_dir: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
-    shares: tuple[str, ...] = (
+    allocations: tuple[str, ...] = (
         "uniform",
         "owl",
         "erk",
@@ -126,7 +128,9 @@ class Config:
         return dataclasses.replace(
             self,
             seeds=self.seeds[:1],
-            shares=tuple(dict.fromkeys((*self.shares[:2], self.shares[-1]))),
+            allocations=tuple(
+                dict.fromkeys((*self.allocations[:2], self.allocations[-1]))
+            ),
             sparsities=(0.7,),
             sequences=_SEQUENCES_AT_ONCE,
             steps=40,
@@ -140,14 +144,14 @@ class Config:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
         for name, known in (
-            ("shares", {**RULES, **CRITERIA}),
+            ("allocations", {**ALLOCATIONS, **CRITERIA}),
             ("solvers", {**SOLVERS, "mask": None}),
         ):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise ValueError(
                     f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
                 )
-        for name in ("seeds", "shares", "solvers", "sparsities", "draws"):
+        for name in ("seeds", "allocations", "solvers", "sparsities", "draws"):
             values = getattr(self, name)
             if not values or len({*values}) < len(values):
                 raise ValueError(f"{name} must be named once each, got {values}")
@@ -167,11 +171,11 @@ class Config:
     def cells(self) -> list[Cell]:
         """Every cell that is asked for, in the order in which they are done."""
         return [
-            Cell(seed, draw, solver, shares, sparsity)
+            Cell(seed, draw, solver, allocation, sparsity)
             for seed, draw, solver in itertools.product(
                 self.seeds, self.draws, self.solvers
             )
-            for shares in ([ALONE[solver]] if solver in ALONE else self.shares)
+            for allocation in ([ALONE[solver]] if solver in ALONE else self.allocations)
             for sparsity in self.sparsities
         ]
 
@@ -234,11 +238,11 @@ class Run:
     def pruned(self, cell: Cell, watched: Watched, batches: list[np.ndarray]) -> Any:
         """The parameters of a cell."""
         if cell.solver == "mask":
-            scores = CRITERIA[cell.shares](watched)
+            scores = CRITERIA[cell.allocation](watched)
             return jp.prune(watched.params, scores, cell.sparsity, allocation="global")
-        rule = RULES.get(cell.shares)
-        shares = (
-            jp.allocation.Ranked(CRITERIA[cell.shares](watched))
+        rule = ALLOCATIONS.get(cell.allocation)
+        allocation = (
+            jp.allocation.Ranked(CRITERIA[cell.allocation](watched))
             if rule is None
             else rule()
         )
@@ -248,7 +252,7 @@ class Run:
             batches,
             method=SOLVERS[cell.solver](),
             sparsity=cell.sparsity,
-            allocation=shares,
+            allocation=allocation,
             progress=False,
         ).params
 
@@ -296,7 +300,7 @@ def main(config: Config) -> Path:
                 _do(run, seed, cells, bar.update)
         results = {
             "format": 1,
-            "name": "reconstruction",
+            "name": "allocation_with_solvers",
             "config": run.identity(),
             "versions": records.versions(),
             "device": records.device(),

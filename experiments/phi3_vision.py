@@ -58,11 +58,11 @@ class Config:
       dtype: type of the matrix products; parameters are float32.
       data_dir: where data sets are kept; TFDS's default if left out.
       seeds: one training run each.
-      criteria: what to prune by; see experiments/criteria.py.
+      criteria: what to prune by; see experiments/harness/criteria.py.
       retrain_criteria: those retrained too; all of `criteria` if left out.
       scopes: what is ranked together and pruned: "all", the "decoder", the "tower".
       retrain_scopes: those retrained; the first of `scopes` if left out.
-      sparsities: shares of the scope's matrices to remove.
+      sparsities: fractions of the scope's matrices to remove.
       retrain_sparsities: those retrained at; if left out 0.25, 0.5 and 0.8, or all of
         `sparsities` where those are others.
       batch_size: pictures in a batch.

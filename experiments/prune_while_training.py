@@ -1,6 +1,6 @@
 """Further than the paper: prune while training, not after it.
 
-    python -m experiments.prune_while_training --out results/deeper
+    python -m experiments.prune_while_training --out results/prune_while_training
 
 One run of as many steps as the main experiment spends on training and retraining
 together. The sparsity rises along a cubic from 20 % to 60 % of the steps, ranked by
@@ -43,7 +43,7 @@ class Config:
       text: a text file, or a folder of them, in place of a data set.
       data_dir: where data sets are kept.
       seeds: one run each, for each sparsity.
-      sparsities: final shares of the decoder's matrices removed; 0 is the control.
+      sparsities: final fractions of the decoder's matrices removed; 0 is the control.
       recipe: "cosine" is one cosine over all steps; "restart" is the main experiment's
         schedule, a cosine and a second, short one.
       learning_rate: the peak.
@@ -57,7 +57,7 @@ class Config:
       mesh: how the devices share the work, as in `scaled_down_llm`.
     """
 
-    out: Path = Path("results/deeper")
+    out: Path = Path("results/prune_while_training")
     preset: Literal["cpu", "medium", "char"] = "cpu"
     data: str = "shakespeare_plays"
     text: Path | None = None
@@ -101,7 +101,7 @@ class Config:
 
 
 def pruned(state: training.TrainState, sparsity: float) -> training.TrainState:
-    """The state pruned to a sparsity; its moments live on."""
+    """The state pruned to a sparsity; its moments are kept."""
     importance = jp.get_importance(state.opt_state)
     scores = jp.scores.trajectory(state.params, importance)
     masks = jp.masks.make(scores, sparsity, allocation="global")
@@ -207,7 +207,7 @@ def main(config: Config) -> Path:
                 print(f"seed {seed}  {final:4.0%} removed  {loss:.4f} nats", flush=True)
         results = {
             "format": 1,
-            "name": "deeper",
+            "name": "prune_while_training",
             "config": fixed,
             "versions": records.versions(),
             "device": records.device(),

@@ -41,11 +41,11 @@ class Config:
       text: a text file, or a folder of them, in place of a data set.
       data_dir: where data sets are kept; TFDS's default if left out.
       seeds: one training run each.
-      criteria: what to prune by; see experiments/criteria.py.
+      criteria: what to prune by; see experiments/harness/criteria.py.
       retrain_criteria: those retrained too; all of `criteria` if left out.
       scopes: "global" ranks all matrices together, "layer" each alone; the first one is
         retrained.
-      sparsities: shares of the decoder's matrices to remove.
+      sparsities: fractions of the decoder's matrices to remove.
       retrain_sparsities: those retrained at; all of `sparsities` if left out.
       batch_size: sequences in a batch; the preset's if left out.
       steps: steps of training; the preset's if left out.
@@ -61,7 +61,7 @@ class Config:
       energy: three-letter code of the country whose electricity counts, to measure
         energy and CO2 (needs the extra `energy`).
       mesh: how the devices share the work, "data=4,model=2" or "fsdp=8"; see
-        experiments/layout.py. All that the batch can be split over if left out.
+        experiments/harness/device_mesh.py. All that the batch can be split over if left out.
       coordinator: HOST:PORT of the first of several processes that make up the run, or
         "auto" where the cluster tells; started with the same flags, on one folder.
       processes: how many there are, where the cluster does not tell.
@@ -208,7 +208,9 @@ def _run(
         "seeds": seeds,
         "phases": phases,
         "costs": runner.costs(
-            seeds[0]["cells"], model, lambda shares: gpt.flops_per_token(shape, shares)
+            seeds[0]["cells"],
+            model,
+            lambda removed: gpt.flops_per_token(shape, removed),
         ),
     }
 

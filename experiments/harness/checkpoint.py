@@ -1,19 +1,18 @@
-"""A checkpoint is a folder that is whole or is not there, read only onto a target.
+"""A run's checkpoints: steps that orbax saves, each with a manifest that vouches for it.
 
-One checkpoint is `step_00000500/`: orbax's arrays, and a manifest with the step, the
-configuration, the kind of every leaf and the digest of every file. It is written
-beside, manifest last, and then renamed, so an interrupted save is never taken for one;
-damage that comes later is found by the digests. A leaf is stored under its name, so
-containers (NamedTuple, dict, NNX state, `optax.MaskedNode()`, None) come from the
-target, and so does the sharding: what four devices saved loads onto two.
+`orbax.checkpoint.v1.training.Checkpointer` names the steps, writes each one beside and
+renames it, on all processes at once, and places what it loads. Added here: the manifest
+(`experiments.harness.manifest`), written into a step's folder when orbax is done with
+it. A step without a whole one is not taken for a checkpoint, so an interrupted save
+never is, and damage that comes later is found. Leaves are stored by number and named in
+the manifest, so containers (NamedTuple, dict, NNX state, `optax.MaskedNode()`, None)
+come from the target, and so does the sharding: what four devices saved loads onto two.
 """
 
 import contextlib
 import errno
-import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,44 +24,28 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments.harness import manifest
-from experiments.harness.manifest import differences as differences
 from jaxprune.arrays import processes
-from jaxprune.formats import atomic
 
-_ARRAYS = "arrays"
-_PARTIAL, _REMOVED = ".partial_", ".removed_"
-_STEP = re.compile(r"step_(\d{8,})")
-_LISTED = 8
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what orbax has not renamed yet
 
 _log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint says of itself without its arrays.
+    """A whole checkpoint.
 
     Attributes:
       step: how many steps were done when it was saved.
       configuration: the JSON-able dictionary given to `save`; tuples are lists now.
       path: its folder.
+      state: a tree like the target, with its containers and shardings; None where only
+        the manifest was read.
     """
 
     step: int
     configuration: dict[str, Any]
     path: Path
-
-
-class Restored(NamedTuple):
-    """A restored checkpoint.
-
-    Attributes:
-      state: a tree like the abstract target, with its containers and shardings.
-      step: how many steps were done when it was saved.
-      configuration: the dictionary given to `save`; tuples are lists now.
-    """
-
-    state: Any
-    step: int
-    configuration: dict[str, Any]
+    state: Any = None
 
 
 def save(
@@ -105,35 +88,32 @@ def save(
       >>> folder, state = tempfile.mkdtemp(), {"w": jnp.ones(3)}
       >>> path = checkpoint.save(folder, state, step=10, configuration={"seed": 0})
       >>> path.name, checkpoint.latest(folder).configuration
-      ('step_00000010', {'seed': 0})
+      ('10', {'seed': 0})
+      >>> checkpoint.restore(folder, state).state["w"].shape
+      (3,)
     """
     directory = Path(directory).absolute()
     if step < 0 or keep < 1:
         raise ValueError(
-            f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}."
+            f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}"
         )
     leaves = _arrays(state)
     _check_global(leaves)
-    settings = _as_json(configuration)
-    stale = processes.on_first(lambda: _check_newest(directory, step))
-    final = directory / f"step_{step:08d}"
-    partial = directory / f"{_PARTIAL}{final.name}"
-
-    def begin() -> None:
-        _clear_leftovers(directory)
-        partial.mkdir(parents=True)
-
-    def finish() -> None:
-        manifest.write(partial, step, settings, leaves)
-        _commit(partial, final, stale, keep)
-
+    settings = manifest.as_json(configuration)
+    broken = processes.on_first(lambda: _check_newest(directory, step))
+    path = directory / str(step)
     try:
-        processes.on_first(begin)
-        processes.together(lambda: _save_arrays(partial / _ARRAYS, leaves))
-        processes.on_first(finish)
+        with _quiet(), _checkpointer(directory) as checkpointer:
+            for other in broken:
+                checkpointer.delete(other)
+            _save_arrays(checkpointer, step, leaves)
+            processes.on_first(lambda: manifest.write(path, step, settings, leaves))
+            for old in checkpointer.checkpoints[:-keep]:
+                checkpointer.delete(old.step)
     except Exception as error:
         if processes.is_first():
-            shutil.rmtree(partial, ignore_errors=True)
+            for rest in (path, *directory.glob(f"{step}{_UNFINISHED}*")):
+                shutil.rmtree(rest, ignore_errors=True)
         number, reason = _explain(error)
         raise OSError(
             number,
@@ -141,15 +121,15 @@ def save(
             f"({reason}); free space there or choose another folder, earlier "
             f"checkpoints are untouched",
         ) from error
-    return final
+    return path
 
 
 def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
     """Finds the newest whole checkpoint of a folder, reading no arrays into memory.
 
-    Interrupted saves are not looked at. A damaged checkpoint is passed over for an
-    older whole one, with a warning to this module's logger. All processes of a
-    distributed run call it together; the first one looks, and all get its answer.
+    A damaged checkpoint is passed over for an older whole one, with a warning to this
+    module's logger. All processes of a distributed run call it together; the first one
+    looks, and all get its answer.
 
     Args:
       directory: a folder given to `save`; need not exist.
@@ -161,11 +141,11 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
       ValueError: the folder holds other things, or checkpoints of another format
         version, or damaged checkpoints only.
     """
-    found = processes.on_first(lambda: _newest(directory))
+    found = processes.on_first(lambda: _newest(Path(directory).absolute()))
     return found and found[0]
 
 
-def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Restored:
+def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoint:
     """Loads the newest whole checkpoint of a folder onto an abstract target.
 
     All processes of a distributed run call it together.
@@ -177,60 +157,88 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Restored:
         is None, and stays in NumPy where the target is a NumPy array.
 
     Returns:
-      The state, its step and its configuration.
+      The checkpoint with its state.
 
     Raises:
       FileNotFoundError: the folder holds no checkpoint.
       ValueError: as for `latest`, or the leaves' names, shapes or dtypes differ from
         the target's.
       TypeError: a leaf of the target is no array.
-
-    Example:
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> from experiments.harness import checkpoint
-      >>> folder, state = tempfile.mkdtemp(), {"w": jnp.ones(3)}
-      >>> path = checkpoint.save(folder, state, step=10, configuration={})
-      >>> checkpoint.restore(folder, state).state["w"].shape
-      (3,)
     """
     target = _arrays(abstract_state)
-    newest = processes.on_first(lambda: _newest(directory))
+    newest = processes.on_first(lambda: _newest(Path(directory).absolute()))
     if newest is None:
         raise FileNotFoundError(
             f"'{Path(directory).absolute()}' holds no checkpoint; give the folder that "
-            f"`save` was given."
+            f"`save` was given"
         )
     found, saved = newest
     manifest.check_leaves(found.path, saved, target)
-    state = _load_arrays(found.path / _ARRAYS, list(saved), target)
-    leaves = [state[name] for name in target]
-    tree = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-    return Restored(tree, found.step, found.configuration)
+    state = _load_arrays(found.path, list(saved), target)
+    tree = jax.tree.unflatten(
+        jax.tree.structure(abstract_state), [state[name] for name in target]
+    )
+    return found._replace(state=tree)
 
 
-def _newest(
-    directory: str | os.PathLike[str],
-) -> tuple[Checkpoint, dict[str, Any]] | None:
+def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
     """The newest whole checkpoint and the kinds of its leaves."""
-    directory = Path(directory).absolute()
     reasons = []
-    for _, path in _scan(directory):
+    for step in _steps(directory):
+        path = directory / str(step)
         try:
             body = manifest.verify(path)
         except manifest.Broken as error:
             reasons.append(f"'{path.name}' {error}")
             continue
         for reason in reasons:
-            _log.warning("%s: %s; using '%s'.", directory, reason, path.name)
-        found = Checkpoint(body["step"], body["configuration"], path)
-        return found, body["leaves"]
+            _log.warning("%s: %s; using '%s'", directory, reason, path.name)
+        return Checkpoint(step, body["configuration"], path), body["leaves"]
     if reasons:
         raise ValueError(
             f"no checkpoint in '{directory}' is whole ({'; '.join(reasons)}); bring "
-            f"the files back from a copy, or remove the folder to begin again."
+            f"the files back from a copy, or remove the folder to begin again"
         )
     return None
+
+
+def _check_newest(directory: Path, step: int) -> list[int]:
+    """Refuses whole checkpoints of `step` or later; gives the broken ones."""
+    broken = []
+    for other in _steps(directory):
+        if other < step:
+            break
+        try:
+            manifest.verify(directory / str(other))
+        except manifest.Broken:
+            broken.append(other)
+            continue
+        raise ValueError(
+            f"steps must grow from save to save, got step {step} where "
+            f"'{directory / str(other)}' is saved already; go on from it or choose "
+            f"another folder"
+        )
+    return broken
+
+
+def _steps(directory: Path) -> list[int]:
+    """The steps that orbax has renamed, whole or not, newest first."""
+    if not directory.exists():
+        return []
+    if not directory.is_dir():
+        raise ValueError(f"'{directory}' must be a folder of checkpoints, got a file")
+    found, foreign = [], []
+    for path in directory.iterdir():
+        if path.is_dir() and path.name.isdecimal() and path.name == str(int(path.name)):
+            found.append(int(path.name))
+        elif not path.name.startswith(".") and _UNFINISHED not in path.name:
+            foreign.append(repr(path.name))
+    if foreign:
+        raise ValueError(
+            f"'{directory}' must hold checkpoints only, it also holds "
+            f"{', '.join(sorted(foreign)[: manifest.LISTED])}; choose another folder"
+        )
+    return sorted(found, reverse=True)
 
 
 def _arrays(tree: Any) -> dict[str, Any]:
@@ -241,141 +249,82 @@ def _arrays(tree: Any) -> dict[str, Any]:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise TypeError(
                 f"a checkpoint holds arrays only, got {type(leaf).__name__} at "
-                f"'{name}'; wrap it in jnp.asarray."
+                f"'{name}'; wrap it in jnp.asarray"
             )
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(
                 f"a checkpoint holds no typed random keys, got one at '{name}'; store "
-                f"jax.random.key_data(key) and wrap it again after loading."
+                f"jax.random.key_data(key) and wrap it again after loading"
             )
         if name in leaves:
             raise ValueError(
                 f"a checkpoint stores leaves by name, got two named '{name}'; rename "
-                f"one."
+                f"one"
             )
         leaves[name] = leaf
     return leaves
 
 
 def _check_global(leaves: Mapping[str, Any]) -> None:
+    """Refuses arrays that each process has for itself, since orbax saves none."""
     if jax.process_count() == 1:
         return
     local = [
-        name
+        repr(name)
         for name, leaf in leaves.items()
         if isinstance(leaf, jax.Array) and leaf.is_fully_addressable
     ]
     if local:
         raise ValueError(
             f"several processes save arrays on a mesh of all of them, got "
-            f"{', '.join(map(repr, local[:_LISTED]))} on one process's devices; place "
-            f"the state with `out_shardings`, `jaxprune.state_shardings` gives them."
+            f"{', '.join(local[: manifest.LISTED])} on one process's devices; place "
+            f"the state with `out_shardings`, `state_sharding.state_shardings` gives "
+            f"them"
         )
 
 
-def _as_json(configuration: Mapping[str, Any]) -> Any:
-    try:
-        return json.loads(json.dumps(dict(configuration), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"the configuration must be JSON-able without NaN ({error}); give numbers, "
-            f"strings, lists and dictionaries."
-        ) from None
+def _checkpointer(directory: Path) -> ocp.training.Checkpointer:
+    return ocp.training.Checkpointer(directory, cleanup_tmp_directories=True)
 
 
-def _scan(directory: Path) -> list[tuple[int, Path]]:
-    """The folder's checkpoints, whole or not, newest first."""
-    if not directory.exists():
-        return []
-    if not directory.is_dir():
-        raise ValueError(f"'{directory}' must be a folder of checkpoints, got a file.")
-    found, foreign = [], []
-    for path in directory.iterdir():
-        match = _STEP.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
-        elif not path.name.startswith("."):
-            foreign.append(path.name)
-    if foreign:
-        names = ", ".join(repr(name) for name in sorted(foreign)[:_LISTED])
-        raise ValueError(
-            f"'{directory}' must hold checkpoints of jaxprune only, it also holds "
-            f"{names}; choose another folder."
-        )
-    return sorted(found, reverse=True)
-
-
-def _check_newest(directory: Path, step: int) -> list[Path]:
-    """Refuses whole checkpoints of `step` or later; gives the broken ones."""
-    stale = []
-    for other, path in _scan(directory):
-        if other < step:
-            continue
-        try:
-            manifest.verify(path)
-        except manifest.Broken:
-            stale.append(path)
-            continue
-        raise ValueError(
-            f"steps must grow from save to save, got step {step} where '{path}' is "
-            f"saved already; go on from it or choose another folder."
-        )
-    return stale
-
-
-def _save_arrays(path: Path, leaves: Mapping[str, Any]) -> None:
-    # Keys are numbers: a leaf's name may be empty or hold anything. An array without
-    # elements is in the manifest only, orbax cannot store one.
+def _save_arrays(
+    checkpointer: ocp.training.Checkpointer, step: int, leaves: Mapping[str, Any]
+) -> None:
+    # Keys are numbers: a leaf's name may be empty or hold anything. orbax stores no
+    # array without elements and no empty tree, so those are in the manifest only and
+    # the step is in every tree. Without `force` it skips a step below its newest.
     arrays = {
         str(index): np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
         for index, leaf in enumerate(leaves.values())
         if leaf.size
     }
-    if arrays:
-        with _quiet():
-            ocp.save(path, arrays)
+    checkpointer.save(step, {"step": np.asarray(step), **arrays}, force=True)
 
 
 def _load_arrays(
     path: Path, names: list[str], target: Mapping[str, Any]
 ) -> dict[str, Any]:
     default = jnp.zeros(()).sharding
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, Any] = {"step": ocp.PLACEHOLDER}
     state: dict[str, Any] = {}
     for index, name in enumerate(names):
         leaf = target[name]
         sharding = getattr(leaf, "sharding", None) or default
-        if isinstance(leaf, np.ndarray | np.generic):
-            empty: Any = np.empty(leaf.shape, leaf.dtype)
+        in_numpy = isinstance(leaf, np.ndarray | np.generic)
+        if 0 in leaf.shape:
+            empty = np.empty(leaf.shape, leaf.dtype)
+            state[name] = empty if in_numpy else jax.device_put(empty, sharding)
+        elif in_numpy:
+            wanted[str(index)] = np.empty(leaf.shape, leaf.dtype)
         else:
-            empty = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        if 0 not in leaf.shape:
-            wanted[str(index)] = empty
-        elif isinstance(empty, np.ndarray):
-            state[name] = empty
-        else:
-            state[name] = jax.device_put(np.empty(leaf.shape, leaf.dtype), sharding)
-    if wanted:
+            wanted[str(index)] = jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding
+            )
+    if len(wanted) > 1:
         with _quiet():
             loaded = ocp.load(path, wanted)
-        state |= {names[int(index)]: leaf for index, leaf in loaded.items()}
+        state |= {names[int(i)]: leaf for i, leaf in loaded.items() if i != "step"}
     return state
-
-
-def _commit(partial: Path, final: Path, stale: list[Path], keep: int) -> None:
-    for path in stale:
-        os.replace(path, path.with_name(f"{_REMOVED}{path.name}"))
-    os.rename(partial, final)
-    atomic.sync(final.parent)
-    for _, path in _scan(final.parent)[keep:]:
-        os.replace(path, path.with_name(f"{_REMOVED}{path.name}"))
-    _clear_leftovers(final.parent)
-
-
-def _clear_leftovers(directory: Path) -> None:
-    for pattern in (_PARTIAL, _REMOVED):
-        for path in directory.glob(f"{pattern}step_*"):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _explain(error: Exception) -> tuple[int, str]:

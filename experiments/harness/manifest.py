@@ -1,8 +1,8 @@
-"""What a checkpoint folder says of itself: written last, checked first.
+"""What a checkpoint's folder says of itself: written last, checked first.
 
-The manifest names the format, the step, the configuration, the name, shape and dtype
-of every leaf, and the size and SHA-256 of every file, and carries its own digest. A
-folder without a valid manifest, or with a file that differs from it, is not whole.
+The manifest has the step, the configuration, the name, shape and dtype of every leaf,
+the size and SHA-256 of every file, and its own digest. A folder without a valid
+manifest, or with a file that differs from it, is not whole.
 """
 
 import hashlib
@@ -18,13 +18,14 @@ from jaxprune.formats.atomic import sync
 
 FORMAT = "jaxprune.checkpoint"
 VERSION = 1
+LISTED = 8
+"""How many names an error lists."""
 
 _NAME = "checkpoint.json"
-_LISTED = 8
 
 
 class Broken(Exception):
-    """A checkpoint folder that is not whole; the message says why."""
+    """A checkpoint's folder is not whole; the message says why."""
 
 
 def write(
@@ -57,8 +58,8 @@ def write(
     sync(folder)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Reads the manifest of a checkpoint's folder.
+def verify(path: Path) -> dict[str, Any]:
+    """Reads the manifest of a checkpoint's folder and compares every file with it.
 
     Args:
       path: the checkpoint's folder.
@@ -67,7 +68,7 @@ def read(path: Path) -> dict[str, Any]:
       The manifest: "step", "configuration", "leaves" and "files".
 
     Raises:
-      Broken: it is missing or damaged.
+      Broken: the folder is not whole.
       ValueError: it is of another format or version.
     """
     try:
@@ -84,33 +85,16 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"'{path}' must be of format {FORMAT} version {VERSION}, got {format_} "
             f"version {version}; read it with the jaxprune that wrote it, or choose "
-            f"another folder."
+            f"another folder"
         )
-    return body
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """Reads the manifest and holds every file against it.
-
-    Args:
-      path: the checkpoint's folder.
-
-    Returns:
-      The manifest, as `read`.
-
-    Raises:
-      Broken: the folder is not whole.
-      ValueError: it is of another format or version.
-    """
-    body = read(path)
     for name, fingerprint in body["files"].items():
         try:
-            whole = _fingerprint(path / name) == fingerprint
+            same = _fingerprint(path / name) == fingerprint
         except OSError:
             raise Broken(f"has no readable file '{name}'") from None
-        if not whole:
+        if not same:
             raise Broken(f"has a damaged file '{name}'")
-    return body
+    return dict(body)
 
 
 def check_leaves(
@@ -134,17 +118,45 @@ def check_leaves(
         if saved.get(name) != wanted.get(name)
     ]
     if problems:
-        more = len(problems) - _LISTED
+        more = len(problems) - LISTED
         tail = f"; and {more} more" if more > 0 else ""
         raise ValueError(
             f"'{path}' must have the leaves of the target, but "
-            f"{'; '.join(problems[:_LISTED])}{tail}; build the model and the optimizer "
-            f"that it was saved from, or choose another folder."
+            f"{'; '.join(problems[:LISTED])}{tail}; build the model and the optimizer "
+            f"that it was saved from, or choose another folder"
         )
 
 
-def _spell(kind: list[Any] | None) -> str:
-    return "absent" if kind is None else f"{kind[1]}{tuple(kind[0])}"
+def as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as its JSON holds it: tuples are lists.
+
+    Args:
+      configuration: JSON-able.
+
+    Returns:
+      A copy.
+
+    Raises:
+      ValueError: there is a NaN in it.
+      TypeError: something in it is no JSON.
+    """
+    try:
+        return dict(json.loads(json.dumps(dict(configuration), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"the configuration must be JSON-able without NaN ({error}); give numbers, "
+            f"strings, lists and dictionaries"
+        ) from None
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The entries of a configuration, nested names joined by dots."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    entries: dict[str, Any] = {}
+    for name, value in tree.items():
+        entries |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return entries
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -157,16 +169,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     Returns:
       One phrase a field that differs, such as "seed was 0 and is 1".
     """
-
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {prefix: tree}
-        names = {key: f"{prefix}.{key}" if prefix else str(key) for key in tree}
-        pairs = [flat(value, names[key]) for key, value in tree.items()]
-        return {name: value for pair in pairs for name, value in pair.items()}
-
-    old = flat(dict(saved))
-    new = flat(json.loads(json.dumps(dict(current))))
+    old, new = flat(saved), flat(as_json(current))
     return [
         f"{name} was {old.get(name, 'absent')!r} and is {new.get(name, 'absent')!r}"
         for name in {**old, **new}
@@ -181,6 +184,10 @@ def _fingerprint(path: Path) -> list[Any]:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _spell(kind: list[Any] | None) -> str:
+    return "absent" if kind is None else f"{kind[1]}{tuple(kind[0])}"
 
 
 def _kind(leaf: Any) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import checkpoint, records
+from experiments.harness import manifest, records
 from jaxprune.arrays import processes
 
 
@@ -83,7 +83,7 @@ def _begun(out: Path, identity: dict[str, Any]) -> bool:
             f"'{path}' must be the JSON that was written there, got {error}; bring it "
             "back, or give another --out"
         ) from error
-    different = checkpoint.differences(before, identity)
+    different = manifest.differences(before, identity)
     if different:
         raise ValueError(
             f"'{out}' holds a run of another configuration: {'; '.join(different)}; "

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments.harness import checkpoint, device_mesh
+from experiments.harness import checkpoint, device_mesh, manifest
 from experiments.harness.progress import Progress
 from jaxprune.training import state_sharding
 
@@ -59,7 +59,7 @@ def init(
     Args:
       params: any tree of arrays.
       optimizer: an optax transformation.
-      mesh: where the state lives, as `layout.make_mesh` gives; None for the default
+      mesh: where the state lives, as `device_mesh.make_mesh` gives; None for the default
         device.
 
     Returns:
@@ -235,7 +235,7 @@ def train(
         and after the last.
       evaluate_every: steps between evaluations.
       label: names the run on the progress bar and in errors.
-      mesh: splits each batch, as `layout.of_batch` says; the state must be placed on
+      mesh: splits each batch, as `device_mesh.of_batch` says; the state must be placed on
         it.
       prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
       donate: whether `state` is used up, which saves holding it twice; else it is left
@@ -299,7 +299,7 @@ def _begin(
     if directory is None or found is None:
         own = state if donate else jax.tree.map(jnp.copy, state)
         return own, int(state.step)
-    different = checkpoint.differences(found.configuration, configuration)
+    different = manifest.differences(found.configuration, configuration)
     if different:
         raise ValueError(
             f"{label}: '{found.path}' must be of the same configuration, but "

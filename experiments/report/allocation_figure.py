@@ -1,4 +1,4 @@
-"""What `reconstruction` found, as tables, a CSV and a figure.
+"""What `allocation_with_solvers` found, as tables, a CSV and a figure.
 
     python -m experiments.report.allocation_figure RESULTS... --out DIR
 
@@ -26,7 +26,7 @@ COLUMNS = (
     "seed",
     "draw",
     "solver",
-    "shares",
+    "allocation",
     "sparsity",
     "achieved",
     "zeros",
@@ -36,15 +36,15 @@ COLUMNS = (
     "above",
     "seconds",
 )
-_RULES = ("uniform", "owl", "erk", "magnitude", "trajectory", "trajectory_adam")
-_LAST = ("wanda", "mask")  # no lines of their own: one rule each
+_ALLOCATIONS = ("uniform", "owl", "erk", "magnitude", "trajectory", "trajectory_adam")
+_LAST = ("wanda", "mask")  # no lines of their own: one allocation each
 
 Results = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Draws several runs of `reconstruction` in one figure."""
+    """Draws several runs of `allocation_with_solvers` in one figure."""
 
     results: Annotated[
         tuple[Path, ...],
@@ -52,8 +52,8 @@ class Draw:
         tyro.conf.arg(metavar="RESULTS...", help_behavior_hint=""),
     ]
     """results.json files, or the folders that hold them."""
-    out: Path = Path("reconstruction")
-    """Where trajectory_shares.svg goes."""
+    out: Path = Path("allocation")
+    """Where allocation.svg is written."""
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
 
 
 def tables(results: Results) -> str:
-    """Nats above dense, by solver and rule, then how far each rule is from uniform.
+    """Nats above dense, by solver and allocation, then how far each allocation is from uniform.
 
     Args:
       results: what results.json holds.
@@ -93,9 +93,9 @@ def tables(results: Results) -> str:
         of_draw = [row for row in found if row["draw"] == draw]
         named = f", calibration draw {draw + 1}" if draw else ""
         parts.append(f"Nats above dense{named}\n{_table(of_draw, relative=False)}")
-        if any(row["shares"] == "uniform" for row in of_draw):
+        if any(row["allocation"] == "uniform" for row in of_draw):
             parts.append(
-                f"Nats above the same solver with uniform shares{named}\n"
+                f"Nats above the same solver with uniform allocation{named}\n"
                 f"{_table(of_draw, relative=True)}"
             )
     return "\n\n".join(parts)
@@ -107,22 +107,22 @@ def _dense(results: Results) -> str:
 
 
 def _table(found: Sequence[Mapping[str, Any]], *, relative: bool) -> str:
-    """Rows are solver and rule, columns sparsities; means over the seeds."""
+    """Rows are solver and allocation, columns sparsities; means over the seeds."""
     losses = {
-        (row["solver"], row["shares"], row["sparsity"], row["seed"]): row["above"]
+        (row["solver"], row["allocation"], row["sparsity"], row["seed"]): row["above"]
         for row in found
     }
     pairs = sorted({key[:2] for key in losses}, key=_order)
     sparsities = sorted({key[2] for key in losses})
     lines = []
-    for solver, shares in pairs:
-        if relative and (shares == "uniform" or solver in _LAST):
+    for solver, allocation in pairs:
+        if relative and (allocation == "uniform" or solver in _LAST):
             continue
-        line = [solver, shares]
+        line = [solver, allocation]
         for sparsity in sparsities:
             values = []
             for (*key, seed), above in losses.items():
-                if key != [solver, shares, sparsity]:
+                if key != [solver, allocation, sparsity]:
                     continue
                 base = losses.get((solver, "uniform", sparsity, seed))
                 if not relative:
@@ -131,19 +131,25 @@ def _table(found: Sequence[Mapping[str, Any]], *, relative: bool) -> str:
                     values.append(above - base)
             line.append(findings.mean(values, signed=True))
         lines.append(line)
-    return text_table(["solver", "shares", *map(findings.percent, sparsities)], lines)
+    return text_table(
+        ["solver", "allocation", *map(findings.percent, sparsities)], lines
+    )
 
 
 def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
-    """Solvers that repair first; in each, the rules in the order of their kinds."""
-    solver, shares = pair
-    place = _RULES.index(shares) if shares in _RULES else len(_RULES)
+    """Solvers that repair first; in each, the allocations in the order of their kinds."""
+    solver, allocation = pair
+    place = (
+        _ALLOCATIONS.index(allocation)
+        if allocation in _ALLOCATIONS
+        else len(_ALLOCATIONS)
+    )
     first = ("sparsegpt", "alps", *_LAST)
-    return (first.index(solver) if solver in first else 0, solver, place, shares)
+    return (first.index(solver) if solver in first else 0, solver, place, allocation)
 
 
 def figure(all_results: Sequence[Results]) -> Figure:
-    """Loss above dense against sparsity: a panel a run and solver, a line a rule.
+    """Loss above dense against sparsity: a panel a run and solver, a line an allocation.
 
     Args:
       all_results: what the results.json of each run holds.
@@ -159,11 +165,12 @@ def figure(all_results: Sequence[Results]) -> Figure:
         for row in rows(results)
         if row["draw"] == 0 and row["solver"] not in _LAST
     ]
-    main = [item for item in found if item[0]["shares"] in _RULES]
+    main = [item for item in found if item[0]["allocation"] in _ALLOCATIONS]
     for row, panel in sorted(
-        main or found, key=lambda item: _order((item[0]["solver"], item[0]["shares"]))
+        main or found,
+        key=lambda item: _order((item[0]["solver"], item[0]["allocation"])),
     ):
-        cells = lines.setdefault(row["shares"], {}).setdefault(row["seed"], [])
+        cells = lines.setdefault(row["allocation"], {}).setdefault(row["seed"], [])
         cells.append(
             {
                 "criterion": panel,
@@ -174,13 +181,13 @@ def figure(all_results: Sequence[Results]) -> Figure:
         )
     # The losses are above dense already, so every seed's reference is zero.
     labelled = {
-        shares: {
+        allocation: {
             "seeds": [
                 {"seed": seed, "dense": {"loss": 0.0}, "cells": cells}
                 for seed, cells in sorted(of.items())
             ]
         }
-        for shares, of in lines.items()
+        for allocation, of in lines.items()
     }
     return figures.runs(labelled, stage="pruned", scope="global")
 
@@ -209,10 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paths = [p / "results.json" if p.is_dir() else p for p in options.results]
         drawn = figure([json.loads(path.read_text()) for path in paths])
         svg = canvas.svg(drawn).encode()
-        atomic.replace_files(options.out, {"trajectory_shares.svg": svg})
+        atomic.replace_files(options.out, {"allocation.svg": svg})
     except (OSError, ValueError) as error:
-        sys.exit(f"reconstruction_figure: {error}")
-    print(f"written to '{options.out}': trajectory_shares.svg")
+        sys.exit(f"allocation_figure: {error}")
+    print(f"written to '{options.out}': allocation.svg")
 
 
 if __name__ == "__main__":

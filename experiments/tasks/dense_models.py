@@ -1,4 +1,4 @@
-"""The dense models that `reconstruction` prunes: those of the main experiment.
+"""The dense models that `allocation_with_solvers` prunes: those of the main experiment.
 
 Same data, batches, optimizer and steps as `experiments.scaled_down_llm`, so on the same
 machine the same weights; the last checkpoint keeps the optimizer's state.
@@ -44,7 +44,7 @@ RECIPES = {"cpu": Recipe(2000, 12), "medium": Recipe(900, 16)}
 def trained(
     model: LanguageModel, corpus: Corpus, recipe: Recipe, seed: int, directory: Path
 ) -> Watched:
-    """Trains a dense model, or what is left of it, and tells what was seen meanwhile.
+    """Trains a dense model, or what is left of it, and gives what was tracked.
 
     Args:
       model: the model's functions.

@@ -19,8 +19,18 @@ from jaxprune.topk.float_order import Line
 from jaxprune.typing import Pattern
 
 
+class _Free:
+    """A pattern that leaves the sparsity free and takes any shape."""
+
+    sparsity: float | None = None
+
+    def problem(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+        """Any shape will do."""
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
-class Unstructured:
+class Unstructured(_Free):
     """Every weight is its own unit.
 
     Example:
@@ -28,13 +38,6 @@ class Unstructured:
       >>> jp.patterns.Unstructured()
       Unstructured()
     """
-
-    @property
-    def sparsity(self) -> None:
-        """Free."""
-
-    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
-        """Any shape will do."""
 
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """The scores themselves."""
@@ -46,7 +49,7 @@ class Unstructured:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerOutput:
+class PerOutput(_Free):
     """Every weight is its own unit, and each output loses the same share of its inputs.
 
     Each output ranks its own inputs, as Wanda does; ties keep the first input. The
@@ -64,13 +67,6 @@ class PerOutput:
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
       2024, arXiv 2306.11695, section 3.
     """
-
-    @property
-    def sparsity(self) -> None:
-        """Free."""
-
-    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
-        """Any shape will do."""
 
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """Minus the rank inside the output as a share of the inputs, (batch, out, in).
@@ -159,7 +155,7 @@ class NM:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(_Free):
     """Tiles of rows x columns (input x output) are pruned as a whole.
 
     A tile's score is the mean of its weights' scores; a tile at the edge may be smaller
@@ -185,13 +181,6 @@ class Block:
         """Refuses empty tiles."""
         if min(self.rows, self.columns) < 1:
             raise ValueError(f"Block needs sides of at least 1, got {self}")
-
-    @property
-    def sparsity(self) -> None:
-        """Free."""
-
-    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
-        """Any shape will do: edge tiles may be smaller."""
 
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """The mean score of each tile, (batch, in tiles, out tiles)."""
@@ -222,7 +211,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Channel:
+class Channel(_Free):
     """Whole output channels are pruned together.
 
     A channel's score is the mean of its weights' scores. The sparsity is met in
@@ -233,13 +222,6 @@ class Channel:
       >>> jp.patterns.Channel()
       Channel()
     """
-
-    @property
-    def sparsity(self) -> None:
-        """Free."""
-
-    def problem(self, shape: tuple[int, ...], axes: Axes) -> None:
-        """Any shape will do."""
 
     def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
         """The mean score of each output channel, (batch, 1, out)."""

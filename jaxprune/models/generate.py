@@ -86,7 +86,7 @@ def generate(
     if length > context and not sliding:
         raise ValueError(
             f"generate needs prompt + steps <= context, got {prompt.shape[1]} + {steps}"
-            f" > {context}; sliding=True goes on from the last {context} tokens."
+            f" > {context}; sliding=True goes on from the last {context} tokens"
         )
     prompt = jnp.asarray(prompt, jnp.int32)
     if steps == 0:
@@ -226,13 +226,13 @@ def _check_pictures(
     if not isinstance(model, Phi3Vision) or sliding:
         raise ValueError(
             "generate takes pictures for a Phi3Vision and without sliding, got "
-            f"{type(model).__name__} and sliding={sliding}; leave them out."
+            f"{type(model).__name__} and sliding={sliding}; leave them out"
         )
     pixels, sources = pictures
     if sources.shape != prompt.shape:
         raise ValueError(
             f"generate needs a source for each word of the prompt {prompt.shape}, got "
-            f"{sources.shape}; take both from one pictures.Prompt."
+            f"{sources.shape}; take both from one pictures.Prompt"
         )
     if isinstance(sources, jax.core.Tracer) or not sources.size:
         return
@@ -240,17 +240,17 @@ def _check_pictures(
     if last >= rows:
         raise ValueError(
             f"generate needs sources under {rows}, the rows of {len(pixels)} views, "
-            f"got {last}; give the pixels of every prompt of the batch."
+            f"got {last}; give the pixels of every prompt of the batch"
         )
 
 
 def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> None:
     if not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise TypeError(f"generate needs an integer prompt, got {prompt.dtype}.")
+        raise TypeError(f"generate needs an integer prompt, got {prompt.dtype}")
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(
             f"generate needs a prompt of shape (batch, time) with time >= 1, got "
-            f"{prompt.shape}; start from one token, a newline say."
+            f"{prompt.shape}; start from one token, a newline say"
         )
     if isinstance(prompt, jax.core.Tracer) or prompt.size == 0:
         return
@@ -261,7 +261,7 @@ def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> 
         if not 0 <= value < vocab_size:
             raise ValueError(
                 f"generate needs prompt tokens in [0, {vocab_size}), got {value}; "
-                "encode the prompt with the vocabulary that the model was trained on."
+                "encode the prompt with the vocabulary that the model was trained on"
             )
 
 
@@ -269,14 +269,14 @@ def _check_options(
     steps: int, temperature: float, top_k: int | None, vocab_size: int
 ) -> None:
     if steps < 0:
-        raise ValueError(f"generate needs steps >= 0, got {steps}.")
+        raise ValueError(f"generate needs steps >= 0, got {steps}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(
             f"generate needs a finite temperature >= 0, got {temperature}; "
-            "0 takes the likeliest token."
+            "0 takes the likeliest token"
         )
     if top_k is not None and not 1 <= top_k <= vocab_size:
         raise ValueError(
             f"generate needs top_k in [1, {vocab_size}], got {top_k}; "
-            "None allows every token."
+            "None allows every token"
         )

@@ -115,25 +115,13 @@ def track_importance(
       Language Models", 2025, arXiv 2502.17071; theirs takes a snapshot an epoch.
     """
     watched = _watched("track_importance", average, _OF_WEIGHTS, storage, memory, seed)
-    due = _schedule(weighting, every, start)
 
-    def init(params: Params) -> TrackImportanceState:
-        first = {k: a.start(params, from_values=True) for k, a in watched.items()}
-        return TrackImportanceState(_counter(params), **_NO_WEIGHTS | first)
-
-    def update(
-        updates: optax.Updates,
-        state: TrackImportanceState,
-        params: Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TrackImportanceState]:
-        del extra_args
-        _require(params, "track_importance")
-
+    def seen(updates: optax.Updates, params: Params | None) -> tuple[Params, ...]:
         # The very sum that the caller makes next; compiled together they are one.
-        return updates, due(state, watched, optax.apply_updates(params, updates))
+        return (optax.apply_updates(params, updates),)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    due = _schedule(weighting, every, start)
+    return _tracker("track_importance", TrackImportanceState, seen, watched, due)
 
 
 def track_gradients(
@@ -177,23 +165,40 @@ def track_gradients(
       [[4.0, 9.0]]
     """
     watched = _watched("track_gradients", average, _OF_GRADIENTS, storage, memory, seed)
-    due = _schedule(weighting, every, start)
 
-    def init(params: Params) -> TrackGradientsState:
-        first = {k: a.start(params, from_values=False) for k, a in watched.items()}
-        return TrackGradientsState(_counter(params), **_NO_GRADIENTS | first)
+    def seen(gradients: Params, params: Params | None) -> tuple[Params, ...]:
+        return (gradients, params) if "taylor" in watched else (gradients,)
+
+    due = _schedule(weighting, every, start)
+    return _tracker("track_gradients", TrackGradientsState, seen, watched, due)
+
+
+def _tracker(
+    what: str,
+    kind: type[TrackImportanceState] | type[TrackGradientsState],
+    seen: Callable[..., tuple[Params, ...]],
+    watched: dict[str, Average],
+    due: Callable[..., Any],
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that averages what it sees and changes no update."""
+
+    def init(params: Params) -> Any:
+        of_weights = kind is TrackImportanceState
+        first = {k: a.start(params, from_values=of_weights) for k, a in watched.items()}
+        return kind(_counter(params), *map(first.get, kind._fields[1:]))
 
     def update(
         updates: optax.Updates,
-        state: TrackGradientsState,
+        state: Any,
         params: Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, TrackGradientsState]:
+    ) -> tuple[optax.Updates, Any]:
         del extra_args
-        if "taylor" in watched:
-            _require(params, "track_gradients")
-        trees = (updates, params) if "taylor" in watched else (updates,)
-        return updates, due(state, watched, *trees)
+        if params is None and watched.keys() != {"square"}:
+            raise ValueError(
+                f"{what} needs the parameters; call tx.update(g, state, params)"
+            )
+        return updates, due(state, watched, *seen(updates, params))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -280,12 +285,3 @@ _OF_GRADIENTS: dict[str, tuple[Watched, bool]] = {
     "square": (lambda gradient, *_: jnp.square(gradient), False),
     "taylor": (_taylor, False),
 }
-_NO_WEIGHTS = dict.fromkeys(_OF_WEIGHTS)
-_NO_GRADIENTS = dict.fromkeys(_OF_GRADIENTS)
-
-
-def _require(params: Params | None, what: str) -> None:
-    if params is None:
-        raise ValueError(
-            f"{what} needs the parameters; call tx.update(g, state, params)"
-        )

@@ -20,7 +20,7 @@ MOST_ENTRIES = 16
 
 EVERYWHERE = {"jax", "numpy", "jaxtyping", "optax"}
 FLOORS: dict[str, set[str]] = {
-    "arrays": {"ml_dtypes"},
+    "arrays": {"ml_dtypes", "tqdm"},
     "typing": set(),
     "topk": set(),
     "scores": set(),
@@ -28,12 +28,12 @@ FLOORS: dict[str, set[str]] = {
     "masking": set(),
     "training": set(),
     "formats": {"ml_dtypes", "safetensors"},
-    "posttraining": {"safetensors", "tqdm"},
+    "posttraining": {"safetensors"},
     "models": {"flax", "PIL", "tokenizers"},
-    "evaluation": {"flax", "tqdm"},
-    "report": {"matplotlib"},
+    "evaluation": {"flax"},
+    "report": {"jinja2", "matplotlib"},
     "__init__": set(),
-    "cli": {"flax", "tyro", "tqdm"},
+    "cli": {"flax", "tyro"},
 }
 # The library knows no model, and no file: what these need is on the ground or above.
 APART = {

@@ -1,4 +1,4 @@
-"""`allocation_with_solvers`: exact shares, resuming, paired tables, refusals."""
+"""`allocation_with_solvers`: exact counts, resuming, paired tables, refusals."""
 
 import csv
 import dataclasses
@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reconstruction")
+    folder = tmp_path_factory.mktemp("allocation")
     return allocation_with_solvers.Config(
         out=folder / "out",
         text=write_text(folder / "tiny.txt"),
         seeds=(0,),
-        shares=("uniform", "trajectory"),
+        allocations=("uniform", "trajectory"),
         solvers=("sparsegpt", "mask"),
         smoke=True,
     )
@@ -45,7 +45,7 @@ def test_every_cell_that_is_asked_for_is_there_once(config, results):
 
 def test_the_sparsity_of_the_matrices_is_exact_in_every_cell(results):
     for cell in results["cells"]:
-        if cell["shares"] == "uniform":
+        if cell["allocation"] == "uniform":
             sizes = [3 * 32**2, 32**2, 4 * 32**2, 4 * 32**2]
             expected = sum(round(cell["sparsity"] * size) for size in sizes)
         else:
@@ -53,12 +53,12 @@ def test_the_sparsity_of_the_matrices_is_exact_in_every_cell(results):
         assert cell["zeros"] == expected, cell
 
 
-def test_a_ranking_shares_the_sparsity_as_pruning_by_it_would(results):
+def test_a_ranking_allocates_the_sparsity_as_pruning_by_it_would(results):
     def by_leaf(solver):
         return {
             cell["sparsity"]: cell["sparsity_by_leaf"]
             for cell in results["cells"]
-            if (cell["solver"], cell["shares"]) == (solver, "trajectory")
+            if (cell["solver"], cell["allocation"]) == (solver, "trajectory")
         }
 
     masked = by_leaf("mask")
@@ -148,7 +148,7 @@ def test_the_published_dense_losses_are_those_of_the_main_experiment(preset):
 
 
 def _made_up(above):
-    """Results whose cells are `above[solver, shares][seed]` nats above dense."""
+    """Results whose cells are `above[solver, allocation][seed]` nats above dense."""
     return {
         "config": {"preset": "cpu"},
         "dense": {"0": {"loss": 2.0}, "1": {"loss": 1.0}},
@@ -157,14 +157,14 @@ def _made_up(above):
                 "seed": seed,
                 "draw": 0,
                 "solver": solver,
-                "shares": shares,
+                "allocation": allocation,
                 "sparsity": 0.5,
                 "zeros": 1,
                 "size": 2,
                 "loss": [2.0, 1.0][seed] + nats,
                 "seconds": 1.0,
             }
-            for (solver, shares), of in above.items()
+            for (solver, allocation), of in above.items()
             for seed, nats in enumerate(of)
         ],
     }
@@ -206,7 +206,7 @@ def test_the_figure_has_a_panel_for_each_run_and_solver_and_a_line_for_each_rule
 @pytest.mark.parametrize(
     ("field", "value", "match"),
     [
-        ("shares", ("uniform", "fair"), "shares must be of uniform"),
+        ("allocations", ("uniform", "fair"), "allocations must be of uniform"),
         ("solvers", ("obs",), "solvers must be of sparsegpt"),
         ("sparsities", (0.5, 1.0), r"sparsities must be in \(0, 1\)"),
         ("seeds", (), "seeds must be named once"),

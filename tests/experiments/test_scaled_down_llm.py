@@ -81,9 +81,9 @@ def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
     with open(log, "w") as file:
         for moment in (
             "config.json",  # nothing is done yet
-            "seed-0/train/step_00000004",  # while it trains
+            "seed-0/train/4/checkpoint.json",  # while it trains
             "seed-0/control.json",  # while it prunes
-            "seed-1/retrain/trajectory-global-0.9/step_00000004",  # while it retrains
+            "seed-1/retrain/trajectory-global-0.9/4/checkpoint.json",  # while it retrains
             "seed-1/weights.json",  # while the report is drawn
         ):
             assert not (out / moment).exists(), f"{moment} was there too early"
@@ -131,7 +131,7 @@ def stages(out):
     if not out.exists():
         return set()
     return {*out.glob("*.json"), *out.glob("seed-*/**/*.json")} - {
-        *out.glob("seed-*/**/.partial_*/**")
+        *out.glob("seed-*/**/*.orbax-checkpoint-tmp*/**")
     }
 
 

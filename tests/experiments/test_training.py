@@ -77,7 +77,7 @@ def run_and_die(folder, moment, when):
 
     def deadly_save(*arguments, step, **named):
         if step == when and moment == "commit":
-            checkpoint.os.rename = die
+            os.rename = os.replace = die
         if step == when and moment == "manifest":
             manifest.write = die
         return save(*arguments, step=step, **named)

@@ -232,7 +232,7 @@ def test_a_none_that_the_parameters_have_too_is_no_leaf():
 
 def test_false_for_a_mask_is_refused_by_name():
     given = {"a": {"kernel": False}, "b": {"kernel": True}}
-    with pytest.raises(ValueError, match="masks must have the shapes.*a/kernel"):
+    with pytest.raises(ValueError, match=r"masks must have the shapes.*a/kernel"):
         jp.masks.apply(PARAMS, given)
 
 

@@ -5,7 +5,7 @@
 Process WHO kills itself with SIGKILL at the MOMENT: "step" (while it trains),
 "retrain" (while it retrains), "prune" (the other one is pruning), or in the second save
 of this start: "arrays:BYTES" (that much of the arrays is written), "manifest" (all of
-them are), "torn" (half of the manifest is, too), "rename" (all of it is). What the run
+them are), "torn" (half of the manifest is, too), "rename" (orbax is about to name it). What the run
 ends with is in FOLDER/numbers-NUMBER.json.
 """
 
@@ -38,6 +38,12 @@ def die_in_save(moment, written):
     from experiments.harness import checkpoint, manifest
 
     save, saves = checkpoint._save_arrays, []
+    rename = os.rename
+
+    def last_rename(source, target, **named):
+        if Path(target).name.isdecimal():
+            die()
+        rename(source, target, **named)
 
     def dump(content, file, **named):
         text = json.dumps(content, **named)
@@ -45,19 +51,20 @@ def die_in_save(moment, written):
         file.flush()
         die()
 
-    def watched(path, leaves):
-        saves.append(path)
+    def watched(checkpointer, step, leaves):
+        saves.append(step)
         if len(saves) == 2:
             if moment == "arrays":
-                arguments = (path.parent, int(written))
+                folder = Path(checkpointer.directory)
+                arguments = (folder, size(folder) + int(written))
                 threading.Thread(target=watch, args=arguments, daemon=True).start()
             elif moment == "manifest":
                 manifest.write = die
             elif moment == "torn":
                 manifest.json.dump = dump
             elif moment == "rename":
-                checkpoint.os.rename = die
-        save(path, leaves)
+                os.rename = os.replace = last_rename
+        save(checkpointer, step, leaves)
 
     checkpoint._save_arrays = watched
 

@@ -1,6 +1,7 @@
 """One decoder-only transformer for the families of checkpoints."""
 
 __all__ = [
+    "cache",
     "config",
     "layers",
     "model",

@@ -84,7 +84,7 @@ class DecoderConfig:
         if self.heads % self.kv_heads:
             raise ValueError(
                 "DecoderConfig needs heads to be divisible by kv_heads, got heads="
-                f"{self.heads} and kv_heads={self.kv_heads}."
+                f"{self.heads} and kv_heads={self.kv_heads}"
             )
         for name, known in (
             ("norm", ("layer", "rms", "rms_plus_one")),
@@ -94,7 +94,7 @@ class DecoderConfig:
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"DecoderConfig needs {name} to be one of {', '.join(known)}, "
-                    f"got {getattr(self, name)!r}."
+                    f"got {getattr(self, name)!r}"
                 )
         self._layerwise()
 
@@ -122,7 +122,7 @@ class DecoderConfig:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(
-                f"DecoderConfig needs {name} to be a positive integer, got {value!r}."
+                f"DecoderConfig needs {name} to be a positive integer, got {value!r}"
             )
 
     def _layerwise(self) -> None:
@@ -131,21 +131,21 @@ class DecoderConfig:
             if given not in (0, self.layers):
                 raise ValueError(
                     f"DecoderConfig needs {name} to have one entry for each of the "
-                    f"{self.layers} layers, got {given}."
+                    f"{self.layers} layers, got {given}"
                 )
         if wrong := [w for w in self.windows if w is not None and w < 1]:
             raise ValueError(
                 f"DecoderConfig needs windows of at least 1 token, got {wrong[0]}; "
-                "None sees all."
+                "None sees all"
             )
         if wrong := [i for i in self.rope_of if not 0 <= i < len(self.ropes)]:
             raise ValueError(
                 f"DecoderConfig needs rope_of to index the {len(self.ropes)} ropes, "
-                f"got {wrong[0]}."
+                f"got {wrong[0]}"
             )
         for rope in self.ropes:
             if 2 * len(rope.frequencies) > self.head_dim:
                 raise ValueError(
                     "DecoderConfig needs at most head_dim / 2 rotary frequencies, got "
-                    f"{len(rope.frequencies)} for head_dim={self.head_dim}."
+                    f"{len(rope.frequencies)} for head_dim={self.head_dim}"
                 )

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.rope import rotate
+from jaxprune.models.placement import broadcast, rows_of
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -50,11 +51,23 @@ class Numeric(Protocol):
         """Type of its products."""
 
 
-class Norm(nnx.Module):
-    """Normalises the last axis: by its root mean square, or mean and deviation too.
+class Sized(Protocol):
+    """What an embedding needs to know of a model."""
 
-    x / sqrt(mean(x^2) + epsilon) times a scale, which may be stored less 1; for "layer"
-    the mean is taken off before and a bias is added after.
+    @property
+    def width(self) -> int:
+        """Size of the residual stream."""
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Type of its products."""
+
+
+class Norm(nnx.Module):
+    """Normalises the last axis by its root mean square, or by mean and deviation.
+
+    x / sqrt(mean(x^2) + epsilon) times a scale; "rms_plus_one" holds the scale less 1,
+    "layer" subtracts the mean before and adds a bias after.
     """
 
     def __init__(self, config: Numeric, width: int):
@@ -66,18 +79,19 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """Normalises in float32."""
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.float32)  # (..., width), as all here
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)  # (..., 1)
         wide = wide * jax.lax.rsqrt(square + self.epsilon)
-        scale = _along(self.scale[...], x)
+        scale = broadcast(self.scale[...], x)
         if self.kind == "rms":
+            # Llama and its relatives round before they scale, Gemma after.
             return wide.astype(x.dtype) * scale.astype(x.dtype)
         scale = scale.astype(jnp.float32)
         wide = wide * (1 + scale if self.kind == "rms_plus_one" else scale)
         if self.bias is not None:
-            wide = wide + _along(self.bias[...], x).astype(jnp.float32)
+            wide = wide + broadcast(self.bias[...], x).astype(jnp.float32)
         return wide.astype(x.dtype)
 
 
@@ -104,10 +118,10 @@ class Linear(nnx.Module):
     ) -> Float[Array, "... outputs"]:
         """The product in the compute dtype; the result is of `dtype` if given."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        y = contract(x, kernel, 0, dtype)
+        y = contract(x, kernel, 0, dtype)  # (..., outputs)
         if self.bias is None:
             return y
-        return y + _along(self.bias[...], y).astype(y.dtype)
+        return y + broadcast(self.bias[...], y).astype(y.dtype)
 
 
 def contract(
@@ -132,29 +146,6 @@ def contract(
         preferred_element_type=dtype,
         out_sharding=rows_of(x, x.ndim - 1),
     )
-
-
-def rows_of(x: Array, rows: int) -> jax.P | None:
-    """Where the first axes of `x` lie, and one more axis that is nowhere cut.
-
-    With Explicit axes JAX wants to be told how a result lies; else this is None.
-
-    Args:
-      x: any array.
-      rows: how many of its axes count.
-
-    Returns:
-      A partition of rows + 1 axes, or None.
-    """
-    where = jax.typeof(x).sharding
-    return jax.P(*where.spec[:rows], None) if where.mesh.explicit_axes else None
-
-
-def _along(vector: Array, x: Array) -> Array:
-    """A vector with as many axes as `x`, whole on every device."""
-    if jax.typeof(vector).sharding.mesh.explicit_axes:
-        vector = jax.sharding.reshard(vector, jax.P(None))
-    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
 class Attention(nnx.Module):
@@ -188,23 +179,25 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
         """Attends to the keys that `seen` (time, keys) allows, `past` included."""
         batch, time, _ = x.shape
+        # (batch, time, heads or kv_heads, head_dim)
         q, k, v = (part.reshape(batch, time, n, -1) for part, n in self._products(x))
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
-        if past is not None:
+        if past is not None:  # (batch, size, kv_heads, head_dim)
             k = jax.lax.dynamic_update_slice(past[0], k, (0, start, 0, 0))
             v = jax.lax.dynamic_update_slice(past[1], v, (0, start, 0, 0))
-        x = attend(q, k, v, seen, self.scale)
+        x = attend(q, k, v, seen, self.scale)  # (batch, time, heads, head_dim)
         return self.out(x.reshape(batch, time, -1)), (k, v)
 
     def _products(self, x: Array) -> list[tuple[Array, int]]:
+        """Queries, keys and values (batch, time, features), and their heads."""
         heads = (self.heads, self.kv_heads, self.kv_heads)
         if not self.fused:
             parts = [self.q(x), self.k(x), self.v(x)]
         else:
-            fused = self.qkv(x)
+            fused = self.qkv(x)  # queries, then keys, then values
             size = fused.shape[-1] // sum(heads)
             cuts = [self.heads * size, (self.heads + self.kv_heads) * size]
             parts = jnp.split(fused, cuts, axis=-1)
@@ -267,7 +260,7 @@ class Block(nnx.Module):
         """Returns the residual stream after the block, and its keys and values."""
         y, past = self.attention(self.norm_attention(x), turn, seen, past, start)
         x = x + (y if self.norm_attended is None else self.norm_attended(y))
-        y = self.mlp(self.norm_mlp(x))
+        y = self.mlp(self.norm_mlp(x))  # (batch, time, width)
         return x + (y if self.norm_added is None else self.norm_added(y)), past
 
 
@@ -279,17 +272,29 @@ def attend(
     scale: float,
 ) -> Float[Array, "batch time heads dim"]:
     """Attention of queries to the keys that `seen` (time, keys) allows."""
-    # Query heads that share a key head are rows of one matrix: a quarter quicker on a
-    # CPU than an axis of their own.
+    # Query heads that share a key head are rows of one matrix, which is a quarter
+    # faster on a CPU than an axis of their own.
     batch, time, heads, dim = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
     q = q.reshape(batch, time, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
-    rows = q.reshape(batch, kv_heads, group * time, dim)
+    rows = q.reshape(batch, kv_heads, group * time, dim)  # (batch, kv, rows, dim)
     dot = jnp.einsum("bkrd,bskd->bkrs", rows, k, preferred_element_type=jnp.float32)
     dot = dot.reshape(batch, kv_heads, group, time, -1) * scale
+    # (batch, kv, group, time, keys), float32
     dot = jnp.where(seen[None, None, None], dot, -jnp.inf)
     share = jax.nn.softmax(dot, axis=-1).astype(v.dtype)
     share = share.reshape(batch, kv_heads, group * time, -1)
-    x = jnp.einsum("bkrs,bskd->bkrd", share, v)
+    x = jnp.einsum("bkrs,bskd->bkrd", share, v)  # (batch, kv, rows, dim)
     x = x.reshape(batch, kv_heads, group, time, dim).transpose(0, 3, 1, 2, 4)
     return x.reshape(batch, time, heads, dim)
+
+
+def embedding(config: Sized, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table (rows, width), normal with deviation 0.02 at the beginning."""
+    return nnx.Embed(
+        rows,
+        config.width,
+        dtype=jnp.dtype(config.dtype),
+        embedding_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )

@@ -11,37 +11,25 @@ whatever the parameters' dtype is.
 References:
   Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762. Touvron et al.,
   LLaMA, 2023, arXiv 2302.13971. Ainslie et al., GQA, 2023, arXiv 2305.13245. The
-  numbers are those of the Hugging Face implementations (tests/test_hf.py).
+  numbers are those of the Hugging Face implementations (tests/models/test_hf.py).
 """
 
-from typing import NamedTuple, overload
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprune.models.decoder.cache import Cache as Cache
+from jaxprune.models.decoder.cache import check_length, check_tokens, empty
 from jaxprune.models.decoder.config import DecoderConfig as DecoderConfig
-from jaxprune.models.decoder.layers import Block, Linear, Norm, contract, rows_of
+from jaxprune.models.decoder.layers import Block, Linear, Norm, contract, embedding
 from jaxprune.models.decoder.rope import tables
+from jaxprune.models.placement import look_up
 
 # Logits that the loss holds at a time: 2^25 floats are 128 MiB.
 _LOGITS = 2**25
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far; made by `Decoder.init_cache`.
-
-    Attributes:
-      keys: for each layer (batch, size, kv_heads, head_dim), compute dtype, turned
-        by their positions.
-      values: the same for the values, not turned.
-      length: int32 scalar, how many of the `size` positions are filled.
-    """
-
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
-    length: Array
 
 
 class Decoder(nnx.Module):
@@ -65,9 +53,9 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Makes the parameters, float32, normal with deviation 0.02."""
         self.config = config
-        self.embedding = _embedding(config, config.vocab_size, rngs)
+        self.embedding = embedding(config, config.vocab_size, rngs)
         if not config.ropes:
-            self.position_embedding = _embedding(config, config.context, rngs)
+            self.position_embedding = embedding(config, config.context, rngs)
         self.layers = nnx.List(
             [Block(config, i, rngs=rngs) for i in range(config.layers)]
         )
@@ -118,14 +106,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time w"]:
         """The residual stream before the first layer, (batch, time, width)."""
-        if not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise TypeError(f"Decoder needs integer tokens, got {tokens.dtype}.")
-        if tokens.ndim != 2:
-            raise ValueError(
-                f"Decoder needs tokens of shape (batch, time), got {tokens.shape}; "
-                "tokens[None] makes one sequence a batch."
-            )
-        x = _look_up(self.embedding, tokens)
+        check_tokens(tokens, "Decoder")
+        x = look_up(self.embedding, tokens)
         scale = self.config.embedding_scale
         return x if scale == 1 else x * jnp.array(scale, x.dtype)
 
@@ -140,11 +122,11 @@ class Decoder(nnx.Module):
         """The final hidden states, normalised, of embedded tokens.
 
         Args:
-          x: what `embed` returned, or anything that shall take its place.
+          x: what `embed` returned, or anything of that shape.
           cache: as for the call.
           positions: as for the call.
-          remat: whether the gradient makes the activations inside each layer again,
-            for less memory.
+          remat: whether the gradient computes the activations inside each layer
+            again, to save memory.
 
         Returns:
           The states (batch, time, width) and the longer cache (None without one).
@@ -154,20 +136,17 @@ class Decoder(nnx.Module):
         """
         time = x.shape[1]
         size = self.config.context if cache is None else cache.keys[0].shape[1]
-        if time > size:
-            raise ValueError(
-                f"Decoder needs at most {size} tokens here, got {time}; the context, "
-                "or the cache, ends there."
-            )
+        check_length(time, size, "Decoder")
         start = jnp.int32(0) if cache is None else cache.length
-        index = start + jnp.arange(time, dtype=jnp.int32)
+        index = start + jnp.arange(time, dtype=jnp.int32)  # (time,), order in the text
         length: int | Array = time if cache is None else size
         if positions is None:
             positions = index
         elif cache is None:
             length = jnp.max(positions) + 1
         if not self.config.ropes:
-            x = x + _look_up(self.position_embedding, positions)[None]
+            x = x + look_up(self.position_embedding, positions)[None]
+        # Cosines and sines of each scheme, and the keys that each kind of layer sees.
         turns = {rope: tables(rope, positions, length) for rope in self.config.ropes}
         masks = _masks(self.config, index, time if cache is None else size)
         pasts = []
@@ -176,6 +155,7 @@ class Decoder(nnx.Module):
             rope, window = self.config.rope(i), self.config.window(i)
             turn = None if rope is None else turns[rope]
             run = jax.checkpoint(layer) if remat else layer
+            # (batch, time, width), and keys and values (batch, keys, kv_heads, dim)
             x, past = run(x, turn, masks[window], past, start)
             pasts.append(past)
         x = self.norm(x)
@@ -187,7 +167,7 @@ class Decoder(nnx.Module):
     def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         """Float32 logits of final hidden states (..., width)."""
         if self.config.tie_weights:
-            table = self.embedding.embedding[...].astype(x.dtype)
+            table = self.embedding.embedding[...].astype(x.dtype)  # (vocab, width)
             out = contract(x, table, 1, "float32")
         else:
             out = self.head(x, dtype="float32")
@@ -208,14 +188,15 @@ class Decoder(nnx.Module):
           ValueError: the size is more than the context.
         """
         config = self.config
-        size = config.context if size is None else size
-        if size > config.context:
-            raise ValueError(
-                f"a cache needs size <= context, got {size} > {config.context}."
-            )
-        shape = (batch, size, config.kv_heads, config.head_dim)
-        empty = (jnp.zeros(shape, config.dtype),) * config.layers
-        return Cache(empty, empty, jnp.int32(0))
+        return empty(
+            batch,
+            size,
+            context=config.context,
+            layers=config.layers,
+            heads=config.kv_heads,
+            head_dim=config.head_dim,
+            dtype=config.dtype,
+        )
 
 
 def loss_per_token(
@@ -257,7 +238,7 @@ def loss_per_token(
     if targets.shape != tokens.shape:
         raise ValueError(
             f"loss_per_token needs targets of the tokens' shape {tokens.shape}, got "
-            f"{targets.shape}."
+            f"{targets.shape}"
         )
     x, _ = model.states(model.embed(tokens))
     return nats(model, x, targets, rows=rows)
@@ -286,11 +267,11 @@ def nats(
     """
     rows = max(1, _LOGITS // model.config.vocab_size) if rows is None else rows
     if rows < 1:
-        raise ValueError(f"loss_per_token needs rows >= 1, got {rows}.")
+        raise ValueError(f"loss_per_token needs rows >= 1, got {rows}")
 
     @jax.checkpoint
     def of(row: tuple[Array, Array]) -> Array:
-        logits = model.logits(row[0])
+        logits = model.logits(row[0])  # (rows, batch, vocab)
         chosen = jnp.take_along_axis(logits, row[1][..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
@@ -303,23 +284,9 @@ def nats(
 def _masks(config: DecoderConfig, index: Array, keys: int) -> dict[int | None, Array]:
     """For each kind of layer which keys (time, keys) each token sees."""
     row, column = index[:, None], jnp.arange(keys, dtype=jnp.int32)[None]
-    causal = column <= row
+    causal = column <= row  # (time, keys)
     windows = {config.window(i) for i in range(config.layers)}
     return {
         window: causal if window is None else causal & (column > row - window)
         for window in windows
     }
-
-
-def _embedding(config: DecoderConfig, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
-    return nnx.Embed(
-        rows,
-        config.width,
-        dtype=jnp.dtype(config.dtype),
-        embedding_init=nnx.initializers.normal(0.02),
-        rngs=rngs,
-    )
-
-
-def _look_up(table: nnx.Embed, rows: Array) -> Array:
-    return table(rows, out_sharding=rows_of(rows, rows.ndim))

@@ -125,7 +125,7 @@ def longrope(
         if len(factors) != len(plain):
             raise ValueError(
                 f"longrope needs {name} to have {len(plain)} numbers, one for each "
-                f"pair of the {dim} features that turn, got {len(factors)}."
+                f"pair of the {dim} features that turn, got {len(factors)}"
             )
     squeezed = [
         tuple(f / factor for f, factor in zip(plain, factors, strict=True))

@@ -69,18 +69,18 @@ class GPTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(
-                    f"GPTConfig needs {name} to be a positive integer, got {value!r}."
+                    f"GPTConfig needs {name} to be a positive integer, got {value!r}"
                 )
         if self.width % self.heads:
             raise ValueError(
                 f"GPTConfig needs width to be divisible by heads, got width="
                 f"{self.width} and heads={self.heads}; take width="
-                f"{math.ceil(self.width / self.heads) * self.heads}."
+                f"{math.ceil(self.width / self.heads) * self.heads}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"GPTConfig needs dropout in [0, 1), got {self.dropout!r}; "
-                "0 switches it off."
+                "0 switches it off"
             )
         for name, known in (
             ("gelu", ("erf", "tanh")),
@@ -89,7 +89,7 @@ class GPTConfig:
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"GPTConfig needs {name} to be one of {', '.join(known)}, "
-                    f"got {getattr(self, name)!r}."
+                    f"got {getattr(self, name)!r}"
                 )
 
 
@@ -113,7 +113,7 @@ def preset(name: str, **changes: Any) -> GPTConfig:
     if name not in PRESETS:
         raise ValueError(
             f"a preset is one of {', '.join(PRESETS)}, got {name!r}; "
-            "for another size make a GPTConfig."
+            "for another size make a GPTConfig"
         )
     return GPTConfig(**{**PRESETS[name], **changes})
 
@@ -178,11 +178,11 @@ def flops_per_token(
     if unknown := sorted(set(sparsity) - set(sizes)):
         raise ValueError(
             f"sparsity names a matrix of the model, got {', '.join(unknown)}; "
-            "matrix_sizes(config) lists them."
+            "matrix_sizes(config) lists them"
         )
     if bad := [name for name, share in sparsity.items() if not 0 <= share <= 1]:
         raise ValueError(
-            f"sparsity is a share in [0, 1], got {sparsity[bad[0]]} at {bad[0]!r}."
+            f"sparsity is a share in [0, 1], got {sparsity[bad[0]]} at {bad[0]!r}"
         )
     kept = sum(size - round(size * sparsity.get(n, 0.0)) for n, size in sizes.items())
     return 2 * kept + 4 * config.layers * config.width * config.context

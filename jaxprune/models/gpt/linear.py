@@ -1,9 +1,9 @@
-"""x @ kernel with a gradient that XLA's CPU backend is quick at.
+"""x @ kernel with a gradient that XLA's CPU backend computes fast.
 
 JAX's own rule makes the kernel's gradient as (g^T x)^T, and XLA fuses what made g
 (gelu's derivative, say) into the transposing copy of g: a third of the training step of
-a small GPT, or more. Here it is x^T g, and the barrier keeps what made x out of its
-copy.
+a small GPT, or more. Here it is x^T g, and the barrier keeps what made x from being
+fused into its copy.
 The price: forward-mode differentiation (`jax.jvp`) is not defined through it.
 """
 
@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 from jaxtyping import Array, DTypeLike, Float
+
+from jaxprune.models import placement
 
 
 def product(
@@ -64,10 +66,8 @@ def _backward(
 def _contract(
     a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], *, like: Array
 ) -> Array:
-    sharding = jax.typeof(like).sharding
-    explicit = bool(sharding.mesh.explicit_axes)
     return jax.lax.dot_general(
-        a, b, (axes, ((), ())), out_sharding=sharding if explicit else None
+        a, b, (axes, ((), ())), out_sharding=placement.like(like)
     )
 
 

@@ -17,33 +17,23 @@ References:
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxprune.models.decoder.cache import Cache as Cache
+from jaxprune.models.decoder.cache import check_length, check_tokens, empty
+from jaxprune.models.decoder.layers import embedding
 from jaxprune.models.gpt.config import PRESETS as PRESETS
 from jaxprune.models.gpt.config import GPTConfig as GPTConfig
 from jaxprune.models.gpt.config import flops_per_token as flops_per_token
 from jaxprune.models.gpt.config import matrix_sizes as matrix_sizes
 from jaxprune.models.gpt.config import preset as preset
 from jaxprune.models.gpt.linear import product
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far; made by `GPT.init_cache`.
-
-    Attributes:
-      keys: for each block (batch, size, heads, width / heads), compute dtype.
-      values: the same for the values.
-      length: int32 scalar, how many of the `size` positions are filled.
-    """
-
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
-    length: Array
+from jaxprune.models.placement import look_up
 
 
 class Attention(nnx.Module):
@@ -66,11 +56,13 @@ class Attention(nnx.Module):
         """Attends to `past` (if any) and to the tokens up to each position."""
         batch, time, width = x.shape
         shape = (batch, time, self.heads, width // self.heads)
+        # (batch, time, heads, features of a head); those of the past are longer
         q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(x), 3, axis=-1))
         if past is not None:
             start = (0, positions[0], 0, 0)
             k = jax.lax.dynamic_update_slice(past[0], k, start)
             v = jax.lax.dynamic_update_slice(past[1], v, start)
+        # (batch, heads, time, keys), float32
         dot = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
         seen = jnp.arange(k.shape[1])[None, :] <= positions[:, None]  # (time, keys)
         dot = jnp.where(seen[None, None], dot / math.sqrt(shape[-1]), -jnp.inf)
@@ -140,8 +132,8 @@ class GPT(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         """Makes the parameters with nanoGPT's initialisation."""
         self.config = config
-        self.token_embedding = _embedding(config, config.vocab_size, rngs)
-        self.position_embedding = _embedding(config, config.context, rngs)
+        self.token_embedding = embedding(config, config.vocab_size, rngs)
+        self.position_embedding = embedding(config, config.context, rngs)
         self.dropout = nnx.Dropout(config.dropout)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
         self.norm = _norm(config, rngs)
@@ -191,19 +183,20 @@ class GPT(nnx.Module):
           ValueError: the tokens are not (batch, time), or too long.
         """
         size = self.config.context if cache is None else cache.keys[0].shape[1]
-        _check_tokens(tokens, size)
+        check_tokens(tokens, "GPT")
+        check_length(tokens.shape[1], size, "GPT")
         start = jnp.int32(0) if cache is None else cache.length
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        keys = _split(key, self.config.layers + 1)
-        x = _look_up(self.token_embedding, tokens)  # (batch, time, width)
-        x = x + _look_up(self.position_embedding, positions)[None]
+        keys = _split(key, self.config.layers + 1)  # the last is the embedding's
+        x = look_up(self.token_embedding, tokens)  # (batch, time, width)
+        x = x + look_up(self.position_embedding, positions)[None]
         x = self.dropout(x, deterministic=key is None, rngs=keys[-1])
         pasts = []
         for i, block in enumerate(self.blocks):
             past = None if cache is None else (cache.keys[i], cache.values[i])
             x, past = block(x, positions, past, keys[i])
             pasts.append(past)
-        logits = self._logits(self.norm(x))
+        logits = self._logits(self.norm(x))  # (batch, time, vocab)
         if cache is None:
             return logits
         layer_keys, layer_values = zip(*pasts, strict=True)
@@ -223,14 +216,15 @@ class GPT(nnx.Module):
           ValueError: the size is more than the context.
         """
         config = self.config
-        size = config.context if size is None else size
-        if size > config.context:
-            raise ValueError(
-                f"a cache needs size <= context, got {size} > {config.context}."
-            )
-        shape = (batch, size, config.heads, config.width // config.heads)
-        empty = (jnp.zeros(shape, config.dtype),) * config.layers
-        return Cache(empty, empty, jnp.int32(0))
+        return empty(
+            batch,
+            size,
+            context=config.context,
+            layers=config.layers,
+            heads=config.heads,
+            head_dim=config.width // config.heads,
+            dtype=config.dtype,
+        )
 
     def _logits(self, x: Array) -> Array:
         if not self.config.tie_weights:
@@ -268,11 +262,11 @@ def loss(
         if array is not None and array.shape != tokens.shape:
             raise ValueError(
                 f"loss needs {name} of the tokens' shape {tokens.shape}, "
-                f"got {array.shape}."
+                f"got {array.shape}"
             )
     logits = model(tokens, key=key)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+    nats = jax.nn.logsumexp(logits, axis=-1) - chosen  # (batch, time)
     if weights is None:
         return jnp.mean(nats)
     return jnp.sum(nats * weights) / jnp.sum(weights)
@@ -309,38 +303,5 @@ def _norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def _embedding(config: GPTConfig, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
-    return nnx.Embed(
-        rows,
-        config.width,
-        dtype=jnp.dtype(config.dtype),
-        embedding_init=nnx.initializers.normal(0.02),
-        rngs=rngs,
-    )
-
-
-def _look_up(table: nnx.Embed, rows: Array) -> Array:
-    # With Explicit axes JAX wants to be told that the result lies as the rows do.
-    where = jax.typeof(rows).sharding
-    explicit = bool(where.mesh.explicit_axes)
-    out = jax.P(*where.spec, None) if explicit else None
-    return table(rows, out_sharding=out)
-
-
 def _split(key: PRNGKeyArray | None, count: int) -> Sequence[PRNGKeyArray | None]:
     return (None,) * count if key is None else tuple(jax.random.split(key, count))
-
-
-def _check_tokens(tokens: Array, size: int) -> None:
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"GPT needs integer tokens, got {tokens.dtype}.")
-    if tokens.ndim != 2:
-        raise ValueError(
-            f"GPT needs tokens of shape (batch, time), got {tokens.shape}; "
-            "tokens[None] makes one sequence a batch."
-        )
-    if tokens.shape[1] > size:
-        raise ValueError(
-            f"GPT needs at most {size} tokens a sequence (context or size of the "
-            f"cache), got {tokens.shape[1]}; give the last {size} or a larger context."
-        )

@@ -50,12 +50,12 @@ class Phi3VisionConfig:
         if self.tower.grid % 2:
             raise ValueError(
                 "Phi3VisionConfig needs an even number of patches along a side, got "
-                f"{self.tower.grid}."
+                f"{self.tower.grid}"
             )
         if not 0 <= self.skipped < self.tower.layers or self.crops < 1:
             raise ValueError(
                 "Phi3VisionConfig needs 0 <= skipped < layers of the tower and crops "
-                f">= 1, got skipped={self.skipped} and crops={self.crops}."
+                f">= 1, got skipped={self.skipped} and crops={self.crops}"
             )
 
     @property
@@ -171,7 +171,7 @@ class Phi3Vision(nnx.Module):
         """
         x = self.decoder.embed(jnp.maximum(tokens, 0))
         if (pixels is None) != (sources is None):
-            raise ValueError("Phi3Vision takes pixels and sources together, got one.")
+            raise ValueError("Phi3Vision takes pixels and sources together, got one")
         if pixels is None or sources is None:
             return x
         seen = self.image_tokens(pixels, remat=remat).astype(x.dtype)

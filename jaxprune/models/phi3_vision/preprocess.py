@@ -115,7 +115,7 @@ def _fitting(width: int, height: int, size: int, crops: int) -> tuple[int, int]:
     if shorter < 1:
         raise ValueError(
             f"a picture may be at most {longer} times as long as it is wide, got "
-            f"{width} x {height}; cut it into parts."
+            f"{width} x {height}; cut it into parts"
         )
     return longer, shorter
 
@@ -240,7 +240,7 @@ def prompt(
     if set(named) != set(range(1, len(images) + 1)):
         raise ValueError(
             f"a prompt must name <|image_1|> to <|image_{len(images)}|> for its "
-            f"{len(images)} pictures, but names {sorted(set(named))}."
+            f"{len(images)} pictures, but names {sorted(set(named))}"
         )
     size = config.tower.image
     seen = [picture(image, size=size, crops=config.crops) for image in images]
@@ -280,7 +280,7 @@ def together(prompts: Sequence[Prompt], side: int) -> Prompt:
     if len(lengths) != 1:
         raise ValueError(
             f"prompts of one batch must be of one length, got {sorted(lengths)}; "
-            "answer those of each length by themselves."
+            "answer those of each length by themselves"
         )
     views = np.cumsum([0, *(len(each.pixels) for each in prompts)])
     # Rows 0 and 1 are the separators, of all.

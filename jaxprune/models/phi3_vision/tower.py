@@ -62,18 +62,18 @@ class ClipConfig:
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"ClipConfig needs {name} to be a positive integer, got "
-                    f"{getattr(self, name)}."
+                    f"{getattr(self, name)}"
                 )
         for part, whole in (("patch", "image"), ("heads", "width")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"ClipConfig needs {whole} to be divisible by {part}, got "
-                    f"{getattr(self, whole)} and {getattr(self, part)}."
+                    f"{getattr(self, whole)} and {getattr(self, part)}"
                 )
         if self.activation not in _ACTIVATIONS:
             raise ValueError(
                 f"ClipConfig needs activation to be one of {', '.join(_ACTIVATIONS)}, "
-                f"got {self.activation!r}."
+                f"got {self.activation!r}"
             )
 
     @property
@@ -130,7 +130,7 @@ class ClipTower(nnx.Module):
         if (height, width) != (config.image, config.image):
             raise ValueError(
                 f"ClipTower needs images of {config.image} x {config.image} pixels, "
-                f"got {height} x {width}."
+                f"got {height} x {width}"
             )
         grid, patch = config.grid, config.patch
         x = pixels.astype(config.dtype).reshape(images, grid, patch, grid, patch, 3)

@@ -1,0 +1,75 @@
+"""Keys and values that attention keeps, and what models ask of their tokens."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far; made by a model's `init_cache`.
+
+    Attributes:
+      keys: for each layer (batch, size, kv_heads, head_dim), compute dtype, turned by
+        their positions.
+      values: the same for the values, not turned.
+      length: int32 scalar, how many of the `size` positions are filled.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: Array
+
+
+def empty(
+    batch: int,
+    size: int | None,
+    *,
+    context: int,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    dtype: DTypeLike,
+) -> Cache:
+    """A cache of zeros with length 0.
+
+    Args:
+      batch: number of sequences.
+      size: how many tokens it can hold, at most (and by default) `context`.
+      context: of the model, as all that follows.
+      layers: number of layers.
+      heads: key and value heads of a layer.
+      head_dim: features of a head.
+      dtype: of keys and values.
+
+    Returns:
+      The cache.
+
+    Raises:
+      ValueError: the size is more than the context.
+    """
+    size = context if size is None else size
+    if size > context:
+        raise ValueError(f"a cache needs size <= context, got {size} > {context}")
+    zeros = (jnp.zeros((batch, size, heads, head_dim), dtype),) * layers
+    return Cache(zeros, zeros, jnp.int32(0))
+
+
+def check_tokens(tokens: Array, model: str) -> None:
+    """Refuses tokens that are no integers (batch, time)."""
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"{model} needs integer tokens, got {tokens.dtype}")
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"{model} needs tokens of shape (batch, time), got {tokens.shape}; "
+            "tokens[None] makes one sequence a batch"
+        )
+
+
+def check_length(time: int, size: int, model: str) -> None:
+    """Refuses more tokens than the context, or the cache, has positions for."""
+    if time > size:
+        raise ValueError(
+            f"{model} needs at most {size} tokens here (its context, or the size of "
+            f"the cache), got {time}; give the last {size}, or a larger context"
+        )

@@ -1,0 +1,43 @@
+"""How the arrays of a model lie on devices.
+
+On a mesh with Explicit axes JAX asks how the result of a contraction or a look-up is
+sharded; elsewhere the compiler decides and these functions give None, or the array as
+it is. Activations are split along the axes of their rows (batch, time) only.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+def rows_of(x: Array, rows: int) -> jax.P | None:
+    """How the first axes of an array are split, and one more axis that is whole.
+
+    Args:
+      x: any array.
+      rows: how many of its axes count.
+
+    Returns:
+      A partition of rows + 1 axes, or None.
+    """
+    where = jax.typeof(x).sharding
+    return jax.P(*where.spec[:rows], None) if where.mesh.explicit_axes else None
+
+
+def like(x: Array) -> jax.sharding.Sharding | None:
+    """How an array is split, or None."""
+    where = jax.typeof(x).sharding
+    return where if where.mesh.explicit_axes else None
+
+
+def broadcast(vector: Float[Array, "width"], x: Array) -> Array:
+    """A vector with as many axes as `x`, (1, ..., 1, width), whole on every device."""
+    if like(vector) is not None:
+        vector = jax.sharding.reshard(vector, jax.P(None))
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
+
+
+def look_up(table: nnx.Embed, rows: Int[Array, "..."]) -> Float[Array, "... width"]:
+    """Rows of an embedding, which lie as their numbers do."""
+    return table(rows, out_sharding=rows_of(rows, rows.ndim))
