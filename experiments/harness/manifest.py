@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.formats.atomic import sync
+from jaxprune.formats.atomic import digest, sync
 
 FORMAT = "jaxprune.checkpoint"
 VERSION = 1
@@ -149,37 +149,8 @@ def as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The entries of a configuration, nested names joined by dots."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    entries: dict[str, Any] = {}
-    for name, value in tree.items():
-        entries |= flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return entries
-
-
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """How two configurations differ, field by field.
-
-    Args:
-      saved: from a checkpoint, where tuples became lists.
-      current: JSON-able.
-
-    Returns:
-      One phrase a field that differs, such as "seed was 0 and is 1".
-    """
-    old, new = flat(saved), flat(as_json(current))
-    return [
-        f"{name} was {old.get(name, 'absent')!r} and is {new.get(name, 'absent')!r}"
-        for name in {**old, **new}
-        if name not in old or name not in new or old[name] != new[name]
-    ]
-
-
 def _fingerprint(path: Path) -> list[Any]:
-    with open(path, "rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return [path.stat().st_size, digest(path)]
 
 
 def _digest(body: Mapping[str, Any]) -> str:

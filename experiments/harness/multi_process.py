@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from experiments.datasets import Corpus
-from experiments.harness import manifest
 from jaxprune.arrays.processes import on_first, together
+from jaxprune.formats import atomic
 
 
 def join(
@@ -94,7 +94,7 @@ def check_alike(settings: Mapping[str, Any]) -> None:
     first = on_first(lambda: dict(settings))
 
     def same() -> None:
-        if different := manifest.differences(first, settings):
+        if different := atomic.differences(first, settings):
             raise ValueError(
                 f"process {jax.process_index()} must be started as process 0, but "
                 f"{'; '.join(different)}; give all processes the same flags"

@@ -7,14 +7,11 @@ beside and renamed. A full disk or a folder that cannot be written to is one err
 import contextlib
 import dataclasses
 import errno
-import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
 import os
-import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxprune")
+from jaxprune.evaluation.machine import device as device
+from jaxprune.evaluation.machine import peak_memory
+from jaxprune.evaluation.machine import versions as versions
+from jaxprune.formats import atomic
 
 
 class MetricsLog:
@@ -150,8 +150,6 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """
     path = Path(path).absolute()
     text = _encode(content, path, indent=1)
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, (text + "\n").encode())
 
 
@@ -220,44 +218,6 @@ def measure(
             phase.energy_kwh = float(tracker.final_emissions_data.energy_consumed)
 
 
-def peak_memory() -> int | None:
-    """The greatest memory use so far, in bytes: a device's, or the process's on CPU."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    if peaks:
-        return max(peaks)
-    if importlib.util.find_spec("resource") is None:
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the installed packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def device() -> str:
-    """The devices in words, such as "1 x cpu (x86_64, 2 cores)"."""
-    devices = jax.devices()
-    text = f"{len(devices)} x {devices[0].device_kind}"
-    if devices[0].platform == "cpu":
-        text += f" ({platform.machine()}, {_cores()} cores)"
-    return text
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _start_tracker(country: str) -> Any:
     if importlib.util.find_spec("codecarbon") is None:
         raise ModuleNotFoundError(
@@ -315,17 +275,8 @@ def _first_not_finite(content: Any, place: str) -> str | None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.partial")
     with _explained(path):
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+        atomic.replace(path, content)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import manifest, records
+from experiments.harness import records
 from jaxprune.arrays import processes
+from jaxprune.formats import atomic
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def _begun(out: Path, identity: dict[str, Any]) -> bool:
             f"'{path}' must be the JSON that was written there, got {error}; bring it "
             "back, or give another --out"
         ) from error
-    different = manifest.differences(before, identity)
+    different = atomic.differences(before, identity)
     if different:
         raise ValueError(
             f"'{out}' holds a run of another configuration: {'; '.join(different)}; "

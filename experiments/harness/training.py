@@ -17,8 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments.harness import checkpoint, device_mesh, manifest
+from experiments.harness import checkpoint, device_mesh
 from experiments.harness.progress import Progress
+from jaxprune.formats import atomic
 from jaxprune.training import state_sharding
 
 Batch: TypeAlias = tuple[Any, np.ndarray]
@@ -299,7 +300,7 @@ def _begin(
     if directory is None or found is None:
         own = state if donate else jax.tree.map(jnp.copy, state)
         return own, int(state.step)
-    different = manifest.differences(found.configuration, configuration)
+    different = atomic.differences(found.configuration, configuration)
     if different:
         raise ValueError(
             f"{label}: '{found.path}' must be of the same configuration, but "

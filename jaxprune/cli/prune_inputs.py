@@ -39,7 +39,7 @@ class Ready(NamedTuple):
 
 
 def prepare(job: Job, source: CheckpointDir) -> Ready:
-    """Reads the texts, draws the sequences, lays the windows.
+    """Reads the texts, draws the sequences, makes the windows.
 
     Args:
       job: what is done.
@@ -59,11 +59,9 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
             f"{job.length}"
         )
     files = (*job.calibration, *job.evaluate, *job.retrain_text)
-    tokenizer = needed_tokenizer(job.model, files)
-    if tokenizer is None and (source.path / "tokenizer.json").is_file():
-        known: hf.Tokenizer | None = hf.load_tokenizer(job.model)
-    else:
-        known = tokenizer
+    known = tokenizer = needed_tokenizer(job.model, files)
+    if known is None and (source.path / "tokenizer.json").is_file():
+        known = hf.load_tokenizer(job.model)
     begins = models.beginning(tokenizer, job)
     whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
     own = [whole[path] for path in job.calibration]
@@ -85,7 +83,6 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
         name: perplexity.windows(
             text,
             context=job.length,
-            stride=job.length,
             bos=begins.token,
             limit=job.limit,
             longest=config.context,
@@ -107,11 +104,8 @@ def _evaluated(
 ) -> tuple[dict[str, texts.Text], dict[str, str]]:
     """Which texts are evaluated, by name, and what they are to the calibration."""
     if job.evaluate:
-        digests = {text.sha256 for text in own}
-        found = dict(
-            zip(named(job.evaluate), map(whole.get, job.evaluate), strict=True)
-        )
-        given = {name: text for name, text in found.items() if text is not None}
+        names, digests = named(job.evaluate), {text.sha256 for text in own}
+        given = {n: whole[path] for n, path in zip(names, job.evaluate, strict=True)}
         return given, {
             name: "also calibrated on" if text.sha256 in digests else "given"
             for name, text in given.items()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, Int
 
 from jaxprune.evaluation.texts import Text
 from jaxprune.models.decoder.model import Decoder, loss_per_token
@@ -28,13 +29,13 @@ class Windows(NamedTuple):
       facts: JSON-able: context, stride, bos.
     """
 
-    tokens: np.ndarray
-    counted: np.ndarray
+    tokens: Int[np.ndarray, "windows context"]
+    counted: Bool[np.ndarray, "windows context-1"]
     facts: dict[str, Any]
 
 
 def slide(
-    tokens: np.ndarray,
+    tokens: Int[np.ndarray, " tokens"],
     *,
     context: int,
     stride: int | None = None,
@@ -180,6 +181,7 @@ def measure(
     total = 0.0
     for start in range(0, number, batch):
         rows = np.arange(start, start + batch)
+        # (batch, context): the last batch is filled up, so that one program serves all.
         tokens = seen.tokens[np.minimum(rows, number - 1)]
         losses = np.asarray(_losses(graphdef, params, tokens), np.float64)
         own = min(batch, number - start)
@@ -232,6 +234,8 @@ def is_sane(result: dict[str, Any], frequency: float, vocab_size: int) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _losses(graphdef: Any, params: Any, tokens: jax.Array) -> jax.Array:
+def _losses(
+    graphdef: Any, params: Any, tokens: Int[jax.Array, "batch context"]
+) -> Float[jax.Array, "batch context-1"]:
     model = nnx.merge(graphdef, params)
     return loss_per_token(model, tokens[:, :-1], tokens[:, 1:])

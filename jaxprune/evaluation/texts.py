@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxprune.models.hf.tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ class Text(NamedTuple):
 
     path: Path
     sha256: str
-    tokens: np.ndarray
+    tokens: Int[np.ndarray, "..."]
 
     @property
     def is_rows(self) -> bool:
@@ -125,7 +126,7 @@ def _documents(path: Path, text: str) -> list[str]:
     return found
 
 
-def _ids(path: Path, vocab_size: int) -> np.ndarray:
+def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
     tokens = np.load(path, allow_pickle=False)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
@@ -173,7 +174,7 @@ class Drawn(NamedTuple):
         none, and for texts.
     """
 
-    tokens: np.ndarray
+    tokens: Int[np.ndarray, "sequences length"]
     counts: list[int]
     left: list[Text | None]
 
@@ -195,6 +196,11 @@ def draw(
 
     Raises:
       ValueError: a text is too short, or rows have another length.
+
+    Example:
+      >>> text = Text(Path("a.txt"), "", np.arange(100, dtype=np.int32))
+      >>> draw([text], sequences=4, length=8, bos=1, seed=0).tokens.shape
+      (4, 8)
     """
     share, rest = divmod(sequences, len(texts))
     counts = [share + (i < rest) for i in range(len(texts))]
@@ -244,7 +250,8 @@ def _pieces(
     length: int,
     bos: int | None,
     chance: np.random.Generator,
-) -> tuple[np.ndarray, Text | None]:
+) -> tuple[Int[np.ndarray, "count length"], Text | None]:
+    """The sequences drawn from one text, and the rows that are left."""
     if text.is_rows:
         chosen = np.sort(chance.choice(len(text.tokens), count, replace=False))
         left = np.delete(text.tokens, chosen, axis=0)
@@ -253,7 +260,7 @@ def _pieces(
     places = text.tokens.size // body
     first = int(chance.integers(text.tokens.size - places * body + 1))
     chosen = chance.choice(places, count, replace=False)
-    starts = first + body * chosen
+    starts = first + body * chosen  # (count,)
     tokens = np.stack([text.tokens[start : start + body] for start in starts])
     if bos is not None:
         tokens = np.insert(tokens, 0, bos, axis=1)

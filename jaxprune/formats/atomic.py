@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxprune.formats.safetensors_file import damaged
+from jaxprune.formats.safetensors_file import damaged, read_json
 
 _CHUNK = 1 << 20
 
@@ -77,20 +77,13 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
       Whether the same job was begun before.
 
     Raises:
-      ValueError: the directory belongs to another job, or the file is damaged.
+      ValueError: the directory belongs to another job.
+      Damaged: the file is no JSON object.
     """
     if not path.exists():
         replace_json(path, dict(job))
         return False
-    try:
-        begun = json.loads(path.read_bytes())
-        different = differences(begun, job)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"'{path}' must say which job its directory belongs to, but is damaged; "
-            "bring it back, or choose another directory"
-        ) from None
-    if different:
+    if different := differences(read_json(path), job):
         raise ValueError(
             f"'{path.parent}' belongs to another job: {'; '.join(different)}; give the "
             "old values to go on, or choose another directory"
@@ -283,10 +276,10 @@ class Sink:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     @property
     def digest(self) -> str:

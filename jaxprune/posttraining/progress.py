@@ -7,7 +7,6 @@ again. A directory belongs to one job; another job's is refused.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from jaxprune.arrays.messages import listed
-from jaxprune.formats import safetensors_file
+from jaxprune.formats import atomic, safetensors_file
 
 _JOB = "job.json"
 
@@ -37,22 +35,10 @@ class ProgressLog:
 
         Raises:
           ValueError: the directory is another job's, and the sentence names what
-            differs; or the file that says whose it is is damaged.
+            differs; or the file that names its job is damaged.
         """
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        job = json.loads(json.dumps(dict(job)))
-        if (path := directory / _JOB).exists():
-            known = _known(path)
-            differs = sorted(k for k in {**known, **job} if known.get(k) != job.get(k))
-            if differs:
-                raise ValueError(
-                    f"'{directory}' must be this job's directory, but "
-                    f"{listed(differs)} differ from the job that began it; choose "
-                    "another directory, or delete it"
-                )
-        else:
-            _replace(path, json.dumps(job, indent=1).encode())
+        atomic.begin_or_resume(directory / _JOB, job)
 
     def read(self, segment: int) -> tuple[dict[str, np.ndarray], Any] | None:
         """The weights and the record of a segment; None where its files are damaged."""
@@ -82,34 +68,10 @@ class ProgressLog:
         """Notes a segment as done: its weights by name, and a JSON-able record."""
         path, place = self._paths(segment)
         content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()})
-        _replace(path, content)
+        atomic.replace(path, content)
         body = {"sha256": hashlib.sha256(content).hexdigest(), "record": record}
-        _replace(place, json.dumps(body).encode())
+        atomic.replace(place, json.dumps(body).encode())
 
     def _paths(self, segment: int) -> tuple[Path, Path]:
         name = f"segment_{segment:05d}"
         return self.directory / f"{name}.safetensors", self.directory / f"{name}.json"
-
-
-def _known(path: Path) -> dict[str, Any]:
-    """The job that a directory belongs to."""
-    try:
-        job = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        job = None
-    if not isinstance(job, dict):
-        raise ValueError(
-            f"'{path}' must say whose directory it is, but is damaged; delete the "
-            "directory, or choose another"
-        )
-    return job
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes beside the place, to disk, and renames."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

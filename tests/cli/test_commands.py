@@ -13,6 +13,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
 from jaxprune import cli
+from jaxprune.arrays import console_progress
 
 __all__ = ["place"]
 
@@ -167,9 +168,13 @@ def test_inspect_lists_what_would_be_pruned_and_why_not(place, made, capsys):
     assert "excluded" in capsys.readouterr().out
 
 
-def test_a_folder_is_packed_and_comes_back(place, made, capsys):
-    code, found, _ = run(capsys, "compact", made, place / "packed")
+def test_a_folder_is_packed_and_comes_back(place, made, capsys, monkeypatch):
+    monkeypatch.setattr(console_progress, "_SECONDS", 0.0)
+    code, found, err = run(capsys, "compact", made, place / "packed")
     assert code == 0
+    lines = err.splitlines()  # no terminal here: lines with what is done and left
+    assert all(re.match(r"packing: .* of .* spent, .* left$", line) for line in lines)
+    assert len(lines) == 2 * len(tiny_cli.tensors())  # counted, then written
     assert found["compact_bytes"] == (place / "packed").stat().st_size
     assert run(capsys, "expand", place / "packed", place / "back")[0] == 0
     names = {path.name for path in made.iterdir()} - {"report.html"}

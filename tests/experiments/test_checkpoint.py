@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.harness import checkpoint, manifest
+from jaxprune.formats import atomic
 
 CONFIGURATION = {"seed": 0, "model": {"layers": (1, 2)}}
 
@@ -118,9 +119,9 @@ def test_the_configuration_is_read_without_the_arrays(tmp_path):
 
 def test_configurations_are_compared_field_by_field():
     saved = json.loads(json.dumps(CONFIGURATION))
-    assert manifest.differences(saved, CONFIGURATION) == []
+    assert atomic.differences(saved, CONFIGURATION) == []
     current = {"seed": 1, "model": {"layers": (1, 2), "width": 8}}
-    assert manifest.differences(saved, current) == [
+    assert atomic.differences(saved, current) == [
         "seed was 0 and is 1",
         "model.width was 'absent' and is 8",
     ]

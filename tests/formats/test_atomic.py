@@ -51,7 +51,7 @@ def test_a_job_goes_on_in_its_own_directory_and_another_is_refused(tmp_path):
         atomic.begin_or_resume(path, {**job, "data": {"seed": 1}})
     for damaged in ("{", "[1]", ""):
         path.write_text(damaged)
-        with pytest.raises(ValueError, match=r"job.json' must say which job"):
+        with pytest.raises(ValueError, match=r"job.json' is damaged"):
             atomic.begin_or_resume(path, job)
 
 

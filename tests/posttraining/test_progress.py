@@ -126,7 +126,7 @@ def test_a_record_without_its_rows_is_no_segment(log):
 def test_a_damaged_job_file_is_refused_in_a_sentence(log, text):
     (path,) = (p for p in log.directory.iterdir() if p.name.startswith("job"))
     path.write_text(text)
-    with pytest.raises(ValueError, match="directory"):
+    with pytest.raises(ValueError, match=r"job.json' is damaged"):
         ProgressLog(log.directory, JOB)
 
 
