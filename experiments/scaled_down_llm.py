@@ -61,7 +61,8 @@ class Config:
       energy: three-letter code of the country whose electricity counts, to measure
         energy and CO2 (needs the extra `energy`).
       mesh: how the devices share the work, "data=4,model=2" or "fsdp=8"; see
-        experiments/harness/device_mesh.py. All that the batch can be split over if left out.
+        experiments/harness/device_mesh.py. All that the batch can be split over if
+        left out.
       coordinator: HOST:PORT of the first of several processes that make up the run, or
         "auto" where the cluster tells; started with the same flags, on one folder.
       processes: how many there are, where the cluster does not tell.
@@ -208,7 +209,9 @@ def _run(
         "seeds": seeds,
         "phases": phases,
         "costs": runner.costs(
-            seeds[0]["cells"], model, lambda removed: gpt.flops_per_token(shape, removed)
+            seeds[0]["cells"],
+            model,
+            lambda removed: gpt.flops_per_token(shape, removed),
         ),
     }
 

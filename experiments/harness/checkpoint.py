@@ -1,4 +1,4 @@
-"""A run's checkpoints: steps that orbax saves, each with a manifest that vouches for it.
+"""A run's checkpoints: steps that orbax saves, each with a manifest of its files.
 
 `orbax.checkpoint.v1.training.Checkpointer` names the steps, writes each one beside and
 renames it, on all processes at once, and places what it loads. Added here: the manifest

@@ -77,6 +77,13 @@ class Plan:
         ways = itertools.product(self.criteria, self.scopes, self.sparsities)
         return [Cell(*way) for way in ways]
 
+    def stages(self) -> int:
+        """How many stages a seed has: cells, retrained ones, and the dense model's."""
+        cells = self.cells()
+        retrained = sum(map(self.retrains, cells))
+        dense = 4 + (self.retrain_steps > 0)  # train, measure, sample, weights; control
+        return len(cells) + retrained + dense
+
     def retrains(self, cell: Cell) -> bool:
         """Whether a cell is retrained too."""
         return (

@@ -21,15 +21,17 @@ from jax.sharding import Mesh
 
 import jaxprune as jp
 from experiments.datasets import prefetch
-from experiments.harness import checkpoint, curve, device_mesh, training
+from experiments.harness import checkpoint, device_mesh, training
 from experiments.harness.criteria import CRITERIA, Watched, averages
 from experiments.harness.plan import Cell, Plan
-from experiments.harness.records import MetricsLog, measure, write_json
+from experiments.harness.records import MetricsLog
+from experiments.harness.stages import Stages
 from experiments.harness.task import Task
 from experiments.harness.weights import WATCHED_WEIGHTS as WATCHED_WEIGHTS
 from experiments.harness.weights import sampled_weights, values
 from experiments.tasks.language_model import ADAMW, keep_everything, schedule
-from jaxprune.arrays.processes import is_first, on_first
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.processes import on_first
 from jaxprune.typing import Prunable, Scope
 
 METRICS = "metrics.jsonl"
@@ -49,6 +51,7 @@ class Seed:
         out: Path,
         log: MetricsLog | None,
         identity: dict[str, Any],
+        progress: Progress,
         mesh: Mesh | None = None,
     ) -> None:
         """Prepares the data and the compiled functions; computes nothing.
@@ -59,6 +62,8 @@ class Seed:
         self.log, self.identity = log, {**identity, "seed": seed}
         self.folder, self.metrics = out / f"seed-{seed}", out / METRICS
         self.mesh = mesh
+        self.stages = Stages(self.folder, seed, plan.energy_country, progress)
+        self._once = self.stages.once
         self.batches = task.batches(plan.batch_size, seed)
         evaluate = training.make_eval(task.token_losses, mesh=mesh)
 
@@ -81,7 +86,6 @@ class Seed:
         self.curve_loss = validation(
             min(CURVE_TOKENS, plan.eval_tokens or CURVE_TOKENS)
         )
-        self.phases: list[dict[str, Any]] = []
         self._scores: tuple[str, Any] = ("", None)
 
     def run(self) -> dict[str, Any]:
@@ -96,25 +100,11 @@ class Seed:
             "seed": self.seed,
             "dense": dense,
             "control": control,
-            "curve": curve.points(self._lines()),
+            "curve": _points(self._lines()),
             "cells": cells,
             "samples": samples,
             "weights": self._once("weights", lambda: self._weights(watched)),
         }
-
-    def _once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> Any:
-        """The stage's result, read if it is there, else computed and kept."""
-        path = self.folder / f"{stage}.json"
-        if not on_first(path.exists):
-            country = self.plan.energy_country if is_first() else None
-            with measure(stage.split("/")[0], seed=self.seed, country=country) as phase:
-                content = compute()
-                phase.tokens = content.pop("tokens", None)
-            result = {"content": content, "phase": phase.record()}
-            on_first(lambda: write_json(path, result))
-        stored = on_first(lambda: json.loads(path.read_text()))
-        self.phases.append(stored["phase"])
-        return stored["content"]
 
     def _train(self) -> Watched:
         """The trained parameters and what was seen on the way to them."""
@@ -295,7 +285,13 @@ class Seed:
         return self.task.shown(params, label, self.plan.sample_length)
 
     def _lines(self) -> list[dict[str, Any]]:
-        return curve.lines(self.metrics, self.seed)
+        """What the dense run reported, read back by the first process."""
+
+        def read() -> list[dict[str, Any]]:
+            every = map(json.loads, self.metrics.read_text().splitlines())
+            return [x for x in every if (x["phase"], x["seed"]) == ("train", self.seed)]
+
+        return on_first(read)
 
     def _weights(self, watched: Watched) -> dict[str, Any]:
         """How sampled weights moved, and which of them each criterion keeps."""
@@ -337,6 +333,16 @@ def _retraining(
     """
     tx = task.optimizer(schedule(learning_rate, steps, warmup=50), track=())
     return tx, training.make_step(task.loss, jp.keep_masks(tx, {}))
+
+
+def _points(reported: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The curve of the dense run: a dict for each step with a loss."""
+    names = ("step", "loss", "validation_loss")
+    return [
+        {name: line.get(name) for name in names}
+        for line in reported
+        if line.get("loss") is not None
+    ]
 
 
 def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:

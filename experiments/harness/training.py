@@ -59,8 +59,8 @@ def init(
     Args:
       params: any tree of arrays.
       optimizer: an optax transformation.
-      mesh: where the state lives, as `device_mesh.make_mesh` gives; None for the default
-        device.
+      mesh: where the state lives, as `device_mesh.make_mesh` gives; None for the
+        default device.
 
     Returns:
       The state; the parameters and their moments are placed alike.
@@ -235,8 +235,8 @@ def train(
         and after the last.
       evaluate_every: steps between evaluations.
       label: names the run on the progress bar and in errors.
-      mesh: splits each batch, as `device_mesh.of_batch` says; the state must be placed on
-        it.
+      mesh: splits each batch, as `device_mesh.of_batch` says; the state must be
+        placed on it.
       prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
       donate: whether `state` is used up, which saves holding it twice; else it is left
         as it was.

@@ -78,7 +78,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
 
 
 def tables(results: Results) -> str:
-    """Nats above dense, by solver and allocation, then how far each allocation is from uniform.
+    """Nats above dense by solver and allocation, then above uniform allocation.
 
     Args:
       results: what results.json holds.
@@ -130,13 +130,19 @@ def _table(found: Sequence[Mapping[str, Any]], *, relative: bool) -> str:
                     values.append(above - base)
             line.append(findings.mean(values, signed=True))
         lines.append(line)
-    return text_table(["solver", "allocation", *map(findings.percent, sparsities)], lines)
+    return text_table(
+        ["solver", "allocation", *map(findings.percent, sparsities)], lines
+    )
 
 
 def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
-    """Solvers that repair first; in each, the allocations in the order of their kinds."""
+    """Solvers that repair first; in each, the allocations by their kinds."""
     solver, allocation = pair
-    place = _ALLOCATIONS.index(allocation) if allocation in _ALLOCATIONS else len(_ALLOCATIONS)
+    place = (
+        _ALLOCATIONS.index(allocation)
+        if allocation in _ALLOCATIONS
+        else len(_ALLOCATIONS)
+    )
     first = ("sparsegpt", "alps", *_LAST)
     return (first.index(solver) if solver in first else 0, solver, place, allocation)
 
@@ -160,7 +166,8 @@ def figure(all_results: Sequence[Results]) -> Figure:
     ]
     main = [item for item in found if item[0]["allocation"] in _ALLOCATIONS]
     for row, panel in sorted(
-        main or found, key=lambda item: _order((item[0]["solver"], item[0]["allocation"]))
+        main or found,
+        key=lambda item: _order((item[0]["solver"], item[0]["allocation"])),
     ):
         cells = lines.setdefault(row["allocation"], {}).setdefault(row["seed"], [])
         cells.append(

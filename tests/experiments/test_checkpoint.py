@@ -391,7 +391,10 @@ for step in range(2, 100):
     "moment",
     [
         "manifest",
-        *(pytest.param(m, marks=pytest.mark.full) for m in ("0.03", "commit", "removal")),
+        *(
+            pytest.param(m, marks=pytest.mark.full)
+            for m in ("0.03", "commit", "removal")
+        ),
     ],
 )
 def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, moment):
