@@ -149,8 +149,9 @@ def run(
             batches,
             steps=stop,
             key=jax.random.key(seed),
-            directory=segments / str(stop),
-            configuration={"seed": seed, "sparsity": final, "stop": stop},
+            checkpoints=training.Checkpoints(
+                segments / str(stop), {"seed": seed, "sparsity": final, "stop": stop}
+            ),
             label=f"seed {seed}, {final:.0%} removed",
             mesh=mesh,
             prefetch=prefetch,

@@ -164,14 +164,14 @@ class Seed:
             lambda step: self.batches(offset + step),
             steps=steps,
             key=jax.random.key(self.seed),
-            directory=self.folder / stage,
-            configuration={**self.identity, "stage": stage},
-            every=self.plan.checkpoint_every,
-            log_every=max(min(50, steps // 10), 1),
-            on_start=begin,
-            on_metrics=report,
-            evaluate=evaluate,
-            evaluate_every=evaluate_every,
+            checkpoints=training.Checkpoints(
+                self.folder / stage,
+                {**self.identity, "stage": stage},
+                self.plan.checkpoint_every,
+            ),
+            reports=training.Reports(
+                report, begin, max(min(50, steps // 10), 1), evaluate, evaluate_every
+            ),
             label=f"seed {self.seed} {stage.replace('/', ' ')}",
             mesh=self.mesh,
             prefetch=prefetch,

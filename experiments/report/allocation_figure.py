@@ -148,7 +148,7 @@ def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
 
 
 def figure(all_results: Sequence[Results]) -> Figure:
-    """Loss above dense against sparsity: a panel a run and solver, a line an allocation.
+    """Loss above dense against sparsity: a panel a run and solver, lines by allocation.
 
     Args:
       all_results: what the results.json of each run holds.

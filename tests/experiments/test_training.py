@@ -47,22 +47,27 @@ def toy_params():
 STEP = training.make_step(mean_loss, OPTIMIZER)
 
 
-def run(folder, batches=batches, **changes):
+def run(folder, batches=batches, *, steps=40, checkpoints=None, reports=None):
     with records.MetricsLog(folder / "metrics.jsonl", tensorboard=False) as log:
-        arguments = {
-            "steps": 40,
-            "key": jax.random.key(1),
-            "directory": folder / "checkpoints",
-            "configuration": {"seed": 1},
-            "every": 10,
-            "log_every": 4,
-            "on_start": lambda step: log.resume(step, phase="toy"),
-            "on_metrics": lambda metrics: log.write(metrics, phase="toy"),
-            "evaluate": lambda state: {"norm": float(optax.tree.norm(state.params))},
-            "evaluate_every": 15,
-        }
+        saved = {"configuration": {"seed": 1}, "every": 10}
+        told = {"every": 4, "evaluate_every": 15}
         state = training.init(toy_params(), OPTIMIZER)
-        return training.train(state, STEP, batches, **(arguments | changes))
+        return training.train(
+            state,
+            STEP,
+            batches,
+            steps=steps,
+            key=jax.random.key(1),
+            checkpoints=training.Checkpoints(
+                folder / "checkpoints", **(saved | (checkpoints or {}))
+            ),
+            reports=training.Reports(
+                lambda metrics: log.write(metrics, phase="toy"),
+                lambda step: log.resume(step, phase="toy"),
+                evaluate=lambda s: {"norm": float(optax.tree.norm(s.params))},
+                **(told | (reports or {})),
+            ),
+        )
 
 
 def run_and_die(folder, moment, when):
@@ -123,9 +128,9 @@ def test_the_loop_is_the_plain_loop(undisturbed):
 def test_a_donated_state_is_used_up_and_another_is_left(kept, tmp_path):
     def train(steps, donate):
         state = training.init(toy_params(), OPTIMIZER)
-        folder = tmp_path / f"{donate}" if kept else None
+        saved = training.Checkpoints(tmp_path / f"{donate}", {}) if kept else None
         key = jax.random.key(1)
-        options = {"steps": steps, "key": key, "directory": folder, "donate": donate}
+        options = {"steps": steps, "key": key, "checkpoints": saved, "donate": donate}
         return state, training.train(state, STEP, batches, **options)
 
     for steps in (3, 6):  # in a folder the second goes on
@@ -182,7 +187,7 @@ def test_another_configuration_is_refused_naming_the_field(undisturbed):
     with pytest.raises(
         ValueError, match="seed was 1 and is 2; give the old values, or another folder"
     ):
-        run(undisturbed[1], configuration={"seed": 2})
+        run(undisturbed[1], checkpoints={"configuration": {"seed": 2}})
 
 
 def test_fewer_steps_than_were_done_are_refused(undisturbed):
@@ -191,7 +196,13 @@ def test_fewer_steps_than_were_done_are_refused(undisturbed):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": -1}, {"every": 0}, {"log_every": 0}, {"evaluate_every": 0}]
+    "change",
+    [
+        {"steps": -1},
+        {"checkpoints": {"every": 0}},
+        {"reports": {"every": 0}},
+        {"reports": {"evaluate_every": 0}},
+    ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match="needs steps >= 0 and intervals >= 1"):
@@ -214,8 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
             batches,
             steps=40,
             key=jax.random.key(0),
-            directory=tmp_path,
-            every=10,
+            checkpoints=training.Checkpoints(tmp_path, {}, every=10),
             label="toy",
         )
     assert checkpoint.latest(tmp_path).step == 10
@@ -269,7 +279,7 @@ def test_a_run_resumed_on_a_mesh_is_placed_as_before(tmp_path):
             batches,
             steps=steps,
             key=jax.random.key(1),
-            directory=tmp_path / "stopped",
+            checkpoints=training.Checkpoints(tmp_path / "stopped", {}),
             mesh=mesh,
         )
     whole = training.train(
