@@ -14,14 +14,12 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 import jaxprune as jp
 from experiments.datasets import Batches, Corpus, load, validation_batches
@@ -333,7 +331,4 @@ def _do(run: Run, seed: int, cells: Iterable[Cell], done: Callable[[], object]) 
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
-        sys.exit(f"error: {problem}")
+    run_dir.command(main, Config)

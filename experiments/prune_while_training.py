@@ -12,13 +12,11 @@ import dataclasses
 import functools
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import optax
-import tyro
 
 import jaxprune as jp
 from experiments.datasets import Batches, load, prefetch, validation_batches
@@ -220,7 +218,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (ValueError, OSError, ImportError) as problem:
-        sys.exit(f"error: {problem}")
+    run_dir.command(main, Config)

@@ -21,7 +21,7 @@ def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure that these results can fill, by the name of its file.
 
     Args:
-      results: Checked results.
+      results: checked results.
 
     Returns:
       "loss_<scope>" for each scope, then "weights", "layers" and "training".
@@ -43,7 +43,7 @@ def document(results: Mapping[str, Any]) -> str:
     """The whole of report.html.
 
     Args:
-      results: Checked results.
+      results: checked results.
 
     Returns:
       One HTML page that loads nothing.
@@ -316,7 +316,7 @@ def command(results: Mapping[str, Any]) -> str:
     """The command that makes these results again.
 
     Args:
-      results: Checked results.
+      results: checked results.
 
     Returns:
       Its own "command" where recorded, else one with a flag for each entry of the
