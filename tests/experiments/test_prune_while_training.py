@@ -16,6 +16,15 @@ from jaxprune.models import gpt
 from tests.support.tiny_run import write_text
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_preset():
+    """A model of one layer, whose programs compile in a fraction of the time."""
+    small = {**gpt.PRESETS["cpu"], "layers": 1, "width": 32, "heads": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpt.PRESETS, "cpu", small)
+        yield
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deeper")
@@ -105,6 +114,7 @@ def test_distilling_mixes_cross_entropy_with_the_divergence_from_the_teacher():
     np.testing.assert_allclose(mixed, 0.75 * entropy + 0.25 * divergence, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_a_distilled_run_learns_from_the_dense_one_of_its_seed(
     config, losses, tmp_path
 ):

@@ -73,6 +73,7 @@ def kill_when(ready, arguments, environment, log):
     return process.wait()
 
 
+@pytest.mark.full
 def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
     run, environment, tmp_path
 ):

@@ -155,6 +155,7 @@ def test_an_abstract_state_is_the_state_without_its_numbers(mesh):
             assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
 
 
+@pytest.mark.full
 def test_killed_in_mid_step_and_in_mid_save_it_ends_with_the_same_bits(
     undisturbed, tmp_path
 ):
