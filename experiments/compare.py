@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from experiments.harness import manifest
 from experiments.report import figures, findings
 from experiments.report import results as results_
 from jaxprune.report import page
@@ -87,7 +88,7 @@ def differences(runs: Runs) -> list[list[str]]:
     """
     every = list(runs.values())
     parts = (
-        [results_.flat(run["config"]) for run in every],
+        [manifest.flat(run["config"]) for run in every],
         [{f"version of {k}": of for k, of in run["versions"].items()} for run in every],
         [{"device": run["device"]} for run in every],
     )

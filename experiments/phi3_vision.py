@@ -9,14 +9,13 @@ a finished one says so. What it writes is described in experiments/README.md.
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
 
 from experiments.datasets import question_answers
-from experiments.harness import device_mesh, run_dir, runner
+from experiments.harness import device_mesh, manifest, run_dir, runner
 from experiments.harness.plan import Plan
 from experiments.tasks import picture_checkpoint, picture_model
 from experiments.tasks.pictures import PictureTask, VisionModel, without_gradient
@@ -289,7 +288,7 @@ def _identity(config: Config, plan: Plan, task: PictureTask) -> dict[str, Any]:
         "smoke": config.smoke,
         **dataclasses.asdict(plan),
     }
-    return dict(json.loads(json.dumps(identity)))
+    return manifest.as_json(identity)
 
 
 if __name__ == "__main__":

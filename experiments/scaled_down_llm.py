@@ -7,7 +7,6 @@ was; a finished one says so. What it writes is described in experiments/README.m
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 
 import jaxprune as jp
 from experiments.datasets import Corpus, load
-from experiments.harness import device_mesh, multi_process, run_dir, runner
+from experiments.harness import device_mesh, manifest, multi_process, run_dir, runner
 from experiments.harness.plan import Plan
 from experiments.tasks.language import LanguageTask
 from experiments.tasks.language_model import LanguageModel
@@ -197,19 +196,17 @@ def _run(
 def _identity(config: Config, plan: Plan, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a run to go on; JSON-able."""
     numbers = dataclasses.asdict(plan)
-    return json.loads(
-        json.dumps(
-            {
-                "preset": config.preset,
-                "data": corpus.name,
-                "fingerprint": corpus.fingerprint,
-                "vocabulary": len(corpus.vocabulary),
-                "seeds": config.seeds[:1] if config.smoke else config.seeds,
-                "dtype": config.dtype,
-                "smoke": config.smoke,
-                **numbers,
-            }
-        )
+    return manifest.as_json(
+        {
+            "preset": config.preset,
+            "data": corpus.name,
+            "fingerprint": corpus.fingerprint,
+            "vocabulary": len(corpus.vocabulary),
+            "seeds": config.seeds[:1] if config.smoke else config.seeds,
+            "dtype": config.dtype,
+            "smoke": config.smoke,
+            **numbers,
+        }
     )
 
 

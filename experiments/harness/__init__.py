@@ -14,6 +14,7 @@ __all__ = [
     "stages",
     "sweep",
     "task",
+    "trainer",
     "training",
     "weights",
 ]

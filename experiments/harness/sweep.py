@@ -5,7 +5,6 @@ over; a run started again reads what is there and does the rest. Inside a stage 
 steps, `training.train` goes on from its own checkpoints.
 """
 
-import functools
 import json
 import math
 import shutil
@@ -14,22 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 import jaxprune as jp
-from experiments.datasets import prefetch
-from experiments.harness import checkpoint, device_mesh, training
-from experiments.harness.criteria import CRITERIA, Watched, averages
+from experiments.harness import device_mesh, training
+from experiments.harness.criteria import CRITERIA, Watched
 from experiments.harness.plan import Cell, Plan
 from experiments.harness.records import MetricsLog
 from experiments.harness.stages import Stages
 from experiments.harness.task import Task
+from experiments.harness.trainer import Trainer
 from experiments.harness.weights import WATCHED_WEIGHTS as WATCHED_WEIGHTS
 from experiments.harness.weights import sampled_weights, values
-from experiments.tasks.language_model import ADAMW, keep_everything, schedule
+from experiments.tasks.language_model import keep_everything
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.processes import on_first
 from jaxprune.typing import Prunable, Scope
@@ -59,12 +57,10 @@ class Seed:
         `log` is None on processes that write nothing.
         """
         self.seed, self.plan, self.task = seed, plan, task
-        self.log, self.identity = log, {**identity, "seed": seed}
         self.folder, self.metrics = out / f"seed-{seed}", out / METRICS
-        self.mesh = mesh
+        self.trainer = Trainer(seed, plan, task, self.folder, log, identity, mesh)
         self.stages = Stages(self.folder, seed, plan.energy_country, progress)
         self._once = self.stages.once
-        self.batches = task.batches(plan.batch_size, seed)
         evaluate = training.make_eval(task.token_losses, mesh=mesh)
 
         def validation(limit: int | None) -> Callable[[Any], float]:
@@ -107,80 +103,17 @@ class Seed:
         }
 
     def _train(self) -> Watched:
-        """The trained parameters and what was seen on the way to them."""
-        plan = self.plan
-        held = averages(plan.criteria)
-        tx, step_fn = _watching(self.task, plan.learning_rate, plan.steps, held)
-        shapes = self.task.shapes
-        sampled = sampled_weights(shapes, self.seed, self._first_scope()[1])
+        """The dense model and what was tracked while it was trained."""
+        sampled = sampled_weights(self.task.shapes, self.seed, self._first_scope()[1])
 
         def evaluate(state: training.TrainState) -> dict[str, Any]:
-            weights = values(state.params, sampled)
             return {
                 "validation_loss": self.curve_loss(state.params),
-                "weights": weights,
+                "weights": values(state.params, sampled),
             }
 
-        def train() -> dict[str, Any]:
-            state = training.init(self.task.init(self.seed), tx, mesh=self.mesh)
-            every = max(plan.steps // 40, 1)
-            self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)
-            return {"tokens": self._tokens(plan.steps)}
-
-        self._once("train", train)
-        target = training.abstract(shapes, tx, mesh=self.mesh)
-        state = checkpoint.restore(self.folder / "train", target).state
-        tracked = jp.get_importance(state.opt_state)
-        adam = tracked
-        if "trajectory_adam" in plan.criteria:
-            square = jp.get_importance(state.opt_state[ADAMW]).square
-            adam = tracked._replace(square=square)
-        return Watched(state.params, tracked, adam)
-
-    def _fit(
-        self,
-        stage: str,
-        state: training.TrainState,
-        step_fn: training.StepFunction,
-        steps: int,
-        offset: int,
-        evaluate: Any = None,
-        evaluate_every: int = 1,
-    ) -> training.TrainState:
-        labels = {"phase": stage, "seed": self.seed}
-
-        def begin(step: int) -> None:
-            self.begun = step
-            if self.log is not None:
-                self.log.resume(step, **labels)
-
-        def report(metrics: dict[str, Any]) -> None:
-            if self.log is not None:
-                self.log.write(metrics, **labels)
-
-        return training.train(
-            state,
-            step_fn,
-            lambda step: self.batches(offset + step),
-            steps=steps,
-            key=jax.random.key(self.seed),
-            checkpoints=training.Checkpoints(
-                self.folder / stage,
-                {**self.identity, "stage": stage},
-                self.plan.checkpoint_every,
-            ),
-            reports=training.Reports(
-                report, begin, max(min(50, steps // 10), 1), evaluate, evaluate_every
-            ),
-            label=f"seed {self.seed} {stage.replace('/', ' ')}",
-            mesh=self.mesh,
-            prefetch=prefetch,
-            donate=True,
-        )
-
-    def _tokens(self, steps: int) -> int:
-        """Those of the last `_fit`, from where it began: what its seconds are of."""
-        return (steps - self.begun) * self.plan.batch_size * self.task.length
+        self._once("train", lambda: {"tokens": self.trainer.train(evaluate)})
+        return self.trainer.watched()
 
     def _retrained(
         self,
@@ -189,25 +122,11 @@ class Seed:
         masks: Callable[[], Any],
         then: Callable[[Any], dict[str, Any]] = lambda params: {},
     ) -> dict[str, Any]:
-        """The loss after `retrain_steps` more steps with the masks held."""
-        plan = self.plan
+        """What is measured after `retrain_steps` more steps with the masks held."""
 
         def compute() -> dict[str, Any]:
-            rate = plan.retrain_learning_rate
-            inner, step_fn = _retraining(self.task, rate, plan.retrain_steps)
-            kept = masks()
-            # New arrays all of them, since the first step uses them up.
-            pruned = jax.tree.map(
-                lambda new, old: jnp.copy(new) if new is old else new,
-                jp.masks.apply(params, kept),
-                params,
-            )
-            tx = jp.keep_masks(inner, kept)
-            state = training.init(pruned, tx, mesh=self.mesh)
-            del kept, pruned, tx  # the state has them
-            state = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-            result = {**self._measured(state.params), **then(state.params)}
-            return {**result, "tokens": self._tokens(plan.retrain_steps)}
+            trained, tokens = self.trainer.retrain(stage, params, masks)
+            return {**self._measured(trained), **then(trained), "tokens": tokens}
 
         result = self._once(stage, compute)
         on_first(lambda: shutil.rmtree(self.folder / stage, ignore_errors=True))
@@ -311,28 +230,6 @@ class Seed:
             "kept": kept,
             "sparsity": self.plan.show_sparsity,
         }
-
-
-@functools.cache
-def _watching(
-    task: Task, learning_rate: float, steps: int, held: frozenset[str]
-) -> tuple[optax.GradientTransformation, training.StepFunction]:
-    """The optimizer of the dense run and its step; one object, so compiled once."""
-    tx = task.optimizer(schedule(learning_rate, steps, warmup=100), track=held)
-    return tx, training.make_step(task.loss, tx)
-
-
-@functools.cache
-def _retraining(
-    task: Task, learning_rate: float, steps: int
-) -> tuple[optax.GradientTransformation, training.StepFunction]:
-    """The optimizer of every retraining and its step.
-
-    The masks a step holds are those in its state, so one program serves every cell, and
-    the control, whose masks keep everything.
-    """
-    tx = task.optimizer(schedule(learning_rate, steps, warmup=50), track=())
-    return tx, training.make_step(task.loss, jp.keep_masks(tx, {}))
 
 
 def _points(reported: list[dict[str, Any]]) -> list[dict[str, Any]]:

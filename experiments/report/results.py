@@ -355,17 +355,6 @@ def curves(results: Results, stage: Stage, scope: str | None = None) -> list[Cur
     return found
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration's entries with nested names joined by dots."""
-    entries: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            entries |= flat(value, f"{prefix}{name}.")
-        else:
-            entries[f"{prefix}{name}"] = value
-    return entries
-
-
 def criteria(results: Results) -> list[str]:
     """The criteria in order of first appearance."""
     cells = (cell for seed in results["seeds"] for cell in seed["cells"])

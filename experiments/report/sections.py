@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.harness import manifest
 from experiments.report import accuracy, figures, findings
 from experiments.report import results as results_
 from jaxprune.report import page
@@ -304,7 +305,7 @@ def _making(results: Mapping[str, Any]) -> str:
         parts.append(page.picture(drawn, caption))
     pairs = {"configuration": results["config"], "versions": results["versions"]}
     for title, of in pairs.items():
-        rows = [[name, str(value)] for name, value in results_.flat(of).items()]
+        rows = [[name, str(value)] for name, value in manifest.flat(of).items()]
         parts.append(f'<div class="pairs">{page.table([title, ""], rows)}</div>')
     if results.get("finished"):
         made = html.escape(f"Finished {results['finished']} on {results['device']}.")
@@ -325,7 +326,7 @@ def command(results: Mapping[str, Any]) -> str:
     if results.get("command"):
         return str(results["command"])
     words = ["python", "-m", f"experiments.{results['name']}"]
-    for name, value in results_.flat(results["config"]).items():
+    for name, value in manifest.flat(results["config"]).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
