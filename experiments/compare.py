@@ -77,7 +77,7 @@ def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def differences(runs: Runs) -> list[list[str]]:
-    """What the runs were told or made with that is not the same in all of them.
+    """What of configuration, versions and device is not the same in all runs.
 
     Args:
       runs: checked results by label.

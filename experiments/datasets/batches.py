@@ -189,10 +189,10 @@ def _check(tokens: np.ndarray, batch_size: int, context: int) -> None:
         )
     for name, value in (("batch_size", batch_size), ("context", context)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _check_word(name: str, value: int) -> None:
     """Checks that a number is half a Philox key."""
     if not 0 <= value < 2**64:
-        raise ValueError(f"{name} must be in [0, 2**64), got {value}.")
+        raise ValueError(f"{name} must be in [0, 2**64), got {value}")

@@ -198,7 +198,7 @@ def command(
     Args:
       module: what `python -m` runs.
       config: a dataclass.
-      without: fields that are not told.
+      without: fields that are left out.
 
     Returns:
       A line for a shell.

@@ -197,8 +197,8 @@ class Seed:
             steps = plan.retrain_steps if retrained else 0
             how = {**cell._asdict(), "method": cell.criterion, "retrain_steps": steps}
             self.task.save(params, self.folder / MODEL, how)
-        told = f"{cell.label}, retrained" if retrained else cell.label
-        return {"sample": self._sample(told, params)}
+        label = f"{cell.label}, retrained" if retrained else cell.label
+        return {"sample": self._sample(label, params)}
 
     def _sample(self, label: str, params: Any) -> dict[str, Any]:
         return self.task.shown(params, label, self.plan.sample_length)

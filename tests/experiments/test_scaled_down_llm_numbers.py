@@ -98,6 +98,15 @@ def test_the_record_has_every_step_of_every_stage_once(run, results):
         ]
 
 
+def test_progress_counts_every_stage(run):
+    config = tyro.cli(scaled_down_llm.Config, args=flags(run.text, run.out))
+    for seed in SEEDS:
+        folder = run.out / f"seed-{seed}"
+        results = [*folder.glob("*.json"), *folder.glob("prune/*.json")]
+        results += folder.glob("retrain/*.json")
+        assert len(results) == config.plan().stages()
+
+
 def test_seeds_are_runs_of_their_own(results):
     first, second = results["seeds"]
     assert first["dense"] != second["dense"]

@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from experiments.harness import checkpoint, device_mesh, manifest, records, training
+from jaxprune.arrays import console_progress
 
 OPTIMIZER = optax.adamw(1e-2)
 
@@ -114,6 +115,17 @@ def test_the_loss_falls_and_the_record_has_every_step_once(undisturbed):
     assert entries[-1]["loss"] < 0.8 * entries[1]["loss"]
     steps = [entry["step"] for entry in entries]
     assert steps == sorted({*range(0, 41, 4), *range(0, 41, 10), 15, 30})
+
+
+def test_a_run_whose_stderr_is_a_file_writes_lines(monkeypatch, capsys):
+    monkeypatch.setattr(console_progress, "_SECONDS", 0.0)
+    state = training.init(toy_params(), OPTIMIZER)
+    key = jax.random.key(1)
+    training.train(state, STEP, batches, steps=3, key=key, label="toy")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"toy: {n} of 3 steps" for n in (1, 2, 3)
+    ]
 
 
 def test_the_loop_is_the_plain_loop(undisturbed):
