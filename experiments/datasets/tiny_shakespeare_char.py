@@ -39,7 +39,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         expected = self.url_infos[URL].checksum
         try:
-            # TFDS tries for minutes; a machine without a network gets the error at once.
+            # TFDS tries for minutes; without a network the error comes at once.
             cached = get_dl_fname(URL, expected)
             if not any(Path(dl_manager.download_dir).rglob(cached)):
                 requests.get(URL, stream=True, timeout=20).close()
