@@ -16,15 +16,6 @@ from jaxprune.models import gpt
 from tests.support.tiny_run import write_text
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_preset():
-    """A model of one layer, whose programs compile in a fraction of the time."""
-    small = {**gpt.PRESETS["cpu"], "layers": 1, "width": 32, "heads": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(gpt.PRESETS, "cpu", small)
-        yield
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deeper")

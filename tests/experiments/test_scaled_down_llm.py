@@ -16,7 +16,6 @@ from tests.support.tiny_run import (
     BATCH,
     CELLS,
     CONTEXT,
-    MODULE,
     STEPS,
     files,
     flags,
@@ -54,7 +53,7 @@ def environment(tmp_path_factory):
 
 def start(arguments, environment, log):
     return subprocess.Popen(
-        [sys.executable, "-m", MODULE, *arguments],
+        [sys.executable, "-m", "tests.support.tiny_job", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=log,
