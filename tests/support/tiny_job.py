@@ -1,7 +1,7 @@
 """The main job as a command, its smallest preset smaller still.
 
-`python -m tests.support.tiny_job FLAGS` is `python -m experiments.scaled_down_llm FLAGS`
-with `SMALL` as the preset "cpu", so that its programs compile in a fraction of the time.
+`python -m tests.support.tiny_job` is `python -m experiments.scaled_down_llm` with
+`SMALL` as the preset "cpu", so that its programs compile in a fraction of the time.
 """
 
 import runpy
