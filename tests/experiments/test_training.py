@@ -247,7 +247,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
 MESHES = ["data=4", "fsdp=4", "fsdp=2,data=2", "data=2,fsdp=3"]
 
 
-@pytest.mark.parametrize("mesh", ["data=1", *MESHES])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data=1",
+        "fsdp=2,data=2",
+        *(pytest.param(m, marks=pytest.mark.full) for m in MESHES if m != MESHES[2]),
+    ],
+)
 def test_the_step_is_compiled_once_and_the_caller_keeps_the_state(mesh):
     chex.clear_trace_counter()
     optimizer = optax.adamw(1e-2)
@@ -268,6 +275,7 @@ def test_the_step_is_compiled_once_and_the_caller_keeps_the_state(mesh):
     assert jax.tree.map(lambda leaf: leaf.sharding, result) == shardings
 
 
+@pytest.mark.full
 def test_a_mesh_computes_what_one_device_does():
     results = []
     for mesh in ["data=1", None, *MESHES]:
