@@ -40,7 +40,7 @@ class Config:
       inputs: whether weights are pruned for the inputs that are left, or those of their
         dense layer as in the papers.
       pattern: n:m, n kept of each m consecutive inputs, in place of the sparsity.
-      shares: how the sparsity is shared out.
+      allocation: how the sparsity is allocated to the layers.
       calibration: token ids, int32 (sequences, length), `.npy`.
       evaluate: NAME=FILE, held-out texts of the same form.
       batch: sequences in a batch.
@@ -53,7 +53,7 @@ class Config:
     sparsity: float = 0.5
     inputs: Literal["left", "dense"] = "left"
     pattern: str | None = None
-    shares: Literal["uniform", "erk", "owl"] = "uniform"
+    allocation: Literal["uniform", "erk", "owl"] = "uniform"
     evaluate: tuple[str, ...] = ()
     batch: int = 2
     damping: float = 0.01
@@ -118,7 +118,7 @@ def pruned(
     batches: Iterable[jax.Array],
     folder: str,
 ) -> tuple[Any, dict[str, Any]]:
-    """The pruned parameters and the report of the walk."""
+    """The pruned parameters and its report."""
     method: Any = jp.methods.METHODS[config.method]
     if config.method in ("sparsegpt", "alps"):
         method = dataclasses.replace(method, damping=config.damping)
@@ -137,7 +137,7 @@ def pruned(
         method=method,
         sparsity=None if pattern else config.sparsity,
         pattern=pattern or None,
-        allocation=rules[config.shares](),
+        allocation=rules[config.allocation](),
         directory=folder,
     )
 

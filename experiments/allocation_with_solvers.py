@@ -14,15 +14,12 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
-from tqdm import tqdm
 
 import jaxprune as jp
 from experiments.datasets import Batches, Corpus, load, validation_batches
@@ -31,6 +28,7 @@ from experiments.harness.criteria import CRITERIA, Watched
 from experiments.report import allocation_figure as shown
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
+from jaxprune.arrays.console_progress import Progress
 from jaxprune.models import gpt
 
 ALLOCATIONS: dict[str, Callable[[], Any]] = {
@@ -45,7 +43,8 @@ SOLVERS: dict[str, Callable[[], Any]] = {
     "alps": jp.methods.ALPS,
     "wanda": jp.methods.Wanda,
 }
-"""Name to method; "mask" is none of them: the lowest scores are pruned, nothing is repaired."""
+"""Name to method; "mask" is none of them: it prunes the lowest scores and repairs
+nothing."""
 
 ALONE = {"wanda": "uniform", "mask": "trajectory"}
 """What is there to compare with, each by one allocation only."""
@@ -295,9 +294,9 @@ def main(config: Config) -> Path:
     with run_dir.locked(config.out):
         run_dir.begun(config.out, run.identity())
         left = [c for c in config.cells() if not c.path(config.out).exists()]
-        with tqdm(total=len(left), desc="cells", disable=None) as bar:
+        with Progress(len(left), "run", unit="cell") as progress:
             for seed, cells in itertools.groupby(left, lambda cell: cell.seed):
-                _do(run, seed, cells, bar.update)
+                _do(run, seed, cells, progress.update)
         results = {
             "format": 1,
             "name": "allocation_with_solvers",
@@ -332,7 +331,4 @@ def _do(run: Run, seed: int, cells: Iterable[Cell], done: Callable[[], object]) 
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
-        sys.exit(f"error: {problem}")
+    run_dir.command(main, Config)

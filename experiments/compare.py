@@ -52,7 +52,7 @@ def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
       called the same, the path below what all have in common.
 
     Raises:
-      ValueError: If there are fewer than two, one is not a results.json, one is given
+      ValueError: there are fewer than two, one is not a results.json, one is given
         twice, or they are of different experiments.
     """
     if len(paths) < 2:
@@ -77,10 +77,10 @@ def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def differences(runs: Runs) -> list[list[str]]:
-    """What the runs were told or made with that is not the same in all of them.
+    """What of configuration, versions and device is not the same in all runs.
 
     Args:
-      runs: Checked results by label.
+      runs: checked results by label.
 
     Returns:
       A row for each such entry of the configuration, the versions and the device: its
@@ -88,7 +88,7 @@ def differences(runs: Runs) -> list[list[str]]:
     """
     every = list(runs.values())
     parts = (
-        [results_.flat(run["config"]) for run in every],
+        [atomic.flat(run["config"]) for run in every],
         [{f"version of {k}": of for k, of in run["versions"].items()} for run in every],
         [{"device": run["device"]} for run in every],
     )
@@ -116,7 +116,7 @@ def losses(runs: Runs, stage: results_.Stage) -> list[list[str]]:
     """Nats above the reference, a row for each criterion, scope and sparsity.
 
     Args:
-      runs: Checked results by label.
+      runs: checked results by label.
       stage: "pruned" or "retrained".
 
     Returns:
@@ -150,14 +150,14 @@ def compare(runs: Runs, out: Path) -> str:
     """Writes compare.csv and compare.html.
 
     Args:
-      runs: Checked results by label.
-      out: The folder; made where absent.
+      runs: checked results by label.
+      out: the folder; made where absent.
 
     Returns:
       The same tables as plain text.
 
     Raises:
-      OSError: If a file cannot be written.
+      OSError: a file cannot be written.
     """
     labels = list(runs)
     tables = [(["", *labels], summary(runs), "The dense models, nats per token")]

@@ -9,17 +9,13 @@ a finished one says so. What it writes is described in experiments/README.md.
 
 import dataclasses
 import hashlib
-import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from jax.sharding import Mesh
 
 from experiments.datasets import question_answers
-from experiments.harness import device_mesh, runner
-from experiments.harness import plan as plan_
+from experiments.harness import device_mesh, manifest, run_dir, runner
 from experiments.harness.plan import Plan
 from experiments.tasks import picture_checkpoint, picture_model
 from experiments.tasks.pictures import PictureTask, VisionModel, without_gradient
@@ -133,35 +129,27 @@ class Config:
         """
         config = self.smaller() if self.smoke else self
         config.check()
-        sparsities = tuple(sorted(set(config.sparsities)))
-        rate = config.learning_rate
-        usual = tuple(s for s in sparsities if s in (0.25, 0.5, 0.8))
-        return Plan(
+        rate, retrained = config.learning_rate, config.retrain_sparsities
+        if retrained is None:
+            usual = {*config.sparsities} & {0.25, 0.5, 0.8}
+            retrained = tuple(sorted(usual)) or None
+        return Plan.of(
+            config,
             batch_size=config.batch_size,
             steps=config.steps,
-            retrain_steps=config.retrain_steps,
             learning_rate=rate,
             retrain_learning_rate=config.retrain_learning_rate or rate / 10,
-            criteria=config.criteria,
-            retrain_criteria=_or(config.retrain_criteria, config.criteria),
-            scopes=config.scopes,
-            retrain_scopes=_or(config.retrain_scopes, config.scopes[:1]),
-            sparsities=sparsities,
-            retrain_sparsities=_or(config.retrain_sparsities, usual or sparsities),
+            retrain_sparsities=retrained,
             eval_tokens=None,
-            show_sparsity=min(sparsities, key=lambda s: abs(s - config.show_sparsity)),
             sample_length=1,
-            checkpoint_every=config.checkpoint_every,
-            energy_country=config.energy,
         )
 
     def check(self) -> None:
         """Refuses what could only fail later.
 
         Raises:
-          ValueError: a criterion is unknown, a number out of range, or a list empty.
+          ValueError: a number is out of range, or what is frozen is to be pruned.
         """
-        plan_.check(self)
         if self.held_out < 1:
             raise ValueError(f"held_out must be at least 1, got {self.held_out}")
         if self.lora is not None and self.lora < 1:
@@ -300,15 +288,8 @@ def _identity(config: Config, plan: Plan, task: PictureTask) -> dict[str, Any]:
         "smoke": config.smoke,
         **dataclasses.asdict(plan),
     }
-    return dict(json.loads(json.dumps(identity)))
-
-
-def _or(value: tuple[Any, ...] | None, default: tuple[Any, ...]) -> tuple[Any, ...]:
-    return default if value is None else value
+    return manifest.as_json(identity)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
-        sys.exit(f"error: {problem}")
+    run_dir.command(main, Config)

@@ -12,13 +12,11 @@ import dataclasses
 import functools
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import optax
-import tyro
 
 import jaxprune as jp
 from experiments.datasets import Batches, load, prefetch, validation_batches
@@ -149,8 +147,9 @@ def run(
             batches,
             steps=stop,
             key=jax.random.key(seed),
-            directory=segments / str(stop),
-            configuration={"seed": seed, "sparsity": final, "stop": stop},
+            checkpoints=training.Checkpoints(
+                segments / str(stop), {"seed": seed, "sparsity": final, "stop": stop}
+            ),
             label=f"seed {seed}, {final:.0%} removed",
             mesh=mesh,
             prefetch=prefetch,
@@ -219,7 +218,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (ValueError, OSError, ImportError) as problem:
-        sys.exit(f"error: {problem}")
+    run_dir.command(main, Config)

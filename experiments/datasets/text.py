@@ -32,13 +32,13 @@ def read_text(path: Path) -> str:
         if not files:
             raise ValueError(
                 "A folder given as the text must hold .txt or .md files, got none in "
-                f"'{path}'; give a file or another folder with --text PATH."
+                f"'{path}'; give a file or another folder with --text PATH"
             )
         text = "\n".join(_read_file(file) for file in files)
     if not text.strip():
         raise ValueError(
             f"The text must not be empty, got no characters but white space in "
-            f"'{path}'; give another with --text PATH."
+            f"'{path}'; give another with --text PATH"
         )
     return text
 
@@ -50,10 +50,10 @@ def _read_file(path: Path) -> str:
         raise ValueError(
             f"The text must be UTF-8, got byte 0x{error.object[error.start]:02x} at "
             f"position {error.start} of '{path}'; convert the file, for example with "
-            "`iconv -t UTF-8`."
+            "`iconv -t UTF-8`"
         ) from error
     except OSError as error:
         raise ValueError(
             f"The text must be a readable file or folder, got '{path}' "
-            f"({error.strerror}); give another with --text PATH."
+            f"({error.strerror}); give another with --text PATH"
         ) from error

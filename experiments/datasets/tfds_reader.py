@@ -47,7 +47,7 @@ def _prepared_builder(
         raise ModuleNotFoundError(
             f"The data set {name!r} needs the package {error.name!r}, which is not "
             "installed; install the extra with `pip install 'jaxprune[experiments]'`"
-            + (f", or {instead}." if instead else "."),
+            + (f", or {instead}" if instead else ""),
             name=error.name,
         ) from error
     if not sys.stderr.isatty():
@@ -68,7 +68,7 @@ def _prepared_builder(
         if not builder.is_prepared():
             raise OSError(
                 f"The folder of data sets must be writable, got '{builder.data_dir}' "
-                f"({error.strerror or error}); choose another with --data-dir DIR."
+                f"({error.strerror or error}); choose another with --data-dir DIR"
             ) from error
         builder = make()
     return builder
@@ -80,5 +80,5 @@ def _read(builder: Any, split: str) -> list[dict[str, Any]]:
     except Exception as error:  # array_record's reader raises RuntimeError and others
         raise OSError(
             f"The prepared data set must be whole, got '{builder.data_dir}' ({error}); "
-            "delete that folder to have it made again."
+            "delete that folder to have it made again"
         ) from error

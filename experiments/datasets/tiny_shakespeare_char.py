@@ -39,7 +39,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         expected = self.url_infos[URL].checksum
         try:
-            # TFDS tries for minutes; a machine without a network is told at once.
+            # TFDS tries for minutes; without a network the error comes at once.
             cached = get_dl_fname(URL, expected)
             if not any(Path(dl_manager.download_dir).rglob(cached)):
                 requests.get(URL, stream=True, timeout=20).close()
@@ -48,14 +48,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             raise ConnectionError(
                 f"{self.name} needs {URL} once, but its download failed "
                 f"({type(error).__name__}: {error}); try again, or get the file some "
-                "other way and give it with --text PATH."
+                "other way and give it with --text PATH"
             ) from error
         content = path.read_bytes()
         # TFDS trusts a file in its cache by name alone.
         if (found := hashlib.sha256(content).hexdigest()) != expected:
             raise ValueError(
                 f"The file of {self.name} must have the SHA-256 {expected}, got "
-                f"{found} in '{path}'; delete it to have it downloaded again."
+                f"{found} in '{path}'; delete it to have it downloaded again"
             )
         text = content.decode()
         cut = int(0.9 * len(text))

@@ -3,7 +3,6 @@
 __all__ = [
     "checkpoint",
     "criteria",
-    "curve",
     "device_mesh",
     "manifest",
     "multi_process",
@@ -12,8 +11,10 @@ __all__ = [
     "records",
     "run_dir",
     "runner",
+    "stages",
     "sweep",
     "task",
+    "trainer",
     "training",
     "weights",
 ]

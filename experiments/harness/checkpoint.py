@@ -1,4 +1,4 @@
-"""A run's checkpoints: steps that orbax saves, each with a manifest that vouches for it.
+"""A run's checkpoints: steps that orbax saves, each with a manifest of its files.
 
 `orbax.checkpoint.v1.training.Checkpointer` names the steps, writes each one beside and
 renames it, on all processes at once, and places what it loads. Added here: the manifest
@@ -102,14 +102,16 @@ def save(
     settings = manifest.as_json(configuration)
     broken = processes.on_first(lambda: _check_newest(directory, step))
     path = directory / str(step)
+
+    def finish() -> None:
+        manifest.write(path, step, settings, leaves)
+        _remove(directory, _steps(directory)[keep:])
+
     try:
+        processes.on_first(lambda: _remove(directory, broken))
         with _quiet(), _checkpointer(directory) as checkpointer:
-            for other in broken:
-                checkpointer.delete(other)
             _save_arrays(checkpointer, step, leaves)
-            processes.on_first(lambda: manifest.write(path, step, settings, leaves))
-            for old in checkpointer.checkpoints[:-keep]:
-                checkpointer.delete(old.step)
+        processes.on_first(finish)
     except Exception as error:
         if processes.is_first():
             for rest in (path, *directory.glob(f"{step}{_UNFINISHED}*")):
@@ -219,6 +221,12 @@ def _check_newest(directory: Path, step: int) -> list[int]:
             f"another folder"
         )
     return broken
+
+
+def _remove(directory: Path, steps: list[int]) -> None:
+    # orbax' own way to keep the newest would do so before there is a manifest.
+    for step in steps:
+        shutil.rmtree(directory / str(step), ignore_errors=True)
 
 
 def _steps(directory: Path) -> list[int]:

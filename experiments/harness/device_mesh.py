@@ -1,4 +1,4 @@
-"""Where a run's arrays live: a mesh told by a flag, and the axes that it splits.
+"""Where a run's arrays live: a mesh named by a flag, and the axes that it splits.
 
 "data" splits the batch and repeats the parameters, "fsdp" splits both, "model" splits
 the matrices of the model between the devices that share a batch (Shoeybi et al.,

@@ -16,9 +16,9 @@ def join(
     """Joins the other processes of a run; called before anything else of JAX.
 
     Args:
-      coordinator: HOST:PORT where process 0 listens; "auto" to be told everything by
-        the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU); None for one process.
-      processes: how many there are; None to be told by the cluster.
+      coordinator: HOST:PORT where process 0 listens; "auto" where everything is known
+        to the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU); None for one process.
+      processes: how many there are; None where the cluster knows.
       process_id: which of them this is, from 0; None likewise.
 
     Raises:

@@ -72,10 +72,59 @@ class Plan:
     checkpoint_every: int
     energy_country: str | None
 
+    @classmethod
+    def of(cls, config: Any, **own: Any) -> "Plan":
+        """The plan of a configuration, checked.
+
+        Args:
+          config: has the flags that every sweep has, by the names of `Plan`.
+          **own: the fields that an experiment fixes in its own way.
+
+        Returns:
+          The plan; sparsities are sorted, and what is left out of a `retrain_` flag is
+          all that is pruned, of the scopes the first.
+
+        Raises:
+          ValueError: a criterion is unknown, or a number is out of range.
+        """
+        check(config)
+        sparsities = tuple(sorted({*config.sparsities}))
+        fields = {
+            "criteria": config.criteria,
+            "retrain_criteria": config.retrain_criteria,
+            "scopes": config.scopes,
+            "retrain_scopes": getattr(config, "retrain_scopes", None),
+            "sparsities": sparsities,
+            "retrain_sparsities": config.retrain_sparsities,
+            "show_sparsity": min(
+                sparsities, key=lambda share: abs(share - config.show_sparsity)
+            ),
+            "retrain_steps": config.retrain_steps,
+            "checkpoint_every": config.checkpoint_every,
+            "energy_country": config.energy,
+            **own,
+        }
+        usual = {
+            "retrain_criteria": config.criteria,
+            "retrain_scopes": config.scopes[:1],
+            "retrain_sparsities": sparsities,
+        }
+        for name, default in usual.items():
+            if fields[name] is None:
+                fields[name] = default
+        return cls(**fields)
+
     def cells(self) -> list[Cell]:
         """Every way to prune, in order."""
         ways = itertools.product(self.criteria, self.scopes, self.sparsities)
         return [Cell(*way) for way in ways]
+
+    def stages(self) -> int:
+        """How many stages a seed has: cells, retrained ones, and the dense model's."""
+        cells = self.cells()
+        retrained = sum(map(self.retrains, cells))
+        dense = 4 + (self.retrain_steps > 0)  # train, measure, sample, weights; control
+        return len(cells) + retrained + dense
 
     def retrains(self, cell: Cell) -> bool:
         """Whether a cell is retrained too."""

@@ -9,13 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from jaxprune.arrays import processes
+from jaxprune.arrays import console_progress, processes
 
 
 class Progress:
-    """What a training loop tells while it runs; a context that shows a bar.
+    """What a training loop reports while it runs; a context that shows how far it is.
 
     Attributes:
       label: names the run on the bar and in errors.
@@ -39,7 +38,7 @@ class Progress:
         """
         self.label = label
         self.write = write or (lambda metrics: None)
-        self._range = {"initial": start, "total": steps}
+        self._start, self._steps = start, steps
         self._bar: Any = None
         self._open: list[jax.Array] = []
         self._closed: list[tuple[int, list[jax.Array]]] = []
@@ -48,8 +47,9 @@ class Progress:
         self._clock: float | None = None
 
     def __enter__(self) -> "Progress":
-        hidden = None if processes.is_first() else True
-        self._bar = tqdm(**self._range, desc=self.label, disable=hidden)
+        self._bar = console_progress.Progress(
+            self._steps, self.label, done=self._start, shown=processes.is_first()
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,7 +95,7 @@ class Progress:
             first = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
             raise FloatingPointError(
                 f"{self.label}: the loss must be finite, got {values.min()} at step "
-                f"{first}; lower the learning rate."
+                f"{first}; lower the learning rate"
             )
         self._timed += len(values)
         done = self._timed
@@ -103,5 +103,5 @@ class Progress:
         if newest is not None and newest.is_ready():
             done += len(self._closed[0][1])
         loss, rate = float(values.mean()), done * self._tokens_per_step / seconds
-        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self._bar.note(f"loss {loss:.3f}")
         return {"step": step, "loss": loss, "tokens_per_second": rate}

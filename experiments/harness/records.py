@@ -250,14 +250,14 @@ def _encode(content: Any, path: Path, indent: int | None = None) -> str:
             raise
         raise ValueError(
             f"'{path}' must hold finite numbers, got NaN or infinity at '{place}'; "
-            f"write None where there is no number."
+            f"write None where there is no number"
         ) from error
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value).tolist()
-    raise TypeError(f"JSON holds no {type(value).__name__}, got {value!r}.")
+    raise TypeError(f"JSON holds no {type(value).__name__}, got {value!r}")
 
 
 def _first_not_finite(content: Any, place: str) -> str | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import report
@@ -19,6 +18,7 @@ from experiments.harness.sweep import METRICS, Seed
 from experiments.harness.task import Task
 from experiments.report import findings
 from jaxprune.arrays import processes
+from jaxprune.arrays.console_progress import Progress
 from jaxprune.typing import Prunable
 
 _OF_THE_START = ("coordinator", "processes", "process_id")
@@ -89,16 +89,18 @@ def seeds(
     Returns:
       What results.json holds of each seed, and what the phases cost.
     """
-    done, phases = [], []
-    hidden = None if processes.is_first() else True
-    with contextlib.ExitStack() as open_files:
+    done, phases, writes = [], [], processes.is_first()
+    with contextlib.ExitStack() as opened:
         log = None
-        if processes.is_first():
-            log = open_files.enter_context(records.MetricsLog(out / METRICS))
-        for number in tqdm(numbers, desc="seeds", disable=hidden):
-            seed = Seed(number, plan, task, out, log, identity, mesh)
+        if writes:
+            log = opened.enter_context(records.MetricsLog(out / METRICS))
+        progress = opened.enter_context(
+            Progress(len(numbers) * plan.stages(), "run", unit="stage", shown=writes)
+        )
+        for number in numbers:
+            seed = Seed(number, plan, task, out, log, identity, progress, mesh)
             done.append(seed.run())
-            phases += _summed(seed.phases)
+            phases += _summed(seed.stages.phases)
     return done, phases
 
 
@@ -196,7 +198,7 @@ def command(
     Args:
       module: what `python -m` runs.
       config: a dataclass.
-      without: fields that are not told.
+      without: fields that are left out.
 
     Returns:
       A line for a shell.

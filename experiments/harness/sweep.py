@@ -5,7 +5,6 @@ over; a run started again reads what is there and does the rest. Inside a stage 
 steps, `training.train` goes on from its own checkpoints.
 """
 
-import functools
 import json
 import math
 import shutil
@@ -14,22 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 import jaxprune as jp
-from experiments.datasets import prefetch
-from experiments.harness import checkpoint, curve, device_mesh, training
-from experiments.harness.criteria import CRITERIA, Watched, averages
+from experiments.harness import device_mesh, training
+from experiments.harness.criteria import CRITERIA, Watched
 from experiments.harness.plan import Cell, Plan
-from experiments.harness.records import MetricsLog, measure, write_json
+from experiments.harness.records import MetricsLog
+from experiments.harness.stages import Stages
 from experiments.harness.task import Task
+from experiments.harness.trainer import Trainer
 from experiments.harness.weights import WATCHED_WEIGHTS as WATCHED_WEIGHTS
 from experiments.harness.weights import sampled_weights, values
-from experiments.tasks.language_model import ADAMW, keep_everything, schedule
-from jaxprune.arrays.processes import is_first, on_first
+from experiments.tasks.language_model import keep_everything
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.processes import on_first
 from jaxprune.typing import Prunable
 
 METRICS = "metrics.jsonl"
@@ -49,6 +49,7 @@ class Seed:
         out: Path,
         log: MetricsLog | None,
         identity: dict[str, Any],
+        progress: Progress,
         mesh: Mesh | None = None,
     ) -> None:
         """Prepares the data and the compiled functions; computes nothing.
@@ -56,10 +57,10 @@ class Seed:
         `log` is None on processes that write nothing.
         """
         self.seed, self.plan, self.task = seed, plan, task
-        self.log, self.identity = log, {**identity, "seed": seed}
         self.folder, self.metrics = out / f"seed-{seed}", out / METRICS
-        self.mesh = mesh
-        self.batches = task.batches(plan.batch_size, seed)
+        self.trainer = Trainer(seed, plan, task, self.folder, log, identity, mesh)
+        self.stages = Stages(self.folder, seed, plan.energy_country, progress)
+        self._once = self.stages.once
         evaluate = training.make_eval(task.token_losses, mesh=mesh)
 
         def validation(limit: int | None) -> Callable[[Any], float]:
@@ -81,7 +82,6 @@ class Seed:
         self.curve_loss = validation(
             min(CURVE_TOKENS, plan.eval_tokens or CURVE_TOKENS)
         )
-        self.phases: list[dict[str, Any]] = []
         self._scores: tuple[str, Any] = ("", None)
 
     def run(self) -> dict[str, Any]:
@@ -96,101 +96,24 @@ class Seed:
             "seed": self.seed,
             "dense": dense,
             "control": control,
-            "curve": curve.points(self._lines()),
+            "curve": _points(self._lines()),
             "cells": cells,
             "samples": samples,
             "weights": self._once("weights", lambda: self._weights(watched)),
         }
 
-    def _once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> Any:
-        """The stage's result, read if it is there, else computed and kept."""
-        path = self.folder / f"{stage}.json"
-        if not on_first(path.exists):
-            country = self.plan.energy_country if is_first() else None
-            with measure(stage.split("/")[0], seed=self.seed, country=country) as phase:
-                content = compute()
-                phase.tokens = content.pop("tokens", None)
-            result = {"content": content, "phase": phase.record()}
-            on_first(lambda: write_json(path, result))
-        stored = on_first(lambda: json.loads(path.read_text()))
-        self.phases.append(stored["phase"])
-        return stored["content"]
-
     def _train(self) -> Watched:
-        """The trained parameters and what was seen on the way to them."""
-        plan = self.plan
-        held = averages(plan.criteria)
-        tx, step_fn = _watching(self.task, plan.learning_rate, plan.steps, held)
-        shapes = self.task.shapes
-        sampled = sampled_weights(shapes, self.seed, self._first_scope()[1])
+        """The dense model and what was tracked while it was trained."""
+        sampled = sampled_weights(self.task.shapes, self.seed, self._first_scope()[1])
 
         def evaluate(state: training.TrainState) -> dict[str, Any]:
-            weights = values(state.params, sampled)
             return {
                 "validation_loss": self.curve_loss(state.params),
-                "weights": weights,
+                "weights": values(state.params, sampled),
             }
 
-        def train() -> dict[str, Any]:
-            state = training.init(self.task.init(self.seed), tx, mesh=self.mesh)
-            every = max(plan.steps // 40, 1)
-            self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)
-            return {"tokens": self._tokens(plan.steps)}
-
-        self._once("train", train)
-        target = training.abstract(shapes, tx, mesh=self.mesh)
-        state = checkpoint.restore(self.folder / "train", target).state
-        tracked = jp.get_importance(state.opt_state)
-        adam = tracked
-        if "trajectory_adam" in plan.criteria:
-            square = jp.get_importance(state.opt_state[ADAMW]).square
-            adam = tracked._replace(square=square)
-        return Watched(state.params, tracked, adam)
-
-    def _fit(
-        self,
-        stage: str,
-        state: training.TrainState,
-        step_fn: training.StepFunction,
-        steps: int,
-        offset: int,
-        evaluate: Any = None,
-        evaluate_every: int = 1,
-    ) -> training.TrainState:
-        labels = {"phase": stage, "seed": self.seed}
-
-        def begin(step: int) -> None:
-            self.begun = step
-            if self.log is not None:
-                self.log.resume(step, **labels)
-
-        def report(metrics: dict[str, Any]) -> None:
-            if self.log is not None:
-                self.log.write(metrics, **labels)
-
-        return training.train(
-            state,
-            step_fn,
-            lambda step: self.batches(offset + step),
-            steps=steps,
-            key=jax.random.key(self.seed),
-            directory=self.folder / stage,
-            configuration={**self.identity, "stage": stage},
-            every=self.plan.checkpoint_every,
-            log_every=max(min(50, steps // 10), 1),
-            on_start=begin,
-            on_metrics=report,
-            evaluate=evaluate,
-            evaluate_every=evaluate_every,
-            label=f"seed {self.seed} {stage.replace('/', ' ')}",
-            mesh=self.mesh,
-            prefetch=prefetch,
-            donate=True,
-        )
-
-    def _tokens(self, steps: int) -> int:
-        """Those of the last `_fit`, from where it began: what its seconds are of."""
-        return (steps - self.begun) * self.plan.batch_size * self.task.length
+        self._once("train", lambda: {"tokens": self.trainer.train(evaluate)})
+        return self.trainer.watched()
 
     def _retrained(
         self,
@@ -199,25 +122,11 @@ class Seed:
         masks: Callable[[], Any],
         then: Callable[[Any], dict[str, Any]] = lambda params: {},
     ) -> dict[str, Any]:
-        """The loss after `retrain_steps` more steps with the masks held."""
-        plan = self.plan
+        """What is measured after `retrain_steps` more steps with the masks held."""
 
         def compute() -> dict[str, Any]:
-            rate = plan.retrain_learning_rate
-            inner, step_fn = _retraining(self.task, rate, plan.retrain_steps)
-            kept = masks()
-            # New arrays all of them, since the first step uses them up.
-            pruned = jax.tree.map(
-                lambda new, old: jnp.copy(new) if new is old else new,
-                jp.masks.apply(params, kept),
-                params,
-            )
-            tx = jp.keep_masks(inner, kept)
-            state = training.init(pruned, tx, mesh=self.mesh)
-            del kept, pruned, tx  # the state has them
-            state = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-            result = {**self._measured(state.params), **then(state.params)}
-            return {**result, "tokens": self._tokens(plan.retrain_steps)}
+            trained, tokens = self.trainer.retrain(stage, params, masks)
+            return {**self._measured(trained), **then(trained), "tokens": tokens}
 
         result = self._once(stage, compute)
         on_first(lambda: shutil.rmtree(self.folder / stage, ignore_errors=True))
@@ -288,14 +197,20 @@ class Seed:
             steps = plan.retrain_steps if retrained else 0
             how = {**cell._asdict(), "method": cell.criterion, "retrain_steps": steps}
             self.task.save(params, self.folder / MODEL, how)
-        told = f"{cell.label}, retrained" if retrained else cell.label
-        return {"sample": self._sample(told, params)}
+        label = f"{cell.label}, retrained" if retrained else cell.label
+        return {"sample": self._sample(label, params)}
 
     def _sample(self, label: str, params: Any) -> dict[str, Any]:
         return self.task.shown(params, label, self.plan.sample_length)
 
     def _lines(self) -> list[dict[str, Any]]:
-        return curve.lines(self.metrics, self.seed)
+        """What the dense run reported, read back by the first process."""
+
+        def read() -> list[dict[str, Any]]:
+            every = map(json.loads, self.metrics.read_text().splitlines())
+            return [x for x in every if (x["phase"], x["seed"]) == ("train", self.seed)]
+
+        return on_first(read)
 
     def _weights(self, watched: Watched) -> dict[str, Any]:
         """How sampled weights moved, and which of them each criterion keeps."""
@@ -317,26 +232,14 @@ class Seed:
         }
 
 
-@functools.cache
-def _watching(
-    task: Task, learning_rate: float, steps: int, held: frozenset[str]
-) -> tuple[optax.GradientTransformation, training.StepFunction]:
-    """The optimizer of the dense run and its step; one object, so compiled once."""
-    tx = task.optimizer(schedule(learning_rate, steps, warmup=100), track=held)
-    return tx, training.make_step(task.loss, tx)
-
-
-@functools.cache
-def _retraining(
-    task: Task, learning_rate: float, steps: int
-) -> tuple[optax.GradientTransformation, training.StepFunction]:
-    """The optimizer of every retraining and its step.
-
-    The masks a step holds are those in its state, so one program serves every cell, and
-    the control, whose masks keep everything.
-    """
-    tx = task.optimizer(schedule(learning_rate, steps, warmup=50), track=())
-    return tx, training.make_step(task.loss, jp.keep_masks(tx, {}))
+def _points(reported: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The curve of the dense run: a dict for each step with a loss."""
+    names = ("step", "loss", "validation_loss")
+    return [
+        {name: line.get(name) for name in names}
+        for line in reported
+        if line.get("loss") is not None
+    ]
 
 
 def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,40 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
+class Checkpoints(NamedTuple):
+    """Where a run is saved, so that it can go on.
+
+    Attributes:
+      directory: the folder of this run's checkpoints.
+      configuration: JSON-able; a checkpoint of another one is refused.
+      every: steps between checkpoints; the last step is always saved.
+    """
+
+    directory: Path
+    configuration: Mapping[str, Any]
+    every: int = 500
+
+
+class Reports(NamedTuple):
+    """What a run reports, to whom and how often.
+
+    Attributes:
+      write: gets {"step", "loss", "tokens_per_second"}, and what `evaluate` gave, in
+        order; None for nobody.
+      begin: gets the step at which the run starts, before anything else.
+      every: steps whose losses are averaged into one report.
+      evaluate: state to metrics, called at step 0, then every `evaluate_every` steps
+        and after the last.
+      evaluate_every: steps between evaluations.
+    """
+
+    write: Callable[[dict[str, Any]], None] | None = None
+    begin: Callable[[int], None] | None = None
+    every: int = 50
+    evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None
+    evaluate_every: int = 500
+
+
 def init(
     params: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> TrainState:
@@ -60,8 +94,8 @@ def init(
     Args:
       params: any tree of arrays.
       optimizer: an optax transformation.
-      mesh: where the state lives, as `device_mesh.make_mesh` gives; None for the default
-        device.
+      mesh: where the state lives, as `device_mesh.make_mesh` gives; None for the
+        default device.
 
     Returns:
       The state; the parameters and their moments are placed alike.
@@ -172,7 +206,7 @@ def make_eval(
         if not weight:
             raise ValueError(
                 "the validation set must hold a token of positive weight, got none; "
-                "give a longer text."
+                "give a longer text"
             )
         return float(np.sum(jax.device_get(totals), dtype=np.float64) / weight)
 
@@ -200,14 +234,8 @@ def train(
     *,
     steps: int,
     key: jax.Array,
-    directory: Path | None = None,
-    configuration: Mapping[str, Any] | None = None,
-    every: int = 500,
-    log_every: int = 50,
-    on_start: Callable[[int], None] | None = None,
-    on_metrics: Callable[[dict[str, Any]], None] | None = None,
-    evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
-    evaluate_every: int = 500,
+    checkpoints: Checkpoints | None = None,
+    reports: Reports | None = None,
     label: str = "train",
     mesh: Mesh | None = None,
     prefetch: Prefetch = in_order,
@@ -217,7 +245,7 @@ def train(
 
     Everything is reported before the checkpoint that follows it, and the reports' steps
     do not depend on where a run was interrupted: keep what was reported up to the step
-    that `on_start` tells, and the record is that of an undisturbed run.
+    that `reports.begin` gets, and the record is that of an undisturbed run.
 
     Args:
       state: where to begin when there is no checkpoint.
@@ -225,19 +253,11 @@ def train(
       batches: step to its batch, a pure function.
       steps: updates in all.
       key: the seed key of dropout.
-      directory: the folder of this run's checkpoints; None for none.
-      configuration: JSON-able; a checkpoint of another one is refused.
-      every: steps between checkpoints; the last step is always saved.
-      log_every: steps whose losses are averaged into one report.
-      on_start: gets the step at which the run starts, before anything else.
-      on_metrics: gets {"step", "loss", "tokens_per_second"}, and what `evaluate` gave,
-        in order.
-      evaluate: state to metrics, called at step 0, then every `evaluate_every` steps
-        and after the last.
-      evaluate_every: steps between evaluations.
+      checkpoints: where it is saved; None for nowhere.
+      reports: what it reports; None for nothing.
       label: names the run on the progress bar and in errors.
-      mesh: splits each batch, as `device_mesh.of_batch` says; the state must be placed on
-        it.
+      mesh: splits each batch, as `device_mesh.of_batch` says; the state must be
+        placed on it.
       prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
       donate: whether `state` is used up, which saves holding it twice; else it is left
         as it was.
@@ -250,35 +270,42 @@ def train(
         what `checkpoint.restore` raises; a number of steps out of range.
       FloatingPointError: the loss is not finite.
     """
-    if steps < 0 or min(every, log_every, evaluate_every) < 1:
+    reports = reports or Reports()
+    intervals = [reports.every, reports.evaluate_every]
+    if checkpoints is not None:
+        intervals.append(checkpoints.every)
+    if steps < 0 or min(intervals) < 1:
         raise ValueError(
-            f"train needs steps >= 0 and intervals >= 1, got steps={steps}, "
-            f"every={every}, log_every={log_every}, evaluate_every={evaluate_every}."
+            f"train needs steps >= 0 and intervals >= 1, got steps={steps} and "
+            f"intervals of {', '.join(map(str, intervals))}"
         )
-    settings = dict(configuration or {})
-    state, start = _begin(state, directory, settings, steps, label, donate)
-    if on_start is not None:
-        on_start(start)
+    state, start = _begin(state, checkpoints, steps, label, donate)
+    if reports.begin is not None:
+        reports.begin(start)
     if start == steps:
         return state
-    progress = Progress(label, on_metrics, start=start, steps=steps)
-    if evaluate is not None and start == 0:
-        progress.write({"step": 0, **evaluate(state)})
+    progress = Progress(label, reports.write, start=start, steps=steps)
+    if reports.evaluate is not None and start == 0:
+        progress.write({"step": 0, **reports.evaluate(state)})
     step_fn = _compiled(step_fn, mesh and _shardings(state))
     with progress:
         for step, batch in enumerate(prefetch(batches, start, steps), start + 1):
             inputs, targets = _put(batch, mesh)
             state, loss = step_fn(state, inputs, targets, key)
             progress.add(loss, targets.size)
-            saving = directory is not None and _due(step, every, steps)
-            measure = evaluate if _due(step, evaluate_every, steps) else None
+            saving = checkpoints and _due(step, checkpoints.every, steps)
+            evaluates = _due(step, reports.evaluate_every, steps)
+            measure = reports.evaluate if evaluates else None
             # Windows end at the same steps whether or not the run was interrupted.
-            if saving or measure or _due(step, log_every, steps):
+            if saving or measure or _due(step, reports.every, steps):
                 progress.close(step)
             if saving or measure or step == steps:
                 progress.finish(measure and functools.partial(measure, state))
-            if saving and directory is not None:
-                checkpoint.save(directory, state, step=step, configuration=settings)
+            if saving and checkpoints is not None:
+                directory, configuration, _ = checkpoints
+                checkpoint.save(
+                    directory, state, step=step, configuration=configuration
+                )
                 progress.restart_clock()
     return state
 
@@ -289,33 +316,32 @@ def _due(step: int, interval: int, last: int) -> bool:
 
 def _begin(
     state: TrainState,
-    directory: Path | None,
-    configuration: Mapping[str, Any],
+    checkpoints: Checkpoints | None,
     steps: int,
     label: str,
     donate: bool,
 ) -> tuple[TrainState, int]:
     """The state and step to go on from; the caller's own arrays only if donated."""
-    found = None if directory is None else checkpoint.latest(directory)
-    if directory is None or found is None:
+    found = checkpoints and checkpoint.latest(checkpoints.directory)
+    if checkpoints is None or found is None:
         own = state if donate else jax.tree.map(jnp.copy, state)
         return own, int(state.step)
-    different = atomic.differences(found.configuration, configuration)
+    different = atomic.differences(found.configuration, checkpoints.configuration)
     if different:
         raise ValueError(
             f"{label}: '{found.path}' must be of the same configuration, but "
-            f"{'; '.join(different)}; give the old values, or another folder."
+            f"{'; '.join(different)}; give the old values, or another folder"
         )
     if found.step > steps:
         raise ValueError(
             f"{label}: '{found.path}' must be of at most the {steps} steps asked for, "
-            f"got {found.step}; ask for more, or give another folder."
+            f"got {found.step}; ask for more, or give another folder"
         )
     if donate:
         target = jax.tree.map(_without_numbers, state)
         jax.tree.map(lambda leaf: leaf.delete(), state)
         state = target
-    return checkpoint.restore(directory, state).state, found.step
+    return checkpoint.restore(checkpoints.directory, state).state, found.step
 
 
 def _without_numbers(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -18,16 +18,16 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
     """Writes results.csv, the figures as PNG and SVG, and report.html.
 
     Args:
-      results: The results of one run, as results.json holds them.
-      directory: Where the files go; made where absent, files there are replaced.
+      results: the results of one run, as results.json holds them.
+      directory: where the files go; made where absent, files there are replaced.
 
     Returns:
       The paths written: results.csv, each figure's .png and .svg, report.html.
 
     Raises:
-      ValueError: If results lack something, naming what, or are of another format.
-      ImportError: If matplotlib is not installed.
-      OSError: If a file cannot be written; no file is ever left half written.
+      ValueError: results lack something, naming what, or are of another format.
+      ImportError: matplotlib is not installed.
+      OSError: a file cannot be written; no file is ever left half written.
 
     Example:
       results = json.loads((run / "results.json").read_text())

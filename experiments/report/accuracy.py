@@ -24,9 +24,9 @@ def points(results: Mapping[str, Any], stage: str, scope: str) -> Points:
     """Accuracies of a stage.
 
     Args:
-      results: Checked results.
+      results: checked results.
       stage: "pruned" or "retrained".
-      scope: Which scope's cells.
+      scope: which scope's cells.
 
     Returns:
       Criterion to sparsity to one accuracy a seed; empty where none was measured.
@@ -132,9 +132,9 @@ def drawing(results: Mapping[str, Any], stage: str, scope: str) -> Figure:
     """Accuracy against sparsity, a line for each criterion.
 
     Args:
-      results: Checked results.
+      results: checked results.
       stage: "pruned" or "retrained".
-      scope: Which scope's cells are drawn.
+      scope: which scope's cells are drawn.
 
     Returns:
       The figure.
@@ -167,7 +167,7 @@ def pictured(sample: Mapping[str, Any]) -> str:
     """A sample's pictures, each with what was asked and answered, as HTML.
 
     Args:
-      sample: With "pictures", a list of {"png": base64, "text"}.
+      sample: with "pictures", a list of {"png": base64, "text"}.
 
     Returns:
       HTML that loads nothing.

@@ -79,7 +79,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
 
 
 def tables(results: Results) -> str:
-    """Nats above dense, by solver and allocation, then how far each allocation is from uniform.
+    """Nats above dense by solver and allocation, then above uniform allocation.
 
     Args:
       results: what results.json holds.
@@ -137,7 +137,7 @@ def _table(found: Sequence[Mapping[str, Any]], *, relative: bool) -> str:
 
 
 def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
-    """Solvers that repair first; in each, the allocations in the order of their kinds."""
+    """Solvers that repair first; in each, the allocations by their kinds."""
     solver, allocation = pair
     place = (
         _ALLOCATIONS.index(allocation)
@@ -149,7 +149,7 @@ def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
 
 
 def figure(all_results: Sequence[Results]) -> Figure:
-    """Loss above dense against sparsity: a panel a run and solver, a line an allocation.
+    """Loss above dense against sparsity: a panel a run and solver, lines by allocation.
 
     Args:
       all_results: what the results.json of each run holds.

@@ -40,9 +40,9 @@ def loss(
     other dense model dashed. All panels of one `results` have the same vertical axis.
 
     Args:
-      results: Checked results.
-      scope: Which scope's cells are drawn.
-      stages: The panels, from left to right; those without a loss are left out.
+      results: checked results.
+      scope: which scope's cells are drawn.
+      stages: the panels, from left to right; those without a loss are left out.
 
     Returns:
       The figure.
@@ -73,9 +73,9 @@ def runs(
     """Several runs side by side: a panel for each criterion, a line for each run.
 
     Args:
-      labelled: Checked results by label.
+      labelled: checked results by label.
       stage: "pruned" or "retrained".
-      scope: Which scope's cells are drawn.
+      scope: which scope's cells are drawn.
 
     Returns:
       The figure, of at most three panels a row.
@@ -106,8 +106,8 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
     decides otherwise.
 
     Args:
-      results: Checked results whose first seed has weights.
-      criteria: The panels, from left to right; each one of `kept`.
+      results: checked results whose first seed has weights.
+      criteria: the panels, from left to right; each one of `kept`.
 
     Returns:
       The figure.
@@ -155,9 +155,9 @@ def layers(
     """Sparsity by layer: rows are leaves, columns criteria, colour the deviation.
 
     Args:
-      shares: For each criterion, the share removed of each leaf, in [0, 1].
-      sparsity: The sparsity asked for: no colour there, orange above, blue below.
-      scope: The scope, for the title.
+      shares: for each criterion, the share removed of each leaf, in [0, 1].
+      sparsity: the sparsity asked for: no colour there, orange above, blue below.
+      scope: the scope, for the title.
 
     Returns:
       The figure, as high as there are leaves.

@@ -21,7 +21,7 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     """What the numbers say, in sentences that are computed and nothing else.
 
     Args:
-      results: Checked results.
+      results: checked results.
 
     Returns:
       First how far the best criterion goes at equal steps, then how far right after

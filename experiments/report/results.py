@@ -124,13 +124,13 @@ def read(path: Path) -> dict[str, Any]:
     """Reads and checks one run's results.json.
 
     Args:
-      path: The file, or the folder that holds it.
+      path: the file, or the folder that holds it.
 
     Returns:
       The checked results.
 
     Raises:
-      ValueError: If the file is absent, is not JSON or is not a results.json.
+      ValueError: the file is absent, is not JSON or is not a results.json.
     """
     file = path / "results.json" if path.is_dir() else path
     if not file.is_file():
@@ -153,11 +153,11 @@ def check(results: Any, *, name: str = "results") -> None:
     """Refuses anything but complete results of the format written here.
 
     Args:
-      results: What `json.load` gave.
-      name: How the message calls it, such as the file's path.
+      results: what `json.load` gave.
+      name: how the message calls it, such as the file's path.
 
     Raises:
-      ValueError: If the format is another, or naming everything that is missing, of
+      ValueError: the format is another, or naming everything that is missing, of
         another kind, not finite, out of range or double.
     """
     found = results.get("format") if isinstance(results, Mapping) else None
@@ -257,7 +257,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
     """The tidy table: one row per seed x criterion x scope x sparsity.
 
     Args:
-      results: Checked results.
+      results: checked results.
 
     Returns:
       One dict with the keys `columns` for each cell; None where nothing was measured.
@@ -279,12 +279,12 @@ class Curve:
     """The loss of one criterion against sparsity, every seed beside its reference.
 
     Attributes:
-      criterion: The criterion's name.
+      criterion: the criterion's name.
       scope: "layer" or "global".
       stage: "pruned" or "retrained".
-      sparsities: The requested sparsities, ascending, of shape (points,).
-      losses: Nats per token, of shape (seeds, points), masked where not measured.
-      reference: The loss of each seed's dense model ("pruned") or dense control
+      sparsities: the requested sparsities, ascending, of shape (points,).
+      losses: nats per token, of shape (seeds, points), masked where not measured.
+      reference: the loss of each seed's dense model ("pruned") or dense control
         ("retrained"), of shape (seeds, 1).
     """
 
@@ -306,9 +306,9 @@ class Curve:
         """The sparsity up to which every tested loss stays close to the reference.
 
         Args:
-          limit: Nats above the reference, or a share of it when `relative`.
-          relative: Whether `limit` is a share of the reference's loss.
-          worst: Hold every seed to the limit rather than their mean.
+          limit: nats above the reference, or a share of it when `relative`.
+          relative: whether `limit` is a share of the reference's loss.
+          worst: hold every seed to the limit rather than their mean.
 
         Returns:
           The largest such sparsity, or None where the first is already over.
@@ -323,9 +323,9 @@ def curves(results: Results, stage: Stage, scope: str | None = None) -> list[Cur
     """The curves of a stage, by criterion and scope in order of appearance.
 
     Args:
-      results: Checked results.
+      results: checked results.
       stage: "pruned" or "retrained".
-      scope: Only this scope; all when None.
+      scope: only this scope; all when None.
 
     Returns:
       One curve for each pair that has a loss at this stage; an empty list when
@@ -353,17 +353,6 @@ def curves(results: Results, stage: Stage, scope: str | None = None) -> list[Cur
             Curve(criterion, of, stage, ordered, masked, np.asarray(reference))
         )
     return found
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration's entries with nested names joined by dots."""
-    entries: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            entries |= flat(value, f"{prefix}{name}.")
-        else:
-            entries[f"{prefix}{name}"] = value
-    return entries
 
 
 def criteria(results: Results) -> list[str]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments.report import accuracy, figures, findings
 from experiments.report import results as results_
+from jaxprune.formats import atomic
 from jaxprune.report import page
 
 
@@ -21,7 +22,7 @@ def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure that these results can fill, by the name of its file.
 
     Args:
-      results: Checked results.
+      results: checked results.
 
     Returns:
       "loss_<scope>" for each scope, then "weights", "layers" and "training".
@@ -43,7 +44,7 @@ def document(results: Mapping[str, Any]) -> str:
     """The whole of report.html.
 
     Args:
-      results: Checked results.
+      results: checked results.
 
     Returns:
       One HTML page that loads nothing.
@@ -304,7 +305,7 @@ def _making(results: Mapping[str, Any]) -> str:
         parts.append(page.picture(drawn, caption))
     pairs = {"configuration": results["config"], "versions": results["versions"]}
     for title, of in pairs.items():
-        rows = [[name, str(value)] for name, value in results_.flat(of).items()]
+        rows = [[name, str(value)] for name, value in atomic.flat(of).items()]
         parts.append(f'<div class="pairs">{page.table([title, ""], rows)}</div>')
     if results.get("finished"):
         made = html.escape(f"Finished {results['finished']} on {results['device']}.")
@@ -316,7 +317,7 @@ def command(results: Mapping[str, Any]) -> str:
     """The command that makes these results again.
 
     Args:
-      results: Checked results.
+      results: checked results.
 
     Returns:
       Its own "command" where recorded, else one with a flag for each entry of the
@@ -325,7 +326,7 @@ def command(results: Mapping[str, Any]) -> str:
     if results.get("command"):
         return str(results["command"])
     words = ["python", "-m", f"experiments.{results['name']}"]
-    for name, value in results_.flat(results["config"]).items():
+    for name, value in atomic.flat(results["config"]).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -69,13 +69,15 @@ def trained(
         Batches(corpus.train, recipe.batch_size, context, seed),
         steps=recipe.steps,
         key=jax.random.key(seed),
-        directory=directory,
-        configuration={
-            **dataclasses.asdict(recipe),
-            "model": dataclasses.asdict(model.config),
-            "fingerprint": corpus.fingerprint,
-            "seed": seed,
-        },
+        checkpoints=training.Checkpoints(
+            directory,
+            {
+                **dataclasses.asdict(recipe),
+                "model": dataclasses.asdict(model.config),
+                "fingerprint": corpus.fingerprint,
+                "seed": seed,
+            },
+        ),
         label=f"seed {seed} train",
         prefetch=prefetch,
     )

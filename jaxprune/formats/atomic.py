@@ -91,6 +91,16 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
     return True
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The entries of nested mappings, their names joined by dots."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    entries: dict[str, Any] = {}
+    for name, value in tree.items():
+        entries |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return entries
+
+
 def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
     """How two jobs differ, entry by entry.
 
@@ -105,14 +115,6 @@ def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
       >>> differences({"data": {"seed": 0}}, {"data": {"seed": 1}})
       ['data.seed was 0 and is 1']
     """
-
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {prefix: tree}
-        names = {key: f"{prefix}.{key}" if prefix else str(key) for key in tree}
-        pairs = [flat(value, names[key]) for key, value in tree.items()]
-        return {name: value for pair in pairs for name, value in pair.items()}
-
     old, new = flat(dict(begun)), flat(json.loads(json.dumps(dict(job))))
     return [
         f"{name} was {old.get(name, 'absent')!r} and is {new.get(name, 'absent')!r}"

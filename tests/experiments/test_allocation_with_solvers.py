@@ -66,6 +66,7 @@ def test_a_ranking_allocates_the_sparsity_as_pruning_by_it_would(results):
     assert np.ptp(list(masked[0.7].values())) > 0.01
 
 
+@pytest.mark.full
 def test_one_cell_that_is_lost_is_done_again_with_the_same_loss(
     config, results, monkeypatch
 ):

@@ -27,9 +27,9 @@ from tests.support.tiny_gpt import (
 )
 
 MESHES = [
-    "data=8",
     "data=4,model=2",
-    "fsdp=8",
+    pytest.param("data=8", marks=pytest.mark.full),
+    pytest.param("fsdp=8", marks=pytest.mark.full),
     pytest.param("fsdp=4,model=2", marks=pytest.mark.slow),
     pytest.param("data=2,fsdp=2,model=2", marks=pytest.mark.slow),
 ]
@@ -85,7 +85,9 @@ def test_a_step_on_a_mesh_takes_over_the_memory_of_the_state():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "data=1"])
+@pytest.mark.parametrize(
+    "mesh", ["data=1", pytest.param("fsdp=8", marks=pytest.mark.full)]
+)
 def test_a_checkpoint_of_one_layout_opens_on_another_and_goes_on(tmp_path, mesh):
     def train(mesh, steps):
         place = device_mesh.make_mesh(mesh, BATCHES.batch_size)

@@ -132,7 +132,8 @@ def two(arguments, tmp_path, devices=1):
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
         "PYTHONPATH": str(ROOT),
     }
     both = []

@@ -67,6 +67,7 @@ def _config(folder, data, out, **changes):
     return phi3_vision.Config(**{**options, **changes})
 
 
+@pytest.mark.full
 def test_a_folder_is_fine_tuned_and_pruned_its_tower_left_alone(model, data, tmp_path):
     config = _config(model, data, tmp_path / "run")
     phi3_vision.main(config)
@@ -78,6 +79,7 @@ def test_a_folder_is_fine_tuned_and_pruned_its_tower_left_alone(model, data, tmp
     assert seed["curve"][-1]["loss"] < seed["curve"][0]["loss"]
 
 
+@pytest.mark.full
 def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_path):
     changes = {"lora": 2, "frozen": (), "storage": "int8", "scopes": ("all",)}
     changes |= {"mesh": "data=2,fsdp=2,model=2"}
@@ -138,6 +140,7 @@ def test_what_is_frozen_is_not_trained_and_has_no_moments(model, data, tmp_path)
     assert held == pytest.approx(2 * trained, abs=3)
 
 
+@pytest.mark.full
 def test_checkpointing_changes_no_gradient(model, data, tmp_path):
     losses = []
     for remat in (False, True):

@@ -105,6 +105,7 @@ def test_distilling_mixes_cross_entropy_with_the_divergence_from_the_teacher():
     np.testing.assert_allclose(mixed, 0.75 * entropy + 0.25 * divergence, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_a_distilled_run_learns_from_the_dense_one_of_its_seed(
     config, losses, tmp_path
 ):

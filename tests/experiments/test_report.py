@@ -203,12 +203,11 @@ def test_the_report_imports_matplotlib_only_when_it_writes():
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
-    for name in [
-        name for name in sys.modules if name.startswith("experiments.report.")
-    ]:
-        if name != "experiments.report.results":
+    for name in [*sys.modules]:
+        drawing = name.startswith(("experiments.report.", "jaxprune.report."))
+        if drawing and name != "experiments.report.results":
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("experiments.report.canvas")
+    monkeypatch.delattr("jaxprune.report.canvas", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxprune\[experiments\]'"):
         write_report(synthetic(seeds=1, criteria=1, layers=1), tmp_path)

@@ -16,7 +16,6 @@ from tests.support.tiny_run import (
     BATCH,
     CELLS,
     CONTEXT,
-    MODULE,
     STEPS,
     files,
     flags,
@@ -54,7 +53,7 @@ def environment(tmp_path_factory):
 
 def start(arguments, environment, log):
     return subprocess.Popen(
-        [sys.executable, "-m", MODULE, *arguments],
+        [sys.executable, "-m", "tests.support.tiny_job", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=log,
@@ -73,6 +72,7 @@ def kill_when(ready, arguments, environment, log):
     return process.wait()
 
 
+@pytest.mark.full
 def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
     run, environment, tmp_path
 ):
@@ -83,7 +83,7 @@ def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
             "config.json",  # nothing is done yet
             "seed-0/train/4/checkpoint.json",  # while it trains
             "seed-0/control.json",  # while it prunes
-            "seed-1/retrain/trajectory-global-0.9/4/checkpoint.json",  # while it retrains
+            "seed-1/retrain/trajectory-global-0.9/4/checkpoint.json",
             "seed-1/weights.json",  # while the report is drawn
         ):
             assert not (out / moment).exists(), f"{moment} was there too early"

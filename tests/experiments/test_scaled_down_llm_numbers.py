@@ -98,6 +98,15 @@ def test_the_record_has_every_step_of_every_stage_once(run, results):
         ]
 
 
+def test_progress_counts_every_stage(run):
+    config = tyro.cli(scaled_down_llm.Config, args=flags(run.text, run.out))
+    for seed in SEEDS:
+        folder = run.out / f"seed-{seed}"
+        results = [*folder.glob("*.json"), *folder.glob("prune/*.json")]
+        results += folder.glob("retrain/*.json")
+        assert len(results) == config.plan().stages()
+
+
 def test_seeds_are_runs_of_their_own(results):
     first, second = results["seeds"]
     assert first["dense"] != second["dense"]
@@ -265,6 +274,7 @@ def test_costs_are_counted(results):
     assert [cost["sparsity"] for cost in results["costs"]] == [0.5, 0.9]
 
 
+@pytest.mark.full
 def test_retraining_has_a_learning_rate_of_its_own(run, tmp_path):
     less = ["--seeds", "0", "--criteria", "trajectory", "--sparsities", "0.9"]
     less += ["--steps", "2", "--retrain-learning-rate", "1e-12"]

@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from experiments.harness import checkpoint, device_mesh, manifest, records, training
+from jaxprune.arrays import console_progress
 
 OPTIMIZER = optax.adamw(1e-2)
 
@@ -47,22 +48,27 @@ def toy_params():
 STEP = training.make_step(mean_loss, OPTIMIZER)
 
 
-def run(folder, batches=batches, **changes):
+def run(folder, batches=batches, *, steps=40, checkpoints=None, reports=None):
     with records.MetricsLog(folder / "metrics.jsonl", tensorboard=False) as log:
-        arguments = {
-            "steps": 40,
-            "key": jax.random.key(1),
-            "directory": folder / "checkpoints",
-            "configuration": {"seed": 1},
-            "every": 10,
-            "log_every": 4,
-            "on_start": lambda step: log.resume(step, phase="toy"),
-            "on_metrics": lambda metrics: log.write(metrics, phase="toy"),
-            "evaluate": lambda state: {"norm": float(optax.tree.norm(state.params))},
-            "evaluate_every": 15,
-        }
+        saved = {"configuration": {"seed": 1}, "every": 10}
+        told = {"every": 4, "evaluate_every": 15}
         state = training.init(toy_params(), OPTIMIZER)
-        return training.train(state, STEP, batches, **(arguments | changes))
+        return training.train(
+            state,
+            STEP,
+            batches,
+            steps=steps,
+            key=jax.random.key(1),
+            checkpoints=training.Checkpoints(
+                folder / "checkpoints", **(saved | (checkpoints or {}))
+            ),
+            reports=training.Reports(
+                lambda metrics: log.write(metrics, phase="toy"),
+                lambda step: log.resume(step, phase="toy"),
+                evaluate=lambda s: {"norm": float(optax.tree.norm(s.params))},
+                **(told | (reports or {})),
+            ),
+        )
 
 
 def run_and_die(folder, moment, when):
@@ -111,6 +117,17 @@ def test_the_loss_falls_and_the_record_has_every_step_once(undisturbed):
     assert steps == sorted({*range(0, 41, 4), *range(0, 41, 10), 15, 30})
 
 
+def test_a_run_whose_stderr_is_a_file_writes_lines(monkeypatch, capsys):
+    monkeypatch.setattr(console_progress, "_SECONDS", 0.0)
+    state = training.init(toy_params(), OPTIMIZER)
+    key = jax.random.key(1)
+    training.train(state, STEP, batches, steps=3, key=key, label="toy")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"toy: {n} of 3 steps" for n in (1, 2, 3)
+    ]
+
+
 def test_the_loop_is_the_plain_loop(undisturbed):
     state = training.init(toy_params(), OPTIMIZER)
     step = jax.jit(STEP)
@@ -123,9 +140,9 @@ def test_the_loop_is_the_plain_loop(undisturbed):
 def test_a_donated_state_is_used_up_and_another_is_left(kept, tmp_path):
     def train(steps, donate):
         state = training.init(toy_params(), OPTIMIZER)
-        folder = tmp_path / f"{donate}" if kept else None
+        saved = training.Checkpoints(tmp_path / f"{donate}", {}) if kept else None
         key = jax.random.key(1)
-        options = {"steps": steps, "key": key, "directory": folder, "donate": donate}
+        options = {"steps": steps, "key": key, "checkpoints": saved, "donate": donate}
         return state, training.train(state, STEP, batches, **options)
 
     for steps in (3, 6):  # in a folder the second goes on
@@ -150,6 +167,7 @@ def test_an_abstract_state_is_the_state_without_its_numbers(mesh):
             assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
 
 
+@pytest.mark.full
 def test_killed_in_mid_step_and_in_mid_save_it_ends_with_the_same_bits(
     undisturbed, tmp_path
 ):
@@ -182,7 +200,7 @@ def test_another_configuration_is_refused_naming_the_field(undisturbed):
     with pytest.raises(
         ValueError, match="seed was 1 and is 2; give the old values, or another folder"
     ):
-        run(undisturbed[1], configuration={"seed": 2})
+        run(undisturbed[1], checkpoints={"configuration": {"seed": 2}})
 
 
 def test_fewer_steps_than_were_done_are_refused(undisturbed):
@@ -191,7 +209,13 @@ def test_fewer_steps_than_were_done_are_refused(undisturbed):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": -1}, {"every": 0}, {"log_every": 0}, {"evaluate_every": 0}]
+    "change",
+    [
+        {"steps": -1},
+        {"checkpoints": {"every": 0}},
+        {"reports": {"every": 0}},
+        {"reports": {"evaluate_every": 0}},
+    ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match="needs steps >= 0 and intervals >= 1"):
@@ -214,8 +238,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
             batches,
             steps=40,
             key=jax.random.key(0),
-            directory=tmp_path,
-            every=10,
+            checkpoints=training.Checkpoints(tmp_path, {}, every=10),
             label="toy",
         )
     assert checkpoint.latest(tmp_path).step == 10
@@ -224,7 +247,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
 MESHES = ["data=4", "fsdp=4", "fsdp=2,data=2", "data=2,fsdp=3"]
 
 
-@pytest.mark.parametrize("mesh", ["data=1", *MESHES])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data=1",
+        "fsdp=2,data=2",
+        *(pytest.param(m, marks=pytest.mark.full) for m in MESHES if m != MESHES[2]),
+    ],
+)
 def test_the_step_is_compiled_once_and_the_caller_keeps_the_state(mesh):
     chex.clear_trace_counter()
     optimizer = optax.adamw(1e-2)
@@ -245,6 +275,7 @@ def test_the_step_is_compiled_once_and_the_caller_keeps_the_state(mesh):
     assert jax.tree.map(lambda leaf: leaf.sharding, result) == shardings
 
 
+@pytest.mark.full
 def test_a_mesh_computes_what_one_device_does():
     results = []
     for mesh in ["data=1", None, *MESHES]:
@@ -269,7 +300,7 @@ def test_a_run_resumed_on_a_mesh_is_placed_as_before(tmp_path):
             batches,
             steps=steps,
             key=jax.random.key(1),
-            directory=tmp_path / "stopped",
+            checkpoints=training.Checkpoints(tmp_path / "stopped", {}),
             mesh=mesh,
         )
     whole = training.train(

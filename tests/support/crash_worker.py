@@ -5,8 +5,8 @@
 Process WHO kills itself with SIGKILL at the MOMENT: "step" (while it trains),
 "retrain" (while it retrains), "prune" (the other one is pruning), or in the second save
 of this start: "arrays:BYTES" (that much of the arrays is written), "manifest" (all of
-them are), "torn" (half of the manifest is, too), "rename" (orbax is about to name it). What the run
-ends with is in FOLDER/numbers-NUMBER.json.
+them are), "torn" (half of the manifest is, too), "rename" (orbax is about
+to name it). What the run ends with is in FOLDER/numbers-NUMBER.json.
 """
 
 import json

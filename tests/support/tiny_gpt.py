@@ -49,18 +49,17 @@ class Result(NamedTuple):
     retrained: training.TrainState
 
 
-def fit(state, step_fn, mesh, steps, losses, batches=BATCHES, **named):
+def fit(state, step_fn, mesh, steps, losses, batches=BATCHES, directory=None):
+    checkpoints = directory and training.Checkpoints(directory, {}, every=2)
     return training.train(
         state,
         step_fn,
         batches,
         steps=steps,
         key=jax.random.key(0),
-        on_metrics=lambda metrics: losses.append(metrics["loss"]),
-        log_every=1,
-        every=2,
+        checkpoints=checkpoints,
+        reports=training.Reports(lambda m: losses.append(m["loss"]), every=1),
         mesh=mesh,
-        **named,
     )
 
 

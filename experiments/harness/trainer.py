@@ -1,0 +1,171 @@
+"""The training runs of one seed: the watched dense one, and those with masks held."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+import jaxprune as jp
+from experiments.datasets import prefetch
+from experiments.harness import checkpoint, training
+from experiments.harness.criteria import Watched, averages
+from experiments.harness.plan import Plan
+from experiments.harness.records import MetricsLog
+from experiments.harness.task import Task
+from experiments.tasks.language_model import ADAMW, schedule
+
+
+class Trainer:
+    """Trains and retrains; a run found in the folder goes on."""
+
+    def __init__(
+        self,
+        seed: int,
+        plan: Plan,
+        task: Task,
+        folder: Path,
+        log: MetricsLog | None,
+        identity: Mapping[str, Any],
+        mesh: Mesh | None,
+    ) -> None:
+        """Prepares the data and the dense run's step; computes nothing.
+
+        `log` is None on processes that write nothing.
+        """
+        self._seed, self._plan, self._task, self._mesh = seed, plan, task, mesh
+        self._folder, self._log = folder, log
+        self._identity = {**identity, "seed": seed}
+        self._batches = task.batches(plan.batch_size, seed)
+        self._watching = _watching(
+            task, plan.learning_rate, plan.steps, averages(plan.criteria)
+        )
+
+    def train(
+        self, evaluate: Callable[[training.TrainState], Mapping[str, Any]]
+    ) -> int:
+        """Trains the dense model, its checkpoints in "train"; gives the tokens.
+
+        Args:
+          evaluate: state to what is reported forty times on the way.
+
+        Returns:
+          Tokens of this start, from where it began: what its seconds are of.
+        """
+        plan, (tx, step_fn) = self._plan, self._watching
+        state = training.init(self._task.init(self._seed), tx, mesh=self._mesh)
+        every = max(plan.steps // 40, 1)
+        return self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)[1]
+
+    def watched(self) -> Watched:
+        """The trained parameters and what was tracked on the way to them."""
+        tx, _ = self._watching
+        target = training.abstract(self._task.shapes, tx, mesh=self._mesh)
+        state = checkpoint.restore(self._folder / "train", target).state
+        tracked = jp.get_importance(state.opt_state)
+        adam = tracked
+        if "trajectory_adam" in self._plan.criteria:
+            square = jp.get_importance(state.opt_state[ADAMW]).square
+            adam = tracked._replace(square=square)
+        return Watched(state.params, tracked, adam)
+
+    def retrain(
+        self, stage: str, params: Any, masks: Callable[[], Any]
+    ) -> tuple[Any, int]:
+        """Trains `retrain_steps` more steps with masks held.
+
+        Args:
+          stage: names the run and its folder.
+          params: the dense parameters.
+          masks: makes the masks; they are held only while they are needed.
+
+        Returns:
+          The parameters, and the tokens of this start.
+        """
+        plan = self._plan
+        inner, step_fn = _retraining(
+            self._task, plan.retrain_learning_rate, plan.retrain_steps
+        )
+        kept = masks()
+        # New arrays all of them, since the first step uses them up.
+        pruned = jax.tree.map(
+            lambda new, old: jnp.copy(new) if new is old else new,
+            jp.masks.apply(params, kept),
+            params,
+        )
+        tx = jp.keep_masks(inner, kept)
+        state = training.init(pruned, tx, mesh=self._mesh)
+        del kept, pruned, tx  # the state has them
+        state, tokens = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
+        return state.params, tokens
+
+    def _fit(
+        self,
+        stage: str,
+        state: training.TrainState,
+        step_fn: training.StepFunction,
+        steps: int,
+        offset: int,
+        evaluate: Any = None,
+        evaluate_every: int = 1,
+    ) -> tuple[training.TrainState, int]:
+        """The state after the last step, and the tokens from where this start began."""
+        plan, log = self._plan, self._log
+        labels = {"phase": stage, "seed": self._seed}
+        begun = [0]
+
+        def begin(step: int) -> None:
+            begun[:] = [step]
+            if log is not None:
+                log.resume(step, **labels)
+
+        def report(metrics: dict[str, Any]) -> None:
+            if log is not None:
+                log.write(metrics, **labels)
+
+        state = training.train(
+            state,
+            step_fn,
+            lambda step: self._batches(offset + step),
+            steps=steps,
+            key=jax.random.key(self._seed),
+            checkpoints=training.Checkpoints(
+                self._folder / stage,
+                {**self._identity, "stage": stage},
+                plan.checkpoint_every,
+            ),
+            reports=training.Reports(
+                report, begin, max(min(50, steps // 10), 1), evaluate, evaluate_every
+            ),
+            label=f"seed {self._seed} {stage.replace('/', ' ')}",
+            mesh=self._mesh,
+            prefetch=prefetch,
+            donate=True,
+        )
+        return state, (steps - begun[0]) * plan.batch_size * self._task.length
+
+
+@functools.cache
+def _watching(
+    task: Task, learning_rate: float, steps: int, held: frozenset[str]
+) -> tuple[optax.GradientTransformation, training.StepFunction]:
+    """The optimizer of the dense run and its step; one object, so compiled once."""
+    tx = task.optimizer(schedule(learning_rate, steps, warmup=100), track=held)
+    return tx, training.make_step(task.loss, tx)
+
+
+@functools.cache
+def _retraining(
+    task: Task, learning_rate: float, steps: int
+) -> tuple[optax.GradientTransformation, training.StepFunction]:
+    """The optimizer of every retraining and its step.
+
+    The masks a step holds are those in its state, so one program serves every cell, and
+    the control, whose masks keep everything.
+    """
+    tx = task.optimizer(schedule(learning_rate, steps, warmup=50), track=())
+    return tx, training.make_step(task.loss, jp.keep_masks(tx, {}))
