@@ -100,15 +100,7 @@ def prunable(name: str, leaf: Any) -> bool:
 
 
 def why_unprunable(name: str, leaf: Any) -> str | None:
-    """Why the default rule leaves a leaf alone, or None if it may be pruned.
-
-    Args:
-      name: the leaf's path name.
-      leaf: an array or anything with `shape` and `dtype`.
-
-    Returns:
-      A few words: "not floating", "one axis", "named as a bias".
-    """
+    """Why the default rule leaves a leaf alone, as "one axis"; None if it does not."""
     if not is_floating(leaf):
         return "not floating"
     if leaf.ndim < 2:
@@ -271,15 +263,7 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
 
 
 def with_nodes(masks: Any, names: Container[str]) -> Any:
-    """The masks with `optax.MaskedNode()` for None and True.
-
-    Args:
-      masks: masks in any container.
-      names: leaves that there are; a None elsewhere is no leaf and stays.
-
-    Returns:
-      The same container.
-    """
+    """The masks with `MaskedNode()` for True, and for None at one of the names."""
 
     def one(path: Any, mask: Any) -> Any:
         excluded = mask is True or (mask is None and name_of(path) in names)

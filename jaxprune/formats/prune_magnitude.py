@@ -1,34 +1,34 @@
 """Magnitude pruning of any safetensors directory, tensor by tensor, with no model code.
 
-Memory holds one tensor: a model larger than the machine passes through. Magnitudes are
-compared as integers, the bits without the sign, so that counts are exact; ties keep the
-first by flat index, as in `prune`. A matrix of Hugging Face is [out, in], GPT-2's is
-[in, out]; of three axes the first is a stack of matrices (experts), each pruned by
-itself.
+Memory holds one tensor: a model larger than the machine passes through. Counts are
+exact and ties keep the first by flat index, as in `prune`. A matrix of Hugging Face is
+[out, in], GPT-2's is [in, out]; of three axes the first is a stack of matrices
+(experts), each pruned by itself.
 """
 
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, TensorInfo
-from jaxprune.masking import allocation, patterns
+from jaxprune.masking import allocation, matrix_mask, patterns
 from jaxprune.typing import Pattern, Prunable
 
 # The models whose matrices, or stacks of them, are [in, out].
 _INPUT_FIRST = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _STACKED_INPUT_FIRST = {"gpt_oss", "llama4", "llama4_text"}
 _FLOATS = tuple(map(np.dtype, ("f2", "f4", "f8", "bfloat16")))
-_CHUNK = 1 << 20
-_DIGIT = 16
 
 
 class Pruned(NamedTuple):
@@ -184,15 +184,7 @@ def _counts(
     chosen: Mapping[str, TensorInfo],
 ) -> dict[str, int]:
     """How many weights each matrix of a tensor loses."""
-    if pattern.sparsity is not None:
-        if sparsity not in (None, pattern.sparsity):
-            raise ValueError(
-                f"{pattern} removes exactly {pattern.sparsity:.4g} of each matrix, but "
-                f"sparsity={sparsity} was asked for; leave the sparsity out"
-            )
-        sparsity = pattern.sparsity
-    if sparsity is None:
-        raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
+    sparsity, _ = allocation.agreed(sparsity, pattern)
     names = [name.replace(".", "/") for name in chosen]
     sizes = [math.prod(info.shape[-2:]) for info in chosen.values()]
     return dict(zip(chosen, allocation.by_leaf(sparsity, names, sizes), strict=True))
@@ -208,91 +200,22 @@ def _pruned(
 ) -> np.ndarray:
     """A tensor of the directory, pruned; a copy."""
     array = np.array(source.read(name))
-    bits = array.view(f"u{array.itemsize}")
-    stack = math.prod(array.shape[:-2])
-    for matrix in bits.reshape(stack, *array.shape[-2:]):
-        if isinstance(pattern, patterns.Unstructured):
-            _cut(matrix.reshape(-1), removed)
-            continue
-        rows = matrix.T if input_first else matrix
-        for part, start in _row_chunks(rows):
-            magnitude = np.ascontiguousarray(part) & _magnitude(bits)
-            if isinstance(pattern, patterns.NM):
-                part[_outside(magnitude, pattern.n, pattern.m)] = 0
-            else:
-                share, rest = divmod(removed, len(rows))
-                more = np.arange(start, start + len(part)) < rest
-                part[_lowest(magnitude, share + more)] = 0
+    stack = array.reshape(math.prod(array.shape[:-2]), *array.shape[-2:])
+    with jax.enable_x64(array.itemsize == 8):  # float64 is ranked as it is
+        for matrix in stack:  # (out, in), or (in, out) if input_first
+            kept = _kept(matrix, matrix.size - removed, pattern, input_first=input_first)
+            np.copyto(matrix, matrix.dtype.type(0), where=~np.asarray(kept))
     return array
 
 
-def _magnitude(bits: np.ndarray) -> np.unsignedinteger:
-    """The bits of a float that are not its sign."""
-    return bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
-
-
-def _cut(bits: np.ndarray, removed: int) -> None:
-    """Sets the lowest magnitudes of a flat array to zero, in place."""
-    if not removed:
-        return
-    threshold, ties = _threshold(bits, removed)
-    for start in range(0, bits.size, _CHUNK):
-        part = bits[start : start + _CHUNK]
-        magnitude = part & _magnitude(bits)
-        tied = np.flatnonzero(magnitude == threshold)
-        part[magnitude < threshold] = 0
-        part[tied[ties:]] = 0
-        ties = max(0, ties - tied.size)
-
-
-def _threshold(bits: np.ndarray, removed: int) -> tuple[Any, int]:
-    """The removed-th lowest magnitude, and how many of its ties stay.
-
-    Found digit by digit, 16 bits at a time, by counting how often each digit occurs
-    among the magnitudes that begin with the digits found so far.
-    """
-    found, below, here = 0, 0, 0
-    for shift in range(8 * bits.itemsize - _DIGIT, -1, -_DIGIT):
-        histogram = np.zeros(1 << _DIGIT, np.int64)
-        for start in range(0, bits.size, _CHUNK):
-            part = bits[start : start + _CHUNK] & _magnitude(bits)
-            if shift + _DIGIT < 8 * bits.itemsize:
-                part = part[part >> (shift + _DIGIT) == found]
-            digits = part >> shift & ((1 << _DIGIT) - 1)
-            histogram += np.bincount(digits.astype(np.intp), minlength=1 << _DIGIT)
-        reached = below + np.cumsum(histogram)
-        digit = int(np.searchsorted(reached, removed))
-        here = int(histogram[digit])
-        below = int(reached[digit]) - here
-        found = found << _DIGIT | digit
-    return bits.dtype.type(found), below + here - removed
-
-
-def _lowest(magnitude: np.ndarray, removed: np.ndarray) -> np.ndarray:
-    """Where the lowest of each row are; the last of those tied."""
-    place = np.maximum(removed - 1, 0)[:, None]
-    threshold = np.take_along_axis(np.sort(magnitude, axis=1), place, axis=1)
-    lower, tied = magnitude < threshold, magnitude == threshold
-    needed = (removed - lower.sum(axis=1))[:, None]
-    behind = np.cumsum(tied[:, ::-1], axis=1, dtype=np.int32)[:, ::-1]
-    return lower | (tied & (behind <= needed))
-
-
-def _outside(magnitude: np.ndarray, n: int, m: int) -> np.ndarray:
-    """Where a weight is not among the n highest of its m; the last of those tied."""
-    places = np.ascontiguousarray(magnitude.reshape(-1, m).T)
-    lost = np.empty(places.shape, bool)
-    for i, own in enumerate(places):
-        ahead = np.zeros(own.shape, np.int32)
-        for j, other in enumerate(places):
-            if i != j:
-                ahead += (other >= own) if j < i else (other > own)
-        lost[i] = ahead >= n
-    return lost.T.reshape(magnitude.shape)
-
-
-def _row_chunks(rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """Views of some rows, and where they begin."""
-    step = max(1, _CHUNK // max(rows.shape[1], 1))
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step], start
+@functools.partial(jax.jit, static_argnames=("pattern", "input_first"))
+def _kept(
+    matrix: Float[Array, "a b"], number: Any, pattern: Pattern, *, input_first: bool
+) -> Bool[Array, "a b"]:
+    """Which weights stay, by magnitude; one program for each shape."""
+    # NaN stays with infinity: it must not pass as a weight that was pruned.
+    scores = jnp.where(jnp.isnan(matrix), jnp.inf, jnp.abs(matrix))
+    # Ties of Unstructured keep the first as the file has them.
+    if input_first or isinstance(pattern, patterns.Unstructured):
+        return matrix_mask.mask(scores, number, pattern)
+    return matrix_mask.mask(scores.T, number, pattern).T

@@ -45,14 +45,7 @@ class Input:
     patches: tuple[tuple[str, Any], ...] = ()
 
     def read(self, value: jax.Array) -> jax.Array:
-        """The activation as (batch, samples, in).
-
-        Args:
-          value: the value.
-
-        Returns:
-          The same numbers, or a convolution's patches, in the value's dtype.
-        """
+        """The activation, or a convolution's patches of it, as (batch, samples, in)."""
         if self.patches:
             value = jax.lax.conv_general_dilated_patches(
                 value, precision=jax.lax.Precision.HIGHEST, **dict(self.patches)

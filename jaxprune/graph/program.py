@@ -244,16 +244,7 @@ class Subgraph(NamedTuple):
 def subgraph(
     program: Program, positions: Iterable[int], wanted: Sequence[int]
 ) -> Subgraph:
-    """Some steps of a program, as a subgraph.
-
-    Args:
-      program: the program.
-      positions: the steps' positions.
-      wanted: the values to give.
-
-    Returns:
-      The subgraph.
-    """
+    """The steps at some positions of a program, as a subgraph."""
     steps = tuple(program.steps[i] for i in _ordered(program, set(positions)))
     # Values are numbered anew in order of appearance, so that two layers with the same
     # steps have the same form, wherever in the program they are.
@@ -300,15 +291,7 @@ def _ordered(program: Program, positions: set[int]) -> list[int]:
 
 
 def constant(program: Program, number: int | Fixed) -> Any:
-    """The value of a number that depends on neither parameters nor batch, or None.
-
-    Args:
-      program: the program.
-      number: a value.
-
-    Returns:
-      The value, computed now.
-    """
+    """A value that depends on neither parameters nor batch, computed now, or None."""
     if isinstance(number, Fixed):
         return number.value
     if number not in program.constants:
@@ -321,16 +304,7 @@ def constant(program: Program, number: int | Fixed) -> Any:
 def needed(
     program: Program, wanted: Iterable[int], known: Callable[[int], bool]
 ) -> set[int]:
-    """The positions of the steps that lead from known values to those wanted.
-
-    Args:
-      program: the program.
-      wanted: numbers of values.
-      known: whether a value need not be computed.
-
-    Returns:
-      Positions in `program.steps`.
-    """
+    """The positions of the steps that lead from known values to those wanted."""
     found: set[int] = set()
     pending = [number for number in wanted if not known(number)]
     while pending:

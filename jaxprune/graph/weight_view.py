@@ -97,27 +97,11 @@ class WeightView:
         return any(isinstance(move, Slice) for move in self.moves)
 
     def read(self, leaf: jax.Array) -> jax.Array:
-        """What is seen of the leaf.
-
-        Args:
-          leaf: the leaf.
-
-        Returns:
-          An array of the view's shape and the leaf's dtype.
-        """
+        """The part of the leaf, of the view's shape and the leaf's dtype."""
         return _read(leaf, self._starts, form=self._form)
 
     def write(self, leaf: jax.Array, part: jax.Array, *, donate: bool) -> jax.Array:
-        """The leaf with something else in the place of what is seen.
-
-        Args:
-          leaf: the leaf.
-          part: an array of the view's shape.
-          donate: whether the leaf's memory may be reused.
-
-        Returns:
-          An array of the leaf's shape and dtype.
-        """
+        """The leaf with another part in place; `donate` reuses the leaf's memory."""
         program = _write_in_place if donate and self.sliced else _write
         return program(leaf, part, self._starts, form=self._form)
 
@@ -166,15 +150,7 @@ class WeightView:
         )
 
     def matrix(self, batch: int, inputs: int) -> "WeightView":
-        """The view as (batch, in, out).
-
-        Args:
-          batch: how many of the first axes are batch.
-          inputs: how many of the next are input; the rest is output.
-
-        Returns:
-          A view of three axes.
-        """
+        """The view as (batch, in, out): so many axes each, out the rest."""
         ends = [0, batch, batch + inputs, len(self.shape)]
         parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
         seen = self.reshape([math.prod(self.shape[part]) for part in parts])

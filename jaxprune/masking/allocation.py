@@ -127,19 +127,7 @@ def agreed(
 
 
 def checked(sparsity: Any, where: str = "") -> float:
-    """A sparsity as a float in [0, 1).
-
-    Args:
-      sparsity: a Python or NumPy number.
-      where: which leaf or rule it is for, for the error.
-
-    Returns:
-      The number.
-
-    Raises:
-      ValueError: it is NaN or out of range.
-      TypeError: it is no number.
-    """
+    """A sparsity as a float in [0, 1), or one clear error that says `where` it is."""
     if isinstance(sparsity, bool | str):
         raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}{where}")
     try:
@@ -193,20 +181,7 @@ def counts(
     weights: Sequence[Weight],
     units: Sequence[int],
 ) -> list[int]:
-    """How many of each weight's units are pruned.
-
-    Args:
-      sparsity: what is shared out, as of `agreed`.
-      rule: how.
-      weights: what the rule may know.
-      units: the weights' numbers of units.
-
-    Returns:
-      One count a weight.
-
-    Raises:
-      ValueError: the rule refuses the weights, or a glob matches nothing.
-    """
+    """How many of each weight's units are pruned, by what `agreed` returned."""
     if isinstance(sparsity, Mapping):
         return by_leaf(sparsity, [weight.name for weight in weights], units)
     found = rule.sparsities(weights, sparsity)

@@ -11,18 +11,7 @@ from jaxprune.typing import Masks, Params, Scores
 
 
 def floating(scores: Scores) -> dict[str, jax.Array]:
-    """The scores' leaves by name, floating and without NaN where that can be seen.
-
-    Args:
-      scores: a tree.
-
-    Returns:
-      Path name to leaf, without leaves that are left out.
-
-    Raises:
-      ValueError: there is no leaf, or one holds a NaN.
-      TypeError: a leaf is not floating.
-    """
+    """The scores' leaves by name, floating and free of NaN, without excluded ones."""
     named = {
         k: v for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
     }
@@ -45,19 +34,7 @@ def floating(scores: Scores) -> dict[str, jax.Array]:
 
 
 def checked(params: Params, masks: Masks) -> list[Any]:
-    """The masks' leaves in the parameters' order, or one clear error.
-
-    Args:
-      params: the parameters, or masks of them.
-      masks: masks in any container; None and True stand for a leaf that keeps all.
-
-    Returns:
-      Boolean arrays, `optax.MaskedNode()` where left out.
-
-    Raises:
-      ValueError: the masks are another model's.
-      TypeError: the masks are not boolean.
-    """
+    """The masks' leaves in the parameters' order; None and True exclude a leaf."""
     named = tree.named_leaves(params)
     aligned = tree.align(params, tree.with_nodes(masks, named), "masks")
     wrong = [

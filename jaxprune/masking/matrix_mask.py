@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns
-from jaxprune.topk.highest import highest
+from jaxprune.topk.thresholds import highest
 from jaxprune.typing import Pattern
 
 

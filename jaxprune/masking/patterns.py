@@ -74,9 +74,9 @@ class PerOutput(_Free):
         One cut serves all outputs. They stand last first: ties, which are weights of
         one rank, keep the first.
         """
-        matrix = axes.matrix(scores)
+        matrix = axes.matrix(scores)  # (batch, in, out)
         matrix = divisible(matrix, 1, max(matrix.shape[1], 1), 1)
-        own = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))
+        own = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))  # (batch, out, in)
         falling = ~float_order.of(own, Line.of(own.dtype).signed)
         rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
         return -rank.astype(jnp.float32) / max(own.shape[2], 1)
@@ -138,6 +138,7 @@ class NM:
         """Minus the rank inside the group, so that one cut serves all groups."""
         matrix = divisible(axes.matrix(scores), 1, self.m, 1)
         batch, inputs, outputs = matrix.shape
+        # (batch, groups, m, out)
         groups = matrix.reshape(batch, inputs // self.m, self.m, outputs)
         place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
         rank = jnp.zeros(groups.shape, jnp.float16)
@@ -203,11 +204,11 @@ class Block(_Free):
         padded = jnp.pad(whole, ((0, 0), (0, rows), (0, columns)))
         high, wide = inputs + rows, outputs + columns
         tall = padded.reshape(batch, high // self.rows, self.rows, wide)
-        tall = exact_sum.total(tall, 2).squeeze(2)
+        tall = exact_sum.total(tall, 2).squeeze(2)  # (batch, in tiles, out)
         tiles = tall.reshape(
             batch, high // self.rows, wide // self.columns, self.columns
         )
-        return exact_sum.total(tiles, 3).squeeze(3)
+        return exact_sum.total(tiles, 3).squeeze(3)  # (batch, in tiles, out tiles)
 
 
 @dataclasses.dataclass(frozen=True)

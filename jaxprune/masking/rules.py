@@ -111,7 +111,7 @@ class ERK:
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
         raw = [(i + o) / (i * o) for *_, i, o in (weight.shape for weight in weights)]
-        return exact(1 - _capped(raw, weights, sparsity), weights, sparsity)
+        return _exact(1 - _capped(raw, weights, sparsity), weights, sparsity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class OWL:
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
-        blocks = [block_of(weight) for weight in weights]
+        blocks = [_block_of(weight) for weight in weights]
         totals = {block: np.zeros(2) for block in blocks}
         for block, weight in zip(blocks, weights, strict=True):
             totals[block] += (float(_scores(weight).sum()), weight.size)
@@ -152,7 +152,9 @@ class OWL:
         width = max(ratio.max() - ratio.min(), np.finfo(float).tiny)
         scaled = (ratio - ratio.min()) / width * 2 * self.spread
         kept = dict(zip(outliers, scaled - scaled.mean() + 1 - sparsity, strict=True))
-        return exact(np.array([1 - kept[block] for block in blocks]), weights, sparsity)
+        return _exact(
+            np.array([1 - kept[block] for block in blocks]), weights, sparsity
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,21 +181,24 @@ class Ranked:
                 f"of {missing[:6]}; make them from these parameters, with the same "
                 "prunable rule"
             )
-        return _ranked(weights, [w.view(named[w.leaf]) for w in weights], sparsity)
+        leaves = [named[weight.leaf] for weight in weights]
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise ValueError(
+                "allocation.Ranked counts what its scores prune, so they must have "
+                "values, but they are traced; make them outside of jit"
+            )
+        with thresholds.at_once(leaves):
+            parts = [w.view(leaf) for w, leaf in zip(weights, leaves, strict=True)]
+            return _ranked(weights, parts, sparsity)
 
 
-def exact(
+def _exact(
     shares: np.ndarray, weights: Sequence[Weight], sparsity: float
 ) -> list[Fraction]:
     """Shares moved together, and cut at 0 and 1, until all weights lose what was asked.
 
-    Args:
-      shares: the share that each weight loses.
-      weights: the weights.
-      sparsity: the share that all weights together lose.
-
-    Returns:
-      Fractions whose counts are integers that add up to the nearest of sparsity x size.
+    They come as fractions whose counts are integers that add up to the one nearest to
+    sparsity x size.
     """
     sizes = np.array([weight.size for weight in weights], float)
     goal = round(sparsity * sum(weight.size for weight in weights))
@@ -211,15 +216,11 @@ def exact(
     ]
 
 
-def block_of(weight: Weight) -> tuple[str, int]:
-    """The layer that a weight belongs to: what stands before the first number.
+def _block_of(weight: Weight) -> tuple[str, int]:
+    """The layer (prefix, number) of a weight: what stands before the first number.
 
-    Args:
-      weight: the weight.
-
-    Returns:
-      A prefix and the layer's number; of a leaf that is stacked over layers its first
-      name and its index, of a weight without a number its own name and -1.
+    Of a leaf that is stacked over layers it is the first name and the index, of a
+    weight without a number its own name and -1.
     """
     if weight.index:
         return weight.leaf.split("/")[0], weight.index[0]
@@ -255,10 +256,9 @@ def _ranked(
     # Ties keep the first by name.
     order = sorted(range(len(weights)), key=lambda i: weights[i].name)
     size = sum(score.size for score in scores)
-    with thresholds.at_once(scores):
-        own = [scores[i] for i in order]
-        cuts = thresholds.cut_together(own, size - round(sparsity * size))
-        kept = jax.device_get(list(map(_kept, own, cuts)))
+    own = [scores[i] for i in order]
+    cuts = thresholds.cut_together(own, size - round(sparsity * size))
+    kept = jax.device_get(list(map(_kept, own, cuts)))
     found = {i: int(number) for i, number in zip(order, kept, strict=True)}
     return [Fraction(w.size - found[i], w.size) for i, w in enumerate(weights)]
 

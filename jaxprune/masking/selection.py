@@ -41,24 +41,7 @@ def select(
     pattern: Pattern,
     axes: Axes | Mapping[str, Axes] | None,
 ) -> Iterator[Selection]:
-    """What `masks.make` keeps.
-
-    Args:
-      scores: as all the arguments, those of `masks.make`.
-      sparsity: the share to remove.
-      rule: how it is shared out, `allocation` of `masks.make`.
-      pattern: which weights are pruned together.
-      axes: which axes are input and output.
-
-    Returns:
-      One selection for each leaf that is not left out, in order. All checks are done by
-      then. Outside of `jit` the units of a pattern are made when their turn comes, if
-      no ranking spans leaves.
-
-    Raises:
-      ValueError: a sparsity, pattern or rule does not fit, or a score is NaN.
-      TypeError: scores are not floating.
-    """
+    """What `masks.make` keeps of each leaf, in order; all checks are done by then."""
     named = floating(scores)
     names, leaves = list(named), list(named.values())
     own_axes = _axes(axes, names, leaves, pattern)
@@ -119,7 +102,11 @@ def _selections(
     *,
     together: bool,
 ) -> Iterator[Selection]:
-    """The selections of one ranking of all leaves together, or of a ranking of each."""
+    """The selections of one ranking of all leaves together, or of a ranking of each.
+
+    Outside of `jit` the units of a pattern are made when their turn comes, if no
+    ranking spans leaves.
+    """
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     free = traced or isinstance(pattern, patterns.Unstructured)
     if not (together or free):

@@ -57,9 +57,10 @@ def generate(
         None allows all.
       sliding: whether a text longer than the context is continued from its last
         `context` tokens, instead of refused.
-      pictures: for a `Phi3Vision`, `(prompt.pixels, prompt.sources[None])`
-        of a `pictures.Prompt`; looked at once. Rows of one batch share the pixels,
-        behind each other, and their sources count on: `pictures.together`.
+      pictures: for a `Phi3Vision`, `(prompt.pixels, prompt.sources[None])` of a
+        `preprocess.Prompt`; the model sees them once. Prompts of one batch share the
+        pixels, one behind the other, and their sources count on:
+        `preprocess.together`.
 
     Returns:
       The prompt and its continuation, int32 (batch, time + steps).
@@ -73,7 +74,7 @@ def generate(
 
     Example:
       >>> from jaxprune.models.gpt import GPT, preset
-      >>> model = GPT(preset("cpu", vocab_size=65), rngs=nnx.Rngs(0))
+      >>> model = GPT(preset("cpu", vocab_size=65, layers=1), rngs=nnx.Rngs(0))
       >>> prompt = jnp.zeros((2, 3), jnp.int32)
       >>> generate(model, prompt, steps=5, key=jax.random.key(0)).shape
       (2, 8)
@@ -93,7 +94,7 @@ def generate(
         return prompt
     window = prompt[:, -context:]
     cached = min(steps, context - window.shape[1] + 1)
-    switches = getattr(config, "switches", ())
+    switches = getattr(config, "switches", ())  # a GPT has none
     graphdef, params = nnx.split(model, nnx.Param)
     drawn = _draw(
         graphdef,
@@ -109,8 +110,8 @@ def generate(
 
 
 def _stretches(time: int, steps: int, switches: Sequence[int]) -> tuple[int, ...]:
-    """How many tokens are drawn with one cache: up to each length that switches."""
-    last = time + steps - 1  # the longest sequence that is looked at
+    """How many tokens are drawn with each cache: one cache up to each switch."""
+    last = time + steps - 1  # the longest sequence that the model sees
     ends = [switch for switch in switches if time <= switch < last]
     starts = [time - 1, *ends]
     return tuple(b - a for a, b in zip(starts, [*ends, last], strict=True))
@@ -135,7 +136,7 @@ def _draw(
         model = model.decoder
     draw = functools.partial(_sample, temperature=temperature, top_k=top_k)
     stretches, slides = plan
-    keys = jax.random.split(key, sum(stretches) + slides)
+    keys = jax.random.split(key, sum(stretches) + slides)  # one a token
     time, done = window.shape[1], 0
     for steps in stretches:
         drawn = _extend(model, window, keys[done : done + steps], draw, seen)
@@ -146,11 +147,11 @@ def _draw(
         token = draw(_last(model, window, None)[0], key)
         return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
 
-    drawn = window[:, time:]
+    drawn = window[:, time:]  # (batch, sum(stretches))
     if slides == 0:
         return drawn
     window = window[:, -model.config.context :]
-    _, rest = jax.lax.scan(slide, window, keys[done:])
+    _, rest = jax.lax.scan(slide, window, keys[done:])  # (slides, batch)
     return jnp.concatenate([drawn, rest.T], axis=1)
 
 
@@ -175,10 +176,11 @@ def _extend(
         return (cache, token), token
 
     batch, time = window.shape
+    # The last token drawn is never looked at, so the cache need not hold it.
     empty = model.init_cache(batch, time + keys.shape[0] - 1)
     logits, cache = _last(model, window, empty, seen)
-    first = draw(logits, keys[0])
-    _, rest = jax.lax.scan(step, (cache, first), keys[1:])
+    first = draw(logits, keys[0])  # (batch,)
+    _, rest = jax.lax.scan(step, (cache, first), keys[1:])  # (steps - 1, batch)
     return jnp.concatenate([first[None], rest]).T
 
 
@@ -213,7 +215,7 @@ def _sample(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if top_k is None:
         return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
-    best, tokens = jax.lax.top_k(logits, top_k)
+    best, tokens = jax.lax.top_k(logits, top_k)  # both (batch, top_k)
     chosen = jax.random.categorical(key, best / temperature)
     return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0]
 
@@ -232,7 +234,7 @@ def _check_pictures(
     if sources.shape != prompt.shape:
         raise ValueError(
             f"generate needs a source for each word of the prompt {prompt.shape}, got "
-            f"{sources.shape}; take both from one pictures.Prompt"
+            f"{sources.shape}; take both from one preprocess.Prompt"
         )
     if isinstance(sources, jax.core.Tracer) or not sources.size:
         return

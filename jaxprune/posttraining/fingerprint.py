@@ -27,15 +27,7 @@ class Fingerprint(NamedTuple):
 
 
 def of_leaves(names: Mapping[str, int], leaves: Leaves) -> dict[str, Fingerprint]:
-    """The fingerprints of some leaves; each lazy one is read once, and not kept.
-
-    Args:
-      names: path name to position.
-      leaves: the leaves.
-
-    Returns:
-      Path name to fingerprint.
-    """
+    """The fingerprints of leaves, by name; each lazy one is read once and not kept."""
     found = {}
     for name, i in names.items():
         finite, mark = placement.automatic(_fingerprint, array(leaves.all[i]))

@@ -43,11 +43,7 @@ class Sums:
     """The sums of inputs over batches; weights of one input share theirs."""
 
     def __init__(self, *, hessian: bool) -> None:
-        """Begins with nothing.
-
-        Args:
-          hessian: whether X^T X is summed up as well.
-        """
+        """Begins with nothing; `hessian`: whether X^T X is summed up as well."""
         self._hessian = hessian
         self._sums: dict[tuple[str, ...], InputStatistics] = {}
 
@@ -79,13 +75,7 @@ class Sums:
             )
 
     def finish(self, names: tuple[str, ...]) -> dict[str, InputStatistics]:
-        """The statistics of a group of weights, whose sums are freed.
-
-        Args:
-          names: the group.
-
-        Returns:
-          Name to statistics; the Hessian is symmetric.
+        """The statistics of a group of weights by name; its sums are freed.
 
         Raises:
           ValueError: the input is not finite, or no position counts.

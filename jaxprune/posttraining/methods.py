@@ -9,10 +9,11 @@ import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float, Integer
 
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import alps, sparsegpt
+from jaxprune.posttraining.solvers.layer_problem import Solution
 from jaxprune.scores import from_activations
 from jaxprune.typing import Pattern
 
@@ -47,21 +48,6 @@ class Matrix(NamedTuple):
     pattern: Pattern
 
 
-class Pruned(NamedTuple):
-    """One matrix, pruned.
-
-    Attributes:
-      weight: (in, out) float32, zero where the mask is False.
-      mask: (in, out) bool.
-      damping: the damping that was used, 0 where a method has none; not finite where no
-        damping helped.
-    """
-
-    weight: Float[Array, "in out"]
-    mask: Bool[Array, "in out"]
-    damping: Float[Array, ""]
-
-
 class Method(Protocol):
     """How one matrix is pruned.
 
@@ -83,7 +69,7 @@ class Method(Protocol):
     def pattern(self) -> Pattern:
         """The usual pattern."""
 
-    def prune(self, matrix: Matrix) -> Pruned:
+    def prune(self, matrix: Matrix) -> Solution:
         """The pruned matrix."""
 
 
@@ -100,7 +86,7 @@ class Magnitude:
     inputs: ClassVar[Inputs] = "left"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
-    def prune(self, matrix: Matrix) -> Pruned:
+    def prune(self, matrix: Matrix) -> Solution:
         """The pruned matrix."""
         return _masked(matrix, jnp.abs(matrix.weight))
 
@@ -121,7 +107,7 @@ class Wanda:
     needs: ClassVar[Needs] = "mean_square"
     pattern: ClassVar[Pattern] = patterns.PerOutput()
 
-    def prune(self, matrix: Matrix) -> Pruned:
+    def prune(self, matrix: Matrix) -> Solution:
         """The pruned matrix."""
         return _masked(
             matrix, from_activations.wanda(matrix.weight, matrix.mean_square)
@@ -149,7 +135,7 @@ class RIA:
     needs: ClassVar[Needs] = "mean_square"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
-    def prune(self, matrix: Matrix) -> Pruned:
+    def prune(self, matrix: Matrix) -> Solution:
         """The pruned matrix."""
         scores = from_activations.ria(matrix.weight, matrix.mean_square, self.power)
         return _masked(matrix, scores)
@@ -175,17 +161,15 @@ class SparseGPT:
     needs: ClassVar[Needs] = "hessian"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
-    def prune(self, matrix: Matrix) -> Pruned:
+    def prune(self, matrix: Matrix) -> Solution:
         """The pruned matrix."""
-        return Pruned(
-            *sparsegpt.solve(
-                matrix.weight,
-                matrix.hessian,
-                matrix.kept,
-                pattern=matrix.pattern,
-                damping=self.damping,
-                block=self.block,
-            )
+        return sparsegpt.solve(
+            matrix.weight,
+            matrix.hessian,
+            matrix.kept,
+            pattern=matrix.pattern,
+            damping=self.damping,
+            block=self.block,
         )
 
 
@@ -209,16 +193,14 @@ class ALPS:
     needs: ClassVar[Needs] = "hessian"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
-    def prune(self, matrix: Matrix) -> Pruned:
+    def prune(self, matrix: Matrix) -> Solution:
         """The pruned matrix."""
-        return Pruned(
-            *alps.solve(
-                matrix.weight,
-                matrix.hessian,
-                matrix.kept,
-                pattern=matrix.pattern,
-                damping=self.damping,
-            )
+        return alps.solve(
+            matrix.weight,
+            matrix.hessian,
+            matrix.kept,
+            pattern=matrix.pattern,
+            damping=self.damping,
         )
 
 
@@ -259,9 +241,9 @@ def named(method: Method | Name) -> Method:
     return METHODS[method]
 
 
-def _masked(matrix: Matrix, scores: Float[Array, "in out"]) -> Pruned:
+def _masked(matrix: Matrix, scores: Float[Array, "in out"]) -> Solution:
     """The matrix with its highest scores kept, as they are."""
     weight = matrix.weight
     mask = matrix_mask.mask(scores, matrix.kept, matrix.pattern)
     kept = jnp.where(mask, weight, jnp.zeros((), weight.dtype))
-    return Pruned(kept, mask, jnp.zeros((), weight.dtype))
+    return Solution(kept, mask, jnp.zeros((), weight.dtype))

@@ -95,14 +95,7 @@ def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> No
 
 
 def check_finite(fingerprints: Mapping[str, Fingerprint]) -> None:
-    """Refuses leaves to prune that hold NaN or infinity.
-
-    Args:
-      fingerprints: of the leaves to prune, by path name.
-
-    Raises:
-      ValueError: some are not finite; the sentence names them.
-    """
+    """Refuses leaves to prune that hold NaN or infinity, all by name."""
     if wrong := [name for name, own in fingerprints.items() if not own.finite]:
         raise ValueError(
             f"the weights to prune must be finite, but {listed(wrong)} hold NaN or "

@@ -41,15 +41,7 @@ class ProgressLog:
         atomic.begin_or_resume(directory / _JOB, job)
 
     def read(self, segment: int) -> tuple[dict[str, np.ndarray], Any] | None:
-        """The weights and the record of a segment.
-
-        Args:
-          segment: its number.
-
-        Returns:
-          Name to weight, and what `write` was given; None where the files are not
-          whole.
-        """
+        """The weights and the record of a segment; None where its files are damaged."""
         weights, record = self._paths(segment)
         try:
             body = json.loads(record.read_text(encoding="utf-8"))
@@ -65,15 +57,7 @@ class ProgressLog:
         return arrays, rows
 
     def weight(self, segment: int, name: str) -> np.ndarray:
-        """One weight of a segment whose files are whole.
-
-        Args:
-          segment: its number.
-          name: of the weight.
-
-        Returns:
-          (batch, in, out), mapped from the file.
-        """
+        """One weight of a segment whose files are whole, mapped from its file."""
         weights, _ = self._paths(segment)
         tensors, _ = safetensors_file.read_header(weights)
         return safetensors_file.view(weights, tensors[name])
@@ -81,13 +65,7 @@ class ProgressLog:
     def write(
         self, segment: int, arrays: Mapping[str, np.ndarray], record: Any
     ) -> None:
-        """Notes a segment as done.
-
-        Args:
-          segment: its number.
-          arrays: name to weight.
-          record: JSON-able.
-        """
+        """Notes a segment as done: its weights by name, and a JSON-able record."""
         path, place = self._paths(segment)
         content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()})
         atomic.replace(path, content)

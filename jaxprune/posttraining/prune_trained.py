@@ -20,6 +20,7 @@ from jaxprune.graph.linear_ops import trace
 from jaxprune.masking.allocation import Allocation
 from jaxprune.posttraining import calibration, fingerprint, input_statistics, methods
 from jaxprune.posttraining import plan as plans
+from jaxprune.posttraining.fingerprint import Fingerprint
 from jaxprune.posttraining.methods import Method
 from jaxprune.posttraining.plan import Plan
 from jaxprune.posttraining.progress import ProgressLog
@@ -136,14 +137,7 @@ def prune_trained(
     facts = _facts(plan, program, batches, counted)
     log = None
     if directory is not None:
-        rest = {n: i for n, i in program.used.items() if n not in prints}
-        prints |= fingerprint.of_leaves(rest, leaves)
-        job = {
-            "counted": fingerprint.of_arrays(counted),
-            "program": fingerprint.of_program(program),
-            "parameters": {name: own.mark for name, own in prints.items()},
-        }
-        log = ProgressLog(Path(directory), {**facts, **job})
+        log = _progress_log(Path(directory), facts, program, counted, prints)
     pruner = Pruner(program, plan, batches, counted, log, donate=donate)
     batches.clear()  # the pipeline frees each one after its first segment
     rows = pruner.run(progress=progress)
@@ -172,6 +166,24 @@ def _checked_batches(batches: Iterable[Any]) -> list[Any]:
             "sequences to one length"
         )
     return batches
+
+
+def _progress_log(
+    directory: Path,
+    facts: Mapping[str, Any],
+    program: SegmentedProgram,
+    counted: Sequence[jax.Array | None],
+    known: Mapping[str, Fingerprint],
+) -> ProgressLog:
+    """The log of a job, which is what its arguments are; `known`: leaves to prune."""
+    rest = {name: i for name, i in program.used.items() if name not in known}
+    prints = {**known, **fingerprint.of_leaves(rest, program.leaves)}
+    job = {
+        "counted": fingerprint.of_arrays(counted),
+        "program": fingerprint.of_program(program),
+        "parameters": {name: own.mark for name, own in prints.items()},
+    }
+    return ProgressLog(directory, {**facts, **job})
 
 
 def _facts(

@@ -41,18 +41,10 @@ class Pruner:
         *,
         donate: bool,
     ) -> None:
-        """Begins before the first segment, and reads what was pruned before.
-
-        Args:
-          program: the segments; its leaves are replaced as they are pruned.
-          plan: how, and how much of each weight.
-          batches: for calibration.
-          positions: for each batch which positions count, or None for all.
-          log: where progress is written, if anywhere.
-          donate: whether the caller's arrays may be reused.
-        """
+        """Begins before the first segment, and reads what the log holds already."""
         self._program, self._plan, self._log = program, plan, log
         sums = Sums(hessian=plan.method.needs == "hessian")
+        self._count = len(program.segments)
         self._pipeline = SequentialPipeline(program, batches, positions, sums)
         # Weights and rows of the segments that were pruned before.
         self._done = [log.read(i) if log else None for i in range(self._count)]
@@ -64,19 +56,8 @@ class Pruner:
         # Position of a leaf to the weights of it that the log holds.
         self._written: dict[int, list[tuple[int, LinearOp]]] = {}
 
-    @property
-    def _count(self) -> int:
-        return len(self._program.segments)
-
     def run(self, *, progress: bool) -> list[dict[str, Any]]:
-        """Prunes all segments.
-
-        Args:
-          progress: whether to show how far it is, on stderr.
-
-        Returns:
-          A row for each weight.
-        """
+        """Prunes all segments; one row a weight."""
         parts = [range(i, i + 1) for i in range(self._count)]
         if self._plan.method.inputs == "dense":
             parts = segments.layers(self._program.segments)
@@ -91,9 +72,7 @@ class Pruner:
         resumed = all(self._done[number] is not None for number in numbers)
         # Of what was pruned before, only the activations are needed again.
         observed = numbers[:1] if resumed else numbers
-        inputs = self._pipeline.observe(observed, self._known)
-        values = dict(zip(observed, inputs, strict=True))
-        del inputs
+        values = self._pipeline.observe(observed, self._known)
         statistics = self._finished_statistics(observed)
         rows: list[dict[str, Any]] = []
         for number in numbers:

@@ -1,10 +1,9 @@
 """All batches, side by side, through the segments of a program.
 
-`SequentialPipeline` takes all batches to the next input and adds up its statistics;
-whoever drives it may prune the weights that the input meets, and goes on with the
-pruned weights. So each weight is seen with the input that it will really have, each
-activation is computed once, and memory holds one segment's statistics and the
-activations that later segments need.
+`SequentialPipeline` takes all batches to the next input and adds up its statistics.
+Before it is taken on, the weights that the input meets may be pruned. So each weight is
+seen with the input that it will really have, each activation is computed once, and
+memory holds one segment's statistics and the activations that later segments need.
 """
 
 import collections
@@ -36,13 +35,7 @@ class SegmentedProgram:
     def __init__(
         self, trace: Trace, leaves: Leaves, chosen: Sequence[LinearOp]
     ) -> None:
-        """Cuts the program.
-
-        Args:
-          trace: of the function.
-          leaves: the parameters' leaves, in flattening order.
-          chosen: the linear ops that matter; the last of them ends the program.
-        """
+        """Cuts the program at the inputs of the chosen linear ops."""
         self.trace = trace
         self.leaves = leaves
         self.segments = segments.cut(trace, chosen)
@@ -101,13 +94,9 @@ class SegmentedProgram:
         return dict(zip(self.trace.program.batch, jax.tree.leaves(batch), strict=True))
 
     def constants(self, segment: Segment) -> dict[int, Any]:
-        """What a segment needs besides activations: leaves, slices of them, tables.
+        """What a segment needs besides activations, by the number of the value.
 
-        Args:
-          segment: the segment.
-
-        Returns:
-          Arrays by the number of the value; the same for every batch.
+        Leaves, slices of them and tables: the same for every batch.
         """
         given: dict[int, Any] = {}
         for number in segment.subgraph.inputs:
@@ -130,11 +119,6 @@ class SegmentedProgram:
         self, segment: Segment, activations: Activations, constants: Mapping[int, Any]
     ) -> tuple[jax.Array, Activations]:
         """Takes one batch through a segment.
-
-        Args:
-          segment: the segment.
-          activations: of the batch, so far.
-          constants: what `constants` gave.
 
         Returns:
           The input's value, and the activations that later segments need.
@@ -160,12 +144,7 @@ class SegmentedProgram:
 
 
 class SequentialPipeline:
-    """All batches on their way through the segments.
-
-    Attributes:
-      program: the segments.
-      sums: of their inputs.
-    """
+    """All batches on their way through the segments; their inputs are summed up."""
 
     def __init__(
         self,
@@ -174,29 +153,22 @@ class SequentialPipeline:
         positions: Sequence[jax.Array | None],
         sums: Sums,
     ) -> None:
-        """Begins before the first segment.
-
-        Args:
-          program: the segments.
-          batches: pytrees of arrays.
-          positions: for each batch which positions count, or None for all.
-          sums: what the inputs are added to.
-        """
+        """Begins before the first segment; `positions` are booleans for each batch."""
         self.program, self.sums = program, sums
         self._positions = positions
         self._activations = [program.start(batch) for batch in batches]
 
     def observe(
         self, numbers: range, known: Collection[str] = frozenset()
-    ) -> list[jax.Array]:
-        """Adds up the inputs of some segments, and goes to the input of the first.
+    ) -> dict[int, jax.Array]:
+        """Adds up the inputs of some segments, and stops at the input of the first.
 
         Args:
           numbers: of the segments; they run with the weights as they are.
           known: names of weights that need no statistics any more.
 
         Returns:
-          The value of each segment's input, of the first batch.
+          By number, the value of each segment's input, of the first batch.
         """
         program = self.program
         own = [program.segments[number] for number in numbers]
@@ -205,7 +177,7 @@ class SequentialPipeline:
             [names for names in program.groups(segment) if not {*names} & {*known}]
             for segment in own
         ]
-        values: list[jax.Array] = []
+        values: dict[int, jax.Array] = {}
         for i, activations in enumerate(self._activations):
             for k, segment in enumerate(own):
                 value, activations = program.run(segment, activations, constants[k])
@@ -213,7 +185,7 @@ class SequentialPipeline:
                 if k == 0:
                     self._activations[i] = activations
                 if i == 0:
-                    values.append(value)
+                    values[numbers[k]] = value
             if len(own) > 1:
                 # Or the host runs ahead, and the activations of many batches pile up.
                 value.block_until_ready()

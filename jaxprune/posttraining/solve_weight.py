@@ -27,12 +27,6 @@ def solve(
 ) -> tuple[Float[Array, "batch in out"], dict[str, Any]]:
     """Prunes one weight, expert by expert where there are several.
 
-    Args:
-      plan: how, and how much of each weight.
-      op: which weight.
-      weight: as stored.
-      statistics: of its input.
-
     Returns:
       The pruned weight in its own dtype, and its row of the report.
 

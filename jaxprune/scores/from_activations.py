@@ -6,9 +6,12 @@ Both are of matrices (in, out) and higher is kept. Stacked matrices go through
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
-def wanda(weight: jax.Array, mean_square: jax.Array) -> jax.Array:
+def wanda(
+    weight: Float[Array, "in out"], mean_square: Float[Array, "in"]
+) -> Float[Array, "in out"]:
     """|W_ij| ||X_i||: the weight times the size of its input.
 
     ||X_i|| is taken as the root of the mean square, which differs from the norm by one
@@ -36,11 +39,13 @@ def wanda(weight: jax.Array, mean_square: jax.Array) -> jax.Array:
       2024, arXiv 2306.11695, equation 1.
     """
     _check(weight, mean_square)
-    size = jnp.sqrt(mean_square.astype(jnp.float32))
+    size = jnp.sqrt(mean_square.astype(jnp.float32))  # (in,)
     return jnp.abs(weight.astype(jnp.float32)) * size[:, None]
 
 
-def ria(weight: jax.Array, mean_square: jax.Array, power: float = 0.5) -> jax.Array:
+def ria(
+    weight: Float[Array, "in out"], mean_square: Float[Array, "in"], power: float = 0.5
+) -> Float[Array, "in out"]:
     """(|W_ij| / sum_k |W_ik| + |W_ij| / sum_k |W_kj|) ||X_i||^a.
 
     A weight's share of its input's weights and of its output's: no input and no output
@@ -71,9 +76,9 @@ def ria(weight: jax.Array, mean_square: jax.Array, power: float = 0.5) -> jax.Ar
     """
     _check(weight, mean_square)
     size = jnp.abs(weight.astype(jnp.float32))
-    by_input = size / _positive(jnp.sum(size, 1, keepdims=True))
-    by_output = size / _positive(jnp.sum(size, 0, keepdims=True))
-    reach = jnp.sqrt(mean_square.astype(jnp.float32)) ** power
+    by_input = size / _positive(jnp.sum(size, 1, keepdims=True))  # (in, out)
+    by_output = size / _positive(jnp.sum(size, 0, keepdims=True))  # (in, out)
+    reach = jnp.sqrt(mean_square.astype(jnp.float32)) ** power  # (in,)
     return (by_input + by_output) * reach[:, None]
 
 

@@ -78,20 +78,7 @@ def get_importance(state: Any) -> Importance:
 
 
 def tracked(importance: Any, field: str, params: Params) -> list[Any]:
-    """The leaves of one statistic in the order of the parameters.
-
-    Args:
-      importance: an `Importance`, or anything that `get_importance` takes.
-      field: of `Importance`.
-      params: the parameters.
-
-    Returns:
-      One leaf a parameter; `optax.MaskedNode()` where it was not tracked.
-
-    Raises:
-      ValueError: the statistic was not tracked, or is another model's.
-      TypeError: the two arguments are swapped.
-    """
+    """One statistic's leaves in the parameters' order, or one clear error."""
     refuse_swapped(params)
     statistic = None
     if importance is not None:

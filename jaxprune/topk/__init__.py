@@ -3,6 +3,6 @@
 __all__ = [
     "count_search",
     "float_order",
-    "highest",
+    "sampling",
     "thresholds",
 ]

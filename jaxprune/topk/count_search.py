@@ -1,18 +1,22 @@
-"""The highest position of an order that counts enough, by a few exact counts at a time.
+"""Finds the k-th largest of many values by bisection on exact counts.
 
-Each pass counts what lies at or above seven candidates, in one read, and keeps the two
-between which the answer lies. Interpolation chooses the candidates where the last pass
-went well, an even grid where it did not, so an order of 2^32 positions never takes more
-than about twenty passes and usually takes four. Counts are 64 bits without x64.
+Each pass counts, in one read, how many values lie at or above seven candidates, and
+keeps the two candidates between which the k-th largest lies. Interpolation places the
+candidates where the last pass went well, an even grid where it did not. So an order of
+2^32 positions takes about twenty passes at the most and usually four. Counts have 64
+bits without x64.
+
+Shapes: a row is what a bracket belongs to. Rows are ranked each by itself, or jointly,
+and then all have the same bracket.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Integer, UInt, UInt32
 
 # One read of float32 costs the same for up to about so many counts.
 CANDIDATES = 7
@@ -27,203 +31,244 @@ class Count(NamedTuple):
       low: the lower half.
     """
 
-    high: jax.Array
-    low: jax.Array
+    high: UInt32[Array, "..."]
+    low: UInt32[Array, "..."]
+
+    @classmethod
+    def of(cls, counts: "Sequence[int] | Integer[Array, ' rows'] | Count") -> "Count":
+        """Python integers, or an integer array that may be traced, as counts (rows,).
+
+        Below zero an array counts as zero.
+        """
+        if isinstance(counts, Count):
+            return counts
+        if isinstance(counts, jax.Array):
+            counts = jnp.maximum(counts, 0)
+            wide = counts.dtype.itemsize == 8
+            high = counts >> 32 if wide else jnp.zeros_like(counts)
+            return cls(high.astype(np.uint32), counts.astype(np.uint32))
+        return cls(
+            jnp.array([count >> 32 for count in counts], np.uint32),
+            jnp.array([count & 0xFFFFFFFF for count in counts], np.uint32),
+        )
 
     def minus(self, other: "Count") -> "Count":
         """The difference of a count and one that is no larger."""
         borrow = (self.low < other.low).astype(np.uint32)
         return Count(self.high - other.high - borrow, self.low - other.low)
 
-    def at_least(self, other: "Count") -> jax.Array:
+    def at_least(self, other: "Count") -> Bool[Array, "..."]:
         """Whether it is as large as the other."""
         return (self.high > other.high) | (
             (self.high == other.high) & (self.low >= other.low)
         )
 
-    def at_most(self, other: jax.Array) -> jax.Array:
+    def at_most(self, other: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
         """The smaller of it and a uint32, as uint32."""
         return jnp.where(self.high > 0, other, jnp.minimum(self.low, other))
 
-    def real(self) -> jax.Array:
-        """About the same, as float32."""
+    def clipped(self, most: "Count") -> "Count":
+        """It, or the other where that is smaller."""
+        over = self.at_least(most)
+        return jax.tree.map(lambda a, b: jnp.where(over, b, a), self, most)
+
+    def real(self) -> Float[Array, "..."]:
+        """The nearest float32, or one next to it."""
         high = self.high.astype(np.float32) * np.float32(2.0**32)
         return high + self.low.astype(np.float32)
 
 
-def split(counts: Sequence[int]) -> Count:
-    """Python integers as 64-bit counts, (len(counts),)."""
-    return Count(
-        jnp.array([count >> 32 for count in counts], np.uint32),
-        jnp.array([count & 0xFFFFFFFF for count in counts], np.uint32),
-    )
-
-
 class Order(NamedTuple):
-    """How to count what lies at or above positions.
-
-    A group is what is ranked together: one leaf, or all leaves, and then its axis has
-    length 1 and broadcasts against the leaves'.
+    """How to count what lies at or above positions of an order.
 
     Attributes:
-      counts: candidates (groups, `CANDIDATES`), ascending, and which groups still look
-        for their answer (groups,), to the leaves' counts, each uint32 (`CANDIDATES`,).
-      joint: whether all leaves are one group.
-      smooth: the widest bracket in which counts are taken to fall about evenly.
+      counts: candidates (rows, `CANDIDATES`), ascending, and which rows still need a
+        count (rows,), to the rows' counts: parts of uint32 (rows, `CANDIDATES`).
+      joint: whether the rows are ranked together, a bool scalar.
+      smooth: the widest bracket in which counts are taken to fall about evenly, a
+        scalar of the positions' dtype.
     """
 
-    counts: Callable[[jax.Array, jax.Array], Sequence[jax.Array] | jax.Array]
-    joint: bool
-    smooth: int
+    counts: Callable[[jax.Array, jax.Array], Sequence[jax.Array]]
+    joint: Any
+    smooth: Any
 
 
 class Bracket(NamedTuple):
-    """What is known of where each group's answer lies.
+    """What is known of where each row's answer lies.
 
     Attributes:
-      low: the highest position known to count enough, (groups,).
-      high: the highest position not known to count too few, (groups,).
-      at: the leaves' counts at `low`, uint32 (leaves,).
-      above: the leaves' counts at `high` + 1, uint32 (leaves,).
+      low: the highest position known to count enough.
+      high: the highest position not known to count too few.
+      at: the row's own count at `low`.
+      above: the row's own count at `high` + 1.
     """
 
-    low: jax.Array
-    high: jax.Array
-    at: jax.Array
-    above: jax.Array
+    low: UInt[Array, " rows"]
+    high: UInt[Array, " rows"]
+    at: UInt32[Array, " rows"]
+    above: UInt32[Array, " rows"]
 
 
 class _State(NamedTuple):
-    """A bracket, where to count next, and for which groups there is a need."""
+    """A bracket, where to count next, and which rows need it."""
 
     bracket: Bracket
-    candidates: jax.Array
-    wanted: jax.Array
+    candidates: UInt[Array, "rows candidates"]
+    wanted: Bool[Array, " rows"]
 
 
 def search(
     order: Order,
     target: Count,
     bracket: Bracket,
-    guess: jax.Array | None = None,
+    guess: UInt[Array, "2 rows"] | None = None,
     *,
     traced: bool,
 ) -> Bracket:
-    """Narrows each group's bracket to the highest position that counts enough.
+    """Narrows each row's bracket to the highest position that counts enough.
 
     Args:
       order: counts at or above positions.
-      target: what is enough, (groups,).
+      target: what is enough, (rows,); equal for all rows where they are joint.
       bracket: what is known.
-      guess: two positions, (2, groups), between which the answers probably are; it can
-        only change the number of passes.
+      guess: two positions between which the answers probably are, 0 where nothing is
+        known; it can only change the number of passes.
       traced: whether this is part of a larger program. If not, every count may be a
         program of its own; the host waits once in a few passes.
 
     Returns:
       Brackets whose `low` counts exactly the target, or is equal to `high`.
     """
-    fixed = {"joint": order.joint, "smooth": order.smooth}
+    rule = order.joint, order.smooth
 
     def narrow(state: _State) -> _State:
         counts = order.counts(state.candidates, state.wanted)
-        return _narrowed(state, counts, target, **fixed)
+        return _narrowed(state, counts, target, *rule)
 
-    state = _begun(bracket, target, guess, **fixed)
+    state = _begun(bracket, target, guess, *rule)
     if traced:
-        return jax.lax.while_loop(lambda s: jnp.any(s.wanted), narrow, state).bracket
+
+        def narrow_apart(state: _State) -> _State:
+            # The candidates are sorted already. But XLA compiles a loop without a sort
+            # as one function on a CPU, which takes it twice as long for 100 leaves.
+            state = narrow(state)
+            return state._replace(candidates=jnp.sort(state.candidates, 1))
+
+        wanted = lambda state: jnp.any(state.wanted)  # noqa: E731
+        return jax.lax.while_loop(wanted, narrow_apart, state).bracket
     while np.any(state.wanted):
+        # A pass too many costs little: settled rows are not read again.
         for _ in range(_PASSES_AT_ONCE):
             state = narrow(state)
     return state.bracket
 
 
-def totals(counts: jax.Array, *, joint: bool) -> Count:
-    """Counts of leaves (leaves, ...) as those of groups (groups, ...), 64 bits."""
-    if not joint:
-        return Count(jnp.zeros_like(counts), counts)
+def everything(sizes: UInt32[Array, " rows"], top: Any) -> Bracket:
+    """The bracket that holds any answer: all count at 0, none at the top."""
+    low, high = jnp.zeros(sizes.shape, top.dtype), jnp.full(sizes.shape, top)
+    return Bracket(low, high, sizes, jnp.zeros_like(sizes))
+
+
+def totals(counts: UInt32[Array, "rows ..."], joint: Any) -> Count:
+    """What each row's target is compared with: its own count, or that of all rows."""
+    # Sums of 16-bit halves do not overflow for up to 2^16 rows.
     low = jnp.sum(counts & np.uint32(0xFFFF), 0, dtype=np.uint32, keepdims=True)
     high = jnp.sum(counts >> np.uint32(16), 0, dtype=np.uint32, keepdims=True)
     whole = (high << np.uint32(16)) + low
     carry = (whole < low).astype(np.uint32)
-    return Count((high >> np.uint32(16)) + carry, whole)
+    above = (high >> np.uint32(16)) + carry
+    return Count(
+        jnp.where(joint, above, np.uint32(0) * counts), jnp.where(joint, whole, counts)
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("joint", "smooth"))
+@jax.jit
 def _begun(
-    bracket: Bracket,
-    target: Count,
-    guess: jax.Array | None,
-    *,
-    joint: bool,
-    smooth: int,
+    bracket: Bracket, target: Count, guess: Any, joint: Any, smooth: Any
 ) -> _State:
+    quick = jnp.ones(bracket.low.shape, bool)
+    candidates = _next(bracket, target, quick, joint, smooth)
     if guess is not None:
-        candidates = _about(guess, bracket)
-    else:
-        quick = jnp.ones(bracket.low.shape, bool)
-        candidates = _next(bracket, target, quick, joint=joint, smooth=smooth)
-    return _State(bracket, candidates, _unsettled(bracket, target, joint=joint))
+        candidates = jnp.where(
+            guess[1, :, None] > 0, _about(guess, bracket), candidates
+        )
+    return _State(bracket, candidates, _unsettled(bracket, target, joint))
 
 
-@functools.partial(jax.jit, static_argnames=("joint", "smooth"))
+@jax.jit
 def _narrowed(
     state: _State,
-    counts: Sequence[jax.Array] | jax.Array,
+    counts: Sequence[UInt32[Array, "some candidates"]],
     target: Count,
-    *,
-    joint: bool,
-    smooth: int,
+    joint: Any,
+    smooth: Any,
 ) -> _State:
     """The state after a pass.
 
     The next candidates are part of it: computed here once, not by each leaf's count.
     """
-    bracket, stacked = state.bracket, jnp.stack(counts)
+    bracket, counted = state.bracket, jnp.concatenate(counts)  # (rows, candidates)
     goal = Count(target.high[:, None], target.low[:, None])
-    enough = totals(stacked, joint=joint).at_least(goal)
-    found = _between(bracket, state.candidates, stacked, enough)
+    enough = totals(counted, joint).at_least(goal)  # (rows, candidates)
+    found = _between(bracket, state.candidates, counted, enough)
     found = jax.tree.map(lambda x, y: jnp.where(state.wanted, x, y), found, bracket)
+    # A pass by interpolation that leaves over a quarter is followed by an even grid,
+    # which leaves an eighth: two passes narrow a bracket by eight whatever the scores.
     quick = found.high - found.low <= (bracket.high - bracket.low) // 4
-    candidates = _next(found, target, quick, joint=joint, smooth=smooth)
-    return _State(found, candidates, _unsettled(found, target, joint=joint))
+    candidates = _next(found, target, quick, joint, smooth)
+    return _State(found, candidates, _unsettled(found, target, joint))
 
 
-def _unsettled(bracket: Bracket, target: Count, *, joint: bool) -> jax.Array:
-    at = totals(bracket.at, joint=joint)
+def _unsettled(bracket: Bracket, target: Count, joint: Any) -> Bool[Array, " rows"]:
+    at = totals(bracket.at, joint)
     exact = (at.high == target.high) & (at.low == target.low)
     return (bracket.low < bracket.high) & ~exact
 
 
 def _next(
-    bracket: Bracket, target: Count, quick: jax.Array, *, joint: bool, smooth: int
-) -> jax.Array:
-    """Where to count next, over `low`, (groups, candidates), ascending."""
+    bracket: Bracket,
+    target: Count,
+    quick: Bool[Array, " rows"],
+    joint: Any,
+    smooth: Any,
+) -> UInt[Array, "rows candidates"]:
+    """Where to count next: ascending, over `low`, at most `high`."""
     low, width = bracket.low[:, None], (bracket.high - bracket.low)[:, None]
-    place = jnp.arange(1, CANDIDATES + 1, dtype=low.dtype)[None]
+    place = jnp.arange(1, CANDIDATES + 1, dtype=low.dtype)[None]  # (1, candidates)
+    # An even grid: width * place / parts, rounded up, in an order that cannot overflow.
     parts = low.dtype.type(CANDIDATES + 1)
     rest = (width % parts * place + parts - low.dtype.type(1)) // parts
-    even = width // parts * place + rest
+    even = width // parts * place + rest  # (rows, candidates)
 
-    at, above = totals(bracket.at, joint=joint), totals(bracket.above, joint=joint)
-    inside = jnp.maximum(at.minus(above).real(), np.float32(1))
+    # Interpolation: inside the bracket the count falls from `at` to `above`. If it fell
+    # on a line, the target would be reached after this share of the width.
+    at, above = totals(bracket.at, joint), totals(bracket.above, joint)
+    inside = jnp.maximum(at.minus(above).real(), np.float32(1))  # (rows,)
     share = jnp.minimum(at.minus(target).real() / inside, np.float32(1))
-    # What the counts leave open inside the bracket, and that they may fall on a curve.
+    # How far off that may be, as a share of the width: 1.5 standard deviations of the
+    # quantile of so many values that are drawn evenly, and, where the density changes
+    # along the bracket, a part that grows with the width (it halves within `smooth`).
     real = width[:, 0].astype(np.float32)
     error = 1.5 * jnp.sqrt(share * (1 - share) / inside)
-    step = jnp.round(real * (error + real / np.float32(16 * smooth))) + np.float32(1)
+    curve = real / (np.float32(16) * jnp.asarray(smooth).astype(np.float32))
+    step = jnp.round(real * (error + curve)) + np.float32(1)
+    # The candidates are one such step apart, the middle one at the share.
     offset = place.astype(np.float32) - np.float32((CANDIDATES + 1) // 2)
     near = jnp.round(share * real)[:, None] + offset * step[:, None]
     near = jnp.clip(near, np.float32(1), real[:, None]).astype(low.dtype)
     near = jnp.minimum(near, width)  # float32 may have rounded the width up
 
+    # Steps as wide as the grid's promise no more than the grid.
     useful = quick & (np.float32(CANDIDATES + 1) * step < real)
-    useful &= width[:, 0] <= low.dtype.type(smooth)
+    useful &= width[:, 0] <= smooth
     return low + jnp.where(useful[:, None], near, even)
 
 
-def _about(guess: jax.Array, bracket: Bracket) -> jax.Array:
-    """Candidates in and around a guess, (groups, candidates), ascending."""
+def _about(
+    guess: UInt[Array, "2 rows"], bracket: Bracket
+) -> UInt[Array, "rows candidates"]:
+    """Candidates in and around a guess, ascending; the outer ones for a bad guess."""
     kind = guess.dtype.type
     low, high = bracket.low + kind(1), jnp.maximum(bracket.high, bracket.low + kind(1))
     left, right = jnp.clip(guess[0], low, high), jnp.clip(guess[1], low, high)
@@ -235,7 +280,10 @@ def _about(guess: jax.Array, bracket: Bracket) -> jax.Array:
 
 
 def _between(
-    bracket: Bracket, candidates: jax.Array, counts: jax.Array, enough: jax.Array
+    bracket: Bracket,
+    candidates: UInt[Array, "rows candidates"],
+    counts: UInt32[Array, "rows candidates"],
+    enough: Bool[Array, "rows candidates"],
 ) -> Bracket:
     """The bracket between two neighbouring candidates, or between one and an end.
 

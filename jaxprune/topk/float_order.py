@@ -5,12 +5,13 @@ under minus infinity. Integers are compared and not floats, because some backend
 subnormal numbers for zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt32
 
 
 class Line(NamedTuple):
@@ -43,13 +44,20 @@ class Line(NamedTuple):
             1 << info.nmant,
         )
 
-    def rank(self, position: jax.Array) -> jax.Array:
+    def rank(self, position: UInt[Array, "..."]) -> Int[Array, "..."]:
         """The rank at a position."""
-        half = 1 << np.iinfo(self.signed).bits - 1
-        return (position - self.unsigned.type(half)).astype(self.signed)
+        return (position - self._half()).astype(self.signed)
+
+    def position(self, rank: Int[Array, "..."]) -> UInt[Array, "..."]:
+        """The position of a rank; a rank under zero wraps around and back."""
+        return rank.astype(self.unsigned) + self._half()
+
+    def _half(self) -> np.unsignedinteger:
+        """The position of zero."""
+        return self.unsigned.type(1 << np.iinfo(self.signed).bits - 1)
 
 
-def of(scores: jax.Array, signed: Any) -> jax.Array:
+def of(scores: Float[Array, "..."], signed: Any) -> Int[Array, "..."]:
     """The ranks of scores.
 
     Args:
@@ -69,7 +77,9 @@ def of(scores: jax.Array, signed: Any) -> jax.Array:
     return jnp.where(size > infinity, kind(info.min), ranks)
 
 
-def number(flags: Sequence[jax.Array], axes: Sequence[int]) -> Sequence[jax.Array]:
+def number(
+    flags: Sequence[Bool[Array, "..."]], axes: Sequence[int]
+) -> Sequence[UInt32[Array, "..."]]:
     """How many are True, in one read of what the flags come from.
 
     One reduction of several operands: XLA fuses it with what makes the flags, where on
@@ -89,32 +99,3 @@ def number(flags: Sequence[jax.Array], axes: Sequence[int]) -> Sequence[jax.Arra
         return [x + y for x, y in zip(a, b, strict=True)]
 
     return jax.lax.reduce(ones, zeros, add, tuple(axes))
-
-
-def unless_settled(
-    count: Callable[[jax.Array, jax.Array], Sequence[jax.Array]],
-    leaf: jax.Array,
-    candidates: jax.Array,
-    wanted: jax.Array,
-) -> jax.Array:
-    """What a leaf counts for each candidate, or zeros without a look at the leaf.
-
-    Args:
-      count: the leaf and the candidates to a count for each candidate, uint32.
-      leaf: any array.
-      candidates: (candidates,).
-      wanted: whether to count, bool.
-
-    Returns:
-      Counts, uint32 (candidates,).
-    """
-    # XLA would take what is made of the leaf alone out of the loop over passes, and
-    # keep it in memory; behind the barrier it depends on the pass.
-    leaf, candidates = jax.lax.optimization_barrier((leaf, candidates))
-    return jax.lax.cond(
-        wanted,
-        lambda leaf, candidates: jnp.stack(count(leaf, candidates)),
-        lambda leaf, candidates: jnp.zeros(candidates.shape, np.uint32),
-        leaf,
-        candidates,
-    )

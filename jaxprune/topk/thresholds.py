@@ -4,7 +4,12 @@ The threshold is found by narrowing a bracket of positions in the order of the f
 sample says where to begin, exact counts decide. Nothing is sorted, joined or gathered,
 so it works on any sharding; leaves are only read, a few times, and masks are made leaf
 by leaf from a `Cut`. Ties keep the first by (leaf, flat index). NaN ranks lowest, under
-minus infinity.
+minus infinity. Counts are Python integers of any size, or integers traced by `jit`: one
+compiled program then serves every count.
+
+One search has two levels: the threshold among the positions of floats, then, of what is
+equal to the threshold, the flat index under which ties are kept. A row, in the shapes
+below, is what is ranked: a whole leaf, or a slice of a matrix.
 """
 
 import contextlib
@@ -16,45 +21,43 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt, UInt32
 
 from jaxprune.arrays import low_bit
-from jaxprune.topk import count_search, float_order
+from jaxprune.topk import count_search, float_order, sampling
 from jaxprune.topk.count_search import Bracket, Count, Order
 from jaxprune.topk.float_order import Line
-
-# A sample saves passes where a ranking has at least so many scores. One score of 67 is
-# in it: a prime meets every column, whatever power of two the rows are long.
-_SAMPLE_FROM = 1 << 17
-_STRIDE = 67
-# More does not narrow a bracket enough to be worth its memory.
-_SAMPLE_MOST = 1 << 21
 
 
 class Cut(NamedTuple):
     """Where a leaf is cut: kept is what ranks above the threshold, or early ties.
 
     Attributes:
-      threshold: the rank of the lowest score that is kept, an integer scalar as wide as
-        the floats of the ranking.
-      bound: the flat index under which this leaf's ties are kept, uint32.
+      threshold: the rank of the lowest score that is kept, as wide as the floats of the
+        ranking.
+      bound: the flat index under which this leaf's ties are kept.
     """
 
-    threshold: jax.Array
-    bound: jax.Array
+    threshold: Int[Array, "*rows"]
+    bound: UInt32[Array, "*rows"]
 
 
-def cut_together(scores: Sequence[jax.Array], kept: int) -> list[Cut]:
+def cut_together(
+    scores: Sequence[Float[Array, "..."]], kept: int | Integer[Array, ""] | Count
+) -> list[Cut]:
     """Cuts that keep the `kept` highest scores of all leaves together.
 
     Args:
       scores: arrays of any shape and floating dtype; each has under 2^32 elements.
-      kept: how many to keep, 0 to the number of scores.
+      kept: how many to keep, 0 to the number of scores; an integer array or, for counts
+        over 32 bits, a `Count` of shape (1,) may be traced, and out of range it counts
+        as the nearest number in range.
 
     Returns:
       One cut a leaf; their masks are True exactly `kept` times.
 
     Raises:
-      ValueError: `kept` is out of range.
+      ValueError: `kept` is a Python integer out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,22 +67,32 @@ def cut_together(scores: Sequence[jax.Array], kept: int) -> list[Cut]:
       >>> select.mask(scores, cut).tolist()
       [True, False, False]
     """
-    _check(kept, sum(leaf.size for leaf in scores))
-    return _cuts(list(scores), [kept], joint=True)
+    size = sum(leaf.size for leaf in scores)
+    if isinstance(kept, jax.Array):
+        kept = Count.of(kept.reshape(1))
+    elif not isinstance(kept, Count):
+        kept = Count.of([_checked(kept, size)])
+    target = kept.clipped(Count.of([size]))
+    cut = _cut(list(scores), target, joint=True)
+    return _by_leaf(cut, len(scores))
 
 
-def cut_each(scores: Sequence[jax.Array], kept: Sequence[int]) -> list[Cut]:
+def cut_each(
+    scores: Sequence[Float[Array, "..."]],
+    kept: Sequence[int] | Integer[Array, " leaves"],
+) -> list[Cut]:
     """Cuts that keep the highest scores of each leaf by itself.
 
     Args:
       scores: arrays of any shape and floating dtype; each has under 2^32 elements.
-      kept: how many to keep of each, 0 to its size.
+      kept: how many to keep of each, 0 to its size; an integer array may be traced, and
+        out of range it counts as the nearest number in range.
 
     Returns:
       One cut a leaf; its mask is True exactly so many times.
 
     Raises:
-      ValueError: a number is out of range.
+      ValueError: a Python integer is out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,29 +102,84 @@ def cut_each(scores: Sequence[jax.Array], kept: Sequence[int]) -> list[Cut]:
       >>> [select.mask(*pair).tolist() for pair in zip(scores, cuts)]
       [[True, False], [False, True]]
     """
-    for leaf, number in zip(scores, kept, strict=True):
-        _check(number, leaf.size)
+    if isinstance(kept, jax.Array):
+        number = Count.of(kept)
+    else:
+        pairs = zip(kept, scores, strict=True)
+        number = Count.of([_checked(count, leaf.size) for count, leaf in pairs])
     cuts: dict[int, Cut] = {}
     for dtype in dict.fromkeys(leaf.dtype for leaf in scores):
         own = [i for i, leaf in enumerate(scores) if leaf.dtype == dtype]
-        found = _cuts([scores[i] for i in own], [kept[i] for i in own], joint=False)
+        leaves = [scores[i] for i in own]
+        target = jax.tree.map(lambda half, own=own: half[np.array(own)], number)
+        target = target.clipped(Count.of([leaf.size for leaf in leaves]))
+        found = _by_leaf(_cut(leaves, target, joint=False), len(leaves))
         cuts.update(zip(own, found, strict=True))
     return [cuts[i] for i in range(len(scores))]
 
 
-def mask(scores: jax.Array, cut: Cut) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="axis")
+def highest(
+    scores: Float[Array, "..."], kept: Any, axis: int | None = None
+) -> Bool[Array, "..."]:
+    """The mask of exactly the `kept` highest scores.
+
+    Args:
+      scores: floats of any shape, under 2^32 of them.
+      kept: how many to keep, an integer, traced or not; of each slice along `axis` if
+        one is given, and then also an array that broadcasts over the slices (the
+        scores' shape without the axis). Out of range it counts as the nearest that is
+        in range.
+      axis: None ranks the whole array, an integer each slice along that axis.
+
+    Returns:
+      Booleans of the scores' shape; ties keep the first by flat index, or along the
+      axis.
+
+    Raises:
+      TypeError: the scores are not floating, or `kept` is no integer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxprune.topk.thresholds import highest
+      >>> highest(jnp.array([2.0, 1.0, 2.0, 3.0]), 2).tolist()
+      [True, False, False, True]
+    """
+    scores, kept = jnp.asarray(scores), jnp.asarray(kept)
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(f"highest needs floating scores, got {scores.dtype}")
+    if not jnp.issubdtype(kept.dtype, jnp.integer):
+        raise TypeError(f"highest needs an integer kept, got {kept.dtype}")
+    if not scores.size:
+        return jnp.zeros(scores.shape, bool)
+    slices = scores.reshape(-1) if axis is None else jnp.moveaxis(scores, axis, -1)
+    number = jnp.broadcast_to(kept, slices.shape[:-1]).ravel()
+    rows = slices.reshape(number.size, slices.shape[-1])
+    target = Count.of(jnp.minimum(number, rows.shape[1]))
+    found = mask(rows, _cut([rows], target, joint=False, by_row=True))
+    if axis is None:
+        return found.reshape(scores.shape)
+    return jnp.moveaxis(found.reshape(slices.shape), -1, axis)
+
+
+def mask(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
     """The mask of one leaf.
 
     Args:
       scores: the leaf.
-      cut: its cut.
+      cut: its cut; one cut a slice of the leading axes, if it has axes.
 
     Returns:
       Booleans of the leaf's shape and sharding; True is kept.
     """
-    own = float_order.of(scores, cut.threshold.dtype)
-    early = low_bit.flat_index(scores.shape) < cut.bound
-    return (own > cut.threshold) | ((own == cut.threshold) & early)
+    rows = cut.bound.ndim
+    across = cut.bound.shape + (1,) * (scores.ndim - rows)
+    own, least = float_order.of(scores, cut.threshold.dtype), cut.threshold
+    index = low_bit.flat_index(scores.shape[rows:]).reshape(
+        (1,) * rows + scores.shape[rows:]
+    )
+    early, least = index < cut.bound.reshape(across), least.reshape(across)
+    return (own > least) | ((own == least) & early)
 
 
 def at_once(leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
@@ -129,216 +197,205 @@ def at_once(leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _check(kept: int, size: int) -> None:
+def _checked(kept: int, size: int) -> int:
     if not 0 <= kept <= size:
         raise ValueError(f"kept must be 0 to {size}, the number of scores, got {kept}")
+    return kept
 
 
-def _cuts(scores: list[jax.Array], kept: Sequence[int], *, joint: bool) -> list[Cut]:
-    """Cuts of one ranking of all leaves together, or of a ranking of each."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in scores)
-    with at_once(scores):
-        line = Line.of(jnp.result_type(*scores))
-        sizes = np.array([leaf.size for leaf in scores], np.uint32)
-        everything = _everything(len(kept), sizes, line)
-        target = count_search.split(kept)
-        guess = _guess(scores, target, line, joint=joint)
+class _Level(NamedTuple):
+    """One level of the search: where it begins, and what the level before has found.
 
-        def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
-            count = _count if traced else _count_jit
-            return [
-                count(leaf, candidates, wanted, 0 if joint else i, line)
-                for i, leaf in enumerate(scores)
-            ]
+    Attributes:
+      place: the positions of the thresholds.
+      bound: the flat index under which ties are kept.
+      target: how much counts enough: of all scores, then of each row's ties.
+      bracket: where the answers lie.
+      guess: between which positions they probably are, 0 where nothing is known.
+      joint: whether the rows are ranked together, a bool scalar.
+      smooth: as in `count_search.Order`.
+    """
 
-        order = Order(counts, joint, line.octave)
-        found = count_search.search(order, target, everything, guess, traced=traced)
-        place, want, have = _shares(found, target, joint=joint)
-        bounds = _tie_bounds(scores, place, have, want, line, traced=traced)
-        return _assembled(place, bounds, line=line)
+    place: UInt[Array, " rows"]
+    bound: UInt32[Array, " rows"]
+    target: Count
+    bracket: Bracket
+    guess: UInt[Array, "2 rows"]
+    joint: Bool[Array, ""]
+    smooth: UInt[Array, ""]
 
 
-def _count(
-    leaf: jax.Array, candidates: jax.Array, wanted: jax.Array, group: Any, line: Line
-) -> jax.Array:
-    """One leaf's scores at or above its group's candidates, uint32 (candidates,)."""
+def _cut(
+    leaves: Sequence[jax.Array], target: Count, *, joint: bool, by_row: bool = False
+) -> Cut:
+    """The cuts (rows,) of one ranking of all leaves together, or of one of each row.
 
-    def count(leaf: jax.Array, candidates: jax.Array) -> Sequence[jax.Array]:
-        own = float_order.of(leaf, line.signed)
-        least = line.rank(candidates)
-        return float_order.number([own >= rank for rank in least], range(leaf.ndim))
+    A row is a leaf or, `by_row`, a row of the only leaf.
+    """
+    traced = any(isinstance(x, jax.core.Tracer) for x in [*leaves, *target])
+    with at_once([*leaves, *target]):
+        line = Line.of(jnp.result_type(*leaves))
+        shapes = (
+            [leaves[0].shape[1:]] * len(leaves[0]) if by_row else map(jnp.shape, leaves)
+        )
+        sizes = np.array([math.prod(shape) for shape in shapes], np.uint32)  # (rows,)
+        guess = None if by_row else sampling.guess(leaves, target, line, joint=joint)
+        count = _count if traced else _count_jit
+        rows = (
+            [None]
+            if by_row
+            else _numbers(len(leaves))
+            if traced
+            else range(len(leaves))
+        )
 
-    return float_order.unless_settled(count, leaf, candidates[group], wanted[group])
+        def found(level: _Level, ties: Any) -> _Level:
+            def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
+                return [
+                    count(leaf, row, level.place, candidates, wanted, line, ties)
+                    for leaf, row in zip(leaves, rows, strict=True)
+                ]
+
+            order = Order(counts, level.joint, level.smooth)
+            start = level.target, level.bracket, level.guess
+            bracket = count_search.search(order, *start, traced=traced)
+            return _next_level(level, bracket, sizes, ties, joint=joint)
+
+        level = _first_level(sizes, target, guess, line=line, joint=joint)
+        if traced:  # one body for both levels: XLA compiles each leaf's count but once
+            level = jax.lax.fori_loop(0, 2, lambda n, own: found(own, n > 0), level)
+        else:
+            level = found(found(level, False), True)
+        return Cut(line.rank(level.place), level.bound)
 
 
-def _everything(groups: int, sizes: np.ndarray, line: Line) -> Bracket:
-    """The bracket that holds any threshold; all scores count at its low end."""
-    low, high = (
-        np.zeros(groups, line.unsigned),
-        np.full(groups, line.top, line.unsigned),
-    )
-    return Bracket(*map(jnp.asarray, (low, high, sizes, np.zeros_like(sizes))))
-
-
-@functools.partial(jax.jit, static_argnames="line")
-def _assembled(place: jax.Array, bounds: jax.Array, *, line: Line) -> list[Cut]:
-    thresholds = line.rank(place)
-    return [Cut(thresholds[i], bounds[i]) for i in range(bounds.size)]
+@functools.partial(jax.jit, static_argnames=("line", "joint"))
+def _first_level(
+    sizes: UInt32[Array, " rows"], target: Count, guess: Any, *, line: Line, joint: bool
+) -> _Level:
+    """The thresholds among the positions of floats."""
+    kind = line.unsigned.type
+    bracket = count_search.everything(sizes, kind(line.top))
+    target = jax.tree.map(lambda half: jnp.broadcast_to(half, sizes.shape), target)
+    guess = jnp.broadcast_to(kind(0) if guess is None else guess, (2, sizes.size))
+    octave, ranked_together = jnp.asarray(kind(line.octave)), jnp.asarray(joint)
+    none = jnp.zeros_like(sizes)
+    return _Level(bracket.low, none, target, bracket, guess, ranked_together, octave)
 
 
 @functools.partial(jax.jit, static_argnames="joint")
-def _shares(
-    found: Bracket, kept: Count, *, joint: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each leaf, its threshold's position, the ties to keep, the ties it has."""
-    spare = kept.minus(count_search.totals(found.above, joint=joint))
-    have = found.at - found.above
-    place = jnp.broadcast_to(found.low, have.shape)
-    if not joint:
-        return place, spare.low, have
+def _next_level(
+    level: _Level,
+    found: Bracket,
+    sizes: UInt32[Array, " rows"],
+    ties: Any,
+    *,
+    joint: bool,
+) -> _Level:
+    """What a search has found and, after that of the thresholds, the level of ties."""
+    spare = level.target.minus(count_search.totals(found.above, level.joint))
+    have = found.at - found.above  # each row's scores equal to its threshold
 
     def take(spare: Count, ties: jax.Array) -> tuple[Count, jax.Array]:
         taken = spare.at_most(ties)
         return spare.minus(Count(jnp.zeros_like(taken), taken)), taken
 
-    # The first leaves' ties first.
-    want = jax.lax.scan(take, jax.tree.map(lambda x: x[0], spare), have)[1]
-    return place, want, have
-
-
-def _guess(
-    scores: Sequence[jax.Array], kept: Count, line: Line, *, joint: bool
-) -> jax.Array | None:
-    """Positions between which a sample sees the thresholds, (2, groups).
-
-    None where rankings are short, and on several devices: there slices would travel.
-    """
-    sizes = np.array([leaf.size for leaf in scores])
-    mesh = [jax.typeof(leaf).sharding.mesh for leaf in scores]
-    spread = any(math.prod(size for _, size in m.shape_tuple) > 1 for m in mesh)
-    length = sizes.sum() if joint else sizes.sum() // len(sizes)
-    if spread or length < _SAMPLE_FROM:
-        return None
-    most = int(length) // _STRIDE
-    strides = [max(size // most, 1) | 1 for size in sizes.tolist()]
-    if joint:
-        strides = [max(_STRIDE, int(length) // _SAMPLE_MOST | 1)] * len(scores)
-    rows = [
-        _sampled(leaf, stride, line=line)
-        for leaf, stride in zip(scores, strides, strict=True)
-    ]
-    total = np.array([sizes.sum()] if joint else sizes, np.float32)
-    return _between_samples(rows, kept, total, line=line, joint=joint)
-
-
-@functools.partial(jax.jit, static_argnames=("stride", "line"))
-def _sampled(leaf: jax.Array, stride: int, *, line: Line) -> jax.Array:
-    """The ranks of one score of so many."""
-    return float_order.of(
-        jax.lax.slice(leaf.ravel(), [0], [leaf.size], [stride]), line.signed
+    want = spare.low
+    if joint:  # the first leaves' ties first
+        first = jax.tree.map(lambda half: half[0], spare)
+        want = jax.lax.scan(take, first, have)[1]
+    # Ties lie at their places from the end, 1 to the size, so that counts fall as
+    # positions rise. A row that keeps all its ties, or none, has nothing to look for.
+    one, kind = np.uint32(1), found.low.dtype.type
+    last = jnp.where((want > 0) & (want < have), sizes, one).astype(kind)
+    none = jnp.zeros_like(want)
+    place = jnp.where(ties, level.place, found.low)
+    bound = sizes + one - found.low.astype(np.uint32)
+    return _Level(
+        place=place,
+        bound=jnp.where(level.target.low > 0, bound, none),
+        target=Count(none, want),
+        bracket=Bracket(jnp.ones_like(last), last, have, none),
+        guess=jnp.zeros_like(level.guess),
+        joint=jnp.zeros_like(level.joint),
+        smooth=jnp.asarray(kind(1 << 31)),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("line", "joint"))
-def _between_samples(
-    rows: Sequence[jax.Array],
-    kept: Count,
-    size: jax.Array,
-    *,
-    line: Line,
-    joint: bool,
-) -> jax.Array:
-    """Positions that by the samples count a little more and a little less than kept."""
-    lowest = np.iinfo(line.signed).min
-    longest = max(row.size for row in rows)
-    padded = [
-        jnp.pad(row, (0, longest - row.size), constant_values=lowest) for row in rows
-    ]
-    sample = jnp.concatenate(rows)[None] if joint else jnp.stack(padded)
-    sizes = [row.size for row in rows]
-    have = np.array([sum(sizes)] if joint else sizes, np.uint32)
-
-    def counts(candidates: jax.Array, wanted: jax.Array) -> jax.Array:
-        least = line.rank(candidates)
-        flags = [sample >= least[:, k, None] for k in range(least.shape[1])]
-        return jnp.stack(float_order.number(flags, (1,)), 1)
-
-    def position(target: jax.Array) -> jax.Array:
-        goal = Count(jnp.zeros_like(target), target)
-        return count_search.search(order, goal, start, traced=True).low
-
-    order = Order(counts, joint=False, smooth=line.octave)
-    start = _everything(have.size, have, line)
-    share, taken = kept.real() / size, have.astype(np.float32)
-    slack = 5 * jnp.sqrt(share * (1 - share) / taken) + 2 / taken
-    ends = [jnp.clip(share + off, 0, 1) * taken for off in (slack, -slack)]
-    return jax.lax.map(position, jnp.stack(ends).astype(np.uint32))
-
-
-def _tie_bounds(
-    scores: Sequence[jax.Array],
-    place: jax.Array,
-    have: jax.Array,
-    want: jax.Array,
-    line: Line,
-    *,
-    traced: bool,
-) -> jax.Array:
-    """For each leaf, the flat index under which its ties are kept.
-
-    A search by position from the end. Only leaves whose ties are kept in part are read.
-    """
-    sizes = np.array([leaf.size for leaf in scores], np.uint32)
-
-    def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
-        count = _count_ties if traced else _count_ties_jit
-        return [
-            count(leaf, place, candidates, wanted, i, line)
-            for i, leaf in enumerate(scores)
-        ]
-
-    start, target = _ties_begun(sizes, have, want)
-    order = Order(counts, joint=False, smooth=1 << 31)
-    found = count_search.search(order, target, start, traced=traced)
-    return _ties_done(sizes, have, want, found.low)
-
-
-@jax.jit
-def _ties_begun(
-    sizes: jax.Array, have: jax.Array, want: jax.Array
-) -> tuple[Bracket, Count]:
-    none = jnp.zeros_like(have)
-    last = jnp.where((want > 0) & (want < have), sizes - np.uint32(1), none)
-    # A leaf that keeps all its ties, or none, is settled.
-    return Bracket(none, last, have, none), Count(none, want)
-
-
-@jax.jit
-def _ties_done(
-    sizes: jax.Array, have: jax.Array, want: jax.Array, found: jax.Array
-) -> jax.Array:
-    return jnp.where(want > 0, sizes - found, np.uint32(0))
-
-
-def _count_ties(
-    leaf: jax.Array,
-    place: jax.Array,
-    candidates: jax.Array,
-    wanted: jax.Array,
+def _count(
+    leaf: Float[Array, "..."],
     i: Any,
+    place: UInt[Array, " rows"],
+    candidates: UInt[Array, "rows candidates"],
+    wanted: Bool[Array, " rows"],
     line: Line,
-) -> jax.Array:
-    """One leaf's ties under flat indices, which candidates give from the end."""
-    threshold = line.rank(place[i])
+    ties: Any,
+) -> UInt32[Array, "some candidates"]:
+    """Counts of a leaf, which is row `i`, or all rows if that is None.
 
-    def count(leaf: jax.Array, left_out: jax.Array) -> Sequence[jax.Array]:
-        tied = float_order.of(leaf, line.signed) == threshold
-        index = jnp.where(tied, low_bit.flat_index(leaf.shape), np.uint32(0xFFFFFFFF))
-        bounds = np.uint32(leaf.size) - left_out
-        return float_order.number([index < bound for bound in bounds], range(leaf.ndim))
+    Args:
+      leaf: the scores.
+      i: which row it is.
+      place: the thresholds' positions, for ties.
+      candidates: positions of scores or, for ties, places from the row's end.
+      wanted: the rows that need a count; without any the leaf is not read.
+      line: the positions.
+      ties: whether ties are counted; if it is traced, counts of both kinds are one
+        program, and if not, each kind does what it needs.
 
-    return float_order.unless_settled(count, leaf, candidates[i], wanted[i])
+    Returns:
+      How many of each row lie at or above its candidates.
+    """
+
+    def own_rows(values: jax.Array) -> jax.Array:
+        if i is None:
+            return values
+        return jax.lax.dynamic_index_in_dim(values, i, 0)  # (1, ...)
+
+    def count(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
+        rows = leaf if i is None else leaf[None]
+        across = (len(rows),) + (1,) * (rows.ndim - 1)
+        own, least = float_order.of(rows, line.signed), own_rows(candidates)
+        if ties is False:
+            keys, least = own, line.rank(least)
+        else:
+            tied = own == line.rank(own_rows(place)).reshape(across)
+            length = np.uint32(math.prod(rows.shape[1:]))
+            keys = length - low_bit.flat_index(rows.shape[1:])[None]  # 1 is the last
+            keys = jnp.where(tied, keys, np.uint32(0)).astype(line.unsigned)
+            if ties is not True:
+                keys = jnp.where(ties, keys, line.position(own))
+        flags = [keys >= least[:, k].reshape(across) for k in range(least.shape[1])]
+        return jnp.stack(float_order.number(flags, range(1, rows.ndim)), 1)
+
+    def nothing(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
+        return jnp.zeros(own_rows(candidates).shape, np.uint32)
+
+    # XLA would take what is made of the leaf alone out of the loop over passes, and
+    # keep it in memory; behind the barrier it depends on the pass.
+    operands = jax.lax.optimization_barrier((leaf, candidates))
+    return jax.lax.cond(jnp.any(own_rows(wanted)), count, nothing, *operands)
 
 
-_count_jit = jax.jit(_count, static_argnames="line")
-_count_ties_jit = jax.jit(_count_ties, static_argnames="line")
+_count_jit = jax.jit(_count, static_argnames=("line", "ties"))
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _by_leaf(cut: Cut, size: int) -> list[Cut]:
+    """A cut with axes as one cut for each of so many leaves."""
+
+    def at(row: jax.Array) -> Cut:
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, row, 0, False), cut
+        )
+
+    return [at(row) for row in _numbers(size)]
+
+
+def _numbers(size: int) -> list[jax.Array]:
+    """0, 1, 2, ..., hidden from XLA.
+
+    It compiles equal pieces of a program once; what it does for one leaf and for
+    another of its shape would differ by a constant.
+    """
+    return jax.lax.optimization_barrier([np.uint32(n) for n in range(size)])

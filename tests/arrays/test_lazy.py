@@ -48,7 +48,7 @@ def held(tree):
     return [x for x in jax.tree.leaves(tree) if not isinstance(x, jp.LazyArray)]
 
 
-def test_a_stored_leaf_says_its_shape():
+def test_a_lazy_array_says_its_shape():
     leaf = jp.LazyArray((2, 3), np.dtype(np.float32), lambda: jnp.ones((2, 3)))
     assert (leaf.ndim, leaf.size) == (2, 6)
     assert lazy.array(leaf).tolist() == [[1] * 3] * 2
@@ -64,7 +64,7 @@ def test_the_bits_are_those_of_arrays(method, tmp_path):
 
 
 @pytest.mark.parametrize("shares", [jp.allocation.ERK(), jp.allocation.OWL(factor=1.5)])
-def test_shares_read_what_they_need(shares, tmp_path):
+def test_an_allocation_reads_what_it_needs(shares, tmp_path):
     options = {"method": "wanda", "sparsity": 0.4, "allocation": shares}
     expected = prune(run_chain, PARAMS, **options)
     found = prune(run_chain, Shelf(PARAMS).params, directory=tmp_path, **options)
@@ -82,7 +82,7 @@ def test_the_trace_reads_nothing():
     shelf = Shelf(PARAMS)
     seen = jp.trace(run_chain, shelf.params, BATCHES[0])
     expected = jp.trace(run_chain, PARAMS, BATCHES[0])
-    assert [p.name for p in seen.products] == [p.name for p in expected.products]
+    assert [p.name for p in seen.linear_ops] == [p.name for p in expected.linear_ops]
     assert not shelf.reads
 
 
@@ -144,7 +144,7 @@ def test_a_killed_walk_goes_on(tmp_path):
     assert again.report["weights"][:2] == whole.report["weights"][:2]
 
 
-def test_what_is_stored_must_be_finite(tmp_path):
+def test_a_lazy_array_must_be_finite(tmp_path):
     wrong = jax.tree.map(lambda x: x.at[0].set(jnp.nan), PARAMS)
     with pytest.raises(ValueError, match="finite"):
         prune(run_chain, Shelf(wrong).params, directory=tmp_path / "new")

@@ -1,5 +1,7 @@
 """Few bits hold an average: rounding is unbiased, and its errors do not add up."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,9 +231,17 @@ def test_a_sudden_growth_saturates_until_the_unit_is_fitted_again():
     np.testing.assert_allclose(np.asarray(jp.get_importance(state).weight), 1, rtol=0.1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params():
-    return {"kernel": jnp.asarray(RANDOM.normal(size=(16, 40)), jnp.float32)}
+    drawn = RANDOM.normal(size=(16, 40)).astype(np.float32)
+    # Committed, as on a mesh.
+    return {"kernel": jax.device_put(drawn, jax.devices()[0])}
+
+
+@pytest.fixture(scope="module")
+def trained(params):
+    """Parameters and state after three watched steps, each kind compiled once."""
+    return functools.cache(lambda *kind: stepped(watching(*kind), params))
 
 
 def stepped(tx, params, steps=3):
@@ -265,9 +275,8 @@ def watching(name, memory="device", every=1):
         "threshold",
     ],
 )
-def test_criteria_read_every_storage(params, name, criterion):
-    after, lean = stepped(watching(name), params)
-    _, wide = stepped(watching("float32"), params)
+def test_criteria_read_every_storage(trained, name, criterion):
+    (after, lean), (_, wide) = trained(name), trained("float32")
     score = getattr(jp.scores, criterion)
     expected = score(after, jp.get_importance(wide))["kernel"]
     for one in (score, jax.jit(score)):
@@ -279,9 +288,9 @@ def test_criteria_read_every_storage(params, name, criterion):
 @pytest.mark.parametrize("name", low_bit.STORAGES)
 @pytest.mark.parametrize("memory", ["device", "pinned_host"])
 def test_the_averaged_weights_can_be_ranked_in_place_of_the_weights(
-    params, name, memory
+    trained, name, memory
 ):
-    after, state = stepped(watching(name, memory), params)
+    after, state = trained(name, memory)
     importance = jp.get_importance(state)
     for score in (jp.scores.trajectory, jax.jit(jp.scores.trajectory)):
         scores = score(importance.weight, importance)
@@ -301,10 +310,9 @@ def test_results_depend_on_the_seed_and_on_nothing_else(params, name):
 
 @pytest.mark.parametrize("name", low_bit.STORAGES)
 @pytest.mark.parametrize("every", [1, 2])
-def test_host_memory_holds_the_same_bits(params, name, every):
-    params = jax.device_put(params, jax.devices()[0])  # committed, as on a mesh
-    _, device = stepped(watching(name, every=every), params)
-    _, host = stepped(watching(name, "pinned_host", every), params)
+def test_host_memory_holds_the_same_bits(params, trained, name, every):
+    _, device = trained(name, *(["device", 2] if every == 2 else []))
+    _, host = trained(name, "pinned_host", *([2] if every == 2 else []))
     assert same_bits(jax.device_get(device), jax.device_get(host))
     for leaf in jax.tree.leaves(host):
         expected = "pinned_host" if leaf.ndim or leaf.dtype != jnp.int32 else None
@@ -361,7 +369,7 @@ def test_what_is_not_offered_is_refused():
 
 def temporaries(tracker):
     """Bytes that a compiled, donated training step needs beside its arguments."""
-    params = {f"layer_{n:02d}": jnp.ones((256, 256), jnp.bfloat16) for n in range(16)}
+    params = {f"layer_{n:02d}": jnp.ones((256, 256), jnp.bfloat16) for n in range(6)}
     tx = optax.chain(optax.adamw(1e-3), tracker)
 
     def loss(params):

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,38 +67,39 @@ def oracle(weight, removed):
 dtypes = st.sampled_from([np.dtype("f4"), np.dtype("f2"), np.dtype("f8"), BFLOAT16])
 
 
+def zeroed(weight, removed, pattern):
+    """What is left of an [out, in] matrix."""
+    with jax.enable_x64(weight.itemsize == 8):
+        kept = prune_magnitude._kept(weight, removed, pattern, input_first=False)
+    return np.where(kept, weight, weight.dtype.type(0))
+
+
 @given(
-    st.lists(st.integers(-3, 3), min_size=1, max_size=60),
-    st.floats(0, 0.99),
-    dtypes,
-    st.integers(1, 20),
+    st.lists(st.integers(-3, 3), min_size=48, max_size=48), st.floats(0, 0.99), dtypes
 )
-def test_counts_are_exact_and_ties_keep_the_first(values, share, dtype, chunk):
-    weight = np.array(values, dtype)
+def test_counts_are_exact_and_ties_keep_the_first(values, share, dtype):
+    weight = np.array(values, dtype).reshape(6, 8)
     removed = round(share * weight.size)
-    cut = weight.copy()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune_magnitude, "_CHUNK", chunk)
-        prune_magnitude._cut(cut.view(f"u{dtype.itemsize}"), removed)
+    cut = zeroed(weight, removed, jp.patterns.Unstructured())
     np.testing.assert_array_equal(cut, oracle(weight, removed))
 
 
-@given(st.integers(1, 6), st.integers(1, 9), st.floats(0, 0.99), st.integers(1, 20))
-def test_each_output_loses_the_same_count_and_ties_keep_the_first(
-    outputs, inputs, share, chunk
-):
-    weight = np.random.default_rng(outputs).integers(-2, 3, (outputs, inputs))
-    weight = weight.astype(np.float32)
+def test_float64_weights_that_are_one_float32_are_told_apart(tmp_path):
+    weight = (1 + np.arange(48)[::-1] * 2.0**-50).reshape(6, 8)
+    new, _ = prune(tmp_path, {"w.weight": weight}, sparsity=0.5)
+    np.testing.assert_array_equal(new["w.weight"], oracle(weight, 24))
+
+
+@given(
+    st.sampled_from([(1, 9), (4, 1), (6, 7)]), st.integers(0, 99), st.floats(0, 0.99)
+)
+def test_each_output_loses_the_same_count_and_ties_keep_the_first(shape, seed, share):
+    weight = np.random.default_rng(seed).integers(-2, 3, shape).astype(np.float32)
     removed = round(share * weight.size)
-    per, rest = divmod(removed, outputs)
+    per, rest = divmod(removed, len(weight))
     wanted = [oracle(row, per + (i < rest)) for i, row in enumerate(weight)]
-    bits = weight.copy().view(np.uint32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune_magnitude, "_CHUNK", chunk)
-        for part, start in prune_magnitude._row_chunks(bits):
-            counts = per + (np.arange(start, start + len(part)) < rest)
-            part[prune_magnitude._lowest(part & np.uint32(0x7FFFFFFF), counts)] = 0
-    np.testing.assert_array_equal(bits.view(np.float32), np.stack(wanted))
+    cut = zeroed(weight, removed, jp.patterns.PerOutput())
+    np.testing.assert_array_equal(cut, np.stack(wanted))
 
 
 def test_every_pattern_keeps_the_first_of_tied_weights(tmp_path):
@@ -237,7 +239,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
     prune_magnitude.prune_directory(source, tmp_path / "whole", sparsity=0.5)
     code = """
         import os, signal
-        from jaxprune import directory, streaming
+        from jaxprune.formats import checkpoint_dir as directory
+        from jaxprune.formats import prune_magnitude as streaming
 
         def kill(name, done, total):
             if done > 0.6 * total:
@@ -263,7 +266,9 @@ def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
     build(tmp_path / "m", tensors, 2)
     code = """
         import pathlib
-        from jaxprune import directory, patterns, streaming
+        from jaxprune.formats import checkpoint_dir as directory
+        from jaxprune.formats import prune_magnitude as streaming
+        from jaxprune.masking import patterns
 
         def peak():
             status = pathlib.Path("/proc/self/status").read_text()

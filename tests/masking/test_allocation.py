@@ -300,6 +300,17 @@ def test_ranked_gives_make_the_counts_of_its_own_scores():
     assert pruned_counts(masks) == pruned_counts(expected)
 
 
+def test_ranked_works_under_jit_where_its_own_scores_have_values():
+    scores = jp.scores.magnitude(PARAMS)
+    ranked = jp.allocation.Ranked(scores)
+    make = lambda s: jp.masks.make(s, 0.55, allocation=ranked)  # noqa: E731
+    assert pruned_counts(jax.jit(make)(scores)) == pruned_counts(make(scores))
+    with pytest.raises(ValueError, match="traced; make them outside of jit"):
+        jax.jit(lambda s: jp.masks.make(s, 0.5, allocation=jp.allocation.Ranked(s)))(
+            scores
+        )
+
+
 def test_shares_by_leaf_are_an_allocation_too():
     scores, rules = jp.scores.magnitude(PARAMS), {"layer_1/*": 0.5}
     masks = jp.masks.make(scores, allocation=rules)

@@ -161,7 +161,7 @@ def test_sparsity_may_be_any_real_number(sparsity):
     assert int(masks["a"].sum()) == 4 - round(4 * float(sparsity))
 
 
-def test_unknown_scope_is_refused():
+def test_an_unknown_allocation_is_refused():
     with pytest.raises(ValueError, match=r"allocation.*model|model.*allocation"):
         jp.masks.make({"a": jnp.ones((2, 2))}, 0.5, allocation="model")
 

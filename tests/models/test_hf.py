@@ -115,8 +115,15 @@ def test_products_run_in_the_dtype_asked_for(stored, options, expected, tmp_path
     assert loaded.model.init_cache(1, 4).keys[0].dtype == jnp.dtype(expected)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("gemma3", "Auto"),
+        ("gpt2", "Explicit"),
+        pytest.param("gemma3", "Explicit", marks=pytest.mark.full),
+        pytest.param("gpt2", "Auto", marks=pytest.mark.full),
+    ],
+)
 def test_each_device_holds_its_own_part_only(name, kind, tmp_path):
     tiny_hf.random_folder(name, tmp_path)
     axis = getattr(jax.sharding.AxisType, kind)

@@ -25,6 +25,7 @@ def task():
     return PictureTask(VisionModel(config), picture_model.tokenizer(), train, train)
 
 
+@pytest.mark.full
 def test_a_step_on_a_mesh_is_the_step_on_one_device(task):
     params = task.init(0)
     tx = optimizer(1e-3, track=EVERYTHING)

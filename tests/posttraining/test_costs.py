@@ -1,4 +1,4 @@
-"""What the walk costs: one program for equal layers, one layer's statistics in memory.
+"""What pruning costs: one program for equal layers, one layer's statistics in memory.
 
 And what it is worth: the better the method, the smaller the error of the outputs.
 """
@@ -71,7 +71,7 @@ def compilations():
 def test_equal_layers_share_their_programs(model):
     fn, make = MODELS[model]
     numbers, compiled = [], []
-    for layers in (3, 6):
+    for layers in (3, 4):
         params = jax.tree.map(jnp.asarray, make(layers))
         prune(fn, params, X, "wanda")  # what is compiled once for a shape is done now
         with compilations() as events:
@@ -136,13 +136,13 @@ def test_more_batches_compile_nothing_more():
 
 # Memory.
 
-WIDTHS = [11, 13, 17, 19, 3]
+WIDTHS = [11, 13, 17, 3]
 SAMPLES = 23
-LIVE = []
+IN_MEMORY = []
 
 
 def _look():
-    LIVE.append([array.shape for array in jax.live_arrays()])
+    IN_MEMORY.append([array.shape for array in jax.live_arrays()])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,17 +160,17 @@ class Watching:
 
 
 def test_one_layers_statistics_and_activations_are_in_memory():
-    LIVE.clear()
+    IN_MEMORY.clear()
     batches = [correlated(i, SAMPLES, WIDTHS[0]) for i in range(3)]
     prune(run_chain, chain(WIDTHS), batches, Watching())
     jax.effects_barrier()
-    assert len(LIVE) == len(WIDTHS) - 1
-    for width, shapes in zip(WIDTHS, LIVE, strict=False):
+    assert len(IN_MEMORY) == len(WIDTHS) - 1
+    for width, shapes in zip(WIDTHS, IN_MEMORY, strict=False):
         hessians = [s for s in shapes if len(s) == 3 and s[1] == s[2] in WIDTHS]
         assert hessians == [(1, width, width)]
         squares = [s for s in shapes if s in [(1, w) for w in WIDTHS]]
         assert squares == [(1, width)]
-        # Of each batch the input at hand; the batches themselves are NumPy here.
+        # Of each batch the input; the batches themselves are NumPy here.
         values = [s for s in shapes if len(s) == 2 and s[0] == SAMPLES]
         assert set(values) <= {(SAMPLES, width)}
         assert len(values) <= len(batches)
@@ -179,6 +179,7 @@ def test_one_layers_statistics_and_activations_are_in_memory():
 # Worth.
 
 
+@pytest.mark.full  # four methods to compile
 def test_better_methods_leave_smaller_errors():
     params = chain([16, 16, 16])
     batches = [correlated(i, 64, 16) / 4 for i in range(2)]
@@ -196,7 +197,7 @@ def test_better_methods_leave_smaller_errors():
         ]
         errors[method] = np.mean(lost)
         # The report's are those of the first of the two batches.
-        told = np.mean([row["error"] for row in report["weights"]])
-        assert 0.5 < told / errors[method] < 2
+        reported = np.mean([row["error"] for row in report["weights"]])
+        assert 0.5 < reported / errors[method] < 2
     assert errors["alps"] <= errors["sparsegpt"]
     assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]

@@ -1,6 +1,7 @@
 """Inputs of the dense layer: all of a layer is seen before any of it is pruned."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ SIZE = 6 * 8
 PARAMS = {
     **{f"up_{i}": draw(i, 6, 8) / 2 for i in range(LAYERS)},
     **{f"down_{i}": draw(9 + i, 8, 6) / 2 for i in range(LAYERS)},
-    "out": draw(20, 6, 3),
+    "out": draw(20, 6, 8),
 }
 
 
@@ -32,8 +33,9 @@ def run(params, x):
     return x @ params["out"]
 
 
+@functools.cache
 def by_hand(rule, inputs):
-    """The weights that are left, walked in float64; `rule(kernel, rows)` prunes one."""
+    """The pruned weights, in float64; `rule(kernel, rows)` prunes one."""
     dense = {name: kernel.astype(np.float64) for name, kernel in PARAMS.items()}
     x, found = np.concatenate(BATCHES).astype(np.float64), {}
     for i in range(LAYERS):
@@ -114,7 +116,7 @@ def test_no_program_is_compiled_for_the_second_look():
 
 
 def parts(fn, params, x):
-    """The names of the weights of each layer, as the walk would take them."""
+    """The names of the weights of each layer, as the pipeline would take them."""
     traced = trace(fn, params, x)
     chosen = calibration.chosen(traced, params, jp.tree.prunable)
     cut = segments.cut(traced, chosen)

@@ -17,7 +17,7 @@ from tests.support.small_models import (
 )
 from tests.support.small_models import quick_compilation as quick_compilation
 
-PARAMS = chain([6, 6, 6, 4])
+PARAMS = chain([6, 6, 6, 6])
 BATCHES = [correlated(i, 24, 6) / 3 for i in range(2)]
 
 
@@ -100,8 +100,8 @@ def test_shares_are_given_by_glob_and_the_rest_keeps_all():
         {"layer_0/*": 0.25, "*_[02]/kernel": 0.75},
     )
     zeros = [int((k == 0).sum()) for k in kernels_of(pruned)]
-    assert zeros == [9, 0, 18]
-    assert report["achieved"] == sum(zeros) / (36 + 36 + 24)
+    assert zeros == [9, 0, 27]
+    assert report["achieved"] == sum(zeros) / (36 + 36 + 36)
     rows = {row["name"]: row["zeros"] for row in report["weights"]}
     assert rows["layer_0/kernel"] == 9
-    assert rows["layer_2/kernel"] == 18
+    assert rows["layer_2/kernel"] == 27

@@ -1,4 +1,4 @@
-"""One walk prunes each weight for the input that it will see: as walked by hand."""
+"""Each weight is pruned for the input that it will see: as worked out by hand."""
 
 import json
 
@@ -24,7 +24,7 @@ from tests.support.small_models import (
 )
 from tests.support.small_models import quick_compilation as quick_compilation
 
-WIDTHS = [6, 6, 6, 4]  # equal shapes compile once
+WIDTHS = [6, 6, 6, 6]  # equal shapes compile once
 PARAMS = chain(WIDTHS)
 BATCHES = [correlated(i, 24, 6) / 3 for i in range(2)]
 
@@ -50,7 +50,7 @@ def rows_of(report):
     ]
 
 
-# The walk.
+# Layer by layer.
 
 
 def by_magnitude(i, kernel, inputs):
@@ -78,7 +78,7 @@ def by_ria(i, kernel, inputs):
         ("ria", 0.5, by_ria),
     ],
 )
-def test_masks_are_those_of_a_walk_by_hand(method, sparsity, rule):
+def test_masks_are_those_worked_out_by_hand(method, sparsity, rule):
     pruned, _ = prune(run_chain, PARAMS, BATCHES, method, sparsity)
     _, expected = chain_by_hand(PARAMS, BATCHES, rule)
     for got, kernel in zip(kernels_of(pruned), expected, strict=True):
@@ -86,17 +86,15 @@ def test_masks_are_those_of_a_walk_by_hand(method, sparsity, rule):
         np.testing.assert_array_equal(got, kernel.astype(np.float32))
 
 
-def test_reconstructed_weights_are_those_of_a_walk_by_hand():
-    params = chain([6, 6, 6, 6])
-
+def test_reconstructed_weights_are_those_worked_out_by_hand():
     def rule(i, kernel, inputs):
         own = jnp.asarray(hessian(inputs[None])[0], jnp.float32)
         return sparsegpt.solve(
             jnp.asarray(kernel, jnp.float32), own, kernel.size - 18
         ).weight
 
-    pruned, _ = prune(run_chain, params, BATCHES, "sparsegpt")
-    _, expected = chain_by_hand(params, BATCHES, rule)
+    pruned, _ = prune(run_chain, PARAMS, BATCHES, "sparsegpt")
+    _, expected = chain_by_hand(PARAMS, BATCHES, rule)
     for got, kernel in zip(kernels_of(pruned), expected, strict=True):
         np.testing.assert_array_equal(got == 0, kernel == 0)
         # Rounding of the Hessian is multiplied by its condition.
@@ -104,7 +102,7 @@ def test_reconstructed_weights_are_those_of_a_walk_by_hand():
 
 
 def test_later_weights_are_chosen_for_what_is_left_of_earlier_ones():
-    # By the dense inputs the masks would be others: the walk is not one pass.
+    # By the dense inputs the masks would be others.
     def alone(i, kernel, inputs):
         return by_wanda(i, kernel, dense[i])
 
@@ -319,8 +317,7 @@ def test_numpy_leaves_in_lists_tuples_and_none_are_fine():
 
 
 def test_the_report_is_json_and_says_what_was_done():
-    params = chain([6, 6, 6, 6])
-    pruned, report = prune(run_chain, params, BATCHES, "sparsegpt")
+    pruned, report = prune(run_chain, PARAMS, BATCHES, "sparsegpt")
     assert json.loads(json.dumps(report)) == report
     assert "SparseGPT" in report["method"]
     assert "Unstructured" in report["pattern"]
@@ -350,7 +347,6 @@ def test_the_error_in_the_report_is_that_of_the_outputs_on_the_first_batch():
 
 
 def test_the_same_call_gives_the_same_bits_and_the_same_rows():
-    params = chain([6, 6, 6, 6])
-    runs = [prune(run_chain, params, BATCHES, "sparsegpt") for _ in range(2)]
+    runs = [prune(run_chain, PARAMS, BATCHES, "sparsegpt") for _ in range(2)]
     assert same_bits(runs[0].params, runs[1].params)
     assert rows_of(runs[0].report) == rows_of(runs[1].report)

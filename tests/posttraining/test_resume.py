@@ -1,6 +1,6 @@
-"""A walk that was killed goes on from its folder, to the same bits and the same rows.
+"""A job that was killed is resumed from its directory, to the same bits and rows.
 
-    python test_resume.py FOLDER
+    python test_resume.py DIRECTORY
 
 prunes the model of these tests and kills itself on the way.
 """
@@ -25,38 +25,44 @@ from tests.support.small_models import chain, correlated, draw, run_chain, same_
 from tests.support.small_models import quick_compilation as quick_compilation
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAVES = {
-    "a": (5, 3),
-    "b": (5, 4),
-    "w": (7, 7),
-    "up": (2, 7, 9),
-    "down": (2, 9, 7),
-    "out": (7, 2),
-}
+SHAPE = (7, 7)  # of every weight: one program solves for all
+LEAVES = {"a": (), "b": (), "w": (), "up": (2,), "down": (2,), "out": ()}
 WEIGHTS = ["a", "b", "w", "up/0", "down/0", "up/1", "down/1", "out"]
-SIZES = [(5, 3), (5, 4), (7, 7), *[(7, 9), (9, 7)] * 2, (7, 2)]
 
 
 def parameters():
     return {
-        name: jnp.asarray(draw(i, *shape)) / 2
-        for i, (name, shape) in enumerate(LEAVES.items())
+        name: jnp.asarray(draw(i, *stacked, *SHAPE)) / 2
+        for i, (name, stacked) in enumerate(LEAVES.items())
     }
+
+
+PARAMETERS = jax.tree.map(np.asarray, parameters())
 
 
 def run(p, x):
     """Two weights of one input, a weight used twice, stacked layers."""
-    x = jnp.concatenate([jnp.tanh(x @ p["a"]), jnp.sin(x @ p["b"])], 1)
+    x = jnp.tanh(x @ p["a"]) + jnp.sin(x @ p["b"])
     x = jnp.tanh(jnp.tanh(3 * x @ p["w"]) @ p["w"])
 
     def layer(x, own):
-        return x + jnp.tanh(x @ own["up"]) @ own["down"], None
+        return x + jnp.sin(x @ own["up"]) @ own["down"], None
 
     x, _ = jax.lax.scan(layer, x, {k: p[k] for k in ("up", "down")})
     return x @ p["out"]
 
 
-BATCHES = [correlated(i, 16, 5) for i in range(2)]
+BATCHES = [correlated(i, 16, 7) for i in range(2)]
+
+
+def name_of(weight):
+    """Which weight of the model it is, dense; None for another model's."""
+    for name in WEIGHTS:
+        leaf, *index = name.split("/")
+        own = PARAMETERS[leaf][tuple(map(int, index))]
+        if own.tobytes() == weight.tobytes():
+            return name
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Stopping:
 
     Attributes:
       left: see above.
-      met: the sizes of the weights since the start.
+      met: the names of the weights since the start.
       die: whether to kill.
       inputs: "dense" prunes a layer after all of it was seen.
     """
@@ -90,7 +96,7 @@ class Stopping:
             if Stopping.die:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("stopped on purpose")
-        Stopping.met.append(weight.shape)
+        Stopping.met.append(name_of(np.asarray(weight)))
         return np.zeros((), np.float32)
 
 
@@ -110,7 +116,7 @@ def prune(directory=None, left=10**6, params=None, fn=run, batches=BATCHES, **op
     )
 
 
-def told(report):
+def settled(report):
     """A report without what a second start may change: times and compilations."""
     rows = [{k: v for k, v in r.items() if k != "seconds"} for r in report["weights"]]
     rest = {k: v for k, v in report.items() if k not in ("seconds", "programs")}
@@ -119,64 +125,74 @@ def told(report):
 
 @pytest.fixture(scope="module")
 def whole():
-    """What an undisturbed walk gives."""
+    """What an undisturbed job gives."""
     return prune()
+
+
+DENSE = {"method": Stopping(inputs="dense")}
+
+
+@pytest.fixture(scope="module")
+def whole_layers():
+    """What it gives where a layer is seen before it is pruned."""
+    return prune(**DENSE)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a walk that is done, and what it gave; not to be written to."""
-    folder = tmp_path_factory.mktemp("jobs") / "deep" / "folder"
-    return folder, prune(folder)
+    """The directory of a job that is done, and what it gave; not to be written to."""
+    directory = tmp_path_factory.mktemp("jobs") / "deep" / "directory"
+    return directory, prune(directory)
 
 
 @pytest.fixture
-def folder(finished, tmp_path):
+def directory(finished, tmp_path):
     """A copy of it."""
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
 def check(result, whole):
     assert same_bits(result.params, whole.params)
-    assert told(result.report) == told(whole.report)
+    assert settled(result.report) == settled(whole.report)
 
 
-def test_the_folder_makes_no_difference_to_the_result(whole, finished):
+def test_the_directory_makes_no_difference_to_the_result(whole, finished):
     assert [row["name"] for row in whole.report["weights"]] == WEIGHTS
     check(finished[1], whole)
 
 
-def test_a_walk_that_is_interrupted_again_and_again_gives_the_same(whole, tmp_path):
+def test_a_job_that_is_interrupted_again_and_again_gives_the_same(whole, tmp_path):
     # At the second weight of an input, at a weight used twice, in a stack.
     done = 0
     for weight in ("b", "w", "down/0"):
         left = WEIGHTS.index(weight)
         with STOPPED:
             prune(tmp_path, left - done)
-        # What was done is not done again; the weights of an input are one stage.
-        assert Stopping.met == SIZES[done:left]
+        # What was done is not done again; the weights of an input are one segment.
+        assert Stopping.met == WEIGHTS[done:left]
         done = left - (weight == "b")
     check(prune(tmp_path), whole)
-    assert Stopping.met == SIZES[done:]
+    assert Stopping.met == WEIGHTS[done:]
 
 
 @pytest.mark.parametrize("weight", ["down/0", "up/1", "down/1", "out"])
-def test_a_layer_seen_before_it_is_pruned_goes_on_too(weight, tmp_path):
-    dense = {"method": Stopping(inputs="dense")}
-    whole = prune(**dense)
+def test_a_layer_seen_before_it_is_pruned_is_resumed_too(
+    weight, tmp_path, whole_layers
+):
     with STOPPED:
-        prune(tmp_path, WEIGHTS.index(weight), **dense)
-    check(prune(tmp_path, **dense), whole)
-    assert Stopping.met == SIZES[WEIGHTS.index(weight) :]
+        prune(tmp_path, WEIGHTS.index(weight), **DENSE)
+    check(prune(tmp_path, **DENSE), whole_layers)
+    assert Stopping.met == WEIGHTS[WEIGHTS.index(weight) :]
 
 
-def test_a_walk_that_is_done_is_read_back_wherever_its_batches_lie(whole, folder):
+def test_a_job_that_is_done_is_read_back_wherever_its_batches_lie(whole, directory):
     batches = [jnp.asarray(x) for x in BATCHES]
-    check(prune(folder, batches=batches), whole)
+    check(prune(directory, batches=batches), whole)
     assert not Stopping.met
 
 
-def test_a_killed_process_goes_on(whole, tmp_path):
+@pytest.mark.full  # imports jax in a process of its own
+def test_a_killed_process_is_resumed(whole, tmp_path):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -189,20 +205,20 @@ def test_a_killed_process_goes_on(whole, tmp_path):
     check(prune(tmp_path), whole)
 
 
-def test_damaged_stages_are_done_again(whole, folder):
-    files = sorted(p for p in folder.iterdir() if p.name.startswith("segment"))
+def test_damaged_segments_are_done_again(whole, directory):
+    files = sorted(p for p in directory.iterdir() if p.name.startswith("segment"))
     for i, path in enumerate(files):
         content = path.read_bytes()
         if i % 4 == 1:
             path.write_bytes(content[: len(content) // 2])
         elif i % 8 == 2:
             path.unlink()
-    check(prune(folder), whole)
+    check(prune(directory), whole)
 
 
-def test_half_precision_goes_on_too(tmp_path):
+def test_half_precision_is_resumed_too(tmp_path):
     given = {
-        "params": chain([5, 6, 2], dtype=jnp.bfloat16),
+        "params": chain([7, 7, 7], dtype=jnp.bfloat16),
         "batches": [jnp.asarray(x, jnp.bfloat16) for x in BATCHES],
         "fn": run_chain,
     }
@@ -211,7 +227,7 @@ def test_half_precision_goes_on_too(tmp_path):
     check(prune(tmp_path, **given), prune(**given))
 
 
-# Another job's folder.
+# Another job's directory.
 
 
 def other_run(p, x):
@@ -237,26 +253,26 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_the_folder_of_another_job_is_refused_and_left_alone(what, folder):
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+def test_the_directory_of_another_job_is_refused_and_left_alone(what, directory):
+    before = {p.name: p.read_bytes() for p in directory.iterdir()}
     with pytest.raises(ValueError, match="another directory"):
-        prune(folder, **OTHERS[what])
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+        prune(directory, **OTHERS[what])
+    assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
 
 
 def test_other_positions_are_another_job(tmp_path):
     def later(start):
         return lambda x: jnp.arange(16) >= start
 
-    given = {"params": chain([5, 6, 2]), "fn": run_chain}
+    given = {"params": chain([7, 7, 7]), "fn": run_chain}
     prune(tmp_path, positions=later(3), **given)
     with pytest.raises(ValueError, match="another directory"):
         prune(tmp_path, positions=later(8), **given)
 
 
-def main(folder):
+def main(directory):
     Stopping.die = True
-    prune(folder, left=WEIGHTS.index("down/0"))
+    prune(directory, left=WEIGHTS.index("down/0"))
 
 
 if __name__ == "__main__":

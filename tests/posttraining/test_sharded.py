@@ -1,6 +1,7 @@
-"""On eight devices the walk gives what it gives on one, and leaves stay in place."""
+"""Eight devices give what one gives, and leaves stay in place."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +78,10 @@ def in_mesh(kind, mesh):
     return jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext()
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """What one device gives, by method."""
-    return {m: prune(whole, PARAMS, BATCHES, m) for m in ("wanda", "sparsegpt")}
+@functools.cache
+def alone(method):
+    """What one device gives."""
+    return prune(whole, PARAMS, BATCHES, method)
 
 
 def stays(before, after):
@@ -96,14 +97,12 @@ def stays(before, after):
     ("kind", "layout"),
     [
         ("auto", "fsdp"),
-        ("auto", "tensor parallel"),
+        pytest.param("auto", "tensor parallel", marks=pytest.mark.full),
         ("explicit", "tensor parallel"),
-        ("explicit", "both"),
+        pytest.param("explicit", "both", marks=pytest.mark.full),
     ],
 )
-def test_sharded_weights_are_pruned_like_whole_ones_and_stay_sharded(
-    kind, layout, alone
-):
+def test_sharded_weights_are_pruned_like_whole_ones_and_stay_sharded(kind, layout):
     mesh = mesh_of(kind)
     params = place(mesh, PARAMS, LAYOUTS[layout])
     batches = [place(mesh, x, P("data", None)) for x in BATCHES]
@@ -114,16 +113,17 @@ def test_sharded_weights_are_pruned_like_whole_ones_and_stay_sharded(
     assert not pruned["up"].is_fully_replicated
     assert not pruned["down"].is_fully_replicated
     for name in ("up", "down"):
-        np.testing.assert_array_equal(pruned[name], alone["wanda"].params[name])
+        np.testing.assert_array_equal(pruned[name], alone("wanda").params[name])
     assert pruned["bias"] is params["bias"]
     for row, expected in zip(
-        report["weights"], alone["wanda"].report["weights"], strict=True
+        report["weights"], alone("wanda").report["weights"], strict=True
     ):
         assert row["zeros"] == expected["zeros"]
         np.testing.assert_allclose(row["error"], expected["error"], rtol=1e-4)
 
 
-def test_reconstruction_on_a_mesh_is_that_on_one_device(alone):
+@pytest.mark.full
+def test_reconstruction_on_a_mesh_is_that_on_one_device():
     mesh = mesh_of("explicit")
     params = place(mesh, PARAMS, LAYOUTS["tensor parallel"])
     batches = [place(mesh, x, P("data", None)) for x in BATCHES]
@@ -131,13 +131,14 @@ def test_reconstruction_on_a_mesh_is_that_on_one_device(alone):
         pruned, _ = prune(parallel, params, batches, "sparsegpt")
     stays(params, pruned)
     for name in ("up", "down"):
-        expected = np.asarray(alone["sparsegpt"].params[name])
+        expected = np.asarray(alone("sparsegpt").params[name])
         got = np.asarray(pruned[name])
         np.testing.assert_array_equal(got == 0, expected == 0)
         # Sums in another order, multiplied by the Hessian's condition.
         np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.full
 def test_groups_that_shards_cut_are_kept_whole():
     # 16 inputs on 8 devices: two of a group of four on each.
     mesh = mesh_of("auto")
@@ -190,11 +191,11 @@ def test_experts_on_devices_of_their_own_stay_there():
     )
 
 
-def test_a_walk_on_a_mesh_goes_on_from_its_folder(alone, tmp_path):
+def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path):
     mesh = mesh_of("auto")
     batches = [place(mesh, x, P("data", None)) for x in BATCHES]
     for layout in ("tensor parallel", "both"):  # read back onto another layout
         params = place(mesh, PARAMS, LAYOUTS[layout])
         pruned, _ = prune(whole, params, batches, directory=tmp_path)
         stays(params, pruned)
-        np.testing.assert_array_equal(pruned["up"], alone["wanda"].params["up"])
+        np.testing.assert_array_equal(pruned["up"], alone("wanda").params["up"])

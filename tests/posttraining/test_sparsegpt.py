@@ -9,6 +9,7 @@ import jaxprune as jp
 from jaxprune.posttraining.solvers import layer_problem, sparsegpt
 from tests.support import oracles
 from tests.support import oracles_trained as slow
+from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
 
 IN, OUT, BLOCK = 40, 6, 32  # two blocks, the second in part; two sweeps in each

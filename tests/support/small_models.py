@@ -1,7 +1,7 @@
-"""Tiny models that tests share, and what pruning must make of them, walked by hand.
+"""Tiny models that tests share, and what pruning must make of them, by hand.
 
-The walks are float64 NumPy, layer after layer, written from what the public docstrings
-say and with no use of the traced program.
+What is done by hand is float64 NumPy, layer after layer, written from what the public
+docstrings say and with no use of the traced program.
 """
 
 import itertools
@@ -84,7 +84,7 @@ def run_chain(params, x):
 
 
 def chain_by_hand(params, batches, prune=None):
-    """Walks the chain: each layer's inputs, and its kernel after `prune`.
+    """Layer by layer: each one's inputs, and its kernel after `prune`.
 
     Args:
       params: the chain's.
@@ -94,17 +94,17 @@ def chain_by_hand(params, batches, prune=None):
     Returns:
       Inputs of each layer, all batches joined, and kernels.
     """
-    live = [np.asarray(x, np.float64) for x in batches]
+    values = [np.asarray(x, np.float64) for x in batches]
     inputs, kernels = [], []
     for i in range(len(params)):
         layer = jax.tree.map(lambda a: np.asarray(a, np.float64), params[f"layer_{i}"])
-        inputs.append(np.concatenate(live))
+        inputs.append(np.concatenate(values))
         kernel = layer["kernel"]
         if prune is not None:
             kernel = np.asarray(prune(i, kernel, inputs[-1]), np.float64)
         kernels.append(kernel)
-        live = [x @ kernel + layer["bias"] for x in live]
-        live = [np.tanh(x) if i < len(params) - 1 else x for x in live]
+        values = [x @ kernel + layer["bias"] for x in values]
+        values = [np.tanh(x) if i < len(params) - 1 else x for x in values]
     return inputs, kernels
 
 

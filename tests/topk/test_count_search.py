@@ -12,12 +12,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune.topk import count_search, float_order, thresholds
-from jaxprune.topk.count_search import Bracket, Order
+from jaxprune.topk import count_search, float_order, sampling, thresholds
+from jaxprune.topk.count_search import Bracket, Count, Order
 
 SHAPES = [(3, 5), (512, 300), (), (7,), (0, 4), (300, 2, 100)]  # the sample has two
 SIZE = sum(map(math.prod, SHAPES))
-STRIDE = thresholds._STRIDE
+STRIDE = sampling._STRIDE
 SUBNORMAL = np.float32(2**-149)
 
 
@@ -129,7 +129,8 @@ def test_under_jit_too(kind, compiled):
 def test_a_wrong_guess_changes_nothing(ends):
     leaves = leaves_of(scores_of("normal"), jnp.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thresholds, "_guess", lambda *_, **__: jnp.array(ends, np.uint32))
+        guess = jnp.array(ends, np.uint32)[:, None]
+        patch.setattr(sampling, "guess", lambda *_, **__: guess)
         masks = masks_of(leaves, thresholds.cut_together(leaves, SIZE // 3))
     np.testing.assert_array_equal(row_of(masks), highest(row_of(leaves), SIZE // 3))
 
@@ -184,11 +185,11 @@ def searched(points, kept, top=2**32 - 2):
         if wanted[0]:
             passes.append(np.asarray(candidates[0]))
         above = points[None] >= np.asarray(candidates[0], np.uint64)[:, None]
-        return [jnp.asarray(above.sum(1), np.uint32)]
+        return [jnp.asarray(above.sum(1), np.uint32)[None]]
 
     ends = (np.uint32([0]), np.uint32([top]), np.uint32([points.size]), np.uint32([0]))
-    order = Order(counts, joint=True, smooth=1 << 23)
-    start, target = Bracket(*map(jnp.asarray, ends)), count_search.split([kept])
+    order = Order(counts, joint=True, smooth=np.uint32(1 << 23))
+    start, target = Bracket(*map(jnp.asarray, ends)), Count.of([kept])
     return count_search.search(order, target, start, traced=False), passes
 
 
@@ -249,7 +250,7 @@ def test_counts_are_python_integers(counts, other, small):
     total = count_search.totals(jnp.array(counts, np.uint32), joint=True)
     value = lambda count: (int(count.high[0]) << 32) + int(count.low[0])  # noqa: E731
     assert value(total) == sum(counts)
-    given_ = count_search.split([other])
+    given_ = Count.of([other])
     assert value(given_) == other
     assert bool(total.at_least(given_)[0]) == (sum(counts) >= other)
     assert int(given_.at_most(jnp.uint32([small]))[0]) == min(other, small)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jaxprune as jp
 from jaxprune.masking import matrix_mask
-from jaxprune.topk import highest as highest_
+from jaxprune.topk import thresholds
 from tests.support import oracles
 from tests.support.trajectories import array
 
@@ -46,8 +46,8 @@ def keep_along(scores, kept, axis):
     return np.moveaxis(np.reshape(found, rows.shape), -1, axis)
 
 
-whole = jax.jit(highest_.highest)
-along = jax.jit(highest_.highest, static_argnums=2)
+whole = jax.jit(thresholds.highest)
+along = jax.jit(thresholds.highest, static_argnums=2)
 masked = jax.jit(matrix_mask.mask, static_argnums=2)
 kinds = st.sampled_from(["normal", "ties", "special", "wide"])
 
@@ -73,31 +73,31 @@ def test_each_slice_keeps_its_own_number(seed, kind, axis, data):
 def test_half_precision_is_ranked_as_it_is(dtype):
     scores = jnp.asarray(scores_of(1, "normal"), dtype)
     expected = oracles.keep_top(array(scores), 50)
-    np.testing.assert_array_equal(highest_.highest(scores, 70), expected)
+    np.testing.assert_array_equal(thresholds.highest(scores, 70), expected)
 
 
 def test_one_number_serves_all_slices_of_any_axis():
     scores = scores_of(2, "ties", (3, 4, 5))
-    mask = np.asarray(highest_.highest(jnp.asarray(scores), 2, axis=1))
+    mask = np.asarray(thresholds.highest(jnp.asarray(scores), 2, axis=1))
     np.testing.assert_array_equal(mask, keep_along(scores, [2] * 15, 1))
 
 
 @pytest.mark.parametrize("kept", [-3, 7, 1000])
 def test_a_number_out_of_range_is_the_nearest_in_range(kept):
-    mask = highest_.highest(jnp.arange(6.0), kept)
+    mask = thresholds.highest(jnp.arange(6.0), kept)
     assert int(mask.sum()) == (0 if kept < 0 else 6)
 
 
 def test_nothing_of_nothing():
-    assert highest_.highest(jnp.zeros((0, 4)), 0).shape == (0, 4)
-    assert highest_.highest(jnp.zeros((4, 0)), 0, axis=0).shape == (4, 0)
+    assert thresholds.highest(jnp.zeros((0, 4)), 0).shape == (0, 4)
+    assert thresholds.highest(jnp.zeros((4, 0)), 0, axis=0).shape == (4, 0)
 
 
 def test_a_number_that_is_no_integer_is_refused():
     with pytest.raises(TypeError, match="integer"):
-        highest_.highest(jnp.ones(4), 0.5)
+        thresholds.highest(jnp.ones(4), 0.5)
     with pytest.raises(TypeError, match="floating"):
-        highest_.highest(jnp.ones(4, int), 2)
+        thresholds.highest(jnp.ones(4, int), 2)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

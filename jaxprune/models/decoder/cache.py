@@ -1,9 +1,9 @@
 """Keys and values that attention keeps, and what models ask of their tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike
+from jaxtyping import Array
 
 
 class Cache(NamedTuple):
@@ -22,25 +22,16 @@ class Cache(NamedTuple):
 
 
 def empty(
-    batch: int,
-    size: int | None,
-    *,
-    context: int,
-    layers: int,
-    heads: int,
-    head_dim: int,
-    dtype: DTypeLike,
+    config: Any, batch: int, size: int | None, heads: int, head_dim: int
 ) -> Cache:
     """A cache of zeros with length 0.
 
     Args:
+      config: says the context, the number of layers and the dtype.
       batch: number of sequences.
-      size: how many tokens it can hold, at most (and by default) `context`.
-      context: of the model, as all that follows.
-      layers: number of layers.
+      size: how many tokens it can hold, at most (and by default) the context.
       heads: key and value heads of a layer.
       head_dim: features of a head.
-      dtype: of keys and values.
 
     Returns:
       The cache.
@@ -48,10 +39,13 @@ def empty(
     Raises:
       ValueError: the size is more than the context.
     """
-    size = context if size is None else size
-    if size > context:
-        raise ValueError(f"a cache needs size <= context, got {size} > {context}")
-    zeros = (jnp.zeros((batch, size, heads, head_dim), dtype),) * layers
+    size = config.context if size is None else size
+    if size > config.context:
+        raise ValueError(
+            f"a cache needs size <= context, got {size} > {config.context}"
+        )
+    shape = (batch, size, heads, head_dim)
+    zeros = (jnp.zeros(shape, config.dtype),) * config.layers
     return Cache(zeros, zeros, jnp.int32(0))
 
 

@@ -6,9 +6,30 @@ sees. `jaxprune.models.hf.families` makes one from a Hugging Face config.json.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 from jaxprune.models.decoder.rope import Rope
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Refuses fields of a configuration that are no positive integers."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"{type(config).__name__} needs {name} to be a positive integer, got "
+                f"{value!r}"
+            )
+
+
+def check_choice(config: Any, name: str, known: Collection[str]) -> None:
+    """Refuses a field of a configuration that is none of these."""
+    if getattr(config, name) not in known:
+        raise ValueError(
+            f"{type(config).__name__} needs {name} to be one of {', '.join(known)}, "
+            f"got {getattr(config, name)!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,25 +98,16 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads"):
-            self._positive(name)
-        self._positive("head_dim")
-        self._positive("mlp_width")
+        check_positive(self, "vocab_size", "context", "layers", "width")
+        check_positive(self, "heads", "kv_heads", "head_dim", "mlp_width")
         if self.heads % self.kv_heads:
             raise ValueError(
                 "DecoderConfig needs heads to be divisible by kv_heads, got heads="
                 f"{self.heads} and kv_heads={self.kv_heads}"
             )
-        for name, known in (
-            ("norm", ("layer", "rms", "rms_plus_one")),
-            ("activation", ("silu", "gelu", "gelu_tanh")),
-            ("dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"DecoderConfig needs {name} to be one of {', '.join(known)}, "
-                    f"got {getattr(self, name)!r}"
-                )
+        check_choice(self, "norm", ("layer", "rms", "rms_plus_one"))
+        check_choice(self, "activation", ("silu", "gelu", "gelu_tanh"))
+        check_choice(self, "dtype", ("float32", "bfloat16"))
         self._layerwise()
 
     def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "DecoderConfig":
@@ -117,13 +129,6 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """How many tokens a token sees in a layer; None for all."""
         return self.windows[layer] if self.windows else None
-
-    def _positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"DecoderConfig needs {name} to be a positive integer, got {value!r}"
-            )
 
     def _layerwise(self) -> None:
         for name in ("rope_of", "windows"):

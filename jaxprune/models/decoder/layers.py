@@ -10,7 +10,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +45,6 @@ class Numeric(Protocol):
     @property
     def norm_epsilon(self) -> float:
         """What is added to the variance."""
-
-    @property
-    def dtype(self) -> Literal["float32", "bfloat16"]:
-        """Type of its products."""
-
-
-class Sized(Protocol):
-    """What an embedding needs to know of a model."""
-
-    @property
-    def width(self) -> int:
-        """Size of the residual stream."""
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
@@ -289,7 +277,7 @@ def attend(
     return x.reshape(batch, time, heads, dim)
 
 
-def embedding(config: Sized, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
+def embedding(config: Any, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
     """A table (rows, width), normal with deviation 0.02 at the beginning."""
     return nnx.Embed(
         rows,

@@ -42,7 +42,7 @@ class Decoder(nnx.Module):
     Example:
       >>> from jaxprune.models.decoder.rope import linear
       >>> config = DecoderConfig(
-      ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+      ...     vocab_size=65, context=32, layers=1, width=16, heads=4, kv_heads=2,
       ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
       ... )
       >>> model = Decoder(config, rngs=nnx.Rngs(0))
@@ -175,28 +175,9 @@ class Decoder(nnx.Module):
         return out if most is None else most * jnp.tanh(out / most)
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
-        """An empty cache.
-
-        Args:
-          batch: number of sequences.
-          size: how many tokens it can hold, at most (and by default) `context`.
-
-        Returns:
-          A `Cache` of zeros with length 0.
-
-        Raises:
-          ValueError: the size is more than the context.
-        """
+        """An empty cache for at most, and by default, `context` tokens."""
         config = self.config
-        return empty(
-            batch,
-            size,
-            context=config.context,
-            layers=config.layers,
-            heads=config.kv_heads,
-            head_dim=config.head_dim,
-            dtype=config.dtype,
-        )
+        return empty(config, batch, size, config.kv_heads, config.head_dim)
 
 
 def loss_per_token(
@@ -228,7 +209,7 @@ def loss_per_token(
     Example:
       >>> from jaxprune.models.decoder.rope import linear
       >>> config = DecoderConfig(
-      ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+      ...     vocab_size=65, context=32, layers=1, width=16, heads=4, kv_heads=2,
       ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
       ... )
       >>> tokens = jnp.zeros((2, 10), jnp.int32)

@@ -14,6 +14,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jaxprune.models.decoder.config import check_choice, check_positive
+
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {"layers": 4, "heads": 4, "width": 128, "context": 64},
     "medium": {"layers": 6, "heads": 6, "width": 192, "context": 128},
@@ -65,12 +67,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for name in ("vocab_size", "context", "layers", "heads", "width"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(
-                    f"GPTConfig needs {name} to be a positive integer, got {value!r}"
-                )
+        check_positive(self, "vocab_size", "context", "layers", "heads", "width")
         if self.width % self.heads:
             raise ValueError(
                 f"GPTConfig needs width to be divisible by heads, got width="
@@ -82,15 +79,8 @@ class GPTConfig:
                 f"GPTConfig needs dropout in [0, 1), got {self.dropout!r}; "
                 "0 switches it off"
             )
-        for name, known in (
-            ("gelu", ("erf", "tanh")),
-            ("dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"GPTConfig needs {name} to be one of {', '.join(known)}, "
-                    f"got {getattr(self, name)!r}"
-                )
+        check_choice(self, "gelu", ("erf", "tanh"))
+        check_choice(self, "dtype", ("float32", "bfloat16"))
 
 
 def preset(name: str, **changes: Any) -> GPTConfig:

@@ -124,7 +124,7 @@ class GPT(nnx.Module):
       rngs: gives the keys of the initial parameters; not kept.
 
     Example:
-      >>> model = GPT(preset("cpu", vocab_size=65), rngs=nnx.Rngs(0))
+      >>> model = GPT(preset("cpu", vocab_size=65, layers=1), rngs=nnx.Rngs(0))
       >>> model(jnp.zeros((2, 10), jnp.int32)).shape
       (2, 10, 65)
     """
@@ -203,28 +203,9 @@ class GPT(nnx.Module):
         return logits, Cache(layer_keys, layer_values, start + tokens.shape[1])
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
-        """An empty cache.
-
-        Args:
-          batch: number of sequences.
-          size: how many tokens it can hold, at most (and by default) `context`.
-
-        Returns:
-          A `Cache` of zeros with length 0.
-
-        Raises:
-          ValueError: the size is more than the context.
-        """
-        config = self.config
-        return empty(
-            batch,
-            size,
-            context=config.context,
-            layers=config.layers,
-            heads=config.heads,
-            head_dim=config.width // config.heads,
-            dtype=config.dtype,
-        )
+        """An empty cache for at most, and by default, `context` tokens."""
+        config, heads = self.config, self.config.heads
+        return empty(config, batch, size, heads, config.width // heads)
 
     def _logits(self, x: Array) -> Array:
         if not self.config.tie_weights:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import LazyArray
 from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models.hf.families.family import Family
@@ -45,15 +46,8 @@ def check_options(
 
 def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Leaf name to shape of a model's parameters, abstract or not."""
-    state = nnx.state(model, nnx.Param)
-    pairs = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {leaf_name(path): leaf.shape for path, leaf in pairs}
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """A leaf's name, "layers/3/attention/q/kernel", from its path in a state."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return name.removesuffix("/value")
+    leaves = tree.named_leaves(nnx.state(model, nnx.Param))
+    return {name: leaf.shape for name, leaf in leaves.items()}
 
 
 def placement(shardings: Shardings | None, mesh: jax.sharding.Mesh | None) -> Shardings:
@@ -111,8 +105,7 @@ def to_tensors(
     Raises:
       ValueError: the leaves are not those of `names`.
     """
-    pairs = jax.tree_util.tree_flatten_with_path(params)[0]
-    leaves = {leaf_name(path): leaf for path, leaf in pairs}
+    leaves = tree.named_leaves(params)
     if differ := sorted(leaves.keys() ^ names.keys()):
         raise ValueError(
             f"to_tensors needs the parameters of the model that `names` came with, but "
@@ -136,10 +129,10 @@ def sources(family: Family, model: nnx.Module) -> dict[str, Source]:
     Returns:
       Leaf name to tensor, in the parameters' dtypes.
     """
-    pairs = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))[0]
+    leaves = tree.named_leaves(nnx.state(model, nnx.Param))
     return {
-        leaf_name(path): Source(*family.source(leaf_name(path)), np.dtype(leaf.dtype))
-        for path, leaf in pairs
+        name: Source(*family.source(name), np.dtype(leaf.dtype))
+        for name, leaf in leaves.items()
     }
 
 

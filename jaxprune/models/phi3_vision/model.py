@@ -1,4 +1,4 @@
-"""Phi-3-vision: CLIP's patches, four to a token, in the place of words of a decoder.
+"""Phi-3-vision: image tokens, four CLIP patches each, take the place of words.
 
 An image is seen whole (the global view) and cut into crops of the tower's size. Two by
 two patches become one token; a learned token ends each row of them, another stands
@@ -12,7 +12,7 @@ Reference:
 """
 
 import dataclasses
-from typing import Literal, overload
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +80,9 @@ class Phi3VisionConfig:
 def unused(config: Phi3VisionConfig) -> tuple[str, ...]:
     """Globs of the leaves that no output depends on.
 
-    The tower's last layers and its final norm are in the checkpoint and never run:
-    whatever ranks weights by what training does would take them first. Leave them out,
-    `prunable=jp.tree.excluding(*unused(config), "separator", "row_end")`.
+    The tower's last layers and its final norm are in the checkpoint and never run.
+    They receive no gradient, so criteria that use gradients would prune them first.
+    Exclude them: `prunable=jp.tree.excluding(*unused(config), "separator", "row_end")`.
 
     Args:
       config: the model's shape.
@@ -137,13 +137,15 @@ class Phi3Vision(nnx.Module):
         """
         config = self.config
         layers = config.tower.layers - config.skipped
+        # The patches without the class: (crops, 4 * side^2, width of the tower).
         x = self.tower.states(pixels, layers=layers, remat=remat)[:, 1:]
         side, inner = config.side, 4 * config.tower.width
+        # Two by two patches are one row of (crops * side^2, inner).
         x = x.reshape(len(pixels), side, 2, side, 2, config.tower.width)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, inner)
         ends = (self.row_end[...], self.separator[...])
         parts = [end.reshape(1, inner).astype(x.dtype) for end in ends]
-        x = jnp.concatenate([*parts, x])
+        x = jnp.concatenate([*parts, x])  # (2 + crops * side^2, inner)
         hidden = jax.nn.gelu(self.project_in(x), approximate=False)
         return self.project_out(hidden)
 
@@ -169,34 +171,14 @@ class Phi3Vision(nnx.Module):
         Raises:
           ValueError: only one of pixels and sources is given.
         """
-        x = self.decoder.embed(jnp.maximum(tokens, 0))
+        x = self.decoder.embed(jnp.maximum(tokens, 0))  # (batch, time, width)
         if (pixels is None) != (sources is None):
             raise ValueError("Phi3Vision takes pixels and sources together, got one")
         if pixels is None or sources is None:
             return x
         seen = self.image_tokens(pixels, remat=remat).astype(x.dtype)
-        rows = seen[jnp.maximum(sources, 0)]
+        rows = seen[jnp.maximum(sources, 0)]  # (batch, time, width)
         return jnp.where(sources[..., None] >= 0, rows, x)
-
-    @overload
-    def __call__(
-        self,
-        tokens: Int[Array, "batch time"],
-        pixels: Array | None = None,
-        sources: Array | None = None,
-        *,
-        cache: None = None,
-    ) -> Array: ...
-
-    @overload
-    def __call__(
-        self,
-        tokens: Int[Array, "batch time"],
-        pixels: Array | None = None,
-        sources: Array | None = None,
-        *,
-        cache: Cache,
-    ) -> tuple[Array, Cache]: ...
 
     def __call__(
         self,

@@ -18,8 +18,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "jaxprune.models.phi3_vision.preprocess needs the package pillow, which is "
-        "not installed; "
-        "pip install 'jaxprune[vision]'",
+        "not installed; pip install 'jaxprune[vision]'",
         name="PIL",
     ) from error
 
@@ -83,9 +82,11 @@ def picture(image: Image.Image, *, size: int = 336, crops: int = 16) -> Picture:
       >>> seen.pixels.shape, seen.rows, seen.columns
       ((5, 8, 8, 3), 2, 2)
     """
+    # (rows * size, columns * size, 3), normalised
     whole = _normalised(_resized(image.convert("RGB"), size, crops))
     rows, columns = whole.shape[0] // size, whole.shape[1] // size
     cut = whole.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4)
+    # cut is (rows, columns, size, size, 3), the global view (size, size, 3).
     view = bicubic(whole, size)
     pixels = np.concatenate([view[None], cut.reshape(-1, size, size, 3)])
     return Picture(pixels, rows, columns)
@@ -170,11 +171,13 @@ def bicubic(array: np.ndarray, size: int) -> np.ndarray:
 def _cubic(length: int, size: int) -> np.ndarray:
     """The weights (size, length) of a resize along one axis."""
     a = -0.75
+    # Where the centre of each new pixel lies among the old ones.
     places = (np.arange(size) + 0.5) * (length / size) - 0.5
     first = np.floor(places).astype(int)
     weights = np.zeros((size, length))
-    for step in range(-1, 3):
+    for step in range(-1, 3):  # the four old pixels around it
         t = np.abs(places - (first + step))
+        # Keys's kernel for distances up to 1, and from 1 to 2.
         near = ((a + 2) * t - (a + 3)) * t * t + 1
         far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
         index = np.clip(first + step, 0, length - 1)
@@ -203,10 +206,11 @@ def layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
     """
 
     def numbers(crop: int, down: int, across: int) -> np.ndarray:
+        # (down * across, side^2): the rows of these crops in `image_tokens`.
         own = np.arange(crop, crop + down * across)[:, None] * side**2
         own = 2 + own + np.arange(side**2)[None]
         own = own.reshape(down, across, side, side).transpose(0, 2, 1, 3)
-        own = own.reshape(down * side, across * side)
+        own = own.reshape(down * side, across * side)  # as they lie in the picture
         return np.pad(own, ((0, 0), (0, 1))).ravel()  # 0: the end of a row
 
     parts = [numbers(first + 1, rows, columns), np.ones(1, int), numbers(first, 1, 1)]
@@ -252,7 +256,7 @@ def prompt(
         else:
             own = seen[int(part) - 1]
             where = layout(own.rows, own.columns, config.side, firsts[int(part) - 1])
-            tokens.append([-int(part)] * len(where))
+            tokens.append([-int(part)] * len(where))  # one for each image token
             sources.append(where)
     ids = np.concatenate([np.asarray(part, np.int32) for part in tokens])
     rows = np.full(ids.shape, -1, np.int32)

@@ -1,4 +1,4 @@
-"""CLIP's vision tower: an image's patches through a transformer that sees all of them.
+"""CLIP's vision tower: a transformer in which each patch of an image attends to all.
 
 Parameters are those of the published checkpoints, the last layers included that a user
 of earlier features never runs.
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxprune.models.decoder.config import check_choice, check_positive
 from jaxprune.models.decoder.layers import Linear, Norm, attend
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -58,23 +59,14 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for name in ("image", "patch", "layers", "width", "heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"ClipConfig needs {name} to be a positive integer, got "
-                    f"{getattr(self, name)}"
-                )
+        check_positive(self, "image", "patch", "layers", "width", "heads", "mlp_width")
         for part, whole in (("patch", "image"), ("heads", "width")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"ClipConfig needs {whole} to be divisible by {part}, got "
                     f"{getattr(self, whole)} and {getattr(self, part)}"
                 )
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"ClipConfig needs activation to be one of {', '.join(_ACTIVATIONS)}, "
-                f"got {self.activation!r}"
-            )
+        check_choice(self, "activation", _ACTIVATIONS)
 
     @property
     def grid(self) -> int:
@@ -91,7 +83,7 @@ class ClipTower(nnx.Module):
 
     Example:
       >>> config = ClipConfig(
-      ...     image=8, patch=4, layers=2, width=8, heads=2, mlp_width=16
+      ...     image=8, patch=4, layers=1, width=8, heads=2, mlp_width=16
       ... )
       >>> tower = ClipTower(config, rngs=nnx.Rngs(0))
       >>> tower.states(jnp.zeros((3, 8, 8, 3)), layers=1).shape
@@ -102,7 +94,7 @@ class ClipTower(nnx.Module):
         """Makes the parameters, float32 and normal.
 
         Class and positions have deviation width^-1/2, as in CLIP's own code: with less
-        a patch drowns out where it is. All else has 0.02.
+        the position is lost in the patch. All else has 0.02.
         """
         self.config = config
         width, patch = config.width, config.patch
@@ -133,13 +125,14 @@ class ClipTower(nnx.Module):
                 f"got {height} x {width}"
             )
         grid, patch = config.grid, config.patch
+        # Rows are patches, features their pixels: (images, grid^2, patch^2 * 3).
         x = pixels.astype(config.dtype).reshape(images, grid, patch, grid, patch, 3)
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(images, grid**2, -1)
         kernel = self.patch_embedding[...].astype(config.dtype)
-        x = x @ kernel.reshape(-1, config.width)
+        x = x @ kernel.reshape(-1, config.width)  # (images, grid^2, width)
         first = self.class_embedding[...].astype(config.dtype)
         first = jnp.broadcast_to(first, (images, 1, config.width))
-        x = jnp.concatenate([first, x], axis=1)
+        x = jnp.concatenate([first, x], axis=1)  # (images, grid^2 + 1, width)
         return x + self.position_embedding[...].astype(config.dtype)[None]
 
     def states(
@@ -195,11 +188,11 @@ class ClipBlock(nnx.Module):
         images, time, width = x.shape
         heads = self.config.heads
         y = self.norm_attention(x)
-        q, k, v = (
+        q, k, v = (  # (images, positions, heads, width / heads)
             part(y).reshape(images, time, heads, -1)
             for part in (self.q, self.k, self.v)
         )
-        every = jnp.ones((time, time), bool)
+        every = jnp.ones((time, time), bool)  # each position sees each
         y = attend(q, k, v, every, (width // heads) ** -0.5)
         x = x + self.out(y.reshape(images, time, width))
         act = _ACTIVATIONS[self.config.activation]

@@ -26,14 +26,14 @@ _LEAST_DAMPING = 1e-4
 
 
 class Solution(NamedTuple):
-    """What a solver found.
+    """One matrix, pruned.
 
     Attributes:
       weight: (in, out), in the weight's dtype, zero where pruned.
       mask: (in, out), True where kept; a kept weight may be zero by itself.
-      damping: the damping that was really used, float32; infinity where no damping up
-        to `MOST_DAMPING` made the Hessian positive definite, and then the weight is
-        not to be used.
+      damping: the damping that was really used, float32, 0 where a method has none;
+        infinity where no damping up to `MOST_DAMPING` made the Hessian positive
+        definite, and then the weight is not to be used.
     """
 
     weight: Float[Array, "in out"]
@@ -58,14 +58,7 @@ class Damped(NamedTuple):
 
 
 def precise(function: F) -> F:
-    """The function with matmuls of full float32, which accelerators do not default to.
-
-    Args:
-      function: any function of arrays.
-
-    Returns:
-      The same function.
-    """
+    """The function with matmuls of full float32, not accelerators' default."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -180,16 +173,7 @@ def checked(
 
 
 def checked_mask(mask: jax.Array, weight: jax.Array) -> None:
-    """Raises for a mask that is not one of the weight.
-
-    Args:
-      mask: (in, out).
-      weight: (in, out).
-
-    Raises:
-      ValueError: the shape does not fit.
-      TypeError: the mask is not boolean.
-    """
+    """Raises for a mask that is not one of the weight, both (in, out)."""
     if mask.dtype != bool:
         raise TypeError(f"the mask must be boolean, True for kept, got {mask.dtype}")
     if mask.shape != weight.shape:
@@ -221,15 +205,7 @@ def _check_values(weight: jax.Array, hessian: jax.Array, damping: Any) -> None:
 
 
 def unit_count(shape: Sequence[int], pattern: Pattern) -> int:
-    """The number of units that a pattern has in a matrix; `NM` fixes its own.
-
-    Args:
-      shape: (in, out).
-      pattern: `Unstructured`, `PerOutput`, `NM` or `Block`.
-
-    Returns:
-      Tiles, those at the edge included, or weights.
-    """
+    """The number of tiles in a matrix, those at the edge included, or of weights."""
     rows, columns = 1, 1
     if isinstance(pattern, patterns.Block):
         rows, columns = pattern.rows, pattern.columns

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import layer_problem
 from jaxprune.posttraining.solvers.layer_problem import Solution
-from jaxprune.topk.highest import highest
+from jaxprune.topk.thresholds import highest
 from jaxprune.typing import Pattern
 
 # Inputs that are swept one by one before the rest of their block is updated at once.

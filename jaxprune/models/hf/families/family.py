@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.models.hf import rope_config
 from jaxprune.models.hf.config_reader import IGNORED, ONLY, Attributes
 
 Fields = dict[str, Any]
@@ -158,6 +159,16 @@ def activation(a: Attributes, name: str = "hidden_act", default: str = "silu") -
     """The nonlinearity that an attribute names."""
     found: str = a.choice(name, _ACTIVATIONS, default)
     return found
+
+
+def like_llama(a: Attributes, *, head_dim: int | None = None) -> Fields:
+    """`sizes`, the nonlinearity and one rotary scheme: what all but Gemma share."""
+    fields = sizes(a, head_dim=head_dim)
+    return {
+        **fields,
+        "activation": activation(a),
+        "ropes": (rope_config.one(a, fields),),
+    }
 
 
 def window(a: Attributes, default: int | None) -> int | None:

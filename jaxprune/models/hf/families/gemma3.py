@@ -4,25 +4,16 @@ import math
 
 from jaxprune.models.hf import rope_config
 from jaxprune.models.hf.config_reader import Attributes
-from jaxprune.models.hf.families.family import (
-    LAYER,
-    OUTER,
-    Family,
-    Fields,
-    activation,
-    modules,
-    sizes,
-    sliding_layers,
-    window,
-)
+from jaxprune.models.hf.families import family
+from jaxprune.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = sizes(a, head_dim=256, tied=True)
+    fields = family.sizes(a, head_dim=256, tied=True)
     layers, bias = fields["layers"], a.flag("attention_bias", False)
-    size = window(a, 4096)
+    size = family.window(a, 4096)
     every = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 6))
-    sliding = sliding_layers(a, [bool((i + 1) % every) for i in range(layers)])
+    sliding = family.sliding_layers(a, [bool((i + 1) % every) for i in range(layers)])
     if any(sliding) and size is None:
         a.wrong("sliding_window", "given where layers slide", None)
     return {
@@ -30,7 +21,7 @@ def _fields(a: Attributes) -> Fields:
         "norm": "rms_plus_one",
         "qk_norm": True,
         "post_norms": True,
-        "activation": activation(a, "hidden_activation", "gelu_pytorch_tanh"),
+        "activation": family.activation(a, "hidden_activation", "gelu_pytorch_tanh"),
         "qkv_bias": bias,
         "out_bias": bias,
         "embedding_scale": math.sqrt(fields["width"]),
@@ -49,6 +40,6 @@ _SANDWICH = {
 }
 FAMILY = Family(
     _fields,
-    modules(OUTER, {**LAYER, **_SANDWICH}),
+    family.modules(family.OUTER, {**family.LAYER, **_SANDWICH}),
     only={"attn_logit_softcapping": None, "use_bidirectional_attention": False},
 )

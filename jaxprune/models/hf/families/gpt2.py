@@ -1,7 +1,8 @@
 """GPT-2: learned positions, and kernels stored [in, out]."""
 
 from jaxprune.models.hf.config_reader import Attributes
-from jaxprune.models.hf.families.family import Family, Fields, activation, modules
+from jaxprune.models.hf.families import family
+from jaxprune.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
@@ -21,7 +22,7 @@ def _fields(a: Attributes) -> Fields:
         "mlp_width": a.size("n_inner", 4 * width),
         "norm": "layer",
         "norm_epsilon": a.number("layer_norm_epsilon", 1e-5),
-        "activation": activation(a, "activation_function", "gelu_new"),
+        "activation": family.activation(a, "activation_function", "gelu_new"),
         "gated": False,
         "fused": True,
         "qkv_bias": True,
@@ -48,7 +49,7 @@ _LAYER = {
 }
 FAMILY = Family(
     _fields,
-    modules(_OUTER, _LAYER, "h"),
+    family.modules(_OUTER, _LAYER, "h"),
     only={"scale_attn_by_inverse_layer_idx": False},
     prefix="transformer.",
     stored_out_in=False,

@@ -1,28 +1,18 @@
 """Llama."""
 
-from jaxprune.models.hf import rope_config
 from jaxprune.models.hf.config_reader import Attributes
-from jaxprune.models.hf.families.family import (
-    LAYER,
-    OUTER,
-    Family,
-    Fields,
-    activation,
-    modules,
-    sizes,
-)
+from jaxprune.models.hf.families import family
+from jaxprune.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields, bias = sizes(a), a.flag("attention_bias", False)
+    fields, bias = family.like_llama(a), a.flag("attention_bias", False)
     return {
         **fields,
-        "activation": activation(a),
         "qkv_bias": bias,
         "out_bias": bias,
         "mlp_bias": a.flag("mlp_bias", False),
-        "ropes": (rope_config.one(a, fields),),
     }
 
 
-FAMILY = Family(_fields, modules(OUTER, LAYER))
+FAMILY = Family(_fields, family.modules(family.OUTER, family.LAYER))

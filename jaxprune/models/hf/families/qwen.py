@@ -1,58 +1,48 @@
 """Qwen 2 and 3: biases of q, k and v; the later one normalises q and k instead."""
 
-from jaxprune.models.hf import rope_config
 from jaxprune.models.hf.config_reader import Attributes
-from jaxprune.models.hf.families.family import (
-    LAYER,
-    OUTER,
-    Family,
-    Fields,
-    activation,
-    modules,
-    sizes,
-    sliding_layers,
-    window,
-)
+from jaxprune.models.hf.families import family
+from jaxprune.models.hf.families.family import Family, Fields
 
 
 def _fields_2(a: Attributes) -> Fields:
-    fields = sizes(a)
+    fields = family.like_llama(a)
     return {
         **fields,
-        "activation": activation(a),
         "qkv_bias": True,
-        "ropes": (rope_config.one(a, fields),),
         "windows": _windows(a, fields["layers"]),
     }
 
 
 def _fields_3(a: Attributes) -> Fields:
-    fields, bias = sizes(a, head_dim=128), a.flag("attention_bias", False)
+    fields, bias = family.like_llama(a, head_dim=128), a.flag("attention_bias", False)
     return {
         **fields,
-        "activation": activation(a),
         "qk_norm": True,
         "qkv_bias": bias,
         "out_bias": bias,
-        "ropes": (rope_config.one(a, fields),),
         "windows": _windows(a, fields["layers"]),
     }
 
 
 def _windows(a: Attributes, layers: int) -> tuple[int | None, ...]:
     """Windows from `max_window_layers` on, or by `layer_types`."""
-    used, size = a.flag("use_sliding_window", False), window(a, 4096)
+    used, size = a.flag("use_sliding_window", False), family.window(a, 4096)
     first = a.raw("max_window_layers", 28)
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         a.wrong("max_window_layers", "an integer >= 0", first)
         first = layers
     size = size if used else None
     by_number = [size is not None and i >= first for i in range(layers)]
-    sliding = sliding_layers(a, by_number)
+    sliding = family.sliding_layers(a, by_number)
     if any(sliding) and size is None:
         a.wrong("use_sliding_window", "true where layer_types slide", used)
     return tuple(size if slides else None for slides in sliding)
 
 
-QWEN2 = Family(_fields_2, modules(OUTER, LAYER), only={"use_mrope": False})
-QWEN3 = Family(_fields_3, modules(OUTER, LAYER), only={"use_mrope": False})
+QWEN2 = Family(
+    _fields_2, family.modules(family.OUTER, family.LAYER), only={"use_mrope": False}
+)
+QWEN3 = Family(
+    _fields_3, family.modules(family.OUTER, family.LAYER), only={"use_mrope": False}
+)

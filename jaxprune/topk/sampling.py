@@ -1,0 +1,109 @@
+"""Where a threshold probably lies, by a sample of the scores.
+
+A sample can only save passes: exact counts decide, so any guess gives the same cut.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt
+
+from jaxprune.topk import count_search, float_order
+from jaxprune.topk.count_search import Count, Order
+from jaxprune.topk.float_order import Line
+
+# A sample saves passes where a ranking has at least so many scores. One score of 67 is
+# in it: a prime meets every column, whatever power of two the rows are long.
+_SAMPLE_FROM = 1 << 17
+_STRIDE = 67
+# More does not narrow a bracket enough to be worth its memory.
+_SAMPLE_MOST = 1 << 21
+
+
+def guess(
+    scores: Sequence[Float[Array, "..."]], kept: Count, line: Line, *, joint: bool
+) -> UInt[Array, "2 rows"] | None:
+    """Positions between which a sample sees the thresholds.
+
+    Args:
+      scores: the leaves.
+      kept: how many are kept, (1,) if `joint`, else (leaves,).
+      line: the positions.
+      joint: whether all leaves are ranked together.
+
+    Returns:
+      Rows are leaves, or one if `joint`. None where rankings are short, and on several
+      devices: there slices would travel.
+    """
+    sizes = np.array([leaf.size for leaf in scores])
+    mesh = [jax.typeof(leaf).sharding.mesh for leaf in scores]
+    spread = any(math.prod(size for _, size in m.shape_tuple) > 1 for m in mesh)
+    length = sizes.sum() if joint else sizes.sum() // len(sizes)
+    if spread or length < _SAMPLE_FROM:
+        return None
+    most = int(length) // _STRIDE
+    strides = [max(size // most, 1) | 1 for size in sizes.tolist()]
+    if joint:
+        strides = [max(_STRIDE, int(length) // _SAMPLE_MOST | 1)] * len(scores)
+    rows = [
+        _sampled(leaf, stride, line=line)
+        for leaf, stride in zip(scores, strides, strict=True)
+    ]  # (sampled,) each
+    total = np.array([sizes.sum()] if joint else sizes, np.float32)
+    return _between_samples(rows, kept, total, line=line, joint=joint)
+
+
+@functools.partial(jax.jit, static_argnames=("stride", "line"))
+def _sampled(
+    leaf: Float[Array, "..."], stride: int, *, line: Line
+) -> Int[Array, " sampled"]:
+    """The ranks of one score of so many."""
+    some = jax.lax.slice(leaf.ravel(), [0], [leaf.size], [stride])
+    return float_order.of(some, line.signed)
+
+
+@functools.partial(jax.jit, static_argnames=("line", "joint"))
+def _between_samples(
+    rows: Sequence[Int[Array, " sampled"]],
+    kept: Count,
+    size: Float[Array, " rows"],
+    *,
+    line: Line,
+    joint: bool,
+) -> UInt[Array, "2 rows"]:
+    """Positions that by the samples count a little more and a little less than kept."""
+    sizes = [row.size for row in rows]
+    if joint:
+        sample = jnp.concatenate(rows)[None]  # (1, sampled)
+    else:  # short rows are filled with what ranks lowest, as NaN does
+        lowest = np.iinfo(line.signed).min
+        pads = [(0, max(sizes) - n) for n in sizes]
+        padded = [
+            jnp.pad(row, pad, constant_values=lowest)
+            for row, pad in zip(rows, pads, strict=True)
+        ]
+        sample = jnp.stack(padded)  # (rows, sampled)
+    have = np.array([sum(sizes)] if joint else sizes, np.uint32)
+
+    def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
+        least = line.rank(candidates)  # (rows, candidates)
+        flags = [sample >= least[:, k, None] for k in range(least.shape[1])]
+        return [jnp.stack(float_order.number(flags, (1,)), 1)]
+
+    def position(target: jax.Array) -> jax.Array:
+        goal = Count(jnp.zeros_like(target), target)
+        return count_search.search(order, goal, start, traced=True).low
+
+    kind = line.unsigned.type
+    order = Order(counts, joint=False, smooth=kind(line.octave))
+    start = count_search.everything(jnp.asarray(have), kind(line.top))
+    # The share of a random sample over a quantile has this standard deviation; five of
+    # them, and two whole scores where it vanishes, hold the threshold almost surely.
+    share, taken = kept.real() / size, have.astype(np.float32)
+    slack = 5 * jnp.sqrt(share * (1 - share) / taken) + 2 / taken
+    ends = [jnp.clip(share + off, 0, 1) * taken for off in (slack, -slack)]
+    return jax.lax.map(position, jnp.stack(ends).astype(np.uint32))
