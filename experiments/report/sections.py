@@ -245,8 +245,8 @@ def _costs(results: Mapping[str, Any]) -> str:
         rows = [
             [
                 findings.percent(cost["sparsity"]),
-                _bytes(cost["bytes_dense"]),
-                _bytes(cost["bytes_packed"]),
+                page.size(cost["bytes_dense"]),
+                page.size(cost["bytes_packed"]),
                 f"{cost['bytes_packed'] / max(cost['bytes_dense'], 1):.0%}",
                 f"{cost['flops_dense']:,.0f}",
                 f"{cost['flops_kept']:,.0f}",
@@ -269,9 +269,9 @@ def _costs(results: Mapping[str, Any]) -> str:
 def _phase_table(phases: Sequence[Mapping[str, Any]]) -> str:
     """One row for each kind of phase, over all seeds, and their total."""
     columns = (
-        ("time", "seconds", sum, _time),
+        ("time", "seconds", sum, page.duration),
         ("tokens/s, mean", "tokens_per_second", np.mean, lambda rate: f"{rate:,.0f}"),
-        ("peak memory", "peak_memory_bytes", max, _bytes),
+        ("peak memory", "peak_memory_bytes", max, page.size),
         ("energy", "energy_kwh", sum, lambda energy: f"{1000 * energy:,.3g} Wh"),
         ("CO₂", "co2_kg", sum, lambda mass: f"{1000 * mass:,.3g} g"),
     )
@@ -335,17 +335,3 @@ def command(results: Mapping[str, Any]) -> str:
         elif value is not None:
             words += [f"--{flag}", str(value)]
     return shlex.join(words)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} GB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

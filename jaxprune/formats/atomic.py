@@ -133,7 +133,7 @@ def apart(place: str | os.PathLike[str], source: Path) -> Path:
     """The place of a result, refused where it would touch what it is made from.
 
     Args:
-      place: where the result goes.
+      place: of the result.
       source: the directory or file that it is made from.
 
     Returns:
@@ -339,7 +339,7 @@ def check_free(place: Path, replaceable: Replaceable | None) -> None:
     """Refuses a place that holds something, unless `replaceable` allows it.
 
     Args:
-      place: where a result goes.
+      place: of a result.
       replaceable: as for `staged`.
 
     Raises:

@@ -324,7 +324,7 @@ def expand(
 
     Args:
       path: the compact file.
-      directory: where it goes; nothing or an empty one may be there.
+      directory: what is written; nothing or an empty one may be there.
 
     Returns:
       The paths of its files.

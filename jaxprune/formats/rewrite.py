@@ -94,9 +94,9 @@ def write(
       0.5
     """
     place = atomic.apart(directory, source.path)
-    told = _checked(source, replaced, provenance)
+    facts = _checked(source, replaced, provenance)
     others = [name for name in source.others if name != NAME]
-    job = _job(source, replaced, told)
+    job = _job(source, replaced, facts)
     ours = _why_not_ours if overwrite else None
     with atomic.staged(place, replaceable=ours, resume=resume) as partial:
         done = _finished(partial, job)
@@ -111,7 +111,7 @@ def write(
         for name in others:
             digests[name] = _copy(source.path / name, partial / name)
         counts = {k: v for made in done.values() for k, v in made["tensors"].items()}
-        atomic.replace_json(partial / NAME, _record(told, counts, digests))
+        atomic.replace_json(partial / NAME, _record(facts, counts, digests))
         (partial / _STATE).unlink()
     return [place / name for name in (*digests, NAME)]
 
@@ -122,7 +122,7 @@ def check_place(
     """Refuses, before a long job, a place that `write` would refuse after it.
 
     Args:
-      directory: where the result goes.
+      directory: of the result.
       source: the directory that it is made from.
       overwrite: whether an earlier result may be replaced.
 
@@ -186,7 +186,7 @@ def _checked(
             _check_kind(name, values, source.tensors[name])
     if taken := [name for name in _OURS if name in provenance]:
         raise ValueError(
-            f"{listed(taken)} are written by export itself; leave them out of the "
+            f"{listed(taken)} are written by jaxprune itself; leave them out of the "
             f"provenance"
         )
     try:
@@ -216,12 +216,12 @@ def _check_kind(name: str, values: Any, info: TensorInfo) -> None:
 
 
 def _job(
-    source: CheckpointDir, replaced: Mapping[str, Values], told: Mapping[str, Any]
+    source: CheckpointDir, replaced: Mapping[str, Values], facts: Mapping[str, Any]
 ) -> str:
     """What must be equal for a finished file of an earlier run to be of this one."""
     stats = {name: (source.path / name).stat() for name in source.metadata}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    whole = [FORMAT, VERSION, str(source.path), files, sorted(replaced), told]
+    whole = [FORMAT, VERSION, str(source.path), files, sorted(replaced), facts]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -309,7 +309,7 @@ def _copy(origin: Path, target: Path) -> str:
 
 
 def _record(
-    told: Mapping[str, Any],
+    facts: Mapping[str, Any],
     counts: Mapping[str, Mapping[str, int]],
     digests: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def _record(
     return {
         "format": FORMAT,
         "version": VERSION,
-        **told,
+        **facts,
         "achieved": zeros / size if size else 0.0,
         "tensors": dict(counts),
         "files": dict(digests),

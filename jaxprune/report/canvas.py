@@ -1,6 +1,6 @@
 """What every figure shares: colours, markers, panels of one size, PNG and SVG.
 
-Each criterion has one colour, marker and dash everywhere, told apart without colour
+Each criterion has one colour, marker and dash everywhere, recognisable without colour
 too. matplotlib's settings are changed while a figure is made and put back after.
 """
 
@@ -82,7 +82,7 @@ def styles(names: Sequence[str]) -> dict[str, Line]:
     """One style for each name: the criteria of jaxprune always have the same.
 
     Args:
-      names: Criteria, or labels of runs; beyond ten, colours come again with other
+      names: criteria, or labels of runs; beyond ten, colours come again with other
         markers.
 
     Returns:
@@ -140,8 +140,8 @@ def name_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None
     """Writes each line's name right of its end, moved apart so that none overlap.
 
     Args:
-      axes: Panel whose scales and limits are set.
-      ends: Name, colour and last point, in data coordinates, of each line.
+      axes: panel whose scales and limits are set.
+      ends: name, colour and last point, in data coordinates, of each line.
     """
     ends = sorted(ends, key=lambda end: end[3])
     display = axes.transData.transform([end[2:] for end in ends])
@@ -172,8 +172,8 @@ def apart(heights: np.ndarray, gap: float) -> np.ndarray:
     """Moves ascending heights in [0, 1] apart by at least `gap`, as little as need be.
 
     Args:
-      heights: Ascending heights, of shape (labels,).
-      gap: The least distance between neighbours.
+      heights: ascending heights, of shape (labels,).
+      gap: the least distance between neighbours.
 
     Returns:
       Heights of the same shape and order; from the top down when there are too many.

@@ -153,7 +153,7 @@ def test_values_that_do_not_fit_are_refused_and_leave_nothing(
 
 def test_provenance_that_cannot_be_told_is_refused(tmp_path, source):
     for wrong, error, match in [
-        ({"achieved": 1}, ValueError, "'achieved' are written by export"),
+        ({"achieved": 1}, ValueError, "'achieved' are written by jaxprune"),
         ({"method": float("nan")}, ValueError, "JSON-able without NaN"),
         ({"method": object()}, TypeError, "JSON-able"),
     ]:
