@@ -185,18 +185,19 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoin
 
 def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
     """The newest whole checkpoint and the kinds of its leaves."""
-    reasons = []
+    reasons, damaged = [], False
     for step in _steps(directory):
         path = directory / str(step)
         try:
             body = manifest.verify(path)
         except manifest.Broken as error:
             reasons.append(f"'{path.name}' {error}")
+            damaged |= not isinstance(error, manifest.Unfinished)
             continue
         for reason in reasons:
             _log.warning("%s: %s; using '%s'", directory, reason, path.name)
         return Checkpoint(step, body["configuration"], path), body["leaves"]
-    if reasons:
+    if damaged:
         raise ValueError(
             f"no checkpoint in '{directory}' is whole ({'; '.join(reasons)}); bring "
             f"the files back from a copy, or remove the folder to begin again"

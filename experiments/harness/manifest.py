@@ -28,6 +28,10 @@ class Broken(Exception):
     """A checkpoint's folder is not whole; the message says why."""
 
 
+class Unfinished(Broken):
+    """Its save was interrupted: there is no manifest yet."""
+
+
 def write(
     folder: Path, step: int, configuration: Any, leaves: Mapping[str, Any]
 ) -> None:
@@ -51,10 +55,12 @@ def write(
             if path.is_file()
         },
     }
-    with open(folder / _NAME, "w", encoding="utf-8") as file:
+    partial = folder / f".{_NAME}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
         json.dump(body | {"digest": _digest(body)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(partial, folder / _NAME)
     sync(folder)
 
 
@@ -76,7 +82,7 @@ def verify(path: Path) -> dict[str, Any]:
         whole = body.pop("digest") == _digest(body)
         format_, version = body["format"], body["version"]
     except FileNotFoundError:
-        raise Broken(f"has no {_NAME}") from None
+        raise Unfinished(f"has no {_NAME}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Broken(f"has a damaged {_NAME}") from None
     if not whole:

@@ -25,7 +25,6 @@ from experiments.harness.records import MetricsLog
 from experiments.harness.stages import Stages
 from experiments.harness.task import Task
 from experiments.harness.trainer import Trainer
-from experiments.harness.weights import WATCHED_WEIGHTS as WATCHED_WEIGHTS
 from experiments.harness.weights import sampled_weights, values
 from experiments.tasks.language_model import keep_everything
 from jaxprune.arrays.console_progress import Progress

@@ -208,13 +208,20 @@ def test_a_save_that_was_cut_anywhere_is_not_looked_at(tmp_path):
 
 def test_where_no_checkpoint_is_whole_the_reasons_are_given(tmp_path):
     path = save(tmp_path, 1)
-    (path / "checkpoint.json").unlink()
+    (path / "checkpoint.json").write_text("{")
     with pytest.raises(
         ValueError,
-        match=r"no checkpoint in .* is whole \('1' has no "
+        match=r"no checkpoint in .* is whole \('1' has a damaged "
         r"checkpoint.json\); bring .* or remove the folder",
     ):
         checkpoint.restore(tmp_path, small_state())
+
+
+def test_where_the_first_save_was_cut_there_is_no_checkpoint(tmp_path):
+    (save(tmp_path, 1) / "checkpoint.json").unlink()
+    assert checkpoint.latest(tmp_path) is None
+    save(tmp_path, 1)
+    assert checkpoint.latest(tmp_path).step == 1
 
 
 def test_a_damaged_newest_checkpoint_is_replaced(tmp_path):

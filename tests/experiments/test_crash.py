@@ -117,7 +117,7 @@ def test_killed_in_mid_step_mid_prune_and_mid_save_it_ends_with_the_same_numbers
     killed(folder, environment, 1, "prune")
     assert (whole(folder / "train"), whole(folder / "retrain")) == (6, None)
     killed(folder, environment, 0, "torn")
-    assert (folder / "retrain" / "4" / "checkpoint.json").exists()
+    assert (folder / "retrain" / "4" / ".checkpoint.json.partial").exists()
     assert whole(folder / "retrain") == 2
     assert finished(folder, environment) == undisturbed[0]
     assert os.listdir(folder / "retrain") == os.listdir(undisturbed[1] / "retrain")

@@ -12,7 +12,8 @@ import tyro
 import jaxprune as jp
 from experiments import scaled_down_llm
 from experiments.datasets import load
-from experiments.harness import checkpoint, sweep
+from experiments.harness import checkpoint, training
+from experiments.harness.weights import WATCHED_WEIGHTS
 from experiments.report import results as results_
 from experiments.tasks.language_model import LanguageModel, optimizer
 from jaxprune.models import gpt
@@ -123,7 +124,7 @@ def trained(request, run, results):
     model = LanguageModel(shape)
     params = model.init(request.param)
     tx = optimizer(optax.constant_schedule(0.0), track=("square", "weight"))
-    state = sweep.training.init(params, tx)
+    state = training.init(params, tx)
     state = checkpoint.restore(folder, jax.eval_shape(lambda: state)).state
     return results["seeds"][request.param], model, corpus, state
 
@@ -203,7 +204,7 @@ def test_the_shown_weights_are_those_of_the_run_and_so_are_their_flags(trained):
     shown = seed["weights"]
     assert shown["steps"] == [*range(STEPS + 1)]
     places = [name.removesuffix("]").split("[") for name in shown["names"]]
-    assert len(places) == sweep.WATCHED_WEIGHTS
+    assert len(places) == WATCHED_WEIGHTS
     weights = prunable(state.params)
     assert {name for name, _ in places} == weights.keys()
     last = [float(weights[name].ravel()[int(index)]) for name, index in places]
