@@ -40,6 +40,8 @@ def mask(scores: jax.Array, removed: Any, pattern: Pattern) -> jax.Array:
         inputs, outputs = scores.shape
         return highest(scores, inputs - spread(removed, outputs), axis=0)
     units = pattern.units(scores, axes)
+    if isinstance(pattern, patterns.NM):  # units are minus the rank inside the group
+        return units > -pattern.n
     if pattern.sparsity is not None:
         removed = jnp.asarray(round(pattern.sparsity * units.size))
     return pattern.expand(highest(units, units.size - removed), scores.shape, axes)
