@@ -41,6 +41,8 @@ def mask(scores: jax.Array, kept: Any, pattern: Pattern) -> jax.Array:
         removed = scores.size - kept
         return highest(scores, inputs - spread(removed, outputs), axis=0)
     units = pattern.units(scores, axes)
+    if isinstance(pattern, patterns.NM):  # units are minus the rank inside the group
+        return units > -pattern.n
     if pattern.sparsity is not None:
         kept = jnp.asarray(units.size - round(pattern.sparsity * units.size))
     return pattern.expand(highest(units, kept), scores.shape, axes)
