@@ -17,6 +17,7 @@ from jaxprune.masking import patterns as patterns
 from jaxprune.masking.prune import prune as prune
 from jaxprune.posttraining import methods as methods
 from jaxprune.posttraining.calibration import calibrate as calibrate
+from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
 from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
 from jaxprune.scores.importance import get_importance as get_importance
 from jaxprune.training import weightings as weightings
@@ -33,6 +34,7 @@ __all__ = [
     "Axes",
     "Importance",
     "LazyArray",
+    "PruneResult",
     "allocation",
     "calibrate",
     "get_importance",
