@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from jaxprune.arrays.console_progress import Progress
 
 
@@ -46,7 +44,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """Writes what is going on, to stderr."""
-        tqdm.write(text, file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the JSON object, under `--json`."""

@@ -5,6 +5,7 @@ escape all text, so that callers pass plain text.
 """
 
 import csv
+import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from jaxprune.report import canvas
@@ -42,7 +42,7 @@ def page(title: str, body: str) -> str:
     Returns:
       The page: UTF-8, nothing loaded from elsewhere.
     """
-    return render("page.html", title=title, body=Markup(body))
+    return render("page.html", title=title, body=body)
 
 
 def table(
@@ -77,8 +77,8 @@ def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) ->
         inches = figure.get_figwidth()
         size = f"max-width:{96 * inches:.0f}px"
         size += f";min-width:{70 * inches:.0f}px" if wide else ""
-        opening = f'<svg role="img" aria-label="{escape(caption)}" style="{size}"'
-        figures.append(Markup(inline(figure, name).replace("<svg", opening, 1)))
+        opening = f'<svg role="img" aria-label="{html.escape(caption)}" style="{size}"'
+        figures.append(inline(figure, name).replace("<svg", opening, 1))
     return str(_parts().picture(figures, caption, wide))
 
 
@@ -140,10 +140,7 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.globals |= {
-    "variables": variables,
-    "picture": lambda *drawn, **how: Markup(picture(*drawn, **how)),
-}
+_TEMPLATES.globals |= {"variables": variables, "picture": picture}
 _TEMPLATES.filters |= {"bytes": size, "duration": duration, "perplexity": perplexity}
 
 
