@@ -31,9 +31,9 @@ FLOORS: dict[str, set[str]] = {
     "posttraining": {"safetensors"},
     "models": {"flax", "PIL", "tokenizers"},
     "evaluation": {"flax"},
-    "report": {"jinja2", "matplotlib"},
+    "report": {"jinja2", "markupsafe", "matplotlib"},
     "__init__": set(),
-    "cli": {"flax", "tyro"},
+    "cli": {"flax", "tqdm", "tyro"},
 }
 # The library knows no model, and no file: what these need is on the ground or above.
 APART = {
