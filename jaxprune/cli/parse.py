@@ -15,19 +15,7 @@ from jaxprune.posttraining import methods
 def method(
     name: methods.Name, damping: float | None, inputs: methods.Inputs
 ) -> methods.Method:
-    """A method with the settings asked for.
-
-    Args:
-      name: its name.
-      damping: a share of the Hessian's mean diagonal, or None for the method's own.
-      inputs: which inputs weights are pruned for.
-
-    Returns:
-      The method.
-
-    Raises:
-      ValueError: the method has no such setting, or the damping is not positive.
-    """
+    """A method with the settings asked for; damping None is the method's own."""
     found: Any = methods.named(name)
     own = {field.name for field in dataclasses.fields(found)}
     if damping is not None and "damping" not in own:
@@ -73,15 +61,7 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def check_globs(globs: Sequence[str], tensors: dict[str, TensorInfo]) -> None:
-    """Refuses a glob that excludes nothing, and globs that exclude all.
-
-    Args:
-      globs: of names.
-      tensors: of the directory.
-
-    Raises:
-      ValueError: a glob matches no tensor that would be pruned, or they match all.
-    """
+    """Refuses a glob that excludes nothing, and globs that exclude all."""
     free = [name for name, info in tensors.items() if why_kept(name, info) is None]
     if unused := [glob for glob in globs if not any(matches(n, [glob]) for n in free)]:
         raise ValueError(
@@ -107,15 +87,7 @@ def check_at_least_one(**options: int | None) -> None:
 def by_name(
     names: Callable[[str], str], exclude: Sequence[str]
 ) -> Callable[[str, Any], bool]:
-    """The rule for leaves, whose exclusions speak of the directory's names.
-
-    Args:
-      names: a leaf's name to its tensor's.
-      exclude: globs of tensors' names.
-
-    Returns:
-      For `prunable=`.
-    """
+    """The rule for leaves, whose exclusions are globs of the tensors' names."""
 
     def rule(name: str, leaf: Any) -> bool:
         return tree.prunable(name, leaf) and not matches(names(name), exclude)

@@ -113,18 +113,7 @@ class Meaning(NamedTuple):
 
 
 def check(job: Job) -> Meaning:
-    """Refuses what can be refused without opening the model.
-
-    Args:
-      job: the job.
-
-    Returns:
-      What its words mean.
-
-    Raises:
-      ValueError: an option does not fit.
-      OSError: a file is not there.
-    """
+    """Refuses what can be refused without opening the model; what its words mean."""
     method = parse.method(job.method, job.damping, job.inputs)
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = allocations.agreed(job.sparsity, pattern, job.allocation)

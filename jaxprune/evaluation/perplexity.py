@@ -108,21 +108,9 @@ def windows(
     limit: int | None = None,
     longest: int,
 ) -> Windows:
-    """The windows of a text's file, or the rows of `.npy` as they are.
+    """The windows of a text's file, as `slide` makes them, or the rows of `.npy`.
 
-    Args:
-      text: the file.
-      context: as for `slide`.
-      stride: as for `slide`.
-      bos: as for `slide`.
-      limit: at most so many windows or rows.
-      longest: the model's context.
-
-    Returns:
-      The windows.
-
-    Raises:
-      ValueError: they do not fit the text or the model.
+    `longest` is the model's context.
     """
     if text.is_rows:
         rows = text.tokens[:limit]
@@ -203,13 +191,7 @@ def by_frequency(seen: Windows) -> float:
 
     exp(H + (K - 1) / N): H is the entropy of the N counted tokens' frequencies, and the
     second term is what it is too low for K frequencies having been taken from the same
-    N tokens.
-
-    Args:
-      seen: what is evaluated.
-
-    Returns:
-      A perplexity that a model which knows the language stays well under.
+    N tokens. A model that knows the language stays well under it.
     """
     tokens = seen.tokens[:, 1:][seen.counted]  # (N,)
     counts = np.unique(tokens, return_counts=True)[1]
@@ -219,16 +201,7 @@ def by_frequency(seen: Windows) -> float:
 
 
 def is_sane(result: dict[str, Any], frequency: float, vocab_size: int) -> bool:
-    """Whether a perplexity is one of a model that knows something.
-
-    Args:
-      result: what `measure` gave.
-      frequency: what `by_frequency` gave.
-      vocab_size: the model's.
-
-    Returns:
-      True where it is under both.
-    """
+    """Whether a perplexity is under guessing by frequency and uniform guessing."""
     found = result["perplexity"]
     return found is not None and found < min(frequency, vocab_size)
 

@@ -47,15 +47,7 @@ def is_ids(path: Path) -> bool:
 
 
 def check_files(paths: Sequence[Path]) -> None:
-    """Refuses files that are not there or of another kind, all at once.
-
-    Args:
-      paths: the files.
-
-    Raises:
-      FileNotFoundError: some are not there.
-      ValueError: some end otherwise.
-    """
+    """Refuses files that are not there or of another kind, all at once."""
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(
             f"texts must be files, but there is no {', '.join(missing)}"
@@ -69,7 +61,7 @@ def check_files(paths: Sequence[Path]) -> None:
 
 
 def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Text:
-    """A file as tokens.
+    """A file as tokens, without BOS unless .npy holds it.
 
     Args:
       path: plain text in UTF-8 (.txt, .md); .jsonl whose lines are objects with a
@@ -77,13 +69,9 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Text:
       tokenizer: of the model; not needed for .npy.
       vocab_size: the model's.
 
-    Returns:
-      The tokens, without BOS unless .npy holds it.
-
     Raises:
       ValueError: the file is not what its name says, or a token is not in the
         vocabulary.
-      OSError: it cannot be read.
     """
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
@@ -149,13 +137,8 @@ def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
 def without_end(text: Text, most: int) -> tuple[Text, Text | None]:
     """A text split into what may be drawn from and an end that is held out.
 
-    Args:
-      text: the text.
-      most: the most tokens that the end needs.
-
-    Returns:
-      The beginning and the end, of a tenth of the tokens; of .npy and of very short
-      texts all and None.
+    The end has a tenth of the tokens, at most `most`; of .npy and of very short texts
+    there is none.
     """
     end = 0 if text.is_rows else min(text.tokens.size // HELD_OUT, most)
     if end < 2:

@@ -73,9 +73,6 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
       path: the JSON file that names the job; its directory is the job's.
       job: JSON-able; what decides the result.
 
-    Returns:
-      Whether the same job was begun before.
-
     Raises:
       ValueError: the directory belongs to another job.
       Damaged: the file is no JSON object.
@@ -102,14 +99,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
-    """How two jobs differ, entry by entry.
-
-    Args:
-      begun: as JSON holds it, tuples being lists.
-      job: JSON-able.
-
-    Returns:
-      A phrase for each entry that differs.
+    """How two jobs differ, a phrase an entry; `begun` is as JSON holds it.
 
     Example:
       >>> differences({"data": {"seed": 0}}, {"data": {"seed": 1}})
@@ -130,18 +120,7 @@ def digest(path: Path) -> str:
 
 
 def apart(place: str | os.PathLike[str], source: Path) -> Path:
-    """The place of a result, refused where it would touch what it is made from.
-
-    Args:
-      place: of the result.
-      source: the directory or file that it is made from.
-
-    Returns:
-      `place`, absolute, links followed.
-
-    Raises:
-      ValueError: one of the two lies in the other.
-    """
+    """The absolute place of a result, refused where it and its source touch."""
     place, origin = Path(place).resolve(), source.resolve()
     if place.is_relative_to(origin) or origin.is_relative_to(place):
         raise ValueError(
@@ -157,6 +136,8 @@ def staged(
 ) -> Iterator[Path]:
     """A directory to fill, which takes its place when the block ends without an error.
 
+    Yields the directory beside, locked for this process.
+
     Args:
       place: the final place, absolute; nothing or an empty directory may be there.
       replaceable: decides whether a directory that holds something may be replaced;
@@ -164,9 +145,6 @@ def staged(
       resume: whether the block finds what an earlier run left, and leaves what it wrote
         when it is stopped or the disk fails. Otherwise it begins empty, and it leaves
         nothing after an error.
-
-    Yields:
-      The directory beside, locked for this process.
 
     Raises:
       ValueError: the place is taken.
@@ -195,20 +173,7 @@ def staged(
 def staged_file(
     place: Path, *, replaceable: Replaceable | None = None
 ) -> Iterator[Path]:
-    """A file to write, which takes its place when the block ends without an error.
-
-    Args:
-      place: the final place, absolute.
-      replaceable: decides whether a file that is there may be replaced; None replaces
-        none.
-
-    Yields:
-      The path to write to; the block syncs the file.
-
-    Raises:
-      ValueError: the place is taken.
-      OSError: another process writes to this place, or the disk fails.
-    """
+    """The same for a file: yields the path to write to; the block syncs the file."""
     partial = _beside(place, "partial")
     with locked(partial):
         try:
@@ -224,12 +189,6 @@ def staged_file(
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Makes a directory and holds it for this process alone; a dead one holds nothing.
-
-    Args:
-      directory: made where absent.
-
-    Yields:
-      Nothing.
 
     Raises:
       OSError: another process holds it, or it cannot be written to.
@@ -289,24 +248,12 @@ class Sink:
         return self._hash.hexdigest()
 
     def put(self, part: Any) -> None:
-        """Writes bytes, or an array of them, at the end.
-
-        Args:
-          part: contiguous.
-        """
+        """Writes bytes, or a contiguous array of them, at the end."""
         self._hash.update(part)
         self._position += self._file.write(part)
 
     def copy(self, origin: BinaryIO, end: int) -> None:
-        """Copies from another file what lies there from this one's end on.
-
-        Args:
-          origin: open for reading.
-          end: up to which position.
-
-        Raises:
-          Damaged: the other file ends before.
-        """
+        """Copies what another file has from this one's end on, up to `end`."""
         origin.seek(self._position)
         while self._position < end:
             part = origin.read(min(end - self._position, _CHUNK))
@@ -336,15 +283,7 @@ def _beside(place: Path, what: str) -> Path:
 
 
 def check_free(place: Path, replaceable: Replaceable | None) -> None:
-    """Refuses a place that holds something, unless `replaceable` allows it.
-
-    Args:
-      place: of a result.
-      replaceable: as for `staged`.
-
-    Raises:
-      ValueError: the place is taken.
-    """
+    """Refuses a place that holds something, unless `replaceable` allows it."""
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     reason = "there is something already"

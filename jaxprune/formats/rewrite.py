@@ -119,16 +119,7 @@ def write(
 def check_place(
     directory: str | os.PathLike[str], source: Path, *, overwrite: bool
 ) -> None:
-    """Refuses, before a long job, a place that `write` would refuse after it.
-
-    Args:
-      directory: of the result.
-      source: the directory that it is made from.
-      overwrite: whether an earlier result may be replaced.
-
-    Raises:
-      ValueError: it may not go there.
-    """
+    """Refuses, before a long job, a place that `write` would refuse after it."""
     place = atomic.apart(directory, source)
     atomic.check_free(place, _why_not_ours if overwrite else None)
 

@@ -212,16 +212,10 @@ def propagate(
     kinds: Sequence[Any],
     known: Callable[[int | Fixed], Any],
 ) -> list[WeightView] | None:
-    """The views that a step's results are of a leaf, if it only moves one.
+    """The views that a step's results are of a leaf, or None if it does more than move it.
 
-    Args:
-      step: the step.
-      views: the views so far, by value.
-      kinds: shape and dtype of each value.
-      known: gives the value of a constant, or None.
-
-    Returns:
-      One view a result, or None: the step does something else.
+    `views` are those so far, `kinds` shape and dtype of each value, and `known` gives
+    the value of a constant, or None.
     """
     sources = [views.get(x) if not isinstance(x, Fixed) else None for x in step.inputs]
     name, params = step.primitive.name, step.params

@@ -81,12 +81,7 @@ class Line(NamedTuple):
 def styles(names: Sequence[str]) -> dict[str, Line]:
     """One style for each name: the criteria of jaxprune always have the same.
 
-    Args:
-      names: criteria, or labels of runs; beyond ten, colours come again with other
-        markers.
-
-    Returns:
-      The style of every name.
+    Beyond ten names, colours come again with other markers.
     """
     own = {name: _KNOWN.index(name) for name in names if name in _KNOWN}
     free = (slot for slot in itertools.count() if slot not in own.values())
@@ -139,9 +134,7 @@ def beside(axes: Axes, text: str, point: tuple[float, float], colour: str) -> No
 def name_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
     """Writes each line's name right of its end, moved apart so that none overlap.
 
-    Args:
-      axes: panel whose scales and limits are set.
-      ends: name, colour and last point, in data coordinates, of each line.
+    `ends`: name, colour and last point, in data coordinates, of each line.
     """
     ends = sorted(ends, key=lambda end: end[3])
     display = axes.transData.transform([end[2:] for end in ends])
@@ -171,12 +164,7 @@ def name_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None
 def apart(heights: np.ndarray, gap: float) -> np.ndarray:
     """Moves ascending heights in [0, 1] apart by at least `gap`, as little as need be.
 
-    Args:
-      heights: ascending heights, of shape (labels,).
-      gap: the least distance between neighbours.
-
-    Returns:
-      Heights of the same shape and order; from the top down when there are too many.
+    From the top down when there are too many.
     """
     offsets = gap * np.arange(len(heights))
     slack = heights - offsets

@@ -33,15 +33,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def page(title: str, body: str) -> str:
-    """A whole HTML page around `body`, with the style of every page here.
-
-    Args:
-      title: the title, as plain text.
-      body: HTML.
-
-    Returns:
-      The page: UTF-8, nothing loaded from elsewhere.
-    """
+    """A whole HTML page around `body`, with the style of every page here."""
     return render("page.html", title=title, body=body)
 
 
@@ -50,13 +42,7 @@ def table(
 ) -> str:
     """An HTML table that scrolls sideways where the page is narrow.
 
-    Args:
-      header: column names, as plain text.
-      rows: cells: plain text, or HTML where it starts with "<td".
-      caption: plain text above.
-
-    Returns:
-      HTML.
+    Cells are plain text, or HTML where they start with "<td".
     """
     return str(_parts().plain_table(header, rows, caption))
 
@@ -64,13 +50,7 @@ def table(
 def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) -> str:
     """Figures side by side, below each other where the page is narrow.
 
-    Args:
-      drawn: matplotlib figures by a name that is unique on the page.
-      caption: plain text below.
-      wide: whether each takes a line of its own and may scroll sideways.
-
-    Returns:
-      HTML with the figures inline.
+    Their names are unique on the page; `wide` ones take a line each and may scroll.
     """
     figures = []
     for name, figure in drawn.items():
@@ -85,13 +65,8 @@ def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) ->
 def inline(figure: Figure, name: str) -> str:
     """The figure as an `<svg>` element for HTML that follows the page's colours.
 
-    Args:
-      figure: any figure of `figures`.
-      name: a word that no other figure on the page has; put before every id.
-
-    Returns:
-      The element, without namespaces, its colours written as CSS variables (see
-      `variables`).
+    `name`, which no other figure on the page has, is put before every id; colours are
+    CSS variables (see `variables`).
     """
     text = canvas.svg(figure)
     text = text[text.index("<svg") :]

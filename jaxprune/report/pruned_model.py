@@ -49,14 +49,7 @@ def document(record: Mapping[str, Any]) -> str:
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """What happened, in a sentence.
-
-    Args:
-      record: as for `document`.
-
-    Returns:
-      Plain text.
-    """
+    """What happened, in a sentence of plain text."""
     what = (
         f"{record['achieved']:.1%} of the weights of {len(record['tensors'])} matrices "
         f"are gone by {record['method']}"
@@ -73,14 +66,8 @@ def headline(record: Mapping[str, Any]) -> str:
 def layers(tensors: Mapping[str, float], *, logarithmic: bool, title: str) -> Figure:
     """A number for each matrix: rows are kinds, columns layers.
 
-    Args:
-      tensors: name to number; names without a layer are left out.
-      logarithmic: whether colours follow the logarithm, for errors; else they go from
-        0 to 1.
-      title: above.
-
-    Returns:
-      The figure.
+    Names without a layer are left out. Colours follow the logarithm, for errors, or
+    are from 0 to 1.
     """
     cells = {_place(name): value for name, value in tensors.items()}
     found = {place: value for place, value in cells.items() if place is not None}

@@ -86,7 +86,7 @@ def refine(
 
     Args:
       weight: (in, out), floating: what the outputs are to be those of.
-      hessian: (in, in), proportional to X^T X of the inputs.
+      hessian: as for `solve`.
       mask: (in, out), boolean, True where kept.
       damping: the share of the Hessian's mean diagonal added to its diagonal.
       steps: steps of conjugate gradients; as many as an output keeps inputs are exact.

@@ -73,12 +73,7 @@ def normalised(
 ) -> tuple[Float[Array, "in in"], Bool[Array, " in"]]:
     """The Hessian scaled to a mean diagonal of 1, and which inputs ever fired.
 
-    Args:
-      hessian: (in, in), proportional to X^T X.
-
-    Returns:
-      (in, in), float32, the row and column of the identity where an input never fired;
-      and (in,), False there.
+    Where an input never fired its row and column are those of the identity.
     """
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
@@ -95,14 +90,7 @@ def damped(
     """The Hessian damped by a share of its mean diagonal, and its Cholesky factor.
 
     Where the factorisation fails the damping is raised tenfold, up to `MOST_DAMPING`.
-
-    Args:
-      hessian: (in, in), proportional to X^T X.
-      damping: the share of the mean diagonal to add to the diagonal.
-      reverse: whether the factor is of the inputs in reverse order.
-
-    Returns:
-      The damped Hessian in the given order, its factor and the damping.
+    With `reverse` the factor is that of the inputs in reverse order.
     """
     scaled, alive = normalised(hessian)
     ordered = jnp.flip(scaled) if reverse else scaled
@@ -134,19 +122,7 @@ def checked(
     kept: Any = 0,
     pattern: Pattern = patterns.Unstructured(),
 ) -> None:
-    """Raises for whatever a solver cannot take, as far as it can be seen.
-
-    Args:
-      weight: (in, out).
-      hessian: (in, in).
-      damping: the share of the mean diagonal, at least 0.
-      kept: how many units of the pattern are kept.
-      pattern: which weights are pruned as a unit.
-
-    Raises:
-      ValueError: a shape, number or pattern does not fit, or a value is not finite.
-      TypeError: the weight or the Hessian is not floating, or `kept` is no integer.
-    """
+    """Raises for whatever a solver cannot take, as far as it can be seen."""
     for name, array in (("weight", weight), ("hessian", hessian)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"the {name} must be floating, got {array.dtype}")
