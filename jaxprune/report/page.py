@@ -4,9 +4,7 @@ Nothing is loaded from elsewhere and no script runs. The templates beside this m
 escape all text, so that callers pass plain text.
 """
 
-import csv
 import html
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,15 +14,6 @@ import jinja2
 from matplotlib.figure import Figure
 
 from jaxprune.report import canvas
-
-
-def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Rows as a CSV with a header; None becomes an empty field."""
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue().encode()
 
 
 def render(template: str, **values: Any) -> str:
