@@ -31,27 +31,12 @@ def method(
 
 
 def why_kept(name: str, info: TensorInfo, exclude: Sequence[str] = ()) -> str | None:
-    """Why a tensor is not pruned; None where it may be.
-
-    Args:
-      name: its name in the directory.
-      info: its shape and dtype.
-      exclude: globs of names.
-
-    Returns:
-      A few words, or None.
-    """
-    if not tree.is_floating(info):
-        return "not floating"
-    if info.ndim < 2:
-        return "a vector"
+    """Why a tensor of a directory is not pruned, in a few words; None if it may be."""
+    if why := tree.why_unprunable(name.replace(".", "/"), info):
+        return why
     if info.ndim > 3 or (info.ndim == 3 and "conv" in name.lower()):
         return "a convolution"
-    if not tree.prunable(name.replace(".", "/"), info):
-        return "an embedding, norm, bias or head"
-    if matches(name, exclude):
-        return "excluded"
-    return None
+    return "excluded" if matches(name, exclude) else None
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:

@@ -118,7 +118,7 @@ class SegmentedProgram:
     def run(
         self, segment: Segment, activations: Activations, constants: Mapping[int, Any]
     ) -> tuple[jax.Array, Activations]:
-        """Takes one batch through a segment; its input, and what later segments need."""
+        """Takes one batch through a segment: its input, what later segments need."""
         part = segment.subgraph
         if part.key not in self._compiled:
             self._compiled[part.key] = jax.jit(part.run)

@@ -120,17 +120,11 @@ def _check_steps(steps: int) -> None:
 
 
 class _Problem(NamedTuple):
-    """The problem with a unit diagonal.
+    """The problem with a unit diagonal."""
 
-    Attributes:
-      weight: what is to be approximated, (in, out).
-      matrix: the Hessian, (in, in).
-      scale: (in, 1), what the weight was multiplied by.
-    """
-
-    weight: Float[Array, "in out"]
-    matrix: Float[Array, "in in"]
-    scale: Float[Array, "in 1"]
+    weight: Float[Array, "in out"]  # what is to be approximated
+    matrix: Float[Array, "in in"]  # the Hessian
+    scale: Float[Array, "in 1"]  # what the weight was multiplied by
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "steps"))
