@@ -29,7 +29,7 @@ class Evaluate(models.ModelOptions):
       stride: how far a window moves on: at most --context - 1, which is what it
         predicts, and so far if left out.
       limit: at most so many windows of each text, from its beginning; all if left out.
-      batch: windows that go through the model together.
+      batch: windows that the model sees at once.
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]

@@ -41,7 +41,7 @@ class Job(models.ModelOptions):
       sequences: how many are calibrated on; --batch must divide it.
       length: tokens of a sequence, BOS included, and of a window in evaluation.
       seed: which sequences are drawn, what is sampled.
-      batch: sequences that go through the model together.
+      batch: sequences that the model sees at once.
       damping: of sparsegpt and alps, as a share of the Hessian's mean diagonal.
       inputs: what a weight is pruned for: the inputs that are "left" by all that was
         pruned before it, or those of its "dense" layer, as the papers have it.

@@ -1,10 +1,10 @@
 """A file or directory appears under its name whole, or not at all.
 
 It is written beside its place as `.NAME.partial`, synced to disk and renamed. Who
-writes a directory holds a lock that the system drops when the process dies, so what a
-dead run left differs from what a running one writes. A directory that is replaced is
-moved aside first and comes back if the new one does not arrive. A directory that a run
-can go on in names its job, and another job is refused.
+writes a directory holds a lock that the system drops when the process ends, so what a
+killed run left differs from what a running one writes. A directory that is replaced is
+moved aside first and moved back if the new one fails. A directory in which a run can be
+resumed names its job, and another job is refused.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
     if different := differences(read_json(path), job):
         raise ValueError(
             f"'{path.parent}' belongs to another job: {'; '.join(different)}; give the "
-            "old values to go on, or choose another directory"
+            "old values to resume it, or choose another directory"
         )
     return True
 
@@ -188,7 +188,7 @@ def staged_file(
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Makes a directory and holds it for this process alone; a dead one holds nothing.
+    """Makes a directory and holds it for this process alone; it ends with it.
 
     Raises:
       OSError: another process holds it, or it cannot be written to.

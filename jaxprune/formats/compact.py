@@ -89,7 +89,7 @@ def compact(
     """Writes a directory as one compact file, tensor by tensor.
 
     Args:
-      source: the directory; `source.others` go in too.
+      source: the directory; `source.others` are packed too.
       path: the file, outside of the directory.
       overwrite: whether an earlier compact file may be replaced.
       progress: called when a tensor is counted, and again when it is written.

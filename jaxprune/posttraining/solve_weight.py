@@ -38,7 +38,7 @@ def solve(
         raise ValueError(
             f"the Hessian of '{op.name}' must be positive definite, but could not "
             "be factorised with any damping; give more or other calibration batches, "
-            "run the model in float32, or use method='wanda'"
+            "run the model in float32, or use the method wanda"
         )
     return after, {
         "name": op.name,

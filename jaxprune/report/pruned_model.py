@@ -52,7 +52,7 @@ def headline(record: Mapping[str, Any]) -> str:
     """What happened, in a sentence of plain text."""
     what = (
         f"{record['achieved']:.1%} of the weights of {len(record['tensors'])} matrices "
-        f"are gone by {record['method']}"
+        f"were pruned by {record['method']}"
     )
     for name, of in (record.get("perplexity") or {}).items():
         last = [stage for stage in STAGES if stage in of][-1]

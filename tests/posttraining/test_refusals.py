@@ -141,7 +141,7 @@ def test_batches_inside_jit_are_refused():
 
 
 def test_a_weight_that_is_hidden_is_named_with_the_reason():
-    with pytest.raises(ValueError, match="'w': 'goes into mul"):
+    with pytest.raises(ValueError, match="'w': 'is an operand of mul"):
         prune(lambda p, x: x @ (p["w"] * 2), {"w": W}, BATCHES)
 
 

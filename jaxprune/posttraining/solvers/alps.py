@@ -139,7 +139,7 @@ def _solve(
     steps: int,
 ) -> Solution:
     ready = layer_problem.damped(hessian, damping)
-    problem = _scaled(weight, ready.matrix, ready.alive)
+    problem = _scaled(weight, ready.matrix, ready.nonzero)
     project = functools.partial(matrix_mask.mask, kept=kept, pattern=pattern)
     start, support = _support(problem, project)
     best = _conjugate(problem, start, support, steps)
@@ -156,16 +156,16 @@ def _refine(
     *,
     steps: int,
 ) -> jax.Array:
-    matrix, alive = layer_problem.normalised(hessian)
+    matrix, nonzero = layer_problem.normalised(hessian)
     matrix = matrix + jnp.eye(len(matrix), dtype=jnp.float32) * damping
-    problem = _scaled(weight, matrix, alive)
+    problem = _scaled(weight, matrix, nonzero)
     start = jnp.where(mask, problem.weight, 0)
     return _back(_conjugate(problem, start, mask, steps), problem, weight.dtype)
 
 
-def _scaled(weight: jax.Array, matrix: jax.Array, alive: jax.Array) -> _Problem:
+def _scaled(weight: jax.Array, matrix: jax.Array, nonzero: jax.Array) -> _Problem:
     scale = jnp.sqrt(jnp.diagonal(matrix))[:, None]
-    own = jnp.where(alive[:, None], weight.astype(jnp.float32), 0) * scale
+    own = jnp.where(nonzero[:, None], weight.astype(jnp.float32), 0) * scale
     return _Problem(own, matrix / (scale * scale.T), scale)
 
 
