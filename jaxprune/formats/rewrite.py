@@ -64,8 +64,8 @@ def write(
         (asked), and what else is known ("command", "calibration", "perplexity").
       overwrite: whether an earlier result of this function may be replaced. It is, once
         the new one is whole.
-      resume: whether a run that is started again continues after the files that a run of
-        the same source, names and provenance had finished. They are checked.
+      resume: whether to keep the files that an earlier run of the same source, names and
+        provenance had finished. They are checked.
       progress: called after every tensor.
 
     Returns:
