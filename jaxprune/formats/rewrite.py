@@ -64,7 +64,7 @@ def write(
         (asked), and what else is known ("command", "calibration", "perplexity").
       overwrite: whether an earlier result of this function may be replaced. It is, once
         the new one is whole.
-      resume: whether to keep the files that an earlier run of the same source, names and
+      resume: whether to keep files that an earlier run of the same source, names and
         provenance had finished. They are checked.
       progress: called after every tensor.
 
