@@ -70,6 +70,13 @@ def byte_progress(total: int, what: str) -> Iterator[Callable[[str, int, int], N
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of plain text: the first column left, the others right.
 
+    Args:
+      header: names of the columns.
+      rows: cells.
+
+    Returns:
+      Lines.
+
     Example:
       >>> print(columns(["name", "size"], [["a", "10"]]))
       name  size

@@ -130,10 +130,8 @@ def _retraining(job: Job, later: list[texts.Text], bos: int | None) -> Any:
 def dense(
     job: Job, ready: Ready, model: models.Model, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Measures the model before it is pruned, and refuses one that knows nothing.
-
-    For each text: how it is evaluated and, under "dense", what was measured.
-    """
+    """Measures the model before it is pruned, and refuses one that knows nothing."""
+    # For each text: how it is evaluated and, under "dense", what was measured.
     found = {
         name: described(own) | {"role": ready.roles[name]}
         for name, own in ready.seen.items()

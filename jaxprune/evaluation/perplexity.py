@@ -108,10 +108,8 @@ def windows(
     limit: int | None = None,
     longest: int,
 ) -> Windows:
-    """The windows of a text's file, as `slide` makes them, or the rows of `.npy`.
-
-    `longest` is the model's context.
-    """
+    """The windows of a text's file, as `slide` makes them, or the rows of `.npy`."""
+    # `longest` is the model's context.
     if text.is_rows:
         rows = text.tokens[:limit]
         counted = np.ones((len(rows), rows.shape[1] - 1), bool)
@@ -191,7 +189,13 @@ def by_frequency(seen: Windows) -> float:
 
     exp(H + (K - 1) / N): H is the entropy of the N counted tokens' frequencies, and the
     second term is what it is too low for K frequencies having been taken from the same
-    N tokens. A model that knows the language stays well under it.
+    N tokens.
+
+    Args:
+      seen: what is evaluated.
+
+    Returns:
+      A perplexity that a model which knows the language stays well under.
     """
     tokens = seen.tokens[:, 1:][seen.counted]  # (N,)
     counts = np.unique(tokens, return_counts=True)[1]

@@ -61,7 +61,7 @@ def check_files(paths: Sequence[Path]) -> None:
 
 
 def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Text:
-    """A file as tokens, without BOS unless .npy holds it.
+    """A file as tokens.
 
     Args:
       path: plain text in UTF-8 (.txt, .md); .jsonl whose lines are objects with a
@@ -69,9 +69,13 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Text:
       tokenizer: of the model; not needed for .npy.
       vocab_size: the model's.
 
+    Returns:
+      The tokens, without BOS unless .npy holds it.
+
     Raises:
       ValueError: the file is not what its name says, or a token is not in the
         vocabulary.
+      OSError: it cannot be read.
     """
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
@@ -135,11 +139,9 @@ def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
 
 
 def without_end(text: Text, most: int) -> tuple[Text, Text | None]:
-    """A text split into what may be drawn from and an end that is held out.
-
-    The end has a tenth of the tokens, at most `most`; of .npy and of very short texts
-    there is none.
-    """
+    """A text split into what may be drawn from and an end that is held out."""
+    # The end has a tenth of the tokens, at most `most`; of .npy and of very short texts
+    # there is none.
     end = 0 if text.is_rows else min(text.tokens.size // HELD_OUT, most)
     if end < 2:
         return text, None

@@ -73,6 +73,9 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
       path: the JSON file that names the job; its directory is the job's.
       job: JSON-able; what decides the result.
 
+    Returns:
+      Whether the same job was begun before.
+
     Raises:
       ValueError: the directory belongs to another job.
       Damaged: the file is no JSON object.
@@ -99,7 +102,14 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
-    """How two jobs differ, a phrase an entry; `begun` is as JSON holds it.
+    """How two jobs differ, entry by entry.
+
+    Args:
+      begun: as JSON holds it, tuples being lists.
+      job: JSON-able.
+
+    Returns:
+      A phrase for each entry that differs.
 
     Example:
       >>> differences({"data": {"seed": 0}}, {"data": {"seed": 1}})
@@ -136,8 +146,6 @@ def staged(
 ) -> Iterator[Path]:
     """A directory to fill, which takes its place when the block ends without an error.
 
-    Yields the directory beside, locked for this process.
-
     Args:
       place: the final place, absolute; nothing or an empty directory may be there.
       replaceable: decides whether a directory that holds something may be replaced;
@@ -145,6 +153,9 @@ def staged(
       resume: whether the block finds what an earlier run left, and leaves what it wrote
         when it is stopped or the disk fails. Otherwise it begins empty, and it leaves
         nothing after an error.
+
+    Yields:
+      The directory beside, locked for this process.
 
     Raises:
       ValueError: the place is taken.
@@ -188,11 +199,7 @@ def staged_file(
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Makes a directory and holds it for this process alone; it ends with it.
-
-    Raises:
-      OSError: another process holds it, or it cannot be written to.
-    """
+    """Makes a directory and locks it for this process, as long as that runs."""
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)

@@ -139,10 +139,9 @@ def compact(
 
 
 def packed_bytes(source: CheckpointDir, zeros: Mapping[str, int]) -> int:
-    """The bytes of a directory's weights in a compact file, less its header.
-
-    `zeros` says of how many elements of a tensor no bit is set; others have none such.
-    """
+    """The bytes of a directory's weights in a compact file, less its header."""
+    # `zeros` says of how many elements of a tensor no bit is set; others have none
+    # such.
     total = 0
     for name, info in source.tensors.items():
         size = math.prod(info.shape)

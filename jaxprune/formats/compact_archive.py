@@ -50,13 +50,7 @@ class Archive(NamedTuple):
 
 
 def open_archive(path: Path) -> Archive:
-    """Opens a compact file, checking all but the bits themselves.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      Damaged: the file is not what its header says.
-      Unknown: it is another kind of file.
-    """
+    """Opens a compact file, checking all but the bits themselves."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no compact file '{path}'; make it first")
     entries, metadata = read_header(path)
@@ -95,11 +89,9 @@ def open_archive(path: Path) -> Archive:
 def layout(
     name: str, entry: Mapping[str, Any], kept: int = -1
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Prefix and name to code and shape of what is stored of a tensor.
-
-    `entry` is what the contents say of it, `kept` how many of its elements have a bit
-    that is not zero, or -1 for any number.
-    """
+    """Prefix and name to code and shape of what is stored of a tensor."""
+    # `entry` is what the contents say of it, `kept` how many of its elements have a bit
+    # that is not zero, or -1 for any number.
     code, shape = entry["dtype"], tuple(entry["shape"])
     if entry["encoding"] == "dense":
         return {f"dense/{name}": (code, shape)}

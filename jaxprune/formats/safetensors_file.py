@@ -72,9 +72,16 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Name to place of a file's tensors, as they lie in it, and its `__metadata__`.
+    """What a safetensors file holds, checked against its size.
 
-    They must fill the file from the header's end to its own, without gap or overlap.
+    The tensors must fill the file from the header's end to its own, without gap or
+    overlap.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Name to place, in the order in which they lie, and the file's `__metadata__`.
 
     Raises:
       Damaged: the file is cut short or inconsistent.

@@ -212,11 +212,9 @@ def propagate(
     kinds: Sequence[Any],
     known: Callable[[int | Fixed], Any],
 ) -> list[WeightView] | None:
-    """The views that a step's results are of a leaf; None if it does not only move it.
-
-    `views` are those so far, `kinds` shape and dtype of each value, and `known` gives
-    the value of a constant, or None.
-    """
+    """The views of a leaf that a step's results are; None if it does not only move it."""
+    # `views` are those so far, `kinds` shape and dtype of each value, and `known` gives
+    # the value of a constant, or None.
     sources = [views.get(x) if not isinstance(x, Fixed) else None for x in step.inputs]
     name, params = step.primitive.name, step.params
     if not sources or sources[0] is None or (name in _SAME.split() and None in sources):

@@ -65,10 +65,8 @@ class Plan(NamedTuple):
 
 
 def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> None:
-    """Refuses leaves that cannot be pruned; no value is read.
-
-    With `donate` the old weights are given up, so no two leaves may be one array.
-    """
+    """Refuses leaves that cannot be pruned; no value is read."""
+    # With `donate` the old weights are given up, so no two leaves may be one array.
     names = {op.leaf: op.view.leaf for op in ops}
     traced = (jax.core.Tracer, jax.ShapeDtypeStruct)
     if wrong := [k for k, i in names.items() if isinstance(leaves.all[i], traced)]:
@@ -138,6 +136,12 @@ def planned(
       pattern: which weights are pruned as a unit, or None for the method's own.
       shared: how the sparsity is shared out.
       statistics: gives the dense model's, called where the rule needs them.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: something does not fit; the sentence names the weights.
     """
     weights = {op.name: op for op in ops if op.use == 0}
     pattern = patterns.named(method.pattern if pattern is None else pattern)

@@ -76,11 +76,9 @@ def error(
     before: Float[Array, "batch in out"],
     after: Float[Array, "batch in out"],
 ) -> float:
-    """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2.
-
-    X is read from `value`, of one batch, of which the first 256 samples are taken;
-    0 where the output is zero anyway.
-    """
+    """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2."""
+    # X is read from `value`, of one batch, of which the first 256 samples are taken; 0
+    # where the output is zero anyway.
     found = placement.automatic(
         functools.partial(_error, source=source), value, before, after
     )

@@ -29,18 +29,14 @@ def page(title: str, body: str) -> str:
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = ""
 ) -> str:
-    """An HTML table that scrolls sideways where the page is narrow.
-
-    Cells are plain text, or HTML where they start with "<td".
-    """
+    """An HTML table that scrolls sideways where the page is narrow."""
+    # Cells are plain text, or HTML where they start with "<td".
     return str(_parts().plain_table(header, rows, caption))
 
 
 def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) -> str:
-    """Figures side by side, below each other where the page is narrow.
-
-    Their names are unique on the page; `wide` ones take a line each and may scroll.
-    """
+    """Figures side by side, below each other where the page is narrow."""
+    # Their names are unique on the page; `wide` ones take a line each and may scroll.
     figures = []
     for name, figure in drawn.items():
         inches = figure.get_figwidth()
@@ -52,11 +48,9 @@ def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) ->
 
 
 def inline(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` element for HTML that follows the page's colours.
-
-    `name`, which no other figure on the page has, is put before every id; colours are
-    CSS variables (see `variables`).
-    """
+    """The figure as an `<svg>` element for HTML that follows the page's colours."""
+    # `name`, which no other figure on the page has, is put before every id; colours are
+    # CSS variables (see `variables`).
     text = canvas.svg(figure)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -64,11 +64,9 @@ def headline(record: Mapping[str, Any]) -> str:
 
 
 def layers(tensors: Mapping[str, float], *, logarithmic: bool, title: str) -> Figure:
-    """A number for each matrix: rows are kinds, columns layers.
-
-    Names without a layer are left out. Colours follow the logarithm, for errors, or
-    are from 0 to 1.
-    """
+    """A number for each matrix: rows are kinds, columns layers."""
+    # Names without a layer are left out. Colours follow the logarithm, for errors, or
+    # are from 0 to 1.
     cells = {_place(name): value for name, value in tensors.items()}
     found = {place: value for place, value in cells.items() if place is not None}
     kinds = list(dict.fromkeys(kind for _, kind in found))

@@ -71,10 +71,8 @@ def precise(function: F) -> F:
 def normalised(
     hessian: Float[Array, "in in"],
 ) -> tuple[Float[Array, "in in"], Bool[Array, " in"]]:
-    """The Hessian scaled to a mean diagonal of 1, and which inputs are ever nonzero.
-
-    Where an input is always zero, its row and column are those of the identity.
-    """
+    """The Hessian scaled to a mean diagonal of 1, and which inputs are ever nonzero."""
+    # Where an input is always zero, its row and column are those of the identity.
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
     mean, nonzero = jnp.mean(diagonal), diagonal != 0
@@ -87,11 +85,9 @@ def normalised(
 def damped(
     hessian: Float[Array, "in in"], damping: Any, *, reverse: bool = False
 ) -> Damped:
-    """The Hessian damped by a share of its mean diagonal, and its Cholesky factor.
-
-    Where the factorisation fails the damping is raised tenfold, up to `MOST_DAMPING`.
-    With `reverse` the factor is that of the inputs in reverse order.
-    """
+    """The Hessian damped by a share of its mean diagonal, and its Cholesky factor."""
+    # Where the factorisation fails the damping is raised tenfold, up to `MOST_DAMPING`.
+    # With `reverse` the factor is that of the inputs in reverse order.
     scaled, nonzero = normalised(hessian)
     ordered = jnp.flip(scaled) if reverse else scaled
     eye = jnp.eye(len(scaled), dtype=jnp.float32)
