@@ -59,6 +59,12 @@ class Layer(nn.Module):
         return x + nn.Dense(4, name="down")(nn.gelu(y)), None
 
 
+@functools.cache
+def layer():
+    """A layer and its parameters, which tests read."""
+    return Layer(), initial(Layer(), X)
+
+
 class Stacked(nn.Module):
     """Two layers in a scan with remat, between a tied embedding's two ends."""
 
@@ -92,8 +98,7 @@ def noted(model, params, x):
 
 
 def test_linen_layers_are_seen_with_what_they_get():
-    model = Layer()
-    params = initial(model, X)
+    model, params = layer()
     seen, _ = noted(model, params, X)
     by_hand = {}
     for path, own in seen.items():
@@ -106,8 +111,7 @@ def test_linen_layers_are_seen_with_what_they_get():
 
 
 def test_linen_attention_has_heads_as_outputs_and_shares_its_input():
-    model = Layer()
-    params = initial(model, X)
+    model, params = layer()
     traced = jp.trace(model.apply, params, X)
     own = {p.name.removeprefix("params/"): p for p in traced.linear_ops}
     for part in ("query", "key", "value"):
@@ -126,7 +130,8 @@ def test_linen_attention_has_heads_as_outputs_and_shares_its_input():
 
 
 def test_linen_scan_over_layers_with_remat_is_layer_by_layer():
-    tokens = np.array([[1, 2, 3], [4, 5, 6]])
+    # Of the shape of X: `noted` is compiled for it already.
+    tokens = np.arange(15).reshape(3, 5) % 7
     model = Stacked()
     params = initial(model, tokens)
     traced = jp.trace(model.apply, params, tokens)
