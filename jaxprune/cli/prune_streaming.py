@@ -5,13 +5,12 @@ With `--evaluate` the model is loaded too, before and after, to measure it.
 
 from typing import Any
 
-from jaxprune.arrays import tree
 from jaxprune.cli import models, parse, provenance, prune_inputs
 from jaxprune.cli.console import Console, byte_progress
 from jaxprune.cli.eval import measure
 from jaxprune.cli.prune_options import Job, Meaning
 from jaxprune.evaluation.machine import Costs
-from jaxprune.formats.checkpoint_dir import TensorInfo, open_directory
+from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.formats.prune_magnitude import prune_directory
 
 
@@ -29,17 +28,13 @@ def prune(
             model = models.find(job.model, job).read()
             found = prune_inputs.dense(job, ready, model, console)
             del model
-
-    def prunable(name: str, info: TensorInfo) -> bool:
-        return tree.prunable(name, info) and not parse.matches(name, job.exclude)
-
     with costs.phase("prune"), byte_progress(source.size, "pruning") as progress:
         pruned = prune_directory(
             source,
             job.out,
             sparsity=job.sparsity,
             pattern=meaning.pattern,
-            prunable=prunable,
+            prunable=parse.by_name(lambda name: name, job.exclude),
             provenance=provenance.making(arguments) | {"excluded": list(job.exclude)},
             overwrite=job.overwrite,
             progress=progress,
