@@ -164,6 +164,13 @@ class Decoder(nnx.Module):
         keys, values = zip(*pasts, strict=True)
         return x, Cache(keys, values, start + time)
 
+    def next_logits(
+        self, x: Float[Array, "batch time width"], cache: Cache | None = None
+    ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
+        """Logits after the last of embedded tokens, and the longer cache."""
+        x, cache = self.states(x, cache=cache)
+        return self.logits(x[:, -1]), cache  # not of all: the vocabulary may be large
+
     def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         """Float32 logits of final hidden states (..., width)."""
         if self.config.tie_weights:
