@@ -47,15 +47,10 @@ class LanguageModel(Protocol):
 
 
 class PictureModel(Protocol):
-    """The same with pictures, as `Phi3Vision` has it.
+    """A model that sees pictures, as `Phi3Vision`; its `decoder` continues the text."""
 
-    Attributes:
-      config: says `side`: how many tokens a view has along each side.
-      decoder: what continues the text.
-    """
-
-    config: Any
-    decoder: Any
+    config: Any  # says `side`, how many tokens a view has along each side
+    decoder: Any  # a `LanguageModel`
 
     def embed(self, tokens: Array, pixels: Array, sources: Array) -> Array:
         """What the decoder's layers get for the prompt, pictures included."""

@@ -33,11 +33,7 @@ _LOGITS = 2**25
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer.
-
-    Args:
-      config: the shape.
-      rngs: gives the keys of the initial parameters; not kept.
+    """A decoder-only transformer; `rngs` gives the keys of the initial parameters.
 
     Example:
       >>> from jaxprune.models.decoder.rope import linear
@@ -239,20 +235,7 @@ def nats(
     *,
     rows: int | None = None,
 ) -> Float[Array, "batch time"]:
-    """Cross entropy of each target by final hidden states, as in `loss_per_token`.
-
-    Args:
-      model: whose head is taken.
-      states: what `Decoder.states` gave.
-      targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
-      rows: as for `loss_per_token`.
-
-    Returns:
-      Float32 (batch, time).
-
-    Raises:
-      ValueError: `rows` is not at least 1.
-    """
+    """Cross entropy (nats) by final hidden states; `rows` as for `loss_per_token`."""
     rows = max(1, _LOGITS // model.config.vocab_size) if rows is None else rows
     if rows < 1:
         raise ValueError(f"loss_per_token needs rows >= 1, got {rows}")
