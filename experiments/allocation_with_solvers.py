@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 import jaxprune as jp
+from experiments import gpt
 from experiments.datasets import Batches, Corpus, load, validation_batches
 from experiments.harness import records, run_dir, training
 from experiments.harness.criteria import CRITERIA, Watched
@@ -29,7 +30,6 @@ from experiments.report import allocation_figure as shown
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.models import gpt
 
 ALLOCATIONS: dict[str, Callable[[], Any]] = {
     "uniform": jp.allocation.Uniform,

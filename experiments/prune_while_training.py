@@ -19,6 +19,7 @@ import jax
 import optax
 
 import jaxprune as jp
+from experiments import gpt
 from experiments.datasets import Batches, load, prefetch, validation_batches
 from experiments.harness import device_mesh, records, run_dir, training
 from experiments.tasks.language_model import (
@@ -27,7 +28,6 @@ from experiments.tasks.language_model import (
     optimizer,
     schedule,
 )
-from jaxprune.models import gpt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,12 @@ import jax
 from jax.sharding import Mesh
 
 import jaxprune as jp
+from experiments import gpt
 from experiments.datasets import Corpus, load
 from experiments.harness import device_mesh, manifest, multi_process, run_dir, runner
 from experiments.harness.plan import Plan
 from experiments.tasks.language import LanguageTask
 from experiments.tasks.language_model import LanguageModel
-from jaxprune.models import gpt
 
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
 _STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}

@@ -83,7 +83,6 @@ BY_NAME = [
     "formats.prune_magnitude",
     "formats.rewrite",
     "models.generate",
-    "models.gpt",
     "models.hf",
     "report.pruned_model",
 ]
