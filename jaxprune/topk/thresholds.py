@@ -175,9 +175,7 @@ def mask(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
     rows = cut.bound.ndim
     across = cut.bound.shape + (1,) * (scores.ndim - rows)
     own, least = float_order.of(scores, cut.threshold.dtype), cut.threshold
-    index = low_bit.flat_index(scores.shape[rows:]).reshape(
-        (1,) * rows + scores.shape[rows:]
-    )
+    index = jnp.expand_dims(low_bit.flat_index(scores.shape[rows:]), range(rows))
     early, least = index < cut.bound.reshape(across), least.reshape(across)
     return (own > least) | ((own == least) & early)
 
