@@ -153,7 +153,7 @@ def highest(
 
 
 def mask(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
-    """The mask of a leaf, sharded like it; axes of the cut are the leaf's first ones."""
+    """The mask of a leaf, sharded like it; the cut's axes are the leaf's first ones."""
     rows = cut.bound.ndim
     across = cut.bound.shape + (1,) * (scores.ndim - rows)
     own, least = float_order.of(scores, cut.threshold.dtype), cut.threshold
