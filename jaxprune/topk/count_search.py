@@ -26,8 +26,8 @@ _PASSES_AT_ONCE = 3
 class Count(NamedTuple):
     """A 64-bit count in its upper and lower half; x64 need not be enabled."""
 
-    high: UInt32[Array, "..."]
-    low: UInt32[Array, "..."]
+    high: UInt32[Any, "..."]  # of JAX or NumPy
+    low: UInt32[Any, "..."]
 
     @classmethod
     def of(cls, counts: "Sequence[int] | Integer[Array, ' rows'] | Count") -> "Count":

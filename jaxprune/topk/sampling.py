@@ -70,9 +70,9 @@ def _between_samples(
     if joint:
         sample = jnp.concatenate(rows)[None]  # (1, sampled)
     else:  # short rows are filled with what ranks lowest, as NaN does
-        lowest, ends = np.iinfo(line.signed).min, [(0, max(sizes) - n) for n in sizes]
+        lowest, pads = np.iinfo(line.signed).min, [(0, max(sizes) - n) for n in sizes]
         pad = functools.partial(jnp.pad, constant_values=lowest)
-        sample = jnp.stack(list(map(pad, rows, ends)))  # (rows, sampled)
+        sample = jnp.stack(list(map(pad, rows, pads)))  # (rows, sampled)
     have = np.array([sum(sizes)] if joint else sizes, np.uint32)
 
     def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
