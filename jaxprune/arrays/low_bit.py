@@ -199,7 +199,7 @@ def encode_int8(
     Returns:
       The leaf; what was not finite is NaN.
     """
-    above_one = 1 + jnp.abs(values) * _power_of_two(-exponent)
+    above_one = 1 + jnp.abs(values) * power_of_two(-exponent)
     noise = (thresholds >> np.uint32(32 - _DROPPED)).astype(np.int32)
     code = (_bits(above_one) - np.int32(_ONE) + noise) >> _DROPPED
     if signed:
@@ -247,7 +247,7 @@ def decode(leaf: Any) -> jax.Array:
     code = leaf.codes.astype(np.int32)
     size = jnp.abs(code) if leaf.signed else code + 127
     above_one = _float((size << _DROPPED) + np.int32(_ONE))
-    value = (above_one - 1) * _power_of_two(leaf.exponent)
+    value = (above_one - 1) * power_of_two(leaf.exponent)
     if leaf.signed:
         value = jnp.where(code < 0, -value, value)
     return jnp.where(code == _NAN, np.float32(np.nan), value)
@@ -279,6 +279,6 @@ def _float(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, np.float32)
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
+def power_of_two(exponent: jax.Array) -> jax.Array:
     """2^exponent, exact on every backend, for exponents of normal numbers."""
     return _float((exponent + 127) << 23)
