@@ -169,7 +169,7 @@ def compare(runs: Runs, out: Path) -> str:
             title = f"{figures.TITLES[stage]}, nats above each run's reference"
             tables.append((header, rows, title))
     files = {
-        "compare.csv": page.table_csv(
+        "compare.csv": results_.table_csv(
             ("run", *max(map(results_.columns, runs.values()), key=len)),
             [
                 {"run": label, **row}

@@ -35,19 +35,21 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
     """
     results_.check(results)
     try:
-        from experiments.report import sections
+        from experiments.report import plots, sections
         from jaxprune.formats import atomic
-        from jaxprune.report import canvas, page
+        from jaxprune.report import canvas
     except ModuleNotFoundError as error:
         raise ImportError(
             f"write_report draws with matplotlib, and '{error.name}' is not installed; "
             "pip install 'jaxprune[experiments]'"
         ) from error
     files = {
-        "results.csv": page.table_csv(results_.columns(results), results_.rows(results))
+        "results.csv": results_.table_csv(
+            results_.columns(results), results_.rows(results)
+        )
     }
     for name, figure in sections.drawings(results).items():
-        files[f"{name}.png"] = canvas.png(figure)
+        files[f"{name}.png"] = plots.png(figure)
         files[f"{name}.svg"] = canvas.svg(figure).encode()
     files["report.html"] = sections.document(results).encode()
     return atomic.replace_files(directory, files)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report import figures, findings
+from experiments.report import figures, findings, plots
 from experiments.report import results as results_
 from jaxprune.report import canvas, page
 
@@ -140,10 +140,10 @@ def drawing(results: Mapping[str, Any], stage: str, scope: str) -> Figure:
       The figure.
     """
     found = points(results, stage, scope)
-    style = canvas.styles(results_.criteria(results))
+    style = plots.styles(results_.criteria(results))
     known = {"dense": _dense(results, stage), "no picture": _text_only(results)}
     levels = {name: level for name, level in known.items() if level is not None}
-    figure, (axes,) = canvas.panels(1, [*found, *levels])
+    figure, (axes,) = plots.panels(1, [*found, *levels])
     ends: list[tuple[str, str, float, float]] = []
     for criterion, of in found.items():
         percent = [100 * sparsity for sparsity in sorted(of)]
@@ -159,7 +159,7 @@ def drawing(results: Mapping[str, Any], stage: str, scope: str) -> Figure:
     axes.set_xlabel("sparsity: % of the weights removed")
     axes.set_title(f"{figures.TITLES[stage]}, {scope}: % answered right")
     axes.grid()
-    canvas.name_ends(axes, ends)
+    plots.name_ends(axes, ends)
     return figure
 
 

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 
 from experiments.compare import text_table
 from experiments.report import figures, findings
+from experiments.report import results as results_
 from jaxprune.formats import atomic
-from jaxprune.report import canvas, page
+from jaxprune.report import canvas
 
 COLUMNS = (
     "seed",
@@ -202,7 +203,7 @@ def write(results: Results, out: Path) -> None:
     Raises:
       OSError: a file cannot be written.
     """
-    files = {"results.csv": page.table_csv(COLUMNS, rows(results))}
+    files = {"results.csv": results_.table_csv(COLUMNS, rows(results))}
     if any(cell["solver"] not in _LAST for cell in results["cells"]):
         files["loss.svg"] = canvas.svg(figure([results])).encode()
     atomic.replace_files(out, files)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from experiments.report import plots
 from experiments.report import results as results_
 from jaxprune.report import canvas
 
@@ -47,10 +48,10 @@ def loss(
     Returns:
       The figure.
     """
-    style = canvas.styles(results_.criteria(results))
+    style = plots.styles(results_.criteria(results))
     shown = {stage: results_.curves(results, stage, scope) for stage in stages}
     shown = {stage: curves for stage, curves in shown.items() if curves}
-    figure, panels = canvas.panels(len(shown), [*style, "control  0.000"])
+    figure, panels = plots.panels(len(shown), [*style, "control  0.000"])
     for axes, (stage, curves) in zip(panels, shown.items(), strict=True):
         lines = [(curve.criterion, style[curve.criterion], curve) for curve in curves]
         _against_sparsity(axes, lines, _limits([results]))
@@ -61,7 +62,7 @@ def loss(
         ends = [
             (name, canvas.INK, axes.get_xlim()[1], at) for name, at in dense.items()
         ]
-        canvas.name_ends(axes, _ends(lines) + ends)
+        plots.name_ends(axes, _ends(lines) + ends)
         axes.set_title(f"{TITLES[stage]}: nats above the {_REFERENCES[stage]}")
     return figure
 
@@ -80,18 +81,18 @@ def runs(
     Returns:
       The figure, of at most three panels a row.
     """
-    style = canvas.styles(list(labelled))
-    panels: dict[str, list[tuple[str, canvas.Line, results_.Curve]]] = {}
+    style = plots.styles(list(labelled))
+    panels: dict[str, list[tuple[str, plots.Line, results_.Curve]]] = {}
     for label, results in labelled.items():
         for curve in results_.curves(results, stage, scope):
             line = (label, style[label], curve)
             panels.setdefault(curve.criterion, []).append(line)
-    figure, axes = canvas.panels(len(panels), list(style))
+    figure, axes = plots.panels(len(panels), list(style))
     limits = _limits(list(labelled.values()))
     for panel, (criterion, lines) in zip(axes, panels.items(), strict=True):
         _against_sparsity(panel, lines, limits)
         panel.axhline(0, color=canvas.INK, lw=1, zorder=1)
-        canvas.name_ends(panel, _ends(lines))
+        plots.name_ends(panel, _ends(lines))
         panel.set_title(criterion)
         panel.set_ylabel(f"nats above the {_REFERENCES[stage]}")
     return figure
@@ -113,7 +114,7 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
       The figure.
     """
     sampled = results["seeds"][0]["weights"]
-    figure, panels = canvas.panels(len(criteria), ["average  "])
+    figure, panels = plots.panels(len(criteria), ["average  "])
     steps, values = np.asarray(sampled["steps"]), np.asarray(sampled["values"])
     end = steps[-1] + 0.07 * (steps[-1] - steps[0])
     base = sampled["kept"].get("magnitude")
@@ -144,7 +145,7 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
         if any(other):
             note = f"thick: {sum(other)} unlike magnitude"
             axes.text(1, 1.02, note, size=8.5, ha="right", **place)
-        canvas.beside(axes, "average", (end, max(sampled["averages"])), canvas.INK)
+        plots.beside(axes, "average", (end, max(sampled["averages"])), canvas.INK)
     return figure
 
 
@@ -188,7 +189,7 @@ def layers(
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.set_yticks(np.arange(len(names)) + 0.5, names)
     axes.set_xticks(np.arange(len(shares)) + 0.5, list(shares), rotation=35, ha="left")
-    style = canvas.styles(list(shares))
+    style = plots.styles(list(shares))
     for label, name in zip(axes.get_xticklabels(), shares, strict=True):
         label.set_color(style[name].colour)
     axes.spines[:].set_visible(False)
@@ -200,7 +201,7 @@ def layers(
 @canvas.STYLE
 def training(results: Mapping[str, Any]) -> Figure:
     """The dense models' loss over the steps: training faint, validation strong."""
-    figure, (axes,) = canvas.panels(1, ["validation  "])
+    figure, (axes,) = plots.panels(1, ["validation  "])
     colour = next(iter(canvas.COLOURS))
     last: tuple[float, float] | None = None
     for seed in results["seeds"]:
@@ -211,7 +212,7 @@ def training(results: Mapping[str, Any]) -> Figure:
         if steps:
             last = (steps[-1], measured[-1])
     if last:
-        canvas.beside(axes, "validation", last, colour)
+        plots.beside(axes, "validation", last, colour)
     axes.set_title("Training the dense models: nats per token")
     axes.text(
         0.98,
@@ -266,7 +267,7 @@ def _dense(results: Mapping[str, Any], stage: results_.Stage) -> dict[str, float
 
 def _against_sparsity(
     axes: Axes,
-    lines: Sequence[tuple[str, canvas.Line, results_.Curve]],
+    lines: Sequence[tuple[str, plots.Line, results_.Curve]],
     limits: tuple[float, float],
 ) -> None:
     """Draws curves of nats above a reference, on axes that fit them all."""
@@ -305,7 +306,7 @@ def _against_sparsity(
 
 
 def _ends(
-    lines: Sequence[tuple[str, canvas.Line, results_.Curve]],
+    lines: Sequence[tuple[str, plots.Line, results_.Curve]],
 ) -> list[tuple[str, str, float, float]]:
     """Name, colour and last point of each line."""
     return [

@@ -6,12 +6,14 @@ retraining (stage "retrained") against the dense *control* of the same seed, whi
 had the same number of steps in all.
 """
 
+import csv
 import dataclasses
 import functools
+import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -373,3 +375,12 @@ def extra_steps(results: Results) -> int | None:
     if not all(seed.get("control") for seed in seeds):
         return None
     return int(seeds[0]["control"]["steps"] - seeds[0]["dense"]["steps"])
+
+
+def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Rows as a CSV with a header; None becomes an empty field."""
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue().encode()

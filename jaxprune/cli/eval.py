@@ -29,7 +29,7 @@ class Evaluate(models.ModelOptions):
       stride: how far a window moves on: at most --context - 1, which is what it
         predicts, and so far if left out.
       limit: at most so many windows of each text, from its beginning; all if left out.
-      batch: windows that go through the model together.
+      batch: windows that the model sees at once.
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
@@ -82,16 +82,7 @@ def named(paths: tuple[Path, ...]) -> list[str]:
 def measure(
     model: models.Model, seen: dict[str, perplexity.Windows], batch: int
 ) -> dict[str, dict[str, Any]]:
-    """The perplexity on each text, with a bar.
-
-    Args:
-      model: its parameters in memory.
-      seen: name to windows.
-      batch: windows at a time.
-
-    Returns:
-      Name to what `perplexity.measure` gives.
-    """
+    """The perplexity on each text by name, as of `perplexity.measure`, with a bar."""
     total = sum(len(own.tokens) for own in seen.values())
     decoder = model.decoder()
     with Progress(total, "evaluating", unit="window", leave=False) as progress:

@@ -58,19 +58,7 @@ class Model(NamedTuple):
 
 
 def find(path: Path, options: ModelOptions) -> Model:
-    """A model whose parameters are still in its files.
-
-    Args:
-      path: its directory.
-      options: how it is run.
-
-    Returns:
-      The model, its parameters lazy arrays.
-
-    Raises:
-      ValueError: the directory is not understood, or damaged.
-      OSError: it cannot be read.
-    """
+    """A model whose parameters are still in its files, as lazy arrays."""
     mesh = None
     if options.shard:
         mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
@@ -97,18 +85,7 @@ class Beginning(NamedTuple):
 
 
 def beginning(tokenizer: hf.Tokenizer | None, options: ModelOptions) -> Beginning:
-    """Whether sequences begin with BOS.
-
-    Args:
-      tokenizer: the model's; None where only token ids are read.
-      options: what was asked for.
-
-    Returns:
-      The token and the reason.
-
-    Raises:
-      ValueError: both were asked for, or there is no such token.
-    """
+    """Whether sequences begin with BOS; there is no tokenizer for mere token ids."""
     if options.bos and options.no_bos:
         raise ValueError("--bos and --no-bos exclude each other; leave one out")
     if tokenizer is None:

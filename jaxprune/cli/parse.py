@@ -15,19 +15,7 @@ from jaxprune.posttraining import methods
 def method(
     name: methods.Name, damping: float | None, inputs: methods.Inputs
 ) -> methods.Method:
-    """A method with the settings asked for.
-
-    Args:
-      name: its name.
-      damping: a share of the Hessian's mean diagonal, or None for the method's own.
-      inputs: which inputs weights are pruned for.
-
-    Returns:
-      The method.
-
-    Raises:
-      ValueError: the method has no such setting, or the damping is not positive.
-    """
+    """A method with the settings asked for; damping None is the method's own."""
     found: Any = methods.named(name)
     own = {field.name for field in dataclasses.fields(found)}
     if damping is not None and "damping" not in own:
@@ -43,27 +31,12 @@ def method(
 
 
 def why_kept(name: str, info: TensorInfo, exclude: Sequence[str] = ()) -> str | None:
-    """Why a tensor is not pruned; None where it may be.
-
-    Args:
-      name: its name in the directory.
-      info: its shape and dtype.
-      exclude: globs of names.
-
-    Returns:
-      A few words, or None.
-    """
-    if not tree.is_floating(info):
-        return "not floating"
-    if info.ndim < 2:
-        return "a vector"
+    """Why a tensor of a directory is not pruned, in a few words; None if it may be."""
+    if why := tree.why_unprunable(name.replace(".", "/"), info):
+        return why
     if info.ndim > 3 or (info.ndim == 3 and "conv" in name.lower()):
         return "a convolution"
-    if not tree.prunable(name.replace(".", "/"), info):
-        return "an embedding, norm, bias or head"
-    if matches(name, exclude):
-        return "excluded"
-    return None
+    return "excluded" if matches(name, exclude) else None
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
@@ -73,15 +46,7 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def check_globs(globs: Sequence[str], tensors: dict[str, TensorInfo]) -> None:
-    """Refuses a glob that excludes nothing, and globs that exclude all.
-
-    Args:
-      globs: of names.
-      tensors: of the directory.
-
-    Raises:
-      ValueError: a glob matches no tensor that would be pruned, or they match all.
-    """
+    """Refuses a glob that excludes nothing, and globs that exclude all."""
     free = [name for name, info in tensors.items() if why_kept(name, info) is None]
     if unused := [glob for glob in globs if not any(matches(n, [glob]) for n in free)]:
         raise ValueError(
@@ -107,15 +72,7 @@ def check_at_least_one(**options: int | None) -> None:
 def by_name(
     names: Callable[[str], str], exclude: Sequence[str]
 ) -> Callable[[str, Any], bool]:
-    """The rule for leaves, whose exclusions speak of the directory's names.
-
-    Args:
-      names: a leaf's name to its tensor's.
-      exclude: globs of tensors' names.
-
-    Returns:
-      For `prunable=`.
-    """
+    """The rule for leaves, whose exclusions are globs of the tensors' names."""
 
     def rule(name: str, leaf: Any) -> bool:
         return tree.prunable(name, leaf) and not matches(names(name), exclude)

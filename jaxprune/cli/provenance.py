@@ -17,15 +17,8 @@ PAGE = "report.html"
 def sizes(
     source: CheckpointDir, counts: Mapping[str, tuple[int, int]]
 ) -> dict[str, int]:
-    """Bytes of the weights as they are, and in a compact file.
-
-    Args:
-      source: the directory.
-      counts: of each pruned tensor zeros and size; others count as dense.
-
-    Returns:
-      "dense_bytes", "compact_bytes", "zeros" and "size" of the pruned tensors.
-    """
+    """Bytes of the weights as they are, and in a compact file."""
+    # `counts` are zeros and size of each pruned tensor; others count as dense.
     zeros = {name: count for name, (count, _) in counts.items()}
     return {
         "dense_bytes": source.size,
@@ -45,18 +38,8 @@ def making(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def complete(directory: Path, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to a written directory's record what was known later, and writes its page.
-
-    Args:
-      directory: what was written.
-      more: JSON-able; takes the place of entries of the same name.
-
-    Returns:
-      The whole record.
-
-    Raises:
-      OSError: a file could not be written; what was there is kept.
-    """
+    """Adds to a written directory's record what came later, and writes its page."""
+    # Entries of `more` take the place of those of the same name.
     record = rewrite.read_provenance(directory) | dict(more)
     atomic.replace_json(directory / rewrite.NAME, record)
     atomic.replace(directory / PAGE, pruned_model.document(record).encode())

@@ -13,8 +13,7 @@ class Prune(prune_options.Job):
     """Prunes a model and writes it as a directory that every loader reads.
 
     Everything is checked before anything heavy. The dense model is measured first, and
-    not pruned if it knows nothing. A run that was killed goes on when the same command
-    is given again.
+    not pruned if it knows nothing. The same command resumes a run that was killed.
     """
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:

@@ -39,19 +39,7 @@ class Ready(NamedTuple):
 
 
 def prepare(job: Job, source: CheckpointDir) -> Ready:
-    """Reads the texts, draws the sequences, makes the windows.
-
-    Args:
-      job: what is done.
-      source: the model's directory.
-
-    Returns:
-      All of it.
-
-    Raises:
-      ValueError: the model is not understood, or the texts do not fit it.
-      OSError: a file cannot be read.
-    """
+    """Reads the texts, draws the sequences, makes the windows."""
     config = hf.decoder_config(source.config)
     if job.length > config.context:
         raise ValueError(
@@ -142,20 +130,8 @@ def _retraining(job: Job, later: list[texts.Text], bos: int | None) -> Any:
 def dense(
     job: Job, ready: Ready, model: models.Model, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Measures the model before it is pruned, and refuses one that knows nothing.
-
-    Args:
-      job: what is done.
-      ready: the texts.
-      model: the dense model.
-      console: shows the perplexities.
-
-    Returns:
-      For each text how it is evaluated and, under "dense", what was measured.
-
-    Raises:
-      ValueError: on no text is the model better than guessing by frequency.
-    """
+    """Measures the model before it is pruned, and refuses one that knows nothing."""
+    # For each text: how it is evaluated and, under "dense", what was measured.
     found = {
         name: described(own) | {"role": ready.roles[name]}
         for name, own in ready.seen.items()
@@ -189,12 +165,6 @@ def dense(
 def add(
     found: dict[str, dict[str, Any]], stage: str, measured: dict[str, dict[str, Any]]
 ) -> None:
-    """Notes what was measured at a stage.
-
-    Args:
-      found: name to what is known of a text; changed.
-      stage: "dense", "pruned" or "retrained".
-      measured: name to what `perplexity.measure` gave.
-    """
+    """Notes in `found` what was measured at a stage, text by text."""
     for name, result in measured.items():
         found[name][stage] = result

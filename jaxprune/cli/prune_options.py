@@ -41,7 +41,7 @@ class Job(models.ModelOptions):
       sequences: how many are calibrated on; --batch must divide it.
       length: tokens of a sequence, BOS included, and of a window in evaluation.
       seed: which sequences are drawn, what is sampled.
-      batch: sequences that go through the model together.
+      batch: sequences that the model sees at once.
       damping: of sparsegpt and alps, as a share of the Hessian's mean diagonal.
       inputs: what a weight is pruned for: the inputs that are "left" by all that was
         pruned before it, or those of its "dense" layer, as the papers have it.
@@ -113,18 +113,7 @@ class Meaning(NamedTuple):
 
 
 def check(job: Job) -> Meaning:
-    """Refuses what can be refused without opening the model.
-
-    Args:
-      job: the job.
-
-    Returns:
-      What its words mean.
-
-    Raises:
-      ValueError: an option does not fit.
-      OSError: a file is not there.
-    """
+    """Refuses what can be refused without opening the model; what its words mean."""
     method = parse.method(job.method, job.damping, job.inputs)
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = allocations.agreed(job.sparsity, pattern, job.allocation)

@@ -18,21 +18,7 @@ from jaxprune.formats.prune_magnitude import prune_directory
 def prune(
     job: Job, meaning: Meaning, console: Console, arguments: list[str]
 ) -> dict[str, Any]:
-    """Prunes a directory by magnitude.
-
-    Args:
-      job: what is done.
-      meaning: of its words.
-      console: shows what is going on.
-      arguments: of the command.
-
-    Returns:
-      The record.
-
-    Raises:
-      ValueError: something does not fit.
-      OSError: a file could not be read or written.
-    """
+    """Prunes a directory by magnitude; the record."""
     costs = Costs()
     source = open_directory(job.model)
     parse.check_globs(job.exclude, source.tensors)

@@ -31,21 +31,7 @@ _PROMPT, _TEMPERATURE = 16, 0.8
 def prune(
     job: Job, meaning: Meaning, console: Console, arguments: list[str]
 ) -> dict[str, Any]:
-    """Prunes a model after a look at calibration texts.
-
-    Args:
-      job: what is done.
-      meaning: of its words.
-      console: shows what is going on.
-      arguments: of the command.
-
-    Returns:
-      The record.
-
-    Raises:
-      ValueError: something does not fit.
-      OSError: a file could not be read or written.
-    """
+    """Prunes a model after a look at calibration texts; the record."""
     run = _begin(job, meaning, console)
     with run.costs.phase("evaluate before"):
         dense = run.model.read()
@@ -84,15 +70,8 @@ class _Run:
     """A pruning under way.
 
     Attributes:
-      job: what is done.
-      meaning: of its words.
-      console: shows what is going on.
-      source: the model's directory.
-      ready: the texts.
       model: the dense model, its parameters in their files.
-      prunable: which leaves may be pruned.
       prompt: the tokens before a sample, or None where none is made.
-      costs: of the phases.
       perplexity: what was measured, by text and stage.
       samples: "label" and "text" of each.
     """

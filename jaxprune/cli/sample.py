@@ -59,19 +59,7 @@ class Sample(models.ModelOptions):
 
 
 def start(tokenizer: hf.Tokenizer, prompt: str, bos: int | None) -> list[int]:
-    """The tokens of a prompt.
-
-    Args:
-      tokenizer: the model's.
-      prompt: the text.
-      bos: what it begins with, or None.
-
-    Returns:
-      At least one token.
-
-    Raises:
-      ValueError: there is none.
-    """
+    """The tokens of a prompt after `bos`, at least one."""
     tokens = tokenizer.encode(prompt, bos=False)
     tokens = [bos, *tokens] if bos is not None else tokens
     if not tokens:
@@ -87,22 +75,7 @@ def continued(
     top_k: int | None,
     seed: int,
 ) -> list[int]:
-    """The tokens that a model draws after a prompt.
-
-    Args:
-      model: the model.
-      prompt: tokens.
-      steps: how many are drawn.
-      temperature: as for `generate`.
-      top_k: as for `generate`.
-      seed: decides the draws.
-
-    Returns:
-      `steps` tokens.
-
-    Raises:
-      ValueError: an option does not fit, or the text becomes too long.
-    """
+    """The tokens that a model draws after a prompt, as `generate` draws them."""
     whole = generate(
         model.decoder(),
         jnp.array([prompt], jnp.int32),

@@ -108,22 +108,8 @@ def windows(
     limit: int | None = None,
     longest: int,
 ) -> Windows:
-    """The windows of a text's file, or the rows of `.npy` as they are.
-
-    Args:
-      text: the file.
-      context: as for `slide`.
-      stride: as for `slide`.
-      bos: as for `slide`.
-      limit: at most so many windows or rows.
-      longest: the model's context.
-
-    Returns:
-      The windows.
-
-    Raises:
-      ValueError: they do not fit the text or the model.
-    """
+    """The windows of a text's file, as `slide` makes them, or the rows of `.npy`."""
+    # `longest` is the model's context.
     if text.is_rows:
         rows = text.tokens[:limit]
         counted = np.ones((len(rows), rows.shape[1] - 1), bool)
@@ -219,16 +205,7 @@ def by_frequency(seen: Windows) -> float:
 
 
 def is_sane(result: dict[str, Any], frequency: float, vocab_size: int) -> bool:
-    """Whether a perplexity is one of a model that knows something.
-
-    Args:
-      result: what `measure` gave.
-      frequency: what `by_frequency` gave.
-      vocab_size: the model's.
-
-    Returns:
-      True where it is under both.
-    """
+    """Whether a perplexity is under guessing by frequency and uniform guessing."""
     found = result["perplexity"]
     return found is not None and found < min(frequency, vocab_size)
 

@@ -47,15 +47,7 @@ def is_ids(path: Path) -> bool:
 
 
 def check_files(paths: Sequence[Path]) -> None:
-    """Refuses files that are not there or of another kind, all at once.
-
-    Args:
-      paths: the files.
-
-    Raises:
-      FileNotFoundError: some are not there.
-      ValueError: some end otherwise.
-    """
+    """Refuses files that are not there or of another kind, all at once."""
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(
             f"texts must be files, but there is no {', '.join(missing)}"
@@ -147,16 +139,9 @@ def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
 
 
 def without_end(text: Text, most: int) -> tuple[Text, Text | None]:
-    """A text split into what may be drawn from and an end that is held out.
-
-    Args:
-      text: the text.
-      most: the most tokens that the end needs.
-
-    Returns:
-      The beginning and the end, of a tenth of the tokens; of .npy and of very short
-      texts all and None.
-    """
+    """A text split into what may be drawn from and an end that is held out."""
+    # The end has a tenth of the tokens, at most `most`; of .npy and of very short texts
+    # there is none.
     end = 0 if text.is_rows else min(text.tokens.size // HELD_OUT, most)
     if end < 2:
         return text, None

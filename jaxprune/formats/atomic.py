@@ -1,10 +1,10 @@
 """A file or directory appears under its name whole, or not at all.
 
 It is written beside its place as `.NAME.partial`, synced to disk and renamed. Who
-writes a directory holds a lock that the system drops when the process dies, so what a
-dead run left differs from what a running one writes. A directory that is replaced is
-moved aside first and comes back if the new one does not arrive. A directory that a run
-can go on in names its job, and another job is refused.
+writes a directory holds a lock that the system drops when the process ends, so what a
+killed run left differs from what a running one writes. A directory that is replaced is
+moved aside first and moved back if the new one fails. A directory in which a run can be
+resumed names its job, and another job is refused.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
     if different := differences(read_json(path), job):
         raise ValueError(
             f"'{path.parent}' belongs to another job: {'; '.join(different)}; give the "
-            "old values to go on, or choose another directory"
+            "old values to resume it, or choose another directory"
         )
     return True
 
@@ -130,18 +130,7 @@ def digest(path: Path) -> str:
 
 
 def apart(place: str | os.PathLike[str], source: Path) -> Path:
-    """The place of a result, refused where it would touch what it is made from.
-
-    Args:
-      place: of the result.
-      source: the directory or file that it is made from.
-
-    Returns:
-      `place`, absolute, links followed.
-
-    Raises:
-      ValueError: one of the two lies in the other.
-    """
+    """The absolute place of a result, refused where it and its source touch."""
     place, origin = Path(place).resolve(), source.resolve()
     if place.is_relative_to(origin) or origin.is_relative_to(place):
         raise ValueError(
@@ -195,20 +184,7 @@ def staged(
 def staged_file(
     place: Path, *, replaceable: Replaceable | None = None
 ) -> Iterator[Path]:
-    """A file to write, which takes its place when the block ends without an error.
-
-    Args:
-      place: the final place, absolute.
-      replaceable: decides whether a file that is there may be replaced; None replaces
-        none.
-
-    Yields:
-      The path to write to; the block syncs the file.
-
-    Raises:
-      ValueError: the place is taken.
-      OSError: another process writes to this place, or the disk fails.
-    """
+    """The same for a file: yields the path to write to; the block syncs the file."""
     partial = _beside(place, "partial")
     with locked(partial):
         try:
@@ -223,17 +199,7 @@ def staged_file(
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Makes a directory and holds it for this process alone; a dead one holds nothing.
-
-    Args:
-      directory: made where absent.
-
-    Yields:
-      Nothing.
-
-    Raises:
-      OSError: another process holds it, or it cannot be written to.
-    """
+    """Makes a directory and locks it for this process, as long as that runs."""
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)
@@ -289,24 +255,12 @@ class Sink:
         return self._hash.hexdigest()
 
     def put(self, part: Any) -> None:
-        """Writes bytes, or an array of them, at the end.
-
-        Args:
-          part: contiguous.
-        """
+        """Writes bytes, or a contiguous array of them, at the end."""
         self._hash.update(part)
         self._position += self._file.write(part)
 
     def copy(self, origin: BinaryIO, end: int) -> None:
-        """Copies from another file what lies there from this one's end on.
-
-        Args:
-          origin: open for reading.
-          end: up to which position.
-
-        Raises:
-          Damaged: the other file ends before.
-        """
+        """Copies what another file has from this one's end on, up to `end`."""
         origin.seek(self._position)
         while self._position < end:
             part = origin.read(min(end - self._position, _CHUNK))
@@ -336,15 +290,7 @@ def _beside(place: Path, what: str) -> Path:
 
 
 def check_free(place: Path, replaceable: Replaceable | None) -> None:
-    """Refuses a place that holds something, unless `replaceable` allows it.
-
-    Args:
-      place: of a result.
-      replaceable: as for `staged`.
-
-    Raises:
-      ValueError: the place is taken.
-    """
+    """Refuses a place that holds something, unless `replaceable` allows it."""
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     reason = "there is something already"
@@ -353,7 +299,8 @@ def check_free(place: Path, replaceable: Replaceable | None) -> None:
     if reason:
         raise ValueError(
             f"the result must not destroy what is at '{place}', but {reason}; choose "
-            "another place, or give overwrite if it is an earlier result"
+            "another place, or pass overwrite=True, --overwrite in the command, if it "
+            "is an earlier result"
         )
 
 

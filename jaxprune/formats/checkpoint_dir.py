@@ -90,15 +90,7 @@ class CheckpointDir:
     def meter(
         self, progress: Progress | None, passes: int = 1
     ) -> Callable[[str, int], None]:
-        """Adds up the bytes of what is done, for `progress`.
-
-        Args:
-          progress: what is called, or None.
-          passes: how often each tensor is done.
-
-        Returns:
-          To be called with what was done and its bytes.
-        """
+        """What adds up the bytes that are done, over so many passes, for `progress`."""
         total, done = passes * self.size, 0
 
         def advance(what: str, size: int) -> None:

@@ -89,7 +89,7 @@ def compact(
     """Writes a directory as one compact file, tensor by tensor.
 
     Args:
-      source: the directory; `source.others` go in too.
+      source: the directory; `source.others` are packed too.
       path: the file, outside of the directory.
       overwrite: whether an earlier compact file may be replaced.
       progress: called when a tensor is counted, and again when it is written.
@@ -139,15 +139,9 @@ def compact(
 
 
 def packed_bytes(source: CheckpointDir, zeros: Mapping[str, int]) -> int:
-    """The bytes of a directory's weights in a compact file, less its header.
-
-    Args:
-      source: the directory.
-      zeros: name to how many elements have no bit that is not zero; others have none.
-
-    Returns:
-      The sum of `stored_bytes`.
-    """
+    """The bytes of a directory's weights in a compact file, less its header."""
+    # `zeros` says of how many elements of a tensor no bit is set; others have none
+    # such.
     total = 0
     for name, info in source.tensors.items():
         size = math.prod(info.shape)
@@ -174,14 +168,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(source: CheckpointDir) -> Sizes:
-    """Counts a directory's zeros, tensor by tensor.
-
-    Args:
-      source: the directory.
-
-    Returns:
-      Exact counts; the bytes of a compact file less its header.
-    """
+    """Counts a directory's zeros exactly, tensor by tensor."""
     by_tensor, blank = {}, dict.fromkeys(source.tensors, 0)
     for name, info in source.tensors.items():
         size, filled = math.prod(info.shape), 0

@@ -50,19 +50,7 @@ class Archive(NamedTuple):
 
 
 def open_archive(path: Path) -> Archive:
-    """Opens a compact file, checking all but the bits themselves.
-
-    Args:
-      path: the file.
-
-    Returns:
-      The archive.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      Damaged: the file is not what its header says.
-      Unknown: it is another kind of file.
-    """
+    """Opens a compact file, checking all but the bits themselves."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no compact file '{path}'; make it first")
     entries, metadata = read_header(path)
@@ -101,16 +89,9 @@ def open_archive(path: Path) -> Archive:
 def layout(
     name: str, entry: Mapping[str, Any], kept: int = -1
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What is stored of a tensor.
-
-    Args:
-      name: of the tensor.
-      entry: what the contents say of it.
-      kept: how many of its elements have a bit that is not zero, or -1 for any number.
-
-    Returns:
-      Prefix and name to code and shape.
-    """
+    """Prefix and name to code and shape of what is stored of a tensor."""
+    # `entry` is what the contents say of it, `kept` how many of its elements have a bit
+    # that is not zero, or -1 for any number.
     code, shape = entry["dtype"], tuple(entry["shape"])
     if entry["encoding"] == "dense":
         return {f"dense/{name}": (code, shape)}
@@ -133,18 +114,7 @@ def _check_entry(path: Path, name: str, entry: Any, files: Mapping[str, str]) ->
 
 
 def decoded(archive: Archive, name: str) -> Iterator[np.ndarray]:
-    """The bits of a tensor, chunk by chunk.
-
-    Args:
-      archive: the opened file.
-      name: one of its `tensors`.
-
-    Yields:
-      Unsigned integers of the tensor's width, flat, `CHUNK` at a time.
-
-    Raises:
-      Damaged: the mask has not as many bits as there are values.
-    """
+    """The bits of a tensor, chunk by chunk; `Damaged` where mask and values differ."""
     if f"dense/{name}" in archive.entries:
         yield from chunks(archive.look(f"dense/{name}"))
         return
@@ -168,14 +138,7 @@ def decoded(archive: Archive, name: str) -> Iterator[np.ndarray]:
 
 
 def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The bits of an array, chunk by chunk.
-
-    Args:
-      array: C-contiguous, of any dtype and shape.
-
-    Yields:
-      Views as unsigned integers of its width, flat, `CHUNK` at a time.
-    """
+    """The bits of a C-contiguous array as flat unsigned integers, `CHUNK` at a time."""
     bits = array.reshape(-1).view(bits_of(array.dtype))
     for start in range(0, bits.size, CHUNK):
         yield bits[start : start + CHUNK]

@@ -64,8 +64,8 @@ def write(
         (asked), and what else is known ("command", "calibration", "perplexity").
       overwrite: whether an earlier result of this function may be replaced. It is, once
         the new one is whole.
-      resume: whether a run that is started again goes on after the files that a run of
-        the same source, names and provenance had finished. They are checked.
+      resume: whether to keep files that an earlier run of the same source, names and
+        provenance had finished. They are checked.
       progress: called after every tensor.
 
     Returns:
@@ -119,16 +119,7 @@ def write(
 def check_place(
     directory: str | os.PathLike[str], source: Path, *, overwrite: bool
 ) -> None:
-    """Refuses, before a long job, a place that `write` would refuse after it.
-
-    Args:
-      directory: of the result.
-      source: the directory that it is made from.
-      overwrite: whether an earlier result may be replaced.
-
-    Raises:
-      ValueError: it may not go there.
-    """
+    """Refuses, before a long job, a place that `write` would refuse after it."""
     place = atomic.apart(directory, source)
     atomic.check_free(place, _why_not_ours if overwrite else None)
 

@@ -148,18 +148,7 @@ def write_header(
 
 
 def view(path: Path, info: TensorInfo) -> np.ndarray:
-    """A tensor of a safetensors file as a read-only view of it.
-
-    Args:
-      path: the file.
-      info: the tensor's place in it.
-
-    Returns:
-      The array; its memory is the file's.
-
-    Raises:
-      Damaged: the file is shorter than its header said.
-    """
+    """A tensor of a safetensors file, read-only; the array's memory is the file's."""
     if not info.size:
         empty = np.empty(info.shape, info.dtype)
         empty.flags.writeable = False
@@ -172,35 +161,14 @@ def view(path: Path, info: TensorInfo) -> np.ndarray:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Args:
-      path: the file.
-
-    Returns:
-      The object.
-
-    Raises:
-      Damaged: it holds no JSON object, a name comes twice, or it is too long.
-    """
+    """The object in a JSON file; `Damaged` where there is none, or it is too long."""
     if path.stat().st_size > _LONGEST_JSON:
         raise damaged(path, f"it is longer than {_LONGEST_JSON} bytes")
     return parse(path.read_bytes(), path)
 
 
 def parse(content: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object, refused where a name comes twice.
-
-    Args:
-      content: the text, in UTF-8.
-      path: the file that it is from, for the error.
-
-    Returns:
-      The object.
-
-    Raises:
-      Damaged: it is no such object.
-    """
+    """A JSON object from UTF-8, `Damaged` where it is none or a name comes twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)

@@ -218,7 +218,7 @@ class _Finder:
             if name in seen or len(shape) < 2:
                 continue
             steps = ", ".join(self._hidden.get(i, ()))
-            reasons[name] = f"goes into {steps}" if steps else "is not used"
+            reasons[name] = f"is an operand of {steps}" if steps else "is not used"
         return reasons
 
     def _linear_op(self, position: int, step: Step) -> bool:

@@ -90,16 +90,7 @@ class Program:
 
 
 def flatten(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> Program:
-    """Traces a function and writes it down flat.
-
-    Args:
-      fn: parameters and a batch to anything.
-      params: a pytree of arrays, or of `jax.ShapeDtypeStruct`.
-      batch: the same of a batch; values are not read.
-
-    Returns:
-      Its program.
-    """
+    """Traces a function of parameters and a batch, and writes it down flat."""
     # Without jit, scans come out unrolled and jits inlined.
     with jax.disable_jit():
         closed = jax.make_jaxpr(fn)(params, batch)

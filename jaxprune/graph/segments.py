@@ -40,15 +40,8 @@ class Segment:
 
 
 def cut(trace: Trace, chosen: Sequence[LinearOp]) -> list[Segment]:
-    """The segments of a program.
-
-    Args:
-      trace: of the function.
-      chosen: the linear ops that matter; the last of them ends the last segment.
-
-    Returns:
-      Segments, in order; each computes what none before it has computed.
-    """
+    """The segments of a program, in order; each computes what none before it has."""
+    # The last of the chosen linear ops ends the last segment.
     flat = trace.program
     groups: dict[int, list[LinearOp]] = {}
     for op in chosen:
@@ -83,18 +76,11 @@ def cut(trace: Trace, chosen: Sequence[LinearOp]) -> list[Segment]:
 
 
 def layers(segments: Sequence[Segment]) -> list[range]:
-    """The segments of each layer, where equal layers follow each other.
-
-    A layer's first segment begins in what comes before it, and may be another program
-    in the first layer; all its other segments have the steps of the next layer's. What
-    is handed on may differ: nothing after the last layer needs its residual.
-
-    Args:
-      segments: of a program, in order.
-
-    Returns:
-      Positions, in order; a segment that repeats nothing, or only itself, is alone.
-    """
+    """The positions of each layer's segments, where equal layers follow each other."""
+    # A layer's first segment begins in what comes before it, and may be another program
+    # in the first layer; all its other segments have the steps of the next layer's.
+    # What is handed on may differ: nothing after the last layer needs its residual. A
+    # segment that repeats nothing, or only itself, is alone.
     numbers: dict[Any, int] = {}
     kinds = [numbers.setdefault(s.subgraph.form, len(numbers)) for s in segments]
     found: list[range] = []

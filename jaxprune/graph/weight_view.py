@@ -212,17 +212,9 @@ def propagate(
     kinds: Sequence[Any],
     known: Callable[[int | Fixed], Any],
 ) -> list[WeightView] | None:
-    """The views that a step's results are of a leaf, if it only moves one.
-
-    Args:
-      step: the step.
-      views: the views so far, by value.
-      kinds: shape and dtype of each value.
-      known: gives the value of a constant, or None.
-
-    Returns:
-      One view a result, or None: the step does something else.
-    """
+    """The views of a leaf that a step's results are; None if it does not only move it."""
+    # `views` are those so far, `kinds` shape and dtype of each value, and `known` gives
+    # the value of a constant, or None.
     sources = [views.get(x) if not isinstance(x, Fixed) else None for x in step.inputs]
     name, params = step.primitive.name, step.params
     if not sources or sources[0] is None or (name in _SAME.split() and None in sources):
@@ -240,10 +232,8 @@ def propagate(
         if any(start is None for start in starts):
             return None
         return [view.slice(_clamped(starts, after[0], view.shape), after[0])]
-    if name == "unstack":
-        return _unstack(view, step.params["axis"], after)
-    if name == "split":
-        return _split(view, params["axis"], after)
+    if name in ("unstack", "split"):
+        return _parts(view, params["axis"], after, drop=name == "unstack")
     if name in ("squeeze", "expand_dims") or (
         name == "reshape" and params.get("dimensions") is None
     ):
@@ -294,21 +284,13 @@ def _clamped(
     return [min(max(int(start), 0), whole - size) for start, size, whole in triples]
 
 
-def _unstack(
-    view: WeightView, axis: int, shapes: Sequence[tuple[int, ...]]
+def _parts(
+    view: WeightView, axis: int, shapes: Sequence[tuple[int, ...]], *, drop: bool
 ) -> list[WeightView]:
-    sizes = [1 if i == axis else size for i, size in enumerate(view.shape)]
-    place = [
-        [n if i == axis else 0 for i in range(len(sizes))] for n in range(len(shapes))
-    ]
-    return [view.slice(start, sizes).reshape(shapes[0]) for start in place]
-
-
-def _split(
-    view: WeightView, axis: int, shapes: Sequence[tuple[int, ...]]
-) -> list[WeightView]:
-    starts, views = [0] * len(view.shape), []
+    """The pieces along an axis; `drop`: of length one, and without the axis."""
+    starts, sizes, views = [0] * len(view.shape), list(view.shape), []
     for shape in shapes:
-        views.append(view.slice(tuple(starts), shape))
-        starts[axis] += shape[axis]
+        sizes[axis] = 1 if drop else shape[axis]
+        views.append(view.slice(tuple(starts), tuple(sizes)).reshape(shape))
+        starts[axis] += sizes[axis]
     return views

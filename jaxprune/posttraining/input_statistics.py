@@ -77,8 +77,7 @@ class Sums:
     def finish(self, names: tuple[str, ...]) -> dict[str, InputStatistics]:
         """The statistics of a group of weights by name; its sums are freed.
 
-        Raises:
-          ValueError: the input is not finite, or no position counts.
+        Refused where the input is not finite, or no position counts.
         """
         statistics = placement.automatic(_divided, self._sums.pop(names))
         finite = np.isfinite(statistics.mean_square).all()
@@ -102,18 +101,7 @@ class Sums:
 def counted_samples(
     segment: Segment, positions: jax.Array | None
 ) -> Float[Array, " samples"] | None:
-    """Which samples of a segment's input count.
-
-    Args:
-      segment: the segment.
-      positions: booleans of the samples' shape, or None for all.
-
-    Returns:
-      1 for samples that count, 0 for others; None for all.
-
-    Raises:
-      ValueError: the shapes differ.
-    """
+    """1 for samples that count, 0 for others; None where all of them do."""
     if positions is None:
         return None
     leading, shape = segment.source.leading, positions.shape

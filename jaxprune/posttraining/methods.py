@@ -49,13 +49,7 @@ class Matrix(NamedTuple):
 
 
 class Method(Protocol):
-    """How one matrix is pruned.
-
-    Attributes:
-      needs: which statistics of the input it reads.
-      inputs: which input that is.
-      pattern: the pattern that its paper uses where nothing else is asked for.
-    """
+    """How one matrix is pruned."""
 
     @property
     def needs(self) -> Needs:
@@ -67,7 +61,7 @@ class Method(Protocol):
 
     @property
     def pattern(self) -> Pattern:
-        """The usual pattern."""
+        """The pattern that its paper uses where nothing else is asked for."""
 
     def prune(self, matrix: Matrix) -> Solution:
         """The pruned matrix."""
@@ -215,17 +209,7 @@ METHODS: dict[str, Method] = {
 
 
 def named(method: Method | Name) -> Method:
-    """A method from its name, or the method itself.
-
-    Args:
-      method: a name in `METHODS`, or a method.
-
-    Returns:
-      The method.
-
-    Raises:
-      ValueError: the name is unknown, or the method asks for inputs that are none.
-    """
+    """A method from its name in `METHODS`, or the method itself."""
     if not isinstance(method, str):
         if method.inputs not in get_args(Inputs):
             raise ValueError(

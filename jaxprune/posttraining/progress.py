@@ -27,16 +27,7 @@ class ProgressLog:
     """
 
     def __init__(self, directory: Path, job: Mapping[str, Any]) -> None:
-        """Opens or begins the directory of a job.
-
-        Args:
-          directory: made where absent.
-          job: JSON-able; what decides the result.
-
-        Raises:
-          ValueError: the directory is another job's, and the sentence names what
-            differs; or the file that names its job is damaged.
-        """
+        """Opens or begins the directory of a job, which is what decides the result."""
         self.directory = directory
         atomic.begin_or_resume(directory / _JOB, job)
 

@@ -118,11 +118,7 @@ class SegmentedProgram:
     def run(
         self, segment: Segment, activations: Activations, constants: Mapping[int, Any]
     ) -> tuple[jax.Array, Activations]:
-        """Takes one batch through a segment.
-
-        Returns:
-          The input's value, and the activations that later segments need.
-        """
+        """Takes one batch through a segment: its input, what later segments need."""
         part = segment.subgraph
         if part.key not in self._compiled:
             self._compiled[part.key] = jax.jit(part.run)
@@ -163,12 +159,8 @@ class SequentialPipeline:
     ) -> dict[int, jax.Array]:
         """Adds up the inputs of some segments, and stops at the input of the first.
 
-        Args:
-          numbers: of the segments; they run with the weights as they are.
-          known: names of weights that need no statistics any more.
-
-        Returns:
-          By number, the value of each segment's input, of the first batch.
+        The segments run with the weights as they are; those in `known` need no
+        statistics any more. Gives, by number, each segment's input of the first batch.
         """
         program = self.program
         own = [program.segments[number] for number in numbers]

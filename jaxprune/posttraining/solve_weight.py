@@ -25,20 +25,7 @@ def solve(
     weight: Float[Array, "batch in out"],
     statistics: InputStatistics,
 ) -> tuple[Float[Array, "batch in out"], dict[str, Any]]:
-    """Prunes one weight, expert by expert where there are several.
-
-    Args:
-      plan: how, and how many units are kept.
-      op: which weight.
-      weight: as stored.
-      statistics: of its input.
-
-    Returns:
-      The pruned weight in its own dtype, and its row of the report.
-
-    Raises:
-      ValueError: the Hessian could not be factorised.
-    """
+    """Prunes one weight: the new one in its own dtype, and its row of the report."""
     counts = plan.kept[op.name]
     program = functools.partial(_solved, method=plan.method, pattern=plan.pattern)
     found = [
@@ -51,7 +38,7 @@ def solve(
         raise ValueError(
             f"the Hessian of '{op.name}' must be positive definite, but could not "
             "be factorised with any damping; give more or other calibration batches, "
-            "run the model in float32, or use method='wanda'"
+            "run the model in float32, or use the method wanda"
         )
     return after, {
         "name": op.name,
@@ -89,17 +76,9 @@ def error(
     before: Float[Array, "batch in out"],
     after: Float[Array, "batch in out"],
 ) -> float:
-    """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2.
-
-    Args:
-      source: how the input is read.
-      value: the value it is read from, of one batch; its first 256 samples are taken.
-      before: W.
-      after: V.
-
-    Returns:
-      At least 0; 0 where the output is zero anyway.
-    """
+    """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2."""
+    # X is read from `value`, of one batch, of which the first 256 samples are taken; 0
+    # where the output is zero anyway.
     found = placement.automatic(
         functools.partial(_error, source=source), value, before, after
     )

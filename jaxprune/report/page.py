@@ -4,9 +4,7 @@ Nothing is loaded from elsewhere and no script runs. The templates beside this m
 escape all text, so that callers pass plain text.
 """
 
-import csv
 import html
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,60 +16,27 @@ from matplotlib.figure import Figure
 from jaxprune.report import canvas
 
 
-def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Rows as a CSV with a header; None becomes an empty field."""
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue().encode()
-
-
 def render(template: str, **values: Any) -> str:
     """A whole HTML page from a template of this folder, filled with plain values."""
     return _TEMPLATES.get_template(template).render(values)
 
 
 def page(title: str, body: str) -> str:
-    """A whole HTML page around `body`, with the style of every page here.
-
-    Args:
-      title: the title, as plain text.
-      body: HTML.
-
-    Returns:
-      The page: UTF-8, nothing loaded from elsewhere.
-    """
+    """A whole HTML page around `body`, with the style of every page here."""
     return render("page.html", title=title, body=body)
 
 
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = ""
 ) -> str:
-    """An HTML table that scrolls sideways where the page is narrow.
-
-    Args:
-      header: column names, as plain text.
-      rows: cells: plain text, or HTML where it starts with "<td".
-      caption: plain text above.
-
-    Returns:
-      HTML.
-    """
+    """An HTML table that scrolls sideways where the page is narrow."""
+    # Cells are plain text, or HTML where they start with "<td".
     return str(_parts().plain_table(header, rows, caption))
 
 
 def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) -> str:
-    """Figures side by side, below each other where the page is narrow.
-
-    Args:
-      drawn: matplotlib figures by a name that is unique on the page.
-      caption: plain text below.
-      wide: whether each takes a line of its own and may scroll sideways.
-
-    Returns:
-      HTML with the figures inline.
-    """
+    """Figures side by side, below each other where the page is narrow."""
+    # Their names are unique on the page; `wide` ones take a line each and may scroll.
     figures = []
     for name, figure in drawn.items():
         inches = figure.get_figwidth()
@@ -83,16 +48,9 @@ def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) ->
 
 
 def inline(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` element for HTML that follows the page's colours.
-
-    Args:
-      figure: any figure of `figures`.
-      name: a word that no other figure on the page has; put before every id.
-
-    Returns:
-      The element, without namespaces, its colours written as CSS variables (see
-      `variables`).
-    """
+    """The figure as an `<svg>` element for HTML that follows the page's colours."""
+    # `name`, which no other figure on the page has, is put before every id; colours are
+    # CSS variables (see `variables`).
     text = canvas.svg(figure)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

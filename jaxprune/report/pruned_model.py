@@ -49,17 +49,10 @@ def document(record: Mapping[str, Any]) -> str:
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """What happened, in a sentence.
-
-    Args:
-      record: as for `document`.
-
-    Returns:
-      Plain text.
-    """
+    """What happened, in a sentence of plain text."""
     what = (
         f"{record['achieved']:.1%} of the weights of {len(record['tensors'])} matrices "
-        f"are gone by {record['method']}"
+        f"were pruned by {record['method']}"
     )
     for name, of in (record.get("perplexity") or {}).items():
         last = [stage for stage in STAGES if stage in of][-1]
@@ -71,17 +64,9 @@ def headline(record: Mapping[str, Any]) -> str:
 
 
 def layers(tensors: Mapping[str, float], *, logarithmic: bool, title: str) -> Figure:
-    """A number for each matrix: rows are kinds, columns layers.
-
-    Args:
-      tensors: name to number; names without a layer are left out.
-      logarithmic: whether colours follow the logarithm, for errors; else they go from
-        0 to 1.
-      title: above.
-
-    Returns:
-      The figure.
-    """
+    """A number for each matrix: rows are kinds, columns layers."""
+    # Names without a layer are left out. Colours follow the logarithm, for errors, or
+    # are from 0 to 1.
     cells = {_place(name): value for name, value in tensors.items()}
     found = {place: value for place, value in cells.items() if place is not None}
     kinds = list(dict.fromkeys(kind for _, kind in found))

@@ -72,7 +72,7 @@ HALF = ("--sparsity", "0.5")
         (refused(*CALIBRATED, *HALF, out="model/in"), "apart"),
         (
             refused(*CALIBRATED, *HALF, out="made"),
-            "give overwrite if it is an earlier result",
+            "--overwrite in the command, if it is an earlier result",
         ),
         (refused(*CALIBRATED, *HALF, out="a.txt"), "must not destroy"),
         (refused(*CALIBRATED, *HALF, model="none"), "no directory 'none'"),
@@ -157,7 +157,7 @@ def test_inspect_lists_what_would_be_pruned_and_why_not(place, made, capsys):
         tiny_cli.MATRICES
     )
     reasons = {row["name"]: row["why"] for row in found["tensors"]}
-    assert reasons["model.norm.weight"] == "a vector"
+    assert reasons["model.norm.weight"] == "one axis"
     assert "head" in reasons["lm_head.weight"]
     size = found["totals"]["prunable"]
     assert found["totals"]["zeros"] >= size // 2

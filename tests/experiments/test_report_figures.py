@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from experiments.report import figures, findings, sections, write_report
+from experiments.report import figures, findings, plots, sections, write_report
 from experiments.report import results as results_
 from jaxprune.report import canvas
 from tests.support.synthetic import NAMES, synthetic
@@ -49,7 +49,7 @@ def test_means_and_bands_are_those_of_the_seeds(results):
             x, y = lines[criterion].get_data()
             np.testing.assert_allclose(x, [0, 30, 50, 60, 70, 80, 90, 95])
             np.testing.assert_allclose(y, above.mean(0), atol=1e-12)
-            colour = canvas.styles([criterion])[criterion].colour
+            colour = plots.styles([criterion])[criterion].colour
             assert lines[criterion].get_color() == colour
         low, high = axes.get_ylim()
         assert low < -results_.CLOSE
@@ -71,17 +71,17 @@ def test_every_line_is_named_at_its_end_without_overlap(results):
 
 
 def test_labels_move_only_as_far_as_they_must():
-    np.testing.assert_allclose(canvas.apart(np.array([0.1, 0.5]), 0.1), [0.1, 0.5])
-    np.testing.assert_allclose(canvas.apart(np.array([0.5, 0.5]), 0.1), [0.45, 0.55])
-    np.testing.assert_allclose(canvas.apart(np.array([0.0, 0.0]), 0.1), [0, 0.1])
-    np.testing.assert_allclose(canvas.apart(np.array([1.0, 1.0]), 0.1), [0.9, 1])
+    np.testing.assert_allclose(plots.apart(np.array([0.1, 0.5]), 0.1), [0.1, 0.5])
+    np.testing.assert_allclose(plots.apart(np.array([0.5, 0.5]), 0.1), [0.45, 0.55])
+    np.testing.assert_allclose(plots.apart(np.array([0.0, 0.0]), 0.1), [0, 0.1])
+    np.testing.assert_allclose(plots.apart(np.array([1.0, 1.0]), 0.1), [0.9, 1])
 
 
 def test_a_criterion_looks_the_same_in_every_report():
-    alone = canvas.styles(["trajectory"])["trajectory"]
-    assert canvas.styles(["mine", "magnitude", "trajectory"])["trajectory"] == alone
-    assert len({*canvas.styles(NAMES).values()}) == len(NAMES)
-    assert len({*canvas.styles([f"run {i}" for i in range(15)]).values()}) == 15
+    alone = plots.styles(["trajectory"])["trajectory"]
+    assert plots.styles(["mine", "magnitude", "trajectory"])["trajectory"] == alone
+    assert len({*plots.styles(NAMES).values()}) == len(NAMES)
+    assert len({*plots.styles([f"run {i}" for i in range(15)]).values()}) == 15
 
 
 def test_weights_are_coloured_by_fate_and_marked_with_their_average(results):

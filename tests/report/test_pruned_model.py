@@ -89,11 +89,11 @@ def without(*names):
 
 def test_the_headline_says_what_it_cost():
     assert pruned_model.headline(RECORD) == (
-        "50.0% of the weights of 6 matrices are gone by wanda: perplexity on a<b>.txt "
-        "went from 30.9 to 48.8."
+        "50.0% of the weights of 6 matrices were pruned by wanda: perplexity on "
+        "a<b>.txt went from 30.9 to 48.8."
     )
     assert pruned_model.headline(without("perplexity")) == (
-        "50.0% of the weights of 6 matrices are gone by wanda."
+        "50.0% of the weights of 6 matrices were pruned by wanda."
     )
 
 

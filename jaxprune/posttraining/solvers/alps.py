@@ -86,7 +86,7 @@ def refine(
 
     Args:
       weight: (in, out), floating: what the outputs are to be those of.
-      hessian: (in, in), proportional to X^T X of the inputs.
+      hessian: as for `solve`.
       mask: (in, out), boolean, True where kept.
       damping: the share of the Hessian's mean diagonal added to its diagonal.
       steps: steps of conjugate gradients; as many as an output keeps inputs are exact.
@@ -120,17 +120,11 @@ def _check_steps(steps: int) -> None:
 
 
 class _Problem(NamedTuple):
-    """The problem with a unit diagonal.
+    """The problem with a unit diagonal."""
 
-    Attributes:
-      weight: what is to be approximated, (in, out).
-      matrix: the Hessian, (in, in).
-      scale: (in, 1), what the weight was multiplied by.
-    """
-
-    weight: Float[Array, "in out"]
-    matrix: Float[Array, "in in"]
-    scale: Float[Array, "in 1"]
+    weight: Float[Array, "in out"]  # what is to be approximated
+    matrix: Float[Array, "in in"]  # the Hessian
+    scale: Float[Array, "in 1"]  # what the weight was multiplied by
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "steps"))
@@ -145,7 +139,7 @@ def _solve(
     steps: int,
 ) -> Solution:
     ready = layer_problem.damped(hessian, damping)
-    problem = _scaled(weight, ready.matrix, ready.alive)
+    problem = _scaled(weight, ready.matrix, ready.nonzero)
     project = functools.partial(matrix_mask.mask, kept=kept, pattern=pattern)
     start, support = _support(problem, project)
     best = _conjugate(problem, start, support, steps)
@@ -162,16 +156,16 @@ def _refine(
     *,
     steps: int,
 ) -> jax.Array:
-    matrix, alive = layer_problem.normalised(hessian)
+    matrix, nonzero = layer_problem.normalised(hessian)
     matrix = matrix + jnp.eye(len(matrix), dtype=jnp.float32) * damping
-    problem = _scaled(weight, matrix, alive)
+    problem = _scaled(weight, matrix, nonzero)
     start = jnp.where(mask, problem.weight, 0)
     return _back(_conjugate(problem, start, mask, steps), problem, weight.dtype)
 
 
-def _scaled(weight: jax.Array, matrix: jax.Array, alive: jax.Array) -> _Problem:
+def _scaled(weight: jax.Array, matrix: jax.Array, nonzero: jax.Array) -> _Problem:
     scale = jnp.sqrt(jnp.diagonal(matrix))[:, None]
-    own = jnp.where(alive[:, None], weight.astype(jnp.float32), 0) * scale
+    own = jnp.where(nonzero[:, None], weight.astype(jnp.float32), 0) * scale
     return _Problem(own, matrix / (scale * scale.T), scale)
 
 

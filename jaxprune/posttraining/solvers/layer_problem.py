@@ -45,15 +45,15 @@ class Damped(NamedTuple):
     """A Hessian of mean diagonal 1, damped until it could be factorised.
 
     Attributes:
-      matrix: (in, in), damping included; the identity's row where an input never fired.
+      matrix: (in, in), damping included; the identity's row for an input always zero.
       factor: (in, in), the lower Cholesky factor of whatever was factorised.
-      alive: (in,), True where the input ever fired.
+      nonzero: (in,), True where the input is ever other than zero.
       damping: what was added to the diagonal; infinity where nothing helped.
     """
 
     matrix: Float[Array, "in in"]
     factor: Float[Array, "in in"]
-    alive: Bool[Array, " in"]
+    nonzero: Bool[Array, " in"]
     damping: Float[Array, ""]
 
 
@@ -71,40 +71,24 @@ def precise(function: F) -> F:
 def normalised(
     hessian: Float[Array, "in in"],
 ) -> tuple[Float[Array, "in in"], Bool[Array, " in"]]:
-    """The Hessian scaled to a mean diagonal of 1, and which inputs ever fired.
-
-    Args:
-      hessian: (in, in), proportional to X^T X.
-
-    Returns:
-      (in, in), float32, the row and column of the identity where an input never fired;
-      and (in,), False there.
-    """
+    """The Hessian scaled to a mean diagonal of 1, and which inputs are ever nonzero."""
+    # Where an input is always zero, its row and column are those of the identity.
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
-    mean, alive = jnp.mean(diagonal), diagonal != 0
+    mean, nonzero = jnp.mean(diagonal), diagonal != 0
     # Exactly zero, rounding or not: such an input has nothing to do with the others.
-    both = alive[:, None] & alive[None, :]
+    both = nonzero[:, None] & nonzero[None, :]
     scaled = hessian / jnp.where(mean > 0, mean, 1)
-    return jnp.where(both, scaled, jnp.eye(len(hessian), dtype=jnp.float32)), alive
+    return jnp.where(both, scaled, jnp.eye(len(hessian), dtype=jnp.float32)), nonzero
 
 
 def damped(
     hessian: Float[Array, "in in"], damping: Any, *, reverse: bool = False
 ) -> Damped:
-    """The Hessian damped by a share of its mean diagonal, and its Cholesky factor.
-
-    Where the factorisation fails the damping is raised tenfold, up to `MOST_DAMPING`.
-
-    Args:
-      hessian: (in, in), proportional to X^T X.
-      damping: the share of the mean diagonal to add to the diagonal.
-      reverse: whether the factor is of the inputs in reverse order.
-
-    Returns:
-      The damped Hessian in the given order, its factor and the damping.
-    """
-    scaled, alive = normalised(hessian)
+    """The Hessian damped by a share of its mean diagonal, and its Cholesky factor."""
+    # Where the factorisation fails the damping is raised tenfold, up to `MOST_DAMPING`.
+    # With `reverse` the factor is that of the inputs in reverse order.
+    scaled, nonzero = normalised(hessian)
     ordered = jnp.flip(scaled) if reverse else scaled
     eye = jnp.eye(len(scaled), dtype=jnp.float32)
 
@@ -124,7 +108,7 @@ def damped(
     amount, found = jax.lax.while_loop(failed, retried, (start, factor(start)))
     good = jnp.all(jnp.isfinite(found))
     matrix = scaled + eye * amount
-    return Damped(matrix, found, alive, jnp.where(good, amount, jnp.inf))
+    return Damped(matrix, found, nonzero, jnp.where(good, amount, jnp.inf))
 
 
 def checked(
@@ -134,19 +118,7 @@ def checked(
     kept: Any = 0,
     pattern: Pattern = patterns.Unstructured(),
 ) -> None:
-    """Raises for whatever a solver cannot take, as far as it can be seen.
-
-    Args:
-      weight: (in, out).
-      hessian: (in, in).
-      damping: the share of the mean diagonal, at least 0.
-      kept: how many units of the pattern are kept.
-      pattern: which weights are pruned as a unit.
-
-    Raises:
-      ValueError: a shape, number or pattern does not fit, or a value is not finite.
-      TypeError: the weight or the Hessian is not floating, or `kept` is no integer.
-    """
+    """Raises for whatever a solver cannot take, as far as it can be seen."""
     for name, array in (("weight", weight), ("hessian", hessian)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"the {name} must be floating, got {array.dtype}")

@@ -1,0 +1,140 @@
+"""Lines and panels of the experiments' figures, and a figure as PNG.
+
+Each criterion has one colour, marker and dash everywhere, recognisable without colour
+too.
+"""
+
+import io
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxprune.report.canvas import COLOURS, STYLE
+
+# In the order of COLOURS.
+_KNOWN = (
+    "trajectory",
+    "averaged_weight",
+    "magnitude",
+    "obd",
+    "averaged_magnitude",
+    "taylor",
+    "random",
+)
+_MARKERS = "osD^vPX<>*"
+_DASHES = ("-", "-", "-", "-", "--", "-.", ":", "--", "-.", "-")
+
+
+class Line(NamedTuple):
+    """How one criterion (or run) is drawn: colour, marker and dash."""
+
+    colour: str
+    marker: str
+    dash: str
+
+
+def styles(names: Sequence[str]) -> dict[str, Line]:
+    """One style for each name: the criteria of jaxprune always have the same.
+
+    Beyond ten names, colours come again with other markers.
+    """
+    own = {name: _KNOWN.index(name) for name in names if name in _KNOWN}
+    free = (slot for slot in itertools.count() if slot not in own.values())
+    chosen = {name: own[name] if name in own else next(free) for name in names}
+    colours = tuple(COLOURS)
+    return {
+        name: Line(
+            colours[slot % len(colours)],
+            _MARKERS[(slot + slot // len(colours)) % len(_MARKERS)],
+            _DASHES[slot % len(_DASHES)],
+        )
+        for name, slot in chosen.items()
+    }
+
+
+def panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """Panels of one size, with room for the longest label to the right of each."""
+    columns = min(count, 3) if count != 4 else 2
+    rows = -(-count // columns)
+    left, inner, right = 0.72, 3.1, 0.08 * max(map(len, labels)) + 0.2
+    low, high, top = 0.55, 3.2, 0.5
+    cell, tall = left + inner + right, low + high + top
+    width, height = columns * cell, rows * tall
+    figure = Figure(figsize=(width, height))
+    boxes = [
+        (
+            (index % columns * cell + left) / width,
+            ((rows - 1 - index // columns) * tall + low) / height,
+            inner / width,
+            high / height,
+        )
+        for index in range(count)
+    ]
+    return figure, [figure.add_axes(box) for box in boxes]
+
+
+def beside(axes: Axes, text: str, point: tuple[float, float], colour: str) -> None:
+    """Writes a text just right of a point."""
+    axes.annotate(
+        text,
+        point,
+        (8, 0),
+        textcoords="offset points",
+        color=colour,
+        va="center",
+        annotation_clip=False,
+    )
+
+
+def name_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
+    """Writes each line's name right of its end, moved apart so that none overlap.
+
+    `ends`: name, colour and last point, in data coordinates, of each line.
+    """
+    ends = sorted(ends, key=lambda end: end[3])
+    display = axes.transData.transform([end[2:] for end in ends])
+    heights = axes.transAxes.inverted().transform(display)[:, 1]
+    points = axes.get_window_extent().height / axes.figure.dpi * 72
+    for (name, colour, x, y), height in zip(
+        ends, apart(heights, 12.5 / points), strict=True
+    ):
+        axes.annotate(
+            name,
+            (x, y),
+            (1.06, height),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "lw": 0.6,
+                "shrinkA": 0,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def apart(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Moves ascending heights in [0, 1] apart by at least `gap`, as little as need be.
+
+    From the top down when there are too many.
+    """
+    offsets = gap * np.arange(len(heights))
+    slack = heights - offsets
+    up, down = np.maximum.accumulate(slack), np.minimum.accumulate(slack[::-1])[::-1]
+    return np.clip((up + down) / 2, 0, 1 - offsets[-1]) + offsets
+
+
+@STYLE
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG of 200 dots an inch on white."""
+    stream = io.BytesIO()
+    metadata = {"Software": None}
+    figure.savefig(stream, format="png", dpi=200, facecolor="white", metadata=metadata)
+    return stream.getvalue()
