@@ -33,17 +33,7 @@ class Axes:
     outputs: tuple[int, ...] = (-1,)
 
     def order(self, ndim: int) -> tuple[int, ...]:
-        """The permutation that brings batch, input and output axes together.
-
-        Args:
-          ndim: how many axes the leaf has.
-
-        Returns:
-          All axes, batch first, then inputs, then outputs.
-
-        Raises:
-          ValueError: an axis is out of range or named twice.
-        """
+        """All axes, batch first, then inputs, then outputs; raises any `problem`."""
         if problem := self.problem(ndim):
             raise ValueError(problem)
         own = [axis % ndim for axis in (*self.inputs, *self.outputs)]
@@ -88,20 +78,7 @@ def resolve(
     names: Sequence[str],
     leaves: Sequence[jax.Array],
 ) -> list[Axes]:
-    """The axes of each leaf from one value, from rules by name, or by default.
-
-    Args:
-      axes: one `Axes` for all leaves, {glob on the path name: Axes} (the first match
-        counts, unmatched leaves take the default), or None.
-      names: the leaves' path names.
-      leaves: the leaves.
-
-    Returns:
-      One `Axes` a leaf.
-
-    Raises:
-      ValueError: a rule matches nothing.
-    """
+    """One `Axes` a leaf: that of all, of the first glob that matches, or default."""
     if isinstance(axes, Axes):
         return [axes] * len(leaves)
     ruled = tree.by_rule(axes or {}, names, None, "axes")

@@ -14,11 +14,14 @@ up to 61,439 units. A value of the code is rounded to itself.
 """
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
+
+from jaxprune.arrays.messages import listed
 
 Storage: TypeAlias = Literal["float32", "bfloat16", "int8"]
 """What an average is held in: 4, 2 or 1 bytes a weight."""
@@ -79,26 +82,15 @@ def is_int8(node: Any) -> bool:
 
 
 def checked(storage: str) -> Storage:
-    """The storage, or one clear error.
-
-    Args:
-      storage: what a user asked for.
-
-    Returns:
-      The same.
-
-    Raises:
-      ValueError: there is no such storage.
-    """
-    for known in STORAGES:
-        if storage == known:
-            return known
-    raise ValueError(f"storage must be one of {list(STORAGES)}, got {storage!r}")
+    """The storage that a user asked for, or an error that names those there are."""
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {listed(STORAGES)}, got {storage!r}")
+    return cast(Storage, storage)
 
 
 def dither(
-    shape: tuple[int, ...], start: jax.Array | np.uint32, n: jax.Array | int
-) -> jax.Array:
+    shape: tuple[int, ...], start: UInt32[Array, ""] | np.uint32, n: jax.Array | int
+) -> UInt32[Array, "*shape"]:
     """The thresholds u(n) of a leaf, in units of 2^-32.
 
     They depend on position, start and n alone, so on no sharding.
@@ -116,30 +108,15 @@ def dither(
 
 
 def phase(stream: int) -> np.uint32:
-    """Where the thresholds of a leaf start: a well-mixed number of a small one.
-
-    Args:
-      stream: the seed of the leaf, any integer.
-
-    Returns:
-      uint32, by the finaliser of MurmurHash3.
-    """
+    """Where the thresholds of a leaf start: MurmurHash3's finaliser of its seed."""
     bits = stream & 0xFFFFFFFF
     bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
     bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
     return np.uint32(bits ^ (bits >> 16))
 
 
-def flat_index(shape: tuple[int, ...], factor: int = 1) -> jax.Array:
-    """Each element's row-major position times a factor, modulo 2^32.
-
-    Args:
-      shape: any shape.
-      factor: any integer.
-
-    Returns:
-      uint32, of that shape.
-    """
+def flat_index(shape: tuple[int, ...], factor: int = 1) -> UInt32[Array, "*shape"]:
+    """Each element's row-major position times any integer factor, modulo 2^32."""
     index, stride = jnp.zeros((1,) * len(shape), np.uint32), factor
     for axis in reversed(range(len(shape))):
         along = [1] * len(shape)
@@ -150,7 +127,9 @@ def flat_index(shape: tuple[int, ...], factor: int = 1) -> jax.Array:
     return index
 
 
-def unit_exponent(values: jax.Array, *, signed: bool) -> jax.Array:
+def unit_exponent(
+    values: Float32[Array, "*shape"], *, signed: bool
+) -> Int32[Array, ""]:
     """The power of two that the one-byte code of these values counts in.
 
     The largest value lies between a quarter and half of the range, so that an average
@@ -169,15 +148,9 @@ def unit_exponent(values: jax.Array, *, signed: bool) -> jax.Array:
     return jnp.where(largest < jnp.inf, fitted, _LEAST)
 
 
-def largest(leaf: Int8) -> jax.Array:
-    """The largest magnitude that a leaf holds; NaN may count as the largest code.
-
-    Args:
-      leaf: any leaf in one byte.
-
-    Returns:
-      A float32 scalar. Only codes are read, and nothing but a scalar is made of them.
-    """
+def largest(leaf: Int8) -> Float32[Array, ""]:
+    """The largest magnitude that a leaf holds; NaN may count as the largest code."""
+    # Only codes are read, and nothing but a scalar is made of them.
     code = jnp.max(leaf.codes, initial=_NAN + 1).astype(np.int32)
     if leaf.signed:
         lowest = jnp.min(leaf.codes, initial=0).astype(np.int32)
@@ -186,7 +159,11 @@ def largest(leaf: Int8) -> jax.Array:
 
 
 def encode_int8(
-    values: jax.Array, exponent: jax.Array, thresholds: jax.Array, *, signed: bool
+    values: Float32[Array, "*shape"],
+    exponent: Int32[Array, ""],
+    thresholds: UInt32[Array, "*#shape"],
+    *,
+    signed: bool,
 ) -> Int8:
     """Rounds to the one-byte code, unbiased; saturates outside its range.
 
@@ -211,22 +188,16 @@ def encode_int8(
     return Int8(code.astype(np.int8), exponent, signed)
 
 
-def encode_bfloat16(values: jax.Array, thresholds: jax.Array) -> jax.Array:
-    """Rounds to bfloat16, unbiased.
-
-    Args:
-      values: float32, of any shape.
-      thresholds: as `dither` gives.
-
-    Returns:
-      bfloat16, of that shape; infinity and NaN are kept.
-    """
+def encode_bfloat16(
+    values: Float32[Array, "*shape"], thresholds: UInt32[Array, "*#shape"]
+) -> BFloat16[Array, "*shape"]:
+    """Rounds to bfloat16 by `dither`, unbiased; infinity and NaN are kept."""
     noise = jnp.where(jnp.isfinite(values), thresholds >> np.uint32(16), 0)
     high = (jax.lax.bitcast_convert_type(values, np.uint32) + noise) >> np.uint32(16)
     return jax.lax.bitcast_convert_type(high.astype(np.uint16), jnp.bfloat16)
 
 
-def decode(leaf: Any) -> jax.Array:
+def decode(leaf: Any) -> Float32[Array, "..."]:
     """A held leaf as float32.
 
     Args:

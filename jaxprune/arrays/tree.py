@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from optax import MaskedNode
 
 from jaxprune.arrays.low_bit import is_int8
+from jaxprune.arrays.messages import listed
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
       >>> jp.tree.named_leaves({"mlp": [1.0, 2.0]})
       {'mlp/0': 1.0, 'mlp/1': 2.0}
     """
-    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {name_of(path): leaf for path, leaf in pairs}
 
 
@@ -132,11 +133,7 @@ def excluding(*globs: str) -> "Excluding":
 
 @dataclasses.dataclass(frozen=True)
 class Excluding:
-    """The default rule less the leaves whose names match a glob.
-
-    Attributes:
-      globs: shell-style patterns on path names.
-    """
+    """The default rule less the leaves whose names match a glob, from `excluding`."""
 
     globs: tuple[str, ...]
 
@@ -242,9 +239,9 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     if missing or foreign:
         raise ValueError(
             f"{what} must have the leaves of the parameters, but"
-            + (f" lack {_listed(sorted(missing))}" if missing else "")
+            + (f" lack {listed(sorted(missing))}" if missing else "")
             + (" and" if missing and foreign else "")
-            + (f" have unknown {_listed(sorted(foreign))}" if foreign else "")
+            + (f" have unknown {listed(sorted(foreign))}" if foreign else "")
             + f"; make the {what} from these parameters"
         )
     wrong = [
@@ -295,7 +292,7 @@ def by_rule(
     if unused:
         raise ValueError(
             f"every {what} rule must match a leaf that may be pruned, but "
-            f"{_listed(unused)} match none of {_listed(list(leaf_names))}; "
+            f"{listed(unused)} match none of {listed(leaf_names)}; "
             "write globs on path names, as in {'*/mlp/*': ...}"
         )
 
@@ -313,8 +310,3 @@ def name_of(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(
         tuple(path[:-1] if wrapped else path), simple=True, separator="/"
     )
-
-
-def _listed(items: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(repr(item) for item in items[:most])
-    return shown + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.messages import chosen
 from jaxprune.masking.rules import ERK as ERK
 from jaxprune.masking.rules import OWL as OWL
 from jaxprune.masking.rules import Global as Global
@@ -57,16 +58,8 @@ def named(allocation: Rule | str) -> Rule:
       >>> jp.allocation.named("owl")
       OWL(spread=0.08, factor=5.0)
     """
-    if isinstance(allocation, str):
-        if allocation in RULES:
-            return RULES[allocation]
-    elif hasattr(allocation, "sparsities") and not isinstance(allocation, type):
-        return allocation
-    error = ValueError if isinstance(allocation, str) else TypeError
-    raise error(
-        f"allocation must be one of {', '.join(RULES)}, a value such as "
-        f"jp.allocation.ERK(), or {{glob: share}}, got {allocation!r}"
-    )
+    choices = "a value such as jp.allocation.ERK(), or {glob: share}"
+    return chosen("allocation", allocation, RULES, "sparsities", choices)
 
 
 def agreed(

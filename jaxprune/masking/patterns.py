@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import exact_sum
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import chosen
 from jaxprune.arrays.placement import divisible
 from jaxprune.topk import float_order
 from jaxprune.topk.float_order import Line
@@ -254,19 +255,15 @@ def named(pattern: Pattern | str) -> Pattern:
       >>> jp.patterns.named("2:4"), jp.patterns.named("16x16")
       (NM(n=2, m=4), Block(rows=16, columns=16))
     """
-    if isinstance(pattern, str):
-        if (plain := _NAMED.get(pattern)) is not None:
-            return plain
-        if found := re.fullmatch(r"(\d+)([:x])(\d+)", pattern):
-            kind = NM if found[2] == ":" else Block
-            return kind(int(found[1]), int(found[3]))
-    elif hasattr(pattern, "units") and not isinstance(pattern, type):
-        return pattern
-    error = ValueError if isinstance(pattern, str) else TypeError
-    raise error(
-        f"pattern must be one of {', '.join(_NAMED)}, n:m as in '2:4', a block as in "
-        f"'16x16', or a value such as jp.patterns.NM(2, 4), got {pattern!r}"
+    sizes = re.compile(r"(\d+)([:x])(\d+)")
+    if isinstance(pattern, str) and (found := sizes.fullmatch(pattern)):
+        kind = NM if found[2] == ":" else Block
+        return kind(int(found[1]), int(found[3]))
+    choices = (
+        "n:m as in '2:4', a block as in '16x16', or a value such as "
+        "jp.patterns.NM(2, 4)"
     )
+    return chosen("pattern", pattern, _NAMED, "units", choices)
 
 
 _NAMED: dict[str, Pattern] = {

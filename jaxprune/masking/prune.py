@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import listed
 from jaxprune.masking import patterns
 from jaxprune.masking.allocation import Allocation
 from jaxprune.masking.selection import Selection, select
@@ -90,15 +91,15 @@ def _check_owned(
     arrays = {name: named[name] for name in ranked if _is_concrete(named[name])}
     if gone := [name for name, leaf in arrays.items() if leaf.is_deleted()]:
         raise ValueError(
-            f"donate=True needs parameters that are there, but {gone[:6]} are deleted; "
-            "use what the call that donated them returned"
+            f"donate=True needs parameters that are there, but {listed(gone)} are "
+            "deleted; use what the call that donated them returned"
         )
     uses = collections.Counter(map(_buffer, [*named.values(), *scores]))
     if shared := [k for k, v in arrays.items() if v.size and uses[_buffer(v)] > 1]:
         raise ValueError(
-            f"donate=True needs arrays that nothing else uses, but {shared[:6]} are "
-            "other leaves or scores as well; copy those with jnp.copy, or leave donate "
-            "out"
+            f"donate=True needs arrays that nothing else uses, but {listed(shared)} "
+            "are other leaves or scores as well; copy those with jnp.copy, or leave "
+            "donate out"
         )
 
 
