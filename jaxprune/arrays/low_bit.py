@@ -14,7 +14,7 @@ up to 61,439 units. A value of the code is rounded to itself.
 """
 
 import dataclasses
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def checked(storage: str) -> Storage:
     """The storage that a user asked for, or an error that names those there are."""
     if storage not in STORAGES:
         raise ValueError(f"storage must be one of {listed(STORAGES)}, got {storage!r}")
-    return cast(Storage, storage)
+    return storage
 
 
 def dither(

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed
 from jaxprune.topk import thresholds
-from jaxprune.typing import Masks, Params, Scores
+from jaxprune.typing import Importance, Masks, Params, Scores
 
 
 def floating(scores: Scores) -> dict[str, jax.Array]:
     """The scores' leaves by name, floating and free of NaN, without excluded ones."""
+    refuse_other(scores)
     named = {
         k: v for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
     }
@@ -32,6 +33,17 @@ def floating(scores: Scores) -> dict[str, jax.Array]:
             "at which training diverged, or replace them with jnp.nan_to_num"
         )
     return named
+
+
+def refuse_other(scores: Any) -> None:
+    """Refuses a sparsity or an importance where scores belong."""
+    if isinstance(scores, Importance | int | float):
+        what = "an Importance" if isinstance(scores, Importance) else scores
+        raise TypeError(
+            f"scores must be a tree that a criterion made, got {what}; call "
+            "jp.masks.make(scores, sparsity) or jp.prune(params, scores, sparsity), "
+            "with scores = jp.scores.trajectory(params, importance)"
+        )
 
 
 def checked(params: Params, masks: Masks) -> list[Any]:

@@ -40,11 +40,8 @@ def make(
       sparsity: the share to remove, in [0, 1), or {glob on the path name: share}, of
         which the first match counts (unmatched leaves keep all). None where the pattern
         fixes it. Static under `jit`.
-      allocation: how it is shared out: "layer" removes the share from each leaf,
-        "global" ranks all leaves together, "erk", or a value of `jp.allocation`; also
-        {glob: share} in the place of a sparsity.
-      pattern: which weights are pruned together: a value of `jp.patterns`, or its name
-        such as "2:4".
+      allocation: how it is shared out between leaves, as for `jp.prune`.
+      pattern: which weights are pruned together, as for `jp.prune`.
       axes: which axes are input and output, for patterns that care; one for all leaves
         or {glob: Axes}; Flax's [..., in, out] by default.
 

@@ -17,6 +17,7 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.masking import patterns
 from jaxprune.masking.allocation import Allocation
+from jaxprune.masking.checks import refuse_other
 from jaxprune.masking.selection import Selection, select
 from jaxprune.topk import thresholds
 from jaxprune.typing import Params, Pattern, Scores
@@ -69,11 +70,17 @@ def prune(
       >>> jp.prune(params, jp.scores.magnitude(params), 0.5)["w"].tolist()
       [[4.0, 0.0], [0.0, -3.0]]
     """
+    refuse_other(scores)
     tree.align(params, scores, "scores")
     named = tree.named_leaves(params)
     ranked = [
         k for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
     ]
+    if absent := [name for name in ranked if tree.is_excluded(named[name])]:
+        raise ValueError(
+            "scores must be of leaves that the parameters have, but the parameters "
+            f"leave out {listed(absent)}; call jp.prune(params, scores, sparsity)"
+        )
     if donate:
         _check_owned(named, ranked, jax.tree.leaves(scores))
     pattern = patterns.named(pattern)

@@ -141,9 +141,13 @@ def track_gradients(
 
     Args:
       weighting: what each snapshot counts; all alike by default.
-      every, start, storage, memory, seed: as for `track_importance`.
+      every: updates between snapshots, at least 1.
+      start: updates before the first snapshot, at least 0.
       average: what to average, of "square" (g^2) and "taylor" (|w g|, with the weights
         at which the gradient was taken).
+      storage: what an average is held in: 4, 2 or 1 bytes a weight.
+      memory: "device" or "pinned_host", as for `track_importance`.
+      seed: of the rounding of "bfloat16" and "int8".
 
     Returns:
       A transformation that returns the updates it is given. "taylor" needs `params`.
