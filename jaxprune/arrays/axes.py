@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 from jaxprune.arrays import tree
 
@@ -49,7 +50,7 @@ class Axes:
             "axes={glob: Axes(inputs=..., outputs=...)}"
         )
 
-    def matrix(self, leaf: jax.Array) -> jax.Array:
+    def matrix(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "batch in out"]:
         """The leaf as (batch, in, out), each of the three possibly of size 1."""
         moved = jnp.transpose(leaf, self.order(leaf.ndim))
         batch = leaf.ndim - len(self.inputs) - len(self.outputs)
@@ -61,7 +62,9 @@ class Axes:
             math.prod(shape[inputs:]),
         )
 
-    def restore(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def restore(
+        self, matrix: Shaped[Array, "..."], shape: tuple[int, ...]
+    ) -> Shaped[Array, "*shape"]:
         """The leaf of this shape whose `matrix` is given."""
         order = self.order(len(shape))
         moved = matrix.reshape([shape[axis] for axis in order])

@@ -91,18 +91,8 @@ def checked(storage: str) -> Storage:
 def dither(
     shape: tuple[int, ...], start: UInt32[Array, ""] | np.uint32, n: jax.Array | int
 ) -> UInt32[Array, "*shape"]:
-    """The thresholds u(n) of a leaf, in units of 2^-32.
-
-    They depend on position, start and n alone, so on no sharding.
-
-    Args:
-      shape: the leaf's shape.
-      start: u(0) of its first element, as `phase` gives.
-      n: the snapshot, a scalar.
-
-    Returns:
-      uint32, of that shape, evenly spread over positions and over n.
-    """
+    """The thresholds u(n) of a leaf from its u(0), even over positions and n."""
+    # In units of 2^-32. They depend on position, start and n alone, so on no sharding.
     moved = jnp.asarray(n).astype(np.uint32) * np.uint32(_GOLDEN)
     return start + moved + flat_index(shape, _PLASTIC)
 
@@ -130,18 +120,9 @@ def flat_index(shape: tuple[int, ...], factor: int = 1) -> UInt32[Array, "*shape
 def unit_exponent(
     values: Float32[Array, "*shape"], *, signed: bool
 ) -> Int32[Array, ""]:
-    """The power of two that the one-byte code of these values counts in.
-
-    The largest value lies between a quarter and half of the range, so that an average
-    may double before the code saturates.
-
-    Args:
-      values: float32, of any shape.
-      signed: whether there are negative ones.
-
-    Returns:
-      An int32 scalar from -120 to 121; -120 where a value is infinite.
-    """
+    """The power of two that the one-byte code of these values counts in."""
+    # From -120 to 121: the largest value lies between a quarter and half of the range,
+    # so that an average may double before the code saturates. -120 if one is infinite.
     largest = jnp.max(jnp.abs(values), initial=0)
     above = (_bits(largest) >> 23) - 126  # largest < 2^above
     fitted = jnp.maximum(above - (7 if signed else 15), _LEAST).astype(np.int32)
@@ -165,17 +146,8 @@ def encode_int8(
     *,
     signed: bool,
 ) -> Int8:
-    """Rounds to the one-byte code, unbiased; saturates outside its range.
-
-    Args:
-      values: float32, of any shape; not negative unless `signed`.
-      exponent: as `unit_exponent` gives.
-      thresholds: as `dither` gives.
-      signed: whether codes have a sign.
-
-    Returns:
-      The leaf; what was not finite is NaN.
-    """
+    """Rounds to the one-byte code by `dither`, unbiased; saturates; NaN if infinite."""
+    # Values are not negative unless `signed`; the exponent is from `unit_exponent`.
     above_one = 1 + jnp.abs(values) * _power_of_two(-exponent)
     noise = (thresholds >> np.uint32(32 - _DROPPED)).astype(np.int32)
     code = (_bits(above_one) - np.int32(_ONE) + noise) >> _DROPPED

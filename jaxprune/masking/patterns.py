@@ -10,6 +10,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from jaxprune.arrays import exact_sum
 from jaxprune.arrays.axes import Axes
@@ -69,7 +70,7 @@ class PerOutput(_Free):
       2024, arXiv 2306.11695, section 3.
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(self, scores: jax.Array, axes: Axes) -> Float32[Array, "batch out in"]:
         """Minus the rank inside the output as a share of the inputs, (batch, out, in).
 
         One cut serves all outputs. They stand last first: ties, which are weights of
@@ -184,9 +185,11 @@ class Block(_Free):
         if min(self.rows, self.columns) < 1:
             raise ValueError(f"Block needs sides of at least 1, got {self}")
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(
+        self, scores: jax.Array, axes: Axes
+    ) -> Float[Array, "batch rows columns"]:
         """The mean score of each tile, (batch, in tiles, out tiles)."""
-        matrix = axes.matrix(scores)
+        matrix = axes.matrix(scores)  # (batch, in, out)
         return self._tiled(matrix) / self._tiled(jnp.ones_like(matrix))
 
     def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
@@ -197,7 +200,7 @@ class Block(_Free):
         mask = jnp.repeat(jnp.repeat(kept, self.rows, 1), self.columns, 2)
         return axes.restore(mask[:, :inputs, :outputs], shape)
 
-    def _tiled(self, matrix: jax.Array) -> jax.Array:
+    def _tiled(self, matrix: Float[Array, "batch in out"]) -> Float[Array, "batch _ _"]:
         """Sums over tiles, one axis after the other: shardings survive that."""
         batch, inputs, outputs = matrix.shape
         rows, columns = -inputs % self.rows, -outputs % self.columns
@@ -225,9 +228,9 @@ class Channel(_Free):
       Channel()
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(self, scores: jax.Array, axes: Axes) -> Float[Array, "batch 1 out"]:
         """The mean score of each output channel, (batch, 1, out)."""
-        matrix = axes.matrix(scores)
+        matrix = axes.matrix(scores)  # (batch, in, out)
         return exact_sum.total(matrix, 1) / matrix.shape[1]
 
     def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:

@@ -6,10 +6,11 @@ belongs to no parameter are replicated.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxprune.arrays import placement, tree
@@ -24,15 +25,9 @@ _Shape = tuple[int, ...]
 _BEHIND = 2
 
 
-class _Optimizer(Protocol):
-    """What is read of an optax transformation."""
-
-    @property
-    def init(self) -> Callable[[Params], Any]:
-        """From parameters to a state."""
-
-
-def state_shardings(optimizer: _Optimizer, params: Params) -> Any:
+def state_shardings(
+    optimizer: optax.GradientTransformation | optax.MultiSteps, params: Params
+) -> Any:
     """The shardings of an optimizer's whole state, for `out_shardings` of `jax.jit`.
 
     Under `jit` on a mesh of Auto axes, moments that start as zeros are replicated: each
