@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,9 @@ import numpy as np
 
 import jaxprune as jp
 from experiments.datasets import Batches, Corpus, load, validation_batches
-from experiments.harness import records, run_dir, training
+from experiments.harness import records, runner, training
 from experiments.harness.criteria import CRITERIA, Watched
+from experiments.harness.stages import once
 from experiments.report import allocation_figure as shown
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
@@ -212,9 +213,7 @@ class Run:
         """The dense model of a seed; its loss is written the first time."""
         place = self.config.out / f"seed-{seed}"
         watched = trained(self.model, self.corpus, self.recipe, seed, place / "train")
-        if not (place / "dense.json").exists():
-            loss = self.loss(watched.params)
-            records.write_json(place / "dense.json", {"loss": loss})
+        once(place / "dense.json", lambda: {"loss": self.loss(watched.params)})
         return watched
 
     def calibration(self, seed: int, draw: int) -> list[np.ndarray]:
@@ -283,52 +282,53 @@ def main(config: Config) -> Path:
       The path of results.json.
 
     Raises:
-      ValueError: the configuration is out of range, or the folder holds another run.
-      OSError: the folder cannot be written to, or another process runs there.
+      ValueError: the configuration is out of range, or the directory holds another run.
+      OSError: the directory cannot be written to, or another process runs there.
       FloatingPointError: a loss is not finite.
     """
-    config = config.smaller() if config.smoke else config
-    config.check()
+    smaller = config.smaller() if config.smoke else config
+    smaller.check()
     corpus = load(config.data, text=config.text, data_dir=config.data_dir)
-    run = Run(config, corpus)
-    with run_dir.locked(config.out):
-        run_dir.begun(config.out, run.identity())
-        left = [c for c in config.cells() if not c.path(config.out).exists()]
-        with Progress(len(left), "run", unit="cell") as progress:
-            for seed, cells in itertools.groupby(left, lambda cell: cell.seed):
-                _do(run, seed, cells, progress.update)
-        results = {
-            "format": 1,
-            "name": "allocation_with_solvers",
-            "config": run.identity(),
-            "versions": records.versions(),
-            "device": records.device(),
-            "dense": {
-                path.parent.name.removeprefix("seed-"): json.loads(path.read_text())
-                for path in sorted(config.out.glob("seed-*/dense.json"))
-            },
-            "cells": [
-                json.loads(path.read_text())
-                for path in sorted(config.out.glob("seed-*/cells/*.json"))
-            ],
-        }
-        path = config.out / "results.json"
-        shown.write(results, config.out)
-        records.write_json(path, results)
-    print(shown.tables(results))
-    print(f"\nwritten to '{config.out}'")
-    return path
+    run = Run(smaller, corpus)
+
+    def show(results: dict[str, Any], out: Path) -> str:
+        shown.write(results, out)
+        return f"{shown.tables(results)}\n\nwritten to '{out}'"
+
+    return runner.run(
+        "allocation_with_solvers",
+        config,
+        run.identity(),
+        lambda: cells(run, smaller.cells()),
+        show,
+        grows=True,
+    )
 
 
-def _do(run: Run, seed: int, cells: Iterable[Cell], done: Callable[[], object]) -> None:
-    watched = run.dense(seed)
-    for draw, of_draw in itertools.groupby(cells, lambda cell: cell.draw):
-        batches = run.calibration(seed, draw)
-        for cell in of_draw:
-            content = run.measured(cell, watched, batches)
-            records.write_json(cell.path(run.config.out), content)
-            done()
+def cells(run: Run, asked: Sequence[Cell]) -> dict[str, Any]:
+    """Does those cells that are not in the directory; returns all that are."""
+    out = run.config.out
+    left = [cell for cell in asked if not cell.path(out).exists()]
+    with Progress(len(left), "run", unit="cell") as progress:
+        for seed, of_seed in itertools.groupby(left, lambda cell: cell.seed):
+            watched = run.dense(seed)
+            for draw, of_draw in itertools.groupby(of_seed, lambda cell: cell.draw):
+                batches = run.calibration(seed, draw)
+                for cell in of_draw:
+                    content = run.measured(cell, watched, batches)
+                    records.write_json(cell.path(out), content)
+                    progress.update()
+    return {
+        "dense": {
+            path.parent.name.removeprefix("seed-"): json.loads(path.read_text())
+            for path in sorted(out.glob("seed-*/dense.json"))
+        },
+        "cells": [
+            json.loads(path.read_text())
+            for path in sorted(out.glob("seed-*/cells/*.json"))
+        ],
+    }
 
 
 if __name__ == "__main__":
-    run_dir.command(main, Config)
+    runner.from_command_line(main, Config)

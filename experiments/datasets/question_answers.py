@@ -7,8 +7,9 @@ A folder has `train.jsonl` and `validation.jsonl`, an object a line,
 with the picture's path from the folder. Pictures are opened when a batch needs them.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,19 @@ def load(
     }
 
 
+def fingerprint(examples: Iterable[Asked]) -> str:
+    """SHA-256 of questions, answers and pictures; of a file its name and size."""
+    digest = hashlib.sha256()
+    for example in examples:
+        picture = example.picture
+        if isinstance(picture, Path):
+            digest.update(f"{picture.name} {picture.stat().st_size}\n".encode())
+        else:
+            digest.update(picture.tobytes())
+        digest.update(f"{example.question}\n{example.answer}\n".encode())
+    return digest.hexdigest()
+
+
 def _asked(example: Mapping[str, Any], names: Sequence[str], data: str) -> Asked:
     if missing := [name for name in names if name not in example]:
         raise ValueError(
@@ -129,14 +143,14 @@ def _folder(folder: Path, split: str) -> list[Asked]:
 def _line(folder: Path, where: str, line: str) -> Asked:
     """One example, its picture looked at but not read."""
     try:
-        told = json.loads(line)
+        entry = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     names = ("image", "question", "answer")
-    fine = isinstance(told, dict) and all(isinstance(told.get(n), str) for n in names)
+    fine = isinstance(entry, dict) and all(isinstance(entry.get(n), str) for n in names)
     if not fine:
         raise ValueError(f"{where}: must be an object of texts {', '.join(names)}")
-    asked = Asked(folder / told["image"], told["question"], told["answer"])
+    asked = Asked(folder / entry["image"], entry["question"], entry["answer"])
     try:
         _ = asked.size
     except FileNotFoundError:

@@ -3,29 +3,13 @@
 import contextlib
 import fcntl
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 from experiments.harness import records
 from jaxprune.arrays import processes
 from jaxprune.formats import atomic
-
-
-def command(main: Callable[[Any], object], config: type) -> None:
-    """Runs an experiment from its command line; a refusal is one line and status 1.
-
-    Args:
-      main: what takes the configuration.
-      config: its dataclass, from which the flags are made.
-    """
-    try:
-        main(tyro.cli(config))
-    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
-        sys.exit(f"error: {problem}")
 
 
 @contextlib.contextmanager

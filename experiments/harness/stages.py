@@ -10,6 +10,14 @@ from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.processes import is_first, on_first
 
 
+def once(path: Path, compute: Callable[[], Any]) -> Any:
+    """The content of a JSON file; computed by all and written if it is missing."""
+    if not on_first(path.exists):
+        content = compute()
+        on_first(lambda: write_json(path, content))
+    return on_first(lambda: json.loads(path.read_text()))
+
+
 class Stages:
     """The stages of one seed, in the order in which they are asked for.
 
@@ -43,17 +51,17 @@ class Stages:
         Returns:
           The result as its JSON holds it.
         """
-        path = self.folder / f"{stage}.json"
         self._progress.note(f"seed {self._seed} {stage.replace('/', ' ')}")
-        if not on_first(path.exists):
-            country = self._country if is_first() else None
+        country = self._country if is_first() else None
+
+        def measured() -> dict[str, Any]:
             name = stage.split("/")[0]
             with measure(name, seed=self._seed, country=country) as phase:
                 content = compute()
                 phase.tokens = content.pop("tokens", None)
-            result = {"content": content, "phase": phase.record()}
-            on_first(lambda: write_json(path, result))
-        stored = on_first(lambda: json.loads(path.read_text()))
+            return {"content": content, "phase": phase.record()}
+
+        stored = once(self.folder / f"{stage}.json", measured)
         self.phases.append(stored["phase"])
         self._progress.update()
         return stored["content"]
