@@ -119,13 +119,7 @@ class Corpus:
 
     @classmethod
     def of(cls, name: str, train: str, validation: str) -> "Corpus":
-        """Makes a corpus of two texts.
-
-        Args:
-          name: what to call it.
-          train: the text to train on.
-          validation: the text to measure on.
-        """
+        """Makes a corpus of two texts."""
         vocabulary = Vocabulary.of(train + validation)
         digest = hashlib.sha256()
         for part in (train, validation):

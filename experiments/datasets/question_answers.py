@@ -56,19 +56,16 @@ class Asked(NamedTuple):
 def load(
     data: str, *, data_dir: Path | None = None, fields: Sequence[str] = ()
 ) -> dict[str, Sequence[Asked]]:
-    """Both splits of a data set.
+    """Both splits of a data set, "train" and "validation".
 
     Args:
-      data: "picture_questions", "tfds:NAME", or a folder.
+      data: "picture_questions", "tfds:NAME", or a directory.
       data_dir: where data sets are kept; TFDS's default if left out.
       fields: the features of a TFDS data set that are picture, question and answer.
 
-    Returns:
-      "train" and "validation".
-
     Raises:
       ValueError: a line, a feature or a picture is not what it must be.
-      FileNotFoundError: there is no such folder, or a picture is missing.
+      FileNotFoundError: there is no such directory, or a picture is missing.
     """
     if data != OWN and not data.startswith("tfds:"):
         return {split: _folder(Path(data), split) for split in SPLITS}

@@ -17,16 +17,13 @@ def examples(
     *,
     instead: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The examples of a split, in the order they were made.
+    """The examples of a split, features by name, in the order they were made.
 
     Args:
       name: a module of `experiments.datasets` with a `Builder`.
       split: "train" or "validation".
       data_dir: where data sets are kept; None: TensorFlow Datasets' default.
       instead: what the user may do where a package is missing.
-
-    Returns:
-      Features by name.
 
     Raises:
       ModuleNotFoundError: if a package of the extra `experiments` is missing.

@@ -35,14 +35,7 @@ class Unfinished(Broken):
 def write(
     folder: Path, step: int, configuration: Any, leaves: Mapping[str, Any]
 ) -> None:
-    """Describes a folder whose other files are complete, and syncs it to disk.
-
-    Args:
-      folder: the checkpoint's folder.
-      step: how many steps were done.
-      configuration: JSON-able.
-      leaves: name to array, in the order of storage.
-    """
+    """Describes a directory whose other files are complete, and syncs it to disk."""
     body = {
         "format": FORMAT,
         "version": VERSION,
@@ -65,16 +58,10 @@ def write(
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Reads the manifest of a checkpoint's folder and compares every file with it.
-
-    Args:
-      path: the checkpoint's folder.
-
-    Returns:
-      The manifest: "step", "configuration", "leaves" and "files".
+    """The manifest of a checkpoint's directory, after every file was compared with it.
 
     Raises:
-      Broken: the folder is not whole.
+      Broken: the directory is not whole.
       ValueError: it is of another format or version.
     """
     try:
@@ -108,11 +95,6 @@ def check_leaves(
 ) -> None:
     """Refuses a checkpoint whose leaves are not the target's, naming each difference.
 
-    Args:
-      path: the checkpoint's folder, for the message.
-      saved: "leaves" of its manifest.
-      target: name to array or `jax.ShapeDtypeStruct`.
-
     Raises:
       ValueError: a name, shape or dtype differs.
     """
@@ -135,12 +117,6 @@ def check_leaves(
 
 def as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as its JSON holds it: tuples are lists.
-
-    Args:
-      configuration: JSON-able.
-
-    Returns:
-      A copy.
 
     Raises:
       ValueError: there is a NaN in it.

@@ -76,13 +76,12 @@ class Plan:
     def of(cls, config: Any, **own: Any) -> "Plan":
         """The plan of a configuration, checked.
 
+        Sparsities are sorted; where a `retrain_` flag is left out, all that is pruned
+        is retrained, but of the scopes the first one only.
+
         Args:
           config: has the flags that every sweep has, by the names of `Plan`.
           **own: the fields that an experiment fixes in its own way.
-
-        Returns:
-          The plan; sparsities are sorted, and what is left out of a `retrain_` flag is
-          all that is pruned, of the scopes the first.
 
         Raises:
           ValueError: a criterion is unknown, or a number is out of range.
@@ -142,9 +141,6 @@ class Plan:
 
 def check(config: Any) -> None:
     """Refuses what could only fail later.
-
-    Args:
-      config: has the flags that every sweep has, by the names of `Plan`.
 
     Raises:
       ValueError: a criterion is unknown, a number out of range, or a list empty.

@@ -14,18 +14,12 @@ from jaxprune.formats import atomic
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; a killed process leaves no lock.
+    """Keeps a second run out of the directory; a killed process leaves no lock.
 
     All processes of a run call this together; the first one holds the lock.
 
-    Args:
-      out: the folder; made if it is missing.
-
-    Yields:
-      Nothing; the folder is ours meanwhile.
-
     Raises:
-      OSError: the folder cannot be written to, or another run has it.
+      OSError: the directory cannot be written to, or another run has it.
     """
     with contextlib.ExitStack() as held:
         processes.on_first(lambda: _lock(out, held))
@@ -50,19 +44,12 @@ def _lock(out: Path, held: contextlib.ExitStack) -> None:
 
 
 def begun(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds this very run; writes config.json if it holds none.
+    """Whether the directory holds this very run; writes config.json if it holds none.
 
     All processes of a run call this together.
 
-    Args:
-      out: the folder.
-      identity: JSON-able; what must be the same for a run to go on.
-
-    Returns:
-      Whether the run was begun before.
-
     Raises:
-      ValueError: the folder holds a run of another configuration, or is damaged.
+      ValueError: the directory holds a run of another configuration, or is damaged.
     """
     return processes.on_first(lambda: _begun(out, identity))
 

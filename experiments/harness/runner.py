@@ -28,12 +28,7 @@ _OF_THE_START = ("coordinator", "processes", "process_id")
 
 
 def from_command_line(main: Callable[[Any], object], config: type) -> None:
-    """Runs an experiment with the flags given; a refusal is one line and status 1.
-
-    Args:
-      main: what takes the configuration.
-      config: its dataclass, from which the flags are made.
-    """
+    """Runs an experiment with the flags given; a refusal is one line and status 1."""
     try:
         main(tyro.cli(config))
     except (ValueError, OSError, ImportError, FloatingPointError) as problem:
@@ -226,15 +221,9 @@ def costs(
     model: dict[str, Any],
     flops: Callable[[dict[str, float] | None], float],
 ) -> list[dict[str, Any]]:
-    """Bytes and FLOPs of the first criterion's cells, in principle and per token.
+    """Bytes and FLOPs of the first criterion's cells, a row for each sparsity.
 
-    Args:
-      cells: of one seed.
-      model: what `described` gave.
-      flops: a token's, of the dense model or with these shares of leaves removed.
-
-    Returns:
-      A row for each sparsity.
+    `flops` is of a token: dense for None, else for the fraction removed of each leaf.
     """
     sizes = {name: leaf["size"] for name, leaf in model["leaves"].items()}
     first = cells[0]
@@ -242,10 +231,10 @@ def costs(
     for cell in cells:
         if (cell["criterion"], cell["scope"]) != (first["criterion"], first["scope"]):
             continue
-        shares = cell["sparsity_by_leaf"]
+        removed = cell["sparsity_by_leaf"]
         packed = sum(
-            4 * round(size * (1 - shares[name])) + -(-size // 8)
-            if name in shares
+            4 * round(size * (1 - removed[name])) + -(-size // 8)
+            if name in removed
             else 4 * size
             for name, size in sizes.items()
         )
@@ -255,7 +244,7 @@ def costs(
                 "bytes_dense": 4 * sum(sizes.values()),
                 "bytes_packed": packed,
                 "flops_dense": flops(None),
-                "flops_kept": flops(shares),
+                "flops_kept": flops(removed),
             }
         )
     return rows
@@ -264,16 +253,7 @@ def costs(
 def command(
     module: str, config: Any, *, without: Collection[str] = _OF_THE_START
 ) -> str:
-    """The command line of a configuration, what is not its default.
-
-    Args:
-      module: what `python -m` runs.
-      config: a dataclass.
-      without: fields that are left out.
-
-    Returns:
-      A line for a shell.
-    """
+    """The command line of a configuration, without what is its default."""
     words = ["python", "-m", module]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -29,27 +29,15 @@ class Stages:
     def __init__(
         self, folder: Path, seed: int, country: str | None, progress: Progress
     ) -> None:
-        """Computes nothing.
-
-        Args:
-          folder: of the seed; the first process writes to it.
-          seed: which.
-          country: three-letter code whose electricity counts; None for no energy.
-          progress: counts the stages of the whole run.
-        """
+        """Computes nothing; `progress` counts the stages of the whole run."""
         self.folder, self._seed = folder, seed
         self._country, self._progress = country, progress
         self.phases: list[dict[str, Any]] = []
 
     def once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> Any:
-        """The result of a stage, of this start or of an earlier one.
+        """The result of a stage, of this start or of an earlier one, as JSON holds it.
 
-        Args:
-          stage: its name, the file's below the folder.
-          compute: gives the result, JSON-able; "tokens" in it goes to the costs.
-
-        Returns:
-          The result as its JSON holds it.
+        "tokens" in what `compute` returns is moved to the costs of the stage.
         """
         self._progress.note(f"seed {self._seed} {stage.replace('/', ' ')}")
         country = self._country if is_first() else None

@@ -179,11 +179,11 @@ class Seed:
         kept = self._masks(watched, cell)
         counts = jp.sparsity(kept)
         params = jp.masks.apply(watched.params, kept)
-        shares = {k: zeros / size for k, (zeros, size) in counts.by_leaf.items()}
+        removed = {k: zeros / size for k, (zeros, size) in counts.by_leaf.items()}
         return {
             "achieved": counts.total,
             **_named("pruned", self._measured(params)),
-            "sparsity_by_leaf": shares,
+            "sparsity_by_leaf": removed,
             **self._shown(cell, params, retrained=False),
         }
 

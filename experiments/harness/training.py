@@ -89,17 +89,7 @@ class Reports(NamedTuple):
 def init(
     params: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> TrainState:
-    """Makes the state before the first step.
-
-    Args:
-      params: any tree of arrays.
-      optimizer: an optax transformation.
-      mesh: where the state lives, as `device_mesh.make_mesh` gives; None for the
-        default device.
-
-    Returns:
-      The state; the parameters and their moments are placed alike.
-    """
+    """The state before the first step; parameters and moments are placed alike."""
     step = jnp.zeros((), jnp.int32)
     if mesh is None:
         return TrainState(params, optimizer.init(params), step)
@@ -114,16 +104,7 @@ def init(
 def abstract(
     shapes: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> TrainState:
-    """What `init` would give, without its numbers; a checkpoint is restored to it.
-
-    Args:
-      shapes: the parameters as `jax.ShapeDtypeStruct`s.
-      optimizer: as for `init`.
-      mesh: as for `init`.
-
-    Returns:
-      A state of `jax.ShapeDtypeStruct`s, with shardings if there is a mesh.
-    """
+    """The state that `init` makes as `jax.ShapeDtypeStruct`s, to restore onto."""
     state = jax.eval_shape(lambda params: init(params, optimizer), shapes)
     if mesh is None:
         return state
@@ -149,15 +130,9 @@ def _placed(tree: Any, where: Any) -> Any:
 def make_step(
     loss_fn: LossFunction, optimizer: optax.GradientTransformation
 ) -> StepFunction:
-    """Builds the update of one step; `train` compiles it.
+    """The update of one step; `train` compiles it.
 
-    Args:
-      loss_fn: (params, inputs, targets, key) to the mean loss. The key is the seed key
-        with the step folded in.
-      optimizer: an optax transformation.
-
-    Returns:
-      The step function.
+    `loss_fn` gets the seed key with the step folded in.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -180,7 +155,7 @@ def make_eval(
     *,
     mesh: Mesh | None = None,
 ) -> Callable[[Any, Iterable[tuple[Any, np.ndarray, np.ndarray]]], float]:
-    """Builds the mean loss over a validation set: one program, one fetch at the end.
+    """The mean loss over a validation set: one program, one fetch at the end.
 
     Args:
       loss_fn: (params, inputs, targets) to the loss of each token, (batch, context).
@@ -214,16 +189,7 @@ def make_eval(
 
 
 def in_order(batches: Batches, start: int, stop: int) -> Iterator[Batch]:
-    """The batches of steps start, ..., stop - 1, each made when it is asked for.
-
-    Args:
-      batches: step to its batch.
-      start: the first step.
-      stop: one past the last step.
-
-    Yields:
-      Inputs and targets.
-    """
+    """The batches of steps start, ..., stop - 1, each made when it is asked for."""
     yield from map(batches, range(start, stop))
 
 

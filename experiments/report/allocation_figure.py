@@ -23,18 +23,8 @@ from jaxprune.formats import atomic
 from jaxprune.report import canvas, page
 
 COLUMNS = (
-    "seed",
-    "draw",
-    "solver",
-    "allocation",
-    "sparsity",
-    "achieved",
-    "zeros",
-    "size",
-    "loss",
-    "dense_loss",
-    "above",
-    "seconds",
+    *("seed", "draw", "solver", "allocation", "sparsity", "achieved", "zeros", "size"),
+    *("loss", "dense_loss", "above", "seconds"),
 )
 _ALLOCATIONS = ("uniform", "owl", "erk", "magnitude", "trajectory", "trajectory_adam")
 _LAST = ("wanda", "mask")  # no lines of their own: one allocation each
@@ -57,14 +47,7 @@ class Draw:
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
-    """The tidy table: one row a cell.
-
-    Args:
-      results: what results.json holds.
-
-    Returns:
-      One dict with the keys `COLUMNS` for each cell; "above" is nats above dense.
-    """
+    """The tidy table: one row a cell, of `COLUMNS`; "above" is nats above dense."""
     table = []
     for cell in results["cells"]:
         dense = results["dense"][str(cell["seed"])]["loss"]
@@ -81,11 +64,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
 def tables(results: Results) -> str:
     """Nats above dense by solver and allocation, then above uniform allocation.
 
-    Args:
-      results: what results.json holds.
-
-    Returns:
-      Plain text; a draw of the calibration sequences has tables of its own.
+    A draw of the calibration sequences has tables of its own.
     """
     found = rows(results)
     parts = [_dense(results)]
@@ -139,11 +118,7 @@ def _table(found: Sequence[Mapping[str, Any]], *, relative: bool) -> str:
 def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
     """Solvers that repair first; in each, the allocations by their kinds."""
     solver, allocation = pair
-    place = (
-        _ALLOCATIONS.index(allocation)
-        if allocation in _ALLOCATIONS
-        else len(_ALLOCATIONS)
-    )
+    place = [*_ALLOCATIONS, allocation].index(allocation)
     first = ("sparsegpt", "alps", *_LAST)
     return (first.index(solver) if solver in first else 0, solver, place, allocation)
 
@@ -151,12 +126,8 @@ def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
 def figure(all_results: Sequence[Results]) -> Figure:
     """Loss above dense against sparsity: a panel a run and solver, lines by allocation.
 
-    Args:
-      all_results: what the results.json of each run holds.
-
-    Returns:
-      The figure; lines are means over the seeds, bands their range. Variants of the
-      quarter score are left to the tables, unless there is nothing else.
+    Lines are means over the seeds, bands their range. Variants of the trajectory score
+    are left to the tables, unless there is nothing else.
     """
     lines: dict[str, dict[int, list[dict[str, Any]]]] = {}
     found = [
@@ -171,14 +142,8 @@ def figure(all_results: Sequence[Results]) -> Figure:
         key=lambda item: _order((item[0]["solver"], item[0]["allocation"])),
     ):
         cells = lines.setdefault(row["allocation"], {}).setdefault(row["seed"], [])
-        cells.append(
-            {
-                "criterion": panel,
-                "scope": "global",
-                "sparsity": row["sparsity"],
-                "loss_pruned": row["above"],
-            }
-        )
+        cell = {"sparsity": row["sparsity"], "loss_pruned": row["above"]}
+        cells.append({"criterion": panel, "scope": "global", **cell})
     # The losses are above dense already, so every seed's reference is zero.
     labelled = {
         allocation: {
@@ -193,15 +158,7 @@ def figure(all_results: Sequence[Results]) -> Figure:
 
 
 def write(results: Results, out: Path) -> None:
-    """Writes results.csv and loss.svg.
-
-    Args:
-      results: what results.json holds.
-      out: the folder.
-
-    Raises:
-      OSError: a file cannot be written.
-    """
+    """Writes results.csv and loss.svg."""
     files = {"results.csv": page.table_csv(COLUMNS, rows(results))}
     if any(cell["solver"] not in _LAST for cell in results["cells"]):
         files["loss.svg"] = canvas.svg(figure([results])).encode()

@@ -257,14 +257,11 @@ class PictureTask:
     def packed(
         self, examples: Sequence[Asked]
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Examples as one batch.
+        """Examples as one batch: inputs, targets and weights.
 
-        Args:
-          examples: pictures, questions and answers.
-
-        Returns:
-          Inputs (tokens and sources (batch, length), pixels (batch, views, size, size,
-          3)), targets (batch, length), -1 where none is, and weights, 1 at the answer.
+        Inputs are tokens and sources (batch, length) and pixels (batch, views, size,
+        size, 3); targets (batch, length) are -1 where none is; weights are 1 at the
+        answer.
         """
         time, views = self._sizes
         size = self.model.config.tower.image
