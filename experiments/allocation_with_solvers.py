@@ -4,10 +4,10 @@
 
 A dense GPT of the main experiment is pruned layer by layer from calibration sequences
 of its own training text. The solver chooses inside each matrix and repairs what it
-keeps; how many weights a matrix loses is fixed by the allocation: uniform,
-ERK, OWL, or one global ranking of all matrices by a criterion, such as the quarter
-score of the training itself. Every cell is one small file, so a run that was stopped
-goes on, and one of other seeds, rules or sparsities in the same folder adds to it.
+keeps; how many weights a matrix loses is fixed by the allocation: uniform, ERK, OWL, or
+one global ranking of all matrices by a criterion, such as the trajectory score of the
+training itself. Every cell is one small file, so a run that was stopped continues, and
+one of other seeds, allocations or sparsities in the same directory adds to it.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ import jaxprune as jp
 from experiments.datasets import Batches, Corpus, load, validation_batches
 from experiments.harness import records, runner, training
 from experiments.harness.criteria import CRITERIA, Watched
+from experiments.harness.plan import check_lists
 from experiments.harness.stages import once
 from experiments.report import allocation_figure as shown
 from experiments.tasks.dense_models import RECIPES, trained
@@ -108,12 +109,8 @@ class Config:
     data_dir: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     allocations: tuple[str, ...] = (
-        "uniform",
-        "owl",
-        "erk",
-        "magnitude",
-        "trajectory",
-        "trajectory_adam",
+        *("uniform", "owl", "erk"),
+        *("magnitude", "trajectory", "trajectory_adam"),
     )
     solvers: tuple[str, ...] = ("sparsegpt", "alps", "wanda", "mask")
     sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -151,18 +148,11 @@ class Config:
                 raise ValueError(
                     f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
                 )
-        for name in ("seeds", "allocations", "solvers", "sparsities", "draws"):
-            values = getattr(self, name)
-            if not values or len({*values}) < len(values):
-                raise ValueError(f"{name} must be named once each, got {values}")
-        for sparsity in self.sparsities:
-            if not 0 < sparsity < 1:
-                raise ValueError(f"sparsities must be in (0, 1), got {sparsity}")
-        if self.sequences < 1 or self.sequences % min(
-            self.sequences, _SEQUENCES_AT_ONCE
-        ):
+        check_lists(self, "seeds", "allocations", "solvers", "sparsities", "draws")
+        most = _SEQUENCES_AT_ONCE
+        if self.sequences < 1 or self.sequences % min(self.sequences, most):
             raise ValueError(
-                f"sequences must be a multiple of {_SEQUENCES_AT_ONCE}, or fewer, got "
+                f"sequences must be a multiple of {most}, or fewer, got "
                 f"{self.sequences}"
             )
         if self.eval_tokens < 0 or (self.steps is not None and self.steps < 1):
@@ -273,13 +263,7 @@ class Run:
 
 
 def main(config: Config) -> Path:
-    """Does every cell that is asked for and not there; prints the tables of all.
-
-    Args:
-      config: what to run.
-
-    Returns:
-      The path of results.json.
+    """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
       ValueError: the configuration is out of range, or the directory holds another run.

@@ -166,13 +166,7 @@ class Config:
 
 
 def main(config: Config) -> Path:
-    """Runs the experiment, or what is left of it.
-
-    Args:
-      config: what to run.
-
-    Returns:
-      The path of results.json.
+    """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
       ValueError: the configuration is out of range, or the directory holds another run.
@@ -208,17 +202,10 @@ def main(config: Config) -> Path:
 
 
 def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
-    """The model and its pictures.
-
-    Args:
-      config: says which.
-      mesh: where a folder's parameters are read to; None for one device.
-
-    Returns:
-      The task.
+    """The model and its pictures; a model of a directory is read onto the mesh.
 
     Raises:
-      ValueError: the pictures or the model's folder are not what they must be.
+      ValueError: the pictures or the model's directory are not what they must be.
       OSError: something is missing, or cannot be read.
     """
     splits = question_answers.load(

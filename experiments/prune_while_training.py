@@ -160,13 +160,7 @@ def run(
 
 
 def main(config: Config) -> Path:
-    """Trains for every seed and sparsity, or what is left of them; prints the losses.
-
-    Args:
-      config: what to run.
-
-    Returns:
-      The path of results.json.
+    """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
       ValueError: the configuration is out of range, or the directory holds another run.

@@ -130,13 +130,7 @@ class Config:
 
 
 def main(config: Config) -> Path:
-    """Runs the experiment, or what is left of it.
-
-    Args:
-      config: what to run.
-
-    Returns:
-      The path of results.json.
+    """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
       ValueError: the configuration is out of range, or the directory holds another run.

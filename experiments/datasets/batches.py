@@ -116,11 +116,8 @@ def validation_batches(
 
     Window k has the targets tokens[k * context + 1 : (k + 1) * context + 1]. The last
     window and the last batch are filled up with token 0 at weight 0, so that all
-    batches have one shape and
-
-        loss = sum(weights * losses) / sum(weights)
-
-    over all of them is the mean over tokens[1:].
+    batches have one shape and sum(weights * losses) / sum(weights) over all of them is
+    the mean over tokens[1:].
 
     Args:
       tokens: integers, shape (length,), length >= 2.

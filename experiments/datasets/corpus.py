@@ -57,13 +57,7 @@ class Vocabulary:
         return _code_points(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the tokens of a text.
-
-        Args:
-          text: any string of the vocabulary's characters.
-
-        Returns:
-          Shape (len(text),), uint16 (int32 if the vocabulary is larger than 65536).
+        """The tokens of a text, uint16 (int32 if the vocabulary is larger than 65536).
 
         Raises:
           ValueError: if a character is not in the vocabulary.
@@ -80,10 +74,7 @@ class Vocabulary:
         return tokens.astype(np.uint16 if len(self) <= 2**16 else np.int32)
 
     def decode(self, tokens: Any) -> str:
-        """Returns the text of tokens.
-
-        Args:
-          tokens: integers in [0, len(self)), array or sequence of shape (length,).
+        """The text of tokens in [0, len(self)), array or sequence of shape (length,).
 
         Raises:
           ValueError: if a token is out of range.

@@ -6,17 +6,11 @@ SUFFIXES = (".md", ".txt")
 
 
 def read_text(path: Path) -> str:
-    """Reads a file, or the `.txt` and `.md` files under a folder.
+    """Reads a UTF-8 file, or the `.txt` and `.md` files under a directory.
 
-    A folder is searched with its subfolders; its files are sorted by their path below
-    it and joined by line feeds. Line ends become line feeds; a byte order mark is
-    dropped.
-
-    Args:
-      path: a UTF-8 text file, or a folder.
-
-    Returns:
-      The text, not empty.
+    A directory is searched with those below it; its files are sorted by their path
+    below it and joined by line feeds. Line ends become line feeds; a byte order mark is
+    dropped. The text is not empty.
 
     Raises:
       ValueError: if the path cannot be read, is not UTF-8, or holds no text.

@@ -56,28 +56,25 @@ def save(
     configuration: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Saves a tree of arrays as the newest checkpoint of a folder.
+    """Saves a tree of arrays as the newest checkpoint of a directory; returns its path.
 
     Returns when the checkpoint is whole on disk, so the state may be donated to the
-    next step at once. All processes of a distributed run call it together, on a folder
-    that they share.
+    next step at once. All processes of a distributed run call it together, on a
+    directory that they share.
 
     Args:
-      directory: a folder that holds checkpoints only; made when it is missing.
+      directory: holds checkpoints only; made when it is missing.
       state: any tree of JAX or NumPy arrays: parameters, optimizer state with
-        importance, masks (boolean or packed), the data position. Random keys go in
-        as `jax.random.key_data(key)`.
+        importance, masks (boolean or packed), the data position. Random keys are
+        given as `jax.random.key_data(key)`.
       step: how many steps were done; grows from save to save.
       configuration: JSON-able; what a resumed run must agree with.
       keep: how many checkpoints stay, the newest ones, at least 1.
 
-    Returns:
-      The checkpoint's folder.
-
     Raises:
-      ValueError: the folder holds other things, or a whole checkpoint of this step or
-        a later one; `step` or `keep` out of range; NaN in the configuration; in a run
-        of several processes, a leaf on the devices of one.
+      ValueError: the directory holds other things, or a whole checkpoint of this step
+        or a later one; `step` or `keep` out of range; NaN in the configuration; in a
+        run of several processes, a leaf on the devices of one.
       TypeError: a leaf is no array, or the configuration no JSON.
       OSError: the checkpoint could not be written; the earlier ones are untouched.
 
@@ -127,20 +124,14 @@ def save(
 
 
 def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
-    """Finds the newest whole checkpoint of a folder, reading no arrays into memory.
+    """The newest whole checkpoint of a directory, its arrays unread, if there is one.
 
     A damaged checkpoint is passed over for an older whole one, with a warning to this
     module's logger. All processes of a distributed run call it together; the first one
     looks, and all get its answer.
 
-    Args:
-      directory: a folder given to `save`; need not exist.
-
-    Returns:
-      The newest whole checkpoint, or None when nothing was saved there yet.
-
     Raises:
-      ValueError: the folder holds other things, or checkpoints of another format
+      ValueError: the directory holds other things, or checkpoints of another format
         version, or damaged checkpoints only.
     """
     found = processes.on_first(lambda: _newest(Path(directory).absolute()))
@@ -148,21 +139,15 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
 
 
 def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoint:
-    """Loads the newest whole checkpoint of a folder onto an abstract target.
+    """Loads the newest whole checkpoint of a directory onto an abstract target.
 
-    All processes of a distributed run call it together.
-
-    Args:
-      directory: a folder given to `save`.
-      abstract_state: a tree like the one saved, of arrays or `jax.ShapeDtypeStruct`.
-        A leaf is placed by the target's `sharding`, on the default device where that
-        is None, and stays in NumPy where the target is a NumPy array.
-
-    Returns:
-      The checkpoint with its state.
+    All processes of a distributed run call it together. The target is a tree like the
+    one saved, of arrays or `jax.ShapeDtypeStruct`: a leaf is placed by the target's
+    `sharding`, on the default device where that is None, and stays in NumPy where the
+    target is a NumPy array.
 
     Raises:
-      FileNotFoundError: the folder holds no checkpoint.
+      FileNotFoundError: the directory holds no checkpoint.
       ValueError: as for `latest`, or the leaves' names, shapes or dtypes differ from
         the target's.
       TypeError: a leaf of the target is no array.

@@ -38,15 +38,12 @@ _MODEL = {
 
 
 def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
-    """The mesh of a run.
+    """The mesh of a run, its axes in the order they were given; None for one device.
 
     Args:
       text: axes and sizes, "data=4,model=2"; None for one axis "data" over every device
         that the batch can be split over.
       batch_size: sequences in a batch.
-
-    Returns:
-      A mesh, its axes in the order they were told; None for a single device.
 
     Raises:
       ValueError: the text names no such mesh, there are fewer devices, the batch cannot

@@ -23,7 +23,7 @@ def join(
 
     Raises:
       ValueError: a number is out of range or given without the coordinator.
-      OSError: the cluster does not tell what was left out, or the others did not come.
+      OSError: the cluster does not know what was left out, or the others did not come.
     """
     if coordinator is None:
         if processes is not None or process_id is not None:

@@ -44,7 +44,7 @@ def run(
     *,
     grows: bool = False,
 ) -> Path:
-    """Does an experiment, or what is left of it, and writes its results.
+    """Does an experiment, or what is left of it; returns the path of its results.json.
 
     Args:
       name: the experiment's module in `experiments`.
@@ -53,9 +53,6 @@ def run(
       cells: does what is left and returns what results.json holds of it.
       show: writes tables and figures of the results; returns what is printed.
       grows: whether other seeds or sparsities add to a finished run.
-
-    Returns:
-      The path of results.json.
 
     Raises:
       ValueError: the directory holds another run.
@@ -106,17 +103,12 @@ def sweep(
       config: its configuration.
       plan: what is done for each seed.
       task: the model and its data.
-      identity: as `identity_of` gives; its "seeds" are done.
+      identity: as `identity_of` returns it; it names the seeds.
       mesh: where the arrays live; None for one device.
       more: what else results.json holds, by its results of the seeds.
 
-    Returns:
-      The path of results.json.
-
     Raises:
-      ValueError: the directory holds another run.
-      OSError: the directory cannot be written to, or another process runs there.
-      FloatingPointError: a loss is not finite.
+      FloatingPointError: a loss is not finite; and what `run` raises.
     """
 
     def cells() -> dict[str, Any]:

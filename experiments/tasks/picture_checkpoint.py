@@ -40,12 +40,8 @@ class Folder(NamedTuple):
 def opened(path: Path, mesh: Mesh | None) -> Folder:
     """Reads a folder's configuration and words, none of its weights.
 
-    Args:
-      path: config.json, safetensors and a tokenizer.
-      mesh: that the parameters will be split over; None for one device.
-
-    Returns:
-      What it holds.
+    `path` has config.json, safetensors and a tokenizer; the parameters will be split
+    over the mesh.
 
     Raises:
       ValueError: it is no Phi-3-vision that is understood, it is damaged, or there are
