@@ -73,7 +73,7 @@ class Cell:
     sparsity: float
 
     def path(self, out: Path) -> Path:
-        """Its file below the run's folder."""
+        """Its file below the run's directory."""
         name = (
             f"{self.solver}-{self.allocation}-{self.sparsity:g}-draw-{self.draw}.json"
         )
@@ -85,10 +85,10 @@ class Config:
     """Prunes dense GPTs by solvers, the sparsity allocated in several ways.
 
     Attributes:
-      out: folder of the results; what is found there is not done again.
+      out: directory of the results; what is found there is not done again.
       preset: size of the model.
       data: "shakespeare_plays" (offline) or "tiny_shakespeare_char".
-      text: a text file, or a folder of them, in place of a data set.
+      text: a text file, or a directory of them, in place of a data set.
       data_dir: where data sets are kept.
       seeds: one dense model each.
       allocations: how the sparsity is allocated: uniform, owl, erk, or a criterion.
@@ -188,7 +188,7 @@ class Run:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for cells to lie in one folder; JSON-able."""
+        """What must be the same for cells to lie in one directory; JSON-able."""
         return {
             "preset": self.config.preset,
             "data": self.corpus.name,

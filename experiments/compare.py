@@ -2,7 +2,7 @@
 
     python -m experiments.compare RESULTS RESULTS... --out DIR
 
-RESULTS are results.json files or the folders that hold them. Prints a table and writes
+RESULTS are results.json files or the directories that hold them. Prints a table, writes
 compare.csv and compare.html. Losses are nats per token above each run's own reference:
 the dense model right after pruning, the dense control with equal steps after
 retraining; "±" is the sample standard deviation over the seeds.
@@ -36,7 +36,7 @@ class Compare:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="RESULTS...", help_behavior_hint=""),
     ]
-    """Two or more results.json files, or the folders that hold them."""
+    """Two or more results.json files, or the directories that hold them."""
     out: Path = Path("comparison")
     """Where compare.csv and compare.html go."""
 

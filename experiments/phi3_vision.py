@@ -3,8 +3,8 @@
     python -m experiments.phi3_vision --out results/vision
 
 The paper's second experiment at a size for an afternoon: pictures with questions that
-only the picture answers. Started again with the same flags, a run goes on where it was;
-a finished one says so. What it writes is described in experiments/README.md.
+only the picture answers. Started again with the same flags, a run continues where it
+was; a finished one says so. What it writes is described in experiments/README.md.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ class Config:
     """Trains a small Phi-3-vision with tracking, prunes it, retrains it.
 
     Attributes:
-      out: folder of the results; a run found there goes on.
+      out: directory of the results; a run found there continues.
       preset: size of the model that is trained from nothing.
-      model: a folder of Phi-3-vision to fine-tune in its place.
+      model: a directory of Phi-3-vision to fine-tune in its place.
       data: "picture_questions", made of what scikit-learn ships; "tfds:NAME"; or a
-        folder with train.jsonl and validation.jsonl.
+        directory with train.jsonl and validation.jsonl.
       fields: the features of tfds:NAME that are picture, question and answer.
       held_out: at most so many questions are measured on.
       crops: at most so many crops of a picture; the model's if left out.

@@ -35,10 +35,10 @@ class Config:
     """Trains with a rising sparsity, and dense by the same recipe.
 
     Attributes:
-      out: folder of the results; a run found there goes on.
+      out: directory of the results; a run found there continues.
       preset: size of the model.
       data: "shakespeare_plays" (offline) or "tiny_shakespeare_char".
-      text: a text file, or a folder of them, in place of a data set.
+      text: a text file, or a directory of them, in place of a data set.
       data_dir: where data sets are kept.
       seeds: one run each, for each sparsity.
       sparsities: final fractions of the decoder's matrices removed; 0 is the control.

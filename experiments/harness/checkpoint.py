@@ -2,8 +2,8 @@
 
 `orbax.checkpoint.v1.training.Checkpointer` names the steps, writes each one beside and
 renames it, on all processes at once, and places what it loads. Added here: the manifest
-(`experiments.harness.manifest`), written into a step's folder when orbax is done with
-it. A step without a whole one is not taken for a checkpoint, so an interrupted save
+(`experiments.harness.manifest`), written into a step's directory after orbax is done.
+A step without a whole one is not taken for a checkpoint, so an interrupted save
 never is, and damage that comes later is found. Leaves are stored by number and named in
 the manifest, so containers (NamedTuple, dict, NNX state, `optax.MaskedNode()`, None)
 come from the target, and so does the sharding: what four devices saved loads onto two.
@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
     Attributes:
       step: how many steps were done when it was saved.
       configuration: the JSON-able dictionary given to `save`; tuples are lists now.
-      path: its folder.
+      path: its directory.
       state: a tree like the target, with its containers and shardings; None where only
         the manifest was read.
     """
@@ -117,7 +117,7 @@ def save(
         raise OSError(
             number,
             f"the checkpoint of step {step} could not be written to '{directory}' "
-            f"({reason}); free space there or choose another folder, earlier "
+            f"({reason}); free space there or choose another directory, earlier "
             f"checkpoints are untouched",
         ) from error
     return path
@@ -156,8 +156,8 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoin
     newest = processes.on_first(lambda: _newest(Path(directory).absolute()))
     if newest is None:
         raise FileNotFoundError(
-            f"'{Path(directory).absolute()}' holds no checkpoint; give the folder that "
-            f"`save` was given"
+            f"'{Path(directory).absolute()}' holds no checkpoint; give the directory "
+            f"that `save` was given"
         )
     found, saved = newest
     manifest.check_leaves(found.path, saved, target)
@@ -185,7 +185,7 @@ def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
     if damaged:
         raise ValueError(
             f"no checkpoint in '{directory}' is whole ({'; '.join(reasons)}); bring "
-            f"the files back from a copy, or remove the folder to begin again"
+            f"the files back from a copy, or remove the directory to begin again"
         )
     return None
 
@@ -203,8 +203,8 @@ def _check_newest(directory: Path, step: int) -> list[int]:
             continue
         raise ValueError(
             f"steps must grow from save to save, got step {step} where "
-            f"'{directory / str(other)}' is saved already; go on from it or choose "
-            f"another folder"
+            f"'{directory / str(other)}' is saved already; continue from it or choose "
+            f"another directory"
         )
     return broken
 
@@ -220,7 +220,9 @@ def _steps(directory: Path) -> list[int]:
     if not directory.exists():
         return []
     if not directory.is_dir():
-        raise ValueError(f"'{directory}' must be a folder of checkpoints, got a file")
+        raise ValueError(
+            f"'{directory}' must be a directory of checkpoints, got a file"
+        )
     found, foreign = [], []
     for path in directory.iterdir():
         if path.is_dir() and path.name.isdecimal() and path.name == str(int(path.name)):
@@ -230,7 +232,7 @@ def _steps(directory: Path) -> list[int]:
     if foreign:
         raise ValueError(
             f"'{directory}' must hold checkpoints only, it also holds "
-            f"{', '.join(sorted(foreign)[: manifest.LISTED])}; choose another folder"
+            f"{', '.join(sorted(foreign)[: manifest.LISTED])}; choose another directory"
         )
     return sorted(found, reverse=True)
 

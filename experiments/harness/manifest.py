@@ -1,7 +1,7 @@
-"""What a checkpoint's folder says of itself: written last, checked first.
+"""What a checkpoint's directory says of itself: written last, checked first.
 
 The manifest has the step, the configuration, the name, shape and dtype of every leaf,
-the size and SHA-256 of every file, and its own digest. A folder without a valid
+the size and SHA-256 of every file, and its own digest. A directory without a valid
 manifest, or with a file that differs from it, is not whole.
 """
 
@@ -25,7 +25,7 @@ _NAME = "checkpoint.json"
 
 
 class Broken(Exception):
-    """A checkpoint's folder is not whole; the message says why."""
+    """A checkpoint's directory is not whole; the message says why."""
 
 
 class Unfinished(Broken):
@@ -78,7 +78,7 @@ def verify(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"'{path}' must be of format {FORMAT} version {VERSION}, got {format_} "
             f"version {version}; read it with the jaxprune that wrote it, or choose "
-            f"another folder"
+            f"another directory"
         )
     for name, fingerprint in body["files"].items():
         try:
@@ -111,7 +111,7 @@ def check_leaves(
         raise ValueError(
             f"'{path}' must have the leaves of the target, but "
             f"{'; '.join(problems[:LISTED])}{tail}; build the model and the optimizer "
-            f"that it was saved from, or choose another folder"
+            f"that it was saved from, or choose another directory"
         )
 
 

@@ -1,7 +1,7 @@
 """What a run leaves behind: metrics line by line, results at once, costs by phase.
 
 A line of metrics.jsonl is there or is not, and so is a results file: it is written
-beside and renamed. A full disk or a folder that cannot be written to is one error.
+beside and renamed. A full disk or a directory that cannot be written to is one error.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class MetricsLog:
     r"""Metrics of a run, one JSON object a line, and as TensorBoard events.
 
     Opening a file of an earlier, killed run drops a torn last line. Events go to the
-    folder "tensorboard" beside the file, where the package tensorboardX is installed.
+    directory "tensorboard" beside the file, if the package tensorboardX is installed.
 
     Example:
       >>> import tempfile
@@ -155,7 +155,7 @@ class Phase:
       tokens: tokens processed, set by the caller; None where it has no meaning.
       seconds: wall time.
       peak_memory_bytes: the greatest use so far: of a device on GPU and TPU, of the
-        process on CPU; None where the platform does not tell.
+        process on CPU; None where the platform does not say.
       energy_kwh: of CPU, memory and GPU; None where not asked for.
       co2_kg: kilograms of CO2 equivalent, by the country's mean; likewise.
     """
@@ -280,5 +280,5 @@ def _explained(path: Path) -> Iterator[None]:
         raise type(error)(
             error.errno,
             f"'{path}' could not be written ({error.strerror}); free space there or "
-            f"choose another folder",
+            f"choose another directory",
         ) from error

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, one configuration for good."""
+"""The directory of a run: one run at a time, one configuration for good."""
 
 import contextlib
 import fcntl
@@ -32,7 +32,7 @@ def _lock(out: Path, held: contextlib.ExitStack) -> None:
         lock = held.enter_context(open(out / ".lock", "a"))  # noqa: SIM115
     except OSError as error:
         raise OSError(
-            f"--out '{out}' must be a folder that can be written to, got "
+            f"--out '{out}' must be a directory that can be written to, got "
             f"{error.strerror}; give another"
         ) from error
     try:
@@ -75,6 +75,6 @@ def _begun(out: Path, identity: dict[str, Any]) -> bool:
     if different:
         raise ValueError(
             f"'{out}' holds a run of another configuration: {'; '.join(different)}; "
-            "give the old values to go on, or another --out"
+            "give the old values to continue, or another --out"
         )
     return True

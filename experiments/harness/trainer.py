@@ -21,7 +21,7 @@ from experiments.tasks.language_model import ADAMW, schedule
 
 
 class Trainer:
-    """Trains and retrains; a run found in the folder goes on."""
+    """Trains and retrains; a run found in the directory continues."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A training run is a folder: started again, it goes on where it was.
+"""A training run is a directory: started again, it continues where it was.
 
 A batch and a dropout key depend on the seed and the step only, and a checkpoint holds
 everything else, so a run that was killed and started again ends, on a CPU, with the
@@ -53,10 +53,10 @@ class TrainState(NamedTuple):
 
 
 class Checkpoints(NamedTuple):
-    """Where a run is saved, so that it can go on.
+    """Where a run is saved, so that it can continue.
 
     Attributes:
-      directory: the folder of this run's checkpoints.
+      directory: the directory of this run's checkpoints.
       configuration: JSON-able; a checkpoint of another one is refused.
       every: steps between checkpoints; the last step is always saved.
     """
@@ -207,7 +207,7 @@ def train(
     prefetch: Prefetch = in_order,
     donate: bool = False,
 ) -> TrainState:
-    """Trains to a step, from the last whole checkpoint in the folder if there is one.
+    """Trains to a step, from the directory's last whole checkpoint if there is one.
 
     Everything is reported before the checkpoint that follows it, and the reports' steps
     do not depend on where a run was interrupted: keep what was reported up to the step
@@ -232,7 +232,7 @@ def train(
       The state after the last step.
 
     Raises:
-      ValueError: the folder holds a run of another configuration or a longer one, or
+      ValueError: the directory holds a run of another configuration or a longer one, or
         what `checkpoint.restore` raises; a number of steps out of range.
       FloatingPointError: the loss is not finite.
     """
@@ -287,7 +287,7 @@ def _begin(
     label: str,
     donate: bool,
 ) -> tuple[TrainState, int]:
-    """The state and step to go on from; the caller's own arrays only if donated."""
+    """The state and step to continue from; the caller's own arrays only if donated."""
     found = checkpoints and checkpoint.latest(checkpoints.directory)
     if checkpoints is None or found is None:
         own = state if donate else jax.tree.map(jnp.copy, state)
@@ -296,12 +296,12 @@ def _begin(
     if different:
         raise ValueError(
             f"{label}: '{found.path}' must be of the same configuration, but "
-            f"{'; '.join(different)}; give the old values, or another folder"
+            f"{'; '.join(different)}; give the old values, or another directory"
         )
     if found.step > steps:
         raise ValueError(
             f"{label}: '{found.path}' must be of at most the {steps} steps asked for, "
-            f"got {found.step}; ask for more, or give another folder"
+            f"got {found.step}; ask for more, or give another directory"
         )
     if donate:
         target = jax.tree.map(_without_numbers, state)

@@ -2,7 +2,7 @@
 
     python -m experiments.report.allocation_figure RESULTS... --out DIR
 
-RESULTS are results.json files of `experiments.allocation_with_solvers`, or the folders
+RESULTS are results.json files of `experiments.allocation_with_solvers`, or directories
 that hold them; one figure shows all. Losses are nats per token above the dense model of
 the same seed, on the validation set; "±" is the sample standard deviation over seeds.
 """
@@ -41,7 +41,7 @@ class Draw:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="RESULTS...", help_behavior_hint=""),
     ]
-    """results.json files, or the folders that hold them."""
+    """results.json files, or the directories that hold them."""
     out: Path = Path("allocation")
     """Where allocation.svg is written."""
 

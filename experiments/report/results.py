@@ -98,7 +98,7 @@ def read(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(
             f"'{file}' does not exist; give a results.json that an experiment wrote, "
-            "or the folder that holds it"
+            "or the directory that holds it"
         )
     try:
         results = json.loads(file.read_text(encoding="utf-8"))

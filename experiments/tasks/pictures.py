@@ -119,8 +119,8 @@ class PictureTask:
       frozen: globs of the leaves that are not trained.
       rank: of LoRA's change of each matrix; None trains in full.
       storage: how averages are held.
-      write: (leaves by name, place, provenance) writes a folder with these leaves; None
-        where the run's checkpoints are enough.
+      write: (leaves by name, place, provenance) writes a directory with these leaves;
+        None where the run's checkpoints are enough.
     """
 
     model: VisionModel
@@ -327,7 +327,7 @@ class PictureTask:
         return {"accuracy": float(right.mean()), "by_question": each}
 
     def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
-        """Writes a folder like the one the model came from, if it came from one."""
+        """Writes a directory like the one the model came from, if it came from one."""
         if self.write is None:
             return
         low_rank = self.scopes["all"][1] if self.rank is not None else None
