@@ -44,7 +44,6 @@ FUNCTIONS = [
     "trace",
     "track_gradients",
     "track_importance",
-    "allocation.agreed",
     "allocation.named",
     "masks.above",
     "patterns.named",
