@@ -16,11 +16,11 @@ from scipy import stats
 
 import jaxprune as jp
 from benchmarks import measure
+from experiments import gpt
 from experiments.datasets import Batches, load, prefetch, validation_batches
 from experiments.harness import training
 from experiments.tasks.language_model import LanguageModel, optimizer, schedule
 from jaxprune.arrays import low_bit
-from jaxprune.models import gpt
 
 SPARSITIES = (0.5, 0.8, 0.9)
 CRITERIA = {

@@ -20,10 +20,10 @@ from scipy import stats
 
 import jaxprune as jp
 from benchmarks import measure
+from experiments import gpt
 from experiments.datasets import Batches, load
 from experiments.tasks.language_model import LanguageModel, optimizer, schedule
 from jaxprune.arrays import low_bit
-from jaxprune.models import gpt
 
 CODES = ("bfloat16", "int8")
 ROUNDINGS = ("sequence", "random", "nearest")

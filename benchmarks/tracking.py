@@ -16,9 +16,9 @@ import tyro
 
 import jaxprune as jp
 from benchmarks import measure
+from experiments import gpt
 from experiments.harness import training
 from experiments.tasks.language_model import LanguageModel, optimizer, schedule
-from jaxprune.models import gpt
 
 TRACKERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "float32": jp.track_importance,

@@ -4,10 +4,10 @@
 
 A dense GPT of the main experiment is pruned layer by layer from calibration sequences
 of its own training text. The solver chooses inside each matrix and repairs what it
-keeps; how many weights a matrix loses is fixed by the allocation: uniform,
-ERK, OWL, or one global ranking of all matrices by a criterion, such as the quarter
-score of the training itself. Every cell is one small file, so a run that was stopped
-goes on, and one of other seeds, rules or sparsities in the same folder adds to it.
+keeps; how many weights a matrix loses is fixed by the allocation: uniform, ERK, OWL, or
+one global ranking of all matrices by a criterion, such as the trajectory score of the
+training itself. Every cell is one small file, so a run that was stopped continues, and
+one of other seeds, allocations or sparsities in the same directory adds to it.
 """
 
 import dataclasses
@@ -15,21 +15,23 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 import jaxprune as jp
+from experiments import gpt
 from experiments.datasets import Batches, Corpus, load, validation_batches
-from experiments.harness import records, run_dir, training
+from experiments.harness import records, runner, training
 from experiments.harness.criteria import CRITERIA, Watched
+from experiments.harness.plan import check_lists
+from experiments.harness.stages import once
 from experiments.report import allocation_figure as shown
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.models import gpt
 
 ALLOCATIONS: dict[str, Callable[[], Any]] = {
     "uniform": jp.allocation.Uniform,
@@ -71,7 +73,7 @@ class Cell:
     sparsity: float
 
     def path(self, out: Path) -> Path:
-        """Its file below the run's folder."""
+        """Its file below the run's directory."""
         name = (
             f"{self.solver}-{self.allocation}-{self.sparsity:g}-draw-{self.draw}.json"
         )
@@ -83,10 +85,10 @@ class Config:
     """Prunes dense GPTs by solvers, the sparsity allocated in several ways.
 
     Attributes:
-      out: folder of the results; what is found there is not done again.
+      out: directory of the results; what is found there is not done again.
       preset: size of the model.
       data: "shakespeare_plays" (offline) or "tiny_shakespeare_char".
-      text: a text file, or a folder of them, in place of a data set.
+      text: a text file, or a directory of them, in place of a data set.
       data_dir: where data sets are kept.
       seeds: one dense model each.
       allocations: how the sparsity is allocated: uniform, owl, erk, or a criterion.
@@ -107,12 +109,8 @@ class Config:
     data_dir: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     allocations: tuple[str, ...] = (
-        "uniform",
-        "owl",
-        "erk",
-        "magnitude",
-        "trajectory",
-        "trajectory_adam",
+        *("uniform", "owl", "erk"),
+        *("magnitude", "trajectory", "trajectory_adam"),
     )
     solvers: tuple[str, ...] = ("sparsegpt", "alps", "wanda", "mask")
     sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -150,18 +148,11 @@ class Config:
                 raise ValueError(
                     f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
                 )
-        for name in ("seeds", "allocations", "solvers", "sparsities", "draws"):
-            values = getattr(self, name)
-            if not values or len({*values}) < len(values):
-                raise ValueError(f"{name} must be named once each, got {values}")
-        for sparsity in self.sparsities:
-            if not 0 < sparsity < 1:
-                raise ValueError(f"sparsities must be in (0, 1), got {sparsity}")
-        if self.sequences < 1 or self.sequences % min(
-            self.sequences, _SEQUENCES_AT_ONCE
-        ):
+        check_lists(self, "seeds", "allocations", "solvers", "sparsities", "draws")
+        most = _SEQUENCES_AT_ONCE
+        if self.sequences < 1 or self.sequences % min(self.sequences, most):
             raise ValueError(
-                f"sequences must be a multiple of {_SEQUENCES_AT_ONCE}, or fewer, got "
+                f"sequences must be a multiple of {most}, or fewer, got "
                 f"{self.sequences}"
             )
         if self.eval_tokens < 0 or (self.steps is not None and self.steps < 1):
@@ -197,7 +188,7 @@ class Run:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for cells to lie in one folder; JSON-able."""
+        """What must be the same for cells to lie in one directory; JSON-able."""
         return {
             "preset": self.config.preset,
             "data": self.corpus.name,
@@ -212,9 +203,7 @@ class Run:
         """The dense model of a seed; its loss is written the first time."""
         place = self.config.out / f"seed-{seed}"
         watched = trained(self.model, self.corpus, self.recipe, seed, place / "train")
-        if not (place / "dense.json").exists():
-            loss = self.loss(watched.params)
-            records.write_json(place / "dense.json", {"loss": loss})
+        once(place / "dense.json", lambda: {"loss": self.loss(watched.params)})
         return watched
 
     def calibration(self, seed: int, draw: int) -> list[np.ndarray]:
@@ -274,61 +263,56 @@ class Run:
 
 
 def main(config: Config) -> Path:
-    """Does every cell that is asked for and not there; prints the tables of all.
-
-    Args:
-      config: what to run.
-
-    Returns:
-      The path of results.json.
+    """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
-      ValueError: the configuration is out of range, or the folder holds another run.
-      OSError: the folder cannot be written to, or another process runs there.
+      ValueError: the configuration is out of range, or the directory holds another run.
+      OSError: the directory cannot be written to, or another process runs there.
       FloatingPointError: a loss is not finite.
     """
-    config = config.smaller() if config.smoke else config
-    config.check()
+    smaller = config.smaller() if config.smoke else config
+    smaller.check()
     corpus = load(config.data, text=config.text, data_dir=config.data_dir)
-    run = Run(config, corpus)
-    with run_dir.locked(config.out):
-        run_dir.begun(config.out, run.identity())
-        left = [c for c in config.cells() if not c.path(config.out).exists()]
-        with Progress(len(left), "run", unit="cell") as progress:
-            for seed, cells in itertools.groupby(left, lambda cell: cell.seed):
-                _do(run, seed, cells, progress.update)
-        results = {
-            "format": 1,
-            "name": "allocation_with_solvers",
-            "config": run.identity(),
-            "versions": records.versions(),
-            "device": records.device(),
-            "dense": {
-                path.parent.name.removeprefix("seed-"): json.loads(path.read_text())
-                for path in sorted(config.out.glob("seed-*/dense.json"))
-            },
-            "cells": [
-                json.loads(path.read_text())
-                for path in sorted(config.out.glob("seed-*/cells/*.json"))
-            ],
-        }
-        path = config.out / "results.json"
-        shown.write(results, config.out)
-        records.write_json(path, results)
-    print(shown.tables(results))
-    print(f"\nwritten to '{config.out}'")
-    return path
+    run = Run(smaller, corpus)
+
+    def show(results: dict[str, Any], out: Path) -> str:
+        shown.write(results, out)
+        return f"{shown.tables(results)}\n\nwritten to '{out}'"
+
+    return runner.run(
+        "allocation_with_solvers",
+        config,
+        run.identity(),
+        lambda: cells(run, smaller.cells()),
+        show,
+        grows=True,
+    )
 
 
-def _do(run: Run, seed: int, cells: Iterable[Cell], done: Callable[[], object]) -> None:
-    watched = run.dense(seed)
-    for draw, of_draw in itertools.groupby(cells, lambda cell: cell.draw):
-        batches = run.calibration(seed, draw)
-        for cell in of_draw:
-            content = run.measured(cell, watched, batches)
-            records.write_json(cell.path(run.config.out), content)
-            done()
+def cells(run: Run, asked: Sequence[Cell]) -> dict[str, Any]:
+    """Does those cells that are not in the directory; returns all that are."""
+    out = run.config.out
+    left = [cell for cell in asked if not cell.path(out).exists()]
+    with Progress(len(left), "run", unit="cell") as progress:
+        for seed, of_seed in itertools.groupby(left, lambda cell: cell.seed):
+            watched = run.dense(seed)
+            for draw, of_draw in itertools.groupby(of_seed, lambda cell: cell.draw):
+                batches = run.calibration(seed, draw)
+                for cell in of_draw:
+                    content = run.measured(cell, watched, batches)
+                    records.write_json(cell.path(out), content)
+                    progress.update()
+    return {
+        "dense": {
+            path.parent.name.removeprefix("seed-"): json.loads(path.read_text())
+            for path in sorted(out.glob("seed-*/dense.json"))
+        },
+        "cells": [
+            json.loads(path.read_text())
+            for path in sorted(out.glob("seed-*/cells/*.json"))
+        ],
+    }
 
 
 if __name__ == "__main__":
-    run_dir.command(main, Config)
+    runner.from_command_line(main, Config)

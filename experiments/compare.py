@@ -2,7 +2,7 @@
 
     python -m experiments.compare RESULTS RESULTS... --out DIR
 
-RESULTS are results.json files or the folders that hold them. Prints a table and writes
+RESULTS are results.json files or the directories that hold them. Prints a table, writes
 compare.csv and compare.html. Losses are nats per token above each run's own reference:
 the dense model right after pruning, the dense control with equal steps after
 retraining; "±" is the sample standard deviation over the seeds.
@@ -36,19 +36,16 @@ class Compare:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="RESULTS...", help_behavior_hint=""),
     ]
-    """Two or more results.json files, or the folders that hold them."""
+    """Two or more results.json files, or the directories that hold them."""
     out: Path = Path("comparison")
     """Where compare.csv and compare.html go."""
 
 
 def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Reads the runs that are to be compared.
-
-    Args:
-      paths: results.json files, or folders that hold them.
+    """Reads the runs, given as results.json files or the directories that hold them.
 
     Returns:
-      The checked results by label: the name of the run's folder, or where two are
+      The checked results by label: the name of the run's directory, or where two are
       called the same, the path below what all have in common.
 
     Raises:
@@ -79,12 +76,7 @@ def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
 def differences(runs: Runs) -> list[list[str]]:
     """What of configuration, versions and device is not the same in all runs.
 
-    Args:
-      runs: checked results by label.
-
-    Returns:
-      A row for each such entry of the configuration, the versions and the device: its
-      name, then its value in each run, "-" where it has none.
+    A row for each entry: its name, then its value in each run, "-" where it has none.
     """
     every = list(runs.values())
     parts = (
@@ -93,9 +85,9 @@ def differences(runs: Runs) -> list[list[str]]:
         [{"device": run["device"]} for run in every],
     )
     rows = [
-        [name, *(str(run.get(name, "-")) for run in told)]
-        for told in parts
-        for name in dict.fromkeys(name for run in told for name in run)
+        [name, *(str(run.get(name, "-")) for run in part)]
+        for part in parts
+        for name in dict.fromkeys(name for run in part for name in run)
     ]
     return [row for row in rows if len({*row[1:]}) > 1]
 
@@ -115,13 +107,8 @@ def summary(runs: Runs) -> list[list[str]]:
 def losses(runs: Runs, stage: results_.Stage) -> list[list[str]]:
     """Nats above the reference, a row for each criterion, scope and sparsity.
 
-    Args:
-      runs: checked results by label.
-      stage: "pruned" or "retrained".
-
-    Returns:
-      Rows of criterion, scope, sparsity and then "mean ± spread" of each run, "-" where
-      it has no such cell; none when no run has this stage.
+    Rows of criterion, scope, sparsity and then "mean ± spread" of each run, "-" where
+    it has no such cell; none when no run has this stage.
     """
     cells: dict[tuple[str, str, float], dict[str, str]] = {}
     for label, run in runs.items():
@@ -147,14 +134,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def compare(runs: Runs, out: Path) -> str:
-    """Writes compare.csv and compare.html.
-
-    Args:
-      runs: checked results by label.
-      out: the folder; made where absent.
-
-    Returns:
-      The same tables as plain text.
+    """Writes compare.csv and compare.html; returns the same tables as plain text.
 
     Raises:
       OSError: a file cannot be written.

@@ -3,19 +3,18 @@
     python -m experiments.phi3_vision --out results/vision
 
 The paper's second experiment at a size for an afternoon: pictures with questions that
-only the picture answers. Started again with the same flags, a run goes on where it was;
-a finished one says so. What it writes is described in experiments/README.md.
+only the picture answers. Started again with the same flags, a run continues where it
+was; a finished one says so. What it writes is described in experiments/README.md.
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
 
 from experiments.datasets import question_answers
-from experiments.harness import device_mesh, manifest, run_dir, runner
+from experiments.harness import device_mesh, runner
 from experiments.harness.plan import Plan
 from experiments.tasks import picture_checkpoint, picture_model
 from experiments.tasks.pictures import PictureTask, VisionModel, without_gradient
@@ -37,11 +36,11 @@ class Config:
     """Trains a small Phi-3-vision with tracking, prunes it, retrains it.
 
     Attributes:
-      out: folder of the results; a run found there goes on.
+      out: directory of the results; a run found there continues.
       preset: size of the model that is trained from nothing.
-      model: a folder of Phi-3-vision to fine-tune in its place.
+      model: a directory of Phi-3-vision to fine-tune in its place.
       data: "picture_questions", made of what scikit-learn ships; "tfds:NAME"; or a
-        folder with train.jsonl and validation.jsonl.
+        directory with train.jsonl and validation.jsonl.
       fields: the features of tfds:NAME that are picture, question and answer.
       held_out: at most so many questions are measured on.
       crops: at most so many crops of a picture; the model's if left out.
@@ -167,17 +166,11 @@ class Config:
 
 
 def main(config: Config) -> Path:
-    """Runs the experiment, or what is left of it.
-
-    Args:
-      config: what to run.
-
-    Returns:
-      The report's path.
+    """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
-      ValueError: the configuration is out of range, or the folder holds another run.
-      OSError: the folder cannot be written to, or another process runs there.
+      ValueError: the configuration is out of range, or the directory holds another run.
+      OSError: the directory cannot be written to, or another process runs there.
       FloatingPointError: a loss is not finite.
     """
     plan = config.plan()
@@ -185,26 +178,34 @@ def main(config: Config) -> Path:
         atomic.apart(config.out, config.model)
     mesh = device_mesh.make_mesh(config.mesh, plan.batch_size)
     task = make_task(config, mesh)
-    identity = _identity(config, plan, task)
+    identity = runner.identity_of(
+        config,
+        plan,
+        preset=config.preset if config.model is None else None,
+        model=None if config.model is None else str(config.model),
+        data=config.data,
+        frozen=config.frozen,
+        lora=config.lora,
+        storage=config.storage,
+        crops=task.model.config.crops,
+        fingerprint=question_answers.fingerprint((*task.train, *task.held_out)),
+    )
     if mesh is not None:
         device_mesh.shardings(task.shapes, mesh)
-    return runner.in_folder(
-        config.out, identity, lambda: _run(config, plan, task, identity, mesh)
-    )
+
+    def more(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+        model = runner.described(task, task.scopes["all"][1])
+        model["without_gradient"] = without_gradient(task)
+        return {"model": model, "text_only": task.text_only()}
+
+    return runner.sweep("phi3_vision", config, plan, task, identity, mesh, more)
 
 
 def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
-    """The model and its pictures.
-
-    Args:
-      config: says which.
-      mesh: where a folder's parameters are read to; None for one device.
-
-    Returns:
-      The task.
+    """The model and its pictures; a model of a directory is read onto the mesh.
 
     Raises:
-      ValueError: the pictures or the model's folder are not what they must be.
+      ValueError: the pictures or the model's directory are not what they must be.
       OSError: something is missing, or cannot be read.
     """
     splits = question_answers.load(
@@ -241,55 +242,5 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
     )
 
 
-def _run(
-    config: Config,
-    plan: Plan,
-    task: PictureTask,
-    identity: dict[str, Any],
-    mesh: Mesh | None,
-) -> dict[str, Any]:
-    numbers = identity["seeds"]
-    seeds, phases = runner.seeds(numbers, plan, task, config.out, identity, mesh)
-    model = runner.described(task, task.scopes["all"][1])
-    return {
-        "format": 1,
-        "name": "phi3_vision",
-        "command": runner.command("experiments.phi3_vision", config),
-        "config": identity,
-        **runner.circumstances(),
-        "model": {**model, "without_gradient": without_gradient(task)},
-        "text_only": task.text_only(),
-        "seeds": seeds,
-        "phases": phases,
-    }
-
-
-def _identity(config: Config, plan: Plan, task: PictureTask) -> dict[str, Any]:
-    """What must be the same for a run to go on; JSON-able."""
-    digest = hashlib.sha256()
-    for example in (*task.train, *task.held_out):
-        picture = example.picture
-        if isinstance(picture, Path):
-            digest.update(f"{picture.name} {picture.stat().st_size}\n".encode())
-        else:
-            digest.update(picture.tobytes())
-        digest.update(f"{example.question}\n{example.answer}\n".encode())
-    identity = {
-        "preset": config.preset if config.model is None else None,
-        "model": None if config.model is None else str(config.model),
-        "data": config.data,
-        "dtype": config.dtype,
-        "frozen": config.frozen,
-        "lora": config.lora,
-        "storage": config.storage,
-        "crops": task.model.config.crops,
-        "fingerprint": digest.hexdigest(),
-        "seeds": config.seeds[:1] if config.smoke else config.seeds,
-        "smoke": config.smoke,
-        **dataclasses.asdict(plan),
-    }
-    return manifest.as_json(identity)
-
-
 if __name__ == "__main__":
-    run_dir.command(main, Config)
+    runner.from_command_line(main, Config)

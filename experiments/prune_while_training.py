@@ -10,7 +10,6 @@ sparsity 0 the same recipe gives the dense control that it must be held against.
 
 import dataclasses
 import functools
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +18,16 @@ import jax
 import optax
 
 import jaxprune as jp
+from experiments import gpt
 from experiments.datasets import Batches, load, prefetch, validation_batches
-from experiments.harness import device_mesh, records, run_dir, training
+from experiments.harness import device_mesh, runner, training
+from experiments.harness.stages import once
 from experiments.tasks.language_model import (
     LanguageModel,
     keep_everything,
     optimizer,
     schedule,
 )
-from jaxprune.models import gpt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Config:
     """Trains with a rising sparsity, and dense by the same recipe.
 
     Attributes:
-      out: folder of the results; a run found there goes on.
+      out: directory of the results; a run found there continues.
       preset: size of the model.
       data: "shakespeare_plays" (offline) or "tiny_shakespeare_char".
-      text: a text file, or a folder of them, in place of a data set.
+      text: a text file, or a directory of them, in place of a data set.
       data_dir: where data sets are kept.
       seeds: one run each, for each sparsity.
       sparsities: final fractions of the decoder's matrices removed; 0 is the control.
@@ -121,8 +121,8 @@ def distilled(
     """Cross entropy mixed with the divergence from a teacher (Hinton et al., 2015)."""
     loss = model.loss(params, inputs, targets, key)
     student = jax.nn.log_softmax(model.bind(params)(inputs))
-    told = jax.nn.log_softmax(model.bind(teacher)(inputs))
-    divergence = optax.losses.kl_divergence_with_log_targets(student, told).mean()
+    taught = jax.nn.log_softmax(model.bind(teacher)(inputs))
+    divergence = optax.losses.kl_divergence_with_log_targets(student, taught).mean()
     return (1 - weight) * loss + weight * divergence
 
 
@@ -160,62 +160,60 @@ def run(
 
 
 def main(config: Config) -> Path:
-    """Runs every seed at every sparsity, or what is left; prints a table.
-
-    Args:
-      config: what to run.
-
-    Returns:
-      The path of results.json.
+    """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
-      ValueError: the configuration is out of range, or the folder holds another run.
-      OSError: the folder cannot be written to, or another process runs there.
+      ValueError: the configuration is out of range, or the directory holds another run.
+      OSError: the directory cannot be written to, or another process runs there.
     """
     for final in config.sparsities:
         config.targets(final)
     mesh = device_mesh.make_mesh(config.mesh, config.batch_size)
-    with run_dir.locked(config.out):
-        corpus = load(config.data, text=config.text, data_dir=config.data_dir)
-        fixed = dataclasses.asdict(config) | {"fingerprint": corpus.fingerprint}
-        for name in ("out", "text", "data_dir", "seeds", "sparsities", "mesh"):
-            del fixed[name]
-        run_dir.begun(config.out, fixed)
-        shape = gpt.preset(config.preset, vocab_size=len(corpus.vocabulary))
-        model = LanguageModel(shape)
-        evaluate = training.make_eval(model.token_losses, mesh=mesh)
-        windows = validation_batches(
-            corpus.validation,
-            device_mesh.batch_size(64, mesh),
-            shape.context,
-            config.eval_tokens or None,
-        )
-        losses: dict[str, dict[str, float]] = {}
-        for seed in config.seeds:
-            batches = Batches(corpus.train, config.batch_size, shape.context, seed)
-            losses[str(seed)] = {}
-            for final in config.sparsities:
-                path = config.out / f"seed-{seed}" / f"{final:g}.json"
-                if not path.exists():
-                    params = run(config, model, batches, seed, final)
-                    records.write_json(path, {"loss": evaluate(params, windows)})
-                    if final or not config.distill:  # the teacher is needed again
-                        shutil.rmtree(path.parent / f"{final:g}", ignore_errors=True)
-                loss = json.loads(path.read_text())["loss"]
-                losses[str(seed)][f"{final:g}"] = loss
-                print(f"seed {seed}  {final:4.0%} removed  {loss:.4f} nats", flush=True)
-        results = {
-            "format": 1,
-            "name": "prune_while_training",
-            "config": fixed,
-            "versions": records.versions(),
-            "device": records.device(),
-            "losses": losses,
+    corpus = load(config.data, text=config.text, data_dir=config.data_dir)
+    identity = dataclasses.asdict(config) | {"fingerprint": corpus.fingerprint}
+    for name in ("out", "text", "data_dir", "seeds", "sparsities", "mesh"):
+        del identity[name]
+    shape = gpt.preset(config.preset, vocab_size=len(corpus.vocabulary))
+    model = LanguageModel(shape)
+    evaluate = training.make_eval(model.token_losses, mesh=mesh)
+    windows = validation_batches(
+        corpus.validation,
+        device_mesh.batch_size(64, mesh),
+        shape.context,
+        config.eval_tokens or None,
+    )
+
+    def loss(seed: int, final: float) -> float:
+        cell = config.out / f"seed-{seed}" / f"{final:g}"
+        batches = Batches(corpus.train, config.batch_size, shape.context, seed)
+
+        def compute() -> dict[str, float]:
+            params = run(config, model, batches, seed, final)
+            return {"loss": evaluate(params, windows)}
+
+        found = once(cell.with_name(f"{cell.name}.json"), compute)["loss"]
+        if final or not config.distill:  # the teacher is needed again
+            shutil.rmtree(cell, ignore_errors=True)
+        print(f"seed {seed}  {final:4.0%} removed  {found:.4f} nats", flush=True)
+        return found
+
+    def cells() -> dict[str, Any]:
+        finals = config.sparsities
+        losses = {
+            str(seed): {f"{final:g}": loss(seed, final) for final in finals}
+            for seed in config.seeds
         }
-        path = config.out / "results.json"
-        records.write_json(path, results)
-    return path
+        return {"losses": losses}
+
+    return runner.run(
+        "prune_while_training",
+        config,
+        identity,
+        cells,
+        lambda results, out: f"written to '{out}'",
+        grows=True,
+    )
 
 
 if __name__ == "__main__":
-    run_dir.command(main, Config)
+    runner.from_command_line(main, Config)

@@ -2,24 +2,22 @@
 
     python -m experiments.scaled_down_llm --out results/first
 
-The paper's first experiment. Started again with the same flags, a run goes on where it
-was; a finished one says so. What it writes is described in experiments/README.md.
+The paper's first experiment. Started again with the same flags, a run continues where
+it was; a finished one says so. What it writes is described in experiments/README.md.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-from jax.sharding import Mesh
-
 import jaxprune as jp
+from experiments import gpt
 from experiments.datasets import Corpus, load
-from experiments.harness import device_mesh, manifest, multi_process, run_dir, runner
+from experiments.harness import device_mesh, multi_process, runner
 from experiments.harness.plan import Plan
 from experiments.tasks.language import LanguageTask
 from experiments.tasks.language_model import LanguageModel
-from jaxprune.models import gpt
 
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
 _STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}
@@ -31,10 +29,10 @@ class Config:
     """Trains a small GPT with tracking, prunes it by several criteria, retrains it.
 
     Attributes:
-      out: folder of the results; a run found there goes on.
+      out: directory of the results; a run found there continues.
       preset: size of the model; "char" and "gpt2" are for GPU or TPU.
       data: "shakespeare_plays" (offline) or "tiny_shakespeare_char" (downloaded once).
-      text: a text file, or a folder of them, in place of a data set.
+      text: a text file, or a directory of them, in place of a data set.
       data_dir: where data sets are kept; TFDS's default if left out.
       seeds: one training run each.
       criteria: what to prune by; see experiments/harness/criteria.py.
@@ -60,8 +58,8 @@ class Config:
         experiments/harness/device_mesh.py. All that the batch can be split over if
         left out.
       coordinator: HOST:PORT of the first of several processes that make up the run, or
-        "auto" where the cluster tells; started with the same flags, on one folder.
-      processes: how many there are, where the cluster does not tell.
+        "auto" where the cluster knows; started with the same flags, on one directory.
+      processes: how many there are, where the cluster does not know.
       process_id: which of them this is, from 0, likewise.
       smoke: everything at a size that ends within a minute.
     """
@@ -132,17 +130,11 @@ class Config:
 
 
 def main(config: Config) -> Path:
-    """Runs the experiment, or what is left of it.
-
-    Args:
-      config: what to run.
-
-    Returns:
-      The report's path.
+    """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
-      ValueError: the configuration is out of range, or the folder holds another run.
-      OSError: the folder cannot be written to, or another process runs there.
+      ValueError: the configuration is out of range, or the directory holds another run.
+      OSError: the directory cannot be written to, or another process runs there.
       FloatingPointError: a loss is not finite.
     """
     plan = config.plan()
@@ -150,64 +142,30 @@ def main(config: Config) -> Path:
     corpus = multi_process.read_alike(
         lambda: load(config.data, text=config.text, data_dir=config.data_dir)
     )
-    identity = _identity(config, plan, corpus)
+    identity = runner.identity_of(
+        config,
+        plan,
+        data=corpus.name,
+        fingerprint=corpus.fingerprint,
+        vocabulary=len(corpus.vocabulary),
+    )
     multi_process.check_alike({**identity, "out": str(config.out), "mesh": config.mesh})
     shape = gpt.preset(config.preset, vocab_size=_vocabulary(config, corpus))
-    model = LanguageModel(dataclasses.replace(shape, dtype=config.dtype))
-    task = LanguageTask(model, corpus)
+    shape = dataclasses.replace(shape, dtype=config.dtype)
+    task = LanguageTask(LanguageModel(shape), corpus)
     for seed in identity["seeds"]:  # refuses what is too short before it writes
         task.batches(plan.batch_size, seed)
     task.validation(1, 1)
     mesh = device_mesh.make_mesh(config.mesh, plan.batch_size)
     if mesh is not None:
-        device_mesh.shardings(jax.eval_shape(lambda: model.init(0)), mesh)
-    return runner.in_folder(
-        config.out, identity, lambda: _run(config, plan, task, identity, mesh)
-    )
+        device_mesh.shardings(task.shapes, mesh)
 
+    def more(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+        model = runner.described(task, jp.tree.prunable)
+        flops = functools.partial(gpt.flops_per_token, shape)
+        return {"model": model, "costs": runner.costs(seeds[0]["cells"], model, flops)}
 
-def _run(
-    config: Config,
-    plan: Plan,
-    task: LanguageTask,
-    identity: dict[str, Any],
-    mesh: Mesh | None,
-) -> dict[str, Any]:
-    numbers = identity["seeds"]
-    seeds, phases = runner.seeds(numbers, plan, task, config.out, identity, mesh)
-    model, shape = runner.described(task, jp.tree.prunable), task.model.config
-    return {
-        "format": 1,
-        "name": "scaled_down_llm",
-        "command": runner.command("experiments.scaled_down_llm", config),
-        "config": identity,
-        **runner.circumstances(),
-        "model": model,
-        "seeds": seeds,
-        "phases": phases,
-        "costs": runner.costs(
-            seeds[0]["cells"],
-            model,
-            lambda removed: gpt.flops_per_token(shape, removed),
-        ),
-    }
-
-
-def _identity(config: Config, plan: Plan, corpus: Corpus) -> dict[str, Any]:
-    """What must be the same for a run to go on; JSON-able."""
-    numbers = dataclasses.asdict(plan)
-    return manifest.as_json(
-        {
-            "preset": config.preset,
-            "data": corpus.name,
-            "fingerprint": corpus.fingerprint,
-            "vocabulary": len(corpus.vocabulary),
-            "seeds": config.seeds[:1] if config.smoke else config.seeds,
-            "dtype": config.dtype,
-            "smoke": config.smoke,
-            **numbers,
-        }
-    )
+    return runner.sweep("scaled_down_llm", config, plan, task, identity, mesh, more)
 
 
 def _vocabulary(config: Config, corpus: Corpus) -> int:
@@ -217,4 +175,4 @@ def _vocabulary(config: Config, corpus: Corpus) -> int:
 
 
 if __name__ == "__main__":
-    run_dir.command(main, Config)
+    runner.from_command_line(main, Config)

@@ -55,15 +55,11 @@ class Criterion(Protocol):
 
 
 class Pattern(Protocol):
-    """Which weights are pruned together, and how those that are kept may lie.
-
-    Attributes:
-      sparsity: the share that the pattern itself fixes, or None where it is free.
-    """
+    """Which weights are pruned together, and how those that are kept may lie."""
 
     @property
     def sparsity(self) -> float | None:
-        """The share of weights that the pattern fixes, or None."""
+        """The share that the pattern itself fixes, or None where it is free."""
 
     def problem(self, shape: tuple[int, ...], axes: Axes) -> str | None:
         """Why a leaf of this shape cannot take the pattern, or None if it can."""

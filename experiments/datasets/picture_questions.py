@@ -146,12 +146,7 @@ def parts(source: Source) -> dict[str, Source]:
 def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
     """A picture with its question and answer, a pure function of the index.
 
-    Args:
-      source: what it is made of.
-      index: >= 0.
-
-    Returns:
-      (28, 56, 3) uint8, the question, and the answer, one to five words.
+    The picture is (28, 56, 3) uint8; the answer has one to five words.
     """
     philox = np.random.Philox(key=np.array([index, len(source.labels)], np.uint64))
     words = iter(philox.random_raw(16).tolist())

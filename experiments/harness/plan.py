@@ -76,13 +76,12 @@ class Plan:
     def of(cls, config: Any, **own: Any) -> "Plan":
         """The plan of a configuration, checked.
 
+        Sparsities are sorted; where a `retrain_` flag is left out, all that is pruned
+        is retrained, but of the scopes the first one only.
+
         Args:
           config: has the flags that every sweep has, by the names of `Plan`.
           **own: the fields that an experiment fixes in its own way.
-
-        Returns:
-          The plan; sparsities are sorted, and what is left out of a `retrain_` flag is
-          all that is pruned, of the scopes the first.
 
         Raises:
           ValueError: a criterion is unknown, or a number is out of range.
@@ -140,11 +139,27 @@ class Plan:
         return cell.sparsity == self.show_sparsity and cell.scope == self.scopes[0]
 
 
+def check_lists(config: Any, *names: str) -> None:
+    """Refuses empty lists, doubles, and sparsities out of range.
+
+    Raises:
+      ValueError: says which.
+    """
+    for sparsity in config.sparsities:
+        if not 0 < sparsity < 1:
+            raise ValueError(
+                f"sparsities must be in (0, 1), got {sparsity}; the dense model is "
+                "always measured"
+            )
+    for name in names:
+        if not (values := getattr(config, name)):
+            raise ValueError(f"{name} must name at least one")
+        if len({*values}) < len(values):
+            raise ValueError(f"{name} must be named once each, got {values}")
+
+
 def check(config: Any) -> None:
     """Refuses what could only fail later.
-
-    Args:
-      config: has the flags that every sweep has, by the names of `Plan`.
 
     Raises:
       ValueError: a criterion is unknown, a number out of range, or a list empty.
@@ -154,19 +169,10 @@ def check(config: Any) -> None:
         raise ValueError(
             f"criteria must be of {', '.join(CRITERIA)}, got {', '.join(known)}"
         )
-    for sparsity in (*config.sparsities, *(config.retrain_sparsities or ())):
-        if not 0 < sparsity < 1:
-            raise ValueError(
-                f"sparsities must be in (0, 1), got {sparsity}; the dense model is "
-                "always measured"
-            )
-    for name in ("seeds", "criteria", "scopes", "sparsities"):
-        if not (values := getattr(config, name)):
-            raise ValueError(f"{name} must name at least one")
-        if len({*values}) < len(values):
-            raise ValueError(f"{name} must be named once each, got {values}")
+    check_lists(config, "seeds", "criteria", "scopes", "sparsities")
+    for name in ("criteria", "scopes", "sparsities"):
         retrained = getattr(config, f"retrain_{name}", None) or ()
-        if not {*retrained} <= {*values}:
+        if not {*retrained} <= {*getattr(config, name)}:
             raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
     if config.retrain_steps < 0:
         raise ValueError(f"retrain_steps must be >= 0, got {config.retrain_steps}")

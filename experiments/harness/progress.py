@@ -30,11 +30,7 @@ class Progress:
     ) -> None:
         """Prepares; nothing is shown before the context is entered.
 
-        Args:
-          label: names the run.
-          write: gets each window's metrics; None for nobody.
-          start: steps done before.
-          steps: steps in all.
+        `write` gets each window's metrics; `start` steps of `steps` were done before.
         """
         self.label = label
         self.write = write or (lambda metrics: None)
@@ -77,11 +73,7 @@ class Progress:
             self.write(self._fetch())
 
     def finish(self, more: Callable[[], Mapping[str, Any]] | None = None) -> None:
-        """Reports the window that was closed last, when its steps are over.
-
-        Args:
-          more: gives further metrics of the same step.
-        """
+        """Reports the window that was closed last, with what `more` returns."""
         metrics = self._fetch()
         self.write({**metrics, **(more() if more else {})})
         self.restart_clock()

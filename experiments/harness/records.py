@@ -1,7 +1,7 @@
 """What a run leaves behind: metrics line by line, results at once, costs by phase.
 
 A line of metrics.jsonl is there or is not, and so is a results file: it is written
-beside and renamed. A full disk or a folder that cannot be written to is one error.
+beside and renamed. A full disk or a directory that cannot be written to is one error.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class MetricsLog:
     r"""Metrics of a run, one JSON object a line, and as TensorBoard events.
 
     Opening a file of an earlier, killed run drops a torn last line. Events go to the
-    folder "tensorboard" beside the file, where the package tensorboardX is installed.
+    directory "tensorboard" beside the file, if the package tensorboardX is installed.
 
     Example:
       >>> import tempfile
@@ -43,14 +43,10 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, tensorboard: bool = True):
-        """Opens or makes the file.
-
-        Args:
-          path: the file; its folder is made when it is missing.
-          tensorboard: whether to write events too, if tensorboardX is installed.
+        """Opens or makes the file; writes events too if tensorboardX is installed.
 
         Raises:
-          OSError: the folder cannot be written to.
+          OSError: the directory cannot be written to.
         """
         self.path = Path(path).absolute()
         with _explained(self.path):
@@ -92,9 +88,7 @@ class MetricsLog:
     def resume(self, step: int, **labels: Any) -> None:
         """Drops the lines past a step, which a resumed run is about to write again.
 
-        Args:
-          step: how many steps are done; lines of later steps go, and where it is 0 all.
-          **labels: only lines with these labels go.
+        Only lines with these labels are dropped; all of them where `step` is 0.
 
         Raises:
           OSError: the file could not be written; it is as it was.
@@ -139,14 +133,12 @@ class MetricsLog:
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Writes a JSON file beside and renames it, so that it is whole or as it was.
 
-    Args:
-      path: the file; its folder is made when it is missing.
-      content: JSON-able; NumPy and JAX numbers and arrays are written as lists.
+    NumPy and JAX numbers and arrays are written as lists.
 
     Raises:
       ValueError: a value is NaN or infinite, named by its place.
       TypeError: a value is no JSON.
-      OSError: the folder cannot be written to or the disk is full.
+      OSError: the directory cannot be written to or the disk is full.
     """
     path = Path(path).absolute()
     text = _encode(content, path, indent=1)
@@ -163,7 +155,7 @@ class Phase:
       tokens: tokens processed, set by the caller; None where it has no meaning.
       seconds: wall time.
       peak_memory_bytes: the greatest use so far: of a device on GPU and TPU, of the
-        process on CPU; None where the platform does not tell.
+        process on CPU; None where the platform does not say.
       energy_kwh: of CPU, memory and GPU; None where not asked for.
       co2_kg: kilograms of CO2 equivalent, by the country's mean; likewise.
     """
@@ -288,5 +280,5 @@ def _explained(path: Path) -> Iterator[None]:
         raise type(error)(
             error.errno,
             f"'{path}' could not be written ({error.strerror}); free space there or "
-            f"choose another folder",
+            f"choose another directory",
         ) from error

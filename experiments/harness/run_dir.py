@@ -1,47 +1,25 @@
-"""The folder of a run: one run at a time, one configuration for good."""
+"""The directory of a run: one run at a time, one configuration for good."""
 
 import contextlib
 import fcntl
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 from experiments.harness import records
 from jaxprune.arrays import processes
 from jaxprune.formats import atomic
 
 
-def command(main: Callable[[Any], object], config: type) -> None:
-    """Runs an experiment from its command line; a refusal is one line and status 1.
-
-    Args:
-      main: what takes the configuration.
-      config: its dataclass, from which the flags are made.
-    """
-    try:
-        main(tyro.cli(config))
-    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
-        sys.exit(f"error: {problem}")
-
-
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; a killed process leaves no lock.
+    """Keeps a second run out of the directory; a killed process leaves no lock.
 
     All processes of a run call this together; the first one holds the lock.
 
-    Args:
-      out: the folder; made if it is missing.
-
-    Yields:
-      Nothing; the folder is ours meanwhile.
-
     Raises:
-      OSError: the folder cannot be written to, or another run has it.
+      OSError: the directory cannot be written to, or another run has it.
     """
     with contextlib.ExitStack() as held:
         processes.on_first(lambda: _lock(out, held))
@@ -54,7 +32,7 @@ def _lock(out: Path, held: contextlib.ExitStack) -> None:
         lock = held.enter_context(open(out / ".lock", "a"))  # noqa: SIM115
     except OSError as error:
         raise OSError(
-            f"--out '{out}' must be a folder that can be written to, got "
+            f"--out '{out}' must be a directory that can be written to, got "
             f"{error.strerror}; give another"
         ) from error
     try:
@@ -66,19 +44,12 @@ def _lock(out: Path, held: contextlib.ExitStack) -> None:
 
 
 def begun(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds this very run; writes config.json if it holds none.
+    """Whether the directory holds this very run; writes config.json if it holds none.
 
     All processes of a run call this together.
 
-    Args:
-      out: the folder.
-      identity: JSON-able; what must be the same for a run to go on.
-
-    Returns:
-      Whether the run was begun before.
-
     Raises:
-      ValueError: the folder holds a run of another configuration, or is damaged.
+      ValueError: the directory holds a run of another configuration, or is damaged.
     """
     return processes.on_first(lambda: _begun(out, identity))
 
@@ -104,6 +75,6 @@ def _begun(out: Path, identity: dict[str, Any]) -> bool:
     if different:
         raise ValueError(
             f"'{out}' holds a run of another configuration: {'; '.join(different)}; "
-            "give the old values to go on, or another --out"
+            "give the old values to continue, or another --out"
         )
     return True

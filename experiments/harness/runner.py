@@ -1,18 +1,20 @@
-"""A whole run in its folder: every seed, then the results and the report, once."""
+"""A whole experiment in its directory: the cells, then the results and the report."""
 
 import contextlib
 import dataclasses
 import datetime
 import shlex
-from collections.abc import Callable, Collection, Sequence
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import tyro
 from jax.sharding import Mesh
 
 import jaxprune as jp
 from experiments import report
-from experiments.harness import records, run_dir
+from experiments.harness import manifest, records, run_dir
 from experiments.harness.plan import Plan
 from experiments.harness.sweep import METRICS, Seed
 from experiments.harness.task import Task
@@ -25,37 +27,114 @@ _OF_THE_START = ("coordinator", "processes", "process_id")
 """Flags that join processes: of one start and not of the run."""
 
 
-def in_folder(
-    out: Path, identity: dict[str, Any], work: Callable[[], dict[str, Any]]
+def from_command_line(main: Callable[[Any], object], config: type) -> None:
+    """Runs an experiment with the flags given; a refusal is one line and status 1."""
+    try:
+        main(tyro.cli(config))
+    except (ValueError, OSError, ImportError, FloatingPointError) as problem:
+        sys.exit(f"error: {problem}")
+
+
+def run(
+    name: str,
+    config: Any,
+    identity: dict[str, Any],
+    cells: Callable[[], dict[str, Any]],
+    show: Callable[[dict[str, Any], Path], str],
+    *,
+    grows: bool = False,
 ) -> Path:
-    """Does a run, or what is left of it, and writes its results and report.
+    """Does an experiment, or what is left of it; returns the path of its results.json.
 
     Args:
-      out: the run's folder.
-      identity: JSON-able; what must be the same for a run to go on.
-      work: does what is left and gives the results.
-
-    Returns:
-      The report's path.
+      name: the experiment's module in `experiments`.
+      config: its configuration; `out` is the directory.
+      identity: JSON-able; what must be the same for a run to continue.
+      cells: does what is left and returns what results.json holds of it.
+      show: writes tables and figures of the results; returns what is printed.
+      grows: whether other seeds or sparsities add to a finished run.
 
     Raises:
-      ValueError: the folder holds another run.
-      OSError: the folder cannot be written to, or another process runs there.
+      ValueError: the directory holds another run.
+      OSError: the directory cannot be written to, or another process runs there.
     """
-    shown = out / "report.html"
+    out = config.out
+    path = out / "results.json"
     with run_dir.locked(out):
-        finished = out / "results.json"
         begun = run_dir.begun(out, identity)
-        if begun and processes.on_first(finished.exists):
+        if begun and not grows and processes.on_first(path.exists):
             _say(
                 f"'{out}' is finished: see report.html there; give another --out to "
                 "run anew."
             )
+            return path
+        found = cells()
+        results = {
+            "format": 1,
+            "name": name,
+            "command": command(f"experiments.{name}", config),
+            "config": identity,
+            **_circumstances(),
+            **found,
+        }
+
+        def write() -> str:
+            shown = show(results, out)
+            records.write_json(path, results)
             return shown
-        results = work()
-        processes.on_first(lambda: _write(results, out))
-    _say("\n".join([*findings.headline(results), "", f"report: {shown}"]))
-    return shown
+
+        _say(processes.on_first(write))
+    return path
+
+
+def sweep(
+    name: str,
+    config: Any,
+    plan: Plan,
+    task: Task,
+    identity: dict[str, Any],
+    mesh: Mesh | None,
+    more: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> Path:
+    """Trains and prunes in every way of a plan, for every seed; writes the report.
+
+    Args:
+      name: the experiment's module in `experiments`.
+      config: its configuration.
+      plan: what is done for each seed.
+      task: the model and its data.
+      identity: as `identity_of` returns it; it names the seeds.
+      mesh: where the arrays live; None for one device.
+      more: what else results.json holds, by its results of the seeds.
+
+    Raises:
+      FloatingPointError: a loss is not finite; and what `run` raises.
+    """
+
+    def cells() -> dict[str, Any]:
+        seeds, phases = _seeds(plan, task, config.out, identity, mesh)
+        return {"seeds": seeds, "phases": phases, **more(seeds)}
+
+    def show(results: dict[str, Any], out: Path) -> str:
+        report.write_report(results, out)
+        page = out / "report.html"
+        return "\n".join([*findings.headline(results), "", f"report: {page}"])
+
+    return run(name, config, identity, cells, show)
+
+
+def identity_of(config: Any, plan: Plan, **own: Any) -> dict[str, Any]:
+    """What must be the same for a run of `sweep` to continue; JSON-able."""
+    return manifest.as_json(
+        {
+            "preset": config.preset,
+            "dtype": config.dtype,
+            "seeds": config.seeds[:1] if config.smoke else config.seeds,
+            "smoke": config.smoke,
+            **own,
+            **dataclasses.asdict(plan),
+        }
+    )
 
 
 def _say(text: str) -> None:
@@ -63,33 +142,12 @@ def _say(text: str) -> None:
         print(text)
 
 
-def _write(results: dict[str, Any], out: Path) -> None:
-    report.write_report(results, out)
-    records.write_json(out / "results.json", results)
-
-
-def seeds(
-    numbers: Sequence[int],
-    plan: Plan,
-    task: Task,
-    out: Path,
-    identity: dict[str, Any],
-    mesh: Mesh | None,
+def _seeds(
+    plan: Plan, task: Task, out: Path, identity: dict[str, Any], mesh: Mesh | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every stage of every seed, or what is left of them.
-
-    Args:
-      numbers: the seeds.
-      plan: what is done for each.
-      task: the model and its data.
-      out: the run's folder.
-      identity: what its checkpoints must be of.
-      mesh: where the arrays live; None for one device.
-
-    Returns:
-      What results.json holds of each seed, and what the phases cost.
-    """
-    done, phases, writes = [], [], processes.is_first()
+    """What results.json holds of each seed, and what the phases cost."""
+    numbers, done, phases = identity["seeds"], [], []
+    writes = processes.is_first()
     with contextlib.ExitStack() as opened:
         log = None
         if writes:
@@ -140,7 +198,7 @@ def described(task: Task, prunable: Prunable) -> dict[str, Any]:
     }
 
 
-def circumstances() -> dict[str, Any]:
+def _circumstances() -> dict[str, Any]:
     """What results.json says of the machine, the versions and the moment."""
     now = datetime.datetime.now(datetime.UTC)
     return {
@@ -155,15 +213,9 @@ def costs(
     model: dict[str, Any],
     flops: Callable[[dict[str, float] | None], float],
 ) -> list[dict[str, Any]]:
-    """Bytes and FLOPs of the first criterion's cells, in principle and per token.
+    """Bytes and FLOPs of the first criterion's cells, a row for each sparsity.
 
-    Args:
-      cells: of one seed.
-      model: what `described` gave.
-      flops: a token's, of the dense model or with these shares of leaves removed.
-
-    Returns:
-      A row for each sparsity.
+    `flops` is of a token: dense for None, else for the fraction removed of each leaf.
     """
     sizes = {name: leaf["size"] for name, leaf in model["leaves"].items()}
     first = cells[0]
@@ -171,10 +223,10 @@ def costs(
     for cell in cells:
         if (cell["criterion"], cell["scope"]) != (first["criterion"], first["scope"]):
             continue
-        shares = cell["sparsity_by_leaf"]
+        removed = cell["sparsity_by_leaf"]
         packed = sum(
-            4 * round(size * (1 - shares[name])) + -(-size // 8)
-            if name in shares
+            4 * round(size * (1 - removed[name])) + -(-size // 8)
+            if name in removed
             else 4 * size
             for name, size in sizes.items()
         )
@@ -184,7 +236,7 @@ def costs(
                 "bytes_dense": 4 * sum(sizes.values()),
                 "bytes_packed": packed,
                 "flops_dense": flops(None),
-                "flops_kept": flops(shares),
+                "flops_kept": flops(removed),
             }
         )
     return rows
@@ -193,16 +245,7 @@ def costs(
 def command(
     module: str, config: Any, *, without: Collection[str] = _OF_THE_START
 ) -> str:
-    """The command line of a configuration, what is not its default.
-
-    Args:
-      module: what `python -m` runs.
-      config: a dataclass.
-      without: fields that are left out.
-
-    Returns:
-      A line for a shell.
-    """
+    """The command line of a configuration, without what is its default."""
     words = ["python", "-m", module]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

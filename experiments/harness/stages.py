@@ -10,50 +10,46 @@ from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.processes import is_first, on_first
 
 
+def once(path: Path, compute: Callable[[], Any]) -> Any:
+    """The content of a JSON file; computed by all and written if it is missing."""
+    if not on_first(path.exists):
+        content = compute()
+        on_first(lambda: write_json(path, content))
+    return on_first(lambda: json.loads(path.read_text()))
+
+
 class Stages:
     """The stages of one seed, in the order in which they are asked for.
 
     Attributes:
-      folder: of the seed.
+      directory: of the seed.
       phases: what each stage cost, as results.json holds it.
     """
 
     def __init__(
         self, folder: Path, seed: int, country: str | None, progress: Progress
     ) -> None:
-        """Computes nothing.
-
-        Args:
-          folder: of the seed; the first process writes to it.
-          seed: which.
-          country: three-letter code whose electricity counts; None for no energy.
-          progress: counts the stages of the whole run.
-        """
+        """Computes nothing; `progress` counts the stages of the whole run."""
         self.folder, self._seed = folder, seed
         self._country, self._progress = country, progress
         self.phases: list[dict[str, Any]] = []
 
     def once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> Any:
-        """The result of a stage, of this start or of an earlier one.
+        """The result of a stage, of this start or of an earlier one, as JSON holds it.
 
-        Args:
-          stage: its name, the file's below the folder.
-          compute: gives the result, JSON-able; "tokens" in it goes to the costs.
-
-        Returns:
-          The result as its JSON holds it.
+        "tokens" in what `compute` returns is moved to the costs of the stage.
         """
-        path = self.folder / f"{stage}.json"
         self._progress.note(f"seed {self._seed} {stage.replace('/', ' ')}")
-        if not on_first(path.exists):
-            country = self._country if is_first() else None
+        country = self._country if is_first() else None
+
+        def measured() -> dict[str, Any]:
             name = stage.split("/")[0]
             with measure(name, seed=self._seed, country=country) as phase:
                 content = compute()
                 phase.tokens = content.pop("tokens", None)
-            result = {"content": content, "phase": phase.record()}
-            on_first(lambda: write_json(path, result))
-        stored = on_first(lambda: json.loads(path.read_text()))
+            return {"content": content, "phase": phase.record()}
+
+        stored = once(self.folder / f"{stage}.json", measured)
         self.phases.append(stored["phase"])
         self._progress.update()
         return stored["content"]

@@ -1,8 +1,8 @@
 """Train once, then prune in every way that is asked for: one stage after the other.
 
-Each stage's result is a small JSON file in the run's folder, written when the stage is
-over; a run started again reads what is there and does the rest. Inside a stage of many
-steps, `training.train` goes on from its own checkpoints.
+Each stage's result is a small JSON file in the run's directory, written at the end of
+the stage; a run started again reads what is there and does the rest. Inside a stage of
+many steps, `training.train` continues from its own checkpoints.
 """
 
 import json
@@ -33,7 +33,7 @@ from jaxprune.typing import Prunable
 
 METRICS = "metrics.jsonl"
 MODEL = "model"
-"""In a seed's folder: the first criterion's model at the sparsity that is shown."""
+"""In a seed's directory: the first criterion's model at the sparsity that is shown."""
 CURVE_TOKENS = 16_384
 
 
@@ -179,11 +179,11 @@ class Seed:
         kept = self._masks(watched, cell)
         counts = jp.sparsity(kept)
         params = jp.masks.apply(watched.params, kept)
-        shares = {k: zeros / size for k, (zeros, size) in counts.by_leaf.items()}
+        removed = {k: zeros / size for k, (zeros, size) in counts.by_leaf.items()}
         return {
             "achieved": counts.total,
             **_named("pruned", self._measured(params)),
-            "sparsity_by_leaf": shares,
+            "sparsity_by_leaf": removed,
             **self._shown(cell, params, retrained=False),
         }
 

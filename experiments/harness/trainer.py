@@ -21,7 +21,7 @@ from experiments.tasks.language_model import ADAMW, schedule
 
 
 class Trainer:
-    """Trains and retrains; a run found in the folder goes on."""
+    """Trains and retrains; a run found in the directory continues."""
 
     def __init__(
         self,
@@ -48,13 +48,10 @@ class Trainer:
     def train(
         self, evaluate: Callable[[training.TrainState], Mapping[str, Any]]
     ) -> int:
-        """Trains the dense model, its checkpoints in "train"; gives the tokens.
+        """Trains the dense model, its checkpoints in "train"; returns its tokens.
 
-        Args:
-          evaluate: state to what is reported forty times on the way.
-
-        Returns:
-          Tokens of this start, from where it began: what its seconds are of.
+        `evaluate` maps the state to what is reported forty times on the way. The tokens
+        are of this start, from where it began: what its seconds are of.
         """
         plan, (tx, step_fn) = self._plan, self._watching
         state = training.init(self._task.init(self._seed), tx, mesh=self._mesh)
@@ -76,15 +73,9 @@ class Trainer:
     def retrain(
         self, stage: str, params: Any, masks: Callable[[], Any]
     ) -> tuple[Any, int]:
-        """Trains `retrain_steps` more steps with masks held.
+        """The parameters after `retrain_steps` more steps with masks, and the tokens.
 
-        Args:
-          stage: names the run and its folder.
-          params: the dense parameters.
-          masks: makes the masks; they are held only while they are needed.
-
-        Returns:
-          The parameters, and the tokens of this start.
+        `masks` makes the masks, so that they are held only while they are needed.
         """
         plan = self._plan
         inner, step_fn = _retraining(

@@ -1,4 +1,4 @@
-"""A training run is a folder: started again, it goes on where it was.
+"""A training run is a directory: started again, it continues where it was.
 
 A batch and a dropout key depend on the seed and the step only, and a checkpoint holds
 everything else, so a run that was killed and started again ends, on a CPU, with the
@@ -53,10 +53,10 @@ class TrainState(NamedTuple):
 
 
 class Checkpoints(NamedTuple):
-    """Where a run is saved, so that it can go on.
+    """Where a run is saved, so that it can continue.
 
     Attributes:
-      directory: the folder of this run's checkpoints.
+      directory: the directory of this run's checkpoints.
       configuration: JSON-able; a checkpoint of another one is refused.
       every: steps between checkpoints; the last step is always saved.
     """
@@ -89,17 +89,7 @@ class Reports(NamedTuple):
 def init(
     params: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> TrainState:
-    """Makes the state before the first step.
-
-    Args:
-      params: any tree of arrays.
-      optimizer: an optax transformation.
-      mesh: where the state lives, as `device_mesh.make_mesh` gives; None for the
-        default device.
-
-    Returns:
-      The state; the parameters and their moments are placed alike.
-    """
+    """The state before the first step; parameters and moments are placed alike."""
     step = jnp.zeros((), jnp.int32)
     if mesh is None:
         return TrainState(params, optimizer.init(params), step)
@@ -114,16 +104,7 @@ def init(
 def abstract(
     shapes: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> TrainState:
-    """What `init` would give, without its numbers; a checkpoint is restored to it.
-
-    Args:
-      shapes: the parameters as `jax.ShapeDtypeStruct`s.
-      optimizer: as for `init`.
-      mesh: as for `init`.
-
-    Returns:
-      A state of `jax.ShapeDtypeStruct`s, with shardings if there is a mesh.
-    """
+    """The state that `init` makes as `jax.ShapeDtypeStruct`s, to restore onto."""
     state = jax.eval_shape(lambda params: init(params, optimizer), shapes)
     if mesh is None:
         return state
@@ -149,15 +130,9 @@ def _placed(tree: Any, where: Any) -> Any:
 def make_step(
     loss_fn: LossFunction, optimizer: optax.GradientTransformation
 ) -> StepFunction:
-    """Builds the update of one step; `train` compiles it.
+    """The update of one step; `train` compiles it.
 
-    Args:
-      loss_fn: (params, inputs, targets, key) to the mean loss. The key is the seed key
-        with the step folded in.
-      optimizer: an optax transformation.
-
-    Returns:
-      The step function.
+    `loss_fn` gets the seed key with the step folded in.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -180,7 +155,7 @@ def make_eval(
     *,
     mesh: Mesh | None = None,
 ) -> Callable[[Any, Iterable[tuple[Any, np.ndarray, np.ndarray]]], float]:
-    """Builds the mean loss over a validation set: one program, one fetch at the end.
+    """The mean loss over a validation set: one program, one fetch at the end.
 
     Args:
       loss_fn: (params, inputs, targets) to the loss of each token, (batch, context).
@@ -214,16 +189,7 @@ def make_eval(
 
 
 def in_order(batches: Batches, start: int, stop: int) -> Iterator[Batch]:
-    """The batches of steps start, ..., stop - 1, each made when it is asked for.
-
-    Args:
-      batches: step to its batch.
-      start: the first step.
-      stop: one past the last step.
-
-    Yields:
-      Inputs and targets.
-    """
+    """The batches of steps start, ..., stop - 1, each made when it is asked for."""
     yield from map(batches, range(start, stop))
 
 
@@ -241,7 +207,7 @@ def train(
     prefetch: Prefetch = in_order,
     donate: bool = False,
 ) -> TrainState:
-    """Trains to a step, from the last whole checkpoint in the folder if there is one.
+    """Trains to a step, from the directory's last whole checkpoint if there is one.
 
     Everything is reported before the checkpoint that follows it, and the reports' steps
     do not depend on where a run was interrupted: keep what was reported up to the step
@@ -266,7 +232,7 @@ def train(
       The state after the last step.
 
     Raises:
-      ValueError: the folder holds a run of another configuration or a longer one, or
+      ValueError: the directory holds a run of another configuration or a longer one, or
         what `checkpoint.restore` raises; a number of steps out of range.
       FloatingPointError: the loss is not finite.
     """
@@ -321,7 +287,7 @@ def _begin(
     label: str,
     donate: bool,
 ) -> tuple[TrainState, int]:
-    """The state and step to go on from; the caller's own arrays only if donated."""
+    """The state and step to continue from; the caller's own arrays only if donated."""
     found = checkpoints and checkpoint.latest(checkpoints.directory)
     if checkpoints is None or found is None:
         own = state if donate else jax.tree.map(jnp.copy, state)
@@ -330,12 +296,12 @@ def _begin(
     if different:
         raise ValueError(
             f"{label}: '{found.path}' must be of the same configuration, but "
-            f"{'; '.join(different)}; give the old values, or another folder"
+            f"{'; '.join(different)}; give the old values, or another directory"
         )
     if found.step > steps:
         raise ValueError(
             f"{label}: '{found.path}' must be of at most the {steps} steps asked for, "
-            f"got {found.step}; ask for more, or give another folder"
+            f"got {found.step}; ask for more, or give another directory"
         )
     if donate:
         target = jax.tree.map(_without_numbers, state)

@@ -15,16 +15,7 @@ WATCHED_WEIGHTS = 64
 def sampled_weights(
     params: Any, seed: int, prunable: Prunable
 ) -> list[tuple[int, int]]:
-    """(leaf, flat index) of some weights, spread evenly over the leaves.
-
-    Args:
-      params: the parameters.
-      seed: decides which.
-      prunable: the leaves that they may be of.
-
-    Returns:
-      `WATCHED_WEIGHTS` pairs, by leaf.
-    """
+    """(leaf, flat index) of `WATCHED_WEIGHTS` weights, spread evenly over leaves."""
     rng = np.random.default_rng(seed)
     named = jp.tree.named_leaves(params)
     fitting = [
@@ -36,15 +27,7 @@ def sampled_weights(
 
 
 def values(tree: Any, sampled: list[tuple[int, int]]) -> list[float]:
-    """The sampled elements of a tree, fetched at once and nothing else.
-
-    Args:
-      tree: like the parameters, booleans or floats.
-      sampled: what `sampled_weights` gave.
-
-    Returns:
-      One number each, in order.
-    """
+    """The sampled elements of a tree of booleans or floats, fetched all at once."""
     picked = []
     for number, leaf in enumerate(jp.tree.named_leaves(tree).values()):
         indices = [index for owner, index in sampled if owner == number]

@@ -1,8 +1,8 @@
 """How many questions are answered right, where a run measured that.
 
-Cells may have "accuracy_pruned" and "accuracy_retrained", shares in [0, 1], and with
-few questions "by_question_pruned" and "by_question_retrained", question to share; a run
-may say in "text_only" what can be had without looking.
+Cells may have "accuracy_pruned" and "accuracy_retrained", fractions in [0, 1], and with
+few questions "by_question_pruned" and "by_question_retrained", question to fraction; a
+run may say in "text_only" what can be had without looking.
 """
 
 import html
@@ -21,16 +21,7 @@ _RUNS = {"pruned": "dense", "retrained": "control"}
 
 
 def points(results: Mapping[str, Any], stage: str, scope: str) -> Points:
-    """Accuracies of a stage.
-
-    Args:
-      results: checked results.
-      stage: "pruned" or "retrained".
-      scope: which scope's cells.
-
-    Returns:
-      Criterion to sparsity to one accuracy a seed; empty where none was measured.
-    """
+    """Criterion to sparsity to one accuracy a seed; empty where none was measured."""
     found: Points = {}
     for seed in results["seeds"]:
         for cell in seed["cells"]:
@@ -86,7 +77,7 @@ def _mean(of: Sequence[Mapping[str, float]], question: str) -> float:
 
 def _references(results: Mapping[str, Any], stage: str) -> str:
     """What the lines are held against, in words."""
-    told = [
+    known = [
         f"{name}: {text}"
         for name, text in (
             ("dense", _share(_dense(results, stage))),
@@ -94,7 +85,7 @@ def _references(results: Mapping[str, Any], stage: str) -> str:
         )
         if text
     ]
-    return "Lines are means over the seeds. " + "; ".join(told) + "."
+    return "Lines are means over the seeds. " + "; ".join(known) + "."
 
 
 def _dense(results: Mapping[str, Any], stage: str) -> float | None:
@@ -129,16 +120,7 @@ def _table(found: Points, title: str) -> str:
 
 @canvas.STYLE
 def drawing(results: Mapping[str, Any], stage: str, scope: str) -> Figure:
-    """Accuracy against sparsity, a line for each criterion.
-
-    Args:
-      results: checked results.
-      stage: "pruned" or "retrained".
-      scope: which scope's cells are drawn.
-
-    Returns:
-      The figure.
-    """
+    """Accuracy against sparsity, a line for each criterion."""
     found = points(results, stage, scope)
     style = plots.styles(results_.criteria(results))
     known = {"dense": _dense(results, stage), "no picture": _text_only(results)}
@@ -164,14 +146,7 @@ def drawing(results: Mapping[str, Any], stage: str, scope: str) -> Figure:
 
 
 def pictured(sample: Mapping[str, Any]) -> str:
-    """A sample's pictures, each with what was asked and answered, as HTML.
-
-    Args:
-      sample: with "pictures", a list of {"png": base64, "text"}.
-
-    Returns:
-      HTML that loads nothing.
-    """
+    """A sample's pictures, each with what was asked and answered, as HTML."""
     shown = "".join(
         '<figure class="asked"><img alt="" src="data:image/png;base64,'
         f'{html.escape(picture["png"])}"><figcaption>{html.escape(picture["text"])}'

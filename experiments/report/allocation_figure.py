@@ -2,7 +2,7 @@
 
     python -m experiments.report.allocation_figure RESULTS... --out DIR
 
-RESULTS are results.json files of `experiments.allocation_with_solvers`, or the folders
+RESULTS are results.json files of `experiments.allocation_with_solvers`, or directories
 that hold them; one figure shows all. Losses are nats per token above the dense model of
 the same seed, on the validation set; "±" is the sample standard deviation over seeds.
 """
@@ -24,18 +24,8 @@ from jaxprune.formats import atomic
 from jaxprune.report import canvas
 
 COLUMNS = (
-    "seed",
-    "draw",
-    "solver",
-    "allocation",
-    "sparsity",
-    "achieved",
-    "zeros",
-    "size",
-    "loss",
-    "dense_loss",
-    "above",
-    "seconds",
+    *("seed", "draw", "solver", "allocation", "sparsity", "achieved", "zeros", "size"),
+    *("loss", "dense_loss", "above", "seconds"),
 )
 _ALLOCATIONS = ("uniform", "owl", "erk", "magnitude", "trajectory", "trajectory_adam")
 _LAST = ("wanda", "mask")  # no lines of their own: one allocation each
@@ -52,20 +42,13 @@ class Draw:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="RESULTS...", help_behavior_hint=""),
     ]
-    """results.json files, or the folders that hold them."""
+    """results.json files, or the directories that hold them."""
     out: Path = Path("allocation")
     """Where allocation.svg is written."""
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
-    """The tidy table: one row a cell.
-
-    Args:
-      results: what results.json holds.
-
-    Returns:
-      One dict with the keys `COLUMNS` for each cell; "above" is nats above dense.
-    """
+    """The tidy table: one row a cell, of `COLUMNS`; "above" is nats above dense."""
     table = []
     for cell in results["cells"]:
         dense = results["dense"][str(cell["seed"])]["loss"]
@@ -82,11 +65,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
 def tables(results: Results) -> str:
     """Nats above dense by solver and allocation, then above uniform allocation.
 
-    Args:
-      results: what results.json holds.
-
-    Returns:
-      Plain text; a draw of the calibration sequences has tables of its own.
+    A draw of the calibration sequences has tables of its own.
     """
     found = rows(results)
     parts = [_dense(results)]
@@ -140,11 +119,7 @@ def _table(found: Sequence[Mapping[str, Any]], *, relative: bool) -> str:
 def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
     """Solvers that repair first; in each, the allocations by their kinds."""
     solver, allocation = pair
-    place = (
-        _ALLOCATIONS.index(allocation)
-        if allocation in _ALLOCATIONS
-        else len(_ALLOCATIONS)
-    )
+    place = [*_ALLOCATIONS, allocation].index(allocation)
     first = ("sparsegpt", "alps", *_LAST)
     return (first.index(solver) if solver in first else 0, solver, place, allocation)
 
@@ -152,12 +127,8 @@ def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
 def figure(all_results: Sequence[Results]) -> Figure:
     """Loss above dense against sparsity: a panel a run and solver, lines by allocation.
 
-    Args:
-      all_results: what the results.json of each run holds.
-
-    Returns:
-      The figure; lines are means over the seeds, bands their range. Variants of the
-      quarter score are left to the tables, unless there is nothing else.
+    Lines are means over the seeds, bands their range. Variants of the trajectory score
+    are left to the tables, unless there is nothing else.
     """
     lines: dict[str, dict[int, list[dict[str, Any]]]] = {}
     found = [
@@ -172,14 +143,8 @@ def figure(all_results: Sequence[Results]) -> Figure:
         key=lambda item: _order((item[0]["solver"], item[0]["allocation"])),
     ):
         cells = lines.setdefault(row["allocation"], {}).setdefault(row["seed"], [])
-        cells.append(
-            {
-                "criterion": panel,
-                "scope": "global",
-                "sparsity": row["sparsity"],
-                "loss_pruned": row["above"],
-            }
-        )
+        cell = {"sparsity": row["sparsity"], "loss_pruned": row["above"]}
+        cells.append({"criterion": panel, "scope": "global", **cell})
     # The losses are above dense already, so every seed's reference is zero.
     labelled = {
         allocation: {
@@ -194,15 +159,7 @@ def figure(all_results: Sequence[Results]) -> Figure:
 
 
 def write(results: Results, out: Path) -> None:
-    """Writes results.csv and loss.svg.
-
-    Args:
-      results: what results.json holds.
-      out: the folder.
-
-    Raises:
-      OSError: a file cannot be written.
-    """
+    """Writes results.csv and loss.svg."""
     files = {"results.csv": results_.table_csv(COLUMNS, rows(results))}
     if any(cell["solver"] not in _LAST for cell in results["cells"]):
         files["loss.svg"] = canvas.svg(figure([results])).encode()

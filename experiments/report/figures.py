@@ -39,14 +39,7 @@ def loss(
 
     Mean over the seeds as a line, their range as a band, the reference at zero, the
     other dense model dashed. All panels of one `results` have the same vertical axis.
-
-    Args:
-      results: checked results.
-      scope: which scope's cells are drawn.
-      stages: the panels, from left to right; those without a loss are left out.
-
-    Returns:
-      The figure.
+    Stages without a loss are left out.
     """
     style = plots.styles(results_.criteria(results))
     shown = {stage: results_.curves(results, stage, scope) for stage in stages}
@@ -71,16 +64,7 @@ def loss(
 def runs(
     labelled: Mapping[str, Mapping[str, Any]], *, stage: results_.Stage, scope: str
 ) -> Figure:
-    """Several runs side by side: a panel for each criterion, a line for each run.
-
-    Args:
-      labelled: checked results by label.
-      stage: "pruned" or "retrained".
-      scope: which scope's cells are drawn.
-
-    Returns:
-      The figure, of at most three panels a row.
-    """
+    """Several runs, by label: a panel for each criterion, a line for each run."""
     style = plots.styles(list(labelled))
     panels: dict[str, list[tuple[str, plots.Line, results_.Curve]]] = {}
     for label, results in labelled.items():
@@ -105,13 +89,6 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
     The first seed's sampled weights over the steps; a diamond at the right is the
     weighted average, joined to the final value. Thick lines are those that magnitude
     decides otherwise.
-
-    Args:
-      results: checked results whose first seed has weights.
-      criteria: the panels, from left to right; each one of `kept`.
-
-    Returns:
-      The figure.
     """
     sampled = results["seeds"][0]["weights"]
     figure, panels = plots.panels(len(criteria), ["average  "])
@@ -151,33 +128,22 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
 
 @canvas.STYLE
 def layers(
-    shares: Mapping[str, Mapping[str, float]], sparsity: float, scope: str
+    removed: Mapping[str, Mapping[str, float]], sparsity: float, scope: str
 ) -> Figure:
     """Sparsity by layer: rows are leaves, columns criteria, colour the deviation.
 
-    Args:
-      shares: for each criterion, the share removed of each leaf, in [0, 1].
-      sparsity: the sparsity asked for: no colour there, orange above, blue below.
-      scope: the scope, for the title.
-
-    Returns:
-      The figure, as high as there are leaves.
+    `removed` has, for each criterion, the fraction removed of each leaf. There is no
+    colour at the sparsity asked for, orange above it and blue below.
     """
-    names = list(dict.fromkeys(leaf for share in shares.values() for leaf in share))
+    names = list(dict.fromkeys(leaf for of in removed.values() for leaf in of))
     table = np.array(
-        [[of.get(name, np.nan) for of in shares.values()] for name in names]
+        [[of.get(name, np.nan) for of in removed.values()] for name in names]
     )
     left, right, top = 0.075 * max(map(len, names)) + 0.15, 0.9, 1.35
-    width, height = left + 0.62 * len(shares) + right, 0.27 * len(names) + top + 0.1
+    width, height = left + 0.62 * len(removed) + right, 0.27 * len(names) + top + 0.1
     figure = Figure(figsize=(width, height))
-    axes = figure.add_axes(
-        (
-            left / width,
-            0.1 / height,
-            1 - (left + right) / width,
-            1 - (top + 0.1) / height,
-        )
-    )
+    wide, high = 1 - (left + right) / width, 1 - (top + 0.1) / height
+    axes = figure.add_axes((left / width, 0.1 / height, wide, high))
     reach = max(float(np.nanmax(np.abs(table - sparsity))), 1e-6)
     ends = [(0, 0.45, 0.7, 0.6), (0.5, 0.5, 0.5, 0), (0.9, 0.45, 0, 0.65)]
     colours = LinearSegmentedColormap.from_list("deviation", ends)
@@ -188,9 +154,11 @@ def layers(
         axes.text(column + 0.5, row + 0.52, text, ha="center", va="center")
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.set_yticks(np.arange(len(names)) + 0.5, names)
-    axes.set_xticks(np.arange(len(shares)) + 0.5, list(shares), rotation=35, ha="left")
-    style = plots.styles(list(shares))
-    for label, name in zip(axes.get_xticklabels(), shares, strict=True):
+    axes.set_xticks(
+        np.arange(len(removed)) + 0.5, list(removed), rotation=35, ha="left"
+    )
+    style = plots.styles(list(removed))
+    for label, name in zip(axes.get_xticklabels(), removed, strict=True):
         label.set_color(style[name].colour)
     axes.spines[:].set_visible(False)
     title = f"% removed of each matrix at {100 * sparsity:g} %, {scope} scope"
@@ -214,15 +182,8 @@ def training(results: Mapping[str, Any]) -> Figure:
     if last:
         plots.beside(axes, "validation", last, colour)
     axes.set_title("Training the dense models: nats per token")
-    axes.text(
-        0.98,
-        0.96,
-        "training batches",
-        transform=axes.transAxes,
-        color=canvas.FAINT,
-        ha="right",
-        va="top",
-    )
+    place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top"}
+    axes.text(0.98, 0.96, "training batches", color=canvas.FAINT, **place)
     axes.set_xlabel("training step")
     axes.grid()
     return figure
@@ -244,14 +205,10 @@ def _limits(all_results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
         for value in (curve.above.min(), curve.above.max())
     ]
     for results in all_results:
-        values += [
-            nats
-            for stage in results_.STAGES
-            for nats in _dense(results, stage).values()
-        ]
-    return min(-1.5 * results_.CLOSE, 1.3 * min(values)), max(
-        5 * results_.CLOSE, 1.3 * max(values)
-    )
+        for stage in results_.STAGES:
+            values += _dense(results, stage).values()
+    low, high = 1.3 * min(values), 1.3 * max(values)
+    return min(-1.5 * results_.CLOSE, low), max(5 * results_.CLOSE, high)
 
 
 def _dense(results: Mapping[str, Any], stage: results_.Stage) -> dict[str, float]:
@@ -283,12 +240,9 @@ def _against_sparsity(
         if above.shape[0] > 1:
             band: dict[str, Any] = {"color": style.colour, "alpha": 0.16, "lw": 0}
             axes.fill_between(x, above.min(0), above.max(0), **band)
-        look: dict[str, Any] = {
-            "color": style.colour,
-            "marker": style.marker,
-            "ls": style.dash,
-        }
-        axes.plot(x, above.mean(0), label=name, clip_on=False, **look)
+        look: dict[str, Any] = {"marker": style.marker, "ls": style.dash}
+        look |= {"color": style.colour, "label": name, "clip_on": False}
+        axes.plot(x, above.mean(0), **look)
     ticks = np.concatenate([-_TICKS, [0], _TICKS])
     ticks = ticks[(ticks >= limits[0]) & (ticks <= limits[1])]
     axes.set_yticks(
@@ -309,12 +263,8 @@ def _ends(
     lines: Sequence[tuple[str, plots.Line, results_.Curve]],
 ) -> list[tuple[str, str, float, float]]:
     """Name, colour and last point of each line."""
-    return [
-        (
-            name,
-            style.colour,
-            100 * float(curve.sparsities[-1]),
-            float(curve.above[:, -1].mean()),
-        )
-        for name, style, curve in lines
-    ]
+    found = []
+    for name, style, curve in lines:
+        percent, nats = 100 * float(curve.sparsities[-1]), curve.above[:, -1].mean()
+        found.append((name, style.colour, percent, float(nats)))
+    return found

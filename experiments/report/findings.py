@@ -20,12 +20,8 @@ _WATCHED = ("averaged_weight", "trajectory", "magnitude")
 def headline(results: Mapping[str, Any]) -> list[str]:
     """What the numbers say, in sentences that are computed and nothing else.
 
-    Args:
-      results: checked results.
-
-    Returns:
-      First how far the best criterion goes at equal steps, then how far right after
-      pruning, then whether pruning ever lowered the loss.
+    First how far the best criterion goes at equal steps, then how far right after
+    pruning, then whether pruning ever lowered the loss.
     """
     count = len(results["seeds"])
     over = f"mean of {count} seeds" if count > 1 else "one seed"
@@ -145,7 +141,7 @@ def watched(results: Mapping[str, Any]) -> list[str]:
 def layers(
     results: Mapping[str, Any],
 ) -> tuple[dict[str, dict[str, float]], float, str] | None:
-    """Shares removed by leaf, over the seeds, where scope makes them differ most."""
+    """Fractions removed by leaf, over the seeds, where scope makes them differ most."""
     cells = [
         cell
         for seed in results["seeds"]
@@ -157,15 +153,15 @@ def layers(
     sparsity = min({c["sparsity"] for c in cells}, key=lambda s: abs(s - _TYPICAL))
     cells = [cell for cell in cells if cell["sparsity"] == sparsity]
     scope = max(cells, key=lambda cell: np.ptp([*cell["sparsity_by_leaf"].values()]))
-    shares: dict[str, dict[str, float]] = {}
+    removed: dict[str, dict[str, float]] = {}
     for cell in cells:
         if cell["scope"] == scope["scope"]:
-            shares.setdefault(cell["criterion"], {})
-    for criterion, of in shares.items():
+            removed.setdefault(cell["criterion"], {})
+    for criterion, of in removed.items():
         found = [
             cell["sparsity_by_leaf"]
             for cell in cells
             if cell["criterion"] == criterion and cell["scope"] == scope["scope"]
         ]
         of |= {leaf: float(np.mean([c[leaf] for c in found])) for leaf in found[0]}
-    return shares, sparsity, scope["scope"]
+    return removed, sparsity, scope["scope"]

@@ -26,25 +26,15 @@ FORMAT = 1
 CLOSE = 0.015  # nats: what figures and tables call "within" a reference
 STAGES: tuple[Stage, ...] = ("pruned", "retrained")
 COLUMNS = (
-    "seed",
-    "criterion",
-    "scope",
-    "sparsity",
-    "achieved",
-    "loss_pruned",
-    "loss_retrained",
-    "dense_loss",
-    "dense_steps",
-    "control_loss",
-    "control_steps",
+    *("seed", "criterion", "scope", "sparsity", "achieved"),
+    *("loss_pruned", "loss_retrained"),
+    *("dense_loss", "dense_steps", "control_loss", "control_steps"),
 )
 ACCURACIES = (
-    "accuracy_pruned",
-    "accuracy_retrained",
-    "dense_accuracy",
-    "control_accuracy",
+    *("accuracy_pruned", "accuracy_retrained"),
+    *("dense_accuracy", "control_accuracy"),
 )
-"""Columns of a run that answers questions, shares in [0, 1]."""
+"""Columns of a run that answers questions, fractions in [0, 1]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +45,36 @@ class _Maybe:
 
 
 _RUN = {"steps": int, "loss": float}
+_POINT = {"step": int, "loss": float, "validation_loss": _Maybe(float)}
+_CELL = {
+    **dict.fromkeys(("criterion", "scope"), str),
+    **dict.fromkeys(("sparsity", "achieved", "loss_pruned"), float),
+    "loss_retrained": _Maybe(float),
+    "sparsity_by_leaf": _Maybe(dict),
+}
+_WEIGHTS = {
+    "steps": [float],
+    "names": [str],
+    "values": [[float]],
+    "averages": [float],
+    "kept": dict,
+    "sparsity": float,
+}
+_SEED = {
+    "seed": int,
+    "dense": _RUN,
+    "control": _Maybe(_RUN),
+    "curve": _Maybe([_POINT]),
+    "cells": [_CELL],
+    "samples": _Maybe([{"label": str, "text": str}]),
+    "weights": _Maybe(_WEIGHTS),
+}
+_MEASURED = ("tokens_per_second", "peak_memory_bytes", "energy_kwh", "co2_kg")
+_PHASE = {"name": str, "seconds": float, **dict.fromkeys(_MEASURED, _Maybe(float))}
+_COST = {
+    **dict.fromkeys(("bytes_dense", "bytes_packed"), int),
+    **dict.fromkeys(("sparsity", "flops_dense", "flops_kept"), float),
+}
 _SCHEMA: dict[str, Any] = {
     "name": str,
     "config": dict,
@@ -63,73 +83,15 @@ _SCHEMA: dict[str, Any] = {
     "finished": _Maybe(str),
     "command": _Maybe(str),
     "model": {"parameters": int, "prunable": int, "leaves": dict},
-    "seeds": [
-        {
-            "seed": int,
-            "dense": _RUN,
-            "control": _Maybe(_RUN),
-            "curve": _Maybe(
-                [{"step": int, "loss": float, "validation_loss": _Maybe(float)}]
-            ),
-            "cells": [
-                {
-                    "criterion": str,
-                    "scope": str,
-                    "sparsity": float,
-                    "achieved": float,
-                    "loss_pruned": float,
-                    "loss_retrained": _Maybe(float),
-                    "sparsity_by_leaf": _Maybe(dict),
-                }
-            ],
-            "samples": _Maybe([{"label": str, "text": str}]),
-            "weights": _Maybe(
-                {
-                    "steps": [float],
-                    "names": [str],
-                    "values": [[float]],
-                    "averages": [float],
-                    "kept": dict,
-                    "sparsity": float,
-                }
-            ),
-        }
-    ],
-    "phases": _Maybe(
-        [
-            {
-                "name": str,
-                "seconds": float,
-                "tokens_per_second": _Maybe(float),
-                "peak_memory_bytes": _Maybe(float),
-                "energy_kwh": _Maybe(float),
-                "co2_kg": _Maybe(float),
-            }
-        ]
-    ),
-    "costs": _Maybe(
-        [
-            {
-                "sparsity": float,
-                "bytes_dense": int,
-                "bytes_packed": int,
-                "flops_dense": float,
-                "flops_kept": float,
-            }
-        ]
-    ),
+    "seeds": [_SEED],
+    "phases": _Maybe([_PHASE]),
+    "costs": _Maybe([_COST]),
 }
 _KINDS = {str: "a text", dict: "an object", int: "an integer", float: "a number"}
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads and checks one run's results.json.
-
-    Args:
-      path: the file, or the folder that holds it.
-
-    Returns:
-      The checked results.
+    """The checked content of results.json, given the file or its directory.
 
     Raises:
       ValueError: the file is absent, is not JSON or is not a results.json.
@@ -138,7 +100,7 @@ def read(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(
             f"'{file}' does not exist; give a results.json that an experiment wrote, "
-            "or the folder that holds it"
+            "or the directory that holds it"
         )
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -153,10 +115,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def check(results: Any, *, name: str = "results") -> None:
     """Refuses anything but complete results of the format written here.
-
-    Args:
-      results: what `json.load` gave.
-      name: how the message calls it, such as the file's path.
 
     Raises:
       ValueError: the format is another, or naming everything that is missing, of
@@ -180,7 +138,7 @@ def check(results: Any, *, name: str = "results") -> None:
 
 
 def _mismatches(value: Any, kind: Any, path: str) -> Iterator[str]:
-    """Walks value and schema together, yielding a sentence for each difference."""
+    """Compares value and schema, yielding a sentence for each difference."""
     if isinstance(kind, _Maybe):
         if value is not None and value not in ([], {}):
             yield from _mismatches(value, kind.kind, path)
@@ -258,11 +216,7 @@ def columns(results: Results) -> tuple[str, ...]:
 def rows(results: Results) -> list[dict[str, Any]]:
     """The tidy table: one row per seed x criterion x scope x sparsity.
 
-    Args:
-      results: checked results.
-
-    Returns:
-      One dict with the keys `columns` for each cell; None where nothing was measured.
+    Its keys are `columns`; None where nothing was measured.
     """
     names, table = columns(results), []
     for seed in results["seeds"]:
@@ -308,8 +262,8 @@ class Curve:
         """The sparsity up to which every tested loss stays close to the reference.
 
         Args:
-          limit: nats above the reference, or a share of it when `relative`.
-          relative: whether `limit` is a share of the reference's loss.
+          limit: nats above the reference, or a fraction of it when `relative`.
+          relative: whether `limit` is a fraction of the reference's loss.
           worst: hold every seed to the limit rather than their mean.
 
         Returns:
@@ -324,14 +278,7 @@ class Curve:
 def curves(results: Results, stage: Stage, scope: str | None = None) -> list[Curve]:
     """The curves of a stage, by criterion and scope in order of appearance.
 
-    Args:
-      results: checked results.
-      stage: "pruned" or "retrained".
-      scope: only this scope; all when None.
-
-    Returns:
-      One curve for each pair that has a loss at this stage; an empty list when
-      nothing was retrained.
+    One for each pair that has a loss at this stage, of one scope if it is given.
     """
     seeds = results["seeds"]
     losses: dict[tuple[str, str], dict[float, dict[int, float]]] = {}

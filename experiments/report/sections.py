@@ -21,11 +21,7 @@ from jaxprune.report import page
 def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure that these results can fill, by the name of its file.
 
-    Args:
-      results: checked results.
-
-    Returns:
-      "loss_<scope>" for each scope, then "weights", "layers" and "training".
+    "loss_<scope>" for each scope, then "weights", "layers" and "training".
     """
     drawn = {
         f"loss_{scope}": figures.loss(results, scope=scope)
@@ -41,14 +37,7 @@ def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def document(results: Mapping[str, Any]) -> str:
-    """The whole of report.html.
-
-    Args:
-      results: checked results.
-
-    Returns:
-      One HTML page that loads nothing.
-    """
+    """The whole of report.html, one page that loads nothing."""
     parts = [
         _opening(results),
         _losses(results),
@@ -316,12 +305,7 @@ def _making(results: Mapping[str, Any]) -> str:
 def command(results: Mapping[str, Any]) -> str:
     """The command that makes these results again.
 
-    Args:
-      results: checked results.
-
-    Returns:
-      Its own "command" where recorded, else one with a flag for each entry of the
-      configuration, as tyro spells them.
+    Where none is recorded, it has a flag for each entry of the configuration.
     """
     if results.get("command"):
         return str(results["command"])

@@ -44,20 +44,12 @@ RECIPES = {"cpu": Recipe(2000, 12), "medium": Recipe(900, 16)}
 def trained(
     model: LanguageModel, corpus: Corpus, recipe: Recipe, seed: int, directory: Path
 ) -> Watched:
-    """Trains a dense model, or what is left of it, and gives what was tracked.
+    """Trains a dense model, or what is left of it, and returns what was tracked.
 
-    Args:
-      model: the model's functions.
-      corpus: the text; its training part is learned from.
-      recipe: how.
-      seed: of the initialisation and of the batches.
-      directory: the folder of its checkpoints; a run found there goes on.
-
-    Returns:
-      The parameters, the tracked averages, and Adam's own second moment.
+    The directory is that of its checkpoints; a run found there continues.
 
     Raises:
-      ValueError: the folder holds a run of another configuration.
+      ValueError: the directory holds a run of another configuration.
       FloatingPointError: the loss is not finite.
     """
     rate = schedule(recipe.learning_rate, recipe.steps, warmup=100)

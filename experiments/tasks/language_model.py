@@ -10,8 +10,9 @@ import optax
 from flax import nnx
 
 import jaxprune as jp
+from experiments import gpt
 from experiments.harness import device_mesh
-from jaxprune.models import generate, gpt
+from jaxprune.models import generate
 from jaxprune.typing import Prunable
 
 ADAMW = 2

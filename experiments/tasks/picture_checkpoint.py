@@ -1,4 +1,4 @@
-"""A folder of Phi-3-vision to fine-tune: read to its places, written back pruned."""
+"""A directory of Phi-3-vision to fine-tune: read to its places, written back pruned."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -21,14 +21,14 @@ from jaxprune.typing import Params
 
 
 class Folder(NamedTuple):
-    """What is known of a folder before its weights are read.
+    """What is known of a directory before its weights are read.
 
     Attributes:
       config: the model's shape.
       tokenizer: of its questions.
       read: makes the float32 parameters, each leaf straight where it will live.
-      write: (leaves by name, place, JSON-able provenance) writes a folder like this one
-        with these leaves in place of its own; the others keep their bytes.
+      write: (leaves by name, place, JSON-able provenance) writes a directory like this
+        one with these leaves in place of its own; the others keep their bytes.
     """
 
     config: Phi3VisionConfig
@@ -38,14 +38,10 @@ class Folder(NamedTuple):
 
 
 def opened(path: Path, mesh: Mesh | None) -> Folder:
-    """Reads a folder's configuration and words, none of its weights.
+    """Reads a directory's configuration and words, none of its weights.
 
-    Args:
-      path: config.json, safetensors and a tokenizer.
-      mesh: that the parameters will be split over; None for one device.
-
-    Returns:
-      What it holds.
+    `path` has config.json, safetensors and a tokenizer; the parameters will be split
+    over the mesh.
 
     Raises:
       ValueError: it is no Phi-3-vision that is understood, it is damaged, or there are
@@ -53,7 +49,7 @@ def opened(path: Path, mesh: Mesh | None) -> Folder:
       OSError: something is missing.
     """
     if jax.process_count() > 1:
-        raise ValueError("a folder is fine-tuned by one process; start one alone")
+        raise ValueError("a directory is fine-tuned by one process; start one alone")
     kind = open_directory(path).config.get("model_type")
     if kind != "phi3_v":
         raise Unknown(f"'{path}': model_type must be phi3_v, got {kind!r}")

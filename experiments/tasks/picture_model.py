@@ -80,11 +80,7 @@ def words() -> Any:
 
 
 def tokenizer() -> Tokenizer:
-    """Words of the questions and answers, a token each.
-
-    Returns:
-      The tokenizer; a word that it does not know is "<unk>".
-    """
+    """Words of the questions and answers, a token each; others are "<unk>"."""
     made = words()
     return Tokenizer(
         encode=lambda text: made.encode(text, add_special_tokens=False).ids,

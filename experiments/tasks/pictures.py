@@ -119,8 +119,8 @@ class PictureTask:
       frozen: globs of the leaves that are not trained.
       rank: of LoRA's change of each matrix; None trains in full.
       storage: how averages are held.
-      write: (leaves by name, place, provenance) writes a folder with these leaves; None
-        where the run's checkpoints are enough.
+      write: (leaves by name, place, provenance) writes a directory with these leaves;
+        None where the run's checkpoints are enough.
     """
 
     model: VisionModel
@@ -257,14 +257,11 @@ class PictureTask:
     def packed(
         self, examples: Sequence[Asked]
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Examples as one batch.
+        """Examples as one batch: inputs, targets and weights.
 
-        Args:
-          examples: pictures, questions and answers.
-
-        Returns:
-          Inputs (tokens and sources (batch, length), pixels (batch, views, size, size,
-          3)), targets (batch, length), -1 where none is, and weights, 1 at the answer.
+        Inputs are tokens and sources (batch, length) and pixels (batch, views, size,
+        size, 3); targets (batch, length) are -1 where none is; weights are 1 at the
+        answer.
         """
         time, views = self._sizes
         size = self.model.config.tower.image
@@ -330,7 +327,7 @@ class PictureTask:
         return {"accuracy": float(right.mean()), "by_question": each}
 
     def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
-        """Writes a folder like the one the model came from, if it came from one."""
+        """Writes a directory like the one the model came from, if it came from one."""
         if self.write is None:
             return
         low_rank = self.scopes["all"][1] if self.rank is not None else None

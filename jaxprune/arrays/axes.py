@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 from jaxprune.arrays import tree
 
@@ -33,17 +34,7 @@ class Axes:
     outputs: tuple[int, ...] = (-1,)
 
     def order(self, ndim: int) -> tuple[int, ...]:
-        """The permutation that brings batch, input and output axes together.
-
-        Args:
-          ndim: how many axes the leaf has.
-
-        Returns:
-          All axes, batch first, then inputs, then outputs.
-
-        Raises:
-          ValueError: an axis is out of range or named twice.
-        """
+        """All axes, batch first, then inputs, then outputs; raises any `problem`."""
         if problem := self.problem(ndim):
             raise ValueError(problem)
         own = [axis % ndim for axis in (*self.inputs, *self.outputs)]
@@ -59,7 +50,7 @@ class Axes:
             "axes={glob: Axes(inputs=..., outputs=...)}"
         )
 
-    def matrix(self, leaf: jax.Array) -> jax.Array:
+    def matrix(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "batch in out"]:
         """The leaf as (batch, in, out), each of the three possibly of size 1."""
         moved = jnp.transpose(leaf, self.order(leaf.ndim))
         batch = leaf.ndim - len(self.inputs) - len(self.outputs)
@@ -71,7 +62,9 @@ class Axes:
             math.prod(shape[inputs:]),
         )
 
-    def restore(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def restore(
+        self, matrix: Shaped[Array, "..."], shape: tuple[int, ...]
+    ) -> Shaped[Array, "*shape"]:
         """The leaf of this shape whose `matrix` is given."""
         order = self.order(len(shape))
         moved = matrix.reshape([shape[axis] for axis in order])
@@ -88,20 +81,7 @@ def resolve(
     names: Sequence[str],
     leaves: Sequence[jax.Array],
 ) -> list[Axes]:
-    """The axes of each leaf from one value, from rules by name, or by default.
-
-    Args:
-      axes: one `Axes` for all leaves, {glob on the path name: Axes} (the first match
-        counts, unmatched leaves take the default), or None.
-      names: the leaves' path names.
-      leaves: the leaves.
-
-    Returns:
-      One `Axes` a leaf.
-
-    Raises:
-      ValueError: a rule matches nothing.
-    """
+    """One `Axes` a leaf: that of all, of the first glob that matches, or default."""
     if isinstance(axes, Axes):
         return [axes] * len(leaves)
     ruled = tree.by_rule(axes or {}, names, None, "axes")

@@ -1,5 +1,6 @@
 """How far a long job is: a bar on a terminal, a line now and then anywhere else."""
 
+import contextlib
 import sys
 import time
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 _SECONDS = 10.0
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Shows on stderr how much of a job is done; a context.
 
     Example:
@@ -52,10 +53,6 @@ class Progress:
         )
         self._lines = shown and bool(self._bar.disable)
         self._start = self._last = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        """Returns the object itself."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Ends the bar."""

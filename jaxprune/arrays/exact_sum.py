@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_ONE = 0x3F800000  # the bits of 1.0
+from jaxprune.arrays import low_bit
 
 
 @functools.partial(jax.jit, static_argnames="axis")
@@ -49,7 +49,7 @@ def total(terms: jax.Array, axis: int | None = None) -> jax.Array:
     nan = jnp.any(jnp.isnan(terms), axis, keepdims=True)
     finite = (largest < jnp.inf) & ~nan
     exponent = jnp.where(finite, _exponent(largest), 0)
-    left = jnp.where(finite, terms * _power_of_two(-exponent), 0)  # in (-4, 4)
+    left = jnp.where(finite, terms * low_bit.power_of_two(-exponent), 0)  # in (-4, 4)
     parts = []
     for _ in range(-(-(24 + digits) // bits)):
         whole = jnp.round(left * 2.0**bits)
@@ -59,14 +59,10 @@ def total(terms: jax.Array, axis: int | None = None) -> jax.Array:
     for part in reversed(parts):  # scaling by a power of two is exact
         result = (result + part.astype(jnp.float32)) * 2.0**-bits
     special = jnp.where(nan, jnp.nan, highest + lowest)
-    return jnp.where(finite, result * _power_of_two(exponent), special)
+    return jnp.where(finite, result * low_bit.power_of_two(exponent), special)
 
 
 def _exponent(values: jax.Array) -> jax.Array:
     """floor(log2 |x|), at most one off so that its inverse is a normal number too."""
     stored = jax.lax.bitcast_convert_type(jnp.abs(values), np.int32) >> 23
     return jnp.clip(stored - 127, -126, 126)
-
-
-def _power_of_two(exponent: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type((exponent << 23) + np.int32(_ONE), jnp.float32)

@@ -46,21 +46,7 @@ def array(leaf: Any) -> Any:
 
 
 def loaded(tree: Any) -> Any:
-    """A tree with all that is stored read to memory.
-
-    Args:
-      tree: any pytree.
-
-    Returns:
-      The same tree with arrays in the place of `LazyArray` leaves.
-
-    Example:
-      >>> import jax.numpy as jnp, numpy as np
-      >>> from jaxprune.arrays import lazy
-      >>> leaf = lazy.LazyArray((2,), np.dtype(np.float32), lambda: jnp.ones(2))
-      >>> lazy.loaded({"bias": leaf})["bias"].tolist()
-      [1.0, 1.0]
-    """
+    """A tree with arrays in the place of `LazyArray` leaves, all read to memory."""
     return jax.tree.map(array, tree)
 
 
@@ -79,11 +65,7 @@ class Leaves:
     """Leaves by position; those that are stored are in memory from use to `forget`."""
 
     def __init__(self, leaves: Iterable[Any]) -> None:
-        """Holds the leaves.
-
-        Args:
-          leaves: arrays and `LazyArray` ones.
-        """
+        """Holds the leaves, arrays and `LazyArray` ones."""
         self.all = list(leaves)
         self._read: dict[int, jax.Array] = {}
 

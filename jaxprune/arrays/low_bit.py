@@ -19,6 +19,9 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
+
+from jaxprune.arrays.messages import listed
 
 Storage: TypeAlias = Literal["float32", "bfloat16", "int8"]
 """What an average is held in: 4, 2 or 1 bytes a weight."""
@@ -79,67 +82,31 @@ def is_int8(node: Any) -> bool:
 
 
 def checked(storage: str) -> Storage:
-    """The storage, or one clear error.
-
-    Args:
-      storage: what a user asked for.
-
-    Returns:
-      The same.
-
-    Raises:
-      ValueError: there is no such storage.
-    """
-    for known in STORAGES:
-        if storage == known:
-            return known
-    raise ValueError(f"storage must be one of {list(STORAGES)}, got {storage!r}")
+    """The storage that a user asked for, or an error that names those there are."""
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {listed(STORAGES)}, got {storage!r}")
+    return storage
 
 
 def dither(
-    shape: tuple[int, ...], start: jax.Array | np.uint32, n: jax.Array | int
-) -> jax.Array:
-    """The thresholds u(n) of a leaf, in units of 2^-32.
-
-    They depend on position, start and n alone, so on no sharding.
-
-    Args:
-      shape: the leaf's shape.
-      start: u(0) of its first element, as `phase` gives.
-      n: the snapshot, a scalar.
-
-    Returns:
-      uint32, of that shape, evenly spread over positions and over n.
-    """
+    shape: tuple[int, ...], start: UInt32[Array, ""] | np.uint32, n: jax.Array | int
+) -> UInt32[Array, "*shape"]:
+    """The thresholds u(n) of a leaf from its u(0), even over positions and n."""
+    # In units of 2^-32. They depend on position, start and n alone, so on no sharding.
     moved = jnp.asarray(n).astype(np.uint32) * np.uint32(_GOLDEN)
     return start + moved + flat_index(shape, _PLASTIC)
 
 
 def phase(stream: int) -> np.uint32:
-    """Where the thresholds of a leaf start: a well-mixed number of a small one.
-
-    Args:
-      stream: the seed of the leaf, any integer.
-
-    Returns:
-      uint32, by the finaliser of MurmurHash3.
-    """
+    """Where the thresholds of a leaf start: MurmurHash3's finaliser of its seed."""
     bits = stream & 0xFFFFFFFF
     bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
     bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
     return np.uint32(bits ^ (bits >> 16))
 
 
-def flat_index(shape: tuple[int, ...], factor: int = 1) -> jax.Array:
-    """Each element's row-major position times a factor, modulo 2^32.
-
-    Args:
-      shape: any shape.
-      factor: any integer.
-
-    Returns:
-      uint32, of that shape.
-    """
+def flat_index(shape: tuple[int, ...], factor: int = 1) -> UInt32[Array, "*shape"]:
+    """Each element's row-major position times any integer factor, modulo 2^32."""
     index, stride = jnp.zeros((1,) * len(shape), np.uint32), factor
     for axis in reversed(range(len(shape))):
         along = [1] * len(shape)
@@ -150,34 +117,21 @@ def flat_index(shape: tuple[int, ...], factor: int = 1) -> jax.Array:
     return index
 
 
-def unit_exponent(values: jax.Array, *, signed: bool) -> jax.Array:
-    """The power of two that the one-byte code of these values counts in.
-
-    The largest value lies between a quarter and half of the range, so that an average
-    may double before the code saturates.
-
-    Args:
-      values: float32, of any shape.
-      signed: whether there are negative ones.
-
-    Returns:
-      An int32 scalar from -120 to 121; -120 where a value is infinite.
-    """
+def unit_exponent(
+    values: Float32[Array, "*shape"], *, signed: bool
+) -> Int32[Array, ""]:
+    """The power of two that the one-byte code of these values counts in."""
+    # From -120 to 121: the largest value lies between a quarter and half of the range,
+    # so that an average may double before the code saturates. -120 if one is infinite.
     largest = jnp.max(jnp.abs(values), initial=0)
     above = (_bits(largest) >> 23) - 126  # largest < 2^above
     fitted = jnp.maximum(above - (7 if signed else 15), _LEAST).astype(np.int32)
     return jnp.where(largest < jnp.inf, fitted, _LEAST)
 
 
-def largest(leaf: Int8) -> jax.Array:
-    """The largest magnitude that a leaf holds; NaN may count as the largest code.
-
-    Args:
-      leaf: any leaf in one byte.
-
-    Returns:
-      A float32 scalar. Only codes are read, and nothing but a scalar is made of them.
-    """
+def largest(leaf: Int8) -> Float32[Array, ""]:
+    """The largest magnitude that a leaf holds; NaN may count as the largest code."""
+    # Only codes are read, and nothing but a scalar is made of them.
     code = jnp.max(leaf.codes, initial=_NAN + 1).astype(np.int32)
     if leaf.signed:
         lowest = jnp.min(leaf.codes, initial=0).astype(np.int32)
@@ -186,20 +140,15 @@ def largest(leaf: Int8) -> jax.Array:
 
 
 def encode_int8(
-    values: jax.Array, exponent: jax.Array, thresholds: jax.Array, *, signed: bool
+    values: Float32[Array, "*shape"],
+    exponent: Int32[Array, ""],
+    thresholds: UInt32[Array, "*#shape"],
+    *,
+    signed: bool,
 ) -> Int8:
-    """Rounds to the one-byte code, unbiased; saturates outside its range.
-
-    Args:
-      values: float32, of any shape; not negative unless `signed`.
-      exponent: as `unit_exponent` gives.
-      thresholds: as `dither` gives.
-      signed: whether codes have a sign.
-
-    Returns:
-      The leaf; what was not finite is NaN.
-    """
-    above_one = 1 + jnp.abs(values) * _power_of_two(-exponent)
+    """Rounds to the one-byte code by `dither`, unbiased; saturates; NaN if infinite."""
+    # Values are not negative unless `signed`; the exponent is from `unit_exponent`.
+    above_one = 1 + jnp.abs(values) * power_of_two(-exponent)
     noise = (thresholds >> np.uint32(32 - _DROPPED)).astype(np.int32)
     code = (_bits(above_one) - np.int32(_ONE) + noise) >> _DROPPED
     if signed:
@@ -211,22 +160,16 @@ def encode_int8(
     return Int8(code.astype(np.int8), exponent, signed)
 
 
-def encode_bfloat16(values: jax.Array, thresholds: jax.Array) -> jax.Array:
-    """Rounds to bfloat16, unbiased.
-
-    Args:
-      values: float32, of any shape.
-      thresholds: as `dither` gives.
-
-    Returns:
-      bfloat16, of that shape; infinity and NaN are kept.
-    """
+def encode_bfloat16(
+    values: Float32[Array, "*shape"], thresholds: UInt32[Array, "*#shape"]
+) -> BFloat16[Array, "*shape"]:
+    """Rounds to bfloat16 by `dither`, unbiased; infinity and NaN are kept."""
     noise = jnp.where(jnp.isfinite(values), thresholds >> np.uint32(16), 0)
     high = (jax.lax.bitcast_convert_type(values, np.uint32) + noise) >> np.uint32(16)
     return jax.lax.bitcast_convert_type(high.astype(np.uint16), jnp.bfloat16)
 
 
-def decode(leaf: Any) -> jax.Array:
+def decode(leaf: Any) -> Float32[Array, "..."]:
     """A held leaf as float32.
 
     Args:
@@ -247,7 +190,7 @@ def decode(leaf: Any) -> jax.Array:
     code = leaf.codes.astype(np.int32)
     size = jnp.abs(code) if leaf.signed else code + 127
     above_one = _float((size << _DROPPED) + np.int32(_ONE))
-    value = (above_one - 1) * _power_of_two(leaf.exponent)
+    value = (above_one - 1) * power_of_two(leaf.exponent)
     if leaf.signed:
         value = jnp.where(code < 0, -value, value)
     return jnp.where(code == _NAN, np.float32(np.nan), value)
@@ -279,6 +222,6 @@ def _float(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, np.float32)
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
+def power_of_two(exponent: jax.Array) -> jax.Array:
     """2^exponent, exact on every backend, for exponents of normal numbers."""
     return _float((exponent + 127) << 23)

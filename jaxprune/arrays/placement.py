@@ -19,20 +19,12 @@ T = TypeVar("T")
 
 
 def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
-    """The array with no shard boundary inside a tile, where its mesh is known.
-
-    An axis whose tiles are cut hands its shards to another axis that can take them, so
-    that each device holds as much as before; where none can, the axis is gathered. A
-    mesh of Auto axes is not known under `jit`: there the compiler sees to it.
-
-    Args:
-      matrix: any array.
-      *tiles: the tile's length along each axis.
-
-    Returns:
-      The same values.
-    """
-    sharding = _sharding(matrix)
+    """The array with no shard boundary inside a tile, one length an axis."""
+    # An axis whose tiles are cut hands its shards to another axis that can take them,
+    # so that each device holds as much as before; where none can, the axis is gathered.
+    # A mesh of Auto axes is not known under `jit`: there the compiler sees to it.
+    traced = isinstance(matrix, jax.core.Tracer)
+    sharding = jax.typeof(matrix).sharding if traced else matrix.sharding
     if not isinstance(sharding, NamedSharding):
         return matrix
     before = (*sharding.spec, *[None] * (matrix.ndim - len(sharding.spec)))
@@ -53,44 +45,19 @@ def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
     if spec == own:
         return matrix
     wanted = NamedSharding(sharding.mesh, PartitionSpec(*(e or None for e in spec)))
-    if isinstance(matrix, jax.core.Tracer):
-        return jax.sharding.reshard(matrix, wanted)
-    return jax.device_put(matrix, wanted)
-
-
-def _sharding(array: jax.Array) -> Any:
-    """Where an array is, as far as that is known."""
-    traced = isinstance(array, jax.core.Tracer)
-    return jax.typeof(array).sharding if traced else array.sharding
+    return (jax.sharding.reshard if traced else jax.device_put)(matrix, wanted)
 
 
 def zeros_like(leaf: Any, dtype: Any) -> jax.Array:
-    """Zeros placed like the leaf, under `jit` on Auto meshes too.
-
-    Args:
-      leaf: an array, or `jax.ShapeDtypeStruct`.
-      dtype: of the zeros.
-
-    Returns:
-      Zeros of the leaf's shape, whatever its values, NaN too.
-    """
+    """Zeros of an array's shape, or a stand-in's, placed like it on Auto meshes too."""
     if isinstance(leaf, jax.core.Tracer):
         return _never(leaf).astype(dtype)
     return jnp.zeros_like(leaf, dtype)
 
 
 def placed(array: jax.Array, like: jax.Array) -> jax.Array:
-    """The array with the sharding of another of its shape.
-
-    Args:
-      array: any array.
-      like: an array of the same shape; what is no JAX array says nothing.
-
-    Returns:
-      The same values, in the memory they are in; eagerly the very array where nothing
-      is to be moved.
-    """
-    if not isinstance(like, jax.Array):
+    """The array with the sharding of another of its shape, in the memory it is in."""
+    if not isinstance(like, jax.Array):  # NumPy's and stand-ins lie nowhere
         return array
     if not isinstance(array, jax.core.Tracer) and not isinstance(like, jax.core.Tracer):
         where, kind = like.sharding, array.sharding.memory_kind
@@ -120,16 +87,9 @@ def shards(mesh: Mesh | AbstractMesh, entry: Any) -> int:
 
 
 def automatic(function: Callable[..., T], *arguments: Any) -> T:
-    """Calls a function with arrays of Explicit meshes seen on Auto ones.
-
-    Args:
-      function: of arrays, or of pytrees of them.
-      *arguments: what it is called with.
-
-    Returns:
-      What it returns, on the Auto mesh; `jax.device_put` onto an Explicit sharding of
-      the same devices moves nothing either.
-    """
+    """Calls a function of pytrees with arrays of Explicit meshes seen on Auto ones."""
+    # The result is on the Auto mesh; `jax.device_put` onto an Explicit sharding of the
+    # same devices moves nothing either.
     meshes = [mesh for leaf in jax.tree.leaves(arguments) if (mesh := _mesh(leaf))]
     ambient = jax.sharding.get_abstract_mesh()
     if not meshes or not (ambient.explicit_axes or any(map(_explicit, meshes))):

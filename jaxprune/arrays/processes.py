@@ -2,7 +2,8 @@
 
 What depends on a folder (is it saved? which is the newest?) may look different to two
 processes that look at different moments. So one looks and sends its answer, or its
-error, to the others. With one process these are plain calls.
+error, to the others; both must be picklable. All processes call these functions
+together. With one process they are plain calls.
 """
 
 import pickle
@@ -17,48 +18,15 @@ T = TypeVar("T")
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes.
-
-    Returns:
-      True on process 0, and where there is only one.
-
-    Example:
-      >>> from jaxprune.arrays import processes
-      >>> processes.is_first()
-      True
-    """
+    """Whether this is the process that writes: number 0, or the only one."""
     return jax.process_index() == 0
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Calls a function on the first process; every process gets what came of it.
-
-    All processes call this together. The others wait until the first one is done.
-
-    Args:
-      function: takes nothing; what it returns or raises must be picklable.
-
-    Returns:
-      What the function returned on the first process.
-
-    Raises:
-      Exception: what the function raised there, on every process; a RuntimeError with
-        its words where it cannot be sent.
-
-    Example:
-      >>> from jaxprune.arrays import processes
-      >>> processes.on_first(lambda: 3)
-      3
-    """
+    """Calls a function on the first process; all wait and get what came of it."""
     if jax.process_count() == 1:
         return function()
-    value: Any = None
-    failure: Exception | None = None
-    if is_first():
-        try:
-            value = function()
-        except Exception as error:
-            failure = error
+    value, failure = _outcome(function) if is_first() else (None, None)
     value, reported = _broadcast((value, _sendable(failure)))
     if failure or reported:
         raise failure or reported
@@ -66,33 +34,10 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def together(function: Callable[[], T]) -> T:
-    """Calls a function on every process; when one fails, all do.
-
-    All processes call this together and leave it together.
-
-    Args:
-      function: takes nothing.
-
-    Returns:
-      What it returned on this process.
-
-    Raises:
-      Exception: what it raised on this process; a RuntimeError that names the process
-        where it failed on another one only.
-
-    Example:
-      >>> from jaxprune.arrays import processes
-      >>> processes.together(lambda: 3)
-      3
-    """
+    """Calls a function on every process, for its own result; if one fails, all do."""
     if jax.process_count() == 1:
         return function()
-    value: Any = None
-    failure: Exception | None = None
-    try:
-        value = function()
-    except Exception as error:
-        failure = error
+    value, failure = _outcome(function)
     failed = multihost_utils.process_allgather(np.array(failure is not None))
     if failure is not None:
         raise failure
@@ -102,7 +47,15 @@ def together(function: Callable[[], T]) -> T:
     return value
 
 
+def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
 def _sendable(error: Exception | None) -> Exception | None:
+    """The error, or its words where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

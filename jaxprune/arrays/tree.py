@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from optax import MaskedNode
 
 from jaxprune.arrays.low_bit import is_int8
+from jaxprune.arrays.messages import listed
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
       >>> jp.tree.named_leaves({"mlp": [1.0, 2.0]})
       {'mlp/0': 1.0, 'mlp/1': 2.0}
     """
-    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {name_of(path): leaf for path, leaf in pairs}
 
 
@@ -132,11 +133,7 @@ def excluding(*globs: str) -> "Excluding":
 
 @dataclasses.dataclass(frozen=True)
 class Excluding:
-    """The default rule less the leaves whose names match a glob.
-
-    Attributes:
-      globs: shell-style patterns on path names.
-    """
+    """The default rule less the leaves whose names match a glob, from `excluding`."""
 
     globs: tuple[str, ...]
 
@@ -223,28 +220,16 @@ def is_floating(leaf: Any) -> bool:
 
 
 def align(reference: Any, other: Any, what: str) -> list[Any]:
-    """The leaves of `other` in the order of `reference`, matched by name and shape.
-
-    Args:
-      reference: the parameters.
-      other: a tree of the same names, of whatever containers; leaves may be left out
-        (`optax.MaskedNode()`).
-      what: what `other` is, for the error ("masks").
-
-    Returns:
-      A list as long as `reference` has leaves; `optax.MaskedNode()` where left out.
-
-    Raises:
-      ValueError: names or shapes differ; the sentence names the leaves.
-    """
+    """The leaves of `other` in the order of `reference`, by name and shape."""
+    # Containers may differ, leaves may be left out; `what` names `other` in the error.
     wanted, given = named_leaves(reference), named_leaves(other)
     missing, foreign = wanted.keys() - given.keys(), given.keys() - wanted.keys()
     if missing or foreign:
         raise ValueError(
             f"{what} must have the leaves of the parameters, but"
-            + (f" lack {_listed(sorted(missing))}" if missing else "")
+            + (f" lack {listed(sorted(missing))}" if missing else "")
             + (" and" if missing and foreign else "")
-            + (f" have unknown {_listed(sorted(foreign))}" if foreign else "")
+            + (f" have unknown {listed(sorted(foreign))}" if foreign else "")
             + f"; make the {what} from these parameters"
         )
     wrong = [
@@ -277,25 +262,13 @@ def with_nodes(masks: Any, names: Container[str]) -> Any:
 def by_rule(
     rules: Mapping[str, T], leaf_names: Sequence[str], default: T, what: str
 ) -> list[T]:
-    """What the first matching glob of `rules` says of each leaf.
-
-    Args:
-      rules: shell-style pattern on path names to value; the first match counts.
-      leaf_names: the names that the rules are for.
-      default: the value of a leaf that no rule matches.
-      what: what the rules give, for the error ("sparsity").
-
-    Returns:
-      One value a name.
-
-    Raises:
-      ValueError: a rule matches no leaf at all.
-    """
+    """What the first matching glob says of each leaf, or the default."""
+    # A rule that matches no leaf at all is an error; `what` names the rules in it.
     unused = [g for g in rules if not fnmatch.filter(leaf_names, g)]
     if unused:
         raise ValueError(
             f"every {what} rule must match a leaf that may be pruned, but "
-            f"{_listed(unused)} match none of {_listed(list(leaf_names))}; "
+            f"{listed(unused)} match none of {listed(leaf_names)}; "
             "write globs on path names, as in {'*/mlp/*': ...}"
         )
 
@@ -313,8 +286,3 @@ def name_of(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(
         tuple(path[:-1] if wrapped else path), simple=True, separator="/"
     )
-
-
-def _listed(items: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(repr(item) for item in items[:most])
-    return shown + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -89,16 +89,17 @@ def prune_directory(
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> from safetensors.numpy import save_file
-      >>> from jaxprune import directory, streaming
+      >>> from jaxprune.formats import checkpoint_dir, prune_magnitude
       >>> folder = pathlib.Path(tempfile.mkdtemp())
       >>> (folder / "a").mkdir()
       >>> _ = (folder / "a" / "config.json").write_text("{}")
       >>> weights = {"up.weight": np.array([[3.0, -1.0], [2.0, 4.0]], "f4")}
       >>> save_file(weights, folder / "a" / "model.safetensors")
-      >>> model = directory.open_directory(folder / "a")
-      >>> streaming.prune_directory(model, folder / "b", sparsity=0.5).achieved
+      >>> model = checkpoint_dir.open_directory(folder / "a")
+      >>> done = prune_magnitude.prune_directory(model, folder / "b", sparsity=0.5)
+      >>> done.achieved
       0.5
-      >>> directory.open_directory(folder / "b").read("up.weight").tolist()
+      >>> checkpoint_dir.open_directory(folder / "b").read("up.weight").tolist()
       [[3.0, 0.0], [0.0, 4.0]]
     """
     if not isinstance(

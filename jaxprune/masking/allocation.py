@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.messages import chosen
 from jaxprune.masking.rules import ERK as ERK
 from jaxprune.masking.rules import OWL as OWL
 from jaxprune.masking.rules import Global as Global
@@ -57,43 +58,16 @@ def named(allocation: Rule | str) -> Rule:
       >>> jp.allocation.named("owl")
       OWL(spread=0.08, factor=5.0)
     """
-    if isinstance(allocation, str):
-        if allocation in RULES:
-            return RULES[allocation]
-    elif hasattr(allocation, "sparsities") and not isinstance(allocation, type):
-        return allocation
-    error = ValueError if isinstance(allocation, str) else TypeError
-    raise error(
-        f"allocation must be one of {', '.join(RULES)}, a value such as "
-        f"jp.allocation.ERK(), or {{glob: share}}, got {allocation!r}"
-    )
+    choices = "a value such as jp.allocation.ERK(), or {glob: share}"
+    return chosen("allocation", allocation, RULES, "sparsities", choices)
 
 
 def agreed(
     sparsity: Sparsity, pattern: Pattern, allocation: Allocation = "layer"
 ) -> tuple[float | Mapping[str, float], Rule]:
-    """The sparsity and the rule that a call means, where its arguments agree.
-
-    A pattern may fix the sparsity; then none needs to be given, and no rule may share
-    out another.
-
-    Args:
-      sparsity: what was asked for.
-      pattern: the pattern.
-      allocation: a rule, its name, or {glob: share} in the place of a sparsity.
-
-    Returns:
-      One share in [0, 1) or {glob: share}, and the rule.
-
-    Raises:
-      ValueError: the arguments disagree, or a share is out of range.
-      TypeError: a share is no number, or the allocation no rule.
-
-    Example:
-      >>> import jaxprune as jp
-      >>> jp.allocation.agreed(None, jp.patterns.NM(2, 4))
-      (0.5, Uniform())
-    """
+    """The share, or {glob: share}, and the rule that a call's arguments agree on."""
+    # A pattern may fix the sparsity; then none needs to be given, and no rule may share
+    # out another. ValueError if they disagree, TypeError for other kinds.
     if isinstance(allocation, Mapping):
         if sparsity is not None:
             raise ValueError(
@@ -148,25 +122,8 @@ def checked(sparsity: Any, where: str = "") -> float:
 def by_leaf(
     sparsity: float | Mapping[str, float], names: Sequence[str], sizes: Sequence[int]
 ) -> list[int]:
-    """How many of each leaf's units are pruned where no rule shares them out.
-
-    Args:
-      sparsity: one share for all leaves, or {glob on the path name: share}; the first
-        match counts and a leaf that no glob matches keeps all.
-      names: the leaves' path names.
-      sizes: the leaves' numbers of units.
-
-    Returns:
-      One count a leaf.
-
-    Raises:
-      ValueError: a share is out of range or a glob matches nothing.
-
-    Example:
-      >>> import jaxprune as jp
-      >>> jp.allocation.by_leaf({"mlp/*": 0.5}, ["mlp/up", "out"], [10, 10])
-      [5, 0]
-    """
+    """How many of each leaf's units are pruned by one share, or by {glob: share}."""
+    # The first match counts, and a leaf that no glob matches keeps all.
     if isinstance(sparsity, Mapping):
         rules = {g: checked(s, f" for {g!r}") for g, s in sparsity.items()}
         shares = tree.by_rule(rules, names, 0.0, "sparsity")

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.messages import listed
 from jaxprune.topk import thresholds
-from jaxprune.typing import Masks, Params, Scores
+from jaxprune.typing import Importance, Masks, Params, Scores
 
 
 def floating(scores: Scores) -> dict[str, jax.Array]:
     """The scores' leaves by name, floating and free of NaN, without excluded ones."""
+    refuse_other(scores)
     named = {
         k: v for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
     }
@@ -19,18 +21,29 @@ def floating(scores: Scores) -> dict[str, jax.Array]:
         raise ValueError("scores must have at least one leaf to prune, but have none")
     if wrong := [name for name, leaf in named.items() if not tree.is_floating(leaf)]:
         raise TypeError(
-            f"scores must be floating arrays, but {wrong[:6]} are not; cast them with "
-            "astype(jnp.float32)"
+            f"scores must be floating arrays, but {listed(wrong)} are not; cast them "
+            "with astype(jnp.float32)"
         )
     concrete = {k: v for k, v in named.items() if not isinstance(v, jax.core.Tracer)}
     with thresholds.at_once(list(concrete.values())):
         nan = jax.device_get({name: _has_nan(leaf) for name, leaf in concrete.items()})
     if wrong := [name for name, found in nan.items() if found]:
         raise ValueError(
-            f"scores must not be NaN, but {wrong[:6]} hold some; look for the step at "
-            "which training diverged, or replace them with jnp.nan_to_num"
+            f"scores must not be NaN, but {listed(wrong)} hold some; look for the step "
+            "at which training diverged, or replace them with jnp.nan_to_num"
         )
     return named
+
+
+def refuse_other(scores: Any) -> None:
+    """Refuses a sparsity or an importance where scores belong."""
+    if isinstance(scores, Importance | int | float):
+        what = "an Importance" if isinstance(scores, Importance) else scores
+        raise TypeError(
+            f"scores must be a tree that a criterion made, got {what}; call "
+            "jp.masks.make(scores, sparsity) or jp.prune(params, scores, sparsity), "
+            "with scores = jp.scores.trajectory(params, importance)"
+        )
 
 
 def checked(params: Params, masks: Masks) -> list[Any]:
@@ -44,8 +57,8 @@ def checked(params: Params, masks: Masks) -> list[Any]:
     ]
     if wrong:
         raise TypeError(
-            f"masks must be boolean arrays, True for kept, but {wrong[:6]} are not; "
-            "make them with jp.masks.make(scores, sparsity), or unpack packed ones"
+            f"masks must be boolean arrays, True for kept, but {listed(wrong)} are not"
+            "; make them with jp.masks.make(scores, sparsity), or unpack packed ones"
         )
     return aligned
 

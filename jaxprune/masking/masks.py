@@ -19,7 +19,7 @@ from jaxprune.masking.checks import checked, floating
 from jaxprune.masking.packing import PackedMask as PackedMask
 from jaxprune.masking.packing import pack as pack
 from jaxprune.masking.packing import unpack as unpack
-from jaxprune.masking.selection import Selection, select
+from jaxprune.masking.selection import select
 from jaxprune.topk import thresholds
 from jaxprune.typing import Masks, Params, Pattern, Scores
 
@@ -40,11 +40,8 @@ def make(
       sparsity: the share to remove, in [0, 1), or {glob on the path name: share}, of
         which the first match counts (unmatched leaves keep all). None where the pattern
         fixes it. Static under `jit`.
-      allocation: how it is shared out: "layer" removes the share from each leaf,
-        "global" ranks all leaves together, "erk", or a value of `jp.allocation`; also
-        {glob: share} in the place of a sparsity.
-      pattern: which weights are pruned together: a value of `jp.patterns`, or its name
-        such as "2:4".
+      allocation: how it is shared out between leaves, as for `jp.prune`.
+      pattern: which weights are pruned together, as for `jp.prune`.
       axes: which axes are input and output, for patterns that care; one for all leaves
         or {glob: Axes}; Flax's [..., in, out] by default.
 
@@ -67,8 +64,10 @@ def make(
     pattern = patterns.named(pattern)
     found = select(scores, sparsity, rule=allocation, pattern=pattern, axes=axes)
     bits = [
-        placement.placed(_mask(selection, pattern, leaf.shape), leaf)
-        for selection, leaf in zip(found, jax.tree.leaves(scores), strict=True)
+        placement.placed(
+            pattern.expand(_of_units(own.units, own.cut), leaf.shape, own.axes), leaf
+        )
+        for own, leaf in zip(found, jax.tree.leaves(scores), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(scores), bits)
 
@@ -163,12 +162,6 @@ def combine(first: Masks, second: Masks) -> Masks:
     return jax.tree.unflatten(
         jax.tree.structure(first, is_leaf=tree.is_excluded), leaves
     )
-
-
-def _mask(selection: Selection, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:
-    """The mask of one leaf of this shape."""
-    kept = _of_units(selection.units, selection.cut)
-    return pattern.expand(kept, shape, selection.axes)
 
 
 _of_units = jax.jit(thresholds.mask)

@@ -32,8 +32,8 @@ class PackedMask:
 def pack(masks: Masks) -> Any:
     """The masks at one bit a weight.
 
-    Rows along the last axis are filled up to whole bytes, so that a sharding survives;
-    a last axis of 1 therefore costs a byte a weight.
+    Rows along the last axis are filled up to whole bytes, so a last axis of 1 costs a
+    byte a weight.
 
     Args:
       masks: boolean masks.

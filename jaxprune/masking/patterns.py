@@ -10,9 +10,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from jaxprune.arrays import exact_sum
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import chosen
 from jaxprune.arrays.placement import divisible
 from jaxprune.topk import float_order
 from jaxprune.topk.float_order import Line
@@ -68,7 +70,7 @@ class PerOutput(_Free):
       2024, arXiv 2306.11695, section 3.
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(self, scores: jax.Array, axes: Axes) -> Float32[Array, "batch out in"]:
         """Minus the rank inside the output as a share of the inputs, (batch, out, in).
 
         One cut serves all outputs. They stand last first: ties, which are weights of
@@ -183,9 +185,11 @@ class Block(_Free):
         if min(self.rows, self.columns) < 1:
             raise ValueError(f"Block needs sides of at least 1, got {self}")
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(
+        self, scores: jax.Array, axes: Axes
+    ) -> Float[Array, "batch rows columns"]:
         """The mean score of each tile, (batch, in tiles, out tiles)."""
-        matrix = axes.matrix(scores)
+        matrix = axes.matrix(scores)  # (batch, in, out)
         return self._tiled(matrix) / self._tiled(jnp.ones_like(matrix))
 
     def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
@@ -196,7 +200,7 @@ class Block(_Free):
         mask = jnp.repeat(jnp.repeat(kept, self.rows, 1), self.columns, 2)
         return axes.restore(mask[:, :inputs, :outputs], shape)
 
-    def _tiled(self, matrix: jax.Array) -> jax.Array:
+    def _tiled(self, matrix: Float[Array, "batch in out"]) -> Float[Array, "batch _ _"]:
         """Sums over tiles, one axis after the other: shardings survive that."""
         batch, inputs, outputs = matrix.shape
         rows, columns = -inputs % self.rows, -outputs % self.columns
@@ -224,9 +228,9 @@ class Channel(_Free):
       Channel()
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(self, scores: jax.Array, axes: Axes) -> Float[Array, "batch 1 out"]:
         """The mean score of each output channel, (batch, 1, out)."""
-        matrix = axes.matrix(scores)
+        matrix = axes.matrix(scores)  # (batch, in, out)
         return exact_sum.total(matrix, 1) / matrix.shape[1]
 
     def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
@@ -254,19 +258,15 @@ def named(pattern: Pattern | str) -> Pattern:
       >>> jp.patterns.named("2:4"), jp.patterns.named("16x16")
       (NM(n=2, m=4), Block(rows=16, columns=16))
     """
-    if isinstance(pattern, str):
-        if (plain := _NAMED.get(pattern)) is not None:
-            return plain
-        if found := re.fullmatch(r"(\d+)([:x])(\d+)", pattern):
-            kind = NM if found[2] == ":" else Block
-            return kind(int(found[1]), int(found[3]))
-    elif hasattr(pattern, "units") and not isinstance(pattern, type):
-        return pattern
-    error = ValueError if isinstance(pattern, str) else TypeError
-    raise error(
-        f"pattern must be one of {', '.join(_NAMED)}, n:m as in '2:4', a block as in "
-        f"'16x16', or a value such as jp.patterns.NM(2, 4), got {pattern!r}"
+    sizes = re.compile(r"(\d+)([:x])(\d+)")
+    if isinstance(pattern, str) and (found := sizes.fullmatch(pattern)):
+        kind = NM if found[2] == ":" else Block
+        return kind(int(found[1]), int(found[3]))
+    choices = (
+        "n:m as in '2:4', a block as in '16x16', or a value such as "
+        "jp.patterns.NM(2, 4)"
     )
+    return chosen("pattern", pattern, _NAMED, "units", choices)
 
 
 _NAMED: dict[str, Pattern] = {

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import listed
 from jaxprune.masking import patterns
 from jaxprune.masking.allocation import Allocation
+from jaxprune.masking.checks import refuse_other
 from jaxprune.masking.selection import Selection, select
 from jaxprune.topk import thresholds
 from jaxprune.typing import Params, Pattern, Scores
@@ -68,11 +70,17 @@ def prune(
       >>> jp.prune(params, jp.scores.magnitude(params), 0.5)["w"].tolist()
       [[4.0, 0.0], [0.0, -3.0]]
     """
+    refuse_other(scores)
     tree.align(params, scores, "scores")
     named = tree.named_leaves(params)
     ranked = [
         k for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
     ]
+    if absent := [name for name in ranked if tree.is_excluded(named[name])]:
+        raise ValueError(
+            "scores must be of leaves that the parameters have, but the parameters "
+            f"leave out {listed(absent)}; call jp.prune(params, scores, sparsity)"
+        )
     if donate:
         _check_owned(named, ranked, jax.tree.leaves(scores))
     pattern = patterns.named(pattern)
@@ -90,15 +98,15 @@ def _check_owned(
     arrays = {name: named[name] for name in ranked if _is_concrete(named[name])}
     if gone := [name for name, leaf in arrays.items() if leaf.is_deleted()]:
         raise ValueError(
-            f"donate=True needs parameters that are there, but {gone[:6]} are deleted; "
-            "use what the call that donated them returned"
+            f"donate=True needs parameters that are there, but {listed(gone)} are "
+            "deleted; use what the call that donated them returned"
         )
     uses = collections.Counter(map(_buffer, [*named.values(), *scores]))
     if shared := [k for k, v in arrays.items() if v.size and uses[_buffer(v)] > 1]:
         raise ValueError(
-            f"donate=True needs arrays that nothing else uses, but {shared[:6]} are "
-            "other leaves or scores as well; copy those with jnp.copy, or leave donate "
-            "out"
+            f"donate=True needs arrays that nothing else uses, but {listed(shared)} "
+            "are other leaves or scores as well; copy those with jnp.copy, or leave "
+            "donate out"
         )
 
 

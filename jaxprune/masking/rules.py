@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arrays.messages import listed
 from jaxprune.masking.checks import floating
 from jaxprune.scores import from_activations
 from jaxprune.topk import thresholds
@@ -51,11 +52,7 @@ class Weight:
 
 
 class Rule(Protocol):
-    """How a sparsity is shared out.
-
-    Attributes:
-      needs_inputs: whether it reads the mean squares of the dense model's inputs.
-    """
+    """How a sparsity is shared out."""
 
     @property
     def needs_inputs(self) -> bool:
@@ -178,7 +175,7 @@ class Ranked:
         if missing := sorted({weight.leaf for weight in weights} - named.keys()):
             raise ValueError(
                 "allocation.Ranked needs scores of every weight to prune, but has none "
-                f"of {missing[:6]}; make them from these parameters, with the same "
+                f"of {listed(missing)}; make them from these parameters, with the same "
                 "prunable rule"
             )
         leaves = [named[weight.leaf] for weight in weights]

@@ -13,6 +13,7 @@ import jax
 
 from jaxprune.arrays import axes as axes_
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import listed
 from jaxprune.masking import allocation, patterns
 from jaxprune.masking.checks import floating
 from jaxprune.topk import thresholds
@@ -78,8 +79,8 @@ def _weights(
     ]:
         raise ValueError(
             f"allocation={type(rule).__name__} needs leaves with an input and an "
-            f"output axis, but {flat[:6]} have none; leave them out of the scores with "
-            "prunable=jp.tree.excluding('...')"
+            f"output axis, but {listed(flat)} have none; leave them out of the scores "
+            "with prunable=jp.tree.excluding('...')"
         )
     return [
         allocation.Weight(

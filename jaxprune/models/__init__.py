@@ -1,3 +1,3 @@
 """Reference models in Flax NNX; nothing of the pruning code needs them."""
 
-__all__ = ["decoder", "generate", "gpt", "hf", "phi3_vision", "placement"]
+__all__ = ["decoder", "generate", "hf", "phi3_vision", "placement"]

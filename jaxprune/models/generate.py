@@ -10,7 +10,7 @@ text becomes long, since every key in it changes.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,46 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxprune.models.decoder.model import Decoder
-from jaxprune.models.gpt.model import GPT
-from jaxprune.models.phi3_vision.model import Phi3Vision
-
 Pictures: TypeAlias = tuple[
     Float[Array, "crops height width 3"], Int[Array, "batch time"]
 ]
 """Pixels and sources of a prompt, as `Phi3Vision.embed` takes them."""
 
 
+class LanguageModel(Protocol):
+    """What `generate` calls of a model: `Decoder` has it, and so may another.
+
+    Attributes:
+      config: says `vocab_size`, `context`, and `switches`: the lengths past which other
+        positions hold, for which the cache is made anew; () for none.
+    """
+
+    config: Any
+
+    def init_cache(self, batch: int, size: int | None = None) -> Any:
+        """An empty cache for `size` tokens."""
+
+    def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time w"]:
+        """What the layers get for these tokens."""
+
+    def next_logits(
+        self, x: Float[Array, "batch time w"], cache: Any = None
+    ) -> tuple[Float[Array, "batch vocab"], Any]:
+        """Logits after the last of embedded tokens, and the longer cache."""
+
+
+class PictureModel(Protocol):
+    """A model that sees pictures, as `Phi3Vision`; its `decoder` continues the text."""
+
+    config: Any  # says `side`, how many tokens a view has along each side
+    decoder: Any  # a `LanguageModel`
+
+    def embed(self, tokens: Array, pixels: Array, sources: Array) -> Array:
+        """What the decoder's layers get for the prompt, pictures included."""
+
+
 def generate(
-    model: GPT | Decoder | Phi3Vision,
+    model: LanguageModel | PictureModel,
     prompt: Int[Array, "batch time"],
     *,
     steps: int,
@@ -46,7 +74,7 @@ def generate(
     `steps` and `top_k`; another temperature or other parameters reuse it.
 
     Args:
-      model: a `GPT` (called without dropout), a `Decoder` or a `Phi3Vision`.
+      model: a `Decoder`, a `Phi3Vision`, or another `LanguageModel`.
       prompt: integers (batch, time) in [0, vocab_size), at least one a row; below 0
         where a picture is.
       steps: number of tokens to draw, 0 or more.
@@ -73,13 +101,15 @@ def generate(
         than the prompt, or with `sliding`.
 
     Example:
-      >>> from jaxprune.models.gpt import GPT, preset
-      >>> model = GPT(preset("cpu", vocab_size=65, layers=1), rngs=nnx.Rngs(0))
+      >>> from jaxprune.models.decoder.model import Decoder, DecoderConfig
+      >>> config = DecoderConfig(vocab_size=65, context=32, layers=1, width=16, heads=4,
+      ...                        kv_heads=2, head_dim=8, mlp_width=32)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
       >>> prompt = jnp.zeros((2, 3), jnp.int32)
       >>> generate(model, prompt, steps=5, key=jax.random.key(0)).shape
       (2, 8)
     """
-    config = model.config.decoder if isinstance(model, Phi3Vision) else model.config
+    config = getattr(model, "decoder", model).config  # of the part that writes
     _check_pictures(model, prompt, pictures, sliding)
     _check_prompt(prompt, config.vocab_size, pictures)
     _check_options(steps, temperature, top_k, config.vocab_size)
@@ -94,7 +124,6 @@ def generate(
         return prompt
     window = prompt[:, -context:]
     cached = min(steps, context - window.shape[1] + 1)
-    switches = getattr(config, "switches", ())  # a GPT has none
     graphdef, params = nnx.split(model, nnx.Param)
     drawn = _draw(
         graphdef,
@@ -103,7 +132,7 @@ def generate(
         key,
         jnp.float32(temperature),
         pictures,
-        plan=(_stretches(window.shape[1], cached, switches), steps - cached),
+        plan=(_stretches(window.shape[1], cached, config.switches), steps - cached),
         top_k=1 if temperature == 0 else top_k,
     )
     return jnp.concatenate([prompt, drawn], axis=1)
@@ -119,7 +148,7 @@ def _stretches(time: int, steps: int, switches: Sequence[int]) -> tuple[int, ...
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan", "top_k"))
 def _draw(
-    graphdef: nnx.GraphDef[GPT | Decoder | Phi3Vision],
+    graphdef: nnx.GraphDef[Any],
     params: nnx.State,
     window: Int[Array, "batch time"],
     key: PRNGKeyArray,
@@ -130,21 +159,22 @@ def _draw(
     top_k: int | None,
 ) -> Int[Array, "batch steps"]:
     """Draws plan[0] tokens with a cache for each, then plan[1] each from a window."""
-    model, seen = nnx.merge(graphdef, params), None
-    if isinstance(model, Phi3Vision):
-        seen = None if pictures is None else model.embed(window, *pictures)
-        model = model.decoder
+    whole = nnx.merge(graphdef, params)
+    model: LanguageModel = getattr(whole, "decoder", whole)
+    # (batch, time, width), and longer with each stretch
+    x = model.embed(window) if pictures is None else whole.embed(window, *pictures)
     draw = functools.partial(_sample, temperature=temperature, top_k=top_k)
     stretches, slides = plan
     keys = jax.random.split(key, sum(stretches) + slides)  # one a token
     time, done = window.shape[1], 0
     for steps in stretches:
-        drawn = _extend(model, window, keys[done : done + steps], draw, seen)
+        drawn = _extend(model, x, keys[done : done + steps], draw)
         window = jnp.concatenate([window, drawn], axis=1)
+        x = jnp.concatenate([x, model.embed(drawn)], axis=1)
         done += steps
 
     def slide(window: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-        token = draw(_last(model, window, None)[0], key)
+        token = draw(model.next_logits(model.embed(window))[0], key)
         return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
 
     drawn = window[:, time:]  # (batch, sum(stretches))
@@ -156,52 +186,28 @@ def _draw(
 
 
 def _extend(
-    model: GPT | Decoder,
-    window: Int[Array, "batch time"],
+    model: LanguageModel,
+    x: Float[Array, "batch time width"],
     keys: PRNGKeyArray,
     draw: Callable[[Array, PRNGKeyArray], Array],
-    seen: Float[Array, "batch prompt width"] | None,
 ) -> Int[Array, "batch steps"]:
-    """Draws a token for each key, with one cache.
-
-    `seen` is what the decoder gets for the first words, where pictures are among them.
-    """
+    """Draws a token for each key behind the embedded text, with one cache."""
 
     def step(
         carry: tuple[Any, Array], key: PRNGKeyArray
     ) -> tuple[tuple[Any, Array], Array]:
         cache, token = carry
-        logits, cache = _last(model, token[:, None], cache)
+        logits, cache = model.next_logits(model.embed(token[:, None]), cache)
         token = draw(logits, key)
         return (cache, token), token
 
-    batch, time = window.shape
+    batch, time, _ = x.shape
     # The last token drawn is never looked at, so the cache need not hold it.
     empty = model.init_cache(batch, time + keys.shape[0] - 1)
-    logits, cache = _last(model, window, empty, seen)
+    logits, cache = model.next_logits(x, empty)
     first = draw(logits, keys[0])  # (batch,)
     _, rest = jax.lax.scan(step, (cache, first), keys[1:])  # (steps - 1, batch)
     return jnp.concatenate([first[None], rest]).T
-
-
-def _last(
-    model: GPT | Decoder,
-    tokens: Int[Array, "batch time"],
-    cache: Any,
-    seen: Float[Array, "batch prompt width"] | None = None,
-) -> tuple[Float[Array, "batch vocab"], Any]:
-    """The logits after the last token, alone where the vocabulary may be large."""
-    if isinstance(model, Decoder):
-        parts = [] if seen is None else [seen]
-        done = 0 if seen is None else seen.shape[1]
-        if done < tokens.shape[1]:
-            parts.append(model.embed(tokens[:, done:]))
-        x, cache = model.states(jnp.concatenate(parts, axis=1), cache=cache)
-        return model.logits(x[:, -1]), cache
-    if cache is None:
-        return model(tokens)[:, -1], None
-    logits, cache = model(tokens, cache=cache)
-    return logits[:, -1], cache
 
 
 def _sample(
@@ -225,7 +231,7 @@ def _check_pictures(
 ) -> None:
     if pictures is None:
         return
-    if not isinstance(model, Phi3Vision) or sliding:
+    if not hasattr(model, "decoder") or sliding:
         raise ValueError(
             "generate takes pictures for a Phi3Vision and without sliding, got "
             f"{type(model).__name__} and sliding={sliding}; leave them out"

@@ -12,15 +12,7 @@ from jaxtyping import Array, Float, Int
 
 
 def rows_of(x: Array, rows: int) -> jax.P | None:
-    """How the first axes of an array are split, and one more axis that is whole.
-
-    Args:
-      x: any array.
-      rows: how many of its axes count.
-
-    Returns:
-      A partition of rows + 1 axes, or None.
-    """
+    """How the first `rows` axes are split, and one more that is whole; or None."""
     where = jax.typeof(x).sharding
     return jax.P(*where.spec[:rows], None) if where.mesh.explicit_axes else None
 

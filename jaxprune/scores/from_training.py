@@ -16,15 +16,13 @@ import jax.numpy as jnp
 from optax import MaskedNode
 
 from jaxprune.arrays import exact_sum, low_bit, placement, tree
+from jaxprune.arrays.messages import listed
 from jaxprune.scores.importance import refuse_swapped, tracked
 from jaxprune.typing import Params, Prunable, Scores
 
 
 def magnitude(
-    params: Params,
-    importance: Any = None,
-    *,
-    prunable: Prunable = tree.prunable,
+    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
 ) -> Scores:
     """The size of the final weight: |w|.
 
@@ -50,10 +48,7 @@ def magnitude(
 
 
 def averaged_weight(
-    params: Params,
-    importance: Any = None,
-    *,
-    prunable: Prunable = tree.prunable,
+    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
 ) -> Scores:
     """The paper's criterion: the size of the weight's average over training, |A|.
 
@@ -86,10 +81,7 @@ def averaged_weight(
 
 
 def averaged_magnitude(
-    params: Params,
-    importance: Any = None,
-    *,
-    prunable: Prunable = tree.prunable,
+    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
 ) -> Scores:
     """The average of the weight's size over training, E|w|.
 
@@ -117,10 +109,7 @@ def averaged_magnitude(
 
 
 def obd(
-    params: Params,
-    importance: Any = None,
-    *,
-    prunable: Prunable = tree.prunable,
+    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
 ) -> Scores:
     """Optimal brain damage with the empirical Fisher as diagonal: w^2 E[g^2].
 
@@ -195,10 +184,7 @@ def trajectory(
 
 
 def taylor(
-    params: Params,
-    importance: Any = None,
-    *,
-    prunable: Prunable = tree.prunable,
+    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
 ) -> Scores:
     """The first-order change of the loss, averaged over training: E|w g|.
 
@@ -315,7 +301,7 @@ def _score(
     chosen = [not tree.is_excluded(x) and prunable(n, x) for n, x in named.items()]
     if not any(chosen):
         raise ValueError(
-            f"some leaf must be prunable, but none of {list(named)[:6]} is; give "
+            f"some leaf must be prunable, but none of {listed(named)} is; give "
             "prunable=lambda name, leaf: ... that is True for the leaves to prune"
         )
     unseen = [
@@ -325,8 +311,8 @@ def _score(
     ]
     if unseen:
         raise ValueError(
-            f"every prunable leaf must have been tracked, but {unseen[:6]} were not; "
-            "track them or leave them out with prunable=jp.tree.excluding(...)"
+            f"every prunable leaf must have been tracked, but {listed(unseen)} were "
+            "not; track them or leave them out with prunable=jp.tree.excluding(...)"
         )
     compiled = _compiled(formula)
     leaves = [

@@ -93,16 +93,12 @@ def tracked(importance: Any, field: str, params: Params) -> list[Any]:
 
 def refuse_swapped(params: Params) -> None:
     """Refuses an importance, or an optimizer's state, where parameters belong."""
-    if isinstance(params, Importance) or _found(params, _held):
+    if (own := isinstance(params, Importance)) or _found(params, _held):
+        what = "an Importance" if own else "an optimizer's state"
         raise TypeError(
             "a criterion takes the parameters first and the importance second, but got "
-            f"{_kind(params)} as the parameters; call criterion(params, importance)"
+            f"{what} as the parameters; call criterion(params, importance)"
         )
-
-
-def _kind(params: Params) -> str:
-    own = isinstance(params, Importance)
-    return "an Importance" if own else "an optimizer's state"
 
 
 def _held(node: Any) -> dict[str, str] | None:

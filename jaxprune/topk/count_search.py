@@ -24,22 +24,14 @@ _PASSES_AT_ONCE = 3
 
 
 class Count(NamedTuple):
-    """A 64-bit count in two uint32 halves; x64 need not be enabled.
+    """A 64-bit count in its upper and lower half; x64 need not be enabled."""
 
-    Attributes:
-      high: the upper half.
-      low: the lower half.
-    """
-
-    high: UInt32[Array, "..."]
-    low: UInt32[Array, "..."]
+    high: UInt32[Any, "..."]  # of JAX or NumPy
+    low: UInt32[Any, "..."]
 
     @classmethod
     def of(cls, counts: "Sequence[int] | Integer[Array, ' rows'] | Count") -> "Count":
-        """Python integers, or an integer array that may be traced, as counts (rows,).
-
-        Below zero an array counts as zero.
-        """
+        """Integers as counts (rows,); in an array, all below zero counts as zero."""
         if isinstance(counts, Count):
             return counts
         if isinstance(counts, jax.Array):
@@ -47,9 +39,10 @@ class Count(NamedTuple):
             wide = counts.dtype.itemsize == 8
             high = counts >> 32 if wide else jnp.zeros_like(counts)
             return cls(high.astype(np.uint32), counts.astype(np.uint32))
+        # NumPy's, because under `jit` an array of JAX's would be traced.
         return cls(
-            jnp.array([count >> 32 for count in counts], np.uint32),
-            jnp.array([count & 0xFFFFFFFF for count in counts], np.uint32),
+            np.array([count >> 32 for count in counts], np.uint32),
+            np.array([count & 0xFFFFFFFF for count in counts], np.uint32),
         )
 
     def minus(self, other: "Count") -> "Count":
@@ -81,33 +74,22 @@ class Count(NamedTuple):
 class Order(NamedTuple):
     """How to count what lies at or above positions of an order.
 
-    Attributes:
-      counts: candidates (rows, `CANDIDATES`), ascending, and which rows still need a
-        count (rows,), to the rows' counts: parts of uint32 (rows, `CANDIDATES`).
-      joint: whether the rows are ranked together, a bool scalar.
-      smooth: the widest bracket in which counts are taken to fall about evenly, a
-        scalar of the positions' dtype.
+    `counts` takes candidates (rows, `CANDIDATES`), ascending, and which rows still need
+    a count (rows,), to the rows' counts: parts of uint32 (rows, `CANDIDATES`).
     """
 
     counts: Callable[[jax.Array, jax.Array], Sequence[jax.Array]]
-    joint: Any
-    smooth: Any
+    joint: Any  # whether the rows are ranked together, a bool scalar
+    smooth: Any  # the widest bracket in which counts are taken to fall about evenly
 
 
 class Bracket(NamedTuple):
-    """What is known of where each row's answer lies.
+    """What is known of where each row's answer lies."""
 
-    Attributes:
-      low: the highest position known to count enough.
-      high: the highest position not known to count too few.
-      at: the row's own count at `low`.
-      above: the row's own count at `high` + 1.
-    """
-
-    low: UInt[Array, " rows"]
-    high: UInt[Array, " rows"]
-    at: UInt32[Array, " rows"]
-    above: UInt32[Array, " rows"]
+    low: UInt[Array, " rows"]  # the highest position known to count enough
+    high: UInt[Array, " rows"]  # the highest position not known to count too few
+    at: UInt32[Array, " rows"]  # the row's own count at `low`
+    above: UInt32[Array, " rows"]  # the row's own count at `high` + 1
 
 
 class _State(NamedTuple):
@@ -132,8 +114,7 @@ def search(
       order: counts at or above positions.
       target: what is enough, (rows,); equal for all rows where they are joint.
       bracket: what is known.
-      guess: two positions between which the answers probably are, 0 where nothing is
-        known; it can only change the number of passes.
+      guess: between which positions the answers probably lie, 0 where nothing is known.
       traced: whether this is part of a larger program. If not, every count may be a
         program of its own; the host waits once in a few passes.
 
@@ -204,10 +185,7 @@ def _narrowed(
     joint: Any,
     smooth: Any,
 ) -> _State:
-    """The state after a pass.
-
-    The next candidates are part of it: computed here once, not by each leaf's count.
-    """
+    """The state after a pass; next candidates are made here, once for all leaves."""
     bracket, counted = state.bracket, jnp.concatenate(counts)  # (rows, candidates)
     goal = Count(target.high[:, None], target.low[:, None])
     enough = totals(counted, joint).at_least(goal)  # (rows, candidates)
@@ -285,10 +263,8 @@ def _between(
     counts: UInt32[Array, "rows candidates"],
     enough: Bool[Array, "rows candidates"],
 ) -> Bracket:
-    """The bracket between two neighbouring candidates, or between one and an end.
-
-    Counts fall as candidates rise, so minima and maxima pick the neighbours.
-    """
+    """The bracket between two neighbouring candidates, or between one and an end."""
+    # Counts fall as candidates rise, so minima and maxima pick the neighbours.
     low, high = bracket.low[:, None], bracket.high[:, None]
     at, above = bracket.at[:, None], bracket.above[:, None]
     below = candidates - candidates.dtype.type(1)

@@ -18,18 +18,12 @@ class Line(NamedTuple):
     """The ranks of the floats of one width as positions 0, 1, 2, ...
 
     All scores, NaN too, lie at 0 or above, none at `top`.
-
-    Attributes:
-      signed: the dtype of ranks.
-      unsigned: the dtype of positions.
-      top: the position over infinity.
-      octave: how many floats there are between two powers of two.
     """
 
-    signed: np.dtype
-    unsigned: np.dtype
-    top: int
-    octave: int
+    signed: np.dtype  # of ranks
+    unsigned: np.dtype  # of positions
+    top: int  # the position over infinity
+    octave: int  # how many floats there are between two powers of two
 
     @classmethod
     def of(cls, dtype: Any) -> "Line":
@@ -58,15 +52,7 @@ class Line(NamedTuple):
 
 
 def of(scores: Float[Array, "..."], signed: Any) -> Int[Array, "..."]:
-    """The ranks of scores.
-
-    Args:
-      scores: floats.
-      signed: the integers to rank them by; scores of another width are widened first.
-
-    Returns:
-      Integers of the scores' shape.
-    """
+    """The ranks of scores as such integers; narrower scores are widened first."""
     info = np.iinfo(signed)
     if scores.dtype.itemsize * 8 != info.bits:
         scores = scores.astype("bfloat16" if info.bits == 16 else f"float{info.bits}")
@@ -80,17 +66,10 @@ def of(scores: Float[Array, "..."], signed: Any) -> Int[Array, "..."]:
 def number(
     flags: Sequence[Bool[Array, "..."]], axes: Sequence[int]
 ) -> Sequence[UInt32[Array, "..."]]:
-    """How many are True, in one read of what the flags come from.
+    """How many are True over the axes, in one read of what the flags come from.
 
     One reduction of several operands: XLA fuses it with what makes the flags, where on
     a CPU it writes them out before a reduction of one.
-
-    Args:
-      flags: several arrays of one shape.
-      axes: the axes to count over.
-
-    Returns:
-      Counts for each array, uint32.
     """
     zeros = (np.uint32(0),) * len(flags)
     ones = tuple(flag.astype(np.uint32) for flag in flags)

@@ -27,17 +27,9 @@ _SAMPLE_MOST = 1 << 21
 def guess(
     scores: Sequence[Float[Array, "..."]], kept: Count, line: Line, *, joint: bool
 ) -> UInt[Array, "2 rows"] | None:
-    """Positions between which a sample sees the thresholds.
+    """Positions between which a sample sees the thresholds; one threshold if `joint`.
 
-    Args:
-      scores: the leaves.
-      kept: how many are kept, (1,) if `joint`, else (leaves,).
-      line: the positions.
-      joint: whether all leaves are ranked together.
-
-    Returns:
-      Rows are leaves, or one if `joint`. None where rankings are short, and on several
-      devices: there slices would travel.
+    None where rankings are short, and on several devices: there slices would travel.
     """
     sizes = np.array([leaf.size for leaf in scores])
     mesh = [jax.typeof(leaf).sharding.mesh for leaf in scores]
@@ -45,14 +37,12 @@ def guess(
     length = sizes.sum() if joint else sizes.sum() // len(sizes)
     if spread or length < _SAMPLE_FROM:
         return None
-    most = int(length) // _STRIDE
-    strides = [max(size // most, 1) | 1 for size in sizes.tolist()]
     if joint:
         strides = [max(_STRIDE, int(length) // _SAMPLE_MOST | 1)] * len(scores)
-    rows = [
-        _sampled(leaf, stride, line=line)
-        for leaf, stride in zip(scores, strides, strict=True)
-    ]  # (sampled,) each
+    else:
+        most = int(length) // _STRIDE
+        strides = [max(size // most, 1) | 1 for size in sizes.tolist()]
+    rows = list(map(functools.partial(_sampled, line=line), scores, strides))
     total = np.array([sizes.sum()] if joint else sizes, np.float32)
     return _between_samples(rows, kept, total, line=line, joint=joint)
 
@@ -80,13 +70,9 @@ def _between_samples(
     if joint:
         sample = jnp.concatenate(rows)[None]  # (1, sampled)
     else:  # short rows are filled with what ranks lowest, as NaN does
-        lowest = np.iinfo(line.signed).min
-        pads = [(0, max(sizes) - n) for n in sizes]
-        padded = [
-            jnp.pad(row, pad, constant_values=lowest)
-            for row, pad in zip(rows, pads, strict=True)
-        ]
-        sample = jnp.stack(padded)  # (rows, sampled)
+        lowest, pads = np.iinfo(line.signed).min, [(0, max(sizes) - n) for n in sizes]
+        pad = functools.partial(jnp.pad, constant_values=lowest)
+        sample = jnp.stack(list(map(pad, rows, pads)))  # (rows, sampled)
     have = np.array([sum(sizes)] if joint else sizes, np.uint32)
 
     def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:

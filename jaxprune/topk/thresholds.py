@@ -30,16 +30,10 @@ from jaxprune.topk.float_order import Line
 
 
 class Cut(NamedTuple):
-    """Where a leaf is cut: kept is what ranks above the threshold, or early ties.
+    """Where a leaf is cut: kept is what ranks above the threshold, or early ties."""
 
-    Attributes:
-      threshold: the rank of the lowest score that is kept, as wide as the floats of the
-        ranking.
-      bound: the flat index under which this leaf's ties are kept.
-    """
-
-    threshold: Int[Array, "*rows"]
-    bound: UInt32[Array, "*rows"]
+    threshold: Int[Array, "*rows"]  # the rank of the lowest score that is kept
+    bound: UInt32[Array, "*rows"]  # the flat index under which ties are kept
 
 
 def cut_together(
@@ -72,9 +66,7 @@ def cut_together(
         kept = Count.of(kept.reshape(1))
     elif not isinstance(kept, Count):
         kept = Count.of([_checked(kept, size)])
-    target = kept.clipped(Count.of([size]))
-    cut = _cut(list(scores), target, joint=True)
-    return _by_leaf(cut, len(scores))
+    return _by_leaf(_cut(scores, kept, joint=True), len(scores))
 
 
 def cut_each(
@@ -112,7 +104,6 @@ def cut_each(
         own = [i for i, leaf in enumerate(scores) if leaf.dtype == dtype]
         leaves = [scores[i] for i in own]
         target = jax.tree.map(lambda half, own=own: half[np.array(own)], number)
-        target = target.clipped(Count.of([leaf.size for leaf in leaves]))
         found = _by_leaf(_cut(leaves, target, joint=False), len(leaves))
         cuts.update(zip(own, found, strict=True))
     return [cuts[i] for i in range(len(scores))]
@@ -155,42 +146,24 @@ def highest(
     slices = scores.reshape(-1) if axis is None else jnp.moveaxis(scores, axis, -1)
     number = jnp.broadcast_to(kept, slices.shape[:-1]).ravel()
     rows = slices.reshape(number.size, slices.shape[-1])
-    target = Count.of(jnp.minimum(number, rows.shape[1]))
-    found = mask(rows, _cut([rows], target, joint=False, by_row=True))
+    found = mask(rows, _cut([rows], Count.of(number), joint=False, by_row=True))
     if axis is None:
         return found.reshape(scores.shape)
     return jnp.moveaxis(found.reshape(slices.shape), -1, axis)
 
 
 def mask(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
-    """The mask of one leaf.
-
-    Args:
-      scores: the leaf.
-      cut: its cut; one cut a slice of the leading axes, if it has axes.
-
-    Returns:
-      Booleans of the leaf's shape and sharding; True is kept.
-    """
+    """The mask of a leaf, sharded like it; the cut's axes are the leaf's first ones."""
     rows = cut.bound.ndim
     across = cut.bound.shape + (1,) * (scores.ndim - rows)
     own, least = float_order.of(scores, cut.threshold.dtype), cut.threshold
-    index = low_bit.flat_index(scores.shape[rows:]).reshape(
-        (1,) * rows + scores.shape[rows:]
-    )
+    index = jnp.expand_dims(low_bit.flat_index(scores.shape[rows:]), range(rows))
     early, least = index < cut.bound.reshape(across), least.reshape(across)
     return (own > least) | ((own == least) & early)
 
 
 def at_once(leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
-    """A context in which what is known is computed now, inside of `jit` too.
-
-    Args:
-      leaves: what will be computed with; nothing changes if one of them is traced.
-
-    Returns:
-      The context.
-    """
+    """A context that computes now, in `jit` too, unless one of the leaves is traced."""
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     if not traced and isinstance(jnp.zeros(()), jax.core.Tracer):
         return jax.ensure_compile_time_eval()
@@ -204,21 +177,11 @@ def _checked(kept: int, size: int) -> int:
 
 
 class _Level(NamedTuple):
-    """One level of the search: where it begins, and what the level before has found.
+    """One level of the search: where it begins, and what the level before has found."""
 
-    Attributes:
-      place: the positions of the thresholds.
-      bound: the flat index under which ties are kept.
-      target: how much counts enough: of all scores, then of each row's ties.
-      bracket: where the answers lie.
-      guess: between which positions they probably are, 0 where nothing is known.
-      joint: whether the rows are ranked together, a bool scalar.
-      smooth: as in `count_search.Order`.
-    """
-
-    place: UInt[Array, " rows"]
-    bound: UInt32[Array, " rows"]
-    target: Count
+    place: UInt[Array, " rows"]  # the positions of the thresholds
+    bound: UInt32[Array, " rows"]  # the flat index under which ties are kept
+    target: Count  # how much counts enough: of all scores, then of each row's ties
     bracket: Bracket
     guess: UInt[Array, "2 rows"]
     joint: Bool[Array, ""]
@@ -230,24 +193,20 @@ def _cut(
 ) -> Cut:
     """The cuts (rows,) of one ranking of all leaves together, or of one of each row.
 
-    A row is a leaf or, `by_row`, a row of the only leaf.
+    A row is a leaf or, `by_row`, a row of the only leaf. Targets (rows,), or (1,) if
+    joint, are clipped to the range.
     """
     traced = any(isinstance(x, jax.core.Tracer) for x in [*leaves, *target])
     with at_once([*leaves, *target]):
         line = Line.of(jnp.result_type(*leaves))
-        shapes = (
-            [leaves[0].shape[1:]] * len(leaves[0]) if by_row else map(jnp.shape, leaves)
-        )
-        sizes = np.array([math.prod(shape) for shape in shapes], np.uint32)  # (rows,)
+        size = [leaf.size for leaf in leaves]
+        rows: Any = _numbers(len(leaves)) if traced else range(len(leaves))
+        if by_row:
+            size, rows = [leaves[0].shape[1]] * len(leaves[0]), [None]
+        sizes = np.array(size, np.uint32)  # (rows,)
+        target = target.clipped(Count.of([sum(size)] if joint else size))
         guess = None if by_row else sampling.guess(leaves, target, line, joint=joint)
         count = _count if traced else _count_jit
-        rows = (
-            [None]
-            if by_row
-            else _numbers(len(leaves))
-            if traced
-            else range(len(leaves))
-        )
 
         def found(level: _Level, ties: Any) -> _Level:
             def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
@@ -278,9 +237,8 @@ def _first_level(
     bracket = count_search.everything(sizes, kind(line.top))
     target = jax.tree.map(lambda half: jnp.broadcast_to(half, sizes.shape), target)
     guess = jnp.broadcast_to(kind(0) if guess is None else guess, (2, sizes.size))
-    octave, ranked_together = jnp.asarray(kind(line.octave)), jnp.asarray(joint)
-    none = jnp.zeros_like(sizes)
-    return _Level(bracket.low, none, target, bracket, guess, ranked_together, octave)
+    rule = jnp.asarray(joint), jnp.asarray(kind(line.octave))
+    return _Level(bracket.low, jnp.zeros_like(sizes), target, bracket, guess, *rule)
 
 
 @functools.partial(jax.jit, static_argnames="joint")
@@ -331,20 +289,11 @@ def _count(
     line: Line,
     ties: Any,
 ) -> UInt32[Array, "some candidates"]:
-    """Counts of a leaf, which is row `i`, or all rows if that is None.
+    """How many of a leaf, row `i` or all rows (None), lie at or above candidates.
 
-    Args:
-      leaf: the scores.
-      i: which row it is.
-      place: the thresholds' positions, for ties.
-      candidates: positions of scores or, for ties, places from the row's end.
-      wanted: the rows that need a count; without any the leaf is not read.
-      line: the positions.
-      ties: whether ties are counted; if it is traced, counts of both kinds are one
-        program, and if not, each kind does what it needs.
-
-    Returns:
-      How many of each row lie at or above its candidates.
+    Candidates are positions of scores or, if `ties`, places of those equal to `place`,
+    from the row's end. If `ties` is traced, counts of both kinds are one program, and
+    if not, each kind does what it needs. Without a wanted row the leaf is not read.
     """
 
     def own_rows(values: jax.Array) -> jax.Array:
@@ -383,19 +332,12 @@ _count_jit = jax.jit(_count, static_argnames=("line", "ties"))
 @functools.partial(jax.jit, static_argnames="size")
 def _by_leaf(cut: Cut, size: int) -> list[Cut]:
     """A cut with axes as one cut for each of so many leaves."""
-
-    def at(row: jax.Array) -> Cut:
-        return jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, row, 0, False), cut
-        )
-
-    return [at(row) for row in _numbers(size)]
+    take = functools.partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
+    return [Cut(*(take(x, row) for x in cut)) for row in _numbers(size)]
 
 
 def _numbers(size: int) -> list[jax.Array]:
-    """0, 1, 2, ..., hidden from XLA.
-
-    It compiles equal pieces of a program once; what it does for one leaf and for
-    another of its shape would differ by a constant.
-    """
+    """0, 1, 2, ..., hidden from XLA."""
+    # It compiles equal pieces of a program once; what it does for one leaf and for
+    # another of its shape would differ by a constant.
     return jax.lax.optimization_barrier([np.uint32(n) for n in range(size)])

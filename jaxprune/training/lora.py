@@ -26,6 +26,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.messages import listed
 from jaxprune.typing import Params, Prunable
 
 
@@ -144,7 +145,7 @@ def _adapters(params: Params, rank: int, targets: Prunable, seed: int) -> Params
     flat = [name for name, leaf in chosen.items() if leaf.ndim < 2]
     if flat or not chosen:
         raise ValueError(
-            f"lora needs matrices to adapt, got {flat[:6] or 'none'}; give targets "
+            f"lora needs matrices to adapt, got {listed(flat) or 'none'}; give targets "
             "that choose leaves of two axes or more"
         )
     keys = jax.random.split(jax.random.key(seed), len(named))

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
 from optax import MaskedNode
 
 from jaxprune.arrays import low_bit, placement, tree
@@ -44,15 +45,7 @@ class Average:
     stream: int
 
     def start(self, params: Params, *, from_values: bool) -> Params:
-        """The average before the first snapshot.
-
-        Args:
-          params: the parameters, or `jax.ShapeDtypeStruct`s.
-          from_values: whether it is the view of the parameters, or zero.
-
-        Returns:
-          Averages like `params`; `optax.MaskedNode()` where a leaf is not floating.
-        """
+        """Before any snapshot: the view of the parameters, or zero; of floats only."""
 
         def first(number: int, leaf: Any) -> Any:
             if not tree.is_floating(leaf):
@@ -68,19 +61,13 @@ class Average:
         return jax.tree.unflatten(structure, firsts)
 
     def update(
-        self, average: Params, gain: jax.Array, n: jax.Array, *trees: Params
+        self,
+        average: Params,
+        gain: Float32[Array, ""],
+        n: Int32[Array, ""],
+        *trees: Params,
     ) -> Params:
-        """The average after one more snapshot.
-
-        Args:
-          average: the average before it.
-          gain: c(n) / S(n), float32 scalar.
-          n: the snapshot's number, from 1, int32 scalar.
-          *trees: what `view` takes, each like the parameters.
-
-        Returns:
-          Averages like those given.
-        """
+        """The average after snapshot n = 1, ..., by its gain c(n) / S(n)."""
         structure: Any
         held, structure = jax.tree.flatten(average, is_leaf=tree.is_leaf)
         watched = list(zip(*map(structure.flatten_up_to, trees), strict=True))
@@ -109,10 +96,10 @@ class Average:
 
     def _encode(
         self,
-        value: jax.Array,
+        value: Float32[Array, "*shape"],
         start: jax.Array | np.uint32,
         n: jax.Array | int,
-        exponent: jax.Array | None,
+        exponent: Int32[Array, ""] | None,
     ) -> Any:
         """A leaf as it is held."""
         if self.storage == "float32":
@@ -169,11 +156,11 @@ def _first(leaf: jax.Array, start: np.uint32, how: Average, from_values: bool) -
     return how._encode(value, start, 0, None)
 
 
-def _largest(leaf: jax.Array) -> jax.Array:
+def _largest(leaf: Float[Array, "*shape"]) -> Float32[Array, ""]:
     return jnp.max(jnp.abs(leaf), initial=0).astype(np.float32)
 
 
-def _widened(leaf: jax.Array) -> jax.Array:
+def _widened(leaf: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """The leaf in float32, rounded as it is stored.
 
     XLA may leave out a rounding to bfloat16 that is followed by a widening; the average

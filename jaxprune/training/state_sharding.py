@@ -6,13 +6,15 @@ belongs to no parameter are replicated.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxprune.arrays import placement, tree
+from jaxprune.arrays.messages import listed
 from jaxprune.typing import Params
 
 _Path = tuple[str, ...]
@@ -23,15 +25,9 @@ _Shape = tuple[int, ...]
 _BEHIND = 2
 
 
-class _Optimizer(Protocol):
-    """What is read of an optax transformation."""
-
-    @property
-    def init(self) -> Callable[[Params], Any]:
-        """From parameters to a state."""
-
-
-def state_shardings(optimizer: _Optimizer, params: Params) -> Any:
+def state_shardings(
+    optimizer: optax.GradientTransformation | optax.MultiSteps, params: Params
+) -> Any:
     """The shardings of an optimizer's whole state, for `out_shardings` of `jax.jit`.
 
     Under `jit` on a mesh of Auto axes, moments that start as zeros are replicated: each
@@ -111,15 +107,15 @@ def _checked(owned: Mapping[_Path, Any]) -> dict[_Path, Sharding]:
     if wrong := ["/".join(p) for p, s in found.items() if not isinstance(s, kinds)]:
         raise ValueError(
             "state_shardings needs parameters on a mesh or on a device, but "
-            f"{wrong[:6]} are on neither; give arrays placed with "
+            f"{listed(wrong)} are on neither; give arrays placed with "
             "jax.device_put(params, shardings), or "
             "jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
         )
     if len({type(sharding) for sharding in found.values()}) > 1:
         single = ["/".join(p) for p, s in found.items() if isinstance(s, kinds[1])]
         raise ValueError(
-            f"state_shardings needs all parameters on one mesh, but {single[:6]} are "
-            "on a single device; place them with jax.device_put(leaf, "
+            f"state_shardings needs all parameters on one mesh, but {listed(single)} "
+            "are on a single device; place them with jax.device_put(leaf, "
             "NamedSharding(mesh, PartitionSpec()))"
         )
     return {path: s for path, s in found.items() if s is not None}

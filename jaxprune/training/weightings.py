@@ -15,6 +15,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int
 
 # Snapshots whose gains are summed one by one; later ones come from an expansion.
 _TABLE = 64
@@ -33,7 +34,7 @@ class uniform:
       0.25
     """
 
-    def __call__(self, n: jax.Array | int) -> jax.Array:
+    def __call__(self, n: Int[Array, ""] | int) -> Float32[Array, ""]:
         """The gain of snapshot n, float32."""
         return 1.0 / jnp.asarray(n, jnp.float32)
 
@@ -73,7 +74,7 @@ class power:
                 f"power(p) needs p from 0 to 8, got {self.p}; the authors use 0.5"
             )
 
-    def __call__(self, n: jax.Array | int) -> jax.Array:
+    def __call__(self, n: Int[Array, ""] | int) -> Float32[Array, ""]:
         """The gain of snapshot n, float32."""
         n = jnp.asarray(n)
         exact, constant = _tabulated(self.p)
@@ -112,7 +113,7 @@ class exponential:
                 "uniform() to forget nothing"
             )
 
-    def __call__(self, n: jax.Array | int) -> jax.Array:
+    def __call__(self, n: Int[Array, ""] | int) -> Float32[Array, ""]:
         """The gain of snapshot n, float32."""
         log_decay = np.float32(math.log(self.decay))
         return jnp.expm1(log_decay) / jnp.expm1(log_decay * jnp.asarray(n, jnp.float32))

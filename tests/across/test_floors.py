@@ -185,7 +185,7 @@ def test_an_import_that_climbs_is_found(module, source):
             "from jaxprune.formats.checkpoint_dir import CheckpointDir",
         ),
         ("report.page", "from jaxprune.report import canvas\nimport matplotlib"),
-        ("models.gpt.model", "from flax import nnx\nfrom jaxtyping import Array"),
+        ("models.decoder.model", "from flax import nnx\nfrom jaxtyping import Array"),
         ("__init__", "from jaxprune.masking import masks as masks"),
     ],
 )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jaxprune.models import gpt
+from experiments import gpt
 from tests.support.tiny_job import SMALL
 
 

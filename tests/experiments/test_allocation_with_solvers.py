@@ -210,7 +210,7 @@ def test_the_figure_has_a_panel_for_each_run_and_solver_and_a_line_for_each_rule
         ("allocations", ("uniform", "fair"), "allocations must be of uniform"),
         ("solvers", ("obs",), "solvers must be of sparsegpt"),
         ("sparsities", (0.5, 1.0), r"sparsities must be in \(0, 1\)"),
-        ("seeds", (), "seeds must be named once"),
+        ("seeds", (), "seeds must name at least one"),
         ("draws", (1, 1), "draws must be named once"),
         ("sequences", 20, "sequences must be a multiple of 16"),
         ("steps", 0, "steps >= 1"),

@@ -242,7 +242,7 @@ def test_saving_a_step_again_or_an_earlier_one_is_refused(tmp_path):
     save(tmp_path, 5)
     before = snapshot(tmp_path)
     for step in (5, 4):
-        with pytest.raises(ValueError, match=r"steps must grow .* another folder"):
+        with pytest.raises(ValueError, match=r"steps must grow .* another directory"):
             save(tmp_path, step)
     assert snapshot(tmp_path) == before
 
@@ -262,7 +262,9 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, name):
 
 def test_a_file_in_the_folder_s_place_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="must be a folder of checkpoints, got a file"):
+    with pytest.raises(
+        ValueError, match="must be a directory of checkpoints, got a file"
+    ):
         save(tmp_path / "file", 1)
 
 

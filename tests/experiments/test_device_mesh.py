@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
+from experiments import gpt
 from experiments.harness import checkpoint, device_mesh, training
 from experiments.tasks.language_model import LanguageModel
-from jaxprune.models import gpt
 from tests.support import tiny_gpt
 from tests.support.tiny_gpt import (
     BATCHES,

@@ -10,13 +10,12 @@ import pytest
 import tyro
 
 import jaxprune as jp
-from experiments import scaled_down_llm
+from experiments import gpt, scaled_down_llm
 from experiments.datasets import load
 from experiments.harness import checkpoint, training
 from experiments.harness.weights import WATCHED_WEIGHTS
 from experiments.report import results as results_
 from experiments.tasks.language_model import LanguageModel, optimizer
-from jaxprune.models import gpt
 from tests.support.tiny_run import (
     BATCH,
     CELLS,

@@ -198,7 +198,8 @@ def test_a_finished_run_redoes_nothing(undisturbed):
 
 def test_another_configuration_is_refused_naming_the_field(undisturbed):
     with pytest.raises(
-        ValueError, match="seed was 1 and is 2; give the old values, or another folder"
+        ValueError,
+        match="seed was 1 and is 2; give the old values, or another directory",
     ):
         run(undisturbed[1], checkpoints={"configuration": {"seed": 2}})
 
@@ -433,9 +434,9 @@ def test_what_is_no_json_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="choose another folder"):
+    with pytest.raises(OSError, match="choose another directory"):
         records.write_json(tmp_path / "file" / "results.json", {})
-    with pytest.raises(OSError, match="choose another folder"):
+    with pytest.raises(OSError, match="choose another directory"):
         records.MetricsLog(tmp_path / "file" / "metrics.jsonl")
 
 

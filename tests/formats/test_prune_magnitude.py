@@ -69,8 +69,9 @@ dtypes = st.sampled_from([np.dtype("f4"), np.dtype("f2"), np.dtype("f8"), BFLOAT
 
 def zeroed(weight, removed, pattern):
     """What is left of an [out, in] matrix."""
+    number = weight.size - removed
     with jax.enable_x64(weight.itemsize == 8):
-        kept = prune_magnitude._kept(weight, removed, pattern, input_first=False)
+        kept = prune_magnitude._kept(weight, number, pattern, input_first=False)
     return np.where(kept, weight, weight.dtype.type(0))
 
 
@@ -179,7 +180,7 @@ def test_the_result_tells_how_it_was_made(tmp_path):
         (
             {"sparsity": 0.6, "pattern": jp.patterns.NM(2, 4)},
             ValueError,
-            "removes exactly 0.5 of each matrix",
+            "removes exactly 0.5 of each weight",
         ),
         (
             {"pattern": jp.patterns.NM(2, 3)},
@@ -261,7 +262,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["m", "out", "whole"]
 
 
-def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
+def test_after_the_first_tensor_memory_holds_a_few_and_not_the_model(tmp_path):
     tensors = {f"layers.{i}.weight": normal(i, 1024, 1024) for i in range(64)}
     build(tmp_path / "m", tensors, 2)
     build(tmp_path / "one", {"layers.0.weight": tensors["layers.0.weight"]}, 1)
@@ -275,12 +276,16 @@ def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
             status = pathlib.Path("/proc/self/status").read_text()
             return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
+        def forget_the_peak():
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
+
         def prune(name):
             source = directory.open_directory(folder + "/" + name)
             pattern, out = patterns.PerOutput(), folder + "/" + name + "_out"
             streaming.prune_directory(source, out, sparsity=0.5, pattern=pattern)
 
-        prune("one")  # compiles
+        prune("one")  # JAX starts and compiles: some 90 MB, whatever the model
+        forget_the_peak()  # which may hide what is needed later
         before = peak()
         prune("m")
         print(peak() - before)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.models.gpt.linear import product as linear_product
+from experiments.gpt.linear import product as linear_product
 from tests.support.small_models import draw, hessian
 from tests.support.small_models import quick_compilation as quick_compilation
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments import gpt
+from experiments.gpt.config import GPTConfig
 from jaxprune.arrays import tree
-from jaxprune.models import gpt
 from jaxprune.models.generate import generate
-from jaxprune.models.gpt.config import GPTConfig
 
 CONFIG = GPTConfig(
     vocab_size=17, context=12, layers=3, heads=4, width=16, bias=True, gelu="tanh"

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 import jaxprune as jp
+from experiments import gpt
 from experiments.datasets import Batches, validation_batches
 from experiments.harness import device_mesh, training
 from experiments.tasks.language_model import EVERYTHING, LanguageModel, optimizer
-from jaxprune.models import gpt
 
 MODEL = LanguageModel(
     gpt.GPTConfig(vocab_size=16, context=8, layers=1, heads=2, width=16)

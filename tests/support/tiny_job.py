@@ -6,7 +6,7 @@
 
 import runpy
 
-from jaxprune.models import gpt
+from experiments import gpt
 
 SMALL = {**gpt.PRESETS["cpu"], "layers": 2, "width": 32, "heads": 2}
 

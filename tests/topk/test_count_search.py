@@ -152,8 +152,11 @@ def test_on_eight_devices_it_is_the_same(kind, scores):
 
 def test_scores_that_are_constants_of_a_jitted_function_are_cut_when_it_is_traced():
     scores = {"w": jnp.arange(6.0)}
-    pruned = jax.jit(lambda p: jp.prune(p, scores, 0.5))({"w": jnp.ones(6)})
-    assert pruned["w"].tolist() == [0, 0, 0, 1, 1, 1]
+    for allocation in ("layer", "global"):
+        prune = lambda p, a=allocation: jp.prune(p, scores, 0.5, allocation=a)  # noqa: E731
+        assert "while" not in str(jax.make_jaxpr(prune)({"w": jnp.ones(6)}))
+        pruned = jax.jit(prune)({"w": jnp.ones(6)})
+        assert pruned["w"].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_in_float64_neighbours_are_told_apart():

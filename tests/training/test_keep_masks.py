@@ -179,7 +179,7 @@ def test_init_is_abstract_and_types_never_change():
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     for other in (jax.eval_shape(tx.init, params), jax.eval_shape(tx.init, abstract)):
         chex.assert_trees_all_equal_shapes_and_dtypes(state, other)
-    updates, new = tx.update(params, state, params)
+    updates, new = jax.eval_shape(tx.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
@@ -201,9 +201,14 @@ def test_nnx_optimizer_keeps_its_model_sparse():
     masks = half(params)
     tx = jp.keep_masks(optax.chain(optax.adamw(0.1), jp.track_importance()), masks)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    loss = lambda m: (m(jnp.ones((2, 4))) ** 2).mean()  # noqa: E731
-    for _ in range(3):
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss = lambda m: (m(jnp.ones((2, 4))) ** 2).mean()  # noqa: E731
         optimizer.update(model, nnx.grad(loss)(model))
+
+    for _ in range(3):
+        step(model, optimizer)
     assert np.count_nonzero(np.asarray(model.kernel[...])) == 8
     importance = jp.get_importance(optimizer)
     assert np.count_nonzero(leaves(importance.weight)[1]) == 8

@@ -30,8 +30,8 @@ Y = jax.random.normal(jax.random.key(8), (32, 4))
 def loss(params):
     x = jnp.tanh(X @ params["up"]["kernel"]) @ params["down"]["kernel"]
     x = x + params["down"]["bias"][None]
-    for i in range(3):
-        x = x + jnp.tanh(x @ params["stack"]["kernel"][i])
+    layer = lambda x, kernel: (x + jnp.tanh(x @ kernel), None)  # noqa: E731
+    x, _ = jax.lax.scan(layer, x, params["stack"]["kernel"])
     return jnp.mean((x - Y) ** 2)
 
 
@@ -132,7 +132,7 @@ def test_the_tracker_sees_weights_and_not_factors():
     tx = optax.chain(
         jp.track_gradients(), jp.lora(optax.adam(1e-2), rank=2), jp.track_importance()
     )
-    _, state = trained(tx, params)
+    state = jax.eval_shape(lambda p: trained(tx, p, steps=1)[1], params)
     importance = jp.get_importance(state)
     shape = params["up"]["kernel"].shape
     assert importance.weight["up"]["kernel"].shape == shape
@@ -142,7 +142,7 @@ def test_the_tracker_sees_weights_and_not_factors():
 def test_the_factors_moments_are_not_taken_for_the_weights():
     params = weights()
     tx = optax.chain(jp.lora(optax.adam(1e-2), rank=2), jp.track_importance())
-    _, state = trained(tx, params)
+    state = tx.init(params)
     assert jp.get_importance(state).square is None
     with pytest.raises(ValueError, match="track_gradients"):
         jp.scores.trajectory(params, jp.get_importance(state))
@@ -153,7 +153,7 @@ def test_the_factors_moments_are_not_taken_for_the_weights():
 def test_a_frozen_leaf_needs_no_gradient():
     params = weights()
     tx = jp.lora(optax.sgd(0.1), rank=2)
-    gradients = jax.grad(loss)(params)
+    gradients = jax.tree.map(jnp.ones_like, params)
     full, _ = tx.update(gradients, tx.init(params), params)
     gradients["down"]["bias"] = None
     less, _ = tx.update(gradients, tx.init(params), params)
@@ -164,8 +164,8 @@ def test_a_frozen_leaf_needs_no_gradient():
 def test_a_line_search_is_refused():
     params = weights()
     tx = jp.lora(optax.lbfgs(), rank=2)
-    gradients = jax.grad(loss)(params)
-    options = {"value": loss(params), "grad": gradients, "value_fn": loss}
+    gradients = jax.tree.map(jnp.ones_like, params)
+    options = {"value": 1.0, "grad": gradients, "value_fn": loss}
     with pytest.raises(ValueError, match="line search"):
         tx.update(gradients, tx.init(params), params, **options)
 
@@ -183,7 +183,9 @@ def test_a_rank_over_the_shorter_side_is_that_side():
     assert state.adapters["down"]["kernel"].a.shape == (16, 4)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)]
+)
 def test_on_eight_devices_it_takes_the_same_steps(kind):
     mesh = jax.make_mesh((4, 2), ("fsdp", "model"), axis_types=(kind, kind))
     params = weights()

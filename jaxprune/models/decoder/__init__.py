@@ -1,9 +1,3 @@
 """One decoder-only transformer for the families of checkpoints."""
 
-__all__ = [
-    "cache",
-    "config",
-    "layers",
-    "model",
-    "rope",
-]
+__all__ = ["cache", "config", "layers", "model", "rope"]

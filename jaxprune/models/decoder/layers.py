@@ -30,13 +30,7 @@ Turn = tuple[Array, Array]
 
 
 class Numeric(Protocol):
-    """What norms and products need to know of a model.
-
-    Attributes:
-      norm: the kind of its norms.
-      norm_epsilon: what is added to the variance.
-      dtype: type of its products.
-    """
+    """What norms and products need to know of a model."""
 
     @property
     def norm(self) -> Literal["layer", "rms", "rms_plus_one"]:
@@ -115,17 +109,7 @@ class Linear(nnx.Module):
 def contract(
     x: Float[Array, "... inputs"], matrix: Array, axis: int, dtype: str | None = None
 ) -> Float[Array, "... outputs"]:
-    """The product of the last axis of `x` with an axis of a matrix.
-
-    Args:
-      x: floating (..., inputs).
-      matrix: floating, of two axes and the dtype of `x`.
-      axis: 0 for [inputs, outputs], 1 for [outputs, inputs].
-      dtype: of the result, by default that of `x`.
-
-    Returns:
-      Floats (..., outputs), which lie on the devices as the rows of `x` do.
-    """
+    """The last axis of `x` times axis 0 or 1 of a matrix, which lies as the rows do."""
     axes = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(
         x,
@@ -197,8 +181,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Makes the matrices; `rngs` is read, not kept."""
-        width, wide = config.width, config.mlp_width
-        bias = config.mlp_bias
+        width, wide, bias = config.width, config.mlp_width, config.mlp_bias
         self.activation = config.activation
         self.gated, self.fused = config.gated, config.gated and config.fused
         if self.fused:
@@ -228,12 +211,11 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
         """Makes the layers; `rngs` is read, not kept."""
-        width = config.width
+        width, post = config.width, config.post_norms
         self.norm_attention = Norm(config, width)
         self.attention = Attention(config, layer, rngs=rngs)
         self.norm_mlp = Norm(config, width)
         self.mlp = MLP(config, rngs=rngs)
-        post = config.post_norms
         self.norm_attended = Norm(config, width) if post else None
         self.norm_added = Norm(config, width) if post else None
 

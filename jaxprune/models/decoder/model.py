@@ -33,11 +33,7 @@ _LOGITS = 2**25
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer.
-
-    Args:
-      config: the shape.
-      rngs: gives the keys of the initial parameters; not kept.
+    """A decoder-only transformer; `rngs` gives the keys of the initial parameters.
 
     Example:
       >>> from jaxprune.models.decoder.rope import linear
@@ -164,6 +160,13 @@ class Decoder(nnx.Module):
         keys, values = zip(*pasts, strict=True)
         return x, Cache(keys, values, start + time)
 
+    def next_logits(
+        self, x: Float[Array, "batch time width"], cache: Cache | None = None
+    ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
+        """Logits after the last of embedded tokens, and the longer cache."""
+        x, cache = self.states(x, cache=cache)
+        return self.logits(x[:, -1]), cache  # not of all: the vocabulary may be large
+
     def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         """Float32 logits of final hidden states (..., width)."""
         if self.config.tie_weights:
@@ -232,20 +235,7 @@ def nats(
     *,
     rows: int | None = None,
 ) -> Float[Array, "batch time"]:
-    """Cross entropy of each target by final hidden states, as in `loss_per_token`.
-
-    Args:
-      model: whose head is taken.
-      states: what `Decoder.states` gave.
-      targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
-      rows: as for `loss_per_token`.
-
-    Returns:
-      Float32 (batch, time).
-
-    Raises:
-      ValueError: `rows` is not at least 1.
-    """
+    """Cross entropy (nats) by final hidden states; `rows` as for `loss_per_token`."""
     rows = max(1, _LOGITS // model.config.vocab_size) if rows is None else rows
     if rows < 1:
         raise ValueError(f"loss_per_token needs rows >= 1, got {rows}")

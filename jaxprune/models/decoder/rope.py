@@ -127,32 +127,17 @@ def longrope(
                 f"longrope needs {name} to have {len(plain)} numbers, one for each "
                 f"pair of the {dim} features that turn, got {len(factors)}"
             )
-    squeezed = [
+    near, far = (
         tuple(f / factor for f, factor in zip(plain, factors, strict=True))
         for factors in (short, long)
-    ]
-    return Rope(
-        frequencies=squeezed[0],
-        long_frequencies=squeezed[1],
-        switch=original,
-        scale=scale,
     )
+    return Rope(frequencies=near, long_frequencies=far, switch=original, scale=scale)
 
 
 def tables(
     rope: Rope, positions: Int[Array, "time"], length: int | Int[Array, ""]
 ) -> tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]]:
-    """Cosines and sines of the angles at these positions.
-
-    Args:
-      rope: the scheme.
-      positions: integers (time,).
-      length: tokens of the whole sequence, which decides between the short and the
-        long frequencies.
-
-    Returns:
-      Two float32 arrays (time, pairs), both times `rope.scale`.
-    """
+    """Cosines and sines at these positions of a text of `length`, times `scale`."""
     frequencies = jnp.array(rope.frequencies, jnp.float32)
     if rope.switch is not None:
         long = jnp.array(rope.long_frequencies, jnp.float32)
@@ -165,15 +150,7 @@ def rotate(
     x: Float[Array, "batch time heads dim"],
     turn: tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]],
 ) -> Float[Array, "batch time heads dim"]:
-    """Turns each pair (a, b) to (a cos - b sin, b cos + a sin), in float32.
-
-    Args:
-      x: queries or keys (batch, time, heads, dim).
-      turn: what `tables` returned, of at most dim / 2 pairs.
-
-    Returns:
-      Floats of the shape and dtype of `x`.
-    """
+    """Turns each pair (a, b) to (a cos - b sin, b cos + a sin), in float32."""
     cos, sin = (table[None, :, None, :] for table in turn)
     pairs = cos.shape[-1]
     a, b = (x[..., start : start + pairs].astype(jnp.float32) for start in (0, pairs))

@@ -129,12 +129,7 @@ class Attributes:
     def rest(
         self, *, ignored: Collection[str] = (), only: Mapping[str, Any] | None = None
     ) -> None:
-        """Notes what was not read, is not ignored and not at its only value.
-
-        Args:
-          ignored: names that do not matter.
-          only: names that are supported at this value, or null, alone.
-        """
+        """Notes what was not read, is not ignored and not null or at its only value."""
         for name, value in self._config.items():
             if name in self._read or name in ignored or value is None:
                 continue

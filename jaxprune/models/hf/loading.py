@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprune.arrays import tree
 from jaxprune.formats.checkpoint_dir import Unknown, open_directory
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.model import Decoder
@@ -96,8 +97,12 @@ def load(
     names = match(opened, family, shapes)
     compute = compute_dtype or dtype or parameters.common_dtype(opened, names)
     config = config.with_dtype(compute)
-    place = parameters.placement(shardings, mesh)
-    leaves = parameters.stored_leaves(opened, names, shapes, dtype, place)
+    split = parameters.on_one_device if mesh is None else parameters.split_over(mesh)
+    place = shardings or split
+    leaves = [
+        parameters.stored_leaf(opened, names[name], shape, dtype, place(name, shape))
+        for name, shape in shapes.items()
+    ]
     model = parameters.filled(abstract(config), leaves, lazy=lazy)
     return Loaded(model, config, names)
 
@@ -159,5 +164,9 @@ def tensors(
             "tensors needs the config.json that the model was made from, got one of "
             "another shape; make the model of decoder_config or vision_config of it"
         )
-    names = parameters.sources(family, model)
-    return to_tensors(names, nnx.state(model, nnx.Param))
+    params = nnx.state(model, nnx.Param)
+    names = {
+        name: Source(*family.source(name), np.dtype(leaf.dtype))
+        for name, leaf in tree.named_leaves(params).items()
+    }
+    return to_tensors(names, params)

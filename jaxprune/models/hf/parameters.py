@@ -18,7 +18,6 @@ from flax import nnx
 from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import LazyArray
 from jaxprune.formats.checkpoint_dir import CheckpointDir
-from jaxprune.models.hf.families.family import Family
 from jaxprune.models.hf.tensor_names import Source, listed
 
 Dtype = Literal["float32", "bfloat16"]
@@ -48,36 +47,6 @@ def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Leaf name to shape of a model's parameters, abstract or not."""
     leaves = tree.named_leaves(nnx.state(model, nnx.Param))
     return {name: leaf.shape for name, leaf in leaves.items()}
-
-
-def placement(shardings: Shardings | None, mesh: jax.sharding.Mesh | None) -> Shardings:
-    """The sharding of each leaf: as given, split over a mesh, or on one device."""
-    return shardings or (_on_one_device if mesh is None else _split_over(mesh))
-
-
-def stored_leaves(
-    directory: CheckpointDir,
-    names: Mapping[str, Source],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: Dtype | None,
-    place: Shardings,
-) -> list[LazyArray]:
-    """The leaves, in the order of `shapes`, still in their files.
-
-    Args:
-      directory: the folder.
-      names: leaf name to tensor.
-      shapes: leaf name to shape.
-      dtype: what the leaves are read to; None keeps each as it is stored.
-      place: the sharding of each leaf.
-
-    Returns:
-      One `jp.LazyArray` each.
-    """
-    return [
-        _stored(directory, names[name], shape, dtype, place(name, shape))
-        for name, shape in shapes.items()
-    ]
 
 
 def filled(model: Any, leaves: list[LazyArray], *, lazy: bool) -> Any:
@@ -119,47 +88,22 @@ def to_tensors(
             yield name, array
 
 
-def sources(family: Family, model: nnx.Module) -> dict[str, Source]:
-    """Which tensor each leaf of a model becomes that came from no directory.
-
-    Args:
-      family: the table of names.
-      model: the model.
-
-    Returns:
-      Leaf name to tensor, in the parameters' dtypes.
-    """
-    leaves = tree.named_leaves(nnx.state(model, nnx.Param))
-    return {
-        name: Source(*family.source(name), np.dtype(leaf.dtype))
-        for name, leaf in leaves.items()
-    }
-
-
 def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
-    """The compute dtype that suits a folder: bfloat16 where most weights are in it.
-
-    Args:
-      directory: the folder.
-      names: its tensors by leaf.
-
-    Returns:
-      "bfloat16" or "float32".
-    """
+    """The compute dtype of a folder: bfloat16 where most weights are in it."""
     sizes: Counter[str] = Counter()
     for source in names.values():
         sizes[source.dtype.name] += directory.tensors[source.name].size
     return "bfloat16" if sizes.most_common(1)[0][0] == "bfloat16" else "float32"
 
 
-def _stored(
+def stored_leaf(
     directory: CheckpointDir,
     source: Source,
     shape: tuple[int, ...],
     dtype: Dtype | None,
     sharding: jax.sharding.Sharding,
 ) -> LazyArray:
-    """One leaf; when it is read, each device reads its own part of the file."""
+    """A leaf in its file; when it is read, each device reads its own part of that."""
     kind = read_dtype(source, dtype)
 
     def part(index: Any) -> np.ndarray:
@@ -205,13 +149,15 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _on_one_device(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+def on_one_device(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """The sharding of a leaf that nothing splits: the default device."""
     return jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
 
-def _split_over(mesh: jax.sharding.Mesh) -> Shardings:
+def split_over(mesh: jax.sharding.Mesh) -> Shardings:
+    """Splits the longest axis of a leaf that the number of devices divides, if any."""
+
     def sharding(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        # The longest axis that the number of devices divides, if there is one.
         fitting = [i for i, size in enumerate(shape) if size % mesh.size == 0]
         spec: list[tuple[str, ...] | None] = [None] * len(shape)
         if fitting:

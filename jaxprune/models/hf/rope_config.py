@@ -12,26 +12,13 @@ from typing import Any
 from jaxprune.models.decoder import rope
 from jaxprune.models.hf.config_reader import Attributes
 
-_KINDS = {
-    "default": "default",
-    "linear": "linear",
-    "llama3": "llama3",
-    "longrope": "longrope",
-    "su": "longrope",
-}
+_KINDS = {kind: kind for kind in ("default", "linear", "llama3", "longrope")}
+_KINDS["su"] = "longrope"  # its older name
 _NESTED = ("full_attention", "sliding_attention")
 
 
 def one(a: Attributes, fields: Mapping[str, Any]) -> rope.Rope:
-    """The scheme of all layers.
-
-    Args:
-      a: the configuration's attributes.
-      fields: says the head's size and the context.
-
-    Returns:
-      The scheme; what is wrong is noted in `a.problems`.
-    """
+    """The scheme of all layers; what is wrong is noted in `a.problems`."""
     new, old = a.within("rope_parameters"), a.within("rope_scaling")
     theta = a.number("rope_theta", 1e4)
     share = a.number("partial_rotary_factor", 1.0)
@@ -45,15 +32,7 @@ def one(a: Attributes, fields: Mapping[str, Any]) -> rope.Rope:
 def full_and_sliding(
     a: Attributes, fields: Mapping[str, Any]
 ) -> tuple[rope.Rope, rope.Rope]:
-    """The schemes of the layers that see all and of those that see a window.
-
-    Args:
-      a: the configuration's attributes.
-      fields: says the head's size and the context.
-
-    Returns:
-      Two schemes; what is wrong is noted in `a.problems`.
-    """
+    """The schemes of layers that see all, and of those that see a window."""
     both, old = a.within("rope_parameters"), a.within("rope_scaling")
     bases = (a.number("rope_theta", 1e6), a.number("rope_local_base_freq", 1e4))
     schemes = [both.within(name) for name in _NESTED]
@@ -89,21 +68,14 @@ def _scheme(
         found = rope.linear(theta, dim, s.number("factor", 1.0))
     elif kind == "llama3":
         context = s.number("original_max_position_embeddings", fields["context"])
-        factor, low, high = (
-            _required(s, name)
-            for name in ("factor", "low_freq_factor", "high_freq_factor")
-        )
-        if low < high:
-            found = rope.llama3(
-                theta,
-                dim,
-                factor=factor,
-                low=low,
-                high=high,
-                original=int(original or context),
-            )
+        factor = _required(s, "factor")
+        turns = {n: _required(s, f"{n}_freq_factor") for n in ("low", "high")}
+        own = int(original or context)
+        if turns["low"] < turns["high"]:
+            found = rope.llama3(theta, dim, factor=factor, original=own, **turns)
         elif not s.problems:
-            s.wrong("high_freq_factor", f"over low_freq_factor={low}", high)
+            over = f"over low_freq_factor={turns['low']}"
+            s.wrong("high_freq_factor", over, turns["high"])
     elif kind == "longrope":
         found = _longrope(s, fields, theta, dim, original)
     s.rest()

@@ -38,20 +38,7 @@ def match(
     family: Family,
     leaves: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Source]:
-    """Finds the tensor of each leaf.
-
-    Args:
-      directory: the model's folder.
-      family: its names of tensors.
-      leaves: leaf name to shape.
-
-    Returns:
-      Leaf name to tensor.
-
-    Raises:
-      Damaged: a tensor is missing, doubled or of another shape.
-      Unknown: a tensor is none of the model's.
-    """
+    """Leaf name to tensor; raises `Damaged` or `Unknown` where they do not fit."""
     found: dict[str, list[str]] = {}  # name without the prefix to full names
     for name in directory.tensors:
         found.setdefault(name.removeprefix(family.prefix), []).append(name)
@@ -80,7 +67,8 @@ def match(
         if key not in used and not re.fullmatch(family.skipped, key)
     ]
     doubled = [" and ".join(given) for given in found.values() if len(given) > 1]
-    _refuse(directory, unknown, missing, doubled, wrong)
+    damage = {"missing": missing, "twice": doubled, "wrong": wrong}
+    _refuse(directory, unknown, damage)
     for key, leaf in copies.items():
         for name in found.get(key, []):
             tied = names[leaf]
@@ -90,24 +78,11 @@ def match(
 
 
 def _refuse(
-    directory: CheckpointDir,
-    unknown: list[str],
-    missing: list[str],
-    doubled: list[str],
-    wrong: list[str],
+    directory: CheckpointDir, unknown: list[str], damage: Mapping[str, list[str]]
 ) -> None:
-    found = [
-        f"{what} {listed(names)}"
-        for what, names in (
-            ("unknown:", unknown),
-            ("missing:", missing),
-            ("twice:", doubled),
-            ("wrong:", wrong),
-        )
-        if names
-    ]
-    if found:
-        kind = Damaged if missing or doubled or wrong else Unknown
+    every = {"unknown": unknown, **damage}
+    if found := [f"{what}: {listed(names)}" for what, names in every.items() if names]:
+        kind = Damaged if any(damage.values()) else Unknown
         raise kind(
             f"'{directory.path}' must hold the tensors of the "
             f"{directory.config['model_type']} model that its config.json describes; "

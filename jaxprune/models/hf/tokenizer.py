@@ -63,15 +63,7 @@ class Tokenizer:
         return [self.bos, *ids]
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        """The text of tokens.
-
-        Args:
-          tokens: integers, a NumPy or JAX row included.
-          special: whether special tokens are shown.
-
-        Returns:
-          The text.
-        """
+        """The text of tokens, with the special ones if `special`."""
         ids = [int(token) for token in tokens]
         return str(self.tokens.decode(ids, skip_special_tokens=not special))
 
@@ -117,9 +109,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 def _read(folder: Path) -> Any:
     path = folder / _FILE
     if not path.is_file():
-        other = (
-            " but a tokenizer.model" if (folder / "tokenizer.model").is_file() else ""
-        )
+        older = (folder / "tokenizer.model").is_file()
+        other = " but a tokenizer.model" if older else ""
         raise Unknown(
             f"'{folder}' has no {_FILE}{other}; make one with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"

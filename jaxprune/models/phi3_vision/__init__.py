@@ -1,7 +1,5 @@
 """Phi-3-vision: CLIP's tower, the projector, and the Phi-3 decoder."""
 
-from jaxprune.models.phi3_vision.model import Phi3Vision as Phi3Vision
-from jaxprune.models.phi3_vision.model import Phi3VisionConfig as Phi3VisionConfig
-from jaxprune.models.phi3_vision.model import unused as unused
+from jaxprune.models.phi3_vision.model import Phi3Vision, Phi3VisionConfig, unused
 
 __all__ = ["Phi3Vision", "Phi3VisionConfig", "unused"]

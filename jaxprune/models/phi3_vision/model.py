@@ -104,12 +104,7 @@ def unused(config: Phi3VisionConfig) -> tuple[str, ...]:
 
 
 class Phi3Vision(nnx.Module):
-    """The model.
-
-    Args:
-      config: the shape.
-      rngs: gives the keys of the initial parameters; not kept.
-    """
+    """The model: `tower`, projector and `decoder`; `rngs` makes the parameters."""
 
     def __init__(self, config: Phi3VisionConfig, *, rngs: nnx.Rngs):
         """Makes the parameters, float32; the two separators are zeros."""
@@ -125,11 +120,7 @@ class Phi3Vision(nnx.Module):
     def image_tokens(
         self, pixels: Float[Array, "crops height width 3"], *, remat: bool = False
     ) -> Float[Array, "rows width"]:
-        """All that a word may be replaced by.
-
-        Args:
-          pixels: views and crops of all pictures, normalised, of the tower's size.
-          remat: as for `Decoder.states`.
+        """All that a word may be replaced by, of the normalised views of all pictures.
 
         Returns:
           The end of a row, the separator, and then side x side tokens of each crop,
@@ -188,20 +179,11 @@ class Phi3Vision(nnx.Module):
         *,
         cache: Cache | None = None,
     ) -> Array | tuple[Array, Cache]:
-        """Logits of the token that follows each token.
-
-        Args:
-          tokens: as for `embed`.
-          pixels: as for `embed`.
-          sources: as for `embed`.
-          cache: what came before these tokens, pictures included.
+        """Logits of the token that follows each token; arguments as for `embed`.
 
         Returns:
-          Logits, float32 (batch, time, vocab_size), and with a cache the pair of the
-          logits and the longer cache.
-
-        Raises:
-          ValueError: only one of pixels and sources is given, or it is too long.
+          Logits, float32 (batch, time, vocab_size), and with a cache (of all that came
+          before, pictures too) the pair of the logits and the longer cache.
         """
         x = self.embed(tokens, pixels, sources)
         x, cache = self.decoder.states(x, cache=cache)

@@ -4,6 +4,10 @@ All of it is NumPy and Pillow on the host, as in the published processor, whose 
 it gives. A picture becomes a global view and h x w crops; a prompt names pictures by
 "<|image_1|>" and so on, and each name becomes as many tokens -1, -2, ... as the picture
 has.
+
+Reference:
+  Keys: Cubic convolution interpolation for digital image processing, 1981, here with
+  a = -3/4.
 """
 
 import math
@@ -152,18 +156,7 @@ def _normalised(image: Image.Image) -> np.ndarray:
 
 
 def bicubic(array: np.ndarray, size: int) -> np.ndarray:
-    """Resizes as torch does: cubic convolution, a = -3/4, without antialiasing.
-
-    Args:
-      array: (height, width, channels), floating.
-      size: the new height and width.
-
-    Returns:
-      (size, size, channels), float32.
-
-    Reference:
-      Keys: Cubic convolution interpolation for digital image processing, 1981.
-    """
+    """Resizes to (size, size, channels) as torch does: cubic, no antialiasing."""
     tall, wide = (_cubic(length, size) for length in array.shape[:2])
     return np.einsum("ih,hwc,jw->ijc", tall, array, wide, optimize=True).astype("f4")
 

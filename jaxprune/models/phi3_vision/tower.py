@@ -75,11 +75,7 @@ class ClipConfig:
 
 
 class ClipTower(nnx.Module):
-    """The tower.
-
-    Args:
-      config: the shape.
-      rngs: gives the keys of the initial parameters; not kept.
+    """The tower of a shape; `rngs` gives the keys of the initial parameters.
 
     Example:
       >>> config = ClipConfig(
@@ -142,12 +138,7 @@ class ClipTower(nnx.Module):
         layers: int | None = None,
         remat: bool = False,
     ) -> Float[Array, "images positions features"]:
-        """The residual stream after some layers, not normalised.
-
-        Args:
-          pixels: normalised images (images, height, width, 3).
-          layers: how many layers are run; all by default.
-          remat: as for `Decoder.states`.
+        """The residual stream after `layers` layers (all by default), not normalised.
 
         Returns:
           The class first, then the patches row by row: (images, grid^2 + 1, width).

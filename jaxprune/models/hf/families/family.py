@@ -108,12 +108,8 @@ class Family:
     def source(self, leaf: str) -> tuple[str, bool]:
         """The tensor of a leaf, and whether its axes are the leaf's reversed.
 
-        Args:
-          leaf: a leaf's name, "layers/3/attention/q/kernel".
-
-        Returns:
-          Its name, "model.layers.3.self_attn.q_proj.weight", and True if it is [out,
-          in], while our kernels are [in, out].
+        "layers/3/attention/q/kernel" is "model.layers.3.self_attn.q_proj.weight", and
+        reversed where that is [out, in].
         """
         if leaf in self.parameters:
             name, reverse = self.parameters[leaf]
@@ -130,16 +126,7 @@ class Family:
 
 
 def sizes(a: Attributes, *, head_dim: int | None = None, tied: bool = False) -> Fields:
-    """The fields that all families but GPT-2 write alike.
-
-    Args:
-      a: the configuration's attributes.
-      head_dim: the default of this attribute; None is hidden_size / heads.
-      tied: the default of tie_word_embeddings.
-
-    Returns:
-      Fields of `DecoderConfig`.
-    """
+    """The fields that all but GPT-2 write alike; `head_dim`, `tied` are defaults."""
     width, heads = a.size("hidden_size"), a.size("num_attention_heads")
     return {
         "vocab_size": a.size("vocab_size"),

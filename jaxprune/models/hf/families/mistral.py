@@ -7,10 +7,7 @@ from jaxprune.models.hf.families.family import Family, Fields
 
 def _fields(a: Attributes) -> Fields:
     fields = family.like_llama(a)
-    return {
-        **fields,
-        "windows": (family.window(a, 4096),) * fields["layers"],
-    }
+    return {**fields, "windows": (family.window(a, 4096),) * fields["layers"]}
 
 
 FAMILY = Family(_fields, family.modules(family.OUTER, family.LAYER))

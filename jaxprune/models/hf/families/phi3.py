@@ -20,9 +20,7 @@ FAMILY = Family(
     _fields,
     family.modules(family.OUTER, {**family.LAYER, **_FUSED}),
     only={
-        "attention_bias": False,
-        "mlp_bias": False,
-        "lm_head_bias": False,
+        **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), False),
         "full_attn_mod": 1,
         "interpolate_factor": 1,
     },

@@ -102,6 +102,7 @@ def _with_crops(directory: Path, shape: Phi3VisionConfig) -> Phi3VisionConfig:
 
 _PARTS = "vision_embed_tokens."
 _TOWER = _PARTS + "img_processor.vision_model."
+_EMBEDDED = _TOWER + "embeddings."
 _TOWER_LAYER = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -129,12 +130,9 @@ FAMILY = Family(
     parameters={
         "separator": (_PARTS + "glb_GN", False),
         "row_end": (_PARTS + "sub_GN", False),
-        "tower/class_embedding": (_TOWER + "embeddings.class_embedding", False),
-        "tower/patch_embedding": (_TOWER + "embeddings.patch_embedding.weight", True),
-        "tower/position_embedding": (
-            _TOWER + "embeddings.position_embedding.weight",
-            False,
-        ),
+        "tower/class_embedding": (_EMBEDDED + "class_embedding", False),
+        "tower/patch_embedding": (_EMBEDDED + "patch_embedding.weight", True),
+        "tower/position_embedding": (_EMBEDDED + "position_embedding.weight", False),
     },
     shape=_shape,
     from_directory=_with_crops,

@@ -7,11 +7,7 @@ from jaxprune.models.hf.families.family import Family, Fields
 
 def _fields_2(a: Attributes) -> Fields:
     fields = family.like_llama(a)
-    return {
-        **fields,
-        "qkv_bias": True,
-        "windows": _windows(a, fields["layers"]),
-    }
+    return {**fields, "qkv_bias": True, "windows": _windows(a, fields["layers"])}
 
 
 def _fields_3(a: Attributes) -> Fields:

@@ -24,15 +24,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from experiments.gpt.config import PRESETS as PRESETS
+from experiments.gpt.config import GPTConfig as GPTConfig
+from experiments.gpt.config import flops_per_token as flops_per_token
+from experiments.gpt.config import matrix_sizes as matrix_sizes
+from experiments.gpt.config import preset as preset
+from experiments.gpt.linear import product
 from jaxprune.models.decoder.cache import Cache as Cache
 from jaxprune.models.decoder.cache import check_length, check_tokens, empty
 from jaxprune.models.decoder.layers import embedding
-from jaxprune.models.gpt.config import PRESETS as PRESETS
-from jaxprune.models.gpt.config import GPTConfig as GPTConfig
-from jaxprune.models.gpt.config import flops_per_token as flops_per_token
-from jaxprune.models.gpt.config import matrix_sizes as matrix_sizes
-from jaxprune.models.gpt.config import preset as preset
-from jaxprune.models.gpt.linear import product
 from jaxprune.models.placement import look_up
 
 
@@ -182,13 +182,36 @@ class GPT(nnx.Module):
           TypeError: the tokens are not integers.
           ValueError: the tokens are not (batch, time), or too long.
         """
-        size = self.config.context if cache is None else cache.keys[0].shape[1]
+        x, cache = self._states(self.embed(tokens), key=key, cache=cache)
+        logits = self._logits(x)  # (batch, time, vocab)
+        return logits if cache is None else (logits, cache)
+
+    def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time w"]:
+        """The embedded tokens (batch, time, width), without their positions."""
         check_tokens(tokens, "GPT")
-        check_length(tokens.shape[1], size, "GPT")
+        return look_up(self.token_embedding, tokens)
+
+    def next_logits(
+        self, x: Float[Array, "batch time width"], cache: Cache | None = None
+    ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
+        """Logits after the last of embedded tokens, and the longer cache."""
+        x, cache = self._states(x, key=None, cache=cache)
+        return self._logits(x)[:, -1], cache
+
+    def _states(
+        self,
+        x: Float[Array, "batch time width"],
+        *,
+        key: PRNGKeyArray | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "batch time width"], Cache | None]:
+        """The normalised states of embedded tokens, and the longer cache."""
+        time = x.shape[1]
+        size = self.config.context if cache is None else cache.keys[0].shape[1]
+        check_length(time, size, "GPT")
         start = jnp.int32(0) if cache is None else cache.length
-        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = start + jnp.arange(time, dtype=jnp.int32)
         keys = _split(key, self.config.layers + 1)  # the last is the embedding's
-        x = look_up(self.token_embedding, tokens)  # (batch, time, width)
         x = x + look_up(self.position_embedding, positions)[None]
         x = self.dropout(x, deterministic=key is None, rngs=keys[-1])
         pasts = []
@@ -196,11 +219,11 @@ class GPT(nnx.Module):
             past = None if cache is None else (cache.keys[i], cache.values[i])
             x, past = block(x, positions, past, keys[i])
             pasts.append(past)
-        logits = self._logits(self.norm(x))  # (batch, time, vocab)
+        x = self.norm(x)
         if cache is None:
-            return logits
+            return x, None
         layer_keys, layer_values = zip(*pasts, strict=True)
-        return logits, Cache(layer_keys, layer_values, start + tokens.shape[1])
+        return x, Cache(layer_keys, layer_values, start + time)
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
         """An empty cache for at most, and by default, `context` tokens."""

@@ -1,7 +1,9 @@
 """The GPT: its leaves, numbers, errors, cache and sampling, against closed forms."""
 
 import dataclasses
+import doctest
 import functools
+import importlib
 import math
 
 import jax
@@ -10,20 +12,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxprune.arrays import tree
-from jaxprune.models import gpt
-from jaxprune.models.generate import _draw, generate
-from jaxprune.models.gpt.config import (
+from experiments import gpt
+from experiments.gpt.config import (
     PRESETS,
     GPTConfig,
     flops_per_token,
     matrix_sizes,
     preset,
 )
-from jaxprune.models.gpt.linear import product
+from experiments.gpt.linear import product
+from jaxprune.arrays import tree
+from jaxprune.models.generate import _draw, generate
 
 TINY = GPTConfig(vocab_size=11, context=8, layers=2, heads=2, width=8)
 INITIAL = preset("medium", vocab_size=512, layers=3, bias=True, tie_weights=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_preset():
+    """Takes the place of the folder's: the presets here are the published ones."""
 
 
 @functools.cache
@@ -369,6 +376,14 @@ def test_generation_runs_under_jit():
 
 
 # ---- operations
+
+
+@pytest.mark.parametrize("module", ["config", "model"])
+def test_the_examples_of_the_docstrings_run(module):
+    found = importlib.import_module(f"experiments.gpt.{module}")
+    tried = doctest.testmod(found)
+    assert tried.attempted > 0
+    assert tried.failed == 0
 
 
 def test_matrix_sizes_are_those_of_the_leaves():

@@ -1,6 +1,6 @@
 """The shape of a GPT, and what follows from the shape alone: sizes and operations.
 
-Nothing here makes an array. Leaf names are those of `jaxprune.models.gpt.GPT`; counts
+Nothing here makes an array. Leaf names are those of `experiments.gpt.GPT`; counts
 are exact Python integers.
 
 Reference:
@@ -12,7 +12,7 @@ Reference:
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxprune.models.decoder.config import check_choice, check_positive
 
@@ -64,6 +64,8 @@ class GPTConfig:
     tie_weights: bool = True
     gelu: Literal["erf", "tanh"] = "erf"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # No length past which other positions hold, which `generate` asks.
+    switches: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         """Checks every field."""

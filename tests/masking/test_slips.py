@@ -1,0 +1,101 @@
+"""The slips of every beginner: each works as meant, or gets one sentence that helps."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from tests.support.trajectories import same_bits, weights
+
+PARAMS = weights()
+SCORES = jp.scores.magnitude(PARAMS)
+MASKS = jp.masks.make(SCORES, 0.5)
+STATE = optax.adam(0.1).init(PARAMS)
+IMPORTANCE = jp.Importance(square=PARAMS)
+
+SLIPS = {
+    "criterion(importance, params)": (
+        lambda: jp.scores.trajectory(IMPORTANCE, PARAMS),
+        r"parameters first and the importance second, but got an Importance",
+    ),
+    "criterion(state, params)": (
+        lambda: jp.scores.obd(STATE, PARAMS),
+        r"parameters first and the importance second, but got an optimizer's state",
+    ),
+    "make(sparsity, scores)": (
+        lambda: jp.masks.make(0.5, SCORES),
+        r"that a criterion made, got 0\.5; call jp\.masks\.make\(scores, sparsity\)",
+    ),
+    "make(importance)": (
+        lambda: jp.masks.make(IMPORTANCE, 0.5),
+        r"that a criterion made, got an Importance; .* jp\.scores\.trajectory",
+    ),
+    "make(masks)": (
+        lambda: jp.masks.make(MASKS, 0.5),
+        r"scores must be floating arrays, but 'layer/kernel' are not; cast them",
+    ),
+    "apply(masks, params)": (
+        lambda: jp.masks.apply(MASKS, PARAMS),
+        r"masks must be boolean arrays, .*'layer/kernel'.* make them with jp\.masks",
+    ),
+    "apply(params, scores)": (
+        lambda: jp.masks.apply(PARAMS, SCORES),
+        r"masks must be boolean arrays, .*'layer/kernel' are not; make them with",
+    ),
+    "prune(scores, params)": (
+        lambda: jp.prune(SCORES, PARAMS, 0.5),
+        r"leave out 'layer/bias', 'token_embedding'; call jp\.prune\(params, scores,",
+    ),
+    "prune(params, sparsity)": (
+        lambda: jp.prune(PARAMS, 0.5),
+        r"that a criterion made, got 0\.5; .* jp\.prune\(params, scores, sparsity\)",
+    ),
+    "prune(params, masks)": (
+        lambda: jp.prune(PARAMS, MASKS, 0.5),
+        r"scores must be floating arrays, but 'layer/kernel' are not; cast them",
+    ),
+    "2:4 of six inputs": (
+        lambda: jp.masks.make({"h": {"k": jnp.ones((6, 4))}}, pattern="2:4"),
+        r"NM\(2, 4\) needs .* by 4, got 6 at 'h/k'; leave such leaves out .*excluding",
+    ),
+    "no such pattern": (
+        lambda: jp.prune(PARAMS, SCORES, 0.5, pattern="3/4"),
+        r"pattern must be one of unstructured, .*, got '3/4'",
+    ),
+    "no such allocation": (
+        lambda: jp.prune(PARAMS, SCORES, 0.5, allocation="ekr"),
+        r"allocation must be one of layer, uniform, global, erk, owl, .*, got 'ekr'",
+    ),
+    "no such method": (
+        lambda: jp.methods.named("gpt"),
+        r"method must be one of magnitude, .*, got 'gpt'",
+    ),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_gets_one_sentence_with_the_way_out(slip):
+    call, words = SLIPS[slip]
+    with pytest.raises((TypeError, ValueError), match=words) as raised:
+        call()
+    assert not str(raised.value).endswith(".")
+
+
+def test_a_state_may_stand_for_its_importance():
+    expected = jp.scores.obd(PARAMS, jp.get_importance(STATE))
+    assert same_bits(jp.scores.obd(PARAMS, STATE), expected)
+
+
+@pytest.mark.parametrize("left_out", [None, True])
+def test_none_or_true_may_stand_for_a_mask_that_is_left_out(left_out):
+    kernel = MASKS["layer"]["kernel"]
+    masks = {
+        "layer": {"bias": left_out, "kernel": kernel},
+        "token_embedding": left_out,
+    }
+    assert same_bits(jp.masks.apply(PARAMS, masks), jp.masks.apply(PARAMS, MASKS))
+    both = jp.masks.combine(MASKS, masks)
+    np.testing.assert_array_equal(both["layer"]["kernel"], kernel)
+    states = [jp.keep_masks(optax.sgd(0.1), m).init(PARAMS) for m in (masks, MASKS)]
+    assert same_bits(*states)
