@@ -212,7 +212,7 @@ def propagate(
     kinds: Sequence[Any],
     known: Callable[[int | Fixed], Any],
 ) -> list[WeightView] | None:
-    """Of which parts of a leaf a step's results are views; None if it does more."""
+    """The views that a step's results are; None if it does more than move a leaf."""
     # `views` are those so far, `kinds` shape and dtype of each value, and `known` gives
     # the value of a constant, or None.
     sources = [views.get(x) if not isinstance(x, Fixed) else None for x in step.inputs]
