@@ -204,9 +204,8 @@ def _pruned(
     stack = array.reshape(math.prod(array.shape[:-2]), *array.shape[-2:])
     with jax.enable_x64(array.itemsize == 8):  # float64 is ranked as it is
         for matrix in stack:  # (out, in), or (in, out) if input_first
-            kept = _kept(
-                matrix, matrix.size - removed, pattern, input_first=input_first
-            )
+            number = np.uint32(matrix.size - removed)  # may be over 2^31
+            kept = _kept(matrix, number, pattern, input_first=input_first)
             np.copyto(matrix, matrix.dtype.type(0), where=~np.asarray(kept))
     return array
 

@@ -158,10 +158,8 @@ def totals(counts: UInt32[Array, "rows ..."], joint: Any) -> Count:
     high = jnp.sum(counts >> np.uint32(16), 0, dtype=np.uint32, keepdims=True)
     whole = (high << np.uint32(16)) + low
     carry = (whole < low).astype(np.uint32)
-    above = (high >> np.uint32(16)) + carry
-    return Count(
-        jnp.where(joint, above, np.uint32(0) * counts), jnp.where(joint, whole, counts)
-    )
+    high = jnp.where(joint, (high >> np.uint32(16)) + carry, np.uint32(0) * counts)
+    return Count(high, jnp.where(joint, whole, counts))
 
 
 @jax.jit
@@ -171,9 +169,8 @@ def _begun(
     quick = jnp.ones(bracket.low.shape, bool)
     candidates = _next(bracket, target, quick, joint, smooth)
     if guess is not None:
-        candidates = jnp.where(
-            guess[1, :, None] > 0, _about(guess, bracket), candidates
-        )
+        known = guess[1, :, None] > 0
+        candidates = jnp.where(known, _about(guess, bracket), candidates)
     return _State(bracket, candidates, _unsettled(bracket, target, joint))
 
 

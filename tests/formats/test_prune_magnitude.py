@@ -69,7 +69,7 @@ dtypes = st.sampled_from([np.dtype("f4"), np.dtype("f2"), np.dtype("f8"), BFLOAT
 
 def zeroed(weight, removed, pattern):
     """What is left of an [out, in] matrix."""
-    number = weight.size - removed
+    number = np.uint32(weight.size - removed)
     with jax.enable_x64(weight.itemsize == 8):
         kept = prune_magnitude._kept(weight, number, pattern, input_first=False)
     return np.where(kept, weight, weight.dtype.type(0))

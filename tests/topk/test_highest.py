@@ -113,7 +113,7 @@ def test_a_pattern_keeps_what_masks_make_keeps(pattern, seed, kind, share):
         None if fixed else min(removed / units, 1 - 1e-9),
         pattern=pattern,
     )
-    np.testing.assert_array_equal(masked(scores, removed, pattern), masks["w"])
+    np.testing.assert_array_equal(masked(scores, units - removed, pattern), masks["w"])
 
 
 def test_one_program_serves_all_counts():
@@ -121,10 +121,10 @@ def test_one_program_serves_all_counts():
     traced = chex.assert_max_traces(lambda s, k: matrix_mask.mask(s, k, per_output), 1)
     compiled = jax.jit(traced)
     scores = jnp.asarray(scores_of(4, "normal"))
-    for removed in (0, 17, 60, 120):
-        mask = np.asarray(compiled(scores, removed))
-        assert (~mask).sum() == removed
-        assert np.ptp((~mask).sum(0)) <= 1
+    for kept in (0, 17, 60, 120):
+        mask = np.asarray(compiled(scores, kept))
+        assert mask.sum() == kept
+        assert np.ptp(mask.sum(0)) <= 1
 
 
 @pytest.mark.parametrize("over", ["vmap", "map"])
@@ -133,6 +133,6 @@ def test_a_stack_of_matrices_has_a_count_each(over):
     scores = jnp.asarray(scores_of(4, "ties"))
     stack, counts = jnp.stack([scores, -scores]), jnp.array([30, 77])
     mapped = jax.vmap(one) if over == "vmap" else lambda x: jax.lax.map(one, x)
-    for mask, own, removed in zip(mapped((stack, counts)), stack, counts, strict=True):
-        expected = oracles.keep_top(np.asarray(own), int(removed))
+    for mask, own, kept in zip(mapped((stack, counts)), stack, counts, strict=True):
+        expected = oracles.keep_top(np.asarray(own), own.size - int(kept))
         np.testing.assert_array_equal(mask, expected)
