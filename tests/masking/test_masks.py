@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
@@ -40,6 +40,7 @@ def pruned_and_mask(params, sparsity, **options):
     allocation=st.sampled_from(["layer", "global"]),
     seed=st.integers(0, 1000),
 )
+@settings(max_examples=12)  # nearly each compiles
 def test_prune_is_where_of_its_mask(dtype, shape, sparsity, allocation, seed):
     rng = np.random.default_rng(seed)
     values = [np.round(rng.normal(size=shape), 1) for _ in range(2)]  # with ties
@@ -90,8 +91,15 @@ def test_every_kind_of_tree_is_pruned_in_its_own_kind(name):
         zeros = [int((np.asarray(x) == 0).sum()) for x in jax.tree.leaves(out)]
         sizes = [x.size for x in jax.tree.leaves(params)]
         assert zeros == [oracles.removed_count(0.6, size) for size in sizes]
-        jitted = jax.jit(lambda p, s: jp.prune(p, s, 0.6))(params, scores)
-        assert same_bits(jitted, out)
+        shapes = jax.eval_shape(lambda p, s: jp.prune(p, s, 0.6), params, scores)
+        assert jax.tree.structure(shapes) == jax.tree.structure(params)
+
+
+def test_prune_under_jit_is_the_same():
+    params = containers()["nnx.State"]
+    scores = jp.scores.magnitude(params, prunable=everything)
+    prune = lambda p, s: jp.prune(p, s, 0.6)  # noqa: E731
+    assert same_bits(jax.jit(prune)(params, scores), prune(params, scores))
 
 
 def test_names_are_paths_whatever_the_tree():
@@ -282,7 +290,7 @@ def test_sparsity_counts_zeros_exactly():
     assert jp.sparsity({"a": jnp.zeros((0, 2))}).total == 0.0
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.6, 0.99])
+@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.99])
 @pytest.mark.parametrize("allocation", ["layer", "global"])
 def test_what_prune_removes_is_what_sparsity_reports(sparsity, allocation):
     params = {

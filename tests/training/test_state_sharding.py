@@ -339,7 +339,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(put(mesh, (8,), "y"))
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eager", "nnx.jit"])
+@pytest.mark.parametrize(
+    "transform",
+    [pytest.param(lambda f: f, id="eager", marks=pytest.mark.full), nnx.jit],
+)
 def test_importance_inside_an_nnx_optimizer_is_sharded(mesh, transform):
     model = Linear(mesh)
 

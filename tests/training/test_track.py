@@ -148,7 +148,10 @@ def test_squares_and_taylor_are_those_of_the_raw_gradient(kind):
 
 
 @pytest.mark.parametrize("track", [jp.track_importance, jp.track_gradients])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.full)],
+)
 def test_updates_pass_through_bit_for_bit(track, dtype):
     special = jnp.array([[jnp.nan, -0.0, 0.0], [jnp.inf, -jnp.inf, 1.1]], dtype)
     params = {"kernel": jnp.ones((2, 3), dtype)}
