@@ -24,6 +24,7 @@ def run(tmp_path_factory):
         yield config
 
 
+@pytest.mark.full
 def test_every_cell_has_losses_and_accuracies(run):
     results = json.loads((run.out / "results.json").read_text())
     (seed,) = results["seeds"]
@@ -45,6 +46,7 @@ def test_every_cell_has_losses_and_accuracies(run):
     )
 
 
+@pytest.mark.full
 def test_the_report_shows_pictures_with_answers(run):
     page = (run.out / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 16
@@ -54,6 +56,7 @@ def test_the_report_shows_pictures_with_answers(run):
     assert "http" not in page.split("<pre>")[0]
 
 
+@pytest.mark.full
 def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
     before = (run.out / "results.json").read_bytes()
     phi3_vision.main(run)
