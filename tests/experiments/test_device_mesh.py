@@ -27,7 +27,7 @@ from tests.support.tiny_gpt import (
 )
 
 MESHES = [
-    "data=4,model=2",
+    pytest.param("data=4,model=2", marks=pytest.mark.full),
     pytest.param("data=8", marks=pytest.mark.full),
     pytest.param("fsdp=8", marks=pytest.mark.full),
     pytest.param("fsdp=4,model=2", marks=pytest.mark.slow),
@@ -77,6 +77,7 @@ def test_the_step_is_compiled_once_and_every_state_keeps_the_layout(mesh):
                 assert same, (name, leaf.sharding)
 
 
+@pytest.mark.full
 def test_a_step_on_a_mesh_takes_over_the_memory_of_the_state():
     mesh = device_mesh.make_mesh("fsdp=4,model=2", 8)
     state = training.init(MODEL.init(0), WATCHED, mesh=mesh)
@@ -85,9 +86,8 @@ def test_a_step_on_a_mesh_takes_over_the_memory_of_the_state():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize(
-    "mesh", ["data=1", pytest.param("fsdp=8", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", ["data=1", "fsdp=8"])
 def test_a_checkpoint_of_one_layout_opens_on_another_and_goes_on(tmp_path, mesh):
     def train(mesh, steps):
         place = device_mesh.make_mesh(mesh, BATCHES.batch_size)

@@ -35,17 +35,21 @@ def params(task):
     return task.init(0)
 
 
+@pytest.fixture(scope="module")
+def token_losses(task):
+    return jax.jit(task.token_losses)
+
+
 def _words(examples):
     return sum(len(asked.answer.split()) for asked in examples)
 
 
-def test_a_packed_batch_says_what_each_prompt_says(task, params):
+def test_a_packed_batch_says_what_each_prompt_says(task, params, token_losses):
     """Each example alone, through the model itself, gives the batch's losses."""
-    examples = task.train[:3]
-    inputs, targets, weights = task.packed(examples)
-    batch = task.token_losses(params, inputs, targets)
-    model = task.model.bind(params)
-    for i, asked in enumerate(examples):
+    inputs, targets, weights = task.packed(task.train[:4])
+    batch = token_losses(params, inputs, targets)
+    model = jax.jit(lambda params, *prompt: task.model.bind(params)(*prompt))
+    for i, asked in enumerate(task.train[:3]):
         text = preprocess.chat(asked.question, 1) + asked.answer + "<|end|>"
         made = preprocess.prompt(
             text,
@@ -54,7 +58,8 @@ def test_a_packed_batch_says_what_each_prompt_says(task, params):
             task.model.config,
             bos=task.tokenizer.bos,
         )
-        logits = model(made.tokens[None], made.pixels, made.sources[None])[0]
+        prompt = (made.tokens[None], made.pixels, made.sources[None])
+        logits = model(params, *prompt)[0]
         nats = -np.asarray(jax.nn.log_softmax(logits))
         words = len(asked.answer.split())
         expected = [nats[i - 1, made.tokens[i]] for i in range(-words - 1, 0)]
@@ -65,12 +70,12 @@ def test_a_packed_batch_says_what_each_prompt_says(task, params):
         assert task.tokenizer.decode(given) == asked.answer
 
 
-def test_the_loss_is_the_mean_of_the_answers_and_their_ends(task, params):
+def test_the_loss_is_the_mean_of_the_answers_and_their_ends(task, params, token_losses):
     inputs, targets, _ = task.packed(task.train[:4])
-    losses = np.asarray(task.token_losses(params, inputs, targets))
+    losses = np.asarray(token_losses(params, inputs, targets))
     counted = _words(task.train[:4]) + 4
     assert (targets >= 0).sum() == counted
-    got = task.loss(params, inputs, targets, None)
+    got = jax.jit(task.loss)(params, inputs, targets, None)
     np.testing.assert_allclose(got, losses.sum() / counted, rtol=1e-6)
 
 
@@ -92,12 +97,16 @@ def test_validation_counts_every_held_out_answer_once(task):
 def test_accuracy_is_the_share_of_likeliest_words_that_are_right(task, params):
     right = task.right(params, task.held_out)
     by_hand = []
+
+    @jax.jit
+    def likeliest(params, inputs):
+        states = task.model.states(params, inputs)
+        return task.model.bind(params).decoder.logits(states)[0].argmax(-1)
+
     for asked in task.held_out[:5]:
         inputs, targets, weights = task.packed([asked])
-        states = task.model.states(params, inputs)
-        logits = task.model.bind(params).decoder.logits(states)
         places = np.flatnonzero(weights[0])
-        guessed = np.asarray(logits[0].argmax(-1))
+        guessed = np.asarray(likeliest(params, inputs))
         by_hand.append(all(guessed[i] == targets[0, i] for i in places))
     np.testing.assert_array_equal(right[:5], by_hand)
     measured = task.measured(params)
@@ -150,10 +159,10 @@ def test_an_empty_training_set_is_refused(task):
         dataclasses.replace(task, train=[]).batches(2, 0)
 
 
-def test_the_pictures_change_what_is_said(task, params):
-    inputs, targets, _ = task.packed(task.train[:2])
+def test_the_pictures_change_what_is_said(task, params, token_losses):
+    inputs, targets, _ = task.packed(task.train[:4])
     grey = {**inputs, "pixels": np.zeros_like(inputs["pixels"])}
     one, other = (
-        float(jnp.sum(task.token_losses(params, x, targets))) for x in (inputs, grey)
+        float(jnp.sum(token_losses(params, x, targets))) for x in (inputs, grey)
     )
     assert one != other

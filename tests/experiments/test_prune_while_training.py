@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from experiments import gpt, prune_while_training
-from experiments.datasets import Batches, load
+from experiments import prune_while_training
 from experiments.harness import training
 from experiments.tasks.language_model import LanguageModel
 from tests.support.tiny_run import write_text
@@ -32,8 +31,23 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def losses(config):
-    return json.loads(prune_while_training.main(config).read_text())["losses"]
+def finished(config):
+    """The losses of a whole run, and the parameters at each sparsity."""
+    run, params = prune_while_training.run, {}
+
+    def keeping(*arguments):
+        params[arguments[-1]] = run(*arguments)
+        return params[arguments[-1]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune_while_training, "run", keeping)
+        results = json.loads(prune_while_training.main(config).read_text())
+    return results["losses"], params
+
+
+@pytest.fixture(scope="module")
+def losses(finished):
+    return finished[0]
 
 
 def test_the_cubic_ends_at_the_target_and_never_falls():
@@ -52,16 +66,12 @@ def test_the_target_is_hit_off_the_grid_too():
     )
 
 
-def test_pruned_weights_are_exactly_as_many_as_asked_for(config, tmp_path):
-    corpus = load(text=config.text)
-    model = LanguageModel(gpt.preset("cpu", vocab_size=len(corpus.vocabulary)))
-    batches = Batches(corpus.train, 2, 64, 0)
-    own = dataclasses.replace(config, out=tmp_path)
-    params = prune_while_training.run(own, model, batches, 0, 0.5)
-    counted = jp.sparsity(jp.scores.magnitude(params))
+def test_pruned_weights_are_exactly_as_many_as_asked_for(finished):
+    counted = jp.sparsity(jp.scores.magnitude(finished[1][0.5]))
     assert counted.zeros == round(0.5 * counted.size)
 
 
+@pytest.mark.full
 def test_a_run_cut_between_segments_ends_with_the_same_bits(
     config, losses, tmp_path, monkeypatch
 ):
@@ -133,7 +143,7 @@ def test_another_learning_rate_in_the_same_folder_is_refused(config, losses):
 @pytest.mark.parametrize("recipe", ["cosine", "restart"])
 def test_the_learning_rate_peaks_where_the_recipe_says(recipe):
     config = prune_while_training.Config(recipe=recipe)
-    rates = np.array([float(config.rate()(step)) for step in range(config.steps)])
+    rates = np.asarray(jax.vmap(config.rate())(np.arange(config.steps)))
     np.testing.assert_allclose(rates.max(), config.learning_rate, rtol=1e-3)
     expected = [100] if recipe == "cosine" else [100, 2050]
     peaks = np.flatnonzero((rates[1:-1] > rates[:-2]) & (rates[1:-1] >= rates[2:])) + 1

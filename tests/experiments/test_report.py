@@ -190,6 +190,23 @@ def test_optional_parts_may_be_absent(tmp_path):
     assert "Bytes, FLOPs" not in text
 
 
+def test_answers_that_are_right_are_counted_where_they_were_measured(tmp_path):
+    results = synthetic(seeds=2, criteria=2, scopes=("global",), layers=1)
+    for seed in results["seeds"]:
+        seed["dense"] |= {"accuracy": 0.75, "by_question": {"what is it ?": 0.5}}
+        for cell in seed["cells"]:
+            cell["accuracy_pruned"] = 0.75 * (1 - cell["sparsity"])
+            cell["by_question_pruned"] = {"what is it ?": 0.25}
+    results["text_only"] = {"accuracy": 0.125}
+    write_report(results, tmp_path)
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "Questions answered right" in text
+    assert "Percent right of each question" in text
+    assert "without the picture: 12.5" in text
+    header = (tmp_path / "results.csv").read_text().splitlines()[0].split(",")
+    assert header[-4:] == [*results_.ACCURACIES]
+
+
 def test_the_same_results_give_the_same_bytes(tmp_path):
     results = synthetic(seeds=1, criteria=2, scopes=("global",), layers=1)
     first = [path.read_bytes() for path in write_report(results, tmp_path / "a")]
