@@ -147,7 +147,10 @@ def run_blocks(p, x):
     return x
 
 
-@pytest.mark.parametrize("settings", [{}, {"spread": 0.2, "factor": 3.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.full), {"spread": 0.2, "factor": 3.0}],
+)
 def test_owl_is_the_formula_of_the_papers_code(settings):
     params = blocks_with_outliers()
     x, kernels, inputs = np.concatenate(BATCHES).astype(np.float64), [], []
@@ -201,7 +204,7 @@ def test_owl_without_any_difference_is_uniform():
 # A global ranking.
 
 
-@pytest.mark.parametrize("sparsity", [0.2, 0.85])
+@pytest.mark.parametrize("sparsity", [0.2, pytest.param(0.85, marks=pytest.mark.full)])
 def test_ranked_shares_are_those_of_a_global_ranking(sparsity):
     square = jax.tree.map(lambda w: jnp.abs(jnp.roll(w, 1)) + 0.01, PARAMS)
     scores = jp.scores.trajectory(PARAMS, jp.Importance(square=square))
@@ -262,7 +265,7 @@ def pruned_counts(masks):
     ("word", "value"),
     [
         ("layer", jp.allocation.Layer()),
-        ("uniform", jp.allocation.Uniform()),
+        pytest.param("uniform", jp.allocation.Uniform(), marks=pytest.mark.full),
         ("global", jp.allocation.Global()),
         ("erk", jp.allocation.ERK()),
     ],
