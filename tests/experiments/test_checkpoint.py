@@ -212,7 +212,7 @@ def test_where_no_checkpoint_is_whole_the_reasons_are_given(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"no checkpoint in .* is whole \('1' has a damaged "
-        r"checkpoint.json\); bring .* or remove the folder",
+        r"checkpoint.json\); bring .* or remove the directory",
     ):
         checkpoint.restore(tmp_path, small_state())
 
