@@ -30,11 +30,8 @@ def tiny_llama(directory: Path) -> Path:
     layer |= {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64)}
     layer |= {"mlp.down_proj": (64, 128), "input_layernorm": (64,)}
     layer |= {"post_attention_layernorm": (64,)}
-    shapes = {
-        "model.embed_tokens": (256, 64),
-        "model.norm": (64,),
-        "lm_head": (256, 64),
-    }
+    shapes = {"model.embed_tokens": (256, 64), "model.norm": (64,)}
+    shapes |= {"lm_head": (256, 64)}
     for number in range(2):
         shapes |= {f"model.layers.{number}.{k}": shape for k, shape in layer.items()}
     draw = np.random.default_rng(0).normal

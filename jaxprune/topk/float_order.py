@@ -66,11 +66,9 @@ def of(scores: Float[Array, "..."], signed: Any) -> Int[Array, "..."]:
 def number(
     flags: Sequence[Bool[Array, "..."]], axes: Sequence[int]
 ) -> Sequence[UInt32[Array, "..."]]:
-    """How many are True over the axes, in one read of what the flags come from.
-
-    One reduction of several operands: XLA fuses it with what makes the flags, where on
-    a CPU it writes them out before a reduction of one.
-    """
+    """How many are True over the axes, in one read of what the flags come from."""
+    # One reduction of several operands: XLA fuses it with what makes the flags, where
+    # on a CPU it writes them out before a reduction of one.
     zeros = (np.uint32(0),) * len(flags)
     ones = tuple(flag.astype(np.uint32) for flag in flags)
 

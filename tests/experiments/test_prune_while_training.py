@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from experiments import prune_while_training
+from experiments import gpt, prune_while_training
 from experiments.harness import training
 from experiments.tasks.language_model import LanguageModel
 from tests.support.tiny_run import write_text
