@@ -27,7 +27,7 @@ _SAMPLE_MOST = 1 << 21
 def guess(
     scores: Sequence[Float[Array, "..."]], kept: Count, line: Line, *, joint: bool
 ) -> UInt[Array, "2 rows"] | None:
-    """Positions between which a sample sees the thresholds; one threshold if `joint`."""
+    """Positions between which a sample sees the thresholds, one if they are `joint`."""
     # None where rankings are short, and on several devices: there slices would travel.
     sizes = np.array([leaf.size for leaf in scores])
     mesh = [jax.typeof(leaf).sharding.mesh for leaf in scores]

@@ -136,7 +136,7 @@ def test_more_batches_compile_nothing_more():
 
 # Memory.
 
-WIDTHS = [11, 13, 17, 3]
+WIDTHS = [11, 13, 17, 19]  # sizes that no other live array has
 SAMPLES = 23
 IN_MEMORY = []
 
