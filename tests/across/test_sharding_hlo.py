@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune.arrays import placement
+from jaxprune.arrays import placement, sparsity
 from tests.support.trajectories import same_bits
 
 KINDS = [AxisType.Auto, AxisType.Explicit]
