@@ -11,7 +11,7 @@ from jaxprune.cli.console import Console, Options, columns
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.formats.compact import Sizes, packed_bytes, sizes
-from jaxprune.masking import allocation
+from jaxprune.masking import counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Inspect(Options):
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Lists the tensors."""
         if self.sparsity is not None:
-            allocation.checked(self.sparsity)
+            counts.checked(self.sparsity)
         source = open_directory(self.model)
         if self.exclude:
             parse.check_globs(self.exclude, source.tensors)

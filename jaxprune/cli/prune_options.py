@@ -10,7 +10,7 @@ from jaxprune.cli import models, parse
 from jaxprune.evaluation import texts
 from jaxprune.formats import rewrite
 from jaxprune.masking import allocation as allocations
-from jaxprune.masking import patterns
+from jaxprune.masking import counts, patterns
 from jaxprune.posttraining import methods
 from jaxprune.typing import Pattern
 
@@ -116,7 +116,7 @@ def check(job: Job) -> Meaning:
     """Refuses what can be refused without opening the model; what its words mean."""
     method = parse.method(job.method, job.damping, job.inputs)
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
-    sparsity, rule = allocations.agreed(job.sparsity, pattern, job.allocation)
+    sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     parse.check_at_least_one(
         sequences=job.sequences, batch=job.batch, limit=job.limit, length=job.length
     )

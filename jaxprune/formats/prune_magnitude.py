@@ -22,7 +22,7 @@ from jaxprune.arrays import tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, TensorInfo
-from jaxprune.masking import allocation, matrix_mask, patterns
+from jaxprune.masking import counts, matrix_mask, patterns
 from jaxprune.typing import Pattern, Prunable
 
 # The models whose matrices, or stacks of them, are [in, out].
@@ -185,10 +185,10 @@ def _counts(
     chosen: Mapping[str, TensorInfo],
 ) -> dict[str, int]:
     """How many weights each matrix of a tensor loses."""
-    sparsity, _ = allocation.agreed(sparsity, pattern)
+    sparsity, _ = counts.agreed(sparsity, pattern)
     names = [name.replace(".", "/") for name in chosen]
     sizes = [math.prod(info.shape[-2:]) for info in chosen.values()]
-    return dict(zip(chosen, allocation.by_leaf(sparsity, names, sizes), strict=True))
+    return dict(zip(chosen, counts.by_leaf(sparsity, names, sizes), strict=True))
 
 
 def _pruned(

@@ -3,11 +3,11 @@
 __all__ = [
     "allocation",
     "checks",
+    "counts",
     "masks",
     "matrix_mask",
     "packing",
     "patterns",
     "prune",
-    "rules",
     "selection",
 ]

@@ -1,34 +1,197 @@
-"""How one sparsity is shared out among the weights of a model, and what a call means.
+"""How one sparsity is shared out among the weights of a model: the rules.
 
-A sparsity is a share in [0, 1). The number of units that a weight loses is the integer
-nearest to sparsity times size (a half goes to the even one). Counts are Python
-integers, since a model may have more weights than 32 bits can count.
+Each weight gets a sparsity of its own, and all together have the one asked for. A rule
+sees plain data of each weight (name, shape, values, statistics of its input).
 """
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Literal, Protocol, TypeAlias
 
-from jaxprune.arrays import tree
-from jaxprune.arrays.messages import chosen
-from jaxprune.masking.rules import ERK as ERK
-from jaxprune.masking.rules import OWL as OWL
-from jaxprune.masking.rules import Global as Global
-from jaxprune.masking.rules import Layer as Layer
-from jaxprune.masking.rules import Ranked as Ranked
-from jaxprune.masking.rules import Rule as Rule
-from jaxprune.masking.rules import Uniform as Uniform
-from jaxprune.masking.rules import Weight as Weight
-from jaxprune.typing import Pattern
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.arrays.messages import chosen, listed
+from jaxprune.masking.checks import floating
+from jaxprune.scores import from_activations
+from jaxprune.topk import thresholds
+from jaxprune.typing import Scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """What a rule may know of a weight.
+
+    Attributes:
+      name: the weight's name.
+      leaf: the path name of its leaf, of which it may be a part.
+      index: its place in a leaf that stacks weights; empty for a leaf by itself.
+      shape: (batch, in, out).
+      view: an array shaped like the leaf to the weight's part of it, (batch, in, out).
+      read: gives the weight itself as (batch, in, out).
+      mean_square: of its input's features (batch, in), from the dense model; None where
+        the rule does not ask for it.
+    """
+
+    name: str
+    leaf: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    view: Callable[[jax.Array], jax.Array]
+    read: Callable[[], jax.Array]
+    mean_square: jax.Array | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+class Rule(Protocol):
+    """How a sparsity is shared out."""
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it reads the mean squares of the dense model's inputs."""
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """The same sparsity for every weight: "layer" or "uniform"."""
+
+    needs_inputs = False
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+        return [Fraction(sparsity)] * len(weights)
+
+
+Layer = Uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """One ranking over all weights: "global".
+
+    `masks.make` and `prune` rank the scores that they are given. `prune_trained` ranks
+    magnitudes, which it reads all at once, and its method then chooses inside each
+    weight; `Ranked` takes other scores.
+    """
+
+    needs_inputs = False
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight, from one ranking of magnitudes."""
+        return _ranked(weights, [jnp.abs(w.read()) for w in weights], sparsity)
+
+
+@dataclasses.dataclass(frozen=True)
+class ERK:
+    """Erdos-Renyi-Kernel: the kept share is in proportion to (in + out) / (in out).
+
+    Weights that would keep more than all keep all, and the rest shares what is left.
+
+    Reference:
+      Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets
+      Winners", 2020, arXiv 1911.11134, section 3.
+    """
+
+    needs_inputs = False
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+        raw = [(i + o) / (i * o) for *_, i, o in (weight.shape for weight in weights)]
+        return _exact(1 - _capped(raw, weights, sparsity), weights, sparsity)
+
+
+@dataclasses.dataclass(frozen=True)
+class OWL:
+    """Layers with more outliers keep more.
+
+    An outlier is a weight whose Wanda score is above `factor` times its layer's mean.
+    The kept share of a layer (a block of the model) grows linearly with its share of
+    outliers, within plus or minus `spread`, the mean over layers being as asked for.
+
+    Attributes:
+      spread: the paper's lambda.
+      factor: the paper's M.
+
+    Reference:
+      Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for
+      Pruning LLMs to High Sparsity", 2023, arXiv 2310.05175, equation 2. Here the
+      shares are shifted together so that the sparsity of all weights is exact, where
+      layers differ in size.
+    """
+
+    spread: float = 0.08
+    factor: float = 5.0
+    needs_inputs = True
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+        blocks = [_block_of(weight) for weight in weights]
+        totals = {block: np.zeros(2) for block in blocks}
+        for block, weight in zip(blocks, weights, strict=True):
+            totals[block] += (float(_scores(weight).sum()), weight.size)
+        outliers = {block: 0.0 for block in totals}
+        for block, weight in zip(blocks, weights, strict=True):
+            total, size = totals[block]
+            above = _scores(weight) > self.factor * total / size
+            outliers[block] += float(jnp.sum(above, dtype=np.float32)) / size
+        ratio = np.array(list(outliers.values()))
+        width = max(ratio.max() - ratio.min(), np.finfo(float).tiny)
+        scaled = (ratio - ratio.min()) / width * 2 * self.spread
+        kept = dict(zip(outliers, scaled - scaled.mean() + 1 - sparsity, strict=True))
+        return _exact(
+            np.array([1 - kept[block] for block in blocks]), weights, sparsity
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranked:
+    """The sparsity that one global ranking of given scores leaves each weight with.
+
+    With `scores.trajectory(params, state)` training itself says how much of each matrix
+    matters; Adam's second moment is enough. What is pruned inside a matrix is chosen by
+    the method of `prune_trained`, or by the scores of `prune`.
+
+    Attributes:
+      scores: scores of these parameters, any criterion's.
+    """
+
+    scores: Scores = dataclasses.field(repr=False)
+    needs_inputs = False
+
+    def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
+        """The sparsity of each weight."""
+        named = floating(self.scores)
+        if missing := sorted({weight.leaf for weight in weights} - named.keys()):
+            raise ValueError(
+                "allocation.Ranked needs scores of every weight to prune, but has none "
+                f"of {listed(missing)}; make them from these parameters, with the same "
+                "prunable rule"
+            )
+        leaves = [named[weight.leaf] for weight in weights]
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise ValueError(
+                "allocation.Ranked counts what its scores prune, so they must have "
+                "values, but they are traced; make them outside of jit"
+            )
+        with thresholds.at_once(leaves):
+            parts = [w.view(leaf) for w, leaf in zip(weights, leaves, strict=True)]
+            return _ranked(weights, parts, sparsity)
+
 
 Name: TypeAlias = Literal["layer", "uniform", "global", "erk", "owl"]
 """The rules by their names; "layer" and "uniform" are one."""
-
-Sparsity: TypeAlias = float | Mapping[str, float] | None
-"""One share, a share for each {glob on the path name}, or None."""
-
-Allocation: TypeAlias = Rule | Name | Mapping[str, float]
-"""A rule, its name, or {glob on the path name: share}."""
 
 RULES: dict[str, Rule] = {
     "layer": Uniform(),
@@ -62,84 +225,91 @@ def named(allocation: Rule | str) -> Rule:
     return chosen("allocation", allocation, RULES, "sparsities", choices)
 
 
-def agreed(
-    sparsity: Sparsity, pattern: Pattern, allocation: Allocation = "layer"
-) -> tuple[float | Mapping[str, float], Rule]:
-    """The share, or {glob: share}, and the rule that a call's arguments agree on."""
-    # A pattern may fix the sparsity; then none needs to be given, and no rule may share
-    # out another. ValueError if they disagree, TypeError for other kinds.
-    if isinstance(allocation, Mapping):
-        if sparsity is not None:
-            raise ValueError(
-                "shares by leaf must be given once, but both "
-                f"allocation={dict(allocation)} and sparsity={sparsity} were given; "
-                "leave the sparsity out"
-            )
-        sparsity, allocation = allocation, "layer"
-    rule, fixed = named(allocation), pattern.sparsity
-    by_leaf = isinstance(sparsity, Mapping)
-    if by_leaf and not isinstance(rule, Uniform):
+def _exact(
+    shares: np.ndarray, weights: Sequence[Weight], sparsity: float
+) -> list[Fraction]:
+    """Shares moved together, and cut at 0 and 1, until all weights lose what was asked.
+
+    They come as fractions whose counts are integers that add up to the one nearest to
+    sparsity x size.
+    """
+    sizes = np.array([weight.size for weight in weights], float)
+    goal = round(sparsity * sum(weight.size for weight in weights))
+    low, high = -1.0, 1.0
+    for _ in range(64):
+        middle = (low + high) / 2
+        pruned = (np.clip(shares + middle, 0, 1) * sizes).sum()
+        low, high = (middle, high) if pruned < goal else (low, middle)
+    ends = np.cumsum(np.clip(shares + high, 0, 1) * sizes)
+    counts = np.diff(np.minimum(np.rint(ends), goal), prepend=0)
+    counts[-1] += goal - counts.sum()
+    return [
+        Fraction(int(count), weight.size)
+        for count, weight in zip(counts, weights, strict=True)
+    ]
+
+
+def _block_of(weight: Weight) -> tuple[str, int]:
+    """The layer (prefix, number) of a weight: what stands before the first number.
+
+    Of a leaf that is stacked over layers it is the first name and the index, of a
+    weight without a number its own name and -1.
+    """
+    if weight.index:
+        return weight.leaf.split("/")[0], weight.index[0]
+    parts = weight.leaf.split("/")
+    before = list(itertools.takewhile(lambda part: not part.isdecimal(), parts))
+    if len(before) < len(parts):
+        return "/".join(before), int(parts[len(before)])
+    if found := re.match(r"(.*?)_(\d+)(/|$)", weight.leaf):  # Linen: Block_3/Dense_0
+        return found[1], int(found[2])
+    return weight.leaf, -1
+
+
+def _capped(
+    raw: Sequence[float], weights: Sequence[Weight], sparsity: float
+) -> np.ndarray:
+    """Kept shares in proportion to `raw`, none above 1, that add up to what is kept."""
+    sizes = np.array([weight.size for weight in weights], float)
+    kept, full = np.array(raw), np.zeros(len(raw), bool)
+    goal = (1 - sparsity) * sizes.sum()
+    while True:
+        rest = kept[~full] @ sizes[~full]
+        scale = (goal - sizes[full].sum()) / rest if rest else 0.0
+        over = ~full & (kept * scale > 1)
+        if not over.any():
+            return np.where(full, 1.0, kept * scale)
+        full |= over
+
+
+def _ranked(
+    weights: Sequence[Weight], scores: Sequence[jax.Array], sparsity: float
+) -> list[Fraction]:
+    """The share of each weight that one ranking of all scores prunes."""
+    # Ties keep the first by name.
+    order = sorted(range(len(weights)), key=lambda i: weights[i].name)
+    size = sum(score.size for score in scores)
+    own = [scores[i] for i in order]
+    cuts = thresholds.cut_together(own, size - round(sparsity * size))
+    kept = jax.device_get(list(map(_kept, own, cuts)))
+    found = {i: int(number) for i, number in zip(order, kept, strict=True)}
+    return [Fraction(w.size - found[i], w.size) for i, w in enumerate(weights)]
+
+
+@jax.jit
+def _kept(scores: jax.Array, cut: thresholds.Cut) -> jax.Array:
+    return jnp.sum(thresholds.mask(scores, cut), dtype=np.uint32)
+
+
+def _scores(weight: Weight) -> jax.Array:
+    if weight.mean_square is None:
         raise ValueError(
-            f"allocation={rule} needs one sparsity to share out, but "
-            f"sparsity={sparsity} gives shares by leaf; leave the allocation out"
+            f"OWL reads the mean squares of the inputs of '{weight.name}', which are "
+            "not there; give Weight(mean_square=...)"
         )
-    if fixed is None:
-        if sparsity is None:
-            raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
-        return sparsity if isinstance(sparsity, Mapping) else checked(sparsity), rule
-    if sparsity is not None and (by_leaf or checked(sparsity) != fixed):
-        raise ValueError(
-            f"{pattern} removes exactly {fixed:.4g} of each weight, but "
-            f"sparsity={sparsity} was asked for; leave the sparsity out"
-        )
-    if not isinstance(rule, Uniform | Global):
-        raise ValueError(
-            f"allocation={rule} needs one sparsity to share out, but {pattern} removes "
-            f"exactly {fixed:.4g} of each weight; leave the allocation out"
-        )
-    return fixed, rule
+    return _wanda(weight.read(), weight.mean_square)
 
 
-def checked(sparsity: Any, where: str = "") -> float:
-    """A sparsity as a float in [0, 1), or one clear error that says `where` it is."""
-    if isinstance(sparsity, bool | str):
-        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}{where}")
-    try:
-        value = float(sparsity)
-    except TypeError as error:
-        raise TypeError(
-            f"sparsity must be a number in [0, 1) or {{glob: number}}, got "
-            f"{type(sparsity).__name__}{where}; under jit it must be static"
-        ) from error
-    if math.isnan(value) or not 0 <= value < 1:
-        raise ValueError(
-            f"sparsity must be in [0, 1), the share to remove, got {value}{where}"
-            + ("; give 0.6 for 60 %" if 1 <= value <= 100 else "")
-        )
-    return value
-
-
-def by_leaf(
-    sparsity: float | Mapping[str, float], names: Sequence[str], sizes: Sequence[int]
-) -> list[int]:
-    """How many of each leaf's units are pruned by one share, or by {glob: share}."""
-    # The first match counts, and a leaf that no glob matches keeps all.
-    if isinstance(sparsity, Mapping):
-        rules = {g: checked(s, f" for {g!r}") for g, s in sparsity.items()}
-        shares = tree.by_rule(rules, names, 0.0, "sparsity")
-    else:
-        shares = [checked(sparsity)] * len(names)
-    return [round(s * size) for s, size in zip(shares, sizes, strict=True)]
-
-
-def counts(
-    sparsity: float | Mapping[str, float],
-    rule: Rule,
-    weights: Sequence[Weight],
-    units: Sequence[int],
-) -> list[int]:
-    """How many of each weight's units are pruned, by what `agreed` returned."""
-    if isinstance(sparsity, Mapping):
-        return by_leaf(sparsity, [weight.name for weight in weights], units)
-    found = rule.sparsities(weights, sparsity)
-    return [round(share * number) for share, number in zip(found, units, strict=True)]
+@jax.jit
+def _wanda(matrix: jax.Array, mean_square: jax.Array) -> jax.Array:
+    return jax.vmap(from_activations.wanda)(matrix.astype(np.float32), mean_square)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns
-from jaxprune.masking.allocation import Allocation
 from jaxprune.masking.checks import checked, floating
+from jaxprune.masking.counts import Allocation
 from jaxprune.masking.packing import PackedMask as PackedMask
 from jaxprune.masking.packing import pack as pack
 from jaxprune.masking.packing import unpack as unpack

@@ -14,7 +14,7 @@ import jax
 from jaxprune.arrays import axes as axes_
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
-from jaxprune.masking import allocation, patterns
+from jaxprune.masking import allocation, counts, patterns
 from jaxprune.masking.checks import floating
 from jaxprune.topk import thresholds
 from jaxprune.typing import Pattern, Scores
@@ -36,9 +36,9 @@ class Selection(NamedTuple):
 
 def select(
     scores: Scores,
-    sparsity: allocation.Sparsity,
+    sparsity: counts.Sparsity,
     *,
-    rule: allocation.Allocation,
+    rule: counts.Allocation,
     pattern: Pattern,
     axes: Axes | Mapping[str, Axes] | None,
 ) -> Iterator[Selection]:
@@ -46,16 +46,16 @@ def select(
     named = floating(scores)
     names, leaves = list(named), list(named.values())
     own_axes = _axes(axes, names, leaves, pattern)
-    share, rule = allocation.agreed(sparsity, pattern, rule)
+    share, rule = counts.agreed(sparsity, pattern, rule)
     sizes = _sizes(pattern, leaves, own_axes)
     if isinstance(rule, allocation.Global) and not isinstance(share, Mapping):
         kept = [sum(sizes) - round(share * sum(sizes))]
         return _selections(leaves, own_axes, kept, pattern, together=True)
     if isinstance(rule, allocation.Uniform):
-        pruned = allocation.by_leaf(share, names, sizes)
+        pruned = counts.by_leaf(share, names, sizes)
     else:
         weights = _weights(names, leaves, axes_.resolve(axes, names, leaves), rule)
-        pruned = allocation.counts(share, rule, weights, sizes)
+        pruned = counts.by_rule(share, rule, weights, sizes)
     kept = [size - out for size, out in zip(sizes, pruned, strict=True)]
     return _selections(leaves, own_axes, kept, pattern, together=False)
 

@@ -16,7 +16,7 @@ from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
 from jaxprune.graph.linear_ops import LinearOp, Trace, trace
 from jaxprune.posttraining.input_statistics import InputStatistics, Sums
-from jaxprune.posttraining.sequential import SegmentedProgram, SequentialPipeline
+from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
 from jaxprune.typing import Params, Prunable
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune.arrays import placement
 from jaxprune.arrays.lazy import Leaves, array
-from jaxprune.posttraining.sequential import SegmentedProgram
+from jaxprune.posttraining.pipeline import SegmentedProgram
 
 
 class Fingerprint(NamedTuple):

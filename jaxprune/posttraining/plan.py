@@ -17,8 +17,9 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.lazy import Leaves, array
 from jaxprune.arrays.messages import listed
 from jaxprune.graph.linear_ops import LinearOp
-from jaxprune.masking import allocation, patterns
-from jaxprune.masking.allocation import Allocation, Rule, Weight
+from jaxprune.masking import counts, patterns
+from jaxprune.masking.allocation import Rule, Weight
+from jaxprune.masking.counts import Allocation
 from jaxprune.masking.patterns import PerOutput, Unstructured
 from jaxprune.posttraining.fingerprint import Fingerprint
 from jaxprune.posttraining.input_statistics import InputStatistics
@@ -145,7 +146,7 @@ def planned(
     """
     weights = {op.name: op for op in ops if op.use == 0}
     pattern = patterns.named(method.pattern if pattern is None else pattern)
-    agreed, rule = allocation.agreed(sparsity, pattern, shared)
+    agreed, rule = counts.agreed(sparsity, pattern, shared)
     problems = [
         f"{why} at '{name}'"
         for name, op in weights.items()
@@ -161,10 +162,10 @@ def planned(
     units = {name: _units(pattern, op) for name, op in weights.items()}
     seen = statistics() if rule.needs_inputs else {}
     known = [_known(op, leaves, seen.get(name)) for name, op in weights.items()]
-    counts = allocation.counts(agreed, rule, known, list(units.values()))
+    pruned = counts.by_rule(agreed, rule, known, list(units.values()))
     kept = {
         name: _kept(units[name], count, weights[name].shape[0])
-        for name, count in zip(weights, counts, strict=True)
+        for name, count in zip(weights, pruned, strict=True)
     }
     return Plan(method, pattern, sparsity, rule, units, kept)
 

@@ -1,7 +1,7 @@
 """Prunes a trained model, segment by segment of its program, with calibration batches.
 
 Here the arguments are checked and the result is reported; what is in between is
-`jaxprune.posttraining.pruner`.
+`jaxprune.posttraining.sequential`.
 """
 
 import itertools
@@ -17,15 +17,15 @@ from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
 from jaxprune.graph.linear_ops import trace
-from jaxprune.masking.allocation import Allocation
+from jaxprune.masking.counts import Allocation
 from jaxprune.posttraining import calibration, fingerprint, input_statistics, methods
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.fingerprint import Fingerprint
 from jaxprune.posttraining.methods import Method
+from jaxprune.posttraining.pipeline import SegmentedProgram
 from jaxprune.posttraining.plan import Plan
 from jaxprune.posttraining.progress import ProgressLog
-from jaxprune.posttraining.pruner import Pruner
-from jaxprune.posttraining.sequential import SegmentedProgram
+from jaxprune.posttraining.sequential import Pruner
 from jaxprune.typing import Params, Pattern, Prunable
 
 

@@ -1,190 +1,192 @@
-"""All batches, side by side, through the segments of a program.
+"""Prunes the weights of a program segment by segment, each for the input it will see.
 
-`SequentialPipeline` takes all batches to the next input and adds up its statistics.
-Before it is taken on, the weights that the input meets may be pruned. So each weight is
-seen with the input that it will really have, each activation is computed once, and
-memory holds one segment's statistics and the activations that later segments need.
+A method may ask for the inputs that its layer has while it is dense. Then the
+statistics of all segments of a layer are taken first, and the segments are run once
+more as they are pruned; activations are held once all the same.
 """
 
-import collections
-from collections.abc import Callable, Collection, Mapping, Sequence
+import ctypes
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jaxprune.arrays.lazy import Leaves
-from jaxprune.graph import program as program_
+from jaxprune.arrays import placement
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.lazy import LazyArray
 from jaxprune.graph import segments
-from jaxprune.graph.linear_ops import LinearOp, Trace
-from jaxprune.graph.segments import Segment
-from jaxprune.posttraining.input_statistics import Sums
-
-Activations = dict[int, jax.Array]
-"""Values that depend on the batch, by their numbers in the program."""
-
-
-class SegmentedProgram:
-    """The segments of a program, compiled, and the parameters they run with.
-
-    Attributes:
-      trace: what was traced.
-      leaves: the parameters' leaves, in flattening order; replaced as weights change.
-      segments: in order.
-    """
-
-    def __init__(
-        self, trace: Trace, leaves: Leaves, chosen: Sequence[LinearOp]
-    ) -> None:
-        """Cuts the program at the inputs of the chosen linear ops."""
-        self.trace = trace
-        self.leaves = leaves
-        self.segments = segments.cut(trace, chosen)
-        uses = collections.Counter(op.name for op in chosen)
-        self._tied = {name for name, number in uses.items() if number > 1}
-        self._last_step = {op.name: op.step for op in chosen}
-        self._leaf_of = {n: i for i, n in enumerate(trace.program.leaves)}
-        self._tables: dict[int, jax.Array] = {}  # computed once
-        self._compiled: dict[Any, Callable[..., list[jax.Array]]] = {}
-        # Position of a leaf to the number of the last segment that uses it.
-        self._last_use = {
-            i: k for k, own in enumerate(self.segments) for i in self._used_by(own)
-        }
-
-    @property
-    def used(self) -> dict[str, int]:
-        """The leaves that any segment reads or prunes: name to position."""
-        return {n: i for n, i in self.trace.leaves.items() if i in self._last_use}
-
-    @property
-    def programs(self) -> int:
-        """How many different programs the segments have been compiled to."""
-        return len(self._compiled)
-
-    def last_used_in(self, number: int) -> list[int]:
-        """The positions of the leaves whose last use is in the segment of a number."""
-        return [i for i, last in self._last_use.items() if last == number]
-
-    def release(self, number: int) -> None:
-        """Frees what was read of lazy leaves whose last use is in a segment."""
-        for i in self.last_used_in(number):
-            self.leaves.forget(i)
-
-    def finished_in(self, segment: Segment) -> list[LinearOp]:
-        """The linear ops of a segment that are the last uses of their weights."""
-        return [op for op in segment.linear_ops if self._last_step[op.name] == op.step]
-
-    def groups(self, segment: Segment) -> list[tuple[str, ...]]:
-        """The names of a segment's weights, those with the same statistics together.
-
-        A tied weight is alone, since it has other inputs besides.
-        """
-        names = [op.name for op in segment.linear_ops]
-        shared = tuple(name for name in names if name not in self._tied)
-        groups = [shared] if shared else []
-        return groups + [(name,) for name in names if name in self._tied]
-
-    def start(self, batch: Any) -> Activations:
-        """The activations before the first segment: the batch itself."""
-        # On the one device of the parameters, where there is one: of a batch that is
-        # nowhere in particular the first segments would be compiled to other programs
-        # than those that follow.
-        where = self.leaves.device
-        if where is not None:
-            batch = jax.device_put(batch, where)
-        return dict(zip(self.trace.program.batch, jax.tree.leaves(batch), strict=True))
-
-    def constants(self, segment: Segment) -> dict[int, Any]:
-        """What a segment needs besides activations, by the number of the value.
-
-        Leaves, slices of them and tables: the same for every batch.
-        """
-        given: dict[int, Any] = {}
-        for number in segment.subgraph.inputs:
-            if number in self._leaf_of:
-                given[number] = self.leaves[self._leaf_of[number]]
-            elif number in self.trace.views:
-                view = self.trace.views[number]
-                given[number] = view.read(self.leaves[view.leaf])
-            elif number not in self.trace.program.varying:
-                given[number] = self.table(number)
-        return given
-
-    def table(self, number: int) -> jax.Array:
-        """A value that depends on neither parameters nor batch."""
-        if number not in self._tables:
-            self._tables[number] = program_.constant(self.trace.program, number)
-        return self._tables[number]
-
-    def run(
-        self, segment: Segment, activations: Activations, constants: Mapping[int, Any]
-    ) -> tuple[jax.Array, Activations]:
-        """Takes one batch through a segment: its input, what later segments need."""
-        part = segment.subgraph
-        if part.key not in self._compiled:
-            self._compiled[part.key] = jax.jit(part.run)
-        known = {**activations, **constants}
-        results = self._compiled[part.key](*(known[n] for n in part.inputs))
-        known = activations | dict(zip(part.wanted, results, strict=True))
-        after = {n: x for n, x in known.items() if n in segment.later}
-        return known[segment.source.value], after
-
-    def _used_by(self, segment: Segment) -> set[int]:
-        """The positions of the leaves that a segment reads or prunes."""
-        found = {op.view.leaf for op in segment.linear_ops}
-        for number in segment.subgraph.inputs:
-            if number in self._leaf_of:
-                found.add(self._leaf_of[number])
-            elif number in self.trace.views:
-                found.add(self.trace.views[number].leaf)
-        return found
+from jaxprune.graph.linear_ops import LinearOp
+from jaxprune.posttraining import solve_weight
+from jaxprune.posttraining.input_statistics import InputStatistics, Sums
+from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
+from jaxprune.posttraining.plan import Plan
+from jaxprune.posttraining.progress import ProgressLog
 
 
-class SequentialPipeline:
-    """All batches on their way through the segments; their inputs are summed up."""
+class Pruner:
+    """A sequential pipeline whose weights are pruned on the way."""
 
     def __init__(
         self,
         program: SegmentedProgram,
+        plan: Plan,
         batches: Sequence[Any],
         positions: Sequence[jax.Array | None],
-        sums: Sums,
+        log: ProgressLog | None,
+        *,
+        donate: bool,
     ) -> None:
-        """Begins before the first segment; `positions` are booleans for each batch."""
-        self.program, self.sums = program, sums
-        self._positions = positions
-        self._activations = [program.start(batch) for batch in batches]
+        """Begins before the first segment, and reads what the log holds already."""
+        self._program, self._plan, self._log = program, plan, log
+        sums = Sums(hessian=plan.method.needs == "hessian")
+        self._count = len(program.segments)
+        self._pipeline = SequentialPipeline(program, batches, positions, sums)
+        # Weights and rows of the segments that were pruned before.
+        self._done = [log.read(i) if log else None for i in range(self._count)]
+        self._known = {name for done in self._done if done for name in done[0]}
+        self._donate = donate
+        leaves = enumerate(program.leaves.all)
+        self._lazy = {i: leaf for i, leaf in leaves if isinstance(leaf, LazyArray)}
+        self._owned = set(self._lazy)  # leaves that are no array of the caller's
+        # Position of a leaf to the weights of it that the log holds.
+        self._written: dict[int, list[tuple[int, LinearOp]]] = {}
 
-    def observe(
-        self, numbers: range, known: Collection[str] = frozenset()
-    ) -> dict[int, jax.Array]:
-        """Adds up the inputs of some segments, and stops at the input of the first.
+    def run(self, *, progress: bool) -> list[dict[str, Any]]:
+        """Prunes all segments; one row a weight."""
+        parts = [range(i, i + 1) for i in range(self._count)]
+        if self._plan.method.inputs == "dense":
+            parts = segments.layers(self._program.segments)
+        rows: list[dict[str, Any]] = []
+        with Progress(self._count, "pruning", unit="segment", shown=progress) as shown:
+            for numbers in parts:
+                rows += self._prune_part(numbers, shown)
+        return rows
 
-        The segments run with the weights as they are; those in `known` need no
-        statistics any more. Gives, by number, each segment's input of the first batch.
+    def _prune_part(self, numbers: range, shown: Progress) -> list[dict[str, Any]]:
+        """Observes the inputs of some segments, then prunes all of them."""
+        resumed = all(self._done[number] is not None for number in numbers)
+        # Of what was pruned before, only the activations are needed again.
+        observed = numbers[:1] if resumed else numbers
+        values = self._pipeline.observe(observed, self._known)
+        statistics = self._finished_statistics(observed)
+        rows: list[dict[str, Any]] = []
+        for number in numbers:
+            segment = self._program.segments[number]
+            shown.note(segment.linear_ops[0].name)
+            if number > numbers[0] and numbers[-1] + 1 < self._count:
+                self._pipeline.advance(segment)
+            if self._done[number] is not None:
+                rows += self._restore(number)
+            else:
+                rows += self._prune_segment(number, statistics, values.pop(number))
+            self._release(number)
+            shown.update()
+        return rows
+
+    def _finished_statistics(self, numbers: range) -> dict[str, InputStatistics]:
+        """The statistics of the weights whose last use is in some segments."""
+        found: dict[str, InputStatistics] = {}
+        for number in numbers:
+            segment = self._program.segments[number]
+            last = {op.name for op in self._program.finished_in(segment)} - self._known
+            for names in self._program.groups(segment):
+                if not last.isdisjoint(names):
+                    found |= self._pipeline.sums.finish(names)
+        return found
+
+    def _restore(self, number: int) -> list[dict[str, Any]]:
+        """Puts the weights that the log holds of a segment in their places."""
+        arrays, rows = self._done[number] or ({}, [])
+        for op in self._program.finished_in(self._program.segments[number]):
+            self._replace(op, arrays[op.name])
+            self._written.setdefault(op.view.leaf, []).append((number, op))
+        self._done[number] = None  # closes its file
+        return rows
+
+    def _prune_segment(
+        self, number: int, statistics: dict[str, InputStatistics], value: jax.Array
+    ) -> list[dict[str, Any]]:
+        """Prunes the weights of a segment, and writes them to the log."""
+        ops = self._program.finished_in(self._program.segments[number])
+        # Statistics are freed with their segment, those of a whole layer one by one.
+        found = [self._prune_weight(op, statistics.pop(op.name), value) for op in ops]
+        rows = [row for _, row in found]
+        if self._log:
+            weights = jax.device_get([weight for weight, _ in found])
+            names = [op.name for op in ops]
+            self._log.write(number, dict(zip(names, weights, strict=True)), rows)
+            for op in ops:
+                self._written.setdefault(op.view.leaf, []).append((number, op))
+        return rows
+
+    def _prune_weight(
+        self, op: LinearOp, statistics: InputStatistics, value: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Solves for one weight, measures its error and puts it in its place."""
+        started = time.perf_counter()
+        leaf = self._program.leaves[op.view.leaf]
+        before = placement.automatic(op.view.read, leaf)  # (batch, in, out)
+        after, row = solve_weight.solve(self._plan, op, before, statistics)
+        row["seconds"] = time.perf_counter() - started
+        row["error"] = solve_weight.error(op.source, value, before, after)
+        self._replace(op, after)
+        return after, row
+
+    def _replace(self, op: LinearOp, weight: Any) -> None:
+        """Puts a pruned weight in its place in the leaf."""
+        i = op.view.leaf
+        leaf = self._program.leaves[i]
+        spare = self._donate or i in self._owned
+        self._program.leaves[i] = _replaced(op, leaf, weight, donate=spare)
+        if self._donate and isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.delete()
+        self._owned.add(i)
+
+    def _release(self, number: int) -> None:
+        """Frees the lazy leaves whose last use is in a segment.
+
+        With a log a pruned one is lazy again: read from its file, its weights from the
+        log.
         """
-        program = self.program
-        own = [program.segments[number] for number in numbers]
-        constants = [program.constants(segment) for segment in own]
-        groups = [
-            [names for names in program.groups(segment) if not {*names} & {*known}]
-            for segment in own
-        ]
-        values: dict[int, jax.Array] = {}
-        for i, activations in enumerate(self._activations):
-            for k, segment in enumerate(own):
-                value, activations = program.run(segment, activations, constants[k])
-                self.sums.add(segment, groups[k], value, self._positions[i])
-                if k == 0:
-                    self._activations[i] = activations
-                if i == 0:
-                    values[numbers[k]] = value
-            if len(own) > 1:
-                # Or the host runs ahead, and the activations of many batches pile up.
-                value.block_until_ready()
-        return values
+        self._program.release(number)
+        for i in self._program.last_used_in(number):
+            home, written = self._lazy.get(i), self._written.get(i)
+            if home and written and self._log:
+                read = functools.partial(_read_back, home, self._log, written)
+                self._program.leaves[i] = dataclasses.replace(home, read=read)
+        _trim()
 
-    def advance(self, segment: Segment) -> None:
-        """Takes all batches to a segment's input, with the weights as they are."""
-        constants = self.program.constants(segment)
-        for i, activations in enumerate(self._activations):
-            _, self._activations[i] = self.program.run(segment, activations, constants)
+
+def _trim() -> None:
+    """Gives freed pages back to the system.
+
+    glibc keeps the freed pages of each thread for later: 100 MB and more over a model
+    whose layers are read one by one, which would count as memory that pruning needs.
+    Other systems' allocators give them back by themselves, and have no such call.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # musl has none
+            trim(0)
+
+
+def _replaced(op: LinearOp, leaf: Any, weight: Any, *, donate: bool) -> jax.Array:
+    """The leaf, where it was, with another weight in the place of one of its own."""
+    write = functools.partial(op.view.write, donate=donate)
+    new = placement.automatic(write, leaf, jnp.asarray(weight))
+    return jax.device_put(new, getattr(leaf, "sharding", None))
+
+
+def _read_back(
+    home: LazyArray, log: ProgressLog, written: Sequence[tuple[int, LinearOp]]
+) -> jax.Array:
+    """A lazy leaf with its pruned weights, from the log."""
+    leaf = home.read()
+    for number, op in written:
+        leaf = _replaced(op, leaf, log.weight(number, op.name), donate=True)
+    return leaf

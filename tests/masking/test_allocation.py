@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
+from jaxprune.masking import counts
 from tests.support.small_models import chain, correlated, draw, kernels_of, run_chain
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -242,7 +243,7 @@ def test_the_total_is_exact_in_weights(name):
     shares = make(jp.scores.magnitude(PARAMS)) if name == "Ranked" else make()
     _, weights = rule(shares, 0.5)
     for sparsity in (0.0, 1 / 3, 0.613):
-        removed = jp.allocation.counts(sparsity, shares, weights, SIZES.tolist())
+        removed = counts.by_rule(sparsity, shares, weights, SIZES.tolist())
         removed = np.array(removed)
         if name == "Uniform":
             expected = sum(round(sparsity * int(n)) for n in SIZES)

@@ -1,0 +1,191 @@
+"""All batches, side by side, through the segments of a program.
+
+`SequentialPipeline` takes all batches to the next input and adds up its statistics.
+Before it goes on, `sequential` may prune the weights that the input meets. So each
+weight is seen with the input that it will really have, each activation is computed
+once, and memory holds one segment's statistics and the activations that later segments
+need.
+"""
+
+import collections
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxprune.arrays.lazy import Leaves
+from jaxprune.graph import program as program_
+from jaxprune.graph import segments
+from jaxprune.graph.linear_ops import LinearOp, Trace
+from jaxprune.graph.segments import Segment
+from jaxprune.posttraining.input_statistics import Sums
+
+Activations = dict[int, jax.Array]
+"""Values that depend on the batch, by their numbers in the program."""
+
+
+class SegmentedProgram:
+    """The segments of a program, compiled, and the parameters they run with.
+
+    Attributes:
+      trace: what was traced.
+      leaves: the parameters' leaves, in flattening order; replaced as weights change.
+      segments: in order.
+    """
+
+    def __init__(
+        self, trace: Trace, leaves: Leaves, chosen: Sequence[LinearOp]
+    ) -> None:
+        """Cuts the program at the inputs of the chosen linear ops."""
+        self.trace = trace
+        self.leaves = leaves
+        self.segments = segments.cut(trace, chosen)
+        uses = collections.Counter(op.name for op in chosen)
+        self._tied = {name for name, number in uses.items() if number > 1}
+        self._last_step = {op.name: op.step for op in chosen}
+        self._leaf_of = {n: i for i, n in enumerate(trace.program.leaves)}
+        self._tables: dict[int, jax.Array] = {}  # computed once
+        self._compiled: dict[Any, Callable[..., list[jax.Array]]] = {}
+        # Position of a leaf to the number of the last segment that uses it.
+        self._last_use = {
+            i: k for k, own in enumerate(self.segments) for i in self._used_by(own)
+        }
+
+    @property
+    def used(self) -> dict[str, int]:
+        """The leaves that any segment reads or prunes: name to position."""
+        return {n: i for n, i in self.trace.leaves.items() if i in self._last_use}
+
+    @property
+    def programs(self) -> int:
+        """How many different programs the segments have been compiled to."""
+        return len(self._compiled)
+
+    def last_used_in(self, number: int) -> list[int]:
+        """The positions of the leaves whose last use is in the segment of a number."""
+        return [i for i, last in self._last_use.items() if last == number]
+
+    def release(self, number: int) -> None:
+        """Frees what was read of lazy leaves whose last use is in a segment."""
+        for i in self.last_used_in(number):
+            self.leaves.forget(i)
+
+    def finished_in(self, segment: Segment) -> list[LinearOp]:
+        """The linear ops of a segment that are the last uses of their weights."""
+        return [op for op in segment.linear_ops if self._last_step[op.name] == op.step]
+
+    def groups(self, segment: Segment) -> list[tuple[str, ...]]:
+        """The names of a segment's weights, those with the same statistics together.
+
+        A tied weight is alone, since it has other inputs besides.
+        """
+        names = [op.name for op in segment.linear_ops]
+        shared = tuple(name for name in names if name not in self._tied)
+        groups = [shared] if shared else []
+        return groups + [(name,) for name in names if name in self._tied]
+
+    def start(self, batch: Any) -> Activations:
+        """The activations before the first segment: the batch itself."""
+        # On the one device of the parameters, where there is one: of a batch that is
+        # nowhere in particular the first segments would be compiled to other programs
+        # than those that follow.
+        where = self.leaves.device
+        if where is not None:
+            batch = jax.device_put(batch, where)
+        return dict(zip(self.trace.program.batch, jax.tree.leaves(batch), strict=True))
+
+    def constants(self, segment: Segment) -> dict[int, Any]:
+        """What a segment needs besides activations, by the number of the value.
+
+        Leaves, slices of them and tables: the same for every batch.
+        """
+        given: dict[int, Any] = {}
+        for number in segment.subgraph.inputs:
+            if number in self._leaf_of:
+                given[number] = self.leaves[self._leaf_of[number]]
+            elif number in self.trace.views:
+                view = self.trace.views[number]
+                given[number] = view.read(self.leaves[view.leaf])
+            elif number not in self.trace.program.varying:
+                given[number] = self.table(number)
+        return given
+
+    def table(self, number: int) -> jax.Array:
+        """A value that depends on neither parameters nor batch."""
+        if number not in self._tables:
+            self._tables[number] = program_.constant(self.trace.program, number)
+        return self._tables[number]
+
+    def run(
+        self, segment: Segment, activations: Activations, constants: Mapping[int, Any]
+    ) -> tuple[jax.Array, Activations]:
+        """Takes one batch through a segment: its input, what later segments need."""
+        part = segment.subgraph
+        if part.key not in self._compiled:
+            self._compiled[part.key] = jax.jit(part.run)
+        known = {**activations, **constants}
+        results = self._compiled[part.key](*(known[n] for n in part.inputs))
+        known = activations | dict(zip(part.wanted, results, strict=True))
+        after = {n: x for n, x in known.items() if n in segment.later}
+        return known[segment.source.value], after
+
+    def _used_by(self, segment: Segment) -> set[int]:
+        """The positions of the leaves that a segment reads or prunes."""
+        found = {op.view.leaf for op in segment.linear_ops}
+        for number in segment.subgraph.inputs:
+            if number in self._leaf_of:
+                found.add(self._leaf_of[number])
+            elif number in self.trace.views:
+                found.add(self.trace.views[number].leaf)
+        return found
+
+
+class SequentialPipeline:
+    """All batches on their way through the segments; their inputs are summed up."""
+
+    def __init__(
+        self,
+        program: SegmentedProgram,
+        batches: Sequence[Any],
+        positions: Sequence[jax.Array | None],
+        sums: Sums,
+    ) -> None:
+        """Begins before the first segment; `positions` are booleans for each batch."""
+        self.program, self.sums = program, sums
+        self._positions = positions
+        self._activations = [program.start(batch) for batch in batches]
+
+    def observe(
+        self, numbers: range, known: Collection[str] = frozenset()
+    ) -> dict[int, jax.Array]:
+        """Adds up the inputs of some segments, and stops at the input of the first.
+
+        The segments run with the weights as they are; those in `known` need no
+        statistics any more. Gives, by number, each segment's input of the first batch.
+        """
+        program = self.program
+        own = [program.segments[number] for number in numbers]
+        constants = [program.constants(segment) for segment in own]
+        groups = [
+            [names for names in program.groups(segment) if not {*names} & {*known}]
+            for segment in own
+        ]
+        values: dict[int, jax.Array] = {}
+        for i, activations in enumerate(self._activations):
+            for k, segment in enumerate(own):
+                value, activations = program.run(segment, activations, constants[k])
+                self.sums.add(segment, groups[k], value, self._positions[i])
+                if k == 0:
+                    self._activations[i] = activations
+                if i == 0:
+                    values[numbers[k]] = value
+            if len(own) > 1:
+                # Or the host runs ahead, and the activations of many batches pile up.
+                value.block_until_ready()
+        return values
+
+    def advance(self, segment: Segment) -> None:
+        """Takes all batches to a segment's input, with the weights as they are."""
+        constants = self.program.constants(segment)
+        for i, activations in enumerate(self._activations):
+            _, self._activations[i] = self.program.run(segment, activations, constants)
