@@ -129,13 +129,13 @@ def prune_directory(
         for name in chosen
     }
     asked = pattern.sparsity if sparsity is None else sparsity
-    told: dict[str, Any] = {"method": "magnitude", "pattern": str(pattern)}
-    told["sparsity"] = dict(asked) if isinstance(asked, Mapping) else float(asked or 0)
+    facts: dict[str, Any] = {"method": "magnitude", "pattern": str(pattern)}
+    facts["sparsity"] = dict(asked) if isinstance(asked, Mapping) else float(asked or 0)
     paths = rewrite.write(
         source,
         out,
         replaced,
-        provenance=told | dict(provenance or {}),
+        provenance=facts | dict(provenance or {}),
         overwrite=overwrite,
         resume=True,
         progress=progress,
