@@ -11,6 +11,9 @@ import pytest
 
 WORKER = Path(__file__).parents[1] / "support" / "process_worker.py"
 PROCESSES, DEVICES = 2, 4
+# Whole processes, three of them, which train, rank and prune.
+pytestmark = pytest.mark.full
+
 SECONDS = 240  # far more than it takes: a hang must end
 
 

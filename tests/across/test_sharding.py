@@ -147,7 +147,11 @@ def test_masks_and_prune_keep_the_sharding_and_the_bits(kind, allocation, jitted
 
 @pytest.mark.parametrize(
     "pattern",
-    [jp.patterns.NM(2, 4), jp.patterns.Block(4, 2), jp.patterns.Channel()],
+    [
+        jp.patterns.NM(2, 4),
+        pytest.param(jp.patterns.Block(4, 2), marks=pytest.mark.full),
+        pytest.param(jp.patterns.Channel(), marks=pytest.mark.full),
+    ],
     ids=str,
 )
 def test_patterns_keep_the_sharding_and_the_bits(kind, pattern):

@@ -92,7 +92,12 @@ def masks_of(leaves, cuts):
     return [thresholds.mask(*pair) for pair in zip(leaves, cuts, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+NARROW = [
+    pytest.param(kind, marks=pytest.mark.full) for kind in (jnp.bfloat16, jnp.float16)
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, *NARROW])
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_any_scores_exactly_the_highest_are_kept(kind, dtype):
     with np.errstate(over="ignore"):
@@ -135,7 +140,10 @@ def test_a_wrong_guess_changes_nothing(ends):
     np.testing.assert_array_equal(row_of(masks), highest(row_of(leaves), SIZE // 3))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+EXPLICIT = pytest.param(AxisType.Explicit, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
 @pytest.mark.parametrize("scores", ["normal", "two values", "wide"])
 def test_on_eight_devices_it_is_the_same(kind, scores):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
