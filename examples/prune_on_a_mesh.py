@@ -35,7 +35,8 @@ def train(tx, params, steps):
         return optax.apply_updates(params, updates), state
 
     for _ in range(steps):
-        params, state = step(params, state)
+        # Devices that are threads of one CPU may starve each other: one step at a time.
+        params, state = jax.block_until_ready(step(params, state))
     return params, state
 
 
