@@ -81,6 +81,16 @@ def is_int8(node: Any) -> bool:
     return isinstance(node, Int8)
 
 
+def joined(codes: Any, exponents: Any, *, signed: bool) -> Any:
+    """A tree of codes with its scalars in order, as `Int8` leaves; else as it is."""
+    scalars = jax.tree.leaves(exponents)
+    if not scalars:
+        return codes
+    leaves, structure = jax.tree.flatten(codes)
+    pairs = zip(leaves, scalars, strict=True)
+    return jax.tree.unflatten(structure, [Int8(*pair, signed) for pair in pairs])
+
+
 def checked(storage: str) -> Storage:
     """The storage that a user asked for, or an error that names those there are."""
     if storage not in STORAGES:

@@ -223,6 +223,7 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     """The leaves of `other` in the order of `reference`, by name and shape."""
     # Containers may differ, leaves may be left out; `what` names `other` in the error.
     wanted, given = named_leaves(reference), named_leaves(other)
+    _spread_excluded(given, wanted)
     missing, foreign = wanted.keys() - given.keys(), given.keys() - wanted.keys()
     if missing or foreign:
         raise ValueError(
@@ -245,6 +246,16 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
             f"{', '.join(wrong)}; make the {what} from these parameters"
         )
     return [given[name] for name in wanted]
+
+
+def _spread_excluded(given: dict[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Leaves out what a left-out node stands for; optax labels whole subtrees so."""
+    for name, leaf in list(given.items()):
+        if is_excluded(leaf) and name not in wanted:
+            below = [w for w in wanted if w.startswith(f"{name}/") or not name]
+            given |= dict.fromkeys(below, leaf)
+            if below:
+                del given[name]
 
 
 def with_nodes(masks: Any, names: Container[str]) -> Any:
