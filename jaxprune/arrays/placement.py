@@ -61,6 +61,10 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
         return array
     if not isinstance(array, jax.core.Tracer) and not isinstance(like, jax.core.Tracer):
         where, kind = like.sharding, array.sharding.memory_kind
+        if not like.committed and array.sharding.device_set == where.device_set:
+            # `device_put` would commit it; a step that takes what is committed and what
+            # is not gives all committed, and the next step compiles once more.
+            return array
         return jax.device_put(array, where.with_memory_kind(kind) if kind else where)
     like = low_bit.on_device(like)
     wanted = jax.typeof(like).sharding

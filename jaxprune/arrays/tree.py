@@ -40,6 +40,15 @@ def is_leaf(node: Any) -> bool:
     return is_excluded(node) or is_int8(node)
 
 
+def is_placeholder(params: Any) -> bool:
+    """Whether this is what `optax.tree.map_params` gives `init` for the parameters.
+
+    It stands for a whole tree, and where it lies in the state a tree like the
+    parameters does.
+    """
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by name, in flattening order; left-out leaves included.
 

@@ -354,7 +354,7 @@ def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Arr
 
 
 def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
-    return placement.placed(jax.random.uniform(key, w.shape), w)
+    return placement.placed(jax.random.uniform(key, w.shape, jnp.float32), w)
 
 
 def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:

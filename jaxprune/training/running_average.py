@@ -77,7 +77,7 @@ class Average:
             abstract = isinstance(leaf, jax.ShapeDtypeStruct)
             value = jnp.zeros_like(leaf) if abstract else leaf
             start = low_bit.phase(self.stream + number)
-            return self._put(_first(value, start, self, from_values and not abstract))
+            return _first(value, start, self, from_values and not abstract)
 
         structure: Any
         leaves, structure = jax.tree.flatten(params, is_leaf=tree.is_excluded)
@@ -180,7 +180,7 @@ def _first(leaf: jax.Array, start: np.uint32, how: Average, from_values: bool) -
     if from_values:
         # Returned as it is, the parameter's own buffer would be shared.
         value = jnp.array(how.view(leaf), np.float32, copy=True)
-    return how._encode(value, start, 0, None)
+    return how._put(how._encode(value, start, 0, None))
 
 
 def _largest(leaf: Float[Array, "*shape"]) -> Float32[Array, ""]:

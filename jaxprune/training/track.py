@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune.arrays import low_bit
+from jaxprune.arrays import low_bit, tree
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.training import weightings
 from jaxprune.training.running_average import Average, Held, Memory, Watched
@@ -196,7 +196,11 @@ def _tracker(
         of_weights = kind is TrackImportanceState
         first = {k: a.start(params, from_values=of_weights) for k, a in watched.items()}
         nothing = dict.fromkeys(kind._fields)
-        return _with(kind(**nothing)._replace(step=_counter(params)), first)
+        state = _with(kind(**nothing)._replace(step=_counter(params)), first)
+        if tree.is_placeholder(params):  # a number stands for those of all leaves
+            coded = (k for k, a in watched.items() if a.storage == "int8")
+            state = state._replace(exponents=dict.fromkeys(coded, state.step))
+        return state
 
     def update(
         updates: optax.Updates,
