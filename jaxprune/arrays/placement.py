@@ -73,6 +73,18 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.where(_never(like), jnp.zeros((), array.dtype), array)
 
 
+def beside(array: jax.Array, like: jax.Array) -> jax.Array:
+    """The array, placed like another of its shape where it is committed elsewhere."""
+    if any(not _is_concrete(x) for x in (array, like)) or not array.committed:
+        return array
+    same = array.sharding.device_set == like.sharding.device_set
+    return array if same else placed(array, like)
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
 def _never(leaf: jax.Array) -> jax.Array:
     """False everywhere, for any value, and placed like the leaf.
 
