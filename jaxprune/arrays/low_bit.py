@@ -72,6 +72,11 @@ class Int8:
         """What the leaf stands for: float32."""
         return np.dtype(np.float32)
 
+    def count_nonzero(self) -> jax.Array:
+        """How many numbers are not zero, a uint32 scalar."""
+        zero = 0 if self.signed else -127
+        return jnp.sum(self.codes != zero, dtype=np.uint32)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(decode(self), dtype)
 

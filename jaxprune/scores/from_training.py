@@ -298,6 +298,7 @@ def _score(
     """
     refuse_swapped(params)
     named = tree.named_leaves(params)
+    tree.check_rule(prunable, list(named))
     chosen = [not tree.is_excluded(x) and prunable(n, x) for n, x in named.items()]
     if not any(chosen):
         raise ValueError(

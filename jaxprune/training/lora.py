@@ -139,6 +139,7 @@ def lora(
 def _adapters(params: Params, rank: int, targets: Prunable, seed: int) -> Params:
     """An `Adapter` for each target, `optax.MaskedNode()` for every other leaf."""
     named = tree.named_leaves(params)
+    tree.check_rule(targets, list(named))
     chosen = {
         name: leaf
         for name, leaf in named.items()
