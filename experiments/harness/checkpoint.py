@@ -12,6 +12,7 @@ come from the target, and so does the sharding: what four devices saved loads on
 import contextlib
 import errno
 import logging
+import operator
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -67,7 +68,8 @@ def save(
       state: any tree of JAX or NumPy arrays: parameters, optimizer state with
         importance, masks (boolean or packed), the data position. Random keys are
         given as `jax.random.key_data(key)`.
-      step: how many steps were done; grows from save to save.
+      step: how many steps were done, any integer, `state.step` too; grows from save to
+        save.
       configuration: JSON-able; what a resumed run must agree with.
       keep: how many checkpoints stay, the newest ones, at least 1.
 
@@ -75,7 +77,7 @@ def save(
       ValueError: the directory holds other things, or a whole checkpoint of this step
         or a later one; `step` or `keep` out of range; NaN in the configuration; in a
         run of several processes, a leaf on the devices of one.
-      TypeError: a leaf is no array, or the configuration no JSON.
+      TypeError: a leaf is no array, the configuration no JSON, or the step no integer.
       OSError: the checkpoint could not be written; the earlier ones are untouched.
 
     Example:
@@ -90,6 +92,7 @@ def save(
       (3,)
     """
     directory = Path(directory).absolute()
+    step = _integer(step)
     if step < 0 or keep < 1:
         raise ValueError(
             f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}"
@@ -114,10 +117,12 @@ def save(
             for rest in (path, *directory.glob(f"{step}{_UNFINISHED}*")):
                 shutil.rmtree(rest, ignore_errors=True)
         number, reason = _explain(error)
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "free space there or choose another directory"
         raise OSError(
             number,
             f"the checkpoint of step {step} could not be written to '{directory}' "
-            f"({reason}); free space there or choose another directory, earlier "
+            f"({reason}); {way_out if full else 'the cause is above'}, earlier "
             f"checkpoints are untouched",
         ) from error
     return path
@@ -166,6 +171,14 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoin
         jax.tree.structure(abstract_state), [state[name] for name in target]
     )
     return found._replace(state=tree)
+
+
+def _integer(step: Any) -> int:
+    """A step as JSON has it, from Python, NumPy or JAX."""
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise TypeError(f"save needs an integer step, got {step!r}") from None
 
 
 def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
