@@ -29,6 +29,8 @@ from jaxprune.arrays import processes
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what orbax has not renamed yet
 
+_NOT_STORED = ("uint2", "uint4")
+
 _log = logging.getLogger(__name__)
 
 
@@ -117,12 +119,10 @@ def save(
             for rest in (path, *directory.glob(f"{step}{_UNFINISHED}*")):
                 shutil.rmtree(rest, ignore_errors=True)
         number, reason = _explain(error)
-        full = number in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "free space there or choose another directory"
         raise OSError(
             number,
             f"the checkpoint of step {step} could not be written to '{directory}' "
-            f"({reason}); {way_out if full else 'the cause is above'}, earlier "
+            f"({reason}); free space there or choose another directory, earlier "
             f"checkpoints are untouched",
         ) from error
     return path
@@ -264,6 +264,11 @@ def _arrays(tree: Any) -> dict[str, Any]:
             raise TypeError(
                 f"a checkpoint holds no typed random keys, got one at '{name}'; store "
                 f"jax.random.key_data(key) and wrap it again after loading"
+            )
+        if np.dtype(leaf.dtype).name in _NOT_STORED:
+            raise TypeError(
+                f"a checkpoint holds no {leaf.dtype}, which tensorstore has not, got "
+                f"one at '{name}'; cast it to uint8"
             )
         if name in leaves:
             raise ValueError(

@@ -449,10 +449,10 @@ def test_a_manifest_that_is_a_directory_is_damage(tmp_path):
     assert checkpoint.latest(tmp_path).step == 1
 
 
-def test_an_error_that_is_no_full_disk_does_not_ask_for_space(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise TypeError("no such dtype")
-
-    monkeypatch.setattr(checkpoint, "_save_arrays", refuse)
-    with pytest.raises(OSError, match=r"\(no such dtype\); the cause is above"):
-        save(tmp_path, 1)
+def test_a_dtype_that_tensorstore_has_not_is_refused_before_anything_is_written(
+    tmp_path,
+):
+    state = {"w": jnp.zeros(4, jnp.uint4)}
+    with pytest.raises(TypeError, match=r"no uint4.*at 'w'; cast it to uint8"):
+        checkpoint.save(tmp_path, state, step=1, configuration={})
+    assert not list(tmp_path.iterdir())
