@@ -55,7 +55,11 @@ class Criterion(Protocol):
 
 
 class Pattern(Protocol):
-    """Which weights are pruned together, and how those that are kept may lie."""
+    """Which weights are pruned together, and how those that are kept may lie.
+
+    Attributes:
+      sparsity: the share that the pattern itself fixes, or None where it is free.
+    """
 
     @property
     def sparsity(self) -> float | None:
