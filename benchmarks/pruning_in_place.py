@@ -38,8 +38,8 @@ class Config:
 def main(config: Config) -> None:
     """Prints one JSON line, in bytes and seconds."""
     found: dict[str, Any] = {}
-    for scope in ("layer", "global"):
-        found |= _measured(config, scope)
+    for allocation in ("layer", "global"):
+        found |= _measured(config, allocation)
     shape = _shape(config)
     measure.report(
         "pruning_in_place",

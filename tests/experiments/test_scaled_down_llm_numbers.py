@@ -52,7 +52,7 @@ def test_the_report_reads_the_results_and_every_file_is_there(run, results):
     for seed in results["seeds"]:
         cells = seed["cells"]
         assert [(c["criterion"], c["sparsity"]) for c in cells] == CELLS
-        assert {c["scope"] for c in cells} == {"global"}
+        assert {c["allocation"] for c in cells} == {"global"}
         retrained = [c for c in cells if c["loss_retrained"] is not None]
         assert [(c["criterion"], c["sparsity"]) for c in retrained] == [RETRAINED]
         assert seed["dense"]["steps"] == STEPS

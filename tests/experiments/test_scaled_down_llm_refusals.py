@@ -180,7 +180,7 @@ def test_a_process_that_refuses_prints_one_line_and_exits_with_one(text, tmp_pat
     [
         ["--sparsities"],
         ["--sparsities", "half"],
-        ["--scopes", "galaxy"],
+        ["--allocations", "galaxy"],
         ["--preset", "huge"],
         ["--no-such-flag"],
     ],
