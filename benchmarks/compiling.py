@@ -37,7 +37,7 @@ def main(config: Config) -> None:
     }
     scores = jp.scores.magnitude(params)
     found: dict[str, Any] = {}
-    for allocation in ("layer", "global"):
+    for allocation in measure.progress(("layer", "global"), "compiling", "allocation"):
 
         def prune(params: Any, scores: Any, allocation: Any = allocation) -> Any:
             return jp.prune(params, scores, 0.6, allocation=allocation)

@@ -38,7 +38,8 @@ class Config:
 def main(config: Config) -> None:
     """Prints one JSON line, in bytes and seconds."""
     found: dict[str, Any] = {}
-    for allocation in ("layer", "global"):
+    names: tuple[jp.allocation.Name, ...] = ("layer", "global")
+    for allocation in measure.progress(names, "pruning", "allocation"):
         found |= _measured(config, allocation)
     shape = _shape(config)
     measure.report(
