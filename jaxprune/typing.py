@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.arrays.axes import Axes
 
@@ -68,8 +69,12 @@ class Pattern(Protocol):
     def problem(self, shape: tuple[int, ...], axes: Axes) -> str | None:
         """Why a leaf of this shape cannot take the pattern, or None if it can."""
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float[Array, "*units"]:
         """The scores of the units that are pruned together."""
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """The mask of a leaf of this shape from the mask of its units."""

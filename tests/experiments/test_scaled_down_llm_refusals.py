@@ -1,6 +1,5 @@
 """What the main job refuses is one sentence, and nothing is written."""
 
-import fcntl
 import json
 import re
 import runpy
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxprune.formats import atomic
 from tests.support.tiny_run import MODULE, flags, undisturbed, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,13 +235,11 @@ def test_a_file_in_the_place_of_the_folder_is_refused(text, tmp_path, command, n
 def test_a_second_process_in_the_folder_is_refused(run, command):
     out = run.out
     before = snapshot(out)
-    with open(out / ".lock", "a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with atomic.locked(out):
         status, _, errors = command(*flags(run.text, out))
     assert status == 1
     assert errors == (
-        f"error: another process is running in '{out}'; wait for it or give another "
-        "--out"
+        f"error: another run writes to '{out}'; wait for it, or choose another place"
     )
     assert snapshot(out) == before
 
