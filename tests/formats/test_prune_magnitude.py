@@ -262,6 +262,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["m", "out", "whole"]
 
 
+@pytest.mark.full
 def test_after_the_first_tensor_memory_holds_a_few_and_not_the_model(tmp_path):
     tensors = {f"layers.{i}.weight": normal(i, 1024, 1024) for i in range(64)}
     build(tmp_path / "m", tensors, 2)
