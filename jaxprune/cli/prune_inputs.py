@@ -30,7 +30,7 @@ class Ready(NamedTuple):
 
     tokenizer: hf.Tokenizer | None
     begins: models.Beginning
-    calibration: list[texts.Text]
+    calibration: list[texts.AnyText]
     drawn: texts.Drawn | None
     seen: dict[str, perplexity.Windows]
     roles: dict[str, str]
@@ -65,6 +65,7 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
             length=job.length,
             bos=begins.token,
             seed=job.seed,
+            most=job.limit,
         )
     evaluated, roles = _evaluated(job, whole, own, ends, drawn)
     seen = {
@@ -85,11 +86,11 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
 
 def _evaluated(
     job: Job,
-    whole: dict[Path, texts.Text],
-    own: list[texts.Text],
+    whole: dict[Path, texts.AnyText],
+    own: list[texts.AnyText],
     ends: list[texts.Text | None],
     drawn: texts.Drawn | None,
-) -> tuple[dict[str, texts.Text], dict[str, str]]:
+) -> tuple[dict[str, texts.AnyText], dict[str, str]]:
     """Which texts are evaluated, by name, and what they are to the calibration."""
     if job.evaluate:
         names, digests = named(job.evaluate), {text.sha256 for text in own}
@@ -106,23 +107,21 @@ def _evaluated(
         if text is not None:
             evaluated[name], roles[name] = text, "held out from calibration"
     if not evaluated and drawn is not None:
-        text = own[0]._replace(tokens=drawn.tokens)
+        text = texts.Text(own[0].path, own[0].sha256, drawn.tokens)
         evaluated, roles = {"calibration": text}, {"calibration": "calibrated on"}
     return evaluated, roles
 
 
-def _retraining(job: Job, later: list[texts.Text], bos: int | None) -> Any:
+def _retraining(job: Job, later: list[texts.AnyText], bos: int | None) -> Any:
     """Sequences to retrain on: all that the texts have, or as many as are used."""
     if not later:
         return None
     body = job.length - (bos is not None)
-    have = min(
-        len(text.tokens) if text.is_rows else text.tokens.size // body for text in later
-    )
+    have = min(text.room(body) for text in later)
     wanted = job.retrain_steps * job.batch
     number = max(len(later), min(have * len(later), wanted))
     found = texts.draw(
-        later, sequences=number, length=job.length, bos=bos, seed=job.seed + 1
+        later, sequences=number, length=job.length, bos=bos, seed=job.seed + 1, most=0
     )
     return found.tokens
 

@@ -104,10 +104,10 @@ def yarn(
 ) -> Rope:
     """Slow pairs squeezed by `factor`, fast ones left, those between by their number.
 
-    Pair i = dim log(original / (2 pi r)) / (2 log theta) turns r times within `original`
-    positions. Up to the pair that turns `fast` times all are left, from the one that
-    turns `slow` times on all are squeezed; between the two the share left falls in a
-    straight line with i.
+    Pair i = dim log(original / (2 pi r)) / (2 log theta) turns r times within
+    `original` positions. Up to the pair that turns `fast` times all are left, from the
+    one that turns `slow` times on all are squeezed; between the two the share left
+    falls in a straight line with i.
 
     Args:
       theta: the base, above 1.

@@ -33,8 +33,9 @@ _IGNORED = """
     summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     _num_labels output_past n_special predict_special_tokens xla_device is_llama_config
     transformers.js_config max_sequence_length model_max_length seq_length _commit_hash
-    _flash_attn_2_enabled use_flash_attn use_flash_attention _attn_implementation_internal
-    tokenizer_padding_side tokenizer_model_max_length neftune_noise_alpha
+    _flash_attn_2_enabled use_flash_attn use_flash_attention
+    _attn_implementation_internal tokenizer_padding_side tokenizer_model_max_length
+    neftune_noise_alpha
     hidden_dropout_prob attention_probs_dropout_prob mlp_dropout embd_dropout
 """
 IGNORED = frozenset(_IGNORED.split())
