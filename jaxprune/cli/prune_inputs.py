@@ -100,7 +100,8 @@ def _evaluated(
             for name, text in given.items()
         }
     left = drawn.left if drawn is not None else []
-    evaluated, roles = {}, {}
+    evaluated: dict[str, texts.AnyText] = {}
+    roles = {}
     names = named(job.calibration)
     for name, end, rest in zip(names, ends, left, strict=True):
         text = end if end is not None else rest

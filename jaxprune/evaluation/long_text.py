@@ -103,12 +103,13 @@ class LongText:
     def _encoded(self, start: int) -> Iterator[np.ndarray]:
         """The tokens from a byte on, a part of the file at a time."""
         if self.path.suffix == ".jsonl":
-            parts: list[str] = []
+            parts, size = [], 0
             for text in self._documents(start, self.stop):
                 parts.append(text)
-                if sum(map(len, parts)) >= _CHUNK:
+                size += len(text)
+                if size >= _CHUNK:
                     yield self._tokens("\n\n".join(parts))
-                    parts = []
+                    parts, size = [], 0
             yield self._tokens("\n\n".join(parts))
             return
         if start:

@@ -57,11 +57,6 @@ AnyText: TypeAlias = Text | LongText
 """A file as tokens, or one that is tokenised where it is needed."""
 
 
-def is_rows(text: AnyText) -> bool:
-    """Whether a file holds sequences that are used as they are."""
-    return isinstance(text, Text) and text.is_rows
-
-
 def is_ids(path: Path) -> bool:
     """Whether a file holds token ids, and needs no tokenizer."""
     return path.suffix == _IDS
@@ -228,7 +223,7 @@ def draw(
     parts, left = [], []
     for i, (text, count) in enumerate(zip(texts, counts, strict=True)):
         chance = np.random.default_rng([seed, i])
-        if is_rows(text):
+        if isinstance(text, Text) and text.is_rows:
             tokens, remaining = _rows(text, count, most, chance)
         else:
             tokens, remaining = _pieces(text, count, length, bos, chance), None

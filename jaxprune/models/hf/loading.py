@@ -122,9 +122,8 @@ def load(
 
 def _check_layers(opened: CheckpointDir, config: Any) -> None:
     """Refuses more layers than there are tensors, before any module is built."""
-    parts = (config,)
-    if isinstance(config, Phi3VisionConfig):
-        parts = (config.decoder, config.tower)
+    vision = isinstance(config, Phi3VisionConfig)
+    parts = [config.decoder, config.tower] if vision else [config]
     if (layers := sum(part.layers for part in parts)) > len(opened.tensors):
         raise Damaged(
             f"'{opened.path}' must hold the tensors of the {layers} layers that its "
