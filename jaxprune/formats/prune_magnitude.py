@@ -57,6 +57,7 @@ def prune_directory(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: rewrite.Progress | None = None,
+    finish: rewrite.Finish | None = None,
 ) -> Pruned:
     """Sets the smallest weights of each matrix to zero and writes the directory again.
 
@@ -75,13 +76,14 @@ def prune_directory(
       provenance: what else `jaxprune.json` is to say: "command", "perplexity".
       overwrite: whether an earlier result may be replaced.
       progress: called after every tensor.
+      finish: as for `rewrite.write`.
 
     Returns:
       The new folder and its zeros.
 
     Raises:
       ValueError: no tensor may be pruned, the sparsity or the pattern does not fit,
-        weights are not finite, or as for `export.write`.
+        weights are not finite, or as for `rewrite.write`.
       TypeError: the pattern is none of the three.
       OSError: the folder could not be written.
 
@@ -139,6 +141,7 @@ def prune_directory(
         overwrite=overwrite,
         resume=True,
         progress=progress,
+        finish=finish,
     )
     record = rewrite.read_provenance(paths[-1].parent)
     return Pruned(
