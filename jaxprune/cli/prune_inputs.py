@@ -40,7 +40,10 @@ class Ready(NamedTuple):
 
 def prepare(job: Job, source: CheckpointDir) -> Ready:
     """Reads the texts, draws the sequences, makes the windows."""
-    config = hf.decoder_config(source.config)
+    try:
+        config = hf.decoder_config(source.config, ignore=job.ignore_config)
+    except ValueError as error:
+        raise ValueError(f"'{source.path / 'config.json'}': {error}") from None
     if job.length > config.context:
         raise ValueError(
             f"--length must be at most the model's context {config.context}, got "
@@ -50,7 +53,7 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
     known = tokenizer = needed_tokenizer(job.model, files)
     if known is None and (source.path / "tokenizer.json").is_file():
         known = hf.load_tokenizer(job.model)
-    begins = models.beginning(tokenizer, job)
+    begins = models.beginning(tokenizer, job, config.vocab_size)
     whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
     own = [whole[path] for path in job.calibration]
     ends: list[texts.Text | None] = [None] * len(own)

@@ -130,10 +130,10 @@ def _digest(path: Path) -> str:
 def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError):
         raise ValueError(
-            f"'{path}' must be an array that numpy.save wrote, of token ids, but it "
-            f"cannot be read: {' '.join(str(error).split())}"
+            f"'{path}' must be an array that numpy.save wrote, of token ids, but it is "
+            "none, or one of objects; a text is to end in .txt"
         ) from None
     if not isinstance(tokens, np.ndarray):
         raise ValueError(f"'{path}' must be one array, got an archive of several")

@@ -341,8 +341,7 @@ def check_free(place: Path, replaceable: Replaceable | None) -> None:
     if reason:
         raise ValueError(
             f"the result must not destroy what is at '{place}', but {reason}; choose "
-            "another place, or pass overwrite=True, --overwrite in the command, if it "
-            "is an earlier result"
+            "another place, or pass overwrite=True if it is an earlier result"
         )
 
 

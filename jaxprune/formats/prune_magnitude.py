@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import listed
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, TensorInfo
 from jaxprune.masking import counts, matrix_mask, patterns
@@ -121,6 +122,12 @@ def prune_directory(
             f"'{source.path}' must have a tensor that may be pruned, but has none; "
             f"give another rule for prunable"
         )
+    if narrow := [name for name, info in chosen.items() if info.dtype not in _FLOATS]:
+        raise ValueError(
+            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
+            f"{chosen[narrow[0]].dtype}; save the model in bfloat16, or leave them out "
+            "with prunable=jp.tree.excluding('...')"
+        )
     first = {name: _input_first(source.config, info) for name, info in chosen.items()}
     _check_pattern(pattern, chosen, first)
     counts = _counts(pattern, sparsity, chosen)
@@ -154,7 +161,8 @@ def prune_directory(
 
 def _is_matrix(name: str, info: TensorInfo) -> bool:
     stack = info.ndim == 3 and "conv" not in name.lower()
-    return info.dtype in _FLOATS and (info.ndim == 2 or stack)
+    floating = jnp.issubdtype(info.dtype, jnp.floating)
+    return floating and (info.ndim == 2 or stack)
 
 
 def _input_first(config: Mapping[str, Any], info: TensorInfo) -> bool:

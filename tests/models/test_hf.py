@@ -554,6 +554,16 @@ def test_a_tokenizer_without_bos_says_so(tmp_path):
         tokenizer.encode("to be", bos=True)
 
 
+@pytest.mark.parametrize("wrong", [[{}], [1, "x"], "</s>", True, [[1]]])
+def test_ends_that_are_no_tokens_are_refused(tmp_path, wrong):
+    folder = _tokenizer_folder(tmp_path)
+    tiny_hf.edit(folder, eos_token_id=wrong)
+    with pytest.raises(
+        Damaged, match=r"config.json' must have a token .* eos_token_id"
+    ):
+        hf.load_tokenizer(folder)
+
+
 def test_what_is_no_tokenizer_is_told_apart(tmp_path):
     folder = _tokenizer_folder(tmp_path)
     (folder / "tokenizer_config.json").write_text("[]")

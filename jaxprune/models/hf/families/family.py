@@ -104,8 +104,7 @@ class Family:
             raise ValueError(
                 f"a {config['model_type']} configuration is refused unless all of it "
                 f"is understood: {'; '.join(attributes.problems)}; name an attribute "
-                "in ignore_config, --ignore-config in the command, if the model "
-                "computes the same without it"
+                "in ignore_config if the model computes the same without it"
             )
         return self.shape(**fields), tuple(attributes.ignored)
 
