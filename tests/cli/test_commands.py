@@ -37,7 +37,7 @@ HALF = ("--sparsity", "0.5")
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (refused(*CALIBRATED), "leaves the sparsity free; give sparsity"),
+        (refused(*CALIBRATED), "leaves the sparsity free; give --sparsity"),
         (refused(*CALIBRATED, "--sparsity", "1"), r"in \[0, 1\), .* got 1"),
         (
             refused(*CALIBRATED, *HALF, "--pattern", "2of4"),
