@@ -301,7 +301,20 @@ def is_floating(leaf: Any) -> bool:
 
 
 def align(reference: Any, other: Any, what: str) -> list[Any]:
-    """The leaves of `other` in the order of `reference`, by name and shape."""
+    """The leaves of `other` in the order of `reference`, matched by name and shape.
+
+    Args:
+      reference: the parameters.
+      other: a tree of the same names, of whatever containers; leaves may be left out
+        (`optax.MaskedNode()`).
+      what: what `other` is, for the error ("masks").
+
+    Returns:
+      A list as long as `reference` has leaves; `optax.MaskedNode()` where left out.
+
+    Raises:
+      ValueError: names or shapes differ; the sentence names the leaves.
+    """
     # Containers may differ, leaves may be left out; `what` names `other` in the error.
     wanted, given = named_leaves(reference), named_leaves(other)
     _spread_excluded(given, wanted)
@@ -355,7 +368,20 @@ def with_nodes(masks: Any, names: Container[str]) -> Any:
 def by_rule(
     rules: Mapping[str, T], leaf_names: Sequence[str], default: T, what: str
 ) -> list[T]:
-    """What the first matching glob says of each leaf, or the default."""
+    """What the first matching glob of `rules` says of each leaf.
+
+    Args:
+      rules: shell-style pattern on path names to value; the first match counts.
+      leaf_names: the names that the rules are for.
+      default: the value of a leaf that no rule matches.
+      what: what the rules give, for the error ("sparsity").
+
+    Returns:
+      One value a name.
+
+    Raises:
+      ValueError: a rule matches no leaf at all.
+    """
     # A rule that matches no leaf at all is an error; `what` names the rules in it.
     unused = [g for g in rules if not fnmatch.filter(leaf_names, g)]
     if unused:

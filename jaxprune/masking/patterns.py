@@ -11,7 +11,7 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from jaxprune.arrays import exact_sum
 from jaxprune.arrays.axes import Axes
@@ -42,11 +42,15 @@ class Unstructured(_Free):
       Unstructured()
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float[Array, "*shape"]:
         """The scores themselves."""
         return scores
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """The mask itself."""
         return kept
 
@@ -71,7 +75,9 @@ class PerOutput(_Free):
       2024, arXiv 2306.11695, section 3.
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> Float32[Array, "batch out in"]:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float32[Array, "batch out in"]:
         """Minus the rank inside the output as a share of the inputs, (batch, out, in).
 
         One cut serves all outputs. They stand last first: ties, which are weights of
@@ -84,7 +90,9 @@ class PerOutput(_Free):
         rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
         return -rank.astype(jnp.float32) / max(own.shape[2], 1)
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """The mask, turned back."""
         return axes.restore(jnp.swapaxes(jnp.flip(kept, (0, 1)), 1, 2), shape)
 
@@ -140,7 +148,9 @@ class NM:
             )
         return None
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float[Array, "*shape"]:
         """Minus the rank inside the group, so that one cut serves all groups."""
         matrix = divisible(axes.matrix(scores), 1, self.m, 1)
         batch, inputs, outputs = matrix.shape
@@ -157,7 +167,9 @@ class NM:
             rank = rank + before.astype(rank.dtype)
         return axes.restore(-rank.reshape(matrix.shape), scores.shape)
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """The mask itself."""
         return kept
 
@@ -192,13 +204,15 @@ class Block(_Free):
             raise ValueError(f"Block needs integer sides of at least 1, got {self}")
 
     def units(
-        self, scores: jax.Array, axes: Axes
+        self, scores: Float[Array, "*shape"], axes: Axes
     ) -> Float[Array, "batch rows columns"]:
         """The mean score of each tile, (batch, in tiles, out tiles)."""
         matrix = axes.matrix(scores)  # (batch, in, out)
         return self._tiled(matrix) / self._tiled(jnp.ones_like(matrix))
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """Each tile's bit on all of its weights."""
         _, inputs, outputs = jax.eval_shape(
             axes.matrix, jax.ShapeDtypeStruct(shape, bool)
@@ -234,12 +248,16 @@ class Channel(_Free):
       Channel()
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> Float[Array, "batch 1 out"]:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float[Array, "batch 1 out"]:
         """The mean score of each output channel, (batch, 1, out)."""
         matrix = axes.matrix(scores)  # (batch, in, out)
         return exact_sum.total(matrix, 1) / matrix.shape[1]
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """Each channel's bit on all of its weights."""
         matrix = jax.eval_shape(axes.matrix, jax.ShapeDtypeStruct(shape, bool))
         return axes.restore(jnp.broadcast_to(kept, matrix.shape), shape)

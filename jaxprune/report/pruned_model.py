@@ -44,6 +44,7 @@ def document(record: Mapping[str, Any]) -> str:
         stages=[stage for stage in STAGES if all(stage in of for of in texts)],
         zeros=_zeros(record),
         errors=_errors({row["name"]: row["error"] for row in rows}),
+        unreached=[row for row in rows if row.get("by_magnitude")],
         worst=sorted(rows, key=lambda row: -row["error"])[:_WORST],
     )
 
