@@ -62,7 +62,7 @@ def main(config: Config) -> None:
         held["params"] = params = _init(config)
         held["state"] = tx.init(params)
         compiled = jax.jit(step, donate_argnums=(0, 1))
-        for _ in range(config.steps):
+        for _ in measure.progress(range(config.steps), "training"):
             held["params"], held["state"] = compiled(held["params"], held["state"])
         return jax.block_until_ready(held)
 

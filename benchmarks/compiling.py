@@ -37,17 +37,21 @@ def main(config: Config) -> None:
     }
     scores = jp.scores.magnitude(params)
     found: dict[str, Any] = {}
-    for scope in ("layer", "global"):
+    for allocation in measure.progress(("layer", "global"), "compiling", "allocation"):
 
-        def prune(params: Any, scores: Any, scope: Any = scope) -> Any:
-            return jp.prune(params, scores, 0.6, allocation=scope)
+        def prune(params: Any, scores: Any, allocation: Any = allocation) -> Any:
+            return jp.prune(params, scores, 0.6, allocation=allocation)
 
-        found[f"{scope}, first call"] = _seconds(prune, params, scores)
-        found[f"{scope}, second call"] = _seconds(prune, params, scores)
+        found[f"{allocation}, first call"] = _seconds(prune, params, scores)
+        found[f"{allocation}, second call"] = _seconds(prune, params, scores)
         if config.jit:
             whole = jax.jit(prune)
-            found[f"{scope} in one jit, first call"] = _seconds(whole, params, scores)
-            found[f"{scope} in one jit, second call"] = _seconds(whole, params, scores)
+            found[f"{allocation} in one jit, first call"] = _seconds(
+                whole, params, scores
+            )
+            found[f"{allocation} in one jit, second call"] = _seconds(
+                whole, params, scores
+            )
     tx = jp.track_importance(storage="int8")
     update = jax.jit(tx.update)
     zeros = jax.tree.map(jnp.zeros_like, params)

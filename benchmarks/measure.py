@@ -10,16 +10,19 @@ import json
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from jaxprune.arrays.console_progress import Progress
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jaxprune")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_T = TypeVar("_T")
 
 
 def median_and_spread(samples: Sequence[float]) -> dict[str, float | int]:
@@ -61,6 +64,23 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def progress(items: Collection[_T], what: str, unit: str = "step") -> Iterator[_T]:
+    """The items one after the other, with a bar or now and then a line on stderr.
+
+    Args:
+      items: whatever is gone through.
+      what: is done with them, "timing" say.
+      unit: what an item is, in the singular.
+
+    Yields:
+      Each item; it counts as done when the next one is asked for.
+    """
+    with Progress(len(items), what, unit=unit) as shown:
+        for item in items:
+            yield item
+            shown.update()
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
@@ -74,14 +94,12 @@ def interleaved(
     Returns:
       Name to seconds of each measured call.
     """
-    for _ in range(warmup):
-        for function in functions.values():
-            seconds(function)
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            times[name].append(seconds(function))
-    return times
+    rounds = progress(range(warmup + repeats), "timing", "round")
+    calls = [
+        {name: seconds(function) for name, function in functions.items()}
+        for _ in rounds
+    ]
+    return {name: [each[name] for each in calls[warmup:]] for name in functions}
 
 
 def peak_memory(function: Callable[[], Any]) -> dict[str, int]:

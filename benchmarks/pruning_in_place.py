@@ -38,8 +38,9 @@ class Config:
 def main(config: Config) -> None:
     """Prints one JSON line, in bytes and seconds."""
     found: dict[str, Any] = {}
-    for scope in ("layer", "global"):
-        found |= _measured(config, scope)
+    names: tuple[jp.allocation.Name, ...] = ("layer", "global")
+    for allocation in measure.progress(names, "pruning", "allocation"):
+        found |= _measured(config, allocation)
     shape = _shape(config)
     measure.report(
         "pruning_in_place",

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from tqdm import tqdm
+
+from benchmarks import measure
 
 # glibc: one arena, so that the peak is of what is used and not of how it is scattered.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1"}
@@ -67,7 +68,7 @@ def main(config: Config) -> None:
         texts = _held_out(config, Path(folder))
         cells = _cells(config, texts)
         wanted = [c for c in cells if c[0] in config.cells or not config.cells]
-        for name, command in tqdm(wanted, "cells", disable=None):
+        for name, command in measure.progress(wanted, "running", "cell"):
             _run(config.out / f"{name}.json", command, config.threads)
     print(table(config.out))
 

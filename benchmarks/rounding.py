@@ -107,7 +107,7 @@ def _followed(config: Config) -> tuple[np.ndarray, dict[Any, Any], Any]:
     }
     state = adamw.init(params)
     batches = Batches(corpus.train, config.batch_size, shape.context, config.seed)
-    for n in range(config.steps):
+    for n in measure.progress(range(config.steps), "training"):
         params, state, averages = step(
             params, state, averages, batches(n), jnp.int32(n + 1)
         )

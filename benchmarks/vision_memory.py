@@ -7,6 +7,7 @@ way to hold the averages what XLA reports of one device: bytes of what the step 
 """
 
 import dataclasses
+import itertools
 import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -77,9 +78,9 @@ def main(config: Config) -> None:
     rows = []
     shape = vision_config({**PUBLISHED, "num_hidden_layers": config.layers})
     shape = shape.with_dtype("bfloat16")
-    for mesh in config.meshes:
-        for storage in config.storages:
-            rows.append(compiled(config, shape, mesh, storage))
+    cells = list(itertools.product(config.meshes, config.storages))
+    for mesh, storage in measure.progress(cells, "compiling", "cell"):
+        rows.append(compiled(config, shape, mesh, storage))
     measure.report("vision_memory", config=dataclasses.asdict(config), rows=rows)
 
 

@@ -9,7 +9,6 @@ retraining; "±" is the sample standard deviation over the seeds.
 """
 
 import dataclasses
-import html
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
-from experiments.report import figures, findings
+from experiments.report import figures, findings, sections
 from experiments.report import results as results_
 from jaxprune.formats import atomic
-from jaxprune.report import page
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -105,16 +104,16 @@ def summary(runs: Runs) -> list[list[str]]:
 
 
 def losses(runs: Runs, stage: results_.Stage) -> list[list[str]]:
-    """Nats above the reference, a row for each criterion, scope and sparsity.
+    """Nats above the reference, a row for each criterion, allocation and sparsity.
 
-    Rows of criterion, scope, sparsity and then "mean ± spread" of each run, "-" where
-    it has no such cell; none when no run has this stage.
+    Rows of criterion, allocation, sparsity and then "mean ± spread" of each run, "-"
+    where it has no such cell; none when no run has this stage.
     """
     cells: dict[tuple[str, str, float], dict[str, str]] = {}
     for label, run in runs.items():
         for curve in results_.curves(run, stage):
             for column, sparsity in enumerate(map(float, curve.sparsities)):
-                of = cells.setdefault((curve.criterion, curve.scope, sparsity), {})
+                of = cells.setdefault((curve.criterion, curve.allocation, sparsity), {})
                 above = np.asarray(curve.above[:, column].compressed())
                 of[label] = findings.mean(above, signed=True)
     order = list(dict.fromkeys(key[:2] for key in cells))
@@ -145,7 +144,7 @@ def compare(runs: Runs, out: Path) -> str:
         tables.append((["entry", *labels], changed, "What differs"))
     for stage in results_.STAGES:
         if rows := losses(runs, stage):
-            header = ["criterion", "scope", "sparsity", *labels]
+            header = ["criterion", "allocation", "sparsity", *labels]
             title = f"{figures.TITLES[stage]}, nats above each run's reference"
             tables.append((header, rows, title))
     files = {
@@ -166,34 +165,37 @@ def compare(runs: Runs, out: Path) -> str:
 
 
 def _page(runs: Runs, tables: Sequence[tuple[list[str], list[list[str]], str]]) -> str:
-    """The tables and, for each stage and scope, the figure of all runs."""
+    """The tables and, for each stage and allocation, the figure of all runs."""
     name = next(iter(runs.values()))["name"]
-    title = f"{name}: {len(runs)} runs side by side"
-    parts = [
-        f"<h1>{html.escape(name)}</h1>",
-        f'<p class="lead">{len(runs)} runs side by side</p>',
-    ]
-    if not differences(runs):
-        parts.append("<p>Configuration, versions and device are the same.</p>")
-    top = 2 if differences(runs) else 1
-    parts += [page.table(*table) for table in tables[:top]]
-    scopes = list(
-        dict.fromkeys(s for run in runs.values() for s in results_.scopes(run))
+    changed = bool(differences(runs))
+    top = 2 if changed else 1
+    return sections.TEMPLATES.get_template("runs.html").render(
+        title=f"{name}: {len(runs)} runs side by side",
+        name=name,
+        count=len(runs),
+        same=not changed,
+        first=tables[:top],
+        figures=_figures(runs),
+        reading=figures.READING,
+        then=tables[top:],
     )
-    for number, stage in enumerate(results_.STAGES):
-        for scope in scopes:
-            if not any(results_.curves(run, stage, scope) for run in runs.values()):
-                continue
-            heading = f"{figures.TITLES[stage]}, {scope} scope"
-            parts.append(f"<h2>{html.escape(heading)}</h2>")
-            drawn = {
-                f"runs-{number}-{scopes.index(scope)}": figures.runs(
-                    runs, stage=stage, scope=scope
-                )
-            }
-            parts.append(page.picture(drawn, figures.READING, wide=True))
-    parts += [page.table(*table) for table in tables[top:]]
-    return page.page(title, "\n".join(parts))
+
+
+def _figures(runs: Runs) -> dict[str, dict[str, Figure]]:
+    """What each figure shows, and the figure by its name on the page."""
+    allocations = list(
+        dict.fromkeys(s for run in runs.values() for s in results_.allocations(run))
+    )
+    return {
+        f"{figures.TITLES[stage]}, {allocation} allocation": {
+            f"runs-{number}-{index}": figures.runs(
+                runs, stage=stage, allocation=allocation
+            )
+        }
+        for number, stage in enumerate(results_.STAGES)
+        for index, allocation in enumerate(allocations)
+        if any(results_.curves(run, stage, allocation) for run in runs.values())
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

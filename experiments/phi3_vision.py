@@ -55,9 +55,10 @@ class Config:
       seeds: one training run each.
       criteria: what to prune by; see experiments/harness/criteria.py.
       retrain_criteria: those retrained too; all of `criteria` if left out.
-      scopes: what is ranked together and pruned: "all", the "decoder", the "tower".
-      retrain_scopes: those retrained; the first of `scopes` if left out.
-      sparsities: fractions of the scope's matrices to remove.
+      allocations: what is ranked together and pruned, "all", the "decoder" or the
+        "tower".
+      retrain_allocations: those retrained; the first of `allocations` if left out.
+      sparsities: fractions of the allocation's matrices to remove.
       retrain_sparsities: those retrained at; if left out 0.25, 0.5 and 0.8, or all of
         `sparsities` where those are others.
       batch_size: pictures in a batch.
@@ -90,8 +91,8 @@ class Config:
     seeds: tuple[int, ...] = (0,)
     criteria: tuple[str, ...] = ("trajectory", "averaged_weight", "magnitude")
     retrain_criteria: tuple[str, ...] | None = None
-    scopes: tuple[Part, ...] = ("all", "decoder", "tower")
-    retrain_scopes: tuple[Part, ...] | None = None
+    allocations: tuple[Part, ...] = ("all", "decoder", "tower")
+    retrain_allocations: tuple[Part, ...] | None = None
     sparsities: tuple[float, ...] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     retrain_sparsities: tuple[float, ...] | None = None
     batch_size: int = 32
@@ -112,7 +113,7 @@ class Config:
             seeds=self.seeds[:1],
             criteria=self.criteria[:2],
             retrain_criteria=None,
-            retrain_scopes=None,
+            retrain_allocations=None,
             sparsities=(0.25, 0.8),
             retrain_sparsities=(0.8,),
             batch_size=8,
@@ -158,10 +159,10 @@ class Config:
                 "trajectory_adam needs Adam's moments of every weight, but with "
                 "--frozen or --lora there are none of some; take trajectory"
             )
-        if {*self.frozen} & {*self.scopes}:
+        if {*self.frozen} & {*self.allocations}:
             raise ValueError(
                 f"what is frozen is not pruned: leave {', '.join(self.frozen)} out of "
-                "--scopes"
+                "--allocations"
             )
 
 
@@ -194,7 +195,7 @@ def main(config: Config) -> Path:
         device_mesh.shardings(task.shapes, mesh)
 
     def more(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-        model = runner.described(task, task.scopes["all"][1])
+        model = runner.described(task, task.allocations["all"][1])
         model["without_gradient"] = without_gradient(task)
         return {"model": model, "text_only": task.text_only()}
 

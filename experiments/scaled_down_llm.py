@@ -37,8 +37,8 @@ class Config:
       seeds: one training run each.
       criteria: what to prune by; see experiments/harness/criteria.py.
       retrain_criteria: those retrained too; all of `criteria` if left out.
-      scopes: "global" ranks all matrices together, "layer" each alone; the first one is
-        retrained.
+      allocations: "global" ranks all matrices together, "layer" each alone; the first
+        one is retrained.
       sparsities: fractions of the decoder's matrices to remove.
       retrain_sparsities: those retrained at; all of `sparsities` if left out.
       batch_size: sequences in a batch; the preset's if left out.
@@ -72,7 +72,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1)
     criteria: tuple[str, ...] = ("trajectory", "averaged_weight", "magnitude")
     retrain_criteria: tuple[str, ...] | None = None
-    scopes: tuple[Literal["layer", "global"], ...] = ("global",)
+    allocations: tuple[Literal["layer", "global"], ...] = ("global",)
     sparsities: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     retrain_sparsities: tuple[float, ...] | None = None
     batch_size: int | None = None

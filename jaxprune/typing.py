@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.arrays.axes import Axes
 
@@ -55,7 +56,11 @@ class Criterion(Protocol):
 
 
 class Pattern(Protocol):
-    """Which weights are pruned together, and how those that are kept may lie."""
+    """Which weights are pruned together, and how those that are kept may lie.
+
+    Attributes:
+      sparsity: the share that the pattern itself fixes, or None where it is free.
+    """
 
     @property
     def sparsity(self) -> float | None:
@@ -64,8 +69,12 @@ class Pattern(Protocol):
     def problem(self, shape: tuple[int, ...], axes: Axes) -> str | None:
         """Why a leaf of this shape cannot take the pattern, or None if it can."""
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float[Array, "*units"]:
         """The scores of the units that are pruned together."""
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """The mask of a leaf of this shape from the mask of its units."""

@@ -13,18 +13,18 @@ class Cell(NamedTuple):
 
     Attributes:
       criterion: of `CRITERIA`.
-      scope: of the task's.
-      sparsity: the share of the scope's weights to remove.
+      allocation: of the task's.
+      sparsity: the share of the allocation's weights to remove.
     """
 
     criterion: str
-    scope: str
+    allocation: str
     sparsity: float
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.criterion}-{self.scope}-{self.sparsity}"
+        return f"{self.criterion}-{self.allocation}-{self.sparsity}"
 
     @property
     def label(self) -> str:
@@ -44,8 +44,8 @@ class Plan:
       retrain_learning_rate: peak of the steps after it.
       criteria: names of `CRITERIA`, each pruned by.
       retrain_criteria: those retrained after it.
-      scopes: names of the task's scopes.
-      retrain_scopes: those retrained.
+      allocations: names of the task's allocations.
+      retrain_allocations: those retrained.
       sparsities: the sweep.
       retrain_sparsities: those retrained at.
       eval_tokens: validation tokens of every loss; None for all.
@@ -62,8 +62,8 @@ class Plan:
     retrain_learning_rate: float
     criteria: tuple[str, ...]
     retrain_criteria: tuple[str, ...]
-    scopes: tuple[str, ...]
-    retrain_scopes: tuple[str, ...]
+    allocations: tuple[str, ...]
+    retrain_allocations: tuple[str, ...]
     sparsities: tuple[float, ...]
     retrain_sparsities: tuple[float, ...]
     eval_tokens: int | None
@@ -77,7 +77,7 @@ class Plan:
         """The plan of a configuration, checked.
 
         Sparsities are sorted; where a `retrain_` flag is left out, all that is pruned
-        is retrained, but of the scopes the first one only.
+        is retrained, but of the allocations the first one only.
 
         Args:
           config: has the flags that every sweep has, by the names of `Plan`.
@@ -91,8 +91,8 @@ class Plan:
         fields = {
             "criteria": config.criteria,
             "retrain_criteria": config.retrain_criteria,
-            "scopes": config.scopes,
-            "retrain_scopes": getattr(config, "retrain_scopes", None),
+            "allocations": config.allocations,
+            "retrain_allocations": getattr(config, "retrain_allocations", None),
             "sparsities": sparsities,
             "retrain_sparsities": config.retrain_sparsities,
             "show_sparsity": min(
@@ -105,7 +105,7 @@ class Plan:
         }
         usual = {
             "retrain_criteria": config.criteria,
-            "retrain_scopes": config.scopes[:1],
+            "retrain_allocations": config.allocations[:1],
             "retrain_sparsities": sparsities,
         }
         for name, default in usual.items():
@@ -115,7 +115,7 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         """Every way to prune, in order."""
-        ways = itertools.product(self.criteria, self.scopes, self.sparsities)
+        ways = itertools.product(self.criteria, self.allocations, self.sparsities)
         return [Cell(*way) for way in ways]
 
     def stages(self) -> int:
@@ -130,13 +130,16 @@ class Plan:
         return (
             self.retrain_steps > 0
             and cell.criterion in self.retrain_criteria
-            and cell.scope in self.retrain_scopes
+            and cell.allocation in self.retrain_allocations
             and cell.sparsity in self.retrain_sparsities
         )
 
     def shows(self, cell: Cell) -> bool:
         """Whether a cell's samples are shown."""
-        return cell.sparsity == self.show_sparsity and cell.scope == self.scopes[0]
+        return (
+            cell.sparsity == self.show_sparsity
+            and cell.allocation == self.allocations[0]
+        )
 
 
 def check_lists(config: Any, *names: str) -> None:
@@ -169,8 +172,8 @@ def check(config: Any) -> None:
         raise ValueError(
             f"criteria must be of {', '.join(CRITERIA)}, got {', '.join(known)}"
         )
-    check_lists(config, "seeds", "criteria", "scopes", "sparsities")
-    for name in ("criteria", "scopes", "sparsities"):
+    check_lists(config, "seeds", "criteria", "allocations", "sparsities")
+    for name in ("criteria", "allocations", "sparsities"):
         retrained = getattr(config, f"retrain_{name}", None) or ()
         if not {*retrained} <= {*getattr(config, name)}:
             raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")

@@ -1,7 +1,7 @@
 """The directory of a run: one run at a time, one configuration for good."""
 
 import contextlib
-import fcntl
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,18 +28,13 @@ def locked(out: Path) -> Iterator[None]:
 
 def _lock(out: Path, held: contextlib.ExitStack) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context(open(out / ".lock", "a"))  # noqa: SIM115
+        held.enter_context(atomic.locked(out))
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise OSError(error.strerror) from None
         raise OSError(
             f"--out '{out}' must be a directory that can be written to, got "
             f"{error.strerror}; give another"
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OSError(
-            f"another process is running in '{out}'; wait for it or give another --out"
         ) from error
 
 

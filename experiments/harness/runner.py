@@ -19,6 +19,7 @@ from experiments.harness.plan import Plan
 from experiments.harness.sweep import METRICS, Seed
 from experiments.harness.task import Task
 from experiments.report import findings
+from experiments.report import results as results_
 from jaxprune.arrays import processes
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.typing import Prunable
@@ -70,7 +71,7 @@ def run(
             return path
         found = cells()
         results = {
-            "format": 1,
+            "format": results_.FORMAT,
             "name": name,
             "command": command(f"experiments.{name}", config),
             "config": identity,
@@ -221,7 +222,10 @@ def costs(
     first = cells[0]
     rows = []
     for cell in cells:
-        if (cell["criterion"], cell["scope"]) != (first["criterion"], first["scope"]):
+        if (cell["criterion"], cell["allocation"]) != (
+            first["criterion"],
+            first["allocation"],
+        ):
             continue
         removed = cell["sparsity_by_leaf"]
         packed = sum(

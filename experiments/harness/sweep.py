@@ -103,7 +103,9 @@ class Seed:
 
     def _train(self) -> Watched:
         """The dense model and what was tracked while it was trained."""
-        sampled = sampled_weights(self.task.shapes, self.seed, self._first_scope()[1])
+        sampled = sampled_weights(
+            self.task.shapes, self.seed, self._first_allocation()[1]
+        )
 
         def evaluate(state: training.TrainState) -> dict[str, Any]:
             return {
@@ -144,12 +146,12 @@ class Seed:
         """The validation loss, and what else the task measures."""
         return {"loss": self.loss(params), **self.task.measured(params)}
 
-    def _first_scope(self) -> tuple[jp.allocation.Name, Prunable]:
-        return self.task.scopes[self.plan.scopes[0]]
+    def _first_allocation(self) -> tuple[jp.allocation.Name, Prunable]:
+        return self.task.allocations[self.plan.allocations[0]]
 
     def _masks(self, watched: Watched, cell: Cell) -> Any:
-        """What a criterion keeps of the leaves that a scope is about."""
-        ranked, prunable = self.task.scopes[cell.scope]
+        """What a criterion keeps of the leaves that an allocation is about."""
+        ranked, prunable = self.task.allocations[cell.allocation]
         scores = _only(self._scored(watched, cell.criterion), watched.params, prunable)
         return jp.masks.make(scores, cell.sparsity, allocation=ranked)
 
@@ -213,13 +215,15 @@ class Seed:
 
     def _weights(self, watched: Watched) -> dict[str, Any]:
         """How sampled weights moved, and which of them each criterion keeps."""
-        sampled = sampled_weights(watched.params, self.seed, self._first_scope()[1])
+        sampled = sampled_weights(
+            watched.params, self.seed, self._first_allocation()[1]
+        )
         rows = [line for line in self._lines() if "weights" in line]
         names = list(jp.tree.named_leaves(watched.params))
         kept = {}
         for criterion in self.plan.criteria:
-            scope, sparsity = self.plan.scopes[0], self.plan.show_sparsity
-            masks = self._masks(watched, Cell(criterion, scope, sparsity))
+            allocation, sparsity = self.plan.allocations[0], self.plan.show_sparsity
+            masks = self._masks(watched, Cell(criterion, allocation, sparsity))
             kept[criterion] = [bool(bit) for bit in values(masks, sampled)]
         return {
             "steps": [row["step"] for row in rows],

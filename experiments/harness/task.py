@@ -20,7 +20,7 @@ class Task(Protocol):
         """One program is compiled for each task."""
 
     @property
-    def scopes(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
+    def allocations(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
         """By the names that results use: how weights are ranked, and which."""
 
     @property

@@ -5,7 +5,6 @@ few questions "by_question_pruned" and "by_question_retrained", question to frac
 run may say in "text_only" what can be had without looking.
 """
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,61 +13,65 @@ from matplotlib.figure import Figure
 
 from experiments.report import figures, findings, plots
 from experiments.report import results as results_
-from jaxprune.report import canvas, page
+from jaxprune.report import canvas
 
 Points = dict[str, dict[float, list[float]]]
 _RUNS = {"pruned": "dense", "retrained": "control"}
 
 
-def points(results: Mapping[str, Any], stage: str, scope: str) -> Points:
+def points(results: Mapping[str, Any], stage: str, allocation: str) -> Points:
     """Criterion to sparsity to one accuracy a seed; empty where none was measured."""
     found: Points = {}
     for seed in results["seeds"]:
         for cell in seed["cells"]:
             value = cell.get(f"accuracy_{stage}")
-            if value is not None and cell["scope"] == scope:
+            if value is not None and cell["allocation"] == allocation:
                 of = found.setdefault(cell["criterion"], {})
                 of.setdefault(cell["sparsity"], []).append(value)
     return found
 
 
-def section(results: Mapping[str, Any]) -> str:
-    """Accuracy against sparsity, pictured and in numbers, for each scope."""
-    parts: list[str] = []
-    for number, scope in enumerate(results_.scopes(results)):
+def section(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy against sparsity, pictured and in numbers, and question by question."""
+    stages: list[dict[str, Any]] = []
+    for number, allocation in enumerate(results_.allocations(results)):
         for stage in results_.STAGES:
-            found = points(results, stage, scope)
-            if not found:
-                continue
-            title = f"{figures.TITLES[stage]}, {scope}"
-            drawn = {f"accuracy-{number}-{stage}": drawing(results, stage, scope)}
-            parts.append(page.picture(drawn, f"{title}. {_references(results, stage)}"))
-            parts.append(_table(found, title))
-    parts += _by_question(results)
-    heading = "<h2>Questions answered right</h2>"
-    return "\n".join([heading, *parts]) if parts else ""
+            if found := points(results, stage, allocation):
+                drawn = drawing(results, stage, allocation)
+                stages.append(
+                    {
+                        "title": f"{figures.TITLES[stage]}, {allocation}",
+                        "drawn": {f"accuracy-{number}-{stage}": drawn},
+                        "references": _references(results, stage),
+                        **_table(found),
+                    }
+                )
+    return {"stages": stages, "by_question": _by_question(results)}
 
 
-def _by_question(results: Mapping[str, Any]) -> list[str]:
-    """Each question's share, dense and by the first scope's first criterion."""
-    scope, criterion = results_.scopes(results)[0], results_.criteria(results)[0]
+def _by_question(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Each question's share, dense and by the first allocation's first criterion."""
+    allocation, criterion = (
+        results_.allocations(results)[0],
+        results_.criteria(results)[0],
+    )
     columns = {"dense": [seed["dense"].get("by_question") for seed in results["seeds"]]}
     for stage in results_.STAGES:
         for seed in results["seeds"]:
             for cell in seed["cells"]:
-                if (cell["scope"], cell["criterion"]) == (scope, criterion):
+                if (cell["allocation"], cell["criterion"]) == (allocation, criterion):
                     name = f"{findings.percent(cell['sparsity'])} {stage}"
                     found = cell.get(f"by_question_{stage}")
                     columns.setdefault(name, []).append(found)
     measured = {name: of for name, of in columns.items() if all(of)}
     if "dense" not in measured:
-        return []
+        return None
     rows = [
         [question, *(f"{100 * _mean(of, question):.1f}" for of in measured.values())]
         for question in measured["dense"][0]
     ]
-    caption = f"Percent right of each question: {criterion}, {scope}."
-    return [page.table(["question", *measured], rows, caption)]
+    caption = f"Percent right of each question: {criterion}, {allocation}."
+    return {"header": ["question", *measured], "rows": rows, "caption": caption}
 
 
 def _mean(of: Sequence[Mapping[str, float]], question: str) -> float:
@@ -103,7 +106,7 @@ def _share(value: float | None) -> str:
     return "" if value is None else findings.percent(round(value, 3))
 
 
-def _table(found: Points, title: str) -> str:
+def _table(found: Points) -> dict[str, Any]:
     """Criteria by sparsities: mean and spread of the seeds, in percent."""
     sparsities = sorted({sparsity for of in found.values() for sparsity in of})
     rows = []
@@ -115,13 +118,13 @@ def _table(found: Points, title: str) -> str:
             row.append(f"{values.mean():.1f}{spread}" if len(values) else "")
         rows.append(row)
     header = ["criterion", *map(findings.percent, sparsities)]
-    return page.table(header, rows, f"{title}: percent of the held-out questions.")
+    return {"header": header, "rows": rows}
 
 
 @canvas.STYLE
-def drawing(results: Mapping[str, Any], stage: str, scope: str) -> Figure:
+def drawing(results: Mapping[str, Any], stage: str, allocation: str) -> Figure:
     """Accuracy against sparsity, a line for each criterion."""
-    found = points(results, stage, scope)
+    found = points(results, stage, allocation)
     style = plots.styles(results_.criteria(results))
     known = {"dense": _dense(results, stage), "no picture": _text_only(results)}
     levels = {name: level for name, level in known.items() if level is not None}
@@ -139,18 +142,7 @@ def drawing(results: Mapping[str, Any], stage: str, scope: str) -> Figure:
         ends.append((name, canvas.INK, last, 100 * level))
     axes.set_ylim(0, 100)
     axes.set_xlabel("sparsity: % of the weights removed")
-    axes.set_title(f"{figures.TITLES[stage]}, {scope}: % answered right")
+    axes.set_title(f"{figures.TITLES[stage]}, {allocation}: % answered right")
     axes.grid()
     plots.name_ends(axes, ends)
     return figure
-
-
-def pictured(sample: Mapping[str, Any]) -> str:
-    """A sample's pictures, each with what was asked and answered, as HTML."""
-    shown = "".join(
-        '<figure class="asked"><img alt="" src="data:image/png;base64,'
-        f'{html.escape(picture["png"])}"><figcaption>{html.escape(picture["text"])}'
-        "</figcaption></figure>"
-        for picture in sample["pictures"]
-    )
-    return f'<div class="pictures">{shown}</div>'

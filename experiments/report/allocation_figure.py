@@ -144,7 +144,7 @@ def figure(all_results: Sequence[Results]) -> Figure:
     ):
         cells = lines.setdefault(row["allocation"], {}).setdefault(row["seed"], [])
         cell = {"sparsity": row["sparsity"], "loss_pruned": row["above"]}
-        cells.append({"criterion": panel, "scope": "global", **cell})
+        cells.append({"criterion": panel, "allocation": "global", **cell})
     # The losses are above dense already, so every seed's reference is zero.
     labelled = {
         allocation: {
@@ -155,7 +155,7 @@ def figure(all_results: Sequence[Results]) -> Figure:
         }
         for allocation, of in lines.items()
     }
-    return figures.runs(labelled, stage="pruned", scope="global")
+    return figures.runs(labelled, stage="pruned", allocation="global")
 
 
 def write(results: Results, out: Path) -> None:

@@ -32,7 +32,7 @@ _TICKS = np.array([0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100])
 def loss(
     results: Mapping[str, Any],
     *,
-    scope: str,
+    allocation: str,
     stages: Sequence[results_.Stage] = results_.STAGES,
 ) -> Figure:
     """Loss against sparsity for each criterion: one panel for each stage.
@@ -42,7 +42,7 @@ def loss(
     Stages without a loss are left out.
     """
     style = plots.styles(results_.criteria(results))
-    shown = {stage: results_.curves(results, stage, scope) for stage in stages}
+    shown = {stage: results_.curves(results, stage, allocation) for stage in stages}
     shown = {stage: curves for stage, curves in shown.items() if curves}
     figure, panels = plots.panels(len(shown), [*style, "control  0.000"])
     for axes, (stage, curves) in zip(panels, shown.items(), strict=True):
@@ -62,13 +62,13 @@ def loss(
 
 @canvas.STYLE
 def runs(
-    labelled: Mapping[str, Mapping[str, Any]], *, stage: results_.Stage, scope: str
+    labelled: Mapping[str, Mapping[str, Any]], *, stage: results_.Stage, allocation: str
 ) -> Figure:
     """Several runs, by label: a panel for each criterion, a line for each run."""
     style = plots.styles(list(labelled))
     panels: dict[str, list[tuple[str, plots.Line, results_.Curve]]] = {}
     for label, results in labelled.items():
-        for curve in results_.curves(results, stage, scope):
+        for curve in results_.curves(results, stage, allocation):
             line = (label, style[label], curve)
             panels.setdefault(curve.criterion, []).append(line)
     figure, axes = plots.panels(len(panels), list(style))
@@ -128,7 +128,7 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
 
 @canvas.STYLE
 def layers(
-    removed: Mapping[str, Mapping[str, float]], sparsity: float, scope: str
+    removed: Mapping[str, Mapping[str, float]], sparsity: float, allocation: str
 ) -> Figure:
     """Sparsity by layer: rows are leaves, columns criteria, colour the deviation.
 
@@ -161,7 +161,7 @@ def layers(
     for label, name in zip(axes.get_xticklabels(), removed, strict=True):
         label.set_color(style[name].colour)
     axes.spines[:].set_visible(False)
-    title = f"% removed of each matrix at {100 * sparsity:g} %, {scope} scope"
+    title = f"% removed of each matrix at {100 * sparsity:g} %, {allocation} allocation"
     figure.text(0.1 / width, 1 - 0.12 / height, title, size=10.5, va="top")
     return figure
 

@@ -52,8 +52,8 @@ def _furthest(curves: Sequence[results_.Curve], reference: str) -> str:
         return f"no criterion stays within {results_.CLOSE} nats of {reference}"
     first = [name for name, reach in reaches.items() if reach == best]
     rest = [reach for reach in reaches.values() if reach < best]
-    scopes = {curve.scope for curve in curves}
-    kind = "criteria" if len(scopes) == 1 else "pairs of criterion and scope"
+    allocations = {curve.allocation for curve in curves}
+    kind = "criteria" if len(allocations) == 1 else "pairs of criterion and allocation"
     several = f"{len(first)} of {len(reaches)} {kind}"
     names = _listed(first) if len(first) <= 3 else several
     verb = "stays" if len(first) == 1 else "stay"
@@ -117,9 +117,9 @@ def mean(losses: Sequence[float] | np.ndarray, *, signed: bool = False) -> str:
 
 
 def title(curve: results_.Curve, among: Sequence[results_.Curve]) -> str:
-    """The criterion's name, with the scope where several are compared."""
-    several = len({other.scope for other in among}) > 1
-    return f"{curve.criterion} ({curve.scope})" if several else curve.criterion
+    """The criterion's name, with the allocation where several are compared."""
+    several = len({other.allocation for other in among}) > 1
+    return f"{curve.criterion} ({curve.allocation})" if several else curve.criterion
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -141,7 +141,7 @@ def watched(results: Mapping[str, Any]) -> list[str]:
 def layers(
     results: Mapping[str, Any],
 ) -> tuple[dict[str, dict[str, float]], float, str] | None:
-    """Fractions removed by leaf, over the seeds, where scope makes them differ most."""
+    """Fractions removed by leaf, over the seeds: of the most uneven allocation."""
     cells = [
         cell
         for seed in results["seeds"]
@@ -152,16 +152,19 @@ def layers(
         return None
     sparsity = min({c["sparsity"] for c in cells}, key=lambda s: abs(s - _TYPICAL))
     cells = [cell for cell in cells if cell["sparsity"] == sparsity]
-    scope = max(cells, key=lambda cell: np.ptp([*cell["sparsity_by_leaf"].values()]))
+    allocation = max(
+        cells, key=lambda cell: np.ptp([*cell["sparsity_by_leaf"].values()])
+    )
     removed: dict[str, dict[str, float]] = {}
     for cell in cells:
-        if cell["scope"] == scope["scope"]:
+        if cell["allocation"] == allocation["allocation"]:
             removed.setdefault(cell["criterion"], {})
     for criterion, of in removed.items():
         found = [
             cell["sparsity_by_leaf"]
             for cell in cells
-            if cell["criterion"] == criterion and cell["scope"] == scope["scope"]
+            if cell["criterion"] == criterion
+            and cell["allocation"] == allocation["allocation"]
         ]
         of |= {leaf: float(np.mean([c[leaf] for c in found])) for leaf in found[0]}
-    return removed, sparsity, scope["scope"]
+    return removed, sparsity, allocation["allocation"]

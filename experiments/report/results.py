@@ -22,11 +22,11 @@ import numpy as np
 Results = Mapping[str, Any]
 Stage = Literal["pruned", "retrained"]
 
-FORMAT = 1
+FORMAT = 2
 CLOSE = 0.015  # nats: what figures and tables call "within" a reference
 STAGES: tuple[Stage, ...] = ("pruned", "retrained")
 COLUMNS = (
-    *("seed", "criterion", "scope", "sparsity", "achieved"),
+    *("seed", "criterion", "allocation", "sparsity", "achieved"),
     *("loss_pruned", "loss_retrained"),
     *("dense_loss", "dense_steps", "control_loss", "control_steps"),
 )
@@ -47,7 +47,7 @@ class _Maybe:
 _RUN = {"steps": int, "loss": float}
 _POINT = {"step": int, "loss": float, "validation_loss": _Maybe(float)}
 _CELL = {
-    **dict.fromkeys(("criterion", "scope"), str),
+    **dict.fromkeys(("criterion", "allocation"), str),
     **dict.fromkeys(("sparsity", "achieved", "loss_pruned"), float),
     "loss_retrained": _Maybe(float),
     "sparsity_by_leaf": _Maybe(dict),
@@ -176,11 +176,11 @@ def _disagreements(results: Results) -> Iterator[str]:
         seen.add(seed["seed"])
         cells: set[tuple[str, str, float]] = set()
         for number, cell in enumerate(seed["cells"]):
-            key = (cell["criterion"], cell["scope"], cell["sparsity"])
-            if not re.fullmatch(r"[\w-]+", cell["scope"]):
+            key = (cell["criterion"], cell["allocation"], cell["sparsity"])
+            if not re.fullmatch(r"[\w-]+", cell["allocation"]):
                 yield (
-                    f"{path}.cells[{number}].scope must be a word, as files are named "
-                    f"after it, got {cell['scope']!r}"
+                    f"{path}.cells[{number}].allocation must be a word, as files are "
+                    f"named after it, got {cell['allocation']!r}"
                 )
             if not 0 <= cell["sparsity"] < 1:
                 yield f"{path}.cells[{number}].sparsity must be in [0, 1), got {key[2]}"
@@ -214,7 +214,7 @@ def columns(results: Results) -> tuple[str, ...]:
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
-    """The tidy table: one row per seed x criterion x scope x sparsity.
+    """The tidy table: one row per seed x criterion x allocation x sparsity.
 
     Its keys are `columns`; None where nothing was measured.
     """
@@ -236,7 +236,7 @@ class Curve:
 
     Attributes:
       criterion: the criterion's name.
-      scope: "layer" or "global".
+      allocation: "layer" or "global".
       stage: "pruned" or "retrained".
       sparsities: the requested sparsities, ascending, of shape (points,).
       losses: nats per token, of shape (seeds, points), masked where not measured.
@@ -245,7 +245,7 @@ class Curve:
     """
 
     criterion: str
-    scope: str
+    allocation: str
     stage: Stage
     sparsities: np.ndarray
     losses: np.ma.MaskedArray
@@ -275,18 +275,20 @@ class Curve:
         return float(self.sparsities[count - 1]) if count else None
 
 
-def curves(results: Results, stage: Stage, scope: str | None = None) -> list[Curve]:
-    """The curves of a stage, by criterion and scope in order of appearance.
+def curves(
+    results: Results, stage: Stage, allocation: str | None = None
+) -> list[Curve]:
+    """The curves of a stage, by criterion and allocation in order of appearance.
 
-    One for each pair that has a loss at this stage, of one scope if it is given.
+    One for each pair that has a loss at this stage, of one allocation if it is given.
     """
     seeds = results["seeds"]
     losses: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
     for index, seed in enumerate(seeds):
         for cell in seed["cells"]:
             loss = cell.get(f"loss_{stage}")
-            if loss is not None and scope in (None, cell["scope"]):
-                points = losses.setdefault((cell["criterion"], cell["scope"]), {})
+            if loss is not None and allocation in (None, cell["allocation"]):
+                points = losses.setdefault((cell["criterion"], cell["allocation"]), {})
                 points.setdefault(cell["sparsity"], {})[index] = loss
     run = "dense" if stage == "pruned" else "control"
     reference = [[(seed.get(run) or {}).get("loss", math.nan)] for seed in seeds]
@@ -310,10 +312,10 @@ def criteria(results: Results) -> list[str]:
     return list(dict.fromkeys(cell["criterion"] for cell in cells))
 
 
-def scopes(results: Results) -> list[str]:
-    """The scopes in order of first appearance."""
+def allocations(results: Results) -> list[str]:
+    """The allocations in order of first appearance."""
     cells = (cell for seed in results["seeds"] for cell in seed["cells"])
-    return list(dict.fromkeys(cell["scope"] for cell in cells))
+    return list(dict.fromkeys(cell["allocation"] for cell in cells))
 
 
 def extra_steps(results: Results) -> int | None:

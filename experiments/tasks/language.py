@@ -26,7 +26,7 @@ class LanguageTask:
 
     model: LanguageModel
     corpus: Corpus
-    scopes: ClassVar[Mapping[str, tuple[jp.allocation.Name, Prunable]]] = {
+    allocations: ClassVar[Mapping[str, tuple[jp.allocation.Name, Prunable]]] = {
         "global": ("global", jp.tree.prunable),
         "layer": ("layer", jp.tree.prunable),
     }

@@ -135,7 +135,7 @@ class PictureTask:
     )
 
     @functools.cached_property
-    def scopes(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
+    def allocations(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
         """One global ranking: of all, of the decoder, of the tower."""
         usual = prunable(self.model.config)
 
@@ -199,7 +199,7 @@ class PictureTask:
             track=track,
             trained=self.trained,
             rank=self.rank,
-            targets=self.scopes["all"][1],
+            targets=self.allocations["all"][1],
             storage=self.storage,
         )
 
@@ -330,7 +330,7 @@ class PictureTask:
         """Writes a directory like the one the model came from, if it came from one."""
         if self.write is None:
             return
-        low_rank = self.scopes["all"][1] if self.rank is not None else None
+        low_rank = self.allocations["all"][1] if self.rank is not None else None
         changed = {
             name: leaf
             for name, leaf in jp.tree.named_leaves(params).items()

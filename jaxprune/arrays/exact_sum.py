@@ -10,12 +10,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from jaxprune.arrays import low_bit
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def total(terms: jax.Array, axis: int | None = None) -> jax.Array:
+def total(
+    terms: Float[Array, "*shape"], axis: int | None = None
+) -> Float32[Array, "*summed"]:
     """The sum along an axis, in any order the same.
 
     It is as close as a float32 sum: terms are cut off at 2^-24 / n of the largest of n.

@@ -72,6 +72,11 @@ class Int8:
         """What the leaf stands for: float32."""
         return np.dtype(np.float32)
 
+    def count_nonzero(self) -> jax.Array:
+        """How many numbers are not zero, a uint32 scalar."""
+        zero = 0 if self.signed else -127
+        return jnp.sum(self.codes != zero, dtype=np.uint32)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(decode(self), dtype)
 
@@ -79,6 +84,16 @@ class Int8:
 def is_int8(node: Any) -> bool:
     """Whether a node is a leaf held in one byte."""
     return isinstance(node, Int8)
+
+
+def joined(codes: Any, exponents: Any, *, signed: bool) -> Any:
+    """A tree of codes with its scalars in order, as `Int8` leaves; else as it is."""
+    scalars = jax.tree.leaves(exponents)
+    if not scalars:
+        return codes
+    leaves, structure = jax.tree.flatten(codes)
+    pairs = zip(leaves, scalars, strict=True)
+    return jax.tree.unflatten(structure, [Int8(*pair, signed) for pair in pairs])
 
 
 def checked(storage: str) -> Storage:
@@ -91,7 +106,18 @@ def checked(storage: str) -> Storage:
 def dither(
     shape: tuple[int, ...], start: UInt32[Array, ""] | np.uint32, n: jax.Array | int
 ) -> UInt32[Array, "*shape"]:
-    """The thresholds u(n) of a leaf from its u(0), even over positions and n."""
+    """The thresholds u(n) of a leaf, in units of 2^-32.
+
+    They depend on position, start and n alone, so on no sharding.
+
+    Args:
+      shape: the leaf's shape.
+      start: u(0) of its first element, as `phase` gives.
+      n: the snapshot, a scalar.
+
+    Returns:
+      uint32, of that shape, evenly spread over positions and over n.
+    """
     # In units of 2^-32. They depend on position, start and n alone, so on no sharding.
     moved = jnp.asarray(n).astype(np.uint32) * np.uint32(_GOLDEN)
     return start + moved + flat_index(shape, _PLASTIC)
@@ -120,7 +146,18 @@ def flat_index(shape: tuple[int, ...], factor: int = 1) -> UInt32[Array, "*shape
 def unit_exponent(
     values: Float32[Array, "*shape"], *, signed: bool
 ) -> Int32[Array, ""]:
-    """The power of two that the one-byte code of these values counts in."""
+    """The power of two that the one-byte code of these values counts in.
+
+    The largest value lies between a quarter and half of the range, so that an average
+    may double before the code saturates.
+
+    Args:
+      values: float32, of any shape.
+      signed: whether there are negative ones.
+
+    Returns:
+      An int32 scalar from -120 to 121; -120 where a value is infinite.
+    """
     # From -120 to 121: the largest value lies between a quarter and half of the range,
     # so that an average may double before the code saturates. -120 if one is infinite.
     largest = jnp.max(jnp.abs(values), initial=0)
@@ -130,7 +167,14 @@ def unit_exponent(
 
 
 def largest(leaf: Int8) -> Float32[Array, ""]:
-    """The largest magnitude that a leaf holds; NaN may count as the largest code."""
+    """The largest magnitude that a leaf holds; NaN may count as the largest code.
+
+    Args:
+      leaf: any leaf in one byte.
+
+    Returns:
+      A float32 scalar. Only codes are read, and nothing but a scalar is made of them.
+    """
     # Only codes are read, and nothing but a scalar is made of them.
     code = jnp.max(leaf.codes, initial=_NAN + 1).astype(np.int32)
     if leaf.signed:
@@ -146,7 +190,17 @@ def encode_int8(
     *,
     signed: bool,
 ) -> Int8:
-    """Rounds to the one-byte code by `dither`, unbiased; saturates; NaN if infinite."""
+    """Rounds to the one-byte code, unbiased; saturates outside its range.
+
+    Args:
+      values: float32, of any shape; not negative unless `signed`.
+      exponent: as `unit_exponent` gives.
+      thresholds: as `dither` gives.
+      signed: whether codes have a sign.
+
+    Returns:
+      The leaf; what was not finite is NaN.
+    """
     # Values are not negative unless `signed`; the exponent is from `unit_exponent`.
     above_one = 1 + jnp.abs(values) * power_of_two(-exponent)
     noise = (thresholds >> np.uint32(32 - _DROPPED)).astype(np.int32)
@@ -163,7 +217,15 @@ def encode_int8(
 def encode_bfloat16(
     values: Float32[Array, "*shape"], thresholds: UInt32[Array, "*#shape"]
 ) -> BFloat16[Array, "*shape"]:
-    """Rounds to bfloat16 by `dither`, unbiased; infinity and NaN are kept."""
+    """Rounds to bfloat16, unbiased.
+
+    Args:
+      values: float32, of any shape.
+      thresholds: as `dither` gives.
+
+    Returns:
+      bfloat16, of that shape; infinity and NaN are kept.
+    """
     noise = jnp.where(jnp.isfinite(values), thresholds >> np.uint32(16), 0)
     high = (jax.lax.bitcast_convert_type(values, np.uint32) + noise) >> np.uint32(16)
     return jax.lax.bitcast_convert_type(high.astype(np.uint16), jnp.bfloat16)

@@ -108,7 +108,22 @@ def windows(
     limit: int | None = None,
     longest: int,
 ) -> Windows:
-    """The windows of a text's file, as `slide` makes them, or the rows of `.npy`."""
+    """The windows of a text's file, or the rows of `.npy` as they are.
+
+    Args:
+      text: the file.
+      context: as for `slide`.
+      stride: as for `slide`.
+      bos: as for `slide`.
+      limit: at most so many windows or rows.
+      longest: the model's context.
+
+    Returns:
+      The windows.
+
+    Raises:
+      ValueError: they do not fit the text or the model.
+    """
     # `longest` is the model's context.
     if isinstance(text, Text) and text.is_rows:
         rows = text.tokens[:limit].astype(np.int32)

@@ -76,7 +76,18 @@ def cut(trace: Trace, chosen: Sequence[LinearOp]) -> list[Segment]:
 
 
 def layers(segments: Sequence[Segment]) -> list[range]:
-    """The positions of each layer's segments, where equal layers follow each other."""
+    """The segments of each layer, where equal layers follow each other.
+
+    A layer's first segment begins in what comes before it, and may be another program
+    in the first layer; all its other segments have the steps of the next layer's. What
+    is handed on may differ: nothing after the last layer needs its residual.
+
+    Args:
+      segments: of a program, in order.
+
+    Returns:
+      Positions, in order; a segment that repeats nothing, or only itself, is alone.
+    """
     # A layer's first segment begins in what comes before it, and may be another program
     # in the first layer; all its other segments have the steps of the next layer's.
     # What is handed on may differ: nothing after the last layer needs its residual. A

@@ -23,7 +23,28 @@ Allocation: TypeAlias = Rule | Name | Mapping[str, float]
 def agreed(
     sparsity: Sparsity, pattern: Pattern, allocation: Allocation = "layer"
 ) -> tuple[float | Mapping[str, float], Rule]:
-    """The share, or {glob: share}, and the rule that a call's arguments agree on."""
+    """The sparsity and the rule that a call means, where its arguments agree.
+
+    A pattern may fix the sparsity; then none needs to be given, and no rule may share
+    out another.
+
+    Args:
+      sparsity: what was asked for.
+      pattern: the pattern.
+      allocation: a rule, its name, or {glob: share} in the place of a sparsity.
+
+    Returns:
+      One share in [0, 1) or {glob: share}, and the rule.
+
+    Raises:
+      ValueError: the arguments disagree, or a share is out of range.
+      TypeError: a share is no number, or the allocation no rule.
+
+    Example:
+      >>> from jaxprune.masking import counts, patterns
+      >>> counts.agreed(None, patterns.NM(2, 4))
+      (0.5, Uniform())
+    """
     # A pattern may fix the sparsity; then none needs to be given, and no rule may share
     # out another. ValueError if they disagree, TypeError for other kinds.
     if isinstance(allocation, Mapping):
@@ -80,7 +101,25 @@ def checked(sparsity: Any, where: str = "") -> float:
 def by_leaf(
     sparsity: float | Mapping[str, float], names: Sequence[str], sizes: Sequence[int]
 ) -> list[int]:
-    """How many of each leaf's units are pruned by one share, or by {glob: share}."""
+    """How many of each leaf's units are pruned where no rule shares them out.
+
+    Args:
+      sparsity: one share for all leaves, or {glob on the path name: share}; the first
+        match counts and a leaf that no glob matches keeps all.
+      names: the leaves' path names.
+      sizes: the leaves' numbers of units.
+
+    Returns:
+      One count a leaf.
+
+    Raises:
+      ValueError: a share is out of range or a glob matches nothing.
+
+    Example:
+      >>> from jaxprune.masking import counts
+      >>> counts.by_leaf({"mlp/*": 0.5}, ["mlp/up", "out"], [10, 10])
+      [5, 0]
+    """
     # The first match counts, and a leaf that no glob matches keeps all.
     if isinstance(sparsity, Mapping):
         rules = {g: checked(s, f" for {g!r}") for g, s in sparsity.items()}

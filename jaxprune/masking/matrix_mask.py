@@ -5,8 +5,8 @@ The number kept is traced, so one compiled program serves every sparsity.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns
@@ -14,14 +14,16 @@ from jaxprune.topk.thresholds import highest
 from jaxprune.typing import Pattern
 
 
-def mask(scores: jax.Array, kept: Any, pattern: Pattern) -> jax.Array:
+def mask(
+    scores: Float[Array, "in out"], kept: Any, pattern: Pattern
+) -> Bool[Array, "in out"]:
     """The mask that `masks.make` makes of one matrix, for a traced count.
 
     Args:
       scores: (in, out), floating; higher is kept.
       kept: how many of the pattern's units are kept, an integer, traced or not. A
         pattern that fixes its sparsity does not look at it.
-      pattern: which weights live and die together.
+      pattern: which weights are pruned together.
 
     Returns:
       Booleans (in, out). The removed of `PerOutput` are spread evenly; the first
@@ -48,7 +50,7 @@ def mask(scores: jax.Array, kept: Any, pattern: Pattern) -> jax.Array:
     return pattern.expand(highest(units, kept), scores.shape, axes)
 
 
-def spread(total: jax.Array, parts: int) -> jax.Array:
+def spread(total: Integer[Array, ""], parts: int) -> Integer[Array, " parts"]:
     """A total as `parts` integers that differ by at most one, the larger ones first."""
     share, rest = total // max(parts, 1), total % max(parts, 1)
     return share + (jnp.arange(parts) < rest).astype(share.dtype)

@@ -6,11 +6,12 @@ units back over the leaf. Groups and blocks are laid on the (batch, in, out) vie
 """
 
 import dataclasses
+import numbers
 import re
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from jaxprune.arrays import exact_sum
 from jaxprune.arrays.axes import Axes
@@ -41,11 +42,15 @@ class Unstructured(_Free):
       Unstructured()
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float[Array, "*shape"]:
         """The scores themselves."""
         return scores
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """The mask itself."""
         return kept
 
@@ -70,7 +75,9 @@ class PerOutput(_Free):
       2024, arXiv 2306.11695, section 3.
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> Float32[Array, "batch out in"]:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float32[Array, "batch out in"]:
         """Minus the rank inside the output as a share of the inputs, (batch, out, in).
 
         One cut serves all outputs. They stand last first: ties, which are weights of
@@ -83,7 +90,9 @@ class PerOutput(_Free):
         rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
         return -rank.astype(jnp.float32) / max(own.shape[2], 1)
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """The mask, turned back."""
         return axes.restore(jnp.swapaxes(jnp.flip(kept, (0, 1)), 1, 2), shape)
 
@@ -99,7 +108,7 @@ class NM:
       m: weights in a group.
 
     Raises:
-      ValueError: not 0 < n < m.
+      ValueError: not integers with 0 < n < m.
 
     Example:
       >>> import jaxprune as jp
@@ -115,8 +124,11 @@ class NM:
 
     def __post_init__(self) -> None:
         """Refuses groups that keep nothing or everything."""
-        if not 0 < self.n < self.m:
-            raise ValueError(f"NM(n, m) needs 0 < n < m, got NM({self.n}, {self.m})")
+        whole = all(isinstance(x, numbers.Integral) for x in (self.n, self.m))
+        if not whole or not 0 < self.n < self.m:
+            raise ValueError(
+                f"NM(n, m) needs integers 0 < n < m, got NM({self.n}, {self.m})"
+            )
 
     @property
     def sparsity(self) -> float:
@@ -136,23 +148,28 @@ class NM:
             )
         return None
 
-    def units(self, scores: jax.Array, axes: Axes) -> jax.Array:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float[Array, "*shape"]:
         """Minus the rank inside the group, so that one cut serves all groups."""
         matrix = divisible(axes.matrix(scores), 1, self.m, 1)
         batch, inputs, outputs = matrix.shape
         # (batch, groups, m, out)
         groups = matrix.reshape(batch, inputs // self.m, self.m, outputs)
         place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
-        rank = jnp.zeros(groups.shape, jnp.float16)
+        # float16 is enough for up to 2048 ranks.
+        rank = jnp.zeros(groups.shape, jnp.float16 if self.m <= 2048 else jnp.float32)
         for other in range(self.m):
             rival = groups[:, :, other : other + 1]
             both = jnp.isnan(rival) & jnp.isnan(groups)
             higher = (rival > groups) | (jnp.isnan(groups) & ~jnp.isnan(rival))
             before = higher | ((both | (rival == groups)) & (other < place))
-            rank = rank + before
+            rank = rank + before.astype(rank.dtype)
         return axes.restore(-rank.reshape(matrix.shape), scores.shape)
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """The mask itself."""
         return kept
 
@@ -169,7 +186,7 @@ class Block(_Free):
       columns: weights of a tile along the output.
 
     Raises:
-      ValueError: a side is under 1.
+      ValueError: a side is no integer or under 1.
 
     Example:
       >>> import jaxprune as jp
@@ -182,17 +199,20 @@ class Block(_Free):
 
     def __post_init__(self) -> None:
         """Refuses empty tiles."""
-        if min(self.rows, self.columns) < 1:
-            raise ValueError(f"Block needs sides of at least 1, got {self}")
+        sides = self.rows, self.columns
+        if not all(isinstance(x, numbers.Integral) for x in sides) or min(sides) < 1:
+            raise ValueError(f"Block needs integer sides of at least 1, got {self}")
 
     def units(
-        self, scores: jax.Array, axes: Axes
+        self, scores: Float[Array, "*shape"], axes: Axes
     ) -> Float[Array, "batch rows columns"]:
         """The mean score of each tile, (batch, in tiles, out tiles)."""
         matrix = axes.matrix(scores)  # (batch, in, out)
         return self._tiled(matrix) / self._tiled(jnp.ones_like(matrix))
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """Each tile's bit on all of its weights."""
         _, inputs, outputs = jax.eval_shape(
             axes.matrix, jax.ShapeDtypeStruct(shape, bool)
@@ -228,12 +248,16 @@ class Channel(_Free):
       Channel()
     """
 
-    def units(self, scores: jax.Array, axes: Axes) -> Float[Array, "batch 1 out"]:
+    def units(
+        self, scores: Float[Array, "*shape"], axes: Axes
+    ) -> Float[Array, "batch 1 out"]:
         """The mean score of each output channel, (batch, 1, out)."""
         matrix = axes.matrix(scores)  # (batch, in, out)
         return exact_sum.total(matrix, 1) / matrix.shape[1]
 
-    def expand(self, kept: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    def expand(
+        self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
+    ) -> Bool[Array, "*shape"]:
         """Each channel's bit on all of its weights."""
         matrix = jax.eval_shape(axes.matrix, jax.ShapeDtypeStruct(shape, bool))
         return axes.restore(jnp.broadcast_to(kept, matrix.shape), shape)

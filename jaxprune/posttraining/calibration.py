@@ -84,7 +84,19 @@ def kind_of(batch: Any) -> Any:
 
 
 def chosen(traced: Trace, params: Params, prunable: Prunable) -> list[LinearOp]:
-    """The linear ops whose weights may be pruned, in order; there must be one."""
+    """The linear ops whose weights may be pruned.
+
+    Args:
+      traced: the function's linear ops.
+      params: the parameters.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      Linear ops, in order.
+
+    Raises:
+      ValueError: there is none.
+    """
     named = tree.named_leaves(params)
     found = [op for op in traced.linear_ops if prunable(op.leaf, named[op.leaf])]
     first = {op.name: op.view for op in found if op.use == 0}

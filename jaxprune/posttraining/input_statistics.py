@@ -101,7 +101,18 @@ class Sums:
 def counted_samples(
     segment: Segment, positions: jax.Array | None
 ) -> Float[Array, " samples"] | None:
-    """1 for samples that count, 0 for others; None where all of them do."""
+    """Which samples of a segment's input count.
+
+    Args:
+      segment: the segment.
+      positions: booleans of the samples' shape, or None for all.
+
+    Returns:
+      1 for samples that count, 0 for others; None for all.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
     if positions is None:
         return None
     leading, shape = segment.source.leading, positions.shape

@@ -49,7 +49,13 @@ class Matrix(NamedTuple):
 
 
 class Method(Protocol):
-    """How one matrix is pruned."""
+    """How one matrix is pruned.
+
+    Attributes:
+      needs: which statistics of the input it reads.
+      inputs: which input that is.
+      pattern: the pattern that its paper uses where nothing else is asked for.
+    """
 
     @property
     def needs(self) -> Needs:

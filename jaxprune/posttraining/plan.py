@@ -66,7 +66,17 @@ class Plan(NamedTuple):
 
 
 def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> None:
-    """Refuses leaves that cannot be pruned; no value is read."""
+    """Refuses leaves that cannot be pruned; no value is read.
+
+    Args:
+      leaves: the parameters' leaves, in flattening order.
+      ops: of the weights to prune.
+      donate: whether the old weights are given up; then no two leaves may be one.
+
+    Raises:
+      ValueError: a leaf to prune is abstract or traced, two weights overlap in their
+        leaf, or a leaf to give up is used twice.
+    """
     # With `donate` the old weights are given up, so no two leaves may be one array.
     names = {op.leaf: op.view.leaf for op in ops}
     traced = (jax.core.Tracer, jax.ShapeDtypeStruct)

@@ -6,7 +6,7 @@ escape all text, so that callers pass plain text.
 
 import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,30 @@ from matplotlib.figure import Figure
 
 from jaxprune.report import canvas
 
+_OWN = Path(__file__).with_name("templates")
+
+
+def templates(*folders: Path) -> jinja2.Environment:
+    """The templates of these folders, which may extend those beside this module."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, _OWN]),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"variables": variables, "picture": picture}
+    environment.filters |= {
+        "bytes": size,
+        "duration": duration,
+        "perplexity": perplexity,
+    }
+    return environment
+
 
 def render(template: str, **values: Any) -> str:
-    """A whole HTML page from a template of this folder, filled with plain values."""
-    return _TEMPLATES.get_template(template).render(values)
-
-
-def page(title: str, body: str) -> str:
-    """A whole HTML page around `body`, with the style of every page here."""
-    return render("page.html", title=title, body=body)
-
-
-def table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = ""
-) -> str:
-    """An HTML table that scrolls sideways where the page is narrow."""
-    # Cells are plain text, or HTML where they start with "<td".
-    return str(_parts().plain_table(header, rows, caption))
+    """A whole HTML page from a template of this room, filled with plain values."""
+    return templates().get_template(template).render(values)
 
 
 def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) -> str:
@@ -44,7 +51,8 @@ def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) ->
         size += f";min-width:{70 * inches:.0f}px" if wide else ""
         opening = f'<svg role="img" aria-label="{html.escape(caption)}" style="{size}"'
         figures.append(inline(figure, name).replace("<svg", opening, 1))
-    return str(_parts().picture(figures, caption, wide))
+    parts: Any = templates().get_template("parts.html").module
+    return str(parts.picture(figures, caption, wide))
 
 
 def inline(figure: Figure, name: str) -> str:
@@ -89,18 +97,3 @@ def perplexity(value: float | None) -> str:
     if value is None:
         return "infinite"
     return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
-
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-    undefined=jinja2.StrictUndefined,
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_TEMPLATES.globals |= {"variables": variables, "picture": picture}
-_TEMPLATES.filters |= {"bytes": size, "duration": duration, "perplexity": perplexity}
-
-
-def _parts() -> Any:
-    return _TEMPLATES.get_template("parts.html").module

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from jaxprune.arrays import placement, sparsity
+from jaxprune.topk.count_search import CANDIDATES
 from tests.support.trajectories import same_bits
 
-KINDS = [AxisType.Auto, AxisType.Explicit]
+KINDS = [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)]
 LAYOUTS = {
     "fully sharded": P(("data", "model")),
     "rows": P("data"),
@@ -32,7 +33,8 @@ COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter|"
     r"collective-broadcast)(?:-start)?\("
 )
-SORT = re.compile(r"= (.*?) sort\(")
+SORT = re.compile(r"= \w+\[([\d,]+)\]\S* sort\(.*? dimensions=\{(\d+)\}")
+ANY_SORT = re.compile(r"\bsort\(")
 ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 pytestmark = pytest.mark.skipif(
@@ -43,9 +45,11 @@ pytestmark = pytest.mark.skipif(
 def sent(function, *arguments):
     """(operation, bytes on a device) of whatever the compiled program sends about."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    # No leaf is sorted; the few candidates of a pass are, whatever the leaves' sizes.
-    sorted_ = [size(*a) for r in SORT.findall(text) for a in ARRAY.findall(r)]
-    assert max(sorted_, default=0) <= 1024
+    # No leaf is sorted: all that ever is are the candidates of a pass, a row a leaf.
+    sorts = SORT.findall(text)
+    assert len(sorts) == len(ANY_SORT.findall(text))
+    for shape, axis in sorts:
+        assert shape.split(",")[int(axis)] == str(CANDIDATES), shape
     found = COLLECTIVE.findall(text)
     sizes = [[size(*array) for array in ARRAY.findall(result)] for result, _ in found]
     # An all-to-all lists the pieces of one array, others list arrays sent together.
@@ -115,6 +119,8 @@ def test_the_probe_sees_what_is_gathered():
     gathered = lambda x: jax.lax.with_sharding_constraint(x * 2, everywhere)  # noqa: E731
     assert large(gathered, x) == [("all-gather", 4 * SIZE)]
     mask = jax.device_put(x > 0, NamedSharding(mesh, P(("data", "model"))))
+    with pytest.raises(AssertionError):
+        sent(lambda x: jnp.sort(x, axis=0), x)
     packed = lambda m: jnp.packbits(  # noqa: E731
         jax.lax.with_sharding_constraint(m, everywhere), axis=-1
     )

@@ -23,7 +23,7 @@ def put(folder: Path, results: dict[str, Any]) -> Path:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> list[Path]:
-    first = synthetic(seeds=2, criteria=2, scopes=("global",), layers=1)
+    first = synthetic(seeds=2, criteria=2, allocations=("global",), layers=1)
     second = copy.deepcopy(first)
     second["config"]["learning_rate"] = 3e-4
     second["config"]["nested"] = {"decay": 0.1}
@@ -88,7 +88,7 @@ def test_equal_runs_are_said_to_be_equal(pair, tmp_path):
 
 def test_a_panel_for_each_criterion_has_a_line_for_each_run(pair):
     runs = compare.load(pair)
-    figure = figures.runs(runs, stage="pruned", scope="global")
+    figure = figures.runs(runs, stage="pruned", allocation="global")
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "magnitude",
         "averaged_weight",
@@ -110,7 +110,7 @@ def test_what_one_run_lacks_is_a_dash(pair):
     assert {row[4] for row in rows} == {"-"}
     assert {len(row) for row in rows} == {5}
     assert compare.summary(runs)[2][2] == "-"
-    assert figures.runs(runs, stage="retrained", scope="global").axes
+    assert figures.runs(runs, stage="retrained", allocation="global").axes
 
 
 def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path, pair):
@@ -131,7 +131,7 @@ def test_foreign_files_are_refused(tmp_path, pair, capsys):
     with pytest.raises(ValueError, match=r"absent.*does not exist"):
         compare.load([first, tmp_path / "absent"])
     foreign = put(tmp_path / "foreign", {"anything": 1})
-    with pytest.raises(ValueError, match=r"foreign.* of format 1, got format None"):
+    with pytest.raises(ValueError, match=r"foreign.* of format 2, got format None"):
         compare.load([first, foreign])
     other = compare.load(pair)["second"] | {"name": "phi3"}
     put(tmp_path / "other", other)

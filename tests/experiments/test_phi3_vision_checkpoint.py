@@ -55,7 +55,7 @@ def _config(folder, data, out, **changes):
         "data": str(data),
         "crops": 2,
         "criteria": ("trajectory",),
-        "scopes": ("all", "decoder"),
+        "allocations": ("all", "decoder"),
         "sparsities": (0.5,),
         "steps": 6,
         "retrain_steps": 2,
@@ -81,7 +81,7 @@ def test_a_folder_is_fine_tuned_and_pruned_its_tower_left_alone(model, data, tmp
 
 @pytest.mark.full
 def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_path):
-    changes = {"lora": 2, "frozen": (), "storage": "int8", "scopes": ("all",)}
+    changes = {"lora": 2, "frozen": (), "storage": "int8", "allocations": ("all",)}
     changes |= {"mesh": "data=2,fsdp=2,model=2"}
     config = _config(model, data, tmp_path / "run", **changes)
     phi3_vision.main(config)
@@ -94,7 +94,7 @@ def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_pat
     assert told["method"] == "trajectory"
     assert told["retrain_steps"] == 2
     assert told["sparsity"] == 0.5
-    assert told["scope"] == "all"
+    assert told["allocation"] == "all"
     loaded = hf.load(written)
     before = jp.tree.named_leaves(nnx.state(hf.load(model).model, nnx.Param))
     leaves = jp.tree.named_leaves(nnx.state(loaded.model, nnx.Param))
@@ -157,7 +157,7 @@ def test_checkpointing_changes_no_gradient(model, data, tmp_path):
     ("changes", "told"),
     [
         ({"model": None}, "needs --model DIR"),
-        ({"scopes": ("tower",)}, "what is frozen is not pruned"),
+        ({"allocations": ("tower",)}, "what is frozen is not pruned"),
         ({"criteria": ("trajectory_adam",)}, "none of some"),
         ({"held_out": 0}, "held_out must be at least 1"),
         ({"lora": 0}, "lora must be a rank of at least 1"),

@@ -28,16 +28,16 @@ def run(tmp_path_factory):
 def test_every_cell_has_losses_and_accuracies(run):
     results = json.loads((run.out / "results.json").read_text())
     (seed,) = results["seeds"]
-    kinds = {(c["criterion"], c["scope"], c["sparsity"]) for c in seed["cells"]}
+    kinds = {(c["criterion"], c["allocation"], c["sparsity"]) for c in seed["cells"]}
     assert len(kinds) == len(seed["cells"]) == 1 * 3 * 2
     for cell in seed["cells"]:
         assert cell["achieved"] == pytest.approx(cell["sparsity"], abs=1e-3)
         assert 0 <= cell["accuracy_pruned"] <= 1
-        retrained = cell["scope"] == "all" and cell["sparsity"] == 0.8
+        retrained = cell["allocation"] == "all" and cell["sparsity"] == 0.8
         assert (cell["loss_retrained"] is not None) == retrained
         names = set(cell["sparsity_by_leaf"])
-        if cell["scope"] != "all":
-            assert all(name.startswith(cell["scope"]) for name in names)
+        if cell["allocation"] != "all":
+            assert all(name.startswith(cell["allocation"]) for name in names)
     assert seed["dense"].keys() == {"steps", "loss", "accuracy", "by_question"}
     assert 0 < results["text_only"]["accuracy"] < 0.5
     assert all(
@@ -70,8 +70,11 @@ def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
         ({"criteria": ("size",)}, "criteria must be of"),
         ({"sparsities": (0.0,)}, "sparsities must be in"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"scopes": ()}, "scopes must name at least one"),
-        ({"retrain_scopes": ("tower",), "scopes": ("all",)}, "retrain_scopes must be"),
+        ({"allocations": ()}, "allocations must name at least one"),
+        (
+            {"retrain_allocations": ("tower",), "allocations": ("all",)},
+            "retrain_allocations must be",
+        ),
         ({"learning_rate": 0.0}, "^learning_rate must be over 0"),
         ({"retrain_learning_rate": -1.0}, "retrain_learning_rate must be over 0"),
     ],

@@ -136,7 +136,7 @@ def test_what_gets_no_gradient_is_never_ranked(task, params):
     gradients = jax.jit(jax.grad(task.loss))(params, inputs, targets, None)
     still = {n for n, g in jp.tree.named_leaves(gradients).items() if not g.any()}
     assert still
-    rules = {name: rule for name, (_, rule) in task.scopes.items()}
+    rules = {name: rule for name, (_, rule) in task.allocations.items()}
     named = jp.tree.named_leaves(params)
     chosen = {s: {n for n, x in named.items() if r(n, x)} for s, r in rules.items()}
     assert not chosen["all"] & still

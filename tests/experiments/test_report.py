@@ -52,7 +52,8 @@ def test_the_csv_has_one_row_for_each_cell_of_each_seed(results, written):
         row
         for row in rows
         if row["seed"] == "1"
-        and (row["criterion"], row["scope"]) == (cell["criterion"], cell["scope"])
+        and (row["criterion"], row["allocation"])
+        == (cell["criterion"], cell["allocation"])
         and float(row["sparsity"]) == cell["sparsity"]
     )
     assert float(row["loss_pruned"]) == cell["loss_pruned"]
@@ -101,7 +102,7 @@ def test_the_page_follows_dark_and_light(written):
 
 def test_all_text_is_escaped():
     hostile = "<script>alert(1)</script>&\"'"
-    results = synthetic(seeds=1, criteria=1, scopes=("global",), layers=1)
+    results = synthetic(seeds=1, criteria=1, allocations=("global",), layers=1)
     results |= {"name": hostile, "device": hostile, "command": hostile}
     results["config"] = {hostile: hostile}
     results["versions"] = {hostile: hostile}
@@ -120,8 +121,8 @@ def test_all_text_is_escaped():
 
 
 def test_names_of_files_cannot_leave_the_folder(tmp_path):
-    results = synthetic(seeds=1, criteria=1, scopes=("../up",), layers=1)
-    with pytest.raises(ValueError, match=r"scope.*'\.\./up'"):
+    results = synthetic(seeds=1, criteria=1, allocations=("../up",), layers=1)
+    with pytest.raises(ValueError, match=r"allocation.*'\.\./up'"):
         write_report(results, tmp_path / "in")
     assert not list(tmp_path.iterdir())
 
@@ -135,7 +136,7 @@ def test_the_best_of_each_column_is_marked(results):
     assert re.search(
         rf'<td class="best">{mean} ± [\d.]+<small>', sections.document(results)
     )
-    assert len(marks) >= 4 * 7  # both scopes and stages, every sparsity but 0
+    assert len(marks) >= 4 * 7  # both allocations and stages, every sparsity but 0
 
 
 def test_columns_that_were_not_measured_are_left_out(results):
@@ -172,11 +173,11 @@ def test_without_retraining_the_report_is_about_pruning(tmp_path, seeds):
     assert "Right after pruning" in text
     spread = re.search(r"\d\.\d{3} ± \d\.\d{3}", text)
     assert bool(spread) == (seeds > 1)
-    assert len(figures.loss(results, scope="layer").axes) == 1
+    assert len(figures.loss(results, allocation="layer").axes) == 1
 
 
 def test_optional_parts_may_be_absent(tmp_path):
-    results = synthetic(seeds=1, criteria=1, scopes=("layer",), layers=1)
+    results = synthetic(seeds=1, criteria=1, allocations=("layer",), layers=1)
     for seed in results["seeds"]:
         seed |= {"samples": [], "weights": None, "curve": []}
         for cell in seed["cells"]:
@@ -191,7 +192,7 @@ def test_optional_parts_may_be_absent(tmp_path):
 
 
 def test_answers_that_are_right_are_counted_where_they_were_measured(tmp_path):
-    results = synthetic(seeds=2, criteria=2, scopes=("global",), layers=1)
+    results = synthetic(seeds=2, criteria=2, allocations=("global",), layers=1)
     for seed in results["seeds"]:
         seed["dense"] |= {"accuracy": 0.75, "by_question": {"what is it ?": 0.5}}
         for cell in seed["cells"]:
@@ -208,7 +209,7 @@ def test_answers_that_are_right_are_counted_where_they_were_measured(tmp_path):
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path):
-    results = synthetic(seeds=1, criteria=2, scopes=("global",), layers=1)
+    results = synthetic(seeds=1, criteria=2, allocations=("global",), layers=1)
     first = [path.read_bytes() for path in write_report(results, tmp_path / "a")]
     again = [path.read_bytes() for path in write_report(results, tmp_path / "b")]
     assert first == again

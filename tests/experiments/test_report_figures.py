@@ -19,14 +19,14 @@ def results() -> dict[str, Any]:
 
 
 def test_dollars_are_not_read_as_mathematics(tmp_path):
-    results = synthetic(seeds=1, criteria=1, scopes=("global",), layers=1)
+    results = synthetic(seeds=1, criteria=1, allocations=("global",), layers=1)
     for cell in results["seeds"][0]["cells"]:
         cell["criterion"] = r"$\nope{$"
     assert write_report(results, tmp_path)
 
 
 def test_means_and_bands_are_those_of_the_seeds(results):
-    figure = figures.loss(results, scope="global")
+    figure = figures.loss(results, allocation="global")
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "Right after pruning: nats above the dense model",
         "After retraining: nats above the dense control",
@@ -41,7 +41,8 @@ def test_means_and_bands_are_those_of_the_seeds(results):
                     [
                         cell[f"loss_{stage}"] - seed[run]["loss"]
                         for cell in seed["cells"]
-                        if (cell["criterion"], cell["scope"]) == (criterion, "global")
+                        if (cell["criterion"], cell["allocation"])
+                        == (criterion, "global")
                     ]
                     for seed in results["seeds"]
                 ]
@@ -57,8 +58,8 @@ def test_means_and_bands_are_those_of_the_seeds(results):
 
 
 def test_every_line_is_named_at_its_end_without_overlap(results):
-    many = synthetic(criteria=10, scopes=("global",), layers=1)
-    for axes in figures.loss(many, scope="global").axes:
+    many = synthetic(criteria=10, allocations=("global",), layers=1)
+    for axes in figures.loss(many, allocation="global").axes:
         named = {text.get_text(): text.xyann[1] for text in axes.texts}
         assert set(NAMES) < set(named)
         dense = np.mean([seed["dense"]["loss"] for seed in many["seeds"]])
@@ -107,9 +108,9 @@ def test_weights_are_coloured_by_fate_and_marked_with_their_average(results):
 
 
 def test_layers_show_the_scope_in_which_they_differ(results):
-    shares, sparsity, scope = findings.layers(results)
-    assert (sparsity, scope) == (0.6, "global")
-    figure = figures.layers(shares, sparsity, scope)
+    shares, sparsity, allocation = findings.layers(results)
+    assert (sparsity, allocation) == (0.6, "global")
+    figure = figures.layers(shares, sparsity, allocation)
     (axes,) = figure.axes
     leaf = "blocks/2/mlp/up/kernel"
     expected = np.mean(
@@ -117,7 +118,7 @@ def test_layers_show_the_scope_in_which_they_differ(results):
             cell["sparsity_by_leaf"][leaf]
             for seed in results["seeds"]
             for cell in seed["cells"]
-            if (cell["criterion"], cell["scope"], cell["sparsity"])
+            if (cell["criterion"], cell["allocation"], cell["sparsity"])
             == ("obd", "global", 0.6)
         ]
     )
@@ -131,9 +132,9 @@ def test_layers_show_the_scope_in_which_they_differ(results):
 def test_ten_criteria_and_twelve_sparsities_fit():
     sparsities = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975)
     results = synthetic(
-        seeds=1, criteria=10, sparsities=sparsities, scopes=("global",), layers=1
+        seeds=1, criteria=10, sparsities=sparsities, allocations=("global",), layers=1
     )
-    for axes in figures.loss(results, scope="global").axes:
+    for axes in figures.loss(results, allocation="global").axes:
         ticks = axes.get_xticks()
         assert np.diff(ticks).min() > 7
         assert ticks[0] == 0

@@ -20,7 +20,11 @@ def results() -> dict[str, Any]:
 def exact(above: dict[float, list[float]], *, seeds: int = 2) -> dict[str, Any]:
     """Results whose retrained losses lie exactly so far above the control."""
     results = synthetic(
-        seeds=seeds, criteria=1, scopes=("global",), sparsities=tuple(above), layers=1
+        seeds=seeds,
+        criteria=1,
+        allocations=("global",),
+        sparsities=tuple(above),
+        layers=1,
     )
     for index, seed in enumerate(results["seeds"]):
         seed["dense"]["loss"], seed["control"]["loss"] = 2.0, 1.5
@@ -72,7 +76,7 @@ def test_reach_stops_at_the_first_sparsity_over_the_limit():
 
 
 def test_a_cell_that_one_seed_lacks_leaves_the_mean_of_the_others():
-    results = synthetic(seeds=2, criteria=2, scopes=("global",), layers=1)
+    results = synthetic(seeds=2, criteria=2, allocations=("global",), layers=1)
     gone = results["seeds"][0]["cells"].pop(3)
     curve = results_.curves(results, "pruned")[0]
     cell = results["seeds"][1]["cells"][3]
@@ -143,7 +147,7 @@ def _spoil(change: str, results: dict[str, Any]) -> Any:
         case "short row":
             first["weights"]["values"][0].pop()
         case "format":
-            results["format"] = 2
+            results["format"] = 1
         case "no format":
             del results["format"]
         case "list":
@@ -168,9 +172,9 @@ def _spoil(change: str, results: dict[str, Any]) -> Any:
         ("no control", r"seeds\[1\]\.control is missing though cells were retrained"),
         ("short", r"weights\.kept\.magnitude must have 24 entries, got 23"),
         ("short row", r"weights\.values must have one value a step, 41"),
-        ("format", r"of format 1, got format 2"),
-        ("no format", r"of format 1, got format None"),
-        ("list", r"of format 1, got list None"),
+        ("format", r"of format 2, got format 1"),
+        ("no format", r"of format 2, got format None"),
+        ("list", r"of format 2, got list None"),
     ],
 )
 def test_bad_results_are_refused_by_name(tmp_path, change, message):
@@ -195,6 +199,6 @@ def test_read_takes_a_file_or_its_folder(tmp_path, results):
     assert results_.read(tmp_path) == results
     with pytest.raises(ValueError, match=r"none.* does not exist"):
         results_.read(tmp_path / "none")
-    (tmp_path / "torn.json").write_text('{"format": 1, ')
+    (tmp_path / "torn.json").write_text('{"format": 2, ')
     with pytest.raises(ValueError, match=r"torn\.json' is not JSON"):
         results_.read(tmp_path / "torn.json")

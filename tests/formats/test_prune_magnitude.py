@@ -273,6 +273,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["m", "out", "whole"]
 
 
+@pytest.mark.full
 def test_after_the_first_tensor_memory_holds_a_few_and_not_the_model(tmp_path):
     tensors = {f"layers.{i}.weight": normal(i, 1024, 1024) for i in range(64)}
     build(tmp_path / "m", tensors, 2)
@@ -295,13 +296,17 @@ def test_after_the_first_tensor_memory_holds_a_few_and_not_the_model(tmp_path):
             pattern, out = patterns.PerOutput(), folder + "/" + name + "_out"
             streaming.prune_directory(source, out, sparsity=0.5, pattern=pattern)
 
+        before = peak()
         prune("one")  # JAX starts and compiles: some 90 MB, whatever the model
+        first = peak() - before
         forget_the_peak()  # which may hide what is needed later
         before = peak()
         prune("m")
-        print(peak() - before)
+        print(first, peak() - before)
     """
     status, output = run(code, folder=str(tmp_path))
     assert status == 0, output
     # 256 MiB in all, 4 MiB a tensor; VmHWM counts mapped pages too.
-    assert int(output) < 48 * 2**20
+    first, rest = map(int, output.split())
+    assert first < 144 * 2**20
+    assert rest < 48 * 2**20

@@ -122,10 +122,10 @@ def jitted(params, importance):
         ]
         scores = {c.__name__: c(params, importance) for c in criteria}
         made = {
-            f"{pattern} {scope}": jp.masks.make(
-                scores["magnitude"], 0.5, pattern=pattern, allocation=scope
+            f"{pattern} {allocation}": jp.masks.make(
+                scores["magnitude"], 0.5, pattern=pattern, allocation=allocation
             )
-            for pattern, scope in (
+            for pattern, allocation in (
                 (jp.patterns.Unstructured(), "layer"),
                 (jp.patterns.Unstructured(), "global"),
                 (jp.patterns.NM(2, 4), "layer"),

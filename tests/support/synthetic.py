@@ -37,7 +37,7 @@ def synthetic(
     seeds: int = 3,
     criteria: int = 4,
     sparsities: tuple[float, ...] = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-    scopes: tuple[str, ...] = ("global", "layer"),
+    allocations: tuple[str, ...] = ("global", "layer"),
     retrained: bool = True,
     layers: int = 4,
 ) -> dict[str, Any]:
@@ -55,16 +55,18 @@ def synthetic(
     prunable = [name for name in leaves if name.startswith("blocks")]
     depth = np.linspace(-0.5, 0.5, len(prunable))
 
-    def cell(criterion: str, scope: str, sparsity: float, dense: float) -> dict:
+    def cell(criterion: str, allocation: str, sparsity: float, dense: float) -> dict:
         rank = BEST_FIRST.index(criterion)
         rise = (0.03 + 0.016 * rank) * (sparsity / (1 - sparsity)) ** 1.6 * 0.45
-        rise *= 1 + 0.12 * draw.standard_normal() + 0.2 * (scope == "layer")
+        rise *= 1 + 0.12 * draw.standard_normal() + 0.2 * (allocation == "layer")
         rise = 2.5 * math.tanh(rise / 2.5)
         held = rise**1.3 * 0.1 + 0.002 * draw.standard_normal() - 0.002
-        tilt = 0.2 * sparsity * (1 - sparsity) * (scope == "global") * (1 + rank / 3)
+        tilt = (
+            0.2 * sparsity * (1 - sparsity) * (allocation == "global") * (1 + rank / 3)
+        )
         return {
             "criterion": criterion,
-            "scope": scope,
+            "allocation": allocation,
             "sparsity": sparsity,
             "achieved": sparsity,
             "loss_pruned": dense + rise,
@@ -116,9 +118,9 @@ def synthetic(
             "control": {"steps": 2500, "loss": dense - 0.042} if retrained else None,
             "curve": noisy,
             "cells": [
-                cell(criterion, scope, sparsity, dense)
+                cell(criterion, allocation, sparsity, dense)
                 for criterion in NAMES[:criteria]
-                for scope in scopes
+                for allocation in allocations
                 for sparsity in sparsities
             ],
             "samples": [
@@ -129,7 +131,7 @@ def synthetic(
         }
 
     return {
-        "format": 1,
+        "format": 2,
         "name": "scaled_down_llm",
         "config": {
             "preset": "cpu",

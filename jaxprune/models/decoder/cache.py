@@ -24,7 +24,21 @@ class Cache(NamedTuple):
 def empty(
     config: Any, batch: int, size: int | None, heads: int, head_dim: int
 ) -> Cache:
-    """Zeros, of length 0, for `size` tokens: at most, and by default, the context."""
+    """A cache of zeros with length 0.
+
+    Args:
+      config: says the context, the number of layers and the dtype.
+      batch: number of sequences.
+      size: how many tokens it can hold, at most (and by default) the context.
+      heads: key and value heads of a layer.
+      head_dim: features of a head.
+
+    Returns:
+      The cache.
+
+    Raises:
+      ValueError: the size is more than the context.
+    """
     size = config.context if size is None else size
     if size > config.context:
         raise ValueError(

@@ -193,7 +193,17 @@ def longrope(
 def tables(
     rope: Rope, positions: Int[Array, "time"], length: int | Int[Array, ""]
 ) -> tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]]:
-    """Cosines and sines at these positions of a text of `length`, times `scale`."""
+    """Cosines and sines of the angles at these positions.
+
+    Args:
+      rope: the scheme.
+      positions: integers (time,).
+      length: tokens of the whole sequence, which decides between the short and the
+        long frequencies.
+
+    Returns:
+      Two float32 arrays (time, pairs), both times `rope.scale`.
+    """
     frequencies = jnp.array(rope.frequencies, jnp.float32)
     if rope.switch is not None:
         long = jnp.array(rope.long_frequencies, jnp.float32)

@@ -36,7 +36,17 @@ FAMILIES = {
 
 
 def find(config: Mapping[str, Any]) -> Family:
-    """The family that the `model_type` of a config.json names."""
+    """The family of a config.json.
+
+    Args:
+      config: the parsed file.
+
+    Returns:
+      The family that its `model_type` names.
+
+    Raises:
+      ValueError: the model type is not supported.
+    """
     kind = config.get("model_type")
     if kind == "gemma3":
         raise ValueError(
