@@ -134,8 +134,8 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
     """Lists every matmul and convolution of a parameter with an activation.
 
     Nothing is computed. Scans are unrolled, so a leaf that is stacked over layers has
-    one linear op a layer. A leaf that more than slices, reshapes, transposes and casts
-    change on its way to a linear op is in `unseen`, with the reason.
+    one linear op a layer. A leaf that more than slices, reshapes, transposes, casts and
+    constant factors change on its way to a linear op is in `unseen`, with the reason.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.

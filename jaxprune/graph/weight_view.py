@@ -1,9 +1,9 @@
 """The part of a parameter that a linear op uses, as a view that can be written back.
 
 On its way to a linear op a leaf is sliced (a layer of a stack, the queries of a fused
-kernel), reshaped and transposed. A view remembers these moves; it reads the part from
-the leaf and puts another in its place, exactly. Casts are no part of a view: what is
-read is what is stored.
+kernel), reshaped, transposed and turned round. A view remembers these moves; it reads
+the part from the leaf and puts another in its place, exactly. Casts and constant
+factors are no part of a view: what is read is what is stored.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.graph.program import Fixed, Step
 
@@ -64,6 +65,24 @@ class Transpose(NamedTuple):
         return jnp.transpose(part, inverse)
 
 
+class Reverse(NamedTuple):
+    """The same elements, last first along some axes."""
+
+    axes: tuple[int, ...]
+
+    def read(self, array: jax.Array) -> jax.Array:
+        """The array turned round."""
+        return jnp.flip(array, self.axes)
+
+    def write(self, array: jax.Array, part: jax.Array) -> jax.Array:
+        """The part turned back."""
+        return jnp.flip(part, self.axes)
+
+
+Move: TypeAlias = Slice | Reshape | Transpose | Reverse
+"""One step on a leaf's way."""
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightView:
     """How one leaf is seen.
@@ -71,16 +90,17 @@ class WeightView:
     Attributes:
       leaf: the leaf's position among the parameters.
       shape: of what is seen.
-      moves: slices, reshapes and transposes, in order.
+      moves: slices, reshapes, transposes and reversals, in order.
       axes: for each axis of what is seen, the leaf's axes that it is made of.
       box: for each axis of the leaf, start and stop of what is seen; None where slices
         and reshapes mix so that it is no box.
-      cast: whether it was cast on the way, so that the program's value is another.
+      cast: whether it was cast or scaled on the way, so that the program's value is
+        another.
     """
 
     leaf: int
     shape: tuple[int, ...]
-    moves: tuple[Slice | Reshape | Transpose, ...]
+    moves: tuple[Move, ...]
     axes: tuple[tuple[int, ...], ...]
     box: tuple[tuple[int, int], ...] | None
     cast: bool = False
@@ -110,7 +130,7 @@ class WeightView:
         return [move.starts for move in self.moves if isinstance(move, Slice)]
 
     @property
-    def _form(self) -> tuple[Slice | Reshape | Transpose, ...]:
+    def _form(self) -> tuple[Move, ...]:
         """The moves without where slices start: equal for the layers of a stack."""
         return tuple(
             Slice((), move.sizes) if isinstance(move, Slice) else move
@@ -149,6 +169,10 @@ class WeightView:
             axes=tuple(self.axes[axis] for axis in order),
         )
 
+    def reverse(self, axes: Sequence[int]) -> "WeightView":
+        """The view last first along some axes."""
+        return dataclasses.replace(self, moves=(*self.moves, Reverse(tuple(axes))))
+
     def matrix(self, batch: int, inputs: int) -> "WeightView":
         """The view as (batch, in, out): so many axes each, out the rest."""
         ends = [0, batch, batch + inputs, len(self.shape)]
@@ -162,6 +186,8 @@ class WeightView:
 
     def _narrowed(self, starts: Sequence[int], sizes: Sequence[int]) -> Any:
         """The box of the leaf after a slice of what is seen, where it is one."""
+        if any(isinstance(move, Reverse) for move in self.moves):
+            return None
         box = list(self.box or ())
         for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             if size == self.shape[axis]:
@@ -203,7 +229,10 @@ class WeightView:
         return tuple(made.get(axis, ()) for axis in range(len(shape)))
 
 
-_SAME = "copy copy_p optimization_barrier sharding_constraint reshard device_put"
+_SAME = (
+    "copy copy_p stop_gradient optimization_barrier sharding_constraint reshard "
+    "device_put"
+)
 
 
 def propagate(
@@ -217,6 +246,8 @@ def propagate(
     # the value of a constant, or None.
     sources = [views.get(x) if not isinstance(x, Fixed) else None for x in step.inputs]
     name, params = step.primitive.name, step.params
+    if name in ("mul", "div", "neg"):
+        return _scaled(name, step.inputs, sources, kinds, known)
     if not sources or sources[0] is None or (name in _SAME.split() and None in sources):
         return None
     view = sources[0]
@@ -238,6 +269,8 @@ def propagate(
         name == "reshape" and params.get("dimensions") is None
     ):
         return [view.reshape(after[0])]
+    if name == "rev":
+        return [view.reverse(params["dimensions"])]
     if name == "transpose":
         return [view.transpose(params["permutation"])]
     if name == "broadcast_in_dim" and math.prod(after[0]) == math.prod(view.shape):
@@ -245,9 +278,26 @@ def propagate(
     return None
 
 
-def _with_starts(
-    form: Sequence[Slice | Reshape | Transpose], starts: Sequence[Any]
-) -> Iterator[Slice | Reshape | Transpose]:
+def _scaled(
+    name: str,
+    inputs: Sequence[int | Fixed],
+    sources: Sequence[WeightView | None],
+    kinds: Sequence[Any],
+    known: Callable[[int | Fixed], Any],
+) -> list[WeightView] | None:
+    """The view of a leaf times one constant, which moves no score past another."""
+    views = [view for view in sources if view is not None]
+    if len(views) != 1 or (name == "div" and sources[0] is None):
+        return None
+    for x, source in zip(inputs, sources, strict=True):
+        if source is None:
+            shape = np.shape(x.value) if isinstance(x, Fixed) else kinds[x].shape
+            if math.prod(shape) != 1 or known(x) is None:
+                return None
+    return [dataclasses.replace(views[0], cast=True)]
+
+
+def _with_starts(form: Sequence[Move], starts: Sequence[Any]) -> Iterator[Move]:
     """The moves of a form, each slice with the place where it starts."""
     pending = iter(starts)
     for move in form:
