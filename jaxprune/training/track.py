@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxprune.arrays import low_bit, tree
 from jaxprune.arrays.low_bit import Storage
+from jaxprune.arrays.messages import refuse_fractions
 from jaxprune.training import weightings
 from jaxprune.training.running_average import Average, Held, Memory, Watched
 from jaxprune.typing import Params, Weighting
@@ -109,6 +110,7 @@ def track_importance(
 
     Raises:
       ValueError: an argument is out of range.
+      TypeError: `every`, `start` or `seed` is no integer, or `weighting` no weighting.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -130,7 +132,7 @@ def track_importance(
         # The very sum that the caller makes next; compiled together they are one.
         return (optax.apply_updates(params, updates),)
 
-    due = _schedule(weighting, every, start)
+    due = _schedule("track_importance", weighting, every, start)
     return _tracker("track_importance", TrackImportanceState, seen, watched, due)
 
 
@@ -164,6 +166,7 @@ def track_gradients(
 
     Raises:
       ValueError: an argument is out of range.
+      TypeError: `every`, `start` or `seed` is no integer, or `weighting` no weighting.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -179,7 +182,7 @@ def track_gradients(
     def seen(gradients: Params, params: Params | None) -> tuple[Params, ...]:
         return (gradients, params) if "taylor" in watched else (gradients,)
 
-    due = _schedule(weighting, every, start)
+    due = _schedule("track_gradients", weighting, every, start)
     return _tracker("track_gradients", TrackGradientsState, seen, watched, due)
 
 
@@ -218,11 +221,19 @@ def _tracker(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any]:
+def _schedule(
+    what: str, weighting: Weighting, every: int, start: int
+) -> Callable[..., Any]:
     """Counts the step and takes a snapshot when one is due.
 
     On the other steps a branch is taken that touches no average.
     """
+    refuse_fractions(what, every=every, start=start)
+    if not callable(weighting):
+        raise TypeError(
+            f"{what} needs a weighting such as jp.weightings.power(0.5), got "
+            f"{weighting!r}"
+        )
     if every < 1 or start < 0:
         raise ValueError(
             f"tracking needs every >= 1 and start >= 0, got every={every}, "
@@ -279,6 +290,7 @@ def _watched(
     if memory not in ("device", "pinned_host"):
         raise ValueError(f"memory must be 'device' or 'pinned_host', got {memory!r}")
     low_bit.checked(storage)
+    refuse_fractions(what, seed=seed)
     return {
         field: Average(*known[field], storage, memory, stream=seed * 4096 + 1024 * i)
         for i, field in enumerate(known)
