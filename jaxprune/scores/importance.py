@@ -230,11 +230,9 @@ def _union(first: Any, second: Any, what: str) -> Any:
     """Each leaf from the tree that has it; a left-out node may stand for a subtree."""
     if tree.is_excluded(first) or tree.is_excluded(second):
         return second if tree.is_excluded(first) else first
-    children = [
-        jax.tree.flatten(node, is_leaf=lambda x, node=node: x is not node)
-        for node in (first, second)
-    ]
-    (own, structure), (others, _) = children
+    structure: Any
+    own, structure = _children(first)
+    others, _ = _children(second)
     if tree.is_leaf(first) or jax.tree_util.treedef_is_leaf(structure):
         raise ValueError(
             f"each leaf must be tracked once, but two transformations in this state "
@@ -242,6 +240,11 @@ def _union(first: Any, second: Any, what: str) -> Any:
         )
     pairs = zip(own, others, strict=True)
     return jax.tree.unflatten(structure, [_union(*pair, what) for pair in pairs])
+
+
+def _children(node: Any) -> tuple[list[Any], Any]:
+    """What a node holds, one level down, and how to put it back."""
+    return jax.tree.flatten(node, is_leaf=lambda below: below is not node)
 
 
 def _warn_of_maxima(state: Any) -> None:

@@ -207,8 +207,7 @@ def _tracker(
     def init(params: Params) -> Any:
         of_weights = kind is TrackImportanceState
         first = {k: a.start(params, from_values=of_weights) for k, a in watched.items()}
-        nothing = dict.fromkeys(kind._fields)
-        state = _with(kind(**nothing)._replace(step=_counter(params)), first)
+        state = _with(kind(_counter(params), None, None, {}), first)
         if tree.is_placeholder(params):  # a number stands for those of all leaves
             coded = (k for k, a in watched.items() if a.storage == "int8")
             state = state._replace(exponents=dict.fromkeys(coded, state.step))
