@@ -149,7 +149,9 @@ def refuse_swapped(params: Params) -> None:
 
 def _averages(state: Any) -> dict[str, Params]:
     """Field of an `Importance` to what a state holds of it."""
-    found = _found(state, _held) or _found(state, _held_by_name)
+    found = _found(state, _held)
+    if not found and isinstance(state, Mapping):  # optax's own states are tuples
+        found = _found(state, _held_by_name)
     moments = found.pop("moment", [])
     averages = {field: _merged(trees, field) for field, trees in found.items()}
     if "square" not in averages and moments:

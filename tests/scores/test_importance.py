@@ -109,6 +109,13 @@ def test_adam_is_not_taken_for_adamax(make, steps):
         jp.get_importance(make(0.01).init(params))
 
 
+def test_parameters_named_as_a_states_fields_are_none():
+    params = {"nu": jnp.ones((2, 2))}
+    state = optax.sgd(0.1, momentum=0.9).init(params)
+    with pytest.raises(ValueError, match="tracks nothing"):
+        jp.get_importance(state)
+
+
 TREE = {
     "body": {"k": jnp.ones((4, 4)), "q": jnp.ones((4, 4))},
     "out": {"kernel": jnp.ones((4, 4))},
