@@ -39,7 +39,8 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       step: how many steps were done when it was saved.
-      configuration: the JSON-able dictionary given to `save`; tuples are lists now.
+      configuration: the JSON-able dictionary given to `save`; tuples are lists now, and
+        keys that were numbers are strings.
       path: its directory.
       state: a tree like the target, with its containers and shardings; None where only
         the manifest was read.

@@ -105,7 +105,7 @@ def _of_heads(named: Mapping[str, jax.Array]) -> dict[str, Axes]:
     A kernel by itself could be a stack of matrices; query and output together say that
     it is none, since one has the axes of the other, turned.
     """
-    found = {}
+    found: dict[str, Axes] = {}
     for name, query in named.items():
         own = re.fullmatch(r"(.*/)?query/kernel", name)
         out = named.get(f"{own[1] or ''}out/kernel") if own else None
