@@ -185,7 +185,16 @@ def judged(code, out, err, work, check):
 
 
 def _config(folder):
-    return json.loads((folder / "config.json").read_text())
+    try:
+        return json.loads((folder / "config.json").read_text()) or {"a": 1}
+    except (OSError, ValueError):  # another change came first
+        return {"model_type": "llama"}
+
+
+def _write(folder, config):
+    if not (folder / "config.json").is_dir():
+        (folder / "config.json").unlink(missing_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
 
 
 def _attribute(chance, folder):
@@ -195,13 +204,13 @@ def _attribute(chance, folder):
     if nested and chance.random() < 0.4:
         where = chance.choice(nested)
     where[chance.choice(sorted(where))] = chance.choice(ODD)
-    (folder / "config.json").write_text(json.dumps(config))
+    _write(folder, config)
 
 
 def _removed(chance, folder):
     config = _config(folder)
     del config[chance.choice(sorted(config))]
-    (folder / "config.json").write_text(json.dumps(config))
+    _write(folder, config)
 
 
 def _added(chance, folder):
@@ -211,12 +220,14 @@ def _added(chance, folder):
         "bos_token_id", "is_llama_config", "attn_logit_softcapping", "n_inner",
     ]  # fmt: skip
     changed = {chance.choice(names): chance.choice(ODD)}
-    (folder / "config.json").write_text(json.dumps(_config(folder) | changed))
+    _write(folder, _config(folder) | changed)
 
 
 def _text(chance, folder):
     name = chance.choice(["config.json", "tokenizer.json", "tokenizer_config.json"])
-    content = bytearray((folder / name).read_bytes())
+    if not (folder / name).is_file():
+        return
+    content = bytearray((folder / name).read_bytes() or b" ")
     kind = chance.randrange(3)
     if kind == 0:
         del content[chance.randrange(len(content)) :]
@@ -229,7 +240,9 @@ def _text(chance, folder):
 
 def _header(chance, folder):
     path = folder / "model.safetensors"
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
+    if len(content) < 16:  # another change came first
+        return
     size = struct.unpack("<Q", content[:8])[0]
     head = bytearray(content[: 8 + size])
     head[chance.randrange(len(head))] = chance.randrange(256)
@@ -238,14 +251,19 @@ def _header(chance, folder):
 
 def _cut(chance, folder):
     path = folder / "model.safetensors"
-    os.truncate(path, chance.randrange(path.stat().st_size))
+    if path.is_file() and path.stat().st_size:
+        os.truncate(path, chance.randrange(path.stat().st_size))
 
 
 def _tensor(chance, folder):
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
     path = folder / "model.safetensors"
-    held = load_file(path)
+    try:
+        held = load_file(path)
+    except (SafetensorError, OSError):  # another change came first
+        return
     name = chance.choice(sorted(held))
     value = held[name].copy()
     kind = chance.randrange(5)
@@ -268,6 +286,8 @@ def _tensor(chance, folder):
 def _file(chance, folder):
     name = chance.choice([path.name for path in sorted(folder.iterdir())])
     kind = chance.randrange(4)
+    if (folder / name).is_dir():
+        return
     (folder / name).unlink()
     if kind == 1:
         (folder / name).mkdir()
