@@ -104,10 +104,8 @@ class Fuzzer:
         if command == "compact":
             return ["compact", folder, out], lambda: _expands(out, folder, work)
         if command == "eval":
-            return [
-                "eval", folder, "--text", self.root / "text.txt", "--context", 8,
-                "--limit", 2, "--json",
-            ], None  # fmt: skip
+            words = ["eval", folder, "--text", self.root / "text.txt", "--context", 8]
+            return [*words, "--limit", 2, "--json"], lambda: _like_transformers(folder)
         words = ["prune", folder, out, "--method", "magnitude", "--sparsity", "0.5"]
         return words, lambda: _is_pruned(folder, out)
 
@@ -307,6 +305,30 @@ FOLDER += (_tensor, _file)
 def _expands(file, folder, work):
     code, _, _ = run(["expand", file, work / "again"])
     return code == 0 and contents(work / "again") == contents(folder)
+
+
+def _like_transformers(folder):
+    """The logits are transformers', where that is there and reads the folder too."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return True
+    from jaxprune.models import hf
+
+    tokens = tiny_hf.tokens(time=30)
+    try:
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager",
+            output_loading_info=True,
+        )  # fmt: skip
+        expected = tiny_hf.torch_logits(theirs.eval(), tokens)
+    except Exception:  # it refuses what we read; there is nothing to compare
+        return True
+    if info["missing_keys"] or info["mismatched_keys"]:
+        return True
+    found = np.asarray(hf.load(folder, dtype="float32").model(tokens))
+    return np.allclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def _is_pruned(folder, out):
