@@ -342,13 +342,18 @@ def _place(view: WeightView, shape: Sequence[int]) -> tuple[tuple[int, ...], str
         return (), "".join(f"[{m.starts}+{m.sizes}]" for m in moves)
     used = {axis for axes in view.axes for axis in axes}
     index = tuple(
-        low
-        for axis, (low, high) in enumerate(view.box)
-        if axis not in used and high - low == 1 and shape[axis] > 1
+        places.start
+        for axis, places in enumerate(view.box)
+        if axis not in used and len(places) == 1 and shape[axis] > 1
     )
     rest = [
-        ":" if (low, high) == (0, shape[axis]) else f"{low}:{high}"
-        for axis, (low, high) in enumerate(view.box)
+        ":" if len(places) == shape[axis] else _part(places)
+        for axis, places in enumerate(view.box)
         if axis in used
     ]
     return index, "" if set(rest) <= {":"} else f"[{','.join(rest)}]"
+
+
+def _part(places: range) -> str:
+    step = f":{places.step}" if places.step > 1 else ""
+    return f"{places.start}:{places.stop}{step}"

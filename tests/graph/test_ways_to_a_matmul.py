@@ -97,6 +97,25 @@ def test_the_kernel_of_a_transposed_convolution_is_seen(turned):
     assert (after == 0).sum() == kernel.size // 2
 
 
+def test_gate_and_up_that_take_turns_are_two_weights():
+    wide = draw(8, IN, 2 * OUT)
+
+    def turns(p, x):
+        both = p["w"]
+        return jax.nn.silu(x @ both[:, ::2]) * (x @ both[:, 1::2])
+
+    def apart(p, x):
+        return jax.nn.silu(x @ p["gate"]) * (x @ p["up"])
+
+    found = prune(turns, {"w": wide}, [X])
+    names = [row["name"] for row in found.report["weights"]]
+    assert names == ["w[:,0:11:2]", "w[:,1:12:2]"]
+    alone = prune(apart, {"gate": wide[:, ::2], "up": wide[:, 1::2]}, [X]).params
+    after = np.asarray(found.params["w"])
+    np.testing.assert_array_equal(after[:, ::2], alone["gate"])
+    np.testing.assert_array_equal(after[:, 1::2], alone["up"])
+
+
 EXPERTS = {"up": draw(6, 3, IN, OUT), "down": draw(7, 3, OUT, IN)}
 SIZES = jnp.array([17, 0, 20], jnp.int32)  # three rows are nobody's
 
