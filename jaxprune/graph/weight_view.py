@@ -305,7 +305,7 @@ def propagate(
         starts = [known(x) for x in step.inputs[1:]]
         if any(start is None for start in starts):
             return None
-        return [view.slice(_clamped(starts, after[0], view.shape), after[0])]
+        return [view.slice(clamped(starts, after[0], view.shape), after[0])]
     if name in ("unstack", "split"):
         return _parts(view, params["axis"], after, drop=name == "unstack")
     if name in ("squeeze", "expand_dims") or (
@@ -369,7 +369,7 @@ _write = jax.jit(_written, static_argnames="form")
 _write_in_place = jax.jit(_written, static_argnames="form", donate_argnums=0)
 
 
-def _clamped(
+def clamped(
     starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]
 ) -> list[int]:
     """Where a dynamic slice begins: moved until it fits, as XLA does."""

@@ -97,6 +97,40 @@ def test_the_kernel_of_a_transposed_convolution_is_seen(turned):
     assert (after == 0).sum() == kernel.size // 2
 
 
+@pytest.mark.parametrize("join", [jnp.stack, jnp.concatenate])
+def test_layers_that_are_joined_to_be_scanned_are_each_seen(join):
+    layers = {f"layer_{i}": draw(10 + i, IN, IN) for i in range(3)}
+
+    def scanned(p, x):
+        whole = join(list(p.values())).reshape(3, IN, IN)
+        if join is jnp.concatenate:
+            whole = [join(list(p.values()))[i * IN : (i + 1) * IN] for i in range(3)]
+            for w in whole:
+                x = jnp.tanh(x @ w)
+            return x
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, whole)[0]
+
+    def plain(p, x):
+        for w in p.values():
+            x = jnp.tanh(x @ w)
+        return x
+
+    found, expected = (prune(fn, layers, [X]).params for fn in (scanned, plain))
+    for name in layers:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+        assert (np.asarray(found[name]) == 0).sum() == IN * IN // 2
+
+
+def test_a_branch_that_is_the_only_one_is_seen():
+    def fn(p, x):
+        branch = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+        return lax.cond(x.sum() > 0, branch, branch, p["w"], x)
+
+    plain = prune(lambda p, x: jnp.tanh(x @ p["w"]), {"w": W}, [X])
+    found = prune(fn, {"w": W}, [X])
+    np.testing.assert_array_equal(found.params["w"], plain.params["w"])
+
+
 def test_gate_and_up_that_take_turns_are_two_weights():
     wide = draw(8, IN, 2 * OUT)
 

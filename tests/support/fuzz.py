@@ -174,7 +174,7 @@ def judged(code, out, err, work, check):
     if left:
         return "left"
     lines = [line for line in err.splitlines() if line.startswith("jaxprune ")]
-    python = r"\bjp\.|=True|\bprunable\b|allow_pickle|Unstructured\(|ignore_config="
+    python = r"\bjp\.|(overwrite|sliding)=True|\bprunable\b|allow_pickle|Unstructured\("
     clear = code == 2 or (len(lines) == 1 and not re.search(python, lines[0]))
     return "refused" if clear else "clumsy"
 
