@@ -128,6 +128,8 @@ class _Writer:
         for equation in jaxpr.eqns:
             inputs = [self._read(env, atom) for atom in equation.invars]
             inner = _called(equation)
+            if inner is None and (inner := _only_branch(equation)):
+                inputs = inputs[1:]  # the first says which branch
             if inner is None and self._is_grouped(equation, inputs):
                 inner = _grouped(equation)
             if inner is None:
@@ -223,6 +225,15 @@ def _grouped(equation: Any) -> Any:
 
     with jax.disable_jit():
         return jax.make_jaxpr(dense)(*(atom.aval for atom in equation.invars))
+
+
+def _only_branch(equation: Any) -> Any:
+    """The branch of a `cond` whose branches are all the same, or None."""
+    if equation.primitive.name != "cond":
+        return None
+    first, *others = equation.params["branches"]
+    same = all(str(x.jaxpr) == str(first.jaxpr) and not x.consts for x in others)
+    return first if same and not first.consts else None
 
 
 def frozen(value: Any) -> Hashable:

@@ -65,6 +65,20 @@ class Transpose(NamedTuple):
         return jnp.transpose(part, inverse)
 
 
+class Steps(NamedTuple):
+    """Every n-th element along each axis, from the first on."""
+
+    steps: tuple[int, ...]
+
+    def read(self, array: jax.Array) -> jax.Array:
+        """The elements."""
+        return jax.lax.slice(array, (0,) * array.ndim, array.shape, self.steps)
+
+    def write(self, array: jax.Array, part: jax.Array) -> jax.Array:
+        """The array with others in their places."""
+        return array.at[tuple(slice(None, None, step) for step in self.steps)].set(part)
+
+
 class Reverse(NamedTuple):
     """The same elements, last first along some axes."""
 
@@ -79,7 +93,7 @@ class Reverse(NamedTuple):
         return jnp.flip(part, self.axes)
 
 
-Move: TypeAlias = Slice | Reshape | Transpose | Reverse
+Move: TypeAlias = Slice | Steps | Reshape | Transpose | Reverse
 """One step on a leaf's way."""
 
 
@@ -90,10 +104,10 @@ class WeightView:
     Attributes:
       leaf: the leaf's position among the parameters.
       shape: of what is seen.
-      moves: slices, reshapes, transposes and reversals, in order.
+      moves: slices, steps, reshapes, transposes and reversals, in order.
       axes: for each axis of what is seen, the leaf's axes that it is made of.
-      box: for each axis of the leaf, start and stop of what is seen; None where slices
-        and reshapes mix so that it is no box.
+      box: for each axis of the leaf, the places of what is seen; None where slices and
+        reshapes mix so that it is no box.
       cast: whether it was cast or scaled on the way, so that the program's value is
         another.
     """
@@ -102,19 +116,19 @@ class WeightView:
     shape: tuple[int, ...]
     moves: tuple[Move, ...]
     axes: tuple[tuple[int, ...], ...]
-    box: tuple[tuple[int, int], ...] | None
+    box: tuple[range, ...] | None
     cast: bool = False
 
     @classmethod
     def whole(cls, leaf: int, shape: Sequence[int]) -> "WeightView":
         """The view of all of a leaf."""
         axes = tuple((axis,) for axis in range(len(shape)))
-        return cls(leaf, tuple(shape), (), axes, tuple((0, size) for size in shape))
+        return cls(leaf, tuple(shape), (), axes, tuple(map(range, shape)))
 
     @property
     def sliced(self) -> bool:
         """Whether it sees less than the whole leaf."""
-        return any(isinstance(move, Slice) for move in self.moves)
+        return any(isinstance(move, Slice | Steps) for move in self.moves)
 
     def read(self, leaf: jax.Array) -> jax.Array:
         """The part of the leaf, of the view's shape and the leaf's dtype."""
@@ -146,6 +160,25 @@ class WeightView:
             shape=tuple(sizes),
             moves=(*self.moves, Slice(tuple(starts), tuple(sizes))),
             box=self._narrowed(starts, sizes),
+        )
+
+    def in_steps(self, steps: Sequence[int]) -> "WeightView":
+        """The view of every n-th element along each axis."""
+        shape = tuple(-(-n // step) for n, step in zip(self.shape, steps, strict=True))
+        if shape == self.shape:
+            return self
+        box = list(self.box or ())
+        for axis, step in enumerate(steps):
+            own = self.axes[axis]
+            if step > 1 and box and len(own) == 1 and self._is_alone(own[0]):
+                box[own[0]] = box[own[0]][::step]
+            elif step > 1:
+                box = []
+        return dataclasses.replace(
+            self,
+            shape=shape,
+            moves=(*self.moves, Steps(tuple(steps))),
+            box=tuple(box) or None,
         )
 
     def reshape(self, shape: Sequence[int]) -> "WeightView":
@@ -184,22 +217,24 @@ class WeightView:
         )
         return dataclasses.replace(seen, axes=axes)
 
+    def _is_alone(self, axis: int) -> bool:
+        """Whether one axis of what is seen is made of an axis of the leaf."""
+        turned = any(isinstance(move, Reverse) for move in self.moves)
+        return not turned and sum(axis in own for own in self.axes) == 1
+
     def _narrowed(self, starts: Sequence[int], sizes: Sequence[int]) -> Any:
         """The box of the leaf after a slice of what is seen, where it is one."""
-        if any(isinstance(move, Reverse) for move in self.moves):
-            return None
         box = list(self.box or ())
         for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             if size == self.shape[axis]:
                 continue
             own = self.axes[axis]
             # Part of a box only along an axis that is one whole axis of the leaf.
-            if not box or len(own) != 1 or sum(own[0] in a for a in self.axes) > 1:
+            if not box or len(own) != 1 or not self._is_alone(own[0]):
                 return None
-            low, high = box[own[0]]
-            if high - low != self.shape[axis]:
+            if len(box[own[0]]) != self.shape[axis]:
                 return None
-            box[own[0]] = (low + start, low + start + size)
+            box[own[0]] = box[own[0]][start : start + size]
         return tuple(box) or None
 
     def _regrouped(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -256,13 +291,21 @@ def propagate(
     if name in _SAME.split():
         return [same for same in sources if same]
     after = [tuple(kinds[number].shape) for number in step.outputs]
-    if name == "slice" and set(params["strides"] or (1,)) == {1}:
-        return [view.slice(params["start_indices"], after[0])]
+    if name == "slice":
+        starts, steps = (
+            params["start_indices"],
+            params["strides"] or (1,) * len(after[0]),
+        )
+        sizes = [
+            1 + (n - 1) * step if n else 0
+            for n, step in zip(after[0], steps, strict=True)
+        ]
+        return [view.slice(starts, sizes).in_steps(steps)]
     if name == "dynamic_slice":
         starts = [known(x) for x in step.inputs[1:]]
         if any(start is None for start in starts):
             return None
-        return [view.slice(_clamped(starts, after[0], view.shape), after[0])]
+        return [view.slice(clamped(starts, after[0], view.shape), after[0])]
     if name in ("unstack", "split"):
         return _parts(view, params["axis"], after, drop=name == "unstack")
     if name in ("squeeze", "expand_dims") or (
@@ -326,7 +369,7 @@ _write = jax.jit(_written, static_argnames="form")
 _write_in_place = jax.jit(_written, static_argnames="form", donate_argnums=0)
 
 
-def _clamped(
+def clamped(
     starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]
 ) -> list[int]:
     """Where a dynamic slice begins: moved until it fits, as XLA does."""

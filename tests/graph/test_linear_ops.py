@@ -265,7 +265,6 @@ HIDDEN = {
         SQUARE,
         "cond",
     ),
-    "in steps": (lambda p, x: x[:, ::2] @ p["w"][::2], SQUARE, "slice"),
     "joined": (
         lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1),
         SQUARE,

@@ -97,6 +97,59 @@ def test_the_kernel_of_a_transposed_convolution_is_seen(turned):
     assert (after == 0).sum() == kernel.size // 2
 
 
+@pytest.mark.parametrize("join", [jnp.stack, jnp.concatenate])
+def test_layers_that_are_joined_to_be_scanned_are_each_seen(join):
+    layers = {f"layer_{i}": draw(10 + i, IN, IN) for i in range(3)}
+
+    def scanned(p, x):
+        whole = join(list(p.values())).reshape(3, IN, IN)
+        if join is jnp.concatenate:
+            whole = [join(list(p.values()))[i * IN : (i + 1) * IN] for i in range(3)]
+            for w in whole:
+                x = jnp.tanh(x @ w)
+            return x
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, whole)[0]
+
+    def plain(p, x):
+        for w in p.values():
+            x = jnp.tanh(x @ w)
+        return x
+
+    found, expected = (prune(fn, layers, [X]).params for fn in (scanned, plain))
+    for name in layers:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+        assert (np.asarray(found[name]) == 0).sum() == IN * IN // 2
+
+
+def test_a_branch_that_is_the_only_one_is_seen():
+    def fn(p, x):
+        branch = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+        return lax.cond(x.sum() > 0, branch, branch, p["w"], x)
+
+    plain = prune(lambda p, x: jnp.tanh(x @ p["w"]), {"w": W}, [X])
+    found = prune(fn, {"w": W}, [X])
+    np.testing.assert_array_equal(found.params["w"], plain.params["w"])
+
+
+def test_gate_and_up_that_take_turns_are_two_weights():
+    wide = draw(8, IN, 2 * OUT)
+
+    def turns(p, x):
+        both = p["w"]
+        return jax.nn.silu(x @ both[:, ::2]) * (x @ both[:, 1::2])
+
+    def apart(p, x):
+        return jax.nn.silu(x @ p["gate"]) * (x @ p["up"])
+
+    found = prune(turns, {"w": wide}, [X])
+    names = [row["name"] for row in found.report["weights"]]
+    assert names == ["w[:,0:11:2]", "w[:,1:12:2]"]
+    alone = prune(apart, {"gate": wide[:, ::2], "up": wide[:, 1::2]}, [X]).params
+    after = np.asarray(found.params["w"])
+    np.testing.assert_array_equal(after[:, ::2], alone["gate"])
+    np.testing.assert_array_equal(after[:, 1::2], alone["up"])
+
+
 EXPERTS = {"up": draw(6, 3, IN, OUT), "down": draw(7, 3, OUT, IN)}
 SIZES = jnp.array([17, 0, 20], jnp.int32)  # three rows are nobody's
 

@@ -104,10 +104,8 @@ class Fuzzer:
         if command == "compact":
             return ["compact", folder, out], lambda: _expands(out, folder, work)
         if command == "eval":
-            return [
-                "eval", folder, "--text", self.root / "text.txt", "--context", 8,
-                "--limit", 2, "--json",
-            ], None  # fmt: skip
+            words = ["eval", folder, "--text", self.root / "text.txt", "--context", 8]
+            return [*words, "--limit", 2, "--json"], lambda: _like_transformers(folder)
         words = ["prune", folder, out, "--method", "magnitude", "--sparsity", "0.5"]
         return words, lambda: _is_pruned(folder, out)
 
@@ -176,7 +174,7 @@ def judged(code, out, err, work, check):
     if left:
         return "left"
     lines = [line for line in err.splitlines() if line.startswith("jaxprune ")]
-    python = r"\bjp\.|=True|\bprunable\b|allow_pickle|Unstructured\(|ignore_config="
+    python = r"\bjp\.|(overwrite|sliding)=True|\bprunable\b|allow_pickle|Unstructured\("
     clear = code == 2 or (len(lines) == 1 and not re.search(python, lines[0]))
     return "refused" if clear else "clumsy"
 
@@ -185,7 +183,16 @@ def judged(code, out, err, work, check):
 
 
 def _config(folder):
-    return json.loads((folder / "config.json").read_text())
+    try:
+        return json.loads((folder / "config.json").read_text()) or {"a": 1}
+    except (OSError, ValueError):  # another change came first
+        return {"model_type": "llama"}
+
+
+def _write(folder, config):
+    if not (folder / "config.json").is_dir():
+        (folder / "config.json").unlink(missing_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
 
 
 def _attribute(chance, folder):
@@ -195,13 +202,13 @@ def _attribute(chance, folder):
     if nested and chance.random() < 0.4:
         where = chance.choice(nested)
     where[chance.choice(sorted(where))] = chance.choice(ODD)
-    (folder / "config.json").write_text(json.dumps(config))
+    _write(folder, config)
 
 
 def _removed(chance, folder):
     config = _config(folder)
     del config[chance.choice(sorted(config))]
-    (folder / "config.json").write_text(json.dumps(config))
+    _write(folder, config)
 
 
 def _added(chance, folder):
@@ -211,12 +218,14 @@ def _added(chance, folder):
         "bos_token_id", "is_llama_config", "attn_logit_softcapping", "n_inner",
     ]  # fmt: skip
     changed = {chance.choice(names): chance.choice(ODD)}
-    (folder / "config.json").write_text(json.dumps(_config(folder) | changed))
+    _write(folder, _config(folder) | changed)
 
 
 def _text(chance, folder):
     name = chance.choice(["config.json", "tokenizer.json", "tokenizer_config.json"])
-    content = bytearray((folder / name).read_bytes())
+    if not (folder / name).is_file():
+        return
+    content = bytearray((folder / name).read_bytes() or b" ")
     kind = chance.randrange(3)
     if kind == 0:
         del content[chance.randrange(len(content)) :]
@@ -229,7 +238,9 @@ def _text(chance, folder):
 
 def _header(chance, folder):
     path = folder / "model.safetensors"
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
+    if len(content) < 16:  # another change came first
+        return
     size = struct.unpack("<Q", content[:8])[0]
     head = bytearray(content[: 8 + size])
     head[chance.randrange(len(head))] = chance.randrange(256)
@@ -238,14 +249,19 @@ def _header(chance, folder):
 
 def _cut(chance, folder):
     path = folder / "model.safetensors"
-    os.truncate(path, chance.randrange(path.stat().st_size))
+    if path.is_file() and path.stat().st_size:
+        os.truncate(path, chance.randrange(path.stat().st_size))
 
 
 def _tensor(chance, folder):
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
     path = folder / "model.safetensors"
-    held = load_file(path)
+    try:
+        held = load_file(path)
+    except (SafetensorError, OSError):  # another change came first
+        return
     name = chance.choice(sorted(held))
     value = held[name].copy()
     kind = chance.randrange(5)
@@ -268,6 +284,8 @@ def _tensor(chance, folder):
 def _file(chance, folder):
     name = chance.choice([path.name for path in sorted(folder.iterdir())])
     kind = chance.randrange(4)
+    if (folder / name).is_dir():
+        return
     (folder / name).unlink()
     if kind == 1:
         (folder / name).mkdir()
@@ -287,6 +305,30 @@ FOLDER += (_tensor, _file)
 def _expands(file, folder, work):
     code, _, _ = run(["expand", file, work / "again"])
     return code == 0 and contents(work / "again") == contents(folder)
+
+
+def _like_transformers(folder):
+    """The logits are transformers', where that is there and reads the folder too."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return True
+    from jaxprune.models import hf
+
+    tokens = tiny_hf.tokens(time=30)
+    try:
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager",
+            output_loading_info=True,
+        )  # fmt: skip
+        expected = tiny_hf.torch_logits(theirs.eval(), tokens)
+    except Exception:  # it refuses what we read; there is nothing to compare
+        return True
+    if info["missing_keys"] or info["mismatched_keys"]:
+        return True
+    found = np.asarray(hf.load(folder, dtype="float32").model(tokens))
+    return np.allclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def _is_pruned(folder, out):
