@@ -97,7 +97,7 @@ def write(
     facts = _checked(source, replaced, provenance)
     others = [name for name in source.others if name != NAME]
     job = _job(source, replaced, facts)
-    ours = _why_not_ours if overwrite else None
+    ours = why_not_ours if overwrite else None
     with atomic.staged(place, replaceable=ours, resume=resume) as partial:
         done = _finished(partial, job)
         advance = source.meter(progress)
@@ -109,7 +109,7 @@ def write(
             atomic.replace_json(partial / _STATE, {"job": job, "done": done})
         digests = {file: made["sha256"] for file, made in done.items()}
         for name in others:
-            digests[name] = _copy(source.path / name, partial / name)
+            digests[name] = copy(source.path / name, partial / name)
         counts = {k: v for made in done.values() for k, v in made["tensors"].items()}
         atomic.replace_json(partial / NAME, _record(facts, counts, digests))
         (partial / _STATE).unlink()
@@ -121,7 +121,7 @@ def check_place(
 ) -> None:
     """Refuses, before a long job, a place that `write` would refuse after it."""
     place = atomic.apart(directory, source)
-    atomic.check_free(place, _why_not_ours if overwrite else None)
+    atomic.check_free(place, why_not_ours if overwrite else None)
 
 
 def read_provenance(
@@ -292,7 +292,7 @@ def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
         yield array[start : start + rows]
 
 
-def _copy(origin: Path, target: Path) -> str:
+def copy(origin: Path, target: Path) -> str:
     """Copies a file; its SHA-256."""
     with open(origin, "rb") as file, atomic.Sink(target) as sink:
         sink.copy(file, os.fstat(file.fileno()).st_size)
@@ -324,7 +324,7 @@ def _is_whole(path: Path, sha256: str) -> bool:
         return False
 
 
-def _why_not_ours(path: Path) -> str | None:
+def why_not_ours(path: Path) -> str | None:
     """Why a directory must not be replaced: only an earlier result may be."""
     try:
         files = read_provenance(path)["files"]

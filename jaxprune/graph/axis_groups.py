@@ -158,6 +158,8 @@ def axis_groups(
                 where = (leaf, Member(leaf.name, part, axis), path)
                 places.setdefault(atom, []).append(where)
             inner |= _inside(dims[axis])
+    for dim in trace.nested:
+        inner = _inside(dim) | inner
     names = {atom: _name(*own[0]) for atom, own in places.items()}
     kinds = _kinds(names, places)
     groups = [

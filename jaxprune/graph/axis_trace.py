@@ -18,7 +18,7 @@ import numpy as np
 from jaxprune.arrays import lazy, tree
 from jaxprune.graph import axis_primitives
 from jaxprune.graph import program as program_
-from jaxprune.graph.axis_dims import ONE, Dim, atoms, find, freeze, fresh
+from jaxprune.graph.axis_dims import ONE, Dim, atoms, find, freeze, fresh, merge
 from jaxprune.graph.axis_moves import Axes, Operand, new_axes
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.typing import Params
@@ -54,6 +54,8 @@ class AxisTrace:
       leaves: the parameters' leaves, in flattening order.
       axes: number of a value to its axes; constants and stacked leaves have none.
       uses: (position of a step, operand) to the axes of a constant as it is used there.
+      nested: products of the axes of a weight that meet an activation side by side, as
+        heads and their features do.
     """
 
     program: Program
@@ -61,6 +63,7 @@ class AxisTrace:
     leaves: tuple[LeafAxes, ...]
     axes: dict[int, Axes]
     uses: dict[tuple[int, int], Axes]
+    nested: list[Dim]
 
 
 def walk(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> AxisTrace:
@@ -86,7 +89,9 @@ def walk(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> AxisTr
         if isinstance(number, int) and number in walker.axes:
             for dim in walker.axes[number].dims:
                 freeze(dim, "is an axis of the result")
-    return AxisTrace(flat, structure, walker.leaves, walker.axes, walker.uses)
+    return AxisTrace(
+        flat, structure, walker.leaves, walker.axes, walker.uses, walker.nested
+    )
 
 
 class _Walker:
@@ -96,17 +101,14 @@ class _Walker:
         self.flat = flat
         self.axes: dict[int, Axes] = {}
         self.uses: dict[tuple[int, int], Axes] = {}
-        stacked, self._indices = _stacked(flat)
+        self.nested: list[Dim] = []
+        self._stacks = _Stacks(flat)
         self.leaves = tuple(
-            _leaf(name, leaf, stacked.get(number))
+            _leaf(name, leaf, self._stacks.axes.get(number))
             for (name, leaf), number in zip(named.items(), flat.leaves, strict=True)
         )
-        self.stacks = {
-            number: leaf
-            for number, leaf in zip(flat.leaves, self.leaves, strict=True)
-            if leaf.stacked is not None
-        }
-        for number, leaf in zip(flat.leaves, self.leaves, strict=True):
+        self._leaf_of = dict(zip(flat.leaves, self.leaves, strict=True))
+        for number, leaf in self._leaf_of.items():
             if leaf.stacked is None:
                 self.axes[number] = Axes(leaf.parts[0], (True,) * len(leaf.shape))
         for number in flat.batch:
@@ -120,19 +122,28 @@ class _Walker:
         if flat.constants.issuperset(step.outputs):
             return  # computed as it is, whatever is removed
         first = step.inputs[0] if step.inputs else None
-        if isinstance(first, int) and first in self.stacks:
-            dims = self.stacks[first].parts[self._indices[position]]
-            taken = Axes(dims, (True,) * len(dims))
-            self.axes.update(dict.fromkeys(step.outputs, taken))
+        if isinstance(first, int) and first in self._stacks.views:
+            self._look_at_stack(position, step, first)
             return
         operands = [self._operand(position, i, x) for i, x in enumerate(step.inputs)]
         if step.primitive.name in ("add", "add_any"):
             self._note_residual(step, operands)
+        if step.primitive.name == "dot_general":
+            self._note_nested(step, operands)
         shapes = [tuple(flat.kinds[number].shape) for number in step.outputs]
         found = axis_primitives.apply(
             step.primitive.name, step.params, operands, shapes
         )
         self.axes.update(zip(step.outputs, found, strict=True))
+
+    def _look_at_stack(self, position: int, step: Step, first: int) -> None:
+        """A step that takes one index of a leaf, or moves the whole of it."""
+        index = self._stacks.indices.get(position)
+        if index is None:
+            return
+        leaf, order = self._stacks.views[first]
+        dims = tuple(self._leaf_of[leaf].parts[index][axis] for axis in order)
+        self.axes[step.outputs[0]] = Axes(dims, (True,) * len(dims))
 
     def _operand(self, position: int, i: int, x: int | Fixed) -> Operand:
         if isinstance(x, Fixed):
@@ -162,6 +173,17 @@ class _Walker:
                         found = self._scalar(x)
             self._scalars[number] = found
         return self._scalars[number]
+
+    def _note_nested(self, step: Step, operands: Sequence[Operand]) -> None:
+        """Keeps the axes of a weight that are summed together, or come out together."""
+        contracted, batched = step.params["dimension_numbers"]
+        for side, (x, operand) in enumerate(zip(step.inputs, operands, strict=True)):
+            if isinstance(x, Fixed) or x in self.flat.varying:
+                continue
+            summed = set(contracted[side])
+            free = set(range(len(operand.shape))) - summed - set(batched[side])
+            for axes in (summed, free):
+                self.nested.append(merge([operand.axes.dims[i] for i in sorted(axes)]))
 
     def _note_residual(self, step: Step, operands: Sequence[Operand]) -> None:
         """Marks axes on which a value and what was computed from it are added."""
@@ -204,25 +226,53 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isrealobj(np.asarray(value)) else math.nan
 
 
-def _stacked(flat: Program) -> tuple[dict[int, int], dict[int, int]]:
-    """Leaves that are used only index by index along one axis: to that axis.
+class _Stacks:
+    """The leaves that are used only index by index along one axis.
 
-    And the positions of the steps that take an index: to that index.
+    Attributes:
+      axes: number of such a leaf to that axis.
+      views: number of a value that is such a leaf, transposed or cast, to the leaf and
+        the order of its axes.
+      indices: the position of a step that takes one index, to that index.
     """
-    numbers = {n for n in flat.leaves if len(flat.kinds[n].shape) > 1}
-    axes: dict[int, int] = {}
-    indices: dict[int, int] = {}
-    refused = numbers & {x for x in flat.outputs if isinstance(x, int)}
-    for position, step in enumerate(flat.steps):
-        for i, x in enumerate(step.inputs):
-            if isinstance(x, Fixed) or x not in numbers:
-                continue
-            taken = _taken(flat, step) if i == 0 else None
-            if taken is None or axes.setdefault(x, taken[0]) != taken[0]:
-                refused.add(x)
-            else:
-                indices[position] = taken[1]
-    return {n: axis for n, axis in axes.items() if n not in refused}, indices
+
+    def __init__(self, flat: Program) -> None:
+        """Looks at every use of every leaf."""
+        self.axes: dict[int, int] = {}
+        self.indices: dict[int, int] = {}
+        self.views = {
+            number: (number, tuple(range(len(flat.kinds[number].shape))))
+            for number in flat.leaves
+            if len(flat.kinds[number].shape) > 1
+        }
+        refused = set()
+        for position, step in enumerate(flat.steps):
+            for i, x in enumerate(step.inputs):
+                if isinstance(x, Fixed) or x not in self.views:
+                    continue
+                if i > 0 or not self._moved(flat, position, step):
+                    refused.add(self.views[x][0])
+        for x in flat.outputs:
+            if isinstance(x, int) and x in self.views:
+                refused.add(self.views[x][0])
+        self.axes = {n: axis for n, axis in self.axes.items() if n not in refused}
+        self.views = {n: v for n, v in self.views.items() if v[0] in self.axes}
+
+    def _moved(self, flat: Program, position: int, step: Step) -> bool:
+        """Whether a step transposes, casts or takes one index of a leaf."""
+        leaf, order = self.views[step.inputs[0]]  # type: ignore[index]
+        if step.primitive.name == "convert_element_type":
+            self.views[step.outputs[0]] = (leaf, order)
+            return True
+        if step.primitive.name == "transpose":
+            moved = tuple(order[axis] for axis in step.params["permutation"])
+            self.views[step.outputs[0]] = (leaf, moved)
+            return True
+        taken = _taken(flat, step)
+        if taken is None:
+            return False
+        axis, self.indices[position] = order[taken[0]], taken[1]
+        return self.axes.setdefault(leaf, axis) == axis
 
 
 def _taken(flat: Program, step: Step) -> tuple[int, int] | None:

@@ -121,7 +121,8 @@ def shrink(
         if budget is not None:
             lost = _within_budget(found, budget, measure, groups)
         else:
-            lost = choice.counts(found, choice.asked(found, sparsity or 0.0))
+            shares = choice.asked(found, {} if sparsity is None else sparsity)
+            lost = choice.counts(found, shares)
         kept = choice.by_scores(found, params, scores_or_masks, lost)
         cuts = cut.of_groups(found, kept)
     shrunk = ShrunkFunction(fn, params, batch, found.trace, cuts)
