@@ -51,6 +51,7 @@ class Progress(contextlib.AbstractContextManager):
             leave=leave,
             disable=None if shown else True,  # None: where stderr is no terminal
         )
+        self._shown = shown
         self._lines = shown and bool(self._bar.disable)
         self._start = self._last = time.monotonic()
 
@@ -66,6 +67,11 @@ class Progress(contextlib.AbstractContextManager):
         """Says what is being done, behind the numbers."""
         self._note = text
         self._bar.set_postfix_str(text)
+
+    def say(self, text: str) -> None:
+        """Writes a line that stays, where anything is shown."""
+        if self._shown:
+            tqdm.write(text, file=sys.stderr)
 
     def update(self, count: int = 1) -> None:
         """Takes so much more as done."""

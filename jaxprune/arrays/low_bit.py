@@ -72,6 +72,11 @@ class Int8:
         """What the leaf stands for: float32."""
         return np.dtype(np.float32)
 
+    def count_nonzero(self) -> jax.Array:
+        """How many numbers are not zero, a uint32 scalar."""
+        zero = 0 if self.signed else -127
+        return jnp.sum(self.codes != zero, dtype=np.uint32)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(decode(self), dtype)
 
@@ -79,6 +84,16 @@ class Int8:
 def is_int8(node: Any) -> bool:
     """Whether a node is a leaf held in one byte."""
     return isinstance(node, Int8)
+
+
+def joined(codes: Any, exponents: Any, *, signed: bool) -> Any:
+    """A tree of codes with its scalars in order, as `Int8` leaves; else as it is."""
+    scalars = jax.tree.leaves(exponents)
+    if not scalars:
+        return codes
+    leaves, structure = jax.tree.flatten(codes)
+    pairs = zip(leaves, scalars, strict=True)
+    return jax.tree.unflatten(structure, [Int8(*pair, signed) for pair in pairs])
 
 
 def checked(storage: str) -> Storage:

@@ -61,12 +61,28 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
         return array
     if not isinstance(array, jax.core.Tracer) and not isinstance(like, jax.core.Tracer):
         where, kind = like.sharding, array.sharding.memory_kind
+        if not like.committed and array.sharding.device_set == where.device_set:
+            # `device_put` would commit it; a step that takes what is committed and what
+            # is not gives all committed, and the next step compiles once more.
+            return array
         return jax.device_put(array, where.with_memory_kind(kind) if kind else where)
     like = low_bit.on_device(like)
     wanted = jax.typeof(like).sharding
     if wanted.mesh.shape_tuple and jax.typeof(array).sharding != wanted:
         array = jax.sharding.reshard(array, wanted)
     return jnp.where(_never(like), jnp.zeros((), array.dtype), array)
+
+
+def beside(array: jax.Array, like: jax.Array) -> jax.Array:
+    """The array, placed like another of its shape where it is committed elsewhere."""
+    if any(not _is_concrete(x) for x in (array, like)) or not array.committed:
+        return array
+    same = array.sharding.device_set == like.sharding.device_set
+    return array if same else placed(array, like)
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def _never(leaf: jax.Array) -> jax.Array:

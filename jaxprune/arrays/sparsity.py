@@ -41,7 +41,9 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
     """The share of zeros in each leaf and in all, exact.
 
     Args:
-      params: a pytree of arrays of any dtype; of masks, False counts as zero.
+      params: a pytree of arrays of any dtype; of masks, False counts as zero. Averages
+        in one byte and packed masks count as what they stand for; random keys are no
+        weights and do not count.
       masks: masks of these parameters; only leaves that have one are counted, not the
         excluded ones. All are counted if left out.
 
@@ -57,18 +59,16 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
       >>> jp.sparsity({"a": jnp.array([0.0, 1.0]), "b": jnp.ones(2)}).total
       0.25
     """
-    named = tree.named_leaves(params)
+    named = tree.named_leaves(params, is_leaf=_is_leaf)
     own = list(named.values())
     if masks is not None:
         own = tree.align(params, tree.with_nodes(masks, named), "masks")
     leaves = {
         name: leaf
         for (name, leaf), mask in zip(named.items(), own, strict=True)
-        if hasattr(leaf, "dtype") and not tree.is_excluded(mask)
+        if _is_counted(leaf) and not tree.is_excluded(mask)
     }
-    nonzero = jax.device_get(
-        {k: _count_nonzero(lazy.array(v)) for k, v in leaves.items()}
-    )
+    nonzero = jax.device_get({k: _nonzero(v) for k, v in leaves.items()})
     by_leaf = {
         name: (int(leaf.size) - int(nonzero[name]), int(leaf.size))
         for name, leaf in leaves.items()
@@ -77,6 +77,25 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
     return Sparsity(zeros, sum(n for _, n in by_leaf.values()), by_leaf)
 
 
+def _is_leaf(node: Any) -> bool:
+    return tree.is_leaf(node) or _counts_itself(node)
+
+
+def _counts_itself(leaf: Any) -> bool:
+    """Whether a node holds numbers in a code of its own: `Int8`, `PackedMask`."""
+    return hasattr(leaf, "count_nonzero")
+
+
+def _is_counted(leaf: Any) -> bool:
+    if not hasattr(leaf, "dtype"):
+        return False
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def _nonzero(leaf: Any) -> jax.Array:
+    return leaf.count_nonzero() if _counts_itself(leaf) else _count(lazy.array(leaf))
+
+
 @jax.jit
-def _count_nonzero(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(leaf != 0, dtype=np.uint32)
+def _count(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(leaf != jnp.zeros((), leaf.dtype), dtype=np.uint32)

@@ -6,6 +6,7 @@ it have the same names, whatever containers they are made of.
 """
 
 import dataclasses
+import difflib
 import fnmatch
 import math
 import re
@@ -21,12 +22,20 @@ from jaxprune.arrays.messages import listed
 
 T = TypeVar("T")
 
-# What a name speaks of, and the words that say so.
+# What a name speaks of, and the words that say so: whole words, of the leaf's own name
+# or of the module that holds it. "text_embedding_model/dense/kernel" is no embedding.
+_HERE = r"(_[^/]*)?(/[^/]*)?$"
 _UNPRUNABLE = {
-    "an embedding": r"embed|(^|[/_])(wte|wpe)(/|$)",
-    "a normalisation": r"norm|(^|[/_])(ln(_?\w)?|bn\d*|scale)(/|$)",
-    "a bias": r"(^|[/_])bias(/|$)",
-    "an output head": r"(^|/)((lm_|output_)?head|classifier|logits)(/|$)",
+    "an embedding": rf"(^|[/_])((embed|embedding)s?|wte|wpe)\d*{_HERE}"
+    rf"|(^|[/_])patch_embed(ding)?s?/[^/]*/[^/]*$|(^|/)shared/weight$",
+    "a normalisation": r"(^|[/_])((layer|rms|batch|group|instance)?norms?"
+    rf"|normali[sz]ation|ln[a-z]?|bn)\d*{_HERE}|(^|[/_])scale(/[^/]*)?$",
+    "a bias": r"(^|[/_])bias(/[^/]*)?$",
+    "an output head": r"(^|/)(((lm|output|classification|prediction|value|policy)_)?"
+    r"head|classifier|logits|score|unembed)(/[^/]*)?$",
+    "a router": r"(^|[/_])router(/[^/]*)?$|(^|/)(shared_expert_)?gate/weight$"
+    r"|moe/gate/[^/]*$",
+    "decays of a state space": r"(^|/)a_log$",
 }
 
 
@@ -40,22 +49,71 @@ def is_leaf(node: Any) -> bool:
     return is_excluded(node) or is_int8(node)
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def is_placeholder(params: Any) -> bool:
+    """Whether this is what `optax.tree.map_params` gives `init` for the parameters.
+
+    It stands for a whole tree, and where it lies in the state a tree like the
+    parameters does.
+    """
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
+def named_leaves(
+    tree: Any, *, is_leaf: Callable[[Any], bool] = is_leaf
+) -> dict[str, Any]:
     """The leaves of a tree by name, in flattening order; left-out leaves included.
 
     Args:
       tree: any pytree.
+      is_leaf: which nodes count as one leaf.
 
     Returns:
       Path name to leaf; the leaf is `optax.MaskedNode()` where it was left out.
+
+    Raises:
+      ValueError: two leaves have one name, as in {"a/b": x, "a": {"b": y}}.
 
     Example:
       >>> import jaxprune as jp
       >>> jp.tree.named_leaves({"mlp": [1.0, 2.0]})
       {'mlp/0': 1.0, 'mlp/1': 2.0}
     """
-    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return {name_of(path): leaf for path, leaf in pairs}
+    named: dict[str, Any] = {}
+    for name, leaf in pairs(tree, is_leaf):
+        if name in named:
+            raise ValueError(
+                f"every leaf must have a name of its own, but two are called {name!r}; "
+                "rename one"
+            )
+        named[name] = leaf
+    return named
+
+
+def pairs(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[str, Any]]:
+    """Name and leaf, in flattening order, for nodes that count as leaves."""
+    named = []
+    for path, node in jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda node: is_leaf(node) or _is_variable(node)
+    ):
+        inner = [((), node)]
+        if _is_variable(node):  # its `value` is no part of the name
+            inner = jax.tree_util.tree_leaves_with_path(
+                node, is_leaf=lambda part, own=node: part is not own and is_leaf(part)
+            )
+            inner = [(below[1:], leaf) for below, leaf in inner]
+        named += [
+            (jax.tree_util.keystr((*path, *below), simple=True, separator="/"), leaf)
+            for below, leaf in inner
+        ]
+    return named
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether a node is one of NNX's variables, which flax need not be here for."""
+    return any(
+        kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx")
+        for kind in type(node).__mro__
+    )
 
 
 def names(tree: Any) -> list[str]:
@@ -78,9 +136,12 @@ def names(tree: Any) -> list[str]:
 def prunable(name: str, leaf: Any) -> bool:
     """Whether a leaf may be pruned unless the caller says otherwise.
 
-    A leaf may when it is floating, has two axes or more, and its name does not speak of
-    an embedding, a normalisation, a bias or an output head, the parts that the method's
-    authors leave alone too.
+    A leaf may when it is floating, has two axes or more, and neither its own name nor
+    that of the module that holds it speaks of an embedding, a normalisation, a bias or
+    an output head, the parts that the method's authors leave alone too; nor of a
+    mixture's router or of `A_log`, where zero means something else. Whole words count:
+    "denormalizer/kernel" may be pruned, and so may "head/mlp/kernel". "gate/weight" is
+    taken for a router's; give a rule of your own where it is a gated layer's.
 
     Args:
       name: the leaf's path name.
@@ -106,8 +167,10 @@ def why_unprunable(name: str, leaf: Any) -> str | None:
         return "not floating"
     if leaf.ndim < 2:
         return "no axes" if leaf.ndim == 0 else "one axis"
+    # "LayerNorm" has two words.
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_")
     for what, words in _UNPRUNABLE.items():
-        if re.search(words, name, re.IGNORECASE):
+        if re.search(words, name):
             return f"named as {what}"
     return None
 
@@ -119,7 +182,8 @@ def excluding(*globs: str) -> "Excluding":
       *globs: shell-style patterns on path names, such as "blocks/0/*".
 
     Returns:
-      A rule for the `prunable` argument of a criterion.
+      A rule for the `prunable` argument of a criterion. A glob that matches no leaf of
+      the tree that it is used on is refused there, with the names that are near it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -140,6 +204,16 @@ class Excluding:
     def __call__(self, name: str, leaf: Any) -> bool:
         """Whether the leaf may be pruned."""
         return self.why(name, leaf) is None
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuses globs that match none of a tree's names."""
+        for glob in self.globs:
+            if not fnmatch.filter(names, glob):
+                near = difflib.get_close_matches(glob, names, 3, 0.4) or names
+                raise ValueError(
+                    f"excluding({glob!r}) must match a leaf, but matches none; near it "
+                    f"are {listed(near, 3)}, and jp.tree.names(params) has all"
+                )
 
     def why(self, name: str, leaf: Any) -> str | None:
         """Why the leaf is left alone, or None if it may be pruned."""
@@ -203,8 +277,15 @@ def explain(
       up/kernel  (4, 8)  pruned
       32 of 40 weights may be pruned
     """
-    named = named_leaves(params).items()
-    return Explanation(_row(name, leaf, prunable) for name, leaf in named)
+    named = named_leaves(params)
+    check_rule(prunable, list(named))
+    return Explanation(_row(*item, prunable) for item in named.items())
+
+
+def check_rule(prunable: Callable[[str, Any], bool], names: Sequence[str]) -> None:
+    """Refuses a rule by names that names a leaf which is not there."""
+    if isinstance(prunable, Excluding):
+        prunable.check(names)
 
 
 def _row(name: str, leaf: Any, prunable: Callable[[str, Any], bool]) -> Row:
@@ -236,6 +317,7 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     """
     # Containers may differ, leaves may be left out; `what` names `other` in the error.
     wanted, given = named_leaves(reference), named_leaves(other)
+    _spread_excluded(given, wanted)
     missing, foreign = wanted.keys() - given.keys(), given.keys() - wanted.keys()
     if missing or foreign:
         raise ValueError(
@@ -260,16 +342,27 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     return [given[name] for name in wanted]
 
 
+def _spread_excluded(given: dict[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Leaves out what a left-out node stands for; optax labels whole subtrees so."""
+    for name, leaf in list(given.items()):
+        if is_excluded(leaf) and name not in wanted:
+            below = [w for w in wanted if w.startswith(f"{name}/") or not name]
+            given |= dict.fromkeys(below, leaf)
+            if below:
+                del given[name]
+
+
 def with_nodes(masks: Any, names: Container[str]) -> Any:
     """The masks with `MaskedNode()` for True, and for None at one of the names."""
 
-    def one(path: Any, mask: Any) -> Any:
-        excluded = mask is True or (mask is None and name_of(path) in names)
-        return MaskedNode() if excluded else mask
+    def counts(node: Any) -> bool:
+        return node is None or is_leaf(node)
 
-    return jax.tree_util.tree_map_with_path(
-        one, masks, is_leaf=lambda node: node is None or is_leaf(node)
-    )
+    leaves = [
+        MaskedNode() if mask is True or (mask is None and name in names) else mask
+        for name, mask in pairs(masks, counts)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(masks, is_leaf=counts), leaves)
 
 
 def by_rule(
@@ -304,11 +397,3 @@ def by_rule(
         )
 
     return [first(name) for name in leaf_names]
-
-
-def name_of(path: Sequence[Any]) -> str:
-    """The path name of a leaf, from what JAX gives as its path."""
-    wrapped = path and getattr(path[-1], "name", None) == "value"
-    return jax.tree_util.keystr(
-        tuple(path[:-1] if wrapped else path), simple=True, separator="/"
-    )

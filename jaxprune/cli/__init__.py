@@ -4,6 +4,8 @@ Each subcommand is a frozen dataclass of options with a `run`. Exit codes: 0 don
 refused or failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
 """
 
+import importlib.metadata
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from typing import Annotated, TypeAlias
 
 import tyro
 
+from jaxprune.cli import parse
 from jaxprune.cli.compact import Compact, Expand
 from jaxprune.cli.console import Console
 from jaxprune.cli.eval import Evaluate
@@ -47,11 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
       1
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"jaxprune {importlib.metadata.version('jaxprune')}")
+        return 0
     try:
         command: Command = tyro.cli(
             Command,  # type: ignore[arg-type]
             prog="jaxprune",
-            description="Prunes trained language models in Hugging Face directories.",
+            description="Prunes trained language models in Hugging Face directories. "
+            "--version prints the version.",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
@@ -60,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(quiet=command.json)
     try:
         console.finish(command.run(console, arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough. Python would write again when it ends.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
     except KeyboardInterrupt:
         console.note("jaxprune: interrupted")
         return 130
@@ -67,6 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.debug:
             traceback.print_exc()
         text = " ".join(str(error).split()) or type(error).__name__
-        console.note(f"jaxprune {arguments[0]}: {text}")
+        console.note(f"jaxprune {arguments[0]}: {parse.spoken(text)}")
         return 1
     return 0

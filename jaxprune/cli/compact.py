@@ -39,6 +39,11 @@ class Compact(Options):
             f"'{self.file}': {result.compact_bytes:,} bytes, {share:.3f} of the "
             f"directory's {result.dense_bytes:,}"
         )
+        if result.left:
+            console.note(
+                f"links out of the directory, or no files, are not in it: "
+                f"{', '.join(result.left)}"
+            )
         return {**result._asdict(), "share": share, "file": str(self.file)}
 
 
@@ -58,4 +63,5 @@ class Expand(Options):
         """Writes the directory; the names of its files."""
         paths = expand(self.file, self.out)
         console.say(f"'{self.out}': {len(paths)} files, checked by their SHA-256")
-        return {"out": str(self.out), "files": [path.name for path in paths]}
+        names = [path.relative_to(self.out.resolve()).as_posix() for path in paths]
+        return {"out": str(self.out), "files": names}

@@ -42,10 +42,18 @@ class Evaluate(models.ModelOptions):
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Measures the model; the results by text."""
         parse.check_at_least_one(limit=self.limit, batch=self.batch)
+        if self.context < 2:
+            raise ValueError(f"--context must be at least 2 tokens, got {self.context}")
+        if self.stride is not None and not 1 <= self.stride <= self.context:
+            raise ValueError(
+                "--stride must be 1 <= stride <= context, got --stride "
+                f"{self.stride} and --context {self.context}"
+            )
         texts.check_files(self.text)
+        model = models.find(self.model, self)
         tokenizer = needed_tokenizer(self.model, self.text)
-        begins = models.beginning(tokenizer, self)
-        model = models.find(self.model, self).read()
+        begins = models.beginning(tokenizer, self, model.config.vocab_size)
+        models.say_ignored(model, console)
         files = [texts.read(p, tokenizer, model.config.vocab_size) for p in self.text]
         seen = {
             name: perplexity.windows(
@@ -58,14 +66,16 @@ class Evaluate(models.ModelOptions):
             )
             for name, file in zip(named(self.text), files, strict=True)
         }
-        measured = measure(model, seen, self.batch)
+        measured = measure(model.read(), seen, self.batch)
         found = {
             name: described(seen[name]) | {"sha256": file.sha256} | measured[name]
             for name, file in zip(seen, files, strict=True)
         }
         console.say(table(found))
         console.say(f"sequences begin with {begins.why}")
-        return {"model": str(self.model), "bos": begins.why, "texts": found}
+        return {"model": str(self.model), "bos": begins.why, "texts": found} | {
+            "ignored_config": model.ignored
+        }
 
 
 def needed_tokenizer(model: Path, files: tuple[Path, ...]) -> hf.Tokenizer | None:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxprune.arrays import lazy
-from jaxprune.cli.console import Options
+from jaxprune.cli.console import Console, Options
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.model import Decoder
@@ -25,12 +25,15 @@ class ModelOptions(Options):
       bos: begin each sequence of a text with the BOS token, whatever the directory
         says. If left out, the directory decides.
       no_bos: begin none with it.
+      ignore_config: attributes of config.json to read as if they were not there; an
+        unknown one that could change what the model computes is refused otherwise.
     """
 
     dtype: Literal["float32", "bfloat16"] | None = None
     shard: bool = False
     bos: bool = False
     no_bos: bool = False
+    ignore_config: tuple[str, ...] = ()
 
 
 class Model(NamedTuple):
@@ -41,12 +44,14 @@ class Model(NamedTuple):
       params: its parameters, `nnx.State`, in memory or in their files.
       config: its shape.
       names: leaf name to where it came from.
+      ignored: attributes of its config.json that were not looked at.
     """
 
     graphdef: Any
     params: Any
     config: DecoderConfig
     names: dict[str, hf.Source]
+    ignored: tuple[str, ...]
 
     def read(self) -> "Model":
         """The same with all parameters in memory."""
@@ -62,14 +67,26 @@ def find(path: Path, options: ModelOptions) -> Model:
     mesh = None
     if options.shard:
         mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
-    loaded = hf.load(path, dtype=options.dtype, mesh=mesh, lazy=True)
+    loaded = hf.load(
+        path,
+        dtype=options.dtype,
+        mesh=mesh,
+        lazy=True,
+        ignore_config=options.ignore_config,
+    )
     if not isinstance(loaded.config, DecoderConfig):
         raise ValueError(
             f"the command runs language models, got '{path}', which sees pictures; "
             "jaxprune.models.hf.load reads it"
         )
     graphdef, params = nnx.split(loaded.model, nnx.Param)
-    return Model(graphdef, params, loaded.config, loaded.names)
+    return Model(graphdef, params, loaded.config, loaded.names, loaded.ignored)
+
+
+def say_ignored(model: Model, console: Console) -> None:
+    """Says which attributes of config.json were not looked at."""
+    if model.ignored:
+        console.note(f"of config.json not looked at: {', '.join(model.ignored)}")
 
 
 class Beginning(NamedTuple):
@@ -84,8 +101,21 @@ class Beginning(NamedTuple):
     why: str
 
 
-def beginning(tokenizer: hf.Tokenizer | None, options: ModelOptions) -> Beginning:
+def beginning(
+    tokenizer: hf.Tokenizer | None, options: ModelOptions, vocab_size: int
+) -> Beginning:
     """Whether sequences begin with BOS; there is no tokenizer for mere token ids."""
+    found = _beginning(tokenizer, options)
+    if found.token is not None and not 0 <= found.token < vocab_size:
+        raise ValueError(
+            f"sequences would begin with {found.why}, but the model's vocabulary has "
+            f"tokens from 0 to {vocab_size - 1}; repair bos_token in "
+            "tokenizer_config.json or bos_token_id in config.json, or give --no-bos"
+        )
+    return found
+
+
+def _beginning(tokenizer: hf.Tokenizer | None, options: ModelOptions) -> Beginning:
     if options.bos and options.no_bos:
         raise ValueError("--bos and --no-bos exclude each other; leave one out")
     if tokenizer is None:

@@ -3,13 +3,16 @@
 import dataclasses
 import fnmatch
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed
 from jaxprune.formats.checkpoint_dir import TensorInfo
+from jaxprune.masking import patterns
 from jaxprune.posttraining import methods
+from jaxprune.typing import Pattern
 
 
 def method(
@@ -34,6 +37,8 @@ def why_kept(name: str, info: TensorInfo, exclude: Sequence[str] = ()) -> str | 
     """Why a tensor of a directory is not pruned, in a few words; None if it may be."""
     if why := tree.why_unprunable(name.replace(".", "/"), info):
         return why
+    if info.dtype.itemsize == 1:
+        return "of one byte a weight"
     if info.ndim > 3 or (info.ndim == 3 and "conv" in name.lower()):
         return "a convolution"
     return "excluded" if matches(name, exclude) else None
@@ -54,6 +59,13 @@ def check_globs(globs: Sequence[str], tensors: dict[str, TensorInfo]) -> None:
             f"{listed(unused)} match none of {listed(free)}; `jaxprune inspect` lists "
             "them all"
         )
+    if not free:
+        reasons = {why_kept(name, info) for name, info in tensors.items()}
+        raise ValueError(
+            "a model must have a tensor that may be pruned, but all of its tensors are "
+            f"left alone: {', '.join(sorted(map(str, reasons)))}; `jaxprune inspect` "
+            "lists them"
+        )
     if not [name for name in free if not matches(name, globs)]:
         raise ValueError(
             f"a tensor must be left to prune, but --exclude leaves none of "
@@ -67,6 +79,47 @@ def check_at_least_one(**options: int | None) -> None:
         if value is not None and value < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be at least 1, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed that no generator takes."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {seed}")
+
+
+def pattern_word(pattern: Pattern) -> str:
+    """A pattern as --pattern takes it."""
+    match pattern:
+        case patterns.NM():
+            return f"{pattern.n}:{pattern.m}"
+        case patterns.Block():
+            return f"{pattern.rows}x{pattern.columns}"
+        case patterns.Unstructured():
+            return "per-layer"
+        case patterns.PerOutput():
+            return "per-output"
+    return str(pattern)
+
+
+_SPOKEN = (
+    (r"pass overwrite=True", "give --overwrite"),
+    (r"(?:with )?prunable=jp\.tree\.excluding\((.*?)\)", r"with --exclude \1"),
+    (r"name an attribute in ignore_config", "give --ignore-config ATTRIBUTE"),
+    (r"\bsparsity=([\d.]+)", r"--sparsity \1"),
+    (r", or a value such as jp\.patterns\.NM\(2, 4\)", ""),
+    (r", or a value of (jp\.patterns|jaxprune\.posttraining\.methods)", ""),
+    (r"Unstructured\(\)", "per-layer"),
+    (r"PerOutput\(\)", "per-output"),
+    (r"NM\(n=(\d+), m=(\d+)\)", r"\1:\2"),
+    (r"Block\(rows=(\d+), columns=(\d+)\)", r"\1x\2"),
+)
+
+
+def spoken(sentence: str) -> str:
+    """A refusal in the words of the command, where Python's say what to pass."""
+    for python, command in _SPOKEN:
+        sentence = re.sub(python, command, sentence)
+    return sentence
 
 
 def by_name(

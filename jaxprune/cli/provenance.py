@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.evaluation import machine
-from jaxprune.formats import atomic, rewrite
+from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.formats.compact import packed_bytes
 from jaxprune.report import pruned_model
@@ -31,16 +31,31 @@ def sizes(
 def making(arguments: Iterable[str]) -> dict[str, Any]:
     """The command, the versions and the devices; JSON-able."""
     return {
-        "command": shlex.join(["jaxprune", *arguments]),
+        "command": _command(arguments),
         "versions": machine.versions(),
         "device": machine.device(),
     }
 
 
-def complete(directory: Path, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to a written directory's record what came later, and writes its page."""
-    # Entries of `more` take the place of those of the same name.
-    record = rewrite.read_provenance(directory) | dict(more)
-    atomic.replace_json(directory / rewrite.NAME, record)
-    atomic.replace(directory / PAGE, pruned_model.document(record).encode())
-    return record
+def _command(arguments: Iterable[str]) -> str:
+    return shlex.join(["jaxprune", *arguments])
+
+
+def with_page(record: Mapping[str, Any]) -> dict[str, bytes]:
+    """The page of a whole record, by its name."""
+    return {PAGE: pruned_model.document(record).encode()}
+
+
+def check_not_done(directory: Path, arguments: Iterable[str]) -> None:
+    """Refuses to do again what this very command did; it may have been killed since."""
+    if not (directory / rewrite.NAME).is_file():
+        return
+    try:
+        record = rewrite.read_provenance(directory)
+    except ValueError:
+        return
+    if record.get("command") == _command(arguments):
+        raise ValueError(
+            f"'{directory}' is whole, and this very command made it; give --overwrite "
+            "to make it again, or another place"
+        )

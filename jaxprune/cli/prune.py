@@ -3,9 +3,15 @@
 import dataclasses
 from typing import Any
 
-from jaxprune.cli import prune_options, prune_streaming, prune_with_calibration
+from jaxprune.cli import (
+    provenance,
+    prune_options,
+    prune_streaming,
+    prune_with_calibration,
+)
 from jaxprune.cli.console import Console, columns
 from jaxprune.cli.eval import number
+from jaxprune.formats.checkpoint_dir import open_directory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,11 +24,15 @@ class Prune(prune_options.Job):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
+        if not self.overwrite:
+            provenance.check_not_done(self.out, arguments)
         meaning = prune_options.check(self)
         prune = prune_streaming.prune if self.streams else prune_with_calibration.prune
         record = prune(self, meaning, console, arguments)
         console.say(_summary(record))
         console.say(f"'{self.out}': the model, jaxprune.json, report.html")
+        if left := open_directory(self.model).left:
+            console.note(f"not copied, since no loader reads it: {', '.join(left)}")
         return {**record, "out": str(self.out)}
 
 

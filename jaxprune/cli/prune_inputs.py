@@ -30,7 +30,7 @@ class Ready(NamedTuple):
 
     tokenizer: hf.Tokenizer | None
     begins: models.Beginning
-    calibration: list[texts.Text]
+    calibration: list[texts.AnyText]
     drawn: texts.Drawn | None
     seen: dict[str, perplexity.Windows]
     roles: dict[str, str]
@@ -40,7 +40,10 @@ class Ready(NamedTuple):
 
 def prepare(job: Job, source: CheckpointDir) -> Ready:
     """Reads the texts, draws the sequences, makes the windows."""
-    config = hf.decoder_config(source.config)
+    try:
+        config = hf.decoder_config(source.config, ignore=job.ignore_config)
+    except ValueError as error:
+        raise ValueError(f"'{source.path / 'config.json'}': {error}") from None
     if job.length > config.context:
         raise ValueError(
             f"--length must be at most the model's context {config.context}, got "
@@ -50,7 +53,7 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
     known = tokenizer = needed_tokenizer(job.model, files)
     if known is None and (source.path / "tokenizer.json").is_file():
         known = hf.load_tokenizer(job.model)
-    begins = models.beginning(tokenizer, job)
+    begins = models.beginning(tokenizer, job, config.vocab_size)
     whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
     own = [whole[path] for path in job.calibration]
     ends: list[texts.Text | None] = [None] * len(own)
@@ -65,6 +68,7 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
             length=job.length,
             bos=begins.token,
             seed=job.seed,
+            most=job.limit,
         )
     evaluated, roles = _evaluated(job, whole, own, ends, drawn)
     seen = {
@@ -85,11 +89,11 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
 
 def _evaluated(
     job: Job,
-    whole: dict[Path, texts.Text],
-    own: list[texts.Text],
+    whole: dict[Path, texts.AnyText],
+    own: list[texts.AnyText],
     ends: list[texts.Text | None],
     drawn: texts.Drawn | None,
-) -> tuple[dict[str, texts.Text], dict[str, str]]:
+) -> tuple[dict[str, texts.AnyText], dict[str, str]]:
     """Which texts are evaluated, by name, and what they are to the calibration."""
     if job.evaluate:
         names, digests = named(job.evaluate), {text.sha256 for text in own}
@@ -99,30 +103,29 @@ def _evaluated(
             for name, text in given.items()
         }
     left = drawn.left if drawn is not None else []
-    evaluated, roles = {}, {}
+    evaluated: dict[str, texts.AnyText] = {}
+    roles = {}
     names = named(job.calibration)
     for name, end, rest in zip(names, ends, left, strict=True):
         text = end if end is not None else rest
         if text is not None:
             evaluated[name], roles[name] = text, "held out from calibration"
     if not evaluated and drawn is not None:
-        text = own[0]._replace(tokens=drawn.tokens)
+        text = texts.Text(own[0].path, own[0].sha256, drawn.tokens)
         evaluated, roles = {"calibration": text}, {"calibration": "calibrated on"}
     return evaluated, roles
 
 
-def _retraining(job: Job, later: list[texts.Text], bos: int | None) -> Any:
+def _retraining(job: Job, later: list[texts.AnyText], bos: int | None) -> Any:
     """Sequences to retrain on: all that the texts have, or as many as are used."""
     if not later:
         return None
     body = job.length - (bos is not None)
-    have = min(
-        len(text.tokens) if text.is_rows else text.tokens.size // body for text in later
-    )
+    have = min(text.room(body) for text in later)
     wanted = job.retrain_steps * job.batch
     number = max(len(later), min(have * len(later), wanted))
     found = texts.draw(
-        later, sequences=number, length=job.length, bos=bos, seed=job.seed + 1
+        later, sequences=number, length=job.length, bos=bos, seed=job.seed + 1, most=0
     )
     return found.tokens
 

@@ -8,7 +8,8 @@ import tyro
 
 from jaxprune.cli import models, parse
 from jaxprune.evaluation import texts
-from jaxprune.formats import rewrite
+from jaxprune.formats import atomic, rewrite
+from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
 from jaxprune.posttraining import methods
@@ -137,12 +138,20 @@ def check(job: Job) -> Meaning:
             f"--method {job.method} needs --calibration FILE..., a text of the kind "
             "that the model is used on; only magnitude does without"
         )
+    parse.check_seed(job.seed)
     _check_retraining(job)
     if job.streams:
         _check_streaming(job, pattern, rule)
     texts.check_files((*job.calibration, *job.evaluate, *job.retrain_text))
     rewrite.check_place(job.out, job.model, overwrite=job.overwrite)
     return Meaning(method, pattern, sparsity, rule)
+
+
+def check_room(job: Job, source: CheckpointDir) -> None:
+    """Refuses, before a long job, a disk without room for the result and progress."""
+    before = [job.work, job.out.resolve().with_name(f".{job.out.name}.partial")]
+    have = sum(map(atomic.bytes_in, before))
+    atomic.check_room(job.out, source.size * (1 if job.streams else 2) - have)
 
 
 def _check_retraining(job: Job) -> None:

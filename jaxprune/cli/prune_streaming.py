@@ -1,15 +1,20 @@
 """`jaxprune prune --method magnitude`: tensor by tensor, without the model's code.
 
-With `--evaluate` the model is loaded too, before and after, to measure it.
+With `--evaluate` the model is loaded too, before and after, to measure it. OUT appears
+when all of that is done.
 """
 
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from jaxprune.cli import models, parse, provenance, prune_inputs
+from jaxprune.cli import models, parse, provenance, prune_inputs, prune_options
 from jaxprune.cli.console import Console, byte_progress
 from jaxprune.cli.eval import measure
 from jaxprune.cli.prune_options import Job, Meaning
 from jaxprune.evaluation.machine import Costs
+from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.formats.prune_magnitude import prune_directory
 
@@ -21,28 +26,47 @@ def prune(
     costs = Costs()
     source = open_directory(job.model)
     parse.check_globs(job.exclude, source.tensors)
+    prune_options.check_room(job, source)
     ready = prune_inputs.prepare(job, source) if job.evaluate else None
     found: dict[str, Any] = {}
     if ready is not None:
+        model = models.find(job.model, job)
+        models.say_ignored(model, console)
         with costs.phase("evaluate before"):
-            model = models.find(job.model, job).read()
-            found = prune_inputs.dense(job, ready, model, console)
-            del model
-    with costs.phase("prune"), byte_progress(source.size, "pruning") as progress:
+            found = prune_inputs.dense(job, ready, model.read(), console)
+    pruning = contextlib.ExitStack()
+
+    def finish(
+        written: Path, record: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+        """Measures what was written, before it takes its place."""
+        pruning.close()
+        more: dict[str, Any] = {}
+        if ready is not None:
+            with costs.phase("evaluate after"):
+                after = measure(models.find(written, job).read(), ready.seen, job.batch)
+                prune_inputs.add(found, "pruned", after)
+            more["perplexity"] = found
+        counts = {k: (v["zeros"], v["size"]) for k, v in record["tensors"].items()}
+        more |= {"sizes": provenance.sizes(source, counts), **costs.facts()}
+        return more, provenance.with_page({**record, **more})
+
+    with pruning:
+        pruning.enter_context(costs.phase("prune"))
+        progress = pruning.enter_context(byte_progress(source.size, "pruning"))
         pruned = prune_directory(
             source,
             job.out,
             sparsity=job.sparsity,
             pattern=meaning.pattern,
             prunable=parse.by_name(lambda name: name, job.exclude),
-            provenance=provenance.making(arguments) | {"excluded": list(job.exclude)},
+            provenance=provenance.making(arguments)
+            | {
+                "excluded": list(job.exclude),
+                "pattern": parse.pattern_word(meaning.pattern),
+            },
             overwrite=job.overwrite,
             progress=progress,
+            finish=finish,
         )
-    if ready is not None:
-        with costs.phase("evaluate after"):
-            model = models.find(job.out, job).read()
-            after = measure(model, ready.seen, job.batch)
-            prune_inputs.add(found, "pruned", after)
-    more = {"sizes": provenance.sizes(source, pruned.tensors), **costs.facts()}
-    return provenance.complete(job.out, more | ({"perplexity": found} if found else {}))
+    return rewrite.read_provenance(pruned.path)

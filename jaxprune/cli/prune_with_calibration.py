@@ -1,9 +1,11 @@
 """`jaxprune prune` of a loaded model: measured, pruned, retrained, written."""
 
+import contextlib
 import dataclasses
 import functools
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,18 +16,26 @@ import jaxprune as jp
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
-from jaxprune.cli import models, parse, provenance, prune_inputs, sample
+from jaxprune.cli import (
+    models,
+    parse,
+    provenance,
+    prune_inputs,
+    prune_options,
+    sample,
+)
 from jaxprune.cli.console import Console, byte_progress
 from jaxprune.cli.eval import measure, number
 from jaxprune.cli.prune_inputs import Ready
 from jaxprune.cli.prune_options import Job, Meaning
 from jaxprune.evaluation import retrain
 from jaxprune.evaluation.machine import Costs
-from jaxprune.formats import rewrite
+from jaxprune.formats import atomic, rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
 
 _PROMPT, _TEMPERATURE = 16, 0.8
+_BEGUN = "command.json"  # which job the progress is of
 
 
 def prune(
@@ -33,6 +43,12 @@ def prune(
 ) -> dict[str, Any]:
     """Prunes a model after a look at calibration texts; the record."""
     run = _begin(job, meaning, console)
+    with _held(run):
+        return _prune(run, arguments)
+
+
+def _prune(run: "_Run", arguments: list[str]) -> dict[str, Any]:
+    job, console = run.job, run.console
     with run.costs.phase("evaluate before"):
         dense = run.model.read()
         run.perplexity = prune_inputs.dense(job, run.ready, dense, console)
@@ -55,14 +71,59 @@ def prune(
     record |= {
         "perplexity": run.perplexity,
         "samples": run.samples,
+        "ignored_config": list(run.model.ignored),
         **provenance.making(arguments),
         "sizes": provenance.sizes(run.source, _counts(model, leaves)),
         **run.costs.facts(),
     }
     _write(job, run.source, model, leaves, record)
-    whole = provenance.complete(job.out, {})
-    shutil.rmtree(job.work, ignore_errors=True)
-    return whole
+    return rewrite.read_provenance(job.out)
+
+
+@contextlib.contextmanager
+def _held(run: "_Run") -> Iterator[None]:
+    """Keeps the place of the progress for this run, and for this job."""
+    work = run.job.work
+    begun = work / _BEGUN
+    with atomic.locked(work):
+        try:
+            if not _has_progress(work):
+                begun.unlink(missing_ok=True)
+            atomic.begin_or_resume(begun, _facts(run))
+            yield
+        except BaseException:
+            if not _has_progress(work):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _has_progress(work: Path) -> bool:
+    return any(path.name != _BEGUN for path in work.iterdir())
+
+
+def _facts(run: "_Run") -> dict[str, Any]:
+    """What decides the pruned weights, as far as it is known without reading any."""
+    job, source, ready = run.job, run.source, run.ready
+    files = {name: (source.path / name).stat() for name in source.metadata}
+    return {
+        "model": str(source.path),
+        "files": {n: [s.st_size, s.st_mtime_ns] for n, s in files.items()},
+        "method": repr(run.meaning.method),
+        "pattern": parse.pattern_word(run.meaning.pattern),
+        "sparsity": job.sparsity,
+        "allocation": job.allocation,
+        "excluded": list(job.exclude),
+        "ignored_config": list(job.ignore_config),
+        "dtype": job.dtype,
+        "calibration": [text.sha256 for text in ready.calibration],
+        "held_out": not job.evaluate and job.limit,
+        "sequences": job.sequences,
+        "length": job.length,
+        "batch": job.batch,
+        "seed": job.seed,
+        "bos": ready.begins.why,
+    }
 
 
 @dataclasses.dataclass
@@ -116,6 +177,8 @@ def _begin(job: Job, meaning: Meaning, console: Console) -> _Run:
         model = models.find(job.model, job)
         prunable = parse.by_name(lambda leaf: model.names[leaf].name, job.exclude)
         _check_pattern(meaning, model, prunable)
+        prune_options.check_room(job, source)
+    models.say_ignored(model, console)
     prompt = _prompt(job, ready, model.config.context)
     return _Run(job, meaning, console, source, ready, model, prunable, prompt, costs)
 
@@ -243,7 +306,7 @@ def _record(run: _Run, report: dict[str, Any]) -> dict[str, Any]:
     return {
         "method": job.method,
         "settings": repr(run.meaning.method),
-        "pattern": str(run.meaning.pattern),
+        "pattern": parse.pattern_word(run.meaning.pattern),
         "sparsity": run.meaning.sparsity,
         "allocation": job.allocation,
         "excluded": list(job.exclude),
@@ -293,6 +356,7 @@ def _write(
             provenance=record,
             overwrite=job.overwrite,
             progress=progress,
+            finish=lambda _, record: ({}, provenance.with_page(record)),
         )
 
 

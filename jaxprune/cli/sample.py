@@ -1,6 +1,7 @@
 """`jaxprune sample`: what a model writes after a prompt."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxprune.cli import models
+from jaxprune.cli import models, parse
 from jaxprune.cli.console import Console
 from jaxprune.models import hf
 from jaxprune.models.generate import generate
@@ -38,11 +39,20 @@ class Sample(models.ModelOptions):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Draws the text."""
+        self._check()
+        model = models.find(self.model, self)
         tokenizer = hf.load_tokenizer(self.model)
-        begins = models.beginning(tokenizer, self)
+        begins = models.beginning(tokenizer, self, model.config.vocab_size)
         prompt = start(tokenizer, self.prompt, begins.token)
+        if (whole := len(prompt) + self.steps) > model.config.context:
+            raise ValueError(
+                f"the prompt and --steps must fit the model's context of "
+                f"{model.config.context} tokens, got {len(prompt)} and {self.steps}, "
+                f"{whole} in all; take a shorter prompt or fewer steps"
+            )
+        models.say_ignored(model, console)
         tokens = continued(
-            models.find(self.model, self).read(),
+            model.read(),
             prompt,
             self.steps,
             self.temperature,
@@ -55,7 +65,19 @@ class Sample(models.ModelOptions):
         return {"text": text, "prompt": self.prompt, "bos": begins.why} | {
             "tokens": tokens,
             "seed": self.seed,
+            "ignored_config": model.ignored,
         }
+
+    def _check(self) -> None:
+        """Refuses options before the model is looked at."""
+        parse.check_at_least_one(top_k=self.top_k)
+        parse.check_seed(self.seed)
+        if self.steps < 0:
+            raise ValueError(f"--steps must not be negative, got {self.steps}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"--temperature must be 0 or more and finite, got {self.temperature}"
+            )
 
 
 def start(tokenizer: hf.Tokenizer, prompt: str, bos: int | None) -> list[int]:

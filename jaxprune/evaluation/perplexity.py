@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from jaxprune.evaluation.texts import Text
+from jaxprune.evaluation.texts import AnyText, Text
 from jaxprune.models.decoder.model import Decoder, loss_per_token
 
 
@@ -100,7 +100,7 @@ def slide(
 
 
 def windows(
-    text: Text,
+    text: AnyText,
     *,
     context: int,
     stride: int | None = None,
@@ -125,15 +125,17 @@ def windows(
       ValueError: they do not fit the text or the model.
     """
     # `longest` is the model's context.
-    if text.is_rows:
-        rows = text.tokens[:limit]
+    if isinstance(text, Text) and text.is_rows:
+        rows = text.tokens[:limit].astype(np.int32)
         counted = np.ones((len(rows), rows.shape[1] - 1), bool)
         facts = {"context": rows.shape[1], "stride": None, "bos": None}
         found = Windows(rows, counted, facts)
     else:
+        # One window more than is wanted, so that what is seen is that of the whole.
+        some = None if limit is None else (limit + 1) * context + 1
         try:
             found = slide(
-                text.tokens, context=context, stride=stride, bos=bos, limit=limit
+                text.first(some), context=context, stride=stride, bos=bos, limit=limit
             )
         except ValueError as error:
             raise ValueError(f"'{text.path}': {error}") from None

@@ -3,23 +3,27 @@
 A text file is one stream of tokens. Sequences are pieces of it that do not overlap,
 drawn by a seed, each begun with BOS where the model wants that. Of a text that is
 calibrated on, the end is set aside before anything is drawn; it measures the model.
+A file of more than 2 MiB is not tokenised whole: `LongText` draws where it lies.
 """
 
+import codecs
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxprune.evaluation.long_text import LongText, document, encoded
 from jaxprune.models.hf.tokenizer import Tokenizer
 
 HELD_OUT = 10
 """One in so many tokens of a calibration text is held out."""
 
 _PLAIN, _LINES, _IDS = (".txt", ".md"), ".jsonl", ".npy"
+# Bytes of text that are tokenised whole, and of any file that are looked at at a time.
+_WHOLE, _CHUNK = 2**21, 2**24
 
 
 class Text(NamedTuple):
@@ -39,6 +43,18 @@ class Text(NamedTuple):
     def is_rows(self) -> bool:
         """Whether the file holds sequences that are used as they are."""
         return self.tokens.ndim == 2
+
+    def first(self, count: int | None = None) -> Int[np.ndarray, " tokens"]:
+        """So many tokens from the beginning, if there are so many; None is all."""
+        return self.tokens[:count]
+
+    def room(self, body: int) -> int:
+        """How many pieces of so many tokens it has, or rows."""
+        return len(self.tokens) if self.is_rows else self.tokens.size // body
+
+
+AnyText: TypeAlias = Text | LongText
+"""A file as tokens, or one that is tokenised where it is needed."""
 
 
 def is_ids(path: Path) -> bool:
@@ -60,8 +76,8 @@ def check_files(paths: Sequence[Path]) -> None:
         )
 
 
-def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Text:
-    """A file as tokens.
+def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
+    """A file as tokens; all of it is hashed, and a long one tokenised when needed.
 
     Args:
       path: plain text in UTF-8 (.txt, .md); .jsonl whose lines are objects with a
@@ -77,49 +93,50 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Text:
         vocabulary.
       OSError: it cannot be read.
     """
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    digest = _digest(path)
     if is_ids(path):
         return Text(path, digest, _ids(path, vocab_size))
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' must be UTF-8, but {error}; convert it") from None
-    if path.suffix == _LINES:
-        text = "\n\n".join(_documents(path, text))
     if tokenizer is None:
         raise ValueError(
             f"'{path}' is text, but the model has no tokenizer; give token ids as .npy"
         )
-    tokens = np.array(tokenizer.encode(text, bos=False), np.int32)
-    if tokens.size and tokens.max() >= vocab_size:
-        raise ValueError(
-            f"the tokenizer's tokens must be under the model's vocab_size {vocab_size},"
-            f" but '{path}' has {tokens.max()}; the tokenizer is another model's"
+    if (size := path.stat().st_size) > _WHOLE:
+        return LongText(path, digest, tokenizer, vocab_size, size)
+    text = path.read_bytes().decode()
+    if path.suffix == _LINES:
+        lines = enumerate(text.splitlines(), 1)
+        text = "\n\n".join(
+            document(line, path, f"line {i}") for i, line in lines if line.strip()
         )
-    return Text(path, digest, tokens)
+    return Text(path, digest, encoded(text, path, tokenizer, vocab_size))
 
 
-def _documents(path: Path, text: str) -> list[str]:
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except ValueError:
-            document = None
-        if not (isinstance(document, dict) and isinstance(document.get("text"), str)):
-            raise ValueError(
-                f"each line of '{path}' must be a JSON object with a 'text', but line "
-                f"{number} is not"
-            )
-        found.append(document["text"])
-    return found
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file, which must be UTF-8 unless it holds token ids."""
+    sink, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        while part := file.read(_CHUNK):
+            sink.update(part)
+            try:
+                if not is_ids(path):
+                    decoder.decode(part, final=len(part) < _CHUNK)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"'{path}' must be UTF-8, but {error}; convert it"
+                ) from None
+    return sink.hexdigest()
 
 
 def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
-    tokens = np.load(path, allow_pickle=False)
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        raise ValueError(
+            f"'{path}' must be an array that numpy.save wrote, of token ids, but it is "
+            "none, or one of objects; a text is to end in .txt"
+        ) from None
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"'{path}' must be one array, got an archive of several")
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
             f"'{path}' must hold integers (sequences, length), got {tokens.dtype} of "
@@ -129,17 +146,23 @@ def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
         raise ValueError(
             f"'{path}' must hold sequences of at least 2 tokens, got {tokens.shape}"
         )
-    low, high = int(tokens.min()), int(tokens.max())
+    step = max(1, _CHUNK // tokens[0].nbytes)  # rows
+    parts = [tokens[i : i + step] for i in range(0, len(tokens), step)]
+    low = min(int(part.min()) for part in parts)
+    high = max(int(part.max()) for part in parts)
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"tokens must be from 0 to {vocab_size - 1}, but '{path}' has {low} to "
             f"{high}; it was made with another model's tokenizer"
         )
-    return tokens.astype(np.int32)
+    return tokens
 
 
-def without_end(text: Text, most: int) -> tuple[Text, Text | None]:
+def without_end(text: AnyText, most: int) -> tuple[AnyText, Text | None]:
     """A text split into what may be drawn from and an end that is held out."""
+    if isinstance(text, LongText):
+        begin, tokens = text.without_end(HELD_OUT, most)
+        return begin, Text(text.path, text.sha256, tokens)
     # The end has a tenth of the tokens, at most `most`; of .npy and of very short texts
     # there is none.
     end = 0 if text.is_rows else min(text.tokens.size // HELD_OUT, most)
@@ -165,7 +188,13 @@ class Drawn(NamedTuple):
 
 
 def draw(
-    texts: Sequence[Text], *, sequences: int, length: int, bos: int | None, seed: int
+    texts: Sequence[AnyText],
+    *,
+    sequences: int,
+    length: int,
+    bos: int | None,
+    seed: int,
+    most: int | None = None,
 ) -> Drawn:
     """Draws sequences, as many from each text, without overlap.
 
@@ -175,6 +204,7 @@ def draw(
       length: tokens of each, BOS included.
       bos: what each sequence of a text begins with; rows of .npy are as they are.
       seed: decides which; the order follows the texts' in turn.
+      most: at most so many rows are handed on as left; None is all.
 
     Returns:
       The sequences.
@@ -193,7 +223,10 @@ def draw(
     parts, left = [], []
     for i, (text, count) in enumerate(zip(texts, counts, strict=True)):
         chance = np.random.default_rng([seed, i])
-        tokens, remaining = _pieces(text, count, length, bos, chance)
+        if isinstance(text, Text) and text.is_rows:
+            tokens, remaining = _rows(text, count, most, chance)
+        else:
+            tokens, remaining = _pieces(text, count, length, bos, chance), None
         parts.append(tokens)
         left.append(remaining)
     # In turn, so that every batch sees every text.
@@ -203,11 +236,13 @@ def draw(
 
 
 def _check_enough(
-    texts: Sequence[Text], counts: Sequence[int], length: int, bos: int | None
+    texts: Sequence[AnyText], counts: Sequence[int], length: int, bos: int | None
 ) -> None:
     body = length - (bos is not None)
     problems = []
     for text, count in zip(texts, counts, strict=True):
+        if isinstance(text, LongText):  # looked at when it is drawn from
+            continue
         if text.is_rows:
             rows, own = text.tokens.shape
             if own != length:
@@ -229,24 +264,35 @@ def _check_enough(
         )
 
 
+def _rows(
+    text: Text, count: int, most: int | None, chance: np.random.Generator
+) -> tuple[Int[np.ndarray, "count length"], Text | None]:
+    """The rows drawn from token ids, and those that are left."""
+    chosen = np.sort(chance.choice(len(text.tokens), count, replace=False))
+    rest = np.delete(np.arange(len(text.tokens)), chosen)[:most]
+    left = text._replace(tokens=text.tokens[rest]) if len(rest) else None
+    return text.tokens[chosen].astype(np.int32), left
+
+
 def _pieces(
-    text: Text,
+    text: AnyText,
     count: int,
     length: int,
     bos: int | None,
     chance: np.random.Generator,
-) -> tuple[Int[np.ndarray, "count length"], Text | None]:
-    """The sequences drawn from one text, and the rows that are left."""
-    if text.is_rows:
-        chosen = np.sort(chance.choice(len(text.tokens), count, replace=False))
-        left = np.delete(text.tokens, chosen, axis=0)
-        return text.tokens[chosen], text._replace(tokens=left) if len(left) else None
+) -> Int[np.ndarray, "count length"]:
+    """The sequences drawn from one text."""
     body = length - (bos is not None)
-    places = text.tokens.size // body
-    first = int(chance.integers(text.tokens.size - places * body + 1))
-    chosen = chance.choice(places, count, replace=False)
-    starts = first + body * chosen  # (count,)
-    tokens = np.stack([text.tokens[start : start + body] for start in starts])
+    tokens = text.drawn(count, body, chance) if isinstance(text, LongText) else None
+    if tokens is None:
+        if isinstance(text, LongText):
+            text = Text(text.path, text.sha256, text.first())
+            _check_enough([text], [count], length, bos)
+        places = text.tokens.size // body
+        first = int(chance.integers(text.tokens.size - places * body + 1))
+        chosen = chance.choice(places, count, replace=False)
+        starts = first + body * chosen  # (count,)
+        tokens = np.stack([text.tokens[start : start + body] for start in starts])
     if bos is not None:
         tokens = np.insert(tokens, 0, bos, axis=1)
-    return tokens.astype(np.int32), None
+    return tokens.astype(np.int32)

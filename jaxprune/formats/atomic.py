@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -121,6 +122,45 @@ def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
         for name in {**old, **new}
         if name not in old or name not in new or old[name] != new[name]
     ]
+
+
+def check_room(place: Path, size: int) -> None:
+    """Refuses a place that cannot be written to, or that has no room for so many bytes.
+
+    Raises:
+      OSError: it is so; the sentence names the directory.
+    """
+    home = next(parent for parent in place.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"'{home}' must be a directory that can be written to, but it is not "
+            f"({error.strerror}); choose another place"
+        ) from None
+    if (free := shutil.disk_usage(home).free) < size:
+        raise OSError(
+            f"'{home}' must have room for {size:,} bytes, but {free:,} are free; make "
+            "room, or choose another place"
+        )
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Adds the path to errors of the system that name no file: a full disk, say."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def bytes_in(directory: Path) -> int:
+    """The bytes of the files in a directory and below; 0 where there is none."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
 
 
 def digest(path: Path) -> str:
@@ -236,6 +276,7 @@ class Sink:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
         self._hash = hashlib.sha256()
         self._position = 0
@@ -244,7 +285,7 @@ class Sink:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        with self._file:
+        with named(self._path), self._file:
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
@@ -257,7 +298,8 @@ class Sink:
     def put(self, part: Any) -> None:
         """Writes bytes, or a contiguous array of them, at the end."""
         self._hash.update(part)
-        self._position += self._file.write(part)
+        with named(self._path):
+            self._position += self._file.write(part)
 
     def copy(self, origin: BinaryIO, end: int) -> None:
         """Copies what another file has from this one's end on, up to `end`."""
@@ -299,8 +341,7 @@ def check_free(place: Path, replaceable: Replaceable | None) -> None:
     if reason:
         raise ValueError(
             f"the result must not destroy what is at '{place}', but {reason}; choose "
-            "another place, or pass overwrite=True, --overwrite in the command, if it "
-            "is an earlier result"
+            "another place, or pass overwrite=True if it is an earlier result"
         )
 
 

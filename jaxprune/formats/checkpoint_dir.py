@@ -47,10 +47,11 @@ class CheckpointDir:
       tensors: name to place, file after file by name, as they lie in each.
       metadata: each safetensors file's `__metadata__`.
       indexed: whether an index lists the tensors.
-      others: the names of the files beside the weights that belong to the model:
-        config.json first, then the index, tokenizer, generation settings, licence and
-        model code (copied, never run). Weights in other formats and directories are not
-        among them.
+      others: the files beside the weights that belong to the model, sub-directories'
+        too, by their path in the directory with "/": config.json first, then the index,
+        tokenizer, generation settings, licence and model code (copied, never run).
+      left: all else that lies in the directory, likewise: weights in other formats,
+        hidden files.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class CheckpointDir:
     metadata: dict[str, dict[str, str]]
     indexed: bool
     others: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -147,7 +149,8 @@ def open_directory(path: str | os.PathLike[str]) -> CheckpointDir:
         tensors |= found
     if weight_map is not None:
         _check_index(directory, weight_map, tensors)
-    others = [name for name in names if _belongs(name)]
+    every = [name for name in files_below(directory) if name not in files]
+    others = [name for name in every if _belongs(name)]
     first = [name for name in (CONFIG, INDEX) if name in others]
     for name in others:
         _inside(directory, name)
@@ -158,7 +161,31 @@ def open_directory(path: str | os.PathLike[str]) -> CheckpointDir:
         metadata=metadata,
         indexed=weight_map is not None,
         others=(*first, *(name for name in others if name not in first)),
+        left=tuple(name for name in every if name not in others),
     )
+
+
+def files_below(directory: Path) -> list[str]:
+    """Every file in a directory and its sub-directories, by its path there with "/".
+
+    Links to files are files; links to directories are not followed.
+    """
+    found = []
+    for root, folders, files in os.walk(directory):
+        place = Path(root).relative_to(directory)
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        found += [(place / name).as_posix() for name in (*files, *links)]
+    return sorted(found)
+
+
+def leads_out(directory: Path, name: str) -> bool:
+    """Whether a file of a directory is a link out of it, or out of the hub's cache."""
+    home = directory.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    target = (directory / name).resolve()
+    return not any(target.is_relative_to(place) for place in homes)
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:
@@ -261,23 +288,20 @@ def _check_index(
 
 def _inside(directory: Path, name: str) -> Path:
     """The path of a file of the directory, refused where a link leads out of it."""
-    path, home = directory / name, directory.resolve()
-    target = path.resolve()
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    if not any(target.is_relative_to(place) for place in homes):
+    path = directory / name
+    if leads_out(directory, name):
         raise Unknown(
-            f"'{path}' is a link to '{target}', outside the model's directory; copy "
-            "the file into the directory"
+            f"'{path}' is a link to '{path.resolve()}', outside the model's directory; "
+            "copy the file into the directory"
         )
     return path
 
 
-def _belongs(name: str) -> bool:
+def _belongs(path: str) -> bool:
     """Whether a file that holds no weights is part of the model."""
-    if name == INDEX:
+    if path == INDEX:
         return True
-    if name.startswith(".") or name.endswith(".index.json"):
+    *folders, name = path.split("/")
+    if name.endswith(".index.json") or any(p.startswith(".") for p in (*folders, name)):
         return False
     return name.endswith(_COPIED) or name.upper().split(".")[0] in _LEGAL

@@ -5,8 +5,10 @@ safetensors file. Its `__metadata__` has "format", "version" and "contents", a J
 object:
 
     {"tensors": {NAME: {"file": FILE, "dtype": CODE, "shape": [...],
-                        "encoding": "mask" or "dense"}},
+                        "encoding": "mask" or "dense", "sha256": SHA-256}},
      "files": {FILE: SHA-256}}
+
+FILE is a path in the directory, with "/" where it lies in a sub-directory.
 
 Its tensors are, for each NAME of encoding "mask", `mask/NAME` (uint8: one bit a weight
 of the flat tensor in C order, the first weight is the lowest bit, 1 where the weight's
@@ -27,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress
+from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress, leads_out
 from jaxprune.formats.compact_archive import (
     FORMAT,
     VERSION,
@@ -45,6 +47,7 @@ from jaxprune.formats.safetensors_file import (
     write_header,
 )
 
+_PART = 1 << 24  # bytes of a file that are copied at a time
 _CODES = {kind: code for code, kind in DTYPES.items()}
 
 
@@ -54,10 +57,13 @@ class Result(NamedTuple):
     Attributes:
       dense_bytes: the bytes of the directory's files that are in it.
       compact_bytes: its own bytes.
+      left: what lies in the directory and is not in it: links out of the directory or
+        to a directory, and what is no file.
     """
 
     dense_bytes: int
     compact_bytes: int
+    left: tuple[str, ...] = ()
 
 
 def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
@@ -89,7 +95,7 @@ def compact(
     """Writes a directory as one compact file, tensor by tensor.
 
     Args:
-      source: the directory; `source.others` are packed too.
+      source: the directory; all files in it are packed, sub-directories' too.
       path: the file, outside of the directory.
       overwrite: whether an earlier compact file may be replaced.
       progress: called when a tensor is counted, and again when it is written.
@@ -125,7 +131,9 @@ def compact(
     advance = source.meter(progress, passes=2)
     with atomic.staged_file(place, replaceable=replaceable) as partial:
         plan = _plan(source, advance)
-        with open(partial, "wb") as file:
+        stored = (math.prod(n) * DTYPES[c].itemsize for c, n in plan.entries.values())
+        atomic.check_room(place, sum(stored))
+        with atomic.named(partial), open(partial, "wb") as file:
             entries = write_header(file, plan.entries, plan.metadata)
             for name, info in source.tensors.items():
                 _put_tensor(file, name, info, source, entries)
@@ -135,7 +143,7 @@ def compact(
                 _put_bytes(file, origin, size, entries[name])
             file.flush()
             os.fsync(file.fileno())
-    return Result(plan.dense_bytes, place.stat().st_size)
+    return Result(plan.dense_bytes, place.stat().st_size, _apart(source)[1])
 
 
 def packed_bytes(source: CheckpointDir, zeros: Mapping[str, int]) -> int:
@@ -185,6 +193,17 @@ def sizes(source: CheckpointDir) -> Sizes:
     )
 
 
+def _apart(source: CheckpointDir) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is packed beside the weights, and what lies there and is not packed."""
+    left = tuple(
+        name
+        for name in source.left
+        if not (source.path / name).is_file() or leads_out(source.path, name)
+    )
+    rest = tuple(name for name in source.left if name not in left)
+    return (*source.others, *rest), left
+
+
 class _Plan(NamedTuple):
     """All that is known before the first byte is written.
 
@@ -204,7 +223,8 @@ class _Plan(NamedTuple):
 def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
     tensors: dict[str, Any] = {}
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-    paths = {name: source.path / name for name in (*source.metadata, *source.others)}
+    others, _ = _apart(source)
+    paths = {name: source.path / name for name in (*source.metadata, *others)}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     embedded, digests = {}, {}
     for file in source.metadata:
@@ -217,7 +237,7 @@ def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
             entries |= stored
             advance(name, info.size)
         digests[file] = sink.hexdigest()
-    for name in source.others:
+    for name in others:
         embedded[f"file/{name}"] = sizes[name]
         digests[name] = atomic.digest(paths[name])
     entries |= {name: ("U8", (size,)) for name, size in embedded.items()}
@@ -230,14 +250,15 @@ def _scan(
     source: CheckpointDir, name: str, info: TensorInfo, sink: Any
 ) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
     """What the contents say of a tensor, and the entries that hold it."""
-    nonzero = 0
+    nonzero, own = 0, hashlib.sha256()
     for bits in chunks(source.read(name)):
         sink.update(bits)
+        own.update(bits)
         nonzero += int(np.count_nonzero(bits))
     size = math.prod(info.shape)
     dense = stored_bytes(nonzero, size, info.dtype.itemsize) == info.size
     entry = {"file": info.file, "dtype": _CODES[info.dtype], "shape": info.shape}
-    entry |= {"encoding": "dense" if dense else "mask"}
+    entry |= {"encoding": "dense" if dense else "mask", "sha256": own.hexdigest()}
     return entry, layout(name, entry, nonzero)
 
 
@@ -272,15 +293,19 @@ def _put_tensor(
 
 
 def _put_bytes(file: BinaryIO, path: Path, size: int, entry: TensorInfo) -> None:
-    content = _head(path, size)
-    if len(content) < size:
-        raise _changed(path)
     file.seek(entry.offset)
-    file.write(content)
+    with open(path, "rb") as origin:
+        while size:
+            part = origin.read(min(size, _PART))
+            if not part:
+                raise _changed(path)
+            size -= file.write(part)
 
 
 def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The dense tensors of a compact file, one after the other; nothing is expanded.
+
+    Each is held against its SHA-256 before it is handed out.
 
     Args:
       path: the file.
@@ -290,17 +315,21 @@ def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      Damaged: the file is not what its header says.
+      Damaged: the file is not what its header says, or a tensor that comes out of it
+        is not the one that went in.
       Unknown: it is another kind of file.
     """
     archive = open_archive(Path(path))
     for name, entry in archive.tensors.items():
         dtype = DTYPES[entry["dtype"]]
         bits = np.empty(math.prod(entry["shape"]), bits_of(dtype))
-        position = 0
+        position, digest = 0, hashlib.sha256()
         for part in decoded(archive, name):
             bits[position : position + part.size] = part
             position += part.size
+            digest.update(part)
+        if digest.hexdigest() != entry["sha256"]:
+            raise damaged(archive.path, f"'{name}' in it is not what went in")
         yield name, bits.view(dtype).reshape(entry["shape"])
 
 
@@ -326,8 +355,19 @@ def expand(
     """
     archive = open_archive(Path(path))
     place = atomic.apart(directory, archive.path)
+    sizes = [
+        math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
+        for e in archive.tensors.values()
+    ]
+    sizes += [
+        info.size
+        for name, info in archive.entries.items()
+        if name.startswith(("file/", "header/"))
+    ]
+    atomic.check_room(place, sum(sizes))
     with atomic.staged(place) as partial:
         for name, digest in archive.files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             with atomic.Sink(partial / name) as sink:
                 for part in _restored(archive, name):
                     sink.put(part)

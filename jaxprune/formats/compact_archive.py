@@ -16,7 +16,7 @@ from jaxprune.formats.safetensors_file import (
     TensorInfo,
     Unknown,
     damaged,
-    is_plain,
+    is_inside,
     is_text,
     parse,
     read_header,
@@ -66,7 +66,7 @@ def open_archive(path: Path) -> Archive:
             pass
         case _:
             raise damaged(path, "its contents list no tensors and files")
-    if not is_text(files) or not all(map(is_plain, files)):
+    if not is_text(files) or not all(map(is_inside, files)):
         raise damaged(path, "it holds files whose names lead elsewhere")
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, entry in held.items():
@@ -108,6 +108,7 @@ def _check_entry(path: Path, name: str, entry: Any, files: Mapping[str, str]) ->
             "dtype": str(code),
             "shape": [*shape],
             "encoding": "mask" | "dense",
+            "sha256": str(),
         } if file in files and code in DTYPES and all(map(_is_count, shape)):
             return
     raise damaged(path, f"its contents say nothing sound of '{name}'")

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import listed
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, TensorInfo
 from jaxprune.masking import counts, matrix_mask, patterns
@@ -57,6 +58,7 @@ def prune_directory(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: rewrite.Progress | None = None,
+    finish: rewrite.Finish | None = None,
 ) -> Pruned:
     """Sets the smallest weights of each matrix to zero and writes the directory again.
 
@@ -75,13 +77,14 @@ def prune_directory(
       provenance: what else `jaxprune.json` is to say: "command", "perplexity".
       overwrite: whether an earlier result may be replaced.
       progress: called after every tensor.
+      finish: as for `rewrite.write`.
 
     Returns:
       The new folder and its zeros.
 
     Raises:
       ValueError: no tensor may be pruned, the sparsity or the pattern does not fit,
-        weights are not finite, or as for `export.write`.
+        weights are not finite, or as for `rewrite.write`.
       TypeError: the pattern is none of the three.
       OSError: the folder could not be written.
 
@@ -119,6 +122,12 @@ def prune_directory(
             f"'{source.path}' must have a tensor that may be pruned, but has none; "
             f"give another rule for prunable"
         )
+    if narrow := [name for name, info in chosen.items() if info.dtype not in _FLOATS]:
+        raise ValueError(
+            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
+            f"{chosen[narrow[0]].dtype}; save the model in bfloat16, or leave them out "
+            "with prunable=jp.tree.excluding('...')"
+        )
     first = {name: _input_first(source.config, info) for name, info in chosen.items()}
     _check_pattern(pattern, chosen, first)
     counts = _counts(pattern, sparsity, chosen)
@@ -139,6 +148,7 @@ def prune_directory(
         overwrite=overwrite,
         resume=True,
         progress=progress,
+        finish=finish,
     )
     record = rewrite.read_provenance(paths[-1].parent)
     return Pruned(
@@ -151,7 +161,8 @@ def prune_directory(
 
 def _is_matrix(name: str, info: TensorInfo) -> bool:
     stack = info.ndim == 3 and "conv" not in name.lower()
-    return info.dtype in _FLOATS and (info.ndim == 2 or stack)
+    floating = jnp.issubdtype(info.dtype, jnp.floating)
+    return floating and (info.ndim == 2 or stack)
 
 
 def _input_first(config: Mapping[str, Any], info: TensorInfo) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,13 +20,13 @@ import numpy as np
 
 from jaxprune.arrays.messages import listed
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress
+from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress, files_below
 from jaxprune.formats.safetensors_file import (
     Damaged,
     TensorInfo,
     Unknown,
     damaged,
-    is_plain,
+    is_inside,
     is_text,
     read_json,
 )
@@ -35,6 +36,13 @@ FORMAT, VERSION = "jaxprune.export", 1
 
 Values: TypeAlias = Any
 """An array of NumPy or JAX, or a function of nothing that returns one."""
+
+
+Finish: TypeAlias = Callable[
+    [Path, Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, bytes]]
+]
+"""From a directory that is whole but for its record, and that record, to what else the
+record says and to further files, by name."""
 
 
 _STATE = ".state.json"
@@ -52,6 +60,7 @@ def write(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    finish: Finish | None = None,
 ) -> list[Path]:
     """Writes a directory again, with new values for some of its tensors.
 
@@ -67,6 +76,8 @@ def write(
       resume: whether to keep files that an earlier run of the same source, names and
         provenance had finished. They are checked.
       progress: called after every tensor.
+      finish: called before the directory takes its place, to measure what was written,
+        say; what it returns is part of the result.
 
     Returns:
       The paths of the files.
@@ -98,6 +109,11 @@ def write(
     others = [name for name in source.others if name != NAME]
     job = _job(source, replaced, facts)
     ours = why_not_ours if overwrite else None
+    sizes = [
+        (source.path / name).stat().st_size for name in (*source.metadata, *others)
+    ]
+    done_before = atomic.bytes_in(place.with_name(f".{place.name}.partial"))
+    atomic.check_room(place, sum(sizes) - done_before)
     with atomic.staged(place, replaceable=ours, resume=resume) as partial:
         done = _finished(partial, job)
         advance = source.meter(progress)
@@ -111,9 +127,14 @@ def write(
         for name in others:
             digests[name] = copy(source.path / name, partial / name)
         counts = {k: v for made in done.values() for k, v in made["tensors"].items()}
-        atomic.replace_json(partial / NAME, _record(facts, counts, digests))
+        for folder in {(partial / name).parent for name in others}:
+            atomic.sync(folder)
+        record = _record(facts, counts, digests)
+        more, files = finish(partial, record) if finish else ({}, {})
+        atomic.replace_files(partial, files)
+        atomic.replace_json(partial / NAME, record | dict(more))
         (partial / _STATE).unlink()
-    return [place / name for name in (*digests, NAME)]
+    return [place / name for name in (*digests, *files, NAME)]
 
 
 def check_place(
@@ -158,8 +179,8 @@ def read_provenance(
         raise damaged(file, "it lists no tensors and files")
     if verify:
         for name, digest in record["files"].items():
-            if not (is_plain(name) and _is_whole(file.with_name(name), digest)):
-                raise damaged(file.with_name(name), "it is not what was written")
+            if not (is_inside(name) and _is_whole(file.parent / name, digest)):
+                raise damaged(file.parent / name, "it is not what was written")
     return record
 
 
@@ -231,7 +252,9 @@ def _finished(partial: Path, job: str) -> dict[str, Any]:
                 if _is_whole(partial / name, made["sha256"])
             }
     for path in partial.iterdir():
-        if path.name not in (*done, _STATE):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (*done, _STATE):
             path.unlink()
     return done
 
@@ -294,6 +317,7 @@ def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
 
 def copy(origin: Path, target: Path) -> str:
     """Copies a file; its SHA-256."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     with open(origin, "rb") as file, atomic.Sink(target) as sink:
         sink.copy(file, os.fstat(file.fileno()).st_size)
     return sink.digest
@@ -330,7 +354,7 @@ def why_not_ours(path: Path) -> str | None:
         files = read_provenance(path)["files"]
     except (Unknown, Damaged):
         return f"it has no {NAME} of an earlier result"
-    names = sorted(entry.name for entry in path.iterdir())
+    names = files_below(path)
     if foreign := [n for n in names if n not in files and n not in (NAME, _PAGE)]:
         return f"it also holds {listed(foreign)}, which is not of an earlier result"
     return None

@@ -195,6 +195,11 @@ def is_plain(name: str) -> bool:
     return bool(name) and not {"/", "\\", "\0"} & set(name) and name not in (".", "..")
 
 
+def is_inside(path: str) -> bool:
+    """Whether a path with "/" is that of a file in a directory or below it."""
+    return all(map(is_plain, path.split("/")))
+
+
 def damaged(path: Path, what: str) -> Damaged:
     """The error of a file that is not what it says."""
     return Damaged(f"'{path}' is damaged: {what}; bring the file back from a copy")

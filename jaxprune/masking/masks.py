@@ -122,7 +122,7 @@ def apply(params: Params, masks: Masks) -> Params:
     """
     aligned = checked(params, masks)
     leaves = [
-        leaf if tree.is_excluded(mask) else _where(mask, leaf)
+        leaf if tree.is_excluded(mask) else _where(placement.beside(mask, leaf), leaf)
         for leaf, mask in zip(tree.named_leaves(params).values(), aligned, strict=True)
     ]
     return jax.tree.unflatten(

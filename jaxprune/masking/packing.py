@@ -4,10 +4,12 @@ Rows along the last axis are filled up to whole bytes, so that a sharding surviv
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.arrays import placement
 from jaxprune.masking.checks import checked
@@ -27,6 +29,20 @@ class PackedMask:
 
     bits: jax.Array
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What it stands for: bool."""
+        return np.dtype(bool)
+
+    @property
+    def size(self) -> int:
+        """How many weights the mask is of."""
+        return math.prod(self.shape)
+
+    def count_nonzero(self) -> jax.Array:
+        """How many are kept, a uint32 scalar; what rows are filled up with is False."""
+        return jnp.sum(jax.lax.population_count(self.bits), dtype=np.uint32)
 
 
 def pack(masks: Masks) -> Any:

@@ -6,6 +6,7 @@ units back over the leaf. Groups and blocks are laid on the (batch, in, out) vie
 """
 
 import dataclasses
+import numbers
 import re
 
 import jax
@@ -107,7 +108,7 @@ class NM:
       m: weights in a group.
 
     Raises:
-      ValueError: not 0 < n < m.
+      ValueError: not integers with 0 < n < m.
 
     Example:
       >>> import jaxprune as jp
@@ -123,8 +124,11 @@ class NM:
 
     def __post_init__(self) -> None:
         """Refuses groups that keep nothing or everything."""
-        if not 0 < self.n < self.m:
-            raise ValueError(f"NM(n, m) needs 0 < n < m, got NM({self.n}, {self.m})")
+        whole = all(isinstance(x, numbers.Integral) for x in (self.n, self.m))
+        if not whole or not 0 < self.n < self.m:
+            raise ValueError(
+                f"NM(n, m) needs integers 0 < n < m, got NM({self.n}, {self.m})"
+            )
 
     @property
     def sparsity(self) -> float:
@@ -153,13 +157,14 @@ class NM:
         # (batch, groups, m, out)
         groups = matrix.reshape(batch, inputs // self.m, self.m, outputs)
         place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
-        rank = jnp.zeros(groups.shape, jnp.float16)
+        # float16 is enough for up to 2048 ranks.
+        rank = jnp.zeros(groups.shape, jnp.float16 if self.m <= 2048 else jnp.float32)
         for other in range(self.m):
             rival = groups[:, :, other : other + 1]
             both = jnp.isnan(rival) & jnp.isnan(groups)
             higher = (rival > groups) | (jnp.isnan(groups) & ~jnp.isnan(rival))
             before = higher | ((both | (rival == groups)) & (other < place))
-            rank = rank + before
+            rank = rank + before.astype(rank.dtype)
         return axes.restore(-rank.reshape(matrix.shape), scores.shape)
 
     def expand(
@@ -181,7 +186,7 @@ class Block(_Free):
       columns: weights of a tile along the output.
 
     Raises:
-      ValueError: a side is under 1.
+      ValueError: a side is no integer or under 1.
 
     Example:
       >>> import jaxprune as jp
@@ -194,8 +199,9 @@ class Block(_Free):
 
     def __post_init__(self) -> None:
         """Refuses empty tiles."""
-        if min(self.rows, self.columns) < 1:
-            raise ValueError(f"Block needs sides of at least 1, got {self}")
+        sides = self.rows, self.columns
+        if not all(isinstance(x, numbers.Integral) for x in sides) or min(sides) < 1:
+            raise ValueError(f"Block needs integer sides of at least 1, got {self}")
 
     def units(
         self, scores: Float[Array, "*shape"], axes: Axes

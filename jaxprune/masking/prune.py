@@ -18,6 +18,7 @@ from jaxprune.arrays.messages import listed
 from jaxprune.masking import patterns
 from jaxprune.masking.checks import refuse_other
 from jaxprune.masking.counts import Allocation
+from jaxprune.masking.patterns import Unstructured
 from jaxprune.masking.selection import Selection, select
 from jaxprune.topk import thresholds
 from jaxprune.typing import Params, Pattern, Scores
@@ -122,12 +123,16 @@ def _is_concrete(leaf: Any) -> bool:
 
 
 def _pruned(leaf: Any, own: Selection, pattern: Pattern, *, donate: bool) -> Any:
+    units, cut, axes = own
     if not _is_concrete(leaf):
-        program = _program(None, donate=False)
-    else:
-        spread = len(leaf.sharding.device_set) > 1
-        program = _program(leaf.sharding if spread else None, donate=donate)
-    return program(leaf, own.units, own.cut, pattern, own.axes)
+        return _program(None, donate=False)(leaf, units, cut, pattern, axes)
+    devices = leaf.sharding.device_set
+    if _is_concrete(units) and units.sharding.device_set != devices:
+        # Scores that were made elsewhere stay there; their mask travels.
+        mask = pattern.expand(thresholds.mask(units, cut), leaf.shape, axes)
+        units, cut, pattern = placement.beside(mask, leaf), None, Unstructured()
+    program = _program(leaf.sharding if len(devices) > 1 else None, donate=donate)
+    return program(leaf, units, cut, pattern, axes)
 
 
 @functools.cache
@@ -142,7 +147,12 @@ def _program(sharding: Any, *, donate: bool) -> Any:
 
 
 def _where(
-    leaf: jax.Array, units: jax.Array, cut: thresholds.Cut, pattern: Pattern, axes: Axes
+    leaf: jax.Array,
+    units: jax.Array,
+    cut: thresholds.Cut | None,
+    pattern: Pattern,
+    axes: Axes,
 ) -> jax.Array:
-    mask = pattern.expand(thresholds.mask(units, cut), leaf.shape, axes)
+    kept = units if cut is None else thresholds.mask(units, cut)
+    mask = pattern.expand(kept, leaf.shape, axes)
     return jnp.where(placement.placed(mask, leaf), leaf, jnp.zeros((), leaf.dtype))

@@ -38,7 +38,8 @@ class PruneResult(NamedTuple):
       report: JSON-able: method, pattern, sparsity asked for and achieved, calibration,
         seconds, what was not seen, and a row for each weight: name, shape, units
         removed, zeros, size, relative squared error of its output on the first 256
-        samples, damping, seconds of its solver.
+        samples, damping, seconds of its solver, and which of its matrices were pruned
+        by magnitude since their input was zero in all samples.
     """
 
     params: Params

@@ -76,7 +76,7 @@ class Pruner:
         statistics = self._finished_statistics(observed)
         rows: list[dict[str, Any]] = []
         for number in numbers:
-            segment = self._program.segments[number]
+            segment, before = self._program.segments[number], len(rows)
             shown.note(segment.linear_ops[0].name)
             if number > numbers[0] and numbers[-1] + 1 < self._count:
                 self._pipeline.advance(segment)
@@ -84,6 +84,9 @@ class Pruner:
                 rows += self._restore(number)
             else:
                 rows += self._prune_segment(number, statistics, values.pop(number))
+            for row in rows[before:]:
+                if row.get("by_magnitude"):
+                    shown.say(_unreached(row))
             self._release(number)
             shown.update()
         return rows
@@ -160,6 +163,17 @@ class Pruner:
                 read = functools.partial(_read_back, home, self._log, written)
                 self._program.leaves[i] = dataclasses.replace(home, read=read)
         _trim()
+
+
+def _unreached(row: dict[str, Any]) -> str:
+    """Says that a weight, or some matrices of it, were pruned by magnitude."""
+    own, batch = row["by_magnitude"], row["shape"][0]
+    some = "" if batch == 1 else f"{len(own)} of {batch} matrices of "
+    numbers = "" if batch == 1 else f" ({', '.join(map(str, own))})"
+    return (
+        "pruned by magnitude, since the input was zero in all of the calibration: "
+        f"{some}'{row['name']}'{numbers}"
+    )
 
 
 def _trim() -> None:

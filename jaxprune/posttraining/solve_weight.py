@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxprune.arrays import placement
 from jaxprune.graph.linear_ops import Input, LinearOp
 from jaxprune.posttraining.input_statistics import InputStatistics
-from jaxprune.posttraining.methods import Matrix, Method
+from jaxprune.posttraining.methods import Magnitude, Matrix, Method
 from jaxprune.posttraining.plan import Plan
 from jaxprune.typing import Pattern
 
@@ -27,11 +27,17 @@ def solve(
 ) -> tuple[Float[Array, "batch in out"], dict[str, Any]]:
     """Prunes one weight: the new one in its own dtype, and its row of the report."""
     counts = plan.kept[op.name]
-    program = functools.partial(_solved, method=plan.method, pattern=plan.pattern)
-    found = [
-        placement.automatic(program, weight, statistics, np.int32(i), np.uint32(count))
-        for i, count in enumerate(counts)
-    ]
+    unreached = _unreached(plan.method, statistics)
+    found = []
+    for i, count in enumerate(counts):
+        # What no sample says anything of, an expert that no token was sent to say.
+        method = Magnitude() if i in unreached else plan.method
+        program = functools.partial(_solved, method=method, pattern=plan.pattern)
+        found.append(
+            placement.automatic(
+                program, weight, statistics, np.int32(i), np.uint32(count)
+            )
+        )
     after = found[0][0] if len(found) == 1 else jnp.concatenate([f[0] for f in found])
     damping = [float(f[2]) for f in found]
     if not np.isfinite(damping).all():
@@ -47,7 +53,16 @@ def solve(
         "zeros": sum(int(f[1]) for f in found),
         "size": op.size,
         "damping": max(damping),
+        "by_magnitude": unreached,
     }
+
+
+def _unreached(method: Method, statistics: InputStatistics) -> list[int]:
+    """The matrices whose input was zero in all samples, if the method looks at it."""
+    if method.needs == "nothing":
+        return []
+    reached = np.asarray(jnp.any(statistics.mean_square > 0, axis=1))  # (batch,)
+    return [int(i) for i in np.flatnonzero(~reached)]
 
 
 @functools.partial(jax.jit, static_argnames=("method", "pattern"))

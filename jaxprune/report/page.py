@@ -36,6 +36,11 @@ def templates(*folders: Path) -> jinja2.Environment:
     return environment
 
 
+def render(template: str, **values: Any) -> str:
+    """A whole HTML page from a template of this room, filled with plain values."""
+    return templates().get_template(template).render(values)
+
+
 def picture(drawn: Mapping[str, Figure], caption: str, *, wide: bool = False) -> str:
     """Figures side by side, below each other where the page is narrow."""
     # Their names are unique on the page; `wide` ones take a line each and may scroll.

@@ -35,19 +35,17 @@ def document(record: Mapping[str, Any]) -> str:
     """
     texts = (record.get("perplexity") or {}).values()
     rows = [row for row in record.get("weights") or () if row.get("error") is not None]
-    return (
-        page.templates()
-        .get_template("pruned_model.html")
-        .render(
-            title="A pruned model",
-            record=record,
-            headline=headline(record),
-            facts=_facts(record),
-            stages=[stage for stage in STAGES if all(stage in of for of in texts)],
-            zeros=_zeros(record),
-            errors=_errors({row["name"]: row["error"] for row in rows}),
-            worst=sorted(rows, key=lambda row: -row["error"])[:_WORST],
-        )
+    return page.render(
+        "pruned_model.html",
+        title="A pruned model",
+        record=record,
+        headline=headline(record),
+        facts=_facts(record),
+        stages=[stage for stage in STAGES if all(stage in of for of in texts)],
+        zeros=_zeros(record),
+        errors=_errors({row["name"]: row["error"] for row in rows}),
+        unreached=[row for row in rows if row.get("by_magnitude")],
+        worst=sorted(rows, key=lambda row: -row["error"])[:_WORST],
     )
 
 

@@ -298,6 +298,7 @@ def _score(
     """
     refuse_swapped(params)
     named = tree.named_leaves(params)
+    tree.check_rule(prunable, list(named))
     chosen = [not tree.is_excluded(x) and prunable(n, x) for n, x in named.items()]
     if not any(chosen):
         raise ValueError(
@@ -354,7 +355,7 @@ def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Arr
 
 
 def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
-    return placement.placed(jax.random.uniform(key, w.shape), w)
+    return placement.placed(jax.random.uniform(key, w.shape, jnp.float32), w)
 
 
 def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:

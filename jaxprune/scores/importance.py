@@ -2,37 +2,70 @@
 
 A state says itself what it holds: its property `importance_fields` names those of its
 fields that are fields of an `Importance`, or is empty where nothing under it belongs to
-the weights (LoRA's moments are of its factors). Optax's own states are
-listed here. `nnx.state(optimizer)` keeps only the names of fields, no types; there a
-node is recognised by its names.
+the weights (LoRA's moments are of its factors). Optax's own states are listed here, by
+the names of their classes. `nnx.state(optimizer)` keeps only the names of fields, no
+types; there a node is recognised by its names.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import optax
-from optax import MaskedNode
+import jax.numpy as jnp
+import numpy as np
 
-from jaxprune.arrays import tree
+from jaxprune.arrays import low_bit, tree
 from jaxprune.typing import Importance, Params
 
+# A state's class in optax: which field is E[g^2], up to one factor, and all its fields.
 _SECOND_MOMENTS = {
-    optax.ScaleByAdamState: "nu",
-    optax.ScaleByAmsgradState: "nu",
-    optax.ScaleByRmsState: "nu",
-    optax.ScaleByRStdDevState: "nu",
-    optax.ScaleByRssState: "sum_of_squares",
+    "ScaleByAdamState": ("nu", {"count", "mu", "nu"}),
+    "ScaleByAmsgradState": ("nu", {"count", "mu", "nu", "nu_max"}),
+    "ScaleByRmsState": ("nu", {"nu"}),
+    "ScaleByRmsWithCountState": ("nu", {"count", "nu"}),
+    "ScaleByRStdDevState": ("nu", {"mu", "nu"}),
+    "ScaleByRStdDevWithCountState": ("nu", {"count", "mu", "nu"}),
+    "ScaleByRssState": ("sum_of_squares", {"sum_of_squares"}),
+    "ScaleByAdaDeltaState": ("e_g", {"e_g", "e_x"}),
+    "ScaleByAdemamixState": ("nu", {"count", "count_m2", "m1", "m2", "nu"}),
+    "ScaleBySimplifiedAdEMAMixState": ("n", {"t", "m", "n"}),
+    "MadgradState": ("grad_sum_sq", {"count", "grad_sum_sq", "s", "x0"}),
+    "MomoAdamState": (
+        "exp_avg_sq",
+        {"exp_avg", "exp_avg_sq", "barf", "gamma", "lb", "count"},
+    ),
+    "DAdaptAdamWState": (
+        "exp_avg_sq",
+        {"exp_avg", "exp_avg_sq", "grad_sum", "estim_lr", "numerator_weighted"}
+        | {"count"},
+    ),
+    "ProdigyState": (
+        "exp_avg_sq",
+        {"exp_avg", "exp_avg_sq", "grad_sum", "params0", "estim_lr"}
+        | {"numerator_weighted", "count"},
+    ),
 }
-_SECOND_MOMENTS_BY_NAME = {
-    frozenset(kind._fields): field for kind, field in _SECOND_MOMENTS.items()
+_SECOND_MOMENTS_BY_FIELDS = {
+    frozenset(fields): field for field, fields in _SECOND_MOMENTS.values()
+}
+# What keeps something else, and what that is.
+_NO_SECOND_MOMENTS = {
+    "ScaleByBeliefState": "AdaBelief and ACProp keep the variance of the gradient",
+    "ScaleByAdanState": "Adan keeps the square of an extrapolated gradient",
+    "FactoredState": "Adafactor keeps sums over rows and columns",
+    "ScaleBySM3State": "SM3 keeps maxima over rows and columns",
+    "ScaleByNovogradState": "NovoGrad keeps one number a leaf",
+    "SophiaState": "Sophia keeps a Hessian's diagonal",
+    "GaLoreState": "GaLore's moments are of projected gradients",
 }
 _TRACK = {
     "weight": "chain jp.track_importance() last in the optimizer",
     "magnitude": "chain jp.track_importance(average=('magnitude',)) last",
     "square": (
-        "train with Adam, AdamW, RMSProp or Adagrad, whose own second moment serves, "
-        "or chain jp.track_gradients() first in the optimizer"
+        "chain jp.track_gradients() first, optax.chain(jp.track_gradients(), "
+        "optimizer), or train with Adam, AdamW, RMSProp or Adagrad, whose own second "
+        "moment serves"
     ),
     "taylor": "chain jp.track_gradients(average=('taylor',)) first in the optimizer",
 }
@@ -48,13 +81,23 @@ def get_importance(state: Any) -> Importance:
 
     Returns:
       The averages, like the parameters, as they are held and where; nothing is copied.
-      `square` is the tracked E[g^2] where there is one, else the second moment of Adam,
-      AMSGrad, RMSProp or Adagrad as it stands; inside `lora` there is none of the
-      weights, so chain `track_gradients()` before it.
+      `square` is the tracked E[g^2] where there is one, else the second moment of the
+      optimizer as it stands: of Adam and its kin, AMSGrad, RMSProp, Adagrad, Adadelta,
+      AdEMAMix, MADGRAD, MoMo, D-Adaptation and Prodigy. Yogi's, in the same state as
+      Adam's, is an estimate of its own. Where there is none of the weights (inside
+      `lora` and GaLore, for AdaBelief, Adan, Adafactor, ...), chain `track_gradients()`
+      before it.
       Leaves nobody tracked are `optax.MaskedNode()`.
 
     Raises:
       ValueError: nothing is tracked in this state, or a leaf is tracked twice.
+
+    Warns:
+      UserWarning: the second moment may be Adamax's. Its state has Adam's type and a
+        maximum of |g| where Adam's has the mean of g^2, so values are looked at, those
+        that this process holds and not under `jit`. Of `nnx.state(optimizer)`, which
+        has no types, AdaBelief's variance passes for Adam's moment too; give the
+        `nnx.Optimizer` itself.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -65,30 +108,33 @@ def get_importance(state: Any) -> Importance:
     """
     if isinstance(state, Importance):
         return state
-    found = _found(state, _held) or _found(state, _held_by_name)
-    averages = {field: trees for field, trees in found.items() if field != "moment"}
-    if "square" not in averages and "moment" in found:
-        averages["square"] = found["moment"]
+    averages = _averages(state)
     if not averages:
         raise ValueError(
-            "this optimizer state tracks nothing; chain jp.track_importance() last: "
-            "tx = optax.chain(optimizer, jp.track_importance())"
+            f"this optimizer state tracks nothing{_why_not(state)}; for averages of "
+            f"the weights {_TRACK['weight']}, for squared gradients {_TRACK['square']}"
         )
-    return Importance(**{k: _merged(trees, k) for k, trees in averages.items()})
+    return Importance(**averages)
 
 
 def tracked(importance: Any, field: str, params: Params) -> list[Any]:
     """One statistic's leaves in the parameters' order, or one clear error."""
     refuse_swapped(params)
-    statistic = None
-    if importance is not None:
-        statistic = getattr(get_importance(importance), field)
-    if statistic is None:
+    found, why = None, ""
+    if isinstance(importance, Importance):
+        found = getattr(importance, field)
+    elif importance is not None:
+        averages = _averages(importance)
+        found = averages.get(field)
+        why = ("" if averages else " (this optimizer state tracks nothing)") + (
+            _why_not(importance) if field == "square" else ""
+        )
+    if found is None:
         raise ValueError(
-            f"this criterion needs Importance.{field}, which was not tracked; "
+            f"this criterion needs Importance.{field}, which was not tracked{why}; "
             f"{_TRACK[field]}, or choose another criterion"
         )
-    return tree.align(params, statistic, f"Importance.{field}")
+    return tree.align(params, found, f"Importance.{field}")
 
 
 def refuse_swapped(params: Params) -> None:
@@ -101,10 +147,38 @@ def refuse_swapped(params: Params) -> None:
         )
 
 
+def _averages(state: Any) -> dict[str, Params]:
+    """Field of an `Importance` to what a state holds of it."""
+    found = _found(state, _held) or _found(state, _held_by_name)
+    moments = found.pop("moment", [])
+    averages = {field: _merged(trees, field) for field, trees in found.items()}
+    if "square" not in averages and moments:
+        averages["square"] = _merged(moments, "square")
+        _warn_of_maxima(state)
+    return averages
+
+
+def _optax_name(node: Any) -> str:
+    """The name of a state's class if it is one of optax's."""
+    kind = type(node)
+    return kind.__name__ if kind.__module__.startswith("optax.") else ""
+
+
+def _why_not(state: Any) -> str:
+    """Which states were seen that keep something else than E[g^2]."""
+    known = lambda node: _optax_name(node) in _NO_SECOND_MOMENTS  # noqa: E731
+    nodes = jax.tree.leaves(state, is_leaf=known)
+    seen = dict.fromkeys(_NO_SECOND_MOMENTS[_optax_name(x)] for x in nodes if known(x))
+    return f" ({'; '.join(seen)})" if seen else ""
+
+
 def _held(node: Any) -> dict[str, str] | None:
     """Field of a node to field of `Importance`; None where the node is no state."""
-    if (field := _SECOND_MOMENTS.get(type(node))) is not None:
-        return {field: "moment"}
+    name = _optax_name(node)
+    if name in _SECOND_MOMENTS:
+        return {_SECOND_MOMENTS[name][0]: "moment"}
+    if name in _NO_SECOND_MOMENTS:
+        return {}
     fields = getattr(node, "importance_fields", None)
     return None if fields is None else dict(zip(fields, fields, strict=True))
 
@@ -114,14 +188,18 @@ def _held_by_name(node: Any) -> dict[str, str] | None:
     if not isinstance(node, Mapping):
         return None
     names = frozenset(node)
-    if (field := _SECOND_MOMENTS_BY_NAME.get(names)) is not None:
+    if (field := _SECOND_MOMENTS_BY_FIELDS.get(names)) is not None:
         return {field: "moment"}
     if names >= {"adapters", "inner"}:  # LoRA's
         return {}
-    fields = names - {"step"}
+    fields = names - {"step", "exponents"}
     if "step" in names and fields and fields <= set(Importance._fields):
         return {field: field for field in fields}
     return None
+
+
+def _field(node: Any, name: str) -> Any:
+    return node.get(name) if isinstance(node, Mapping) else getattr(node, name, None)
 
 
 def _found(
@@ -132,22 +210,77 @@ def _found(
     nodes = jax.tree.leaves(state, is_leaf=lambda node: held(node) is not None)
     for node in nodes:
         for own, field in (held(node) or {}).items():
-            by_name = isinstance(node, Mapping)
-            if (average := node[own] if by_name else getattr(node, own)) is not None:
+            if (average := _field(node, own)) is not None:
+                # Codes of one byte come with their units.
+                exponents = _field(_field(node, "exponents"), field)
+                average = low_bit.joined(average, exponents, signed=field == "weight")
                 found.setdefault(field, []).append(average)
     return found
 
 
 def _merged(trees: list[Params], what: str) -> Params:
     """One tree of several that each watch some leaves (masked, partition)."""
+    merged, *rest = trees
+    for other in rest:
+        merged = _union(merged, other, what)
+    return merged
 
-    def only(*candidates: Any) -> Any:
-        seen = [c for c in candidates if not tree.is_excluded(c)]
-        if len(seen) > 1:
-            raise ValueError(
-                f"each leaf must be tracked once, but {len(seen)} transformations in "
-                f"this state track the {what} of one leaf; remove all but one"
-            )
-        return seen[0] if seen else MaskedNode()
 
-    return jax.tree.map(only, *trees, is_leaf=tree.is_leaf)
+def _union(first: Any, second: Any, what: str) -> Any:
+    """Each leaf from the tree that has it; a left-out node may stand for a subtree."""
+    if tree.is_excluded(first) or tree.is_excluded(second):
+        return second if tree.is_excluded(first) else first
+    children = [
+        jax.tree.flatten(node, is_leaf=lambda x, node=node: x is not node)
+        for node in (first, second)
+    ]
+    (own, structure), (others, _) = children
+    if tree.is_leaf(first) or jax.tree_util.treedef_is_leaf(structure):
+        raise ValueError(
+            f"each leaf must be tracked once, but two transformations in this state "
+            f"track the {what} of one leaf; remove all but one"
+        )
+    pairs = zip(own, others, strict=True)
+    return jax.tree.unflatten(structure, [_union(*pair, what) for pair in pairs])
+
+
+def _warn_of_maxima(state: Any) -> None:
+    """Says where what has Adam's type may be Adamax's."""
+
+    def adams(node: Any) -> bool:
+        by_name = isinstance(node, Mapping) and set(node) == {"count", "mu", "nu"}
+        return by_name or _optax_name(node) == "ScaleByAdamState"
+
+    nodes = filter(adams, jax.tree.leaves(state, is_leaf=adams))
+    if any(_are_maxima(*(_field(x, k) for k in ("count", "mu", "nu"))) for x in nodes):
+        warnings.warn(
+            "the second moment in this state may be Adamax's, a maximum of |g| and not "
+            "the mean of g^2: |mu| is under nu everywhere, which with Adam is so only "
+            "if all gradients are large; with Adamax chain jp.track_gradients() first, "
+            "with Adam pass jp.Importance(square=...) to be rid of this",
+            stacklevel=2,
+        )
+
+
+def _are_maxima(count: Any, mu: Any, nu: Any) -> bool:
+    """Whether |mu| is under Adamax's bound in all that this process holds."""
+    # After t steps Adamax has |mu| <= nu (1 - b1^t), but for the decay of nu. Adam has
+    # |mu| / nu >= 1 / |g| for a gradient g that stays. One leaf nearly always decides.
+    moved = False
+    for pair in zip(jax.tree.leaves(mu), jax.tree.leaves(nu), strict=True):
+        if any(isinstance(x, jax.core.Tracer) for x in (*pair, count)):
+            return False
+        first, second = (jnp.asarray(x).addressable_data(0) for x in pair)
+        steps = np.asarray(jax.tree.leaves(count)[0])
+        over, some = jax.device_get(_over(steps, first, second))
+        if over:
+            return False
+        moved |= bool(some)
+    return moved
+
+
+@jax.jit
+def _over(steps: Any, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array]:
+    size, bound = (jnp.abs(x).astype(jnp.float32) for x in (mu, nu))
+    most = 1.02 * (1 - 0.9 ** steps.astype(jnp.float32))
+    return jnp.any(size > most * bound), jnp.any(size > 0)

@@ -198,34 +198,60 @@ def _cut(
     """
     traced = any(isinstance(x, jax.core.Tracer) for x in [*leaves, *target])
     with at_once([*leaves, *target]):
-        line = Line.of(jnp.result_type(*leaves))
+        line = Line.of(*(leaf.dtype for leaf in leaves))
         size = [leaf.size for leaf in leaves]
         rows: Any = _numbers(len(leaves)) if traced else range(len(leaves))
         if by_row:
             size, rows = [leaves[0].shape[1]] * len(leaves[0]), [None]
         sizes = np.array(size, np.uint32)  # (rows,)
         target = target.clipped(Count.of([sum(size)] if joint else size))
-        guess = None if by_row else sampling.guess(leaves, target, line, joint=joint)
+        apart = not traced and len(set(map(_devices, leaves))) > 1
+        guess = None
+        if not (by_row or apart):
+            guess = sampling.guess(leaves, target, line, joint=joint)
         count = _count if traced else _count_jit
 
         def found(level: _Level, ties: Any) -> _Level:
             def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
-                return [
+                found = [
                     count(leaf, row, level.place, candidates, wanted, line, ties)
                     for leaf, row in zip(leaves, rows, strict=True)
                 ]
+                # Of leaves on several devices, as pipeline stages are, counts meet on
+                # the host.
+                return jax.device_get(found) if apart else found
 
             order = Order(counts, level.joint, level.smooth)
             start = level.target, level.bracket, level.guess
             bracket = count_search.search(order, *start, traced=traced)
-            return _next_level(level, bracket, sizes, ties, joint=joint)
+            after = _next_level(level, bracket, sizes, ties, joint=joint)
+            return _varying(after, leaves)
 
         level = _first_level(sizes, target, guess, line=line, joint=joint)
+        level = _varying(level, leaves)
         if traced:  # one body for both levels: XLA compiles each leaf's count but once
             level = jax.lax.fori_loop(0, 2, lambda n, own: found(own, n > 0), level)
         else:
             level = found(found(level, False), True)
         return Cut(line.rank(level.place), level.bound)
+
+
+def _devices(leaf: jax.Array) -> frozenset[jax.Device]:
+    return frozenset(leaf.sharding.device_set)
+
+
+def _varying(tree: Any, like: Sequence[Any]) -> Any:
+    """The tree, inside of `shard_map`, as different on each device as these arrays."""
+
+    def varying(x: Any) -> frozenset[Any]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    axes = frozenset().union(*map(varying, like))
+    return jax.tree.map(vary, tree) if axes else tree
 
 
 @functools.partial(jax.jit, static_argnames=("line", "joint"))
@@ -318,7 +344,8 @@ def _count(
         return jnp.stack(float_order.number(flags, range(1, rows.ndim)), 1)
 
     def nothing(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
-        return jnp.zeros(own_rows(candidates).shape, np.uint32)
+        zeros = jnp.zeros(own_rows(candidates).shape, np.uint32)
+        return _varying(zeros, [leaf, candidates])
 
     # XLA would take what is made of the leaf alone out of the loop over passes, and
     # keep it in memory; behind the barrier it depends on the pass.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxprune.arrays import placement, tree
@@ -42,10 +43,11 @@ def keep_masks(
         with `optax.MaskedNode()`, None or True for its mask is trained as a whole.
 
     Returns:
-      A transformation whose first step sets pruned weights to zero, whatever they were,
-      and whose later steps leave them there. Extra arguments reach the optimizer. The
-      masks are part of the state, placed as the parameters are, so a checkpoint of the
-      state holds them.
+      A transformation whose first step sets pruned weights to zero, whatever finite
+      number they were, and whose later steps leave them there. Extra arguments reach
+      the optimizer. The masks are part of the state, placed as the parameters are, so a
+      checkpoint of the state holds them. Updates that cannot hold the weights (bfloat16
+      gradients of float32 weights) come back in a dtype that can.
 
     Raises:
       ValueError: at `init`: the masks are another model's; at `update`: no parameters.
@@ -63,6 +65,8 @@ def keep_masks(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> KeepMasksState:
+        if tree.is_placeholder(params):
+            return KeepMasksState(params, optimizer.init(params))
         aligned = checked(params, masks)
         own = [
             m
@@ -85,8 +89,13 @@ def keep_masks(
                 "keep_masks needs the parameters; call tx.update(g, state, params)"
             )
         kept = state.masks
+        # With lookahead the gradient is of the fast half of the parameters.
+        paired = isinstance(kept, optax.LookaheadParams)
         updates, inner = optimizer.update(
-            _select(kept, updates), state.inner, _select(kept, params), **extra_args
+            _select(kept.fast if paired else kept, updates),
+            state.inner,
+            _select(kept, params),
+            **extra_args,
         )
         return _select(kept, updates, params), KeepMasksState(kept, inner)
 
@@ -99,8 +108,25 @@ def _select(masks: Masks, values: Any, undo: Any = None) -> Any:
     def leaf(mask: Any, value: Any, *pruned: Any) -> Any:
         if tree.is_excluded(mask) or isinstance(value, jax.ShapeDtypeStruct):
             return value
-        other = -pruned[0].astype(value.dtype) if pruned else jnp.zeros_like(value)
-        return jnp.where(mask, value, other)
+        if not pruned:
+            return jnp.where(mask, value, jnp.zeros_like(value))
+        wide = _holding(value.dtype, pruned[0].dtype)
+        return jnp.where(mask, value.astype(wide), -pruned[0].astype(wide))
 
     trees = (values,) if undo is None else (values, undo)
     return jax.tree.map(leaf, masks, *trees, is_leaf=tree.is_excluded)
+
+
+def _holding(*kinds: Any) -> Any:
+    """The first of the dtypes that holds the numbers of all, or float32."""
+
+    def holds(kind: Any, other: Any) -> bool:
+        if kind == other:
+            return True
+        if not all(jnp.issubdtype(k, jnp.floating) for k in (kind, other)):
+            return bool(np.can_cast(other, kind))
+        own, its = jnp.finfo(kind), jnp.finfo(other)
+        return own.nmant >= its.nmant and own.nexp >= its.nexp
+
+    every = (kind for kind in kinds if all(holds(kind, other) for other in kinds))
+    return next(every, jnp.float32)

@@ -109,6 +109,8 @@ def lora(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> LoraState:
+        if tree.is_placeholder(params):
+            return LoraState(params, optimizer.init(params))
         adapters = _adapters(params, rank, targets, seed)
         return LoraState(adapters, optimizer.init(adapters))
 
@@ -137,6 +139,7 @@ def lora(
 def _adapters(params: Params, rank: int, targets: Prunable, seed: int) -> Params:
     """An `Adapter` for each target, `optax.MaskedNode()` for every other leaf."""
     named = tree.named_leaves(params)
+    tree.check_rule(targets, list(named))
     chosen = {
         name: leaf
         for name, leaf in named.items()
@@ -164,8 +167,9 @@ def _is_adapter(node: Any) -> bool:
 def _adapter(leaf: Any, rank: int, key: jax.Array) -> Adapter:
     *stack, inputs, outputs = leaf.shape
     rank = min(rank, inputs, outputs)
-    a = jax.random.normal(key, (*stack, inputs, rank)) / math.sqrt(max(inputs, 1))
-    b = jnp.zeros((*stack, rank, outputs))
+    a = jax.random.normal(key, (*stack, inputs, rank), jnp.float32)
+    a = a / math.sqrt(max(inputs, 1))
+    b = jnp.zeros((*stack, rank, outputs), jnp.float32)
     return Adapter(_placed(a, leaf, -1), _placed(b, leaf, -2))
 
 

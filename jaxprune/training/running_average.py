@@ -7,7 +7,7 @@ and with averages in host memory only that one is on the device.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,28 @@ Watched: TypeAlias = Callable[..., jax.Array]
 """Leaves of the watched trees, float32, to the number that is averaged."""
 
 
+class Held(NamedTuple):
+    """An average as a state holds it: an array a leaf, whatever the storage.
+
+    A container in an array's place would not do: NNX's optimizer makes a `State` of it
+    at the first step, and the second step would be another program.
+
+    Attributes:
+      leaves: like the parameters; codes where the storage is "int8".
+      exponents: an int32 scalar for each leaf of codes, in order.
+    """
+
+    leaves: Params
+    exponents: tuple[jax.Array, ...]
+
+    @classmethod
+    def of(cls, structure: Any, leaves: list[Any]) -> "Held":
+        """The leaves, arrays or `low_bit.Int8`, taken apart."""
+        codes = [x.codes if low_bit.is_int8(x) else x for x in leaves]
+        exponents = tuple(x.exponent for x in leaves if low_bit.is_int8(x))
+        return cls(jax.tree.unflatten(structure, codes), exponents)
+
+
 @dataclasses.dataclass(frozen=True)
 class Average:
     """What is averaged and how it is held.
@@ -33,6 +55,7 @@ class Average:
     Attributes:
       view: what is averaged of each leaf; in magnitude it grows with its arguments'.
       signed: whether that can be negative.
+      skips: whether a number that is not finite is passed over.
       storage: "float32", "bfloat16" or "int8".
       memory: "device" or "pinned_host".
       stream: seeds the rounding; different for each average.
@@ -40,11 +63,12 @@ class Average:
 
     view: Watched
     signed: bool
+    skips: bool
     storage: Storage
     memory: Memory
     stream: int
 
-    def start(self, params: Params, *, from_values: bool) -> Params:
+    def start(self, params: Params, *, from_values: bool) -> Held:
         """Before any snapshot: the view of the parameters, or zero; of floats only."""
 
         def first(number: int, leaf: Any) -> Any:
@@ -53,23 +77,24 @@ class Average:
             abstract = isinstance(leaf, jax.ShapeDtypeStruct)
             value = jnp.zeros_like(leaf) if abstract else leaf
             start = low_bit.phase(self.stream + number)
-            return self._put(_first(value, start, self, from_values and not abstract))
+            return _first(value, start, self, from_values and not abstract)
 
         structure: Any
         leaves, structure = jax.tree.flatten(params, is_leaf=tree.is_excluded)
         firsts = [first(number, leaf) for number, leaf in enumerate(leaves)]
-        return jax.tree.unflatten(structure, firsts)
+        return Held.of(structure, firsts)
 
     def update(
         self,
-        average: Params,
+        average: Held,
         gain: Float32[Array, ""],
         n: Int32[Array, ""],
         *trees: Params,
-    ) -> Params:
+    ) -> Held:
         """The average after snapshot n = 1, ..., by its gain c(n) / S(n)."""
         structure: Any
-        held, structure = jax.tree.flatten(average, is_leaf=tree.is_leaf)
+        joined = low_bit.joined(*average, signed=self.signed)
+        held, structure = jax.tree.flatten(joined, is_leaf=tree.is_leaf)
         watched = list(zip(*map(structure.flatten_up_to, trees), strict=True))
 
         tracked = [i for i, leaf in enumerate(held) if not tree.is_excluded(leaf)]
@@ -86,11 +111,13 @@ class Average:
                     (held[number], after[before])
                 )
             old = low_bit.decode(held[number])
-            new = old + gain * (self.view(*map(_widened, watched[number])) - old)
+            seen = self.view(*map(_widened, watched[number]))
+            if self.skips:
+                seen = jnp.where(jnp.isfinite(seen), seen, old)
             start = low_bit.phase(self.stream + number)
             exponent = None if exponents is None else exponents[number]
-            after[number] = self._encode(new, start, n, exponent)
-        return jax.tree.unflatten(
+            after[number] = self._encode(old + gain * (seen - old), start, n, exponent)
+        return Held.of(
             structure, [x if tree.is_excluded(x) else self._put(x) for x in after]
         )
 
@@ -153,7 +180,7 @@ def _first(leaf: jax.Array, start: np.uint32, how: Average, from_values: bool) -
     if from_values:
         # Returned as it is, the parameter's own buffer would be shared.
         value = jnp.array(how.view(leaf), np.float32, copy=True)
-    return how._encode(value, start, 0, None)
+    return how._put(how._encode(value, start, 0, None))
 
 
 def _largest(leaf: Float[Array, "*shape"]) -> Float32[Array, ""]:
@@ -163,10 +190,25 @@ def _largest(leaf: Float[Array, "*shape"]) -> Float32[Array, ""]:
 def _widened(leaf: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """The leaf in float32, rounded as it is stored.
 
-    XLA may leave out a rounding to bfloat16 that is followed by a widening; the average
-    would then be of weights that the model never had.
+    XLA may leave out a rounding to a narrow float that is followed by a widening; the
+    average would then be of weights that the model never had.
     """
-    wide, kind = leaf.astype(np.float32), jnp.finfo(leaf.dtype)
-    if kind.bits >= 32:
-        return wide
-    return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
+    wide = leaf.astype(np.float32)
+    return wide if leaf.dtype.itemsize >= 4 else _rounded(wide, leaf.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rounded(wide: Float32[Array, "*shape"], dtype: Any) -> Float32[Array, "*shape"]:
+    """The nearest numbers of a narrower dtype; its own numbers stay what they are."""
+    kind = jnp.finfo(dtype)
+    # The digits alone: with its own exponents it would take subnormals for zero, and
+    # in formats without infinity the largest numbers for infinity.
+    rounded = jax.lax.reduce_precision(wide, 8, kind.nmant)
+    if kind.nexp == 8:  # bfloat16, whose subnormals are float32's
+        return rounded
+    step = np.float32(kind.smallest_subnormal)  # a power of two
+    even = jnp.round(wide / step) * step
+    rounded = jnp.where(jnp.abs(wide) < np.float32(kind.smallest_normal), even, rounded)
+    over = np.float32(np.array(np.inf, dtype))  # NaN where there is no infinity
+    inside = ~(jnp.abs(rounded) > np.float32(kind.max))  # NaN too
+    return jnp.where(inside, rounded, jnp.copysign(over, wide))

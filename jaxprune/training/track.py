@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune.arrays import low_bit
+from jaxprune.arrays import low_bit, tree
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.training import weightings
-from jaxprune.training.running_average import Average, Memory, Watched
+from jaxprune.training.running_average import Average, Held, Memory, Watched
 from jaxprune.typing import Params, Weighting
 
 
@@ -28,11 +28,16 @@ class TrackImportanceState(NamedTuple):
       step: updates seen, int32 scalar.
       weight: average of w, like the parameters, or None.
       magnitude: average of |w|, like the parameters, or None.
+      exponents: for the storage "int8" the units of the codes: field to a scalar for
+        each tracked leaf, in order; empty else.
+
+    With "int8" the fields hold codes; `get_importance` gives numbers.
     """
 
     step: jax.Array
     weight: Params | None
     magnitude: Params | None
+    exponents: dict[str, tuple[jax.Array, ...]]
 
     @property
     def importance_fields(self) -> tuple[str, ...]:
@@ -47,11 +52,16 @@ class TrackGradientsState(NamedTuple):
       step: updates seen, int32 scalar.
       square: average of g^2, like the parameters, or None.
       taylor: average of |w g|, like the parameters, or None.
+      exponents: for the storage "int8" the units of the codes: field to a scalar for
+        each tracked leaf, in order; empty else.
+
+    With "int8" the fields hold codes; `get_importance` gives numbers.
     """
 
     step: jax.Array
     square: Params | None
     taylor: Params | None
+    exponents: dict[str, tuple[jax.Array, ...]]
 
     @property
     def importance_fields(self) -> tuple[str, ...]:
@@ -185,7 +195,12 @@ def _tracker(
     def init(params: Params) -> Any:
         of_weights = kind is TrackImportanceState
         first = {k: a.start(params, from_values=of_weights) for k, a in watched.items()}
-        return kind(_counter(params), *map(first.get, kind._fields[1:]))
+        nothing = dict.fromkeys(kind._fields)
+        state = _with(kind(**nothing)._replace(step=_counter(params)), first)
+        if tree.is_placeholder(params):  # a number stands for those of all leaves
+            coded = (k for k, a in watched.items() if a.storage == "int8")
+            state = state._replace(exponents=dict.fromkeys(coded, state.step))
+        return state
 
     def update(
         updates: optax.Updates,
@@ -216,16 +231,21 @@ def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any
 
     def due(state: Any, watched: dict[str, Average], *trees: Params) -> Any:
         since = state.step - start
-        n = since // every + 1
+        n = jnp.maximum(since // every + 1, 1)
         gain = weighting(n)
         after = state._replace(step=optax.safe_increment(state.step))
 
         def take(old: Any) -> Any:
             new = {
-                field: how.update(getattr(old, field), gain, n, *trees)
+                field: how.update(
+                    Held(getattr(old, field), old.exponents.get(field, ())),
+                    gain,
+                    n,
+                    *trees,
+                )
                 for field, how in watched.items()
             }
-            return old._replace(**new)
+            return _with(old, new)
 
         if every == 1 and start == 0:
             return take(after)
@@ -235,10 +255,17 @@ def _schedule(weighting: Weighting, every: int, start: int) -> Callable[..., Any
     return due
 
 
+def _with(state: Any, held: dict[str, Held]) -> Any:
+    """The state with these averages."""
+    exponents = {field: own.exponents for field, own in held.items() if own.exponents}
+    leaves = {field: own.leaves for field, own in held.items()}
+    return state._replace(**leaves, exponents=exponents)
+
+
 def _watched(
     what: str,
     average: Collection[str],
-    known: dict[str, tuple[Watched, bool]],
+    known: dict[str, tuple[Watched, bool, bool]],
     storage: Storage,
     memory: Memory,
     seed: int,
@@ -277,11 +304,12 @@ def _taylor(gradient: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.abs(weight * gradient)
 
 
-_OF_WEIGHTS: dict[str, tuple[Watched, bool]] = {
-    "weight": (jnp.positive, True),
-    "magnitude": (jnp.abs, False),
+# What is averaged, whether it has a sign, and whether it skips what is not finite.
+_OF_WEIGHTS: dict[str, tuple[Watched, bool, bool]] = {
+    "weight": (jnp.positive, True, False),
+    "magnitude": (jnp.abs, False, False),
 }
-_OF_GRADIENTS: dict[str, tuple[Watched, bool]] = {
-    "square": (lambda gradient, *_: jnp.square(gradient), False),
-    "taylor": (_taylor, False),
+_OF_GRADIENTS: dict[str, tuple[Watched, bool, bool]] = {
+    "square": (lambda gradient, *_: jnp.square(gradient), False, True),
+    "taylor": (_taylor, False, True),
 }

@@ -42,7 +42,13 @@ def _imported(source: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("where", BLOCKS)
+def _by_page(where):
+    # README's are of the default suite, those of docs/ of the full one.
+    marks = [] if where.startswith("README") else [pytest.mark.full]
+    return pytest.param(where, marks=marks, id=where)
+
+
+@pytest.mark.parametrize("where", [_by_page(where) for where in BLOCKS])
 def test_every_block_runs_as_it_stands(where, tmp_path, monkeypatch):
     page, line, source = BLOCKS[where]
     for module in _imported(source) & OPTIONAL:

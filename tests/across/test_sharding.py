@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from tests.support.trajectories import same_bits
 
-KINDS = [AxisType.Auto, AxisType.Explicit]
+KINDS = [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)]
 SPECS = {
     "a": P("x"),  # inputs
     "m": P(None, "y"),  # outputs

@@ -15,7 +15,7 @@ from jaxprune.arrays import placement, sparsity
 from jaxprune.topk.count_search import CANDIDATES
 from tests.support.trajectories import same_bits
 
-KINDS = [AxisType.Auto, AxisType.Explicit]
+KINDS = [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)]
 LAYOUTS = {
     "fully sharded": P(("data", "model")),
     "rows": P("data"),

@@ -37,7 +37,7 @@ HALF = ("--sparsity", "0.5")
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (refused(*CALIBRATED), "leaves the sparsity free; give sparsity"),
+        (refused(*CALIBRATED), "leaves the sparsity free; give --sparsity"),
         (refused(*CALIBRATED, "--sparsity", "1"), r"in \[0, 1\), .* got 1"),
         (
             refused(*CALIBRATED, *HALF, "--pattern", "2of4"),
@@ -72,7 +72,7 @@ HALF = ("--sparsity", "0.5")
         (refused(*CALIBRATED, *HALF, out="model/in"), "apart"),
         (
             refused(*CALIBRATED, *HALF, out="made"),
-            "--overwrite in the command, if it is an earlier result",
+            "choose another place, or give --overwrite if it is an earlier result",
         ),
         (refused(*CALIBRATED, *HALF, out="a.txt"), "must not destroy"),
         (refused(*CALIBRATED, *HALF, model="none"), "no directory 'none'"),
@@ -92,7 +92,28 @@ HALF = ("--sparsity", "0.5")
             "stride <= context",
         ),
         (["eval", "model", "--text", "a.txt", "--context", "90"], "at most 64"),
-        (["sample", "model", "--prompt", "w4", "--steps", "90"], "prompt . steps"),
+        (["sample", "model", "--prompt", "w4", "--steps", "90"], "prompt and --steps"),
+        (["sample", "model", "--prompt", "w4", "--steps", "-1"], "--steps must not be"),
+        (
+            ["sample", "model", "--prompt", "w4", "--top-k", "0"],
+            "--top-k must be at le",
+        ),
+        (["sample", "model", "--prompt", "w4", "--seed", "-1"], "--seed must be from"),
+        (
+            ["sample", "model", "--prompt", "w4", "--temperature", "nan"],
+            "--temperature must be 0 or more",
+        ),
+        (["eval", "model", "--text", "a.txt", "--context", "1"], "--context must be"),
+        (["eval", "model", "--text", "broken.npy"], "'broken.npy' must be an array"),
+        (
+            ["eval", "model", "--text", "a.txt", "--ignore-config", "gating"],
+            "to ignore must be in config.json, but it has no 'gating'",
+        ),
+        (refused(*CALIBRATED, *HALF, "--seed", "-1"), "--seed must be from 0"),
+        (
+            refused(*HALF, "--method", "magnitude", "--exclude", "*proj*"),
+            "--exclude leaves none",
+        ),
         (["inspect", "model", "--sparsity", "2"], r"in \[0, 1\)"),
         (["expand", "a.txt", "free"], "damaged"),
     ],
@@ -101,11 +122,14 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
     place, made, capsys, monkeypatch, words, told
 ):
     monkeypatch.chdir(place)
+    (place / "broken.npy").write_text("no array")
     code, found, err = run(capsys, *words)
     assert (code, found) == (1, None)
     (line,) = err.splitlines()
     assert line.startswith(f"jaxprune {words[0]}: ")
     assert re.search(told, line), line
+    # The command speaks of its own options, and not of Python's arguments.
+    assert not re.search(r"\bjp\.|=True|prunable|\w\(\)|ignore_config", line), line
     assert not (place / "free").exists()
     assert not (place / ".free.work").exists()
 
@@ -177,7 +201,8 @@ def test_a_folder_is_packed_and_comes_back(place, made, capsys, monkeypatch):
     assert len(lines) == 2 * len(tiny_cli.tensors())  # counted, then written
     assert found["compact_bytes"] == (place / "packed").stat().st_size
     assert run(capsys, "expand", place / "packed", place / "back")[0] == 0
-    names = {path.name for path in made.iterdir()} - {"report.html"}
+    names = {path.name for path in made.iterdir()}
+    assert "report.html" in names
     assert {path.name for path in (place / "back").iterdir()} == names
     for name in names:
         assert (place / "back" / name).read_bytes() == (made / name).read_bytes()

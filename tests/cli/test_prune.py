@@ -215,7 +215,7 @@ def test_magnitude_is_measured_where_a_text_is_given(place, capsys):
     assert magnitude("0.5")[0] == 0
     code, found, err = magnitude("0.7")
     assert (code, found) == (1, None)
-    assert "or pass overwrite=True, --overwrite in the command, if" in err
+    assert "another place, or give --overwrite if it is an earlier result" in err
     code, found, _ = magnitude("0.7", "--overwrite")
     assert code == 0
     rows = np.load(place / "other.npy")

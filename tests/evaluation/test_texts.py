@@ -40,7 +40,10 @@ def test_a_text_is_read_without_bos_and_lines_of_json_are_joined(tokenizer, tmp_
         ("a.npy", np.zeros((4, 4)), "got float64"),
         ("a.npy", np.zeros((4, 1), np.int32), "at least 2 tokens"),
         ("a.npy", np.full((4, 4), 97), "from 0 to 96"),
-        ("a.npy", np.array([{}]), "allow_pickle=False"),
+        ("a.npy", np.array([{}]), r"a.npy' must be an array that numpy.save wrote"),
+        ("a.npy", b"w5 w6", r"a.npy' must be an array that numpy.save wrote"),
+        ("a.npy", b"", r"a.npy' must be an array that numpy.save wrote"),
+        ("a.txt", b"w5 " * 2**23 + b"\xff", "must be UTF-8"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused(

@@ -1,11 +1,14 @@
 """Runs of the experiments are of a model that compiles in a fraction of the time."""
 
+import runpy
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from experiments import gpt
 from tests.support.tiny_job import SMALL
+from tests.support.tiny_run import MODULE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -14,3 +17,24 @@ def small_preset() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gpt.PRESETS, "cpu", SMALL)
         yield
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `python -m experiments.scaled_down_llm` without the process's start."""
+
+    def execute(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [MODULE, *arguments])
+            patch.delitem(sys.modules, MODULE)
+            try:
+                runpy.run_module(MODULE, run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                status = end.code
+        printed = capsys.readouterr()
+        # A text given to sys.exit is printed by the interpreter, as status 1.
+        said = printed.err + (status if isinstance(status, str) else "")
+        return (1 if isinstance(status, str) else status), printed.out, said
+
+    return execute

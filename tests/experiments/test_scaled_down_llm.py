@@ -135,6 +135,7 @@ def stages(out):
     }
 
 
+@pytest.mark.full
 def test_stopped_while_the_report_is_written_it_writes_the_same_report(
     run, tmp_path, monkeypatch
 ):

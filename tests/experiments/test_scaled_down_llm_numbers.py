@@ -1,7 +1,9 @@
-"""The main job's numbers are what they say: found again by hand from its checkpoint."""
+"""The main job's numbers are what they say, and its folder is for this job alone."""
 
 import csv
 import json
+import re
+import shlex
 
 import jax
 import numpy as np
@@ -16,10 +18,12 @@ from experiments.harness import checkpoint, training
 from experiments.harness.weights import WATCHED_WEIGHTS
 from experiments.report import results as results_
 from experiments.tasks.language_model import LanguageModel, optimizer
+from jaxprune.formats import atomic
 from tests.support.tiny_run import (
     BATCH,
     CELLS,
     CONTEXT,
+    MODULE,
     RETRAIN,
     RETRAINED,
     SEEDS,
@@ -28,7 +32,9 @@ from tests.support.tiny_run import (
     files,
     flags,
     metrics,
+    snapshot,
     undisturbed,
+    write_text,
 )
 
 
@@ -284,3 +290,69 @@ def test_retraining_has_a_learning_rate_of_its_own(run, tmp_path):
     (cell,) = seed["cells"]
     assert seed["control"]["loss"] == pytest.approx(seed["dense"]["loss"], abs=1e-6)
     assert cell["loss_retrained"] == pytest.approx(cell["loss_pruned"], abs=1e-6)
+
+
+def test_a_finished_run_told_its_own_command_says_so_and_changes_no_file(run, command):
+    before = snapshot(run.out)
+    recorded = json.loads((run.out / "results.json").read_text())["command"]
+    assert shlex.split(recorded)[:3] == ["python", "-m", MODULE]
+    status, said, errors = command(*shlex.split(recorded)[3:])
+    assert status == 0
+    assert "is finished" in said
+    assert str(run.out) in said
+    assert not errors
+    assert snapshot(run.out) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "fields"),
+    [
+        (["--steps", "13"], ["steps"]),
+        (["--learning-rate", "0.5"], ["learning_rate", "retrain_learning_rate"]),
+        (["--retrain-learning-rate", "0.5"], ["retrain_learning_rate"]),
+        (["--criteria", "trajectory", "random"], ["criteria"]),
+        (["--seeds", "0"], ["seeds"]),
+    ],
+)
+def test_another_configuration_in_the_folder_is_refused_by_its_fields(
+    run, command, changed, fields
+):
+    refused(command, run.out, flags(run.text, run.out, *changed), fields)
+
+
+@pytest.mark.parametrize(
+    ("characters", "fields"),
+    [
+        ("ABCDEFGHIJ KLMNOP.\n", ["fingerprint"]),
+        ("abcdefghij klmnopqrs.\n", ["fingerprint", "vocabulary"]),
+    ],
+)
+def test_another_text_in_the_folder_is_refused_by_its_fields(
+    run, command, tmp_path, characters, fields
+):
+    other = write_text(tmp_path / run.text.name, characters)
+    refused(command, run.out, flags(other, run.out), fields)
+
+
+def refused(command, folder, arguments, fields):
+    before = snapshot(folder)
+    status, said, errors = command(*arguments)
+    assert status == 1
+    assert not said
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+    assert str(folder) in errors
+    assert re.findall(r"(\w+) was .*? and is ", errors) == fields
+    assert snapshot(folder) == before
+
+
+def test_a_second_process_in_the_folder_is_refused(run, command):
+    out = run.out
+    before = snapshot(out)
+    with atomic.locked(out):
+        status, _, errors = command(*flags(run.text, out))
+    assert status == 1
+    assert errors == (
+        f"error: another run writes to '{out}'; wait for it, or choose another place"
+    )
+    assert snapshot(out) == before

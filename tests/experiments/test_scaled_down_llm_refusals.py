@@ -1,111 +1,19 @@
 """What the main job refuses is one sentence, and nothing is written."""
 
-import json
-import re
-import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from jaxprune.formats import atomic
-from tests.support.tiny_run import MODULE, flags, undisturbed, write_text
+from tests.support.tiny_run import MODULE, flags, snapshot, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def run():
-    return undisturbed()
 
 
 @pytest.fixture
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "tiny.txt")
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `python -m experiments.scaled_down_llm` without the process's start."""
-
-    def execute(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [MODULE, *arguments])
-            patch.delitem(sys.modules, MODULE)
-            try:
-                runpy.run_module(MODULE, run_name="__main__")
-                status = 0
-            except SystemExit as end:
-                status = end.code
-        printed = capsys.readouterr()
-        # A text given to sys.exit is printed by the interpreter, as status 1.
-        said = printed.err + (status if isinstance(status, str) else "")
-        return (1 if isinstance(status, str) else status), printed.out, said
-
-    return execute
-
-
-def snapshot(folder):
-    return {
-        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def test_a_finished_run_told_its_own_command_says_so_and_changes_no_file(run, command):
-    before = snapshot(run.out)
-    recorded = json.loads((run.out / "results.json").read_text())["command"]
-    assert shlex.split(recorded)[:3] == ["python", "-m", MODULE]
-    status, said, errors = command(*shlex.split(recorded)[3:])
-    assert status == 0
-    assert "is finished" in said
-    assert str(run.out) in said
-    assert not errors
-    assert snapshot(run.out) == before
-
-
-@pytest.mark.parametrize(
-    ("changed", "fields"),
-    [
-        (["--steps", "13"], ["steps"]),
-        (["--learning-rate", "0.5"], ["learning_rate", "retrain_learning_rate"]),
-        (["--retrain-learning-rate", "0.5"], ["retrain_learning_rate"]),
-        (["--criteria", "trajectory", "random"], ["criteria"]),
-        (["--seeds", "0"], ["seeds"]),
-    ],
-)
-def test_another_configuration_in_the_folder_is_refused_by_its_fields(
-    run, command, changed, fields
-):
-    refused(command, run.out, flags(run.text, run.out, *changed), fields)
-
-
-@pytest.mark.parametrize(
-    ("characters", "fields"),
-    [
-        ("ABCDEFGHIJ KLMNOP.\n", ["fingerprint"]),
-        ("abcdefghij klmnopqrs.\n", ["fingerprint", "vocabulary"]),
-    ],
-)
-def test_another_text_in_the_folder_is_refused_by_its_fields(
-    run, command, tmp_path, characters, fields
-):
-    other = write_text(tmp_path / run.text.name, characters)
-    refused(command, run.out, flags(other, run.out), fields)
-
-
-def refused(command, folder, arguments, fields):
-    before = snapshot(folder)
-    status, said, errors = command(*arguments)
-    assert status == 1
-    assert not said
-    assert errors.startswith("error: ")
-    assert len(errors.splitlines()) == 1
-    assert str(folder) in errors
-    assert re.findall(r"(\w+) was .*? and is ", errors) == fields
-    assert snapshot(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -230,18 +138,6 @@ def test_a_file_in_the_place_of_the_folder_is_refused(text, tmp_path, command, n
     assert str(tmp_path / name) in errors
     assert len(errors.splitlines()) == 1
     assert snapshot(tmp_path) == before
-
-
-def test_a_second_process_in_the_folder_is_refused(run, command):
-    out = run.out
-    before = snapshot(out)
-    with atomic.locked(out):
-        status, _, errors = command(*flags(run.text, out))
-    assert status == 1
-    assert errors == (
-        f"error: another run writes to '{out}'; wait for it, or choose another place"
-    )
-    assert snapshot(out) == before
 
 
 def test_a_loss_that_is_not_finite_is_one_sentence(text, tmp_path, command):

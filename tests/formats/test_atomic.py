@@ -74,3 +74,19 @@ def test_a_directory_is_held_by_one_at_a_time(tmp_path):
         pass
     with atomic.locked(run):
         pass
+
+
+def test_a_place_that_cannot_be_written_to_or_has_no_room_is_refused(monkeypatch):
+    with pytest.raises(OSError, match=r"'/proc' must be a directory that can be wri"):
+        atomic.check_room(Path("/proc/a/b"), 1)
+    with pytest.raises(OSError, match="must have room for 1,000,000,000,000,000,000"):
+        atomic.check_room(Path("/tmp/a/b"), 10**18)
+    atomic.check_room(Path("/tmp/a/b"), 1)
+
+
+def test_a_disk_that_is_full_names_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '/dev/full'"),
+        atomic.Sink(Path("/dev/full")) as sink,
+    ):
+        sink.put(b"abc")

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
 import ml_dtypes
@@ -118,6 +119,56 @@ def test_minus_zero_and_the_bits_of_nan_survive(tmp_path):
     np.testing.assert_array_equal(read.view(np.uint16), bits)
 
 
+def test_whatever_lies_in_the_directory_is_kept_or_named(tmp_path):
+    folder = build(
+        tmp_path / "m", pruned(), **{"report.html": b"<p>", "old.bin": b"\0"}
+    )
+    (folder / "1_Pooling" / "deep").mkdir(parents=True)
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "1_Pooling" / "deep" / "x.pt").write_bytes(b"\1\2")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "note").write_bytes(b"")
+    whole = contents(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "out").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(folder / "pipe")
+    result = compact.compact(open_directory(folder), tmp_path / "f")
+    assert result.left == ("out", "pipe")
+    compact.expand(tmp_path / "f", tmp_path / "again")
+    assert contents(tmp_path / "again") == whole
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"]
+)
+def test_a_bit_that_flipped_is_found_before_the_tensor_is_handed_out(packed, name):
+    with open(packed, "r+b") as file:
+        entries, _ = compact_archive.read_header(packed)
+        info = entries.get(f"values/{name}") or entries[f"dense/{name}"]
+        file.seek(info.offset + info.size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    seen = []
+    with pytest.raises(Damaged, match=f"'{name}' in it is not what went in"):
+        seen += [found for found, _ in compact.tensors(packed)]
+    assert name not in seen
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path, packed, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4000))
+    with pytest.raises(
+        OSError, match=r"must have room for [\d,]+ bytes, but 4,000 are"
+    ):
+        compact.expand(packed, tmp_path / "again")
+    with pytest.raises(OSError, match="must have room"):
+        compact.compact(open_directory(tmp_path / "m"), tmp_path / "g")
+    assert sorted(os.listdir(tmp_path)) == ["m", "m.compact"]
+
+
 FLOATS = [np.float32, np.float16, BFLOAT16, ml_dtypes.float8_e4m3fn]
 kinds = st.sampled_from([*FLOATS, np.int8, np.int64, np.bool_])
 shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
@@ -198,6 +249,7 @@ def _shorter(told, held):
         (lambda t, h: t["tensors"][UP].update(dtype="F32"), "is not what its"),
         (lambda t, h: t["tensors"][UP].update(file="x"), "nothing sound"),
         (lambda t, h: t["tensors"].update({UP: 1}), "nothing sound"),
+        (lambda t, h: t["tensors"][UP].pop("sha256"), "nothing sound"),
     ],
 )
 def test_a_file_that_is_not_what_it_says_is_damaged(tmp_path, packed, change, match):

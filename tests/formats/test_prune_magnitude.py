@@ -5,6 +5,7 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -207,6 +208,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_weights_of_one_byte_are_refused_by_name_and_may_be_left_out(tmp_path):
+    tensors = {"a.weight": normal(1, 8, 8), "b.weight": normal(2, 8, 8)}
+    tensors["b.weight"] = tensors["b.weight"].astype(ml_dtypes.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"'b.weight' are float8_e4m3fn; save the mod"):
+        prune(tmp_path / "1", tensors, sparsity=0.5)
+    rule = jp.tree.excluding("b/weight")
+    found, _ = prune(tmp_path / "2", tensors, sparsity=0.5, prunable=rule)
+    assert [(found[n] == 0).sum() for n in ("a.weight", "b.weight")] == [32, 0]
+
+
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     tensors = llama()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
@@ -262,6 +273,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["m", "out", "whole"]
 
 
+@pytest.mark.full
 def test_after_the_first_tensor_memory_holds_a_few_and_not_the_model(tmp_path):
     tensors = {f"layers.{i}.weight": normal(i, 1024, 1024) for i in range(64)}
     build(tmp_path / "m", tensors, 2)

@@ -60,6 +60,36 @@ def test_only_the_replaced_tensors_bytes_change(tmp_path, source):
         assert before[name] == after[name]
 
 
+def test_files_of_sub_directories_that_belong_to_the_model_are_copied(tmp_path, source):
+    pooling = source.path / "1_Pooling"
+    pooling.mkdir()
+    (pooling / "config.json").write_text('{"a": 1}')
+    (pooling / "weights.bin").write_bytes(b"\0")
+    again = open_directory(source.path)
+    assert again.left == ("1_Pooling/weights.bin",)
+    rewrite.write(again, tmp_path / "b", {}, provenance={})
+    assert contents(tmp_path / "b" / "1_Pooling") == {"config.json": b'{"a": 1}'}
+    assert (
+        "1_Pooling/config.json"
+        in rewrite.read_provenance(tmp_path / "b", verify=True)["files"]
+    )
+    rewrite.write(again, tmp_path / "b", {}, provenance={}, overwrite=True)
+
+
+def test_what_is_measured_at_the_end_is_part_of_what_appears(tmp_path, source):
+    def finish(directory, record):
+        assert not (tmp_path / "b").exists()
+        found = open_directory(directory)
+        assert found.tensors.keys() == source.tensors.keys()
+        return {"seen": sorted(record["files"])}, {"page.html": b"<p>"}
+
+    rewrite.write(source, tmp_path / "b", {}, provenance={}, finish=finish)
+    record = rewrite.read_provenance(tmp_path / "b", verify=True)
+    assert record["seen"] == sorted(record["files"])
+    assert (tmp_path / "b" / "page.html").read_bytes() == b"<p>"
+    assert not list((tmp_path / "b").glob(".*"))
+
+
 def test_values_are_cast_to_the_stored_dtype(tmp_path, source):
     exact = jnp.asarray(source.read(Q)).astype(jnp.float32) * 1.001
     rewrite.write(source, tmp_path / "out", {Q: exact}, provenance=HOW)

@@ -1,6 +1,8 @@
 """Hugging Face folders: the same numbers as transformers, and what is refused."""
 
 import json
+import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxprune.models.generate import generate
 from jaxprune.models.hf import decoder_config
 from tests.support import tiny_hf
 
-LONG = ("phi3-long", "phi3-partial")
+LONG = ("phi3-long", "phi3-partial", "phi3-yarn", "llama-long")
 
 
 def _logits(model, tokens):
@@ -31,8 +33,8 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     pytest.importorskip("torch")
     theirs = tiny_hf.torch_model(name, tmp_path)
     model = hf.load(tmp_path).model
-    for time in (40, 12) if name in LONG else (40,):  # the switch is at 16
-        tokens = tiny_hf.tokens(time=time)
+    for length in (40, 12) if name in LONG else (40,):  # the switch is at 16
+        tokens = tiny_hf.tokens(time=length)
         expected = tiny_hf.torch_logits(theirs, tokens)
         assert np.abs(expected).max() > 1
         np.testing.assert_allclose(_logits(model, tokens), expected, rtol=0, atol=2e-5)
@@ -291,8 +293,8 @@ def test_bookkeeping_of_real_files_does_not_matter():
         ("llama", {"rope_scaling": [1]}, "rope_scaling must be an object"),
         (
             "llama",
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_scaling.rope_type must be one of default.*'yarn'.*"
+            {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}},
+            "rope_scaling.rope_type must be one of default.*'proportional'.*"
             "rope_scaling.factor=4.0 is not known",
         ),
         (
@@ -317,6 +319,45 @@ def test_bookkeeping_of_real_files_does_not_matter():
         ),
         ("phi3", {"partial_rotary_factor": 0.4}, "even number of 8 features"),
         ("phi3", {"attention_bias": True}, "attention_bias must be False, got True"),
+        # transformers' Llama, Mistral, Qwen and Gemma turn a head as a whole.
+        *(
+            (name, change, "partial_rotary_factor must be 1")
+            for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+            for change in (
+                {"partial_rotary_factor": 0.5},
+                {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}},
+            )
+        ),
+        # transformers' Phi-3 takes no other scheme than its own.
+        (
+            "phi3",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type must be one of default, longrope.*'linear'",
+        ),
+        (
+            "llama",
+            {
+                "rope_scaling": {
+                    "rope_type": "dynamic",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "original_max_position_embeddings must be max_position_embeddings=64.*32",
+        ),
+        (
+            "phi3-long",
+            {"original_max_position_embeddings": 1},
+            "original_max_position_embeddings must be over 1",
+        ),
+        ("llama", {"rope_theta": math.nan}, "rope_theta must be a positive number"),
+        ("llama", {"rope_theta": 10**400}, "rope_theta must be a positive number"),
+        ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps must be a positive number"),
+        ("llama", {"num_hidden_layers": 10**12}, "num_hidden_layers must be at most"),
+        ("gpt2", {"n_layer": 20_000}, "n_layer must be at most 10000"),
+        ("llama", {"hidden_size": 10**12}, "hidden_size must be at most"),
+        ("llama", {"head_dim": 10**9}, "even number of 1000000000 features turning"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved must be False"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention must be False"),
         ("gpt2", {"n_ctx": 32}, "n_ctx must be n_positions=64, got 32"),
         ("gpt2", {"n_head": 5}, "n_embd must be divisible by n_head=5"),
@@ -340,6 +381,57 @@ def test_bookkeeping_of_real_files_does_not_matter():
 def test_a_configuration_not_understood_is_refused_by_name(name, changes, words):
     with pytest.raises(ValueError, match=words):
         _read(name, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        # As SmolLM2, distilgpt2, gpt2-medium, gpt2-xl and huggyllama have it.
+        (
+            "llama",
+            {
+                "is_llama_config": True,
+                "rope_interleaved": False,
+                "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+            },
+        ),
+        ("gpt2", {"_num_labels": 1, "n_special": 0, "predict_special_tokens": True}),
+        ("gpt2", {"output_past": True}),
+        ("llama", {"max_sequence_length": 2048, "attention_probs_dropout_prob": 0.1}),
+        ("mistral", {"attention_bias": False, "partial_rotary_factor": 1.0}),
+        ("gemma3", {"partial_rotary_factor": 1.0}),
+    ],
+)
+def test_attributes_of_published_models_that_nobody_reads_stop_nobody(name, changes):
+    assert _read(name, **changes) == _read(name)
+
+
+def test_a_fine_tuners_note_is_let_through_and_named(tmp_path):
+    tiny_hf.random_folder("llama", tmp_path)
+    tiny_hf.edit(tmp_path, my_training_note="x", dataset={"path": "a", "epochs": 3})
+    assert hf.load(tmp_path, lazy=True).ignored == ("my_training_note", "dataset")
+
+
+def test_an_attribute_is_ignored_where_the_caller_says_so(tmp_path):
+    tiny_hf.random_folder("llama", tmp_path)
+    config = hf.load(tmp_path, lazy=True).config
+    tiny_hf.edit(tmp_path, gating="fancy", partial_rotary_factor=0.5)
+    with pytest.raises(Unknown, match=r"gating='fancy' is not known.*ignore_config"):
+        hf.load(tmp_path)
+    names = ("gating", "partial_rotary_factor")
+    found = hf.load(tmp_path, lazy=True, ignore_config=names)
+    assert (found.config, found.ignored) == (config, names)
+    with pytest.raises(ValueError, match=r"to ignore must be in .* has no 'gated'"):
+        hf.load(tmp_path, ignore_config=["gated"])
+
+
+def test_more_layers_than_tensors_are_refused_before_any_is_built(tmp_path):
+    tiny_hf.random_folder("llama", tmp_path)
+    tiny_hf.edit(tmp_path, num_hidden_layers=9_999)
+    started = time.monotonic()
+    with pytest.raises(Damaged, match=r"9999 layers .* but has \d+ tensors"):
+        hf.load(tmp_path)
+    assert time.monotonic() - started < 5  # a minute and more if they are built
 
 
 def test_all_attributes_are_named_at_once(tmp_path):
@@ -460,6 +552,16 @@ def test_a_tokenizer_without_bos_says_so(tmp_path):
     assert (tokenizer.bos, tokenizer.eos, tokenizer.begins) == (None, (2, 5), False)
     with pytest.raises(ValueError, match=r"token that begins a text.*bos=False"):
         tokenizer.encode("to be", bos=True)
+
+
+@pytest.mark.parametrize("wrong", [[{}], [1, "x"], "</s>", True, [[1]]])
+def test_ends_that_are_no_tokens_are_refused(tmp_path, wrong):
+    folder = _tokenizer_folder(tmp_path)
+    tiny_hf.edit(folder, eos_token_id=wrong)
+    with pytest.raises(
+        Damaged, match=r"config.json' must have a token .* eos_token_id"
+    ):
+        hf.load_tokenizer(folder)
 
 
 def test_what_is_no_tokenizer_is_told_apart(tmp_path):

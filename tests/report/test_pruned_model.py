@@ -110,6 +110,15 @@ def test_the_page_shows_everything_and_loads_nothing():
     assert [words for words in shown if words not in page.text] == []
 
 
+def test_what_no_calibration_sample_reached_is_named():
+    record = copy.deepcopy(RECORD)
+    assert "no calibration sample" not in Page(pruned_model.document(record)).text
+    record["weights"][0] |= {"by_magnitude": [1, 3], "shape": [4, 8, 8]}
+    record["weights"][2] |= {"by_magnitude": [0], "shape": [1, 8, 8]}
+    text = Page(pruned_model.document(record)).text
+    assert f"their input: {NAMES[0]} (1, 3 of 4); {NAMES[2]}." in text
+
+
 def test_the_largest_errors_come_first():
     text = Page(pruned_model.document(RECORD)).text
     table = text[text.index("The 6 largest errors") :]

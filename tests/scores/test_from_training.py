@@ -146,8 +146,10 @@ def test_swapped_arguments_are_named(name):
 
 def test_a_state_that_tracks_nothing_says_what_to_chain():
     for state in (optax.sgd(0.1).init(PARAMS), {"layer": jnp.ones(3)}):
-        with pytest.raises(ValueError, match=r"chain jp\.track_importance\(\) last"):
+        with pytest.raises(ValueError, match=r"chain jp\.track_gradients\(\) first"):
             jp.scores.trajectory(PARAMS, state)
+        with pytest.raises(ValueError, match=r"chain jp\.track_importance\(\) last"):
+            jp.scores.averaged_weight(PARAMS, state)
     with pytest.raises(ValueError, match=r"Importance\.square, which was not tracked"):
         jp.scores.trajectory(PARAMS)
 

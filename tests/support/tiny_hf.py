@@ -94,6 +94,46 @@ CONFIGS = {
             },
         },
     ),
+    "llama-dynamic": (
+        "Llama",
+        {**SMALL, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+    ),
+    "llama-long": (  # the context of pretraining is that of the model here
+        "Llama",
+        {
+            **SMALL,
+            "rope_parameters": {**LONG, "original_max_position_embeddings": 16},
+        },
+    ),
+    "llama-yarn": (
+        "Llama",
+        {
+            **SMALL,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 1.5,
+                "beta_slow": 0.2,
+                "truncate": False,
+                "mscale": 0.8,
+                "mscale_all_dim": 0.4,
+            },
+        },
+    ),
+    "qwen3-yarn": (  # as its model card has it
+        "Qwen3",
+        {
+            **SMALL,
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "mistral": ("Mistral", {**SMALL, "sliding_window": 6}),
     "mistral-full": ("Mistral", {**SMALL, "sliding_window": None, "head_dim": 16}),
     "qwen2": (
@@ -139,6 +179,18 @@ CONFIGS = {
                 "partial_rotary_factor": 0.75,
                 "short_factor": [1.0, 1.1, 1.3],
                 "long_factor": [1.5, 2.0, 4.0],
+            },
+        },
+    ),
+    "phi3-yarn": (  # an older name of its long rope
+        "Phi3",
+        {
+            **SMALL,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                **LONG,
+                "rope_type": "yarn",
+                "original_max_position_embeddings": 32,  # not looked at
             },
         },
     ),

@@ -78,3 +78,10 @@ def files(folder):
     """Every file's name, less what names a process or a moment."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     return {name for name in found if not name.startswith(("tensorboard", "seed-"))}
+
+
+def snapshot(folder):
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in sorted(folder.rglob("*"))
+    }

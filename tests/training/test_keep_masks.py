@@ -258,3 +258,60 @@ def test_a_dataclass_of_masks_fits_a_dataclass_of_parameters():
     masks = Module(jnp.eye(2, dtype=bool), optax.MaskedNode())
     run = record(jp.keep_masks(optax.sgd(0.1), masks), params, gradients(params, 2))
     np.testing.assert_array_equal(array(run.params.kernel) != 0, np.eye(2, dtype=bool))
+
+
+@pytest.mark.parametrize("narrow", ["bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_first_step_zeroes_weights_that_the_updates_cannot_hold(dtype, narrow):
+    large = 5.1e4 if dtype == "float16" else 1e5
+    params = {"w": jnp.asarray([1.23, 5.1, large, -1e-3, 2.0], dtype)}
+    masks = {"w": jnp.array([False, False, False, False, True])}
+    tx = jp.keep_masks(optax.identity(), masks)
+    gradient = {"w": jnp.ones(5, narrow)}
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
+    after = optax.apply_updates(params, updates)["w"]
+    assert after.dtype == dtype
+    assert array(after).tolist() == [0, 0, 0, 0, 3]
+
+
+def test_wider_updates_of_narrow_weights_stay_as_wide_as_they_were():
+    params = {"w": jnp.asarray([1.23, 5.1], jnp.bfloat16)}
+    tx = jp.keep_masks(optax.identity(), {"w": jnp.array([False, True])})
+    gradient = {"w": jnp.full(2, 1e-3, jnp.float32)}
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    assert updates["w"].dtype == jnp.float32
+    assert float(optax.apply_updates(params, updates)["w"][0]) == 0
+
+
+def test_lookahead_inside_keeps_fast_and_slow_weights_at_zero():
+    plain = {"w": jnp.arange(1.0, 5.0)}
+    params = optax.LookaheadParams.init_synced(plain)
+    mask = {"w": jnp.array([True, False, True, False])}
+    inner = optax.lookahead(optax.adam(0.1), sync_period=2, slow_step_size=0.5)
+    tx = jp.keep_masks(inner, optax.LookaheadParams(mask, mask))
+    state = tx.init(params)
+    for _ in range(5):
+        updates, state = tx.update(plain, state, params)
+        params = optax.apply_updates(params, updates)
+        for half in params:
+            assert (half["w"] == 0).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["keep_masks", "lora", "track_importance", "int8"])
+def test_the_parameters_place_in_a_state_is_found_by_optax(name):
+    """Moments are doubled by `map_params`, counters are not."""
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    masks = {"w": jnp.ones((4, 4), bool), "b": optax.MaskedNode()}
+    tx = {
+        "keep_masks": jp.keep_masks(optax.adam(0.1), masks),
+        "lora": jp.lora(optax.adam(0.1), rank=2),
+        "track_importance": optax.chain(optax.adam(0.1), jp.track_importance()),
+        "int8": optax.chain(optax.adam(0.1), jp.track_importance(storage="int8")),
+    }[name]
+    _, state = tx.update(params, tx.init(params), params)
+    mapped = optax.tree.map_params(tx, lambda x: x + x, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    for field in ("mu", "nu"):
+        (own,), (new,) = find(state, field), find(mapped, field)
+        assert same_bits(jax.tree.map(lambda x: 2 * x, own), new)
+    assert int(find(mapped, "count")[0]) == 1

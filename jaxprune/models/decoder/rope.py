@@ -9,8 +9,9 @@ References:
   Su, Lu, Pan, Murtadha, Wen, Liu: RoFormer: Enhanced Transformer with Rotary Position
   Embedding, 2021, arXiv 2104.09864, eq. 34. Chen, Wong, Chen, Tian: Extending Context
   Window of Large Language Models via Position Interpolation, 2023, arXiv 2306.15595
-  (linear). Ding et al.: LongRoPE, 2024, arXiv 2402.13753. The Llama 3 scheme:
-  Grattafiori et al., 2024, arXiv 2407.21783.
+  (linear). Peng, Quesnelle, Fan, Shippole: YaRN, 2023, arXiv 2309.00071. Ding et al.:
+  LongRoPE, 2024, arXiv 2402.13753. The Llama 3 scheme: Grattafiori et al., 2024,
+  arXiv 2407.21783.
 """
 
 import dataclasses
@@ -88,6 +89,61 @@ def llama3(
     left = np.clip((turns - low) / (high - low), 0, 1)
     mixed = left * plain + (1 - left) * plain / factor
     return Rope(frequencies=tuple(mixed.tolist()))
+
+
+def yarn(
+    theta: float,
+    dim: int,
+    *,
+    factor: float,
+    original: float,
+    fast: float,
+    slow: float,
+    scale: float,
+    truncate: bool = True,
+) -> Rope:
+    """Slow pairs squeezed by `factor`, fast ones left, those between by their number.
+
+    Pair i = dim log(original / (2 pi r)) / (2 log theta) turns r times within
+    `original` positions. Up to the pair that turns `fast` times all are left, from the
+    one that turns `slow` times on all are squeezed; between the two the share left
+    falls in a straight line with i.
+
+    Args:
+      theta: the base, above 1.
+      dim: how many features of a head turn, even.
+      factor: how much slow pairs are squeezed.
+      original: the context of pretraining, in tokens.
+      fast: turns over which a pair is fast; the paper's beta.
+      slow: turns under which a pair is slow; the paper's alpha.
+      scale: factor on cosines and sines, `yarn_scale` in the paper.
+      truncate: whether the two pairs are rounded outwards to whole numbers.
+
+    Returns:
+      The scheme.
+
+    Example:
+      >>> rope = yarn(1e4, 4, factor=4, original=64, fast=32, slow=1, scale=1.0)
+      >>> rope.frequencies
+      (1.0, 0.0025)
+    """
+    plain = np.array(linear(theta, dim).frequencies)
+    ends = [
+        dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (fast, slow)
+    ]
+    if truncate:
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    low, high = max(ends[0], 0), min(ends[1], dim - 1)
+    high += 0.001 * (low == high)  # as transformers keeps from dividing by zero
+    squeezed = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    mixed = (1 - squeezed) * plain + squeezed * plain / factor
+    return Rope(frequencies=tuple(mixed.tolist()), scale=scale)
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """0.1 weight log(factor) + 1, what YaRN multiplies cosines and sines by."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def longrope(

@@ -1,10 +1,14 @@
 """Reads a config.json attribute by attribute and refuses, by name, what is left over.
 
-A family reads the attributes that it knows. In the end all that were wrong and all that
-nobody read are named in one error. An absent attribute and null are the same, except
-where null has a meaning of its own.
+A family reads the attributes that it knows. In the end all that were wrong are named in
+one error, with those that nobody read and that could change what the model computes. An
+attribute that nobody read and whose name speaks of nothing that a model computes, a
+fine-tuner's own note say, is let through and listed. An absent attribute and null are
+the same, except where null has a meaning of its own.
 """
 
+import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -27,14 +31,44 @@ _IGNORED = """
     attn_pdrop embedding_dropout pretraining_tp gradient_checkpointing unsloth_version
     unsloth_fixed classifier_dropout reorder_and_upcast_attn summary_type
     summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+    _num_labels output_past n_special predict_special_tokens xla_device is_llama_config
+    transformers.js_config max_sequence_length model_max_length seq_length _commit_hash
+    _flash_attn_2_enabled use_flash_attn use_flash_attention
+    _attn_implementation_internal tokenizer_padding_side tokenizer_model_max_length
+    neftune_noise_alpha
+    hidden_dropout_prob attention_probs_dropout_prob mlp_dropout embd_dropout
 """
 IGNORED = frozenset(_IGNORED.split())
-# What is supported at one value only, in every family.
+# What is supported at one value only, in every family that does not read it.
 ONLY: Mapping[str, Any] = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "pruned_heads": {},
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1,
+    "use_sliding_window": False,
+    "use_mrope": False,
 }
+# How words of a name begin that may speak of what a model computes, in transformers'
+# families or in a model's own code, and how the names of switches and counts begin.
+_STEMS = """
+    act alibi alpha arch attention attn beta bias block cap channel chunk clip conv
+    cross decay decod depth dilat dim emb encod eps expert ext factor feed ffn final
+    freq fuse fusion gat gelu glu group head hidden inner inter kernel kv lambda latent
+    layer ln logit logn long lora low mask mem mix mlp moe mod mrope mscale mtp mult mup
+    mu nope norm ntk order parallel partial patch pool pos precision proj qk quant query
+    rank ratio relu rescal resid rms rope rot rout sandwich scal shar shift sigm silu
+    sink size skip slid soft sparse ssm stride swi tanh temp theta tie tower upcast vis
+    vocab weight width window yarn
+"""
+_SPEAKS = re.compile(rf"(?<![a-z])({'|'.join(_STEMS.split())})")
+_SWITCHES = re.compile(r"_*(use|num|n|no|has|is|with|enable|disable|apply|add|do)_")
+_DROPOUT = re.compile(r"dropout|pdrop|layerdrop")  # none of it outside of training
+
+# A size past this is no model's; numbers of layers have a bound of their own.
+_MOST = 2**31 - 1
 
 
 class Attributes:
@@ -42,6 +76,7 @@ class Attributes:
 
     Attributes:
       problems: what was wrong with those read so far, a phrase each.
+      ignored: names that nobody read and that say nothing of what a model computes.
     """
 
     def __init__(self, config: Mapping[str, Any], *, where: str = ""):
@@ -50,18 +85,22 @@ class Attributes:
         self._where = where
         self._read: set[str] = set()
         self.problems: list[str] = []
+        self.ignored: list[str] = []
 
     def raw(self, name: str, default: Any = None) -> Any:
         """The value as it stands, null included; the default where it is absent."""
         self._read.add(name)
         return self._config.get(name, default)
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, *, most: int = _MOST) -> int:
         """A positive integer; without a default it must be there."""
         value = self.raw(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.wrong(name, "a positive integer", value)
+            return 1
+        if value > most:
+            self.wrong(name, f"at most {most}", value)
             return 1
         return value
 
@@ -75,10 +114,9 @@ class Attributes:
         value = self.raw(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if (found := _positive(value)) is None:
             self.wrong(name, "a positive number", value)
-            return None
-        return float(value)
+        return found
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
@@ -100,14 +138,11 @@ class Attributes:
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive numbers."""
         value = self.raw(name)
-        fine = isinstance(value, list) and all(
-            isinstance(x, int | float) and not isinstance(x, bool) and x > 0
-            for x in value
-        )
-        if not fine:
+        found = [_positive(x) for x in value] if isinstance(value, list) else [None]
+        if None in found:
             self.wrong(name, "a list of positive numbers", value)
             return ()
-        return tuple(float(x) for x in value)
+        return tuple(x for x in found if x is not None)
 
     def within(self, name: str) -> "Attributes":
         """The attributes inside an object, none where it is absent."""
@@ -133,11 +168,33 @@ class Attributes:
         for name, value in self._config.items():
             if name in self._read or name in ignored or value is None:
                 continue
-            if only is None or name not in only:
+            if only is not None and name in only:
+                if value != only[name]:
+                    self.wrong(name, _shown(only[name]), value)
+            elif self._where or _may_matter(name):
                 shown = _shown(value)
                 self.problems.append(f"{self._where}{name}={shown} is not known")
-            elif value != only[name]:
-                self.wrong(name, _shown(only[name]), value)
+            else:
+                self.ignored.append(name)
+
+
+def _may_matter(name: str) -> bool:
+    """Whether the name of an unknown attribute may speak of what a model computes."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    if _DROPOUT.search(words):
+        return False
+    return bool(_SPEAKS.search(words) or _SWITCHES.match(words))
+
+
+def _positive(value: Any) -> float | None:
+    """A finite number over 0, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if 0 < found < math.inf else None
 
 
 def _shown(value: Any) -> str:

@@ -1,13 +1,14 @@
 """Hugging Face directories into models and back, parameter by parameter.
 
-Nothing is loaded that is not understood: unknown attributes of config.json and tensors
-that are unknown, missing, doubled or of another shape are refused by name, all at once.
+Nothing is loaded that is not understood: attributes of config.json that could change
+what the model computes, and tensors that are unknown, missing, doubled or of another
+shape are refused by name, all at once.
 `jaxprune.models.hf.families` says how each `model_type` is read, and
 `jaxprune.models.hf.parameters` how leaves and tensors belong together.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprune.arrays import tree
-from jaxprune.formats.checkpoint_dir import Unknown, open_directory
+from jaxprune.formats.checkpoint_dir import (
+    CheckpointDir,
+    Damaged,
+    Unknown,
+    open_directory,
+)
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.model import Decoder
 from jaxprune.models.hf import families, parameters
@@ -33,11 +39,14 @@ class Loaded(NamedTuple):
       model: a `Decoder`, or a `Phi3Vision` where the `model_type` is "phi3_v".
       config: its shape, a `DecoderConfig` or a `Phi3VisionConfig`.
       names: leaf name to the tensor that it came from, for `to_tensors`.
+      ignored: attributes of config.json that were not looked at: those of
+        `ignore_config`, and unknown ones that say nothing of what a model computes.
     """
 
     model: Any
     config: Any
     names: dict[str, Source]
+    ignored: tuple[str, ...] = ()
 
 
 def load(
@@ -48,6 +57,7 @@ def load(
     shardings: Shardings | None = None,
     mesh: jax.sharding.Mesh | None = None,
     lazy: bool = False,
+    ignore_config: Sequence[str] = (),
 ) -> Loaded:
     """Reads a model's directory: config.json and safetensors.
 
@@ -62,9 +72,11 @@ def load(
         none. Without either all is on the default device.
       lazy: whether leaves stay in the files; a `jp.LazyArray` stands for each, until
         it is read. See `jp.prune_trained`, and `embedded`.
+      ignore_config: attributes of config.json to read as if they were not there; an
+        unknown one that could change what the model computes is refused otherwise.
 
     Returns:
-      The model, its shape, and which tensor each leaf came from.
+      The model, its shape, which tensor each leaf came from, what was ignored.
 
     Raises:
       FileNotFoundError: there is no such folder.
@@ -89,9 +101,10 @@ def load(
     opened = open_directory(directory)
     try:
         family = families.find(opened.config)
-        config = family.read(opened.config)
+        config, ignored = family.read(families.without(opened.config, ignore_config))
     except ValueError as error:
         raise Unknown(f"'{opened.path / 'config.json'}': {error}") from None
+    _check_layers(opened, config)
     config = family.from_directory(opened.path, config)
     shapes = parameters.shapes(abstract(config))
     names = match(opened, family, shapes)
@@ -104,7 +117,19 @@ def load(
         for name, shape in shapes.items()
     ]
     model = parameters.filled(abstract(config), leaves, lazy=lazy)
-    return Loaded(model, config, names)
+    return Loaded(model, config, names, (*ignore_config, *ignored))
+
+
+def _check_layers(opened: CheckpointDir, config: Any) -> None:
+    """Refuses more layers than there are tensors, before any module is built."""
+    vision = isinstance(config, Phi3VisionConfig)
+    parts = [config.decoder, config.tower] if vision else [config]
+    if (layers := sum(part.layers for part in parts)) > len(opened.tensors):
+        raise Damaged(
+            f"'{opened.path}' must hold the tensors of the {layers} layers that its "
+            f"config.json describes, but has {len(opened.tensors)} tensors; bring back "
+            "the file that is not the model's"
+        )
 
 
 def abstract(config: DecoderConfig | Phi3VisionConfig) -> Any:
@@ -159,7 +184,7 @@ def tensors(
       ValueError: the configuration is not understood, or is another model's.
     """
     family = families.find(config)
-    if family.read(config).with_dtype(model.config.dtype) != model.config:
+    if family.read(config)[0].with_dtype(model.config.dtype) != model.config:
         raise ValueError(
             "tensors needs the config.json that the model was made from, got one of "
             "another shape; make the model of decoder_config or vision_config of it"

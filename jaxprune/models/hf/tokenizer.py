@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprune.formats.checkpoint_dir import Damaged, Unknown, open_directory
+from jaxprune.formats.checkpoint_dir import CONFIG, Damaged, Unknown, open_directory
 
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
@@ -90,14 +90,15 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     tokens = _read(opened.path)
     settings = _settings(opened.path)
     bos = _token(tokens, settings.get("bos_token"))
-    if bos is None and isinstance(opened.config.get("bos_token_id"), int):
-        bos = opened.config["bos_token_id"]
+    if bos is None:
+        given = _ids(opened.path, opened.config, "bos_token_id")
+        bos = given[0] if given else None
     begins = settings.get("add_bos_token")
     if not isinstance(begins, bool):
         begins = bos is not None and tokens.encode("").ids[:1] == [bos]
-    eos = opened.config.get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [eos]
-    ends = {_token(tokens, settings.get("eos_token")), *eos} - {None}
+    ends = set(_ids(opened.path, opened.config, "eos_token_id"))
+    if (end := _token(tokens, settings.get("eos_token"))) is not None:
+        ends.add(end)
     return Tokenizer(
         tokens=tokens,
         bos=bos,
@@ -138,6 +139,18 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise Damaged(f"'{path}' must hold an object, got {type(settings).__name__}")
     return settings
+
+
+def _ids(folder: Path, config: dict[str, Any], name: str) -> list[int]:
+    """The tokens that an attribute of config.json names: one, a list, or none."""
+    given = config.get(name)
+    ids = [] if given is None else given if isinstance(given, list) else [given]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise Damaged(
+            f"'{folder / CONFIG}' must have a token or a list of tokens as {name}, got "
+            f"{given!r}"
+        )
+    return ids
 
 
 def _token(tokens: Any, named: Any) -> int | None:

@@ -125,6 +125,7 @@ class _Problem(NamedTuple):
     weight: Float[Array, "in out"]  # what is to be approximated
     matrix: Float[Array, "in in"]  # the Hessian
     scale: Float[Array, "in 1"]  # what the weight was multiplied by
+    reached: Bool[Array, "in 1"]  # whether some sample reached the input
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "steps"))
@@ -139,7 +140,7 @@ def _solve(
     steps: int,
 ) -> Solution:
     ready = layer_problem.damped(hessian, damping)
-    problem = _scaled(weight, ready.matrix, ready.nonzero)
+    problem = _scaled(weight, ready.matrix, hessian)
     project = functools.partial(matrix_mask.mask, kept=kept, pattern=pattern)
     start, support = _support(problem, project)
     best = _conjugate(problem, start, support, steps)
@@ -156,17 +157,17 @@ def _refine(
     *,
     steps: int,
 ) -> jax.Array:
-    matrix, nonzero = layer_problem.normalised(hessian)
-    matrix = matrix + jnp.eye(len(matrix), dtype=jnp.float32) * damping
-    problem = _scaled(weight, matrix, nonzero)
+    matrix, unit = layer_problem.normalised(hessian)
+    problem = _scaled(weight, matrix + unit * damping, hessian)
     start = jnp.where(mask, problem.weight, 0)
     return _back(_conjugate(problem, start, mask, steps), problem, weight.dtype)
 
 
-def _scaled(weight: jax.Array, matrix: jax.Array, nonzero: jax.Array) -> _Problem:
+def _scaled(weight: jax.Array, matrix: jax.Array, hessian: jax.Array) -> _Problem:
     scale = jnp.sqrt(jnp.diagonal(matrix))[:, None]
-    own = jnp.where(nonzero[:, None], weight.astype(jnp.float32), 0) * scale
-    return _Problem(own, matrix / (scale * scale.T), scale)
+    own = weight.astype(jnp.float32) * scale
+    reached = jnp.diagonal(hessian)[:, None] != 0
+    return _Problem(own, matrix / (scale * scale.T), scale, reached)
 
 
 def _back(best: jax.Array, problem: _Problem, dtype: Any) -> jax.Array:
@@ -182,7 +183,8 @@ def _support(problem: _Problem, project: Any) -> tuple[jax.Array, jax.Array]:
         away = problem.weight - copy + dual
         # The best V for this D: without the pattern, drawn to it by the penalty.
         free = problem.weight - inverse @ away
-        wanted = free + dual
+        # By itself, where no sample reached an input: all weights there are as good.
+        wanted = jnp.where(problem.reached, free + dual, problem.weight)
         support = project(jnp.square(wanted))  # (in, out), bool
         copy = jnp.where(support, wanted, 0)
         return copy, wanted - copy, support

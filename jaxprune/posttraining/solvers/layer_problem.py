@@ -23,6 +23,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 # More damping than the mean of the diagonal itself says that the Hessian is no Hessian.
 MOST_DAMPING = 1.0
 _LEAST_DAMPING = 1e-4
+# The mean square of an input that no sample reached, as a share of the mean of all.
+_UNREACHED = 1e-12
 
 
 class Solution(NamedTuple):
@@ -45,15 +47,13 @@ class Damped(NamedTuple):
     """A Hessian of mean diagonal 1, damped until it could be factorised.
 
     Attributes:
-      matrix: (in, in), damping included; the identity's row for an input always zero.
+      matrix: (in, in), damping included.
       factor: (in, in), the lower Cholesky factor of whatever was factorised.
-      nonzero: (in,), True where the input is ever other than zero.
       damping: what was added to the diagonal; infinity where nothing helped.
     """
 
     matrix: Float[Array, "in in"]
     factor: Float[Array, "in in"]
-    nonzero: Bool[Array, " in"]
     damping: Float[Array, ""]
 
 
@@ -70,16 +70,19 @@ def precise(function: F) -> F:
 
 def normalised(
     hessian: Float[Array, "in in"],
-) -> tuple[Float[Array, "in in"], Bool[Array, " in"]]:
-    """The Hessian scaled to a mean diagonal of 1, and which inputs are ever nonzero."""
-    # Where an input is always zero, its row and column are those of the identity.
+) -> tuple[Float[Array, "in in"], Float[Array, "in in"]]:
+    """The Hessian scaled to a mean diagonal of 1, and what damping is a multiple of."""
+    # An input that no sample reached, exactly, has nothing to do with the others,
+    # rounding or not. It stands for one that is all but zero and is not damped: what
+    # goes there costs nothing, so it goes first, and the larger weights stay, as they
+    # are.
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
     mean, nonzero = jnp.mean(diagonal), diagonal != 0
-    # Exactly zero, rounding or not: such an input has nothing to do with the others.
     both = nonzero[:, None] & nonzero[None, :]
     scaled = hessian / jnp.where(mean > 0, mean, 1)
-    return jnp.where(both, scaled, jnp.eye(len(hessian), dtype=jnp.float32)), nonzero
+    least = _UNREACHED * jnp.eye(len(hessian), dtype=jnp.float32)
+    return jnp.where(both, scaled, least), jnp.diag(nonzero.astype(jnp.float32))
 
 
 def damped(
@@ -88,12 +91,12 @@ def damped(
     """The Hessian damped by a share of its mean diagonal, and its Cholesky factor."""
     # Where the factorisation fails the damping is raised tenfold, up to `MOST_DAMPING`.
     # With `reverse` the factor is that of the inputs in reverse order.
-    scaled, nonzero = normalised(hessian)
-    ordered = jnp.flip(scaled) if reverse else scaled
-    eye = jnp.eye(len(scaled), dtype=jnp.float32)
+    scaled, unit = normalised(hessian)
 
     def factor(amount: jax.Array) -> jax.Array:
-        return jax.lax.linalg.cholesky(ordered + eye * amount, symmetrize_input=False)
+        matrix = scaled + unit * amount
+        ordered = jnp.flip(matrix) if reverse else matrix
+        return jax.lax.linalg.cholesky(ordered, symmetrize_input=False)
 
     def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         amount, found = state
@@ -107,8 +110,8 @@ def damped(
     start = jnp.asarray(damping, jnp.float32)
     amount, found = jax.lax.while_loop(failed, retried, (start, factor(start)))
     good = jnp.all(jnp.isfinite(found))
-    matrix = scaled + eye * amount
-    return Damped(matrix, found, nonzero, jnp.where(good, amount, jnp.inf))
+    matrix = scaled + unit * amount
+    return Damped(matrix, found, jnp.where(good, amount, jnp.inf))
 
 
 def checked(

@@ -131,7 +131,7 @@ class _Problem(NamedTuple):
     """The blocks (blocks, inputs of a block, ...) of a padded problem.
 
     Attributes:
-      weight: (blocks, block, out), zero where an input is always zero or padding.
+      weight: (blocks, block, out), zero where an input is padding.
       factor: R by columns of blocks, (blocks, in, block): R[:, B].
       inverse: U_BB, the inverses of R's diagonal blocks, (blocks, block, block).
       damping: the damping used.
@@ -278,8 +278,7 @@ def _problem(
 ) -> _Problem:
     """The problem in blocks, padded by inputs that have nothing to do with the rest."""
     ready = layer_problem.damped(hessian, damping, reverse=True)
-    own = jnp.where(ready.nonzero[:, None], weight.astype(jnp.float32), 0)
-    own, factor = _padded(own, block), jnp.flip(ready.factor)
+    own, factor = _padded(weight.astype(jnp.float32), block), jnp.flip(ready.factor)
     size = len(own)
     factor = jnp.pad(factor, (0, size - len(factor)))
     padding = jnp.arange(size) >= len(weight)

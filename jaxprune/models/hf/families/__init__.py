@@ -3,9 +3,10 @@
 A new family is a file with a `Family` and a line of `FAMILIES`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxprune.arrays.messages import listed
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.hf.families import (
     gemma3,
@@ -60,11 +61,24 @@ def find(config: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
-def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
+def without(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
+    """A config.json less the attributes that the caller says do not matter."""
+    if absent := [name for name in ignore if name not in config]:
+        raise ValueError(
+            f"attributes to ignore must be in config.json, but it has no "
+            f"{listed(absent)}; it has {listed(config)}"
+        )
+    return {name: value for name, value in config.items() if name not in ignore}
+
+
+def decoder_config(
+    config: Mapping[str, Any], *, ignore: Sequence[str] = ()
+) -> DecoderConfig:
     """Reads the config.json of a language model, old or new.
 
     Args:
       config: the parsed file.
+      ignore: attributes that are read as if they were not there.
 
     Returns:
       The shape, in float32.
@@ -84,15 +98,19 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
             "model_type 'phi3_v' sees pictures and is no language model alone; "
             "hf.vision_config reads its config.json, hf.load its directory"
         )
-    shape: DecoderConfig = find(config).read(config)
+    config = without(config, ignore)
+    shape: DecoderConfig = find(config).read(config)[0]
     return shape
 
 
-def vision_config(config: Mapping[str, Any]) -> Phi3VisionConfig:
+def vision_config(
+    config: Mapping[str, Any], *, ignore: Sequence[str] = ()
+) -> Phi3VisionConfig:
     """Reads a config.json of `model_type` "phi3_v".
 
     Args:
       config: the parsed file.
+      ignore: attributes that are read as if they were not there.
 
     Returns:
       The shape, in float32.
@@ -112,5 +130,5 @@ def vision_config(config: Mapping[str, Any]) -> Phi3VisionConfig:
             f"model_type must be phi3_v, got {config.get('model_type')!r}; "
             "hf.decoder_config reads language models"
         )
-    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(config)
+    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(without(config, ignore))[0]
     return shape

@@ -27,6 +27,8 @@ _ACTIVATIONS = {
 }
 _SLIDING = {"full_attention": False, "sliding_attention": True}
 
+LAYERS = 10_000
+"""More layers than this no model has; config.json is refused before they are built."""
 OUTER = {"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"}
 """Modules outside of the layers, ours to those of Llama and its relatives."""
 LAYER = {
@@ -88,8 +90,8 @@ class Family:
         default_factory=lambda: {"lm_head.weight": "embedding/embedding"}
     )
 
-    def read(self, config: Mapping[str, Any]) -> Any:
-        """The model's shape, in float32, from the parsed config.json.
+    def read(self, config: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+        """The model's shape, in float32, and the attributes that were ignored.
 
         Raises:
           ValueError: attributes are unknown, lacking or unsupported (all are named), or
@@ -101,9 +103,10 @@ class Family:
         if attributes.problems:
             raise ValueError(
                 f"a {config['model_type']} configuration is refused unless all of it "
-                "is understood: " + "; ".join(attributes.problems)
+                f"is understood: {'; '.join(attributes.problems)}; name an attribute "
+                "in ignore_config if the model computes the same without it"
             )
-        return self.shape(**fields)
+        return self.shape(**fields), tuple(attributes.ignored)
 
     def source(self, leaf: str) -> tuple[str, bool]:
         """The tensor of a leaf, and whether its axes are the leaf's reversed.
@@ -131,7 +134,7 @@ def sizes(a: Attributes, *, head_dim: int | None = None, tied: bool = False) -> 
     return {
         "vocab_size": a.size("vocab_size"),
         "context": a.size("max_position_embeddings"),
-        "layers": a.size("num_hidden_layers"),
+        "layers": a.size("num_hidden_layers", most=LAYERS),
         "width": width,
         "heads": heads,
         "kv_heads": a.size("num_key_value_heads", heads),
@@ -149,7 +152,7 @@ def activation(a: Attributes, name: str = "hidden_act", default: str = "silu") -
 
 
 def like_llama(a: Attributes, *, head_dim: int | None = None) -> Fields:
-    """`sizes`, the nonlinearity and one rotary scheme: what all but Gemma share."""
+    """`sizes`, the nonlinearity and one rotary scheme: Llama and its relatives."""
     fields = sizes(a, head_dim=head_dim)
     return {
         **fields,

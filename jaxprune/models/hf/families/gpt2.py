@@ -14,7 +14,7 @@ def _fields(a: Attributes) -> Fields:
     return {
         "vocab_size": a.size("vocab_size"),
         "context": context,
-        "layers": a.size("n_layer"),
+        "layers": a.size("n_layer", most=family.LAYERS),
         "width": width,
         "heads": heads,
         "kv_heads": heads,

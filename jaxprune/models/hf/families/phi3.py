@@ -1,14 +1,17 @@
-"""Phi-3: q, k and v are one matrix, gate and up another."""
+"""Phi-3: q, k and v are one matrix, gate and up another; a head may turn in part."""
 
+from jaxprune.models.hf import rope_config
 from jaxprune.models.hf.config_reader import Attributes
 from jaxprune.models.hf.families import family
 from jaxprune.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.like_llama(a)
+    fields = family.sizes(a)
     return {
         **fields,
+        "activation": family.activation(a),
+        "ropes": (rope_config.of_phi3(a, fields),),
         "norm_epsilon": a.number("rms_norm_eps", 1e-5),
         "fused": True,
         "windows": (family.window(a, None),) * fields["layers"],

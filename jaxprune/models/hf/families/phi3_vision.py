@@ -13,7 +13,7 @@ from jaxprune.formats.checkpoint_dir import Damaged
 from jaxprune.formats.safetensors_file import read_json
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.hf.config_reader import IGNORED, Attributes
-from jaxprune.models.hf.families import phi3
+from jaxprune.models.hf.families import family, phi3
 from jaxprune.models.hf.families.family import Family, Fields
 from jaxprune.models.phi3_vision.model import Phi3VisionConfig
 from jaxprune.models.phi3_vision.tower import ClipConfig
@@ -47,6 +47,8 @@ def _tower(a: Attributes) -> tuple[Fields, int]:
         ours: sizes.size(theirs, getattr(usual, ours))
         for ours, theirs in _SIZES.items()
     }
+    if tower["layers"] > family.LAYERS:
+        sizes.wrong("num_hidden_layers", f"at most {family.LAYERS}", tower["layers"])
     known = {name: name for name in ("quick_gelu", "gelu")}
     tower["activation"] = sizes.choice("hidden_act", known, usual.activation)
     tower["norm_epsilon"] = sizes.number("layer_norm_eps", usual.norm_epsilon)

@@ -1,0 +1,179 @@
+"""How leaves are called, which of them may be pruned, and what counts as a zero."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxprune as jp
+from tests.support.trajectories import same_bits
+
+ONES = jnp.ones((4, 4))
+
+
+class Attention(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+def test_an_attribute_called_value_is_part_of_the_name():
+    params = {"attn": Attention(ONES, ONES, ONES)}
+    assert jp.tree.names(params) == ["attn/query", "attn/key", "attn/value"]
+    rule = jp.tree.excluding("attn/value")
+    scores = jp.scores.magnitude(params, prunable=rule)
+    assert isinstance(scores["attn"].value, optax.MaskedNode)
+    masks = {"attn": Attention(ONES > 0, ONES < 0, None)}
+    assert jp.sparsity(jp.masks.apply(params, masks)).by_leaf["attn/value"] == (0, 16)
+
+
+def test_what_nnx_wraps_is_called_as_what_it_wraps():
+    state = nnx.State({"a": {"value": nnx.Param(ONES)}, "b": nnx.Param([ONES, ONES])})
+    assert jp.tree.names(state) == ["a/value", "b/0", "b/1"]
+    assert jp.tree.names(nnx.as_pure(state)) == jp.tree.names(state)
+    masks = jp.masks.make(jp.scores.magnitude(state), 0.5)
+    pruned = jp.prune(nnx.as_pure(state), jp.scores.magnitude(state), 0.5)
+    assert same_bits(jp.masks.apply(nnx.as_pure(state), masks), pruned)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        jp.tree.names,
+        jp.sparsity,
+        jp.scores.magnitude,
+        jp.tree.explain,
+        lambda params: jp.masks.apply(params, params),
+        lambda params: jp.keep_masks(optax.sgd(0.1), params).init(params),
+        lambda params: jp.masks.make(params, 0.5),
+    ],
+)
+def test_two_leaves_of_one_name_are_refused(call):
+    params = {"a/b": jnp.zeros((4, 4)), "a": {"b": ONES}}
+    with pytest.raises(ValueError, match=r"two are called 'a/b'; rename one"):
+        call(params)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda params, rule: jp.scores.magnitude(params, prunable=rule),
+        lambda params, rule: jp.tree.explain(params, prunable=rule),
+        lambda params, rule: jp.lora(optax.sgd(0.1), 2, targets=rule).init(params),
+    ],
+)
+def test_a_glob_that_excludes_nothing_is_told_with_names_near_it(use):
+    params = {"attn": {"value": ONES, "query": ONES}, "mlp": {"up": ONES}}
+    rule = jp.tree.excluding("mlp/*", "atn/value")
+    words = r"excluding\('atn/value'\) must match a leaf.*near it are 'attn/value'"
+    with pytest.raises(ValueError, match=words):
+        use(params, rule)
+    use(params, jp.tree.excluding("mlp/*", "attn/value"))
+
+
+def prunes(*names):
+    return {name: jp.tree.prunable(name, ONES) for name in names}
+
+
+def test_whole_words_say_what_is_left_alone():
+    innocent = prunes(
+        "embedder/enc/dense/kernel",
+        "text_embedding_model/layers/0/kernel",
+        "denormalizer/kernel",
+        "normformer/mlp/kernel",
+        "head/mlp/kernel",
+        "multi_head/kernel",
+        "mlp/gate/kernel",
+        "model/layers/0/mlp/gate_proj/weight",
+        "biased/kernel",
+        "overhead/kernel",
+        "blocks/0/kernel",
+    )
+    assert all(innocent.values()), innocent
+
+
+def test_embeddings_norms_and_heads_are_left_alone_in_every_spelling():
+    left = prunes(
+        "wte/embedding",
+        "transformer/wpe/weight",
+        "Embed_0/embedding",
+        "model/embed_tokens/weight",
+        "gpt_neox/embed_in/weight",
+        "embed_out/weight",
+        "bert/embeddings/word_embeddings/weight",
+        "vit/embeddings/patch_embeddings/projection/weight",
+        "pos_embed",
+        "shared/weight",
+        "LayerNorm_0/scale",
+        "model/layers/0/input_layernorm/weight",
+        "post_attention_norm/weight",
+        "ln_f/scale",
+        "ln1/kernel",
+        "batch_norm1/kernel",
+        "RMSNorm_3/weight",
+        "SelfAttention/relative_attention_bias/weight",
+        "lm_head/weight",
+        "head/kernel",
+        "classifier/weight",
+        "score/weight",
+        "value_head/kernel",
+    )
+    assert not any(left.values()), left
+
+
+def test_routers_and_decays_are_left_alone():
+    """Of mixtures of experts and state spaces, as Hugging Face names them."""
+    left = prunes(
+        "model/layers/0/block_sparse_moe/gate/weight",
+        "model/layers/0/mlp/gate/weight",
+        "model/layers/0/mlp/shared_expert_gate/weight",
+        "model/layers/0/mlp/router/weight",
+        "model/layers/0/feed_forward/router/weight",
+        "moe/gate/kernel",
+        "backbone/layers/0/mixer/A_log",
+    )
+    assert not any(left.values()), left
+    experts = prunes(
+        "model/layers/0/block_sparse_moe/experts/0/w1/weight",
+        "model/layers/0/mlp/experts/gate_up_proj",
+        "model/layers/0/mlp/shared_expert/up_proj/weight",
+        "backbone/layers/0/mixer/in_proj/weight",
+    )
+    assert all(experts.values()), experts
+
+
+def test_codes_count_as_the_numbers_they_stand_for():
+    weights = {"w": jnp.arange(64.0).reshape(8, 8) - 30, "b": jnp.arange(3.0)}
+    for tx, signed in (
+        (jp.track_importance(storage="int8"), True),
+        (jp.track_gradients(storage="int8"), False),
+    ):
+        _, state = tx.update(
+            weights, tx.init(weights), jax.tree.map(jnp.zeros_like, weights)
+        )
+        held = jp.get_importance(state)
+        report = jp.sparsity(held.weight if signed else held.square)
+        assert report.by_leaf == {"b": (1, 3), "w": (1, 64)}
+
+
+def test_packed_masks_count_as_their_masks():
+    masks = {"w": jnp.arange(35).reshape(5, 7) % 3 == 0, "s": jnp.asarray(True)}
+    packed = jp.masks.pack(masks)
+    assert jp.sparsity(packed).by_leaf == jp.sparsity(masks).by_leaf
+    assert jp.sparsity(packed).by_leaf == {"s": (0, 1), "w": (23, 35)}
+
+
+def test_random_keys_are_no_weights():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+            self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    report = jp.sparsity(nnx.state(Model()))
+    assert report.by_leaf["linear/bias"] == (4, 4)
+    keys = {"key": jax.random.key(0), "w": np.zeros(3)}
+    assert jp.sparsity(keys).by_leaf == {"w": (3, 3)}

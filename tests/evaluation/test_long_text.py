@@ -1,0 +1,145 @@
+"""Texts too large to be tokenised whole: the same pieces, in bounded memory."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.support import tiny_cli
+
+pytest.importorskip("tokenizers")
+
+from jaxprune.evaluation import long_text, perplexity, texts
+from jaxprune.models import hf
+
+WORDS = 600_000  # 2.3 MB: over what is tokenised whole
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("long")
+    tiny_cli.model(root / "model")
+    ids = np.random.default_rng(1).integers(tiny_cli.FIRST, tiny_cli.WORDS, WORDS)
+    ids = ids.astype(np.int32)
+    np.save(root / "ids.npy", ids)
+    words = [f"w{i}" for i in ids]
+    (root / "a.txt").write_text(" ".join(words))
+    cuts = np.sort(np.random.default_rng(0).integers(0, WORDS, 3000))
+    parts = [" ".join(part) for part in np.split(words, cuts)]
+    (root / "b.jsonl").write_text(
+        "".join(
+            json.dumps({"text": part, "n": i}) + "\n" for i, part in enumerate(parts)
+        )
+    )
+    return root
+
+
+@pytest.fixture(scope="module", params=["a.txt", "b.jsonl"])
+def read(request, folder):
+    tokenizer = hf.load_tokenizer(folder / "model")
+    text = texts.read(folder / request.param, tokenizer, 97)
+    assert isinstance(text, long_text.LongText)
+    return text, np.load(folder / "ids.npy")
+
+
+def places(pieces, stream):
+    """Where each piece stands in the stream, by its first 24 tokens."""
+    views = np.lib.stride_tricks.sliding_window_view(stream, 24)
+    table = {view.tobytes(): i for i, view in enumerate(views)}
+    return np.array([table[np.ascontiguousarray(p[:24]).tobytes()] for p in pieces])
+
+
+@pytest.mark.parametrize("sequences", [8, 300])
+def test_pieces_are_of_the_text_do_not_overlap_and_leave_the_end_alone(read, sequences):
+    text, stream = read
+    begin, end = texts.without_end(text, most=400)
+    np.testing.assert_array_equal(end.tokens, stream[-400:])
+    drawn = texts.draw([begin], sequences=sequences, length=65, bos=1, seed=0)
+    assert drawn.tokens.shape == (sequences, 65)
+    assert (drawn.tokens[:, 0] == 1).all()
+    body = drawn.tokens[:, 1:]
+    at = places(body, stream)
+    for piece, start in zip(body, at, strict=True):
+        np.testing.assert_array_equal(piece, stream[start : start + 64])
+    assert np.diff(np.sort(at)).min() >= 64
+    assert at.max() + 64 <= len(stream) - 400
+    # From everywhere in the text.
+    assert np.ptp(np.histogram(at, 4, (0, len(stream)))[0]) <= sequences / 2
+
+
+def test_the_seed_decides_what_is_drawn(read):
+    def drawn(seed):
+        return texts.draw([read[0]], sequences=8, length=64, bos=None, seed=seed).tokens
+
+    np.testing.assert_array_equal(drawn(0), drawn(0))
+    assert (drawn(0) != drawn(1)).any()
+
+
+def test_where_most_of_the_text_is_needed_all_of_it_is_cut(read):
+    text, stream = read
+    many = len(stream) // 1000 - 1
+    drawn = texts.draw([text], sequences=many, length=1000, bos=None, seed=0).tokens
+    at = places(drawn, stream)
+    assert (at % 1000 == 0).all()
+    assert len(set(at)) == many
+    with pytest.raises(ValueError, match=r"has 600,000 tokens .* of 700,000 \(700 seq"):
+        texts.draw([text], sequences=700, length=1000, bos=None, seed=0)
+
+
+def test_windows_and_tokens_are_those_of_the_whole_text(read):
+    text, stream = read
+    np.testing.assert_array_equal(text.first(), stream)
+    seen = perplexity.windows(text, context=16, stride=7, bos=1, limit=9, longest=64)
+    whole = perplexity.slide(stream, context=16, stride=7, bos=1, limit=9)
+    np.testing.assert_array_equal(seen.tokens, whole.tokens)
+    np.testing.assert_array_equal(seen.counted, whole.counted)
+
+
+def test_a_text_without_white_space_is_cut_between_characters(folder, tmp_path):
+    (tmp_path / "a.txt").write_text("\u4e2d" * 800_000)
+    tokenizer = hf.load_tokenizer(folder / "model")
+    text = texts.read(tmp_path / "a.txt", tokenizer, 97)
+    assert set(text.first().tolist()) == {3}  # words that nobody knows
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"text": "w5"}\n' * 2**18 + b"[]\n", "at byte 3932160 is not"),
+        (b'{"text": "' + b"w5 " * 2**25 + b'"}\n', "line of .* under 67108864 bytes"),
+    ],
+)
+def test_lines_that_are_no_documents_are_refused(folder, tmp_path, content, told):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    text = texts.read(tmp_path / "a.jsonl", hf.load_tokenizer(folder / "model"), 97)
+    with pytest.raises(ValueError, match=told):
+        text.first()
+
+
+_DRAW = """
+import resource, sys, time
+from jaxprune.evaluation import texts
+from jaxprune.models import hf
+tokenizer = hf.load_tokenizer(sys.argv[1])
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+text, end = texts.without_end(texts.read(texts.Path(sys.argv[2]), tokenizer, 97), 8192)
+drawn = texts.draw([text], sequences=64, length=512, bos=1, seed=0)
+more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+assert drawn.tokens.shape == (64, 512) and end.tokens.shape == (8192,)
+print(more / 1024, time.monotonic() - start)
+"""
+
+
+def test_a_large_text_takes_little_memory(folder, tmp_path):
+    # 60 MB; tokenised whole it takes 9 GB.
+    part = (folder / "a.txt").read_bytes()
+    (tmp_path / "large.txt").write_bytes(b"\n".join([part] * 25))
+    done = subprocess.run(
+        [sys.executable, "-c", _DRAW, folder / "model", tmp_path / "large.txt"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    megabytes, seconds = map(float, done.stdout.split())
+    assert megabytes < 300
+    assert seconds < 30

@@ -1,0 +1,174 @@
+"""E[g^2] is found where an optimizer keeps it, and nothing else is taken for it."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from optax import contrib
+
+import jaxprune as jp
+from tests.support.trajectories import gradients, record, weights
+
+PARAMS = {"kernel": jnp.ones((2, 2))}
+SIZES = jnp.array([[1.0, 0.1], [0.01, 0.001]])
+
+KEPT = {
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1),
+    "nadam": optax.nadam(0.1),
+    "radam": optax.radam(0.1),
+    "lamb": optax.lamb(0.1),
+    "amsgrad": optax.amsgrad(0.1),
+    "rmsprop": optax.rmsprop(0.1),
+    "rmsprop, corrected": optax.rmsprop(0.1, bias_correction=True),
+    "rmsprop, centred": optax.rmsprop(0.1, centered=True),
+    "rmsprop, both": optax.rmsprop(0.1, centered=True, bias_correction=True),
+    "adagrad": optax.adagrad(0.1, initial_accumulator_value=0.0),
+    "adadelta": optax.adadelta(0.1),
+    "ademamix": contrib.ademamix(0.1),
+    "simplified_ademamix": contrib.simplified_ademamix(0.1),
+    "adopt": contrib.adopt(0.1),
+    "schedule_free_adamw": contrib.schedule_free_adamw(0.1),
+    "madgrad": contrib.madgrad(0.1),
+    "momo_adam": contrib.momo_adam(0.1),
+    "dadapt_adamw": contrib.dadapt_adamw(0.1),
+    "prodigy": contrib.prodigy(0.1),
+    "mechanize": contrib.mechanize(optax.adam(0.1)),
+}
+OTHERWISE = {
+    "adabelief": (optax.adabelief(0.1), "AdaBelief"),
+    "acprop": (contrib.acprop(0.1), "ACProp"),
+    "adan": (optax.adan(0.1), "Adan"),
+    "adafactor": (optax.adafactor(0.1, min_dim_size_to_factor=2), "Adafactor"),
+    "sm3": (optax.sm3(0.1), "SM3"),
+    "novograd": (optax.novograd(0.1), "NovoGrad"),
+    "galore": (contrib.galore(0.1, rank=1), "GaLore"),
+}
+
+
+def trained(tx, steps=20):
+    grads = jax.tree.map(lambda _: jnp.tile(SIZES, (steps, 1, 1)), PARAMS)
+    return record(tx, PARAMS, grads, value=jnp.float32(1.0)).state
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_ten_times_the_gradient_is_a_hundred_times_the_square(name):
+    square = jp.get_importance(trained(KEPT[name])).square["kernel"]
+    ratio = np.asarray(square, np.float64) / float(square[0, 0])
+    # Epsilons of the optimizers are inside of some moments.
+    np.testing.assert_allclose(ratio, np.asarray(SIZES, np.float64) ** 2, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_is_no_mean_of_squares_is_refused_with_the_tracker_that_serves(name):
+    tx, word = OTHERWISE[name]
+    state = trained(optax.chain(tx, jp.track_importance()))
+    assert jp.get_importance(state).square is None
+    way_out = rf"{word}.*optax\.chain\(jp\.track_gradients\(\), optimizer\)"
+    with pytest.raises(ValueError, match=way_out):
+        jp.scores.trajectory(PARAMS, state)
+    state = trained(optax.chain(jp.track_gradients(), tx))
+    square = np.asarray(jp.get_importance(state).square["kernel"], np.float64)
+    np.testing.assert_allclose(square, np.asarray(SIZES, np.float64) ** 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 500])
+@pytest.mark.parametrize("make", [optax.adamax, optax.adamaxw])
+def test_adamax_in_adams_own_state_is_noticed(make, steps):
+    params = weights()
+    state = record(make(0.01), params, gradients(params, steps)).state
+    with pytest.warns(UserWarning, match=r"Adamax.*jp\.track_gradients\(\) first"):
+        jp.get_importance(state)
+    tx = optax.chain(jp.track_gradients(), make(0.01))
+    jp.get_importance(record(tx, params, gradients(params, steps)).state)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 500])
+@pytest.mark.parametrize("make", [optax.adam, optax.adamw, optax.nadam, optax.radam])
+def test_adam_is_not_taken_for_adamax(make, steps):
+    params = weights()
+    state = record(make(0.01), params, gradients(params, steps)).state
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jp.get_importance(state)
+        jp.get_importance(make(0.01).init(params))
+
+
+TREE = {
+    "body": {"k": jnp.ones((4, 4)), "q": jnp.ones((4, 4))},
+    "out": {"kernel": jnp.ones((4, 4))},
+}
+PREFIXES = {
+    "two Adams": optax.partition(
+        {"a": optax.adam(0.1), "b": optax.adam(0.2)}, {"body": "a", "out": "b"}
+    ),
+    "two trackers": optax.partition(
+        {
+            "a": optax.chain(jp.track_gradients(), optax.sgd(0.1)),
+            "b": optax.chain(jp.track_gradients(storage="int8"), optax.sgd(0.2)),
+        },
+        {"body": "a", "out": "b"},
+    ),
+    "frozen": optax.partition(
+        {"a": optax.adam(0.1), "b": optax.set_to_zero()}, {"body": "a", "out": "b"}
+    ),
+    "masked": optax.masked(optax.adam(0.1), {"body": True, "out": False}),
+}
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_labels_of_whole_subtrees_are_as_good_as_those_of_leaves(name):
+    tx = PREFIXES[name]
+    _, state = tx.update(TREE, tx.init(TREE), TREE)
+    half_frozen = name in ("frozen", "masked")
+    rule = jp.tree.excluding("out/*") if half_frozen else jp.tree.prunable
+    scores = jp.scores.trajectory(TREE, state, prunable=rule)
+    assert jax.tree.structure(scores["body"]) == jax.tree.structure(TREE["body"])
+    assert isinstance(scores["out"]["kernel"], optax.MaskedNode) == half_frozen
+    if half_frozen:
+        with pytest.raises(ValueError, match="'out/kernel' were not"):
+            jp.scores.trajectory(TREE, state)
+
+
+@pytest.mark.parametrize("make", [jp.track_importance, jp.track_gradients])
+@pytest.mark.parametrize("storage", jp.low_bit.STORAGES)
+def test_nnx_optimizers_take_as_many_steps_as_you_like(make, storage):
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    tx = optax.chain(make(storage=storage), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    plain = nnx.state(model, nnx.Param)
+    state = tx.init(nnx.as_pure(plain))
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer, grads):
+        traces.append(1)
+        optimizer.update(model, grads)
+
+    for size in (1.0, 2.0, 3.0, 4.0):
+        params = nnx.state(model, nnx.Param)
+        grads = jax.tree.map(lambda w, size=size: jnp.full_like(w, size), params)
+        _, state = tx.update(nnx.as_pure(grads), state, nnx.as_pure(params))
+        step(model, optimizer, grads)
+    assert len(traces) == 1
+    for held in (optimizer, nnx.state(optimizer)):
+        for field, own in jp.get_importance(state)._asdict().items():
+            found = getattr(jp.get_importance(held), field)
+            assert (own is None) == (found is None)
+            if own is not None:
+                for name, leaf in jp.tree.named_leaves(found).items():
+                    np.testing.assert_array_equal(leaf, jp.tree.named_leaves(own)[name])
+
+
+def test_a_gradient_that_is_not_finite_does_not_spoil_the_average():
+    grads = {"kernel": jnp.full((4, 2, 2), 2.0).at[1, 0].set(jnp.nan)}
+    grads["kernel"] = grads["kernel"].at[2, 1, 0].set(jnp.inf)
+    tx = jp.track_gradients(average=("square", "taylor"))
+    state = record(optax.chain(tx, optax.scale(0.0)), PARAMS, grads).state
+    held = jp.get_importance(state)
+    np.testing.assert_array_equal(held.square["kernel"], np.full((2, 2), 4.0))
+    np.testing.assert_array_equal(held.taylor["kernel"], np.full((2, 2), 2.0))
