@@ -5,6 +5,7 @@ parameter whose name its own path ends in.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,9 @@ class LeafCut:
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(self.after, leaf.dtype)
-        leaf = lazy.array(leaf)
+        if isinstance(leaf, lazy.LazyArray):
+            whole = leaf.read
+            return lazy.LazyArray(self.after, leaf.dtype, lambda: self.take(whole()))
         xp: Any = np if isinstance(leaf, np.ndarray) else jnp
         if self.stacked is None:
             return _taken(xp, leaf, self.kept[0])
@@ -112,12 +115,11 @@ def _leaf_cut(leaf: LeafAxes, masks: Mapping[Dim, np.ndarray]) -> LeafCut | None
 
 
 def params(tree_: Any, cuts: Mapping[str, LeafCut]) -> Any:
-    """A tree with the parameters' own names, cut; lazy leaves are read one by one."""
-
-    def one(path: Any, leaf: Any) -> Any:
-        return leaf if tree.is_excluded(leaf) else cuts[tree.name_of(path)].take(leaf)
-
-    return jax.tree_util.tree_map_with_path(one, tree_, is_leaf=tree.is_excluded)
+    """A tree with the parameters' own names, cut; lazy leaves stay so."""
+    leaves = [
+        cuts[name].take(leaf) for name, leaf in tree.pairs(tree_, lambda node: False)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree_), leaves)
 
 
 def any_tree(tree_: Any, cuts: Mapping[str, LeafCut]) -> Any:
@@ -134,26 +136,22 @@ def any_tree(tree_: Any, cuts: Mapping[str, LeafCut]) -> Any:
     Raises:
       ValueError: a leaf belongs to a parameter that is cut, and has another shape.
     """
-    wrong = []
-
-    def one(path: Any, leaf: Any) -> Any:
-        name = tree.name_of(path)
-        cut = _owner(name, cuts)
-        shape = jnp.shape(leaf)
-        if cut is None or cut.before == cut.after or np.prod(shape) <= 1:
-            return leaf
-        if shape != cut.before:
-            wrong.append(f"{name!r} ({shape} for {cut.before})")
-            return leaf
-        return cut.take(leaf)
-
-    found = jax.tree_util.tree_map_with_path(one, tree_)
+    leaves, wrong = [], []
+    for name, leaf in tree.pairs(tree_, lambda node: False):
+        known, shape = _owner(name, cuts), jnp.shape(leaf)
+        leaves.append(leaf)
+        if known is None or known.before == known.after or math.prod(shape) <= 1:
+            continue
+        if shape == known.before:
+            leaves[-1] = known.take(leaf)
+        else:
+            wrong.append(f"{name!r} ({shape} for {known.before})")
     if wrong:
         raise ValueError(
             "what is cut must have the shapes of the parameters before they were, but "
             f"differs at {', '.join(wrong[:6])}; make it anew for the smaller ones"
         )
-    return found
+    return jax.tree.unflatten(jax.tree.structure(tree_), leaves)
 
 
 def _owner(name: str, cuts: Mapping[str, LeafCut]) -> LeafCut | None:
