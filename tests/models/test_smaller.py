@@ -55,7 +55,15 @@ def theirs(folder, ids):
     return tiny_hf.torch_logits(model.to(torch.float32).eval(), ids)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("llama", "phi3")
+        else pytest.param(name, marks=pytest.mark.full)
+        for name in FAMILIES
+    ],
+)
 def test_a_smaller_directory_has_the_logits_of_the_shrunk_function(name, tmp_path):
     tiny_hf.random_folder(name, tmp_path / "whole", "float32")
     result, whole = shrunk(tmp_path / "whole", 0.5)
@@ -71,7 +79,18 @@ def test_a_smaller_directory_has_the_logits_of_the_shrunk_function(name, tmp_pat
     )
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        "llama",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in (*FAMILIES, "gpt2")
+            if name not in ("gemma3", "llama")
+        ),
+    ],
+)
 def test_transformers_loads_it_with_equal_logits(name, tmp_path):
     pytest.importorskip("torch")
     whole_model = tiny_hf.torch_model(name, tmp_path / "whole")
