@@ -124,7 +124,8 @@ def axis_groups(
     understood, the batch or the result has it) is not removable and says why.
 
     By default the width of a residual stream is left alone, and so are units inside the
-    units of another group (features of a head); both can be asked for by name.
+    units of another group (features of a head) and those that only one leaf has; they
+    can be asked for by name.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
@@ -242,6 +243,8 @@ def _group(
         why = "it is the width of a residual stream"
     elif not why and outer is not None and outer != name:
         why = f"it lies inside each unit of {outer}"
+    elif not why and len(members) == 1:
+        why = "no other leaf has its units"
     return AxisGroup(
         name=name,
         kind=kind,

@@ -85,10 +85,7 @@ def walk(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> AxisTr
     walker = _Walker(flat, named)
     for position, step in enumerate(flat.steps):
         walker.look(position, step)
-    for number in flat.outputs:
-        if isinstance(number, int) and number in walker.axes:
-            for dim in walker.axes[number].dims:
-                freeze(dim, "is an axis of the result")
+    walker.freeze_ends()
     return AxisTrace(
         flat, structure, walker.leaves, walker.axes, walker.uses, walker.nested
     )
@@ -135,6 +132,17 @@ class _Walker:
             step.primitive.name, step.params, operands, shapes
         )
         self.axes.update(zip(step.outputs, found, strict=True))
+
+    def freeze_ends(self) -> None:
+        """Freezes the axes of the results, and of leaves that nothing uses."""
+        numbers = [x for x in self.flat.outputs if isinstance(x, int)]
+        for number in numbers:
+            for dim in self.axes[number].dims if number in self.axes else ():
+                freeze(dim, "is an axis of the result")
+        used = {x for step in self.flat.steps for x in step.inputs if type(x) is int}
+        for number in {*self.flat.leaves} - used - {*numbers}:
+            for dim in self.axes[number].dims:
+                freeze(dim, "is not used")
 
     def _look_at_stack(self, position: int, step: Step, first: int) -> None:
         """A step that takes one index of a leaf, or moves the whole of it."""
@@ -255,7 +263,15 @@ class _Stacks:
         for x in flat.outputs:
             if isinstance(x, int) and x in self.views:
                 refused.add(self.views[x][0])
-        self.axes = {n: axis for n, axis in self.axes.items() if n not in refused}
+        seen: dict[int, set[int]] = {}
+        for position, index in self.indices.items():
+            leaf, _ = self.views[flat.steps[position].inputs[0]]  # type: ignore[index]
+            seen.setdefault(leaf, set()).add(index)
+        self.axes = {
+            n: axis
+            for n, axis in self.axes.items()
+            if n not in refused and len(seen[n]) == flat.kinds[n].shape[axis]
+        }
         self.views = {n: v for n, v in self.views.items() if v[0] in self.axes}
 
     def _moved(self, flat: Program, position: int, step: Step) -> bool:

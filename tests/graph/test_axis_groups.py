@@ -280,6 +280,30 @@ def test_integers_are_no_weights():
     assert why(groups, "order:0") == "is not floating"
 
 
+def test_leaves_that_are_not_used_stay():
+    params = weights(0, up=(8, 6), down=(6, 3), unused=(6, 3))
+    groups = groups_of(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params)
+    assert why(groups, "unused:0") == why(groups, "unused:1") == "is not used"
+
+
+def test_rows_that_this_batch_does_not_reach_stay_by_default():
+    params = weights(0, table=(11, 8), head=(8, 3))
+    groups = groups_of(lambda p, x: (x + p["table"][: len(x)]) @ p["head"], params)
+    assert row(groups, "table:0.1") == (1, 8, True, False)
+
+
+def test_layers_of_a_stack_that_are_not_all_used_keep_the_same_units():
+    params = weights(0, up=(3, 8, 6), down=(3, 6, 8))
+
+    def fn(p, x):
+        for i in range(2):
+            x = x + jnp.tanh(x @ p["up"][i]) @ p["down"][i]
+        return x
+
+    groups, _ = check_each_kind(fn, params, X)
+    assert row(groups, "down:1") == (1, 6, True, True)
+
+
 def test_nothing_is_computed():
     params = jax.eval_shape(lambda: weights(0, up=(8, 6), down=(6, 3)))
     batch = jax.ShapeDtypeStruct((3, 8), jnp.float32)
