@@ -12,6 +12,7 @@ come from the target, and so does the sharding: what four devices saved loads on
 import contextlib
 import errno
 import logging
+import operator
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ from jaxprune.arrays import processes
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what orbax has not renamed yet
 
+_NOT_STORED = ("uint2", "uint4")
+
 _log = logging.getLogger(__name__)
 
 
@@ -36,7 +39,8 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       step: how many steps were done when it was saved.
-      configuration: the JSON-able dictionary given to `save`; tuples are lists now.
+      configuration: the JSON-able dictionary given to `save`; tuples are lists now, and
+        keys that were numbers are strings.
       path: its directory.
       state: a tree like the target, with its containers and shardings; None where only
         the manifest was read.
@@ -67,7 +71,8 @@ def save(
       state: any tree of JAX or NumPy arrays: parameters, optimizer state with
         importance, masks (boolean or packed), the data position. Random keys are
         given as `jax.random.key_data(key)`.
-      step: how many steps were done; grows from save to save.
+      step: how many steps were done, any integer, `state.step` too; grows from save to
+        save.
       configuration: JSON-able; what a resumed run must agree with.
       keep: how many checkpoints stay, the newest ones, at least 1.
 
@@ -75,7 +80,7 @@ def save(
       ValueError: the directory holds other things, or a whole checkpoint of this step
         or a later one; `step` or `keep` out of range; NaN in the configuration; in a
         run of several processes, a leaf on the devices of one.
-      TypeError: a leaf is no array, or the configuration no JSON.
+      TypeError: a leaf is no array, the configuration no JSON, or the step no integer.
       OSError: the checkpoint could not be written; the earlier ones are untouched.
 
     Example:
@@ -90,6 +95,7 @@ def save(
       (3,)
     """
     directory = Path(directory).absolute()
+    step = _integer(step)
     if step < 0 or keep < 1:
         raise ValueError(
             f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}"
@@ -166,6 +172,14 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoin
         jax.tree.structure(abstract_state), [state[name] for name in target]
     )
     return found._replace(state=tree)
+
+
+def _integer(step: Any) -> int:
+    """A step as JSON has it, from Python, NumPy or JAX."""
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise TypeError(f"save needs an integer step, got {step!r}") from None
 
 
 def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
@@ -251,6 +265,11 @@ def _arrays(tree: Any) -> dict[str, Any]:
             raise TypeError(
                 f"a checkpoint holds no typed random keys, got one at '{name}'; store "
                 f"jax.random.key_data(key) and wrap it again after loading"
+            )
+        if np.dtype(leaf.dtype).name in _NOT_STORED:
+            raise TypeError(
+                f"a checkpoint holds no {leaf.dtype}, which tensorstore has not, got "
+                f"one at '{name}'; cast it to uint8"
             )
         if name in leaves:
             raise ValueError(

@@ -70,7 +70,7 @@ def verify(path: Path) -> dict[str, Any]:
         format_, version = body["format"], body["version"]
     except FileNotFoundError:
         raise Unfinished(f"has no {_NAME}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Broken(f"has a damaged {_NAME}") from None
     if not whole:
         raise Broken(f"has a damaged {_NAME}")

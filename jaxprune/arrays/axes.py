@@ -2,11 +2,13 @@
 
 Flax kernels are [in, out], so that is the default; further leading axes are a stack of
 such matrices (a scan over layers, experts). A leaf of four axes or more is taken for a
-convolution's [..., in, out], whose window belongs to the input.
+convolution's [..., in, out], whose window belongs to the input. Flax's attention, known
+by its names and shapes, has (in, heads, size), and (heads, size, out) on the way out.
 """
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -50,6 +52,11 @@ class Axes:
             "axes={glob: Axes(inputs=..., outputs=...)}"
         )
 
+    def stack(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """How many matrices a leaf stacks along its first axes; None along others."""
+        batch = self.order(len(shape))[: len(shape) - len(self.inputs + self.outputs)]
+        return shape[: len(batch)] if batch == tuple(range(len(batch))) else None
+
     def matrix(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "batch in out"]:
         """The leaf as (batch, in, out), each of the three possibly of size 1."""
         moved = jnp.transpose(leaf, self.order(leaf.ndim))
@@ -85,4 +92,30 @@ def resolve(
     if isinstance(axes, Axes):
         return [axes] * len(leaves)
     ruled = tree.by_rule(axes or {}, names, None, "axes")
-    return [rule or default(leaf) for rule, leaf in zip(ruled, leaves, strict=True)]
+    heads = _of_heads(dict(zip(names, leaves, strict=True)))
+    return [
+        rule or heads.get(name) or default(leaf)
+        for rule, name, leaf in zip(ruled, names, leaves, strict=True)
+    ]
+
+
+def _of_heads(named: Mapping[str, jax.Array]) -> dict[str, Axes]:
+    """The axes of Flax's attention: (in, heads, size) and, out of it, the reverse.
+
+    A kernel by itself could be a stack of matrices; query and output together say that
+    it is none, since one has the axes of the other, turned.
+    """
+    found: dict[str, Axes] = {}
+    for name, query in named.items():
+        own = re.fullmatch(r"(.*/)?query/kernel", name)
+        out = named.get(f"{own[1] or ''}out/kernel") if own else None
+        if own is None or out is None or query.ndim < 3:
+            continue
+        *stack, _, heads, size = query.shape
+        if out.shape[:-1] == (*stack, heads, size):
+            parent = own[1] or ""
+            into = [f"{parent}{part}/kernel" for part in ("query", "key", "value")]
+            own_rank = [n for n in into if n in named and named[n].ndim == query.ndim]
+            found |= dict.fromkeys(own_rank, Axes((-3,), (-2, -1)))
+            found[f"{parent}out/kernel"] = Axes((-3, -2), (-1,))
+    return found

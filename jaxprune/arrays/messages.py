@@ -1,5 +1,6 @@
 """Wording that the errors of every folder share."""
 
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -11,6 +12,13 @@ def listed(items: Iterable[Any], most: int = 6) -> str:
     items = list(items)
     shown = ", ".join(f"'{x}'" if isinstance(x, str) else str(x) for x in items[:most])
     return shown + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def refuse_fractions(what: str, **settings: Any) -> None:
+    """Refuses settings that must be integers and are not; True is none either."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{what} needs an integer {name}, got {value!r}")
 
 
 def chosen(

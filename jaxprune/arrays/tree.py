@@ -50,11 +50,9 @@ def is_leaf(node: Any) -> bool:
 
 
 def is_placeholder(params: Any) -> bool:
-    """Whether this is what `optax.tree.map_params` gives `init` for the parameters.
-
-    It stands for a whole tree, and where it lies in the state a tree like the
-    parameters does.
-    """
+    """Whether this is what `optax.tree.map_params` gives `init` for the parameters."""
+    # It stands for a whole tree; where it comes out in a state, a tree like the
+    # parameters lies.
     return type(params).__name__ == "_ParamsPlaceholder"
 
 

@@ -4,6 +4,7 @@ Each subcommand is a frozen dataclass of options with a `run`. Exit codes: 0 don
 refused or failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import sys
@@ -71,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.finish(command.run(console, arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        # Who reads has seen enough. Python would write again when it ends.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        # Who reads has seen enough; what is still held must go somewhere.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         console.note("jaxprune: interrupted")

@@ -46,16 +46,12 @@ def with_page(record: Mapping[str, Any]) -> dict[str, bytes]:
     return {PAGE: pruned_model.document(record).encode()}
 
 
-def check_not_done(directory: Path, arguments: Iterable[str]) -> None:
-    """Refuses to do again what this very command did; it may have been killed since."""
+def is_done(directory: Path, arguments: Iterable[str]) -> bool:
+    """Whether a directory is what this very command made; it may be killed since."""
     if not (directory / rewrite.NAME).is_file():
-        return
+        return False
     try:
         record = rewrite.read_provenance(directory)
     except ValueError:
-        return
-    if record.get("command") == _command(arguments):
-        raise ValueError(
-            f"'{directory}' is whole, and this very command made it; give --overwrite "
-            "to make it again, or another place"
-        )
+        return False
+    return record.get("command") == _command(arguments)

@@ -1,6 +1,7 @@
 """`jaxprune prune`: a model with zeros, and what became of it."""
 
 import dataclasses
+import shutil
 from typing import Any
 
 from jaxprune.cli import (
@@ -11,6 +12,7 @@ from jaxprune.cli import (
 )
 from jaxprune.cli.console import Console, columns
 from jaxprune.cli.eval import number
+from jaxprune.formats import atomic
 from jaxprune.formats.checkpoint_dir import open_directory
 
 
@@ -24,8 +26,13 @@ class Prune(prune_options.Job):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
-        if not self.overwrite:
-            provenance.check_not_done(self.out, arguments)
+        if not self.overwrite and provenance.is_done(self.out, arguments):
+            with atomic.locked(self.work):  # what a run that was killed then left
+                shutil.rmtree(self.work, ignore_errors=True)
+            raise ValueError(
+                f"'{self.out}' is whole, and this very command made it; give "
+                "--overwrite to make it again, or another place"
+            )
         meaning = prune_options.check(self)
         prune = prune_streaming.prune if self.streams else prune_with_calibration.prune
         record = prune(self, meaning, console, arguments)

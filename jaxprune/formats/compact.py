@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress, leads_out
+from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress
 from jaxprune.formats.compact_archive import (
     FORMAT,
     VERSION,
@@ -39,6 +39,7 @@ from jaxprune.formats.compact_archive import (
     decoded,
     layout,
     open_archive,
+    packed_files,
 )
 from jaxprune.formats.safetensors_file import (
     DTYPES,
@@ -143,7 +144,7 @@ def compact(
                 _put_bytes(file, origin, size, entries[name])
             file.flush()
             os.fsync(file.fileno())
-    return Result(plan.dense_bytes, place.stat().st_size, _apart(source)[1])
+    return Result(plan.dense_bytes, place.stat().st_size, packed_files(source)[1])
 
 
 def packed_bytes(source: CheckpointDir, zeros: Mapping[str, int]) -> int:
@@ -193,17 +194,6 @@ def sizes(source: CheckpointDir) -> Sizes:
     )
 
 
-def _apart(source: CheckpointDir) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is packed beside the weights, and what lies there and is not packed."""
-    left = tuple(
-        name
-        for name in source.left
-        if not (source.path / name).is_file() or leads_out(source.path, name)
-    )
-    rest = tuple(name for name in source.left if name not in left)
-    return (*source.others, *rest), left
-
-
 class _Plan(NamedTuple):
     """All that is known before the first byte is written.
 
@@ -223,7 +213,7 @@ class _Plan(NamedTuple):
 def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
     tensors: dict[str, Any] = {}
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-    others, _ = _apart(source)
+    others, _ = packed_files(source)
     paths = {name: source.path / name for name in (*source.metadata, *others)}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     embedded, digests = {}, {}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.arrays.messages import listed
+from jaxprune.formats.checkpoint_dir import CheckpointDir, leads_out
 from jaxprune.formats.safetensors_file import (
     DTYPES,
     TensorInfo,
@@ -84,6 +85,17 @@ def open_archive(path: Path) -> Archive:
         if found.dtype != DTYPES[code] or shape not in ((-1,), found.shape):
             raise damaged(path, f"'{name}' in it is not what its contents say")
     return Archive(path, entries, held, files)
+
+
+def packed_files(source: CheckpointDir) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is packed beside the weights, and what lies there and is not packed."""
+    left = tuple(
+        name
+        for name in source.left
+        if not (source.path / name).is_file() or leads_out(source.path, name)
+    )
+    rest = tuple(name for name in source.left if name not in left)
+    return (*source.others, *rest), left
 
 
 def layout(

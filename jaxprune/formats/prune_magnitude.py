@@ -166,9 +166,10 @@ def _is_matrix(name: str, info: TensorInfo) -> bool:
 
 
 def _input_first(config: Mapping[str, Any], info: TensorInfo) -> bool:
-    text = config.get("text_config") or {}
-    types = {config.get("model_type"), text.get("model_type")}
-    return bool(types & (_STACKED_INPUT_FIRST if info.ndim == 3 else _INPUT_FIRST))
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, Mapping) else [config]
+    known = _STACKED_INPUT_FIRST if info.ndim == 3 else _INPUT_FIRST
+    return any(str(part.get("model_type")) in known for part in parts)
 
 
 def _check_pattern(

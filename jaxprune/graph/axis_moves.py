@@ -137,6 +137,29 @@ def _concatenate(
     return [Axes(tuple(dims), tuple(zeros))]
 
 
+def _stack(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Axes]:
+    """A new axis on which each operand is one position."""
+    axis, first = params["axis"], operands[0].axes
+    for operand in operands[1:]:
+        for one, other in zip(first.dims, operand.axes.dims, strict=True):
+            unify(one, other)
+    zeros = [all(of) for of in zip(*(o.axes.zeros for o in operands), strict=True)]
+    dims, new = list(first.dims), fresh(len(operands), "is a stack of other values")
+    dims.insert(axis, new)
+    zeros.insert(axis, False)
+    return [Axes(tuple(dims), tuple(zeros))]
+
+
+def _tile(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Axes]:
+    """Copies one behind the other, which need not all stay."""
+    dims, zeros = operands[0].axes
+    copies = [fresh(count) for count in params["reps"]]
+    pairs = zip(copies, dims, params["reps"], zeros, strict=True)
+    kept = tuple(zero and count == 1 for *_, count, zero in pairs)
+    made = zip(copies, dims, strict=True)
+    return [Axes(tuple(merge([copy, dim]) for copy, dim in made), kept)]
+
+
 def _taken(dim: Dim, size: int, start: int | None) -> Dim:
     """A range of a dimension; where it begins is not known for None."""
     pieces = None if start is None else cut(dim, [start, size, dim.size - start - size])
@@ -268,6 +291,8 @@ RULES: dict[str, Rule] = {
     "slice": _slice,
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
     "transpose": _transpose,
     "unstack": _unstack,
 }

@@ -17,10 +17,11 @@ _ZERO_STAYS = """
     neg sign floor ceil round abs sqrt cbrt square sin tan asin atan sinh asinh tanh
     atanh expm1 log1p erf real imag conj convert_element_type reduce_precision copy
     copy_p optimization_barrier stop_gradient device_put sharding_constraint reshard
+    name
 """
 _UNARY = """
-    exp exp2 log cos acos cosh acosh logistic rsqrt erfc erf_inv lgamma digamma
-    is_finite not population_count clz
+    exp exp2 log log2 cos acos cosh acosh logistic rsqrt erfc erf_inv lgamma digamma
+    is_finite not population_count clz one_minus_square
 """
 _ELEMENTWISE = """
     add add_any sub mul div max min rem pow atan2 nextafter eq ne lt le gt ge and or

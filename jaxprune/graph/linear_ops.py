@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.graph import joined_views, weight_view
 from jaxprune.graph import program as program_
-from jaxprune.graph import weight_view
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.typing import Params
@@ -134,8 +134,8 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
     """Lists every matmul and convolution of a parameter with an activation.
 
     Nothing is computed. Scans are unrolled, so a leaf that is stacked over layers has
-    one linear op a layer. A leaf that more than slices, reshapes, transposes and casts
-    change on its way to a linear op is in `unseen`, with the reason.
+    one linear op a layer. A leaf that more than slices, reshapes, transposes, casts and
+    constant factors change on its way to a linear op is in `unseen`, with the reason.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
@@ -189,6 +189,7 @@ class _Finder:
             number: frozenset([i]) for i, number in enumerate(flat.leaves)
         }
         self._hidden: dict[int, dict[str, None]] = {}
+        self._joined: dict[int, joined_views.Joined] = {}
         self._inputs: dict[tuple[int, Input], int] = {}
         self._uses: dict[str, int] = {}
 
@@ -208,6 +209,13 @@ class _Finder:
 
     def _moved(self, step: Step) -> list[WeightView] | None:
         known = functools.partial(program_.constant, self.flat)
+        if (joined := joined_views.join(step, self.views)) is not None:
+            self._joined[step.outputs[0]] = joined
+        first = step.inputs[0] if step.inputs else None
+        if not isinstance(first, Fixed) and first in self._joined:
+            whole = self._joined[first]
+            part = joined_views.cut(step, whole, self.flat.kinds, known)
+            return None if part is None else [part]
         return weight_view.propagate(step, self.views, self.flat.kinds, known)
 
     def unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -342,13 +350,18 @@ def _place(view: WeightView, shape: Sequence[int]) -> tuple[tuple[int, ...], str
         return (), "".join(f"[{m.starts}+{m.sizes}]" for m in moves)
     used = {axis for axes in view.axes for axis in axes}
     index = tuple(
-        low
-        for axis, (low, high) in enumerate(view.box)
-        if axis not in used and high - low == 1 and shape[axis] > 1
+        places.start
+        for axis, places in enumerate(view.box)
+        if axis not in used and len(places) == 1 and shape[axis] > 1
     )
     rest = [
-        ":" if (low, high) == (0, shape[axis]) else f"{low}:{high}"
-        for axis, (low, high) in enumerate(view.box)
+        ":" if len(places) == shape[axis] else _part(places)
+        for axis, places in enumerate(view.box)
         if axis in used
     ]
     return index, "" if set(rest) <= {":"} else f"[{','.join(rest)}]"
+
+
+def _part(places: range) -> str:
+    step = f":{places.step}" if places.step > 1 else ""
+    return f"{places.start}:{places.stop}{step}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -127,6 +128,10 @@ class _Writer:
         for equation in jaxpr.eqns:
             inputs = [self._read(env, atom) for atom in equation.invars]
             inner = _called(equation)
+            if inner is None and (inner := _only_branch(equation)):
+                inputs = inputs[1:]  # the first says which branch
+            if inner is None and self._is_grouped(equation, inputs):
+                inner = _grouped(equation)
             if inner is None:
                 results: Sequence[int | Fixed] = self._step(equation, inputs)
             else:
@@ -135,6 +140,19 @@ class _Writer:
                 results = self.inline(open_jaxpr, closed_over, inputs)
             env.update(zip(equation.outvars, results, strict=True))
         return [self._read(env, atom) for atom in jaxpr.outvars]
+
+    def _is_grouped(self, equation: Any, inputs: Sequence[int | Fixed]) -> bool:
+        """Whether an equation is `lax.ragged_dot` of activations and parameters."""
+        if equation.primitive.name != "ragged_dot_general":
+            return False
+        numbers = equation.params["ragged_dot_dimension_numbers"]
+        plain = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+        fixed = {x for x in inputs[1:2] if not isinstance(x, Fixed)}
+        return (
+            numbers == plain
+            and equation.params["group_offset"] is None
+            and fixed.isdisjoint(self.program.varying | self.program.constants)
+        )
 
     def _read(self, env: Mapping[Any, int | Fixed], atom: Any) -> int | Fixed:
         if not isinstance(atom, core.Literal):
@@ -182,6 +200,40 @@ def _called(equation: Any) -> Any:
         return None
     kinds = (core.Jaxpr, core.ClosedJaxpr)
     return next((p for p in equation.params.values() if isinstance(p, kinds)), None)
+
+
+def _grouped(equation: Any) -> Any:
+    """`lax.ragged_dot` as a matmul of each group with all rows, those of others zero.
+
+    So each group is a matrix of its own, as under `vmap`, at the cost of as many rows
+    for each group as there are in all.
+    """
+    kind = equation.params["preferred_element_type"]
+
+    def dense(rows: Any, weight: Any, sizes: Any) -> Any:
+        ends = jnp.cumsum(sizes)[:, None]  # (groups, 1)
+        at = jnp.arange(rows.shape[0])[None]  # (1, rows)
+        own = (at < ends) & (at >= ends - sizes[:, None])  # (groups, rows)
+        spread = jnp.where(own[..., None], rows[None], jnp.zeros((), rows.dtype))
+        return jnp.einsum(
+            "gsi,gio->gso",
+            spread,
+            weight,
+            precision=equation.params["precision"],
+            preferred_element_type=kind,
+        ).sum(0)
+
+    with jax.disable_jit():
+        return jax.make_jaxpr(dense)(*(atom.aval for atom in equation.invars))
+
+
+def _only_branch(equation: Any) -> Any:
+    """The branch of a `cond` whose branches are all the same, or None."""
+    if equation.primitive.name != "cond":
+        return None
+    first, *others = equation.params["branches"]
+    same = all(str(x.jaxpr) == str(first.jaxpr) and not x.consts for x in others)
+    return first if same and not first.consts else None
 
 
 def frozen(value: Any) -> Hashable:

@@ -1,9 +1,9 @@
 """The part of a parameter that a linear op uses, as a view that can be written back.
 
 On its way to a linear op a leaf is sliced (a layer of a stack, the queries of a fused
-kernel), reshaped and transposed. A view remembers these moves; it reads the part from
-the leaf and puts another in its place, exactly. Casts are no part of a view: what is
-read is what is stored.
+kernel), reshaped, transposed and turned round. A view remembers these moves; it reads
+the part from the leaf and puts another in its place, exactly. Casts and constant
+factors are no part of a view: what is read is what is stored.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.graph.program import Fixed, Step
 
@@ -64,6 +65,38 @@ class Transpose(NamedTuple):
         return jnp.transpose(part, inverse)
 
 
+class Steps(NamedTuple):
+    """Every n-th element along each axis, from the first on."""
+
+    steps: tuple[int, ...]
+
+    def read(self, array: jax.Array) -> jax.Array:
+        """The elements."""
+        return jax.lax.slice(array, (0,) * array.ndim, array.shape, self.steps)
+
+    def write(self, array: jax.Array, part: jax.Array) -> jax.Array:
+        """The array with others in their places."""
+        return array.at[tuple(slice(None, None, step) for step in self.steps)].set(part)
+
+
+class Reverse(NamedTuple):
+    """The same elements, last first along some axes."""
+
+    axes: tuple[int, ...]
+
+    def read(self, array: jax.Array) -> jax.Array:
+        """The array turned round."""
+        return jnp.flip(array, self.axes)
+
+    def write(self, array: jax.Array, part: jax.Array) -> jax.Array:
+        """The part turned back."""
+        return jnp.flip(part, self.axes)
+
+
+Move: TypeAlias = Slice | Steps | Reshape | Transpose | Reverse
+"""One step on a leaf's way."""
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightView:
     """How one leaf is seen.
@@ -71,30 +104,31 @@ class WeightView:
     Attributes:
       leaf: the leaf's position among the parameters.
       shape: of what is seen.
-      moves: slices, reshapes and transposes, in order.
+      moves: slices, steps, reshapes, transposes and reversals, in order.
       axes: for each axis of what is seen, the leaf's axes that it is made of.
-      box: for each axis of the leaf, start and stop of what is seen; None where slices
-        and reshapes mix so that it is no box.
-      cast: whether it was cast on the way, so that the program's value is another.
+      box: for each axis of the leaf, the places of what is seen; None where slices and
+        reshapes mix so that it is no box.
+      cast: whether it was cast or scaled on the way, so that the program's value is
+        another.
     """
 
     leaf: int
     shape: tuple[int, ...]
-    moves: tuple[Slice | Reshape | Transpose, ...]
+    moves: tuple[Move, ...]
     axes: tuple[tuple[int, ...], ...]
-    box: tuple[tuple[int, int], ...] | None
+    box: tuple[range, ...] | None
     cast: bool = False
 
     @classmethod
     def whole(cls, leaf: int, shape: Sequence[int]) -> "WeightView":
         """The view of all of a leaf."""
         axes = tuple((axis,) for axis in range(len(shape)))
-        return cls(leaf, tuple(shape), (), axes, tuple((0, size) for size in shape))
+        return cls(leaf, tuple(shape), (), axes, tuple(map(range, shape)))
 
     @property
     def sliced(self) -> bool:
         """Whether it sees less than the whole leaf."""
-        return any(isinstance(move, Slice) for move in self.moves)
+        return any(isinstance(move, Slice | Steps) for move in self.moves)
 
     def read(self, leaf: jax.Array) -> jax.Array:
         """The part of the leaf, of the view's shape and the leaf's dtype."""
@@ -110,7 +144,7 @@ class WeightView:
         return [move.starts for move in self.moves if isinstance(move, Slice)]
 
     @property
-    def _form(self) -> tuple[Slice | Reshape | Transpose, ...]:
+    def _form(self) -> tuple[Move, ...]:
         """The moves without where slices start: equal for the layers of a stack."""
         return tuple(
             Slice((), move.sizes) if isinstance(move, Slice) else move
@@ -126,6 +160,25 @@ class WeightView:
             shape=tuple(sizes),
             moves=(*self.moves, Slice(tuple(starts), tuple(sizes))),
             box=self._narrowed(starts, sizes),
+        )
+
+    def in_steps(self, steps: Sequence[int]) -> "WeightView":
+        """The view of every n-th element along each axis."""
+        shape = tuple(-(-n // step) for n, step in zip(self.shape, steps, strict=True))
+        if shape == self.shape:
+            return self
+        box = list(self.box or ())
+        for axis, step in enumerate(steps):
+            own = self.axes[axis]
+            if step > 1 and box and len(own) == 1 and self._is_alone(own[0]):
+                box[own[0]] = box[own[0]][::step]
+            elif step > 1:
+                box = []
+        return dataclasses.replace(
+            self,
+            shape=shape,
+            moves=(*self.moves, Steps(tuple(steps))),
+            box=tuple(box) or None,
         )
 
     def reshape(self, shape: Sequence[int]) -> "WeightView":
@@ -149,6 +202,10 @@ class WeightView:
             axes=tuple(self.axes[axis] for axis in order),
         )
 
+    def reverse(self, axes: Sequence[int]) -> "WeightView":
+        """The view last first along some axes."""
+        return dataclasses.replace(self, moves=(*self.moves, Reverse(tuple(axes))))
+
     def matrix(self, batch: int, inputs: int) -> "WeightView":
         """The view as (batch, in, out): so many axes each, out the rest."""
         ends = [0, batch, batch + inputs, len(self.shape)]
@@ -160,6 +217,11 @@ class WeightView:
         )
         return dataclasses.replace(seen, axes=axes)
 
+    def _is_alone(self, axis: int) -> bool:
+        """Whether one axis of what is seen is made of an axis of the leaf."""
+        turned = any(isinstance(move, Reverse) for move in self.moves)
+        return not turned and sum(axis in own for own in self.axes) == 1
+
     def _narrowed(self, starts: Sequence[int], sizes: Sequence[int]) -> Any:
         """The box of the leaf after a slice of what is seen, where it is one."""
         box = list(self.box or ())
@@ -168,12 +230,11 @@ class WeightView:
                 continue
             own = self.axes[axis]
             # Part of a box only along an axis that is one whole axis of the leaf.
-            if not box or len(own) != 1 or sum(own[0] in a for a in self.axes) > 1:
+            if not box or len(own) != 1 or not self._is_alone(own[0]):
                 return None
-            low, high = box[own[0]]
-            if high - low != self.shape[axis]:
+            if len(box[own[0]]) != self.shape[axis]:
                 return None
-            box[own[0]] = (low + start, low + start + size)
+            box[own[0]] = box[own[0]][start : start + size]
         return tuple(box) or None
 
     def _regrouped(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -203,7 +264,10 @@ class WeightView:
         return tuple(made.get(axis, ()) for axis in range(len(shape)))
 
 
-_SAME = "copy copy_p optimization_barrier sharding_constraint reshard device_put"
+_SAME = (
+    "copy copy_p stop_gradient optimization_barrier sharding_constraint reshard "
+    "device_put"
+)
 
 
 def propagate(
@@ -217,6 +281,8 @@ def propagate(
     # the value of a constant, or None.
     sources = [views.get(x) if not isinstance(x, Fixed) else None for x in step.inputs]
     name, params = step.primitive.name, step.params
+    if name in ("mul", "div", "neg"):
+        return _scaled(name, step.inputs, sources, kinds, known)
     if not sources or sources[0] is None or (name in _SAME.split() and None in sources):
         return None
     view = sources[0]
@@ -225,19 +291,29 @@ def propagate(
     if name in _SAME.split():
         return [same for same in sources if same]
     after = [tuple(kinds[number].shape) for number in step.outputs]
-    if name == "slice" and set(params["strides"] or (1,)) == {1}:
-        return [view.slice(params["start_indices"], after[0])]
+    if name == "slice":
+        starts, steps = (
+            params["start_indices"],
+            params["strides"] or (1,) * len(after[0]),
+        )
+        sizes = [
+            1 + (n - 1) * step if n else 0
+            for n, step in zip(after[0], steps, strict=True)
+        ]
+        return [view.slice(starts, sizes).in_steps(steps)]
     if name == "dynamic_slice":
         starts = [known(x) for x in step.inputs[1:]]
         if any(start is None for start in starts):
             return None
-        return [view.slice(_clamped(starts, after[0], view.shape), after[0])]
+        return [view.slice(clamped(starts, after[0], view.shape), after[0])]
     if name in ("unstack", "split"):
         return _parts(view, params["axis"], after, drop=name == "unstack")
     if name in ("squeeze", "expand_dims") or (
         name == "reshape" and params.get("dimensions") is None
     ):
         return [view.reshape(after[0])]
+    if name == "rev":
+        return [view.reverse(params["dimensions"])]
     if name == "transpose":
         return [view.transpose(params["permutation"])]
     if name == "broadcast_in_dim" and math.prod(after[0]) == math.prod(view.shape):
@@ -245,9 +321,26 @@ def propagate(
     return None
 
 
-def _with_starts(
-    form: Sequence[Slice | Reshape | Transpose], starts: Sequence[Any]
-) -> Iterator[Slice | Reshape | Transpose]:
+def _scaled(
+    name: str,
+    inputs: Sequence[int | Fixed],
+    sources: Sequence[WeightView | None],
+    kinds: Sequence[Any],
+    known: Callable[[int | Fixed], Any],
+) -> list[WeightView] | None:
+    """The view of a leaf times one constant, which moves no score past another."""
+    views = [view for view in sources if view is not None]
+    if len(views) != 1 or (name == "div" and sources[0] is None):
+        return None
+    for x, source in zip(inputs, sources, strict=True):
+        if source is None:
+            shape = np.shape(x.value) if isinstance(x, Fixed) else kinds[x].shape
+            if math.prod(shape) != 1 or known(x) is None:
+                return None
+    return [dataclasses.replace(views[0], cast=True)]
+
+
+def _with_starts(form: Sequence[Move], starts: Sequence[Any]) -> Iterator[Move]:
     """The moves of a form, each slice with the place where it starts."""
     pending = iter(starts)
     for move in form:
@@ -276,7 +369,7 @@ _write = jax.jit(_written, static_argnames="form")
 _write_in_place = jax.jit(_written, static_argnames="form", donate_argnums=0)
 
 
-def _clamped(
+def clamped(
     starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]
 ) -> list[int]:
     """Where a dynamic slice begins: moved until it fits, as XLA does."""

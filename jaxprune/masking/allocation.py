@@ -78,6 +78,16 @@ Layer = Uniform
 
 
 @dataclasses.dataclass(frozen=True)
+class PerMatrix(Uniform):
+    """The same sparsity for every matrix of a stack, each ranked by itself: "matrix".
+
+    For leaves that a scan stacks over layers, (layers, in, out), of which "layer" makes
+    one ranking, so that a layer of small weights may lose them all. `prune_trained`
+    always goes matrix by matrix.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
 class Global:
     """One ranking over all weights: "global".
 
@@ -190,7 +200,7 @@ class Ranked:
             return _ranked(weights, parts, sparsity)
 
 
-Name: TypeAlias = Literal["layer", "uniform", "global", "erk", "owl"]
+Name: TypeAlias = Literal["layer", "uniform", "global", "erk", "owl", "matrix"]
 """The rules by their names; "layer" and "uniform" are one."""
 
 RULES: dict[str, Rule] = {
@@ -199,6 +209,7 @@ RULES: dict[str, Rule] = {
     "global": Global(),
     "erk": ERK(),
     "owl": OWL(),
+    "matrix": PerMatrix(),
 }
 """Each rule with its usual settings, by its name."""
 

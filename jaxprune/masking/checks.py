@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.low_bit import is_int8
 from jaxprune.arrays.messages import listed
 from jaxprune.topk import thresholds
 from jaxprune.typing import Importance, Masks, Params, Scores
@@ -19,6 +20,12 @@ def floating(scores: Scores) -> dict[str, jax.Array]:
     }
     if not named:
         raise ValueError("scores must have at least one leaf to prune, but have none")
+    if held := [name for name, leaf in named.items() if is_int8(leaf)]:
+        raise TypeError(
+            f"scores must be floating arrays, but {listed(held)} are averages in one "
+            "byte; make scores of them with jp.scores.averaged_weight(params, "
+            "importance)"
+        )
     if wrong := [name for name, leaf in named.items() if not tree.is_floating(leaf)]:
         raise TypeError(
             f"scores must be floating arrays, but {listed(wrong)} are not; cast them "

@@ -78,7 +78,8 @@ def above(scores: Scores, threshold: float) -> Masks:
     Args:
       scores: a tree of floating arrays.
       threshold: what is at or under it is pruned; finite and at least 0; the rate, for
-        `scores.threshold`.
+        `scores.threshold`. Under `jit` it may be traced, and one program then serves
+        every rate.
 
     Returns:
       Masks like `scores`; under `jit` a NaN is pruned.
@@ -94,9 +95,10 @@ def above(scores: Scores, threshold: float) -> Masks:
       [False, True]
     """
     floating(scores)
-    if not 0 <= threshold < math.inf:
+    traced = isinstance(threshold, jax.core.Tracer)
+    if not traced and not 0 <= float(threshold) < math.inf:
         raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
-    return jax.tree.map(lambda score: score > threshold, scores)
+    return jax.tree.map(lambda score: _is_above(score, threshold), scores)
 
 
 def apply(params: Params, masks: Masks) -> Params:
@@ -162,6 +164,10 @@ def combine(first: Masks, second: Masks) -> Masks:
     return jax.tree.unflatten(
         jax.tree.structure(first, is_leaf=tree.is_excluded), leaves
     )
+
+
+def _is_above(score: jax.Array, threshold: Any) -> jax.Array:
+    return score > jnp.asarray(threshold, score.dtype)
 
 
 _of_units = jax.jit(thresholds.mask)

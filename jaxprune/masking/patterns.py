@@ -21,6 +21,16 @@ from jaxprune.topk import float_order
 from jaxprune.topk.float_order import Line
 from jaxprune.typing import Pattern
 
+# Groups of up to so many are ranked by comparing, which takes m^2 operations.
+_COMPARED = 64
+
+
+def _ranks(scores: jax.Array) -> Float32[Array, "..."]:
+    """The rank of each score along axis 2, from 0 for the highest; ties by position."""
+    falling = ~float_order.of(scores, Line.of(scores.dtype).signed)
+    rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
+    return rank.astype(jnp.float32)
+
 
 class _Free:
     """A pattern that leaves the sparsity free and takes any shape."""
@@ -86,9 +96,7 @@ class PerOutput(_Free):
         matrix = axes.matrix(scores)  # (batch, in, out)
         matrix = divisible(matrix, 1, max(matrix.shape[1], 1), 1)
         own = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))  # (batch, out, in)
-        falling = ~float_order.of(own, Line.of(own.dtype).signed)
-        rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
-        return -rank.astype(jnp.float32) / max(own.shape[2], 1)
+        return -_ranks(own) / max(own.shape[2], 1)
 
     def expand(
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
@@ -156,16 +164,22 @@ class NM:
         batch, inputs, outputs = matrix.shape
         # (batch, groups, m, out)
         groups = matrix.reshape(batch, inputs // self.m, self.m, outputs)
+        rank = _ranks(groups) if self.m > _COMPARED else self._compared(groups)
+        return axes.restore(-rank.reshape(matrix.shape), scores.shape)
+
+    def _compared(
+        self, groups: Float[Array, "batch groups m out"]
+    ) -> Float[Array, "batch groups m out"]:
+        """Ranks without a sort: each weight is compared with each of its group."""
         place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
-        # float16 is enough for up to 2048 ranks.
-        rank = jnp.zeros(groups.shape, jnp.float16 if self.m <= 2048 else jnp.float32)
+        rank = jnp.zeros(groups.shape, jnp.float16)
         for other in range(self.m):
             rival = groups[:, :, other : other + 1]
             both = jnp.isnan(rival) & jnp.isnan(groups)
             higher = (rival > groups) | (jnp.isnan(groups) & ~jnp.isnan(rival))
             before = higher | ((both | (rival == groups)) & (other < place))
             rank = rank + before.astype(rank.dtype)
-        return axes.restore(-rank.reshape(matrix.shape), scores.shape)
+        return rank
 
     def expand(
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes

@@ -48,8 +48,9 @@ def prune(
       sparsity: the share to remove, in [0, 1), or {glob on the path name: share}. None
         where the pattern fixes it. Static under `jit`.
       allocation: how it is shared out: "layer" removes the share from each leaf,
-        "global" ranks all leaves together, "erk", or a value of `jp.allocation`; also
-        {glob: share} in the place of a sparsity.
+        "matrix" from each matrix of a stacked leaf, "global" ranks all leaves
+        together, "erk", or a value of `jp.allocation`; also {glob: share} in the place
+        of a sparsity.
       pattern: which weights are pruned together: a value of `jp.patterns`, or its name
         such as "2:4".
       axes: which axes are input and output; Flax's [..., in, out] by default.
@@ -123,13 +124,14 @@ def _is_concrete(leaf: Any) -> bool:
 
 
 def _pruned(leaf: Any, own: Selection, pattern: Pattern, *, donate: bool) -> Any:
-    units, cut, axes = own
+    units, axes = own.units, own.axes
+    cut: thresholds.Cut | None = own.cut
     if not _is_concrete(leaf):
         return _program(None, donate=False)(leaf, units, cut, pattern, axes)
     devices = leaf.sharding.device_set
     if _is_concrete(units) and units.sharding.device_set != devices:
         # Scores that were made elsewhere stay there; their mask travels.
-        mask = pattern.expand(thresholds.mask(units, cut), leaf.shape, axes)
+        mask = pattern.expand(thresholds.mask(units, own.cut), leaf.shape, axes)
         units, cut, pattern = placement.beside(mask, leaf), None, Unstructured()
     program = _program(leaf.sharding if len(devices) > 1 else None, donate=donate)
     return program(leaf, units, cut, pattern, axes)

@@ -6,6 +6,7 @@ All that can be refused is refused here, for all leaves at once. From the thresh
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -47,6 +48,9 @@ def select(
     names, leaves = list(named), list(named.values())
     own_axes = _axes(axes, names, leaves, pattern)
     share, rule = counts.agreed(sparsity, pattern, rule)
+    if isinstance(rule, allocation.PerMatrix):
+        every = axes_.resolve(axes, names, leaves)
+        return _of_matrices(named, every, share, pattern)
     sizes = _sizes(pattern, leaves, own_axes)
     if isinstance(rule, allocation.Global) and not isinstance(share, Mapping):
         kept = [sum(sizes) - round(share * sum(sizes))]
@@ -57,7 +61,69 @@ def select(
         weights = _weights(names, leaves, axes_.resolve(axes, names, leaves), rule)
         pruned = counts.by_rule(share, rule, weights, sizes)
     kept = [size - out for size, out in zip(sizes, pruned, strict=True)]
+    _warn_of_empty(names, sizes, kept)
     return _selections(leaves, own_axes, kept, pattern, together=False)
+
+
+def _of_matrices(
+    named: Mapping[str, jax.Array],
+    own_axes: Sequence[Axes],
+    share: float | Mapping[str, float],
+    pattern: Pattern,
+) -> Iterator[Selection]:
+    """The selections of a ranking of each matrix of each leaf."""
+    names, leaves = list(named), list(named.values())
+    every = [
+        () if own.problem(leaf.ndim) else own.stack(leaf.shape)
+        for leaf, own in zip(leaves, own_axes, strict=True)
+    ]
+    if wrong := [n for n, stack in zip(names, every, strict=True) if stack is None]:
+        raise ValueError(
+            f"allocation='matrix' needs stacks whose own axes come first, but "
+            f"{listed(wrong)} have them elsewhere; leave them out of the scores, or "
+            "rank them whole with allocation='layer'"
+        )
+    stacks = [stack or () for stack in every]
+    whole = _sizes(pattern, leaves, own_axes)
+    sizes = [
+        size // max(math.prod(stack), 1)
+        for size, stack in zip(whole, stacks, strict=True)
+    ]
+    pruned = counts.by_leaf(share, names, sizes)
+    kept = [size - out for size, out in zip(sizes, pruned, strict=True)]
+    _warn_of_empty(names, sizes, kept)
+    return (
+        _stacked(leaf, own, stack, number, pattern)
+        for leaf, own, stack, number in zip(leaves, own_axes, stacks, kept, strict=True)
+    )
+
+
+def _stacked(
+    leaf: jax.Array, own: Axes, stack: tuple[int, ...], kept: int, pattern: Pattern
+) -> Selection:
+    """The selection of one leaf, so many units of each of its matrices."""
+    units, rows = pattern.units(leaf, own), math.prod(stack)
+    if not stack or not units.size or pattern.sparsity is not None:
+        # Where a pattern fixes the sparsity of each group, all matrices have it too.
+        return Selection(units, thresholds.cut_each([units], [kept * rows])[0], own)
+    if isinstance(pattern, patterns.Unstructured):  # its units have the leaf's axes
+        own_rows = units.reshape(rows, *leaf.shape[len(stack) :])
+        cut = thresholds.cut_rows(own_rows, kept)
+        return Selection(units, thresholds.Cut(*(x.reshape(stack) for x in cut)), own)
+    return Selection(units, thresholds.cut_rows(units, kept), own)
+
+
+def _warn_of_empty(
+    names: Sequence[str], sizes: Sequence[int], kept: Sequence[int]
+) -> None:
+    """Names leaves that would lose all, which rounding may do to a small one."""
+    pairs = zip(names, sizes, kept, strict=True)
+    if empty := [name for name, size, number in pairs if size and not number]:
+        warnings.warn(
+            f"this sparsity leaves nothing of {listed(empty)}, which have few units to "
+            "keep; leave them out of the scores with prunable=jp.tree.excluding('...')",
+            stacklevel=4,
+        )
 
 
 def _weights(

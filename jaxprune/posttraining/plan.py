@@ -26,8 +26,8 @@ from jaxprune.posttraining.input_statistics import InputStatistics
 from jaxprune.posttraining.methods import Matrix, Method
 from jaxprune.typing import Pattern
 
-Box: TypeAlias = tuple[tuple[int, int], ...]
-"""Start and stop along each axis of a leaf."""
+Box: TypeAlias = tuple[range, ...]
+"""The places along each axis of a leaf."""
 
 
 class Plan(NamedTuple):
@@ -124,8 +124,7 @@ def _apart(one: Box | None, other: Box | None) -> bool:
     """Whether two boxes of a leaf have no element in common, as far as is known."""
     if one is None or other is None:
         return False
-    pairs = zip(one, other, strict=True)
-    return any(a[1] <= b[0] or b[1] <= a[0] for a, b in pairs)
+    return any(set(a).isdisjoint(b) for a, b in zip(one, other, strict=True))
 
 
 def planned(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.arrays import placement
 from jaxprune.graph.linear_ops import Input, LinearOp
@@ -61,8 +61,13 @@ def _unreached(method: Method, statistics: InputStatistics) -> list[int]:
     """The matrices whose input was zero in all samples, if the method looks at it."""
     if method.needs == "nothing":
         return []
-    reached = np.asarray(jnp.any(statistics.mean_square > 0, axis=1))  # (batch,)
-    return [int(i) for i in np.flatnonzero(~reached)]
+    reached = placement.automatic(_reached, statistics)  # (batch,)
+    return [int(i) for i in np.flatnonzero(~np.asarray(reached))]
+
+
+@jax.jit
+def _reached(statistics: InputStatistics) -> Bool[Array, " batch"]:
+    return jnp.any(statistics.mean_square > 0, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "pattern"))

@@ -3,7 +3,8 @@
 Every criterion is `criterion(params, importance, *, prunable=...)`, so that any of them
 can be handed on as a value; those that need no statistics ignore `importance`, which is
 an `Importance`, the state of an optimizer, or an `nnx.Optimizer`.
-Scores are float32, whatever the parameters' dtype; units do not matter, since only the
+Scores are float32, whatever the parameters' dtype (a float64 weight under 1e-38 scores
+0; `masks.make` takes float64 scores of your own); units do not matter, since only the
 order counts. Leaves that may not be pruned become `optax.MaskedNode()`.
 """
 

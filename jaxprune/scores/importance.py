@@ -149,7 +149,9 @@ def refuse_swapped(params: Params) -> None:
 
 def _averages(state: Any) -> dict[str, Params]:
     """Field of an `Importance` to what a state holds of it."""
-    found = _found(state, _held) or _found(state, _held_by_name)
+    found = _found(state, _held)
+    if not found and isinstance(state, Mapping):  # optax's own states are tuples
+        found = _found(state, _held_by_name)
     moments = found.pop("moment", [])
     averages = {field: _merged(trees, field) for field, trees in found.items()}
     if "square" not in averages and moments:
@@ -230,11 +232,9 @@ def _union(first: Any, second: Any, what: str) -> Any:
     """Each leaf from the tree that has it; a left-out node may stand for a subtree."""
     if tree.is_excluded(first) or tree.is_excluded(second):
         return second if tree.is_excluded(first) else first
-    children = [
-        jax.tree.flatten(node, is_leaf=lambda x, node=node: x is not node)
-        for node in (first, second)
-    ]
-    (own, structure), (others, _) = children
+    structure: Any
+    own, structure = _children(first)
+    others, _ = _children(second)
     if tree.is_leaf(first) or jax.tree_util.treedef_is_leaf(structure):
         raise ValueError(
             f"each leaf must be tracked once, but two transformations in this state "
@@ -242,6 +242,11 @@ def _union(first: Any, second: Any, what: str) -> Any:
         )
     pairs = zip(own, others, strict=True)
     return jax.tree.unflatten(structure, [_union(*pair, what) for pair in pairs])
+
+
+def _children(node: Any) -> tuple[list[Any], Any]:
+    """What a node holds, one level down, and how to put it back."""
+    return jax.tree.flatten(node, is_leaf=lambda below: below is not node)
 
 
 def _warn_of_maxima(state: Any) -> None:

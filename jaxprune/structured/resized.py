@@ -103,6 +103,12 @@ class Resized:
         if name == "split":
             axis = step.params["axis"]
             shape = tuple(self.size(own[axis]) for own in dims)
+        elif name == "tile":
+            before = self._operand(position, 0)
+            shape = tuple(
+                self.size(made) // max(1, self.size(dim))
+                for made, dim in zip(dims[0], before, strict=True)
+            )
         elif name == "conv_general_dilated":
             shape = self._convolution(position, step)
         elif name == "gather":
@@ -177,4 +183,5 @@ _CHANGES = {
     "reshape": "new_sizes",
     "slice": "limit_indices",
     "split": "sizes",
+    "tile": "reps",
 }

@@ -30,7 +30,8 @@ class Line(NamedTuple):
         """The positions of bfloat16, float32 or float64, the first that holds these."""
         # Not by promotion: a user may have forbidden it, and of one byte there is none.
         sizes = [1 if d == jnp.bfloat16 else np.dtype(d).itemsize for d in dtypes]
-        dtype = np.dtype({1: jnp.bfloat16, 8: np.float64}.get(max(sizes), np.float32))
+        holding: dict[int, Any] = {1: jnp.bfloat16, 8: np.float64}
+        dtype = np.dtype(holding.get(max(sizes), np.float32))
         info = jnp.finfo(dtype)
         infinity = int(np.array(np.inf, dtype).view(f"int{info.bits}"))
         return cls(

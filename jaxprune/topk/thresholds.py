@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt, UInt32
 
 from jaxprune.arrays import low_bit
@@ -107,6 +108,28 @@ def cut_each(
         found = _by_leaf(_cut(leaves, target, joint=False), len(leaves))
         cuts.update(zip(own, found, strict=True))
     return [cuts[i] for i in range(len(scores))]
+
+
+def cut_rows(scores: Float[Array, "rows ..."], kept: int) -> Cut:
+    """The cut that keeps the `kept` highest scores of each row by itself.
+
+    Args:
+      scores: floating; what the first axis counts is a row, under 2^32 elements each.
+      kept: how many to keep of each row, 0 to its size.
+
+    Returns:
+      A cut with an axis of rows.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxprune.topk import thresholds
+      >>> scores = jnp.array([[3.0, 1.0], [5.0, 7.0]])
+      >>> thresholds.mask(scores, thresholds.cut_rows(scores, 1)).tolist()
+      [[True, False], [False, True]]
+    """
+    rows, *row = scores.shape
+    target = Count.of([_checked(kept, math.prod(row))] * rows)
+    return _cut([scores], target, joint=False, by_row=True)
 
 
 @functools.partial(jax.jit, static_argnames="axis")
@@ -202,7 +225,8 @@ def _cut(
         size = [leaf.size for leaf in leaves]
         rows: Any = _numbers(len(leaves)) if traced else range(len(leaves))
         if by_row:
-            size, rows = [leaves[0].shape[1]] * len(leaves[0]), [None]
+            size = [math.prod(leaves[0].shape[1:])] * len(leaves[0])
+            rows = [None]
         sizes = np.array(size, np.uint32)  # (rows,)
         target = target.clipped(Count.of([sum(size)] if joint else size))
         apart = not traced and len(set(map(_devices, leaves))) > 1
@@ -341,7 +365,11 @@ def _count(
             if ties is not True:
                 keys = jnp.where(ties, keys, line.position(own))
         flags = [keys >= least[:, k].reshape(across) for k in range(least.shape[1])]
-        return jnp.stack(float_order.number(flags, range(1, rows.ndim)), 1)
+        counts = jnp.stack(float_order.number(flags, range(1, rows.ndim)), 1)
+        mesh = jax.typeof(counts).sharding.mesh
+        if i is None and mesh.explicit_axes:  # few, and every device goes on with all
+            return jax.sharding.reshard(counts, NamedSharding(mesh, PartitionSpec()))
+        return counts
 
     def nothing(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
         zeros = jnp.zeros(own_rows(candidates).shape, np.uint32)

@@ -51,7 +51,7 @@ def keep_masks(
 
     Raises:
       ValueError: at `init`: the masks are another model's; at `update`: no parameters.
-      TypeError: at `init`: the masks are not boolean.
+      TypeError: the optimizer is none; at `init`: the masks are not boolean.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -62,6 +62,12 @@ def keep_masks(
       >>> float(optax.apply_updates(params, updates)["w"][1])
       0.0
     """
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise TypeError(
+            "keep_masks takes the optimizer first and the masks second, but got "
+            f"{type(optimizer).__name__} as the optimizer; call "
+            "jp.keep_masks(optimizer, masks)"
+        )
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> KeepMasksState:

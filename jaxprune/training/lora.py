@@ -26,7 +26,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arrays import tree
-from jaxprune.arrays.messages import listed
+from jaxprune.arrays.messages import listed, refuse_fractions
 from jaxprune.typing import Params, Prunable
 
 
@@ -90,6 +90,7 @@ def lora(
     Raises:
       ValueError: a rank under 1, or alpha that is not finite and over 0; at `init`: no
         leaf is adapted, or one has no two axes; at `update`: a line search's arguments.
+      TypeError: `rank` or `seed` is no integer.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -100,6 +101,7 @@ def lora(
       >>> state.adapters["kernel"].a.shape, state.adapters["kernel"].b.shape
       ((8, 2), (2, 4))
     """
+    refuse_fractions("lora", rank=rank, seed=seed)
     scale = (rank if alpha is None else alpha) / max(rank, 1)
     if rank < 1 or not 0 < scale < math.inf:
         raise ValueError(

@@ -143,7 +143,9 @@ def test_scores(params):
     assert large(for_all, params, importance) == []
 
 
-@pytest.mark.parametrize("allocation", ["layer", "global"])
+@pytest.mark.parametrize(
+    "allocation", [pytest.param("layer", marks=pytest.mark.full), "global"]
+)
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -179,7 +181,7 @@ def test_what_is_done_with_masks(params, scores, masks):
 
 
 def test_counting_zeros(params):
-    count = lambda p: jax.tree.map(sparsity._count_nonzero, p)  # noqa: E731
+    count = lambda p: jax.tree.map(sparsity._count, p)  # noqa: E731
     assert large(count, params) == []
 
 
@@ -192,7 +194,9 @@ def test_a_step_under_masks(params, masks):
         assert mask.sharding.is_equivalent_to(params[name].sharding, mask.ndim)
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "storage", ["float32", pytest.param("bfloat16", marks=pytest.mark.full), "int8"]
+)
 def test_a_step_of_the_trackers(params, storage):
     tx = trackers(storage=storage)
     state = jax.jit(tx.init)(params)
@@ -231,6 +235,7 @@ CUT = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("shape", "spec", "pattern"), CUT)
 def test_where_a_device_ends_inside_a_tile_shards_change_axes(shape, spec, pattern):
     """No device ever holds more than its share, though all of it is sent."""

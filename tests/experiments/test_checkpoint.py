@@ -419,3 +419,40 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, momen
     step = restored.step + 1
     checkpoint.save(tmp_path, target, step=step, configuration={}, keep=1)
     assert os.listdir(tmp_path) == [str(step)]
+
+
+@pytest.mark.parametrize(
+    "kind", [np.int64, np.array, jnp.int32, jnp.asarray], ids=lambda kind: kind.__name__
+)
+def test_a_step_may_be_the_states_own_counter(tmp_path, kind):
+    path = checkpoint.save(
+        tmp_path, small_state(), step=kind(3), configuration=CONFIGURATION
+    )
+    found = checkpoint.latest(tmp_path)
+    assert (path.name, found.step, type(found.step)) == ("3", 3, int)
+
+
+@pytest.mark.parametrize("step", [3.0, "3", None, np.float32(3), jnp.ones(2, int)])
+def test_a_step_that_is_no_integer_is_refused_before_anything_is_written(
+    tmp_path, step
+):
+    with pytest.raises(TypeError, match="needs an integer step, got"):
+        checkpoint.save(tmp_path, small_state(), step=step, configuration=CONFIGURATION)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_manifest_that_is_a_directory_is_damage(tmp_path):
+    save(tmp_path, 1)
+    manifest_path = next(save(tmp_path, 2).glob("checkpoint.json"))
+    manifest_path.unlink()
+    manifest_path.mkdir()
+    assert checkpoint.latest(tmp_path).step == 1
+
+
+def test_a_dtype_that_tensorstore_has_not_is_refused_before_anything_is_written(
+    tmp_path,
+):
+    state = {"w": jnp.zeros(4, jnp.uint4)}
+    with pytest.raises(TypeError, match=r"no uint4.*at 'w'; cast it to uint8"):
+        checkpoint.save(tmp_path, state, step=1, configuration={})
+    assert not list(tmp_path.iterdir())

@@ -208,6 +208,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_a_model_type_that_is_none_stops_nobody(tmp_path):
+    for i, config in enumerate(({"model_type": []}, {"text_config": ["gpt2"]})):
+        found, _ = prune(tmp_path / str(i), llama(), config, sparsity=0.5)
+        assert (found["model.layers.0.mlp.up_proj.weight"] == 0).mean() == 0.5
+
+
 def test_weights_of_one_byte_are_refused_by_name_and_may_be_left_out(tmp_path):
     tensors = {"a.weight": normal(1, 8, 8), "b.weight": normal(2, 8, 8)}
     tensors["b.weight"] = tensors["b.weight"].astype(ml_dtypes.float8_e4m3fn)

@@ -216,6 +216,45 @@ def test_experts_keep_the_same_neurons_and_stay_themselves():
     assert result.params["up"].shape == (4, 8, 3)
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda x: jnp.cumsum(x, 0),
+        lambda x: jnp.sort(x, 0),
+        lambda x: jnp.broadcast_to(jnp.max(x, 0, keepdims=True), x.shape),
+        lambda x: x[::-1],
+        lambda x: x[jnp.array([2, 0, 0])],
+        lambda x: jnp.clip(x, -0.5, 0.5) ** 3 + jnp.power(jnp.abs(x), 1.5),
+        lambda x: jnp.where(jnp.arange(3)[:, None] > 1, x, -x),
+        lambda x: jnp.where(x > 0, x, jnp.exp(x)),
+        lambda x: jax.lax.dynamic_update_slice(jnp.ones((5, 6)), x, (1, 0))[1:4],
+        lambda x: jax.lax.dynamic_slice(x, (1, 0), (3, 6)),
+        lambda x: jnp.pad(x, ((1, 0), (0, 0)))[:3],
+        lambda x: jnp.stack([x, jnp.cos(x)]).reshape(6, 6)[1:4],
+        lambda x: sum(jnp.split(jnp.tile(x, (1, 2)), 2, -1)),
+        lambda x: jax.lax.reduce_window(
+            x[:, None], -jnp.inf, jax.lax.max, (2, 1, 1), (1, 1, 1), "SAME"
+        )[:, 0],
+        lambda x: jnp.einsum("bf,cf->bcf", x, x).mean(1),
+        lambda x: jax.vmap(lambda row: row[jnp.newaxis].T[:, 0])(x),
+        lambda x: jax.checkpoint(jnp.tanh)(x) + jax.jit(jnp.sin)(x),
+        lambda x: jax.lax.fori_loop(0, 2, lambda i, y: jnp.tanh(y) * x, x),
+        lambda x: jax.nn.dot_product_attention(*[x.reshape(1, 3, 1, 6)] * 3)[0, :, 0],
+        lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
+        lambda x: x * jax.random.normal(jax.random.key(0), (6,))[None],
+    ],
+)
+def test_what_leaves_units_to_themselves_keeps_them_removable(what):
+    params = weights(0, up=(8, 6), down=(6, 3))
+
+    def fn(p, x):
+        return what(jnp.tanh(x @ p["up"])) @ p["down"]
+
+    groups, result = check_each_kind(fn, params, X)
+    assert row(groups, "down:0") == (1, 6, True, True)
+    assert result.params["up"].shape == (8, 3)
+
+
 # What does not go.
 
 

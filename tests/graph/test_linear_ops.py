@@ -246,11 +246,6 @@ def counting(p, x):
     return jax.lax.while_loop(more, body, (x, 0))[0]
 
 
-def ragged(p, x):
-    sizes = jnp.asarray([2, 1, 2])
-    return jax.lax.ragged_dot(x, p["w"], sizes)
-
-
 SQUARE = draw(3, 4, 4)
 HIDDEN = {
     "scaled": (lambda p, x: x @ (p["w"] * p["scale"]), SQUARE, "mul"),
@@ -270,7 +265,11 @@ HIDDEN = {
         SQUARE,
         "cond",
     ),
-    "ragged": (ragged, EXPERTS, "ragged_dot"),
+    "joined": (
+        lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1),
+        SQUARE,
+        "concatenate",
+    ),
     "lookup": (
         lambda p, x: p["w"][jnp.argmax(x, 1)],
         SQUARE,

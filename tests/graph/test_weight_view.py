@@ -22,7 +22,7 @@ def moved(draw):
     """A shape, a view of it by some moves, and what NumPy makes of them."""
     shape = draw(st.sampled_from(SHAPES))
     view, array = WeightView.whole(0, shape), numbered(shape)
-    for kind in draw(st.lists(st.sampled_from("srt"), max_size=5)):
+    for kind in draw(st.lists(st.sampled_from("srtnv"), max_size=5)):
         if kind == "s":
             box = []
             for size in array.shape:
@@ -30,6 +30,13 @@ def moved(draw):
                 box.append((low, draw(st.integers(low + 1, size))))
             view = view.slice([a for a, _ in box], [b - a for a, b in box])
             array = array[tuple(slice(*ends) for ends in box)]
+        elif kind == "n":
+            steps = [draw(st.integers(1, 3)) for _ in array.shape]
+            view = view.in_steps(steps)
+            array = array[tuple(slice(None, None, step) for step in steps)]
+        elif kind == "v":
+            axes = draw(st.sets(st.integers(0, array.ndim - 1)))
+            view, array = view.reverse(sorted(axes)), np.flip(array, sorted(axes))
         elif kind == "r":
             left, new = array.size, []
             while left > 1 and len(new) < 3:
@@ -74,7 +81,7 @@ def test_what_is_written_is_read_and_the_rest_stays(case):
 def test_a_box_and_the_axes_say_where_the_part_lies(case):
     shape, view, expected = case
     if view.box is not None:
-        box = numbered(shape)[tuple(slice(*ends) for ends in view.box)]
+        box = numbered(shape)[np.ix_(*view.box)]
         np.testing.assert_array_equal(np.sort(box, None), np.sort(expected, None))
     # Walking along an axis of the view changes no leaf axis but those behind it.
     for axis, behind in enumerate(view.axes):

@@ -99,6 +99,7 @@ def test_nm_refuses_impossible_groups(nm):
         jp.patterns.NM(*nm)
 
 
+@pytest.mark.filterwarnings("ignore:this sparsity leaves nothing")
 @given(
     block=st.sampled_from([(1, 1), (2, 3), (8, 6), (1, 6)]),
     sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.8, 0.99]),
@@ -292,3 +293,10 @@ def test_an_unknown_pattern_names_the_choices(bad):
 def test_what_is_no_pattern_is_refused_with_the_choices(bad):
     with pytest.raises(TypeError, match=r"such as jp\.patterns\.NM\(2, 4\)"):
         jp.prune({"w": jnp.ones((4, 4))}, {"w": jnp.ones((4, 4))}, 0.5, pattern=bad)
+
+
+@pytest.mark.parametrize(("n", "m"), [(33, 65), (2049, 2050), (2090, 2100)])
+def test_nm_counts_groups_that_float16_cannot(n, m):
+    scores = np.random.default_rng(0).normal(size=(2 * m, 1)).astype(np.float32)
+    mask = jp.masks.make({"k": jnp.asarray(scores)}, pattern=jp.patterns.NM(n, m))["k"]
+    np.testing.assert_array_equal(mask, oracles.keep_nm(scores, n, m))

@@ -1,5 +1,6 @@
 """The slips of every beginner: each works as meant, or gets one sentence that helps."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,6 +13,7 @@ PARAMS = weights()
 SCORES = jp.scores.magnitude(PARAMS)
 MASKS = jp.masks.make(SCORES, 0.5)
 STATE = optax.adam(0.1).init(PARAMS)
+LEAN = jp.get_importance(jp.track_importance(storage="int8").init(PARAMS))
 IMPORTANCE = jp.Importance(square=PARAMS)
 
 SLIPS = {
@@ -59,6 +61,46 @@ SLIPS = {
         lambda: jp.masks.make({"h": {"k": jnp.ones((6, 4))}}, pattern="2:4"),
         r"NM\(2, 4\) needs .* by 4, got 6 at 'h/k'; leave such leaves out .*excluding",
     ),
+    "keep_masks(masks, optimizer)": (
+        lambda: jp.keep_masks(MASKS, optax.sgd(0.1)),
+        r"optimizer first and the masks second, but got dict as the optimizer; call",
+    ),
+    "make(an average in one byte)": (
+        lambda: jp.masks.make({"w": LEAN.weight["layer"]["kernel"]}, 0.5),
+        r"'w' are averages in one byte; make scores of them with jp\.scores\.averaged",
+    ),
+    "track_importance(0.9)": (
+        lambda: jp.track_importance(0.9),
+        r"track_importance needs a weighting such as .*power\(0\.5\), got 0\.9",
+    ),
+    "every=1.5": (
+        lambda: jp.track_gradients(every=1.5),
+        r"track_gradients needs an integer every, got 1\.5",
+    ),
+    "every=True": (
+        lambda: jp.track_importance(every=True),
+        r"track_importance needs an integer every, got True",
+    ),
+    "start=0.5": (
+        lambda: jp.track_importance(start=0.5),
+        r"track_importance needs an integer start, got 0\.5",
+    ),
+    "seed=1.5": (
+        lambda: jp.track_importance(seed=1.5),
+        r"track_importance needs an integer seed, got 1\.5",
+    ),
+    "lora(rank=2.5)": (
+        lambda: jp.lora(optax.sgd(0.1), rank=2.5),
+        r"lora needs an integer rank, got 2\.5",
+    ),
+    "NM(1.5, 4)": (
+        lambda: jp.patterns.NM(1.5, 4),
+        r"NM\(n, m\) needs integers 0 < n < m, got NM\(1\.5, 4\)",
+    ),
+    "Block(2.0, 2)": (
+        lambda: jp.patterns.Block(2.0, 2),
+        r"Block needs integer sides of at least 1, got Block\(rows=2\.0",
+    ),
     "no such pattern": (
         lambda: jp.prune(PARAMS, SCORES, 0.5, pattern="3/4"),
         r"pattern must be one of unstructured, .*, got '3/4'",
@@ -99,3 +141,11 @@ def test_none_or_true_may_stand_for_a_mask_that_is_left_out(left_out):
     np.testing.assert_array_equal(both["layer"]["kernel"], kernel)
     states = [jp.keep_masks(optax.sgd(0.1), m).init(PARAMS) for m in (masks, MASKS)]
     assert same_bits(*states)
+
+
+def test_one_program_serves_every_threshold():
+    scores = {"w": jnp.arange(4.0)}
+    above = jax.jit(lambda rate: jp.masks.above(scores, rate)["w"])
+    for rate in (0.5, 1.0, 2.5):
+        assert above(rate).tolist() == [score > rate for score in range(4)]
+    assert above._cache_size() == 1

@@ -72,7 +72,17 @@ FLOWS = {
 }
 
 
-@pytest.mark.parametrize("name", FLOWS)
+# One of each kind; the rest in the full suite.
+SOME = {"training", "apply", "prune", "keep_masks", "README", "int8"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in SOME else pytest.mark.full)
+        for name in FLOWS
+    ],
+)
 def test_four_steps_are_one_program(name):
     assert compiles(*FLOWS[name]()) == [1, 0, 0, 0]
 

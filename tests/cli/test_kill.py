@@ -1,0 +1,111 @@
+"""A command that is killed at any moment: the same command again gives a whole result.
+
+JAXPRUNE_KILLS says how many kills at random moments each command gets.
+"""
+
+import json
+import os
+import random
+import time
+
+import pytest
+
+from tests.support import command_process
+from tests.support.hf_directories import contents
+from tests.support.tiny_cli import place
+
+pytest.importorskip("tyro")
+pytest.importorskip("tokenizers")
+
+__all__ = ["place"]
+
+KILLS = int(os.environ.get("JAXPRUNE_KILLS", "1"))
+SMALL = ["--length", "16", "--limit", "4", "--sparsity", "0.5"]
+COMMANDS = {
+    "streamed": lambda p, out: [
+        "prune", p / "model", out, *SMALL, "--method", "magnitude",
+        "--evaluate", p / "a.txt",
+    ],
+    "calibrated": lambda p, out: [
+        "prune", p / "model", out, *SMALL, "--method", "wanda", "--sequences", "8",
+        "--calibration", p / "a.txt", "--prompt-steps", "4",
+    ],
+    "compact": lambda p, out: ["compact", p / "model", out],
+    "expand": lambda p, out: ["expand", p / "packed", out],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Nothing else: the children must not see the tests' own settings of JAX."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return command_process
+
+
+def weights(out):
+    """The bytes that must be the same whenever the command was killed."""
+    if out.is_file():
+        return out.read_bytes()
+    found = contents(out)
+    return {name: found[name] for name in found if not name.startswith(("jaxp", "rep"))}
+
+
+def check_whole(name, out, log):
+    """Everything that a run which nobody killed would have written."""
+    if name in ("streamed", "calibrated"):
+        record = json.loads((out / "jaxprune.json").read_text())
+        assert {"sizes", "perplexity", "phases", "seconds", "files"} <= record.keys()
+        for of in record["perplexity"].values():
+            assert {"dense", "pruned"} <= of.keys()
+        page = (out / "report.html").read_text()
+        assert page.rstrip().endswith("</html>")
+        assert "Perplexity" in page
+    left = [p.name for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")]
+    assert left == [], log.read_text()
+
+
+def again(server, words, log):
+    """Gives the same command again: done, or it was done when it was killed."""
+    log.write_text("")
+    code = server.finish(server.start(words, log))
+    said = log.read_text()
+    assert "Traceback" not in said
+    whole = "is whole, and this very command made it" in said
+    assert code == 0 or whole or "there is something already" in said, said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_killed_at_any_moment_ends_whole_when_it_is_given_again(
+    place, tmp_path, server, name
+):
+    if not (place / "packed").exists():
+        assert (
+            server.finish(
+                server.start(
+                    COMMANDS["compact"](place, place / "packed"), tmp_path / "log"
+                )
+            )
+            == 0
+        )
+    log, whole = tmp_path / "log", tmp_path / "whole"
+    began = time.monotonic()
+    assert server.finish(server.start(COMMANDS[name](place, whole), log)) == 0
+    took = time.monotonic() - began
+    check_whole(name, whole, log)
+    expected = weights(whole)
+    chance = random.Random(os.environ.get("JAXPRUNE_SEED", "0"))
+    killed = 0
+    for i in range(KILLS + 1):
+        out = tmp_path / f"out{i}"
+        words = COMMANDS[name](place, out)
+        if i == 0:  # the moment at which the result appears
+            happened = out.exists
+        else:
+            until = time.monotonic() + chance.uniform(0.02, 1.0) * took
+            happened = lambda until=until: time.monotonic() > until  # noqa: E731
+        killed += server.kill_when(server.start(words, log), happened)
+        again(server, words, log)
+        assert weights(out) == expected
+        check_whole(name, out, log)
+    print(f"{name}: {killed} kills of {KILLS + 1}, {took:.1f} s a run")
