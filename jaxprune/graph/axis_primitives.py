@@ -23,6 +23,8 @@ _UNARY = """
     exp exp2 log log2 cos acos cosh acosh logistic rsqrt erfc erf_inv lgamma digamma
     is_finite not population_count clz one_minus_square
 """
+# f(0) is not finite, and 0 times that is no number.
+_NOT_FINITE = "log log2 rsqrt lgamma digamma"
 _ELEMENTWISE = """
     add add_any sub mul div max min rem pow atan2 nextafter eq ne lt le gt ge and or
     xor select_n clamp integer_pow
@@ -84,6 +86,8 @@ def _elementwise(name: str) -> Rule:
             each = [_is_zero(operand, axis, size) for operand in operands]
             dims.append(own[0] if own else fresh(size))
             zeros.append(_zero_of(name, params, each, operands))
+            if own and _divides(name, params, each, operands):
+                freeze(own[0], f"{name} divides by what is zero where it is removed")
         return [Axes(tuple(dims), tuple(zeros))]
 
     return rule
@@ -118,8 +122,28 @@ def _zero_of(
     return False
 
 
-def _unary(*, stays: bool) -> Rule:
+def _divides(
+    name: str, params: Params, zeros: Sequence[bool], operands: Sequence[Operand]
+) -> bool:
+    """Whether an elementwise operation divides by a zero."""
+    if name in ("div", "rem"):
+        return zeros[1] and operands[1].scalar is None
+    if name == "integer_pow":
+        return zeros[0] and params["y"] < 0
+    if name == "pow":
+        power = operands[1].scalar
+        return zeros[0] and (power is None or power < 0)
+    return False
+
+
+def _unary(name: str) -> Rule:
+    stays, finite = name in _ZERO_STAYS.split(), name not in _NOT_FINITE.split()
+
     def rule(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Axes]:
+        for operand in operands:
+            for dim, zero in zip(*operand.axes, strict=True):
+                if zero and not finite:
+                    freeze(dim, f"{name} runs over what is zero where it is removed")
         # `optimization_barrier` has several operands, each with its own result.
         return [
             Axes(o.axes.dims, tuple(stays and zero for zero in o.axes.zeros))
@@ -244,8 +268,7 @@ def _window(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list
 
 RULES: dict[str, Rule] = {
     **axis_moves.RULES,
-    **{name: _unary(stays=True) for name in _ZERO_STAYS.split()},
-    **{name: _unary(stays=False) for name in _UNARY.split()},
+    **{name: _unary(name) for name in (*_ZERO_STAYS.split(), *_UNARY.split())},
     **{name: _elementwise(name) for name in _ELEMENTWISE.split()},
     **{name: _along(name) for name in _ALONG.split()},
     **{name: _reduction(name) for name in _REDUCTIONS.split()},
