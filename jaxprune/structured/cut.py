@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune.arrays import lazy, tree
+from jaxprune.arrays import lazy, placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.graph.axis_dims import Dim, mask
 from jaxprune.graph.axis_groups import AxisGroups
@@ -51,6 +52,14 @@ class LeafCut:
         if isinstance(leaf, lazy.LazyArray):
             whole = leaf.read
             return lazy.LazyArray(self.after, leaf.dtype, lambda: self.take(whole()))
+        sharding = None if isinstance(leaf, jax.core.Tracer) else _sharding(leaf)
+        if sharding is None:
+            return self._cut(leaf)
+        # Each device ends with a part of what is kept, as it had of the whole.
+        cut = placement.automatic(self._cut_in_place, leaf)
+        return jax.device_put(cut, self._split(sharding))
+
+    def _cut(self, leaf: Any) -> Any:
         xp: Any = np if isinstance(leaf, np.ndarray) else jnp
         if self.stacked is None:
             return _taken(xp, leaf, self.kept[0])
@@ -59,6 +68,26 @@ class LeafCut:
             for i, of in enumerate(self.kept)
         ]
         return xp.concatenate(parts, self.stacked)
+
+    def _cut_in_place(self, leaf: jax.Array) -> jax.Array:
+        where = self._split(leaf.sharding)  # type: ignore[arg-type]
+        found: jax.Array = jax.jit(self._cut, out_shardings=where)(leaf)
+        return found
+
+    def _split(self, sharding: NamedSharding) -> NamedSharding:
+        """The sharding of what is kept: as before on axes that still come out even."""
+        missing = len(self.after) - len(sharding.spec)
+        spec = (*sharding.spec, *[None] * missing)
+        even = [
+            entry if size % placement.shards(sharding.mesh, entry) == 0 else None
+            for entry, size in zip(spec, self.after, strict=True)
+        ]
+        return NamedSharding(sharding.mesh, PartitionSpec(*even))
+
+
+def _sharding(leaf: Any) -> NamedSharding | None:
+    found = getattr(leaf, "sharding", None)
+    return found if isinstance(found, NamedSharding) else None
 
 
 def _taken(xp: Any, leaf: Any, kept: Sequence[np.ndarray | None]) -> Any:

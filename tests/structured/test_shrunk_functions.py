@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export
+from jax.sharding import AxisType
 
 import jaxprune as jp
 from jaxprune.arrays import lazy as lazy_
@@ -159,6 +160,30 @@ def test_lazy_leaves_and_abstract_ones_become_smaller_too():
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS))
     small = jp.shrink(fn, shapes, X, scores, 0.5).params
     assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_leaves_stay_sharded(kind):
+    rng = np.random.default_rng(0)
+    params = {"up": draw(0, 8, 32), "down": draw(1, 32, 6)}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    specs = {"up": jax.P(None, "data"), "down": jax.P("data")}
+    placed = {
+        name: jax.device_put(leaf, jax.NamedSharding(mesh, specs[name]))
+        for name, leaf in params.items()
+    }
+
+    def mlp(params, x):
+        return jax.nn.relu(x @ params["up"]) @ params["down"]
+
+    scores = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), params)
+    small = jp.shrink(mlp, params, X, scores, 0.5)
+    for name, leaf in small.cut(placed).items():
+        np.testing.assert_array_equal(leaf, small.params[name])
+        assert leaf.sharding.is_equivalent_to(
+            jax.NamedSharding(mesh, specs[name]), leaf.ndim
+        )
+        assert leaf.sharding.mesh == mesh
 
 
 # What is cut with it.
