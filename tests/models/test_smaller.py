@@ -108,6 +108,21 @@ def test_transformers_loads_it_with_equal_logits(name, tmp_path):
     assert np.abs(tiny_hf.torch_logits(whole_model, ids) - ours).max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_it_costs_what_a_model_built_at_its_shape_costs(name, tmp_path):
+    tiny_hf.random_folder(name, tmp_path / "whole", "float32")
+    result, whole = shrunk(tmp_path / "whole", 0.5)
+    shape = hf.resized(whole.config, result.params)
+    graphdef, params = nnx.split(hf.abstract(shape), nnx.Param)
+
+    def flops(fn, params):
+        cost = jax.jit(fn).lower(params, IDS).compile().cost_analysis()
+        return cost["flops"]
+
+    built = flops(lambda params, ids: nnx.merge(graphdef, params)(ids), params)
+    assert flops(result.fn, result.params) == pytest.approx(built, rel=0.01)
+
+
 def test_query_heads_of_each_key_head_become_fewer(tmp_path):
     tiny_hf.random_folder("llama", tmp_path / "whole", "float32")
     name = "layers/*/attention/out/kernel:0.1"
