@@ -125,15 +125,7 @@ def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
 
 
 def check_room(place: Path, size: int) -> None:
-    """Refuses a place that cannot be written to, or that has no room for so many bytes.
-
-    Args:
-      place: what is going to be written; what holds it need not exist yet.
-      size: bytes.
-
-    Raises:
-      OSError: it is so; the sentence names the directory.
-    """
+    """Refuses a place that cannot be written to, or has no room for so many bytes."""
     home = next(parent for parent in place.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=home):

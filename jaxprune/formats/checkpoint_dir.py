@@ -166,8 +166,8 @@ def open_directory(path: str | os.PathLike[str]) -> CheckpointDir:
 
 
 def files_below(directory: Path) -> list[str]:
-    """Every file in a directory and below it, by its path there with "/", sorted."""
-    # Links to files are files; links to directories are not followed.
+    """Every file in a directory and its sub-directories, by its path there with "/"."""
+    # Links to files are files; links to directories are listed and not followed.
     found = []
     for root, folders, files in os.walk(directory):
         place = Path(root).relative_to(directory)

@@ -48,9 +48,9 @@ def prune(
       sparsity: the share to remove, in [0, 1), or {glob on the path name: share}. None
         where the pattern fixes it. Static under `jit`.
       allocation: how it is shared out: "layer" removes the share from each leaf,
-        "matrix" from each matrix of a stacked leaf, "global" ranks all leaves
-        together, "erk", or a value of `jp.allocation`; also {glob: share} in the place
-        of a sparsity.
+        "matrix" from each matrix of a stacked leaf, "global" ranks all leaves together,
+        "erk", or a value of `jp.allocation`; also {glob: share} in the place of a
+        sparsity.
       pattern: which weights are pruned together: a value of `jp.patterns`, or its name
         such as "2:4".
       axes: which axes are input and output; Flax's [..., in, out] by default.

@@ -229,7 +229,7 @@ def _cut(
             rows = [None]
         sizes = np.array(size, np.uint32)  # (rows,)
         target = target.clipped(Count.of([sum(size)] if joint else size))
-        apart = not traced and len(set(map(_devices, leaves))) > 1
+        apart = not traced and _are_apart(leaves)
         guess = None
         if not (by_row or apart):
             guess = sampling.guess(leaves, target, line, joint=joint)
@@ -260,8 +260,10 @@ def _cut(
         return Cut(line.rank(level.place), level.bound)
 
 
-def _devices(leaf: jax.Array) -> frozenset[jax.Device]:
-    return frozenset(leaf.sharding.device_set)
+def _are_apart(leaves: Sequence[Any]) -> bool:
+    """Whether arrays lie on different devices; NumPy's lie on none."""
+    shardings = [leaf.sharding for leaf in leaves if isinstance(leaf, jax.Array)]
+    return len({frozenset(where.device_set) for where in shardings}) > 1
 
 
 def _varying(tree: Any, like: Sequence[Any]) -> Any:

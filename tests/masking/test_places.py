@@ -75,6 +75,18 @@ def test_scores_of_one_device_prune_parameters_on_a_mesh(committed, pattern):
         assert all(x.sharding.is_equivalent_to(rows, 2) for x in pruned.values())
 
 
+def test_scores_of_numpy_are_ranked_too():
+    scores = {name: np.abs(x) for name, x in HOST.items()}
+    for allocation, keep in (
+        ("layer", oracles.keep_layer),
+        ("global", oracles.keep_global),
+        ("matrix", oracles.keep_layer),
+    ):
+        masks = jp.masks.make(scores, 0.5, allocation=allocation)
+        for mask, kept in zip(masks.values(), keep(sizes(HOST), 0.5), strict=True):
+            np.testing.assert_array_equal(mask, kept)
+
+
 FLOATS = [
     "float16",
     "float8_e4m3fn",
