@@ -215,7 +215,7 @@ class _Walker:
 
 
 def _leaf(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
-    shape = tuple(leaf.shape)
+    shape = tuple(jnp.shape(leaf))
     count = 1 if stacked is None else shape[stacked]
     why = None if tree.is_floating(leaf) else "is not floating"
     parts = tuple(
@@ -225,7 +225,7 @@ def _leaf(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
         )
         for _ in range(count)
     )
-    return LeafAxes(name, shape, leaf.dtype, stacked, parts)
+    return LeafAxes(name, shape, jax.typeof(leaf).dtype, stacked, parts)
 
 
 def _number(value: Any) -> float | None:

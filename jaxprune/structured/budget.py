@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from jaxprune.graph.axis_trace import AxisTrace
 from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
@@ -39,7 +37,7 @@ def costs(
     sizes = [(math.prod(shape), leaf.dtype) for leaf, shape in shapes]
     return Costs(
         sum(size for size, _ in sizes),
-        sum(size * np.dtype(dtype).itemsize for size, dtype in sizes),
+        sum(size * dtype.itemsize for size, dtype in sizes),
         (resized or Resized(trace, {})).flops(),
     )
 

@@ -37,7 +37,7 @@ class ShrunkFunction:
         self._names = [leaf.name for leaf in trace.leaves]
         self._structure: Any = jax.tree.structure(params)
         leaves = jax.tree.leaves(lazy.abstract(params))
-        first = self._key([leaf.dtype for leaf in leaves], batch)
+        first = self._key([jax.typeof(leaf).dtype for leaf in leaves], batch)
         self._known = {first: Resized(trace, atom_masks(trace, cuts))}
 
     @property
@@ -62,7 +62,7 @@ class ShrunkFunction:
                 f"returned, got {structure} for {self._structure}"
             )
         self._check_shapes(leaves)
-        key = self._key([jnp.asarray(leaf).dtype for leaf in leaves], batch)
+        key = self._key([jax.typeof(leaf).dtype for leaf in leaves], batch)
         if key not in self._known:
             self._known[key] = self._traced(leaves, batch)
         return self._known[key].run(leaves, jax.tree.leaves(batch))
@@ -92,7 +92,7 @@ class ShrunkFunction:
     def _traced(self, leaves: Sequence[Any], batch: Any) -> Resized:
         """The program for a batch of another shape or parameters of another dtype."""
         dense = [
-            jax.ShapeDtypeStruct(self._cuts[name].before, jnp.asarray(leaf).dtype)
+            jax.ShapeDtypeStruct(self._cuts[name].before, jax.typeof(leaf).dtype)
             for name, leaf in zip(self._names, leaves, strict=True)
         ]
         shapes = jax.tree.map(
