@@ -193,6 +193,17 @@ def test_a_sharded_directory_stays_sharded(tmp_path):
     )
 
 
+def test_a_tied_head_that_is_stored_again_stays_so(tmp_path):
+    tensors = tiny_hf.random_folder("qwen2-full", tmp_path / "whole", "float32")
+    config = tiny_hf.config_json("qwen2-full")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tiny_hf.save(tmp_path / "whole", config, tensors)
+    result, whole = shrunk(tmp_path / "whole", {"*/mlp/*": 0.5})
+    hf.write_smaller(tmp_path / "whole", tmp_path / "small", result.params, whole.names)
+    again = hf.load(tmp_path / "small")
+    assert again.names["embedding/embedding"].copies == ("lm_head.weight",)
+
+
 # ---- what is refused, before anything is written
 
 
