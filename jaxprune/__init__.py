@@ -10,6 +10,8 @@ from jaxprune.arrays import tree as tree
 from jaxprune.arrays.axes import Axes as Axes
 from jaxprune.arrays.lazy import LazyArray as LazyArray
 from jaxprune.arrays.sparsity import sparsity as sparsity
+from jaxprune.graph.axis_groups import AxisGroups as AxisGroups
+from jaxprune.graph.axis_groups import axis_groups as axis_groups
 from jaxprune.graph.linear_ops import trace as trace
 from jaxprune.masking import allocation as allocation
 from jaxprune.masking import masks as masks
@@ -21,6 +23,8 @@ from jaxprune.posttraining.calibration import calibrate as calibrate
 from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
 from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
 from jaxprune.scores.importance import get_importance as get_importance
+from jaxprune.structured.shrink import ShrinkResult as ShrinkResult
+from jaxprune.structured.shrink import shrink as shrink
 from jaxprune.training import grow as grow
 from jaxprune.training import schedules as schedules
 from jaxprune.training import weightings as weightings
@@ -40,11 +44,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Axes",
+    "AxisGroups",
     "Importance",
     "LazyArray",
     "PruneResult",
+    "ShrinkResult",
     "admm",
     "allocation",
+    "axis_groups",
     "calibrate",
     "get_importance",
     "get_masks",
@@ -62,6 +69,7 @@ __all__ = [
     "replace_masks",
     "schedules",
     "scores",
+    "shrink",
     "sparsity",
     "state_shardings",
     "straight_through",

@@ -21,11 +21,13 @@ from jaxprune.cli.eval import Evaluate
 from jaxprune.cli.inspect import Inspect
 from jaxprune.cli.prune import Prune
 from jaxprune.cli.sample import Sample
+from jaxprune.cli.shrink import Shrink
 
 __all__ = ["main"]
 
 Command: TypeAlias = (
     Annotated[Prune, tyro.conf.subcommand("prune")]
+    | Annotated[Shrink, tyro.conf.subcommand("shrink")]
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Compact, tyro.conf.subcommand("compact")]

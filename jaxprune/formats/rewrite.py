@@ -108,7 +108,7 @@ def write(
     facts = _checked(source, replaced, provenance)
     others = [name for name in source.others if name != NAME]
     job = _job(source, replaced, facts)
-    ours = _why_not_ours if overwrite else None
+    ours = why_not_ours if overwrite else None
     sizes = [
         (source.path / name).stat().st_size for name in (*source.metadata, *others)
     ]
@@ -125,7 +125,7 @@ def write(
             atomic.replace_json(partial / _STATE, {"job": job, "done": done})
         digests = {file: made["sha256"] for file, made in done.items()}
         for name in others:
-            digests[name] = _copy(source.path / name, partial / name)
+            digests[name] = copy(source.path / name, partial / name)
         counts = {k: v for made in done.values() for k, v in made["tensors"].items()}
         for folder in {(partial / name).parent for name in others}:
             atomic.sync(folder)
@@ -142,7 +142,7 @@ def check_place(
 ) -> None:
     """Refuses, before a long job, a place that `write` would refuse after it."""
     place = atomic.apart(directory, source)
-    atomic.check_free(place, _why_not_ours if overwrite else None)
+    atomic.check_free(place, why_not_ours if overwrite else None)
 
 
 def read_provenance(
@@ -315,7 +315,7 @@ def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
         yield array[start : start + rows]
 
 
-def _copy(origin: Path, target: Path) -> str:
+def copy(origin: Path, target: Path) -> str:
     """Copies a file; its SHA-256."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(origin, "rb") as file, atomic.Sink(target) as sink:
@@ -348,7 +348,7 @@ def _is_whole(path: Path, sha256: str) -> bool:
         return False
 
 
-def _why_not_ours(path: Path) -> str | None:
+def why_not_ours(path: Path) -> str | None:
     """Why a directory must not be replaced: only an earlier result may be."""
     try:
         files = read_provenance(path)["files"]

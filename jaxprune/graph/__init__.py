@@ -1,6 +1,11 @@
-"""A function as the program it traces to: its matmuls, their weights, its segments."""
+"""A function as a program: its matmuls, their weights, its segments, its axes."""
 
 __all__ = [
+    "axis_dims",
+    "axis_groups",
+    "axis_moves",
+    "axis_primitives",
+    "axis_trace",
     "linear_ops",
     "program",
     "segments",

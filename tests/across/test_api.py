@@ -50,6 +50,7 @@ FUNCTIONS = [
     "scores.taylor",
     "scores.threshold",
     "scores.trajectory",
+    "shrink",
     "sparsity",
     "state_shardings",
     "straight_through",
@@ -57,6 +58,7 @@ FUNCTIONS = [
     "track_gradients",
     "track_importance",
     "allocation.named",
+    "axis_groups",
     "masks.above",
     "patterns.named",
     "tree.excluding",
@@ -65,9 +67,11 @@ FUNCTIONS = [
     "tree.prunable",
 ]
 CLASSES = [
+    "AxisGroups",
     "Importance",
     "LazyArray",
     "PruneResult",
+    "ShrinkResult",
     "methods.ALPS",
     "methods.Magnitude",
     "methods.RIA",

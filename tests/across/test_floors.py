@@ -27,6 +27,7 @@ FLOORS: dict[str, set[str]] = {
     "graph": set(),
     "masking": set(),
     "training": set(),
+    "structured": set(),
     "formats": {"ml_dtypes", "safetensors"},
     "posttraining": {"safetensors"},
     "models": {"flax", "PIL", "tokenizers"},

@@ -3,6 +3,12 @@
 from jaxprune.models.hf.families import decoder_config, vision_config
 from jaxprune.models.hf.loading import Loaded, abstract, embedded, load, tensors
 from jaxprune.models.hf.parameters import Dtype, Shardings, to_tensors
+from jaxprune.models.hf.smaller import (
+    keep_layers,
+    resized,
+    smaller_config,
+    write_smaller,
+)
 from jaxprune.models.hf.tensor_names import Source
 from jaxprune.models.hf.tokenizer import Tokenizer, load_tokenizer
 
@@ -15,9 +21,13 @@ __all__ = [
     "abstract",
     "decoder_config",
     "embedded",
+    "keep_layers",
     "load",
     "load_tokenizer",
+    "resized",
+    "smaller_config",
     "tensors",
     "to_tensors",
     "vision_config",
+    "write_smaller",
 ]

@@ -1,0 +1,299 @@
+"""A model with fewer layers, heads and neurons: its config.json and its directory.
+
+What parameters became smaller decides what config.json says: all layers must have the
+same sizes, since that is what a configuration can hold. A configuration that would not
+be read back as the shape of the parameters is refused.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxprune.arrays import lazy, tree
+from jaxprune.formats import new_weights
+from jaxprune.formats.checkpoint_dir import open_directory
+from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.models.hf import families
+from jaxprune.models.hf.loading import abstract
+from jaxprune.models.hf.parameters import shapes
+from jaxprune.models.hf.tensor_names import Source, listed
+
+# Fields of the shape, to the attributes of config.json.
+_NAMES = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_width": "intermediate_size",
+}
+# GPT-2's heads are its width over their number.
+_GPT2 = {"layers": "n_layer", "mlp_width": "n_inner"}
+
+
+def keep_layers(
+    config: DecoderConfig, params: Any, kept: Sequence[int]
+) -> tuple[DecoderConfig, Any]:
+    """A decoder with some of its layers only.
+
+    Args:
+      config: its shape.
+      params: its parameters, arrays or lazy ones.
+      kept: the layers that stay, ascending.
+
+    Returns:
+      The smaller shape and its parameters, in the containers of its model.
+
+    Raises:
+      ValueError: no layers are kept, or they are not ascending numbers of layers.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.models.decoder.model import Decoder
+      >>> from jaxprune.models.decoder.rope import linear
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=3, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+      ... )
+      >>> params = nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
+      >>> small, params = keep_layers(config, params, [0, 2])
+      >>> small.layers, len(params["layers"])
+      (2, 2)
+    """
+    kept = list(kept)
+    if not kept or kept != sorted({*kept} & {*range(config.layers)}):
+        raise ValueError(
+            f"kept layers must be ascending numbers from 0 to {config.layers - 1}, at "
+            f"least one, got {kept}"
+        )
+    small = dataclasses.replace(
+        config,
+        layers=len(kept),
+        rope_of=tuple(config.rope_of[i] for i in kept) if config.rope_of else (),
+        windows=tuple(config.windows[i] for i in kept) if config.windows else (),
+    )
+    named = tree.named_leaves(params)
+    model = abstract(small)
+    leaves = [named[_before(name, kept)] for name in shapes(model)]
+    return small, jax.tree.unflatten(jax.tree.structure(_state(model)), leaves)
+
+
+def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
+    """The shape of a decoder whose heads or MLPs became smaller.
+
+    Args:
+      config: its shape before.
+      params: its parameters now.
+
+    Returns:
+      The shape with other `heads`, `kv_heads` and `mlp_width`.
+
+    Raises:
+      ValueError: layers have different sizes, or no such decoder has the shapes of the
+        parameters.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.models.decoder.model import Decoder
+      >>> from jaxprune.models.decoder.rope import linear
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=3, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+      ... )
+      >>> small = dataclasses.replace(config, mlp_width=12, heads=2)
+      >>> params = nnx.state(Decoder(small, rngs=nnx.Rngs(0)), nnx.Param)
+      >>> resized(config, params) == small
+      True
+    """
+    found = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
+    sizes = [_sizes(config, found, layer) for layer in range(config.layers)]
+    if different := [i for i, size in enumerate(sizes) if size != sizes[0]]:
+        raise ValueError(
+            "a configuration can only say layers of one size, but layer 0 has "
+            f"{sizes[0]} and layer {different[0]} {sizes[different[0]]}; remove as "
+            "many units of each"
+        )
+    small = dataclasses.replace(config, **sizes[0])  # type: ignore[arg-type]
+    wanted = shapes(abstract(small))
+    if wrong := [name for name in wanted if wanted[name] != found.get(name)]:
+        raise ValueError(
+            "a configuration can only say fewer layers, heads and neurons, but "
+            f"{listed(wrong)} became smaller in another way; leave them whole"
+        )
+    return small
+
+
+def _sizes(
+    config: DecoderConfig, found: Mapping[str, tuple[int, ...]], layer: int
+) -> dict[str, int]:
+    attention = f"layers/{layer}/attention"
+    heads = found[f"{attention}/out/kernel"][0] // config.head_dim
+    if config.fused:
+        kv = (found[f"{attention}/qkv/kernel"][1] // config.head_dim - heads) // 2
+    else:
+        kv = found[f"{attention}/k/kernel"][1] // config.head_dim
+    wide = found[f"layers/{layer}/mlp/down/kernel"][0]
+    return {"heads": heads, "kv_heads": kv, "mlp_width": wide}
+
+
+def smaller_config(
+    config: Mapping[str, Any],
+    shape: DecoderConfig,
+    kept: Sequence[int] | None = None,
+    *,
+    ignore: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The config.json of a smaller decoder.
+
+    Args:
+      config: that of the model before.
+      shape: the smaller shape.
+      kept: the layers that stayed, all if left out.
+      ignore: attributes that `load` was told to read as if they were not there.
+
+    Returns:
+      The parsed file, changed.
+
+    Raises:
+      ValueError: the family's config.json cannot say this shape.
+
+    Example:
+      >>> before = {"model_type": "gpt2", "vocab_size": 5, "n_positions": 4,
+      ...           "n_embd": 2, "n_layer": 3, "n_head": 1}
+      >>> shape = families.decoder_config(before)
+      >>> shape = dataclasses.replace(shape, mlp_width=6, layers=1)
+      >>> smaller_config(before, shape, [2])
+      {'model_type': 'gpt2', 'vocab_size': 5, 'n_positions': 4, 'n_embd': 2, \
+'n_layer': 1, 'n_head': 1, 'n_inner': 6}
+    """
+    before = families.decoder_config(config, ignore=ignore)
+    kept = range(before.layers) if kept is None else kept
+    names = _GPT2 if config["model_type"] == "gpt2" else _NAMES
+    new = dict(config)
+    for field, name in names.items():
+        now = getattr(shape, field)
+        if now != getattr(before, field) or field == "head_dim":
+            new[name] = now
+    if len(kept) != before.layers:
+        new |= _layerwise(config, before, kept)
+    try:
+        again = families.decoder_config(new, ignore=ignore)
+    except ValueError as error:
+        raise ValueError(_cannot_say(config, str(error))) from None
+    if again != shape.with_dtype(again.dtype):
+        fields = [f.name for f in dataclasses.fields(again)]
+        wrong = [f for f in fields if getattr(again, f) != getattr(shape, f)]
+        raise ValueError(_cannot_say(config, f"it would change {', '.join(wrong)}"))
+    return new
+
+
+def _cannot_say(config: Mapping[str, Any], why: str) -> str:
+    able = "layers and neurons only" if config["model_type"] == "gpt2" else "less"
+    return (
+        f"the config.json of a {config['model_type']} model cannot say this shape: "
+        f"{why}; remove {able}"
+    )
+
+
+def _layerwise(
+    config: Mapping[str, Any], before: DecoderConfig, kept: Sequence[int]
+) -> dict[str, Any]:
+    """Attributes that go by the number of a layer."""
+    new: dict[str, Any] = {}
+    types = config.get("layer_types")
+    if config["model_type"] == "gemma3_text" and types is None:
+        names = ("full_attention", "sliding_attention")
+        types = [names[i] for i in before.rope_of]
+    if types is not None:
+        new["layer_types"] = [types[i] for i in kept]
+    first = config.get("max_window_layers")
+    if first is not None:
+        new["max_window_layers"] = sum(i < first for i in kept)
+    return new
+
+
+def write_smaller(
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    params: Any,
+    names: Mapping[str, Source],
+    *,
+    kept: Sequence[int] | None = None,
+    ignore: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Writes a smaller decoder as a plain Hugging Face directory.
+
+    Args:
+      source: the directory that the model was loaded from.
+      directory: the new one.
+      params: the smaller parameters, of `jp.shrink`, `keep_layers` or both.
+      names: which tensor each leaf came from, as `load` returned it.
+      kept: the layers that stayed, all if left out.
+      ignore: attributes of config.json that `load` was told not to look at.
+      provenance: JSON-able; how it was made, for jaxprune.json.
+      overwrite: whether an earlier result may be replaced.
+
+    Returns:
+      The paths of the files.
+
+    Raises:
+      ValueError: a configuration cannot say the shapes of the parameters, or
+        `directory` is taken.
+      OSError: the directory could not be written.
+    """
+    opened = open_directory(source)
+    before = families.decoder_config(opened.config, ignore=ignore)
+    kept = list(range(before.layers)) if kept is None else list(kept)
+    few, _ = keep_layers(before, _state(abstract(before)), kept)
+    shape = resized(few, params)
+    config = smaller_config(opened.config, shape, kept, ignore=ignore)
+    tensors = {}
+    for leaf, array in tree.named_leaves(params).items():
+        origin = names[_before(leaf, kept)]
+        for name in (origin.name, *origin.copies):
+            theirs = _renumbered(name, leaf, kept)
+            form = array.shape[::-1] if origin.transposed else array.shape
+            tensors[theirs] = new_weights.NewTensor(
+                opened.tensors[name].file, origin.dtype, form, _reader(array, origin)
+            )
+    return new_weights.write(
+        opened,
+        directory,
+        config,
+        tensors,
+        provenance=provenance or {},
+        overwrite=overwrite,
+    )
+
+
+def _reader(array: Any, origin: Source) -> Any:
+    def read() -> np.ndarray:
+        found = np.asarray(jax.device_get(lazy.array(array)))
+        return found.T if origin.transposed else found
+
+    return read
+
+
+def _state(model: Any) -> Any:
+    return nnx.state(model, nnx.Param)
+
+
+def _before(leaf: str, kept: Sequence[int]) -> str:
+    """The name that a leaf had when there were all layers."""
+    return re.sub(r"(?<=^layers/)\d+", lambda m: str(kept[int(m[0])]), leaf)
+
+
+def _renumbered(name: str, leaf: str, kept: Sequence[int]) -> str:
+    """The name of a tensor of a layer, with the layer's new number."""
+    if (found := re.match(r"layers/(\d+)/", leaf)) is None:
+        return name
+    now = int(found[1])
+    return re.sub(rf"\b(layers|h)\.{kept[now]}\.", rf"\g<1>.{now}.", name, count=1)

@@ -1,0 +1,10 @@
+"""Smaller models: whole heads, neurons and channels out of the traced program."""
+
+__all__ = [
+    "budget",
+    "choice",
+    "cut",
+    "resized",
+    "shrink",
+    "shrunk_function",
+]

@@ -1,0 +1,199 @@
+"""A smaller model of any function: smaller parameters, and what runs them.
+
+Units of the groups of `jp.axis_groups` are removed: heads, neurons, channels. The
+result computes what the function computes with all weights of those units zero, in less
+time and memory. It runs the traced program with smaller sizes, so no model class has to
+know of it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+
+from jaxprune.graph.axis_groups import AxisGroups, axis_groups
+from jaxprune.graph.axis_trace import LeafAxes
+from jaxprune.structured import choice, cut
+from jaxprune.structured.budget import Costs, Measure, costs, share_within
+from jaxprune.structured.cut import LeafCut
+from jaxprune.structured.resized import Resized
+from jaxprune.structured.shrunk_function import ShrunkFunction, atom_masks
+from jaxprune.typing import Masks, Params, Scores
+
+
+class ShrinkResult(NamedTuple):
+    """A smaller model and how it came about.
+
+    Attributes:
+      fn: parameters and a batch to what the function gives.
+      params: smaller parameters, in the containers that were given.
+      report: JSON-able: "groups" (name to units before and after), "kept" (name to the
+        units that are left), and "before" and "after" (parameters, bytes, FLOPs for
+        the batch).
+    """
+
+    fn: ShrunkFunction
+    params: Params
+    report: dict[str, Any]
+
+    def cut(self, other: Any) -> Any:
+        """A tree of arrays beside the parameters, cut as they were.
+
+        Args:
+          other: an optimizer state, masks, scores, averages: its leaves belong to the
+            parameters whose names their own paths end in.
+
+        Returns:
+          The tree with smaller arrays; counters and the like as they are.
+
+        Raises:
+          ValueError: a leaf belongs to a parameter that became smaller, and had
+            another shape than that.
+        """
+        return self.fn.cut(other)
+
+
+def shrink(
+    fn: Callable[[Params, Any], Any],
+    params: Params,
+    batch: Any,
+    scores_or_masks: Scores | Masks,
+    sparsity: float | Mapping[str, float] | None = None,
+    *,
+    budget: float | None = None,
+    measure: Measure = "parameters",
+    groups: Sequence[str] = ("*",),
+) -> ShrinkResult:
+    """Removes whole units of a model: smaller parameters and a function that runs them.
+
+    The result is what the function gives with all weights of the removed units zero.
+    Groups that are alike, as the layers of a model are, lose as many units each, and
+    each chooses its own. By default neither the width of a residual stream nor units
+    inside other units are touched.
+
+    Args:
+      fn: parameters and a batch to anything; traceable by JAX.
+      params: a pytree of arrays or `jp.LazyArray`.
+      batch: one batch, arrays or `jax.ShapeDtypeStruct`. The result takes batches of
+        any shape that the function takes.
+      scores_or_masks: scores like the parameters: a unit's is the sum of those of its
+        weights. Or masks, which must prune whole units; those go.
+      sparsity: the share of its units that each group loses, in [0, 1), or {glob, kind
+        or name of a group: share}. A glob means groups that are removable by default;
+        any other removable group is named in full. None with masks or a budget.
+      budget: instead: the share of the whole that may be left, in (0, 1); one share of
+        units is found for all groups.
+      measure: what the budget is of: "parameters", "bytes" or "flops".
+      groups: globs or names of the groups that the budget is met with.
+
+    Returns:
+      `ShrinkResult(fn, params, report)`; its `cut` cuts an optimizer's state. The
+      function can be jitted, differentiated and exported; custom derivatives and
+      rematerialisation of the original are not in it.
+
+    Raises:
+      ValueError: arguments disagree, a share or budget is out of range or cannot be
+        met, a rule matches nothing, a group would lose all units, scores are NaN, or
+        masks are not of whole units.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
+      >>> up, down = jnp.arange(12.0).reshape(2, 6), jnp.ones((6, 3))
+      >>> params, x = {"up": up, "down": down}, jnp.ones((5, 2))
+      >>> small = jp.shrink(fn, params, x, jp.scores.magnitude(params), 0.5)
+      >>> small.params["up"].shape, small.params["down"].shape
+      ((2, 3), (3, 3))
+      >>> small.report["kept"]
+      {'down:0': [3, 4, 5]}
+      >>> small.fn(small.params, x).shape
+      (5, 3)
+    """
+    masks = choice.is_masks(scores_or_masks)
+    _check(masks, sparsity, budget, measure)
+    found = axis_groups(fn, params, batch)
+    if masks:
+        kept = choice.by_masks(found, params, scores_or_masks)
+        cuts = cut.of_groups(found, kept)
+        choice.check_whole(choice.masked_leaves(params, scores_or_masks), cuts)
+    else:
+        if budget is not None:
+            lost = _within_budget(found, budget, measure, groups)
+        else:
+            shares = choice.asked(found, {} if sparsity is None else sparsity)
+            lost = choice.counts(found, shares)
+        kept = choice.by_scores(found, params, scores_or_masks, lost)
+        cuts = cut.of_groups(found, kept)
+    shrunk = ShrunkFunction(fn, params, batch, found.trace, cuts)
+    small = cut.params(params, cuts)
+    return ShrinkResult(shrunk, small, _report(found, kept, cuts, shrunk))
+
+
+def _check(masks: bool, sparsity: Any, budget: float | None, measure: Measure) -> None:
+    given = [sparsity is not None, budget is not None, masks]
+    if sum(given) != 1:
+        raise ValueError(
+            "shrink needs masks, or scores and either a sparsity or a budget, got "
+            f"{'masks' if masks else 'scores'}, sparsity={sparsity}, budget={budget}"
+        )
+    if budget is not None and not 0 < budget < 1:
+        raise ValueError(f"a budget is a share in (0, 1), got {budget}")
+    if measure not in get_args(Measure):
+        raise ValueError(
+            f"measure must be one of {', '.join(get_args(Measure))}, got {measure!r}"
+        )
+
+
+def _within_budget(
+    groups: AxisGroups, budget: float, measure: Measure, rules: Sequence[str]
+) -> dict[str, int]:
+    """How many units each group loses, so that the rest is within the budget."""
+    chosen = choice.asked(groups, dict.fromkeys(rules, 0.5))
+    own = [group for group in groups if group.name in chosen]
+
+    def lost(share: float) -> dict[str, int]:
+        return {g.name: min(round(share * g.units), g.units - 1) for g in own}
+
+    def cost(share: float) -> int:
+        left = {g.name: np.arange(g.units - lost(share)[g.name]) for g in own}
+        cuts = cut.of_groups(groups, left)
+        resized = Resized(groups.trace, atom_masks(groups.trace, cuts))
+        return int(getattr(costs(groups.trace, cuts, resized), measure))
+
+    shares = sorted({k / g.units for g in own for k in range(g.units)} | {1.0})
+    whole = cost(0.0)
+    share = share_within(cost, budget * whole, shares)
+    if share is None:
+        raise ValueError(
+            f"a budget must be within reach, but {budget:g} of {whole:,} {measure} is "
+            f"not: with one unit of each group left there are {cost(1.0):,}; ask for "
+            "more, or name more groups"
+        )
+    return lost(share)
+
+
+def _report(
+    groups: AxisGroups,
+    kept: Mapping[str, np.ndarray],
+    cuts: Mapping[str, LeafCut],
+    shrunk: ShrunkFunction,
+) -> dict[str, Any]:
+    whole = {leaf.name: _uncut(leaf) for leaf in groups.trace.leaves}
+    before: Costs = costs(groups.trace, whole)
+    after: Costs = costs(groups.trace, cuts, shrunk.resized)
+    return {
+        "groups": {
+            group.name: {"before": group.units, "after": len(kept[group.name])}
+            for group in groups
+            if group.name in kept
+        },
+        "kept": {name: units.tolist() for name, units in kept.items()},
+        "before": before._asdict(),
+        "after": after._asdict(),
+    }
+
+
+def _uncut(leaf: LeafAxes) -> LeafCut:
+    kept = tuple((None,) * len(leaf.shape) for _ in leaf.parts)
+    return LeafCut(leaf.shape, leaf.shape, leaf.stacked, kept)

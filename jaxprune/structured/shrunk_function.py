@@ -1,0 +1,141 @@
+"""What `jp.shrink` returns in the place of the original function."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.arrays import lazy
+from jaxprune.arrays.messages import listed
+from jaxprune.graph.axis_dims import Dim, atoms, find, mask, pooled
+from jaxprune.graph.axis_trace import AxisTrace, LeafAxes, walk
+from jaxprune.structured import cut
+from jaxprune.structured.cut import LeafCut
+from jaxprune.structured.resized import Resized
+from jaxprune.typing import Params
+
+
+class ShrunkFunction:
+    """A function of smaller parameters and a batch, from `jp.shrink`.
+
+    For each shape of a batch the original is traced once more, abstractly.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Params, Any], Any],
+        params: Params,
+        batch: Any,
+        trace: AxisTrace,
+        cuts: dict[str, LeafCut],
+    ) -> None:
+        """Keeps the function, the shapes of its parameters and what is kept of them."""
+        self._fn = fn
+        self._cuts = cuts
+        self._names = [leaf.name for leaf in trace.leaves]
+        self._structure: Any = jax.tree.structure(params)
+        leaves = jax.tree.leaves(lazy.abstract(params))
+        first = self._key([jax.typeof(leaf).dtype for leaf in leaves], batch)
+        self._known = {first: Resized(trace, atom_masks(trace, cuts))}
+
+    @property
+    def resized(self) -> Resized:
+        """The program for the batch that the model was shrunk with."""
+        return next(iter(self._known.values()))
+
+    def __call__(self, params: Params, batch: Any) -> Any:
+        """What the original gives where all weights of the removed units are zero.
+
+        Args:
+          params: smaller parameters, of the structure that `jp.shrink` returned.
+          batch: one batch, of any shape that the original takes.
+
+        Raises:
+          ValueError: the parameters have other shapes.
+        """
+        leaves, structure = jax.tree.flatten(params)
+        if structure != self._structure:
+            raise ValueError(
+                "a shrunk function needs parameters in the containers that shrink "
+                f"returned, got {structure} for {self._structure}"
+            )
+        self._check_shapes(leaves)
+        key = self._key([jax.typeof(leaf).dtype for leaf in leaves], batch)
+        if key not in self._known:
+            self._known[key] = self._traced(leaves, batch)
+        return self._known[key].run(leaves, jax.tree.leaves(batch))
+
+    def cut(self, other: Any) -> Any:
+        """A tree of arrays beside the parameters, cut as they were."""
+        return cut.any_tree(other, self._cuts)
+
+    def _key(self, dtypes: Sequence[Any], batch: Any) -> Any:
+        leaves, structure = jax.tree.flatten(batch)
+        kinds = [(jnp.shape(leaf), str(jax.typeof(leaf).dtype)) for leaf in leaves]
+        return structure, tuple(kinds), tuple(map(str, dtypes))
+
+    def _check_shapes(self, leaves: Sequence[Any]) -> None:
+        pairs = zip(self._names, leaves, strict=True)
+        wrong = [
+            f"{name!r} ({jnp.shape(leaf)} for {self._cuts[name].after})"
+            for name, leaf in pairs
+            if jnp.shape(leaf) != self._cuts[name].after
+        ]
+        if wrong:
+            raise ValueError(
+                "a shrunk function needs the smaller parameters, but shapes differ at "
+                f"{', '.join(wrong[:6])}; give ShrinkResult.params, or cut() others"
+            )
+
+    def _traced(self, leaves: Sequence[Any], batch: Any) -> Resized:
+        """The program for a batch of another shape or parameters of another dtype."""
+        dense = [
+            jax.ShapeDtypeStruct(self._cuts[name].before, jax.typeof(leaf).dtype)
+            for name, leaf in zip(self._names, leaves, strict=True)
+        ]
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jax.typeof(x).dtype), batch
+        )
+        trace = walk(self._fn, jax.tree.unflatten(self._structure, dense), shapes)
+        return Resized(trace, atom_masks(trace, self._cuts))
+
+
+def atom_masks(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> dict[Dim, np.ndarray]:
+    """The units of each atom that are left, by the positions of the leaves."""
+    masks: dict[Dim, np.ndarray] = {}
+    for _, dim, own in _axes(trace, cuts):
+        for atom in atoms(dim):
+            if atom.size > 1:
+                left = pooled(dim, own.astype(np.int64), atom) > 0
+                masks[atom] = masks.get(atom, left) & left
+    wrong = {
+        leaf.name: None
+        for leaf, dim, own in _axes(trace, cuts)
+        if not np.array_equal(mask(dim, masks), own)
+    }
+    frozen = [atom.why for atom, own in masks.items() if atom.why and not own.all()]
+    if wrong or frozen:
+        raise ValueError(
+            "a shrunk function must be able to remove the same units for every batch, "
+            f"but with this one {listed(wrong) or frozen[0]} keeps others; shrink with "
+            "a batch of this shape"
+        )
+    return {atom: own for atom, own in masks.items() if not own.all()}
+
+
+def _axes(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> list[Any]:
+    """Every axis of every leaf: the leaf, the dimension, which positions are kept."""
+    found: list[tuple[LeafAxes, Dim, np.ndarray]] = []
+    for leaf in trace.leaves:
+        known = cuts[leaf.name]
+        for i, dims in enumerate(leaf.parts):
+            # A trace that uses the whole leaf has one part for all its layers.
+            kept = known.kept[min(i, len(known.kept) - 1)]
+            for axis, dim in enumerate(dims):
+                own, positions = np.ones(dim.size, bool), kept[axis]
+                if positions is not None:
+                    own = np.isin(np.arange(dim.size), positions)
+                found.append((leaf, find(dim), own))
+    return found

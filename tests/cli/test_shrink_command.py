@@ -1,0 +1,176 @@
+"""`jaxprune shrink`: a smaller directory, and what is refused before it is written."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.support import tiny_cli, tiny_hf
+from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.tiny_cli import run
+
+pytest.importorskip("tyro")
+pytest.importorskip("tokenizers")
+
+from jaxprune import cli
+from jaxprune.formats import rewrite
+from jaxprune.models import hf
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folders of several families, two key heads and two layers each."""
+    root = tmp_path_factory.mktemp("shrink")
+    for name in ("llama", "gpt2", "llama-3"):
+        tiny_hf.random_folder(name, root / name, "float32")
+    np.save(root / "rows.npy", tiny_hf.tokens(6, 16))
+    return root
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_neurons_and_heads_become_fewer(place, capsys):
+    code, record, _ = run(
+        capsys, "shrink", place / "llama", place / "a", "--ffn", 0.5, "--heads", 0.5
+    )
+    assert code == 0
+    config = config_of(place / "a")
+    assert config["intermediate_size"] == 24
+    assert config["num_attention_heads"] == 2
+    assert config["num_key_value_heads"] == 1
+    model = hf.load(place / "a").model
+    size = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert record["units"]["after"]["parameters"] == size
+    assert record["layers"]["kept"] == [0, 1]
+    assert rewrite.read_provenance(place / "a", verify=True)["method"].endswith(
+        "magnitude"
+    )
+    assert run(capsys, "inspect", place / "a")[0] == 0
+
+
+def test_the_largest_neurons_are_kept(place, capsys):
+    code, record, _ = run(capsys, "shrink", place / "llama", place / "b", "--ffn", 0.75)
+    assert code == 0
+    before, after = tiny_cli.weights(place / "llama"), tiny_cli.weights(place / "b")
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp."
+        gate, up, down = (
+            before[f"{name}{n}_proj.weight"] for n in ("gate", "up", "down")
+        )
+        score = np.abs(gate).sum(1) + np.abs(up).sum(1) + np.abs(down).sum(0)
+        best = np.sort(np.argsort(-score)[:12])
+        np.testing.assert_array_equal(after[f"{name}down_proj.weight"], down[:, best])
+        kept = record["units"]["kept"][f"layers/{layer}/mlp/down/kernel:0"]
+        assert kept == best.tolist()
+
+
+def test_query_heads_of_each_key_head_become_fewer(place, capsys):
+    words = ("--query-heads", 0.5)
+    assert run(capsys, "shrink", place / "llama", place / "c", *words)[0] == 0
+    config = hf.load(place / "c").config
+    assert (config.heads, config.kv_heads, config.head_dim) == (2, 2, 8)
+
+
+def test_layers_can_be_named(place, capsys):
+    words = ("--drop-layers", 0)
+    assert run(capsys, "shrink", place / "gpt2", place / "d", *words)[0] == 0
+    before, after = tiny_cli.weights(place / "gpt2"), tiny_cli.weights(place / "d")
+    assert config_of(place / "d")["n_layer"] == 1
+    name = "mlp.c_fc.weight"
+    np.testing.assert_array_equal(
+        after[f"transformer.h.0.{name}"], before[f"transformer.h.1.{name}"]
+    )
+
+
+def test_the_layer_whose_absence_costs_least_goes(place, capsys):
+    words = ("--layers", 1, "--calibration", place / "rows.npy", "--length", 16)
+    words = (*words, "--sequences", 6, "--batch", 3, "--ffn", 0.5)
+    code, record, _ = run(capsys, "shrink", place / "llama", place / "e", *words)
+    assert code == 0
+    whole = hf.load(place / "llama").model
+    params = nnx.state(whole, nnx.Param)
+    config, ids = hf.load(place / "llama").config, np.load(place / "rows.npy")
+
+    def nats(kept):
+        small, own = hf.keep_layers(config, params, kept)
+        model = nnx.merge(nnx.split(hf.abstract(small), nnx.Param)[0], own)
+        logits = np.asarray(model(ids[:, :-1]), np.float64)
+        chosen = np.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]
+        return (np.log(np.exp(logits).sum(-1)) - chosen).mean()
+
+    losses = [nats([1]), nats([0])]
+    assert record["layers"]["dropped"] == [int(np.argmin(losses))]
+    np.testing.assert_allclose(
+        record["layers"]["nats"], [nats([0, 1]), min(losses)], rtol=1e-4
+    )
+    assert record["method"] == "shrink by wanda"
+    assert hf.load(place / "e").config.layers == 1
+
+
+def test_a_budget_is_met(place, capsys):
+    words = ("--budget", 0.7)
+    code, record, _ = run(capsys, "shrink", place / "llama", place / "f", *words)
+    assert code == 0
+    assert 0.6 < 1 - record["achieved"] <= 0.7
+
+
+def test_an_earlier_result_is_replaced_when_asked(place, capsys):
+    words = ("shrink", place / "llama", place / "g", "--ffn", 0.5)
+    assert run(capsys, *words)[0] == 0
+    code, _, err = run(capsys, *words)
+    assert code == 1
+    assert "--overwrite" in err
+    assert run(capsys, *words, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "told"),
+    [
+        ("llama", (), "something must be removed; give --ffn"),
+        ("llama", ("--ffn", "1"), r"--ffn must be a share in \[0, 1\), got 1"),
+        ("llama", ("--heads", "-0.5"), r"--heads must be a share in \[0, 1\)"),
+        ("llama", ("--ffn", "0.999"), "a group must keep a unit"),
+        ("llama", ("--heads", "0.9"), "a group must keep a unit"),
+        ("llama", ("--budget", "2"), "--budget must be a share"),
+        ("llama", ("--budget", "0.5", "--ffn", "0.5"), "leave out --ffn"),
+        ("llama", ("--budget", "0.05"), "a budget must be within reach"),
+        ("llama", ("--layers", "1"), "--layers needs --calibration"),
+        (
+            "llama",
+            ("--layers", "3", "--calibration", "rows.npy", "--length", "16"),
+            "at most the 2 that there are",
+        ),
+        ("llama", ("--layers", "1", "--drop-layers", "1"), "exclude each other"),
+        ("llama", ("--drop-layers", "2"), "numbers from 0 to 1, not all, got 2"),
+        ("llama", ("--drop-layers", "0", "1"), "not all, got 0, 1"),
+        ("llama-3", ("--query-heads", "0.5"), "needs several key heads"),
+        ("gpt2", ("--heads", "0.5"), "a gpt2 model cannot say fewer heads"),
+        (
+            "llama",
+            ("--ffn", "0.5", "--calibration", "none.txt"),
+            "there is no .*none.txt",
+        ),
+        (
+            "llama",
+            ("--ffn", "0.5", "--calibration", "rows.npy", "--length", "65"),
+            "at most the model's context 64",
+        ),
+    ],
+)
+def test_bad_words_are_refused_and_nothing_is_written(
+    model, words, told, place, capsys
+):
+    here = sorted(path.name for path in place.iterdir())
+    words = [str(place / w) if w.endswith((".npy", ".txt")) else w for w in words]
+    code = cli.main(["shrink", str(place / model), str(place / "free"), *words])
+    err = capsys.readouterr().err
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("jaxprune shrink: ")
+    assert re.search(told, err)
+    assert sorted(path.name for path in place.iterdir()) == here

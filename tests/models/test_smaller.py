@@ -1,0 +1,243 @@
+"""Smaller decoders: their config.json, and directories that transformers loads."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxprune as jp
+from jaxprune.arrays import tree
+from jaxprune.formats import rewrite
+from jaxprune.models import hf
+from tests.support import hf_directories, tiny_hf
+from tests.support.removal import random_scores
+from tests.support.small_models import quick_compilation as quick_compilation
+
+FAMILIES = ["llama", "llama-3", "mistral", "qwen2", "qwen3-bias", "phi3", "gemma3"]
+IDS = tiny_hf.tokens(1, 8)
+
+
+def loaded(folder):
+    """A model of a folder: graphdef, parameters, the whole."""
+    whole = hf.load(folder, dtype="float32")
+    graphdef, params = nnx.split(whole.model, nnx.Param)
+    return graphdef, params, whole
+
+
+def shrunk(folder, shares, seed=0):
+    """A model of a folder with fewer units: the shrunk result and the whole."""
+    graphdef, params, whole = loaded(folder)
+
+    def fn(params, ids):
+        return nnx.merge(graphdef, params)(ids)
+
+    return jp.shrink(fn, params, IDS, random_scores(params, seed), shares), whole
+
+
+def logits(folder, ids):
+    graphdef, params, _ = loaded(folder)
+    return np.asarray(jax.jit(lambda p, t: nnx.merge(graphdef, p)(t))(params, ids))
+
+
+def theirs(folder, ids):
+    """Logits of the model that transformers makes of a folder."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
+    assert not info["mismatched_keys"]
+    return tiny_hf.torch_logits(model.to(torch.float32).eval(), ids)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("llama", "phi3")
+        else pytest.param(name, marks=pytest.mark.full)
+        for name in FAMILIES
+    ],
+)
+def test_a_smaller_directory_has_the_logits_of_the_shrunk_function(name, tmp_path):
+    tiny_hf.random_folder(name, tmp_path / "whole", "float32")
+    result, whole = shrunk(tmp_path / "whole", 0.5)
+    hf.write_smaller(tmp_path / "whole", tmp_path / "small", result.params, whole.names)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["intermediate_size"] == 24
+    assert config["num_attention_heads"] == 2
+    assert config["head_dim"] == whole.config.head_dim
+    expected = jax.jit(result.fn)(result.params, IDS)
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(
+        logits(tmp_path / "small", IDS), expected, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        "llama",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in (*FAMILIES, "gpt2")
+            if name not in ("gemma3", "llama")
+        ),
+    ],
+)
+def test_transformers_loads_it_with_equal_logits(name, tmp_path):
+    pytest.importorskip("torch")
+    whole_model = tiny_hf.torch_model(name, tmp_path / "whole")
+    shares = {"*/mlp/*": 0.5} if name == "gpt2" else 0.5
+    result, whole = shrunk(tmp_path / "whole", shares)
+    kept = [0, *range(2, whole.config.layers)]
+    few, params = hf.keep_layers(whole.config, result.params, kept)
+    assert few.layers == whole.config.layers - 1
+    hf.write_smaller(
+        tmp_path / "whole", tmp_path / "small", params, whole.names, kept=kept
+    )
+    ids = tiny_hf.tokens(2, 40)
+    ours = logits(tmp_path / "small", ids)
+    np.testing.assert_allclose(theirs(tmp_path / "small", ids), ours, rtol=0, atol=2e-5)
+    assert np.abs(tiny_hf.torch_logits(whole_model, ids) - ours).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_it_costs_what_a_model_built_at_its_shape_costs(name, tmp_path):
+    tiny_hf.random_folder(name, tmp_path / "whole", "float32")
+    result, whole = shrunk(tmp_path / "whole", 0.5)
+    shape = hf.resized(whole.config, result.params)
+    graphdef, params = nnx.split(hf.abstract(shape), nnx.Param)
+
+    def flops(fn, params):
+        cost = jax.jit(fn).lower(params, IDS).compile().cost_analysis()
+        return cost["flops"]
+
+    built = flops(lambda params, ids: nnx.merge(graphdef, params)(ids), params)
+    assert flops(result.fn, result.params) == pytest.approx(built, rel=0.01)
+
+
+def test_query_heads_of_each_key_head_become_fewer(tmp_path):
+    tiny_hf.random_folder("llama", tmp_path / "whole", "float32")
+    name = "layers/*/attention/out/kernel:0.1"
+    result, whole = shrunk(tmp_path / "whole", {name: 0.5})
+    hf.write_smaller(tmp_path / "whole", tmp_path / "small", result.params, whole.names)
+    config = hf.load(tmp_path / "small").config
+    assert (config.heads, config.kv_heads) == (2, 2)
+    np.testing.assert_allclose(
+        logits(tmp_path / "small", IDS),
+        jax.jit(result.fn)(result.params, IDS),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_layers_that_are_left_out_are_skipped(tmp_path):
+    tiny_hf.random_folder("gemma3", tmp_path / "whole", "float32")
+    graphdef, params, whole = loaded(tmp_path / "whole")
+    small, left = hf.keep_layers(whole.config, params, [0, 2])
+    hf.write_smaller(
+        tmp_path / "whole", tmp_path / "small", left, whole.names, kept=[0, 2]
+    )
+    assert small.windows == (5, None)
+    again = hf.load(tmp_path / "small", dtype="float32")
+    assert again.config == small
+
+    def by_hand(params, ids):
+        model = nnx.merge(graphdef, params)
+        x, layers = model.embed(ids), [model.layers[0], model.layers[2]]
+        del model.layers[3], model.layers[1]
+        assert list(model.layers) == layers
+        model.config = small
+        return model.logits(model.states(x)[0])
+
+    np.testing.assert_allclose(
+        logits(tmp_path / "small", IDS),
+        jax.jit(by_hand)(params, IDS),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_everything_else_of_a_directory_comes_along(tmp_path):
+    tiny_hf.random_folder("llama", tmp_path / "whole", "bfloat16")
+    (tmp_path / "whole" / "tokenizer.json").write_text('{"model": 1}')
+    result, whole = shrunk(tmp_path / "whole", {"*/mlp/*": 0.25})
+    hf.write_smaller(tmp_path / "whole", tmp_path / "small", result.params, whole.names)
+    assert (tmp_path / "small" / "tokenizer.json").read_text() == '{"model": 1}'
+    record = rewrite.read_provenance(tmp_path / "small", verify=True)
+    assert "config.json" in record["files"]
+    leaves = jax.tree.leaves(nnx.state(hf.load(tmp_path / "small").model, nnx.Param))
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
+
+
+def test_a_sharded_directory_stays_sharded(tmp_path):
+    config = tiny_hf.config_json("llama")
+    tensors = tiny_hf.random_tensors("llama")
+    hf_directories.build(tmp_path / "whole", tensors, 3, config)
+    (tmp_path / "whole" / "tokenizer.json").unlink()
+    result, whole = shrunk(tmp_path / "whole", 0.5)
+    hf.write_smaller(tmp_path / "whole", tmp_path / "small", result.params, whole.names)
+    assert len([*(tmp_path / "small").glob("*.safetensors")]) == 3
+    np.testing.assert_allclose(
+        logits(tmp_path / "small", IDS),
+        jax.jit(result.fn)(result.params, IDS),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_a_tied_head_that_is_stored_again_stays_so(tmp_path):
+    tensors = tiny_hf.random_folder("qwen2-full", tmp_path / "whole", "float32")
+    config = tiny_hf.config_json("qwen2-full")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tiny_hf.save(tmp_path / "whole", config, tensors)
+    result, whole = shrunk(tmp_path / "whole", {"*/mlp/*": 0.5})
+    hf.write_smaller(tmp_path / "whole", tmp_path / "small", result.params, whole.names)
+    again = hf.load(tmp_path / "small")
+    assert again.names["embedding/embedding"].copies == ("lm_head.weight",)
+
+
+# ---- what is refused, before anything is written
+
+
+def test_a_config_that_cannot_say_it_is_refused(tmp_path):
+    tiny_hf.random_folder("gpt2", tmp_path / "whole", "float32")
+    result, whole = shrunk(tmp_path / "whole", {"*/attention/*": 0.5})
+    with pytest.raises(ValueError, match="of a gpt2 model cannot say"):
+        hf.write_smaller(
+            tmp_path / "whole", tmp_path / "small", result.params, whole.names
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_layers_of_different_sizes_are_refused(tmp_path):
+    tiny_hf.random_folder("llama", tmp_path / "whole", "float32")
+    result, whole = shrunk(tmp_path / "whole", {"layers/1/mlp/*": 0.5})
+    with pytest.raises(ValueError, match="layers of one size, but layer 0 has"):
+        hf.resized(whole.config, result.params)
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding/embedding:1", "layers/*/attention/out/kernel:0.2"]
+)
+def test_other_sizes_are_refused(name, tmp_path):
+    tiny_hf.random_folder("llama", tmp_path / "whole", "float32")
+    result, whole = shrunk(tmp_path / "whole", {name: 0.5})
+    with pytest.raises(ValueError, match="became smaller in another way"):
+        hf.resized(whole.config, result.params)
+
+
+@pytest.mark.parametrize("kept", [[], [1, 0], [0, 2], [0, 0]])
+def test_layers_that_are_not_ascending_numbers_are_refused(kept, tmp_path):
+    tiny_hf.random_folder("llama", tmp_path / "whole", "float32")
+    _, params, whole = loaded(tmp_path / "whole")
+    with pytest.raises(ValueError, match="ascending numbers from 0 to 1"):
+        hf.keep_layers(whole.config, params, kept)
+    assert tree.names(params)
