@@ -43,8 +43,15 @@ def due(schedule, count, steps=STEPS):
     return found
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "packed"),
+    [
+        (jnp.float32, False),
+        pytest.param(jnp.float32, True, marks=pytest.mark.full),
+        pytest.param(jnp.bfloat16, False, marks=pytest.mark.full),
+        pytest.param(jnp.bfloat16, True, marks=pytest.mark.full),
+    ],
+)
 def test_zeros_are_exactly_the_schedules_after_every_step(dtype, packed):
     params = model(dtype)
     tx = jp.gradual(optax.adamw(0.01), SCHEDULE, packed=packed)
@@ -57,7 +64,9 @@ def test_zeros_are_exactly_the_schedules_after_every_step(dtype, packed):
     assert same_bits(run.params, jp.masks.apply(run.params, masks))
 
 
-@pytest.mark.parametrize("allocation", ["layer", "erk"])
+@pytest.mark.parametrize(
+    "allocation", [pytest.param("layer", marks=pytest.mark.full), "erk"]
+)
 def test_each_layer_has_the_zeros_of_masks_make(allocation):
     params = model()
     tx = jp.gradual(optax.adamw(0.01), SCHEDULE, allocation=allocation)
@@ -75,7 +84,11 @@ def test_each_layer_has_the_zeros_of_masks_make(allocation):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "units"), [("channel", (30, 12)), ("4x3", (60, 32))]
+    ("pattern", "units"),
+    [
+        ("channel", (30, 12)),
+        pytest.param("4x3", (60, 32), marks=pytest.mark.full),
+    ],
 )
 def test_blocks_and_channels_are_counted_in_units(pattern, units):
     params = model()
@@ -130,7 +143,12 @@ def by_hand(tx, params, grads, masks_at):
 
 
 @pytest.mark.parametrize(
-    "criterion", [jp.scores.trajectory, jp.scores.magnitude, jp.scores.averaged_weight]
+    "criterion",
+    [
+        jp.scores.trajectory,
+        pytest.param(jp.scores.magnitude, marks=pytest.mark.full),
+        pytest.param(jp.scores.averaged_weight, marks=pytest.mark.full),
+    ],
 )
 def test_is_bit_for_bit_the_loop_by_hand(criterion):
     params = model()
@@ -198,7 +216,10 @@ def test_one_program_serves_every_event():
     assert int(state.step) == STEPS
 
 
-@pytest.mark.parametrize("options", [{"allocation": "global"}, {"allocation": "layer"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"allocation": "layer"}, marks=pytest.mark.full)],
+)
 @pytest.mark.parametrize("grow", [jp.grow.random(0.4), jp.grow.gradient(0.4)], ids=str)
 def test_growth_exchanges_weights_and_keeps_the_count(grow, options):
     """SET and RigL: as many as the schedule says, at every event."""
@@ -223,6 +244,7 @@ def test_growth_exchanges_weights_and_keeps_the_count(grow, options):
     np.testing.assert_array_equal(kernel[15] == 0, kernel[19] == 0)
 
 
+@pytest.mark.full
 def test_what_grows_by_gradient_is_what_rigl_names():
     """The cases with which JaxPruner tests RigL, through the whole transformation."""
     weights = np.array([[-9, 1, 4, -1, 5, 8, -2, 3]], np.float32)

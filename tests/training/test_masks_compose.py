@@ -85,7 +85,17 @@ COMPOSED = {
 
 
 @kinds
-@pytest.mark.parametrize("compose", COMPOSED.values(), ids=COMPOSED)
+@pytest.mark.parametrize(
+    "compose",
+    [
+        pytest.param(
+            compose,
+            id=name,
+            marks=() if name in ("clipping inside", "partition") else pytest.mark.full,
+        )
+        for name, compose in COMPOSED.items()
+    ],
+)
 def test_zeros_are_the_schedules_in_every_composition(compose, make):
     params = model()
     done = run(compose(make), params)

@@ -47,7 +47,7 @@ def with_a_hook(inner, params, grads, every, freeze):
     return jax.tree.map(lambda *x: jnp.stack(x), *seen), masks
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_is_the_loop_with_a_hook_bit_for_bit(every):
     params = model()
     grads = gradients(params, STEPS)
@@ -61,7 +61,9 @@ def test_is_the_loop_with_a_hook_bit_for_bit(every):
     assert same_bits(jp.get_masks(run.state)["kernel"], masks["kernel"])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.full)]
+)
 def test_params_are_sparse_and_the_rest_is_parked_until_the_freeze(dtype):
     params = model(dtype)
     tx = jp.straight_through(optax.adamw(0.01), SCHEDULE, freeze=FREEZE)
@@ -96,10 +98,11 @@ def test_what_was_pruned_comes_back_with_the_weight_that_it_has_learned():
         criterion=jp.scores.magnitude,
     )
     state = tx.init(params)
+    update = jax.jit(tx.update)
     gradient = {"w": jnp.array([[-1.0, 0.0, 0.0, 0.0]])}  # the first grows by 1 a step
     seen = []
     for _ in range(5):
-        updates, state = tx.update(gradient, state, params)
+        updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
         seen.append(params["w"][0].tolist())
     # Before each step the dense weight is 1, 2, 3, 4, 5; of equal ones the first stays.
