@@ -16,6 +16,7 @@ from jaxprune.graph.linear_ops import trace as trace
 from jaxprune.masking import allocation as allocation
 from jaxprune.masking import masks as masks
 from jaxprune.masking import patterns as patterns
+from jaxprune.masking.overlap import overlap as overlap
 from jaxprune.masking.prune import prune as prune
 from jaxprune.posttraining import methods as methods
 from jaxprune.posttraining.calibration import calibrate as calibrate
@@ -24,10 +25,17 @@ from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
 from jaxprune.scores.importance import get_importance as get_importance
 from jaxprune.structured.shrink import ShrinkResult as ShrinkResult
 from jaxprune.structured.shrink import shrink as shrink
+from jaxprune.training import grow as grow
+from jaxprune.training import schedules as schedules
 from jaxprune.training import weightings as weightings
+from jaxprune.training.admm import admm as admm
+from jaxprune.training.find_masks import get_masks as get_masks
+from jaxprune.training.find_masks import replace_masks as replace_masks
+from jaxprune.training.gradual import gradual as gradual
 from jaxprune.training.keep_masks import keep_masks as keep_masks
 from jaxprune.training.lora import lora as lora
 from jaxprune.training.state_sharding import state_shardings as state_shardings
+from jaxprune.training.straight_through import straight_through as straight_through
 from jaxprune.training.track import track_gradients as track_gradients
 from jaxprune.training.track import track_importance as track_importance
 from jaxprune.typing import Importance as Importance
@@ -41,22 +49,30 @@ __all__ = [
     "LazyArray",
     "PruneResult",
     "ShrinkResult",
+    "admm",
     "allocation",
     "axis_groups",
     "calibrate",
     "get_importance",
+    "get_masks",
+    "gradual",
+    "grow",
     "keep_masks",
     "lora",
     "low_bit",
     "masks",
     "methods",
+    "overlap",
     "patterns",
     "prune",
     "prune_trained",
+    "replace_masks",
+    "schedules",
     "scores",
     "shrink",
     "sparsity",
     "state_shardings",
+    "straight_through",
     "trace",
     "track_gradients",
     "track_importance",

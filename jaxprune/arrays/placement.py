@@ -55,6 +55,18 @@ def zeros_like(leaf: Any, dtype: Any) -> jax.Array:
     return jnp.zeros_like(leaf, dtype)
 
 
+def counter(params: Any) -> jax.Array:
+    """Zero, int32, on every device of the parameters' mesh if they are on one."""
+    # Elsewhere the first step would move it there, and the second compile anew.
+    zero = jnp.zeros((), jnp.int32)
+    for leaf in jax.tree.leaves(params):
+        traced = isinstance(leaf, jax.core.Tracer)
+        where = None if traced else getattr(leaf, "sharding", None)
+        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+            return jax.device_put(zero, NamedSharding(where.mesh, PartitionSpec()))
+    return zero
+
+
 def placed(array: jax.Array, like: jax.Array) -> jax.Array:
     """The array with the sharding of another of its shape, in the memory it is in."""
     if not isinstance(like, jax.Array):  # NumPy's and stand-ins lie nowhere

@@ -41,7 +41,7 @@ class Ready(NamedTuple):
 def prepare(job: Job, source: CheckpointDir) -> Ready:
     """Reads the texts, draws the sequences, makes the windows."""
     try:
-        config = hf.decoder_config(source.config, ignore=job.ignore_config)
+        config = hf.decoder_config(source.config, ignore_config=job.ignore_config)
     except ValueError as error:
         raise ValueError(f"'{source.path / 'config.json'}': {error}") from None
     if job.length > config.context:

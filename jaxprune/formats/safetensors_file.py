@@ -94,7 +94,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_JSON):
-            raise damaged(path, f"its header of {length} bytes does not fit {size}")
+            fits = f"its header of {length} bytes does not fit {size}"
+            raise damaged(path, f"{fits}, or it is no safetensors file")
         entries = parse(file.read(length), path)
     metadata = entries.pop("__metadata__", {})
     if not is_text(metadata):

@@ -6,6 +6,7 @@ __all__ = [
     "counts",
     "masks",
     "matrix_mask",
+    "overlap",
     "packing",
     "patterns",
     "prune",

@@ -8,7 +8,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -45,24 +45,54 @@ def select(
 ) -> Iterator[Selection]:
     """What `masks.make` keeps of each leaf, in order; all checks are done by then."""
     named = floating(scores)
-    names, leaves = list(named), list(named.values())
-    own_axes = _axes(axes, names, leaves, pattern)
-    share, rule = counts.agreed(sparsity, pattern, rule)
-    if isinstance(rule, allocation.PerMatrix):
+    share, found = counts.agreed(sparsity, pattern, rule)
+    if isinstance(found, allocation.PerMatrix):
+        names, leaves = list(named), list(named.values())
+        _axes(axes, names, leaves, pattern)
         every = axes_.resolve(axes, names, leaves)
         return _of_matrices(named, every, share, pattern)
-    sizes = _sizes(pattern, leaves, own_axes)
-    if isinstance(rule, allocation.Global) and not isinstance(share, Mapping):
+    quota = quotas(named, sparsity, rule=rule, pattern=pattern, axes=axes)
+    return _selections(list(named.values()), quota, pattern)
+
+
+class Quotas(NamedTuple):
+    """How many units are kept, as Python integers.
+
+    Attributes:
+      kept: of all leaves together, or of each.
+      together: whether one ranking spans all leaves.
+      axes: which axes of each leaf are input and output.
+    """
+
+    kept: list[int]
+    together: bool
+    axes: list[Axes]
+
+
+def quotas(
+    named: Mapping[str, Any],
+    sparsity: counts.Sparsity,
+    *,
+    rule: counts.Allocation,
+    pattern: Pattern,
+    axes: Axes | Mapping[str, Axes] | None,
+) -> Quotas:
+    """How much is kept of leaves of which shapes and dtypes are enough."""
+    names, leaves = list(named), list(named.values())
+    own_axes = _axes(axes, names, leaves, pattern)
+    share, found = counts.agreed(sparsity, pattern, rule)
+    sizes = unit_counts(pattern, leaves, own_axes)
+    if isinstance(found, allocation.Global) and not isinstance(share, Mapping):
         kept = [sum(sizes) - round(share * sum(sizes))]
-        return _selections(leaves, own_axes, kept, pattern, together=True)
-    if isinstance(rule, allocation.Uniform):
+        return Quotas(kept, together=True, axes=own_axes)
+    if isinstance(found, allocation.Uniform):
         pruned = counts.by_leaf(share, names, sizes)
     else:
-        weights = _weights(names, leaves, axes_.resolve(axes, names, leaves), rule)
-        pruned = counts.by_rule(share, rule, weights, sizes)
+        weights = _weights(names, leaves, axes_.resolve(axes, names, leaves), found)
+        pruned = counts.by_rule(share, found, weights, sizes)
     kept = [size - out for size, out in zip(sizes, pruned, strict=True)]
     _warn_of_empty(names, sizes, kept)
-    return _selections(leaves, own_axes, kept, pattern, together=False)
+    return Quotas(kept, together=False, axes=own_axes)
 
 
 def _of_matrices(
@@ -84,7 +114,7 @@ def _of_matrices(
             "rank them whole with allocation='layer'"
         )
     stacks = [stack or () for stack in every]
-    whole = _sizes(pattern, leaves, own_axes)
+    whole = unit_counts(pattern, leaves, own_axes)
     sizes = [
         size // max(math.prod(stack), 1)
         for size, stack in zip(whole, stacks, strict=True)
@@ -122,7 +152,7 @@ def _warn_of_empty(
         warnings.warn(
             f"this sparsity leaves nothing of {listed(empty)}, which have few units to "
             "keep; leave them out of the scores with prunable=jp.tree.excluding('...')",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -162,12 +192,7 @@ def _weights(
 
 
 def _selections(
-    leaves: Sequence[jax.Array],
-    own_axes: Sequence[Axes],
-    kept: Sequence[int],
-    pattern: Pattern,
-    *,
-    together: bool,
+    leaves: Sequence[jax.Array], quota: Quotas, pattern: Pattern
 ) -> Iterator[Selection]:
     """The selections of one ranking of all leaves together, or of a ranking of each.
 
@@ -176,21 +201,21 @@ def _selections(
     """
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     free = traced or isinstance(pattern, patterns.Unstructured)
-    if not (together or free):
-        for leaf, own, number in zip(leaves, own_axes, kept, strict=True):
+    if not (quota.together or free):
+        for leaf, own, number in zip(leaves, quota.axes, quota.kept, strict=True):
             units = pattern.units(leaf, own)
             yield Selection(units, thresholds.cut_each([units], [number])[0], own)
         return
-    every = [pattern.units(*pair) for pair in zip(leaves, own_axes, strict=True)]
-    if together:
-        cuts = thresholds.cut_together(every, kept[0])
+    every = [pattern.units(*pair) for pair in zip(leaves, quota.axes, strict=True)]
+    if quota.together:
+        cuts = thresholds.cut_together(every, quota.kept[0])
     else:
-        cuts = thresholds.cut_each(every, kept)
-    for units, cut, own in zip(every, cuts, own_axes, strict=True):
+        cuts = thresholds.cut_each(every, quota.kept)
+    for units, cut, own in zip(every, cuts, quota.axes, strict=True):
         yield Selection(units, cut, own)
 
 
-def _sizes(
+def unit_counts(
     pattern: Pattern, leaves: Sequence[jax.Array], own_axes: Sequence[Axes]
 ) -> list[int]:
     """How many units each leaf has."""

@@ -181,6 +181,8 @@ def trajectory(
     if not 0 <= exponent <= 1:
         raise ValueError(f"exponent must be in [0, 1], got {exponent}; 0.25 is usual")
     square = tracked(importance, "square", params)
+    if exponent == 0.25:
+        return _score(_quarter, params, prunable, square)
     return _score(_trajectory, params, prunable, square, exponent)
 
 
@@ -353,6 +355,11 @@ def _obd(w: jax.Array, square: jax.Array) -> jax.Array:
 
 def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Array:
     return _absolute(w) * jnp.power(low_bit.decode(square), exponent)
+
+
+def _quarter(w: jax.Array, square: jax.Array) -> jax.Array:
+    # Two roots take a quarter of the time of a power, and round less.
+    return _absolute(w) * jnp.sqrt(jnp.sqrt(low_bit.decode(square)))
 
 
 def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:

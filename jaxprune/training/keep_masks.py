@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxprune.arrays import placement, tree
+from jaxprune.masking import packing
 from jaxprune.masking.checks import checked
+from jaxprune.training.masked import needed, select, unpacked
 from jaxprune.typing import Masks, Params
 
 
@@ -22,7 +23,7 @@ class KeepMasksState(NamedTuple):
     """State of `keep_masks`.
 
     Attributes:
-      masks: the masks, like the parameters, boolean.
+      masks: the masks, like the parameters, boolean; packed where that was asked for.
       inner: the wrapped optimizer's state.
     """
 
@@ -31,7 +32,7 @@ class KeepMasksState(NamedTuple):
 
 
 def keep_masks(
-    optimizer: optax.GradientTransformation, masks: Masks
+    optimizer: optax.GradientTransformation, masks: Masks, *, packed: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Trains what the masks keep; the rest stays zero, its moments too.
 
@@ -41,6 +42,7 @@ def keep_masks(
         is really taken.
       masks: masks of the parameters that will be trained; True is kept, and a leaf
         with `optax.MaskedNode()`, None or True for its mask is trained as a whole.
+      packed: whether the state holds them at one bit a weight rather than eight.
 
     Returns:
       A transformation whose first step sets pruned weights to zero, whatever finite
@@ -82,7 +84,8 @@ def keep_masks(
         ]
         structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
         kept = jax.tree.unflatten(structure, own)
-        return KeepMasksState(kept, optimizer.init(_select(kept, params)))
+        held = packing.pack(kept) if packed else kept
+        return KeepMasksState(held, optimizer.init(select(kept, params)))
 
     def update(
         updates: optax.Updates,
@@ -90,49 +93,16 @@ def keep_masks(
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, KeepMasksState]:
-        if params is None:
-            raise ValueError(
-                "keep_masks needs the parameters; call tx.update(g, state, params)"
-            )
-        kept = state.masks
+        params = needed(params, "keep_masks")
+        kept = unpacked(state.masks, params) if packed else state.masks
         # With lookahead the gradient is of the fast half of the parameters.
         paired = isinstance(kept, optax.LookaheadParams)
         updates, inner = optimizer.update(
-            _select(kept.fast if paired else kept, updates),
+            select(kept.fast if paired else kept, updates),
             state.inner,
-            _select(kept, params),
+            select(kept, params),
             **extra_args,
         )
-        return _select(kept, updates, params), KeepMasksState(kept, inner)
+        return select(kept, updates, params), KeepMasksState(state.masks, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _select(masks: Masks, values: Any, undo: Any = None) -> Any:
-    """The values where kept; elsewhere 0, or minus `undo` where it is given."""
-
-    def leaf(mask: Any, value: Any, *pruned: Any) -> Any:
-        if tree.is_excluded(mask) or isinstance(value, jax.ShapeDtypeStruct):
-            return value
-        if not pruned:
-            return jnp.where(mask, value, jnp.zeros_like(value))
-        wide = _holding(value.dtype, pruned[0].dtype)
-        return jnp.where(mask, value.astype(wide), -pruned[0].astype(wide))
-
-    trees = (values,) if undo is None else (values, undo)
-    return jax.tree.map(leaf, masks, *trees, is_leaf=tree.is_excluded)
-
-
-def _holding(*kinds: Any) -> Any:
-    """The first of the dtypes that holds the numbers of all, or float32."""
-
-    def holds(kind: Any, other: Any) -> bool:
-        if kind == other:
-            return True
-        if not all(jnp.issubdtype(k, jnp.floating) for k in (kind, other)):
-            return bool(np.can_cast(other, kind))
-        own, its = jnp.finfo(kind), jnp.finfo(other)
-        return own.nmant >= its.nmant and own.nexp >= its.nexp
-
-    every = (kind for kind in kinds if all(holds(kind, other) for other in kinds))
-    return next(every, jnp.float32)

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune.arrays import low_bit, tree
+from jaxprune.arrays import low_bit, placement, tree
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.arrays.messages import refuse_fractions
 from jaxprune.training import weightings
@@ -207,7 +206,7 @@ def _tracker(
     def init(params: Params) -> Any:
         of_weights = kind is TrackImportanceState
         first = {k: a.start(params, from_values=of_weights) for k, a in watched.items()}
-        state = _with(kind(_counter(params), None, None, {}), first)
+        state = _with(kind(placement.counter(params), None, None, {}), first)
         if tree.is_placeholder(params):  # a number stands for those of all leaves
             coded = (k for k, a in watched.items() if a.storage == "int8")
             state = state._replace(exponents=dict.fromkeys(coded, state.step))
@@ -304,20 +303,6 @@ def _watched(
         for i, field in enumerate(known)
         if field in wanted
     }
-
-
-def _counter(params: Params) -> jax.Array:
-    """Zero, on every device of the parameters' mesh if they are on one.
-
-    Elsewhere the first step would move it there, and the second compile anew.
-    """
-    zero = jnp.zeros((), jnp.int32)
-    for leaf in jax.tree.leaves(params):
-        traced = isinstance(leaf, jax.core.Tracer)
-        where = None if traced else getattr(leaf, "sharding", None)
-        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
-            return jax.device_put(zero, NamedSharding(where.mesh, PartitionSpec()))
-    return zero
 
 
 def _taylor(gradient: jax.Array, weight: jax.Array) -> jax.Array:

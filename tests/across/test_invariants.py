@@ -30,6 +30,14 @@ TABLE = {
     "track_gradients": lambda masks: jp.track_gradients(),
     "track_gradients, both": lambda masks: jp.track_gradients(average=STATISTICS),
     "keep_masks": lambda masks: jp.keep_masks(optax.adamw(0.1), masks),
+    "gradual": lambda masks: jp.gradual(optax.adamw(0.1), {1: 0.5}),
+    "gradual, packed": lambda masks: jp.gradual(
+        optax.adamw(0.1), {1: 0.5}, grow=jp.grow.gradient(), packed=True
+    ),
+    "straight_through": lambda masks: jp.straight_through(
+        optax.adamw(0.1), {1: 0.5}, freeze=2
+    ),
+    "admm": lambda masks: jp.admm(optax.adamw(0.1), 0.5, end=2, interval=1),
     "lora": lambda masks: jp.lora(optax.adamw(0.1), rank=2),
     "all": lambda masks: jp.keep_masks(
         optax.chain(
@@ -41,12 +49,20 @@ TABLE = {
     ),
 }
 
+# Each call outside of jit compiles their search anew.
+SLOW = {"gradual, packed", "straight_through", "admm"}
+
 
 def masks():
     return jax.tree.map(jnp.asarray, MASKS)
 
 
-@pytest.fixture(params=TABLE)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.full if name in SLOW else ())
+        for name in TABLE
+    ]
+)
 def tx(request):
     return TABLE[request.param](masks())
 
@@ -138,13 +154,23 @@ def test_sharding_of_the_state_is_that_of_the_parameters(tx, kind):
                 assert x.sharding.is_equivalent_to(row, 2)
 
 
+CHOOSERS = {"gradual", *SLOW}
+
+
 @pytest.mark.parametrize("name", containers())
-def test_every_transformation_takes_every_kind_of_tree(name):
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(TABLE.keys() - CHOOSERS, id="quick"),
+        pytest.param(CHOOSERS, id="choosers", marks=pytest.mark.full),
+    ],
+)
+def test_every_transformation_takes_every_kind_of_tree(name, rows):
     params = containers()[name]
     scores = jp.scores.magnitude(params, prunable=lambda name, leaf: True)
     grads = jax.tree.map(lambda g: g[0], gradients(params, 1))
-    for make in TABLE.values():
-        tx = make(jp.masks.make(scores, 0.5))
+    for row in sorted(rows):
+        tx = TABLE[row](jp.masks.make(scores, 0.5))
         updates, _ = tx.update(grads, tx.init(params), params)
         assert jax.tree.structure(updates) == jax.tree.structure(params)
         optax.apply_updates(params, updates)

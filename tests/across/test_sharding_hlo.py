@@ -194,6 +194,40 @@ def test_a_step_under_masks(params, masks):
         assert mask.sharding.is_equivalent_to(params[name].sharding, mask.ndim)
 
 
+SCHEDULE = jp.schedules.cubic(0.5, begin=1, end=9, every=4)
+CHOOSERS = {
+    "gradual": lambda: jp.gradual(optax.adamw(0.125), SCHEDULE),
+    "packed": lambda: jp.gradual(optax.adamw(0.125), SCHEDULE, packed=True),
+    "by layer": lambda: jp.gradual(optax.adamw(0.125), SCHEDULE, allocation="layer"),
+    "2:4": lambda: jp.gradual(optax.adamw(0.125), {1: "4:8", 5: "2:4"}),
+    "grown": lambda: jp.gradual(
+        optax.adamw(0.125), SCHEDULE, grow=jp.grow.random(0.25)
+    ),
+    "straight through": lambda: jp.straight_through(
+        optax.adamw(0.125), SCHEDULE, freeze=9
+    ),
+    "admm": lambda: jp.admm(optax.adamw(0.125), 0.5, end=9),
+}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=() if name == "gradual" else pytest.mark.full)
+        for name, make in CHOOSERS.items()
+    ],
+)
+def test_a_step_that_chooses_masks(params, make):
+    """The step with an event and the step without are one program."""
+    tx = make()
+    assert large(tx.init, params) == []
+    state = jax.jit(tx.init)(params)
+    assert large(tx.update, params, state, params) == []
+    masks = jp.get_masks(state)
+    for name, mask in masks.items():
+        assert mask.sharding.is_equivalent_to(params[name].sharding, mask.ndim)
+
+
 @pytest.mark.parametrize(
     "storage", ["float32", pytest.param("bfloat16", marks=pytest.mark.full), "int8"]
 )

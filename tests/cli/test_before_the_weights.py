@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.support import tiny_cli
+from tests.support import hf_directories, tiny_cli
 from tests.support.tiny_cli import place, run
 
 pytest.importorskip("tyro")
@@ -124,6 +125,23 @@ def test_what_is_in_the_way_is_told_by_the_word_of_the_command(place, capsys):
     code, _, err = run(capsys, *words, "--pattern", "3:7")
     assert code == 1
     assert "leave such tensors out with --exclude '...'" in err
+
+
+def test_weights_of_one_byte_are_no_weights_to_prune(place, tmp_path, capsys):
+    model = edited(place, tmp_path)
+    narrow = {
+        name: value.astype(ml_dtypes.float8_e4m3fn)
+        for name, value in tiny_cli.tensors().items()
+    }
+    hf_directories.save(model / "model.safetensors", narrow)
+    _, found, _ = run(capsys, "inspect", model)
+    reasons = {row["name"]: row["why"] for row in found["tensors"]}
+    assert {reasons[name] for name in tiny_cli.MATRICES} == {"of one byte a weight"}
+    words = ["--method", "magnitude", "--sparsity", "0.5"]
+    code, _, err = run(capsys, "prune", model, tmp_path / "out", *words)
+    assert code == 1
+    assert "all of its tensors are left alone" in err
+    assert "of one byte a weight" in err
 
 
 @pytest.mark.parametrize("word", ["2:4", "8x4", "per-layer", "per-output"])

@@ -33,7 +33,6 @@ def pruned_and_mask(params, sparsity, **options):
     return jp.prune(params, scores, sparsity, **options), masks
 
 
-@pytest.mark.filterwarnings("ignore:this sparsity leaves nothing")
 @given(
     dtype=st.sampled_from(DTYPES),
     shape=st.sampled_from([(3, 4), (1, 7), (0, 3), (2, 3, 2)]),

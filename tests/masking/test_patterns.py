@@ -99,7 +99,6 @@ def test_nm_refuses_impossible_groups(nm):
         jp.patterns.NM(*nm)
 
 
-@pytest.mark.filterwarnings("ignore:this sparsity leaves nothing")
 @given(
     block=st.sampled_from([(1, 1), (2, 3), (8, 6), (1, 6)]),
     sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.8, 0.99]),

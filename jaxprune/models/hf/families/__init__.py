@@ -72,13 +72,13 @@ def without(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
 
 
 def decoder_config(
-    config: Mapping[str, Any], *, ignore: Sequence[str] = ()
+    config: Mapping[str, Any], *, ignore_config: Sequence[str] = ()
 ) -> DecoderConfig:
     """Reads the config.json of a language model, old or new.
 
     Args:
       config: the parsed file.
-      ignore: attributes that are read as if they were not there.
+      ignore_config: attributes that are read as if they were not there.
 
     Returns:
       The shape, in float32.
@@ -98,19 +98,19 @@ def decoder_config(
             "model_type 'phi3_v' sees pictures and is no language model alone; "
             "hf.vision_config reads its config.json, hf.load its directory"
         )
-    config = without(config, ignore)
+    config = without(config, ignore_config)
     shape: DecoderConfig = find(config).read(config)[0]
     return shape
 
 
 def vision_config(
-    config: Mapping[str, Any], *, ignore: Sequence[str] = ()
+    config: Mapping[str, Any], *, ignore_config: Sequence[str] = ()
 ) -> Phi3VisionConfig:
     """Reads a config.json of `model_type` "phi3_v".
 
     Args:
       config: the parsed file.
-      ignore: attributes that are read as if they were not there.
+      ignore_config: attributes that are read as if they were not there.
 
     Returns:
       The shape, in float32.
@@ -130,5 +130,5 @@ def vision_config(
             f"model_type must be phi3_v, got {config.get('model_type')!r}; "
             "hf.decoder_config reads language models"
         )
-    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(without(config, ignore))[0]
+    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(without(config, ignore_config))[0]
     return shape

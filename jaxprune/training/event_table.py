@@ -1,0 +1,198 @@
+"""What each event of a schedule keeps: a host table of exact integers.
+
+The counts are those of `masks.make`, worked out in Python integers by the same rules,
+for every event before the first step. A compiled program looks its event up; so one
+program serves all events, and a count is exact past 2^24 and past 2^32.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from jaxprune.arrays.axes import Axes
+from jaxprune.masking import counts, patterns, selection
+from jaxprune.masking.allocation import PerMatrix
+from jaxprune.topk.count_search import Count
+from jaxprune.training import schedules
+from jaxprune.training.grow import Grow
+from jaxprune.typing import Pattern
+
+
+class Event(NamedTuple):
+    """What holds from a step on.
+
+    Attributes:
+      step: the number of updates before it.
+      sparsity: the share that is pruned, None where the pattern fixes it.
+      pattern: which weights are pruned together.
+    """
+
+    step: int
+    sparsity: float | None
+    pattern: Pattern
+
+
+class Table(NamedTuple):
+    """The counts of the events of one pattern, as the device looks them up.
+
+    Attributes:
+      pattern: which weights are pruned together.
+      kept: how many units, of all leaves together (events, 1), or of each leaf
+        (events, leaves); zero at the events of other patterns.
+      grown: how many of these are grown.
+      together: whether one ranking spans all leaves.
+      axes: which axes of each leaf are input and output.
+    """
+
+    pattern: Pattern
+    kept: Count
+    grown: Count
+    together: bool
+    axes: Sequence[Axes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How much is kept at which step; checked when it is made.
+
+    Attributes:
+      schedule: a schedule, or {step: sparsity or n:m pattern}.
+      allocation: how a sparsity is shared out between leaves.
+      pattern: which weights are pruned together.
+      axes: which axes of the leaves are input and output.
+      grow: what comes back at an event, None for nothing.
+    """
+
+    schedule: schedules.Events
+    allocation: counts.Allocation
+    pattern: Pattern | str
+    axes: Axes | Mapping[str, Axes] | None
+    grow: Grow | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what no parameters are needed to refuse."""
+        if isinstance(self.allocation, Mapping):
+            raise ValueError(
+                "an allocation must share out the schedule's sparsity, but "
+                f"{dict(self.allocation)} gives shares by leaf; take 'global', 'layer' "
+                "or 'erk'"
+            )
+        for event in self.events:
+            _check(event, self.allocation, self.grow)
+
+    @functools.cached_property
+    def events(self) -> list[Event]:
+        """The events in ascending order."""
+        usual = patterns.named(self.pattern)
+
+        def event(step: int, wanted: Any) -> Event:
+            if isinstance(wanted, str) or hasattr(wanted, "units"):
+                return Event(step, None, patterns.named(wanted))
+            return Event(step, counts.checked(wanted, f" at step {step}"), usual)
+
+        return [event(*item) for item in schedules.events(self.schedule).items()]
+
+    @functools.cached_property
+    def steps(self) -> np.ndarray:
+        """The steps of the events (events,), ascending."""
+        return np.array([event.step for event in self.events], np.int32)
+
+    @functools.cached_property
+    def pattern_of(self) -> np.ndarray:
+        """Which of the tables each event reads (events,)."""
+        every = list(dict.fromkeys(event.pattern for event in self.events))
+        return np.array([every.index(event.pattern) for event in self.events], np.int32)
+
+    @functools.cached_property
+    def _made(self) -> dict[Any, list[Table]]:
+        return {}
+
+    def tables(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Table]:
+        """A table for each pattern, of leaves with these names and shapes."""
+        key = tuple(shapes.items())
+        if key not in self._made:
+            named = {n: jax.ShapeDtypeStruct(s, np.float32) for n, s in key}
+            quotas = [self._quotas(event, named) for event in self.events]
+            self._made[key] = [
+                self._table(number, quotas, list(named.values()))
+                for number in range(max(self.pattern_of) + 1)
+            ]
+        return self._made[key]
+
+    def _quotas(self, event: Event, named: Mapping[str, Any]) -> selection.Quotas:
+        return selection.quotas(
+            named,
+            event.sparsity,
+            rule=self.allocation,
+            pattern=event.pattern,
+            axes=self.axes,
+        )
+
+    def _table(
+        self, number: int, quotas: Sequence[selection.Quotas], leaves: Sequence[Any]
+    ) -> Table:
+        own = [n == number for n in self.pattern_of]
+        first = own.index(True)
+        quota, pattern = quotas[first], self.events[first].pattern
+        none = [0] * len(quota.kept)
+        kept = [q.kept if mine else none for q, mine in zip(quotas, own, strict=True)]
+        grown = [none] * len(kept)
+        if self.grow is not None:
+            sizes = selection.unit_counts(pattern, leaves, quota.axes)
+            own_sizes = [sum(sizes)] if quota.together else sizes
+            grown = self._grown(self.grow, kept, own_sizes)
+        return Table(pattern, _count(kept), _count(grown), quota.together, quota.axes)
+
+    def _grown(
+        self, grow: Grow, kept: list[list[int]], sizes: list[int]
+    ) -> list[list[int]]:
+        """How many grow at each event, never more than were pruned before it."""
+        first, last = self.events[0].step, self.events[-1].step
+        grown, before = [], sizes
+        for event, row in zip(self.events, kept, strict=True):
+            part = grow.part(event.step, first, last)
+            free = [size - old for size, old in zip(sizes, before, strict=True)]
+            grown.append(
+                [min(round(part * n), most) for n, most in zip(row, free, strict=True)]
+            )
+            before = row
+        return grown
+
+
+def at(hit: Bool[Array, " events"], count: Count) -> Count:
+    """The row of the one event that is hit, (1,) or (leaves,)."""
+    rows = jnp.asarray(hit)[:, None]  # (events, 1)
+    total = lambda half: jnp.sum(jnp.where(rows, half, np.uint32(0)), 0, np.uint32)  # noqa: E731
+    return Count(total(count.high), total(count.low))
+
+
+def _check(event: Event, allocation: counts.Allocation, grow: Grow | None) -> None:
+    """Refuses an event whose sparsity, pattern, rule and growth do not agree."""
+    fixed = event.pattern.sparsity is not None
+    way = "; or give {step: pattern} for the schedule" if fixed else ""
+    try:
+        _, rule = counts.agreed(event.sparsity, event.pattern, allocation)
+    except ValueError as error:
+        raise ValueError(f"{error} (at step {event.step}{way})") from error
+    if isinstance(rule, PerMatrix):
+        raise ValueError(
+            "allocation='matrix' ranks each matrix of a stack, of which a schedule has "
+            "no table; take 'layer', 'global' or 'erk'"
+        )
+    if grow is not None and (fixed or isinstance(event.pattern, patterns.PerOutput)):
+        raise ValueError(
+            f"grow={grow} needs a pattern whose units are ranked by one cut, got "
+            f"{event.pattern}; take 'unstructured', a block or 'channel'"
+        )
+
+
+def _count(rows: list[list[int]]) -> Count:
+    """Rows of integers as counts of the same shape."""
+    flat = Count.of([number for row in rows for number in row])
+    return Count(*(np.reshape(half, (len(rows), -1)) for half in flat))

@@ -1,0 +1,153 @@
+"""The masks of an optimizer's state, found and replaced wherever they are.
+
+A state that holds masks is known by its type. `nnx.state(optimizer)` keeps only the
+names of fields, no types; there it is recognised by its names.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from optax import MaskedNode
+
+from jaxprune.arrays import placement, tree
+from jaxprune.arrays.messages import listed
+from jaxprune.masking import packing
+from jaxprune.masking.checks import checked
+from jaxprune.training.admm import AdmmState
+from jaxprune.training.gradual import GradualState
+from jaxprune.training.keep_masks import KeepMasksState
+from jaxprune.training.straight_through import StraightThroughState
+from jaxprune.typing import Masks
+
+T = TypeVar("T")
+
+_KINDS = (KeepMasksState, GradualState, StraightThroughState, AdmmState)
+_NAMES = frozenset(field for kind in _KINDS for field in kind._fields)
+
+
+def get_masks(state: Any) -> Masks:
+    """The masks, found anywhere inside an optimizer's state.
+
+    Args:
+      state: the state of any optax optimizer, however wrapped (`chain`, `partition`,
+        `MultiSteps`, ...), that `keep_masks`, `gradual` or another transformation with
+        masks is part of; an `nnx.Optimizer`, or its `nnx.state`.
+
+    Returns:
+      Boolean masks like the parameters; packed ones are unpacked. Leaves without a mask
+      are `optax.MaskedNode()`.
+
+    Raises:
+      ValueError: the state holds no masks, or a leaf has two.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> masks = {"w": jnp.array([True, False])}
+      >>> tx = optax.chain(jp.keep_masks(optax.adamw(0.1), masks))
+      >>> jp.get_masks(tx.init({"w": jnp.ones(2)}))["w"].tolist()
+      [True, False]
+    """
+    found = [_read(node)[0] for node in _holders(state)]
+    if not found:
+        raise ValueError(
+            "this optimizer state holds no masks; train with jp.keep_masks(optimizer, "
+            "masks) or jp.gradual(optimizer, schedule)"
+        )
+    return jax.tree.map(_only, *found, is_leaf=tree.is_excluded)
+
+
+def replace_masks(state: T, masks: Masks) -> T:
+    """The state with other masks, wherever it holds them.
+
+    The next step sets what they prune to zero. They must have a mask for the same
+    leaves, so that a compiled step stays compiled.
+
+    Args:
+      state: any state in which `get_masks` finds masks.
+      masks: boolean masks of the same parameters, in any container.
+
+    Returns:
+      A state of the same structure, the masks placed and packed as those before.
+
+    Raises:
+      ValueError: the state holds no masks, or masks of other leaves.
+      TypeError: the masks are not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> tx = jp.keep_masks(optax.adamw(0.1), {"w": jnp.array([True, False])})
+      >>> state = tx.init({"w": jnp.ones(2)})
+      >>> state = jp.replace_masks(state, {"w": jnp.array([False, True])})
+      >>> jp.get_masks(state)["w"].tolist()
+      [False, True]
+    """
+    before = get_masks(state)
+    names = tree.names(before)
+    given = dict(zip(names, checked(before, masks), strict=True))
+    other = [
+        name
+        for name, mask in tree.named_leaves(before).items()
+        if tree.is_excluded(mask) != tree.is_excluded(given[name])
+    ]
+    if other:
+        raise ValueError(
+            "replace_masks needs masks of the leaves that the state has masks of, but "
+            f"{listed(other)} differ; give jnp.ones(shape, bool) where all is kept"
+        )
+
+    def replaced(node: Any) -> Any:
+        if not _holds(node):
+            return node
+        held, packed = _read(node)
+        own = [
+            mask if tree.is_excluded(mask) else placement.placed(given[name], mask)
+            for name, mask in tree.named_leaves(held).items()
+        ]
+        structure = jax.tree.structure(held, is_leaf=tree.is_excluded)
+        new = jax.tree.unflatten(structure, own)
+        new = packing.pack(new) if packed else new
+        if isinstance(node, Mapping):
+            return type(node)({**node, "masks": new})  # type: ignore[call-arg]
+        return node._replace(masks=new)
+
+    return jax.tree.map(replaced, state, is_leaf=_holds)
+
+
+def _holds(node: Any) -> bool:
+    """Whether a node is a state with masks."""
+    if isinstance(node, Mapping):  # a field without arrays may be missing
+        return "masks" in node and _NAMES.issuperset(node)
+    return isinstance(node, _KINDS)
+
+
+def _holders(state: Any) -> list[Any]:
+    return [node for node in jax.tree.leaves(state, is_leaf=_holds) if _holds(node)]
+
+
+def _read(node: Any) -> tuple[Masks, bool]:
+    """A node's masks, unpacked, and whether they were packed."""
+    masks = node["masks"] if isinstance(node, Mapping) else node.masks
+    is_packed = lambda leaf: isinstance(leaf, packing.PackedMask)  # noqa: E731
+    leaves = jax.tree.leaves(masks, is_leaf=is_packed)
+    packed = bool(leaves) and all(map(is_packed, leaves))
+    if not packed and any(leaf.dtype == np.uint8 for leaf in leaves):
+        raise ValueError(
+            "packed masks cannot be read from an nnx.Optimizer, which does not keep "
+            "their shapes; wrap the optimizer with packed=False"
+        )
+    return (packing.unpack(masks) if packed else masks), packed
+
+
+def _only(*candidates: Any) -> Any:
+    """The one mask that a leaf has in states that share the leaves out."""
+    seen = [mask for mask in candidates if not tree.is_excluded(mask)]
+    if len(seen) > 1:
+        raise ValueError(
+            f"each leaf must have one mask, but {len(seen)} transformations in this "
+            "state mask the same leaf; remove all but one"
+        )
+    return seen[0] if seen else MaskedNode()

@@ -1,0 +1,242 @@
+"""Masks that are chosen again inside an update.
+
+What runs when nothing is due must cost next to nothing. So the branch of an event reads
+parameters and moments as they come in, never what the step makes: those would have to
+be written out for it at every step. And it returns masks alone.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+from optax import MaskedNode
+
+from jaxprune.arrays import placement, tree
+from jaxprune.arrays.messages import listed
+from jaxprune.masking import packing
+from jaxprune.topk import thresholds
+from jaxprune.training import event_table
+from jaxprune.training.event_table import Rules, Table
+from jaxprune.training.masked import unpacked
+from jaxprune.typing import Criterion, Importance, Masks, Params, Prunable, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskEvents:
+    """How masks are chosen, and when.
+
+    Attributes:
+      rules: how much is kept at which step.
+      criterion: what ranks the weights.
+      prunable: which leaves may be pruned.
+      packed: whether masks are held at one bit a weight.
+      revive: whether what is pruned is ranked with the rest; else it stays pruned.
+      name: of the transformation, for errors.
+    """
+
+    rules: Rules
+    criterion: Criterion
+    prunable: Prunable
+    packed: bool = False
+    revive: bool = False
+    name: str = "gradual"
+
+    def start(self, params: Params, inner: Any) -> Masks:
+        """Masks that keep everything, after all checks of these parameters."""
+        scores = tree.named_leaves(self._abstract_scores(params, inner))
+        own = [
+            MaskedNode() if tree.is_excluded(scores[name]) else _all_kept(leaf)
+            for name, leaf in tree.named_leaves(params).items()
+        ]
+        structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
+        masks = jax.tree.unflatten(structure, own)
+        self._tables(masks)
+        return self.held(masks)
+
+    def refuse_blind_start(self, params: Params) -> None:
+        """Refuses to rank by statistics of gradients that nobody has seen yet."""
+        first = self.rules.events[0]
+        if first.step or first.sparsity == 0:
+            return
+        weights_alone = Importance(weight=params, magnitude=params)
+        try:
+            jax.eval_shape(self.scores, params, weights_alone)
+        except ValueError as error:
+            if "track" not in str(error):
+                raise
+            raise ValueError(
+                f"{self.name} needs a gradient before this criterion can rank, but the "
+                "first event is at step 0; begin at step 1 or later, or take "
+                "criterion=jp.scores.magnitude"
+            ) from error
+
+    def held(self, masks: Masks) -> Masks:
+        """The masks as the state holds them."""
+        return packing.pack(masks) if self.packed else masks
+
+    def read(self, held: Masks, params: Params) -> Masks:
+        """The masks that a state holds, as booleans."""
+        return unpacked(held, params) if self.packed else held
+
+    def only(self, params: Params) -> Params:
+        """The parameters without the leaves that may not be pruned."""
+        named, chosen = tree.named_leaves(params), self._chosen_names(params)
+        leaves = [named[n] if n in chosen else MaskedNode() for n in named]
+        structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
+        return jax.tree.unflatten(structure, leaves)
+
+    def _chosen_names(self, params: Params) -> set[str]:
+        """The names of the leaves that may be pruned."""
+        named = tree.named_leaves(params)
+        chosen = {
+            name
+            for name, leaf in named.items()
+            if not tree.is_excluded(leaf) and self.prunable(name, leaf)
+        }
+        if not chosen:
+            raise ValueError(
+                f"some leaf must be prunable, but none of {listed(named)} is; give "
+                "prunable=lambda name, leaf: ... that is True for the leaves to prune"
+            )
+        return chosen
+
+    def scores(self, params: Params, importance: Any) -> Scores:
+        """The criterion's scores of the leaves that may be pruned."""
+        named, chosen = tree.named_leaves(params), self._chosen_names(params)
+        criterion: Callable[..., Scores] = self.criterion
+        if "prunable" in inspect.signature(criterion).parameters:
+            rule = lambda name, leaf: name in chosen  # noqa: E731
+            criterion = functools.partial(criterion, prunable=rule)
+        aligned = tree.align(params, criterion(params, importance), "scores")
+        leaves = [
+            score if name in chosen else MaskedNode()
+            for name, score in zip(named, aligned, strict=True)
+        ]
+        structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
+        return jax.tree.unflatten(structure, leaves)
+
+    def hit(self, step: jax.Array) -> Bool[Array, " events"]:
+        """The event that the step is, one-hot; none is True where nothing is due."""
+        return step == self.rules.steps
+
+    def latest(self, step: jax.Array) -> Bool[Array, " events"]:
+        """The last event so far, one-hot; none is True before the first."""
+        steps = self.rules.steps
+        after = np.append(steps[1:], np.iinfo(np.int32).max)
+        return (step >= steps) & (step < after)
+
+    def changed(
+        self,
+        due: Any,
+        hit: Bool[Array, " events"],
+        step: jax.Array,
+        held: Masks,
+        ranked: Callable[[], tuple[Params, Any]],
+        seen: Any,
+    ) -> Masks:
+        """The masks after this step's event, if one is due.
+
+        `ranked` gives the parameters and the importance that are ranked, `seen` is like
+        the parameters: the gradient for a growth that reads it.
+        """
+
+        def choose(held: Masks) -> Masks:
+            params, importance = jax.lax.stop_gradient(ranked())
+            scores, old = self.scores(params, importance), self.read(held, params)
+            new = self.held(self._chosen(hit, step, old, scores, seen))
+            return jax.tree.unflatten(jax.tree.structure(held), jax.tree.leaves(new))
+
+        seen = jax.lax.stop_gradient(seen)
+        return jax.lax.cond(due, choose, lambda held: held, held)
+
+    def _chosen(
+        self, hit: jax.Array, step: jax.Array, masks: Masks, scores: Scores, seen: Any
+    ) -> Masks:
+        """The masks of the event that is hit."""
+        named = tree.named_leaves(masks)
+        names = [name for name, mask in named.items() if not tree.is_excluded(mask)]
+        ranked, like = (
+            [own[name] for name in names]
+            for own in (tree.named_leaves(scores), tree.named_leaves(seen))
+        )
+        if not self.revive:  # the pruned rank under all that is kept
+            ranked = [
+                jnp.where(named[name], score, -jnp.inf)
+                for name, score in zip(names, ranked, strict=True)
+            ]
+
+        def by(table: Table) -> Callable[[], list[jax.Array]]:
+            return lambda: self._cut(table, hit, step, ranked, like)
+
+        branch = jnp.sum(jnp.where(hit, self.rules.pattern_of, np.int32(0)))
+        bits = jax.lax.switch(branch, [by(table) for table in self._tables(masks)])
+        return jax.tree.unflatten(jax.tree.structure(masks), bits)
+
+    def _cut(
+        self,
+        table: Table,
+        hit: jax.Array,
+        step: jax.Array,
+        scores: Sequence[jax.Array],
+        like: Sequence[jax.Array],
+    ) -> list[jax.Array]:
+        """The masks that keep the highest scores, and what is grown."""
+        pattern, kept = table.pattern, event_table.at(hit, table.kept)
+        units = [pattern.units(*pair) for pair in zip(scores, table.axes, strict=True)]
+        grow = self.rules.grow
+        if grow is None:
+            bits = _highest(units, kept, together=table.together)
+        else:
+            more = event_table.at(hit, table.grown)
+            bits = _highest(units, kept.minus(more), together=table.together)
+            rest = [
+                jnp.where(own, -jnp.inf, pattern.units(grow.scores(g, step, n), axes))
+                for n, (own, g, axes) in enumerate(
+                    zip(bits, like, table.axes, strict=True)
+                )
+            ]
+            added = _highest(rest, more, together=table.together)
+            bits = [a | b for a, b in zip(bits, added, strict=True)]
+        return [
+            placement.placed(pattern.expand(own, leaf.shape, axes), leaf)
+            for own, leaf, axes in zip(bits, like, table.axes, strict=True)
+        ]
+
+    def _tables(self, masks: Masks) -> list[Table]:
+        named = tree.named_leaves(masks)
+        return self.rules.tables(
+            {k: mask.shape for k, mask in named.items() if not tree.is_excluded(mask)}
+        )
+
+    def _abstract_scores(self, params: Params, inner: Any) -> Scores:
+        """The scores' shapes; a criterion that lacks a statistic says so here."""
+        try:
+            return jax.eval_shape(self.scores, params, inner)
+        except ValueError as error:
+            if "track" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}; it must be inside the optimizer that is wrapped: "
+                f"jp.{self.name}(optax.chain(optimizer, tracker), ...)"
+            ) from error
+
+
+def _highest(
+    units: Sequence[jax.Array], kept: event_table.Count, *, together: bool
+) -> list[jax.Array]:
+    """Which units are kept, by one ranking of all leaves or by one of each."""
+    if together:
+        cuts = thresholds.cut_together(units, kept)
+    else:
+        cuts = thresholds.cut_each(units, kept.low)
+    return [thresholds.mask(*pair) for pair in zip(units, cuts, strict=True)]
+
+
+def _all_kept(leaf: Any) -> jax.Array:
+    return jnp.logical_not(placement.zeros_like(leaf, bool))

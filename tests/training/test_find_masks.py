@@ -1,0 +1,110 @@
+"""Masks of a state: found, replaced, packed, compared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune.masking.packing import PackedMask
+from tests.support.trajectories import compiles, gradients, record, same_bits, weights
+
+
+def half(params):
+    return jp.masks.make(jp.scores.magnitude(params), 0.5)
+
+
+def test_packed_masks_take_an_eighth_and_change_no_bit():
+    params = weights()
+    masks, grads = half(params), gradients(params, 8)
+    plain = record(jp.keep_masks(optax.adamw(0.1), masks), params, grads)
+    tx = jp.keep_masks(optax.adamw(0.1), masks, packed=True)
+    packed = record(tx, params, grads)
+    assert same_bits(packed.weights, plain.weights)
+    assert isinstance(packed.state.masks["layer"]["kernel"], PackedMask)
+    assert same_bits(jp.get_masks(packed.state), jp.get_masks(plain.state))
+    big = {"w": jnp.ones((64, 64))}
+    held = jp.gradual(optax.sgd(0.1), {1: 0.5}, criterion=jp.scores.magnitude)
+    small = jp.gradual(
+        optax.sgd(0.1), {1: 0.5}, criterion=jp.scores.magnitude, packed=True
+    )
+    size = lambda tx: sum(x.nbytes for x in jax.tree.leaves(tx.init(big).masks))  # noqa: E731
+    assert (size(held), size(small)) == (4096, 512)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_replaced_masks_are_those_of_the_next_step(packed):
+    params = weights()
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        jp.keep_masks(optax.adamw(0.1), half(params), packed=packed),
+    )
+    state = tx.init(params)
+    mask = jnp.arange(12).reshape(4, 3) % 3 == 0
+    other = {"layer": {"kernel": mask, "bias": None}, "token_embedding": True}
+    state = jp.replace_masks(state, other)
+    updates, state = tx.update(params, state, params)
+    kernel = optax.apply_updates(params, updates)["layer"]["kernel"]
+    np.testing.assert_array_equal(kernel != 0, mask)
+    np.testing.assert_array_equal(jp.get_masks(state)["layer"]["kernel"], mask)
+
+
+def test_a_loop_that_replaces_masks_compiles_its_step_once():
+    params = weights()
+    tx = jp.keep_masks(optax.adamw(0.1), half(params))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    found = []
+    for _ in range(3):
+        state = jp.replace_masks(state, half(params))
+        with compiles() as programs:
+            params, state = step(params, state)
+        found.append(len(programs))
+    assert found == [1, 0, 0]
+
+
+def test_what_cannot_be_found_or_replaced_is_refused_in_one_sentence():
+    params = weights()
+    masks = half(params)
+    state = jp.keep_masks(optax.adamw(0.1), masks).init(params)
+    everywhere = jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
+    nested = jp.keep_masks(jp.keep_masks(optax.sgd(0.1), masks), masks).init(params)
+    cases = [
+        (lambda: jp.get_masks(optax.adamw(0.1).init(params)), "holds no masks"),
+        (lambda: jp.get_masks((state, state)), "each leaf must have one mask"),
+        (lambda: jp.replace_masks(state, {"w": jnp.ones(3, bool)}), "unknown 'w'"),
+        (lambda: jp.replace_masks(state, everywhere), "'layer/bias'"),
+    ]
+    for call, says in cases:
+        with pytest.raises(ValueError, match=says) as caught:
+            call()
+        assert not str(caught.value).endswith(".")
+    # The outer one's masks hold the inner one's state, which is not looked into.
+    assert same_bits(jp.get_masks(nested), jp.get_masks(state))
+    with pytest.raises(TypeError, match="boolean"):
+        jp.replace_masks(state, params)
+
+
+def test_overlap_is_counted_exactly_leaf_by_leaf():
+    random = np.random.default_rng(0)
+    one = {"a": random.random((40, 30)) > 0.5, "b": random.random((7,)) > 0.5}
+    two = {"a": random.random((40, 30)) > 0.5, "b": optax.MaskedNode()}
+    found = jp.overlap(one, two)
+    both, either = (one["a"] & two["a"]).sum(), (one["a"] | two["a"]).sum()
+    assert found.by_leaf == {"a": (both, either)}
+    assert found.total == both / either
+    assert str(found).splitlines()[-1].startswith("total")
+    assert jp.overlap(one, one).total == 1.0
+    assert jp.overlap({"a": one["a"]}, {"a": ~one["a"]}).total == 0.0
+    none = {"a": np.zeros((3, 3), bool)}
+    assert jp.overlap(none, none).total == 1.0
+    with pytest.raises(ValueError, match="unknown 'b'"):
+        jp.overlap({"a": one["a"]}, one)
+    with pytest.raises(TypeError, match="boolean"):
+        jp.overlap(one, jax.tree.map(np.float32, one))

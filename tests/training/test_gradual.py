@@ -1,0 +1,319 @@
+"""gradual: the schedule's zeros after every step, and the bits of a loop by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from tests.support.trajectories import compiles, find, gradients, record, same_bits
+
+SCHEDULE = jp.schedules.cubic(0.8, begin=3, end=16, every=5)
+STEPS = 20
+PRUNED = ("first", "second")
+
+
+def model(dtype=jnp.float32, seed=0):
+    """Two matrices of 720 and 360 weights, a bias and an embedding."""
+    key = jax.random.split(jax.random.key(seed), 4)
+    return {
+        "first": {"kernel": jax.random.normal(key[0], (24, 30), dtype)},
+        "second": {
+            "kernel": jax.random.normal(key[1], (30, 12), dtype),
+            "bias": jax.random.normal(key[2], (12,), dtype),
+        },
+        "embedding": jax.random.normal(key[3], (6, 4), dtype),
+    }
+
+
+def zeros(weights, layer):
+    """Zeros of a recorded kernel after each step."""
+    kernel = np.asarray(weights[layer]["kernel"].astype(jnp.float32))
+    assert not np.signbit(kernel[kernel == 0]).any()
+    return (kernel == 0).sum((1, 2)).tolist()
+
+
+def due(schedule, count, steps=STEPS):
+    """How many of so many are zero after each step, by the schedule's own numbers."""
+    table, found, now = schedule.table(), [], 0.0
+    for step in range(steps):
+        now = table.get(step, now)
+        found.append(round(now * count))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_zeros_are_exactly_the_schedules_after_every_step(dtype, packed):
+    params = model(dtype)
+    tx = jp.gradual(optax.adamw(0.01), SCHEDULE, packed=packed)
+    run = record(tx, params, gradients(params, STEPS))
+    total = np.sum([zeros(run.weights, layer) for layer in PRUNED], 0)
+    assert total.tolist() == due(SCHEDULE, 720 + 360)
+    for other in (run.weights["second"]["bias"], run.weights["embedding"]):
+        assert np.asarray(other.astype(jnp.float32)).all()
+    masks = jp.get_masks(run.state)
+    assert same_bits(run.params, jp.masks.apply(run.params, masks))
+
+
+@pytest.mark.parametrize("allocation", ["layer", "erk"])
+def test_each_layer_has_the_zeros_of_masks_make(allocation):
+    params = model()
+    tx = jp.gradual(optax.adamw(0.01), SCHEDULE, allocation=allocation)
+    run = record(tx, params, gradients(params, STEPS))
+    scores = jp.scores.magnitude(params)
+    for layer in PRUNED:
+        expected, now = [], 0
+        for step in range(STEPS):
+            if step in SCHEDULE.table():
+                share = SCHEDULE.table()[step]
+                made = jp.masks.make(scores, share, allocation=allocation)
+                now = int((~np.asarray(made[layer]["kernel"])).sum())
+            expected.append(now)
+        assert zeros(run.weights, layer) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "units"), [("channel", (30, 12)), ("4x3", (60, 32))]
+)
+def test_blocks_and_channels_are_counted_in_units(pattern, units):
+    params = model()
+    tx = jp.gradual(optax.adamw(0.01), SCHEDULE, pattern=pattern, allocation="layer")
+    run = record(tx, params, gradients(params, STEPS))
+    for layer, count in zip(PRUNED, units, strict=True):
+        held = np.asarray(jp.get_masks(run.state)[layer]["kernel"])
+        kept = jp.patterns.named(pattern).units(
+            jnp.asarray(held, jnp.float32), jp.Axes()
+        )
+        assert set(np.unique(kept)) == {0.0, 1.0}
+        assert (np.asarray(kept) == 0).sum() == round(0.8 * count)
+    assert not np.asarray(run.params["first"]["kernel"])[
+        ~np.asarray(jp.get_masks(run.state)["first"]["kernel"])
+    ].any()
+
+
+def test_n_of_m_tightens_from_dense_to_4_of_8_to_2_of_4():
+    params = model()
+    tx = jp.gradual(
+        optax.adamw(0.01),
+        {4: "4:8", 9: "2:4"},
+        prunable=lambda name, leaf: name == "first/kernel",
+    )
+    run = record(tx, params, gradients(params, 14))
+    kernel = np.asarray(run.weights["first"]["kernel"])
+    assert kernel[3].all()
+    # 24 inputs are 3 groups of 8, or 6 of 4; the input axis is the first.
+    for step, groups, kept in ((4, 8, 4), (8, 8, 4), (13, 4, 2)):
+        counts = (kernel[step].reshape(-1, groups, 30) != 0).sum(1)
+        np.testing.assert_array_equal(counts, kept)
+    # Only where a group of four had fewer than two left may a weight come back.
+    left = (kernel[8].reshape(6, 4, 30) != 0).sum(1)
+    came = ((kernel[13] != 0) & (kernel[8] == 0)).reshape(6, 4, 30).sum(1)
+    np.testing.assert_array_equal(came, np.maximum(2 - left, 0))
+
+
+def by_hand(tx, params, grads, masks_at):
+    """A loop that calls masks.make and replace_masks before the updates with events."""
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for n in range(STEPS):
+        if (masks := masks_at(n, params, state)) is not None:
+            state = jp.replace_masks(state, masks)
+        params, state = step(params, state, jax.tree.map(lambda g, n=n: g[n], grads))
+    return params, state
+
+
+@pytest.mark.parametrize(
+    "criterion", [jp.scores.trajectory, jp.scores.magnitude, jp.scores.averaged_weight]
+)
+def test_is_bit_for_bit_the_loop_by_hand(criterion):
+    params = model()
+    grads = gradients(params, STEPS)
+    inner = optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(0.01), jp.track_importance()
+    )
+    everything = jp.masks.make(jp.scores.magnitude(params), 0.0)
+
+    def masks_at(n, params, state):
+        if n not in SCHEDULE.table():
+            return None
+        scores = criterion(params, state)
+        return jp.masks.make(scores, SCHEDULE.table()[n], allocation="global")
+
+    hand, state = by_hand(jp.keep_masks(inner, everything), params, grads, masks_at)
+    tx = jp.gradual(inner, SCHEDULE, criterion=criterion)
+    own, inside = by_hand(tx, params, grads, lambda *_: None)
+    assert same_bits(own, hand)
+    assert same_bits(inside.inner, state.inner)
+    assert same_bits(jp.get_masks(inside), jp.get_masks(state))
+
+
+def test_what_is_pruned_stays_pruned_even_where_scores_tie():
+    params = {"w": jnp.ones((8, 8))}
+    criterion = lambda p, importance=None: jax.tree.map(jnp.zeros_like, p)  # noqa: E731
+    first = jnp.arange(64).reshape(8, 8) >= 32  # masks.make would keep the others
+    tx = jp.gradual(
+        optax.sgd(0.1), jp.schedules.constant(0.5, 0, 4, 2), criterion=criterion
+    )
+    state = jp.replace_masks(tx.init(params), {"w": first})
+    for _ in range(5):
+        _, state = jax.jit(tx.update)(params, state, params)
+    np.testing.assert_array_equal(jp.get_masks(state)["w"], first)
+
+
+def test_gradients_of_pruned_weights_do_not_enter_the_moments():
+    params = model()
+    grads = gradients(params, STEPS)
+    schedule = jp.schedules.once(0, 0.5)
+    tx = jp.gradual(optax.adam(0.01), schedule, criterion=jp.scores.magnitude)
+    run = record(tx, params, grads)
+    pruned = ~np.asarray(jp.get_masks(run.state)["first"]["kernel"])
+    for name in ("mu", "nu"):
+        (moment,) = find(run.state, name)
+        assert not np.asarray(moment["first"]["kernel"])[pruned].any()
+
+
+def test_one_program_serves_every_event():
+    params = model()
+    grads = gradients(params, 1)
+    gradient = jax.tree.map(lambda g: g[0], grads)
+    tx = jp.gradual(optax.adamw(0.01), SCHEDULE)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with compiles() as programs:
+        for _ in range(STEPS):
+            params, state = step(params, state)
+    assert len(programs) == 1
+    assert int(state.step) == STEPS
+
+
+@pytest.mark.parametrize("options", [{"allocation": "global"}, {"allocation": "layer"}])
+@pytest.mark.parametrize("grow", [jp.grow.random(0.4), jp.grow.gradient(0.4)], ids=str)
+def test_growth_exchanges_weights_and_keeps_the_count(grow, options):
+    """SET and RigL: as many as the schedule says, at every event."""
+    params = model()
+    schedule = jp.schedules.constant(0.75, begin=1, end=16, every=5)
+    tx = jp.gradual(
+        optax.adamw(0.01),
+        schedule,
+        criterion=jp.scores.magnitude,
+        grow=grow,
+        **options,
+    )
+    run = record(tx, params, gradients(params, STEPS))
+    kernel = np.asarray(run.weights["first"]["kernel"])
+    second = np.asarray(run.weights["second"]["kernel"])
+    # A grown weight is zero until its first step, which is the event's own.
+    total = (kernel == 0).sum((1, 2)) + (second == 0).sum((1, 2))
+    assert total.tolist() == due(schedule, 1080)
+    dead = (kernel[2] == 0) & (kernel[6] != 0)
+    assert dead.any(), "nothing grew"
+    # Cosine: at the last event, step 16, the part has fallen to nothing.
+    np.testing.assert_array_equal(kernel[15] == 0, kernel[19] == 0)
+
+
+def test_what_grows_by_gradient_is_what_rigl_names():
+    """The cases with which JaxPruner tests RigL, through the whole transformation."""
+    weights = np.array([[-9, 1, 4, -1, 5, 8, -2, 3]], np.float32)
+    before = np.array([[0, 1, 0, 1, 0, 1, 1, 0]], bool)
+    expected = {
+        0.0: [0, 1, 0, 1, 0, 1, 1, 0],
+        0.25: [1, 1, 0, 1, 0, 1, 0, 0],
+        0.5: [1, 1, 0, 0, 1, 1, 0, 0],
+        0.75: [1, 0, 1, 0, 1, 1, 0, 0],
+        1.0: [1, 0, 1, 0, 1, 1, 0, 0],
+    }
+    criterion = lambda p, importance=None: {"w": jnp.asarray(weights)}  # noqa: E731
+    for part, after in expected.items():
+        tx = jp.gradual(
+            optax.sgd(0.1),
+            jp.schedules.constant(0.5, begin=0, end=1, every=1),
+            criterion=criterion,
+            grow=jp.grow.gradient(part, decay="constant"),
+        )
+        params = {"w": jnp.asarray(weights * before)}
+        state = jp.replace_masks(tx.init(params), {"w": jnp.asarray(before)})
+        state = state._replace(step=state.step + 1)
+        _, state = tx.update({"w": jnp.asarray(weights)}, state, params)
+        np.testing.assert_array_equal(state.masks["w"][0], np.array(after, bool))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda tx: jp.gradual(tx, 0.5), TypeError, "schedule must be one of"),
+        (lambda tx: jp.gradual(tx, {}), ValueError, "must have an event"),
+        (lambda tx: jp.gradual(tx, {3: 1.5}), ValueError, "got 1.5 at step 3"),
+        (lambda tx: jp.gradual(tx, SCHEDULE, pattern="2:4"), ValueError, "at step 3"),
+        (lambda tx: jp.gradual(tx, {3: "channel"}), ValueError, "sparsity free"),
+        (lambda tx: jp.gradual(tx, SCHEDULE, pattern="oval"), ValueError, "'oval'"),
+        (lambda tx: jp.gradual(tx, SCHEDULE, allocation="no"), ValueError, "'no'"),
+        (
+            lambda tx: jp.gradual(tx, SCHEDULE, allocation={"*": 0.5}),
+            ValueError,
+            "share out the schedule's",
+        ),
+        (
+            lambda tx: jp.gradual(tx, SCHEDULE, allocation="owl").init(model()),
+            ValueError,
+            "reads the inputs",
+        ),
+        (
+            lambda tx: jp.gradual(tx, {3: "2:4"}, grow=jp.grow.random()),
+            ValueError,
+            "units are ranked by one cut",
+        ),
+        (lambda tx: jp.grow.random(1.5), ValueError, "got 1.5"),
+        (lambda tx: jp.grow.gradient(decay="linear"), ValueError, "'linear'"),
+        (
+            lambda tx: jp.gradual(tx, jp.schedules.once(0, 0.5)).init(model()),
+            ValueError,
+            "first event is at step 0",
+        ),
+        (
+            lambda tx: jp.gradual(optax.sgd(0.1), SCHEDULE).init(model()),
+            ValueError,
+            "inside the optimizer that is wrapped",
+        ),
+        (
+            lambda tx: jp.gradual(
+                tx, SCHEDULE, criterion=jp.scores.averaged_weight
+            ).init(model()),
+            ValueError,
+            "inside the optimizer that is wrapped",
+        ),
+        (
+            lambda tx: jp.gradual(tx, SCHEDULE).init({"bias": jnp.ones(3)}),
+            ValueError,
+            "some leaf must be prunable",
+        ),
+        (
+            lambda tx: jp.gradual(tx, {3: "7:9"}).init(model()),
+            ValueError,
+            "divisible by 9",
+        ),
+        (
+            lambda tx: jp.gradual(tx, SCHEDULE).update(
+                model(), jp.gradual(tx, SCHEDULE).init(model())
+            ),
+            ValueError,
+            "needs the parameters",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(make, error, says):
+    with pytest.raises(error, match=says) as caught:
+        make(optax.adamw(0.01))
+    assert not str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
