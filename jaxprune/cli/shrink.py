@@ -15,14 +15,15 @@ import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.cli import models, parse, provenance
 from jaxprune.cli.console import Console
-from jaxprune.cli.eval import needed_tokenizer
-from jaxprune.evaluation import layer_search, texts
+from jaxprune.cli.eval import described, measure, named, needed_tokenizer, number
+from jaxprune.evaluation import layer_search, perplexity, texts
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.graph.axis_dims import find
 from jaxprune.models import hf
 
 _DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
+_STAGES = ("dense", "shrunk")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,13 @@ class Shrink(models.ModelOptions):
         left; one share for neurons and heads is found.
       calibration: texts that show what the model is for: .txt, .md, .jsonl with a
         "text" in each line, or .npy of int32 token ids. Units are then ranked by their
-        weights times the sizes of their inputs.
+        weights times the sizes of their inputs. The last tenth of each text is not
+        calibrated on; it measures the model before and after.
       sequences: how many are calibrated on.
       length: tokens of a sequence, BOS included.
       seed: which sequences are drawn.
       batch: sequences that the model sees at once.
+      limit: windows of each text that the model is measured on.
       overwrite: replace an earlier result.
     """
 
@@ -67,6 +70,7 @@ class Shrink(models.ModelOptions):
     length: int = 256
     seed: int = 0
     batch: int = 4
+    limit: int = 16
     overwrite: bool = False
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
@@ -75,9 +79,10 @@ class Shrink(models.ModelOptions):
         lazy = models.find(self.model, self)
         models.say_ignored(lazy, console)
         _check_fits(self, lazy)
-        tokens = _tokens(self, lazy)
+        tokens, seen = _texts(self, lazy)
         model = lazy.read()
         before = _size(model.params)
+        dense = measure(model, seen, self.batch)
         kept, search = _kept_layers(self, model, tokens, console)
         model = _without(model, kept)
         record: dict[str, Any] = {
@@ -92,6 +97,14 @@ class Shrink(models.ModelOptions):
             params = found.params
             record["units"] = found.report
         after = _size(params)
+        if seen:
+            model = _resized(model, params)
+            record["perplexity"] = _compared(
+                seen, dense, measure(model, seen, self.batch)
+            )
+            for name, of in record["perplexity"].items():
+                shown = [number(of[stage]["perplexity"]) for stage in _STAGES]
+                console.say(f"perplexity on {name}: {shown[0]} became {shown[1]}")
         record |= {"achieved": 1 - after / before, **provenance.making(arguments)}
         hf.write_smaller(
             self.model,
@@ -136,7 +149,10 @@ def _check(job: Shrink) -> None:
             "--drop-layers names them without"
         )
     parse.check_at_least_one(
-        sequences=job.sequences, batch=job.batch, layers=job.layers
+        sequences=job.sequences,
+        batch=job.batch,
+        layers=job.layers,
+        limit=job.limit,
     )
     if job.length < 8:
         raise ValueError(f"--length must be at least 8 tokens, got {job.length}")
@@ -186,21 +202,54 @@ def _size(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _tokens(job: Shrink, model: models.Model) -> np.ndarray | None:
-    """Sequences to calibrate on; None without texts."""
+def _texts(
+    job: Shrink, model: models.Model
+) -> tuple[np.ndarray | None, dict[str, perplexity.Windows]]:
+    """Sequences to calibrate on, None without texts; by name, what is held out."""
     if not job.calibration:
-        return None
-    vocabulary = model.config.vocab_size
+        return None, {}
+    config = model.config
     tokenizer = needed_tokenizer(job.model, job.calibration)
-    begins = models.beginning(tokenizer, job, vocabulary)
+    begins = models.beginning(tokenizer, job, config.vocab_size)
+    whole = [texts.read(path, tokenizer, config.vocab_size) for path in job.calibration]
+    parts = [texts.without_end(text, job.limit * job.length) for text in whole]
     drawn = texts.draw(
-        [texts.read(path, tokenizer, vocabulary) for path in job.calibration],
+        [begin for begin, _ in parts],
         sequences=job.sequences,
         length=job.length,
         bos=begins.token,
         seed=job.seed,
     )
-    return drawn.tokens
+    seen = {
+        name: perplexity.windows(
+            end,
+            context=job.length,
+            bos=begins.token,
+            limit=job.limit,
+            longest=config.context,
+        )
+        for name, (_, end) in zip(named(job.calibration), parts, strict=True)
+        if end is not None
+    }
+    return drawn.tokens, seen
+
+
+def _resized(model: models.Model, params: Any) -> models.Model:
+    """The model that the smaller parameters are of."""
+    config = hf.resized(model.config, params)
+    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    return model._replace(graphdef=graphdef, params=params, config=config)
+
+
+def _compared(
+    seen: dict[str, perplexity.Windows], *stages: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """How each text is evaluated, and what was measured at each stage."""
+    found = {name: described(own) for name, own in seen.items()}
+    for stage, measured in zip(_STAGES, stages, strict=True):
+        for name, result in measured.items():
+            found[name][stage] = result
+    return found
 
 
 def _kept_layers(

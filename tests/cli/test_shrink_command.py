@@ -112,6 +112,24 @@ def test_the_layer_whose_absence_costs_least_goes(place, capsys):
     assert hf.load(place / "e").config.layers == 1
 
 
+def test_it_is_measured_on_the_ends_of_the_texts(place, capsys):
+    tiny_cli.model(place / "knowing")
+    (place / "text.txt").write_text(tiny_cli.text(900))
+    words = ("--ffn", 0.5, "--calibration", place / "text.txt", "--length", 16)
+    words = (*words, "--sequences", 8)
+    code, record, _ = run(capsys, "shrink", place / "knowing", place / "h", *words)
+    assert code == 0
+    measured = record["perplexity"]["text.txt"]
+    (place / "end.txt").write_text(" ".join(tiny_cli.text(900).split()[-90:]))
+    for stage, folder in (("dense", "knowing"), ("shrunk", "h")):
+        words = ("--text", place / "end.txt", "--context", 16)
+        code, again, _ = run(capsys, "eval", place / folder, *words)
+        assert code == 0
+        assert measured[stage]["perplexity"] == pytest.approx(
+            again["texts"]["end.txt"]["perplexity"], rel=1e-5
+        )
+
+
 def test_a_budget_is_met(place, capsys):
     words = ("--budget", 0.7)
     code, record, _ = run(capsys, "shrink", place / "llama", place / "f", *words)
