@@ -134,6 +134,9 @@ class OWL:
       spread: the paper's lambda.
       factor: the paper's M.
 
+    Raises:
+      ValueError: not 0 <= spread < 1, or the factor is not over 0.
+
     Reference:
       Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for
       Pruning LLMs to High Sparsity", 2023, arXiv 2310.05175, equation 2. Here the
@@ -144,6 +147,14 @@ class OWL:
     spread: float = 0.08
     factor: float = 5.0
     needs_inputs = True
+
+    def __post_init__(self) -> None:
+        """Refuses what would turn the rule round, or mean nothing."""
+        if not 0 <= self.spread < 1 or not 0 < self.factor < math.inf:
+            raise ValueError(
+                f"OWL needs 0 <= spread < 1 and a factor over 0, got {self}; the "
+                "paper's are 0.08 and 5"
+            )
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""

@@ -357,3 +357,13 @@ def test_allocations_print_and_compare():
     assert jp.allocation.OWL(spread=0.1) != jp.allocation.OWL()
     assert repr(jp.allocation.Global()) == "Global()"
     assert repr(jp.allocation.Ranked(PARAMS)) == "Ranked()"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"spread": -0.1}, {"spread": 1.0}, {"spread": float("nan")}]
+    + [{"factor": 0.0}, {"factor": float("inf")}, {"factor": float("nan")}],
+)
+def test_numbers_that_turn_owl_round_are_refused(settings):
+    with pytest.raises(ValueError, match="OWL needs 0 <= spread < 1 and a factor"):
+        jp.allocation.OWL(**settings)
