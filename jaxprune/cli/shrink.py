@@ -112,7 +112,7 @@ class Shrink(models.ModelOptions):
             params,
             model.names,
             kept=kept,
-            ignore=self.ignore_config,
+            ignore_config=self.ignore_config,
             provenance=record,
             overwrite=self.overwrite,
         )

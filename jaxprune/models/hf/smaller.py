@@ -147,7 +147,7 @@ def smaller_config(
     shape: DecoderConfig,
     kept: Sequence[int] | None = None,
     *,
-    ignore: Sequence[str] = (),
+    ignore_config: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The config.json of a smaller decoder.
 
@@ -155,7 +155,7 @@ def smaller_config(
       config: that of the model before.
       shape: the smaller shape.
       kept: the layers that stayed, all if left out.
-      ignore: attributes that `load` was told to read as if they were not there.
+      ignore_config: attributes that `load` was told to read as if they were not there.
 
     Returns:
       The parsed file, changed.
@@ -172,7 +172,7 @@ def smaller_config(
       {'model_type': 'gpt2', 'vocab_size': 5, 'n_positions': 4, 'n_embd': 2, \
 'n_layer': 1, 'n_head': 1, 'n_inner': 6}
     """
-    before = families.decoder_config(config, ignore=ignore)
+    before = families.decoder_config(config, ignore_config=ignore_config)
     kept = range(before.layers) if kept is None else kept
     names = _GPT2 if config["model_type"] == "gpt2" else _NAMES
     new = dict(config)
@@ -183,7 +183,7 @@ def smaller_config(
     if len(kept) != before.layers:
         new |= _layerwise(config, before, kept)
     try:
-        again = families.decoder_config(new, ignore=ignore)
+        again = families.decoder_config(new, ignore_config=ignore_config)
     except ValueError as error:
         raise ValueError(_cannot_say(config, str(error))) from None
     if again != shape.with_dtype(again.dtype):
@@ -225,7 +225,7 @@ def write_smaller(
     names: Mapping[str, Source],
     *,
     kept: Sequence[int] | None = None,
-    ignore: Sequence[str] = (),
+    ignore_config: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -237,7 +237,7 @@ def write_smaller(
       params: the smaller parameters, of `jp.shrink`, `keep_layers` or both.
       names: which tensor each leaf came from, as `load` returned it.
       kept: the layers that stayed, all if left out.
-      ignore: attributes of config.json that `load` was told not to look at.
+      ignore_config: attributes of config.json that `load` was told not to look at.
       provenance: JSON-able; how it was made, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
 
@@ -250,11 +250,11 @@ def write_smaller(
       OSError: the directory could not be written.
     """
     opened = open_directory(source)
-    before = families.decoder_config(opened.config, ignore=ignore)
+    before = families.decoder_config(opened.config, ignore_config=ignore_config)
     kept = list(range(before.layers)) if kept is None else list(kept)
     few, _ = keep_layers(before, _state(abstract(before)), kept)
     shape = resized(few, params)
-    config = smaller_config(opened.config, shape, kept, ignore=ignore)
+    config = smaller_config(opened.config, shape, kept, ignore_config=ignore_config)
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
         origin = names[_before(leaf, kept)]
