@@ -130,6 +130,17 @@ def test_it_is_measured_on_the_ends_of_the_texts(place, capsys):
         )
 
 
+def test_an_attribute_that_is_ignored_stays_in_the_config(place, capsys):
+    tiny_hf.random_folder("llama", place / "odd", "float32")
+    tiny_hf.edit(place / "odd", odd_scale=2.0)
+    words = ("shrink", place / "odd", place / "i", "--ffn", 0.5)
+    code, _, err = run(capsys, *words)
+    assert code == 1
+    assert "odd_scale" in err
+    assert run(capsys, *words, "--ignore-config", "odd_scale")[0] == 0
+    assert config_of(place / "i")["odd_scale"] == 2.0
+
+
 def test_a_budget_is_met(place, capsys):
     words = ("--budget", 0.7)
     code, record, _ = run(capsys, "shrink", place / "llama", place / "f", *words)
