@@ -243,7 +243,7 @@ def _scan(
     nonzero, own = 0, hashlib.sha256()
     for bits in chunks(source.read(name)):
         sink.update(bits)
-        own.update(bits)
+        own.update(bits.data)
         nonzero += int(np.count_nonzero(bits))
     size = math.prod(info.shape)
     dense = stored_bytes(nonzero, size, info.dtype.itemsize) == info.size
@@ -317,7 +317,7 @@ def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
         for part in decoded(archive, name):
             bits[position : position + part.size] = part
             position += part.size
-            digest.update(part)
+            digest.update(part.data)
         if digest.hexdigest() != entry["sha256"]:
             raise damaged(archive.path, f"'{name}' in it is not what went in")
         yield name, bits.view(dtype).reshape(entry["shape"])

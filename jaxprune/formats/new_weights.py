@@ -141,4 +141,4 @@ def _bytes(name: str, tensor: NewTensor) -> memoryview:
             f"tensors must be finite, but '{name}' holds NaN or infinity as "
             f"{tensor.dtype}; look at how it was made"
         )
-    return memoryview(array.view(np.uint8))
+    return array.view(np.uint8).data

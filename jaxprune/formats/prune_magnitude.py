@@ -112,6 +112,7 @@ def prune_directory(
             f"directories are pruned by Unstructured, PerOutput or NM, got {pattern}; "
             f"load the model and use prune for other patterns"
         )
+    tree.check_rule(prunable, [name.replace(".", "/") for name in source.tensors])
     chosen = {
         name: info
         for name, info in source.tensors.items()

@@ -95,9 +95,10 @@ def chosen(traced: Trace, params: Params, prunable: Prunable) -> list[LinearOp]:
       Linear ops, in order.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or a rule excludes what is not there.
     """
     named = tree.named_leaves(params)
+    tree.check_rule(prunable, list(named))
     found = [op for op in traced.linear_ops if prunable(op.leaf, named[op.leaf])]
     first = {op.name: op.view for op in found if op.use == 0}
     # Another use of a tied weight counts where it sees the weight the same way.

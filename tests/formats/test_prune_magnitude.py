@@ -57,6 +57,13 @@ def test_the_weights_kept_are_those_that_prune_keeps(tmp_path, pattern, dtype, k
     assert report.achieved == zeros / weight.size
 
 
+def test_a_rule_that_excludes_what_is_not_there_is_refused(tmp_path):
+    rule = jp.tree.excluding("layers/9/*")
+    with pytest.raises(ValueError, match=r"excluding\('layers/9/\*'\) must match"):
+        prune(tmp_path, {"up.weight": normal(0, 8, 8)}, sparsity=0.5, prunable=rule)
+    assert not (tmp_path / "out").exists()
+
+
 def oracle(weight, removed):
     """The lowest magnitudes removed one by one; of those tied, the last first."""
     order = sorted(range(weight.size), key=lambda i: (abs(weight.flat[i]), -i))

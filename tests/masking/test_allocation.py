@@ -361,8 +361,10 @@ def test_allocations_print_and_compare():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"spread": -0.1}, {"spread": 1.0}, {"spread": float("nan")}]
-    + [{"factor": 0.0}, {"factor": float("inf")}, {"factor": float("nan")}],
+    [
+        *({"spread": x} for x in (-0.1, 1.0, float("nan"))),
+        *({"factor": x} for x in (0.0, float("inf"), float("nan"))),
+    ],
 )
 def test_numbers_that_turn_owl_round_are_refused(settings):
     with pytest.raises(ValueError, match="OWL needs 0 <= spread < 1 and a factor"):

@@ -248,6 +248,12 @@ def test_no_product_of_a_prunable_leaf_is_an_error_that_says_what_was_seen():
         jp.calibrate(lambda p, x: x @ jnp.sin(p["w"]), {"w": W}, [draw(1, 5, 4)])
 
 
+def test_a_rule_that_excludes_what_is_not_there_is_refused():
+    rule = jp.tree.excluding("layer_9/*")
+    with pytest.raises(ValueError, match=r"excluding\('layer_9/\*'\) must match a leaf"):
+        jp.calibrate(run_chain, PARAMS, BATCHES, prunable=rule)
+
+
 def test_only_leaves_of_interest_are_looked_at():
     found = jp.calibrate(
         run_chain, PARAMS, BATCHES, prunable=lambda name, leaf: "1" in name
