@@ -250,7 +250,9 @@ def test_no_product_of_a_prunable_leaf_is_an_error_that_says_what_was_seen():
 
 def test_a_rule_that_excludes_what_is_not_there_is_refused():
     rule = jp.tree.excluding("layer_9/*")
-    with pytest.raises(ValueError, match=r"excluding\('layer_9/\*'\) must match a leaf"):
+    with pytest.raises(
+        ValueError, match=r"excluding\('layer_9/\*'\) must match a leaf"
+    ):
         jp.calibrate(run_chain, PARAMS, BATCHES, prunable=rule)
 
 
