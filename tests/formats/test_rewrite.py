@@ -259,7 +259,7 @@ def test_a_crash_anywhere_leaves_nothing_half_written(
 
     where, name = {
         "shard": (atomic.Sink, "put"),
-        "copy": (rewrite, "_copy"),
+        "copy": (rewrite, "copy"),
         "record": (rewrite, "_record"),
         "sync": (atomic, "sync"),
     }[failing]
