@@ -111,12 +111,14 @@ class Average:
                     (held[number], after[before])
                 )
             old = low_bit.decode(held[number])
-            seen = self.view(*map(_widened, watched[number]))
+            new = old + gain * (self.view(*map(_widened, watched[number])) - old)
             if self.skips:
-                seen = jnp.where(jnp.isfinite(seen), seen, old)
+                # In the end: between square and subtraction it would decide which of
+                # XLA's loops round the square, and bits would depend on the sharding.
+                new = jnp.where(jnp.isfinite(new), new, old)
             start = low_bit.phase(self.stream + number)
             exponent = None if exponents is None else exponents[number]
-            after[number] = self._encode(old + gain * (seen - old), start, n, exponent)
+            after[number] = self._encode(new, start, n, exponent)
         return Held.of(
             structure, [x if tree.is_excluded(x) else self._put(x) for x in after]
         )
