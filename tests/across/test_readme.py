@@ -1,7 +1,8 @@
 """README.md and docs/ keep their promises: every block of Python runs as it stands.
 
-Each block is a program of its own: it gets a fresh namespace and an empty folder, and
-a warning is an error as everywhere in the tests.
+A block that imports is a program of its own: it gets a fresh namespace and an empty
+folder, and a warning is an error as everywhere in the tests. One that imports nothing
+goes on where the block before it on the page ended.
 """
 
 import ast
@@ -42,6 +43,17 @@ def _imported(source: str) -> set[str]:
     return names
 
 
+def _program(where):
+    """The blocks that are run for one: from the last on its page that imports."""
+    names = list(BLOCKS)
+    last = names.index(where)
+    first = last
+    while not _imported(BLOCKS[names[first]][2]):
+        first -= 1
+    assert BLOCKS[names[first]][0] == BLOCKS[where][0], "the page imports nothing"
+    return [BLOCKS[name] for name in names[first : last + 1]]
+
+
 def _by_page(where):
     # README's are of the default suite, those of docs/ of the full one.
     marks = [] if where.startswith("README") else [pytest.mark.full]
@@ -50,13 +62,15 @@ def _by_page(where):
 
 @pytest.mark.parametrize("where", [_by_page(where) for where in BLOCKS])
 def test_every_block_runs_as_it_stands(where, tmp_path, monkeypatch):
-    page, line, source = BLOCKS[where]
-    for module in _imported(source) & OPTIONAL:
-        pytest.importorskip(module)
+    program = _program(where)
+    for module in set().union(*(_imported(source) for _, _, source in program)):
+        if module in OPTIONAL:
+            pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
-    # Empty lines in front, so that a traceback names the page's own line.
-    above = "\n" * (line - 1)
-    exec(compile(above + source, str(page), "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    for page, line, source in program:
+        # Empty lines in front, so that a traceback names the page's own line.
+        exec(compile("\n" * (line - 1) + source, str(page), "exec"), names)
 
 
 def test_there_are_blocks_for_each_kind_of_model():
