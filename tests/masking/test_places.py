@@ -10,6 +10,9 @@ import jaxprune as jp
 from tests.support import oracles
 from tests.support.trajectories import array, same_bits
 
+# Seconds each: programs for several places.
+pytestmark = pytest.mark.full
+
 SHAPES = {"a": (8, 8), "b": (16, 4), "c": (4, 8)}
 HOST = {
     name: np.random.default_rng(i).integers(-20, 20, shape).astype(np.float32)
