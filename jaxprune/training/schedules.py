@@ -6,6 +6,7 @@ has the final sparsity exactly, however begin, end and every divide. The classes
 lower case because they are read as functions: `jp.schedules.cubic(0.8, 500, 1500)`.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Protocol, TypeAlias
@@ -25,7 +26,7 @@ Events: TypeAlias = Schedule | Mapping[int, float | str | Pattern]
 """A schedule, or {step: sparsity}; an n:m pattern may stand for a sparsity."""
 
 
-class _Range:
+class _Range(abc.ABC):
     """Begin, end and every, and the events that they give."""
 
     final: float
@@ -51,9 +52,9 @@ class _Range:
         steps = [*range(self.begin, self.end, self.every), self.end]
         return {t: self.final * self._part((self.end - t) / span) for t in steps}
 
+    @abc.abstractmethod
     def _part(self, left: float) -> float:
         """The part of the final sparsity that is there when so much is left."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
