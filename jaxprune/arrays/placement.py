@@ -87,13 +87,14 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
 
 def beside(array: jax.Array, like: jax.Array) -> jax.Array:
     """The array, placed like another of its shape where it is committed elsewhere."""
-    if any(not _is_concrete(x) for x in (array, like)) or not array.committed:
+    if any(not is_concrete(x) for x in (array, like)) or not array.committed:
         return array
     same = array.sharding.device_set == like.sharding.device_set
     return array if same else placed(array, like)
 
 
-def _is_concrete(leaf: Any) -> bool:
+def is_concrete(leaf: Any) -> bool:
+    """Whether it is an array with values, not one that `jit` traces."""
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 

@@ -97,7 +97,9 @@ def _check_owned(
     named: Mapping[str, Any], ranked: Sequence[str], scores: Sequence[Any]
 ) -> None:
     """Refuses to donate what would be missed elsewhere, or is gone."""
-    arrays = {name: named[name] for name in ranked if _is_concrete(named[name])}
+    arrays = {
+        name: named[name] for name in ranked if placement.is_concrete(named[name])
+    }
     if gone := [name for name, leaf in arrays.items() if leaf.is_deleted()]:
         raise ValueError(
             f"donate=True needs parameters that are there, but {listed(gone)} are "
@@ -114,22 +116,18 @@ def _check_owned(
 
 def _buffer(leaf: Any) -> int | None:
     """Where a leaf lies on its first device; device_put may share a buffer."""
-    if not _is_concrete(leaf) or leaf.is_deleted():
+    if not placement.is_concrete(leaf) or leaf.is_deleted():
         return None
     return leaf.addressable_data(0).unsafe_buffer_pointer()
-
-
-def _is_concrete(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def _pruned(leaf: Any, own: Selection, pattern: Pattern, *, donate: bool) -> Any:
     units, axes = own.units, own.axes
     cut: thresholds.Cut | None = own.cut
-    if not _is_concrete(leaf):
+    if not placement.is_concrete(leaf):
         return _program(None, donate=False)(leaf, units, cut, pattern, axes)
     devices = leaf.sharding.device_set
-    if _is_concrete(units) and units.sharding.device_set != devices:
+    if placement.is_concrete(units) and units.sharding.device_set != devices:
         # Scores that were made elsewhere stay there; their mask travels.
         mask = pattern.expand(thresholds.mask(units, own.cut), leaf.shape, axes)
         units, cut, pattern = placement.beside(mask, leaf), None, Unstructured()
