@@ -136,10 +136,11 @@ def retrain(
         }
         kept = Checkpoints(directory, facts)
     state = (trained, jax.jit(tx.init)(trained))
-    done, losses = 0, []
+    done = 0
+    losses: list[float] = []
     if kept is not None:
-        done, state, losses = kept.last(state)
-        losses = list(losses or [])
+        done, state, record = kept.last(state)
+        losses += record or []
         if done:
             tick(done, losses[-1])
     rows = _order(len(sequences), settings)
