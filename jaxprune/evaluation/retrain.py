@@ -102,51 +102,33 @@ def retrain(
       ValueError: the loss is not finite, or the directory is another job's.
     """
     loss = from_text() if loss is None else loss
-    masked = names if masked is None else masked
-    graphdef, params = nnx.split(model)
-    leaves, structure = jax.tree.flatten(params)
-    own = {i: name for i, name in enumerate(tree.names(params)) if name in names}
-    dtypes = [leaves[i].dtype for i in own]
-    # Copies: a step gives up the arrays that it is given.
-    trained = [jnp.array(leaves[i], np.float32) for i in own]
-    frozen = [None if i in own else leaf for i, leaf in enumerate(leaves)]
-    masks = [
-        leaf != 0 if name in masked else optax.MaskedNode()
-        for name, leaf in zip(own.values(), trained, strict=True)
-    ]
-
-    def whole(trained: Any, frozen: Any) -> Decoder:
-        found = list(frozen)
-        for i, leaf, dtype in zip(own, trained, dtypes, strict=True):
-            found[i] = jnp.asarray(leaf, dtype)
-        return nnx.merge(graphdef, jax.tree.unflatten(structure, found))
-
-    def value(trained: Any, frozen: Any, arrays: Any, tokens: jax.Array) -> jax.Array:
-        return loss.of(whole(trained, frozen), arrays, tokens)
-
+    held = names if masked is None else names & masked
+    trained, frozen, whole = _parted(model, names)
+    masks = {
+        name: leaf != 0 if name in held else optax.MaskedNode()
+        for name, leaf in trained.items()
+    }
     tx = keep_masks(_optimizer(settings), masks)
-    step = _step(value, tx)
+    step = _step(loss, whole, tx)
     kept = None
     if directory is not None:
-        facts = dataclasses.asdict(settings) | {
+        facts = {
+            **dataclasses.asdict(settings),
             "loss": loss.name,
             "trained": sorted(names),
-            "masked": sorted(masked & names),
+            "masked": sorted(held),
             "start": fingerprint.of_arrays([trained, frozen, loss.arrays, sequences]),
         }
         kept = Checkpoints(directory, facts)
     state = (trained, jax.jit(tx.init)(trained))
-    done = 0
     losses: list[float] = []
     if kept is not None:
-        done, state, record = kept.last(state)
-        losses += record or []
+        done, state, before = kept.last(state)
+        losses += before or []
         if done:
             tick(done, losses[-1])
-    rows = _order(len(sequences), settings)
-    for number in range(done, settings.steps):
-        tokens = sequences[rows[number]]
-        *state, found = step(*state, frozen, loss.arrays, tokens)
+    for rows in _order(len(sequences), settings)[len(losses) :]:
+        *state, found = step(*state, frozen, loss.arrays, sequences[rows])
         losses.append(float(found))
         if not np.isfinite(losses[-1]):
             raise ValueError(
@@ -157,6 +139,28 @@ def retrain(
             kept.write(len(losses), tuple(state), losses)
         tick(1, losses[-1])
     return whole(state[0], frozen), losses
+
+
+def _parted(
+    model: Decoder, names: Set[str]
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], Callable[..., Decoder]]:
+    """The leaves that are trained, in float32, the others, and what joins them."""
+    graphdef, params = nnx.split(model)
+    named = tree.named_leaves(params)
+    structure = jax.tree.structure(params)
+    dtypes = {name: leaf.dtype for name, leaf in named.items()}
+    # Copies: a step gives up the arrays that it is given.
+    trained = {
+        n: jnp.array(leaf, np.float32) for n, leaf in named.items() if n in names
+    }
+    frozen = {n: x for n, x in named.items() if n not in names}
+
+    def whole(trained: Any, frozen: Any) -> Decoder:
+        own = {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in trained.items()}
+        leaves = [(frozen | own)[name] for name in dtypes]
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+
+    return trained, frozen, whole
 
 
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -172,8 +176,13 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
     )
 
 
-def _step(loss: Callable[..., jax.Array], tx: optax.GradientTransformation) -> Any:
+def _step(
+    loss: Loss, whole: Callable[..., Decoder], tx: optax.GradientTransformation
+) -> Any:
     """A compiled step: trained leaves, state, the rest and tokens to the next."""
+
+    def value(trained: Any, frozen: Any, arrays: Any, tokens: jax.Array) -> jax.Array:
+        return loss.of(whole(trained, frozen), arrays, tokens)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
@@ -183,9 +192,9 @@ def _step(loss: Callable[..., jax.Array], tx: optax.GradientTransformation) -> A
         arrays: Any,
         tokens: Int[jax.Array, "batch length"],
     ) -> tuple[Any, Any, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(trained, frozen, arrays, tokens)
+        found, gradient = jax.value_and_grad(value)(trained, frozen, arrays, tokens)
         updates, state = tx.update(gradient, state, trained)
-        return optax.apply_updates(trained, updates), state, value
+        return optax.apply_updates(trained, updates), state, found
 
     return step
 

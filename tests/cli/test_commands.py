@@ -32,6 +32,8 @@ def refused(*options, model="model", out="free"):
 
 CALIBRATED = ("--calibration", "a.txt", "--length", "16", "--sequences", "8")
 HALF = ("--sparsity", "0.5")
+RETRAINED = ("--retrain-steps", "2", "--retrain-text", "a.txt")
+DISTILLED = ("--distill-steps", "2", "--distill-text", "a.txt")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,14 @@ HALF = ("--sparsity", "0.5")
         (refused(*CALIBRATED, *HALF, "--exclude", "*"), "must be left"),
         (refused(*CALIBRATED, *HALF, "--bos", "--no-bos"), "exclude each other"),
         (refused(*CALIBRATED, *HALF, "--retrain-steps", "2"), "belong together"),
+        (
+            refused(*CALIBRATED, *HALF, *RETRAINED, "--distill-steps", "2"),
+            "--retrain-steps and --distill-steps exclude each other",
+        ),
+        (
+            refused(*HALF, "--method", "magnitude", *DISTILLED),
+            "does no --distill-steps",
+        ),
         (refused(*CALIBRATED, *HALF, "--prompt-steps", "80"), "context of 64"),
         (refused(*CALIBRATED, *HALF, out="model/in"), "apart"),
         (

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.support import command_process
+from tests.support import command_process, tiny_cli
 from tests.support.hf_directories import contents
 from tests.support.tiny_cli import place
 
@@ -29,6 +29,15 @@ COMMANDS = {
     "calibrated": lambda p, out: [
         "prune", p / "model", out, *SMALL, "--method", "wanda", "--sequences", "8",
         "--calibration", p / "a.txt", "--prompt-steps", "4",
+    ],
+    "distilled": lambda p, out: [
+        "prune", p / "model", out, *SMALL, "--method", "wanda", "--sequences", "8",
+        "--calibration", p / "a.txt", "--prompt-steps", "0", "--distill-steps", "300",
+    ],
+    "shrunk": lambda p, out: [
+        "shrink", p / "deep", out, "--length", "16", "--limit", "4", "--ffn", "0.5",
+        "--layers", "2", "--calibration", p / "a.txt", "--sequences", "8",
+        "--distill-steps", "300", "--speed-rounds", "1",
     ],
     "compact": lambda p, out: ["compact", p / "model", out],
     "expand": lambda p, out: ["expand", p / "packed", out],
@@ -52,11 +61,15 @@ def weights(out):
 
 def check_whole(name, out, log):
     """Everything that a run which nobody killed would have written."""
-    if name in ("streamed", "calibrated"):
+    if name not in ("compact", "expand"):
         record = json.loads((out / "jaxprune.json").read_text())
         assert {"sizes", "perplexity", "phases", "seconds", "files"} <= record.keys()
+        stages = {"dense", "shrunk" if name == "shrunk" else "pruned"}
+        stages |= {"distilled"} if name in ("shrunk", "distilled") else set()
         for of in record["perplexity"].values():
-            assert {"dense", "pruned"} <= of.keys()
+            assert stages <= of.keys()
+        losses = record.get("distillation", {"losses": []})["losses"]
+        assert len(losses) == 300 * ("distilled" in stages)
         page = (out / "report.html").read_text()
         assert page.rstrip().endswith("</html>")
         assert "Perplexity" in page
@@ -79,6 +92,8 @@ def again(server, words, log):
 def test_a_command_killed_at_any_moment_ends_whole_when_it_is_given_again(
     place, tmp_path, server, name
 ):
+    if not (place / "deep").exists():
+        tiny_cli.model(place / "deep", layers=4)
     if not (place / "packed").exists():
         assert (
             server.finish(

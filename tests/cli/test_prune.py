@@ -8,6 +8,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
 from jaxprune import cli
+from jaxprune.evaluation import retrain
 from jaxprune.formats import rewrite
 from jaxprune.posttraining.progress import ProgressLog
 
@@ -152,6 +153,51 @@ def test_retraining_moves_what_is_kept_and_nothing_else(place, pruned, capsys):
             assert (after[name] != value)[kept].mean() > 0.9
         else:
             np.testing.assert_array_equal(after[name], value)
+
+
+@pytest.mark.full
+def test_distillation_moves_all_but_the_zeros(place, pruned, capsys):
+    code, found, _ = prune(
+        capsys, place, "distilled", *WANDA, "--calibration", place / "rows.npy",
+        "--distill-steps", "20", "--distill-learning-rate", "1e-3",
+    )  # fmt: skip
+    assert code == 0
+    assert found["achieved"] == 0.5
+    assert found["tensors"].keys() == tiny_cli.MATRICES.keys()
+    losses = found["distillation"]["losses"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    (measured,) = found["perplexity"].values()
+    after = tiny_cli.weights(place / "distilled")
+    expected = nats(place / "distilled", np.load(place / "rows.npy")).mean()
+    assert measured["distilled"]["nats"] == pytest.approx(expected, rel=1e-5)
+    for name, value in tiny_cli.weights(pruned[0]).items():
+        assert (after[name] != value).any()
+        if name in tiny_cli.MATRICES:
+            np.testing.assert_array_equal(after[name] == 0, value == 0)
+    page = (place / "distilled" / "report.html").read_text()
+    assert "Distilled from the model before" in page
+
+
+@pytest.mark.full
+def test_rows_that_measure_the_model_are_not_trained_on(place, capsys, monkeypatch):
+    seen = []
+    ours = retrain.retrain
+
+    def spied(model, names, sequences, *rest, **options):
+        seen.append(sequences)
+        return ours(model, names, sequences, *rest, **options)
+
+    monkeypatch.setattr(retrain, "retrain", spied)
+    code, *_ = run(
+        capsys, "prune", place / "model", place / "apart", *WANDA, "--length", "16",
+        "--calibration", place / "rows.npy", "--sequences", "4", "--prompt-steps", "0",
+        "--distill-steps", "5", "--any-perplexity",
+    )  # fmt: skip
+    assert code == 0
+    rows = np.load(place / "rows.npy")
+    assert len(seen[0]) == 4
+    taken = [any((row == own).all() for own in seen[0]) for row in rows]
+    assert sum(taken) == 4
 
 
 @pytest.mark.full

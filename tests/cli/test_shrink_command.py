@@ -16,7 +16,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
 from jaxprune import cli
-from jaxprune.formats import rewrite
+from jaxprune.formats import atomic, rewrite
 from jaxprune.models import hf
 
 
@@ -136,6 +136,89 @@ def test_it_is_measured_on_the_ends_of_the_texts(place, capsys):
         )
 
 
+@pytest.fixture(scope="module")
+def recovered(place):
+    """A model of two layers that lost half of its neurons, distilled and timed."""
+    tiny_cli.model(place / "deep", layers=2)
+    (place / "learned.txt").write_text(tiny_cli.text(900))
+    words = ["--ffn", "0.5", "--calibration", place / "learned.txt", "--length", "16"]
+    words += ["--sequences", "8", "--limit", "4", "--speed-rounds", "1"]
+    words += ["--distill-steps", "30", "--distill-learning-rate", "3e-3"]
+    words = map(str, ["shrink", place / "deep", place / "recovered", *words])
+    assert cli.main([*words]) == 0
+    return place / "recovered", rewrite.read_provenance(
+        place / "recovered", verify=True
+    )
+
+
+@pytest.mark.full
+def test_distillation_brings_a_smaller_model_back_at_its_size(place, recovered):
+    folder, record = recovered
+    assert config_of(folder)["intermediate_size"] == 24
+    losses = record["distillation"]["losses"]
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    ids = np.insert(tiny_cli.ids(900)[-60:].reshape(4, 15), 0, 1, axis=1)
+    for stage, at in (("dense", place / "deep"), ("distilled", folder)):
+        expected = tiny_cli.nats(at, ids).mean()
+        measured = record["perplexity"]["learned.txt"][stage]["nats"]
+        assert measured == pytest.approx(expected, rel=1e-5)
+    page = (folder / "report.html").read_text()
+    for words in ("Distilled from the model before", "neurons that are kept, of 48"):
+        assert words in page
+
+
+@pytest.mark.full
+def test_both_models_are_timed(recovered):
+    timed = recovered[1]["speed"]
+    # The context is 64.
+    assert (timed["prompt"], timed["steps"], timed["rounds"]) == (32, 32, 1)
+    for when in ("before", "after"):
+        assert min(timed[when]["prefill"], timed[when]["decode"]) > 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("trained", ["norms", "matrices", "lora"])
+def test_a_part_can_be_distilled_alone(place, recovered, trained, capsys):
+    words = ("--calibration", place / "rows.npy", "--length", 16, "--ffn", 0.5)
+    words = (*words, "--sequences", 4, "--any-perplexity")
+    out = place / f"only-{trained}"
+    code, *_ = shrink(capsys, place / "deep", place / f"raw-{trained}", *words)
+    assert code == 0
+    words = (*words, "--distill-steps", 2, "--distill-train", trained)
+    assert shrink(capsys, place / "deep", out, *words)[0] == 0
+    before = tiny_cli.weights(place / f"raw-{trained}")
+    for name, value in tiny_cli.weights(out).items():
+        wanted = ("norm" in name) if trained == "norms" else ("_proj" in name)
+        assert (value != before[name]).any() == wanted
+
+
+@pytest.mark.full
+def test_a_search_of_layers_goes_on_where_it_was_killed(place, capsys, monkeypatch):
+    tiny_cli.model(place / "four", layers=4)
+    words = ("--layers", 1, "--calibration", place / "rows.npy", "--length", 16)
+    words = (*words, "--sequences", 6, "--any-perplexity")
+    code, whole, _ = shrink(capsys, place / "four", place / "one", *words)
+    assert code == 0
+    replace, written = atomic.replace_json, []
+
+    def dies(path, content):
+        replace(path, content)
+        written.append(path.name)
+        if written.count("layers.json") == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "replace_json", dies)
+    code, _, _ = shrink(capsys, place / "four", place / "again", *words)
+    assert code == 130
+    written.clear()
+    code, again, _ = shrink(capsys, place / "four", place / "again", *words)
+    assert code == 0
+    assert written.count("layers.json") == 1
+    assert again["layers"] == whole["layers"]
+    assert not (place / ".again.work").exists()
+
+
 def test_an_attribute_that_is_ignored_stays_in_the_config(place, capsys):
     tiny_hf.random_folder("llama", place / "odd", "float32")
     tiny_hf.edit(place / "odd", odd_scale=2.0)
@@ -169,8 +252,29 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         ("llama", (), "something must be removed; give --ffn"),
         ("llama", ("--ffn", "1"), r"--ffn must be a share in \[0, 1\), got 1"),
         ("llama", ("--heads", "-0.5"), r"--heads must be a share in \[0, 1\)"),
-        ("llama", ("--ffn", "0.999"), "a group must keep a unit"),
-        ("llama", ("--heads", "0.9"), "a group must keep a unit"),
+        ("llama", ("--ffn", "0.999"), "would remove all 48 neurons"),
+        (
+            "llama",
+            ("--heads", "0.9"),
+            "must keep a unit, but --heads 0.9 would remove all 2 key heads; give at "
+            "most 0.5",
+        ),
+        ("llama-3", ("--heads", "0.9"), "all 4 query heads; give at most 0.75"),
+        ("llama", ("--query-heads", "0.9"), "all 2 query heads of each key head"),
+        ("llama", ("--heads", "0.2"), "2 key heads is less than one .* at least 0.5"),
+        ("llama", ("--ffn", "0.5", "--distill-steps", "2"), "needs --distill-text"),
+        ("llama", ("--ffn", "0.5", "--distill-steps", "-1"), "must not be negative"),
+        (
+            "llama",
+            ("--ffn", "0.5", "--distill-text", "rows.npy"),
+            "--distill-text needs --distill-steps N",
+        ),
+        (
+            "llama",
+            ("--ffn", "0.5", "--distill-learning-rate", "0"),
+            r"must be in \(0, 1\), got 0",
+        ),
+        ("llama", ("--ffn", "0.5", "--speed-rounds", "-1"), "must not be negative"),
         ("llama", ("--budget", "2"), "--budget must be a share"),
         ("llama", ("--budget", "0.5", "--ffn", "0.5"), "leave out --ffn"),
         ("llama", ("--budget", "0.05"), "a budget must be within reach"),

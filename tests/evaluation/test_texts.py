@@ -97,6 +97,9 @@ def test_a_mixture_has_equal_shares_and_every_batch_sees_all_of_it(tmp_path):
     kinds = np.digitize(drawn.tokens[:, 0], [1000, 5000])
     assert np.bincount(kinds).tolist() == [4, 4, 3]
     assert set(kinds[:3]) == {0, 1, 2}
+    for part, begin in zip(drawn.parts, (0, 1000, 5000), strict=True):
+        own = drawn.tokens[kinds == np.digitize(begin, [1000, 5000])]
+        np.testing.assert_array_equal(part, own)
     assert drawn.left[:2] == [None, None]
     left = drawn.left[2].tokens
     whole = np.concatenate([left, drawn.tokens[kinds == 2]])

@@ -62,6 +62,18 @@ def test_the_tensors_are_those_given_and_all_else_is_copied(source, tmp_path):
     assert record["method"] == "hand"
 
 
+def test_what_is_measured_at_the_end_is_part_of_what_appears(source, tmp_path):
+    def finish(directory, record):
+        assert not (tmp_path / "small").exists()
+        assert open_directory(directory).tensors.keys() == TENSORS.keys()
+        return {"seen": sorted(record["files"])}, {"page.html": b"<p>"}
+
+    write(source, tmp_path / "small", smaller(source), finish=finish)
+    record = rewrite.read_provenance(tmp_path / "small", verify=True)
+    assert record["seen"] == sorted(record["files"])
+    assert (tmp_path / "small" / "page.html").read_bytes() == b"<p>"
+
+
 def test_the_safetensors_library_reads_it(source, tmp_path):
     write(source, tmp_path / "small", smaller(source))
     for file in source.metadata:

@@ -90,6 +90,15 @@ def test_what_is_measured_at_the_end_is_part_of_what_appears(tmp_path, source):
     assert not list((tmp_path / "b").glob(".*"))
 
 
+def test_zeros_of_tensors_that_were_not_pruned_do_not_count(tmp_path, source):
+    names = [name for name, info in source.tensors.items() if info.shape][:2]
+    new = {name: np.zeros(source.tensors[name].shape, "f4") for name in names}
+    rewrite.write(source, tmp_path / "b", new, uncounted=names[1:], provenance={})
+    record = rewrite.read_provenance(tmp_path / "b")
+    assert list(record["tensors"]) == names[:1]
+    assert not np.asarray(open_directory(tmp_path / "b").read(names[1])).any()
+
+
 def test_values_are_cast_to_the_stored_dtype(tmp_path, source):
     exact = jnp.asarray(source.read(Q)).astype(jnp.float32) * 1.001
     rewrite.write(source, tmp_path / "out", {Q: exact}, provenance=HOW)

@@ -234,6 +234,18 @@ def test_other_sizes_are_refused(name, tmp_path):
         hf.resized(whole.config, result.params)
 
 
+def test_query_heads_that_do_not_fit_the_key_heads_are_refused():
+    config = hf.decoder_config(tiny_hf.config_json("llama"))
+    params = nnx.state(hf.abstract(config), nnx.Param)  # 4 query heads, 2 key heads
+    for layer in range(config.layers):
+        attention = params["layers"][layer]["attention"]
+        for name, shape in (("q", (32, 24)), ("out", (24, 32))):
+            kernel = attention[name]["kernel"]
+            kernel.set_value(jax.ShapeDtypeStruct(shape, np.float32))
+    with pytest.raises(ValueError, match="but 3 query and 2 key heads are left"):
+        hf.resized(config, params)
+
+
 @pytest.mark.parametrize("kept", [[], [1, 0], [0, 2], [0, 0]])
 def test_layers_that_are_not_ascending_numbers_are_refused(kept, tmp_path):
     tiny_hf.random_folder("llama", tmp_path / "whole", "float32")

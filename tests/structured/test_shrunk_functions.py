@@ -326,6 +326,17 @@ def test_bad_arguments_are_refused(given, told):
         jp.shrink(fn, PARAMS, X, SCORES, **given)
 
 
+def test_units_under_a_statistic_are_refused_with_its_name():
+    def normed(params, x):
+        wide = x @ params["up"]
+        wide = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
+        return wide @ params["down"]
+
+    params = {"up": PARAMS["up"], "down": PARAMS["down"]}
+    with pytest.raises(ValueError, match=r"match none of .*down:0: .*; print"):
+        jp.shrink(normed, params, X, jp.scores.magnitude(params), {"down:0": 0.5})
+
+
 def test_masks_and_a_sparsity_exclude_each_other():
     with pytest.raises(ValueError, match=r"got masks, sparsity=0\.5"):
         jp.shrink(fn, PARAMS, X, whole_masks(), 0.5)

@@ -30,6 +30,7 @@ MATRICES = {
         "mlp.down_proj": (32, 48),
     }.items()
 }
+NORMS = ("input", "post_attention")
 
 
 def following(tokens):
@@ -37,7 +38,7 @@ def following(tokens):
     return (np.asarray(tokens) - FIRST + 1) % (WORDS - FIRST) + FIRST
 
 
-def tensors(seed=0):
+def tensors(seed=0, layers=1):
     """The model's tensors."""
     rng = np.random.default_rng(seed)
     embedding = rng.normal(0, 1, (WORDS, 32)).astype(np.float32)
@@ -45,10 +46,14 @@ def tensors(seed=0):
     words = np.arange(FIRST, WORDS)
     head[following(words)] = embedding[words] / 2
     layer = {
-        name: rng.normal(0, 0.1, shape).astype(np.float32)
+        name.replace(".0.", f".{i}."): rng.normal(0, 0.1, shape).astype(np.float32)
+        for i in range(layers)
         for name, shape in MATRICES.items()
     }
-    norms = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+    norms = [
+        *(f"layers.{i}.{name}_layernorm" for i in range(layers) for name in NORMS),
+        "norm",
+    ]
     return {
         "model.embed_tokens.weight": embedding,
         "lm_head.weight": head,
@@ -74,11 +79,12 @@ def tokenizer(folder, **settings):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def model(folder, dtype="float32"):
+def model(folder, dtype="float32", layers=1):
     """Writes the model's folder."""
-    made = {k: v.astype(dtype) for k, v in tensors().items()}
+    made = {k: v.astype(dtype) for k, v in tensors(layers=layers).items()}
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config = CONFIG | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
     save_file(made, folder / "model.safetensors", {"format": "pt"})
     tokenizer(folder)
     return folder

@@ -119,6 +119,13 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
             f"{sizes[0]} and layer {different[0]} {sizes[different[0]]}; remove as "
             "many units of each"
         )
+    heads, kv_heads = sizes[0]["heads"], sizes[0]["kv_heads"]
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(
+            "a configuration can only say key heads that serve as many query heads "
+            f"each, but {heads} query and {kv_heads} key heads are left; remove as "
+            "many query heads of each key head"
+        )
     small = dataclasses.replace(config, **sizes[0])  # type: ignore[arg-type]
     wanted = shapes(abstract(small))
     if wrong := [name for name in wanted if wanted[name] != found.get(name)]:
