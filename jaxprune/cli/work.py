@@ -1,6 +1,7 @@
 """Where a run that is not done keeps what it has, so that it resumes after a kill."""
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,7 +33,16 @@ def check_room(job: JobOptions, source: CheckpointDir, copies: int) -> None:
     # `copies` of the model are written, the result included.
     before = [job.work, job.out.resolve().with_name(f".{job.out.name}.partial")]
     have = sum(map(atomic.bytes_in, before))
-    atomic.check_room(job.out, source.size * copies - have)
+    atomic.check_room(job.out, source.size * copies + _states(job, source) - have)
+
+
+def _states(job: JobOptions, source: CheckpointDir) -> int:
+    """Bytes that the checkpoints of a recovery may take: two of them."""
+    if job.recovery is None or job.recovery.trained == "norms":
+        return 0
+    # In float32 the weights; AdamW's moments are of small factors under "lora".
+    each = 4 if job.recovery.trained == "lora" else 12
+    return 2 * each * sum(math.prod(info.shape) for info in source.tensors.values())
 
 
 def facts(

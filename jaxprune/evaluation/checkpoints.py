@@ -70,6 +70,7 @@ class Checkpoints:
     def write(self, step: int, state: Any, record: Any) -> None:
         """Keeps the state after so many steps, and a JSON-able record."""
         began = time.monotonic()
+        self._log.forget(self._slot)  # two states at most are on disk
         arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         self._log.write(self._slot, arrays, {"step": step, "record": record})
         self._slot, self._since = 1 - self._slot, time.monotonic()

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.formats import atomic, rewrite
+from jaxprune.formats import atomic, rewrite, safetensors_file
 from jaxprune.formats.checkpoint_dir import CONFIG, INDEX, CheckpointDir
-from jaxprune.formats.safetensors_file import DTYPES, write_header
 
 
 class NewTensor(NamedTuple):
@@ -121,28 +120,22 @@ def _weights(
     path: Path, tensors: Mapping[str, NewTensor], metadata: Mapping[str, str]
 ) -> str:
     """Writes one file of weights; its SHA-256."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    entries = {n: (codes[t.dtype], tuple(t.shape)) for n, t in tensors.items()}
-    with open(path, "wb") as file:
-        places = write_header(file, entries, metadata)
-        for name in sorted(places, key=lambda name: places[name].offset):
-            file.write(_bytes(name, tensors[name]))
-        file.flush()
-        os.fsync(file.fileno())
+    entries = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    safetensors_file.write(path, entries, lambda n: _read(n, tensors[n]), metadata)
     return atomic.digest(path)
 
 
-def _bytes(name: str, tensor: NewTensor) -> memoryview:
+def _read(name: str, tensor: NewTensor) -> np.ndarray:
     array = np.asarray(tensor.read())
     if array.shape != tuple(tensor.shape):
         raise ValueError(
             f"a tensor must have the shape that was announced, but '{name}' is "
             f"{array.shape} and not {tuple(tensor.shape)}"
         )
-    array = np.array(array, tensor.dtype, order="C").reshape(-1)
+    array = np.array(array, tensor.dtype, order="C")
     if not np.isfinite(array).all():
         raise ValueError(
             f"tensors must be finite, but '{name}' holds NaN or infinity as "
             f"{tensor.dtype}; look at how it was made"
         )
-    return array.view(np.uint8).data
+    return array

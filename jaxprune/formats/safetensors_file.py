@@ -8,7 +8,8 @@ Tensors are views of the mapped file. `Damaged` means that a file is not what it
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -110,6 +111,31 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if end != size:
         raise damaged(path, f"its tensors end at {end}, and the file at {size}")
     return tensors, metadata
+
+
+def write(
+    path: Path,
+    entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file, one tensor in memory at a time, and syncs it to disk.
+
+    Args:
+      path: of the file.
+      entries: name to dtype and shape.
+      read: gives a tensor of that dtype and shape, when its turn comes.
+      metadata: the file's `__metadata__`.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header = {n: (codes[np.dtype(dtype)], s) for n, (dtype, s) in entries.items()}
+    with open(path, "wb") as file:
+        places = write_header(file, header, metadata or {})
+        for name in sorted(places, key=lambda name: places[name].offset):
+            array = np.ascontiguousarray(read(name)).reshape(-1)
+            file.write(array.view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_header(

@@ -5,14 +5,13 @@ their digest and is renamed into place last. A segment without a whole record is
 again. A directory belongs to one job; another job's is refused.
 """
 
-import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from jaxprune.formats import atomic, safetensors_file
 
@@ -37,7 +36,7 @@ class ProgressLog:
         try:
             body = json.loads(record.read_text(encoding="utf-8"))
             digest, rows = body["sha256"], body["record"]
-            if digest != hashlib.sha256(weights.read_bytes()).hexdigest():
+            if digest != atomic.digest(weights):
                 return None
             tensors, _ = safetensors_file.read_header(weights)
         except (OSError, ValueError, KeyError, TypeError):
@@ -58,10 +57,17 @@ class ProgressLog:
     ) -> None:
         """Notes a segment as done: its weights by name, and a JSON-able record."""
         path, place = self._paths(segment)
-        content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()})
-        atomic.replace(path, content)
-        body = {"sha256": hashlib.sha256(content).hexdigest(), "record": record}
+        partial = path.with_suffix(".partial")
+        entries = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        safetensors_file.write(partial, entries, lambda name: arrays[name])
+        os.replace(partial, path)
+        body = {"sha256": atomic.digest(path), "record": record}
         atomic.replace(place, json.dumps(body).encode())
+
+    def forget(self, segment: int) -> None:
+        """Makes room: the segment counts as not done."""
+        for path in reversed(self._paths(segment)):
+            path.unlink(missing_ok=True)
 
     def _paths(self, segment: int) -> tuple[Path, Path]:
         name = f"segment_{segment:05d}"

@@ -29,7 +29,7 @@ FLOORS: dict[str, set[str]] = {
     "training": set(),
     "structured": set(),
     "formats": {"ml_dtypes", "safetensors"},
-    "posttraining": {"safetensors"},
+    "posttraining": set(),
     "models": {"flax", "PIL", "tokenizers"},
     "evaluation": {"flax"},
     "report": {"jinja2", "markupsafe", "matplotlib"},

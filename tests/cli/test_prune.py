@@ -168,7 +168,7 @@ def test_distillation_moves_all_but_the_zeros(place, pruned, capsys):
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     (measured,) = found["perplexity"].values()
     after = tiny_cli.weights(place / "distilled")
-    expected = nats(place / "distilled", np.load(place / "rows.npy")).mean()
+    expected = nats(place / "distilled", np.load(place / "rows.npy")[:4]).mean()
     assert measured["distilled"]["nats"] == pytest.approx(expected, rel=1e-5)
     for name, value in tiny_cli.weights(pruned[0]).items():
         assert (after[name] != value).any()
