@@ -25,6 +25,8 @@ class Job(job_options.JobOptions):
       speed_rounds: how often both models are timed, in turn; 0 times neither.
     """
 
+    sequences: int = 32  # a search of layers reads them many times
+    length: int = 256
     ffn: float = 0.0
     heads: float = 0.0
     query_heads: float = 0.0
