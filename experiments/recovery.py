@@ -80,10 +80,10 @@ class Config:
     out: Path = Path("results/recovery")
     text: Path | None = None
     seeds: tuple[int, ...] = (0, 1)
-    width: int = 128
-    dense_steps: int = 1500
+    width: int = 64
+    dense_steps: int = 2000
     steps: int = 300
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3)
     batch: int = 16
     sparsity: float = 0.8
     windows: int = 256
