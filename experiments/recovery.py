@@ -80,11 +80,11 @@ class Config:
     out: Path = Path("results/recovery")
     text: Path | None = None
     seeds: tuple[int, ...] = (0, 1)
-    width: int = 64
-    dense_steps: int = 2000
-    steps: int = 300
+    width: int = 48
+    dense_steps: int = 1500
+    steps: int = 200
     rates: tuple[float, ...] = (1e-3, 3e-3)
-    batch: int = 16
+    batch: int = 8
     sparsity: float = 0.8
     windows: int = 256
 
