@@ -162,6 +162,7 @@ def kept_units(
     axes.set_yticks(
         np.arange(0, layers, step) + 0.5, list(map(str, range(0, layers, step)))
     )
+    axes.locator_params(axis="x", integer=True)
     axes.tick_params(length=0)
     axes.set_ylabel("layer")
     axes.set_xlabel("unit")
