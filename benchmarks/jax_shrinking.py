@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     """Loads, removes, writes."""
     start = config.draw * config.sequences
     ids = np.load(config.calibration)[start : start + config.sequences]
-    loaded = hf.load(config.model, dtype=np.float32)
+    loaded = hf.load(config.model, dtype="float32")
     started = time.perf_counter()
     state = nnx.state(loaded.model, nnx.Param)
     kept = kept_layers(loaded.config, state, ids, config)
