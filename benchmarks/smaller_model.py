@@ -46,7 +46,8 @@ class Config:
       texts: token files, as `benchmarks.texts` writes them.
       out: where the results go, one file a cell.
       calibration: the file that draws are taken from, without ".npy".
-      draws: which draws of 32 sequences.
+      draws: which draws of it.
+      calibrated: sequences of a draw.
       removed: what is removed, names of `REMOVED`.
       methods: which methods; all if left out.
       sequences: how many of each held-out text to evaluate on.
@@ -58,6 +59,7 @@ class Config:
     out: Annotated[Path, tyro.conf.Positional]
     calibration: str = "calibration-mixed50-128"
     draws: tuple[int, ...] = (0, 1, 2)
+    calibrated: int = 32
     removed: tuple[str, ...] = tuple(REMOVED)
     methods: tuple[str, ...] = ()
     sequences: int = 8
@@ -93,6 +95,7 @@ def _cells(config: Config) -> Iterator[tuple[str, str, list[str]]]:
                     continue  # it looks at no text
                 arguments = [*REMOVED[removed], "--draw", str(draw)]
                 arguments += ["--calibration", calibration]
+                arguments += ["--sequences", str(config.calibrated)]
                 yield f"{removed}_{method}_{draw}", method, arguments
 
 
