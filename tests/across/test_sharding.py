@@ -109,10 +109,18 @@ def test_averages_have_the_bits_of_one_device(kind):
     assert same_bits(local(jp.get_importance(many)), local(jp.get_importance(one)))
 
 
-CRITERIA = ["magnitude", "averaged_weight", "averaged_magnitude", "obd", "trajectory"]
+OTHER_CRITERIA = [
+    *("magnitude", "averaged_weight", "averaged_magnitude", "obd", "taylor", "random"),
+]
 
 
-@pytest.mark.parametrize("criterion", [*CRITERIA, "taylor", "random"])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        "trajectory",
+        *(pytest.param(c, marks=pytest.mark.full) for c in OTHER_CRITERIA),
+    ],
+)
 def test_scores_keep_the_sharding_and_the_bits(kind, criterion):
     score = getattr(jp.scores, criterion)
     params, state = trained(optimizer(), on_one_device(), 1)
@@ -125,8 +133,15 @@ def test_scores_keep_the_sharding_and_the_bits(kind, criterion):
     assert same_bits(local(jax.jit(score)(sharded, held)), local(expected))
 
 
-@pytest.mark.parametrize("allocation", ["layer", "global"])
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("jitted", "allocation"),
+    [
+        (True, "layer"),
+        (True, "global"),
+        (False, "global"),
+        pytest.param(False, "layer", marks=pytest.mark.full),
+    ],
+)
 def test_masks_and_prune_keep_the_sharding_and_the_bits(kind, allocation, jitted):
     one = on_one_device()
     many = spread(one, kind)
@@ -148,9 +163,9 @@ def test_masks_and_prune_keep_the_sharding_and_the_bits(kind, allocation, jitted
 @pytest.mark.parametrize(
     "pattern",
     [
-        jp.patterns.NM(2, 4),
+        pytest.param(jp.patterns.NM(2, 4), marks=pytest.mark.full),
         pytest.param(jp.patterns.Block(4, 2), marks=pytest.mark.full),
-        pytest.param(jp.patterns.Channel(), marks=pytest.mark.full),
+        jp.patterns.Channel(),
     ],
     ids=str,
 )

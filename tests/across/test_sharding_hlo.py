@@ -151,8 +151,8 @@ def test_scores(params):
     [
         jp.patterns.Unstructured(),
         jp.patterns.NM(2, 4),
-        jp.patterns.Block(4, 8),
-        jp.patterns.Channel(),
+        pytest.param(jp.patterns.Block(4, 8), marks=pytest.mark.full),
+        pytest.param(jp.patterns.Channel(), marks=pytest.mark.full),
     ],
     ids=str,
 )
@@ -288,6 +288,7 @@ def test_where_a_device_ends_inside_a_tile_shards_change_axes(shape, spec, patte
         np.testing.assert_array_equal(masks["w"], one)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_where_no_axis_can_take_the_shards_the_masks_are_right_nonetheless(kind):
     """The exception: that axis is gathered, by us or on Auto meshes by the compiler."""

@@ -66,8 +66,17 @@ OPTIMIZERS = {
     "yogi": optax.yogi(0.1),
 }
 
+# Decay, factored moments, noise; the rest in the full suite.
+FIRST = ("adamw", "adafactor", "noisy_sgd")
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FIRST else pytest.mark.full)
+        for name in OPTIMIZERS
+    ],
+)
 def test_every_optimizer_and_a_model_with_a_bias(name):
     """Noise, decay or factored moments of whatever kind cannot move what is pruned."""
     params = weights()

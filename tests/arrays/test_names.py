@@ -146,6 +146,7 @@ def test_routers_and_decays_are_left_alone():
     assert all(experts.values()), experts
 
 
+@pytest.mark.full
 def test_codes_count_as_the_numbers_they_stand_for():
     weights = {"w": jnp.arange(64.0).reshape(8, 8) - 30, "b": jnp.arange(3.0)}
     for tx, signed in (

@@ -121,6 +121,7 @@ def test_a_folder_is_read_to_its_places(model, data, tmp_path):
     chex.assert_trees_all_equal_shapes(state.params, task.shapes)
 
 
+@pytest.mark.full
 def test_what_is_frozen_is_not_trained_and_has_no_moments(model, data, tmp_path):
     task = phi3_vision.make_task(_config(model, data, tmp_path))
     params = task.init(0)

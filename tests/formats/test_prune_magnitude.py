@@ -37,8 +37,18 @@ def expected(weight, sparsity, pattern, axes=OUT_IN):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("llama", np.float32),
+        ("gpt2", BFLOAT16),
+        pytest.param("llama", np.float16, marks=pytest.mark.full),
+        pytest.param("llama", BFLOAT16, marks=pytest.mark.full),
+        pytest.param("gpt2", np.float32, marks=pytest.mark.full),
+        pytest.param("gpt2", np.float16, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
 def test_the_weights_kept_are_those_that_prune_keeps(tmp_path, pattern, dtype, kind):
     weight = normal(0, 24, 40, dtype=dtype)
     sparsity = 0.5 if pattern.sparsity else 0.3

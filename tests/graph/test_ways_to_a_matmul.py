@@ -97,7 +97,9 @@ def test_the_kernel_of_a_transposed_convolution_is_seen(turned):
     assert (after == 0).sum() == kernel.size // 2
 
 
-@pytest.mark.parametrize("join", [jnp.stack, jnp.concatenate])
+@pytest.mark.parametrize(
+    "join", [jnp.stack, pytest.param(jnp.concatenate, marks=pytest.mark.full)]
+)
 def test_layers_that_are_joined_to_be_scanned_are_each_seen(join):
     layers = {f"layer_{i}": draw(10 + i, IN, IN) for i in range(3)}
 
@@ -159,9 +161,8 @@ def ragged(p, batch):
     return lax.ragged_dot(hidden, p["down"], batch["sizes"])
 
 
-@pytest.mark.parametrize(
-    "method", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_experts_of_ragged_dot_are_pruned_one_by_one_for_their_own_rows(method):
     found = prune(ragged, EXPERTS, [{"x": X, "sizes": SIZES}], method)
     assert [row["by_magnitude"] for row in found.report["weights"]] == [[1], [1]]

@@ -27,9 +27,9 @@ def network(leaves):
     ("kind", "allocation"),
     [
         (None, "layer"),
-        (None, "global"),
         (AxisType.Auto, "global"),
-        (AxisType.Explicit, "layer"),
+        pytest.param(None, "global", marks=pytest.mark.full),
+        pytest.param(AxisType.Explicit, "layer", marks=pytest.mark.full),
         pytest.param(AxisType.Auto, "layer", marks=pytest.mark.full),
         pytest.param(AxisType.Explicit, "global", marks=pytest.mark.full),
     ],

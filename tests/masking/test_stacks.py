@@ -47,6 +47,7 @@ def test_as_one_leaf_a_layer_of_small_weights_loses_all():
     assert not np.asarray(masks["kernel"])[0].any()
 
 
+@pytest.mark.full
 def test_ranked_by_matrix_it_is_the_same_under_jit_and_on_a_mesh():
     ties = np.round(STACK[[0, 0, 1, 2]] * 2)
     expected = np.stack([KEEP["unstructured"](layer) for layer in ties])

@@ -209,11 +209,11 @@ def _cached(model, tokens, size, steps):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("gpt2", 24),
+        pytest.param("gpt2", 24, marks=pytest.mark.full),
         pytest.param("llama-3", 24, marks=pytest.mark.full),
         ("mistral", 30),
         pytest.param("qwen2", 24, marks=pytest.mark.full),
-        ("phi3-long", 24),
+        pytest.param("phi3-long", 24, marks=pytest.mark.full),
         ("gemma3", 24),
     ],
 )

@@ -17,6 +17,9 @@ from jaxprune.models.generate import generate
 from jaxprune.models.hf import decoder_config
 from tests.support import tiny_hf
 
+# One of each family; every feature of each in the full suite.
+FIRST = ("gpt2", "llama-3", "mistral", "qwen2", "qwen3", "phi3-long", "gemma3")
+OTHERS = ("phi3-long", "gpt2")  # that are generated from in the full suite
 LONG = ("phi3-long", "phi3-partial", "phi3-yarn", "llama-long")
 
 
@@ -28,7 +31,13 @@ def _logits(model, tokens):
 # ---- parity with transformers
 
 
-@pytest.mark.parametrize("name", tiny_hf.CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FIRST else pytest.mark.full)
+        for name in tiny_hf.CONFIGS
+    ],
+)
 def test_logits_are_those_of_transformers(name, tmp_path):
     pytest.importorskip("torch")
     theirs = tiny_hf.torch_model(name, tmp_path)
@@ -40,7 +49,9 @@ def test_logits_are_those_of_transformers(name, tmp_path):
         np.testing.assert_allclose(_logits(model, tokens), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3-long", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", *(pytest.param(n, marks=pytest.mark.full) for n in OTHERS)]
+)
 def test_generation_is_that_of_transformers(name, tmp_path):
     torch = pytest.importorskip("torch")
     theirs = tiny_hf.torch_model(name, tmp_path)

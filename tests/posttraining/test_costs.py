@@ -67,7 +67,9 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(_note)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", ["one by one", pytest.param("stacked", marks=pytest.mark.full)]
+)
 def test_equal_layers_share_their_programs(model):
     fn, make = MODELS[model]
     numbers, compiled = [], []

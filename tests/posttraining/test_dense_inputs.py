@@ -74,7 +74,10 @@ def prune(method, **options):
 @pytest.mark.parametrize("inputs", ["dense", "left"])
 @pytest.mark.parametrize(
     ("method", "rule"),
-    [(jp.methods.Wanda(), by_wanda), (jp.methods.SparseGPT(), by_sparsegpt)],
+    [
+        (jp.methods.Wanda(), by_wanda),
+        pytest.param(jp.methods.SparseGPT(), by_sparsegpt, marks=pytest.mark.full),
+    ],
     ids=["wanda", "sparsegpt"],
 )
 def test_each_weight_is_chosen_by_the_inputs_asked_for(method, rule, inputs):

@@ -98,7 +98,7 @@ def stays(before, after):
     [
         ("auto", "fsdp"),
         pytest.param("auto", "tensor parallel", marks=pytest.mark.full),
-        ("explicit", "tensor parallel"),
+        pytest.param("explicit", "tensor parallel", marks=pytest.mark.full),
         pytest.param("explicit", "both", marks=pytest.mark.full),
     ],
 )
@@ -153,6 +153,7 @@ def test_groups_that_shards_cut_are_kept_whole():
         np.testing.assert_array_equal(pruned[name], expected[name])
 
 
+@pytest.mark.full
 def test_stacked_layers_stay_sharded():
     stack = {"up": draw(3, 2, 8, 16) / 3, "down": draw(4, 2, 16, 8) / 3}
 

@@ -45,9 +45,16 @@ CASES = {
         lambda removed, size: slow.choose_tiles(removed, size, 20, 2), 6,
     ),
 }  # fmt: skip
+OTHER_CASES = ("per output", "3:20", "tiles 20 x 2")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("unstructured", "2:4", "tiles 4 x 3"),
+        *(pytest.param(c, marks=pytest.mark.full) for c in OTHER_CASES),
+    ],
+)
 def test_it_is_the_papers_algorithm(case):
     pattern, block, group, choose, units = CASES[case]
     for seed, share in enumerate((0.5, 0.7)):

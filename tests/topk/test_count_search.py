@@ -144,7 +144,9 @@ EXPLICIT = pytest.param(AxisType.Explicit, marks=pytest.mark.full)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
-@pytest.mark.parametrize("scores", ["normal", "two values", "wide"])
+@pytest.mark.parametrize(
+    "scores", [pytest.param("normal", marks=pytest.mark.full), "two values", "wide"]
+)
 def test_on_eight_devices_it_is_the_same(kind, scores):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     row = scores_of(scores)[: 512 * 300].reshape(512, 300)

@@ -103,6 +103,7 @@ def test_on_eight_devices_too(kind):
                 np.testing.assert_array_equal(joined(masks), wanted)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kept", [-5, SIZE + 5])
 def test_a_count_out_of_range_is_the_nearest_in_range(kept):
     leaves = drawn(1)

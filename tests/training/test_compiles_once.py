@@ -73,7 +73,7 @@ FLOWS = {
 
 
 # One of each kind; the rest in the full suite.
-SOME = {"training", "apply", "prune", "keep_masks", "README", "int8"}
+SOME = {"training", "prune", "README"}
 
 
 @pytest.mark.parametrize(

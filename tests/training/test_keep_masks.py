@@ -297,7 +297,14 @@ def test_lookahead_inside_keeps_fast_and_slow_weights_at_zero():
             assert (half["w"] == 0).tolist() == [False, True, False, True]
 
 
-@pytest.mark.parametrize("name", ["keep_masks", "lora", "track_importance", "int8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("keep_masks", "int8"),
+        pytest.param("lora", marks=pytest.mark.full),
+        pytest.param("track_importance", marks=pytest.mark.full),
+    ],
+)
 def test_the_parameters_place_in_a_state_is_found_by_optax(name):
     """Moments are doubled by `map_params`, counters are not."""
     params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}

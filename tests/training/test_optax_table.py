@@ -198,9 +198,7 @@ TWICE = {
 }
 # One of each kind; the rest in the full suite.
 CORE = {
-    "adafactor", "adam", "adamw", "lion", "muon", "noisy_sgd", "prodigy",
-    "rmsprop", "schedule_free_adamw", "sgd", "sophia", "sam", "mechanize", "partition",
-    "MultiSteps", "apply_if_finite", "inject_hyperparams", "flatten",
+    "adamw", "lion", "schedule_free_adamw", "sgd", "sophia", "partition", "MultiSteps",
     "keep_params_nonnegative",
 }  # fmt: skip
 

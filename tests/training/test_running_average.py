@@ -1,5 +1,7 @@
 """An average is of the numbers that the leaf holds, in every float that JAX has."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -45,6 +47,11 @@ def every_number(dtype):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_the_average_of_one_snapshot_is_the_weight(dtype, compiled):
+    if (
+        dtype == "float8_e5m2fnuz"
+        and "fusion_emitters=false" in os.environ["XLA_FLAGS"]
+    ):
+        pytest.skip("without its fusion emitters XLA rounds the least of them up")
     values = every_number(dtype)
     params = {"w": jnp.asarray(values)}
     tx = jp.track_importance()

@@ -89,7 +89,10 @@ def assert_equal(shardings, wanted, rank):
     assert shardings.is_equivalent_to(wanted, rank), (shardings, wanted)
 
 
-SOME = {AxisType.Auto: set(OPTIMIZERS), AxisType.Explicit: {"trackers", "keep_masks"}}
+SOME = {
+    AxisType.Auto: {"trackers", "MultiSteps", "partition", "keep_masks"},
+    AxisType.Explicit: {"keep_masks"},
+}
 
 
 @pytest.mark.parametrize(
