@@ -118,6 +118,25 @@ def _run(place: Path, command: Sequence[str], threads: int) -> None:
     """One process; its JSON line is kept once it is whole."""
     if place.exists():
         return
+    line = json_line(command, threads)
+    partial = place.with_suffix(".partial")
+    partial.write_text(line + "\n")
+    partial.replace(place)
+
+
+def json_line(command: Sequence[str], threads: int) -> str:
+    """Runs a benchmark in a process of its own.
+
+    Args:
+      command: the module and its arguments.
+      threads: of torch and of XLA.
+
+    Returns:
+      The last line that it printed.
+
+    Raises:
+      subprocess.CalledProcessError: it failed; what it said is on stderr.
+    """
     environment = {**os.environ, **_ALLOCATOR, "JAX_PLATFORMS": "cpu"}
     environment["OMP_NUM_THREADS"] = str(threads)
     done = subprocess.run(
@@ -127,9 +146,7 @@ def _run(place: Path, command: Sequence[str], threads: int) -> None:
         text=True,
         check=True,
     )
-    partial = place.with_suffix(".partial")
-    partial.write_text(done.stdout.strip().splitlines()[-1] + "\n")
-    partial.replace(place)
+    return done.stdout.strip().splitlines()[-1]
 
 
 def table(folder: Path) -> str:

@@ -7,6 +7,7 @@ dimension before has the product or sum from then on. What is left in the end, a
 is a set of units that can be removed one by one, or is frozen, with the reason.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -327,3 +328,30 @@ def pooled(dim: Dim, values: np.ndarray, atom: Dim) -> np.ndarray:
         others = tuple(i for i in range(len(parts)) if i != axis)
         total += pooled(part, shaped.sum(others), atom)
     return total
+
+
+def units(dim: Dim, atom: Dim) -> np.ndarray:
+    """Which unit of an atom each position of a dimension belongs to.
+
+    Args:
+      dim: any dimension.
+      atom: an atom that is no factor of it twice.
+
+    Returns:
+      Integers (size of dim,), -1 where the atom is not.
+    """
+    dim = find(dim)
+    if dim is atom:
+        return np.arange(dim.size)
+    if dim.is_atom:
+        return np.full(dim.size, -1)
+    parts = [units(part, atom) for part in dim.parts]
+    if dim.is_sum:
+        return np.concatenate(parts)
+    shape = [part.size for part in dim.parts]
+    # The atom is in one of the factors; the others say -1 everywhere.
+    spread = [
+        part.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        for axis, part in enumerate(parts)
+    ]
+    return np.broadcast_to(functools.reduce(np.maximum, spread), shape).reshape(-1)

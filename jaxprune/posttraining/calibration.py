@@ -83,6 +83,33 @@ def kind_of(batch: Any) -> Any:
     return structure, tuple((np.shape(x), jnp.result_type(x)) for x in leaves)
 
 
+def checked_batches(batches: Iterable[Any], caller: str) -> list[Any]:
+    """All batches, of one shape.
+
+    Args:
+      batches: pytrees of arrays.
+      caller: the function that needs them, for the sentence.
+
+    Returns:
+      A list of its own.
+
+    Raises:
+      ValueError: there is none, or their structures, shapes or dtypes differ.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError(f"{caller} needs at least one batch, got none")
+    first = kind_of(batches[0])
+    odd = [i for i, x in enumerate(batches) if kind_of(x) != first]
+    if odd:
+        raise ValueError(
+            "all batches must have the shapes and dtypes of the first, but those at "
+            f"{listed(odd)} differ; drop the incomplete last batch, or cut all "
+            "sequences to one length"
+        )
+    return batches
+
+
 def chosen(traced: Trace, params: Params, prunable: Prunable) -> list[LinearOp]:
     """The linear ops whose weights may be pruned.
 

@@ -15,7 +15,6 @@ import jax
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
-from jaxprune.arrays.messages import listed
 from jaxprune.graph.linear_ops import trace
 from jaxprune.masking.counts import Allocation
 from jaxprune.posttraining import calibration, fingerprint, input_statistics, methods
@@ -113,7 +112,7 @@ def prune_trained(
       0.5
     """
     started = time.perf_counter()
-    batches = _checked_batches(batches)
+    batches = calibration.checked_batches(batches, "prune_trained")
     traced = trace(fn, params, batches[0])
     ops = calibration.chosen(traced, params, prunable)
     leaves = Leaves(jax.tree.leaves(params))
@@ -152,21 +151,6 @@ def prune_trained(
     }
     pruned = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
     return PruneResult(pruned, report)
-
-
-def _checked_batches(batches: Iterable[Any]) -> list[Any]:
-    batches = list(batches)
-    if not batches:
-        raise ValueError("prune_trained needs at least one batch, got none")
-    first = calibration.kind_of(batches[0])
-    odd = [i for i, x in enumerate(batches) if calibration.kind_of(x) != first]
-    if odd:
-        raise ValueError(
-            "all batches must have the shapes and dtypes of the first, but those at "
-            f"{listed(odd)} differ; drop the incomplete last batch, or cut all "
-            "sequences to one length"
-        )
-    return batches
 
 
 def _progress_log(

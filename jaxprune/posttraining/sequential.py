@@ -145,7 +145,7 @@ class Pruner:
         i = op.view.leaf
         leaf = self._program.leaves[i]
         spare = self._donate or i in self._owned
-        self._program.leaves[i] = _replaced(op, leaf, weight, donate=spare)
+        self._program.leaves[i] = replaced(op, leaf, weight, donate=spare)
         if self._donate and isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
         self._owned.add(i)
@@ -189,7 +189,7 @@ def _trim() -> None:
             trim(0)
 
 
-def _replaced(op: LinearOp, leaf: Any, weight: Any, *, donate: bool) -> jax.Array:
+def replaced(op: LinearOp, leaf: Any, weight: Any, *, donate: bool) -> jax.Array:
     """The leaf, where it was, with another weight in the place of one of its own."""
     write = functools.partial(op.view.write, donate=donate)
     new = placement.automatic(write, leaf, jnp.asarray(weight))
@@ -202,5 +202,5 @@ def _read_back(
     """A lazy leaf with its pruned weights, from the log."""
     leaf = home.read()
     for number, op in written:
-        leaf = _replaced(op, leaf, log.weight(number, op.name), donate=True)
+        leaf = replaced(op, leaf, log.weight(number, op.name), donate=True)
     return leaf

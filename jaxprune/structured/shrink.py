@@ -118,16 +118,64 @@ def shrink(
         cuts = cut.of_groups(found, kept)
         choice.check_whole(choice.masked_leaves(params, scores_or_masks), cuts)
     else:
-        if budget is not None:
-            lost = _within_budget(found, budget, measure, groups)
-        else:
-            shares = choice.asked(found, {} if sparsity is None else sparsity)
-            lost = choice.counts(found, shares)
+        lost = lost_units(found, sparsity, budget, measure, groups)
         kept = choice.by_scores(found, params, scores_or_masks, lost)
         cuts = cut.of_groups(found, kept)
-    shrunk = ShrunkFunction(fn, params, batch, found.trace, cuts)
+    return of_cuts(fn, params, batch, found, kept, cuts)
+
+
+def lost_units(
+    groups: AxisGroups,
+    sparsity: float | Mapping[str, float] | None,
+    budget: float | None,
+    measure: Measure,
+    rules: Sequence[str],
+) -> dict[str, int]:
+    """How many units each group loses, by a sparsity or a budget, as of `shrink`.
+
+    Args:
+      groups: of the function.
+      sparsity: a share, or {glob, kind or name of a group: share}; None with a budget.
+      budget: the share of the whole that may be left, or None.
+      measure: what the budget is of.
+      rules: globs or names of the groups that the budget is met with.
+
+    Returns:
+      Group name to count.
+
+    Raises:
+      ValueError: as `shrink` does.
+    """
+    if budget is not None:
+        return _within_budget(groups, budget, measure, rules)
+    shares = choice.asked(groups, {} if sparsity is None else sparsity)
+    return choice.counts(groups, shares)
+
+
+def of_cuts(
+    fn: Callable[[Params, Any], Any],
+    params: Params,
+    batch: Any,
+    groups: AxisGroups,
+    kept: Mapping[str, np.ndarray],
+    cuts: dict[str, LeafCut],
+) -> ShrinkResult:
+    """The smaller model of given cuts.
+
+    Args:
+      fn: the function.
+      params: its parameters.
+      batch: the batch that the groups were found with.
+      groups: of the function.
+      kept: group name to the units that are kept, of groups that lose any.
+      cuts: leaf name to its cut.
+
+    Returns:
+      As `shrink`.
+    """
+    shrunk = ShrunkFunction(fn, params, batch, groups.trace, cuts)
     small = cut.params(params, cuts)
-    return ShrinkResult(shrunk, small, _report(found, kept, cuts, shrunk))
+    return ShrinkResult(shrunk, small, _report(groups, kept, cuts, shrunk))
 
 
 def _check(masks: bool, sparsity: Any, budget: float | None, measure: Measure) -> None:
@@ -137,6 +185,11 @@ def _check(masks: bool, sparsity: Any, budget: float | None, measure: Measure) -
             "shrink needs masks, or scores and either a sparsity or a budget, got "
             f"{'masks' if masks else 'scores'}, sparsity={sparsity}, budget={budget}"
         )
+    check_budget(budget, measure)
+
+
+def check_budget(budget: float | None, measure: Measure) -> None:
+    """Refuses a budget that is no share, and a measure that is unknown."""
     if budget is not None and not 0 < budget < 1:
         raise ValueError(f"a budget is a share in (0, 1), got {budget}")
     if measure not in get_args(Measure):

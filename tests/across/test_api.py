@@ -51,6 +51,7 @@ FUNCTIONS = [
     "scores.threshold",
     "scores.trajectory",
     "shrink",
+    "shrink_trained",
     "sparsity",
     "state_shardings",
     "straight_through",

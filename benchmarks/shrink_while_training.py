@@ -1,0 +1,181 @@
+"""A GPT whose MLPs shrink while it trains, beside dense training with as many steps.
+
+`python -m benchmarks.shrink_while_training` trains a character GPT on Shakespeare's
+plays. Every so many steps `jp.shrink` takes some neurons out, by the trajectory score
+of the optimizer's own second moment, and cuts the optimizer's state alike; training
+goes on with the smaller program. Beside it: dense to the end; dense to the end and
+shrunk then; and half as wide from the start. One JSON line for all seeds.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+import jaxprune as jp
+from benchmarks import measure
+from experiments import gpt
+from experiments.datasets import shakespeare_plays
+from experiments.datasets.batches import Batches
+from experiments.tasks.language_model import LanguageModel, optimizer, schedule
+
+NEURONS = "*/mlp/*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains each candidate once a seed.
+
+    Attributes:
+      preset: the GPT's size.
+      steps: of each candidate.
+      batch_size: sequences in a batch.
+      begin: the share of the steps after which the first neurons go.
+      end: the share after which the last go.
+      times: in how many events.
+      sparsity: the share of each MLP's neurons that is gone in the end.
+      seeds: of initialisation and batches.
+      validated: sequences of the validation loss.
+    """
+
+    preset: str = "cpu"
+    steps: int = 1000
+    batch_size: int = 16
+    begin: float = 0.1
+    end: float = 0.5
+    times: int = 4
+    sparsity: float = 0.5
+    seeds: tuple[int, ...] = (0, 1, 2)
+    validated: int = 256
+
+
+def main(config: Config) -> None:
+    """Trains and reports."""
+    plays = [shakespeare_plays.render(x) for x in shakespeare_plays.read_plays()]
+    letters = sorted({*"".join(plays)})
+    train, held_out = (
+        np.array([letters.index(x) for x in "".join(own)], np.uint8)
+        for own in (
+            [x for n, x in enumerate(plays) if n % 10 != 4],
+            plays[4::10],
+        )
+    )
+    shape = gpt.preset(config.preset, vocab_size=len(letters))
+    points = np.linspace(config.begin, config.end, config.times)
+    events = [round(config.steps * share) for share in points]
+    results: dict[str, list[dict[str, float]]] = {}
+    for seed in config.seeds:
+        for name, at in (
+            ("dense", []),
+            ("while it trains", events),
+            ("from the start", [0]),
+        ):
+            found = trained(config, shape, train, held_out, seed, at)
+            for key, value in found.items():
+                label = "dense, shrunk after" if key == "after" else name
+                results.setdefault(label, []).append(value)
+    measure.report(
+        "shrink_while_training",
+        config=dataclasses.asdict(config),
+        results={
+            name: {
+                key: measure.median_and_spread([run[key] for run in own])
+                for key in own[0]
+            }
+            for name, own in results.items()
+        },
+    )
+
+
+def trained(
+    config: Config,
+    shape: gpt.GPTConfig,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    seed: int,
+    events: list[int],
+) -> dict[str, dict[str, float]]:
+    """One run: loss, seconds and size; of a dense one also as it is shrunk then."""
+    model, batches = LanguageModel(shape), _batches(config, shape, train, seed)
+    tx = optimizer(schedule(1e-3, config.steps, warmup=100), track=())
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return model.loss(params, *batch, jax.random.key(0))
+
+    fn: Any = loss
+    params = model.init(seed)
+    state, first = tx.init(params), batches(0)
+    step, spent, lost = _step(fn, tx), 0.0, 0
+    for number in range(config.steps):
+        if number in events:
+            share, lost = _share(config, lost, len(events), 4 * shape.width)
+            small = _shrunk(fn, params, state, first, share)
+            fn, params, state = small.fn, small.params, small.cut(state)
+            step = _step(fn, tx)
+        batch = batches(number)
+        if number == 0 or number in events:  # compiled apart, and not timed
+            step = step.lower(params, state, batch).compile()
+        started = time.perf_counter()
+        params, state = jax.block_until_ready(step(params, state, batch))
+        spent += time.perf_counter() - started
+    of = _batches(config, shape, held_out, 0)
+    found = {"run": _measured(config, fn, params, of, spent)}
+    if not events:
+        small = _shrunk(fn, params, state, first, config.sparsity)
+        found["after"] = _measured(config, small.fn, small.params, of, spent)
+    return found
+
+
+def _shrunk(
+    fn: Any, params: Any, state: Any, batch: Any, share: float
+) -> jp.ShrinkResult:
+    """Without the neurons whose weights have the lowest scores in sum."""
+    # Before the first step there is no second moment to score by.
+    fresh = all(not np.any(leaf) for leaf in jax.tree.leaves(state))
+    criterion = jp.scores.magnitude(params)
+    if not fresh:
+        criterion = jp.scores.trajectory(params, state)
+    return jp.shrink(fn, params, batch, criterion, {NEURONS: share})
+
+
+def _share(config: Config, lost: int, events: int, whole: int) -> tuple[float, int]:
+    """What an event takes of the neurons that are left, and how many are gone then."""
+    each = round(config.sparsity * whole / events)
+    return each / (whole - lost), lost + each
+
+
+def _step(fn: Callable[..., Any], tx: Any) -> Any:
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        updates, state = tx.update(jax.grad(fn)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def _batches(
+    config: Config, shape: gpt.GPTConfig, tokens: np.ndarray, seed: int
+) -> Batches:
+    return Batches(
+        tokens, batch_size=config.batch_size, context=shape.context, seed=seed
+    )
+
+
+def _measured(
+    config: Config, fn: Any, params: Any, of: Batches, spent: float
+) -> dict[str, float]:
+    loss, count = jax.jit(fn), config.validated // config.batch_size
+    losses = [float(loss(params, of(number))) for number in range(count)]
+    return {
+        "nats": float(np.mean(losses)),
+        "seconds": spent,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,153 @@
+"""Fewer neurons, heads and layers of a real model: ours beside the papers' methods.
+
+`python -m benchmarks.smaller_model MODEL TEXTS OUT` runs each cell of the table in
+processes of its own. Ours is written as a checkpoint, which torch then reads: all cells
+are evaluated by one program, `benchmarks.torch_shrinking`. Each cell is one JSON line
+in OUT; what is there is not run again.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from benchmarks import measure
+from benchmarks.real_model import json_line
+
+REMOVED = {
+    "ffn25": ("--ffn", "0.25"),
+    "heads25": ("--heads", "0.25"),
+    "both25": ("--ffn", "0.25", "--heads", "0.25"),
+    "ffn50": ("--ffn", "0.5"),
+    "heads50": ("--heads", "0.5"),
+    "both50": ("--ffn", "0.5", "--heads", "0.5"),
+    "layers2": ("--drop", "2"),
+    "layers4": ("--drop", "4"),
+}
+WIDTH = ("magnitude-sp", "wanda-sp", "flap", "flap-adaptive", "ours")
+DEPTH = ("block-influence", "ours")
+TEXTS = ("shakespeare", "technical", "news")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Runs the cells that are missing, and prints the table.
+
+    Attributes:
+      model: a Hugging Face directory, as `benchmarks.gemma` writes it.
+      texts: token files, as `benchmarks.texts` writes them.
+      out: where the results go, one file a cell.
+      calibration: the file that draws are taken from, without ".npy".
+      draws: which draws of it.
+      calibrated: sequences of a draw.
+      removed: what is removed, names of `REMOVED`.
+      methods: which methods; all if left out.
+      sequences: how many of each held-out text to evaluate on.
+      threads: of torch and of XLA.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    texts: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional]
+    calibration: str = "calibration-mixed50-128"
+    draws: tuple[int, ...] = (0, 1, 2)
+    calibrated: int = 32
+    removed: tuple[str, ...] = tuple(REMOVED)
+    methods: tuple[str, ...] = ()
+    sequences: int = 8
+    threads: int = 2
+
+
+def main(config: Config) -> None:
+    """Runs what is missing and prints the table."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    cells = [c for c in _cells(config) if not (config.out / f"{c[0]}.json").exists()]
+    with tempfile.TemporaryDirectory(dir=config.out) as folder:
+        texts = []
+        for name in TEXTS:
+            ids = np.load(config.texts / f"held-out-{name}.npy")
+            np.save(Path(folder) / f"{name}.npy", ids[: config.sequences])
+            texts.append(f"{name}={folder}/{name}.npy")
+        for name, method, arguments in measure.progress(cells, "running", "cell"):
+            line = _run(config, Path(folder) / "small", method, arguments, texts)
+            (config.out / f"{name}.json").write_text(line + "\n")
+    print(table(config.out))
+
+
+def _cells(config: Config) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, method and arguments, in an order that serves a first look."""
+    calibration = str(config.texts / f"{config.calibration}.npy")
+    yield "dense_none_0", "none", []
+    for draw in config.draws:
+        for removed in config.removed:
+            for method in DEPTH if removed.startswith("layers") else WIDTH:
+                if config.methods and method not in config.methods:
+                    continue
+                if method == "magnitude-sp" and draw:
+                    continue  # it looks at no text
+                arguments = [*REMOVED[removed], "--draw", str(draw)]
+                arguments += ["--calibration", calibration]
+                arguments += ["--sequences", str(config.calibrated)]
+                yield f"{removed}_{method}_{draw}", method, arguments
+
+
+def _run(
+    config: Config, small: Path, method: str, arguments: list[str], texts: list[str]
+) -> str:
+    """One cell: a JSON line, of ours with what the making of the model said."""
+    evaluate = ["--evaluate", *texts, "--threads", str(config.threads)]
+    competitor = "benchmarks.torch_shrinking"
+    if method != "ours":
+        command = [competitor, str(config.model), "--method", method]
+        return json_line([*command, *arguments, *evaluate], config.threads)
+    command = ["benchmarks.jax_shrinking", str(config.model), str(small)]
+    made = json.loads(json_line([*command, *arguments], config.threads))
+    command = [competitor, str(small), "--method", "none"]
+    line = json.loads(json_line([*command, *evaluate], config.threads))
+    shutil.rmtree(small)
+    line["seconds"]["prune"] = made["prune_seconds"]
+    return json.dumps({**line, "made": made})
+
+
+def table(folder: Path) -> str:
+    """The results as Markdown.
+
+    Args:
+      folder: with a JSON line a cell.
+
+    Returns:
+      A row for what is removed and each method: the perplexity on each text, and the
+      geometric mean of the three, means over draws with their spread; how many draws.
+    """
+    cells: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for path in folder.glob("*.json"):
+        removed, method, _ = path.stem.split("_")
+        found = json.loads(path.read_text())["perplexities"]
+        found["mean"] = math.exp(statistics.fmean(map(math.log, found.values())))
+        cells.setdefault((removed, method), []).append(found)
+    rows = [["removed", "method", *TEXTS, "geometric mean", "draws"]]
+    rows.append(["---"] * len(rows[0]))
+    order = ["dense", *REMOVED]
+    for (removed, method), own in sorted(
+        cells.items(), key=lambda x: (order.index(x[0][0]), x[0][1])
+    ):
+        row = [removed, method]
+        for text in (*TEXTS, "mean"):
+            values = [cell[text] for cell in own]
+            row.append(f"{statistics.fmean(values):.2f}")
+            if len(values) > 1:
+                row[-1] += f" ± {statistics.stdev(values):.2f}"
+        rows.append([*row, str(len(own))])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

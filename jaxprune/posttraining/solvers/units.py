@@ -1,0 +1,225 @@
+"""Whole units of inputs out of a kernel, the rest updated to make up for them.
+
+A unit is a neuron (one row of the kernel that it goes out by) or a head (as many rows
+as it has features). With H = X^T X, damped, and W (in, out), removing the rows P of a
+unit and updating the others at best costs tr W_P^T ((H^-1)_PP)^-1 W_P of the squared
+error of the outputs. The cheapest go, a few at a time; then W and H^-1 are those of
+what is left.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from jaxprune.posttraining.solvers import layer_problem
+
+# Units are removed so that there are about this many choices in all.
+_ROUNDS = 256
+
+
+class Removal(NamedTuple):
+    """A kernel without some of its units.
+
+    Attributes:
+      weight: (in, out), in the weight's dtype; rows of removed units are zero.
+      kept: (units,), True where kept.
+      damping: as in `Solution`.
+    """
+
+    weight: Float[Array, "in out"]
+    kept: Bool[Array, " units"]
+    damping: Float[Array, ""]
+
+
+class _State(NamedTuple):
+    """What is left: W and H^-1 with removed rows zero, and which units are kept."""
+
+    weight: Float[Array, "in out"]
+    inverse: Float[Array, "in in"]
+    kept: Bool[Array, " units"]
+
+
+def remove(
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    units: Int[np.ndarray, "units rows"],
+    lost: Any,
+    *,
+    damping: Any = 0.01,
+    at_once: int | None = None,
+) -> Removal:
+    """Removes the units of inputs that cost its outputs least, and updates the rest.
+
+    Greedy: in each round every unit's cost, given what is gone already, is computed and
+    the cheapest go, of equals the first. At the end the kept rows are solved for once
+    more from the original ones, W_S = (H_SS)^-1 H_S: W, since rounding adds up over
+    the rounds.
+
+    Args:
+      weight: (in, out), floating.
+      hessian: (in, in), proportional to X^T X of the inputs.
+      units: the rows of each unit, (units, rows); no row is in two. Rows in no unit
+        stay, and are updated as well.
+      lost: how many units go, an integer, traced or not.
+      damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
+        factorisation fails it is raised tenfold until it does not.
+      at_once: units that go in one round, by costs that leave each other out of
+        account; by default 1 up to 256 units, then as many as make 256 rounds do.
+
+    Returns:
+      The kernel with zeros in the rows that are gone, which units are kept, and the
+      damping used, infinity where nothing helped: look at it.
+
+    Raises:
+      ValueError: a shape or number does not fit, or a value is not finite.
+      TypeError: a dtype does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from jaxprune.posttraining.solvers import units
+      >>> weight = jnp.array([[1.0], [2.0]])
+      >>> hessian = jnp.array([[1.0, 0.5], [0.5, 1.0]])
+      >>> found = units.remove(weight, hessian, np.array([[0], [1]]), 1, damping=0.0)
+      >>> found.kept.tolist(), found.weight.tolist()
+      ([False, True], [[0.0], [2.5]])
+
+    Reference:
+      Kurtic, Frantar, Alistarh, "ZipLM: Inference-Aware Structured Pruning of Language
+      Models", 2023, arXiv 2302.04089, section 3.1. Ours removes several small units at
+      once, and solves for the kept rows anew at the end.
+    """
+    layer_problem.checked(weight, hessian, damping)
+    units = np.asarray(units)
+    _check_units(units, len(weight), lost)
+    if at_once is None:
+        at_once = -(-len(units) // _ROUNDS)
+    if at_once < 1:
+        raise ValueError(f"at_once must be at least 1 unit, got {at_once}")
+    at_once = min(at_once, len(units))
+    return _remove(weight, hessian, units, lost, damping, at_once=at_once)
+
+
+def _check_units(units: np.ndarray, inputs: int, lost: Any) -> None:
+    whole = np.issubdtype(units.dtype, np.integer) and units.ndim == 2 and units.size
+    if not whole or units.min() < 0 or units.max() >= inputs:
+        raise ValueError(
+            f"units must be integers (units, rows) from 0 to {inputs - 1}, the rows of "
+            f"each unit, got {units.dtype} of shape {units.shape}"
+        )
+    if len(np.unique(units)) != units.size:
+        raise ValueError("units must have no row in common, but some have")
+    if not isinstance(lost, jax.core.Tracer) and not 0 <= int(lost) < len(units):
+        raise ValueError(
+            f"a number of units from 0 to {len(units) - 1} can be removed, got {lost}"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="at_once")
+@layer_problem.precise
+def _remove(
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    units: Integer[Array, "units rows"],
+    lost: Any,
+    damping: Any,
+    *,
+    at_once: int,
+) -> Removal:
+    damped = layer_problem.damped(hessian, damping)
+    wide = weight.astype(jnp.float32)
+    identity = jnp.eye(len(hessian), dtype=jnp.float32)
+    inverse = jax.scipy.linalg.cho_solve((damped.factor, True), identity)
+    left = len(units) - jnp.asarray(lost)
+
+    def unfinished(state: _State) -> jax.Array:
+        return jnp.sum(state.kept) > left
+
+    def step(state: _State) -> _State:
+        cheapest = jnp.argsort(_costs(state, units), stable=True)[:at_once]
+        going = jnp.arange(at_once) < jnp.sum(state.kept) - left
+        return _without(state, units, cheapest, going)
+
+    start = _State(wide, inverse, jnp.ones(len(units), bool))
+    kept = jax.lax.while_loop(unfinished, step, start).kept
+    rows = jnp.ones(len(weight), bool).at[units].set(kept[:, None])
+    solved = solve_rows(wide, damped.matrix, rows)
+    return Removal(solved.astype(weight.dtype), kept, damped.damping)
+
+
+def _costs(
+    state: _State, units: Integer[Array, "units rows"]
+) -> Float[Array, " units"]:
+    """What removing each unit costs, infinity for those that are gone."""
+    weight = state.weight[units]  # (units, rows, out)
+    if units.shape[1] == 1:
+        block = jnp.diagonal(state.inverse)[units]  # (units, 1)
+        costs = jnp.sum(jnp.square(weight[:, 0]), 1) / block[:, 0]
+    else:
+        block = state.inverse[units[:, :, None], units[:, None, :]]
+        identity = jnp.eye(units.shape[1], dtype=block.dtype)
+        block = jnp.where(state.kept[:, None, None], block, identity)
+        factor = jnp.linalg.cholesky(block, symmetrize_input=False)
+        half = jax.lax.linalg.triangular_solve(
+            factor, weight, left_side=True, lower=True
+        )
+        costs = jnp.sum(jnp.square(half), (1, 2))
+    return jnp.where(state.kept, costs, jnp.inf)
+
+
+def _without(
+    state: _State,
+    units: Integer[Array, "units rows"],
+    chosen: Integer[Array, " chosen"],
+    going: Bool[Array, " chosen"],
+) -> _State:
+    """The state once those of the chosen units that are going are gone."""
+    rows = jnp.ravel(units[chosen])  # (chosen x rows,)
+    gone = jnp.repeat(going, units.shape[1])
+    # Where a unit is not going, the identity stands for its block, and nothing moves.
+    both = gone[:, None] & gone[None, :]
+    block = state.inverse[rows[:, None], rows[None, :]]
+    block = jnp.where(both, block, jnp.eye(len(rows), dtype=block.dtype))
+    columns = jnp.where(gone, state.inverse[:, rows], 0)  # (in, chosen x rows)
+    weight = jnp.where(gone[:, None], state.weight[rows], 0)
+    factor = jax.scipy.linalg.cho_factor(block, lower=True)
+    move = jax.scipy.linalg.cho_solve(factor, jnp.concatenate([weight, columns.T], 1))
+    outputs = weight.shape[1]
+    new = state.weight - columns @ move[:, :outputs]
+    inverse = state.inverse - columns @ move[:, outputs:]
+    # Exactly zero, whatever rounding left there.
+    stays = jnp.ones(len(inverse), bool).at[rows].set(~gone)
+    return _State(
+        jnp.where(stays[:, None], new, 0),
+        jnp.where(stays[:, None] & stays[None, :], inverse, 0),
+        state.kept.at[chosen].set(~going & state.kept[chosen]),
+    )
+
+
+def solve_rows(
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    kept: Bool[Array, " in"],
+) -> Float[Array, "in out"]:
+    """The rows S that are kept, at best: (H_SS)^-1 H_S: W; zero elsewhere.
+
+    Args:
+      weight: (in, out) float32.
+      hessian: (in, in), positive definite.
+      kept: (in,), True where a row is kept.
+
+    Returns:
+      (in, out) float32.
+    """
+    both = kept[:, None] & kept[None, :]
+    inside = jnp.where(both, hessian, jnp.eye(len(hessian), dtype=hessian.dtype))
+    # H_S: W = H_SS W_S + H_SP W_P: only what is gone has to be made up for.
+    gone = jnp.where(kept[:, None], 0, weight)
+    target = jnp.where(kept[:, None], hessian @ gone, 0)
+    factor = jax.scipy.linalg.cho_factor(inside, lower=True)
+    moved = weight + jax.scipy.linalg.cho_solve(factor, target)
+    return jnp.where(kept[:, None], moved, 0)

@@ -1,0 +1,131 @@
+"""Which weight the units of an axis group go out by: the group's consumer.
+
+A neuron or head leaves through the rows of one matrix, the down projection of an MLP or
+the output projection of attention. What is done to the unit can be made up for there.
+"""
+
+import collections
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.arrays.messages import listed
+from jaxprune.graph.axis_dims import Dim, units
+from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
+from jaxprune.graph.axis_trace import LeafAxes
+from jaxprune.graph.linear_ops import LinearOp, Trace
+
+
+class Consumer(NamedTuple):
+    """The weight that a group's units go out by.
+
+    Attributes:
+      op: the linear op; its weight is one matrix (1, in, out).
+      rows: the rows of each unit, (units, rows of one).
+    """
+
+    op: LinearOp
+    rows: np.ndarray
+
+
+def consumers(
+    groups: AxisGroups, names: Sequence[str], traced: Trace
+) -> dict[str, Consumer]:
+    """The consumer of each group.
+
+    Args:
+      groups: of the function.
+      names: of the groups of interest.
+      traced: the function's linear ops.
+
+    Returns:
+      Group name to its consumer, in the order of the groups.
+
+    Raises:
+      ValueError: the units of a group go out by no linear op, by several, or by one
+        that is several matrices.
+    """
+    chosen = {group.name: group for group in groups if group.name in {*names}}
+    uses = collections.Counter(op.name for op in traced.linear_ops)
+    found: dict[str, list[Consumer]] = {name: [] for name in chosen}
+    for leaf in groups.trace.leaves:
+        ops = [op for op in traced.linear_ops if op.leaf == leaf.name]
+        for axis in range(len(leaf.shape)):
+            for own in _on_axis(leaf, axis, list(chosen.values())) if ops else ():
+                for name, consumer in _consumers(leaf, axis, own, ops):
+                    found[name] += [consumer] * uses[consumer.op.name]
+    wrong = {name: own for name, own in found.items() if not _is_one(own)}
+    if wrong:
+        seen = {
+            name: [f"{c.op.name} {c.op.shape}" for c in own] or ["none"]
+            for name, own in wrong.items()
+        }
+        raise ValueError(
+            "the units of a group must go out by one matrix, whose other rows can make "
+            f"up for them, but those of {listed(wrong)} do not: "
+            f"{dict(itertools.islice(seen.items(), 3))}; remove them by jp.shrink with "
+            "scores, or ask for other groups"
+        )
+    return {name: own[0] for name, own in found.items()}
+
+
+def _is_one(found: Sequence[Consumer]) -> bool:
+    return len(found) == 1 and found[0].op.shape[0] == 1
+
+
+def _on_axis(
+    leaf: LeafAxes, axis: int, groups: Sequence[AxisGroup]
+) -> list[dict[int, AxisGroup]]:
+    """The groups on an axis of a leaf, by the part of a stacked leaf.
+
+    There may be several on it, heads and the query heads of each: one dictionary each.
+    """
+    parts = collections.defaultdict(list)
+    for group in groups:
+        for member in group.members:
+            if (member.leaf, member.axis) == (leaf.name, axis):
+                parts[member.part].append(group)
+    most = max(map(len, parts.values()), default=0)
+    return [
+        {part: own[n] for part, own in parts.items() if n < len(own)}
+        for n in range(most)
+    ]
+
+
+def _consumers(
+    leaf: LeafAxes, axis: int, groups: Mapping[int, AxisGroup], ops: Sequence[LinearOp]
+) -> list[tuple[str, Consumer]]:
+    """The linear ops of a leaf that contract an axis with units, and whose they are."""
+    # Units of all groups are numbered on, and the leaf's weights by their units: then
+    # whatever way an op sees its weight, its rows can be read off the numbers.
+    ends = np.cumsum([0, *(group.units for group in groups.values())])
+    numbers = np.full(leaf.shape, -1, np.int32)
+    for start, (part, group) in zip(ends, groups.items(), strict=False):
+        own = _numbered(leaf.parts[part][axis], group.dim, int(start))
+        shape = [1] * len(leaf.shape)
+        shape[axis] = leaf.shape[axis]
+        place: list[Any] = [slice(None)] * len(leaf.shape)
+        if leaf.stacked is not None:
+            place[leaf.stacked] = slice(part, part + 1)
+        numbers[tuple(place)] = own.reshape(shape)
+    found, names = [], [group.name for group in groups.values()]
+    array = jnp.asarray(numbers)
+    for op in ops:
+        seen = np.asarray(op.view.read(array))  # (batch, in, out)
+        rows = seen[:, :, 0]
+        if (seen != rows[:, :, None]).any() or (rows == rows[:, :1]).all():
+            continue  # it makes the units, or has nothing to do with them
+        known = rows[rows >= 0]
+        which = int(np.searchsorted(ends, known[0], "right")) - 1
+        order = np.argsort(rows[0], kind="stable")[(rows[0] < 0).sum() :]
+        units_ = ends[which + 1] - ends[which]
+        found.append((names[which], Consumer(op, order.reshape(units_, -1))))
+    return found
+
+
+def _numbered(dim: Dim, atom: Dim, start: int) -> np.ndarray:
+    own = units(dim, atom)
+    return np.where(own < 0, -1, own + start)
