@@ -118,17 +118,14 @@ def _sparse(
     rate: optax.ScalarOrSchedule, span: Span, grow: jp.grow.Grow | None = None
 ) -> optax.GradientTransformation:
     """Sparse from the first step: a random mask, and what `grow` makes of it."""
-    if grow is None:
-        schedule: Any = jp.schedules.once(0, span.final)
-        criterion = jp.scores.random
-    else:
+    schedule: jp.schedules.Schedule = jp.schedules.once(0, span.final)
+    if grow is not None:
         period = max(span.freeze // 30, 1)  # 2.5 % of the steps
         schedule = jp.schedules.constant(span.final, 0, span.freeze, every=period)
-        criterion = jp.scores.magnitude
     return jp.gradual(
         optimizer(rate, track=()),
         schedule,
-        criterion=criterion,
+        criterion=jp.scores.random if grow is None else jp.scores.magnitude,
         allocation="erk",
         grow=grow,
     )
