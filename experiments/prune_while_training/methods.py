@@ -96,7 +96,7 @@ def _straight(
         optimizer(rate, track=()),
         span.cubic(),
         freeze=span.freeze if freezes else None,
-        **{"every": span.every, **options},
+        **options,
     )
 
 
