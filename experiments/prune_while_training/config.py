@@ -79,7 +79,7 @@ class Config:
     data_dir: Path | None = None
     methods: tuple[str, ...] = (
         *("dense_small", "gradual_magnitude", "gradual_trajectory"),
-        *("ste_magnitude", "ste_trajectory"),
+        *("gradual_trajectory_late", "ste_magnitude", "ste_trajectory"),
     )
     sparsities: tuple[float, ...] = (0.9, 0.8, 0.6, 0.95)
     steps: tuple[int, ...] = (1000, 4000)

@@ -1,8 +1,9 @@
 """The methods by name, and when each of them prunes.
 
-Each is nanoGPT's optimizer, wrapped; there is nothing else in a training step. From
-nothing, the sparsity rises between 20 % and 60 % of the steps; from a dense model it
-rises from 5 % on. Masks that move freeze at 75 %.
+Each is nanoGPT's optimizer, wrapped; there is nothing else in a training step. The
+sparsity rises between 20 % and 60 % of the steps, and masks that move freeze at 75 %;
+`_late` is from 10 % to 90 %, and freezes at 95 %. Both have the same average of
+weights. From a dense model it rises from 5 % on.
 """
 
 import functools
@@ -44,6 +45,12 @@ class Span(NamedTuple):
         end, freeze = round(0.6 * steps), round(0.75 * steps)
         return cls(final, max(begin, 1), end, freeze, max(steps // 100, 1))
 
+    def late(self) -> "Span":
+        """The longer rise of the same average: 10 % to 90 %, frozen at 95 %."""
+        steps = self.end / 0.6
+        begin, end, freeze = (round(part * steps) for part in (0.1, 0.9, 0.95))
+        return self._replace(begin=min(self.begin, begin), end=end, freeze=freeze)
+
     def cubic(self) -> jp.schedules.Schedule:
         """The sparsity that rises along a cubic."""
         return jp.schedules.cubic(self.final, self.begin, self.end, every=self.every)
@@ -63,6 +70,10 @@ Method = Callable[[optax.ScalarOrSchedule, Span], optax.GradientTransformation]
 """The learning rate and the span to the optimizer."""
 
 
+def _late(method: Method) -> Method:
+    return lambda rate, span: method(rate, span.late())
+
+
 def layer_magnitude(params: Any, importance: Any = None) -> Any:
     """|w| over the root mean square of its matrix: a global ranking by shape alone."""
 
@@ -79,7 +90,8 @@ def _dense(rate: optax.ScalarOrSchedule, span: Span) -> optax.GradientTransforma
 
 def _once(rate: optax.ScalarOrSchedule, span: Span) -> optax.GradientTransformation:
     # Half way of the others' rise; from a dense model at once.
-    step = span.begin if span.begin < span.end / 6 else (span.begin + span.end) // 2
+    from_dense = span.begin < span.end / 6
+    step = span.begin if from_dense else (span.begin + span.end) // 2
     return jp.gradual(optimizer(rate, track=()), jp.schedules.once(step, span.final))
 
 
@@ -139,8 +151,11 @@ METHODS: dict[str, Method] = {
     "once": _once,
     "gradual_magnitude": functools.partial(_gradual, **_MAGNITUDE),
     "gradual_trajectory": _gradual,
+    "gradual_magnitude_late": _late(functools.partial(_gradual, **_MAGNITUDE)),
+    "gradual_trajectory_late": _late(_gradual),
     "ste_magnitude": functools.partial(_straight, **_MAGNITUDE),
     "ste_trajectory": _straight,
+    "ste_trajectory_late": _late(_straight),
     "ste_layer_magnitude": functools.partial(_straight, criterion=layer_magnitude),
     "ste_magnitude_free": functools.partial(_straight, freezes=False, **_MAGNITUDE),
     "ste_trajectory_free": functools.partial(_straight, freezes=False),
