@@ -27,7 +27,7 @@ import optax
 
 from experiments import prune_while_training
 from experiments.harness import runner
-from experiments.prune_while_training.methods import METHODS, Method, Span
+from experiments.prune_while_training.methods import METHODS, Method, Span, late
 from experiments.tasks.language_model import optimizer
 
 
@@ -118,11 +118,15 @@ def methods(source: Path | None) -> dict[str, Method]:
 
         return build
 
-    return {
+    dense_to_sparse = {
         "jaxpruner_magnitude": rising("MagnitudePruning"),
         "jaxpruner_global_magnitude": rising("GlobalMagnitudePruning"),
         "jaxpruner_saliency": rising("SaliencyPruning"),
         "jaxpruner_ste_magnitude": rising("SteMagnitudePruning"),
+    }
+    return {
+        **dense_to_sparse,
+        **{f"{name}_late": late(method) for name, method in dense_to_sparse.items()},
         "jaxpruner_static": sparse("StaticRandomSparse"),
         "jaxpruner_set": sparse("SET"),
         "jaxpruner_rigl": sparse("RigL"),

@@ -70,7 +70,8 @@ Method = Callable[[optax.ScalarOrSchedule, Span], optax.GradientTransformation]
 """The learning rate and the span to the optimizer."""
 
 
-def _late(method: Method) -> Method:
+def late(method: Method) -> Method:
+    """The method, with the longer rise."""
     return lambda rate, span: method(rate, span.late())
 
 
@@ -151,11 +152,11 @@ METHODS: dict[str, Method] = {
     "once": _once,
     "gradual_magnitude": functools.partial(_gradual, **_MAGNITUDE),
     "gradual_trajectory": _gradual,
-    "gradual_magnitude_late": _late(functools.partial(_gradual, **_MAGNITUDE)),
-    "gradual_trajectory_late": _late(_gradual),
+    "gradual_magnitude_late": late(functools.partial(_gradual, **_MAGNITUDE)),
+    "gradual_trajectory_late": late(_gradual),
     "ste_magnitude": functools.partial(_straight, **_MAGNITUDE),
     "ste_trajectory": _straight,
-    "ste_trajectory_late": _late(_straight),
+    "ste_trajectory_late": late(_straight),
     "ste_layer_magnitude": functools.partial(_straight, criterion=layer_magnitude),
     "ste_magnitude_free": functools.partial(_straight, freezes=False, **_MAGNITUDE),
     "ste_trajectory_free": functools.partial(_straight, freezes=False),
