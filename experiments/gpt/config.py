@@ -6,7 +6,7 @@ are exact Python integers.
 Reference:
   Presets: Karpathy, nanoGPT (github.com/karpathy/nanoGPT, README.md and
   config/train_shakespeare_char.py), and Radford et al., Language Models are
-  Unsupervised Multitask Learners (2019), table 2. "medium" is our own.
+  Unsupervised Multitask Learners (2019), table 2. "tiny" and "medium" are our own.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from jaxprune.models.decoder.config import check_choice, check_positive
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"layers": 2, "heads": 4, "width": 64, "context": 64},
     "cpu": {"layers": 4, "heads": 4, "width": 128, "context": 64},
     "medium": {"layers": 6, "heads": 6, "width": 192, "context": 128},
     "char": {"layers": 6, "heads": 6, "width": 384, "context": 256, "dropout": 0.2},

@@ -19,6 +19,8 @@ ADAMW = 2
 """Where AdamW's own state lies in the state of `optimizer(..., track=EVERYTHING)`."""
 EVERYTHING = ("square", "taylor", "weight", "magnitude")
 """All that can be tracked: E[g^2] and E|w g| of the gradients, A and E|w|."""
+CLIP = 1.0
+"""The norm that gradients are clipped at."""
 
 
 class LanguageModel:
@@ -96,6 +98,15 @@ def schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
     )
 
 
+def adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """nanoGPT's AdamW without its clipping; matrices alone decay."""
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+    return optax.adamw(learning_rate, b1=0.9, b2=0.99, weight_decay=0.1, mask=decayed)
+
+
 def optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -121,29 +132,25 @@ def optimizer(
     Returns:
       The transformation.
     """
-
-    def decayed(params: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
-
-    adam = optax.adamw(learning_rate, b1=0.9, b2=0.99, weight_decay=0.1, mask=decayed)
-    clip = optax.clip_by_global_norm(1.0)
-    adamw = (clip, adam)
+    adam = adamw(learning_rate)
+    clip = optax.clip_by_global_norm(CLIP)
+    clipped = (clip, adam)
     if rank is not None:
         # The factors' gradients are clipped: those of the weights need not all exist.
         low_rank = jp.lora(optax.chain(clip, adam), rank, targets=targets)
-        adamw = (optax.identity(), low_rank)
+        clipped = (optax.identity(), low_rank)
     elif trained is not None:
 
         def chosen(params: Any) -> Any:
             structure = jax.tree.structure(params)
             return jax.tree.unflatten(structure, map(trained, jp.tree.names(params)))
 
-        adamw = (clip, optax.masked(adam, chosen))
+        clipped = (clip, optax.masked(adam, chosen))
     if not track:
-        return optax.chain(*adamw)
+        return optax.chain(*clipped)
     before, after = optax.identity(), optax.identity()
     if of_gradients := [name for name in EVERYTHING[:2] if name in track]:
         before = jp.track_gradients(average=of_gradients, storage=storage)
     if of_weights := [name for name in EVERYTHING[2:] if name in track]:
         after = jp.track_importance(average=of_weights, storage=storage)
-    return optax.chain(before, *adamw, after)
+    return optax.chain(before, *clipped, after)

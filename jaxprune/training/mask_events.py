@@ -1,8 +1,9 @@
 """Masks that are chosen again inside an update.
 
-What runs when nothing is due must cost next to nothing. So the branch of an event reads
-parameters and moments as they come in, never what the step makes: those would have to
-be written out for it at every step. And it returns masks alone.
+What runs when nothing is due must cost next to nothing. So the branch of an event
+returns masks alone, and reads parameters and moments as they come in, not what the step
+makes: that would have to be written out for it at every step. `straight_through` pays
+this, for masks that are not a step old.
 """
 
 import dataclasses

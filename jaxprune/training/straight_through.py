@@ -58,8 +58,8 @@ def straight_through(
     """Trains the dense weights through pruned ones; `freeze` drops the rest.
 
     From the schedule's first event on, masks are chosen anew at every event and every
-    so many steps, from the dense weights; what was pruned may come back. A step at
-    which masks change costs a ranking of all weights.
+    so many steps, from the dense weights that the step leads to; what was pruned may
+    come back. A step at which masks change costs a ranking of all weights.
 
     Args:
       optimizer: any optax optimizer, with its clipping; it sees dense weights and the
@@ -67,7 +67,8 @@ def straight_through(
       schedule: one of `jp.schedules`, or {step: sparsity or n:m pattern}.
       freeze: the step from which masks are fixed and what they prune is gone for good,
         not before the last event; None for never.
-      every: steps between two choices of masks at the same sparsity.
+      every: steps between two choices of masks at the same sparsity. What is pruned
+        drifts unseen in between, so more than one step costs quality.
       criterion: which weights matter, as for `gradual`.
       allocation: how each sparsity is shared out: "global", "layer", "erk" or a rule.
       pattern: which weights are pruned together, as for `masks.make`.
@@ -138,26 +139,23 @@ def straight_through(
         step, held, parked, inner = state
         again = jnp.any(masking.hit(step)) | ((step - first) % every == 0)
         due = again & (step >= first) & (step <= end)
-        # The dense weights are added up inside the branch, so that nothing is written
-        # for it at the steps at which it is not taken.
-        held = masking.changed(
-            due,
-            masking.latest(step),
-            step,
-            held,
-            lambda: (_dense(parked, params), state.inner),
-            params,
-        )
-        frozen, kept = step >= end, masking.read(held, params)
+        frozen, kept = step > end, masking.read(held, params)
         live = on_masked(lambda mask: mask | ~frozen, kept)
-        dense = select(live, _dense(parked, params))
+        before = _dense(parked, params)
         updates, inner = optimizer.update(
-            select(live, updates), inner, dense, **extra_args
+            select(live, updates), inner, before, **extra_args
         )
+        dense = optax.apply_updates(before, updates)
+        # Masks of the weights before the step would be a step too old for those that
+        # are seen. The loop is then one of a delay, and ends at a higher loss.
+        held = masking.changed(
+            due, masking.latest(step), step, held, lambda: (dense, inner), params
+        )
+        over, kept = step >= end, masking.read(held, params)
         left = on_masked(
-            lambda mask, leaf: jnp.where(mask | frozen, jnp.zeros_like(leaf), leaf),
+            lambda mask, leaf: jnp.where(mask | over, jnp.zeros_like(leaf), leaf),
             kept,
-            optax.apply_updates(dense, updates),
+            dense,
         )
         new = StraightThroughState(optax.safe_increment(step), held, left, inner)
         return on_masked(_seen, kept, updates, params, parked, rest=updates), new

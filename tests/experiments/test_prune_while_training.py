@@ -1,86 +1,158 @@
-"""Pruning while training: the schedule, exact counts, resuming, refusals."""
+"""Pruning while training: spans, exact counts, the tuned rate, resuming, refusals."""
 
+import csv
 import dataclasses
 import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import jaxprune as jp
 from experiments import gpt, prune_while_training
 from experiments.harness import training
+from experiments.prune_while_training import methods, shown
+from experiments.prune_while_training.config import Cell
+from experiments.prune_while_training.run import Run, distilled
 from experiments.tasks.language_model import LanguageModel
 from tests.support.tiny_run import write_text
+
+STEPS = 20
+RATES = (1e-3, 3e-3)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deeper")
+    folder = tmp_path_factory.mktemp("pruned")
     write_text(folder / "tiny.txt")
     return prune_while_training.Config(
         out=folder / "out",
+        preset="cpu",
         text=folder / "tiny.txt",
-        sparsities=(0.0, 0.5),
-        steps=12,
-        restart=4,
-        prune_every=2,
+        methods=("gradual_trajectory",),
+        sparsities=(0.5,),
+        tune_sparsity=0.5,
+        steps=(STEPS,),
+        learning_rates=RATES,
         batch_size=2,
         eval_tokens=256,
     )
 
 
 @pytest.fixture(scope="module")
-def finished(config):
-    """The losses of a whole run, and the parameters at each sparsity."""
-    run, params = prune_while_training.run, {}
-
-    def keeping(*arguments):
-        params[arguments[-1]] = run(*arguments)
-        return params[arguments[-1]]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune_while_training, "run", keeping)
-        results = json.loads(prune_while_training.main(config).read_text())
-    return results["losses"], params
+def results(config):
+    return json.loads(prune_while_training.main(config).read_text())
 
 
-@pytest.fixture(scope="module")
-def losses(finished):
-    return finished[0]
+def without_seconds(results):
+    return [{**cell, "seconds": None} for cell in results["cells"]]
 
 
-def test_the_cubic_ends_at_the_target_and_never_falls():
-    targets = prune_while_training.Config(steps=1000, prune_every=50).targets(0.8)
-    assert min(targets) > 200
-    assert max(targets) == 600
-    assert targets[600] == 0.8
-    assert np.all(np.diff(list(targets.values())) > 0)
-    # Zhu and Gupta, 2017, equation 1, half way: 1 - (1/2)^3 of the target.
-    np.testing.assert_allclose(targets[400], 0.8 * 7 / 8)
+@pytest.mark.parametrize(
+    ("steps", "from_dense", "begin"), [(1000, False, 200), (997, True, 50)]
+)
+def test_the_sparsity_rises_from_a_fifth_or_from_a_dense_model_at_once(
+    steps, from_dense, begin
+):
+    span = methods.Span.of(0.8, steps, from_dense=from_dense)
+    table = span.cubic().table()
+    assert min(table) == begin
+    assert max(table) == round(0.6 * steps) <= span.freeze < steps
+    assert table[span.end] == 0.8
+    assert np.all(np.diff(list(table.values())) > 0)
 
 
-def test_the_target_is_hit_off_the_grid_too():
-    assert (
-        prune_while_training.Config(steps=997, prune_every=60).targets(0.8)[598] == 0.8
-    )
+def test_the_average_of_weights_is_that_of_the_cubic():
+    # The mean of 1 - (1 - t)^3 is 3/4: over 40 % of the steps, then 40 % at the end.
+    span = methods.Span.of(0.9, 100_000, from_dense=False)
+    expected = 1 - 0.9 * (0.4 * 0.75 + 0.4)
+    # Between two events the share stays: half an event's rise more is left.
+    assert expected < span.average(100_000) < expected + 0.9 * 0.4 / 40
 
 
-def test_pruned_weights_are_exactly_as_many_as_asked_for(finished):
-    counted = jp.sparsity(jp.scores.magnitude(finished[1][0.5]))
-    assert counted.zeros == round(0.5 * counted.size)
+CHEAP = ("dense", "ste_magnitude", "admm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in CHEAP else pytest.mark.full)
+        for name in methods.METHODS
+    ],
+)
+def test_each_method_ends_with_exactly_as_many_zeros_as_asked_for(name):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 16))}
+    span = methods.Span.of(0.7, 20, from_dense=False)
+    tx = methods.METHODS[name](1e-2, span)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        gradient = jax.tree.map(lambda leaf: leaf + 1, params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(20):
+        params, state = step(params, state)
+    dense = name in (methods.DENSE, methods.DENSE_SMALL)
+    assert jp.sparsity(params).zeros == (0 if dense else round(0.7 * 128))
+
+
+def test_layer_magnitude_does_not_depend_on_a_matrix_s_scale():
+    kernel = jax.random.normal(jax.random.key(0), (4, 8))
+    scores = methods.layer_magnitude({"a": kernel, "b": 100 * kernel})
+    np.testing.assert_allclose(scores["a"], scores["b"], rtol=1e-5)
+
+
+def test_a_cell_counts_exactly_and_is_watched_to_its_end(results):
+    cells = {cell["method"]: cell for cell in results["cells"]}
+    pruned = cells["gradual_trajectory"]
+    assert pruned["zeros"] == round(0.5 * pruned["size"])
+    assert cells["dense"]["zeros"] == 0
+    assert [point["step"] for point in pruned["curve"]] == [*range(0, STEPS + 1, 2)]
+    assert pruned["curve"][2]["sparsity"] == 0
+    assert pruned["curve"][-1]["sparsity"] == pruned["zeros"] / pruned["size"]
+    assert pruned["curve"][-1]["overlap"] == 1  # it is final from 60 % on
+    assert {point["overlap"] for point in cells["dense"]["curve"]} == {None}
+
+
+def test_every_method_has_its_own_rate_and_the_control_too(config, results):
+    of = {}
+    for cell in results["cells"]:
+        of.setdefault(cell["method"], {})[cell["learning_rate"]] = cell["loss"]
+    assert {name: set(losses) for name, losses in of.items()} == {
+        "dense": {*RATES},
+        "gradual_trajectory": {*RATES},
+    }
+    lines = csv.DictReader((config.out / "results.csv").read_text().splitlines())
+    best = {name: min(losses, key=losses.get) for name, losses in of.items()}
+    control = of["dense"][best["dense"]]
+    for line in lines:
+        rate, loss = float(line["learning_rate"]), float(line["loss"])
+        assert (line["chosen"] == "True") == (rate == best[line["method"]])
+        assert float(line["above"]) == loss - control
+    for name in ("loss.svg", "steps.svg"):
+        assert "gradual_trajectory" in (config.out / name).read_text()
+
+
+def test_a_finished_run_trains_no_more(config, results, monkeypatch):
+    monkeypatch.setattr(training, "train", None)
+    again = json.loads(prune_while_training.main(config).read_text())
+    assert again["cells"] == results["cells"]
 
 
 @pytest.mark.full
-def test_a_run_cut_between_segments_ends_with_the_same_bits(
-    config, losses, tmp_path, monkeypatch
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_killed_run_ends_with_the_same_bits(
+    config, results, tmp_path, monkeypatch, checkpoints
 ):
-    again = dataclasses.replace(config, out=tmp_path)
+    again = dataclasses.replace(config, out=tmp_path, checkpoints=checkpoints)
     train, calls = training.train, []
 
     def dies_later(*args, **kwargs):
         calls.append(kwargs["steps"])
-        if len(calls) == 4:
+        if len(calls) == 25:
             raise KeyboardInterrupt
         return train(*args, **kwargs)
 
@@ -88,12 +160,44 @@ def test_a_run_cut_between_segments_ends_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         prune_while_training.main(again)
     assert not (tmp_path / "results.json").exists()
-    assert json.loads(prune_while_training.main(again).read_text())["losses"] == losses
+    assert len([*(tmp_path / "cells").glob("*")]) == 2
+    found = json.loads(prune_while_training.main(again).read_text())
+    assert without_seconds(found) == without_seconds(results)
 
 
-def test_a_finished_run_trains_no_more(config, losses, monkeypatch):
-    monkeypatch.setattr(training, "train", None)
-    assert json.loads(prune_while_training.main(config).read_text())["losses"] == losses
+@pytest.mark.full
+def test_a_run_may_start_from_the_dense_model_and_learn_from_it(
+    config, results, tmp_path
+):
+    own = dataclasses.replace(
+        config,
+        out=tmp_path,
+        methods=("once",),
+        learning_rates=RATES[:1],
+        after_dense=STEPS,
+        steps=(10,),
+        distill=(0.0, 0.5),
+    )
+    found = json.loads(prune_while_training.main(own).read_text())["cells"]
+    losses = {
+        (c["method"], c["after_dense"], c["distill"]): (c["steps"], c["loss"])
+        for c in found
+    }
+    assert len(losses) == 5  # the dense model; it and the pruned one, taught and not
+    dense = Cell("dense", 0.0, STEPS, RATES[0], 0)
+    before = [c["loss"] for c in results["cells"] if c["learning_rate"] == RATES[0]]
+    assert losses["dense", 0, 0.0] == (STEPS, before[0])
+    assert losses["dense", STEPS, 0.0][1] < before[0]
+    assert losses["once", STEPS, 0.5] != losses["once", STEPS, 0.0]
+    assert [p.name for p in (tmp_path / "states" / dense.name).iterdir()] == ["20"]
+
+
+def test_the_small_dense_model_has_about_the_average_of_weights(config):
+    corpus = prune_while_training.run.load(config.data, text=config.text)
+    run = Run(dataclasses.replace(config, preset="tiny"), corpus)
+    width = run._width(Cell(methods.DENSE_SMALL, 0.9, 1000, 1e-3, 0))
+    # 24 width^2 weights, of which the pruned run has 37 % on average.
+    assert 0.9 < 24 * width**2 / (0.37 * 24 * 64**2) < 1.1
 
 
 def test_distilling_mixes_cross_entropy_with_the_divergence_from_the_teacher():
@@ -101,7 +205,7 @@ def test_distilling_mixes_cross_entropy_with_the_divergence_from_the_teacher():
     student, teacher = model.init(0), jax.tree.map(lambda x: 30 * x, model.init(1))
     inputs, targets = np.arange(6).reshape(1, 6), np.arange(6)[::-1].reshape(1, 6)
     args = (student, inputs, targets, jax.random.key(0))
-    mixed = prune_while_training.distilled(model, teacher, 0.25, *args)
+    mixed = distilled(model, teacher, 0.25, *args)
 
     def probabilities(params):
         logits = np.asarray(model.bind(params)(inputs), np.float64)
@@ -114,37 +218,67 @@ def test_distilling_mixes_cross_entropy_with_the_divergence_from_the_teacher():
     np.testing.assert_allclose(mixed, 0.75 * entropy + 0.25 * divergence, rtol=1e-4)
 
 
-@pytest.mark.full
-def test_a_distilled_run_learns_from_the_dense_one_of_its_seed(
-    config, losses, tmp_path
-):
-    own = dataclasses.replace(config, out=tmp_path, distill=0.5)
-    taught = json.loads(prune_while_training.main(own).read_text())["losses"]["0"]
-    assert taught["0"] == losses["0"]["0"]
-    assert taught["0.5"] != losses["0"]["0.5"]
+def cell(method, sparsity, rate, seed, loss, **more):
+    whole = dict(steps=10, after_dense=0, distill=0.0, zeros=0, size=1, seconds=0.0)
+    return (
+        whole
+        | dict(
+            method=method, sparsity=sparsity, learning_rate=rate, seed=seed, loss=loss
+        )
+        | more
+    )
 
 
-@pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan")])
-def test_a_sparsity_out_of_range_is_refused_before_anything_is_written(
-    config, sparsity, tmp_path
+def test_the_table_is_of_each_method_at_its_own_best_rate():
+    # Of seed 1 at the other rates, and of another seed's lower loss, nothing is used.
+    cells = [
+        cell("dense", 0.0, 1e-3, 0, 2.0),
+        cell("dense", 0.0, 2e-3, 0, 1.9),
+        cell("dense", 0.0, 2e-3, 1, 1.7),
+        cell("once", 0.9, 1e-3, 0, 2.1),
+        cell("once", 0.9, 2e-3, 0, 2.2),
+        cell("once", 0.9, 1e-3, 1, 2.0),
+        cell("once", 0.9, 2e-3, 1, 0.1),
+        cell("once", 0.8, 1e-3, 0, 1.95),
+    ]
+    results = {"cells": cells, "config": {"tune_sparsity": 0.9, "tune_seed": 0}}
+    text = shown.tables(results)
+    once = next(line for line in text.splitlines() if line.startswith("once"))
+    # 2.1 - 1.9 and 2.0 - 1.7; at 80 % 1.95 - 1.9.
+    assert once.split()[1:] == [
+        "0.001",
+        "+0.050",
+        "(1)",
+        *["+0.250", "±", "0.071", "(2)"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("methods", ("gradual_magnitude", "no_such")),
+        ("sparsities", (1.0,)),
+        ("sparsities", (float("nan"),)),
+        ("sparsities", ()),
+        ("steps", (9,)),
+        ("seeds", (0, 0)),
+        ("learning_rates", (0.0,)),
+        ("tune_sparsity", 1.0),
+        ("distill", (1.0,)),
+        ("after_dense", -1),
+    ],
+)
+def test_what_is_out_of_range_is_refused_before_anything_is_written(
+    config, field, value, tmp_path
 ):
-    own = dataclasses.replace(config, out=tmp_path / "new", sparsities=(sparsity,))
-    with pytest.raises(ValueError, match="sparsities must be in"):
+    own = dataclasses.replace(config, out=tmp_path / "new", **{field: value})
+    with pytest.raises(ValueError, match=f"^{field} must") as caught:
         prune_while_training.main(own)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
 
 
-def test_another_learning_rate_in_the_same_folder_is_refused(config, losses):
-    own = dataclasses.replace(config, learning_rate=1e-4)
-    with pytest.raises(ValueError, match="learning_rate was"):
+def test_another_batch_size_in_the_same_folder_is_refused(config, results):
+    own = dataclasses.replace(config, batch_size=4)
+    with pytest.raises(ValueError, match="batch_size was"):
         prune_while_training.main(own)
-
-
-@pytest.mark.parametrize("recipe", ["cosine", "restart"])
-def test_the_learning_rate_peaks_where_the_recipe_says(recipe):
-    config = prune_while_training.Config(recipe=recipe)
-    rates = np.asarray(jax.vmap(config.rate())(np.arange(config.steps)))
-    np.testing.assert_allclose(rates.max(), config.learning_rate, rtol=1e-3)
-    expected = [100] if recipe == "cosine" else [100, 2050]
-    peaks = np.flatnonzero((rates[1:-1] > rates[:-2]) & (rates[1:-1] >= rates[2:])) + 1
-    assert peaks.tolist() == expected

@@ -29,20 +29,20 @@ def share(step):
 def with_a_hook(inner, params, grads, every, freeze):
     """The textbook's form: dense weights outside, masked before each gradient."""
     state, dense = inner.init(params), params
-    masks, frozen = jp.masks.make(jp.scores.magnitude(params), 0.0), False
+    masks = jp.masks.make(jp.scores.magnitude(params), 0.0)
     seen = []
     for n in range(STEPS):
-        again = n in SCHEDULE.table() or (n - 2) % every == 0
-        if 2 <= n <= freeze and again:
-            scores = jp.scores.magnitude(dense)
-            masks = jp.masks.make(scores, share(n), allocation="global")
-        frozen = n >= freeze
         gradient = jax.tree.map(lambda g, n=n: g[n], grads)
-        if frozen:
+        if n > freeze:
             gradient = jp.masks.apply(gradient, masks)
             dense = jp.masks.apply(dense, masks)
         updates, state = inner.update(gradient, state, dense)
         dense = optax.apply_updates(dense, updates)
+        # The hook before the next gradient.
+        again = n in SCHEDULE.table() or (n - 2) % every == 0
+        if 2 <= n <= freeze and again:
+            scores = jp.scores.magnitude(dense)
+            masks = jp.masks.make(scores, share(n), allocation="global")
         seen.append(jp.masks.apply(dense, masks))
     return jax.tree.map(lambda *x: jnp.stack(x), *seen), masks
 
@@ -105,8 +105,8 @@ def test_what_was_pruned_comes_back_with_the_weight_that_it_has_learned():
         updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
         seen.append(params["w"][0].tolist())
-    # Before each step the dense weight is 1, 2, 3, 4, 5; of equal ones the first stays.
-    assert seen == [[0, 0, 3, 4]] * 2 + [[4, 0, 0, 4], [5, 0, 0, 4], [6, 0, 0, 4]]
+    # After each step the dense weight is 2, 3, 4, 5, 6; of equal ones the first stays.
+    assert seen == [[0, 0, 3, 4], *([w, 0, 0, 4] for w in (3, 4, 5, 6))]
 
 
 @pytest.mark.parametrize(

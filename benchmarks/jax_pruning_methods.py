@@ -1,0 +1,161 @@
+"""JaxPruner's methods under the protocol of `experiments.prune_while_training`.
+
+    python -m benchmarks.jax_pruning_methods --source PATH --out DIR ...
+
+The flags but `--source` are the experiment's, and its cells may lie in the same
+directory. JaxPruner (google-research/jaxpruner) is read from a checkout; it needs
+ml_collections. It is no dependency, and nothing of it is copied. Two things it needs
+today are given from outside: `jax.tree_map`, which jax has removed, and that a leaf
+without a mask stays one, on which its SET and RigL fail.
+
+Its training loop has a hook before the forward pass and one after the update. Here both
+are called inside the update: the parameters that are held are those that its forward
+pass would see, and its own, dense or not, are in the state.
+"""
+
+import dataclasses
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import prune_while_training
+from experiments.harness import runner
+from experiments.prune_while_training.methods import METHODS, Method, Span, late
+from experiments.tasks.language_model import optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(prune_while_training.Config):
+    """Runs JaxPruner's methods beside ours.
+
+    Attributes:
+      source: a checkout of google-research/jaxpruner; an installed one if left out.
+    """
+
+    source: Path | None = None
+
+
+class State(NamedTuple):
+    """Their parameters and their state."""
+
+    own: Any
+    inner: Any
+
+
+def wrapped(updater: Any, inner: optax.GradientTransformation) -> Any:
+    """One of their updaters as an optax transformation, its two hooks inside."""
+    tx = updater.wrap_optax(inner)
+
+    def init(params: Any) -> State:
+        return State(jax.tree.map(jnp.array, params), tx.init(params))
+
+    def update(gradient: Any, state: State, params: Any = None) -> tuple[Any, State]:
+        updates, inner = tx.update(gradient, state.inner, state.own)
+        own = optax.apply_updates(state.own, updates)
+        own = updater.post_gradient_update(own, inner)
+        seen = updater.pre_forward_update(own, inner)
+        moved = jax.tree.map(
+            lambda new, old: jnp.where(new == 0, -old, new - old), seen, params
+        )
+        return moved, State(own, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def methods(source: Path | None) -> dict[str, Method]:
+    """Their methods by name, at their own defaults where the protocol names none.
+
+    Raises:
+      ImportError: there is no JaxPruner, or it cannot be imported.
+    """
+    if source is not None:
+        sys.path.insert(0, str(source))
+    jax.tree_map = _tree_map
+    theirs = importlib.import_module("jaxpruner")
+    distributions = importlib.import_module("jaxpruner.sparsity_distributions")
+    kernels = distributions.KERNEL_FILTER_FN
+
+    def polynomial(span: Span) -> Any:
+        return theirs.PolynomialSchedule(span.every, span.begin, span.end)
+
+    def shared_out(name: str, span: Span) -> dict[str, Any]:
+        rule = getattr(distributions, name)
+        return {
+            "sparsity_distribution_fn": functools.partial(
+                rule, sparsity=span.final, filter_fn=kernels
+            )
+        }
+
+    def rising(name: str, **options: Any) -> Method:
+        def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
+            of = {"sparsity": span.final, "filter_fn": kernels}
+            if not name.startswith("Global"):
+                of = shared_out("uniform", span)
+            scheduler = polynomial(span)
+            updater = getattr(theirs, name)(scheduler=scheduler, **of, **options)
+            return wrapped(updater, optimizer(rate, track=()))
+
+        return build
+
+    def sparse(name: str) -> Method:
+        def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
+            more: dict[str, Any] = {}
+            if name != "StaticRandomSparse":
+                period = max(span.freeze // 30, 1)  # as ours: 2.5 % of the steps
+                # Its update_state takes the first step for an update as well.
+                scheduler = theirs.PeriodicSchedule(period, period, span.freeze)
+                fall = optax.cosine_decay_schedule(0.3, span.freeze)
+                more = {"scheduler": scheduler, "drop_fraction_fn": fall}
+            updater = getattr(theirs, name)(**shared_out("erk", span), **more)
+            return wrapped(updater, optimizer(rate, track=()))
+
+        return build
+
+    dense_to_sparse = {
+        "jaxpruner_magnitude": rising("MagnitudePruning"),
+        "jaxpruner_global_magnitude": rising("GlobalMagnitudePruning"),
+        "jaxpruner_saliency": rising("SaliencyPruning"),
+        "jaxpruner_ste_magnitude": rising("SteMagnitudePruning"),
+    }
+    return {
+        **dense_to_sparse,
+        **{f"{name}_late": late(method) for name, method in dense_to_sparse.items()},
+        "jaxpruner_static": sparse("StaticRandomSparse"),
+        "jaxpruner_set": sparse("SET"),
+        "jaxpruner_rigl": sparse("RigL"),
+    }
+
+
+def _tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """jax's of old, by which a leaf of None stays None."""
+
+    def one(leaf: Any, *others: Any) -> Any:
+        return None if leaf is None else function(leaf, *others)
+
+    return jax.tree.map(one, tree, *rest, is_leaf=lambda leaf: leaf is None)
+
+
+def main(config: Config) -> Path:
+    """Runs the experiment with their methods known; returns the path of results.json.
+
+    Raises:
+      ImportError: there is no JaxPruner, or it cannot be imported.
+      ValueError, OSError, FloatingPointError: as the experiment's own.
+    """
+    METHODS.update(methods(config.source))
+    values = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(prune_while_training.Config)
+    }
+    return prune_while_training.main(prune_while_training.Config(**values))
+
+
+if __name__ == "__main__":
+    runner.from_command_line(main, Config)

@@ -1,0 +1,136 @@
+"""What is asked for: the flags, and the cell that each trained model is."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from experiments.harness.plan import check_lists
+from experiments.prune_while_training.methods import DENSE, METHODS
+
+_BATCH = {"tiny": 6, "cpu": 12, "medium": 16, "char": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One trained model.
+
+    Attributes:
+      method: a name of `METHODS`.
+      sparsity: the fraction of the decoder's matrices that is removed at the end; of
+        "dense" it is 0, and of "dense_small" that of the run whose size it has.
+      steps: updates.
+      learning_rate: the peak.
+      seed: of the parameters and the batches.
+      after_dense: updates of the dense model that it starts from; 0 for none.
+      distill: weight of the divergence from the dense model; 0 for none.
+    """
+
+    method: str
+    sparsity: float
+    steps: int
+    learning_rate: float
+    seed: int
+    after_dense: int = 0
+    distill: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        more = f"-after-{self.after_dense}" if self.after_dense else ""
+        more += f"-distill-{self.distill:g}" if self.distill else ""
+        return (
+            f"{self.method}-{self.sparsity:g}-steps-{self.steps}"
+            f"-rate-{self.learning_rate:g}-seed-{self.seed}{more}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains with a rising sparsity by several methods, and dense by the same recipe.
+
+    Attributes:
+      out: directory of the results; what is found there is not done again.
+      preset: size of the model.
+      data: "shakespeare_plays" (offline) or "tiny_shakespeare_char".
+      text: a text file, or a directory of them, in place of a data set.
+      data_dir: where data sets are kept.
+      methods: names of `METHODS`; the dense control is always done.
+      sparsities: final fractions of the decoder's matrices removed.
+      steps: lengths of training, each with a cosine of its own.
+      seeds: one run each.
+      learning_rates: peaks to choose from, for each method and each length.
+      tune_sparsity: the sparsity at which the peak is chosen.
+      tune_seed: the seed with which it is chosen.
+      after_dense: 0 trains from nothing; else each run starts from the dense model of
+        so many steps, and `steps` are those that follow.
+      distill: weights, in [0, 1), of the divergence from the dense model of the seed:
+        that of as many steps, or the one that is started from. 0 is none.
+      batch_size: sequences in a batch; the preset's if left out.
+      eval_tokens: validation tokens of every loss; 0 takes all.
+      checkpoints: whether a cell that was stopped goes on from its last tenth, rather
+        than from its start.
+      mesh: how the devices share the work, as in `scaled_down_llm`.
+    """
+
+    out: Path = Path("results/prune_while_training")
+    preset: Literal["tiny", "cpu", "medium", "char"] = "tiny"
+    data: str = "shakespeare_plays"
+    text: Path | None = None
+    data_dir: Path | None = None
+    methods: tuple[str, ...] = (
+        *("dense_small", "gradual_magnitude", "gradual_trajectory"),
+        *("gradual_trajectory_late", "ste_magnitude", "ste_trajectory"),
+    )
+    sparsities: tuple[float, ...] = (0.9, 0.8, 0.6, 0.95)
+    steps: tuple[int, ...] = (1000, 4000)
+    seeds: tuple[int, ...] = (0,)
+    learning_rates: tuple[float, ...] = (8e-3, 4e-3, 16e-3)
+    tune_sparsity: float = 0.9
+    tune_seed: int = 0
+    after_dense: int = 0
+    distill: tuple[float, ...] = (0.0,)
+    batch_size: int | None = None
+    eval_tokens: int = 0
+    checkpoints: bool = False
+    mesh: str | None = None
+
+    @property
+    def batch(self) -> int:
+        """Sequences in a batch."""
+        return self.batch_size or _BATCH[self.preset]
+
+    def check(self) -> None:
+        """Refuses what could only fail later.
+
+        Raises:
+          ValueError: a name is unknown, a number out of range, or a list empty.
+        """
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise ValueError(
+                f"methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}"
+            )
+        lists = ("methods", "sparsities", "steps", "seeds", "learning_rates", "distill")
+        check_lists(self, *lists)
+        for name, values, least in (
+            ("steps", self.steps, 10),
+            ("after_dense", (self.after_dense or 10,), 10),
+            ("eval_tokens", (self.eval_tokens,), 0),
+            ("batch_size", (self.batch,), 1),
+            ("seeds", (*self.seeds, self.tune_seed), 0),
+        ):
+            if min(values) < least:
+                raise ValueError(f"{name} must be at least {least}, got {min(values)}")
+        for rate in self.learning_rates:
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"learning_rates must be over 0, got {rate}")
+        if not 0 < self.tune_sparsity < 1:
+            raise ValueError(
+                f"tune_sparsity must be in (0, 1), got {self.tune_sparsity}"
+            )
+        for weight in self.distill:
+            if not 0 <= weight < 1:
+                raise ValueError(f"distill must be in [0, 1), got {weight}")
+
+    def names(self) -> list[str]:
+        """The methods, the dense control first."""
+        return list(dict.fromkeys((DENSE, *self.methods)))

@@ -1,0 +1,171 @@
+"""The methods by name, and when each of them prunes.
+
+Each is nanoGPT's optimizer, wrapped; there is nothing else in a training step. The
+sparsity rises between 20 % and 60 % of the steps, and masks that move freeze at 75 %;
+`_late` is from 10 % to 90 %, and freezes at 95 %. Both have the same average of
+weights. From a dense model it rises from 5 % on.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxprune as jp
+from experiments.tasks.language_model import CLIP, adamw, optimizer
+
+DENSE, DENSE_SMALL = "dense", "dense_small"
+"""The control, and the dense model of a pruned run's average number of weights."""
+
+
+class Span(NamedTuple):
+    """When a run prunes, in steps.
+
+    Attributes:
+      final: the sparsity at the end.
+      begin: the first event.
+      end: the step from which the sparsity is final.
+      freeze: the step from which masks that move are fixed.
+      every: steps between two events.
+    """
+
+    final: float
+    begin: int
+    end: int
+    freeze: int
+    every: int
+
+    @classmethod
+    def of(cls, final: float, steps: int, *, from_dense: bool) -> "Span":
+        """The span of a run of so many steps."""
+        begin = round((0.05 if from_dense else 0.2) * steps)
+        end, freeze = round(0.6 * steps), round(0.75 * steps)
+        return cls(final, max(begin, 1), end, freeze, max(steps // 100, 1))
+
+    def late(self) -> "Span":
+        """The longer rise of the same average: 10 % to 90 %, frozen at 95 %."""
+        steps = self.end / 0.6
+        begin, end, freeze = (round(part * steps) for part in (0.1, 0.9, 0.95))
+        return self._replace(begin=min(self.begin, begin), end=end, freeze=freeze)
+
+    def cubic(self) -> jp.schedules.Schedule:
+        """The sparsity that rises along a cubic."""
+        return jp.schedules.cubic(self.final, self.begin, self.end, every=self.every)
+
+    def average(self, steps: int) -> float:
+        """The mean share of weights that is left, over the steps."""
+        table = self.cubic().table()
+        starts = [*table, steps]
+        pruned = sum(
+            share * (stop - start)
+            for (start, share), stop in zip(table.items(), starts[1:], strict=True)
+        )
+        return 1 - pruned / steps
+
+
+Method = Callable[[optax.ScalarOrSchedule, Span], optax.GradientTransformation]
+"""The learning rate and the span to the optimizer."""
+
+
+def late(method: Method) -> Method:
+    """The method, with the longer rise."""
+    return lambda rate, span: method(rate, span.late())
+
+
+def layer_magnitude(params: Any, importance: Any = None) -> Any:
+    """|w| over the root mean square of its matrix: a global ranking by shape alone."""
+
+    def one(score: jax.Array) -> jax.Array:
+        return score / jnp.sqrt(jnp.mean(jnp.square(score)) + 1e-12)
+
+    return jax.tree.map(one, jp.scores.magnitude(params, importance))
+
+
+def _dense(rate: optax.ScalarOrSchedule, span: Span) -> optax.GradientTransformation:
+    del span
+    return optimizer(rate, track=())
+
+
+def _once(rate: optax.ScalarOrSchedule, span: Span) -> optax.GradientTransformation:
+    # Half way of the others' rise; from a dense model at once.
+    from_dense = span.begin < span.end / 6
+    step = span.begin if from_dense else (span.begin + span.end) // 2
+    return jp.gradual(optimizer(rate, track=()), jp.schedules.once(step, span.final))
+
+
+def _gradual(
+    rate: optax.ScalarOrSchedule, span: Span, **options: Any
+) -> optax.GradientTransformation:
+    return jp.gradual(optimizer(rate, track=()), span.cubic(), **options)
+
+
+def _straight(
+    rate: optax.ScalarOrSchedule, span: Span, *, freezes: bool = True, **options: Any
+) -> optax.GradientTransformation:
+    return jp.straight_through(
+        optimizer(rate, track=()),
+        span.cubic(),
+        freeze=span.freeze if freezes else None,
+        **options,
+    )
+
+
+def _admm(
+    rate: optax.ScalarOrSchedule, span: Span, **options: Any
+) -> optax.GradientTransformation:
+    pulled = jp.admm(
+        adamw(rate),
+        span.final,
+        begin=span.begin,
+        end=span.freeze,
+        interval=span.every,
+        **options,
+    )
+    return optax.chain(optax.clip_by_global_norm(CLIP), pulled)
+
+
+def _sparse(
+    rate: optax.ScalarOrSchedule, span: Span, grow: jp.grow.Grow | None = None
+) -> optax.GradientTransformation:
+    """Sparse from the first step: a random mask, and what `grow` makes of it."""
+    schedule: jp.schedules.Schedule = jp.schedules.once(0, span.final)
+    if grow is not None:
+        period = max(span.freeze // 30, 1)  # 2.5 % of the steps
+        schedule = jp.schedules.constant(span.final, 0, span.freeze, every=period)
+    return jp.gradual(
+        optimizer(rate, track=()),
+        schedule,
+        criterion=jp.scores.random if grow is None else jp.scores.magnitude,
+        allocation="erk",
+        grow=grow,
+    )
+
+
+_MAGNITUDE: dict[str, Any] = {"criterion": jp.scores.magnitude}
+
+METHODS: dict[str, Method] = {
+    DENSE: _dense,
+    DENSE_SMALL: _dense,
+    "once": _once,
+    "gradual_magnitude": functools.partial(_gradual, **_MAGNITUDE),
+    "gradual_trajectory": _gradual,
+    "gradual_magnitude_late": late(functools.partial(_gradual, **_MAGNITUDE)),
+    "gradual_trajectory_late": late(_gradual),
+    "ste_magnitude": functools.partial(_straight, **_MAGNITUDE),
+    "ste_trajectory": _straight,
+    "ste_trajectory_late": late(_straight),
+    "ste_layer_magnitude": functools.partial(_straight, criterion=layer_magnitude),
+    "ste_magnitude_free": functools.partial(_straight, freezes=False, **_MAGNITUDE),
+    "ste_trajectory_free": functools.partial(_straight, freezes=False),
+    "admm": _admm,
+    "admm_trajectory": functools.partial(
+        _admm, criterion=jp.scores.trajectory, allocation="global"
+    ),
+    "set": functools.partial(_sparse, grow=jp.grow.random()),
+    "rigl": functools.partial(_sparse, grow=jp.grow.gradient()),
+    "static_random": _sparse,
+}
+"""Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks."""

@@ -1,0 +1,262 @@
+"""Trains the cells that are asked for and are not in the directory."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import jaxprune as jp
+from experiments import gpt
+from experiments.datasets import Batches, Corpus, load, prefetch, validation_batches
+from experiments.harness import device_mesh, runner, training
+from experiments.harness.stages import once
+from experiments.prune_while_training import shown
+from experiments.prune_while_training.config import Cell, Config
+from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS, Span
+from experiments.tasks.language_model import LanguageModel, schedule
+
+POINTS = 10
+"""How often a run is looked at."""
+_WATCHED_TOKENS = 16_384  # of the validation set, while it trains
+
+
+class Begun(NamedTuple):
+    """A state, the step that goes on from it, and the batches."""
+
+    state: training.TrainState
+    step_fn: training.StepFunction
+    batches: training.Batches
+
+
+class Run:
+    """What the cells of one directory have in common."""
+
+    def __init__(self, config: Config, corpus: Corpus) -> None:
+        """Prepares the model and the validation set; trains nothing."""
+        self.config, self.corpus = config, corpus
+        self.mesh = device_mesh.make_mesh(config.mesh, config.batch)
+        self.shape = gpt.preset(config.preset, vocab_size=len(corpus.vocabulary))
+        size = device_mesh.batch_size(64, self.mesh)
+        cut = functools.partial(
+            validation_batches, corpus.validation, size, self.shape.context
+        )
+        self.windows = cut(config.eval_tokens or None)
+        self.watched = cut(min(config.eval_tokens or _WATCHED_TOKENS, _WATCHED_TOKENS))
+        self.model = functools.cache(self._model)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for cells to lie in one directory; JSON-able."""
+        config = self.config
+        return {
+            "preset": config.preset,
+            "data": self.corpus.name,
+            "fingerprint": self.corpus.fingerprint,
+            "batch_size": config.batch,
+            "eval_tokens": config.eval_tokens,
+            "tune_sparsity": config.tune_sparsity,
+            "tune_seed": config.tune_seed,
+        }
+
+    def all(self) -> dict[str, Any]:
+        """Does what is asked for; returns all cells that are in the directory."""
+        config = self.config
+        ways = [*itertools.product(config.distill, config.steps, config.names())]
+        for distill, steps, method in ways:
+            self.rate(method, steps, config.after_dense, distill)
+        for sparsity, seed in itertools.product(config.sparsities, config.seeds):
+            for distill, steps, method in ways:
+                rate = self.rate(method, steps, config.after_dense, distill)
+                self.measured(
+                    self.cell(
+                        method, sparsity, steps, rate, seed, config.after_dense, distill
+                    )
+                )
+        return {"cells": self.found()}
+
+    def cell(self, method: str, sparsity: float, *rest: Any) -> Cell:
+        """A cell; the dense control has no sparsity."""
+        return Cell(method, 0.0 if method == DENSE else sparsity, *rest)
+
+    def found(self) -> list[dict[str, Any]]:
+        """All cells that are in the directory."""
+        paths = sorted((self.config.out / "cells").glob("*.json"))
+        return [json.loads(path.read_text()) for path in paths]
+
+    def rate(self, method: str, steps: int, after: int, distill: float) -> float:
+        """The peak of the lowest loss at the tuning sparsity and seed."""
+        config = self.config
+        rest = (config.tune_seed, after, distill)
+        if len(config.learning_rates) > 1:
+            for rate in config.learning_rates:
+                self.measured(
+                    self.cell(method, config.tune_sparsity, steps, rate, *rest)
+                )
+        best = shown.rates(self.found(), config.tune_sparsity, config.tune_seed)
+        return best.get((method, steps, after, distill), config.learning_rates[0])
+
+    def measured(self, cell: Cell) -> dict[str, Any]:
+        """The cell's numbers, from its file where there is one."""
+
+        def compute() -> dict[str, Any]:
+            begun = self._start(cell)
+            start = time.perf_counter()
+            state, curve = self.trained(cell, begun)
+            counted = jp.sparsity(jp.scores.magnitude(state.params))
+            _, evaluate = self.model(self._width(cell))
+            numbers = {
+                "loss": evaluate(state.params, self.windows),
+                "zeros": counted.zeros,
+                "size": counted.size,
+                "seconds": time.perf_counter() - start,
+                "curve": curve,
+            }
+            print(f"{cell.name}  {numbers['loss']:.4f} nats", flush=True)
+            return {**dataclasses.asdict(cell), **numbers}
+
+        found = once(self.config.out / "cells" / f"{cell.name}.json", compute)
+        for stop in self._folder(cell).glob("*"):
+            if cell.method != DENSE or stop.name != str(cell.steps):
+                shutil.rmtree(stop, ignore_errors=True)
+        return found
+
+    def trained(
+        self, cell: Cell, begun: Begun
+    ) -> tuple[training.TrainState, list[dict[str, Any]]]:
+        """The state after the last step, and what was seen every tenth of the steps."""
+        state, step_fn, batches = begun
+        before = _masks(state)
+        curve = [self._point(cell, state, before)]
+        stops = [round(cell.steps * n / POINTS) for n in range(1, POINTS + 1)]
+        for stop in stops:
+            state = self._to(cell, Begun(state, step_fn, batches), stop)
+            curve.append(self._point(cell, state, before))
+            before = _masks(state)
+        return state, curve
+
+    def dense(self, seed: int, steps: int) -> Any:
+        """The parameters of the dense model of a seed and a number of steps."""
+        cell = self.cell(DENSE, 0.0, steps, self.rate(DENSE, steps, 0, 0.0), seed)
+        self.measured(cell)
+        return self._to(cell, self._start(cell), steps).params
+
+    def _start(self, cell: Cell) -> Begun:
+        """Where a cell begins; the dense model that it needs is trained first."""
+        model, _ = self.model(self._width(cell))
+        params, loss = model.init(cell.seed), model.loss
+        if cell.after_dense:
+            params = self.dense(cell.seed, cell.after_dense)
+        if cell.distill:
+            teacher = self.dense(cell.seed, cell.after_dense or cell.steps)
+            loss = functools.partial(distilled, model, teacher, cell.distill)
+        warmup = min(100, cell.steps // 10)
+        rate = schedule(cell.learning_rate, cell.steps, warmup)
+        tx = METHODS[cell.method](rate, self._span(cell))
+        batches = Batches(
+            self.corpus.train, self.config.batch, self.shape.context, cell.seed
+        )
+        return Begun(
+            training.init(params, tx, mesh=self.mesh),
+            training.make_step(loss, tx),
+            lambda step: batches(cell.after_dense + step),
+        )
+
+    def _to(self, cell: Cell, begun: Begun, stop: int) -> training.TrainState:
+        """Trains to a step, or reads its checkpoint."""
+        kept = cell.method == DENSE and stop == cell.steps  # a teacher, or a start
+        checkpoints = None
+        if kept or self.config.checkpoints:
+            what = {**dataclasses.asdict(cell), "stop": stop}
+            checkpoints = training.Checkpoints(self._folder(cell) / str(stop), what)
+        return training.train(
+            *begun,
+            steps=stop,
+            key=jax.random.key(cell.seed),
+            checkpoints=checkpoints,
+            label=cell.name,
+            mesh=self.mesh,
+            prefetch=prefetch,
+        )
+
+    def _point(
+        self, cell: Cell, state: training.TrainState, before: Any
+    ) -> dict[str, Any]:
+        """Sparsity and loss, and how many of the masks' ones were there before."""
+        masks = _masks(state)
+        _, evaluate = self.model(self._width(cell))
+        return {
+            "step": int(state.step),
+            "loss": evaluate(state.params, self.watched),
+            "sparsity": jp.sparsity(jp.scores.magnitude(state.params)).total,
+            "overlap": None if masks is None else jp.overlap(masks, before).total,
+        }
+
+    def _span(self, cell: Cell) -> Span:
+        return Span.of(cell.sparsity, cell.steps, from_dense=cell.after_dense > 0)
+
+    def _width(self, cell: Cell) -> int:
+        """The model's; "dense_small" has about the pruned run's average of weights."""
+        if cell.method != DENSE_SMALL:
+            return self.shape.width
+        kept = self._span(cell).average(cell.steps)
+        heads = self.shape.heads
+        return max(round(self.shape.width * kept**0.5 / heads), 1) * heads
+
+    def _model(self, width: int) -> tuple[LanguageModel, Any]:
+        model = LanguageModel(dataclasses.replace(self.shape, width=width))
+        return model, training.make_eval(model.token_losses, mesh=self.mesh)
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.config.out / "states" / cell.name
+
+
+def _masks(state: training.TrainState) -> Any:
+    """The masks, copied: the next step uses the state up; None where there are none."""
+    try:
+        return jax.device_get(jp.get_masks(state.opt_state))
+    except ValueError:
+        return None
+
+
+def distilled(
+    model: LanguageModel,
+    teacher: Any,
+    weight: float,
+    params: Any,
+    inputs: jax.Array,
+    targets: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Cross entropy mixed with the divergence from a teacher (Hinton et al., 2015)."""
+    loss = model.loss(params, inputs, targets, key)
+    student = jax.nn.log_softmax(model.bind(params)(inputs))
+    taught = jax.nn.log_softmax(model.bind(teacher)(inputs))
+    divergence = optax.losses.kl_divergence_with_log_targets(student, taught).mean()
+    return (1 - weight) * loss + weight * divergence
+
+
+def main(config: Config) -> Path:
+    """Runs the experiment, or what is left of it; returns the path of results.json.
+
+    Raises:
+      ValueError: the configuration is out of range, or the directory holds another run.
+      OSError: the directory cannot be written to, or another process runs there.
+      FloatingPointError: a loss is not finite.
+    """
+    config.check()
+    corpus = load(config.data, text=config.text, data_dir=config.data_dir)
+    run = Run(config, corpus)
+
+    def show(results: dict[str, Any], out: Path) -> str:
+        shown.write(results, out)
+        return f"{shown.tables(results)}\n\nwritten to '{out}'"
+
+    return runner.run(
+        "prune_while_training", config, run.identity(), run.all, show, grows=True
+    )

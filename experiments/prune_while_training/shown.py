@@ -1,0 +1,205 @@
+"""The cells as tables, a CSV and figures.
+
+Losses are nats per token above the dense model of the same seed and steps, each method
+at the learning rate that was the best for it at the tuning sparsity and seed; "±" is
+the sample standard deviation over the seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from matplotlib.figure import Figure
+
+from experiments.compare import text_table
+from experiments.prune_while_training.methods import DENSE, METHODS
+from experiments.report import figures, findings, plots
+from experiments.report import results as results_
+from jaxprune.formats import atomic
+from jaxprune.report import canvas
+
+COLUMNS = (
+    *("method", "sparsity", "steps", "after_dense", "distill", "learning_rate"),
+    *("seed", "zeros", "size", "loss", "dense_loss", "above", "chosen", "seconds"),
+)
+
+Key: TypeAlias = tuple[str, int, int, float]
+"""Method, steps, steps of the dense model before, weight of the distillation."""
+Cells: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+def _key(cell: Mapping[str, Any]) -> Key:
+    return cell["method"], cell["steps"], cell["after_dense"], cell["distill"]
+
+
+def rates(cells: Cells, sparsity: float, seed: int) -> dict[Key, float]:
+    """The learning rate of the lowest loss at the tuning sparsity and seed."""
+    best: dict[Key, Mapping[str, Any]] = {}
+    for cell in cells:
+        key, at = _key(cell), 0.0 if cell["method"] == DENSE else sparsity
+        tuning = cell["sparsity"] == at and cell["seed"] == seed
+        if tuning and (key not in best or cell["loss"] < best[key]["loss"]):
+            best[key] = cell
+    return {key: cell["learning_rate"] for key, cell in best.items()}
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tidy table: one row a cell, of `COLUMNS`; "above" is nats above dense."""
+    config, cells = results["config"], results["cells"]
+    best = rates(cells, config["tune_sparsity"], config["tune_seed"])
+
+    def chosen(cell: Mapping[str, Any]) -> bool:
+        rate = cell["learning_rate"]
+        return bool(best.get(_key(cell), rate) == rate)
+
+    dense = {
+        _control(cell): cell["loss"]
+        for cell in cells
+        if cell["method"] == DENSE and not cell["distill"] and chosen(cell)
+    }
+    table = []
+    for cell in sorted(cells, key=_order):
+        control = dense.get(_control(cell))
+        derived = {
+            "dense_loss": control,
+            "above": None if control is None else cell["loss"] - control,
+            "chosen": chosen(cell),
+        }
+        table.append({name: {**cell, **derived}[name] for name in COLUMNS})
+    return table
+
+
+def _control(cell: Mapping[str, Any]) -> tuple[int, int, int]:
+    return cell["steps"], cell["after_dense"], cell["seed"]
+
+
+def _order(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    method, steps, after, distill = _key(cell)
+    place = [*METHODS, method].index(method)  # names of another source come last
+    rest = (cell["sparsity"], cell["learning_rate"], cell["seed"])
+    return (after, steps, distill, place, method, *rest)
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """A table for each length: nats above dense by method and sparsity."""
+    found = [row for row in rows(results) if row["chosen"]]
+    lengths = dict.fromkeys((row["after_dense"], row["steps"]) for row in found)
+    return "\n\n".join(
+        _table(
+            [row for row in found if (row["after_dense"], row["steps"]) == length],
+            *length,
+        )
+        for length in lengths
+    )
+
+
+def _table(found: Sequence[Mapping[str, Any]], after: int, steps: int) -> str:
+    dense = [r["loss"] for r in found if r["method"] == DENSE and not r["distill"]]
+    seeds = f"{len(dense)} seed{'s' if len(dense) > 1 else ''}"
+    more = f" after {after} dense ones" if after else ""
+    sparsities = sorted({r["sparsity"] for r in found if r["method"] != DENSE})
+    lines = []
+    for method, distill in dict.fromkeys((r["method"], r["distill"]) for r in found):
+        own = [r for r in found if (r["method"], r["distill"]) == (method, distill)]
+        line = [f"{method}, distilled {distill:g}" if distill else method]
+        line.append(f"{own[0]['learning_rate']:g}")
+        for sparsity in sparsities:
+            at = 0.0 if method == DENSE else sparsity
+            above = [r["above"] for r in own if r["sparsity"] == at]
+            known = [value for value in above if value is not None]
+            count = f" ({len(known)})" if known else ""
+            line.append(findings.mean(known, signed=True) + count)
+        lines.append(line)
+    header = ["method (number of seeds)", "rate", *map(findings.percent, sparsities)]
+    return (
+        f"{steps} steps{more}: nats above dense, {findings.mean(dense)}, {seeds}\n"
+        f"{text_table(header, lines)}"
+    )
+
+
+def loss_figure(results: Mapping[str, Any]) -> Figure:
+    """Loss above dense against sparsity: a panel a length, a line a method.
+
+    Lines are means over the seeds, bands their range.
+    """
+    lines: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for row in rows(results):
+        if not row["chosen"] or row["method"] == DENSE or row["above"] is None:
+            continue
+        label = row["method"] + (", distilled" if row["distill"] else "")
+        more = f" after {row['after_dense']}" if row["after_dense"] else ""
+        cell = {
+            "criterion": f"{row['steps']} steps{more}",
+            "allocation": "global",
+            "sparsity": row["sparsity"],
+            "loss_pruned": row["above"],
+        }
+        lines.setdefault(label, {}).setdefault(row["seed"], []).append(cell)
+    # The losses are above dense already, so every seed's reference is zero.
+    labelled = {
+        label: {
+            "seeds": [
+                {"seed": seed, "dense": {"loss": 0.0}, "cells": cells}
+                for seed, cells in sorted(of.items())
+            ]
+        }
+        for label, of in lines.items()
+    }
+    return figures.runs(labelled, stage="pruned", allocation="global")
+
+
+_WATCHED = {
+    "sparsity": "weights that are zero, share",
+    "loss": "validation loss, nats per token",
+    "overlap": "masks: in both / in either, to a tenth of the steps before",
+}
+
+
+@canvas.STYLE
+def steps_figure(results: Mapping[str, Any]) -> Figure:
+    """Sparsity, loss and overlap of the masks over the steps of the longest training.
+
+    At the tuning sparsity and seed, each method at its own learning rate.
+    """
+    config, cells = results["config"], results["cells"]
+    best = rates(cells, config["tune_sparsity"], config["tune_seed"])
+    longest = max((cell["after_dense"] == 0, cell["steps"]) for cell in cells)
+    curves = {
+        cell["method"]: cell["curve"]
+        for cell in sorted(cells, key=_order)
+        if (cell["after_dense"] == 0, cell["steps"]) == longest
+        and not cell["distill"]
+        and cell["seed"] == config["tune_seed"]
+        and cell["sparsity"] in (0.0, config["tune_sparsity"])
+        and best.get(_key(cell)) == cell["learning_rate"]
+        and cell.get("curve")
+    }
+    style = plots.styles(list(curves))
+    figure, panels = plots.panels(len(_WATCHED), list(curves))
+    for axes, (name, title) in zip(panels, _WATCHED.items(), strict=True):
+        ends = []
+        for method, curve in curves.items():
+            # At step 0 the loss is off the scale, and no mask has changed.
+            seen = curve if name == "sparsity" else curve[1:]
+            known = [point for point in seen if point[name] is not None]
+            if not known:
+                continue
+            look: dict[str, Any] = {"color": style[method].colour, "lw": 1.2, "ms": 3}
+            look |= {"marker": style[method].marker, "ls": style[method].dash}
+            axes.plot(*zip(*((p["step"], p[name]) for p in known), strict=True), **look)
+            last = known[-1]
+            ends.append((method, style[method].colour, last["step"], last[name]))
+        axes.set_title(title)
+        axes.set_xlabel("training step")
+        axes.grid()
+        plots.name_ends(axes, ends)
+    return figure
+
+
+def write(results: Mapping[str, Any], out: Path) -> None:
+    """Writes results.csv, loss.svg and steps.svg."""
+    files = {"results.csv": results_.table_csv(COLUMNS, rows(results))}
+    if any(row["method"] != DENSE for row in rows(results)):
+        files["loss.svg"] = canvas.svg(loss_figure(results)).encode()
+        files["steps.svg"] = canvas.svg(steps_figure(results)).encode()
+    atomic.replace_files(out, files)
