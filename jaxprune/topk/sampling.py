@@ -90,4 +90,12 @@ def _between_samples(
     share, taken = kept.real() / size, have.astype(np.float32)
     slack = 5 * jnp.sqrt(share * (1 - share) / taken) + 2 / taken
     ends = [jnp.clip(share + off, 0, 1) * taken for off in (slack, -slack)]
-    return jax.lax.map(position, jnp.stack(ends).astype(np.uint32))
+    low, high = jax.lax.map(position, jnp.stack(ends).astype(np.uint32))
+    # Many may rank lowest alike, as what is pruned does, and all others far above. If
+    # the threshold is one of these others, the gap under them is no part of the guess.
+    edge = jnp.min(sample, 1, keepdims=True)  # (rows, 1)
+    others, none = sample > edge, np.iinfo(line.signed).max
+    least = line.position(jnp.min(jnp.where(others, sample, none), 1))
+    is_other = share * taken < jnp.sum(others, 1).astype(np.float32)
+    above = jnp.maximum(low, jnp.minimum(least, high))
+    return jnp.stack([jnp.where(is_other, above, low), high])

@@ -235,7 +235,7 @@ def _cut(
             guess = sampling.guess(leaves, target, line, joint=joint)
         count = _count if traced else _count_jit
 
-        def found(level: _Level, ties: Any) -> _Level:
+        def found(level: _Level, ties: bool) -> _Level:
             def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
                 found = [
                     count(leaf, row, level.place, candidates, wanted, line, ties)
@@ -253,10 +253,7 @@ def _cut(
 
         level = _first_level(sizes, target, guess, line=line, joint=joint)
         level = _varying(level, leaves)
-        if traced:  # one body for both levels: XLA compiles each leaf's count but once
-            level = jax.lax.fori_loop(0, 2, lambda n, own: found(own, n > 0), level)
-        else:
-            level = found(found(level, False), True)
+        level = found(found(level, False), True)
         return Cut(line.rank(level.place), level.bound)
 
 
@@ -298,7 +295,7 @@ def _next_level(
     level: _Level,
     found: Bracket,
     sizes: UInt32[Array, " rows"],
-    ties: Any,
+    ties: bool,
     *,
     joint: bool,
 ) -> _Level:
@@ -339,13 +336,12 @@ def _count(
     candidates: UInt[Array, "rows candidates"],
     wanted: Bool[Array, " rows"],
     line: Line,
-    ties: Any,
+    ties: bool,
 ) -> UInt32[Array, "some candidates"]:
     """How many of a leaf, row `i` or all rows (None), lie at or above candidates.
 
     Candidates are positions of scores or, if `ties`, places of those equal to `place`,
-    from the row's end. If `ties` is traced, counts of both kinds are one program, and
-    if not, each kind does what it needs. Without a wanted row the leaf is not read.
+    from the row's end. Without a wanted row the leaf is not read.
     """
 
     def own_rows(values: jax.Array) -> jax.Array:
@@ -357,15 +353,13 @@ def _count(
         rows = leaf if i is None else leaf[None]
         across = (len(rows),) + (1,) * (rows.ndim - 1)
         own, least = float_order.of(rows, line.signed), own_rows(candidates)
-        if ties is False:
-            keys, least = own, line.rank(least)
-        else:
+        if ties:
             tied = own == line.rank(own_rows(place)).reshape(across)
             length = np.uint32(math.prod(rows.shape[1:]))
             keys = length - low_bit.flat_index(rows.shape[1:])[None]  # 1 is the last
             keys = jnp.where(tied, keys, np.uint32(0)).astype(line.unsigned)
-            if ties is not True:
-                keys = jnp.where(ties, keys, line.position(own))
+        else:
+            keys, least = own, line.rank(least)
         flags = [keys >= least[:, k].reshape(across) for k in range(least.shape[1])]
         counts = jnp.stack(float_order.number(flags, range(1, rows.ndim)), 1)
         mesh = jax.typeof(counts).sharding.mesh

@@ -80,11 +80,11 @@ def admm(
         The pull does not enter it, as it enters Adam's second moment.
       criterion: what z keeps, of v and E[g^2]: `scores.obd` is p = 1 (ELSA),
         `scores.trajectory` p = 1/2 and `scores.magnitude` p = 0.
-      allocation: how the sparsity is shared out: "layer", "global", "erk" or a rule.
-      pattern: which weights are pruned together, as for `masks.make`.
-      axes: which axes are input and output, as for `masks.make`.
+      allocation: how the sparsity is shared out, as for `gradual`.
+      pattern: which weights are pruned together, as for `gradual`.
+      axes: which axes are input and output, as for `gradual`.
       prunable: which leaves may be pruned.
-      packed: whether the state holds masks at one bit a weight rather than eight.
+      packed: whether masks take one bit a weight, as for `gradual`.
 
     Returns:
       A transformation whose state holds a mask and two float32 values for each weight

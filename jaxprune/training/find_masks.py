@@ -19,7 +19,7 @@ from jaxprune.training.admm import AdmmState
 from jaxprune.training.gradual import GradualState
 from jaxprune.training.keep_masks import KeepMasksState
 from jaxprune.training.straight_through import StraightThroughState
-from jaxprune.typing import Masks
+from jaxprune.typing import Masks, Params
 
 T = TypeVar("T")
 
@@ -27,20 +27,22 @@ _KINDS = (KeepMasksState, GradualState, StraightThroughState, AdmmState)
 _NAMES = frozenset(field for kind in _KINDS for field in kind._fields)
 
 
-def get_masks(state: Any) -> Masks:
+def get_masks(state: Any, params: Params | None = None) -> Masks:
     """The masks, found anywhere inside an optimizer's state.
 
     Args:
       state: the state of any optax optimizer, however wrapped (`chain`, `partition`,
         `MultiSteps`, ...), that `keep_masks`, `gradual` or another transformation with
         masks is part of; an `nnx.Optimizer`, or its `nnx.state`.
+      params: the parameters, or their shapes; only needed for packed masks that an
+        `nnx.Optimizer` holds, which drops the shapes they have packed.
 
     Returns:
       Boolean masks like the parameters; packed ones are unpacked. Leaves without a mask
       are `optax.MaskedNode()`.
 
     Raises:
-      ValueError: the state holds no masks, or a leaf has two.
+      ValueError: the state holds no masks, a leaf has two, or shapes are missing.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -50,7 +52,7 @@ def get_masks(state: Any) -> Masks:
       >>> jp.get_masks(tx.init({"w": jnp.ones(2)}))["w"].tolist()
       [True, False]
     """
-    found = [_read(node)[0] for node in _holders(state)]
+    found = [_read(node, params) for node in _holders(state)]
     if not found:
         raise ValueError(
             "this optimizer state holds no masks; train with jp.keep_masks(optimizer, "
@@ -85,7 +87,7 @@ def replace_masks(state: T, masks: Masks) -> T:
       >>> jp.get_masks(state)["w"].tolist()
       [False, True]
     """
-    before = get_masks(state)
+    before = get_masks(state, masks)
     names = tree.names(before)
     given = dict(zip(names, checked(before, masks), strict=True))
     other = [
@@ -102,14 +104,14 @@ def replace_masks(state: T, masks: Masks) -> T:
     def replaced(node: Any) -> Any:
         if not _holds(node):
             return node
-        held, packed = _read(node)
         own = [
             mask if tree.is_excluded(mask) else placement.placed(given[name], mask)
-            for name, mask in tree.named_leaves(held).items()
+            for name, mask in _named(node, masks).items()
         ]
-        structure = jax.tree.structure(held, is_leaf=tree.is_excluded)
-        new = jax.tree.unflatten(structure, own)
-        new = packing.pack(new) if packed else new
+        held = _masks(node)
+        packed = any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(held))
+        leaves = jax.tree.leaves(packing.pack(own) if packed else own)
+        new = jax.tree.unflatten(jax.tree.structure(held), leaves)
         if isinstance(node, Mapping):
             return type(node)({**node, "masks": new})  # type: ignore[call-arg]
         return node._replace(masks=new)
@@ -128,18 +130,51 @@ def _holders(state: Any) -> list[Any]:
     return [node for node in jax.tree.leaves(state, is_leaf=_holds) if _holds(node)]
 
 
-def _read(node: Any) -> tuple[Masks, bool]:
-    """A node's masks, unpacked, and whether they were packed."""
-    masks = node["masks"] if isinstance(node, Mapping) else node.masks
-    is_packed = lambda leaf: isinstance(leaf, packing.PackedMask)  # noqa: E731
-    leaves = jax.tree.leaves(masks, is_leaf=is_packed)
-    packed = bool(leaves) and all(map(is_packed, leaves))
-    if not packed and any(leaf.dtype == np.uint8 for leaf in leaves):
-        raise ValueError(
-            "packed masks cannot be read from an nnx.Optimizer, which does not keep "
-            "their shapes; wrap the optimizer with packed=False"
-        )
-    return (packing.unpack(masks) if packed else masks), packed
+def _masks(node: Any) -> Any:
+    """A node's masks as it holds them."""
+    return node["masks"] if isinstance(node, Mapping) else node.masks
+
+
+def _read(node: Any, params: Any) -> Masks:
+    """A node's masks as booleans, like the parameters."""
+    named, held = _named(node, params), _masks(node)
+    if not any(map(_is_bits, jax.tree.leaves(held, is_leaf=_is_leaf))):
+        structure = jax.tree.structure(held, is_leaf=_is_leaf)
+        return jax.tree.unflatten(structure, list(named.values()))
+    structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
+    own = [named.get(name, MaskedNode()) for name in tree.names(params)]
+    return jax.tree.unflatten(structure, own)
+
+
+def _named(node: Any, params: Any) -> dict[str, Any]:
+    """A node's masks by name, as booleans, in the order in which it holds them."""
+    like = {} if params is None else tree.named_leaves(params)
+
+    def unpacked(name: str, mask: Any) -> Any:
+        if isinstance(mask, packing.PackedMask):
+            return packing.unpack(mask)
+        if not _is_bits(mask):
+            return mask
+        if not hasattr(like.get(name), "shape"):
+            raise ValueError(
+                "packed masks of an nnx.Optimizer have no shapes, so those of the "
+                f"parameters are needed, but {name!r} has none; call "
+                "jp.get_masks(optimizer, params)"
+            )
+        return packing.unpack(packing.PackedMask(mask, like[name].shape))
+
+    held = tree.named_leaves(_masks(node), is_leaf=_is_leaf)
+    names = [n.removesuffix("/bits") if _is_bits(m) else n for n, m in held.items()]
+    return {n: unpacked(n, m) for n, m in zip(names, held.values(), strict=True)}
+
+
+def _is_leaf(node: Any) -> bool:
+    return tree.is_excluded(node) or isinstance(node, packing.PackedMask)
+
+
+def _is_bits(leaf: Any) -> bool:
+    """Whether it is what NNX's optimizer makes of a packed mask."""
+    return not _is_leaf(leaf) and leaf.dtype == np.uint8
 
 
 def _only(*candidates: Any) -> Any:

@@ -70,11 +70,11 @@ def straight_through(
       every: steps between two choices of masks at the same sparsity. What is pruned
         drifts unseen in between, so more than one step costs quality.
       criterion: which weights matter, as for `gradual`.
-      allocation: how each sparsity is shared out: "global", "layer", "erk" or a rule.
-      pattern: which weights are pruned together, as for `masks.make`.
-      axes: which axes are input and output, as for `masks.make`.
+      allocation: how each sparsity is shared out, as for `gradual`.
+      pattern: which weights are pruned together, as for `gradual`.
+      axes: which axes are input and output, as for `gradual`.
       prunable: which leaves may be pruned.
-      packed: whether the state holds masks at one bit a weight rather than eight.
+      packed: whether masks take one bit a weight, as for `gradual`.
 
     Returns:
       A transformation after whose every step the pruned weights are +0. Its state holds

@@ -140,6 +140,18 @@ def test_a_wrong_guess_changes_nothing(ends):
     np.testing.assert_array_equal(row_of(masks), highest(row_of(leaves), SIZE // 3))
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_the_gap_under_what_is_not_pruned_is_no_part_of_a_guess(joint):
+    """What is pruned ranks at minus infinity, and an event prunes a little more."""
+    pruned, live, more = 70_000, 80_000, 1_000
+    rest = np.random.default_rng(0).uniform(1, 2, live).astype(np.float32)
+    scores = jnp.concatenate([jnp.full(pruned, -jnp.inf), jnp.asarray(rest)])
+    line, kept = float_order.Line.of(np.float32), count_search.Count.of([live - more])
+    low, high = sampling.guess([scores], kept, line, joint=joint)
+    ends = jax.lax.bitcast_convert_type(line.rank(jnp.stack([low, high])), np.float32)
+    assert 1 <= float(ends[0, 0]) <= np.sort(rest)[more] <= float(ends[1, 0]) <= 2
+
+
 EXPLICIT = pytest.param(AxisType.Explicit, marks=pytest.mark.full)
 
 
