@@ -1,18 +1,16 @@
 """`jaxprune prune`: a model with zeros, and what became of it."""
 
 import dataclasses
-import shutil
 from typing import Any
 
 from jaxprune.cli import (
-    provenance,
     prune_options,
     prune_streaming,
     prune_with_calibration,
+    work,
 )
 from jaxprune.cli.console import Console, columns
 from jaxprune.cli.eval import number
-from jaxprune.formats import atomic
 from jaxprune.formats.checkpoint_dir import open_directory
 
 
@@ -26,13 +24,7 @@ class Prune(prune_options.Job):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
-        if not self.overwrite and provenance.is_done(self.out, arguments):
-            with atomic.locked(self.work):  # what a run that was killed then left
-                shutil.rmtree(self.work, ignore_errors=True)
-            raise ValueError(
-                f"'{self.out}' is whole, and this very command made it; give "
-                "--overwrite to make it again, or another place"
-            )
+        work.refuse_done(self, arguments)
         meaning = prune_options.check(self)
         prune = prune_streaming.prune if self.streams else prune_with_calibration.prune
         record = prune(self, meaning, console, arguments)
@@ -48,7 +40,11 @@ def _summary(record: dict[str, Any]) -> str:
     sizes = record["sizes"]
     lines = []
     if found := record.get("perplexity"):
-        stages = [s for s in ("dense", "pruned", "retrained") if s in _first(found)]
+        stages = [
+            s
+            for s in ("dense", "pruned", "retrained", "distilled")
+            if s in _first(found)
+        ]
         rows = [
             [name, *(number(of[stage]["perplexity"]) for stage in stages)]
             for name, of in found.items()

@@ -2,14 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import tyro
-
-from jaxprune.cli import models, parse
+from jaxprune.cli import job_options, parse
 from jaxprune.evaluation import texts
-from jaxprune.formats import atomic, rewrite
-from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
 from jaxprune.posttraining import methods
@@ -17,13 +13,10 @@ from jaxprune.typing import Pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job(models.ModelOptions):
+class Job(job_options.JobOptions):
     """A pruning.
 
     Attributes:
-      model: the directory of the model: config.json, *.safetensors, tokenizer.json.
-      out: the directory to write, of the same form, with true zeros, jaxprune.json and
-        report.html.
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
         too; sparsegpt and alps also update what stays, alps more thoroughly and slowly.
         magnitude without --calibration streams: any safetensors directory, in the
@@ -34,23 +27,10 @@ class Job(models.ModelOptions):
         Each method has its own if left out.
       allocation: how the sparsity is shared out: layer (to each matrix the same), erk
         (by its shape), owl (layers with outliers keep more).
-      calibration: texts that show what the weights are for: .txt, .md, .jsonl with a
-        "text" in each line, or .npy of int32 token ids (sequences, length). Several are
-        a mixture, the same number of sequences of each. A mixture of the kinds of text
-        that the model is to be used on is worth more than any method: equal parts of
-        two kinds, 64 sequences in all, did best in benchmarks/README.md.
-      sequences: how many are calibrated on; --batch must divide it.
-      length: tokens of a sequence, BOS included, and of a window in evaluation.
-      seed: which sequences are drawn, what is sampled.
-      batch: sequences that the model sees at once.
       damping: of sparsegpt and alps, as a share of the Hessian's mean diagonal.
       inputs: what a weight is pruned for: the inputs that are "left" by all that was
         pruned before it, or those of its "dense" layer, as the papers have it.
       exclude: globs of tensors to leave alone, as "*.down_proj.weight".
-      evaluate: texts to measure the perplexity on, before and after. If left out, the
-        last tenth of each calibration text, which then is not calibrated on.
-      limit: windows of each text that are evaluated.
-      any_perplexity: prune even a model that is worse than guessing by frequency.
       retrain_steps: steps of Adam afterwards on --retrain-text, the zeros staying
         zeros; only the pruned matrices are trained.
       retrain_text: texts to retrain on, as for --calibration.
@@ -58,32 +38,20 @@ class Job(models.ModelOptions):
       prompt: of the samples before and after; the beginning of an evaluated text if
         left out.
       prompt_steps: tokens of a sample; 0 for none.
-      overwrite: replace an earlier result.
     """
 
-    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     method: methods.Name = "sparsegpt"
     sparsity: float | None = None
     pattern: str | None = None
     allocation: allocations.Name = "layer"
-    calibration: tuple[Path, ...] = ()
-    sequences: int = 64
-    length: int = 512
-    seed: int = 0
-    batch: int = 4
     damping: float | None = None
     inputs: methods.Inputs = "left"
     exclude: tuple[str, ...] = ()
-    evaluate: tuple[Path, ...] = ()
-    limit: int = 16
-    any_perplexity: bool = False
     retrain_steps: int = 0
     retrain_text: tuple[Path, ...] = ()
     retrain_learning_rate: float = 3e-5
     prompt: str | None = None
     prompt_steps: int = 48
-    overwrite: bool = False
 
     @property
     def streams(self) -> bool:
@@ -91,10 +59,17 @@ class Job(models.ModelOptions):
         return self.method == "magnitude" and not self.calibration
 
     @property
-    def work(self) -> Path:
-        """Where a run that is not done keeps what it has."""
-        out = self.out.resolve()
-        return out.with_name(f".{out.name}.work")
+    def recovery(self) -> job_options.Recovery | None:
+        """How the pruned model is trained on, or None."""
+        if not self.retrain_steps:
+            return super().recovery
+        return job_options.Recovery(
+            "retraining",
+            self.retrain_steps,
+            self.retrain_text,
+            self.retrain_learning_rate,
+            "matrices",
+        )
 
 
 class Meaning(NamedTuple):
@@ -118,11 +93,7 @@ def check(job: Job) -> Meaning:
     method = parse.method(job.method, job.damping, job.inputs)
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
-    parse.check_at_least_one(
-        sequences=job.sequences, batch=job.batch, limit=job.limit, length=job.length
-    )
-    if job.length < 8:
-        raise ValueError(f"--length must be at least 8 tokens, got {job.length}")
+    job_options.check(job)
     if job.sequences % job.batch:
         raise ValueError(
             f"--sequences must be divisible by --batch, got {job.sequences} and "
@@ -138,20 +109,11 @@ def check(job: Job) -> Meaning:
             f"--method {job.method} needs --calibration FILE..., a text of the kind "
             "that the model is used on; only magnitude does without"
         )
-    parse.check_seed(job.seed)
     _check_retraining(job)
     if job.streams:
         _check_streaming(job, pattern, rule)
-    texts.check_files((*job.calibration, *job.evaluate, *job.retrain_text))
-    rewrite.check_place(job.out, job.model, overwrite=job.overwrite)
+    texts.check_files(job.retrain_text)
     return Meaning(method, pattern, sparsity, rule)
-
-
-def check_room(job: Job, source: CheckpointDir) -> None:
-    """Refuses, before a long job, a disk without room for the result and progress."""
-    before = [job.work, job.out.resolve().with_name(f".{job.out.name}.partial")]
-    have = sum(map(atomic.bytes_in, before))
-    atomic.check_room(job.out, source.size * (1 if job.streams else 2) - have)
 
 
 def _check_retraining(job: Job) -> None:
@@ -159,6 +121,10 @@ def _check_retraining(job: Job) -> None:
         raise ValueError(
             "--retrain-steps and --retrain-text belong together, got "
             f"{job.retrain_steps} steps and {len(job.retrain_text)} texts"
+        )
+    if job.retrain_steps and job.distill_steps:
+        raise ValueError(
+            "--retrain-steps and --distill-steps exclude each other; give one"
         )
     if job.retrain_steps and not 0 < job.retrain_learning_rate < 1:
         raise ValueError(
@@ -175,6 +141,7 @@ def _check_streaming(job: Job, pattern: Pattern, rule: allocations.Rule) -> None
             (f"--allocation {job.allocation}", rule != allocations.Uniform()),
             (f"--pattern {job.pattern}", not isinstance(pattern, known)),
             ("--retrain-steps", job.retrain_steps > 0),
+            ("--distill-steps", job.distill_steps > 0),
         )
         if given
     ]

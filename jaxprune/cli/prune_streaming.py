@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxprune.cli import models, parse, provenance, prune_inputs, prune_options
+from jaxprune.cli import inputs, models, parse, provenance, work
 from jaxprune.cli.console import Console, byte_progress
 from jaxprune.cli.eval import measure
 from jaxprune.cli.prune_options import Job, Meaning
@@ -26,14 +26,14 @@ def prune(
     costs = Costs()
     source = open_directory(job.model)
     parse.check_globs(job.exclude, source.tensors)
-    prune_options.check_room(job, source)
-    ready = prune_inputs.prepare(job, source) if job.evaluate else None
+    work.check_room(job, source, 1)
+    ready = inputs.prepare(job, source) if job.evaluate else None
     found: dict[str, Any] = {}
     if ready is not None:
         model = models.find(job.model, job)
         models.say_ignored(model, console)
         with costs.phase("evaluate before"):
-            found = prune_inputs.dense(job, ready, model.read(), console)
+            found = inputs.dense(job, ready, model.read(), console)
     pruning = contextlib.ExitStack()
 
     def finish(
@@ -45,7 +45,7 @@ def prune(
         if ready is not None:
             with costs.phase("evaluate after"):
                 after = measure(models.find(written, job).read(), ready.seen, job.batch)
-                prune_inputs.add(found, "pruned", after)
+                inputs.add(found, "pruned", after)
             more["perplexity"] = found
         counts = {k: (v["zeros"], v["size"]) for k, v in record["tensors"].items()}
         more |= {"sizes": provenance.sizes(source, counts), **costs.facts()}

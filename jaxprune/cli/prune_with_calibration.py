@@ -1,11 +1,8 @@
 """`jaxprune prune` of a loaded model: measured, pruned, retrained, written."""
 
-import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,29 +10,29 @@ import numpy as np
 from flax import nnx
 
 import jaxprune as jp
+from jaxprune.arrays import lazy
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
 from jaxprune.cli import (
+    inputs,
     models,
     parse,
     provenance,
-    prune_inputs,
-    prune_options,
+    recovery,
     sample,
+    work,
 )
 from jaxprune.cli.console import Console, byte_progress
 from jaxprune.cli.eval import measure, number
-from jaxprune.cli.prune_inputs import Ready
+from jaxprune.cli.inputs import Ready
 from jaxprune.cli.prune_options import Job, Meaning
-from jaxprune.evaluation import retrain
 from jaxprune.evaluation.machine import Costs
-from jaxprune.formats import atomic, rewrite
+from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
+from jaxprune.models.decoder.model import Decoder
 
 _PROMPT, _TEMPERATURE = 16, 0.8
-_BEGUN = "command.json"  # which job the progress is of
 
 
 def prune(
@@ -43,7 +40,7 @@ def prune(
 ) -> dict[str, Any]:
     """Prunes a model after a look at calibration texts; the record."""
     run = _begin(job, meaning, console)
-    with _held(run):
+    with work.held(job.work, _facts(run)):
         return _prune(run, arguments)
 
 
@@ -51,7 +48,7 @@ def _prune(run: "_Run", arguments: list[str]) -> dict[str, Any]:
     job, console = run.job, run.console
     with run.costs.phase("evaluate before"):
         dense = run.model.read()
-        run.perplexity = prune_inputs.dense(job, run.ready, dense, console)
+        run.perplexity = inputs.dense(job, run.ready, dense, console)
         run.sample("dense", dense)
         del dense
     with run.costs.phase("prune"):
@@ -59,13 +56,21 @@ def _prune(run: "_Run", arguments: list[str]) -> dict[str, Any]:
     stage = "pruned"
     with run.costs.phase("evaluate after"):
         run.measure(stage, model)
-    if run.ready.retraining is not None:
-        stage = "retrained"
-        with run.costs.phase("retrain"):
-            model, record["retraining"] = _retrained(
-                job, run.ready.retraining, model, leaves
+    moved = leaves
+    if job.recovery is not None and run.ready.recovery is not None:
+        stage = job.recovery.stage
+        with run.costs.phase(job.recovery.kind):
+            model, trained, record[job.recovery.kind] = recovery.recover(
+                job,
+                job.recovery,
+                run.ready.recovery,
+                model,
+                functools.partial(_dense, run, model, leaves),
+                leaves,
+                masked=leaves,
             )
-        with run.costs.phase("evaluate retrained"):
+            moved = leaves | trained
+        with run.costs.phase(f"evaluate {stage}"):
             run.measure(stage, model)
     run.sample(stage, model)
     record |= {
@@ -76,53 +81,20 @@ def _prune(run: "_Run", arguments: list[str]) -> dict[str, Any]:
         "sizes": provenance.sizes(run.source, _counts(model, leaves)),
         **run.costs.facts(),
     }
-    _write(job, run.source, model, leaves, record)
+    _write(job, run.source, model, leaves, moved, record)
     return rewrite.read_provenance(job.out)
-
-
-@contextlib.contextmanager
-def _held(run: "_Run") -> Iterator[None]:
-    """Keeps the place of the progress for this run, and for this job."""
-    work = run.job.work
-    begun = work / _BEGUN
-    with atomic.locked(work):
-        try:
-            if not _has_progress(work):
-                begun.unlink(missing_ok=True)
-            atomic.begin_or_resume(begun, _facts(run))
-            yield
-        except BaseException:
-            if not _has_progress(work):
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _has_progress(work: Path) -> bool:
-    return any(path.name != _BEGUN for path in work.iterdir())
 
 
 def _facts(run: "_Run") -> dict[str, Any]:
     """What decides the pruned weights, as far as it is known without reading any."""
-    job, source, ready = run.job, run.source, run.ready
-    files = {name: (source.path / name).stat() for name in source.metadata}
+    job, ready = run.job, run.ready
     return {
-        "model": str(source.path),
-        "files": {n: [s.st_size, s.st_mtime_ns] for n, s in files.items()},
+        **work.facts(job, run.source, ready.calibration, ready.begins.why),
         "method": repr(run.meaning.method),
         "pattern": parse.pattern_word(run.meaning.pattern),
         "sparsity": job.sparsity,
         "allocation": job.allocation,
         "excluded": list(job.exclude),
-        "ignored_config": list(job.ignore_config),
-        "dtype": job.dtype,
-        "calibration": [text.sha256 for text in ready.calibration],
-        "held_out": not job.evaluate and job.limit,
-        "sequences": job.sequences,
-        "length": job.length,
-        "batch": job.batch,
-        "seed": job.seed,
-        "bos": ready.begins.why,
     }
 
 
@@ -152,7 +124,7 @@ class _Run:
     def measure(self, stage: str, model: models.Model) -> None:
         """Measures the model at a stage."""
         after = measure(model, self.ready.seen, self.job.batch)
-        prune_inputs.add(self.perplexity, stage, after)
+        inputs.add(self.perplexity, stage, after)
         for name, result in after.items():
             shown = number(result["perplexity"])
             self.console.note(f"{stage}: perplexity {shown} on {name}")
@@ -173,11 +145,13 @@ def _begin(job: Job, meaning: Meaning, console: Console) -> _Run:
     with costs.phase("read"):
         source = open_directory(job.model)
         parse.check_globs(job.exclude, source.tensors)
-        ready = prune_inputs.prepare(job, source)
+        ready = inputs.prepare(job, source)
+        if ready.tokenizer is None and (source.path / "tokenizer.json").is_file():
+            ready = ready._replace(tokenizer=hf.load_tokenizer(job.model))
         model = models.find(job.model, job)
         prunable = parse.by_name(lambda leaf: model.names[leaf].name, job.exclude)
         _check_pattern(meaning, model, prunable)
-        prune_options.check_room(job, source)
+        work.check_room(job, source, 2)
     models.say_ignored(model, console)
     prompt = _prompt(job, ready, model.config.context)
     return _Run(job, meaning, console, source, ready, model, prunable, prompt, costs)
@@ -199,7 +173,7 @@ def _pruned(run: _Run) -> tuple[models.Model, set[str], dict[str, Any]]:
         directory=job.work,
     )
     leaves = {row["name"] for row in result.report["weights"]}
-    found = _rounded(model._replace(params=result.params).read(), leaves)
+    found = recovery.rounded(model._replace(params=result.params).read(), leaves)
     return found, leaves, _record(run, result.report)
 
 
@@ -248,61 +222,21 @@ def _prompt(job: Job, ready: Ready, context: int) -> list[int] | None:
     return prompt
 
 
-def _rounded(model: models.Model, leaves: set[str]) -> models.Model:
-    """The model as it will be written: the pruned leaves as their tensors hold them."""
-
-    def leaf(name: str, value: jax.Array) -> jax.Array:
-        stored = model.names[name].dtype
-        if name not in leaves or stored == value.dtype:
-            return value
-        return value.astype(stored).astype(value.dtype)
-
-    named = jp.tree.named_leaves(model.params)
-    values = [leaf(name, value) for name, value in named.items()]
+def _dense(run: _Run, model: models.Model, leaves: set[str]) -> Decoder:
+    """The model before; what was not pruned is shared with the pruned one."""
+    own = jp.tree.named_leaves(model.params)
+    before = jp.tree.named_leaves(run.model.params)
+    params = [
+        lazy.array(before[name]) if name in leaves else leaf
+        for name, leaf in own.items()
+    ]
     structure = jax.tree.structure(model.params)
-    return model._replace(params=jax.tree.unflatten(structure, values))
-
-
-def _retrained(
-    job: Job, sequences: np.ndarray, model: models.Model, leaves: set[str]
-) -> tuple[models.Model, dict[str, Any]]:
-    """The model after a few steps, and what the record says of them."""
-    steps = job.retrain_steps
-    with Progress(steps, "retraining", unit="step", leave=False) as progress:
-
-        def tick(loss: float) -> None:
-            progress.note(f"loss {loss:.3f}")
-            progress.update()
-
-        decoder, losses = retrain.retrain(
-            model.decoder(),
-            leaves,
-            sequences,
-            batch=job.batch,
-            steps=steps,
-            learning_rate=job.retrain_learning_rate,
-            seed=job.seed,
-            tick=tick,
-        )
-    record = {
-        "steps": steps,
-        "learning_rate": job.retrain_learning_rate,
-        "batch": job.batch,
-        "texts": [path.name for path in job.retrain_text],
-        "losses": losses,
-    }
-    params = nnx.state(decoder, nnx.Param)
-    return _rounded(model._replace(params=params), leaves), record
+    return nnx.merge(model.graphdef, jax.tree.unflatten(structure, params))
 
 
 def _record(run: _Run, report: dict[str, Any]) -> dict[str, Any]:
     """What jaxprune.json says besides what was measured."""
     job, names = run.job, run.model.names
-    counts = run.ready.drawn.counts if run.ready.drawn is not None else []
-    files = [
-        {"name": text.path.name, "sha256": text.sha256, "sequences": count}
-        for text, count in zip(run.ready.calibration, counts, strict=True)
-    ]
     return {
         "method": job.method,
         "settings": repr(run.meaning.method),
@@ -312,11 +246,7 @@ def _record(run: _Run, report: dict[str, Any]) -> dict[str, Any]:
         "excluded": list(job.exclude),
         "dtype": run.model.config.dtype,
         "calibration": {
-            "files": files,
-            "sequences": sum(counts),
-            "length": job.length,
-            "seed": job.seed,
-            "bos": run.ready.begins.why,
+            **inputs.calibration(job, run.ready),
             "positions": report["positions"],
         },
         "unseen": report["unseen"],
@@ -339,20 +269,23 @@ def _write(
     source: CheckpointDir,
     model: models.Model,
     leaves: set[str],
+    moved: set[str],
     record: dict[str, Any],
 ) -> None:
+    """Writes the leaves that moved; the zeros of those that were pruned count."""
     named = jp.tree.named_leaves(model.params)
-    replaced = {
-        model.names[name].name: functools.partial(
-            _stored, named[name], model.names[name]
-        )
-        for name in sorted(leaves)
-    }
+    replaced: dict[str, Any] = {}
+    for name in sorted(moved):
+        origin = model.names[name]
+        values = functools.partial(_stored, named[name], origin)
+        replaced |= dict.fromkeys((origin.name, *origin.copies), values)
+    pruned = {model.names[name].name for name in leaves}
     with byte_progress(source.size, "writing") as progress:
         rewrite.write(
             source,
             job.out,
             replaced,
+            uncounted=replaced.keys() - pruned,
             provenance=record,
             overwrite=job.overwrite,
             progress=progress,

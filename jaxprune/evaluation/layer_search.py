@@ -55,7 +55,9 @@ def keep(
     layers: int,
     *,
     batch: int = 4,
+    begun: Left | None = None,
     tick: Callable[[int], None] = lambda count: None,
+    noted: Callable[[Left], None] = lambda left: None,
 ) -> Left:
     """Leaves out layers until so many are left, each time the one that costs least.
 
@@ -65,7 +67,9 @@ def keep(
       tokens: sequences that show what the model is for.
       layers: how many layers stay.
       batch: sequences that the model sees at once.
+      begun: what a search of the same arguments had found when it was stopped.
       tick: called with 1 after each evaluation of the loss.
+      noted: called with what is left after each layer, to be `begun` from.
 
     Returns:
       The layers that stay, and the losses on the way.
@@ -107,8 +111,10 @@ def keep(
         return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
     gates = np.ones(whole, bool)
-    losses, dropped = [loss(gates)], []
-    for _ in range(whole - layers):
+    dropped = [] if begun is None else list(begun.dropped)
+    gates[dropped] = False
+    losses = [loss(gates)] if begun is None else list(begun.nats)
+    for _ in range(whole - layers - len(dropped)):
         found = {
             i: loss(gates & (np.arange(whole) != i)) for i in np.flatnonzero(gates)
         }
@@ -116,6 +122,9 @@ def keep(
         gates[best] = False
         dropped.append(int(best))
         losses.append(found[best])
-    if not all(map(math.isfinite, losses)):
-        raise ValueError(f"the loss must be finite, got {losses}; look at the model")
+        if not all(map(math.isfinite, losses)):
+            raise ValueError(
+                f"the loss must be finite, got {losses}; look at the model"
+            )
+        noted(Left(np.flatnonzero(gates).tolist(), dropped, losses))
     return Left(np.flatnonzero(gates).tolist(), dropped, losses)

@@ -1,12 +1,15 @@
-"""A short retraining of the pruned matrices, the zeros staying zeros.
+"""A short training of a model that was pruned or made smaller, its zeros held.
 
 Adam on the texts' sequences in an order drawn by a seed, its rate falling to zero along
-a cosine. What is trained is held in float32; all else stays as it is.
+a cosine. What is trained is held in float32; all else stays as it is. The loss is that
+of the text, or of a teacher (`distill.from_teacher`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Set
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,97 +19,181 @@ from flax import nnx
 from jaxtyping import Int
 
 from jaxprune.arrays import tree
+from jaxprune.evaluation.checkpoints import Checkpoints
 from jaxprune.models.decoder.model import Decoder, loss_per_token
+from jaxprune.posttraining import fingerprint
 from jaxprune.training.keep_masks import keep_masks
+from jaxprune.training.lora import lora
 
 _CLIP = 1.0
+
+
+class Loss(NamedTuple):
+    """What is made small.
+
+    Attributes:
+      name: tells it from others.
+      of: the model, `arrays` and tokens (batch, length) to a scalar.
+      arrays: what it reads besides, handed to the compiled step.
+    """
+
+    name: str
+    of: Callable[[Decoder, Any, jax.Array], jax.Array]
+    arrays: Any = None
+
+
+def from_text() -> Loss:
+    """The cross entropy of the text's own tokens."""
+
+    def of(model: Decoder, _: Any, tokens: jax.Array) -> jax.Array:
+        return loss_per_token(model, tokens[:, :-1], tokens[:, 1:]).mean()
+
+    return Loss("text", of)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is trained.
+
+    Attributes:
+      steps: how many.
+      learning_rate: of the first step.
+      batch: sequences of a step.
+      seed: decides the order of the sequences.
+      rank: of the change of each matrix (`jp.lora`); vectors are then left as they are.
+        None trains the leaves themselves.
+    """
+
+    steps: int
+    learning_rate: float
+    batch: int = 4
+    seed: int = 0
+    rank: int | None = None
 
 
 def retrain(
     model: Decoder,
     names: Set[str],
     sequences: Int[np.ndarray, "sequences length"],
+    settings: Settings,
     *,
-    batch: int = 4,
-    steps: int,
-    learning_rate: float,
-    seed: int = 0,
-    tick: Callable[[float], Any] = lambda loss: None,
+    loss: Loss | None = None,
+    masked: Set[str] | None = None,
+    directory: Path | None = None,
+    tick: Callable[[int, float], Any] = lambda steps, loss: None,
 ) -> tuple[Decoder, list[float]]:
-    """Retrains some of a model's leaves under the masks of their zeros.
+    """Trains some of a model's leaves, pruned ones under the masks of their zeros.
 
     Args:
       model: all its parameters in memory; it is not changed.
       names: of the leaves that are trained, as `tree.names` of its parameters.
       sequences: int32 (sequences, length).
-      batch: sequences of a step.
-      steps: how many.
-      learning_rate: of the first step.
-      seed: decides the order.
-      tick: called after each step with its loss.
+      settings: steps, learning rate and the like.
+      loss: `from_text()` if left out.
+      masked: those whose zeros stay zeros; all that are trained if left out.
+      directory: where a run that is killed finds how far it was, and goes on to the
+        same bits.
+      tick: called with how many steps were done and the loss of the last.
 
     Returns:
       A model with the new parameters, in their dtypes, and each step's loss.
 
     Raises:
-      ValueError: the loss is not finite.
+      ValueError: the loss is not finite, or the directory is another job's.
     """
+    loss = from_text() if loss is None else loss
+    masked = names if masked is None else masked
     graphdef, params = nnx.split(model)
     leaves, structure = jax.tree.flatten(params)
-    places = [i for i, name in enumerate(tree.names(params)) if name in names]
-    dtypes = [leaves[i].dtype for i in places]
+    own = {i: name for i, name in enumerate(tree.names(params)) if name in names}
+    dtypes = [leaves[i].dtype for i in own]
     # Copies: a step gives up the arrays that it is given.
-    trained = [jnp.array(leaves[i], np.float32) for i in places]
-    frozen = [None if i in places else leaf for i, leaf in enumerate(leaves)]
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(_CLIP),
-        optax.adamw(optax.cosine_decay_schedule(learning_rate, steps)),
-    )
-    tx = keep_masks(optimizer, [leaf != 0 for leaf in trained])
+    trained = [jnp.array(leaves[i], np.float32) for i in own]
+    frozen = [None if i in own else leaf for i, leaf in enumerate(leaves)]
+    masks = [
+        leaf != 0 if name in masked else optax.MaskedNode()
+        for name, leaf in zip(own.values(), trained, strict=True)
+    ]
 
     def whole(trained: Any, frozen: Any) -> Decoder:
         found = list(frozen)
-        for i, leaf, dtype in zip(places, trained, dtypes, strict=True):
+        for i, leaf, dtype in zip(own, trained, dtypes, strict=True):
             found[i] = jnp.asarray(leaf, dtype)
         return nnx.merge(graphdef, jax.tree.unflatten(structure, found))
 
-    def loss(trained: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (batch, length - 1)
-        return loss_per_token(whole(trained, frozen), inputs, targets).mean()
+    def value(trained: Any, frozen: Any, arrays: Any, tokens: jax.Array) -> jax.Array:
+        return loss.of(whole(trained, frozen), arrays, tokens)
 
-    step = _step(loss, tx)
-    state = jax.jit(tx.init)(trained)
-    losses = []
-    for rows in _order(len(sequences), batch, steps, seed):
-        trained, state, value = step(trained, state, frozen, sequences[rows])
-        losses.append(float(value))
+    tx = keep_masks(_optimizer(settings), masks)
+    step = _step(value, tx)
+    kept = None
+    if directory is not None:
+        facts = dataclasses.asdict(settings) | {
+            "loss": loss.name,
+            "trained": sorted(names),
+            "masked": sorted(masked & names),
+            "start": fingerprint.of_arrays([trained, frozen, loss.arrays, sequences]),
+        }
+        kept = Checkpoints(directory, facts)
+    state = (trained, jax.jit(tx.init)(trained))
+    done = 0
+    losses: list[float] = []
+    if kept is not None:
+        done, state, record = kept.last(state)
+        losses += record or []
+        if done:
+            tick(done, losses[-1])
+    rows = _order(len(sequences), settings)
+    for number in range(done, settings.steps):
+        tokens = sequences[rows[number]]
+        *state, found = step(*state, frozen, loss.arrays, tokens)
+        losses.append(float(found))
         if not np.isfinite(losses[-1]):
             raise ValueError(
                 f"the loss of retraining must be finite, got {losses[-1]} at step "
                 f"{len(losses)}; lower the learning rate"
             )
-        tick(losses[-1])
-    return whole(trained, frozen), losses
+        if kept is not None and kept.due():
+            kept.write(len(losses), tuple(state), losses)
+        tick(1, losses[-1])
+    return whole(state[0], frozen), losses
+
+
+def _optimizer(settings: Settings) -> optax.GradientTransformation:
+    rate = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(_CLIP), optax.adamw(rate))
+    if settings.rank is None:
+        return optimizer
+    return lora(
+        optimizer,
+        settings.rank,
+        targets=lambda name, leaf: leaf.ndim > 1,
+        seed=settings.seed,
+    )
 
 
 def _step(loss: Callable[..., jax.Array], tx: optax.GradientTransformation) -> Any:
-    """A compiled step: trained leaves, state, frozen leaves and tokens to the next."""
+    """A compiled step: trained leaves, state, the rest and tokens to the next."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
-        trained: Any, state: Any, frozen: Any, tokens: Int[jax.Array, "batch length"]
+        trained: Any,
+        state: Any,
+        frozen: Any,
+        arrays: Any,
+        tokens: Int[jax.Array, "batch length"],
     ) -> tuple[Any, Any, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(trained, frozen, tokens)
+        value, gradient = jax.value_and_grad(loss)(trained, frozen, arrays, tokens)
         updates, state = tx.update(gradient, state, trained)
         return optax.apply_updates(trained, updates), state, value
 
     return step
 
 
-def _order(sequences: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:
+def _order(sequences: int, settings: Settings) -> list[np.ndarray]:
     """Rows of each step; each sequence comes once before any comes twice."""
-    chance = np.random.default_rng(seed)
-    needed = batch * steps
+    chance = np.random.default_rng(settings.seed)
+    needed = settings.batch * settings.steps
     rounds = -(-needed // sequences)
     rows = np.concatenate([chance.permutation(sequences) for _ in range(rounds)])
-    return np.split(rows[:needed], steps)
+    return np.split(rows[:needed], settings.steps)

@@ -178,12 +178,14 @@ class Drawn(NamedTuple):
     Attributes:
       tokens: int32 (sequences, length).
       counts: how many are of each text.
+      parts: those of each text, (count, length).
       left: for each text the rows of .npy that were not drawn; None where there are
         none, and for texts.
     """
 
     tokens: Int[np.ndarray, "sequences length"]
     counts: list[int]
+    parts: list[Int[np.ndarray, "count length"]]
     left: list[Text | None]
 
 
@@ -232,7 +234,7 @@ def draw(
     # In turn, so that every batch sees every text.
     places = [(i + 0.5) / len(part) for part in parts for i in range(len(part))]
     order = np.argsort(places, kind="stable")
-    return Drawn(np.concatenate(parts)[order], counts, left)
+    return Drawn(np.concatenate(parts)[order], counts, parts, left)
 
 
 def _check_enough(

@@ -43,6 +43,7 @@ def write(
     *,
     provenance: Mapping[str, Any],
     overwrite: bool = False,
+    finish: rewrite.Finish | None = None,
 ) -> list[Path]:
     """Writes a directory with another config.json and other tensors.
 
@@ -54,6 +55,7 @@ def write(
       provenance: JSON-able; how it was made. It is written to jaxprune.json.
       overwrite: whether an earlier result may be replaced. It is, once the new one is
         whole.
+      finish: as for `rewrite.write`.
 
     Returns:
       The paths of the files.
@@ -95,9 +97,11 @@ def write(
         for name in others:
             digests[name] = rewrite.copy(source.path / name, partial / name)
         record = {**provenance, "tensors": {}, "files": digests}
-        kind = {"format": rewrite.FORMAT, "version": rewrite.VERSION}
-        atomic.replace_json(partial / rewrite.NAME, {**kind, **record})
-    return [place / name for name in (*digests, rewrite.NAME)]
+        record |= {"format": rewrite.FORMAT, "version": rewrite.VERSION}
+        more, files = finish(partial, record) if finish else ({}, {})
+        atomic.replace_files(partial, files)
+        atomic.replace_json(partial / rewrite.NAME, record | dict(more))
+    return [place / name for name in (*digests, *files, rewrite.NAME)]
 
 
 def _text(path: Path, content: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,6 +56,7 @@ def write(
     directory: str | os.PathLike[str],
     replaced: Mapping[str, Values],
     *,
+    uncounted: Collection[str] = (),
     provenance: Mapping[str, Any],
     overwrite: bool = False,
     resume: bool = False,
@@ -69,6 +70,7 @@ def write(
       directory: the new one, apart from the source.
       replaced: name to new values, in the stored shape; they are cast to the stored
         dtype, and minus zero becomes zero. A function is called when its turn comes.
+      uncounted: which of those were not pruned, so that their zeros say nothing.
       provenance: JSON-able; how the values were made: "method", "pattern", "sparsity"
         (asked), and what else is known ("command", "calibration", "perplexity").
       overwrite: whether an earlier result of this function may be replaced. It is, once
@@ -121,7 +123,9 @@ def write(
             if file in done:
                 advance(file, sum(i.size for _, i in _within(source, file)))
                 continue
-            done[file] = _write_shard(source, file, partial, replaced, advance)
+            done[file] = _write_shard(
+                source, file, partial, replaced, uncounted, advance
+            )
             atomic.replace_json(partial / _STATE, {"job": job, "done": done})
         digests = {file: made["sha256"] for file, made in done.items()}
         for name in others:
@@ -268,6 +272,7 @@ def _write_shard(
     file: str,
     partial: Path,
     replaced: Mapping[str, Values],
+    uncounted: Collection[str],
     advance: Callable[[str, int], None],
 ) -> dict[str, Any]:
     """Writes one file of weights: the old bytes, but for the tensors replaced."""
@@ -278,7 +283,8 @@ def _write_shard(
             sink.copy(origin, info.offset)
             if name in replaced:
                 zeros = _put_values(sink, name, info, replaced[name])
-                counts[name] = {"zeros": zeros, "size": math.prod(info.shape)}
+                if name not in uncounted:
+                    counts[name] = {"zeros": zeros, "size": math.prod(info.shape)}
             else:
                 sink.copy(origin, info.offset + info.size)
             advance(name, info.size)

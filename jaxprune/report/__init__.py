@@ -1,7 +1,8 @@
-"""Self-contained HTML pages about pruned models."""
+"""Self-contained HTML pages about pruned and smaller models."""
 
 __all__ = [
     "canvas",
     "page",
     "pruned_model",
+    "shrunk_model",
 ]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from jaxprune.report import canvas, page
 
-STAGES = ("dense", "pruned", "retrained")
+STAGES = ("dense", "pruned", "retrained", "distilled")
 _WORST = 12
 _WIDEST = 40
 _MAP = LinearSegmentedColormap.from_list(

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxprune.arrays import tree
-from jaxprune.evaluation import perplexity, retrain
+from jaxprune.evaluation import checkpoints, perplexity, retrain
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.model import Decoder, loss_per_token
 
@@ -48,9 +50,8 @@ def half():
 def test_the_loss_falls_the_zeros_stay_and_all_else_is_as_it_was(half):
     model, names = half
     before = {name: np.asarray(leaf) for name, leaf in leaves(model).items()}
-    found, losses = retrain.retrain(
-        model, names, SEQUENCES, batch=4, steps=8, learning_rate=0.1
-    )
+    settings = retrain.Settings(steps=8, learning_rate=0.1)
+    found, losses = retrain.retrain(model, names, SEQUENCES, settings)
     assert losses[-1] < losses[0]
     assert losses[0] == pytest.approx(losses_of(model, SEQUENCES).mean(), rel=1e-5)
     for name, leaf in leaves(found).items():
@@ -64,8 +65,65 @@ def test_the_loss_falls_the_zeros_stay_and_all_else_is_as_it_was(half):
 
 
 def test_a_loss_that_is_not_finite_is_refused_by_its_step(half):
+    settings = retrain.Settings(steps=8, learning_rate=float("inf"))
     with pytest.raises(ValueError, match=r"got (nan|inf) at step [23]; lower the"):
-        retrain.retrain(*half, SEQUENCES, batch=4, steps=8, learning_rate=float("inf"))
+        retrain.retrain(*half, SEQUENCES, settings)
+
+
+@pytest.mark.full
+def test_only_leaves_that_are_masked_keep_their_zeros(half):
+    model, names = half
+    settings = retrain.Settings(steps=1, learning_rate=0.1)
+    found, _ = retrain.retrain(model, names, SEQUENCES, settings, masked=set())
+    moved = [(leaves(found)[name] != 0) & (leaves(model)[name] == 0) for name in names]
+    assert sum(int(each.sum()) for each in moved) > 0
+
+
+@pytest.mark.full
+def test_a_change_of_low_rank_is_one_and_zeros_stay(half):
+    model, names = half
+    names = {name for name in names if leaves(model)[name].ndim == 2}
+    settings = retrain.Settings(steps=2, learning_rate=0.1, rank=1)
+    free, _ = retrain.retrain(model, names, SEQUENCES, settings, masked=set())
+    held, _ = retrain.retrain(model, names, SEQUENCES, settings)
+    for name in names:
+        change = np.asarray(leaves(free)[name] - leaves(model)[name], np.float64)
+        values = np.linalg.svd(change, compute_uv=False)
+        assert values[1] < 1e-5 * values[0]
+        zero = leaves(model)[name] == 0
+        np.testing.assert_array_equal(leaves(held)[name] == 0, zero)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(half, tmp_path, monkeypatch):
+    model, names = half
+    monkeypatch.setattr(checkpoints.Checkpoints, "due", lambda self: True)
+    settings = retrain.Settings(steps=5, learning_rate=0.1, batch=3, seed=1)
+    whole, losses = retrain.retrain(model, names, SEQUENCES, settings)
+    done = []
+
+    def dies(steps, loss):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(steps)
+
+    args = (model, names, SEQUENCES)
+    with pytest.raises(KeyboardInterrupt):
+        retrain.retrain(*args, settings, directory=tmp_path, tick=dies)
+    # The newer of the two slots is half written; the other one still holds.
+    max(tmp_path.glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns).write_bytes(
+        b"half"
+    )
+    done = []
+    found, again = retrain.retrain(
+        *args, settings, directory=tmp_path, tick=lambda n, loss: done.append(n)
+    )
+    assert done == [2, 1, 1, 1]
+    assert again == losses
+    for name, leaf in leaves(found).items():
+        np.testing.assert_array_equal(leaf, leaves(whole)[name])
+    other = dataclasses.replace(settings, seed=2)
+    with pytest.raises(ValueError, match="another job: seed was 1 and is 2"):
+        retrain.retrain(*args, other, directory=tmp_path)
 
 
 @pytest.mark.parametrize("batch", [2, 3])

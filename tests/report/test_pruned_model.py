@@ -153,7 +153,8 @@ def test_retraining_is_told():
     record = copy.deepcopy(RECORD)
     losses = [3.5, 3.25]
     record["retraining"] = {"steps": 2, "batch": 4, "learning_rate": 1e-4} | {
-        "losses": losses
+        "losses": losses,
+        "trained": "matrices",
     }
     last = {"perplexity": None, "nats": None, "tokens": 3066}
     record["perplexity"]["a<b>.txt"]["retrained"] = last

@@ -14,6 +14,7 @@ References:
   numbers are those of the Hugging Face implementations (tests/models/test_hf.py).
 """
 
+from collections.abc import Callable
 from typing import overload
 
 import jax
@@ -236,20 +237,50 @@ def nats(
     rows: int | None = None,
 ) -> Float[Array, "batch time"]:
     """Cross entropy (nats) by final hidden states; `rows` as for `loss_per_token`."""
-    rows = max(1, _LOGITS // model.config.vocab_size) if rows is None else rows
+
+    def of(x: Array, chosen: Array) -> Array:
+        logits = model.logits(x)  # (batch, vocab)
+        own = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - own
+
+    return by_token(of, (states, targets), vocab=model.config.vocab_size, rows=rows)
+
+
+def by_token(
+    of: Callable[..., Array],
+    arrays: tuple[Array, ...],
+    *,
+    vocab: int,
+    rows: int | None = None,
+) -> Float[Array, "batch time"]:
+    """Maps what makes logits over the tokens, a few at a time, for the gradient too.
+
+    Args:
+      of: from the arrays without their axis of time to (batch,).
+      arrays: (batch, time, ...) each.
+      vocab: floats of logits that a token takes.
+      rows: as for `loss_per_token`.
+
+    Returns:
+      (batch, time).
+
+    Raises:
+      ValueError: `rows` is not at least 1.
+
+    Example:
+      >>> x = jnp.arange(6.0).reshape(1, 2, 3)
+      >>> by_token(lambda x: x.sum(-1), (x,), vocab=3).tolist()
+      [[3.0, 12.0]]
+    """
+    rows = max(1, _LOGITS // vocab) if rows is None else rows
     if rows < 1:
         raise ValueError(f"loss_per_token needs rows >= 1, got {rows}")
-
-    @jax.checkpoint
-    def of(row: tuple[Array, Array]) -> Array:
-        logits = model.logits(row[0])  # (rows, batch, vocab)
-        chosen = jnp.take_along_axis(logits, row[1][..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    steps = (states.swapaxes(0, 1), targets.T)  # the batch may lie on many devices
-    batch, time = targets.shape
+    batch, time = arrays[0].shape[:2]
+    # The batch may lie on many devices, so the map is over time.
+    steps = tuple(array.swapaxes(0, 1) for array in arrays)
     at_once = min(max(1, rows // max(1, batch)), time)
-    return jax.lax.map(of, steps, batch_size=at_once).T
+    part = jax.checkpoint(lambda row: of(*row))
+    return jax.lax.map(part, steps, batch_size=at_once).T
 
 
 def _masks(config: DecoderConfig, index: Array, keys: int) -> dict[int | None, Array]:

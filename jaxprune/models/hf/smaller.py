@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxprune.arrays import lazy, tree
-from jaxprune.formats import new_weights
+from jaxprune.formats import new_weights, rewrite
 from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.hf import families
@@ -228,6 +228,7 @@ def write_smaller(
     ignore_config: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    finish: rewrite.Finish | None = None,
 ) -> list[Path]:
     """Writes a smaller decoder as a plain Hugging Face directory.
 
@@ -240,6 +241,7 @@ def write_smaller(
       ignore_config: attributes of config.json that `load` was told not to look at.
       provenance: JSON-able; how it was made, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
+      finish: as for `formats.rewrite.write`.
 
     Returns:
       The paths of the files.
@@ -271,6 +273,7 @@ def write_smaller(
         tensors,
         provenance=provenance or {},
         overwrite=overwrite,
+        finish=finish,
     )
 
 

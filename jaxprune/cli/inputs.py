@@ -1,4 +1,4 @@
-"""What a pruning looks at: sequences to calibrate on, windows to measure it by."""
+"""What a job looks at: sequences to calibrate on, windows to measure it by."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from jaxprune.cli import models
 from jaxprune.cli.console import Console
 from jaxprune.cli.eval import described, measure, named, needed_tokenizer, number
-from jaxprune.cli.prune_options import Job
+from jaxprune.cli.job_options import JobOptions
 from jaxprune.evaluation import perplexity, texts
 from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models import hf
@@ -18,13 +18,13 @@ class Ready(NamedTuple):
     """All that was read of texts.
 
     Attributes:
-      tokenizer: the model's; None where only token ids are read.
+      tokenizer: the model's; None where only token ids are read, or nothing.
       begins: what sequences begin with.
       calibration: the texts that are calibrated on, without their held-out ends.
       drawn: sequences of them; None without calibration.
       seen: name to what is evaluated.
       roles: name to what the text is to the calibration.
-      retraining: sequences to retrain on, or None.
+      recovery: sequences to train on afterwards, or None.
       vocab_size: the model's.
     """
 
@@ -34,30 +34,30 @@ class Ready(NamedTuple):
     drawn: texts.Drawn | None
     seen: dict[str, perplexity.Windows]
     roles: dict[str, str]
-    retraining: np.ndarray | None
+    recovery: np.ndarray | None
     vocab_size: int
 
 
-def prepare(job: Job, source: CheckpointDir) -> Ready:
+def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
     """Reads the texts, draws the sequences, makes the windows."""
     try:
         config = hf.decoder_config(source.config, ignore_config=job.ignore_config)
     except ValueError as error:
         raise ValueError(f"'{source.path / 'config.json'}': {error}") from None
-    if job.length > config.context:
+    recovery = job.recovery
+    later = recovery.texts if recovery else ()
+    files = (*job.calibration, *job.evaluate, *later)
+    if files and job.length > config.context:
         raise ValueError(
             f"--length must be at most the model's context {config.context}, got "
             f"{job.length}"
         )
-    files = (*job.calibration, *job.evaluate, *job.retrain_text)
-    known = tokenizer = needed_tokenizer(job.model, files)
-    if known is None and (source.path / "tokenizer.json").is_file():
-        known = hf.load_tokenizer(job.model)
+    tokenizer = needed_tokenizer(job.model, files)
     begins = models.beginning(tokenizer, job, config.vocab_size)
     whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
     own = [whole[path] for path in job.calibration]
     ends: list[texts.Text | None] = [None] * len(own)
-    if not job.evaluate:
+    if own and not job.evaluate:
         parts = [texts.without_end(text, job.limit * job.length) for text in own]
         own, ends = [list(part) for part in zip(*parts, strict=True)]
     drawn = None
@@ -81,14 +81,18 @@ def prepare(job: Job, source: CheckpointDir) -> Ready:
         )
         for name, text in evaluated.items()
     }
-    again = {text.path: text for text in own}
-    later = [again.get(path, whole[path]) for path in job.retrain_text]
-    retraining = _retraining(job, later, begins.token)
-    return Ready(known, begins, own, drawn, seen, roles, retraining, config.vocab_size)
+    training = None
+    if recovery:
+        again = {} if drawn is None else _trainable(job, own, drawn)
+        from_texts = [again.get(path, whole[path]) for path in later]
+        training = _sequences(job, recovery.steps, from_texts, begins.token)
+    return Ready(
+        tokenizer, begins, own, drawn, seen, roles, training, config.vocab_size
+    )
 
 
 def _evaluated(
-    job: Job,
+    job: JobOptions,
     whole: dict[Path, texts.AnyText],
     own: list[texts.AnyText],
     ends: list[texts.Text | None],
@@ -116,13 +120,24 @@ def _evaluated(
     return evaluated, roles
 
 
-def _retraining(job: Job, later: list[texts.AnyText], bos: int | None) -> Any:
-    """Sequences to retrain on: all that the texts have, or as many as are used."""
-    if not later:
-        return None
+def _trainable(
+    job: JobOptions, own: list[texts.AnyText], drawn: texts.Drawn
+) -> dict[Path, texts.AnyText]:
+    """What of each calibration text may be trained on: nothing that is evaluated."""
+    found = {text.path: text for text in own}
+    for text, part in zip(own, drawn.parts, strict=True):
+        if isinstance(text, texts.Text) and text.is_rows and not job.evaluate:
+            found[text.path] = text._replace(tokens=part)
+    return found
+
+
+def _sequences(
+    job: JobOptions, steps: int, later: list[texts.AnyText], bos: int | None
+) -> np.ndarray:
+    """Sequences to train on: all that the texts have, or as many as are used."""
     body = job.length - (bos is not None)
     have = min(text.room(body) for text in later)
-    wanted = job.retrain_steps * job.batch
+    wanted = steps * job.batch
     number = max(len(later), min(have * len(later), wanted))
     found = texts.draw(
         later, sequences=number, length=job.length, bos=bos, seed=job.seed + 1, most=0
@@ -131,9 +146,9 @@ def _retraining(job: Job, later: list[texts.AnyText], bos: int | None) -> Any:
 
 
 def dense(
-    job: Job, ready: Ready, model: models.Model, console: Console
+    job: JobOptions, ready: Ready, model: models.Model, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Measures the model before it is pruned, and refuses one that knows nothing."""
+    """Measures the model as it is, and refuses one that knows nothing."""
     # For each text: how it is evaluated and, under "dense", what was measured.
     found = {
         name: described(own) | {"role": ready.roles[name]}
@@ -151,14 +166,14 @@ def dense(
             f"({of['role']}; {before[name]['tokens']} tokens, context {of['context']}, "
             f"{ready.begins.why})"
         )
-    if not any(sane) and not job.any_perplexity:
+    if found and not any(sane) and not job.any_perplexity:
         results = ", ".join(
             f"{number(before[name]['perplexity'])} on {name}, where guessing by "
             f"frequency has {number(of['by_frequency'])}"
             for name, of in found.items()
         )
         raise ValueError(
-            f"the dense model must know something before it is pruned, but its "
+            "the dense model must know something before anything is removed, but its "
             f"perplexity is {results} (vocabulary {ready.vocab_size}); look at the "
             "checkpoint, the tokenizer and BOS, or give --any-perplexity"
         )
@@ -171,3 +186,19 @@ def add(
     """Notes in `found` what was measured at a stage, text by text."""
     for name, result in measured.items():
         found[name][stage] = result
+
+
+def calibration(job: JobOptions, ready: Ready) -> dict[str, Any]:
+    """What jaxprune.json says of the texts that were calibrated on."""
+    counts = ready.drawn.counts if ready.drawn is not None else []
+    files = [
+        {"name": text.path.name, "sha256": text.sha256, "sequences": count}
+        for text, count in zip(ready.calibration, counts, strict=True)
+    ]
+    return {
+        "files": files,
+        "sequences": sum(counts),
+        "length": job.length,
+        "seed": job.seed,
+        "bos": ready.begins.why,
+    }

@@ -1,0 +1,131 @@
+"""What `prune` and `shrink` share: a model, its texts, how the result is trained."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, TypeAlias
+
+import tyro
+
+from jaxprune.cli import models, parse
+from jaxprune.evaluation import texts
+from jaxprune.formats import rewrite
+
+Trained: TypeAlias = Literal["all", "matrices", "norms", "lora"]
+
+
+class Recovery(NamedTuple):
+    """A training that makes up for what was removed.
+
+    Attributes:
+      kind: also its name in jaxprune.json.
+      steps: how many.
+      texts: what it reads; those that are calibrated on if there are none.
+      learning_rate: of the first step.
+      trained: which parameters.
+    """
+
+    kind: Literal["retraining", "distillation"]
+    steps: int
+    texts: tuple[Path, ...]
+    learning_rate: float
+    trained: Trained
+
+    @property
+    def stage(self) -> str:
+        """What the model then is."""
+        return "retrained" if self.kind == "retraining" else "distilled"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobOptions(models.ModelOptions):
+    """A directory that is made of another one, with a look at texts.
+
+    Attributes:
+      model: the directory of the model: config.json, *.safetensors, tokenizer.json.
+      out: the directory to write, of the same form, with jaxprune.json and report.html.
+      calibration: texts that show what the model is for: .txt, .md, .jsonl with a
+        "text" in each line, or .npy of int32 token ids (sequences, length). Several are
+        a mixture, the same number of sequences of each. A mixture of the kinds of text
+        that the model is to be used on is worth more than any method: equal parts of
+        two kinds, 64 sequences in all, did best in benchmarks/README.md.
+      sequences: how many are calibrated on.
+      length: tokens of a sequence, BOS included, and of a window in evaluation.
+      seed: which sequences are drawn, what is sampled.
+      batch: sequences that the model sees at once.
+      evaluate: texts to measure the perplexity on, before and after. If left out, the
+        last tenth of each calibration text, which then is not calibrated on.
+      limit: windows of each text that are evaluated.
+      any_perplexity: go on even with a model that is worse than guessing by frequency.
+      distill_steps: steps of Adam afterwards that bring the next-token distributions
+        of what is left back to those of the model before (KL divergence); zeros stay
+        zeros, and sizes stay as they are.
+      distill_text: texts for that; those that are calibrated on if left out.
+      distill_learning_rate: of the first step; it falls to nothing.
+      distill_train: what is trained: all parameters, the matrices that were pruned (of
+        a smaller model, those of its layers), norms and biases, or those matrices by
+        changes of rank 16 (lora).
+      overwrite: replace an earlier result.
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    calibration: tuple[Path, ...] = ()
+    sequences: int = 64
+    length: int = 512
+    seed: int = 0
+    batch: int = 4
+    evaluate: tuple[Path, ...] = ()
+    limit: int = 16
+    any_perplexity: bool = False
+    distill_steps: int = 0
+    distill_text: tuple[Path, ...] = ()
+    distill_learning_rate: float = 1e-4
+    distill_train: Trained = "all"
+    overwrite: bool = False
+
+    @property
+    def work(self) -> Path:
+        """Where a run that is not done keeps what it has."""
+        out = self.out.resolve()
+        return out.with_name(f".{out.name}.work")
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """How the result is trained on, or None."""
+        if not self.distill_steps:
+            return None
+        return Recovery(
+            "distillation",
+            self.distill_steps,
+            self.distill_text or self.calibration,
+            self.distill_learning_rate,
+            self.distill_train,
+        )
+
+
+def check(job: JobOptions) -> None:
+    """Refuses what can be refused without opening the model."""
+    parse.check_at_least_one(
+        sequences=job.sequences, batch=job.batch, limit=job.limit, length=job.length
+    )
+    if job.length < 8:
+        raise ValueError(f"--length must be at least 8 tokens, got {job.length}")
+    parse.check_seed(job.seed)
+    if job.distill_steps < 0:
+        raise ValueError(
+            f"--distill-steps must not be negative, got {job.distill_steps}"
+        )
+    if job.distill_steps and not (job.distill_text or job.calibration):
+        raise ValueError(
+            "--distill-steps needs --distill-text FILE..., or --calibration FILE..., "
+            "whose texts it then takes"
+        )
+    if job.distill_text and not job.distill_steps:
+        raise ValueError("--distill-text needs --distill-steps N")
+    if not 0 < job.distill_learning_rate < 1:
+        raise ValueError(
+            f"--distill-learning-rate must be in (0, 1), got "
+            f"{job.distill_learning_rate}"
+        )
+    texts.check_files((*job.calibration, *job.evaluate, *job.distill_text))
+    rewrite.check_place(job.out, job.model, overwrite=job.overwrite)

@@ -1,0 +1,101 @@
+"""Training on what was pruned or made smaller: on a text, or after the dense model."""
+
+from collections.abc import Callable, Set
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxprune.arrays import tree
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.cli import models
+from jaxprune.cli.job_options import JobOptions, Recovery, Trained
+from jaxprune.evaluation import distill, retrain
+from jaxprune.models.decoder.model import Decoder
+
+_RANK = 16  # of "lora"
+
+
+def recover(
+    job: JobOptions,
+    recovery: Recovery,
+    sequences: np.ndarray,
+    model: models.Model,
+    teacher: Callable[[], Decoder],
+    matrices: Set[str],
+    *,
+    masked: Set[str] = frozenset(),
+) -> tuple[models.Model, set[str], dict[str, Any]]:
+    """The model after some steps, which leaves moved, and what the record says.
+
+    Args:
+      job: its batch, seed and place of progress count.
+      recovery: how long and how.
+      sequences: int32 (sequences, length).
+      model: what is trained.
+      teacher: gives the model before; called by a distillation alone.
+      matrices: the leaves that "matrices" and "lora" mean.
+      masked: the leaves whose zeros stay.
+    """
+    names = _trained(model, recovery.trained, matrices)
+    lora = recovery.trained == "lora"
+    settings = retrain.Settings(
+        steps=recovery.steps,
+        learning_rate=recovery.learning_rate,
+        batch=job.batch,
+        seed=job.seed,
+        rank=_RANK if lora else None,
+    )
+    distils = recovery.kind == "distillation"
+    doing = "distilling" if distils else "retraining"
+    with Progress(recovery.steps, doing, unit="step", leave=False) as progress:
+
+        def tick(steps: int, loss: float) -> None:
+            progress.note(f"loss {loss:.3f}")
+            progress.update(steps)
+
+        decoder, losses = retrain.retrain(
+            model.decoder(),
+            names,
+            sequences,
+            settings,
+            loss=distill.from_teacher(teacher()) if distils else None,
+            masked=masked,
+            directory=job.work / recovery.kind,
+            tick=tick,
+        )
+    record = {
+        "steps": recovery.steps,
+        "learning_rate": recovery.learning_rate,
+        "batch": job.batch,
+        "trained": recovery.trained,
+        "texts": [path.name for path in recovery.texts],
+        "losses": losses,
+    }
+    params = nnx.state(decoder, nnx.Param)
+    return rounded(model._replace(params=params), names), names, record
+
+
+def _trained(model: models.Model, trained: Trained, matrices: Set[str]) -> set[str]:
+    named = tree.named_leaves(model.params)
+    if trained == "all":
+        return set(named)
+    if trained == "norms":
+        return {name for name, leaf in named.items() if leaf.ndim < 2}
+    return set(matrices)
+
+
+def rounded(model: models.Model, leaves: Set[str]) -> models.Model:
+    """The model as it will be written: these leaves as their tensors hold them."""
+
+    def leaf(name: str, value: jax.Array) -> jax.Array:
+        stored = model.names[name].dtype
+        if name not in leaves or stored == value.dtype:
+            return value
+        return value.astype(stored).astype(value.dtype)
+
+    named = tree.named_leaves(model.params)
+    values = [leaf(name, value) for name, value in named.items()]
+    structure = jax.tree.structure(model.params)
+    return model._replace(params=jax.tree.unflatten(structure, values))

@@ -1,0 +1,127 @@
+"""The options of `jaxprune shrink`, and all that can be refused before it begins."""
+
+import dataclasses
+from typing import Any
+
+from jaxprune.cli import job_options, parse
+from jaxprune.formats.checkpoint_dir import CheckpointDir
+from jaxprune.models.decoder.config import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(job_options.JobOptions):
+    """A model that becomes smaller.
+
+    Attributes:
+      ffn: the share of the neurons of each MLP to remove.
+      heads: the share of the heads to remove: of key heads, each with all query heads
+        that share it; where all share one key head, of query heads.
+      query_heads: the share of the query heads of each key head to remove.
+      layers: how many layers to leave; which go is searched by the loss on
+        --calibration.
+      drop_layers: the numbers of the layers to remove, instead.
+      budget: instead of --ffn and --heads: the share of the parameters that may be
+        left; one share for neurons and heads is found.
+      speed_rounds: how often both models are timed, in turn; 0 times neither.
+    """
+
+    ffn: float = 0.0
+    heads: float = 0.0
+    query_heads: float = 0.0
+    layers: int | None = None
+    drop_layers: tuple[int, ...] = ()
+    budget: float | None = None
+    speed_rounds: int = 5
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is to go; JSON-able."""
+        names = ("ffn", "heads", "query_heads", "layers", "drop_layers", "budget")
+        return {name: value for name in names if (value := getattr(self, name))}
+
+    @property
+    def narrows(self) -> bool:
+        """Whether neurons or heads are to go."""
+        return bool(self.budget or self.ffn or self.heads or self.query_heads)
+
+
+def check(job: Job) -> None:
+    """Refuses what can be refused without opening the model."""
+    shares = {"ffn": job.ffn, "heads": job.heads, "query-heads": job.query_heads}
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"--{name} must be a share in [0, 1), got {share}")
+    if job.budget is not None and not 0 < job.budget < 1:
+        raise ValueError(f"--budget must be a share in (0, 1), got {job.budget}")
+    if job.budget is not None and max(shares.values()) > 0:
+        raise ValueError(
+            "--budget finds the shares of neurons and heads itself; leave out --ffn, "
+            "--heads and --query-heads, or the budget"
+        )
+    if job.layers is not None and job.drop_layers:
+        raise ValueError("--layers and --drop-layers exclude each other; give one")
+    if not job.asked:
+        raise ValueError(
+            "something must be removed; give --ffn, --heads, --query-heads, --layers, "
+            "--drop-layers or --budget"
+        )
+    if job.layers is not None and not job.calibration:
+        raise ValueError(
+            "--layers needs --calibration FILE..., by which the layers are chosen; "
+            "--drop-layers names them without"
+        )
+    if job.speed_rounds < 0:
+        raise ValueError(f"--speed-rounds must not be negative, got {job.speed_rounds}")
+    parse.check_at_least_one(layers=job.layers)
+    job_options.check(job)
+
+
+def check_fits(job: Job, source: CheckpointDir, config: DecoderConfig) -> None:
+    """Refuses what this model cannot lose, before its parameters are read."""
+    if job.layers is not None and job.layers > config.layers:
+        raise ValueError(
+            f"--layers must be at most the {config.layers} that there are, got "
+            f"{job.layers}"
+        )
+    wrong = [i for i in job.drop_layers if not 0 <= i < config.layers]
+    if wrong or len({*job.drop_layers}) == config.layers:
+        raise ValueError(
+            f"--drop-layers must be numbers from 0 to {config.layers - 1}, not all, "
+            f"got {', '.join(map(str, job.drop_layers))}"
+        )
+    if job.query_heads and config.kv_heads in (1, config.heads):
+        raise ValueError(
+            "--query-heads needs several key heads with several query heads each, got "
+            f"{config.heads} query and {config.kv_heads} key heads; give --heads"
+        )
+    kind = source.config["model_type"]
+    if kind == "gpt2" and (job.heads or job.query_heads or job.budget):
+        raise ValueError(
+            "the config.json of a gpt2 model cannot say fewer heads; give --ffn, "
+            "--layers or --drop-layers"
+        )
+    few = config.kv_heads == 1
+    _check_share("ffn", job.ffn, config.mlp_width, "neurons")
+    _check_share(
+        "heads",
+        job.heads,
+        config.heads if few else config.kv_heads,
+        "query heads" if few else "key heads",
+    )
+    each = config.heads // config.kv_heads
+    _check_share("query-heads", job.query_heads, each, "query heads of each key head")
+
+
+def _check_share(option: str, share: float, units: int, what: str) -> None:
+    """Refuses a share that leaves no unit, or takes none."""
+    lost = round(share * units)
+    if lost >= units:
+        raise ValueError(
+            f"a group must keep a unit, but --{option} {share:g} would remove all "
+            f"{units} {what}; give at most {(units - 1) / units:.4g}"
+        )
+    if share and not lost:
+        raise ValueError(
+            f"--{option} {share:g} of {units} {what} is less than one of them; give "
+            f"at least {1 / units:.4g}"
+        )

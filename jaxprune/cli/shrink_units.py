@@ -1,0 +1,136 @@
+"""What `jaxprune shrink` removes: layers, then heads and neurons of those left."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxprune as jp
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.cli import models
+from jaxprune.cli.console import Console
+from jaxprune.cli.shrink_options import Job
+from jaxprune.evaluation import layer_search
+from jaxprune.formats import atomic
+from jaxprune.formats.safetensors_file import read_json
+from jaxprune.graph.axis_dims import find
+from jaxprune.models import hf
+
+_DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
+_SEARCHED = "layers.json"
+
+
+def without_layers(
+    job: Job, model: models.Model, tokens: np.ndarray | None, console: Console
+) -> tuple[models.Model, dict[str, Any]]:
+    """The model with some of its layers, and which they are and how they were found."""
+    whole = model.config.layers
+    if job.layers is None or tokens is None:
+        kept = [i for i in range(whole) if i not in job.drop_layers]
+        found: dict[str, Any] = {"kept": kept}
+    else:
+        found = _searched(job, model, tokens, job.layers, console)._asdict()
+    config, params = hf.keep_layers(model.config, model.params, found["kept"])
+    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    return model._replace(graphdef=graphdef, params=params, config=config), found
+
+
+def _searched(
+    job: Job, model: models.Model, tokens: np.ndarray, layers: int, console: Console
+) -> layer_search.Left:
+    """The layers that a search leaves; each that went is noted on disk."""
+    place, whole = job.work / _SEARCHED, model.config.layers
+    begun = layer_search.Left(**read_json(place)) if place.is_file() else None
+    past = begun.kept if begun else list(range(whole))
+    runs = sum(range(layers + 1, len(past) + 1)) + (begun is None)
+    with Progress(runs, "searching layers", unit="run", leave=False) as progress:
+        found = layer_search.keep(
+            model.graphdef,
+            model.params,
+            tokens,
+            layers,
+            batch=job.batch,
+            begun=begun,
+            tick=progress.update,
+            noted=lambda left: atomic.replace_json(place, left._asdict()),
+        )
+    console.note(
+        f"without layers {', '.join(map(str, found.dropped)) or 'none'}: "
+        f"{found.nats[0]:.4f} nats a token became {found.nats[-1]:.4f}"
+    )
+    return found
+
+
+def narrower(
+    job: Job, model: models.Model, tokens: np.ndarray | None
+) -> tuple[models.Model, dict[str, Any]]:
+    """The model with fewer heads and neurons, and the report of `jp.shrink`."""
+    fn = functools.partial(_logits, model.graphdef)
+    some = min(8, model.config.context)
+    batch = jax.ShapeDtypeStruct((1, some), np.int32)
+    roles = _roles(jp.axis_groups(fn, model.params, batch), model)
+    if tokens is None:
+        scores = jp.scores.magnitude(model.params)
+    else:
+        scores = _by_inputs(job, model, tokens)
+    if job.budget is not None:
+        own = [name for name, role in roles.items() if role in ("ffn", "heads")]
+        found = jp.shrink(
+            fn, model.params, batch, scores, budget=job.budget, groups=own
+        )
+    else:
+        shares = {"ffn": job.ffn, "heads": job.heads, "query heads": job.query_heads}
+        asked = {name: shares[role] for name, role in roles.items()}
+        found = jp.shrink(fn, model.params, batch, scores, asked)
+    config = hf.resized(model.config, found.params)
+    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    small = model._replace(graphdef=graphdef, params=found.params, config=config)
+    kinds = {name: roles[name] for name in found.report["kept"]}
+    return small, {**found.report, "roles": kinds}
+
+
+def _logits(graphdef: Any, params: Any, ids: Any) -> Any:
+    return nnx.merge(graphdef, params)(ids)
+
+
+def _states(graphdef: Any, params: Any, ids: Any) -> Any:
+    model = nnx.merge(graphdef, params)
+    return model.states(model.embed(ids))[0]
+
+
+def _roles(groups: jp.AxisGroups, model: models.Model) -> dict[str, str]:
+    """Name of a group to what it is: "ffn", "heads", "query heads"."""
+    names = {group.dim: group.name for group in groups}
+    dims = {leaf.name: leaf.parts[0] for leaf in groups.trace.leaves}
+    config, roles = model.config, {}
+    for layer in range(config.layers):
+        roles[names[find(dims[f"layers/{layer}/{_DOWN}"][0])]] = "ffn"
+        # Key heads x query heads of each x features; those of one are left out.
+        whole = find(dims[f"layers/{layer}/{_OUT}"][0])
+        parts = whole.parts or [whole]
+        if config.heads > 1:
+            roles[names[find(parts[0])]] = "heads"
+        if 1 < config.kv_heads < config.heads:
+            roles[names[find(parts[1])]] = "query heads"
+    return roles
+
+
+def _by_inputs(job: Job, model: models.Model, tokens: np.ndarray) -> Any:
+    """Scores of the rows that neurons and heads go out by: |w| times their input."""
+    batches = [tokens[i : i + job.batch] for i in range(0, len(tokens), job.batch)]
+    found = jp.calibrate(
+        functools.partial(_states, model.graphdef),
+        model.params,
+        batches,
+        prunable=lambda name, leaf: name.endswith((_DOWN, _OUT)),
+    )
+    scores = [
+        jp.scores.wanda(leaf, found[name].mean_square.reshape(-1))
+        if name in found
+        else optax.MaskedNode()
+        for name, leaf in jp.tree.named_leaves(model.params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(model.params), scores)

@@ -1,0 +1,128 @@
+"""Distillation: a model learns the next-token distribution of another one.
+
+The loss is KL(teacher || student) at every token, both in float32. The teacher's logits
+are made in the same step, a few tokens at a time, and never stored.
+
+References:
+  Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531,
+  section 2: the temperature, and its square before the loss. Muralidharan et al.,
+  "Compact Language Models via Pruning and Knowledge Distillation" (Minitron), 2024,
+  arXiv 2407.14679, section 3: the whole model as the teacher of what pruning left, by
+  the logits alone. Not here: losses on hidden states.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxprune.evaluation.retrain import Loss
+from jaxprune.models.decoder.model import Decoder, by_token, nats
+
+
+def divergence(
+    teacher: Decoder,
+    student: Decoder,
+    tokens: Int[Array, "batch time"],
+    *,
+    temperature: float = 1.0,
+    rows: int | None = None,
+) -> Float[Array, "batch time"]:
+    """KL(teacher || student) of the token after each token, in nats.
+
+    sum over v of p_v (log p_v - log q_v), times temperature squared, where p and q are
+    softmax(logits / temperature) of teacher and student.
+
+    Args:
+      teacher: the model that is followed.
+      student: the model that follows, of the same vocabulary.
+      tokens: integers (batch, time).
+      temperature: over 1 makes unlikely tokens count more.
+      rows: tokens whose logits are held at a time, as for `loss_per_token`.
+
+    Returns:
+      Float32 (batch, time).
+
+    Raises:
+      ValueError: the vocabularies differ.
+
+    Example:
+      >>> from jaxprune.models.decoder.config import DecoderConfig
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=1, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32,
+      ... )
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> float(divergence(model, model, jnp.zeros((2, 10), jnp.int32)).max())
+      0.0
+    """
+    theirs, _ = teacher.states(teacher.embed(tokens))
+    own, _ = student.states(student.embed(tokens))
+    return _divergence(teacher, student, theirs, own, temperature, rows)
+
+
+def from_teacher(
+    teacher: Decoder, *, temperature: float = 1.0, text: float = 0.0
+) -> Loss:
+    """The loss of `retrain` that follows a teacher.
+
+    (1 - text) KL(teacher || student) + text times the cross entropy of the text.
+
+    Args:
+      teacher: the model that is followed; it is not changed.
+      temperature: as for `divergence`.
+      text: the share of the text itself, in [0, 1].
+
+    Returns:
+      The loss; its arrays are the teacher's parameters.
+
+    Raises:
+      ValueError: the temperature is not positive, or `text` not in [0, 1].
+    """
+    if not (0 < temperature < math.inf and 0 <= text <= 1):
+        raise ValueError(
+            "distillation needs a temperature over 0 and a share of the text in "
+            f"[0, 1], got temperature={temperature} and text={text}"
+        )
+    graphdef, params = nnx.split(teacher)
+
+    def of(student: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
+        teacher = nnx.merge(graphdef, params)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (batch, length - 1)
+        theirs, _ = teacher.states(teacher.embed(inputs))
+        own, _ = student.states(student.embed(inputs))
+        apart = _divergence(teacher, student, theirs, own, temperature, None).mean()
+        if text == 0:
+            return apart
+        return (1 - text) * apart + text * nats(student, own, targets).mean()
+
+    name = f"teacher, temperature {temperature:g}, {text:g} text"
+    return Loss(name, of, params)
+
+
+def _divergence(
+    teacher: Decoder,
+    student: Decoder,
+    theirs: Float[Array, "batch time width"],
+    own: Float[Array, "batch time width"],
+    temperature: float,
+    rows: int | None,
+) -> Float[Array, "batch time"]:
+    """The same by final hidden states."""
+    sizes = [model.config.vocab_size for model in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"a teacher must have the vocabulary of its student, got {sizes[0]} and "
+            f"{sizes[1]} tokens; distil from the model that was made smaller"
+        )
+
+    def of(theirs: Array, own: Array) -> Array:
+        p = jax.nn.log_softmax(teacher.logits(theirs) / temperature)  # (batch, vocab)
+        q = jax.nn.log_softmax(student.logits(own) / temperature)
+        return temperature**2 * jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+    # Two models' logits lie beside each other.
+    return by_token(of, (theirs, own), vocab=2 * sizes[0], rows=rows)
