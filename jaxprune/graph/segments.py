@@ -60,10 +60,10 @@ def cut(
     # computed, and the activations that it does use.
     known, positions, uses = _given(trace), [], []
     for own in ordered:
-        wanted = [own[0].source.value]
-        steps = program_.needed(flat, wanted, known.__contains__)
+        source = [own[0].source.value]
+        steps = program_.needed(flat, source, known.__contains__)
         positions.append(steps)
-        inputs = program_.subgraph(flat, steps, wanted).inputs
+        inputs = program_.subgraph(flat, steps, source).inputs
         uses.append({n for n in inputs if n in flat.varying})
         known |= _computed(flat, steps) & flat.varying
     if outputs:
@@ -77,8 +77,8 @@ def cut(
     for k, own in enumerate(ordered):
         later = frozenset().union(*uses[k + 1 :])
         value = own[0].source.value
-        outputs = sorted(_computed(flat, positions[k]) & (later | {value}))
-        part = program_.subgraph(flat, positions[k], outputs)
+        wanted = sorted(_computed(flat, positions[k]) & (later | {value}))
+        part = program_.subgraph(flat, positions[k], wanted)
         segments.append(Segment(own[0].source, tuple(own), part, later))
     return segments
 

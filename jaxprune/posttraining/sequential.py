@@ -120,6 +120,7 @@ class Pruner:
             shown.note(f"refining, loss {loss:.5f}")
             shown.update()
 
+        arrays: list[Any]
         if done is not None:
             arrays, row = [done[0][name] for name in names], done[1]
         else:
