@@ -22,6 +22,7 @@ from jaxprune.posttraining import methods as methods
 from jaxprune.posttraining.calibration import calibrate as calibrate
 from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
 from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
+from jaxprune.posttraining.refine import Refine as Refine
 from jaxprune.posttraining.shrink_trained import shrink_trained as shrink_trained
 from jaxprune.scores.importance import get_importance as get_importance
 from jaxprune.structured.shrink import ShrinkResult as ShrinkResult
@@ -49,6 +50,7 @@ __all__ = [
     "Importance",
     "LazyArray",
     "PruneResult",
+    "Refine",
     "ShrinkResult",
     "admm",
     "allocation",

@@ -13,6 +13,8 @@ from jaxprune.evaluation import perplexity, texts
 from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models import hf
 
+_TOKENIZER = "tokenizer.json"
+
 
 class Ready(NamedTuple):
     """All that was read of texts.
@@ -21,7 +23,8 @@ class Ready(NamedTuple):
       tokenizer: the model's; None where only token ids are read, or nothing.
       begins: what sequences begin with.
       calibration: the texts that are calibrated on, without their held-out ends.
-      drawn: sequences of them; None without calibration.
+      drawn: sequences of them; None without any.
+      own: sequences that the model wrote itself, once it has; None without.
       seen: name to what is evaluated.
       roles: name to what the text is to the calibration.
       recovery: sequences to train on afterwards, or None.
@@ -36,6 +39,13 @@ class Ready(NamedTuple):
     roles: dict[str, str]
     recovery: np.ndarray | None
     vocab_size: int
+    own: np.ndarray | None = None
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """All that is calibrated on, int32 (sequences, length), each kind in turn."""
+        parts = [] if self.drawn is None else list(self.drawn.parts)
+        return texts.in_turn(parts + ([] if self.own is None else [self.own]))
 
 
 def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
@@ -46,16 +56,18 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
         raise ValueError(f"'{source.path / 'config.json'}': {error}") from None
     recovery = job.recovery
     later = recovery.texts if recovery else ()
-    files = (*job.calibration, *job.evaluate, *later)
-    if files and job.length > config.context:
+    files = (*job.calibration_files, *job.evaluate, *later)
+    if (files or job.own_sequences) and job.length > config.context:
         raise ValueError(
             f"--length must be at most the model's context {config.context}, got "
             f"{job.length}"
         )
     tokenizer = needed_tokenizer(job.model, files)
+    if tokenizer is None and job.own_sequences and (source.path / _TOKENIZER).is_file():
+        tokenizer = hf.load_tokenizer(job.model)
     begins = models.beginning(tokenizer, job, config.vocab_size)
     whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
-    own = [whole[path] for path in job.calibration]
+    own = [whole[path] for path in job.calibration_files]
     ends: list[texts.Text | None] = [None] * len(own)
     if own and not job.evaluate:
         parts = [texts.without_end(text, job.limit * job.length) for text in own]
@@ -64,7 +76,7 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
     if own:
         drawn = texts.draw(
             own,
-            sequences=job.sequences,
+            sequences=job.sequences - job.own_sequences,
             length=job.length,
             bos=begins.token,
             seed=job.seed,
@@ -109,7 +121,7 @@ def _evaluated(
     left = drawn.left if drawn is not None else []
     evaluated: dict[str, texts.AnyText] = {}
     roles = {}
-    names = named(job.calibration)
+    names = named(job.calibration_files)
     for name, end, rest in zip(names, ends, left, strict=True):
         text = end if end is not None else rest
         if text is not None:
@@ -197,7 +209,8 @@ def calibration(job: JobOptions, ready: Ready) -> dict[str, Any]:
     ]
     return {
         "files": files,
-        "sequences": sum(counts),
+        "self": job.own_sequences,
+        "sequences": sum(counts) + job.own_sequences,
         "length": job.length,
         "seed": job.seed,
         "bos": ready.begins.why,

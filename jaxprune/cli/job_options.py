@@ -10,6 +10,9 @@ from jaxprune.cli import models, parse
 from jaxprune.evaluation import texts
 from jaxprune.formats import rewrite
 
+SELF = Path("self")
+"""In the place of a calibration text: what the model writes itself."""
+
 Trained: TypeAlias = Literal["all", "matrices", "norms", "lora"]
 
 
@@ -47,7 +50,8 @@ class JobOptions(models.ModelOptions):
         "text" in each line, or .npy of int32 token ids (sequences, length). Several are
         a mixture, the same number of sequences of each. A mixture of the kinds of text
         that the model is to be used on is worth more than any method: equal parts of
-        two kinds, 64 sequences in all, did best in benchmarks/README.md.
+        two kinds, 64 sequences in all, did best in benchmarks/README.md. The word
+        "self" stands for what the model writes itself, for `prune` alone.
       sequences: how many are calibrated on.
       length: tokens of a sequence, BOS included, and of a window in evaluation.
       seed: which sequences are drawn, what is sampled.
@@ -84,6 +88,18 @@ class JobOptions(models.ModelOptions):
     overwrite: bool = False
 
     @property
+    def calibration_files(self) -> tuple[Path, ...]:
+        """The texts that are calibrated on, without what the model writes itself."""
+        return tuple(path for path in self.calibration if path != SELF)
+
+    @property
+    def own_sequences(self) -> int:
+        """How many of the sequences the model writes itself; the last kind of text."""
+        if SELF not in self.calibration:
+            return 0
+        return self.sequences // (1 + len(self.calibration_files))
+
+    @property
     def work(self) -> Path:
         """Where a run that is not done keeps what it has."""
         out = self.out.resolve()
@@ -97,7 +113,7 @@ class JobOptions(models.ModelOptions):
         return Recovery(
             "distillation",
             self.distill_steps,
-            self.distill_text or self.calibration,
+            self.distill_text or self.calibration_files,
             self.distill_learning_rate,
             self.distill_train,
         )
@@ -115,7 +131,7 @@ def check(job: JobOptions) -> None:
         raise ValueError(
             f"--distill-steps must not be negative, got {job.distill_steps}"
         )
-    if job.distill_steps and not (job.distill_text or job.calibration):
+    if job.distill_steps and not (job.distill_text or job.calibration_files):
         raise ValueError(
             "--distill-steps needs --distill-text FILE..., or --calibration FILE..., "
             "whose texts it then takes"
@@ -127,5 +143,7 @@ def check(job: JobOptions) -> None:
             f"--distill-learning-rate must be in (0, 1), got "
             f"{job.distill_learning_rate}"
         )
-    texts.check_files((*job.calibration, *job.evaluate, *job.distill_text))
+    if job.calibration.count(SELF) > 1:
+        raise ValueError("--calibration self is given twice; once is enough")
+    texts.check_files((*job.calibration_files, *job.evaluate, *job.distill_text))
     rewrite.check_place(job.out, job.model, overwrite=job.overwrite)

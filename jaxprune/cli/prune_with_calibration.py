@@ -12,6 +12,7 @@ from flax import nnx
 import jaxprune as jp
 from jaxprune.arrays import lazy
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
 from jaxprune.cli import (
     inputs,
@@ -31,8 +32,10 @@ from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
 from jaxprune.models.decoder.model import Decoder
+from jaxprune.models.self_calibration import self_calibration
 
 _PROMPT, _TEMPERATURE = 16, 0.8
+_NAMES = ("weights", "leaves")  # of a refined block
 
 
 def prune(
@@ -50,13 +53,15 @@ def _prune(run: "_Run", arguments: list[str]) -> dict[str, Any]:
         dense = run.model.read()
         run.perplexity = inputs.dense(job, run.ready, dense, console)
         run.sample("dense", dense)
-        del dense
+    if job.own_sequences:
+        with run.costs.phase("write calibration"):
+            run.ready = run.ready._replace(own=_written(run, dense))
+    del dense
     with run.costs.phase("prune"):
-        model, leaves, record = _pruned(run)
+        model, leaves, moved, record = _pruned(run)
     stage = "pruned"
     with run.costs.phase("evaluate after"):
         run.measure(stage, model)
-    moved = leaves
     if job.recovery is not None and run.ready.recovery is not None:
         stage = job.recovery.stage
         with run.costs.phase(job.recovery.kind):
@@ -65,11 +70,11 @@ def _prune(run: "_Run", arguments: list[str]) -> dict[str, Any]:
                 job.recovery,
                 run.ready.recovery,
                 model,
-                functools.partial(_dense, run, model, leaves),
+                functools.partial(_dense, run, model, moved),
                 leaves,
                 masked=leaves,
             )
-            moved = leaves | trained
+            moved |= trained
         with run.costs.phase(f"evaluate {stage}"):
             run.measure(stage, model)
     run.sample(stage, model)
@@ -95,6 +100,8 @@ def _facts(run: "_Run") -> dict[str, Any]:
         "sparsity": job.sparsity,
         "allocation": job.allocation,
         "excluded": list(job.exclude),
+        "self": [job.own_sequences, job.calibration_temperature],
+        "refine": job.refinement and repr(job.refinement),
     }
 
 
@@ -157,8 +164,29 @@ def _begin(job: Job, meaning: Meaning, console: Console) -> _Run:
     return _Run(job, meaning, console, source, ready, model, prunable, prompt, costs)
 
 
-def _pruned(run: _Run) -> tuple[models.Model, set[str], dict[str, Any]]:
-    """The pruned model, the leaves that are pruned, and what the record says of it."""
+def _written(run: _Run, dense: models.Model) -> np.ndarray:
+    """What the dense model writes to be calibrated on."""
+    job, tokenizer, size = run.job, run.ready.tokenizer, run.ready.vocab_size
+    special = set() if tokenizer is None else tokenizer.special
+    if tokenizer is not None:  # behind its tokens a model may have rows for none
+        special |= set(range(tokenizer.vocab_size, size))
+    with Progress(job.own_sequences, "writing", unit="sequence", leave=False) as shown:
+        return self_calibration(
+            dense.decoder(),
+            sequences=job.own_sequences,
+            length=job.length,
+            seed=job.seed,
+            temperature=job.calibration_temperature,
+            bos=run.ready.begins.token,
+            special=special,
+            batch=job.batch,
+            directory=job.work / "self",
+            tick=shown.update,
+        )
+
+
+def _pruned(run: _Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]:
+    """The pruned model, its pruned leaves, all that moved, and what the record says."""
     job, model = run.job, run.model
     run.console.note(f"what is done is kept in '{job.work}' until the end")
     result = jp.prune_trained(
@@ -171,10 +199,12 @@ def _pruned(run: _Run) -> tuple[models.Model, set[str], dict[str, Any]]:
         allocation=run.meaning.allocation,
         prunable=run.prunable,
         directory=job.work,
+        refine=job.refinement,
     )
     leaves = {row["name"] for row in result.report["weights"]}
-    found = recovery.rounded(model._replace(params=result.params).read(), leaves)
-    return found, leaves, _record(run, result.report)
+    moved = leaves.union(*(row["leaves"] for row in result.report["refined"]))
+    found = recovery.rounded(model._replace(params=result.params).read(), moved)
+    return found, leaves, moved, _record(run, result.report)
 
 
 def _states(graphdef: Any, params: Any, x: jax.Array) -> jax.Array:
@@ -184,9 +214,7 @@ def _states(graphdef: Any, params: Any, x: jax.Array) -> jax.Array:
 
 def _embedded(job: Job, model: models.Model, ready: Ready) -> Iterator[jax.Array]:
     """The batches, embedded; the table of embeddings stays in its file."""
-    if ready.drawn is None:
-        raise ValueError("--calibration must be given to look at the inputs")
-    tokens = ready.drawn.tokens
+    tokens = ready.sequences
     for part in np.split(tokens, len(tokens) // job.batch):
         yield hf.embedded(job.model, model.names, model.config, part, job.dtype)
 
@@ -209,11 +237,16 @@ def _prompt(job: Job, ready: Ready, context: int) -> list[int] | None:
     if not job.prompt_steps or ready.tokenizer is None:
         return None
     room = context - job.prompt_steps
-    if job.prompt is None:
+    if job.prompt is None and not ready.seen:
+        token = ready.begins.token
+        prompt = [] if token is None else [token]
+    elif job.prompt is None:
         first = next(iter(ready.seen.values()))
         prompt = [int(token) for token in first.tokens[0, : max(1, min(_PROMPT, room))]]
     else:
         prompt = sample.start(ready.tokenizer, job.prompt, ready.begins.token)
+    if not prompt:
+        return None
     if len(prompt) > room:
         raise ValueError(
             f"a sample must fit the model's context of {context} tokens, got a prompt "
@@ -223,7 +256,7 @@ def _prompt(job: Job, ready: Ready, context: int) -> list[int] | None:
 
 
 def _dense(run: _Run, model: models.Model, leaves: set[str]) -> Decoder:
-    """The model before; what was not pruned is shared with the pruned one."""
+    """The model before; what has not moved is shared with the pruned one."""
     own = jp.tree.named_leaves(model.params)
     before = jp.tree.named_leaves(run.model.params)
     params = [
@@ -254,6 +287,15 @@ def _record(run: _Run, report: dict[str, Any]) -> dict[str, Any]:
             {**row, "name": names[row["name"]].name, "leaf": row["name"]}
             for row in report["weights"]
         ],
+        "refine": job.refine
+        and {
+            "passes": job.refine,
+            "learning_rate": job.refine_learning_rate,
+            "blocks": [
+                {**row, **{k: [names[x].name for x in row[k]] for k in _NAMES}}
+                for row in report["refined"]
+            ],
+        },
     }
 
 

@@ -67,6 +67,11 @@ def check(job: Job) -> None:
             "something must be removed; give --ffn, --heads, --query-heads, --layers, "
             "--drop-layers or --budget"
         )
+    if job.own_sequences:
+        raise ValueError(
+            "--calibration self is for prune alone; give --calibration FILE..., or "
+            "leave it out"
+        )
     if job.layers is not None and not job.calibration:
         raise ValueError(
             "--layers needs --calibration FILE..., by which the layers are chosen; "

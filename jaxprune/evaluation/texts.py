@@ -231,10 +231,15 @@ def draw(
             tokens, remaining = _pieces(text, count, length, bos, chance), None
         parts.append(tokens)
         left.append(remaining)
-    # In turn, so that every batch sees every text.
+    return Drawn(in_turn(parts), counts, parts, left)
+
+
+def in_turn(
+    parts: Sequence[Int[np.ndarray, "count length"]],
+) -> Int[np.ndarray, "sequences length"]:
+    """The sequences of several texts in turn, so that every batch sees every text."""
     places = [(i + 0.5) / len(part) for part in parts for i in range(len(part))]
-    order = np.argsort(places, kind="stable")
-    return Drawn(np.concatenate(parts)[order], counts, parts, left)
+    return np.concatenate(parts)[np.argsort(places, kind="stable")]
 
 
 def _check_enough(

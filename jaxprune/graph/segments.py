@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxprune.graph import program as program_
 from jaxprune.graph.linear_ops import Input, LinearOp, Trace
-from jaxprune.graph.program import Program, Subgraph
+from jaxprune.graph.program import Fixed, Program, Subgraph
 
 _TABLE = 2**24  # bytes: larger tables are computed again for each batch
 
@@ -39,40 +39,76 @@ class Segment:
     later: frozenset[int]
 
 
-def cut(trace: Trace, chosen: Sequence[LinearOp]) -> list[Segment]:
-    """The segments of a program, in order; each computes what none before it has."""
-    # The last of the chosen linear ops ends the last segment.
+def cut(
+    trace: Trace, chosen: Sequence[LinearOp], *, outputs: bool = False
+) -> list[Segment]:
+    """The segments of a program, in order; each computes what none before it has.
+
+    Args:
+      trace: the program.
+      chosen: the linear ops whose inputs end a segment.
+      outputs: whether what the program's results need is handed on as well; else the
+        input of the last linear op ends all.
+    """
     flat = trace.program
     groups: dict[int, list[LinearOp]] = {}
     for op in chosen:
         groups.setdefault(op.input, []).append(op)
     ordered = sorted(groups.values(), key=lambda own: own[0].step)
 
-    # What every segment is given: whole leaves, the batch, constants, and slices of
-    # leaves, but not casts of them, which are cheaper to make again than to hold.
-    given = {*flat.leaves, *flat.batch, *flat.closed_over, *_tables(flat)}
-    given |= {n for n, view in trace.views.items() if view.sliced and not view.cast}
-
     # First pass: the steps of each segment, where it may use all that earlier ones
     # computed, and the activations that it does use.
-    known, positions, uses = set(given), [], []
+    known, positions, uses = _given(trace), [], []
     for own in ordered:
-        wanted = [own[0].source.value]
-        steps = program_.needed(flat, wanted, known.__contains__)
+        source = [own[0].source.value]
+        steps = program_.needed(flat, source, known.__contains__)
         positions.append(steps)
-        inputs = program_.subgraph(flat, steps, wanted).inputs
+        inputs = program_.subgraph(flat, steps, source).inputs
         uses.append({n for n in inputs if n in flat.varying})
         known |= _computed(flat, steps) & flat.varying
+    if outputs:
+        results = _results(flat)
+        rest = program_.needed(flat, results, known.__contains__)
+        inputs = program_.subgraph(flat, rest, sorted(results)).inputs
+        uses.append({n for n in inputs if n in flat.varying})
 
     # Second pass, now that all uses are known: what each segment hands on.
     segments = []
     for k, own in enumerate(ordered):
         later = frozenset().union(*uses[k + 1 :])
         value = own[0].source.value
-        outputs = sorted(_computed(flat, positions[k]) & (later | {value}))
-        part = program_.subgraph(flat, positions[k], outputs)
+        wanted = sorted(_computed(flat, positions[k]) & (later | {value}))
+        part = program_.subgraph(flat, positions[k], wanted)
         segments.append(Segment(own[0].source, tuple(own), part, later))
     return segments
+
+
+def block(trace: Trace, segments: Sequence[Segment], numbers: range) -> Subgraph:
+    """All that is done with the weights of some segments, as one program.
+
+    It begins with what the first segment hands on, its input included, and ends with
+    what the segment after the last computes for later ones; behind the last segment of
+    all, with the program's results. The segments must be cut with `outputs=True`.
+
+    Args:
+      trace: the program.
+      segments: all of it, in order.
+      numbers: which segments, a layer's say.
+
+    Returns:
+      The steps, from those activations, leaves, slices of leaves and tables.
+    """
+    flat = trace.program
+    before = _handed_on(flat, segments[: numbers.start + 1])
+    if numbers.stop < len(segments):
+        wanted = _handed_on(flat, segments[: numbers.stop + 1])
+        wanted |= {segments[numbers.stop].source.value}
+    else:
+        wanted = _results(flat)
+    wanted = wanted - before
+    known = _given(trace) | before
+    positions = program_.needed(flat, wanted, known.__contains__)
+    return program_.subgraph(flat, positions, sorted(wanted))
 
 
 def layers(segments: Sequence[Segment]) -> list[range]:
@@ -116,6 +152,27 @@ def _period(kinds: Sequence[int], start: int) -> int:
         if inner == after:
             return period
     return 1
+
+
+def _given(trace: Trace) -> set[int]:
+    """What every segment is given: whole leaves, the batch, constants, slices."""
+    # Slices of leaves, but not casts of them, which are cheaper to make again than to
+    # hold.
+    flat = trace.program
+    given = {*flat.leaves, *flat.batch, *flat.closed_over, *_tables(flat)}
+    return given | {n for n, v in trace.views.items() if v.sliced and not v.cast}
+
+
+def _handed_on(flat: Program, done: Sequence[Segment]) -> set[int]:
+    """The activations that there are behind some segments, and that are needed yet."""
+    steps = [step for own in done for step in own.subgraph.steps]
+    made = {*flat.batch, *(n for step in steps for n in step.outputs)}
+    return made & done[-1].later
+
+
+def _results(flat: Program) -> set[int]:
+    """The program's results that depend on the batch."""
+    return {n for n in flat.outputs if not isinstance(n, Fixed)} & flat.varying
 
 
 def _computed(flat: Program, positions: set[int]) -> set[int]:

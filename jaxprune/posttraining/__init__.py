@@ -9,6 +9,7 @@ __all__ = [
     "plan",
     "progress",
     "prune_trained",
+    "refine",
     "sequential",
     "solve_weight",
     "solvers",

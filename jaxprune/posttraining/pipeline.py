@@ -17,6 +17,7 @@ from jaxprune.arrays.lazy import Leaves
 from jaxprune.graph import program as program_
 from jaxprune.graph import segments
 from jaxprune.graph.linear_ops import LinearOp, Trace
+from jaxprune.graph.program import Subgraph
 from jaxprune.graph.segments import Segment
 from jaxprune.posttraining.input_statistics import Sums
 
@@ -31,15 +32,31 @@ class SegmentedProgram:
       trace: what was traced.
       leaves: the parameters' leaves, in flattening order; replaced as weights change.
       segments: in order.
+      layers: the positions of each layer's segments.
+      blocks: what is done with each layer's weights, as `segments.block`.
     """
 
     def __init__(
-        self, trace: Trace, leaves: Leaves, chosen: Sequence[LinearOp]
+        self,
+        trace: Trace,
+        leaves: Leaves,
+        chosen: Sequence[LinearOp],
+        *,
+        outputs: bool = False,
     ) -> None:
-        """Cuts the program at the inputs of the chosen linear ops."""
+        """Cuts the program at the inputs of the chosen linear ops.
+
+        With `outputs` the program's results are computed as well, by `blocks`.
+        """
         self.trace = trace
         self.leaves = leaves
-        self.segments = segments.cut(trace, chosen)
+        self.segments = segments.cut(trace, chosen, outputs=outputs)
+        self.layers = segments.layers(self.segments)
+        self.blocks: list[Subgraph] = []
+        if outputs:
+            self.blocks = [
+                segments.block(trace, self.segments, own) for own in self.layers
+            ]
         uses = collections.Counter(op.name for op in chosen)
         self._tied = {name for name, number in uses.items() if number > 1}
         self._last_step = {op.name: op.step for op in chosen}
@@ -48,8 +65,14 @@ class SegmentedProgram:
         self._compiled: dict[Any, Callable[..., list[jax.Array]]] = {}
         # Position of a leaf to the number of the last segment that uses it.
         self._last_use = {
-            i: k for k, own in enumerate(self.segments) for i in self._used_by(own)
+            i: k
+            for k, own in enumerate(self.segments)
+            for i in {op.view.leaf for op in own.linear_ops}
+            | self._read_by(own.subgraph)
         }
+        for own in self.blocks[-1:]:  # its end is behind the last segment
+            last = dict.fromkeys(self._read_by(own), len(self.segments) - 1)
+            self._last_use |= last
 
     @property
     def used(self) -> dict[str, int]:
@@ -94,13 +117,13 @@ class SegmentedProgram:
             batch = jax.device_put(batch, where)
         return dict(zip(self.trace.program.batch, jax.tree.leaves(batch), strict=True))
 
-    def constants(self, segment: Segment) -> dict[int, Any]:
-        """What a segment needs besides activations, by the number of the value.
+    def constants(self, part: Subgraph) -> dict[int, Any]:
+        """What steps need besides activations, by the number of the value.
 
         Leaves, slices of them and tables: the same for every batch.
         """
         given: dict[int, Any] = {}
-        for number in segment.subgraph.inputs:
+        for number in part.inputs:
             if number in self._leaf_of:
                 given[number] = self.leaves[self._leaf_of[number]]
             elif number in self.trace.views:
@@ -117,31 +140,32 @@ class SegmentedProgram:
         return self._tables[number]
 
     def run(
-        self, segment: Segment, activations: Activations, constants: Mapping[int, Any]
+        self, segment: Segment, activations: Activations, constants: dict[int, Any]
     ) -> tuple[jax.Array, Activations]:
         """Takes one batch through a segment: its input, what later segments need."""
-        part = segment.subgraph
-        if part.key not in self._compiled:
-            self._compiled[part.key] = jax.jit(part.run)
-        known = {**activations, **constants}
-        results = self._compiled[part.key](*(known[n] for n in part.inputs))
-        known = activations | dict(zip(part.wanted, results, strict=True))
+        known = activations | self.compute(segment.subgraph, activations | constants)
         after = {n: x for n, x in known.items() if n in segment.later}
         return known[segment.source.value], after
 
-    def _used_by(self, segment: Segment) -> set[int]:
-        """The positions of the leaves that a segment reads or prunes."""
-        found = {op.view.leaf for op in segment.linear_ops}
-        for number in segment.subgraph.inputs:
-            if number in self._leaf_of:
-                found.add(self._leaf_of[number])
-            elif number in self.trace.views:
-                found.add(self.trace.views[number].leaf)
-        return found
+    def compute(self, part: Subgraph, known: Mapping[int, Any]) -> Activations:
+        """What is wanted of some steps; compiled once for equal ones."""
+        if part.key not in self._compiled:
+            self._compiled[part.key] = jax.jit(part.run)
+        results = self._compiled[part.key](*(known[n] for n in part.inputs))
+        return dict(zip(part.wanted, results, strict=True))
+
+    def _read_by(self, part: Subgraph) -> set[int]:
+        """The positions of the leaves that some steps read."""
+        views = self.trace.views  # whole leaves are views too
+        return {views[number].leaf for number in part.inputs if number in views}
 
 
 class SequentialPipeline:
-    """All batches on their way through the segments; their inputs are summed up."""
+    """All batches on their way through the segments; their inputs are summed up.
+
+    Attributes:
+      activations: of each batch, what later segments need.
+    """
 
     def __init__(
         self,
@@ -153,7 +177,7 @@ class SequentialPipeline:
         """Begins before the first segment; `positions` are booleans for each batch."""
         self.program, self.sums = program, sums
         self._positions = positions
-        self._activations = [program.start(batch) for batch in batches]
+        self.activations = [program.start(batch) for batch in batches]
 
     def observe(
         self, numbers: range, known: Collection[str] = frozenset()
@@ -165,18 +189,18 @@ class SequentialPipeline:
         """
         program = self.program
         own = [program.segments[number] for number in numbers]
-        constants = [program.constants(segment) for segment in own]
+        constants = [program.constants(segment.subgraph) for segment in own]
         groups = [
             [names for names in program.groups(segment) if not {*names} & {*known}]
             for segment in own
         ]
         values: dict[int, jax.Array] = {}
-        for i, activations in enumerate(self._activations):
+        for i, activations in enumerate(self.activations):
             for k, segment in enumerate(own):
                 value, activations = program.run(segment, activations, constants[k])
                 self.sums.add(segment, groups[k], value, self._positions[i])
                 if k == 0:
-                    self._activations[i] = activations
+                    self.activations[i] = activations
                 if i == 0:
                     values[numbers[k]] = value
             if len(own) > 1:
@@ -186,6 +210,6 @@ class SequentialPipeline:
 
     def advance(self, segment: Segment) -> None:
         """Takes all batches to a segment's input, with the weights as they are."""
-        constants = self.program.constants(segment)
-        for i, activations in enumerate(self._activations):
-            _, self._activations[i] = self.program.run(segment, activations, constants)
+        constants = self.program.constants(segment.subgraph)
+        for i, activations in enumerate(self.activations):
+            _, self.activations[i] = self.program.run(segment, activations, constants)

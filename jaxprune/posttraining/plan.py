@@ -112,7 +112,7 @@ def _check_apart(ops: Sequence[LinearOp]) -> None:
         by_leaf.setdefault(op.leaf, {})[op.name] = op
     for leaf, own in by_leaf.items():
         for one, other in itertools.combinations(own.values(), 2):
-            if not _apart(one.view.box, other.view.box):
+            if not apart(one.view.box, other.view.box):
                 raise ValueError(
                     f"each weight must be used as one part of its leaf, but "
                     f"'{other.name}' and '{one.name}' overlap; leave the leaf out with "
@@ -120,7 +120,7 @@ def _check_apart(ops: Sequence[LinearOp]) -> None:
                 )
 
 
-def _apart(one: Box | None, other: Box | None) -> bool:
+def apart(one: Box | None, other: Box | None) -> bool:
     """Whether two boxes of a leaf have no element in common, as far as is known."""
     if one is None or other is None:
         return False

@@ -1,21 +1,25 @@
 """What a long pruning has done so far, on disk, so that a killed one can resume.
 
 One pair of files a segment: the weights that were pruned in it, and a record that names
-their digest and is renamed into place last. A segment without a whole record is pruned
-again. A directory belongs to one job; another job's is refused.
+their digest and is renamed into place last; so too for a block that was refined. What
+has no whole record is done again. A directory belongs to one job; another job's is
+refused.
 """
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from jaxprune.formats import atomic, safetensors_file
 
 _JOB = "job.json"
+
+Part: TypeAlias = Literal["segment", "block"]
+"""What a pair of files is of: a pruned segment, or a block that was refined after."""
 
 
 class ProgressLog:
@@ -30,9 +34,11 @@ class ProgressLog:
         self.directory = directory
         atomic.begin_or_resume(directory / _JOB, job)
 
-    def read(self, segment: int) -> tuple[dict[str, np.ndarray], Any] | None:
-        """The weights and the record of a segment; None where its files are damaged."""
-        weights, record = self._paths(segment)
+    def read(
+        self, number: int, part: Part = "segment"
+    ) -> tuple[dict[str, np.ndarray], Any] | None:
+        """The weights and the record of a part; None where its files are damaged."""
+        weights, record = self._paths(number, part)
         try:
             body = json.loads(record.read_text(encoding="utf-8"))
             digest, rows = body["sha256"], body["record"]
@@ -46,17 +52,21 @@ class ProgressLog:
         }
         return arrays, rows
 
-    def weight(self, segment: int, name: str) -> np.ndarray:
-        """One weight of a segment whose files are whole, mapped from its file."""
-        weights, _ = self._paths(segment)
+    def weight(self, number: int, name: str, part: Part = "segment") -> np.ndarray:
+        """One weight of a part whose files are whole, mapped from its file."""
+        weights, _ = self._paths(number, part)
         tensors, _ = safetensors_file.read_header(weights)
         return safetensors_file.view(weights, tensors[name])
 
     def write(
-        self, segment: int, arrays: Mapping[str, np.ndarray], record: Any
+        self,
+        number: int,
+        arrays: Mapping[str, np.ndarray],
+        record: Any,
+        part: Part = "segment",
     ) -> None:
-        """Notes a segment as done: its weights by name, and a JSON-able record."""
-        path, place = self._paths(segment)
+        """Notes a part as done: its weights by name, and a JSON-able record."""
+        path, place = self._paths(number, part)
         partial = path.with_suffix(".partial")
         entries = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         safetensors_file.write(partial, entries, lambda name: arrays[name])
@@ -64,11 +74,11 @@ class ProgressLog:
         body = {"sha256": atomic.digest(path), "record": record}
         atomic.replace(place, json.dumps(body).encode())
 
-    def forget(self, segment: int) -> None:
-        """Makes room: the segment counts as not done."""
-        for path in reversed(self._paths(segment)):
+    def forget(self, number: int, part: Part = "segment") -> None:
+        """Makes room: the part counts as not done."""
+        for path in reversed(self._paths(number, part)):
             path.unlink(missing_ok=True)
 
-    def _paths(self, segment: int) -> tuple[Path, Path]:
-        name = f"segment_{segment:05d}"
+    def _paths(self, number: int, part: Part) -> tuple[Path, Path]:
+        name = f"{part}_{number:05d}"
         return self.directory / f"{name}.safetensors", self.directory / f"{name}.json"

@@ -24,6 +24,7 @@ from jaxprune.posttraining.methods import Method
 from jaxprune.posttraining.pipeline import SegmentedProgram
 from jaxprune.posttraining.plan import Plan
 from jaxprune.posttraining.progress import ProgressLog
+from jaxprune.posttraining.refine import Refine
 from jaxprune.posttraining.sequential import Pruner
 from jaxprune.typing import Params, Pattern, Prunable
 
@@ -38,7 +39,9 @@ class PruneResult(NamedTuple):
         seconds, what was not seen, and a row for each weight: name, shape, units
         removed, zeros, size, relative squared error of its output on the first 256
         samples, damping, seconds of its solver, and which of its matrices were pruned
-        by magnitude since their input was zero in all samples.
+        by magnitude since their input was zero in all samples. With `refine` in
+        "refined" a row for each block: its weights, the leaves that were trained, the
+        loss on held-out batches before, after each pass and of what was kept.
     """
 
     params: Params
@@ -59,6 +62,7 @@ def prune_trained(
     directory: str | Path | None = None,
     donate: bool = False,
     progress: bool = True,
+    refine: Refine | None = None,
 ) -> PruneResult:
     """Prunes a trained model, with calibration batches.
 
@@ -90,6 +94,10 @@ def prune_trained(
         there; THE OLD PARAMETERS ARE GONE then, and memory holds the model once.
       progress: whether to show how far it is: a bar on a terminal, a line now and then
         in a log.
+      refine: gradient steps on each layer's kept weights, norms and biases after it was
+        pruned, towards the output of the dense layer; zeros stay zeros. `fn` must be
+        differentiable, and end with what the last layer is to be measured by: final
+        states rather than logits. None for none.
 
     Returns:
       The pruned parameters, of the same structure, dtypes and sharding, and a report.
@@ -113,13 +121,15 @@ def prune_trained(
     """
     started = time.perf_counter()
     batches = calibration.checked_batches(batches, "prune_trained")
+    if refine is not None:
+        refine.split(len(batches))
     traced = trace(fn, params, batches[0])
     ops = calibration.chosen(traced, params, prunable)
     leaves = Leaves(jax.tree.leaves(params))
     plans.check_leaves(leaves, ops, donate=donate)
     prints = fingerprint.of_leaves({op.leaf: op.view.leaf for op in ops}, leaves)
     plans.check_finite(prints)
-    program = SegmentedProgram(traced, leaves, ops)
+    program = SegmentedProgram(traced, leaves, ops, outputs=refine is not None)
     plan = plans.planned(
         ops,
         leaves,
@@ -134,11 +144,14 @@ def prune_trained(
     counted = [positions(batch) if positions else None for batch in batches]
     for segment, own in itertools.product(program.segments, counted):
         input_statistics.counted_samples(segment, own)
-    facts = _facts(plan, program, batches, counted)
+    facts = {
+        **_facts(plan, program, batches, counted),
+        "refine": refine and repr(refine),
+    }
     log = None
     if directory is not None:
         log = _progress_log(Path(directory), facts, program, counted, prints)
-    pruner = Pruner(program, plan, batches, counted, log, donate=donate)
+    pruner = Pruner(program, plan, batches, counted, log, donate=donate, refine=refine)
     batches.clear()  # the pipeline frees each one after its first segment
     rows = pruner.run(progress=progress)
     report = {
@@ -148,6 +161,7 @@ def prune_trained(
         "seconds": time.perf_counter() - started,
         "unseen": dict(traced.unseen),
         "weights": rows,
+        "refined": pruner.refined,
     }
     pruned = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
     return PruneResult(pruned, report)

@@ -11,7 +11,7 @@ import functools
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from jaxprune.arrays import placement
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.lazy import LazyArray
-from jaxprune.graph import segments
 from jaxprune.graph.linear_ops import LinearOp
+from jaxprune.graph.weight_view import WeightView
 from jaxprune.posttraining import solve_weight
 from jaxprune.posttraining.input_statistics import InputStatistics, Sums
 from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
 from jaxprune.posttraining.plan import Plan
-from jaxprune.posttraining.progress import ProgressLog
+from jaxprune.posttraining.progress import Part, ProgressLog
+from jaxprune.posttraining.refine import Refine, Refiner
 
 
 class Pruner:
@@ -40,6 +41,7 @@ class Pruner:
         log: ProgressLog | None,
         *,
         donate: bool,
+        refine: Refine | None,
     ) -> None:
         """Begins before the first segment, and reads what the log holds already."""
         self._program, self._plan, self._log = program, plan, log
@@ -53,26 +55,41 @@ class Pruner:
         leaves = enumerate(program.leaves.all)
         self._lazy = {i: leaf for i, leaf in leaves if isinstance(leaf, LazyArray)}
         self._owned = set(self._lazy)  # leaves that are no array of the caller's
-        # Position of a leaf to the weights of it that the log holds.
-        self._written: dict[int, list[tuple[int, LinearOp]]] = {}
+        # Position of a leaf to what of it the log holds, in the order of writing.
+        self._written: dict[int, list[_Written]] = {}
+        self._refiner = Refiner(program, refine, positions) if refine else None
+        self.refined: list[dict[str, Any]] = []
 
     def run(self, *, progress: bool) -> list[dict[str, Any]]:
-        """Prunes all segments; one row a weight."""
-        parts = [range(i, i + 1) for i in range(self._count)]
-        if self._plan.method.inputs == "dense":
-            parts = segments.layers(self._program.segments)
+        """Prunes all segments; one row a weight, and in `refined` one a block."""
+        layers = self._program.layers
+        passes = self._refiner.refine.passes if self._refiner else 0
+        total, unit = (
+            self._count + len(layers) * passes,
+            "step" if passes else "segment",
+        )
         rows: list[dict[str, Any]] = []
-        with Progress(self._count, "pruning", unit="segment", shown=progress) as shown:
-            for numbers in parts:
-                rows += self._prune_part(numbers, shown)
+        with Progress(total, "pruning", unit=unit, shown=progress) as shown:
+            for block, layer in enumerate(layers):
+                whole = self._plan.method.inputs == "dense"
+                for numbers in [layer] if whole else [range(i, i + 1) for i in layer]:
+                    rows += self._prune_part(numbers, block, shown)
+                if self._refiner:
+                    self._refine(self._refiner, block, shown)
+                    for number in layer:
+                        self._release(number)
         return rows
 
-    def _prune_part(self, numbers: range, shown: Progress) -> list[dict[str, Any]]:
+    def _prune_part(
+        self, numbers: range, block: int, shown: Progress
+    ) -> list[dict[str, Any]]:
         """Observes the inputs of some segments, then prunes all of them."""
         resumed = all(self._done[number] is not None for number in numbers)
         # Of what was pruned before, only the activations are needed again.
         observed = numbers[:1] if resumed else numbers
         values = self._pipeline.observe(observed, self._known)
+        if self._refiner and numbers[0] == self._program.layers[block][0]:
+            self._refiner.begin(block, self._pipeline.activations)
         statistics = self._finished_statistics(observed)
         rows: list[dict[str, Any]] = []
         for number in numbers:
@@ -87,9 +104,48 @@ class Pruner:
             for row in rows[before:]:
                 if row.get("by_magnitude"):
                     shown.say(_unreached(row))
-            self._release(number)
+            if not self._refiner:  # which needs the leaves of the whole block again
+                self._release(number)
             shown.update()
         return rows
+
+    def _refine(self, refiner: Refiner, block: int, shown: Progress) -> None:
+        """Refines a block that is pruned, or takes its values from the log."""
+        started, passes = time.perf_counter(), refiner.refine.passes
+        values, layer = refiner.values[block], self._program.layers[block]
+        names = [str(value.number) for value in values]
+        done = self._log.read(block, "block") if self._log else None
+
+        def tick(loss: float) -> None:
+            shown.note(f"refining, loss {loss:.5f}")
+            shown.update()
+
+        arrays: list[Any]
+        if done is not None:
+            arrays, row = [done[0][name] for name in names], done[1]
+        else:
+            arrays, row = refiner.train(block, tick)
+            row |= {
+                "weights": [
+                    op.name
+                    for k in layer
+                    for op in self._program.segments[k].linear_ops
+                ],
+                "leaves": sorted({value.leaf for value in values}),
+                "seconds": time.perf_counter() - started,
+            }
+            if self._log:
+                wide = dict(zip(names, jax.device_get(arrays), strict=True))
+                self._log.write(block, wide, row, "block")
+        self.refined.append(row)
+        shown.update(passes - (len(row["losses"]) - 1 if done is None else 0))
+        for value, name, array in zip(values, names, arrays, strict=True):
+            self._replace(value.view, array)
+            self._note_written(value.view, block, name, "block")
+        self._pipeline.activations = refiner.end()
+        if layer.stop < self._count:
+            for number in layer[1:]:
+                self._pipeline.advance(self._program.segments[number])
 
     def _finished_statistics(self, numbers: range) -> dict[str, InputStatistics]:
         """The statistics of the weights whose last use is in some segments."""
@@ -106,8 +162,8 @@ class Pruner:
         """Puts the weights that the log holds of a segment in their places."""
         arrays, rows = self._done[number] or ({}, [])
         for op in self._program.finished_in(self._program.segments[number]):
-            self._replace(op, arrays[op.name])
-            self._written.setdefault(op.view.leaf, []).append((number, op))
+            self._replace(op.view, arrays[op.name])
+            self._note_written(op.view, number, op.name, "segment")
         self._done[number] = None  # closes its file
         return rows
 
@@ -124,7 +180,7 @@ class Pruner:
             names = [op.name for op in ops]
             self._log.write(number, dict(zip(names, weights, strict=True)), rows)
             for op in ops:
-                self._written.setdefault(op.view.leaf, []).append((number, op))
+                self._note_written(op.view, number, op.name, "segment")
         return rows
 
     def _prune_weight(
@@ -137,18 +193,25 @@ class Pruner:
         after, row = solve_weight.solve(self._plan, op, before, statistics)
         row["seconds"] = time.perf_counter() - started
         row["error"] = solve_weight.error(op.source, value, before, after)
-        self._replace(op, after)
+        self._replace(op.view, after)
         return after, row
 
-    def _replace(self, op: LinearOp, weight: Any) -> None:
-        """Puts a pruned weight in its place in the leaf."""
-        i = op.view.leaf
+    def _replace(self, view: WeightView, weight: Any) -> None:
+        """Puts a new weight in its place in the leaf."""
+        i = view.leaf
         leaf = self._program.leaves[i]
         spare = self._donate or i in self._owned
-        self._program.leaves[i] = replaced(op, leaf, weight, donate=spare)
+        self._program.leaves[i] = replaced(view, leaf, weight, donate=spare)
         if self._donate and isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
         self._owned.add(i)
+
+    def _note_written(
+        self, view: WeightView, number: int, name: str, part: Part
+    ) -> None:
+        if self._log:
+            found = self._written.setdefault(view.leaf, [])
+            found.append(_Written(view, number, name, part))
 
     def _release(self, number: int) -> None:
         """Frees the lazy leaves whose last use is in a segment.
@@ -189,18 +252,28 @@ def _trim() -> None:
             trim(0)
 
 
-def replaced(op: LinearOp, leaf: Any, weight: Any, *, donate: bool) -> jax.Array:
+class _Written(NamedTuple):
+    """A part of a leaf that the log holds: of which part of the job, under a name."""
+
+    view: WeightView
+    number: int
+    name: str
+    part: Part
+
+
+def replaced(view: WeightView, leaf: Any, weight: Any, *, donate: bool) -> jax.Array:
     """The leaf, where it was, with another weight in the place of one of its own."""
-    write = functools.partial(op.view.write, donate=donate)
+    write = functools.partial(view.write, donate=donate)
     new = placement.automatic(write, leaf, jnp.asarray(weight))
     return jax.device_put(new, getattr(leaf, "sharding", None))
 
 
 def _read_back(
-    home: LazyArray, log: ProgressLog, written: Sequence[tuple[int, LinearOp]]
+    home: LazyArray, log: ProgressLog, written: Sequence[_Written]
 ) -> jax.Array:
-    """A lazy leaf with its pruned weights, from the log."""
+    """A lazy leaf with its new weights, from the log."""
     leaf = home.read()
-    for number, op in written:
-        leaf = replaced(op, leaf, log.weight(number, op.name), donate=True)
+    for own in written:
+        weight = log.weight(own.number, own.name, own.part)
+        leaf = replaced(own.view, leaf, weight, donate=True)
     return leaf

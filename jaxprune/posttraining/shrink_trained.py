@@ -219,7 +219,7 @@ class _Job:
             "error": solve_weight.error(op.source, value, before, after[None]),
         }
         spare = i in self._owned
-        new = sequential.replaced(op, leaf, after[None], donate=spare)
+        new = sequential.replaced(op.view, leaf, after[None], donate=spare)
         self._program.leaves[i] = new
         self._owned.add(i)
         return row

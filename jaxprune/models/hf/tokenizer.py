@@ -39,6 +39,13 @@ class Tokenizer:
         """One more than the highest token."""
         return max(self.tokens.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def special(self) -> set[int]:
+        """The tokens that stand for no text: BOS, EOS, padding and the like."""
+        added = self.tokens.get_added_tokens_decoder().items()
+        named = {token for token, about in added if about.special}
+        return named | {*self.eos} | ({self.bos} if self.bos is not None else set())
+
     def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
         """The tokens of a text.
 

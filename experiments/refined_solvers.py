@@ -1,0 +1,248 @@
+"""What do refinement, and calibration without a text, make of the solvers?
+
+    python -m experiments.refined_solvers --out results/refined_solvers
+
+A dense GPT of `allocation_with_solvers` is pruned from calibration sequences of its
+training text, of its own writing, or half and half; each without and with a refinement
+of its blocks. Every cell is one small file, so a run that was stopped continues.
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jaxprune as jp
+from experiments import allocation_with_solvers as solvers
+from experiments.datasets import load
+from experiments.harness import records, run_dir, runner
+from experiments.tasks.dense_models import Watched
+from jaxprune.models.self_calibration import self_calibration
+
+CALIBRATIONS = ("text", "self", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Prunes dense GPTs by solvers, refined or not, calibrated in three ways.
+
+    Attributes:
+      out: directory of the results; what is found there is not done again.
+      data: "shakespeare_plays" (offline) or "tiny_shakespeare_char".
+      data_dir: where data sets are kept.
+      seeds: one dense model each.
+      draws: numbers of draws of the calibration sequences.
+      calibrations: what is calibrated on: text, self, or both, half of each.
+      methods: sparsegpt, alps or wanda.
+      sparsities: fractions of the decoder's matrices to remove.
+      passes: of the refinement; 0 is none.
+      learning_rates: of the refinement.
+      temperatures: of what the model writes.
+      sequences: calibration sequences, of the model's context each.
+      steps: steps of training.
+      eval_tokens: validation tokens of every loss; 0 takes all.
+    """
+
+    out: Path = Path("results/refined_solvers")
+    data: str = "shakespeare_plays"
+    data_dir: Path | None = None
+    seeds: tuple[int, ...] = (0,)
+    draws: tuple[int, ...] = (0, 1, 2)
+    calibrations: tuple[str, ...] = CALIBRATIONS
+    methods: tuple[str, ...] = ("sparsegpt", "alps")
+    sparsities: tuple[float, ...] = (0.7,)
+    passes: tuple[int, ...] = (0, 8)
+    learning_rates: tuple[float, ...] = (1e-3,)
+    temperatures: tuple[float, ...] = (1.0,)
+    sequences: int = 128
+    steps: int = 600
+    eval_tokens: int = 32768
+
+    def check(self) -> None:
+        """Refuses names that are unknown.
+
+        Raises:
+          ValueError: see above.
+        """
+        for name, known in (
+            ("calibrations", CALIBRATIONS),
+            ("methods", tuple(solvers.SOLVERS)),
+        ):
+            if unknown := [x for x in getattr(self, name) if x not in known]:
+                raise ValueError(
+                    f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
+                )
+
+    def cells(self) -> list["Cell"]:
+        """Every cell that is asked for; the rate is of no matter without passes."""
+        every = itertools.product(
+            self.seeds,
+            self.draws,
+            self.calibrations,
+            self.methods,
+            self.sparsities,
+            self.passes,
+            self.learning_rates,
+            self.temperatures,
+        )
+        return list(dict.fromkeys(Cell(*values).plain() for values in every))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One pruned model; the fields are those of `Config`, in the singular."""
+
+    seed: int
+    draw: int
+    calibration: str
+    method: str
+    sparsity: float
+    passes: int
+    learning_rate: float
+    temperature: float
+
+    def plain(self) -> "Cell":
+        """The cell with zeros for what is of no matter."""
+        rate = self.learning_rate if self.passes else 0.0
+        temperature = 0.0 if self.calibration == "text" else self.temperature
+        return dataclasses.replace(self, learning_rate=rate, temperature=temperature)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """All but the seed and the draw."""
+        return dataclasses.astuple(self)[2:]
+
+    def path(self, out: Path) -> Path:
+        """Its file below the run's directory."""
+        name = "-".join(f"{x}" for x in dataclasses.astuple(self))
+        return out / "cells" / f"{name}.json"
+
+
+class Run(solvers.Run):
+    """What the cells of one configuration have in common."""
+
+    def __init__(self, config: Config) -> None:
+        """Prepares the model and the validation set; trains nothing."""
+        base = solvers.Config(
+            out=config.out,
+            data=config.data,
+            data_dir=config.data_dir,
+            sequences=config.sequences,
+            steps=config.steps,
+            eval_tokens=config.eval_tokens,
+        )
+        base.check()
+        super().__init__(base, load(config.data, data_dir=config.data_dir))
+
+    def sequences(self, cell: Cell, watched: Watched) -> list[np.ndarray]:
+        """The batches that a cell is calibrated on."""
+        text = self.calibration(cell.seed, cell.draw)
+        if cell.calibration == "text":
+            return text
+        shape = (-1, *text[0].shape)
+        own = self_calibration(
+            self.model.bind(watched.params),
+            sequences=self.config.sequences,
+            length=self.model.config.context,
+            seed=cell.draw,
+            temperature=cell.temperature,
+            # The vocabulary is padded with entries that no character has.
+            special=range(len(self.corpus.vocabulary), self.model.config.vocab_size),
+            batch=text[0].shape[0],
+        ).reshape(shape)
+        if cell.calibration == "self":
+            return list(own)
+        half = text[0].shape[0] // 2
+        return [
+            np.concatenate([a[:half], b[half:]]) for a, b in zip(text, own, strict=True)
+        ]
+
+    def done(self, cell: Cell, watched: Watched) -> dict[str, Any]:
+        """What the file of a cell holds."""
+        batches = self.sequences(cell, watched)
+        refine = None
+        if cell.passes:
+            refine = jp.Refine(passes=cell.passes, learning_rate=cell.learning_rate)
+        start = time.perf_counter()
+        result = jp.prune_trained(
+            lambda params, tokens: self.model.bind(params)(tokens),
+            watched.params,
+            batches,
+            method=solvers.SOLVERS[cell.method](),
+            sparsity=cell.sparsity,
+            refine=refine,
+            progress=False,
+        )
+        return {
+            **dataclasses.asdict(cell),
+            "loss": self.loss(result.params),
+            "seconds": time.perf_counter() - start,
+            "refined": result.report["refined"],
+        }
+
+
+def table(cells: Iterable[dict[str, Any]], dense: dict[int, float]) -> str:
+    """Markdown: mean and spread of the validation loss over seeds and draws."""
+    own = [
+        (Cell(**{f.name: c[f.name] for f in dataclasses.fields(Cell)}), c["loss"])
+        for c in cells
+    ]
+    by_kind: dict[tuple[Any, ...], list[float]] = {}
+    for cell, loss in own:
+        by_kind.setdefault(cell.kind, []).append(loss)
+    lines = [
+        f"dense: {', '.join(f'{x:.4f}' for x in dense.values())} nats a token",
+        "",
+        "| calibrated on | method | sparsity | passes | rate | heat | loss | ± | n |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, losses in sorted(by_kind.items()):
+        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
+        cells_ = [
+            *map(str, kind),
+            f"{statistics.mean(losses):.4f}",
+            f"{spread:.4f}",
+            str(len(losses)),
+        ]
+        lines.append("| " + " | ".join(cells_) + " |")
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    """Runs the experiment, or what is left of it, and prints the table.
+
+    Raises:
+      ValueError: a name is unknown, or the directory holds another run.
+      OSError: the directory cannot be written to, or another process runs there.
+    """
+    config.check()
+    run = Run(config)
+    with run_dir.locked(config.out):
+        run_dir.begun(config.out, run.identity())
+        for cell in config.cells():
+            if (path := cell.path(config.out)).exists():
+                continue
+            records.write_json(path, run.done(cell, run.dense(cell.seed)))
+            print(
+                f"{path.stem}: {json.loads(path.read_text())['loss']:.4f}",
+                file=sys.stderr,
+            )
+    paths = sorted(config.out.glob("cells/*.json"))
+    dense = {
+        seed: json.loads((config.out / f"seed-{seed}" / "dense.json").read_text())[
+            "loss"
+        ]
+        for seed in config.seeds
+    }
+    print(table([json.loads(path.read_text()) for path in paths], dense))
+
+
+if __name__ == "__main__":
+    runner.from_command_line(main, Config)
