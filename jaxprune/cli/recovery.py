@@ -37,6 +37,9 @@ def recover(
       teacher: gives the model before; called by a distillation alone.
       matrices: the leaves that "matrices" and "lora" mean.
       masked: the leaves whose zeros stay.
+
+    Returns:
+      The model, the names of the leaves that moved, and a JSON-able record.
     """
     names = _trained(model, recovery.trained, matrices)
     lora = recovery.trained == "lora"

@@ -49,6 +49,9 @@ def cut(
       chosen: the linear ops whose inputs end a segment.
       outputs: whether what the program's results need is handed on as well; else the
         input of the last linear op ends all.
+
+    Returns:
+      A segment for each input that ends one, in the order of the program.
     """
     flat = trace.program
     groups: dict[int, list[LinearOp]] = {}

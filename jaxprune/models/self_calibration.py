@@ -118,6 +118,15 @@ def first_tokens(
 ) -> Int[np.ndarray, " count"]:
     """Tokens drawn uniformly from a vocabulary, special ones left out.
 
+    Args:
+      count: how many.
+      vocab_size: tokens are below it.
+      special: the tokens that are never drawn.
+      seed: decides the draw.
+
+    Returns:
+      int32 (count,).
+
     Raises:
       ValueError: every token is special.
     """

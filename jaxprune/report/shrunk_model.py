@@ -143,6 +143,9 @@ def kept_units(
       units: how many each had.
       layers: how many there were.
       title: what the units are.
+
+    Returns:
+      The figure.
     """
     places = min(units, _MOST)
     edges = np.linspace(0, units, places + 1).round().astype(int)

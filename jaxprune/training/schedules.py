@@ -99,6 +99,9 @@ class linear(_Range):
 
     Its arguments, and what it refuses, are those of `cubic`.
 
+    Returns:
+      A schedule.
+
     Example:
       >>> import jaxprune as jp
       >>> jp.schedules.linear(0.8, begin=0, end=100, every=50).table()
@@ -120,6 +123,9 @@ class constant(_Range):
 
     Its arguments, and what it refuses, are those of `cubic`; the first event, at
     `begin`, has the final sparsity too.
+
+    Returns:
+      A schedule.
 
     Example:
       >>> import jaxprune as jp
