@@ -97,10 +97,18 @@ class cubic(_Range):
 class linear(_Range):
     """In equal steps: final (t - begin) / (end - begin).
 
-    Its arguments, and what it refuses, are those of `cubic`.
+    Args:
+      final: the share that is pruned at the end, in [0, 1).
+      begin: the step at which the sparsity leaves zero, at least 0.
+      end: the step of the last event, at least `begin`.
+      every: steps between two events; the last may follow sooner.
 
     Returns:
       A schedule.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: a step is no integer.
 
     Example:
       >>> import jaxprune as jp
@@ -121,11 +129,18 @@ class linear(_Range):
 class constant(_Range):
     """The same sparsity at every event, for masks that move: `grow`, straight-through.
 
-    Its arguments, and what it refuses, are those of `cubic`; the first event, at
-    `begin`, has the final sparsity too.
+    Args:
+      final: the share that is pruned, in [0, 1).
+      begin: the step of the first event, which has the final sparsity too, at least 0.
+      end: the step of the last event, at least `begin`.
+      every: steps between two events; the last may follow sooner.
 
     Returns:
       A schedule.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: a step is no integer.
 
     Example:
       >>> import jaxprune as jp
