@@ -18,6 +18,7 @@ PARAMS = {
     "up": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), "f4")},
     "down": {"kernel": jnp.ones((16, 8)), "bias": jnp.zeros(8)},
 }
+EVENTS = {1: 0.25, 2: 0.5}
 TRACKED = {
     "float32": jp.track_importance(),
     "int8": jp.track_importance(storage="int8"),
@@ -64,6 +65,17 @@ FLOWS = {
         jp.keep_masks(optax.adamw(1e-3), masked("global", "2:4")[1]),
         jp.prune(PARAMS, masked()[0], pattern="2:4"),
     ),
+    **{
+        name: lambda tx=tx: (tx, PARAMS)
+        for name, tx in {
+            "gradual": jp.gradual(optax.adamw(1e-3), EVENTS),
+            "gradual, packed": jp.gradual(optax.adamw(1e-3), EVENTS, packed=True),
+            "straight_through": jp.straight_through(
+                optax.adamw(1e-3), EVENTS, freeze=3
+            ),
+            "admm": jp.admm(optax.adamw(1e-3), 0.5, begin=1, end=3, interval=1),
+        }.items()
+    },
     "lora": lambda: (jp.lora(optax.adamw(1e-3), rank=2), PARAMS),
     **{
         name: lambda tx=tx: (optax.chain(optax.adamw(1e-3), tx), PARAMS)

@@ -1,5 +1,7 @@
 """Transformations with masks inside of others: exact zeros in every composition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +17,12 @@ SCHEDULE = jp.schedules.linear(0.75, begin=2, end=9, every=3)
 STEPS = 12
 SIZE = 12 * 20
 TABLE = {
-    "gradual": lambda inner: jp.gradual(inner, SCHEDULE),
-    "gradual, packed": lambda inner: jp.gradual(inner, SCHEDULE, packed=True),
-    "straight_through": lambda inner: jp.straight_through(
-        inner, SCHEDULE, freeze=10, every=2
+    "gradual": functools.partial(jp.gradual, schedule=SCHEDULE),
+    "gradual, packed": functools.partial(jp.gradual, schedule=SCHEDULE, packed=True),
+    "straight_through": functools.partial(
+        jp.straight_through, schedule=SCHEDULE, freeze=10, every=2
     ),
-    "admm": lambda inner: jp.admm(inner, 0.75, begin=2, end=9, interval=3),
+    "admm": functools.partial(jp.admm, sparsity=0.75, begin=2, end=9, interval=3),
 }
 FIRST = "gradual"
 # The other transformations share their masks' code with the first.
@@ -129,11 +131,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_not_counted(make):
     assert zeros(done.weights["kernel"]) == late
 
 
-def test_lora_inside_is_pruned_as_it_is_merged():
-    params = model()
-    inner, by_size = jp.lora(optax.adamw(0.05), rank=2), jp.scores.magnitude
-    done = run(jp.gradual(inner, SCHEDULE, criterion=by_size), params)
-    assert zeros(done.weights["kernel"]) == expected(TABLE["gradual"])
+@kinds
+def test_lora_inside_is_pruned_as_it_is_merged(make):
+    params, by_size = model(), {"criterion": jp.scores.magnitude}
+    done = run(make(jp.lora(optax.adamw(0.05), rank=2), **by_size), params)
+    assert zeros(done.weights["kernel"]) == expected(make)
     np.testing.assert_array_equal(done.params["bias"], params["bias"])
     pruned = jp.masks.apply(params, jp.get_masks(done.state))
     assert np.any(done.params["kernel"] != pruned["kernel"])
