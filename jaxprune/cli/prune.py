@@ -25,9 +25,15 @@ class Prune(prune_options.Job):
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
         work.refuse_done(self, arguments)
-        meaning = prune_options.check(self)
-        prune = prune_streaming.prune if self.streams else prune_with_calibration.prune
-        record = prune(self, meaning, console, arguments)
+        job = self.calibrated()
+        meaning = prune_options.check(job)
+        if job.calibration != self.calibration:
+            console.note(
+                "calibrated on what the model writes itself; a text of the kind that "
+                "it is used on does better: --calibration FILE..."
+            )
+        prune = prune_streaming.prune if job.streams else prune_with_calibration.prune
+        record = prune(job, meaning, console, arguments)
         console.say(_summary(record))
         console.say(f"'{self.out}': the model, jaxprune.json, report.html")
         if left := open_directory(self.model).left:

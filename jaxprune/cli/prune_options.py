@@ -19,6 +19,9 @@ from jaxprune.typing import Pattern
 class Job(job_options.JobOptions):
     """A pruning.
 
+    Without --calibration all methods but magnitude look at what the model writes
+    itself, as with --calibration self.
+
     Attributes:
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
         too; sparsegpt and alps also update what stays, alps more thoroughly and slowly.
@@ -69,6 +72,12 @@ class Job(job_options.JobOptions):
     def streams(self) -> bool:
         """Whether the model is pruned tensor by tensor, without its code."""
         return self.method == "magnitude" and not self.calibration
+
+    def calibrated(self) -> "Job":
+        """The job with what the model writes itself in the place of no text."""
+        if self.calibration or self.streams:
+            return self
+        return dataclasses.replace(self, calibration=(SELF,))
 
     @property
     def refinement(self) -> Refine | None:
@@ -122,12 +131,6 @@ def check(job: Job) -> Meaning:
         raise ValueError(
             "--retrain-steps, --prompt-steps and --refine must not be negative, got "
             f"{job.retrain_steps}, {job.prompt_steps} and {job.refine}"
-        )
-    if not job.calibration and not job.streams:
-        raise ValueError(
-            f"--method {job.method} needs --calibration FILE..., a text of the kind "
-            "that the model is used on, or --calibration self, what the model writes "
-            "itself; only magnitude does without"
         )
     _check_own(job)
     _check_retraining(job)

@@ -158,7 +158,7 @@ def _begin(job: Job, meaning: Meaning, console: Console) -> _Run:
         model = models.find(job.model, job)
         prunable = parse.by_name(lambda leaf: model.names[leaf].name, job.exclude)
         _check_pattern(meaning, model, prunable)
-        work.check_room(job, source, 2)
+        work.check_room(job, source, 3 if job.refine else 2)
     models.say_ignored(model, console)
     prompt = _prompt(job, ready, model.config.context)
     return _Run(job, meaning, console, source, ready, model, prunable, prompt, costs)

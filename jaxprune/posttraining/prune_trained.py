@@ -130,6 +130,8 @@ def prune_trained(
     prints = fingerprint.of_leaves({op.leaf: op.view.leaf for op in ops}, leaves)
     plans.check_finite(prints)
     program = SegmentedProgram(traced, leaves, ops, outputs=refine is not None)
+    if refine is not None:
+        refine.check(program)
     plan = plans.planned(
         ops,
         leaves,

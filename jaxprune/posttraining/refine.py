@@ -88,6 +88,21 @@ class Refine:
                 f"got learning_rate={self.learning_rate} and held_out={self.held_out}"
             )
 
+    def check(self, program: SegmentedProgram) -> None:
+        """Refuses a program whose end nothing can be measured by.
+
+        Raises:
+          ValueError: no result is a float that depends on the batch.
+        """
+        kinds = program.trace.program.kinds
+        wanted = program.blocks[-1].wanted
+        if not any(jnp.issubdtype(kinds[n].dtype, jnp.floating) for n in wanted):
+            raise ValueError(
+                "refine measures the last layer by what the function returns, so some "
+                "result must be a float that the weights decide, but none is; let it "
+                "return the model's final states"
+            )
+
     def split(self, batches: int) -> int:
         """How many of the batches are trained on; the rest measures.
 

@@ -140,7 +140,7 @@ class Pruner:
         self.refined.append(row)
         shown.update(passes - (len(row["losses"]) - 1 if done is None else 0))
         for value, name, array in zip(values, names, arrays, strict=True):
-            self._replace(value.view, array)
+            self._replace(value.view, array, gives_up=value.is_pruned)
             self._note_written(value.view, block, name, "block")
         self._pipeline.activations = refiner.end()
         if layer.stop < self._count:
@@ -196,13 +196,18 @@ class Pruner:
         self._replace(op.view, after)
         return after, row
 
-    def _replace(self, view: WeightView, weight: Any) -> None:
-        """Puts a new weight in its place in the leaf."""
+    def _replace(self, view: WeightView, weight: Any, *, gives_up: bool = True) -> None:
+        """Puts a new weight in its place in the leaf.
+
+        With `donate` the old leaf is given up, unless `gives_up` is False: a vector may
+        be the caller's zeros for several biases.
+        """
         i = view.leaf
         leaf = self._program.leaves[i]
-        spare = self._donate or i in self._owned
+        donate = self._donate and gives_up
+        spare = donate or i in self._owned
         self._program.leaves[i] = replaced(view, leaf, weight, donate=spare)
-        if self._donate and isinstance(leaf, jax.Array) and not leaf.is_deleted():
+        if donate and isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
         self._owned.add(i)
 

@@ -51,7 +51,37 @@ DISTILLED = ("--distill-steps", "2", "--distill-text", "a.txt")
             refused(*CALIBRATED, "--pattern", "2:4", "--allocation", "owl"),
             "needs one sparsity to share out",
         ),
-        (refused(*HALF, "--method", "wanda"), "needs --calibration"),
+        (refused(*HALF, "--calibration", "self", "self"), "self is given twice"),
+        (
+            refused(*HALF, "--calibration", "self", "--calibration-temperature", "-1"),
+            "--calibration-temperature must be 0 or more",
+        ),
+        (
+            refused(
+                *HALF,
+                "--calibration",
+                "self",
+                "a.txt",
+                "--sequences",
+                "1",
+                "--batch",
+                "1",
+            ),
+            "enough for each calibration text and self",
+        ),
+        (refused(*CALIBRATED, *HALF, "--refine", "-1"), "must not be negative"),
+        (
+            refused(*CALIBRATED, *HALF, "--refine", "2", "--batch", "8"),
+            "at least twice",
+        ),
+        (
+            refused(*CALIBRATED, *HALF, "--refine", "2", "--refine-learning-rate", "2"),
+            "learning rate .* got learning_rate=2",
+        ),
+        (
+            refused(*HALF, "--method", "magnitude", "--refine", "2"),
+            "without --calibration does no --refine",
+        ),
         (
             refused(*CALIBRATED, *HALF, "--method", "wanda", "--damping", "0.1"),
             "not for wanda",

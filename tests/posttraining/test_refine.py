@@ -257,6 +257,7 @@ def test_the_parameters_that_were_given_stay_unless_they_are_donated():
     assert same_bits(params, parameters())
     assert same_bits(prune(params=params, donate=True).params, expected)
     assert params["inlet"].is_deleted()
+    assert not params["layers"][0]["norm"].is_deleted()
 
 
 @pytest.mark.full
@@ -348,4 +349,10 @@ def test_what_is_no_training_is_refused(wrong, named):
 def test_one_batch_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="at least two batches"):
         prune(batches=BATCHES[:1], directory=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_function_that_returns_no_float_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="return the model's final states"):
+        prune(lambda p, x: jnp.argmax(run(p, x), -1), directory=tmp_path)
     assert not list(tmp_path.iterdir())

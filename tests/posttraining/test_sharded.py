@@ -200,3 +200,25 @@ def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path):
         pruned, _ = prune(whole, params, batches, directory=tmp_path)
         stays(params, pruned)
         np.testing.assert_array_equal(pruned["up"], alone("wanda").params["up"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("auto", "fsdp"), ("auto", "tensor parallel"), ("explicit", "both")],
+)
+def test_refined_leaves_are_those_of_one_device_and_stay_sharded(kind, layout):
+    mesh = mesh_of(kind)
+    params = place(mesh, PARAMS, LAYOUTS[layout])
+    batches = [place(mesh, x, P("data", None)) for x in BATCHES]
+    fn = EXPLICIT[layout] if kind == "explicit" else whole
+    refine = jp.Refine(passes=2, learning_rate=1e-2)
+    expected = prune(whole, PARAMS, BATCHES, refine=refine)
+    assert all(row["after"] < row["before"] for row in expected.report["refined"])
+    with in_mesh(kind, mesh):
+        pruned, report = prune(fn, params, batches, refine=refine)
+    stays(params, pruned)
+    for name, leaf in expected.params.items():
+        np.testing.assert_allclose(pruned[name], leaf, atol=1e-4)
+    for own, other in zip(report["refined"], expected.report["refined"], strict=True):
+        np.testing.assert_allclose(own["losses"], other["losses"], rtol=1e-3)
