@@ -57,6 +57,14 @@ def test_a_segment_without_weights_is_a_segment(log):
     assert (dict(arrays), record) == ({}, [])
 
 
+def test_a_segment_that_is_forgotten_leaves_no_file(log):
+    log.forget(0)
+    log.forget(1)
+    assert log.read(0) is None
+    assert files(log, 0) == []
+    assert log.read(2) is not None
+
+
 def test_the_same_job_goes_on_in_the_same_directory(log):
     again = ProgressLog(log.directory, JOB)
     assert again.read(0)[1] == RECORD
