@@ -200,3 +200,18 @@ def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path):
         pruned, _ = prune(whole, params, batches, directory=tmp_path)
         stays(params, pruned)
         np.testing.assert_array_equal(pruned["up"], alone("wanda").params["up"])
+
+
+@pytest.mark.full
+def test_units_are_removed_as_on_one_device_and_leaves_stay_in_place():
+    mesh = mesh_of("auto")
+    placed = {
+        name: jax.device_put(PARAMS[name], NamedSharding(mesh, spec))
+        for name, spec in LAYOUTS["tensor parallel"].items()
+    }
+    alone = jp.shrink_trained(whole, PARAMS, BATCHES, 0.5, progress=False)
+    found = jp.shrink_trained(whole, placed, BATCHES, 0.5, progress=False)
+    assert found.report["kept"] == alone.report["kept"]
+    for name, leaf in found.params.items():
+        np.testing.assert_allclose(leaf, alone.params[name], rtol=1e-4, atol=1e-5)
+        assert leaf.sharding.spec == LAYOUTS["tensor parallel"][name]
