@@ -222,3 +222,18 @@ def test_refined_leaves_are_those_of_one_device_and_stay_sharded(kind, layout):
         np.testing.assert_allclose(pruned[name], leaf, atol=1e-4)
     for own, other in zip(report["refined"], expected.report["refined"], strict=True):
         np.testing.assert_allclose(own["losses"], other["losses"], rtol=1e-3)
+
+
+@pytest.mark.full
+def test_units_are_removed_as_on_one_device_and_leaves_stay_in_place():
+    mesh = mesh_of("auto")
+    placed = {
+        name: jax.device_put(PARAMS[name], NamedSharding(mesh, spec))
+        for name, spec in LAYOUTS["tensor parallel"].items()
+    }
+    alone = jp.shrink_trained(whole, PARAMS, BATCHES, 0.5, progress=False)
+    found = jp.shrink_trained(whole, placed, BATCHES, 0.5, progress=False)
+    assert found.report["kept"] == alone.report["kept"]
+    for name, leaf in found.params.items():
+        np.testing.assert_allclose(leaf, alone.params[name], rtol=1e-4, atol=1e-5)
+        assert leaf.sharding.spec == LAYOUTS["tensor parallel"][name]
