@@ -116,12 +116,14 @@ def _straight(
 def _admm(
     rate: optax.ScalarOrSchedule, span: Span, **options: Any
 ) -> optax.GradientTransformation:
+    # Of 0.003 to 0.1, and ends at 40 to 75 %, the best from a dense model at 90 %.
     pulled = jp.admm(
         adamw(rate),
         span.final,
         begin=span.begin,
-        end=span.freeze,
+        end=(span.begin + span.freeze) // 2,
         interval=span.every,
+        penalty=0.003,
         **options,
     )
     return optax.chain(optax.clip_by_global_norm(CLIP), pulled)

@@ -117,14 +117,23 @@ def _table(found: Sequence[Mapping[str, Any]], after: int, steps: int) -> str:
     )
 
 
+def _drawn(cells: Cells) -> set[str]:
+    """The methods with a line: of several sparsities, or all where none has several."""
+    found: dict[str, set[float]] = {}
+    for cell in cells:
+        found.setdefault(cell["method"], set()).add(cell["sparsity"])
+    return {name for name, of in found.items() if len(of) > 1} or {*found}
+
+
 def loss_figure(results: Mapping[str, Any]) -> Figure:
     """Loss above dense against sparsity: a panel a length, a line a method.
 
     Lines are means over the seeds, bands their range.
     """
     lines: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    drawn = _drawn(results["cells"]) - {DENSE}
     for row in rows(results):
-        if not row["chosen"] or row["method"] == DENSE or row["above"] is None:
+        if not row["chosen"] or row["method"] not in drawn or row["above"] is None:
             continue
         label = row["method"] + (", distilled" if row["distill"] else "")
         more = f" after {row['after_dense']}" if row["after_dense"] else ""
@@ -163,11 +172,17 @@ def steps_figure(results: Mapping[str, Any]) -> Figure:
     """
     config, cells = results["config"], results["cells"]
     best = rates(cells, config["tune_sparsity"], config["tune_seed"])
-    longest = max((cell["after_dense"] == 0, cell["steps"]) for cell in cells)
+    drawn = _drawn(cells) | {DENSE}
+    longest = max(
+        (cell["after_dense"] == 0, cell["steps"])
+        for cell in cells
+        if cell["method"] != DENSE
+    )
     curves = {
         cell["method"]: cell["curve"]
         for cell in sorted(cells, key=_order)
         if (cell["after_dense"] == 0, cell["steps"]) == longest
+        and cell["method"] in drawn
         and not cell["distill"]
         and cell["seed"] == config["tune_seed"]
         and cell["sparsity"] in (0.0, config["tune_sparsity"])
@@ -192,7 +207,9 @@ def steps_figure(results: Mapping[str, Any]) -> Figure:
         axes.set_title(title)
         axes.set_xlabel("training step")
         axes.grid()
-        plots.name_ends(axes, ends)
+        axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # names need them fixed
+        if ends:
+            plots.name_ends(axes, ends)
     return figure
 
 
