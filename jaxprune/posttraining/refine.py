@@ -229,7 +229,8 @@ class Refiner:
           shown: called after each pass, with the loss by then.
 
         Returns:
-          The block's `values` as they are best, in their dtypes, and the losses.
+          The block's `values` as they are best, in their dtypes, and the losses until
+          one is not finite.
 
         Raises:
           ValueError: the loss is not finite before the first step.
@@ -261,15 +262,18 @@ class Refiner:
                     )
                 found = [jnp.array(x, k) for x, k in zip(trained, dtypes, strict=True)]
                 new = dict(zip(numbers, found, strict=True))
-                losses.append(self._loss(part, constants | new))
-                shown(losses[-1])
-                kept = int(np.nanargmin(losses))
+                loss = self._loss(part, constants | new)
+                if not math.isfinite(loss):
+                    break
+                losses.append(loss)
+                shown(loss)
+                kept = losses.index(min(losses))
                 if kept == len(losses) - 1:
                     best = found
                 if len(losses) - 1 - kept >= self.refine.patience:
                     break
-        record = {"before": losses[0], "after": float(np.nanmin(losses))}
-        return best, record | {"losses": losses}
+        record = {"before": losses[0], "after": min(losses), "losses": losses}
+        return best, record
 
     def end(self) -> list[Activations]:
         """Lets go of a block; the pruned model's activations at its start."""
