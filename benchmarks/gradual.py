@@ -4,33 +4,27 @@
     python -m benchmarks.gradual --what optimizer
 
 Two comparisons, ratios to plain adamw of neighbours in time: the whole training step of
-a GPT with nothing due, and the optimizer's step alone, with nothing due and with an
-event at every step.
+a GPT and the optimizer's step alone, both with nothing due and with an event at every
+step.
 """
 
 import dataclasses
-from collections.abc import Callable
+import time
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 import jaxprune as jp
-from benchmarks import measure
-from experiments import gpt
-from experiments.harness import training
-from experiments.tasks.language_model import LanguageModel, optimizer, schedule
-
-Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+from benchmarks import measure, training_steps
+from benchmarks.training_steps import Wrap
 
 BLOCK = 5
-LEAVES = 10
-# Never reached, and reached at every step from the second on.
+# Never reached, and at every step from the second on, half to nine tenths.
 NEVER = jp.schedules.cubic(0.9, begin=10**6, end=10**6 + 2000)
-ALWAYS = jp.schedules.cubic(0.9, begin=1, end=2000, every=1)
+ALWAYS = {n: 0.9 - 0.4 * (1 - n / 2000) ** 3 for n in range(1, 2001)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +37,7 @@ class Config:
       batch_size: sequences in a batch.
       size: parameters of the optimizer's step.
       repeats: timings of each candidate; of five steps each with "step".
+      clock: "wall", or "cpu" for the time that all threads of this process work.
     """
 
     what: Literal["step", "optimizer"] = "step"
@@ -50,12 +45,19 @@ class Config:
     batch_size: int = 16
     size: int = 20_000_000
     repeats: int = 15
+    clock: Literal["wall", "cpu"] = "wall"
 
 
 def main(config: Config) -> None:
     """Prints one JSON line."""
-    candidates = _steps(config) if config.what == "step" else _optimizers(config)
-    times = measure.interleaved(candidates, config.repeats, warmup=2)
+    if config.what == "step":
+        wraps = {**_without_event(), "event": _gradual(ALWAYS)}
+        sizes = config.preset, config.batch_size, BLOCK
+        candidates = training_steps.of_gpt(wraps, *sizes)
+    else:
+        candidates = training_steps.of_optimizer(_all(config.size), config.size)
+    clock = time.process_time if config.clock == "cpu" else time.perf_counter
+    times = measure.interleaved(candidates, config.repeats, warmup=2, clock=clock)
     alone = np.asarray(times["adamw"])
     measure.report(
         f"gradual_{config.what}",
@@ -83,63 +85,17 @@ def _without_event() -> dict[str, Wrap]:
     }
 
 
-def _steps(config: Config) -> dict[str, Callable[[], Any]]:
-    """Whole training steps of a GPT, a few in each timing."""
-    shape = gpt.GPTConfig(vocab_size=65, **gpt.PRESETS[config.preset])
-    model, rng = LanguageModel(shape), np.random.default_rng(0)
-    tokens = rng.integers(0, 65, (2, config.batch_size, shape.context), np.int32)
-    inputs, targets = jnp.asarray(tokens[0]), jnp.asarray(tokens[1])
-    key = jax.random.key(0)
-
-    def candidate(wrap: Wrap) -> Callable[[], Any]:
-        tx = wrap(optimizer(schedule(1e-3, 1000, warmup=100), track=()))
-        step = jax.jit(training.make_step(model.loss, tx), donate_argnums=0)
-        held = [training.init(model.init(0), tx)]
-
-        def run() -> Any:
-            for _ in range(BLOCK):
-                held[0], loss = step(held[0], inputs, targets, key)
-            return held[0], loss
-
-        return run
-
-    return {name: candidate(wrap) for name, wrap in _without_event().items()}
-
-
-def _optimizers(config: Config) -> dict[str, Callable[[], Any]]:
-    """One step of adamw on given gradients."""
-    rows = config.size // LEAVES // 1000
-    gradients = {
-        f"layer_{n}": 0.01 * jax.random.normal(jax.random.key(n), (rows, 1000))
-        for n in range(LEAVES)
-    }
-    everything = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), gradients)
-
-    def candidate(wrap: Wrap) -> Callable[[], Any]:
-        tx = wrap(optax.adamw(1e-3))
-
-        def step(held: Any, gradients: Any) -> Any:
-            updates, state = tx.update(gradients, held[1], held[0])
-            return optax.apply_updates(held[0], updates), state
-
-        compiled = jax.jit(step, donate_argnums=0)
-        params = jax.tree.map(jnp.copy, gradients)
-        held = [(params, tx.init(params))]
-
-        def run() -> Any:
-            held[0] = compiled(held[0], gradients)
-            return held[0]
-
-        return run
-
-    wraps = {
+def _all(size: int) -> dict[str, Wrap]:
+    """What is timed of the optimizer's step alone."""
+    shapes = jax.eval_shape(lambda: training_steps.parameters(size))
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), shapes)
+    return {
         **_without_event(),
-        "keep_masks": lambda inner: jp.keep_masks(inner, everything),
+        "keep_masks": lambda inner: jp.keep_masks(inner, masks),
         "event": _gradual(ALWAYS),
         "event by magnitude": _gradual(ALWAYS, criterion=jp.scores.magnitude),
         "event in each layer": _gradual(ALWAYS, allocation="layer"),
     }
-    return {name: candidate(wrap) for name, wrap in wraps.items()}
 
 
 if __name__ == "__main__":

@@ -50,18 +50,22 @@ def median_and_spread(samples: Sequence[float]) -> dict[str, float | int]:
     }
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """The wall time of one call, until its results are there.
+def seconds(
+    function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """The time of one call, until its results are there.
 
     Args:
       function: takes nothing; arrays in what it returns are waited for.
+      clock: wall time or, with `time.process_time`, what all threads of this process
+        have worked, which depends less on other programs.
 
     Returns:
       Seconds.
     """
-    start = time.perf_counter()
+    start = clock()
     jax.block_until_ready(function())
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def progress(items: Collection[_T], what: str, unit: str = "step") -> Iterator[_T]:
@@ -82,7 +86,10 @@ def progress(items: Collection[_T], what: str, unit: str = "step") -> Iterator[_
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1
+    functions: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times the candidates alternately: a b c, a b c, ...
 
@@ -90,13 +97,14 @@ def interleaved(
       functions: name to a function that takes nothing.
       repeats: measured calls of each.
       warmup: calls of each before, which compile.
+      clock: as for `seconds`.
 
     Returns:
       Name to seconds of each measured call.
     """
     rounds = progress(range(warmup + repeats), "timing", "round")
     calls = [
-        {name: seconds(function) for name, function in functions.items()}
+        {name: seconds(function, clock) for name, function in functions.items()}
         for _ in rounds
     ]
     return {name: [each[name] for each in calls[warmup:]] for name in functions}

@@ -5,20 +5,16 @@ optimizer's step alone, beside the ratio of the bytes that each must move.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 
 import jaxprune as jp
-from benchmarks import measure
-from experiments import gpt
-from experiments.harness import training
-from experiments.tasks.language_model import LanguageModel, optimizer, schedule
+from benchmarks import measure, training_steps
+from benchmarks.training_steps import Wrap
 
 TRACKERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "float32": jp.track_importance,
@@ -27,7 +23,7 @@ TRACKERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "float32 every 10": lambda: jp.track_importance(every=10),
     "int8 every 10": lambda: jp.track_importance(every=10, storage="int8"),
 }
-BLOCK = 10
+BLOCK = 10  # so that every tenth step is in each timing
 ADAMW_BYTES = 28  # reads w, g, m, v; writes w, m, v
 TRACKED_BYTES = {"float32": 8, "bfloat16": 4, "int8": 2}
 
@@ -53,7 +49,13 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints one JSON line."""
-    candidates = _steps(config) if config.what == "step" else _optimizers(config)
+    if config.what == "step":
+        wraps = _wraps(TRACKERS)
+        sizes = config.preset, config.batch_size, BLOCK
+        candidates = training_steps.of_gpt(wraps, *sizes)
+    else:
+        wraps = _wraps(TRACKED_BYTES)
+        candidates = training_steps.of_optimizer(wraps, config.size)
     times = measure.interleaved(candidates, config.repeats, warmup=2)
     alone = np.asarray(times["alone"])
     # Ratios of neighbours in time: what else the machine does falls on both.
@@ -72,64 +74,14 @@ def main(config: Config) -> None:
     )
 
 
-def _steps(config: Config) -> dict[str, Callable[[], Any]]:
-    """Ten whole training steps of a GPT, so that every tenth is in each timing."""
-    shape = gpt.GPTConfig(vocab_size=65, **gpt.PRESETS[config.preset])
-    model, rng = LanguageModel(shape), np.random.default_rng(0)
-    tokens = rng.integers(0, 65, (2, config.batch_size, shape.context), np.int32)
-    inputs, targets = jnp.asarray(tokens[0]), jnp.asarray(tokens[1])
-    key = jax.random.key(0)
+def _wraps(names: Iterable[str]) -> dict[str, Wrap]:
+    """Adamw alone, and with each tracker behind it."""
 
-    def candidate(tracker: optax.GradientTransformation) -> Callable[[], Any]:
-        adamw = optimizer(schedule(1e-3, 1000, warmup=100), track=())
-        tx = optax.chain(adamw, tracker)
-        step = jax.jit(training.make_step(model.loss, tx), donate_argnums=0)
-        held = [training.init(model.init(0), tx)]
+    def behind(tracker: optax.GradientTransformation) -> Wrap:
+        return lambda inner: optax.chain(inner, tracker)
 
-        def run() -> Any:
-            for _ in range(BLOCK):
-                held[0], loss = step(held[0], inputs, targets, key)
-            return held[0], loss
-
-        return run
-
-    trackers = {name: make() for name, make in TRACKERS.items()}
-    return {
-        name: candidate(tracker)
-        for name, tracker in {"alone": optax.identity(), **trackers}.items()
-    }
-
-
-def _optimizers(config: Config) -> dict[str, Callable[[], Any]]:
-    """One step of adamw on given gradients, in 24 leaves."""
-    rows = config.size // 24 // 2048
-    gradients = {
-        f"layer_{n}": 0.01 * jax.random.normal(jax.random.key(n), (rows, 2048))
-        for n in range(24)
-    }
-
-    def candidate(tracker: optax.GradientTransformation) -> Callable[[], Any]:
-        tx = optax.chain(optax.adamw(1e-3), tracker)
-
-        def step(held: Any, gradients: Any) -> Any:
-            updates, state = tx.update(gradients, held[1], held[0])
-            return optax.apply_updates(held[0], updates), state
-
-        compiled = jax.jit(step, donate_argnums=0)
-        params = jax.tree.map(jnp.copy, gradients)
-        held = [(params, tx.init(params))]
-
-        def run() -> Any:
-            held[0] = compiled(held[0], gradients)
-            return held[0]
-
-        return run
-
-    trackers = {name: TRACKERS[name]() for name in TRACKED_BYTES}
-    return {
-        name: candidate(tracker)
-        for name, tracker in {"alone": optax.identity(), **trackers}.items()
-    }
+    trackers = {name: behind(TRACKERS[name]()) for name in names}
+    return {"alone": lambda inner: inner, **trackers}
 
 
 if __name__ == "__main__":
