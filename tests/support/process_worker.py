@@ -149,6 +149,18 @@ def jitted(params, importance):
     return everything(params, importance)
 
 
+def while_it_trains(params):
+    """Masks that are chosen inside of eight updates, with events at 1, 3 and 5."""
+    schedule = jp.schedules.cubic(0.75, begin=1, end=5, every=2)
+    adamw = optax.adamw(0.125)
+    for name, tx in {
+        "gradual": jp.gradual(adamw, schedule),
+        "straight_through": jp.straight_through(adamw, schedule, freeze=6),
+    }.items():
+        after, state = trained(tx, params, tx.init(params), 8)
+        yield name, (after, jp.get_masks(state))
+
+
 def digest(tree):
     """Of every bit of a tree, gathered from all processes."""
     found = hashlib.sha256()
@@ -172,6 +184,7 @@ def main(file, rank=None, count=None, port=None):
         importance = jp.Importance(*results["float32: importance"])
         results |= {f"jitted: {k}": v for k, v in jitted(params, importance).items()}
         results |= {f"eagerly: {k}": v for k, v in eagerly(params, importance)}
+        results |= {f"training: {k}": v for k, v in while_it_trains(params)}
         digests[layout] = {name: digest(tree) for name, tree in results.items()}
     with open(file, "w") as out:
         json.dump({"devices": jax.device_count(), "digests": digests}, out)
