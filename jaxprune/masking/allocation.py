@@ -105,9 +105,11 @@ class Global:
 
 @dataclasses.dataclass(frozen=True)
 class ERK:
-    """Erdos-Renyi-Kernel: the kept share is in proportion to (in + out) / (in out).
+    """Erdos-Renyi: the kept share is in proportion to (in + out) / (in out).
 
     Weights that would keep more than all keep all, and the rest shares what is left.
+    Every leaf counts as its matrix: the window of a convolution is part of its inputs,
+    where the paper's kernel form adds the window's sides as terms of their own.
 
     Reference:
       Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets
