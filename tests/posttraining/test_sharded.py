@@ -205,7 +205,7 @@ def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("auto", "fsdp"), ("auto", "tensor parallel")],
+    [("auto", "fsdp"), ("auto", "tensor parallel"), ("explicit", "both")],
 )
 def test_refined_leaves_are_those_of_one_device_and_stay_sharded(kind, layout):
     mesh = mesh_of(kind)
