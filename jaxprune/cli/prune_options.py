@@ -41,7 +41,7 @@ class Job(job_options.JobOptions):
       refine: passes over the calibration sequences, after each layer is pruned, that
         bring its output back to that of the dense layer by gradient steps on its kept
         weights, norms and biases; zeros stay zeros. The best pass is kept, by a tenth
-        of the sequences that are not trained on. 0 for none; 8 is a good number.
+        of the sequences that are not trained on. 0 for none.
       refine_learning_rate: of the first step; it falls to nothing.
       retrain_steps: steps of Adam afterwards on --retrain-text, the zeros staying
         zeros; only the pruned matrices are trained.
