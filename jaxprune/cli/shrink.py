@@ -34,8 +34,9 @@ class Shrink(shrink_options.Job):
 
     All layers lose as many heads and neurons, since that is what config.json can say,
     and each chooses its own. Without --calibration the weights alone decide; with it,
-    neurons and heads are ranked by their weights times the sizes of their inputs. The
-    same command resumes a run that was killed.
+    those neurons and heads go whose absence costs least, layer after layer, and the
+    weights of the others make up for them. The same command resumes a run that was
+    killed.
     """
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _shrunk(
             console.note(f"{stage}: perplexity {shown} on {name}")
 
     record: dict[str, Any] = {
-        "method": "shrink by " + ("wanda" if job.calibration else "magnitude"),
+        "method": "shrink by " + ("obs" if job.calibration else "magnitude"),
         "pattern": "whole layers, heads and neurons",
         "sparsity": job.asked,
         "ignored_config": list(whole.ignored),

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 import jaxprune as jp
@@ -67,24 +66,25 @@ def _searched(
 def narrower(
     job: Job, model: models.Model, tokens: np.ndarray | None
 ) -> tuple[models.Model, dict[str, Any]]:
-    """The model with fewer heads and neurons, and the report of `jp.shrink`."""
-    fn = functools.partial(_logits, model.graphdef)
-    some = min(8, model.config.context)
-    batch = jax.ShapeDtypeStruct((1, some), np.int32)
+    """The model with fewer heads and neurons, and the report of what became fewer."""
+    # What the head reads is enough to find the groups by, and to calibrate on.
+    fn = functools.partial(_states, model.graphdef)
+    shape = (1, min(8, model.config.context))
+    batch = jax.ShapeDtypeStruct(shape, np.int32)
     roles = _roles(jp.axis_groups(fn, model.params, batch), model)
-    if tokens is None:
-        scores = jp.scores.magnitude(model.params)
-    else:
-        scores = _by_inputs(job, model, tokens)
+    asked: dict[str, Any]
     if job.budget is not None:
         own = [name for name, role in roles.items() if role in ("ffn", "heads")]
-        found = jp.shrink(
-            fn, model.params, batch, scores, budget=job.budget, groups=own
-        )
+        asked = {"budget": job.budget, "groups": own}
     else:
         shares = {"ffn": job.ffn, "heads": job.heads, "query heads": job.query_heads}
-        asked = {name: shares[role] for name, role in roles.items()}
-        found = jp.shrink(fn, model.params, batch, scores, asked)
+        asked = {"sparsity": {name: shares[role] for name, role in roles.items()}}
+    if tokens is None:
+        scores = jp.scores.magnitude(model.params)
+        found = jp.shrink(fn, model.params, batch, scores, **asked)
+    else:
+        batches = _alike(tokens, job.batch)
+        found = jp.shrink_trained(fn, model.params, batches, **asked)
     config = hf.resized(model.config, found.params)
     graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
     small = model._replace(graphdef=graphdef, params=found.params, config=config)
@@ -92,8 +92,10 @@ def narrower(
     return small, {**found.report, "roles": kinds}
 
 
-def _logits(graphdef: Any, params: Any, ids: Any) -> Any:
-    return nnx.merge(graphdef, params)(ids)
+def _alike(tokens: np.ndarray, most: int) -> list[np.ndarray]:
+    """Batches of one size, the largest that leaves no sequence over."""
+    size = max(n for n in range(1, most + 1) if len(tokens) % n == 0)
+    return np.split(tokens, len(tokens) // size)  # of (size, length)
 
 
 def _states(graphdef: Any, params: Any, ids: Any) -> Any:
@@ -116,21 +118,3 @@ def _roles(groups: jp.AxisGroups, model: models.Model) -> dict[str, str]:
         if 1 < config.kv_heads < config.heads:
             roles[names[find(parts[1])]] = "query heads"
     return roles
-
-
-def _by_inputs(job: Job, model: models.Model, tokens: np.ndarray) -> Any:
-    """Scores of the rows that neurons and heads go out by: |w| times their input."""
-    batches = [tokens[i : i + job.batch] for i in range(0, len(tokens), job.batch)]
-    found = jp.calibrate(
-        functools.partial(_states, model.graphdef),
-        model.params,
-        batches,
-        prunable=lambda name, leaf: name.endswith((_DOWN, _OUT)),
-    )
-    scores = [
-        jp.scores.wanda(leaf, found[name].mean_square.reshape(-1))
-        if name in found
-        else optax.MaskedNode()
-        for name, leaf in jp.tree.named_leaves(model.params).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(model.params), scores)

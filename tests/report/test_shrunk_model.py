@@ -14,7 +14,7 @@ BEFORE = {
 AFTER = BEFORE | {"parameters": 600, "bytes": 2400, "layers": 2, "mlp_width": 4}
 NAMES = [f"layers/{i}/mlp/down/kernel:0" for i in range(2)]
 RECORD = {
-    "method": "shrink by wanda",
+    "method": "shrink by obs",
     "sparsity": {"ffn": 0.5, "drop_layers": [1]},
     "achieved": 0.4,
     "sizes": {"before": BEFORE, "after": AFTER},
