@@ -136,9 +136,9 @@ def test_scores_keep_the_sharding_and_the_bits(kind, criterion):
 @pytest.mark.parametrize(
     ("jitted", "allocation"),
     [
-        (True, "layer"),
         (True, "global"),
-        (False, "global"),
+        pytest.param(True, "layer", marks=pytest.mark.full),
+        pytest.param(False, "global", marks=pytest.mark.full),
         pytest.param(False, "layer", marks=pytest.mark.full),
     ],
 )
@@ -160,13 +160,10 @@ def test_masks_and_prune_keep_the_sharding_and_the_bits(kind, allocation, jitted
     assert same_bits(local(pruned), expected)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "pattern",
-    [
-        pytest.param(jp.patterns.NM(2, 4), marks=pytest.mark.full),
-        pytest.param(jp.patterns.Block(4, 2), marks=pytest.mark.full),
-        jp.patterns.Channel(),
-    ],
+    [jp.patterns.NM(2, 4), jp.patterns.Block(4, 2), jp.patterns.Channel()],
     ids=str,
 )
 def test_patterns_keep_the_sharding_and_the_bits(kind, pattern):

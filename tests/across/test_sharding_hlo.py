@@ -150,7 +150,7 @@ def test_scores(params):
     "pattern",
     [
         jp.patterns.Unstructured(),
-        jp.patterns.NM(2, 4),
+        pytest.param(jp.patterns.NM(2, 4), marks=pytest.mark.full),
         pytest.param(jp.patterns.Block(4, 8), marks=pytest.mark.full),
         pytest.param(jp.patterns.Channel(), marks=pytest.mark.full),
     ],

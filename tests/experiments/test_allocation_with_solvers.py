@@ -35,6 +35,7 @@ def results(config):
     return json.loads(allocation_with_solvers.main(config).read_text())
 
 
+@pytest.mark.full
 def test_every_cell_that_is_asked_for_is_there_once(config, results):
     asked = [dataclasses.asdict(cell) for cell in config.smaller().cells()]
     names = list(asked[0])
@@ -43,6 +44,7 @@ def test_every_cell_that_is_asked_for_is_there_once(config, results):
     assert sorted(found, key=str) == sorted(asked, key=str)
 
 
+@pytest.mark.full
 def test_the_sparsity_of_the_matrices_is_exact_in_every_cell(results):
     for cell in results["cells"]:
         if cell["allocation"] == "uniform":
@@ -53,6 +55,7 @@ def test_the_sparsity_of_the_matrices_is_exact_in_every_cell(results):
         assert cell["zeros"] == expected, cell
 
 
+@pytest.mark.full
 def test_a_ranking_allocates_the_sparsity_as_pruning_by_it_would(results):
     def by_leaf(solver):
         return {
@@ -89,6 +92,7 @@ def _losses(results):
     return [cell["loss"] for cell in results["cells"]]
 
 
+@pytest.mark.full
 def test_a_finished_run_trains_and_prunes_no_more(config, results, monkeypatch):
     monkeypatch.setattr(allocation_with_solvers.Run, "dense", None)
     assert _losses(
@@ -96,12 +100,14 @@ def test_a_finished_run_trains_and_prunes_no_more(config, results, monkeypatch):
     ) == _losses(results)
 
 
+@pytest.mark.full
 def test_another_configuration_in_the_same_folder_is_refused(config, results):
     own = dataclasses.replace(config, preset="medium")
     with pytest.raises(ValueError, match="preset"):
         allocation_with_solvers.main(own)
 
 
+@pytest.mark.full
 def test_the_csv_and_the_figure_hold_every_cell(config, results):
     lines = (config.out / "results.csv").read_text().splitlines()
     assert lines[0] == ",".join(allocation_figure.COLUMNS)

@@ -72,7 +72,7 @@ def test_the_average_of_weights_is_that_of_the_cubic():
     assert expected < span.average(100_000) < expected + 0.9 * 0.4 / 40
 
 
-CHEAP = ("dense", "ste_magnitude", "admm")
+CHEAP = ("dense", "ste_magnitude")
 
 
 @pytest.mark.parametrize(

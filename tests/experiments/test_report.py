@@ -208,6 +208,7 @@ def test_answers_that_are_right_are_counted_where_they_were_measured(tmp_path):
     assert header[-4:] == [*results_.ACCURACIES]
 
 
+@pytest.mark.full
 def test_the_same_results_give_the_same_bytes(tmp_path):
     results = synthetic(seeds=1, criteria=2, allocations=("global",), layers=1)
     first = [path.read_bytes() for path in write_report(results, tmp_path / "a")]

@@ -73,9 +73,9 @@ def by_ria(i, kernel, inputs):
 @pytest.mark.parametrize(
     ("method", "sparsity", "rule"),
     [
-        ("magnitude", 0.5, by_magnitude),
         ("wanda", 0.6, by_wanda),
-        ("ria", 0.5, by_ria),
+        pytest.param("magnitude", 0.5, by_magnitude, marks=pytest.mark.full),
+        pytest.param("ria", 0.5, by_ria, marks=pytest.mark.full),
     ],
 )
 def test_masks_are_those_worked_out_by_hand(method, sparsity, rule):

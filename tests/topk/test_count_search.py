@@ -157,7 +157,12 @@ EXPLICIT = pytest.param(AxisType.Explicit, marks=pytest.mark.full)
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
 @pytest.mark.parametrize(
-    "scores", [pytest.param("normal", marks=pytest.mark.full), "two values", "wide"]
+    "scores",
+    [
+        "two values",
+        pytest.param("normal", marks=pytest.mark.full),
+        pytest.param("wide", marks=pytest.mark.full),
+    ],
 )
 def test_on_eight_devices_it_is_the_same(kind, scores):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))

@@ -82,9 +82,8 @@ def test_one_program_serves_every_count_and_keeps_what_the_oracle_keeps():
                 np.testing.assert_array_equal(joined(masks), wanted)
 
 
-@pytest.mark.parametrize(
-    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_eight_devices_too(kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     leaves = drawn(7)
