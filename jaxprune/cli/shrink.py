@@ -74,8 +74,9 @@ def _shrunk(
         found = inputs.dense(job, ready, whole, console)
 
     def note(stage: str, model: models.Model) -> None:
-        for name, result in measure(model, ready.seen, job.batch).items():
-            found[name][stage] = result
+        measured = measure(model, ready.seen, job.batch)
+        inputs.add(found, stage, measured)
+        for name, result in measured.items():
             shown = number(result["perplexity"])
             console.note(f"{stage}: perplexity {shown} on {name}")
 

@@ -61,11 +61,8 @@ def headline(record: Mapping[str, Any]) -> str:
     if timed := record.get("speed"):
         factor = timed["after"]["decode"] / timed["before"]["decode"]
         parts.append(f"decoding is {factor:.2f} times as fast")
-    return (
-        ": ".join([parts[0], ", ".join(parts[1:])]) + "."
-        if parts[1:]
-        else (f"{parts[0]}.")
-    )
+    first, *rest = parts
+    return f"{first}: {', '.join(rest)}." if rest else f"{first}."
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, str]:
