@@ -53,3 +53,9 @@ def forgotten_programs() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Names a failure when it happens: a long run may never come to its summary."""
+    if report.failed and os.environ.get("CI"):
+        print(f"\nFAILED so far: {report.nodeid} ({report.when})", flush=True)
