@@ -28,10 +28,15 @@ def _family(exponent: float, of_average: bool, watched: Watched) -> Scores:
     return jp.scores.trajectory(weights, watched.tracked, exponent=exponent)
 
 
+GRADUAL = "gradual"
+"""Ranks as "trajectory" does; the steps after training prune, in place of holding what
+was pruned before them."""
+
 EXPONENTS = (0.125, 0.19, 0.25, 0.31, 0.375, 0.5)
 
 CRITERIA: dict[str, Callable[[Watched], Scores]] = {
     "trajectory": lambda w: jp.scores.trajectory(w.params, w.tracked),
+    GRADUAL: lambda w: jp.scores.trajectory(w.params, w.tracked),
     "trajectory_adam": lambda w: jp.scores.trajectory(w.params, w.adam),
     "averaged_weight": lambda w: jp.scores.averaged_weight(w.params, w.tracked),
     "magnitude": lambda w: jp.scores.magnitude(w.params),
@@ -56,6 +61,7 @@ trajectory_P is |w| E[g^2]^P, averaged_trajectory_P has |A| in the place of |w|.
 
 _NEEDED = {
     "trajectory": {"square"},
+    GRADUAL: {"square"},
     "trajectory_adam": set(),
     "averaged_trajectory": {"square", "weight"},
     "averaged_magnitude": {"magnitude"},

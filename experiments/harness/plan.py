@@ -5,7 +5,7 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-from experiments.harness.criteria import CRITERIA
+from experiments.harness.criteria import CRITERIA, GRADUAL
 
 
 class Cell(NamedTuple):
@@ -179,6 +179,11 @@ def check(config: Any) -> None:
             raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
     if config.retrain_steps < 0:
         raise ValueError(f"retrain_steps must be >= 0, got {config.retrain_steps}")
+    if GRADUAL in config.criteria and 0 < config.retrain_steps < 10:
+        raise ValueError(
+            "gradual prunes within the retrain_steps, which must be at least 10, got "
+            f"{config.retrain_steps}"
+        )
     for name in ("batch_size", "steps", "checkpoint_every"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

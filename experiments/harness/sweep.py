@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 import jaxprune as jp
 from experiments.harness import device_mesh, training
-from experiments.harness.criteria import CRITERIA, Watched
+from experiments.harness.criteria import CRITERIA, GRADUAL, Watched
 from experiments.harness.plan import Cell, Plan
 from experiments.harness.records import MetricsLog
 from experiments.harness.stages import Stages
@@ -119,14 +119,13 @@ class Seed:
     def _retrained(
         self,
         stage: str,
-        params: Any,
-        masks: Callable[[], Any],
+        train: Callable[[str], tuple[Any, int]],
         then: Callable[[Any], dict[str, Any]] = lambda params: {},
     ) -> dict[str, Any]:
-        """What is measured after `retrain_steps` more steps with the masks held."""
+        """What is measured after `retrain_steps` more steps, taken by `train`."""
 
         def compute() -> dict[str, Any]:
-            trained, tokens = self.trainer.retrain(stage, params, masks)
+            trained, tokens = train(stage)
             return {**self._measured(trained), **then(trained), "tokens": tokens}
 
         result = self._once(stage, compute)
@@ -137,8 +136,12 @@ class Seed:
         """The dense model after as many more steps, by the very same program."""
         if not self.plan.retrain_steps:
             return None
+        params = watched.params
         result = self._retrained(
-            "control", watched.params, lambda: keep_everything(watched.params)
+            "control",
+            lambda stage: self.trainer.retrain(
+                stage, params, lambda: keep_everything(params)
+            ),
         )
         return {"steps": self.plan.steps + self.plan.retrain_steps, **result}
 
@@ -168,13 +171,24 @@ class Seed:
         if self.plan.retrains(cell):
             retrained = self._retrained(
                 f"retrain/{cell.name}",
-                watched.params,
-                lambda: self._masks(watched, cell),
+                lambda stage: self._pruned_and_trained(stage, watched, cell),
                 lambda params: self._shown(cell, params, retrained=True),
             )
         shown = [stage.pop("sample", None) for stage in (pruned, retrained)]
         samples += [sample for sample in shown if sample is not None]
         return {**cell._asdict(), **pruned, **_named("retrained", retrained)}
+
+    def _pruned_and_trained(
+        self, stage: str, watched: Watched, cell: Cell
+    ) -> tuple[Any, int]:
+        """The parameters and the tokens after the steps that follow training."""
+        if cell.criterion == GRADUAL:
+            return self.trainer.prune_gradually(
+                stage, watched.params, cell.sparsity, cell.allocation
+            )
+        return self.trainer.retrain(
+            stage, watched.params, lambda: self._masks(watched, cell)
+        )
 
     def _pruned(self, watched: Watched, cell: Cell) -> dict[str, Any]:
         """What is measured right after pruning."""

@@ -94,6 +94,22 @@ class Trainer:
         state, tokens = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
         return state.params, tokens
 
+    def prune_gradually(
+        self, stage: str, params: Any, sparsity: float, allocation: str
+    ) -> tuple[Any, int]:
+        """The parameters after `retrain_steps` steps that prune, and the tokens."""
+        plan = self._plan
+        tx, step_fn = _gradual(
+            self._task,
+            plan.retrain_learning_rate,
+            plan.retrain_steps,
+            sparsity,
+            allocation,
+        )
+        state = training.init(jax.tree.map(jnp.copy, params), tx, mesh=self._mesh)
+        state, tokens = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
+        return state.params, tokens
+
     def _fit(
         self,
         stage: str,
@@ -160,3 +176,24 @@ def _retraining(
     """
     tx = task.optimizer(schedule(learning_rate, steps, warmup=50), track=())
     return tx, training.make_step(task.loss, jp.keep_masks(tx, {}))
+
+
+@functools.lru_cache(maxsize=1)
+def _gradual(
+    task: Task, learning_rate: float, steps: int, sparsity: float, allocation: str
+) -> tuple[optax.GradientTransformation, training.StepFunction]:
+    """The optimizer that prunes from a tenth of the steps to nine tenths, and its step.
+
+    The schedule is part of the program, so each sparsity has its own.
+    """
+    ranked, prunable = task.allocations[allocation]
+    rise = jp.schedules.cubic(
+        sparsity, steps // 10, 9 * steps // 10, every=max(steps // 20, 1)
+    )
+    tx = jp.gradual(
+        task.optimizer(schedule(learning_rate, steps, warmup=50), track=()),
+        rise,
+        allocation=ranked,
+        prunable=prunable,
+    )
+    return tx, training.make_step(task.loss, tx)

@@ -139,7 +139,9 @@ def test_state_has_no_buffer_of_the_parameters_or_masks():
         assert not taken & theirs
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)]
+)
 def test_sharding_of_the_state_is_that_of_the_parameters(tx, kind):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
     row = NamedSharding(mesh, PartitionSpec("x"))

@@ -103,6 +103,7 @@ def test_averages_are_sharded_as_the_parameters(kind):
         assert_sharded_as(average, params)
 
 
+@pytest.mark.full
 def test_averages_have_the_bits_of_one_device(kind):
     _, one = trained(optimizer(), on_one_device())
     _, many = trained(optimizer(), spread(on_one_device(), kind))
@@ -181,6 +182,7 @@ def test_patterns_keep_the_sharding_and_the_bits(kind, pattern):
         assert_sharded_as(pruned, many)
 
 
+@pytest.mark.full
 def test_block_tiles_may_cross_the_edge_of_a_device(kind):
     one = {"n": on_one_device()["n"]}
     many = spread(one, kind)
@@ -212,6 +214,7 @@ def test_kept_masks_are_sharded_and_hold(kind):
     assert same_bits(local(params), local(retrained(one)[1]))
 
 
+@pytest.mark.full
 def test_packing_and_threshold_work_on_many_devices(kind):
     one = on_one_device()
     many = spread(one, kind)

@@ -264,6 +264,7 @@ def watching(name, memory="device", every=1):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", [pytest.param("bfloat16", marks=pytest.mark.full), "int8"]
 )
@@ -288,6 +289,7 @@ def test_criteria_read_every_storage(trained, name, criterion):
         assert stats.spearmanr(np.ravel(actual), np.ravel(expected))[0] > 0.99
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "memory"),
     [
@@ -345,6 +347,7 @@ def test_between_snapshots_nothing_is_moved():
     assert [e.primitive.name for e in due.eqns].count("device_put") == 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", [pytest.param("bfloat16", marks=pytest.mark.full), "int8"]
 )

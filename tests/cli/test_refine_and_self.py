@@ -32,6 +32,7 @@ def refined(place):
     return place / "refined", rewrite.read_provenance(place / "refined", verify=True)
 
 
+@pytest.mark.full
 def test_zeros_are_as_many_as_asked_for_and_norms_move_with_the_weights(place, refined):
     before, after = tiny_cli.weights(place / "model"), tiny_cli.weights(refined[0])
     for name, value in before.items():
@@ -45,6 +46,7 @@ def test_zeros_are_as_many_as_asked_for_and_norms_move_with_the_weights(place, r
     assert (before[norm] != after[norm]).any()
 
 
+@pytest.mark.full
 def test_the_record_and_the_page_say_what_the_refinement_did(refined):
     folder, record = refined
     blocks = record["refine"]["blocks"]
@@ -55,6 +57,7 @@ def test_the_record_and_the_page_say_what_the_refinement_did(refined):
     assert "Refinement" in (folder / "report.html").read_text()
 
 
+@pytest.mark.full
 def test_the_record_says_that_the_model_wrote_its_calibration(refined):
     used = refined[1]["calibration"]
     assert (used["self"], used["sequences"], used["files"]) == (8, 8, [])

@@ -77,6 +77,7 @@ def test_the_seed_decides_what_is_drawn(read):
     assert (drawn(0) != drawn(1)).any()
 
 
+@pytest.mark.full
 def test_where_most_of_the_text_is_needed_all_of_it_is_cut(read):
     text, stream = read
     many = len(stream) // 1000 - 1
@@ -137,6 +138,7 @@ print(more / 1024, sum(sizes))
 """
 
 
+@pytest.mark.full
 def test_a_large_text_takes_little_memory(folder, tmp_path):
     # 60 MB, of which less than 2 MB are tokenised: time and memory go with those.
     part = (folder / "a.txt").read_bytes()

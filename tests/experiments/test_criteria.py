@@ -46,6 +46,7 @@ def by_hand(weights, gradients):
     square = np.mean([g**2 for _, g in gradients], 0)
     scores = {
         "trajectory": weight * square**0.25,
+        "gradual": weight * square**0.25,
         "trajectory_adam": weight * second**0.25,
         "averaged_weight": np.abs(average),
         "magnitude": weight,

@@ -261,6 +261,7 @@ def test_product_has_the_gradient_of_the_plain_product(dtype, result):
     assert [a.dtype for a in pull(g)] == [x.dtype, kernel.dtype]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "kind", ["Explicit", pytest.param("Auto", marks=pytest.mark.full)]
 )

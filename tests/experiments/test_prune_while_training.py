@@ -206,6 +206,7 @@ def test_the_small_dense_model_has_about_the_average_of_weights(config):
     assert 0.9 < 24 * width**2 / (0.37 * 24 * 64**2) < 1.1
 
 
+@pytest.mark.full
 def test_distilling_mixes_cross_entropy_with_the_divergence_from_the_teacher():
     model = LanguageModel(gpt.preset("cpu", vocab_size=7, layers=1, width=8, heads=1))
     student, teacher = model.init(0), jax.tree.map(lambda x: 30 * x, model.init(1))

@@ -41,7 +41,7 @@ def expected(weight, sparsity, pattern, axes=OUT_IN):
     ("kind", "dtype"),
     [
         ("llama", np.float32),
-        ("gpt2", BFLOAT16),
+        pytest.param("gpt2", BFLOAT16, marks=pytest.mark.full),
         pytest.param("llama", np.float16, marks=pytest.mark.full),
         pytest.param("llama", BFLOAT16, marks=pytest.mark.full),
         pytest.param("gpt2", np.float32, marks=pytest.mark.full),

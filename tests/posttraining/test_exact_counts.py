@@ -53,7 +53,13 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("2:4", "blocks") else pytest.mark.full)
+        for name in PATTERNS
+    ],
+)
 def test_exactly_as_many_go_as_were_asked_for_and_ties_keep_the_first(name):
     pattern, keep = PATTERNS[name]
     sparsity = None if isinstance(pattern, jp.patterns.NM) else 0.4

@@ -21,7 +21,7 @@ def problem(seed):
     return weight.astype(np.float32), (inputs.T @ inputs).astype(np.float32)
 
 
-@pytest.mark.parametrize("removed", [10, 70])
+@pytest.mark.parametrize("removed", [pytest.param(10, marks=pytest.mark.full), 70])
 @pytest.mark.parametrize("solver", [sparsegpt, alps])
 def test_of_inputs_that_no_sample_reached_the_smallest_go_first_and_no_more(
     solver, removed
@@ -53,11 +53,16 @@ def test_of_inputs_that_no_sample_reached_the_smallest_go_first_and_no_more(
     ("solver", "pattern"),
     [
         (sparsegpt, jp.patterns.Unstructured()),
-        (sparsegpt, jp.patterns.PerOutput()),
-        (sparsegpt, jp.patterns.NM(2, 4)),
-        (alps, jp.patterns.Unstructured()),
-        (alps, jp.patterns.PerOutput()),
         (alps, jp.patterns.NM(2, 4)),
+        *(
+            pytest.param(*pair, marks=pytest.mark.full)
+            for pair in (
+                (sparsegpt, jp.patterns.PerOutput()),
+                (sparsegpt, jp.patterns.NM(2, 4)),
+                (alps, jp.patterns.Unstructured()),
+                (alps, jp.patterns.PerOutput()),
+            )
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

@@ -92,13 +92,17 @@ def masks_of(leaves, cuts):
     return [thresholds.mask(*pair) for pair in zip(leaves, cuts, strict=True)]
 
 
+SOME = [
+    pytest.param(kind, marks=() if number % 2 else pytest.mark.full)
+    for number, kind in enumerate(KINDS)
+]
 NARROW = [
     pytest.param(kind, marks=pytest.mark.full) for kind in (jnp.bfloat16, jnp.float16)
 ]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, *NARROW])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_of_any_scores_exactly_the_highest_are_kept(kind, dtype):
     with np.errstate(over="ignore"):
         leaves = leaves_of(scores_of(kind), dtype)
@@ -117,6 +121,7 @@ def compiled():
     return jax.jit(together), jax.jit(each)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_jit_too(kind, compiled):
     leaves = leaves_of(scores_of(kind), jnp.float32)

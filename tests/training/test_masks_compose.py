@@ -237,7 +237,11 @@ def test_nnx_optimizer_needs_nothing_more(make):
 
 
 @kinds
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)],
+    ids=str,
+)
 def test_eight_devices_prune_what_one_prunes(make, kind):
     params = model()
     grads = gradients(params, 1)
