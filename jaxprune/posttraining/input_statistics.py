@@ -42,9 +42,14 @@ class InputStatistics(NamedTuple):
 class Sums:
     """The sums of inputs over batches; weights of one input share theirs."""
 
-    def __init__(self, *, hessian: bool) -> None:
-        """Begins with nothing; `hessian`: whether X^T X is summed up as well."""
-        self._hessian = hessian
+    def __init__(self, *, hessian: bool, relative: bool = False) -> None:
+        """Begins with nothing.
+
+        Args:
+          hessian: whether X^T X is summed up as well.
+          relative: whether each sample is divided by its root mean square first.
+        """
+        self._hessian, self._relative = hessian, relative
         self._sums: dict[tuple[str, ...], InputStatistics] = {}
 
     def add(
@@ -68,7 +73,9 @@ class Sums:
             if before is None:
                 before = _zeros(segment.source, value, self._hessian)
             self._sums[names] = placement.automatic(
-                functools.partial(_added, source=segment.source),
+                functools.partial(
+                    _added, source=segment.source, relative=self._relative
+                ),
                 before,
                 value,
                 counted,
@@ -137,13 +144,14 @@ def _zeros(source: Input, value: jax.Array, hessian: bool) -> InputStatistics:
     return InputStatistics(zeros(()), zeros((batch, inputs)), wide)
 
 
-@functools.partial(jax.jit, static_argnames="source", donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("source", "relative"), donate_argnums=0)
 def _added(
     sums: InputStatistics,
     value: jax.Array,
     counted: Float[Array, " samples"] | None,
     *,
     source: Input,
+    relative: bool,
 ) -> InputStatistics:
     """Sums with one more batch in them, not yet divided by the number of samples."""
     x = source.read(value).astype(np.float32)  # (batch, samples, in)
@@ -152,6 +160,9 @@ def _added(
         # Selected, not multiplied: what does not count may be NaN.
         x = jnp.where(counted[None, :, None] > 0, x, np.float32(0))
         samples = counted.sum()
+    if relative:
+        size = jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))
+        x = x / jnp.where(size > 0, size, 1)
     square, hessian = sums.mean_square, sums.hessian
     if hessian is None:
         square = square + jnp.square(x).sum(1)  # (batch, in)

@@ -45,6 +45,7 @@ def shrink_trained(
     measure: Measure = "parameters",
     groups: Sequence[str] = ("*",),
     damping: float = 0.01,
+    relative: bool = True,
     positions: Callable[[Any], jax.Array] | None = None,
     progress: bool = True,
 ) -> ShrinkResult:
@@ -67,6 +68,8 @@ def shrink_trained(
       measure: what the budget is of: "parameters", "bytes" or "flops".
       groups: globs or names of the groups that the budget is met with.
       damping: added to the diagonal of XᵀX, as a share of its mean.
+      relative: whether each row of X is divided by its root mean square first. Else a
+        few tokens with massive activations are most of XᵀX.
       positions: a batch to booleans of the samples' shape, (batch, time) say: which
         positions count. None counts all.
       progress: whether to show how far it is.
@@ -117,7 +120,8 @@ def shrink_trained(
     if lost:
         job = _Job(trace(fn, params, first), found, lost, leaves, damping)
         counted = [positions(batch) if positions else None for batch in batches]
-        rows = job.run(batches, counted, progress=progress)
+        sums = Sums(hessian=True, relative=relative)
+        rows = job.run(batches, counted, sums, progress=progress)
         kept = job.kept
     cuts = cut.of_groups(found, kept)
     updated = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
@@ -153,11 +157,12 @@ class _Job:
         self,
         batches: list[Any],
         counted: Sequence[jax.Array | None],
+        sums: Sums,
         *,
         progress: bool,
     ) -> list[dict[str, Any]]:
         """Solves for all weights, in the order of the program; a row each."""
-        program, sums = self._program, Sums(hessian=True)
+        program = self._program
         for segment, own in itertools.product(program.segments, counted):
             input_statistics.counted_samples(segment, own)
         pipeline = SequentialPipeline(program, batches, counted, sums)

@@ -49,20 +49,24 @@ def cheapest(x, weight, count):
     return kept, best(kept)[0]
 
 
-def test_each_layer_is_solved_for_what_the_one_before_has_left():
-    small = quiet(fn, PARAMS, BATCHES, 0.5, damping=0.0)
-    x = np.concatenate(BATCHES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_each_layer_is_solved_for_what_the_one_before_has_left(relative):
+    # Rows of very different sizes: equal errors there are not equal relative errors.
+    batches = [batch * np.exp(draw(9, 40, 1)) for batch in BATCHES]
+    small = quiet(fn, PARAMS, batches, 0.5, damping=0.0, relative=relative)
+    x = np.concatenate(batches)
     for name, lost in (("first", 4), ("second", 3)):
         own = PARAMS[name]
         inner = np.tanh(x @ own["up"] + own["bias"])
-        kept, down = cheapest(inner, own["down"], lost)
+        size = np.sqrt(np.mean(np.square(inner), 1, keepdims=True))
+        kept, down = cheapest(inner / size if relative else inner, own["down"], lost)
         found = small.params[name]
         assert small.report["kept"][f"{name}/bias:0"] == kept
         np.testing.assert_array_equal(found["up"], own["up"][:, kept])
         np.testing.assert_array_equal(found["bias"], own["bias"][kept])
         np.testing.assert_allclose(found["down"], down, rtol=1e-3, atol=1e-3)
         x = x + inner[:, kept] @ down  # with less in it from here on
-    found = np.concatenate([small.fn(small.params, batch) for batch in BATCHES])
+    found = np.concatenate([small.fn(small.params, batch) for batch in batches])
     np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-3)
 
 
@@ -92,7 +96,7 @@ def test_channels_are_made_up_for_in_the_next_convolution():
     def model(p, x):
         return convolve(jnp.tanh(convolve(x, p["one"])), p["two"])
 
-    small = quiet(model, params, [x], {"one:3": 0.5}, damping=0.0)
+    small = quiet(model, params, [x], {"one:3": 0.5}, damping=0.0, relative=False)
     kept = small.report["kept"]["one:3"]
     inner = np.tanh(convolve(x, params["one"]))
     corners = [inner[:, i : i + 5, j : j + 5] for i in (0, 1) for j in (0, 1)]
