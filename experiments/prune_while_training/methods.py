@@ -159,7 +159,6 @@ METHODS: dict[str, Method] = {
     "ste_magnitude": functools.partial(_straight, **_MAGNITUDE),
     "ste_trajectory": _straight,
     "ste_trajectory_late": late(_straight),
-    "srste_trajectory_late": late(functools.partial(_straight, decay=0.01)),
     "ste_layer_magnitude": functools.partial(_straight, criterion=layer_magnitude),
     "ste_magnitude_free": functools.partial(_straight, freezes=False, **_MAGNITUDE),
     "ste_trajectory_free": functools.partial(_straight, freezes=False),
@@ -171,5 +170,4 @@ METHODS: dict[str, Method] = {
     "rigl": functools.partial(_sparse, grow=jp.grow.gradient()),
     "static_random": _sparse,
 }
-"""Name to optimizer. `ste_` is straight-through, and `srste_` with a decay of what is
-pruned; `_free` never freezes its masks."""
+"""Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks."""

@@ -7,7 +7,6 @@ straight-through gradient of the dense weights. So there is no hook, and a check
 an evaluation or an export of the parameters needs nothing more.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,7 +48,6 @@ def straight_through(
     *,
     freeze: int | None,
     every: int = 1,
-    decay: float = 0.0,
     criterion: Criterion = scores.trajectory,
     allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
@@ -71,8 +69,6 @@ def straight_through(
         not before the last event; None for never.
       every: steps between two choices of masks at the same sparsity. What is pruned
         drifts unseen in between, so more than one step costs quality.
-      decay: lambda of SR-STE, at least 0: the gradient of each pruned weight gets so
-        many times its dense value, which draws it to zero, so that masks settle.
       criterion: which weights matter, as for `gradual`.
       allocation: how each sparsity is shared out, as for `gradual`.
       pattern: which weights are pruned together, as for `gradual`.
@@ -103,9 +99,7 @@ def straight_through(
 
     Reference:
       Bengio, Leonard, Courville, "Estimating or Propagating Gradients Through
-      Stochastic Neurons for Conditional Computation", 2013, arXiv 1308.3432; Zhou et
-      al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch"
-      (SR-STE), 2021, arXiv 2102.04010.
+      Stochastic Neurons for Conditional Computation", 2013, arXiv 1308.3432.
     """
     rules = Rules(schedule, allocation, pattern, axes)
     masking = MaskEvents(
@@ -116,11 +110,6 @@ def straight_through(
         raise ValueError(
             "straight_through needs every >= 1 and a freeze at or after the schedule's "
             f"last event at step {last}, got every={every}, freeze={freeze}"
-        )
-    if not 0 <= decay < math.inf:
-        raise ValueError(
-            f"straight_through needs a finite decay of at least 0, got {decay}; 0 is "
-            "none, 0.01 a first try"
         )
     end = 2**31 - 1 if freeze is None else freeze
     optimizer = optax.with_extra_args_support(optimizer)
@@ -153,14 +142,6 @@ def straight_through(
         frozen, kept = step > end, masking.read(held, params)
         live = on_masked(lambda mask: mask | ~frozen, kept)
         before = _dense(parked, params)
-        if decay:
-            updates = on_masked(
-                lambda _, g, own: (g + decay * own).astype(g.dtype),
-                kept,
-                updates,
-                parked,
-                rest=updates,
-            )
         updates, inner = optimizer.update(
             select(live, updates), inner, before, **extra_args
         )

@@ -1,6 +1,5 @@
 """straight_through: the bits of dense weights and a hook, and no hook."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,7 @@ def share(step):
     return max((s for t, s in SCHEDULE.table().items() if t <= step), default=0.0)
 
 
-def with_a_hook(inner, params, grads, every, freeze, decay=0.0):
+def with_a_hook(inner, params, grads, every, freeze):
     """The textbook's form: dense weights outside, masked before each gradient."""
     state, dense = inner.init(params), params
     masks = jp.masks.make(jp.scores.magnitude(params), 0.0)
@@ -37,8 +36,6 @@ def with_a_hook(inner, params, grads, every, freeze, decay=0.0):
         if n > freeze:
             gradient = jp.masks.apply(gradient, masks)
             dense = jp.masks.apply(dense, masks)
-        pruned = dense["kernel"] - jp.masks.apply(dense, masks)["kernel"]
-        gradient = gradient | {"kernel": gradient["kernel"] + decay * pruned}
         updates, state = inner.update(gradient, state, dense)
         dense = optax.apply_updates(dense, updates)
         # The hook before the next gradient.
@@ -48,20 +45,6 @@ def with_a_hook(inner, params, grads, every, freeze, decay=0.0):
             masks = jp.masks.make(scores, share(n), allocation="global")
         seen.append(jp.masks.apply(dense, masks))
     return jax.tree.map(lambda *x: jnp.stack(x), *seen), masks
-
-
-def test_a_decay_draws_what_is_pruned_to_zero_as_in_sr_ste():
-    params, inner = model(), optax.sgd(0.05, momentum=0.9)
-    grads = gradients(params, STEPS)
-    tx = jp.straight_through(
-        inner, SCHEDULE, freeze=FREEZE, decay=0.3, criterion=jp.scores.magnitude
-    )
-    done = record(tx, params, grads)
-    expected, masks = with_a_hook(inner, params, grads, 1, FREEZE, decay=0.3)
-    chex.assert_trees_all_close(done.weights, expected, rtol=1e-4, atol=1e-6)
-    assert same_bits(jp.get_masks(done.state)["kernel"], masks["kernel"])
-    plain, _ = with_a_hook(inner, params, grads, 1, FREEZE)
-    assert not np.allclose(plain["kernel"], expected["kernel"], rtol=1e-2)
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.full), 3])
@@ -131,8 +114,6 @@ def test_what_was_pruned_comes_back_with_the_weight_that_it_has_learned():
     [
         ({"freeze": 11}, "last event at step 12, got every=1, freeze=11"),
         ({"freeze": 12, "every": 0}, "every >= 1"),
-        ({"freeze": 12, "decay": -0.1}, "decay of at least 0, got -0.1"),
-        ({"freeze": 12, "decay": float("nan")}, "decay of at least 0, got nan"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(options, says):
