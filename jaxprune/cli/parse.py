@@ -16,7 +16,11 @@ from jaxprune.typing import Pattern
 
 
 def method(
-    name: methods.Name, damping: float | None, inputs: methods.Inputs
+    name: methods.Name,
+    damping: float | None,
+    inputs: methods.Inputs,
+    *,
+    relative: bool = False,
 ) -> methods.Method:
     """A method with the settings asked for; damping None is the method's own."""
     found: Any = methods.named(name)
@@ -27,7 +31,11 @@ def method(
         raise ValueError(f"--damping must be positive, got {damping}")
     if inputs != found.inputs and "inputs" not in own:
         raise ValueError(f"--inputs is for methods that look at inputs, not for {name}")
-    asked = {"damping": damping, "inputs": inputs}
+    if relative and "relative" not in own:
+        raise ValueError(
+            f"--relative is for methods that look at inputs, not for {name}"
+        )
+    asked = {"damping": damping, "inputs": inputs, "relative": relative}
     return dataclasses.replace(
         found, **{k: v for k, v in asked.items() if k in own and v is not None}
     )

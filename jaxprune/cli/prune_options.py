@@ -37,6 +37,8 @@ class Job(job_options.JobOptions):
       calibration_temperature: of what the model writes for --calibration self.
       inputs: what a weight is pruned for: the inputs that are "left" by all that was
         pruned before it, or those of its "dense" layer, as the papers have it.
+      relative: whether each token counts by the size of its activations, so that a few
+        massive ones do not decide; the papers do not do so.
       exclude: globs of tensors to leave alone, as "*.down_proj.weight".
       refine: passes over the calibration sequences, after each layer is pruned, that
         bring its output back to that of the dense layer by gradient steps on its kept
@@ -58,6 +60,7 @@ class Job(job_options.JobOptions):
     allocation: allocations.Name = "layer"
     damping: float | None = None
     inputs: methods.Inputs = "left"
+    relative: bool = False
     exclude: tuple[str, ...] = ()
     calibration_temperature: float = 1.0
     refine: int = 0
@@ -118,7 +121,9 @@ class Meaning(NamedTuple):
 
 def check(job: Job) -> Meaning:
     """Refuses what can be refused without opening the model; what its words mean."""
-    method = parse.method(job.method, job.damping, job.inputs)
+    method = parse.method(
+        job.method, job.damping, job.inputs, relative=job.relative
+    )
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)

@@ -51,6 +51,9 @@ class Matrix(NamedTuple):
 class Method(Protocol):
     """How one matrix is pruned.
 
+    Where it also has an attribute `relative` that is true, each sample is divided by
+    its root mean square before the statistics are summed up.
+
     Attributes:
       needs: which statistics of the input it reads.
       inputs: which input that is.
@@ -97,6 +100,9 @@ class Wanda:
 
     Attributes:
       inputs: "dense" gives the paper's masks.
+      relative: whether each sample, a token say, is divided by the root mean square of
+        its features first. As in the paper it is not, and a few tokens with massive
+        activations are most of every sum.
 
     Reference:
       Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large
@@ -104,6 +110,7 @@ class Wanda:
     """
 
     inputs: Inputs = "left"
+    relative: bool = False
     needs: ClassVar[Needs] = "mean_square"
     pattern: ClassVar[Pattern] = patterns.PerOutput()
 
@@ -124,6 +131,7 @@ class RIA:
     Attributes:
       power: of the input's norm; the paper's is 1/2.
       inputs: as of `Wanda`.
+      relative: as of `Wanda`.
 
     Reference:
       Zhang, Bai, Lin, Zhao, Hou, Cannistraci, "Plug-and-Play: An Efficient
@@ -132,6 +140,7 @@ class RIA:
 
     power: float = 0.5
     inputs: Inputs = "left"
+    relative: bool = False
     needs: ClassVar[Needs] = "mean_square"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
@@ -149,6 +158,7 @@ class SparseGPT:
       damping: added to the Hessian's diagonal, as a share of its mean.
       block: inputs whose mask is chosen together.
       inputs: as of `Wanda`.
+      relative: as of `Wanda`.
 
     Reference:
       Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
@@ -158,6 +168,7 @@ class SparseGPT:
     damping: float = 0.01
     block: int = 128
     inputs: Inputs = "left"
+    relative: bool = False
     needs: ClassVar[Needs] = "hessian"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
@@ -182,6 +193,7 @@ class ALPS:
     Attributes:
       damping: added to the Hessian's diagonal, as a share of its mean.
       inputs: as of `Wanda`.
+      relative: as of `Wanda`.
 
     Reference:
       Meng, Behdin, Wang, Mazumder, "ALPS: Improved Optimization for Highly Sparse
@@ -190,6 +202,7 @@ class ALPS:
 
     damping: float = 0.01
     inputs: Inputs = "left"
+    relative: bool = False
     needs: ClassVar[Needs] = "hessian"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 

@@ -45,7 +45,9 @@ class Pruner:
     ) -> None:
         """Begins before the first segment, and reads what the log holds already."""
         self._program, self._plan, self._log = program, plan, log
-        sums = Sums(hessian=plan.method.needs == "hessian")
+        hessian = plan.method.needs == "hessian"
+        relative = getattr(plan.method, "relative", False)
+        sums = Sums(hessian=hessian, relative=relative)
         self._count = len(program.segments)
         self._pipeline = SequentialPipeline(program, batches, positions, sums)
         # Weights and rows of the segments that were pruned before.

@@ -91,6 +91,10 @@ DISTILLED = ("--distill-steps", "2", "--distill-text", "a.txt")
             refused(*CALIBRATED, *HALF, "--method", "magnitude", "--inputs", "dense"),
             "--inputs is for methods that look at inputs",
         ),
+        (
+            refused(*CALIBRATED, *HALF, "--method", "magnitude", "--relative"),
+            "--relative is for methods that look at inputs",
+        ),
         (refused(*CALIBRATED, *HALF, "--batch", "3"), "divisible by --batch"),
         (refused(*CALIBRATED, *HALF, "--limit", "0"), "--limit must be at least 1"),
         (refused(*CALIBRATED, *HALF, "--length", "4"), "at least 8"),

@@ -92,6 +92,36 @@ def test_each_weight_is_chosen_by_the_inputs_asked_for(method, rule, inputs):
     assert any(((other[k] == 0) != (expected[k] == 0)).any() for k in expected)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        jp.methods.Wanda(relative=True),
+        pytest.param(jp.methods.RIA(relative=True), marks=pytest.mark.full),
+        jp.methods.SparseGPT(relative=True),
+        pytest.param(jp.methods.ALPS(relative=True), marks=pytest.mark.full),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_relative_is_of_samples_that_have_one_size(method):
+    x = correlated(0, 60, 16) * np.exp(2 * draw(1, 60, 1))
+    size = np.sqrt(np.mean(np.square(x), 1, keepdims=True))
+    params = {"w": draw(2, 16, 6)}
+
+    def pruned(method, x):
+        product = lambda params, x: x @ params["w"]  # noqa: E731
+        found = jp.prune_trained(
+            product, params, [x], method=method, sparsity=0.5, progress=False
+        )
+        return np.asarray(found.params["w"])
+
+    plain = dataclasses.replace(method, relative=False)
+    expected = pruned(plain, x / size)
+    found = pruned(method, x)
+    np.testing.assert_array_equal(found == 0, expected == 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert ((pruned(plain, x) == 0) != (found == 0)).any()
+
+
 def test_the_report_says_which_inputs_they_were():
     assert "inputs='left'" in prune("wanda").report["method"]
     assert "inputs='dense'" in prune(DENSE).report["method"]
