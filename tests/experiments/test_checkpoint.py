@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.harness import checkpoint, manifest
 from jaxprune.formats import atomic
+from tests.support.compilations import compiled
 
 CONFIGURATION = {"seed": 0, "model": {"layers": (1, 2)}}
 
@@ -109,6 +110,17 @@ def test_four_devices_save_and_two_load(tmp_path):
     np.testing.assert_array_equal(restored, value)
     alone = checkpoint.restore(tmp_path, abstract(state)).state["w"]
     assert len(alone.sharding.device_set) == 1
+
+
+def test_a_save_of_small_repeated_leaves_compiles_nothing(tmp_path):
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,), devices=jax.devices()[:4])
+    value = np.arange(32, dtype=np.float32).reshape(4, 8)
+    state = {"w": jax.device_put(value, NamedSharding(mesh, PartitionSpec()))}
+    with compiled() as programs:
+        checkpoint.save(tmp_path, state, step=1, configuration={})
+    assert not programs
+    restored = checkpoint.restore(tmp_path, abstract(state)).state["w"]
+    np.testing.assert_array_equal(restored, value)
 
 
 def test_the_configuration_is_read_without_the_arrays(tmp_path):
