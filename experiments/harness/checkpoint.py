@@ -31,6 +31,10 @@ _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what orbax has not renam
 
 _NOT_STORED = ("uint2", "uint4")
 
+# Of a repeated leaf each replica would write a slice, and each slice of each shape is a
+# program to compile: hundreds at the first save of a small model.
+_SMALLEST_SLICE = 2**20
+
 _log = logging.getLogger(__name__)
 
 
@@ -299,7 +303,13 @@ def _check_global(leaves: Mapping[str, Any]) -> None:
 
 
 def _checkpointer(directory: Path) -> ocp.training.Checkpointer:
-    return ocp.training.Checkpointer(directory, cleanup_tmp_directories=True)
+    saving = ocp.options.ArrayOptions.Saving(
+        min_slice_bytes_for_replica_parallel=_SMALLEST_SLICE
+    )
+    context = ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
+    return ocp.training.Checkpointer(
+        directory, cleanup_tmp_directories=True, context=context
+    )
 
 
 def _save_arrays(

@@ -1,5 +1,7 @@
 """On eight devices: the same bits as on one, sharded as before."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from tests.support.trajectories import same_bits
 
-KINDS = [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)]
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+KINDS = [AUTO, pytest.param(EXPLICIT, marks=pytest.mark.full)]
 SPECS = {
     "a": P("x"),  # inputs
     "m": P(None, "y"),  # outputs
@@ -83,6 +86,13 @@ def trained(tx, params, steps=3):
     return params, state
 
 
+@functools.cache
+def watched(kind=None, steps=3):
+    """Parameters and state after steps on one device or on a mesh."""
+    one = on_one_device()
+    return trained(optimizer(), one if kind is None else spread(one, kind), steps)
+
+
 @pytest.fixture(params=KINDS, ids=str)
 def kind(request):
     return request.param
@@ -97,7 +107,7 @@ def test_averages_are_sharded_as_the_parameters(kind):
     for init in (optimizer().init, jax.jit(optimizer().init)):
         for average in jp.get_importance(init(params)):
             assert_sharded_as(average, params)
-    after, state = trained(optimizer(), params)
+    after, state = watched(kind)
     assert_sharded_as(after, params)
     for average in jp.get_importance(state):
         assert_sharded_as(average, params)
@@ -105,26 +115,28 @@ def test_averages_are_sharded_as_the_parameters(kind):
 
 @pytest.mark.full
 def test_averages_have_the_bits_of_one_device(kind):
-    _, one = trained(optimizer(), on_one_device())
-    _, many = trained(optimizer(), spread(on_one_device(), kind))
+    (_, one), (_, many) = watched(), watched(kind)
     assert same_bits(local(jp.get_importance(many)), local(jp.get_importance(one)))
 
 
-OTHER_CRITERIA = [
-    *("magnitude", "averaged_weight", "averaged_magnitude", "obd", "taylor", "random"),
+CRITERIA = [
+    *("trajectory", "magnitude", "averaged_weight", "averaged_magnitude", "obd"),
+    *("taylor", "random"),
 ]
 
 
 @pytest.mark.parametrize(
-    "criterion",
+    ("kind", "criterion"),
     [
-        "trajectory",
-        *(pytest.param(c, marks=pytest.mark.full) for c in OTHER_CRITERIA),
+        (AUTO, "trajectory"),
+        # The others are as elementwise, but for the drawn numbers.
+        pytest.param(AUTO, "random", marks=pytest.mark.full),
+        *(pytest.param(EXPLICIT, c, marks=pytest.mark.full) for c in CRITERIA),
     ],
 )
 def test_scores_keep_the_sharding_and_the_bits(kind, criterion):
     score = getattr(jp.scores, criterion)
-    params, state = trained(optimizer(), on_one_device(), 1)
+    params, state = watched(steps=1)
     importance = jp.get_importance(state)
     sharded = spread(params, kind)
     held = jp.Importance(*[spread(tree, kind) for tree in importance])
@@ -135,12 +147,12 @@ def test_scores_keep_the_sharding_and_the_bits(kind, criterion):
 
 
 @pytest.mark.parametrize(
-    ("jitted", "allocation"),
+    ("kind", "jitted", "allocation"),
     [
-        (True, "global"),
-        pytest.param(True, "layer", marks=pytest.mark.full),
-        pytest.param(False, "global", marks=pytest.mark.full),
-        pytest.param(False, "layer", marks=pytest.mark.full),
+        (AUTO, True, "global"),
+        pytest.param(EXPLICIT, True, "layer", marks=pytest.mark.full),
+        pytest.param(EXPLICIT, False, "global", marks=pytest.mark.full),
+        pytest.param(AUTO, False, "layer", marks=pytest.mark.full),
     ],
 )
 def test_masks_and_prune_keep_the_sharding_and_the_bits(kind, allocation, jitted):
@@ -163,23 +175,33 @@ def test_masks_and_prune_keep_the_sharding_and_the_bits(kind, allocation, jitted
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "pattern",
-    [jp.patterns.NM(2, 4), jp.patterns.Block(4, 2), jp.patterns.Channel()],
+    ("kind", "jitted", "pattern"),
+    [
+        (EXPLICIT, False, jp.patterns.NM(2, 4)),
+        (AUTO, True, jp.patterns.NM(2, 4)),
+        (AUTO, False, jp.patterns.Block(4, 2)),
+        (EXPLICIT, True, jp.patterns.Block(4, 2)),
+        (EXPLICIT, False, jp.patterns.Channel()),
+        (AUTO, True, jp.patterns.Channel()),
+    ],
     ids=str,
 )
-def test_patterns_keep_the_sharding_and_the_bits(kind, pattern):
+def test_patterns_keep_the_sharding_and_the_bits(kind, jitted, pattern):
     names = ["a", "m", "n", "s"]
     one = {k: on_one_device()[k] for k in names}
     many = spread(one, kind)
-    scores = jp.scores.magnitude(many)
-    make = lambda s: jp.masks.make(s, 0.5, pattern=pattern)  # noqa: E731
-    prune = lambda p, s: jp.prune(p, s, 0.5, pattern=pattern)  # noqa: E731
-    expected = make(jp.scores.magnitude(one))
-    for masks in (make(scores), jax.jit(make)(scores)):
-        assert same_bits(local(masks), expected)
-        assert_sharded_as(masks, many)
-    for pruned in (prune(many, scores), jax.jit(prune)(many, scores)):
-        assert_sharded_as(pruned, many)
+
+    def both(params):
+        scores = jp.scores.magnitude(params)
+        masks = jp.masks.make(scores, 0.5, pattern=pattern)
+        return masks, jp.prune(params, scores, 0.5, pattern=pattern)
+
+    masks, pruned = (jax.jit(both) if jitted else both)(many)
+    expected_masks, expected = both(one)
+    assert same_bits(local(masks), expected_masks)
+    assert same_bits(local(pruned), expected)
+    assert_sharded_as(masks, many)
+    assert_sharded_as(pruned, many)
 
 
 @pytest.mark.full
@@ -193,17 +215,16 @@ def test_block_tiles_may_cross_the_edge_of_a_device(kind):
     assert same_bits(local(pruned), expected)
 
 
+@functools.cache
+def retrained(kind=None):
+    params = on_one_device() if kind is None else spread(on_one_device(), kind)
+    masks = jp.masks.make(jp.scores.magnitude(params), 0.5)
+    return masks, *trained(jp.keep_masks(optimizer(), masks), params)
+
+
 def test_kept_masks_are_sharded_and_hold(kind):
-    one = on_one_device()
-    many = spread(one, kind)
-
-    def retrained(params):
-        masks = jp.masks.make(jp.scores.magnitude(params), 0.5)
-        tx = jp.keep_masks(optimizer(), masks)
-        params, state = trained(tx, params)
-        return masks, params, state
-
-    masks, params, state = retrained(many)
+    many = spread(on_one_device(), kind)
+    masks, params, state = retrained(kind)
     assert_sharded_as(params, many)
     for average in jp.get_importance(state):
         assert_sharded_as(average, many)
@@ -211,7 +232,7 @@ def test_kept_masks_are_sharded_and_hold(kind):
         if isinstance(mask, jax.Array):
             kept = np.asarray(params[name]) != 0
             np.testing.assert_array_equal(kept, np.asarray(mask))
-    assert same_bits(local(params), local(retrained(one)[1]))
+    assert same_bits(local(params), local(retrained()[1]))
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 JAXPRUNE_KILLS says how many kills at random moments each command gets.
 """
 
+import functools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from tests.support import command_process, tiny_cli
+from tests.support.command_process import finish, kill_when
 from tests.support.hf_directories import contents
 from tests.support.tiny_cli import place
 
@@ -45,10 +47,11 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def server():
-    """Nothing else: the children must not see the tests' own settings of JAX."""
+def start(tmp_path_factory):
+    """Starts a command; the children must not see the tests' own settings of JAX."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    return command_process
+    compiled = tmp_path_factory.mktemp("compiled")
+    return functools.partial(command_process.start, compiled=compiled)
 
 
 def weights(out):
@@ -77,50 +80,50 @@ def check_whole(name, out, log):
     assert left == [], log.read_text()
 
 
-def again(server, words, log):
+def again(start, words, log):
     """Gives the same command again: done, or it was done when it was killed."""
     log.write_text("")
-    code = server.finish(server.start(words, log))
+    code = finish(start(words, log))
     said = log.read_text()
     assert "Traceback" not in said
     whole = "is whole, and this very command made it" in said
     assert code == 0 or whole or "there is something already" in said, said
 
 
+@pytest.fixture(scope="module")
+def places(place, start, tmp_path_factory):
+    """`place`, with a model of four layers and the model packed."""
+    tiny_cli.model(place / "deep", layers=4)
+    log = tmp_path_factory.mktemp("packed") / "log"
+    words = COMMANDS["compact"](place, place / "packed")
+    assert finish(start(words, log)) == 0, log.read_text()
+    return place
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_killed_at_any_moment_ends_whole_when_it_is_given_again(
-    place, tmp_path, server, name
+    places, tmp_path, start, name
 ):
-    if not (place / "deep").exists():
-        tiny_cli.model(place / "deep", layers=4)
-    if not (place / "packed").exists():
-        assert (
-            server.finish(
-                server.start(
-                    COMMANDS["compact"](place, place / "packed"), tmp_path / "log"
-                )
-            )
-            == 0
-        )
     log, whole = tmp_path / "log", tmp_path / "whole"
-    began = time.monotonic()
-    assert server.finish(server.start(COMMANDS[name](place, whole), log)) == 0
-    took = time.monotonic() - began
+    assert finish(start(COMMANDS[name](places, whole), log)) == 0, log.read_text()
     check_whole(name, whole, log)
     expected = weights(whole)
     chance = random.Random(os.environ.get("JAXPRUNE_SEED", "0"))
-    killed = 0
+    killed, took = 0, None
     for i in range(KILLS + 1):
         out = tmp_path / f"out{i}"
-        words = COMMANDS[name](place, out)
+        words = COMMANDS[name](places, out)
+        began = time.monotonic()
         if i == 0:  # the moment at which the result appears
             happened = out.exists
         else:
-            until = time.monotonic() + chance.uniform(0.02, 1.0) * took
+            until = began + chance.uniform(0.02, 1.0) * took
             happened = lambda until=until: time.monotonic() > until  # noqa: E731
-        killed += server.kill_when(server.start(words, log), happened)
-        again(server, words, log)
+        killed += kill_when(start(words, log), happened)
+        # The first run compiled: those after it take less time.
+        took = took or time.monotonic() - began
+        again(start, words, log)
         assert weights(out) == expected
         check_whole(name, out, log)
     print(f"{name}: {killed} kills of {KILLS + 1}, {took:.1f} s a run")

@@ -15,6 +15,7 @@ def run(tmp_path_factory):
         out=folder / "run",
         data_dir=folder / "data",
         criteria=("trajectory",),
+        mesh="data=1",  # a step on a mesh: tests/models/test_phi3_vision_sharded.py
         smoke=True,
     )
     with pytest.MonkeyPatch.context() as patch:
