@@ -4,10 +4,12 @@
 plays. Every so many steps `jp.shrink` takes some neurons out, by the trajectory score
 of the optimizer's own second moment, and cuts the optimizer's state alike; training
 goes on with the smaller program. Beside it: dense to the end; dense to the end and
-shrunk then; and half as wide from the start. One JSON line for all seeds.
+shrunk then; shrunk late, in one event with the rest of the steps behind it; and half as
+wide from the start. Prints a Markdown table and one JSON line for all seeds.
 """
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,7 @@ from benchmarks import measure
 from experiments import gpt
 from experiments.datasets import shakespeare_plays
 from experiments.datasets.batches import Batches
+from experiments.harness import records
 from experiments.tasks.language_model import LanguageModel, optimizer, schedule
 
 NEURONS = "*/mlp/*"
@@ -37,21 +40,26 @@ class Config:
       batch_size: sequences in a batch.
       begin: the share of the steps after which the first neurons go.
       end: the share after which the last go.
+      late: the share after which all go at once, of the candidate that is shrunk late.
       times: in how many events.
       sparsity: the share of each MLP's neurons that is gone in the end.
       seeds: of initialisation and batches.
       validated: sequences of the validation loss.
+      energy: measure energy with codecarbon, offline, of this country (ISO code, "DEU"
+        say); it needs the extra "energy".
     """
 
     preset: str = "cpu"
-    steps: int = 1000
+    steps: int = 500
     batch_size: int = 16
     begin: float = 0.1
     end: float = 0.5
+    late: float = 0.8
     times: int = 4
     sparsity: float = 0.5
     seeds: tuple[int, ...] = (0, 1, 2)
     validated: int = 256
+    energy: str | None = None
 
 
 def main(config: Config) -> None:
@@ -68,28 +76,40 @@ def main(config: Config) -> None:
     shape = gpt.preset(config.preset, vocab_size=len(letters))
     points = np.linspace(config.begin, config.end, config.times)
     events = [round(config.steps * share) for share in points]
+    candidates: dict[str, list[int]] = {
+        "dense": [],
+        "while it trains": events,
+        "late": [round(config.late * config.steps)],
+        "from the start": [0],
+    }
     results: dict[str, list[dict[str, float]]] = {}
-    for seed in config.seeds:
-        for name, at in (
-            ("dense", []),
-            ("while it trains", events),
-            ("from the start", [0]),
-        ):
-            found = trained(config, shape, train, held_out, seed, at)
-            for key, value in found.items():
-                label = "dense, shrunk after" if key == "after" else name
-                results.setdefault(label, []).append(value)
+    runs = [(seed, name) for seed in config.seeds for name in candidates]
+    for seed, name in measure.progress(runs, "training", "run"):
+        found = trained(config, shape, train, held_out, seed, candidates[name])
+        for key, value in found.items():
+            label = "dense, shrunk after" if key == "after" else name
+            results.setdefault(label, []).append(value)
+    print(table(results) + "\n")
     measure.report(
-        "shrink_while_training",
-        config=dataclasses.asdict(config),
-        results={
-            name: {
-                key: measure.median_and_spread([run[key] for run in own])
-                for key in own[0]
-            }
-            for name, own in results.items()
-        },
+        "shrink_while_training", config=dataclasses.asdict(config), results=results
     )
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """A row a candidate: means over the seeds, the loss with its standard deviation."""
+    rows = [["shrunk", "loss, nats", "steps, s", "the rest, s", "parameters"]]
+    first = next(iter(results.values()))[0]
+    if energy := "watt-hours" in first:
+        rows[0].append("energy, Wh")
+    rows.append(["---"] * len(rows[0]))
+    for name, own in results.items():
+        nats = [run["nats"] for run in own]
+        spread = f" ± {statistics.stdev(nats):.3f}" if len(nats) > 1 else ""
+        mean = {key: statistics.fmean(run[key] for run in own) for key in first}
+        row = [name, f"{mean['nats']:.3f}{spread}", f"{mean['seconds']:.1f}"]
+        row += [f"{mean['rest']:.1f}", f"{mean['parameters']:,.0f}"]
+        rows.append(row + [f"{mean['watt-hours']:.2f}"] * energy)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def trained(
@@ -100,7 +120,11 @@ def trained(
     seed: int,
     events: list[int],
 ) -> dict[str, dict[str, float]]:
-    """One run: loss, seconds and size; of a dense one also as it is shrunk then."""
+    """One run: loss, costs and size; of a dense one also as it is shrunk then.
+
+    Its seconds are those of the steps; what making smaller programs and compiling takes
+    is apart. Energy is of both.
+    """
     model, batches = LanguageModel(shape), _batches(config, shape, train, seed)
     tx = optimizer(schedule(1e-3, config.steps, warmup=100), track=())
 
@@ -110,24 +134,28 @@ def trained(
     fn: Any = loss
     params = model.init(seed)
     state, first = tx.init(params), batches(0)
-    step, spent, lost = _step(fn, tx), 0.0, 0
-    for number in range(config.steps):
-        if number in events:
-            share, lost = _share(config, lost, len(events), 4 * shape.width)
-            small = _shrunk(fn, params, state, first, share)
-            fn, params, state = small.fn, small.params, small.cut(state)
-            step = _step(fn, tx)
-        batch = batches(number)
-        if number == 0 or number in events:  # compiled apart, and not timed
-            step = step.lower(params, state, batch).compile()
-        started = time.perf_counter()
-        params, state = jax.block_until_ready(step(params, state, batch))
-        spent += time.perf_counter() - started
+    spent, lost, before = 0.0, 0, time.perf_counter()
+    with records.measure("train", seed=seed, country=config.energy) as phase:
+        for number in range(config.steps):
+            if number in events:
+                share, lost = _share(config, lost, len(events), 4 * shape.width)
+                small = _shrunk(fn, params, state, first, share)
+                fn, params, state = small.fn, small.params, small.cut(state)
+            if number == 0 or number in events:
+                step = _step(fn, tx).lower(params, state, first).compile()
+            batch = batches(number)
+            started = time.perf_counter()
+            params, state = jax.block_until_ready(step(params, state, batch))
+            spent += time.perf_counter() - started
+        whole = time.perf_counter() - before
+    costs = {"seconds": spent, "rest": whole - spent}
+    if phase.energy_kwh is not None:
+        costs["watt-hours"] = 1000 * phase.energy_kwh
     of = _batches(config, shape, held_out, 0)
-    found = {"run": _measured(config, fn, params, of, spent)}
+    found = {"run": {**_measured(config, fn, params, of), **costs}}
     if not events:
         small = _shrunk(fn, params, state, first, config.sparsity)
-        found["after"] = _measured(config, small.fn, small.params, of, spent)
+        found["after"] = {**_measured(config, small.fn, small.params, of), **costs}
     return found
 
 
@@ -165,14 +193,11 @@ def _batches(
     )
 
 
-def _measured(
-    config: Config, fn: Any, params: Any, of: Batches, spent: float
-) -> dict[str, float]:
+def _measured(config: Config, fn: Any, params: Any, of: Batches) -> dict[str, float]:
     loss, count = jax.jit(fn), config.validated // config.batch_size
     losses = [float(loss(params, of(number))) for number in range(count)]
     return {
         "nats": float(np.mean(losses)),
-        "seconds": spent,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
 

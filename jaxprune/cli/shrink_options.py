@@ -6,6 +6,7 @@ from typing import Any
 from jaxprune.cli import job_options, parse
 from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.structured.budget import Measure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,10 @@ class Job(job_options.JobOptions):
       layers: how many layers to leave; which go is searched by the loss on
         --calibration.
       drop_layers: the numbers of the layers to remove, instead.
-      budget: instead of --ffn and --heads: the share of the parameters that may be
-        left; one share for neurons and heads is found.
+      budget: instead of --ffn and --heads: the share that may be left, of the
+        parameters or of what --measure says; one share for neurons and heads is found.
+      measure: what the budget is of. FLOPs and the milliseconds, which are measured
+        here, are those of reading a prompt, without the head.
       speed_rounds: how often both models are timed, in turn; 0 times neither.
     """
 
@@ -33,13 +36,15 @@ class Job(job_options.JobOptions):
     layers: int | None = None
     drop_layers: tuple[int, ...] = ()
     budget: float | None = None
+    measure: Measure = "parameters"
     speed_rounds: int = 5
 
     @property
     def asked(self) -> dict[str, Any]:
         """What is to go; JSON-able."""
         names = ("ffn", "heads", "query_heads", "layers", "drop_layers", "budget")
-        return {name: value for name in names if (value := getattr(self, name))}
+        found = {name: value for name in names if (value := getattr(self, name))}
+        return {**found, "measure": self.measure} if self.budget else found
 
     @property
     def narrows(self) -> bool:
@@ -59,6 +64,10 @@ def check(job: Job) -> None:
         raise ValueError(
             "--budget finds the shares of neurons and heads itself; leave out --ffn, "
             "--heads and --query-heads, or the budget"
+        )
+    if job.budget is None and job.measure != "parameters":
+        raise ValueError(
+            f"--measure {job.measure} says what a budget is of; give --budget too"
         )
     if job.layers is not None and job.drop_layers:
         raise ValueError("--layers and --drop-layers exclude each other; give one")

@@ -20,6 +20,7 @@ from jaxprune.models import hf
 
 _DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
 _SEARCHED = "layers.json"
+_PROMPT = 256  # tokens, whose FLOPs or time a budget may be of
 
 
 def without_layers(
@@ -69,13 +70,13 @@ def narrower(
     """The model with fewer heads and neurons, and the report of what became fewer."""
     # What the head reads is enough to find the groups by, and to calibrate on.
     fn = functools.partial(_states, model.graphdef)
-    shape = (1, min(8, model.config.context))
+    shape = (1, min(_PROMPT, model.config.context))
     batch = jax.ShapeDtypeStruct(shape, np.int32)
     roles = _roles(jp.axis_groups(fn, model.params, batch), model)
     asked: dict[str, Any]
     if job.budget is not None:
         own = [name for name, role in roles.items() if role in ("ffn", "heads")]
-        asked = {"budget": job.budget, "groups": own}
+        asked = {"budget": job.budget, "measure": job.measure, "groups": own}
     else:
         shares = {"ffn": job.ffn, "heads": job.heads, "query heads": job.query_heads}
         asked = {"sparsity": {name: shares[role] for name, role in roles.items()}}

@@ -29,7 +29,7 @@ from jaxprune.posttraining import (
 from jaxprune.posttraining.input_statistics import InputStatistics, Sums
 from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
 from jaxprune.posttraining.solvers import units
-from jaxprune.structured import cut, shrink
+from jaxprune.structured import cut, shrink, timing
 from jaxprune.structured.budget import Measure
 from jaxprune.structured.shrink import ShrinkResult
 from jaxprune.typing import Params
@@ -65,7 +65,7 @@ def shrink_trained(
       batches: pytrees of arrays, all of one shape; their activations are kept.
       sparsity: the share of its units that each group loses, as in `jp.shrink`.
       budget: instead: the share of the whole that may be left, as in `jp.shrink`.
-      measure: what the budget is of: "parameters", "bytes" or "flops".
+      measure: what the budget is of, as in `jp.shrink`.
       groups: globs or names of the groups that the budget is met with.
       damping: added to the diagonal of XᵀX, as a share of its mean.
       relative: whether each row of X is divided by its root mean square first. Else a
@@ -112,7 +112,8 @@ def shrink_trained(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), batches[0]
     )
     found = axis_groups(fn, params, first)
-    lost = shrink.lost_units(found, sparsity, budget, measure, groups)
+    timed = timing.needed(measure, budget, found.trace, params, batches[0])
+    lost = shrink.lost_units(found, sparsity, budget, measure, groups, timed)
     lost = {name: count for name, count in lost.items() if count}
     leaves = Leaves(jax.tree.leaves(params))
     kept: dict[str, np.ndarray] = {}
@@ -127,7 +128,7 @@ def shrink_trained(
     updated = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
     small = shrink.of_cuts(fn, updated, first, found, kept, cuts)
     small.report["weights"] = rows
-    return small
+    return shrink.timed_too(small, timed)
 
 
 class _Job:

@@ -7,4 +7,5 @@ __all__ = [
     "resized",
     "shrink",
     "shrunk_function",
+    "timing",
 ]

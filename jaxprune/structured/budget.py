@@ -1,7 +1,7 @@
-"""What a model costs, in parameters, bytes and FLOPs, and how a budget is met.
+"""What a model costs, in parameters, bytes, FLOPs or time, and how a budget is met.
 
 FLOPs are two for each multiplication of a matmul or convolution in the traced program,
-for a batch of the shape that was traced.
+for a batch of the shape that was traced. Time is measured (`timing`).
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxprune.graph.axis_trace import AxisTrace
 from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
 
-Measure = Literal["parameters", "bytes", "flops"]
+Measure = Literal["parameters", "bytes", "flops", "milliseconds"]
 
 
 class Costs(NamedTuple):
@@ -43,7 +43,7 @@ def costs(
 
 
 def share_within(
-    cost: Callable[[float], int], most: float, shares: list[float]
+    cost: Callable[[float], float], most: float, shares: list[float]
 ) -> float | None:
     """The smallest of some shares that costs no more; None where none does.
 

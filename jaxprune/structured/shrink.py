@@ -13,12 +13,15 @@ import numpy as np
 
 from jaxprune.graph.axis_groups import AxisGroups, axis_groups
 from jaxprune.graph.axis_trace import LeafAxes
-from jaxprune.structured import choice, cut
+from jaxprune.structured import choice, cut, timing
 from jaxprune.structured.budget import Costs, Measure, costs, share_within
 from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
 from jaxprune.structured.shrunk_function import ShrunkFunction, atom_masks
+from jaxprune.structured.timing import Timed
 from jaxprune.typing import Masks, Params, Scores
+
+_TIMED = 32  # how many parts the search for a budget of time divides the units into
 
 
 class ShrinkResult(NamedTuple):
@@ -29,7 +32,7 @@ class ShrinkResult(NamedTuple):
       params: smaller parameters, in the containers that were given.
       report: JSON-able: "groups" (name to units before and after), "kept" (name to the
         units that are left), and "before" and "after" (parameters, bytes, FLOPs for
-        the batch).
+        the batch); with a budget of time also "milliseconds" (before and after).
     """
 
     fn: ShrunkFunction
@@ -83,7 +86,9 @@ def shrink(
         any other removable group is named in full. None with masks or a budget.
       budget: instead: the share of the whole that may be left, in (0, 1); one share of
         units is found for all groups.
-      measure: what the budget is of: "parameters", "bytes" or "flops".
+      measure: what the budget is of: "parameters", "bytes", "flops", or the
+        "milliseconds" that the jitted function takes for the batch. These are measured
+        here, of some sizes beside the whole model, so they are of this device.
       groups: globs or names of the groups that the budget is met with.
 
     Returns:
@@ -112,16 +117,18 @@ def shrink(
     """
     masks = choice.is_masks(scores_or_masks)
     _check(masks, sparsity, budget, measure)
-    found = axis_groups(fn, params, batch)
+    found, timed = axis_groups(fn, params, batch), None
     if masks:
         kept = choice.by_masks(found, params, scores_or_masks)
         cuts = cut.of_groups(found, kept)
         choice.check_whole(choice.masked_leaves(params, scores_or_masks), cuts)
     else:
-        lost = lost_units(found, sparsity, budget, measure, groups)
+        timed = timing.needed(measure, budget, found.trace, params, batch)
+        lost = lost_units(found, sparsity, budget, measure, groups, timed)
         kept = choice.by_scores(found, params, scores_or_masks, lost)
         cuts = cut.of_groups(found, kept)
-    return of_cuts(fn, params, batch, found, kept, cuts)
+    result = of_cuts(fn, params, batch, found, kept, cuts)
+    return timed_too(result, timed)
 
 
 def lost_units(
@@ -130,6 +137,7 @@ def lost_units(
     budget: float | None,
     measure: Measure,
     rules: Sequence[str],
+    timed: Timed | None = None,
 ) -> dict[str, int]:
     """How many units each group loses, by a sparsity or a budget, as of `shrink`.
 
@@ -139,6 +147,7 @@ def lost_units(
       budget: the share of the whole that may be left, or None.
       measure: what the budget is of.
       rules: globs or names of the groups that the budget is met with.
+      timed: measures programs, for a budget of time.
 
     Returns:
       Group name to count.
@@ -147,9 +156,17 @@ def lost_units(
       ValueError: as `shrink` does.
     """
     if budget is not None:
-        return _within_budget(groups, budget, measure, rules)
+        return _within_budget(groups, budget, measure, rules, timed)
     shares = choice.asked(groups, {} if sparsity is None else sparsity)
     return choice.counts(groups, shares)
+
+
+def timed_too(result: ShrinkResult, timed: Timed | None) -> ShrinkResult:
+    """The result, with the time of what was chosen where the budget was one of time."""
+    if timed is not None:
+        timed.share(result.fn.cuts, result.fn.resized)
+        result.report["milliseconds"] = timed.milliseconds
+    return result
 
 
 def of_cuts(
@@ -199,7 +216,11 @@ def check_budget(budget: float | None, measure: Measure) -> None:
 
 
 def _within_budget(
-    groups: AxisGroups, budget: float, measure: Measure, rules: Sequence[str]
+    groups: AxisGroups,
+    budget: float,
+    measure: Measure,
+    rules: Sequence[str],
+    timed: Timed | None,
 ) -> dict[str, int]:
     """How many units each group loses, so that the rest is within the budget."""
     chosen = choice.asked(groups, dict.fromkeys(rules, 0.5))
@@ -208,19 +229,27 @@ def _within_budget(
     def lost(share: float) -> dict[str, int]:
         return {g.name: min(round(share * g.units), g.units - 1) for g in own}
 
-    def cost(share: float) -> int:
+    def cost(share: float) -> float:
         left = {g.name: np.arange(g.units - lost(share)[g.name]) for g in own}
         cuts = cut.of_groups(groups, left)
         resized = Resized(groups.trace, atom_masks(groups.trace, cuts))
+        if timed is not None:
+            return timed.share(cuts, resized)
         return int(getattr(costs(groups.trace, cuts, resized), measure))
 
-    shares = sorted({k / g.units for g in own for k in range(g.units)} | {1.0})
-    whole = cost(0.0)
-    share = share_within(cost, budget * whole, shares)
+    shares, whole = {k / g.units for g in own for k in range(g.units)}, 1.0
+    if timed is None:
+        whole = cost(0.0)
+    else:  # each is compiled and run, and those between take about as long
+        shares = {k / _TIMED for k in range(_TIMED)}
+    share = share_within(cost, budget * whole, [*sorted(shares), 1.0])
     if share is None:
+        least = cost(1.0)
+        if timed is not None:
+            whole, least = timed.milliseconds["before"], timed.milliseconds["after"]
         raise ValueError(
             f"a budget must be within reach, but {budget:g} of {whole:,} {measure} is "
-            f"not: with one unit of each group left there are {cost(1.0):,}; ask for "
+            f"not: with one unit of each group left there are {least:,}; ask for "
             "more, or name more groups"
         )
     return lost(share)

@@ -41,6 +41,11 @@ class ShrunkFunction:
         self._known = {first: Resized(trace, atom_masks(trace, cuts))}
 
     @property
+    def cuts(self) -> Mapping[str, LeafCut]:
+        """What is kept of each leaf, by its name."""
+        return self._cuts
+
+    @property
     def resized(self) -> Resized:
         """The program for the batch that the model was shrunk with."""
         return next(iter(self._known.values()))

@@ -18,6 +18,7 @@ pytest.importorskip("tokenizers")
 from jaxprune import cli
 from jaxprune.formats import atomic, rewrite
 from jaxprune.models import hf
+from jaxprune.structured import timing
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +256,20 @@ def test_a_budget_is_met(place, capsys):
     assert 0.6 < 1 - record["achieved"] <= 0.7
 
 
+@pytest.mark.full
+def test_a_budget_may_be_of_measured_time(place, capsys, monkeypatch):
+    def weights(self, program, leaves):
+        return float(sum(leaf.size for leaf in leaves))
+
+    monkeypatch.setattr(timing.Timed, "_seconds", weights)
+    words = ("--budget", 0.7, "--measure", "milliseconds")
+    code, record, _ = shrink(capsys, place / "llama", place / "h", *words)
+    assert code == 0
+    found = record["units"]["milliseconds"]
+    assert found["after"] <= 0.7 * found["before"]
+    assert record["sparsity"] == {"budget": 0.7, "measure": "milliseconds"}
+
+
 def test_an_earlier_result_is_replaced_when_asked(place, capsys):
     words = (place / "llama", place / "g", "--ffn", 0.5)
     assert shrink(capsys, *words)[0] == 0
@@ -296,6 +311,7 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         ("llama", ("--budget", "2"), "--budget must be a share"),
         ("llama", ("--budget", "0.5", "--ffn", "0.5"), "leave out --ffn"),
         ("llama", ("--budget", "0.05"), "a budget must be within reach"),
+        ("llama", ("--ffn", "0.5", "--measure", "flops"), "give --budget too"),
         ("llama", ("--layers", "1"), "--layers needs --calibration"),
         (
             "llama",

@@ -1,0 +1,99 @@
+"""How long a smaller program takes, measured beside the whole one.
+
+The two run in turn in one process, so that whatever else the machine does falls on both
+alike; what counts is the median over rounds of the quotient of neighbours.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays.lazy import LazyArray
+from jaxprune.graph.axis_trace import AxisTrace
+from jaxprune.structured.budget import Measure
+from jaxprune.structured.cut import LeafCut
+from jaxprune.structured.resized import Resized
+from jaxprune.typing import Params
+
+_ROUNDS = 7
+
+
+def needed(
+    measure: Measure, budget: float | None, trace: AxisTrace, params: Params, batch: Any
+) -> "Timed | None":
+    """What measures time, where a budget is one of time."""
+    if budget is None or measure != "milliseconds":
+        return None
+    return Timed(trace, params, batch)
+
+
+class Timed:
+    """Times smaller programs beside the whole one.
+
+    While it does, the whole parameters and a smaller copy are on the device.
+
+    Attributes:
+      milliseconds: medians of what was timed last, "before" and "after", to 1e-3.
+    """
+
+    def __init__(self, trace: AxisTrace, params: Params, batch: Any) -> None:
+        """Keeps the program and what it is run with.
+
+        Args:
+          trace: the program.
+          params: its parameters; lazy ones are read where something is timed.
+          batch: the batch that it is timed with; zeros where it is abstract.
+        """
+        self._trace = trace
+        self._leaves = jax.tree.leaves(params)
+        self._batch = [_present(leaf) for leaf in jax.tree.leaves(batch)]
+        self._whole: Any = None
+        self.milliseconds: dict[str, float] = {}
+
+    def share(self, cuts: Mapping[str, LeafCut], resized: Resized) -> float:
+        """The time of a smaller program as a share of that of the whole one.
+
+        Args:
+          cuts: leaf name to its cut.
+          resized: the smaller program.
+
+        Returns:
+          The median over rounds.
+        """
+        whole = [_present(leaf) for leaf in self._leaves]
+        pairs = zip(self._trace.leaves, whole, strict=True)
+        leaves = [cuts[known.name].take(leaf) for known, leaf in pairs]
+        if self._whole is None:
+            self._whole = self._compiled(Resized(self._trace, {}), whole)
+        small = self._compiled(resized, leaves)
+        times = [
+            (self._seconds(self._whole, whole), self._seconds(small, leaves))
+            for _ in range(1 + _ROUNDS)
+        ][1:]  # the first may wait for memory
+        before, after = map(statistics.median, zip(*times, strict=True))
+        self.milliseconds = {
+            "before": round(1e3 * before, 3),
+            "after": round(1e3 * after, 3),
+        }
+        return statistics.median(small / whole for whole, small in times)
+
+    def _compiled(self, resized: Resized, leaves: Sequence[Any]) -> Any:
+        return jax.jit(resized.run).lower(leaves, self._batch).compile()
+
+    def _seconds(self, program: Any, leaves: Sequence[Any]) -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(program(leaves, self._batch))
+        return time.perf_counter() - started
+
+
+def _present(leaf: Any) -> Any:
+    """A leaf on the device."""
+    if isinstance(leaf, LazyArray):
+        return leaf.read()
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return jnp.asarray(leaf)
