@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 import jaxprune as jp
@@ -32,6 +33,7 @@ from experiments.report import allocation_figure as shown
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.typing import Scores
 
 ALLOCATIONS: dict[str, Callable[[], Any]] = {
     "uniform": jp.allocation.Uniform,
@@ -39,6 +41,10 @@ ALLOCATIONS: dict[str, Callable[[], Any]] = {
     "erk": jp.allocation.ERK,
 }
 """Allocations without a score; each name of `CRITERIA` is one too."""
+
+CALIBRATED = "trajectory_calibrated"
+"""The allocation by |w| E[g^2]^(1/4) with gradients of the dense model on the
+calibration sequences, as for a checkpoint of which no optimizer state is left."""
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "sparsegpt": jp.methods.SparseGPT,
@@ -91,7 +97,8 @@ class Config:
       text: a text file, or a directory of them, in place of a data set.
       data_dir: where data sets are kept.
       seeds: one dense model each.
-      allocations: how the sparsity is allocated: uniform, owl, erk, or a criterion.
+      allocations: how the sparsity is allocated: uniform, owl, erk, a criterion, or
+        trajectory_calibrated.
       solvers: what prunes each matrix: sparsegpt, alps; wanda and mask, for comparison,
         have one allocation each.
       sparsities: fractions of the decoder's matrices to remove.
@@ -141,7 +148,7 @@ class Config:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
         for name, known in (
-            ("allocations", {**ALLOCATIONS, **CRITERIA}),
+            ("allocations", {**ALLOCATIONS, **CRITERIA, CALIBRATED: None}),
             ("solvers", {**SOLVERS, "mask": None}),
         ):
             if unknown := [x for x in getattr(self, name) if x not in known]:
@@ -223,17 +230,28 @@ class Run:
             raise FloatingPointError(f"the validation loss must be finite, got {loss}")
         return loss
 
+    def calibrated(self, params: Any, batches: list[np.ndarray]) -> Scores:
+        """Scores by gradients on the calibration sequences, each by itself."""
+
+        def loss(params: Any, tokens: jax.Array) -> jax.Array:
+            return self.model.token_losses(params, tokens[:, :-1], tokens[:, 1:]).mean()
+
+        single = (tokens[None] for batch in batches for tokens in batch)
+        return jp.scores.trajectory(
+            params, jp.calibrate_gradients(loss, params, single)
+        )
+
     def pruned(self, cell: Cell, watched: Watched, batches: list[np.ndarray]) -> Any:
         """The parameters of a cell."""
         if cell.solver == "mask":
             scores = CRITERIA[cell.allocation](watched)
             return jp.prune(watched.params, scores, cell.sparsity, allocation="global")
-        rule = ALLOCATIONS.get(cell.allocation)
-        allocation = (
-            jp.allocation.Ranked(CRITERIA[cell.allocation](watched))
-            if rule is None
-            else rule()
-        )
+        if cell.allocation in ALLOCATIONS:
+            allocation = ALLOCATIONS[cell.allocation]()
+        elif cell.allocation == CALIBRATED:
+            allocation = jp.allocation.Ranked(self.calibrated(watched.params, batches))
+        else:
+            allocation = jp.allocation.Ranked(CRITERIA[cell.allocation](watched))
         return jp.prune_trained(
             lambda params, tokens: self.model.bind(params)(tokens),
             watched.params,

@@ -20,6 +20,9 @@ from jaxprune.masking.overlap import overlap as overlap
 from jaxprune.masking.prune import prune as prune
 from jaxprune.posttraining import methods as methods
 from jaxprune.posttraining.calibration import calibrate as calibrate
+from jaxprune.posttraining.calibration_gradients import (
+    calibrate_gradients as calibrate_gradients,
+)
 from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
 from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
 from jaxprune.posttraining.refine import Refine as Refine
@@ -56,6 +59,7 @@ __all__ = [
     "allocation",
     "axis_groups",
     "calibrate",
+    "calibrate_gradients",
     "get_importance",
     "get_masks",
     "gradual",

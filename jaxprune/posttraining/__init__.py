@@ -2,6 +2,7 @@
 
 __all__ = [
     "calibration",
+    "calibration_gradients",
     "fingerprint",
     "input_statistics",
     "methods",

@@ -22,6 +22,7 @@ FUNCTIONS = [
     "weightings.uniform",
     "admm",
     "calibrate",
+    "calibrate_gradients",
     "get_importance",
     "get_masks",
     "gradual",

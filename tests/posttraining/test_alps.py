@@ -99,6 +99,19 @@ def test_it_beats_sparsegpt_and_sparsegpts_support_with_the_best_weights(pattern
         assert losses[0] < 0.9 * losses[1] < 0.9 * losses[2]
 
 
+def test_its_haste_costs_little():
+    # Wider than what is inverted as a whole.
+    weight, hessian = problem(6, size=260, outputs=12, rows=900)
+    whole = slow.damped(hessian, 0.01)
+    for share in (0.5, 0.7):
+        removed = round(share * weight.size)
+        wide = weight.astype(np.float64)
+        patient = slow.alps(wide, whole, removed)
+        found = solve(weight, hessian, removed)
+        losses = [slow.loss(weight, v, whole) for v in (found.weight, patient)]
+        assert losses[0] < 1.04 * losses[1]
+
+
 PATTERNS = [
     jp.patterns.Unstructured(),
     jp.patterns.PerOutput(),
