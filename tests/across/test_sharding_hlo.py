@@ -15,7 +15,8 @@ from jaxprune.arrays import placement, sparsity
 from jaxprune.topk.count_search import CANDIDATES
 from tests.support.trajectories import same_bits
 
-KINDS = [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)]
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+KINDS = [AUTO, pytest.param(EXPLICIT, marks=pytest.mark.full)]
 LAYOUTS = {
     "fully sharded": P(("data", "model")),
     "rows": P("data"),
@@ -144,16 +145,25 @@ def test_scores(params):
 
 
 @pytest.mark.parametrize(
-    "allocation", [pytest.param("layer", marks=pytest.mark.full), "global"]
-)
-@pytest.mark.parametrize(
-    "pattern",
+    ("mesh", "allocation", "pattern"),
     [
-        jp.patterns.Unstructured(),
-        pytest.param(jp.patterns.NM(2, 4), marks=pytest.mark.full),
-        pytest.param(jp.patterns.Block(4, 8), marks=pytest.mark.full),
-        pytest.param(jp.patterns.Channel(), marks=pytest.mark.full),
+        (AUTO, "global", jp.patterns.Unstructured()),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                (AUTO, "layer", jp.patterns.Unstructured()),
+                (EXPLICIT, "global", jp.patterns.Unstructured()),
+                (EXPLICIT, "layer", jp.patterns.Unstructured()),
+                (AUTO, "layer", jp.patterns.NM(2, 4)),
+                (EXPLICIT, "global", jp.patterns.NM(2, 4)),
+                (AUTO, "global", jp.patterns.Block(4, 8)),
+                (EXPLICIT, "layer", jp.patterns.Block(4, 8)),
+                (AUTO, "layer", jp.patterns.Channel()),
+                (EXPLICIT, "global", jp.patterns.Channel()),
+            )
+        ),
     ],
+    indirect=["mesh"],
     ids=str,
 )
 def test_masks_and_pruning(params, scores, pattern, allocation):
@@ -211,21 +221,50 @@ CHOOSERS = {
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("mesh", "name"),
     [
-        pytest.param(make, id=name, marks=() if name == "gradual" else pytest.mark.full)
-        for name, make in CHOOSERS.items()
+        (AUTO, "gradual"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                (EXPLICIT, "gradual"),
+                (EXPLICIT, "packed"),
+                (AUTO, "by layer"),
+                (EXPLICIT, "2:4"),
+                (AUTO, "grown"),
+                (EXPLICIT, "straight through"),
+                (AUTO, "admm"),
+            )
+        ),
     ],
+    indirect=["mesh"],
+    ids=str,
 )
-def test_a_step_that_chooses_masks(params, make):
+def test_a_step_that_chooses_masks(params, name):
     """The step with an event and the step without are one program."""
-    tx = make()
+    tx = CHOOSERS[name]()
     assert large(tx.init, params) == []
     state = jax.jit(tx.init)(params)
     assert large(tx.update, params, state, params) == []
     masks = jp.get_masks(state)
     for name, mask in masks.items():
         assert mask.sharding.is_equivalent_to(params[name].sharding, mask.ndim)
+
+
+@pytest.mark.full
+def test_every_choice_of_masks_is_typed_as_an_explicit_mesh_wants_it():
+    """There a sharding that does not fit is an error as soon as it is traced."""
+    spec = NamedSharding(make_mesh(EXPLICIT), P("data", "model"))
+    params = {"w": jax.device_put(drawn((16, 16)), spec)}
+    for name, make in CHOOSERS.items():
+        tx = make()
+
+        def chosen(params, tx=tx):
+            _, state = tx.update(params, tx.init(params), params)
+            return jp.get_masks(state)
+
+        mask = jax.eval_shape(chosen, params)["w"]
+        assert mask.sharding.spec == P("data", "model"), name
 
 
 @pytest.mark.parametrize(
