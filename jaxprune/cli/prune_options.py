@@ -121,9 +121,7 @@ class Meaning(NamedTuple):
 
 def check(job: Job) -> Meaning:
     """Refuses what can be refused without opening the model; what its words mean."""
-    method = parse.method(
-        job.method, job.damping, job.inputs, relative=job.relative
-    )
+    method = parse.method(job.method, job.damping, job.inputs, relative=job.relative)
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)

@@ -31,7 +31,7 @@ def start(folder, name, devices, *arguments):
             env=os.environ
             | {
                 "JAX_PLATFORMS": "cpu",
-                "PYTHONPATH": str(WORKER.parent.parent),
+                "PYTHONPATH": str(WORKER.parents[2]),
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             },
             stdout=log,
