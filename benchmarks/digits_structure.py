@@ -138,10 +138,10 @@ def main(config: Config) -> None:
         # Seeds and criteria give the same programs: each is compiled once.
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        run(config)
+        everything(config)
 
 
-def run(config: Config) -> None:
+def everything(config: Config) -> None:
     """What `main` does, with a directory for compiled programs."""
     data, found = read(), {}
     for network in config.networks:
