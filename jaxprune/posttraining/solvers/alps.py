@@ -223,11 +223,11 @@ def _inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
         eye = jnp.eye(size, dtype=jnp.float32)
         half = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
         return half.T @ half
-    cut = size // 2
-    corner = matrix[:cut, cut:]
-    first = _inverse(matrix[:cut, :cut])
-    across = first @ corner  # (cut, rest)
-    rest = _inverse(matrix[cut:, cut:] - corner.T @ across)
+    middle = size // 2
+    corner = matrix[:middle, middle:]
+    first = _inverse(matrix[:middle, :middle])
+    across = first @ corner  # (middle, rest)
+    rest = _inverse(matrix[middle:, middle:] - corner.T @ across)
     moved = across @ rest
     return jnp.block([[first + moved @ across.T, -moved], [-moved.T, rest]])
 
