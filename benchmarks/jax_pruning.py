@@ -45,6 +45,7 @@ class Config:
       evaluate: NAME=FILE, held-out texts of the same form.
       batch: sequences in a batch.
       damping: of the solvers that have one.
+      relative: whether each token counts by the size of its activations.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -57,6 +58,7 @@ class Config:
     evaluate: tuple[str, ...] = ()
     batch: int = 2
     damping: float = 0.01
+    relative: bool = False
 
 
 class Cost:
@@ -123,7 +125,8 @@ def pruned(
     if config.method in ("sparsegpt", "alps"):
         method = dataclasses.replace(method, damping=config.damping)
     if config.method != "magnitude":
-        method = dataclasses.replace(method, inputs=config.inputs)
+        how = {"inputs": config.inputs, "relative": config.relative}
+        method = dataclasses.replace(method, **how)
     pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
     rules = {
         "uniform": jp.allocation.Uniform,
