@@ -45,6 +45,7 @@ class Config:
         retraining.
       seeds: of initialisation and batches.
       calibrated: images that `jp.shrink_trained` looks at.
+      relative: whether each counts by its size there; the published table is without.
       timed: images of a timed forward.
       repeats: timed rounds.
     """
@@ -57,6 +58,7 @@ class Config:
     learning_rate: float = 3e-3
     seeds: tuple[int, ...] = (0, 1, 2)
     calibrated: int = 512
+    relative: bool = False
     timed: int = 512
     repeats: int = 15
 
@@ -223,7 +225,9 @@ def shrunk(config: Config, whole: Run, method: str, gone: float, data: Data) -> 
     if method == "shrink_trained":
         images = data.images[: config.calibrated]
         batches = np.array_split(images, max(1, len(images) // 128))
-        found = jp.shrink_trained(fn, params, batches, gone, progress=False)
+        found = jp.shrink_trained(
+            fn, params, batches, gone, relative=config.relative, progress=False
+        )
     else:
         scores = jp.scores.magnitude(params)
         if method == "trajectory":
