@@ -161,14 +161,22 @@ def _added(
         x = jnp.where(counted[None, :, None] > 0, x, np.float32(0))
         samples = counted.sum()
     if relative:
-        size = jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))
-        x = x / jnp.where(size > 0, size, 1)
+        x = _of_one_size(x)
     square, hessian = sums.mean_square, sums.hessian
     if hessian is None:
         square = square + jnp.square(x).sum(1)  # (batch, in)
     else:  # its diagonal is the squares
         hessian = _add_upper(hessian, x, 0, x.shape[2])
     return InputStatistics(sums.samples + samples, square, hessian)
+
+
+def _of_one_size(x: Float[Array, "batch samples in"]) -> jax.Array:
+    """Each sample divided by its root mean square; of zeros only, as it is."""
+    # By the largest first: squares may overflow, or underflow to nothing.
+    largest = jnp.max(jnp.abs(x), -1, keepdims=True)
+    x = x / jnp.where(largest > 0, largest, 1)
+    size = jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))
+    return x / jnp.where(size > 0, size, 1)
 
 
 def _add_upper(
