@@ -35,6 +35,7 @@ class Config:
       sequences: how many to calibrate on.
       searched: sequences of the draw that the search of layers looks at.
       batch: sequences that the model sees at once.
+      relative: whether each token counts by the size of its activations.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -47,6 +48,7 @@ class Config:
     sequences: int = 32
     searched: int = 4
     batch: int = 1
+    relative: bool = True
 
 
 def main(config: Config) -> None:
@@ -91,7 +93,7 @@ def narrower(
 
     shares = {"layers/*/mlp/*": config.ffn, "layers/*/attention/*": config.heads}
     batches = [ids[i : i + config.batch] for i in range(0, len(ids), config.batch)]
-    return jp.shrink_trained(states, params, batches, shares)
+    return jp.shrink_trained(states, params, batches, shares, relative=config.relative)
 
 
 if __name__ == "__main__":
