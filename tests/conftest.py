@@ -5,8 +5,11 @@ them. An accelerator's tests run with `JAX_PLATFORMS=cuda python -m pytest -n0 -
 what is already chosen is left alone (of two equal XLA flags the last one counts).
 """
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
@@ -18,6 +21,16 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 {} {} {}".fo
     "--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
     os.environ.get("XLA_FLAGS", ""),
 )
+# What one module, or the other of pytest's two processes, has compiled is not compiled
+# again. The folder is of this run alone, or the one that `.ci/run` names for a leg.
+if "JAXPRUNE_TESTS_COMPILED" not in os.environ:
+    os.environ["JAXPRUNE_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(
+        shutil.rmtree, os.environ["JAXPRUNE_TESTS_COMPILED"], ignore_errors=True
+    )
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXPRUNE_TESTS_COMPILED"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from collections.abc import Iterator
 
@@ -26,8 +39,6 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# A program that another run compiled and stored is not the one under test.
-jax.config.update("jax_enable_compilation_cache", False)
 
 # Modules are imported to look for doctests; this one cannot be without torch.
 collect_ignore = (

@@ -3,7 +3,6 @@
 JAXPRUNE_KILLS says how many kills at random moments each command gets.
 """
 
-import functools
 import json
 import os
 import random
@@ -11,8 +10,8 @@ import time
 
 import pytest
 
-from tests.support import command_process, tiny_cli
-from tests.support.command_process import finish, kill_when
+from tests.support import tiny_cli
+from tests.support.command_process import finish, kill_when, start
 from tests.support.hf_directories import contents
 from tests.support.tiny_cli import place
 
@@ -46,14 +45,6 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts a command; the children must not see the tests' own settings of JAX."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    compiled = tmp_path_factory.mktemp("compiled")
-    return functools.partial(command_process.start, compiled=compiled)
-
-
 def weights(out):
     """The bytes that must be the same whenever the command was killed."""
     if out.is_file():
@@ -80,7 +71,7 @@ def check_whole(name, out, log):
     assert left == [], log.read_text()
 
 
-def again(start, words, log):
+def again(words, log):
     """Gives the same command again: done, or it was done when it was killed."""
     log.write_text("")
     code = finish(start(words, log))
@@ -91,7 +82,7 @@ def again(start, words, log):
 
 
 @pytest.fixture(scope="module")
-def places(place, start, tmp_path_factory):
+def places(place, tmp_path_factory):
     """`place`, with a model of four layers and the model packed."""
     tiny_cli.model(place / "deep", layers=4)
     log = tmp_path_factory.mktemp("packed") / "log"
@@ -103,7 +94,7 @@ def places(place, start, tmp_path_factory):
 @pytest.mark.full
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_killed_at_any_moment_ends_whole_when_it_is_given_again(
-    places, tmp_path, start, name
+    places, tmp_path, name
 ):
     log, whole = tmp_path / "log", tmp_path / "whole"
     assert finish(start(COMMANDS[name](places, whole), log)) == 0, log.read_text()
@@ -123,7 +114,7 @@ def test_a_command_killed_at_any_moment_ends_whole_when_it_is_given_again(
         killed += kill_when(start(words, log), happened)
         # The first run compiled: those after it take less time.
         took = took or time.monotonic() - began
-        again(start, words, log)
+        again(words, log)
         assert weights(out) == expected
         check_whole(name, out, log)
     print(f"{name}: {killed} kills of {KILLS + 1}, {took:.1f} s a run")

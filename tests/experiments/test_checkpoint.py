@@ -387,7 +387,8 @@ def test_another_failure_of_a_save_is_told_in_its_first_line(tmp_path, monkeypat
 
 
 def test_orbax_stays_quiet(tmp_path, capfd, caplog):
-    with caplog.at_level(logging.DEBUG):
+    # Of this logger alone: what else writes to a handler of the root is not meant.
+    with caplog.at_level(logging.DEBUG, logger="absl"):
         save(tmp_path, 1)
         checkpoint.restore(tmp_path, small_state())
     assert not [r for r in caplog.records if r.name == "absl"]

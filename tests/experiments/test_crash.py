@@ -14,6 +14,7 @@ import pytest
 from experiments.harness import checkpoint, device_mesh, training
 from tests.support import tiny_gpt
 from tests.support.crash_worker import HEARTBEAT
+from tests.support.xla_flags import xla_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "support" / "crash_worker.py"
@@ -23,15 +24,11 @@ PATIENCE = HEARTBEAT + 30
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Two devices a process; what one start compiled, the next one need not."""
+def environment():
+    """Two devices a process."""
     return os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(2),
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 

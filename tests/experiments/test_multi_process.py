@@ -14,6 +14,7 @@ from experiments.datasets import load
 from experiments.harness import multi_process
 from jaxprune.arrays import processes
 from tests.support.tiny_run import MODULE, metrics, write_text
+from tests.support.xla_flags import xla_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "support" / "launch_worker.py"
@@ -132,8 +133,7 @@ def two(arguments, tmp_path, devices=1):
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
     }
     both = []

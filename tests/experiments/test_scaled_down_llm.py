@@ -40,13 +40,10 @@ def numbers(folder):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """What one start compiled, the next one need not."""
+def environment():
+    """What the job's processes are started with."""
     return os.environ | {
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 

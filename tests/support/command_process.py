@@ -11,17 +11,12 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["jaxprune.cli", "tokenizers"])
 
 
-def _run(words, log, compiled):
+def _run(words, log):
     for descriptor in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    import jax
     import tqdm
 
     from jaxprune import cli
-
-    jax.config.update("jax_compilation_cache_dir", str(compiled))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
     tqdm.tqdm.set_lock(threading.RLock())  # its usual one outlives a killed process
     code = cli.main([str(word) for word in words])
@@ -29,13 +24,9 @@ def _run(words, log, compiled):
     os._exit(code)
 
 
-def start(words, log, compiled):
-    """Starts the command; its output goes behind what is in the file.
-
-    What was compiled by one start with the folder `compiled`, the next one need not.
-    """
-    arguments = (list(words), str(log), compiled)
-    process = _CONTEXT.Process(target=_run, args=arguments, daemon=True)
+def start(words, log):
+    """Starts the command; its output goes behind what is in the file."""
+    process = _CONTEXT.Process(target=_run, args=(list(words), str(log)), daemon=True)
     process.start()
     return process
 

@@ -34,6 +34,7 @@ LAYOUTS = {
         ("float32", "bfloat16"),
     ),
 }
+ONE = {"one device": (None, {}, ("float32", "int8", "bfloat16"))}
 
 
 def parameters(kind, specs):
@@ -178,7 +179,7 @@ def main(file, rank=None, count=None, port=None):
             f"127.0.0.1:{port}", num_processes=int(count), process_id=int(rank)
         )
     digests = {}
-    for layout, (kind, specs, storages) in LAYOUTS.items():
+    for layout, (kind, specs, storages) in (ONE if rank is None else LAYOUTS).items():
         params = parameters(kind, specs)
         results = dict(watched(params, storages))
         importance = jp.Importance(*results["float32: importance"])
