@@ -13,6 +13,7 @@ from jaxprune.cli import (
     provenance,
     recovery,
     shrink_options,
+    shrink_search,
     shrink_units,
     work,
 )
@@ -71,12 +72,12 @@ def _shrunk(
 ) -> tuple[models.Model, dict[str, Any]]:
     """The smaller model, trained on if that was asked for, and its record."""
     with costs.phase("evaluate before"):
-        found = inputs.dense(job, ready, whole, console)
+        measured = inputs.dense(job, ready, whole, console)
 
     def note(stage: str, model: models.Model) -> None:
-        measured = measure(model, ready.seen, job.batch)
-        inputs.add(found, stage, measured)
-        for name, result in measured.items():
+        now = measure(model, ready.seen, job.batch)
+        inputs.add(measured, stage, now)
+        for name, result in now.items():
             shown = number(result["perplexity"])
             console.note(f"{stage}: perplexity {shown} on {name}")
 
@@ -85,18 +86,25 @@ def _shrunk(
         "pattern": "whole layers, heads and neurons",
         "sparsity": job.asked,
         "ignored_config": list(whole.ignored),
-        "perplexity": found,
+        "perplexity": measured,
     }
     tokens = None
     if ready.drawn is not None:
         tokens = ready.drawn.tokens
         record["calibration"] = inputs.calibration(job, ready)
     with costs.phase("shrink"):
+        layers, budget, heads = job.layers, job.budget, 1.0
+        if job.search and tokens is not None:
+            found = shrink_search.divide(job, whole, tokens, console)
+            record["search"] = found.tried
+            layers, budget, heads = found.layers, found.budget, found.heads
         small, record["layers"] = shrink_units.without_layers(
-            job, whole, tokens, console
+            job, whole, tokens, layers, console
         )
-        if job.narrows:
-            small, record["units"] = shrink_units.narrower(job, small, tokens)
+        if job.narrows and budget != 1:
+            small, record["units"] = shrink_units.narrower(
+                job, small, tokens, budget, heads
+            )
     with costs.phase("evaluate after"):
         note("shrunk", small)
     if job.recovery is not None and ready.recovery is not None:

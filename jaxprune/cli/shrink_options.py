@@ -8,6 +8,8 @@ from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.structured.budget import Measure
 
+_LEAST = 4  # sequences of a search, a quarter of which judges
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(job_options.JobOptions):
@@ -25,6 +27,9 @@ class Job(job_options.JobOptions):
         parameters or of what --measure says; one share for neurons and heads is found.
       measure: what the budget is of. FLOPs and the milliseconds, which are measured
         here, are those of reading a prompt, without the head.
+      search: let the loss on the last quarter of the calibration's sequences decide how
+        much of the budget neurons, heads and whole layers give; takes as long as the
+        removal itself several times.
       speed_rounds: how often both models are timed, in turn; 0 times neither.
     """
 
@@ -37,6 +42,7 @@ class Job(job_options.JobOptions):
     drop_layers: tuple[int, ...] = ()
     budget: float | None = None
     measure: Measure = "parameters"
+    search: bool = False
     speed_rounds: int = 5
 
     @property
@@ -44,7 +50,9 @@ class Job(job_options.JobOptions):
         """What is to go; JSON-able."""
         names = ("ffn", "heads", "query_heads", "layers", "drop_layers", "budget")
         found = {name: value for name in names if (value := getattr(self, name))}
-        return {**found, "measure": self.measure} if self.budget else found
+        if self.budget:
+            found["measure"] = self.measure
+        return {**found, "search": True} if self.search else found
 
     @property
     def narrows(self) -> bool:
@@ -69,6 +77,8 @@ def check(job: Job) -> None:
         raise ValueError(
             f"--measure {job.measure} says what a budget is of; give --budget too"
         )
+    if job.search:
+        _check_search(job)
     if job.layers is not None and job.drop_layers:
         raise ValueError("--layers and --drop-layers exclude each other; give one")
     if not job.asked:
@@ -90,6 +100,28 @@ def check(job: Job) -> None:
         raise ValueError(f"--speed-rounds must not be negative, got {job.speed_rounds}")
     parse.check_at_least_one(layers=job.layers)
     job_options.check(job)
+
+
+def _check_search(job: Job) -> None:
+    if job.budget is None or not job.calibration:
+        raise ValueError(
+            "--search divides a budget by the loss on a text; give --budget and "
+            "--calibration FILE..., or leave it out"
+        )
+    if job.measure == "milliseconds":
+        raise ValueError(
+            "--search counts, and cannot divide milliseconds; give --measure flops, "
+            "bytes or parameters"
+        )
+    if job.layers is not None or job.drop_layers:
+        raise ValueError(
+            "--search finds the layers too; leave out --layers and --drop-layers"
+        )
+    if job.sequences < _LEAST:
+        raise ValueError(
+            f"--search needs at least {_LEAST} sequences, since a quarter of them "
+            f"judges, got --sequences {job.sequences}"
+        )
 
 
 def check_fits(job: Job, source: CheckpointDir, config: DecoderConfig) -> None:

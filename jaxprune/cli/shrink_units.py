@@ -24,15 +24,19 @@ _PROMPT = 256  # tokens, whose FLOPs or time a budget may be of
 
 
 def without_layers(
-    job: Job, model: models.Model, tokens: np.ndarray | None, console: Console
+    job: Job,
+    model: models.Model,
+    tokens: np.ndarray | None,
+    layers: int | None,
+    console: Console,
 ) -> tuple[models.Model, dict[str, Any]]:
     """The model with some of its layers, and which they are and how they were found."""
     whole = model.config.layers
-    if job.layers is None or tokens is None:
+    if layers is None or tokens is None:
         kept = [i for i in range(whole) if i not in job.drop_layers]
         found: dict[str, Any] = {"kept": kept}
     else:
-        found = _searched(job, model, tokens, job.layers, console)._asdict()
+        found = _searched(job, model, tokens, layers, console)._asdict()
     config, params = hf.keep_layers(model.config, model.params, found["kept"])
     graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
     return model._replace(graphdef=graphdef, params=params, config=config), found
@@ -44,6 +48,10 @@ def _searched(
     """The layers that a search leaves; each that went is noted on disk."""
     place, whole = job.work / _SEARCHED, model.config.layers
     begun = layer_search.Left(**read_json(place)) if place.is_file() else None
+    if begun and len(begun.kept) <= layers:  # a search of the budget went further
+        gone = begun.dropped[: whole - layers]
+        kept = [layer for layer in range(whole) if layer not in gone]
+        return layer_search.Left(kept, gone, begun.nats[: len(gone) + 1])
     past = begun.kept if begun else list(range(whole))
     runs = sum(range(layers + 1, len(past) + 1)) + (begun is None)
     with Progress(runs, "searching layers", unit="run", leave=False) as progress:
@@ -65,18 +73,31 @@ def _searched(
 
 
 def narrower(
-    job: Job, model: models.Model, tokens: np.ndarray | None
+    job: Job,
+    model: models.Model,
+    tokens: np.ndarray | None,
+    budget: float | None,
+    heads: float = 1.0,
 ) -> tuple[models.Model, dict[str, Any]]:
-    """The model with fewer heads and neurons, and the report of what became fewer."""
-    # What the head reads is enough to find the groups by, and to calibrate on.
-    fn = functools.partial(_states, model.graphdef)
-    shape = (1, min(_PROMPT, model.config.context))
-    batch = jax.ShapeDtypeStruct(shape, np.int32)
-    roles = _roles(jp.axis_groups(fn, model.params, batch), model)
+    """The model with fewer heads and neurons, and the report of what became fewer.
+
+    Args:
+      job: says the shares, where there is no budget.
+      model: with all its parameters in memory.
+      tokens: of the calibration, (sequences, length); None goes by the weights alone.
+      budget: the share of this model that may be left.
+      heads: of a budget, the share of the heads that goes beside that of the neurons.
+
+    Returns:
+      The smaller model; the report, as of `jp.shrink`, with "roles" of its groups.
+    """
+    fn, batch, groups = grouped(model)
+    roles = _roles(groups, model)
     asked: dict[str, Any]
-    if job.budget is not None:
-        own = [name for name, role in roles.items() if role in ("ffn", "heads")]
-        asked = {"budget": job.budget, "measure": job.measure, "groups": own}
+    if budget is not None:
+        parts = {"ffn": 1.0, "heads": heads}
+        own = {n: parts[role] for n, role in roles.items() if parts.get(role)}
+        asked = {"budget": budget, "measure": job.measure, "groups": own}
     else:
         shares = {"ffn": job.ffn, "heads": job.heads, "query heads": job.query_heads}
         asked = {"sparsity": {name: shares[role] for name, role in roles.items()}}
@@ -91,6 +112,15 @@ def narrower(
     small = model._replace(graphdef=graphdef, params=found.params, config=config)
     kinds = {name: roles[name] for name in found.report["kept"]}
     return small, {**found.report, "roles": kinds}
+
+
+def grouped(model: models.Model) -> tuple[Any, jax.ShapeDtypeStruct, jp.AxisGroups]:
+    """The model as a function of parameters and tokens, a batch of it, its groups."""
+    # What the head reads is enough to find the groups by, and to calibrate on.
+    fn = functools.partial(_states, model.graphdef)
+    shape = (1, min(_PROMPT, model.config.context))
+    batch = jax.ShapeDtypeStruct(shape, np.int32)
+    return fn, batch, jp.axis_groups(fn, model.params, batch)
 
 
 def _alike(tokens: np.ndarray, most: int) -> list[np.ndarray]:

@@ -31,7 +31,7 @@ from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
 from jaxprune.posttraining.solvers import units
 from jaxprune.structured import cut, shrink, timing
 from jaxprune.structured.budget import Measure
-from jaxprune.structured.shrink import ShrinkResult
+from jaxprune.structured.shrink import Rules, ShrinkResult
 from jaxprune.typing import Params
 
 
@@ -43,7 +43,7 @@ def shrink_trained(
     *,
     budget: float | None = None,
     measure: Measure = "parameters",
-    groups: Sequence[str] = ("*",),
+    groups: Rules = ("*",),
     damping: float = 0.01,
     relative: bool = True,
     positions: Callable[[Any], jax.Array] | None = None,
@@ -66,7 +66,7 @@ def shrink_trained(
       sparsity: the share of its units that each group loses, as in `jp.shrink`.
       budget: instead: the share of the whole that may be left, as in `jp.shrink`.
       measure: what the budget is of, as in `jp.shrink`.
-      groups: globs or names of the groups that the budget is met with.
+      groups: the groups that the budget is met with, as in `jp.shrink`.
       damping: added to the diagonal of XᵀX, as a share of its mean.
       relative: whether each row of X is divided by its root mean square first. Else a
         few tokens with massive activations are most of XᵀX.

@@ -26,7 +26,8 @@ def document(record: Mapping[str, Any]) -> str:
 
     Args:
       record: what jaxprune.json holds: "method", "sizes", "layers", "achieved", and
-        where there are any "perplexity", "units", "speed", "distillation", "phases".
+        where there are any "perplexity", "search", "units", "speed", "distillation",
+        "phases".
 
     Returns:
       One HTML page that loads nothing.
@@ -40,6 +41,7 @@ def document(record: Mapping[str, Any]) -> str:
         stages=stages(record),
         sizes=_sizes(record["sizes"]),
         speed=_speed(record.get("speed")),
+        search=_search(record.get("search", [])),
         kept=_kept(record),
     )
 
@@ -79,6 +81,8 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _said(value: Any) -> str:
+    if isinstance(value, str | bool):
+        return "yes" if value is True else str(value)
     return " ".join(map(str, value)) if isinstance(value, Sequence) else f"{value:g}"
 
 
@@ -105,6 +109,17 @@ def _speed(timed: Mapping[str, Any] | None) -> list[list[str]]:
         before, after = (timed[when][kind] for when in ("before", "after"))
         rows.append([kind, f"{before:,.1f}", f"{after:,.1f}", f"{after / before:.2f}"])
     return rows
+
+
+def _search(tried: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            str(way["layers"]),
+            f"{way['heads']:g}",
+            "out of reach" if way["nats"] is None else f"{way['nats']:.4f}",
+        ]
+        for way in tried
+    ]
 
 
 def _kept(record: Mapping[str, Any]) -> dict[str, Figure]:

@@ -15,6 +15,10 @@ from jaxprune.structured.resized import Resized
 Measure = Literal["parameters", "bytes", "flops", "milliseconds"]
 
 
+class OutOfReach(ValueError):
+    """A budget that cannot be met by what may be removed."""
+
+
 class Costs(NamedTuple):
     """What a model costs.
 

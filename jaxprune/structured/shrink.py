@@ -6,6 +6,7 @@ time and memory. It runs the traced program with smaller sizes, so no model clas
 know of it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -14,12 +15,20 @@ import numpy as np
 from jaxprune.graph.axis_groups import AxisGroups, axis_groups
 from jaxprune.graph.axis_trace import LeafAxes
 from jaxprune.structured import choice, cut, timing
-from jaxprune.structured.budget import Costs, Measure, costs, share_within
+from jaxprune.structured.budget import (
+    Costs,
+    Measure,
+    OutOfReach,
+    costs,
+    share_within,
+)
 from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
 from jaxprune.structured.shrunk_function import ShrunkFunction, atom_masks
 from jaxprune.structured.timing import Timed
 from jaxprune.typing import Masks, Params, Scores
+
+Rules = Sequence[str] | Mapping[str, float]
 
 _TIMED = 32  # how many parts the search for a budget of time divides the units into
 
@@ -65,7 +74,7 @@ def shrink(
     *,
     budget: float | None = None,
     measure: Measure = "parameters",
-    groups: Sequence[str] = ("*",),
+    groups: Rules = ("*",),
 ) -> ShrinkResult:
     """Removes whole units of a model: smaller parameters and a function that runs them.
 
@@ -89,7 +98,8 @@ def shrink(
       measure: what the budget is of: "parameters", "bytes", "flops", or the
         "milliseconds" that the jitted function takes for the batch. These are measured
         here, of some sizes beside the whole model, so they are of this device.
-      groups: globs or names of the groups that the budget is met with.
+      groups: globs or names of the groups that the budget is met with, by one share;
+        or {glob or name: how large a share it loses beside the others}.
 
     Returns:
       `ShrinkResult(fn, params, report)`; its `cut` cuts an optimizer's state. The
@@ -136,7 +146,7 @@ def lost_units(
     sparsity: float | Mapping[str, float] | None,
     budget: float | None,
     measure: Measure,
-    rules: Sequence[str],
+    rules: Rules,
     timed: Timed | None = None,
 ) -> dict[str, int]:
     """How many units each group loses, by a sparsity or a budget, as of `shrink`.
@@ -146,7 +156,7 @@ def lost_units(
       sparsity: a share, or {glob, kind or name of a group: share}; None with a budget.
       budget: the share of the whole that may be left, or None.
       measure: what the budget is of.
-      rules: globs or names of the groups that the budget is met with.
+      rules: the groups that the budget is met with, as of `shrink`.
       timed: measures programs, for a budget of time.
 
     Returns:
@@ -219,15 +229,17 @@ def _within_budget(
     groups: AxisGroups,
     budget: float,
     measure: Measure,
-    rules: Sequence[str],
+    rules: Rules,
     timed: Timed | None,
 ) -> dict[str, int]:
     """How many units each group loses, so that the rest is within the budget."""
-    chosen = choice.asked(groups, dict.fromkeys(rules, 0.5))
-    own = [group for group in groups if group.name in chosen]
+    parts = _parts(groups, rules)
+    own = [group for group in groups if group.name in parts]
+    most = 1 / min(parts.values())
 
     def lost(share: float) -> dict[str, int]:
-        return {g.name: min(round(share * g.units), g.units - 1) for g in own}
+        counts = {g.name: round(share * parts[g.name] * g.units) for g in own}
+        return {g.name: min(counts[g.name], g.units - 1) for g in own}
 
     def cost(share: float) -> float:
         left = {g.name: np.arange(g.units - lost(share)[g.name]) for g in own}
@@ -237,22 +249,43 @@ def _within_budget(
             return timed.share(cuts, resized)
         return int(getattr(costs(groups.trace, cuts, resized), measure))
 
-    shares, whole = {k / g.units for g in own for k in range(g.units)}, 1.0
+    shares = {k / g.units / parts[g.name] for g in own for k in range(g.units)}
+    whole = 1.0
     if timed is None:
         whole = cost(0.0)
     else:  # each is compiled and run, and those between take about as long
-        shares = {k / _TIMED for k in range(_TIMED)}
-    share = share_within(cost, budget * whole, [*sorted(shares), 1.0])
+        shares = {k / _TIMED * most for k in range(_TIMED)}
+    share = share_within(cost, budget * whole, [*sorted(shares), most])
     if share is None:
-        least = cost(1.0)
+        least = cost(most)
         if timed is not None:
             whole, least = timed.milliseconds["before"], timed.milliseconds["after"]
-        raise ValueError(
+        raise OutOfReach(
             f"a budget must be within reach, but {budget:g} of {whole:,} {measure} is "
             f"not: with one unit of each group left there are {least:,}; ask for "
             "more, or name more groups"
         )
     return lost(share)
+
+
+def _parts(groups: AxisGroups, rules: Rules) -> dict[str, float]:
+    """Group name to the share that it loses beside the group that loses most."""
+    given = dict(rules) if isinstance(rules, Mapping) else dict.fromkeys(rules, 1.0)
+    most = max(given.values(), default=0.0)
+    if not (0 < most < math.inf and min(given.values()) >= 0):
+        raise ValueError(
+            "groups must say how large a share each loses beside the others, numbers "
+            f"that are not negative and one of them positive, got {given}"
+        )
+    chosen = choice.asked(groups, {k: part / most / 2 for k, part in given.items()})
+    return {name: 2 * part for name, part in chosen.items()}
+
+
+def whole_costs(groups: AxisGroups) -> Costs:
+    """What the model costs before anything is removed."""
+    return costs(
+        groups.trace, {leaf.name: _uncut(leaf) for leaf in groups.trace.leaves}
+    )
 
 
 def _report(
@@ -261,8 +294,7 @@ def _report(
     cuts: Mapping[str, LeafCut],
     shrunk: ShrunkFunction,
 ) -> dict[str, Any]:
-    whole = {leaf.name: _uncut(leaf) for leaf in groups.trace.leaves}
-    before: Costs = costs(groups.trace, whole)
+    before = whole_costs(groups)
     after: Costs = costs(groups.trace, cuts, shrunk.resized)
     return {
         "groups": {

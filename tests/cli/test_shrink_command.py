@@ -312,6 +312,20 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         ("llama", ("--budget", "0.5", "--ffn", "0.5"), "leave out --ffn"),
         ("llama", ("--budget", "0.05"), "a budget must be within reach"),
         ("llama", ("--ffn", "0.5", "--measure", "flops"), "give --budget too"),
+        ("llama", ("--ffn", "0.5", "--search"), "give --budget and --calibration"),
+        (
+            "llama",
+            (
+                "--budget",
+                "0.7",
+                "--search",
+                "--calibration",
+                "rows.npy",
+                "--layers",
+                "1",
+            ),
+            "--search finds the layers too",
+        ),
         ("llama", ("--layers", "1"), "--layers needs --calibration"),
         (
             "llama",

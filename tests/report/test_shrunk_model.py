@@ -93,6 +93,18 @@ def test_what_was_not_measured_has_no_section(missing, heading):
     assert f"<h2>{heading}</h2>" not in shrunk_model.document(without(missing))
 
 
+def test_the_page_shows_how_a_budget_was_divided():
+    tried = [
+        {"layers": 3, "heads": 1.0, "nats": 4.25},
+        {"layers": 2, "heads": 1.0, "nats": None},
+    ]
+    asked = {"budget": 0.7, "measure": "flops", "search": True}
+    page = shrunk_model.document({**RECORD, "sparsity": asked, "search": tried})
+    for words in ("How the budget was divided", "4.2500", "out of reach"):
+        assert words in page
+    assert "budget 0.7, measure flops, search yes" in page
+
+
 def test_each_place_is_as_dark_as_the_share_of_units_that_is_kept():
     kept = {0: [0, 1, 2, 7], 2: range(100, 200)}
     figure = shrunk_model.kept_units(kept, 256, 3, "neurons")

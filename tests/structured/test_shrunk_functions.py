@@ -10,7 +10,6 @@ from jax.sharding import AxisType
 
 import jaxprune as jp
 from jaxprune.arrays import lazy as lazy_
-from jaxprune.structured import timing
 from tests.support.removal import kept_weights, random_scores, zeroed
 from tests.support.small_models import draw
 from tests.support.small_models import quick_compilation as quick_compilation
@@ -89,67 +88,6 @@ def test_the_report_counts_parameters_bytes_and_flops(small):
     assert before["flops"] == 2 * 3 * before["parameters"]
     assert after["flops"] == 2 * 3 * after["parameters"]
     assert small.report["groups"]["down:0"] == {"before": 6, "after": 3}
-
-
-@pytest.mark.parametrize("measure", ["parameters", "bytes", "flops"])
-def test_a_budget_is_met_and_not_by_more_than_it_must(measure):
-    scores = jp.scores.magnitude(PARAMS)
-    result = jp.shrink(fn, PARAMS, X, scores, budget=0.6, measure=measure)
-    whole, left = result.report["before"][measure], result.report["after"][measure]
-    assert left <= 0.6 * whole
-    # One unit more of every group would be too much.
-    more = (
-        sum(2 * 8 * n for n in (1, 2))
-        * {"parameters": 1, "bytes": 4, "flops": 6}[measure]
-    )
-    assert left + more > 0.6 * whole
-
-
-def test_a_budget_may_be_met_with_some_groups_only():
-    scores = jp.scores.magnitude(PARAMS)
-    result = jp.shrink(fn, PARAMS, X, scores, budget=0.8, groups=("stack/*",))
-    assert result.params["up"].shape == (8, 6)
-    # Of 248 parameters 198 may stay; a unit of both layers has 32.
-    assert result.params["stack"]["up"].shape == (2, 8, 2)
-
-
-def weights_times(self, program, leaves):
-    """A second for each weight in the place of a clock."""
-    assert len(program(leaves, self._batch)) > 0
-    return float(sum(leaf.size for leaf in leaves))
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [X, pytest.param(jax.ShapeDtypeStruct(X.shape, X.dtype), marks=pytest.mark.full)],
-)
-def test_a_budget_of_time_is_met_by_what_is_measured(batch, monkeypatch):
-    monkeypatch.setattr(timing.Timed, "_seconds", weights_times)
-    scores = jp.scores.magnitude(PARAMS)
-    result = jp.shrink(fn, PARAMS, batch, scores, budget=0.6, measure="milliseconds")
-    same = jp.shrink(fn, PARAMS, X, scores, budget=0.6)
-    assert result.report["kept"] == same.report["kept"]
-    before, after = (result.report[when]["parameters"] for when in ("before", "after"))
-    found = result.report["milliseconds"]
-    assert found == {"before": 1e3 * before, "after": 1e3 * after}
-
-
-@pytest.mark.full
-def test_a_budget_of_time_out_of_reach_is_refused(monkeypatch):
-    monkeypatch.setattr(timing.Timed, "_seconds", weights_times)
-    scores = jp.scores.magnitude(PARAMS)
-    told = r"0.01 of 248,000.0 milliseconds is not: .* there are 72,000.0"
-    with pytest.raises(ValueError, match=told):
-        jp.shrink(fn, PARAMS, X, scores, budget=0.01, measure="milliseconds")
-
-
-@pytest.mark.full
-def test_the_clock_sees_both_programs():
-    groups = jp.axis_groups(fn, PARAMS, X)
-    small = jp.shrink(fn, PARAMS, X, jp.scores.magnitude(PARAMS), 0.5)
-    timed = timing.Timed(groups.trace, PARAMS, X)
-    assert timed.share(small.fn.cuts, small.fn.resized) > 0
-    assert min(timed.milliseconds.values()) > 0
 
 
 # What it computes.
