@@ -65,20 +65,32 @@ def main(config: Config) -> None:
     """Runs what is missing and prints the table."""
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        texts = _held_out(config, Path(folder))
+        texts = held_out(config.texts, config.held_out, config.sequences, Path(folder))
         cells = _cells(config, texts)
         wanted = [c for c in cells if c[0] in config.cells or not config.cells]
         for name, command in measure.progress(wanted, "running", "cell"):
-            _run(config.out / f"{name}.json", command, config.threads)
+            run_cell(config.out / f"{name}.json", command, config.threads)
     print(table(config.out))
 
 
-def _held_out(config: Config, folder: Path) -> list[str]:
-    """NAME=FILE of the first few sequences of each text."""
+def held_out(
+    texts: Path, names: Sequence[str], sequences: int, folder: Path
+) -> list[str]:
+    """NAME=FILE of the first few sequences of each held-out text.
+
+    Args:
+      texts: token files, as `benchmarks.texts` writes them.
+      names: of the texts, without "held-out-" and ".npy".
+      sequences: how many of each.
+      folder: where the files of them go.
+
+    Returns:
+      A word for each text.
+    """
     found = []
-    for name in config.held_out:
-        ids = np.load(config.texts / f"held-out-{name}.npy")
-        np.save(folder / f"{name}.npy", ids[: config.sequences])
+    for name in names:
+        ids = np.load(texts / f"held-out-{name}.npy")
+        np.save(folder / f"{name}.npy", ids[:sequences])
         found.append(f"{name}={folder / name}.npy")
     return found
 
@@ -114,8 +126,14 @@ def _cells(config: Config, texts: list[str]) -> Iterator[tuple[str, list[str]]]:
         yield cell("jax", *config.mixed_by, config.texts / f"{mixture}.npy")
 
 
-def _run(place: Path, command: Sequence[str], threads: int) -> None:
-    """One process; its JSON line is kept once it is whole."""
+def run_cell(place: Path, command: Sequence[str], threads: int) -> None:
+    """Runs a process unless it was; its JSON line is kept once it is whole.
+
+    Args:
+      place: the file of the line.
+      command: the module and its arguments.
+      threads: of torch and of XLA.
+    """
     if place.exists():
         return
     line = json_line(command, threads)

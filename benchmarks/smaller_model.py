@@ -12,15 +12,14 @@ import math
 import shutil
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 
 from benchmarks import measure
-from benchmarks.real_model import json_line
+from benchmarks.real_model import held_out, json_line
 
 REMOVED = {
     "ffn25": ("--ffn", "0.25"),
@@ -71,11 +70,7 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     cells = [c for c in _cells(config) if not (config.out / f"{c[0]}.json").exists()]
     with tempfile.TemporaryDirectory(dir=config.out) as folder:
-        texts = []
-        for name in TEXTS:
-            ids = np.load(config.texts / f"held-out-{name}.npy")
-            np.save(Path(folder) / f"{name}.npy", ids[: config.sequences])
-            texts.append(f"{name}={folder}/{name}.npy")
+        texts = held_out(config.texts, TEXTS, config.sequences, Path(folder))
         for name, method, arguments in measure.progress(cells, "running", "cell"):
             line = _run(config, Path(folder) / "small", method, arguments, texts)
             (config.out / f"{name}.json").write_text(line + "\n")
@@ -131,22 +126,42 @@ def table(folder: Path) -> str:
     for path in folder.glob("*.json"):
         removed, method, _ = path.stem.split("_")
         found = json.loads(path.read_text())["perplexities"]
-        found["mean"] = math.exp(statistics.fmean(map(math.log, found.values())))
         cells.setdefault((removed, method), []).append(found)
-    rows = [["removed", "method", *TEXTS, "geometric mean", "draws"]]
-    rows.append(["---"] * len(rows[0]))
     order = ["dense", *REMOVED]
-    for (removed, method), own in sorted(
-        cells.items(), key=lambda x: (order.index(x[0][0]), x[0][1])
-    ):
-        row = [removed, method]
+    ordered = sorted(cells.items(), key=lambda x: (order.index(x[0][0]), x[0][1]))
+    return over_draws(["removed", "method"], ordered)
+
+
+def over_draws(
+    names: Sequence[str],
+    cells: Iterable[tuple[tuple[str, ...], Sequence[dict[str, float]]]],
+) -> str:
+    """Means over draws as Markdown.
+
+    Args:
+      names: of what tells the cells apart.
+      cells: that, with the perplexity on each text of each draw.
+
+    Returns:
+      A row for each: mean and spread for each text and for the geometric mean of the
+      three; how many draws.
+    """
+    rows = [[*names, *TEXTS, "geometric mean", "draws"]]
+    rows.append(["---"] * len(rows[0]))
+    for key, own in cells:
+        row = [*key]
         for text in (*TEXTS, "mean"):
-            values = [cell[text] for cell in own]
+            values = [with_mean(cell)[text] for cell in own]
             row.append(f"{statistics.fmean(values):.2f}")
             if len(values) > 1:
                 row[-1] += f" ± {statistics.stdev(values):.2f}"
         rows.append([*row, str(len(own))])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def with_mean(found: dict[str, float]) -> dict[str, float]:
+    """Perplexities, and "mean", their geometric mean."""
+    return {**found, "mean": math.exp(statistics.fmean(map(math.log, found.values())))}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""Tokens that count by their size make pruned models better, draw after draw.
+
+    python -m benchmarks.token_weights gemma texts results
+
+Each cell prunes a real model by one solver, with or without `relative`, calibrated on
+one of several draws of the same text, in a process of its own; what is there is not run
+again.
+"""
+
+import dataclasses
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from benchmarks import measure
+from benchmarks.real_model import held_out, run_cell
+from benchmarks.smaller_model import TEXTS, over_draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Runs the cells that are missing, and prints the table.
+
+    Attributes:
+      model: a Hugging Face directory, as `benchmarks.gemma` writes it.
+      texts: token files, as `benchmarks.texts` writes them.
+      out: where the results go, one file a cell.
+      calibration: the file that draws are taken from, without ".npy".
+      draws: which draws of it: 0 for the first so many sequences, 1 for the next.
+      calibrated: sequences of a draw.
+      methods: the solvers.
+      how: sparsities, and n:m patterns.
+      relative: whether tokens count by their size; both if left out.
+      sequences: how many of each held-out text to evaluate on.
+      threads: of XLA.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    texts: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional]
+    calibration: str = "calibration-mixed50-128"
+    draws: tuple[int, ...] = (0, 1, 2)
+    calibrated: int = 32
+    methods: tuple[str, ...] = ("sparsegpt", "alps")
+    how: tuple[str, ...] = ("0.5", "0.6", "2:4")
+    relative: tuple[bool, ...] = (False, True)
+    sequences: int = 4
+    threads: int = 2
+
+
+def main(config: Config) -> None:
+    """Runs what is missing and prints the table."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=config.out) as place:
+        folder = Path(place)
+        texts = held_out(config.texts, TEXTS, config.sequences, folder)
+        ids = np.load(config.texts / f"{config.calibration}.npy")
+        for draw in config.draws:
+            own = ids[draw * config.calibrated :][: config.calibrated]
+            if len(own) < config.calibrated:
+                raise ValueError(
+                    f"draw {draw} of {config.calibrated} sequences is past the end of "
+                    f"'{config.calibration}', which has {len(ids)}"
+                )
+            np.save(folder / f"{draw}.npy", own)
+        for cell, command in measure.progress(list(_cells(config, folder)), "running"):
+            run_cell(config.out / f"{cell}.json", [*command, *texts], config.threads)
+    print(table(config.out))
+
+
+def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and arguments of each process, in an order that serves a first look."""
+    for draw, how, method, relative in itertools.product(
+        config.draws, config.how, config.methods, config.relative
+    ):
+        weights = "relative" if relative else "plain"
+        command = ["benchmarks.jax_pruning", str(config.model), "--method", method]
+        command += ["--pattern" if ":" in how else "--sparsity", how]
+        command += ["--relative"] * relative
+        command += ["--calibration", f"{folder / str(draw)}.npy", "--evaluate"]
+        yield f"{how.replace(':', 'of')}_{method}_{weights}_{draw}", command
+
+
+def table(folder: Path) -> str:
+    """The results as Markdown: a row for each solver, with and without weights."""
+    cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        how, method, weights, _ = path.stem.split("_")
+        found = json.loads(path.read_text())["perplexities"]["after"]
+        cells.setdefault((how.replace("of", ":"), method, weights), []).append(found)
+    return over_draws(["removed", "method", "tokens"], sorted(cells.items()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
