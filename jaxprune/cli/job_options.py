@@ -46,9 +46,10 @@ class JobOptions(models.ModelOptions):
     Attributes:
       model: the directory of the model: config.json, *.safetensors, tokenizer.json.
       out: the directory to write, of the same form, with jaxprune.json and report.html.
-      calibration: texts that show what the model is for: .txt, .md, .jsonl with a
-        "text" in each line, or .npy of int32 token ids (sequences, length). Several are
-        a mixture, the same number of sequences of each. A mixture of the kinds of text
+      calibration: texts that show what the model is for: .txt, .md; .jsonl or .parquet
+        with a "text" in each line or row, or "messages", which the model's chat
+        template writes; or .npy of int32 token ids (sequences, length). Several are a
+        mixture, the same number of sequences of each. A mixture of the kinds of text
         that the model is to be used on is worth more than any method: equal parts of
         two kinds, 64 sequences in all, did best in benchmarks/README.md. The word
         "self" stands for what the model writes itself, for `prune` alone.

@@ -2,12 +2,11 @@
 
 Tokenising takes a hundred times the memory of a text. So the file is cut into places of
 equal size, in bytes, and only those that a seed draws are read. A piece of plain text
-begins at the first white space of its place; of `.jsonl` a place holds the lines that
-begin in it. Places do not overlap, and so pieces do not.
+begins at the first white space of its place; of `.jsonl` and `.parquet` a place holds
+the lines or rows that begin in it. Places do not overlap, and so pieces do not.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from jaxprune.evaluation.documents import Document, Rows, joined, of_line
 from jaxprune.models.hf.tokenizer import Tokenizer
 
 # Bytes that are tokenised at a time, and the smallest place.
@@ -35,6 +35,7 @@ class LongText:
       tokenizer: the model's.
       vocab_size: the model's.
       stop: the byte before which it ends.
+      rows: of `.parquet`, whose bytes are those of its decoded rows.
     """
 
     path: Path
@@ -42,6 +43,11 @@ class LongText:
     tokenizer: Tokenizer = dataclasses.field(repr=False)
     vocab_size: int
     stop: int
+    rows: Rows | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def _has_documents(self) -> bool:
+        return self.rows is not None or self.path.suffix == ".jsonl"
 
     def first(self, count: int | None = None) -> Int[np.ndarray, " tokens"]:
         """So many tokens from the beginning, if there are so many; None is all."""
@@ -85,10 +91,10 @@ class LongText:
         """The first tokens of a place, or None where it has not so many."""
         end = min(start + width, self.stop)
         tokens = np.empty(0, np.int32)
-        if self.path.suffix == ".jsonl":
-            for text in self._documents(start, end):
+        if self._has_documents:
+            for own in self._documents(start, end):
                 # Not all of a document that is far longer than what is needed.
-                some = text[: 4 * _PER_TOKEN * body]
+                some = own.text[: 4 * _PER_TOKEN * body]
                 tokens = np.concatenate([tokens, self._tokens(some)])
                 if tokens.size >= body:
                     break
@@ -102,15 +108,16 @@ class LongText:
 
     def _encoded(self, start: int) -> Iterator[np.ndarray]:
         """The tokens from a byte on, a part of the file at a time."""
-        if self.path.suffix == ".jsonl":
-            parts, size = [], 0
-            for text in self._documents(start, self.stop):
-                parts.append(text)
-                size += len(text)
+        if self._has_documents:
+            parts: list[Document] = []
+            size = 0
+            for own in self._documents(start, self.stop):
+                parts.append(own)
+                size += len(own.text)
                 if size >= _CHUNK:
-                    yield self._tokens("\n\n".join(parts))
+                    yield self._tokens(joined(parts))
                     parts, size = [], 0
-            yield self._tokens("\n\n".join(parts))
+            yield self._tokens(joined(parts))
             return
         if start:
             start += _boundary(self._read(start, min(start + _CHUNK, self.stop)))
@@ -121,15 +128,19 @@ class LongText:
             yield self._tokens(content.decode(errors="ignore"))
             start += len(content)
 
-    def _documents(self, start: int, end: int) -> Iterator[str]:
-        """The texts of the lines that begin between two bytes."""
+    def _documents(self, start: int, end: int) -> Iterator[Document]:
+        """The documents that begin between two bytes."""
+        if self.rows is not None:
+            yield from self.rows.documents(start, end, self.tokenizer)
+            return
         with open(self.path, "rb") as file:
             if start:  # the line that the byte before belongs to is another place's
                 file.seek(start - 1)
                 _line(file, self.path)
             while (at := file.tell()) < end:
                 if (line := _line(file, self.path)).strip():
-                    yield document(line, self.path, f"the one at byte {at}")
+                    which = f"the one at byte {at}"
+                    yield of_line(line, self.path, which, self.tokenizer)
 
     def _read(self, start: int, end: int) -> bytes:
         with open(self.path, "rb") as file:
@@ -151,20 +162,6 @@ def encoded(
             f" but '{path}' has {tokens.max()}; the tokenizer is another model's"
         )
     return tokens
-
-
-def document(line: str | bytes, path: Path, which: str) -> str:
-    """The text of a line of `.jsonl`."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if not (isinstance(found, dict) and isinstance(found.get("text"), str)):
-        raise ValueError(
-            f"each line of '{path}' must be a JSON object with a 'text', but {which} "
-            "is not"
-        )
-    return str(found["text"])
 
 
 def _line(file: Any, path: Path) -> bytes:

@@ -15,13 +15,14 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Int
 
-from jaxprune.evaluation.long_text import LongText, document, encoded
+from jaxprune.evaluation.documents import Rows, joined, of_line
+from jaxprune.evaluation.long_text import LongText, encoded
 from jaxprune.models.hf.tokenizer import Tokenizer
 
 HELD_OUT = 10
 """One in so many tokens of a calibration text is held out."""
 
-_PLAIN, _LINES, _IDS = (".txt", ".md"), ".jsonl", ".npy"
+_PLAIN, _LINES, _ROWS, _IDS = (".txt", ".md"), ".jsonl", ".parquet", ".npy"
 # Bytes of text that are tokenised whole, and of any file that are looked at at a time.
 _WHOLE, _CHUNK = 2**21, 2**24
 
@@ -68,11 +69,12 @@ def check_files(paths: Sequence[Path]) -> None:
         raise FileNotFoundError(
             f"texts must be files, but there is no {', '.join(missing)}"
         )
-    known = (*_PLAIN, _LINES, _IDS)
+    known = (*_PLAIN, _LINES, _ROWS, _IDS)
     if foreign := [str(path) for path in paths if path.suffix not in known]:
         raise ValueError(
             f"texts must end in {', '.join(known)}, got {', '.join(foreign)}; plain "
-            "text is .txt, lines of JSON with a 'text' are .jsonl, token ids are .npy"
+            "text is .txt, lines of JSON with a 'text' or 'messages' are .jsonl, rows "
+            "of such a column are .parquet, token ids are .npy"
         )
 
 
@@ -81,7 +83,9 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
 
     Args:
       path: plain text in UTF-8 (.txt, .md); .jsonl whose lines are objects with a
-        "text", which are joined by blank lines; or .npy of int32 (sequences, length).
+        "text", which are joined by blank lines, or with "messages", which the model's
+        chat template writes; .parquet with such a column; or .npy of int32 (sequences,
+        length).
       tokenizer: of the model; not needed for .npy.
       vocab_size: the model's.
 
@@ -100,25 +104,31 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
         raise ValueError(
             f"'{path}' is text, but the model has no tokenizer; give token ids as .npy"
         )
+    if path.suffix == _ROWS:
+        rows = Rows(path)
+        return LongText(path, digest, tokenizer, vocab_size, rows.size, rows)
     if (size := path.stat().st_size) > _WHOLE:
         return LongText(path, digest, tokenizer, vocab_size, size)
     text = path.read_bytes().decode()
     if path.suffix == _LINES:
         lines = enumerate(text.splitlines(), 1)
-        text = "\n\n".join(
-            document(line, path, f"line {i}") for i, line in lines if line.strip()
+        text = joined(
+            of_line(line, path, f"line {i}", tokenizer)
+            for i, line in lines
+            if line.strip()
         )
     return Text(path, digest, encoded(text, path, tokenizer, vocab_size))
 
 
 def _digest(path: Path) -> str:
-    """The SHA-256 of a file, which must be UTF-8 unless it holds token ids."""
+    """The SHA-256 of a file, which must be UTF-8 where it is text."""
+    binary = path.suffix in (_ROWS, _IDS)
     sink, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
         while part := file.read(_CHUNK):
             sink.update(part)
             try:
-                if not is_ids(path):
+                if not binary:
                     decoder.decode(part, final=len(part) < _CHUNK)
             except UnicodeDecodeError as error:
                 raise ValueError(

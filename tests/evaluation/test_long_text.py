@@ -14,6 +14,9 @@ pytest.importorskip("tokenizers")
 from jaxprune.evaluation import long_text, perplexity, texts
 from jaxprune.models import hf
 
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
 WORDS = 600_000  # 2.3 MB: over what is tokenised whole
 
 
@@ -28,6 +31,8 @@ def folder(tmp_path_factory):
     (root / "a.txt").write_text(" ".join(words))
     cuts = np.sort(np.random.default_rng(0).integers(0, WORDS, 3000))
     parts = [" ".join(part) for part in np.split(words, cuts)]
+    rows = pyarrow.table({"n": range(len(parts)), "text": parts})
+    parquet.write_table(rows, root / "c.parquet", row_group_size=700)
     (root / "b.jsonl").write_text(
         "".join(
             json.dumps({"text": part, "n": i}) + "\n" for i, part in enumerate(parts)
@@ -36,7 +41,7 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module", params=["a.txt", "b.jsonl"])
+@pytest.fixture(scope="module", params=["a.txt", "b.jsonl", "c.parquet"])
 def read(request, folder):
     tokenizer = hf.load_tokenizer(folder / "model")
     text = texts.read(folder / request.param, tokenizer, 97)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.formats.checkpoint_dir import CONFIG, Damaged, Unknown, open_directory
+from jaxprune.models.hf import chat_template
+from jaxprune.models.hf.chat_template import ChatTemplate
 
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
@@ -27,12 +29,14 @@ class Tokenizer:
       bos: the token that texts begin with; None if there is none.
       eos: the tokens that end a text.
       begins: whether texts begin with `bos` unless the caller says otherwise.
+      chat: how conversations are written; None where the folder does not say.
     """
 
     tokens: Any = dataclasses.field(repr=False)
     bos: int | None
     eos: tuple[int, ...]
     begins: bool
+    chat: ChatTemplate | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -111,6 +115,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         bos=bos,
         eos=tuple(sorted(ends)),
         begins=begins and bos is not None,
+        chat=chat_template.find(opened.path, settings),
     )
 
 

@@ -1,0 +1,129 @@
+"""A conversation as the text that a model was trained on, by its folder's template.
+
+The template is Jinja's, run in a sandbox, since it comes with the model. It sees what
+transformers' `apply_chat_template` gives it, but no clock: a template that would write
+today's date writes its own.
+
+Reference:
+  Hugging Face transformers, `utils/chat_template_utils.py`.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprune.formats.checkpoint_dir import Damaged
+
+FILE = "chat_template.jinja"
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """How a model's conversations are written.
+
+    Attributes:
+      source: the Jinja template.
+      special: name of a special token, "bos_token" say, to its text.
+    """
+
+    source: str = dataclasses.field(repr=False)
+    special: Mapping[str, str]
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation, without the BOS that a sequence begins with.
+
+        Args:
+          messages: each with a "role" and a "content", in their order.
+
+        Returns:
+          The text, special tokens written out.
+
+        Raises:
+          ValueError: the template refuses the messages, or cannot be read.
+          ModuleNotFoundError: jinja2 is not installed.
+        """
+        try:
+            import jinja2
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "conversations need the package jinja2; pip install jinja2"
+            ) from None
+        try:
+            text: str = _compiled(self.source).render(
+                messages=list(messages), add_generation_prompt=False, **self.special
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(
+                f"the model's chat template cannot write these messages ({error}); "
+                "give conversations that it knows, or plain text"
+            ) from None
+        return text.removeprefix(self.special.get("bos_token", ""))
+
+
+def find(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
+    """The template of a folder: chat_template.jinja, or what tokenizer_config.json has.
+
+    Args:
+      folder: of the model.
+      settings: what tokenizer_config.json holds.
+
+    Returns:
+      The template, the one that is called "default" of several; None where there is
+      none.
+
+    Raises:
+      Damaged: it is no text.
+    """
+    source: Any = settings.get("chat_template")
+    if (path := folder / FILE).is_file():
+        source = path.read_text(encoding="utf-8")
+    elif isinstance(source, list):
+        named = {of.get("name"): of.get("template") for of in source}
+        source = named.get("default")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise Damaged(
+            f"the chat_template of '{folder}' must be a text, got "
+            f"{type(source).__name__}"
+        )
+    special = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            special[name] = token
+    return ChatTemplate(source, special)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`, which marks what the model says; here it is only text."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, "jinja2.ext.loopcontrols"],
+    )
+    # Without the escapes for HTML that Jinja's own has.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(source)

@@ -1,0 +1,164 @@
+"""Conversations by a model's chat template, rows of Parquet, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.support import tiny_cli
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+from jaxprune.evaluation import texts
+from jaxprune.models import hf
+from jaxprune.models.hf import chat_template
+from jaxprune.models.hf.chat_template import ChatTemplate
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+WORDS = (
+    "{{ bos_token }}{% for m in messages %}w20 {{ m.content }} "
+    "{% if m.role == 'assistant' %}w30 {% endif %}{% endfor %}"
+)
+MESSAGES = [
+    {"role": "user", "content": "w5 w6"},
+    {"role": "assistant", "content": "w7"},
+]
+# What templates of released models make use of.
+REAL = (
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set first = messages[0]['content'] + '\n\n' -%}{%- set rest = messages[1:] -%}"
+    "{%- else -%}{%- set first = '' -%}{%- set rest = messages -%}{%- endif -%}\n"
+    "{%- for message in rest -%}\n"
+    "    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}\n"
+    "        {{ raise_exception('roles must alternate') }}\n    {%- endif -%}\n"
+    "    {{ '<start>' + message['role'] + '\n' + (first if loop.first else '') }}\n"
+    "    {% generation %}{{ message['content'] | trim }}{% endgeneration %}\n"
+    "    {%- if loop.index > 7 %}{% break %}{% endif %}\n"
+    "    {{ message | tojson }}{{ eos_token }}\n{%- endfor -%}"
+)
+
+
+def folder(place, template):
+    """A model's folder with a chat template in its tokenizer_config.json."""
+    tiny_cli.model(place)
+    path = place / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"chat_template": template}))
+    return place
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return hf.load_tokenizer(folder(tmp_path_factory.mktemp("chat") / "model", WORDS))
+
+
+def test_conversations_are_written_as_the_template_says(tokenizer, tmp_path):
+    first = json.dumps({"messages": MESSAGES})
+    lines = [first, json.dumps({"text": "w8"}), first]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    chat, bos = [20, 5, 6, 20, 7, 30], [tokenizer.bos] * tokenizer.begins
+    text = texts.read(tmp_path / "a.jsonl", tokenizer, 97)
+    # A sequence's own BOS is put there when it is drawn.
+    assert text.tokens.tolist() == [*chat, 8, *bos, *chat]
+
+
+def test_rows_of_parquet_are_the_documents_of_the_same_lines(tokenizer, tmp_path):
+    rows = [[*MESSAGES, {"role": "user", "content": f"w{i}"}] for i in range(5, 60)]
+    lines = [json.dumps({"messages": own}) for own in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    table = pyarrow.table({"messages": rows})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    found = [
+        texts.read(tmp_path / name, tokenizer, 97).first().tolist()
+        for name in ("a.jsonl", "a.parquet")
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) > 55 * 8
+
+
+def test_a_file_of_few_rows_is_cut_whole(tokenizer, tmp_path):
+    stream = np.random.default_rng(0).integers(5, 90, 4000)
+    parts = [" ".join(f"w{i}" for i in own) for own in np.split(stream, 40)]
+    parquet.write_table(pyarrow.table({"text": parts}), tmp_path / "a.parquet")
+    text = texts.read(tmp_path / "a.parquet", tokenizer, 97)
+    drawn = texts.draw([text], sequences=39, length=100, bos=None, seed=0).tokens
+    whole = stream.tobytes()
+    assert all(piece.astype(stream.dtype).tobytes() in whole for piece in drawn)
+    assert len({piece.tobytes() for piece in drawn}) == 39
+
+
+@pytest.mark.parametrize("messages", [MESSAGES, [{"role": "system", "content": "é"}]])
+def test_a_template_gives_what_transformers_gives(messages, tmp_path):
+    pytest.importorskip("transformers")
+    from transformers import PreTrainedTokenizerFast
+
+    messages = [*messages, *MESSAGES] if messages[0]["role"] == "system" else messages
+    place = folder(tmp_path / "model", REAL)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(place / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
+    )
+    expected = theirs.apply_chat_template(
+        messages, chat_template=REAL, tokenize=False, add_generation_prompt=False
+    )
+    ours = ChatTemplate(REAL, {"bos_token": "<s>", "eos_token": "</s>"})
+    assert "<s>" + ours.render(messages) == expected
+
+
+def test_the_template_is_found_where_folders_have_it(tmp_path):
+    several = [
+        {"name": "tool_use", "template": "b"},
+        {"name": "default", "template": "a"},
+    ]
+    special = {"eos_token": {"content": "</s>"}, "pad_token": None}
+    found = chat_template.find(tmp_path, {"chat_template": several, **special})
+    assert (found.source, found.special) == ("a", {"eos_token": "</s>"})
+    assert chat_template.find(tmp_path, {}) is None
+    (tmp_path / "chat_template.jinja").write_text("c")
+    assert chat_template.find(tmp_path, {"chat_template": "a"}).source == "c"
+    with pytest.raises(ValueError, match="must be a text, got int"):
+        chat_template.find(tmp_path / "none", {"chat_template": 3})
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (REAL, "roles must alternate"),
+        ("{% if %}", "cannot write these messages"),
+        ("{{ messages.pop() }}", "cannot write these messages"),
+        ("{{ messages[0].content + 1 }}", "cannot write these messages"),
+    ],
+)
+def test_what_a_template_refuses_is_told(source, told):
+    with pytest.raises(ValueError, match=told):
+        ChatTemplate(source, {}).render([MESSAGES[1], MESSAGES[0]])
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"words": ["w5"]}, "must have a column 'text' or 'messages', got words"),
+        ({"text": ["w5", None]}, "row 1 has not"),
+        ({"messages": [[{"role": "user"}]]}, "row 0 has not"),
+        ({"messages": [[]]}, "row 0 has not"),
+    ],
+)
+def test_a_table_without_documents_is_refused(tokenizer, tmp_path, columns, told):
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=told):
+        texts.read(tmp_path / "a.parquet", tokenizer, 97).first()
+
+
+def test_what_is_no_parquet_is_refused(tokenizer, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ValueError, match=r"a.parquet' must be Parquet, but"):
+        texts.read(tmp_path / "a.parquet", tokenizer, 97)
+
+
+def test_a_model_that_cannot_chat_says_so(tmp_path):
+    own = hf.load_tokenizer(tiny_cli.model(tmp_path / "model"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
+    with pytest.raises(ValueError, match="directory has no chat template; give text"):
+        texts.read(tmp_path / "a.jsonl", own, 97)
