@@ -24,8 +24,8 @@ class Evaluate(models.ModelOptions):
     Attributes:
       model: the directory.
       text: plain text (.txt, .md); .jsonl or .parquet with a "text" in each line or
-        row, or "messages", which the model's chat template writes; or .npy of int32 token
-        ids (sequences, length), whose rows are evaluated as they are.
+        row, or "messages", which the model's chat template writes; or .npy of int32
+        token ids (sequences, length), whose rows are evaluated as they are.
       context: tokens of a window, BOS included.
       stride: how far a window moves on: at most --context - 1, which is what it
         predicts, and so far if left out.
