@@ -1,6 +1,7 @@
 """What `prune` and `shrink` share: a model, its texts, how the result is trained."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
@@ -25,6 +26,7 @@ class Recovery(NamedTuple):
       texts: what it reads; those that are calibrated on if there are none.
       learning_rate: of the first step.
       trained: which parameters.
+      hidden: the weight of the last hidden states, of a distillation.
     """
 
     kind: Literal["retraining", "distillation"]
@@ -32,6 +34,7 @@ class Recovery(NamedTuple):
     texts: tuple[Path, ...]
     learning_rate: float
     trained: Trained
+    hidden: float = 0.0
 
     @property
     def stage(self) -> str:
@@ -69,6 +72,8 @@ class JobOptions(models.ModelOptions):
       distill_train: what is trained: all parameters, the matrices that were pruned (of
         a smaller model, those of its layers), norms and biases, or those matrices by
         changes of rank 16 (lora).
+      distill_hidden: the weight of the last hidden states in its loss, beside the
+        predictions' 1: their squared distance over the dense ones' squared norm.
       overwrite: replace an earlier result.
     """
 
@@ -86,6 +91,7 @@ class JobOptions(models.ModelOptions):
     distill_text: tuple[Path, ...] = ()
     distill_learning_rate: float = 1e-4
     distill_train: Trained = "all"
+    distill_hidden: float = 0.0
     overwrite: bool = False
 
     @property
@@ -117,6 +123,7 @@ class JobOptions(models.ModelOptions):
             self.distill_text or self.calibration_files,
             self.distill_learning_rate,
             self.distill_train,
+            self.distill_hidden,
         )
 
 
@@ -143,6 +150,10 @@ def check(job: JobOptions) -> None:
         raise ValueError(
             f"--distill-learning-rate must be in (0, 1), got "
             f"{job.distill_learning_rate}"
+        )
+    if not 0 <= job.distill_hidden < math.inf:
+        raise ValueError(
+            f"--distill-hidden must be at least 0, got {job.distill_hidden}"
         )
     if job.calibration.count(SELF) > 1:
         raise ValueError("--calibration self is given twice; once is enough")

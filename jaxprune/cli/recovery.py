@@ -63,7 +63,9 @@ def recover(
             names,
             sequences,
             settings,
-            loss=distill.from_teacher(teacher()) if distils else None,
+            loss=distill.from_teacher(teacher(), hidden=recovery.hidden)
+            if distils
+            else None,
             masked=masked,
             directory=job.work / recovery.kind,
             tick=tick,
@@ -76,6 +78,8 @@ def recover(
         "texts": [path.name for path in recovery.texts],
         "losses": losses,
     }
+    if recovery.hidden:
+        record["hidden"] = recovery.hidden
     params = nnx.state(decoder, nnx.Param)
     return rounded(model._replace(params=params), names), names, record
 

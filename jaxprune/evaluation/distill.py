@@ -8,7 +8,8 @@ References:
   section 2: the temperature, and its square before the loss. Muralidharan et al.,
   "Compact Language Models via Pruning and Knowledge Distillation" (Minitron), 2024,
   arXiv 2407.14679, section 3: the whole model as the teacher of what pruning left, by
-  the logits alone. Not here: losses on hidden states.
+  its logits and by its hidden states; of those only the last are here, which every
+  smaller model has, and each token counts by its own size.
 """
 
 import math
@@ -65,27 +66,37 @@ def divergence(
 
 
 def from_teacher(
-    teacher: Decoder, *, temperature: float = 1.0, text: float = 0.0
+    teacher: Decoder,
+    *,
+    temperature: float = 1.0,
+    text: float = 0.0,
+    hidden: float = 0.0,
 ) -> Loss:
     """The loss of `retrain` that follows a teacher.
 
-    (1 - text) KL(teacher || student) + text times the cross entropy of the text.
+    (1 - text) KL(teacher || student) + text times the cross entropy of the text +
+    hidden times |t - s|^2 / |t|^2, with t and s the states that the heads of teacher
+    and student read; means over all tokens.
 
     Args:
       teacher: the model that is followed; it is not changed.
       temperature: as for `divergence`.
       text: the share of the text itself, in [0, 1].
+      hidden: the weight of the states, at least 0; teacher and student then have one
+        width.
 
     Returns:
       The loss; its arrays are the teacher's parameters.
 
     Raises:
-      ValueError: the temperature is not positive, or `text` not in [0, 1].
+      ValueError: the temperature is not positive, `text` not in [0, 1], or `hidden`
+        negative.
     """
-    if not (0 < temperature < math.inf and 0 <= text <= 1):
+    if not (0 < temperature < math.inf and 0 <= text <= 1 and 0 <= hidden < math.inf):
         raise ValueError(
-            "distillation needs a temperature over 0 and a share of the text in "
-            f"[0, 1], got temperature={temperature} and text={text}"
+            "distillation needs a temperature over 0, a share of the text in [0, 1] "
+            "and a weight of the states of at least 0, got "
+            f"temperature={temperature}, text={text} and hidden={hidden}"
         )
     graphdef, params = nnx.split(teacher)
 
@@ -94,13 +105,26 @@ def from_teacher(
         inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (batch, length - 1)
         theirs, _ = teacher.states(teacher.embed(inputs))
         own, _ = student.states(student.embed(inputs))
-        apart = _divergence(teacher, student, theirs, own, temperature, None).mean()
-        if text == 0:
-            return apart
-        return (1 - text) * apart + text * nats(student, own, targets).mean()
+        loss = _divergence(teacher, student, theirs, own, temperature, None).mean()
+        if text:
+            loss = (1 - text) * loss + text * nats(student, own, targets).mean()
+        return loss + hidden * _distance(theirs, own).mean() if hidden else loss
 
-    name = f"teacher, temperature {temperature:g}, {text:g} text"
+    name = f"teacher, temperature {temperature:g}, {text:g} text, {hidden:g} states"
     return Loss(name, of, params)
+
+
+def _distance(
+    theirs: Float[Array, "batch time width"], own: Float[Array, "batch time width"]
+) -> Float[Array, "batch time"]:
+    """The squared distance of the states over the teacher's squared norm."""
+    if theirs.shape != own.shape:
+        raise ValueError(
+            f"states are compared by a teacher as wide as its student, got widths "
+            f"{theirs.shape[-1]} and {own.shape[-1]}; leave hidden at 0"
+        )
+    theirs, own = theirs.astype(jnp.float32), own.astype(jnp.float32)
+    return jnp.sum((theirs - own) ** 2, -1) / jnp.sum(theirs**2, -1)
 
 
 def _divergence(

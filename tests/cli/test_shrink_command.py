@@ -163,6 +163,7 @@ def recovered(place):
     words = ["--ffn", "0.5", "--calibration", place / "learned.txt", "--length", "16"]
     words += ["--sequences", "8", "--limit", "4", "--speed-rounds", "1"]
     words += ["--distill-steps", "30", "--distill-learning-rate", "3e-3"]
+    words += ["--distill-hidden", "0.5"]
     words = map(str, ["shrink", place / "deep", place / "recovered", *words])
     assert cli.main([*words]) == 0
     return place / "recovered", rewrite.read_provenance(
@@ -176,6 +177,7 @@ def test_distillation_brings_a_smaller_model_back_at_its_size(place, recovered):
     assert config_of(folder)["intermediate_size"] == 24
     losses = record["distillation"]["losses"]
     assert len(losses) == 30
+    assert record["distillation"]["hidden"] == 0.5
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     ids = np.insert(tiny_cli.ids(900)[-64:-4].reshape(4, 15), 0, 1, axis=1)
     for stage, at in (("dense", place / "deep"), ("distilled", folder)):
@@ -263,7 +265,7 @@ def test_a_budget_may_be_of_measured_time(place, capsys, monkeypatch):
 
     monkeypatch.setattr(timing.Timed, "_seconds", weights)
     words = ("--budget", 0.7, "--measure", "milliseconds")
-    code, record, _ = shrink(capsys, place / "llama", place / "h", *words)
+    code, record, _ = shrink(capsys, place / "llama", place / "timed", *words)
     assert code == 0
     found = record["units"]["milliseconds"]
     assert found["after"] <= 0.7 * found["before"]
@@ -307,6 +309,7 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
             ("--ffn", "0.5", "--distill-learning-rate", "0"),
             r"must be in \(0, 1\), got 0",
         ),
+        ("llama", ("--ffn", "0.5", "--distill-hidden", "-1"), "at least 0, got -1"),
         ("llama", ("--ffn", "0.5", "--speed-rounds", "-1"), "must not be negative"),
         ("llama", ("--budget", "2"), "--budget must be a share"),
         ("llama", ("--budget", "0.5", "--ffn", "0.5"), "leave out --ffn"),

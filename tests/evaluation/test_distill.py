@@ -88,6 +88,24 @@ def test_the_text_has_its_share_of_the_loss(pair):
     assert found == pytest.approx(0.75 * apart + 0.25 * float(text), rel=1e-5)
 
 
+@pytest.mark.full
+def test_the_states_have_their_weight_in_the_loss(pair):
+    teacher, student = pair
+    loss = distill.from_teacher(teacher, hidden=0.5)
+    found = nnx.jit(lambda model: loss.of(model, loss.arrays, SEQUENCES))(student)
+    states = nnx.jit(lambda model: model.states(model.embed(SEQUENCES[:, :-1]))[0])
+    theirs, own = (np.asarray(states(model), np.float64) for model in pair)
+    distance = ((theirs - own) ** 2).sum(-1) / (theirs**2).sum(-1)
+    apart = by_hand(teacher, student, SEQUENCES[:, :-1], 1.0)
+    assert found == pytest.approx(apart.mean() + 0.5 * distance.mean(), rel=1e-5)
+
+
+def test_states_of_another_width_are_refused(pair):
+    loss = distill.from_teacher(made(0, width=4), hidden=1.0)
+    with pytest.raises(ValueError, match="widths 4 and 8; leave hidden at 0"):
+        loss.of(pair[1], loss.arrays, SEQUENCES)
+
+
 def test_another_vocabulary_is_refused(pair):
     with pytest.raises(ValueError, match="vocabulary of its student, got 18 and 17"):
         distill.divergence(made(0, vocab_size=18), pair[0], SEQUENCES)
@@ -95,7 +113,11 @@ def test_another_vocabulary_is_refused(pair):
 
 @pytest.mark.parametrize(
     ("settings", "told"),
-    [({"temperature": 0.0}, "temperature=0"), ({"text": 1.5}, "text=1.5")],
+    [
+        ({"temperature": 0.0}, "temperature=0"),
+        ({"text": 1.5}, "text=1.5"),
+        ({"hidden": -1.0}, "hidden=-1"),
+    ],
 )
 def test_a_loss_that_is_none_is_refused(pair, settings, told):
     with pytest.raises(ValueError, match=told):
