@@ -32,7 +32,7 @@ _UNPRUNABLE = {
     rf"|normali[sz]ation|ln[a-z]?|bn)\d*{_HERE}|(^|[/_])scale(/[^/]*)?$",
     "a bias": r"(^|[/_])bias(/[^/]*)?$",
     "an output head": r"(^|/)(((lm|output|classification|prediction|value|policy)_)?"
-    r"head|classifier|logits|score|unembed)(/[^/]*)?$",
+    r"head|classifier|logits(_dense)?|score|unembed)(/[^/]*)?$",
     "a router": r"(^|[/_])router(/[^/]*)?$|(^|/)(shared_expert_)?gate/weight$"
     r"|moe/gate/[^/]*$",
     "decays of a state space": r"(^|/)a_log$",

@@ -114,6 +114,35 @@ class Trace:
     program: Program = dataclasses.field(repr=False)
     views: Mapping[int, WeightView] = dataclasses.field(repr=False)
 
+    def axes(
+        self, prunable: Callable[[str, Any], bool] = tree.prunable
+    ) -> dict[str, Axes]:
+        """Each leaf's input and output axes, for `axes=` of `masks.make` and `gradual`.
+
+        Args:
+          prunable: path name and leaf to whether it may be pruned.
+
+        Returns:
+          Path name to axes; without leaves whose uses differ, or that mix them.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import jaxprune as jp
+          >>> fn = lambda params, x: jnp.einsum("bd,nhd->bnh", x, params["q"])
+          >>> params = {"q": jnp.ones((2, 3, 8))}
+          >>> jp.trace(fn, params, jnp.ones((4, 8))).axes()
+          {'q': Axes(inputs=(2,), outputs=(0, 1))}
+        """
+        found: dict[str, Axes] = {}
+        several = set()
+        for op in self.linear_ops:
+            kind = self.program.kinds[self.program.leaves[self.leaves[op.leaf]]]
+            if not prunable(op.leaf, kind):
+                continue
+            if op.axes is None or found.setdefault(op.leaf, op.axes) != op.axes:
+                several.add(op.leaf)
+        return {leaf: axes for leaf, axes in found.items() if leaf not in several}
+
     def __str__(self) -> str:
         """A table: one line a linear op, then what could not be seen."""
         rows = [("weight", "batch x in x out", "input", "use", "kind")]
@@ -285,12 +314,16 @@ def _dot(
 ) -> tuple[WeightView, Input]:
     """A `dot_general` whose operand `side` is the weight."""
     contracted, batched = numbers
-    inputs, batch = tuple(contracted[side]), tuple(batched[side])
+    # In the leaf's order: an einsum may contract (size, heads), and four consecutive
+    # inputs are those that lie side by side in the leaf.
+    both = zip(contracted[side], contracted[1 - side], strict=True)
+    pairs = sorted(both, key=lambda pair: view.axes[pair[0]])
+    inputs, batch = tuple(own for own, _ in pairs), tuple(batched[side])
     free = tuple(a for a in range(len(view.shape)) if a not in inputs + batch)
     shape = [math.prod(view.shape[a] for a in axes) for axes in (batch, inputs, free)]
     seen = view.transpose(batch + inputs + free)
     # Grouped by axis before it is flattened, so that `axes` can tell them apart.
-    last, first = tuple(contracted[1 - side]), tuple(batched[1 - side])
+    last, first = tuple(other for _, other in pairs), tuple(batched[1 - side])
     samples = tuple(a for a in range(len(kind.shape)) if a not in first + last)
     leading = tuple(kind.shape[a] for a in samples)
     source = Input(
