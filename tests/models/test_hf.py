@@ -17,8 +17,9 @@ from jaxprune.models.generate import generate
 from jaxprune.models.hf import decoder_config
 from tests.support import tiny_hf
 
-# One of each family; every feature of each in the full suite.
+# Every switch of the decoder; every feature of each family in the full suite.
 FIRST = ("gpt2", "llama-3", "mistral", "qwen2", "qwen3", "phi3-long", "gemma3")
+FIRST += ("cohere-norms", "falcon-40b")
 OTHERS = ("phi3-long", "gpt2")  # that are generated from in the full suite
 LONG = ("phi3-long", "phi3-partial", "phi3-yarn", "llama-long")
 

@@ -25,17 +25,6 @@ from jaxprune.models.hf.loading import abstract
 from jaxprune.models.hf.parameters import shapes
 from jaxprune.models.hf.tensor_names import Source, listed
 
-# Fields of the shape, to the attributes of config.json.
-_NAMES = {
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp_width": "intermediate_size",
-}
-# GPT-2's heads are its width over their number.
-_GPT2 = {"layers": "n_layer", "mlp_width": "n_inner"}
-
 
 def keep_layers(
     config: DecoderConfig, params: Any, kept: Sequence[int]
@@ -181,14 +170,13 @@ def smaller_config(
     """
     before = families.decoder_config(config, ignore_config=ignore_config)
     kept = range(before.layers) if kept is None else kept
-    names = _GPT2 if config["model_type"] == "gpt2" else _NAMES
     new = dict(config)
-    for field, name in names.items():
+    for field, name in families.find(config).resized.items():
         now = getattr(shape, field)
         if now != getattr(before, field) or field == "head_dim":
             new[name] = now
     if len(kept) != before.layers:
-        new |= _layerwise(config, before, kept)
+        new |= _layerwise(config, shape, kept)
     try:
         again = families.decoder_config(new, ignore_config=ignore_config)
     except ValueError as error:
@@ -201,7 +189,8 @@ def smaller_config(
 
 
 def _cannot_say(config: Mapping[str, Any], why: str) -> str:
-    able = "layers and neurons only" if config["model_type"] == "gpt2" else "less"
+    heads = "heads" in families.find(config).resized
+    able = "less" if heads else "layers and neurons only"
     return (
         f"the config.json of a {config['model_type']} model cannot say this shape: "
         f"{why}; remove {able}"
@@ -209,14 +198,11 @@ def _cannot_say(config: Mapping[str, Any], why: str) -> str:
 
 
 def _layerwise(
-    config: Mapping[str, Any], before: DecoderConfig, kept: Sequence[int]
+    config: Mapping[str, Any], shape: DecoderConfig, kept: Sequence[int]
 ) -> dict[str, Any]:
     """Attributes that go by the number of a layer."""
-    new: dict[str, Any] = {}
+    new: dict[str, Any] = dict(families.find(config).kinds(shape))
     types = config.get("layer_types")
-    if config["model_type"] == "gemma3_text" and types is None:
-        names = ("full_attention", "sliding_attention")
-        types = [names[i] for i in before.rope_of]
     if types is not None:
         new["layer_types"] = [types[i] for i in kept]
     first = config.get("max_window_layers")

@@ -41,7 +41,8 @@ def match(
     """Leaf name to tensor; raises `Damaged` or `Unknown` where they do not fit."""
     found: dict[str, list[str]] = {}  # name without the prefix to full names
     for name in directory.tensors:
-        found.setdefault(name.removeprefix(family.prefix), []).append(name)
+        key = name.removeprefix(family.prefix)
+        found.setdefault(family.renamed.get(key, key), []).append(name)
     names, wrong, used = {}, [], set()
     missing = []
     for leaf, shape in leaves.items():
