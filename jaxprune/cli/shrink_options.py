@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxprune.cli import job_options, parse
 from jaxprune.formats.checkpoint_dir import CheckpointDir
+from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.structured.budget import Measure
 
@@ -110,11 +111,11 @@ def check_fits(job: Job, source: CheckpointDir, config: DecoderConfig) -> None:
             "--query-heads needs several key heads with several query heads each, got "
             f"{config.heads} query and {config.kv_heads} key heads; give --heads"
         )
-    kind = source.config["model_type"]
-    if kind == "gpt2" and (job.heads or job.query_heads or job.budget):
+    whole = "heads" not in hf.shrinkable(source.config)
+    if whole and (job.heads or job.query_heads or job.budget):
         raise ValueError(
-            "the config.json of a gpt2 model cannot say fewer heads; give --ffn, "
-            "--layers or --drop-layers"
+            f"a directory of model_type {source.config['model_type']} cannot have "
+            "fewer heads; give --ffn, --layers or --drop-layers"
         )
     few = config.kv_heads == 1
     _check_share("ffn", job.ffn, config.mlp_width, "neurons")

@@ -167,7 +167,9 @@ def test_leaves_have_these_names():
     }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3-long", "gemma3", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "phi3-long", "gemma3", "qwen2", "olmo2", "cohere-norms", "falcon"]
+)
 def test_each_matrix_meets_its_input_in_one_product(name):
     config = decoder_config(tiny_hf.config_json(name))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -215,6 +217,10 @@ def _cached(model, tokens, size, steps):
         pytest.param("qwen2", 24, marks=pytest.mark.full),
         pytest.param("phi3-long", 24, marks=pytest.mark.full),
         ("gemma3", 24),
+        *(
+            pytest.param(name, 24, marks=pytest.mark.full)
+            for name in ("gemma2", "smollm3-sliding", "cohere2", "gpt-neox", "opt")
+        ),
     ],
 )
 def test_cached_logits_are_the_full_logits(name, size, model_of):

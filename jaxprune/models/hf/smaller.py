@@ -189,8 +189,7 @@ def smaller_config(
 
 
 def _cannot_say(config: Mapping[str, Any], why: str) -> str:
-    heads = "heads" in families.find(config).resized
-    able = "less" if heads else "layers and neurons only"
+    able = "less" if "heads" in shrinkable(config) else "layers and neurons only"
     return (
         f"the config.json of a {config['model_type']} model cannot say this shape: "
         f"{why}; remove {able}"
@@ -209,6 +208,27 @@ def _layerwise(
     if first is not None:
         new["max_window_layers"] = sum(i < first for i in kept)
     return new
+
+
+def shrinkable(config: Mapping[str, Any]) -> list[str]:
+    """What the models of a config.json's family can have fewer of.
+
+    Args:
+      config: the parsed file.
+
+    Returns:
+      Some of "layers", "neurons" and "heads".
+
+    Raises:
+      ValueError: the model type is not supported.
+
+    Example:
+      >>> shrinkable({"model_type": "gpt2"})
+      ['layers', 'neurons']
+    """
+    names = {"layers": "layers", "mlp_width": "neurons", "heads": "heads"}
+    found = families.find(config).resized
+    return [word for field, word in names.items() if field in found]
 
 
 def write_smaller(

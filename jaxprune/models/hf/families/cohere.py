@@ -60,6 +60,6 @@ COHERE2 = Family(
         "use_parallel_block": True,
         "use_parallel_embedding": False,
     },
-    resized={"layers": "num_hidden_layers", "mlp_width": "intermediate_size"},
+    resized=family.WHOLE_HEADS,
     kinds=family.layer_types,
 )

@@ -55,6 +55,8 @@ RESIZED = {
     "mlp_width": "intermediate_size",
 }
 """Fields of the shape that a smaller model changes, to their attributes."""
+WHOLE_HEADS = {"layers": "num_hidden_layers", "mlp_width": "intermediate_size"}
+"""The same where heads must stay: their size is the width over their number, say."""
 SANDWICH = {
     "norm_attended": "post_attention_layernorm",
     "norm_mlp": "pre_feedforward_layernorm",

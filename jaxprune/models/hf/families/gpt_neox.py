@@ -69,5 +69,5 @@ FAMILY = Family(
     prefix="gpt_neox.",
     skipped=r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",
     renamed={"embed_out.weight": "lm_head.weight"},  # of the published files
-    resized={"layers": "num_hidden_layers", "mlp_width": "intermediate_size"},
+    resized=family.WHOLE_HEADS,
 )

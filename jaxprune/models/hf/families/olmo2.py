@@ -19,4 +19,9 @@ _BEHIND = {
     "norm_attended": "post_attention_layernorm",
     "norm_added": "post_feedforward_layernorm",
 }
-FAMILY = Family(_fields, family.modules(family.OUTER, {**family.LAYER, **_BEHIND}))
+FAMILY = Family(
+    _fields,
+    family.modules(family.OUTER, {**family.LAYER, **_BEHIND}),
+    # The mean square of all heads would be another one with fewer of them.
+    resized=family.WHOLE_HEADS,
+)
