@@ -81,9 +81,8 @@ def test_a_family_is_pruned_with_calibration_and_runs(name, tmp_path, capsys):
     assert all(0 < error < 0.6 for error in errors), errors
     # Evaluated and continued as full passes of its model say.
     ids = tiny_hf.tokens(1, 16)
-    np.save(tmp_path / "one.npy", ids[0])
-    words = ["--text", tmp_path / "one.npy", "--context", "16", "--no-bos"]
-    code, found, _ = run(capsys, "eval", out, *words)
+    np.save(tmp_path / "one.npy", ids)
+    code, found, _ = run(capsys, "eval", out, "--text", tmp_path / "one.npy")
     assert code == 0
     nats = tiny_cli.nats(out, ids).mean()
     assert found["texts"]["one.npy"]["nats"] == pytest.approx(nats, rel=1e-4)
