@@ -240,10 +240,10 @@ def _unreached(row: dict[str, Any]) -> str:
     own, batch = row["by_magnitude"], row["shape"][0]
     some = "" if batch == 1 else f"{len(own)} of {batch} matrices of "
     numbers = "" if batch == 1 else f" ({', '.join(map(str, own))})"
-    return (
-        "pruned by magnitude, since the input was zero in all of the calibration: "
-        f"{some}'{row['name']}'{numbers}"
-    )
+    why = "the input was zero in all of the calibration"
+    if batch > 1:
+        why = "too little of the calibration reached them"
+    return f"pruned by magnitude, since {why}: {some}'{row['name']}'{numbers}"
 
 
 def _trim() -> None:

@@ -45,6 +45,40 @@ FALCON = {
     "num_attention_heads": 3,
     "max_position_embeddings": 64,
 }
+MIXTURES = {
+    "mixtral": ("Mixtral", {**SMALL, "num_local_experts": 3, "sliding_window": 7}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            **SMALL,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            **SMALL,
+            "head_dim": 12,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmoe": (
+        "Olmoe",
+        {
+            **SMALL,
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "attention_bias": True,
+        },
+    ),
+}
 CONFIGS = {
     "gemma2": (
         "Gemma2",

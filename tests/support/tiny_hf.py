@@ -214,7 +214,7 @@ def torch_model(name, folder, dtype="float32"):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    family, arguments = CONFIGS[name]
+    family, arguments = {**CONFIGS, **tiny_families.MIXTURES}[name]
     config = getattr(transformers, f"{family}Config")(**arguments)
     config._attn_implementation = "eager"
     base = family.removesuffix("Text")
@@ -253,11 +253,12 @@ def edit(folder, **changes):
 
 
 TYPES = {"GPT2": "gpt2", "Gemma3Text": "gemma3_text", "GPTNeoX": "gpt_neox"}
+TYPES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}
 
 
 def config_json(name):
     """What config.json says of a configuration, without transformers."""
-    family, arguments = CONFIGS[name]
+    family, arguments = {**CONFIGS, **tiny_families.MIXTURES}[name]
     return {"model_type": TYPES.get(family, family.lower()), **arguments}
 
 

@@ -57,7 +57,12 @@ class DecoderConfig:
       heads: query heads of a layer.
       kv_heads: key and value heads; each serves heads / kv_heads query heads.
       head_dim: features of a head.
-      mlp_width: features inside the MLP.
+      mlp_width: features inside the MLP, or inside each expert.
+      experts: how many MLPs a router chooses from; 0 for one that all tokens take.
+      experts_per_token: how many of them a token is given to.
+      renormalise: whether the router's shares of those are made to sum to 1.
+      shared_width: features inside an MLP that all tokens take beside their experts; 0
+        for none.
       norm: "layer", with scale and bias, "layer_scale", without the bias,
         "layer_plain", without both, "rms", "rms_float32", which rounds after it scales,
         or "rms_plus_one", scaled by 1 + w.
@@ -103,6 +108,10 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     mlp_width: int
+    experts: int = 0
+    experts_per_token: int = 0
+    renormalise: bool = False
+    shared_width: int = 0
     norm: Norms = "rms"
     norm_epsilon: float = 1e-6
     qk_norm: QueryNorms | None = None
@@ -136,6 +145,11 @@ class DecoderConfig:
             raise ValueError(
                 "DecoderConfig needs heads to be divisible by kv_heads, got heads="
                 f"{self.heads} and kv_heads={self.kv_heads}"
+            )
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                "DecoderConfig needs experts_per_token to be from 1 to experts="
+                f"{self.experts}, got {self.experts_per_token}"
             )
         check_choice(self, "norm", get_args(Norms))
         check_choice(self, "qk_norm", (*get_args(QueryNorms), None))

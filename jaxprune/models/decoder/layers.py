@@ -1,4 +1,4 @@
-"""The layers of a `Decoder`: norms, attention, MLP, and the block of them.
+"""The layers of a `Decoder`: norms, attention and MLP.
 
 Norms, rotary turns, scores and softmax are float32, products run in
 `DecoderConfig.dtype`. A layer holds parameters and settings, nothing else.
@@ -21,12 +21,13 @@ from jaxprune.models.decoder.config import DecoderConfig, Norms
 from jaxprune.models.decoder.rope import rotate
 from jaxprune.models.placement import broadcast, rows_of
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+"""The nonlinearities of an MLP by their names in `DecoderConfig`."""
 Turn = tuple[Array, Array]
 
 
@@ -183,7 +184,7 @@ class Attention(nnx.Module):
 
     def _normed(self, parts: list[Array]) -> list[Array]:
         q, k, v = parts
-        return [_normed(self.norm_q, q), _normed(self.norm_k, k), v]
+        return [normed(self.norm_q, q), normed(self.norm_k, k), v]
 
     def _products(self, x: Array) -> list[Array]:
         """Queries, keys and values, (batch, time, features)."""
@@ -205,9 +206,12 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Wider, a nonlinearity, and back."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, wide: int | None = None
+    ):
         """Makes the matrices; `rngs` is read, not kept."""
-        width, wide, bias = config.width, config.mlp_width, config.mlp_bias
+        width, bias = config.width, config.mlp_bias
+        wide = config.mlp_width if wide is None else wide
         self.activation = config.activation
         self.gated, self.fused = config.gated, config.gated and config.fused
         if self.fused:
@@ -222,7 +226,7 @@ class MLP(nnx.Module):
         self, x: Float[Array, "batch time width"]
     ) -> Float[Array, "batch time width"]:
         """Applies the layer to each token by itself."""
-        act = _ACTIVATIONS[self.activation]
+        act = ACTIVATIONS[self.activation]
         if not self.gated:
             return self.down(act(self.up(x)))
         if self.fused:
@@ -232,52 +236,8 @@ class MLP(nnx.Module):
         return self.down(act(gate) * up)
 
 
-class Block(nnx.Module):
-    """Attention and MLP, added to what comes in; `DecoderConfig.block` places norms."""
-
-    def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
-        """Makes the layers; `rngs` is read, not kept."""
-        kind = config.block
-        before, behind = kind != "post", kind in ("post", "sandwich")
-
-        def norm(there: bool) -> Norm | None:
-            return Norm(config, config.width) if there else None
-
-        self.norm_attention = norm(before)
-        self.attention = Attention(config, layer, rngs=rngs)
-        self.norm_mlp = norm(before and kind != "parallel_shared")
-        self.mlp = MLP(config, rngs=rngs)
-        self.norm_attended, self.norm_added = norm(behind), norm(behind)
-        self.parallel = kind in ("parallel", "parallel_shared")
-        self.scale = config.residual_scale
-
-    def __call__(
-        self,
-        x: Float[Array, "batch time width"],
-        turn: Turn | None,
-        seen: Array,
-        past: tuple[Array, Array] | None,
-        start: Int[Array, ""],
-    ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
-        """Returns the residual stream after the block, and its keys and values."""
-        first = _normed(self.norm_attention, x)  # (batch, time, width), as all here
-        y, past = self.attention(first, turn, seen, past, start)
-        y = self._scaled(_normed(self.norm_attended, y))
-        if self.parallel:
-            second = first if self.norm_mlp is None else self.norm_mlp(x)
-            return x + y + self._scaled(self.mlp(second)), past
-        x = x + y
-        y = self.mlp(_normed(self.norm_mlp, x))
-        return x + self._scaled(_normed(self.norm_added, y)), past
-
-    def _scaled(self, y: Array) -> Array:
-        # In float32: in bfloat16 the factor itself would lose digits.
-        if self.scale == 1:
-            return y
-        return (y.astype(jnp.float32) * self.scale).astype(y.dtype)
-
-
-def _normed(norm: Norm | None, x: Array) -> Array:
+def normed(norm: Norm | None, x: Array) -> Array:
+    """Normalised, where there is a norm."""
     return x if norm is None else norm(x)
 
 

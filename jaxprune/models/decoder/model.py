@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprune.models.decoder.block import Block
 from jaxprune.models.decoder.cache import Cache as Cache
 from jaxprune.models.decoder.cache import check_length, check_tokens, empty
 from jaxprune.models.decoder.config import DecoderConfig as DecoderConfig
-from jaxprune.models.decoder.layers import Block, Linear, Norm, contract, embedding
+from jaxprune.models.decoder.layers import Linear, Norm, contract, embedding
 from jaxprune.models.decoder.rope import tables
 from jaxprune.models.placement import look_up
 

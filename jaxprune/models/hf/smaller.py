@@ -134,7 +134,7 @@ def _sizes(
         kv = (found[f"{attention}/qkv/kernel"][1] // config.head_dim - heads) // 2
     else:
         kv = found[f"{attention}/k/kernel"][1] // config.head_dim
-    wide = found[f"layers/{layer}/mlp/down/kernel"][0]
+    wide = found[f"layers/{layer}/mlp/down/kernel"][-2]  # experts may come first
     return {"heads": heads, "kv_heads": kv, "mlp_width": wide}
 
 
@@ -273,11 +273,13 @@ def write_smaller(
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
         origin = names[_before(leaf, kept)]
-        for name in (origin.name, *origin.copies):
+        for i, name in enumerate((*origin.names, *origin.copies)):
             theirs = _renumbered(name, leaf, kept)
-            form = array.shape[::-1] if origin.transposed else array.shape
+            form = array.shape[1:] if origin.experts else array.shape
+            form = form[::-1] if origin.transposed else form
+            read = _reader(array, origin, i if origin.experts else None)
             tensors[theirs] = new_weights.NewTensor(
-                opened.tensors[name].file, origin.dtype, form, _reader(array, origin)
+                opened.tensors[name].file, origin.dtype, form, read
             )
     return new_weights.write(
         opened,
@@ -290,9 +292,10 @@ def write_smaller(
     )
 
 
-def _reader(array: Any, origin: Source) -> Any:
+def _reader(array: Any, origin: Source, expert: int | None) -> Any:
     def read() -> np.ndarray:
         found = np.asarray(jax.device_get(lazy.array(array)))
+        found = found if expert is None else found[expert]
         return found.T if origin.transposed else found
 
     return read

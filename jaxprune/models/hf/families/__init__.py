@@ -18,6 +18,7 @@ from jaxprune.models.hf.families import (
     granite,
     llama,
     mistral,
+    mixtures,
     olmo2,
     opt,
     phi,
@@ -51,6 +52,10 @@ FAMILIES = {
     "gpt_neox": gpt_neox.FAMILY,
     "opt": opt.FAMILY,
     "falcon": falcon.FAMILY,
+    "mixtral": mixtures.MIXTRAL,
+    "qwen2_moe": mixtures.QWEN2_MOE,
+    "qwen3_moe": mixtures.QWEN3_MOE,
+    "olmoe": mixtures.OLMOE,
     "phi3_v": phi3_vision.FAMILY,
 }
 """The supported families by `model_type`."""

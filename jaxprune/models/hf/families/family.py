@@ -143,8 +143,9 @@ class Family:
     def source(self, leaf: str) -> tuple[str, bool]:
         """The tensor of a leaf, and whether its axes are the leaf's reversed.
 
-        "layers/3/attention/q/kernel" is "model.layers.3.self_attn.q_proj.weight", and
-        reversed where that is [out, in].
+        A "*" in the name is the number of an expert: the leaf has their tensors as its
+        first axis. "layers/3/attention/q/kernel" is
+        "model.layers.3.self_attn.q_proj.weight", and reversed where that is [out, in].
         """
         if leaf in self.parameters:
             name, reverse = self.parameters[leaf]
