@@ -240,10 +240,11 @@ def _unreached(row: dict[str, Any]) -> str:
     own, batch = row["by_magnitude"], row["shape"][0]
     some = "" if batch == 1 else f"{len(own)} of {batch} matrices of "
     numbers = "" if batch == 1 else f" ({', '.join(map(str, own))})"
-    why = "the input was zero in all of the calibration"
-    if batch > 1:
-        why = "too little of the calibration reached them"
-    return f"pruned by magnitude, since {why}: {some}'{row['name']}'{numbers}"
+    why = "the input was zero" if batch == 1 else "too few samples, or none, came to it"
+    return (
+        f"pruned by magnitude, since {why} in all of the calibration: "
+        f"{some}'{row['name']}'{numbers}"
+    )
 
 
 def _trim() -> None:

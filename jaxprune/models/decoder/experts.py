@@ -51,8 +51,8 @@ class Experts(nnx.Module):
         self.down = ExpertLinear(config, wide, width, rngs=rngs)
         self.experts, self.taken = config.experts, config.experts_per_token
         self.renormalise, self.activation = config.renormalise, config.activation
-        self.shared = None
-        if config.shared_width:
+        self.sharing = config.shared_width > 0
+        if self.sharing:
             self.shared = MLP(config, rngs=rngs, wide=config.shared_width)
             self.shared_router = Linear(config, width, 1, bias=False, rngs=rngs)
 
@@ -71,7 +71,7 @@ class Experts(nnx.Module):
         y = self.down(ACTIVATIONS[self.activation](gate) * up, sizes)
         y = y * share.reshape(-1)[order][:, None].astype(y.dtype)
         y = jnp.zeros_like(rows).at[token].add(y).reshape(x.shape)
-        if self.shared is None:
+        if not self.sharing:
             return y
         return y + jax.nn.sigmoid(self.shared_router(x)) * self.shared(x)
 
