@@ -1,8 +1,8 @@
-"""`jaxprune inspect`: what a directory holds, and what would be pruned of it."""
+"""`jaxprune inspect`: what a directory holds, and what can be pruned of it, and how."""
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
@@ -12,11 +12,16 @@ from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.formats.compact import Sizes, packed_bytes, sizes
 from jaxprune.masking import counts
+from jaxprune.models import hf
+from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.posttraining import methods
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect(Options):
     """Lists a model's tensors: shape, zeros, size, and whether they would be pruned.
+
+    Below them it says which methods the model can have, and what it can be shrunk by.
 
     Attributes:
       model: the directory.
@@ -53,9 +58,15 @@ class Inspect(Options):
                 for row in rows
             }
             totals["compact_bytes_pruned"] = packed_bytes(source, zeros)
+        able = _able(source)
         _say(console, rows, totals, made, self.sparsity)
-        return {"model": str(self.model), "tensors": rows, "totals": totals} | {
-            "provenance": made
+        _say_able(console, able)
+        return {
+            "model": str(self.model),
+            "tensors": rows,
+            "totals": totals,
+            **able,
+            "provenance": made,
         }
 
 
@@ -79,6 +90,32 @@ def _rows(
             }
         )
     return rows
+
+
+def _able(source: CheckpointDir) -> dict[str, Any]:
+    """The methods that a directory can have, what it can be shrunk by, and why not."""
+    try:
+        shape = hf.load(source.path, lazy=True).config
+    except (ValueError, OSError) as error:
+        return {"methods": ["magnitude"], "shrinks": [], "why": str(error)}
+    if not isinstance(shape, DecoderConfig):
+        why = "it sees pictures; jaxprune.models.hf.load reads it for jp.prune_trained"
+        return {"methods": ["magnitude"], "shrinks": [], "why": why}
+    return {
+        "methods": list(get_args(methods.Name)),
+        "shrinks": hf.shrinkable(source.config),
+        "why": None,
+    }
+
+
+def _say_able(console: Console, able: dict[str, Any]) -> None:
+    if able["why"]:
+        console.say(f"can be pruned by magnitude alone: {parse.spoken(able['why'])}")
+        return
+    console.say(
+        f"can be pruned by {', '.join(able['methods'])}, and lose "
+        f"{', '.join(able['shrinks'])}"
+    )
 
 
 def _provenance(directory: Path) -> dict[str, Any] | None:

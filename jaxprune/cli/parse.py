@@ -131,11 +131,20 @@ def spoken(sentence: str) -> str:
 
 
 def by_name(
-    names: Callable[[str], str], exclude: Sequence[str]
+    names: Callable[[str], Sequence[str]], exclude: Sequence[str]
 ) -> Callable[[str, Any], bool]:
-    """The rule for leaves, whose exclusions are globs of the tensors' names."""
+    """The rule for leaves, whose exclusions are globs of their tensors' names."""
 
     def rule(name: str, leaf: Any) -> bool:
-        return tree.prunable(name, leaf) and not matches(names(name), exclude)
+        if not tree.prunable(name, leaf):
+            return False
+        left = [matches(theirs, exclude) for theirs in names(name)]
+        if any(left) and not all(left):
+            raise ValueError(
+                "--exclude must match all experts of a layer's matrix or none, but "
+                f"matches {sum(left)} of {len(left)} such as {names(name)[0]}; write "
+                "'*' in place of the expert's number"
+            )
+        return not any(left)
 
     return rule

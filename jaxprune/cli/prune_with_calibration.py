@@ -156,7 +156,7 @@ def _begin(job: Job, meaning: Meaning, console: Console) -> _Run:
         if ready.tokenizer is None and (source.path / "tokenizer.json").is_file():
             ready = ready._replace(tokenizer=hf.load_tokenizer(job.model))
         model = models.find(job.model, job)
-        prunable = parse.by_name(lambda leaf: model.names[leaf].name, job.exclude)
+        prunable = parse.by_name(lambda leaf: model.names[leaf].names, job.exclude)
         _check_pattern(meaning, model, prunable)
         work.check_room(job, source, 3 if job.refine else 2)
     models.say_ignored(model, console)
@@ -302,8 +302,16 @@ def _record(run: _Run, report: dict[str, Any]) -> dict[str, Any]:
 def _counts(model: models.Model, leaves: set[str]) -> dict[str, tuple[int, int]]:
     """Tensor name to zeros and size, of the pruned ones."""
     named = jp.tree.named_leaves(model.params)
-    zeros = jp.sparsity({name: named[name] for name in leaves}).by_leaf
-    return {model.names[name].name: count for name, count in zeros.items()}
+    parts = {
+        theirs: part
+        for name in leaves
+        for theirs, part in zip(
+            model.names[name].names,
+            named[name] if model.names[name].experts else [named[name]],
+            strict=True,
+        )
+    }
+    return jp.sparsity(parts).by_leaf
 
 
 def _write(
@@ -319,9 +327,11 @@ def _write(
     replaced: dict[str, Any] = {}
     for name in sorted(moved):
         origin = model.names[name]
-        values = functools.partial(_stored, named[name], origin)
-        replaced |= dict.fromkeys((origin.name, *origin.copies), values)
-    pruned = {model.names[name].name for name in leaves}
+        for i, theirs in enumerate(origin.names):
+            expert = i if origin.experts else None
+            replaced[theirs] = functools.partial(_stored, named[name], origin, expert)
+        replaced |= dict.fromkeys(origin.copies, replaced[origin.names[0]])
+    pruned = {theirs for name in leaves for theirs in model.names[name].names}
     with byte_progress(source.size, "writing") as progress:
         rewrite.write(
             source,
@@ -335,6 +345,6 @@ def _write(
         )
 
 
-def _stored(leaf: jax.Array, source: hf.Source) -> np.ndarray:
-    array = np.asarray(leaf)
+def _stored(leaf: jax.Array, source: hf.Source, expert: int | None) -> np.ndarray:
+    array = np.asarray(leaf if expert is None else leaf[expert])
     return array.T if source.transposed else array

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxprune.cli import job_options, parse
 from jaxprune.formats.checkpoint_dir import CheckpointDir
+from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.structured.budget import Measure
 
@@ -142,12 +143,7 @@ def check_fits(job: Job, source: CheckpointDir, config: DecoderConfig) -> None:
             "--query-heads needs several key heads with several query heads each, got "
             f"{config.heads} query and {config.kv_heads} key heads; give --heads"
         )
-    kind = source.config["model_type"]
-    if kind == "gpt2" and (job.heads or job.query_heads or job.budget):
-        raise ValueError(
-            "the config.json of a gpt2 model cannot say fewer heads; give --ffn, "
-            "--layers or --drop-layers"
-        )
+    _check_able(job, source)
     few = config.kv_heads == 1
     _check_share("ffn", job.ffn, config.mlp_width, "neurons")
     _check_share(
@@ -158,6 +154,20 @@ def check_fits(job: Job, source: CheckpointDir, config: DecoderConfig) -> None:
     )
     each = config.heads // config.kv_heads
     _check_share("query-heads", job.query_heads, each, "query heads of each key head")
+
+
+def _check_able(job: Job, source: CheckpointDir) -> None:
+    """Refuses to take what the directories of a family cannot have fewer of."""
+    able, kind = hf.shrinkable(source.config), source.config["model_type"]
+    options = {"neurons": "--ffn, ", "heads": "--heads, "}
+    rest = "".join(options[word] for word in able if word in options)
+    asked = {"neurons": job.ffn, "heads": job.heads or job.query_heads}
+    for word, given in asked.items():
+        if word not in able and (given or job.budget):
+            raise ValueError(
+                f"a directory of model_type {kind} cannot have fewer {word}; give "
+                f"{rest}--layers or --drop-layers"
+            )
 
 
 def _check_share(option: str, share: float, units: int, what: str) -> None:

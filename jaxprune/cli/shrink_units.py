@@ -140,7 +140,8 @@ def _roles(groups: jp.AxisGroups, model: models.Model) -> dict[str, str]:
     dims = {leaf.name: leaf.parts[0] for leaf in groups.trace.leaves}
     config, roles = model.config, {}
     for layer in range(config.layers):
-        roles[names[find(dims[f"layers/{layer}/{_DOWN}"][0])]] = "ffn"
+        if not config.experts:
+            roles[names[find(dims[f"layers/{layer}/{_DOWN}"][0])]] = "ffn"
         # Key heads x query heads of each x features; those of one are left out.
         whole = find(dims[f"layers/{layer}/{_OUT}"][0])
         parts = whole.parts or [whole]

@@ -219,12 +219,15 @@ def _dynamic_update_slice(
 
 def _split(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Axes]:
     (operand,), axis = operands, params["axis"]
-    pieces = None
-    if 0 not in params["sizes"]:
-        pieces = cut(operand.axes.dims[axis], params["sizes"])
+    pieces, sizes = (
+        None,
+        [int(size) for size in params["sizes"]],
+    )  # NumPy's in jnp.split
+    if 0 not in sizes:
+        pieces = cut(operand.axes.dims[axis], sizes)
     if pieces is None:
         freeze(operand.axes.dims[axis], "is split across its units")
-        pieces = [fresh(size, _PART) for size in params["sizes"]]
+        pieces = [fresh(size, _PART) for size in sizes]
     dims = operand.axes.dims
     return [
         Axes((*dims[:axis], piece, *dims[axis + 1 :]), operand.axes.zeros)

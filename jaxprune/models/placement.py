@@ -23,11 +23,11 @@ def like(x: Array) -> jax.sharding.Sharding | None:
     return where if where.mesh.explicit_axes else None
 
 
-def broadcast(vector: Float[Array, "width"], x: Array) -> Array:
-    """A vector with as many axes as `x`, (1, ..., 1, width), whole on every device."""
-    if like(vector) is not None:
-        vector = jax.sharding.reshard(vector, jax.P(None))
-    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
+def broadcast(array: Float[Array, "..."], x: Array) -> Array:
+    """With as many axes as `x`, (1, ..., 1, width) say, whole on every device."""
+    if like(array) is not None:
+        array = jax.sharding.reshard(array, jax.P(*([None] * array.ndim)))
+    return jnp.expand_dims(array, tuple(range(x.ndim - array.ndim)))
 
 
 def look_up(table: nnx.Embed, rows: Int[Array, "..."]) -> Float[Array, "... width"]:

@@ -32,11 +32,14 @@ class InputStatistics(NamedTuple):
       samples: over how many positions, float32 scalar.
       mean_square: (batch, in) float32: the mean of each feature's square.
       hessian: (batch, in, in) float32: X^T X / samples; None where not asked for.
+      reached: (batch,) float32: at how many positions the input is not all zero, the
+        tokens that an expert was given.
     """
 
     samples: Float[Array, ""]
     mean_square: Float[Array, "batch in"]
     hessian: Float[Array, "batch in in"] | None
+    reached: Float[Array, " batch"]
 
 
 class Sums:
@@ -141,7 +144,7 @@ def _zeros(source: Input, value: jax.Array, hessian: bool) -> InputStatistics:
     where = where if where and len(where.device_set) == 1 else None
     zeros = functools.partial(jnp.zeros, dtype=np.float32, device=where)
     wide = zeros((batch, inputs, inputs)) if hessian else None
-    return InputStatistics(zeros(()), zeros((batch, inputs)), wide)
+    return InputStatistics(zeros(()), zeros((batch, inputs)), wide, zeros((batch,)))
 
 
 @functools.partial(jax.jit, static_argnames=("source", "relative"), donate_argnums=0)
@@ -167,7 +170,8 @@ def _added(
         square = square + jnp.square(x).sum(1)  # (batch, in)
     else:  # its diagonal is the squares
         hessian = _add_upper(hessian, x, 0, x.shape[2])
-    return InputStatistics(sums.samples + samples, square, hessian)
+    reached = sums.reached + jnp.any(x != 0, axis=-1).sum(1)  # (batch,)
+    return InputStatistics(sums.samples + samples, square, hessian, reached)
 
 
 def _of_one_size(x: Float[Array, "batch samples in"]) -> jax.Array:
@@ -210,5 +214,5 @@ def _divided(sums: InputStatistics) -> InputStatistics:
         upper = jnp.triu(hessian) * scale  # (batch, in, in)
         hessian = upper + jnp.swapaxes(jnp.triu(hessian, 1) * scale, 1, 2)
         square = jnp.diagonal(upper, axis1=1, axis2=2)  # (batch, in)
-        return InputStatistics(sums.samples, square, hessian)
-    return InputStatistics(sums.samples, sums.mean_square * scale, None)
+        return InputStatistics(sums.samples, square, hessian, sums.reached)
+    return InputStatistics(sums.samples, sums.mean_square * scale, None, sums.reached)

@@ -240,8 +240,9 @@ def _unreached(row: dict[str, Any]) -> str:
     own, batch = row["by_magnitude"], row["shape"][0]
     some = "" if batch == 1 else f"{len(own)} of {batch} matrices of "
     numbers = "" if batch == 1 else f" ({', '.join(map(str, own))})"
+    why = "the input was zero" if batch == 1 else "too few samples, or none, came to it"
     return (
-        "pruned by magnitude, since the input was zero in all of the calibration: "
+        f"pruned by magnitude, since {why} in all of the calibration: "
         f"{some}'{row['name']}'{numbers}"
     )
 

@@ -17,6 +17,9 @@ from jaxprune.typing import Pattern
 
 # Samples that a weight's error is measured on.
 _SAMPLES = 256
+# An expert that was given fewer tokens is pruned by magnitude: so few say too little of
+# its inputs.
+_FEW = 16
 
 
 def solve(
@@ -30,7 +33,7 @@ def solve(
     unreached = _unreached(plan.method, statistics)
     found = []
     for i, count in enumerate(counts):
-        # What no sample says anything of, an expert that no token was sent to say.
+        # What no sample says enough of, an expert that few tokens were sent to say.
         method = Magnitude() if i in unreached else plan.method
         program = functools.partial(_solved, method=method, pattern=plan.pattern)
         found.append(
@@ -54,20 +57,32 @@ def solve(
         "size": op.size,
         "damping": max(damping),
         "by_magnitude": unreached,
+        **_samples(plan.method, statistics),
     }
 
 
+def _samples(method: Method, statistics: InputStatistics) -> dict[str, list[int]]:
+    """How many samples each of several matrices saw, as a part of a row."""
+    if method.needs == "nothing" or len(statistics.reached) == 1:
+        return {}
+    return {"samples": [int(n) for n in np.asarray(statistics.reached)]}
+
+
 def _unreached(method: Method, statistics: InputStatistics) -> list[int]:
-    """The matrices whose input was zero in all samples, if the method looks at it."""
+    """The matrices whose input was zero in all samples, or in all but a few of them."""
     if method.needs == "nothing":
         return []
-    reached = placement.automatic(_reached, statistics)  # (batch,)
-    return [int(i) for i in np.flatnonzero(~np.asarray(reached))]
+    found = np.asarray(placement.automatic(_too_few, statistics))  # (batch,)
+    return [int(i) for i in np.flatnonzero(found)]
 
 
 @jax.jit
-def _reached(statistics: InputStatistics) -> Bool[Array, " batch"]:
-    return jnp.any(statistics.mean_square > 0, axis=1)
+def _too_few(statistics: InputStatistics) -> Bool[Array, " batch"]:
+    reached = statistics.reached
+    # Where no sample is zero nothing chose among the matrices: all there is counts.
+    few = (reached < _FEW) & (reached < statistics.samples)
+    several = reached.shape[0] > 1
+    return jnp.all(statistics.mean_square == 0, axis=1) | (few & several)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "pattern"))
@@ -97,8 +112,9 @@ def error(
     after: Float[Array, "batch in out"],
 ) -> float:
     """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2."""
-    # X is read from `value`, of one batch, of which the first 256 samples are taken; 0
-    # where the output is zero anyway.
+    # X is read from `value`, of one batch, of which the first 256 samples are taken; of
+    # experts, whose rows lie one behind the other, as many all over it. 0 where the
+    # output is zero anyway.
     found = placement.automatic(
         functools.partial(_error, source=source), value, before, after
     )
@@ -109,7 +125,9 @@ def error(
 def _error(
     value: jax.Array, before: jax.Array, after: jax.Array, *, source: Input
 ) -> jax.Array:
-    x = source.read(value)[:, :_SAMPLES].astype(np.float32)  # (batch, samples, in)
+    x = source.read(value)
+    apart = max(1, x.shape[1] // _SAMPLES) if x.shape[0] > 1 else 1
+    x = x[:, ::apart][:, :_SAMPLES].astype(np.float32)  # (batch, samples, in)
     wide = before.astype(np.float32)
     lost = jnp.einsum("bsi,bio->bso", x, wide - after.astype(np.float32))
     whole = jnp.einsum("bsi,bio->bso", x, wide)  # (batch, samples, out)

@@ -339,7 +339,7 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         ("llama", ("--drop-layers", "2"), "numbers from 0 to 1, not all, got 2"),
         ("llama", ("--drop-layers", "0", "1"), "not all, got 0, 1"),
         ("llama-3", ("--query-heads", "0.5"), "needs several key heads"),
-        ("gpt2", ("--heads", "0.5"), "a gpt2 model cannot say fewer heads"),
+        ("gpt2", ("--heads", "0.5"), "of model_type gpt2 cannot have fewer heads"),
         (
             "llama",
             ("--ffn", "0.5", "--calibration", "none.txt"),

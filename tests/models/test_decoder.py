@@ -167,7 +167,9 @@ def test_leaves_have_these_names():
     }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3-long", "gemma3", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "phi3-long", "gemma3", "qwen2", "olmo2", "cohere-norms", "falcon"]
+)
 def test_each_matrix_meets_its_input_in_one_product(name):
     config = decoder_config(tiny_hf.config_json(name))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -215,6 +217,10 @@ def _cached(model, tokens, size, steps):
         pytest.param("qwen2", 24, marks=pytest.mark.full),
         pytest.param("phi3-long", 24, marks=pytest.mark.full),
         ("gemma3", 24),
+        *(
+            pytest.param(name, 24, marks=pytest.mark.full)
+            for name in ("gemma2", "smollm3-sliding", "cohere2", "gpt-neox", "opt")
+        ),
     ],
 )
 def test_cached_logits_are_the_full_logits(name, size, model_of):
@@ -385,8 +391,10 @@ def test_frequencies_follow_the_closed_forms():
         ({"heads": 3}, "divisible by kv_heads, got heads=3 and kv_heads=2"),
         ({"vocab_size": 0}, "vocab_size to be a positive integer, got 0"),
         ({"mlp_width": 2.0}, "mlp_width to be a positive integer, got 2.0"),
-        ({"norm": "batch"}, "norm to be one of layer, rms, rms_plus_one, got 'batch'"),
-        ({"activation": "relu"}, "activation to be one of silu, gelu, gelu_tanh"),
+        ({"norm": "batch"}, "norm to be one of layer, .*, rms_plus_one, got 'batch'"),
+        ({"qk_norm": True}, "qk_norm to be one of head, heads, whole, None, got True"),
+        ({"block": "serial"}, "block to be one of pre, post, sandwich, parallel,"),
+        ({"activation": "tan"}, "activation to be one of silu, gelu, gelu_tanh, relu"),
         ({"dtype": "float16"}, "dtype to be one of float32, bfloat16"),
         ({"windows": (3,)}, "windows to have one entry for each of the 2 layers"),
         ({"windows": (3, 0)}, "windows of at least 1 token, got 0"),

@@ -17,9 +17,11 @@ from jaxprune.models.generate import generate
 from jaxprune.models.hf import decoder_config
 from tests.support import tiny_hf
 
-# One of each family; every feature of each in the full suite.
+# Every switch of the decoder; every feature of each family in the full suite.
 FIRST = ("gpt2", "llama-3", "mistral", "qwen2", "qwen3", "phi3-long", "gemma3")
-OTHERS = ("phi3-long", "gpt2")  # that are generated from in the full suite
+FIRST += ("cohere-norms", "falcon-40b")
+# That are generated from in the full suite.
+OTHERS = ("phi3-long", "gpt2", "smollm3-sliding", "cohere2", "opt", "falcon-40b")
 LONG = ("phi3-long", "phi3-partial", "phi3-yarn", "llama-long")
 
 
@@ -86,7 +88,9 @@ def test_bfloat16_logits_are_near_those_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["gpt2", "phi3-long", "gemma3-linear", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "phi3-long", "gemma3-linear", "qwen2", "falcon-40b"]
+)
 def test_tensors_come_back_bit_for_bit(name, dtype, tmp_path):
     stored = tiny_hf.random_folder(name, tmp_path, dtype)
     loaded = hf.load(tmp_path)
@@ -410,7 +414,6 @@ def test_a_configuration_not_understood_is_refused_by_name(name, changes, words)
         ("gpt2", {"output_past": True}),
         ("llama", {"max_sequence_length": 2048, "attention_probs_dropout_prob": 0.1}),
         ("mistral", {"attention_bias": False, "partial_rotary_factor": 1.0}),
-        ("gemma3", {"partial_rotary_factor": 1.0}),
     ],
 )
 def test_attributes_of_published_models_that_nobody_reads_stop_nobody(name, changes):

@@ -1,5 +1,6 @@
 """Smaller decoders: their config.json, and directories that transformers loads."""
 
+import dataclasses
 import json
 
 import jax
@@ -16,6 +17,9 @@ from tests.support.removal import random_scores
 from tests.support.small_models import quick_compilation as quick_compilation
 
 FAMILIES = ["llama", "llama-3", "mistral", "qwen2", "qwen3-bias", "phi3", "gemma3"]
+FAMILIES += ["gemma2", "smollm3", "granite", "cohere", "starcoder2", "phi"]
+# Their directories cannot have fewer heads.
+WHOLE_HEADS = ["gpt2", "olmo2", "cohere2", "gpt-neox", "opt", "falcon-40b"]
 IDS = tiny_hf.tokens(1, 8)
 
 
@@ -86,7 +90,7 @@ def test_a_smaller_directory_has_the_logits_of_the_shrunk_function(name, tmp_pat
         "llama",
         *(
             pytest.param(name, marks=pytest.mark.full)
-            for name in (*FAMILIES, "gpt2")
+            for name in (*FAMILIES, *WHOLE_HEADS)
             if name not in ("gemma3", "llama")
         ),
     ],
@@ -94,7 +98,7 @@ def test_a_smaller_directory_has_the_logits_of_the_shrunk_function(name, tmp_pat
 def test_transformers_loads_it_with_equal_logits(name, tmp_path):
     pytest.importorskip("torch")
     whole_model = tiny_hf.torch_model(name, tmp_path / "whole")
-    shares = {"*/mlp/*": 0.5} if name == "gpt2" else 0.5
+    shares = {"*/mlp/*": 0.5} if name in WHOLE_HEADS else 0.5
     result, whole = shrunk(tmp_path / "whole", shares)
     kept = [0, *range(2, whole.config.layers)]
     few, params = hf.keep_layers(whole.config, result.params, kept)
@@ -215,6 +219,36 @@ def test_a_config_that_cannot_say_it_is_refused(tmp_path):
             tmp_path / "whole", tmp_path / "small", result.params, whole.names
         )
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("name", WHOLE_HEADS)
+def test_families_whose_heads_must_stay_say_so(name):
+    config = tiny_hf.config_json(name)
+    shape = hf.decoder_config(config)
+    few = dataclasses.replace(shape, heads=shape.heads // shape.kv_heads, kv_heads=1)
+    if shape.kv_heads == 1:
+        few = dataclasses.replace(shape, heads=1)
+    with pytest.raises(ValueError, match=r"cannot say.*layers and neurons only"):
+        hf.smaller_config(config, few)
+    assert hf.shrinkable(config) == ["layers", "neurons"]
+    small = dataclasses.replace(shape, mlp_width=12)
+    again = hf.smaller_config(config, small)
+    assert hf.decoder_config(again) == small
+    assert "head_dim" not in again
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "smollm3", "cohere2", "qwen2"])
+def test_layers_keep_their_kind_where_others_go(name):
+    config = tiny_hf.config_json(name)
+    config.pop("layer_types", None)
+    shape = hf.decoder_config(config)
+    params = nnx.state(hf.abstract(shape), nnx.Param)
+    kept = [0, 2]
+    small, _ = hf.keep_layers(shape, params, kept)
+    again = hf.decoder_config(hf.smaller_config(config, small, kept))
+    assert again == small
+    assert again.windows == tuple(shape.window(i) for i in kept)
+    assert [again.rope(i) for i in (0, 1)] == [shape.rope(i) for i in kept]
 
 
 def test_layers_of_different_sizes_are_refused(tmp_path):

@@ -6,6 +6,8 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.masking import matrix_mask
+from jaxprune.posttraining import methods, solve_weight
+from jaxprune.posttraining.input_statistics import InputStatistics
 from jaxprune.posttraining.solvers import alps, sparsegpt
 from tests.support import oracles
 from tests.support import oracles_trained as slow
@@ -141,3 +143,17 @@ def test_no_more_is_pruned_than_was_asked_for(method):
     )  # fmt: skip
     assert (np.asarray(pruned["w"]) == 0).sum() == 51
     assert report["weights"][0]["by_magnitude"] == []
+
+
+def test_an_expert_that_few_samples_reached_is_pruned_by_magnitude():
+    square = np.ones((4, 3), np.float32)
+    square[3] = 0
+    reached = np.array([15, 16, 40, 0], np.float32)
+    routed = InputStatistics(np.float32(40), square, None, reached)
+    assert solve_weight._unreached(methods.Wanda(), routed) == [0, 3]
+    assert solve_weight._unreached(methods.Magnitude(), routed) == []
+    # Nothing chose among these: there are ten samples, and each matrix has them all.
+    every = InputStatistics(
+        np.float32(10), np.ones((2, 3), np.float32), None, np.full(2, 10, np.float32)
+    )
+    assert solve_weight._unreached(methods.Wanda(), every) == []

@@ -10,18 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+from tests.support import tiny_families
+from tests.support.tiny_families import SMALL
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -214,6 +205,8 @@ CONFIGS = {
     ),
 }
 
+CONFIGS |= tiny_families.CONFIGS
+
 
 def torch_model(name, folder, dtype="float32"):
     """A random torch model of a configuration, saved to the folder too."""
@@ -221,7 +214,7 @@ def torch_model(name, folder, dtype="float32"):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    family, arguments = CONFIGS[name]
+    family, arguments = {**CONFIGS, **tiny_families.MIXTURES}[name]
     config = getattr(transformers, f"{family}Config")(**arguments)
     config._attn_implementation = "eager"
     base = family.removesuffix("Text")
@@ -259,12 +252,13 @@ def edit(folder, **changes):
     path.write_text(json.dumps(config))
 
 
-TYPES = {"GPT2": "gpt2", "Gemma3Text": "gemma3_text"}
+TYPES = {"GPT2": "gpt2", "Gemma3Text": "gemma3_text", "GPTNeoX": "gpt_neox"}
+TYPES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}
 
 
 def config_json(name):
     """What config.json says of a configuration, without transformers."""
-    family, arguments = CONFIGS[name]
+    family, arguments = {**CONFIGS, **tiny_families.MIXTURES}[name]
     return {"model_type": TYPES.get(family, family.lower()), **arguments}
 
 

@@ -1,4 +1,4 @@
-"""The layers of a `Decoder`: norms, attention, MLP, and the block of them.
+"""The layers of a `Decoder`: norms, attention and MLP.
 
 Norms, rotary turns, scores and softmax are float32, products run in
 `DecoderConfig.dtype`. A layer holds parameters and settings, nothing else.
@@ -17,15 +17,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.models.decoder.config import DecoderConfig, Norms
 from jaxprune.models.decoder.rope import rotate
 from jaxprune.models.placement import broadcast, rows_of
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
 }
+"""The nonlinearities of an MLP by their names in `DecoderConfig`."""
 Turn = tuple[Array, Array]
 
 
@@ -33,7 +35,7 @@ class Numeric(Protocol):
     """What norms and products need to know of a model."""
 
     @property
-    def norm(self) -> Literal["layer", "rms", "rms_plus_one"]:
+    def norm(self) -> Norms:
         """The kind of its norms."""
 
     @property
@@ -49,23 +51,27 @@ class Norm(nnx.Module):
     """Normalises the last axis by its root mean square, or by mean and deviation.
 
     x / sqrt(mean(x^2) + epsilon) times a scale; "rms_plus_one" holds the scale less 1,
-    "layer" subtracts the mean before and adds a bias after.
+    "layer" subtracts the mean before and adds a bias after, "layer_scale" adds none and
+    "layer_plain" has no scale either. "rms" rounds to the type of x before it scales.
     """
 
-    def __init__(self, config: Numeric, width: int):
-        """Makes the scale, 1 at the beginning, and the bias."""
+    def __init__(self, config: Numeric, *shape: int):
+        """Makes a scale of this shape, 1 at the beginning, and the bias."""
         self.kind, self.epsilon = config.norm, config.norm_epsilon
         first = 0.0 if self.kind == "rms_plus_one" else 1.0
-        self.scale = nnx.Param(jnp.full((width,), first))
-        self.bias = nnx.Param(jnp.zeros((width,))) if self.kind == "layer" else None
+        plain = self.kind == "layer_plain"
+        self.scale = None if plain else nnx.Param(jnp.full(shape, first))
+        self.bias = nnx.Param(jnp.zeros(shape)) if self.kind == "layer" else None
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """Normalises in float32."""
         wide = x.astype(jnp.float32)  # (..., width), as all here
-        if self.kind == "layer":
+        if self.kind.startswith("layer"):
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)  # (..., 1)
         wide = wide * jax.lax.rsqrt(square + self.epsilon)
+        if self.scale is None:
+            return wide.astype(x.dtype)
         scale = broadcast(self.scale[...], x)
         if self.kind == "rms":
             # Llama and its relatives round before they scale, Gemma after.
@@ -134,12 +140,15 @@ class Attention(nnx.Module):
             self.k = Linear(config, width, kv, bias=bias, rngs=rngs)
             self.v = Linear(config, width, kv, bias=bias, rngs=rngs)
         self.out = Linear(config, q, width, bias=config.out_bias, rngs=rngs)
-        self.norm_q = Norm(config, config.head_dim) if config.qk_norm else None
-        self.norm_k = Norm(config, config.head_dim) if config.qk_norm else None
+        self.norm_q = _norm_of_heads(config, config.heads)
+        self.norm_k = _norm_of_heads(config, config.kv_heads)
         scale = config.attention_scale
         self.scale = config.head_dim**-0.5 if scale is None else scale
+        self.softcap, self.qk_norm = config.attention_softcap, config.qk_norm
         self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.fused = config.fused
+        self.fused, self.by_head = config.fused, config.fused_by_head
+        rope = config.rope(layer)
+        self.interleaved = rope is not None and rope.interleaved
 
     def __call__(
         self,
@@ -151,37 +160,58 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
         """Attends to the keys that `seen` (time, keys) allows, `past` included."""
         batch, time, _ = x.shape
-        # (batch, time, heads or kv_heads, head_dim)
-        q, k, v = (part.reshape(batch, time, n, -1) for part, n in self._products(x))
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = self._queries_keys_values(x)
         if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+            q, k = (rotate(y, turn, interleaved=self.interleaved) for y in (q, k))
         if past is not None:  # (batch, size, kv_heads, head_dim)
             k = jax.lax.dynamic_update_slice(past[0], k, (0, start, 0, 0))
             v = jax.lax.dynamic_update_slice(past[1], v, (0, start, 0, 0))
-        x = attend(q, k, v, seen, self.scale)  # (batch, time, heads, head_dim)
+        # (batch, time, heads, head_dim)
+        x = attend(q, k, v, seen, self.scale, self.softcap)
         return self.out(x.reshape(batch, time, -1)), (k, v)
 
-    def _products(self, x: Array) -> list[tuple[Array, int]]:
-        """Queries, keys and values (batch, time, features), and their heads."""
+    def _queries_keys_values(self, x: Array) -> list[Array]:
+        """Each (batch, time, heads or kv_heads, head_dim), q and k normalised."""
         heads = (self.heads, self.kv_heads, self.kv_heads)
+        parts = self._products(x)
+        if self.qk_norm == "whole":
+            parts = self._normed(parts)
+        parts = [
+            part.reshape(*x.shape[:2], n, -1)
+            for part, n in zip(parts, heads, strict=True)
+        ]
+        return parts if self.qk_norm == "whole" else self._normed(parts)
+
+    def _normed(self, parts: list[Array]) -> list[Array]:
+        q, k, v = parts
+        return [normed(self.norm_q, q), normed(self.norm_k, k), v]
+
+    def _products(self, x: Array) -> list[Array]:
+        """Queries, keys and values, (batch, time, features)."""
+        heads, kv_heads = self.heads, self.kv_heads
         if not self.fused:
-            parts = [self.q(x), self.k(x), self.v(x)]
-        else:
-            fused = self.qkv(x)  # queries, then keys, then values
-            size = fused.shape[-1] // sum(heads)
-            cuts = [self.heads * size, (self.heads + self.kv_heads) * size]
-            parts = jnp.split(fused, cuts, axis=-1)
-        return list(zip(parts, heads, strict=True))
+            return [self.q(x), self.k(x), self.v(x)]
+        fused = self.qkv(x)
+        if not self.by_head:
+            size = fused.shape[-1] // (heads + 2 * kv_heads)
+            cuts = [heads * size, (heads + kv_heads) * size]
+            return jnp.split(fused, cuts, axis=-1)
+        group = heads // kv_heads
+        # (batch, time, kv_heads, group + 2, head_dim)
+        fused = fused.reshape(*x.shape[:2], kv_heads, group + 2, -1)
+        parts = jnp.split(fused, [group, group + 1], axis=-2)
+        return [part.reshape(*x.shape[:2], -1) for part in parts]
 
 
 class MLP(nnx.Module):
     """Wider, a nonlinearity, and back."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, wide: int | None = None
+    ):
         """Makes the matrices; `rngs` is read, not kept."""
-        width, wide, bias = config.width, config.mlp_width, config.mlp_bias
+        width, bias = config.width, config.mlp_bias
+        wide = config.mlp_width if wide is None else wide
         self.activation = config.activation
         self.gated, self.fused = config.gated, config.gated and config.fused
         if self.fused:
@@ -196,7 +226,7 @@ class MLP(nnx.Module):
         self, x: Float[Array, "batch time width"]
     ) -> Float[Array, "batch time width"]:
         """Applies the layer to each token by itself."""
-        act = _ACTIVATIONS[self.activation]
+        act = ACTIVATIONS[self.activation]
         if not self.gated:
             return self.down(act(self.up(x)))
         if self.fused:
@@ -206,32 +236,19 @@ class MLP(nnx.Module):
         return self.down(act(gate) * up)
 
 
-class Block(nnx.Module):
-    """Normalise, attend, add; normalise, MLP, add; some normalise what they add."""
+def normed(norm: Norm | None, x: Array) -> Array:
+    """Normalised, where there is a norm."""
+    return x if norm is None else norm(x)
 
-    def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
-        """Makes the layers; `rngs` is read, not kept."""
-        width, post = config.width, config.post_norms
-        self.norm_attention = Norm(config, width)
-        self.attention = Attention(config, layer, rngs=rngs)
-        self.norm_mlp = Norm(config, width)
-        self.mlp = MLP(config, rngs=rngs)
-        self.norm_attended = Norm(config, width) if post else None
-        self.norm_added = Norm(config, width) if post else None
 
-    def __call__(
-        self,
-        x: Float[Array, "batch time width"],
-        turn: Turn | None,
-        seen: Array,
-        past: tuple[Array, Array] | None,
-        start: Int[Array, ""],
-    ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
-        """Returns the residual stream after the block, and its keys and values."""
-        y, past = self.attention(self.norm_attention(x), turn, seen, past, start)
-        x = x + (y if self.norm_attended is None else self.norm_attended(y))
-        y = self.mlp(self.norm_mlp(x))  # (batch, time, width)
-        return x + (y if self.norm_added is None else self.norm_added(y)), past
+def _norm_of_heads(config: DecoderConfig, heads: int) -> Norm | None:
+    """The norm of queries or keys."""
+    shapes = {
+        "head": (config.head_dim,),
+        "heads": (heads, config.head_dim),
+        "whole": (heads * config.head_dim,),
+    }
+    return None if config.qk_norm is None else Norm(config, *shapes[config.qk_norm])
 
 
 def attend(
@@ -240,6 +257,7 @@ def attend(
     v: Float[Array, "batch keys kv_heads dim"],
     seen: Array,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "batch time heads dim"]:
     """Attention of queries to the keys that `seen` (time, keys) allows."""
     # Query heads that share a key head are rows of one matrix, which is a quarter
@@ -250,6 +268,8 @@ def attend(
     rows = q.reshape(batch, kv_heads, group * time, dim)  # (batch, kv, rows, dim)
     dot = jnp.einsum("bkrd,bskd->bkrs", rows, k, preferred_element_type=jnp.float32)
     dot = dot.reshape(batch, kv_heads, group, time, -1) * scale
+    if softcap is not None:
+        dot = softcap * jnp.tanh(dot / softcap)
     # (batch, kv, group, time, keys), float32
     dot = jnp.where(seen[None, None, None], dot, -jnp.inf)
     share = jax.nn.softmax(dot, axis=-1).astype(v.dtype)

@@ -1,7 +1,7 @@
-"""One decoder-only transformer in Flax NNX for seven families of checkpoints.
+"""One decoder-only transformer in Flax NNX for many families of checkpoints.
 
-GPT-2, Llama, Mistral, Qwen 2 and 3, Phi-3 and Gemma 3 are one program with different
-switches, all of them in `DecoderConfig`. Conventions: kernels are `[in, out]`; each
+GPT-2, Llama, Gemma and their relatives are one program with different switches, all of
+them in `DecoderConfig`. Conventions: kernels are `[in, out]`; each
 meets its activation in exactly one product, so that the traced program can be pruned
 matrix by matrix; the model holds parameters (`nnx.Param`) and nothing else, so
 `graphdef, params = nnx.split(model, nnx.Param)` is the whole model. Products run in
@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprune.models.decoder.block import Block
 from jaxprune.models.decoder.cache import Cache as Cache
 from jaxprune.models.decoder.cache import check_length, check_tokens, empty
 from jaxprune.models.decoder.config import DecoderConfig as DecoderConfig
-from jaxprune.models.decoder.layers import Block, Linear, Norm, contract, embedding
+from jaxprune.models.decoder.layers import Linear, Norm, contract, embedding
 from jaxprune.models.decoder.rope import tables
 from jaxprune.models.placement import look_up
 
@@ -52,14 +53,15 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = embedding(config, config.vocab_size, rngs)
         if not config.ropes:
-            self.position_embedding = embedding(config, config.context, rngs)
+            rows = config.context + config.position_offset
+            self.position_embedding = embedding(config, rows, rngs)
         self.layers = nnx.List(
             [Block(config, i, rngs=rngs) for i in range(config.layers)]
         )
         self.norm = Norm(config, config.width)
         if not config.tie_weights:
-            width, vocab = config.width, config.vocab_size
-            self.head = Linear(config, width, vocab, bias=False, rngs=rngs)
+            width, vocab, bias = config.width, config.vocab_size, config.head_bias
+            self.head = Linear(config, width, vocab, bias=bias, rngs=rngs)
 
     @overload
     def __call__(
@@ -142,7 +144,8 @@ class Decoder(nnx.Module):
         elif cache is None:
             length = jnp.max(positions) + 1
         if not self.config.ropes:
-            x = x + look_up(self.position_embedding, positions)[None]
+            rows = positions + self.config.position_offset
+            x = x + look_up(self.position_embedding, rows)[None]
         # Cosines and sines of each scheme, and the keys that each kind of layer sees.
         turns = {rope: tables(rope, positions, length) for rope in self.config.ropes}
         masks = _masks(self.config, index, time if cache is None else size)
@@ -175,6 +178,8 @@ class Decoder(nnx.Module):
             out = contract(x, table, 1, "float32")
         else:
             out = self.head(x, dtype="float32")
+        if self.config.logit_scale != 1:
+            out = self.config.logit_scale * out
         most = self.config.logit_softcap
         return out if most is None else most * jnp.tanh(out / most)
 

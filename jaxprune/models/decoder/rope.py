@@ -1,7 +1,8 @@
 """Rotary positions: pairs of features turned by angles that grow with the position.
 
 Feature i of the first half of a head and feature i of the second are a pair ("rotate
-half", as in the Hugging Face checkpoints); features past both halves stay as they are.
+half", as in most Hugging Face checkpoints), or neighbours are (Cohere's); features past
+those that turn stay as they are.
 A `Rope` holds numbers only, the angle a position for each pair; the schemes that
 stretch a context are functions that make one. Angles, cosines and sines are float32.
 
@@ -33,12 +34,14 @@ class Rope:
         tokens, for all of their positions; () if nothing does.
       switch: the length up to which `frequencies` hold; None if always.
       scale: factor on cosines and sines.
+      interleaved: whether neighbours are a pair, not features of two halves.
     """
 
     frequencies: tuple[float, ...] = dataclasses.field(repr=False)
     long_frequencies: tuple[float, ...] = dataclasses.field(default=(), repr=False)
     switch: int | None = None
     scale: float = 1.0
+    interleaved: bool = False
 
 
 def linear(theta: float, dim: int, factor: float = 1.0) -> Rope:
@@ -215,13 +218,22 @@ def tables(
 def rotate(
     x: Float[Array, "batch time heads dim"],
     turn: tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "batch time heads dim"]:
     """Turns each pair (a, b) to (a cos - b sin, b cos + a sin), in float32."""
     cos, sin = (table[None, :, None, :] for table in turn)
     pairs = cos.shape[-1]
-    a, b = (x[..., start : start + pairs].astype(jnp.float32) for start in (0, pairs))
+    if interleaved:
+        a, b = (x[..., start : 2 * pairs : 2] for start in (0, 1))
+    else:
+        a, b = (x[..., start : start + pairs] for start in (0, pairs))
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)  # (batch, time, heads, pairs)
     turned = [(a * cos - b * sin), (b * cos + a * sin)]
     parts = [part.astype(x.dtype) for part in turned]
+    if interleaved:
+        shape = (*x.shape[:-1], 2 * pairs)
+        parts = [jnp.stack(parts, axis=-1).reshape(shape)]
     if 2 * pairs < x.shape[-1]:
         parts.append(x[..., 2 * pairs :])
     return jnp.concatenate(parts, axis=-1)

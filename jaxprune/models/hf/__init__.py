@@ -6,6 +6,7 @@ from jaxprune.models.hf.parameters import Dtype, Shardings, to_tensors
 from jaxprune.models.hf.smaller import (
     keep_layers,
     resized,
+    shrinkable,
     smaller_config,
     write_smaller,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "resized",
+    "shrinkable",
     "smaller_config",
     "tensors",
     "to_tensors",

@@ -37,6 +37,7 @@ _IGNORED = """
     _attn_implementation_internal tokenizer_padding_side tokenizer_model_max_length
     neftune_noise_alpha
     hidden_dropout_prob attention_probs_dropout_prob mlp_dropout embd_dropout
+    init_std layerdrop dropout activation_dropout
 """
 IGNORED = frozenset(_IGNORED.split())
 # What is supported at one value only, in every family that does not read it.
@@ -109,9 +110,9 @@ class Attributes:
         value = self.optional(name)
         return default if value is None else value
 
-    def optional(self, name: str) -> float | None:
-        """A positive number, or None."""
-        value = self.raw(name)
+    def optional(self, name: str, default: float | None = None) -> float | None:
+        """A positive number, or None where null is given."""
+        value = self.raw(name, default)
         if value is None:
             return None
         if (found := _positive(value)) is None:

@@ -28,7 +28,7 @@ from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.model import Decoder
 from jaxprune.models.hf import families, parameters
 from jaxprune.models.hf.parameters import Dtype, Shardings, to_tensors
-from jaxprune.models.hf.tensor_names import Source, match
+from jaxprune.models.hf.tensor_names import Source, match, source
 from jaxprune.models.phi3_vision.model import Phi3Vision, Phi3VisionConfig
 
 
@@ -160,9 +160,9 @@ def embedded(
     Returns:
       The residual stream before the first layer.
     """
-    source = names["embedding/embedding"]
-    rows = open_directory(directory).read(source.name)[np.asarray(tokens)]
-    read_as = parameters.read_dtype(source, dtype)
+    table = names["embedding/embedding"]
+    rows = open_directory(directory).read(table.name)[np.asarray(tokens)]
+    read_as = parameters.read_dtype(table, dtype)
     x = jnp.asarray(rows, read_as).astype(config.dtype)  # (batch, time, width)
     scale = config.embedding_scale
     return x if scale == 1 else x * jnp.array(scale, x.dtype)
@@ -191,7 +191,7 @@ def tensors(
         )
     params = nnx.state(model, nnx.Param)
     names = {
-        name: Source(*family.source(name), np.dtype(leaf.dtype))
+        name: source(family, name, leaf.shape, np.dtype(leaf.dtype))
         for name, leaf in tree.named_leaves(params).items()
     }
     return to_tensors(names, params)

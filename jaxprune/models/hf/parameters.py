@@ -82,17 +82,17 @@ def to_tensors(
         )
     for leaf, source in names.items():
         array = np.asarray(jax.device_get(leaves[leaf]))  # one leaf on the host
-        array = array.T if source.transposed else array
-        array = np.array(array, source.dtype, order="C")
-        for name in (source.name, *source.copies):
-            yield name, array
+        for name, part in source.parts(array):
+            own = part.T if source.transposed else part
+            yield name, np.array(own, source.dtype, order="C")
 
 
 def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
     """The compute dtype of a folder: bfloat16 where most weights are in it."""
     sizes: Counter[str] = Counter()
     for source in names.values():
-        sizes[source.dtype.name] += directory.tensors[source.name].size
+        own = sum(directory.tensors[name].size for name in source.names)
+        sizes[source.dtype.name] += own
     return "bfloat16" if sizes.most_common(1)[0][0] == "bfloat16" else "float32"
 
 
@@ -125,6 +125,14 @@ def _part(
     directory: CheckpointDir, source: Source, index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
     """A copy of a part of a leaf, made block by block so that few pages are in use."""
+    if source.experts:
+        alone = source._replace(experts=0)
+        return np.stack(
+            [
+                _part(directory, alone._replace(name=name), index[1:], dtype)
+                for name in source.names[index[0]]
+            ]
+        )
     stored = directory.tensors[source.name]
     index = index[::-1] if source.transposed else index  # of the tensor's axes
     rows, *others = (

@@ -3,7 +3,7 @@
 The newer form is an object `rope_parameters`, or one for each kind of layer. The older
 form is `rope_theta` and, where a context was stretched, an object `rope_scaling`; where
 both are given, `rope_scaling` counts. A scheme that is not known is refused by name.
-Only Phi-3 has heads that turn in part: transformers' other classes do not look at
+Phi's and GPT-NeoX's heads may turn in part: transformers' other classes do not look at
 `partial_rotary_factor`, so it is refused there.
 """
 
@@ -46,11 +46,33 @@ class _Given(NamedTuple):
     original: float | None = None
 
 
-def one(a: Attributes, fields: Mapping[str, Any]) -> rope.Rope:
-    """The scheme of all layers; what is wrong is noted in `a.problems`."""
-    original = a.optional("original_max_position_embeddings")
-    theta = a.number("rope_theta", 1e4)
-    given = _Given(fields["context"], fields["head_dim"], theta, original=original)
+def one(
+    a: Attributes,
+    fields: Mapping[str, Any],
+    *,
+    theta: float = 1e4,
+    share: float | None = None,
+    names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+) -> rope.Rope:
+    """The scheme of all layers; what is wrong is noted in `a.problems`.
+
+    Args:
+      a: the attributes.
+      fields: the context and the features of a head.
+      theta: the base where none is given.
+      share: of a head's features that turn where none is given; None where all must.
+      names: the attributes outside of the scheme that say the two.
+
+    Returns:
+      The scheme.
+    """
+    given = _Given(
+        fields["context"],
+        fields["head_dim"],
+        a.number(names[0], theta),
+        None if share is None else a.number(names[1], share),
+        a.optional("original_max_position_embeddings"),
+    )
     return _older_or_newer(a, given, _KINDS)
 
 

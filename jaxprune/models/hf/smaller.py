@@ -25,17 +25,6 @@ from jaxprune.models.hf.loading import abstract
 from jaxprune.models.hf.parameters import shapes
 from jaxprune.models.hf.tensor_names import Source, listed
 
-# Fields of the shape, to the attributes of config.json.
-_NAMES = {
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp_width": "intermediate_size",
-}
-# GPT-2's heads are its width over their number.
-_GPT2 = {"layers": "n_layer", "mlp_width": "n_inner"}
-
 
 def keep_layers(
     config: DecoderConfig, params: Any, kept: Sequence[int]
@@ -145,7 +134,7 @@ def _sizes(
         kv = (found[f"{attention}/qkv/kernel"][1] // config.head_dim - heads) // 2
     else:
         kv = found[f"{attention}/k/kernel"][1] // config.head_dim
-    wide = found[f"layers/{layer}/mlp/down/kernel"][0]
+    wide = found[f"layers/{layer}/mlp/down/kernel"][-2]  # experts may come first
     return {"heads": heads, "kv_heads": kv, "mlp_width": wide}
 
 
@@ -181,14 +170,13 @@ def smaller_config(
     """
     before = families.decoder_config(config, ignore_config=ignore_config)
     kept = range(before.layers) if kept is None else kept
-    names = _GPT2 if config["model_type"] == "gpt2" else _NAMES
     new = dict(config)
-    for field, name in names.items():
+    for field, name in families.find(config).resized.items():
         now = getattr(shape, field)
         if now != getattr(before, field) or field == "head_dim":
             new[name] = now
     if len(kept) != before.layers:
-        new |= _layerwise(config, before, kept)
+        new |= _layerwise(config, shape, kept)
     try:
         again = families.decoder_config(new, ignore_config=ignore_config)
     except ValueError as error:
@@ -201,7 +189,7 @@ def smaller_config(
 
 
 def _cannot_say(config: Mapping[str, Any], why: str) -> str:
-    able = "layers and neurons only" if config["model_type"] == "gpt2" else "less"
+    able = "less" if "heads" in shrinkable(config) else "layers and neurons only"
     return (
         f"the config.json of a {config['model_type']} model cannot say this shape: "
         f"{why}; remove {able}"
@@ -209,20 +197,38 @@ def _cannot_say(config: Mapping[str, Any], why: str) -> str:
 
 
 def _layerwise(
-    config: Mapping[str, Any], before: DecoderConfig, kept: Sequence[int]
+    config: Mapping[str, Any], shape: DecoderConfig, kept: Sequence[int]
 ) -> dict[str, Any]:
     """Attributes that go by the number of a layer."""
-    new: dict[str, Any] = {}
+    new: dict[str, Any] = dict(families.find(config).kinds(shape))
     types = config.get("layer_types")
-    if config["model_type"] == "gemma3_text" and types is None:
-        names = ("full_attention", "sliding_attention")
-        types = [names[i] for i in before.rope_of]
     if types is not None:
         new["layer_types"] = [types[i] for i in kept]
     first = config.get("max_window_layers")
     if first is not None:
         new["max_window_layers"] = sum(i < first for i in kept)
     return new
+
+
+def shrinkable(config: Mapping[str, Any]) -> list[str]:
+    """What the models of a config.json's family can have fewer of.
+
+    Args:
+      config: the parsed file.
+
+    Returns:
+      Some of "layers", "neurons" and "heads".
+
+    Raises:
+      ValueError: the model type is not supported.
+
+    Example:
+      >>> shrinkable({"model_type": "gpt2"})
+      ['layers', 'neurons']
+    """
+    names = {"layers": "layers", "mlp_width": "neurons", "heads": "heads"}
+    found = families.find(config).resized
+    return [word for field, word in names.items() if field in found]
 
 
 def write_smaller(
@@ -267,11 +273,13 @@ def write_smaller(
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
         origin = names[_before(leaf, kept)]
-        for name in (origin.name, *origin.copies):
+        for i, name in enumerate((*origin.names, *origin.copies)):
             theirs = _renumbered(name, leaf, kept)
-            form = array.shape[::-1] if origin.transposed else array.shape
+            form = array.shape[1:] if origin.experts else array.shape
+            form = form[::-1] if origin.transposed else form
+            read = _reader(array, origin, i if origin.experts else None)
             tensors[theirs] = new_weights.NewTensor(
-                opened.tensors[name].file, origin.dtype, form, _reader(array, origin)
+                opened.tensors[name].file, origin.dtype, form, read
             )
     return new_weights.write(
         opened,
@@ -284,9 +292,10 @@ def write_smaller(
     )
 
 
-def _reader(array: Any, origin: Source) -> Any:
+def _reader(array: Any, origin: Source, expert: int | None) -> Any:
     def read() -> np.ndarray:
         found = np.asarray(jax.device_get(lazy.array(array)))
+        found = found if expert is None else found[expert]
         return found.T if origin.transposed else found
 
     return read

@@ -6,7 +6,7 @@ unknown, missing, doubled or of another shape are named together, in one error.
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,12 +25,28 @@ class Source(NamedTuple):
       transposed: whether its axes are the leaf's reversed.
       dtype: how it is stored there.
       copies: names under which the directory holds it again (a tied head).
+      experts: of how many tensors the leaf is made, one behind the other along its
+        first axis, with their numbers in place of the "*" in the name; 0 for one alone.
     """
 
     name: str
     transposed: bool
     dtype: np.dtype
     copies: tuple[str, ...] = ()
+    experts: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that the leaf is made of."""
+        if not self.experts:
+            return (self.name,)
+        return tuple(self.name.replace("*", str(i)) for i in range(self.experts))
+
+    def parts(self, leaf: Any) -> list[tuple[str, Any]]:
+        """The tensors' names and what of a leaf they hold, with the leaf's axes."""
+        if not self.experts:
+            return [(name, leaf) for name in (self.name, *self.copies)]
+        return [(name, leaf[i]) for i, name in enumerate(self.names)]
 
 
 def match(
@@ -41,23 +57,28 @@ def match(
     """Leaf name to tensor; raises `Damaged` or `Unknown` where they do not fit."""
     found: dict[str, list[str]] = {}  # name without the prefix to full names
     for name in directory.tensors:
-        found.setdefault(name.removeprefix(family.prefix), []).append(name)
+        key = name.removeprefix(family.prefix)
+        found.setdefault(family.renamed.get(key, key), []).append(name)
     names, wrong, used = {}, [], set()
     missing = []
     for leaf, shape in leaves.items():
-        theirs, transposed = family.source(leaf)
-        key = theirs.removeprefix(family.prefix)
-        used.add(key)
-        if key not in found:
-            missing.append(theirs)
+        asked = source(family, leaf, shape, np.dtype("float32"))
+        keys = [name.removeprefix(family.prefix) for name in asked.names]
+        used.update(keys)
+        if absent := [
+            n for n, k in zip(asked.names, keys, strict=True) if k not in found
+        ]:
+            missing += absent
             continue
-        info = directory.tensors[found[key][0]]
-        stored = shape[::-1] if transposed else shape
-        if info.shape != stored:
-            wrong.append(f"{found[key][0]} is {info.shape} and not {stored}")
-        if info.dtype.name not in _FLOATING:
-            wrong.append(f"{found[key][0]} is {info.dtype}, which is not floating")
-        names[leaf] = Source(found[key][0], transposed, info.dtype)
+        stored = shape[1:] if asked.experts else shape
+        stored = stored[::-1] if asked.transposed else stored
+        for key in keys:
+            info = directory.tensors[found[key][0]]
+            if info.shape != stored:
+                wrong.append(f"{found[key][0]} is {info.shape} and not {stored}")
+            if info.dtype.name not in _FLOATING:
+                wrong.append(f"{found[key][0]} is {info.dtype}, which is not floating")
+        names[leaf] = _stored(directory, asked, [found[key][0] for key in keys])
     copies = {key: leaf for key, leaf in family.copies.items() if key not in used}
     used.update(copies)
     unknown = [
@@ -75,6 +96,30 @@ def match(
             _check_copy(directory, tied.name, name)
             names[leaf] = tied._replace(copies=(*tied.copies, name))
     return names
+
+
+def source(
+    family: Family, leaf: str, shape: tuple[int, ...], dtype: np.dtype
+) -> Source:
+    """Where a leaf of this shape and dtype belongs in a new directory of a family."""
+    name, transposed = family.source(leaf)
+    return Source(name, transposed, dtype, experts=shape[0] if "*" in name else 0)
+
+
+def _stored(directory: CheckpointDir, asked: Source, found: list[str]) -> Source:
+    """A source with the names and the dtype that a directory has it by."""
+    dtypes = [directory.tensors[name].dtype for name in found]
+    if not asked.experts:
+        return asked._replace(name=found[0], dtype=dtypes[0])
+    # The prefix may be left out there, of all or of none.
+    name = asked.name if found[0] == asked.names[0] else asked.name.split(".", 1)[1]
+    together = asked._replace(name=name, dtype=dtypes[0])
+    if list(together.names) != found or len({*dtypes}) > 1:
+        raise Unknown(
+            f"'{directory.path}' must hold the experts {asked.name} in one dtype and "
+            "with one prefix, but they differ; save the model again with transformers"
+        )
+    return together
 
 
 def _refuse(

@@ -9,13 +9,24 @@ from typing import Any
 from jaxprune.arrays.messages import listed
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.hf.families import (
+    cohere,
+    falcon,
+    gemma2,
     gemma3,
     gpt2,
+    gpt_neox,
+    granite,
     llama,
     mistral,
+    mixtures,
+    olmo2,
+    opt,
+    phi,
     phi3,
     phi3_vision,
     qwen,
+    smollm3,
+    starcoder2,
 )
 from jaxprune.models.hf.families.family import Family as Family
 from jaxprune.models.phi3_vision.model import Phi3VisionConfig
@@ -28,8 +39,23 @@ FAMILIES = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen.QWEN2,
     "qwen3": qwen.QWEN3,
+    "phi": phi.FAMILY,
     "phi3": phi3.FAMILY,
+    "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "smollm3": smollm3.FAMILY,
+    "granite": granite.FAMILY,
+    "cohere": cohere.COHERE,
+    "cohere2": cohere.COHERE2,
+    "starcoder2": starcoder2.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
+    "opt": opt.FAMILY,
+    "falcon": falcon.FAMILY,
+    "mixtral": mixtures.MIXTRAL,
+    "qwen2_moe": mixtures.QWEN2_MOE,
+    "qwen3_moe": mixtures.QWEN3_MOE,
+    "olmoe": mixtures.OLMOE,
     "phi3_v": phi3_vision.FAMILY,
 }
 """The supported families by `model_type`."""
@@ -58,7 +84,7 @@ def find(config: Mapping[str, Any]) -> Family:
         raise ValueError(
             f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}"
         )
-    return FAMILIES[kind]
+    return FAMILIES[kind].of(config)
 
 
 def without(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:

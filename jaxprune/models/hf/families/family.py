@@ -24,6 +24,8 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
 }
 _SLIDING = {"full_attention": False, "sliding_attention": True}
 
@@ -45,6 +47,22 @@ LAYER = {
     "norm_mlp": "post_attention_layernorm",
 }
 """Modules of a layer, likewise."""
+RESIZED = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_width": "intermediate_size",
+}
+"""Fields of the shape that a smaller model changes, to their attributes."""
+WHOLE_HEADS = {"layers": "num_hidden_layers", "mlp_width": "intermediate_size"}
+"""The same where heads must stay: their size is the width over their number, say."""
+SANDWICH = {
+    "norm_attended": "post_attention_layernorm",
+    "norm_mlp": "pre_feedforward_layernorm",
+    "norm_added": "post_feedforward_layernorm",
+}
+"""Norms of Gemma's blocks, which stand before and behind attention and MLP."""
 
 
 def modules(
@@ -75,6 +93,10 @@ class Family:
       stored_out_in: whether kernels are stored [out, in].
       skipped: a pattern of tensors that hold nothing learned.
       copies: tensors, without the prefix, that may repeat a leaf: to that leaf.
+      variant: for a config.json, the modules that have other names by it.
+      renamed: other names of tensors, without the prefix: to those of `modules`.
+      resized: fields that a smaller model changes, to the attributes that say them.
+      kinds: for a shape, attributes that say how its layers differ.
     """
 
     fields: Callable[[Attributes], Fields]
@@ -89,6 +111,10 @@ class Family:
     copies: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"lm_head.weight": "embedding/embedding"}
     )
+    variant: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda config: {}
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    resized: Mapping[str, str] = dataclasses.field(default_factory=lambda: RESIZED)
+    kinds: Callable[[Any], Fields] = lambda shape: {}
 
     def read(self, config: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
         """The model's shape, in float32, and the attributes that were ignored.
@@ -108,11 +134,18 @@ class Family:
             )
         return self.shape(**fields), tuple(attributes.ignored)
 
+    def of(self, config: Mapping[str, Any]) -> "Family":
+        """The family with the names that a config.json asks for."""
+        if not (own := self.variant(config)):
+            return self
+        return dataclasses.replace(self, modules={**self.modules, **own})
+
     def source(self, leaf: str) -> tuple[str, bool]:
         """The tensor of a leaf, and whether its axes are the leaf's reversed.
 
-        "layers/3/attention/q/kernel" is "model.layers.3.self_attn.q_proj.weight", and
-        reversed where that is [out, in].
+        A "*" in the name is the number of an expert: the leaf has their tensors as its
+        first axis. "layers/3/attention/q/kernel" is
+        "model.layers.3.self_attn.q_proj.weight", and reversed where that is [out, in].
         """
         if leaf in self.parameters:
             name, reverse = self.parameters[leaf]
@@ -128,19 +161,27 @@ class Family:
         return name if head else self.prefix + name, reverse
 
 
-def sizes(a: Attributes, *, head_dim: int | None = None, tied: bool = False) -> Fields:
-    """The fields that all but GPT-2 write alike; `head_dim`, `tied` are defaults."""
+def sizes(
+    a: Attributes,
+    *,
+    head_dim: int | None = None,
+    kv_heads: int | None = None,
+    tied: bool = False,
+    epsilon: tuple[str, float] = ("rms_norm_eps", 1e-6),
+) -> Fields:
+    """The fields that most families write alike, by the defaults of a family."""
     width, heads = a.size("hidden_size"), a.size("num_attention_heads")
+    named = a.raw("num_key_value_heads", kv_heads)
     return {
         "vocab_size": a.size("vocab_size"),
         "context": a.size("max_position_embeddings"),
         "layers": a.size("num_hidden_layers", most=LAYERS),
         "width": width,
         "heads": heads,
-        "kv_heads": a.size("num_key_value_heads", heads),
+        "kv_heads": a.size("num_key_value_heads", heads if named is None else kv_heads),
         "head_dim": a.size("head_dim", head_dim or width // heads),
         "mlp_width": a.size("intermediate_size"),
-        "norm_epsilon": a.number("rms_norm_eps", 1e-6),
+        "norm_epsilon": a.number(*epsilon),
         "tie_weights": a.flag("tie_word_embeddings", tied),
     }
 
@@ -151,14 +192,38 @@ def activation(a: Attributes, name: str = "hidden_act", default: str = "silu") -
     return found
 
 
-def like_llama(a: Attributes, *, head_dim: int | None = None) -> Fields:
+def like_llama(a: Attributes, *, theta: float = 1e4, **defaults: Any) -> Fields:
     """`sizes`, the nonlinearity and one rotary scheme: Llama and its relatives."""
-    fields = sizes(a, head_dim=head_dim)
+    fields = sizes(a, **defaults)
     return {
         **fields,
         "activation": activation(a),
-        "ropes": (rope_config.one(a, fields),),
+        "ropes": (rope_config.one(a, fields, theta=theta),),
     }
+
+
+def biased(a: Attributes, *, mlp: bool = False) -> Fields:
+    """Biases of the attention by `attention_bias`, and of the MLP by `mlp_bias`."""
+    bias = a.flag("attention_bias", False)
+    fields = {"qkv_bias": bias, "out_bias": bias}
+    return {**fields, "mlp_bias": a.flag("mlp_bias", False)} if mlp else fields
+
+
+def split(a: Attributes, width: str, heads: str) -> int:
+    """Features of a head where a width is cut into the heads."""
+    size, number = a.size(width), a.size(heads)
+    if size % number:
+        a.wrong(width, f"divisible by {heads}={number}", size)
+    return max(1, size // number)
+
+
+def alternating(a: Attributes, size: int | None, every: int) -> list[bool]:
+    """Which layers see a window of this size only: all but each last of `every`."""
+    layers = a.size("num_hidden_layers", most=LAYERS)
+    sliding = sliding_layers(a, [bool((i + 1) % every) for i in range(layers)])
+    if any(sliding) and size is None:
+        a.wrong("sliding_window", "given where layers slide", None)
+    return sliding
 
 
 def window(a: Attributes, default: int | None) -> int | None:
@@ -181,3 +246,10 @@ def sliding_layers(a: Attributes, default: list[bool]) -> list[bool]:
         a.wrong("layer_types", f"{len(default)} long, one a layer", len(given))
         return default
     return [_SLIDING[kind] for kind in given]
+
+
+def layer_types(shape: DecoderConfig) -> Fields:
+    """The attribute that says which layers of a shape see a window only."""
+    full, sliding = _SLIDING
+    kinds = [full if shape.window(i) is None else sliding for i in range(shape.layers)]
+    return {"layer_types": kinds}

@@ -10,20 +10,16 @@ from jaxprune.models.hf.families.family import Family, Fields
 
 def _fields(a: Attributes) -> Fields:
     fields = family.sizes(a, head_dim=256, tied=True)
-    layers, bias = fields["layers"], a.flag("attention_bias", False)
     size = family.window(a, 4096)
     every = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 6))
-    sliding = family.sliding_layers(a, [bool((i + 1) % every) for i in range(layers)])
-    if any(sliding) and size is None:
-        a.wrong("sliding_window", "given where layers slide", None)
+    sliding = family.alternating(a, size, every)
     return {
         **fields,
         "norm": "rms_plus_one",
-        "qk_norm": True,
-        "post_norms": True,
+        "qk_norm": "head",
+        "block": "sandwich",
         "activation": family.activation(a, "hidden_activation", "gelu_pytorch_tanh"),
-        "qkv_bias": bias,
-        "out_bias": bias,
+        **family.biased(a),
         "embedding_scale": math.sqrt(fields["width"]),
         "attention_scale": a.number("query_pre_attn_scalar", 256) ** -0.5,
         "logit_softcap": a.optional("final_logit_softcapping"),
@@ -33,13 +29,9 @@ def _fields(a: Attributes) -> Fields:
     }
 
 
-_SANDWICH = {
-    "norm_attended": "post_attention_layernorm",
-    "norm_mlp": "pre_feedforward_layernorm",
-    "norm_added": "post_feedforward_layernorm",
-}
 FAMILY = Family(
     _fields,
-    family.modules(family.OUTER, {**family.LAYER, **_SANDWICH}),
+    family.modules(family.OUTER, {**family.LAYER, **family.SANDWICH}),
     only={"attn_logit_softcapping": None, "use_bidirectional_attention": False},
+    kinds=family.layer_types,
 )

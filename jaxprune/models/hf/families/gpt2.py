@@ -54,4 +54,5 @@ FAMILY = Family(
     prefix="transformer.",
     stored_out_in=False,
     skipped=r"h\.\d+\.attn\.(masked_)?bias",
+    resized={"layers": "n_layer", "mlp_width": "n_inner"},
 )

@@ -11,12 +11,11 @@ def _fields_2(a: Attributes) -> Fields:
 
 
 def _fields_3(a: Attributes) -> Fields:
-    fields, bias = family.like_llama(a, head_dim=128), a.flag("attention_bias", False)
+    fields = family.like_llama(a, head_dim=128)
     return {
         **fields,
-        "qk_norm": True,
-        "qkv_bias": bias,
-        "out_bias": bias,
+        **family.biased(a),
+        "qk_norm": "head",
         "windows": _windows(a, fields["layers"]),
     }
 
