@@ -146,7 +146,7 @@ CONFIGS = {
             "tie_word_embeddings": True,
         },
     ),
-    "cohere": ("Cohere", {**SMALL, "logit_scale": 0.3}),
+    "cohere": ("Cohere", {**SMALL, "logit_scale": 0.5}),
     "cohere-norms": (
         "Cohere",
         {
