@@ -2,7 +2,8 @@
 
 A block that imports is a program of its own: it gets a fresh namespace and an empty
 folder, and a warning is an error as everywhere in the tests. One that imports nothing
-goes on where the block before it on the page ended.
+goes on where the block before it on the page ended. A block that the site takes from
+examples/ is run by test_examples.py.
 """
 
 import ast
@@ -17,20 +18,10 @@ README = ROOT / "README.md"
 OPTIONAL = {"equinox"}
 
 _TEXT = README.read_text()
-_BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def _blocks():
-    """Name ("page:line") to (page, line, source) of each block of Python."""
-    for page in PAGES:
-        text = page.read_text()
-        for found in _BLOCK.finditer(text):
-            line = text.count("\n", 0, found.start(1)) + 1
-            yield f"{page.name}:{line}", (page, line, found[1])
-
-
-BLOCKS = dict(_blocks())
+_BLOCK = re.compile(
+    r'^```python[^\n]*\n(?!--8<-- "examples/)(.*?)^```', re.MULTILINE | re.DOTALL
+)
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _imported(source: str) -> set[str]:
@@ -43,15 +34,23 @@ def _imported(source: str) -> set[str]:
     return names
 
 
-def _program(where):
-    """The blocks that are run for one: from the last on its page that imports."""
-    names = list(BLOCKS)
-    last = names.index(where)
-    first = last
-    while not _imported(BLOCKS[names[first]][2]):
-        first -= 1
-    assert BLOCKS[names[first]][0] == BLOCKS[where][0], "the page imports nothing"
-    return [BLOCKS[name] for name in names[first : last + 1]]
+def _programs():
+    """Name ("page:line") to the page and the (line, source) of the blocks run for one."""
+    programs = {}
+    for page in PAGES:
+        text, blocks = page.read_text(), None
+        for found in _BLOCK.finditer(text):
+            line = text.count("\n", 0, found.start(1)) + 1
+            if _imported(found[1]):
+                blocks = []
+                programs[f"{page.relative_to(ROOT)}:{line}"] = page, blocks
+            assert blocks is not None, f"{page}:{line}: nothing is imported before"
+            blocks.append((line, found[1]))
+    return programs
+
+
+PROGRAMS = _programs()
+SOURCES = [source for _, blocks in PROGRAMS.values() for _, source in blocks]
 
 
 def _by_page(where):
@@ -60,21 +59,21 @@ def _by_page(where):
     return pytest.param(where, marks=marks, id=where)
 
 
-@pytest.mark.parametrize("where", [_by_page(where) for where in BLOCKS])
+@pytest.mark.parametrize("where", [_by_page(where) for where in PROGRAMS])
 def test_every_block_runs_as_it_stands(where, tmp_path, monkeypatch):
-    program = _program(where)
-    for module in set().union(*(_imported(source) for _, _, source in program)):
+    page, blocks = PROGRAMS[where]
+    for module in set().union(*(_imported(source) for _, source in blocks)):
         if module in OPTIONAL:
             pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
-    for page, line, source in program:
+    for line, source in blocks:
         # Empty lines in front, so that a traceback names the page's own line.
         exec(compile("\n" * (line - 1) + source, str(page), "exec"), names)
 
 
 def test_there_are_blocks_for_each_kind_of_model():
-    imported = set().union(*(_imported(source) for _, _, source in BLOCKS.values()))
+    imported = set().union(*(_imported(source) for source in SOURCES))
     assert {"jaxprune", "optax", "flax", "equinox"} <= imported
 
 
