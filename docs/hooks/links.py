@@ -22,8 +22,6 @@ OUTSIDE = {
     "experiments/README.md": "experiments.md",
 }
 SOURCES = {page: source for source, page in OUTSIDE.items()}
-# README.md is no page: the site has a home of its own.
-PAGES = {**OUTSIDE, "README.md": "index.md"}
 # A block of code, which stays as it is, or a link: its text, its path, its anchor.
 _PART = re.compile(
     r"^(?P<fence>`{3,}).*?^(?P=fence)"
@@ -49,7 +47,7 @@ def on_page_markdown(markdown, page, config, files):
             return found[0]
         path = posixpath.join(posixpath.dirname(source), found["path"])
         path = posixpath.normpath(path)
-        inside = PAGES.get(path, path.removeprefix("docs/"))
+        inside = OUTSIDE.get(path, path.removeprefix("docs/"))
         anchor = found["anchor"] or ""
         if files.get_file_from_path(inside):
             target = posixpath.relpath(inside, posixpath.dirname(uri) or ".")
