@@ -1,8 +1,8 @@
 """Pages of the site that lie outside docs/, and links between them and docs/.
 
-Links are written as they work in a checkout, `../benchmarks/README.md`. Here those to a
-page of the site become links inside it. Links to other files of the checkout lead to the
-repository if `repo_url` in mkdocs.yml says where that is, and are plain text if not.
+Links are written as they work in a checkout, `../benchmarks/README.md`. Here those to
+a page of the site become links inside it. Links to other files of the checkout lead to
+the repository if `repo_url` in mkdocs.yml says where that is, else they become text.
 A link that leads nowhere is left as it is: `mkdocs build --strict` refuses it.
 """
 

@@ -2,15 +2,18 @@
 
 A block that imports is a program of its own: it gets a fresh namespace and an empty
 folder, and a warning is an error as everywhere in the tests. One that imports nothing
-goes on where the block before it on the page ended. A block that the site takes from
-examples/ is run by test_examples.py.
+goes on where the block before it on the page ended. What a page takes from examples/,
+```{.python} in front, is run by test_examples.py.
 """
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+import jaxprune
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -18,9 +21,7 @@ README = ROOT / "README.md"
 OPTIONAL = {"equinox"}
 
 _TEXT = README.read_text()
-_BLOCK = re.compile(
-    r'^```python[^\n]*\n(?!--8<-- "examples/)(.*?)^```', re.MULTILINE | re.DOTALL
-)
+_BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -35,7 +36,7 @@ def _imported(source: str) -> set[str]:
 
 
 def _programs():
-    """Name ("page:line") to the page and the (line, source) of the blocks run for one."""
+    """Name ("page:line") to the page and the (line, source) of what is run for one."""
     programs = {}
     for page in PAGES:
         text, blocks = page.read_text(), None
@@ -79,6 +80,20 @@ def test_there_are_blocks_for_each_kind_of_model():
 
 def test_no_block_is_exempt_from_running():
     assert not any("no-run" in page.read_text() for page in PAGES)
+
+
+def test_every_public_function_and_class_is_in_the_reference():
+    pages = [*(ROOT / "docs" / "reference").glob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    shown = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    public = [getattr(jaxprune, name) for name in jaxprune.__all__]
+    public += [getattr(jaxprune.scores, name) for name in jaxprune.scores.__all__]
+    names = {
+        f"{each.__module__}.{each.__qualname__}"
+        for each in public
+        if not inspect.ismodule(each)
+    }
+    assert names - shown == set()
 
 
 @pytest.mark.parametrize(
