@@ -2,14 +2,18 @@
 
 A block that imports is a program of its own: it gets a fresh namespace and an empty
 folder, and a warning is an error as everywhere in the tests. One that imports nothing
-goes on where the block before it on the page ended.
+goes on where the block before it on the page ended. What a page takes from examples/,
+```{.python} in front, is run by test_examples.py.
 """
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+import jaxprune
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -18,19 +22,7 @@ OPTIONAL = {"equinox"}
 
 _TEXT = README.read_text()
 _BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def _blocks():
-    """Name ("page:line") to (page, line, source) of each block of Python."""
-    for page in PAGES:
-        text = page.read_text()
-        for found in _BLOCK.finditer(text):
-            line = text.count("\n", 0, found.start(1)) + 1
-            yield f"{page.name}:{line}", (page, line, found[1])
-
-
-BLOCKS = dict(_blocks())
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _imported(source: str) -> set[str]:
@@ -43,15 +35,23 @@ def _imported(source: str) -> set[str]:
     return names
 
 
-def _program(where):
-    """The blocks that are run for one: from the last on its page that imports."""
-    names = list(BLOCKS)
-    last = names.index(where)
-    first = last
-    while not _imported(BLOCKS[names[first]][2]):
-        first -= 1
-    assert BLOCKS[names[first]][0] == BLOCKS[where][0], "the page imports nothing"
-    return [BLOCKS[name] for name in names[first : last + 1]]
+def _programs():
+    """Name ("page:line") to the page and the (line, source) of what is run for one."""
+    programs = {}
+    for page in PAGES:
+        text, blocks = page.read_text(), None
+        for found in _BLOCK.finditer(text):
+            line = text.count("\n", 0, found.start(1)) + 1
+            if _imported(found[1]):
+                blocks = []
+                programs[f"{page.relative_to(ROOT)}:{line}"] = page, blocks
+            assert blocks is not None, f"{page}:{line}: nothing is imported before"
+            blocks.append((line, found[1]))
+    return programs
+
+
+PROGRAMS = _programs()
+SOURCES = [source for _, blocks in PROGRAMS.values() for _, source in blocks]
 
 
 def _by_page(where):
@@ -60,26 +60,40 @@ def _by_page(where):
     return pytest.param(where, marks=marks, id=where)
 
 
-@pytest.mark.parametrize("where", [_by_page(where) for where in BLOCKS])
+@pytest.mark.parametrize("where", [_by_page(where) for where in PROGRAMS])
 def test_every_block_runs_as_it_stands(where, tmp_path, monkeypatch):
-    program = _program(where)
-    for module in set().union(*(_imported(source) for _, _, source in program)):
+    page, blocks = PROGRAMS[where]
+    for module in set().union(*(_imported(source) for _, source in blocks)):
         if module in OPTIONAL:
             pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
-    for page, line, source in program:
+    for line, source in blocks:
         # Empty lines in front, so that a traceback names the page's own line.
         exec(compile("\n" * (line - 1) + source, str(page), "exec"), names)
 
 
 def test_there_are_blocks_for_each_kind_of_model():
-    imported = set().union(*(_imported(source) for _, _, source in BLOCKS.values()))
+    imported = set().union(*(_imported(source) for source in SOURCES))
     assert {"jaxprune", "optax", "flax", "equinox"} <= imported
 
 
 def test_no_block_is_exempt_from_running():
     assert not any("no-run" in page.read_text() for page in PAGES)
+
+
+def test_every_public_function_and_class_is_in_the_reference():
+    pages = [*(ROOT / "docs" / "reference").glob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    shown = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    public = [getattr(jaxprune, name) for name in jaxprune.__all__]
+    public += [getattr(jaxprune.scores, name) for name in jaxprune.scores.__all__]
+    names = {
+        f"{each.__module__}.{each.__qualname__}"
+        for each in public
+        if not inspect.ismodule(each)
+    }
+    assert names - shown == set()
 
 
 @pytest.mark.parametrize(
