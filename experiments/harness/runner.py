@@ -128,7 +128,7 @@ def identity_of(config: Any, plan: Plan, **own: Any) -> dict[str, Any]:
     """What must be the same for a run of `sweep` to continue; JSON-able."""
     return manifest.as_json(
         {
-            "preset": config.preset,
+            "preset": getattr(config, "preset", None),
             "dtype": config.dtype,
             "seeds": config.seeds[:1] if config.smoke else config.seeds,
             "smoke": config.smoke,
@@ -149,12 +149,13 @@ def _seeds(
     """What results.json holds of each seed, and what the phases cost."""
     numbers, done, phases = identity["seeds"], [], []
     writes = processes.is_first()
+    stages = plan.stages() + task.begins_trained
     with contextlib.ExitStack() as opened:
         log = None
         if writes:
             log = opened.enter_context(records.MetricsLog(out / METRICS))
         progress = opened.enter_context(
-            Progress(len(numbers) * plan.stages(), "run", unit="stage", shown=writes)
+            Progress(len(numbers) * stages, "run", unit="stage", shown=writes)
         )
         for number in numbers:
             seed = Seed(number, plan, task, out, log, identity, progress, mesh)
