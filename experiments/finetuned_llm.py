@@ -200,7 +200,6 @@ def main(config: Config) -> Path:
         identity = runner.identity_of(
             config,
             plan,
-            model=None if config.model is None else str(config.model),
             weights=_fingerprint(directory),
             texts=_texts_fingerprint(texts),
             **{

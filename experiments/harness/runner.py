@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -251,12 +252,16 @@ def command(
     module: str, config: Any, *, without: Collection[str] = _OF_THE_START
 ) -> str:
     """The command line of a configuration, without what is its default."""
-    words = ["python", "-m", module]
+    first, words = ["python", "-m", module], []
+    kinds = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == field.default or field.name in without:
             continue
+        if tyro.conf.Positional in getattr(kinds[field.name], "__metadata__", ()):
+            first.append(str(value))
+            continue
         words.append("--" + field.name.replace("_", "-"))
         if value is not True:
             words += map(str, value if isinstance(value, tuple) else [value])
-    return shlex.join(words)
+    return shlex.join([*first, *words])

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -34,8 +35,11 @@ CONFIG: dict[str, Any] = {
 def write(directory: Path) -> Path:
     """Writes the directory, the same bytes each time; needs the package tokenizers."""
     directory.mkdir(parents=True, exist_ok=True)
-    model = Decoder(hf.decoder_config(CONFIG), rngs=nnx.Rngs(0))
-    save_file(dict(hf.tensors(model, CONFIG)), directory / "model.safetensors")
+    graph, params = nnx.split(Decoder(hf.decoder_config(CONFIG), rngs=nnx.Rngs(0)))
+    # Of deviation 0.1: in a model this narrow the usual 0.02 would do next to nothing.
+    params = jax.tree.map(lambda leaf: 5 * leaf if leaf.ndim > 1 else leaf, params)
+    tensors = dict(hf.tensors(nnx.merge(graph, params), CONFIG))
+    save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(CONFIG))
     settings = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))

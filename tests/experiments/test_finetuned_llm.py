@@ -4,10 +4,13 @@ import csv
 import dataclasses
 import json
 import math
+import shlex
 
 import jax
 import numpy as np
+import optax
 import pytest
+import tyro
 from flax import nnx
 
 import jaxprune as jp
@@ -84,7 +87,8 @@ def ended(run):
     model = hf.load(run.model, dtype="float32").model
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     trained = lambda name: not name.startswith("embedding")  # noqa: E731
-    tx = language_model.optimizer(0.0, track=("square", "weight"), trained=trained)
+    rate = optax.constant_schedule(0.0)
+    tx = language_model.optimizer(rate, track=("square", "weight"), trained=trained)
     target = jax.eval_shape(lambda: training.init(params, tx))
     state = checkpoint.restore(folder, target).state
     square = jp.tree.named_leaves(jp.get_importance(state.opt_state).square)
@@ -145,6 +149,7 @@ def cell_of(seed, criterion):
     return found
 
 
+@pytest.mark.full
 def test_the_models_that_nothing_was_pruned_of_have_the_losses_of_a_plain_forward(
     files, seed, began, ended
 ):
@@ -159,6 +164,7 @@ def test_the_models_that_nothing_was_pruned_of_have_the_losses_of_a_plain_forwar
     assert seed["dense"]["loss"] < seed["start"]["loss"]
 
 
+@pytest.mark.full
 def test_the_tables_are_left_alone_and_everything_else_is_trained(began, ended):
     params, square = ended
     for name, leaf in params.items():
@@ -168,6 +174,7 @@ def test_the_tables_are_left_alone_and_everything_else_is_trained(began, ended):
 
 
 @pytest.mark.parametrize("criterion", ["movement", "trajectory"])
+@pytest.mark.full
 def test_a_cell_is_the_loss_with_the_lowest_scores_at_zero(
     files, seed, began, ended, criterion
 ):
@@ -184,6 +191,7 @@ def test_a_cell_is_the_loss_with_the_lowest_scores_at_zero(
     assert cell["sparsity_by_leaf"] == pytest.approx(shares, abs=2e-3)
 
 
+@pytest.mark.full
 def test_a_solver_takes_as_many_of_each_matrix_as_the_ranking_and_repairs_the_rest(
     seed, began, ended
 ):
@@ -195,6 +203,7 @@ def test_a_solver_takes_as_many_of_each_matrix_as_the_ranking_and_repairs_the_re
     assert cell["loss_pruned"] != cell_of(seed, "trajectory")["loss_pruned"]
 
 
+@pytest.mark.full
 def test_the_retrained_model_is_a_directory_with_its_zeros_where_they_were(
     files, run, seed, began, ended
 ):
@@ -213,6 +222,7 @@ def test_the_retrained_model_is_a_directory_with_its_zeros_where_they_were(
     assert seed["control"]["steps"] == STEPS + RETRAIN
 
 
+@pytest.mark.full
 def test_report_and_csv_have_both_texts(run, seed):
     with open(run.out / "results.csv", newline="") as file:
         rows = {row["criterion"]: row for row in csv.DictReader(file)}
@@ -229,6 +239,15 @@ def test_report_and_csv_have_both_texts(run, seed):
     assert (run.out / "foreign_loss_global.svg").exists()
 
 
+@pytest.mark.full
+def test_the_command_that_is_recorded_is_this_run(run):
+    results = json.loads((run.out / "results.json").read_text())
+    words = shlex.split(results["command"])
+    assert words[:4] == ["python", "-m", "experiments.finetuned_llm", str(run.model)]
+    assert tyro.cli(finetuned_llm.Config, args=words[3:]) == run
+
+
+@pytest.mark.full
 def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
     before = snapshot(run.out)
     finetuned_llm.main(run)
@@ -336,6 +355,6 @@ def test_files_that_do_not_fit_are_refused(files, tmp_path):
         ({"out": files["model"] / "run"}, "."),
     ):
         with pytest.raises((ValueError, OSError), match=told):
-            finetuned_llm.main(config(files, tmp_path / "run", **changes))
+            finetuned_llm.main(config(files, **{"out": tmp_path / "run", **changes}))
     assert not (tmp_path / "run").exists()
     assert not (files["model"] / "run").exists()
