@@ -33,6 +33,7 @@ from jaxprune.arrays.low_bit import Storage
 from jaxprune.formats import atomic
 from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.models import hf
+from jaxprune.models.decoder.config import DecoderConfig
 
 _SMOKE_CHARACTERS = 40_000
 _README = Path(__file__).with_name("README.md")
@@ -194,7 +195,7 @@ def main(config: Config) -> Path:
     mesh = device_mesh.make_mesh(config.mesh, plan.batch_size)
     with _directory(config) as directory:
         atomic.apart(config.out, directory)
-        folder = model_directory.decoder(directory, mesh)
+        folder = model_directory.opened(directory, mesh, DecoderConfig)
         texts = _texts(small, folder.tokenizer)
         task = _task(small, folder, texts, mesh)
         identity = runner.identity_of(
@@ -267,7 +268,10 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
 
 
 def _task(
-    config: Config, folder: model_directory.Folder, texts: Texts, mesh: Mesh | None
+    config: Config,
+    folder: model_directory.Folder[DecoderConfig],
+    texts: Texts,
+    mesh: Mesh | None,
 ) -> FinetuningTask:
     """The model and its texts.
 
@@ -275,7 +279,6 @@ def _task(
       ValueError: the model's context is shorter than a sequence.
     """
     shape = folder.config
-    assert isinstance(shape, model_directory.DecoderConfig)
     if (longest := shape.context) < config.sequence:
         raise ValueError(
             f"the model sees at most {longest} tokens, got --sequence "

@@ -26,6 +26,7 @@ from experiments.tasks.pictures import (
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.formats import atomic
 from jaxprune.models.hf import vision_config
+from jaxprune.models.phi3_vision import Phi3VisionConfig
 
 Part = Literal["all", "decoder", "tower"]
 FROZEN = {
@@ -229,7 +230,7 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
                 f"of {question_answers.OWN} alone"
             )
     else:
-        folder = model_directory.vision(config.model, mesh)
+        folder = model_directory.opened(config.model, mesh, Phi3VisionConfig)
         shape, crops = folder.config, folder.config.crops
         tokenizer = Tokenizer.of(folder.tokenizer)
     shape = dataclasses.replace(shape, crops=config.crops or crops)

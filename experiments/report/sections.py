@@ -59,6 +59,7 @@ def document(results: Mapping[str, Any]) -> str:
         losses=_losses(results),
         references=foreign.references(results),
         foreign=_losses(other, "foreign-loss") if other else {},
+        of_foreign=findings.headline(other) if other else [],
         reading=figures.READING,
         accuracy=accuracy.section(results),
         weights=_weights(results),

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -19,10 +19,10 @@ from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.phi3_vision import Phi3VisionConfig
 from jaxprune.typing import Params
 
-_VISION = "phi3_v"
+C = TypeVar("C", DecoderConfig, Phi3VisionConfig)
 
 
-class Folder(NamedTuple):
+class Folder(NamedTuple, Generic[C]):
     """What is known of a directory before its weights are read.
 
     Attributes:
@@ -33,27 +33,22 @@ class Folder(NamedTuple):
         one with these leaves in place of its own; the others keep their bytes.
     """
 
-    config: DecoderConfig | Phi3VisionConfig
+    config: C
     tokenizer: hf.Tokenizer
     read: Callable[[], Params]
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None]
 
 
-def vision(path: Path, mesh: Mesh | None) -> Folder:
-    """A directory of Phi-3-vision; see `_opened`."""
-    return _opened(path, mesh, vision=True)
-
-
-def decoder(path: Path, mesh: Mesh | None) -> Folder:
-    """A directory of a language model that `hf.load` reads; see `_opened`."""
-    return _opened(path, mesh, vision=False)
-
-
-def _opened(path: Path, mesh: Mesh | None, *, vision: bool) -> Folder:
+def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> Folder[C]:
     """Reads a directory's configuration and words, none of its weights.
 
-    `path` has config.json, safetensors and a tokenizer; the parameters will be split
-    over the mesh.
+    Args:
+      path: has config.json, safetensors and a tokenizer.
+      mesh: what the parameters will be split over; None for one device.
+      kind: `DecoderConfig` for a language model, or `Phi3VisionConfig`.
+
+    Returns:
+      What is known of it.
 
     Raises:
       ValueError: it is no model of this kind that is understood, it is damaged, or
@@ -62,10 +57,10 @@ def _opened(path: Path, mesh: Mesh | None, *, vision: bool) -> Folder:
     """
     if jax.process_count() > 1:
         raise ValueError("a directory is fine-tuned by one process; start one alone")
-    kind = open_directory(path).config.get("model_type")
-    if (kind == _VISION) != vision:
-        wanted = _VISION if vision else "a language model's"
-        raise Unknown(f"'{path}': model_type must be {wanted}, got {kind!r}")
+    found, vision = open_directory(path).config.get("model_type"), "phi3_v"
+    if (found == vision) != (kind is Phi3VisionConfig):
+        wanted = "a language model's" if found == vision else vision
+        raise Unknown(f"'{path}': model_type must be {wanted}, got {found!r}")
     loaded = hf.load(path, dtype="float32", lazy=True)
     words = hf.load_tokenizer(path)
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 import tyro
 from flax import nnx
+from safetensors.numpy import save_file
 
 import jaxprune as jp
 from experiments import finetuned_llm
@@ -235,6 +236,7 @@ def test_report_and_csv_have_both_texts(run, seed):
     page = (run.out / "report.html").read_text()
     assert "What is left of another text" in page
     assert "before fine-tuning" in page
+    assert page.count("Right after pruning, ") == 2  # of each text
     assert f"{seed['start']['foreign_loss']:.3f}" in page
     assert (run.out / "foreign_loss_global.svg").exists()
 
@@ -346,12 +348,13 @@ def test_files_that_do_not_fit_are_refused(files, tmp_path):
     other = tmp_path / "vision"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "phi3_v"}))
+    save_file({"a": np.zeros(2, np.float32)}, other / "model.safetensors")
     for changes, told in (
         ({"foreign": (short,)}, "foreign text 'short' must have a window of 17"),
         ({"text": (short,)}, "trained on must have a window of 17 tokens, got 9"),
         ({"foreign": (tmp_path / "none.txt",)}, "must be a readable file"),
         ({"foreign": files["foreign"] * 2}, "must have different names"),
-        ({"model": other}, "safetensors|model_type must be a language model's"),
+        ({"model": other}, "model_type must be a language model's, got 'phi3_v'"),
         ({"out": files["model"] / "run"}, "."),
     ):
         with pytest.raises((ValueError, OSError), match=told):
