@@ -208,7 +208,7 @@ def _unequal(weights: Mapping[str, Any], path: str) -> Iterator[str]:
 
 def columns(results: Results) -> tuple[str, ...]:
     """The names of the tidy table's columns."""
-    found = COLUMNS
+    found: tuple[str, ...] = COLUMNS
     for name in MEASURES:
         if any(name in seed["dense"] for seed in results["seeds"]):
             stages = [f"{name}_{stage}" for stage in STAGES]
@@ -316,7 +316,7 @@ def foreign(results: Results) -> dict[str, Any] | None:
     """
 
     def of(measured: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        return measured and {**measured, "loss": measured.get("foreign_loss")}
+        return {**measured, "loss": measured.get("foreign_loss")} if measured else None
 
     seeds = []
     for seed in results["seeds"]:
