@@ -157,7 +157,7 @@ class FinetuningTask:
         self, tokens: np.ndarray, batch_size: int, limit: int | None
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         cut = validation_batches(tokens, batch_size, self.length, limit)
-        return [(self._begun(inputs), *rest) for inputs, *rest in cut]
+        return [(self._begun(x), targets, weights) for x, targets, weights in cut]
 
     def validation(
         self, batch_size: int, limit: int | None

@@ -19,7 +19,7 @@ from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.phi3_vision import Phi3VisionConfig
 from jaxprune.typing import Params
 
-C = TypeVar("C", DecoderConfig, Phi3VisionConfig)
+C = TypeVar("C", bound=DecoderConfig | Phi3VisionConfig)
 
 
 class Folder(NamedTuple, Generic[C]):
