@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from experiments.datasets import Batches, Corpus, load, validation_batches
 from experiments.harness import records, runner, training
 from experiments.harness.criteria import CRITERIA, Watched
 from experiments.harness.plan import check_lists
+from experiments.harness.solvers import ALLOCATIONS, SOLVERS, Solver
 from experiments.harness.stages import once
 from experiments.report import allocation_figure as shown
 from experiments.tasks.dense_models import RECIPES, trained
@@ -35,27 +36,13 @@ from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.typing import Scores
 
-ALLOCATIONS: dict[str, Callable[[], Any]] = {
-    "uniform": jp.allocation.Uniform,
-    "owl": jp.allocation.OWL,
-    "erk": jp.allocation.ERK,
-}
-"""Allocations without a score; each name of `CRITERIA` is one too."""
-
 CALIBRATED = "trajectory_calibrated"
 """The allocation by |w| E[g^2]^(1/4) with gradients of the dense model on the
 calibration sequences, as for a checkpoint of which no optimizer state is left."""
 
-SOLVERS: dict[str, Callable[[], Any]] = {
-    "sparsegpt": jp.methods.SparseGPT,
-    "alps": jp.methods.ALPS,
-    "wanda": jp.methods.Wanda,
-}
-"""Name to method; "mask" is none of them: it prunes the lowest scores and repairs
-nothing."""
-
 ALONE = {"wanda": "uniform", "mask": "trajectory"}
-"""What is there to compare with, each by one allocation only."""
+"""What is there to compare with, each by one allocation only; "mask" prunes the lowest
+scores and repairs nothing."""
 
 _SEQUENCES_AT_ONCE = 16
 
@@ -246,12 +233,13 @@ class Run:
         if cell.solver == "mask":
             scores = CRITERIA[cell.allocation](watched)
             return jp.prune(watched.params, scores, cell.sparsity, allocation="global")
-        if cell.allocation in ALLOCATIONS:
-            allocation = ALLOCATIONS[cell.allocation]()
-        elif cell.allocation == CALIBRATED:
-            allocation = jp.allocation.Ranked(self.calibrated(watched.params, batches))
-        else:
-            allocation = jp.allocation.Ranked(CRITERIA[cell.allocation](watched))
+
+        def scored(name: str) -> Scores:
+            if name == CALIBRATED:
+                return self.calibrated(watched.params, batches)
+            return CRITERIA[name](watched)
+
+        allocation = Solver(cell.solver, cell.allocation).shared_out(scored)
         return jp.prune_trained(
             lambda params, tokens: self.model.bind(params)(tokens),
             watched.params,

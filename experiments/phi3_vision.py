@@ -16,11 +16,17 @@ from jax.sharding import Mesh
 from experiments.datasets import question_answers
 from experiments.harness import device_mesh, runner
 from experiments.harness.plan import Plan
-from experiments.tasks import picture_checkpoint, picture_model
-from experiments.tasks.pictures import PictureTask, VisionModel, without_gradient
+from experiments.tasks import model_directory, picture_model
+from experiments.tasks.pictures import (
+    PictureTask,
+    Tokenizer,
+    VisionModel,
+    without_gradient,
+)
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.formats import atomic
 from jaxprune.models.hf import vision_config
+from jaxprune.models.phi3_vision import Phi3VisionConfig
 
 Part = Literal["all", "decoder", "tower"]
 FROZEN = {
@@ -224,8 +230,9 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
                 f"of {question_answers.OWN} alone"
             )
     else:
-        folder = picture_checkpoint.opened(config.model, mesh)
-        shape, tokenizer, crops = folder.config, folder.tokenizer, folder.config.crops
+        folder = model_directory.opened(config.model, mesh, Phi3VisionConfig)
+        shape, crops = folder.config, folder.config.crops
+        tokenizer = Tokenizer.of(folder.tokenizer)
     shape = dataclasses.replace(shape, crops=config.crops or crops)
     return PictureTask(
         VisionModel(

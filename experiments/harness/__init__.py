@@ -11,6 +11,7 @@ __all__ = [
     "records",
     "run_dir",
     "runner",
+    "solvers",
     "stages",
     "sweep",
     "task",

@@ -4,6 +4,9 @@ import functools
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 import jaxprune as jp
 from jaxprune.typing import Params, Scores
 
@@ -15,17 +18,27 @@ class Watched(NamedTuple):
       params: the trained parameters.
       tracked: averages of jaxprune's own transformations.
       adam: the same with Adam's second moment in place of the tracked E[g^2].
+      start: makes the parameters that training began with, where it is known.
     """
 
     params: Params
     tracked: jp.Importance
     adam: jp.Importance
+    start: Callable[[], Params] | None = None
 
 
 def _family(exponent: float, of_average: bool, watched: Watched) -> Scores:
     """|w| or |A| times E[g^2]^exponent."""
     weights = watched.tracked.weight if of_average else watched.params
     return jp.scores.trajectory(weights, watched.tracked, exponent=exponent)
+
+
+def _movement(watched: Watched) -> Scores:
+    """|w - w before training|: how far each weight went."""
+    if watched.start is None:
+        raise ValueError("movement needs the parameters that training began with")
+    moved = jax.tree.map(jnp.subtract, watched.params, watched.start())
+    return jp.scores.magnitude(moved)
 
 
 GRADUAL = "gradual"
@@ -43,6 +56,7 @@ CRITERIA: dict[str, Callable[[Watched], Scores]] = {
     "averaged_magnitude": lambda w: jp.scores.averaged_magnitude(w.params, w.tracked),
     "obd": lambda w: jp.scores.obd(w.params, w.tracked),
     "taylor": lambda w: jp.scores.taylor(w.params, w.tracked),
+    "movement": _movement,
     "random": lambda w: jp.scores.random(w.params),
     "threshold_weight": lambda w: jp.scores.threshold(w.params, w.tracked),
     "threshold_average": lambda w: jp.scores.threshold(

@@ -23,12 +23,14 @@ AXES = ("data", "fsdp", "model")
 _BATCH = ("data", "fsdp")
 _MODEL = {
     "token_embedding/embedding": 0,
-    "decoder/embedding/embedding": 0,
+    "embedding/embedding": 0,
     "qkv/kernel": 1,
     "qkv/bias": 0,
     **{f"tower/layers/*/{part}/kernel": 1 for part in "qkv"},
+    **{f"attention/{part}/kernel": 1 for part in "qkv"},
     "out/kernel": 0,
     "gate_up/kernel": 1,
+    "gate/kernel": 1,
     "up/kernel": 1,
     "up/bias": 0,
     "down/kernel": 0,

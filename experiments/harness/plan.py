@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from experiments.harness.criteria import CRITERIA, GRADUAL
+from experiments.harness.solvers import SOLVERS, named
 
 
 class Cell(NamedTuple):
@@ -73,7 +74,7 @@ class Plan:
     energy_country: str | None
 
     @classmethod
-    def of(cls, config: Any, **own: Any) -> "Plan":
+    def of(cls, config: Any, *, solvers: bool = False, **own: Any) -> "Plan":
         """The plan of a configuration, checked.
 
         Sparsities are sorted; where a `retrain_` flag is left out, all that is pruned
@@ -81,12 +82,13 @@ class Plan:
 
         Args:
           config: has the flags that every sweep has, by the names of `Plan`.
+          solvers: whether the task can be pruned by solvers too.
           **own: the fields that an experiment fixes in its own way.
 
         Raises:
           ValueError: a criterion is unknown, or a number is out of range.
         """
-        check(config)
+        check(config, solvers=solvers)
         sparsities = tuple(sorted({*config.sparsities}))
         fields = {
             "criteria": config.criteria,
@@ -114,9 +116,13 @@ class Plan:
         return cls(**fields)
 
     def cells(self) -> list[Cell]:
-        """Every way to prune, in order."""
+        """Every way to prune, in order; a solver has its own allocation, so one."""
         ways = itertools.product(self.criteria, self.allocations, self.sparsities)
-        return [Cell(*way) for way in ways]
+        return [
+            cell
+            for cell in (Cell(*way) for way in ways)
+            if cell.allocation == self.allocations[0] or not named(cell.criterion)
+        ]
 
     def stages(self) -> int:
         """How many stages a seed has: cells, retrained ones, and the dense model's."""
@@ -161,16 +167,17 @@ def check_lists(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be named once each, got {values}")
 
 
-def check(config: Any) -> None:
-    """Refuses what could only fail later.
+def check(config: Any, *, solvers: bool = False) -> None:
+    """Refuses what could only fail later; `solvers`: whether they can be named.
 
     Raises:
       ValueError: a criterion is unknown, a number out of range, or a list empty.
     """
-    known = {*config.criteria, *(config.retrain_criteria or ())} - CRITERIA.keys()
-    if known:
+    asked = {*config.criteria, *(config.retrain_criteria or ())} - CRITERIA.keys()
+    if unknown := [name for name in asked if not (solvers and named(name))]:
+        also = f", or {'|'.join(SOLVERS)}_ALLOCATION" if solvers else ""
         raise ValueError(
-            f"criteria must be of {', '.join(CRITERIA)}, got {', '.join(known)}"
+            f"criteria must be of {', '.join(CRITERIA)}{also}, got {', '.join(unknown)}"
         )
     check_lists(config, "seeds", "criteria", "allocations", "sparsities")
     for name in ("criteria", "allocations", "sparsities"):

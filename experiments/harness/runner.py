@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def identity_of(config: Any, plan: Plan, **own: Any) -> dict[str, Any]:
     """What must be the same for a run of `sweep` to continue; JSON-able."""
     return manifest.as_json(
         {
-            "preset": config.preset,
+            "preset": getattr(config, "preset", None),
             "dtype": config.dtype,
             "seeds": config.seeds[:1] if config.smoke else config.seeds,
             "smoke": config.smoke,
@@ -149,12 +150,13 @@ def _seeds(
     """What results.json holds of each seed, and what the phases cost."""
     numbers, done, phases = identity["seeds"], [], []
     writes = processes.is_first()
+    stages = plan.stages() + task.begins_trained
     with contextlib.ExitStack() as opened:
         log = None
         if writes:
             log = opened.enter_context(records.MetricsLog(out / METRICS))
         progress = opened.enter_context(
-            Progress(len(numbers) * plan.stages(), "run", unit="stage", shown=writes)
+            Progress(len(numbers) * stages, "run", unit="stage", shown=writes)
         )
         for number in numbers:
             seed = Seed(number, plan, task, out, log, identity, progress, mesh)
@@ -250,12 +252,16 @@ def command(
     module: str, config: Any, *, without: Collection[str] = _OF_THE_START
 ) -> str:
     """The command line of a configuration, without what is its default."""
-    words = ["python", "-m", module]
+    first, words = ["python", "-m", module], []
+    kinds = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == field.default or field.name in without:
             continue
+        if tyro.conf.Positional in getattr(kinds[field.name], "__metadata__", ()):
+            first.append(str(value))
+            continue
         words.append("--" + field.name.replace("_", "-"))
         if value is not True:
             words += map(str, value if isinstance(value, tuple) else [value])
-    return shlex.join(words)
+    return shlex.join([*first, *words])

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -22,8 +22,9 @@ from experiments.harness import device_mesh, training
 from experiments.harness.criteria import CRITERIA, GRADUAL, Watched
 from experiments.harness.plan import Cell, Plan
 from experiments.harness.records import MetricsLog
+from experiments.harness.solvers import SOLVERS, named
 from experiments.harness.stages import Stages
-from experiments.harness.task import Task
+from experiments.harness.task import Solvable, Task
 from experiments.harness.trainer import Trainer
 from experiments.harness.weights import sampled_weights, values
 from experiments.tasks.language_model import keep_everything
@@ -34,7 +35,6 @@ from jaxprune.typing import Prunable
 METRICS = "metrics.jsonl"
 MODEL = "model"
 """In a seed's directory: the first criterion's model at the sparsity that is shown."""
-CURVE_TOKENS = 16_384
 
 
 class Seed:
@@ -63,7 +63,7 @@ class Seed:
         evaluate = training.make_eval(task.token_losses, mesh=mesh)
 
         def validation(limit: int | None) -> Callable[[Any], float]:
-            size = device_mesh.batch_size(64, mesh)
+            size = device_mesh.batch_size(task.looks.batch, mesh)
             windows = task.validation(size, limit)
 
             def loss(params: Any) -> float:
@@ -79,12 +79,15 @@ class Seed:
 
         self.loss = validation(plan.eval_tokens)
         self.curve_loss = validation(
-            min(CURVE_TOKENS, plan.eval_tokens or CURVE_TOKENS)
+            min(task.looks.tokens, plan.eval_tokens or task.looks.tokens)
         )
+        self._mean = evaluate
         self._scores: tuple[str, Any] = ("", None)
+        self._solution: tuple[Cell | None, Any] = (None, None)
 
     def run(self) -> dict[str, Any]:
         """Every stage in order, or what is left of them."""
+        start = self._once("start", self._begun) if self.task.begins_trained else None
         watched = self._train()
         dense = {"steps": self.plan.steps}
         dense |= self._once("dense", lambda: self._measured(watched.params))
@@ -93,6 +96,7 @@ class Seed:
         cells = [self._cell(watched, cell, samples) for cell in self.plan.cells()]
         return {
             "seed": self.seed,
+            "start": start,
             "dense": dense,
             "control": control,
             "curve": _points(self._lines()),
@@ -100,6 +104,10 @@ class Seed:
             "samples": samples,
             "weights": self._once("weights", lambda: self._weights(watched)),
         }
+
+    def _begun(self) -> dict[str, Any]:
+        """What is measured of a trained model before it is trained on."""
+        return self._measured(self.trainer.start())
 
     def _train(self) -> Watched:
         """The dense model and what was tracked while it was trained."""
@@ -147,7 +155,8 @@ class Seed:
 
     def _measured(self, params: Any) -> dict[str, Any]:
         """The validation loss, and what else the task measures."""
-        return {"loss": self.loss(params), **self.task.measured(params)}
+        loss = self.loss(params)
+        return {"loss": loss, **self.task.measured(params, loss, self._mean)}
 
     def _first_allocation(self) -> tuple[jp.allocation.Name, Prunable]:
         return self.task.allocations[self.plan.allocations[0]]
@@ -186,15 +195,49 @@ class Seed:
             return self.trainer.prune_gradually(
                 stage, watched.params, cell.sparsity, cell.allocation
             )
+        if named(cell.criterion):
+            params = self._solved(watched, cell)
+            kept = self._kept(params, cell)
+            return self.trainer.retrain(stage, params, lambda: kept)
         return self.trainer.retrain(
             stage, watched.params, lambda: self._masks(watched, cell)
         )
 
+    def _solved(self, watched: Watched, cell: Cell) -> Any:
+        """The parameters that a solver leaves; only the last cell's are held."""
+        if self._solution[0] != cell:
+            self._solution = (None, None)
+            solver = named(cell.criterion)
+            assert solver is not None
+            prunable = self.task.allocations[cell.allocation][1]
+            params = cast(Solvable, self.task).solved(
+                watched.params,
+                method=SOLVERS[solver.method](),
+                sparsity=cell.sparsity,
+                allocation=solver.shared_out(
+                    lambda name: _only(
+                        self._scored(watched, name), watched.params, prunable
+                    )
+                ),
+                seed=self.seed,
+            )
+            self._solution = (cell, params)
+        return self._solution[1]
+
+    def _kept(self, params: Any, cell: Cell) -> Any:
+        """Where pruned parameters are not zero, of the leaves that were pruned."""
+        nonzero = jax.tree.map(lambda leaf: leaf != 0, params)
+        return _only(nonzero, params, self.task.allocations[cell.allocation][1])
+
     def _pruned(self, watched: Watched, cell: Cell) -> dict[str, Any]:
         """What is measured right after pruning."""
-        kept = self._masks(watched, cell)
+        if named(cell.criterion):
+            params = self._solved(watched, cell)
+            kept = self._kept(params, cell)
+        else:
+            kept = self._masks(watched, cell)
+            params = jp.masks.apply(watched.params, kept)
         counts = jp.sparsity(kept)
-        params = jp.masks.apply(watched.params, kept)
         removed = {k: zeros / size for k, (zeros, size) in counts.by_leaf.items()}
         return {
             "achieved": counts.total,
@@ -235,7 +278,7 @@ class Seed:
         rows = [line for line in self._lines() if "weights" in line]
         names = list(jp.tree.named_leaves(watched.params))
         kept = {}
-        for criterion in self.plan.criteria:
+        for criterion in filter(CRITERIA.__contains__, self.plan.criteria):
             allocation, sparsity = self.plan.allocations[0], self.plan.show_sparsity
             masks = self._masks(watched, Cell(criterion, allocation, sparsity))
             kept[criterion] = [bool(bit) for bit in values(masks, sampled)]

@@ -1,8 +1,8 @@
 """What an experiment trains, prunes and measures, as the stages of a run see it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -11,6 +11,23 @@ import optax
 import jaxprune as jp
 from experiments.harness import training
 from jaxprune.typing import Params, Prunable
+
+Mean = Callable[[Any, list[tuple[Any, np.ndarray, np.ndarray]]], float]
+"""(params, windows) to the mean nats of their targets, as `make_eval` gives."""
+
+
+class Looks(NamedTuple):
+    """How a model is measured.
+
+    Attributes:
+      batch: sequences measured at a time.
+      times: looks at the validation loss while the dense model trains.
+      tokens: of the validation set at each of these, at most.
+    """
+
+    batch: int = 64
+    times: int = 40
+    tokens: int = 16_384
 
 
 class Task(Protocol):
@@ -22,6 +39,14 @@ class Task(Protocol):
     @property
     def allocations(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
         """By the names that results use: how weights are ranked, and which."""
+
+    @property
+    def looks(self) -> Looks:
+        """How its models are measured."""
+
+    @property
+    def begins_trained(self) -> bool:
+        """Whether `init` is a trained model, which is measured before anything else."""
 
     @property
     def length(self) -> int:
@@ -64,8 +89,31 @@ class Task(Protocol):
     def shown(self, params: Params, label: str, length: int) -> dict[str, Any]:
         """A sample of what the model does: "label", "text" and what else there is."""
 
-    def measured(self, params: Params) -> dict[str, Any]:
-        """What else is measured of a model, on the validation set; JSON-able."""
+    def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
+        """What else is measured of a model with this validation loss; JSON-able."""
 
     def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
         """Writes a pruned model for others to load, where the task knows a format."""
+
+
+class Solvable(Task, Protocol):
+    """A task whose models solvers can prune, from calibration sequences of its own."""
+
+    def solved(
+        self,
+        params: Params,
+        *,
+        method: Any,
+        sparsity: float,
+        allocation: Any,
+        seed: int,
+    ) -> Params:
+        """The parameters after `jp.prune_trained`.
+
+        Args:
+          params: the trained parameters.
+          method: of `jp.methods`.
+          sparsity: the share to remove.
+          allocation: of `jp.allocation`.
+          seed: of the training run, which draws the calibration sequences too.
+        """

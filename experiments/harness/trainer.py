@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 
 import jaxprune as jp
 from experiments.datasets import prefetch
-from experiments.harness import checkpoint, training
+from experiments.harness import checkpoint, device_mesh, training
 from experiments.harness.criteria import Watched, averages
 from experiments.harness.plan import Plan
 from experiments.harness.records import MetricsLog
+from experiments.harness.solvers import rankings
 from experiments.harness.task import Task
 from experiments.tasks.language_model import ADAMW, schedule
 
@@ -42,7 +43,7 @@ class Trainer:
         self._identity = {**identity, "seed": seed}
         self._batches = task.batches(plan.batch_size, seed)
         self._watching = _watching(
-            task, plan.learning_rate, plan.steps, averages(plan.criteria)
+            task, plan.learning_rate, plan.steps, averages(rankings(plan.criteria))
         )
 
     def train(
@@ -50,12 +51,13 @@ class Trainer:
     ) -> int:
         """Trains the dense model, its checkpoints in "train"; returns its tokens.
 
-        `evaluate` maps the state to what is reported forty times on the way. The tokens
-        are of this start, from where it began: what its seconds are of.
+        `evaluate` maps the state to what is reported on the way, as often as the task
+        looks. The tokens are of this start, from where it began: what its seconds are
+        of.
         """
         plan, (tx, step_fn) = self._plan, self._watching
         state = training.init(self._task.init(self._seed), tx, mesh=self._mesh)
-        every = max(plan.steps // 40, 1)
+        every = max(plan.steps // self._task.looks.times, 1)
         return self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)[1]
 
     def watched(self) -> Watched:
@@ -65,10 +67,17 @@ class Trainer:
         state = checkpoint.restore(self._folder / "train", target).state
         tracked = jp.get_importance(state.opt_state)
         adam = tracked
-        if "trajectory_adam" in self._plan.criteria:
+        if "trajectory_adam" in rankings(self._plan.criteria):
             square = jp.get_importance(state.opt_state[ADAMW]).square
             adam = tracked._replace(square=square)
-        return Watched(state.params, tracked, adam)
+        return Watched(state.params, tracked, adam, self.start)
+
+    def start(self) -> Any:
+        """The parameters that training began with, placed as those that it left."""
+        params = self._task.init(self._seed)
+        if self._mesh is None:
+            return params
+        return device_mesh.put(params, device_mesh.shardings(params, self._mesh))
 
     def retrain(
         self, stage: str, params: Any, masks: Callable[[], Any]

@@ -166,10 +166,7 @@ def make_eval(
       batches have one shape; weights are of a sequence each, (batch,), or of a token
       each, (batch, context). ValueError where all weights are zero.
     """
-
-    @functools.partial(jax.jit, out_shardings=mesh and device_mesh.repeated(mesh))
-    def total(params: Any, inputs: Any, targets: Any, weights: Any) -> jax.Array:
-        return jnp.sum(loss_fn(params, inputs, targets).astype(jnp.float32) * weights)
+    total = _total(loss_fn, mesh)
 
     def evaluate(params: Any, batches: Iterable[Any]) -> float:
         totals, weight = [], 0.0
@@ -186,6 +183,19 @@ def make_eval(
         return float(np.sum(jax.device_get(totals), dtype=np.float64) / weight)
 
     return evaluate
+
+
+@functools.lru_cache(maxsize=8)
+def _total(
+    loss_fn: Callable[[Any, jax.Array, jax.Array], jax.Array], mesh: Mesh | None
+) -> Callable[..., jax.Array]:
+    """The weighted sum of a batch's losses; one object, so that seeds share it."""
+
+    @functools.partial(jax.jit, out_shardings=mesh and device_mesh.repeated(mesh))
+    def total(params: Any, inputs: Any, targets: Any, weights: Any) -> jax.Array:
+        return jnp.sum(loss_fn(params, inputs, targets).astype(jnp.float32) * weights)
+
+    return total
 
 
 def in_order(batches: Batches, start: int, stop: int) -> Iterator[Batch]:

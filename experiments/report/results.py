@@ -30,11 +30,9 @@ COLUMNS = (
     *("loss_pruned", "loss_retrained"),
     *("dense_loss", "dense_steps", "control_loss", "control_steps"),
 )
-ACCURACIES = (
-    *("accuracy_pruned", "accuracy_retrained"),
-    *("dense_accuracy", "control_accuracy"),
-)
-"""Columns of a run that answers questions, fractions in [0, 1]."""
+MEASURES = ("accuracy", "perplexity", "foreign_loss", "foreign_perplexity")
+"""What a run may measure besides the loss: questions answered right, in [0, 1]; exp of
+the loss; and both of a text that it was not trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +60,7 @@ _WEIGHTS = {
 }
 _SEED = {
     "seed": int,
+    "start": _Maybe({"loss": float}),
     "dense": _RUN,
     "control": _Maybe(_RUN),
     "curve": _Maybe([_POINT]),
@@ -209,8 +208,12 @@ def _unequal(weights: Mapping[str, Any], path: str) -> Iterator[str]:
 
 def columns(results: Results) -> tuple[str, ...]:
     """The names of the tidy table's columns."""
-    answers = any("accuracy" in seed["dense"] for seed in results["seeds"])
-    return COLUMNS + ACCURACIES if answers else COLUMNS
+    found: tuple[str, ...] = COLUMNS
+    for name in MEASURES:
+        if any(name in seed["dense"] for seed in results["seeds"]):
+            stages = [f"{name}_{stage}" for stage in STAGES]
+            found += (*stages, f"dense_{name}", f"control_{name}")
+    return found
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
@@ -304,6 +307,29 @@ def curves(
             Curve(criterion, of, stage, ordered, masked, np.asarray(reference))
         )
     return found
+
+
+def foreign(results: Results) -> dict[str, Any] | None:
+    """The same results with the foreign text's losses in the place of the loss.
+
+    None where no foreign text was measured. What reads losses then reads those.
+    """
+
+    def of(measured: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        return {**measured, "loss": measured.get("foreign_loss")} if measured else None
+
+    seeds = []
+    for seed in results["seeds"]:
+        if "foreign_loss" not in seed["dense"]:
+            return None
+        runs = {run: of(seed.get(run)) for run in ("start", "dense", "control")}
+        stages = {f"loss_{stage}": f"foreign_loss_{stage}" for stage in STAGES}
+        cells = [
+            {**cell, **{loss: cell.get(name) for loss, name in stages.items()}}
+            for cell in seed["cells"]
+        ]
+        seeds.append({**seed, **runs, "cells": cells})
+    return {**results, "seeds": seeds}
 
 
 def criteria(results: Results) -> list[str]:

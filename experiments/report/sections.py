@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report import accuracy, figures, findings
+from experiments.report import accuracy, figures, findings, foreign
 from experiments.report import results as results_
 from jaxprune.formats import atomic
 from jaxprune.report import page
@@ -24,12 +24,17 @@ TEMPLATES.filters["percent"] = findings.percent
 def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure that these results can fill, by the name of its file.
 
-    "loss_<allocation>" for each allocation, then "weights", "layers" and "training".
+    "loss_<allocation>" for each allocation, "foreign_loss_<allocation>" where another
+    text was measured, then "weights", "layers" and "training".
     """
     drawn = {
         f"loss_{allocation}": figures.loss(results, allocation=allocation)
         for allocation in results_.allocations(results)
     }
+    if other := results_.foreign(results):
+        for allocation in results_.allocations(results):
+            drawing = figures.loss(other, allocation=allocation)
+            drawn[f"foreign_loss_{allocation}"] = drawing
     if watched := findings.watched(results):
         drawn["weights"] = figures.weights(results, watched)
     if found := findings.layers(results):
@@ -43,6 +48,7 @@ def document(results: Mapping[str, Any]) -> str:
     """The whole of report.html, one page that loads nothing."""
     pairs = {"configuration": results["config"], "versions": results["versions"]}
     layers = findings.layers(results)
+    other = results_.foreign(results)
     curve = any(seed.get("curve") for seed in results["seeds"])
     return TEMPLATES.get_template("run.html").render(
         title=f"{results['name']}: loss against sparsity",
@@ -51,6 +57,9 @@ def document(results: Mapping[str, Any]) -> str:
         facts=_facts(results),
         reach=_reaches(results),
         losses=_losses(results),
+        references=foreign.references(results),
+        foreign=_losses(other, "foreign-loss") if other else {},
+        of_foreign=findings.headline(other) if other else [],
         reading=figures.READING,
         accuracy=accuracy.section(results),
         weights=_weights(results),
@@ -85,15 +94,18 @@ def _facts(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _losses(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Loss against sparsity, pictured and in numbers, for each allocation."""
+def _losses(results: Mapping[str, Any], name: str = "loss") -> dict[str, Any]:
+    """Loss against sparsity, pictured and in numbers, for each allocation.
+
+    `name` is what the figures' names begin with.
+    """
     parts: dict[str, Any] = {}
     for number, allocation in enumerate(results_.allocations(results)):
         tables, drawn = [], {}
         for index, stage in enumerate(results_.STAGES, 2 * number):
             if curves := results_.curves(results, stage, allocation):
                 tables.append(_loss_table(curves, figures.TITLES[stage]))
-                drawn[f"loss-{index}-{stage}"] = figures.loss(
+                drawn[f"{name}-{index}-{stage}"] = figures.loss(
                     results, allocation=allocation, stages=(stage,)
                 )
         parts[allocation] = {"drawn": drawn, "tables": tables}

@@ -75,4 +75,9 @@ def trained(
     )
     tracked = jp.get_importance(state.opt_state)
     adam = jp.get_importance(state.opt_state[ADAMW])
-    return Watched(state.params, tracked, tracked._replace(square=adam.square))
+    return Watched(
+        state.params,
+        tracked,
+        tracked._replace(square=adam.square),
+        lambda: model.init(seed),
+    )

@@ -11,6 +11,7 @@ import optax
 
 import jaxprune as jp
 from experiments.datasets import Batches, Corpus, validation_batches
+from experiments.harness.task import Looks, Mean
 from experiments.tasks.language_model import LanguageModel, optimizer
 from jaxprune.typing import Params, Prunable
 
@@ -30,6 +31,8 @@ class LanguageTask:
         "global": ("global", jp.tree.prunable),
         "layer": ("layer", jp.tree.prunable),
     }
+    looks: ClassVar[Looks] = Looks()
+    begins_trained: ClassVar[bool] = False
 
     @property
     def length(self) -> int:
@@ -77,7 +80,7 @@ class LanguageTask:
         text = self.corpus.vocabulary.decode([*prompt, *written])
         return {"label": label, "text": text}
 
-    def measured(self, params: Params) -> dict[str, Any]:
+    def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """Nothing but the loss."""
         return {}
 

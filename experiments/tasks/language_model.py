@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 import jaxprune as jp
 from experiments import gpt
 from experiments.harness import device_mesh
+from experiments.tasks.pure_model import PureModel
 from jaxprune.models import generate
 from jaxprune.typing import Prunable
 
@@ -23,8 +23,8 @@ CLIP = 1.0
 """The norm that gradients are clipped at."""
 
 
-class LanguageModel:
-    """A configuration's functions; parameters are nested dicts of arrays.
+class LanguageModel(PureModel[gpt.GPT]):
+    """A configuration's functions, its parameters initialised as nanoGPT's.
 
     Attributes:
       config: the model's shape.
@@ -32,21 +32,8 @@ class LanguageModel:
 
     def __init__(self, config: gpt.GPTConfig) -> None:
         """Traces the model once; makes no parameters."""
+        super().__init__(lambda rngs: gpt.GPT(config, rngs=rngs))
         self.config = config
-        model = nnx.eval_shape(lambda: gpt.GPT(config, rngs=nnx.Rngs(0)))
-        self._graph, self._state = nnx.split(model, nnx.Param)
-
-    def init(self, seed: int) -> Any:
-        """Parameters with nanoGPT's initialisation."""
-        model = gpt.GPT(self.config, rngs=nnx.Rngs(seed))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-    def bind(self, params: Any) -> gpt.GPT:
-        """The model with these parameters."""
-        state = jax.tree.unflatten(
-            jax.tree.structure(self._state), jax.tree.leaves(params)
-        )
-        return nnx.merge(self._graph, state)
 
     def loss(
         self, params: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array
@@ -90,6 +77,16 @@ def keep_everything(params: Any) -> Any:
     )
 
 
+def frozen(params: Any, trained: Callable[[str], bool]) -> Any:
+    """The same parameters; those that are not trained, by name, get no gradient."""
+    leaves, structure = jax.tree.flatten(params)
+    held = [
+        leaf if trained(name) else jax.lax.stop_gradient(leaf)
+        for name, leaf in zip(jp.tree.names(params), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, held)
+
+
 def schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
     """nanoGPT's: linear warm-up, then a cosine to a tenth of the peak."""
     warmup = min(warmup, steps // 2)
@@ -122,8 +119,8 @@ def optimizer(
       learning_rate: a number or a schedule.
       track: which averages of weights and gradients are held, of `EVERYTHING`; where
         there are some, AdamW is `ADAMW`-th.
-      trained: which leaves are trained, by name; the others get no moments, and their
-        gradients must be zero. None for all.
+      trained: which leaves are trained, by name; the others get neither moments nor
+        averages, and their gradients must be zero. None for all.
       rank: of the change of each target by LoRA, everything else frozen; None to train
         in full.
       targets: what LoRA changes.
@@ -132,6 +129,16 @@ def optimizer(
     Returns:
       The transformation.
     """
+
+    def of_trained(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The same without a state for the leaves that are not trained."""
+        return tx if trained is None else optax.masked(tx, chosen)
+
+    def chosen(params: Any) -> Any:
+        assert trained is not None
+        structure = jax.tree.structure(params)
+        return jax.tree.unflatten(structure, map(trained, jp.tree.names(params)))
+
     adam = adamw(learning_rate)
     clip = optax.clip_by_global_norm(CLIP)
     clipped = (clip, adam)
@@ -140,17 +147,12 @@ def optimizer(
         low_rank = jp.lora(optax.chain(clip, adam), rank, targets=targets)
         clipped = (optax.identity(), low_rank)
     elif trained is not None:
-
-        def chosen(params: Any) -> Any:
-            structure = jax.tree.structure(params)
-            return jax.tree.unflatten(structure, map(trained, jp.tree.names(params)))
-
-        clipped = (clip, optax.masked(adam, chosen))
+        clipped = (clip, of_trained(adam))
     if not track:
         return optax.chain(*clipped)
     before, after = optax.identity(), optax.identity()
     if of_gradients := [name for name in EVERYTHING[:2] if name in track]:
-        before = jp.track_gradients(average=of_gradients, storage=storage)
+        before = of_trained(jp.track_gradients(average=of_gradients, storage=storage))
     if of_weights := [name for name in EVERYTHING[2:] if name in track]:
-        after = jp.track_importance(average=of_weights, storage=storage)
+        after = of_trained(jp.track_importance(average=of_weights, storage=storage))
     return optax.chain(before, *clipped, after)

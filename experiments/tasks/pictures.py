@@ -8,20 +8,22 @@ import io
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from PIL import Image
 
 import jaxprune as jp
 from experiments.datasets.question_answers import Asked
 from experiments.harness import device_mesh
+from experiments.harness.task import Looks, Mean
 from experiments.tasks import language_model
+from experiments.tasks.pure_model import PureModel
 from jaxprune.arrays.low_bit import Storage
+from jaxprune.models import hf
 from jaxprune.models.decoder.model import nats
 from jaxprune.models.phi3_vision import Phi3Vision, Phi3VisionConfig, preprocess, unused
 from jaxprune.typing import Params, Prunable
@@ -51,8 +53,13 @@ class Tokenizer(NamedTuple):
     decode: Callable[[Sequence[int]], str]
     bos: int | None
 
+    @classmethod
+    def of(cls, words: hf.Tokenizer) -> "Tokenizer":
+        """That of a directory; where BOS goes is said by the prompts."""
+        return cls(lambda text: words.encode(text, bos=False), words.decode, words.bos)
 
-class VisionModel:
+
+class VisionModel(PureModel[Phi3Vision]):
     """A configuration's functions; parameters are nested dicts of arrays.
 
     Attributes:
@@ -71,28 +78,8 @@ class VisionModel:
 
         `start` makes the parameters of every seed, in place of random ones.
         """
-        self.config, self.remat, self._start = config, remat, start
-        model = nnx.eval_shape(lambda: Phi3Vision(config, rngs=nnx.Rngs(0)))
-        self._graph, self._state = nnx.split(model, nnx.Param)
-
-    def init(self, seed: int) -> Any:
-        """Random parameters, or those to start from."""
-        if self._start is not None:
-            return self._start()
-        model = Phi3Vision(self.config, rngs=nnx.Rngs(seed))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-    @property
-    def shapes(self) -> Any:
-        """The parameters' shapes and types, as `jax.ShapeDtypeStruct`."""
-        return nnx.to_pure_dict(self._state)
-
-    def bind(self, params: Any) -> Phi3Vision:
-        """The model with these parameters."""
-        state = jax.tree.unflatten(
-            jax.tree.structure(self._state), jax.tree.leaves(params)
-        )
-        return nnx.merge(self._graph, state)
+        super().__init__(lambda rngs: Phi3Vision(config, rngs=rngs), start)
+        self.config, self.remat = config, remat
 
     def states(self, params: Any, inputs: Mapping[str, jax.Array]) -> jax.Array:
         """Final hidden states (batch, time, width) of `PictureTask`'s inputs."""
@@ -133,6 +120,8 @@ class PictureTask:
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None] | None = (
         None
     )
+    looks: ClassVar[Looks] = Looks()
+    begins_trained: ClassVar[bool] = False
 
     @functools.cached_property
     def allocations(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
@@ -212,12 +201,7 @@ class PictureTask:
 
     def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
         """Mean nats of the answers' tokens, their end included."""
-        leaves, structure = jax.tree.flatten(params)
-        held = [
-            leaf if self.trained(name) else jax.lax.stop_gradient(leaf)
-            for name, leaf in zip(jp.tree.names(params), leaves, strict=True)
-        ]
-        params = jax.tree.unflatten(structure, held)
+        params = language_model.frozen(params, self.trained)
         losses = self.token_losses(params, inputs, targets)
         return losses.sum() / (targets >= 0).sum()
 
@@ -316,7 +300,7 @@ class PictureTask:
             found.append(same.all(1)[: len(part)])
         return np.concatenate(found)
 
-    def measured(self, params: Params) -> dict[str, Any]:
+    def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """The share of held-out questions answered right, of all and of each."""
         right = self.right(params, self.held_out)
         asked = np.array([example.question for example in self.held_out])

@@ -20,6 +20,7 @@ def watched():
     """What five steps have seen, and the same by hand in float64."""
     rng = np.random.default_rng(0)
     params = {"mlp": {"kernel": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}}
+    start = jax.tree.map(np.array, params)
     tx = optimizer(optax.constant_schedule(0.1), track=EVERYTHING)
     state, weights, gradients = tx.init(params), [], []
     for _ in range(STEPS):
@@ -31,7 +32,8 @@ def watched():
         weights.append(np.asarray(params["mlp"]["kernel"], np.float64))
     tracked = jp.get_importance(state)
     adam = jp.get_importance(state[ADAMW])
-    seen = Watched(params, tracked, tracked._replace(square=adam.square))
+    adam = tracked._replace(square=adam.square)
+    seen = Watched(params, tracked, adam, lambda: start)
     return seen, by_hand(weights, gradients)
 
 
@@ -50,6 +52,7 @@ def by_hand(weights, gradients):
         "trajectory_adam": weight * second**0.25,
         "averaged_weight": np.abs(average),
         "magnitude": weight,
+        "movement": np.abs(weights[-1] - gradients[0][0]),
         "averaged_magnitude": np.tensordot(gain, np.abs(weights), 1),
         "obd": weight**2 * square,
         "taylor": np.mean([np.abs(w * g) for w, g in gradients], 0),
@@ -86,7 +89,7 @@ def test_what_is_tracked_for_a_criterion_is_enough_and_no_more(name, watched):
     seen, _ = watched
     needed = averages([name])
     held = {field: getattr(seen.tracked, field) for field in needed}
-    alone = Watched(seen.params, jp.Importance(**EMPTY | held), seen.adam)
+    alone = seen._replace(tracked=jp.Importance(**EMPTY | held))
     same = CRITERIA[name](alone)["mlp"]["kernel"]
     np.testing.assert_array_equal(same, CRITERIA[name](seen)["mlp"]["kernel"])
     for field in needed - {"weight"}:

@@ -1,9 +1,9 @@
-"""A directory of Phi-3-vision to fine-tune: read to its places, written back pruned."""
+"""A Hugging Face directory to fine-tune: read to its places, written back pruned."""
 
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -12,54 +12,57 @@ from jax.sharding import Mesh, Sharding
 
 import jaxprune as jp
 from experiments.harness import device_mesh
-from experiments.tasks.pictures import Tokenizer
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import Unknown, open_directory
 from jaxprune.models import hf
+from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.phi3_vision import Phi3VisionConfig
 from jaxprune.typing import Params
 
+C = TypeVar("C", bound=DecoderConfig | Phi3VisionConfig)
 
-class Folder(NamedTuple):
+
+class Folder(NamedTuple, Generic[C]):
     """What is known of a directory before its weights are read.
 
     Attributes:
       config: the model's shape.
-      tokenizer: of its questions.
+      tokenizer: of its texts.
       read: makes the float32 parameters, each leaf straight where it will live.
       write: (leaves by name, place, JSON-able provenance) writes a directory like this
         one with these leaves in place of its own; the others keep their bytes.
     """
 
-    config: Phi3VisionConfig
-    tokenizer: Tokenizer
+    config: C
+    tokenizer: hf.Tokenizer
     read: Callable[[], Params]
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None]
 
 
-def opened(path: Path, mesh: Mesh | None) -> Folder:
+def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> Folder[C]:
     """Reads a directory's configuration and words, none of its weights.
 
-    `path` has config.json, safetensors and a tokenizer; the parameters will be split
-    over the mesh.
+    Args:
+      path: has config.json, safetensors and a tokenizer.
+      mesh: what the parameters will be split over; None for one device.
+      kind: `DecoderConfig` for a language model, or `Phi3VisionConfig`.
+
+    Returns:
+      What is known of it.
 
     Raises:
-      ValueError: it is no Phi-3-vision that is understood, it is damaged, or there are
-        several processes.
+      ValueError: it is no model of this kind that is understood, it is damaged, or
+        there are several processes.
       OSError: something is missing.
     """
     if jax.process_count() > 1:
         raise ValueError("a directory is fine-tuned by one process; start one alone")
-    kind = open_directory(path).config.get("model_type")
-    if kind != "phi3_v":
-        raise Unknown(f"'{path}': model_type must be phi3_v, got {kind!r}")
+    found, vision = open_directory(path).config.get("model_type"), "phi3_v"
+    if (found == vision) != (kind is Phi3VisionConfig):
+        wanted = "a language model's" if found == vision else vision
+        raise Unknown(f"'{path}': model_type must be {wanted}, got {found!r}")
     loaded = hf.load(path, dtype="float32", lazy=True)
     words = hf.load_tokenizer(path)
-    tokenizer = Tokenizer(
-        encode=lambda text: words.encode(text, bos=False),
-        decode=words.decode,
-        bos=words.bos,
-    )
 
     def write(
         leaves: Mapping[str, jax.Array], out: Path, how: Mapping[str, Any]
@@ -74,7 +77,7 @@ def opened(path: Path, mesh: Mesh | None) -> Folder:
         rewrite.write(source, out, replaced, provenance=how, overwrite=True)
 
     read = functools.partial(_read, path, mesh)
-    return Folder(loaded.config, tokenizer, read, write)
+    return Folder(loaded.config, words, read, write)
 
 
 def _read(path: Path, mesh: Mesh | None) -> Params:

@@ -1,0 +1,65 @@
+"""Solvers in the place of a criterion, each with the allocation that feeds it.
+
+"sparsegpt_trajectory" is SparseGPT, the sparsity shared out by one global ranking of
+the trajectory scores; "alps_uniform" is ALPS, each matrix losing the same share. The
+criterion then says how many weights a matrix loses, and the solver which.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jaxprune as jp
+from experiments.harness.criteria import CRITERIA
+from jaxprune.typing import Scores
+
+SOLVERS: dict[str, Callable[[], Any]] = {
+    "sparsegpt": jp.methods.SparseGPT,
+    "alps": jp.methods.ALPS,
+    "wanda": jp.methods.Wanda,
+}
+"""Name to method."""
+
+ALLOCATIONS: dict[str, Callable[[], Any]] = {
+    "uniform": jp.allocation.Uniform,
+    "owl": jp.allocation.OWL,
+    "erk": jp.allocation.ERK,
+}
+"""Allocations without a score; each name of `CRITERIA` is one too."""
+
+
+class Solver(NamedTuple):
+    """A solver and its allocation.
+
+    Attributes:
+      method: a name of `SOLVERS`.
+      allocation: a name of `ALLOCATIONS` or of `CRITERIA`.
+    """
+
+    method: str
+    allocation: str
+
+    def shared_out(self, scored: Callable[[str], Scores]) -> Any:
+        """The allocation; `scored` gives the scores of a criterion."""
+        if self.allocation in ALLOCATIONS:
+            return ALLOCATIONS[self.allocation]()
+        return jp.allocation.Ranked(scored(self.allocation))
+
+
+def named(name: str) -> Solver | None:
+    """What a name stands for; None where that is no solver with its allocation.
+
+    Example:
+      >>> named("sparsegpt_trajectory_adam")
+      Solver(method='sparsegpt', allocation='trajectory_adam')
+      >>> named("trajectory_adam") is None
+      True
+    """
+    method, _, allocation = name.partition("_")
+    known = method in SOLVERS and allocation in {*ALLOCATIONS, *CRITERIA}
+    return Solver(method, allocation) if known else None
+
+
+def rankings(names: Iterable[str]) -> list[str]:
+    """The criteria that these names rank by, those of solvers' allocations too."""
+    found = [(solver.allocation if (solver := named(n)) else n) for n in names]
+    return [name for name in found if name in CRITERIA]
