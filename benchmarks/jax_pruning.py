@@ -45,7 +45,7 @@ class Config:
       evaluate: NAME=FILE, held-out texts of the same form.
       batch: sequences in a batch.
       damping: of the solvers that have one.
-      relative: whether each token counts by the size of its activations.
+      relative: whether each token is divided by the size of its activations.
     """
 
     model: Annotated[Path, tyro.conf.Positional]

@@ -35,7 +35,7 @@ class Config:
       sequences: how many to calibrate on.
       searched: sequences of the draw that the search of layers looks at.
       batch: sequences that the model sees at once.
-      relative: whether each token counts by the size of its activations.
+      relative: whether each token is divided by the size of its activations.
     """
 
     model: Annotated[Path, tyro.conf.Positional]

@@ -1,4 +1,4 @@
-"""Tokens that count by their size make pruned models better, draw after draw.
+"""Tokens that are scaled to one size make pruned models better, draw after draw.
 
     python -m benchmarks.token_weights gemma texts results
 
@@ -36,7 +36,7 @@ class Config:
       calibrated: sequences of a draw.
       methods: the solvers.
       how: sparsities, and n:m patterns.
-      relative: whether tokens count by their size; both if left out.
+      relative: whether tokens are scaled to one size; both if left out.
       sequences: how many of each held-out text to evaluate on.
       threads: of XLA.
     """
