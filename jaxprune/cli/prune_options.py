@@ -37,8 +37,8 @@ class Job(job_options.JobOptions):
       calibration_temperature: of what the model writes for --calibration self.
       inputs: what a weight is pruned for: the inputs that are "left" by all that was
         pruned before it, or those of its "dense" layer, as the papers have it.
-      relative: whether each token is divided by the size of its activations, so that a few
-        massive ones do not decide; the papers do not do so.
+      relative: whether each token is divided by the size of its activations, so that a
+        few massive ones do not decide; the papers do not do so.
       exclude: globs of tensors to leave alone, as "*.down_proj.weight".
       refine: passes over the calibration sequences, after each layer is pruned, that
         bring its output back to that of the dense layer by gradient steps on its kept
