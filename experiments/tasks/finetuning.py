@@ -119,7 +119,11 @@ class FinetuningTask:
     ) -> optax.GradientTransformation:
         """AdamW of the leaves that are trained; the others have no state."""
         return language_model.optimizer(
-            learning_rate, track=track, trained=self.trained, storage=self.storage
+            learning_rate,
+            track=track,
+            trained=self.trained,
+            watched=self.trained,
+            storage=self.storage,
         )
 
     def token_losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:

@@ -109,6 +109,7 @@ def optimizer(
     *,
     track: Collection[str],
     trained: Callable[[str], bool] | None = None,
+    watched: Callable[[str], bool] | None = None,
     rank: int | None = None,
     targets: Prunable = jp.tree.prunable,
     storage: jp.low_bit.Storage = "float32",
@@ -119,8 +120,9 @@ def optimizer(
       learning_rate: a number or a schedule.
       track: which averages of weights and gradients are held, of `EVERYTHING`; where
         there are some, AdamW is `ADAMW`-th.
-      trained: which leaves are trained, by name; the others get neither moments nor
-        averages, and their gradients must be zero. None for all.
+      trained: which leaves are trained, by name; the others get no moments, and their
+        gradients must be zero. None for all.
+      watched: which leaves have averages, by name; None for all, trained or not.
       rank: of the change of each target by LoRA, everything else frozen; None to train
         in full.
       targets: what LoRA changes.
@@ -129,16 +131,6 @@ def optimizer(
     Returns:
       The transformation.
     """
-
-    def of_trained(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        """The same without a state for the leaves that are not trained."""
-        return tx if trained is None else optax.masked(tx, chosen)
-
-    def chosen(params: Any) -> Any:
-        assert trained is not None
-        structure = jax.tree.structure(params)
-        return jax.tree.unflatten(structure, map(trained, jp.tree.names(params)))
-
     adam = adamw(learning_rate)
     clip = optax.clip_by_global_norm(CLIP)
     clipped = (clip, adam)
@@ -147,12 +139,26 @@ def optimizer(
         low_rank = jp.lora(optax.chain(clip, adam), rank, targets=targets)
         clipped = (optax.identity(), low_rank)
     elif trained is not None:
-        clipped = (clip, of_trained(adam))
+        clipped = (clip, _of(trained, adam))
     if not track:
         return optax.chain(*clipped)
     before, after = optax.identity(), optax.identity()
     if of_gradients := [name for name in EVERYTHING[:2] if name in track]:
-        before = of_trained(jp.track_gradients(average=of_gradients, storage=storage))
+        before = jp.track_gradients(average=of_gradients, storage=storage)
     if of_weights := [name for name in EVERYTHING[2:] if name in track]:
-        after = of_trained(jp.track_importance(average=of_weights, storage=storage))
-    return optax.chain(before, *clipped, after)
+        after = jp.track_importance(average=of_weights, storage=storage)
+    return optax.chain(_of(watched, before), *clipped, _of(watched, after))
+
+
+def _of(
+    chosen: Callable[[str], bool] | None, tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The same without a state for the leaves that are not chosen by name."""
+    if chosen is None:
+        return tx
+
+    def mask(params: Any) -> Any:
+        structure = jax.tree.structure(params)
+        return jax.tree.unflatten(structure, map(chosen, jp.tree.names(params)))
+
+    return optax.masked(tx, mask)
