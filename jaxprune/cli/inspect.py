@@ -97,24 +97,26 @@ def _able(source: CheckpointDir) -> dict[str, Any]:
     try:
         shape = hf.load(source.path, lazy=True).config
     except (ValueError, OSError) as error:
-        return {"methods": ["magnitude"], "shrinks": [], "why": str(error)}
+        return {"methods": ["magnitude"], "shrinkable": [], "unsupported": str(error)}
     if not isinstance(shape, DecoderConfig):
         why = "it sees pictures; jaxprune.models.hf.load reads it for jp.prune_trained"
-        return {"methods": ["magnitude"], "shrinks": [], "why": why}
+        return {"methods": ["magnitude"], "shrinkable": [], "unsupported": why}
     return {
         "methods": list(get_args(methods.Name)),
-        "shrinks": hf.shrinkable(source.config),
-        "why": None,
+        "shrinkable": hf.shrinkable(source.config),
+        "unsupported": None,
     }
 
 
 def _say_able(console: Console, able: dict[str, Any]) -> None:
-    if able["why"]:
-        console.say(f"can be pruned by magnitude alone: {parse.spoken(able['why'])}")
+    if able["unsupported"]:
+        console.say(
+            f"can be pruned by magnitude alone: {parse.spoken(able['unsupported'])}"
+        )
         return
     console.say(
         f"can be pruned by {', '.join(able['methods'])}, and lose "
-        f"{', '.join(able['shrinks'])}"
+        f"{', '.join(able['shrinkable'])}"
     )
 
 

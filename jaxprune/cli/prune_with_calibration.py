@@ -303,13 +303,9 @@ def _counts(model: models.Model, leaves: set[str]) -> dict[str, tuple[int, int]]
     """Tensor name to zeros and size, of the pruned ones."""
     named = jp.tree.named_leaves(model.params)
     parts = {
-        theirs: part
+        theirs: named[name][i] if model.names[name].experts else named[name]
         for name in leaves
-        for theirs, part in zip(
-            model.names[name].names,
-            named[name] if model.names[name].experts else [named[name]],
-            strict=True,
-        )
+        for i, theirs in enumerate(model.names[name].names)
     }
     return jp.sparsity(parts).by_leaf
 
@@ -327,10 +323,8 @@ def _write(
     replaced: dict[str, Any] = {}
     for name in sorted(moved):
         origin = model.names[name]
-        for i, theirs in enumerate(origin.names):
-            expert = i if origin.experts else None
-            replaced[theirs] = functools.partial(_stored, named[name], origin, expert)
-        replaced |= dict.fromkeys(origin.copies, replaced[origin.names[0]])
+        for i, theirs in enumerate((*origin.names, *origin.copies)):
+            replaced[theirs] = functools.partial(origin.stored, named[name], i)
     pruned = {theirs for name in leaves for theirs in model.names[name].names}
     with byte_progress(source.size, "writing") as progress:
         rewrite.write(
@@ -343,8 +337,3 @@ def _write(
             progress=progress,
             finish=lambda _, record: ({}, provenance.with_page(record)),
         )
-
-
-def _stored(leaf: jax.Array, source: hf.Source, expert: int | None) -> np.ndarray:
-    array = np.asarray(leaf if expert is None else leaf[expert])
-    return array.T if source.transposed else array

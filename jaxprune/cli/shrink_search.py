@@ -79,6 +79,7 @@ class _Search:
         counted = np.ones((held, tokens.shape[1] - 1), bool)
         self._judges = perplexity.Windows(judges, counted, {})
         self._smaller: dict[int, models.Model] = {0: model}
+        self._costs: dict[int, int] = {}
         place = job.work / _TRIED
         self.tried = read_json(place)["tried"] if place.is_file() else []
 
@@ -98,13 +99,14 @@ class _Search:
 
     def budget(self, gone: int) -> float:
         """The share of the model without so many layers that may be left, at most 1."""
-        costs = [
-            getattr(
-                shrink.whole_costs(shrink_units.grouped(model)[2]), self._job.measure
-            )
-            for model in (self._model, self._without(gone))
-        ]
-        return min((self._job.budget or 1) * costs[0] / costs[1], 1.0)
+        return min((self._job.budget or 1) * self._cost(0) / self._cost(gone), 1.0)
+
+    def _cost(self, gone: int) -> int:
+        """What the model without so many layers costs, by the job's measure."""
+        if gone not in self._costs:
+            groups = shrink_units.grouped(self._without(gone))[2]
+            self._costs[gone] = getattr(shrink.whole_costs(groups), self._job.measure)
+        return self._costs[gone]
 
     def _without(self, gone: int) -> models.Model:
         if gone not in self._smaller:

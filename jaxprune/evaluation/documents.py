@@ -79,7 +79,8 @@ def _document(
     if tokenizer.chat is None:
         raise ValueError(
             f"'{path}' holds conversations, but the model's directory has no chat "
-            "template; give text, or the directory of the model that was made to chat"
+            "template that can be read; give text, or the directory of the model that "
+            "was made to chat"
         )
     before = tokenizer.chat.special.get("bos_token", "") if tokenizer.begins else ""
     return Document(tokenizer.chat.render(messages), before)

@@ -219,10 +219,8 @@ def _dynamic_update_slice(
 
 def _split(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Axes]:
     (operand,), axis = operands, params["axis"]
-    pieces, sizes = (
-        None,
-        [int(size) for size in params["sizes"]],
-    )  # NumPy's in jnp.split
+    pieces = None
+    sizes = [int(size) for size in params["sizes"]]  # NumPy's in jnp.split
     if 0 not in sizes:
         pieces = cut(operand.axes.dims[axis], sizes)
     if pieces is None:

@@ -29,6 +29,7 @@ from jaxprune.structured.timing import Timed
 from jaxprune.typing import Masks, Params, Scores
 
 Rules = Sequence[str] | Mapping[str, float]
+"""Globs or names of groups, all of one share, or how large a share each loses."""
 
 _TIMED = 32  # how many parts the search for a budget of time divides the units into
 
@@ -277,6 +278,7 @@ def _parts(groups: AxisGroups, rules: Rules) -> dict[str, float]:
             "groups must say how large a share each loses beside the others, numbers "
             f"that are not negative and one of them positive, got {given}"
         )
+    # Halved, since shares as of `asked` are under 1.
     chosen = choice.asked(groups, {k: part / most / 2 for k, part in given.items()})
     return {name: 2 * part for name, part in chosen.items()}
 

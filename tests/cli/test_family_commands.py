@@ -32,9 +32,9 @@ def folder(name, place):
 def test_inspect_says_which_methods_a_family_can_have(name, tmp_path, capsys):
     folder(name, tmp_path)
     code, found, _ = run(capsys, "inspect", tmp_path)
-    assert (code, found["methods"], found["why"]) == (0, METHODS, None)
+    assert (code, found["methods"], found["unsupported"]) == (0, METHODS, None)
     heads = [] if name.startswith(WHOLE_HEADS) else ["heads"]
-    assert found["shrinks"] == ["layers", "neurons", *heads]
+    assert found["shrinkable"] == ["layers", "neurons", *heads]
     # A matrix of a layer, and nothing else.
     pruned = {row["name"] for row in found["tensors"] if row["pruned"]}
     assert all(".layers." in n or ".h." in n for n in pruned)
@@ -50,8 +50,8 @@ def test_inspect_says_why_a_directory_has_magnitude_alone(tmp_path, capsys):
     folder("falcon", tmp_path)
     tiny_hf.edit(tmp_path, alibi=True)
     _, found, _ = run(capsys, "inspect", tmp_path)
-    assert (found["methods"], found["shrinks"]) == (["magnitude"], [])
-    assert "alibi must be False, got True" in found["why"]
+    assert (found["methods"], found["shrinkable"]) == (["magnitude"], [])
+    assert "alibi must be False, got True" in found["unsupported"]
     assert cli.main(["inspect", str(tmp_path)]) == 0
     assert "by magnitude alone: " in capsys.readouterr().out
 

@@ -118,8 +118,8 @@ def test_the_template_is_found_where_folders_have_it(tmp_path):
     assert chat_template.find(tmp_path, {}) is None
     (tmp_path / "chat_template.jinja").write_text("c")
     assert chat_template.find(tmp_path, {"chat_template": "a"}).source == "c"
-    with pytest.raises(ValueError, match="must be a text, got int"):
-        chat_template.find(tmp_path / "none", {"chat_template": 3})
+    for odd in (3, ["a"], [{"name": "rag", "template": "b"}], {"default": "a"}):
+        assert chat_template.find(tmp_path / "none", {"chat_template": odd}) is None
 
 
 @pytest.mark.parametrize(
@@ -160,5 +160,5 @@ def test_what_is_no_parquet_is_refused(tokenizer, tmp_path):
 def test_a_model_that_cannot_chat_says_so(tmp_path):
     own = hf.load_tokenizer(tiny_cli.model(tmp_path / "model"))
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
-    with pytest.raises(ValueError, match="directory has no chat template; give text"):
+    with pytest.raises(ValueError, match="no chat template that can be read; give"):
         texts.read(tmp_path / "a.jsonl", own, 97)

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprune.formats.checkpoint_dir import Damaged
-
 FILE = "chat_template.jinja"
 
 
@@ -72,24 +70,16 @@ def find(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
 
     Returns:
       The template, the one that is called "default" of several; None where there is
-      none.
-
-    Raises:
-      Damaged: it is no text.
+      none that can be read, which stops nobody who does not chat.
     """
     source: Any = settings.get("chat_template")
     if (path := folder / FILE).is_file():
         source = path.read_text(encoding="utf-8")
     elif isinstance(source, list):
-        named = {of.get("name"): of.get("template") for of in source}
-        source = named.get("default")
-    if source is None:
-        return None
+        named = [of for of in source if isinstance(of, dict)]
+        source = {of.get("name"): of.get("template") for of in named}.get("default")
     if not isinstance(source, str):
-        raise Damaged(
-            f"the chat_template of '{folder}' must be a text, got "
-            f"{type(source).__name__}"
-        )
+        return None
     special = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token = settings.get(name)

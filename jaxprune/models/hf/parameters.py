@@ -81,10 +81,9 @@ def to_tensors(
             f"{listed(differ)} are in one of the two only"
         )
     for leaf, source in names.items():
-        array = np.asarray(jax.device_get(leaves[leaf]))  # one leaf on the host
-        for name, part in source.parts(array):
-            own = part.T if source.transposed else part
-            yield name, np.array(own, source.dtype, order="C")
+        array = jax.device_get(leaves[leaf])  # one leaf on the host
+        for i, name in enumerate((*source.names, *source.copies)):
+            yield name, np.array(source.stored(array, i), source.dtype, order="C")
 
 
 def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:

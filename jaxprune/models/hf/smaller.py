@@ -6,6 +6,7 @@ be read back as the shape of the parameters is refused.
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -277,9 +278,11 @@ def write_smaller(
             theirs = _renumbered(name, leaf, kept)
             form = array.shape[1:] if origin.experts else array.shape
             form = form[::-1] if origin.transposed else form
-            read = _reader(array, origin, i if origin.experts else None)
             tensors[theirs] = new_weights.NewTensor(
-                opened.tensors[name].file, origin.dtype, form, read
+                opened.tensors[name].file,
+                origin.dtype,
+                form,
+                functools.partial(_read, array, origin, i),
             )
     return new_weights.write(
         opened,
@@ -292,13 +295,8 @@ def write_smaller(
     )
 
 
-def _reader(array: Any, origin: Source, expert: int | None) -> Any:
-    def read() -> np.ndarray:
-        found = np.asarray(jax.device_get(lazy.array(array)))
-        found = found if expert is None else found[expert]
-        return found.T if origin.transposed else found
-
-    return read
+def _read(array: Any, origin: Source, number: int) -> np.ndarray:
+    return origin.stored(lazy.array(array), number)
 
 
 def _state(model: Any) -> Any:

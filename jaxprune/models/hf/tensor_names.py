@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxprune.formats.checkpoint_dir import CheckpointDir, Damaged, Unknown
@@ -42,11 +43,10 @@ class Source(NamedTuple):
             return (self.name,)
         return tuple(self.name.replace("*", str(i)) for i in range(self.experts))
 
-    def parts(self, leaf: Any) -> list[tuple[str, Any]]:
-        """The tensors' names and what of a leaf they hold, with the leaf's axes."""
-        if not self.experts:
-            return [(name, leaf) for name in (self.name, *self.copies)]
-        return [(name, leaf[i]) for i, name in enumerate(self.names)]
+    def stored(self, leaf: Any, number: int) -> np.ndarray:
+        """What the tensor of this number in `names`, or a copy, holds of a leaf."""
+        own = np.asarray(jax.device_get(leaf[number] if self.experts else leaf))
+        return own.T if self.transposed else own
 
 
 def match(
