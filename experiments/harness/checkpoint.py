@@ -366,10 +366,16 @@ def _explain(error: Exception) -> tuple[int, str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Mutes orbax's log: it warns of what is normal, and errors are raised anyway."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    # By absl's logger, and in some of its modules by the root's.
+    loggers = logging.getLogger("absl"), logging.getLogger()
+    for logger in loggers:
+        logger.addFilter(_is_not_of_orbax)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
