@@ -82,7 +82,9 @@ def _without_event() -> dict[str, Wrap]:
         "adamw again": lambda inner: inner,
         "gradual": _gradual(NEVER),
         "gradual packed": _gradual(NEVER, packed=True),
-        "straight_through": lambda inner: jp.straight_through(inner, NEVER),
+        "straight_through": lambda inner: jp.straight_through(
+            inner, NEVER, freeze=None
+        ),
     }
 
 

@@ -8,17 +8,15 @@ in OUT; what is there is not run again.
 
 import dataclasses
 import json
-import math
 import shutil
-import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from benchmarks import measure
+from benchmarks.draws import TEXTS, Draws, over_draws
 from benchmarks.real_model import held_out, json_line
 
 REMOVED = {
@@ -33,36 +31,19 @@ REMOVED = {
 }
 WIDTH = ("magnitude-sp", "wanda-sp", "flap", "flap-adaptive", "ours")
 DEPTH = ("block-influence", "ours")
-TEXTS = ("shakespeare", "technical", "news")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Draws):
     """Runs the cells that are missing, and prints the table.
 
     Attributes:
-      model: a Hugging Face directory, as `benchmarks.gemma` writes it.
-      texts: token files, as `benchmarks.texts` writes them.
-      out: where the results go, one file a cell.
-      calibration: the file that draws are taken from, without ".npy".
-      draws: which draws of it.
-      calibrated: sequences of a draw.
       removed: what is removed, names of `REMOVED`.
       methods: which methods; all if left out.
-      sequences: how many of each held-out text to evaluate on.
-      threads: of torch and of XLA.
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
-    texts: Annotated[Path, tyro.conf.Positional]
-    out: Annotated[Path, tyro.conf.Positional]
-    calibration: str = "calibration-mixed50-128"
-    draws: tuple[int, ...] = (0, 1, 2)
-    calibrated: int = 32
     removed: tuple[str, ...] = tuple(REMOVED)
     methods: tuple[str, ...] = ()
-    sequences: int = 8
-    threads: int = 2
 
 
 def main(config: Config) -> None:
@@ -130,38 +111,6 @@ def table(folder: Path) -> str:
     order = ["dense", *REMOVED]
     ordered = sorted(cells.items(), key=lambda x: (order.index(x[0][0]), x[0][1]))
     return over_draws(["removed", "method"], ordered)
-
-
-def over_draws(
-    names: Sequence[str],
-    cells: Iterable[tuple[tuple[str, ...], Sequence[dict[str, float]]]],
-) -> str:
-    """Means over draws as Markdown.
-
-    Args:
-      names: of what tells the cells apart.
-      cells: that, with the perplexity on each text of each draw.
-
-    Returns:
-      A row for each: mean and spread for each text and for the geometric mean of the
-      three; how many draws.
-    """
-    rows = [[*names, *TEXTS, "geometric mean", "draws"]]
-    rows.append(["---"] * len(rows[0]))
-    for key, own in cells:
-        row = [*key]
-        for text in (*TEXTS, "mean"):
-            values = [with_mean(cell)[text] for cell in own]
-            row.append(f"{statistics.fmean(values):.2f}")
-            if len(values) > 1:
-                row[-1] += f" ± {statistics.stdev(values):.2f}"
-        rows.append([*row, str(len(own))])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def with_mean(found: dict[str, float]) -> dict[str, float]:
-    """Perplexities, and "mean", their geometric mean."""
-    return {**found, "mean": math.exp(statistics.fmean(map(math.log, found.values())))}
 
 
 if __name__ == "__main__":

@@ -13,45 +13,28 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tyro
 
 from benchmarks import measure
+from benchmarks.draws import TEXTS, Draws, over_draws
 from benchmarks.real_model import held_out, run_cell
-from benchmarks.smaller_model import TEXTS, over_draws
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Draws):
     """Runs the cells that are missing, and prints the table.
 
     Attributes:
-      model: a Hugging Face directory, as `benchmarks.gemma` writes it.
-      texts: token files, as `benchmarks.texts` writes them.
-      out: where the results go, one file a cell.
-      calibration: the file that draws are taken from, without ".npy".
-      draws: which draws of it: 0 for the first so many sequences, 1 for the next.
-      calibrated: sequences of a draw.
       methods: the solvers.
       how: sparsities, and n:m patterns.
       relative: whether tokens are scaled to one size; both if left out.
-      sequences: how many of each held-out text to evaluate on.
-      threads: of XLA.
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
-    texts: Annotated[Path, tyro.conf.Positional]
-    out: Annotated[Path, tyro.conf.Positional]
-    calibration: str = "calibration-mixed50-128"
-    draws: tuple[int, ...] = (0, 1, 2)
-    calibrated: int = 32
     methods: tuple[str, ...] = ("sparsegpt", "alps")
     how: tuple[str, ...] = ("0.5", "0.6", "2:4")
     relative: tuple[bool, ...] = (False, True)
-    sequences: int = 4
-    threads: int = 2
 
 
 def main(config: Config) -> None:

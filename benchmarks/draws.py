@@ -1,0 +1,69 @@
+"""Cells of a table for several draws of the calibration, and their means."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+TEXTS = ("shakespeare", "technical", "news")
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Where the cells of a table come from, and where they go.
+
+    Attributes:
+      model: a Hugging Face directory, as `benchmarks.gemma` writes it.
+      texts: token files, as `benchmarks.texts` writes them.
+      out: where the results go, one file a cell.
+      calibration: the file that draws are taken from, without ".npy".
+      draws: which draws of it: 0 for the first so many sequences, 1 for the next.
+      calibrated: sequences of a draw.
+      sequences: how many of each held-out text to evaluate on.
+      threads: of torch and of XLA.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    texts: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional]
+    calibration: str = "calibration-mixed50-128"
+    draws: tuple[int, ...] = (0, 1, 2)
+    calibrated: int = 32
+    sequences: int = 8
+    threads: int = 2
+
+
+def over_draws(
+    names: Sequence[str],
+    cells: Iterable[tuple[tuple[str, ...], Sequence[dict[str, float]]]],
+) -> str:
+    """Means over draws as Markdown.
+
+    Args:
+      names: of what tells the cells apart.
+      cells: that, with the perplexity on each text of each draw.
+
+    Returns:
+      A row for each: mean and spread for each text and for the geometric mean of the
+      three; how many draws.
+    """
+    rows = [[*names, *TEXTS, "geometric mean", "draws"]]
+    rows.append(["---"] * len(rows[0]))
+    for key, own in cells:
+        row = [*key]
+        for text in (*TEXTS, "mean"):
+            values = [with_mean(cell)[text] for cell in own]
+            row.append(f"{statistics.fmean(values):.2f}")
+            if len(values) > 1:
+                row[-1] += f" ± {statistics.stdev(values):.2f}"
+        rows.append([*row, str(len(own))])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def with_mean(found: dict[str, float]) -> dict[str, float]:
+    """Perplexities, and "mean", their geometric mean."""
+    return {**found, "mean": math.exp(statistics.fmean(map(math.log, found.values())))}
