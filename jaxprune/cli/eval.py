@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -32,6 +32,8 @@ class Evaluate(models.ModelOptions):
       limit: at most so many windows of each text, from its beginning; all if left out.
       batch: windows that the model sees at once.
     """
+
+    EXAMPLE: ClassVar = "jaxprune eval MODEL --text prose.txt code.jsonl"
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import tyro
 
@@ -28,6 +28,8 @@ class Inspect(Options):
       sparsity: also say how large the model would be pruned by this share.
       exclude: globs of tensors that are to be left alone, as for `jaxprune prune`.
     """
+
+    EXAMPLE: ClassVar = "jaxprune inspect MODEL --sparsity 0.5"
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     sparsity: float | None = None

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias
 
 import tyro
 
@@ -76,6 +76,18 @@ class JobOptions(models.ModelOptions):
         predictions' 1: their squared distance over the dense ones' squared norm.
       overwrite: replace an earlier result.
     """
+
+    GROUPS: ClassVar = {
+        "calibration": ("calibration", "sequences", "length", "seed", "batch"),
+        "evaluation": ("evaluate", "limit", "any_perplexity"),
+        "distillation": (
+            "distill_steps",
+            "distill_text",
+            "distill_learning_rate",
+            "distill_train",
+            "distill_hidden",
+        ),
+    }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]

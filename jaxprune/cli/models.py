@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +28,8 @@ class ModelOptions(Options):
       ignore_config: attributes of config.json to read as if they were not there; an
         unknown one that could change what the model computes is refused otherwise.
     """
+
+    GROUPS: ClassVar = {"model": ("dtype", "shard", "bos", "no_bos", "ignore_config")}
 
     dtype: Literal["float32", "bfloat16"] | None = None
     shard: bool = False

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxprune.cli import job_options, parse
 from jaxprune.cli.job_options import SELF
@@ -53,6 +53,17 @@ class Job(job_options.JobOptions):
         left out.
       prompt_steps: tokens of a sample; 0 for none.
     """
+
+    GROUPS: ClassVar = {
+        "pruning": ("method", "sparsity", "pattern", "allocation", "exclude"),
+        "method": ("damping", "inputs", "relative", "refine", "refine_learning_rate"),
+        "calibration": ("calibration_temperature",),
+        "evaluation": ("prompt", "prompt_steps"),
+        "retraining": ("retrain_steps", "retrain_text", "retrain_learning_rate"),
+    }
+    EXAMPLE: ClassVar = (
+        "jaxprune prune MODEL OUT --sparsity 0.5 --calibration prose.txt code.jsonl"
+    )
 
     method: methods.Name = "sparsegpt"
     sparsity: float | None = None

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ class Sample(models.ModelOptions):
       top_k: draw among so many of the likeliest tokens; all if left out.
       seed: decides the draws.
     """
+
+    EXAMPLE: ClassVar = 'jaxprune sample MODEL --prompt "Once upon a time"'
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     prompt: str

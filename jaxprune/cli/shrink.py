@@ -24,7 +24,6 @@ from jaxprune.evaluation.machine import Costs
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
-from jaxprune.report import shrunk_model
 
 _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
 
@@ -167,6 +166,8 @@ def _write(
     costs: Costs,
 ) -> None:
     def finish(_: Any, written: Any) -> Any:
+        from jaxprune.report import shrunk_model  # matplotlib is slow to import
+
         page = shrunk_model.document(written)
         return {}, {provenance.PAGE: page.encode()}
 
@@ -187,7 +188,8 @@ def _summary(record: dict[str, Any]) -> str:
     """The results for people."""
     lines = []
     if found := record["perplexity"]:
-        stages = shrunk_model.stages(record)
+        first = next(iter(found.values()))
+        stages = [s for s in ("dense", "shrunk", "distilled") if s in first]
         rows = [
             [name, *(number(of[stage]["perplexity"]) for stage in stages)]
             for name, of in found.items()

@@ -1,7 +1,7 @@
 """The options of `jaxprune shrink`, and all that can be refused before it begins."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxprune.cli import job_options, parse
 from jaxprune.formats.checkpoint_dir import CheckpointDir
@@ -33,6 +33,23 @@ class Job(job_options.JobOptions):
         removal itself several times.
       speed_rounds: how often both models are timed, in turn; 0 times neither.
     """
+
+    GROUPS: ClassVar = {
+        "removal": (
+            "ffn",
+            "heads",
+            "query_heads",
+            "layers",
+            "drop_layers",
+            "budget",
+            "measure",
+            "search",
+        ),
+        "evaluation": ("speed_rounds",),
+    }
+    EXAMPLE: ClassVar = (
+        "jaxprune shrink MODEL OUT --ffn 0.5 --calibration prose.txt code.jsonl"
+    )
 
     sequences: int = 32  # a search of layers reads them many times
     length: int = 256
