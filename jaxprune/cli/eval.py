@@ -12,6 +12,8 @@ from jaxprune.cli.console import Console, columns
 from jaxprune.evaluation import perplexity, texts
 from jaxprune.models import hf
 
+_CONTEXT = 512
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(models.ModelOptions):
@@ -26,7 +28,7 @@ class Evaluate(models.ModelOptions):
       text: plain text (.txt, .md); .jsonl or .parquet with a "text" in each line or
         row, or "messages", which the model's chat template writes; or .npy of int32
         token ids (sequences, length), whose rows are evaluated as they are.
-      context: tokens of a window, BOS included.
+      context: tokens of a window, BOS included; the model's context where that is less.
       stride: how far a window moves on: at most --context - 1, which is what it
         predicts, and so far if left out.
       limit: at most so many windows of each text, from its beginning; all if left out.
@@ -37,7 +39,7 @@ class Evaluate(models.ModelOptions):
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
-    context: int = 512
+    context: int = _CONTEXT
     stride: int | None = None
     limit: int | None = None
     batch: int = 4
@@ -58,10 +60,14 @@ class Evaluate(models.ModelOptions):
         begins = models.beginning(tokenizer, self, model.config.vocab_size)
         models.say_ignored(model, console)
         files = [texts.read(p, tokenizer, model.config.vocab_size) for p in self.text]
+        context = self.context
+        if context == _CONTEXT > model.config.context:
+            context = model.config.context
+            console.note(f"windows have {context} tokens, which is the model's context")
         seen = {
             name: perplexity.windows(
                 file,
-                context=self.context,
+                context=context,
                 stride=self.stride,
                 bos=begins.token,
                 limit=self.limit,

@@ -57,7 +57,8 @@ class JobOptions(models.ModelOptions):
         two kinds, 64 sequences in all, did best in benchmarks/README.md. The word
         "self" stands for what the model writes itself, for `prune` alone.
       sequences: how many are calibrated on.
-      length: tokens of a sequence, BOS included, and of a window in evaluation.
+      length: tokens of a sequence, BOS included, and of a window in evaluation; the
+        model's context where that is less.
       seed: which sequences are drawn, what is sampled.
       batch: sequences that the model sees at once.
       evaluate: texts to measure the perplexity on, before and after. If left out, the
@@ -74,6 +75,8 @@ class JobOptions(models.ModelOptions):
         changes of rank 16 (lora).
       distill_hidden: the weight of the last hidden states in its loss, beside the
         predictions' 1: their squared distance over the dense ones' squared norm.
+      plan: say what would be done, with how much memory, disk and time, and write
+        nothing.
       overwrite: replace an earlier result.
     """
 
@@ -104,6 +107,7 @@ class JobOptions(models.ModelOptions):
     distill_learning_rate: float = 1e-4
     distill_train: Trained = "all"
     distill_hidden: float = 0.0
+    plan: bool = False
     overwrite: bool = False
 
     @property

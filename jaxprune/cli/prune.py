@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 from jaxprune.cli import (
+    defaults,
+    plan,
     prune_options,
     prune_streaming,
     prune_with_calibration,
@@ -25,13 +27,18 @@ class Prune(prune_options.Job):
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
         work.refuse_done(self, arguments)
-        job = self.calibrated()
+        asked = defaults.method(self, console)
+        job = asked.calibrated()
         meaning = prune_options.check(job)
-        if job.calibration != self.calibration:
+        if not job.streams:
+            job = defaults.lengths(job, console)
+        if job.calibration != asked.calibration:
             console.note(
                 "calibrated on what the model writes itself; a text of the kind that "
                 "it is used on does better: --calibration FILE..."
             )
+        if job.plan:
+            return plan.prune(job, meaning, console)
         prune = prune_streaming.prune if job.streams else prune_with_calibration.prune
         record = prune(job, meaning, console, arguments)
         console.say(_summary(record))

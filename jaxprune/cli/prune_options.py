@@ -26,7 +26,8 @@ class Job(job_options.JobOptions):
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
         too; sparsegpt and alps also update what stays, alps more thoroughly and slowly.
         magnitude without --calibration streams: any safetensors directory, in the
-        memory of one tensor.
+        memory of one tensor. If left out, sparsegpt for the families of docs/command.md
+        and magnitude for others.
       sparsity: the share to remove, in [0, 1). To be left out with --pattern n:m.
       pattern: "per-layer" ranks the weights of a matrix together, "per-output" those of
         each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks.
@@ -65,7 +66,7 @@ class Job(job_options.JobOptions):
         "jaxprune prune MODEL OUT --sparsity 0.5 --calibration prose.txt code.jsonl"
     )
 
-    method: methods.Name = "sparsegpt"
+    method: methods.Name | None = None
     sparsity: float | None = None
     pattern: str | None = None
     allocation: allocations.Name = "layer"
@@ -132,7 +133,8 @@ class Meaning(NamedTuple):
 
 def check(job: Job) -> Meaning:
     """Refuses what can be refused without opening the model; what its words mean."""
-    method = parse.method(job.method, job.damping, job.inputs, relative=job.relative)
+    name = job.method or "sparsegpt"
+    method = parse.method(name, job.damping, job.inputs, relative=job.relative)
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)

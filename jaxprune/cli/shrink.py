@@ -8,8 +8,10 @@ import jax
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.cli import (
+    defaults,
     inputs,
     models,
+    plan,
     provenance,
     recovery,
     shrink_options,
@@ -43,6 +45,9 @@ class Shrink(shrink_options.Job):
         """Shrinks the model; the record."""
         work.refuse_done(self, arguments)
         shrink_options.check(self)
+        return defaults.lengths(self, console)._run(console, arguments)
+
+    def _run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         costs = Costs()
         with costs.phase("read"):
             source = open_directory(self.model)
@@ -51,6 +56,8 @@ class Shrink(shrink_options.Job):
             ready = inputs.prepare(self, source)
             work.check_room(self, source, 1)
         models.say_ignored(model, console)
+        if self.plan:
+            return plan.shrink(self, source, model, ready, console)
         facts = work.facts(self, source, ready.calibration, ready.begins.why)
         with work.held(self.work, {**facts, "asked": self.asked}):
             small, record = _shrunk(self, ready, model.read(), console, costs)
