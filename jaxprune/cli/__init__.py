@@ -111,14 +111,15 @@ def _parsed(arguments: list[str]) -> Any:
         filled = tyro.cli(twin, prog=prog, args=arguments[1:], config=_STYLE)
         return option_groups.flat(command, filled)
     # No subcommand: this ends in a list of them, or in a script for completion.
-    twins = [
+    twins: list[Any] = [
         Annotated[
             option_groups.nested(command, whole=False), tyro.conf.subcommand(name)
         ]
         for name, command in _COMMANDS.items()
     ]
+    any_of_them: Any = functools.reduce(operator.or_, twins)
     return tyro.cli(
-        functools.reduce(operator.or_, twins),  # type: ignore[arg-type]
+        any_of_them,
         prog="jaxprune",
         description=_ABOUT,
         args=arguments,

@@ -1,11 +1,11 @@
 """What a model's directory decides where the options leave it open.
 
 The method is magnitude for families whose code is not here. Sequences are at most as
-long as the model's context. Each such choice is said on stderr.
+long as the model's context. jaxprune.json has what was chosen.
 """
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxprune.cli import job_options, prune_options
 from jaxprune.cli.console import Console
@@ -32,16 +32,15 @@ def method(job: prune_options.Job, console: Console) -> prune_options.Job:
     return dataclasses.replace(job, method="magnitude")
 
 
-def lengths(job: _Job, console: Console) -> _Job:
+def lengths(job: _Job) -> _Job:
     """The job with sequences and samples that fit the model, unless they were given."""
     source = open_directory(job.model)
-    changes: dict[str, int] = {}
+    changes: dict[str, Any] = {}
     if (context := _context(source, job.ignore_config)) is None:
         return job  # what is wrong is told where the model is read
-    defaults = {field.name: field.default for field in dataclasses.fields(job)}
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(job)}
     if job.length == defaults["length"] > context >= 8:
         changes["length"] = context
-        console.note(f"sequences have {context} tokens, which is the model's context")
     if getattr(job, "prompt_steps", None) == defaults.get("prompt_steps", 0) > context:
         changes["prompt_steps"] = context // 2
     return dataclasses.replace(job, **changes) if changes else job

@@ -63,7 +63,6 @@ class Evaluate(models.ModelOptions):
         context = self.context
         if context == _CONTEXT > model.config.context:
             context = model.config.context
-            console.note(f"windows have {context} tokens, which is the model's context")
         seen = {
             name: perplexity.windows(
                 file,

@@ -31,7 +31,7 @@ class Prune(prune_options.Job):
         job = asked.calibrated()
         meaning = prune_options.check(job)
         if not job.streams:
-            job = defaults.lengths(job, console)
+            job = defaults.lengths(job)
         if job.calibration != asked.calibration:
             console.note(
                 "calibrated on what the model writes itself; a text of the kind that "

@@ -95,13 +95,13 @@ def _facts(run: "Run") -> dict[str, Any]:
     job, ready = run.job, run.ready
     return {
         **work.facts(job, run.source, ready.calibration, ready.begins.why),
-        "method": repr(run.meaning.method),
+        "method": f"{job.method}: {parse.settings(run.meaning.method)}",
         "pattern": parse.pattern_word(run.meaning.pattern),
         "sparsity": job.sparsity,
         "allocation": job.allocation,
         "excluded": list(job.exclude),
         "self": [job.own_sequences, job.calibration_temperature],
-        "refine": job.refinement and repr(job.refinement),
+        "refine": job.refinement and parse.settings(job.refinement),
     }
 
 
@@ -272,7 +272,7 @@ def _record(run: Run, report: dict[str, Any]) -> dict[str, Any]:
     job, names = run.job, run.model.names
     return {
         "method": job.method,
-        "settings": repr(run.meaning.method),
+        "settings": parse.settings(run.meaning.method),
         "pattern": parse.pattern_word(run.meaning.pattern),
         "sparsity": run.meaning.sparsity,
         "allocation": job.allocation,

@@ -45,7 +45,7 @@ class Shrink(shrink_options.Job):
         """Shrinks the model; the record."""
         work.refuse_done(self, arguments)
         shrink_options.check(self)
-        return defaults.lengths(self, console)._run(console, arguments)
+        return defaults.lengths(self)._run(console, arguments)
 
     def _run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         costs = Costs()
