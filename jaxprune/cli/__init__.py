@@ -85,7 +85,9 @@ def _ran(arguments: list[str]) -> int:
     try:
         command = _parsed(arguments)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
+        return (
+            0 if stop.code is None else stop.code if isinstance(stop.code, int) else 2
+        )
     console = Console(quiet=command.json)
     try:
         console.finish(command.run(console, arguments))
