@@ -21,12 +21,12 @@ from jaxprune.posttraining import methods
 class Inspect(Options):
     """Lists a model's tensors: shape, zeros, size, and whether they would be pruned.
 
-    Below them it says which methods the model can have, and what it can be shrunk by.
+    Then it says which methods can prune the model, and what `shrink` can remove.
 
     Attributes:
       model: the directory.
-      sparsity: also say how large the model would be pruned by this share.
-      exclude: globs of tensors that are to be left alone, as for `jaxprune prune`.
+      sparsity: say how large the model would be, pruned by this share, too.
+      exclude: names of tensors to leave alone, as for `jaxprune prune`.
     """
 
     EXAMPLE: ClassVar = "jaxprune inspect MODEL --sparsity 0.5"

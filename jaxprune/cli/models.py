@@ -20,11 +20,11 @@ class ModelOptions(Options):
     """How a model is run.
 
     Attributes:
-      dtype: of the parameters and products; as they are stored if left out.
+      dtype: the dtype of parameters and products; as they are stored if left out.
       shard: split each parameter over all devices.
       bos: begin each sequence of a text with the BOS token, whatever the directory
         says. If left out, the directory decides.
-      no_bos: begin none with it.
+      no_bos: begin no sequence with it.
       ignore_config: attributes of config.json to read as if they were not there; an
         unknown one that could change what the model computes is refused otherwise.
     """

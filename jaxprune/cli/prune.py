@@ -20,8 +20,9 @@ from jaxprune.formats.checkpoint_dir import open_directory
 class Prune(prune_options.Job):
     """Prunes a model and writes it as a directory that every loader reads.
 
-    Everything is checked before anything heavy. The dense model is measured first, and
-    not pruned if it knows nothing. The same command resumes a run that was killed.
+    All options and files are checked first. Then the dense model is measured, and a
+    model that is worse than guessing is refused. The same command resumes a run that
+    was killed; --plan says what would be done.
     """
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:

@@ -23,10 +23,10 @@ class Sample(models.ModelOptions):
     Attributes:
       model: the directory.
       prompt: the beginning of the text.
-      steps: tokens to draw.
-      temperature: 0 takes the likeliest token, 1 follows the model, more is more
-        random.
-      top_k: draw among so many of the likeliest tokens; all if left out.
+      steps: how many tokens are drawn.
+      temperature: 0 takes the likeliest token, 1 draws as the model says, a higher one
+        draws more at random.
+      top_k: draw among this many of the likeliest tokens; among all if left out.
       seed: decides the draws.
     """
 

@@ -34,11 +34,11 @@ _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
 class Shrink(shrink_options.Job):
     """Removes whole layers, heads and neurons; what is left is a smaller model.
 
-    All layers lose as many heads and neurons, since that is what config.json can say,
-    and each chooses its own. Without --calibration the weights alone decide; with it,
-    those neurons and heads go whose absence costs least, layer after layer, and the
-    weights of the others make up for them. The same command resumes a run that was
-    killed.
+    All layers lose as many heads and neurons, since config.json has one number for all;
+    which ones differs by layer. Without --calibration the sizes of the weights decide.
+    With it, the neurons and heads whose absence costs least are removed, layer after
+    layer, and the weights that stay are updated. The same command resumes a run that
+    was killed; --plan says what would be done.
     """
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
