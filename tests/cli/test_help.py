@@ -28,7 +28,7 @@ def test_each_option_is_listed_once_in_words(capsys, monkeypatch, name):
     positional = {"model", "out", "file"}
     for field in dataclasses.fields(COMMANDS[name]):
         flag = "--" + field.name.replace("_", "-")
-        listed = re.findall(rf"^ +{flag}\s", text, re.MULTILINE)
+        listed = re.findall(rf"^  {flag}\s", text, re.MULTILINE)
         assert len(listed) == (field.name not in positional), flag
     assert not re.search(r"None|True|False|\(default: \)|\bSTR\b|\bPATH\b|\{\}", text)
 
