@@ -6,6 +6,7 @@ import pytest
 
 from tests.support import tiny_cli, tiny_hf
 from tests.support.tiny_cli import place, run
+from tests.support.tiny_families import MIXTURES
 
 pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
@@ -17,6 +18,7 @@ from jaxprune.formats import atomic
 
 __all__ = ["place"]
 
+FAMILIES = [n for n in (*tiny_hf.CONFIGS, *MIXTURES) if "-" not in n]
 SMALL = ["--length", "16", "--sequences", "8", "--limit", "4", "--prompt-steps", "0"]
 HALF = ["--sparsity", "0.5"]
 
@@ -120,6 +122,21 @@ def test_the_memory_of_a_plan_is_near_what_a_run_takes(place, tmp_path, capsys):
     code, found, _ = run(capsys, *words)
     assert code == 0
     assert planned / 2 < found["peak_memory_bytes"] < planned * 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_has_a_plan_of_what_inspect_calls_prunable(
+    place, tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.setattr(estimates, "rate", lambda: 1e9)
+    tiny_hf.random_folder(name, tmp_path)
+    tiny_cli.tokenizer(tmp_path)
+    words = ["prune", tmp_path, tmp_path.with_name("out"), *HALF, *SMALL, "--plan"]
+    code, found, _ = run(capsys, *words, "--calibration", place / "a.txt")
+    assert code == 0
+    prunable = run(capsys, "inspect", tmp_path)[1]["totals"]["prunable"]
+    assert sum(row["weights"] for row in found["plan"]) == prunable
 
 
 # ---- what the directory decides
