@@ -117,7 +117,7 @@ def _say_able(console: Console, able: dict[str, Any]) -> None:
         )
         return
     console.say(
-        f"can be pruned by {', '.join(able['methods'])}, and lose "
+        f"can be pruned by {', '.join(able['methods'])}; `jaxprune shrink` can remove "
         f"{', '.join(able['shrinkable'])}"
     )
 
@@ -162,8 +162,8 @@ def _say(
     )
     if sparsity is not None:
         console.say(
-            f"pruned by {sparsity:g}: about {totals['compact_bytes_pruned']:,} bytes "
-            "as a compact file"
+            f"pruned to a sparsity of {sparsity:g}: about "
+            f"{totals['compact_bytes_pruned']:,} bytes as a compact file"
         )
     if made is not None:
         console.say(
