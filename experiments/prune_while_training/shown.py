@@ -217,6 +217,6 @@ def write(results: Mapping[str, Any], out: Path) -> None:
     """Writes results.csv, loss.svg and steps.svg."""
     files = {"results.csv": results_.table_csv(COLUMNS, rows(results))}
     if any(row["method"] != DENSE for row in rows(results)):
-        files["loss.svg"] = canvas.svg(loss_figure(results)).encode()
-        files["steps.svg"] = canvas.svg(steps_figure(results)).encode()
+        files["loss.svg"] = canvas.svg(loss_figure(results), ground="white").encode()
+        files["steps.svg"] = canvas.svg(steps_figure(results), ground="white").encode()
     atomic.replace_files(out, files)

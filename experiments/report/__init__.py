@@ -50,6 +50,6 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
     }
     for name, figure in sections.drawings(results).items():
         files[f"{name}.png"] = plots.png(figure)
-        files[f"{name}.svg"] = canvas.svg(figure).encode()
+        files[f"{name}.svg"] = canvas.svg(figure, ground="white").encode()
     files["report.html"] = sections.document(results).encode()
     return atomic.replace_files(directory, files)

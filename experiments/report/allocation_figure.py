@@ -162,7 +162,7 @@ def write(results: Results, out: Path) -> None:
     """Writes results.csv and loss.svg."""
     files = {"results.csv": results_.table_csv(COLUMNS, rows(results))}
     if any(cell["solver"] not in _LAST for cell in results["cells"]):
-        files["loss.svg"] = canvas.svg(figure([results])).encode()
+        files["loss.svg"] = canvas.svg(figure([results]), ground="white").encode()
     atomic.replace_files(out, files)
 
 
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         paths = [p / "results.json" if p.is_dir() else p for p in options.results]
         drawn = figure([json.loads(path.read_text()) for path in paths])
-        svg = canvas.svg(drawn).encode()
+        svg = canvas.svg(drawn, ground="white").encode()
         atomic.replace_files(options.out, {"allocation.svg": svg})
     except (OSError, ValueError) as error:
         sys.exit(f"allocation_figure: {error}")

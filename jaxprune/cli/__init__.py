@@ -5,16 +5,18 @@ refused or failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
 """
 
 import contextlib
+import functools
 import importlib.metadata
+import operator
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any
 
 import tyro
 
-from jaxprune.cli import parse
+from jaxprune.cli import option_groups, parse
 from jaxprune.cli.compact import Compact, Expand
 from jaxprune.cli.console import Console
 from jaxprune.cli.eval import Evaluate
@@ -25,15 +27,26 @@ from jaxprune.cli.shrink import Shrink
 
 __all__ = ["main"]
 
-Command: TypeAlias = (
-    Annotated[Prune, tyro.conf.subcommand("prune")]
-    | Annotated[Shrink, tyro.conf.subcommand("shrink")]
-    | Annotated[Evaluate, tyro.conf.subcommand("eval")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Compact, tyro.conf.subcommand("compact")]
-    | Annotated[Expand, tyro.conf.subcommand("expand")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
+_COMMANDS: dict[str, type[Any]] = {
+    "prune": Prune,
+    "shrink": Shrink,
+    "eval": Evaluate,
+    "inspect": Inspect,
+    "compact": Compact,
+    "expand": Expand,
+    "sample": Sample,
+}
+_ABOUT = (
+    "Prunes trained language models in Hugging Face directories.\n\n"
+    "For example:\n"
+    "  jaxprune inspect MODEL\n"
+    "  jaxprune prune MODEL OUT --sparsity 0.5 --calibration prose.txt code.jsonl\n"
+    "  jaxprune prune --help          the options of a subcommand\n"
+    "  jaxprune --version             the version\n"
+    "  jaxprune --tyro-write-completion bash FILE    completion for bash, zsh or fish"
 )
+# Options are set by their flags alone, and no value is spelled "None".
+_STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
 _REFUSALS = (ValueError, OSError, ImportError, MemoryError)
 
@@ -57,25 +70,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jaxprune {importlib.metadata.version('jaxprune')}")
         return 0
     try:
-        command: Command = tyro.cli(
-            Command,  # type: ignore[arg-type]
-            prog="jaxprune",
-            description="Prunes trained language models in Hugging Face directories. "
-            "--version prints the version.",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    console = Console(quiet=command.json)
-    try:
-        console.finish(command.run(console, arguments))
+        code = _ran(arguments)
         sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # Who reads has seen enough; what is still held must go somewhere.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _ran(arguments: list[str]) -> int:
+    """The exit code of a subcommand, of help and of wrong usage."""
+    try:
+        command = _parsed(arguments)
+    except SystemExit as stop:
+        return (
+            0 if stop.code is None else stop.code if isinstance(stop.code, int) else 2
+        )
+    console = Console(quiet=command.json)
+    try:
+        console.finish(command.run(console, arguments))
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         console.note("jaxprune: interrupted")
         return 130
@@ -86,3 +103,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.note(f"jaxprune {arguments[0]}: {parse.spoken(text)}")
         return 1
     return 0
+
+
+def _parsed(arguments: list[str]) -> Any:
+    """The subcommand with its options; leaves the process for help and wrong usage."""
+    if arguments and (command := _COMMANDS.get(arguments[0])):
+        twin = option_groups.nested(command, whole=True)
+        prog = f"jaxprune {arguments[0]}"
+        filled = tyro.cli(twin, prog=prog, args=arguments[1:], config=_STYLE)
+        return option_groups.flat(command, filled)
+    # No subcommand: this ends in a list of them, or in a script for completion.
+    twins: list[Any] = [
+        Annotated[
+            option_groups.nested(command, whole=False), tyro.conf.subcommand(name)
+        ]
+        for name, command in _COMMANDS.items()
+    ]
+    any_of_them: Any = functools.reduce(operator.or_, twins)
+    return tyro.cli(
+        any_of_them,
+        prog="jaxprune",
+        description=_ABOUT,
+        args=arguments,
+        config=_STYLE,
+    )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -22,6 +22,8 @@ class Compact(Options):
       file: the compact file to write.
       overwrite: replace an earlier compact file.
     """
+
+    EXAMPLE: ClassVar = "jaxprune compact OUT model.jaxprune"
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
@@ -55,6 +57,8 @@ class Expand(Options):
       file: the compact file.
       out: the directory to write.
     """
+
+    EXAMPLE: ClassVar = "jaxprune expand model.jaxprune RESTORED"
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]

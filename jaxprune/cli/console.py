@@ -9,19 +9,22 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxprune.arrays.console_progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every command takes.
+    """What every command takes. `GROUPS` and `EXAMPLE` are for its --help.
 
     Attributes:
       json: print one JSON object to stdout, and nothing else there.
       debug: show where an error came from.
     """
+
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {}
+    EXAMPLE: ClassVar[str]
 
     json: bool = False
     debug: bool = False

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -11,6 +11,8 @@ from jaxprune.cli import models, parse
 from jaxprune.cli.console import Console, columns
 from jaxprune.evaluation import perplexity, texts
 from jaxprune.models import hf
+
+_CONTEXT = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,16 +28,19 @@ class Evaluate(models.ModelOptions):
       text: plain text (.txt, .md); .jsonl or .parquet with a "text" in each line or
         row, or "messages", which the model's chat template writes; or .npy of int32
         token ids (sequences, length), whose rows are evaluated as they are.
-      context: tokens of a window, BOS included.
-      stride: how far a window moves on: at most --context - 1, which is what it
-        predicts, and so far if left out.
-      limit: at most so many windows of each text, from its beginning; all if left out.
-      batch: windows that the model sees at once.
+      context: tokens of a window, BOS included; the model's context where that is less.
+      stride: how far a window moves on, at most --context - 1, the tokens that it
+        predicts; as far as that if left out.
+      limit: how many windows of each text are evaluated, from its beginning; all if
+        left out.
+      batch: how many windows the model sees at once.
     """
+
+    EXAMPLE: ClassVar = "jaxprune eval MODEL --text prose.txt code.jsonl"
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
-    context: int = 512
+    context: int = _CONTEXT
     stride: int | None = None
     limit: int | None = None
     batch: int = 4
@@ -56,10 +61,13 @@ class Evaluate(models.ModelOptions):
         begins = models.beginning(tokenizer, self, model.config.vocab_size)
         models.say_ignored(model, console)
         files = [texts.read(p, tokenizer, model.config.vocab_size) for p in self.text]
+        context = self.context
+        if context == _CONTEXT > model.config.context:
+            context = model.config.context
         seen = {
             name: perplexity.windows(
                 file,
-                context=self.context,
+                context=context,
                 stride=self.stride,
                 bos=begins.token,
                 limit=self.limit,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import tyro
 
@@ -21,13 +21,15 @@ from jaxprune.posttraining import methods
 class Inspect(Options):
     """Lists a model's tensors: shape, zeros, size, and whether they would be pruned.
 
-    Below them it says which methods the model can have, and what it can be shrunk by.
+    Then it says which methods can prune the model, and what `shrink` can remove.
 
     Attributes:
       model: the directory.
-      sparsity: also say how large the model would be pruned by this share.
-      exclude: globs of tensors that are to be left alone, as for `jaxprune prune`.
+      sparsity: say how large the model would be, pruned by this share, too.
+      exclude: names of tensors to leave alone, as for `jaxprune prune`.
     """
+
+    EXAMPLE: ClassVar = "jaxprune inspect MODEL --sparsity 0.5"
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     sparsity: float | None = None
@@ -115,7 +117,7 @@ def _say_able(console: Console, able: dict[str, Any]) -> None:
         )
         return
     console.say(
-        f"can be pruned by {', '.join(able['methods'])}, and lose "
+        f"can be pruned by {', '.join(able['methods'])}; `jaxprune shrink` can remove "
         f"{', '.join(able['shrinkable'])}"
     )
 
@@ -160,8 +162,8 @@ def _say(
     )
     if sparsity is not None:
         console.say(
-            f"pruned by {sparsity:g}: about {totals['compact_bytes_pruned']:,} bytes "
-            "as a compact file"
+            f"pruned to a sparsity of {sparsity:g}: about "
+            f"{totals['compact_bytes_pruned']:,} bytes as a compact file"
         )
     if made is not None:
         console.say(

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias
 
 import tyro
 
@@ -52,30 +52,44 @@ class JobOptions(models.ModelOptions):
       calibration: texts that show what the model is for: .txt, .md; .jsonl or .parquet
         with a "text" in each line or row, or "messages", which the model's chat
         template writes; or .npy of int32 token ids (sequences, length). Several are a
-        mixture, the same number of sequences of each. A mixture of the kinds of text
-        that the model is to be used on is worth more than any method: equal parts of
-        two kinds, 64 sequences in all, did best in benchmarks/README.md. The word
-        "self" stands for what the model writes itself, for `prune` alone.
-      sequences: how many are calibrated on.
-      length: tokens of a sequence, BOS included, and of a window in evaluation.
-      seed: which sequences are drawn, what is sampled.
-      batch: sequences that the model sees at once.
+        mixture with as many sequences of each. Give each kind of text that the model is
+        for: that is worth more than the choice of a method (benchmarks/README.md). The
+        word "self" stands for text that the model writes, with `prune` alone.
+      sequences: how many sequences are calibrated on.
+      length: tokens of a sequence, BOS included, and of a window in evaluation; the
+        model's context where that is less.
+      seed: decides which sequences are drawn and what is sampled.
+      batch: how many sequences the model sees at once.
       evaluate: texts to measure the perplexity on, before and after. If left out, the
         last tenth of each calibration text, which then is not calibrated on.
-      limit: windows of each text that are evaluated.
+      limit: how many windows of each text are evaluated.
       any_perplexity: go on even with a model that is worse than guessing by frequency.
       distill_steps: steps of Adam afterwards that bring the next-token distributions
         of what is left back to those of the model before (KL divergence); zeros stay
         zeros, and sizes stay as they are.
       distill_text: texts for that; those that are calibrated on if left out.
-      distill_learning_rate: of the first step; it falls to nothing.
+      distill_learning_rate: the learning rate of the first step; it falls to zero.
       distill_train: what is trained: all parameters, the matrices that were pruned (of
         a smaller model, those of its layers), norms and biases, or those matrices by
         changes of rank 16 (lora).
-      distill_hidden: the weight of the last hidden states in its loss, beside the
-        predictions' 1: their squared distance over the dense ones' squared norm.
+      distill_hidden: the weight of the last hidden states in the loss, where the
+        predictions weigh 1: their squared distance over the dense ones' squared norm.
+      plan: say what would be done, with how much memory, disk and time, and write
+        nothing.
       overwrite: replace an earlier result.
     """
+
+    GROUPS: ClassVar = {
+        "calibration": ("calibration", "sequences", "length", "seed", "batch"),
+        "evaluation": ("evaluate", "limit", "any_perplexity"),
+        "distillation": (
+            "distill_steps",
+            "distill_text",
+            "distill_learning_rate",
+            "distill_train",
+            "distill_hidden",
+        ),
+    }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
@@ -92,6 +106,7 @@ class JobOptions(models.ModelOptions):
     distill_learning_rate: float = 1e-4
     distill_train: Trained = "all"
     distill_hidden: float = 0.0
+    plan: bool = False
     overwrite: bool = False
 
     @property

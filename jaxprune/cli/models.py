@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -20,14 +20,16 @@ class ModelOptions(Options):
     """How a model is run.
 
     Attributes:
-      dtype: of the parameters and products; as they are stored if left out.
+      dtype: the dtype of parameters and products; as they are stored if left out.
       shard: split each parameter over all devices.
       bos: begin each sequence of a text with the BOS token, whatever the directory
         says. If left out, the directory decides.
-      no_bos: begin none with it.
+      no_bos: begin no sequence with it.
       ignore_config: attributes of config.json to read as if they were not there; an
         unknown one that could change what the model computes is refused otherwise.
     """
+
+    GROUPS: ClassVar = {"model": ("dtype", "shard", "bos", "no_bos", "ignore_config")}
 
     dtype: Literal["float32", "bfloat16"] | None = None
     shard: bool = False

@@ -41,6 +41,16 @@ def method(
     )
 
 
+def settings(value: Any) -> str:
+    """The settings of a method or of another value, in words."""
+    words = (
+        f"{name.replace('_', ' ')} {'yes' if setting is True else setting}"
+        for name, setting in dataclasses.asdict(value).items()
+        if setting is not False and setting is not None
+    )
+    return ", ".join(words) or "none"
+
+
 def why_kept(name: str, info: TensorInfo, exclude: Sequence[str] = ()) -> str | None:
     """Why a tensor of a directory is not pruned, in a few words; None if it may be."""
     if why := tree.why_unprunable(name.replace(".", "/"), info):

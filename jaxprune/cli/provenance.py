@@ -9,7 +9,6 @@ from jaxprune.evaluation import machine
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.formats.compact import packed_bytes
-from jaxprune.report import pruned_model
 
 PAGE = "report.html"
 
@@ -43,6 +42,8 @@ def _command(arguments: Iterable[str]) -> str:
 
 def with_page(record: Mapping[str, Any]) -> dict[str, bytes]:
     """The page of a whole record, by its name."""
+    from jaxprune.report import pruned_model  # matplotlib is slow to import
+
     return {PAGE: pruned_model.document(record).encode()}
 
 

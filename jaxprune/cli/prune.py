@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 from jaxprune.cli import (
+    defaults,
+    plan,
     prune_options,
     prune_streaming,
     prune_with_calibration,
@@ -18,20 +20,26 @@ from jaxprune.formats.checkpoint_dir import open_directory
 class Prune(prune_options.Job):
     """Prunes a model and writes it as a directory that every loader reads.
 
-    Everything is checked before anything heavy. The dense model is measured first, and
-    not pruned if it knows nothing. The same command resumes a run that was killed.
+    All options and files are checked first. Then the dense model is measured, and a
+    model that is worse than guessing is refused. The same command resumes a run that
+    was killed; --plan says what would be done.
     """
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
         work.refuse_done(self, arguments)
-        job = self.calibrated()
+        asked = defaults.method(self, console)
+        job = asked.calibrated()
         meaning = prune_options.check(job)
-        if job.calibration != self.calibration:
+        if not job.streams:
+            job = defaults.lengths(job)
+        if job.calibration != asked.calibration:
             console.note(
                 "calibrated on what the model writes itself; a text of the kind that "
                 "it is used on does better: --calibration FILE..."
             )
+        if job.plan:
+            return plan.prune(job, meaning, console)
         prune = prune_streaming.prune if job.streams else prune_with_calibration.prune
         record = prune(job, meaning, console, arguments)
         console.say(_summary(record))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxprune.cli import job_options, parse
 from jaxprune.cli.job_options import SELF
@@ -24,37 +24,51 @@ class Job(job_options.JobOptions):
 
     Attributes:
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
-        too; sparsegpt and alps also update what stays, alps more thoroughly and slowly.
-        magnitude without --calibration streams: any safetensors directory, in the
-        memory of one tensor.
-      sparsity: the share to remove, in [0, 1). To be left out with --pattern n:m.
+        too; sparsegpt and alps also update the weights that stay, alps better and more
+        slowly. magnitude without --calibration goes through any safetensors directory
+        in the memory of one tensor. If left out, sparsegpt for the families of
+        docs/command.md and magnitude for others.
+      sparsity: the share to remove, in [0, 1). Leave it out with --pattern n:m.
       pattern: "per-layer" ranks the weights of a matrix together, "per-output" those of
-        each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks.
-        Each method has its own if left out.
+        each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks. If
+        left out, per-output for wanda and per-layer for the others.
       allocation: how the sparsity is shared out: layer (to each matrix the same), erk
         (by its shape), owl (layers with outliers keep more).
-      damping: of sparsegpt and alps, as a share of the Hessian's mean diagonal.
-      calibration_temperature: of what the model writes for --calibration self.
-      inputs: what a weight is pruned for: the inputs that are "left" by all that was
-        pruned before it, or those of its "dense" layer, as the papers have it.
-      relative: whether each token is divided by the size of its activations, so that a
-        few massive ones do not decide; the papers do not do so.
-      exclude: globs of tensors to leave alone, as "*.down_proj.weight".
+      damping: the damping of sparsegpt and alps, as a share of the Hessian's mean
+        diagonal; 0.01 if left out.
+      calibration_temperature: the temperature of what the model writes for
+        --calibration self.
+      inputs: which inputs a weight is pruned for: those that the layers pruned before
+        it produce ("left"), or those of the dense layer ("dense"), as in the papers.
+      relative: divide each token by the size of its activations, so that a few massive
+        ones do not decide; the papers do not.
+      exclude: names of tensors to leave alone, also as globs: "*.down_proj.weight".
       refine: passes over the calibration sequences, after each layer is pruned, that
         bring its output back to that of the dense layer by gradient steps on its kept
-        weights, norms and biases; zeros stay zeros. The best pass is kept, by a tenth
-        of the sequences that are not trained on. 0 for none.
-      refine_learning_rate: of the first step; it falls to nothing.
+        weights, norms and biases; zeros stay zeros. A tenth of the sequences, which
+        are not trained on, says which pass is kept. 0 does nothing.
+      refine_learning_rate: the learning rate of the first step; it falls to zero.
       retrain_steps: steps of Adam afterwards on --retrain-text, the zeros staying
         zeros; only the pruned matrices are trained.
       retrain_text: texts to retrain on, as for --calibration.
-      retrain_learning_rate: of the first step; it falls to nothing.
-      prompt: of the samples before and after; the beginning of an evaluated text if
-        left out.
-      prompt_steps: tokens of a sample; 0 for none.
+      retrain_learning_rate: the learning rate of the first step; it falls to zero.
+      prompt: the prompt of the samples before and after; the beginning of an evaluated
+        text if left out.
+      prompt_steps: how many tokens a sample has; 0 makes none.
     """
 
-    method: methods.Name = "sparsegpt"
+    GROUPS: ClassVar = {
+        "pruning": ("method", "sparsity", "pattern", "allocation", "exclude"),
+        "method": ("damping", "inputs", "relative", "refine", "refine_learning_rate"),
+        "calibration": ("calibration_temperature",),
+        "evaluation": ("prompt", "prompt_steps"),
+        "retraining": ("retrain_steps", "retrain_text", "retrain_learning_rate"),
+    }
+    EXAMPLE: ClassVar = (
+        "jaxprune prune MODEL OUT --sparsity 0.5 --calibration prose.txt code.jsonl"
+    )
+
+    method: methods.Name | None = None
     sparsity: float | None = None
     pattern: str | None = None
     allocation: allocations.Name = "layer"
@@ -121,7 +135,8 @@ class Meaning(NamedTuple):
 
 def check(job: Job) -> Meaning:
     """Refuses what can be refused without opening the model; what its words mean."""
-    method = parse.method(job.method, job.damping, job.inputs, relative=job.relative)
+    name = job.method or "sparsegpt"
+    method = parse.method(name, job.damping, job.inputs, relative=job.relative)
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)

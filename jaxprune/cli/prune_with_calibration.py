@@ -42,12 +42,12 @@ def prune(
     job: Job, meaning: Meaning, console: Console, arguments: list[str]
 ) -> dict[str, Any]:
     """Prunes a model after a look at calibration texts; the record."""
-    run = _begin(job, meaning, console)
+    run = begin(job, meaning, console)
     with work.held(job.work, _facts(run)):
         return _prune(run, arguments)
 
 
-def _prune(run: "_Run", arguments: list[str]) -> dict[str, Any]:
+def _prune(run: "Run", arguments: list[str]) -> dict[str, Any]:
     job, console = run.job, run.console
     with run.costs.phase("evaluate before"):
         dense = run.model.read()
@@ -90,23 +90,23 @@ def _prune(run: "_Run", arguments: list[str]) -> dict[str, Any]:
     return rewrite.read_provenance(job.out)
 
 
-def _facts(run: "_Run") -> dict[str, Any]:
+def _facts(run: "Run") -> dict[str, Any]:
     """What decides the pruned weights, as far as it is known without reading any."""
     job, ready = run.job, run.ready
     return {
         **work.facts(job, run.source, ready.calibration, ready.begins.why),
-        "method": repr(run.meaning.method),
+        "method": f"{job.method}: {parse.settings(run.meaning.method)}",
         "pattern": parse.pattern_word(run.meaning.pattern),
         "sparsity": job.sparsity,
         "allocation": job.allocation,
         "excluded": list(job.exclude),
         "self": [job.own_sequences, job.calibration_temperature],
-        "refine": job.refinement and repr(job.refinement),
+        "refine": job.refinement and parse.settings(job.refinement),
     }
 
 
 @dataclasses.dataclass
-class _Run:
+class Run:
     """A pruning under way.
 
     Attributes:
@@ -146,7 +146,7 @@ class _Run:
         self.samples.append({"label": stage, "text": text})
 
 
-def _begin(job: Job, meaning: Meaning, console: Console) -> _Run:
+def begin(job: Job, meaning: Meaning, console: Console) -> Run:
     """Reads the texts and the model's headers, and refuses what does not fit."""
     costs = Costs()
     with costs.phase("read"):
@@ -161,10 +161,10 @@ def _begin(job: Job, meaning: Meaning, console: Console) -> _Run:
         work.check_room(job, source, 3 if job.refine else 2)
     models.say_ignored(model, console)
     prompt = _prompt(job, ready, model.config.context)
-    return _Run(job, meaning, console, source, ready, model, prunable, prompt, costs)
+    return Run(job, meaning, console, source, ready, model, prunable, prompt, costs)
 
 
-def _written(run: _Run, dense: models.Model) -> np.ndarray:
+def _written(run: Run, dense: models.Model) -> np.ndarray:
     """What the dense model writes to be calibrated on."""
     job, tokenizer, size = run.job, run.ready.tokenizer, run.ready.vocab_size
     special = set() if tokenizer is None else tokenizer.special
@@ -185,7 +185,7 @@ def _written(run: _Run, dense: models.Model) -> np.ndarray:
         )
 
 
-def _pruned(run: _Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]:
+def _pruned(run: Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]:
     """The pruned model, its pruned leaves, all that moved, and what the record says."""
     job, model = run.job, run.model
     run.console.note(f"what is done is kept in '{job.work}' until the end")
@@ -255,7 +255,7 @@ def _prompt(job: Job, ready: Ready, context: int) -> list[int] | None:
     return prompt
 
 
-def _dense(run: _Run, model: models.Model, leaves: set[str]) -> Decoder:
+def _dense(run: Run, model: models.Model, leaves: set[str]) -> Decoder:
     """The model before; what has not moved is shared with the pruned one."""
     own = jp.tree.named_leaves(model.params)
     before = jp.tree.named_leaves(run.model.params)
@@ -267,12 +267,12 @@ def _dense(run: _Run, model: models.Model, leaves: set[str]) -> Decoder:
     return nnx.merge(model.graphdef, jax.tree.unflatten(structure, params))
 
 
-def _record(run: _Run, report: dict[str, Any]) -> dict[str, Any]:
+def _record(run: Run, report: dict[str, Any]) -> dict[str, Any]:
     """What jaxprune.json says besides what was measured."""
     job, names = run.job, run.model.names
     return {
         "method": job.method,
-        "settings": repr(run.meaning.method),
+        "settings": parse.settings(run.meaning.method),
         "pattern": parse.pattern_word(run.meaning.pattern),
         "sparsity": run.meaning.sparsity,
         "allocation": job.allocation,

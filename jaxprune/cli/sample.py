@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,14 @@ class Sample(models.ModelOptions):
     Attributes:
       model: the directory.
       prompt: the beginning of the text.
-      steps: tokens to draw.
-      temperature: 0 takes the likeliest token, 1 follows the model, more is more
-        random.
-      top_k: draw among so many of the likeliest tokens; all if left out.
+      steps: how many tokens are drawn.
+      temperature: 0 takes the likeliest token, 1 draws as the model says, a higher one
+        draws more at random.
+      top_k: draw among this many of the likeliest tokens; among all if left out.
       seed: decides the draws.
     """
+
+    EXAMPLE: ClassVar = 'jaxprune sample MODEL --prompt "Once upon a time"'
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     prompt: str

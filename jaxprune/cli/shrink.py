@@ -8,8 +8,10 @@ import jax
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.cli import (
+    defaults,
     inputs,
     models,
+    plan,
     provenance,
     recovery,
     shrink_options,
@@ -24,7 +26,6 @@ from jaxprune.evaluation.machine import Costs
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
-from jaxprune.report import shrunk_model
 
 _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
 
@@ -33,17 +34,20 @@ _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
 class Shrink(shrink_options.Job):
     """Removes whole layers, heads and neurons; what is left is a smaller model.
 
-    All layers lose as many heads and neurons, since that is what config.json can say,
-    and each chooses its own. Without --calibration the weights alone decide; with it,
-    those neurons and heads go whose absence costs least, layer after layer, and the
-    weights of the others make up for them. The same command resumes a run that was
-    killed.
+    All layers lose as many heads and neurons, since config.json has one number for all;
+    which ones differs by layer. Without --calibration the sizes of the weights decide.
+    With it, the neurons and heads whose absence costs least are removed, layer after
+    layer, and the weights that stay are updated. The same command resumes a run that
+    was killed; --plan says what would be done.
     """
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Shrinks the model; the record."""
         work.refuse_done(self, arguments)
         shrink_options.check(self)
+        return defaults.lengths(self)._run(console, arguments)
+
+    def _run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         costs = Costs()
         with costs.phase("read"):
             source = open_directory(self.model)
@@ -52,6 +56,8 @@ class Shrink(shrink_options.Job):
             ready = inputs.prepare(self, source)
             work.check_room(self, source, 1)
         models.say_ignored(model, console)
+        if self.plan:
+            return plan.shrink(self, source, model, ready, console)
         facts = work.facts(self, source, ready.calibration, ready.begins.why)
         with work.held(self.work, {**facts, "asked": self.asked}):
             small, record = _shrunk(self, ready, model.read(), console, costs)
@@ -167,6 +173,8 @@ def _write(
     costs: Costs,
 ) -> None:
     def finish(_: Any, written: Any) -> Any:
+        from jaxprune.report import shrunk_model  # matplotlib is slow to import
+
         page = shrunk_model.document(written)
         return {}, {provenance.PAGE: page.encode()}
 
@@ -187,7 +195,8 @@ def _summary(record: dict[str, Any]) -> str:
     """The results for people."""
     lines = []
     if found := record["perplexity"]:
-        stages = shrunk_model.stages(record)
+        first = next(iter(found.values()))
+        stages = [s for s in ("dense", "shrunk", "distilled") if s in first]
         rows = [
             [name, *(number(of[stage]["perplexity"]) for stage in stages)]
             for name, of in found.items()

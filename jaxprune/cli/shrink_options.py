@@ -1,7 +1,7 @@
 """The options of `jaxprune shrink`, and all that can be refused before it begins."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxprune.cli import job_options, parse
 from jaxprune.formats.checkpoint_dir import CheckpointDir
@@ -23,16 +23,32 @@ class Job(job_options.JobOptions):
       query_heads: the share of the query heads of each key head to remove.
       layers: how many layers to leave; which go is searched by the loss on
         --calibration.
-      drop_layers: the numbers of the layers to remove, instead.
-      budget: instead of --ffn and --heads: the share that may be left, of the
-        parameters or of what --measure says; one share for neurons and heads is found.
+      drop_layers: the numbers of the layers to remove, in place of --layers.
+      budget: in place of --ffn and --heads, the share that may be left of the
+        parameters, or of what --measure says; neurons and heads then lose one share.
       measure: what the budget is of. FLOPs and the milliseconds, which are measured
         here, are those of reading a prompt, without the head.
-      search: let the loss on the last quarter of the calibration's sequences decide how
-        much of the budget neurons, heads and whole layers give; takes as long as the
-        removal itself several times.
-      speed_rounds: how often both models are timed, in turn; 0 times neither.
+      search: divide what goes over neurons, heads and whole layers by the loss on the
+        last quarter of the calibration's sequences; that takes several times as long.
+      speed_rounds: how often both models are timed, in turn; 0 does not time them.
     """
+
+    GROUPS: ClassVar = {
+        "removal": (
+            "ffn",
+            "heads",
+            "query_heads",
+            "layers",
+            "drop_layers",
+            "budget",
+            "measure",
+            "search",
+        ),
+        "evaluation": ("speed_rounds",),
+    }
+    EXAMPLE: ClassVar = (
+        "jaxprune shrink MODEL OUT --ffn 0.5 --calibration prose.txt code.jsonl"
+    )
 
     sequences: int = 32  # a search of layers reads them many times
     length: int = 256

@@ -36,7 +36,7 @@ def prune(
 ) -> Params:
     """Sets the weights with the lowest scores to zero; pure, and fit for `jax.jit`.
 
-    With `donate=True` it is pure no more: THE OLD PARAMETERS ARE GONE. Their buffers
+    With `donate=True` it is not pure: the old parameters are deleted. Their buffers
     hold the result, leaf by leaf, so pruning needs at most one leaf of memory more;
     reading an old leaf raises `RuntimeError`. Nothing is donated before all checks have
     passed. Under `jit`, `donate` has no effect; there give `jax.jit` itself

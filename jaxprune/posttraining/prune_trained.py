@@ -30,7 +30,7 @@ from jaxprune.typing import Params, Pattern, Prunable
 
 
 class PruneResult(NamedTuple):
-    """A pruned model and how it came about.
+    """A pruned model and the report of how it was pruned.
 
     Attributes:
       params: like the parameters that were given, pruned; `jp.LazyArray` leaves are
@@ -91,7 +91,7 @@ def prune_trained(
         positions count. None counts all, BOS too.
       directory: where progress is kept; the same call after a kill resumes from there.
       donate: whether the old weights are given up, each as soon as its successor is
-        there; THE OLD PARAMETERS ARE GONE then, and memory holds the model once.
+        there; the old parameters are deleted then, and memory holds the model once.
       progress: whether to show how far it is: a bar on a terminal, a line now and then
         in a log.
       refine: gradient steps on each layer's kept weights, norms and biases after it was

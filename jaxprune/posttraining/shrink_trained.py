@@ -51,13 +51,13 @@ def shrink_trained(
 ) -> ShrinkResult:
     """Removes whole units of a trained model, and updates the rest to make up for them.
 
-    A unit goes out by rows of one matrix, a neuron by one of the down projection, a
-    head by some of the output projection. With X the inputs of that matrix over all
-    batches and W (in, out) its values, the units are removed whose absence changes X W
-    least where the other rows are the best that they can be, and that is what these
-    become: optimal brain surgery on units. Each matrix is solved for the inputs that
-    the groups before it have left. Units that see each other on their way, under a
-    norm, are taken as if they did not.
+    A unit is rows of one matrix: a neuron is a row of the down projection, a head is
+    some rows of the output projection. X is the input of that matrix over all batches
+    and W (in, out) its values. Those units are removed without which X W changes least
+    once the other rows are chosen best, and the other rows become just that: optimal
+    brain surgery on units. Each matrix is solved for the inputs that remain after the
+    groups before it. Where a norm runs over units on their way there, what they change
+    in each other is left out.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.

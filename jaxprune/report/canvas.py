@@ -54,9 +54,19 @@ STYLE = matplotlib.rc_context(
 
 
 @STYLE
-def svg(figure: Figure) -> str:
-    """The figure as an SVG text with selectable text and no date, on no ground."""
+def svg(figure: Figure, *, ground: str = "none") -> str:
+    """The figure as an SVG text with selectable text and no date.
+
+    Args:
+      figure: what is drawn.
+      ground: its colour; "none" on a page that changes the ink too, as `page.inline`.
+        In a file of its own dark ink needs "white": a dark page may show it.
+
+    Returns:
+      The text.
+    """
     stream = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    how = {"transparent": True} if ground == "none" else {"facecolor": ground}
+    figure.savefig(stream, format="svg", metadata=nothing, **how)
     return stream.getvalue()

@@ -85,6 +85,15 @@ def size(count: float) -> str:
     return f"{count:,.3g} GB"
 
 
+def calibration(record: Mapping[str, Any]) -> str:
+    """What a model was calibrated on, in a line; empty without."""
+    if not (used := record.get("calibration")):
+        return ""
+    texts = [f"{of['name']} {of['sequences']}" for of in used["files"]]
+    texts += [f"its own text {used['self']}"] if used.get("self") else []
+    return f"{', '.join(texts)} (sequences of {used['length']} tokens)"
+
+
 def duration(seconds: float) -> str:
     """Seconds for people, such as "90.0 s" or "2.5 h"."""
     if seconds < 120:

@@ -137,8 +137,12 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     asked = record["sparsity"]
     facts = {
         "method": record["method"],
+        "its settings": record.get("settings"),
         "pattern": record["pattern"],
         "sparsity asked": f"{asked:.2%}" if isinstance(asked, float) else str(asked),
+        "allocation": record.get("allocation"),
+        "calibrated on": page.calibration(record),
+        "refined": _passes(record.get("refine")),
         "achieved": f"{record['achieved']:.4%}",
         "weights pruned": f"{sizes['size']:,}",
         "compact file": page.size(sizes["compact_bytes"]),
@@ -147,7 +151,11 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     }
     if peak := record.get("peak_memory_bytes"):
         facts["peak memory"] = page.size(peak)
-    return facts
+    return {name: str(fact) for name, fact in facts.items() if fact}
+
+
+def _passes(refine: Mapping[str, Any] | None) -> str:
+    return f"{refine['passes']} passes" if refine else ""
 
 
 def _zeros(record: Mapping[str, Any]) -> dict[str, Figure]:

@@ -70,14 +70,16 @@ def headline(record: Mapping[str, Any]) -> str:
 def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     """The few numbers that count."""
     before, after = (record["sizes"][when] for when in ("before", "after"))
-    return {
+    facts = {
         "method": record["method"],
         "asked": ", ".join(f"{k} {_said(v)}" for k, v in record["sparsity"].items()),
+        "calibrated on": page.calibration(record),
         "parameters": f"{after['parameters']:,} of {before['parameters']:,}",
         "weights": page.size(after["bytes"]),
         "time": page.duration(record["seconds"]),
         "device": record["device"],
     }
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def _said(value: Any) -> str:

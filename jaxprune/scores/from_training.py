@@ -152,9 +152,9 @@ def trajectory(
 ) -> Scores:
     """The default criterion: |w| E[g^2]^(1/4).
 
-    The geometric mean of magnitude and of OBD's square root: a diagonal curvature known
-    only by a noisy estimate, trusted half. Exponent 0 is magnitude and 1/2 ranks as
-    OBD; docs/methods.md has the table by which 1/4 was chosen. With
+    The geometric mean of magnitude and of OBD's square root. OBD's E[g^2] is a noisy
+    estimate of a curvature, so its exponent is halved here. Exponent 0 is magnitude and
+    1/2 ranks as OBD; docs/methods.md has the table by which 1/4 was chosen. With
     `params=importance.weight` it is the averaged weight that is ranked.
 
     Args:

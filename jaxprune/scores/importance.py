@@ -72,7 +72,7 @@ _TRACK = {
 
 
 def get_importance(state: Any) -> Importance:
-    """What was tracked, found anywhere inside an optimizer's state.
+    """The averages that were tracked, found anywhere in an optimizer's state.
 
     Args:
       state: the state of any optax optimizer, however wrapped (`chain`, `masked`,

@@ -35,7 +35,7 @@ _TIMED = 32  # how many parts the search for a budget of time divides the units 
 
 
 class ShrinkResult(NamedTuple):
-    """A smaller model and how it came about.
+    """A smaller model and the report of what was removed.
 
     Attributes:
       fn: parameters and a batch to what the function gives.

@@ -51,7 +51,7 @@ def gradual(
     grow: Grow | None = None,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes while it trains; what is pruned stays pruned, unless it may `grow`.
+    """Prunes while it trains; a pruned weight stays so, unless `grow` returns it.
 
     An event at step t is part of the update that t updates came before: masks are
     chosen from the parameters and statistics as they come in, and the step is taken

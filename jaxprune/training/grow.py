@@ -1,4 +1,4 @@
-"""What comes back when masks change: the growth of sparse-to-sparse training.
+"""Which weights come back when masks change: the growth of sparse-to-sparse training.
 
 At an event a part of what is kept is pruned beyond the schedule, and as much is grown
 elsewhere, so that the number kept is the schedule's. The values are read as functions:

@@ -34,7 +34,7 @@ class KeepMasksState(NamedTuple):
 def keep_masks(
     optimizer: optax.GradientTransformation, masks: Masks, *, packed: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains what the masks keep; the rest stays zero, its moments too.
+    """Trains the kept weights; pruned ones, their updates and moments stay zero.
 
     Args:
       optimizer: any optax optimizer, with its clipping. A tracker goes outside,

@@ -55,7 +55,7 @@ def straight_through(
     prunable: Prunable = tree.prunable,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains the dense weights through pruned ones; `freeze` drops the rest.
+    """Trains dense weights by the gradients of pruned ones, until `freeze`.
 
     From the schedule's first event on, masks are chosen anew at every event and every
     so many steps, from the dense weights that the step leads to; what was pruned may

@@ -78,6 +78,10 @@ def test_there_are_blocks_for_each_kind_of_model():
     assert {"jaxprune", "optax", "flax", "equinox"} <= imported
 
 
+def test_readme_can_be_read_in_one_sitting():
+    assert len(_TEXT.splitlines()) <= 180
+
+
 def test_no_block_is_exempt_from_running():
     assert not any("no-run" in page.read_text() for page in PAGES)
 

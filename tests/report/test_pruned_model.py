@@ -10,8 +10,10 @@ KINDS = ("self_attn.q_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{i}.{kind}.weight" for i in range(3) for kind in KINDS]
 RECORD = {
     "method": "wanda",
-    "pattern": "PerOutput()",
+    "settings": "inputs left",
+    "pattern": "per-output",
     "sparsity": 0.5,
+    "allocation": "owl",
     "achieved": 0.5,
     "tensors": {name: {"zeros": 8 + i, "size": 20} for i, name in enumerate(NAMES)},
     "sizes": {"dense_bytes": 4000, "compact_bytes": 2300, "zeros": 60, "size": 120},
@@ -95,6 +97,15 @@ def test_the_headline_says_what_it_cost():
     assert pruned_model.headline(without("perplexity")) == (
         "50.0% of the weights of 6 matrices were pruned by wanda."
     )
+
+
+def test_the_settings_stand_before_the_first_heading():
+    first = Page(pruned_model.document(RECORD).partition("<h2>")[0]).text
+    shown = ("wanda", "inputs left", "per-output", "50.00%", "owl", "a<b>.txt 32")
+    assert [words for words in shown if words not in first] == []
+    bare = Page(pruned_model.document(without("settings", "calibration"))).text
+    assert "settings" not in bare
+    assert "None" not in bare
 
 
 def test_the_page_shows_everything_and_loads_nothing():
