@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report import accuracy, figures, findings, foreign
+from experiments.report import accuracy, figures, findings, foreign, life_cycle
 from experiments.report import results as results_
 from jaxprune.formats import atomic
 from jaxprune.report import page
@@ -25,7 +25,7 @@ def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure that these results can fill, by the name of its file.
 
     "loss_<allocation>" for each allocation, "foreign_loss_<allocation>" where another
-    text was measured, then "weights", "layers" and "training".
+    text was measured, then "weights", "layers", "training" and "life_cycle".
     """
     drawn = {
         f"loss_{allocation}": figures.loss(results, allocation=allocation)
@@ -41,6 +41,8 @@ def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
         drawn["layers"] = figures.layers(*found)
     if any(seed.get("curve") for seed in results["seeds"]):
         drawn["training"] = figures.training(results)
+    if cycle := life_cycle.of(results):
+        drawn["life_cycle"] = life_cycle.figure(cycle)
     return drawn
 
 
@@ -67,6 +69,7 @@ def document(results: Mapping[str, Any]) -> str:
         samples=_samples(results),
         costs=results.get("costs"),
         phases=_phases(results["phases"]) if results.get("phases") else None,
+        life_cycle=life_cycle.section(results),
         command=command(results),
         training={"training": figures.training(results)} if curve else {},
         pairs={

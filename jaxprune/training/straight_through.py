@@ -158,7 +158,7 @@ def straight_through(
             dense,
         )
         new = StraightThroughState(optax.safe_increment(step), held, left, inner)
-        return on_masked(_seen, kept, updates, params, parked, rest=updates), new
+        return on_masked(_seen, kept, dense, params, rest=updates), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -168,6 +168,8 @@ def _dense(parked: Params, params: Params) -> Params:
     return on_masked(lambda own, leaf: leaf + own, parked, params, rest=params)
 
 
-def _seen(mask: jax.Array, step: Any, leaf: jax.Array, parked: jax.Array) -> jax.Array:
-    """What the user's weight moves by: the step, to the dense weight, or to zero."""
-    return where(mask, step + parked, -leaf)
+def _seen(mask: jax.Array, dense: jax.Array, leaf: jax.Array) -> jax.Array:
+    """What the user's weight moves by: to the dense weight, or to zero."""
+    # Not the step itself: it and what was parked would have to be kept beside `dense`,
+    # two more copies of the parameters.
+    return where(mask, dense - leaf, -leaf)

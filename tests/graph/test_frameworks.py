@@ -17,29 +17,7 @@ from flax import nnx
 import jaxprune as jp
 from tests.support.small_models import draw, filled, hessian, same_bits
 from tests.support.small_models import quick_compilation as quick_compilation
-
-X = draw(0, 3, 5, 4)  # (batch, time, width)
-FLAT = draw(1, 6, 4)
-
-
-def shapes(traced):
-    return {p.name: p.shape for p in traced.linear_ops}
-
-
-def inputs_of(traced):
-    return {p.name: p.input for p in traced.linear_ops}
-
-
-def check(fn, params, x, by_hand, *, tolerance=1e-4, prunable=jp.tree.prunable):
-    """Calibration gives the Hessians of the inputs that were noted."""
-    found = jp.calibrate(fn, params, [x], hessian=True, prunable=prunable)
-    assert set(found) == set(by_hand)
-    for name, own in by_hand.items():
-        own = np.asarray(own, np.float64).reshape(1, -1, np.shape(own)[-1])
-        np.testing.assert_allclose(
-            found[name].hessian, hessian(own), rtol=tolerance, atol=tolerance
-        )
-
+from tests.support.traced import FLAT, X, check, divided, inputs_of, shapes
 
 # Linen.
 
@@ -342,67 +320,6 @@ def test_nnx_convolution_and_an_embedding_used_as_head():
 
 
 # Equinox: weights are (out, in).
-
-
-def divided(make, *args, **kwargs):
-    """Arrays and the rest of an Equinox model."""
-    abstract = eqx.filter_eval_shape(make, *args, key=jax.random.key(0), **kwargs)
-    arrays, static = eqx.partition(
-        abstract, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
-    )
-    return filled(arrays), static
-
-
-def test_an_equinox_mlp_under_vmap_is_seen_from_output_to_input():
-    params, static = divided(eqx.nn.MLP, 4, 2, 6, 2)
-
-    def fn(params, x):
-        return jax.vmap(eqx.combine(params, static))(x)
-
-    traced = jp.trace(fn, params, FLAT)
-    assert [p.name for p in traced.linear_ops] == [
-        f"layers/{i}/weight" for i in range(3)
-    ]
-    assert [p.shape for p in traced.linear_ops] == [(1, 4, 6), (1, 6, 6), (1, 6, 2)]
-    assert all(p.axes == jp.Axes((1,), (0,)) for p in traced.linear_ops)
-    x, by_hand = FLAT, {}
-    for i, layer in enumerate(params.layers):
-        by_hand[f"layers/{i}/weight"] = x
-        x = np.maximum(x @ np.asarray(layer.weight).T + np.asarray(layer.bias), 0)
-    check(fn, params, FLAT, by_hand)
-
-
-def test_equinox_attention_shares_its_input():
-    params, static = divided(eqx.nn.MultiheadAttention, 2, 4)
-
-    def fn(params, x):
-        return jax.vmap(lambda x: eqx.combine(params, static)(x, x, x))(x)
-
-    traced = jp.trace(fn, params, X)
-    numbers = inputs_of(traced)
-    assert set(numbers) == {
-        f"{part}_proj/weight" for part in ("query", "key", "value", "output")
-    }
-    assert len({numbers[f"{n}_proj/weight"] for n in ("query", "key", "value")}) == 1
-    assert numbers["output_proj/weight"] != numbers["query_proj/weight"]
-    own = X.reshape(1, -1, 4)
-    moments = jp.calibrate(fn, params, [X], hessian=True)
-    for part in ("query", "key", "value"):
-        np.testing.assert_allclose(
-            moments[f"{part}_proj/weight"].hessian, hessian(own), 1e-5, 1e-5
-        )
-
-
-def test_an_equinox_convolution_has_its_channels_first():
-    params, static = divided(eqx.nn.Conv2d, 4, 6, 3, groups=2)
-    (found,) = jp.trace(
-        lambda p, x: jax.vmap(eqx.combine(p, static))(x), params, draw(3, 2, 4, 5, 5)
-    ).linear_ops
-    assert (found.name, found.kind) == ("weight", "convolution")
-    assert found.shape == (2, 18, 3)
-
-
-# Pruning keeps what each framework wraps its parameters in.
 
 
 def linen():

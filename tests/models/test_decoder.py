@@ -1,6 +1,5 @@
 """The decoder against a slow one in float64, and its shortcuts against full passes."""
 
-import dataclasses
 import functools
 import math
 
@@ -13,22 +12,11 @@ from flax import nnx
 from jaxprune.arrays import tree
 from jaxprune.models import hf
 from jaxprune.models.decoder import rope
-from jaxprune.models.decoder.model import Decoder, DecoderConfig, loss_per_token
+from jaxprune.models.decoder.model import Decoder, loss_per_token
 from jaxprune.models.generate import generate
 from jaxprune.models.hf import decoder_config
 from tests.support import tiny_hf
-
-PLAIN = DecoderConfig(
-    vocab_size=97,
-    context=64,
-    layers=2,
-    width=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    mlp_width=48,
-    ropes=(rope.linear(1e4, 8),),
-)
+from tests.support.plain_decoder import PLAIN, plain
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +30,6 @@ def model_of(tmp_path_factory):
         return hf.load(folder).model
 
     return model
-
-
-@functools.cache
-def _plain():
-    return Decoder(PLAIN, rngs=nnx.Rngs(0))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -188,10 +171,10 @@ def test_each_matrix_meets_its_input_in_one_product(name):
 
 
 def test_the_model_is_its_parameters():
-    graphdef, params = nnx.split(_plain(), nnx.Param)
+    graphdef, params = nnx.split(plain(), nnx.Param)
     tokens = tiny_hf.tokens(time=24)
     again = nnx.merge(graphdef, params)
-    np.testing.assert_array_equal(_run(again, tokens), _run(_plain(), tokens))
+    np.testing.assert_array_equal(_run(again, tokens), _run(plain(), tokens))
 
 
 # ---- caches
@@ -380,55 +363,3 @@ def test_frequencies_follow_the_closed_forms():
     left = (turns[1] - 1) / 3
     expected = [1, left * 0.1 + (1 - left) * 0.1 / 8, 0.01 / 8, 0.001 / 8]
     np.testing.assert_allclose(got, expected, rtol=1e-12)
-
-
-# ---- errors
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"heads": 3}, "divisible by kv_heads, got heads=3 and kv_heads=2"),
-        ({"vocab_size": 0}, "vocab_size to be a positive integer, got 0"),
-        ({"mlp_width": 2.0}, "mlp_width to be a positive integer, got 2.0"),
-        ({"norm": "batch"}, "norm to be one of layer, .*, rms_plus_one, got 'batch'"),
-        ({"qk_norm": True}, "qk_norm to be one of head, heads, whole, None, got True"),
-        ({"block": "serial"}, "block to be one of pre, post, sandwich, parallel,"),
-        ({"activation": "tan"}, "activation to be one of silu, gelu, gelu_tanh, relu"),
-        ({"dtype": "float16"}, "dtype to be one of float32, bfloat16"),
-        ({"windows": (3,)}, "windows to have one entry for each of the 2 layers"),
-        ({"windows": (3, 0)}, "windows of at least 1 token, got 0"),
-        ({"rope_of": (0, 1)}, "rope_of to index the 1 ropes, got 1"),
-        ({"head_dim": 4}, "at most head_dim / 2 rotary frequencies, got 4"),
-    ],
-)
-def test_a_wrong_configuration_says_what_to_change(changes, words):
-    with pytest.raises(ValueError, match=words):
-        dataclasses.replace(PLAIN, **changes)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "error", "words"),
-    [
-        (jnp.zeros((1, 65), jnp.int32), ValueError, "at most 64 tokens here.*got 65"),
-        (jnp.zeros(4, jnp.int32), ValueError, r"\(batch, time\), got \(4,\)"),
-        (jnp.zeros((1, 4)), TypeError, "integer tokens, got float32"),
-    ],
-)
-def test_wrong_tokens_are_refused_before_anything_runs(tokens, error, words):
-    with pytest.raises(error, match=words):
-        jax.eval_shape(_plain(), tokens)
-
-
-def test_caches_and_losses_refuse_what_does_not_fit():
-    model, tokens = _plain(), jnp.zeros((1, 3), jnp.int32)
-    with pytest.raises(ValueError, match=r"at most 2 tokens here.*got 3"):
-        jax.eval_shape(lambda: model(tokens, cache=model.init_cache(1, 2)))
-    with pytest.raises(ValueError, match="size <= context, got 65 > 64"):
-        model.init_cache(1, 65)
-    with pytest.raises(ValueError, match=r"targets of the tokens' shape \(1, 3\)"):
-        loss_per_token(model, tokens, tokens[:, 1:])
-    with pytest.raises(ValueError, match="rows >= 1, got 0"):
-        jax.eval_shape(lambda: loss_per_token(model, tokens, tokens, rows=0))
-    with pytest.raises(ValueError, match="short_factor to have 2 numbers"):
-        rope.longrope(1e4, 4, short=[1], long=[1, 1], original=8, scale=1.0)

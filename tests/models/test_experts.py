@@ -74,10 +74,14 @@ def test_a_leaf_holds_a_matrix_of_all_experts(name, tmp_path):
     assert kernel.shape == (config.experts, config.mlp_width, config.width)
     source = loaded.names["layers/1/mlp/down/kernel"]
     for i, theirs in enumerate(source.names):
-        np.testing.assert_array_equal(kernel[i], stored[theirs].T)
+        if config.experts_fused:  # stored as the leaf is
+            np.testing.assert_array_equal(kernel, stored[theirs])
+        else:
+            np.testing.assert_array_equal(kernel[i], stored[theirs].T)
     prunable = [n for n, leaf in leaves.items() if tree.prunable(n, leaf)]
+    own = 2 if config.experts_fused else 3
     shared = 3 if config.shared_width else 0
-    assert len(prunable) == config.layers * (4 + 3 + shared)
+    assert len(prunable) == config.layers * (4 + own + shared)
     assert not [n for n in prunable if "router" in n]
     back = dict(hf.to_tensors(loaded.names, params))
     assert back.keys() == stored.keys()
@@ -106,6 +110,12 @@ def test_an_expert_that_is_missing_is_named(tmp_path):
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types must be full_attention everywhere",
         ),
+        ("gpt-oss", {"rope_parameters": None}, "rope_parameters must be given"),
+        (
+            "gpt-oss",
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            r"quantization_config must be absent; load with Mxfp4Config\(dequantize",
+        ),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv must be None, got 8.0"),
         ("olmoe", {"head_dim": 12}, "hidden_size / num_attention_heads = 8, got 12"),
     ],
@@ -116,7 +126,7 @@ def test_what_would_change_the_model_is_refused_by_name(name, changes, words):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "gpt-oss"])
 def test_a_cache_gives_the_logits_of_a_full_pass(name, tmp_path):
     tiny_hf.random_folder(name, tmp_path)
     ids = tiny_hf.tokens(time=12)
@@ -133,11 +143,14 @@ def test_a_cache_gives_the_logits_of_a_full_pass(name, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_each_expert_loses_its_own_half(method, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("mixtral", "wanda"), ("mixtral", "sparsegpt"), ("gpt-oss", "wanda")],
+)
+def test_each_expert_loses_its_own_half(name, method, tmp_path, capsys):
     pytest.importorskip("tyro")
     model, out = tmp_path / "model", tmp_path / "out"
-    before = tiny_hf.random_folder("mixtral", model)
+    before = tiny_hf.random_folder(name, model)
     ids = tiny_hf.tokens(4, 16)
     np.save(tmp_path / "rows.npy", ids)
     code, record, _ = tiny_cli.run(
@@ -149,14 +162,16 @@ def test_each_expert_loses_its_own_half(method, tmp_path, capsys):
     after = tiny_cli.weights(out)
     assert after.keys() == before.keys()
     for key, value in before.items():
-        if "norm" in key or "embed" in key or "head" in key or ".gate." in key:
+        kept = ("norm", "embed", "head", ".gate.", "router", "bias", "sinks")
+        if any(part in key for part in kept):
             np.testing.assert_array_equal(after[key], value, err_msg=key)
         else:
-            assert (after[key] == 0).sum() == value.size // 2, key
+            for expert in after[key] if value.ndim == 3 else after[key][None]:
+                assert (expert == 0).sum() == expert.size // 2, key
             counted = record["tensors"][key]
             assert counted["zeros"] == value.size // 2
     rows = [row for row in record["weights"] if "experts" in row["name"]]
-    assert len(rows) == 2 * 3
+    assert len(rows) == 2 * (2 if name == "gpt-oss" else 3)
     for row in rows:  # each token is given to two experts
         assert sum(row["samples"]) == 2 * ids.size
         few = [i for i, n in enumerate(row["samples"]) if n < 16]
@@ -190,10 +205,11 @@ def test_the_command_says_what_it_cannot_do_with_experts(tmp_path, capsys):
 
 
 @pytest.mark.full
-def test_fewer_layers_and_heads_are_loaded_by_transformers(tmp_path):
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_fewer_layers_are_loaded_by_transformers(name, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    tiny_hf.torch_model("mixtral", tmp_path / "whole")
+    tiny_hf.torch_model(name, tmp_path / "whole")
     whole = hf.load(tmp_path / "whole", dtype="float32")
     params = nnx.state(whole.model, nnx.Param)
     _, few = hf.keep_layers(whole.config, params, [1])

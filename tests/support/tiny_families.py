@@ -69,6 +69,27 @@ MIXTURES = {
             "tie_word_embeddings": True,
         },
     ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **SMALL,
+            "num_attention_heads": 6,
+            "head_dim": 10,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "olmoe": (
         "Olmoe",
         {

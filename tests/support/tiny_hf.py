@@ -253,7 +253,7 @@ def edit(folder, **changes):
 
 
 TYPES = {"GPT2": "gpt2", "Gemma3Text": "gemma3_text", "GPTNeoX": "gpt_neox"}
-TYPES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}
+TYPES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "GptOss": "gpt_oss"}
 
 
 def config_json(name):

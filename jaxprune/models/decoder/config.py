@@ -63,6 +63,11 @@ class DecoderConfig:
       renormalise: whether the router's shares of those are made to sum to 1.
       shared_width: features inside an MLP that all tokens take beside their experts; 0
         for none.
+      experts_fused: whether gate and up of an expert are one kernel, their features
+        alternating.
+      swiglu_limit: where gate (above) and up (both ways) are cut off; up + 1 is then
+        multiplied by gate * sigmoid(swiglu_alpha gate). None for the activation.
+      swiglu_alpha: the factor in there.
       norm: "layer", with scale and bias, "layer_scale", without the bias,
         "layer_plain", without both, "rms", "rms_float32", which rounds after it scales,
         or "rms_plus_one", scaled by 1 + w.
@@ -79,13 +84,15 @@ class DecoderConfig:
         its key, its value; else all queries, all keys, all values.
       qkv_bias: whether the query, key and value products have a bias.
       out_bias: whether the attention's output product has one.
-      mlp_bias: whether the MLP's products have one.
+      mlp_bias: whether the MLP's products have one; the router too, where there is one.
       head_bias: whether the output head has one.
       tie_weights: whether the output head is the token embedding.
       embedding_scale: factor on the embedding, rounded to `dtype`.
       residual_scale: factor on what attention and MLP add.
       attention_scale: factor on the scores; None is head_dim^(-1/2).
       attention_softcap: c of c tanh(score / c); None for none.
+      sinks: whether each head has a score of its own that takes part of the attention
+        and gives nothing.
       logit_scale: factor on the logits.
       logit_softcap: c of c tanh(logit / c); None for none.
       ropes: the rotary schemes; () for learned positions.
@@ -112,6 +119,9 @@ class DecoderConfig:
     experts_per_token: int = 0
     renormalise: bool = False
     shared_width: int = 0
+    experts_fused: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     norm: Norms = "rms"
     norm_epsilon: float = 1e-6
     qk_norm: QueryNorms | None = None
@@ -129,6 +139,7 @@ class DecoderConfig:
     residual_scale: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    sinks: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     ropes: tuple[Rope, ...] = ()

@@ -9,6 +9,7 @@ References:
   Shazeer et al.: Outrageously Large Neural Networks: The Sparsely-Gated
   Mixture-of-Experts Layer, 2017, arXiv 1701.06538. Jiang et al.: Mixtral of Experts,
   2024, arXiv 2401.04088. Muennighoff et al.: OLMoE, 2024, arXiv 2409.02060.
+  OpenAI: gpt-oss-120b & gpt-oss-20b Model Card, 2025, arXiv 2508.10925.
 """
 
 import jax
@@ -21,22 +22,28 @@ from jaxprune.models.decoder.layers import ACTIVATIONS, MLP, Linear
 
 
 class ExpertLinear(nnx.Module):
-    """x @ kernel of the expert that a row belongs to; kernels [experts, in, out]."""
+    """x @ kernel + bias of the expert of a row; kernels [experts, in, out]."""
 
     def __init__(
         self, config: DecoderConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs
     ):
-        """Makes the kernels; `rngs` is read, not kept."""
+        """Makes kernels and biases; `rngs` is read, not kept."""
         shape = (config.experts, inputs, outputs)
         self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+        biases = jnp.zeros((config.experts, outputs))
+        self.bias = nnx.Param(biases) if config.mlp_bias else None
         self.dtype = config.dtype
 
     def __call__(
-        self, x: Float[Array, "rows inputs"], sizes: Int[Array, "experts"]
+        self,
+        x: Float[Array, "rows inputs"],
+        sizes: Int[Array, "experts"],
+        expert: Int[Array, "rows"],
     ) -> Float[Array, "rows outputs"]:
         """The products of rows that lie expert by expert, `sizes` of each."""
         kernel = self.kernel[...].astype(self.dtype)
-        return jax.lax.ragged_dot(x.astype(self.dtype), kernel, sizes)
+        y = jax.lax.ragged_dot(x.astype(self.dtype), kernel, sizes)
+        return y if self.bias is None else y + self.bias[...][expert].astype(y.dtype)
 
 
 class Experts(nnx.Module):
@@ -45,10 +52,16 @@ class Experts(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Makes the matrices; `rngs` is read, not kept."""
         width, wide = config.width, config.mlp_width
-        self.router = Linear(config, width, config.experts, bias=False, rngs=rngs)
-        self.gate = ExpertLinear(config, width, wide, rngs=rngs)
-        self.up = ExpertLinear(config, width, wide, rngs=rngs)
+        bias = config.mlp_bias
+        self.router = Linear(config, width, config.experts, bias=bias, rngs=rngs)
+        self.alternating = config.experts_fused
+        if self.alternating:
+            self.gate_up = ExpertLinear(config, width, 2 * wide, rngs=rngs)
+        else:
+            self.gate = ExpertLinear(config, width, wide, rngs=rngs)
+            self.up = ExpertLinear(config, width, wide, rngs=rngs)
         self.down = ExpertLinear(config, wide, width, rngs=rngs)
+        self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
         self.experts, self.taken = config.experts, config.experts_per_token
         self.renormalise, self.activation = config.renormalise, config.activation
         self.sharing = config.shared_width > 0
@@ -64,16 +77,28 @@ class Experts(nnx.Module):
         share, chosen = self.routed(rows)  # (tokens, taken)
         # Expert by expert, and within one in the order of the text.
         order = jnp.argsort(chosen.reshape(-1), stable=True)  # (tokens x taken,)
-        token = order // self.taken
+        token, expert = order // self.taken, chosen.reshape(-1)[order]
         sizes = jnp.bincount(chosen.reshape(-1), length=self.experts)  # (experts,)
-        own = rows[token]  # (tokens x taken, width)
-        gate, up = self.gate(own, sizes), self.up(own, sizes)
-        y = self.down(ACTIVATIONS[self.activation](gate) * up, sizes)
+        inside = self._inside(rows[token], sizes, expert)  # (tokens x taken, wide)
+        y = self.down(inside, sizes, expert)  # (tokens x taken, width)
         y = y * share.reshape(-1)[order][:, None].astype(y.dtype)
         y = jnp.zeros_like(rows).at[token].add(y).reshape(x.shape)
         if not self.sharing:
             return y
         return y + jax.nn.sigmoid(self.shared_router(x)) * self.shared(x)
+
+    def _inside(self, own: Array, sizes: Array, expert: Array) -> Array:
+        """What each expert's `down` reads."""
+        if self.alternating:
+            both = self.gate_up(own, sizes, expert)
+            gate, up = both[:, ::2], both[:, 1::2]
+        else:
+            gate, up = self.gate(own, sizes, expert), self.up(own, sizes, expert)
+        if self.limit is None:
+            return ACTIVATIONS[self.activation](gate) * up
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
 
     def routed(
         self, rows: Float[Array, "tokens width"]

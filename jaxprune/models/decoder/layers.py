@@ -142,6 +142,7 @@ class Attention(nnx.Module):
         self.out = Linear(config, q, width, bias=config.out_bias, rngs=rngs)
         self.norm_q = _norm_of_heads(config, config.heads)
         self.norm_k = _norm_of_heads(config, config.kv_heads)
+        self.sinks = nnx.Param(jnp.zeros(config.heads)) if config.sinks else None
         scale = config.attention_scale
         self.scale = config.head_dim**-0.5 if scale is None else scale
         self.softcap, self.qk_norm = config.attention_softcap, config.qk_norm
@@ -167,7 +168,8 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice(past[0], k, (0, start, 0, 0))
             v = jax.lax.dynamic_update_slice(past[1], v, (0, start, 0, 0))
         # (batch, time, heads, head_dim)
-        x = attend(q, k, v, seen, self.scale, self.softcap)
+        sinks = None if self.sinks is None else self.sinks[...]
+        x = attend(q, k, v, seen, self.scale, self.softcap, sinks)
         return self.out(x.reshape(batch, time, -1)), (k, v)
 
     def _queries_keys_values(self, x: Array) -> list[Array]:
@@ -258,8 +260,9 @@ def attend(
     seen: Array,
     scale: float,
     softcap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
 ) -> Float[Array, "batch time heads dim"]:
-    """Attention of queries to the keys that `seen` (time, keys) allows."""
+    """Attention of queries to sinks and to the keys that `seen` (time, keys) allows."""
     # Query heads that share a key head are rows of one matrix, which is a quarter
     # faster on a CPU than an axis of their own.
     batch, time, heads, dim = q.shape
@@ -272,8 +275,14 @@ def attend(
         dot = softcap * jnp.tanh(dot / softcap)
     # (batch, kv, group, time, keys), float32
     dot = jnp.where(seen[None, None, None], dot, -jnp.inf)
-    share = jax.nn.softmax(dot, axis=-1).astype(v.dtype)
-    share = share.reshape(batch, kv_heads, group * time, -1)
+    if sinks is None:
+        share = jax.nn.softmax(dot, axis=-1)
+    else:
+        own = sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
+        most = jax.lax.stop_gradient(jnp.maximum(dot.max(-1, keepdims=True), own))
+        share = jnp.exp(dot - most)
+        share = share / (share.sum(-1, keepdims=True) + jnp.exp(own - most))
+    share = share.astype(v.dtype).reshape(batch, kv_heads, group * time, -1)
     x = jnp.einsum("bkrs,bskd->bkrd", share, v)  # (batch, kv, rows, dim)
     x = x.reshape(batch, kv_heads, group, time, dim).transpose(0, 3, 1, 2, 4)
     return x.reshape(batch, time, heads, dim)

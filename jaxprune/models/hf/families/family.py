@@ -85,8 +85,9 @@ class Family:
       fields: attributes of config.json to fields of the shape.
       modules: our module to theirs, "{}" for the number of the layer.
       only: attributes that are supported at this value alone.
-      parameters: leaves that are no module's kernel, bias, scale or embedding: to their
-        tensor, and whether its axes are the leaf's reversed.
+      parameters: leaves that are no module's kernel, bias, scale or embedding, without
+        the number of the layer: to their tensor, and whether its axes are the leaf's
+        reversed.
       shape: fields to the shape of the model.
       from_directory: (directory, shape) to the shape with what other files say of it.
       prefix: what the names begin with, except the head's; base models leave it out.
@@ -147,14 +148,14 @@ class Family:
         first axis. "layers/3/attention/q/kernel" is
         "model.layers.3.self_attn.q_proj.weight", and reversed where that is [out, in].
         """
-        if leaf in self.parameters:
-            name, reverse = self.parameters[leaf]
-            return self.prefix + name, reverse
-        module, kind = leaf.rsplit("/", 1)
-        layer = re.search(r"(?<=\blayers/)\d+", module)
-        theirs = self.modules[re.sub(r"(?<=\blayers/)\d+/", "", module)]
-        if layer is not None:
-            theirs = theirs.format(layer[0])
+        layer = re.search(r"(?<=\blayers/)\d+", leaf)
+        number = layer[0] if layer else ""
+        anywhere = re.sub(r"(?<=\blayers/)\d+/", "", leaf)
+        if anywhere in self.parameters:
+            name, reverse = self.parameters[anywhere]
+            return self.prefix + name.format(number), reverse
+        module, kind = anywhere.rsplit("/", 1)
+        theirs = self.modules[module].format(number)
         head = theirs == "lm_head"
         name = theirs + (".bias" if kind == "bias" else ".weight")
         reverse = kind == "kernel" and (self.stored_out_in or head)
@@ -202,9 +203,9 @@ def like_llama(a: Attributes, *, theta: float = 1e4, **defaults: Any) -> Fields:
     }
 
 
-def biased(a: Attributes, *, mlp: bool = False) -> Fields:
+def biased(a: Attributes, *, mlp: bool = False, default: bool = False) -> Fields:
     """Biases of the attention by `attention_bias`, and of the MLP by `mlp_bias`."""
-    bias = a.flag("attention_bias", False)
+    bias = a.flag("attention_bias", default)
     fields = {"qkv_bias": bias, "out_bias": bias}
     return {**fields, "mlp_bias": a.flag("mlp_bias", False)} if mlp else fields
 

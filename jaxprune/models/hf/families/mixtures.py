@@ -15,7 +15,7 @@ def _mixtral(a: Attributes) -> Fields:
     fields = family.like_llama(a, kv_heads=8, theta=1e6, epsilon=("rms_norm_eps", 1e-5))
     return {
         **fields,
-        **_experts(a, "num_local_experts", 8, 2),
+        **experts(a, "num_local_experts", 8, 2),
         "renormalise": True,
         "windows": (family.window(a, None),) * fields["layers"],
     }
@@ -51,7 +51,7 @@ def _of_qwen(a: Attributes, usual: tuple[int, int], wide: int) -> Fields:
     for name in ("sliding_window", "max_window_layers"):
         a.raw(name)  # not looked at unless use_sliding_window is true
     return {
-        **_experts(a, "num_experts", *usual),
+        **experts(a, "num_experts", *usual),
         "mlp_width": a.size("moe_intermediate_size", wide),
         "renormalise": a.flag("norm_topk_prob", False),
     }
@@ -66,27 +66,28 @@ def _olmoe(a: Attributes) -> Fields:
     return {
         **fields,
         **family.biased(a),
-        **_experts(a, "num_experts", 64, 8),
+        **experts(a, "num_experts", 64, 8),
         "renormalise": a.flag("norm_topk_prob", False),
         "qk_norm": "whole",
     }
 
 
-def _experts(a: Attributes, name: str, usual: int, taken: int) -> Fields:
+def experts(a: Attributes, name: str, usual: int, taken: int) -> Fields:
+    """How many experts there are, and how many of them a token is given to."""
     for unused in ("output_router_logits", "router_aux_loss_coef"):
         a.raw(unused)  # of training
     a.raw("router_jitter_noise")
-    experts = a.size(name, usual)
+    number = a.size(name, usual)
     # transformers writes two names for one number.
     for twin in {"num_experts", "num_local_experts"} - {name}:
         if a.raw(name) is None:
-            experts = a.size(twin, usual)
-        elif a.raw(twin) not in (None, experts):
-            a.wrong(twin, f"{name}={experts}", a.raw(twin))
+            number = a.size(twin, usual)
+        elif a.raw(twin) not in (None, number):
+            a.wrong(twin, f"{name}={number}", a.raw(twin))
     per_token = a.size("num_experts_per_tok", taken)
-    if per_token > experts:
-        a.wrong("num_experts_per_tok", f"at most {name}={experts}", per_token)
-    return {"experts": experts, "experts_per_token": min(per_token, experts)}
+    if per_token > number:
+        a.wrong("num_experts_per_tok", f"at most {name}={number}", per_token)
+    return {"experts": number, "experts_per_token": min(per_token, number)}
 
 
 def _modules(mlp: str, gate: str, up: str, down: str) -> dict[str, str]:

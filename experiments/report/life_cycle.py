@@ -1,0 +1,233 @@
+"""When pruning has paid for itself: what it cost once beside what a served token saves.
+
+Energy is counted, from the FLOPs of arithmetic and the bytes of weights that memory
+gives out, both at Horowitz's figures. Where training was measured by codecarbon,
+everything is scaled by measured / counted of the training. So a pay-back time does not
+hang on the hardware's overhead, only on its ratio of bytes to FLOPs.
+
+Reference:
+  Horowitz, "Computing's Energy Problem (and what we can do about it)", ISSCC 2014: a
+  float32 multiplication 3.7 pJ and an addition 0.9 pJ, 32 bits of DRAM 640 pJ (45 nm).
+  A kilowatt-hour is 0.475 kg of CO2 where it was not measured: the world's mean,
+  IEA, "Global Energy & CO2 Status Report", 2019.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.report import findings, plots
+from jaxprune.report import canvas
+
+JOULES_A_FLOP = (3.7e-12 + 0.9e-12) / 2
+JOULES_A_BYTE = 640e-12 / 4
+CO2_KG_A_KWH = 0.475
+# Bytes a weight and step: read forward and backward, the gradient written and read,
+# Adam's moments and the weight read and written.
+TRAINING_BYTES = 8 + 8 + 24
+# Two averages of weights and two of gradients, each read and written in float32.
+TRACKING_BYTES = 4 * 8
+BATCHES = (1, 32)
+TITLE = "After how many served tokens pruning has paid for itself"
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Joules a served token of one sparsity.
+
+    Attributes:
+      dense: all weights read, all FLOPs done. Zeros in a dense matrix cost as much.
+      packed: kept values and one bit a weight read, all FLOPs done.
+      skipped: likewise, and only the FLOPs of what is kept.
+    """
+
+    dense: float
+    packed: float
+    skipped: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LifeCycle:
+    """What pruning costs once and what serving then costs, means over the seeds.
+
+    Attributes:
+      training: joules of the dense training, for comparison.
+      tracking: joules of the averages during it.
+      sweep: joules of all cells' ranking, pruning and evaluation.
+      retraining: joules of one model's retraining.
+      serving: for each batch size and sparsity.
+      measured: whether energy was measured or only counted.
+      co2: kilograms a joule.
+    """
+
+    training: float
+    tracking: float
+    sweep: float
+    retraining: float
+    serving: Mapping[int, Mapping[float, Serving]]
+    measured: bool
+    co2: float
+
+    @property
+    def once(self) -> float:
+        """Joules that a pruned model needs and a dense one does not."""
+        return self.tracking + self.sweep + self.retraining
+
+
+def of(results: Mapping[str, Any]) -> LifeCycle | None:
+    """The life cycle that these results tell of.
+
+    None where costs, phases or the tokens of training are not known.
+    """
+    seeds, costs = len(results["seeds"]), results.get("costs")
+    phases: dict[str, dict[str, float]] = {}
+    for phase in results.get("phases") or ():
+        total = phases.setdefault(phase["name"], dict.fromkeys(_SUMMED, 0.0))
+        rate = phase.get("tokens_per_second") or 0.0
+        total["tokens"] += rate * phase["seconds"] / seeds
+        for name in _SUMMED[1:]:
+            total[name] += (phase.get(name) or 0.0) / seeds
+    training = phases.get("train")
+    if not costs or not training or not training["tokens"] or not training["seconds"]:
+        return None
+    steps = float(np.mean([seed["dense"]["steps"] for seed in results["seeds"]]))
+    weights = results["model"]["parameters"]
+    arithmetic = 3 * costs[0]["flops_dense"] * training["tokens"] * JOULES_A_FLOP
+    moved = TRAINING_BYTES * weights * steps * JOULES_A_BYTE
+    tracked = TRACKING_BYTES * results["model"]["prunable"] * steps * JOULES_A_BYTE
+    counted = arithmetic + moved + tracked
+    spent = 3.6e6 * training["energy_kwh"] or counted
+    scale = spent / counted
+
+    def cost(name: str) -> float:
+        """Joules of a phase, as its seconds are to those of training."""
+        phase = phases.get(name, dict.fromkeys(_SUMMED, 0.0))
+        measured = 3.6e6 * phase["energy_kwh"]
+        return measured or spent * phase["seconds"] / training["seconds"]
+
+    measured = training["energy_kwh"] > 0
+    co2 = training["co2_kg"] / spent if measured else CO2_KG_A_KWH / 3.6e6
+    return LifeCycle(
+        training=spent - scale * tracked,
+        tracking=scale * tracked,
+        sweep=cost("prune"),
+        retraining=cost("control"),
+        serving={
+            batch: {row["sparsity"]: _serving(row, batch, scale) for row in costs}
+            for batch in BATCHES
+        },
+        measured=measured,
+        co2=co2,
+    )
+
+
+_SUMMED = ("tokens", "seconds", "energy_kwh", "co2_kg")
+
+
+def _serving(row: Mapping[str, Any], batch: int, scale: float) -> Serving:
+    """Joules a token where `batch` tokens share one reading of the weights."""
+
+    def joules(bytes_: float, flops: float) -> float:
+        return scale * (bytes_ / batch * JOULES_A_BYTE + flops * JOULES_A_FLOP)
+
+    return Serving(
+        joules(row["bytes_dense"], row["flops_dense"]),
+        joules(row["bytes_packed"], row["flops_dense"]),
+        joules(row["bytes_packed"], row["flops_kept"]),
+    )
+
+
+def pays_back(once: float, dense: float, pruned: float) -> float | None:
+    """Served tokens after which `once` is saved; None where nothing is saved."""
+    return once / (dense - pruned) if pruned < dense else None
+
+
+def section(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the page says of it: a figure, two tables and a note; None without costs."""
+    found = of(results)
+    if found is None:
+        return None
+    once = [
+        ["training, dense", _energy(found.training), _mass(found.training, found)],
+        ["tracking", _energy(found.tracking), _mass(found.tracking, found)],
+        ["sweep of all cells", _energy(found.sweep), _mass(found.sweep, found)],
+        ["retraining", _energy(found.retraining), _mass(found.retraining, found)],
+    ]
+    rows = []
+    for batch, by_sparsity in found.serving.items():
+        for sparsity, serving in by_sparsity.items():
+            million = [serving.dense, serving.packed, serving.skipped]
+            back = [
+                pays_back(found.once, serving.dense, joules) for joules in million[1:]
+            ]
+            rows.append(
+                [
+                    str(batch),
+                    findings.percent(sparsity),
+                    *(_energy(1e6 * joules) for joules in million),
+                    *(
+                        "never" if tokens is None else f"{tokens:,.0f}"
+                        for tokens in back
+                    ),
+                ]
+            )
+    return {
+        "title": TITLE,
+        "drawn": {"life-cycle": figure(found)},
+        "once": {"header": ["once", "energy", "CO₂"], "rows": once},
+        "served": {
+            "header": [
+                "tokens at once",
+                "sparsity",
+                "dense, a million tokens",
+                "packed weights",
+                "and zeros skipped",
+                "paid back after: packed",
+                "and zeros skipped",
+            ],
+            "rows": rows,
+        },
+        "measured": found.measured,
+    }
+
+
+def _energy(joules: float) -> str:
+    """Joules, or watt-hours from 3600 of them on."""
+    return f"{joules / 3600:,.3g} Wh" if joules >= 3600 else f"{joules:,.3g} J"
+
+
+def _mass(joules: float, found: LifeCycle) -> str:
+    return f"{1000 * joules * found.co2:,.3g} g"
+
+
+@canvas.STYLE
+def figure(found: LifeCycle) -> Figure:
+    """Joules beyond the dense training against served tokens, one token at a time."""
+    serving = found.serving[BATCHES[0]]
+    names = [f"{findings.percent(sparsity)} packed" for sparsity in serving]
+    style = plots.styles(names)
+    drawn, (axes,) = plots.panels(1, ["dense", *names])
+    paid = [pays_back(found.once, each.dense, each.packed) for each in serving.values()]
+    middle = float(np.median([tokens for tokens in paid if tokens] or [1e6]))
+    tokens = np.geomspace(middle / 30, middle * 30, 60)
+    first = next(iter(serving.values()))
+    ends = [("dense", canvas.INK, tokens[-1], tokens[-1] * first.dense)]
+    axes.plot(tokens, tokens * first.dense, color=canvas.INK, lw=1.2)
+    for name, each in zip(names, serving.values(), strict=True):
+        energy = found.once + tokens * each.packed
+        line = style[name]
+        axes.plot(tokens, energy, color=line.colour, ls=line.dash)
+        ends.append((name, line.colour, tokens[-1], float(energy[-1])))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(tokens[0], tokens[-1])
+    axes.set_xlabel("served tokens")
+    axes.set_title("Joules beyond the dense training")
+    for axis in (axes.xaxis, axes.yaxis):  # text in a figure is never parsed as TeX
+        axis.set_major_formatter(lambda value, _: f"{value:,.15g}")
+        axis.set_minor_formatter(lambda value, _: "")
+    plots.name_ends(axes, ends)
+    return drawn
