@@ -32,7 +32,7 @@ _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shrink(shrink_options.Job):
-    """Removes whole layers, heads and neurons; what is left is a smaller model.
+    """Removes whole layers, experts, heads and neurons; leaves a smaller model.
 
     All layers lose as many heads and neurons, since config.json has one number for all;
     which ones differs by layer. Without --calibration the sizes of the weights decide.
@@ -107,6 +107,8 @@ def _shrunk(
         small, record["layers"] = shrink_units.without_layers(
             job, whole, tokens, layers, console
         )
+        if job.experts and tokens is not None:
+            small, record["experts"] = shrink_units.without_experts(job, small, tokens)
         if job.narrows and budget != 1:
             small, record["units"] = shrink_units.narrower(
                 job, small, tokens, budget, heads
@@ -148,6 +150,7 @@ def _size(model: models.Model) -> dict[str, int]:
         "heads": config.heads,
         "kv_heads": config.kv_heads,
         "mlp_width": config.mlp_width,
+        "experts": config.experts,
     }
 
 

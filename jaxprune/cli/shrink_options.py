@@ -21,6 +21,8 @@ class Job(job_options.JobOptions):
       heads: the share of the heads to remove: of key heads, each with all query heads
         that share it; where all share one key head, of query heads.
       query_heads: the share of the query heads of each key head to remove.
+      experts: the share of the experts of each layer to remove: those that the router,
+        on --calibration, gives the least weight to and that answer the least (REAP).
       layers: how many layers to leave; which go is searched by the loss on
         --calibration.
       drop_layers: the numbers of the layers to remove, in place of --layers.
@@ -38,6 +40,7 @@ class Job(job_options.JobOptions):
             "ffn",
             "heads",
             "query_heads",
+            "experts",
             "layers",
             "drop_layers",
             "budget",
@@ -55,6 +58,7 @@ class Job(job_options.JobOptions):
     ffn: float = 0.0
     heads: float = 0.0
     query_heads: float = 0.0
+    experts: float = 0.0
     layers: int | None = None
     drop_layers: tuple[int, ...] = ()
     budget: float | None = None
@@ -65,8 +69,9 @@ class Job(job_options.JobOptions):
     @property
     def asked(self) -> dict[str, Any]:
         """What is to go; JSON-able."""
-        names = ("ffn", "heads", "query_heads", "layers", "drop_layers", "budget")
-        found = {name: value for name in names if (value := getattr(self, name))}
+        names = ("ffn", "heads", "query_heads", "experts", "layers", "drop_layers")
+        every = (*names, "budget")
+        found = {name: value for name in every if (value := getattr(self, name))}
         if self.budget:
             found["measure"] = self.measure
         return {**found, "search": True} if self.search else found
@@ -80,7 +85,7 @@ class Job(job_options.JobOptions):
 def check(job: Job) -> None:
     """Refuses what can be refused without opening the model."""
     shares = {"ffn": job.ffn, "heads": job.heads, "query-heads": job.query_heads}
-    for name, share in shares.items():
+    for name, share in {**shares, "experts": job.experts}.items():
         if not 0 <= share < 1:
             raise ValueError(f"--{name} must be a share in [0, 1), got {share}")
     if job.budget is not None and not 0 < job.budget < 1:
@@ -100,8 +105,8 @@ def check(job: Job) -> None:
         raise ValueError("--layers and --drop-layers exclude each other; give one")
     if not job.asked:
         raise ValueError(
-            "something must be removed; give --ffn, --heads, --query-heads, --layers, "
-            "--drop-layers or --budget"
+            "something must be removed; give --ffn, --heads, --query-heads, --experts, "
+            "--layers, --drop-layers or --budget"
         )
     if job.own_sequences:
         raise ValueError(
@@ -112,6 +117,11 @@ def check(job: Job) -> None:
         raise ValueError(
             "--layers needs --calibration FILE..., by which the layers are chosen; "
             "--drop-layers names them without"
+        )
+    if job.experts and not job.calibration:
+        raise ValueError(
+            "--experts needs --calibration FILE..., on which the router shows what it "
+            "gives each expert"
         )
     if job.speed_rounds < 0:
         raise ValueError(f"--speed-rounds must not be negative, got {job.speed_rounds}")
@@ -168,8 +178,22 @@ def check_fits(job: Job, source: CheckpointDir, config: DecoderConfig) -> None:
         config.heads if few else config.kv_heads,
         "query heads" if few else "key heads",
     )
+    if job.experts:
+        _check_experts(job, config)
     each = config.heads // config.kv_heads
     _check_share("query-heads", job.query_heads, each, "query heads of each key head")
+
+
+def _check_experts(job: Job, config: DecoderConfig) -> None:
+    """Refuses to leave fewer experts than a token is given to."""
+    _check_share("experts", job.experts, config.experts, "experts")
+    most = config.experts - config.experts_per_token
+    if round(job.experts * config.experts) > most:
+        raise ValueError(
+            f"each token is given to {config.experts_per_token} of the "
+            f"{config.experts} experts, so at most {most} can go; give --experts at "
+            f"most {most / config.experts:.4g}"
+        )
 
 
 def _check_able(job: Job, source: CheckpointDir) -> None:
@@ -178,6 +202,11 @@ def _check_able(job: Job, source: CheckpointDir) -> None:
     options = {"neurons": "--ffn, ", "heads": "--heads, "}
     rest = "".join(options[word] for word in able if word in options)
     asked = {"neurons": job.ffn, "heads": job.heads or job.query_heads}
+    if job.experts and "experts" not in able:
+        raise ValueError(
+            f"--experts is for mixtures of experts, which model_type {kind} is not; "
+            "leave it out"
+        )
     for word, given in asked.items():
         if word not in able and (given or job.budget):
             raise ValueError(

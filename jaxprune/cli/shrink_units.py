@@ -1,4 +1,4 @@
-"""What `jaxprune shrink` removes: layers, then heads and neurons of those left."""
+"""What `jaxprune shrink` removes: layers, experts, then heads and neurons of those."""
 
 import functools
 from typing import Any
@@ -13,6 +13,7 @@ from jaxprune.cli import models
 from jaxprune.cli.console import Console
 from jaxprune.cli.shrink_options import Job
 from jaxprune.evaluation import layer_search
+from jaxprune.evaluation.expert_scores import expert_scores
 from jaxprune.formats import atomic
 from jaxprune.formats.safetensors_file import read_json
 from jaxprune.graph.axis_dims import find
@@ -70,6 +71,28 @@ def _searched(
         f"{found.nats[0]:.4f} nats a token became {found.nats[-1]:.4f}"
     )
     return found
+
+
+def without_experts(
+    job: Job, model: models.Model, tokens: np.ndarray
+) -> tuple[models.Model, dict[str, Any]]:
+    """The model with the experts of each layer that score highest, and the scores."""
+    count = model.config.experts
+    with Progress(len(tokens), "scoring experts", leave=False) as progress:
+        scores, given = expert_scores(
+            model.graphdef,
+            model.params,
+            tokens,
+            batch=job.batch,
+            tick=progress.update,
+        )
+    left = count - round(job.experts * count)
+    highest = np.argsort(-scores, axis=1, kind="stable")[:, :left]
+    kept = np.sort(highest, axis=1).tolist()
+    config, params = hf.keep_experts(model.config, model.params, kept)
+    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    found = {"kept": kept, "scores": scores.tolist(), "tokens": given.tolist()}
+    return model._replace(graphdef=graphdef, params=params, config=config), found
 
 
 def narrower(

@@ -97,8 +97,11 @@ def _sizes(sizes: Mapping[str, Any]) -> list[list[str]]:
         ("heads", "query heads a layer"),
         ("kv_heads", "key heads a layer"),
         ("mlp_width", "neurons a layer"),
+        ("experts", "experts a layer"),
     ):
-        before, after = (sizes[when][key] for when in ("before", "after"))
+        before, after = (sizes[when].get(key) for when in ("before", "after"))
+        if not before:  # no experts
+            continue
         rows.append([name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"])
     return rows
 

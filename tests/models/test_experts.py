@@ -183,7 +183,7 @@ def test_the_command_says_what_it_cannot_do_with_experts(tmp_path, capsys):
     pytest.importorskip("tyro")
     tiny_hf.random_folder("mixtral", tmp_path / "model")
     _, found, _ = tiny_cli.run(capsys, "inspect", tmp_path / "model")
-    assert found["shrinkable"] == ["layers", "heads"]
+    assert found["shrinkable"] == ["layers", "experts", "heads"]
     assert len(found["methods"]) == 5
     words = ["shrink", str(tmp_path / "model"), str(tmp_path / "out"), "--ffn", "0.5"]
     assert cli.main(words) == 1

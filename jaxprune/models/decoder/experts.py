@@ -74,18 +74,28 @@ class Experts(nnx.Module):
     ) -> Float[Array, "batch time width"]:
         """Applies each token's experts to it."""
         rows = x.reshape(-1, x.shape[-1])  # (tokens, width)
-        share, chosen = self.routed(rows)  # (tokens, taken)
-        # Expert by expert, and within one in the order of the text.
-        order = jnp.argsort(chosen.reshape(-1), stable=True)  # (tokens x taken,)
-        token, expert = order // self.taken, chosen.reshape(-1)[order]
-        sizes = jnp.bincount(chosen.reshape(-1), length=self.experts)  # (experts,)
-        inside = self._inside(rows[token], sizes, expert)  # (tokens x taken, wide)
-        y = self.down(inside, sizes, expert)  # (tokens x taken, width)
-        y = y * share.reshape(-1)[order][:, None].astype(y.dtype)
+        token, _, y = self.answers(rows)
         y = jnp.zeros_like(rows).at[token].add(y).reshape(x.shape)
         if not self.sharing:
             return y
         return y + jax.nn.sigmoid(self.shared_router(x)) * self.shared(x)
+
+    def answers(
+        self, rows: Float[Array, "tokens width"]
+    ) -> tuple[Int[Array, "given"], Int[Array, "given"], Float[Array, "given width"]]:
+        """What each expert answers to each token that it is given, times its share.
+
+        Of each answer the token, the expert and the answer itself, expert by expert and
+        within one in the order of the text; there are tokens x experts_per_token.
+        """
+        share, chosen = self.routed(rows)  # (tokens, taken)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        token, expert = order // self.taken, chosen.reshape(-1)[order]
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.experts)  # (experts,)
+        inside = self._inside(rows[token], sizes, expert)  # (given, wide)
+        y = self.down(inside, sizes, expert)
+        y = y * share.reshape(-1)[order][:, None].astype(y.dtype)
+        return token, expert, y
 
     def _inside(self, own: Array, sizes: Array, expert: Array) -> Array:
         """What each expert's `down` reads."""

@@ -4,6 +4,7 @@ from jaxprune.models.hf.families import decoder_config, vision_config
 from jaxprune.models.hf.loading import Loaded, abstract, embedded, load, tensors
 from jaxprune.models.hf.parameters import Dtype, Shardings, to_tensors
 from jaxprune.models.hf.smaller import (
+    keep_experts,
     keep_layers,
     resized,
     shrinkable,
@@ -22,6 +23,7 @@ __all__ = [
     "abstract",
     "decoder_config",
     "embedded",
+    "keep_experts",
     "keep_layers",
     "load",
     "load_tokenizer",

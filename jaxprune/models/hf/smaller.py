@@ -1,4 +1,4 @@
-"""A model with fewer layers, heads and neurons: its config.json and its directory.
+"""A model with fewer layers, experts, heads and neurons: its directory.
 
 What parameters became smaller decides what config.json says: all layers must have the
 same sizes, since that is what a configuration can hold. A configuration that would not
@@ -74,6 +74,64 @@ def keep_layers(
     return small, jax.tree.unflatten(jax.tree.structure(_state(model)), leaves)
 
 
+def keep_experts(
+    config: DecoderConfig, params: Any, kept: Sequence[Sequence[int]]
+) -> tuple[DecoderConfig, Any]:
+    """A decoder with some of the experts of each layer only.
+
+    Args:
+      config: its shape.
+      params: its parameters, arrays or lazy ones; the experts' are read.
+      kept: for each layer the experts that stay, ascending, as many of each.
+
+    Returns:
+      The smaller shape and its parameters.
+
+    Raises:
+      ValueError: the layers do not keep as many ascending numbers of experts each, or
+        fewer than a token is given to.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.models.decoder.model import Decoder
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, experts=4, experts_per_token=2,
+      ... )
+      >>> params = nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
+      >>> small, params = keep_experts(config, params, [[0, 3], [1, 2]])
+      >>> small.experts, params["layers"][0]["mlp"]["down"]["kernel"].shape
+      (2, (2, 32, 16))
+    """
+    sizes = {len(own) for own in kept}
+    fits = all([*own] == sorted({*own} & {*range(config.experts)}) for own in kept)
+    if len(kept) != config.layers or len(sizes) > 1 or not fits:
+        raise ValueError(
+            f"kept experts must be as many ascending numbers from 0 to "
+            f"{config.experts - 1} for each of the {config.layers} layers, got "
+            f"{[list(own) for own in kept]}"
+        )
+    (left,) = sizes
+    if left < config.experts_per_token:
+        raise ValueError(
+            f"each token is given to {config.experts_per_token} experts, so as many "
+            f"must stay, got {left}; keep more"
+        )
+
+    def cut(name: str, leaf: Any) -> Any:
+        found = re.match(r"layers/(\d+)/mlp/(router|gate_up|gate|up|down)/", name)
+        if found is None:
+            return leaf
+        own = np.asarray(kept[int(found[1])])
+        last = found[2] == "router"  # its outputs are the experts
+        return lazy.array(leaf)[..., own] if last else lazy.array(leaf)[own]
+
+    named = tree.named_leaves(params)
+    leaves = [cut(name, leaf) for name, leaf in named.items()]
+    small = dataclasses.replace(config, experts=left)
+    return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
 def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     """The shape of a decoder whose heads or MLPs became smaller.
 
@@ -82,7 +140,7 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
       params: its parameters now.
 
     Returns:
-      The shape with other `heads`, `kv_heads` and `mlp_width`.
+      The shape with other `experts`, `heads`, `kv_heads` and `mlp_width`.
 
     Raises:
       ValueError: layers have different sizes, or no such decoder has the shapes of the
@@ -120,8 +178,8 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     wanted = shapes(abstract(small))
     if wrong := [name for name in wanted if wanted[name] != found.get(name)]:
         raise ValueError(
-            "a configuration can only say fewer layers, heads and neurons, but "
-            f"{listed(wrong)} became smaller in another way; leave them whole"
+            "a configuration can only say fewer layers, experts, heads and neurons, "
+            f"but {listed(wrong)} became smaller in another way; leave them whole"
         )
     return small
 
@@ -135,8 +193,9 @@ def _sizes(
         kv = (found[f"{attention}/qkv/kernel"][1] // config.head_dim - heads) // 2
     else:
         kv = found[f"{attention}/k/kernel"][1] // config.head_dim
-    wide = found[f"layers/{layer}/mlp/down/kernel"][-2]  # experts may come first
-    return {"heads": heads, "kv_heads": kv, "mlp_width": wide}
+    *experts, wide, _ = found[f"layers/{layer}/mlp/down/kernel"]
+    sizes = {"heads": heads, "kv_heads": kv, "mlp_width": wide}
+    return {**sizes, "experts": experts[0]} if experts else sizes
 
 
 def smaller_config(
@@ -175,6 +234,7 @@ def smaller_config(
     for field, name in families.find(config).resized.items():
         now = getattr(shape, field)
         if now != getattr(before, field) or field == "head_dim":
+            new |= {twin: now for twin in families.TWINS.get(name, ()) if twin in new}
             new[name] = now
     if len(kept) != before.layers:
         new |= _layerwise(config, shape, kept)
@@ -218,7 +278,7 @@ def shrinkable(config: Mapping[str, Any]) -> list[str]:
       config: the parsed file.
 
     Returns:
-      Some of "layers", "neurons" and "heads".
+      Some of "layers", "experts", "neurons" and "heads".
 
     Raises:
       ValueError: the model type is not supported.
@@ -227,7 +287,12 @@ def shrinkable(config: Mapping[str, Any]) -> list[str]:
       >>> shrinkable({"model_type": "gpt2"})
       ['layers', 'neurons']
     """
-    names = {"layers": "layers", "mlp_width": "neurons", "heads": "heads"}
+    names = {
+        "layers": "layers",
+        "experts": "experts",
+        "mlp_width": "neurons",
+        "heads": "heads",
+    }
     found = families.find(config).resized
     return [word for field, word in names.items() if field in found]
 
@@ -249,7 +314,8 @@ def write_smaller(
     Args:
       source: the directory that the model was loaded from.
       directory: the new one.
-      params: the smaller parameters, of `jp.shrink`, `keep_layers` or both.
+      params: the smaller parameters, of `jp.shrink`, `keep_layers`, `keep_experts` or
+        all of them.
       names: which tensor each leaf came from, as `load` returned it.
       kept: the layers that stayed, all if left out.
       ignore_config: attributes of config.json that `load` was told not to look at.
@@ -274,6 +340,8 @@ def write_smaller(
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
         origin = names[_before(leaf, kept)]
+        if origin.experts:
+            origin = origin._replace(experts=array.shape[0])
         for i, name in enumerate((*origin.names, *origin.copies)):
             theirs = _renumbered(name, leaf, kept)
             form = array.shape[1:] if origin.experts else array.shape

@@ -30,6 +30,7 @@ from jaxprune.models.hf.families import (
     starcoder2,
 )
 from jaxprune.models.hf.families.family import Family as Family
+from jaxprune.models.hf.families.mixtures import TWINS as TWINS
 from jaxprune.models.phi3_vision.model import Phi3VisionConfig
 
 __all__ = ["FAMILIES", "Family", "decoder_config", "find", "vision_config"]

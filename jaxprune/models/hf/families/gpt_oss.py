@@ -50,6 +50,6 @@ GPT_OSS = Family(
         "layers/mlp/down/kernel": (f"{_EXPERTS}.down_proj", False),
         "layers/mlp/down/bias": (f"{_EXPERTS}.down_proj_bias", False),
     },
-    resized={"layers": "num_hidden_layers"},
+    resized={"layers": "num_hidden_layers", "experts": "num_local_experts"},
     kinds=family.layer_types,
 )

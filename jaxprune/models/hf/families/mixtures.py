@@ -10,6 +10,12 @@ from jaxprune.models.hf.config_reader import Attributes
 from jaxprune.models.hf.families import family
 from jaxprune.models.hf.families.family import Family, Fields
 
+# transformers writes two names for one number.
+TWINS = {
+    "num_experts": ("num_local_experts",),
+    "num_local_experts": ("num_experts",),
+}
+
 
 def _mixtral(a: Attributes) -> Fields:
     fields = family.like_llama(a, kv_heads=8, theta=1e6, epsilon=("rms_norm_eps", 1e-5))
@@ -78,8 +84,7 @@ def experts(a: Attributes, name: str, usual: int, taken: int) -> Fields:
         a.raw(unused)  # of training
     a.raw("router_jitter_noise")
     number = a.size(name, usual)
-    # transformers writes two names for one number.
-    for twin in {"num_experts", "num_local_experts"} - {name}:
+    for twin in TWINS[name]:
         if a.raw(name) is None:
             number = a.size(twin, usual)
         elif a.raw(twin) not in (None, number):
@@ -110,16 +115,19 @@ def _modules(mlp: str, gate: str, up: str, down: str) -> dict[str, str]:
 
 
 _HEADS = {k: v for k, v in family.RESIZED.items() if k != "mlp_width"}
+_NUMBER = {"experts": "num_experts"}
 _QWEN: dict[str, Any] = {"decoder_sparse_step": 1, "use_sliding_window": False}
 _NAMES = _modules("mlp", "gate_proj", "up_proj", "down_proj")
 MIXTRAL = Family(
-    _mixtral, _modules("block_sparse_moe", "w1", "w3", "w2"), resized=_HEADS
+    _mixtral,
+    _modules("block_sparse_moe", "w1", "w3", "w2"),
+    resized={**_HEADS, "experts": "num_local_experts"},
 )
-QWEN2_MOE = Family(_qwen_2, _NAMES, only=_QWEN, resized=_HEADS)
-QWEN3_MOE = Family(_qwen_3, _NAMES, only=_QWEN, resized=_HEADS)
+QWEN2_MOE = Family(_qwen_2, _NAMES, only=_QWEN, resized={**_HEADS, **_NUMBER})
+QWEN3_MOE = Family(_qwen_3, _NAMES, only=_QWEN, resized={**_HEADS, **_NUMBER})
 OLMOE = Family(
     _olmoe,
     _NAMES,
     only={"clip_qkv": None},
-    resized={"layers": "num_hidden_layers"},  # a norm is over all heads
+    resized={"layers": "num_hidden_layers", **_NUMBER},  # a norm is over all heads
 )
