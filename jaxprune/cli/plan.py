@@ -73,6 +73,9 @@ def shrink(
     ]
     if config.kv_heads == 1:
         shapes[2] = ("heads a layer", config.heads, _left(config.heads, job.heads))
+    if config.experts:
+        left = _left(config.experts, job.experts)
+        shapes.append(("experts a layer", config.experts, left))
     if job.budget:
         how = "over layers, heads and neurons" if job.search else "over both alike"
         console.say(

@@ -189,3 +189,14 @@ def test_a_model_without_experts_has_none_to_lose(tmp_path, capsys):
     loaded = hf.load(tmp_path / "model")
     with pytest.raises(ValueError, match="needs a model with experts in each layer"):
         expert_scores(*nnx.split(loaded.model, nnx.Param), tiny_hf.tokens(2, 8))
+
+
+def test_the_plan_says_how_many_experts_stay(qwen, tmp_path, capsys):
+    pytest.importorskip("tyro")
+    np.save(tmp_path / "rows.npy", tiny_hf.tokens(4, 16))
+    code, record, _ = tiny_cli.run(
+        capsys, "shrink", qwen[0], tmp_path / "out", "--experts", "0.4", "--plan",
+        "--calibration", tmp_path / "rows.npy", "--length", "16", "--sequences", "4",
+    )  # fmt: skip
+    assert code == 0
+    assert record["plan"]["experts a layer"] == [5, 3]
