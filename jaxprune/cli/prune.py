@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+from jaxprune.arrays import processes
 from jaxprune.cli import (
+    launch,
     prune_options,
     prune_streaming,
     prune_with_calibration,
@@ -24,9 +26,13 @@ class Prune(prune_options.Job):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
-        work.refuse_done(self, arguments)
+        with launch.joined(self, console, arguments):
+            return self._run(console, arguments)
+
+    def _run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+        processes.on_first(lambda: work.refuse_done(self, arguments))
         job = self.calibrated()
-        meaning = prune_options.check(job)
+        meaning = processes.together(lambda: prune_options.check(job))
         if job.calibration != self.calibration:
             console.note(
                 "calibrated on what the model writes itself; a text of the kind that "

@@ -118,10 +118,11 @@ def _side_by_side(
     own = statistics[matrices[0].op.name]
     apart = len(own.reached) > 1  # experts, each with statistics of its own
     take = _taking(devices, apart)
-    ops = list(dict.fromkeys(m.op for m in matrices))
-    first = dict(zip(ops, itertools.accumulate([0, *(op.shape[0] for op in ops)])))
-    places = np.array([first[m.op] + m.i for m in filled], np.int32)
-    stack, own = take([weights[op] for op in ops], own, places)
+    places, first = {}, 0  # of each weight's first matrix among those of all of them
+    for op in dict.fromkeys(m.op for m in matrices):
+        places[op], first = first, first + op.shape[0]
+    numbers = np.array([places[m.op] + m.i for m in filled], np.int32)
+    stack, own = take([weights[op] for op in places], own, numbers)
     counts = devices.stacked([np.uint32(m.count) for m in filled])
     program = _solving(devices, matrices[0].method, plan.pattern, apart)
     after, zeros, damping = devices.first(program(stack, own, counts), len(matrices))
@@ -145,9 +146,7 @@ def _taking(devices: PerDevice, apart: bool) -> Any:
 
 
 @functools.lru_cache(64)
-def _solving(
-    devices: PerDevice, method: Method, pattern: Pattern, apart: bool
-) -> Any:
+def _solving(devices: PerDevice, method: Method, pattern: Pattern, apart: bool) -> Any:
     """A program by which each device prunes the matrix that it has."""
 
     def solve(weight: jax.Array, statistics: InputStatistics, kept: jax.Array) -> Any:

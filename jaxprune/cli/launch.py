@@ -1,0 +1,75 @@
+"""One command in several processes, each of which runs it with its own number.
+
+All compute, since a device is only reached by its own process; the first one speaks and
+writes. They share the model's directory, the texts and the place of the result.
+"""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+
+from jaxprune.arrays import processes
+from jaxprune.cli.console import Console
+
+_OWN = "--process-id"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """Which of several processes this is.
+
+    Attributes:
+      coordinator: HOST:PORT of the first of several processes that do this together, or
+        "auto" where the cluster knows (Slurm, Open MPI, Kubernetes, Cloud TPU).
+      processes: how many there are; left out where the cluster knows.
+      process_id: which of them this is, from 0; left out likewise.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+
+
+@contextlib.contextmanager
+def joined(
+    options: ProcessOptions, console: Console, arguments: Sequence[str]
+) -> Iterator[None]:
+    """Joins the other processes; all but the first are silent inside.
+
+    Raises:
+      ValueError: an option is out of range, or the processes' words differ.
+      OSError: the others did not come.
+    """
+    processes.join(options.coordinator, options.processes, options.process_id)
+    if options.coordinator is None:
+        yield
+        return
+    own = _words(arguments)
+    first = processes.on_first(lambda: own)
+
+    def check() -> None:
+        if first != own:
+            raise ValueError(
+                "all processes must be started with the same words, but the first one "
+                f"has '{' '.join(first)}' and another one '{' '.join(own)}'"
+            )
+
+    processes.together(check)
+    if processes.is_first():
+        yield
+        return
+    console.silence()
+    with contextlib.redirect_stderr(io.StringIO()):  # bars too
+        yield
+
+
+def _words(arguments: Sequence[str]) -> list[str]:
+    """The words without the number of the process."""
+    words, left = [], iter(arguments)
+    for word in left:
+        if word == _OWN:
+            next(left, None)
+        elif not word.startswith(f"{_OWN}="):
+            words.append(word)
+    return words
