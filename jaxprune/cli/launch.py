@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from jaxprune.arrays import processes
 from jaxprune.cli.console import Console
 
-_OWN = "--process-id"
+_OF_THE_START = ("--coordinator", "--processes", "--process-id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def joined(
     if options.coordinator is None:
         yield
         return
-    own = _words(arguments)
+    own = without_start(arguments)
     first = processes.on_first(lambda: own)
 
     def check() -> None:
@@ -64,12 +64,12 @@ def joined(
         yield
 
 
-def _words(arguments: Sequence[str]) -> list[str]:
-    """The words without the number of the process."""
+def without_start(arguments: Sequence[str]) -> list[str]:
+    """The words without those that differ from process to process, or run to run."""
     words, left = [], iter(arguments)
     for word in left:
-        if word == _OWN:
+        if word in _OF_THE_START:
             next(left, None)
-        elif not word.startswith(f"{_OWN}="):
+        elif not word.startswith(tuple(f"{option}=" for option in _OF_THE_START)):
             words.append(word)
     return words

@@ -27,7 +27,7 @@ class Prune(prune_options.Job):
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
         with launch.joined(self, console, arguments):
-            return self._run(console, arguments)
+            return self._run(console, launch.without_start(arguments))
 
     def _run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         processes.on_first(lambda: work.refuse_done(self, arguments))
