@@ -45,6 +45,9 @@ def words(axes: Mapping[str, int]) -> str:
 def check_devices(axes: Mapping[str, int]) -> None:
     """Refuses axes that the devices of all processes cannot make up.
 
+    Args:
+      axes: name to size.
+
     Raises:
       ValueError: there are fewer devices, or several processes have more.
     """

@@ -117,7 +117,12 @@ def in_groups(items: Iterable[Any], count: int) -> Iterator[tuple[Any, ...]]:
 def put(leaf: Any, where: jax.sharding.Sharding) -> jax.Array:
     """An array placed, over the devices of all processes too.
 
-    What lies in the memory of one process must be the same on every process.
+    Args:
+      leaf: an array; one in the memory of one process must be the same on all.
+      where: its sharding.
+
+    Returns:
+      The array.
     """
     spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if spread or where.is_fully_addressable:

@@ -37,6 +37,14 @@ def joined(
 ) -> Iterator[None]:
     """Joins the other processes; all but the first are silent inside.
 
+    Args:
+      options: of this process.
+      console: where the command writes.
+      arguments: the command's words.
+
+    Yields:
+      Nothing; what is inside is done by all.
+
     Raises:
       ValueError: an option is out of range, or the processes' words differ.
       OSError: the others did not come.
@@ -65,7 +73,7 @@ def joined(
 
 
 def without_start(arguments: Sequence[str]) -> list[str]:
-    """The words without those that differ from process to process, or run to run."""
+    """The words without those that say which process of which run this is."""
     words, left = [], iter(arguments)
     for word in left:
         if word in _OF_THE_START:

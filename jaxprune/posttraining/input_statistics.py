@@ -228,7 +228,9 @@ def _finishing(devices: PerDevice, source: Input, hessian: bool) -> Any:
 
     def finish(parts: list[jax.Array]) -> InputStatistics:
         pairs = zip(parts, kinds, strict=True)
-        found = [x.ravel()[: math.prod(k.shape)].reshape(k.shape) for x, k in pairs]
+        found: list[Any] = [
+            x.ravel()[: math.prod(k.shape)].reshape(k.shape) for x, k in pairs
+        ]
         if not hessian:
             found.insert(2, None)
         return _divided(InputStatistics(*found))

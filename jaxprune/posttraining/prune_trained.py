@@ -168,10 +168,11 @@ def prune_trained(
     log = None
     if directory is not None:
         log = _progress_log(Path(directory), facts, program, counted, prints)
-    own = [calibration.side_by_side(items, devices) for items in (batches, counted)]
-    batches.clear()  # the pipeline frees each one after its first segment
-    pruner = Pruner(program, plan, *own, log, donate=donate, refine=refine)
-    own.clear()
+    taken = calibration.side_by_side(batches, devices)
+    batches.clear()
+    seen = calibration.side_by_side(counted, devices)
+    pruner = Pruner(program, plan, taken, seen, log, donate=donate, refine=refine)
+    taken.clear()  # the pipeline frees each one after its first segment
     rows = pruner.run(progress=progress)
     report = {
         **facts,

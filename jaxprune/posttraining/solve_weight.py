@@ -53,12 +53,12 @@ def solve(
 
 
 class _Matrix(NamedTuple):
-    """Matrix i of a weight, and how it is pruned."""
+    """One matrix of a weight, by its number, and how it is pruned."""
 
     op: LinearOp
-    i: int
-    count: int
-    method: Method
+    number: int
+    kept: int
+    method: Any
 
 
 def solve_together(
@@ -96,7 +96,7 @@ def solve_together(
     for _, group in itertools.groupby(sorted(matrices, key=kind), kind):
         for part in in_groups(group, devices.count):
             new = _side_by_side(plan, part, weights, statistics, devices)
-            found |= {(m.op, m.i): own for m, own in zip(part, new, strict=True)}
+            found |= {(m.op, m.number): own for m, own in zip(part, new, strict=True)}
     results = []
     for op in weights:
         own = [found[op, i] for i in range(len(plan.kept[op.name]))]
@@ -121,10 +121,11 @@ def _side_by_side(
     places, first = {}, 0  # of each weight's first matrix among those of all of them
     for op in dict.fromkeys(m.op for m in matrices):
         places[op], first = first, first + op.shape[0]
-    numbers = np.array([places[m.op] + m.i for m in filled], np.int32)
+    numbers = np.array([places[m.op] + m.number for m in filled], np.int32)
     stack, own = take([weights[op] for op in places], own, numbers)
-    counts = devices.stacked([np.uint32(m.count) for m in filled])
-    program = _solving(devices, matrices[0].method, plan.pattern, apart)
+    counts = devices.stacked([np.uint32(m.kept) for m in filled])
+    how: Any = matrices[0].method, plan.pattern  # frozen values
+    program = _solving(devices, *how, apart)
     after, zeros, damping = devices.first(program(stack, own, counts), len(matrices))
     return list(zip(after, zeros, damping, strict=True))
 

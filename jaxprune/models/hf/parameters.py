@@ -164,7 +164,12 @@ def on_one_device(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
 def split_over(mesh: jax.sharding.Mesh, axes: Sequence[str] | None = None) -> Shardings:
     """Splits the longest axis of a leaf that the devices divide, if any.
 
-    Over all axes of the mesh, or these of them; the others repeat the leaf.
+    Args:
+      mesh: the devices.
+      axes: the axes of the mesh that split, all of them if left out; others repeat.
+
+    Returns:
+      The sharding of a leaf, by its name and shape.
     """
     names = tuple(n for n in mesh.axis_names if axes is None or n in axes)
     count = math.prod(mesh.shape[name] for name in names)
