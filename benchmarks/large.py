@@ -1,24 +1,25 @@
 """Layers of a 7 B Llama are pruned inside 8 GiB; what 7 B, 70 B and 405 B cost.
 
-The directory is written by this script: the shapes of Llama 2 7B, bfloat16 weights drawn
-at random, of two layers, the embeddings and the head (`--layers`). Each method prunes it
-in a process of its own, as the command does: leaves stay in their file, progress lies on
-disk. Random weights say nothing of quality; seconds and bytes do not depend on them.
+The directory is written by this script: the shapes of Llama 2 7B, bfloat16 weights
+drawn at random, of two layers, the embeddings and the head (`--layers`). Each method
+prunes it in a process of its own, as the command does: leaves stay in their file,
+progress lies on disk. Random weights say nothing of quality; seconds and bytes do not
+depend on them.
 
-The rest is arithmetic. A layer's floating-point operations are counted for its matrices,
-its Hessians and its solver (`operations`), by tokens and shapes; the second layer's
-seconds, in which nothing is compiled, give the rate. Calibration is small here, and the
-published 128 x 2048 tokens are extrapolated.
+The rest is arithmetic. A layer's floating-point operations are counted for its
+matrices, its Hessians and its solver (`operations`), by tokens and shapes. The rate is
+that of the last layer, in which nothing is compiled, in seconds of the processor, all
+cores together: other programs hardly change them. Calibration is small here; what
+128 x 2048 tokens, the papers', cost is extrapolated.
 """
 
 import dataclasses
-import functools
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from jaxprune.formats import safetensors_file
 from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.formats.prune_magnitude import prune_directory
 from jaxprune.models import hf
+from jaxprune.posttraining.progress import ProgressLog
 
 Method = Literal["wanda", "sparsegpt", "alps", "magnitude"]
 PAPER_TOKENS = 128 * 2048
@@ -88,6 +90,7 @@ class Config:
       length: tokens of each.
       batch: sequences at once.
       sparsity: what is removed.
+      only: names of the matrices to prune, "k_proj" say; all of them if left out.
       alone: one method, in this process; what the script starts itself.
     """
 
@@ -98,6 +101,7 @@ class Config:
     length: int = 512
     batch: int = 2
     sparsity: float = 0.5
+    only: tuple[str, ...] = ()
     alone: Method | None = None
 
 
@@ -116,8 +120,7 @@ def main(config: Config) -> None:
             )
             found = json.loads(done.stdout)
             if method != "magnitude":
-                tokens = config.sequences * config.length
-                found |= {"on paper": on_paper(method, found, tokens)}
+                found |= {"on paper": on_paper(config, method, found)}
             measure.report("large", method=method, layers=config.layers, **found)
     finally:
         shutil.rmtree(config.out)
@@ -175,9 +178,7 @@ def _shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def one(config: Config, method: Method) -> dict[str, Any]:
     """Prunes the directory; seconds, those of all cores, and the peak of memory."""
-    function = functools.partial(
-        _by_magnitude if method == "magnitude" else _calibrated
-    )
+    function = _by_magnitude if method == "magnitude" else _calibrated
     found: dict[str, Any] = {}
     own = time.process_time()
     start = time.perf_counter()
@@ -208,48 +209,76 @@ def _calibrated(config: Config, method: Any) -> dict[str, Any]:
     def states(params: Any, x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params).states(x)[0]
 
+    ends = _noted_ends()
     result = jp.prune_trained(
         states,
         params,
         batches,
         method=method,
         sparsity=config.sparsity,
+        prunable=lambda name, leaf: (
+            jp.tree.prunable(name, leaf) and _is_wanted(config, name)
+        ),
         directory=progress,
     )
-    # A segment's record is the last thing that is written of it.
-    ends = [path.stat().st_mtime for path in sorted(progress.glob("segment_*.json"))]
-    each = len(ends) // config.layers
     shutil.rmtree(progress)
-    rows = result.report["weights"][-7:]
+    each, rows = len(ends) // config.layers, result.report["weights"]
+    last = rows[-len(rows) // config.layers :]
     return {
         "achieved": result.report["achieved"],
-        "last_layer_seconds": ends[-1] - ends[-1 - each] if config.layers > 1 else None,
-        "solver_seconds": {row["name"].split("/")[-2]: row["seconds"] for row in rows},
+        "layer": {
+            "seconds": ends[-1][0] - ends[-1 - each][0],
+            "processor_seconds": ends[-1][1] - ends[-1 - each][1],
+        },
+        "solver_seconds": {row["name"].split("/")[-2]: row["seconds"] for row in last},
     }
 
 
-def operations(shape: Shape, method: str, tokens: int) -> dict[str, float]:
+def _is_wanted(config: Config, name: str) -> bool:
+    own = [word.removesuffix("_proj") for word in config.only]
+    own = ["out" if word == "o" else word for word in own]
+    return not own or name.split("/")[-2] in own
+
+
+def _noted_ends() -> list[tuple[float, float]]:
+    """A list to which the end of each segment is added, on both clocks."""
+    ends: list[tuple[float, float]] = []
+    write = ProgressLog.write
+
+    def noted(*arguments: Any) -> None:
+        write(*arguments)
+        ends.append((time.perf_counter(), time.process_time()))
+
+    ProgressLog.write = noted  # type: ignore[method-assign]
+    return ends
+
+
+def operations(
+    shape: Shape, method: str, tokens: int, only: Sequence[str] = ()
+) -> dict[str, float]:
     """Floating-point operations of a layer: calibration, by tokens, and the solver.
 
     Args:
       shape: of the model.
       method: its name.
       tokens: of calibration.
+      only: names of the matrices that are pruned; all if there are none.
 
     Returns:
       "calibration" and "solving".
     """
     calibration = 2.0 * shape.weights * tokens
-    inputs = {
-        "qkv": shape.width,
-        "o": shape.width,
-        "up": shape.width,
-        "down": shape.ffn,
-    }
-    if method != "wanda":  # half of X^T X, for each of the four inputs
-        calibration += sum(float(n) ** 2 * tokens for n in inputs.values())
+    own = [
+        (n, out)
+        for name, n, out in shape.matrices
+        if not only or name.split(".")[1] in only
+    ]
+    if method != "wanda":  # half of X^T X; q, k and v, gate and up share theirs
+        inputs = [shape.width] * 3 + [shape.ffn]
+        inputs = inputs if not only else sorted({n for n, _ in own})
+        calibration += sum(float(n) ** 2 * tokens for n in inputs)
     solving = 0.0
-    for _, n, out in shape.matrices:
+    for n, out in own:
         if method == "sparsegpt":  # a factor, and each input's update of later ones
             solving += n**3 / 3 + float(n) ** 2 * out
         elif method == "alps":  # 4 inverses, 21 products of ADMM, 6 of the gradients
@@ -257,30 +286,34 @@ def operations(shape: Shape, method: str, tokens: int) -> dict[str, float]:
     return {"calibration": calibration, "solving": solving}
 
 
-def on_paper(method: str, found: dict[str, Any], tokens: int) -> dict[str, Any]:
+def on_paper(config: Config, method: str, found: dict[str, Any]) -> dict[str, Any]:
     """What each model costs with 128 x 2048 tokens, at the rate that was measured."""
-    solved = sum(found["solver_seconds"].values())
-    whole = found["last_layer_seconds"]
-    if whole is None:
-        return {}
-    here = operations(SHAPES["7 B"], method, tokens)
-    rest = here["calibration"] / max(whole - solved, 1e-9)
-    rate = here["solving"] / solved if here["solving"] else None
+    tokens = config.sequences * config.length
+    here = operations(SHAPES["7 B"], method, tokens, config.only)
+    layer, solved = found["layer"], sum(found["solver_seconds"].values())
+    # What the solvers took of the layer's seconds, they took of the processor's.
+    solved *= layer["processor_seconds"] / layer["seconds"]
+    calibrated = layer["processor_seconds"] - solved
     rows = {}
     for name, shape in SHAPES.items():
         own = operations(shape, method, PAPER_TOKENS)
-        seconds = own["calibration"] / rest
+        seconds = calibrated * own["calibration"] / here["calibration"]
         # Wanda's solving is reading and counting: as many seconds a weight.
         weights = shape.weights / SHAPES["7 B"].weights
-        seconds += own["solving"] / rate if rate else solved * weights
+        more = own["solving"] / here["solving"] if here["solving"] else weights
         rows[name] = {
-            "hours": shape.layers * seconds / 3600,
+            "processor_hours": shape.layers * (seconds + solved * more) / 3600,
             "operations": shape.layers * sum(own.values()),
+            "weights_bytes": 2 * shape.layers * shape.weights,
             "activations_bytes": 4 * PAPER_TOKENS * shape.width,
-            "layer_bytes": 2 * shape.weights,
+            "segment_bytes": 2 * 2 * shape.width * shape.ffn,
             "hessian_bytes": 4 * shape.ffn**2,
         }
-    return {"calibration_per_second": rest, "solving_per_second": rate, "models": rows}
+    rates = {
+        "calibration": here["calibration"] / calibrated,
+        "solving": here["solving"] / solved,
+    }
+    return {"operations_per_processor_second": rates, "models": rows}
 
 
 if __name__ == "__main__":
