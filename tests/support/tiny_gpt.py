@@ -12,6 +12,7 @@ from experiments import gpt
 from experiments.datasets import Batches, validation_batches
 from experiments.harness import training
 from experiments.tasks.language_model import EVERYTHING, LanguageModel, optimizer
+from jaxprune.arrays import processes
 
 MODEL = LanguageModel(
     gpt.GPTConfig(vocab_size=16, context=8, layers=1, heads=2, width=16)
