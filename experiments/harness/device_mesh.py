@@ -11,11 +11,10 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxprune as jp
+from jaxprune.arrays import meshes, per_device
 
 AXES = ("data", "fsdp", "model")
 """What a mesh may be made of."""
@@ -55,49 +54,19 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
       >>> make_mesh("data=1,model=1", batch_size=2) is None
       True
     """
-    devices = jax.devices()
     if text is None:
-        fitting = [n for n in range(1, len(devices) + 1) if batch_size % n == 0]
+        fitting = [n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0]
         axes = {"data": max(fitting)}
     else:
-        axes = _parsed(text)
-    count = math.prod(axes.values())
-    named = f"the mesh {','.join(f'{name}={size}' for name, size in axes.items())}"
-    if count > len(devices):
-        raise ValueError(
-            f"{named} needs {count} devices, got {len(devices)}; give smaller sizes"
-        )
-    if jax.process_count() > 1 and count < len(devices):
-        raise ValueError(
-            f"{named} must have all {len(devices)} devices of {jax.process_count()} "
-            f"processes, got {count}; give a --mesh of all, and a batch size that it "
-            "divides"
-        )
+        axes = meshes.sizes(text, AXES)
+    meshes.check_devices(axes)
     split = math.prod(axes.get(name, 1) for name in _BATCH)
     if batch_size % split:
         raise ValueError(
-            f"{named} splits a batch over {split} devices, got batch_size="
-            f"{batch_size}; give a multiple of {split}, or other sizes"
+            f"{meshes.words(axes)} splits a batch over {split} devices, got "
+            f"batch_size={batch_size}; give a multiple of {split}, or other sizes"
         )
-    if count == 1:
-        return None
-    kinds = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(
-        tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices[:count]
-    )
-
-
-def _parsed(text: str) -> dict[str, int]:
-    axes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in AXES or name in axes or not size.isdecimal() or not int(size):
-            raise ValueError(
-                f"--mesh must name each of {', '.join(AXES)} once at most, with a size "
-                f"of 1 or more, as in data=4,model=2, got '{part}' in '{text}'"
-            )
-        axes[name] = int(size)
-    return axes
+    return None if math.prod(axes.values()) == 1 else meshes.make(axes)
 
 
 def shardings(params: Any, mesh: Mesh) -> Any:
@@ -167,25 +136,8 @@ def put(tree: Any, where: Any) -> Any:
     `where` is a sharding or a tree of them; arrays in the memory of one process must be
     the same on every process.
     """
-
-    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return jax.device_put(leaf, sharding)
-        value = np.asarray(leaf)
-        return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
-
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
     if isinstance(where, NamedSharding):
-        return jax.tree.map(lambda leaf: one(leaf, where), tree)
-    return jax.tree.map(one, tree, where)
-
-
-def fetch(tree: Any) -> Any:
-    """Small arrays as NumPy, the whole of each; called by every process."""
-
-    def one(leaf: Any) -> Any:
-        there = leaf.is_fully_addressable or leaf.is_fully_replicated
-        return leaf if there else multihost_utils.process_allgather(leaf, tiled=True)
-
-    return jax.device_get(jax.tree.map(one, tree))
+        return jax.tree.map(lambda leaf: per_device.put(leaf, where), tree)
+    return jax.tree.map(per_device.put, tree, where)

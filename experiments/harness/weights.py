@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 import jaxprune as jp
-from experiments.harness import device_mesh
+from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import is_int8
 from jaxprune.typing import Prunable
 
@@ -34,4 +34,4 @@ def values(tree: Any, sampled: list[tuple[int, int]]) -> list[float]:
         if indices:
             held = jp.low_bit.decode(leaf) if is_int8(leaf) else leaf
             picked.append(held[np.unravel_index(indices, leaf.shape)])
-    return np.concatenate(device_mesh.fetch(picked)).tolist()
+    return np.concatenate(processes.fetch(picked)).tolist()

@@ -18,10 +18,10 @@ import optax
 
 import jaxprune as jp
 from experiments.datasets import Batches, validation_batches
-from experiments.harness import device_mesh
 from experiments.harness.task import Looks, Mean
 from experiments.tasks import language_model
 from experiments.tasks.pure_model import PureModel
+from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.models import generate, hf
 from jaxprune.models.decoder.config import DecoderConfig
@@ -196,7 +196,7 @@ class FinetuningTask:
             temperature=0.8,
             sliding=True,
         )
-        tokens = device_mesh.fetch(written)[0].tolist()
+        tokens = processes.fetch(written)[0].tolist()
         return {"label": label, "text": self.tokenizer.decode(tokens)}
 
     def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ import optax
 
 import jaxprune as jp
 from experiments import gpt
-from experiments.harness import device_mesh
 from experiments.tasks.pure_model import PureModel
+from jaxprune.arrays import processes
 from jaxprune.models import generate
 from jaxprune.typing import Prunable
 
@@ -66,7 +66,7 @@ class LanguageModel(PureModel[gpt.GPT]):
                 key=jax.random.key(window),
                 temperature=0.8,
             )
-            text += device_mesh.fetch(new)[0, seen.shape[1] :].tolist()
+            text += processes.fetch(new)[0, seen.shape[1] :].tolist()
         return np.array(text[len(prompt) : len(prompt) + length])
 
 

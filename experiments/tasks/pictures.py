@@ -18,10 +18,10 @@ from PIL import Image
 
 import jaxprune as jp
 from experiments.datasets.question_answers import Asked
-from experiments.harness import device_mesh
 from experiments.harness.task import Looks, Mean
 from experiments.tasks import language_model
 from experiments.tasks.pure_model import PureModel
+from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.models import hf
 from jaxprune.models.decoder.model import nats
@@ -295,7 +295,7 @@ class PictureTask:
             part = list(examples[start : start + 64])
             filled = part + part[:1] * (64 - len(part))
             inputs, targets, weights = self.packed(filled)
-            guessed = device_mesh.fetch(self._guesses(params, inputs))
+            guessed = processes.fetch(self._guesses(params, inputs))
             same = (guessed == targets) | (weights == 0)
             found.append(same.all(1)[: len(part)])
         return np.concatenate(found)
@@ -335,7 +335,7 @@ class PictureTask:
         """Some held-out pictures, what is asked, and what the model answers."""
         examples = list(self.held_out[:SHOWN])
         inputs, _, weights = self.packed(examples)
-        guessed = device_mesh.fetch(self._guesses(params, inputs))
+        guessed = processes.fetch(self._guesses(params, inputs))
         lines, seen = [], []
         for i, asked in enumerate(examples):
             said = self.tokenizer.decode(guessed[i][weights[i] > 0].tolist()).strip()

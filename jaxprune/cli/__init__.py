@@ -100,7 +100,7 @@ def _ran(arguments: list[str]) -> int:
         if command.debug:
             traceback.print_exc()
         text = " ".join(str(error).split()) or type(error).__name__
-        console.note(f"jaxprune {arguments[0]}: {parse.spoken(text)}")
+        console.fail(f"jaxprune {arguments[0]}: {parse.spoken(text)}")
         return 1
     return 0
 

@@ -39,19 +39,29 @@ class Console:
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
+        self._silent = False
+
+    def silence(self) -> None:
+        """Writes nothing from now on: another process speaks."""
+        self._silent = True
 
     def say(self, text: str) -> None:
         """Writes a result for people, to stdout; nothing under `--json`."""
-        if not self.quiet:
+        if not (self.quiet or self._silent):
             print(text)
 
     def note(self, text: str) -> None:
         """Writes what is going on, to stderr."""
+        if not self._silent:
+            print(text, file=sys.stderr, flush=True)
+
+    def fail(self, text: str) -> None:
+        """Writes why there is no result, to stderr; each process does."""
         print(text, file=sys.stderr, flush=True)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the JSON object, under `--json`."""
-        if self.quiet:
+        if self.quiet and not self._silent:
             print(json.dumps(result, allow_nan=False))
 
 

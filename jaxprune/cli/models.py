@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 
-from jaxprune.arrays import lazy
+from jaxprune.arrays import lazy, meshes
 from jaxprune.cli.console import Console, Options
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
@@ -21,7 +20,9 @@ class ModelOptions(Options):
 
     Attributes:
       dtype: the dtype of parameters and products; as they are stored if left out.
-      shard: split each parameter over all devices.
+      mesh: devices to run on, "data=2,fsdp=4" say: each parameter is split over the
+        devices of "fsdp" and repeated over those of "data". `prune` takes a batch of
+        calibration on each device. The first device alone if left out.
       bos: begin each sequence of a text with the BOS token, whatever the directory
         says. If left out, the directory decides.
       no_bos: begin no sequence with it.
@@ -29,13 +30,19 @@ class ModelOptions(Options):
         unknown one that could change what the model computes is refused otherwise.
     """
 
-    GROUPS: ClassVar = {"model": ("dtype", "shard", "bos", "no_bos", "ignore_config")}
+    GROUPS: ClassVar = {
+        "model": ("dtype", "bos", "no_bos", "ignore_config"),
+        "devices": ("mesh",),
+    }
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    shard: bool = False
+    mesh: str | None = None
     bos: bool = False
     no_bos: bool = False
     ignore_config: tuple[str, ...] = ()
+
+
+_AXES = ("data", "fsdp")
 
 
 class Model(NamedTuple):
@@ -66,13 +73,12 @@ class Model(NamedTuple):
 
 def find(path: Path, options: ModelOptions) -> Model:
     """A model whose parameters are still in its files, as lazy arrays."""
-    mesh = None
-    if options.shard:
-        mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
+    mesh = device_mesh(options)
+    split = None if mesh is None else hf.split_over(mesh, ("fsdp",))
     loaded = hf.load(
         path,
         dtype=options.dtype,
-        mesh=mesh,
+        shardings=split,
         lazy=True,
         ignore_config=options.ignore_config,
     )
@@ -82,7 +88,27 @@ def find(path: Path, options: ModelOptions) -> Model:
             "jaxprune.models.hf.load reads it"
         )
     graphdef, params = nnx.split(loaded.model, nnx.Param)
+    _check_split(mesh, params)
     return Model(graphdef, params, loaded.config, loaded.names, loaded.ignored)
+
+
+def _check_split(mesh: jax.sharding.Mesh | None, params: Any) -> None:
+    size = mesh.shape.get("fsdp", 1) if mesh else 1
+    leaves = jax.tree.leaves(params)
+    if size > 1 and all(leaf.sharding.is_fully_replicated for leaf in leaves):
+        raise ValueError(
+            f"the axis fsdp={size} of --mesh must divide an axis of a parameter, but "
+            "it divides none; give another size"
+        )
+
+
+def device_mesh(options: ModelOptions) -> jax.sharding.Mesh | None:
+    """The mesh of --mesh, or None; refuses what the devices do not make up."""
+    if options.mesh is None:
+        return None
+    axes = meshes.sizes(options.mesh, _AXES)
+    meshes.check_devices(axes)
+    return meshes.make(axes)
 
 
 def say_ignored(model: Model, console: Console) -> None:

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
+from jaxprune.arrays import processes
 from jaxprune.cli import (
     defaults,
+    launch,
     plan,
     prune_options,
     prune_streaming,
@@ -27,10 +29,14 @@ class Prune(prune_options.Job):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
-        work.refuse_done(self, arguments)
+        with launch.joined(self, console, arguments):
+            return self._run(console, launch.without_start(arguments))
+
+    def _run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+        processes.on_first(lambda: work.refuse_done(self, arguments))
         asked = defaults.method(self, console)
         job = asked.calibrated()
-        meaning = prune_options.check(job)
+        meaning = processes.together(lambda: prune_options.check(job))
         if not job.streams:
             job = defaults.lengths(job)
         if job.calibration != asked.calibration:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from jaxprune.cli import job_options, parse
+from jaxprune.cli import job_options, launch, models, parse
 from jaxprune.cli.job_options import SELF
 from jaxprune.evaluation import texts
 from jaxprune.masking import allocation as allocations
@@ -16,7 +16,7 @@ from jaxprune.typing import Pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job(job_options.JobOptions):
+class Job(job_options.JobOptions, launch.ProcessOptions):
     """A pruning.
 
     Without --calibration all methods but magnitude look at what the model writes
@@ -152,10 +152,42 @@ def check(job: Job) -> Meaning:
         )
     _check_own(job)
     _check_retraining(job)
+    _check_devices(job)
     if job.streams:
         _check_streaming(job, pattern, rule)
     texts.check_files(job.retrain_text)
     return Meaning(method, pattern, sparsity, rule)
+
+
+def _check_devices(job: Job) -> None:
+    """Refuses a mesh that takes no batch each, and what several processes do not do."""
+    mesh = models.device_mesh(job)
+    if mesh is not None and (job.sequences // job.batch) % mesh.size:
+        raise ValueError(
+            f"each of the {mesh.size} devices of --mesh {job.mesh} takes a batch, so "
+            f"--sequences must be divisible by {mesh.size} x --batch {job.batch}, got "
+            f"{job.sequences}; give other numbers, or a smaller mesh"
+        )
+    if mesh is not None and job.refine:
+        raise ValueError("--refine takes one batch after the other, so no --mesh")
+    if job.coordinator is None:
+        return
+    if mesh is None:
+        raise ValueError("--coordinator needs a --mesh of all devices, got none")
+    wrong = [
+        name
+        for name, given in (
+            ("--calibration self", job.own_sequences > 0),
+            ("--retrain-steps", job.retrain_steps > 0),
+            ("--distill-steps", job.distill_steps > 0),
+            ("magnitude without --calibration", job.streams),
+        )
+        if given
+    ]
+    if wrong:
+        raise ValueError(
+            f"several processes do no {', '.join(wrong)}; leave --coordinator out"
+        )
 
 
 def _check_own(job: Job) -> None:

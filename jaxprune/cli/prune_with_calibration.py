@@ -1,5 +1,6 @@
 """`jaxprune prune` of a loaded model: measured, pruned, retrained, written."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import jaxprune as jp
-from jaxprune.arrays import lazy
+from jaxprune.arrays import lazy, processes
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
@@ -42,8 +43,10 @@ def prune(
     job: Job, meaning: Meaning, console: Console, arguments: list[str]
 ) -> dict[str, Any]:
     """Prunes a model after a look at calibration texts; the record."""
-    run = begin(job, meaning, console)
-    with work.held(job.work, _facts(run)):
+    run = processes.together(lambda: begin(job, meaning, console))
+    with contextlib.ExitStack() as place:
+        held = work.held(job.work, _facts(run))
+        processes.on_first(lambda: place.enter_context(held))
         return _prune(run, arguments)
 
 
@@ -87,7 +90,7 @@ def _prune(run: "Run", arguments: list[str]) -> dict[str, Any]:
         **run.costs.facts(),
     }
     _write(job, run.source, model, leaves, moved, record)
-    return rewrite.read_provenance(job.out)
+    return processes.on_first(lambda: rewrite.read_provenance(job.out))
 
 
 def _facts(run: "Run") -> dict[str, Any]:
@@ -111,6 +114,7 @@ class Run:
 
     Attributes:
       model: the dense model, its parameters in their files.
+      mesh: of the devices, or None.
       prompt: the tokens before a sample, or None where none is made.
       perplexity: what was measured, by text and stage.
       samples: "label" and "text" of each.
@@ -122,6 +126,7 @@ class Run:
     source: CheckpointDir
     ready: Ready
     model: models.Model
+    mesh: jax.sharding.Mesh | None
     prunable: Any
     prompt: list[int] | None
     costs: Costs
@@ -161,7 +166,10 @@ def begin(job: Job, meaning: Meaning, console: Console) -> Run:
         work.check_room(job, source, 3 if job.refine else 2)
     models.say_ignored(model, console)
     prompt = _prompt(job, ready, model.config.context)
-    return Run(job, meaning, console, source, ready, model, prunable, prompt, costs)
+    mesh = models.device_mesh(job)
+    return Run(
+        job, meaning, console, source, ready, model, mesh, prunable, prompt, costs
+    )
 
 
 def _written(run: Run, dense: models.Model) -> np.ndarray:
@@ -200,6 +208,8 @@ def _pruned(run: Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]
         prunable=run.prunable,
         directory=job.work,
         refine=job.refinement,
+        mesh=run.mesh,
+        progress=processes.is_first(),
     )
     leaves = {row["name"] for row in result.report["weights"]}
     moved = leaves.union(*(row["leaves"] for row in result.report["refined"]))
@@ -320,11 +330,19 @@ def _write(
 ) -> None:
     """Writes the leaves that moved; the zeros of those that were pruned count."""
     named = jp.tree.named_leaves(model.params)
+
+    def stored(leaf: str, i: int) -> Any:
+        return model.names[leaf].stored(processes.fetch(named[leaf]), i)
+
     replaced: dict[str, Any] = {}
     for name in sorted(moved):
         origin = model.names[name]
         for i, theirs in enumerate((*origin.names, *origin.copies)):
-            replaced[theirs] = functools.partial(origin.stored, named[name], i)
+            replaced[theirs] = functools.partial(stored, name, i)
+    if not processes.is_first():  # hands over its parts, in the order of writing
+        for name in rewrite.order(source, replaced):
+            replaced[name]()
+        return
     pruned = {theirs for name in leaves for theirs in model.names[name].names}
     with byte_progress(source.size, "writing") as progress:
         rewrite.write(

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
+from jaxprune.arrays import processes
 from jaxprune.cli import models, parse
 from jaxprune.cli.console import Console
 from jaxprune.models import hf
@@ -108,7 +108,7 @@ def continued(
         temperature=temperature,
         top_k=top_k,
     )
-    return [int(token) for token in np.asarray(whole)[0, len(prompt) :]]
+    return [int(token) for token in processes.fetch(whole)[0, len(prompt) :]]
 
 
 def shown(tokenizer: hf.Tokenizer, tokens: list[int]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
+from jaxprune.arrays import processes
 from jaxprune.evaluation.texts import AnyText, Text
 from jaxprune.models.decoder.model import Decoder, loss_per_token
 
@@ -186,7 +187,8 @@ def measure(
         rows = np.arange(start, start + batch)
         # (batch, context): the last batch is filled up, so that one program serves all.
         tokens = seen.tokens[np.minimum(rows, number - 1)]
-        losses = np.asarray(_losses(graphdef, params, tokens), np.float64)
+        found = processes.fetch(_losses(graphdef, params, tokens))
+        losses = np.asarray(found, np.float64)
         own = min(batch, number - start)
         total += losses[:own][seen.counted[start : start + own]].sum()
         tick(own)

@@ -263,6 +263,12 @@ def _finished(partial: Path, job: str) -> dict[str, Any]:
     return done
 
 
+def order(source: CheckpointDir, replaced: Collection[str]) -> list[str]:
+    """The order in which `write` asks for new values."""
+    names = [name for file in source.metadata for name, _ in _within(source, file)]
+    return [name for name in names if name in replaced]
+
+
 def _within(source: CheckpointDir, file: str) -> Iterator[tuple[str, TensorInfo]]:
     return ((k, info) for k, info in source.tensors.items() if info.file == file)
 

@@ -4,7 +4,7 @@
 nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.graph.linear_ops import LinearOp, Trace, trace
 from jaxprune.posttraining.input_statistics import InputStatistics, Sums
 from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
@@ -28,6 +29,7 @@ def calibrate(
     hessian: bool = False,
     positions: Callable[[Any], jax.Array] | None = None,
     prunable: Prunable = tree.prunable,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, InputStatistics]:
     """The statistics of every linear op's input, over batches, by the dense model.
 
@@ -41,6 +43,8 @@ def calibrate(
       positions: a batch to booleans of the shape of the samples, (batch, time) say:
         which positions count. None counts all.
       prunable: which leaves are of interest.
+      mesh: devices that take as many batches side by side, as for `jp.prune_trained`;
+        all batches are of one shape then, and read at once.
 
     Returns:
       Name of the weight to the statistics of its input; of a weight used more than
@@ -59,16 +63,21 @@ def calibrate(
       [[5.0, 2.0]]
     """
     programs: dict[Any, SegmentedProgram] = {}
-    sums = Sums(hessian=hessian)
-    for batch in batches:
-        if (kind := kind_of(batch)) not in programs:
-            traced = trace(fn, params, batch)
+    devices = None if mesh is None else PerDevice.of(mesh)
+    sums = Sums(hessian=hessian, devices=devices)
+    if devices is not None:
+        batches = checked_batches(batches, "calibrate")
+        check_devices(batches, devices, "calibrate")
+    for group in in_groups(batches, devices.count if devices else 1):
+        if (kind := kind_of(group[0])) not in programs:
+            traced = trace(fn, params, group[0])
             ops = chosen(traced, params, prunable)
             leaves = Leaves(jax.tree.leaves(params))
-            programs[kind] = SegmentedProgram(traced, leaves, ops)
+            programs[kind] = SegmentedProgram(traced, leaves, ops, devices=devices)
         program = programs[kind]
-        counted = None if positions is None else positions(batch)
-        pipeline = SequentialPipeline(program, [batch], [counted], sums)
+        counted = [None if positions is None else positions(batch) for batch in group]
+        own = side_by_side(list(group), devices), side_by_side(counted, devices)
+        pipeline = SequentialPipeline(program, *own, sums)
         for number in range(len(program.segments)):
             pipeline.observe(range(number, number + 1))
             program.release(number)
@@ -108,6 +117,37 @@ def checked_batches(batches: Iterable[Any], caller: str) -> list[Any]:
             "sequences to one length"
         )
     return batches
+
+
+def check_devices(batches: Sequence[Any], devices: PerDevice, caller: str) -> None:
+    """Refuses batches that devices cannot take one each, or that lie elsewhere.
+
+    Args:
+      batches: all of them.
+      devices: of the mesh.
+      caller: the function that needs them, for the sentence.
+
+    Raises:
+      ValueError: the number of devices does not divide that of the batches, or a batch
+        is spread over several processes.
+    """
+    if len(batches) % devices.count:
+        raise ValueError(
+            f"each device of the mesh takes a batch, so {caller} needs a number of "
+            f"batches divisible by {devices.count}, got {len(batches)}; give more "
+            "batches, or a smaller mesh"
+        )
+    leaves = jax.tree.leaves(batches)
+    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves):
+        raise ValueError(
+            f"with a mesh {caller} splits the batches itself, but some are spread over "
+            "processes already; give each process all of them, as NumPy arrays"
+        )
+
+
+def side_by_side(items: Sequence[Any], devices: PerDevice | None) -> list[Any]:
+    """Batches or positions as they are, or stacked, as many as there are devices."""
+    return list(items) if devices is None else devices.in_turn(items)
 
 
 def chosen(traced: Trace, params: Params, prunable: Prunable) -> list[LinearOp]:

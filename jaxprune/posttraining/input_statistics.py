@@ -4,12 +4,16 @@ For each input feature the mean square, and on request the Hessian of the layer'
 squared error, X^T X / n, in float32. Linear ops that share an input share its
 statistics. Sums run over the positions that count, all of them unless the caller says
 otherwise; a sequence's first token (BOS) counts too.
+
+Over the devices of a mesh each computes the terms of its own batch. They are added in
+the order of the batches, as on one device, and each device does so for a part of them:
+the sums are split over all devices, and are the bits of one.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprune.arrays import placement
+from jaxprune.arrays.per_device import PerDevice, put
 from jaxprune.graph.linear_ops import Input
 from jaxprune.graph.segments import Segment
 
@@ -45,15 +50,23 @@ class InputStatistics(NamedTuple):
 class Sums:
     """The sums of inputs over batches; weights of one input share theirs."""
 
-    def __init__(self, *, hessian: bool, relative: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        hessian: bool,
+        relative: bool = False,
+        devices: PerDevice | None = None,
+    ) -> None:
         """Begins with nothing.
 
         Args:
           hessian: whether X^T X is summed up as well.
           relative: whether each sample is divided by its root mean square first.
+          devices: those that hold an input each, where a value has one for each.
         """
-        self._hessian, self._relative = hessian, relative
-        self._sums: dict[tuple[str, ...], InputStatistics] = {}
+        self._hessian, self._relative, self._devices = hessian, relative, devices
+        self._sources: dict[tuple[str, ...], Input] = {}
+        self._sums: dict[tuple[str, ...], Any] = {}
 
     def add(
         self,
@@ -70,6 +83,9 @@ class Sums:
           value: the value that the input is read from.
           positions: which samples count, booleans of their shape, or None for all.
         """
+        if self._devices is not None:
+            self._add_of_each(self._devices, segment.source, groups, value, positions)
+            return
         counted = counted_samples(segment, positions)
         for names in groups:
             before = self._sums.get(names)
@@ -84,12 +100,36 @@ class Sums:
                 counted,
             )
 
+    def _add_of_each(
+        self,
+        devices: PerDevice,
+        source: Input,
+        groups: Sequence[tuple[str, ...]],
+        value: jax.Array,
+        positions: jax.Array | None,
+    ) -> None:
+        """Adds the inputs that the devices have, (devices, ...)."""
+        add = _adding(devices, source, self._hessian, self._relative)
+        for names in groups:
+            before = self._sums.get(names)
+            if before is None:
+                parts = [_part(x, devices.count) for x in _kinds(source, self._hessian)]
+                zeros = [np.zeros((devices.count, n), np.float32) for n in parts]
+                before = [put(x, devices.split) for x in zeros]
+            self._sums[names] = add(before, value, positions)
+            self._sources[names] = source
+
     def finish(self, names: tuple[str, ...]) -> dict[str, InputStatistics]:
         """The statistics of a group of weights by name; its sums are freed.
 
         Refused where the input is not finite, or no position counts.
         """
-        statistics = placement.automatic(_divided, self._sums.pop(names))
+        sums = self._sums.pop(names)
+        if self._devices is None:
+            statistics = placement.automatic(_divided, sums)
+        else:
+            source = self._sources.pop(names)
+            statistics = _finishing(self._devices, source, self._hessian)(sums)
         finite = np.isfinite(statistics.mean_square).all()
         if not (finite and float(statistics.samples) > 0):
             raise ValueError(
@@ -133,6 +173,70 @@ def counted_samples(
             f"{shape}; leave such weights out with prunable=..., or positions"
         )
     return jnp.ravel(positions).astype(np.float32)
+
+
+def _kinds(source: Input, hessian: bool) -> list[jax.ShapeDtypeStruct]:
+    """The sums of an input, in the order of `InputStatistics`, None left out."""
+    batch, _, inputs = source.shape
+    wide = [(batch, inputs, inputs)] if hessian else []
+    shapes = [(), (batch, inputs), *wide, (batch,)]
+    return [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+
+
+def _part(kind: jax.ShapeDtypeStruct, devices: int) -> int:
+    """How many elements of an array each device has, the last one fewer."""
+    return -(-math.prod(kind.shape) // devices)
+
+
+@functools.lru_cache(64)
+def _adding(devices: PerDevice, source: Input, hessian: bool, relative: bool) -> Any:
+    """A program that adds one more input of each device to sums (devices, part)."""
+    batch, _, inputs = source.shape
+
+    def add(
+        parts: list[jax.Array], value: jax.Array, positions: jax.Array | None
+    ) -> list[jax.Array]:
+        counted = None if positions is None else positions.ravel().astype(np.float32)
+        wide = jnp.zeros((batch, inputs, inputs)) if hessian else None
+        zeros = jnp.zeros(()), jnp.zeros((batch, inputs)), wide, jnp.zeros((batch,))
+        own = _added(
+            InputStatistics(*zeros), value, counted, source=source, relative=relative
+        )
+        pairs = zip(parts, jax.tree.leaves(own), strict=True)
+        return [in_order(part, terms) for part, terms in pairs]
+
+    def in_order(part: jax.Array, terms: jax.Array) -> jax.Array:
+        flat = jnp.ravel(terms)
+        flat = jnp.pad(flat, (0, part.size * devices.count - flat.size))
+        rows = devices.exchanged(flat.reshape(devices.count, part.size))
+        return jax.lax.fori_loop(0, devices.count, lambda i, x: x + rows[i], part)
+
+    return devices.compiled(add, (True, True, True))
+
+
+@functools.lru_cache(64)
+def _finishing(devices: PerDevice, source: Input, hessian: bool) -> Any:
+    """A program that gives the statistics of sums (devices, part).
+
+    They are whole on every device; Hessians of several matrices are split by matrix
+    where the devices divide their number.
+    """
+    kinds = _kinds(source, hessian)
+    by_matrix = source.shape[0] % devices.count == 0
+    wide = [devices.split if by_matrix else devices.whole] if hessian else []
+    where = [devices.whole, devices.whole, *wide, devices.whole]
+
+    def finish(parts: list[jax.Array]) -> InputStatistics:
+        pairs = zip(parts, kinds, strict=True)
+        found: list[Any] = [
+            x.ravel()[: math.prod(k.shape)].reshape(k.shape) for x, k in pairs
+        ]
+        if not hessian:
+            found.insert(2, None)
+        return _divided(InputStatistics(*found))
+
+    placed: list[Any] = where if hessian else [*where[:2], None, where[2]]
+    return jax.jit(finish, out_shardings=InputStatistics(*placed))
 
 
 def _zeros(source: Input, value: jax.Array, hessian: bool) -> InputStatistics:

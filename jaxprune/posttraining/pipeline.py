@@ -5,6 +5,9 @@ Before it goes on, `sequential` may prune the weights that the input meets. So e
 weight is seen with the input that it will really have, each activation is computed
 once, and memory holds one segment's statistics and the activations that later segments
 need.
+
+Over the devices of a mesh as many batches go at once, each whole on one device. Of the
+parameters a segment's are whole on every device while batches go through it.
 """
 
 import collections
@@ -14,6 +17,7 @@ from typing import Any
 import jax
 
 from jaxprune.arrays.lazy import Leaves
+from jaxprune.arrays.per_device import PerDevice
 from jaxprune.graph import program as program_
 from jaxprune.graph import segments
 from jaxprune.graph.linear_ops import LinearOp, Trace
@@ -34,6 +38,7 @@ class SegmentedProgram:
       segments: in order.
       layers: the positions of each layer's segments.
       blocks: what is done with each layer's weights, as `segments.block`.
+      devices: those that take a batch each; None where a batch lies as it was given.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class SegmentedProgram:
         chosen: Sequence[LinearOp],
         *,
         outputs: bool = False,
+        devices: PerDevice | None = None,
     ) -> None:
         """Cuts the program at the inputs of the chosen linear ops.
 
@@ -50,6 +56,7 @@ class SegmentedProgram:
         """
         self.trace = trace
         self.leaves = leaves
+        self.devices = devices
         self.segments = segments.cut(trace, chosen, outputs=outputs)
         self.layers = segments.layers(self.segments)
         self.blocks: list[Subgraph] = []
@@ -108,12 +115,12 @@ class SegmentedProgram:
         return groups + [(name,) for name in names if name in self._tied]
 
     def start(self, batch: Any) -> Activations:
-        """The activations before the first segment: the batch itself."""
+        """The activations before the first segment: the batch itself, or one each."""
         # On the one device of the parameters, where there is one: of a batch that is
         # nowhere in particular the first segments would be compiled to other programs
         # than those that follow.
         where = self.leaves.device
-        if where is not None:
+        if where is not None and self.devices is None:
             batch = jax.device_put(batch, where)
         return dict(zip(self.trace.program.batch, jax.tree.leaves(batch), strict=True))
 
@@ -131,7 +138,8 @@ class SegmentedProgram:
                 given[number] = view.read(self.leaves[view.leaf])
             elif number not in self.trace.program.varying:
                 given[number] = self.table(number)
-        return given
+        # A segment's weights come together here, and are let go after it.
+        return given if self.devices is None else self.devices.everywhere(given)
 
     def table(self, number: int) -> jax.Array:
         """A value that depends on neither parameters nor batch."""
@@ -149,9 +157,14 @@ class SegmentedProgram:
 
     def compute(self, part: Subgraph, known: Mapping[int, Any]) -> Activations:
         """What is wanted of some steps; compiled once for equal ones."""
-        if part.key not in self._compiled:
-            self._compiled[part.key] = jax.jit(part.run)
-        results = self._compiled[part.key](*(known[n] for n in part.inputs))
+        own = [number in self.trace.program.varying for number in part.inputs]
+        key = part.key, tuple(own)
+        if key not in self._compiled:
+            each = self.devices
+            self._compiled[key] = (
+                jax.jit(part.run) if each is None else each.compiled(part.run, own)
+            )
+        results = self._compiled[key](*(known[n] for n in part.inputs))
         return dict(zip(part.wanted, results, strict=True))
 
     def _read_by(self, part: Subgraph) -> set[int]:
@@ -162,6 +175,8 @@ class SegmentedProgram:
 
 class SequentialPipeline:
     """All batches on their way through the segments; their inputs are summed up.
+
+    Over devices a batch is one for each, stacked, and so are positions.
 
     Attributes:
       activations: of each batch, what later segments need.

@@ -16,6 +16,7 @@ import numpy as np
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.lazy import Leaves, array
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.per_device import PerDevice
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.masking import counts, patterns
 from jaxprune.masking.allocation import Rule, Weight
@@ -135,6 +136,7 @@ def planned(
     pattern: Pattern | str | None,
     shared: Allocation,
     statistics: Callable[[], Mapping[str, InputStatistics]],
+    devices: PerDevice | None = None,
 ) -> Plan:
     """Decides how many units each weight keeps.
 
@@ -146,6 +148,7 @@ def planned(
       pattern: which weights are pruned as a unit, or None for the method's own.
       shared: how the sparsity is shared out.
       statistics: gives the dense model's, called where the rule needs them.
+      devices: that the statistics lie on, or None.
 
     Returns:
       The plan.
@@ -170,7 +173,9 @@ def planned(
         _try(method, pattern, inputs, outputs)
     units = {name: _units(pattern, op) for name, op in weights.items()}
     seen = statistics() if rule.needs_inputs else {}
-    known = [_known(op, leaves, seen.get(name)) for name, op in weights.items()]
+    known = [
+        _known(op, leaves, seen.get(name), devices) for name, op in weights.items()
+    ]
     pruned = counts.by_rule(agreed, rule, known, list(units.values()))
     kept = {
         name: _kept(units[name], count, weights[name].shape[0])
@@ -189,15 +194,27 @@ def _try(method: Method, pattern: Pattern, inputs: int, outputs: int) -> None:
     )
 
 
-def _known(op: LinearOp, leaves: Leaves, statistics: InputStatistics | None) -> Weight:
+def _known(
+    op: LinearOp,
+    leaves: Leaves,
+    statistics: InputStatistics | None,
+    devices: PerDevice | None,
+) -> Weight:
     """What a rule may know of a weight."""
+
+    def read() -> jax.Array:
+        weight = op.view.read(array(leaves.all[op.view.leaf]))
+        # Whole beside its statistics: sums of parts would differ in their last bits.
+        whole = devices is not None and statistics is not None
+        return devices.everywhere(weight) if devices and whole else weight
+
     return Weight(
         name=op.name,
         leaf=op.leaf,
         index=op.index,
         shape=op.shape,
         view=op.view.read,
-        read=lambda: op.view.read(array(leaves.all[op.view.leaf])),
+        read=read,
         mean_square=None if statistics is None else statistics.mean_square,
     )
 

@@ -3,7 +3,8 @@
 One pair of files a segment: the weights that were pruned in it, and a record that names
 their digest and is renamed into place last; so too for a block that was refined. What
 has no whole record is done again. A directory belongs to one job; another job's is
-refused.
+refused. Of several processes, which share the directory, the first one looks and
+writes.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from jaxprune.arrays import processes
 from jaxprune.formats import atomic, safetensors_file
 
 _JOB = "job.json"
@@ -32,25 +34,35 @@ class ProgressLog:
     def __init__(self, directory: Path, job: Mapping[str, Any]) -> None:
         """Opens or begins the directory of a job, which is what decides the result."""
         self.directory = directory
-        atomic.begin_or_resume(directory / _JOB, job)
+        processes.on_first(lambda: atomic.begin_or_resume(directory / _JOB, job))
 
     def read(
         self, number: int, part: Part = "segment"
     ) -> tuple[dict[str, np.ndarray], Any] | None:
         """The weights and the record of a part; None where its files are damaged."""
+        rows = processes.on_first(lambda: self._record(number, part))
+        if rows is None:
+            return None
+        weights, _ = self._paths(number, part)
+
+        def mapped() -> dict[str, np.ndarray]:
+            tensors, _ = safetensors_file.read_header(weights)
+            return {k: safetensors_file.view(weights, v) for k, v in tensors.items()}
+
+        return processes.together(mapped), rows
+
+    def _record(self, number: int, part: Part) -> Any:
+        """The record of a part; None where its files are damaged."""
         weights, record = self._paths(number, part)
         try:
             body = json.loads(record.read_text(encoding="utf-8"))
             digest, rows = body["sha256"], body["record"]
             if digest != atomic.digest(weights):
                 return None
-            tensors, _ = safetensors_file.read_header(weights)
+            safetensors_file.read_header(weights)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        arrays = {
-            name: safetensors_file.view(weights, info) for name, info in tensors.items()
-        }
-        return arrays, rows
+        return rows
 
     def weight(self, number: int, name: str, part: Part = "segment") -> np.ndarray:
         """One weight of a part whose files are whole, mapped from its file."""
@@ -66,6 +78,11 @@ class ProgressLog:
         part: Part = "segment",
     ) -> None:
         """Notes a part as done: its weights by name, and a JSON-able record."""
+        processes.on_first(lambda: self._write(number, arrays, record, part))
+
+    def _write(
+        self, number: int, arrays: Mapping[str, np.ndarray], record: Any, part: Part
+    ) -> None:
         path, place = self._paths(number, part)
         partial = path.with_suffix(".partial")
         entries = {name: (array.dtype, array.shape) for name, array in arrays.items()}

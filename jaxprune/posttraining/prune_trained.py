@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AxisType, NamedSharding
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
+from jaxprune.arrays.messages import listed
+from jaxprune.arrays.per_device import PerDevice
 from jaxprune.graph.linear_ops import trace
 from jaxprune.masking.counts import Allocation
 from jaxprune.posttraining import calibration, fingerprint, input_statistics, methods
@@ -63,6 +66,7 @@ def prune_trained(
     donate: bool = False,
     progress: bool = True,
     refine: Refine | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> PruneResult:
     """Prunes a trained model, with calibration batches.
 
@@ -98,6 +102,11 @@ def prune_trained(
         pruned, towards the output of the dense layer; zeros stay zeros. `fn` must be
         differentiable, and end with what the last layer is to be measured by: final
         states rather than logits. None for none.
+      mesh: devices that take a batch each, side by side, and then a matrix each. Masks
+        are those of one device, bit for bit, however the parameters are split over
+        them: a segment's are brought together, and let go after it. Over several
+        processes all call alike, with the same batches, and the first one writes. None
+        leaves batches and parameters where they lie.
 
     Returns:
       The pruned parameters, of the same structure, dtypes and sharding, and a report.
@@ -123,13 +132,18 @@ def prune_trained(
     batches = calibration.checked_batches(batches, "prune_trained")
     if refine is not None:
         refine.split(len(batches))
+    devices = None if mesh is None else PerDevice.of(mesh)
+    if devices is not None:
+        _check_mesh(batches, params, devices, refine)
     traced = trace(fn, params, batches[0])
     ops = calibration.chosen(traced, params, prunable)
     leaves = Leaves(jax.tree.leaves(params))
     plans.check_leaves(leaves, ops, donate=donate)
     prints = fingerprint.of_leaves({op.leaf: op.view.leaf for op in ops}, leaves)
     plans.check_finite(prints)
-    program = SegmentedProgram(traced, leaves, ops, outputs=refine is not None)
+    program = SegmentedProgram(
+        traced, leaves, ops, outputs=refine is not None, devices=devices
+    )
     if refine is not None:
         refine.check(program)
     plan = plans.planned(
@@ -140,8 +154,9 @@ def prune_trained(
         pattern,
         allocation,
         lambda: calibration.calibrate(
-            fn, params, batches, positions=positions, prunable=prunable
+            fn, params, batches, positions=positions, prunable=prunable, mesh=mesh
         ),
+        devices,
     )
     counted = [positions(batch) if positions else None for batch in batches]
     for segment, own in itertools.product(program.segments, counted):
@@ -153,8 +168,11 @@ def prune_trained(
     log = None
     if directory is not None:
         log = _progress_log(Path(directory), facts, program, counted, prints)
-    pruner = Pruner(program, plan, batches, counted, log, donate=donate, refine=refine)
-    batches.clear()  # the pipeline frees each one after its first segment
+    taken = calibration.side_by_side(batches, devices)
+    batches.clear()
+    seen = calibration.side_by_side(counted, devices)
+    pruner = Pruner(program, plan, taken, seen, log, donate=donate, refine=refine)
+    taken.clear()  # the pipeline frees each one after its first segment
     rows = pruner.run(progress=progress)
     report = {
         **facts,
@@ -167,6 +185,30 @@ def prune_trained(
     }
     pruned = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
     return PruneResult(pruned, report)
+
+
+def _check_mesh(
+    batches: Sequence[Any], params: Params, devices: PerDevice, refine: Refine | None
+) -> None:
+    """Refuses what cannot be done with a batch a device."""
+    calibration.check_devices(batches, devices, "prune_trained")
+    if refine is not None:
+        raise ValueError(
+            "refine trains on one batch after the other, so it takes no mesh; leave "
+            "mesh out, and split parameters and batches themselves"
+        )
+    explicit = [
+        name
+        for name, leaf in tree.named_leaves(params).items()
+        if isinstance(own := getattr(leaf, "sharding", None), NamedSharding)
+        and AxisType.Explicit in own.mesh.axis_types
+    ]
+    if explicit:
+        raise ValueError(
+            "with a mesh each device runs the whole function, so the parameters' own "
+            f"mesh must have Auto axes, but that of {listed(explicit)} has Explicit "
+            "ones; leave mesh out, or place them on a mesh with axis_types=Auto"
+        )
 
 
 def _progress_log(

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arrays import placement
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.lazy import LazyArray
+from jaxprune.arrays.per_device import PerDevice, put
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.posttraining import solve_weight
@@ -47,7 +49,8 @@ class Pruner:
         self._program, self._plan, self._log = program, plan, log
         hessian = plan.method.needs == "hessian"
         relative = getattr(plan.method, "relative", False)
-        sums = Sums(hessian=hessian, relative=relative)
+        devices = program.devices
+        sums = Sums(hessian=hessian, relative=relative, devices=devices)
         self._count = len(program.segments)
         self._pipeline = SequentialPipeline(program, batches, positions, sums)
         # Weights and rows of the segments that were pruned before.
@@ -174,8 +177,13 @@ class Pruner:
     ) -> list[dict[str, Any]]:
         """Prunes the weights of a segment, and writes them to the log."""
         ops = self._program.finished_in(self._program.segments[number])
-        # Statistics are freed with their segment, those of a whole layer one by one.
-        found = [self._prune_weight(op, statistics.pop(op.name), value) for op in ops]
+        if self._program.devices is not None:
+            found = self._prune_together(self._program.devices, ops, statistics, value)
+        else:
+            # Statistics are freed with their segment, those of a layer one by one.
+            found = [
+                self._prune_weight(op, statistics.pop(op.name), value) for op in ops
+            ]
         rows = [row for _, row in found]
         if self._log:
             weights = jax.device_get([weight for weight, _ in found])
@@ -197,6 +205,29 @@ class Pruner:
         row["error"] = solve_weight.error(op.source, value, before, after)
         self._replace(op.view, after)
         return after, row
+
+    def _prune_together(
+        self,
+        devices: PerDevice,
+        ops: Sequence[LinearOp],
+        statistics: dict[str, InputStatistics],
+        value: jax.Array,
+    ) -> list[tuple[jax.Array, dict[str, Any]]]:
+        """The same for all weights of a segment, each matrix on one device."""
+        started = time.perf_counter()
+        before = {}  # (batch, in, out), whole on every device
+        for op in ops:
+            leaf = self._program.leaves[op.view.leaf]
+            before[op] = devices.everywhere(placement.automatic(op.view.read, leaf))
+        own = {op.name: statistics.pop(op.name) for op in ops}
+        found = solve_weight.solve_together(self._plan, before, own, devices)
+        seconds = time.perf_counter() - started
+        (value,) = devices.first(value, 1)
+        for op, (after, row) in zip(ops, found, strict=True):
+            row["seconds"] = seconds / len(ops)
+            row["error"] = solve_weight.error(op.source, value, before[op], after)
+            self._replace(op.view, after)
+        return found
 
     def _replace(self, view: WeightView, weight: Any, *, gives_up: bool = True) -> None:
         """Puts a new weight in its place in the leaf.
@@ -272,6 +303,10 @@ class _Written(NamedTuple):
 def replaced(view: WeightView, leaf: Any, weight: Any, *, donate: bool) -> jax.Array:
     """The leaf, where it was, with another weight in the place of one of its own."""
     write = functools.partial(view.write, donate=donate)
+    where = getattr(leaf, "sharding", None)
+    if where is not None and not where.is_fully_addressable:
+        # With other processes' devices nothing of one process alone may be combined.
+        weight = put(weight, NamedSharding(where.mesh, PartitionSpec()))
     new = placement.automatic(write, leaf, jnp.asarray(weight))
     return jax.device_put(new, getattr(leaf, "sharding", None))
 

@@ -1,7 +1,14 @@
-"""One weight of the model, pruned expert by expert, and what that costs its output."""
+"""One weight of the model, pruned expert by expert, and what that costs its output.
+
+Over the devices of a mesh matrices of one shape are pruned side by side, each whole on
+one device, by the program of one device: columns apart would be summed up in an order
+of their own by the solvers, and a mask may hang on the last bit.
+"""
 
 import functools
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.arrays import placement
+from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.graph.linear_ops import Input, LinearOp
 from jaxprune.posttraining.input_statistics import InputStatistics
 from jaxprune.posttraining.methods import Magnitude, Matrix, Method
@@ -29,10 +37,9 @@ def solve(
     statistics: InputStatistics,
 ) -> tuple[Float[Array, "batch in out"], dict[str, Any]]:
     """Prunes one weight: the new one in its own dtype, and its row of the report."""
-    counts = plan.kept[op.name]
-    unreached = _unreached(plan.method, statistics)
     found = []
-    for i, count in enumerate(counts):
+    unreached = _unreached(plan.method, statistics)
+    for i, count in enumerate(plan.kept[op.name]):
         # What no sample says enough of, an expert that few tokens were sent to say.
         method = Magnitude() if i in unreached else plan.method
         program = functools.partial(_solved, method=method, pattern=plan.pattern)
@@ -42,18 +49,140 @@ def solve(
             )
         )
     after = found[0][0] if len(found) == 1 else jnp.concatenate([f[0] for f in found])
-    damping = [float(f[2]) for f in found]
+    return after, _row(plan, op, statistics, unreached, [f[1:] for f in found])
+
+
+class _Matrix(NamedTuple):
+    """One matrix of a weight, by its number, and how it is pruned."""
+
+    op: LinearOp
+    number: int
+    kept: int
+    method: Any
+
+
+def solve_together(
+    plan: Plan,
+    weights: Mapping[LinearOp, Float[Array, "batch in out"]],
+    statistics: Mapping[str, InputStatistics],
+    devices: PerDevice,
+) -> list[tuple[Float[Array, "batch in out"], dict[str, Any]]]:
+    """Prunes some weights over devices: for each what `solve` gives.
+
+    Args:
+      plan: what is done to which weight.
+      weights: whole on every device.
+      statistics: by the weight's name.
+      devices: each takes a matrix.
+
+    Returns:
+      The new weights, whole on every device, and their rows.
+    """
+    unreached = {op: _unreached(plan.method, statistics[op.name]) for op in weights}
+    matrices = [
+        _Matrix(op, i, count, Magnitude() if i in unreached[op] else plan.method)
+        for op in weights
+        for i, count in enumerate(plan.kept[op.name])
+    ]
+    found: dict[tuple[LinearOp, int], Any] = {}
+    ids = [id(statistics[op.name]) for op in weights]
+
+    def kind(matrix: _Matrix) -> Any:
+        weight, own = weights[matrix.op], id(statistics[matrix.op.name])
+        # By place, since addresses differ from process to process.
+        place = ids.index(own)
+        return weight.shape[1:], str(weight.dtype), repr(matrix.method), place
+
+    for _, group in itertools.groupby(sorted(matrices, key=kind), kind):
+        for part in in_groups(group, devices.count):
+            new = _side_by_side(plan, part, weights, statistics, devices)
+            found |= {(m.op, m.number): own for m, own in zip(part, new, strict=True)}
+    results = []
+    for op in weights:
+        own = [found[op, i] for i in range(len(plan.kept[op.name]))]
+        facts = [f[1:] for f in own]
+        row = _row(plan, op, statistics[op.name], unreached[op], facts)
+        results.append((jnp.stack([f[0] for f in own]), row))
+    return results
+
+
+def _side_by_side(
+    plan: Plan,
+    matrices: Sequence[_Matrix],
+    weights: Mapping[LinearOp, jax.Array],
+    statistics: Mapping[str, InputStatistics],
+    devices: PerDevice,
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Matrices of one kind, at most one a device: the new ones, zeros and dampings."""
+    filled = [*matrices, *[matrices[-1]] * (devices.count - len(matrices))]
+    own = statistics[matrices[0].op.name]
+    apart = len(own.reached) > 1  # experts, each with statistics of its own
+    take = _taking(devices, apart)
+    places, first = {}, 0  # of each weight's first matrix among those of all of them
+    for op in dict.fromkeys(m.op for m in matrices):
+        places[op], first = first, first + op.shape[0]
+    numbers = np.array([places[m.op] + m.number for m in filled], np.int32)
+    stack, own = take([weights[op] for op in places], own, numbers)
+    counts = devices.stacked([np.uint32(m.kept) for m in filled])
+    how: Any = matrices[0].method, plan.pattern  # frozen values
+    program = _solving(devices, *how, apart)
+    after, zeros, damping = devices.first(program(stack, own, counts), len(matrices))
+    return list(zip(after, zeros, damping, strict=True))
+
+
+@functools.lru_cache(64)
+def _taking(devices: PerDevice, apart: bool) -> Any:
+    """A program that gives each device its matrix and, of experts, its statistics."""
+
+    def take(weights: Any, statistics: InputStatistics, places: jax.Array) -> Any:
+        stack = jnp.concatenate(weights)[places]  # (devices, in, out)
+        if not apart:
+            return stack, statistics
+        each = jax.tree.map(lambda x: x[places] if x.ndim else x, statistics)
+        samples = jnp.broadcast_to(statistics.samples, places.shape)
+        return stack, each._replace(samples=samples)
+
+    placed = devices.split if apart else devices.whole
+    return jax.jit(take, out_shardings=(devices.split, placed))
+
+
+@functools.lru_cache(64)
+def _solving(devices: PerDevice, method: Method, pattern: Pattern, apart: bool) -> Any:
+    """A program by which each device prunes the matrix that it has."""
+
+    def solve(weight: jax.Array, statistics: InputStatistics, kept: jax.Array) -> Any:
+        if apart:
+            own = jax.tree.map(lambda x: x[None], statistics)
+            statistics = own._replace(samples=statistics.samples)
+        zero = np.int32(0)
+        after, *rest = _solved(
+            weight[None], statistics, zero, kept, method=method, pattern=pattern
+        )
+        return after[0], *rest
+
+    return devices.compiled(solve, (True, apart, True))
+
+
+def _row(
+    plan: Plan,
+    op: LinearOp,
+    statistics: InputStatistics,
+    unreached: list[int],
+    found: Sequence[tuple[Any, Any]],
+) -> dict[str, Any]:
+    """A weight's row of the report, of each matrix' zeros and damping."""
+    damping = [float(own) for _, own in found]
     if not np.isfinite(damping).all():
         raise ValueError(
             f"the Hessian of '{op.name}' must be positive definite, but could not "
             "be factorised with any damping; give more or other calibration batches, "
             "run the model in float32, or use the method wanda"
         )
-    return after, {
+    return {
         "name": op.name,
         "shape": list(op.shape),
         "removed": plan.removed[op.name],
-        "zeros": sum(int(f[1]) for f in found),
+        "zeros": sum(int(zeros) for zeros, _ in found),
         "size": op.size,
         "damping": max(damping),
         "by_magnitude": unreached,

@@ -11,10 +11,12 @@ import pytest
 from flax import nnx
 
 import jaxprune as jp
+from experiments.tasks import picture_model
+from jaxprune.evaluation import distill, retrain
 from jaxprune.models import generate, hf
 from jaxprune.models.decoder.model import Decoder
 from jaxprune.posttraining.solvers import alps, sparsegpt, units
-from tests.support import tiny_hf
+from tests.support import tiny_families, tiny_hf
 from tests.support.small_models import correlated, draw
 
 PARAMS = {"up": {"kernel": draw(0, 8, 16), "bias": draw(1, 16)}, "down": draw(2, 16, 8)}
@@ -42,6 +44,14 @@ TRANSFORMATIONS = {
 PATTERNS = ["unstructured", "per-output", "2:4", "2x2", "channel"]
 X = correlated(0, 64, 16)
 HESSIAN = (X.T @ X / 64).astype(np.float32)
+
+
+# One of each other family; gpt-neox and the experts have "-" in their names.
+PLAIN = {name for name in tiny_hf.CONFIGS if "-" not in name} - {"llama", "gemma3"}
+REST = [
+    pytest.param(name, marks=pytest.mark.full)
+    for name in (*sorted(PLAIN), "gpt-neox", *tiny_families.MIXTURES)
+]
 
 
 def _masks():
@@ -92,7 +102,144 @@ def test_a_solver(solve):
     lowered(lambda weight, hessian: solve(weight, hessian), draw(3, 16, 8), HESSIAN)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_every_score_and_what_is_done_with_masks():
+    def everything(params, importance):
+        found = [
+            criterion(params, importance)
+            for criterion in (
+                jp.scores.magnitude,
+                jp.scores.averaged_weight,
+                jp.scores.averaged_magnitude,
+                jp.scores.obd,
+                jp.scores.trajectory,
+                jp.scores.taylor,
+                jp.scores.random,
+                jp.scores.threshold,
+            )
+        ]
+        masks = jp.masks.above(found[0], 0.5)
+        both = jp.masks.combine(masks, jp.masks.make(found[4], 0.5))
+        packed = jp.masks.unpack(jp.masks.pack(both))
+        return found, jp.masks.apply(params, packed)
+
+    lowered(everything, PARAMS, jp.Importance(*[PARAMS] * 4))
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_averages_in_and_out_of_their_storage(storage):
+    tx = jp.track_importance(storage=storage, average=("weight", "magnitude"))
+    params = jax.tree.map(jnp.asarray, PARAMS)
+
+    def read(state):
+        return jax.tree.map(jp.low_bit.decode, jp.get_importance(state).weight["down"])
+
+    lowered(read, tx.init(params))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_method(method, pattern):
+    method, pattern = jp.methods.METHODS[method], jp.patterns.named(pattern)
+
+    def pruned(weight, square, kept):
+        matrix = jp.methods.Matrix(weight, square, None, kept, pattern)
+        return method.prune(matrix)
+
+    square = np.ones(16, np.float32)
+    lowered(pruned, draw(3, 16, 8), square, np.uint32(64))
+
+
+def test_the_updates_of_a_given_mask():
+    mask = draw(3, 16, 8) > 0
+
+    def updated(weight, hessian, mask):
+        own = weight, hessian, mask
+        return sparsegpt.update(*own).weight, alps.refine(*own)
+
+    lowered(updated, draw(3, 16, 8), HESSIAN, mask)
+
+
+class Programs:
+    """`jax.jit` that also lowers what it is given, when that is called first."""
+
+    def __init__(self):
+        self.names, self.jit = [], jax.jit
+
+    def __call__(self, function, **options):
+        program, seen = self.jit(function, **options), []
+
+        def call(*arguments):
+            if not (seen or isinstance(jnp.zeros(()), jax.core.Tracer)):
+                seen.append(function)
+                jax.export.export(program, platforms=("cuda", "tpu"))(*arguments)
+                self.names.append(getattr(function, "__qualname__", str(function)))
+            return program(*arguments)
+
+        return call
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    found = Programs()
+    monkeypatch.setattr(jax, "jit", found)
+    return found
+
+
+def attention(params, x):
+    """Several uses of an input, a softmax, and experts."""
+    y = jax.nn.softmax(jnp.einsum("bd,cd->bc", x @ params["q"], x @ params["k"])) @ x
+    return jnp.einsum("bd,edf->ebf", jnp.tanh(y), params["experts"])
+
+
+WEIGHTS = {"q": draw(4, 16, 8), "k": draw(5, 16, 8), "experts": draw(6, 4, 16, 8)}
+INPUTS = [correlated(i, 32, 16) for i in range(8)]
+
+
+@pytest.mark.full
+def test_what_prune_trained_compiles_and_refines_by(programs):
+    refine = jp.Refine(passes=1, learning_rate=1e-3)
+    options = {"sparsity": 0.5, "progress": False, "refine": refine}
+    params = jax.tree.map(jnp.asarray, WEIGHTS)
+    jp.prune_trained(attention, params, INPUTS[:2], method="wanda", **options)
+    assert sum("Subgraph.run" in name for name in programs.names) >= 2
+    assert any("refine" in name or "step" in name for name in programs.names)
+
+
+@pytest.mark.full
+def test_what_each_device_of_a_mesh_runs(programs):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    # Settings of no other test: what is compiled already is not compiled again.
+    method = jp.methods.ALPS(damping=0.03)
+    options = {"sparsity": 0.5, "progress": False, "mesh": mesh}
+    jp.prune_trained(attention, WEIGHTS, INPUTS, method=method, **options)
+    # Of one device, as `PerDevice.compiled` makes it: model, sums, solvers.
+    assert sum("PerDevice.compiled" in name for name in programs.names) >= 4
+    assert any("_finishing" in name for name in programs.names)
+    assert any("_taking" in name for name in programs.names)
+
+
+@pytest.mark.full
+def test_squared_gradients_and_a_training_after_a_teacher(programs):
+    params = {"w": jnp.asarray(draw(7, 16, 8))}
+    loss = lambda p, x: jnp.mean(jnp.square(x @ p["w"]))  # noqa: E731
+    jp.calibrate_gradients(loss, params, INPUTS[:1])
+    config = hf.decoder_config(tiny_hf.config_json("llama"))
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    names = {
+        name
+        for name in jp.tree.named_leaves(nnx.state(model, nnx.Param))
+        if name.endswith("up/kernel")
+    }
+    settings = retrain.Settings(steps=1, learning_rate=1e-4, batch=2, seed=0)
+    teacher = distill.from_teacher(Decoder(config, rngs=nnx.Rngs(1)), hidden=1.0)
+    sequences = np.zeros((2, 8), np.int32)
+    retrain.retrain(model, names, sequences, settings, loss=teacher)
+    found = programs.names
+    assert any(name.endswith("calibrate_gradients.<locals>.added") for name in found)
+    assert any(name.endswith("_step.<locals>.step") for name in found)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", *REST])
 def test_a_decoder_and_what_it_writes(family):
     config = hf.decoder_config(tiny_hf.config_json(family))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -105,6 +252,16 @@ def test_a_decoder_and_what_it_writes(family):
         return generate.generate(own, prompt, steps=4, key=key)
 
     lowered(written, state, tokens, jax.random.key(0))
+
+
+@pytest.mark.full
+def test_a_model_that_sees_pictures():
+    config = hf.vision_config(picture_model.PRESETS["smoke"])
+    graph, state = nnx.split(hf.abstract(config))
+    size = config.tower.image
+    pixels = np.zeros((2, size, size, 3), np.float32)
+    tokens, sources = np.zeros((2, 8), np.int32), np.full((2, 8), -1, np.int32)
+    lowered(lambda p, *of: nnx.merge(graph, p)(*of), state, tokens, pixels, sources)
 
 
 def test_what_is_left_of_a_function_after_shrinking():

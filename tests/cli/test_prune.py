@@ -221,15 +221,6 @@ def test_what_is_measured_is_what_is_written(place, tmp_path, capsys):
     assert measured["nats"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_a_model_split_over_all_devices_loses_the_same_weights(place, pruned, capsys):
-    options = [*WANDA, "--calibration", place / "rows.npy", "--shard"]
-    assert prune(capsys, place, "split", *options)[0] == 0
-    one, other = tiny_cli.weights(pruned[0]), tiny_cli.weights(place / "split")
-    for name, value in one.items():
-        np.testing.assert_array_equal(other[name], value)
-
-
 def test_magnitude_alone_needs_neither_tokenizer_nor_known_model(tmp_path, capsys):
     model = tiny_cli.model(tmp_path / "model")
     (model / "tokenizer.json").unlink()

@@ -14,6 +14,7 @@ import jaxprune as jp
 from experiments import gpt
 from experiments.harness import checkpoint, device_mesh, training
 from experiments.tasks.language_model import LanguageModel
+from jaxprune.arrays import processes
 from tests.support import tiny_gpt
 from tests.support.tiny_gpt import (
     BATCHES,
@@ -215,6 +216,6 @@ def test_a_sharded_array_is_fetched_whole():
     placed = device_mesh.put(
         tree, {"a": device_mesh.of_batch(mesh), "b": device_mesh.repeated(mesh)}
     )
-    fetched = device_mesh.fetch(placed)
+    fetched = processes.fetch(placed)
     assert isinstance(fetched["a"], np.ndarray)
     chex.assert_trees_all_equal(fetched, tree)

@@ -2,10 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -14,9 +12,8 @@ from experiments.datasets import load
 from experiments.harness import multi_process
 from jaxprune.arrays import processes
 from tests.support.tiny_run import MODULE, metrics, write_text
-from tests.support.xla_flags import xla_flags
+from tests.support.two_processes import JOINED, ROOT, two
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "support" / "launch_worker.py"
 FLAGS = [
     *("--seeds", "0"),
@@ -31,12 +28,6 @@ FLAGS = [
     *("--eval-tokens", "512"),
     *("--sample-length", "8"),
     *("--checkpoint-every", "3"),
-]
-
-JOINED = [
-    *("--coordinator", "127.0.0.1:{port}"),
-    *("--processes", "2"),
-    *("--process-id", "{number}"),
 ]
 
 
@@ -125,36 +116,6 @@ def test_one_process_alone_is_the_first_and_asks_nobody():
         assert call(lambda: 3) == 3
         with pytest.raises(KeyError, match="mine"):
             call(fail)
-
-
-def two(arguments, tmp_path, devices=1):
-    """Two processes, each given the port and its own number where they are named."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    environment = os.environ | {
-        "XLA_FLAGS": xla_flags(devices),
-        "PYTHONPATH": str(ROOT),
-    }
-    both = []
-    for number in "01":
-        marks = {"port": port, "number": number}
-        with open(tmp_path / f"log-{number}", "wb") as log:
-            command = [sys.executable, *(str(a).format(**marks) for a in arguments)]
-            both.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=log, stderr=log
-                )
-            )
-    try:
-        codes = [process.wait(400) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-            process.wait()
-    logs = [(tmp_path / f"log-{n}").read_text(errors="replace") for n in "01"]
-    assert codes == [0, 0], "\n".join(logs)
-    return logs
 
 
 def test_two_processes_get_the_answer_or_the_error_of_the_first(tmp_path):

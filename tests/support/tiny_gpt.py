@@ -10,8 +10,9 @@ import numpy as np
 import jaxprune as jp
 from experiments import gpt
 from experiments.datasets import Batches, validation_batches
-from experiments.harness import device_mesh, training
+from experiments.harness import training
 from experiments.tasks.language_model import EVERYTHING, LanguageModel, optimizer
+from jaxprune.arrays import processes
 
 MODEL = LanguageModel(
     gpt.GPTConfig(vocab_size=16, context=8, layers=1, heads=2, width=16)
@@ -96,7 +97,7 @@ def digest(tree):
     seen = hashlib.sha256()
     for name, leaf in jp.tree.named_leaves(tree).items():
         if not jp.tree.is_excluded(leaf):
-            value = device_mesh.fetch(leaf)
+            value = processes.fetch(leaf)
             seen.update(f"{name} {value.dtype} {value.shape}".encode())
             seen.update(np.ascontiguousarray(value).tobytes())
     return seen.hexdigest()

@@ -2,7 +2,7 @@
 
 from jaxprune.models.hf.families import decoder_config, vision_config
 from jaxprune.models.hf.loading import Loaded, abstract, embedded, load, tensors
-from jaxprune.models.hf.parameters import Dtype, Shardings, to_tensors
+from jaxprune.models.hf.parameters import Dtype, Shardings, split_over, to_tensors
 from jaxprune.models.hf.smaller import (
     keep_experts,
     keep_layers,
@@ -30,6 +30,7 @@ __all__ = [
     "resized",
     "shrinkable",
     "smaller_config",
+    "split_over",
     "tensors",
     "to_tensors",
     "vision_config",

@@ -7,7 +7,7 @@ a `Source` keeps which tensor a leaf came from and how it is stored there.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -161,14 +161,24 @@ def on_one_device(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
 
 
-def split_over(mesh: jax.sharding.Mesh) -> Shardings:
-    """Splits the longest axis of a leaf that the number of devices divides, if any."""
+def split_over(mesh: jax.sharding.Mesh, axes: Sequence[str] | None = None) -> Shardings:
+    """Splits the longest axis of a leaf that the devices divide, if any.
+
+    Args:
+      mesh: the devices.
+      axes: the axes of the mesh that split, all of them if left out; others repeat.
+
+    Returns:
+      The sharding of a leaf, by its name and shape.
+    """
+    names = tuple(n for n in mesh.axis_names if axes is None or n in axes)
+    count = math.prod(mesh.shape[name] for name in names)
 
     def sharding(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        fitting = [i for i, size in enumerate(shape) if size % mesh.size == 0]
+        fitting = [i for i, size in enumerate(shape) if size % count == 0]
         spec: list[tuple[str, ...] | None] = [None] * len(shape)
-        if fitting:
-            spec[max(fitting, key=lambda i: shape[i])] = mesh.axis_names
+        if fitting and names:
+            spec[max(fitting, key=lambda i: shape[i])] = names
         return jax.sharding.NamedSharding(mesh, jax.P(*spec))
 
     return sharding

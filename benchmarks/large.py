@@ -1,0 +1,320 @@
+"""Layers of a 7 B Llama are pruned inside 8 GiB; what 7 B, 70 B and 405 B cost.
+
+The directory is written by this script: the shapes of Llama 2 7B, bfloat16 weights
+drawn at random, of two layers, the embeddings and the head (`--layers`). Each method
+prunes it in a process of its own, as the command does: leaves stay in their file,
+progress lies on disk. Random weights say nothing of quality; seconds and bytes do not
+depend on them.
+
+The rest is arithmetic. A layer's floating-point operations are counted for its
+matrices, its Hessians and its solver (`operations`), by tokens and shapes. The rate is
+that of the last layer, in which nothing is compiled, in seconds of the processor, all
+cores together: other programs hardly change them. Calibration is small here; what
+128 x 2048 tokens, the papers', cost is extrapolated.
+"""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+import tyro
+from flax import nnx
+
+import jaxprune as jp
+from benchmarks import measure
+from jaxprune.formats import safetensors_file
+from jaxprune.formats.checkpoint_dir import open_directory
+from jaxprune.formats.prune_magnitude import prune_directory
+from jaxprune.models import hf
+from jaxprune.posttraining.progress import ProgressLog
+
+Method = Literal["wanda", "sparsegpt", "alps", "magnitude"]
+PAPER_TOKENS = 128 * 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A Llama: layers, width, neurons, features of the keys, tokens."""
+
+    layers: int
+    width: int
+    ffn: int
+    keys: int
+    vocabulary: int
+
+    @property
+    def matrices(self) -> list[tuple[str, int, int]]:
+        """Name, inputs and outputs of a layer's matrices."""
+        w, f, k = self.width, self.ffn, self.keys
+        return [
+            ("self_attn.q_proj", w, w),
+            ("self_attn.k_proj", w, k),
+            ("self_attn.v_proj", w, k),
+            ("self_attn.o_proj", w, w),
+            ("mlp.gate_proj", w, f),
+            ("mlp.up_proj", w, f),
+            ("mlp.down_proj", f, w),
+        ]
+
+    @property
+    def weights(self) -> int:
+        """Of a layer."""
+        return sum(inputs * outputs for _, inputs, outputs in self.matrices)
+
+
+SHAPES = {
+    "7 B": Shape(32, 4096, 11008, 4096, 32000),
+    "70 B": Shape(80, 8192, 28672, 1024, 32000),
+    "405 B": Shape(126, 16384, 53248, 1024, 128256),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Prunes by each method and prints a JSON line for each, and one for the rest.
+
+    Attributes:
+      out: a folder for the directory and the progress; emptied at the end.
+      methods: which; "magnitude" streams the directory tensor by tensor.
+      layers: how many are written; all 32 take 13.5 GB, twice that with magnitude.
+      sequences: of calibration.
+      length: tokens of each.
+      batch: sequences at once.
+      sparsity: what is removed.
+      only: names of the matrices to prune, "k_proj" say; all of them if left out.
+      alone: one method, in this process; what the script starts itself.
+    """
+
+    out: Path
+    methods: tuple[Method, ...] = ("wanda", "sparsegpt", "alps")
+    layers: int = 2
+    sequences: int = 8
+    length: int = 512
+    batch: int = 2
+    sparsity: float = 0.5
+    only: tuple[str, ...] = ()
+    alone: Method | None = None
+
+
+def main(config: Config) -> None:
+    """Writes the directory, starts a process for each method, adds up."""
+    if config.alone is not None:
+        print(json.dumps(one(config, config.alone)))
+        return
+    model = config.out / "model"
+    write(model, dataclasses.replace(SHAPES["7 B"], layers=config.layers))
+    try:
+        for method in config.methods:
+            words = [sys.executable, "-m", "benchmarks.large", *sys.argv[1:]]
+            done = subprocess.run(
+                [*words, "--alone", method], check=True, stdout=subprocess.PIPE
+            )
+            found = json.loads(done.stdout)
+            if method != "magnitude":
+                found |= {"on paper": on_paper(config, method, found)}
+            measure.report("large", method=method, layers=config.layers, **found)
+    finally:
+        shutil.rmtree(config.out)
+
+
+def write(folder: Path, shape: Shape) -> None:
+    """Writes config.json and model.safetensors, a tensor in memory at a time."""
+    folder.mkdir(parents=True)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": shape.width,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.width // 128,
+        "num_key_value_heads": shape.keys // 128,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = dict(_shapes(shape))
+    rng = np.random.default_rng(0)
+
+    def drawn(name: str) -> np.ndarray:
+        size = shapes[name]
+        if len(size) == 1:
+            return np.ones(size, ml_dtypes.bfloat16)
+        found = rng.standard_normal(size, np.float32)
+        found *= 0.02
+        return found.astype(ml_dtypes.bfloat16)
+
+    entries = {
+        name: (np.dtype(ml_dtypes.bfloat16), own) for name, own in shapes.items()
+    }
+    safetensors_file.write(
+        folder / "model.safetensors", entries, drawn, {"format": "pt"}
+    )
+
+
+def _shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor, as it is stored."""
+    yield "model.embed_tokens.weight", (shape.vocabulary, shape.width)
+    for i in range(shape.layers):
+        for name, inputs, outputs in shape.matrices:
+            yield f"model.layers.{i}.{name}.weight", (outputs, inputs)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{i}.{name}.weight", (shape.width,)
+    yield "model.norm.weight", (shape.width,)
+    yield "lm_head.weight", (shape.vocabulary, shape.width)
+
+
+def one(config: Config, method: Method) -> dict[str, Any]:
+    """Prunes the directory; seconds, those of all cores, and the peak of memory."""
+    function = _by_magnitude if method == "magnitude" else _calibrated
+    found: dict[str, Any] = {}
+    own = time.process_time()
+    start = time.perf_counter()
+    memory = measure.peak_memory(lambda: found.update(function(config, method)))
+    return found | {
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - own,
+        "peak_bytes": memory["extra_bytes"],
+    }
+
+
+def _by_magnitude(config: Config, method: str) -> dict[str, Any]:
+    source = open_directory(config.out / "model")
+    out = config.out / method
+    prune_directory(source, out, sparsity=config.sparsity)
+    shutil.rmtree(out)
+    return {"bytes": source.size}
+
+
+def _calibrated(config: Config, method: Any) -> dict[str, Any]:
+    model, progress = config.out / "model", config.out / method
+    loaded = hf.load(model, compute_dtype="float32", lazy=True)
+    graphdef, params = nnx.split(loaded.model, nnx.Param)
+    shape = (config.sequences // config.batch, config.batch, config.length)
+    tokens = np.random.default_rng(1).integers(0, 32000, shape)
+    batches = (hf.embedded(model, loaded.names, loaded.config, own) for own in tokens)
+
+    def states(params: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params).states(x)[0]
+
+    ends = _noted_ends()
+    result = jp.prune_trained(
+        states,
+        params,
+        batches,
+        method=method,
+        sparsity=config.sparsity,
+        prunable=lambda name, leaf: (
+            jp.tree.prunable(name, leaf) and _is_wanted(config, name)
+        ),
+        directory=progress,
+    )
+    shutil.rmtree(progress)
+    each, rows = len(ends) // config.layers, result.report["weights"]
+    last = rows[-len(rows) // config.layers :]
+    return {
+        "achieved": result.report["achieved"],
+        "layer": {
+            "seconds": ends[-1][0] - ends[-1 - each][0],
+            "processor_seconds": ends[-1][1] - ends[-1 - each][1],
+        },
+        "solver_seconds": {row["name"].split("/")[-2]: row["seconds"] for row in last},
+    }
+
+
+def _is_wanted(config: Config, name: str) -> bool:
+    own = [word.removesuffix("_proj") for word in config.only]
+    own = ["out" if word == "o" else word for word in own]
+    return not own or name.split("/")[-2] in own
+
+
+def _noted_ends() -> list[tuple[float, float]]:
+    """A list to which the end of each segment is added, on both clocks."""
+    ends: list[tuple[float, float]] = []
+    write = ProgressLog.write
+
+    def noted(*arguments: Any) -> None:
+        write(*arguments)
+        ends.append((time.perf_counter(), time.process_time()))
+
+    ProgressLog.write = noted  # type: ignore[method-assign]
+    return ends
+
+
+def operations(
+    shape: Shape, method: str, tokens: int, only: Sequence[str] = ()
+) -> dict[str, float]:
+    """Floating-point operations of a layer: calibration, by tokens, and the solver.
+
+    Args:
+      shape: of the model.
+      method: its name.
+      tokens: of calibration.
+      only: names of the matrices that are pruned; all if there are none.
+
+    Returns:
+      "calibration" and "solving".
+    """
+    calibration = 2.0 * shape.weights * tokens
+    own = [
+        (n, out)
+        for name, n, out in shape.matrices
+        if not only or name.split(".")[1] in only
+    ]
+    if method != "wanda":  # half of X^T X; q, k and v, gate and up share theirs
+        inputs = [shape.width] * 3 + [shape.ffn]
+        inputs = inputs if not only else sorted({n for n, _ in own})
+        calibration += sum(float(n) ** 2 * tokens for n in inputs)
+    solving = 0.0
+    for n, out in own:
+        if method == "sparsegpt":  # a factor, and each input's update of later ones
+            solving += n**3 / 3 + float(n) ** 2 * out
+        elif method == "alps":  # 4 inverses, 21 products of ADMM, 6 of the gradients
+            solving += 4 * 2 * n**3 + 27 * 2 * float(n) ** 2 * out
+    return {"calibration": calibration, "solving": solving}
+
+
+def on_paper(config: Config, method: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What each model costs with 128 x 2048 tokens, at the rate that was measured."""
+    tokens = config.sequences * config.length
+    here = operations(SHAPES["7 B"], method, tokens, config.only)
+    layer, solved = found["layer"], sum(found["solver_seconds"].values())
+    # What the solvers took of the layer's seconds, they took of the processor's.
+    solved *= layer["processor_seconds"] / layer["seconds"]
+    calibrated = layer["processor_seconds"] - solved
+    rows = {}
+    for name, shape in SHAPES.items():
+        own = operations(shape, method, PAPER_TOKENS)
+        seconds = calibrated * own["calibration"] / here["calibration"]
+        # Wanda's solving is reading and counting: as many seconds a weight.
+        weights = shape.weights / SHAPES["7 B"].weights
+        more = own["solving"] / here["solving"] if here["solving"] else weights
+        rows[name] = {
+            "processor_hours": shape.layers * (seconds + solved * more) / 3600,
+            "operations": shape.layers * sum(own.values()),
+            "weights_bytes": 2 * shape.layers * shape.weights,
+            "activations_bytes": 4 * PAPER_TOKENS * shape.width,
+            "segment_bytes": 2 * 2 * shape.width * shape.ffn,
+            "hessian_bytes": 4 * shape.ffn**2,
+        }
+    rates = {
+        "calibration": here["calibration"] / calibrated,
+        "solving": here["solving"] / solved,
+    }
+    return {"operations_per_processor_second": rates, "models": rows}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,73 @@
+"""A mesh of devices from the words of a flag: axes and sizes, "data=2,fsdp=4"."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+
+def sizes(text: str, names: Sequence[str]) -> dict[str, int]:
+    """The axes that a flag asks for, in the order they were given.
+
+    Args:
+      text: axes and sizes.
+      names: what axes there may be.
+
+    Returns:
+      Name to size, 1 or more.
+
+    Raises:
+      ValueError: the text is no such list.
+
+    Example:
+      >>> sizes("data=2,fsdp=4", ("data", "fsdp"))
+      {'data': 2, 'fsdp': 4}
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in names or name in axes or not size.isdecimal() or not int(size):
+            example = ",".join(f"{n}={k}" for n, k in ((names[0], 4), (names[-1], 2)))
+            raise ValueError(
+                f"--mesh must name each of {', '.join(names)} once at most, with a "
+                f"size of 1 or more, as in {example}, got '{part}' in '{text}'"
+            )
+        axes[name] = int(size)
+    return axes
+
+
+def words(axes: Mapping[str, int]) -> str:
+    """The axes as an error calls them."""
+    return f"the mesh {','.join(f'{name}={size}' for name, size in axes.items())}"
+
+
+def check_devices(axes: Mapping[str, int]) -> None:
+    """Refuses axes that the devices of all processes cannot make up.
+
+    Args:
+      axes: name to size.
+
+    Raises:
+      ValueError: there are fewer devices, or several processes have more.
+    """
+    count, have = math.prod(axes.values()), len(jax.devices())
+    if count > have:
+        raise ValueError(
+            f"{words(axes)} needs {count} devices, got {have}; give smaller sizes"
+        )
+    if jax.process_count() > 1 and count < have:
+        raise ValueError(
+            f"{words(axes)} must have all {have} devices of {jax.process_count()} "
+            f"processes, got {count}; give a --mesh of all, and a batch size that it "
+            "divides"
+        )
+
+
+def make(axes: Mapping[str, int]) -> Mesh:
+    """The mesh, of Auto axes, over the first devices."""
+    devices = jax.devices()[: math.prod(axes.values())]
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices
+    )

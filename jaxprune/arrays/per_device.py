@@ -1,0 +1,141 @@
+"""The devices of a mesh, each with a value of its own: a batch, or a matrix.
+
+What one device does with its value is the program that a single device would run, of
+the same shapes, so it gives the same bits. Values of all devices are one array with an
+axis of devices in front; what all devices need is whole on each.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+_AXIS = "device"
+
+
+@dataclasses.dataclass(frozen=True)
+class PerDevice:
+    """The devices, in order; over several processes too, which then all do the same.
+
+    Attributes:
+      mesh: one axis, "device".
+    """
+
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "PerDevice":
+        """The devices of a mesh of any axes, in the order that it has them in."""
+        devices = mesh.devices.reshape(-1)
+        return cls(Mesh(devices, (_AXIS,), axis_types=(AxisType.Auto,)))
+
+    @property
+    def count(self) -> int:
+        """How many devices there are."""
+        return self.mesh.size
+
+    @property
+    def whole(self) -> NamedSharding:
+        """Whole on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def split(self) -> NamedSharding:
+        """Each device its part along the first axis."""
+        return NamedSharding(self.mesh, PartitionSpec(_AXIS))
+
+    def everywhere(self, tree: Any) -> Any:
+        """Arrays, whole on every device."""
+        return jax.tree.map(lambda leaf: put(leaf, self.whole), tree)
+
+    def stacked(self, trees: Sequence[Any]) -> Any:
+        """Trees of arrays of this process, one a device: (devices, ...)."""
+
+        def stack(*leaves: Any) -> jax.Array:
+            return put(np.stack(jax.device_get(leaves)), self.split)
+
+        return jax.tree.map(stack, *trees)
+
+    def in_turn(self, items: Sequence[Any]) -> list[Any]:
+        """Trees, or None in the place of all, by as many as there are devices."""
+        groups = in_groups(items, self.count)
+        return [None if own[0] is None else self.stacked(own) for own in groups]
+
+    def first(self, tree: Any, count: int) -> Any:
+        """What the first `count` devices have, (count, ...), whole on every device."""
+        return _first(tree, count=count, where=self.whole)
+
+    def compiled(
+        self, function: Callable[..., Any], own: Sequence[bool]
+    ) -> Callable[..., Any]:
+        """A function of one device's values, compiled for all devices.
+
+        Args:
+          function: arguments, pytrees, to a pytree; it may use collectives along
+            "device".
+          own: for each argument whether it is stacked, a value for each device; others
+            are whole on every device.
+
+        Returns:
+          The function of stacked and whole arguments; its results are stacked.
+        """
+
+        def one(*arguments: Any) -> Any:
+            pairs = zip(arguments, own, strict=True)
+            alone = [jax.tree.map(_only, x) if mine else x for x, mine in pairs]
+            return jax.tree.map(lambda x: x[None], function(*alone))
+
+        specs = tuple(PartitionSpec(_AXIS) if mine else PartitionSpec() for mine in own)
+        mapped = jax.shard_map(
+            one,
+            mesh=self.mesh,
+            in_specs=specs,
+            out_specs=PartitionSpec(_AXIS),
+            check_vma=False,
+        )
+        return jax.jit(mapped)
+
+    def exchanged(self, array: jax.Array) -> jax.Array:
+        """Inside of `compiled`: row i of every device comes together on device i.
+
+        From (devices, ...) to (devices, ...), in the devices' order.
+        """
+        return jax.lax.all_to_all(array, _AXIS, 0, 0, tiled=True)
+
+
+def in_groups(items: Iterable[Any], count: int) -> Iterator[tuple[Any, ...]]:
+    """So many at a time, the last ones fewer; taken when their turn comes."""
+    left = iter(items)
+    return iter(lambda: tuple(itertools.islice(left, count)), ())
+
+
+def put(leaf: Any, where: jax.sharding.Sharding) -> jax.Array:
+    """An array placed, over the devices of all processes too.
+
+    Args:
+      leaf: an array; one in the memory of one process must be the same on all.
+      where: its sharding.
+
+    Returns:
+      The array.
+    """
+    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if spread or where.is_fully_addressable:
+        return jax.device_put(leaf, where)
+    value = np.asarray(leaf)
+    return jax.make_array_from_callback(value.shape, where, value.__getitem__)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "where"))
+def _first(tree: Any, *, count: int, where: jax.sharding.Sharding) -> Any:
+    part = jax.tree.map(lambda stack: stack[:count], tree)
+    return jax.lax.with_sharding_constraint(part, where)
+
+
+def _only(stack: jax.Array) -> jax.Array:
+    return stack[0]

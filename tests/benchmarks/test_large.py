@@ -1,0 +1,42 @@
+"""The directory of `benchmarks.large` is a Llama's, and its arithmetic is by shapes."""
+
+import numpy as np
+import pytest
+
+from benchmarks import large
+from jaxprune.models import hf
+
+TINY = large.Shape(layers=2, width=256, ffn=384, keys=128, vocabulary=97)
+
+
+def test_the_directory_is_read_as_a_llama_of_that_shape(tmp_path):
+    large.write(tmp_path / "model", TINY)
+    loaded = hf.load(tmp_path / "model", lazy=True)
+    config = loaded.config
+    assert (config.layers, config.width, config.mlp_width) == (2, 256, 384)
+    assert (config.heads, config.kv_heads, config.dtype) == (2, 1, "bfloat16")
+    names = {name for own in loaded.names.values() for name in own.names}
+    assert len(names) == 2 * 9 + 3
+
+
+def test_the_published_shapes_have_the_published_sizes():
+    sizes = {"7 B": 6.74e9, "70 B": 68.98e9, "405 B": 405.85e9}
+    for name, size in sizes.items():
+        shape = large.SHAPES[name]
+        tables = 2 * shape.vocabulary * shape.width
+        assert shape.layers * shape.weights + tables == pytest.approx(size, rel=1e-3)
+
+
+def test_operations_are_those_of_the_products():
+    tokens, (w, f, k) = 10, (256, 384, 128)
+    own = w * (w + k + k + w + f + f) + f * w
+    found = large.operations(TINY, "wanda", tokens)
+    assert found == {"calibration": 2 * own * tokens, "solving": 0}
+    found = large.operations(TINY, "sparsegpt", tokens)
+    hessians = tokens * (3 * w**2 + f**2)  # qkv, o and gate/up see 256 inputs
+    assert found["calibration"] == 2 * own * tokens + hessians
+    factors = (6 * w**3 + f**3) / 3
+    updates = w**2 * (w + k + k + w + f + f) + f**2 * w
+    np.testing.assert_allclose(found["solving"], factors + updates)
+    only = large.operations(TINY, "alps", tokens, ["k_proj"])
+    assert only["solving"] == 8 * w**3 + 54 * w**2 * k

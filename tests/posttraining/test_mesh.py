@@ -1,0 +1,256 @@
+"""Over a mesh each device takes a batch, then a matrix; no bit of a mask changes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+from jaxprune.arrays.per_device import PerDevice
+from jaxprune.posttraining.pipeline import SequentialPipeline
+from jaxprune.posttraining.progress import ProgressLog
+from tests.across.test_sharding_hlo import ARRAY, COLLECTIVE, size
+from tests.support.small_models import correlated, draw
+from tests.support.small_models import quick_compilation as quick_compilation
+
+pytestmark = pytest.mark.skipif(
+    len(jax.devices()) < 8, reason="needs the eight CPU devices of conftest.py"
+)
+
+LAYERS, WIDTH, EXPERT = 2, 16, 24
+SHAPES = {
+    "queries": (LAYERS, WIDTH, WIDTH),
+    "keys": (LAYERS, WIDTH, WIDTH),
+    "up": (LAYERS, WIDTH, WIDTH),
+    "down": (LAYERS, WIDTH, WIDTH),
+    "experts": (4, WIDTH, EXPERT),
+}
+PARAMS = {k: draw(i, *shape) / 4 for i, (k, shape) in enumerate(SHAPES.items())}
+BATCHES = [correlated(i, 2 * 12, WIDTH).reshape(2, 12, WIDTH) for i in range(16)]
+MESHES = {"8": ((8,), ("fsdp",)), "2x4": ((2, 4), ("data", "fsdp"))}
+
+
+def fn(params, x):
+    """Attention, a perceptron, and four experts that see all samples."""
+    for i in range(LAYERS):
+        queries, keys = x @ params["queries"][i], x @ params["keys"][i]
+        x = x + jax.nn.softmax(jnp.einsum("bid,bjd->bij", queries, keys)) @ x
+        x = x + jnp.tanh(x @ params["up"][i]) @ params["down"][i]
+    return jnp.einsum("bsd,edf->besf", x, params["experts"])
+
+
+def mesh_of(name, kind=AxisType.Auto):
+    sizes, names = MESHES[name]
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(names))
+
+
+def placed(mesh, params=PARAMS):
+    """Each leaf split along its last axis by "fsdp"."""
+    return {
+        name: jax.device_put(leaf, NamedSharding(mesh, P(None, None, "fsdp")))
+        for name, leaf in params.items()
+    }
+
+
+def prune(params, method="wanda", **options):
+    options = {"sparsity": 0.5, "progress": False} | options
+    return jp.prune_trained(fn, params, BATCHES, method=method, **options)
+
+
+@functools.cache
+def alone(method, allocation="layer"):
+    return prune(PARAMS, method, allocation=allocation)
+
+
+def same_bits(found, expected):
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(leaf))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "method", "allocation"),
+    [
+        ("8", "wanda", "layer"),
+        ("2x4", "wanda", "layer"),
+        ("2x4", "ria", "layer"),
+        ("8", "sparsegpt", "layer"),
+        ("2x4", "sparsegpt", "owl"),
+        ("8", "alps", "layer"),
+        ("2x4", "alps", "layer"),
+    ],
+)
+@pytest.mark.full
+def test_every_bit_is_that_of_one_device(mesh, method, allocation):
+    mesh = mesh_of(mesh)
+    params = placed(mesh)
+    found = prune(params, method, allocation=allocation, mesh=mesh)
+    expected = alone(method, allocation)
+    same_bits(found.params, expected.params)
+    for name, leaf in params.items():
+        assert found.params[name].sharding == leaf.sharding
+    for own, other in zip(
+        found.report["weights"], expected.report["weights"], strict=True
+    ):
+        own, other = ({**row, "seconds": 0} for row in (own, other))
+        assert own.pop("error") == pytest.approx(other.pop("error"), rel=1e-5)
+        assert own == other
+    assert found.report["programs"] == expected.report["programs"]
+
+
+@pytest.mark.full
+def test_positions_that_do_not_count_are_those_of_each_batch():
+    def positions(x):
+        return jnp.abs(x[..., 0]) < 1
+
+    mesh = mesh_of("8")
+    expected = prune(PARAMS, "sparsegpt", positions=positions)
+    found = prune(placed(mesh), "sparsegpt", positions=positions, mesh=mesh)
+    same_bits(found.params, expected.params)
+    assert found.report["samples"] == expected.report["samples"] < 16 * 24
+
+
+@pytest.mark.full
+def test_methods_of_the_dense_layer_and_parameters_that_one_device_has():
+    method = jp.methods.Wanda(inputs="dense", relative=True)
+    expected = prune(PARAMS, method)
+    same_bits(prune(PARAMS, method, mesh=mesh_of("8")).params, expected.params)
+
+
+def test_statistics_are_those_of_one_device():
+    found = jp.calibrate(fn, PARAMS, BATCHES, hessian=True, mesh=mesh_of("2x4"))
+    expected = jp.calibrate(fn, PARAMS, BATCHES, hessian=True)
+    assert found.keys() == expected.keys()
+    for name, own in expected.items():
+        for one, other in zip(found[name], own, strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.full
+def test_a_killed_job_goes_on_over_another_layout(tmp_path, monkeypatch):
+    write, done = ProgressLog.write, []
+
+    def dies(self, number, *arguments):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(number)
+        write(self, number, *arguments)
+
+    mesh = mesh_of("2x4")
+    monkeypatch.setattr(ProgressLog, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prune(placed(mesh), mesh=mesh, directory=tmp_path)
+    monkeypatch.setattr(ProgressLog, "write", write)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("segment*")}
+    assert len(kept) == 6
+    mesh = mesh_of("8")
+    found = prune(placed(mesh), mesh=mesh, directory=tmp_path)
+    same_bits(found.params, alone("wanda").params)
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+
+
+@pytest.mark.full
+def test_a_batch_and_a_matrix_stay_where_they_are(monkeypatch):
+    """What the devices send each other, by what the compiled programs say."""
+    programs, compiled = {}, PerDevice.compiled
+
+    def recorded(self, function, own):
+        program = compiled(self, function, own)
+
+        def call(*arguments):
+            name = getattr(function, "__qualname__", "")
+            text = program.lower(*arguments).compile().as_text()
+            programs.setdefault(name, []).append(text)
+            return program(*arguments)
+
+        return call
+
+    monkeypatch.setattr(PerDevice, "compiled", recorded)
+    mesh = mesh_of("2x4")
+    # Settings of no other test: what is compiled already is not compiled again.
+    method = jp.methods.SparseGPT(damping=0.02, relative=True)
+    prune(placed(mesh), method, mesh=mesh)
+    sent = {
+        name: [
+            (operation, max(size(*array) for array in ARRAY.findall(result)))
+            for text in texts
+            for result, operation in COLLECTIVE.findall(text)
+        ]
+        for name, texts in programs.items()
+    }
+    run = next(name for name in sent if name.endswith("Subgraph.run"))
+    solve = next(name for name in sent if "_solving" in name)
+    assert (sent[run], sent[solve]) == ([], [])
+    add = next(name for name in sent if "_adding" in name)
+    assert {operation for operation, _ in sent[add]} == {"all-to-all"}
+    # No more than the largest sums themselves: those of four experts' inputs.
+    assert max(bytes for _, bytes in sent[add]) <= 4 * 4 * WIDTH * WIDTH
+
+
+def test_no_device_holds_more_than_its_share_and_a_segment(monkeypatch):
+    rows, layers = 8, 12
+    shape = (layers, 64, 64)
+    params = {"w": np.asarray(draw(0, *shape)) / 8}
+
+    def deep(p, x):
+        for i in range(layers):
+            x = jnp.tanh(x @ p["w"][i])
+        return x
+
+    batches = [draw(i, rows, 64) for i in range(8)]
+    mesh = mesh_of("8")
+    own = jax.device_put(params["w"], NamedSharding(mesh, P(None, None, "fsdp")))
+    held, observe = [], SequentialPipeline.observe
+
+    def observed(self, *arguments):
+        found = observe(self, *arguments)
+        held.append(bytes_on(jax.devices()[3]))
+        return found
+
+    monkeypatch.setattr(SequentialPipeline, "observe", observed)
+    options = {"method": "wanda", "sparsity": 0.5, "progress": False}
+    before = bytes_on(jax.devices()[3])
+    found = jp.prune_trained(deep, {"w": own}, batches, mesh=mesh, **options)
+    one, whole = 4 * 64 * 64, 4 * layers * 64 * 64
+    # Old and new parameters, an eighth of each; two matrices; activations and sums.
+    assert len(held) == layers
+    assert max(held) - before < whole / 8 + 2 * one + 8 * 4 * rows * 64 < whole / 2
+    # The first matrix by hand: of each output's 64 weights the 32 lowest go.
+    rms = np.sqrt(np.mean(np.square(np.concatenate(batches), dtype=np.float64), 0))
+    scores = np.abs(params["w"][0]) * rms[:, None]
+    kept = np.argsort(np.argsort(scores, axis=0), axis=0) >= 32
+    np.testing.assert_array_equal(np.asarray(found.params["w"])[0] != 0, kept)
+
+
+def bytes_on(device):
+    """Of all arrays that there are."""
+    arrays = (x for x in jax.live_arrays() if device in x.devices())
+    shards = (shard for x in arrays for shard in x.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": BATCHES[:6]}, "number of batches divisible by 8, got 6"),
+        ({"refine": jp.Refine()}, "it takes no mesh; leave mesh out"),
+    ],
+)
+def test_what_a_mesh_cannot_do_is_refused(options, message, tmp_path):
+    options = {"batches": BATCHES} | options
+    batches = options.pop("batches")
+    with pytest.raises(ValueError, match=message):
+        jp.prune_trained(
+            fn, PARAMS, batches, method="wanda", sparsity=0.5, mesh=mesh_of("8"),
+            directory=tmp_path, **options,
+        )  # fmt: skip
+    assert not any(tmp_path.iterdir())
+
+
+def test_parameters_of_explicit_axes_are_refused():
+    mesh = mesh_of("8", AxisType.Explicit)
+    with pytest.raises(ValueError, match=r"Auto axes, but that of 'down', .* has Exp"):
+        prune(placed(mesh), mesh=mesh)
