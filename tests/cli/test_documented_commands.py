@@ -1,6 +1,7 @@
 """Every `jaxprune` line of README and docs/ runs as it stands on a tiny model.
 
 `prune` and `shrink` are run with --plan: all is checked, and nothing is computed.
+Those of several machines are left out; test_prune_mesh.py has several processes.
 """
 
 import json
@@ -29,9 +30,13 @@ def _lines():
         line.partition("  #")[0].strip()
         for page in PAGES
         for block in _BLOCK.findall(page.read_text())
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
     )
-    return [line for line in dict.fromkeys(lines) if line.startswith("jaxprune ")]
+    return [
+        line
+        for line in dict.fromkeys(lines)
+        if line.startswith("jaxprune ") and "--coordinator" not in line
+    ]
 
 
 LINES = _lines()
@@ -39,11 +44,15 @@ LINES = _lines()
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with what the pages name: MODEL, OUT, a compact file, texts."""
+    """What the pages name: MODEL, MIXTURE, OUT, a compact file, texts."""
     root = tmp_path_factory.mktemp("documented")
     model = tiny_cli.model(root / "MODEL", layers=LAYERS)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     tiny_hf.edit(model, max_position_embeddings=512, **heads)
+    mixture = root / "MIXTURE"
+    tiny_hf.random_folder("mixtral", mixture)
+    tiny_cli.tokenizer(mixture)
+    tiny_hf.edit(mixture, max_position_embeddings=512, sliding_window=None)
     text = tiny_cli.text(40000)
     (root / "prose.txt").write_text(text)
     (root / "other.txt").write_text(tiny_cli.text(2000, seed=1))

@@ -46,7 +46,9 @@ def test_options_are_in_groups(capsys, monkeypatch):
     text = said(capsys, monkeypatch, "prune", "--help")
     groups = re.findall(r"^ (.*?) +\n -+ *$", text, re.MULTILINE)
     wanted = ["pruning", "method", "calibration", "evaluation", "retraining"]
-    wanted = [f"{name} options" for name in [*wanted, "distillation", "model"]]
+    wanted = [
+        f"{name} options" for name in [*wanted, "distillation", "model", "devices"]
+    ]
     assert groups == ["positional arguments", "options", *wanted]
 
 
