@@ -41,7 +41,7 @@ _STROKE = 24  # pixels of a digit's side
 _BAND = 30  # pixels of a band's height
 _BANDS = {"train": (0, 1, 3, 4, 6), "validation": (2, 5)}
 _DISTORTED = {"train": 15, "validation": 0}
-_DIMMED = 0.35  # brightness of the photographs
+_DIMMED = 0.6  # brightness of the photographs
 
 
 class Source(NamedTuple):
