@@ -102,9 +102,9 @@ class Config:
     sparsities: tuple[float, ...] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     retrain_sparsities: tuple[float, ...] | None = None
     batch_size: int = 32
-    steps: int = 3000
+    steps: int = 4000
     retrain_steps: int = 100
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     retrain_learning_rate: float | None = None
     show_sparsity: float = 0.5
     checkpoint_every: int = 250

@@ -3,8 +3,9 @@
 Two handwritten digits, in two colours, on a piece of a photograph, and one question
 about them. Both come with scikit-learn: `load_digits` is the test set of the UCI
 "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998, CC BY 4.0), the
-photographs are "china.jpg" and "flower.jpg" (CC BY). The digits of the last writers and
-the right-hand quarter of each photograph are for validation only.
+photographs are "china.jpg" and "flower.jpg" (CC BY). Every sixth digit and two bands
+across each photograph are for validation only. The digits to train on are slanted,
+turned and stretched a little, each time in another way.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from experiments.datasets.tfds_builder import describe
 
 # SHA-256 over the digits, their labels and the two photographs.
 CHECKSUM = "7d75dbd239d5498804d5a98dc8354b8781f22d04e0123f7dee2391a27049657b"
-SIZES = {"train": 12_000, "validation": 1000}
+SIZES = {"train": 24_000, "validation": 1000}
 HEIGHT, WIDTH = 28, 56
 COLOURS = {
     "red": (235, 60, 50),
@@ -35,9 +36,12 @@ DIGITS = (
     *("five", "six", "seven", "eight", "nine"),
 )
 PHOTOGRAPHS = {"china.jpg": "temple", "flower.jpg": "flower"}
-_VALIDATING = 297  # digits, the last ones
+_EVERY = 6  # digits; the last of them is for validation
 _STROKE = 24  # pixels of a digit's side
-_DIMMED = 0.35  # brightness of the photographs
+_BAND = 30  # pixels of a band's height
+_BANDS = {"train": (0, 1, 3, 4, 6), "validation": (2, 5)}
+_DISTORTED = {"train": 15, "validation": 0}
+_DIMMED = 0.6  # brightness of the photographs
 
 
 class Source(NamedTuple):
@@ -46,22 +50,25 @@ class Source(NamedTuple):
     Attributes:
       digits: (count, 8, 8), 0 to 1.
       labels: (count,), 0 to 9.
-      photographs: two, (height, width, 3) uint8.
+      photographs: the bands of each of the two, (height, width, 3) uint8.
+      distorted: a digit's axes are changed by at most so many percent.
     """
 
     digits: np.ndarray
     labels: np.ndarray
-    photographs: list[np.ndarray]
+    photographs: list[list[np.ndarray]]
+    distorted: int = 0
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Splits `train` and `validation`: `picture`, `question`, `answer`."""
 
     name = "picture_questions"
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("3.0.0")
     RELEASE_NOTES = {  # noqa: RUF012 (TFDS)
         "1.0.0": "Digits on photographs.",
         "2.0.0": "Darker photographs, and questions with answers of several words.",
+        "3.0.0": "Held out from all over; distorted digits, brighter photographs.",
     }
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -122,24 +129,22 @@ def read_source() -> Source:
             f"recorded (SHA-256 {CHECKSUM}), got {digest.hexdigest()}; install another "
             "release of scikit-learn"
         )
-    return Source(digits.reshape(-1, 8, 8) / 16, labels, photographs)
+    return Source(digits.reshape(-1, 8, 8) / 16, labels, [[p] for p in photographs])
 
 
 def parts(source: Source) -> dict[str, Source]:
     """What each split is made of; no digit and no pixel is in both."""
-    small = [np.asarray(Image.fromarray(p).reduce(2)) for p in source.photographs]
-    cuts = [3 * photograph.shape[1] // 4 for photograph in small]
+    small = [np.asarray(Image.fromarray(p).reduce(2)) for (p,) in source.photographs]
+    held_out = np.arange(len(source.labels)) % _EVERY == _EVERY - 1
+    digits = {"train": ~held_out, "validation": held_out}
     return {
-        "train": Source(
-            source.digits[:-_VALIDATING],
-            source.labels[:-_VALIDATING],
-            [p[:, :cut] for p, cut in zip(small, cuts, strict=True)],
-        ),
-        "validation": Source(
-            source.digits[-_VALIDATING:],
-            source.labels[-_VALIDATING:],
-            [p[:, cut:] for p, cut in zip(small, cuts, strict=True)],
-        ),
+        split: Source(
+            source.digits[own],
+            source.labels[own],
+            [[p[_BAND * i : _BAND * (i + 1)] for i in _BANDS[split]] for p in small],
+            _DISTORTED[split],
+        )
+        for split, own in digits.items()
     }
 
 
@@ -149,13 +154,13 @@ def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
     The picture is (28, 56, 3) uint8; the answer has one to five words.
     """
     philox = np.random.Philox(key=np.array([index, len(source.labels)], np.uint64))
-    words = iter(philox.random_raw(16).tolist())
+    words = iter(philox.random_raw(32).tolist())
 
     def below(count: int) -> int:
         return int(next(words) % count)
 
     where = below(len(PHOTOGRAPHS))
-    photograph = source.photographs[where]
+    photograph = source.photographs[where][below(len(source.photographs[where]))]
     top = below(photograph.shape[0] - HEIGHT)
     left = below(photograph.shape[1] - WIDTH)
     picture = _DIMMED * photograph[top : top + HEIGHT, left : left + WIDTH].astype(
@@ -168,7 +173,9 @@ def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
         name, ink = list(COLOURS.items())[colour]
         across += start
         area = (slice(down, down + _STROKE), slice(across, across + _STROKE))
-        opaque = _stroke(source.digits[digit])[..., None]
+        most = source.distorted
+        change = [below(2 * most + 1) - most for _ in range(4)]
+        opaque = _stroke(source.digits[digit], change)[..., None]
         picture[area] = opaque * np.array(ink) + (1 - opaque) * picture[area]
         seen[side] = f"{name} {DIGITS[source.labels[digit]]}"
     behind = list(PHOTOGRAPHS.values())[where]
@@ -181,10 +188,19 @@ def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
     return picture.round().astype(np.uint8), question, answer
 
 
-def _stroke(digit: np.ndarray) -> np.ndarray:
-    """How opaque the ink is, (24, 24), 0 to 1."""
+def _stroke(digit: np.ndarray, change: list[int]) -> np.ndarray:
+    """How opaque the ink is, (24, 24), 0 to 1.
+
+    `change` has the percents that are added to the map from the picture's axes to the
+    digit's, row by row; the centre stays.
+    """
     image = Image.fromarray(digit.astype(np.float32))
-    large = image.resize((_STROKE, _STROKE), Image.Resampling.BICUBIC)
+    a, b, c, d = (np.eye(2).ravel() + np.array(change) / 100) * image.width / _STROKE
+    centre, half = image.width / 2, _STROKE / 2
+    rows = (a, b, centre - half * (a + b), c, d, centre - half * (c + d))
+    large = image.transform(
+        (_STROKE, _STROKE), Image.Transform.AFFINE, rows, Image.Resampling.BICUBIC
+    )
     return np.asarray(large).clip(0, 1)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import fnmatch
 import functools
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,11 @@ class VisionModel(PureModel[Phi3Vision]):
         super().__init__(lambda rngs: Phi3Vision(config, rngs=rngs), start)
         self.config, self.remat = config, remat
 
+    def init(self, seed: int) -> Params:
+        """Those to start from, or random ones, scaled by `by_inputs`."""
+        params = super().init(seed)
+        return by_inputs(params) if self._start is None else params
+
     def states(self, params: Any, inputs: Mapping[str, jax.Array]) -> jax.Array:
         """Final hidden states (batch, time, width) of `PictureTask`'s inputs."""
         model = self.bind(params)
@@ -92,6 +98,23 @@ class VisionModel(PureModel[Phi3Vision]):
         sources = jnp.where(local >= 2, local + own, local)
         x = model.embed(inputs["tokens"], pixels, sources, remat=self.remat)
         return model.decoder.states(x, remat=self.remat)[0]
+
+
+def by_inputs(params: Params) -> Params:
+    """Fresh parameters, the deviation of each matrix inputs^-1/2 in place of 0.02.
+
+    0.02 is right for the published widths. At a width of 128 the layers pass on next to
+    nothing, and for hundreds of steps training learns colours and reads no digit.
+    """
+
+    def scaled(name: str, leaf: jax.Array) -> jax.Array:
+        if not name.endswith(("/kernel", "/patch_embedding")):
+            return leaf
+        inputs = math.prod(leaf.shape[:-1])  # a patch's pixels are all inputs
+        return leaf * (inputs**-0.5 / 0.02)
+
+    leaves, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(structure, map(scaled, jp.tree.names(params), leaves))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -43,12 +43,48 @@ def test_every_answer_is_asked_for_and_none_is_rare(parts):
     assert words == set(questions.vocabulary())
 
 
-def test_no_digit_and_no_pixel_is_in_both_parts(parts):
+def test_no_digit_and_no_pixel_is_in_both_parts():
+    """Every row of the photographs, halved, holds its own number."""
+    rows = np.repeat(np.arange(213, dtype=np.uint8), 2)[:, None, None]
+    photograph = np.broadcast_to(rows, (426, 640, 3))
+    own = np.arange(1797)
+    source = questions.Source(own[:, None, None], own, [[photograph], [photograph]])
+    parts = questions.parts(source)
     train, held_out = parts["train"], parts["validation"]
-    assert len(train.digits) + len(held_out.digits) == 1797
-    strips = {p.shape[1] for p in train.photographs}
-    assert strips == {240}
-    assert {p.shape[1] for p in held_out.photographs} == {80}
+    assert sorted([*train.labels, *held_out.labels]) == own.tolist()
+    for bands, others in zip(train.photographs, held_out.photographs, strict=True):
+        seen, unseen = ({*np.concatenate(b).ravel().tolist()} for b in (bands, others))
+        assert not seen & unseen
+        assert {*range(210)} == seen | unseen
+        # Held-out bands lie between those to train on: the same kind of picture.
+        assert min(seen) < min(unseen)
+        assert max(unseen) < max(seen)
+
+
+@pytest.mark.parametrize(("split", "alike"), [("train", False), ("validation", True)])
+def test_only_digits_to_train_on_are_distorted(parts, monkeypatch, split, alike):
+    """One digit, white on black, at places of its own."""
+    monkeypatch.setattr(questions, "COLOURS", {"white": (255, 255, 255)})
+    dark = [[np.zeros((30, 60, 3), np.uint8)]] * 2
+    source = parts[split]._replace(photographs=dark)
+    source = source._replace(digits=source.digits[:1], labels=source.labels[:1])
+    drawn = []
+    for index in range(6):
+        ink = questions.example(source, index)[0][:, :28, 0]
+        down, across = np.nonzero(ink)
+        box = (slice(down.min(), down.max() + 1), slice(across.min(), across.max() + 1))
+        drawn.append(ink[box].tobytes())
+    assert len({*drawn}) == (1 if alike else 6)
+
+
+def test_a_distortion_maps_the_axes_about_the_centre(parts):
+    """By a quarter turn, which NumPy does too; by none, the enlarged digit."""
+    digit = parts["train"].digits[3]
+    plain = questions._stroke(digit, [0, 0, 0, 0])
+    turned = questions._stroke(digit, [-100, 100, -100, -100])
+    np.testing.assert_allclose(turned, np.rot90(plain, -1), atol=1e-5)
+    small = plain.reshape(8, 3, 8, 3).mean((1, 3))
+    assert np.corrcoef(small.ravel(), digit.ravel())[0, 1] > 0.97
 
 
 def _ink(picture, side):

@@ -44,6 +44,21 @@ def _words(examples):
     return sum(len(asked.answer.split()) for asked in examples)
 
 
+def test_fresh_matrices_keep_the_variance_of_what_comes_in(params):
+    """Each has deviation inputs^-1/2; its sample, within five standard errors."""
+    for name, leaf in jp.tree.named_leaves(params).items():
+        if name.endswith(("kernel", "patch_embedding")):
+            expected = (leaf.size / leaf.shape[-1]) ** -0.5
+            within = 5 * (2 * leaf.size) ** -0.5
+            assert float(leaf.std()) == pytest.approx(expected, rel=within), name
+
+
+def test_a_model_to_start_from_is_taken_as_it_is(task):
+    given = {"decoder": {"kernel": np.ones((2, 2))}}
+    model = VisionModel(task.model.config, start=lambda: given)
+    assert model.init(0) is given
+
+
 def test_a_packed_batch_says_what_each_prompt_says(task, params, token_losses):
     """Each example alone, through the model itself, gives the batch's losses."""
     inputs, targets, weights = task.packed(task.train[:4])
