@@ -120,6 +120,7 @@ def test_methods_of_the_dense_layer_and_parameters_that_one_device_has():
     same_bits(prune(PARAMS, method, mesh=mesh_of("8")).params, expected.params)
 
 
+@pytest.mark.full
 def test_statistics_are_those_of_one_device():
     found = jp.calibrate(fn, PARAMS, BATCHES, hessian=True, mesh=mesh_of("2x4"))
     expected = jp.calibrate(fn, PARAMS, BATCHES, hessian=True)
@@ -190,6 +191,7 @@ def test_a_batch_and_a_matrix_stay_where_they_are(monkeypatch):
     assert max(bytes for _, bytes in sent[add]) <= 4 * 4 * WIDTH * WIDTH
 
 
+@pytest.mark.full
 def test_no_device_holds_more_than_its_share_and_a_segment(monkeypatch):
     rows, layers = 8, 12
     shape = (layers, 64, 64)
