@@ -85,9 +85,8 @@ def _ran(arguments: list[str]) -> int:
     try:
         command = _parsed(arguments)
     except SystemExit as stop:
-        return (
-            0 if stop.code is None else stop.code if isinstance(stop.code, int) else 2
-        )
+        code = stop.code or 0  # a text is wrong usage
+        return code if isinstance(code, int) else 2
     console = Console(quiet=command.json)
     try:
         console.finish(command.run(console, arguments))

@@ -3,6 +3,7 @@
 All checks of the job are made, texts and headers are read, no weight is.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -195,17 +196,10 @@ def _kinds(source: CheckpointDir, names: Iterable[str]) -> list[dict[str, Any]]:
             "tensor": kind,
             "shape": list(shape),
             "count": count,
-            "weights": count * _size(shape),
+            "weights": count * math.prod(shape),
         }
         for (kind, shape), count in found.items()
     ]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
