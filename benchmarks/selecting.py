@@ -14,7 +14,7 @@ import tyro
 
 import jaxprune as jp
 from benchmarks import measure
-from jaxprune.topk import thresholds
+from jaxprune.arrays.topk import thresholds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,5 +10,6 @@ __all__ = [
     "placement",
     "processes",
     "sparsity",
+    "topk",
     "tree",
 ]

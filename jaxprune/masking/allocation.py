@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays.messages import chosen, listed
+from jaxprune.arrays.topk import thresholds
 from jaxprune.masking.checks import floating
 from jaxprune.scores import from_activations
-from jaxprune.topk import thresholds
 from jaxprune.typing import Scores
 
 

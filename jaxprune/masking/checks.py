@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxprune.arrays import tree
 from jaxprune.arrays.low_bit import is_int8
 from jaxprune.arrays.messages import listed
-from jaxprune.topk import thresholds
+from jaxprune.arrays.topk import thresholds
 from jaxprune.typing import Importance, Masks, Params, Scores
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import patterns
 from jaxprune.masking.checks import checked, floating
 from jaxprune.masking.counts import Allocation
@@ -20,7 +21,6 @@ from jaxprune.masking.packing import PackedMask as PackedMask
 from jaxprune.masking.packing import pack as pack
 from jaxprune.masking.packing import unpack as unpack
 from jaxprune.masking.selection import select
-from jaxprune.topk import thresholds
 from jaxprune.typing import Masks, Params, Pattern, Scores
 
 

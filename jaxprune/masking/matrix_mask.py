@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.topk.thresholds import highest
 from jaxprune.masking import patterns
-from jaxprune.topk.thresholds import highest
 from jaxprune.typing import Pattern
 
 

@@ -17,8 +17,8 @@ from jaxprune.arrays import exact_sum
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import chosen
 from jaxprune.arrays.placement import divisible
-from jaxprune.topk import float_order
-from jaxprune.topk.float_order import Line
+from jaxprune.arrays.topk import float_order
+from jaxprune.arrays.topk.float_order import Line
 from jaxprune.typing import Pattern
 
 # Groups of up to so many are ranked by comparing, which takes m^2 operations.

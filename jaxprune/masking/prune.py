@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import patterns
 from jaxprune.masking.checks import refuse_other
 from jaxprune.masking.counts import Allocation
 from jaxprune.masking.patterns import Unstructured
 from jaxprune.masking.selection import Selection, select
-from jaxprune.topk import thresholds
 from jaxprune.typing import Params, Pattern, Scores
 
 

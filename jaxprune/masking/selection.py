@@ -15,9 +15,9 @@ import jax
 from jaxprune.arrays import axes as axes_
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import allocation, counts, patterns
 from jaxprune.masking.checks import floating
-from jaxprune.topk import thresholds
 from jaxprune.typing import Pattern, Scores
 
 

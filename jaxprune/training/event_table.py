@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.topk.count_search import Count
 from jaxprune.masking import counts, patterns, selection
 from jaxprune.masking.allocation import PerMatrix
-from jaxprune.topk.count_search import Count
 from jaxprune.training import schedules
 from jaxprune.training.grow import Grow
 from jaxprune.typing import Pattern

@@ -20,8 +20,8 @@ from optax import MaskedNode
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import packing
-from jaxprune.topk import thresholds
 from jaxprune.training import event_table
 from jaxprune.training.event_table import Rules, Table
 from jaxprune.training.masked import unpacked

@@ -171,7 +171,7 @@ def test_who_reads_may_stop(place, monkeypatch, capsys):
 
 @pytest.mark.full
 def test_head_ends_a_listing_without_an_error(place):
-    command = f"{sys.executable} -m jaxprune.cli inspect model | head -1"
+    command = f"{sys.executable} -m jaxprune inspect model | head -1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
         cwd=place, capture_output=True, text=True,

@@ -265,7 +265,7 @@ def test_the_likeliest_words_follow_a_prompt(place, capsys):
 def test_the_module_is_the_command(place, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["jaxprune", "inspect", "none", "--json"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("jaxprune.cli", run_name="__main__")
+        runpy.run_module("jaxprune", run_name="__main__")
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (1, "")
     assert err.startswith("jaxprune inspect: there is no directory 'none'")
@@ -273,7 +273,7 @@ def test_the_module_is_the_command(place, monkeypatch, capsys):
 
 @pytest.mark.full
 def test_the_command_is_a_process_with_an_exit_code(place):
-    command = [sys.executable, "-m", "jaxprune.cli", "inspect", "none", "--json"]
+    command = [sys.executable, "-m", "jaxprune", "inspect", "none", "--json"]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("jaxprune inspect: there is no directory 'none'")

@@ -83,7 +83,7 @@ def test_help_does_not_wait_for_what_only_reports_need():
 @pytest.mark.full
 def test_the_package_is_the_command():
     done = subprocess.run(
-        [sys.executable, "-m", "jaxprune.cli", "--version"],
+        [sys.executable, "-m", "jaxprune", "--version"],
         capture_output=True,
         text=True,
         check=True,

@@ -59,7 +59,7 @@ def test_a_model_over_a_mesh_is_that_of_one_device(place, alone, capsys, mesh):
 @pytest.mark.full
 def test_two_processes_make_the_same_file_and_one_of_them_speaks(place, alone):
     mesh = ["--mesh", "data=2,fsdp=4", *JOINED]
-    command = ["-m", "jaxprune.cli", *words(place, "two"), *mesh]
+    command = ["-m", "jaxprune", *words(place, "two"), *mesh]
     first, second = two(command, place, devices=4)
     assert (place / "two" / "model.safetensors").read_bytes() == alone
     assert "50.0000% of 15,360 weights are zero" in first
@@ -75,7 +75,7 @@ def test_what_two_processes_left_is_ended_by_one_on_another_layout(
     place, alone, capsys
 ):
     mesh = ["--mesh", "data=2,fsdp=4", *JOINED]
-    command = ["-m", "jaxprune.cli", *words(place, "killed"), *mesh]
+    command = ["-m", "jaxprune", *words(place, "killed"), *mesh]
     work = place / ".killed.work"
     with started(command, place, devices=4) as both:
         end = time.monotonic() + 300

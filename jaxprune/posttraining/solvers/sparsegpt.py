@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxprune.arrays.topk.thresholds import highest
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import layer_problem
 from jaxprune.posttraining.solvers.layer_problem import Solution
-from jaxprune.topk.thresholds import highest
 from jaxprune.typing import Pattern
 
 # Inputs that are swept one by one before the rest of their block is updated at once.

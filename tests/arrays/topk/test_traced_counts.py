@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxprune.topk import thresholds
-from jaxprune.topk.count_search import Count
+from jaxprune.arrays.topk import thresholds
+from jaxprune.arrays.topk.count_search import Count
 from tests.support import oracles
 from tests.support.trajectories import array
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
+from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import matrix_mask
-from jaxprune.topk import thresholds
 from tests.support import oracles
 from tests.support.trajectories import array
 

@@ -25,9 +25,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt, UInt32
 
 from jaxprune.arrays import low_bit
-from jaxprune.topk import count_search, float_order, sampling
-from jaxprune.topk.count_search import Bracket, Count, Order
-from jaxprune.topk.float_order import Line
+from jaxprune.arrays.topk import count_search, float_order, sampling
+from jaxprune.arrays.topk.count_search import Bracket, Count, Order
+from jaxprune.arrays.topk.float_order import Line
 
 
 class Cut(NamedTuple):
@@ -56,7 +56,7 @@ def cut_together(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.topk import thresholds as select
+      >>> from jaxprune.arrays.topk import thresholds as select
       >>> scores = jnp.array([3.0, 1.0, 3.0])
       >>> [cut] = select.cut_together([scores], 1)
       >>> select.mask(scores, cut).tolist()
@@ -89,7 +89,7 @@ def cut_each(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.topk import thresholds as select
+      >>> from jaxprune.arrays.topk import thresholds as select
       >>> scores = [jnp.array([3.0, 1.0]), jnp.array([5.0, 7.0])]
       >>> cuts = select.cut_each(scores, [1, 1])
       >>> [select.mask(*pair).tolist() for pair in zip(scores, cuts)]
@@ -122,7 +122,7 @@ def cut_rows(scores: Float[Array, "rows ..."], kept: int) -> Cut:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.topk import thresholds
+      >>> from jaxprune.arrays.topk import thresholds
       >>> scores = jnp.array([[3.0, 1.0], [5.0, 7.0]])
       >>> thresholds.mask(scores, thresholds.cut_rows(scores, 1)).tolist()
       [[True, False], [False, True]]
@@ -155,7 +155,7 @@ def highest(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.topk.thresholds import highest
+      >>> from jaxprune.arrays.topk.thresholds import highest
       >>> highest(jnp.array([2.0, 1.0, 2.0, 3.0]), 2).tolist()
       [True, False, False, True]
     """

@@ -1,4 +1,4 @@
-"""`python -m jaxprune.cli` is the command `jaxprune`."""
+"""`python -m jaxprune` is the command `jaxprune`."""
 
 import sys
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
-from jaxprune.topk import count_search, float_order
-from jaxprune.topk.count_search import Count, Order
-from jaxprune.topk.float_order import Line
+from jaxprune.arrays.topk import count_search, float_order
+from jaxprune.arrays.topk.count_search import Count, Order
+from jaxprune.arrays.topk.float_order import Line
 
 # A sample saves passes where a ranking has at least so many scores. One score of 67 is
 # in it: a prime meets every column, whatever power of two the rows are long.

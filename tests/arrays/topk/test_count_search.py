@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune.topk import count_search, float_order, sampling, thresholds
-from jaxprune.topk.count_search import Bracket, Count, Order
+from jaxprune.arrays.topk import count_search, float_order, sampling, thresholds
+from jaxprune.arrays.topk.count_search import Bracket, Count, Order
 
 SHAPES = [(3, 5), (512, 300), (), (7,), (0, 4), (300, 2, 100)]  # the sample has two
 SIZE = sum(map(math.prod, SHAPES))
