@@ -27,6 +27,7 @@ from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
 from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
 from jaxprune.posttraining.refine import Refine as Refine
 from jaxprune.posttraining.shrink_trained import shrink_trained as shrink_trained
+from jaxprune.posttraining.solvers.rounding import Rounding as Rounding
 from jaxprune.scores.importance import get_importance as get_importance
 from jaxprune.structured.shrink import ShrinkResult as ShrinkResult
 from jaxprune.structured.shrink import shrink as shrink
@@ -54,6 +55,7 @@ __all__ = [
     "LazyArray",
     "PruneResult",
     "Refine",
+    "Rounding",
     "ShrinkResult",
     "admm",
     "allocation",

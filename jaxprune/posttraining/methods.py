@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Integer
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import alps, sparsegpt
 from jaxprune.posttraining.solvers.layer_problem import Solution
+from jaxprune.posttraining.solvers.rounding import Rounding
 from jaxprune.scores import from_activations
 from jaxprune.typing import Pattern
 
@@ -39,6 +40,8 @@ class Matrix(NamedTuple):
       hessian: (in, in) float32, X^T X / samples; None where the method needs none.
       kept: how many units of the pattern are kept, uint32 scalar.
       pattern: which weights are pruned as a unit.
+      rounding: the levels that the kept weights shall lie on, or None. A method that
+        does not look at it is rounded after it.
     """
 
     weight: Float[Array, "in out"]
@@ -46,13 +49,15 @@ class Matrix(NamedTuple):
     hessian: Any
     kept: Integer[Array, ""]
     pattern: Pattern
+    rounding: Rounding | None = None
 
 
 class Method(Protocol):
     """How one matrix is pruned.
 
     Where it also has an attribute `relative` that is true, each sample is divided by
-    its root mean square before the statistics are summed up.
+    its root mean square before the statistics are summed up. One that has `rounds` and
+    it is true puts the kept weights on the matrix' levels itself.
 
     Attributes:
       needs: which statistics of the input it reads.
@@ -171,6 +176,7 @@ class SparseGPT:
     relative: bool = False
     needs: ClassVar[Needs] = "hessian"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
+    rounds: ClassVar[bool] = True
 
     def prune(self, matrix: Matrix) -> Solution:
         """The pruned matrix."""
@@ -181,6 +187,7 @@ class SparseGPT:
             pattern=matrix.pattern,
             damping=self.damping,
             block=self.block,
+            rounding=matrix.rounding,
         )
 
 
@@ -225,6 +232,22 @@ METHODS: dict[str, Method] = {
     "alps": ALPS(),
 }
 """Each method with its usual settings, by its name."""
+
+
+def pruned(method: Method, matrix: Matrix) -> Solution:
+    """The matrix, pruned by a method and on its levels where it has a rounding."""
+    found = method.prune(matrix)
+    rounding = matrix.rounding
+    if rounding is None or getattr(method, "rounds", False):
+        return found
+    if matrix.hessian is None:
+        return found._replace(weight=rounding.nearest(found.weight))
+    # What an input loses by rounding the later ones make up for, as in GPTQ.
+    damping = getattr(method, "damping", SparseGPT.damping)
+    rounded = sparsegpt.update(
+        found.weight, matrix.hessian, found.mask, damping=damping, rounding=rounding
+    )
+    return rounded._replace(damping=jnp.maximum(found.damping, rounded.damping))
 
 
 def named(method: Method | Name) -> Method:

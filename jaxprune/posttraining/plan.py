@@ -24,7 +24,8 @@ from jaxprune.masking.counts import Allocation
 from jaxprune.masking.patterns import PerOutput, Unstructured
 from jaxprune.posttraining.fingerprint import Fingerprint
 from jaxprune.posttraining.input_statistics import InputStatistics
-from jaxprune.posttraining.methods import Matrix, Method
+from jaxprune.posttraining.methods import Matrix, Method, pruned
+from jaxprune.posttraining.solvers.rounding import Rounding
 from jaxprune.typing import Pattern
 
 Box: TypeAlias = tuple[range, ...]
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
       rule: how it was shared out.
       units: name of the weight to the number of its units.
       kept: name of the weight to the units that each of its matrices keeps.
+      rounding: the levels that kept weights shall lie on, or None.
     """
 
     method: Method
@@ -49,6 +51,7 @@ class Plan(NamedTuple):
     rule: Rule
     units: dict[str, int]
     kept: dict[str, list[int]]
+    rounding: Rounding | None = None
 
     @property
     def removed(self) -> dict[str, int]:
@@ -63,6 +66,7 @@ class Plan(NamedTuple):
             "sparsity": self.sparsity,
             "allocation": repr(self.rule),
             "removed": self.removed,
+            "rounding": self.rounding and repr(self.rounding),
         }
 
 
@@ -137,6 +141,7 @@ def planned(
     shared: Allocation,
     statistics: Callable[[], Mapping[str, InputStatistics]],
     devices: PerDevice | None = None,
+    rounding: Rounding | None = None,
 ) -> Plan:
     """Decides how many units each weight keeps.
 
@@ -149,6 +154,7 @@ def planned(
       shared: how the sparsity is shared out.
       statistics: gives the dense model's, called where the rule needs them.
       devices: that the statistics lie on, or None.
+      rounding: the levels that kept weights shall lie on, or None.
 
     Returns:
       The plan.
@@ -170,27 +176,34 @@ def planned(
             "prunable=jp.tree.excluding('...')"
         )
     for inputs, outputs in {op.shape[1:] for op in weights.values()}:
-        _try(method, pattern, inputs, outputs)
+        _try(method, pattern, rounding, inputs, outputs)
     units = {name: _units(pattern, op) for name, op in weights.items()}
     seen = statistics() if rule.needs_inputs else {}
     known = [
         _known(op, leaves, seen.get(name), devices) for name, op in weights.items()
     ]
-    pruned = counts.by_rule(agreed, rule, known, list(units.values()))
+    removed = counts.by_rule(agreed, rule, known, list(units.values()))
     kept = {
         name: _kept(units[name], count, weights[name].shape[0])
-        for name, count in zip(weights, pruned, strict=True)
+        for name, count in zip(weights, removed, strict=True)
     }
-    return Plan(method, pattern, sparsity, rule, units, kept)
+    return Plan(method, pattern, sparsity, rule, units, kept, rounding)
 
 
-def _try(method: Method, pattern: Pattern, inputs: int, outputs: int) -> None:
+def _try(
+    method: Method,
+    pattern: Pattern,
+    rounding: Rounding | None,
+    inputs: int,
+    outputs: int,
+) -> None:
     """Lets a method refuse a pattern, by a call that computes nothing."""
     shapes = [(inputs, outputs), (inputs,), (inputs, inputs), ()]
     kinds = (np.float32, np.float32, np.float32, np.uint32)
     arrays = map(jax.ShapeDtypeStruct, shapes, kinds)
     jax.eval_shape(
-        lambda w, m, h, k: method.prune(Matrix(w, m, h, k, pattern)), *arrays
+        lambda w, m, h, k: pruned(method, Matrix(w, m, h, k, pattern, rounding)),
+        *arrays,
     )
 
 

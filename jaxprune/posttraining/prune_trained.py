@@ -29,6 +29,8 @@ from jaxprune.posttraining.plan import Plan
 from jaxprune.posttraining.progress import ProgressLog
 from jaxprune.posttraining.refine import Refine
 from jaxprune.posttraining.sequential import Pruner
+from jaxprune.posttraining.solvers import rounding as roundings
+from jaxprune.posttraining.solvers.rounding import Rounding
 from jaxprune.typing import Params, Pattern, Prunable
 
 
@@ -66,6 +68,7 @@ def prune_trained(
     donate: bool = False,
     progress: bool = True,
     refine: Refine | None = None,
+    rounding: Rounding | roundings.Name | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> PruneResult:
     """Prunes a trained model, with calibration batches.
@@ -102,6 +105,10 @@ def prune_trained(
         pruned, towards the output of the dense layer; zeros stay zeros. `fn` must be
         differentiable, and end with what the last layer is to be measured by: final
         states rather than logits. None for none.
+      rounding: "int4", "int8" or a `jp.Rounding`: the weights that are kept are put on
+        so few levels, in the leaves' own dtype; "sparsegpt" and "alps" make up for the
+        differences, the others round to the nearest. A kept weight may become zero.
+        `jaxprune compact` stores levels. None leaves the weights as they are.
       mesh: devices that take a batch each, side by side, and then a matrix each. Masks
         are those of one device, bit for bit, however the parameters are split over
         them: a segment's are brought together, and let go after it. Over several
@@ -130,8 +137,14 @@ def prune_trained(
     """
     started = time.perf_counter()
     batches = calibration.checked_batches(batches, "prune_trained")
+    rounding = roundings.named(rounding)
     if refine is not None:
         refine.split(len(batches))
+        if rounding is not None:
+            raise ValueError(
+                "refine moves the weights off their levels, so it takes no rounding; "
+                "leave one of them out"
+            )
     devices = None if mesh is None else PerDevice.of(mesh)
     if devices is not None:
         _check_mesh(batches, params, devices, refine)
@@ -157,6 +170,7 @@ def prune_trained(
             fn, params, batches, positions=positions, prunable=prunable, mesh=mesh
         ),
         devices,
+        rounding,
     )
     counted = [positions(batch) if positions else None for batch in batches]
     for segment, own in itertools.product(program.segments, counted):

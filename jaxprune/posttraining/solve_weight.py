@@ -19,8 +19,9 @@ from jaxprune.arrays import placement
 from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.graph.linear_ops import Input, LinearOp
 from jaxprune.posttraining.input_statistics import InputStatistics
-from jaxprune.posttraining.methods import Magnitude, Matrix, Method
+from jaxprune.posttraining.methods import Magnitude, Matrix, Method, pruned
 from jaxprune.posttraining.plan import Plan
+from jaxprune.posttraining.solvers.rounding import Rounding
 from jaxprune.typing import Pattern
 
 # Samples that a weight's error is measured on.
@@ -42,7 +43,8 @@ def solve(
     for i, count in enumerate(plan.kept[op.name]):
         # What no sample says enough of, an expert that few tokens were sent to say.
         method = Magnitude() if i in unreached else plan.method
-        program = functools.partial(_solved, method=method, pattern=plan.pattern)
+        how = {"pattern": plan.pattern, "rounding": plan.rounding}
+        program = functools.partial(_solved, method=method, **how)
         found.append(
             placement.automatic(
                 program, weight, statistics, np.int32(i), np.uint32(count)
@@ -124,7 +126,7 @@ def _side_by_side(
     numbers = np.array([places[m.op] + m.number for m in filled], np.int32)
     stack, own = take([weights[op] for op in places], own, numbers)
     counts = devices.stacked([np.uint32(m.kept) for m in filled])
-    how: Any = matrices[0].method, plan.pattern  # frozen values
+    how: Any = matrices[0].method, plan.pattern, plan.rounding  # frozen values
     program = _solving(devices, *how, apart)
     after, zeros, damping = devices.first(program(stack, own, counts), len(matrices))
     return list(zip(after, zeros, damping, strict=True))
@@ -147,7 +149,13 @@ def _taking(devices: PerDevice, apart: bool) -> Any:
 
 
 @functools.lru_cache(64)
-def _solving(devices: PerDevice, method: Method, pattern: Pattern, apart: bool) -> Any:
+def _solving(
+    devices: PerDevice,
+    method: Method,
+    pattern: Pattern,
+    rounding: Rounding | None,
+    apart: bool,
+) -> Any:
     """A program by which each device prunes the matrix that it has."""
 
     def solve(weight: jax.Array, statistics: InputStatistics, kept: jax.Array) -> Any:
@@ -156,7 +164,13 @@ def _solving(devices: PerDevice, method: Method, pattern: Pattern, apart: bool) 
             statistics = own._replace(samples=statistics.samples)
         zero = np.int32(0)
         after, *rest = _solved(
-            weight[None], statistics, zero, kept, method=method, pattern=pattern
+            weight[None],
+            statistics,
+            zero,
+            kept,
+            method=method,
+            pattern=pattern,
+            rounding=rounding,
         )
         return after[0], *rest
 
@@ -214,7 +228,7 @@ def _too_few(statistics: InputStatistics) -> Bool[Array, " batch"]:
     return jnp.all(statistics.mean_square == 0, axis=1) | (few & several)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "pattern"))
+@functools.partial(jax.jit, static_argnames=("method", "pattern", "rounding"))
 def _solved(
     weight: Float[Array, "batch in out"],
     statistics: InputStatistics,
@@ -223,12 +237,13 @@ def _solved(
     *,
     method: Method,
     pattern: Pattern,
+    rounding: Rounding | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Matrix i of a weight: pruned (1, in, out), its zeros, the damping used."""
     wide = weight[i].astype(np.float32)  # (in, out)
     hessian = None if statistics.hessian is None else statistics.hessian[i]
     square = statistics.mean_square[i]  # (in,)
-    found = method.prune(Matrix(wide, square, hessian, kept, pattern))
+    found = pruned(method, Matrix(wide, square, hessian, kept, pattern, rounding))
     after = found.weight.astype(weight.dtype)
     zeros = jnp.sum(after == 0, dtype=np.uint32)
     return after[None], zeros, found.damping

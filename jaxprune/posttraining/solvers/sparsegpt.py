@@ -9,6 +9,7 @@ inverted, and no update is written twice.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jaxprune.arrays.topk.thresholds import highest
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import layer_problem
 from jaxprune.posttraining.solvers.layer_problem import Solution
+from jaxprune.posttraining.solvers.rounding import Rounding
 from jaxprune.typing import Pattern
 
 # Inputs that are swept one by one before the rest of their block is updated at once.
@@ -34,6 +36,7 @@ def solve(
     pattern: Pattern = patterns.Unstructured(),
     damping: Any = 0.01,
     block: int = 128,
+    rounding: Rounding | None = None,
 ) -> Solution:
     """Prunes a kernel and updates what is kept, so that its outputs change little.
 
@@ -42,7 +45,9 @@ def solve(
     (`PerOutput`), in each group when its turn comes (`NM`), by tiles when theirs comes
     (`Block`, the mean of a tile). Each block loses its share of what is not kept,
     rounded so that the sum is exact; ties keep the first. Then, input by input, a
-    removed w_j is made up for by w_i -= U_ji w_j / U_jj in all later inputs i.
+    removed w_j is made up for by w_i -= U_ji w_j / U_jj in all later inputs i. With
+    `rounding` a kept w_j becomes its nearest level, and later inputs make up for the
+    difference as well.
 
     Args:
       weight: (in, out), floating, at most 65535 inputs.
@@ -52,7 +57,10 @@ def solve(
       pattern: `Unstructured`, `PerOutput`, `NM` or `Block`.
       damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
         factorisation fails it is raised tenfold until it does not.
-      block: inputs whose mask is chosen at once; raised to whole groups or tiles.
+      block: inputs whose mask is chosen at once; raised to whole groups or tiles. With
+        `rounding` it is that one's group.
+      rounding: the levels on which the kept weights shall lie, or None. The scale of a
+        group is that of its largest weight when its turn comes.
 
     Returns:
       The pruned weight, its mask and the damping used, infinity where nothing helped:
@@ -78,7 +86,17 @@ def solve(
     layer_problem.checked(weight, hessian, damping, kept, pattern)
     if block < 1:
         raise ValueError(f"block must be at least 1 input, got {block}; 128 is usual")
-    return _solve(weight, hessian, kept, damping, pattern=pattern, block=block)
+    if rounding is not None:
+        block = rounding.block(pattern)
+    return _solve(
+        weight,
+        hessian,
+        kept,
+        damping,
+        pattern=pattern,
+        block=block,
+        rounding=rounding,
+    )
 
 
 def update(
@@ -88,6 +106,7 @@ def update(
     *,
     damping: Any = 0.01,
     block: int = 128,
+    rounding: Rounding | None = None,
 ) -> Solution:
     """The same sweep for a mask that is given.
 
@@ -97,7 +116,8 @@ def update(
       mask: (in, out), boolean, True where kept.
       damping: as in `solve`.
       block: inputs that are swept before later ones are updated; only speed depends on
-        it.
+        it. With `rounding` it is that one's group.
+      rounding: as in `solve`.
 
     Returns:
       As `solve`, with the given mask.
@@ -116,7 +136,9 @@ def update(
     """
     layer_problem.checked(weight, hessian, damping)
     layer_problem.checked_mask(mask, weight)
-    return _update(weight, hessian, mask, damping, block=block)
+    if rounding is not None:
+        block = rounding.group
+    return _update(weight, hessian, mask, damping, block=block, rounding=rounding)
 
 
 class _Plan(NamedTuple):
@@ -125,6 +147,7 @@ class _Plan(NamedTuple):
     block: int
     swept: int
     early: bool
+    rounding: Rounding | None = None
 
 
 class _Problem(NamedTuple):
@@ -143,7 +166,7 @@ class _Problem(NamedTuple):
     damping: Float[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "block"))
+@functools.partial(jax.jit, static_argnames=("pattern", "block", "rounding"))
 @layer_problem.precise
 def _solve(
     weight: Float[Array, "in out"],
@@ -153,18 +176,19 @@ def _solve(
     *,
     pattern: Pattern,
     block: int,
+    rounding: Rounding | None,
 ) -> Solution:
     inputs = len(weight)
     if not weight.size:
         empty = jnp.zeros(weight.shape, bool)
         return Solution(weight, empty, jnp.asarray(damping, jnp.float32))
-    plan = _plan(pattern, block, inputs)
+    plan = _plan(pattern, block, inputs)._replace(rounding=rounding)
     pruned = layer_problem.unit_count(weight.shape, pattern) - jnp.asarray(kept)
     choose = functools.partial(_chosen, pruned=pruned, pattern=pattern, inputs=inputs)
     return _swept(weight, hessian, damping, plan, choose)
 
 
-@functools.partial(jax.jit, static_argnames="block")
+@functools.partial(jax.jit, static_argnames=("block", "rounding"))
 @layer_problem.precise
 def _update(
     weight: Float[Array, "in out"],
@@ -173,10 +197,12 @@ def _update(
     damping: Any,
     *,
     block: int,
+    rounding: Rounding | None,
 ) -> Solution:
     if not weight.size:
         return Solution(weight, mask, jnp.asarray(damping, jnp.float32))
     plan = _plan(patterns.Unstructured(), block, len(weight))
+    plan = plan._replace(rounding=rounding)
     padded = _padded(mask, plan.block)
 
     def choose(scores: jax.Array, first: jax.Array) -> jax.Array:
@@ -322,6 +348,10 @@ def _one_block(
     pivots = jnp.diagonal(inverse)  # (block,)
     if plan.early:  # the mask of the whole block, by the weights it begins with
         early = choose(jnp.abs(start) / pivots[:, None], first)
+    rounded = None
+    if plan.rounding is not None:
+        whole = jnp.where(early, start, 0) if plan.early else start
+        rounded = functools.partial(plan.rounding.on, scale=plan.rounding.scale(whole))
 
     def sweep(errors: jax.Array, at: jax.Array) -> Any:
         take = functools.partial(
@@ -333,7 +363,7 @@ def _one_block(
             mask = take(early)
         else:  # groups and tiles are chosen when their turn comes, by updated weights
             mask = choose(jnp.abs(own) / take(pivots)[:, None], first + at)
-        own, error = _inputs(own, take(columns), mask)
+        own, error = _inputs(own, take(columns), mask, rounded)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, error, at, axis=0)
         return errors, (jnp.where(mask, own, 0), mask)
 
@@ -344,14 +374,22 @@ def _one_block(
 
 
 def _inputs(
-    own: jax.Array, inverse: jax.Array, mask: jax.Array
+    own: jax.Array,
+    inverse: jax.Array,
+    mask: jax.Array,
+    rounded: Callable[[jax.Array], jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Input by input: what is left of these, and the error each one hands on."""
 
     def one(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
         own, errors = state
-        error = jnp.where(mask[j], 0, own[j] / inverse[j, j])[None]
-        own = own - inverse[j][:, None] * error
+        if rounded is None:
+            error = jnp.where(mask[j], 0, own[j] / inverse[j, j])[None]
+            own = own - inverse[j][:, None] * error
+        else:
+            left = jnp.where(mask[j], rounded(own[j]), 0)
+            error = ((own[j] - left) / inverse[j, j])[None]
+            own = (own - inverse[j][:, None] * error).at[j].set(left)
         return own, jax.lax.dynamic_update_slice_in_dim(errors, error, j, axis=0)
 
     return jax.lax.fori_loop(0, len(own), one, (own, jnp.zeros_like(own)))

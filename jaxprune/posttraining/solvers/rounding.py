@@ -1,0 +1,124 @@
+"""Weights on a few evenly spaced levels, zero among them: what int4 and int8 can hold.
+
+Symmetric, by output and group of inputs: a weight is its level, an integer of at most
+2^(bits - 1) - 1 either way, times the group's scale. Zero is a level, so what is pruned
+stays zero. Scales have bfloat16's eight bits: a file holds them in two bytes.
+"""
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune.masking import patterns
+from jaxprune.typing import Pattern
+
+Name: TypeAlias = Literal["int4", "int8"]
+"""The roundings by the names that commands give them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How the weights that are kept are rounded.
+
+    Attributes:
+      bits: of a level, 4 or 8.
+      group: inputs that share a scale, a multiple of 16; the last group may be smaller.
+
+    Raises:
+      ValueError: a number does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> weight = jnp.array([[7.0], [2.2], [0.0], [-0.6]])
+      >>> jp.Rounding(bits=4).nearest(weight).ravel().tolist()
+      [7.0, 2.0, 0.0, -1.0]
+
+    Reference:
+      The grid of Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training
+      Quantization for Generative Pre-trained Transformers", 2022, arXiv 2210.17323,
+      symmetric, with groups. Ours differs: a scale has eight bits, as bfloat16.
+    """
+
+    bits: int = 4
+    group: int = 128
+
+    def __post_init__(self) -> None:
+        """Refuses what no file of ours holds."""
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits must be 4 or 8, got {self.bits}")
+        if self.group < 16 or self.group % 16:
+            raise ValueError(
+                f"group must be a multiple of 16 inputs, got {self.group}; 128 is usual"
+            )
+
+    @property
+    def most(self) -> int:
+        """The highest level: 7 or 127."""
+        return 2 ** (self.bits - 1) - 1
+
+    def block(self, pattern: Pattern) -> int:
+        """How many inputs a solver takes at once; refuses patterns it cannot round."""
+        if isinstance(pattern, patterns.Block):
+            raise ValueError(
+                f"rounding takes Unstructured, PerOutput and NM, got {pattern}; leave "
+                "rounding out, or take another pattern"
+            )
+        if isinstance(pattern, patterns.NM) and self.group % pattern.m:
+            raise ValueError(
+                f"a rounding's group must be whole groups of {pattern}, got "
+                f"{self.group} inputs; give a multiple of 16 and {pattern.m}"
+            )
+        return self.group
+
+    def scale(self, weight: Float[Array, "group out"]) -> Float[Array, " out"]:
+        """Each output's scale: that of its largest weight, of a group of inputs."""
+        largest = jnp.max(jnp.abs(weight), axis=0)
+        # `astype` there and back is a pair that XLA may leave out.
+        scale = jax.lax.reduce_precision(largest / self.most, 8, 7)
+        return jnp.where(scale > 0, scale, jnp.ones_like(scale))
+
+    def on(
+        self, weight: Float[Array, "*shape"], scale: Float[Array, "..."]
+    ) -> Float[Array, "*shape"]:
+        """Each weight at its nearest level of these scales."""
+        level = jnp.clip(jnp.round(weight / scale), -self.most, self.most)
+        return level * scale
+
+    def nearest(self, weight: Float[Array, "in out"]) -> Float[Array, "in out"]:
+        """Each weight at its nearest level; nothing makes up for the differences.
+
+        Args:
+          weight: (in, out), floating.
+
+        Returns:
+          The rounded weight, in its dtype.
+        """
+        inputs, outputs = weight.shape
+        group = max(1, min(self.group, inputs))
+        wide = jnp.pad(weight.astype(np.float32), ((0, -inputs % group), (0, 0)))
+        groups = wide.reshape(-1, group, outputs)  # (groups, group, out)
+        scales = jax.vmap(self.scale)(groups)[:, None]  # (groups, 1, out)
+        rounded = self.on(groups, scales).reshape(-1, outputs)
+        return rounded[:inputs].astype(weight.dtype)
+
+
+def named(rounding: "Rounding | Name | None") -> Rounding | None:
+    """A rounding from its name, the value itself, or None."""
+    known = {"int4": Rounding(4), "int8": Rounding(8)}
+    if isinstance(rounding, str):
+        if rounding not in known:
+            raise ValueError(
+                f"rounding must be one of {', '.join(known)}, or a jp.Rounding, got "
+                f"{rounding!r}"
+            )
+        return known[rounding]
+    if rounding is None or isinstance(rounding, Rounding):
+        return rounding
+    raise TypeError(
+        f"rounding must be 'int4', 'int8' or a jp.Rounding, got {rounding!r}"
+    )
