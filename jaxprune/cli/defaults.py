@@ -22,8 +22,9 @@ def method(job: prune_options.Job, console: Console) -> prune_options.Job:
     if job.method is not None:
         return job
     kind = open_directory(job.model).config.get("model_type")
-    needs_model = job.calibration or job.refine or job.retrain_steps or job.evaluate
-    if (kind in FAMILIES and kind != _VISION) or needs_model or job.distill_steps:
+    later = job.refine or job.bits or job.retrain_steps or job.distill_steps
+    needs_model = job.calibration or job.evaluate or later
+    if (kind in FAMILIES and kind != _VISION) or needs_model:
         return dataclasses.replace(job, method="sparsegpt")
     console.note(
         f"pruned by magnitude, since the code of model_type {kind} is not here; "

@@ -10,7 +10,7 @@ from jaxprune.cli import parse
 from jaxprune.cli.console import Console, Options, columns
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.formats.compact import Sizes, packed_bytes, sizes
+from jaxprune.formats.compact_sizes import Sizes, packed_bytes, sizes
 from jaxprune.masking import counts
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig

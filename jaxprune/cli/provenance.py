@@ -8,20 +8,26 @@ from typing import Any
 from jaxprune.evaluation import machine
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir
-from jaxprune.formats.compact import packed_bytes
+from jaxprune.formats.compact_sizes import packed_bytes
+from jaxprune.formats.levels import Grid
+from jaxprune.posttraining.solvers.rounding import Rounding
 
 PAGE = "report.html"
 
 
 def sizes(
-    source: CheckpointDir, counts: Mapping[str, tuple[int, int]]
+    source: CheckpointDir,
+    counts: Mapping[str, tuple[int, int]],
+    rounding: Rounding | None = None,
 ) -> dict[str, int]:
     """Bytes of the weights as they are, and in a compact file."""
     # `counts` are zeros and size of each pruned tensor; others count as dense.
     zeros = {name: count for name, (count, _) in counts.items()}
+    grid = rounding and Grid(rounding.bits, rounding.group)
+    rounded = dict.fromkeys(zeros, grid) if grid else {}
     return {
         "dense_bytes": source.size,
-        "compact_bytes": packed_bytes(source, zeros),
+        "compact_bytes": packed_bytes(source, zeros, rounded),
         "zeros": sum(zeros.values()),
         "size": sum(size for _, size in counts.values()),
     }

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxprune.cli import job_options, launch, models, parse
 from jaxprune.cli.job_options import SELF
@@ -12,6 +12,7 @@ from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
 from jaxprune.posttraining import methods
 from jaxprune.posttraining.refine import Refine
+from jaxprune.posttraining.solvers.rounding import Rounding
 from jaxprune.typing import Pattern
 
 
@@ -42,6 +43,11 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
         it produce ("left"), or those of the dense layer ("dense"), as in the papers.
       relative: divide each token by the size of its activations, so that a few massive
         ones do not decide; the papers do not.
+      bits: round the weights that stay to integers of 4 or 8 bits, with a scale for
+        each output and --group inputs: `jaxprune compact` then stores so few bits of
+        each. sparsegpt and alps make up for the rounding. The directory holds them as
+        before, in the model's dtype.
+      group: inputs that share a scale with --bits, a multiple of 16.
       exclude: names of tensors to leave alone, also as globs: "*.down_proj.weight".
       refine: passes over the calibration sequences, after each layer is pruned, that
         bring its output back to that of the dense layer by gradient steps on its kept
@@ -60,6 +66,7 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
     GROUPS: ClassVar = {
         "pruning": ("method", "sparsity", "pattern", "allocation", "exclude"),
         "method": ("damping", "inputs", "relative", "refine", "refine_learning_rate"),
+        "rounding": ("bits", "group"),
         "calibration": ("calibration_temperature",),
         "evaluation": ("prompt", "prompt_steps"),
         "retraining": ("retrain_steps", "retrain_text", "retrain_learning_rate"),
@@ -75,6 +82,8 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
     damping: float | None = None
     inputs: methods.Inputs = "left"
     relative: bool = False
+    bits: Literal[4, 8] | None = None
+    group: int = 128
     exclude: tuple[str, ...] = ()
     calibration_temperature: float = 1.0
     refine: int = 0
@@ -102,6 +111,11 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
         if not self.refine:
             return None
         return Refine(passes=self.refine, learning_rate=self.refine_learning_rate)
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """The levels of the weights that stay, or None."""
+        return None if self.bits is None else Rounding(self.bits, self.group)
 
     @property
     def recovery(self) -> job_options.Recovery | None:
@@ -152,6 +166,7 @@ def check(job: Job) -> Meaning:
         )
     _check_own(job)
     _check_retraining(job)
+    _check_rounding(job, pattern)
     _check_devices(job)
     if job.streams:
         _check_streaming(job, pattern, rule)
@@ -229,6 +244,28 @@ def _check_retraining(job: Job) -> None:
         )
 
 
+def _check_rounding(job: Job, pattern: Pattern) -> None:
+    """Refuses what would move weights off their levels."""
+    if job.rounding is None:
+        return
+    if (job.method or "sparsegpt") == "sparsegpt":
+        job.rounding.block(pattern)
+    wrong = [
+        name
+        for name, steps in (
+            ("--refine", job.refine),
+            ("--retrain-steps", job.retrain_steps),
+            ("--distill-steps", job.distill_steps),
+        )
+        if steps
+    ]
+    if wrong:
+        raise ValueError(
+            f"--bits comes last, so it takes no {', '.join(wrong)}, which would move "
+            "the weights off their levels; leave one of them out"
+        )
+
+
 def _check_streaming(job: Job, pattern: Pattern, rule: allocations.Rule) -> None:
     known = (patterns.Unstructured, patterns.PerOutput, patterns.NM)
     wrong = [
@@ -236,6 +273,7 @@ def _check_streaming(job: Job, pattern: Pattern, rule: allocations.Rule) -> None
         for name, given in (
             (f"--allocation {job.allocation}", rule != allocations.Uniform()),
             (f"--pattern {job.pattern}", not isinstance(pattern, known)),
+            ("--bits", job.bits is not None),
             ("--refine", job.refine > 0),
             ("--retrain-steps", job.retrain_steps > 0),
             ("--distill-steps", job.distill_steps > 0),

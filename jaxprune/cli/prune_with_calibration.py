@@ -86,7 +86,7 @@ def _prune(run: "Run", arguments: list[str]) -> dict[str, Any]:
         "samples": run.samples,
         "ignored_config": list(run.model.ignored),
         **provenance.making(arguments),
-        "sizes": provenance.sizes(run.source, _counts(model, leaves)),
+        "sizes": provenance.sizes(run.source, _counts(model, leaves), job.rounding),
         **run.costs.facts(),
     }
     _write(job, run.source, model, leaves, moved, record)
@@ -105,6 +105,7 @@ def _facts(run: "Run") -> dict[str, Any]:
         "excluded": list(job.exclude),
         "self": [job.own_sequences, job.calibration_temperature],
         "refine": job.refinement and parse.settings(job.refinement),
+        "rounding": job.rounding and parse.settings(job.rounding),
     }
 
 
@@ -208,6 +209,7 @@ def _pruned(run: Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]
         prunable=run.prunable,
         directory=job.work,
         refine=job.refinement,
+        rounding=job.rounding,
         mesh=run.mesh,
         progress=processes.is_first(),
     )
@@ -286,6 +288,7 @@ def _record(run: Run, report: dict[str, Any]) -> dict[str, Any]:
         "pattern": parse.pattern_word(run.meaning.pattern),
         "sparsity": run.meaning.sparsity,
         "allocation": job.allocation,
+        "rounding": job.rounding and dataclasses.asdict(job.rounding),
         "excluded": list(job.exclude),
         "dtype": run.model.config.dtype,
         "calibration": {

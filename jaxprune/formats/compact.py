@@ -5,7 +5,7 @@ safetensors file. Its `__metadata__` has "format", "version" and "contents", a J
 object:
 
     {"tensors": {NAME: {"file": FILE, "dtype": CODE, "shape": [...],
-                        "encoding": "mask" or "dense", "sha256": SHA-256}},
+                        "encoding": "mask", "levels" or "dense", "sha256": SHA-256}},
      "files": {FILE: SHA-256}}
 
 FILE is a path in the directory, with "/" where it lies in a sub-directory.
@@ -13,9 +13,15 @@ FILE is a path in the directory, with "/" where it lies in a sub-directory.
 Its tensors are, for each NAME of encoding "mask", `mask/NAME` (uint8: one bit a weight
 of the flat tensor in C order, the first weight is the lowest bit, 1 where the weight's
 own bits are not all zero) and `values/NAME` (the weights with bit 1, in that order);
-for each of encoding "dense" `dense/NAME`; for each weights' FILE `header/FILE` (uint8:
-its length and header as they were); for each other FILE `file/FILE` (uint8). A mask is
-used where it makes the tensor smaller. Minus zero and NaN are weights like others.
+for each of encoding "levels", whose entry also has "bits", "group" and "axis", the same
+`mask/NAME`, `levels/NAME` (uint8: those weights as whole numbers of their scale, two's
+complement, of 4 bits two a byte, the first in the low half) and `scales/NAME`
+(bfloat16, see `levels`); for each of encoding "dense" `dense/NAME`; for each weights'
+FILE `header/FILE` (uint8: its length and header as they were); for each other FILE
+`file/FILE` (uint8). A mask is
+used where it makes the tensor smaller, levels where the directory's jaxprune.json says
+that it was rounded and every bit comes back. Minus zero and NaN are weights like
+others.
 """
 
 import hashlib
@@ -28,7 +34,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from jaxprune.formats import atomic
+from jaxprune.formats import atomic, compact_sizes, levels
 from jaxprune.formats.checkpoint_dir import CheckpointDir, Progress
 from jaxprune.formats.compact_archive import (
     FORMAT,
@@ -41,6 +47,7 @@ from jaxprune.formats.compact_archive import (
     open_archive,
     packed_files,
 )
+from jaxprune.formats.levels import Grid, Scales
 from jaxprune.formats.safetensors_file import (
     DTYPES,
     TensorInfo,
@@ -65,25 +72,6 @@ class Result(NamedTuple):
     dense_bytes: int
     compact_bytes: int
     left: tuple[str, ...] = ()
-
-
-def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
-    """The bytes of one tensor in a compact file.
-
-    Args:
-      nonzero: how many of its elements have a bit that is not zero.
-      size: how many elements it has.
-      itemsize: bytes of one.
-
-    Returns:
-      ceil(size / 8) + nonzero itemsize, or size itemsize where that is no more.
-
-    Example:
-      >>> from jaxprune.formats import compact
-      >>> compact.stored_bytes(400, 1000, 2)
-      925
-    """
-    return min(size * itemsize, -(-size // 8) + nonzero * itemsize)
 
 
 def compact(
@@ -137,7 +125,7 @@ def compact(
         with atomic.named(partial), open(partial, "wb") as file:
             entries = write_header(file, plan.entries, plan.metadata)
             for name, info in source.tensors.items():
-                _put_tensor(file, name, info, source, entries)
+                _put_tensor(file, name, info, source, entries, plan.scales.get(name))
                 advance(name, info.size)
             for name, size in plan.embedded.items():
                 origin = source.path / name.partition("/")[2]
@@ -147,63 +135,18 @@ def compact(
     return Result(plan.dense_bytes, place.stat().st_size, packed_files(source)[1])
 
 
-def packed_bytes(source: CheckpointDir, zeros: Mapping[str, int]) -> int:
-    """The bytes of a directory's weights in a compact file, less its header."""
-    # `zeros` says of how many elements of a tensor no bit is set; others have none
-    # such.
-    total = 0
-    for name, info in source.tensors.items():
-        size = math.prod(info.shape)
-        total += stored_bytes(size - zeros.get(name, 0), size, info.dtype.itemsize)
-    return total
-
-
-class Sizes(NamedTuple):
-    """How large a directory is, and would be as a compact file.
-
-    Attributes:
-      dense_bytes: the bytes of its weights.
-      compact_bytes: about the bytes of its weights in a compact file.
-      zeros: how many elements are zero.
-      size: how many elements there are.
-      by_tensor: name to (zeros, size).
-    """
-
-    dense_bytes: int
-    compact_bytes: int
-    zeros: int
-    size: int
-    by_tensor: dict[str, tuple[int, int]]
-
-
-def sizes(source: CheckpointDir) -> Sizes:
-    """Counts a directory's zeros exactly, tensor by tensor."""
-    by_tensor, blank = {}, dict.fromkeys(source.tensors, 0)
-    for name, info in source.tensors.items():
-        size, filled = math.prod(info.shape), 0
-        for bits in chunks(source.read(name)):
-            filled += int(np.count_nonzero(bits.view(info.dtype)))
-            blank[name] += bits.size - int(np.count_nonzero(bits))
-        by_tensor[name] = (size - filled, size)
-    return Sizes(
-        dense_bytes=source.size,
-        compact_bytes=packed_bytes(source, blank),
-        zeros=sum(zeros for zeros, _ in by_tensor.values()),
-        size=sum(size for _, size in by_tensor.values()),
-        by_tensor=by_tensor,
-    )
-
-
 class _Plan(NamedTuple):
     """All that is known before the first byte is written.
 
     Attributes:
+      scales: name to the scales of a tensor that is stored as levels.
       entries: name to (code, shape) of what the file will hold.
       metadata: its `__metadata__`.
       embedded: "header/FILE" and "file/FILE" to how many bytes of FILE they hold.
       dense_bytes: bytes of the source's files.
     """
 
+    scales: dict[str, Scales]
     entries: dict[str, tuple[str, tuple[int, ...]]]
     metadata: dict[str, str]
     embedded: dict[str, int]
@@ -212,18 +155,21 @@ class _Plan(NamedTuple):
 
 def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
     tensors: dict[str, Any] = {}
+    scales: dict[str, Scales] = {}
+    grid = compact_sizes.grid(source)
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     others, _ = packed_files(source)
     paths = {name: source.path / name for name in (*source.metadata, *others)}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     embedded, digests = {}, {}
     for file in source.metadata:
-        own = {k: info for k, info in source.tensors.items() if info.file == file}
-        head = sizes[file] - sum(info.size for info in own.values())
+        inside = {k: info for k, info in source.tensors.items() if info.file == file}
+        head = sizes[file] - sum(info.size for info in inside.values())
         embedded[f"header/{file}"] = head
         sink = hashlib.sha256(_head(paths[file], head))
-        for name, info in own.items():
-            tensors[name], stored = _scan(source, name, info, sink)
+        for name, info in inside.items():
+            tensors[name], stored, own = _scan(source, name, info, sink, grid)
+            scales |= {} if own is None else {name: own}
             entries |= stored
             advance(name, info.size)
         digests[file] = sink.hexdigest()
@@ -233,23 +179,27 @@ def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
     entries |= {name: ("U8", (size,)) for name, size in embedded.items()}
     contents = json.dumps({"tensors": tensors, "files": digests})
     metadata = {"format": FORMAT, "version": VERSION, "contents": contents}
-    return _Plan(entries, metadata, embedded, sum(sizes.values()))
+    return _Plan(scales, entries, metadata, embedded, sum(sizes.values()))
 
 
 def _scan(
-    source: CheckpointDir, name: str, info: TensorInfo, sink: Any
-) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
-    """What the contents say of a tensor, and the entries that hold it."""
-    nonzero, own = 0, hashlib.sha256()
-    for bits in chunks(source.read(name)):
+    source: CheckpointDir, name: str, info: TensorInfo, sink: Any, grid: Grid | None
+) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]], Scales | None]:
+    """What the contents say of a tensor, the entries that hold it, its scales."""
+    tensor, nonzero, own = source.read(name), 0, hashlib.sha256()
+    for bits in chunks(tensor):
         sink.update(bits)
         own.update(bits.data)
         nonzero += int(np.count_nonzero(bits))
-    size = math.prod(info.shape)
-    dense = stored_bytes(nonzero, size, info.dtype.itemsize) == info.size
-    entry = {"file": info.file, "dtype": _CODES[info.dtype], "shape": info.shape}
-    entry |= {"encoding": "dense" if dense else "mask", "sha256": own.hexdigest()}
-    return entry, layout(name, entry, nonzero)
+    size, whole = math.prod(info.shape), info.dtype.itemsize
+    dense = compact_sizes.stored_bytes(nonzero, size, whole) == info.size
+    entry: dict[str, Any] = {"file": info.file, "dtype": _CODES[info.dtype]}
+    entry |= {"shape": info.shape, "encoding": "dense" if dense else "mask"}
+    entry["sha256"] = own.hexdigest()
+    scales = None if grid is None else levels.find(tensor, grid)
+    if scales is not None:
+        entry |= {"encoding": "levels", "axis": scales.axis, **scales.grid._asdict()}
+    return entry, layout(name, entry, nonzero), scales
 
 
 def _head(path: Path, size: int) -> bytes:
@@ -263,21 +213,35 @@ def _put_tensor(
     info: TensorInfo,
     source: CheckpointDir,
     entries: Mapping[str, TensorInfo],
+    scales: Scales | None,
 ) -> None:
-    """Writes a tensor's mask and values, or the tensor, each to its place."""
+    """Writes a tensor's mask and values or levels, or the tensor, each to its place."""
     if f"dense/{name}" in entries:
         file.seek(entries[f"dense/{name}"].offset)
         for bits in chunks(source.read(name)):
             file.write(bits.tobytes())
         return
-    values, mask = entries[f"values/{name}"], entries[f"mask/{name}"]
-    to_values, to_mask = values.offset, mask.offset
+    kind = "values" if scales is None else "levels"
+    values, start = entries[f"{kind}/{name}"], 0
+    to_values, to_mask = values.offset, entries[f"mask/{name}"].offset
+    rounded = []
     for bits in chunks(source.read(name)):
         kept = bits != 0
         file.seek(to_mask)
         to_mask += file.write(np.packbits(kept, bitorder="little").tobytes())
+        if scales is None:
+            file.seek(to_values)
+            to_values += file.write(bits[kept].tobytes())
+        else:
+            own = bits.view(info.dtype)[kept]
+            rounded.append(levels.levels(own, scales.of(start, bits.size)[kept]))
+        start += bits.size
+    if scales is not None:
+        file.seek(entries[f"scales/{name}"].offset)
+        file.write(scales.values.tobytes())
         file.seek(to_values)
-        to_values += file.write(bits[kept].tobytes())
+        packed = levels.pack(np.concatenate(rounded), scales.grid.bits)
+        to_values += file.write(packed.tobytes())
     if to_values != values.offset + values.size:
         raise _changed(source.path / info.file)
 

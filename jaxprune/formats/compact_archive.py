@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.arrays.messages import listed
+from jaxprune.formats import levels
 from jaxprune.formats.checkpoint_dir import CheckpointDir, leads_out
+from jaxprune.formats.levels import Grid, Scales, scales_shape
 from jaxprune.formats.safetensors_file import (
     DTYPES,
     TensorInfo,
@@ -26,6 +28,7 @@ from jaxprune.formats.safetensors_file import (
 
 FORMAT, VERSION = "jaxprune.compact", "1"
 
+_ROUNDED = ("F16", "BF16", "F32")
 CHUNK = 1 << 20
 """Elements at a time; a multiple of 8, so that no byte of a mask is cut."""
 
@@ -107,6 +110,14 @@ def layout(
     code, shape = entry["dtype"], tuple(entry["shape"])
     if entry["encoding"] == "dense":
         return {f"dense/{name}": (code, shape)}
+    if entry["encoding"] == "levels":
+        grid = Grid(entry["bits"], entry["group"])
+        size = kept if kept < 0 else levels.packed_size(kept, grid.bits)
+        return {
+            f"levels/{name}": ("U8", (size,)),
+            f"scales/{name}": ("BF16", scales_shape(shape, grid, entry["axis"])),
+            f"mask/{name}": ("U8", (-(-math.prod(shape) // 8),)),
+        }
     return {
         f"values/{name}": (code, (kept,)),
         f"mask/{name}": ("U8", (-(-math.prod(shape) // 8),)),
@@ -119,10 +130,16 @@ def _check_entry(path: Path, name: str, entry: Any, files: Mapping[str, str]) ->
             "file": str(file),
             "dtype": str(code),
             "shape": [*shape],
-            "encoding": "mask" | "dense",
+            "encoding": str(encoding),
             "sha256": str(),
         } if file in files and code in DTYPES and all(map(_is_count, shape)):
-            return
+            if encoding in ("mask", "dense"):
+                return
+            if encoding == "levels" and len(shape) > 1 and code in _ROUNDED:
+                match entry:
+                    case {"bits": 4 | 8, "axis": -1 | -2, "group": int(group)}:
+                        if group > 0 and type(group) is int:
+                            return
     raise damaged(path, f"its contents say nothing sound of '{name}'")
 
 
@@ -131,23 +148,34 @@ def decoded(archive: Archive, name: str) -> Iterator[np.ndarray]:
     if f"dense/{name}" in archive.entries:
         yield from chunks(archive.look(f"dense/{name}"))
         return
-    mask, values = archive.look(f"mask/{name}"), archive.look(f"values/{name}")
-    size = math.prod(archive.tensors[name]["shape"])
+    mask, entry = archive.look(f"mask/{name}"), archive.tensors[name]
+    size, dtype = math.prod(entry["shape"]), DTYPES[entry["dtype"]]
     count = int(np.bitwise_count(mask).sum(dtype=np.int64))
-    if count != values.size or (size % 8 and mask[-1] >> size % 8):
+    if entry["encoding"] == "levels":
+        packed = archive.look(f"levels/{name}")
+        values = levels.unpack(packed, entry["bits"], count)
+        grid = Grid(entry["bits"], entry["group"])
+        own = view(archive.path, archive.entries[f"scales/{name}"])
+        scales = Scales(grid, entry["axis"], tuple(entry["shape"]), own)
+    else:
+        values, scales = archive.look(f"values/{name}"), None
+    if values is None or count != values.size or (size % 8 and mask[-1] >> size % 8):
         raise damaged(
-            archive.path, f"the mask of '{name}' has {count} bits for {values.size}"
+            archive.path, f"the mask of '{name}' has {count} bits, not its values"
         )
-    bits, position = values.view(bits_of(values.dtype)), 0
+    position = 0
     for start in range(0, size, CHUNK):
         length = min(CHUNK, size - start)
         some = mask[start // 8 : (start + length + 7) // 8]
         kept = np.unpackbits(some, count=length, bitorder="little").view(bool)
-        part = np.zeros(length, bits.dtype)
+        part = np.zeros(length, dtype)
         number = int(np.count_nonzero(kept))
-        part[kept] = bits[position : position + number]
+        held = values[position : position + number]
+        if scales is not None:
+            held = levels.values(held, scales.of(start, length)[kept], dtype)
+        part[kept] = held
         position += number
-        yield part
+        yield part.view(bits_of(dtype))
 
 
 def chunks(array: np.ndarray) -> Iterator[np.ndarray]:

@@ -141,6 +141,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
         "pattern": record["pattern"],
         "sparsity asked": f"{asked:.2%}" if isinstance(asked, float) else str(asked),
         "allocation": record.get("allocation"),
+        "rounded": _levels(record.get("rounding")),
         "calibrated on": page.calibration(record),
         "refined": _passes(record.get("refine")),
         "achieved": f"{record['achieved']:.4%}",
@@ -152,6 +153,12 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     if peak := record.get("peak_memory_bytes"):
         facts["peak memory"] = page.size(peak)
     return {name: str(fact) for name, fact in facts.items() if fact}
+
+
+def _levels(rounding: Mapping[str, Any] | None) -> str:
+    if not rounding:
+        return ""
+    return f"to int{rounding['bits']}, a scale for {rounding['group']} inputs"
 
 
 def _passes(refine: Mapping[str, Any] | None) -> str:

@@ -45,9 +45,10 @@ def test_each_help_has_an_example_that_parses(capsys, monkeypatch, name):
 def test_options_are_in_groups(capsys, monkeypatch):
     text = said(capsys, monkeypatch, "prune", "--help")
     groups = re.findall(r"^ (.*?) +\n -+ *$", text, re.MULTILINE)
-    wanted = ["pruning", "method", "calibration", "evaluation", "retraining"]
+    wanted = ["pruning", "method", "rounding", "calibration", "evaluation"]
     wanted = [
-        f"{name} options" for name in [*wanted, "distillation", "model", "devices"]
+        f"{name} options"
+        for name in [*wanted, "retraining", "distillation", "model", "devices"]
     ]
     assert groups == ["positional arguments", "options", *wanted]
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.formats import atomic, compact, rewrite
+from jaxprune.formats import atomic, compact_sizes, rewrite
 from jaxprune.formats.checkpoint_dir import Damaged, Unknown, open_directory
 from tests.support.hf_directories import (
     BFLOAT16,
@@ -233,7 +233,7 @@ def test_sizes_count_zeros_and_the_compact_file(tmp_path):
     weight = np.array([0.0, -0.0, 1.0, 0.0] * 8, BFLOAT16)
     ones = np.ones_like(weight)
     source = open_directory(build(tmp_path / "m", {"a": weight, "b": ones}))
-    sizes = compact.sizes(source)
+    sizes = compact_sizes.sizes(source)
     assert (sizes.zeros, sizes.size, sizes.dense_bytes) == (24, 64, 128)
     assert sizes.by_tensor == {"a": (24, 32), "b": (0, 32)}
     # 32 bits of mask, and 16 weights that are not +0; b is dense.

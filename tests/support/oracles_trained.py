@@ -6,6 +6,7 @@ Nothing here imports jax or jaxprune. Kernels are (in, out); masks True where ke
 import itertools
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 
 from tests.support.oracles import keep_blocks, keep_nm, keep_top
@@ -59,12 +60,15 @@ def sparsegpt(
     block: int,
     group: int,
     choose: Choose,
+    bits: int = 0,
 ) -> tuple[Array, Array]:
     """Algorithm 1, each step with the inverse of what is left of the Hessian.
 
     `choose(scores, first)` gives the mask of the `group` inputs from `first` on, by
     w^2 / [H^-1]_00, the inverse being of the Hessian of the inputs j and after. Inputs
     after the block see its updates at once and not at its end, which is the same.
+    With `bits` the kept weights of a block lie on levels, as GPTQ's: the scale of an
+    output is of what its block keeps, or where that is not known yet of all of it.
     """
     weight = np.array(weight, np.float64)
     hessian = damped(hessian, damping)
@@ -73,16 +77,35 @@ def sparsegpt(
     mask = np.ones(weight.shape, bool)
     for first in range(0, size, block):
         last = min(first + block, size)
+        begun = weight[first:last].copy()
         for start in range(first, last, group):
             end = min(start + group, last)
             pivots = np.array([left[j][0, 0] for j in range(start, end)])
             scores = weight[start:end] ** 2 / pivots[:, None]
             mask[start:end] = choose(scores, start)
+            if bits and start == first:
+                early = mask[first:last] if group == block else 1
+                scale = level_scale(begun * early, bits)
             for j in range(start, end):
-                lost = np.where(mask[j], 0.0, weight[j])
+                kept = on_levels(weight[j], scale, bits) if bits else weight[j]
+                kept = np.where(mask[j], kept, 0.0)
+                lost = weight[j] - kept
                 weight[j:] -= np.outer(left[j][:, 0] / left[j][0, 0], lost)
-                weight[j] = np.where(mask[j], weight[j], 0.0)
+                weight[j] = kept
     return weight, mask
+
+
+def level_scale(weight: Array, bits: int) -> Array:
+    """A scale an output, of eight significant bits: the largest is the last level."""
+    scale = np.abs(weight).max(0) / (2 ** (bits - 1) - 1)
+    scale = scale.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+    return np.where(scale > 0, scale, 1.0)
+
+
+def on_levels(weight: Array, scale: Array, bits: int) -> Array:
+    """The nearest whole number of scales, at most the last level either way."""
+    most = 2 ** (bits - 1) - 1
+    return np.clip(np.round(weight / scale), -most, most) * scale
 
 
 def share(removed: int, first: int, last: int, parts: int) -> int:

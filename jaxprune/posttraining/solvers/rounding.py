@@ -87,7 +87,8 @@ class Rounding:
     ) -> Float[Array, "*shape"]:
         """Each weight at its nearest level of these scales."""
         level = jnp.clip(jnp.round(weight / scale), -self.most, self.most)
-        return level * scale
+        # Not minus zero, which a file would take for a weight.
+        return jnp.where(level == 0, jnp.zeros_like(level), level * scale)
 
     def nearest(self, weight: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """Each weight at its nearest level; nothing makes up for the differences.

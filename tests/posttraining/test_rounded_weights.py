@@ -1,0 +1,197 @@
+"""Kept weights on few levels: GPTQ's sweep beside SparseGPT's, against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune.formats import levels
+from jaxprune.posttraining import methods
+from jaxprune.posttraining.solvers import sparsegpt
+from tests.support import oracles_trained as slow
+from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
+
+IN, OUT, GROUP = 72, 6, 32  # three groups, the last in part
+
+
+def problem(seed=0):
+    weight = np.random.default_rng(seed).normal(size=(IN, OUT))
+    inputs = slow.inputs(300, IN, seed)
+    return weight.astype(np.float32), (inputs.T @ inputs).astype(np.float32)
+
+
+def lie_on_levels(weight, rounding):
+    grid = levels.Grid(rounding.bits, rounding.group)
+    found = levels.find(np.asarray(weight), grid)
+    return found is not None and found.axis == -2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("pattern", "inner", "choose", "removed"),
+    [
+        (jp.patterns.Unstructured(), GROUP, slow.choose_unstructured, IN * OUT // 2),
+        (jp.patterns.NM(2, 4), 4, lambda *_: slow.choose_nm(2, 4), 0),
+    ],
+    ids=["unstructured", "2:4"],
+)
+def test_the_sweep_rounds_and_makes_up_for_it_as_the_formulas_say(
+    bits, pattern, inner, choose, removed
+):
+    weight, hessian = problem(bits)
+    rounding = jp.Rounding(bits, GROUP)
+    kept = weight.size - removed
+    found = sparsegpt.solve(
+        jnp.asarray(weight),
+        jnp.asarray(hessian),
+        kept,
+        pattern=pattern,
+        rounding=rounding,
+    )
+    expected, mask = slow.sparsegpt(
+        weight, hessian, 0.01, GROUP, inner, choose(removed, IN), bits
+    )
+    np.testing.assert_array_equal(found.mask, mask)
+    np.testing.assert_allclose(found.weight, expected, rtol=1e-5, atol=1e-6)
+    assert not np.asarray(found.weight)[~mask].any()
+    assert lie_on_levels(found.weight, rounding)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nearest_levels_are_each_groups_own(bits):
+    weight, _ = problem(7)
+    found = np.asarray(jp.Rounding(bits, GROUP).nearest(jnp.asarray(weight)))
+    for first in range(0, IN, GROUP):
+        own = weight[first : first + GROUP].astype(np.float64)
+        expected = slow.on_levels(own, slow.level_scale(own, bits), bits)
+        np.testing.assert_allclose(found[first : first + GROUP], expected, rtol=1e-6)
+    # A small negative weight becomes a plain zero, whose bits are all zero.
+    assert not np.signbit(found[found == 0]).any()
+
+
+def test_making_up_for_rounding_beats_rounding_afterwards():
+    rounding = jp.Rounding(4, GROUP)
+    for seed in range(3):
+        weight, hessian = problem(seed)
+        matrix = methods.Matrix(
+            jnp.asarray(weight),
+            jnp.diagonal(hessian),
+            jnp.asarray(hessian),
+            np.uint32(weight.size // 2),
+            jp.patterns.Unstructured(),
+        )
+        for method in (methods.SparseGPT(block=GROUP), methods.ALPS()):
+            plain = method.prune(matrix)
+            found = methods.pruned(method, matrix._replace(rounding=rounding))
+            swept = slow.loss(weight, found.weight, hessian)
+            afterwards = rounding.nearest(plain.weight)
+            assert swept < slow.loss(weight, afterwards, hessian)
+            if isinstance(method, methods.ALPS):  # whose support is the same
+                assert slow.loss(weight, plain.weight, hessian) < swept
+            assert not np.asarray(found.weight)[~np.asarray(found.mask)].any()
+            assert lie_on_levels(found.weight, rounding)
+
+
+def tiny():
+    """A function of two matmuls, its parameters and four batches."""
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["up"]) @ params["down"]
+
+    keys = jax.random.split(jax.random.key(0), 6)
+    params = {
+        "up": jax.random.normal(keys[0], (32, 48)),
+        "down": jax.random.normal(keys[1], (48, 16)),
+    }
+    return fn, params, [jax.random.normal(key, (64, 32)) for key in keys[2:]]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
+def test_a_trained_model_ends_on_its_levels(method):
+    rounding = jp.Rounding(4, 16)
+    fn, params, batches = tiny()
+    result = jp.prune_trained(
+        fn,
+        params,
+        batches,
+        method=method,
+        sparsity=0.5,
+        rounding=rounding,
+        progress=False,
+    )
+    assert result.report["rounding"] == "Rounding(bits=4, group=16)"
+    assert result.report["achieved"] >= 0.5
+    for name, leaf in result.params.items():
+        assert lie_on_levels(leaf, rounding), name
+        assert (np.asarray(leaf) == 0).sum() >= leaf.size // 2
+
+
+def test_names_stand_for_groups_of_128():
+    fn, params, batches = tiny()
+    options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
+    named = jp.prune_trained(fn, params, batches, rounding="int8", **options)
+    given = jp.prune_trained(fn, params, batches, rounding=jp.Rounding(8), **options)
+    same_bits(named.params, given.params)
+
+
+@pytest.mark.full
+def test_a_rounded_job_resumes_and_is_another_job_than_one_that_is_not(tmp_path):
+    fn, params, batches = tiny()
+    options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
+    rounded = {**options, "rounding": jp.Rounding(4, 16), "directory": tmp_path}
+    once = jp.prune_trained(fn, params, batches, **rounded)
+    again = jp.prune_trained(fn, params, batches, **rounded)
+    same_bits(once.params, again.params)
+    with pytest.raises(ValueError, match="rounding"):
+        jp.prune_trained(fn, params, batches, **options, directory=tmp_path)
+
+
+@pytest.mark.full
+def test_over_a_mesh_the_levels_are_those_of_one_device():
+    fn, params, batches = tiny()
+    options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
+    options["rounding"] = "int4"
+    alone = jp.prune_trained(fn, params, batches, **options)
+    mesh = jax.make_mesh((4,), ("data",))
+    spread = jp.prune_trained(fn, params, batches, mesh=mesh, **options)
+    same_bits(alone.params, spread.params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"rounding": "int3"}, ValueError, "must be one of int4, int8"),
+        ({"rounding": 4}, TypeError, "rounding must be 'int4', 'int8' or a"),
+        ({"refine": jp.Refine(passes=1)}, ValueError, "refine moves the weights off"),
+        (
+            {"pattern": jp.patterns.Block(4, 4)},
+            ValueError,
+            "rounding takes Unstructured, PerOutput and NM, got Block",
+        ),
+        (
+            {"pattern": "3:6", "sparsity": None},
+            ValueError,
+            "must be whole groups of NM.*got 128 inputs",
+        ),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(changes, error, told):
+    fn, params, batches = tiny()
+    options = {"method": "sparsegpt", "sparsity": 0.5, "rounding": "int4"}
+    if changes.get("pattern") == "3:6":
+        params = {"up": params["up"][:, :42], "down": params["down"][:42]}
+        params["up"] = params["up"][:30]
+        batches = [batch[:, :30] for batch in batches]
+    with pytest.raises(error, match=told):
+        jp.prune_trained(fn, params, batches, progress=False, **{**options, **changes})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [((3, 128), "bits must be 4 or 8"), ((4, 100), "a multiple of 16 inputs, got 100")],
+)
+def test_a_rounding_that_no_file_holds_is_refused(numbers, told):
+    with pytest.raises(ValueError, match=told):
+        jp.Rounding(*numbers)
