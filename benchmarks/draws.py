@@ -3,11 +3,16 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
+
+from benchmarks import measure
+from benchmarks.real_model import held_out, run_cell
 
 TEXTS = ("shakespeare", "technical", "news")
 
@@ -35,6 +40,41 @@ class Draws:
     calibrated: int = 32
     sequences: int = 8
     threads: int = 2
+
+
+def prepared(config: Draws, folder: Path) -> list[str]:
+    """Writes the sequences of each draw as DRAW.npy; a word for each held-out text.
+
+    Raises:
+      ValueError: the file has too few sequences for a draw.
+    """
+    texts = held_out(config.texts, TEXTS, config.sequences, folder)
+    ids = np.load(config.texts / f"{config.calibration}.npy")
+    for draw in config.draws:
+        own = ids[draw * config.calibrated :][: config.calibrated]
+        if len(own) < config.calibrated:
+            raise ValueError(
+                f"draw {draw} of {config.calibrated} sequences is past the end of "
+                f"'{config.calibration}', which has {len(ids)}"
+            )
+        np.save(folder / f"{draw}.npy", own)
+    return texts
+
+
+def run_missing(
+    config: Draws, cells: Callable[[Path], Iterable[tuple[str, list[str]]]]
+) -> None:
+    """Runs each cell that has no file yet in a process of its own.
+
+    Args:
+      config: the table.
+      cells: the folder of the draws to a name and arguments for each.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=config.out) as place:
+        texts = prepared(config, Path(place))
+        for cell, command in measure.progress(list(cells(Path(place))), "running"):
+            run_cell(config.out / f"{cell}.json", [*command, *texts], config.threads)
 
 
 def over_draws(

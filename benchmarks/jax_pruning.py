@@ -46,6 +46,8 @@ class Config:
       batch: sequences in a batch.
       damping: of the solvers that have one.
       relative: whether each token is divided by the size of its activations.
+      bits: 4 or 8, of the kept weights; None leaves them as they are.
+      group: inputs that share a scale with `bits`.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -59,6 +61,8 @@ class Config:
     batch: int = 2
     damping: float = 0.01
     relative: bool = False
+    bits: Literal[4, 8] | None = None
+    group: int = 128
 
 
 class Cost:
@@ -141,6 +145,7 @@ def pruned(
         sparsity=None if pattern else config.sparsity,
         pattern=pattern or None,
         allocation=rules[config.allocation](),
+        rounding=config.bits and jp.Rounding(config.bits, config.group),
         directory=folder,
     )
 

@@ -8,18 +8,15 @@ again.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import tyro
 
-from benchmarks import measure
-from benchmarks.draws import TEXTS, Draws, over_draws
-from benchmarks.real_model import held_out, run_cell
+from benchmarks.draws import Draws, over_draws, run_missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +36,7 @@ class Config(Draws):
 
 def main(config: Config) -> None:
     """Runs what is missing and prints the table."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=config.out) as place:
-        folder = Path(place)
-        texts = held_out(config.texts, TEXTS, config.sequences, folder)
-        ids = np.load(config.texts / f"{config.calibration}.npy")
-        for draw in config.draws:
-            own = ids[draw * config.calibrated :][: config.calibrated]
-            if len(own) < config.calibrated:
-                raise ValueError(
-                    f"draw {draw} of {config.calibrated} sequences is past the end of "
-                    f"'{config.calibration}', which has {len(ids)}"
-                )
-            np.save(folder / f"{draw}.npy", own)
-        for cell, command in measure.progress(list(_cells(config, folder)), "running"):
-            run_cell(config.out / f"{cell}.json", [*command, *texts], config.threads)
+    run_missing(config, functools.partial(_cells, config))
     print(table(config.out))
 
 

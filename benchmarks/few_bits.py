@@ -1,0 +1,83 @@
+"""Pruning and rounding in one sweep: how many bits a weight, at which perplexity.
+
+    python -m benchmarks.few_bits gemma texts results
+
+Each cell prunes a real model by one solver and puts the kept weights on the levels of
+int8 or int4, or leaves them; calibrated on one of several draws of the same text, in a
+process of its own; what is there is not run again.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import tyro
+
+from benchmarks.draws import Draws, over_draws, run_missing
+
+GROUP = 128  # inputs that share a scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Draws):
+    """Runs the cells that are missing, and prints the table.
+
+    Attributes:
+      methods: the solvers.
+      how: sparsities, and n:m patterns.
+      bits: of a kept weight; 16 leaves it as it is.
+    """
+
+    methods: tuple[str, ...] = ("sparsegpt",)
+    how: tuple[str, ...] = ("0.0", "0.5", "2:4")
+    bits: tuple[int, ...] = (16, 8, 4)
+
+
+def main(config: Config) -> None:
+    """Runs what is missing and prints the table."""
+    run_missing(config, functools.partial(_cells, config))
+    print(table(config.out))
+
+
+def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and arguments of each process, in an order that serves a first look."""
+    for draw, how, method, bits in itertools.product(
+        config.draws, config.how, config.methods, config.bits
+    ):
+        command = ["benchmarks.jax_pruning", str(config.model), "--method", method]
+        command += ["--pattern" if ":" in how else "--sparsity", how, "--relative"]
+        command += ["--bits", str(bits), "--group", str(GROUP)] * (bits < 16)
+        command += ["--calibration", f"{folder / str(draw)}.npy", "--evaluate"]
+        yield f"{how.replace(':', 'of')}_{method}_{bits}_{draw}", command
+
+
+def table(folder: Path) -> str:
+    """The results as Markdown: a row for each solver, sparsity and number of bits."""
+    cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    stored: dict[tuple[str, ...], list[float]] = {}
+    for path in sorted(folder.glob("*.json")):
+        how, method, bits, _ = path.stem.split("_")
+        found = json.loads(path.read_text())
+        key = (how.replace("of", ":"), method, bits)
+        cells.setdefault(key, []).append(found["perplexities"]["after"])
+        stored.setdefault(key, []).append(_stored(found["zeros"], int(bits)))
+    rows = [
+        ((*key, f"{statistics.fmean(stored[key]):.2f}"), own)
+        for key, own in sorted(cells.items())
+    ]
+    return over_draws(["removed", "method", "bits", "bits a weight stored"], rows)
+
+
+def _stored(zeros: float, bits: int) -> float:
+    """Bits of a weight in a compact file: its mask's, its level's, of its scale."""
+    if bits == 16:
+        return min(16.0, 1 + 16 * (1 - zeros))
+    return 1 + bits * (1 - zeros) + 16 / GROUP
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
