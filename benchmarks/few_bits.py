@@ -19,8 +19,6 @@ import tyro
 
 from benchmarks.draws import Draws, over_draws, run_missing
 
-GROUP = 128  # inputs that share a scale
-
 
 @dataclasses.dataclass(frozen=True)
 class Config(Draws):
@@ -30,11 +28,13 @@ class Config(Draws):
       methods: the solvers.
       how: sparsities, and n:m patterns.
       bits: of a kept weight; 16 leaves it as it is.
+      group: inputs that share a scale.
     """
 
     methods: tuple[str, ...] = ("sparsegpt",)
     how: tuple[str, ...] = ("0.0", "0.5", "2:4")
     bits: tuple[int, ...] = (16, 8, 4)
+    group: int = 128
 
 
 def main(config: Config) -> None:
@@ -50,9 +50,10 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     ):
         command = ["benchmarks.jax_pruning", str(config.model), "--method", method]
         command += ["--pattern" if ":" in how else "--sparsity", how, "--relative"]
-        command += ["--bits", str(bits), "--group", str(GROUP)] * (bits < 16)
+        command += ["--bits", str(bits), "--group", str(config.group)] * (bits < 16)
         command += ["--calibration", f"{folder / str(draw)}.npy", "--evaluate"]
-        yield f"{how.replace(':', 'of')}_{method}_{bits}_{draw}", command
+        rounded = f"{bits} in {config.group}s" if bits < 16 else "16"
+        yield f"{how.replace(':', 'of')}_{method}_{rounded}_{draw}", command
 
 
 def table(folder: Path) -> str:
@@ -60,23 +61,24 @@ def table(folder: Path) -> str:
     cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
     stored: dict[tuple[str, ...], list[float]] = {}
     for path in sorted(folder.glob("*.json")):
-        how, method, bits, _ = path.stem.split("_")
+        how, method, rounded, _ = path.stem.split("_")
         found = json.loads(path.read_text())
-        key = (how.replace("of", ":"), method, bits)
+        key = (how.replace("of", ":"), method, rounded)
         cells.setdefault(key, []).append(found["perplexities"]["after"])
-        stored.setdefault(key, []).append(_stored(found["zeros"], int(bits)))
+        stored.setdefault(key, []).append(_stored(found["zeros"], rounded))
     rows = [
         ((*key, f"{statistics.fmean(stored[key]):.2f}"), own)
         for key, own in sorted(cells.items())
     ]
-    return over_draws(["removed", "method", "bits", "bits a weight stored"], rows)
+    return over_draws(["removed", "method", "bits", "stored, bits a weight"], rows)
 
 
-def _stored(zeros: float, bits: int) -> float:
+def _stored(zeros: float, rounded: str) -> float:
     """Bits of a weight in a compact file: its mask's, its level's, of its scale."""
-    if bits == 16:
+    bits, _, group = rounded.partition(" in ")
+    if not group:
         return min(16.0, 1 + 16 * (1 - zeros))
-    return 1 + bits * (1 - zeros) + 16 / GROUP
+    return 1 + int(bits) * (1 - zeros) + 16 / int(group.rstrip("s"))
 
 
 if __name__ == "__main__":

@@ -295,6 +295,7 @@ def stopping(function, calls):
 @pytest.mark.full
 def test_on_a_mesh_the_losses_are_the_same(run, seed, tmp_path):
     changed = {"mesh": "fsdp=2", "out": tmp_path / "run"}
+    changed |= {"criteria": ("movement", "trajectory"), "retrain_criteria": ()}
     finetuned_llm.main(dataclasses.replace(run, **changed))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     for name in ("movement", "trajectory"):

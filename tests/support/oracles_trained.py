@@ -96,10 +96,20 @@ def sparsegpt(
 
 
 def level_scale(weight: Array, bits: int) -> Array:
-    """A scale an output, of eight significant bits: the largest is the last level."""
-    scale = np.abs(weight).max(0) / (2 ** (bits - 1) - 1)
-    scale = scale.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
-    return np.where(scale > 0, scale, 1.0)
+    """A scale an output, of eight significant bits, by the squared error.
+
+    Of those where the last level is 100 %, 95 % ... 60 % of the largest weight.
+    """
+    best, least = None, None
+    for share in np.arange(100, 59, -5) / 100:
+        scale = np.float32(np.abs(weight).max(0) * share / (2 ** (bits - 1) - 1))
+        scale = scale.astype(ml_dtypes.bfloat16).astype(np.float64)
+        scale = np.where(scale > 0, scale, 1.0)
+        error = np.square(weight - on_levels(weight, scale, bits)).sum(0)
+        if best is None:
+            best, least = scale, error
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return best
 
 
 def on_levels(weight: Array, scale: Array, bits: int) -> Array:
