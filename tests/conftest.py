@@ -15,8 +15,8 @@ from importlib.metadata import version
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 # Most of the tests' time goes into compiling: without LLVM's passes a third less,
-# without the fusion emitters, where XLA still has the choice, again a third, and a tenth
-# less with no expensive pass at all and no module cut into parts for more cores.
+# without the fusion emitters, where XLA still has the choice, again a third, and with
+# no expensive pass at all and no module cut into parts for more cores a tenth.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1 "
     "{} {} {}"
