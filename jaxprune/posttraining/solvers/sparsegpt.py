@@ -60,7 +60,7 @@ def solve(
       block: inputs whose mask is chosen at once; raised to whole groups or tiles. With
         `rounding` it is that one's group.
       rounding: the levels on which the kept weights shall lie, or None. The scale of a
-        group is that of its largest weight when its turn comes.
+        group is chosen by its weights when its turn comes.
 
     Returns:
       The pruned weight, its mask and the damping used, infinity where nothing helped:
