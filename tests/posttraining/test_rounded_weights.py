@@ -128,6 +128,17 @@ def test_a_trained_model_ends_on_its_levels(method):
         assert (np.asarray(leaf) == 0).sum() >= leaf.size // 2
 
 
+def test_weights_of_two_bytes_lie_on_levels_too():
+    fn, params, batches = tiny()
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
+    for rounding in (jp.Rounding(4, 16), jp.Rounding(8, 16)):
+        result = jp.prune_trained(fn, params, batches, rounding=rounding, **options)
+        for name, leaf in result.params.items():
+            assert leaf.dtype == jnp.bfloat16
+            assert lie_on_levels(leaf, rounding), name
+
+
 def test_names_stand_for_groups_of_128():
     fn, params, batches = tiny()
     options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
