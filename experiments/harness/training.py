@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from experiments.harness import checkpoint, device_mesh
 from experiments.harness.progress import Progress
+from jaxprune.arrays import placement
 from jaxprune.formats import atomic
 from jaxprune.training import state_sharding
 
@@ -256,6 +257,7 @@ def train(
             f"intervals of {', '.join(map(str, intervals))}"
         )
     state, start = _begin(state, checkpoints, steps, label, donate)
+    state = placement.committed(state)
     if reports.begin is not None:
         reports.begin(start)
     if start == steps:

@@ -67,6 +67,18 @@ def counter(params: Any) -> jax.Array:
     return zero
 
 
+def committed(tree: T) -> T:
+    """The arrays of a tree; where all are on one device, each committed to it.
+
+    What a checkpoint or a solver leaves is committed, fresh moments are not. A step's
+    results all are as soon as one argument is, and for them `jit` would compile anew.
+    """
+    devices = {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
+    if len(devices) > 1:
+        return tree
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), tree)
+
+
 def placed(array: jax.Array, like: jax.Array) -> jax.Array:
     """The array with the sharding of another of its shape, in the memory it is in."""
     if not isinstance(like, jax.Array):  # NumPy's and stand-ins lie nowhere

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Int
 
-from jaxprune.arrays import tree
+from jaxprune.arrays import placement, tree
 from jaxprune.evaluation.checkpoints import Checkpoints
 from jaxprune.models.decoder.model import Decoder, loss_per_token
 from jaxprune.posttraining import fingerprint
@@ -127,6 +127,7 @@ def retrain(
         losses += before or []
         if done:
             tick(done, losses[-1])
+    state = placement.committed(state)
     for rows in _order(len(sequences), settings)[len(losses) :]:
         *state, found = step(*state, frozen, loss.arrays, sequences[rows])
         losses.append(float(found))

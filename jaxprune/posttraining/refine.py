@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from jaxprune.arrays import placement
 from jaxprune.graph.program import Subgraph
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.posttraining import plan
@@ -253,6 +254,7 @@ class Refiner:
             # Copies: a step gives up the arrays that it is given.
             trained = [jnp.array(x, np.float32) for x in best]
             state = self._optimizer.init(trained)
+            trained, state = placement.committed((trained, state))
             for number in range(self.refine.passes):
                 for i in np.random.default_rng(number).permutation(count):
                     known = {**self._inputs[i], **constants}

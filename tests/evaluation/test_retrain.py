@@ -10,6 +10,7 @@ from jaxprune.arrays import tree
 from jaxprune.evaluation import checkpoints, perplexity, retrain
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.model import Decoder, loss_per_token
+from tests.support.compilations import compiled
 
 CONFIG = DecoderConfig(
     vocab_size=17, context=8, layers=1, width=8, heads=2, kv_heads=2, head_dim=4,
@@ -68,6 +69,25 @@ def test_a_loss_that_is_not_finite_is_refused_by_its_step(half):
     settings = retrain.Settings(steps=8, learning_rate=float("inf"))
     with pytest.raises(ValueError, match=r"got (nan|inf) at step [23]; lower the"):
         retrain.retrain(*half, SEQUENCES, settings)
+
+
+def test_leaves_of_which_some_are_committed_to_their_device_compile_one_step(half):
+    """As after a solver, whose results are, beside leaves that it left alone."""
+    model, names = half
+    graphdef, params = nnx.split(model)
+    some = [
+        jax.device_put(leaf, jax.devices()[0]) if name == min(names) else leaf
+        for name, leaf in tree.named_leaves(params).items()
+    ]
+    mixed = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(params), some))
+    programs = []
+    for steps in (1, 3):
+        jax.clear_caches()
+        settings = retrain.Settings(steps=steps, learning_rate=0.1)
+        with compiled() as seconds:
+            retrain.retrain(mixed, names, SEQUENCES, settings)
+        programs.append(len(seconds))
+    assert programs[0] == programs[1]
 
 
 @pytest.mark.full

@@ -275,6 +275,17 @@ def test_the_step_is_compiled_once_and_the_caller_keeps_the_state(mesh):
     assert jax.tree.map(lambda leaf: leaf.sharding, result) == shardings
 
 
+def test_weights_of_a_checkpoint_and_fresh_moments_compile_one_step():
+    """Those are committed to their device, these are not, a step's results all are."""
+    optimizer = optax.adamw(1e-2)
+    step = training.make_step(mean_loss, optimizer)
+    params = jax.device_put(toy_params(), jax.devices()[0])
+    state = training.init(params, optimizer)
+    assert len({leaf.committed for leaf in jax.tree.leaves(state)}) == 2
+    training.train(state, step, batches, steps=3, key=jax.random.key(1))
+    assert training._compiled(step, None)._cache_size() == 1
+
+
 @pytest.mark.full
 def test_a_mesh_computes_what_one_device_does():
     results = []

@@ -238,6 +238,19 @@ def test_equal_blocks_share_their_steps(monkeypatch):
     assert counts[0] == counts[1]
 
 
+def test_a_step_compiles_once_where_some_leaves_are_committed(monkeypatch):
+    built = []
+    make = refine._compiled
+    monkeypatch.setattr(
+        refine, "_compiled", lambda *a: built.append(make(*a)) or built[-1]
+    )
+    params = parameters()
+    for own in params["layers"]:
+        own["norm"] = jax.device_put(own["norm"], jax.devices()[0])
+    prune(params=params, refine=jp.Refine(passes=1))
+    assert [step._cache_size() for step in built] == [1] * len(built) != []
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("inputs", ["left", "dense"])
 def test_either_kind_of_inputs_can_be_refined(inputs):
