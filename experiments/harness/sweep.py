@@ -145,10 +145,11 @@ class Seed:
         if not self.plan.retrain_steps:
             return None
         params = watched.params
+        _, prunable = self.task.allocations[self.plan.retrain_allocations[0]]
         result = self._retrained(
             "control",
             lambda stage: self.trainer.retrain(
-                stage, params, lambda: keep_everything(params)
+                stage, params, lambda: _only(keep_everything(params), params, prunable)
             ),
         )
         return {"steps": self.plan.steps + self.plan.retrain_steps, **result}
@@ -307,12 +308,12 @@ def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:
     return {f"{name}_{stage}": value for name, value in measured.items()}
 
 
-def _only(scores: Any, params: Any, prunable: Prunable) -> Any:
-    """The scores of the leaves that may be pruned; the others are left out."""
-    structure = jax.tree.structure(scores, is_leaf=jp.tree.is_excluded)
+def _only(found: Any, params: Any, prunable: Prunable) -> Any:
+    """The scores or masks of leaves that may be pruned; the others are left out."""
+    structure = jax.tree.structure(found, is_leaf=jp.tree.is_excluded)
     of = jp.tree.named_leaves(params)
     chosen = [
-        score if prunable(name, of[name]) else optax.MaskedNode()
-        for name, score in jp.tree.named_leaves(scores).items()
+        leaf if prunable(name, of[name]) else optax.MaskedNode()
+        for name, leaf in jp.tree.named_leaves(found).items()
     ]
     return jax.tree.unflatten(structure, chosen)

@@ -6,10 +6,17 @@ import pytest
 
 from experiments import phi3_vision
 from experiments.datasets import picture_questions
+from experiments.harness import training
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def steps():
+    """The compiled steps that `run` trained by, each once."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, steps):
     folder = tmp_path_factory.mktemp("vision")
     config = phi3_vision.Config(
         out=folder / "run",
@@ -18,7 +25,15 @@ def run(tmp_path_factory):
         mesh="data=1",  # a step on a mesh: tests/models/test_phi3_vision_sharded.py
         smoke=True,
     )
+    compiled = training._compiled
+
+    def noted(*arguments):
+        step = compiled(*arguments)
+        steps.extend([step] * (step not in steps))
+        return step
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_compiled", noted)
         sizes = {"train": 200, "validation": 64}
         patch.setattr(picture_questions, "SIZES", sizes)
         phi3_vision.main(config)
@@ -45,6 +60,11 @@ def test_every_cell_has_losses_and_accuracies(run):
         name.startswith(("tower/layers/1/", "tower/norm/"))
         for name in results["model"]["without_gradient"]
     )
+
+
+@pytest.mark.full
+def test_training_and_all_retraining_compile_one_step_each(run, steps):
+    assert [step._cache_size() for step in steps] == [1, 1]
 
 
 @pytest.mark.full

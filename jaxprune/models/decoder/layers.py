@@ -60,7 +60,7 @@ class Norm(nnx.Module):
         self.kind, self.epsilon = config.norm, config.norm_epsilon
         first = 0.0 if self.kind == "rms_plus_one" else 1.0
         plain = self.kind == "layer_plain"
-        self.scale = None if plain else nnx.Param(jnp.full(shape, first))
+        self.scale = None if plain else nnx.Param(jnp.full(shape, first, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(shape)) if self.kind == "layer" else None
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
