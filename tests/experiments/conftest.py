@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from experiments import gpt
+from experiments import gpt, report
 from tests.support.tiny_job import SMALL
 from tests.support.tiny_run import MODULE
 
@@ -17,6 +17,12 @@ def small_preset() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gpt.PRESETS, "cpu", SMALL)
         yield
+
+
+@pytest.fixture
+def numbers_alone(monkeypatch) -> None:
+    """No report is written: half of the time of a run this small, and not looked at."""
+    monkeypatch.setattr(report, "write_report", lambda results, directory: [])
 
 
 @pytest.fixture

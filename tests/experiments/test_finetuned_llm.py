@@ -260,6 +260,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("numbers_alone")
 def test_stopped_in_training_and_between_stages_it_ends_with_the_same_bits(
     run, seed, tmp_path
 ):
@@ -293,6 +294,7 @@ def stopping(function, calls):
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("numbers_alone")
 def test_on_a_mesh_the_losses_are_the_same(run, seed, tmp_path):
     changed = {"mesh": "fsdp=2", "out": tmp_path / "run"}
     changed |= {"criteria": ("movement", "trajectory"), "retrain_criteria": ()}

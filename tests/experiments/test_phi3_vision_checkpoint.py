@@ -81,6 +81,7 @@ def test_a_folder_is_fine_tuned_and_pruned_its_tower_left_alone(model, data, tmp
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("numbers_alone")
 def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_path):
     changes = {"lora": 2, "frozen": (), "storage": "int8"}
     changes |= {"mesh": "fsdp=2,model=2"}

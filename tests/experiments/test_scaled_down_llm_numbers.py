@@ -281,6 +281,7 @@ def test_costs_are_counted(results):
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("numbers_alone")
 def test_retraining_has_a_learning_rate_of_its_own(run, tmp_path):
     less = ["--seeds", "0", "--criteria", "trajectory", "--sparsities", "0.9"]
     less += ["--steps", "2", "--retrain-learning-rate", "1e-12"]
