@@ -61,6 +61,19 @@ def prepared(config: Draws, folder: Path) -> list[str]:
     return texts
 
 
+def pruning(
+    config: Draws, calibration: Path, how: str, method: str, *more: str
+) -> list[str]:
+    """The arguments of a process that prunes by a draw and evaluates.
+
+    `how` is a sparsity or a pattern n:m; `more` are further flags of
+    `benchmarks.jax_pruning`.
+    """
+    command = ["benchmarks.jax_pruning", str(config.model), "--method", method]
+    command += ["--pattern" if ":" in how else "--sparsity", how, *more]
+    return [*command, "--calibration", str(calibration), "--evaluate"]
+
+
 def run_missing(
     config: Draws, cells: Callable[[Path], Iterable[tuple[str, list[str]]]]
 ) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.draws import Draws, over_draws, run_missing
+from benchmarks.draws import Draws, over_draws, pruning, run_missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,11 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     for draw, how, method, bits in itertools.product(
         config.draws, config.how, config.methods, config.bits
     ):
-        command = ["benchmarks.jax_pruning", str(config.model), "--method", method]
-        command += ["--pattern" if ":" in how else "--sparsity", how, "--relative"]
-        command += ["--bits", str(bits), "--group", str(config.group)] * (bits < 16)
-        command += ["--calibration", f"{folder / str(draw)}.npy", "--evaluate"]
+        more = ["--bits", str(bits), "--group", str(config.group)] * (bits < 16)
         rounded = f"{bits} in {config.group}s" if bits < 16 else "16"
-        yield f"{how.replace(':', 'of')}_{method}_{rounded}_{draw}", command
+        name = f"{how.replace(':', 'of')}_{method}_{rounded}_{draw}"
+        text = folder / f"{draw}.npy"
+        yield name, pruning(config, text, how, method, "--relative", *more)
 
 
 def table(folder: Path) -> str:

@@ -220,9 +220,7 @@ def right(task: PictureTask, fn: Callable[..., Any]) -> Callable[[Any], float]:
     return accuracy
 
 
-def retrained(
-    plan: Plan, task: PictureTask, small: jp.ShrinkResult, cell: Cell
-) -> Any:
+def retrained(plan: Plan, task: PictureTask, small: jp.ShrinkResult, cell: Cell) -> Any:
     """The smaller parameters after the steps that the run gives what it pruned."""
     steps, rate = plan.retrain_steps, plan.retrain_learning_rate
     tx = task.optimizer(schedule(rate, steps, warmup=50), track=())

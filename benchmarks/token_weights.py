@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.draws import Draws, over_draws, run_missing
+from benchmarks.draws import Draws, over_draws, pruning, run_missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,9 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
         config.draws, config.how, config.methods, config.relative
     ):
         weights = "relative" if relative else "plain"
-        command = ["benchmarks.jax_pruning", str(config.model), "--method", method]
-        command += ["--pattern" if ":" in how else "--sparsity", how]
-        command += ["--relative"] * relative
-        command += ["--calibration", f"{folder / str(draw)}.npy", "--evaluate"]
-        yield f"{how.replace(':', 'of')}_{method}_{weights}_{draw}", command
+        name = f"{how.replace(':', 'of')}_{method}_{weights}_{draw}"
+        more, text = ["--relative"] * relative, folder / f"{draw}.npy"
+        yield name, pruning(config, text, how, method, *more)
 
 
 def table(folder: Path) -> str:
