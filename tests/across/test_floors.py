@@ -20,20 +20,20 @@ MOST_ENTRIES = 16
 
 EVERYWHERE = {"jax", "numpy", "jaxtyping", "optax"}
 FLOORS: dict[str, set[str]] = {
-    "arrays": {"ml_dtypes", "tqdm"},
+    "arrays": {"tqdm"},
     "typing": set(),
     "scores": set(),
     "graph": set(),
     "masking": set(),
     "training": set(),
     "structured": set(),
-    "formats": {"ml_dtypes", "safetensors"},
+    "formats": {"ml_dtypes"},
     "posttraining": set(),
     "models": {"flax", "PIL", "jinja2", "tokenizers"},
     "evaluation": {"flax", "pyarrow"},
-    "report": {"jinja2", "markupsafe", "matplotlib"},
+    "report": {"jinja2", "matplotlib"},
     "__init__": set(),
-    "cli": {"flax", "tqdm", "tyro"},
+    "cli": {"flax", "tyro"},
     "__main__": set(),
 }
 # The library knows no model, and no file: what these need is on the ground or above.
