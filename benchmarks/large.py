@@ -6,6 +6,9 @@ prunes it in a process of its own, as the command does: leaves stay in their fil
 progress lies on disk. Random weights say nothing of quality; seconds and bytes do not
 depend on them.
 
+`--model mixture` writes layers of Qwen3 30B A3B in their place: 128 experts, each with
+statistics of its own, which are most of what is held.
+
 The rest is arithmetic. A layer's floating-point operations are counted for its
 matrices, its Hessians and its solver (`operations`), by tokens and shapes. The rate is
 that of the last layer, in which nothing is compiled, in seconds of the processor, all
@@ -19,9 +22,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import ml_dtypes
@@ -84,6 +87,7 @@ class Config:
 
     Attributes:
       out: a folder for the directory and the progress; emptied at the end.
+      model: the shapes of Llama 2 7B, or those of Qwen3 30B A3B, 128 experts a layer.
       methods: which; "magnitude" streams the directory tensor by tensor.
       layers: how many are written; all 32 take 13.5 GB, twice that with magnitude.
       sequences: of calibration.
@@ -95,6 +99,7 @@ class Config:
     """
 
     out: Path
+    model: Literal["llama", "mixture"] = "llama"
     methods: tuple[Method, ...] = ("wanda", "sparsegpt", "alps")
     layers: int = 2
     sequences: int = 8
@@ -110,8 +115,10 @@ def main(config: Config) -> None:
     if config.alone is not None:
         print(json.dumps(one(config, config.alone)))
         return
-    model = config.out / "model"
-    write(model, dataclasses.replace(SHAPES["7 B"], layers=config.layers))
+    if config.model == "llama":
+        write(config.out / "model", llama(SHAPES["7 B"], config.layers))
+    else:
+        write(config.out / "model", mixture(config.layers))
     try:
         for method in config.methods:
             words = [sys.executable, "-m", "benchmarks.large", *sys.argv[1:]]
@@ -119,61 +126,121 @@ def main(config: Config) -> None:
                 [*words, "--alone", method], check=True, stdout=subprocess.PIPE
             )
             found = json.loads(done.stdout)
-            if method != "magnitude":
+            if method != "magnitude" and config.model == "llama":
                 found |= {"on paper": on_paper(config, method, found)}
-            measure.report("large", method=method, layers=config.layers, **found)
+            measure.report(
+                "large",
+                model=config.model,
+                method=method,
+                layers=config.layers,
+                **found,
+            )
     finally:
         shutil.rmtree(config.out)
 
 
-def write(folder: Path, shape: Shape) -> None:
-    """Writes config.json and model.safetensors, a tensor in memory at a time."""
-    folder.mkdir(parents=True)
+class Written(NamedTuple):
+    """What `write` writes: config.json, and the shape of each stored tensor."""
+
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def llama(shape: Shape, layers: int) -> Written:
+    """A Llama of so many layers."""
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "hidden_size": shape.width,
         "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.width // 128,
         "num_key_value_heads": shape.keys // 128,
-        "vocab_size": shape.vocabulary,
+    }
+    return _written(config, layers, shape.width, shape.vocabulary, shape.matrices, {})
+
+
+def mixture(layers: int, experts: int = 128, width: int = 2048) -> Written:
+    """Qwen3 30B A3B of so many layers; its table has fewer tokens, none is pruned."""
+    head, ffn = 128, 768
+    queries, keys = 2 * width, max(width // 4, head)
+    config = {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": head,
+        "num_attention_heads": queries // head,
+        "num_key_value_heads": keys // head,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "intermediate_size": ffn,
+        "moe_intermediate_size": ffn,
+        "norm_topk_prob": True,
+    }
+    matrices = [
+        ("self_attn.q_proj", width, queries),
+        ("self_attn.k_proj", width, keys),
+        ("self_attn.v_proj", width, keys),
+        ("self_attn.o_proj", queries, width),
+        ("mlp.gate", width, experts),
+    ]
+    for number in range(experts):
+        own = f"mlp.experts.{number}"
+        matrices += [(f"{own}.{name}", width, ffn) for name in ("gate_proj", "up_proj")]
+        matrices.append((f"{own}.down_proj", ffn, width))
+    vectors = {"self_attn.q_norm": head, "self_attn.k_norm": head}
+    return _written(config, layers, width, 32000, matrices, vectors)
+
+
+def _written(
+    config: dict[str, Any],
+    layers: int,
+    width: int,
+    vocabulary: int,
+    matrices: Sequence[tuple[str, int, int]],
+    vectors: dict[str, int],
+) -> Written:
+    """A decoder with these matrices (name, inputs, outputs) and norms in each layer."""
+    config |= {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = dict(_shapes(shape))
+    norms = ("input_layernorm", "post_attention_layernorm")
+    vectors = vectors | dict.fromkeys(norms, width)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        for name, inputs, outputs in matrices:
+            shapes[f"{layer}.{name}.weight"] = (outputs, inputs)
+        shapes |= {f"{layer}.{name}.weight": (n,) for name, n in vectors.items()}
+    shapes["model.embed_tokens.weight"] = (vocabulary, width)
+    shapes["model.norm.weight"] = (width,)
+    shapes["lm_head.weight"] = (vocabulary, width)
+    return Written(config, shapes)
+
+
+def write(folder: Path, model: Written) -> None:
+    """Writes config.json and model.safetensors, a tensor in memory at a time."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(model.config))
     rng = np.random.default_rng(0)
 
     def drawn(name: str) -> np.ndarray:
-        size = shapes[name]
+        size = model.shapes[name]
         if len(size) == 1:
             return np.ones(size, ml_dtypes.bfloat16)
         found = rng.standard_normal(size, np.float32)
         found *= 0.02
         return found.astype(ml_dtypes.bfloat16)
 
-    entries = {
-        name: (np.dtype(ml_dtypes.bfloat16), own) for name, own in shapes.items()
-    }
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    entries = {name: (bfloat16, own) for name, own in model.shapes.items()}
     safetensors_file.write(
         folder / "model.safetensors", entries, drawn, {"format": "pt"}
     )
-
-
-def _shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each tensor, as it is stored."""
-    yield "model.embed_tokens.weight", (shape.vocabulary, shape.width)
-    for i in range(shape.layers):
-        for name, inputs, outputs in shape.matrices:
-            yield f"model.layers.{i}.{name}.weight", (outputs, inputs)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"model.layers.{i}.{name}.weight", (shape.width,)
-    yield "model.norm.weight", (shape.width,)
-    yield "lm_head.weight", (shape.vocabulary, shape.width)
 
 
 def one(config: Config, method: Method) -> dict[str, Any]:

@@ -10,13 +10,27 @@ TINY = large.Shape(layers=2, width=256, ffn=384, keys=128, vocabulary=97)
 
 
 def test_the_directory_is_read_as_a_llama_of_that_shape(tmp_path):
-    large.write(tmp_path / "model", TINY)
+    large.write(tmp_path / "model", large.llama(TINY, TINY.layers))
     loaded = hf.load(tmp_path / "model", lazy=True)
     config = loaded.config
     assert (config.layers, config.width, config.mlp_width) == (2, 256, 384)
     assert (config.heads, config.kv_heads, config.dtype) == (2, 1, "bfloat16")
     names = {name for own in loaded.names.values() for name in own.names}
     assert len(names) == 2 * 9 + 3
+
+
+def test_the_mixture_is_read_as_one_of_so_many_experts(tmp_path):
+    large.write(tmp_path / "model", large.mixture(2, experts=8, width=256))
+    config = hf.load(tmp_path / "model", lazy=True).config
+    assert (config.layers, config.width, config.mlp_width) == (2, 256, 768)
+    assert (config.heads, config.kv_heads, config.head_dim) == (4, 1, 128)
+    assert (config.experts, config.experts_per_token) == (8, 8)
+
+
+def test_the_published_mixture_has_its_published_size():
+    shapes = large.mixture(48).shapes
+    body = sum(np.prod(own) for n, own in shapes.items() if "layers" in n)
+    assert body + 2 * 151936 * 2048 == pytest.approx(30.53e9, rel=1e-3)
 
 
 def test_the_published_shapes_have_the_published_sizes():
