@@ -68,11 +68,9 @@ def counter(params: Any) -> jax.Array:
 
 
 def committed(tree: T) -> T:
-    """The arrays of a tree; where all are on one device, each committed to it.
-
-    What a checkpoint or a solver leaves is committed, fresh moments are not. A step's
-    results all are as soon as one argument is, and for them `jit` would compile anew.
-    """
+    """The arrays of a tree; where all are on one device, each committed to it."""
+    # What a checkpoint or a solver leaves is committed, fresh moments are not. A step's
+    # results all are as soon as one argument is, and for them `jit` would compile anew.
     devices = {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
     if len(devices) > 1:
         return tree
