@@ -308,7 +308,10 @@ def accuracies(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     for network, own in found.items():
         for label, cell in own.items():
             gone, method = label.split()
-            percents = [_mean_and_spread(cell[when]) for when in ("before", "after")]
+            percents = [
+                measure.mean_and_spread([100 * share for share in cell[when]], ".1f")
+                for when in ("before", "after")
+            ]
             size = f"{cell['parameters'][0]:,.0f}"
             rows.append([network, f"{float(gone):.0%}", method, *percents, size])
     return _markdown(rows)
@@ -331,11 +334,6 @@ def speeds(
             shown = [f"{value:.2f} ms" for value in three]
             rows.append([network, f"{float(gone):.0%}", f"{size:,.0f}", *shown])
     return _markdown(rows)
-
-
-def _mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{spread}"
 
 
 def _markdown(rows: list[list[str]]) -> str:

@@ -6,8 +6,8 @@ prunes it in a process of its own, as the command does: leaves stay in their fil
 progress lies on disk. Random weights say nothing of quality; seconds and bytes do not
 depend on them.
 
-`--model mixture` writes layers of Qwen3 30B A3B in their place: 128 experts, each with
-statistics of its own, which are most of what is held.
+`--model mixture` writes layers of Qwen3 30B A3B in their place, of 128 experts; a batch
+is then held once for each expert.
 
 The rest is arithmetic. A layer's floating-point operations are counted for its
 matrices, its Hessians and its solver (`operations`), by tokens and shapes. The rate is
@@ -139,14 +139,14 @@ def main(config: Config) -> None:
         shutil.rmtree(config.out)
 
 
-class Written(NamedTuple):
-    """What `write` writes: config.json, and the shape of each stored tensor."""
+class Checkpoint(NamedTuple):
+    """config.json of a directory, and the shape of each tensor as it is stored."""
 
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
 
 
-def llama(shape: Shape, layers: int) -> Written:
+def llama(shape: Shape, layers: int) -> Checkpoint:
     """A Llama of so many layers."""
     config = {
         "model_type": "llama",
@@ -155,11 +155,11 @@ def llama(shape: Shape, layers: int) -> Written:
         "num_attention_heads": shape.width // 128,
         "num_key_value_heads": shape.keys // 128,
     }
-    return _written(config, layers, shape.width, shape.vocabulary, shape.matrices, {})
+    return _decoder(config, layers, shape.width, shape.vocabulary, shape.matrices, {})
 
 
-def mixture(layers: int, experts: int = 128, width: int = 2048) -> Written:
-    """Qwen3 30B A3B of so many layers; its table has fewer tokens, none is pruned."""
+def mixture(layers: int, experts: int = 128, width: int = 2048) -> Checkpoint:
+    """Qwen3 30B A3B of so many layers; its vocabulary is cut to 32,000 tokens."""
     head, ffn = 128, 768
     queries, keys = 2 * width, max(width // 4, head)
     config = {
@@ -186,17 +186,17 @@ def mixture(layers: int, experts: int = 128, width: int = 2048) -> Written:
         matrices += [(f"{own}.{name}", width, ffn) for name in ("gate_proj", "up_proj")]
         matrices.append((f"{own}.down_proj", ffn, width))
     vectors = {"self_attn.q_norm": head, "self_attn.k_norm": head}
-    return _written(config, layers, width, 32000, matrices, vectors)
+    return _decoder(config, layers, width, 32000, matrices, vectors)
 
 
-def _written(
+def _decoder(
     config: dict[str, Any],
     layers: int,
     width: int,
     vocabulary: int,
     matrices: Sequence[tuple[str, int, int]],
     vectors: dict[str, int],
-) -> Written:
+) -> Checkpoint:
     """A decoder with these matrices (name, inputs, outputs) and norms in each layer."""
     config |= {
         "hidden_size": width,
@@ -219,10 +219,10 @@ def _written(
     shapes["model.embed_tokens.weight"] = (vocabulary, width)
     shapes["model.norm.weight"] = (width,)
     shapes["lm_head.weight"] = (vocabulary, width)
-    return Written(config, shapes)
+    return Checkpoint(config, shapes)
 
 
-def write(folder: Path, model: Written) -> None:
+def write(folder: Path, model: Checkpoint) -> None:
     """Writes config.json and model.safetensors, a tensor in memory at a time."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model.config))

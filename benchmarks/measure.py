@@ -8,6 +8,7 @@ import gc
 import importlib.metadata
 import json
 import platform
+import statistics
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -48,6 +49,27 @@ def median_and_spread(samples: Sequence[float]) -> dict[str, float | int]:
         "max": float(highest),
         "repeats": len(samples),
     }
+
+
+def mean_and_spread(values: Sequence[float], form: str) -> str:
+    """The mean and, of several values, their sample standard deviation.
+
+    Args:
+      values: at least one number.
+      form: how a number is written; a sign in it is for the mean alone.
+
+    Returns:
+      Text for a table.
+
+    Example:
+      >>> from benchmarks import measure
+      >>> measure.mean_and_spread([1.0, 2.0], "+.1f")
+      '+1.5 ± 0.7'
+    """
+    middle = f"{statistics.fmean(values):{form}}"
+    if len(values) == 1:
+        return middle
+    return f"{middle} ± {statistics.stdev(values):{form.lstrip('+')}}"
 
 
 def seconds(

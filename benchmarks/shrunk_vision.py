@@ -12,7 +12,6 @@ Markdown tables and one JSON line.
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 import jaxprune as jp
 from benchmarks import measure
 from experiments import phi3_vision
 from experiments.datasets import prefetch
-from experiments.harness import run_dir, training
+from experiments.harness import run_dir, runner, training
 from experiments.harness.criteria import Watched
 from experiments.harness.plan import Plan
 from experiments.harness.trainer import Trainer
@@ -55,7 +53,7 @@ class Config:
       parts: what loses units.
       methods: by which units are chosen.
       shares: of the heads and of the neurons that are removed in each layer.
-      calibrated: pictures that `jp.shrink_trained` looks at.
+      calibrated: pictures that `jp.shrink_trained` sees, a multiple of 32.
       timed: pictures of a timed forward.
       repeats: timed rounds.
     """
@@ -104,18 +102,17 @@ def main(config: Config) -> None:
     identity, plan, task = opened(config)
     config.out.mkdir(parents=True, exist_ok=True)
     with run_dir.locked(config.out):
-        run_dir.begun(
-            config.out, {"run": str(config.run), "calibrated": config.calibrated}
-        )
+        run_dir.begun(config.out, {**identity, "calibrated": config.calibrated})
         found = list(cells(config))
         missing = [cell for cell in found if not (config.out / cell.file).exists()]
         with Progress(len(missing), "shrinking", unit="cell") as progress:
             for seed in sorted({cell.seed for cell in missing}):
                 dense = watched(config, identity, plan, task, seed)
+                accuracy = {"dense": right(task, logits(task))(dense.params)}
                 for cell in [cell for cell in missing if cell.seed == seed]:
                     progress.note(cell.file.removesuffix(".json"))
                     result = measured(config, plan, task, dense, cell)
-                    atomic.replace_json(config.out / cell.file, result)
+                    atomic.replace_json(config.out / cell.file, accuracy | result)
                     progress.update()
     rows = [json.loads((config.out / cell.file).read_text()) for cell in found]
     times = timed(config, task, watched(config, identity, plan, task, config.seeds[0]))
@@ -177,16 +174,15 @@ def shrunk(
 ) -> jp.ShrinkResult:
     """The model without a share of the heads and neurons of a part."""
     shares = dict.fromkeys(GLOBS[cell.part], cell.share)
-    pictures = task.train[: config.calibrated]
-    starts = range(0, len(pictures) - _BATCH + 1, _BATCH)
-    batches = [task.packed(pictures[start : start + _BATCH])[0] for start in starts]
     fn, params = logits(task), dense.params
+    starts = range(0, config.calibrated, _BATCH)
+    batches = (task.packed(task.train[i : i + _BATCH])[0] for i in starts)
     if cell.method == "shrink_trained":
         return jp.shrink_trained(fn, params, batches, shares, progress=False)
     scores = jp.scores.magnitude(params)
     if cell.method == "trajectory":
         scores = jp.scores.trajectory(params, dense.tracked)
-    return jp.shrink(fn, params, batches[0], scores, shares)
+    return jp.shrink(fn, params, next(batches), scores, shares)
 
 
 def measured(
@@ -200,7 +196,6 @@ def measured(
         **dataclasses.asdict(cell),
         "parameters": small.report["after"]["parameters"],
         "dense_parameters": small.report["before"]["parameters"],
-        "dense": right(task, logits(task))(dense.params),
         "before": before,
         "after": accuracy(retrained(plan, task, small, cell)),
     }
@@ -278,7 +273,9 @@ def accuracies(config: Config, rows: Sequence[dict[str, Any]]) -> str:
         key = one.part, one.share, one.method
         own = [r for r in rows if (r["part"], r["share"], r["method"]) == key]
         shown = [
-            _spread([100 * (row[when] - row["dense"]) for row in own])
+            measure.mean_and_spread(
+                [100 * (row[when] - row["dense"]) for row in own], "+.1f"
+            )
             for when in ("before", "after")
         ]
         left = own[0]["parameters"] / own[0]["dense_parameters"]
@@ -302,10 +299,5 @@ def speeds(times: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):+.1f}{spread}"
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    runner.from_command_line(main, Config)

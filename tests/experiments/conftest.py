@@ -21,7 +21,7 @@ def small_preset() -> Iterator[None]:
 
 @pytest.fixture
 def numbers_alone(monkeypatch) -> None:
-    """No report is written: half of the time of a run this small, and not looked at."""
+    """No report is written: it is a fifth of so small a run, and not looked at."""
     monkeypatch.setattr(report, "write_report", lambda results, directory: [])
 
 
