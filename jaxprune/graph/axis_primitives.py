@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from jaxprune.graph import axis_moves
 from jaxprune.graph.axis_dims import factor, freeze, fresh, unify
 from jaxprune.graph.axis_moves import Axes, Operand, Params, Rule, Shapes, new_axes
+from jaxprune.graph.program import GROUPED
 
 # f(0) = 0.
 _ZERO_STAYS = """
@@ -172,6 +173,22 @@ def _dot(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Ax
     return [Axes(tuple(dims), tuple(zeros))]
 
 
+def _grouped_dot(
+    params: Params, operands: Sequence[Operand], shapes: Shapes
+) -> list[Axes]:
+    numbers = params["ragged_dot_dimension_numbers"]
+    if numbers != GROUPED or params["group_offset"] is not None:
+        return _not_understood("ragged_dot_general", operands, shapes)
+    rows, weight, sizes = operands
+    why = "a matrix is chosen by how many rows it has"
+    for dim in (weight.axes.dims[0], sizes.axes.dims[0]):
+        freeze(dim, why)
+    freeze(rows.axes.dims[0], "lies group by group")
+    one = axis_moves.picked(weight, (1, 2))  # every group's matrix is alike
+    matrix = Operand(weight.shape[1:], one)
+    return _dot({"dimension_numbers": (((1,), (0,)), ((), ()))}, (rows, matrix), shapes)
+
+
 def _convolution(
     params: Params, operands: Sequence[Operand], shapes: Shapes
 ) -> list[Axes]:
@@ -275,5 +292,6 @@ RULES: dict[str, Rule] = {
     **{name: _window for name in _WINDOWS.split()},
     "conv_general_dilated": _convolution,
     "dot_general": _dot,
+    "ragged_dot_general": _grouped_dot,
     "top_k": _top_k,
 }

@@ -13,48 +13,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.graph import joined_views, weight_view
+from jaxprune.graph import joined_views, op_sides, weight_view
 from jaxprune.graph import program as program_
+from jaxprune.graph.op_sides import Input
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.typing import Params
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """How an activation meets weights: what `read` makes of a value.
-
-    Attributes:
-      value: the number of the value in the program; inputs of equal layers are equal.
-      order: the axes of the value, batch first, samples, inputs last.
-      shape: (batch, samples, in).
-      leading: the shape of the samples, before they are one axis.
-      patches: for a convolution, the arguments of
-        `jax.lax.conv_general_dilated_patches`, as pairs; otherwise empty.
-    """
-
-    value: int = dataclasses.field(compare=False)
-    order: tuple[int, ...]
-    shape: tuple[int, int, int]
-    leading: tuple[int, ...]
-    patches: tuple[tuple[str, Any], ...] = ()
-
-    def read(self, value: jax.Array) -> jax.Array:
-        """The activation, or a convolution's patches of it, as (batch, samples, in)."""
-        if self.patches:
-            value = jax.lax.conv_general_dilated_patches(
-                value, precision=jax.lax.Precision.HIGHEST, **dict(self.patches)
-            )
-        moved = jnp.transpose(value, self.order)
-        if self.patches:  # (samples..., batch x in) so far
-            batch, samples, inputs = self.shape
-            return jnp.swapaxes(moved.reshape(samples, batch, inputs), 0, 1)
-        return moved.reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +187,7 @@ class _Finder:
         }
         self._hidden: dict[int, dict[str, None]] = {}
         self._joined: dict[int, joined_views.Joined] = {}
-        self._inputs: dict[tuple[int, Input], int] = {}
+        self._inputs: dict[tuple[tuple[int, ...], Input], int] = {}
         self._uses: dict[str, int] = {}
 
     def look(self, position: int, step: Step) -> None:
@@ -261,7 +229,8 @@ class _Finder:
     def _linear_op(self, position: int, step: Step) -> bool:
         """Notes the step if it is a linear op of a leaf and an activation."""
         name = step.primitive.name
-        if name not in ("dot_general", "conv_general_dilated"):
+        grouped = program_.is_grouped(step)
+        if name not in ("dot_general", "conv_general_dilated") and not grouped:
             return False
         sides = [i for i, x in enumerate(step.inputs) if x in self.views]
         if len(sides) != 1:
@@ -275,10 +244,15 @@ class _Finder:
         view, kind = self.views[weight], self.flat.kinds[value]
         if name == "dot_general":
             numbers = step.params["dimension_numbers"]
-            seen, source = _dot(numbers, view, value, kind, side)
+            seen, source = op_sides.dot(numbers, view, value, kind, side)
+        elif grouped:
+            sizes = step.inputs[2]
+            if side != 1 or isinstance(sizes, Fixed):
+                return False
+            seen, source = op_sides.groups(view, value, kind, sizes)
         elif side == 1 and step.params["batch_group_count"] == 1:
             result = self.flat.kinds[step.outputs[0]]
-            seen, source = _convolution(step.params, view, value, result)
+            seen, source = op_sides.convolution(step.params, view, value, result)
         else:
             return False
         self._note(position, step, seen, source)
@@ -297,9 +271,9 @@ class _Finder:
                 index=index,
                 axes=_axes(view),
                 shape=view.shape,  # type: ignore[arg-type]
-                kind="dot" if step.primitive.name == "dot_general" else "convolution",
+                kind="dot" if "dot" in step.primitive.name else "convolution",
                 input=self._inputs.setdefault(
-                    (source.value, source), len(self._inputs)
+                    (source.values, source), len(self._inputs)
                 ),
                 use=use,
                 view=view,
@@ -307,63 +281,6 @@ class _Finder:
                 step=position,
             )
         )
-
-
-def _dot(
-    numbers: Any, view: WeightView, value: Any, kind: Any, side: int
-) -> tuple[WeightView, Input]:
-    """A `dot_general` whose operand `side` is the weight."""
-    contracted, batched = numbers
-    # In the leaf's order: an einsum may contract (size, heads), and four consecutive
-    # inputs are those that lie side by side in the leaf.
-    both = zip(contracted[side], contracted[1 - side], strict=True)
-    pairs = sorted(both, key=lambda pair: view.axes[pair[0]])
-    inputs, batch = tuple(own for own, _ in pairs), tuple(batched[side])
-    free = tuple(a for a in range(len(view.shape)) if a not in inputs + batch)
-    shape = [math.prod(view.shape[a] for a in axes) for axes in (batch, inputs, free)]
-    seen = view.transpose(batch + inputs + free)
-    # Grouped by axis before it is flattened, so that `axes` can tell them apart.
-    last, first = tuple(other for _, other in pairs), tuple(batched[1 - side])
-    samples = tuple(a for a in range(len(kind.shape)) if a not in first + last)
-    leading = tuple(kind.shape[a] for a in samples)
-    source = Input(
-        value=value,
-        order=first + samples + last,
-        shape=(shape[0], math.prod(leading), shape[1]),
-        leading=leading,
-    )
-    return seen.matrix(len(batch), len(inputs)), source
-
-
-def _convolution(
-    params: Mapping[str, Any], view: WeightView, value: Any, result: Any
-) -> tuple[WeightView, Input]:
-    """A convolution as the matmul of its kernel with patches of the input."""
-    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    out, own, *window = numbers.rhs_spec
-    size = [view.shape[axis] for axis in window]
-    inputs, outputs = view.shape[own] * math.prod(size), view.shape[out]
-    seen = view.transpose((own, *window, out))
-    seen = seen.reshape((inputs, groups, outputs // groups)).transpose((1, 0, 2))
-    feature = numbers.out_spec[1]
-    samples = [a for a in range(len(result.shape)) if a != feature]
-    leading = tuple(result.shape[a] for a in samples)
-    patches = {
-        "filter_shape": tuple(size),
-        "window_strides": params["window_strides"],
-        "padding": params["padding"],
-        "lhs_dilation": params["lhs_dilation"],
-        "rhs_dilation": params["rhs_dilation"],
-        "dimension_numbers": numbers,
-    }
-    source = Input(
-        value=value,
-        order=(*samples, feature),
-        shape=(groups, math.prod(leading), inputs),
-        leading=leading,
-        patches=tuple(patches.items()),
-    )
-    return seen, source
 
 
 def _axes(view: WeightView) -> Axes | None:

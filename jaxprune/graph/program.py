@@ -6,19 +6,23 @@ program, and subgraphs of the same form (equal layers of a model) share it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+
+from jaxprune.arrays import grouped_rows
 
 # Primitives that only call another program: its steps are taken in their place.
 _CALLS = (
     "jit pjit closed_call core_call core_closed_call remat remat2 checkpoint "
     "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin"
 )
+# `lax.ragged_dot`: rows that lie group by group, [rows, in], [groups, in, out].
+GROUPED = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
 
 
 class Fixed(NamedTuple):
@@ -60,6 +64,25 @@ class Step(NamedTuple):
         with self.context.manager:
             result = self.primitive.bind(*functions, *operands, **params)
         return result if self.primitive.multiple_results else [result]
+
+    def run_by_group(self, operands: Sequence[Any]) -> Sequence[Any]:
+        """The results of a `lax.ragged_dot`, each group's rows by themselves."""
+        kind = self.params["preferred_element_type"]
+        by_group = functools.partial(
+            grouped_rows.matmul, precision=self.params["precision"], kind=kind
+        )
+        # XLA has an instruction for it on TPU alone.
+        native = lambda *operands: self.run(operands)[0]  # noqa: E731
+        return [jax.lax.platform_dependent(*operands, tpu=native, default=by_group)]
+
+
+def is_grouped(step: Step) -> bool:
+    """Whether a step is `lax.ragged_dot`: rows, group by group, times matrices."""
+    return (
+        step.primitive.name == "ragged_dot_general"
+        and step.params["ragged_dot_dimension_numbers"] == GROUPED
+        and step.params["group_offset"] is None
+    )
 
 
 @dataclasses.dataclass
@@ -130,8 +153,6 @@ class _Writer:
             inner = _called(equation)
             if inner is None and (inner := _only_branch(equation)):
                 inputs = inputs[1:]  # the first says which branch
-            if inner is None and self._is_grouped(equation, inputs):
-                inner = _grouped(equation)
             if inner is None:
                 results: Sequence[int | Fixed] = self._step(equation, inputs)
             else:
@@ -140,19 +161,6 @@ class _Writer:
                 results = self.inline(open_jaxpr, closed_over, inputs)
             env.update(zip(equation.outvars, results, strict=True))
         return [self._read(env, atom) for atom in jaxpr.outvars]
-
-    def _is_grouped(self, equation: Any, inputs: Sequence[int | Fixed]) -> bool:
-        """Whether an equation is `lax.ragged_dot` of activations and parameters."""
-        if equation.primitive.name != "ragged_dot_general":
-            return False
-        numbers = equation.params["ragged_dot_dimension_numbers"]
-        plain = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
-        fixed = {x for x in inputs[1:2] if not isinstance(x, Fixed)}
-        return (
-            numbers == plain
-            and equation.params["group_offset"] is None
-            and fixed.isdisjoint(self.program.varying | self.program.constants)
-        )
 
     def _read(self, env: Mapping[Any, int | Fixed], atom: Any) -> int | Fixed:
         if not isinstance(atom, core.Literal):
@@ -200,31 +208,6 @@ def _called(equation: Any) -> Any:
         return None
     kinds = (core.Jaxpr, core.ClosedJaxpr)
     return next((p for p in equation.params.values() if isinstance(p, kinds)), None)
-
-
-def _grouped(equation: Any) -> Any:
-    """`lax.ragged_dot` as a matmul of each group with all rows, those of others zero.
-
-    So each group is a matrix of its own, as under `vmap`, at the cost of as many rows
-    for each group as there are in all.
-    """
-    kind = equation.params["preferred_element_type"]
-
-    def dense(rows: Any, weight: Any, sizes: Any) -> Any:
-        ends = jnp.cumsum(sizes)[:, None]  # (groups, 1)
-        at = jnp.arange(rows.shape[0])[None]  # (1, rows)
-        own = (at < ends) & (at >= ends - sizes[:, None])  # (groups, rows)
-        spread = jnp.where(own[..., None], rows[None], jnp.zeros((), rows.dtype))
-        return jnp.einsum(
-            "gsi,gio->gso",
-            spread,
-            weight,
-            precision=equation.params["precision"],
-            preferred_element_type=kind,
-        ).sum(0)
-
-    with jax.disable_jit():
-        return jax.make_jaxpr(dense)(*(atom.aval for atom in equation.invars))
 
 
 def _only_branch(equation: Any) -> Any:
@@ -280,7 +263,8 @@ class Subgraph(NamedTuple):
             operands = [
                 x.value if isinstance(x, Fixed) else env[x] for x in step.inputs
             ]
-            env.update(zip(step.outputs, step.run(operands), strict=True))
+            run = step.run_by_group if is_grouped(step) else step.run
+            env.update(zip(step.outputs, run(operands), strict=True))
         return [env[number] for number in self.wanted]
 
 

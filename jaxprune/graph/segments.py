@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from jaxprune.graph import program as program_
-from jaxprune.graph.linear_ops import Input, LinearOp, Trace
+from jaxprune.graph.linear_ops import LinearOp, Trace
+from jaxprune.graph.op_sides import Input
 from jaxprune.graph.program import Fixed, Program, Subgraph
 
 _TABLE = 2**24  # bytes: larger tables are computed again for each batch
@@ -63,7 +64,7 @@ def cut(
     # computed, and the activations that it does use.
     known, positions, uses = _given(trace), [], []
     for own in ordered:
-        source = [own[0].source.value]
+        source = own[0].source.values
         steps = program_.needed(flat, source, known.__contains__)
         positions.append(steps)
         inputs = program_.subgraph(flat, steps, source).inputs
@@ -79,8 +80,9 @@ def cut(
     segments = []
     for k, own in enumerate(ordered):
         later = frozenset().union(*uses[k + 1 :])
-        value = own[0].source.value
-        wanted = sorted(_computed(flat, positions[k]) & (later | {value}))
+        wanted = sorted(
+            _computed(flat, positions[k]) & (later | {*own[0].source.values})
+        )
         part = program_.subgraph(flat, positions[k], wanted)
         segments.append(Segment(own[0].source, tuple(own), part, later))
     return segments
@@ -105,7 +107,7 @@ def block(trace: Trace, segments: Sequence[Segment], numbers: range) -> Subgraph
     before = _handed_on(flat, segments[: numbers.start + 1])
     if numbers.stop < len(segments):
         wanted = _handed_on(flat, segments[: numbers.stop + 1])
-        wanted |= {segments[numbers.stop].source.value}
+        wanted |= {*segments[numbers.stop].source.values}
     else:
         wanted = _results(flat)
     wanted = wanted - before

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from jaxprune.arrays import placement
+from jaxprune.arrays import grouped_rows, placement
 from jaxprune.arrays.per_device import PerDevice, put
-from jaxprune.graph.linear_ops import Input
+from jaxprune.graph.op_sides import Input
 from jaxprune.graph.segments import Segment
 
 # A Hessian is halved down to blocks of so many inputs; those under the diagonal are
@@ -72,7 +72,7 @@ class Sums:
         self,
         segment: Segment,
         groups: Sequence[tuple[str, ...]],
-        value: jax.Array,
+        value: Any,
         positions: jax.Array | None,
     ) -> None:
         """Adds the input of a segment, of one batch.
@@ -80,7 +80,7 @@ class Sums:
         Args:
           segment: the segment.
           groups: names of weights, those with the same statistics together.
-          value: the value that the input is read from.
+          value: what the input is read from.
           positions: which samples count, booleans of their shape, or None for all.
         """
         if self._devices is not None:
@@ -105,7 +105,7 @@ class Sums:
         devices: PerDevice,
         source: Input,
         groups: Sequence[tuple[str, ...]],
-        value: jax.Array,
+        value: Any,
         positions: jax.Array | None,
     ) -> None:
         """Adds the inputs that the devices have, (devices, ...)."""
@@ -194,7 +194,7 @@ def _adding(devices: PerDevice, source: Input, hessian: bool, relative: bool) ->
     batch, _, inputs = source.shape
 
     def add(
-        parts: list[jax.Array], value: jax.Array, positions: jax.Array | None
+        parts: list[jax.Array], value: Any, positions: jax.Array | None
     ) -> list[jax.Array]:
         counted = None if positions is None else positions.ravel().astype(np.float32)
         wide = jnp.zeros((batch, inputs, inputs)) if hessian else None
@@ -239,12 +239,12 @@ def _finishing(devices: PerDevice, source: Input, hessian: bool) -> Any:
     return jax.jit(finish, out_shardings=InputStatistics(*placed))
 
 
-def _zeros(source: Input, value: jax.Array, hessian: bool) -> InputStatistics:
+def _zeros(source: Input, value: Any, hessian: bool) -> InputStatistics:
     """Sums of no batch."""
     batch, _, inputs = source.shape
     # On the one device that the value is on; sums that are put nowhere would be added
     # to by one program at first and by another one after.
-    where = getattr(value, "sharding", None)
+    where = getattr(jax.tree.leaves(value)[0], "sharding", None)
     where = where if where and len(where.device_set) == 1 else None
     zeros = functools.partial(jnp.zeros, dtype=np.float32, device=where)
     wide = zeros((batch, inputs, inputs)) if hessian else None
@@ -254,7 +254,7 @@ def _zeros(source: Input, value: jax.Array, hessian: bool) -> InputStatistics:
 @functools.partial(jax.jit, static_argnames=("source", "relative"), donate_argnums=0)
 def _added(
     sums: InputStatistics,
-    value: jax.Array,
+    value: Any,
     counted: Float[Array, " samples"] | None,
     *,
     source: Input,
@@ -262,6 +262,7 @@ def _added(
 ) -> InputStatistics:
     """Sums with one more batch in them, not yet divided by the number of samples."""
     x = source.read(value).astype(np.float32)  # (batch, samples, in)
+    sizes = value[1] if source.grouped else None
     samples = jnp.asarray(x.shape[1], np.float32)
     if counted is not None:
         # Selected, not multiplied: what does not count may be NaN.
@@ -271,11 +272,21 @@ def _added(
         x = _of_one_size(x)
     square, hessian = sums.mean_square, sums.hessian
     if hessian is None:
-        square = square + jnp.square(x).sum(1)  # (batch, in)
+        square = square + _over_samples(jnp.square(x), sizes)
+    elif sizes is not None:
+        hessian = grouped_rows.add_outer(hessian, x[0], x[0], sizes)
     else:  # its diagonal is the squares
         hessian = _add_upper(hessian, x, 0, x.shape[2])
-    reached = sums.reached + jnp.any(x != 0, axis=-1).sum(1)  # (batch,)
+    seen = jnp.any(x != 0, axis=-1, keepdims=True).astype(np.float32)
+    reached = sums.reached + _over_samples(seen, sizes)[:, 0]  # (batch,)
     return InputStatistics(sums.samples + samples, square, hessian, reached)
+
+
+def _over_samples(
+    terms: Float[Array, "_ samples n"], sizes: Int[Array, " batch"] | None
+) -> Float[Array, "batch n"]:
+    """The sum over samples, for each group over its own."""
+    return terms.sum(1) if sizes is None else grouped_rows.sums(terms[0], sizes)
 
 
 def _of_one_size(x: Float[Array, "batch samples in"]) -> jax.Array:

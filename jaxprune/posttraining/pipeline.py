@@ -149,11 +149,11 @@ class SegmentedProgram:
 
     def run(
         self, segment: Segment, activations: Activations, constants: dict[int, Any]
-    ) -> tuple[jax.Array, Activations]:
+    ) -> tuple[Any, Activations]:
         """Takes one batch through a segment: its input, what later segments need."""
         known = activations | self.compute(segment.subgraph, activations | constants)
         after = {n: x for n, x in known.items() if n in segment.later}
-        return known[segment.source.value], after
+        return segment.source.of(known), after
 
     def compute(self, part: Subgraph, known: Mapping[int, Any]) -> Activations:
         """What is wanted of some steps; compiled once for equal ones."""
@@ -196,7 +196,7 @@ class SequentialPipeline:
 
     def observe(
         self, numbers: range, known: Collection[str] = frozenset()
-    ) -> dict[int, jax.Array]:
+    ) -> dict[int, Any]:
         """Adds up the inputs of some segments, and stops at the input of the first.
 
         The segments run with the weights as they are; those in `known` need no
@@ -209,7 +209,7 @@ class SequentialPipeline:
             [names for names in program.groups(segment) if not {*names} & {*known}]
             for segment in own
         ]
-        values: dict[int, jax.Array] = {}
+        values: dict[int, Any] = {}
         for i, activations in enumerate(self.activations):
             for k, segment in enumerate(own):
                 value, activations = program.run(segment, activations, constants[k])
@@ -220,7 +220,7 @@ class SequentialPipeline:
                     values[numbers[k]] = value
             if len(own) > 1:
                 # Or the host runs ahead, and the activations of many batches pile up.
-                value.block_until_ready()
+                jax.block_until_ready(value)
         return values
 
     def advance(self, segment: Segment) -> None:

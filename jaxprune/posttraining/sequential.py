@@ -173,7 +173,7 @@ class Pruner:
         return rows
 
     def _prune_segment(
-        self, number: int, statistics: dict[str, InputStatistics], value: jax.Array
+        self, number: int, statistics: dict[str, InputStatistics], value: Any
     ) -> list[dict[str, Any]]:
         """Prunes the weights of a segment, and writes them to the log."""
         ops = self._program.finished_in(self._program.segments[number])
@@ -194,7 +194,7 @@ class Pruner:
         return rows
 
     def _prune_weight(
-        self, op: LinearOp, statistics: InputStatistics, value: jax.Array
+        self, op: LinearOp, statistics: InputStatistics, value: Any
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Solves for one weight, measures its error and puts it in its place."""
         started = time.perf_counter()
@@ -211,7 +211,7 @@ class Pruner:
         devices: PerDevice,
         ops: Sequence[LinearOp],
         statistics: dict[str, InputStatistics],
-        value: jax.Array,
+        value: Any,
     ) -> list[tuple[jax.Array, dict[str, Any]]]:
         """The same for all weights of a segment, each matrix on one device."""
         started = time.perf_counter()

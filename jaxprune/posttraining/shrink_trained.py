@@ -184,7 +184,7 @@ class _Job:
         return rows
 
     def _solve(
-        self, op: LinearOp, statistics: InputStatistics, value: jax.Array
+        self, op: LinearOp, statistics: InputStatistics, value: Any
     ) -> dict[str, Any]:
         """Removes the units that go out by one weight, and puts the rest in place."""
         i = op.view.leaf

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.arrays import placement
+from jaxprune.arrays import grouped_rows, placement
 from jaxprune.arrays.per_device import PerDevice, in_groups
-from jaxprune.graph.linear_ops import Input, LinearOp
+from jaxprune.graph.linear_ops import LinearOp
+from jaxprune.graph.op_sides import Input
 from jaxprune.posttraining.input_statistics import InputStatistics
 from jaxprune.posttraining.methods import Magnitude, Matrix, Method, pruned
 from jaxprune.posttraining.plan import Plan
@@ -251,7 +252,7 @@ def _solved(
 
 def error(
     source: Input,
-    value: jax.Array,
+    value: Any,
     before: Float[Array, "batch in out"],
     after: Float[Array, "batch in out"],
 ) -> float:
@@ -267,13 +268,19 @@ def error(
 
 @functools.partial(jax.jit, static_argnames="source")
 def _error(
-    value: jax.Array, before: jax.Array, after: jax.Array, *, source: Input
+    value: Any, before: jax.Array, after: jax.Array, *, source: Input
 ) -> jax.Array:
     x = source.read(value)
-    apart = max(1, x.shape[1] // _SAMPLES) if x.shape[0] > 1 else 1
+    apart = max(1, x.shape[1] // _SAMPLES) if source.shape[0] > 1 else 1
     x = x[:, ::apart][:, :_SAMPLES].astype(np.float32)  # (batch, samples, in)
     wide = before.astype(np.float32)
-    lost = jnp.einsum("bsi,bio->bso", x, wide - after.astype(np.float32))
-    whole = jnp.einsum("bsi,bio->bso", x, wide)  # (batch, samples, out)
+    if source.grouped:
+        of_rows = grouped_rows.of_rows(source.shape[1], value[1])[::apart][:_SAMPLES]
+        sizes = jnp.bincount(of_rows, length=source.shape[0])
+        times = lambda x, w: grouped_rows.matmul(x[0], w, sizes)  # noqa: E731
+    else:
+        times = functools.partial(jnp.einsum, "bsi,bio->bso")
+    # (batch, samples, out)
+    lost, whole = times(x, wide - after.astype(np.float32)), times(x, wide)
     total = jnp.sum(jnp.square(whole))
     return jnp.sum(jnp.square(lost)) / jnp.where(total > 0, total, 1)

@@ -70,7 +70,7 @@ class Resized:
         for position, step in enumerate(self._trace.program.steps):
             name = step.primitive.name
             result = self._trace.axes.get(step.outputs[0])
-            if name not in ("dot_general", "conv_general_dilated") or result is None:
+            if name not in _PRODUCTS or result is None:
                 continue
             made = math.prod(self.size(dim) for dim in result.dims)
             i, axes = _contracted(step)
@@ -168,10 +168,20 @@ class Resized:
 
 def _contracted(step: Step) -> tuple[int, Sequence[int]]:
     """An operand, and its axes over which each number of the result is summed."""
-    numbers = step.params["dimension_numbers"]
-    if step.primitive.name == "dot_general":
-        return 0, numbers[0][0]
-    return 1, numbers.rhs_spec[1:]
+    numbers = step.params[_PRODUCTS[step.primitive.name]]
+    if step.primitive.name == "conv_general_dilated":
+        return 1, numbers.rhs_spec[1:]
+    if step.primitive.name == "ragged_dot_general":
+        numbers = numbers.dot_dimension_numbers
+    return 0, numbers[0][0]
+
+
+# What multiplies, and the parameter that says which axes.
+_PRODUCTS = {
+    "conv_general_dilated": "dimension_numbers",
+    "dot_general": "dimension_numbers",
+    "ragged_dot_general": "ragged_dot_dimension_numbers",
+}
 
 
 # The parameter of a primitive that says how large its result is.

@@ -1,0 +1,158 @@
+"""Rows that lie group by group, and a matrix for each group: the experts of a mixture.
+
+`jax.lax.ragged_dot` compiles on CPU and GPU to products of every group's matrix with
+all rows, those of others zero: groups times the memory and the work. Here a block of
+rows of one group after the other meets its matrix.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+_LONGEST = 256  # rows of a block; fewer where groups are smaller on average
+_SHORTEST = 16
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def matmul(
+    rows: Float[Array, "rows in"],
+    weight: Float[Array, "groups in out"],
+    sizes: Int[Array, " groups"],
+    precision: Any = None,
+    kind: Any = None,
+) -> Float[Array, "rows out"]:
+    """Each row times the matrix of its group.
+
+    Args:
+      rows: group by group; those behind the last group are nobody's.
+      weight: the groups' matrices.
+      sizes: how many rows each group has.
+      precision: of the products, as in `jax.lax.dot`.
+      kind: the dtype of the results; None for that of rows and matrices.
+
+    Returns:
+      The products; zeros for rows that are nobody's.
+    """
+    return _product(rows, weight, sizes, 1, precision, kind)
+
+
+def add_outer(
+    sums: Float[Array, "groups i j"],
+    left: Float[Array, "rows i"],
+    right: Float[Array, "rows j"],
+    sizes: Int[Array, " groups"],
+    precision: Any = "highest",
+) -> Float[Array, "groups i j"]:
+    """For each group, sums + left^T right over its rows."""
+
+    def add(made: Array, group: Array, start: Array, mine: Array) -> Array:
+        a, b = (
+            jnp.where(mine[:, None], own, jnp.zeros((), own.dtype))
+            for own in (jax.lax.dynamic_slice_in_dim(x, start, length) for x in padded)
+        )
+        term = jax.lax.dot(
+            a.T, b, precision=precision, preferred_element_type=sums.dtype
+        )
+        return made.at[group].add(term)
+
+    length = _length(left.shape[0], sizes.size)
+    padded = [jnp.pad(x, ((0, length), (0, 0))) for x in (left, right)]
+    return _over_blocks(add, sums, sizes, length)
+
+
+def sums(
+    rows: Num[Array, "rows n"], sizes: Int[Array, " groups"]
+) -> Num[Array, "groups n"]:
+    """The sum over each group's rows."""
+    return jax.ops.segment_sum(
+        rows, of_rows(rows.shape[0], sizes), sizes.size, indices_are_sorted=True
+    )
+
+
+def of_rows(rows: int, sizes: Int[Array, " groups"]) -> Int[Array, " rows"]:
+    """The group of each row; the number of groups for those that are nobody's."""
+    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
+
+
+def _product(
+    rows: Array, weight: Array, sizes: Array, contracted: int, precision: Any, kind: Any
+) -> Array:
+    """Each row times its group's matrix, summed over one of the matrix's axes."""
+    length = _length(rows.shape[0], sizes.size)
+    padded = jnp.pad(rows, ((0, length), (0, 0)))
+    outputs = weight.shape[3 - contracted]
+    kind = kind or jnp.result_type(rows, weight)
+
+    def add(made: Array, group: Array, start: Array, mine: Array) -> Array:
+        x = jax.lax.dynamic_slice_in_dim(padded, start, length)
+        part = jax.lax.dot_general(
+            x,
+            weight[group],
+            (((1,), (contracted - 1,)), ((), ())),
+            precision=precision,
+            preferred_element_type=kind,
+        )
+        # What lies behind the block's rows is written later, by its own block.
+        part = jnp.where(mine[:, None], part, jnp.zeros((), kind))
+        return jax.lax.dynamic_update_slice_in_dim(made, part, start, 0)
+
+    made = jnp.zeros((rows.shape[0] + length, outputs), kind)
+    return _over_blocks(add, made, sizes, length)[: rows.shape[0]]
+
+
+def _length(rows: int, groups: int) -> int:
+    """How many rows a block has."""
+    return min(_LONGEST, max(_SHORTEST, rows // groups))
+
+
+def _over_blocks(
+    add: Callable[[Array, Array, Array, Array], Array],
+    made: Array,
+    sizes: Int[Array, " groups"],
+    length: int,
+) -> Array:
+    """What blocks of one group each make, in order of the rows.
+
+    Args:
+      add: what was made so far, the block's group, its first row, and booleans
+        (length,) of which rows are the block's, to what is made with it.
+      made: what to begin with.
+      sizes: how many rows each group has.
+      length: how many rows a block has, the last one of a group fewer.
+
+    Returns:
+      What the last block makes.
+    """
+    blocks = -(-sizes // length)  # (groups,)
+    last, end = jnp.cumsum(blocks), jnp.cumsum(sizes)
+
+    def body(number: Array, own: Array) -> Array:
+        group = jnp.searchsorted(last, number, side="right")
+        done = (number - (last - blocks)[group]) * length  # rows of the group
+        start = (end - sizes)[group] + done
+        mine = jnp.arange(length) < sizes[group] - done
+        return add(own, group, start, mine)
+
+    return jax.lax.fori_loop(0, last[-1], body, made)
+
+
+def _forward(
+    rows: Array, weight: Array, sizes: Array, precision: Any, kind: Any
+) -> tuple[Array, Any]:
+    return _product(rows, weight, sizes, 1, precision, kind), (rows, weight, sizes)
+
+
+def _backward(precision: Any, kind: Any, kept: Any, given: Array) -> Any:
+    rows, weight, sizes = kept
+    to_rows = _product(given, weight, sizes, 2, precision, rows.dtype)
+    wide = jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, np.float32))
+    to_weight = add_outer(wide, rows, given, sizes, precision).astype(weight.dtype)
+    return to_rows, to_weight, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+matmul.defvjp(_forward, _backward)

@@ -1,0 +1,145 @@
+"""The two sides of a linear op: its weight as (batch, in, out), its input.
+
+A matmul's axes are sorted into batch, inputs and outputs. A convolution is the matmul
+of its kernel with the patches of its input.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.graph.weight_view import WeightView
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """How an activation meets weights: what `read` makes of a value.
+
+    Rows that lie group by group, as an expert's do, are two values: the rows, and how
+    many of them each group has. All groups' samples are then read as one.
+
+    Attributes:
+      value: the number of the value in the program; inputs of equal layers are equal.
+      order: the axes of the value, batch first, samples, inputs last.
+      shape: (batch, samples, in).
+      leading: the shape of the samples, before they are one axis.
+      patches: for a convolution, the arguments of
+        `jax.lax.conv_general_dilated_patches`, as pairs; otherwise empty.
+      grouped: whether rows lie group by group.
+      sizes: the number of the value that says how many rows each group has, or None.
+    """
+
+    value: int = dataclasses.field(compare=False)
+    order: tuple[int, ...]
+    shape: tuple[int, int, int]
+    leading: tuple[int, ...]
+    patches: tuple[tuple[str, Any], ...] = ()
+    grouped: bool = False
+    sizes: int | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The numbers of all values that it is read from."""
+        return (self.value,) if self.sizes is None else (self.value, self.sizes)
+
+    def of(self, known: Mapping[int, Any]) -> Any:
+        """What `read` takes, from values by number: an array, or rows and sizes."""
+        return (
+            known[self.value]
+            if self.sizes is None
+            else (known[self.value], known[self.sizes])
+        )
+
+    def read(self, value: Any) -> jax.Array:
+        """The activation as (batch, samples, in); patches of it for a convolution.
+
+        Rows in groups are (1, samples, in).
+        """
+        if self.grouped:
+            return value[0][None]
+        if self.patches:
+            value = jax.lax.conv_general_dilated_patches(
+                value, precision=jax.lax.Precision.HIGHEST, **dict(self.patches)
+            )
+        moved = jnp.transpose(value, self.order)
+        if self.patches:  # (samples..., batch x in) so far
+            batch, samples, inputs = self.shape
+            return jnp.swapaxes(moved.reshape(samples, batch, inputs), 0, 1)
+        return moved.reshape(self.shape)
+
+
+def dot(
+    numbers: Any, view: WeightView, value: Any, kind: Any, side: int
+) -> tuple[WeightView, Input]:
+    """A `dot_general` whose operand `side` is the weight."""
+    contracted, batched = numbers
+    # In the leaf's order: an einsum may contract (size, heads), and four consecutive
+    # inputs are those that lie side by side in the leaf.
+    both = zip(contracted[side], contracted[1 - side], strict=True)
+    pairs = sorted(both, key=lambda pair: view.axes[pair[0]])
+    inputs, batch = tuple(own for own, _ in pairs), tuple(batched[side])
+    free = tuple(a for a in range(len(view.shape)) if a not in inputs + batch)
+    shape = [math.prod(view.shape[a] for a in axes) for axes in (batch, inputs, free)]
+    seen = view.transpose(batch + inputs + free)
+    # Grouped by axis before it is flattened, so that `axes` can tell them apart.
+    last, first = tuple(other for _, other in pairs), tuple(batched[1 - side])
+    samples = tuple(a for a in range(len(kind.shape)) if a not in first + last)
+    leading = tuple(kind.shape[a] for a in samples)
+    source = Input(
+        value=value,
+        order=first + samples + last,
+        shape=(shape[0], math.prod(leading), shape[1]),
+        leading=leading,
+    )
+    return seen.matrix(len(batch), len(inputs)), source
+
+
+def convolution(
+    params: Mapping[str, Any], view: WeightView, value: Any, result: Any
+) -> tuple[WeightView, Input]:
+    """A convolution as the matmul of its kernel with patches of the input."""
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    out, own, *window = numbers.rhs_spec
+    size = [view.shape[axis] for axis in window]
+    inputs, outputs = view.shape[own] * math.prod(size), view.shape[out]
+    seen = view.transpose((own, *window, out))
+    seen = seen.reshape((inputs, groups, outputs // groups)).transpose((1, 0, 2))
+    feature = numbers.out_spec[1]
+    samples = [a for a in range(len(result.shape)) if a != feature]
+    leading = tuple(result.shape[a] for a in samples)
+    patches = {
+        "filter_shape": tuple(size),
+        "window_strides": params["window_strides"],
+        "padding": params["padding"],
+        "lhs_dilation": params["lhs_dilation"],
+        "rhs_dilation": params["rhs_dilation"],
+        "dimension_numbers": numbers,
+    }
+    source = Input(
+        value=value,
+        order=(*samples, feature),
+        shape=(groups, math.prod(leading), inputs),
+        leading=leading,
+        patches=tuple(patches.items()),
+    )
+    return seen, source
+
+
+def groups(
+    view: WeightView, value: int, kind: Any, sizes: int
+) -> tuple[WeightView, Input]:
+    """A `lax.ragged_dot`: each row times the matrix of its group."""
+    rows, inputs = kind.shape
+    source = Input(
+        value=value,
+        order=(0, 1),
+        shape=(view.shape[0], rows, inputs),
+        leading=(rows,),
+        grouped=True,
+        sizes=sizes,
+    )
+    return view.matrix(1, 1), source

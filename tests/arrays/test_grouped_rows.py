@@ -1,0 +1,108 @@
+"""Rows in groups, each group with a matrix: against NumPy, one group at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+
+from jaxprune.arrays import grouped_rows
+
+IN, OUT = 5, 3
+
+
+@st.composite
+def groups(draw):
+    """Sizes of groups, and as many rows or a few more; sizes around that of a block."""
+    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=6))
+    nobody = draw(st.integers(0, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    rows = rng.normal(size=(sum(sizes) + nobody, IN)).astype(np.float32)
+    weight = rng.normal(size=(len(sizes), IN, OUT)).astype(np.float32)
+    return rows, weight, np.array(sizes, np.int32)
+
+
+def parts(sizes):
+    ends = np.cumsum(sizes)
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def one_by_one(rows, weight, sizes):
+    made = np.zeros((len(rows), weight.shape[2]), np.float64)
+    for own, part in zip(weight, parts(sizes), strict=True):
+        made[part] = rows[part].astype(np.float64) @ own
+    return made
+
+
+@given(groups())
+def test_each_row_meets_the_matrix_of_its_group(case):
+    rows, weight, sizes = case
+    found = jax.jit(grouped_rows.matmul)(rows, weight, sizes)
+    np.testing.assert_allclose(found, one_by_one(*case), atol=1e-5)
+
+
+@given(groups())
+def test_sums_and_products_are_over_the_groups_own_rows(case):
+    rows, _, sizes = case
+    begun = np.ones((len(sizes), IN, IN), np.float32)
+    found = jax.jit(grouped_rows.add_outer)(begun, rows, 2 * rows, sizes)
+    wide = rows.astype(np.float64)
+    expected = [1 + 2 * wide[part].T @ wide[part] for part in parts(sizes)]
+    np.testing.assert_allclose(found, np.stack(expected), atol=1e-4)
+    sums = [wide[part].sum(0) for part in parts(sizes)]
+    np.testing.assert_allclose(grouped_rows.sums(rows, sizes), sums, atol=1e-5)
+
+
+@given(groups())
+def test_every_row_knows_its_group(case):
+    rows, _, sizes = case
+    expected = np.repeat(np.arange(len(sizes) + 1), [*sizes, len(rows) - sizes.sum()])
+    np.testing.assert_array_equal(grouped_rows.of_rows(len(rows), sizes), expected)
+
+
+@pytest.mark.parametrize("sizes", [[17, 0, 20], [0, 0, 0], [300, 1, 2]])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_values_and_gradients_are_those_of_ragged_dot(sizes, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows = jax.random.normal(keys[0], (sum(sizes) + 2, IN), dtype)
+    weight = jax.random.normal(keys[1], (3, IN, OUT), dtype)
+    given = jax.random.normal(keys[2], (sum(sizes) + 2, OUT), dtype)
+    sizes = jnp.array(sizes, jnp.int32)
+    found, back = jax.vjp(lambda *own: grouped_rows.matmul(*own, sizes), rows, weight)
+    expected, theirs = jax.vjp(lambda *own: lax.ragged_dot(*own, sizes), rows, weight)
+    near = {"rtol": 2e-2, "atol": 2e-2} if dtype == jnp.bfloat16 else {"atol": 1e-4}
+    for own, other in zip(
+        (found, *back(given)), (expected, *theirs(given)), strict=True
+    ):
+        assert own.dtype == other.dtype
+        np.testing.assert_allclose(*(np.float32(x) for x in (own, other)), **near)
+
+
+def test_what_lies_behind_the_groups_may_be_no_number():
+    rows = jnp.ones((40, IN)).at[20:].set(jnp.nan)
+    weight, sizes = jnp.ones((2, IN, OUT)), jnp.array([3, 17])
+    found = grouped_rows.matmul(rows, weight, sizes)
+    np.testing.assert_array_equal(found[:20], np.full((20, OUT), IN))
+    np.testing.assert_array_equal(found[20:], np.zeros((20, OUT)))
+    square = grouped_rows.add_outer(jnp.zeros((2, IN, IN)), rows, rows, sizes)
+    np.testing.assert_array_equal(square[:, 0, 0], [3, 17])
+
+
+def test_nothing_is_held_once_for_each_group():
+    rows = jax.ShapeDtypeStruct((2048, 256), np.float32)
+    weight = jax.ShapeDtypeStruct((64, 256, 16), np.float32)
+    sizes = jax.ShapeDtypeStruct((64,), np.int32)
+    programs = grouped_rows.matmul, lax.ragged_dot
+    ours, theirs = (
+        jax.jit(f)
+        .lower(rows, weight, sizes)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for f in programs
+    )
+    once = 2048 * 256 * 4
+    assert ours < 4 * once
+    assert theirs > 60 * once  # if no longer so, lax.ragged_dot will do
