@@ -10,18 +10,19 @@ from jax import lax
 
 from jaxprune.arrays import grouped_rows
 
-IN, OUT = 5, 3
+IN, OUT, ROWS, GROUPS = 5, 3, 100, 4
+matmul = jax.jit(grouped_rows.matmul)
+add_outer = jax.jit(grouped_rows.add_outer)
 
 
 @st.composite
 def groups(draw):
-    """Sizes of groups, and as many rows or a few more; sizes around that of a block."""
-    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=6))
-    nobody = draw(st.integers(0, 3))
+    """Rows and matrices, and how many rows each group has; some may be nobody's."""
+    ends = draw(st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS))
     rng = np.random.default_rng(draw(st.integers(0, 9)))
-    rows = rng.normal(size=(sum(sizes) + nobody, IN)).astype(np.float32)
-    weight = rng.normal(size=(len(sizes), IN, OUT)).astype(np.float32)
-    return rows, weight, np.array(sizes, np.int32)
+    rows = rng.normal(size=(ROWS, IN)).astype(np.float32)
+    weight = rng.normal(size=(GROUPS, IN, OUT)).astype(np.float32)
+    return rows, weight, np.diff(sorted(ends), prepend=0).astype(np.int32)
 
 
 def parts(sizes):
@@ -39,7 +40,7 @@ def one_by_one(rows, weight, sizes):
 @given(groups())
 def test_each_row_meets_the_matrix_of_its_group(case):
     rows, weight, sizes = case
-    found = jax.jit(grouped_rows.matmul)(rows, weight, sizes)
+    found = matmul(rows, weight, sizes)
     np.testing.assert_allclose(found, one_by_one(*case), atol=1e-5)
 
 
@@ -47,7 +48,7 @@ def test_each_row_meets_the_matrix_of_its_group(case):
 def test_sums_and_products_are_over_the_groups_own_rows(case):
     rows, _, sizes = case
     begun = np.ones((len(sizes), IN, IN), np.float32)
-    found = jax.jit(grouped_rows.add_outer)(begun, rows, 2 * rows, sizes)
+    found = add_outer(begun, rows, 2 * rows, sizes)
     wide = rows.astype(np.float64)
     expected = [1 + 2 * wide[part].T @ wide[part] for part in parts(sizes)]
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-4)
