@@ -80,10 +80,10 @@ def cut(
     segments = []
     for k, own in enumerate(ordered):
         later = frozenset().union(*uses[k + 1 :])
-        wanted = sorted(
-            _computed(flat, positions[k]) & (later | {*own[0].source.values})
-        )
-        part = program_.subgraph(flat, positions[k], wanted)
+        read = {*own[0].source.values}
+        wanted = _computed(flat, positions[k]) & (later | read)
+        wanted |= read - flat.varying  # sizes of groups may be given once for all
+        part = program_.subgraph(flat, positions[k], sorted(wanted))
         segments.append(Segment(own[0].source, tuple(own), part, later))
     return segments
 

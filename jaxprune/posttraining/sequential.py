@@ -222,7 +222,7 @@ class Pruner:
         own = {op.name: statistics.pop(op.name) for op in ops}
         found = solve_weight.solve_together(self._plan, before, own, devices)
         seconds = time.perf_counter() - started
-        (value,) = devices.first(value, 1)
+        value = jax.tree.map(lambda x: x[0], devices.first(value, 1))
         for op, (after, row) in zip(ops, found, strict=True):
             row["seconds"] = seconds / len(ops)
             row["error"] = solve_weight.error(op.source, value, before[op], after)

@@ -188,10 +188,16 @@ def programs(monkeypatch):
 def attention(params, x):
     """Several uses of an input, a softmax, and experts."""
     y = jax.nn.softmax(jnp.einsum("bd,cd->bc", x @ params["q"], x @ params["k"])) @ x
-    return jnp.einsum("bd,edf->ebf", jnp.tanh(y), params["experts"])
+    z = jax.lax.ragged_dot(y, params["grouped"], jnp.array([9, 20]))
+    return jnp.einsum("bd,edf->ebf", jnp.tanh(y), params["experts"]) + z[None]
 
 
-WEIGHTS = {"q": draw(4, 16, 8), "k": draw(5, 16, 8), "experts": draw(6, 4, 16, 8)}
+WEIGHTS = {
+    "q": draw(4, 16, 8),
+    "k": draw(5, 16, 8),
+    "experts": draw(6, 4, 16, 8),
+    "grouped": draw(8, 2, 16, 8),
+}
 INPUTS = [correlated(i, 32, 16) for i in range(8)]
 
 

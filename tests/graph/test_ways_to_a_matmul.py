@@ -161,6 +161,16 @@ def ragged(p, batch):
     return lax.ragged_dot(hidden, p["down"], batch["sizes"])
 
 
+def test_groups_that_are_the_same_in_every_batch_are_seen_too():
+    def fixed(p, x):
+        return ragged(p, {"x": x, "sizes": SIZES})
+
+    expected = prune(ragged, EXPERTS, [{"x": X, "sizes": SIZES}]).params
+    found = prune(fixed, EXPERTS, [X]).params
+    for name in EXPERTS:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_experts_of_ragged_dot_are_pruned_one_by_one_for_their_own_rows(method):
