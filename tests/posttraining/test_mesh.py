@@ -102,6 +102,25 @@ def test_every_bit_is_that_of_one_device(mesh, method, allocation):
 
 
 @pytest.mark.full
+@pytest.mark.full
+def test_experts_that_are_given_rows_of_their_own():
+    def routed(params, x):
+        rows = x.reshape(-1, WIDTH)
+        chosen = jnp.argmax(rows[:, :4], axis=-1)
+        sizes = jnp.bincount(chosen, length=4)
+        return jax.lax.ragged_dot(rows[jnp.argsort(chosen)], params["experts"], sizes)
+
+    own = {"experts": PARAMS["experts"]}
+    options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
+    expected = jp.prune_trained(routed, own, BATCHES, **options)
+    mesh = mesh_of("8")
+    found = jp.prune_trained(routed, placed(mesh, own), BATCHES, mesh=mesh, **options)
+    same_bits(found.params, expected.params)
+    (row,), (other,) = found.report["weights"], expected.report["weights"]
+    assert row["error"] == pytest.approx(other["error"], rel=1e-5)
+    assert 0 < row["error"] < 0.5
+
+
 def test_positions_that_do_not_count_are_those_of_each_batch():
     def positions(x):
         return jnp.abs(x[..., 0]) < 1
