@@ -6,8 +6,7 @@ prunes it in a process of its own, as the command does: leaves stay in their fil
 progress lies on disk. Random weights say nothing of quality; seconds and bytes do not
 depend on them.
 
-`--model mixture` writes layers of Qwen3 30B A3B in their place, of 128 experts; a batch
-is then held once for each expert.
+`--model mixture` writes layers of Qwen3 30B A3B in their place, of 128 experts.
 
 The rest is arithmetic. A layer's floating-point operations are counted for its
 matrices, its Hessians and its solver (`operations`), by tokens and shapes. The rate is
