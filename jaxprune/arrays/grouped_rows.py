@@ -1,8 +1,8 @@
 """Rows that lie group by group, and a matrix for each group: the experts of a mixture.
 
-`jax.lax.ragged_dot` compiles on CPU and GPU to products of every group's matrix with
-all rows, those of others zero: groups times the memory and the work. Here a block of
-rows of one group after the other meets its matrix.
+`jax.lax.ragged_dot` compiles on CPU, and on GPU before jax 0.12, to products of every
+group's matrix with all rows, those of others zero: groups times the memory and the
+work. Here a block of rows of one group after the other meets its matrix.
 """
 
 import functools

@@ -71,7 +71,7 @@ class Step(NamedTuple):
         by_group = functools.partial(
             grouped_rows.matmul, precision=self.params["precision"], kind=kind
         )
-        # XLA has an instruction for it on TPU alone.
+        # TPU has an instruction for it.
         native = lambda *operands: self.run(operands)[0]  # noqa: E731
         return [jax.lax.platform_dependent(*operands, tpu=native, default=by_group)]
 

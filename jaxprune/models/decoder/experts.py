@@ -3,9 +3,9 @@
 A router gives each token to a few of many MLPs, and what they answer is added up by the
 router's shares. The rows that an expert is given lie together, so each of its matrices
 meets them in one product, `jax.lax.ragged_dot`. On TPU nothing is computed for other
-experts; on CPU and GPU JAX compiles it to all rows times every matrix, those of others
-zero. Calibration goes by blocks of rows instead (`arrays.grouped_rows`). Kernels are
-[experts, in, out].
+experts; on CPU, and on GPU before jax 0.12, JAX compiles it to all rows times every
+matrix, those of others zero. Calibration goes by blocks of rows instead
+(`arrays.grouped_rows`). Kernels are [experts, in, out].
 
 References:
   Shazeer et al.: Outrageously Large Neural Networks: The Sparsely-Gated
