@@ -31,6 +31,7 @@ from experiments.harness.plan import check_lists
 from experiments.harness.solvers import ALLOCATIONS, SOLVERS, Solver
 from experiments.harness.stages import once
 from experiments.report import allocation_figure as shown
+from experiments.report import tables
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays.console_progress import Progress
@@ -44,7 +45,7 @@ ALONE = {"wanda": "uniform", "mask": "trajectory"}
 """What is there to compare with, each by one allocation only; "mask" prunes the lowest
 scores and repairs nothing."""
 
-_SEQUENCES_AT_ONCE = 16
+SEQUENCES_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Config:
                 dict.fromkeys((*self.allocations[:2], self.allocations[-1]))
             ),
             sparsities=(0.7,),
-            sequences=_SEQUENCES_AT_ONCE,
+            sequences=SEQUENCES_AT_ONCE,
             steps=40,
             eval_tokens=4096,
         )
@@ -143,7 +144,7 @@ class Config:
                     f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
                 )
         check_lists(self, "seeds", "allocations", "solvers", "sparsities", "draws")
-        most = _SEQUENCES_AT_ONCE
+        most = SEQUENCES_AT_ONCE
         if self.sequences < 1 or self.sequences % min(self.sequences, most):
             raise ValueError(
                 f"sequences must be a multiple of {most}, or fewer, got "
@@ -205,7 +206,7 @@ class Run:
 
         Another draw, or another model's seed, gives others; none are those of training.
         """
-        size = min(self.config.sequences, _SEQUENCES_AT_ONCE)
+        size = min(self.config.sequences, SEQUENCES_AT_ONCE)
         context = self.model.config.context
         drawn = Batches(self.corpus.train, size, context, 2**32 * (draw + 1) + seed)
         return [drawn(step)[0] for step in range(self.config.sequences // size)]
@@ -282,8 +283,7 @@ def main(config: Config) -> Path:
     run = Run(smaller, corpus)
 
     def show(results: dict[str, Any], out: Path) -> str:
-        shown.write(results, out)
-        return f"{shown.tables(results)}\n\nwritten to '{out}'"
+        return tables.write(results, out, shown.report(results))
 
     return runner.run(
         "allocation_with_solvers",

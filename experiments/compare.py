@@ -5,13 +5,14 @@
 RESULTS are results.json files or the directories that hold them. Prints a table, writes
 compare.csv and compare.html. Losses are nats per token above each run's own reference:
 the dense model right after pruning, the dense control with equal steps after
-retraining; "±" is the sample standard deviation over the seeds.
+retraining; "±" is the sample standard deviation over the seeds. Of an experiment whose
+report is tables the runs' tables stand one after the other.
 """
 
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,21 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from experiments.report import figures, findings, sections
+from experiments import recovery, refined_solvers
+from experiments.prune_while_training import shown
+from experiments.report import allocation_figure, figures, findings, made
 from experiments.report import results as results_
+from experiments.report.tables import Report, Table, text
 from jaxprune.formats import atomic
 
 Runs = Mapping[str, Mapping[str, Any]]
+# The experiments whose reports are tables.
+_REPORTS: Mapping[str, Callable[[Mapping[str, Any]], Report]] = {
+    "allocation_with_solvers": allocation_figure.report,
+    "prune_while_training": shown.report,
+    "recovery": recovery.report,
+    "refined_solvers": refined_solvers.report,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +136,6 @@ def losses(runs: Runs, stage: results_.Stage) -> list[list[str]]:
     ]
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of plain text, as wide as their widest cell."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
 def compare(runs: Runs, out: Path) -> str:
     """Writes compare.csv and compare.html; returns the same tables as plain text.
 
@@ -139,14 +143,17 @@ def compare(runs: Runs, out: Path) -> str:
       OSError: a file cannot be written.
     """
     labels = list(runs)
-    tables = [(["", *labels], summary(runs), "The dense models, nats per token")]
+    if own := _REPORTS.get(next(iter(runs.values()))["name"]):
+        return _tables_of_each(runs, out, own)
+    tables = [Table(["", *labels], summary(runs), "The dense models, nats per token")]
     if changed := differences(runs):
-        tables.append((["entry", *labels], changed, "What differs"))
+        tables.append(Table(["entry", *labels], changed, "What differs"))
+    top = len(tables)
     for stage in results_.STAGES:
         if rows := losses(runs, stage):
             header = ["criterion", "allocation", "sparsity", *labels]
             title = f"{figures.TITLES[stage]}, nats above each run's reference"
-            tables.append((header, rows, title))
+            tables.append(Table(header, rows, title))
     files = {
         "compare.csv": results_.table_csv(
             ("run", *max(map(results_.columns, runs.values()), key=len)),
@@ -156,29 +163,59 @@ def compare(runs: Runs, out: Path) -> str:
                 for row in results_.rows(run)
             ],
         ),
-        "compare.html": _page(runs, tables).encode(),
+        "compare.html": _page(runs, tables, top, _figures(runs)),
     }
     atomic.replace_files(out, files)
-    return "\n\n".join(
-        f"{title}\n{text_table(header, rows)}" for header, rows, title in tables
-    )
+    return text(tables)
 
 
-def _page(runs: Runs, tables: Sequence[tuple[list[str], list[list[str]], str]]) -> str:
-    """The tables and, for each stage and allocation, the figure of all runs."""
+def _tables_of_each(
+    runs: Runs, out: Path, report: Callable[[Mapping[str, Any]], Report]
+) -> str:
+    """The same of runs whose reports are tables: those of each, after the others."""
+    reports = {label: report(run) for label, run in runs.items()}
+    names = dict.fromkeys(name for own in reports.values() for name in own.facts)
+    facts = [
+        [name, *(own.facts.get(name, "-") for own in reports.values())]
+        for name in names
+    ]
+    tables = [Table(["", *reports], facts, "The runs")]
+    if changed := differences(runs):
+        tables.append(Table(["entry", *runs], changed, "What differs"))
+    top = len(tables)
+    for label, own in reports.items():
+        tables += [
+            table._replace(caption=f"{label}: {table.caption}") for table in own.tables
+        ]
+    columns = next(iter(reports.values())).columns
+    rows = [{"run": label, **row} for label, own in reports.items() for row in own.rows]
+    files = {
+        "compare.csv": results_.table_csv(("run", *columns), rows),
+        "compare.html": _page(runs, tables, top, {}),
+    }
+    atomic.replace_files(out, files)
+    return text(tables)
+
+
+def _page(
+    runs: Runs,
+    tables: Sequence[Table],
+    top: int,
+    drawn: Mapping[str, dict[str, Figure]],
+) -> bytes:
+    """The first so many tables, the figures by what they show, the other tables."""
     name = next(iter(runs.values()))["name"]
-    changed = bool(differences(runs))
-    top = 2 if changed else 1
-    return sections.TEMPLATES.get_template("runs.html").render(
+    page = made.TEMPLATES.get_template("runs.html").render(
         title=f"{name}: {len(runs)} runs side by side",
         name=name,
         count=len(runs),
-        same=not changed,
+        same=not differences(runs),
         first=tables[:top],
-        figures=_figures(runs),
+        figures=drawn,
         reading=figures.READING,
         then=tables[top:],
     )
+    return page.encode()
 
 
 def _figures(runs: Runs) -> dict[str, dict[str, Figure]]:

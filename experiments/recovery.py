@@ -15,24 +15,30 @@ import functools
 import itertools
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 
 import jaxprune as jp
-from experiments.datasets import load
+from experiments.datasets import Corpus, load
+from experiments.harness import records, runner
+from experiments.report import findings, tables
+from experiments.report.tables import Report, Table
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.evaluation import distill, machine, perplexity, retrain
-from jaxprune.formats import atomic
+from jaxprune.evaluation import distill, perplexity, retrain
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.model import Decoder
 from jaxprune.models.decoder.rope import linear
 
+COLUMNS = (
+    *("seed", "start", "loss", "learning_rate", "dense", "before", "after"),
+    "last_loss",
+)
 STARTS = ("dense", "half of the neurons", "pruned", "scratch at half of the neurons")
 _CONTEXT = 64
 
@@ -53,11 +59,11 @@ class Cell:
     loss: str
     learning_rate: float
 
-    @property
-    def file(self) -> str:
-        """Its file in the directory of the results."""
+    def path(self, out: Path) -> Path:
+        """Its file below the run's directory."""
         words = self.start.replace(" ", "-")
-        return f"{words}-{self.loss}-{self.learning_rate:g}-seed-{self.seed}.json"
+        name = f"{words}-{self.loss}-{self.learning_rate:g}-seed-{self.seed}"
+        return out / "cells" / f"{name}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +105,40 @@ class Config:
         ]
 
 
-def main(config: Config) -> None:
-    """Runs what is missing and prints the table."""
-    config.out.mkdir(parents=True, exist_ok=True)
+def main(config: Config) -> Path:
+    """Runs the experiment, or what is left of it; returns the path of results.json.
+
+    Raises:
+      ValueError: the directory holds another run.
+      OSError: the directory cannot be written to, or another process runs there.
+    """
     corpus = load(text=config.text)
-    vocab = len(corpus.vocabulary)
+    same = ("width", "dense_steps", "steps", "batch", "sparsity", "windows")
+    identity = {name: getattr(config, name) for name in same}
+    identity |= {"data": corpus.name, "fingerprint": corpus.fingerprint}
+
+    def show(results: dict[str, Any], out: Path) -> str:
+        return tables.write(results, out, report(results))
+
+    return runner.run(
+        "recovery", config, identity, lambda: _cells(config, corpus), show, grows=True
+    )
+
+
+def _cells(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Does those cells that are not in the directory; returns all that are."""
     whole = len(corpus.train) // (_CONTEXT + 1) * (_CONTEXT + 1)
     sequences = corpus.train[:whole].reshape(-1, _CONTEXT + 1).astype(np.int32)
     windows = perplexity.slide(
         corpus.validation.astype(np.int32), context=_CONTEXT + 1, limit=config.windows
     )
+    shape = _shape(config, len(corpus.vocabulary))
     for seed in config.seeds:
-        missing = [c for c in config.cells(seed) if not (config.out / c.file).exists()]
+        missing = [c for c in config.cells(seed) if not c.path(config.out).exists()]
         if missing:
-            _run(config, missing, seed, _shape(config, vocab), sequences, windows)
-    print(table(config))
+            _run(config, missing, seed, shape, sequences, windows)
+    paths = sorted(config.out.glob("cells/*.json"))
+    return {"cells": [json.loads(path.read_text()) for path in paths]}
 
 
 def _shape(config: Config, vocab: int) -> DecoderConfig:
@@ -174,14 +199,12 @@ def _run(
             )
             result = {
                 **dataclasses.asdict(cell),
-                "steps": config.steps,
                 "dense": perplexity.measure(dense, windows)["nats"],
                 "before": perplexity.measure(model, windows)["nats"],
                 "after": perplexity.measure(found, windows)["nats"],
                 "last_loss": losses[-1],
-                "device": machine.device(),
             }
-            atomic.replace_json(config.out / cell.file, result)
+            records.write_json(cell.path(config.out), result)
             progress.note(f"{cell.start}, {cell.loss}: {result['after']:.4f}")
             progress.update()
 
@@ -217,24 +240,32 @@ def _logits(graphdef: Any, params: Any, ids: Any) -> Any:
     return nnx.merge(graphdef, params)(ids)
 
 
-def table(config: Config) -> str:
-    """Markdown: mean and standard deviation over the seeds, each at its best rate."""
+def report(results: Mapping[str, Any]) -> Report:
+    """All that is shown: means over the seeds, each at its best rate."""
     found: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
-    for cell in (cell for seed in config.seeds for cell in config.cells(seed)):
-        result = json.loads((config.out / cell.file).read_text())
-        rates = found.setdefault((cell.start, cell.loss), {})
-        rates.setdefault(cell.learning_rate, []).append(result)
-    lines = [
-        f"| start | before | {config.steps} steps on the text | on the dense model |",
-        "|---|---|---|---|",
-    ]
+    for cell in results["cells"]:
+        rates = found.setdefault((cell["start"], cell["loss"]), {})
+        rates.setdefault(cell["learning_rate"], []).append(cell)
+    lines = []
     for start in STARTS:
-        row = [start, _spread([r["before"] for r in _best(found[start, "text"])])]
-        for loss in ("text", "teacher"):
-            best = _best(found.get((start, loss), {}))
-            row.append(_spread([r["after"] for r in best]))
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        own = [_best(found.get((start, loss), {})) for loss in ("text", "teacher")]
+        row = [start, findings.mean([r["before"] for r in own[0]])]
+        lines.append(row + [findings.mean([r["after"] for r in best]) for best in own])
+    steps = results["config"]["steps"]
+    header = ["start", "before", f"{steps} steps on the text", "on the dense model"]
+    dense = {cell["seed"]: cell["dense"] for cell in results["cells"]}
+    return Report(
+        lead="Trained on after neurons or weights went, on the text or on the dense "
+        "model's predictions: validation loss in nats per token",
+        facts={
+            "dense": findings.mean(list(dense.values())),
+            "seeds": ", ".join(map(str, sorted(dense))),
+        },
+        tables=[Table(header, lines, "Each at its best learning rate")],
+        columns=COLUMNS,
+        rows=[{name: cell[name] for name in COLUMNS} for cell in results["cells"]],
+        figures={},
+    )
 
 
 def _best(rates: dict[float, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -243,11 +274,5 @@ def _best(rates: dict[float, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return rates[min(means, key=lambda rate: means[rate])] if rates else []
 
 
-def _spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.3f}" if values else ""
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    runner.from_command_line(main, Config)

@@ -10,10 +10,8 @@ of its blocks. Every cell is one small file, so a run that was stopped continues
 import dataclasses
 import itertools
 import json
-import statistics
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,11 @@ import numpy as np
 import jaxprune as jp
 from experiments import allocation_with_solvers as solvers
 from experiments.datasets import load
-from experiments.harness import records, run_dir, runner
+from experiments.harness import records, runner
+from experiments.report import findings, tables
+from experiments.report.tables import Report, Table
 from experiments.tasks.dense_models import Watched
+from jaxprune.arrays.console_progress import Progress
 from jaxprune.models.self_calibration import self_calibration
 
 CALIBRATIONS = ("text", "self", "both")
@@ -66,7 +67,7 @@ class Config:
     eval_tokens: int = 32768
 
     def check(self) -> None:
-        """Refuses names that are unknown.
+        """Refuses names that are unknown, and too few sequences.
 
         Raises:
           ValueError: see above.
@@ -79,6 +80,12 @@ class Config:
                 raise ValueError(
                     f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
                 )
+        least = 2 * solvers.SEQUENCES_AT_ONCE
+        if any(self.passes) and self.sequences < least:
+            raise ValueError(
+                f"sequences must be >= {least} for a refinement, which measures itself "
+                f"on a batch of its own, got {self.sequences}"
+            )
 
     def cells(self) -> list["Cell"]:
         """Every cell that is asked for; the rate is of no matter without passes."""
@@ -113,11 +120,6 @@ class Cell:
         rate = self.learning_rate if self.passes else 0.0
         temperature = 0.0 if self.calibration == "text" else self.temperature
         return dataclasses.replace(self, learning_rate=rate, temperature=temperature)
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """All but the seed and the draw."""
-        return dataclasses.astuple(self)[2:]
 
     def path(self, out: Path) -> Path:
         """Its file below the run's directory."""
@@ -188,35 +190,50 @@ class Run(solvers.Run):
         }
 
 
-def table(cells: Iterable[dict[str, Any]], dense: dict[int, float]) -> str:
-    """Markdown: mean and spread of the validation loss over seeds and draws."""
-    own = [
-        (Cell(**{f.name: c[f.name] for f in dataclasses.fields(Cell)}), c["loss"])
-        for c in cells
-    ]
+COLUMNS = (
+    *(field.name for field in dataclasses.fields(Cell)),
+    *("loss", "dense_loss", "above", "seconds"),
+)
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tidy table: one row a cell, of `COLUMNS`; "above" is nats above dense."""
+    found = []
+    for cell in results["cells"]:
+        dense = results["dense"][str(cell["seed"])]["loss"]
+        whole = {**cell, "dense_loss": dense, "above": cell["loss"] - dense}
+        found.append({name: whole[name] for name in COLUMNS})
+    return found
+
+
+def report(results: Mapping[str, Any]) -> Report:
+    """All that is shown of the results: means over seeds and draws."""
+    table = rows(results)
     by_kind: dict[tuple[Any, ...], list[float]] = {}
-    for cell, loss in own:
-        by_kind.setdefault(cell.kind, []).append(loss)
+    for row in table:
+        by_kind.setdefault(tuple(row[name] for name in COLUMNS[2:8]), []).append(
+            row["above"]
+        )
     lines = [
-        f"dense: {', '.join(f'{x:.4f}' for x in dense.values())} nats a token",
-        "",
-        "| calibrated on | method | sparsity | passes | rate | heat | loss | ± | n |",
-        "|---|---|---|---|---|---|---|---|---|",
+        [*map(str, kind), findings.mean(above, signed=True), str(len(above))]
+        for kind, above in sorted(by_kind.items())
     ]
-    for kind, losses in sorted(by_kind.items()):
-        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
-        cells_ = [
-            *map(str, kind),
-            f"{statistics.mean(losses):.4f}",
-            f"{spread:.4f}",
-            str(len(losses)),
-        ]
-        lines.append("| " + " | ".join(cells_) + " |")
-    return "\n".join(lines)
+    header = "calibrated on,method,sparsity,passes,rate,temperature,above dense,cells"
+    caption = "Nats above dense, mean and spread over seeds and draws"
+    dense = [own["loss"] for own in results["dense"].values()]
+    return Report(
+        lead="Solvers calibrated on text or on what the model writes, each without and "
+        "with refinement: validation loss in nats per token",
+        facts={"dense": findings.mean(dense), "seeds": ", ".join(results["dense"])},
+        tables=[Table(header.split(","), lines, caption)],
+        columns=COLUMNS,
+        rows=table,
+        figures={},
+    )
 
 
-def main(config: Config) -> None:
-    """Runs the experiment, or what is left of it, and prints the table.
+def main(config: Config) -> Path:
+    """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
       ValueError: a name is unknown, or the directory holds another run.
@@ -224,24 +241,38 @@ def main(config: Config) -> None:
     """
     config.check()
     run = Run(config)
-    with run_dir.locked(config.out):
-        run_dir.begun(config.out, run.identity())
-        for cell in config.cells():
-            if (path := cell.path(config.out)).exists():
-                continue
-            records.write_json(path, run.done(cell, run.dense(cell.seed)))
-            print(
-                f"{path.stem}: {json.loads(path.read_text())['loss']:.4f}",
-                file=sys.stderr,
-            )
-    paths = sorted(config.out.glob("cells/*.json"))
-    dense = {
-        seed: json.loads((config.out / f"seed-{seed}" / "dense.json").read_text())[
-            "loss"
-        ]
-        for seed in config.seeds
+
+    def show(results: dict[str, Any], out: Path) -> str:
+        return tables.write(results, out, report(results))
+
+    return runner.run(
+        "refined_solvers",
+        config,
+        run.identity(),
+        lambda: cells(run, config.out, config.cells()),
+        show,
+        grows=True,
+    )
+
+
+def cells(run: Run, out: Path, asked: Sequence[Cell]) -> dict[str, Any]:
+    """Does those cells that are not in the directory; returns all that are."""
+    left = [cell for cell in asked if not cell.path(out).exists()]
+    with Progress(len(left), "run", unit="cell") as progress:
+        for cell in left:
+            content = run.done(cell, run.dense(cell.seed))
+            records.write_json(cell.path(out), content)
+            progress.note(f"{cell.path(out).stem}: {content['loss']:.4f}")
+            progress.update()
+    return {
+        "dense": {
+            path.parent.name.removeprefix("seed-"): json.loads(path.read_text())
+            for path in sorted(out.glob("seed-*/dense.json"))
+        },
+        "cells": [
+            json.loads(path.read_text()) for path in sorted(out.glob("cells/*.json"))
+        ],
     }
-    print(table([json.loads(path.read_text()) for path in paths], dense))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from experiments.harness.stages import once
 from experiments.prune_while_training import shown
 from experiments.prune_while_training.config import Cell, Config
 from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS, Span
+from experiments.report import tables
 from experiments.tasks.language_model import LanguageModel, schedule
 
 POINTS = 10
@@ -254,8 +255,7 @@ def main(config: Config) -> Path:
     run = Run(config, corpus)
 
     def show(results: dict[str, Any], out: Path) -> str:
-        shown.write(results, out)
-        return f"{shown.tables(results)}\n\nwritten to '{out}'"
+        return tables.write(results, out, shown.report(results))
 
     return runner.run(
         "prune_while_training", config, run.identity(), run.all, show, grows=True

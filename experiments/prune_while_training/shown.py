@@ -1,4 +1,4 @@
-"""The cells as tables, a CSV and figures.
+"""What is shown of the cells: tables, a row a cell, figures.
 
 Losses are nats per token above the dense model of the same seed and steps, each method
 at the learning rate that was the best for it at the tuning sparsity and seed; "±" is
@@ -6,16 +6,13 @@ the sample standard deviation over the seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure
 
-from experiments.compare import text_table
 from experiments.prune_while_training.methods import DENSE, METHODS
 from experiments.report import figures, findings, plots
-from experiments.report import results as results_
-from jaxprune.formats import atomic
+from experiments.report.tables import Drawing, Report, Table
 from jaxprune.report import canvas
 
 COLUMNS = (
@@ -80,20 +77,20 @@ def _order(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     return (after, steps, distill, place, method, *rest)
 
 
-def tables(results: Mapping[str, Any]) -> str:
+def tables(results: Mapping[str, Any]) -> list[Table]:
     """A table for each length: nats above dense by method and sparsity."""
     found = [row for row in rows(results) if row["chosen"]]
     lengths = dict.fromkeys((row["after_dense"], row["steps"]) for row in found)
-    return "\n\n".join(
+    return [
         _table(
             [row for row in found if (row["after_dense"], row["steps"]) == length],
             *length,
         )
         for length in lengths
-    )
+    ]
 
 
-def _table(found: Sequence[Mapping[str, Any]], after: int, steps: int) -> str:
+def _table(found: Sequence[Mapping[str, Any]], after: int, steps: int) -> Table:
     dense = [r["loss"] for r in found if r["method"] == DENSE and not r["distill"]]
     seeds = f"{len(dense)} seed{'s' if len(dense) > 1 else ''}"
     more = f" after {after} dense ones" if after else ""
@@ -111,10 +108,8 @@ def _table(found: Sequence[Mapping[str, Any]], after: int, steps: int) -> str:
             line.append(findings.mean(known, signed=True) + count)
         lines.append(line)
     header = ["method (number of seeds)", "rate", *map(findings.percent, sparsities)]
-    return (
-        f"{steps} steps{more}: nats above dense, {findings.mean(dense)}, {seeds}\n"
-        f"{text_table(header, lines)}"
-    )
+    title = f"{steps} steps{more}: nats above dense, {findings.mean(dense)}, {seeds}"
+    return Table(header, lines, title)
 
 
 def _drawn(cells: Cells) -> set[str]:
@@ -213,10 +208,24 @@ def steps_figure(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def write(results: Mapping[str, Any], out: Path) -> None:
-    """Writes results.csv, loss.svg and steps.svg."""
-    files = {"results.csv": results_.table_csv(COLUMNS, rows(results))}
-    if any(row["method"] != DENSE for row in rows(results)):
-        files["loss.svg"] = canvas.svg(loss_figure(results), ground="white").encode()
-        files["steps.svg"] = canvas.svg(steps_figure(results), ground="white").encode()
-    atomic.replace_files(out, files)
+def report(results: Mapping[str, Any]) -> Report:
+    """All that is shown of the results."""
+    table, drawn = rows(results), {}
+    if any(row["method"] != DENSE for row in table):
+        drawn = {
+            "loss": Drawing(loss_figure(results), "Loss above dense against sparsity."),
+            "steps": Drawing(
+                steps_figure(results),
+                "Over the steps: weights that are zero, loss, overlap of the masks.",
+            ),
+        }
+    return Report(
+        lead="Pruned while it trains: validation loss in nats per token above the "
+        "dense model of the same seed and steps, each method at the learning rate that "
+        "was best for it",
+        facts={"seeds": ", ".join(map(str, dict.fromkeys(r["seed"] for r in table)))},
+        tables=tables(results),
+        columns=COLUMNS,
+        rows=table,
+        figures=drawn,
+    )

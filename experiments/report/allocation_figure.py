@@ -1,4 +1,4 @@
-"""What `allocation_with_solvers` found, as tables, a CSV and a figure.
+"""What is shown of `allocation_with_solvers`: tables, a row a cell, a figure.
 
     python -m experiments.report.allocation_figure RESULTS... --out DIR
 
@@ -17,9 +17,8 @@ from typing import Annotated, Any
 import tyro
 from matplotlib.figure import Figure
 
-from experiments.compare import text_table
 from experiments.report import figures, findings
-from experiments.report import results as results_
+from experiments.report.tables import Drawing, Report, Table
 from jaxprune.formats import atomic
 from jaxprune.report import canvas
 
@@ -62,31 +61,24 @@ def rows(results: Results) -> list[dict[str, Any]]:
     return table
 
 
-def tables(results: Results) -> str:
+def tables(results: Results) -> list[Table]:
     """Nats above dense by solver and allocation, then above uniform allocation.
 
     A draw of the calibration sequences has tables of its own.
     """
     found = rows(results)
-    parts = [_dense(results)]
+    parts = []
     for draw in sorted({row["draw"] for row in found}):
         of_draw = [row for row in found if row["draw"] == draw]
         named = f", calibration draw {draw + 1}" if draw else ""
-        parts.append(f"Nats above dense{named}\n{_table(of_draw, relative=False)}")
+        parts.append(_table(of_draw, f"Nats above dense{named}", relative=False))
         if any(row["allocation"] == "uniform" for row in of_draw):
-            parts.append(
-                f"Nats above the same solver with uniform allocation{named}\n"
-                f"{_table(of_draw, relative=True)}"
-            )
-    return "\n\n".join(parts)
+            title = f"Nats above the same solver with uniform allocation{named}"
+            parts.append(_table(of_draw, title, relative=True))
+    return parts
 
 
-def _dense(results: Results) -> str:
-    losses = [dense["loss"] for dense in results["dense"].values()]
-    return f"Dense: {findings.mean(losses)} nats per token, {len(losses)} seeds"
-
-
-def _table(found: Sequence[Mapping[str, Any]], *, relative: bool) -> str:
+def _table(found: Sequence[Mapping[str, Any]], title: str, *, relative: bool) -> Table:
     """Rows are solver and allocation, columns sparsities; means over the seeds."""
     losses = {
         (row["solver"], row["allocation"], row["sparsity"], row["seed"]): row["above"]
@@ -111,9 +103,8 @@ def _table(found: Sequence[Mapping[str, Any]], *, relative: bool) -> str:
                     values.append(above - base)
             line.append(findings.mean(values, signed=True))
         lines.append(line)
-    return text_table(
-        ["solver", "allocation", *map(findings.percent, sparsities)], lines
-    )
+    header = ["solver", "allocation", *map(findings.percent, sparsities)]
+    return Table(header, lines, title)
 
 
 def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
@@ -158,12 +149,21 @@ def figure(all_results: Sequence[Results]) -> Figure:
     return figures.runs(labelled, stage="pruned", allocation="global")
 
 
-def write(results: Results, out: Path) -> None:
-    """Writes results.csv and loss.svg."""
-    files = {"results.csv": results_.table_csv(COLUMNS, rows(results))}
+def report(results: Results) -> Report:
+    """All that is shown of the results."""
+    losses, drawn = [dense["loss"] for dense in results["dense"].values()], {}
     if any(cell["solver"] not in _LAST for cell in results["cells"]):
-        files["loss.svg"] = canvas.svg(figure([results]), ground="white").encode()
-    atomic.replace_files(out, files)
+        caption = "Loss above dense against sparsity; bands are the range of the seeds."
+        drawn["loss"] = Drawing(figure([results]), caption)
+    return Report(
+        lead="A sparsity allocated to the matrices in several ways, pruned by solvers: "
+        "validation loss in nats per token",
+        facts={"dense": findings.mean(losses), "seeds": ", ".join(results["dense"])},
+        tables=tables(results),
+        columns=COLUMNS,
+        rows=rows(results),
+        figures=drawn,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -74,13 +74,18 @@ _COST = {
     **dict.fromkeys(("bytes_dense", "bytes_packed"), int),
     **dict.fromkeys(("sparsity", "flops_dense", "flops_kept"), float),
 }
-_SCHEMA: dict[str, Any] = {
+_ANY: dict[str, Any] = {
     "name": str,
     "config": dict,
     "versions": dict,
     "device": str,
     "finished": _Maybe(str),
     "command": _Maybe(str),
+}
+# Of an experiment whose report is tables: each says itself what is in a cell.
+_TABLES = {**_ANY, "cells": [dict]}
+_SWEEP = {
+    **_ANY,
     "model": {"parameters": int, "prunable": int, "leaves": dict},
     "seeds": [_SEED],
     "phases": _Maybe([_PHASE]),
@@ -126,7 +131,11 @@ def check(results: Any, *, name: str = "results") -> None:
             f"'{name}' must be a results.json of format {FORMAT}, got {kind} "
             f"{found!r}; give one that this version's experiments wrote"
         )
-    problems = list(_mismatches(results, _SCHEMA, "")) or list(_disagreements(results))
+    if "cells" in results:
+        problems = list(_mismatches(results, _TABLES, ""))
+    else:
+        problems = list(_mismatches(results, _SWEEP, ""))
+        problems = problems or list(_disagreements(results))
     if problems:
         shown = "; ".join(problems[:8])
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""

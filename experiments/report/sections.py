@@ -4,21 +4,17 @@ A section that has nothing to show is left out, and so is a table's column that 
 measured. "±" is the sample standard deviation over the seeds.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report import accuracy, figures, findings, foreign, life_cycle
+from experiments.report import accuracy, figures, findings, foreign, life_cycle, made
 from experiments.report import results as results_
-from jaxprune.formats import atomic
 from jaxprune.report import page
 
-TEMPLATES = page.templates(Path(__file__).with_name("templates"))
-TEMPLATES.filters["percent"] = findings.percent
+made.TEMPLATES.filters["percent"] = findings.percent
 
 
 def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
@@ -48,11 +44,10 @@ def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
 
 def document(results: Mapping[str, Any]) -> str:
     """The whole of report.html, one page that loads nothing."""
-    pairs = {"configuration": results["config"], "versions": results["versions"]}
     layers = findings.layers(results)
     other = results_.foreign(results)
     curve = any(seed.get("curve") for seed in results["seeds"])
-    return TEMPLATES.get_template("run.html").render(
+    return made.TEMPLATES.get_template("run.html").render(
         title=f"{results['name']}: loss against sparsity",
         name=results["name"],
         headline=findings.headline(results),
@@ -70,14 +65,8 @@ def document(results: Mapping[str, Any]) -> str:
         costs=results.get("costs"),
         phases=_phases(results["phases"]) if results.get("phases") else None,
         life_cycle=life_cycle.section(results),
-        command=command(results),
         training={"training": figures.training(results)} if curve else {},
-        pairs={
-            title: [[name, str(value)] for name, value in atomic.flat(of).items()]
-            for title, of in pairs.items()
-        },
-        finished=results.get("finished"),
-        device=results["device"],
+        made=made.of(results),
     )
 
 
@@ -227,22 +216,3 @@ def _phases(phases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows.append(row)
     header = ["phase", "times", *(name for name, *_ in known)]
     return {"header": header, "rows": rows}
-
-
-def command(results: Mapping[str, Any]) -> str:
-    """The command that makes these results again.
-
-    Where none is recorded, it has a flag for each entry of the configuration.
-    """
-    if results.get("command"):
-        return str(results["command"])
-    words = ["python", "-m", f"experiments.{results['name']}"]
-    for name, value in atomic.flat(results["config"]).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list | tuple):
-            words += [f"--{flag}", *map(str, value)]
-        elif value is not None:
-            words += [f"--{flag}", str(value)]
-    return shlex.join(words)

@@ -115,6 +115,7 @@ def test_the_csv_and_the_figure_hold_every_cell(config, results):
     svg = (config.out / "loss.svg").read_text()
     assert "cpu: sparsegpt" in svg
     assert "trajectory" in svg
+    assert "cpu: sparsegpt" in (config.out / "report.html").read_text()
 
 
 def test_calibration_reads_the_training_text_alone_and_each_draw_is_its_own():
@@ -185,17 +186,16 @@ def test_the_tables_give_means_and_differences_of_the_same_seed():
             ("mask", "trajectory"): (0.5, 0.5),
         }
     )
-    dense, absolute, relative = allocation_figure.tables(results).split("\n\n")
-    assert "1.500 ± 0.707" in dense
-    assert [line.split() for line in absolute.splitlines()[2:]] == [
-        ["sparsegpt", "uniform", "+0.400", "±", "0.283"],
-        ["sparsegpt", "trajectory", "+0.200", "±", "0.141"],
-        ["mask", "trajectory", "+0.500", "±", "0.000"],
+    report = allocation_figure.report(results)
+    assert report.facts["dense"] == "1.500 ± 0.707"
+    absolute, relative = report.tables
+    assert absolute.rows == [
+        ["sparsegpt", "uniform", "+0.400 ± 0.283"],
+        ["sparsegpt", "trajectory", "+0.200 ± 0.141"],
+        ["mask", "trajectory", "+0.500 ± 0.000"],
     ]
     # -0.1 and -0.3, not the difference of two means' spreads.
-    assert [line.split() for line in relative.splitlines()[2:]] == [
-        ["sparsegpt", "trajectory", "−0.200", "±", "0.141"]
-    ]
+    assert relative.rows == [["sparsegpt", "trajectory", "−0.200 ± 0.141"]]
 
 
 def test_the_figure_has_a_panel_for_each_run_and_solver_and_a_line_for_each_rule():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.report import figures, sections, write_report
+from experiments.report import figures, made, sections, write_report
 from experiments.report import results as results_
 from jaxprune.report import canvas
 from tests.support.synthetic import Page, synthetic
@@ -155,14 +155,14 @@ def test_columns_that_were_not_measured_are_left_out(results):
 
 
 def test_the_command_is_the_recorded_one_or_made_from_the_configuration(results):
-    assert sections.command(results) == (
+    assert made.command(results) == (
         "python -m experiments.scaled_down_llm --preset cpu --seeds 0 1 2 --sparsities "
         "0.0 0.3 0.5 0.6 0.7 0.8 0.9 0.95 --learning-rate 0.001 --no-smoke"
     )
     nested = results | {"config": {"a": {"b_c": True}, "out": "my runs"}}
-    assert sections.command(nested).endswith("--a.b-c --out 'my runs'")
+    assert made.command(nested).endswith("--a.b-c --out 'my runs'")
     recorded = "python -m experiments.scaled_down_llm --smoke"
-    assert sections.command(results | {"command": recorded}) == recorded
+    assert made.command(results | {"command": recorded}) == recorded
     assert recorded in Page(sections.document(results | {"command": recorded})).text
 
 
