@@ -1,0 +1,113 @@
+"""The benchmarks whose numbers an accelerator changes, one after the other.
+
+    python -m benchmarks.accelerator --out results/accelerator
+
+Each runs in a process of its own, on the devices that JAX finds: training steps of a
+GPT with trackers and with masks that are chosen inside them, the optimizer's step
+alone, exact thresholds, pruning in place, the solvers on a matrix, a layer of a 7 B
+Llama. What one prints, one JSON line, becomes a file; a run that was stopped goes on
+with those that are missing. One that fails is named and does not stop the others.
+"""
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import tyro
+
+from jaxprune.formats import atomic
+
+OF_7B = "--width 4096 --ffn 11008 --heads 4096 --kv 4096"
+SET = {
+    "tracking_step": "tracking --what step --preset char --batch-size 64",
+    "tracking_optimizer": "tracking --what optimizer",
+    "gradual_step": "gradual --what step --preset char --batch-size 64",
+    "gradual_optimizer": "gradual --what optimizer --size 100000000",
+    "selecting": "selecting --no-torch",
+    "pruning_in_place": "pruning_in_place",
+    "solving": f"solving {OF_7B} --repeats 3",
+    "layers_of_7b": "large --out {out}/large --methods wanda sparsegpt alps",
+}
+# The same on next to nothing, to see that they run.
+SMALL = {
+    "tracking_optimizer": "tracking --what optimizer --size 100000 --repeats 2",
+    "selecting": "selecting --no-torch --size 100000 --leaves 4 --repeats 2",
+    "solving": "solving --width 32 --ffn 64 --heads 32 --kv 16 --repeats 1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Runs the benchmarks that an accelerator is for.
+
+    Attributes:
+      out: directory of the lines, and of what a benchmark writes.
+      only: names of those that are run; all if left out.
+      smoke: small ones, to see that they run.
+    """
+
+    out: Path = Path("results/accelerator")
+    only: tuple[str, ...] = ()
+    smoke: bool = False
+
+    def chosen(self) -> dict[str, str]:
+        """The benchmarks' modules and flags by name.
+
+        Raises:
+          ValueError: a name is unknown.
+        """
+        known: Mapping[str, str] = SMALL if self.smoke else SET
+        if unknown := [name for name in self.only if name not in known]:
+            raise ValueError(
+                f"--only must be of {', '.join(known)}, got {', '.join(unknown)}"
+            )
+        return {name: known[name] for name in self.only or known}
+
+
+def main(config: Config) -> None:
+    """Runs what is missing; the exit status is 1 if one has failed."""
+    try:
+        chosen = config.chosen()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    out = config.out / "smoke" if config.smoke else config.out
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for number, (name, line) in enumerate(chosen.items(), 1):
+        path = out / f"{name}.jsonl"
+        if path.exists():
+            _say(f"{name}: done before, see {path}")
+            continue
+        _say(f"{name}: {number} of {len(chosen)}, python -m benchmarks.{line}")
+        started = time.perf_counter()
+        words = shlex.split(line.format(out=shlex.quote(str(out))))
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        lines = [own for own in done.stdout.splitlines() if own.startswith("{")]
+        if done.returncode or not lines:
+            _say(f"{name}: failed with status {done.returncode}")
+            failed.append(name)
+            continue
+        text = "".join(f"{own}\n" for own in lines)
+        atomic.replace_files(out, {path.name: text.encode()})
+        device = json.loads(lines[-1])["device"]
+        _say(f"{name}: {time.perf_counter() - started:.0f} s on {device}")
+        print("\n".join(lines), flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; start again to run these alone")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
