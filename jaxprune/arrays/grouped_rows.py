@@ -18,6 +18,40 @@ _LONGEST = 256  # rows of a block; fewer where groups are smaller on average
 _SHORTEST = 16
 
 
+def dot(
+    rows: Float[Array, "rows in"],
+    weight: Float[Array, "groups in out"],
+    sizes: Int[Array, " groups"],
+) -> Float[Array, "rows out"]:
+    """`jax.lax.ragged_dot`, as `by_group` where nothing is spread over devices.
+
+    Over a mesh, and where it is traced without being compiled, it is the primitive
+    itself: XLA can split that over devices, and the trace of a model can read it.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in (rows, weight)]
+    settings: Any = jax.config
+    if settings.jax_disable_jit or any(mesh.size > 1 for mesh in meshes):
+        return jax.lax.ragged_dot(rows, weight, sizes)
+    return by_group(rows, weight, sizes)
+
+
+def by_group(
+    rows: Float[Array, "rows in"],
+    weight: Float[Array, "groups in out"],
+    sizes: Int[Array, " groups"],
+    precision: Any = None,
+    kind: Any = None,
+) -> Float[Array, "rows out"]:
+    """`matmul`, or on TPU `jax.lax.ragged_dot`, for which that has an instruction."""
+    return jax.lax.platform_dependent(
+        *(rows, weight, sizes),
+        tpu=functools.partial(
+            jax.lax.ragged_dot, precision=precision, preferred_element_type=kind
+        ),
+        default=lambda *own: matmul(*own, precision, kind),
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def matmul(
     rows: Float[Array, "rows in"],

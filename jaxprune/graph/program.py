@@ -6,7 +6,6 @@ program, and subgraphs of the same form (equal layers of a model) share it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,13 +66,11 @@ class Step(NamedTuple):
 
     def run_by_group(self, operands: Sequence[Any]) -> Sequence[Any]:
         """The results of a `lax.ragged_dot`, each group's rows by themselves."""
-        kind = self.params["preferred_element_type"]
-        by_group = functools.partial(
-            grouped_rows.matmul, precision=self.params["precision"], kind=kind
+        precision, kind = (
+            self.params[name] for name in ("precision", "preferred_element_type")
         )
-        # TPU has an instruction for it.
-        native = lambda *operands: self.run(operands)[0]  # noqa: E731
-        return [jax.lax.platform_dependent(*operands, tpu=native, default=by_group)]
+        rows, weight, sizes = operands
+        return [grouped_rows.by_group(rows, weight, sizes, precision, kind)]
 
 
 def is_grouped(step: Step) -> bool:

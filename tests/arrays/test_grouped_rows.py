@@ -91,6 +91,28 @@ def test_what_lies_behind_the_groups_may_be_no_number():
     np.testing.assert_array_equal(square[:, 0, 0], [3, 17])
 
 
+def test_over_a_mesh_and_in_a_trace_it_is_the_primitive_itself():
+    rows, weight = jnp.ones((8, IN)), jnp.ones((2, IN, OUT))
+    sizes = jnp.array([3, 5])
+    found = {}
+
+    def primitives(*operands):
+        text = str(jax.make_jaxpr(grouped_rows.dot)(*operands))
+        return "while" in text, "ragged_dot_general" in text
+
+    found["alone"] = primitives(rows, weight, sizes)
+    with jax.disable_jit():
+        found["traced"] = primitives(rows, weight, sizes)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    found["mesh"] = primitives(rows, jax.device_put(weight, where), sizes)
+    assert found == {
+        "alone": (True, True),  # of which TPU takes the second
+        "traced": (False, True),
+        "mesh": (False, True),
+    }
+
+
 def test_nothing_is_held_once_for_each_group():
     rows = jax.ShapeDtypeStruct((2048, 256), np.float32)
     weight = jax.ShapeDtypeStruct((64, 256, 16), np.float32)

@@ -2,10 +2,9 @@
 
 A router gives each token to a few of many MLPs, and what they answer is added up by the
 router's shares. The rows that an expert is given lie together, so each of its matrices
-meets them in one product, `jax.lax.ragged_dot`. On TPU nothing is computed for other
-experts; on CPU, and on GPU before jax 0.12, JAX compiles it to all rows times every
-matrix, those of others zero. Calibration goes by blocks of rows instead
-(`arrays.grouped_rows`). Kernels are [experts, in, out].
+meets them in one product (`arrays.grouped_rows`), and nothing is computed for the other
+experts, unless the model is spread over devices that are no TPUs. Kernels are
+[experts, in, out].
 
 References:
   Shazeer et al.: Outrageously Large Neural Networks: The Sparsely-Gated
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprune.arrays import grouped_rows
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.layers import ACTIVATIONS, MLP, Linear
 
@@ -44,7 +44,7 @@ class ExpertLinear(nnx.Module):
     ) -> Float[Array, "rows outputs"]:
         """The products of rows that lie expert by expert, `sizes` of each."""
         kernel = self.kernel[...].astype(self.dtype)
-        y = jax.lax.ragged_dot(x.astype(self.dtype), kernel, sizes)
+        y = grouped_rows.dot(x.astype(self.dtype), kernel, sizes)
         return y if self.bias is None else y + self.bias[...][expert].astype(y.dtype)
 
 
