@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,6 +13,7 @@ from jaxprune.arrays import tree
 from jaxprune.formats.checkpoint_dir import Damaged
 from jaxprune.models import hf
 from jaxprune.models.decoder.experts import Experts
+from jaxprune.models.decoder.model import Decoder
 from tests.support import tiny_cli, tiny_hf
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.tiny_families import MIXTURES
@@ -223,3 +225,25 @@ def test_fewer_layers_are_loaded_by_transformers(name, tmp_path):
     ids = tiny_hf.tokens()
     expected = tiny_hf.torch_logits(model.eval(), ids)
     np.testing.assert_allclose(logits(out, ids), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.full
+def test_on_an_explicit_mesh_a_mixture_has_the_gradients_of_one_device():
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds)
+    config = hf.decoder_config(tiny_hf.config_json("olmoe"))
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    ids = tiny_hf.tokens(2, 8)
+
+    def loss(params, ids):
+        return jnp.square(nnx.merge(graphdef, params)(ids)).mean()
+
+    expected = jax.grad(loss)(params, ids)
+    whole = jax.NamedSharding(mesh, jax.P())
+    placed = jax.tree.map(lambda x: jax.device_put(x, whole), params)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(ids, jax.NamedSharding(mesh, jax.P("data")))
+        found = jax.jit(jax.grad(loss))(placed, rows)
+    for name, leaf in tree.named_leaves(expected).items():
+        own = np.asarray(tree.named_leaves(found)[name])
+        np.testing.assert_allclose(own, leaf, atol=1e-6, err_msg=name)

@@ -134,6 +134,8 @@ def test_products_run_in_the_dtype_asked_for(stored, options, expected, tmp_path
         ("gpt2", "Explicit"),
         pytest.param("gemma3", "Explicit", marks=pytest.mark.full),
         pytest.param("gpt2", "Auto", marks=pytest.mark.full),
+        pytest.param("olmoe", "Explicit", marks=pytest.mark.full),
+        pytest.param("olmoe", "Auto", marks=pytest.mark.full),
     ],
 )
 def test_each_device_holds_its_own_part_only(name, kind, tmp_path):

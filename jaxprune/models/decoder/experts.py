@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprune.arrays import grouped_rows
+from jaxprune.models import placement
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.layers import ACTIVATIONS, MLP, Linear
 
@@ -75,6 +76,18 @@ class Experts(nnx.Module):
         self, x: Float[Array, "batch time width"]
     ) -> Float[Array, "batch time width"]:
         """Applies each token's experts to it."""
+        where = placement.like(x)
+        if where is None:
+            return self._applied(x)
+        # Tokens of all devices are sorted by their experts: how those lie then, no type
+        # can say.
+        graphdef, state = nnx.split(self)
+        apply = jax.sharding.auto_axes(
+            lambda state, x: nnx.merge(graphdef, state)._applied(x), out_sharding=where
+        )
+        return apply(state, x)
+
+    def _applied(self, x: Array) -> Array:
         rows = x.reshape(-1, x.shape[-1])  # (tokens, width)
         token, _, y = self.answers(rows)
         y = jnp.zeros_like(rows).at[token].add(y).reshape(x.shape)
