@@ -96,9 +96,15 @@ def main(config: Config) -> None:
     """Runs what is missing, prints the tables.
 
     Raises:
-      ValueError: `run` holds no run, or `out` cells of another one.
+      ValueError: `calibrated` does not fit, `run` holds no run, or `out` cells of
+        another one.
       OSError: `out` cannot be written to, or another process writes there.
     """
+    if config.calibrated < _BATCH or config.calibrated % _BATCH:
+        raise ValueError(
+            f"calibrated must be a multiple of {_BATCH}, which are one batch, got "
+            f"{config.calibrated}"
+        )
     identity, plan, task = opened(config)
     config.out.mkdir(parents=True, exist_ok=True)
     with run_dir.locked(config.out):

@@ -119,6 +119,9 @@ def test_its_heads_and_neurons_can_be_removed(run, tmp_path, capsys):
 def test_what_is_no_run_of_pictures_is_refused(tmp_path):
     with pytest.raises(ValueError, match="run that first"):
         shrunk_vision.main(shrunk_vision.Config(run=tmp_path, out=tmp_path / "out"))
+    config = shrunk_vision.Config(run=tmp_path, out=tmp_path / "out", calibrated=40)
+    with pytest.raises(ValueError, match=r"multiple of 32, .* got 40"):
+        shrunk_vision.main(config)
     assert not (tmp_path / "out").exists()
 
 
