@@ -22,34 +22,42 @@ def dot(
     rows: Float[Array, "rows in"],
     weight: Float[Array, "groups in out"],
     sizes: Int[Array, " groups"],
-) -> Float[Array, "rows out"]:
-    """`jax.lax.ragged_dot`, as `by_group` where nothing is spread over devices.
-
-    Over a mesh, and where it is traced without being compiled, it is the primitive
-    itself: XLA can split that over devices, and the trace of a model can read it.
-    """
-    meshes = [jax.typeof(x).sharding.mesh for x in (rows, weight)]
-    settings: Any = jax.config
-    if settings.jax_disable_jit or any(mesh.size > 1 for mesh in meshes):
-        return jax.lax.ragged_dot(rows, weight, sizes)
-    return by_group(rows, weight, sizes)
-
-
-def by_group(
-    rows: Float[Array, "rows in"],
-    weight: Float[Array, "groups in out"],
-    sizes: Int[Array, " groups"],
     precision: Any = None,
     kind: Any = None,
 ) -> Float[Array, "rows out"]:
-    """`matmul`, or on TPU `jax.lax.ragged_dot`, for which that has an instruction."""
+    """`jax.lax.ragged_dot`, as `matmul` on one device that is no TPU.
+
+    TPU has an instruction for it. Arrays that are spread over devices, and what is
+    traced without being compiled, get the primitive itself: XLA can split that over
+    devices, and the trace of a model can read it.
+
+    Args:
+      rows: as for `matmul`, as are the others.
+      weight: the groups' matrices.
+      sizes: how many rows each group has.
+      precision: of the products.
+      kind: the dtype of the results.
+
+    Returns:
+      The products.
+    """
+    native = functools.partial(
+        jax.lax.ragged_dot, precision=precision, preferred_element_type=kind
+    )
+    settings: Any = jax.config
+    if settings.jax_disable_jit or any(map(_is_spread, (rows, weight))):
+        return native(rows, weight, sizes)
     return jax.lax.platform_dependent(
         *(rows, weight, sizes),
-        tpu=functools.partial(
-            jax.lax.ragged_dot, precision=precision, preferred_element_type=kind
-        ),
+        tpu=native,
         default=lambda *own: matmul(*own, precision, kind),
     )
+
+
+def _is_spread(x: Array) -> bool:
+    """Whether an array may lie on several devices; a part in a `shard_map` does not."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -70,7 +70,7 @@ class Step(NamedTuple):
             self.params[name] for name in ("precision", "preferred_element_type")
         )
         rows, weight, sizes = operands
-        return [grouped_rows.by_group(rows, weight, sizes, precision, kind)]
+        return [grouped_rows.dot(rows, weight, sizes, precision, kind)]
 
 
 def is_grouped(step: Step) -> bool:

@@ -161,6 +161,20 @@ def ragged(p, batch):
     return lax.ragged_dot(hidden, p["down"], batch["sizes"])
 
 
+@pytest.mark.full
+def test_experts_that_lie_on_several_devices_are_pruned_as_on_one():
+    mesh = jax.make_mesh((3,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    where = jax.NamedSharding(mesh, jax.P("x"))
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, where), EXPERTS)
+    batch = {"x": X, "sizes": SIZES}
+    for method in ("wanda", "sparsegpt"):
+        expected = prune(ragged, EXPERTS, [batch], method).params
+        found = prune(ragged, placed, [batch], method).params
+        for name in EXPERTS:
+            assert found[name].sharding == where
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+
+
 def test_groups_that_are_the_same_in_every_batch_are_seen_too():
     def fixed(p, x):
         return ragged(p, {"x": x, "sizes": SIZES})
