@@ -5,13 +5,16 @@
 Each runs in a process of its own, on the devices that JAX finds: training steps of a
 GPT with trackers and with masks that are chosen inside them, the optimizer's step
 alone, exact thresholds, pruning in place, the solvers on a matrix, a layer of a 7 B
-Llama. What one prints, one JSON line, becomes a file; a run that was stopped goes on
-with those that are missing. One that fails is named and does not stop the others.
+Llama. What one prints, a JSON line, becomes a file in a folder of the device; a run
+that was stopped goes on with those that are missing. One that fails is named and does
+not stop the others.
 """
 
 import dataclasses
 import json
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +34,9 @@ SET = {
     "selecting": "selecting --no-torch",
     "pruning_in_place": "pruning_in_place",
     "solving": f"solving {OF_7B} --repeats 3",
-    "layers_of_7b": "large --out {out}/large --methods wanda sparsegpt alps",
+    "wanda_of_7b": "large --out {place} --methods wanda",
+    "sparsegpt_of_7b": "large --out {place} --methods sparsegpt",
+    "alps_of_7b": "large --out {place} --methods alps",
 }
 # The same on next to nothing, to see that they run.
 SMALL = {
@@ -75,7 +80,8 @@ def main(config: Config) -> None:
         chosen = config.chosen()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    out = config.out / "smoke" if config.smoke else config.out
+    # JAX is not begun here: a benchmark must find the device free.
+    out = config.out / ("smoke" if config.smoke else _device())
     out.mkdir(parents=True, exist_ok=True)
     failed = []
     for number, (name, line) in enumerate(chosen.items(), 1):
@@ -85,12 +91,15 @@ def main(config: Config) -> None:
             continue
         _say(f"{name}: {number} of {len(chosen)}, python -m benchmarks.{line}")
         started = time.perf_counter()
-        words = shlex.split(line.format(out=shlex.quote(str(out))))
+        place = out / name  # of what a benchmark writes, or one that was killed left
+        shutil.rmtree(place, ignore_errors=True)
+        words = shlex.split(line.format(place=shlex.quote(str(place))))
         done = subprocess.run(
             [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]],
             stdout=subprocess.PIPE,
             text=True,
         )
+        shutil.rmtree(place, ignore_errors=True)
         lines = [own for own in done.stdout.splitlines() if own.startswith("{")]
         if done.returncode or not lines:
             _say(f"{name}: failed with status {done.returncode}")
@@ -103,6 +112,15 @@ def main(config: Config) -> None:
         print("\n".join(lines), flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; start again to run these alone")
+
+
+def _device() -> str:
+    """The device that JAX finds, as a word."""
+    code = "import jax; print(jax.devices()[0].device_kind)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return re.sub(r"\W+", "-", found.stdout.strip())
 
 
 def _say(text: str) -> None:

@@ -46,7 +46,7 @@ def main(config: Config) -> None:
     shape = config.experts, config.width, config.wide
     weight = jax.device_put(rng.standard_normal(shape, np.float32))
     programs = {
-        "by_group": jax.jit(grouped_rows.dot),
+        "by_blocks": jax.jit(grouped_rows.dot),
         "ragged_dot": jax.jit(jax.lax.ragged_dot),
     }
     found: dict[str, Any] = {}
@@ -63,7 +63,7 @@ def main(config: Config) -> None:
         found[str(tokens)] = {
             "seconds": {k: measure.median_and_spread(v) for k, v in times.items()},
             "ratio": measure.median_and_spread(
-                np.divide(times["by_group"], times["ragged_dot"])
+                np.divide(times["by_blocks"], times["ragged_dot"])
             ),
             "temporary_bytes": {
                 k: f.memory_analysis().temp_size_in_bytes for k, f in compiled.items()

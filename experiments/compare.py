@@ -75,6 +75,12 @@ def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
         raise ValueError(
             f"the runs must be of one experiment, got {found}; compare them apart"
         )
+    unknown = [run["name"] for run in runs if "cells" in run]
+    if unknown and unknown[0] not in _REPORTS:
+        raise ValueError(
+            f"the runs must be of {', '.join(_REPORTS)}, or sweeps with seeds, got "
+            f"{unknown[0]!r}"
+        )
     labels = [file.parent.name for file in files]
     if len({*labels}) < len(files):
         above = os.path.commonpath([file.parent for file in files])

@@ -29,7 +29,7 @@ from experiments.harness import records, runner
 from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.evaluation import distill, perplexity, retrain
+from jaxprune.evaluation import distill, machine, perplexity, retrain
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.model import Decoder
@@ -37,7 +37,7 @@ from jaxprune.models.decoder.rope import linear
 
 COLUMNS = (
     *("seed", "start", "loss", "learning_rate", "dense", "before", "after"),
-    "last_loss",
+    *("last_loss", "device"),
 )
 STARTS = ("dense", "half of the neurons", "pruned", "scratch at half of the neurons")
 _CONTEXT = 64
@@ -203,6 +203,7 @@ def _run(
                 "before": perplexity.measure(model, windows)["nats"],
                 "after": perplexity.measure(found, windows)["nats"],
                 "last_loss": losses[-1],
+                "device": machine.device(),
             }
             records.write_json(cell.path(config.out), result)
             progress.note(f"{cell.start}, {cell.loss}: {result['after']:.4f}")
@@ -242,15 +243,18 @@ def _logits(graphdef: Any, params: Any, ids: Any) -> Any:
 
 def report(results: Mapping[str, Any]) -> Report:
     """All that is shown: means over the seeds, each at its best rate."""
-    found: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+    found: dict[tuple[str, str], dict[float, dict[int, Any]]] = {}
     for cell in results["cells"]:
         rates = found.setdefault((cell["start"], cell["loss"]), {})
-        rates.setdefault(cell["learning_rate"], []).append(cell)
+        rates.setdefault(cell["learning_rate"], {})[cell["seed"]] = cell
     lines = []
     for start in STARTS:
-        own = [_best(found.get((start, loss), {})) for loss in ("text", "teacher")]
-        row = [start, findings.mean([r["before"] for r in own[0]])]
-        lines.append(row + [findings.mean([r["after"] for r in best]) for best in own])
+        text, teacher = (_best(found.get((start, x), {})) for x in ("text", "teacher"))
+        row = [start, findings.mean([cell["before"] for cell in text])]
+        for best in (text, teacher):
+            count = f" ({len(best)})" if best else ""
+            row.append(findings.mean([cell["after"] for cell in best]) + count)
+        lines.append(row)
     steps = results["config"]["steps"]
     header = ["start", "before", f"{steps} steps on the text", "on the dense model"]
     dense = {cell["seed"]: cell["dense"] for cell in results["cells"]}
@@ -261,17 +265,26 @@ def report(results: Mapping[str, Any]) -> Report:
             "dense": findings.mean(list(dense.values())),
             "seeds": ", ".join(map(str, sorted(dense))),
         },
-        tables=[Table(header, lines, "Each at its best learning rate")],
+        tables=[Table(header, lines, "Each at its best learning rate (seeds)")],
         columns=COLUMNS,
         rows=[{name: cell[name] for name in COLUMNS} for cell in results["cells"]],
         figures={},
     )
 
 
-def _best(rates: dict[float, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The results of the learning rate whose mean is the lowest."""
-    means = {r: statistics.mean(x["after"] for x in own) for r, own in rates.items()}
-    return rates[min(means, key=lambda rate: means[rate])] if rates else []
+def _best(rates: dict[float, dict[int, Any]]) -> list[dict[str, Any]]:
+    """The cells of the learning rate whose mean is the lowest.
+
+    Of several rates, over the seeds that all of them have.
+    """
+    if not rates:
+        return []
+    common = set.intersection(*(set(of) for of in rates.values()))
+    means = {
+        rate: statistics.mean(of[seed]["after"] for seed in common or of)
+        for rate, of in rates.items()
+    }
+    return list(rates[min(means, key=lambda rate: means[rate])].values())
 
 
 if __name__ == "__main__":

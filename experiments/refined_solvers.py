@@ -190,10 +190,16 @@ class Run(solvers.Run):
         }
 
 
-COLUMNS = (
-    *(field.name for field in dataclasses.fields(Cell)),
-    *("loss", "dense_loss", "above", "seconds"),
-)
+KIND = {
+    "calibration": "calibrated on",
+    "method": "method",
+    "sparsity": "sparsity",
+    "passes": "passes",
+    "learning_rate": "rate",
+    "temperature": "temperature",
+}
+"""What cells of one row of the table have in common, and how it is called there."""
+COLUMNS = ("seed", "draw", *KIND, "loss", "dense_loss", "above", "seconds")
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -211,21 +217,20 @@ def report(results: Mapping[str, Any]) -> Report:
     table = rows(results)
     by_kind: dict[tuple[Any, ...], list[float]] = {}
     for row in table:
-        by_kind.setdefault(tuple(row[name] for name in COLUMNS[2:8]), []).append(
-            row["above"]
-        )
+        kind = tuple(row[name] for name in KIND)
+        by_kind.setdefault(kind, []).append(row["above"])
     lines = [
         [*map(str, kind), findings.mean(above, signed=True), str(len(above))]
         for kind, above in sorted(by_kind.items())
     ]
-    header = "calibrated on,method,sparsity,passes,rate,temperature,above dense,cells"
+    header = [*KIND.values(), "above dense", "cells"]
     caption = "Nats above dense, mean and spread over seeds and draws"
     dense = [own["loss"] for own in results["dense"].values()]
     return Report(
         lead="Solvers calibrated on text or on what the model writes, each without and "
         "with refinement: validation loss in nats per token",
         facts={"dense": findings.mean(dense), "seeds": ", ".join(results["dense"])},
-        tables=[Table(header.split(","), lines, caption)],
+        tables=[Table(header, lines, caption)],
         columns=COLUMNS,
         rows=table,
         figures={},
@@ -236,7 +241,8 @@ def main(config: Config) -> Path:
     """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
-      ValueError: a name is unknown, or the directory holds another run.
+      ValueError: a name is unknown, there are too few sequences, or the directory holds
+        another run.
       OSError: the directory cannot be written to, or another process runs there.
     """
     config.check()

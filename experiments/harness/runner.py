@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import json
 import shlex
 import sys
 import typing
@@ -81,8 +82,12 @@ def run(
         }
 
         def write() -> str:
-            shown = show(results, out)
-            records.write_json(path, results)
+            # Where nothing was done, what made the cells is what made them before.
+            before = json.loads(path.read_text()) if path.exists() else {}
+            same = all(before.get(name) == own for name, own in found.items())
+            kept: dict[str, Any] = before if same else results
+            shown = show(kept, out)
+            records.write_json(path, kept)
             return shown
 
         _say(processes.on_first(write))

@@ -213,9 +213,11 @@ def report(results: Mapping[str, Any]) -> Report:
     table, drawn = rows(results), {}
     if any(row["method"] != DENSE for row in table):
         drawn = {
-            "loss": Drawing(loss_figure(results), "Loss above dense against sparsity."),
+            "loss": Drawing(
+                lambda: loss_figure(results), "Loss above dense against sparsity."
+            ),
             "steps": Drawing(
-                steps_figure(results),
+                lambda: steps_figure(results),
                 "Over the steps: weights that are zero, loss, overlap of the masks.",
             ),
         }

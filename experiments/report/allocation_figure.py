@@ -154,7 +154,7 @@ def report(results: Results) -> Report:
     losses, drawn = [dense["loss"] for dense in results["dense"].values()], {}
     if any(cell["solver"] not in _LAST for cell in results["cells"]):
         caption = "Loss above dense against sparsity; bands are the range of the seeds."
-        drawn["loss"] = Drawing(figure([results]), caption)
+        drawn["loss"] = Drawing(lambda: figure([results]), caption)
     return Report(
         lead="A sparsity allocated to the matrices in several ways, pruned by solvers: "
         "validation loss in nats per token",

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.report import findings
 from jaxprune.formats import atomic
 from jaxprune.report import page
 
 TEMPLATES = page.templates(Path(__file__).with_name("templates"))
+TEMPLATES.filters["percent"] = findings.percent
 
 
 def of(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,12 +113,19 @@ def read(path: Path) -> dict[str, Any]:
             f"'{file}' is not JSON ({error}); give a results.json that an experiment "
             "wrote, and run that experiment again if this one was cut short"
         ) from error
-    check(results, name=str(file))
+    tables = isinstance(results, Mapping) and "cells" in results
+    check(results, name=str(file), tables=tables)
     return results
 
 
-def check(results: Any, *, name: str = "results") -> None:
+def check(results: Any, *, name: str = "results", tables: bool = False) -> None:
     """Refuses anything but complete results of the format written here.
+
+    Args:
+      results: what a results.json holds.
+      name: what they are called in the error.
+      tables: whether they are cells of an experiment whose report is tables, which
+        says itself what is in a cell, and not seeds of a sweep.
 
     Raises:
       ValueError: the format is another, or naming everything that is missing, of
@@ -131,7 +138,7 @@ def check(results: Any, *, name: str = "results") -> None:
             f"'{name}' must be a results.json of format {FORMAT}, got {kind} "
             f"{found!r}; give one that this version's experiments wrote"
         )
-    if "cells" in results:
+    if tables:
         problems = list(_mismatches(results, _TABLES, ""))
     else:
         problems = list(_mismatches(results, _SWEEP, ""))

@@ -14,8 +14,6 @@ from experiments.report import accuracy, figures, findings, foreign, life_cycle,
 from experiments.report import results as results_
 from jaxprune.report import page
 
-made.TEMPLATES.filters["percent"] = findings.percent
-
 
 def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure that these results can fill, by the name of its file.

@@ -4,7 +4,7 @@ An experiment says what its rows, tables and figures are; this writes all of the
 none, and looks like the reports of the other experiments.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +31,14 @@ class Table(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """A figure, and what it shows."""
+    """A figure that is drawn when a report is written.
 
-    drawn: Figure
+    Attributes:
+      draw: makes it.
+      caption: what it shows.
+    """
+
+    draw: Callable[[], Figure]
     caption: str
 
 
@@ -71,18 +76,22 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
     Raises:
       OSError: a file cannot be written; no file is ever left half written.
     """
+    drawn = {name: of.draw() for name, of in report.figures.items()}
     page = made.TEMPLATES.get_template("tables.html").render(
         title=f"{results['name']}: {report.lead}",
         name=results["name"],
         lead=report.lead,
         facts={**report.facts, "device": results["device"]},
         tables=report.tables,
-        figures=report.figures,
+        figures={
+            name: {"drawn": drawn[name], "caption": of.caption}
+            for name, of in report.figures.items()
+        },
         made=made.of(results),
     )
     files = {"results.csv": results_.table_csv(report.columns, report.rows)}
-    for name, of in report.figures.items():
-        files[f"{name}.svg"] = canvas.svg(of.drawn, ground="white").encode()
+    for name, figure in drawn.items():
+        files[f"{name}.svg"] = canvas.svg(figure, ground="white").encode()
     atomic.replace_files(out, files | {"report.html": page.encode()})
     facts = [f"{name}: {value}" for name, value in report.facts.items()]
     return "\n".join([*facts, "", text(report.tables), f"\nreport: {out}/report.html"])
@@ -91,11 +100,11 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
 def text(tables: Sequence[Table]) -> str:
     """Tables as plain text, captions above."""
     return "\n\n".join(
-        f"{table.caption}\n{columns(table.header, table.rows)}" for table in tables
+        f"{table.caption}\n{_aligned(table.header, table.rows)}" for table in tables
     )
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of plain text, as wide as their widest cell."""
     lines = [list(header), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

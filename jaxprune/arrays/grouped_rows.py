@@ -1,8 +1,9 @@
 """Rows that lie group by group, and a matrix for each group: the experts of a mixture.
 
-`jax.lax.ragged_dot` compiles on CPU, and on GPU before jax 0.12, to products of every
-group's matrix with all rows, those of others zero: groups times the memory and the
-work. Here a block of rows of one group after the other meets its matrix.
+`jax.lax.ragged_dot` compiles on CPU to products of every group's matrix with all rows,
+those of others zero: groups times the memory and the work. Here a block of rows of one
+group after the other meets its matrix. The price: forward-mode differentiation
+(`jax.jvp`) is not defined through it.
 """
 
 import functools
@@ -23,7 +24,7 @@ def dot(
     weight: Float[Array, "groups in out"],
     sizes: Int[Array, " groups"],
     precision: Any = None,
-    kind: Any = None,
+    dtype: Any = None,
 ) -> Float[Array, "rows out"]:
     """`jax.lax.ragged_dot`, as `matmul` on one device that is no TPU.
 
@@ -32,32 +33,52 @@ def dot(
     devices, and the trace of a model can read it.
 
     Args:
-      rows: as for `matmul`, as are the others.
+      rows: group by group; those behind the last group are nobody's.
       weight: the groups' matrices.
       sizes: how many rows each group has.
-      precision: of the products.
-      kind: the dtype of the results.
+      precision: of the products, as in `jax.lax.dot`.
+      dtype: of the results; None for that of rows and matrices.
 
     Returns:
-      The products.
+      The products; zeros for rows that are nobody's.
     """
-    native = functools.partial(
-        jax.lax.ragged_dot, precision=precision, preferred_element_type=kind
-    )
     settings: Any = jax.config
-    if settings.jax_disable_jit or any(map(_is_spread, (rows, weight))):
-        return native(rows, weight, sizes)
-    return jax.lax.platform_dependent(
-        *(rows, weight, sizes),
-        tpu=native,
-        default=lambda *own: matmul(*own, precision, kind),
-    )
+    if settings.jax_disable_jit or any(map(_is_spread, (rows, weight, sizes))):
+        return _primitive(rows, weight, sizes, precision, dtype)
+    return _by_platform(rows, weight, sizes, precision, dtype)
 
 
 def _is_spread(x: Array) -> bool:
-    """Whether an array may lie on several devices; a part in a `shard_map` does not."""
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names)
+    """Whether an array may lie on several devices, or differs between them.
+
+    The latter inside of a `shard_map` that keeps track of it.
+    """
+    kind: Any = jax.typeof(x)
+    mesh = kind.sharding.mesh
+    over_mesh = mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names)
+    return bool(over_mesh or kind.manual_axis_type.varying)
+
+
+def _primitive(
+    rows: Array, weight: Array, sizes: Array, precision: Any, dtype: Any
+) -> Array:
+    return jax.lax.ragged_dot(
+        rows, weight, sizes, precision=precision, preferred_element_type=dtype
+    )
+
+
+# Compiled, or a call outside of `jit` would compile its branches each time.
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _by_platform(
+    rows: Array, weight: Array, sizes: Array, precision: Any, dtype: Any
+) -> Array:
+    def tpu(rows: Array, weight: Array, sizes: Array) -> Array:
+        return _primitive(rows, weight, sizes, precision, dtype)
+
+    def other(rows: Array, weight: Array, sizes: Array) -> Array:
+        return matmul(rows, weight, sizes, precision, dtype)
+
+    return jax.lax.platform_dependent(rows, weight, sizes, tpu=tpu, default=other)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -66,7 +87,7 @@ def matmul(
     weight: Float[Array, "groups in out"],
     sizes: Int[Array, " groups"],
     precision: Any = None,
-    kind: Any = None,
+    dtype: Any = None,
 ) -> Float[Array, "rows out"]:
     """Each row times the matrix of its group.
 
@@ -75,22 +96,33 @@ def matmul(
       weight: the groups' matrices.
       sizes: how many rows each group has.
       precision: of the products, as in `jax.lax.dot`.
-      kind: the dtype of the results; None for that of rows and matrices.
+      dtype: of the results; None for that of rows and matrices.
 
     Returns:
       The products; zeros for rows that are nobody's.
     """
-    return _product(rows, weight, sizes, 1, precision, kind)
+    return _product(rows, weight, sizes, 1, precision, dtype)
 
 
 def add_outer(
-    sums: Float[Array, "groups i j"],
+    begun: Float[Array, "groups i j"],
     left: Float[Array, "rows i"],
     right: Float[Array, "rows j"],
     sizes: Int[Array, " groups"],
     precision: Any = "highest",
 ) -> Float[Array, "groups i j"]:
-    """For each group, sums + left^T right over its rows."""
+    """For each group, left^T right over its rows, added to what was begun.
+
+    Args:
+      begun: to add to.
+      left: group by group.
+      right: as many rows, in the same groups.
+      sizes: how many rows each group has.
+      precision: of the products, as in `jax.lax.dot`.
+
+    Returns:
+      The sums.
+    """
 
     def add(made: Array, group: Array, start: Array, mine: Array) -> Array:
         a, b = (
@@ -98,13 +130,13 @@ def add_outer(
             for own in (jax.lax.dynamic_slice_in_dim(x, start, length) for x in padded)
         )
         term = jax.lax.dot(
-            a.T, b, precision=precision, preferred_element_type=sums.dtype
+            a.T, b, precision=precision, preferred_element_type=begun.dtype
         )
         return made.at[group].add(term)
 
     length = _length(left.shape[0], sizes.size)
     padded = [jnp.pad(x, ((0, length), (0, 0))) for x in (left, right)]
-    return _over_blocks(add, sums, sizes, length)
+    return _over_blocks(add, begun, sizes, length)
 
 
 def sums(
@@ -118,17 +150,23 @@ def sums(
 
 def of_rows(rows: int, sizes: Int[Array, " groups"]) -> Int[Array, " rows"]:
     """The group of each row; the number of groups for those that are nobody's."""
-    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
+    ends = jnp.cumsum(sizes.astype(np.int32))
+    return jnp.searchsorted(ends, jnp.arange(rows), side="right")
 
 
 def _product(
-    rows: Array, weight: Array, sizes: Array, contracted: int, precision: Any, kind: Any
+    rows: Array,
+    weight: Array,
+    sizes: Array,
+    contracted: int,
+    precision: Any,
+    dtype: Any,
 ) -> Array:
     """Each row times its group's matrix, summed over one of the matrix's axes."""
     length = _length(rows.shape[0], sizes.size)
     padded = jnp.pad(rows, ((0, length), (0, 0)))
     outputs = weight.shape[3 - contracted]
-    kind = kind or jnp.result_type(rows, weight)
+    dtype = dtype or jnp.result_type(rows, weight)
 
     def add(made: Array, group: Array, start: Array, mine: Array) -> Array:
         x = jax.lax.dynamic_slice_in_dim(padded, start, length)
@@ -137,19 +175,19 @@ def _product(
             weight[group],
             (((1,), (contracted - 1,)), ((), ())),
             precision=precision,
-            preferred_element_type=kind,
+            preferred_element_type=dtype,
         )
         # What lies behind the block's rows is written later, by its own block.
-        part = jnp.where(mine[:, None], part, jnp.zeros((), kind))
+        part = jnp.where(mine[:, None], part, jnp.zeros((), dtype))
         return jax.lax.dynamic_update_slice_in_dim(made, part, start, 0)
 
-    made = jnp.zeros((rows.shape[0] + length, outputs), kind)
+    made = jnp.zeros((rows.shape[0] + length, outputs), dtype)
     return _over_blocks(add, made, sizes, length)[: rows.shape[0]]
 
 
 def _length(rows: int, groups: int) -> int:
     """How many rows a block has."""
-    return min(_LONGEST, max(_SHORTEST, rows // groups))
+    return min(_LONGEST, max(_SHORTEST, rows // max(groups, 1)))
 
 
 def _over_blocks(
@@ -170,6 +208,9 @@ def _over_blocks(
     Returns:
       What the last block makes.
     """
+    if not sizes.size:
+        return made
+    sizes = sizes.astype(np.int32)
     blocks = -(-sizes // length)  # (groups,)
     last, end = jnp.cumsum(blocks), jnp.cumsum(sizes)
 
@@ -184,12 +225,12 @@ def _over_blocks(
 
 
 def _forward(
-    rows: Array, weight: Array, sizes: Array, precision: Any, kind: Any
+    rows: Array, weight: Array, sizes: Array, precision: Any, dtype: Any
 ) -> tuple[Array, Any]:
-    return _product(rows, weight, sizes, 1, precision, kind), (rows, weight, sizes)
+    return _product(rows, weight, sizes, 1, precision, dtype), (rows, weight, sizes)
 
 
-def _backward(precision: Any, kind: Any, kept: Any, given: Array) -> Any:
+def _backward(precision: Any, dtype: Any, kept: Any, given: Array) -> Any:
     rows, weight, sizes = kept
     to_rows = _product(given, weight, sizes, 2, precision, rows.dtype)
     wide = jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, np.float32))

@@ -180,7 +180,7 @@ def _grouped_dot(
     if numbers != GROUPED or params["group_offset"] is not None:
         return _not_understood("ragged_dot_general", operands, shapes)
     rows, weight, sizes = operands
-    why = "a matrix is chosen by how many rows it has"
+    why = "the sizes of the groups say which matrix a row meets"
     for dim in (weight.axes.dims[0], sizes.axes.dims[0]):
         freeze(dim, why)
     freeze(rows.axes.dims[0], "lies group by group")

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.graph import joined_views, op_sides, weight_view
+from jaxprune.graph import joined_views, operands, weight_view
 from jaxprune.graph import program as program_
-from jaxprune.graph.op_sides import Input
+from jaxprune.graph.operands import Input
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.typing import Params
@@ -244,15 +244,15 @@ class _Finder:
         view, kind = self.views[weight], self.flat.kinds[value]
         if name == "dot_general":
             numbers = step.params["dimension_numbers"]
-            seen, source = op_sides.dot(numbers, view, value, kind, side)
+            seen, source = operands.dot(numbers, view, value, kind, side)
         elif grouped:
             sizes = step.inputs[2]
             if side != 1 or isinstance(sizes, Fixed):
                 return False
-            seen, source = op_sides.groups(view, value, kind, sizes)
+            seen, source = operands.groups(view, value, kind, sizes)
         elif side == 1 and step.params["batch_group_count"] == 1:
             result = self.flat.kinds[step.outputs[0]]
-            seen, source = op_sides.convolution(step.params, view, value, result)
+            seen, source = operands.convolution(step.params, view, value, result)
         else:
             return False
         self._note(position, step, seen, source)

@@ -57,20 +57,17 @@ class Step(NamedTuple):
 
     def run(self, operands: Sequence[Any]) -> Sequence[Any]:
         """The results for these operands."""
+        if is_grouped(self):
+            names = "precision", "preferred_element_type"
+            rows, weight, sizes = operands
+            how = (self.params[name] for name in names)
+            return [grouped_rows.dot(rows, weight, sizes, *how)]
         bound = self.primitive.get_bind_params(dict(self.params))
         # Before jax 0.12 a pair: functions and parameters.
         functions, params = bound if isinstance(bound, tuple) else ((), bound)
         with self.context.manager:
             result = self.primitive.bind(*functions, *operands, **params)
         return result if self.primitive.multiple_results else [result]
-
-    def run_by_group(self, operands: Sequence[Any]) -> Sequence[Any]:
-        """The results of a `lax.ragged_dot`, each group's rows by themselves."""
-        precision, kind = (
-            self.params[name] for name in ("precision", "preferred_element_type")
-        )
-        rows, weight, sizes = operands
-        return [grouped_rows.dot(rows, weight, sizes, precision, kind)]
 
 
 def is_grouped(step: Step) -> bool:
@@ -260,8 +257,7 @@ class Subgraph(NamedTuple):
             operands = [
                 x.value if isinstance(x, Fixed) else env[x] for x in step.inputs
             ]
-            run = step.run_by_group if is_grouped(step) else step.run
-            env.update(zip(step.outputs, run(operands), strict=True))
+            env.update(zip(step.outputs, step.run(operands), strict=True))
         return [env[number] for number in self.wanted]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxprune.graph import program as program_
 from jaxprune.graph.linear_ops import LinearOp, Trace
-from jaxprune.graph.op_sides import Input
+from jaxprune.graph.operands import Input
 from jaxprune.graph.program import Fixed, Program, Subgraph
 
 _TABLE = 2**24  # bytes: larger tables are computed again for each batch

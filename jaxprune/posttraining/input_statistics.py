@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.arrays import grouped_rows, placement
 from jaxprune.arrays.per_device import PerDevice, put
-from jaxprune.graph.op_sides import Input
+from jaxprune.graph.operands import Input
 from jaxprune.graph.segments import Segment
 
 # A Hessian is halved down to blocks of so many inputs; those under the diagonal are

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from jaxprune.arrays import grouped_rows, placement
 from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.graph.linear_ops import LinearOp
-from jaxprune.graph.op_sides import Input
+from jaxprune.graph.operands import Input
 from jaxprune.posttraining.input_statistics import InputStatistics
 from jaxprune.posttraining.methods import Magnitude, Matrix, Method, pruned
 from jaxprune.posttraining.plan import Plan
@@ -277,10 +277,14 @@ def _error(
     if source.grouped:
         of_rows = grouped_rows.of_rows(source.shape[1], value[1])[::apart][:_SAMPLES]
         sizes = jnp.bincount(of_rows, length=source.shape[0])
-        times = lambda x, w: grouped_rows.matmul(x[0], w, sizes)  # noqa: E731
+
+        def times(weight: jax.Array) -> jax.Array:
+            return grouped_rows.matmul(x[0], weight, sizes)  # (samples, out)
     else:
-        times = functools.partial(jnp.einsum, "bsi,bio->bso")
-    # (batch, samples, out)
-    lost, whole = times(x, wide - after.astype(np.float32)), times(x, wide)
+
+        def times(weight: jax.Array) -> jax.Array:
+            return jnp.einsum("bsi,bio->bso", x, weight)  # (batch, samples, out)
+
+    lost, whole = times(wide - after.astype(np.float32)), times(wide)
     total = jnp.sum(jnp.square(whole))
     return jnp.sum(jnp.square(lost)) / jnp.where(total > 0, total, 1)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jaxprune.arrays import grouped_rows
+from tests.support.compilations import compiled
 
 IN, OUT, ROWS, GROUPS = 5, 3, 100, 4
 matmul = jax.jit(grouped_rows.matmul)
@@ -71,7 +72,7 @@ def test_values_and_gradients_are_those_of_ragged_dot(sizes, dtype):
     weight = jax.random.normal(keys[1], (3, IN, OUT), dtype)
     given = jax.random.normal(keys[2], (sum(sizes) + 2, OUT), dtype)
     sizes = jnp.array(sizes, jnp.int32)
-    found, back = jax.vjp(lambda *own: grouped_rows.matmul(*own, sizes), rows, weight)
+    found, back = jax.vjp(lambda *own: grouped_rows.dot(*own, sizes), rows, weight)
     expected, theirs = jax.vjp(lambda *own: lax.ragged_dot(*own, sizes), rows, weight)
     near = {"rtol": 2e-2, "atol": 2e-2} if dtype == jnp.bfloat16 else {"atol": 1e-4}
     for own, other in zip(
@@ -79,6 +80,50 @@ def test_values_and_gradients_are_those_of_ragged_dot(sizes, dtype):
     ):
         assert own.dtype == other.dtype
         np.testing.assert_allclose(*(np.float32(x) for x in (own, other)), **near)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
+def test_sizes_may_be_of_any_integers(dtype):
+    rows = jax.random.normal(jax.random.key(0), (330, IN))
+    weight = jax.random.normal(jax.random.key(1), (3, IN, OUT))
+    sizes = np.array([100, 120, 110], dtype)
+    expected = lax.ragged_dot(rows, weight, jnp.asarray(sizes, np.int32))
+    found = grouped_rows.dot(rows, weight, jnp.asarray(sizes))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert grouped_rows.of_rows(330, jnp.asarray(sizes))[-1] == 2
+
+
+def test_a_second_call_outside_of_jit_compiles_nothing():
+    rows, weight = jnp.ones((40, IN)), jnp.ones((2, IN, OUT))
+    sizes = jnp.array([3, 17])
+    grouped_rows.dot(rows, weight, sizes)
+    with compiled() as seconds:
+        grouped_rows.dot(rows, weight, sizes)
+    assert seconds == []
+
+
+def test_inside_of_shard_map_it_has_the_same_values_and_gradients():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.random.normal(jax.random.key(0), (2, 40, IN))
+    weight = jax.random.normal(jax.random.key(1), (3, IN, OUT))
+    sizes = jnp.array([[3, 17, 20], [40, 0, 0]])
+
+    def loss(dot, weight):
+        def one(rows, weight, sizes):
+            return dot(rows[0], weight, sizes[0])[None]
+
+        split, whole = jax.P("x"), jax.P()
+        mapped = jax.shard_map(
+            one, mesh=mesh, in_specs=(split, whole, split), out_specs=split
+        )
+        return jnp.square(jax.jit(mapped)(rows, weight, sizes)).sum()
+
+    found, expected = (
+        jax.value_and_grad(loss, 1)(dot, weight)
+        for dot in (grouped_rows.dot, lax.ragged_dot)
+    )
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
 def test_what_lies_behind_the_groups_may_be_no_number():

@@ -49,6 +49,6 @@ def test_an_unknown_name_is_refused_before_anything_is_written(tmp_path):
 
 @pytest.mark.parametrize("line", accelerator.SET.values(), ids=accelerator.SET)
 def test_the_flags_are_those_of_the_benchmarks(line, tmp_path):
-    module, *words = line.format(out=tmp_path).split()
+    module, *words = line.format(place=tmp_path).split()
     config = importlib.import_module(f"benchmarks.{module}").Config
     assert isinstance(tyro.cli(config, args=words), config)

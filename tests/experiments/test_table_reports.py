@@ -7,7 +7,7 @@ import json
 import pytest
 
 from experiments import compare, recovery, refined_solvers
-from experiments.report import tables
+from experiments.report import tables, write_report
 from experiments.report.tables import Report, Table
 from tests.support.synthetic import Page
 
@@ -15,6 +15,7 @@ CELLS = [
     {
         **{"seed": seed, "start": start, "loss": loss, "learning_rate": rate},
         **{"dense": 2.0 + seed, "before": 2.5 + seed, "last_loss": 1.0},
+        "device": "cpu",
         "after": after + seed,
     }
     for seed in (0, 1)
@@ -35,10 +36,28 @@ def test_a_page_a_csv_and_the_same_tables_as_text(tmp_path):
     rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [float(row["after"]) for row in rows] == [cell["after"] for cell in CELLS]
     # Of the two rates the better one, mean and spread of two seeds.
-    assert "half of the neurons             3.000 ± 0.707  2.700 ± 0.707" in said
+    assert "half of the neurons             3.000 ± 0.707  2.700 ± 0.707 (2)" in said
     page = Page((tmp_path / "report.html").read_text())
     for text in ("2.700 ± 0.707", "1 x <GPU>", "a & b", RESULTS["command"], "0.12"):
         assert text in page.text, text
+
+
+def test_rates_are_compared_over_the_seeds_that_all_of_them_have():
+    # Of 1e-3 seed 0 alone, which is worse there: the other rate is the best.
+    cells = [c for c in CELLS if not (c["learning_rate"] == 1e-3 and c["seed"])]
+    (table,) = recovery.report({**RESULTS, "cells": cells}).tables
+    assert table.rows[0][2] == "2.700 ± 0.707 (2)"
+
+
+def test_an_unknown_experiment_of_tables_is_refused(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        text = json.dumps({**RESULTS, "name": "another"})
+        (tmp_path / name / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"runs must be of .* got 'another'"):
+        compare.load([tmp_path / "one", tmp_path / "two"])
+    with pytest.raises(ValueError, match="seeds is missing"):
+        write_report(RESULTS, tmp_path)
 
 
 def test_a_figure_is_on_the_page_and_beside_it(tmp_path):
@@ -48,7 +67,7 @@ def test_a_figure_is_on_the_page_and_beside_it(tmp_path):
     drawn.subplots().plot([1, 2])
     report = Report(
         "lead", {}, [Table(["a"], [["b"]], "of")], ["a"], [{"a": 1}],
-        {"loss": tables.Drawing(drawn, "what it shows")},
+        {"loss": tables.Drawing(lambda: drawn, "what it shows")},
     )  # fmt: skip
     tables.write(RESULTS, tmp_path, report)
     assert (tmp_path / "loss.svg").read_bytes().startswith(b"<?xml")
@@ -105,7 +124,10 @@ def test_recovery_runs_goes_on_and_refuses_another_run(text, tmp_path, monkeypat
     again = json.loads(recovery.main(config).read_text())
     assert again["cells"] == found["cells"]
     monkeypatch.setattr(recovery, "_run", None)
-    assert recovery.main(config).with_name("report.html").exists()
+    # Nothing is done: what made the cells is what made them before.
+    path = recovery.main(dataclasses.replace(config, seeds=()))
+    assert json.loads(path.read_text()) == again
+    assert path.with_name("report.html").exists()
     with pytest.raises(ValueError, match="width"):
         recovery.main(dataclasses.replace(config, width=32))
 

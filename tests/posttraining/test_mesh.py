@@ -102,7 +102,6 @@ def test_every_bit_is_that_of_one_device(mesh, method, allocation):
 
 
 @pytest.mark.full
-@pytest.mark.full
 def test_experts_that_are_given_rows_of_their_own():
     def routed(params, x):
         rows = x.reshape(-1, WIDTH)
@@ -121,6 +120,7 @@ def test_experts_that_are_given_rows_of_their_own():
     assert 0 < row["error"] < 0.5
 
 
+@pytest.mark.full
 def test_positions_that_do_not_count_are_those_of_each_batch():
     def positions(x):
         return jnp.abs(x[..., 0]) < 1

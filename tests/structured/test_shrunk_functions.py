@@ -90,6 +90,37 @@ def test_the_report_counts_parameters_bytes_and_flops(small):
     assert small.report["groups"]["down:0"] == {"before": 6, "after": 3}
 
 
+def test_experts_count_for_the_rows_they_are_given_and_stay_as_fast():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "up": jax.random.normal(keys[0], (4, 8, 6)),
+        "down": jax.random.normal(keys[1], (4, 6, 8)),
+    }
+    batch = {
+        "x": jax.random.normal(keys[2], (20, 8)),
+        "sizes": jnp.array([7, 0, 10, 3]),
+    }
+
+    def experts(p, batch):
+        hidden = jax.nn.relu(jax.lax.ragged_dot(batch["x"], p["up"], batch["sizes"]))
+        return jax.lax.ragged_dot(hidden, p["down"], batch["sizes"])
+
+    groups = jp.axis_groups(experts, params, batch)
+    assert {name for name, own in groups.kinds().items() if own[0].removable} == {
+        "down:1"
+    }
+    small = jp.shrink(experts, params, batch, jp.scores.magnitude(params), 0.5)
+    assert [leaf.shape for leaf in small.params.values()] == [(4, 3, 8), (4, 8, 3)]
+    assert small.report["before"]["flops"] == 2 * 20 * (8 * 6 + 6 * 8)
+    assert small.report["after"]["flops"] == 2 * 20 * (8 * 3 + 3 * 8)
+    kept = np.array(small.report["kept"]["down:1"])
+    left = {"up": params["up"][:, :, kept], "down": params["down"][:, kept]}
+    found = small.fn(small.params, batch)
+    np.testing.assert_allclose(found, experts(left, batch), atol=1e-5)
+    # As the model itself does: rows of each expert alone.
+    assert "while" in str(jax.make_jaxpr(small.fn)(small.params, batch))
+
+
 # What it computes.
 
 

@@ -2,8 +2,8 @@
 
 A router gives each token to a few of many MLPs, and what they answer is added up by the
 router's shares. The rows that an expert is given lie together, so each of its matrices
-meets them in one product (`arrays.grouped_rows`), and nothing is computed for the other
-experts, unless the model is spread over devices that are no TPUs. Kernels are
+meets them in one product (`arrays.grouped_rows`). On one device nothing is computed for
+the other experts; over a mesh it is `jax.lax.ragged_dot`. Kernels are
 [experts, in, out].
 
 References:

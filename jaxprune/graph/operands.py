@@ -1,4 +1,4 @@
-"""The two sides of a linear op: its weight as (batch, in, out), its input.
+"""The two operands of a linear op: its weight as (batch, in, out), its input.
 
 A matmul's axes are sorted into batch, inputs and outputs. A convolution is the matmul
 of its kernel with the patches of its input.
