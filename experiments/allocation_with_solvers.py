@@ -308,15 +308,17 @@ def cells(run: Run, asked: Sequence[Cell]) -> dict[str, Any]:
                     content = run.measured(cell, watched, batches)
                     records.write_json(cell.path(out), content)
                     progress.update()
+    return written(out, "seed-*/cells/*.json")
+
+
+def written(out: Path, files: str) -> dict[str, Any]:
+    """The dense models' losses by seed, and the cells, whose `files` is a pattern."""
     return {
         "dense": {
             path.parent.name.removeprefix("seed-"): json.loads(path.read_text())
             for path in sorted(out.glob("seed-*/dense.json"))
         },
-        "cells": [
-            json.loads(path.read_text())
-            for path in sorted(out.glob("seed-*/cells/*.json"))
-        ],
+        "cells": [json.loads(path.read_text()) for path in sorted(out.glob(files))],
     }
 
 

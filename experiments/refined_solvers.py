@@ -9,7 +9,6 @@ of its blocks. Every cell is one small file, so a run that was stopped continues
 
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -270,15 +269,7 @@ def cells(run: Run, out: Path, asked: Sequence[Cell]) -> dict[str, Any]:
             records.write_json(cell.path(out), content)
             progress.note(f"{cell.path(out).stem}: {content['loss']:.4f}")
             progress.update()
-    return {
-        "dense": {
-            path.parent.name.removeprefix("seed-"): json.loads(path.read_text())
-            for path in sorted(out.glob("seed-*/dense.json"))
-        },
-        "cells": [
-            json.loads(path.read_text()) for path in sorted(out.glob("cells/*.json"))
-        ],
-    }
+    return solvers.written(out, "cells/*.json")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def dot(
     precision: Any = None,
     dtype: Any = None,
 ) -> Float[Array, "rows out"]:
-    """`jax.lax.ragged_dot`, as `matmul` on one device that is no TPU.
+    """`jax.lax.ragged_dot`, block by block on one device that is no TPU.
 
     TPU has an instruction for it. Arrays that are spread over devices, and what is
     traced without being compiled, get the primitive itself: XLA can split that over
@@ -76,31 +76,15 @@ def _by_platform(
         return _primitive(rows, weight, sizes, precision, dtype)
 
     def other(rows: Array, weight: Array, sizes: Array) -> Array:
-        return matmul(rows, weight, sizes, precision, dtype)
+        return _by_blocks(rows, weight, sizes, precision, dtype)
 
     return jax.lax.platform_dependent(rows, weight, sizes, tpu=tpu, default=other)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def matmul(
-    rows: Float[Array, "rows in"],
-    weight: Float[Array, "groups in out"],
-    sizes: Int[Array, " groups"],
-    precision: Any = None,
-    dtype: Any = None,
-) -> Float[Array, "rows out"]:
-    """Each row times the matrix of its group.
-
-    Args:
-      rows: group by group; those behind the last group are nobody's.
-      weight: the groups' matrices.
-      sizes: how many rows each group has.
-      precision: of the products, as in `jax.lax.dot`.
-      dtype: of the results; None for that of rows and matrices.
-
-    Returns:
-      The products; zeros for rows that are nobody's.
-    """
+def _by_blocks(
+    rows: Array, weight: Array, sizes: Array, precision: Any, dtype: Any
+) -> Array:
     return _product(rows, weight, sizes, 1, precision, dtype)
 
 
@@ -238,4 +222,4 @@ def _backward(precision: Any, dtype: Any, kept: Any, given: Array) -> Any:
     return to_rows, to_weight, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
-matmul.defvjp(_forward, _backward)
+_by_blocks.defvjp(_forward, _backward)

@@ -29,7 +29,7 @@ class Input:
       leading: the shape of the samples, before they are one axis.
       patches: for a convolution, the arguments of
         `jax.lax.conv_general_dilated_patches`, as pairs; otherwise empty.
-      grouped: whether rows lie group by group.
+      grouped: whether rows lie group by group; compared, unlike the numbers.
       sizes: the number of the value that says how many rows each group has, or None.
     """
 

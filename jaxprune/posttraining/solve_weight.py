@@ -279,7 +279,7 @@ def _error(
         sizes = jnp.bincount(of_rows, length=source.shape[0])
 
         def times(weight: jax.Array) -> jax.Array:
-            return grouped_rows.matmul(x[0], weight, sizes)  # (samples, out)
+            return grouped_rows.dot(x[0], weight, sizes)  # (samples, out)
     else:
 
         def times(weight: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jaxprune.arrays import grouped_rows
 from tests.support.compilations import compiled
 
 IN, OUT, ROWS, GROUPS = 5, 3, 100, 4
-matmul = jax.jit(grouped_rows.matmul)
+matmul = jax.jit(grouped_rows.dot)
 add_outer = jax.jit(grouped_rows.add_outer)
 
 
@@ -129,7 +129,7 @@ def test_inside_of_shard_map_it_has_the_same_values_and_gradients():
 def test_what_lies_behind_the_groups_may_be_no_number():
     rows = jnp.ones((40, IN)).at[20:].set(jnp.nan)
     weight, sizes = jnp.ones((2, IN, OUT)), jnp.array([3, 17])
-    found = grouped_rows.matmul(rows, weight, sizes)
+    found = grouped_rows.dot(rows, weight, sizes)
     np.testing.assert_array_equal(found[:20], np.full((20, OUT), IN))
     np.testing.assert_array_equal(found[20:], np.zeros((20, OUT)))
     square = grouped_rows.add_outer(jnp.zeros((2, IN, IN)), rows, rows, sizes)
@@ -162,7 +162,7 @@ def test_nothing_is_held_once_for_each_group():
     rows = jax.ShapeDtypeStruct((2048, 256), np.float32)
     weight = jax.ShapeDtypeStruct((64, 256, 16), np.float32)
     sizes = jax.ShapeDtypeStruct((64,), np.int32)
-    programs = grouped_rows.matmul, lax.ragged_dot
+    programs = grouped_rows.dot, lax.ragged_dot
     ours, theirs = (
         jax.jit(f)
         .lower(rows, weight, sizes)
