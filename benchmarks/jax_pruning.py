@@ -46,6 +46,7 @@ class Config:
       batch: sequences in a batch.
       damping: of the solvers that have one.
       relative: whether each token is divided by the size of its activations.
+      correction: how much of what earlier layers lost a matrix makes up for.
       bits: 4 or 8, of the kept weights; None leaves them as they are.
       group: inputs that share a scale with `bits`.
     """
@@ -61,6 +62,7 @@ class Config:
     batch: int = 2
     damping: float = 0.01
     relative: bool = False
+    correction: float = 0.0
     bits: Literal[4, 8] | None = None
     group: int = 128
 
@@ -127,7 +129,8 @@ def pruned(
     """The pruned parameters and its report."""
     method: Any = jp.methods.METHODS[config.method]
     if config.method in ("sparsegpt", "alps"):
-        method = dataclasses.replace(method, damping=config.damping)
+        own = {"damping": config.damping, "correction": config.correction}
+        method = dataclasses.replace(method, **own)
     if config.method != "magnitude":
         how = {"inputs": config.inputs, "relative": config.relative}
         method = dataclasses.replace(method, **how)

@@ -21,6 +21,7 @@ def method(
     inputs: methods.Inputs,
     *,
     relative: bool = False,
+    correction: float = 0.0,
 ) -> methods.Method:
     """A method with the settings asked for; damping None is the method's own."""
     found: Any = methods.named(name)
@@ -35,9 +36,14 @@ def method(
         raise ValueError(
             f"--relative is for methods that look at inputs, not for {name}"
         )
+    if correction and "correction" not in own:
+        raise ValueError(f"--correction is for sparsegpt and alps, not for {name}")
     asked = {"damping": damping, "inputs": inputs, "relative": relative}
-    return dataclasses.replace(
-        found, **{k: v for k, v in asked.items() if k in own and v is not None}
+    asked["correction"] = correction
+    return methods.named(
+        dataclasses.replace(
+            found, **{k: v for k, v in asked.items() if k in own and v is not None}
+        )
     )
 
 

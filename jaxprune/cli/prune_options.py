@@ -43,6 +43,8 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
         it produce ("left"), or those of the dense layer ("dense"), as in the papers.
       relative: divide each token by the size of its activations, so that a few massive
         ones do not decide; the papers do not.
+      correction: how much of what the layers before it lost each matrix makes up for,
+        in [0, 1], by sparsegpt and alps; the papers do not.
       bits: round the weights that stay to integers of 4 or 8 bits, with a scale for
         each output and --group inputs: `jaxprune compact` then stores so few bits of
         each. sparsegpt and alps make up for the rounding. The directory holds them as
@@ -65,7 +67,10 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
 
     GROUPS: ClassVar = {
         "pruning": ("method", "sparsity", "pattern", "allocation", "exclude"),
-        "method": ("damping", "inputs", "relative", "refine", "refine_learning_rate"),
+        "method": (
+            *("damping", "inputs", "relative", "correction"),
+            *("refine", "refine_learning_rate"),
+        ),
         "rounding": ("bits", "group"),
         "calibration": ("calibration_temperature",),
         "evaluation": ("prompt", "prompt_steps"),
@@ -82,6 +87,7 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
     damping: float | None = None
     inputs: methods.Inputs = "left"
     relative: bool = False
+    correction: float = 0.0
     bits: Literal[4, 8] | None = None
     group: int = 128
     exclude: tuple[str, ...] = ()
@@ -150,7 +156,8 @@ class Meaning(NamedTuple):
 def check(job: Job) -> Meaning:
     """Refuses what can be refused without opening the model; what its words mean."""
     name = job.method or "sparsegpt"
-    method = parse.method(name, job.damping, job.inputs, relative=job.relative)
+    how = {"relative": job.relative, "correction": job.correction}
+    method = parse.method(name, job.damping, job.inputs, **how)
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)

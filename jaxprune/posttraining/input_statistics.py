@@ -1,9 +1,10 @@
 """What weights see: mean squares and Hessians of inputs, summed up over batches.
 
 For each input feature the mean square, and on request the Hessian of the layer's
-squared error, X^T X / n, in float32. Linear ops that share an input share its
-statistics. Sums run over the positions that count, all of them unless the caller says
-otherwise; a sequence's first token (BOS) counts too.
+squared error, X^T X / n, in float32. Where the dense model runs beside the pruned one,
+its input D is compared with X too: the drift, X^T (D - X) / n. Linear ops that share an
+input share its statistics. Sums run over the positions that count, all of them unless
+the caller says otherwise; a sequence's first token (BOS) counts too.
 
 Over the devices of a mesh each computes the terms of its own batch. They are added in
 the order of the batches, as on one device, and each device does so for a part of them:
@@ -39,12 +40,15 @@ class InputStatistics(NamedTuple):
       hessian: (batch, in, in) float32: X^T X / samples; None where not asked for.
       reached: (batch,) float32: at how many positions the input is not all zero, the
         tokens that an expert was given.
+      drift: (batch, in, in) float32: X^T (D - X) / samples, D the dense model's input;
+        None where it was not given, and of experts, which are sent other tokens there.
     """
 
     samples: Float[Array, ""]
     mean_square: Float[Array, "batch in"]
     hessian: Float[Array, "batch in in"] | None
     reached: Float[Array, " batch"]
+    drift: Float[Array, "batch in in"] | None = None
 
 
 class Sums:
@@ -55,6 +59,7 @@ class Sums:
         *,
         hessian: bool,
         relative: bool = False,
+        drift: bool = False,
         devices: PerDevice | None = None,
     ) -> None:
         """Begins with nothing.
@@ -62,9 +67,11 @@ class Sums:
         Args:
           hessian: whether X^T X is summed up as well.
           relative: whether each sample is divided by its root mean square first.
+          drift: whether X^T (D - X) is, too; then `add` is given what D is read from.
           devices: those that hold an input each, where a value has one for each.
         """
-        self._hessian, self._relative, self._devices = hessian, relative, devices
+        self._what = _What(hessian, drift)
+        self._relative, self._devices = relative, devices
         self._sources: dict[tuple[str, ...], Input] = {}
         self._sums: dict[tuple[str, ...], Any] = {}
 
@@ -74,6 +81,7 @@ class Sums:
         groups: Sequence[tuple[str, ...]],
         value: Any,
         positions: jax.Array | None,
+        dense: Any = None,
     ) -> None:
         """Adds the input of a segment, of one batch.
 
@@ -82,15 +90,17 @@ class Sums:
           groups: names of weights, those with the same statistics together.
           value: what the input is read from.
           positions: which samples count, booleans of their shape, or None for all.
+          dense: what the dense model's input is read from, where drift is wanted.
         """
+        own = value, positions, dense
         if self._devices is not None:
-            self._add_of_each(self._devices, segment.source, groups, value, positions)
+            self._add_of_each(self._devices, segment.source, groups, *own)
             return
         counted = counted_samples(segment, positions)
         for names in groups:
             before = self._sums.get(names)
             if before is None:
-                before = _zeros(segment.source, value, self._hessian)
+                before = _zeros(segment.source, value, self._what)
             self._sums[names] = placement.automatic(
                 functools.partial(
                     _added, source=segment.source, relative=self._relative
@@ -98,6 +108,7 @@ class Sums:
                 before,
                 value,
                 counted,
+                dense,
             )
 
     def _add_of_each(
@@ -107,16 +118,18 @@ class Sums:
         groups: Sequence[tuple[str, ...]],
         value: Any,
         positions: jax.Array | None,
+        dense: Any,
     ) -> None:
         """Adds the inputs that the devices have, (devices, ...)."""
-        add = _adding(devices, source, self._hessian, self._relative)
+        add = _adding(devices, source, self._what, self._relative)
         for names in groups:
             before = self._sums.get(names)
             if before is None:
-                parts = [_part(x, devices.count) for x in _kinds(source, self._hessian)]
+                kinds = jax.tree.leaves(_kinds(source, self._what))
+                parts = [_part(kind, devices.count) for kind in kinds]
                 zeros = [np.zeros((devices.count, n), np.float32) for n in parts]
                 before = [put(x, devices.split) for x in zeros]
-            self._sums[names] = add(before, value, positions)
+            self._sums[names] = add(before, value, positions, dense)
             self._sources[names] = source
 
     def finish(self, names: tuple[str, ...]) -> dict[str, InputStatistics]:
@@ -129,7 +142,7 @@ class Sums:
             statistics = placement.automatic(_divided, sums)
         else:
             source = self._sources.pop(names)
-            statistics = _finishing(self._devices, source, self._hessian)(sums)
+            statistics = _finishing(self._devices, source, self._what)(sums)
         finite = np.isfinite(statistics.mean_square).all()
         if not (finite and float(statistics.samples) > 0):
             raise ValueError(
@@ -175,12 +188,24 @@ def counted_samples(
     return jnp.ravel(positions).astype(np.float32)
 
 
-def _kinds(source: Input, hessian: bool) -> list[jax.ShapeDtypeStruct]:
-    """The sums of an input, in the order of `InputStatistics`, None left out."""
+class _What(NamedTuple):
+    """Which sums there are besides those that always are."""
+
+    hessian: bool
+    drift: bool
+
+
+def _kinds(source: Input, what: _What) -> InputStatistics:
+    """The shapes of an input's sums."""
     batch, _, inputs = source.shape
-    wide = [(batch, inputs, inputs)] if hessian else []
-    shapes = [(), (batch, inputs), *wide, (batch,)]
-    return [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+
+    def kind(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, np.float32)
+
+    wide = kind(batch, inputs, inputs)
+    drift = wide if what.drift and not source.grouped else None
+    hessian = wide if what.hessian else None
+    return InputStatistics(kind(), kind(batch, inputs), hessian, kind(batch), drift)
 
 
 def _part(kind: jax.ShapeDtypeStruct, devices: int) -> int:
@@ -189,19 +214,17 @@ def _part(kind: jax.ShapeDtypeStruct, devices: int) -> int:
 
 
 @functools.lru_cache(64)
-def _adding(devices: PerDevice, source: Input, hessian: bool, relative: bool) -> Any:
+def _adding(devices: PerDevice, source: Input, what: _What, relative: bool) -> Any:
     """A program that adds one more input of each device to sums (devices, part)."""
-    batch, _, inputs = source.shape
 
     def add(
-        parts: list[jax.Array], value: Any, positions: jax.Array | None
+        parts: list[jax.Array], value: Any, positions: jax.Array | None, dense: Any
     ) -> list[jax.Array]:
         counted = None if positions is None else positions.ravel().astype(np.float32)
-        wide = jnp.zeros((batch, inputs, inputs)) if hessian else None
-        zeros = jnp.zeros(()), jnp.zeros((batch, inputs)), wide, jnp.zeros((batch,))
-        own = _added(
-            InputStatistics(*zeros), value, counted, source=source, relative=relative
+        zeros = jax.tree.map(
+            lambda kind: jnp.zeros(kind.shape, kind.dtype), _kinds(source, what)
         )
+        own = _added(zeros, value, counted, dense, source=source, relative=relative)
         pairs = zip(parts, jax.tree.leaves(own), strict=True)
         return [in_order(part, terms) for part, terms in pairs]
 
@@ -211,44 +234,39 @@ def _adding(devices: PerDevice, source: Input, hessian: bool, relative: bool) ->
         rows = devices.exchanged(flat.reshape(devices.count, part.size))
         return jax.lax.fori_loop(0, devices.count, lambda i, x: x + rows[i], part)
 
-    return devices.compiled(add, (True, True, True))
+    return devices.compiled(add, (True, True, True, True))
 
 
 @functools.lru_cache(64)
-def _finishing(devices: PerDevice, source: Input, hessian: bool) -> Any:
+def _finishing(devices: PerDevice, source: Input, what: _What) -> Any:
     """A program that gives the statistics of sums (devices, part).
 
     They are whole on every device; Hessians of several matrices are split by matrix
     where the devices divide their number.
     """
-    kinds = _kinds(source, hessian)
+    kinds, structure = jax.tree.flatten(_kinds(source, what))
     by_matrix = source.shape[0] % devices.count == 0
-    wide = [devices.split if by_matrix else devices.whole] if hessian else []
-    where = [devices.whole, devices.whole, *wide, devices.whole]
 
     def finish(parts: list[jax.Array]) -> InputStatistics:
         pairs = zip(parts, kinds, strict=True)
-        found: list[Any] = [
-            x.ravel()[: math.prod(k.shape)].reshape(k.shape) for x, k in pairs
-        ]
-        if not hessian:
-            found.insert(2, None)
-        return _divided(InputStatistics(*found))
+        found = [x.ravel()[: math.prod(k.shape)].reshape(k.shape) for x, k in pairs]
+        return _divided(jax.tree.unflatten(structure, found))
 
-    placed: list[Any] = where if hessian else [*where[:2], None, where[2]]
-    return jax.jit(finish, out_shardings=InputStatistics(*placed))
+    wide = devices.split if by_matrix else devices.whole
+    placed = [wide if len(kind.shape) == 3 else devices.whole for kind in kinds]
+    return jax.jit(finish, out_shardings=jax.tree.unflatten(structure, placed))
 
 
-def _zeros(source: Input, value: Any, hessian: bool) -> InputStatistics:
+def _zeros(source: Input, value: Any, what: _What) -> InputStatistics:
     """Sums of no batch."""
-    batch, _, inputs = source.shape
     # On the one device that the value is on; sums that are put nowhere would be added
     # to by one program at first and by another one after.
     where = getattr(jax.tree.leaves(value)[0], "sharding", None)
     where = where if where and len(where.device_set) == 1 else None
-    zeros = functools.partial(jnp.zeros, dtype=np.float32, device=where)
-    wide = zeros((batch, inputs, inputs)) if hessian else None
-    return InputStatistics(zeros(()), zeros((batch, inputs)), wide, zeros((batch,)))
+    return jax.tree.map(
+        lambda kind: jnp.zeros(kind.shape, kind.dtype, device=where),
+        _kinds(source, what),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("source", "relative"), donate_argnums=0)
@@ -256,20 +274,26 @@ def _added(
     sums: InputStatistics,
     value: Any,
     counted: Float[Array, " samples"] | None,
+    dense: Any = None,
     *,
     source: Input,
     relative: bool,
 ) -> InputStatistics:
     """Sums with one more batch in them, not yet divided by the number of samples."""
     x = source.read(value).astype(np.float32)  # (batch, samples, in)
+    drift = sums.drift
+    apart = x if drift is None else source.read(dense).astype(np.float32) - x
     sizes = value[1] if source.grouped else None
     samples = jnp.asarray(x.shape[1], np.float32)
     if counted is not None:
         # Selected, not multiplied: what does not count may be NaN.
-        x = jnp.where(counted[None, :, None] > 0, x, np.float32(0))
+        counts = counted[None, :, None] > 0
+        x, apart = (jnp.where(counts, own, np.float32(0)) for own in (x, apart))
         samples = counted.sum()
     if relative:
-        x = _of_one_size(x)
+        x, apart = _of_one_size(x, apart)
+    if drift is not None:
+        drift = drift + _gram(x, apart)
     square, hessian = sums.mean_square, sums.hessian
     if hessian is None:
         square = square + _over_samples(jnp.square(x), sizes)
@@ -279,7 +303,7 @@ def _added(
         hessian = _add_upper(hessian, x, 0, x.shape[2])
     seen = jnp.any(x != 0, axis=-1, keepdims=True).astype(np.float32)
     reached = sums.reached + _over_samples(seen, sizes)[:, 0]  # (batch,)
-    return InputStatistics(sums.samples + samples, square, hessian, reached)
+    return InputStatistics(sums.samples + samples, square, hessian, reached, drift)
 
 
 def _over_samples(
@@ -289,13 +313,17 @@ def _over_samples(
     return terms.sum(1) if sizes is None else grouped_rows.sums(terms[0], sizes)
 
 
-def _of_one_size(x: Float[Array, "batch samples in"]) -> jax.Array:
-    """Each sample divided by its root mean square; of zeros only, as it is."""
+def _of_one_size(
+    x: Float[Array, "batch samples in"], apart: Float[Array, "batch samples in"]
+) -> tuple[jax.Array, jax.Array]:
+    """Each sample of both divided by x's root mean square; of zeros only, as it is."""
     # By the largest first: squares may overflow, or underflow to nothing.
     largest = jnp.max(jnp.abs(x), -1, keepdims=True)
-    x = x / jnp.where(largest > 0, largest, 1)
+    largest = jnp.where(largest > 0, largest, 1)
+    x, apart = x / largest, apart / largest
     size = jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))
-    return x / jnp.where(size > 0, size, 1)
+    size = jnp.where(size > 0, size, 1)
+    return x / size, apart / size
 
 
 def _add_upper(
@@ -324,10 +352,12 @@ def _gram(
 def _divided(sums: InputStatistics) -> InputStatistics:
     """Means from sums, and the Hessian's lower half from its upper."""
     scale = 1 / sums.samples
-    hessian = sums.hessian
-    if hessian is not None:
+    square, hessian = sums.mean_square, sums.hessian
+    drift = None if sums.drift is None else sums.drift * scale
+    if hessian is None:
+        square = square * scale
+    else:
         upper = jnp.triu(hessian) * scale  # (batch, in, in)
         hessian = upper + jnp.swapaxes(jnp.triu(hessian, 1) * scale, 1, 2)
         square = jnp.diagonal(upper, axis1=1, axis2=2)  # (batch, in)
-        return InputStatistics(sums.samples, square, hessian, sums.reached)
-    return InputStatistics(sums.samples, sums.mean_square * scale, None, sums.reached)
+    return InputStatistics(sums.samples, square, hessian, sums.reached, drift)

@@ -57,7 +57,8 @@ class Method(Protocol):
 
     Where it also has an attribute `relative` that is true, each sample is divided by
     its root mean square before the statistics are summed up. One that has `rounds` and
-    it is true puts the kept weights on the matrix' levels itself.
+    it is true puts the kept weights on the matrix' levels itself. One with a
+    `correction` above 0 is given matrices that make up for those before them.
 
     Attributes:
       needs: which statistics of the input it reads.
@@ -164,6 +165,10 @@ class SparseGPT:
       block: inputs whose mask is chosen together.
       inputs: as of `Wanda`.
       relative: as of `Wanda`.
+      correction: how much of what the matrices before it lost a matrix makes up for, in
+        [0, 1], see `jaxprune.posttraining.solvers.dense_target`; 0 is the paper's. The
+        dense model runs beside then: activations are held twice. Experts of a mixture
+        are solved for without it.
 
     Reference:
       Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
@@ -174,6 +179,7 @@ class SparseGPT:
     block: int = 128
     inputs: Inputs = "left"
     relative: bool = False
+    correction: float = 0.0
     needs: ClassVar[Needs] = "hessian"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
     rounds: ClassVar[bool] = True
@@ -201,6 +207,7 @@ class ALPS:
       damping: added to the Hessian's diagonal, as a share of its mean.
       inputs: as of `Wanda`.
       relative: as of `Wanda`.
+      correction: as of `SparseGPT`.
 
     Reference:
       Meng, Behdin, Wang, Mazumder, "ALPS: Improved Optimization for Highly Sparse
@@ -210,6 +217,7 @@ class ALPS:
     damping: float = 0.01
     inputs: Inputs = "left"
     relative: bool = False
+    correction: float = 0.0
     needs: ClassVar[Needs] = "hessian"
     pattern: ClassVar[Pattern] = patterns.Unstructured()
 
@@ -258,6 +266,7 @@ def named(method: Method | Name) -> Method:
                 f"a method's inputs must be one of {', '.join(get_args(Inputs))}, got "
                 f"{method.inputs!r}"
             )
+        _check_correction(method)
         return method
     if method not in METHODS:
         raise ValueError(
@@ -265,6 +274,27 @@ def named(method: Method | Name) -> Method:
             f"jaxprune.posttraining.methods, got {method!r}"
         )
     return METHODS[method]
+
+
+def correction(method: Method) -> float:
+    """How much of what was lost before a matrix makes up for; 0 where it cannot."""
+    return float(getattr(method, "correction", 0.0))
+
+
+def _check_correction(method: Method) -> None:
+    """Refuses a correction that is no share, or has nothing to make up for."""
+    share = correction(method)
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"a method's correction must be a share in [0, 1], got {share}; 0.75 is "
+            "usual, and 0 does without"
+        )
+    if share and (method.inputs == "dense" or method.needs != "hessian"):
+        raise ValueError(
+            'a correction needs inputs="left" and a method that needs the Hessian, got '
+            f"inputs={method.inputs!r} and needs={method.needs!r}; a matrix makes up "
+            "for earlier ones by the inputs that they leave it"
+        )
 
 
 def _masked(matrix: Matrix, scores: Float[Array, "in out"]) -> Solution:

@@ -180,6 +180,8 @@ class SequentialPipeline:
 
     Attributes:
       activations: of each batch, what later segments need.
+      dense: the same by the dense model, where it runs beside; one segment ahead while
+        weights are pruned. Empty where it does not.
     """
 
     def __init__(
@@ -188,11 +190,21 @@ class SequentialPipeline:
         batches: Sequence[Any],
         positions: Sequence[jax.Array | None],
         sums: Sums,
+        *,
+        beside: bool = False,
     ) -> None:
-        """Begins before the first segment; `positions` are booleans for each batch."""
+        """Begins before the first segment; `positions` are booleans for each batch.
+
+        With `beside` the dense model's inputs are compared with those that are left:
+        before a segment's weights change, `advance_dense` is to be called for the next.
+        """
         self.program, self.sums = program, sums
         self._positions = positions
         self.activations = [program.start(batch) for batch in batches]
+        self.dense = list(self.activations) if beside else []
+        self._dense_inputs: list[Any] = [None] * len(self.activations)
+        if beside:
+            self.advance_dense(0)
 
     def observe(
         self, numbers: range, known: Collection[str] = frozenset()
@@ -213,7 +225,8 @@ class SequentialPipeline:
         for i, activations in enumerate(self.activations):
             for k, segment in enumerate(own):
                 value, activations = program.run(segment, activations, constants[k])
-                self.sums.add(segment, groups[k], value, self._positions[i])
+                dense = self._dense_inputs[i]
+                self.sums.add(segment, groups[k], value, self._positions[i], dense)
                 if k == 0:
                     self.activations[i] = activations
                 if i == 0:
@@ -228,3 +241,19 @@ class SequentialPipeline:
         constants = self.program.constants(segment.subgraph)
         for i, activations in enumerate(self.activations):
             _, self.activations[i] = self.program.run(segment, activations, constants)
+
+    @property
+    def dense_input(self) -> Any:
+        """What the dense model's next input is read from, of the first batch."""
+        return self._dense_inputs[0] if self.dense else None
+
+    def advance_dense(self, number: int) -> None:
+        """Takes the dense model to a segment's input; past the last there is none."""
+        if number == len(self.program.segments):
+            self.dense = []
+            return
+        segment = self.program.segments[number]
+        constants = self.program.constants(segment.subgraph)
+        for i, own in enumerate(self.dense):
+            own_input, self.dense[i] = self.program.run(segment, own, constants)
+            self._dense_inputs[i] = own_input

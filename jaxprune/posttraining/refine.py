@@ -196,16 +196,23 @@ class Refiner:
         self._optimizer = optax.adam(rate)
         self._steps: dict[Any, Callable[..., Any]] = {}
 
-    def begin(self, block: int, activations: Sequence[Activations]) -> None:
+    def begin(
+        self,
+        block: int,
+        activations: Sequence[Activations],
+        dense: Sequence[Activations] = (),
+    ) -> None:
         """Takes the dense model through a block, before its weights are pruned.
 
         Args:
           block: its number.
           activations: of each batch, at the block's start, by the pruned model.
+          dense: by the dense model, where it runs beside; else it does so here.
         """
         program, part = self._program, self._program.blocks[block]
         self._inputs = list(activations)
-        dense = self._dense or self._inputs  # nothing was pruned before the first
+        # Nothing was pruned before the first.
+        beside, dense = bool(dense), dense or self._dense or self._inputs
         after = program.layers[block].stop
         later: frozenset[int] = frozenset()
         if after < len(program.segments):
@@ -214,8 +221,9 @@ class Refiner:
         self._dense, self._targets = [], []
         for own in dense:
             results = program.compute(part, own | constants)
-            known = own | results
-            self._dense.append({n: x for n, x in known.items() if n in later})
+            if not beside:
+                known = own | results
+                self._dense.append({n: x for n, x in known.items() if n in later})
             self._targets.append(_floats(results))
             # Or the host runs ahead, and the activations of many batches pile up.
             jax.block_until_ready(self._targets[-1])

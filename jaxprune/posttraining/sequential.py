@@ -3,6 +3,9 @@
 A method may ask for the inputs that its layer has while it is dense. Then the
 statistics of all segments of a layer are taken first, and the segments are run once
 more as they are pruned; activations are held once all the same.
+
+One with a correction has the dense model run beside, one segment ahead: activations are
+held twice.
 """
 
 import ctypes
@@ -23,7 +26,7 @@ from jaxprune.arrays.lazy import LazyArray
 from jaxprune.arrays.per_device import PerDevice, put
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.graph.weight_view import WeightView
-from jaxprune.posttraining import solve_weight
+from jaxprune.posttraining import methods, solve_weight
 from jaxprune.posttraining.input_statistics import InputStatistics, Sums
 from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
 from jaxprune.posttraining.plan import Plan
@@ -50,9 +53,12 @@ class Pruner:
         hessian = plan.method.needs == "hessian"
         relative = getattr(plan.method, "relative", False)
         devices = program.devices
-        sums = Sums(hessian=hessian, relative=relative, devices=devices)
+        beside = bool(methods.correction(plan.method))
+        sums = Sums(hessian=hessian, relative=relative, drift=beside, devices=devices)
         self._count = len(program.segments)
-        self._pipeline = SequentialPipeline(program, batches, positions, sums)
+        self._pipeline = SequentialPipeline(
+            program, batches, positions, sums, beside=beside
+        )
         # Weights and rows of the segments that were pruned before.
         self._done = [log.read(i) if log else None for i in range(self._count)]
         self._known = {name for done in self._done if done for name in done[0]}
@@ -94,8 +100,12 @@ class Pruner:
         observed = numbers[:1] if resumed else numbers
         values = self._pipeline.observe(observed, self._known)
         if self._refiner and numbers[0] == self._program.layers[block][0]:
-            self._refiner.begin(block, self._pipeline.activations)
+            own = self._pipeline.activations, self._pipeline.dense
+            self._refiner.begin(block, *own)
         statistics = self._finished_statistics(observed)
+        dense = self._pipeline.dense_input
+        if self._pipeline.dense:  # by the weights of these segments as they are still
+            self._pipeline.advance_dense(numbers[-1] + 1)
         rows: list[dict[str, Any]] = []
         for number in numbers:
             segment, before = self._program.segments[number], len(rows)
@@ -105,7 +115,9 @@ class Pruner:
             if self._done[number] is not None:
                 rows += self._restore(number)
             else:
-                rows += self._prune_segment(number, statistics, values.pop(number))
+                rows += self._prune_segment(
+                    number, statistics, values.pop(number), dense
+                )
             for row in rows[before:]:
                 if row.get("by_magnitude"):
                     shown.say(_unreached(row))
@@ -173,16 +185,23 @@ class Pruner:
         return rows
 
     def _prune_segment(
-        self, number: int, statistics: dict[str, InputStatistics], value: Any
+        self,
+        number: int,
+        statistics: dict[str, InputStatistics],
+        value: Any,
+        dense: Any,
     ) -> list[dict[str, Any]]:
         """Prunes the weights of a segment, and writes them to the log."""
         ops = self._program.finished_in(self._program.segments[number])
         if self._program.devices is not None:
-            found = self._prune_together(self._program.devices, ops, statistics, value)
+            found = self._prune_together(
+                self._program.devices, ops, statistics, value, dense
+            )
         else:
             # Statistics are freed with their segment, those of a layer one by one.
             found = [
-                self._prune_weight(op, statistics.pop(op.name), value) for op in ops
+                self._prune_weight(op, statistics.pop(op.name), value, dense)
+                for op in ops
             ]
         rows = [row for _, row in found]
         if self._log:
@@ -194,7 +213,7 @@ class Pruner:
         return rows
 
     def _prune_weight(
-        self, op: LinearOp, statistics: InputStatistics, value: Any
+        self, op: LinearOp, statistics: InputStatistics, value: Any, dense: Any
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Solves for one weight, measures its error and puts it in its place."""
         started = time.perf_counter()
@@ -202,7 +221,7 @@ class Pruner:
         before = placement.automatic(op.view.read, leaf)  # (batch, in, out)
         after, row = solve_weight.solve(self._plan, op, before, statistics)
         row["seconds"] = time.perf_counter() - started
-        row["error"] = solve_weight.error(op.source, value, before, after)
+        row["error"] = solve_weight.error(op.source, value, before, after, dense)
         self._replace(op.view, after)
         return after, row
 
@@ -212,6 +231,7 @@ class Pruner:
         ops: Sequence[LinearOp],
         statistics: dict[str, InputStatistics],
         value: Any,
+        dense: Any,
     ) -> list[tuple[jax.Array, dict[str, Any]]]:
         """The same for all weights of a segment, each matrix on one device."""
         started = time.perf_counter()
@@ -222,10 +242,12 @@ class Pruner:
         own = {op.name: statistics.pop(op.name) for op in ops}
         found = solve_weight.solve_together(self._plan, before, own, devices)
         seconds = time.perf_counter() - started
-        value = jax.tree.map(lambda x: x[0], devices.first(value, 1))
+        value, dense = jax.tree.map(lambda x: x[0], devices.first((value, dense), 1))
         for op, (after, row) in zip(ops, found, strict=True):
             row["seconds"] = seconds / len(ops)
-            row["error"] = solve_weight.error(op.source, value, before[op], after)
+            row["error"] = solve_weight.error(
+                op.source, value, before[op], after, dense
+            )
             self._replace(op.view, after)
         return found
 
@@ -307,6 +329,8 @@ def replaced(view: WeightView, leaf: Any, weight: Any, *, donate: bool) -> jax.A
     if where is not None and not where.is_fully_addressable:
         # With other processes' devices nothing of one process alone may be combined.
         weight = put(weight, NamedSharding(where.mesh, PartitionSpec()))
+    elif where is not None and len(where.device_set) == 1:
+        weight = jax.device_put(weight, where)  # it may lie on all devices of a mesh
     new = placement.automatic(write, leaf, jnp.asarray(weight))
     return jax.device_put(new, getattr(leaf, "sharding", None))
 

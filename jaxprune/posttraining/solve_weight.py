@@ -19,9 +19,11 @@ from jaxprune.arrays import grouped_rows, placement
 from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.graph.operands import Input
+from jaxprune.posttraining import methods
 from jaxprune.posttraining.input_statistics import InputStatistics
 from jaxprune.posttraining.methods import Magnitude, Matrix, Method, pruned
 from jaxprune.posttraining.plan import Plan
+from jaxprune.posttraining.solvers.dense_target import corrected
 from jaxprune.posttraining.solvers.rounding import Rounding
 from jaxprune.typing import Pattern
 
@@ -244,6 +246,10 @@ def _solved(
     wide = weight[i].astype(np.float32)  # (in, out)
     hessian = None if statistics.hessian is None else statistics.hessian[i]
     square = statistics.mean_square[i]  # (in,)
+    share = methods.correction(method)
+    if share and statistics.drift is not None:
+        drift, damping = statistics.drift[i], getattr(method, "damping", 0.01)
+        wide = corrected(wide, hessian, drift, share=share, damping=damping)
     found = pruned(method, Matrix(wide, square, hessian, kept, pattern, rounding))
     after = found.weight.astype(weight.dtype)
     zeros = jnp.sum(after == 0, dtype=np.uint32)
@@ -255,36 +261,43 @@ def error(
     value: Any,
     before: Float[Array, "batch in out"],
     after: Float[Array, "batch in out"],
+    dense: Any = None,
 ) -> float:
-    """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2."""
+    """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2.
+
+    Where the dense model's input D is given: |D W - X V|^2 / |D W|^2.
+    """
     # X is read from `value`, of one batch, of which the first 256 samples are taken; of
     # experts, whose rows lie one behind the other, as many all over it. 0 where the
     # output is zero anyway.
     found = placement.automatic(
-        functools.partial(_error, source=source), value, before, after
+        functools.partial(_error, source=source), value, before, after, dense
     )
     return float(found)
 
 
 @functools.partial(jax.jit, static_argnames="source")
 def _error(
-    value: Any, before: jax.Array, after: jax.Array, *, source: Input
+    value: Any, before: jax.Array, after: jax.Array, dense: Any, *, source: Input
 ) -> jax.Array:
+    wide, left = before.astype(np.float32), after.astype(np.float32)
+    if dense is None or source.grouped:  # another expert's rows are no dense ones
+        lost = _outputs(value, wide - left, source)
+        whole = _outputs(value, wide, source)
+    else:
+        whole = _outputs(dense, wide, source)
+        lost = whole - _outputs(value, left, source)
+    total = jnp.sum(jnp.square(whole))
+    return jnp.sum(jnp.square(lost)) / jnp.where(total > 0, total, 1)
+
+
+def _outputs(value: Any, weight: Float[Array, "batch in out"], source: Input) -> Any:
+    """The outputs (batch, samples, out) for some samples; of experts (samples, out)."""
     x = source.read(value)
     apart = max(1, x.shape[1] // _SAMPLES) if source.shape[0] > 1 else 1
     x = x[:, ::apart][:, :_SAMPLES].astype(np.float32)  # (batch, samples, in)
-    wide = before.astype(np.float32)
-    if source.grouped:
-        of_rows = grouped_rows.of_rows(source.shape[1], value[1])[::apart][:_SAMPLES]
-        sizes = jnp.bincount(of_rows, length=source.shape[0])
-
-        def times(weight: jax.Array) -> jax.Array:
-            return grouped_rows.dot(x[0], weight, sizes)  # (samples, out)
-    else:
-
-        def times(weight: jax.Array) -> jax.Array:
-            return jnp.einsum("bsi,bio->bso", x, weight)  # (batch, samples, out)
-
-    lost, whole = times(wide - after.astype(np.float32)), times(wide)
-    total = jnp.sum(jnp.square(whole))
-    return jnp.sum(jnp.square(lost)) / jnp.where(total > 0, total, 1)
+    if not source.grouped:
+        return jnp.einsum("bsi,bio->bso", x, weight)
+    of_rows = grouped_rows.of_rows(source.shape[1], value[1])[::apart][:_SAMPLES]
+    sizes = jnp.bincount(of_rows, length=source.shape[0])
+    return grouped_rows.dot(x[0], weight, sizes)

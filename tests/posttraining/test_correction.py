@@ -1,0 +1,262 @@
+"""Matrices that make up for what those before them lost."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import io_callback
+
+import jaxprune as jp
+from jaxprune.cli import parse
+from jaxprune.posttraining.solvers import alps, sparsegpt
+from jaxprune.posttraining.solvers.dense_target import corrected
+from tests.support.small_models import (
+    chain,
+    chain_by_hand,
+    correlated,
+    draw,
+    hessian,
+    kernels_of,
+    run_chain,
+)
+from tests.support.small_models import quick_compilation as quick_compilation
+
+WIDTH, SAMPLES, DAMPING = 12, 40, 0.01
+SOLVERS = {"sparsegpt": sparsegpt.solve, "alps": alps.solve}
+BATCHES = [correlated(i, SAMPLES, WIDTH) for i in range(4)]
+# So little that no bit of a weight changes, while the dense model runs beside.
+NEXT_TO_NOTHING = 1e-30
+
+
+def residual(params, x):
+    """Two layers that add to their inputs; the second's leaves are stacked on them."""
+    for i in range(2):
+        x = x + jnp.tanh(x @ params["up"][i]) @ params["down"][i]
+    return x @ params["out"]
+
+
+PARAMS = {
+    "up": jnp.asarray(draw(0, 2, WIDTH, 16) / 4),
+    "down": jnp.asarray(draw(1, 2, 16, WIDTH) / 4),
+    "out": jnp.asarray(draw(2, WIDTH, 5)),
+}
+
+
+def method(name="sparsegpt", correction=0.75, **settings):
+    settings = {"correction": correction} | settings
+    return dataclasses.replace(jp.methods.METHODS[name], **settings)
+
+
+def prune(how, params=PARAMS, fn=residual, batches=BATCHES, **options):
+    options = {"sparsity": 0.5, "progress": False} | options
+    return jp.prune_trained(fn, params, batches, method=how, **options)
+
+
+def same_bits(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def by_least_squares(weight, x, dense):
+    """argmin_U |D W - X U|^2 + damping |U - W|^2, summed over samples, in float64."""
+    weight, x, dense = (np.asarray(own, np.float64) for own in (weight, x, dense))
+    size = np.sqrt(DAMPING * np.square(x).sum() / x.shape[1])
+    left = np.concatenate([x, size * np.eye(x.shape[1])])
+    right = np.concatenate([dense @ weight, size * weight])
+    return np.linalg.lstsq(left, right, rcond=None)[0]
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_it_is_the_least_squares_solution_or_a_share_of_the_way(share):
+    x, dense, weight = BATCHES[0], draw(1, SAMPLES, WIDTH), draw(2, WIDTH, 5)
+    drift = jnp.asarray(x.T @ (dense - x) / SAMPLES)
+    own = jnp.asarray(hessian(x[None])[0], np.float32)
+    found = corrected(jnp.asarray(weight), own, drift, share=share, damping=DAMPING)
+    whole = by_least_squares(weight, x, dense)
+    expected = weight + share * (whole - weight)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_where_nothing_drifted_or_nothing_was_seen_the_weight_stays_bit_for_bit():
+    weight, nothing = jnp.asarray(draw(2, WIDTH, 5)), jnp.zeros((WIDTH, WIDTH))
+    how = {"share": 1.0, "damping": DAMPING}
+    own = jnp.asarray(hessian(BATCHES[0][None])[0], np.float32)
+    same_bits(corrected(weight, own, nothing, **how), weight)
+    same_bits(corrected(weight, nothing, nothing, **how), weight)
+
+
+def test_a_hessian_that_no_damping_makes_one_leaves_the_weight():
+    weight = jnp.asarray(draw(2, 3, 5))
+    wrong = jnp.diag(jnp.array([4.0, -1, -1]))
+    how = {"share": 1.0, "damping": DAMPING}
+    same_bits(corrected(weight, wrong, jnp.ones((3, 3)), **how), weight)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_each_matrix_is_solved_for_the_outputs_of_the_dense_model(name, relative):
+    params, share = chain([WIDTH, 16, 14, 6]), 0.75
+    dense_inputs, _ = chain_by_hand(params, BATCHES)
+
+    def by_hand(i, kernel, x):
+        dense = dense_inputs[i]
+        if relative:
+            size = np.sqrt(np.square(x).mean(-1, keepdims=True))
+            x, dense = x / size, dense / size
+        target = kernel + share * (by_least_squares(kernel, x, dense) - kernel)
+        own = jnp.asarray(hessian(x[None])[0], np.float32)
+        kept = np.uint32(kernel.size // 2)
+        return SOLVERS[name](jnp.asarray(target, np.float32), own, kept).weight
+
+    _, expected = chain_by_hand(params, BATCHES, by_hand)
+    found = prune(method(name, share, relative=relative), params, run_chain)
+    for own, other in zip(kernels_of(found.params), expected, strict=True):
+        np.testing.assert_array_equal(own != 0, other != 0)
+        np.testing.assert_allclose(own, other, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_whole_is_nearer_to_the_dense_model(name):
+    batches = [draw(i, SAMPLES, WIDTH) for i in range(10, 18)]
+
+    def apart(correction):
+        params = prune(method(name, correction), batches=batches).params
+        found = [residual(params, x) - residual(PARAMS, x) for x in batches]
+        return sum(float(jnp.square(own).sum()) for own in found)
+
+    assert apart(0.75) < 0.8 * apart(0.0)
+
+
+def test_before_anything_is_pruned_there_is_nothing_to_make_up_for():
+    sparsity = {"up*": 0.0, "down*": 0.0, "out": 0.5}
+    found, without = (
+        prune(method(correction=c), sparsity=sparsity) for c in (1.0, 0.0)
+    )
+    same_bits(found.params, without.params)
+
+
+def test_the_error_in_the_report_is_that_of_the_dense_models_output():
+    found = prune(method())
+    row = found.report["weights"][-1]
+    assert row["name"] == "out"
+    whole = residual(PARAMS, BATCHES[0])
+    lost = whole - residual(found.params, BATCHES[0])
+    expected = float(jnp.square(lost).sum() / jnp.square(whole).sum())
+    assert row["error"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_does_not_count_is_in_no_sum():
+    def spoiled(x):
+        return np.concatenate([x, np.full_like(x[:7], np.nan)])
+
+    def counted(x):
+        return jnp.arange(len(x)) < SAMPLES
+
+    found = prune(method(), batches=[spoiled(x) for x in BATCHES], positions=counted)
+    expected = prune(method())
+    for name, leaf in found.params.items():
+        np.testing.assert_array_equal(leaf != 0, expected.params[name] != 0)
+        np.testing.assert_allclose(leaf, expected.params[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"refine": jp.Refine(passes=2)}], ids=repr)
+def test_the_dense_model_beside_changes_nothing_by_itself(options):
+    found = prune(method(correction=NEXT_TO_NOTHING), **options)
+    same_bits(found.params, prune(method(correction=0.0), **options).params)
+
+
+def test_donated_or_lazy_parameters_give_the_same_bits(tmp_path):
+    expected = prune(method()).params
+    given = jax.tree.map(jnp.array, PARAMS)
+    same_bits(prune(method(), given, donate=True).params, expected)
+    lazy = jax.tree.map(
+        lambda leaf: jp.LazyArray(leaf.shape, leaf.dtype, lambda: jnp.array(leaf)),
+        PARAMS,
+    )
+    found = prune(method(), lazy, directory=tmp_path).params
+    same_bits(jax.tree.map(lambda leaf: leaf.read(), found), expected)
+
+
+def test_over_a_mesh_it_is_bit_for_bit_that_of_one_device():
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    found = prune(method(), mesh=mesh)
+    same_bits(jax.device_get(found.params), jax.device_get(prune(method()).params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping:
+    """SparseGPT with a correction that fails after so many weights."""
+
+    correction: float = 0.75
+    left: ClassVar[list[int]] = [0]
+    inputs: ClassVar[str] = "left"
+    needs: ClassVar[str] = "hessian"
+    pattern: ClassVar = jp.patterns.Unstructured()
+
+    def prune(self, matrix):
+        # When it runs, not when it is traced.
+        kind = jax.ShapeDtypeStruct((), np.float32)
+        weight = matrix.weight + io_callback(self.meet, kind, matrix.weight)[None, None]
+        return jp.methods.SparseGPT().prune(matrix._replace(weight=weight))
+
+    @staticmethod
+    def meet(_):
+        if not Stopping.left[0]:
+            raise RuntimeError("stopped on purpose")
+        Stopping.left[0] -= 1
+        return np.zeros((), np.float32)
+
+
+@pytest.mark.parametrize("weights", [1, 3])
+def test_a_job_that_was_stopped_ends_with_the_same_bits(weights, tmp_path):
+    Stopping.left[0] = 100
+    whole = prune(Stopping())
+    Stopping.left[0] = weights
+    with pytest.raises(RuntimeError, match="stopped on purpose"):
+        prune(Stopping(), directory=tmp_path)
+    Stopping.left[0] = 100
+    found = prune(Stopping(), directory=tmp_path)
+    assert Stopping.left[0] == 100 - (5 - weights)
+    same_bits(found.params, whole.params)
+    errors = [[row["error"] for row in own.report["weights"]] for own in (found, whole)]
+    assert errors[0] == errors[1]
+
+
+def test_experts_are_pruned_without_it():
+    """Rows that the dense model sends to other experts are not compared."""
+    params = {"first": PARAMS["up"][0], "experts": jnp.asarray(draw(5, 2, 16, 4))}
+
+    def routed(params, x):
+        x = jnp.tanh(x @ params["first"])
+        first = jnp.sum(x[:, 0] > 0)
+        sizes = jnp.stack([first, len(x) - first]).astype(np.int32)
+        order = jnp.argsort(-x[:, 0])
+        return jax.lax.ragged_dot(x[order], params["experts"], sizes)
+
+    found = prune(method(correction=1.0), params, routed).params
+    same_bits(found, prune(method(correction=0.0), params, routed).params)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"correction": 1.5}, r"share in \[0, 1\], got 1.5"),
+        ({"correction": -0.1}, r"share in \[0, 1\], got -0.1"),
+        ({"correction": float("nan")}, r"share in \[0, 1\], got nan"),
+        ({"inputs": "dense"}, 'needs inputs="left"'),
+    ],
+)
+def test_bad_settings_are_refused_with_the_way_out(how, words):
+    with pytest.raises(ValueError, match=words):
+        prune(method(**how))
+
+
+def test_the_command_takes_it_for_solvers_alone():
+    found = parse.method("alps", None, "left", correction=0.5)
+    assert found == jp.methods.ALPS(correction=0.5)
+    with pytest.raises(ValueError, match="--correction is for sparsegpt and alps"):
+        parse.method("wanda", None, "left", correction=0.5)
+    with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
+        parse.method("alps", None, "left", correction=2.0)
