@@ -58,7 +58,8 @@ class Method(Protocol):
     Where it also has an attribute `relative` that is true, each sample is divided by
     its root mean square before the statistics are summed up. One that has `rounds` and
     it is true puts the kept weights on the matrix' levels itself. One with a
-    `correction` above 0 is given matrices that make up for those before them.
+    `correction` above 0, and a `damping`, is given matrices that make up for those
+    before them.
 
     Attributes:
       needs: which statistics of the input it reads.

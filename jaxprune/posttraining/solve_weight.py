@@ -47,11 +47,15 @@ def solve(
         # What no sample says enough of, an expert that few tokens were sent to say.
         method = Magnitude() if i in unreached else plan.method
         how = {"pattern": plan.pattern, "rounding": plan.rounding}
-        program = functools.partial(_solved, method=method, **how)
+        program = functools.partial(_solved, dtype=weight.dtype, method=method, **how)
+        own, of_own, number = weight, statistics._replace(drift=None), np.int32(i)
+        if _is_corrected(method, statistics):
+            of_own = statistics if len(statistics.reached) == 1 else _one(statistics, i)
+            correct = functools.partial(_target, method=method)
+            own = placement.automatic(correct, weight, of_own, number)
+            of_own, number = of_own._replace(drift=None), np.int32(0)
         found.append(
-            placement.automatic(
-                program, weight, statistics, np.int32(i), np.uint32(count)
-            )
+            placement.automatic(program, own, of_own, number, np.uint32(count))
         )
     after = found[0][0] if len(found) == 1 else jnp.concatenate([f[0] for f in found])
     return after, _row(plan, op, statistics, unreached, [f[1:] for f in found])
@@ -129,7 +133,11 @@ def _side_by_side(
     numbers = np.array([places[m.op] + m.number for m in filled], np.int32)
     stack, own = take([weights[op] for op in places], own, numbers)
     counts = devices.stacked([np.uint32(m.kept) for m in filled])
-    how: Any = matrices[0].method, plan.pattern, plan.rounding  # frozen values
+    method, dtype = matrices[0].method, stack.dtype
+    if _is_corrected(method, own):
+        stack = _correcting(devices, method, apart)(stack, own)
+    own = own._replace(drift=None)
+    how: Any = method, plan.pattern, plan.rounding, dtype  # frozen values
     program = _solving(devices, *how, apart)
     after, zeros, damping = devices.first(program(stack, own, counts), len(matrices))
     return list(zip(after, zeros, damping, strict=True))
@@ -157,20 +165,18 @@ def _solving(
     method: Method,
     pattern: Pattern,
     rounding: Rounding | None,
+    dtype: Any,
     apart: bool,
 ) -> Any:
     """A program by which each device prunes the matrix that it has."""
 
     def solve(weight: jax.Array, statistics: InputStatistics, kept: jax.Array) -> Any:
-        if apart:
-            own = jax.tree.map(lambda x: x[None], statistics)
-            statistics = own._replace(samples=statistics.samples)
-        zero = np.int32(0)
         after, *rest = _solved(
             weight[None],
-            statistics,
-            zero,
+            _alone(statistics) if apart else statistics,
+            np.int32(0),
             kept,
+            dtype=dtype,
             method=method,
             pattern=pattern,
             rounding=rounding,
@@ -178,6 +184,28 @@ def _solving(
         return after[0], *rest
 
     return devices.compiled(solve, (True, apart, True))
+
+
+@functools.lru_cache(64)
+def _correcting(devices: PerDevice, method: Method, apart: bool) -> Any:
+    """A program by which each device corrects the matrix that it has."""
+
+    def correct(weight: jax.Array, statistics: InputStatistics) -> jax.Array:
+        own = _alone(statistics) if apart else statistics
+        return _target(weight[None], own, np.int32(0), method=method)[0]
+
+    return devices.compiled(correct, (True, apart))
+
+
+def _alone(statistics: InputStatistics) -> InputStatistics:
+    """The statistics of one matrix, as those of the only one."""
+    own = jax.tree.map(lambda x: x[None], statistics)
+    return own._replace(samples=statistics.samples)
+
+
+def _is_corrected(method: Method, statistics: InputStatistics) -> bool:
+    """Whether a matrix makes up for those before it."""
+    return statistics.drift is not None and methods.correction(method) > 0
 
 
 def _row(
@@ -231,13 +259,37 @@ def _too_few(statistics: InputStatistics) -> Bool[Array, " batch"]:
     return jnp.all(statistics.mean_square == 0, axis=1) | (few & several)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "pattern", "rounding"))
+@jax.jit
+def _one(statistics: InputStatistics, i: Any) -> InputStatistics:
+    """The statistics of one of several matrices."""
+    own = jax.tree.map(lambda x: x[i][None] if x.ndim else x, statistics)
+    return own._replace(samples=statistics.samples)
+
+
+# A program of its own: as a part of the solver's it would change the last bits of what
+# that computes, and not the same way on every mesh.
+@functools.partial(jax.jit, static_argnames="method")
+def _target(
+    weight: Float[Array, "batch in out"],
+    statistics: InputStatistics,
+    i: jax.Array,
+    *,
+    method: Any,
+) -> Float[Array, "1 in out"]:
+    """Matrix i of a weight, as its own statistics (1, ...) correct it; float32."""
+    wide, hessian = weight[i].astype(np.float32), statistics.hessian[0]
+    how = {"share": methods.correction(method), "damping": method.damping}
+    return corrected(wide, hessian, statistics.drift[0], **how)[None]
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "method", "pattern", "rounding"))
 def _solved(
     weight: Float[Array, "batch in out"],
     statistics: InputStatistics,
     i: jax.Array,
     kept: jax.Array,
     *,
+    dtype: Any,
     method: Method,
     pattern: Pattern,
     rounding: Rounding | None,
@@ -246,12 +298,8 @@ def _solved(
     wide = weight[i].astype(np.float32)  # (in, out)
     hessian = None if statistics.hessian is None else statistics.hessian[i]
     square = statistics.mean_square[i]  # (in,)
-    share = methods.correction(method)
-    if share and statistics.drift is not None:
-        drift, damping = statistics.drift[i], getattr(method, "damping", 0.01)
-        wide = corrected(wide, hessian, drift, share=share, damping=damping)
     found = pruned(method, Matrix(wide, square, hessian, kept, pattern, rounding))
-    after = found.weight.astype(weight.dtype)
+    after = found.weight.astype(dtype)
     zeros = jnp.sum(after == 0, dtype=np.uint32)
     return after[None], zeros, found.damping
 

@@ -18,10 +18,14 @@ References:
   Both are about rounding.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune.posttraining.solvers import layer_problem
+
+# Inputs that are solved for together.
+_BLOCK = 256
 
 
 @layer_problem.precise
@@ -48,12 +52,37 @@ def corrected(
       damping helped.
     """
     found = layer_problem.damped(hessian, damping)
-    mean = jnp.mean(jnp.diagonal(hessian))
-    # Products alone, and the share in the first factor. Solving by the Cholesky factor
-    # is divided among threads, and a product that is added may be rounded once or twice:
-    # on a mesh either would give other last bits.
-    scaled = drift.astype(jnp.float32) * (share / jnp.where(mean > 0, mean, 1))
-    toward = scaled @ weight.astype(jnp.float32)
-    step = layer_problem.inverse(found.matrix) @ toward  # (in, out)
+    # By itself: as a part of what uses it, XLA may add it up in another order on a mesh.
+    mean = jax.lax.optimization_barrier(jnp.mean(jnp.diagonal(hessian)))
+    scale = share / jnp.where(mean > 0, mean, 1)
+    toward = (drift.astype(jnp.float32) * scale) @ weight.astype(jnp.float32)
+    step = _solved(found.factor, toward)
     step = jnp.where(jnp.isfinite(found.damping), step, jnp.zeros_like(step))
     return (weight + step).astype(weight.dtype)
+
+
+def _solved(
+    factor: Float[Array, "in in"], right: Float[Array, "in out"]
+) -> Float[Array, "in out"]:
+    """The solution of L L^T x = right, block by block and mostly by products.
+
+    LAPACK divides many right sides among its threads: how many there are would show in
+    the last bits.
+    """
+    starts = range(0, len(factor), _BLOCK)
+    own = [slice(start, start + _BLOCK) for start in starts]
+    halves = [_inverted(factor[block, block]) for block in own]
+    forward: list[jax.Array] = []
+    for block, half in zip(own, halves, strict=True):
+        known = factor[block, : block.start] @ jnp.concatenate([right[:0], *forward])
+        forward.append(half @ (right[block] - known))
+    back: list[jax.Array] = []
+    for block, half, value in reversed(list(zip(own, halves, forward, strict=True))):
+        known = factor[block.stop :, block].T @ jnp.concatenate([*back, right[:0]])
+        back.insert(0, half.T @ (value - known))
+    return jnp.concatenate(back)
+
+
+def _inverted(factor: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    eye = jnp.eye(len(factor), dtype=factor.dtype)
+    return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)

@@ -20,9 +20,6 @@ from jaxprune.typing import Pattern
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# What is inverted as a whole. LAPACK's threads wait for each other while other programs
-# run, the longer the larger the matrix; XLA's products do not.
-_INVERTED = 256
 # More damping than the mean of the diagonal itself says that the Hessian is no Hessian.
 MOST_DAMPING = 1.0
 _LEAST_DAMPING = 1e-4
@@ -115,23 +112,6 @@ def damped(
     good = jnp.all(jnp.isfinite(found))
     matrix = scaled + unit * amount
     return Damped(matrix, found, jnp.where(good, amount, jnp.inf))
-
-
-def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The inverse of a positive definite matrix, by halves and mostly by products."""
-    size = len(matrix)
-    if size <= _INVERTED:
-        factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-        eye = jnp.eye(size, dtype=jnp.float32)
-        half = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-        return half.T @ half
-    middle = size // 2
-    corner = matrix[:middle, middle:]
-    first = inverse(matrix[:middle, :middle])
-    across = first @ corner  # (middle, rest)
-    rest = inverse(matrix[middle:, middle:] - corner.T @ across)
-    moved = across @ rest
-    return jnp.block([[first + moved @ across.T, -moved], [-moved.T, rest]])
 
 
 def checked(
