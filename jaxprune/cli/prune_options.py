@@ -156,8 +156,13 @@ class Meaning(NamedTuple):
 def check(job: Job) -> Meaning:
     """Refuses what can be refused without opening the model; what its words mean."""
     name = job.method or "sparsegpt"
-    how = {"relative": job.relative, "correction": job.correction}
-    method = parse.method(name, job.damping, job.inputs, **how)
+    method = parse.method(
+        name,
+        job.damping,
+        job.inputs,
+        relative=job.relative,
+        correction=job.correction,
+    )
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)

@@ -58,8 +58,7 @@ class Method(Protocol):
     Where it also has an attribute `relative` that is true, each sample is divided by
     its root mean square before the statistics are summed up. One that has `rounds` and
     it is true puts the kept weights on the matrix' levels itself. One with a
-    `correction` above 0, and a `damping`, is given matrices that make up for those
-    before them.
+    `correction` above 0 is given matrices that make up for those before them.
 
     Attributes:
       needs: which statistics of the input it reads.
@@ -252,9 +251,9 @@ def pruned(method: Method, matrix: Matrix) -> Solution:
     if matrix.hessian is None:
         return found._replace(weight=rounding.nearest(found.weight))
     # What an input loses by rounding the later ones make up for, as in GPTQ.
-    damping = getattr(method, "damping", SparseGPT.damping)
+    added = damping(method)
     rounded = sparsegpt.update(
-        found.weight, matrix.hessian, found.mask, damping=damping, rounding=rounding
+        found.weight, matrix.hessian, found.mask, damping=added, rounding=rounding
     )
     return rounded._replace(damping=jnp.maximum(found.damping, rounded.damping))
 
@@ -280,6 +279,11 @@ def named(method: Method | Name) -> Method:
 def correction(method: Method) -> float:
     """How much of what was lost before a matrix makes up for; 0 where it cannot."""
     return float(getattr(method, "correction", 0.0))
+
+
+def damping(method: Method) -> float:
+    """What is added to the Hessian's diagonal, as a share of its mean."""
+    return float(getattr(method, "damping", SparseGPT.damping))
 
 
 def _check_correction(method: Method) -> None:

@@ -52,7 +52,8 @@ def solve(
         if _is_corrected(method, statistics):
             of_own = statistics if len(statistics.reached) == 1 else _one(statistics, i)
             correct = functools.partial(_target, method=method)
-            own = placement.automatic(correct, weight, of_own, number)
+            two = of_own.hessian, of_own.drift
+            own = placement.automatic(correct, weight, *two, number)
             of_own, number = of_own._replace(drift=None), np.int32(0)
         found.append(
             placement.automatic(program, own, of_own, number, np.uint32(count))
@@ -135,7 +136,8 @@ def _side_by_side(
     counts = devices.stacked([np.uint32(m.kept) for m in filled])
     method, dtype = matrices[0].method, stack.dtype
     if _is_corrected(method, own):
-        stack = _correcting(devices, method, apart)(stack, own)
+        two = own.hessian, own.drift
+        stack = _correcting(devices, method, apart)(stack, *two)
     own = own._replace(drift=None)
     how: Any = method, plan.pattern, plan.rounding, dtype  # frozen values
     program = _solving(devices, *how, apart)
@@ -170,10 +172,14 @@ def _solving(
 ) -> Any:
     """A program by which each device prunes the matrix that it has."""
 
+    def alone(statistics: InputStatistics) -> InputStatistics:
+        own = jax.tree.map(lambda x: x[None], statistics)
+        return own._replace(samples=statistics.samples)
+
     def solve(weight: jax.Array, statistics: InputStatistics, kept: jax.Array) -> Any:
         after, *rest = _solved(
             weight[None],
-            _alone(statistics) if apart else statistics,
+            alone(statistics) if apart else statistics,
             np.int32(0),
             kept,
             dtype=dtype,
@@ -190,17 +196,12 @@ def _solving(
 def _correcting(devices: PerDevice, method: Method, apart: bool) -> Any:
     """A program by which each device corrects the matrix that it has."""
 
-    def correct(weight: jax.Array, statistics: InputStatistics) -> jax.Array:
-        own = _alone(statistics) if apart else statistics
-        return _target(weight[None], own, np.int32(0), method=method)[0]
+    def correct(*arrays: jax.Array) -> jax.Array:
+        weight, hessian, drift = arrays
+        two = (hessian[None], drift[None]) if apart else (hessian, drift)
+        return _target(weight[None], *two, np.int32(0), method=method)[0]
 
-    return devices.compiled(correct, (True, apart))
-
-
-def _alone(statistics: InputStatistics) -> InputStatistics:
-    """The statistics of one matrix, as those of the only one."""
-    own = jax.tree.map(lambda x: x[None], statistics)
-    return own._replace(samples=statistics.samples)
+    return devices.compiled(correct, (True, apart, apart))
 
 
 def _is_corrected(method: Method, statistics: InputStatistics) -> bool:
@@ -262,8 +263,7 @@ def _too_few(statistics: InputStatistics) -> Bool[Array, " batch"]:
 @jax.jit
 def _one(statistics: InputStatistics, i: Any) -> InputStatistics:
     """The statistics of one of several matrices."""
-    own = jax.tree.map(lambda x: x[i][None] if x.ndim else x, statistics)
-    return own._replace(samples=statistics.samples)
+    return jax.tree.map(lambda x: x[i][None] if x.ndim else x, statistics)
 
 
 # A program of its own: as a part of the solver's it would change the last bits of what
@@ -271,15 +271,16 @@ def _one(statistics: InputStatistics, i: Any) -> InputStatistics:
 @functools.partial(jax.jit, static_argnames="method")
 def _target(
     weight: Float[Array, "batch in out"],
-    statistics: InputStatistics,
+    hessian: Float[Array, "1 in in"],
+    drift: Float[Array, "1 in in"],
     i: jax.Array,
     *,
-    method: Any,
+    method: Method,
 ) -> Float[Array, "1 in out"]:
-    """Matrix i of a weight, as its own statistics (1, ...) correct it; float32."""
-    wide, hessian = weight[i].astype(np.float32), statistics.hessian[0]
-    how = {"share": methods.correction(method), "damping": method.damping}
-    return corrected(wide, hessian, statistics.drift[0], **how)[None]
+    """Matrix i of a weight, corrected; float32."""
+    share, damping = methods.correction(method), methods.damping(method)
+    wide = weight[i].astype(np.float32)
+    return corrected(wide, hessian[0], drift[0], share=share, damping=damping)[None]
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "method", "pattern", "rounding"))

@@ -52,7 +52,7 @@ def corrected(
       damping helped.
     """
     found = layer_problem.damped(hessian, damping)
-    # By itself: as a part of what uses it, XLA may add it up in another order on a mesh.
+    # By itself: as a part of what uses it XLA may add it up in another order on a mesh.
     mean = jax.lax.optimization_barrier(jnp.mean(jnp.diagonal(hessian)))
     scale = share / jnp.where(mean > 0, mean, 1)
     toward = (drift.astype(jnp.float32) * scale) @ weight.astype(jnp.float32)
