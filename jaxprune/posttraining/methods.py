@@ -286,14 +286,23 @@ def damping(method: Method) -> float:
     return float(getattr(method, "damping", SparseGPT.damping))
 
 
+def check_share(correction: float) -> None:
+    """Refuses a correction that is no share.
+
+    Raises:
+      ValueError: it is not in [0, 1].
+    """
+    if not 0 <= correction <= 1:
+        raise ValueError(
+            f"a correction must be a share in [0, 1], got {correction}; 0.5 is usual, "
+            "and 0 does without"
+        )
+
+
 def _check_correction(method: Method) -> None:
     """Refuses a correction that is no share, or has nothing to make up for."""
     share = correction(method)
-    if not 0 <= share <= 1:
-        raise ValueError(
-            f"a method's correction must be a share in [0, 1], got {share}; 0.75 is "
-            "usual, and 0 does without"
-        )
+    check_share(share)
     if share and (method.inputs == "dense" or method.needs != "hessian"):
         raise ValueError(
             'a correction needs inputs="left" and a method that needs the Hessian, got '
