@@ -1,10 +1,11 @@
-"""What do refinement, and calibration without a text, make of the solvers?
+"""What do corrections, refinement, and calibration without a text make of the solvers?
 
     python -m experiments.refined_solvers --out results/refined_solvers
 
 A dense GPT of `allocation_with_solvers` is pruned from calibration sequences of its
-training text, of its own writing, or half and half; each without and with a refinement
-of its blocks. Every cell is one small file, so a run that was stopped continues.
+training text, of its own writing, or half and half; each with matrices that make up for
+those before them or not, and without and with a refinement of its blocks. Every cell is
+one small file, so a run that was stopped continues.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class Config:
 
     Attributes:
       out: directory of the results; what is found there is not done again.
+      preset: size of the model.
       data: "shakespeare_plays" (offline) or "tiny_shakespeare_char".
       data_dir: where data sets are kept.
       seeds: one dense model each.
@@ -42,6 +44,8 @@ class Config:
       calibrations: what is calibrated on: text, self, or both, half of each.
       methods: sparsegpt, alps or wanda.
       sparsities: fractions of the decoder's matrices to remove.
+      corrections: how much of what earlier matrices lost one makes up for; 0 is none,
+        and it alone is done with wanda.
       passes: of the refinement; 0 is none.
       learning_rates: of the refinement.
       temperatures: of what the model writes.
@@ -51,6 +55,7 @@ class Config:
     """
 
     out: Path = Path("results/refined_solvers")
+    preset: Literal["cpu", "medium"] = "cpu"
     data: str = "shakespeare_plays"
     data_dir: Path | None = None
     seeds: tuple[int, ...] = (0,)
@@ -58,6 +63,7 @@ class Config:
     calibrations: tuple[str, ...] = CALIBRATIONS
     methods: tuple[str, ...] = ("sparsegpt", "alps")
     sparsities: tuple[float, ...] = (0.7,)
+    corrections: tuple[float, ...] = (0.0, 0.5)
     passes: tuple[int, ...] = (0, 8)
     learning_rates: tuple[float, ...] = (1e-3,)
     temperatures: tuple[float, ...] = (1.0,)
@@ -94,6 +100,7 @@ class Config:
             self.calibrations,
             self.methods,
             self.sparsities,
+            self.corrections,
             self.passes,
             self.learning_rates,
             self.temperatures,
@@ -110,6 +117,7 @@ class Cell:
     calibration: str
     method: str
     sparsity: float
+    correction: float
     passes: int
     learning_rate: float
     temperature: float
@@ -118,7 +126,13 @@ class Cell:
         """The cell with zeros for what is of no matter."""
         rate = self.learning_rate if self.passes else 0.0
         temperature = 0.0 if self.calibration == "text" else self.temperature
-        return dataclasses.replace(self, learning_rate=rate, temperature=temperature)
+        correction = 0.0 if self.method == "wanda" else self.correction
+        return dataclasses.replace(
+            self,
+            learning_rate=rate,
+            temperature=temperature,
+            correction=correction,
+        )
 
     def path(self, out: Path) -> Path:
         """Its file below the run's directory."""
@@ -133,6 +147,7 @@ class Run(solvers.Run):
         """Prepares the model and the validation set; trains nothing."""
         base = solvers.Config(
             out=config.out,
+            preset=config.preset,
             data=config.data,
             data_dir=config.data_dir,
             sequences=config.sequences,
@@ -171,12 +186,15 @@ class Run(solvers.Run):
         refine = None
         if cell.passes:
             refine = jp.Refine(passes=cell.passes, learning_rate=cell.learning_rate)
+        method = solvers.SOLVERS[cell.method]()
+        if cell.correction:
+            method = dataclasses.replace(method, correction=cell.correction)
         start = time.perf_counter()
         result = jp.prune_trained(
             lambda params, tokens: self.model.bind(params)(tokens),
             watched.params,
             batches,
-            method=solvers.SOLVERS[cell.method](),
+            method=method,
             sparsity=cell.sparsity,
             refine=refine,
             progress=False,
@@ -193,6 +211,7 @@ KIND = {
     "calibration": "calibrated on",
     "method": "method",
     "sparsity": "sparsity",
+    "correction": "correction",
     "passes": "passes",
     "learning_rate": "rate",
     "temperature": "temperature",
@@ -227,7 +246,7 @@ def report(results: Mapping[str, Any]) -> Report:
     dense = [own["loss"] for own in results["dense"].values()]
     return Report(
         lead="Solvers calibrated on text or on what the model writes, each without and "
-        "with refinement: validation loss in nats per token",
+        "with corrections and refinement: validation loss in nats per token",
         facts={"dense": findings.mean(dense), "seeds": ", ".join(results["dense"])},
         tables=[Table(header, lines, caption)],
         columns=COLUMNS,

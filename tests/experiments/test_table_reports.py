@@ -136,10 +136,12 @@ def test_recovery_runs_goes_on_and_refuses_another_run(text, tmp_path, monkeypat
 def test_refined_solvers_runs_and_a_finished_run_does_nothing(tmp_path, monkeypatch):
     config = refined_solvers.Config(
         out=tmp_path / "out", draws=(0,), methods=("sparsegpt",), sequences=32,
-        calibrations=("both",), passes=(0, 1), steps=6, eval_tokens=256,
+        calibrations=("both",), passes=(0, 1), corrections=(0.5,), steps=6,
+        eval_tokens=256,
     )  # fmt: skip
     found = json.loads(refined_solvers.main(config).read_text())
     assert [cell["passes"] for cell in found["cells"]] == [0, 1]
+    assert [cell["correction"] for cell in found["cells"]] == [0.5, 0.5]
     assert all(cell["loss"] > found["dense"]["0"]["loss"] for cell in found["cells"])
     monkeypatch.setattr(refined_solvers.Run, "done", None)
     again = json.loads(refined_solvers.main(config).read_text())
