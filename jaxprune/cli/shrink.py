@@ -59,7 +59,8 @@ class Shrink(shrink_options.Job):
         if self.plan:
             return plan.shrink(self, source, model, ready, console)
         facts = work.facts(self, source, ready.calibration, ready.begins.why)
-        with work.held(self.work, {**facts, "asked": self.asked}):
+        facts |= {"asked": self.asked, "correction": self.correction}
+        with work.held(self.work, facts):
             small, record = _shrunk(self, ready, model.read(), console, costs)
             record |= provenance.making(arguments)
             _write(self, source, small, record, costs)
