@@ -225,7 +225,12 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for cell in results["cells"]:
         dense = results["dense"][str(cell["seed"])]["loss"]
-        whole = {**cell, "dense_loss": dense, "above": cell["loss"] - dense}
+        whole = {
+            "correction": 0.0,
+            **cell,
+            "dense_loss": dense,
+            "above": cell["loss"] - dense,
+        }
         found.append({name: whole[name] for name in COLUMNS})
     return found
 

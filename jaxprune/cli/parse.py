@@ -38,6 +38,11 @@ def method(
         )
     if correction and "correction" not in own:
         raise ValueError(f"--correction is for sparsegpt and alps, not for {name}")
+    if correction and inputs == "dense":
+        raise ValueError(
+            "--correction goes by the inputs that earlier layers leave; give it "
+            "without --inputs dense"
+        )
     asked = {"damping": damping, "inputs": inputs, "relative": relative}
     asked["correction"] = correction
     return methods.named(

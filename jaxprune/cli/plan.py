@@ -136,10 +136,10 @@ def _pruning(job: Job, meaning: Meaning, run: Any) -> Needs:
     hessian = 0
     if meaning.method.needs == "hessian":
         solving = sum(
-            count * (3.0 * rows**3 + rows**2 * columns)
+            count * (3.0 * rows**3 + rows**2 * columns) * (2 if beside else 1)
             for count, rows, columns in does.matrices.values()
         )
-        # The drift is not symmetric: twice the work of a Hessian.
+        # The drift is one more product, not symmetric, and takes a solution of its own.
         pruning += estimates.statistics(does) * (3 if beside else 1) + solving
         hessian = estimates.largest(does) * (6 if dense else 5 if beside else 3)
     pruning *= _HEAVIER.get(job.method or "", 1.0)
@@ -169,9 +169,7 @@ def _shrinking(
     if job.layers is not None:
         flops += once * sum(range(layers + 1, whole + 1)) / whole
     if job.narrows and job.calibration:
-        beside = (
-            1 if job.correction else 0
-        )  # the dense model, and what it is compared by
+        beside = int(job.correction > 0)  # the dense model, and what compares with it
         each = (1 + beside) * once + (1 + 2 * beside) * estimates.statistics(does)
         flops += (3 if job.search else 1) * each
         flops += sum(

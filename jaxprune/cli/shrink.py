@@ -92,6 +92,7 @@ def _shrunk(
         "method": "shrink by " + ("obs" if job.calibration else "magnitude"),
         "pattern": "whole layers, heads and neurons",
         "sparsity": job.asked,
+        "correction": job.correction,
         "ignored_config": list(whole.ignored),
         "perplexity": measured,
     }

@@ -119,6 +119,15 @@ class WeightView:
     box: tuple[range, ...] | None
     cast: bool = False
 
+    def is_apart(self, other: "WeightView") -> bool:
+        """Whether two views have no element in common, as far as is known."""
+        if self.leaf != other.leaf:
+            return True
+        if self.box is None or other.box is None:
+            return False
+        pairs = zip(self.box, other.box, strict=True)
+        return any(set(a).isdisjoint(b) for a, b in pairs)
+
     @classmethod
     def whole(cls, leaf: int, shape: Sequence[int]) -> "WeightView":
         """The view of all of a leaf."""

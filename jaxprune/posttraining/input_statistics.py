@@ -40,15 +40,16 @@ class InputStatistics(NamedTuple):
       hessian: (batch, in, in) float32: X^T X / samples; None where not asked for.
       reached: (batch,) float32: at how many positions the input is not all zero, the
         tokens that an expert was given.
-      drift: (batch, in, in) float32: X^T (D - X) / samples, D the dense model's input;
-        None where it was not given, and of experts, which are sent other tokens there.
+      drift: (1, in, in) float32: X^T (D - X) / samples, D the dense model's input; None
+        where it was not given, and of several matrices, experts say, to which the dense
+        model may send other samples.
     """
 
     samples: Float[Array, ""]
     mean_square: Float[Array, "batch in"]
     hessian: Float[Array, "batch in in"] | None
     reached: Float[Array, " batch"]
-    drift: Float[Array, "batch in in"] | None = None
+    drift: Float[Array, "1 in in"] | None = None
 
 
 class Sums:
@@ -203,7 +204,7 @@ def _kinds(source: Input, what: _What) -> InputStatistics:
         return jax.ShapeDtypeStruct(shape, np.float32)
 
     wide = kind(batch, inputs, inputs)
-    drift = wide if what.drift and not source.grouped else None
+    drift = wide if what.drift and batch == 1 and not source.grouped else None
     hessian = wide if what.hessian else None
     return InputStatistics(kind(), kind(batch, inputs), hessian, kind(batch), drift)
 
@@ -360,4 +361,6 @@ def _divided(sums: InputStatistics) -> InputStatistics:
         upper = jnp.triu(hessian) * scale  # (batch, in, in)
         hessian = upper + jnp.swapaxes(jnp.triu(hessian, 1) * scale, 1, 2)
         square = jnp.diagonal(upper, axis1=1, axis2=2)  # (batch, in)
+    if drift is not None:  # what is looked at says so if the dense input is not finite
+        square = jnp.where(jnp.isfinite(drift).all(), square, jnp.nan)
     return InputStatistics(sums.samples, square, hessian, sums.reached, drift)

@@ -6,6 +6,7 @@ for a shape, whatever the number that is kept.
 """
 
 import dataclasses
+import numbers
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import jax.numpy as jnp
@@ -167,8 +168,8 @@ class SparseGPT:
       relative: as of `Wanda`.
       correction: how much of what the matrices before it lost a matrix makes up for, in
         [0, 1], see `jaxprune.posttraining.solvers.dense_target`; 0 is the paper's. The
-        dense model runs beside then: activations are held twice. Experts of a mixture
-        are solved for without it.
+        dense model runs beside then: activations are held twice. Weights that are
+        several matrices, experts say, are solved for without it.
 
     Reference:
       Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
@@ -292,17 +293,18 @@ def check_share(correction: float) -> None:
     Raises:
       ValueError: it is not in [0, 1].
     """
-    if not 0 <= correction <= 1:
+    real = isinstance(correction, numbers.Real) and not isinstance(correction, bool)
+    if not (real and 0 <= correction <= 1):
         raise ValueError(
-            f"a correction must be a share in [0, 1], got {correction}; 0.5 is usual, "
-            "and 0 does without"
+            f"a correction must be a share in [0, 1], got {correction!r}; 0.5 goes "
+            "half of the way, and 0 does without"
         )
 
 
 def _check_correction(method: Method) -> None:
     """Refuses a correction that is no share, or has nothing to make up for."""
+    check_share(getattr(method, "correction", 0.0))
     share = correction(method)
-    check_share(share)
     if share and (method.inputs == "dense" or method.needs != "hessian"):
         raise ValueError(
             'a correction needs inputs="left" and a method that needs the Hessian, got '

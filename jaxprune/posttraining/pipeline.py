@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.per_device import PerDevice
@@ -23,6 +24,7 @@ from jaxprune.graph import segments
 from jaxprune.graph.linear_ops import LinearOp, Trace
 from jaxprune.graph.program import Subgraph
 from jaxprune.graph.segments import Segment
+from jaxprune.graph.weight_view import WeightView
 from jaxprune.posttraining.input_statistics import Sums
 
 Activations = dict[int, jax.Array]
@@ -124,14 +126,19 @@ class SegmentedProgram:
             batch = jax.device_put(batch, where)
         return dict(zip(self.trace.program.batch, jax.tree.leaves(batch), strict=True))
 
-    def constants(self, part: Subgraph) -> dict[int, Any]:
+    def constants(
+        self, part: Subgraph, dense: Mapping[int, jax.Array] | None = None
+    ) -> dict[int, Any]:
         """What steps need besides activations, by the number of the value.
 
-        Leaves, slices of them and tables: the same for every batch.
+        Leaves, slices of them and tables: the same for every batch. Those in `dense`
+        are taken from there, as they were before they changed.
         """
         given: dict[int, Any] = {}
         for number in part.inputs:
-            if number in self._leaf_of:
+            if dense and number in dense:
+                given[number] = dense[number]
+            elif number in self._leaf_of:
                 given[number] = self.leaves[self._leaf_of[number]]
             elif number in self.trace.views:
                 view = self.trace.views[number]
@@ -140,6 +147,29 @@ class SegmentedProgram:
                 given[number] = self.table(number)
         # A segment's weights come together here, and are let go after it.
         return given if self.devices is None else self.devices.everywhere(given)
+
+    def read_late(
+        self, view: WeightView, after: int, *, segments: bool
+    ) -> dict[int, WeightView]:
+        """The values of which a part changes and which the dense model needs still.
+
+        A product may be needed much later than the input of its weight is there: of
+        branches side by side, the last one to be computed meets the next layer.
+
+        Args:
+          view: what changes.
+          after: the segment that the dense model has come to.
+          segments: whether it runs through the segments, and not the blocks alone.
+
+        Returns:
+          Number to view, of what segments behind it read, or blocks that begin there.
+        """
+        begun = zip(self.blocks, self.layers, strict=False)
+        parts = [own for own, numbers in begun if numbers.start >= after]
+        if segments:
+            parts += [own.subgraph for own in self.segments[after + 1 :]]
+        views = {n: self.trace.views.get(n) for part in parts for n in part.inputs}
+        return {n: own for n, own in views.items() if own and not own.is_apart(view)}
 
     def table(self, number: int) -> jax.Array:
         """A value that depends on neither parameters nor batch."""
@@ -182,6 +212,8 @@ class SequentialPipeline:
       activations: of each batch, what later segments need.
       dense: the same by the dense model, where it runs beside; one segment ahead while
         weights are pruned. Empty where it does not.
+      before: values as the dense model has them, by number, that have changed and that
+        it needs still.
     """
 
     def __init__(
@@ -202,6 +234,8 @@ class SequentialPipeline:
         self._positions = positions
         self.activations = [program.start(batch) for batch in batches]
         self.dense = list(self.activations) if beside else []
+        self.before: dict[int, jax.Array] = {}
+        self._ahead = 0  # the segment that the dense model has come to
         self._dense_inputs: list[Any] = [None] * len(self.activations)
         if beside:
             self.advance_dense(0)
@@ -248,12 +282,30 @@ class SequentialPipeline:
         return self._dense_inputs[0] if self.dense else None
 
     def advance_dense(self, number: int) -> None:
-        """Takes the dense model to a segment's input; past the last there is none."""
+        """Takes the dense model to a segment's input; past the last there is none.
+
+        Where it does not run beside, it is only noted how far it would have come.
+        """
+        self._ahead = number
         if number == len(self.program.segments):
-            self.dense = []
-            return
-        segment = self.program.segments[number]
-        constants = self.program.constants(segment.subgraph)
-        for i, own in enumerate(self.dense):
-            own_input, self.dense[i] = self.program.run(segment, own, constants)
-            self._dense_inputs[i] = own_input
+            self.dense, self._dense_inputs = [], [None] * len(self.activations)
+        if self.dense:
+            segment = self.program.segments[number]
+            constants = self.program.constants(segment.subgraph, self.before)
+            for i, own in enumerate(self.dense):
+                value, self.dense[i] = self.program.run(segment, own, constants)
+                self._dense_inputs[i] = value
+        views = self.program.trace.views
+        for known in [n for n in self.before if n not in self._late(views[n])]:
+            del self.before[known]
+
+    def keep(self, view: WeightView) -> None:
+        """Keeps what the dense model needs still of a leaf, before a part changes."""
+        for number, own in self._late(view).items():
+            if number not in self.before:
+                # A copy, since the leaf may be given up.
+                value = own.read(self.program.leaves[own.leaf])
+                self.before[number] = jnp.array(value)
+
+    def _late(self, view: WeightView) -> dict[int, WeightView]:
+        return self.program.read_late(view, self._ahead, segments=bool(self.dense))

@@ -8,7 +8,7 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,9 +27,6 @@ from jaxprune.posttraining.input_statistics import InputStatistics
 from jaxprune.posttraining.methods import Matrix, Method, pruned
 from jaxprune.posttraining.solvers.rounding import Rounding
 from jaxprune.typing import Pattern
-
-Box: TypeAlias = tuple[range, ...]
-"""The places along each axis of a leaf."""
 
 
 class Plan(NamedTuple):
@@ -117,19 +114,12 @@ def _check_apart(ops: Sequence[LinearOp]) -> None:
         by_leaf.setdefault(op.leaf, {})[op.name] = op
     for leaf, own in by_leaf.items():
         for one, other in itertools.combinations(own.values(), 2):
-            if not apart(one.view.box, other.view.box):
+            if not one.view.is_apart(other.view):
                 raise ValueError(
                     f"each weight must be used as one part of its leaf, but "
                     f"'{other.name}' and '{one.name}' overlap; leave the leaf out with "
                     f"prunable=jp.tree.excluding('{leaf}')"
                 )
-
-
-def apart(one: Box | None, other: Box | None) -> bool:
-    """Whether two boxes of a leaf have no element in common, as far as is known."""
-    if one is None or other is None:
-        return False
-    return any(set(a).isdisjoint(b) for a, b in zip(one, other, strict=True))
 
 
 def planned(

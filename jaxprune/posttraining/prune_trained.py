@@ -43,10 +43,12 @@ class PruneResult(NamedTuple):
       report: JSON-able: method, pattern, sparsity asked for and achieved, calibration,
         seconds, what was not seen, and a row for each weight: name, shape, units
         removed, zeros, size, relative squared error of its output on the first 256
-        samples, damping, seconds of its solver, and which of its matrices were pruned
-        by magnitude since their input was zero in all samples. With `refine` in
-        "refined" a row for each block: its weights, the leaves that were trained, the
-        loss on held-out batches before, after each pass and of what was kept.
+        samples (with a correction of the dense model's output there, which includes
+        what was lost before), damping, seconds of its solver, and which of its matrices
+        were pruned by magnitude since their input was zero in all samples. With
+        `refine` in "refined" a row for each block: its weights, the leaves that were
+        trained, the loss on held-out batches before, after each pass and of what was
+        kept.
     """
 
     params: Params

@@ -25,7 +25,6 @@ from jaxtyping import Array, Float
 from jaxprune.arrays import placement
 from jaxprune.graph.program import Subgraph
 from jaxprune.graph.weight_view import WeightView
-from jaxprune.posttraining import plan
 from jaxprune.posttraining.pipeline import Activations, SegmentedProgram
 
 # Of what tokens usually are, added to each one: a token of zeros has no relative error.
@@ -145,7 +144,7 @@ def trained_values(program: SegmentedProgram) -> list[list[Value]]:
 
     def alone(block: int, number: int) -> bool:
         return all(
-            plan.apart(views[number].box, views[other].box)
+            views[number].is_apart(views[other])
             for i, other in every
             if views[other].leaf == views[number].leaf and (i, other) != (block, number)
         )
@@ -159,10 +158,7 @@ def trained_values(program: SegmentedProgram) -> list[list[Value]]:
             if number not in reads[i] or not alone(i, number):
                 continue
             view, kind = views[number], program.trace.program.kinds[number]
-            is_weight = any(
-                one.leaf == view.leaf and not plan.apart(one.box, view.box)
-                for one in pruned
-            )
+            is_weight = any(not one.is_apart(view) for one in pruned)
             is_vector = sum(size > 1 for size in view.shape) <= 1
             if (is_weight or is_vector) and jnp.issubdtype(kind.dtype, jnp.floating):
                 values.append(Value(number, names[view.leaf], view, is_weight))
@@ -200,7 +196,8 @@ class Refiner:
         self,
         block: int,
         activations: Sequence[Activations],
-        dense: Sequence[Activations] = (),
+        dense: Sequence[Activations],
+        before: Mapping[int, jax.Array],
     ) -> None:
         """Takes the dense model through a block, before its weights are pruned.
 
@@ -208,6 +205,7 @@ class Refiner:
           block: its number.
           activations: of each batch, at the block's start, by the pruned model.
           dense: by the dense model, where it runs beside; else it does so here.
+          before: what the dense model has in the place of values that changed.
         """
         program, part = self._program, self._program.blocks[block]
         self._inputs = list(activations)
@@ -217,7 +215,7 @@ class Refiner:
         later: frozenset[int] = frozenset()
         if after < len(program.segments):
             later = program.segments[after].later
-        constants = program.constants(part)
+        constants = program.constants(part, before)
         self._dense, self._targets = [], []
         for own in dense:
             results = program.compute(part, own | constants)

@@ -100,12 +100,12 @@ class Pruner:
         observed = numbers[:1] if resumed else numbers
         values = self._pipeline.observe(observed, self._known)
         if self._refiner and numbers[0] == self._program.layers[block][0]:
-            own = self._pipeline.activations, self._pipeline.dense
-            self._refiner.begin(block, *own)
+            now = self._pipeline
+            self._refiner.begin(block, now.activations, now.dense, now.before)
         statistics = self._finished_statistics(observed)
         dense = self._pipeline.dense_input
-        if self._pipeline.dense:  # by the weights of these segments as they are still
-            self._pipeline.advance_dense(numbers[-1] + 1)
+        # By the weights of these segments as they are still.
+        self._pipeline.advance_dense(numbers[-1] + 1)
         rows: list[dict[str, Any]] = []
         for number in numbers:
             segment, before = self._program.segments[number], len(rows)
@@ -258,6 +258,7 @@ class Pruner:
         be the caller's zeros for several biases.
         """
         i = view.leaf
+        self._pipeline.keep(view)
         leaf = self._program.leaves[i]
         donate = self._donate and gives_up
         spare = donate or i in self._owned

@@ -182,8 +182,9 @@ class _Job:
                 shown.note(segment.linear_ops[0].name)
                 (value,) = pipeline.observe(range(number, number + 1)).values()
                 statistics, dense = sums.finish_all(), pipeline.dense_input
-                if beside:
-                    pipeline.advance_dense(number + 1)
+                pipeline.advance_dense(number + 1)
+                for op in segment.linear_ops:
+                    pipeline.keep(op.view)
                 rows += [
                     self._solve(op, statistics[op.name], value, dense)
                     for op in segment.linear_ops
@@ -209,7 +210,8 @@ class _Job:
         if statistics.drift is not None:
             how = {"share": self._correction, "damping": self._damping}
             program = functools.partial(dense_target.corrected, **how)
-            after = placement.automatic(program, after, hessian, statistics.drift[0])
+            wide = after.astype(np.float32)
+            after = placement.automatic(program, wide, hessian, statistics.drift[0])
         for name, rows in self._groups[op.name]:
             found = placement.automatic(
                 functools.partial(units.remove, damping=self._damping),
@@ -224,6 +226,7 @@ class _Job:
             # For the next group, what is gone is as if it never saw anything.
             gone = np.delete(rows, self.kept[name], 0).reshape(-1)
             hessian = hessian.at[gone].set(0).at[:, gone].set(0)
+        after = after.astype(before.dtype)
         if not np.isfinite(damping):
             raise ValueError(
                 f"the Hessian of '{op.name}' must be positive definite, but could not "

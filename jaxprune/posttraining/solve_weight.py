@@ -48,15 +48,14 @@ def solve(
         method = Magnitude() if i in unreached else plan.method
         how = {"pattern": plan.pattern, "rounding": plan.rounding}
         program = functools.partial(_solved, dtype=weight.dtype, method=method, **how)
-        own, of_own, number = weight, statistics._replace(drift=None), np.int32(i)
+        own = weight
         if _is_corrected(method, statistics):
-            of_own = statistics if len(statistics.reached) == 1 else _one(statistics, i)
             correct = functools.partial(_target, method=method)
-            two = of_own.hessian, of_own.drift
-            own = placement.automatic(correct, weight, *two, number)
-            of_own, number = of_own._replace(drift=None), np.int32(0)
+            two = statistics.hessian, statistics.drift
+            own = placement.automatic(correct, weight, *two)
+        of_own = statistics._replace(drift=None)
         found.append(
-            placement.automatic(program, own, of_own, number, np.uint32(count))
+            placement.automatic(program, own, of_own, np.int32(i), np.uint32(count))
         )
     after = found[0][0] if len(found) == 1 else jnp.concatenate([f[0] for f in found])
     return after, _row(plan, op, statistics, unreached, [f[1:] for f in found])
@@ -136,8 +135,7 @@ def _side_by_side(
     counts = devices.stacked([np.uint32(m.kept) for m in filled])
     method, dtype = matrices[0].method, stack.dtype
     if _is_corrected(method, own):
-        two = own.hessian, own.drift
-        stack = _correcting(devices, method, apart)(stack, *two)
+        stack = _correcting(devices, method)(stack, own.hessian, own.drift)
     own = own._replace(drift=None)
     how: Any = method, plan.pattern, plan.rounding, dtype  # frozen values
     program = _solving(devices, *how, apart)
@@ -193,15 +191,14 @@ def _solving(
 
 
 @functools.lru_cache(64)
-def _correcting(devices: PerDevice, method: Method, apart: bool) -> Any:
+def _correcting(devices: PerDevice, method: Method) -> Any:
     """A program by which each device corrects the matrix that it has."""
 
     def correct(*arrays: jax.Array) -> jax.Array:
         weight, hessian, drift = arrays
-        two = (hessian[None], drift[None]) if apart else (hessian, drift)
-        return _target(weight[None], *two, np.int32(0), method=method)[0]
+        return _target(weight[None], hessian, drift, method=method)[0]
 
-    return devices.compiled(correct, (True, apart, apart))
+    return devices.compiled(correct, (True, False, False))
 
 
 def _is_corrected(method: Method, statistics: InputStatistics) -> bool:
@@ -260,26 +257,19 @@ def _too_few(statistics: InputStatistics) -> Bool[Array, " batch"]:
     return jnp.all(statistics.mean_square == 0, axis=1) | (few & several)
 
 
-@jax.jit
-def _one(statistics: InputStatistics, i: Any) -> InputStatistics:
-    """The statistics of one of several matrices."""
-    return jax.tree.map(lambda x: x[i][None] if x.ndim else x, statistics)
-
-
 # A program of its own: as a part of the solver's it would change the last bits of what
 # that computes, and not the same way on every mesh.
 @functools.partial(jax.jit, static_argnames="method")
 def _target(
-    weight: Float[Array, "batch in out"],
+    weight: Float[Array, "1 in out"],
     hessian: Float[Array, "1 in in"],
     drift: Float[Array, "1 in in"],
-    i: jax.Array,
     *,
     method: Method,
 ) -> Float[Array, "1 in out"]:
-    """Matrix i of a weight, corrected; float32."""
+    """A weight, corrected; float32."""
     share, damping = methods.correction(method), methods.damping(method)
-    wide = weight[i].astype(np.float32)
+    wide = weight[0].astype(np.float32)
     return corrected(wide, hessian[0], drift[0], share=share, damping=damping)[None]
 
 
@@ -314,7 +304,8 @@ def error(
 ) -> float:
     """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2.
 
-    Where the dense model's input D is given: |D W - X V|^2 / |D W|^2.
+    Where the dense model's input D is given, and there is one matrix, of which it has
+    the same samples: |D W - X V|^2 / |D W|^2.
     """
     # X is read from `value`, of one batch, of which the first 256 samples are taken; of
     # experts, whose rows lie one behind the other, as many all over it. 0 where the
@@ -330,7 +321,7 @@ def _error(
     value: Any, before: jax.Array, after: jax.Array, dense: Any, *, source: Input
 ) -> jax.Array:
     wide, left = before.astype(np.float32), after.astype(np.float32)
-    if dense is None or source.grouped:  # another expert's rows are no dense ones
+    if dense is None or source.grouped or source.shape[0] > 1:
         lost = _outputs(value, wide - left, source)
         whole = _outputs(value, wide, source)
     else:

@@ -11,7 +11,7 @@ from jax.experimental import io_callback
 
 import jaxprune as jp
 from jaxprune.cli import parse
-from jaxprune.posttraining.solvers import alps, sparsegpt
+from jaxprune.posttraining.solvers import alps, dense_target, sparsegpt
 from jaxprune.posttraining.solvers.dense_target import corrected
 from tests.support.small_models import (
     chain,
@@ -38,11 +38,24 @@ def residual(params, x):
     return x @ params["out"]
 
 
+def parallel(params, x):
+    """Branches side by side: the products of the first are needed after the second."""
+    for i in range(2):
+        first = jnp.sin(x @ params["up"][i]) @ params["down"][i]
+        x = x + jnp.tanh(x @ params["wide"][i]) @ params["narrow"][i] + first
+    return x @ params["out"]
+
+
 PARAMS = {
     "up": jnp.asarray(draw(0, 2, WIDTH, 16) / 4),
     "down": jnp.asarray(draw(1, 2, 16, WIDTH) / 4),
     "out": jnp.asarray(draw(2, WIDTH, 5)),
 }
+BOTH = PARAMS | {
+    "wide": jnp.asarray(draw(3, 2, WIDTH, 16) / 4),
+    "narrow": jnp.asarray(draw(4, 2, 16, WIDTH) / 4),
+}
+MODELS = {"residual": (PARAMS, residual), "parallel": (BOTH, parallel)}
 
 
 def method(name="sparsegpt", correction=0.75, **settings):
@@ -76,6 +89,19 @@ def test_it_is_the_least_squares_solution_or_a_share_of_the_way(share):
     found = corrected(jnp.asarray(weight), own, drift, share=share, damping=DAMPING)
     whole = by_least_squares(weight, x, dense)
     expected = weight + share * (whole - weight)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_matrix_of_several_blocks_is_solved_for_alike():
+    inputs = 2 * dense_target._BLOCK + 7
+    x, dense = draw(0, 64, inputs), draw(1, 64, inputs)
+    weight = draw(2, inputs, 3)
+    own = jnp.asarray(hessian(x[None])[0], np.float32)
+    drift = jnp.asarray(x.T @ (dense - x) / 64)
+    found = corrected(jnp.asarray(weight), own, drift, share=1.0, damping=0.1)
+    damped = np.asarray(own, np.float64)
+    damped += 0.1 * np.trace(damped) / inputs * np.eye(inputs)
+    expected = weight + np.linalg.solve(damped, np.asarray(drift) @ weight)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -151,12 +177,29 @@ def test_before_anything_is_pruned_there_is_nothing_to_make_up_for():
     same_bits(found.params, without.params)
 
 
-def test_the_error_in_the_report_is_that_of_the_dense_models_output():
-    found = prune(method())
+def test_a_dense_model_that_is_not_finite_beside_a_pruned_one_that_is_is_refused():
+    batches = [draw(i, SAMPLES, WIDTH) for i in range(10, 14)]
+    most = max(float(jnp.abs(x @ PARAMS["up"][0]).max()) for x in batches)
+
+    def fn(params, x):
+        hidden = x @ params["up"][0]
+        return jnp.where(hidden > 0.9 * most, np.inf, hidden) @ params["down"][0]
+
+    sparsity = {"up*": 0.97, "down*": 0.5}
+    how = {"fn": fn, "sparsity": sparsity, "batches": batches}
+    prune(method(correction=0.0), **how)
+    with pytest.raises(ValueError, match=r"input of 'down.*must be finite"):
+        prune(method(), **how)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_error_in_the_report_is_that_of_the_dense_models_output(model):
+    params, fn = MODELS[model]
+    found = prune(method(), params, fn)
     row = found.report["weights"][-1]
     assert row["name"] == "out"
-    whole = residual(PARAMS, BATCHES[0])
-    lost = whole - residual(found.params, BATCHES[0])
+    whole = fn(params, BATCHES[0])
+    lost = whole - fn(found.params, BATCHES[0])
     expected = float(jnp.square(lost).sum() / jnp.square(whole).sum())
     assert row["error"] == pytest.approx(expected, rel=1e-4)
 
@@ -175,10 +218,49 @@ def test_what_does_not_count_is_in_no_sum():
         np.testing.assert_allclose(leaf, expected.params[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("options", [{}, {"refine": jp.Refine(passes=2)}], ids=repr)
-def test_the_dense_model_beside_changes_nothing_by_itself(options):
-    found = prune(method(correction=NEXT_TO_NOTHING), **options)
-    same_bits(found.params, prune(method(correction=0.0), **options).params)
+def test_the_dense_model_beside_changes_nothing_by_itself(model, options):
+    found = prune(method(correction=NEXT_TO_NOTHING), *MODELS[model], **options)
+    without = prune(method(correction=0.0), *MODELS[model], **options)
+    same_bits(found.params, without.params)
+    rows = [[own["losses"] for own in r.report["refined"]] for r in (found, without)]
+    assert rows[0] == rows[1]
+
+
+def test_a_branch_makes_up_for_the_branch_beside_it():
+    """`down` is the product of `up` that only the next layer needs."""
+    sparsity = {"up": 0.5, "*": 0.0}
+    how = {"params": BOTH, "fn": parallel, "sparsity": sparsity}
+    found, without = (prune(method(correction=c), **how).params for c in (1.0, 0.0))
+    assert not np.array_equal(found["down"][0], without["down"][0])
+    # What has nothing pruned before it has nothing to make up for.
+    same_bits(found["wide"][0], BOTH["wide"][0])
+    same_bits(found["narrow"][0], BOTH["narrow"][0])
+
+
+@pytest.mark.parametrize("refine", [None, jp.Refine(passes=1)], ids=repr)
+def test_it_ends_nearer_where_branches_lie_side_by_side(refine):
+    batches = [draw(i, SAMPLES, WIDTH) for i in range(10, 18)]
+
+    def apart(correction):
+        how = {"batches": batches, "refine": refine}
+        params = prune(method(correction=correction), BOTH, parallel, **how).params
+        found = [parallel(params, x) - parallel(BOTH, x) for x in batches]
+        return sum(float(jnp.square(own).sum()) for own in found)
+
+    assert apart(0.75) < apart(0.0)
+
+
+def test_leaves_of_two_bytes_are_corrected_in_four_and_stay_so():
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    found = prune(method(), narrow).params
+    wide = jax.tree.map(lambda x: x.astype(np.float32), narrow)
+    expected = prune(method(), wide).params
+    for name, leaf in found.items():
+        assert leaf.dtype == jnp.bfloat16
+        same = (leaf != 0) == (expected[name] != 0)
+        assert same.mean() > 0.9  # the next layer's input is rounded too
 
 
 def test_donated_or_lazy_parameters_give_the_same_bits(tmp_path):
@@ -238,19 +320,26 @@ def test_a_job_that_was_stopped_ends_with_the_same_bits(weights, tmp_path):
     assert errors[0] == errors[1]
 
 
-def test_experts_are_pruned_without_it():
+def ragged(params, x):
+    x = jnp.tanh(x @ params["first"])
+    first = jnp.sum(x[:, 0] > 0)
+    sizes = jnp.stack([first, len(x) - first]).astype(np.int32)
+    order = jnp.argsort(-x[:, 0])
+    return jax.lax.ragged_dot(x[order], params["experts"], sizes)
+
+
+def by_capacity(params, x):
+    x = jnp.tanh(x @ params["first"])
+    slots = jnp.argsort(x[:, :2], axis=0)[-8:].T  # (experts, capacity)
+    return jnp.einsum("eci,eio->eco", x[slots], params["experts"])
+
+
+@pytest.mark.parametrize("fn", [ragged, by_capacity])
+def test_experts_are_pruned_without_it(fn):
     """Rows that the dense model sends to other experts are not compared."""
     params = {"first": PARAMS["up"][0], "experts": jnp.asarray(draw(5, 2, 16, 4))}
-
-    def routed(params, x):
-        x = jnp.tanh(x @ params["first"])
-        first = jnp.sum(x[:, 0] > 0)
-        sizes = jnp.stack([first, len(x) - first]).astype(np.int32)
-        order = jnp.argsort(-x[:, 0])
-        return jax.lax.ragged_dot(x[order], params["experts"], sizes)
-
-    found = prune(method(correction=1.0), params, routed).params
-    same_bits(found, prune(method(correction=0.0), params, routed).params)
+    found = prune(method(correction=1.0), params, fn).params
+    same_bits(found, prune(method(correction=0.0), params, fn).params)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +348,9 @@ def test_experts_are_pruned_without_it():
         ({"correction": 1.5}, r"share in \[0, 1\], got 1.5"),
         ({"correction": -0.1}, r"share in \[0, 1\], got -0.1"),
         ({"correction": float("nan")}, r"share in \[0, 1\], got nan"),
+        ({"correction": "0.5"}, r"share in \[0, 1\], got '0.5'"),
+        ({"correction": True}, r"share in \[0, 1\], got True"),
+        ({"correction": None}, r"share in \[0, 1\], got None"),
         ({"inputs": "dense"}, 'needs inputs="left"'),
     ],
 )
@@ -279,3 +371,5 @@ def test_the_command_takes_it_for_solvers_alone():
         parse.method("wanda", None, "left", correction=0.5)
     with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
         parse.method("alps", None, "left", correction=2.0)
+    with pytest.raises(ValueError, match="without --inputs dense"):
+        parse.method("alps", None, "dense", correction=0.5)

@@ -18,6 +18,8 @@ References:
   Both are about rounding.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -25,9 +27,10 @@ from jaxtyping import Array, Float
 from jaxprune.posttraining.solvers import layer_problem
 
 # Inputs that are solved for together.
-_BLOCK = 256
+_BLOCK = 512
 
 
+@functools.partial(jax.jit, static_argnames=("share", "damping"))
 @layer_problem.precise
 def corrected(
     weight: Float[Array, "in out"],
@@ -69,18 +72,16 @@ def _solved(
     LAPACK divides many right sides among its threads: how many there are would show in
     the last bits.
     """
-    starts = range(0, len(factor), _BLOCK)
-    own = [slice(start, start + _BLOCK) for start in starts]
+    own = [slice(at, at + _BLOCK) for at in range(0, len(factor), _BLOCK)]
     halves = [_inverted(factor[block, block]) for block in own]
-    forward: list[jax.Array] = []
+    found = right
     for block, half in zip(own, halves, strict=True):
-        known = factor[block, : block.start] @ jnp.concatenate([right[:0], *forward])
-        forward.append(half @ (right[block] - known))
-    back: list[jax.Array] = []
-    for block, half, value in reversed(list(zip(own, halves, forward, strict=True))):
-        known = factor[block.stop :, block].T @ jnp.concatenate([*back, right[:0]])
-        back.insert(0, half.T @ (value - known))
-    return jnp.concatenate(back)
+        left = found[block] - factor[block, : block.start] @ found[: block.start]
+        found = found.at[block].set(half @ left)
+    for block, half in reversed([*zip(own, halves, strict=True)]):
+        left = found[block] - factor[block.stop :, block].T @ found[block.stop :]
+        found = found.at[block].set(half.T @ left)
+    return found
 
 
 def _inverted(factor: Float[Array, "n n"]) -> Float[Array, "n n"]:
