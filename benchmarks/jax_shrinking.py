@@ -36,7 +36,6 @@ class Config:
       searched: sequences of the draw that the search of layers looks at.
       batch: sequences that the model sees at once.
       relative: whether each token is divided by the size of its activations.
-      correction: how much of what earlier layers lost a matrix makes up for.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -50,7 +49,6 @@ class Config:
     searched: int = 4
     batch: int = 1
     relative: bool = True
-    correction: float = 0.0
 
 
 def main(config: Config) -> None:
@@ -95,8 +93,7 @@ def narrower(
 
     shares = {"layers/*/mlp/*": config.ffn, "layers/*/attention/*": config.heads}
     batches = [ids[i : i + config.batch] for i in range(0, len(ids), config.batch)]
-    how = {"relative": config.relative, "correction": config.correction}
-    return jp.shrink_trained(states, params, batches, shares, **how)
+    return jp.shrink_trained(states, params, batches, shares, relative=config.relative)
 
 
 if __name__ == "__main__":

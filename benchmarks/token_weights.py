@@ -1,10 +1,10 @@
-"""Tokens that are scaled to one size make pruned models better, draw after draw.
+"""Tokens of one size, and corrections, make pruned models better, draw after draw.
 
     python -m benchmarks.token_weights gemma texts results
 
-Each cell prunes a real model by one solver, with or without `relative`, calibrated on
-one of several draws of the same text, in a process of its own; what is there is not run
-again.
+Each cell prunes a real model by one solver, with or without `relative` and a
+`correction`, calibrated on one of several draws of the same text, in a process of its
+own; what is there is not run again.
 """
 
 import dataclasses
@@ -27,11 +27,13 @@ class Config(Draws):
       methods: the solvers.
       how: sparsities, and n:m patterns.
       relative: whether tokens are scaled to one size; both if left out.
+      corrections: how much of what earlier layers lost a matrix makes up for.
     """
 
     methods: tuple[str, ...] = ("sparsegpt", "alps")
     how: tuple[str, ...] = ("0.5", "0.6", "2:4")
     relative: tuple[bool, ...] = (False, True)
+    corrections: tuple[float, ...] = (0.0,)
 
 
 def main(config: Config) -> None:
@@ -42,17 +44,23 @@ def main(config: Config) -> None:
 
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
-    for draw, how, method, relative in itertools.product(
-        config.draws, config.how, config.methods, config.relative
+    for draw, how, method, relative, correction in itertools.product(
+        config.draws,
+        config.how,
+        config.methods,
+        config.relative,
+        config.corrections,
     ):
         weights = "relative" if relative else "plain"
+        weights += f"+{correction:g}" if correction else ""
         name = f"{how.replace(':', 'of')}_{method}_{weights}_{draw}"
         more, text = ["--relative"] * relative, folder / f"{draw}.npy"
+        more += ["--correction", f"{correction:g}"] if correction else []
         yield name, pruning(config, text, how, method, *more)
 
 
 def table(folder: Path) -> str:
-    """The results as Markdown: a row for each solver, with and without weights."""
+    """The results as Markdown: a row for each solver, and each way to weigh."""
     cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for path in sorted(folder.glob("*.json")):
         how, method, weights, _ = path.stem.split("_")

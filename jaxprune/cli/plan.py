@@ -169,9 +169,7 @@ def _shrinking(
     if job.layers is not None:
         flops += once * sum(range(layers + 1, whole + 1)) / whole
     if job.narrows and job.calibration:
-        beside = int(job.correction > 0)  # the dense model, and what compares with it
-        each = (1 + beside) * once + (1 + 2 * beside) * estimates.statistics(does)
-        flops += (3 if job.search else 1) * each
+        flops += (3 if job.search else 1) * (once + estimates.statistics(does))
         flops += sum(
             4.0 * rows**3 * (job.search * 2 + 1)
             for name, (_, rows, _) in does.matrices.items()
@@ -180,8 +178,7 @@ def _shrinking(
     if job.search:  # three ways for heads, then one for each layer that may go
         flops += once * whole
     spoken = 2 * job.speed_rounds * does.forward(256 + 8 * 32)
-    streams = 5 if job.correction else 3
-    activations = streams * does.tokens * does.wide if job.narrows else 0
+    activations = 3 * does.tokens * does.wide if job.narrows else 0
     peak = estimates.base() + max(
         2 * does.weights + 3 * job.batch * job.length * does.scores,
         2 * does.weights + activations + 3 * estimates.largest(does),

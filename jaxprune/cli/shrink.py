@@ -59,8 +59,7 @@ class Shrink(shrink_options.Job):
         if self.plan:
             return plan.shrink(self, source, model, ready, console)
         facts = work.facts(self, source, ready.calibration, ready.begins.why)
-        facts |= {"asked": self.asked, "correction": self.correction}
-        with work.held(self.work, facts):
+        with work.held(self.work, {**facts, "asked": self.asked}):
             small, record = _shrunk(self, ready, model.read(), console, costs)
             record |= provenance.making(arguments)
             _write(self, source, small, record, costs)
@@ -92,7 +91,6 @@ def _shrunk(
         "method": "shrink by " + ("obs" if job.calibration else "magnitude"),
         "pattern": "whole layers, heads and neurons",
         "sparsity": job.asked,
-        "correction": job.correction,
         "ignored_config": list(whole.ignored),
         "perplexity": measured,
     }

@@ -7,7 +7,6 @@ from jaxprune.cli import job_options, parse
 from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
-from jaxprune.posttraining import methods
 from jaxprune.structured.budget import Measure
 
 _LEAST = 4  # sequences of a search, a quarter of which judges
@@ -33,8 +32,6 @@ class Job(job_options.JobOptions):
         here, are those of reading a prompt, without the head.
       search: divide what goes over neurons, heads and whole layers by the loss on the
         last quarter of the calibration's sequences; that takes several times as long.
-      correction: how much of what the layers before it lost each matrix makes up for,
-        in [0, 1], where neurons or heads go by --calibration.
       speed_rounds: how often both models are timed, in turn; 0 does not time them.
     """
 
@@ -49,7 +46,6 @@ class Job(job_options.JobOptions):
             "budget",
             "measure",
             "search",
-            "correction",
         ),
         "evaluation": ("speed_rounds",),
     }
@@ -68,7 +64,6 @@ class Job(job_options.JobOptions):
     budget: float | None = None
     measure: Measure = "parameters"
     search: bool = False
-    correction: float = 0.0
     speed_rounds: int = 5
 
     @property
@@ -127,12 +122,6 @@ def check(job: Job) -> None:
         raise ValueError(
             "--experts needs --calibration FILE..., on which the router shows what it "
             "gives each expert"
-        )
-    methods.check_share(job.correction)
-    if job.correction and not (job.narrows and job.calibration):
-        raise ValueError(
-            "--correction is of the matrices that neurons and heads go out by; give "
-            "--calibration FILE... with --ffn, --heads, --query-heads or --budget"
         )
     if job.speed_rounds < 0:
         raise ValueError(f"--speed-rounds must not be negative, got {job.speed_rounds}")

@@ -129,7 +129,6 @@ def narrower(
         found = jp.shrink(fn, model.params, batch, scores, **asked)
     else:
         batches = _alike(tokens, job.batch)
-        asked["correction"] = job.correction
         found = jp.shrink_trained(fn, model.params, batches, **asked)
     config = hf.resized(model.config, found.params)
     graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)

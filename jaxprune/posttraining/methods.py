@@ -287,24 +287,15 @@ def damping(method: Method) -> float:
     return float(getattr(method, "damping", SparseGPT.damping))
 
 
-def check_share(correction: float) -> None:
-    """Refuses a correction that is no share.
-
-    Raises:
-      ValueError: it is not in [0, 1].
-    """
-    real = isinstance(correction, numbers.Real) and not isinstance(correction, bool)
-    if not (real and 0 <= correction <= 1):
-        raise ValueError(
-            f"a correction must be a share in [0, 1], got {correction!r}; 0.5 goes "
-            "half of the way, and 0 does without"
-        )
-
-
 def _check_correction(method: Method) -> None:
     """Refuses a correction that is no share, or has nothing to make up for."""
-    check_share(getattr(method, "correction", 0.0))
-    share = correction(method)
+    share = getattr(method, "correction", 0.0)
+    real = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    if not (real and 0 <= share <= 1):
+        raise ValueError(
+            f"a method's correction must be a share in [0, 1], got {share!r}; 0.5 goes "
+            "half of the way, and 0 does without"
+        )
     if share and (method.inputs == "dense" or method.needs != "hessian"):
         raise ValueError(
             'a correction needs inputs="left" and a method that needs the Hessian, got '

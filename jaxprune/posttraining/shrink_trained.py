@@ -22,14 +22,13 @@ from jaxprune.graph.linear_ops import LinearOp, Trace, trace
 from jaxprune.posttraining import (
     calibration,
     input_statistics,
-    methods,
     sequential,
     solve_weight,
     unit_rows,
 )
 from jaxprune.posttraining.input_statistics import InputStatistics, Sums
 from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
-from jaxprune.posttraining.solvers import dense_target, units
+from jaxprune.posttraining.solvers import units
 from jaxprune.structured import cut, shrink, timing
 from jaxprune.structured.budget import Measure
 from jaxprune.structured.shrink import Rules, ShrinkResult
@@ -47,7 +46,6 @@ def shrink_trained(
     groups: Rules = ("*",),
     damping: float = 0.01,
     relative: bool = True,
-    correction: float = 0.0,
     positions: Callable[[Any], jax.Array] | None = None,
     progress: bool = True,
 ) -> ShrinkResult:
@@ -72,8 +70,6 @@ def shrink_trained(
       damping: added to the diagonal of XᵀX, as a share of its mean.
       relative: whether each row of X is divided by its root mean square first. Else a
         few tokens with massive activations are most of XᵀX.
-      correction: how much of what the matrices before it lost a matrix makes up for, in
-        [0, 1], as of `jp.methods.SparseGPT`; activations are held twice then.
       positions: a batch to booleans of the samples' shape, (batch, time) say: which
         positions count. None counts all.
       progress: whether to show how far it is.
@@ -110,7 +106,6 @@ def shrink_trained(
             "shrink_trained needs either a sparsity or a budget, got "
             f"sparsity={sparsity}, budget={budget}"
         )
-    methods.check_share(correction)
     shrink.check_budget(budget, measure)
     batches = calibration.checked_batches(batches, "shrink_trained")
     first = jax.tree.map(
@@ -124,9 +119,9 @@ def shrink_trained(
     kept: dict[str, np.ndarray] = {}
     rows: list[dict[str, Any]] = []
     if lost:
-        job = _Job(trace(fn, params, first), found, lost, leaves, damping, correction)
+        job = _Job(trace(fn, params, first), found, lost, leaves, damping)
         counted = [positions(batch) if positions else None for batch in batches]
-        sums = Sums(hessian=True, relative=relative, drift=correction > 0)
+        sums = Sums(hessian=True, relative=relative)
         rows = job.run(batches, counted, sums, progress=progress)
         kept = job.kept
     cuts = cut.of_groups(found, kept)
@@ -146,11 +141,10 @@ class _Job:
         lost: Mapping[str, int],
         leaves: Leaves,
         damping: float,
-        correction: float,
     ) -> None:
         """Finds the consumers and cuts the program at their inputs."""
         consumers = unit_rows.consumers(groups, list(lost), traced)
-        self._lost, self._damping, self._correction = lost, damping, correction
+        self._lost, self._damping = lost, damping
         # Heads, and the query heads of each, go out by one weight, one after the other.
         self._groups: dict[str, list[tuple[str, np.ndarray]]] = {}
         for name, own in consumers.items():
@@ -172,8 +166,7 @@ class _Job:
         program = self._program
         for segment, own in itertools.product(program.segments, counted):
             input_statistics.counted_samples(segment, own)
-        beside = self._correction > 0
-        pipeline = SequentialPipeline(program, batches, counted, sums, beside=beside)
+        pipeline = SequentialPipeline(program, batches, counted, sums)
         batches.clear()  # the pipeline frees each one after its first segment
         rows: list[dict[str, Any]] = []
         count = len(program.segments)
@@ -181,12 +174,9 @@ class _Job:
             for number, segment in enumerate(program.segments):
                 shown.note(segment.linear_ops[0].name)
                 (value,) = pipeline.observe(range(number, number + 1)).values()
-                statistics, dense = sums.finish_all(), pipeline.dense_input
-                pipeline.advance_dense(number + 1)
-                for op in segment.linear_ops:
-                    pipeline.keep(op.view)
+                statistics = sums.finish_all()
                 rows += [
-                    self._solve(op, statistics[op.name], value, dense)
+                    self._solve(op, statistics[op.name], value)
                     for op in segment.linear_ops
                 ]
                 program.release(number)
@@ -194,7 +184,7 @@ class _Job:
         return rows
 
     def _solve(
-        self, op: LinearOp, statistics: InputStatistics, value: Any, dense: Any
+        self, op: LinearOp, statistics: InputStatistics, value: Any
     ) -> dict[str, Any]:
         """Removes the units that go out by one weight, and puts the rest in place."""
         i = op.view.leaf
@@ -207,11 +197,6 @@ class _Job:
             )
         summed: Any = statistics.hessian
         after, hessian, damping = before[0], summed[0], 0.0
-        if statistics.drift is not None:
-            how = {"share": self._correction, "damping": self._damping}
-            program = functools.partial(dense_target.corrected, **how)
-            wide = after.astype(np.float32)
-            after = placement.automatic(program, wide, hessian, statistics.drift[0])
         for name, rows in self._groups[op.name]:
             found = placement.automatic(
                 functools.partial(units.remove, damping=self._damping),
@@ -226,7 +211,6 @@ class _Job:
             # For the next group, what is gone is as if it never saw anything.
             gone = np.delete(rows, self.kept[name], 0).reshape(-1)
             hessian = hessian.at[gone].set(0).at[:, gone].set(0)
-        after = after.astype(before.dtype)
         if not np.isfinite(damping):
             raise ValueError(
                 f"the Hessian of '{op.name}' must be positive definite, but could not "
@@ -238,7 +222,7 @@ class _Job:
             "groups": {name: self._lost[name] for name, _ in self._groups[op.name]},
             "shape": list(op.shape),
             "damping": damping,
-            "error": solve_weight.error(op.source, value, before, after[None], dense),
+            "error": solve_weight.error(op.source, value, before, after[None]),
         }
         spare = i in self._owned
         new = sequential.replaced(op.view, leaf, after[None], donate=spare)

@@ -316,7 +316,6 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         ("llama", ("--budget", "0.05"), "a budget must be within reach"),
         ("llama", ("--ffn", "0.5", "--measure", "flops"), "give --budget too"),
         ("llama", ("--ffn", "0.5", "--search"), "give --budget and --calibration"),
-        ("llama", ("--ffn", "0.5", "--correction", "1"), "give --calibration FILE"),
         (
             "llama",
             (

@@ -155,20 +155,6 @@ def test_the_whole_is_nearer_to_the_dense_model(name):
     assert apart(0.75) < 0.8 * apart(0.0)
 
 
-def test_what_is_left_of_a_smaller_model_makes_up_for_what_was_before_it():
-    batches = [draw(i, SAMPLES, WIDTH) for i in range(10, 18)]
-
-    def apart(correction):
-        how = {"correction": correction, "progress": False}
-        small = jp.shrink_trained(residual, PARAMS, batches, 0.5, **how)
-        found = [small.fn(small.params, x) - residual(PARAMS, x) for x in batches]
-        return sum(float(jnp.square(own).sum()) for own in found)
-
-    without = apart(0.0)
-    assert apart(0.5) < without
-    assert apart(NEXT_TO_NOTHING) == without
-
-
 def test_before_anything_is_pruned_there_is_nothing_to_make_up_for():
     sparsity = {"up*": 0.0, "down*": 0.0, "out": 0.5}
     found, without = (
@@ -230,7 +216,7 @@ def test_the_dense_model_beside_changes_nothing_by_itself(model, options):
 
 def test_a_branch_makes_up_for_the_branch_beside_it():
     """`down` is the product of `up` that only the next layer needs."""
-    sparsity = {"up": 0.5, "*": 0.0}
+    sparsity = {"up/*": 0.5, "*": 0.0}
     how = {"params": BOTH, "fn": parallel, "sparsity": sparsity}
     found, without = (prune(method(correction=c), **how).params for c in (1.0, 0.0))
     assert not np.array_equal(found["down"][0], without["down"][0])
@@ -357,11 +343,6 @@ def test_experts_are_pruned_without_it(fn):
 def test_bad_settings_are_refused_with_the_way_out(how, words):
     with pytest.raises(ValueError, match=words):
         prune(method(**how))
-
-
-def test_a_smaller_model_refuses_what_is_no_share():
-    with pytest.raises(ValueError, match=r"share in \[0, 1\], got 2"):
-        jp.shrink_trained(residual, PARAMS, BATCHES, 0.5, correction=2)
 
 
 def test_the_command_takes_it_for_solvers_alone():
