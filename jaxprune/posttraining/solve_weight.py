@@ -304,12 +304,18 @@ def error(
 ) -> float:
     """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2.
 
-    Where the dense model's input D is given, and there is one matrix, of which it has
-    the same samples: |D W - X V|^2 / |D W|^2.
+    Args:
+      source: how X is read.
+      value: what it is read from, of one batch. The first 256 samples are taken; of
+        experts, whose rows lie one behind the other, as many all over it.
+      before: W.
+      after: V.
+      dense: what the dense model's input D is read from. Where it is given, and there
+        is one matrix, of which D has the same samples, |D W - X V|^2 / |D W|^2.
+
+    Returns:
+      The error; 0 where the output is zero anyway.
     """
-    # X is read from `value`, of one batch, of which the first 256 samples are taken; of
-    # experts, whose rows lie one behind the other, as many all over it. 0 where the
-    # output is zero anyway.
     found = placement.automatic(
         functools.partial(_error, source=source), value, before, after, dense
     )
