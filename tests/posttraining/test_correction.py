@@ -25,6 +25,7 @@ from tests.support.small_models import (
 from tests.support.small_models import quick_compilation as quick_compilation
 
 WIDTH, SAMPLES, DAMPING = 12, 40, 0.01
+MORE = 10  # times the solver's damping
 SOLVERS = {"sparsegpt": sparsegpt.solve, "alps": alps.solve}
 BATCHES = [correlated(i, SAMPLES, WIDTH) for i in range(4)]
 # So little that no bit of a weight changes, while the dense model runs beside.
@@ -73,9 +74,9 @@ def same_bits(found, expected):
 
 
 def by_least_squares(weight, x, dense):
-    """argmin_U |D W - X U|^2 + damping |U - W|^2, summed over samples, in float64."""
+    """argmin_U |D W - X U|^2 + 10 damping |U - W|^2, summed over samples, float64."""
     weight, x, dense = (np.asarray(own, np.float64) for own in (weight, x, dense))
-    size = np.sqrt(DAMPING * np.square(x).sum() / x.shape[1])
+    size = np.sqrt(MORE * DAMPING * np.square(x).sum() / x.shape[1])
     left = np.concatenate([x, size * np.eye(x.shape[1])])
     right = np.concatenate([dense @ weight, size * weight])
     return np.linalg.lstsq(left, right, rcond=None)[0]
@@ -98,9 +99,9 @@ def test_a_matrix_of_several_blocks_is_solved_for_alike():
     weight = draw(2, inputs, 3)
     own = jnp.asarray(hessian(x[None])[0], np.float32)
     drift = jnp.asarray(x.T @ (dense - x) / 64)
-    found = corrected(jnp.asarray(weight), own, drift, share=1.0, damping=0.1)
+    found = corrected(jnp.asarray(weight), own, drift, share=1.0, damping=0.01)
     damped = np.asarray(own, np.float64)
-    damped += 0.1 * np.trace(damped) / inputs * np.eye(inputs)
+    damped += MORE * 0.01 * np.trace(damped) / inputs * np.eye(inputs)
     expected = weight + np.linalg.solve(damped, np.asarray(drift) @ weight)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
