@@ -26,8 +26,8 @@ from jaxtyping import Array, Float
 
 from jaxprune.posttraining.solvers import layer_problem
 
-# Times the solver's damping. What drifted is known less well than X itself: along inputs
-# that vary little it is mostly noise, which other texts pay for.
+# Times the solver's damping. What drifted is known less well than X itself: along
+# inputs that vary little it is mostly noise, for which other texts pay.
 _MORE = 10
 # Inputs that are solved for together.
 _BLOCK = 512
