@@ -119,3 +119,21 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     found = tiny_cli.weights(place / out)
     for name, value in tiny_cli.weights(refined[0]).items():
         np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.full
+def test_a_correction_moves_what_comes_after_the_first_matrices(place, capsys):
+    solver = ["--method", "sparsegpt", "--sparsity", "0.5", "--calibration", "self"]
+    code, record, _ = prune(capsys, place, "corrected", *solver, "--correction", "0.5")
+    assert code == 0
+    assert "correction 0.5" in record["settings"]
+    assert prune(capsys, place, "uncorrected", *solver)[0] == 0
+    found, other = (tiny_cli.weights(place / x) for x in ("corrected", "uncorrected"))
+    same = {name for name in found if np.array_equal(found[name], other[name])}
+    # Nothing was lost before the first layer's queries, keys and values.
+    first = {name for name in tiny_cli.MATRICES if "layers.0.self_attn.q" in name}
+    assert first
+    assert first <= same
+    assert {*tiny_cli.MATRICES} - same
+    for name in tiny_cli.MATRICES:
+        assert (found[name] == 0).sum() == found[name].size // 2
