@@ -43,8 +43,12 @@ def method(
             "--correction goes by the inputs that earlier layers leave; give it "
             "without --inputs dense"
         )
-    asked = {"damping": damping, "inputs": inputs, "relative": relative}
-    asked["correction"] = correction
+    asked = {
+        "damping": damping,
+        "inputs": inputs,
+        "relative": relative,
+        "correction": correction,
+    }
     return methods.named(
         dataclasses.replace(
             found, **{k: v for k, v in asked.items() if k in own and v is not None}

@@ -127,27 +127,27 @@ def _pruning(job: Job, meaning: Meaning, run: Any) -> Needs:
     """What a pruning with calibration needs."""
     does = estimates.work(job, run.model, run.ready)
     dense = meaning.method.inputs == "dense"
-    beside = correction(meaning.method) > 0  # the dense model, beside the pruned one
+    with_dense = correction(meaning.method) > 0  # runs beside the pruned model
     again, held = estimates.recovery(job, does)
     stages = 3 if job.recovery else 2
     own = job.own_sequences * job.length
     flops = does.forward(stages * does.evaluated + 4 * own)
-    pruning = does.forward(does.tokens, head=False) * (2 if dense or beside else 1)
+    pruning = does.forward(does.tokens, head=False) * (2 if dense or with_dense else 1)
     hessian = 0
     if meaning.method.needs == "hessian":
         solving = sum(
-            count * (3.0 * rows**3 + rows**2 * columns) * (2 if beside else 1)
+            count * (3.0 * rows**3 + rows**2 * columns) * (2 if with_dense else 1)
             for count, rows, columns in does.matrices.values()
         )
         # The drift is one more product, not symmetric, and takes a solution of its own.
-        pruning += estimates.statistics(does) * (3 if beside else 1) + solving
-        hessian = estimates.largest(does) * (6 if dense else 5 if beside else 3)
+        pruning += estimates.statistics(does) * (3 if with_dense else 1) + solving
+        hessian = estimates.largest(does) * (6 if dense else 5 if with_dense else 3)
     pruning *= _HEAVIER.get(job.method or "", 1.0)
     pruning += 3 * job.refine * does.forward(does.tokens, head=False)
     layer = does.weights // max(run.model.config.layers, 1)
     peak = estimates.base() + max(
         does.weights + 3 * job.batch * job.length * does.scores,
-        3 * layer + (5 if beside else 3) * does.tokens * does.wide + hessian,
+        3 * layer + (5 if with_dense else 3) * does.tokens * does.wide + hessian,
         does.weights + held,
     )
     copies = 3 if job.refine else 2

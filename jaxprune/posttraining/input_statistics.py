@@ -71,7 +71,7 @@ class Sums:
           drift: whether X^T (D - X) is, too; then `add` is given what D is read from.
           devices: those that hold an input each, where a value has one for each.
         """
-        self._what = _What(hessian, drift)
+        self._extra = _Extra(hessian, drift)
         self._relative, self._devices = relative, devices
         self._sources: dict[tuple[str, ...], Input] = {}
         self._sums: dict[tuple[str, ...], Any] = {}
@@ -101,7 +101,7 @@ class Sums:
         for names in groups:
             before = self._sums.get(names)
             if before is None:
-                before = _zeros(segment.source, value, self._what)
+                before = _zeros(segment.source, value, self._extra)
             self._sums[names] = placement.automatic(
                 functools.partial(
                     _added, source=segment.source, relative=self._relative
@@ -122,11 +122,11 @@ class Sums:
         dense: Any,
     ) -> None:
         """Adds the inputs that the devices have, (devices, ...)."""
-        add = _adding(devices, source, self._what, self._relative)
+        add = _adding(devices, source, self._extra, self._relative)
         for names in groups:
             before = self._sums.get(names)
             if before is None:
-                kinds = jax.tree.leaves(_kinds(source, self._what))
+                kinds = jax.tree.leaves(_kinds(source, self._extra))
                 parts = [_part(kind, devices.count) for kind in kinds]
                 zeros = [np.zeros((devices.count, n), np.float32) for n in parts]
                 before = [put(x, devices.split) for x in zeros]
@@ -143,7 +143,7 @@ class Sums:
             statistics = placement.automatic(_divided, sums)
         else:
             source = self._sources.pop(names)
-            statistics = _finishing(self._devices, source, self._what)(sums)
+            statistics = _finishing(self._devices, source, self._extra)(sums)
         finite = np.isfinite(statistics.mean_square).all()
         if not (finite and float(statistics.samples) > 0):
             raise ValueError(
@@ -189,14 +189,14 @@ def counted_samples(
     return jnp.ravel(positions).astype(np.float32)
 
 
-class _What(NamedTuple):
+class _Extra(NamedTuple):
     """Which sums there are besides those that always are."""
 
     hessian: bool
     drift: bool
 
 
-def _kinds(source: Input, what: _What) -> InputStatistics:
+def _kinds(source: Input, extra: _Extra) -> InputStatistics:
     """The shapes of an input's sums."""
     batch, _, inputs = source.shape
 
@@ -204,8 +204,8 @@ def _kinds(source: Input, what: _What) -> InputStatistics:
         return jax.ShapeDtypeStruct(shape, np.float32)
 
     wide = kind(batch, inputs, inputs)
-    drift = wide if what.drift and batch == 1 and not source.grouped else None
-    hessian = wide if what.hessian else None
+    drift = wide if extra.drift and batch == 1 and not source.grouped else None
+    hessian = wide if extra.hessian else None
     return InputStatistics(kind(), kind(batch, inputs), hessian, kind(batch), drift)
 
 
@@ -215,7 +215,7 @@ def _part(kind: jax.ShapeDtypeStruct, devices: int) -> int:
 
 
 @functools.lru_cache(64)
-def _adding(devices: PerDevice, source: Input, what: _What, relative: bool) -> Any:
+def _adding(devices: PerDevice, source: Input, extra: _Extra, relative: bool) -> Any:
     """A program that adds one more input of each device to sums (devices, part)."""
 
     def add(
@@ -223,7 +223,7 @@ def _adding(devices: PerDevice, source: Input, what: _What, relative: bool) -> A
     ) -> list[jax.Array]:
         counted = None if positions is None else positions.ravel().astype(np.float32)
         zeros = jax.tree.map(
-            lambda kind: jnp.zeros(kind.shape, kind.dtype), _kinds(source, what)
+            lambda kind: jnp.zeros(kind.shape, kind.dtype), _kinds(source, extra)
         )
         own = _added(zeros, value, counted, dense, source=source, relative=relative)
         pairs = zip(parts, jax.tree.leaves(own), strict=True)
@@ -239,13 +239,13 @@ def _adding(devices: PerDevice, source: Input, what: _What, relative: bool) -> A
 
 
 @functools.lru_cache(64)
-def _finishing(devices: PerDevice, source: Input, what: _What) -> Any:
+def _finishing(devices: PerDevice, source: Input, extra: _Extra) -> Any:
     """A program that gives the statistics of sums (devices, part).
 
     They are whole on every device; Hessians of several matrices are split by matrix
     where the devices divide their number.
     """
-    kinds, structure = jax.tree.flatten(_kinds(source, what))
+    kinds, structure = jax.tree.flatten(_kinds(source, extra))
     by_matrix = source.shape[0] % devices.count == 0
 
     def finish(parts: list[jax.Array]) -> InputStatistics:
@@ -258,7 +258,7 @@ def _finishing(devices: PerDevice, source: Input, what: _What) -> Any:
     return jax.jit(finish, out_shardings=jax.tree.unflatten(structure, placed))
 
 
-def _zeros(source: Input, value: Any, what: _What) -> InputStatistics:
+def _zeros(source: Input, value: Any, extra: _Extra) -> InputStatistics:
     """Sums of no batch."""
     # On the one device that the value is on; sums that are put nowhere would be added
     # to by one program at first and by another one after.
@@ -266,7 +266,7 @@ def _zeros(source: Input, value: Any, what: _What) -> InputStatistics:
     where = where if where and len(where.device_set) == 1 else None
     return jax.tree.map(
         lambda kind: jnp.zeros(kind.shape, kind.dtype, device=where),
-        _kinds(source, what),
+        _kinds(source, extra),
     )
 
 

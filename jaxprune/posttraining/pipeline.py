@@ -223,21 +223,22 @@ class SequentialPipeline:
         positions: Sequence[jax.Array | None],
         sums: Sums,
         *,
-        beside: bool = False,
+        with_dense: bool = False,
     ) -> None:
         """Begins before the first segment; `positions` are booleans for each batch.
 
-        With `beside` the dense model's inputs are compared with those that are left:
-        before a segment's weights change, `advance_dense` is to be called for the next.
+        With `with_dense` the dense model's inputs are compared with those that are
+        left. Call `advance_dense` for the next segment before a segment's weights
+        change.
         """
         self.program, self.sums = program, sums
         self._positions = positions
         self.activations = [program.start(batch) for batch in batches]
-        self.dense = list(self.activations) if beside else []
+        self.dense = list(self.activations) if with_dense else []
         self.before: dict[int, jax.Array] = {}
         self._ahead = 0  # the segment that the dense model has come to
         self._dense_inputs: list[Any] = [None] * len(self.activations)
-        if beside:
+        if with_dense:
             self.advance_dense(0)
 
     def observe(

@@ -210,7 +210,7 @@ class Refiner:
         program, part = self._program, self._program.blocks[block]
         self._inputs = list(activations)
         # Nothing was pruned before the first.
-        beside, dense = bool(dense), dense or self._dense or self._inputs
+        is_given, dense = bool(dense), dense or self._dense or self._inputs
         after = program.layers[block].stop
         later: frozenset[int] = frozenset()
         if after < len(program.segments):
@@ -219,7 +219,7 @@ class Refiner:
         self._dense, self._targets = [], []
         for own in dense:
             results = program.compute(part, own | constants)
-            if not beside:
+            if not is_given:
                 known = own | results
                 self._dense.append({n: x for n, x in known.items() if n in later})
             self._targets.append(_floats(results))

@@ -53,11 +53,13 @@ class Pruner:
         hessian = plan.method.needs == "hessian"
         relative = getattr(plan.method, "relative", False)
         devices = program.devices
-        beside = bool(methods.correction(plan.method))
-        sums = Sums(hessian=hessian, relative=relative, drift=beside, devices=devices)
+        with_dense = methods.correction(plan.method) > 0
+        sums = Sums(
+            hessian=hessian, relative=relative, drift=with_dense, devices=devices
+        )
         self._count = len(program.segments)
         self._pipeline = SequentialPipeline(
-            program, batches, positions, sums, beside=beside
+            program, batches, positions, sums, with_dense=with_dense
         )
         # Weights and rows of the segments that were pruned before.
         self._done = [log.read(i) if log else None for i in range(self._count)]

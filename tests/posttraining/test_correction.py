@@ -254,6 +254,20 @@ def test_leaves_of_two_bytes_are_corrected_in_four_and_stay_so():
         assert same.mean() > 0.9  # the next layer's input is rounded too
 
 
+def test_kept_weights_are_two_of_four_and_on_levels_where_both_are_asked_for():
+    how = {"sparsity": None, "pattern": "2:4", "rounding": "int4"}
+    found = prune(method(), **how).params
+    assert not np.array_equal(
+        found["out"], prune(method(correction=0.0), **how).params["out"]
+    )
+    for name in ("up", "down"):
+        for matrix in np.asarray(found[name]):
+            fours = (matrix != 0).reshape(-1, 4, matrix.shape[1])
+            assert (fours.sum(1) <= 2).all()
+            for column in matrix.T:  # one group of inputs each: seven levels and zero
+                assert len(np.unique(np.abs(column[column != 0]))) <= 7
+
+
 def test_donated_or_lazy_parameters_give_the_same_bits(tmp_path):
     expected = prune(method()).params
     given = jax.tree.map(jnp.array, PARAMS)

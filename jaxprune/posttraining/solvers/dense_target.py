@@ -28,7 +28,7 @@ from jaxprune.posttraining.solvers import layer_problem
 
 # Times the solver's damping. What drifted is known less well than X itself: along
 # inputs that vary little it is mostly noise, for which other texts pay.
-_MORE = 10
+_DAMPING_FACTOR = 10
 # Inputs that are solved for together.
 _BLOCK = 512
 
@@ -57,7 +57,7 @@ def corrected(
       Of the weight's dtype; the weight itself where nothing drifted, and where no
       damping helped.
     """
-    found = layer_problem.damped(hessian, _MORE * damping)
+    found = layer_problem.damped(hessian, _DAMPING_FACTOR * damping)
     # By itself: as a part of what uses it XLA may add it up in another order on a mesh.
     mean = jax.lax.optimization_barrier(jnp.mean(jnp.diagonal(hessian)))
     scale = share / jnp.where(mean > 0, mean, 1)
