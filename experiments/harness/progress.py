@@ -1,8 +1,10 @@
 """Losses on their way from the device: a window is fetched when the next is full.
 
-So the device never waits for the host, and is never two windows behind it.
+So the device never waits for the host, and is never two windows behind it. The bar
+counts the steps that the device has done.
 """
 
+import collections
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +13,10 @@ import jax
 import numpy as np
 
 from jaxprune.arrays import console_progress, processes
+
+# Steps that wait for the device at once: enough that it never idles, and few enough
+# that a run with steps of many seconds says where it is.
+_MOST_AHEAD = 8
 
 
 class Progress:
@@ -38,6 +44,7 @@ class Progress:
         self._bar: Any = None
         self._open: list[jax.Array] = []
         self._closed: list[tuple[int, list[jax.Array]]] = []
+        self._ahead: collections.deque[jax.Array] = collections.deque()
         self._tokens_per_step = 0
         self._timed = 0
         self._clock: float | None = None
@@ -54,12 +61,18 @@ class Progress:
     def add(self, loss: jax.Array, tokens: int) -> None:
         """Takes the loss of a step, a device scalar, and the number of its tokens."""
         self._open.append(loss)
+        self._ahead.append(loss)
         self._tokens_per_step = tokens
-        self._bar.update()
+        # The first step compiles; the rate counts from its end.
+        self._show_done(0 if self._clock is None else _MOST_AHEAD)
         if self._clock is None:
-            # The first step compiles; the rate counts from its end.
-            jax.block_until_ready(loss)
             self.restart_clock()
+
+    def _show_done(self, ahead: int) -> None:
+        """Counts the steps that are done, and waits while more than `ahead` are not."""
+        while len(self._ahead) > ahead or (self._ahead and self._ahead[0].is_ready()):
+            jax.block_until_ready(self._ahead.popleft())
+            self._bar.update()
 
     def restart_clock(self) -> None:
         """Counts time and tokens anew, at a moment when no step is running."""
@@ -74,6 +87,7 @@ class Progress:
 
     def finish(self, more: Callable[[], Mapping[str, Any]] | None = None) -> None:
         """Reports the window that was closed last, with what `more` returns."""
+        self._show_done(0)
         metrics = self._fetch()
         self.write({**metrics, **(more() if more else {})})
         self.restart_clock()

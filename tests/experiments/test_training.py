@@ -14,7 +14,14 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.harness import checkpoint, device_mesh, manifest, records, training
+from experiments.harness import (
+    checkpoint,
+    device_mesh,
+    manifest,
+    progress,
+    records,
+    training,
+)
 from jaxprune.arrays import console_progress
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -125,6 +132,39 @@ def test_a_run_whose_stderr_is_a_file_writes_lines(monkeypatch, capsys):
     assert [line.split(",")[0] for line in lines] == [
         f"toy: {n} of 3 steps" for n in (1, 2, 3)
     ]
+
+
+class Step:
+    """The loss of a step that is done once somebody waited for it."""
+
+    def __init__(self, done):
+        self.done, self.number = done, None
+
+    def is_ready(self):
+        return self.number in self.done
+
+    def block_until_ready(self):
+        self.done.add(self.number)
+        return self
+
+
+def test_the_bar_counts_steps_that_are_done_and_waits_only_for_old_ones():
+    done, losses = set(), [Step(set()) for _ in range(30)]
+    for number, loss in enumerate(losses):
+        loss.number, loss.done = number, done
+    shown = progress.Progress("run", None, start=0, steps=30)
+    counts = []
+    with shown:
+        shown._bar.update = lambda: counts.append(1)
+        for loss in losses[:9]:
+            shown.add(loss, 1)
+        # The first one compiles; then eight are ahead.
+        assert (done, len(counts)) == ({0}, 1)
+        shown.add(losses[9], 1)
+        assert (done, len(counts)) == ({0, 1}, 2)
+        done |= {2, 3, 4}
+        shown.add(losses[10], 1)
+        assert (done, len(counts)) == ({0, 1, 2, 3, 4}, 5)
 
 
 def test_the_loop_is_the_plain_loop(undisturbed):
