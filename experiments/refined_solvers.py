@@ -28,6 +28,8 @@ from jaxprune.arrays.console_progress import Progress
 from jaxprune.models.self_calibration import self_calibration
 
 CALIBRATIONS = ("text", "self", "both")
+METHODS = [name for name in solvers.SOLVERS if "+" not in name]
+"""Corrections are a list of their own here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Config:
         """
         for name, known in (
             ("calibrations", CALIBRATIONS),
-            ("methods", tuple(solvers.SOLVERS)),
+            ("methods", METHODS),
         ):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise ValueError(

@@ -44,7 +44,7 @@ class Progress:
         self._bar: Any = None
         self._open: list[jax.Array] = []
         self._closed: list[tuple[int, list[jax.Array]]] = []
-        self._ahead: collections.deque[jax.Array] = collections.deque()
+        self._ahead: collections.deque[Any] = collections.deque()
         self._tokens_per_step = 0
         self._timed = 0
         self._clock: float | None = None

@@ -2,9 +2,11 @@
 
 "sparsegpt_trajectory" is SparseGPT, the sparsity shared out by one global ranking of
 the trajectory scores; "alps_uniform" is ALPS, each matrix losing the same share. The
-criterion then says how many weights a matrix loses, and the solver which.
+criterion then says how many weights a matrix loses, and the solver which. With
+"+correction" each matrix makes up for half of what those before it lost.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -14,7 +16,9 @@ from jaxprune.typing import Scores
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "sparsegpt": jp.methods.SparseGPT,
+    "sparsegpt+correction": functools.partial(jp.methods.SparseGPT, correction=0.5),
     "alps": jp.methods.ALPS,
+    "alps+correction": functools.partial(jp.methods.ALPS, correction=0.5),
     "wanda": jp.methods.Wanda,
 }
 """Name to method."""

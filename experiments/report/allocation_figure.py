@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 from matplotlib.figure import Figure
 
+from experiments.harness.solvers import SOLVERS
 from experiments.report import figures, findings
 from experiments.report.tables import Drawing, Report, Table
 from jaxprune.formats import atomic
@@ -111,8 +112,8 @@ def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
     """Solvers that repair first; in each, the allocations by their kinds."""
     solver, allocation = pair
     place = [*_ALLOCATIONS, allocation].index(allocation)
-    first = ("sparsegpt", "alps", *_LAST)
-    return (first.index(solver) if solver in first else 0, solver, place, allocation)
+    first = (*SOLVERS, "mask")
+    return (first.index(solver), solver, place, allocation)
 
 
 def figure(all_results: Sequence[Results]) -> Figure:

@@ -25,7 +25,7 @@ def config(tmp_path_factory):
         text=write_text(folder / "tiny.txt"),
         seeds=(0,),
         allocations=("uniform", "trajectory"),
-        solvers=("sparsegpt", "mask"),
+        solvers=("sparsegpt", "sparsegpt+correction", "mask"),
         smoke=True,
     )
 
@@ -40,7 +40,7 @@ def test_every_cell_that_is_asked_for_is_there_once(config, results):
     asked = [dataclasses.asdict(cell) for cell in config.smaller().cells()]
     names = list(asked[0])
     found = [{name: cell[name] for name in names} for cell in results["cells"]]
-    assert len(asked) == 3
+    assert len(asked) == 5
     assert sorted(found, key=str) == sorted(asked, key=str)
 
 
@@ -67,6 +67,16 @@ def test_a_ranking_allocates_the_sparsity_as_pruning_by_it_would(results):
     masked = by_leaf("mask")
     assert by_leaf("sparsegpt") == masked
     assert np.ptp(list(masked[0.7].values())) > 0.01
+
+
+@pytest.mark.full
+def test_a_correction_is_another_model_of_the_same_sparsity(results):
+    losses = {}
+    for cell in results["cells"]:
+        kind = (cell["allocation"], cell["zeros"])
+        losses.setdefault(kind, {})[cell["solver"]] = cell["loss"]
+    for own in losses.values():
+        assert own["sparsegpt"] != own["sparsegpt+correction"]
 
 
 @pytest.mark.full

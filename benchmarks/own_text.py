@@ -1,0 +1,109 @@
+"""Calibrated on what the model writes itself, beside texts, and on half of each.
+
+    python -m benchmarks.own_text gemma texts results
+
+What a model writes is kept in the directory of the results, a folder a draw. Each cell
+prunes by one solver, tokens of one size, in a process of its own; what is there is not
+run again.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from benchmarks.draws import Draws, over_draws, pruning, run_missing
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.models import hf
+from jaxprune.models.self_calibration import self_calibration
+
+CALIBRATIONS = ("text", "self", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Draws):
+    """Runs the cells that are missing, and prints the table.
+
+    Attributes:
+      methods: the solvers.
+      how: sparsities, and n:m patterns.
+      calibrations: what is calibrated on: text, self, or both, half of each.
+      correction: how much of what earlier layers lost a matrix makes up for.
+      temperature: of what the model writes.
+    """
+
+    methods: tuple[str, ...] = ("sparsegpt",)
+    how: tuple[str, ...] = ("0.5",)
+    calibrations: tuple[str, ...] = CALIBRATIONS
+    correction: float = 0.5
+    temperature: float = 1.0
+
+
+def main(config: Config) -> None:
+    """Runs what is missing and prints the table.
+
+    Raises:
+      ValueError: what is calibrated on is none of `CALIBRATIONS`.
+    """
+    if unknown := [c for c in config.calibrations if c not in CALIBRATIONS]:
+        raise ValueError(
+            f"calibrations must be of {', '.join(CALIBRATIONS)}, got "
+            f"{', '.join(unknown)}"
+        )
+    run_missing(config, functools.partial(_cells, config))
+    print(table(config.out))
+
+
+def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and arguments of each process."""
+    options = ["--relative", "--correction", f"{config.correction:g}"]
+    for draw, calibration in itertools.product(config.draws, config.calibrations):
+        sequences = folder / f"{draw}.npy"
+        if calibration != "text":
+            text, own = np.load(sequences), _written(config, draw)
+            half = len(own) // 2 if calibration == "both" else 0
+            sequences = folder / f"{draw}-{calibration}.npy"
+            np.save(sequences, np.concatenate([text[:half], own[half:]]))
+        for how, method in itertools.product(config.how, config.methods):
+            name = f"{how.replace(':', 'of')}_{method}_{calibration}_{draw}"
+            yield name, pruning(config, sequences, how, method, *options)
+
+
+def _written(config: Config, draw: int) -> np.ndarray:
+    """What the dense model writes, as many sequences as long as those of the texts."""
+    loaded, tokenizer = hf.load(config.model), hf.load_tokenizer(config.model)
+    length = np.load(config.texts / f"{config.calibration}.npy").shape[1]
+    behind = range(tokenizer.vocab_size, loaded.config.vocab_size)
+    with Progress(config.calibrated, "writing", unit="sequence") as shown:
+        return self_calibration(
+            loaded.model,
+            sequences=config.calibrated,
+            length=length,
+            seed=draw,
+            temperature=config.temperature,
+            bos=tokenizer.bos if tokenizer.begins else None,
+            special={*tokenizer.special, *behind},
+            batch=min(config.calibrated, 32),
+            directory=config.out / f"written-{draw}",
+            tick=shown.update,
+        )
+
+
+def table(folder: Path) -> str:
+    """The results as Markdown: a row for each solver, and what it was calibrated on."""
+    cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        how, method, calibration, _ = path.stem.split("_")
+        found = json.loads(path.read_text())["perplexities"]["after"]
+        key = (how.replace("of", ":"), method, calibration)
+        cells.setdefault(key, []).append(found)
+    return over_draws(["removed", "method", "calibrated on"], sorted(cells.items()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
