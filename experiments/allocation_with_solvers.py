@@ -87,8 +87,8 @@ class Config:
       seeds: one dense model each.
       allocations: how the sparsity is allocated: uniform, owl, erk, a criterion, or
         trajectory_calibrated.
-      solvers: what prunes each matrix: sparsegpt, alps, either with "+correction"; wanda
-        and mask, for comparison, have one allocation each.
+      solvers: what prunes each matrix: sparsegpt, alps, either with "+correction"; and
+        for comparison wanda and mask, which have one allocation each.
       sparsities: fractions of the decoder's matrices to remove.
       draws: numbers of draws of the calibration sequences.
       sequences: calibration sequences in a draw, of the model's context each.
