@@ -40,7 +40,9 @@ class Config:
       inputs: whether weights are pruned for the inputs that are left, or those of their
         dense layer as in the papers.
       pattern: n:m, n kept of each m consecutive inputs, in place of the sparsity.
-      allocation: how the sparsity is allocated to the layers.
+      allocation: how the sparsity is allocated to the matrices; "gradients" is by one
+        ranking of |w| E[g^2]^(1/4), the gradients those of the model's own loss.
+      seen: sequences of the calibration that "gradients" looks at.
       calibration: token ids, int32 (sequences, length), `.npy`.
       evaluate: NAME=FILE, held-out texts of the same form.
       batch: sequences in a batch.
@@ -57,7 +59,8 @@ class Config:
     sparsity: float = 0.5
     inputs: Literal["left", "dense"] = "left"
     pattern: str | None = None
-    allocation: Literal["uniform", "erk", "owl"] = "uniform"
+    allocation: Literal["uniform", "erk", "owl", "gradients"] = "uniform"
+    seen: int = 8
     evaluate: tuple[str, ...] = ()
     batch: int = 2
     damping: float = 0.01
@@ -99,7 +102,8 @@ def main(config: Config) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         with costs["prune"]:
-            params, report = pruned(config, graphdef, params, batches, folder)
+            rule = allocation(config, graphdef, params, ids)
+            params, report = pruned(config, graphdef, params, batches, folder, rule)
         with costs["evaluate"]:
             params = lazy.loaded(params)
             perplexities["after"] = {
@@ -119,12 +123,27 @@ def main(config: Config) -> None:
     )
 
 
+def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> Any:
+    """The rule that the sparsity is allocated by."""
+    if config.allocation != "gradients":
+        return jp.allocation.named(config.allocation)
+
+    def loss(params: Any, ids: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return loss_per_token(model, ids[:, :-1], ids[:, 1:]).mean()
+
+    params = lazy.loaded(params)
+    seen = jp.calibrate_gradients(loss, params, np.split(ids, len(ids))[: config.seen])
+    return jp.allocation.Ranked(jp.scores.trajectory(params, seen))
+
+
 def pruned(
     config: Config,
     graphdef: Any,
     params: Any,
     batches: Iterable[jax.Array],
     folder: str,
+    rule: Any = "uniform",
 ) -> tuple[Any, dict[str, Any]]:
     """The pruned parameters and its report."""
     method: Any = jp.methods.METHODS[config.method]
@@ -135,11 +154,6 @@ def pruned(
         how = {"inputs": config.inputs, "relative": config.relative}
         method = dataclasses.replace(method, **how)
     pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
-    rules = {
-        "uniform": jp.allocation.Uniform,
-        "erk": jp.allocation.ERK,
-        "owl": jp.allocation.OWL,
-    }
     return jp.prune_trained(
         lambda params, x: nnx.merge(graphdef, params).states(x)[0],
         params,
@@ -147,7 +161,7 @@ def pruned(
         method=method,
         sparsity=None if pattern else config.sparsity,
         pattern=pattern or None,
-        allocation=rules[config.allocation](),
+        allocation=rule,
         rounding=config.bits and jp.Rounding(config.bits, config.group),
         directory=folder,
     )

@@ -1,10 +1,10 @@
-"""Tokens of one size, and corrections, make pruned models better, draw after draw.
+"""Tokens of one size, corrections, allocations: do they make pruned models better?
 
     python -m benchmarks.token_weights gemma texts results
 
 Each cell prunes a real model by one solver, with or without `relative` and a
-`correction`, calibrated on one of several draws of the same text, in a process of its
-own; what is there is not run again.
+`correction`, by an allocation, calibrated on one of several draws of the same text, in
+a process of its own; what is there is not run again.
 """
 
 import dataclasses
@@ -28,12 +28,14 @@ class Config(Draws):
       how: sparsities, and n:m patterns.
       relative: whether tokens are scaled to one size; both if left out.
       corrections: how much of what earlier layers lost a matrix makes up for.
+      allocations: uniform, erk, owl or gradients, as of `benchmarks.jax_pruning`.
     """
 
     methods: tuple[str, ...] = ("sparsegpt", "alps")
     how: tuple[str, ...] = ("0.5", "0.6", "2:4")
     relative: tuple[bool, ...] = (False, True)
     corrections: tuple[float, ...] = (0.0,)
+    allocations: tuple[str, ...] = ("uniform",)
 
 
 def main(config: Config) -> None:
@@ -44,18 +46,21 @@ def main(config: Config) -> None:
 
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
-    for draw, how, method, relative, correction in itertools.product(
+    for draw, how, method, relative, correction, allocation in itertools.product(
         config.draws,
         config.how,
         config.methods,
         config.relative,
         config.corrections,
+        config.allocations,
     ):
         weights = "relative" if relative else "plain"
         weights += f"+{correction:g}" if correction else ""
+        weights += f"+{allocation}" if allocation != "uniform" else ""
         name = f"{how.replace(':', 'of')}_{method}_{weights}_{draw}"
         more, text = ["--relative"] * relative, folder / f"{draw}.npy"
         more += ["--correction", f"{correction:g}"] if correction else []
+        more += ["--allocation", allocation]
         yield name, pruning(config, text, how, method, *more)
 
 
