@@ -49,6 +49,7 @@ class Config:
       damping: of the solvers that have one.
       relative: whether each token is divided by the size of its activations.
       correction: how much of what earlier layers lost a matrix makes up for.
+      refine: passes of a refinement of each layer after it is pruned; 0 for none.
       bits: 4 or 8, of the kept weights; None leaves them as they are.
       group: inputs that share a scale with `bits`.
     """
@@ -66,6 +67,7 @@ class Config:
     damping: float = 0.01
     relative: bool = False
     correction: float = 0.0
+    refine: int = 0
     bits: Literal[4, 8] | None = None
     group: int = 128
 
@@ -162,6 +164,7 @@ def pruned(
         sparsity=None if pattern else config.sparsity,
         pattern=pattern or None,
         allocation=rule,
+        refine=jp.Refine(passes=config.refine) if config.refine else None,
         rounding=config.bits and jp.Rounding(config.bits, config.group),
         directory=folder,
     )

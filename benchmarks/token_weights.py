@@ -29,6 +29,7 @@ class Config(Draws):
       relative: whether tokens are scaled to one size; both if left out.
       corrections: how much of what earlier layers lost a matrix makes up for.
       allocations: uniform, erk, owl or gradients, as of `benchmarks.jax_pruning`.
+      refine: passes of a refinement after it; 0 for none.
     """
 
     methods: tuple[str, ...] = ("sparsegpt", "alps")
@@ -36,6 +37,7 @@ class Config(Draws):
     relative: tuple[bool, ...] = (False, True)
     corrections: tuple[float, ...] = (0.0,)
     allocations: tuple[str, ...] = ("uniform",)
+    refine: tuple[int, ...] = (0,)
 
 
 def main(config: Config) -> None:
@@ -46,22 +48,29 @@ def main(config: Config) -> None:
 
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
-    for draw, how, method, relative, correction, allocation in itertools.product(
-        config.draws,
-        config.how,
-        config.methods,
-        config.relative,
-        config.corrections,
-        config.allocations,
+    ways = itertools.product(
+        config.relative, config.corrections, config.allocations, config.refine
+    )
+    for draw, how, method, way in itertools.product(
+        config.draws, config.how, config.methods, [*ways]
     ):
-        weights = "relative" if relative else "plain"
-        weights += f"+{correction:g}" if correction else ""
-        weights += f"+{allocation}" if allocation != "uniform" else ""
-        name = f"{how.replace(':', 'of')}_{method}_{weights}_{draw}"
-        more, text = ["--relative"] * relative, folder / f"{draw}.npy"
-        more += ["--correction", f"{correction:g}"] if correction else []
-        more += ["--allocation", allocation]
-        yield name, pruning(config, text, how, method, *more)
+        words, options = _way(*way)
+        name = f"{how.replace(':', 'of')}_{method}_{words}_{draw}"
+        yield name, pruning(config, folder / f"{draw}.npy", how, method, *options)
+
+
+def _way(
+    relative: bool, correction: float, allocation: str, passes: int
+) -> tuple[str, list[str]]:
+    """A word for all that is not the method's default, and the options for it."""
+    options = ["--relative"] * relative
+    options += ["--correction", f"{correction:g}", "--allocation", allocation]
+    options += ["--refine", str(passes)]
+    words = ["relative" if relative else "plain"]
+    words += [f"{correction:g}"] if correction else []
+    words += [allocation] if allocation != "uniform" else []
+    words += [f"refine{passes}"] if passes else []
+    return "+".join(words), options
 
 
 def table(folder: Path) -> str:
