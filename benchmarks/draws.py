@@ -1,6 +1,7 @@
 """Cells of a table for several draws of the calibration, and their means."""
 
 import dataclasses
+import json
 import math
 import statistics
 import tempfile
@@ -115,6 +116,24 @@ def over_draws(
                 row[-1] += f" ± {statistics.stdev(values):.2f}"
         rows.append([*row, str(len(own))])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def of_files(folder: Path, names: Sequence[str]) -> str:
+    """The table of files HOW_METHOD_MORE_DRAW.json, as Markdown.
+
+    Args:
+      folder: with a JSON line of `benchmarks.jax_pruning` a cell.
+      names: of what stands before the draw in a file's name.
+
+    Returns:
+      What `over_draws` does.
+    """
+    cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        how, *rest, _ = path.stem.split("_")
+        found = json.loads(path.read_text())["perplexities"]["after"]
+        cells.setdefault((how.replace("of", ":"), *rest), []).append(found)
+    return over_draws(names, sorted(cells.items()))
 
 
 def with_mean(found: dict[str, float]) -> dict[str, float]:

@@ -10,14 +10,13 @@ run again.
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-from benchmarks.draws import Draws, over_draws, pruning, run_missing
+from benchmarks.draws import Draws, of_files, pruning, run_missing
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.models import hf
 from jaxprune.models.self_calibration import self_calibration
@@ -56,7 +55,7 @@ def main(config: Config) -> None:
             f"{', '.join(unknown)}"
         )
     run_missing(config, functools.partial(_cells, config))
-    print(table(config.out))
+    print(of_files(config.out, ["removed", "method", "calibrated on"]))
 
 
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -92,17 +91,6 @@ def _written(config: Config, draw: int) -> np.ndarray:
             directory=config.out / f"written-{draw}",
             tick=shown.update,
         )
-
-
-def table(folder: Path) -> str:
-    """The results as Markdown: a row for each solver, and what it was calibrated on."""
-    cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        how, method, calibration, _ = path.stem.split("_")
-        found = json.loads(path.read_text())["perplexities"]["after"]
-        key = (how.replace("of", ":"), method, calibration)
-        cells.setdefault(key, []).append(found)
-    return over_draws(["removed", "method", "calibrated on"], sorted(cells.items()))
 
 
 if __name__ == "__main__":

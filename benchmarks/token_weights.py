@@ -10,13 +10,12 @@ a process of its own; what is there is not run again.
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import tyro
 
-from benchmarks.draws import Draws, over_draws, pruning, run_missing
+from benchmarks.draws import Draws, of_files, pruning, run_missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Config(Draws):
 def main(config: Config) -> None:
     """Runs what is missing and prints the table."""
     run_missing(config, functools.partial(_cells, config))
-    print(table(config.out))
+    print(of_files(config.out, ["removed", "method", "tokens"]))
 
 
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -71,16 +70,6 @@ def _way(
     words += [allocation] if allocation != "uniform" else []
     words += [f"refine{passes}"] if passes else []
     return "+".join(words), options
-
-
-def table(folder: Path) -> str:
-    """The results as Markdown: a row for each solver, and each way to weigh."""
-    cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        how, method, weights, _ = path.stem.split("_")
-        found = json.loads(path.read_text())["perplexities"]["after"]
-        cells.setdefault((how.replace("of", ":"), method, weights), []).append(found)
-    return over_draws(["removed", "method", "tokens"], sorted(cells.items()))
 
 
 if __name__ == "__main__":
