@@ -102,7 +102,7 @@ class Config:
     sparsities: tuple[float, ...] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     retrain_sparsities: tuple[float, ...] | None = None
     batch_size: int = 32
-    steps: int = 4000
+    steps: int = 6000
     retrain_steps: int = 100
     learning_rate: float = 5e-4
     retrain_learning_rate: float | None = None
