@@ -87,7 +87,7 @@ def _written(config: Config, draw: int) -> np.ndarray:
             temperature=config.temperature,
             bos=tokenizer.bos if tokenizer.begins else None,
             special={*tokenizer.special, *behind},
-            batch=min(config.calibrated, 8),
+            batch=min(config.calibrated, 32),
             directory=config.out / f"written-{draw}",
             tick=shown.update,
         )
