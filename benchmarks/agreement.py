@@ -59,7 +59,9 @@ def main(config: Config) -> None:
         inputs="dense",
     )
     with tempfile.TemporaryDirectory() as folder:
-        pruned, _ = jax_pruning.pruned(settings, graphdef, params, batches, folder)
+        pruned, _ = jax_pruning.pruned(
+            settings, graphdef, params, batches, folder, "uniform"
+        )
         ours = lazy.loaded(pruned)
     _, theirs = nnx.split(hf.load(config.theirs, dtype="float32").model, nnx.Param)
     measure.report(

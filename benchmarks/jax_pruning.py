@@ -145,7 +145,7 @@ def pruned(
     params: Any,
     batches: Iterable[jax.Array],
     folder: str,
-    rule: Any = "uniform",
+    rule: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The pruned parameters and its report."""
     method: Any = jp.methods.METHODS[config.method]

