@@ -114,15 +114,20 @@ def save(
         manifest.write(path, step, settings, leaves)
         _remove(directory, _steps(directory)[keep:])
 
+    def clear() -> None:
+        # orbax's own way to do it is a thread that outlives a save that fails.
+        _remove(directory, broken)
+        _remove_unfinished(directory, "*")
+
     try:
-        processes.on_first(lambda: _remove(directory, broken))
+        processes.on_first(clear)
         with _quiet(), _checkpointer(directory) as checkpointer:
             _save_arrays(checkpointer, step, leaves)
         processes.on_first(finish)
     except Exception as error:
         if processes.is_first():
-            for rest in (path, *directory.glob(f"{step}{_UNFINISHED}*")):
-                shutil.rmtree(rest, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
+            _remove_unfinished(directory, step)
         number, reason = _explain(error)
         raise OSError(
             number,
@@ -233,6 +238,11 @@ def _remove(directory: Path, steps: list[int]) -> None:
         shutil.rmtree(directory / str(step), ignore_errors=True)
 
 
+def _remove_unfinished(directory: Path, step: int | str) -> None:
+    for path in directory.glob(f"{step}{_UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _steps(directory: Path) -> list[int]:
     """The steps that orbax has renamed, whole or not, newest first."""
     if not directory.exists():
@@ -307,9 +317,7 @@ def _checkpointer(directory: Path) -> ocp.training.Checkpointer:
         min_slice_bytes_for_replica_parallel=_SMALLEST_SLICE
     )
     context = ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
-    return ocp.training.Checkpointer(
-        directory, cleanup_tmp_directories=True, context=context
-    )
+    return ocp.training.Checkpointer(directory, context=context)
 
 
 def _save_arrays(
