@@ -2,7 +2,9 @@
 
 `python -m benchmarks.jax_shrinking MODEL OUT --ffn 0.25 --calibration TOKENS.npy`
 writes a smaller Hugging Face directory, and one JSON line. Layers go first, by the
-search of `jaxprune shrink`; then neurons and heads by `jp.shrink_trained`.
+search of `jaxprune shrink`; then neurons and heads by `jp.shrink_trained`. Where
+transformers would not read so many heads, the directory keeps its size and has zeros
+for what was removed, which computes the same.
 """
 
 import dataclasses
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
 from flax import nnx
@@ -17,6 +20,7 @@ from flax import nnx
 import jaxprune as jp
 from benchmarks import measure
 from jaxprune.evaluation import layer_search
+from jaxprune.formats.safetensors_file import read_json
 from jaxprune.models import hf
 
 
@@ -64,6 +68,10 @@ def main(config: Config) -> None:
     if config.ffn or config.heads:
         found = narrower(shape, params, ids, config)
         params, rows = found.params, found.report["weights"]
+        heads = hf.resized(shape, params).heads
+        source = read_json(config.model / "config.json")
+        if heads not in hf.heads_that_fit(source, shape):
+            params = at_the_old_size(found)
     seconds = time.perf_counter() - started
     hf.write_smaller(config.model, config.out, params, loaded.names, kept=kept)
     settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -94,6 +102,22 @@ def narrower(
     shares = {"layers/*/mlp/*": config.ffn, "layers/*/attention/*": config.heads}
     batches = [ids[i : i + config.batch] for i in range(0, len(ids), config.batch)]
     return jp.shrink_trained(states, params, batches, shares, relative=config.relative)
+
+
+def at_the_old_size(found: jp.ShrinkResult) -> Any:
+    """The smaller parameters among zeros for what was removed."""
+
+    def whole(name: str, leaf: Any) -> np.ndarray:
+        cut = found.fn.cuts[name]
+        (kept,) = cut.kept  # of leaves that are not stacked
+        new = np.zeros(cut.before, leaf.dtype)
+        places = zip(kept, cut.before, strict=True)
+        new[np.ix_(*(range(n) if own is None else own for own, n in places))] = leaf
+        return new
+
+    named = jp.tree.named_leaves(found.params)
+    leaves = [whole(name, leaf) for name, leaf in named.items()]
+    return jax.tree.unflatten(jax.tree.structure(found.params), leaves)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,23 @@ from jaxprune.masking import patterns
 from jaxprune.posttraining import methods
 from jaxprune.typing import Pattern
 
+CORRECTION = 0.5
+"""How much of what was lost before the command makes up for, if nothing is said."""
+
 
 def method(
     name: methods.Name,
     damping: float | None,
     inputs: methods.Inputs,
     *,
-    relative: bool = False,
-    correction: float = 0.0,
+    relative: bool | None = None,
+    correction: float | None = None,
 ) -> methods.Method:
-    """A method with the settings asked for; damping None is the method's own."""
+    """A method with the settings asked for.
+
+    None is the method's own damping, and what was best on real models of the others:
+    tokens of one size and half a correction, where the method has them.
+    """
     found: Any = methods.named(name)
     own = {field.name for field in dataclasses.fields(found)}
     if damping is not None and "damping" not in own:
@@ -32,7 +39,7 @@ def method(
         raise ValueError(f"--damping must be positive, got {damping}")
     if inputs != found.inputs and "inputs" not in own:
         raise ValueError(f"--inputs is for methods that look at inputs, not for {name}")
-    if relative and "relative" not in own:
+    if relative is not None and "relative" not in own:
         raise ValueError(
             f"--relative is for methods that look at inputs, not for {name}"
         )
@@ -46,9 +53,11 @@ def method(
     asked = {
         "damping": damping,
         "inputs": inputs,
-        "relative": relative,
+        "relative": relative is None or relative,
         "correction": correction,
     }
+    if correction is None and inputs == "left":
+        asked["correction"] = CORRECTION
     return methods.named(
         dataclasses.replace(
             found, **{k: v for k, v in asked.items() if k in own and v is not None}

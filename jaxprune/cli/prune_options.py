@@ -42,9 +42,10 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
       inputs: which inputs a weight is pruned for: those that the layers pruned before
         it produce ("left"), or those of the dense layer ("dense"), as in the papers.
       relative: divide each token by the size of its activations, so that a few massive
-        ones do not decide; the papers do not.
+        ones do not decide; yes if left out. The papers do not.
       correction: how much of what the layers before it lost each matrix makes up for,
-        in [0, 1], by sparsegpt and alps; the papers do not.
+        in [0, 1], by sparsegpt and alps; 0.5 if left out, without --inputs dense. The
+        papers have 0.
       bits: round the weights that stay to integers of 4 or 8 bits, with a scale for
         each output and --group inputs: `jaxprune compact` then stores so few bits of
         each. sparsegpt and alps make up for the rounding. The directory holds them as
@@ -86,8 +87,8 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
     allocation: allocations.Name = "layer"
     damping: float | None = None
     inputs: methods.Inputs = "left"
-    relative: bool = False
-    correction: float = 0.0
+    relative: Literal["yes", "no"] | None = None
+    correction: float | None = None
     bits: Literal[4, 8] | None = None
     group: int = 128
     exclude: tuple[str, ...] = ()
@@ -160,7 +161,7 @@ def check(job: Job) -> Meaning:
         name,
         job.damping,
         job.inputs,
-        relative=job.relative,
+        relative=None if job.relative is None else job.relative == "yes",
         correction=job.correction,
     )
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)

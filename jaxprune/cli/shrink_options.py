@@ -170,18 +170,35 @@ def check_fits(job: Job, source: CheckpointDir, config: DecoderConfig) -> None:
             f"{config.heads} query and {config.kv_heads} key heads; give --heads"
         )
     _check_able(job, source)
-    few = config.kv_heads == 1
+    what = "query heads" if config.kv_heads == 1 else "key heads"
     _check_share("ffn", job.ffn, config.mlp_width, "neurons")
-    _check_share(
-        "heads",
-        job.heads,
-        config.heads if few else config.kv_heads,
-        "query heads" if few else "key heads",
-    )
+    _check_share("heads", job.heads, head_units(config), what)
     if job.experts:
         _check_experts(job, config)
     each = config.heads // config.kv_heads
     _check_share("query-heads", job.query_heads, each, "query heads of each key head")
+    _check_heads(job, source, config)
+
+
+def head_units(config: DecoderConfig) -> int:
+    """How many units `--heads` takes from: key heads, or the query heads of one."""
+    return config.heads if config.kv_heads == 1 else config.kv_heads
+
+
+def _check_heads(job: Job, source: CheckpointDir, config: DecoderConfig) -> None:
+    """Refuses to leave so many query heads that transformers would not take them."""
+    units = head_units(config)
+    each = config.heads // units
+    left = units - round(job.heads * units)
+    left *= each - round(job.query_heads * each)
+    fit = hf.heads_that_fit(source.config, config)
+    if left not in (*fit, config.heads):
+        raise ValueError(
+            f"transformers takes a {source.config['model_type']} model only where its "
+            f"width, {config.width}, is a multiple of its query heads, of which {left} "
+            f"of {config.heads} would be left; give a share that leaves one of "
+            f"{', '.join(map(str, fit))}"
+        )
 
 
 def _check_experts(job: Job, config: DecoderConfig) -> None:

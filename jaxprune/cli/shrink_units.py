@@ -11,10 +11,11 @@ import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.cli import models
 from jaxprune.cli.console import Console
-from jaxprune.cli.shrink_options import Job
+from jaxprune.cli.shrink_options import Job, head_units
 from jaxprune.evaluation import layer_search
 from jaxprune.evaluation.expert_scores import expert_scores
 from jaxprune.formats import atomic
+from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.formats.safetensors_file import read_json
 from jaxprune.graph.axis_dims import find
 from jaxprune.models import hf
@@ -121,6 +122,7 @@ def narrower(
         parts = {"ffn": 1.0, "heads": heads}
         own = {n: parts[role] for n, role in roles.items() if parts.get(role)}
         asked = {"budget": budget, "measure": job.measure, "groups": own}
+        asked["sizes"] = {n: _heads(job, model) for n in own if roles[n] == "heads"}
     else:
         shares = {"ffn": job.ffn, "heads": job.heads, "query heads": job.query_heads}
         asked = {"sparsity": {name: shares[role] for name, role in roles.items()}}
@@ -135,6 +137,13 @@ def narrower(
     small = model._replace(graphdef=graphdef, params=found.params, config=config)
     kinds = {name: roles[name] for name in found.report["kept"]}
     return small, {**found.report, "roles": kinds}
+
+
+def _heads(job: Job, model: models.Model) -> list[int]:
+    """The numbers of units of heads that a checkpoint can have."""
+    each = model.config.heads // head_units(model.config)
+    fit = hf.heads_that_fit(open_directory(job.model).config, model.config)
+    return [heads // each for heads in fit if heads % each == 0]
 
 
 def grouped(model: models.Model) -> tuple[Any, jax.ShapeDtypeStruct, jp.AxisGroups]:

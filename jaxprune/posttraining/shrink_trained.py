@@ -31,7 +31,7 @@ from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
 from jaxprune.posttraining.solvers import units
 from jaxprune.structured import cut, shrink, timing
 from jaxprune.structured.budget import Measure
-from jaxprune.structured.shrink import Rules, ShrinkResult
+from jaxprune.structured.shrink import Rules, ShrinkResult, Sizes
 from jaxprune.typing import Params
 
 
@@ -44,6 +44,7 @@ def shrink_trained(
     budget: float | None = None,
     measure: Measure = "parameters",
     groups: Rules = ("*",),
+    sizes: Sizes | None = None,
     damping: float = 0.01,
     relative: bool = True,
     positions: Callable[[Any], jax.Array] | None = None,
@@ -67,6 +68,7 @@ def shrink_trained(
       budget: instead: the share of the whole that may be left, as in `jp.shrink`.
       measure: what the budget is of, as in `jp.shrink`.
       groups: the groups that the budget is met with, as in `jp.shrink`.
+      sizes: the numbers of units that groups may keep, as in `jp.shrink`.
       damping: added to the diagonal of XᵀX, as a share of its mean.
       relative: whether each row of X is divided by its root mean square first. Else a
         few tokens with massive activations are most of XᵀX.
@@ -113,7 +115,7 @@ def shrink_trained(
     )
     found = axis_groups(fn, params, first)
     timed = timing.needed(measure, budget, found.trace, params, batches[0])
-    lost = shrink.lost_units(found, sparsity, budget, measure, groups, timed)
+    lost = shrink.lost_units(found, sparsity, budget, measure, groups, sizes, timed)
     lost = {name: count for name, count in lost.items() if count}
     leaves = Leaves(jax.tree.leaves(params))
     kept: dict[str, np.ndarray] = {}

@@ -7,8 +7,8 @@ layers of a model) lose as many each, and each chooses its own.
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,8 @@ from jaxprune.graph.axis_dims import Dim, pooled
 from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
 from jaxprune.typing import Masks, Params, Scores
+
+V = TypeVar("V")
 
 
 def asked(groups: AxisGroups, shares: float | Mapping[str, float]) -> dict[str, float]:
@@ -41,14 +43,19 @@ def asked(groups: AxisGroups, shares: float | Mapping[str, float]) -> dict[str, 
     for share in rules.values():
         if not (math.isfinite(share) and 0 <= share < 1):
             raise ValueError(f"a share of units must be in [0, 1), got {share}")
-    unused = {rule: None for rule in rules}
-    found: dict[str, float] = {}
+    found = _by_rules(groups, rules)
+    return {name: float(share) for name, share in found.items() if share}
+
+
+def _by_rules(groups: AxisGroups, rules: Mapping[str, V]) -> dict[str, V]:
+    """Group name to what the first rule that fits it says."""
+    unused = dict.fromkeys(rules)
+    found: dict[str, V] = {}
     for group in groups:
         rule = next((rule for rule in rules if _fits(rule, group)), None)
         if rule is not None:
             unused.pop(rule, None)
-            if rules[rule]:
-                found[group.name] = float(rules[rule])
+            found[group.name] = rules[rule]
     if unused:
         raise ValueError(_no_group(groups, list(unused)))
     return found
@@ -96,6 +103,47 @@ def counts(groups: AxisGroups, shares: Mapping[str, float]) -> dict[str, int]:
             f"{units[empty[0]]}; remove a smaller share"
         )
     return found
+
+
+def fitted(
+    groups: AxisGroups,
+    sizes: Mapping[str, Iterable[int]] | None,
+) -> Callable[[Mapping[str, int]], dict[str, int]]:
+    """How many units each group loses, changed so that it keeps a number it may keep.
+
+    Args:
+      groups: of the function.
+      sizes: {glob, kind or name of a group: the numbers of units that it may keep}, the
+        first that fits counts; groups of which nothing is said may keep any.
+
+    Returns:
+      A function of group names to counts that gives counts: those that leave the
+      nearest number, of two as near the larger. A group that loses none loses none.
+
+    Raises:
+      ValueError: a group may keep no number of units that it could, or a rule matches
+        no group that can lose units.
+    """
+    units = {group.name: group.units for group in groups}
+    found: dict[str, np.ndarray] = {}
+    for name, given in _by_rules(groups, sizes or {}).items():
+        possible = sorted({*given} & {*range(1, units[name] + 1)}, reverse=True)
+        if not possible:
+            raise ValueError(
+                f"sizes must have a number of units from 1 to {units[name]} that "
+                f"{name} may keep; give one"
+            )
+        found[name] = np.array(possible)
+
+    def fit(lost: Mapping[str, int]) -> dict[str, int]:
+        new = dict(lost)
+        for name in lost.keys() & found.keys():
+            if lost[name]:
+                distance = np.abs(found[name] - (units[name] - lost[name]))
+                new[name] = units[name] - int(found[name][distance.argmin()])
+        return new
+
+    return fit
 
 
 def by_scores(

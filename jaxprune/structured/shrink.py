@@ -7,7 +7,7 @@ know of it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -30,6 +30,9 @@ from jaxprune.typing import Masks, Params, Scores
 
 Rules = Sequence[str] | Mapping[str, float]
 """Globs or names of groups, all of one share, or how large a share each loses."""
+
+Sizes = Mapping[str, Iterable[int]]
+"""Globs, kinds or names of groups to the numbers of units that each may keep."""
 
 _TIMED = 32  # how many parts the search for a budget of time divides the units into
 
@@ -76,6 +79,7 @@ def shrink(
     budget: float | None = None,
     measure: Measure = "parameters",
     groups: Rules = ("*",),
+    sizes: Sizes | None = None,
 ) -> ShrinkResult:
     """Removes whole units of a model: smaller parameters and a function that runs them.
 
@@ -101,6 +105,9 @@ def shrink(
         here, of some sizes beside the whole model, so they are of this device.
       groups: globs or names of the groups that the budget is met with, by one share;
         or {glob or name: how large a share it loses beside the others}.
+      sizes: {glob, kind or name of a group: the numbers of units that it may keep}, as
+        {"*/mlp/*": range(128, 8192, 128)}. What a share or the budget asks for becomes
+        the nearest of them, of two as near the larger.
 
     Returns:
       `ShrinkResult(fn, params, report)`; its `cut` cuts an optimizer's state. The
@@ -127,7 +134,7 @@ def shrink(
       (5, 3)
     """
     masks = choice.is_masks(scores_or_masks)
-    _check(masks, sparsity, budget, measure)
+    _check(masks, sparsity, budget, measure, sizes)
     found, timed = axis_groups(fn, params, batch), None
     if masks:
         kept = choice.by_masks(found, params, scores_or_masks)
@@ -135,7 +142,7 @@ def shrink(
         choice.check_whole(choice.masked_leaves(params, scores_or_masks), cuts)
     else:
         timed = timing.needed(measure, budget, found.trace, params, batch)
-        lost = lost_units(found, sparsity, budget, measure, groups, timed)
+        lost = lost_units(found, sparsity, budget, measure, groups, sizes, timed)
         kept = choice.by_scores(found, params, scores_or_masks, lost)
         cuts = cut.of_groups(found, kept)
     result = of_cuts(fn, params, batch, found, kept, cuts)
@@ -148,6 +155,7 @@ def lost_units(
     budget: float | None,
     measure: Measure,
     rules: Rules,
+    sizes: Sizes | None = None,
     timed: Timed | None = None,
 ) -> dict[str, int]:
     """How many units each group loses, by a sparsity or a budget, as of `shrink`.
@@ -158,6 +166,7 @@ def lost_units(
       budget: the share of the whole that may be left, or None.
       measure: what the budget is of.
       rules: the groups that the budget is met with, as of `shrink`.
+      sizes: the numbers of units that groups may keep, as of `shrink`.
       timed: measures programs, for a budget of time.
 
     Returns:
@@ -166,10 +175,11 @@ def lost_units(
     Raises:
       ValueError: as `shrink` does.
     """
+    fit = choice.fitted(groups, sizes)
     if budget is not None:
-        return _within_budget(groups, budget, measure, rules, timed)
+        return _within_budget(groups, budget, measure, rules, fit, timed)
     shares = choice.asked(groups, {} if sparsity is None else sparsity)
-    return choice.counts(groups, shares)
+    return fit(choice.counts(groups, shares))
 
 
 def timed_too(result: ShrinkResult, timed: Timed | None) -> ShrinkResult:
@@ -206,13 +216,17 @@ def of_cuts(
     return ShrinkResult(shrunk, small, _report(groups, kept, cuts, shrunk))
 
 
-def _check(masks: bool, sparsity: Any, budget: float | None, measure: Measure) -> None:
+def _check(
+    masks: bool, sparsity: Any, budget: float | None, measure: Measure, sizes: Any
+) -> None:
     given = [sparsity is not None, budget is not None, masks]
     if sum(given) != 1:
         raise ValueError(
             "shrink needs masks, or scores and either a sparsity or a budget, got "
             f"{'masks' if masks else 'scores'}, sparsity={sparsity}, budget={budget}"
         )
+    if masks and sizes:
+        raise ValueError("masks say which units are left, so shrink takes no sizes too")
     check_budget(budget, measure)
 
 
@@ -231,6 +245,7 @@ def _within_budget(
     budget: float,
     measure: Measure,
     rules: Rules,
+    fit: Callable[[Mapping[str, int]], dict[str, int]],
     timed: Timed | None,
 ) -> dict[str, int]:
     """How many units each group loses, so that the rest is within the budget."""
@@ -240,7 +255,7 @@ def _within_budget(
 
     def lost(share: float) -> dict[str, int]:
         counts = {g.name: round(share * parts[g.name] * g.units) for g in own}
-        return {g.name: min(counts[g.name], g.units - 1) for g in own}
+        return fit({g.name: min(counts[g.name], g.units - 1) for g in own})
 
     def cost(share: float) -> float:
         left = {g.name: np.arange(g.units - lost(share)[g.name]) for g in own}
@@ -263,8 +278,8 @@ def _within_budget(
             whole, least = timed.milliseconds["before"], timed.milliseconds["after"]
         raise OutOfReach(
             f"a budget must be within reach, but {budget:g} of {whole:,} {measure} is "
-            f"not: with one unit of each group left there are {least:,}; ask for "
-            "more, or name more groups"
+            "not: with as few units of each group as it may keep there are "
+            f"{least:,}; ask for more, or name more groups"
         )
     return lost(share)
 

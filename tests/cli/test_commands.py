@@ -92,7 +92,7 @@ DISTILLED = ("--distill-steps", "2", "--distill-text", "a.txt")
             "--inputs is for methods that look at inputs",
         ),
         (
-            refused(*CALIBRATED, *HALF, "--method", "magnitude", "--relative"),
+            refused(*CALIBRATED, *HALF, "--method", "magnitude", "--relative", "yes"),
             "--relative is for methods that look at inputs",
         ),
         (refused(*CALIBRATED, *HALF, "--batch", "3"), "divisible by --batch"),

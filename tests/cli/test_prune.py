@@ -52,6 +52,7 @@ def test_wanda_keeps_what_moves_each_output_most(place, pruned):
     x = x.reshape(-1, 32).astype(np.float64)
     x /= np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     x *= tensors["model.layers.0.input_layernorm.weight"]
+    x /= np.sqrt((x**2).mean(-1, keepdims=True))  # --relative yes, the default
     scale = np.sqrt((x**2).mean(0))
     for name in ("q", "k", "v"):
         name = f"model.layers.0.self_attn.{name}_proj.weight"

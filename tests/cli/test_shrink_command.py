@@ -258,6 +258,16 @@ def test_a_budget_is_met(place, capsys):
     assert 0.6 < 1 - record["achieved"] <= 0.7
 
 
+def test_a_budget_leaves_heads_that_transformers_takes(place, capsys):
+    # A width of 32: three heads of four would be nearest to each of these budgets.
+    for budget in (0.85, 0.75):
+        words = (place / "llama-3", place / f"heads{budget}", "--budget", budget)
+        assert shrink(capsys, *words)[0] == 0
+        config = config_of(place / f"heads{budget}")
+        assert config["num_attention_heads"] in (2, 4)
+        assert config["intermediate_size"] < 48
+
+
 @pytest.mark.full
 def test_a_budget_may_be_of_measured_time(place, capsys, monkeypatch):
     def weights(self, program, leaves):
@@ -295,6 +305,12 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
             "most 0.5",
         ),
         ("llama-3", ("--heads", "0.9"), "all 4 query heads; give at most 0.75"),
+        (
+            "llama-3",
+            ("--heads", "0.25"),
+            "32, is a multiple of its query heads, of which 3 of 4 would be left; give "
+            "a share that leaves one of 1, 2, 4",
+        ),
         ("llama", ("--query-heads", "0.9"), "all 2 query heads of each key head"),
         ("llama", ("--heads", "0.2"), "2 key heads is less than one .* at least 0.5"),
         ("llama", ("--ffn", "0.5", "--distill-steps", "2"), "needs --distill-text"),

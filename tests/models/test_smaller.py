@@ -237,6 +237,37 @@ def test_families_whose_heads_must_stay_say_so(name):
     assert "head_dim" not in again
 
 
+def refusal(config):
+    """What transformers says against a config.json; empty if it takes it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        CONFIG_MAPPING[config["model_type"]](**config)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_that_transformers_refuses_are_refused(name):
+    pytest.importorskip("transformers")
+    config = tiny_hf.config_json(name)
+    shape = hf.decoder_config(config)
+    assert (shape.width, shape.heads) == (32, 4)
+    few = dataclasses.replace(shape, heads=3, kv_heads=1)
+    said = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    said["head_dim"] = shape.head_dim
+    if "multiple of the number of attention heads" in refusal({**config, **said}):
+        assert hf.heads_that_fit(config, shape) == [1, 2, 4]
+        with pytest.raises(ValueError, match="32, is a multiple of its query heads"):
+            hf.smaller_config(config, few)
+        return
+    assert hf.heads_that_fit(config, shape) == [1, 2, 3, 4]
+    again = hf.smaller_config(config, few)
+    assert hf.decoder_config(again) == few
+    assert refusal(again) == ""
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "smollm3", "cohere2", "qwen2"])
 def test_layers_keep_their_kind_where_others_go(name):
     config = tiny_hf.config_json(name)

@@ -52,6 +52,56 @@ def test_parts_that_are_no_proportion_are_refused(parts):
         jp.shrink(fn, PARAMS, X, scores, budget=0.8, groups=parts)
 
 
+def test_a_group_keeps_a_number_that_it_may_keep():
+    scores = jp.scores.magnitude(PARAMS)
+    sizes = {"down:0": (1, 2, 4), "stack/*": [4, 1]}
+    result = jp.shrink(fn, PARAMS, X, scores, 0.5, sizes=sizes)
+    # Three of six is as near to two as to four; two of four is nearer to one.
+    assert result.params["up"].shape == (8, 4)
+    assert result.params["stack"]["up"].shape == (2, 8, 1)
+    part = jp.shrink(fn, PARAMS, X, scores, {"stack/*": 0.5}, sizes={"down:0": [2]})
+    assert part.params["up"].shape == (8, 6)
+    assert part.params["stack"]["up"].shape == (2, 8, 2)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.45, 0.6, 0.75, 0.95])
+def test_a_budget_is_met_by_the_numbers_that_groups_may_keep(budget):
+    units, sizes = {"down:0": 6, "stack/*": 4}, {"down:0": [1, 2, 4], "stack/*": [3, 1]}
+
+    def left(share, name):
+        lost = min(round(share * units[name]), units[name] - 1)
+        near = sorted(sizes[name], key=lambda n: (abs(units[name] - lost - n), -n))
+        return near[0] if lost else units[name]
+
+    shares = {k / n for n in units.values() for k in range(n)} | {1.0}
+    ways = [(left(s, "down:0"), left(s, "stack/*")) for s in sorted(shares)]
+    # 24 weights of the head, 16 of each unit and 32 of each of both layers.
+    wanted = next(w for w in ways if 24 + 16 * w[0] + 32 * w[1] <= budget * 248)
+    scores = jp.scores.magnitude(PARAMS)
+    result = jp.shrink(fn, PARAMS, X, scores, budget=budget, sizes=sizes)
+    found = (result.params["up"].shape[1], result.params["stack"]["up"].shape[2])
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"down:0": (0, 7)}, "from 1 to 6 that down:0 may keep"),
+        ({"nothing/*": (1,)}, "must match a group whose units can be removed"),
+    ],
+)
+def test_sizes_that_no_group_can_have_are_refused(sizes, told):
+    scores = jp.scores.magnitude(PARAMS)
+    with pytest.raises(ValueError, match=told):
+        jp.shrink(fn, PARAMS, X, scores, 0.5, sizes=sizes)
+
+
+def test_masks_take_no_sizes():
+    masks = jax.tree.map(lambda x: np.ones(x.shape, bool), PARAMS)
+    with pytest.raises(ValueError, match="masks say which units are left"):
+        jp.shrink(fn, PARAMS, X, masks, sizes={"down:0": (1,)})
+
+
 def weights_times(self, program, leaves):
     """A second for each weight in the place of a clock."""
     assert len(program(leaves, self._batch)) > 0

@@ -7,9 +7,12 @@ from jaxprune.models.hf.smaller import (
     keep_experts,
     keep_layers,
     resized,
+    write_smaller,
+)
+from jaxprune.models.hf.smaller_config import (
+    heads_that_fit,
     shrinkable,
     smaller_config,
-    write_smaller,
 )
 from jaxprune.models.hf.tensor_names import Source
 from jaxprune.models.hf.tokenizer import Tokenizer, load_tokenizer
@@ -23,6 +26,7 @@ __all__ = [
     "abstract",
     "decoder_config",
     "embedded",
+    "heads_that_fit",
     "keep_experts",
     "keep_layers",
     "load",

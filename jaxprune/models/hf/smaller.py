@@ -1,8 +1,7 @@
 """A model with fewer layers, experts, heads and neurons: its directory.
 
-What parameters became smaller decides what config.json says: all layers must have the
-same sizes, since that is what a configuration can hold. A configuration that would not
-be read back as the shape of the parameters is refused.
+What parameters became smaller decides what config.json says (`smaller_config`): all
+layers must have the same sizes, since that is what a configuration can hold.
 """
 
 import dataclasses
@@ -24,6 +23,7 @@ from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.hf import families
 from jaxprune.models.hf.loading import abstract
 from jaxprune.models.hf.parameters import shapes
+from jaxprune.models.hf.smaller_config import smaller_config
 from jaxprune.models.hf.tensor_names import Source, listed
 
 
@@ -196,105 +196,6 @@ def _sizes(
     *experts, wide, _ = found[f"layers/{layer}/mlp/down/kernel"]
     sizes = {"heads": heads, "kv_heads": kv, "mlp_width": wide}
     return {**sizes, "experts": experts[0]} if experts else sizes
-
-
-def smaller_config(
-    config: Mapping[str, Any],
-    shape: DecoderConfig,
-    kept: Sequence[int] | None = None,
-    *,
-    ignore_config: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The config.json of a smaller decoder.
-
-    Args:
-      config: that of the model before.
-      shape: the smaller shape.
-      kept: the layers that stayed, all if left out.
-      ignore_config: attributes that `load` was told to read as if they were not there.
-
-    Returns:
-      The parsed file, changed.
-
-    Raises:
-      ValueError: the family's config.json cannot say this shape.
-
-    Example:
-      >>> before = {"model_type": "gpt2", "vocab_size": 5, "n_positions": 4,
-      ...           "n_embd": 2, "n_layer": 3, "n_head": 1}
-      >>> shape = families.decoder_config(before)
-      >>> shape = dataclasses.replace(shape, mlp_width=6, layers=1)
-      >>> smaller_config(before, shape, [2])
-      {'model_type': 'gpt2', 'vocab_size': 5, 'n_positions': 4, 'n_embd': 2, \
-'n_layer': 1, 'n_head': 1, 'n_inner': 6}
-    """
-    before = families.decoder_config(config, ignore_config=ignore_config)
-    kept = range(before.layers) if kept is None else kept
-    new = dict(config)
-    for field, name in families.find(config).resized.items():
-        now = getattr(shape, field)
-        if now != getattr(before, field) or field == "head_dim":
-            new |= {twin: now for twin in families.TWINS.get(name, ()) if twin in new}
-            new[name] = now
-    if len(kept) != before.layers:
-        new |= _layerwise(config, shape, kept)
-    try:
-        again = families.decoder_config(new, ignore_config=ignore_config)
-    except ValueError as error:
-        raise ValueError(_cannot_say(config, str(error))) from None
-    if again != shape.with_dtype(again.dtype):
-        fields = [f.name for f in dataclasses.fields(again)]
-        wrong = [f for f in fields if getattr(again, f) != getattr(shape, f)]
-        raise ValueError(_cannot_say(config, f"it would change {', '.join(wrong)}"))
-    return new
-
-
-def _cannot_say(config: Mapping[str, Any], why: str) -> str:
-    able = "less" if "heads" in shrinkable(config) else "layers and neurons only"
-    return (
-        f"the config.json of a {config['model_type']} model cannot say this shape: "
-        f"{why}; remove {able}"
-    )
-
-
-def _layerwise(
-    config: Mapping[str, Any], shape: DecoderConfig, kept: Sequence[int]
-) -> dict[str, Any]:
-    """Attributes that go by the number of a layer."""
-    new: dict[str, Any] = dict(families.find(config).kinds(shape))
-    types = config.get("layer_types")
-    if types is not None:
-        new["layer_types"] = [types[i] for i in kept]
-    first = config.get("max_window_layers")
-    if first is not None:
-        new["max_window_layers"] = sum(i < first for i in kept)
-    return new
-
-
-def shrinkable(config: Mapping[str, Any]) -> list[str]:
-    """What the models of a config.json's family can have fewer of.
-
-    Args:
-      config: the parsed file.
-
-    Returns:
-      Some of "layers", "experts", "neurons" and "heads".
-
-    Raises:
-      ValueError: the model type is not supported.
-
-    Example:
-      >>> shrinkable({"model_type": "gpt2"})
-      ['layers', 'neurons']
-    """
-    names = {
-        "layers": "layers",
-        "experts": "experts",
-        "mlp_width": "neurons",
-        "heads": "heads",
-    }
-    found = families.find(config).resized
-    return [word for field, word in names.items() if field in found]
 
 
 def write_smaller(

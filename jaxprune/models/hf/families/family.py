@@ -98,6 +98,8 @@ class Family:
       renamed: other names of tensors, without the prefix: to those of `modules`.
       resized: fields that a smaller model changes, to the attributes that say them.
       kinds: for a shape, attributes that say how its layers differ.
+      heads_divide_width: whether transformers refuses a width that is no multiple of
+        the heads, though a head's size is said by itself.
     """
 
     fields: Callable[[Attributes], Fields]
@@ -116,6 +118,7 @@ class Family:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resized: Mapping[str, str] = dataclasses.field(default_factory=lambda: RESIZED)
     kinds: Callable[[Any], Fields] = lambda shape: {}
+    heads_divide_width: bool = False
 
     def read(self, config: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
         """The model's shape, in float32, and the attributes that were ignored.

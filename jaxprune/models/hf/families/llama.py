@@ -9,4 +9,6 @@ def _fields(a: Attributes) -> Fields:
     return {**family.like_llama(a), **family.biased(a, mlp=True)}
 
 
-FAMILY = Family(_fields, family.modules(family.OUTER, family.LAYER))
+FAMILY = Family(
+    _fields, family.modules(family.OUTER, family.LAYER), heads_divide_width=True
+)
