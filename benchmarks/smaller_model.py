@@ -40,10 +40,12 @@ class Config(Draws):
     Attributes:
       removed: what is removed, names of `REMOVED`.
       methods: which methods; all if left out.
+      recover: steps of the same recovery after each, `benchmarks.torch_recovery`.
     """
 
     removed: tuple[str, ...] = tuple(REMOVED)
     methods: tuple[str, ...] = ()
+    recover: int = 0
 
 
 def main(config: Config) -> None:
@@ -72,7 +74,8 @@ def _cells(config: Config) -> Iterator[tuple[str, str, list[str]]]:
                 arguments = [*REMOVED[removed], "--draw", str(draw)]
                 arguments += ["--calibration", calibration]
                 arguments += ["--sequences", str(config.calibrated)]
-                yield f"{removed}_{method}_{draw}", method, arguments
+                word = f"+{config.recover}" * bool(config.recover)
+                yield f"{removed}_{method}{word}_{draw}", method, arguments
 
 
 def _run(
@@ -80,17 +83,24 @@ def _run(
 ) -> str:
     """One cell: a JSON line, of ours with what the making of the model said."""
     evaluate = ["--evaluate", *texts, "--threads", str(config.threads)]
+    if arguments:  # of all but the dense model
+        evaluate += ["--recover", str(config.recover), "--dense", str(config.model)]
     competitor = "benchmarks.torch_shrinking"
     if method != "ours":
         command = [competitor, str(config.model), "--method", method]
         return json_line([*command, *arguments, *evaluate], config.threads)
     command = ["benchmarks.jax_shrinking", str(config.model), str(small)]
     made = json.loads(json_line([*command, *arguments], config.threads))
-    command = [competitor, str(small), "--method", "none"]
+    command = [competitor, str(small), "--method", "none", *seen(arguments)]
     line = json.loads(json_line([*command, *evaluate], config.threads))
     shutil.rmtree(small)
     line["seconds"]["prune"] = made["prune_seconds"]
     return json.dumps({**line, "made": made})
+
+
+def seen(arguments: list[str]) -> list[str]:
+    """Those arguments that say which sequences are calibrated on."""
+    return arguments[arguments.index("--draw") :]
 
 
 def table(folder: Path) -> str:

@@ -30,6 +30,7 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks.torch_pruning import Cost, capture, hooked, perplexity, report, tokens
+from benchmarks.torch_recovery import recover
 
 Method = Literal[
     "none", "magnitude-sp", "wanda-sp", "flap", "flap-adaptive", "block-influence"
@@ -50,6 +51,9 @@ class Config:
       draw: which `sequences` of them: 0 for the first so many, 1 for the next.
       sequences: how many to calibrate on.
       evaluate: NAME=FILE, held-out texts of the same form.
+      recover: steps of `benchmarks.torch_recovery` before that, on the same sequences.
+      dense: the directory of the dense model, for that.
+      learning_rate: of its first step.
       threads: of torch.
     """
 
@@ -62,6 +66,9 @@ class Config:
     draw: int = 0
     sequences: int = 32
     evaluate: tuple[str, ...] = ()
+    recover: int = 0
+    dense: Path | None = None
+    learning_rate: float = 1e-4
     threads: int = 2
 
 
@@ -70,13 +77,18 @@ def main(config: Config) -> None:
     """Loads, removes, evaluates."""
     torch.set_num_threads(config.threads)
     texts = {k: tokens(v) for k, v in (x.split("=", 1) for x in config.evaluate)}
-    costs = {name: Cost() for name in ("load", "prune", "evaluate")}
+    costs = {name: Cost() for name in ("load", "prune", "recover", "evaluate")}
     with costs["load"]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32
         ).eval()
     with costs["prune"]:
         remove(model, config)
+    with costs["recover"]:
+        if config.recover:
+            ids = calibrated(config)
+            rate = config.learning_rate
+            recover(model, config.dense or config.model, ids, config.recover, rate)
     with costs["evaluate"]:
         perplexities = {k: perplexity(model, x) for k, x in texts.items()}
     report(
@@ -98,10 +110,7 @@ def remove(model: nn.Module, config: Config) -> None:
             for units in units_of(layer, config):
                 units.zero(units.weight.square().sum(0).sqrt())
         return
-    start = config.draw * config.sequences
-    hidden, arguments = capture(
-        model, tokens(config.calibration)[start : start + config.sequences]
-    )
+    hidden, arguments = capture(model, calibrated(config))
     if config.method == "block-influence":
         drop_layers(model, hidden, arguments, config.drop)
     elif config.method == "wanda-sp":
@@ -113,6 +122,12 @@ def remove(model: nn.Module, config: Config) -> None:
             advance(layer, hidden, kwargs)
     else:
         fluctuation(layers, hidden, arguments, config)
+
+
+def calibrated(config: Config) -> Tensor:
+    """The sequences of the draw (sequences, length)."""
+    start = config.draw * config.sequences
+    return tokens(config.calibration)[start : start + config.sequences]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
