@@ -18,6 +18,8 @@ class Job(job_options.JobOptions):
 
     Attributes:
       ffn: the share of the neurons of each MLP to remove.
+      multiple: the neurons that are left are the nearest multiple of this; kernels of
+        GPUs and TPUs are fastest at multiples of 64 or 128.
       heads: the share of the heads to remove: of key heads, each with all query heads
         that share it; where all share one key head, of query heads.
       query_heads: the share of the query heads of each key head to remove.
@@ -38,6 +40,7 @@ class Job(job_options.JobOptions):
     GROUPS: ClassVar = {
         "removal": (
             "ffn",
+            "multiple",
             "heads",
             "query_heads",
             "experts",
@@ -56,6 +59,7 @@ class Job(job_options.JobOptions):
     sequences: int = 32  # a search of layers reads them many times
     length: int = 256
     ffn: float = 0.0
+    multiple: int = 1
     heads: float = 0.0
     query_heads: float = 0.0
     experts: float = 0.0
@@ -125,7 +129,11 @@ def check(job: Job) -> None:
         )
     if job.speed_rounds < 0:
         raise ValueError(f"--speed-rounds must not be negative, got {job.speed_rounds}")
-    parse.check_at_least_one(layers=job.layers)
+    parse.check_at_least_one(layers=job.layers, multiple=job.multiple)
+    if job.multiple > 1 and not (job.ffn or job.budget):
+        raise ValueError(
+            "--multiple is of the neurons that are left; give --ffn or --budget too"
+        )
     job_options.check(job)
 
 
@@ -178,6 +186,8 @@ def check_fits(job: Job, source: CheckpointDir, config: DecoderConfig) -> None:
     each = config.heads // config.kv_heads
     _check_share("query-heads", job.query_heads, each, "query heads of each key head")
     _check_heads(job, source, config)
+    if job.multiple > 1 and "neurons" in hf.shrinkable(source.config):
+        _check_multiple(job, config.mlp_width)
 
 
 def head_units(config: DecoderConfig) -> int:
@@ -199,6 +209,23 @@ def _check_heads(job: Job, source: CheckpointDir, config: DecoderConfig) -> None
             f"of {config.heads} would be left; give a share that leaves one of "
             f"{', '.join(map(str, fit))}"
         )
+
+
+def _check_multiple(job: Job, width: int) -> None:
+    """Refuses a multiple with which no neuron would go."""
+    left, multiples = width - round(job.ffn * width), multiples_of(job, width)
+    if not job.ffn:  # a budget
+        left = 1
+    if min(multiples, key=lambda n: (abs(n - left), -n), default=width) == width:
+        raise ValueError(
+            f"with --multiple {job.multiple} none of the {width} neurons would go; "
+            "give a smaller one"
+        )
+
+
+def multiples_of(job: Job, width: int) -> range:
+    """The numbers of neurons that may be left of so many."""
+    return range(job.multiple, width + 1, job.multiple)
 
 
 def _check_experts(job: Job, config: DecoderConfig) -> None:

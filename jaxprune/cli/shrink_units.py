@@ -11,7 +11,7 @@ import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.cli import models
 from jaxprune.cli.console import Console
-from jaxprune.cli.shrink_options import Job, head_units
+from jaxprune.cli.shrink_options import Job, head_units, multiples_of
 from jaxprune.evaluation import layer_search
 from jaxprune.evaluation.expert_scores import expert_scores
 from jaxprune.formats import atomic
@@ -122,10 +122,13 @@ def narrower(
         parts = {"ffn": 1.0, "heads": heads}
         own = {n: parts[role] for n, role in roles.items() if parts.get(role)}
         asked = {"budget": budget, "measure": job.measure, "groups": own}
-        asked["sizes"] = {n: _heads(job, model) for n in own if roles[n] == "heads"}
     else:
         shares = {"ffn": job.ffn, "heads": job.heads, "query heads": job.query_heads}
         asked = {"sparsity": {name: shares[role] for name, role in roles.items()}}
+    possible = {"ffn": [*multiples_of(job, model.config.mlp_width)]}
+    if budget is not None:
+        possible["heads"] = _heads(job, model)
+    asked["sizes"] = {n: possible[r] for n, r in roles.items() if r in possible}
     if tokens is None:
         scores = jp.scores.magnitude(model.params)
         found = jp.shrink(fn, model.params, batch, scores, **asked)
