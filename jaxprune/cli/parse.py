@@ -28,8 +28,18 @@ def method(
 ) -> methods.Method:
     """A method with the settings asked for.
 
-    None is the method's own damping, and what was best on real models of the others:
-    tokens of one size and half a correction, where the method has them.
+    Args:
+      name: of the method.
+      damping: None is the method's own.
+      inputs: as of the method.
+      relative: None is yes, which was best on real models, where the method has it.
+      correction: None is CORRECTION, for the same reason, where it can be.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: the method has no such setting, or not this value of it.
     """
     found: Any = methods.named(name)
     own = {field.name for field in dataclasses.fields(found)}

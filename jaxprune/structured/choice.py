@@ -126,8 +126,9 @@ def fitted(
     """
     units = {group.name: group.units for group in groups}
     found: dict[str, np.ndarray] = {}
-    for name, given in _by_rules(groups, sizes or {}).items():
-        possible = sorted({*given} & {*range(1, units[name] + 1)}, reverse=True)
+    rules = {rule: {*given} for rule, given in (sizes or {}).items()}
+    for name, given in _by_rules(groups, rules).items():
+        possible = sorted(given & {*range(1, units[name] + 1)}, reverse=True)
         if not possible:
             raise ValueError(
                 f"sizes must have a number of units from 1 to {units[name]} that "

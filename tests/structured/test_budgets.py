@@ -54,7 +54,7 @@ def test_parts_that_are_no_proportion_are_refused(parts):
 
 def test_a_group_keeps_a_number_that_it_may_keep():
     scores = jp.scores.magnitude(PARAMS)
-    sizes = {"down:0": (1, 2, 4), "stack/*": [4, 1]}
+    sizes = {"down:0": (1, 2, 4), "stack/*": iter([4, 1])}
     result = jp.shrink(fn, PARAMS, X, scores, 0.5, sizes=sizes)
     # Three of six is as near to two as to four; two of four is nearer to one.
     assert result.params["up"].shape == (8, 4)
