@@ -65,18 +65,24 @@ def main(config: Config) -> None:
     kept = kept_layers(loaded.config, state, ids, config)
     shape, params = hf.keep_layers(loaded.config, state, kept)
     rows: list[Any] = []
+    zeros = False
     if config.ffn or config.heads:
         found = narrower(shape, params, ids, config)
         params, rows = found.params, found.report["weights"]
         heads = hf.resized(shape, params).heads
         source = read_json(config.model / "config.json")
-        if heads not in hf.heads_that_fit(source, shape):
+        if zeros := heads not in hf.heads_that_fit(source, shape):
             params = at_the_old_size(found)
     seconds = time.perf_counter() - started
     hf.write_smaller(config.model, config.out, params, loaded.names, kept=kept)
     settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
     measure.report(
-        "jax_shrinking", config=settings, prune_seconds=seconds, kept=kept, rows=rows
+        "jax_shrinking",
+        config=settings,
+        prune_seconds=seconds,
+        kept=kept,
+        rows=rows,
+        zeros_for_what_went=zeros,
     )
 
 

@@ -2,8 +2,8 @@
 
 The KL divergence of the dense model's next tokens from the smaller model's, on the
 sequences that units were chosen by, one at a time, with Adam and a learning rate that
-falls to zero. All parameters but the embeddings are trained; units that a method only
-zeroed stay zero.
+falls to zero. All parameters but the embeddings and the head are trained; what is
+exactly zero stays so, and with it the units that a method only zeroed.
 """
 
 from collections.abc import Iterator

@@ -256,6 +256,8 @@ def drop_layers(
     kept = [layers[i] for i in sorted(order[count:])]
     model.base_model.layers = nn.ModuleList(kept)
     model.config.num_hidden_layers = len(kept)
+    if kinds := getattr(model.config, "layer_types", None):  # masks go by the number
+        model.config.layer_types = [kinds[i] for i in sorted(order[count:])]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jaxprune.cli.console import Console, columns
 from jaxprune.cli.estimates import Needs
 from jaxprune.cli.prune_options import Job, Meaning
 from jaxprune.cli.shrink_options import Job as ShrinkJob
+from jaxprune.cli.shrink_options import neurons_left
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.posttraining.methods import correction
 
@@ -70,7 +71,7 @@ def shrink(
     layers = job.layers or config.layers - len({*job.drop_layers})
     shapes = [
         ("layers", config.layers, layers),
-        ("neurons a layer", config.mlp_width, _left(config.mlp_width, job.ffn)),
+        ("neurons a layer", config.mlp_width, neurons_left(job, config.mlp_width)),
         ("heads a layer", config.kv_heads, _left(config.kv_heads, job.heads)),
     ]
     if config.kv_heads == 1:

@@ -21,7 +21,8 @@ class Job(job_options.JobOptions):
       multiple: the neurons that are left are the nearest multiple of this; kernels of
         GPUs and TPUs are fastest at multiples of 64 or 128.
       heads: the share of the heads to remove: of key heads, each with all query heads
-        that share it; where all share one key head, of query heads.
+        that share it; where all share one key head, of query heads. transformers takes
+        Llama and Gemma only with query heads that divide the width.
       query_heads: the share of the query heads of each key head to remove.
       experts: the share of the experts of each layer to remove: those that the router,
         on --calibration, gives the least weight to and that answer the least (REAP).
@@ -76,6 +77,8 @@ class Job(job_options.JobOptions):
         names = ("ffn", "heads", "query_heads", "experts", "layers", "drop_layers")
         every = (*names, "budget")
         found = {name: value for name in every if (value := getattr(self, name))}
+        if found and self.multiple > 1:
+            found["multiple"] = self.multiple
         if self.budget:
             found["measure"] = self.measure
         return {**found, "search": True} if self.search else found
@@ -132,7 +135,8 @@ def check(job: Job) -> None:
     parse.check_at_least_one(layers=job.layers, multiple=job.multiple)
     if job.multiple > 1 and not (job.ffn or job.budget):
         raise ValueError(
-            "--multiple is of the neurons that are left; give --ffn or --budget too"
+            "--multiple is of the neurons that are left; give --ffn or --budget too, "
+            "or leave it out"
         )
     job_options.check(job)
 
@@ -199,28 +203,49 @@ def _check_heads(job: Job, source: CheckpointDir, config: DecoderConfig) -> None
     """Refuses to leave so many query heads that transformers would not take them."""
     units = head_units(config)
     each = config.heads // units
-    left = units - round(job.heads * units)
-    left *= each - round(job.query_heads * each)
+    kept = units - round(job.heads * units)
+    shared = each - round(job.query_heads * each)
     fit = hf.heads_that_fit(source.config, config)
-    if left not in (*fit, config.heads):
-        raise ValueError(
-            f"transformers takes a {source.config['model_type']} model only where its "
-            f"width, {config.width}, is a multiple of its query heads, of which {left} "
-            f"of {config.heads} would be left; give a share that leaves one of "
-            f"{', '.join(map(str, fit))}"
-        )
+    if kept * shared in (*fit, config.heads):
+        return
+    others = [
+        f"--heads {1 - n / units:.4g}"
+        for n in range(units - 1, 0, -1)
+        if job.heads and n * shared in fit
+    ] + [
+        f"--query-heads {1 - n / each:.4g}"
+        for n in range(each - 1, 0, -1)
+        if job.query_heads and kept * n in fit
+    ]
+    raise ValueError(
+        f"transformers takes a {source.config['model_type']} model only where its "
+        f"width, {config.width}, is a multiple of its query heads, of which "
+        f"{kept * shared} of {config.heads} would be left; "
+        f"give {' or '.join(others) or 'no share of the heads'}"
+    )
 
 
 def _check_multiple(job: Job, width: int) -> None:
     """Refuses a multiple with which no neuron would go."""
-    left, multiples = width - round(job.ffn * width), multiples_of(job, width)
-    if not job.ffn:  # a budget
-        left = 1
-    if min(multiples, key=lambda n: (abs(n - left), -n), default=width) == width:
+    if job.ffn and neurons_left(job, width) == width:
         raise ValueError(
-            f"with --multiple {job.multiple} none of the {width} neurons would go; "
-            "give a smaller one"
+            f"--ffn {job.ffn:g} with --multiple {job.multiple} leaves all {width} "
+            "neurons; give a larger share or a smaller multiple"
         )
+    if job.budget and job.multiple >= width:
+        raise ValueError(
+            f"--multiple must be less than the {width} neurons for some to go, got "
+            f"{job.multiple}"
+        )
+
+
+def neurons_left(job: Job, width: int) -> int:
+    """How many neurons of a layer `--ffn` leaves."""
+    left = width - round(job.ffn * width)
+    if left == width:
+        return width
+    multiples = multiples_of(job, width)
+    return min(multiples, key=lambda n: (abs(n - left), -n), default=width)
 
 
 def multiples_of(job: Job, width: int) -> range:

@@ -125,7 +125,9 @@ def narrower(
     else:
         shares = {"ffn": job.ffn, "heads": job.heads, "query heads": job.query_heads}
         asked = {"sparsity": {name: shares[role] for name, role in roles.items()}}
-    possible = {"ffn": [*multiples_of(job, model.config.mlp_width)]}
+    possible = {}
+    if job.multiple > 1:
+        possible["ffn"] = [*multiples_of(job, model.config.mlp_width)]
     if budget is not None:
         possible["heads"] = _heads(job, model)
     asked["sizes"] = {n: possible[r] for n, r in roles.items() if r in possible}
@@ -143,10 +145,11 @@ def narrower(
 
 
 def _heads(job: Job, model: models.Model) -> list[int]:
-    """The numbers of units of heads that a checkpoint can have."""
-    each = model.config.heads // head_units(model.config)
+    """The numbers of units of heads that a checkpoint can have, this one's too."""
+    whole = head_units(model.config)
+    each = model.config.heads // whole
     fit = hf.heads_that_fit(open_directory(job.model).config, model.config)
-    return [heads // each for heads in fit if heads % each == 0]
+    return [*(heads // each for heads in fit if heads % each == 0), whole]
 
 
 def grouped(model: models.Model) -> tuple[Any, jax.ShapeDtypeStruct, jp.AxisGroups]:

@@ -7,7 +7,7 @@ layers of a model) lose as many each, and each chooses its own.
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -76,9 +76,9 @@ def _no_group(groups: AxisGroups, rules: list[str]) -> str:
     ]
     why = f" ({'; '.join(reasons[:3])})" if reasons else ""
     return (
-        "every rule must match a group whose units can be removed, but "
-        f"{listed(rules)} match none of {listed(free) or 'none'}{why}; "
-        "print jp.axis_groups for all"
+        "every rule must match a group whose units can be removed, and no earlier rule "
+        f"all of its groups, but {listed(rules)} match none of "
+        f"{listed(free) or 'none'}{why}; print jp.axis_groups for all"
     )
 
 
@@ -105,46 +105,66 @@ def counts(groups: AxisGroups, shares: Mapping[str, float]) -> dict[str, int]:
     return found
 
 
-def fitted(
-    groups: AxisGroups,
-    sizes: Mapping[str, Iterable[int]] | None,
-) -> Callable[[Mapping[str, int]], dict[str, int]]:
-    """How many units each group loses, changed so that it keeps a number it may keep.
+def possible(
+    groups: AxisGroups, sizes: Mapping[str, Iterable[int]] | None
+) -> dict[str, np.ndarray]:
+    """The numbers of units that groups may keep, where something is said of them.
 
     Args:
       groups: of the function.
-      sizes: {glob, kind or name of a group: the numbers of units that it may keep}, the
-        first that fits counts; groups of which nothing is said may keep any.
+      sizes: {glob, kind or name of a group: numbers}, the first that fits counts.
 
     Returns:
-      A function of group names to counts that gives counts: those that leave the
-      nearest number, of two as near the larger. A group that loses none loses none.
+      Group name to its numbers, descending.
 
     Raises:
       ValueError: a group may keep no number of units that it could, or a rule matches
         no group that can lose units.
+      TypeError: what is said of a group is no numbers.
     """
     units = {group.name: group.units for group in groups}
     found: dict[str, np.ndarray] = {}
-    rules = {rule: {*given} for rule, given in (sizes or {}).items()}
-    for name, given in _by_rules(groups, rules).items():
-        possible = sorted(given & {*range(1, units[name] + 1)}, reverse=True)
-        if not possible:
+    for name, numbers in _by_rules(groups, _numbers(sizes or {})).items():
+        fit = sorted((n for n in numbers if 0 < n <= units[name]), reverse=True)
+        if not fit:
             raise ValueError(
                 f"sizes must have a number of units from 1 to {units[name]} that "
                 f"{name} may keep; give one"
             )
-        found[name] = np.array(possible)
+        found[name] = np.array(fit)
+    return found
 
-    def fit(lost: Mapping[str, int]) -> dict[str, int]:
-        new = dict(lost)
-        for name in lost.keys() & found.keys():
-            if lost[name]:
-                distance = np.abs(found[name] - (units[name] - lost[name]))
-                new[name] = units[name] - int(found[name][distance.argmin()])
-        return new
 
-    return fit
+def _numbers(sizes: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
+    try:
+        return {rule: {int(n) for n in given} for rule, given in sizes.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(
+            "sizes must be {glob, kind or name of a group: numbers of units}, got "
+            f"{sizes!r}"
+        ) from None
+
+
+def nearest(
+    groups: AxisGroups, lost: Mapping[str, int], possible: Mapping[str, np.ndarray]
+) -> dict[str, int]:
+    """Counts that leave the nearest numbers of units that are possible.
+
+    Args:
+      groups: of the function.
+      lost: group name to how many units it would lose; one that loses none keeps all.
+      possible: group name to the numbers that it may keep, descending; others any.
+
+    Returns:
+      Group name to count; of two numbers as near the larger is kept.
+    """
+    new = dict(lost)
+    for group in groups:
+        if lost.get(group.name) and group.name in possible:
+            fit = possible[group.name]
+            distance = np.abs(fit - (group.units - lost[group.name]))
+            new[group.name] = group.units - int(fit[distance.argmin()])
+    return new
 
 
 def by_scores(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jaxprune.graph.axis_groups import AxisGroups, axis_groups
+from jaxprune.graph.axis_groups import AxisGroup, AxisGroups, axis_groups
 from jaxprune.graph.axis_trace import LeafAxes
 from jaxprune.structured import choice, cut, timing
 from jaxprune.structured.budget import (
@@ -106,8 +106,9 @@ def shrink(
       groups: globs or names of the groups that the budget is met with, by one share;
         or {glob or name: how large a share it loses beside the others}.
       sizes: {glob, kind or name of a group: the numbers of units that it may keep}, as
-        {"*/mlp/*": range(128, 8192, 128)}. What a share or the budget asks for becomes
-        the nearest of them, of two as near the larger.
+        {"*/mlp/*": range(128, 8193, 128)}. What a share or the budget asks for becomes
+        the nearest of them, of two as near the larger; of a budget that is then met by
+        more than it must, the groups with most numbers to choose from lose less.
 
     Returns:
       `ShrinkResult(fn, params, report)`; its `cut` cuts an optimizer's state. The
@@ -116,8 +117,8 @@ def shrink(
 
     Raises:
       ValueError: arguments disagree, a share or budget is out of range or cannot be
-        met, a rule matches nothing, a group would lose all units, scores are NaN, or
-        masks are not of whole units.
+        met, a rule matches nothing, a group would lose all units or may keep no number
+        that it could, scores are NaN, or masks are not of whole units.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -175,11 +176,11 @@ def lost_units(
     Raises:
       ValueError: as `shrink` does.
     """
-    fit = choice.fitted(groups, sizes)
+    possible = choice.possible(groups, sizes)
     if budget is not None:
-        return _within_budget(groups, budget, measure, rules, fit, timed)
+        return _within_budget(groups, budget, measure, rules, possible, timed)
     shares = choice.asked(groups, {} if sparsity is None else sparsity)
-    return fit(choice.counts(groups, shares))
+    return choice.nearest(groups, choice.counts(groups, shares), possible)
 
 
 def timed_too(result: ShrinkResult, timed: Timed | None) -> ShrinkResult:
@@ -226,7 +227,9 @@ def _check(
             f"{'masks' if masks else 'scores'}, sparsity={sparsity}, budget={budget}"
         )
     if masks and sizes:
-        raise ValueError("masks say which units are left, so shrink takes no sizes too")
+        raise ValueError(
+            "masks say which units are left, so shrink takes no sizes; leave them out"
+        )
     check_budget(budget, measure)
 
 
@@ -245,20 +248,23 @@ def _within_budget(
     budget: float,
     measure: Measure,
     rules: Rules,
-    fit: Callable[[Mapping[str, int]], dict[str, int]],
+    possible: Mapping[str, np.ndarray],
     timed: Timed | None,
 ) -> dict[str, int]:
     """How many units each group loses, so that the rest is within the budget."""
     parts = _parts(groups, rules)
     own = [group for group in groups if group.name in parts]
     most = 1 / min(parts.values())
+    held: dict[str, int] = {}
 
     def lost(share: float) -> dict[str, int]:
-        counts = {g.name: round(share * parts[g.name] * g.units) for g in own}
-        return fit({g.name: min(counts[g.name], g.units - 1) for g in own})
+        wanted = {g.name: round(share * parts[g.name] * g.units) for g in own}
+        wanted = {g.name: min(wanted[g.name], g.units - 1) for g in own}
+        return {**choice.nearest(groups, wanted, possible), **held}
 
     def cost(share: float) -> float:
-        left = {g.name: np.arange(g.units - lost(share)[g.name]) for g in own}
+        counts = lost(share)
+        left = {g.name: np.arange(g.units - counts[g.name]) for g in own}
         cuts = cut.of_groups(groups, left)
         resized = Resized(groups.trace, atom_masks(groups.trace, cuts))
         if timed is not None:
@@ -271,7 +277,8 @@ def _within_budget(
         whole = cost(0.0)
     else:  # each is compiled and run, and those between take about as long
         shares = {k / _TIMED * most for k in range(_TIMED)}
-    share = share_within(cost, budget * whole, [*sorted(shares), most])
+    ascending = [*sorted(shares), most]
+    share = share_within(cost, budget * whole, ascending)
     if share is None:
         least = cost(most)
         if timed is not None:
@@ -279,9 +286,22 @@ def _within_budget(
         raise OutOfReach(
             f"a budget must be within reach, but {budget:g} of {whole:,} {measure} is "
             "not: with as few units of each group as it may keep there are "
-            f"{least:,}; ask for more, or name more groups"
+            f"{least:,}; ask for more, or let more go"
         )
+    if possible and timed is None:
+        # What a coarse group lost beyond the share, the finest need not lose.
+        held.update(_coarse(own, possible, lost(share)))
+        share = share_within(cost, budget * whole, ascending) or 0.0
     return lost(share)
+
+
+def _coarse(
+    own: Sequence[AxisGroup], possible: Mapping[str, np.ndarray], lost: dict[str, int]
+) -> dict[str, int]:
+    """The counts of all groups but those with most numbers to choose from."""
+    choices = {g.name: len(possible.get(g.name, range(g.units))) for g in own}
+    most = max(choices.values())
+    return {name: count for name, count in lost.items() if choices[name] < most}
 
 
 def _parts(groups: AxisGroups, rules: Rules) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from benchmarks import torch_shrinking  # noqa: E402 (it imports torch)
+from benchmarks import torch_recovery, torch_shrinking  # noqa: E402 (they import torch)
 
 CONFIG = torch_shrinking.Config(model=Path(), method="none", ffn=0.25, heads=0.5)
 
@@ -24,6 +24,7 @@ def model():
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     )
     torch.manual_seed(0)
     return transformers.Gemma3ForCausalLM(config).eval()
@@ -99,3 +100,40 @@ def test_layers_that_change_least_are_dropped(model, config):
             model, dataclasses.replace(config, method="block-influence", drop=1)
         )
     assert list(model.base_model.layers) == kept
+
+
+def test_layers_that_stay_keep_their_kind(model, config):
+    with torch.no_grad():
+        for name, weight in model.base_model.layers[0].named_parameters():
+            if "post_" in name:
+                weight.fill_(-1.0)
+        config = dataclasses.replace(config, method="block-influence", drop=1)
+        torch_shrinking.remove(model, config)
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+
+
+def divergence(dense, model, ids):
+    with torch.no_grad():
+        wanted, found = (m(ids).logits.log_softmax(-1) for m in (dense, model))
+    return torch.nn.functional.kl_div(
+        found, wanted, reduction="batchmean", log_target=True
+    ).item()
+
+
+def test_a_recovery_comes_back_to_the_dense_model_and_keeps_zeros(
+    model, config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch_recovery, "ROWS", 7)  # 20 positions in three parts
+    model.save_pretrained(tmp_path / "dense")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    with torch.no_grad():
+        torch_shrinking.remove(model, dataclasses.replace(config, method="wanda-sp"))
+    before = [gone(layer) for layer in model.base_model.layers]
+    embedding = model.get_input_embeddings().weight.clone()
+    ids = torch.from_numpy(np.load(config.calibration))
+    far = divergence(dense, model, ids[:4])
+    with torch.no_grad():
+        torch_recovery.recover(model, tmp_path / "dense", ids[:4], 40, 3e-3)
+    assert divergence(dense, model, ids[:4]) < 0.5 * far
+    assert [gone(layer) for layer in model.base_model.layers] == before
+    assert torch.equal(model.get_input_embeddings().weight, embedding)

@@ -75,8 +75,13 @@ def test_a_budget_is_met_by_the_numbers_that_groups_may_keep(budget):
 
     shares = {k / n for n in units.values() for k in range(n)} | {1.0}
     ways = [(left(s, "down:0"), left(s, "stack/*")) for s in sorted(shares)]
-    # 24 weights of the head, 16 of each unit and 32 of each of both layers.
-    wanted = next(w for w in ways if 24 + 16 * w[0] + 32 * w[1] <= budget * 248)
+
+    def fits(way):  # 24 weights of the head, 16 of a unit, 32 of one in both layers
+        return 24 + 16 * way[0] + 32 * way[1] <= budget * 248
+
+    layers = next(way for way in ways if fits(way))[1]
+    # There are fewer numbers for the layers, so the other group is given back to.
+    wanted = next((units, layers) for units, _ in ways if fits((units, layers)))
     scores = jp.scores.magnitude(PARAMS)
     result = jp.shrink(fn, PARAMS, X, scores, budget=budget, sizes=sizes)
     found = (result.params["up"].shape[1], result.params["stack"]["up"].shape[2])
@@ -88,11 +93,19 @@ def test_a_budget_is_met_by_the_numbers_that_groups_may_keep(budget):
     [
         ({"down:0": (0, 7)}, "from 1 to 6 that down:0 may keep"),
         ({"nothing/*": (1,)}, "must match a group whose units can be removed"),
+        ({"*": (1,), "down:0": (2,)}, "no earlier rule all of its groups"),
     ],
 )
 def test_sizes_that_no_group_can_have_are_refused(sizes, told):
     scores = jp.scores.magnitude(PARAMS)
     with pytest.raises(ValueError, match=told):
+        jp.shrink(fn, PARAMS, X, scores, 0.5, sizes=sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"*": 2}, {"*": ["few"]}, [1, 2], {"*": [[1]]}])
+def test_sizes_are_numbers_of_units(sizes):
+    scores = jp.scores.magnitude(PARAMS)
+    with pytest.raises(TypeError, match="sizes must be"):
         jp.shrink(fn, PARAMS, X, scores, 0.5, sizes=sizes)
 
 

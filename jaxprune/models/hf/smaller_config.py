@@ -66,7 +66,7 @@ def smaller_config(
         raise ValueError(
             f"transformers takes a {config['model_type']} model only where its width, "
             f"{shape.width}, is a multiple of its query heads, got {shape.heads}; "
-            f"leave one of {', '.join(map(str, fit))}"
+            f"leave one of {', '.join(str(n) for n in fit if n < before.heads)}"
         )
     return new
 

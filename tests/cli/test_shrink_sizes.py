@@ -1,0 +1,123 @@
+"""`jaxprune shrink`: numbers of heads and neurons that suit others."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.support import tiny_hf
+from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.tiny_cli import run
+
+pytest.importorskip("tyro")
+pytest.importorskip("tokenizers")
+
+from safetensors.numpy import save_file
+
+from jaxprune.models import hf
+from jaxprune.models.decoder.model import Decoder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two folders of a width of 32 and four heads, of two key heads or of one."""
+    root = tmp_path_factory.mktemp("sizes")
+    for name in ("llama", "llama-3"):
+        tiny_hf.random_folder(name, root / name, "float32")
+    np.save(root / "rows.npy", tiny_hf.tokens(6, 16))
+    return root
+
+
+def shrink(capsys, *words):
+    """`run`; nothing is timed."""
+    return run(capsys, "shrink", *words, "--speed-rounds", 0)
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_budget_leaves_heads_that_transformers_takes(place, capsys):
+    # A width of 32: three heads of four would be nearest to each of these budgets.
+    for budget in (0.85, 0.75):
+        words = (place / "llama-3", place / f"heads{budget}", "--budget", budget)
+        code, record, _ = shrink(capsys, *words)
+        assert (code, 0 <= record["achieved"] - (1 - budget) < 0.01) == (0, True)
+        config = config_of(place / f"heads{budget}")
+        assert config["num_attention_heads"] in (2, 4)
+        assert config["intermediate_size"] < 48
+
+
+@pytest.mark.parametrize(
+    ("words", "left"), [(("--ffn", 0.4), 32), (("--budget", 0.7), 16)]
+)
+def test_the_neurons_that_are_left_are_a_multiple(words, left, place, capsys):
+    # Of 48 neurons 29 would be left by the share, which is nearer to 32 than to 16.
+    out = place / f"multiple{left}"
+    words = (place / "llama", out, "--multiple", 16, *words)
+    code, record, _ = shrink(capsys, *words)
+    assert (code, config_of(out)["intermediate_size"]) == (0, left)
+    assert "--budget" not in words or record["achieved"] >= 0.3
+
+
+def test_the_plan_says_the_multiple(place, capsys):
+    words = ("--ffn", 0.4, "--multiple", 16, "--plan")
+    code, found, _ = shrink(capsys, place / "llama", place / "none", *words)
+    assert (code, found["plan"]["neurons a layer"]) == (0, [48, 32])
+    assert found["asked"] == {"ffn": 0.4, "multiple": 16}
+
+
+def test_heads_and_query_heads_together_leave_what_fits(place, capsys):
+    words = ("--heads", 0.5, "--query-heads", 0.5)
+    assert shrink(capsys, place / "llama", place / "both", *words)[0] == 0
+    config = config_of(place / "both")
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (1, 1)
+
+
+@pytest.fixture(scope="module")
+def odd(place):
+    """A folder of six heads, which transformers 5 would not take any more."""
+    config = config_of(place / "llama")
+    config |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    (place / "odd").mkdir()
+    (place / "odd" / "config.json").write_text(json.dumps(config))
+    model = Decoder(hf.decoder_config(config), rngs=nnx.Rngs(0))
+    save_file(dict(hf.tensors(model, config)), place / "odd" / "model.safetensors")
+    return place / "odd"
+
+
+def test_heads_that_do_not_fit_as_they_are_may_stay(odd, capsys):
+    code, record, _ = shrink(capsys, odd, odd.parent / "less", "--budget", 0.8)
+    assert (code, 0 <= record["achieved"] - 0.2 < 0.01) == (0, True)
+    config = config_of(odd.parent / "less")
+    assert config["num_attention_heads"] in (6, 3, 2, 1)
+    assert 32 % config["num_attention_heads"] == 0 or config["num_attention_heads"] == 6
+
+
+@pytest.mark.full
+def test_another_multiple_does_not_go_on_with_a_search(place, capsys, monkeypatch):
+    out, rows = place / "searched", place / "rows.npy"
+    words = ("--budget", 0.6, "--search", "--calibration", rows, "--length", 16)
+    words = (
+        place / "llama",
+        out,
+        *words,
+        "--sequences",
+        4,
+        "--batch",
+        2,
+        "--any-perplexity",
+    )
+
+    def dies(*_, **__):
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "write_smaller", dies)
+        assert shrink(capsys, *words, "--multiple", 4)[0] == 1
+    code, _, err = shrink(capsys, *words, "--multiple", 16)
+    assert code == 1
+    assert "another" in err
+    assert shrink(capsys, *words, "--multiple", 4)[0] == 0
+    assert config_of(out)["intermediate_size"] % 4 == 0
