@@ -68,7 +68,7 @@ class Config:
     evaluate: tuple[str, ...] = ()
     recover: int = 0
     dense: Path | None = None
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     threads: int = 2
 
 
