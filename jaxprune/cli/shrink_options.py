@@ -18,8 +18,8 @@ class Job(job_options.JobOptions):
 
     Attributes:
       ffn: the share of the neurons of each MLP to remove.
-      multiple: the neurons that are left are the nearest multiple of this; kernels of
-        GPUs and TPUs are fastest at multiples of 64 or 128.
+      multiple: the neurons that are left are the nearest multiple of this; 64 or
+        128 suits the kernels of GPUs and TPUs.
       heads: the share of the heads to remove: of key heads, each with all query heads
         that share it; where all share one key head, of query heads. transformers takes
         Llama and Gemma only with query heads that divide the width.

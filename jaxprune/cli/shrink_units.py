@@ -15,7 +15,6 @@ from jaxprune.cli.shrink_options import Job, head_units, multiples_of
 from jaxprune.evaluation import layer_search
 from jaxprune.evaluation.expert_scores import expert_scores
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.formats.safetensors_file import read_json
 from jaxprune.graph.axis_dims import find
 from jaxprune.models import hf
@@ -148,7 +147,7 @@ def _heads(job: Job, model: models.Model) -> list[int]:
     """The numbers of units of heads that a checkpoint can have, this one's too."""
     whole = head_units(model.config)
     each = model.config.heads // whole
-    fit = hf.heads_that_fit(open_directory(job.model).config, model.config)
+    fit = hf.heads_that_fit(read_json(job.model / "config.json"), model.config)
     return [*(heads // each for heads in fit if heads % each == 0), whole]
 
 

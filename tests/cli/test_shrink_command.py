@@ -1,6 +1,5 @@
 """`jaxprune shrink`: a smaller directory, and what is refused before it is written."""
 
-import json
 import re
 
 import jax
@@ -10,7 +9,7 @@ from flax import nnx
 
 from tests.support import tiny_cli, tiny_hf
 from tests.support.small_models import quick_compilation as quick_compilation
-from tests.support.tiny_cli import run
+from tests.support.tiny_cli import config_of, run, shrink
 
 pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
@@ -29,15 +28,6 @@ def place(tmp_path_factory):
         tiny_hf.random_folder(name, root / name, "float32")
     np.save(root / "rows.npy", tiny_hf.tokens(6, 16))
     return root
-
-
-def shrink(capsys, *words):
-    """`run`; nothing is timed."""
-    return run(capsys, "shrink", *words, "--speed-rounds", 0)
-
-
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())
 
 
 def test_neurons_and_heads_become_fewer(place, capsys):

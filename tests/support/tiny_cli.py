@@ -131,6 +131,16 @@ def run(capsys, *arguments):
     return code, json.loads(out) if out else None, err
 
 
+def shrink(capsys, *words):
+    """`run` of `shrink`; nothing is timed."""
+    return run(capsys, "shrink", *words, "--speed-rounds", 0)
+
+
+def config_of(folder):
+    """The parsed config.json of a folder."""
+    return json.loads((folder / "config.json").read_text())
+
+
 def logits(folder, tokens, **options):
     """Of a folder's model, in float64."""
     from jaxprune.models import hf
