@@ -127,7 +127,8 @@ def test_a_correction_moves_what_comes_after_the_first_matrices(place, capsys):
     code, record, _ = prune(capsys, place, "corrected", *solver, "--correction", "0.5")
     assert code == 0
     assert "correction 0.5" in record["settings"]
-    assert prune(capsys, place, "uncorrected", *solver)[0] == 0
+    alone = [*solver, "--correction", "0"]
+    assert prune(capsys, place, "uncorrected", *alone)[0] == 0
     found, other = (tiny_cli.weights(place / x) for x in ("corrected", "uncorrected"))
     same = {name for name in found if np.array_equal(found[name], other[name])}
     # Nothing was lost before the first layer's queries, keys and values.
