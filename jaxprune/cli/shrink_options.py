@@ -26,8 +26,8 @@ class Job(job_options.JobOptions):
       query_heads: the share of the query heads of each key head to remove.
       experts: the share of the experts of each layer to remove: those that the router,
         on --calibration, gives the least weight to and that answer the least (REAP).
-      layers: how many layers to leave; which go is searched by the loss on
-        --calibration.
+      layers: how many layers to leave; those go whose absence changes least what the
+        model predicts on --calibration.
       drop_layers: the numbers of the layers to remove, in place of --layers.
       budget: in place of --ffn and --heads, the share that may be left of the
         parameters, or of what --measure says; neurons and heads then lose one share.

@@ -52,10 +52,11 @@ def _searched(
     if begun and len(begun.kept) <= layers:  # a search of the budget went further
         gone = begun.dropped[: whole - layers]
         kept = [layer for layer in range(whole) if layer not in gone]
-        return layer_search.Left(kept, gone, begun.nats[: len(gone) + 1])
+        return layer_search.Left(kept, gone, begun.nats[: len(gone)])
     past = begun.kept if begun else list(range(whole))
-    runs = sum(range(layers + 1, len(past) + 1)) + (begun is None)
-    with Progress(runs, "searching layers", unit="run", leave=False) as progress:
+    passes = sum(range(layers + 1, len(past) + 1)) + 1  # the whole model
+    batches = passes * -(-len(tokens) // job.batch)
+    with Progress(batches, "searching layers", unit="batch", leave=False) as progress:
         found = layer_search.keep(
             model.graphdef,
             model.params,
@@ -66,9 +67,10 @@ def _searched(
             tick=progress.update,
             noted=lambda left: atomic.replace_json(place, left._asdict()),
         )
+    went = zip(found.dropped, found.nats, strict=True)
     console.note(
-        f"without layers {', '.join(map(str, found.dropped)) or 'none'}: "
-        f"{found.nats[0]:.4f} nats a token became {found.nats[-1]:.4f}"
+        "KL(dense || smaller) in nats a token, as layers went: "
+        + (", ".join(f"{layer}: {nats:.4f}" for layer, nats in went) or "none did")
     )
     return found
 

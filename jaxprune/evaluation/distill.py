@@ -62,7 +62,9 @@ def divergence(
     """
     theirs, _ = teacher.states(teacher.embed(tokens))
     own, _ = student.states(student.embed(tokens))
-    return _divergence(teacher, student, theirs, own, temperature, rows)
+    return divergence_of_states(
+        teacher, student, theirs, own, temperature=temperature, rows=rows
+    )
 
 
 def from_teacher(
@@ -105,7 +107,9 @@ def from_teacher(
         inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (batch, length - 1)
         theirs, _ = teacher.states(teacher.embed(inputs))
         own, _ = student.states(student.embed(inputs))
-        loss = _divergence(teacher, student, theirs, own, temperature, None).mean()
+        loss = divergence_of_states(
+            teacher, student, theirs, own, temperature=temperature
+        ).mean()
         if text:
             loss = (1 - text) * loss + text * nats(student, own, targets).mean()
         return loss + hidden * _distance(theirs, own).mean() if hidden else loss
@@ -127,15 +131,31 @@ def _distance(
     return jnp.sum((theirs - own) ** 2, -1) / jnp.sum(theirs**2, -1)
 
 
-def _divergence(
+def divergence_of_states(
     teacher: Decoder,
     student: Decoder,
     theirs: Float[Array, "batch time width"],
     own: Float[Array, "batch time width"],
-    temperature: float,
-    rows: int | None,
+    *,
+    temperature: float = 1.0,
+    rows: int | None = None,
 ) -> Float[Array, "batch time"]:
-    """The same by final hidden states."""
+    """`divergence` by what the heads of the two read, as `Decoder.states` returns it.
+
+    Args:
+      teacher: the model that is followed.
+      student: the model that follows, of the same vocabulary.
+      theirs: the final hidden states of the teacher (batch, time, width).
+      own: those of the student (batch, time, its width).
+      temperature: as for `divergence`.
+      rows: as for `loss_per_token`.
+
+    Returns:
+      Float32 (batch, time), in nats.
+
+    Raises:
+      ValueError: the vocabularies differ.
+    """
     sizes = [model.config.vocab_size for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -1,12 +1,15 @@
-"""Which layers a decoder can do without: one after the other, by the loss.
+"""Which layers a decoder can do without: one after the other, by what it predicts.
 
 Layers that are scored one by one mislead where several go, since each may be needed
-once another is gone. So the layer whose absence costs least is left out, then the next
-of those that remain.
+once another is gone. So the layer goes whose absence changes the predictions least,
+then the next of those that remain. The change is KL(whole model || what is left) at
+every token: the loss, which counts one token of the vocabulary where this counts them
+all, takes far more text to tell layers apart (benchmarks/README.md).
 
 Reference:
   Zhong et al., "BlockPruner: Fine-grained Pruning for Large Language Models", 2024,
-  arXiv 2406.10594, whose greedy search on perplexity this is, for whole layers.
+  arXiv 2406.10594, whose greedy search this is, for whole layers; theirs goes by the
+  perplexity.
 """
 
 import math
@@ -19,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprune.models.decoder.model import loss_per_token
+from jaxprune.evaluation.distill import divergence_of_states
 
 
 class Left(NamedTuple):
@@ -28,7 +31,7 @@ class Left(NamedTuple):
     Attributes:
       kept: the layers that stay, ascending.
       dropped: those that do not, in the order in which they went.
-      nats: the mean loss before, and after each was left out.
+      nats: the mean KL(whole model || what is left) after each went, nats a token.
     """
 
     kept: list[int]
@@ -59,7 +62,10 @@ def keep(
     tick: Callable[[int], None] = lambda count: None,
     noted: Callable[[Left], None] = lambda left: None,
 ) -> Left:
-    """Leaves out layers until so many are left, each time the one that costs least.
+    """Leaves out layers until so many are left, each time the one that matters least.
+
+    Beside the parameters it holds what the head reads of all tokens, (sequences, time,
+    width) values, of the whole model.
 
     Args:
       graphdef: of a `Decoder`, without its parameters.
@@ -68,15 +74,16 @@ def keep(
       layers: how many layers stay.
       batch: sequences that the model sees at once.
       begun: what a search of the same arguments had found when it was stopped.
-      tick: called with 1 after each evaluation of the loss.
+      tick: called with the number of batches that are done, or need not be: all of
+        them once, and once for each layer that may go.
       noted: called with what is left after each layer, to be `begun` from.
 
     Returns:
-      The layers that stay, and the losses on the way.
+      The layers that stay, and the divergences on the way.
 
     Raises:
-      ValueError: `layers` is not between 1 and the number of layers, or the loss is
-        not finite.
+      ValueError: `layers` is not between 1 and the number of layers, or what the model
+        predicts is not finite.
 
     Example:
       >>> from jaxprune.models.decoder.config import DecoderConfig
@@ -97,34 +104,54 @@ def keep(
         )
 
     @jax.jit
-    def nats(params: Any, ids: Array, gates: Array) -> Float[Array, ""]:
+    def states(params: Any, ids: Array, gates: Array) -> Float[Array, "batch time w"]:
         model = nnx.merge(graphdef, params)
         model.layers = nnx.List(
             [_Gated(layer, gates[i]) for i, layer in enumerate(model.layers)]
         )
-        return jnp.sum(loss_per_token(model, ids[:, :-1], ids[:, 1:]))
+        return model.states(model.embed(ids))[0]
 
-    def loss(gates: np.ndarray) -> float:
-        parts = range(0, len(tokens), batch)
-        total = sum(float(nats(params, tokens[i : i + batch], gates)) for i in parts)
-        tick(1)
-        return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    @jax.jit
+    def nats(params: Any, ids: Array, gates: Array, dense: Array) -> Float[Array, ""]:
+        model = nnx.merge(graphdef, params)
+        own = states(params, ids, gates)
+        return jnp.sum(divergence_of_states(model, model, dense, own))
 
-    gates = np.ones(whole, bool)
+    batches = [tokens[i : i + batch, :-1] for i in range(0, len(tokens), batch)]
+    every = np.ones(whole, bool)  # never changed: a running program may read it
+    dense = [states(params, ids, every) for ids in batches]
+    tick(len(batches))
+
+    def cheapest(gates: np.ndarray) -> tuple[int, float]:
+        """The layer to go next, and the divergence without it."""
+        sums = dict.fromkeys(np.flatnonzero(gates).tolist(), 0.0)  # nats so far
+        seen = dict.fromkeys(sums, 0)
+        while True:
+            # No batch takes anything off a sum, so what is behind the least of them,
+            # which is of all batches at last, need not be seen any further.
+            best = min(sums, key=lambda i: (not math.isfinite(sums[i]), sums[i]))
+            at = seen[best]
+            if at == len(batches) or not math.isfinite(sums[best]):
+                tick(sum(len(batches) - at for at in seen.values()))
+                return best, sums[best] / tokens[:, :-1].size
+            without = gates & (np.arange(whole) != best)
+            sums[best] += float(nats(params, batches[at], without, dense[at]))
+            seen[best] += 1
+            tick(1)
+
     dropped = [] if begun is None else list(begun.dropped)
+    gates = every.copy()
     gates[dropped] = False
-    losses = [loss(gates)] if begun is None else list(begun.nats)
+    changes = [] if begun is None else list(begun.nats)
     for _ in range(whole - layers - len(dropped)):
-        found = {
-            i: loss(gates & (np.arange(whole) != i)) for i in np.flatnonzero(gates)
-        }
-        best = min(found, key=lambda i: (not math.isfinite(found[i]), found[i]))
-        gates[best] = False
-        dropped.append(int(best))
-        losses.append(found[best])
-        if not all(map(math.isfinite, losses)):
+        best, change = cheapest(gates)
+        if not math.isfinite(change):
             raise ValueError(
-                f"the loss must be finite, got {losses}; look at the model"
+                "what the model predicts must be finite, but it is not, whichever "
+                "layer is left out; look at its weights"
             )
-        noted(Left(np.flatnonzero(gates).tolist(), dropped, losses))
-    return Left(np.flatnonzero(gates).tolist(), dropped, losses)
+        gates[best] = False
+        dropped.append(best)
+        changes.append(change)
+        noted(Left(np.flatnonzero(gates).tolist(), dropped, changes))
+    return Left(np.flatnonzero(gates).tolist(), dropped, changes)
