@@ -33,6 +33,7 @@ class Config(Draws):
       how: sparsities, and n:m patterns.
       calibrations: what is calibrated on: text, self, or both, half of each.
       correction: how much of what earlier layers lost a matrix makes up for.
+      refine: passes of a refinement after the solver; 0 for none.
       temperature: of what the model writes.
     """
 
@@ -40,6 +41,7 @@ class Config(Draws):
     how: tuple[str, ...] = ("0.5",)
     calibrations: tuple[str, ...] = CALIBRATIONS
     correction: float = 0.5
+    refine: int = 0
     temperature: float = 1.0
 
 
@@ -61,6 +63,8 @@ def main(config: Config) -> None:
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process."""
     options = ["--relative", "--correction", f"{config.correction:g}"]
+    options += ["--refine", str(config.refine)]
+    refined = f"+refine{config.refine}" * bool(config.refine)
     for draw, calibration in itertools.product(config.draws, config.calibrations):
         sequences = folder / f"{draw}.npy"
         if calibration != "text":
@@ -69,7 +73,8 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
             sequences = folder / f"{draw}-{calibration}.npy"
             np.save(sequences, np.concatenate([text[:half], own[half:]]))
         for how, method in itertools.product(config.how, config.methods):
-            name = f"{how.replace(':', 'of')}_{method}_{calibration}_{draw}"
+            words = calibration + refined
+            name = f"{how.replace(':', 'of')}_{method}_{words}_{draw}"
             yield name, pruning(config, sequences, how, method, *options)
 
 
