@@ -3,8 +3,8 @@
 Layers that are scored one by one mislead where several go, since each may be needed
 once another is gone. So the layer goes whose absence changes the predictions least,
 then the next of those that remain. The change is KL(whole model || what is left) at
-every token: the loss, which counts one token of the vocabulary where this counts them
-all, takes far more text to tell layers apart (benchmarks/README.md).
+every token. The loss on the text chose worse layers of Gemma 3 270M on the same tokens
+(benchmarks/README.md).
 
 Reference:
   Zhong et al., "BlockPruner: Fine-grained Pruning for Large Language Models", 2024,
