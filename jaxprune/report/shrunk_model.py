@@ -42,6 +42,7 @@ def document(record: Mapping[str, Any]) -> str:
         sizes=_sizes(record["sizes"]),
         speed=_speed(record.get("speed")),
         search=_search(record.get("search", [])),
+        left_out=_left_out(record["layers"]),
         kept=_kept(record),
     )
 
@@ -125,6 +126,12 @@ def _search(tried: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ]
         for way in tried
     ]
+
+
+def _left_out(layers: Mapping[str, Any]) -> list[list[str]]:
+    """The layers that a search left out, and what it found of each."""
+    pairs = zip(layers.get("dropped", []), layers.get("nats", []), strict=True)
+    return [[str(layer), f"{nats:.4f}"] for layer, nats in pairs]
 
 
 def _kept(record: Mapping[str, Any]) -> dict[str, Figure]:

@@ -105,6 +105,16 @@ def test_the_page_shows_how_a_budget_was_divided():
     assert "budget 0.7, measure flops, search yes" in page
 
 
+def test_the_page_shows_which_layers_a_search_left_out():
+    sizes = {"before": {**BEFORE, "layers": 4}, "after": AFTER}
+    layers = {"kept": [0, 2], "dropped": [3, 1], "nats": [0.2345, 0.6789]}
+    record = {**RECORD, "sizes": sizes, "layers": layers}
+    page = Page(shrunk_model.document(record)).text
+    assert "Layers that were left out" in page
+    assert page.index("0.2345") < page.index("0.6789")
+    assert "Layers that were left out" not in shrunk_model.document(RECORD)
+
+
 def test_each_place_is_as_dark_as_the_share_of_units_that_is_kept():
     kept = {0: [0, 1, 2, 7], 2: range(100, 200)}
     figure = shrunk_model.kept_units(kept, 256, 3, "neurons")
