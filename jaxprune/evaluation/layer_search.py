@@ -132,7 +132,7 @@ def keep(
             best = min(sums, key=lambda i: (not math.isfinite(sums[i]), sums[i]))
             at = seen[best]
             if at == len(batches) or not math.isfinite(sums[best]):
-                tick(sum(len(batches) - at for at in seen.values()))
+                tick(sum(len(batches) - number for number in seen.values()))
                 return best, sums[best] / tokens[:, :-1].size
             without = gates & (np.arange(whole) != best)
             sums[best] += float(nats(params, batches[at], without, dense[at]))
