@@ -12,6 +12,7 @@ Reference:
   perplexity.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -122,29 +123,20 @@ def keep(
     dense = [states(params, ids, every) for ids in batches]
     tick(len(batches))
 
-    def cheapest(gates: np.ndarray) -> tuple[int, float]:
-        """The layer to go next, and the divergence without it."""
-        sums = dict.fromkeys(np.flatnonzero(gates).tolist(), 0.0)  # nats so far
-        seen = dict.fromkeys(sums, 0)
-        while True:
-            # No batch takes anything off a sum, so what is behind the least of them,
-            # which is of all batches at last, need not be seen any further.
-            best = min(sums, key=lambda i: (not math.isfinite(sums[i]), sums[i]))
-            at = seen[best]
-            if at == len(batches) or not math.isfinite(sums[best]):
-                tick(sum(len(batches) - number for number in seen.values()))
-                return best, sums[best] / tokens[:, :-1].size
-            without = gates & (np.arange(whole) != best)
-            sums[best] += float(nats(params, batches[at], without, dense[at]))
-            seen[best] += 1
-            tick(1)
+    def cost(layer: int, gates: np.ndarray, number: int) -> float:
+        """Nats of a batch without one layer more."""
+        without = gates & (np.arange(whole) != layer)
+        return float(nats(params, batches[number], without, dense[number]))
 
     dropped = [] if begun is None else list(begun.dropped)
     gates = every.copy()
     gates[dropped] = False
     changes = [] if begun is None else list(begun.nats)
     for _ in range(whole - layers - len(dropped)):
-        best, change = cheapest(gates)
+        left = np.flatnonzero(gates).tolist()
+        of_batch = functools.partial(cost, gates=gates)
+        best, total = _cheapest(left, len(batches), of_batch, tick)
+        change = total / tokens[:, :-1].size
         if not math.isfinite(change):
             raise ValueError(
                 "what the model predicts must be finite, but it is not, whichever "
@@ -155,3 +147,24 @@ def keep(
         changes.append(change)
         noted(Left(np.flatnonzero(gates).tolist(), dropped, changes))
     return Left(np.flatnonzero(gates).tolist(), dropped, changes)
+
+
+def _cheapest(
+    layers: list[int],
+    batches: int,
+    cost: Callable[..., float],
+    tick: Callable[[int], None],
+) -> tuple[int, float]:
+    """The layer with the least sum over all batches of a cost >= 0, and that sum."""
+    sums = dict.fromkeys(layers, 0.0)
+    seen = dict.fromkeys(layers, 0)
+    while True:
+        # No batch takes anything off a sum, so what is behind the least of them, which
+        # is of all batches at last, need not be seen any further.
+        best = min(layers, key=lambda i: (not math.isfinite(sums[i]), sums[i]))
+        if seen[best] == batches or not math.isfinite(sums[best]):
+            tick(sum(batches - number for number in seen.values()))
+            return best, sums[best]
+        sums[best] += cost(best, number=seen[best])
+        seen[best] += 1
+        tick(1)

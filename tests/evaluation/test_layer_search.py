@@ -76,7 +76,7 @@ def test_a_search_that_was_begun_ends_as_the_whole_one(split):
     assert again == whole
 
 
-def test_all_that_is_tried_runs_by_two_programs(split):
+def test_more_layers_that_go_need_no_more_programs(split):
     with compiled() as durations:
         layer_search.keep(*split, TOKENS, 3, batch=3)
     once = len(durations)
