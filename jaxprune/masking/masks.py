@@ -13,14 +13,12 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.topk import thresholds
-from jaxprune.masking import patterns
+from jaxprune.masking import patterns, selection
 from jaxprune.masking.checks import checked, floating
 from jaxprune.masking.counts import Allocation
 from jaxprune.masking.packing import PackedMask as PackedMask
 from jaxprune.masking.packing import pack as pack
 from jaxprune.masking.packing import unpack as unpack
-from jaxprune.masking.selection import select
 from jaxprune.typing import Masks, Params, Pattern, Scores
 
 
@@ -62,11 +60,11 @@ def make(
       [[True, False], [False, True]]
     """
     pattern = patterns.named(pattern)
-    found = select(scores, sparsity, rule=allocation, pattern=pattern, axes=axes)
+    found = selection.select(
+        scores, sparsity, rule=allocation, pattern=pattern, axes=axes
+    )
     bits = [
-        placement.placed(
-            pattern.expand(_of_units(own.units, own.cut), leaf.shape, own.axes), leaf
-        )
+        placement.placed(selection.mask(own, pattern, leaf.shape), leaf)
         for own, leaf in zip(found, jax.tree.leaves(scores), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(scores), bits)
@@ -168,9 +166,6 @@ def combine(first: Masks, second: Masks) -> Masks:
 
 def _is_above(score: jax.Array, threshold: Any) -> jax.Array:
     return score > jnp.asarray(threshold, score.dtype)
-
-
-_of_units = jax.jit(thresholds.mask)
 
 
 @jax.jit

@@ -11,6 +11,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
 from jaxprune.arrays import exact_sum
@@ -222,7 +223,7 @@ class Block(_Free):
     ) -> Float[Array, "batch rows columns"]:
         """The mean score of each tile, (batch, in tiles, out tiles)."""
         matrix = axes.matrix(scores)  # (batch, in, out)
-        return self._tiled(matrix) / self._tiled(jnp.ones_like(matrix))
+        return self._tiled(matrix) / self._sizes(*matrix.shape[1:])
 
     def expand(
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
@@ -233,6 +234,14 @@ class Block(_Free):
         ).shape
         mask = jnp.repeat(jnp.repeat(kept, self.rows, 1), self.columns, 2)
         return axes.restore(mask[:, :inputs, :outputs], shape)
+
+    def _sizes(
+        self, inputs: int, outputs: int
+    ) -> Float32[np.ndarray, "1 rows columns"]:
+        """How many weights each tile has; the last ones may be smaller."""
+        high = np.minimum(self.rows, inputs - np.arange(0, inputs, self.rows))
+        wide = np.minimum(self.columns, outputs - np.arange(0, outputs, self.columns))
+        return (high[:, None] * wide).astype(np.float32)[None]
 
     def _tiled(self, matrix: Float[Array, "batch in out"]) -> Float[Array, "batch _ _"]:
         """Sums over tiles, one axis after the other: shardings survive that."""

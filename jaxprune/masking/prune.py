@@ -16,11 +16,11 @@ from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
-from jaxprune.masking import patterns
+from jaxprune.masking import patterns, selection
 from jaxprune.masking.checks import refuse_other
 from jaxprune.masking.counts import Allocation
 from jaxprune.masking.patterns import Unstructured
-from jaxprune.masking.selection import Selection, select
+from jaxprune.masking.selection import Selection
 from jaxprune.typing import Params, Pattern, Scores
 
 
@@ -86,9 +86,11 @@ def prune(
     if donate:
         _check_owned(named, ranked, jax.tree.leaves(scores))
     pattern = patterns.named(pattern)
-    found = select(scores, sparsity, rule=allocation, pattern=pattern, axes=axes)
-    for name, selection in zip(ranked, found, strict=True):
-        named[name] = _pruned(named[name], selection, pattern, donate=donate)
+    found = selection.select(
+        scores, sparsity, rule=allocation, pattern=pattern, axes=axes
+    )
+    for name, own in zip(ranked, found, strict=True):
+        named[name] = _pruned(named[name], own, pattern, donate=donate)
     structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
     return jax.tree.unflatten(structure, list(named.values()))
 
@@ -129,7 +131,7 @@ def _pruned(leaf: Any, own: Selection, pattern: Pattern, *, donate: bool) -> Any
     devices = leaf.sharding.device_set
     if placement.is_concrete(units) and units.sharding.device_set != devices:
         # Scores that were made elsewhere stay there; their mask travels.
-        mask = pattern.expand(thresholds.mask(units, own.cut), leaf.shape, axes)
+        mask = selection.mask(own, pattern, leaf.shape)
         units, cut, pattern = placement.beside(mask, leaf), None, Unstructured()
     program = _program(leaf.sharding if len(devices) > 1 else None, donate=donate)
     return program(leaf, units, cut, pattern, axes)

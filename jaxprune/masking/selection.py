@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxprune.arrays import axes as axes_
+from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
@@ -132,7 +133,7 @@ def _stacked(
     leaf: jax.Array, own: Axes, stack: tuple[int, ...], kept: int, pattern: Pattern
 ) -> Selection:
     """The selection of one leaf, so many units of each of its matrices."""
-    units, rows = pattern.units(leaf, own), math.prod(stack)
+    units, rows = _units(leaf, pattern, own), math.prod(stack)
     if not stack or not units.size or pattern.sparsity is not None:
         # Where a pattern fixes the sparsity of each group, all matrices have it too.
         return Selection(units, thresholds.cut_each([units], [kept * rows])[0], own)
@@ -203,16 +204,48 @@ def _selections(
     free = traced or isinstance(pattern, patterns.Unstructured)
     if not (quota.together or free):
         for leaf, own, number in zip(leaves, quota.axes, quota.kept, strict=True):
-            units = pattern.units(leaf, own)
+            units = _units(leaf, pattern, own)
             yield Selection(units, thresholds.cut_each([units], [number])[0], own)
         return
-    every = [pattern.units(*pair) for pair in zip(leaves, quota.axes, strict=True)]
+    every = [
+        _units(leaf, pattern, own) for leaf, own in zip(leaves, quota.axes, strict=True)
+    ]
     if quota.together:
         cuts = thresholds.cut_together(every, quota.kept[0])
     else:
         cuts = thresholds.cut_each(every, quota.kept)
     for units, cut, own in zip(every, cuts, quota.axes, strict=True):
         yield Selection(units, cut, own)
+
+
+def _units(leaf: jax.Array, pattern: Pattern, axes: Axes) -> jax.Array:
+    """The scores of a leaf's units; on one device by one compiled program a shape."""
+    # Of what is spread over a mesh a pattern must see where it lies.
+    alone = placement.is_concrete(leaf) and len(leaf.sharding.device_set) == 1
+    if isinstance(pattern, patterns.Unstructured) or not alone:
+        return pattern.units(leaf, axes)
+    return _compiled_units(leaf, pattern, axes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _compiled_units(leaf: jax.Array, pattern: Pattern, axes: Axes) -> jax.Array:
+    return pattern.units(leaf, axes)
+
+
+def mask(own: Selection, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:
+    """The mask of a leaf of this shape, where its scores are."""
+    return _mask(own.units, own.cut, pattern, shape, own.axes)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _mask(
+    units: jax.Array,
+    cut: thresholds.Cut,
+    pattern: Pattern,
+    shape: tuple[int, ...],
+    axes: Axes,
+) -> jax.Array:
+    return pattern.expand(thresholds.mask(units, cut), shape, axes)
 
 
 def unit_counts(

@@ -138,7 +138,7 @@ def search(
 
         wanted = lambda state: jnp.any(state.wanted)  # noqa: E731
         return jax.lax.while_loop(wanted, narrow_apart, state).bracket
-    while np.any(state.wanted):
+    while np.asarray(state.wanted).any():
         # A pass too many costs little: settled rows are not read again.
         for _ in range(_PASSES_AT_ONCE):
             state = narrow(state)

@@ -228,7 +228,8 @@ def _cut(
             size = [math.prod(leaves[0].shape[1:])] * len(leaves[0])
             rows = [None]
         sizes = np.array(size, np.uint32)  # (rows,)
-        target = target.clipped(Count.of([sum(size)] if joint else size))
+        if isinstance(target.low, jax.Array):  # others have been checked
+            target = target.clipped(Count.of([sum(size)] if joint else size))
         apart = not traced and _are_apart(leaves)
         guess = None
         if not (by_row or apart):
@@ -254,7 +255,7 @@ def _cut(
         level = _first_level(sizes, target, guess, line=line, joint=joint)
         level = _varying(level, leaves)
         level = found(found(level, False), True)
-        return Cut(line.rank(level.place), level.bound)
+        return _as_cut(level, line)
 
 
 def _are_apart(leaves: Sequence[Any]) -> bool:
@@ -378,6 +379,11 @@ def _count(
 
 
 _count_jit = jax.jit(_count, static_argnames=("line", "ties"))
+
+
+@functools.partial(jax.jit, static_argnames="line")
+def _as_cut(level: _Level, line: Line) -> Cut:
+    return Cut(line.rank(level.place), level.bound)
 
 
 @functools.partial(jax.jit, static_argnames="size")
