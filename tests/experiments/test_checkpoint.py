@@ -5,10 +5,7 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import typing
-from pathlib import Path
 
 import chex
 import jax
@@ -21,11 +18,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.harness import checkpoint, manifest
 from jaxprune.formats import atomic
+from tests.support import forked
 from tests.support.checkpoints import (
     CONFIGURATION,
     abstract,
     files,
     save,
+    save_until_killed,
     small_state,
     snapshot,
 )
@@ -37,7 +36,7 @@ def test_every_container_and_dtype_comes_back_bit_for_bit(tmp_path):
         left: typing.Any
         right: typing.Any
 
-    params = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    params = nnx.state(nnx.jit(lambda: nnx.Linear(3, 4, rngs=nnx.Rngs(0)))(), nnx.Param)
     optimizer = optax.chain(optax.clip(1.0), optax.adamw(1e-3))
     state = Pair(
         params,
@@ -291,32 +290,6 @@ def test_orbax_stays_quiet(tmp_path, capfd, caplog):
     assert capfd.readouterr().err == ""
 
 
-CHILD = """
-import os, signal, sys, threading
-import jax.numpy as jnp
-from experiments.harness import checkpoint
-folder, moment = sys.argv[1:]
-die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-state = {str(n): jnp.full((64, 64), float(n)) for n in range(40)}
-checkpoint.save(folder, state, step=1, configuration={})
-if moment == "manifest":
-    checkpoint.manifest.write = die
-elif moment == "commit":
-    os.rename = os.replace = die
-elif moment == "removal":
-    import shutil
-    shutil.rmtree = die
-else:
-    save = checkpoint._save_arrays
-    def slowly(*arguments):
-        threading.Timer(float(moment), die).start()
-        save(*arguments)
-    checkpoint._save_arrays = slowly
-for step in range(2, 100):
-    checkpoint.save(folder, state, step=step, configuration={}, keep=1)
-"""
-
-
 @pytest.mark.parametrize(
     "moment",
     [
@@ -328,17 +301,16 @@ for step in range(2, 100):
     ],
 )
 def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, moment):
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, tmp_path, moment], cwd=Path.cwd(), check=False
-    )
-    assert child.returncode == -signal.SIGKILL
+    folder, log = tmp_path / "saved", tmp_path / "log"
+    child = forked.start(save_until_killed, folder, moment, log=log)
+    assert forked.code(child) == -signal.SIGKILL, log.read_text()
     target = {str(n): jnp.zeros((64, 64)) for n in range(40)}
-    restored = checkpoint.restore(tmp_path, target)
+    restored = checkpoint.restore(folder, target)
     for n in range(40):
         np.testing.assert_array_equal(restored.state[str(n)], float(n))
     step = restored.step + 1
-    checkpoint.save(tmp_path, target, step=step, configuration={}, keep=1)
-    assert os.listdir(tmp_path) == [str(step)]
+    checkpoint.save(folder, target, step=step, configuration={}, keep=1)
+    assert os.listdir(folder) == [str(step)]
 
 
 @pytest.mark.parametrize(

@@ -3,88 +3,52 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from experiments.harness import checkpoint, device_mesh, training
-from tests.support import tiny_gpt
+from experiments.harness import checkpoint, device_mesh
+from tests.support import crash_worker, forked, tiny_gpt
 from tests.support.crash_worker import HEARTBEAT
 from tests.support.xla_flags import xla_flags
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = ROOT / "tests" / "support" / "crash_worker.py"
 MESH = "fsdp=2,model=2"
 PATIENCE = HEARTBEAT + 30
 """Seconds for a process to notice that the other one is gone, on a busy machine."""
 
 
-@pytest.fixture(scope="module")
-def environment():
-    """Two devices a process."""
-    return os.environ | {
-        "XLA_FLAGS": xla_flags(2),
-        "PYTHONPATH": str(ROOT),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def start(folder, environment, *death):
+def start(folder, *death):
     """Runs both processes to their end; their return codes and what they said."""
     folder.mkdir(exist_ok=True)
-    port, logs = free_port(), [folder.with_suffix(f".{n}.log") for n in (0, 1)]
-    both = []
-    for number, log in enumerate(logs):
-        with open(log, "wb") as output:
-            command = [
-                ROOT / "tests" / "support" / "crash_worker.py",
-                port,
-                number,
-                folder,
-                MESH,
-                *death,
-            ]
-            both.append(
-                subprocess.Popen(
-                    [sys.executable, *map(str, command)],
-                    env=environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+    port, logs = forked.free_port(), [folder.with_suffix(f".{n}.log") for n in (0, 1)]
+    job, two = (crash_worker.main, port), xla_flags(2)
+    both = [
+        forked.start(*job, number, folder, MESH, *death, log=log, XLA_FLAGS=two)
+        for number, log in enumerate(logs)
+    ]
     try:
         deadline = time.monotonic() + 300
-        while all(process.poll() is None for process in both):
+        while all(process.exitcode is None for process in both):
             assert time.monotonic() < deadline, [log.read_text() for log in logs]
             time.sleep(0.02)
-        codes = [process.wait(PATIENCE) for process in both]
+        codes = [forked.code(process, PATIENCE) for process in both]
     finally:
         for process in both:
             process.kill()
-            process.wait()
+            process.join()
     return codes, "\n".join(log.read_text(errors="replace") for log in logs)
 
 
-def killed(folder, environment, who, moment):
+def killed(folder, who, moment):
     """One process kills itself; the other one ends by itself, with an error."""
-    codes, said = start(folder, environment, who, moment)
+    codes, said = start(folder, who, moment)
     assert codes[who] == -signal.SIGKILL, said
     assert codes[1 - who] not in (0, -signal.SIGKILL), said
     assert not list(folder.glob("numbers-*"))
 
 
-def finished(folder, environment):
-    codes, said = start(folder, environment)
+def finished(folder):
+    codes, said = start(folder)
     assert codes == [0, 0], said
     first, second = (
         json.loads((folder / f"numbers-{number}.json").read_text()) for number in (0, 1)
@@ -94,9 +58,9 @@ def finished(folder, environment):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(environment, tmp_path_factory):
+def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    return finished(folder, environment), folder
+    return finished(folder), folder
 
 
 def whole(folder):
@@ -106,17 +70,17 @@ def whole(folder):
 
 @pytest.mark.full
 def test_killed_in_mid_step_mid_prune_and_mid_save_it_ends_with_the_same_numbers(
-    undisturbed, environment, tmp_path
+    undisturbed, tmp_path
 ):
     folder = tmp_path / "run"
-    killed(folder, environment, 0, "step")
+    killed(folder, 0, "step")
     assert whole(folder / "train") == 4
-    killed(folder, environment, 1, "prune")
+    killed(folder, 1, "prune")
     assert (whole(folder / "train"), whole(folder / "retrain")) == (6, None)
-    killed(folder, environment, 0, "torn")
+    killed(folder, 0, "torn")
     assert (folder / "retrain" / "4" / ".checkpoint.json.partial").exists()
     assert whole(folder / "retrain") == 2
-    assert finished(folder, environment) == undisturbed[0]
+    assert finished(folder) == undisturbed[0]
     assert os.listdir(folder / "retrain") == os.listdir(undisturbed[1] / "retrain")
 
 
@@ -125,7 +89,7 @@ def test_what_two_processes_saved_opens_in_one_bit_for_bit(undisturbed):
     numbers, folder = undisturbed
     for mesh in ("data=1", "fsdp=8"):
         place = device_mesh.make_mesh(mesh, tiny_gpt.BATCHES.batch_size)
-        state = training.init(tiny_gpt.MODEL.init(0), tiny_gpt.WATCHED, mesh=place)
+        state = tiny_gpt.start(place)
         opened = checkpoint.restore(folder / "train", state).state
         assert tiny_gpt.digest(opened) == numbers["trained"]
 
@@ -150,10 +114,10 @@ def test_two_processes_compute_what_one_device_does(undisturbed):
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_numbers(
-    undisturbed, environment, tmp_path, who, moment
+    undisturbed, tmp_path, who, moment
 ):
     folder = tmp_path / "run"
-    killed(folder, environment, who, moment)
+    killed(folder, who, moment)
     saved = {"step": 4, "prune": 6, "retrain": 6}.get(moment, 2)
     assert whole(folder / "train") == saved
-    assert finished(folder, environment) == undisturbed[0]
+    assert finished(folder) == undisturbed[0]

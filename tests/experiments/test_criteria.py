@@ -22,12 +22,17 @@ def watched():
     params = {"mlp": {"kernel": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}}
     start = jax.tree.map(np.array, params)
     tx = optimizer(optax.constant_schedule(0.1), track=EVERYTHING)
-    state, weights, gradients = tx.init(params), [], []
-    for _ in range(STEPS):
-        gradient = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
-        before = np.asarray(params["mlp"]["kernel"], np.float64)
+    state, weights, gradients = jax.jit(tx.init)(params), [], []
+
+    @jax.jit
+    def step(params, state, gradient):
         updates, state = tx.update({"mlp": {"kernel": gradient}}, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(STEPS):
+        gradient = rng.normal(size=(6, 5)).astype(np.float32)
+        before = np.asarray(params["mlp"]["kernel"], np.float64)
+        params, state = step(params, state, gradient)
         gradients.append((before, np.asarray(gradient, np.float64)))
         weights.append(np.asarray(params["mlp"]["kernel"], np.float64))
     tracked = jp.get_importance(state)

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -74,8 +75,14 @@ def test_a_play_is_rendered_without_markup():
 
 
 @pytest.fixture(scope="module")
-def plays(tmp_path_factory):
-    return load(data_dir=tmp_path_factory.mktemp("tfds"))
+def prepared(tmp_path_factory):
+    """Where `plays` were prepared."""
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="module")
+def plays(prepared):
+    return load(data_dir=prepared)
 
 
 def test_every_tenth_play_is_for_validation(plays):
@@ -117,11 +124,9 @@ def test_the_plays_use_plain_characters_only(plays):
     assert "\n\n\n" not in text
 
 
-def test_a_prepared_data_set_is_reused(plays, tmp_path, monkeypatch):
-    first = load(data_dir=tmp_path)
+def test_a_prepared_data_set_is_reused(plays, prepared, monkeypatch):
     monkeypatch.setattr(shakespeare_plays, "read_plays", None)
-    again = load(data_dir=tmp_path)
-    assert first.fingerprint == again.fingerprint == plays.fingerprint
+    assert load(data_dir=prepared).fingerprint == plays.fingerprint
 
 
 def test_other_plays_than_the_recorded_are_refused(tmp_path, monkeypatch):
@@ -149,8 +154,8 @@ def test_an_unwritable_folder_is_named(tmp_path):
         load(data_dir=tmp_path / "file")
 
 
-def test_a_damaged_data_set_is_named(tmp_path):
-    load(data_dir=tmp_path)
+def test_a_damaged_data_set_is_named(plays, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     (file,) = tmp_path.rglob("*-validation.array_record*")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(OSError, match=r"must be whole, got .*1\.0\.0.*; delete"):

@@ -11,10 +11,11 @@ import pytest
 from experiments.datasets import load
 from experiments.harness import multi_process
 from jaxprune.arrays import processes
+from tests.support import forked, launch_worker
 from tests.support.tiny_run import MODULE, metrics, write_text
 from tests.support.two_processes import JOINED, ROOT, two
+from tests.support.xla_flags import xla_flags
 
-WORKER = ROOT / "tests" / "support" / "launch_worker.py"
 FLAGS = [
     *("--seeds", "0"),
     *("--criteria", "trajectory", "random"),
@@ -119,15 +120,13 @@ def test_one_process_alone_is_the_first_and_asks_nobody():
 
 
 def test_two_processes_get_the_answer_or_the_error_of_the_first(tmp_path):
-    two(
-        [
-            WORKER,
-            "{port}",
-            "{number}",
-            tmp_path,
-        ],
-        tmp_path,
-    )
+    job, logs = (launch_worker.main, forked.free_port()), [tmp_path / n for n in "01"]
+    both = [
+        forked.start(*job, number, tmp_path, log=log, XLA_FLAGS=xla_flags(1))
+        for number, log in enumerate(logs)
+    ]
+    for process, log in zip(both, logs, strict=True):
+        assert forked.code(process, 400) == 0, log.read_text()
     first, second = (
         json.loads((tmp_path / f"said-{n}.json").read_text()) for n in (0, 1)
     )

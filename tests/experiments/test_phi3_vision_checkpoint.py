@@ -119,7 +119,9 @@ def test_a_folder_is_read_to_its_places(model, data, tmp_path):
     places = jp.tree.named_leaves(device_mesh.shardings(task.shapes, mesh))
     for name, leaf in jp.tree.named_leaves(params).items():
         assert leaf.sharding == places[name], name
-    state = training.init(params, task.optimizer(1e-3, track=EVERYTHING), mesh=mesh)
+    tx = task.optimizer(1e-3, track=EVERYTHING)
+    tx = tx._replace(init=jax.jit(tx.init))
+    state = training.init(params, tx, mesh=mesh)
     chex.assert_trees_all_equal_shapes(state.params, task.shapes)
 
 
@@ -128,7 +130,7 @@ def test_what_is_frozen_is_not_trained_and_has_no_moments(model, data, tmp_path)
     task = phi3_vision.make_task(_config(model, data, tmp_path))
     params = task.init(0)
     tx = task.optimizer(1e-2, track=EVERYTHING)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     inputs, targets = task.batches(4, 0)(0)
     gradients = jax.jit(jax.grad(task.loss))(params, inputs, targets, None)
     updates, state = jax.jit(tx.update)(gradients, state, params)

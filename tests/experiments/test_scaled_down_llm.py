@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import tyro
 
 from experiments import scaled_down_llm
+from tests.support import forked, tiny_job
 from tests.support.tiny_run import (
     BATCH,
     CELLS,
@@ -22,8 +21,6 @@ from tests.support.tiny_run import (
     metrics,
     undisturbed,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -39,56 +36,40 @@ def numbers(folder):
     return found
 
 
-@pytest.fixture(scope="module")
-def environment():
-    """What the job's processes are started with."""
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+def start(arguments, log):
+    return forked.start(tiny_job.main, *arguments, log=log)
 
 
-def start(arguments, environment, log):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.tiny_job", *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def kill_when(ready, arguments, environment, log):
+def kill_when(ready, arguments, log):
     """Starts the process and kills it as soon as `ready()`; its return code."""
-    process = start(arguments, environment, log)
+    process = start(arguments, log)
     try:
-        while process.poll() is None and not ready():
+        while process.exitcode is None and not ready():
             time.sleep(0.002)
     finally:
         process.kill()
-    return process.wait()
+    return forked.code(process)
 
 
 @pytest.mark.full
 def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
-    run, environment, tmp_path
+    run, tmp_path
 ):
     out, log = tmp_path / "killed", tmp_path / "log"
     arguments = flags(run.text, out)
-    with open(log, "w") as file:
-        for moment in (
-            "config.json",  # nothing is done yet
-            "seed-0/train/4/checkpoint.json",  # while it trains
-            "seed-0/control.json",  # while it prunes
-            "seed-1/retrain/trajectory-global-0.9/4/checkpoint.json",
-            "seed-1/weights.json",  # while the report is drawn
-        ):
-            assert not (out / moment).exists(), f"{moment} was there too early"
-            code = kill_when((out / moment).exists, arguments, environment, file)
-            assert code == -signal.SIGKILL, log.read_text()
-            assert (out / moment).exists()
-            assert not (out / "results.json").exists()
-        assert start(arguments, environment, file).wait() == 0, log.read_text()
+    for moment in (
+        "config.json",  # nothing is done yet
+        "seed-0/train/4/checkpoint.json",  # while it trains
+        "seed-0/control.json",  # while it prunes
+        "seed-1/retrain/trajectory-global-0.9/4/checkpoint.json",
+        "seed-1/weights.json",  # while the report is drawn
+    ):
+        assert not (out / moment).exists(), f"{moment} was there too early"
+        code = kill_when((out / moment).exists, arguments, log)
+        assert code == -signal.SIGKILL, log.read_text()
+        assert (out / moment).exists()
+        assert not (out / "results.json").exists()
+    assert forked.code(start(arguments, log)) == 0, log.read_text()
     assert f"report: {out / 'report.html'}" in log.read_text()
     assert numbers(out) == numbers(run.out)
     assert metrics(out) == metrics(run.out)
@@ -101,23 +82,17 @@ def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_killed_whenever_it_wrote_a_file_it_ends_with_the_same_bits(
-    run, environment, tmp_path
-):
-    out, kills = tmp_path / "killed", 0
-    with open(tmp_path / "log", "w") as file:
-        while True:
-            before = stages(out)
-            code = kill_when(
-                lambda done=before: stages(out) - done,
-                flags(run.text, out),
-                environment,
-                file,
-            )
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
-            kills += 1
+def test_killed_whenever_it_wrote_a_file_it_ends_with_the_same_bits(run, tmp_path):
+    out, log, kills = tmp_path / "killed", tmp_path / "log", 0
+    while True:
+        before = stages(out)
+        code = kill_when(
+            lambda done=before: stages(out) - done, flags(run.text, out), log
+        )
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, log.read_text()
+        kills += 1
     assert kills > 2 * (STEPS // 4 + len(CELLS))
     assert numbers(out) == numbers(run.out)
     assert metrics(out) == metrics(run.out)

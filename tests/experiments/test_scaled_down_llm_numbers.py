@@ -120,28 +120,39 @@ def test_seeds_are_runs_of_their_own(results):
     assert first["weights"]["values"] != second["weights"]["values"]
 
 
-@pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
-def trained(request, run, results):
-    """A seed's results, and what its last checkpoint holds, found by hand."""
-    folder = run.out / f"seed-{request.param}" / "train"
-    corpus = load(text=run.text)
-    shape = gpt.preset("cpu", vocab_size=len(corpus.vocabulary))
-    model = LanguageModel(shape)
-    params = model.init(request.param)
-    tx = optimizer(optax.constant_schedule(0.0), track=("square", "weight"))
-    state = training.init(params, tx)
-    state = checkpoint.restore(folder, jax.eval_shape(lambda: state)).state
-    return results["seeds"][request.param], model, corpus, state
+@pytest.fixture(scope="module")
+def corpus(run):
+    return load(text=run.text)
 
 
-def mean_loss(model, params, corpus):
-    """The mean over the first TOKENS targets, window by window, in float64."""
+@pytest.fixture(scope="module")
+def model(corpus):
+    return LanguageModel(gpt.preset("cpu", vocab_size=len(corpus.vocabulary)))
+
+
+@pytest.fixture(scope="module")
+def mean_loss(model, corpus):
+    """Parameters to the mean over the first TOKENS targets, in float64."""
     tokens = corpus.validation.astype(np.int32)[: TOKENS + 1]
     inputs, targets = tokens[:-1].reshape(-1, CONTEXT), tokens[1:].reshape(-1, CONTEXT)
-    logits = np.asarray(model.bind(params)(inputs), np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return -np.take_along_axis(normal, targets[..., None], -1).mean()
+    forward = jax.jit(lambda params: model.bind(params)(inputs))
+
+    def mean(params):
+        logits = np.asarray(forward(jax.device_get(params)), np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return -np.take_along_axis(normal, targets[..., None], -1).mean()
+
+    return mean
+
+
+@pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
+def trained(request, run, results, model):
+    """A seed's results, and what its last checkpoint holds, found by hand."""
+    folder = run.out / f"seed-{request.param}" / "train"
+    tx = optimizer(optax.constant_schedule(0.0), track=("square", "weight"))
+    state = checkpoint.restore(folder, training.abstract(model.shapes, tx)).state
+    return results["seeds"][request.param], state
 
 
 def prunable(params):
@@ -169,11 +180,9 @@ def scores_by_hand(criterion, state):
     return {n: x * np.asarray(square[n]) ** power for n, x in weights.items()}
 
 
-def test_the_dense_loss_is_that_of_the_checkpoint(trained):
-    seed, model, corpus, state = trained
-    assert seed["dense"]["loss"] == pytest.approx(
-        mean_loss(model, state.params, corpus), rel=1e-5
-    )
+def test_the_dense_loss_is_that_of_the_checkpoint(trained, mean_loss):
+    seed, state = trained
+    assert seed["dense"]["loss"] == pytest.approx(mean_loss(state.params), rel=1e-5)
     assert seed["curve"][-1]["validation_loss"] == pytest.approx(
         seed["dense"]["loss"], rel=1e-6
     )
@@ -181,9 +190,9 @@ def test_the_dense_loss_is_that_of_the_checkpoint(trained):
 
 @pytest.mark.parametrize(("criterion", "sparsity"), CELLS)
 def test_a_cell_is_the_loss_with_the_lowest_scores_at_zero(
-    trained, criterion, sparsity
+    trained, mean_loss, criterion, sparsity
 ):
-    seed, model, corpus, state = trained
+    seed, state = trained
     kept = kept_by_hand(scores_by_hand(criterion, state), sparsity)
     names, structure = jp.tree.names(state.params), jax.tree.structure(state.params)
     leaves = [
@@ -192,9 +201,7 @@ def test_a_cell_is_the_loss_with_the_lowest_scores_at_zero(
     ]
     params = jax.tree.unflatten(structure, leaves)
     cell = seed["cells"][CELLS.index((criterion, sparsity))]
-    assert cell["loss_pruned"] == pytest.approx(
-        mean_loss(model, params, corpus), rel=1e-4
-    )
+    assert cell["loss_pruned"] == pytest.approx(mean_loss(params), rel=1e-4)
     assert cell["sparsity_by_leaf"].keys() == kept.keys()
     shares = {name: 1 - mask.mean() for name, mask in kept.items()}
     assert cell["sparsity_by_leaf"] == pytest.approx(shares, abs=1e-4)
@@ -205,7 +212,7 @@ def test_a_cell_is_the_loss_with_the_lowest_scores_at_zero(
 
 
 def test_the_shown_weights_are_those_of_the_run_and_so_are_their_flags(trained):
-    seed, _, _, state = trained
+    seed, state = trained
     shown = seed["weights"]
     assert shown["steps"] == [*range(STEPS + 1)]
     places = [name.removesuffix("]").split("[") for name in shown["names"]]
@@ -230,8 +237,8 @@ def test_the_shown_weights_are_those_of_the_run_and_so_are_their_flags(trained):
         assert not all(flags_)
 
 
-def test_samples_go_on_from_the_validation_text(trained):
-    seed, model, corpus, _ = trained
+def test_samples_go_on_from_the_validation_text(trained, model, corpus):
+    seed, _ = trained
     assert [sample["label"] for sample in seed["samples"]] == [
         "dense",
         "trajectory, 90% removed",
@@ -284,7 +291,7 @@ def test_costs_are_counted(results):
 @pytest.mark.usefixtures("numbers_alone")
 def test_retraining_has_a_learning_rate_of_its_own(run, tmp_path):
     less = ["--seeds", "0", "--criteria", "trajectory", "--sparsities", "0.9"]
-    less += ["--steps", "2", "--retrain-learning-rate", "1e-12"]
+    less += ["--retrain-learning-rate", "1e-12"]
     args = flags(run.text, tmp_path / "run", *less)
     scaled_down_llm.main(tyro.cli(scaled_down_llm.Config, args=args))
     (seed,) = json.loads((tmp_path / "run" / "results.json").read_text())["seeds"]

@@ -1,11 +1,9 @@
 """A run that was killed and started again is an undisturbed run, record included."""
 
+import functools
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import chex
 import jax
@@ -23,6 +21,7 @@ from experiments.harness import (
     training,
 )
 from jaxprune.arrays import console_progress
+from tests.support import forked
 
 OPTIMIZER = optax.adamw(1e-2)
 
@@ -44,11 +43,22 @@ def mean_loss(params, inputs, targets, key):
     return token_losses(params, inputs, targets, key).mean()
 
 
-def toy_params():
-    keys = jax.random.split(jax.random.key(0), 3)
+def toy_values():
+    """Parameters in NumPy, which are placed on a mesh without a program."""
+    random = np.random.default_rng(0)
     shapes = {"embedding": (16, 24), "hidden": (24, 24), "out": (24, 16)}
-    pairs = zip(shapes.items(), keys, strict=True)
-    return {name: jax.random.normal(key, shape) / 5 for (name, shape), key in pairs}
+    return {
+        name: random.normal(0, 0.2, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def toy_params():
+    return jax.tree.map(jnp.asarray, toy_values())
+
+
+def norm(params):
+    return float(np.linalg.norm([np.linalg.norm(leaf) for leaf in params.values()]))
 
 
 STEP = training.make_step(mean_loss, OPTIMIZER)
@@ -71,7 +81,7 @@ def run(folder, batches=batches, *, steps=40, checkpoints=None, reports=None):
             reports=training.Reports(
                 lambda metrics: log.write(metrics, phase="toy"),
                 lambda step: log.resume(step, phase="toy"),
-                evaluate=lambda s: {"norm": float(optax.tree.norm(s.params))},
+                evaluate=lambda s: {"norm": norm(s.params)},
                 **(told | (reports or {})),
             ),
         )
@@ -168,8 +178,8 @@ def test_the_bar_counts_steps_that_are_done_and_waits_only_for_old_ones():
 
 
 def test_the_loop_is_the_plain_loop(undisturbed):
-    state = training.init(toy_params(), OPTIMIZER)
-    step = jax.jit(STEP)
+    state = jax.device_put(training.init(toy_params(), OPTIMIZER), jax.devices()[0])
+    step = jax.jit(STEP, donate_argnums=0)
     for n in range(40):
         state, _ = step(state, *batches(n), jax.random.key(1))
     chex.assert_trees_all_equal(state, undisturbed[0])
@@ -189,13 +199,13 @@ def test_a_donated_state_is_used_up_and_another_is_left(kept, tmp_path):
         gone, state = train(steps, donate=True)
         chex.assert_trees_all_equal(state, expected)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(gone))
-        assert np.isfinite(optax.tree.norm(old.params))
+        assert np.isfinite(norm(old.params))
 
 
 @pytest.mark.parametrize("mesh", [None, "fsdp=4,data=2"])
 def test_an_abstract_state_is_the_state_without_its_numbers(mesh):
     place = device_mesh.make_mesh(mesh, 8) if mesh else None
-    state = training.init(toy_params(), OPTIMIZER, mesh=place)
+    state = training.init(toy_values(), OPTIMIZER, mesh=place)
     shapes = jax.eval_shape(toy_params)
     target = training.abstract(shapes, OPTIMIZER, mesh=place)
     chex.assert_trees_all_equal_shapes_and_dtypes(target, state)
@@ -210,15 +220,10 @@ def test_an_abstract_state_is_the_state_without_its_numbers(mesh):
 def test_killed_in_mid_step_and_in_mid_save_it_ends_with_the_same_bits(
     undisturbed, tmp_path
 ):
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    for moment, when in [("batch", 17), ("manifest", 30), ("commit", 40)]:
-        child = subprocess.run(
-            [sys.executable, __file__, tmp_path, moment, str(when)],
-            env=environment,
-            check=False,
-        )
-        assert child.returncode == -signal.SIGKILL, moment
+    log = tmp_path / "log"
+    for death in [("batch", 17), ("manifest", 30), ("commit", 40)]:
+        child = forked.start(run_and_die, tmp_path, *death, log=log)
+        assert forked.code(child) == -signal.SIGKILL, log.read_text()
     state = run(tmp_path)
     chex.assert_trees_all_equal(state, undisturbed[0])
     assert curve(tmp_path) == curve(undisturbed[1])
@@ -296,23 +301,31 @@ MESHES = ["data=4", "fsdp=4", "fsdp=2,data=2", "data=2,fsdp=3"]
     ],
 )
 def test_the_step_is_compiled_once_and_the_caller_keeps_the_state(mesh):
+    state, result, compiled = trained_on(mesh)
+    assert compiled == 1
+    chex.assert_trees_all_equal(jax.device_get(state.params), toy_values())
+    shardings = [jax.tree.map(lambda leaf: leaf.sharding, s) for s in (state, result)]
+    assert shardings[0] == shardings[1]
+
+
+@functools.cache
+def trained_on(mesh):
+    """Trains twice from one state, which is given with the result.
+
+    The third is how often the step was compiled.
+    """
     chex.clear_trace_counter()
     optimizer = optax.adamw(1e-2)
-    step = training.make_step(mean_loss, optimizer)
-    counted = chex.assert_max_traces(step, n=1)
-    place = device_mesh.make_mesh(mesh, 12)
-    state = training.init(toy_params(), optimizer, mesh=place)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    counted = chex.assert_max_traces(training.make_step(mean_loss, optimizer), n=1)
+    place = mesh and device_mesh.make_mesh(mesh, 12)
+    params = toy_values() if place else toy_params()
+    state = training.init(params, optimizer, mesh=place)
     for _ in range(2):
         result = training.train(
-            state, counted, batches, steps=9, key=jax.random.key(1), mesh=place
+            state, counted, batches, steps=5, key=jax.random.key(1), mesh=place
         )
-    assert (
-        training._compiled(counted, place and training._shardings(state))._cache_size()
-        == 1
-    )
-    chex.assert_trees_all_equal(state.params, toy_params())
-    assert jax.tree.map(lambda leaf: leaf.sharding, result) == shardings
+    compiled = training._compiled(counted, place and training._shardings(state))
+    return state, result, compiled._cache_size()
 
 
 def test_weights_of_a_checkpoint_and_fresh_moments_compile_one_step():
@@ -328,23 +341,18 @@ def test_weights_of_a_checkpoint_and_fresh_moments_compile_one_step():
 
 @pytest.mark.full
 def test_a_mesh_computes_what_one_device_does():
-    results = []
-    for mesh in ["data=1", None, *MESHES]:
-        place = device_mesh.make_mesh(mesh, 12)
-        state = training.init(toy_params(), OPTIMIZER, mesh=place)
-        state = training.train(
-            state, STEP, batches, steps=5, key=jax.random.key(1), mesh=place
-        )
-        results.append(jax.device_get(state.params))
+    results = [
+        jax.device_get(trained_on(mesh)[1].params) for mesh in ("data=1", None, *MESHES)
+    ]
     for other in results[1:]:
         # The sums are taken in another order, and Adam divides by their root.
         chex.assert_trees_all_close(other, results[0], atol=1e-4)
 
 
 def test_a_run_resumed_on_a_mesh_is_placed_as_before(tmp_path):
-    mesh = device_mesh.make_mesh("fsdp=6", 12)
+    mesh = device_mesh.make_mesh("fsdp=2,data=2", 12)
     for steps in (4, 8):
-        state = training.init(toy_params(), OPTIMIZER, mesh=mesh)
+        state = training.init(toy_values(), OPTIMIZER, mesh=mesh)
         result = training.train(
             state,
             STEP,
@@ -364,13 +372,14 @@ def test_a_run_resumed_on_a_mesh_is_placed_as_before(tmp_path):
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_evaluation_is_the_weighted_mean_in_one_program(on_mesh):
     mesh = device_mesh.make_mesh(None, 12) if on_mesh else None
-    params = toy_params()
+    params = toy_values()
     chex.clear_trace_counter()
     counted = chex.assert_max_traces(token_losses, n=1)
     evaluate = training.make_eval(counted, mesh=mesh)
     random = np.random.default_rng(0)
     weighted = [(*batches(n), random.integers(0, 2, (12, 8))) for n in range(3)]
-    losses = [np.asarray(token_losses(params, *b[:2])) for b in weighted]
+    plain = jax.jit(token_losses)
+    losses = [np.asarray(plain(params, *b[:2])) for b in weighted]
     if mesh is not None:
         params = device_mesh.put(params, device_mesh.shardings(params, mesh))
     expected = np.average(
@@ -383,7 +392,3 @@ def test_evaluation_is_the_weighted_mean_in_one_program(on_mesh):
     nothing = [(*batch[:2], np.zeros((12, 8))) for batch in weighted]
     with pytest.raises(ValueError, match="a token of positive weight, got none"):
         evaluate(params, nothing)
-
-
-if __name__ == "__main__":
-    run_and_die(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

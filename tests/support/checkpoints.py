@@ -1,5 +1,10 @@
 """A small state and its checkpoints."""
 
+import os
+import shutil
+import signal
+import threading
+
 import jax
 import jax.numpy as jnp
 
@@ -32,3 +37,29 @@ def files(folder):
 
 def snapshot(folder):
     return {p: p.read_bytes() for p in files(folder)}
+
+
+def save_until_killed(folder, moment):
+    """Saves step after step, and kills this process in one of the saves."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    state = {str(n): jnp.full((64, 64), float(n)) for n in range(40)}
+    checkpoint.save(folder, state, step=1, configuration={})
+    if moment == "manifest":
+        checkpoint.manifest.write = die
+    elif moment == "commit":
+        os.rename = os.replace = die
+    elif moment == "removal":
+        shutil.rmtree = die
+    else:
+        save_arrays = checkpoint._save_arrays
+
+        def slowly(*arguments):
+            threading.Timer(float(moment), die).start()
+            save_arrays(*arguments)
+
+        checkpoint._save_arrays = slowly
+    for step in range(2, 100):
+        checkpoint.save(folder, state, step=step, configuration={}, keep=1)

@@ -1,18 +1,15 @@
 """One of two processes that train, prune and retrain as one run, and may be killed.
 
-    python crash_worker.py PORT NUMBER FOLDER MESH [WHO MOMENT]
-
-Process WHO kills itself with SIGKILL at the MOMENT: "step" (while it trains),
+Process `who` kills itself with SIGKILL at the `moment`: "step" (while it trains),
 "retrain" (while it retrains), "prune" (the other one is pruning), or in the second save
 of this start: "arrays:BYTES" (that much of the arrays is written), "manifest" (all of
 them are), "torn" (half of the manifest is, too), "rename" (orbax is about
-to name it). What the run ends with is in FOLDER/numbers-NUMBER.json.
+to name it). What the run ends with is in `folder`/numbers-NUMBER.json.
 """
 
 import json
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -87,16 +84,36 @@ def size(folder):
     return total
 
 
+def keep_what_each_compiles():
+    """JAX lets the first of several processes alone write what it has compiled.
+
+    The second one would compile everything again at every start.
+    """
+    from jax._src import compiler, distributed
+
+    write, state = compiler._cache_write, distributed.global_state
+
+    def written(*arguments, **named):
+        own, state.process_id = state.process_id, 0
+        try:
+            write(*arguments, **named)
+        finally:
+            state.process_id = own
+
+    compiler._cache_write = written
+
+
 def main(port, number, folder, mesh, who=None, moment=""):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.distributed.initialize(
         f"127.0.0.1:{port}",
         2,
-        int(number),
+        number,
         initialization_timeout=60,
         heartbeat_timeout_seconds=HEARTBEAT,
         shutdown_timeout_seconds=HEARTBEAT,
     )
+    keep_what_each_compiles()
     from experiments.harness import device_mesh
     from tests.support import tiny_gpt
 
@@ -110,10 +127,7 @@ def main(port, number, folder, mesh, who=None, moment=""):
         named["before_prune"] = die
     elif who == number:
         die_in_save(moment, written)
-    folder, place = (
-        Path(folder),
-        device_mesh.make_mesh(mesh, tiny_gpt.BATCHES.batch_size),
-    )
+    place = device_mesh.make_mesh(mesh, tiny_gpt.BATCHES.batch_size)
     result = tiny_gpt.run(place, folder, **named)
     numbers = {
         "loss": result.losses[-1],
@@ -123,7 +137,4 @@ def main(port, number, folder, mesh, who=None, moment=""):
         "retrained": tiny_gpt.digest(result.retrained),
     }
     (folder / f"numbers-{number}.json").write_text(json.dumps(numbers))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    jax.distributed.shutdown()

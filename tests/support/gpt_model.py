@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -23,7 +22,7 @@ def make_model(config=TINY, seed=0):
 def larger(factor):
     """The model with all weights larger: at initialisation each repeats itself."""
     graphdef, params = nnx.split(make_model(), nnx.Param)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: factor * x, params))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: factor * np.asarray(x), params))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -38,4 +37,4 @@ def run(model, tokens, **options):
 
 def make_tokens(shape=(3, 8), seed=0, config=TINY):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.integers(0, config.vocab_size, shape), jnp.int32)
+    return rng.integers(0, config.vocab_size, shape).astype(np.int32)

@@ -2,8 +2,6 @@
 
 import errno
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +40,8 @@ def only(who):
     return act
 
 
-def main(port, number, place):
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
-    folder = Path(place)
+def main(port, number, folder):
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
     said = {
         "told": processes.on_first(lambda: [jax.process_index(), "x" * 5000]),
         "raised": attempt(processes.on_first, fail),
@@ -68,7 +65,4 @@ def main(port, number, place):
         said["begun"] = [folders.begun(folder / "out", {"n": 1}) for _ in range(2)]
         said["other"] = attempt(lambda n: folders.begun(folder / "out", {"n": n}), 2)
     (folder / f"said-{number}.json").write_text(json.dumps(said))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    jax.distributed.shutdown()

@@ -15,7 +15,7 @@ import tyro
 from experiments import scaled_down_llm
 
 MODULE = "experiments.scaled_down_llm"
-STEPS, RETRAIN, BATCH, CONTEXT, TOKENS = 12, 6, 2, 64, 512
+STEPS, RETRAIN, BATCH, CONTEXT, TOKENS = 12, 10, 2, 64, 512
 SEEDS = (0, 1)
 CELLS = [(c, s) for c in ("trajectory", "magnitude") for s in (0.5, 0.9)]
 RETRAINED = ("trajectory", 0.9)
