@@ -24,7 +24,7 @@ from tests.support.small_models import (
 )
 from tests.support.small_models import quick_compilation as quick_compilation
 
-WIDTH, SAMPLES, DAMPING = 12, 40, 0.01
+WIDTH, SAMPLES, DAMPING = 16, 40, 0.01
 MORE = 10  # times the solver's damping
 SOLVERS = {"sparsegpt": sparsegpt.solve, "alps": alps.solve}
 BATCHES = [correlated(i, SAMPLES, WIDTH) for i in range(4)]

@@ -10,6 +10,7 @@ from jaxprune.formats import levels
 from jaxprune.posttraining import methods
 from jaxprune.posttraining.solvers import sparsegpt
 from tests.support import oracles_trained as slow
+from tests.support.small_models import draw
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
 
@@ -77,7 +78,7 @@ def test_making_up_for_rounding_beats_rounding_afterwards():
         weight, hessian = problem(seed)
         matrix = methods.Matrix(
             jnp.asarray(weight),
-            jnp.diagonal(hessian),
+            jnp.asarray(np.diagonal(hessian)),
             jnp.asarray(hessian),
             np.uint32(weight.size // 2),
             jp.patterns.Unstructured(),
@@ -100,12 +101,8 @@ def tiny():
     def fn(params, x):
         return jnp.tanh(x @ params["up"]) @ params["down"]
 
-    keys = jax.random.split(jax.random.key(0), 6)
-    params = {
-        "up": jax.random.normal(keys[0], (32, 48)),
-        "down": jax.random.normal(keys[1], (48, 16)),
-    }
-    return fn, params, [jax.random.normal(key, (64, 32)) for key in keys[2:]]
+    params = {"up": draw(0, 32, 32), "down": draw(1, 32, 32)}
+    return fn, params, [draw(i, 64, 32) for i in range(2, 6)]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
@@ -192,8 +189,7 @@ def test_what_cannot_be_rounded_is_refused(changes, error, told):
     fn, params, batches = tiny()
     options = {"method": "sparsegpt", "sparsity": 0.5, "rounding": "int4"}
     if changes.get("pattern") == "3:6":
-        params = {"up": params["up"][:, :42], "down": params["down"][:42]}
-        params["up"] = params["up"][:30]
+        params = {name: leaf[:30, :30] for name, leaf in params.items()}
         batches = [batch[:, :30] for batch in batches]
     with pytest.raises(error, match=told):
         jp.prune_trained(fn, params, batches, progress=False, **{**options, **changes})
