@@ -177,9 +177,7 @@ def test_nan_where_nothing_counts_does_not_matter():
     # Padding may hold anything.
     x = np.stack([draw(1, 3, 4), np.full((3, 4), np.nan, np.float32)])
     real = np.array([[True] * 3, [False] * 3])
-    found = jp.calibrate(
-        product, {"w": W}, [x], hessian=True, positions=lambda _: real
-    )
+    found = jp.calibrate(product, {"w": W}, [x], hessian=True, positions=lambda _: real)
     check(found["w"], x[:1])
 
 

@@ -47,7 +47,7 @@ def parallel(params, x):
     return x @ params["out"]
 
 
-# All matrices of one shape: one program solves for all of them.
+# Matrices of one shape: one program solves for all.
 PARAMS = {
     "up": jnp.asarray(draw(0, 2, WIDTH, WIDTH) / 4),
     "down": jnp.asarray(draw(1, 2, WIDTH, WIDTH) / 4),
@@ -72,9 +72,9 @@ def prune(how, params=PARAMS, fn=residual, batches=BATCHES, **options):
 
 
 def lost_output(run, params, dense, x):
-    """What the outputs lack of the dense model's, and those, NumPy."""
-    whole = np.asarray(run(dense, x))
-    return whole - np.asarray(run(params, x)), whole
+    """What the outputs lack of the dense model's, and those."""
+    whole, left = jax.device_get((run(dense, x), run(params, x)))
+    return whole - left, whole
 
 
 def same_bits(found, expected):
@@ -108,9 +108,8 @@ def test_a_matrix_of_several_blocks_is_solved_for_alike():
     own = np.float32(hessian(x[None])[0])
     drift = x.T @ (dense - x) / 64
     found = corrected(weight, own, drift, share=1.0, damping=0.01)
-    damped = np.asarray(own, np.float64)
-    damped += MORE * 0.01 * np.trace(damped) / inputs * np.eye(inputs)
-    expected = weight + np.linalg.solve(damped, np.asarray(drift) @ weight)
+    damped = own + MORE * 0.01 * np.float64(own).trace() / inputs * np.eye(inputs)
+    expected = weight + np.linalg.solve(damped, drift @ weight)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -229,9 +228,8 @@ def test_a_branch_makes_up_for_the_branch_beside_it():
     """`down` is the product of `up` that only the next layer needs."""
     sparsity = {"up/*": 0.5, "*": 0.0}
     how = {"params": BOTH, "fn": parallel, "sparsity": sparsity}
-    found, without, dense = jax.device_get(
-        [*(prune(method(correction=c), **how).params for c in (1.0, 0.0)), BOTH]
-    )
+    found, without = (prune(method(correction=c), **how).params for c in (1.0, 0.0))
+    found, without, dense = jax.device_get((found, without, BOTH))
     assert not np.array_equal(found["down"][0], without["down"][0])
     # What has nothing pruned before it has nothing to make up for.
     same_bits(found["wide"][0], dense["wide"][0])

@@ -188,9 +188,7 @@ def test_a_linear_block_comes_to_the_least_squares_solution_under_its_mask():
 
 
 def test_zeros_are_exactly_those_of_the_solver_and_all_else_moves(refined, solved):
-    found, before, given = jax.device_get(
-        (refined.params, solved.params, parameters())
-    )
+    found, before, given = jax.device_get((refined.params, solved.params, parameters()))
     same_zeros = jax.tree.map(
         lambda a, b: a.ndim < 2 or bool(((a == 0) == (b == 0)).all()), found, before
     )
@@ -298,9 +296,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("block", "in_training"), [(0, True), (1, False), (2, True)]
-)
+@pytest.mark.parametrize(("block", "in_training"), [(0, True), (1, False), (2, True)])
 def test_a_job_killed_in_a_block_goes_on_to_the_same_bits(
     tmp_path, monkeypatch, block, in_training, refined
 ):
