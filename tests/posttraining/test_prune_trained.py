@@ -171,7 +171,7 @@ def test_stacked_layers_are_pruned_one_by_one_for_what_they_see():
 
 
 def test_parts_of_a_fused_leaf_are_pruned_by_themselves():
-    kernel = draw(8, 6, 12)
+    kernel = draw(8, 6, 18)
 
     def fn(p, x):
         q, k, v = jnp.split(p["qkv"], 3, axis=1)
@@ -183,7 +183,7 @@ def test_parts_of_a_fused_leaf_are_pruned_by_themselves():
 
 
 def test_an_equinox_weight_is_pruned_along_its_inputs():
-    weight = draw(9, 4, 6)  # (out, in)
+    weight = draw(9, 6, 6)  # (out, in)
     pruned, _ = prune(lambda p, x: x @ p["w"].T, {"w": weight}, BATCHES, "wanda", 0.6)
     expected = by_wanda(0, weight.T.astype(np.float64), np.concatenate(BATCHES)).T
     np.testing.assert_array_equal(pruned["w"], expected.astype(np.float32))

@@ -261,19 +261,19 @@ def test_a_step_compiles_once_where_some_leaves_are_committed(monkeypatch):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("inputs", ["left", "dense"])
-def test_either_kind_of_inputs_can_be_refined(inputs):
-    method = jp.methods.Wanda(inputs=inputs)
-    result, before = prune(method=method), prune(method=method, refine=None)
-    assert output_error(result.params) < output_error(before.params)
+def test_either_kind_of_inputs_can_be_refined(refined, solved):
+    dense = jp.methods.Wanda(inputs="dense")
+    pairs = [(refined, solved), (prune(method=dense), prune(method=dense, refine=None))]
+    for result, before in pairs:
+        assert output_error(result.params) < output_error(before.params)
 
 
 @pytest.mark.full
-def test_the_parameters_that_were_given_stay_unless_they_are_donated():
-    params, expected = parameters(), prune().params
+def test_the_parameters_that_were_given_stay_unless_they_are_donated(refined):
+    params = parameters()
     prune(params=params)
     assert same_bits(params, parameters())
-    assert same_bits(prune(params=params, donate=True).params, expected)
+    assert same_bits(prune(params=params, donate=True).params, refined.params)
     assert params["inlet"].is_deleted()
     assert not params["layers"][0]["norm"].is_deleted()
 
