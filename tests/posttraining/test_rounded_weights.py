@@ -105,18 +105,18 @@ def tiny():
     return fn, params, [draw(i, 64, 32) for i in range(2, 6)]
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
-def test_a_trained_model_ends_on_its_levels(method):
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [
+        *((name, {"sparsity": 0.5}) for name in ("magnitude", "wanda", "sparsegpt")),
+        ("alps", {"pattern": "2:4"}),
+    ],
+)
+def test_a_trained_model_ends_on_its_levels(method, how):
     rounding = jp.Rounding(4, 16)
     fn, params, batches = tiny()
     result = jp.prune_trained(
-        fn,
-        params,
-        batches,
-        method=method,
-        sparsity=0.5,
-        rounding=rounding,
-        progress=False,
+        fn, params, batches, method=method, rounding=rounding, progress=False, **how
     )
     assert result.report["rounding"] == "Rounding(bits=4, group=16)"
     assert result.report["achieved"] >= 0.5
