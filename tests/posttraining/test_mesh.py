@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from jaxprune.arrays.per_device import PerDevice
+from jaxprune.posttraining import input_statistics, solve_weight
 from jaxprune.posttraining.pipeline import SequentialPipeline
 from jaxprune.posttraining.progress import ProgressLog
 from tests.across.test_sharding_hlo import ARRAY, COLLECTIVE, size
@@ -75,11 +76,9 @@ def same_bits(found, expected):
     ("mesh", "method", "allocation"),
     [
         ("8", "wanda", "layer"),
-        ("2x4", "wanda", "layer"),
         ("2x4", "ria", "layer"),
         ("8", "sparsegpt", "layer"),
         ("2x4", "sparsegpt", "owl"),
-        ("8", "alps", "layer"),
         ("2x4", "alps", "layer"),
     ],
 )
@@ -182,21 +181,24 @@ def test_a_batch_and_a_matrix_stay_where_they_are(monkeypatch):
 
         def call(*arguments):
             name = getattr(function, "__qualname__", "")
-            text = program.lower(*arguments).compile().as_text()
-            programs.setdefault(name, []).append(text)
+            kinds = id(program), str(jax.tree.map(jnp.shape, arguments))
+            texts = programs.setdefault(name, {})
+            if kinds not in texts:
+                texts[kinds] = program.lower(*arguments).compile().as_text()
             return program(*arguments)
 
         return call
 
     monkeypatch.setattr(PerDevice, "compiled", recorded)
     mesh = mesh_of("2x4")
-    # Settings of no other test: what is compiled already is not compiled again.
-    method = jp.methods.SparseGPT(damping=0.02, relative=True)
-    prune(placed(mesh), method, mesh=mesh)
+    # Or what another test has made is not made again, and not recorded.
+    input_statistics._adding.cache_clear()
+    solve_weight._solving.cache_clear()
+    prune(placed(mesh), "sparsegpt", mesh=mesh)
     sent = {
         name: [
             (operation, max(size(*array) for array in ARRAY.findall(result)))
-            for text in texts
+            for text in texts.values()
             for result, operation in COLLECTIVE.findall(text)
         ]
         for name, texts in programs.items()

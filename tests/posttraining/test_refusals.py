@@ -11,7 +11,7 @@ from tests.support.small_models import quick_compilation as quick_compilation
 
 PARAMS = chain([6, 6, 6])
 BATCHES = [correlated(i, 12, 6) for i in range(2)]
-W = draw(0, 6, 4)
+W = draw(0, 6, 6)
 
 
 def prune(fn=run_chain, params=PARAMS, batches=BATCHES, **options):
@@ -25,7 +25,8 @@ def product(p, x):
 
 def broken(value):
     params = chain([6, 6, 6])
-    params["layer_1"]["kernel"] = params["layer_1"]["kernel"].at[2, 3].set(value)
+    kernel = params["layer_1"]["kernel"] = np.array(params["layer_1"]["kernel"])
+    kernel[2, 3] = value
     return params
 
 
@@ -193,5 +194,5 @@ def test_inputs_that_are_all_zero_are_no_reason_to_fail():
         product, {"w": W}, [np.zeros((5, 6), np.float32)], method="sparsegpt"
     )
     assert np.isfinite(np.asarray(pruned["w"])).all()
-    assert (np.asarray(pruned["w"]) == 0).sum() >= 12
+    assert (np.asarray(pruned["w"]) == 0).sum() >= 18
     assert report["weights"][0]["error"] == 0  # the output is zero anyway

@@ -30,14 +30,10 @@ LEAVES = {"a": (), "b": (), "w": (), "up": (2,), "down": (2,), "out": ()}
 WEIGHTS = ["a", "b", "w", "up/0", "down/0", "up/1", "down/1", "out"]
 
 
-def parameters():
-    return {
-        name: jnp.asarray(draw(i, *stacked, *SHAPE)) / 2
-        for i, (name, stacked) in enumerate(LEAVES.items())
-    }
-
-
-PARAMETERS = jax.tree.map(np.asarray, parameters())
+PARAMETERS = {
+    name: draw(i, *stacked, *SHAPE) / 2
+    for i, (name, stacked) in enumerate(LEAVES.items())
+}
 
 
 def run(p, x):
@@ -108,7 +104,7 @@ def prune(directory=None, left=10**6, params=None, fn=run, batches=BATCHES, **op
     Stopping.met.clear()
     return jp.prune_trained(
         fn,
-        parameters() if params is None else params,
+        jax.tree.map(jnp.asarray, PARAMETERS if params is None else params),
         batches,
         **{"method": Stopping(), "sparsity": 0.5} | options,
         directory=directory,
@@ -175,7 +171,7 @@ def test_a_job_that_is_interrupted_again_and_again_gives_the_same(whole, tmp_pat
     assert Stopping.met == WEIGHTS[done:]
 
 
-@pytest.mark.parametrize("weight", ["down/0", "up/1", "down/1", "out"])
+@pytest.mark.parametrize("weight", ["down/0", "up/1", "out"])
 def test_a_layer_seen_before_it_is_pruned_is_resumed_too(
     weight, tmp_path, whole_layers
 ):
@@ -219,7 +215,7 @@ def test_damaged_segments_are_done_again(whole, directory):
 def test_half_precision_is_resumed_too(tmp_path):
     given = {
         "params": chain([7, 7, 7], dtype=jnp.bfloat16),
-        "batches": [jnp.asarray(x, jnp.bfloat16) for x in BATCHES],
+        "batches": [jnp.asarray(x.astype(jnp.bfloat16)) for x in BATCHES],
         "fn": run_chain,
     }
     with STOPPED:
@@ -235,8 +231,9 @@ def other_run(p, x):
 
 
 def changed(name):
-    params = parameters()
-    return params | {name: params[name].at[(0,) * params[name].ndim].add(1e-3)}
+    other = np.array(PARAMETERS[name])
+    other.flat[0] += 1e-3
+    return PARAMETERS | {name: other}
 
 
 OTHERS = {
@@ -247,7 +244,7 @@ OTHERS = {
     "the batches": {"batches": [BATCHES[0], BATCHES[1] + 1e-3]},
     "fewer batches": {"batches": BATCHES[:1]},
     "which weights": {"prunable": jp.tree.excluding("out")},
-    "positions": {"positions": lambda x: jnp.arange(16) > 3},
+    "positions": {"positions": lambda x: np.arange(16) > 3},
     "the function": {"fn": other_run},
 }
 
@@ -262,7 +259,7 @@ def test_the_directory_of_another_job_is_refused_and_left_alone(what, directory)
 
 def test_other_positions_are_another_job(tmp_path):
     def later(start):
-        return lambda x: jnp.arange(16) >= start
+        return lambda x: np.arange(16) >= start
 
     given = {"params": chain([7, 7, 7]), "fn": run_chain}
     prune(tmp_path, positions=later(3), **given)

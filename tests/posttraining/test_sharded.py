@@ -15,8 +15,8 @@ from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-PARAMS = {"up": draw(0, 8, 16) / 3, "bias": draw(1, 16), "down": draw(2, 16, 8) / 3}
-BATCHES = [correlated(i, 16, 8) / 3 for i in range(2)]
+PARAMS = {"up": draw(0, 16, 16) / 3, "bias": draw(1, 16), "down": draw(2, 16, 16) / 3}
+BATCHES = [correlated(i, 16, 16) / 3 for i in range(2)]
 
 # How each leaf lies on a mesh of data=2, model=4.
 LAYOUTS = {
@@ -155,7 +155,7 @@ def test_groups_that_shards_cut_are_kept_whole():
 
 @pytest.mark.full
 def test_stacked_layers_stay_sharded():
-    stack = {"up": draw(3, 2, 8, 16) / 3, "down": draw(4, 2, 16, 8) / 3}
+    stack = {"up": draw(3, 2, 16, 16) / 3, "down": draw(4, 2, 16, 16) / 3}
 
     def fn(p, x):
         def layer(x, own):
@@ -202,6 +202,16 @@ def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path):
         np.testing.assert_array_equal(pruned["up"], alone("wanda").params["up"])
 
 
+ONE_KIND = np.split(correlated(0, 64, 16) / 3, 4)
+REFINE = jp.Refine(passes=2, learning_rate=1e-2)
+
+
+@functools.cache
+def refined_alone():
+    """What one device gives."""
+    return prune(whole, PARAMS, ONE_KIND, refine=REFINE)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "layout"),
@@ -210,14 +220,12 @@ def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path):
 def test_refined_leaves_are_those_of_one_device_and_stay_sharded(kind, layout):
     mesh = mesh_of(kind)
     params = place(mesh, PARAMS, LAYOUTS[layout])
-    one_kind = np.split(correlated(0, 64, 8) / 3, 4)
-    batches = [place(mesh, x, P("data", None)) for x in one_kind]
+    batches = [place(mesh, x, P("data", None)) for x in ONE_KIND]
     fn = EXPLICIT[layout] if kind == "explicit" else whole
-    refine = jp.Refine(passes=2, learning_rate=1e-2)
-    expected = prune(whole, PARAMS, one_kind, refine=refine)
+    expected = refined_alone()
     assert any(row["after"] < row["before"] for row in expected.report["refined"])
     with in_mesh(kind, mesh):
-        pruned, report = prune(fn, params, batches, refine=refine)
+        pruned, report = prune(fn, params, batches, refine=REFINE)
     stays(params, pruned)
     for name, leaf in expected.params.items():
         np.testing.assert_allclose(pruned[name], leaf, atol=1e-4)

@@ -75,21 +75,15 @@ def test_it_is_the_papers_algorithm(case):
 def test_every_count_is_exact_and_all_share_one_program(pattern):
     weight, hessian = problem(2)
     weight = np.round(weight)  # ties and zeros everywhere
-    traces = []
-
-    @jax.jit
-    def compiled(weight, hessian, kept):
-        traces.append(kept)
-        return sparsegpt.solve(weight, hessian, kept, pattern=pattern, block=BLOCK)
-
+    before = sparsegpt._solve._cache_size()
     for removed in (0, 1, 7, 119, 201, 239, 240):
-        found = compiled(weight, hessian, IN * OUT - removed)
+        found = solve(weight, hessian, removed, pattern=pattern)
         gone = ~np.asarray(found.mask)
         assert gone.sum() == removed
         assert not np.asarray(found.weight)[gone].any()
         if isinstance(pattern, jp.patterns.PerOutput):
             assert np.ptp(gone.sum(0)) <= 1
-    assert len(traces) == 1
+    assert sparsegpt._solve._cache_size() <= before + 1
 
 
 def test_nothing_removed_changes_nothing():
@@ -113,16 +107,18 @@ def test_the_size_of_the_block_is_only_a_matter_of_speed_where_the_mask_is_given
 
 
 def test_the_first_input_alone_is_removed_as_optimal_brain_surgery_does():
-    weight, hessian = problem(5, outputs=1)
-    mask = np.ones((IN, 1), bool)
+    weight, hessian = problem(5)
+    mask = np.ones((IN, OUT), bool)
     mask[0] = False
     found = sparsegpt.update(
-        jnp.asarray(weight), jnp.asarray(hessian), jnp.asarray(mask), block=BLOCK
+        jnp.asarray(weight), jnp.asarray(hessian), jnp.asarray(mask), block=16
     )
     whole = slow.damped(hessian, 0.01)
-    expected, cost = slow.surgeon(weight[:, 0], whole, 0)
-    np.testing.assert_allclose(found.weight[:, 0], expected, atol=1e-3)
-    assert slow.loss(weight, found.weight, whole) == pytest.approx(cost, rel=1e-3)
+    for before, after in zip(weight.T, np.asarray(found.weight).T, strict=True):
+        expected, cost = slow.surgeon(before, whole, 0)
+        np.testing.assert_allclose(after, expected, atol=1e-3)
+        lost = slow.loss(before[:, None], after[:, None], whole)
+        assert lost == pytest.approx(cost, rel=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7])
@@ -166,11 +162,11 @@ def test_what_no_damping_helps_is_told_and_never_replaced():
 @pytest.mark.parametrize("over", ["vmap", "map"])
 def test_a_stack_of_experts_is_solved_like_each_of_them(over):
     pairs = [problem(seed) for seed in (12, 13)]
-    stack = [jnp.stack(x) for x in zip(*pairs, strict=True)]
-    counts = jnp.array([100, 170])
+    stack = [np.stack(x) for x in zip(*pairs, strict=True)]
+    counts = np.array([100, 170])
     one = lambda x: sparsegpt.solve(*x, block=BLOCK)  # noqa: E731
     mapped = jax.vmap(one) if over == "vmap" else lambda x: jax.lax.map(one, x)
-    found = mapped((*stack, IN * OUT - counts))
+    found = jax.device_get(mapped((*stack, IN * OUT - counts)))
     for i, (weight, hessian) in enumerate(pairs):
         alone = solve(weight, hessian, int(counts[i]))
         np.testing.assert_array_equal(found.mask[i], alone.mask)
@@ -178,7 +174,7 @@ def test_a_stack_of_experts_is_solved_like_each_of_them(over):
 
 
 def test_the_dtype_of_the_weight_is_kept():
-    weight, hessian = map(jnp.asarray, problem(14))
+    weight, hessian = problem(14)
     weight = weight.astype(jnp.bfloat16)
     assert (
         jax.eval_shape(sparsegpt.solve, weight, hessian, 9).weight.dtype == "bfloat16"
@@ -190,17 +186,28 @@ def test_an_empty_weight_stays_empty():
     assert found.weight.shape == found.mask.shape == (4, 0)
 
 
-WEIGHT, HESSIAN = jnp.ones((4, 3)), jnp.eye(4)
+WEIGHT, HESSIAN = np.ones((4, 3), np.float32), np.eye(4, dtype=np.float32)
+
+
+def with_one(matrix, value):
+    """The matrix with a value in its first place."""
+    return np.where(np.arange(matrix.size).reshape(matrix.shape), matrix, value)
 
 
 @pytest.mark.parametrize(
     ("weight", "hessian", "kept", "options", "says"),
     [
-        (WEIGHT, jnp.eye(3), 2, {}, "transposed"),
-        (jnp.ones(4), HESSIAN, 2, {}, "one matrix"),
-        (jnp.ones((2, 4, 3)), HESSIAN, 2, {}, "lax.map"),
-        (WEIGHT.at[0, 0].set(jnp.nan), HESSIAN, 2, {}, "weight must be finite"),
-        (WEIGHT, HESSIAN.at[0, 0].set(jnp.inf), 2, {}, "hessian must be finite"),
+        (WEIGHT, HESSIAN[:3, :3], 2, {}, "transposed"),
+        (WEIGHT[:, 0], HESSIAN, 2, {}, "one matrix"),
+        (np.stack([WEIGHT] * 2), HESSIAN, 2, {}, "lax.map"),
+        (with_one(WEIGHT, np.float32(np.nan)), HESSIAN, 2, {}, "weight must be finite"),
+        (
+            WEIGHT,
+            with_one(HESSIAN, np.float32(np.inf)),
+            2,
+            {},
+            "hessian must be finite",
+        ),
         (WEIGHT, HESSIAN, 13, {}, "0 to 12"),
         (WEIGHT, HESSIAN, -1, {}, "0 to 12"),
         (WEIGHT, HESSIAN, 5, {"pattern": jp.patterns.Block(3, 2)}, "0 to 4"),
@@ -224,6 +231,6 @@ def test_other_kinds_are_refused():
     with pytest.raises(TypeError, match="floating"):
         sparsegpt.solve(WEIGHT.astype(int), HESSIAN, 2)
     with pytest.raises(TypeError, match="boolean"):
-        sparsegpt.update(WEIGHT, HESSIAN, jnp.ones((4, 3)))
+        sparsegpt.update(WEIGHT, HESSIAN, WEIGHT)
     with pytest.raises(ValueError, match="shape"):
-        sparsegpt.update(WEIGHT, HESSIAN, jnp.ones((4, 2), bool))
+        sparsegpt.update(WEIGHT, HESSIAN, np.ones((4, 2), bool))

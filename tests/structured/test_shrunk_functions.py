@@ -34,13 +34,25 @@ def fn(params, x):
     return x @ params["head"]
 
 
+run = jax.jit(fn)
+
+
 def loss(f):
     return lambda params, x: jnp.mean(jnp.square(f(params, x)))
+
+
+gradient_of_fn = jax.jit(jax.grad(loss(fn)))
 
 
 @pytest.fixture(scope="module")
 def small():
     return jp.shrink(fn, PARAMS, X, jp.scores.magnitude(PARAMS), 0.5)
+
+
+@pytest.fixture(scope="module")
+def run_small(small):
+    """The small function, compiled."""
+    return jax.jit(small.fn)
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +103,8 @@ def test_the_report_counts_parameters_bytes_and_flops(small):
 
 
 def test_experts_count_for_the_rows_they_are_given_and_stay_as_fast():
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "up": jax.random.normal(keys[0], (4, 8, 6)),
-        "down": jax.random.normal(keys[1], (4, 6, 8)),
-    }
-    batch = {
-        "x": jax.random.normal(keys[2], (20, 8)),
-        "sizes": jnp.array([7, 0, 10, 3]),
-    }
+    params = {"up": draw(0, 4, 8, 6), "down": draw(1, 4, 6, 8)}
+    batch = {"x": draw(2, 20, 8), "sizes": np.array([7, 0, 10, 3], np.int32)}
 
     def experts(p, batch):
         hidden = jax.nn.relu(jax.lax.ragged_dot(batch["x"], p["up"], batch["sizes"]))
@@ -115,8 +120,8 @@ def test_experts_count_for_the_rows_they_are_given_and_stay_as_fast():
     assert small.report["after"]["flops"] == 2 * 20 * (8 * 3 + 3 * 8)
     kept = np.array(small.report["kept"]["down:1"])
     left = {"up": params["up"][:, :, kept], "down": params["down"][:, kept]}
-    found = small.fn(small.params, batch)
-    np.testing.assert_allclose(found, experts(left, batch), atol=1e-5)
+    found = jax.jit(small.fn)(small.params, batch)
+    np.testing.assert_allclose(found, jax.jit(experts)(left, batch), atol=1e-5)
     # As the model itself does: rows of each expert alone.
     assert "while" in str(jax.make_jaxpr(small.fn)(small.params, batch))
 
@@ -124,35 +129,34 @@ def test_experts_count_for_the_rows_they_are_given_and_stay_as_fast():
 # What it computes.
 
 
-def test_it_computes_what_zeros_compute(small, dense):
-    close(jax.jit(small.fn)(small.params, X), fn(dense, X))
+def test_it_computes_what_zeros_compute(small, dense, run_small):
+    close(run_small(small.params, X), run(dense, X))
 
 
-def test_it_takes_batches_of_other_shapes(small, dense):
+def test_it_takes_batches_of_other_shapes(small, dense, run_small):
     x = draw(7, 2, 8)
-    close(small.fn(small.params, x), fn(dense, x))
+    close(run_small(small.params, x), run(dense, x))
 
 
-def test_it_takes_parameters_of_another_dtype(small, dense):
-    half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), small.params)
-    zeros = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), dense)
-    x = jnp.asarray(X, jnp.bfloat16)
-    found = small.fn(half, x)
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        found.astype(np.float32), fn(zeros, x).astype(np.float32), rtol=0.1, atol=0.5
+def test_it_takes_parameters_of_another_dtype(small, dense, run_small):
+    half, zeros, x = jax.tree.map(
+        lambda a: np.asarray(a).astype(jnp.bfloat16), (small.params, dense, X)
     )
+    found = run_small(half, x)
+    assert found.dtype == jnp.bfloat16
+    found, expected = (np.asarray(y, np.float32) for y in (found, run(zeros, x)))
+    np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.5)
 
 
 def test_its_gradient_is_that_of_what_is_kept(small, dense):
     found = jax.jit(jax.grad(loss(small.fn)))(small.params, X)
-    expected = small.cut(jax.jit(jax.grad(loss(fn)))(dense, X))
+    expected = small.cut(gradient_of_fn(dense, X))
     jax.tree.map(close, found, expected)
 
 
 def test_it_can_be_exported(small, dense):
     exported = export.export(jax.jit(small.fn))(small.params, X)
-    close(exported.call(small.params, X), fn(dense, X))
+    close(exported.call(small.params, X), run(dense, X))
 
 
 def test_lazy_leaves_and_abstract_ones_become_smaller_too():
@@ -214,7 +218,8 @@ def test_numbers_and_keys_among_the_parameters_stay():
     assert small.params["rate"] == 0.5
     kept = small.report["kept"]["down:0"]
     by_hand = {"up": params["up"][:, kept], "down": params["down"][kept]}
-    close(small.fn(small.params, X), noisy({**params, **by_hand}, X))
+    found = jax.jit(small.fn)(small.params, X)
+    close(found, jax.jit(noisy)({**params, **by_hand}, X))
 
 
 # What is cut with it.
@@ -229,7 +234,7 @@ def test_training_goes_on_with_the_same_state(small, dense):
     tx = optax.chain(optax.adam(1e-2), jp.track_importance())
     update = jax.jit(tx.update)
     state = tx.init(dense)
-    gradient = jax.jit(jax.grad(loss(fn)))(dense, X)
+    gradient = gradient_of_fn(dense, X)
     held = jax.tree.map(np.multiply, gradient, masks)
     _, state = update(held, state, dense)
     little = small.cut(state)
@@ -276,7 +281,7 @@ def test_masks_of_whole_units_make_it_smaller():
     assert result.report["kept"] == {"down:0": [0, 2, 3, 5]}
     close(
         jax.jit(result.fn)(result.params, X),
-        fn(jp.masks.apply(PARAMS, whole_masks()), X),
+        run(jp.masks.apply(PARAMS, whole_masks()), X),
     )
 
 
