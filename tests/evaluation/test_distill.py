@@ -1,6 +1,5 @@
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,7 +7,8 @@ from flax import nnx
 from jaxprune.arrays import tree
 from jaxprune.evaluation import distill, retrain
 from jaxprune.models.decoder.config import DecoderConfig
-from jaxprune.models.decoder.model import Decoder, loss_per_token
+from jaxprune.models.decoder.model import loss_per_token
+from tests.support.plain_decoder import initial
 from tests.support.small_models import quick_compilation as quick_compilation
 
 CONFIG = DecoderConfig(
@@ -20,9 +20,7 @@ SEQUENCES = np.random.default_rng(0).integers(0, 17, (4, 8)).astype(np.int32)
 
 def made(seed, **changes):
     """A model whose logits differ from token to token."""
-    config = dataclasses.replace(CONFIG, **changes)
-    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: 5 * leaf, params))
+    return initial(dataclasses.replace(CONFIG, **changes), seed, scale=5)
 
 
 @pytest.fixture(scope="module")
