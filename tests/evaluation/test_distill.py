@@ -106,8 +106,8 @@ def test_states_of_another_width_are_refused(pair):
 
 
 def test_another_vocabulary_is_refused(pair):
+    other = made(0, vocab_size=18)
     with pytest.raises(ValueError, match="vocabulary of its student, got 18 and 17"):
-        other = made(0, vocab_size=18)
         jax.eval_shape(lambda: distill.divergence(other, pair[0], SEQUENCES))
 
 
