@@ -44,11 +44,15 @@ LINES = _lines()
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """What the pages name: MODEL, MIXTURE, OUT, a compact file, texts."""
+    """What the pages name: MODEL, MIXTURE, OUT, a compact file, texts.
+
+    DEEP is the MODEL where layers go.
+    """
     root = tmp_path_factory.mktemp("documented")
-    model = tiny_cli.model(root / "MODEL", layers=LAYERS)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    tiny_hf.edit(model, max_position_embeddings=512, **heads)
+    for name, layers in (("MODEL", 1), ("DEEP", LAYERS)):
+        model = tiny_cli.model(root / name, layers=layers)
+        tiny_hf.edit(model, max_position_embeddings=512, **heads)
     mixture = root / "MIXTURE"
     tiny_hf.random_folder("mixtral", mixture)
     tiny_cli.tokenizer(mixture)
@@ -79,8 +83,10 @@ def test_the_line_runs(place, monkeypatch, tmp_path, capsys, line):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = [word.replace("~", str(tmp_path)) for word in shlex.split(line)[1:]]
     made = {"prune": {"OUT"}, "shrink": {"OUT"}, "compact": {"model.jaxprune"}}
+    named = {"packed": "model.jaxprune"}
+    named |= {"MODEL": "SMALL", "DEEP": "MODEL"} if "--layers" in words else {}
     for path in place.iterdir():
-        name = "model.jaxprune" if path.name == "packed" else path.name
+        name = named.get(path.name, path.name)
         if name not in made.get(words[0], set()):
             (tmp_path / name).symlink_to(path)
     if words[0] == "--tyro-write-completion":

@@ -79,14 +79,3 @@ def test_help_does_not_wait_for_what_only_reports_need():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.endswith("set()\n")
-
-
-@pytest.mark.full
-def test_the_package_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxprune", "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("jaxprune ")

@@ -83,8 +83,8 @@ def again(words, log):
 
 @pytest.fixture(scope="module")
 def places(place, tmp_path_factory):
-    """`place`, with a model of four layers and the model packed."""
-    tiny_cli.model(place / "deep", layers=4)
+    """`place`, with a model of three layers and the model packed."""
+    tiny_cli.model(place / "deep", layers=3)
     log = tmp_path_factory.mktemp("packed") / "log"
     words = COMMANDS["compact"](place, place / "packed")
     assert finish(start(words, log)) == 0, log.read_text()

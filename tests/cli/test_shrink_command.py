@@ -22,8 +22,9 @@ from jaxprune.structured import timing
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Folders of several families, two key heads and two layers each."""
+    """Folders of several families, two layers and two key heads each; one smaller."""
     root = tmp_path_factory.mktemp("shrink")
+    tiny_cli.model(root / "knowing")
     for name in ("llama", "gpt2", "llama-3"):
         tiny_hf.random_folder(name, root / name, "float32")
     np.save(root / "rows.npy", tiny_hf.tokens(6, 16))
@@ -96,7 +97,7 @@ def test_the_layer_whose_absence_changes_least_goes(place, capsys):
     def logged(kept):
         small, own = hf.keep_layers(config, params, kept)
         model = nnx.merge(nnx.split(hf.abstract(small), nnx.Param)[0], own)
-        logits = np.asarray(model(ids[:, :-1]), np.float64)
+        logits = tiny_cli.called(model, ids[:, :-1])
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     dense = logged([0, 1])
@@ -128,7 +129,6 @@ def test_with_a_calibration_the_weights_of_those_left_make_up_for_the_others(
 
 
 def test_it_is_measured_on_the_ends_of_the_texts(place, capsys):
-    tiny_cli.model(place / "knowing")
     (place / "text.txt").write_text(tiny_cli.text(900))
     words = ("--ffn", 0.5, "--calibration", place / "text.txt", "--length", 16)
     words = (*words, "--sequences", 8)
@@ -188,42 +188,50 @@ def test_both_models_are_timed(recovered):
         assert min(timed[when]["prefill"], timed[when]["decode"]) > 0
 
 
+@pytest.fixture(scope="module")
+def undistilled(place):
+    """The weights of the model of one layer that lost half of its neurons."""
+    words = map(str, ["shrink", place / "knowing", place / "raw", "--ffn", 0.5])
+    assert cli.main([*words, "--speed-rounds", "0"]) == 0
+    return tiny_cli.weights(place / "raw")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("trained", ["norms", "matrices", "lora"])
-def test_a_part_can_be_distilled_alone(place, recovered, trained, capsys):
-    words = ("--calibration", place / "rows.npy", "--length", 16, "--ffn", 0.5)
-    words = (*words, "--sequences", 4, "--any-perplexity")
-    out = place / f"only-{trained}"
-    code, *_ = shrink(capsys, place / "deep", place / f"raw-{trained}", *words)
-    assert code == 0
+def test_a_part_can_be_distilled_alone(place, undistilled, trained, capsys):
+    words = ("--ffn", 0.5, "--distill-text", place / "rows.npy", "--length", 16)
     words = (*words, "--distill-steps", 2, "--distill-train", trained)
-    assert shrink(capsys, place / "deep", out, *words)[0] == 0
-    before = tiny_cli.weights(place / f"raw-{trained}")
+    out = place / f"only-{trained}"
+    assert shrink(capsys, place / "knowing", out, *words)[0] == 0
     for name, value in tiny_cli.weights(out).items():
         wanted = ("norm" in name) if trained == "norms" else ("_proj" in name)
-        assert (value != before[name]).any() == wanted
+        assert (value != undistilled[name]).any() == wanted
 
 
 @pytest.mark.full
 def test_a_search_of_layers_goes_on_where_it_was_killed(place, capsys, monkeypatch):
-    tiny_cli.model(place / "four", layers=4)
+    tiny_cli.model(place / "three", layers=3)
     words = ("--layers", 1, "--calibration", place / "rows.npy", "--length", 16)
     words = (*words, "--sequences", 6, "--any-perplexity")
-    code, whole, _ = shrink(capsys, place / "four", place / "one", *words)
+    code, whole, _ = shrink(capsys, place / "three", place / "one", *words)
     assert code == 0
     replace, written = atomic.replace_json, []
 
-    def dies(path, content):
+    def noted(path, content):
         replace(path, content)
         written.append(path.name)
-        if written.count("layers.json") == 2:
+
+    def dies(path, content):
+        noted(path, content)
+        if path.name == "layers.json":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(atomic, "replace_json", dies)
-    code, _, _ = shrink(capsys, place / "four", place / "again", *words)
+    code, _, _ = shrink(capsys, place / "three", place / "again", *words)
     assert code == 130
+    monkeypatch.setattr(atomic, "replace_json", noted)
     written.clear()
-    code, again, _ = shrink(capsys, place / "four", place / "again", *words)
+    code, again, _ = shrink(capsys, place / "three", place / "again", *words)
     assert code == 0
     assert written.count("layers.json") == 1
     assert again["layers"] == whole["layers"]
@@ -255,7 +263,7 @@ def test_a_budget_may_be_of_measured_time(place, capsys, monkeypatch):
 
     monkeypatch.setattr(timing.Timed, "_seconds", weights)
     words = ("--budget", 0.7, "--measure", "milliseconds")
-    code, record, _ = shrink(capsys, place / "llama", place / "timed", *words)
+    code, record, _ = shrink(capsys, place / "knowing", place / "timed", *words)
     assert code == 0
     found = record["units"]["milliseconds"]
     assert found["after"] <= 0.7 * found["before"]

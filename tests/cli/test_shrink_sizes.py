@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.support import tiny_hf
+from tests.support.plain_decoder import initial
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.tiny_cli import config_of, shrink
 
@@ -16,7 +16,6 @@ pytest.importorskip("tokenizers")
 from safetensors.numpy import save_file
 
 from jaxprune.models import hf
-from jaxprune.models.decoder.model import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +72,7 @@ def odd(place):
     config |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
     (place / "odd").mkdir()
     (place / "odd" / "config.json").write_text(json.dumps(config))
-    model = Decoder(hf.decoder_config(config), rngs=nnx.Rngs(0))
+    model = initial(hf.decoder_config(config))
     save_file(dict(hf.tensors(model, config)), place / "odd" / "model.safetensors")
     return place / "odd"
 

@@ -8,7 +8,8 @@ from flax import nnx
 from jaxprune.arrays import tree
 from jaxprune.evaluation import distill, retrain
 from jaxprune.models.decoder.config import DecoderConfig
-from jaxprune.models.decoder.model import Decoder, loss_per_token
+from jaxprune.models.decoder.model import loss_per_token
+from tests.support.plain_decoder import initial
 from tests.support.small_models import quick_compilation as quick_compilation
 
 CONFIG = DecoderConfig(
@@ -20,9 +21,7 @@ SEQUENCES = np.random.default_rng(0).integers(0, 17, (4, 8)).astype(np.int32)
 
 def made(seed, **changes):
     """A model whose logits differ from token to token."""
-    config = dataclasses.replace(CONFIG, **changes)
-    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: 5 * leaf, params))
+    return initial(dataclasses.replace(CONFIG, **changes), seed, scale=5)
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +102,13 @@ def test_the_states_have_their_weight_in_the_loss(pair):
 def test_states_of_another_width_are_refused(pair):
     loss = distill.from_teacher(made(0, width=4), hidden=1.0)
     with pytest.raises(ValueError, match="widths 4 and 8; leave hidden at 0"):
-        loss.of(pair[1], loss.arrays, SEQUENCES)
+        jax.eval_shape(lambda: loss.of(pair[1], loss.arrays, SEQUENCES))
 
 
 def test_another_vocabulary_is_refused(pair):
+    other = made(0, vocab_size=18)
     with pytest.raises(ValueError, match="vocabulary of its student, got 18 and 17"):
-        distill.divergence(made(0, vocab_size=18), pair[0], SEQUENCES)
+        jax.eval_shape(lambda: distill.divergence(other, pair[0], SEQUENCES))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,8 +10,9 @@ from flax import nnx
 from jaxprune.evaluation import layer_search
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
-from jaxprune.models.decoder.model import Decoder
+from tests.support import tiny_cli
 from tests.support.compilations import compiled
+from tests.support.plain_decoder import initial
 from tests.support.small_models import quick_compilation as quick_compilation
 
 CONFIG = DecoderConfig(
@@ -25,8 +25,7 @@ TOKENS = np.random.default_rng(0).integers(0, 19, (6, 9)).astype(np.int32)
 @pytest.fixture(scope="module")
 def split():
     """A model whose layers matter."""
-    graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(2)), nnx.Param)
-    return graphdef, jax.tree.map(lambda leaf: 3 * leaf, params)
+    return nnx.split(initial(CONFIG, seed=2, scale=3), nnx.Param)
 
 
 def logged(params, kept):
@@ -34,7 +33,7 @@ def logged(params, kept):
     config, own = hf.keep_layers(CONFIG, params, kept)
     assert config == dataclasses.replace(CONFIG, layers=len(kept))
     graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-    logits = np.asarray(nnx.merge(graphdef, own)(TOKENS[:, :-1]), np.float64)
+    logits = tiny_cli.called(nnx.merge(graphdef, own), TOKENS[:, :-1])
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -97,6 +96,6 @@ def test_an_impossible_number_of_layers_is_refused(split, layers):
 
 def test_a_model_that_predicts_nothing_is_refused(split):
     graphdef, params = split
-    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params)
     with pytest.raises(ValueError, match=r"must be finite.*look at its weights"):
         layer_search.keep(graphdef, broken, TOKENS, 3)

@@ -2,11 +2,10 @@ import itertools
 import types
 
 import pytest
-from flax import nnx
 
 from jaxprune.evaluation import speed
 from jaxprune.models.decoder.config import DecoderConfig
-from jaxprune.models.decoder.model import Decoder
+from tests.support.plain_decoder import initial
 from tests.support.small_models import quick_compilation as quick_compilation
 
 CONFIG = DecoderConfig(
@@ -21,7 +20,7 @@ def test_tokens_are_divided_by_the_median_of_the_seconds(monkeypatch):
     now = itertools.accumulate(passing)
     clock = types.SimpleNamespace(perf_counter=lambda: next(now))
     monkeypatch.setattr(speed, "time", clock)
-    model, ticks = Decoder(CONFIG, rngs=nnx.Rngs(0)), []
+    model, ticks = initial(CONFIG), []
     found = speed.measure(
         {"only": model}, prompt=6, steps=4, batch=2, rounds=3,
         tick=lambda: ticks.append(1),
@@ -40,4 +39,4 @@ def test_tokens_are_divided_by_the_median_of_the_seconds(monkeypatch):
 )
 def test_what_cannot_be_timed_is_refused(numbers, told):
     with pytest.raises(ValueError, match=told):
-        speed.measure({"only": Decoder(CONFIG, rngs=nnx.Rngs(0))}, **numbers)
+        speed.measure({"only": initial(CONFIG)}, **numbers)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jaxprune.formats import levels
 from jaxprune.formats.levels import BFLOAT16, Grid, Scales
+from tests.support.hf_directories import normal
 from tests.support.rounded import bits, rounded
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
@@ -112,19 +113,16 @@ def test_bytes_for_another_number_of_levels_are_refused():
 @pytest.mark.parametrize("width", [4, 8])
 def test_qwix_takes_them_as_they_are(width):
     qwix = pytest.importorskip("qwix")
-    import jax
     import jax.numpy as jnp
 
     grid = Grid(width, 32)
     _, kernel = rounded((64, 24), grid, -2, np.float32)
     own, scales = levels.split(kernel, grid)
     kind = jnp.int4 if width == 4 else jnp.int8
-    array = qwix.QArray(
-        jnp.asarray(own).astype(kind), jnp.asarray(scales).astype(jnp.float32)
-    )
+    array = qwix.QArray(jnp.asarray(own, kind), jnp.asarray(scales, jnp.float32))
     np.testing.assert_array_equal(qwix.dequantize(array), kernel)
-    x = jax.random.normal(jax.random.key(0), (5, 64))
+    x = jnp.asarray(normal(0, 5, 64))
     dims = (((1,), (0,)), ((), ()))
     np.testing.assert_allclose(
-        qwix.dot_general(x, array, dims), x @ kernel, rtol=1e-4, atol=1e-4
+        qwix.dot_general(x, array, dims), np.asarray(x) @ kernel, rtol=1e-4, atol=1e-4
     )

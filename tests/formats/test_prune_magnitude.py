@@ -31,7 +31,7 @@ def prune(folder, tensors, config=None, shards=1, **settings):
 def expected(weight, sparsity, pattern, axes=OUT_IN):
     """The same by `jp.prune`, an independent program."""
     params = {"w": jnp.asarray(weight)}
-    scores = {"w": jnp.abs(params["w"].astype(jnp.float32))}
+    scores = {"w": jnp.asarray(np.abs(weight.astype(np.float32)))}
     share = None if pattern.sparsity else sparsity
     return np.asarray(jp.prune(params, scores, share, pattern=pattern, axes=axes)["w"])
 

@@ -16,18 +16,23 @@ from jaxprune.models.decoder.model import Decoder, loss_per_token
 from jaxprune.models.generate import generate
 from jaxprune.models.hf import decoder_config
 from tests.support import tiny_hf
-from tests.support.plain_decoder import PLAIN, plain
+from tests.support.plain_decoder import PLAIN
 
 
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory):
-    """Random models by the name of their configuration, each made once."""
+    """Random models by their configuration and the layers kept, each made once."""
 
     @functools.cache
-    def model(name):
+    def model(name, *layers):
         folder = tmp_path_factory.mktemp(name)
         tiny_hf.random_folder(name, folder)
-        return hf.load(folder).model
+        loaded = hf.load(folder)
+        if not layers:
+            return loaded.model
+        params = nnx.state(loaded.model, nnx.Param)
+        config, few = hf.keep_layers(loaded.config, params, layers)
+        return nnx.merge(nnx.split(hf.abstract(config), nnx.Param)[0], few)
 
     return model
 
@@ -170,11 +175,10 @@ def test_each_matrix_meets_its_input_in_one_product(name):
     assert len(products) == len(met) + 2 * config.layers  # and the attention's two
 
 
-def test_the_model_is_its_parameters():
-    graphdef, params = nnx.split(plain(), nnx.Param)
-    tokens = tiny_hf.tokens(time=24)
-    again = nnx.merge(graphdef, params)
-    np.testing.assert_array_equal(_run(again, tokens), _run(plain(), tokens))
+def test_the_model_is_its_parameters(model_of):
+    model, tokens = model_of("llama"), tiny_hf.tokens(time=24)
+    again = nnx.merge(*nnx.split(model, nnx.Param))
+    np.testing.assert_array_equal(_run(again, tokens), _run(model, tokens))
 
 
 # ---- caches
@@ -182,7 +186,9 @@ def test_the_model_is_its_parameters():
 
 def _cached(model, tokens, size, steps):
     """Logits with a cache, the tokens in pieces of these lengths."""
-    cache, parts, done = model.init_cache(len(tokens), size), [], 0
+    # Where the parameters lie: else the second call is another program.
+    cache = jax.device_put(model.init_cache(len(tokens), size), jax.devices()[0])
+    parts, done = [], 0
     for count in steps:
         logits, cache = _run(model, tokens[:, done : done + count], cache=cache)
         parts.append(logits)
@@ -191,59 +197,71 @@ def _cached(model, tokens, size, steps):
     return np.concatenate(parts, axis=1)
 
 
+# Pieces longer and shorter than the window, in a cache with room to spare or without.
+PIECES = [9, 4] + [1] * 11
+# Two pieces of one length, which are one program.
+EQUAL = [8, 8] + [1] * 8
+
+
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "layers", "size", "pieces"),
     [
-        pytest.param("gpt2", 24, marks=pytest.mark.full),
-        pytest.param("llama-3", 24, marks=pytest.mark.full),
-        ("mistral", 30),
-        pytest.param("qwen2", 24, marks=pytest.mark.full),
-        pytest.param("phi3-long", 24, marks=pytest.mark.full),
-        ("gemma3", 24),
+        ("mistral", (), 30, PIECES),
+        ("gemma3", (1, 2), 24, PIECES),
+        # A layer of each kind that the family has.
         *(
-            pytest.param(name, 24, marks=pytest.mark.full)
-            for name in ("gemma2", "smollm3-sliding", "cohere2", "gpt-neox", "opt")
+            pytest.param(name, layers, 24, EQUAL, marks=pytest.mark.full)
+            for name, layers in {
+                "gpt2": (0,),
+                "llama-3": (0,),
+                "qwen2": (0, 1),
+                "phi3-long": (0,),
+                "gemma2": (0, 1),
+                "smollm3-sliding": (0, 1),
+                "cohere2": (0,),
+                "gpt-neox": (0,),
+                "opt": (0,),
+            }.items()
         ),
     ],
 )
-def test_cached_logits_are_the_full_logits(name, size, model_of):
-    model, tokens = model_of(name), tiny_hf.tokens(time=24)
-    got = _cached(model, tokens, size, [9, 4] + [1] * 11)
+def test_cached_logits_are_the_full_logits(name, layers, size, pieces, model_of):
+    model, tokens = model_of(name, *layers), tiny_hf.tokens(time=24)
+    got = _cached(model, tokens, size, pieces)
     expected = np.asarray(_run(model, tokens))
     scale = np.abs(expected).max()
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
 
 
 def test_the_size_of_a_cache_decides_between_short_and_long(model_of):
-    model, tokens = model_of("phi3-long"), tiny_hf.tokens(time=16)
-    short = np.asarray(_run(model, tokens))
-    np.testing.assert_allclose(
-        _cached(model, tokens, 16, [10] + [1] * 6), short, rtol=0, atol=1e-4
-    )
-    long = np.asarray(_run(model, tiny_hf.tokens(time=17)))
-    assert np.abs(long[:, :12] - short[:, :12]).max() > 0.1  # nobody saw token 17
+    model, tokens = model_of("phi3-long", 0), tiny_hf.tokens(time=17)
+    short = np.asarray(_run(model, tokens[:, :16]))
+    cached = _cached(model, tokens[:, :16], 16, [8] + [1] * 8)
+    np.testing.assert_allclose(cached, short, rtol=0, atol=1e-4)
+    long = np.asarray(_run(model, tokens))
+    assert np.abs(long[:, :16] - short).max() > 0.1  # nobody saw token 17
 
 
 def test_positions_turn_the_keys_and_a_common_shift_changes_nothing(model_of):
-    model, tokens = model_of("llama"), tiny_hf.tokens(time=12)
+    model, tokens = model_of("llama"), tiny_hf.tokens(time=24)
+    places = np.arange(24, dtype=np.int32)
     plain = _run(model, tokens)
-    moved = _run(model, tokens, positions=jnp.arange(12, dtype=jnp.int32) + 40)
-    apart = _run(model, tokens, positions=2 * jnp.arange(12, dtype=jnp.int32))
+    moved = _run(model, tokens, positions=places + 40)
+    apart = _run(model, tokens, positions=2 * places)
     np.testing.assert_allclose(moved, plain, rtol=0, atol=1e-4)
-    assert np.abs(apart - plain).max() > 0.1
+    assert np.abs(apart - np.asarray(plain)).max() > 0.1
 
 
 def test_positions_say_how_long_a_sequence_is(model_of):
-    model, tokens = model_of("phi3-long"), tiny_hf.tokens(time=20)
-    places = jnp.arange(10, dtype=jnp.int32)
-    short = _run(model, tokens[:, :10], positions=places)
-    np.testing.assert_allclose(_run(model, tokens[:, :10]), short, atol=1e-5)
+    model, tokens = model_of("phi3-long", 0), tiny_hf.tokens(time=16)
+    places = np.arange(16, dtype=np.int32)
+    short = np.asarray(_run(model, tokens, positions=places))
+    np.testing.assert_allclose(_run(model, tokens), short, atol=1e-5)
     # The same tokens at the same distances, but past the switch at 16.
-    long = _run(model, tokens[:, :10], positions=places + 10)
-    whole = _run(model, tokens)
+    long = np.asarray(_run(model, tokens, positions=places + 10))
     assert np.abs(long - short).max() > 0.1
-    np.testing.assert_allclose(long[:, 0], _run(model, tokens[:, :1])[:, 0], atol=1e-4)
-    assert whole.shape == (2, 20, 97)
+    # The first token sees itself alone, at any place.
+    np.testing.assert_allclose(long[:, 0], short[:, 0], atol=1e-4)
 
 
 # ---- sampling
@@ -254,26 +272,27 @@ def _greedy(model, tokens, steps):
     for _ in range(steps):
         window = tokens[:, -64:]
         last = window.shape[1] - 1
-        padding = (16 if last < 16 else 64) - last - 1  # not seen: causal
+        whole = next(time for time in (16, 24, 64) if last < time)
+        padding = whole - last - 1  # not seen: causal
         logits = _run(model, np.pad(window, ((0, 0), (0, padding))))[:, last]
         tokens = np.concatenate([tokens, np.argmax(logits, -1)[:, None]], axis=1)
     return tokens
 
 
 @pytest.mark.parametrize(
-    ("name", "time", "steps", "sliding"),
+    ("name", "layers", "time", "steps", "sliding"),
     [
-        ("phi3-long", 10, 12, False),  # 16 is the switch
-        ("phi3-long", 16, 2, False),
-        ("phi3-long", 17, 3, False),
+        ("phi3-long", (0,), 10, 12, False),  # 16 is the switch
+        ("phi3-long", (0,), 16, 2, False),
+        ("phi3-long", (0,), 17, 3, False),
         # 64 is the context
-        pytest.param("gemma3", 60, 7, True, marks=pytest.mark.full),
+        pytest.param("gemma3", (1, 2), 60, 7, True, marks=pytest.mark.full),
     ],
 )
 def test_sampling_takes_the_likeliest_token_of_full_passes(
-    name, time, steps, sliding, model_of
+    name, layers, time, steps, sliding, model_of
 ):
-    model, prompt = model_of(name), tiny_hf.tokens(time=time)
+    model, prompt = model_of(name, *layers), tiny_hf.tokens(time=time)
     got = generate(
         model,
         prompt,
@@ -293,7 +312,7 @@ def test_sampling_takes_the_likeliest_token_of_full_passes(
     [("gemma3-linear", 7), ("llama-3", None), ("llama-3", 1), ("llama-3", 1000)],
 )
 def test_the_loss_is_the_cross_entropy_of_the_logits(name, rows, model_of):
-    model = model_of(name)
+    model = model_of(name, 0)
     tokens, targets = tiny_hf.tokens(time=13), tiny_hf.tokens(time=13, seed=1)
     graphdef, params = nnx.split(model, nnx.Param)
     got = jax.jit(
@@ -308,7 +327,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(name, rows, model_of):
 
 @pytest.mark.full
 def test_the_loss_in_pieces_has_the_same_gradient_and_small_logits(model_of):
-    model = model_of("llama-3")
+    model = model_of("llama-3", 0)
     tokens, targets = tiny_hf.tokens(time=13), tiny_hf.tokens(time=13, seed=1)
     graphdef, params = nnx.split(model, nnx.Param)
 

@@ -61,11 +61,7 @@ def _encode(text):
 
 
 def _arguments(prompt):
-    return (
-        jnp.asarray(prompt.tokens[None]),
-        jnp.asarray(prompt.pixels),
-        jnp.asarray(prompt.sources[None]),
-    )
+    return prompt.tokens[None], prompt.pixels, prompt.sources[None]
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -136,7 +132,8 @@ def test_cached_decoding_is_full_decoding(shape, loaded):
     tokens, pixels, sources = _arguments(prompt)
     time = tokens.shape[1]
     expected = _run(loaded.model, tokens, pixels, sources)
-    cache = loaded.model.decoder.init_cache(1, time)
+    # Where the parameters lie: else the second call is another program.
+    cache = jax.device_put(loaded.model.decoder.init_cache(1, time), jax.devices()[0])
     cut = time - 5
     first = (tokens[:, :cut], pixels, sources[:, :cut])
     logits, cache = _run(loaded.model, *first, cache=cache)
@@ -144,7 +141,7 @@ def test_cached_decoding_is_full_decoding(shape, loaded):
     for i in range(cut, time):
         logits, cache = _run(loaded.model, tokens[:, i : i + 1], cache=cache)
         parts.append(logits)
-    got = jnp.concatenate(parts, axis=1)
+    got = np.concatenate(parts, axis=1)
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
 
 
@@ -167,10 +164,11 @@ def test_greedy_words_are_those_of_passes_over_everything(shape, loaded):
         time = tokens.shape[1]
         # Words after the last are not seen; up to 64 of them the rope is the same.
         rest = ((0, 0), (0, (64 if time <= 64 else most) - time))
-        padded = (jnp.pad(tokens, rest), pixels, jnp.pad(sources, rest))
-        word = _run(loaded.model, *padded)[:, time - 1].argmax(-1)[:, None]
-        tokens = jnp.concatenate([tokens, word], axis=1)
-        sources = jnp.concatenate([sources, jnp.full((1, 1), -1)], axis=1)
+        padded = (np.pad(tokens, rest), pixels, np.pad(sources, rest))
+        logits = np.asarray(_run(loaded.model, *padded))
+        word = logits[:, time - 1].argmax(-1)[:, None].astype(tokens.dtype)
+        tokens = np.concatenate([tokens, word], axis=1)
+        sources = np.concatenate([sources, np.full_like(word, -1)], axis=1)
     np.testing.assert_array_equal(got, tokens)
 
 
@@ -186,16 +184,16 @@ def test_a_batch_of_pictures_is_answered_as_each_alone(loaded):
     got = generate.generate(
         loaded.model, both.tokens, pictures=(both.pixels, both.sources), **options
     )
-    logits = _run(loaded.model, both.tokens, both.pixels, both.sources)
+    logits = np.asarray(_run(loaded.model, both.tokens, both.pixels, both.sources))
     for i, each in enumerate(prompts):
         tokens, pixels, sources = _arguments(each)
-        alone = _run(loaded.model, tokens, pixels, sources)
+        alone = np.asarray(_run(loaded.model, tokens, pixels, sources))
         np.testing.assert_allclose(logits[i], alone[0], rtol=0, atol=2e-5)
         written = generate.generate(
             loaded.model, tokens, pictures=(pixels, sources), **options
         )
-        np.testing.assert_array_equal(got[i], written[0])
-    stacked = jnp.stack([each.sources for each in prompts])
+        np.testing.assert_array_equal(np.asarray(got)[i], np.asarray(written)[0])
+    stacked = np.stack([each.sources for each in prompts])
     assert (stacked != both.sources).any()
     too_few = (prompts[0].pixels, both.sources)
     with pytest.raises(ValueError, match="the pixels of every prompt"):
@@ -206,7 +204,7 @@ def test_a_batch_of_pictures_is_answered_as_each_alone(loaded):
 
 
 def test_a_text_without_pictures_is_the_decoder_s(loaded):
-    tokens = jnp.arange(5)[None]
+    tokens = np.arange(5)[None]
     options = {"steps": 4, "key": jax.random.key(1), "temperature": 1.0}
     got = generate.generate(loaded.model, tokens, **options)
     same = generate.generate(loaded.model.decoder, tokens, **options)
@@ -227,7 +225,7 @@ def test_pictures_that_do_not_fit_are_refused(changes, told, loaded):
     tokens, pixels, sources = _arguments(prompt)
     model = loaded.model.decoder if "model" in changes else loaded.model
     if "shape" in changes:
-        sources = jnp.zeros(changes["shape"], jnp.int32)
+        sources = np.zeros(changes["shape"], np.int32)
     given = {"pictures": (pixels, sources)}
     given |= {k: v for k, v in changes.items() if k in ("sliding", "pictures")}
     with pytest.raises(ValueError, match=told):
@@ -238,12 +236,12 @@ def test_the_picture_matters(loaded):
     prompt, _ = _prompt(loaded.config, SHORT)
     tokens, pixels, sources = _arguments(prompt)
     one, other = (_run(loaded.model, tokens, x, sources) for x in (pixels, -pixels))
-    assert np.abs(np.asarray(one - other)).max() > 0.1
+    assert np.abs(np.asarray(one) - np.asarray(other)).max() > 0.1
 
 
 def test_pixels_without_sources_are_refused(loaded):
     with pytest.raises(ValueError, match="together"):
-        loaded.model(jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 56, 56, 3)))
+        loaded.model(np.zeros((1, 3), np.int32), np.zeros((1, 56, 56, 3), np.float32))
 
 
 # ---- folders
@@ -332,9 +330,9 @@ def test_attributes_of_pictures_are_unknown_to_a_language_model(reference, tmp_p
 
 def test_tensors_of_another_shape_are_refused(reference, tmp_path):
     processor = dict(torch_phi3_vision.CONFIG["img_processor"])
-    processor["vision_config"] = {**processor["vision_config"], "num_hidden_layers": 4}
+    processor["vision_config"] = {**processor["vision_config"], "num_hidden_layers": 3}
     _save(tmp_path, reference, img_processor=processor)
-    with pytest.raises(Damaged, match=r"missing: .*encoder\.layers\.3"):
+    with pytest.raises(Damaged, match=r"missing: .*encoder\.layers\.2"):
         hf.load(tmp_path)
 
 

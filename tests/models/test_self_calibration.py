@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxprune.models import self_calibration as written
-from jaxprune.models.decoder.model import Decoder, DecoderConfig
+from jaxprune.models.decoder.model import DecoderConfig
 from jaxprune.models.self_calibration import first_tokens, self_calibration
+from tests.support.plain_decoder import initial
 
 VOCABULARY, SPECIAL = 23, {0, 1, 22}
 CONFIG = DecoderConfig(
@@ -24,7 +24,7 @@ CONFIG = DecoderConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+    return initial(CONFIG)
 
 
 def write(model, **options):

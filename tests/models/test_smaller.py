@@ -21,6 +21,8 @@ FAMILIES += ["gemma2", "smollm3", "granite", "cohere", "starcoder2", "phi"]
 # Their directories cannot have fewer heads.
 WHOLE_HEADS = ["gpt2", "olmo2", "cohere2", "gpt-neox", "opt", "falcon-40b"]
 IDS = tiny_hf.tokens(1, 8)
+# Layers that have each kind of layer of a family; one for the others.
+KINDS = {"gemma3": 3, "gemma2": 2, "smollm3": 2, "qwen2": 2}
 
 
 def loaded(folder):
@@ -69,7 +71,8 @@ def theirs(folder, ids):
     ],
 )
 def test_a_smaller_directory_has_the_logits_of_the_shrunk_function(name, tmp_path):
-    tiny_hf.random_folder(name, tmp_path / "whole", "float32")
+    layers = KINDS.get(name, 1)
+    tiny_hf.random_folder(name, tmp_path / "whole", "float32", layers)
     result, whole = shrunk(tmp_path / "whole", 0.5)
     hf.write_smaller(tmp_path / "whole", tmp_path / "small", result.params, whole.names)
     config = json.loads((tmp_path / "small" / "config.json").read_text())
@@ -114,7 +117,7 @@ def test_transformers_loads_it_with_equal_logits(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_it_costs_what_a_model_built_at_its_shape_costs(name, tmp_path):
-    tiny_hf.random_folder(name, tmp_path / "whole", "float32")
+    tiny_hf.random_folder(name, tmp_path / "whole", "float32", layers=1)
     result, whole = shrunk(tmp_path / "whole", 0.5)
     shape = hf.resized(whole.config, result.params)
     graphdef, params = nnx.split(hf.abstract(shape), nnx.Param)
@@ -128,7 +131,7 @@ def test_it_costs_what_a_model_built_at_its_shape_costs(name, tmp_path):
 
 
 def test_query_heads_of_each_key_head_become_fewer(tmp_path):
-    tiny_hf.random_folder("llama", tmp_path / "whole", "float32")
+    tiny_hf.random_folder("llama", tmp_path / "whole", "float32", layers=1)
     name = "layers/*/attention/out/kernel:0.1"
     result, whole = shrunk(tmp_path / "whole", {name: 0.5})
     hf.write_smaller(tmp_path / "whole", tmp_path / "small", result.params, whole.names)
@@ -182,8 +185,8 @@ def test_everything_else_of_a_directory_comes_along(tmp_path):
 
 
 def test_a_sharded_directory_stays_sharded(tmp_path):
-    config = tiny_hf.config_json("llama")
-    tensors = tiny_hf.random_tensors("llama")
+    config = tiny_hf.config_json("llama", layers=1)
+    tensors = tiny_hf.random_tensors("llama", layers=1)
     hf_directories.build(tmp_path / "whole", tensors, 3, config)
     (tmp_path / "whole" / "tokenizer.json").unlink()
     result, whole = shrunk(tmp_path / "whole", 0.5)

@@ -145,7 +145,11 @@ def logits(folder, tokens, **options):
     """Of a folder's model, in float64."""
     from jaxprune.models import hf
 
-    model = hf.load(folder, **options).model
+    return called(hf.load(folder, **options).model, tokens)
+
+
+def called(model, tokens):
+    """What a decoder gives in one program, in float64."""
     found = _logits(*nnx.split(model), np.asarray(tokens, np.int32))
     return np.asarray(found, np.float64)
 

@@ -208,13 +208,15 @@ CONFIGS = {
 CONFIGS |= tiny_families.CONFIGS
 
 
-def torch_model(name, folder, dtype="float32"):
+def torch_model(name, folder, dtype="float32", layers=None):
     """A random torch model of a configuration, saved to the folder too."""
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
-    family, arguments = {**CONFIGS, **tiny_families.MIXTURES}[name]
+    family, _ = {**CONFIGS, **tiny_families.MIXTURES}[name]
+    arguments = config_json(name, layers)
+    del arguments["model_type"]
     config = getattr(transformers, f"{family}Config")(**arguments)
     config._attn_implementation = "eager"
     base = family.removesuffix("Text")
@@ -256,13 +258,21 @@ TYPES = {"GPT2": "gpt2", "Gemma3Text": "gemma3_text", "GPTNeoX": "gpt_neox"}
 TYPES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "GptOss": "gpt_oss"}
 
 
-def config_json(name):
-    """What config.json says of a configuration, without transformers."""
+def config_json(name, layers=None, **changes):
+    """What config.json says of a configuration, without transformers.
+
+    Given `layers`, of its first ones alone; `changes` are other attributes.
+    """
     family, arguments = {**CONFIGS, **tiny_families.MIXTURES}[name]
-    return {"model_type": TYPES.get(family, family.lower()), **arguments}
+    config = {"model_type": TYPES.get(family, family.lower()), **arguments}
+    if layers is not None:
+        config["n_layer" if family == "GPT2" else "num_hidden_layers"] = layers
+        for each in {"layer_types", "no_rope_layers"} & config.keys():
+            config[each] = config[each][:layers]
+    return config | changes
 
 
-def random_tensors(name, seed=0):
+def random_tensors(name, seed=0, layers=None, **changes):
     """Random float32 tensors of a configuration, by their Hugging Face names."""
     from flax import nnx
 
@@ -270,7 +280,7 @@ def random_tensors(name, seed=0):
     from jaxprune.models.decoder.model import Decoder
     from jaxprune.models.hf import decoder_config
 
-    config = config_json(name)
+    config = config_json(name, layers, **changes)
     model = nnx.eval_shape(lambda: Decoder(decoder_config(config), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
     graphdef, state = nnx.split(model, nnx.Param)
@@ -290,9 +300,9 @@ def save(folder, config, tensors, file="model.safetensors"):
     return folder
 
 
-def random_folder(name, folder, dtype="float32"):
+def random_folder(name, folder, dtype="float32", layers=None, **changes):
     """Writes a folder of random weights, and returns its tensors."""
-    tensors = random_tensors(name)
+    tensors = random_tensors(name, layers=layers, **changes)
     tensors = {key: value.astype(jnp.dtype(dtype)) for key, value in tensors.items()}
-    save(folder, config_json(name), tensors)
+    save(folder, config_json(name, layers, **changes), tensors)
     return tensors

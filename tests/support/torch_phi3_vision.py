@@ -23,7 +23,7 @@ CONFIG = {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "hidden_act": "silu",
@@ -58,7 +58,7 @@ CONFIG = {
         "vision_config": {
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,  # the last one is not used
             "num_attention_heads": 4,
             "image_size": 56,
             "patch_size": 14,
