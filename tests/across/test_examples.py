@@ -16,16 +16,33 @@ def name(path):
     return path.stem
 
 
+ALONE = [path for path in EXAMPLES if "XLA_FLAGS" in path.read_text()]
+RUN = """
+import contextlib, io, runpy, sys
+for path in sys.argv[1:]:
+    sys.argv = [path]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(path, run_name="__main__")
+    assert said.getvalue().strip(), path
+"""
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("path", EXAMPLES, ids=name)
-def test_an_example_runs_as_it_stands(path, tmp_path):
+@pytest.mark.parametrize(
+    "paths",
+    [[path for path in EXAMPLES if path not in ALONE], *([path] for path in ALONE)],
+    ids=lambda paths: " ".join(map(name, paths)),
+)
+def test_examples_run_as_they_stand(paths, tmp_path):
+    """One after the other in a process; what sets flags of XLA has one to itself."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    # The tests' flags compile in less time; what an example sets itself is left to it.
+    # Settings that compile in less time; the flags an example sets are left to it.
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
-    if "XLA_FLAGS" in path.read_text():
+    if paths[0] in ALONE:
         del environment["XLA_FLAGS"]
     done = subprocess.run(
-        [sys.executable, "-W", "error", path],
+        [sys.executable, "-W", "error", "-c", RUN, *paths],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
@@ -33,7 +50,6 @@ def test_an_example_runs_as_it_stands(path, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=name)

@@ -58,21 +58,28 @@ def masks():
 
 
 @pytest.fixture(
+    scope="module",
     params=[
         pytest.param(name, marks=pytest.mark.full if name in SLOW else ())
         for name in TABLE
-    ]
+    ],
 )
 def tx(request):
     return TABLE[request.param](masks())
 
 
-def test_is_a_transformation_with_extra_arguments(tx):
-    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+@pytest.fixture(scope="module")
+def step(tx):
+    """A state outside of jit, and what an update makes of it."""
     params = weights()
     state = tx.init(params)
-    plain, _ = tx.update(params, state, params)
-    extra, _ = tx.update(params, state, params, value=1.0, nothing_known=object())
+    return state, tx.update(params, state, params)
+
+
+def test_is_pure_and_a_transformation_with_extra_arguments(tx, step):
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    params, (state, plain) = weights(), step
+    extra = tx.update(params, state, params, value=1.0, nothing_known=object())
     assert same_bits(plain, extra)
 
 
@@ -91,21 +98,14 @@ def test_init_takes_abstract_parameters_as_they_are(tx):
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
 
 
-def test_structure_and_types_are_those_of_the_gradients(tx):
-    for dtype in (jnp.float32, jnp.bfloat16):
-        params = weights(dtype)
-        state = tx.init(params)
-        updates, new = tx.update(params, state, params)
+def test_structure_and_types_are_those_of_the_gradients(tx, step):
+    wide, lean = weights(), weights(jnp.bfloat16)
+    begun = jax.eval_shape(tx.init, lean)
+    traced = begun, jax.eval_shape(tx.update, lean, begun, lean)
+    for params, state, (updates, new) in ((wide, *step), (lean, *traced)):
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
         assert jax.tree.structure(state) == jax.tree.structure(new)
-
-
-def test_update_is_pure(tx):
-    params = weights()
-    state = tx.init(params)
-    first, second = tx.update(params, state, params), tx.update(params, state, params)
-    assert same_bits(first, second)
 
 
 def test_second_step_does_not_compile_again(tx):
@@ -124,9 +124,8 @@ def test_second_step_does_not_compile_again(tx):
     assert all(np.isfinite(x).all() for x in leaves(params))
 
 
-def test_every_leaf_of_the_state_is_an_array(tx):
-    params = weights()
-    for state in (tx.init(params), tx.update(params, tx.init(params), params)[1]):
+def test_every_leaf_of_the_state_is_an_array(step):
+    for state in (step[0], step[1][1]):
         assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
 
 
@@ -149,11 +148,19 @@ def test_sharding_of_the_state_is_that_of_the_parameters(tx, kind):
     place = lambda p: jax.device_put(p, row if p.shape[0] == 4 else everywhere)  # noqa: E731
     params = jax.tree.map(place, weights())
     state = tx.init(params)
-    _, new = jax.jit(tx.update)(params, state, params)
-    for held in (state, new):
-        for x in jax.tree.leaves(held):
-            if x.shape == (4, 3) and x.dtype != bool:
-                assert x.sharding.is_equivalent_to(row, 2)
+    for x in like_the_kernel(state):
+        assert x.sharding.is_equivalent_to(row, 2)
+    if kind == AxisType.Explicit:  # there it is part of the type
+        _, new = jax.eval_shape(tx.update, params, state, params)
+        assert all(x.sharding.spec[0] == "x" for x in like_the_kernel(new))
+    else:
+        _, new = jax.jit(tx.update)(params, state, params)
+        assert all(x.sharding.is_equivalent_to(row, 2) for x in like_the_kernel(new))
+
+
+def like_the_kernel(state):
+    leaves = jax.tree.leaves(state)
+    return [x for x in leaves if x.shape == (4, 3) and x.dtype != bool]
 
 
 CHOOSERS = {"gradual", *SLOW}
@@ -170,20 +177,23 @@ CHOOSERS = {"gradual", *SLOW}
 def test_every_transformation_takes_every_kind_of_tree(name, rows):
     params = containers()[name]
     scores = jp.scores.magnitude(params, prunable=lambda name, leaf: True)
-    grads = jax.tree.map(lambda g: g[0], gradients(params, 1))
+    grads = jax.tree.map(lambda g: np.asarray(g)[0], gradients(params, 1))
     for row in sorted(rows):
         tx = TABLE[row](jp.masks.make(scores, 0.5))
-        updates, _ = tx.update(grads, tx.init(params), params)
+        state = jax.eval_shape(tx.init, params)
+        updates, _ = jax.eval_shape(tx.update, grads, state, params)
         assert jax.tree.structure(updates) == jax.tree.structure(params)
-        optax.apply_updates(params, updates)
+        jax.eval_shape(optax.apply_updates, params, updates)
 
 
 def test_works_under_vmap_as_one_by_one(tx):
-    models = [weights(seed=s) for s in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
-    states = jax.vmap(tx.init)(stacked)
-    updates, _ = jax.vmap(tx.update)(stacked, states, stacked)
+    def update(params):
+        return tx.update(params, tx.init(params), params)[0]
+
+    models = [weights(seed=s) for s in range(2)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *models)
+    updates = jax.jit(jax.vmap(update))(stacked)
+    alone = jax.jit(update)
     for i, params in enumerate(models):
-        alone, _ = tx.update(params, tx.init(params), params)
-        for a, b in zip(leaves(alone), leaves(updates), strict=True):
+        for a, b in zip(leaves(alone(params)), leaves(updates), strict=True):
             np.testing.assert_allclose(a, b[i], rtol=1e-6, atol=1e-7)

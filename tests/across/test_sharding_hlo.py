@@ -1,5 +1,6 @@
 """The compiled programs send no parameter between devices, however it is laid out."""
 
+import functools
 import re
 
 import jax
@@ -43,9 +44,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def sent(function, *arguments):
+def compiled(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def sent(program):
     """(operation, bytes on a device) of whatever the compiled program sends about."""
-    text = jax.jit(function).lower(*arguments).compile().as_text()
+    text = program.as_text()
     # No leaf is sorted: all that ever is are the candidates of a pass, a row a leaf.
     sorts = SORT.findall(text)
     assert len(sorts) == len(ANY_SORT.findall(text))
@@ -65,8 +70,19 @@ def size(_, bits, shape):
     return -(-int(bits or 8) // 8) * int(elements)
 
 
-def large(function, *arguments, bound=BOUND):
-    return [item for item in sent(function, *arguments) if item[1] >= bound]
+def large(function, *arguments):
+    return large_of(compiled(function, *arguments))
+
+
+def large_of(program):
+    return [item for item in sent(program) if item[1] >= BOUND]
+
+
+def unsent(function, *arguments):
+    """What the function returns, once its program is seen to send nothing large."""
+    program = compiled(function, *arguments)
+    assert large_of(program) == []
+    return program(*arguments)
 
 
 def make_mesh(kind):
@@ -95,14 +111,20 @@ def params(mesh):
     }
 
 
+def like(params, function):
+    """What NumPy makes of the leaves, laid out as they are."""
+    made = {name: function(np.asarray(leaf)) for name, leaf in params.items()}
+    return jax.device_put(made, jax.tree.map(lambda leaf: leaf.sharding, params))
+
+
 @pytest.fixture
 def scores(params):
-    return jax.tree.map(jnp.abs, params)
+    return like(params, np.abs)
 
 
 @pytest.fixture
-def masks(scores):
-    return jax.tree.map(lambda s: s > 0.5, scores)
+def masks(params):
+    return like(params, lambda leaf: np.abs(leaf) > 0.5)
 
 
 def trackers(**options):
@@ -119,9 +141,10 @@ def test_the_probe_sees_what_is_gathered():
     everywhere = NamedSharding(mesh, P())
     gathered = lambda x: jax.lax.with_sharding_constraint(x * 2, everywhere)  # noqa: E731
     assert large(gathered, x) == [("all-gather", 4 * SIZE)]
-    mask = jax.device_put(x > 0, NamedSharding(mesh, P(("data", "model"))))
+    mask = np.asarray(x) > 0
+    mask = jax.device_put(mask, NamedSharding(mesh, P(("data", "model"))))
     with pytest.raises(AssertionError):
-        sent(lambda x: jnp.sort(x, axis=0), x)
+        sent(compiled(lambda x: jnp.sort(x, axis=0), x))
     packed = lambda m: jnp.packbits(  # noqa: E731
         jax.lax.with_sharding_constraint(m, everywhere), axis=-1
     )
@@ -144,35 +167,41 @@ def test_scores(params):
     assert large(for_all, params, importance) == []
 
 
+def make(params, scores, **how):
+    return jp.masks.make(scores, 0.5, **how)
+
+
+def prune(params, scores, **how):
+    return jp.prune(params, scores, 0.5, **how)
+
+
+# Masks of every pattern on Auto meshes, where the compiler places what nothing ties
+# down; what is pruned by them on Explicit ones.
 @pytest.mark.parametrize(
-    ("mesh", "allocation", "pattern"),
+    ("mesh", "call", "allocation", "pattern"),
     [
-        (AUTO, "global", jp.patterns.Unstructured()),
+        (AUTO, make, "global", jp.patterns.Unstructured()),
+        (AUTO, prune, "global", jp.patterns.Unstructured()),
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
-                (AUTO, "layer", jp.patterns.Unstructured()),
-                (EXPLICIT, "global", jp.patterns.Unstructured()),
-                (EXPLICIT, "layer", jp.patterns.Unstructured()),
-                (AUTO, "layer", jp.patterns.NM(2, 4)),
-                (EXPLICIT, "global", jp.patterns.NM(2, 4)),
-                (AUTO, "global", jp.patterns.Block(4, 8)),
-                (EXPLICIT, "layer", jp.patterns.Block(4, 8)),
-                (AUTO, "layer", jp.patterns.Channel()),
-                (EXPLICIT, "global", jp.patterns.Channel()),
+                (AUTO, make, "layer", jp.patterns.Unstructured()),
+                (EXPLICIT, make, "global", jp.patterns.Unstructured()),
+                (EXPLICIT, prune, "layer", jp.patterns.Unstructured()),
+                (AUTO, make, "layer", jp.patterns.NM(2, 4)),
+                (EXPLICIT, prune, "global", jp.patterns.NM(2, 4)),
+                (AUTO, make, "global", jp.patterns.Block(4, 8)),
+                (EXPLICIT, prune, "layer", jp.patterns.Block(4, 8)),
+                (AUTO, make, "layer", jp.patterns.Channel()),
+                (EXPLICIT, prune, "global", jp.patterns.Channel()),
             )
         ),
     ],
     indirect=["mesh"],
-    ids=str,
 )
-def test_masks_and_pruning(params, scores, pattern, allocation):
-    def both(params, scores):
-        arguments = {"allocation": allocation, "pattern": pattern}
-        made = jp.masks.make(scores, 0.5, **arguments)
-        return made, jp.prune(params, scores, 0.5, **arguments)
-
-    assert large(both, params, scores) == []
+def test_masks_and_pruning(params, scores, call, allocation, pattern):
+    call = functools.partial(call, allocation=allocation, pattern=pattern)
+    assert large(call, params, scores) == []
 
 
 def test_what_is_done_with_masks(params, scores, masks):
@@ -186,8 +215,8 @@ def test_what_is_done_with_masks(params, scores, masks):
             jp.masks.unpack(packed),
         )
 
-    assert large(everything, params, scores, masks) == []
-    assert large(jp.masks.unpack, jp.masks.pack(masks)) == []
+    packed = unsent(everything, params, scores, masks)[3]
+    assert large(jp.masks.unpack, packed) == []
 
 
 def test_counting_zeros(params):
@@ -197,10 +226,9 @@ def test_counting_zeros(params):
 
 def test_a_step_under_masks(params, masks):
     tx = jp.keep_masks(optax.adamw(0.125), masks)
-    assert large(tx.update, params, tx.init(params), params) == []
-    assert large(tx.init, params) == []
-    kept = jax.jit(tx.init)(params).masks
-    for name, mask in kept.items():
+    state = unsent(tx.init, params)
+    assert large(tx.update, params, state, params) == []
+    for name, mask in state.masks.items():
         assert mask.sharding.is_equivalent_to(params[name].sharding, mask.ndim)
 
 
@@ -227,7 +255,6 @@ CHOOSERS = {
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
-                (EXPLICIT, "gradual"),
                 (EXPLICIT, "packed"),
                 (AUTO, "by layer"),
                 (EXPLICIT, "2:4"),
@@ -243,8 +270,7 @@ CHOOSERS = {
 def test_a_step_that_chooses_masks(params, name):
     """The step with an event and the step without are one program."""
     tx = CHOOSERS[name]()
-    assert large(tx.init, params) == []
-    state = jax.jit(tx.init)(params)
+    state = unsent(tx.init, params)
     assert large(tx.update, params, state, params) == []
     masks = jp.get_masks(state)
     for name, mask in masks.items():
@@ -268,12 +294,20 @@ def test_every_choice_of_masks_is_typed_as_an_explicit_mesh_wants_it():
 
 
 @pytest.mark.parametrize(
-    "storage", ["float32", pytest.param("bfloat16", marks=pytest.mark.full), "int8"]
+    ("mesh", "storage"),
+    [
+        (AUTO, "float32"),
+        (AUTO, "int8"),
+        pytest.param(AUTO, "bfloat16", marks=pytest.mark.full),
+        pytest.param(EXPLICIT, "float32", marks=pytest.mark.full),
+        pytest.param(EXPLICIT, "int8", marks=pytest.mark.full),
+    ],
+    indirect=["mesh"],
+    ids=str,
 )
 def test_a_step_of_the_trackers(params, storage):
     tx = trackers(storage=storage)
-    state = jax.jit(tx.init)(params)
-    assert large(tx.init, params) == []
+    state = unsent(tx.init, params)
     assert large(tx.update, params, state, params) == []
     assert large(lambda s: tuple(jp.get_importance(s)), state) == []
 
@@ -281,23 +315,25 @@ def test_a_step_of_the_trackers(params, storage):
 def test_zeros_and_placed_arrays_cost_nothing_and_are_never_whole(mesh):
     """The comparison that ties them to the leaf is dropped after they are placed."""
     spec = NamedSharding(mesh, P("data", "model"))
-    bad = jax.device_put(np.array([[np.nan, np.inf], [-np.inf, -0.0]] * 4), spec)
+    bad = np.array([[np.nan, np.inf], [-np.inf, -0.0]] * 4, np.float32)
+    random = lambda leaf: jax.random.uniform(jax.random.key(0), leaf.shape)  # noqa: E731
+    expected = np.asarray(jax.jit(random)(bad))
     for leaf in (bad, bad.astype(jnp.bfloat16), bad > 0):
-        zeros = jax.jit(lambda leaf: placement.zeros_like(leaf, np.float32))
-        assert zeros(leaf).sharding.is_equivalent_to(spec, 2)
-        np.testing.assert_array_equal(zeros(leaf), np.zeros((8, 2), np.float32))
-        assert not np.signbit(zeros(leaf)).any()
-        text = zeros.lower(leaf).compile().as_text()
+        leaf = jax.device_put(leaf, spec)
+        zeros = compiled(lambda leaf: placement.zeros_like(leaf, np.float32), leaf)
+        found = zeros(leaf)
+        assert found.sharding.is_equivalent_to(spec, 2)
+        np.testing.assert_array_equal(found, np.zeros((8, 2), np.float32))
+        assert not np.signbit(found).any()
+        text = zeros.as_text()
         assert "f32[8,2]" not in text.split("ENTRY")[1]
         # Of bfloat16 and bool some versions keep it: a local read of the leaf.
         assert leaf.dtype != np.float32 or "compare(" not in text
 
-        random = lambda leaf: jax.random.uniform(jax.random.key(0), leaf.shape)  # noqa: E731
-        placed = jax.jit(lambda leaf: placement.placed(random(leaf), leaf))  # noqa: B023
+        placed = compiled(lambda leaf: placement.placed(random(leaf), leaf), leaf)
         assert placed(leaf).sharding.is_equivalent_to(spec, 2)
-        assert same_bits(np.asarray(placed(leaf)), np.asarray(random(leaf)))
-        text = placed.lower(leaf).compile().as_text()
-        assert "[8,2]" not in text.split("ENTRY")[1]
+        assert same_bits(np.asarray(placed(leaf)), expected)
+        assert "[8,2]" not in placed.as_text().split("ENTRY")[1]
 
 
 CUT = [
@@ -318,11 +354,12 @@ def test_where_a_device_ends_inside_a_tile_shards_change_axes(shape, spec, patte
     share = held["w"].addressable_shards[0].data.nbytes
     half = 0.5 if pattern.sparsity is None else None
     make = lambda s: jp.masks.make(s, half, pattern=pattern)  # noqa: E731
-    moved = sent(make, held)
+    program = compiled(make, held)
+    moved = sent(program)
     assert {name for name, count in moved if count >= share // 8} == {"all-to-all"}
     assert max(count for _, count in moved) <= share
     one = make({"w": jnp.asarray(values)})["w"]
-    for masks in (make(held), jax.jit(make)(held)):
+    for masks in (make(held), program(held)):
         assert masks["w"].sharding.is_equivalent_to(held["w"].sharding, len(shape))
         np.testing.assert_array_equal(masks["w"], one)
 
@@ -336,8 +373,9 @@ def test_where_no_axis_can_take_the_shards_the_masks_are_right_nonetheless(kind)
     pattern = jp.patterns.Block(5, 4)
     make = lambda s: jp.masks.make(s, 0.5, pattern=pattern)  # noqa: E731
     held = {"w": jax.device_put(values, spec)}
-    assert "all-gather" in {name for name, _ in sent(make, held)}
+    program = compiled(make, held)
+    assert "all-gather" in {name for name, _ in sent(program)}
     one = make({"w": jnp.asarray(values)})["w"]
-    for masks in (make(held), jax.jit(make)(held)):
+    for masks in (make(held), program(held)):
         assert masks["w"].sharding.is_equivalent_to(spec, 2)
         np.testing.assert_array_equal(masks["w"], one)

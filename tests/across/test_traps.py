@@ -35,8 +35,9 @@ def test_a_plain_train_state_is_pruned_without_a_hook():
     masks, mask = kernel_mask(params)
     tx = jp.keep_masks(optax.adam(0.1), masks)
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    ones = jax.tree.map(np.ones_like, params)
     for _ in range(3):
-        state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, params))
+        state = jax.jit(TrainState.apply_gradients)(state, grads=ones)
     np.testing.assert_array_equal(array(state.params["layer"]["kernel"]) != 0, mask)
 
 
@@ -109,27 +110,28 @@ def test_global_ranking_knows_no_norm_of_a_layer():
 
 
 def test_nm_does_not_ignore_the_sparsity_asked_for():
-    scores = {"k": jnp.ones((8, 4))}
+    scores = {"k": np.ones((8, 4), np.float32)}
     with pytest.raises(ValueError, match="NM"):
         jp.masks.make(scores, 0.9, pattern=jp.patterns.NM(2, 4))
 
 
 @pytest.mark.parametrize(
     "pattern",
-    [jp.patterns.Unstructured(), jp.patterns.NM(2, 4), jp.patterns.Block(4, 4)],
+    [jp.patterns.Unstructured(), jp.patterns.NM(2, 4), jp.patterns.Block(2, 3)],
     ids=str,
 )
 def test_of_ties_the_first_is_kept_by_every_pattern(pattern):
-    masks = jp.masks.make({"k": jnp.ones((8, 4))}, 0.5, pattern=pattern)
-    assert bool(masks["k"][0, 0])
-    assert not bool(masks["k"][-1, -1])
+    scores = {"k": jnp.asarray(np.ones((12, 6), np.float32))}
+    mask = np.asarray(jp.masks.make(scores, 0.5, pattern=pattern)["k"])
+    assert mask[0, 0]
+    assert not mask[-1, -1]
 
 
 def test_blocks_pool_inputs_and_outputs_of_odd_sizes():
-    scores = np.ones((5, 7), np.float32)
+    scores = np.ones((7, 5), np.float32)
     scores[:2, :3] = 0.0
     masks = jp.masks.make(
-        {"k": jnp.asarray(scores)}, 1 / 9, pattern=jp.patterns.Block(2, 3)
+        {"k": jnp.asarray(scores)}, 1 / 8, pattern=jp.patterns.Block(2, 3)
     )
     np.testing.assert_array_equal(np.asarray(masks["k"]), scores > 0)
 
@@ -137,7 +139,7 @@ def test_blocks_pool_inputs_and_outputs_of_odd_sizes():
 def test_counts_are_exact_past_what_float32_can_count():
     size = 2**24 + 2**12
     removed = 2**24 + 1
-    scores = {"k": jnp.zeros((2**12 + 1, 2**12), jnp.bfloat16)}
+    scores = {"k": jnp.asarray(np.zeros((2**12 + 1, 2**12), jnp.bfloat16))}
     sparsity = removed / size
     assert round(sparsity * size) == removed
     masks = jp.masks.make(scores, sparsity)
@@ -148,7 +150,7 @@ def test_counts_are_exact_past_what_float32_can_count():
 @pytest.mark.parametrize("sparsity", [1.5, 1.0, -0.5])
 def test_a_sparsity_that_is_none_is_refused(sparsity):
     with pytest.raises(ValueError, match="sparsity"):
-        jp.prune({"k": jnp.ones((2, 2))}, {"k": jnp.ones((2, 2))}, sparsity)
+        jp.prune({"k": np.ones((2, 2))}, {"k": np.ones((2, 2))}, sparsity)
 
 
 def test_masking_does_not_multiply():
@@ -186,12 +188,12 @@ def test_the_loss_reaches_the_inner_optimizer_through_all_layers():
 
 def test_prune_under_vmap_prunes_each_model_by_itself():
     models = [weights(seed=s) for s in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *models)
 
     def prune(params):
         return jp.prune(params, jp.scores.magnitude(params), 0.5)
 
-    together = jax.vmap(prune)(stacked)
+    together = jax.tree.map(np.asarray, jax.jit(jax.vmap(prune))(stacked))
     for i, params in enumerate(models):
         assert same_bits(jax.tree.map(lambda x, i=i: x[i], together), prune(params))
 

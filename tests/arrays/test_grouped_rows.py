@@ -1,5 +1,7 @@
 """Rows in groups, each group with a matrix: against NumPy, one group at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,38 +66,47 @@ def test_every_row_knows_its_group(case):
     np.testing.assert_array_equal(grouped_rows.of_rows(len(rows), sizes), expected)
 
 
-@pytest.mark.parametrize("sizes", [[17, 0, 20], [0, 0, 0], [300, 1, 2]])
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_values_and_gradients_are_those_of_ragged_dot(sizes, dtype):
-    keys = jax.random.split(jax.random.key(0), 3)
-    rows = jax.random.normal(keys[0], (sum(sizes) + 2, IN), dtype)
-    weight = jax.random.normal(keys[1], (3, IN, OUT), dtype)
-    given = jax.random.normal(keys[2], (sum(sizes) + 2, OUT), dtype)
-    sizes = jnp.array(sizes, jnp.int32)
+@jax.jit
+def values_and_gradients(rows, weight, sizes, given):
+    """Ours, and those of `ragged_dot`."""
     found, back = jax.vjp(lambda *own: grouped_rows.dot(*own, sizes), rows, weight)
     expected, theirs = jax.vjp(lambda *own: lax.ragged_dot(*own, sizes), rows, weight)
+    return (found, *back(given)), (expected, *theirs(given))
+
+
+def drawn(*shape, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count"), [([17, 0, 20], 39), ([0, 0, 0], 39), ([300, 1, 2], 305)]
+)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_values_and_gradients_are_those_of_ragged_dot(sizes, count, dtype):
+    rows, weight = drawn(count, IN, dtype=dtype), drawn(3, IN, OUT, dtype=dtype)
+    given = drawn(count, OUT, dtype=dtype)
     near = {"rtol": 2e-2, "atol": 2e-2} if dtype == jnp.bfloat16 else {"atol": 1e-4}
-    for own, other in zip(
-        (found, *back(given)), (expected, *theirs(given)), strict=True
-    ):
+    pair = values_and_gradients(rows, weight, np.array(sizes, np.int32), given)
+    for own, other in zip(*pair, strict=True):
         assert own.dtype == other.dtype
-        np.testing.assert_allclose(*(np.float32(x) for x in (own, other)), **near)
+        np.testing.assert_allclose(
+            *(np.asarray(x, np.float32) for x in (own, other)), **near
+        )
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
 def test_sizes_may_be_of_any_integers(dtype):
-    rows = jax.random.normal(jax.random.key(0), (330, IN))
-    weight = jax.random.normal(jax.random.key(1), (3, IN, OUT))
+    rows, weight = drawn(330, IN), drawn(3, IN, OUT)
     sizes = np.array([100, 120, 110], dtype)
     expected = lax.ragged_dot(rows, weight, jnp.asarray(sizes, np.int32))
     found = grouped_rows.dot(rows, weight, jnp.asarray(sizes))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert grouped_rows.of_rows(330, jnp.asarray(sizes))[-1] == 2
+    assert np.asarray(grouped_rows.of_rows(330, jnp.asarray(sizes)))[-1] == 2
 
 
 def test_a_second_call_outside_of_jit_compiles_nothing():
-    rows, weight = jnp.ones((40, IN)), jnp.ones((2, IN, OUT))
-    sizes = jnp.array([3, 17])
+    rows, weight = drawn(40, IN), drawn(2, IN, OUT)
+    sizes = jnp.asarray(np.array([3, 17]))
     grouped_rows.dot(rows, weight, sizes)
     with compiled() as seconds:
         grouped_rows.dot(rows, weight, sizes)
@@ -104,9 +115,8 @@ def test_a_second_call_outside_of_jit_compiles_nothing():
 
 def test_inside_of_shard_map_it_has_the_same_values_and_gradients():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.random.normal(jax.random.key(0), (2, 40, IN))
-    weight = jax.random.normal(jax.random.key(1), (3, IN, OUT))
-    sizes = jnp.array([[3, 17, 20], [40, 0, 0]])
+    rows, weight = drawn(2, 40, IN), drawn(3, IN, OUT)
+    sizes = np.array([[3, 17, 20], [40, 0, 0]])
 
     def loss(dot, weight):
         def one(rows, weight, sizes):
@@ -116,10 +126,10 @@ def test_inside_of_shard_map_it_has_the_same_values_and_gradients():
         mapped = jax.shard_map(
             one, mesh=mesh, in_specs=(split, whole, split), out_specs=split
         )
-        return jnp.square(jax.jit(mapped)(rows, weight, sizes)).sum()
+        return jnp.square(mapped(rows, weight, sizes)).sum()
 
     found, expected = (
-        jax.value_and_grad(loss, 1)(dot, weight)
+        jax.jit(jax.value_and_grad(functools.partial(loss, dot)))(weight)
         for dot in (grouped_rows.dot, lax.ragged_dot)
     )
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
@@ -127,18 +137,21 @@ def test_inside_of_shard_map_it_has_the_same_values_and_gradients():
 
 
 def test_what_lies_behind_the_groups_may_be_no_number():
-    rows = jnp.ones((40, IN)).at[20:].set(jnp.nan)
-    weight, sizes = jnp.ones((2, IN, OUT)), jnp.array([3, 17])
-    found = grouped_rows.dot(rows, weight, sizes)
+    rows = np.ones((40, IN), np.float32)
+    rows[20:] = np.nan
+    rows, weight = jnp.asarray(rows), jnp.asarray(np.ones((2, IN, OUT), np.float32))
+    sizes = jnp.asarray(np.array([3, 17]))
+    found = np.asarray(grouped_rows.dot(rows, weight, sizes))
     np.testing.assert_array_equal(found[:20], np.full((20, OUT), IN))
     np.testing.assert_array_equal(found[20:], np.zeros((20, OUT)))
-    square = grouped_rows.add_outer(jnp.zeros((2, IN, IN)), rows, rows, sizes)
+    begun = np.zeros((2, IN, IN), np.float32)
+    square = np.asarray(grouped_rows.add_outer(begun, rows, rows, sizes))
     np.testing.assert_array_equal(square[:, 0, 0], [3, 17])
 
 
 def test_over_a_mesh_and_in_a_trace_it_is_the_primitive_itself():
-    rows, weight = jnp.ones((8, IN)), jnp.ones((2, IN, OUT))
-    sizes = jnp.array([3, 5])
+    rows, weight = drawn(8, IN), drawn(2, IN, OUT)
+    sizes = jnp.asarray(np.array([3, 5]))
     found = {}
 
     def primitives(*operands):

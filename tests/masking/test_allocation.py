@@ -175,7 +175,7 @@ def test_owl_is_the_formula_of_the_papers_code(settings):
 
 def test_owl_takes_the_layers_of_a_stack_for_blocks():
     params = blocks_with_outliers()["blocks"]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *params)
 
     def run_stack(p, x):
         def layer(x, own):
@@ -197,7 +197,8 @@ def test_owl_meets_the_sparsity_of_all_where_layers_differ_in_size():
 
 
 def test_owl_without_any_difference_is_uniform():
-    params = {"blocks": [{"a": jnp.ones((6, 6)), "b": jnp.ones((6, 6))}] * 2}
+    ones = jnp.asarray(np.ones((6, 6), np.float32))
+    params = {"blocks": [{"a": ones, "b": ones}] * 3}
     found, _ = rule(jp.allocation.OWL(), 0.5, params, run_blocks)
     np.testing.assert_allclose(found, 0.5)
 
@@ -207,7 +208,7 @@ def test_owl_without_any_difference_is_uniform():
 
 @pytest.mark.parametrize("sparsity", [0.2, pytest.param(0.85, marks=pytest.mark.full)])
 def test_ranked_shares_are_those_of_a_global_ranking(sparsity):
-    square = jax.tree.map(lambda w: jnp.abs(jnp.roll(w, 1)) + 0.01, PARAMS)
+    square = jax.tree.map(lambda w: jnp.asarray(np.abs(np.roll(w, 1)) + 0.01), PARAMS)
     scores = jp.scores.trajectory(PARAMS, jp.Importance(square=square))
     masks = jp.masks.make(scores, sparsity, allocation="global")
     gone = [int((~np.asarray(masks[k]["kernel"])).sum()) for k in PARAMS]
@@ -300,7 +301,7 @@ def test_magnitude_with_a_global_allocation_is_global_magnitude_pruning():
 
 
 def test_ranked_gives_make_the_counts_of_its_own_scores():
-    others = jax.tree.map(lambda w: jnp.abs(jnp.roll(w, 5)), PARAMS)
+    others = jax.tree.map(lambda w: jnp.asarray(np.roll(w, 5)), PARAMS)
     ranked = jp.allocation.Ranked(jp.scores.magnitude(PARAMS))
     expected = jp.masks.make(ranked.scores, 0.55, allocation="global")
     masks = jp.masks.make(jp.scores.magnitude(others), 0.55, allocation=ranked)
@@ -333,7 +334,7 @@ def test_owl_says_in_one_sentence_where_it_finds_inputs():
 
 
 def test_a_rule_by_shapes_names_leaves_that_are_no_matrices():
-    scores = {"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    scores = {"w": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
     with pytest.raises(ValueError, match=r"ERK needs leaves .*'bias' have none"):
         jp.masks.make(scores, 0.5, allocation="erk")
 

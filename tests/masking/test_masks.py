@@ -34,17 +34,25 @@ def pruned_and_mask(params, sparsity, **options):
 
 
 @given(
-    dtype=st.sampled_from(DTYPES),
-    shape=st.sampled_from([(3, 4), (1, 7), (0, 3), (2, 3, 2)]),
+    kind=st.sampled_from(
+        [
+            *((jnp.float32, shape) for shape in [(3, 4), (0, 3), (2, 3, 2)]),
+            (jnp.bfloat16, (3, 4)),
+            (jnp.float16, (1, 7)),
+        ]
+    ),
     sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9999999]),
     allocation=st.sampled_from(["layer", "global"]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=12)  # nearly each compiles
-def test_prune_is_where_of_its_mask(dtype, shape, sparsity, allocation, seed):
+@settings(max_examples=12)
+def test_prune_is_where_of_its_mask(kind, sparsity, allocation, seed):
+    dtype, shape = kind
     rng = np.random.default_rng(seed)
     values = [np.round(rng.normal(size=shape), 1) for _ in range(2)]  # with ties
-    params = {k: jnp.asarray(v, dtype) for k, v in zip("mn", values, strict=True)}
+    params = {
+        k: jnp.asarray(v.astype(dtype)) for k, v in zip("mn", values, strict=True)
+    }
     pruned, _ = pruned_and_mask(params, sparsity, allocation=allocation)
     keep = oracles.keep_layer if allocation == "layer" else oracles.keep_global
     masks = keep([np.abs(array(params[k])) for k in "mn"], sparsity)
@@ -56,11 +64,13 @@ def test_prune_is_where_of_its_mask(dtype, shape, sparsity, allocation, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_removed_weights_become_plus_zero_whatever_they_were(dtype):
-    special = jnp.array([[jnp.nan, jnp.inf, -jnp.inf], [-0.0, -3.0, 5.0]], dtype)
+    special = jnp.asarray(
+        np.array([[np.nan, np.inf, -np.inf], [-0.0, -3.0, 5.0]], dtype)
+    )
     masks = {"k": jnp.array([[False] * 3, [False, False, True]])}
     out = jp.masks.apply({"k": special}, masks)
-    assert same_bits(out, {"k": jnp.array([[0, 0, 0], [0, 0, 5]], dtype)})
-    kept = jp.masks.apply({"k": special}, {"k": jnp.ones((2, 3), bool)})
+    assert same_bits(out, {"k": np.array([[0, 0, 0], [0, 0, 5]], dtype)})
+    kept = jp.masks.apply({"k": special}, {"k": np.ones((2, 3), bool)})
     assert same_bits(kept, {"k": special})
 
 
@@ -181,12 +191,16 @@ def test_integer_scores_are_refused_by_name():
         jp.masks.make({"h": {"k": jnp.ones((2, 2), bool)}}, 0.5)
 
 
-PARAMS = {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.ones((3, 2))}}
+def ones(*shape):
+    return jnp.asarray(np.ones(shape, np.float32))
+
+
+PARAMS = {"a": {"kernel": ones(2, 3)}, "b": {"kernel": ones(3, 2)}}
 OTHERS = {
-    "shape": ({"a": {"kernel": jnp.ones((3, 2))}, "b": PARAMS["b"]}, "a/kernel"),
+    "shape": ({"a": {"kernel": ones(3, 2)}, "b": PARAMS["b"]}, "a/kernel"),
     "name": ({"a": PARAMS["a"], "c": PARAMS["b"]}, r"\b[bc]/kernel"),
     "missing": ({"a": PARAMS["a"]}, "b/kernel"),
-    "extra": ({**PARAMS, "zz": jnp.ones((2, 2))}, "zz"),
+    "extra": ({**PARAMS, "zz": ones(2, 2)}, "zz"),
     "empty": ({}, "kernel"),
 }
 
@@ -262,7 +276,7 @@ def test_combine_keeps_what_both_keep():
 
 
 @given(
-    shape=st.sampled_from([(), (0,), (1,), (7,), (9,), (3, 16), (3, 5), (2, 3, 4)]),
+    shape=st.sampled_from([(), (0,), (7,), (9,), (3, 16), (2, 3, 4)]),
     seed=st.integers(0, 1000),
 )
 def test_packing_is_one_bit_a_weight_and_comes_back(shape, seed):
@@ -276,7 +290,7 @@ def test_packing_is_one_bit_a_weight_and_comes_back(shape, seed):
 
 
 def test_packing_works_under_jit():
-    masks = {"k": jnp.arange(21).reshape(3, 7) % 3 == 0}
+    masks = {"k": jnp.asarray(np.arange(21).reshape(3, 7) % 3 == 0)}
     packed = jax.jit(jp.masks.pack)(masks)
     assert same_bits(jax.jit(jp.masks.unpack)(packed), masks)
 
@@ -293,9 +307,8 @@ def test_sparsity_counts_zeros_exactly():
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.99])
 @pytest.mark.parametrize("allocation", ["layer", "global"])
 def test_what_prune_removes_is_what_sparsity_reports(sparsity, allocation):
-    params = {
-        n: jax.random.normal(jax.random.key(i), (9, 11)) for i, n in enumerate("xyz")
-    }
+    rng = np.random.default_rng(0)
+    params = {n: jnp.asarray(rng.normal(size=(9, 11)), jnp.float32) for n in "xyz"}
     pruned, masks = pruned_and_mask(params, sparsity, allocation=allocation)
     share = (
         round(sparsity * 297) if allocation == "global" else 3 * round(sparsity * 99)
@@ -308,6 +321,7 @@ def test_what_prune_removes_is_what_sparsity_reports(sparsity, allocation):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("where", [(0, 0), (500, 3), (999, 1023)])
 def test_one_nan_among_a_million_scores_is_found(dtype, where):
-    scores = {"w": jnp.ones((1000, 1024), dtype).at[where].set(jnp.nan)}
+    scores = np.ones((1000, 1024), dtype)
+    scores[where] = np.nan
     with pytest.raises(ValueError, match="must not be NaN"):
-        jp.masks.make(scores, 0.5)
+        jp.masks.make({"w": jnp.asarray(scores)}, 0.5)

@@ -19,10 +19,11 @@ def statistics(*fields):
     """An importance with the fields asked for, positive and of all sizes."""
     made = {}
     for seed, field in enumerate(("weight", "magnitude", "square", "taylor")):
-        tree = jax.tree.map(lambda w, s=seed: w + 0.1 * s, weights(seed=seed + 5))
+        drawn = jax.tree.map(np.asarray, weights(seed=seed + 5))
+        tree = jax.tree.map(lambda w, s=seed: w + np.float32(0.1 * s), drawn)
         if field != "weight":
-            tree = jax.tree.map(lambda w: w**2 + 1e-6, tree)
-        made[field] = tree if field in fields else None
+            tree = jax.tree.map(lambda w: w**2 + np.float32(1e-6), tree)
+        made[field] = jax.tree.map(jnp.asarray, tree) if field in fields else None
     return jp.Importance(**made)
 
 
@@ -94,7 +95,7 @@ STATES = {
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_serves_as_its_importance(name):
     state = STATES[name](PARAMS).init(PARAMS)
-    state = jax.tree.map(lambda x: x + 1, state)
+    state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 1, x.dtype), state)
     expected = jp.scores.trajectory(PARAMS, jp.get_importance(state))
     for criterion in (jp.scores.trajectory, jax.jit(jp.scores.trajectory)):
         scores = criterion(PARAMS, state)["layer"]["kernel"]
@@ -104,13 +105,14 @@ def test_a_state_serves_as_its_importance(name):
 def test_an_nnx_optimizer_and_its_state_serve_as_importance():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
+    gradient = jax.tree.map(lambda w: np.asarray(w) + np.float32(2), params)
     for tx in (
         optax.chain(jp.track_gradients(average=("square", "taylor")), optax.sgd(0.1)),
         optax.chain(optax.adamw(0.1), jp.track_importance()),
         optax.rmsprop(0.1),
     ):
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        optimizer.update(model, jax.tree.map(lambda w: w + 2, params))
+        nnx.jit(lambda m, o, g: o.update(m, g))(model, optimizer, gradient)
         expected = jp.scores.obd(params, jp.get_importance(optimizer))
         kept = jp.get_importance(optimizer)
         for held in (nnx.state(optimizer), nnx.split(optimizer)[1]):
@@ -126,8 +128,8 @@ def leaves_of(tree):
 
 
 def test_the_moments_of_loras_factors_are_no_importance():
-    params = {"kernel": jnp.ones((4, 4))}
-    state = jp.lora(optax.adam(0.1), 2).init(params)
+    params = {"kernel": jnp.asarray(np.ones((4, 4), np.float32))}
+    state = jax.jit(jp.lora(optax.adam(0.1), 2).init)(params)
     model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     adapted = nnx.Optimizer(model, jp.lora(optax.adam(0.1), 2), wrt=nnx.Param)
     for held in (state, nnx.state(adapted)):

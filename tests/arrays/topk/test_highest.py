@@ -72,7 +72,7 @@ def test_each_slice_keeps_its_own_number(seed, kind, axis, data):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_ranked_as_it_is(dtype):
-    scores = jnp.asarray(scores_of(1, "normal"), dtype)
+    scores = jnp.asarray(scores_of(1, "normal").astype(dtype))
     expected = oracles.keep_top(array(scores), 50)
     np.testing.assert_array_equal(thresholds.highest(scores, 70), expected)
 
@@ -83,22 +83,22 @@ def test_one_number_serves_all_slices_of_any_axis():
     np.testing.assert_array_equal(mask, keep_along(scores, [2] * 15, 1))
 
 
-@pytest.mark.parametrize("kept", [-3, 7, 1000])
+@pytest.mark.parametrize("kept", [-3, 121, 1000])
 def test_a_number_out_of_range_is_the_nearest_in_range(kept):
-    mask = thresholds.highest(jnp.arange(6.0), kept)
-    assert int(mask.sum()) == (0 if kept < 0 else 6)
+    mask = np.asarray(whole(scores_of(0, "normal"), kept))
+    assert mask.sum() == (0 if kept < 0 else mask.size)
 
 
 def test_nothing_of_nothing():
-    assert thresholds.highest(jnp.zeros((0, 4)), 0).shape == (0, 4)
-    assert thresholds.highest(jnp.zeros((4, 0)), 0, axis=0).shape == (4, 0)
+    assert thresholds.highest(np.zeros((0, 4), np.float32), 0).shape == (0, 4)
+    assert thresholds.highest(np.zeros((4, 0), np.float32), 0, axis=0).shape == (4, 0)
 
 
 def test_a_number_that_is_no_integer_is_refused():
     with pytest.raises(TypeError, match="integer"):
-        thresholds.highest(jnp.ones(4), 0.5)
+        thresholds.highest(np.ones(4, np.float32), 0.5)
     with pytest.raises(TypeError, match="floating"):
-        thresholds.highest(jnp.ones(4, int), 2)
+        thresholds.highest(np.ones(4, np.int32), 2)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_number_that_is_no_integer_is_refused():
 @given(seed=st.integers(0, 1000), kind=kinds, share=st.floats(0, 0.999))
 def test_a_pattern_keeps_what_masks_make_keeps(pattern, seed, kind, share):
     scores = scores_of(seed, "ties" if kind == "special" else kind)
-    units = pattern.units(jnp.asarray(scores), jp.Axes()).size
+    units = jax.eval_shape(lambda s: pattern.units(s, jp.Axes()), scores).size
     removed = round(share * units)
     fixed = pattern.sparsity is not None
     masks = jp.masks.make(
@@ -138,9 +138,10 @@ def test_one_program_serves_all_counts():
 @pytest.mark.parametrize("over", ["vmap", "map"])
 def test_a_stack_of_matrices_has_a_count_each(over):
     one = lambda x: matrix_mask.mask(*x, jp.patterns.Unstructured())  # noqa: E731
-    scores = jnp.asarray(scores_of(4, "ties"))
-    stack, counts = jnp.stack([scores, -scores]), jnp.array([30, 77])
+    scores = scores_of(4, "ties")
+    stack, counts = np.stack([scores, -scores]), np.array([30, 77])
     mapped = jax.vmap(one) if over == "vmap" else lambda x: jax.lax.map(one, x)
-    for mask, own, kept in zip(mapped((stack, counts)), stack, counts, strict=True):
-        expected = oracles.keep_top(np.asarray(own), own.size - int(kept))
+    masks = np.asarray(jax.jit(mapped)((stack, counts)))
+    for mask, own, kept in zip(masks, stack, counts, strict=True):
+        expected = oracles.keep_top(own, own.size - int(kept))
         np.testing.assert_array_equal(mask, expected)

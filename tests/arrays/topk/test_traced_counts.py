@@ -23,16 +23,22 @@ def drawn(seed):
     """Leaves with many ties, infinities and NaN."""
     rng = np.random.default_rng(seed)
     pairs = zip(SHAPES, DTYPES, strict=True)
-    return [jnp.asarray(rng.choice(VALUES, shape), dtype) for shape, dtype in pairs]
+    return [
+        jnp.asarray(np.asarray(rng.choice(VALUES, shape), np.float32).astype(dtype))
+        for shape, dtype in pairs
+    ]
+
+
+mask = jax.jit(thresholds.mask)
 
 
 def together(leaves, kept):
     cuts = thresholds.cut_together(leaves, kept)
-    return list(map(thresholds.mask, leaves, cuts))
+    return list(map(mask, leaves, cuts))
 
 
 def each(leaves, kept):
-    return list(map(thresholds.mask, leaves, thresholds.cut_each(leaves, kept)))
+    return list(map(mask, leaves, thresholds.cut_each(leaves, kept)))
 
 
 def one_program(function):
