@@ -192,7 +192,7 @@ def test_masks_and_prune_keep_the_sharding_and_the_bits(kind, allocation, jitted
     ids=str,
 )
 def test_patterns_keep_the_sharding_and_the_bits(kind, jitted, pattern):
-    one = {k: on_one_device()[k] for k in ("n", "s")}  # where all axes are split
+    one = {k: on_one_device()[k] for k in ("a", "m", "n", "s")}
     many = spread(one, kind)
 
     def both(params):

@@ -1,6 +1,5 @@
 """The compiled programs send no parameter between devices, however it is laid out."""
 
-import functools
 import re
 
 import jax
@@ -167,41 +166,35 @@ def test_scores(params):
     assert large(for_all, params, importance) == []
 
 
-def make(params, scores, **how):
-    return jp.masks.make(scores, 0.5, **how)
-
-
-def prune(params, scores, **how):
-    return jp.prune(params, scores, 0.5, **how)
-
-
-# Masks of every pattern on Auto meshes, where the compiler places what nothing ties
-# down; what is pruned by them on Explicit ones.
 @pytest.mark.parametrize(
-    ("mesh", "call", "allocation", "pattern"),
+    ("mesh", "allocation", "pattern"),
     [
-        (AUTO, make, "global", jp.patterns.Unstructured()),
-        (AUTO, prune, "global", jp.patterns.Unstructured()),
+        (AUTO, "global", jp.patterns.Unstructured()),
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
-                (AUTO, make, "layer", jp.patterns.Unstructured()),
-                (EXPLICIT, make, "global", jp.patterns.Unstructured()),
-                (EXPLICIT, prune, "layer", jp.patterns.Unstructured()),
-                (AUTO, make, "layer", jp.patterns.NM(2, 4)),
-                (EXPLICIT, prune, "global", jp.patterns.NM(2, 4)),
-                (AUTO, make, "global", jp.patterns.Block(4, 8)),
-                (EXPLICIT, prune, "layer", jp.patterns.Block(4, 8)),
-                (AUTO, make, "layer", jp.patterns.Channel()),
-                (EXPLICIT, prune, "global", jp.patterns.Channel()),
+                (AUTO, "layer", jp.patterns.Unstructured()),
+                (EXPLICIT, "global", jp.patterns.Unstructured()),
+                (EXPLICIT, "layer", jp.patterns.Unstructured()),
+                (AUTO, "layer", jp.patterns.NM(2, 4)),
+                (EXPLICIT, "global", jp.patterns.NM(2, 4)),
+                (AUTO, "global", jp.patterns.Block(4, 8)),
+                (EXPLICIT, "layer", jp.patterns.Block(4, 8)),
+                (AUTO, "layer", jp.patterns.Channel()),
+                (EXPLICIT, "global", jp.patterns.Channel()),
             )
         ),
     ],
     indirect=["mesh"],
+    ids=str,
 )
-def test_masks_and_pruning(params, scores, call, allocation, pattern):
-    call = functools.partial(call, allocation=allocation, pattern=pattern)
-    assert large(call, params, scores) == []
+def test_masks_and_pruning(params, scores, pattern, allocation):
+    def both(params, scores):
+        arguments = {"allocation": allocation, "pattern": pattern}
+        made = jp.masks.make(scores, 0.5, **arguments)
+        return made, jp.prune(params, scores, 0.5, **arguments)
+
+    assert large(both, params, scores) == []
 
 
 def test_what_is_done_with_masks(params, scores, masks):

@@ -11,7 +11,7 @@ import jaxprune as jp
 from experiments import gpt
 from experiments.datasets import Batches, validation_batches
 from experiments.harness import training
-from experiments.tasks.language_model import LanguageModel, optimizer
+from experiments.tasks.language_model import EVERYTHING, LanguageModel, optimizer
 from jaxprune.arrays import processes
 
 MODEL = LanguageModel(
@@ -21,7 +21,7 @@ TOKENS = (np.arange(2000) * np.arange(2000) // 7 % 16).astype(np.int32)
 BATCHES = Batches(TOKENS, batch_size=8, context=8, seed=0)
 WINDOWS = validation_batches(TOKENS[:500], 16, 8)
 STEPS, RETRAIN, SPARSITY = 6, 4, 0.6
-WATCHED = optimizer(3e-3, track=("square", "weight"))
+WATCHED = optimizer(3e-3, track=EVERYTHING)
 HELD = optimizer(1e-3, track=())
 
 traces = collections.Counter()
