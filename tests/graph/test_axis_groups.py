@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxprune as jp
@@ -178,7 +179,7 @@ def test_einsum_leaves_have_heads_as_an_axis():
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_stacked_layers_choose_their_own_units_on_whatever_axis(axis):
     params = weights(0, up=(3, 8, 6), down=(3, 6, 8))
-    params = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, axis), params)
+    params = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, axis), params)
 
     def fn(p, x):
         def layer(x, own):
@@ -304,14 +305,14 @@ def test_the_batch_and_the_result_keep_their_axes():
 
 def test_a_table_that_is_looked_up_keeps_its_rows():
     params = weights(0, table=(11, 6), head=(6, 3))
-    tokens = jnp.array([[1, 2, 3], [4, 5, 6]])
+    tokens = np.array([[1, 2, 3], [4, 5, 6]])
     groups, _ = check_each_kind(lambda p, x: p["table"][x] @ p["head"], params, tokens)
     assert why(groups, "table:0") == "is indexed by data"
     assert row(groups, "head:0") == (1, 6, True, True)
 
 
 def test_integers_are_no_weights():
-    params = {"w": jnp.ones((8, 6)), "order": jnp.arange(6)}
+    params = {"w": np.ones((8, 6), np.float32), "order": np.arange(6)}
 
     def fn(p, x):
         return jnp.sum((x @ p["w"]) * p["order"][None], -1)

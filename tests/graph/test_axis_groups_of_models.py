@@ -20,16 +20,22 @@ from jaxprune.models import hf
 from jaxprune.models.decoder.model import Decoder
 from jaxprune.models.phi3_vision.tower import ClipConfig, ClipTower
 from tests.support import tiny_hf
-from tests.support.removal import check, check_each_kind, row
+from tests.support.removal import check, check_alone, check_each_kind, row
 from tests.support.small_models import draw, filled
 from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.traced import divided
 
 IMAGES = draw(0, 2, 8, 8, 3)
 
 
+def of_numpy(abstract):
+    """Numbers whose cutting compiles nothing."""
+    return jax.tree.map(np.asarray, filled(abstract))
+
+
 def initial(model, x):
     """Parameters of a Linen model, statistics positive as they must be."""
-    made = filled(jax.eval_shape(model.init, jax.random.key(0), x))
+    made = of_numpy(jax.eval_shape(model.init, jax.random.key(0), x))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: np.abs(leaf) if "var" in str(path[-1]) else leaf, made
     )
@@ -38,7 +44,7 @@ def initial(model, x):
 def split(make):
     """A function of an NNX model's state and a batch, and the state."""
     graphdef, state = nnx.split(nnx.eval_shape(make), nnx.Param)
-    return (lambda state, x: nnx.merge(graphdef, state)(x)), filled(state)
+    return (lambda state, x: nnx.merge(graphdef, state)(x)), of_numpy(state)
 
 
 # Convolutions.
@@ -122,7 +128,7 @@ def test_an_equinox_network_is_cut():
         def __call__(self, x):
             return self.mlp(jax.nn.relu(self.conv(x)).mean((1, 2)))
 
-    params, static = eqx.partition(Net(jax.random.key(0)), eqx.is_array)
+    params, static = divided(Net)
     params = jax.tree.map(np.asarray, params)
 
     def fn(params, images):
@@ -187,7 +193,7 @@ def test_layers_of_a_scanned_vision_transformer_choose_their_own(stacked):
 def test_every_removable_kind_of_a_scanned_vision_transformer():
     """The width too: Linen's norms take E[x^2] - E[x]^2, sums of what is zero."""
     model = VisionTransformer(1)
-    check_each_kind(model.apply, initial(model, IMAGES), IMAGES)
+    check_alone(model.apply, initial(model, IMAGES), IMAGES)
 
 
 def test_the_gpt_of_the_experiments():
@@ -203,14 +209,8 @@ def test_the_gpt_of_the_experiments():
 
 def test_the_tower_that_sees_pictures():
     config = ClipConfig(image=8, patch=4, layers=2, width=8, heads=2, mlp_width=12)
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: ClipTower(config, rngs=nnx.Rngs(0))), nnx.Param
-    )
-
-    def fn(state, images):
-        return nnx.merge(graphdef, state)(images)
-
-    groups, _ = check(fn, filled(state), draw(0, 2, 8, 8, 3), 0.5)
+    fn, params = split(lambda: ClipTower(config, rngs=nnx.Rngs(0)))
+    groups, _ = check(fn, params, IMAGES, 0.5)
     kinds = groups.kinds().values()
     default = [(len(own), own[0].units) for own in kinds if own[0].default]
     assert sorted(default) == [(2, 2), (2, 12)]
@@ -268,7 +268,7 @@ def test_neurons_and_heads_of_every_family(name):
 @pytest.mark.parametrize("name", FIRST)
 def test_every_removable_kind_of_a_family(name):
     _, fn, params = decoder(name)
-    groups, _ = check_each_kind(fn, params, tiny_hf.tokens(1, 9))
+    groups = check_alone(fn, params, tiny_hf.tokens(1, 9))
     assert sum(own[0].removable for own in groups.kinds().values()) >= 4
 
 

@@ -86,7 +86,7 @@ def test_it_is_pruned_while_it_trains(name):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    after, state = params, tx.init(params)
+    after, state = params, jax.jit(tx.init)(params)
     for _ in range(3):
         after, state = step(after, state)
     assert jax.tree.structure(after) == jax.tree.structure(params)

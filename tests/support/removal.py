@@ -52,9 +52,10 @@ def random_scores(params, seed=0):
     return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), params)
 
 
-def check(fn, params, batch, shares, *, tolerance=1e-5, seed=0):
+def check(fn, params, batch, shares, *, groups=None, tolerance=1e-5, seed=0):
     """Removes a share of some groups and compares with zeroing; groups and result."""
-    groups = jp.axis_groups(fn, params, batch)
+    if groups is None:
+        groups = jp.axis_groups(fn, params, batch)
     result = jp.shrink(fn, params, batch, random_scores(params, seed), shares)
     kept = {name: np.array(units) for name, units in result.report["kept"].items()}
     expected = jax.jit(fn)(zeroed(params, groups, kept), batch)
@@ -68,13 +69,21 @@ def check(fn, params, batch, shares, *, tolerance=1e-5, seed=0):
     return groups, result
 
 
+def check_alone(fn, params, batch, share=0.5):
+    """`check` for each removable kind, but one that is all that goes by default."""
+    groups = jp.axis_groups(fn, params, batch)
+    kinds = {kind: own[0] for kind, own in groups.kinds().items()}
+    default = [kind for kind, own in kinds.items() if own.default]
+    for kind, own in kinds.items():
+        if own.removable and default != [kind]:
+            check(fn, params, batch, {kind: share}, groups=groups)
+    return groups
+
+
 def check_each_kind(fn, params, batch, share=0.5):
     """`check` for the default groups together, and for each removable kind alone."""
-    groups = jp.axis_groups(fn, params, batch)
-    removable = [kind for kind, own in groups.kinds().items() if own[0].removable]
-    for kind in removable:
-        check(fn, params, batch, {kind: share})
-    return check(fn, params, batch, share)
+    groups = check_alone(fn, params, batch, share)
+    return check(fn, params, batch, share, groups=groups)
 
 
 def row(groups, kind):

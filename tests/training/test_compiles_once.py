@@ -15,10 +15,9 @@ import jaxprune as jp
 from tests.support.compilations import compiled
 
 PARAMS = {
-    "up": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), "f4")},
+    "up": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), "f4")},
     "down": {"kernel": jnp.ones((16, 8)), "bias": jnp.zeros(8)},
 }
-EVENTS = {1: 0.25, 2: 0.5}
 TRACKED = {
     "float32": jp.track_importance(),
     "int8": jp.track_importance(storage="int8"),
@@ -52,6 +51,7 @@ def masked(allocation="layer", pattern="unstructured"):
     )
 
 
+# What chooses masks as it trains: test_eight_devices_prune_what_one_prunes.
 FLOWS = {
     "training": lambda: (optax.adamw(1e-3), PARAMS),
     "apply": lambda: (optax.adamw(1e-3), jp.masks.apply(PARAMS, masked()[1])),
@@ -65,17 +65,6 @@ FLOWS = {
         jp.keep_masks(optax.adamw(1e-3), masked("global", "2:4")[1]),
         jp.prune(PARAMS, masked()[0], pattern="2:4"),
     ),
-    **{
-        name: lambda tx=tx: (tx, PARAMS)
-        for name, tx in {
-            "gradual": jp.gradual(optax.adamw(1e-3), EVENTS),
-            "gradual, packed": jp.gradual(optax.adamw(1e-3), EVENTS, packed=True),
-            "straight_through": jp.straight_through(
-                optax.adamw(1e-3), EVENTS, freeze=3
-            ),
-            "admm": jp.admm(optax.adamw(1e-3), 0.5, begin=1, end=3, interval=1),
-        }.items()
-    },
     "lora": lambda: (jp.lora(optax.adamw(1e-3), rank=2), PARAMS),
     **{
         name: lambda tx=tx: (optax.chain(optax.adamw(1e-3), tx), PARAMS)
@@ -113,7 +102,7 @@ def test_averages_in_host_memory_are_one_program_where_all_is_committed():
 
 
 def test_scores_and_masks_are_committed_where_the_parameters_are():
-    placed = jax.device_put(PARAMS, jax.devices()[1])
+    placed = jax.device_put(PARAMS["down"], jax.devices()[1])
     scores = jp.scores.magnitude(placed)
     masks = jp.masks.make(scores, 0.5)
     for tree in (scores, masks, jp.masks.apply(placed, masks)):

@@ -23,6 +23,10 @@ from tests.support.trajectories import (
 )
 
 
+def drawn(*shape):
+    return jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
+
+
 def half(params, prunable=jp.tree.prunable):
     return jp.masks.make(jp.scores.magnitude(params, prunable=prunable), 0.5)
 
@@ -57,7 +61,7 @@ def test_a_thousand_steps_of_adamw_leave_pruned_weights_at_zero(dtype):
         assert np.count_nonzero(array(moment["layer"]["kernel"])) == 6
     average = jp.get_importance(run.state).weight
     assert not removed(average, masks).any()
-    moved = np.asarray(run.params["layer"]["kernel"] != params["layer"]["kernel"])
+    moved = array(run.params["layer"]["kernel"]) != array(params["layer"]["kernel"])
     np.testing.assert_array_equal(moved, np.asarray(masks["layer"]["kernel"]))
     assert np.all(array(run.params["layer"]["bias"]) != array(params["layer"]["bias"]))
 
@@ -75,7 +79,7 @@ def test_first_step_zeroes_weights_that_were_not_pruned_yet(dtype):
 
 def test_clipping_sees_the_masked_gradient():
     """Equal to training only the kept weights, as a vector, with the same optimizer."""
-    dense = {"kernel": jax.random.normal(jax.random.key(3), (6, 4))}
+    dense = {"kernel": drawn(6, 4)}
     masks = half(dense)
     mask = np.asarray(masks["kernel"])
     grads = gradients(dense, 60)
@@ -83,8 +87,8 @@ def test_clipping_sees_the_masked_gradient():
     full = record(jp.keep_masks(clipped, masks), jp.masks.apply(dense, masks), grads)
     small = record(
         clipped,
-        {"kernel": dense["kernel"][mask]},
-        {"kernel": grads["kernel"][:, mask]},
+        {"kernel": np.asarray(dense["kernel"])[mask]},
+        {"kernel": np.asarray(grads["kernel"])[:, mask]},
     )
     np.testing.assert_allclose(
         array(full.weights["kernel"])[:, mask],
@@ -95,14 +99,16 @@ def test_clipping_sees_the_masked_gradient():
 
 
 def test_plain_gradient_descent_is_bit_for_bit_that_of_the_kept_weights():
-    dense = {"kernel": jax.random.normal(jax.random.key(3), (6, 4))}
+    dense = {"kernel": drawn(6, 4)}
     masks = half(dense)
     mask = np.asarray(masks["kernel"])
     grads = gradients(dense, 20)
     tx = optax.sgd(0.125)  # exact products: no fusion can change a bit
     full = record(jp.keep_masks(tx, masks), jp.masks.apply(dense, masks), grads)
     small = record(
-        tx, {"kernel": dense["kernel"][mask]}, {"kernel": grads["kernel"][:, mask]}
+        tx,
+        {"kernel": np.asarray(dense["kernel"])[mask]},
+        {"kernel": np.asarray(grads["kernel"])[:, mask]},
     )
     np.testing.assert_array_equal(
         array(full.params["kernel"])[mask], array(small.params["kernel"])
@@ -112,11 +118,12 @@ def test_plain_gradient_descent_is_bit_for_bit_that_of_the_kept_weights():
 def test_non_finite_gradients_of_pruned_weights_do_no_harm():
     params = weights()
     masks = half(params)
-    mask = masks["layer"]["kernel"]
+    mask = np.asarray(masks["layer"]["kernel"])
     params = jp.masks.apply(params, masks)
     grads = gradients(params, 4)
-    bad = jnp.where(mask, grads["layer"]["kernel"], jnp.nan)
-    grads["layer"]["kernel"] = bad.at[2].set(jnp.where(mask, bad[2], jnp.inf))
+    bad = np.where(mask, grads["layer"]["kernel"], np.float32(np.nan))
+    bad[2] = np.where(mask, bad[2], np.inf)
+    grads["layer"]["kernel"] = jnp.asarray(bad)
     run = record(jp.keep_masks(adamw(), masks), params, grads)
     assert all(np.isfinite(x).all() for x in leaves(run.weights))
     assert not removed(run.weights, masks).any()
@@ -134,7 +141,9 @@ def test_extra_arguments_reach_the_inner_optimizer():
 def test_extra_arguments_are_dropped_before_an_optimizer_without_them():
     params = weights()
     tx = jp.keep_masks(optax.sgd(0.1), half(params))
-    updates, _ = tx.update(params, tx.init(params), params, value=1.0, other=2)
+    updates = jax.eval_shape(
+        lambda p: tx.update(p, tx.init(p), p, value=1.0, other=2)[0], params
+    )
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
@@ -245,7 +254,7 @@ def test_parameters_are_needed():
 
 
 def test_masks_of_a_pattern_stay_a_pattern():
-    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
+    params = {"kernel": drawn(8, 4)}
     scores = jp.scores.magnitude(params)
     masks = jp.masks.make(scores, pattern=jp.patterns.NM(2, 4))
     run = record(jp.keep_masks(optax.adam(0.1), masks), params, gradients(params, 9))
@@ -255,46 +264,62 @@ def test_masks_of_a_pattern_stay_a_pattern():
 
 def test_a_dataclass_of_masks_fits_a_dataclass_of_parameters():
     params = Module(jnp.ones((2, 2)), jnp.ones((2,)))
-    masks = Module(jnp.eye(2, dtype=bool), optax.MaskedNode())
+    masks = Module(jnp.asarray(np.eye(2, dtype=bool)), optax.MaskedNode())
     run = record(jp.keep_masks(optax.sgd(0.1), masks), params, gradients(params, 2))
     np.testing.assert_array_equal(array(run.params.kernel) != 0, np.eye(2, dtype=bool))
 
 
-@pytest.mark.parametrize("narrow", ["bfloat16", "float16", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_first_step_zeroes_weights_that_the_updates_cannot_hold(dtype, narrow):
+def test_first_step_zeroes_weights_that_the_updates_cannot_hold(dtype):
     large = 5.1e4 if dtype == "float16" else 1e5
-    params = {"w": jnp.asarray([1.23, 5.1, large, -1e-3, 2.0], dtype)}
+    params = {"w": jnp.asarray(np.array([1.23, 5.1, large, -1e-3, 2.0]), dtype)}
     masks = {"w": jnp.array([False, False, False, False, True])}
     tx = jp.keep_masks(optax.identity(), masks)
-    gradient = {"w": jnp.ones(5, narrow)}
-    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
-    after = optax.apply_updates(params, updates)["w"]
-    assert after.dtype == dtype
-    assert array(after).tolist() == [0, 0, 0, 0, 3]
+    narrow = ["bfloat16", "float16", "float8_e4m3fn"]
+
+    @jax.jit
+    def after(params, gradients):
+        updates = [tx.update(g, tx.init(params), params)[0] for g in gradients]
+        return [optax.apply_updates(params, step)["w"] for step in updates]
+
+    gradients = [{"w": jnp.asarray(np.ones(5), kind)} for kind in narrow]
+    for kind, found in zip(narrow, after(params, gradients), strict=True):
+        assert found.dtype == dtype
+        assert array(found).tolist() == [0, 0, 0, 0, 3], kind
 
 
 def test_wider_updates_of_narrow_weights_stay_as_wide_as_they_were():
-    params = {"w": jnp.asarray([1.23, 5.1], jnp.bfloat16)}
+    params = {"w": jnp.asarray(np.array([1.23, 5.1]), jnp.bfloat16)}
     tx = jp.keep_masks(optax.identity(), {"w": jnp.array([False, True])})
-    gradient = {"w": jnp.full(2, 1e-3, jnp.float32)}
-    updates, _ = tx.update(gradient, tx.init(params), params)
+    gradient = {"w": jnp.asarray(np.full(2, 1e-3, np.float32))}
+
+    @jax.jit
+    def step(gradient, params):
+        updates, _ = tx.update(gradient, tx.init(params), params)
+        return updates, optax.apply_updates(params, updates)
+
+    updates, after = step(gradient, params)
     assert updates["w"].dtype == jnp.float32
-    assert float(optax.apply_updates(params, updates)["w"][0]) == 0
+    assert array(after["w"])[0] == 0
 
 
 def test_lookahead_inside_keeps_fast_and_slow_weights_at_zero():
-    plain = {"w": jnp.arange(1.0, 5.0)}
+    plain = {"w": jnp.asarray(np.arange(1.0, 5.0), jnp.float32)}
     params = optax.LookaheadParams.init_synced(plain)
     mask = {"w": jnp.array([True, False, True, False])}
     inner = optax.lookahead(optax.adam(0.1), sync_period=2, slow_step_size=0.5)
     tx = jp.keep_masks(inner, optax.LookaheadParams(mask, mask))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(plain, state, params)
+        return optax.apply_updates(params, updates), state
+
     state = tx.init(params)
     for _ in range(5):
-        updates, state = tx.update(plain, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state)
         for half in params:
-            assert (half["w"] == 0).tolist() == [False, True, False, True]
+            assert (array(half["w"]) == 0).tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -308,14 +333,15 @@ def test_lookahead_inside_keeps_fast_and_slow_weights_at_zero():
 def test_the_parameters_place_in_a_state_is_found_by_optax(name):
     """Moments are doubled by `map_params`, counters are not."""
     params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
-    masks = {"w": jnp.ones((4, 4), bool), "b": optax.MaskedNode()}
+    masks = {"w": np.ones((4, 4), bool), "b": optax.MaskedNode()}
     tx = {
         "keep_masks": jp.keep_masks(optax.adam(0.1), masks),
         "lora": jp.lora(optax.adam(0.1), rank=2),
         "track_importance": optax.chain(optax.adam(0.1), jp.track_importance()),
         "int8": optax.chain(optax.adam(0.1), jp.track_importance(storage="int8")),
     }[name]
-    _, state = tx.update(params, tx.init(params), params)
+    state = jax.jit(lambda p: tx.update(p, tx.init(p), p)[1])(params)
+    state = jax.device_get(state)
     mapped = optax.tree.map_params(tx, lambda x: x + x, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     for field in ("mu", "nu"):

@@ -37,10 +37,10 @@ kinds = pytest.mark.parametrize(
 
 
 def model():
-    key = jax.random.split(jax.random.key(3), 2)
+    random = np.random.default_rng(3)
     return {
-        "bias": jax.random.normal(key[0], (20,)),
-        "kernel": jax.random.normal(key[1], (12, 20)),
+        "bias": jnp.asarray(random.normal(size=20), jnp.float32),
+        "kernel": jnp.asarray(random.normal(size=(12, 20)), jnp.float32),
     }
 
 
@@ -64,60 +64,67 @@ def run(tx, params, steps=STEPS, **extra):
     return record(tx, params, gradients(params, steps), **extra)
 
 
-COMPOSED = {
-    "chain with a tracker": lambda make: optax.chain(
-        make(optax.adamw(0.01)), jp.track_importance()
-    ),
-    "clipping inside": lambda make: make(
-        optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.01))
-    ),
-    "apply_if_finite": lambda make: optax.apply_if_finite(make(optax.adamw(0.01)), 3),
-    "inject_hyperparams": lambda make: optax.inject_hyperparams(
-        lambda learning_rate: make(optax.adamw(learning_rate))
-    )(learning_rate=0.01),
-    "partition": lambda make: optax.partition(
-        {"pruned": make(optax.adamw(0.01)), "plain": optax.sgd(0.01)},
-        {"kernel": "pruned", "bias": "plain"},
-    ),
-    "tracked squares inside": lambda make: make(
-        optax.chain(jp.track_gradients(), optax.sgd(0.01))
-        if make is not TABLE["admm"]
-        else optax.sgd(0.01)
-    ),
-}
+def each_step(grads):
+    """The gradient of each step, of NumPy: slices of it compile nothing."""
+    grads = jax.device_get(grads)
+    return [jax.tree.map(lambda g, n=n: g[n], grads) for n in range(STEPS)]
 
 
-@kinds
-@pytest.mark.parametrize(
-    "compose",
-    [
-        pytest.param(
-            compose,
-            id=name,
-            marks=() if name in ("clipping inside", "partition") else pytest.mark.full,
-        )
-        for name, compose in COMPOSED.items()
-    ],
-)
-def test_zeros_are_the_schedules_in_every_composition(compose, make):
+@functools.cache
+def half_way(make):
+    """A compiled function that takes six steps, and what (params, state) they end in.
+
+    That is at half of the way, and at its end.
+    """
     params = model()
-    done = run(compose(make), params)
-    assert zeros(done.weights["kernel"]) == expected(make)
+    tx = make(optax.adamw(0.01))
+    grads = jax.device_get(gradients(params, STEPS))
+
+    def step(carry, gradient):
+        params, state = carry
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    part = jax.jit(lambda carry, grads: jax.lax.scan(step, carry, grads)[0])
+    first, second = (
+        jax.tree.map(lambda g, half=half: g[half], grads)
+        for half in (slice(0, STEPS // 2), slice(STEPS // 2, STEPS))
+    )
+    middle = part((params, tx.init(params)), first)
+    rest = functools.partial(part, grads=second)
+    return rest, middle, rest(middle)
+
+
+def check_masks(done):
+    """They are where the weights are, and can be replaced."""
     masks = jp.get_masks(done.state)
     assert isinstance(masks["bias"], optax.MaskedNode)
-    np.testing.assert_array_equal(masks["kernel"], done.params["kernel"] != 0)
-    kept = jnp.ones((12, 20), bool)
+    np.testing.assert_array_equal(
+        masks["kernel"], np.asarray(done.params["kernel"]) != 0
+    )
+    kept = jnp.asarray(np.ones((12, 20), bool))
     other = jp.get_masks(jp.replace_masks(done.state, masks | {"kernel": kept}))
-    assert other["kernel"].all()
+    assert np.all(other["kernel"])
 
 
 @kinds
-def test_multi_steps_counts_real_steps(make):
-    params = model()
-    tx = optax.MultiSteps(make(optax.adamw(0.01)), 2)
-    done = run(tx, params, 2 * STEPS)
-    assert zeros(done.weights["kernel"][1::2]) == expected(make)
-    assert int(np.sum(jp.get_masks(done.state)["kernel"])) == SIZE - expected(make)[-1]
+def test_zeros_are_the_schedules_with_clipping_a_tracker_and_hyperparameters(make):
+    def chained(rate):
+        clipped = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(rate))
+        return optax.chain(make(clipped), jp.track_importance())
+
+    done = run(optax.inject_hyperparams(chained)(rate=0.01), model())
+    assert zeros(done.weights["kernel"]) == expected(make)
+    check_masks(done)
+
+
+@kinds
+def test_multi_steps_of_a_partition_counts_real_steps(make):
+    parts = {"pruned": make(optax.adamw(0.01)), "plain": optax.sgd(0.01)}
+    tx = optax.partition(parts, {"kernel": "pruned", "bias": "plain"})
+    done = run(optax.MultiSteps(tx, 2), model(), 2 * STEPS)
+    assert zeros(np.asarray(done.weights["kernel"])[1::2]) == expected(make)
+    check_masks(done)
 
 
 @kinds
@@ -125,11 +132,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_not_counted(make):
     params = model()
     grads = gradients(params, STEPS)
     tx = optax.apply_if_finite(make(optax.adamw(0.01)), 3)
-    grads["kernel"] = grads["kernel"].at[5].set(jnp.nan)
-    done = record(tx, params, grads)
+    kernel = np.array(grads["kernel"])
+    kernel[5] = np.nan
+    done = record(tx, params, grads | {"kernel": jnp.asarray(kernel)})
     counts = expected(make)
     late = counts[:5] + counts[4:-1]
     assert zeros(done.weights["kernel"]) == late
+    check_masks(done)
 
 
 @kinds
@@ -138,55 +147,38 @@ def test_lora_inside_is_pruned_as_it_is_merged(make):
     done = run(make(jp.lora(optax.adamw(0.05), rank=2), **by_size), params)
     assert zeros(done.weights["kernel"]) == expected(make)
     np.testing.assert_array_equal(done.params["bias"], params["bias"])
-    pruned = jp.masks.apply(params, jp.get_masks(done.state))
-    assert np.any(done.params["kernel"] != pruned["kernel"])
+    mask = np.asarray(jp.get_masks(done.state)["kernel"])
+    pruned = np.where(mask, params["kernel"], 0)
+    assert np.any(np.asarray(done.params["kernel"]) != pruned)
 
 
 @kinds
 def test_donated_steps_are_the_steps_that_are_not(make):
-    params = model()
     tx = make(optax.adamw(0.01))
-    grads = gradients(params, STEPS)
 
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, gradient):
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    def run(step, params):
-        state = tx.init(params)
-        for n in range(STEPS):
-            gradient = jax.tree.map(lambda g, n=n: g[n], grads)
-            params, state = step(params, state, gradient)
-        return params, state
-
-    whole = run(jax.jit(step), params)
-    copies = jax.tree.map(jnp.copy, params)
-    donated = run(jax.jit(step, donate_argnums=(0, 1)), copies)
+    params = model()
+    state = tx.init(params)
+    for gradient in each_step(gradients(params, STEPS)):
+        params, state = step(params, state, gradient)
+    _, _, whole = half_way(make)
     # They are two programs: XLA may fuse a product and a sum in one of them alone.
-    chex.assert_trees_all_close(donated, whole, rtol=1e-5)
-    assert same_bits(jp.get_masks(donated[1]), jp.get_masks(whole[1]))
+    chex.assert_trees_all_close((params, state), whole, rtol=1e-5)
+    assert same_bits(jp.get_masks(state), jp.get_masks(whole[1]))
 
 
 @kinds
 def test_a_run_resumed_in_the_middle_ends_with_the_same_bits(make, tmp_path):
-    params = model()
-    tx = make(optax.adamw(0.01))
-    grads = gradients(params, STEPS)
-
-    def step(carry, gradient):
-        params, state = carry
-        updates, state = tx.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    part = jax.jit(lambda carry, grads: jax.lax.scan(step, carry, grads)[0])
-    half = lambda s: jax.tree.map(lambda g: g[s], grads)  # noqa: E731
-    middle = part((params, tx.init(params)), half(slice(0, 6)))
+    rest, middle, end = half_way(make)
     leaves, structure = jax.tree.flatten(jax.device_get(middle))
     np.savez(tmp_path / "state.npz", *leaves)
     with np.load(tmp_path / "state.npz") as saved:
         leaves = [jnp.asarray(saved[name]) for name in saved.files]
-    resumed = part(jax.tree.unflatten(structure, leaves), half(slice(6, STEPS)))
-    assert same_bits(resumed, part(middle, half(slice(6, STEPS))))
+    assert same_bits(rest(jax.tree.unflatten(structure, leaves)), end)
 
 
 @kinds
@@ -217,12 +209,12 @@ def test_nnx_optimizer_needs_nothing_more(make):
         )
 
     counts = []
-    for n in range(STEPS):
-        step(linear, optimizer, jax.tree.map(lambda g, n=n: g[n], grads))
-        counts.append(int((linear.kernel[...] == 0).sum()))
+    for gradient in each_step(grads):
+        step(linear, optimizer, gradient)
+        counts.append(int((np.asarray(linear.kernel[...]) == 0).sum()))
     assert counts == expected(make)
-    plain = run(make(optax.adamw(0.01)), model())
-    np.testing.assert_array_equal(linear.kernel[...], plain.params["kernel"])
+    _, _, (plain, _) = half_way(make)
+    np.testing.assert_array_equal(linear.kernel[...], plain["kernel"])
     shapes = jax.eval_shape(model)
     for state in (optimizer, nnx.state(optimizer)):
         if make is TABLE["gradual, packed"]:
@@ -232,8 +224,36 @@ def test_nnx_optimizer_needs_nothing_more(make):
         (mask,) = jax.tree.leaves(masks)
         assert mask.dtype == bool
         state = jp.replace_masks(state, jax.tree.map(jnp.ones_like, masks))
-        assert all(x.all() for x in jax.tree.leaves(jp.get_masks(state, shapes)))
-        np.testing.assert_array_equal(mask, linear.kernel[...] != 0)
+        assert all(np.all(x) for x in jax.tree.leaves(jp.get_masks(state, shapes)))
+        np.testing.assert_array_equal(mask, np.asarray(linear.kernel[...]) != 0)
+
+
+def end(make, params, gradient):
+    """After twelve steps with squares tracked inside, in one program."""
+    tx = make(optax.chain(jp.track_gradients(), optax.sgd(0.125)))
+    if make is TABLE["admm"]:  # it averages the squares itself
+        tx = make(optax.sgd(0.125))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    kernels = []
+    with compiles() as programs:
+        for _ in range(STEPS):  # one at a time: eight devices share a few cores
+            params, state = jax.block_until_ready(step(params, state))
+            kernels.append(jax.device_get(params["kernel"]))
+    assert len(programs) == 1
+    assert zeros(kernels) == expected(make)
+    return params, state
+
+
+@functools.cache
+def end_on_one(make):
+    params = model()
+    return end(make, params, each_step(gradients(params, STEPS))[0])[0]
 
 
 @kinds
@@ -244,34 +264,14 @@ def test_nnx_optimizer_needs_nothing_more(make):
 )
 def test_eight_devices_prune_what_one_prunes(make, kind):
     params = model()
-    grads = gradients(params, 1)
-    gradient = jax.tree.map(lambda g: g[0], grads)
+    gradient = each_step(gradients(params, STEPS))[0]
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
     where = {
         "bias": NamedSharding(mesh, PartitionSpec()),
         "kernel": NamedSharding(mesh, PartitionSpec("data", "model")),
     }
-    tx = make(optax.chain(jp.track_gradients(), optax.sgd(0.125)))
-    if make is TABLE["admm"]:  # it averages the squares itself
-        tx = make(optax.sgd(0.125))
-
-    def end(params, gradient):
-        state = tx.init(params)
-
-        @jax.jit
-        def step(params, state):
-            updates, state = tx.update(gradient, state, params)
-            return optax.apply_updates(params, updates), state
-
-        with compiles() as programs:
-            for _ in range(STEPS):  # one at a time: eight devices share a few cores
-                params, state = jax.block_until_ready(step(params, state))
-        assert len(programs) == 1
-        return params, state
-
-    one, _ = end(params, gradient)
-    eight, state = end(jax.device_put(params, where), jax.device_put(gradient, where))
-    np.testing.assert_array_equal(eight["kernel"], one["kernel"])
+    eight, state = end(make, *(jax.device_put(x, where) for x in (params, gradient)))
+    np.testing.assert_array_equal(eight["kernel"], end_on_one(make)["kernel"])
     masks = jp.get_masks(state)
     if make is TABLE["gradual, packed"]:  # ten of a row on a device are no whole bytes
         return

@@ -211,27 +211,33 @@ def loss(params):
     return jnp.sum(kernel**2) / 2 + jnp.sum(jnp.cos(params["bias"]))
 
 
-def trained(tx, extra_names):
-    """Weights and updates of each step, the last state, and compilations by step."""
-    tx = optax.with_extra_args_support(tx)
+def trained(txs, extra_names):
+    """All in one program: (weights, updates) by step and the last state of each.
 
-    @jax.jit
-    def step(params, state):
+    Then how often XLA compiled, by step.
+    """
+    txs = [optax.with_extra_args_support(tx) for tx in txs]
+
+    def one(tx, params, state):
         value, grads = jax.value_and_grad(loss)(params)
         every = {"value": value, "grad": grads, "value_fn": loss, "obj_fn": loss}
         extra = {key: every[key] for key in extra_names}
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), updates, state
 
-    params, state = PARAMS, tx.init(PARAMS)
-    weights, taken, counts = [], [], []
+    @jax.jit
+    def step(runs):
+        return [one(tx, *run) for tx, run in zip(txs, runs, strict=True)]
+
+    runs, taken, counts = [(PARAMS, tx.init(PARAMS)) for tx in txs], [], []
     for _ in range(STEPS):
         with compiled() as programs:
-            params, updates, state = step(params, state)
+            after = step(runs)
         counts.append(len(programs))
-        weights.append(jax.device_get(params))
-        taken.append(jax.device_get(updates))
-    return weights, taken, state, counts
+        taken.append(jax.device_get([made[:2] for made in after]))
+        runs = [(params, state) for params, _, state in after]
+    every = [(list(own), run[1]) for *own, run in zip(*taken, runs, strict=True)]
+    return every, counts
 
 
 @pytest.mark.parametrize(
@@ -244,24 +250,22 @@ def trained(tx, extra_names):
 @jax.numpy_rank_promotion("allow")  # as some of optax's need
 def test_tracked_and_masked_it_trains_as_alone(name):
     tx, extra = TABLE[name], EXTRA.get(name, ["value", "grad", "value_fn"])
-    _, plain, _, alone = trained(tx, extra)
+    ((plain, _), (kept, _)), alone = trained([tx, jp.keep_masks(tx, MASKS)], extra)
     tracked = optax.chain(tx, jp.track_importance())
-    weights, updates, state, counts = trained(tracked, extra)
+    [(steps, state)], counts = trained([tracked], extra)
     assert counts == alone == [1, int(name in TWICE), 0, 0]
     for leaf in PARAMS:
-        for own, other in zip(plain, updates, strict=True):
+        for (_, own), (_, other) in zip(plain, steps, strict=True):
             np.testing.assert_array_equal(bits(own[leaf]), bits(other[leaf]))
-        values = np.stack([array(step[leaf]) for step in weights])
+        values = np.stack([array(weights[leaf]) for weights, _ in steps])
         average = optax.tree.get(state, "weight")[leaf]
         expected = oracles.average(values, "power", 0.5)
         np.testing.assert_allclose(average, expected, atol=1e-6 * np.abs(values).max())
 
-    kept, _, _, counts = trained(jp.keep_masks(tx, MASKS), extra)
-    assert counts == alone
     removed = ~np.asarray(MASKS["kernel"])
-    for step in kept:
-        assert not step["kernel"][removed].any()
-        assert all(np.isfinite(x).all() for x in step.values())
+    for weights, _ in kept:
+        assert not weights["kernel"][removed].any()
+        assert all(np.isfinite(x).all() for x in weights.values())
 
 
 def test_the_table_has_all_that_optax_offers():

@@ -1,7 +1,6 @@
 """Tracking inside the containers of optax and Flax."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -82,20 +81,21 @@ def test_multi_steps_counts_real_steps_only():
     inner = optax.chain(optax.sgd(0.1), jp.track_importance())
     tx = optax.MultiSteps(inner, 4).gradient_transformation()
     run = record(tx, params, gradients(params, 24))
-    real = jax.tree.map(lambda w: w[3::4], run.weights)
+    real = jax.tree.map(lambda w: np.asarray(w)[3::4], run.weights)
     assert_averages(jp.get_importance(run.state).weight, real)
 
 
 def test_skipped_step_does_not_enter_the_average():
     params = weights()
-    grads = gradients(params, 12)
-    grads["layer"]["kernel"] = grads["layer"]["kernel"].at[4, 0, 0].set(jnp.nan)
-    grads["token_embedding"] = grads["token_embedding"].at[7, 0, 0].set(jnp.inf)
+    grads = jax.tree.map(np.array, gradients(params, 12))
+    grads["layer"]["kernel"][4, 0, 0] = np.nan
+    grads["token_embedding"][7, 0, 0] = np.inf
     inner = optax.chain(jp.track_gradients(), optax.adam(0.1), jp.track_importance())
     run = record(optax.apply_if_finite(inner, 5), params, grads)
     good = np.delete(np.arange(12), [4, 7])
     importance = jp.get_importance(run.state)
-    assert_averages(importance.weight, jax.tree.map(lambda w: w[good], run.weights))
+    real = jax.tree.map(lambda w: np.asarray(w)[good], run.weights)
+    assert_averages(importance.weight, real)
     for square, g in zip(leaves(importance.square), leaves(grads), strict=True):
         expected = oracles.mean_square(g[good])
         np.testing.assert_allclose(square, expected, rtol=0, atol=1e-6 * expected.max())
