@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jaxprune as jp
 from tests.support import oracles
+from tests.support.compilations import compiled
 from tests.support.trajectories import array, same_bits
 
 SHAPE = (12, 6)  # of all leaves whose shape is no matter: it compiles once a pattern
@@ -317,3 +318,19 @@ def test_nm_counts_groups_that_float16_cannot(n, m):
     scores = np.random.default_rng(0).normal(size=(2 * m, 1)).astype(np.float32)
     mask = jp.masks.make({"k": jnp.asarray(scores)}, pattern=jp.patterns.NM(n, m))["k"]
     np.testing.assert_array_equal(mask, oracles.keep_nm(scores, n, m))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "per-output", "channel", "4x4"])
+def test_outside_of_jit_a_leaf_of_another_shape_takes_five_programs(pattern):
+    """Each is 30 milliseconds on a CPU, and a model has many shapes."""
+    sparsity = None if pattern == "2:4" else 0.5
+    taken = []
+    for shape in ((24, 32), (32, 24)):
+        scores = {"w": jnp.asarray(scores_of(shape, 0, ties=False))}
+        with compiled() as programs:
+            masks = jp.masks.make(scores, sparsity, pattern=pattern)
+            jp.prune(scores, scores, sparsity, pattern=pattern)
+        assert np.asarray(masks["w"]).sum() == 384
+        taken.append(len(programs))
+    # For NaN, of units, of a count, of a mask, of the pruned leaf.
+    assert taken[1] <= 5, taken

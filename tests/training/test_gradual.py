@@ -156,6 +156,7 @@ def by_hand(tx, params, grads, masks_at):
     [
         jp.scores.trajectory,
         pytest.param(jp.scores.magnitude, marks=pytest.mark.full),
+        pytest.param(jp.scores.averaged_weight, marks=pytest.mark.full),
     ],
 )
 def test_is_bit_for_bit_the_loop_by_hand_in_one_program(criterion):
