@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from jaxprune.arrays import placement, sparsity
 from jaxprune.arrays.topk.count_search import CANDIDATES
+from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
