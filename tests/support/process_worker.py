@@ -20,20 +20,42 @@ import jaxprune as jp
 from jaxprune.training import state_sharding
 
 SHAPES = {"matrix": (24, 40), "stack": (2, 16, 24), "bias": (16,)}
-# Kind of the mesh's axes, what is split how, what the averages are held in.
+# Kind of the mesh's axes, what is split how, what the averages are held in, what is
+# masked in one program with all else, what chooses masks while it trains.
 LAYOUTS = {
     "fully sharded": (
         AxisType.Auto,
         {"matrix": P(("x", "y")), "stack": P(None, "x"), "bias": P("x")},
         ("float32", "int8"),
+        ("Unstructured() layer", "NM(n=2, m=4) layer", "Channel() layer"),
+        ("gradual",),
     ),
     "rows and columns": (
         AxisType.Explicit,
         {"matrix": P("x", "y"), "stack": P(None, "x", "y"), "bias": P()},
         ("float32", "bfloat16"),
+        ("Block(rows=3, columns=4) global",),
+        ("straight_through",),
     ),
 }
-ONE = {"one device": (None, {}, ("float32", "int8", "bfloat16"))}
+# All of it on one device.
+ONE = {
+    "one device": (
+        None,
+        {},
+        *(
+            tuple(dict.fromkeys(own[i] + other[i]))
+            for own, other in [LAYOUTS.values()]
+            for i in (2, 3, 4)
+        ),
+    )
+}
+PATTERNS = [
+    jp.patterns.Unstructured(),
+    jp.patterns.NM(2, 4),
+    jp.patterns.Block(3, 4),
+    jp.patterns.Channel(),
+]
 
 
 def parameters(kind, specs):
@@ -97,7 +119,9 @@ def eagerly(params, importance):
     yield "scores", scores
     masks = jp.masks.make(scores, 0.5, allocation="global")
     yield "masks", masks
-    yield "2:4", jp.masks.make(scores, pattern=jp.patterns.NM(2, 4))
+    # Of the matrix, whose groups of four lie across devices.
+    matrix = {"matrix": scores["matrix"]}
+    yield "2:4", jp.masks.make(matrix, pattern=jp.patterns.NM(2, 4))
     packed = jp.masks.pack(masks)
     yield "packed", packed
     yield "unpacked", jp.masks.unpack(packed)
@@ -108,8 +132,8 @@ def eagerly(params, importance):
     yield "retrained", trained(tx, sparse, tx.init(sparse), 3)
 
 
-def jitted(params, importance):
-    """Every criterion and pattern, in one program."""
+def jitted(params, importance, masked):
+    """Every criterion, and some patterns, in one program."""
 
     @jax.jit
     def everything(params, importance):
@@ -125,13 +149,9 @@ def jitted(params, importance):
             f"{pattern} {allocation}": jp.masks.make(
                 scores["magnitude"], 0.5, pattern=pattern, allocation=allocation
             )
-            for pattern, allocation in (
-                (jp.patterns.Unstructured(), "layer"),
-                (jp.patterns.Unstructured(), "global"),
-                (jp.patterns.NM(2, 4), "layer"),
-                (jp.patterns.Block(3, 4), "global"),
-                (jp.patterns.Channel(), "layer"),
-            )
+            for pattern in PATTERNS
+            for allocation in ("layer", "global")
+            if f"{pattern} {allocation}" in ("Unstructured() global", *masked)
         }
         masks = made["Unstructured() global"]
         packed = jp.masks.pack(masks)
@@ -149,14 +169,16 @@ def jitted(params, importance):
     return everything(params, importance)
 
 
-def while_it_trains(params):
+def while_it_trains(params, names):
     """Masks that are chosen inside of eight updates, with events at 1, 3 and 5."""
     schedule = jp.schedules.cubic(0.75, begin=1, end=5, every=2)
     adamw = optax.adamw(0.125)
-    for name, tx in {
+    choosers = {
         "gradual": jp.gradual(adamw, schedule),
         "straight_through": jp.straight_through(adamw, schedule, freeze=6),
-    }.items():
+    }
+    for name in names:
+        tx = choosers[name]
         after, state = trained(tx, params, tx.init(params), 8)
         yield name, (after, jp.get_masks(state))
 
@@ -191,13 +213,15 @@ def main(file, rank=None, count=None, port=None):
             f"127.0.0.1:{port}", num_processes=int(count), process_id=int(rank)
         )
     digests = {}
-    for layout, (kind, specs, storages) in (ONE if rank is None else LAYOUTS).items():
+    layouts = ONE if rank is None else LAYOUTS
+    for layout, (kind, specs, storages, masked, choosers) in layouts.items():
         params = parameters(kind, specs)
         results = dict(watched(params, storages))
         importance = jp.Importance(*results["float32: importance"])
-        results |= {f"jitted: {k}": v for k, v in jitted(params, importance).items()}
+        together = jitted(params, importance, masked)
+        results |= {f"jitted: {k}": v for k, v in together.items()}
         results |= {f"eagerly: {k}": v for k, v in eagerly(params, importance)}
-        results |= {f"training: {k}": v for k, v in while_it_trains(params)}
+        results |= {f"training: {k}": v for k, v in while_it_trains(params, choosers)}
         whole = gathered(results)
         digests[layout] = {name: digest(tree) for name, tree in whole.items()}
     with open(file, "w") as out:
