@@ -58,6 +58,8 @@ class Criterion(Protocol):
 class Pattern(Protocol):
     """Which weights are pruned together, and how those that are kept may lie.
 
+    It is hashable, as a frozen dataclass is: a program is compiled for each pattern.
+
     Attributes:
       sparsity: the share that the pattern itself fixes, or None where it is free.
     """

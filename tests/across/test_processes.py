@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.forked import free_port
 from tests.support.xla_flags import xla_flags
 
 WORKER = Path(__file__).parents[1] / "support" / "process_worker.py"
@@ -17,12 +17,6 @@ PROCESSES, DEVICES = 2, 4
 pytestmark = pytest.mark.full
 
 SECONDS = 240  # far more than it takes: a hang must end
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(folder, name, devices, *arguments):

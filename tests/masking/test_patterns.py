@@ -14,7 +14,7 @@ from tests.support import oracles
 from tests.support.compilations import compiled
 from tests.support.trajectories import array, same_bits
 
-SHAPE = (12, 6)  # of all leaves whose shape is no matter: it compiles once a pattern
+SHAPE = (12, 6)  # where the shape does not matter: compiled once a pattern
 ONES = np.ones(SHAPE, np.float32)
 
 
@@ -322,7 +322,7 @@ def test_nm_counts_groups_that_float16_cannot(n, m):
 
 @pytest.mark.parametrize("pattern", ["2:4", "per-output", "channel", "4x4"])
 def test_outside_of_jit_a_leaf_of_another_shape_takes_five_programs(pattern):
-    """Each is 30 milliseconds on a CPU, and a model has many shapes."""
+    """Not one for each operation: a model has many shapes, and compiling takes long."""
     sparsity = None if pattern == "2:4" else 0.5
     taken = []
     for shape in ((24, 32), (32, 24)):

@@ -27,35 +27,30 @@ LAYOUTS = {
         AxisType.Auto,
         {"matrix": P(("x", "y")), "stack": P(None, "x"), "bias": P("x")},
         ("float32", "int8"),
-        ("Unstructured() layer", "NM(n=2, m=4) layer", "Channel() layer"),
+        (
+            (jp.patterns.Unstructured(), "layer"),
+            (jp.patterns.NM(2, 4), "layer"),
+            (jp.patterns.Channel(), "layer"),
+        ),
         ("gradual",),
     ),
     "rows and columns": (
         AxisType.Explicit,
         {"matrix": P("x", "y"), "stack": P(None, "x", "y"), "bias": P()},
         ("float32", "bfloat16"),
-        ("Block(rows=3, columns=4) global",),
+        ((jp.patterns.Block(3, 4), "global"),),
         ("straight_through",),
     ),
 }
-# All of it on one device.
 ONE = {
     "one device": (
         None,
         {},
-        *(
-            tuple(dict.fromkeys(own[i] + other[i]))
-            for own, other in [LAYOUTS.values()]
-            for i in (2, 3, 4)
-        ),
+        ("float32", "int8", "bfloat16"),
+        (*LAYOUTS["fully sharded"][3], *LAYOUTS["rows and columns"][3]),
+        ("gradual", "straight_through"),
     )
 }
-PATTERNS = [
-    jp.patterns.Unstructured(),
-    jp.patterns.NM(2, 4),
-    jp.patterns.Block(3, 4),
-    jp.patterns.Channel(),
-]
 
 
 def parameters(kind, specs):
@@ -149,9 +144,10 @@ def jitted(params, importance, masked):
             f"{pattern} {allocation}": jp.masks.make(
                 scores["magnitude"], 0.5, pattern=pattern, allocation=allocation
             )
-            for pattern in PATTERNS
-            for allocation in ("layer", "global")
-            if f"{pattern} {allocation}" in ("Unstructured() global", *masked)
+            for pattern, allocation in (
+                (jp.patterns.Unstructured(), "global"),
+                *masked,
+            )
         }
         masks = made["Unstructured() global"]
         packed = jp.masks.pack(masks)

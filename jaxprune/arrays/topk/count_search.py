@@ -63,7 +63,8 @@ class Count(NamedTuple):
     def clipped(self, most: "Count") -> "Count":
         """It, or the other where that is smaller."""
         over = self.at_least(most)
-        return jax.tree.map(lambda a, b: jnp.where(over, b, a), self, most)
+        where = jnp.where if isinstance(over, jax.Array) else np.where
+        return jax.tree.map(lambda a, b: where(over, b, a), self, most)
 
     def real(self) -> Float[Array, "..."]:
         """The nearest float32, or one next to it."""

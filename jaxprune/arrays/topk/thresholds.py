@@ -228,8 +228,7 @@ def _cut(
             size = [math.prod(leaves[0].shape[1:])] * len(leaves[0])
             rows = [None]
         sizes = np.array(size, np.uint32)  # (rows,)
-        if isinstance(target.low, jax.Array):  # others have been checked
-            target = target.clipped(Count.of([sum(size)] if joint else size))
+        target = target.clipped(Count.of([sum(size)] if joint else size))
         apart = not traced and _are_apart(leaves)
         guess = None
         if not (by_row or apart):
