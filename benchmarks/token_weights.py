@@ -29,6 +29,8 @@ class Config(Draws):
       corrections: how much of what earlier layers lost a matrix makes up for.
       allocations: uniform, erk, owl or gradients, as of `benchmarks.jax_pruning`.
       passes: of a refinement after it; 0 for none.
+      distilled: steps of a distillation after that; 0 for none.
+      distill_learning_rate: of its first step.
     """
 
     methods: tuple[str, ...] = ("sparsegpt", "alps")
@@ -37,6 +39,8 @@ class Config(Draws):
     corrections: tuple[float, ...] = (0.0,)
     allocations: tuple[str, ...] = ("uniform",)
     passes: tuple[int, ...] = (0,)
+    distilled: tuple[int, ...] = (0,)
+    distill_learning_rate: float = 1e-4
 
 
 def main(config: Config) -> None:
@@ -48,27 +52,38 @@ def main(config: Config) -> None:
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
     ways = itertools.product(
-        config.relative, config.corrections, config.allocations, config.passes
+        config.relative,
+        config.corrections,
+        config.allocations,
+        config.passes,
+        config.distilled,
     )
     for draw, how, method, way in itertools.product(
         config.draws, config.how, config.methods, [*ways]
     ):
-        words, options = _way(*way)
+        words, options = _way(*way, config.distill_learning_rate)
         name = f"{how.replace(':', 'of')}_{method}_{words}_{draw}"
         yield name, pruning(config, folder / f"{draw}.npy", how, method, *options)
 
 
 def _way(
-    relative: bool, correction: float, allocation: str, passes: int
+    relative: bool,
+    correction: float,
+    allocation: str,
+    passes: int,
+    distilled: int,
+    rate: float,
 ) -> tuple[str, list[str]]:
     """A word for all that is not the method's default, and the options for it."""
     options = ["--relative"] * relative
     options += ["--correction", f"{correction:g}", "--allocation", allocation]
     options += ["--refine", str(passes)]
+    options += ["--distill", str(distilled), "--distill-learning-rate", f"{rate:g}"]
     words = ["relative" if relative else "plain"]
     words += [f"{correction:g}"] if correction else []
     words += [allocation] if allocation != "uniform" else []
     words += [f"refine{passes}"] if passes else []
+    words += [f"distill{distilled}at{rate:g}"] if distilled else []
     return "+".join(words), options
 
 

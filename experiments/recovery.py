@@ -75,6 +75,7 @@ class Config:
       text: a text file, or a directory of them, in place of Shakespeare's plays.
       seeds: one dense model each.
       width: of the model.
+      layers: of the model.
       dense_steps: of the dense model's training.
       steps: of each recovery.
       rates: learning rates that each recovery has the best of.
@@ -87,6 +88,7 @@ class Config:
     text: Path | None = None
     seeds: tuple[int, ...] = (0, 1)
     width: int = 48
+    layers: int = 4
     dense_steps: int = 1500
     steps: int = 200
     rates: tuple[float, ...] = (1e-3, 3e-3)
@@ -113,7 +115,7 @@ def main(config: Config) -> Path:
       OSError: the directory cannot be written to, or another process runs there.
     """
     corpus = load(text=config.text)
-    same = ("width", "dense_steps", "steps", "batch", "sparsity", "windows")
+    same = ("width", "layers", "dense_steps", "steps", "batch", "sparsity", "windows")
     identity = {name: getattr(config, name) for name in same}
     identity |= {"data": corpus.name, "fingerprint": corpus.fingerprint}
 
@@ -146,7 +148,7 @@ def _shape(config: Config, vocab: int) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=vocab,
         context=_CONTEXT,
-        layers=4,
+        layers=config.layers,
         width=width,
         heads=heads,
         kv_heads=heads,

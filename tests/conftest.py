@@ -60,6 +60,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+# What these hold are files, shapes, runs that go on, and logits to a tolerance: nothing
+# that LLVM's optimisations change, where the default suite is run with them. A module
+# of another folder imports `quick_compilation` for the same.
+QUICK = {"cli", "experiments", "graph", "models"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_folders(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles without most optimisations in the folders of `QUICK`."""
+    quick = request.path.parent.name in QUICK
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs() -> Iterator[None]:
     """Frees a module's compiled programs at its end.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 import jaxprune as jp
@@ -28,10 +29,17 @@ def sampled_weights(
 
 def values(tree: Any, sampled: list[tuple[int, int]]) -> list[float]:
     """The sampled elements of a tree of booleans or floats, fetched all at once."""
-    picked = []
-    for number, leaf in enumerate(jp.tree.named_leaves(tree).values()):
-        indices = [index for owner, index in sampled if owner == number]
-        if indices:
-            held = jp.low_bit.decode(leaf) if is_int8(leaf) else leaf
-            picked.append(held[np.unravel_index(indices, leaf.shape)])
+    leaves = list(jp.tree.named_leaves(tree).values())
+    places: dict[int, list[int]] = {}
+    for leaf, index in sampled:
+        places.setdefault(leaf, []).append(index)
+    indices = [np.unravel_index(at, leaves[i].shape) for i, at in places.items()]
+    picked = _picked([leaves[i] for i in places], indices)
     return np.concatenate(processes.fetch(picked)).tolist()
+
+
+@jax.jit
+def _picked(leaves: list[Any], indices: list[Any]) -> list[jax.Array]:
+    """The elements of each leaf at its own indices."""
+    held = [jp.low_bit.decode(leaf) if is_int8(leaf) else leaf for leaf in leaves]
+    return [leaf[at] for leaf, at in zip(held, indices, strict=True)]

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tests.support import tiny_cli, tiny_hf
-from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.tiny_cli import run
 from tests.support.tiny_families import CONFIGS
 

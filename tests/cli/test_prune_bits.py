@@ -11,7 +11,6 @@ pytest.importorskip("tokenizers")
 
 from jaxprune import cli
 from jaxprune.formats import levels, rewrite
-from tests.support.small_models import quick_compilation as quick_compilation
 
 __all__ = ["place"]
 

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from tests.support import tiny_cli, tiny_hf
-from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.tiny_cli import config_of, run, shrink
 
 pytest.importorskip("tyro")

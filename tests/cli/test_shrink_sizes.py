@@ -7,7 +7,6 @@ import pytest
 
 from tests.support import tiny_hf
 from tests.support.plain_decoder import initial
-from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.tiny_cli import config_of, shrink
 
 pytest.importorskip("tyro")

@@ -14,7 +14,6 @@ from experiments.tasks import picture_model
 from experiments.tasks.pictures import PictureTask, VisionModel, without_gradient
 from jaxprune.models.hf import vision_config
 from jaxprune.models.phi3_vision import preprocess
-from tests.support.small_models import quick_compilation as quick_compilation
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from experiments.prune_while_training import methods, shown
 from experiments.prune_while_training.config import Cell
 from experiments.prune_while_training.run import Run, distilled
 from experiments.tasks.language_model import LanguageModel
-from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.tiny_run import write_text
 
 STEPS = 20

@@ -111,8 +111,8 @@ def text(tmp_path_factory):
 @pytest.mark.full
 def test_recovery_runs_goes_on_and_refuses_another_run(text, tmp_path, monkeypatch):
     config = recovery.Config(
-        out=tmp_path / "out", text=text, seeds=(0,), width=16, dense_steps=20, steps=4,
-        rates=(1e-3,), windows=8,
+        out=tmp_path / "out", text=text, seeds=(0,), width=16, layers=1, dense_steps=20,
+        steps=4, rates=(1e-3,), windows=8,
     )  # fmt: skip
     found = json.loads(recovery.main(config).read_text())
     assert len(found["cells"]) == 2 * len(recovery.STARTS) - 1

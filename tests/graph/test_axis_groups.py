@@ -13,7 +13,6 @@ import pytest
 import jaxprune as jp
 from tests.support.removal import check_each_kind, row
 from tests.support.small_models import draw
-from tests.support.small_models import quick_compilation as quick_compilation
 
 X = draw(0, 3, 8)
 

@@ -22,7 +22,6 @@ from jaxprune.models.phi3_vision.tower import ClipConfig, ClipTower
 from tests.support import tiny_hf
 from tests.support.removal import check, check_alone, check_each_kind, row
 from tests.support.small_models import draw, filled
-from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.traced import divided
 
 IMAGES = draw(0, 2, 8, 8, 3)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import jaxprune as jp
 from tests.support.removal import check
 from tests.support.small_models import draw
-from tests.support.small_models import quick_compilation as quick_compilation
 
 X = draw(0, 3, 8)
 

@@ -7,7 +7,6 @@ import pytest
 
 import jaxprune as jp
 from tests.support.small_models import draw, hessian
-from tests.support.small_models import quick_compilation as quick_compilation
 
 # Convolutions: the matmul with patches, cut out by hand.
 

@@ -6,7 +6,6 @@ import numpy as np
 
 import jaxprune as jp
 from tests.support.small_models import draw, hessian
-from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.traced import FLAT, X, check, divided, inputs_of
 
 

@@ -16,7 +16,6 @@ from flax import nnx
 
 import jaxprune as jp
 from tests.support.small_models import draw, filled, hessian, same_bits
-from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.traced import FLAT, X, check, divided, inputs_of, shapes
 
 # Linen.

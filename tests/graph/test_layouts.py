@@ -10,7 +10,6 @@ import pytest
 import jaxprune as jp
 from experiments.gpt.linear import product as linear_product
 from tests.support.small_models import draw, hessian
-from tests.support.small_models import quick_compilation as quick_compilation
 
 
 def everything(name, leaf):

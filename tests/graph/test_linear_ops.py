@@ -9,7 +9,6 @@ import pytest
 
 import jaxprune as jp
 from tests.support.small_models import draw, hessian
-from tests.support.small_models import quick_compilation as quick_compilation
 
 f32 = jnp.float32
 

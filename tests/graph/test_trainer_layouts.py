@@ -9,7 +9,6 @@ import pytest
 
 import jaxprune as jp
 from tests.support import removal
-from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trainer_layouts import HEADS, KEYS, LAYERS, LAYOUTS, NEURONS, TOKENS
 
 names = pytest.mark.parametrize("name", LAYOUTS)

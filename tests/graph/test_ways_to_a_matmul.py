@@ -10,7 +10,6 @@ from jax import lax
 
 import jaxprune as jp
 from tests.support.small_models import correlated, draw
-from tests.support.small_models import quick_compilation as quick_compilation
 
 IN, OUT = 8, 6
 W, X = draw(1, IN, OUT), correlated(2, 40, IN)

@@ -15,7 +15,6 @@ from jaxprune.models import hf
 from jaxprune.models.decoder.experts import Experts
 from tests.support import tiny_cli, tiny_hf
 from tests.support.plain_decoder import initial
-from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.tiny_families import MIXTURES
 
 

@@ -11,7 +11,6 @@ from jaxprune import cli
 from jaxprune.evaluation.expert_scores import expert_scores
 from jaxprune.models import hf
 from tests.support import tiny_cli, tiny_hf
-from tests.support.small_models import quick_compilation as quick_compilation
 
 
 @pytest.fixture(scope="module")

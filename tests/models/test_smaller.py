@@ -14,7 +14,6 @@ from jaxprune.formats import rewrite
 from jaxprune.models import hf
 from tests.support import hf_directories, tiny_hf
 from tests.support.removal import random_scores
-from tests.support.small_models import quick_compilation as quick_compilation
 
 FAMILIES = ["llama", "llama-3", "mistral", "qwen2", "qwen3-bias", "phi3", "gemma3"]
 FAMILIES += ["gemma2", "smollm3", "granite", "cohere", "starcoder2", "phi"]

@@ -6,7 +6,6 @@ import numpy as np
 
 import jaxprune as jp
 from tests.support.small_models import draw, filled, hessian
-from tests.support.small_models import quick_compilation as quick_compilation
 
 X = draw(0, 3, 5, 4)  # (batch, time, width)
 FLAT = draw(1, 6, 4)
