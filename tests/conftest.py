@@ -16,13 +16,13 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 # Most of the tests' time goes into compiling: without LLVM's passes a third less,
 # without the fusion emitters, where XLA still has the choice, again a third, and with
-# no expensive pass at all and no module cut into parts for more cores a tenth.
+# no module cut into parts for more cores a little.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1 "
-    "{} {} {}"
+    "{} {}"
 ).format(
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    * (os.environ["JAX_PLATFORMS"] == "cpu"),
     "--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
     os.environ.get("XLA_FLAGS", ""),
 )
@@ -60,19 +60,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-# What these hold are files, shapes, runs that go on, and logits to a tolerance: nothing
-# that LLVM's optimisations change, where the default suite is run with them. A module
-# of another folder imports `quick_compilation` for the same.
+# What these hold are files, shapes, flows, and logits to a tolerance, so they compile
+# quickly even where the default suite is run with all optimisations. A module of
+# another folder imports `quick_compilation` for the same.
 QUICK = {"cli", "experiments", "graph", "models"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_folders(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles without most optimisations in the folders of `QUICK`."""
-    quick = request.path.parent.name in QUICK
+    """Compiles quickly in the folders of `QUICK`."""
+    asked = jax.config.read("jax_disable_most_optimizations")
+    quick = asked or request.path.parent.name in QUICK
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", asked)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,9 +17,10 @@ from tests.support import oracles
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
     """For a module that imports it: programs run once, so XLA need not polish them."""
+    asked = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", asked)
 
 
 def draw(seed, *shape):
