@@ -1,12 +1,16 @@
 """The networks on digits: what is removed, and that the rows compare like with like."""
 
+import importlib.util
+
 import jax
 import pytest
 
 from benchmarks import digits_structure
 from benchmarks.digits_structure import Config
 
-pytest.importorskip("sklearn")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn"
+)
 
 CONFIG = Config(
     shares=(0.5,), steps=60, retraining=30, seeds=(0,), calibrated=128, timed=8

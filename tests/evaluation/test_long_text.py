@@ -113,12 +113,16 @@ def test_a_text_without_white_space_is_cut_between_characters(folder, tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b'{"text": "w5"}\n' * 2**18 + b"[]\n", "at byte 3932160 is not"),
-        (b'{"text": "' + b"w5 " * 2**25 + b'"}\n', "line of .* under 67108864 bytes"),
+        (lambda: b'{"text": "w5"}\n' * 2**18 + b"[]\n", "at byte 3932160 is not"),
+        (
+            lambda: b'{"text": "' + b"w5 " * 2**25 + b'"}\n',
+            "line of .* under 67108864 bytes",
+        ),
     ],
+    ids=["a list", "a long line"],
 )
 def test_lines_that_are_no_documents_are_refused(folder, tmp_path, content, told):
-    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "a.jsonl").write_bytes(content())
     text = texts.read(tmp_path / "a.jsonl", hf.load_tokenizer(folder / "model"), 97)
     with pytest.raises(ValueError, match=told):
         text.first()

@@ -1,5 +1,7 @@
 """The slips of every beginner: each works as meant, or gets one sentence that helps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,52 +11,76 @@ import pytest
 import jaxprune as jp
 from tests.support.trajectories import same_bits, weights
 
-PARAMS = weights()
-SCORES = jp.scores.magnitude(PARAMS)
-MASKS = jp.masks.make(SCORES, 0.5)
-STATE = optax.adam(0.1).init(PARAMS)
-LEAN = jp.get_importance(jp.track_importance(storage="int8").init(PARAMS))
-IMPORTANCE = jp.Importance(square=PARAMS)
+# Made when the first test needs them: whoever collects the tests compiles nothing.
+
+
+@functools.cache
+def params():
+    return weights()
+
+
+@functools.cache
+def scores():
+    return jp.scores.magnitude(params())
+
+
+@functools.cache
+def masks():
+    return jp.masks.make(scores(), 0.5)
+
+
+@functools.cache
+def state():
+    return optax.adam(0.1).init(params())
+
+
+def lean():
+    return jp.get_importance(jp.track_importance(storage="int8").init(params()))
+
+
+def importance():
+    return jp.Importance(square=params())
+
 
 SLIPS = {
     "criterion(importance, params)": (
-        lambda: jp.scores.trajectory(IMPORTANCE, PARAMS),
+        lambda: jp.scores.trajectory(importance(), params()),
         r"parameters first and the importance second, but got an Importance",
     ),
     "criterion(state, params)": (
-        lambda: jp.scores.obd(STATE, PARAMS),
+        lambda: jp.scores.obd(state(), params()),
         r"parameters first and the importance second, but got an optimizer's state",
     ),
     "make(sparsity, scores)": (
-        lambda: jp.masks.make(0.5, SCORES),
+        lambda: jp.masks.make(0.5, scores()),
         r"that a criterion made, got 0\.5; call jp\.masks\.make\(scores, sparsity\)",
     ),
     "make(importance)": (
-        lambda: jp.masks.make(IMPORTANCE, 0.5),
+        lambda: jp.masks.make(importance(), 0.5),
         r"that a criterion made, got an Importance; .* jp\.scores\.trajectory",
     ),
     "make(masks)": (
-        lambda: jp.masks.make(MASKS, 0.5),
+        lambda: jp.masks.make(masks(), 0.5),
         r"scores must be floating arrays, but 'layer/kernel' are not; cast them",
     ),
     "apply(masks, params)": (
-        lambda: jp.masks.apply(MASKS, PARAMS),
+        lambda: jp.masks.apply(masks(), params()),
         r"masks must be boolean arrays, .*'layer/kernel'.* make them with jp\.masks",
     ),
     "apply(params, scores)": (
-        lambda: jp.masks.apply(PARAMS, SCORES),
+        lambda: jp.masks.apply(params(), scores()),
         r"masks must be boolean arrays, .*'layer/kernel' are not; make them with",
     ),
     "prune(scores, params)": (
-        lambda: jp.prune(SCORES, PARAMS, 0.5),
+        lambda: jp.prune(scores(), params(), 0.5),
         r"leave out 'layer/bias', 'token_embedding'; call jp\.prune\(params, scores,",
     ),
     "prune(params, sparsity)": (
-        lambda: jp.prune(PARAMS, 0.5),
+        lambda: jp.prune(params(), 0.5),
         r"that a criterion made, got 0\.5; .* jp\.prune\(params, scores, sparsity\)",
     ),
     "prune(params, masks)": (
-        lambda: jp.prune(PARAMS, MASKS, 0.5),
+        lambda: jp.prune(params(), masks(), 0.5),
         r"scores must be floating arrays, but 'layer/kernel' are not; cast them",
     ),
     "2:4 of six inputs": (
@@ -62,11 +88,11 @@ SLIPS = {
         r"NM\(2, 4\) needs .* by 4, got 6 at 'h/k'; leave such leaves out .*excluding",
     ),
     "keep_masks(masks, optimizer)": (
-        lambda: jp.keep_masks(MASKS, optax.sgd(0.1)),
+        lambda: jp.keep_masks(masks(), optax.sgd(0.1)),
         r"optimizer first and the masks second, but got dict as the optimizer; call",
     ),
     "make(an average in one byte)": (
-        lambda: jp.masks.make({"w": LEAN.weight["layer"]["kernel"]}, 0.5),
+        lambda: jp.masks.make({"w": lean().weight["layer"]["kernel"]}, 0.5),
         r"'w' are averages in one byte; make scores of them with jp\.scores\.averaged",
     ),
     "track_importance(0.9)": (
@@ -102,11 +128,11 @@ SLIPS = {
         r"Block needs integer sides of at least 1, got Block\(rows=2\.0",
     ),
     "no such pattern": (
-        lambda: jp.prune(PARAMS, SCORES, 0.5, pattern="3/4"),
+        lambda: jp.prune(params(), scores(), 0.5, pattern="3/4"),
         r"pattern must be one of unstructured, .*, got '3/4'",
     ),
     "no such allocation": (
-        lambda: jp.prune(PARAMS, SCORES, 0.5, allocation="ekr"),
+        lambda: jp.prune(params(), scores(), 0.5, allocation="ekr"),
         r"allocation must be one of layer, uniform, global, erk, owl, .*, got 'ekr'",
     ),
     "no such method": (
@@ -125,27 +151,27 @@ def test_a_slip_gets_one_sentence_with_the_way_out(slip):
 
 
 def test_a_state_may_stand_for_its_importance():
-    expected = jp.scores.obd(PARAMS, jp.get_importance(STATE))
-    assert same_bits(jp.scores.obd(PARAMS, STATE), expected)
+    expected = jp.scores.obd(params(), jp.get_importance(state()))
+    assert same_bits(jp.scores.obd(params(), state()), expected)
 
 
 @pytest.mark.parametrize("left_out", [None, True])
 def test_none_or_true_may_stand_for_a_mask_that_is_left_out(left_out):
-    kernel = MASKS["layer"]["kernel"]
-    masks = {
+    kernel = masks()["layer"]["kernel"]
+    fewer = {
         "layer": {"bias": left_out, "kernel": kernel},
         "token_embedding": left_out,
     }
-    assert same_bits(jp.masks.apply(PARAMS, masks), jp.masks.apply(PARAMS, MASKS))
-    both = jp.masks.combine(MASKS, masks)
+    assert same_bits(jp.masks.apply(params(), fewer), jp.masks.apply(params(), masks()))
+    both = jp.masks.combine(masks(), fewer)
     np.testing.assert_array_equal(both["layer"]["kernel"], kernel)
-    states = [jp.keep_masks(optax.sgd(0.1), m).init(PARAMS) for m in (masks, MASKS)]
+    states = [jp.keep_masks(optax.sgd(0.1), m).init(params()) for m in (fewer, masks())]
     assert same_bits(*states)
 
 
 def test_one_program_serves_every_threshold():
-    scores = {"w": jnp.arange(4.0)}
-    above = jax.jit(lambda rate: jp.masks.above(scores, rate)["w"])
+    of = {"w": jnp.arange(4.0)}
+    above = jax.jit(lambda rate: jp.masks.above(of, rate)["w"])
     for rate in (0.5, 1.0, 2.5):
         assert above(rate).tolist() == [score > rate for score in range(4)]
     assert above._cache_size() == 1
