@@ -112,20 +112,21 @@ def _get(name):
     return found
 
 
-def _public_definitions():
-    """(file, node) of each public top-level function and class of the package."""
-    for path in sorted((ROOT / "jaxprune").rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            kinds = (ast.FunctionDef, ast.ClassDef)
-            if isinstance(node, kinds) and not node.name.startswith("_"):
-                yield pytest.param(
-                    node, id=f"{path.relative_to(ROOT / 'jaxprune')}:{node.name}"
-                )
+def _public_definitions(path):
+    """Each public top-level function and class of a file."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, kinds) and not node.name.startswith("_")
+    ]
 
 
 def _missing_sections(node):
-    """The Google sections that a function's docstring owes and does not have."""
+    """What a docstring owes and does not have: a function's, Google's sections."""
     doc = ast.get_docstring(node) or ""
+    if isinstance(node, ast.ClassDef):
+        return [] if doc else ["a docstring"]
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     arguments += [extra for extra in (node.args.vararg, node.args.kwarg) if extra]
     returns = node.returns is not None and ast.unparse(node.returns) != "None"
@@ -159,11 +160,13 @@ def test_a_public_class_says_what_it_is(name):
     assert inspect.getdoc(_get(name))
 
 
-@pytest.mark.parametrize("node", [*_public_definitions()])
-def test_every_public_definition_is_documented(node):
-    assert ast.get_docstring(node), f"{node.name} has no docstring"
-    if isinstance(node, ast.FunctionDef):
-        assert _missing_sections(node) == []
+FILES = sorted((ROOT / "jaxprune").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_public_definition_is_documented(path):
+    owed = {node.name: _missing_sections(node) for node in _public_definitions(path)}
+    assert {name: missing for name, missing in owed.items() if missing} == {}
 
 
 def test_names_are_exported_once_and_explicitly():
