@@ -113,21 +113,23 @@ def main(config: Config) -> None:
         with costs["prune"]:
             rule = allocation(config, graphdef, params, ids)
             params, report = pruned(config, graphdef, params, batches, folder, rule)
+        rows = report["weights"]
+        matrices = {row["name"] for row in rows}
         with costs["distill"]:
             params = lazy.loaded(params)
             if config.distill:
-                masked = {row["name"] for row in report["weights"]}
-                params = distilled(config, graphdef, params, masked, ids)
+                params = distilled(config, graphdef, params, matrices, ids)
         with costs["evaluate"]:
             perplexities["after"] = {
                 k: perplexity(graphdef, params, x) for k, x in texts.items()
             }
-    rows = report.pop("weights")
+    leaves = [x for k, x in jp.tree.named_leaves(params).items() if k in matrices]
+    zeros = sum(x.size - int(jnp.count_nonzero(x)) for x in leaves)
     measure.report(
         "jax_pruning",
         config={k: str(v) for k, v in dataclasses.asdict(config).items()},
         perplexities=perplexities,
-        zeros=report["achieved"],
+        zeros=zeros / sum(x.size for x in leaves),
         error=float(np.mean([row["error"] for row in rows])),
         solve_seconds=sum(row["seconds"] for row in rows),
         programs=report["programs"],
