@@ -63,7 +63,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 # What these hold are files, shapes, flows, and logits to a tolerance, so they compile
 # quickly even where the default suite is run with all optimisations. A module of
 # another folder imports `quick_compilation` for the same.
-QUICK = {"cli", "experiments", "graph", "models"}
+QUICK = {"benchmarks", "cli", "evaluation", "experiments", "graph", "models"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,6 @@ from flax import nnx
 from benchmarks import jax_shrinking
 from jaxprune.models import hf
 from tests.support import tiny_hf
-from tests.support.small_models import quick_compilation as quick_compilation
 
 
 @pytest.mark.full

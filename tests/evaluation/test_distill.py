@@ -10,7 +10,6 @@ from jaxprune.evaluation import distill, retrain
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.decoder.model import loss_per_token
 from tests.support.plain_decoder import initial
-from tests.support.small_models import quick_compilation as quick_compilation
 
 CONFIG = DecoderConfig(
     vocab_size=17, context=8, layers=1, width=8, heads=2, kv_heads=2, head_dim=4,

@@ -13,7 +13,6 @@ from jaxprune.models.decoder.config import DecoderConfig
 from tests.support import tiny_cli
 from tests.support.compilations import compiled
 from tests.support.plain_decoder import initial
-from tests.support.small_models import quick_compilation as quick_compilation
 
 CONFIG = DecoderConfig(
     vocab_size=19, context=8, layers=4, width=8, heads=2, kv_heads=2, head_dim=4,

@@ -6,7 +6,6 @@ import pytest
 from jaxprune.evaluation import speed
 from jaxprune.models.decoder.config import DecoderConfig
 from tests.support.plain_decoder import initial
-from tests.support.small_models import quick_compilation as quick_compilation
 
 CONFIG = DecoderConfig(
     vocab_size=17, context=16, layers=1, width=8, heads=2, kv_heads=1, head_dim=4,
