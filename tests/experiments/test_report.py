@@ -129,19 +129,18 @@ def test_names_of_files_cannot_leave_the_folder(tmp_path):
 
 
 def test_the_best_of_each_column_is_marked(results):
-    body = Page(sections.document(results))
-    marks = [tag for tag in body.tags if tag == ("td", {"class": "best"})]
+    text = sections.document(results)
+    marks = [tag for tag in Page(text).tags if tag == ("td", {"class": "best"})]
     curves = results_.curves(results, "pruned", "global")
     lowest = min(curves, key=lambda curve: curve.losses[:, 3].mean())
     mean = f"{lowest.losses[:, 3].mean():.3f}"
-    assert re.search(
-        rf'<td class="best">{mean} ± [\d.]+<small>', sections.document(results)
-    )
+    assert re.search(rf'<td class="best">{mean} ± [\d.]+<small>', text)
     assert len(marks) >= 4 * 7  # both allocations and stages, every sparsity but 0
 
 
-def test_columns_that_were_not_measured_are_left_out(results):
-    results = results | {"costs": None}  # the life cycle tells of CO₂ too
+def test_columns_that_were_not_measured_are_left_out():
+    results = synthetic(criteria=1, allocations=("global",), layers=1)
+    results |= {"costs": None}  # the life cycle tells of CO₂ too
     text = Page(sections.document(results)).text
     assert "peak memory" in text
     assert "CO₂" not in text
@@ -163,9 +162,17 @@ def test_the_command_is_the_recorded_one_or_made_from_the_configuration(results)
     assert made.command(nested).endswith("--a.b-c --out 'my runs'")
     recorded = "python -m experiments.scaled_down_llm --smoke"
     assert made.command(results | {"command": recorded}) == recorded
-    assert recorded in Page(sections.document(results | {"command": recorded})).text
+    small = synthetic(seeds=1, criteria=1, allocations=("global",), layers=1)
+    assert recorded in Page(sections.document(small | {"command": recorded})).text
 
 
+@pytest.fixture
+def page_alone(monkeypatch):
+    """The figures are drawn for the page, and not once more as files."""
+    monkeypatch.setattr(sections, "drawings", lambda results: {})
+
+
+@pytest.mark.usefixtures("page_alone")
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_without_retraining_the_report_is_about_pruning(tmp_path, seeds):
     results = synthetic(seeds=seeds, criteria=2, retrained=False, layers=1)
@@ -193,6 +200,7 @@ def test_optional_parts_may_be_absent(tmp_path):
     assert "Bytes, FLOPs" not in text
 
 
+@pytest.mark.usefixtures("page_alone")
 def test_answers_that_are_right_are_counted_where_they_were_measured(tmp_path):
     results = synthetic(seeds=2, criteria=2, allocations=("global",), layers=1)
     for seed in results["seeds"]:
