@@ -74,7 +74,7 @@ class Config:
     correction: float = 0.0
     refine: int = 0
     distill: int = 0
-    distill_learning_rate: float = 1e-4
+    distill_learning_rate: float = 3e-5
     bits: Literal[4, 8] | None = None
     group: int = 128
 

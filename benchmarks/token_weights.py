@@ -40,7 +40,7 @@ class Config(Draws):
     allocations: tuple[str, ...] = ("uniform",)
     passes: tuple[int, ...] = (0,)
     distilled: tuple[int, ...] = (0,)
-    distill_learning_rate: float = 1e-4
+    distill_learning_rate: float = 3e-5
 
 
 def main(config: Config) -> None:

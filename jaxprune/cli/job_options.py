@@ -103,7 +103,7 @@ class JobOptions(models.ModelOptions):
     any_perplexity: bool = False
     distill_steps: int = 0
     distill_text: tuple[Path, ...] = ()
-    distill_learning_rate: float = 1e-4
+    distill_learning_rate: float = 3e-5
     distill_train: Trained = "all"
     distill_hidden: float = 0.0
     plan: bool = False
