@@ -57,11 +57,12 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
         config.allocations,
         config.passes,
         config.distilled,
+        [config.distill_learning_rate],
     )
     for draw, how, method, way in itertools.product(
         config.draws, config.how, config.methods, [*ways]
     ):
-        words, options = _way(*way, config.distill_learning_rate)
+        words, options = _way(*way)
         name = f"{how.replace(':', 'of')}_{method}_{words}_{draw}"
         yield name, pruning(config, folder / f"{draw}.npy", how, method, *options)
 
@@ -78,7 +79,9 @@ def _way(
     options = ["--relative"] * relative
     options += ["--correction", f"{correction:g}", "--allocation", allocation]
     options += ["--refine", str(passes)]
-    options += ["--distill", str(distilled), "--distill-learning-rate", f"{rate:g}"]
+    if distilled:
+        options += ["--distill", str(distilled)]
+        options += ["--distill-learning-rate", f"{rate:g}"]
     words = ["relative" if relative else "plain"]
     words += [f"{correction:g}"] if correction else []
     words += [allocation] if allocation != "uniform" else []

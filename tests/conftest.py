@@ -14,9 +14,9 @@ from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["MPLBACKEND"] = "Agg"
-# Most of the tests' time goes into compiling: without LLVM's passes a third less,
-# without the fusion emitters, where XLA still has the choice, again a third, and with
-# no module cut into parts for more cores a little.
+# Most of the tests' time goes into compiling: without LLVM's passes (JAX's switch) it
+# is a third less, without the fusion emitters, where XLA still has the choice, again a
+# third. A module that is cut into parts for more cores takes longer in all.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
