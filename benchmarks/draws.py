@@ -68,9 +68,11 @@ def pruning(
     """The arguments of a process that prunes by a draw and evaluates.
 
     `how` is a sparsity or a pattern n:m; `more` are further flags of
-    `benchmarks.jax_pruning`.
+    `benchmarks.jax_pruning`. A method "torch-NAME" is the competitor's NAME.
     """
-    command = ["benchmarks.jax_pruning", str(config.model), "--method", method]
+    name = method.removeprefix("torch-")
+    program = "jax_pruning" if name == method else "torch_pruning"
+    command = [f"benchmarks.{program}", str(config.model), "--method", name]
     command += ["--pattern" if ":" in how else "--sparsity", how, *more]
     return [*command, "--calibration", str(calibration), "--evaluate"]
 

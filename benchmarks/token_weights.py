@@ -23,7 +23,7 @@ class Config(Draws):
     """Runs the cells that are missing, and prints the table.
 
     Attributes:
-      methods: the solvers.
+      methods: the solvers; torch-sparsegpt is the competitor's, which has no options.
       how: sparsities, and n:m patterns.
       relative: whether tokens are scaled to one size; both if left out.
       corrections: how much of what earlier layers lost a matrix makes up for.
@@ -62,7 +62,7 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     for draw, how, method, way in itertools.product(
         config.draws, config.how, config.methods, [*ways]
     ):
-        words, options = _way(*way)
+        words, options = ("plain", []) if "torch" in method else _way(*way)
         name = f"{how.replace(':', 'of')}_{method}_{words}_{draw}"
         yield name, pruning(config, folder / f"{draw}.npy", how, method, *options)
 

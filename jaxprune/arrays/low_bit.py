@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 
+from jaxprune.arrays import counting
 from jaxprune.arrays.messages import listed
 
 Storage: TypeAlias = Literal["float32", "bfloat16", "int8"]
@@ -73,9 +74,9 @@ class Int8:
         return np.dtype(np.float32)
 
     def count_nonzero(self) -> jax.Array:
-        """How many numbers are not zero, a uint32 scalar."""
+        """How many numbers are not zero, `counting.parts`."""
         zero = 0 if self.signed else -127
-        return jnp.sum(self.codes != zero, dtype=np.uint32)
+        return counting.parts(self.codes != zero, self.codes.size)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(decode(self), dtype)

@@ -4,9 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxprune.arrays import lazy, tree
+from jaxprune.arrays import counting, lazy, tree
 
 
 class Sparsity(NamedTuple):
@@ -70,7 +69,7 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
     }
     nonzero = jax.device_get({k: _nonzero(v) for k, v in leaves.items()})
     by_leaf = {
-        name: (int(leaf.size) - int(nonzero[name]), int(leaf.size))
+        name: (int(leaf.size) - counting.whole(nonzero[name]), int(leaf.size))
         for name, leaf in leaves.items()
     }
     zeros = sum(z for z, _ in by_leaf.values())
@@ -98,4 +97,4 @@ def _nonzero(leaf: Any) -> jax.Array:
 
 @jax.jit
 def _count(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(leaf != jnp.zeros((), leaf.dtype), dtype=np.uint32)
+    return counting.parts(leaf != jnp.zeros((), leaf.dtype), leaf.size)

@@ -95,7 +95,8 @@ class LongText:
             for own in self._documents(start, end):
                 # Not all of a document that is far longer than what is needed.
                 some = own.text[: 4 * _PER_TOKEN * body]
-                tokens = np.concatenate([tokens, self._tokens(some)])
+                before = own.before if tokens.size else ""
+                tokens = np.concatenate([tokens, self._tokens(before + some)])
                 if tokens.size >= body:
                     break
         else:
@@ -103,21 +104,21 @@ class LongText:
             if start:
                 content = content[_boundary(content) :]
             # The last token may be that of a word that the end cuts.
-            tokens = self._tokens(content.decode(errors="ignore"))[:-1]
+            tokens = self._tokens(_decoded(content))[:-1]
         return tokens[:body] if tokens.size >= body else None
 
     def _encoded(self, start: int) -> Iterator[np.ndarray]:
         """The tokens from a byte on, a part of the file at a time."""
         if self._has_documents:
             parts: list[Document] = []
-            size = 0
+            size, before = 0, ""
             for own in self._documents(start, self.stop):
+                if size >= _CHUNK:
+                    yield self._tokens(before + joined(parts))
+                    parts, size, before = [], 0, own.before
                 parts.append(own)
                 size += len(own.text)
-                if size >= _CHUNK:
-                    yield self._tokens(joined(parts))
-                    parts, size = [], 0
-            yield self._tokens(joined(parts))
+            yield self._tokens(before + joined(parts))
             return
         if start:
             start += _boundary(self._read(start, min(start + _CHUNK, self.stop)))
@@ -125,7 +126,7 @@ class LongText:
             content = self._read(start, min(start + _CHUNK, self.stop))
             if start + len(content) < self.stop:
                 content = content[: _last_boundary(content)]
-            yield self._tokens(content.decode(errors="ignore"))
+            yield self._tokens(_decoded(content))
             start += len(content)
 
     def _documents(self, start: int, end: int) -> Iterator[Document]:
@@ -162,6 +163,11 @@ def encoded(
             f" but '{path}' has {tokens.max()}; the tokenizer is another model's"
         )
     return tokens
+
+
+def _decoded(content: bytes) -> str:
+    """A part of a text, without cut characters and the mark of the byte order."""
+    return content.decode("utf-8-sig", errors="ignore")
 
 
 def _line(file: Any, path: Path) -> bytes:

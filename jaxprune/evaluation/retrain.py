@@ -104,12 +104,17 @@ def retrain(
     loss = from_text() if loss is None else loss
     held = names if masked is None else names & masked
     trained, frozen, whole = _parted(model, names)
-    masks = {
-        name: leaf != 0 if name in held else optax.MaskedNode()
-        for name, leaf in trained.items()
-    }
-    tx = keep_masks(_optimizer(settings), masks)
-    step = _step(loss, whole, tx)
+    optimizer = _optimizer(settings)
+
+    @jax.jit  # masks are made in the state, and nowhere else
+    def begun(trained: dict[str, jax.Array]) -> Any:
+        masks = {
+            name: leaf != 0 if name in held else optax.MaskedNode()
+            for name, leaf in trained.items()
+        }
+        return keep_masks(optimizer, masks).init(trained)
+
+    step = _step(loss, whole, keep_masks(optimizer, {}))
     kept = None
     if directory is not None:
         facts = {
@@ -120,7 +125,7 @@ def retrain(
             "start": fingerprint.of_arrays([trained, frozen, loss.arrays, sequences]),
         }
         kept = Checkpoints(directory, facts)
-    state = (trained, jax.jit(tx.init)(trained))
+    state = (trained, begun(trained))
     losses: list[float] = []
     if kept is not None:
         done, state, before = kept.last(state)

@@ -109,9 +109,9 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
         return LongText(path, digest, tokenizer, vocab_size, rows.size, rows)
     if (size := path.stat().st_size) > _WHOLE:
         return LongText(path, digest, tokenizer, vocab_size, size)
-    text = path.read_bytes().decode()
+    text = path.read_bytes().decode("utf-8-sig")  # without a mark of the byte order
     if path.suffix == _LINES:
-        lines = enumerate(text.splitlines(), 1)
+        lines = enumerate(text.split("\n"), 1)  # a string may hold other separators
         text = joined(
             of_line(line, path, f"line {i}", tokenizer)
             for i, line in lines
@@ -172,6 +172,8 @@ def without_end(text: AnyText, most: int) -> tuple[AnyText, Text | None]:
     """A text split into what may be drawn from and an end that is held out."""
     if isinstance(text, LongText):
         begin, tokens = text.without_end(HELD_OUT, most)
+        if tokens.size < 2:  # no document begins there
+            return text, None
         return begin, Text(text.path, text.sha256, tokens)
     # The end has a tenth of the tokens, at most `most`; of .npy and of very short texts
     # there is none.
@@ -222,13 +224,19 @@ def draw(
       The sequences.
 
     Raises:
-      ValueError: a text is too short, or rows have another length.
+      ValueError: a text is too short, rows have another length, or there are more texts
+        than sequences.
 
     Example:
       >>> text = Text(Path("a.txt"), "", np.arange(100, dtype=np.int32))
       >>> draw([text], sequences=4, length=8, bos=1, seed=0).tokens.shape
       (4, 8)
     """
+    if sequences < len(texts):
+        raise ValueError(
+            f"each text gives at least one sequence, but {sequences} are asked of "
+            f"{len(texts)} texts; ask for more sequences, or give fewer texts"
+        )
     share, rest = divmod(sequences, len(texts))
     counts = [share + (i < rest) for i in range(len(texts))]
     _check_enough(texts, counts, length, bos)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arrays import counting
 from jaxprune.arrays.messages import chosen, listed
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking.checks import floating
@@ -120,7 +121,9 @@ class ERK:
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
-        raw = [(i + o) / (i * o) for *_, i, o in (weight.shape for weight in weights)]
+        raw = [
+            (i + o) / max(i * o, 1) for *_, i, o in (weight.shape for weight in weights)
+        ]
         return _exact(1 - _capped(raw, weights, sparsity), weights, sparsity)
 
 
@@ -268,7 +271,7 @@ def _exact(
     counts = np.diff(np.minimum(np.rint(ends), goal), prepend=0)
     counts[-1] += goal - counts.sum()
     return [
-        Fraction(int(count), weight.size)
+        Fraction(int(count), max(weight.size, 1))
         for count, weight in zip(counts, weights, strict=True)
     ]
 
@@ -316,13 +319,13 @@ def _ranked(
     own = [scores[i] for i in order]
     cuts = thresholds.cut_together(own, size - round(sparsity * size))
     kept = jax.device_get(list(map(_kept, own, cuts)))
-    found = {i: int(number) for i, number in zip(order, kept, strict=True)}
-    return [Fraction(w.size - found[i], w.size) for i, w in enumerate(weights)]
+    found = {i: counting.whole(number) for i, number in zip(order, kept, strict=True)}
+    return [Fraction(w.size - found[i], max(w.size, 1)) for i, w in enumerate(weights)]
 
 
 @jax.jit
 def _kept(scores: jax.Array, cut: thresholds.Cut) -> jax.Array:
-    return jnp.sum(thresholds.mask(scores, cut), dtype=np.uint32)
+    return counting.parts(thresholds.mask(scores, cut), scores.size)
 
 
 def _scores(weight: Weight) -> jax.Array:

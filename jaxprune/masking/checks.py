@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.low_bit import is_int8
@@ -16,7 +17,9 @@ def floating(scores: Scores) -> dict[str, jax.Array]:
     """The scores' leaves by name, floating and free of NaN, without excluded ones."""
     refuse_other(scores)
     named = {
-        k: v for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
+        k: jnp.asarray(v) if isinstance(v, np.ndarray) else v  # JAX may know no float64
+        for k, v in tree.named_leaves(scores).items()
+        if not tree.is_excluded(v)
     }
     if not named:
         raise ValueError("scores must have at least one leaf to prune, but have none")

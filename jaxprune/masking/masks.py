@@ -96,6 +96,7 @@ def above(scores: Scores, threshold: float) -> Masks:
     traced = isinstance(threshold, jax.core.Tracer)
     if not traced and not 0 <= float(threshold) < math.inf:
         raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
+    scores = jax.tree.map(jnp.asarray, scores)
     return jax.tree.map(lambda score: _is_above(score, threshold), scores)
 
 
@@ -122,7 +123,7 @@ def apply(params: Params, masks: Masks) -> Params:
     """
     aligned = checked(params, masks)
     leaves = [
-        leaf if tree.is_excluded(mask) else _where(placement.beside(mask, leaf), leaf)
+        leaf if tree.is_excluded(mask) else _applied(mask, leaf)
         for leaf, mask in zip(tree.named_leaves(params).values(), aligned, strict=True)
     ]
     return jax.tree.unflatten(
@@ -166,6 +167,12 @@ def combine(first: Masks, second: Masks) -> Masks:
 
 def _is_above(score: jax.Array, threshold: Any) -> jax.Array:
     return score > jnp.asarray(threshold, score.dtype)
+
+
+def _applied(mask: Any, leaf: Any) -> jax.Array:
+    spread = placement.is_concrete(leaf) and len(leaf.sharding.device_set) > 1
+    put = placement.placed if spread else placement.beside
+    return _where(put(mask, leaf), leaf)
 
 
 @jax.jit

@@ -3,10 +3,8 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jaxprune.arrays import tree
+from jaxprune.arrays import counting, tree
 from jaxprune.masking.checks import checked
 from jaxprune.typing import Masks
 
@@ -72,7 +70,7 @@ def overlap(masks: Masks, others: Masks) -> Overlap:
         if not tree.is_excluded(own) and not tree.is_excluded(other)
     }
     by_leaf = {
-        name: (int(both), int(either))
+        name: (counting.whole(both), counting.whole(either))
         for name, (both, either) in jax.device_get(counts).items()
     }
     both, either = (sum(row[i] for row in by_leaf.values()) for i in range(2))
@@ -81,5 +79,5 @@ def overlap(masks: Masks, others: Masks) -> Overlap:
 
 @jax.jit
 def _counts(mask: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
-    number = lambda bits: jnp.sum(bits, dtype=np.uint32)  # noqa: E731
+    number = lambda bits: counting.parts(bits, mask.size)  # noqa: E731
     return number(mask & other), number(mask | other)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import placement
+from jaxprune.arrays import counting, placement
 from jaxprune.masking.checks import checked
 from jaxprune.typing import Masks
 
@@ -41,8 +41,8 @@ class PackedMask:
         return math.prod(self.shape)
 
     def count_nonzero(self) -> jax.Array:
-        """How many are kept, a uint32 scalar; what rows are filled up with is False."""
-        return jnp.sum(jax.lax.population_count(self.bits), dtype=np.uint32)
+        """How many are kept, `counting.parts`; rows are filled up with False."""
+        return counting.parts(jax.lax.population_count(self.bits), self.size)
 
 
 def pack(masks: Masks) -> Any:

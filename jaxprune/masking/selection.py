@@ -83,6 +83,11 @@ def quotas(
     own_axes = _axes(axes, names, leaves, pattern)
     share, found = counts.agreed(sparsity, pattern, rule)
     sizes = unit_counts(pattern, leaves, own_axes)
+    if large := [n for n, size in zip(names, sizes, strict=True) if size >= 2**32]:
+        raise ValueError(
+            f"a ranking counts fewer than 2^32 units of a leaf, but {listed(large)} "
+            "have more; split the stack into several leaves"
+        )
     if isinstance(found, allocation.Global) and not isinstance(share, Mapping):
         kept = [sum(sizes) - round(share * sum(sizes))]
         return Quotas(kept, together=True, axes=own_axes)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.per_device import PerDevice
@@ -111,7 +112,7 @@ class SegmentedProgram:
 
         A tied weight is alone, since it has other inputs besides.
         """
-        names = [op.name for op in segment.linear_ops]
+        names = list(dict.fromkeys(op.name for op in segment.linear_ops))
         shared = tuple(name for name in names if name not in self._tied)
         groups = [shared] if shared else []
         return groups + [(name,) for name in names if name in self._tied]
@@ -139,7 +140,10 @@ class SegmentedProgram:
             if dense and number in dense:
                 given[number] = dense[number]
             elif number in self._leaf_of:
-                given[number] = self.leaves[self._leaf_of[number]]
+                leaf = self.leaves[self._leaf_of[number]]
+                # NumPy's would go to the device anew with every batch.
+                is_numpy = isinstance(leaf, np.ndarray)
+                given[number] = jnp.asarray(leaf) if is_numpy else leaf
             elif number in self.trace.views:
                 view = self.trace.views[number]
                 given[number] = view.read(self.leaves[view.leaf])

@@ -60,11 +60,18 @@ class Plan(NamedTuple):
         return {
             "method": repr(self.method),
             "pattern": repr(self.pattern),
-            "sparsity": self.sparsity,
+            "sparsity": _plain(self.sparsity),
             "allocation": repr(self.rule),
             "removed": self.removed,
             "rounding": self.rounding and repr(self.rounding),
         }
+
+
+def _plain(sparsity: Any) -> Any:
+    """A sparsity as JSON has it; it may be NumPy's, or a fraction."""
+    if isinstance(sparsity, Mapping):
+        return {name: float(share) for name, share in sparsity.items()}
+    return None if sparsity is None else float(sparsity)
 
 
 def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> None:

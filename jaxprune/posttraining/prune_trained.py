@@ -159,8 +159,9 @@ def prune_trained(
     program = SegmentedProgram(
         traced, leaves, ops, outputs=refine is not None, devices=devices
     )
+    counted = [positions(batch) if positions else None for batch in batches]
     if refine is not None:
-        refine.check(program)
+        refine.check(program, counted)
     plan = plans.planned(
         ops,
         leaves,
@@ -174,7 +175,6 @@ def prune_trained(
         devices,
         rounding,
     )
-    counted = [positions(batch) if positions else None for batch in batches]
     for segment, own in itertools.product(program.segments, counted):
         input_statistics.counted_samples(segment, own)
     facts = {

@@ -26,11 +26,11 @@ from jaxprune.arrays import placement
 from jaxprune.graph.program import Subgraph
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.posttraining.pipeline import Activations, SegmentedProgram
-
-# Of what tokens usually are, added to each one: a token of zeros has no relative error.
-_FLOOR = 1e-3
+from jaxprune.posttraining.relative_error import relative_error
 
 Arrays: TypeAlias = list[jax.Array]
+
+_measured = jax.jit(relative_error)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,14 @@ class Refine:
                 f"got learning_rate={self.learning_rate} and held_out={self.held_out}"
             )
 
-    def check(self, program: SegmentedProgram) -> None:
-        """Refuses a program whose end nothing can be measured by.
+    def check(
+        self, program: SegmentedProgram, positions: Sequence[jax.Array | None]
+    ) -> None:
+        """Refuses what nothing can be trained or measured by.
 
         Raises:
-          ValueError: no result is a float that depends on the batch.
+          ValueError: no result is a float that depends on the batch, no weight is a
+            layer's own, or no position counts in the batches that measure.
         """
         kinds = program.trace.program.kinds
         wanted = program.blocks[-1].wanted
@@ -101,6 +104,17 @@ class Refine:
                 "refine measures the last layer by what the function returns, so some "
                 "result must be a float that the weights decide, but none is; let it "
                 "return the model's final states"
+            )
+        if not any(trained_values(program)):
+            raise ValueError(
+                "refine finds nothing to train, since several layers read each weight, "
+                "as they do of a stack that is cast before it is sliced; cast it "
+                "inside of the scan, or leave refine out"
+            )
+        if not any(map(_counts, positions[self.split(len(positions)) :])):
+            raise ValueError(
+                "refine measures by the last batches, but positions counts nothing in "
+                "them; put other batches last, or raise held_out"
             )
 
     def split(self, batches: int) -> int:
@@ -114,7 +128,7 @@ class Refine:
                 "refine needs at least two batches, one of them to measure by, got "
                 f"{batches}; cut the batches smaller"
             )
-        return batches - max(1, round(batches * self.held_out))
+        return batches - min(batches - 1, max(1, round(batches * self.held_out)))
 
 
 class Value(NamedTuple):
@@ -184,6 +198,7 @@ class Refiner:
         self.refine = refine
         self.values = trained_values(program)
         self._program, self._positions = program, positions
+        self._counts = list(map(_counts, positions))
         self._dense: list[Activations] = []
         self._inputs: list[Activations] = []  # of the block, by the pruned model
         self._targets: list[Arrays] = []
@@ -263,6 +278,8 @@ class Refiner:
             trained, state = placement.committed((trained, state))
             for number in range(self.refine.passes):
                 for i in np.random.default_rng(number).permutation(count):
+                    if not self._counts[i]:
+                        continue
                     known = {**self._inputs[i], **constants}
                     given = [known[n] for n in part.inputs if n not in numbers]
                     trained, state = step(
@@ -290,7 +307,8 @@ class Refiner:
 
     def _loss(self, part: Subgraph, constants: Mapping[int, Any]) -> float:
         """The mean loss of the batches that measure."""
-        batches = range(self.refine.split(len(self._inputs)), len(self._inputs))
+        begin, end = self.refine.split(len(self._inputs)), len(self._inputs)
+        batches = [i for i in range(begin, end) if self._counts[i]]
         total = 0.0
         for i in batches:
             results = self._program.compute(part, {**self._inputs[i], **constants})
@@ -349,6 +367,11 @@ def _compiled(
     return step
 
 
+def _counts(positions: jax.Array | None) -> bool:
+    """Whether anything counts in a batch."""
+    return positions is None or bool(jnp.any(positions))
+
+
 def _floats(results: Mapping[int, jax.Array]) -> Arrays:
     """The values that an error is measured on, in the order of their numbers."""
     return [
@@ -356,42 +379,3 @@ def _floats(results: Mapping[int, jax.Array]) -> Arrays:
         for n in sorted(results)
         if jnp.issubdtype(results[n].dtype, jnp.floating)
     ]
-
-
-def relative_error(
-    results: Sequence[jax.Array],
-    targets: Sequence[jax.Array],
-    counted: jax.Array | None,
-) -> Float[Array, ""]:
-    """|y - target|^2 / |target|^2, the mean over tokens, then over arrays.
-
-    Args:
-      results: arrays (tokens..., features).
-      targets: arrays of the same shapes.
-      counted: booleans; which tokens count in the arrays that begin with its shape.
-
-    Returns:
-      Float32 scalar.
-    """
-    errors = [_error(*own, counted) for own in zip(results, targets, strict=True)]
-    return jnp.mean(jnp.stack(errors))
-
-
-_measured = jax.jit(relative_error)
-
-
-def _error(
-    result: jax.Array, target: jax.Array, counted: jax.Array | None
-) -> Float[Array, ""]:
-    y, t = (jnp.atleast_1d(x).astype(np.float32) for x in (result, target))
-    share: Any = np.float32(1)
-    if counted is not None and y.shape[: counted.ndim] == counted.shape:
-        # Selected, not multiplied: what does not count may be NaN.
-        own = counted.reshape(counted.shape + (1,) * (y.ndim - counted.ndim))
-        y, t = jnp.where(own, y, 0), jnp.where(own, t, 0)
-        share = jnp.mean(counted, dtype=np.float32)
-    apart, size = (jnp.sum(jnp.square(x), axis=-1) for x in (y - t, t))  # (tokens...)
-    # By the fourth root of the square, which a few massive tokens do not move much.
-    usual = jnp.mean(jnp.sqrt(jnp.sqrt(size))) ** 4
-    floor = _FLOOR * usual + np.finfo(np.float32).tiny
-    return jnp.mean(apart / (size + floor)) / share

@@ -7,6 +7,7 @@ the names of their classes. `nnx.state(optimizer)` keeps only the names of field
 types; there a node is recognised by its names.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import low_bit, tree
+from jaxprune.arrays import low_bit, merge, tree
 from jaxprune.typing import Importance, Params
 
 # A state's class in optax: which field is E[g^2], up to one factor, and all its fields.
@@ -222,31 +223,11 @@ def _found(
 
 def _merged(trees: list[Params], what: str) -> Params:
     """One tree of several that each watch some leaves (masked, partition)."""
-    merged, *rest = trees
-    for other in rest:
-        merged = _union(merged, other, what)
-    return merged
-
-
-def _union(first: Any, second: Any, what: str) -> Any:
-    """Each leaf from the tree that has it; a left-out node may stand for a subtree."""
-    if tree.is_excluded(first) or tree.is_excluded(second):
-        return second if tree.is_excluded(first) else first
-    structure: Any
-    own, structure = _children(first)
-    others, _ = _children(second)
-    if tree.is_leaf(first) or jax.tree_util.treedef_is_leaf(structure):
-        raise ValueError(
-            f"each leaf must be tracked once, but two transformations in this state "
-            f"track the {what} of one leaf; remove all but one"
-        )
-    pairs = zip(own, others, strict=True)
-    return jax.tree.unflatten(structure, [_union(*pair, what) for pair in pairs])
-
-
-def _children(node: Any) -> tuple[list[Any], Any]:
-    """What a node holds, one level down, and how to put it back."""
-    return jax.tree.flatten(node, is_leaf=lambda below: below is not node)
+    conflict = (
+        "each leaf must be tracked once, but two transformations in this state track "
+        f"the {what} of one leaf; remove all but one"
+    )
+    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), trees)
 
 
 def _warn_of_maxima(state: Any) -> None:

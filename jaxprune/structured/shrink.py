@@ -176,6 +176,11 @@ def lost_units(
     Raises:
       ValueError: as `shrink` does.
     """
+    if budget is None and rules not in (("*",), ["*"]):
+        raise ValueError(
+            f"groups are those that a budget is met with, got {rules} and no budget; "
+            "say it of the sparsity: sparsity={glob or name: share}"
+        )
     possible = choice.possible(groups, sizes)
     if budget is not None:
         return _within_budget(groups, budget, measure, rules, possible, timed)

@@ -17,6 +17,7 @@ import optax
 from jaxprune import scores
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import refuse_fractions
 from jaxprune.masking.counts import Allocation
 from jaxprune.training import weightings
 from jaxprune.training.event_table import Rules
@@ -186,6 +187,7 @@ def _check(
     begin: int, end: int, interval: int, penalty: float | optax.Schedule, decay: float
 ) -> None:
     """Refuses what is out of range."""
+    refuse_fractions("admm", begin=begin, end=end, interval=interval)
     if not 0 <= begin < end or interval < 1:
         raise ValueError(
             "admm needs 0 <= begin < end and interval >= 1, got "

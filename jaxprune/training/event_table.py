@@ -37,6 +37,12 @@ class Event(NamedTuple):
     sparsity: float | None
     pattern: Pattern
 
+    @property
+    def share(self) -> float:
+        """The share that is pruned."""
+        fixed = self.pattern.sparsity
+        return float((fixed or 0) if self.sparsity is None else self.sparsity)
+
 
 class Table(NamedTuple):
     """The counts of the events of one pattern, as the device looks them up.

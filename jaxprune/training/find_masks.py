@@ -4,14 +4,16 @@ A state that holds masks is known by its type. `nnx.state(optimizer)` keeps only
 names of fields, no types; there it is recognised by its names.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from optax import MaskedNode
 
-from jaxprune.arrays import placement, tree
+from jaxprune.arrays import merge, placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.masking import packing
 from jaxprune.masking.checks import checked
@@ -58,7 +60,11 @@ def get_masks(state: Any, params: Params | None = None) -> Masks:
             "this optimizer state holds no masks; train with jp.keep_masks(optimizer, "
             "masks) or jp.gradual(optimizer, schedule)"
         )
-    return jax.tree.map(_only, *found, is_leaf=tree.is_excluded)
+    conflict = (
+        "each leaf must have one mask, but two transformations in this state mask the "
+        "same leaf; remove all but one"
+    )
+    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), found)
 
 
 def replace_masks(state: T, masks: Masks) -> T:
@@ -105,7 +111,7 @@ def replace_masks(state: T, masks: Masks) -> T:
         if not _holds(node):
             return node
         own = [
-            mask if tree.is_excluded(mask) else placement.placed(given[name], mask)
+            mask if tree.is_excluded(mask) else _copied(given[name], mask)
             for name, mask in _named(node, masks).items()
         ]
         held = _masks(node)
@@ -117,6 +123,14 @@ def replace_masks(state: T, masks: Masks) -> T:
         return node._replace(masks=new)
 
     return jax.tree.map(replaced, state, is_leaf=_holds)
+
+
+def _copied(given: Any, mask: Any) -> jax.Array:
+    """A mask of the state's own, as a step may be given its state to donate."""
+    arrays = placement.is_concrete(given) and placement.is_concrete(mask)
+    if arrays and given.committed and not mask.committed:
+        given = np.asarray(given)  # a step would compile anew for what is committed
+    return placement.placed(jnp.array(given, copy=True), mask)
 
 
 def _holds(node: Any) -> bool:
@@ -175,14 +189,3 @@ def _is_leaf(node: Any) -> bool:
 def _is_bits(leaf: Any) -> bool:
     """Whether it is what NNX's optimizer makes of a packed mask."""
     return not _is_leaf(leaf) and leaf.dtype == np.uint8
-
-
-def _only(*candidates: Any) -> Any:
-    """The one mask that a leaf has in states that share the leaves out."""
-    seen = [mask for mask in candidates if not tree.is_excluded(mask)]
-    if len(seen) > 1:
-        raise ValueError(
-            f"each leaf must have one mask, but {len(seen)} transformations in this "
-            "state mask the same leaf; remove all but one"
-        )
-    return seen[0] if seen else MaskedNode()

@@ -6,6 +6,7 @@ under them. There is no hook before or after the step that a loop could forget, 
 parameters have exact zeros after every step.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -80,9 +81,9 @@ def gradual(
       `MultiSteps(gradual(...), k)` counts real steps.
 
     Raises:
-      ValueError: schedule, pattern, allocation and growth do not agree; at `init`: no
-        leaf is prunable, or the criterion's statistic is not in the optimizer; at
-        `update`: no parameters.
+      ValueError: schedule, pattern, allocation and growth do not agree, or the sparsity
+        falls and nothing grows; at `init`: no leaf is prunable, or the criterion's
+        statistic is not in the optimizer; at `update`: no parameters.
       TypeError: an argument is of another kind.
 
     Example:
@@ -103,6 +104,8 @@ def gradual(
       pruned weights come back.
     """
     rules = Rules(schedule, allocation, pattern, axes, grow)
+    if grow is None:
+        _refuse_falling(rules)
     masking = MaskEvents(rules, criterion, prunable, packed)
     grow_reads = grow is not None and grow.reads_gradient
     optimizer = optax.with_extra_args_support(optimizer)
@@ -136,3 +139,15 @@ def gradual(
         return select(kept, updates, params), after
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _refuse_falling(rules: Rules) -> None:
+    """Refuses a sparsity under an earlier one: what would return, nothing says."""
+    for before, event in itertools.pairwise(rules.events):
+        if event.share < before.share:
+            raise ValueError(
+                "gradual keeps pruned weights pruned, but the schedule falls from "
+                f"{before.share:g} at step {before.step} to {event.share:g} at step "
+                f"{event.step}; give grow=jp.grow.gradient(), or take "
+                "jp.straight_through"
+            )

@@ -42,6 +42,7 @@ def keep_masks(
         is really taken.
       masks: masks of the parameters that will be trained; True is kept, and a leaf
         with `optax.MaskedNode()`, None or True for its mask is trained as a whole.
+        Inside `optax.partition` or `masked` those of other leaves are not used.
       packed: whether the state holds them at one bit a weight rather than eight.
 
     Returns:
@@ -75,7 +76,7 @@ def keep_masks(
     def init(params: Params) -> KeepMasksState:
         if tree.is_placeholder(params):
             return KeepMasksState(params, optimizer.init(params))
-        aligned = checked(params, masks)
+        aligned = checked(params, _of_trained(params, masks))
         own = [
             m
             if tree.is_excluded(m)
@@ -106,3 +107,19 @@ def keep_masks(
         return select(kept, updates, params), KeepMasksState(state.masks, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_trained(params: Params, masks: Masks) -> Masks:
+    """The masks without those of leaves that another optimizer trains."""
+    named = tree.named_leaves(params)
+    others = [name for name, leaf in named.items() if tree.is_excluded(leaf)]
+    if not others:
+        return masks
+    below = tuple(f"{name}/" for name in others)
+    given = tree.named_leaves(tree.with_nodes(masks, named))
+    own = {
+        name: mask
+        for name, mask in given.items()
+        if name not in others and not name.startswith(below)
+    }
+    return own | dict.fromkeys(others, optax.MaskedNode())

@@ -95,6 +95,8 @@ class MaskEvents:
     def _chosen_names(self, params: Params) -> set[str]:
         """The names of the leaves that may be pruned."""
         named = tree.named_leaves(params)
+        if not any(map(tree.is_excluded, named.values())):  # else names are missing
+            tree.check_rule(self.prunable, list(named))
         chosen = {
             name
             for name, leaf in named.items()
@@ -111,7 +113,8 @@ class MaskEvents:
         """The criterion's scores of the leaves that may be pruned."""
         named, chosen = tree.named_leaves(params), self._chosen_names(params)
         criterion: Callable[..., Scores] = self.criterion
-        if "prunable" in inspect.signature(criterion).parameters:
+        bound = getattr(criterion, "keywords", {})  # of a partial; its own rule counts
+        if "prunable" in inspect.signature(criterion).parameters.keys() - bound.keys():
             rule = lambda name, leaf: name in chosen  # noqa: E731
             criterion = functools.partial(criterion, prunable=rule)
         aligned = tree.align(params, criterion(params, importance), "scores")

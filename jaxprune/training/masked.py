@@ -50,7 +50,10 @@ def unpacked(held: Any, params: Params) -> Masks:
     """The masks of a state that holds them packed, like the parameters."""
     # By names: `nnx.Optimizer` hands its state on without its dataclasses.
     named = tree.named_leaves(params)
-    bits = {k.removesuffix("/bits"): v for k, v in tree.named_leaves(held).items()}
+    bits = {
+        k if tree.is_excluded(v) else k.removesuffix("bits").removesuffix("/"): v
+        for k, v in tree.named_leaves(held).items()
+    }
     own = [
         bits[name]
         if tree.is_excluded(bits[name])

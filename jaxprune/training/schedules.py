@@ -8,6 +8,7 @@ lower case because they are read as functions: `jp.schedules.cubic(0.8, 500, 150
 
 import abc
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Protocol, TypeAlias
 
@@ -50,7 +51,7 @@ class _Range(abc.ABC):
         """Step to the share that is pruned from then on, in ascending order."""
         span = max(self.end - self.begin, 1)
         steps = [*range(self.begin, self.end, self.every), self.end]
-        return {t: self.final * self._part((self.end - t) / span) for t in steps}
+        return {int(t): self.final * self._part((self.end - t) / span) for t in steps}
 
     @abc.abstractmethod
     def _part(self, left: float) -> float:
@@ -188,7 +189,7 @@ class once:
 
     def table(self) -> dict[int, float]:
         """Step to the share that is pruned from then on."""
-        return {self.step: self.final}
+        return {int(self.step): self.final}
 
 
 def events(schedule: Events) -> dict[int, float | str | Pattern]:
@@ -228,11 +229,11 @@ def events(schedule: Events) -> dict[int, float | str | Pattern]:
 
 
 def _checked_step(what: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"{what} must be an integer from {least} on, got {value!r}; round it"
         )
-    if not least <= value < 2**31:
+    if not least <= int(value) < 2**31:
         raise ValueError(
             f"{what} must be an integer from {least} to 2^31 - 1, got {value}"
         )

@@ -17,6 +17,7 @@ import optax
 from jaxprune import scores
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import refuse_fractions
 from jaxprune.masking.counts import Allocation
 from jaxprune.training import schedules
 from jaxprune.training.event_table import Rules
@@ -106,12 +107,13 @@ def straight_through(
         rules, criterion, prunable, packed, revive=True, name="straight_through"
     )
     first, last = int(rules.steps[0]), int(rules.steps[-1])
-    if every < 1 or (freeze is not None and freeze < last):
+    end = 2**31 - 1 if freeze is None else freeze
+    refuse_fractions("straight_through", every=every, freeze=end)
+    if every < 1 or end < last:
         raise ValueError(
             "straight_through needs every >= 1 and a freeze at or after the schedule's "
             f"last event at step {last}, got every={every}, freeze={freeze}"
         )
-    end = 2**31 - 1 if freeze is None else freeze
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> StraightThroughState:

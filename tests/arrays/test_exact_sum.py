@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxprune.arrays import exact_sum
+from jaxprune.arrays import counting, exact_sum
 from tests.support.trajectories import same_bits
 
 
@@ -79,3 +79,13 @@ def test_one_nan_among_many_makes_its_sum_nan(axis):
     np.testing.assert_array_equal(
         jax.jit(lambda x: exact_sum.total(x, axis))(terms), expected
     )
+
+
+def test_counts_past_a_uint32_are_added_up_by_the_host():
+    stack = jax.ShapeDtypeStruct((48, 128, 2048, 768), bool)
+    parts = jax.eval_shape(lambda bits: counting.parts(bits, bits.size), stack)
+    assert parts.shape == (48,)  # each of at most 128 x 2048 x 768 = 201,326,592
+    assert counting.whole(np.full(48, 201_326_592, np.uint32)) == 9_663_676_416
+    bits = np.random.default_rng(0).random((3, 5, 7)) > 0.5
+    for most in (bits.size, 2**32):
+        assert counting.whole(counting.parts(jnp.asarray(bits), most)) == bits.sum()

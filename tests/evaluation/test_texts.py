@@ -178,3 +178,50 @@ def test_guessing_by_frequency_is_held_against_a_uniform_and_a_constant_text():
 )
 def test_a_sane_model_beats_frequency_and_vocabulary(found, frequency, sane):
     assert perplexity.is_sane({"perplexity": found}, frequency, 97) is sane
+
+
+class Letters:
+    """A tokenizer whose tokens are the characters, white space too."""
+
+    chat, begins = None, True
+
+    def encode(self, text, *, bos):
+        return [min(ord(letter), 255) for letter in text]
+
+
+def letters(tokens):
+    return "".join(map(chr, tokens))
+
+
+def test_strings_of_json_may_hold_any_separator_and_files_a_byte_order_mark(tmp_path):
+    documents = ["one\u2028two", "three\x85four", "five\u2029six"]
+    lines = [json.dumps({"text": own}, ensure_ascii=False) for own in documents]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n".join(lines) + "\n", newline="")
+    (tmp_path / "b.txt").write_text("\ufeffone two")
+    found = texts.read(tmp_path / "a.jsonl", Letters(), 256)
+    assert len(found.tokens) == len("\n\n".join(documents))
+    assert letters(texts.read(tmp_path / "b.txt", Letters(), 256).tokens) == "one two"
+
+
+@pytest.mark.parametrize("size", [90, 600_000])
+def test_documents_of_a_long_file_stay_apart(tmp_path, size):
+    count = 2_400_000 // size + 1
+    with open(tmp_path / "long.jsonl", "w") as file:
+        for _ in range(count):
+            file.write(json.dumps({"text": "a" * size}) + "\n")
+    found = texts.read(tmp_path / "long.jsonl", Letters(), 256)
+    assert letters(found.first()) == "\n\n".join(["a" * size] * count)
+    drawn = texts.draw([found], sequences=4, length=400, bos=None, seed=0).tokens
+    assert ["\n\n" in letters(piece) for piece in drawn] == [size < 400] * 4
+    begin, end = texts.without_end(found, 1000)
+    if size < 400:
+        assert begin.stop < found.stop
+        assert len(end.tokens) == 1000
+    else:  # no document begins in the last tenth
+        assert (begin, end) == (found, None)
+
+
+def test_more_texts_than_sequences_are_refused(tmp_path):
+    every = [made(tmp_path / f"{i}.npy", np.arange(40)) for i in range(3)]
+    with pytest.raises(ValueError, match="2 are asked of 3 texts; ask for more"):
+        texts.draw(every, sequences=2, length=8, bos=None, seed=0)

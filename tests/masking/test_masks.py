@@ -325,3 +325,25 @@ def test_one_nan_among_a_million_scores_is_found(dtype, where):
     scores[where] = np.nan
     with pytest.raises(ValueError, match="must not be NaN"):
         jp.masks.make({"w": jnp.asarray(scores)}, 0.5)
+
+
+def test_numpys_doubles_are_ranked_in_the_precision_that_jax_has():
+    scores = {"w": np.random.default_rng(0).random((6, 7))}  # float64
+    single = {"w": scores["w"].astype(np.float32)}
+    for own in (lambda s: jp.masks.make(s, 0.5), lambda s: jp.masks.above(s, 0.5)):
+        np.testing.assert_array_equal(own(scores)["w"], own(single)["w"])
+    assert jp.sparsity(jp.prune(single, scores, 0.5)).total == 0.5
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global", "erk"])
+def test_an_empty_leaf_is_nothing_to_share_out(allocation):
+    scores = {"empty": jnp.zeros((0, 4)), "w": jnp.arange(16.0).reshape(4, 4)}
+    masks = jp.masks.make(scores, 0.5, allocation=allocation)
+    assert masks["empty"].shape == (0, 4)
+    assert int(masks["w"].sum()) == 8
+
+
+def test_a_leaf_with_more_weights_than_a_ranking_counts_is_refused_by_name():
+    large = {"experts": jax.ShapeDtypeStruct((48, 128, 2048, 768), np.float32)}
+    with pytest.raises(ValueError, match="'experts' have more; split the stack"):
+        jax.eval_shape(lambda scores: jp.masks.make(scores, 0.5), large)

@@ -199,3 +199,13 @@ def test_inside_of_shard_map_each_device_ranks_its_own_shard(allocation, check):
         for name, kept in zip(local, keep(list(local.values()), 0.5), strict=True):
             own_part = np.asarray(masks[name]).reshape(4, *kept.shape)[shard]
             np.testing.assert_array_equal(own_part, kept)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("x"), PartitionSpec()])
+def test_applied_masks_leave_the_parameters_where_they_are(spec):
+    mesh = Mesh(np.array(jax.devices()[2:4]), ("x",))
+    weights = jax.device_put(EQUAL, NamedSharding(mesh, spec))
+    other = NamedSharding(mesh, PartitionSpec(None, "x"))
+    masks = jax.device_put({k: v > 0 for k, v in EQUAL.items()}, other)
+    for pruned in jp.masks.apply(weights, masks).values():
+        assert pruned.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)

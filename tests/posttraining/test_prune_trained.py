@@ -152,6 +152,17 @@ def test_a_weight_used_twice_is_pruned_once_for_both_of_its_inputs():
     assert [row["name"] for row in report["weights"]] == ["w", "v"]
 
 
+def test_a_weight_used_twice_on_one_input_is_seen_once_for_each():
+    w, x = draw(3, 6, 6), draw(4, 40, 6)
+
+    def fn(p, x):
+        return x @ p["w"] + jnp.dot(x, p["w"], precision="highest")
+
+    twice, _ = prune(fn, {"w": w}, [x], "wanda")
+    once, _ = prune(lambda p, x: x @ p["w"], {"w": w}, [x], "wanda")
+    np.testing.assert_array_equal(twice["w"], once["w"])
+
+
 def test_stacked_layers_are_pruned_one_by_one_for_what_they_see():
     stack = draw(7, 3, 6, 6)
 
@@ -335,6 +346,12 @@ def test_the_report_is_json_and_says_what_was_done():
         assert row["size"] == kernel.size
         np.testing.assert_allclose(row["damping"], 0.01, rtol=1e-5)
         assert row["seconds"] >= 0
+
+
+@pytest.mark.parametrize("share", [np.float32(0.5), {"*": np.float32(0.5)}])
+def test_the_report_is_json_where_the_sparsity_is_numpys(share):
+    _, report = prune(run_chain, PARAMS, BATCHES, "magnitude", sparsity=share)
+    assert json.loads(json.dumps(report))["sparsity"] in (0.5, {"*": 0.5})
 
 
 def test_the_error_in_the_report_is_that_of_the_outputs_on_the_first_batch():

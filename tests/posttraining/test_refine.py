@@ -11,6 +11,7 @@ import jaxprune as jp
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.posttraining import refine
 from jaxprune.posttraining.pipeline import SegmentedProgram
+from jaxprune.posttraining.relative_error import relative_error as relative_error_
 from tests.support.small_models import correlated, draw, same_bits
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -133,7 +134,7 @@ def test_a_matrix_that_is_not_pruned_is_not_trained():
 # What is made small.
 
 
-relative_error = jax.jit(refine.relative_error)
+relative_error = jax.jit(relative_error_)
 
 
 def test_a_token_a_thousand_times_larger_weighs_as_much_as_any_other():
@@ -345,33 +346,3 @@ def test_another_refinement_is_another_job(tmp_path):
     prune(directory=tmp_path)
     with pytest.raises(ValueError, match="refine"):
         prune(directory=tmp_path, refine=dataclasses.replace(HOW, passes=3))
-
-
-# Refusals.
-
-
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        ({"passes": 0}, "passes=0"),
-        ({"patience": 0}, "patience=0"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"held_out": 1.0}, "held_out=1.0"),
-    ],
-)
-def test_what_is_no_training_is_refused(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        jp.Refine(**wrong)
-
-
-def test_one_batch_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="at least two batches"):
-        prune(batches=BATCHES[:1], directory=tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_function_that_returns_no_float_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="return the model's final states"):
-        prune(lambda p, x: jnp.argmax(run(p, x), -1), directory=tmp_path)
-    assert not list(tmp_path.iterdir())

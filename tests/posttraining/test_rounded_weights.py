@@ -60,6 +60,24 @@ def test_the_sweep_rounds_and_makes_up_for_it_as_the_formulas_say(
     assert lie_on_levels(found.weight, rounding)
 
 
+def test_long_groups_of_a_pattern_share_the_scales_of_the_roundings_groups():
+    rounding = jp.Rounding(4, 32)
+    weight = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    inputs = slow.inputs(300, 64, 0)
+    hessian = (inputs.T @ inputs).astype(np.float32)
+    found = sparsegpt.solve(
+        *map(jnp.asarray, (weight, hessian)),
+        0,
+        pattern=jp.patterns.NM(8, 16),
+        rounding=rounding,
+    )
+    choose = slow.choose_nm(8, 16)
+    expected, mask = slow.sparsegpt(weight, hessian, 0.01, 32, 16, choose, 4)
+    np.testing.assert_array_equal(found.mask, mask)
+    np.testing.assert_allclose(found.weight, expected, rtol=1e-5, atol=1e-6)
+    assert lie_on_levels(found.weight, rounding)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nearest_levels_are_each_groups_own(bits):
     weight, _ = problem(7)

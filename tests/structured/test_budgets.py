@@ -152,3 +152,10 @@ def test_the_clock_sees_both_programs():
     timed = timing.Timed(groups.trace, PARAMS, X)
     assert timed.share(small.fn.cuts, small.fn.resized) > 0
     assert min(timed.milliseconds.values()) > 0
+
+
+@pytest.mark.parametrize("groups", [["b:0"], {"*": 1.0}])
+def test_groups_without_a_budget_are_refused_and_not_ignored(groups):
+    scores = jp.scores.magnitude(PARAMS)
+    with pytest.raises(ValueError, match="no budget; say it of the sparsity"):
+        jp.shrink(fn, PARAMS, X, scores, 0.5, groups=groups)

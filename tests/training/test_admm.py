@@ -124,3 +124,9 @@ def test_bad_arguments_are_refused_in_one_sentence(options, says):
     with pytest.raises(ValueError, match=says) as caught:
         admm(optax.adamw(0.01), **options).init(model())
     assert not str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("option", ["begin", "end", "interval"])
+def test_a_step_between_two_is_refused_as_it_never_comes(option):
+    with pytest.raises(TypeError, match=f"integer {option}, got 3.5"):
+        admm(optax.adamw(0.01), **{option: 3.5})

@@ -109,3 +109,28 @@ def test_overlap_is_counted_exactly_leaf_by_leaf():
         jp.overlap({"a": one["a"]}, one)
     with pytest.raises(TypeError, match="boolean"):
         jp.overlap(one, jax.tree.map(np.float32, one))
+
+
+def test_replaced_masks_are_copies_that_a_step_may_be_given():
+    params = weights()
+    tx, masks = jp.keep_masks(optax.sgd(0.1), half(params)), half(params)
+    state = jp.replace_masks(tx.init(params), masks)
+    step = jax.jit(tx.update, donate_argnums=1)
+    step(params, state, params)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(masks))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "committed"])
+def test_masks_from_elsewhere_leave_the_step_compiled(kind):
+    params = weights()
+    tx = jp.keep_masks(optax.sgd(0.1), half(params))
+    before, masks = tx.init(params), half(params)
+    here = jax.devices()[0]
+    elsewhere = np.asarray if kind == "numpy" else lambda x: jax.device_put(x, here)
+    state = jp.replace_masks(before, jax.tree.map(elsewhere, masks))
+    assert same_bits(jp.get_masks(state), masks)
+    step = jax.jit(tx.update)
+    step(params, before, params)
+    with compiles() as programs:
+        step(params, state, params)
+    assert not programs

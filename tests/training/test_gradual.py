@@ -319,6 +319,23 @@ def test_what_grows_by_gradient_is_what_rigl_names():
             "some leaf must be prunable",
         ),
         (
+            lambda tx: jp.gradual(tx, {3: 0.5, 7: 0.2}),
+            ValueError,
+            "falls from 0.5 at step 3 to 0.2 at step 7; give grow=",
+        ),
+        (
+            lambda tx: jp.gradual(tx, {3: 0.75, 7: "2:4"}),
+            ValueError,
+            "falls from 0.75 at step 3 to 0.5 at step 7",
+        ),
+        (
+            lambda tx: jp.gradual(
+                tx, SCHEDULE, prunable=jp.tree.excluding("no/such/*")
+            ).init(model()),
+            ValueError,
+            "'no/such/.'",
+        ),
+        (
             lambda tx: jp.gradual(tx, {3: "7:9"}).init(model()),
             ValueError,
             "divisible by 9",

@@ -276,3 +276,60 @@ def test_eight_devices_prune_what_one_prunes(make, kind):
     if make is TABLE["gradual, packed"]:  # ten of a row on a device are no whole bytes
         return
     assert masks["kernel"].sharding.is_equivalent_to(where["kernel"], 2)
+
+
+def test_two_optimizers_with_masks_share_the_leaves_by_subtree():
+    params = {"a": model(), "b": model()}
+    tx = optax.partition(
+        {
+            "x": jp.gradual(optax.adam(0.1), {1: 0.5}),
+            "y": TABLE[FIRST](optax.adam(0.1)),
+        },
+        {"a": "x", "b": "y"},
+    )
+    state = tx.init(params)
+    found = jp.get_masks(state)
+    assert found["a"]["kernel"].shape == found["b"]["kernel"].shape == (12, 20)
+    assert found["a"]["bias"] == optax.MaskedNode()
+    none = jax.tree.map(jnp.zeros_like, found)
+    state = jp.replace_masks(state, none)
+    chex.assert_trees_all_equal(jp.get_masks(state), none)
+
+
+@pytest.mark.parametrize("labels", ["subtree", "leaf"])
+def test_masks_of_the_whole_model_may_be_given_where_a_part_is_trained(labels):
+    params = {"a": model(), "b": model()}
+    masks = jp.masks.make(jp.scores.magnitude(params), 0.5)
+    each = {"a": "train", "b": "freeze"}
+    if labels == "leaf":
+        each = {k: dict.fromkeys(params[k], label) for k, label in each.items()}
+    kept = jp.keep_masks(optax.adam(0.1), masks)
+    tx = optax.partition({"train": kept, "freeze": optax.set_to_zero()}, each)
+    state = tx.init(params)
+    updates, state = tx.update(params, state, params)
+    new = optax.apply_updates(params, updates)
+    assert int(jnp.sum(new["a"]["kernel"] == 0)) == SIZE // 2
+    chex.assert_trees_all_equal(new["b"], params["b"])
+    assert jax.tree.leaves(jp.get_masks(state)["b"]) == []
+    foreign = jp.keep_masks(optax.adam(0.1), {**masks, "c": jnp.ones(3, bool)})
+    with pytest.raises(ValueError, match="unknown 'c'"):
+        optax.partition({"train": foreign, "freeze": optax.set_to_zero()}, each).init(
+            params
+        )
+
+
+def test_a_rule_that_a_criterion_was_given_counts_beside_the_other():
+    params = {"a": model(), "b": model()}
+    rule = jp.tree.excluding("a/*")
+    criterion = functools.partial(jp.scores.magnitude, prunable=rule)
+    state = jp.gradual(optax.sgd(0.1), {1: 0.5}, criterion=criterion).init(params)
+    found = jp.get_masks(state)
+    assert jax.tree.leaves(found["a"]) == []
+    assert found["b"]["kernel"].shape == (12, 20)
+
+
+def test_packed_masks_of_one_bare_array():
+    params = jnp.arange(1.0, 9.0)
+    tx = jp.keep_masks(optax.sgd(0.1), params > 4, packed=True)
+    updates, _ = tx.update(jnp.zeros(8), tx.init(params), params)
+    assert (params + updates).tolist() == [0, 0, 0, 0, 5, 6, 7, 8]

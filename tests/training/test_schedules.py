@@ -57,6 +57,14 @@ def test_constant_is_periodic_and_once_is_one_event():
     assert jp.schedules.once(20, 0.5).table() == {20: 0.5}
 
 
+def test_steps_may_be_numpys_integers():
+    start, end = np.arange(0, 101, 100)
+    table = jp.schedules.linear(0.8, start, end, np.int32(50)).table()
+    assert table == {0: 0.0, 50: 0.4, 100: 0.8}
+    assert {type(step) for step in table} == {int}
+    assert jp.schedules.once(np.uint8(3), 0.5).table() == {3: 0.5}
+
+
 def test_schedules_are_values_that_print_and_compare():
     one = jp.schedules.cubic(0.8, begin=500, end=1500, every=50)
     assert repr(one) == "cubic(final=0.8, begin=500, end=1500, every=50)"
@@ -77,6 +85,7 @@ def test_schedules_are_values_that_print_and_compare():
         (lambda: jp.schedules.cubic(0.5, 0, 8.0), TypeError, "end=.*integer.*8.0"),
         (lambda: jp.schedules.once(2**31, 0.5), ValueError, "2147483648"),
         (lambda: jp.schedules.once(True, 0.5), TypeError, "integer"),
+        (lambda: jp.schedules.once(np.bool_(True), 0.5), TypeError, "integer"),
         (lambda: jp.schedules.once(0.5, 3), TypeError, "integer.*0.5"),
         (lambda: schedules_.events({}), ValueError, "an event"),
         (lambda: schedules_.events(0.5), TypeError, r"jp\.schedules.*got 0.5"),

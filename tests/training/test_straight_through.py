@@ -134,3 +134,10 @@ def test_bad_arguments_are_refused_in_one_sentence(options, says):
     with pytest.raises(ValueError, match=says) as caught:
         jp.straight_through(optax.adamw(0.01), SCHEDULE, **options)
     assert not str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("option", ["every", "freeze"])
+def test_a_step_between_two_is_refused(option):
+    steps = {"freeze": None, option: 12.5}
+    with pytest.raises(TypeError, match=f"integer {option}, got 12.5"):
+        jp.straight_through(optax.adamw(0.01), SCHEDULE, **steps)

@@ -182,7 +182,7 @@ def _solve(
     if not weight.size:
         empty = jnp.zeros(weight.shape, bool)
         return Solution(weight, empty, jnp.asarray(damping, jnp.float32))
-    plan = _plan(pattern, block, inputs)._replace(rounding=rounding)
+    plan = _plan(pattern, block, inputs, rounding)
     pruned = layer_problem.unit_count(weight.shape, pattern) - jnp.asarray(kept)
     choose = functools.partial(_chosen, pruned=pruned, pattern=pattern, inputs=inputs)
     return _swept(weight, hessian, damping, plan, choose)
@@ -201,8 +201,7 @@ def _update(
 ) -> Solution:
     if not weight.size:
         return Solution(weight, mask, jnp.asarray(damping, jnp.float32))
-    plan = _plan(patterns.Unstructured(), block, len(weight))
-    plan = plan._replace(rounding=rounding)
+    plan = _plan(patterns.Unstructured(), block, len(weight), rounding)
     padded = _padded(mask, plan.block)
 
     def choose(scores: jax.Array, first: jax.Array) -> jax.Array:
@@ -211,20 +210,20 @@ def _update(
     return _swept(weight, hessian, damping, plan, choose)
 
 
-def _plan(pattern: Pattern, block: int, inputs: int) -> _Plan:
+def _plan(
+    pattern: Pattern, block: int, inputs: int, rounding: Rounding | None
+) -> _Plan:
     """Blocks of whole groups or tiles, swept so many inputs at a time."""
     block = min(block, inputs)
-    unit = 1
-    if isinstance(pattern, patterns.NM):
-        unit = pattern.m
-    elif isinstance(pattern, patterns.Block):
+    unit = pattern.m if isinstance(pattern, patterns.NM) else 1
+    if isinstance(pattern, patterns.Block):
         unit = pattern.rows
-    if unit >= _SWEPT:  # one row of tiles is a block of its own
+    if unit >= _SWEPT and rounding is None:  # a row of tiles is a block of its own
         return _Plan(unit, _divisor(unit), early=True)
     if unit > 1 or isinstance(pattern, patterns.Block):
-        return _Plan(-(-block // unit) * unit, unit, early=False)
+        return _Plan(-(-block // unit) * unit, unit, early=False, rounding=rounding)
     swept = min(_SWEPT, block)
-    return _Plan(-(-block // swept) * swept, swept, early=True)
+    return _Plan(-(-block // swept) * swept, swept, early=True, rounding=rounding)
 
 
 def _divisor(size: int) -> int:
