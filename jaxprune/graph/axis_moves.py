@@ -252,7 +252,14 @@ def _pad(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Ax
         else:
             ends = [Dim(n, "is padding") for n in (low, high)]
             dims.append(concat([ends[0], dim, ends[1]]))
-    return [Axes(tuple(dims), operand.axes.zeros)]
+    # Where another axis is padded, by anything but zero, a removed position is not zero.
+    padded = {i for i, own in enumerate(params["padding_config"]) if max(own) > 0}
+    blank = operands[1].scalar == 0
+    zeros = [
+        own and (blank or padded <= {axis})
+        for axis, own in enumerate(operand.axes.zeros)
+    ]
+    return [Axes(tuple(dims), tuple(zeros))]
 
 
 def _gather(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Axes]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxprune.graph.weight_view import WeightView
+from jaxprune.graph.weight_view import Reshape, Slice, Steps, Transpose, WeightView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def dot(
     # In the leaf's order: an einsum may contract (size, heads), and four consecutive
     # inputs are those that lie side by side in the leaf.
     both = zip(contracted[side], contracted[1 - side], strict=True)
-    pairs = sorted(both, key=lambda pair: view.axes[pair[0]])
+    pairs = sorted(both, key=lambda pair: _distance(view, pair[0]), reverse=True)
     inputs, batch = tuple(own for own, _ in pairs), tuple(batched[side])
     free = tuple(a for a in range(len(view.shape)) if a not in inputs + batch)
     shape = [math.prod(view.shape[a] for a in axes) for axes in (batch, inputs, free)]
@@ -96,6 +97,26 @@ def dot(
         leading=leading,
     )
     return seen.matrix(len(batch), len(inputs)), source
+
+
+def _distance(view: WeightView, axis: int) -> tuple[tuple[int, ...], int]:
+    """How far apart in the leaf, and against its axes, two places of an axis are."""
+    # Of axes that a reshape made of one, `axes` says only which one that was.
+    place = [int(i == axis and size > 1) for i, size in enumerate(view.shape)]
+    for move in reversed(view.moves):
+        match move:
+            case Slice():
+                place = [i + start for i, start in zip(place, move.starts, strict=True)]
+            case Steps():
+                place = [i * step for i, step in zip(place, move.steps, strict=True)]
+            case Transpose():
+                place = [place[move.order.index(i)] for i in range(len(place))]
+            case Reshape():
+                flat = np.ravel_multi_index(place, move.after)
+                place = [int(i) for i in np.unravel_index(flat, move.before)]
+            case _:  # turned round, its first place is not nearest
+                return tuple(-own for own in view.axes[axis]), -axis
+    return tuple(place), -axis
 
 
 def convolution(

@@ -186,7 +186,7 @@ def _errors(errors: Mapping[str, float]) -> dict[str, Figure]:
     """What pruning did to each matrix's output; nothing where none has a layer."""
     if not any(_place(name) for name in errors):
         return {}
-    title = "|X(W − V)|² / |XW|² of each matrix, on the first batch"
+    title = "Relative squared error of each matrix's output, on the first batch"
     return {"errors": layers(errors, logarithmic=True, title=title)}
 
 

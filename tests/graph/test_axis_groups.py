@@ -272,6 +272,10 @@ def test_what_leaves_units_to_themselves_keeps_them_removable(what):
         (lambda x: jnp.abs(x) ** -0.5, "pow divides by what is zero"),
         (lambda x: jnp.sum(jnp.exp(x), -1, keepdims=True) * x, "a sum runs over it"),
         (lambda x: x[:, jnp.array([1, 0, 2, 3, 4, 5])], "is indexed by data"),
+        (
+            lambda x: jnp.pad(x, ((0, 1), (0, 0)), constant_values=1.0),
+            "a sum runs over it",
+        ),
         (lambda x: x @ jnp.linalg.inv(x.T @ x + jnp.eye(6)), "not understood"),
     ],
 )

@@ -80,6 +80,24 @@ PLAIN = {
         HEADS.transpose(1, 2, 0).reshape(1, 6, 4),
         draw(6, 2, 5, 2, 3).reshape(1, 10, 6),
     ),
+    "heads that a reshape makes of the rows": one(
+        lambda w, x: jnp.einsum("bthk,hkd->btd", x, w.reshape(2, 3, 4)),
+        HEADS.transpose(1, 2, 0).reshape(6, 4),
+        draw(6, 2, 5, 2, 3),
+        jp.Axes((0,), (1,)),
+        HEADS.transpose(1, 2, 0).reshape(1, 6, 4),
+        draw(6, 2, 5, 2, 3).reshape(1, 10, 6),
+    ),
+    "heads that are turned round behind it": one(
+        lambda w, x: jnp.einsum(
+            "btkh,khd->btd", x, w.reshape(2, 3, 4).transpose(1, 0, 2)
+        ),
+        HEADS.transpose(1, 2, 0).reshape(6, 4),
+        draw(6, 2, 5, 2, 3).swapaxes(2, 3),
+        jp.Axes((0,), (1,)),
+        HEADS.transpose(1, 2, 0).reshape(1, 6, 4),
+        draw(6, 2, 5, 2, 3).reshape(1, 10, 6),
+    ),
     "experts by einsum": one(
         lambda w, x: jnp.einsum("end,edf->enf", x, w),
         EXPERTS,
