@@ -7,13 +7,13 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
 from benchmarks import measure
-from benchmarks.real_model import held_out, run_cell
+from benchmarks.real_model import begin, cells_in, held_out, run_cell
 
 TEXTS = ("shakespeare", "technical", "news")
 
@@ -78,15 +78,22 @@ def pruning(
 
 
 def run_missing(
-    config: Draws, cells: Callable[[Path], Iterable[tuple[str, list[str]]]]
+    config: Draws,
+    cells: Callable[[Path], Iterable[tuple[str, list[str]]]],
+    **more: Any,
 ) -> None:
     """Runs each cell that has no file yet in a process of its own.
 
     Args:
       config: the table.
       cells: the folder of the draws to a name and arguments for each.
+      more: what decides a cell besides, and is not in its name.
+
+    Raises:
+      ValueError: the directory has the cells of another table.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
+    facts = {f: getattr(config, f) for f in ("calibration", "calibrated", "sequences")}
+    begin(config, **facts, **more)
     with tempfile.TemporaryDirectory(dir=config.out) as place:
         texts = prepared(config, Path(place))
         for cell, command in measure.progress(list(cells(Path(place))), "running"):
@@ -131,7 +138,7 @@ def of_files(folder: Path, names: Sequence[str]) -> str:
       What `over_draws` does.
     """
     cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in cells_in(folder):
         how, *rest, _ = path.stem.split("_")
         found = json.loads(path.read_text())["perplexities"]["after"]
         cells.setdefault((how.replace("of", ":"), *rest), []).append(found)

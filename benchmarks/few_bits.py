@@ -18,6 +18,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks.draws import Draws, over_draws, pruning, run_missing
+from benchmarks.real_model import cells_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def table(folder: Path) -> str:
     """The results as Markdown: a row for each solver, sparsity and number of bits."""
     cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
     stored: dict[tuple[str, ...], list[float]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in cells_in(folder):
         how, method, rounded, _ = path.stem.split("_")
         found = json.loads(path.read_text())
         key = (how.replace("of", ":"), method, rounded)

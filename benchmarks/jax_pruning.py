@@ -97,6 +97,10 @@ class Cost:
 
 def main(config: Config) -> None:
     """Loads, prunes, evaluates; each timed apart, with the peak of resident memory."""
+    own = jp.methods.METHODS[config.method]
+    for name in ("correction", "relative"):
+        if getattr(config, name) and not hasattr(own, name):
+            raise ValueError(f"{config.method} has no {name}; leave --{name} out")
     costs = {name: Cost() for name in ("load", "prune", "distill", "evaluate")}
     ids = np.load(config.calibration)
     with costs["load"]:

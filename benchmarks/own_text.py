@@ -56,7 +56,8 @@ def main(config: Config) -> None:
             f"calibrations must be of {', '.join(CALIBRATIONS)}, got "
             f"{', '.join(unknown)}"
         )
-    run_missing(config, functools.partial(_cells, config))
+    own = {"correction": config.correction, "temperature": config.temperature}
+    run_missing(config, functools.partial(_cells, config), **own)
     print(of_files(config.out, ["removed", "method", "calibrated on"]))
 
 

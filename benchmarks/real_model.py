@@ -7,6 +7,7 @@ run again. Both sides get the same settings of the allocator.
 """
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -20,7 +21,9 @@ import numpy as np
 import tyro
 
 from benchmarks import measure
+from jaxprune.formats import atomic
 
+_TABLE = "table.json"
 # glibc: one arena, so that the peak is of what is used and not of how it is scattered.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1"}
 
@@ -63,7 +66,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs what is missing and prints the table."""
-    config.out.mkdir(parents=True, exist_ok=True)
+    facts = {f: getattr(config, f) for f in ("calibration", "sequences", "held_out")}
+    begin(config, **facts)
     with tempfile.TemporaryDirectory() as folder:
         texts = held_out(config.texts, config.held_out, config.sequences, Path(folder))
         cells = _cells(config, texts)
@@ -71,6 +75,30 @@ def main(config: Config) -> None:
         for name, command in measure.progress(wanted, "running", "cell"):
             run_cell(config.out / f"{name}.json", command, config.threads)
     print(table(config.out))
+
+
+def begin(config: Any, **facts: Any) -> None:
+    """Makes the directory of a table, and notes in it which one that is.
+
+    Args:
+      config: of the table, with `out`, `model` and `texts`.
+      facts: what decides its cells besides, and is not in their names.
+
+    Raises:
+      ValueError: it has the cells of another table.
+    """
+    places = {
+        "model": str(config.model.resolve()),
+        "texts": str(config.texts.resolve()),
+    }
+    config.out.mkdir(parents=True, exist_ok=True)
+    table = Path(inspect.getfile(type(config))).stem
+    atomic.begin_or_resume(config.out / _TABLE, {"table": table, **places, **facts})
+
+
+def cells_in(folder: Path) -> list[Path]:
+    """The files of a table's cells, in order."""
+    return [path for path in sorted(folder.glob("*.json")) if path.name != _TABLE]
 
 
 def held_out(
@@ -156,7 +184,10 @@ def json_line(command: Sequence[str], threads: int) -> str:
       subprocess.CalledProcessError: it failed; what it said is on stderr.
     """
     environment = {**os.environ, **_ALLOCATOR, "JAX_PLATFORMS": "cpu"}
-    environment["OMP_NUM_THREADS"] = str(threads)
+    for name in ("OMP_NUM_THREADS", "NPROC"):  # torch's, and what XLA counts
+        environment[name] = str(threads)
+    if "torch_pruning" in command[0]:
+        command = [*command, "--threads", str(threads)]
     done = subprocess.run(
         [sys.executable, "-m", *command],
         env=environment,
@@ -176,7 +207,7 @@ def table(folder: Path) -> str:
     Returns:
       A row for each cell: perplexities, seconds, peak memory.
     """
-    cells = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    cells = {path.stem: json.loads(path.read_text()) for path in cells_in(folder)}
     texts = sorted({t for c in cells.values() for t in _perplexities(c)})
     head = ["cell", *texts, "prune s", "prune peak MiB", "load peak MiB"]
     rows = [head, ["---"] * len(head)]

@@ -158,6 +158,8 @@ class Phase:
         process on CPU; None where the platform does not say.
       energy_kwh: of CPU, memory and GPU; None where not asked for.
       co2_kg: kilograms of CO2 equivalent, by the country's mean; likewise.
+      share: of the work that was done in this start, all but of a training that went on
+        from a checkpoint; set by the caller.
     """
 
     name: str
@@ -167,6 +169,7 @@ class Phase:
     peak_memory_bytes: int | None = None
     energy_kwh: float | None = None
     co2_kg: float | None = None
+    share: float = 1.0
 
     def record(self) -> dict[str, Any]:
         """The phase as results.json holds it, with tokens per second for tokens."""

@@ -37,7 +37,7 @@ class Stages:
     def once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> Any:
         """The result of a stage, of this start or of an earlier one, as JSON holds it.
 
-        "tokens" in what `compute` returns is moved to the costs of the stage.
+        "tokens" and "share" in what `compute` returns go to the costs of the stage.
         """
         self._progress.note(f"seed {self._seed} {stage.replace('/', ' ')}")
         country = self._country if is_first() else None
@@ -47,6 +47,7 @@ class Stages:
             with measure(name, seed=self._seed, country=country) as phase:
                 content = compute()
                 phase.tokens = content.pop("tokens", None)
+                phase.share = content.pop("share", 1.0)
             return {"content": content, "phase": phase.record()}
 
         stored = once(self.folder / f"{stage}.json", measured)

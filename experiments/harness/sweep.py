@@ -121,7 +121,7 @@ class Seed:
                 "weights": values(state.params, sampled),
             }
 
-        self._once("train", lambda: {"tokens": self.trainer.train(evaluate)})
+        self._once("train", lambda: self.trainer.train(evaluate))
         return self.trainer.watched()
 
     def _retrained(

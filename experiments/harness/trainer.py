@@ -48,17 +48,19 @@ class Trainer:
 
     def train(
         self, evaluate: Callable[[training.TrainState], Mapping[str, Any]]
-    ) -> int:
-        """Trains the dense model, its checkpoints in "train"; returns its tokens.
+    ) -> dict[str, float]:
+        """Trains the dense model, its checkpoints in "train".
 
         `evaluate` maps the state to what is reported on the way, as often as the task
-        looks. The tokens are of this start, from where it began: what its seconds are
-        of.
+        looks. Returned are the tokens of this start, from where it began: what its
+        seconds are of; and their share of all.
         """
         plan, (tx, step_fn) = self._plan, self._watching
         state = training.init(self._task.init(self._seed), tx, mesh=self._mesh)
         every = max(plan.steps // self._task.looks.times, 1)
-        return self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)[1]
+        _, tokens = self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)
+        whole = plan.steps * plan.batch_size * self._task.length
+        return {"tokens": tokens, "share": tokens / whole}
 
     def watched(self) -> Watched:
         """The trained parameters and what was tracked on the way to them."""

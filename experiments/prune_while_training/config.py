@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.harness.plan import check_lists
-from experiments.prune_while_training.methods import DENSE, METHODS
+from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS
 
 _BATCH = {"tiny": 6, "cpu": 12, "medium": 16, "char": 64}
 
@@ -120,6 +120,12 @@ class Config:
         ):
             if min(values) < least:
                 raise ValueError(f"{name} must be at least {least}, got {min(values)}")
+        if self.after_dense and DENSE_SMALL in self.methods:
+            rest = " ".join(name for name in self.methods if name != DENSE_SMALL)
+            raise ValueError(
+                f"{DENSE_SMALL} starts from weights of its own and not from a dense "
+                f"model, so after_dense takes none; give --methods {rest}"
+            )
         for rate in self.learning_rates:
             if not 0 < rate < float("inf"):
                 raise ValueError(f"learning_rates must be over 0, got {rate}")

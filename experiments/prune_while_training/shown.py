@@ -130,7 +130,8 @@ def loss_figure(results: Mapping[str, Any]) -> Figure:
     for row in rows(results):
         if not row["chosen"] or row["method"] not in drawn or row["above"] is None:
             continue
-        label = row["method"] + (", distilled" if row["distill"] else "")
+        taught = f", distilled {row['distill']:g}" if row["distill"] else ""
+        label = row["method"] + taught
         more = f" after {row['after_dense']}" if row["after_dense"] else ""
         cell = {
             "criterion": f"{row['steps']} steps{more}",

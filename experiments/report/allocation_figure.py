@@ -123,11 +123,12 @@ def figure(all_results: Sequence[Results]) -> Figure:
     are left to the tables, unless there is nothing else.
     """
     lines: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    every = [(results, rows(results)) for results in all_results]
     found = [
         (row, f"{results['config']['preset']}: {row['solver']}")
-        for results in all_results
-        for row in rows(results)
-        if row["draw"] == 0 and row["solver"] not in _LAST
+        for results, own in every
+        for row in own
+        if row["draw"] == min(r["draw"] for r in own) and row["solver"] not in _LAST
     ]
     main = [item for item in found if item[0]["allocation"] in _ALLOCATIONS]
     for row, panel in sorted(

@@ -88,7 +88,8 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
         total = phases.setdefault(phase["name"], dict.fromkeys(_SUMMED, 0.0))
         rate = phase.get("tokens_per_second") or 0.0
         total["tokens"] += rate * phase["seconds"] / seeds
-        for name in _SUMMED[1:]:
+        total["share"] += phase.get("share", 1.0) / seeds
+        for name in _SUMMED[2:]:
             total[name] += (phase.get(name) or 0.0) / seeds
     training = phases.get("train")
     if not costs or not training or not training["tokens"] or not training["seconds"]:
@@ -98,7 +99,9 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
     arithmetic = 3 * costs[0]["flops_dense"] * training["tokens"] * JOULES_A_FLOP
     moved = TRAINING_BYTES * weights * steps * JOULES_A_BYTE
     tracked = TRACKING_BYTES * results["model"]["prunable"] * steps * JOULES_A_BYTE
-    counted = arithmetic + moved + tracked
+    # Of a training that went on from a checkpoint only this start was measured.
+    share = training["share"]
+    counted = arithmetic + (moved + tracked) * share
     spent = 3.6e6 * training["energy_kwh"] or counted
     scale = spent / counted
 
@@ -111,7 +114,7 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
     measured = training["energy_kwh"] > 0
     co2 = training["co2_kg"] / spent if measured else CO2_KG_A_KWH / 3.6e6
     return LifeCycle(
-        training=spent - scale * tracked,
+        training=spent / share - scale * tracked,
         tracking=scale * tracked,
         sweep=cost("prune"),
         retraining=cost("control"),
@@ -124,7 +127,7 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
     )
 
 
-_SUMMED = ("tokens", "seconds", "energy_kwh", "co2_kg")
+_SUMMED = ("tokens", "share", "seconds", "energy_kwh", "co2_kg")
 
 
 def _serving(row: Mapping[str, Any], batch: int, scale: float) -> Serving:

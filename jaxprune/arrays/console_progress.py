@@ -1,6 +1,7 @@
 """How far a long job is: a bar on a terminal, a line now and then anywhere else."""
 
 import contextlib
+import os
 import sys
 import time
 
@@ -8,6 +9,16 @@ from tqdm import tqdm
 
 # Seconds between two lines; a job that is shorter writes none.
 _SECONDS = 10.0
+
+
+def to_stderr(text: str) -> None:
+    """Writes a line to stderr; where nobody reads it any more, nowhere."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        # What is still held must go somewhere, or the process ends with an error.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class Progress(contextlib.AbstractContextManager):
@@ -71,7 +82,8 @@ class Progress(contextlib.AbstractContextManager):
     def say(self, text: str) -> None:
         """Writes a line that stays, where anything is shown."""
         if self._shown:
-            tqdm.write(text, file=sys.stderr)
+            with tqdm.external_write_mode(sys.stderr):
+                to_stderr(text)
 
     def update(self, count: int = 1) -> None:
         """Takes so much more as done."""
@@ -80,7 +92,7 @@ class Progress(contextlib.AbstractContextManager):
         now = time.monotonic()
         if self._lines and now - self._last >= _SECONDS:
             self._last = now
-            print(self._line(now - self._start), file=sys.stderr, flush=True)
+            to_stderr(self._line(now - self._start))
 
     def _line(self, seconds: float) -> str:
         """What is done, what is left and about how long that will take."""

@@ -48,7 +48,8 @@ _ABOUT = (
 # Options are set by their flags alone, and no value is spelled "None".
 _STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
-_REFUSALS = (ValueError, OSError, ImportError, MemoryError)
+# A RuntimeError is JAX's: no such device, or none of its memory is left.
+_REFUSALS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

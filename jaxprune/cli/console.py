@@ -7,11 +7,10 @@ and exit code 1. A long job shows a bar on a terminal, elsewhere a line now and 
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.console_progress import Progress, to_stderr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +52,11 @@ class Console:
     def note(self, text: str) -> None:
         """Writes what is going on, to stderr."""
         if not self._silent:
-            print(text, file=sys.stderr, flush=True)
+            to_stderr(text)
 
     def fail(self, text: str) -> None:
         """Writes why there is no result, to stderr; each process does."""
-        print(text, file=sys.stderr, flush=True)
+        to_stderr(text)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the JSON object, under `--json`."""

@@ -60,7 +60,8 @@ class Evaluate(models.ModelOptions):
         tokenizer = needed_tokenizer(self.model, self.text)
         begins = models.beginning(tokenizer, self, model.config.vocab_size)
         models.say_ignored(model, console)
-        files = [texts.read(p, tokenizer, model.config.vocab_size) for p in self.text]
+        paths = tuple(dict.fromkeys(self.text))
+        files = [texts.read(p, tokenizer, model.config.vocab_size) for p in paths]
         context = self.context
         if context == _CONTEXT > model.config.context:
             context = model.config.context
@@ -73,7 +74,7 @@ class Evaluate(models.ModelOptions):
                 limit=self.limit,
                 longest=model.config.context,
             )
-            for name, file in zip(named(self.text), files, strict=True)
+            for name, file in zip(named(paths), files, strict=True)
         }
         measured = measure(model.read(), seen, self.batch)
         found = {

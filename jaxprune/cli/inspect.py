@@ -166,7 +166,7 @@ def _say(
             f"{totals['compact_bytes_pruned']:,} bytes as a compact file"
         )
     if made is not None:
-        console.say(
-            f"made by jaxprune: {made['method']}, {made['pattern']}, sparsity "
-            f"{made['sparsity']} asked, {made['achieved']:.4f} achieved"
-        )
+        known = {"method": "{}", "pattern": "{}", "sparsity": "sparsity {} asked"}
+        known["achieved"] = "{:.4f} achieved"
+        facts = [form.format(made[k]) for k, form in known.items() if k in made]
+        console.say(f"made by jaxprune: {', '.join(facts)}")

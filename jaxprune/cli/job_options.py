@@ -159,8 +159,13 @@ def check(job: JobOptions) -> None:
             "--distill-steps needs --distill-text FILE..., or --calibration FILE..., "
             "whose texts it then takes"
         )
-    if job.distill_text and not job.distill_steps:
-        raise ValueError("--distill-text needs --distill-steps N")
+    for flag, given in (
+        ("text", bool(job.distill_text)),
+        ("train", job.distill_train != JobOptions.distill_train),
+        ("hidden", job.distill_hidden != JobOptions.distill_hidden),
+    ):
+        if given and not job.distill_steps:
+            raise ValueError(f"--distill-{flag} needs --distill-steps N")
     if not 0 < job.distill_learning_rate < 1:
         raise ValueError(
             f"--distill-learning-rate must be in (0, 1), got "

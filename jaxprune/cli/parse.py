@@ -174,6 +174,11 @@ def spoken(sentence: str) -> str:
     return sentence
 
 
+def streamed(exclude: Sequence[str]) -> Callable[[str, TensorInfo], bool]:
+    """The rule for tensors of a directory that is pruned without its model."""
+    return lambda name, info: why_kept(name.replace("/", "."), info, exclude) is None
+
+
 def by_name(
     names: Callable[[str], Sequence[str]], exclude: Sequence[str]
 ) -> Callable[[str, Any], bool]:

@@ -17,8 +17,10 @@ from jaxprune.cli.estimates import Needs
 from jaxprune.cli.prune_options import Job, Meaning
 from jaxprune.cli.shrink_options import Job as ShrinkJob
 from jaxprune.cli.shrink_options import neurons_left
+from jaxprune.formats import prune_magnitude
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.posttraining.methods import correction
+from jaxprune.typing import Pattern
 
 _HEAVIER = {"alps": 2.5}  # than SparseGPT
 
@@ -26,7 +28,7 @@ _HEAVIER = {"alps": 2.5}  # than SparseGPT
 def prune(job: Job, meaning: Meaning, console: Console) -> dict[str, Any]:
     """Says what `jaxprune prune` would do; JSON-able."""
     if job.streams:
-        source, names, needs, ready = _streaming(job, console)
+        source, names, needs, ready = _streaming(job, meaning.pattern, console)
     else:
         run = calibrated.begin(job, meaning, console)
         source, ready = run.source, run.ready
@@ -76,6 +78,10 @@ def shrink(
     ]
     if config.kv_heads == 1:
         shapes[2] = ("heads a layer", config.heads, _left(config.heads, job.heads))
+    if job.query_heads:
+        each = config.heads // config.kv_heads
+        name = "query heads of each key head"
+        shapes.append((name, each, _left(each, job.query_heads)))
     if config.experts:
         left = _left(config.experts, job.experts)
         shapes.append(("experts a layer", config.experts, left))
@@ -103,11 +109,12 @@ def _left(units: int, share: float) -> int:
 
 
 def _streaming(
-    job: Job, console: Console
+    job: Job, pattern: Pattern, console: Console
 ) -> tuple[CheckpointDir, set[str], Needs, inputs.Ready | None]:
     source = open_directory(job.model)
     parse.check_globs(job.exclude, source.tensors)
     work.check_room(job, source, 1)
+    prune_magnitude.to_prune(source, pattern, parse.streamed(job.exclude))
     names = {
         name
         for name, info in source.tensors.items()
@@ -155,7 +162,7 @@ def _pruning(job: Job, meaning: Meaning, run: Any) -> Needs:
     return Needs(
         int(peak),
         estimates.seconds(flops + pruning + again),
-        copies * run.source.size,
+        copies * run.source.size + work.states(job, run.source),
     )
 
 
@@ -185,7 +192,8 @@ def _shrinking(
         2 * does.weights + activations + 3 * estimates.largest(does),
         does.weights + held,
     )
-    return Needs(int(peak), estimates.seconds(flops + spoken + again), source.size)
+    disk = source.size + work.states(job, source)
+    return Needs(int(peak), estimates.seconds(flops + spoken + again), disk)
 
 
 def _kinds(source: CheckpointDir, names: Iterable[str]) -> list[dict[str, Any]]:

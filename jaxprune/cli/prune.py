@@ -37,7 +37,7 @@ class Prune(prune_options.Job):
         asked = defaults.method(self, console)
         job = asked.calibrated()
         meaning = processes.together(lambda: prune_options.check(job))
-        if not job.streams:
+        if not job.streams or job.evaluate:
             job = defaults.lengths(job)
         if job.calibration != asked.calibration:
             console.note(
@@ -51,7 +51,7 @@ class Prune(prune_options.Job):
         console.say(_summary(record))
         console.say(f"'{self.out}': the model, jaxprune.json, report.html")
         if left := open_directory(self.model).left:
-            console.note(f"not copied, since no loader reads it: {', '.join(left)}")
+            console.note(f"not copied: {', '.join(left)}")
         return {**record, "out": str(self.out)}
 
 

@@ -260,6 +260,8 @@ def _check_retraining(job: Job) -> None:
 def _check_rounding(job: Job, pattern: Pattern) -> None:
     """Refuses what would move weights off their levels."""
     if job.rounding is None:
+        if job.group != Job.group:
+            raise ValueError("--group needs --bits N, whose scales it is for")
         return
     if (job.method or "sparsegpt") == "sparsegpt":
         job.rounding.block(pattern)
@@ -287,6 +289,7 @@ def _check_streaming(job: Job, pattern: Pattern, rule: allocations.Rule) -> None
             (f"--allocation {job.allocation}", rule != allocations.Uniform()),
             (f"--pattern {job.pattern}", not isinstance(pattern, known)),
             ("--bits", job.bits is not None),
+            ("--prompt", job.prompt is not None),
             ("--refine", job.refine > 0),
             ("--retrain-steps", job.retrain_steps > 0),
             ("--distill-steps", job.distill_steps > 0),

@@ -59,7 +59,7 @@ def prune(
             job.out,
             sparsity=job.sparsity,
             pattern=meaning.pattern,
-            prunable=parse.by_name(lambda name: (name,), job.exclude),
+            prunable=parse.streamed(job.exclude),
             provenance=provenance.making(arguments)
             | {
                 "excluded": list(job.exclude),

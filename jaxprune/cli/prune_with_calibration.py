@@ -148,7 +148,7 @@ class Run:
             return
         steps, seed = self.job.prompt_steps, self.job.seed
         tokens = sample.continued(model, self.prompt, steps, _TEMPERATURE, None, seed)
-        text = sample.shown(self.ready.tokenizer, [*self.prompt, *tokens])
+        text = sample.shown(self.ready.tokenizer, self.prompt, tokens)
         self.samples.append({"label": stage, "text": text})
 
 

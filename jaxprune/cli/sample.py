@@ -1,6 +1,7 @@
 """`jaxprune sample`: what a model writes after a prompt."""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -61,7 +62,7 @@ class Sample(models.ModelOptions):
             self.top_k,
             self.seed,
         )
-        text = shown(tokenizer, [*prompt, *tokens])
+        text = shown(tokenizer, prompt, tokens)
         console.note(f"the prompt begins with {begins.why}")
         console.say(text)
         return {"text": text, "prompt": self.prompt, "bos": begins.why} | {
@@ -111,7 +112,7 @@ def continued(
     return [int(token) for token in processes.fetch(whole)[0, len(prompt) :]]
 
 
-def shown(tokenizer: hf.Tokenizer, tokens: list[int]) -> str:
-    """The text of tokens up to the one that ends it."""
-    ends = [i for i, token in enumerate(tokens) if i and token in tokenizer.eos]
-    return tokenizer.decode(tokens[: ends[0]] if ends else tokens)
+def shown(tokenizer: hf.Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of a prompt and of the tokens behind it, up to one that ends it."""
+    going_on = lambda token: token not in tokenizer.eos  # noqa: E731
+    return tokenizer.decode([*prompt, *itertools.takewhile(going_on, tokens)])

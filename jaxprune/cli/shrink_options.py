@@ -218,9 +218,9 @@ def _check_heads(job: Job, source: CheckpointDir, config: DecoderConfig) -> None
         if job.query_heads and kept * n in fit
     ]
     raise ValueError(
-        f"transformers takes a {source.config['model_type']} model only where its "
-        f"width, {config.width}, is a multiple of its query heads, of which "
-        f"{kept * shared} of {config.heads} would be left; "
+        f"transformers takes a {source.config['model_type']} model only where "
+        f"{hf.when_heads_fit(source.config, config)}, of which {kept * shared} of "
+        f"{config.heads} would be left; "
         f"give {' or '.join(others) or 'no share of the heads'}"
     )
 

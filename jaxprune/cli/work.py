@@ -10,7 +10,7 @@ from typing import Any
 from jaxprune.cli import provenance
 from jaxprune.cli.job_options import JobOptions
 from jaxprune.evaluation import texts
-from jaxprune.formats import atomic
+from jaxprune.formats import atomic, rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir
 
 _BEGUN = "command.json"  # which job the progress is of
@@ -20,8 +20,10 @@ def refuse_done(job: JobOptions, arguments: list[str]) -> None:
     """Refuses to make again what this very command made."""
     if job.overwrite or not provenance.is_done(job.out, arguments):
         return
-    with atomic.locked(job.work):  # what a run that was killed then left
-        shutil.rmtree(job.work, ignore_errors=True)
+    with atomic.locked(job.work):
+        if not _is_later(job.work / _BEGUN, job.out / rewrite.NAME):
+            # What the run that made it left, killed at its very end.
+            shutil.rmtree(job.work, ignore_errors=True)
     raise ValueError(
         f"'{job.out}' is whole, and this very command made it; give --overwrite to "
         "make it again, or another place"
@@ -31,12 +33,13 @@ def refuse_done(job: JobOptions, arguments: list[str]) -> None:
 def check_room(job: JobOptions, source: CheckpointDir, copies: int) -> None:
     """Refuses, before a long job, a disk without room for the result and progress."""
     # `copies` of the model are written, the result included.
-    before = [job.work, job.out.resolve().with_name(f".{job.out.name}.partial")]
+    out = job.out.resolve()
+    before = [job.work, out.with_name(f".{out.name}.partial")]
     have = sum(map(atomic.bytes_in, before))
-    atomic.check_room(job.out, source.size * copies + _states(job, source) - have)
+    atomic.check_room(job.out, source.size * copies + states(job, source) - have)
 
 
-def _states(job: JobOptions, source: CheckpointDir) -> int:
+def states(job: JobOptions, source: CheckpointDir) -> int:
     """Bytes that the checkpoints of a recovery may take: two of them."""
     if job.recovery is None or job.recovery.trained == "norms":
         return 0
@@ -81,6 +84,11 @@ def held(work: Path, facts: Mapping[str, Any]) -> Iterator[None]:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_later(file: Path, other: Path) -> bool:
+    """Whether a file is there that was written after another one."""
+    return file.exists() and file.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
 def _has_progress(work: Path) -> bool:

@@ -82,8 +82,12 @@ def _document(
             "template that can be read; give text, or the directory of the model that "
             "was made to chat"
         )
-    before = tokenizer.chat.special.get("bos_token", "") if tokenizer.begins else ""
-    return Document(tokenizer.chat.render(messages), before)
+    text = tokenizer.chat.render(messages)
+    if not tokenizer.begins:
+        return Document(text, "")
+    # Each sequence is begun with BOS, so the first conversation needs none.
+    bos = tokenizer.chat.special.get("bos_token", "")
+    return Document(text.removeprefix(bos), bos)
 
 
 class Rows:

@@ -126,7 +126,7 @@ def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
 
 def check_room(place: Path, size: int) -> None:
     """Refuses a place that cannot be written to, or has no room for so many bytes."""
-    home = next(parent for parent in place.absolute().parents if parent.exists())
+    home = next(parent for parent in place.resolve().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=home):
             pass
@@ -320,7 +320,8 @@ def sync(directory: Path) -> None:
 
 def _may_go_on(error: BaseException) -> bool:
     """Whether the same run may do better when it is started again."""
-    return not isinstance(error, Exception) or isinstance(error, OSError | MemoryError)
+    passing = OSError | MemoryError | RuntimeError  # the last is JAX's, of a device
+    return not isinstance(error, Exception) or isinstance(error, passing)
 
 
 def _beside(place: Path, what: str) -> Path:
@@ -329,15 +330,21 @@ def _beside(place: Path, what: str) -> Path:
 
 def check_free(place: Path, replaceable: Replaceable | None) -> None:
     """Refuses a place that holds something, unless `replaceable` allows it."""
+    if place.is_mount():
+        raise ValueError(
+            f"'{place}' is where a disk is mounted, which no result can take the place "
+            "of; give a directory inside it"
+        )
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
-    reason = "there is something already"
+    reason: str | None = "there is something already"
+    way = ", or pass overwrite=True if it is an earlier result"
     if replaceable is not None:
-        reason = replaceable(place) or ""
+        reason, way = replaceable(place), ""
     if reason:
         raise ValueError(
             f"the result must not destroy what is at '{place}', but {reason}; choose "
-            "another place, or pass overwrite=True if it is an earlier result"
+            f"another place{way}"
         )
 
 

@@ -8,7 +8,7 @@ code is run, and no name in an index or link leads out of the directory.
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -150,7 +150,7 @@ def open_directory(path: str | os.PathLike[str]) -> CheckpointDir:
     if weight_map is not None:
         _check_index(directory, weight_map, tensors)
     every = [name for name in files_below(directory) if name not in files]
-    others = [name for name in every if _belongs(name)]
+    others = [name for name in every if _belongs(name, every)]
     first = [name for name in (CONFIG, INDEX) if name in others]
     for name in others:
         _inside(directory, name)
@@ -295,11 +295,18 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _belongs(path: str) -> bool:
-    """Whether a file that holds no weights is part of the model."""
+def _belongs(path: str, every: Collection[str]) -> bool:
+    """Whether a file that holds no weights of the model's own is part of it."""
     if path == INDEX:
         return True
     *folders, name = path.split("/")
-    if name.endswith(".index.json") or any(p.startswith(".") for p in (*folders, name)):
+    if any(p.startswith(".") for p in (*folders, name)):
         return False
-    return name.endswith(_COPIED) or name.upper().split(".")[0] in _LEGAL
+    if folders and f"{'/'.join(folders)}/{CONFIG}" in every:
+        # A module of sentence-transformers, a dense layer behind the model say.
+        if name.endswith((".safetensors", ".index.json")):
+            return True
+    elif name.endswith(".index.json"):
+        return False
+    known = name.endswith(_COPIED) or ".model.v" in name  # tokenizer.model.v3
+    return known or name.upper().split(".")[0] in _LEGAL

@@ -112,25 +112,7 @@ def prune_directory(
             f"directories are pruned by Unstructured, PerOutput or NM, got {pattern}; "
             f"load the model and use prune for other patterns"
         )
-    tree.check_rule(prunable, [name.replace(".", "/") for name in source.tensors])
-    chosen = {
-        name: info
-        for name, info in source.tensors.items()
-        if _is_matrix(name, info) and prunable(name.replace(".", "/"), info)
-    }
-    if not chosen:
-        raise ValueError(
-            f"'{source.path}' must have a tensor that may be pruned, but has none; "
-            f"give another rule for prunable"
-        )
-    if narrow := [name for name, info in chosen.items() if info.dtype not in _FLOATS]:
-        raise ValueError(
-            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
-            f"{chosen[narrow[0]].dtype}; save the model in bfloat16, or leave them out "
-            "with prunable=jp.tree.excluding('...')"
-        )
-    first = {name: _input_first(source.config, info) for name, info in chosen.items()}
-    _check_pattern(pattern, chosen, first)
+    chosen, first = to_prune(source, pattern, prunable)
     counts = _counts(pattern, sparsity, chosen)
     replaced = {
         name: functools.partial(
@@ -171,6 +153,44 @@ def _input_first(config: Mapping[str, Any], info: TensorInfo) -> bool:
     parts = [config, text] if isinstance(text, Mapping) else [config]
     known = _STACKED_INPUT_FIRST if info.ndim == 3 else _INPUT_FIRST
     return any(str(part.get("model_type")) in known for part in parts)
+
+
+def to_prune(
+    source: CheckpointDir, pattern: Pattern, prunable: Prunable
+) -> tuple[dict[str, TensorInfo], dict[str, bool]]:
+    """The tensors that would be pruned, and whether their inputs come first.
+
+    Args:
+      source: the directory.
+      pattern: which weights go together.
+      prunable: which tensors may be pruned, by names with "/".
+
+    Returns:
+      Name to tensor, and name to whether it is stored (in, out).
+
+    Raises:
+      ValueError: nothing may be pruned, or a tensor cannot be, or not so.
+    """
+    tree.check_rule(prunable, [name.replace(".", "/") for name in source.tensors])
+    chosen = {
+        name: info
+        for name, info in source.tensors.items()
+        if _is_matrix(name, info) and prunable(name.replace(".", "/"), info)
+    }
+    if not chosen:
+        raise ValueError(
+            f"'{source.path}' must have a tensor that may be pruned, but has none; "
+            f"give another rule for prunable"
+        )
+    if narrow := [name for name, info in chosen.items() if info.dtype not in _FLOATS]:
+        raise ValueError(
+            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
+            f"{chosen[narrow[0]].dtype}; save the model in bfloat16, or leave them out "
+            "with prunable=jp.tree.excluding('...')"
+        )
+    first = {name: _input_first(source.config, info) for name, info in chosen.items()}
+    _check_pattern(pattern, chosen, first)
+    return chosen, first
 
 
 def _check_pattern(

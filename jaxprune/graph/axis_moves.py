@@ -252,7 +252,7 @@ def _pad(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Ax
         else:
             ends = [Dim(n, "is padding") for n in (low, high)]
             dims.append(concat([ends[0], dim, ends[1]]))
-    # Where another axis is padded, by anything but zero, a removed position is not zero.
+    # Where another axis is padded by what is not zero, a removed position is not zero.
     padded = {i for i, own in enumerate(params["padding_config"]) if max(own) > 0}
     blank = operands[1].scalar == 0
     zeros = [

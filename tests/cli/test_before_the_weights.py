@@ -3,9 +3,11 @@
 import importlib.metadata
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +20,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
 from jaxprune import cli
+from jaxprune.cli import inspect as inspect_command
 from jaxprune.cli import models, parse
 
 __all__ = ["place"]
@@ -142,6 +145,11 @@ def test_weights_of_one_byte_are_no_weights_to_prune(place, tmp_path, capsys):
     assert code == 1
     assert "all of its tensors are left alone" in err
     assert "of one byte a weight" in err
+    first, *others = tiny_cli.MATRICES
+    some = tiny_cli.tensors() | {name: narrow[name] for name in others}
+    hf_directories.save(model / "model.safetensors", some)
+    code, record, err = run(capsys, "prune", model, tmp_path / "out", *words)
+    assert (code, list(record["tensors"])) == (0, [first]), err
 
 
 @pytest.mark.parametrize("word", ["2:4", "8x4", "per-layer", "per-output"])
@@ -169,6 +177,71 @@ def test_who_reads_may_stop(place, monkeypatch, capsys):
     assert "Broken" not in capsys.readouterr().err
 
 
+def test_what_is_said_to_nobody_stops_no_job(place, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    words = ["--method", "magnitude", "--sparsity", "0.5"]
+    command = [sys.executable, "-m", "jaxprune", "prune", "model", tmp_path / "out"]
+    with os.fdopen(write, "w") as closed:
+        for more, code in (([], 0), (["--seed", "-1"], 1)):
+            done = subprocess.run(
+                [*command, *words, *more, "--overwrite"],
+                cwd=place, stdout=subprocess.DEVNULL, stderr=closed,
+            )  # fmt: skip
+            assert done.returncode == code
+    assert (tmp_path / "out" / "jaxprune.json").is_file()
+
+
+def test_a_refusal_leaves_the_progress_of_a_later_job(place, tmp_path, capsys):
+    words = ["prune", place / "model", tmp_path / "out", "--method", "magnitude"]
+    assert run(capsys, *words, "--sparsity", "0.5")[0] == 0
+    later = tmp_path / ".out.work"
+    later.mkdir()
+    (later / "command.json").write_text("{}")
+    assert run(capsys, *words, "--sparsity", "0.5")[0] == 1
+    assert (later / "command.json").is_file()
+    made = (tmp_path / "out" / "jaxprune.json").stat().st_mtime - 5
+    os.utime(later / "command.json", (made, made))
+    assert run(capsys, *words, "--sparsity", "0.5")[0] == 1
+    assert not later.exists()
+
+
+def test_a_disk_that_is_mounted_is_no_place_for_a_result(place, capsys, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    words = ["prune", place / "model", place / "volume", "--method", "magnitude"]
+    code, _, err = run(capsys, *words, "--sparsity", "0.5")
+    assert code == 1
+    assert "give a directory inside it" in err
+    assert not (place / "volume").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--group", "64"], "--group needs --bits"),
+        (["--distill-train", "lora"], "--distill-train needs --distill-steps"),
+        (["--distill-hidden", "0.5"], "--distill-hidden needs --distill-steps"),
+        (["--method", "magnitude", "--prompt", "w5"], "does no --prompt"),
+    ],
+)
+def test_options_without_what_they_are_for_are_refused(place, capsys, words, told):
+    code, _, err = run(
+        capsys, "prune", place / "model", place / "free", "--sparsity", "0.5", *words
+    )
+    assert code == 1
+    assert told in err
+
+
+def test_what_jax_refuses_is_one_sentence(place, capsys, monkeypatch):
+    def failed(*_, **__):
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(inspect_command, "open_directory", failed)
+    code, _, err = run(capsys, "inspect", place / "model")
+    assert code == 1
+    assert err == "jaxprune inspect: Unable to initialize backend 'cuda'\n"
+
+
 @pytest.mark.full
 def test_head_ends_a_listing_without_an_error(place):
     command = f"{sys.executable} -m jaxprune inspect model | head -1"
@@ -186,14 +259,20 @@ def test_folders_of_the_model_come_along_and_what_does_not_is_named(
     model = edited(place, tmp_path)
     (model / "1_Pooling").mkdir()
     (model / "1_Pooling" / "config.json").write_text("{}")
+    dense = np.ones((3, 2), np.float32)  # a module as sentence-transformers has it
+    (model / "2_Dense").mkdir()
+    (model / "2_Dense" / "config.json").write_text("{}")
+    hf_directories.save(model / "2_Dense" / "model.safetensors", {"w": dense})
     (model / "old").mkdir()
     np.save(model / "old" / "weights.npy", np.ones(3))
     words = ["prune", model, tmp_path / "out", "--method", "magnitude"]
     code, found, err = run(capsys, *words, "--sparsity", "0.5")
     assert code == 0
-    assert "not copied, since no loader reads it: old/weights.npy" in err
+    assert "not copied: old/weights.npy" in err
     assert "1_Pooling/config.json" in found["files"]
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
+    module = Path("2_Dense", "model.safetensors")
+    assert (tmp_path / "out" / module).read_bytes() == (model / module).read_bytes()
     assert found["pattern"] == "per-layer"
     code, _, err = run(capsys, *words, "--sparsity", "0.5")
     assert code == 1

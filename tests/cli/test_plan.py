@@ -83,6 +83,7 @@ def test_the_plan_for_people_names_texts_and_what_is_left_alone(
     [
         (["--calibration", "none.txt"], "there is no none.txt"),
         (["--exclude", "*.nothing", "--method", "magnitude"], "must match"),
+        (["--method", "magnitude", "--pattern", "7:14"], "divisible by 14"),
     ],
 )
 def test_a_plan_refuses_what_the_job_would_refuse(
@@ -171,3 +172,14 @@ def test_a_short_context_shortens_windows_that_nobody_asked_for(place, capsys):
     words = ["eval", place / "model", "--text", place / "a.txt", "--limit", "1"]
     code, found, _ = run(capsys, *words)
     assert (code, found["texts"]["a.txt"]["context"]) == (0, 64)
+
+
+def test_a_plan_counts_the_checkpoints_of_a_recovery(place, tmp_path, capsys):
+    words = ["prune", place / "model", tmp_path / "out", *HALF, "--plan"]
+    words += ["--calibration", place / "a.txt", *SMALL]
+    plain, taught = (
+        run(capsys, *words, *more)[1]["disk_bytes"]
+        for more in ([], ["--distill-steps", "5"])
+    )
+    size = sum(value.size for value in tiny_cli.tensors().values())
+    assert taught - plain == 2 * 12 * size

@@ -104,7 +104,7 @@ def test_a_template_gives_what_transformers_gives(messages, tmp_path):
         messages, chat_template=REAL, tokenize=False, add_generation_prompt=False
     )
     ours = ChatTemplate(REAL, {"bos_token": "<s>", "eos_token": "</s>"})
-    assert "<s>" + ours.render(messages) == expected
+    assert ours.render(messages) == expected
 
 
 def test_the_template_is_found_where_folders_have_it(tmp_path):
@@ -162,3 +162,28 @@ def test_a_model_that_cannot_chat_says_so(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
     with pytest.raises(ValueError, match="no chat template that can be read; give"):
         texts.read(tmp_path / "a.jsonl", own, 97)
+
+
+def test_a_template_that_asks_for_the_date_gets_one_that_stays():
+    plain = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {})
+    assert plain.render(MESSAGES) == "26 Jul 2024"
+    careful = "{% if strftime_now is defined %}x{% else %}its own{% endif %}"
+    assert ChatTemplate(careful, {}).render(MESSAGES) == "its own"
+
+
+def test_a_template_is_told_that_there_are_no_tools():
+    source = "{% if tools is not none %}T{% endif %}{{ documents is none }}"
+    assert ChatTemplate(source, {}).render(MESSAGES) == "True"
+
+
+def test_conversations_keep_the_bos_that_only_their_template_writes(tmp_path):
+    place = folder(tmp_path / "model", "{{ bos_token }} w5{{ messages[0].content }}")
+    path = place / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"bos_token": "w9"}
+    (tmp_path / "a.jsonl").write_text(
+        2 * (json.dumps({"messages": [{"role": "user", "content": " w7 "}]}) + "\n")
+    )
+    for begins, expected in ((False, [9, 5, 7, 9, 5, 7]), (True, [5, 7, 9, 5, 7])):
+        path.write_text(json.dumps(settings | {"add_bos_token": begins}))
+        text = texts.read(tmp_path / "a.jsonl", hf.load_tokenizer(place), 97)
+        assert text.tokens.tolist() == expected

@@ -61,6 +61,16 @@ def test_energy_is_counted_from_flops_and_bytes(results):
     assert found.serving[32][0.5].packed == pytest.approx(25 / 32 * BYTE + 20 * FLOP)
 
 
+def test_a_training_that_went_on_from_a_checkpoint_costs_as_much(results):
+    whole = life_cycle.of(results)
+    results["phases"][0] |= {"seconds": 5.0, "share": 0.1}  # the last tenth of it
+    found = life_cycle.of(results)
+    assert found.training == pytest.approx(whole.training)
+    assert found.tracking == pytest.approx(whole.tracking)
+    assert found.sweep == pytest.approx(whole.sweep)
+    assert found.retraining == pytest.approx(whole.retraining)
+
+
 def test_measured_energy_scales_all_that_was_counted(results):
     counted = life_cycle.of(results)
     spent = counted.training + counted.tracking

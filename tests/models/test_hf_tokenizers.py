@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxprune.cli import sample
 from jaxprune.formats.checkpoint_dir import Damaged, Unknown, open_directory
 from jaxprune.models import hf
 from tests.support import tiny_hf
@@ -114,3 +115,27 @@ def test_a_sharded_folder_is_one_model(tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_truncation_and_padding_that_a_file_holds_are_not_gone_by(tmp_path):
+    folder = _tokenizer_folder(tmp_path)
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.enable_truncation(max_length=2)
+    made.enable_padding(length=8)
+    made.save(str(folder / "tokenizer.json"))
+    tokenizer = hf.load_tokenizer(folder)
+    assert tokenizer.encode("to be or to be") == [3, 4, 5, 3, 4]
+    assert tokenizer.encode("to") == [3]
+
+
+def test_a_text_ends_as_the_generation_config_says_too(tmp_path):
+    folder = _tokenizer_folder(tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 2]}')
+    tokenizer = hf.load_tokenizer(folder)
+    assert tokenizer.eos == (2, 5)
+    # Not at one that the prompt has.
+    assert sample.shown(tokenizer, [3, 5, 4], [4, 4, 2, 3]) == "to or be be be"
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(Damaged, match=r"generation_config\.json' must have a token"):
+        hf.load_tokenizer(folder)

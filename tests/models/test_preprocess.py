@@ -132,10 +132,13 @@ def test_a_prompt_has_the_tokens_of_the_processor(text):
     images = [_photograph(90, 60), _photograph(40, 100)][: 1 + ("_2" in text)]
     shapes = [torch_phi3_vision.preprocess(image, 56, 4)[1:] for image in images]
     expected = torch_phi3_vision.tokens(
-        text, shapes, _encode, lambda h, w: (h * w + 1) * 4 + 1 + (h + 1) * 2
+        text,
+        shapes,
+        lambda chunk: [1, *_encode(chunk)],
+        lambda h, w: (h * w + 1) * 4 + 1 + (h + 1) * 2,
     )
     got = preprocess.prompt(text, images, _encode, config, bos=1)
-    np.testing.assert_array_equal(got.tokens, [1, *expected])
+    np.testing.assert_array_equal(got.tokens, expected)
     np.testing.assert_array_equal(got.sources >= 0, got.tokens < 0)
     assert len(got.pixels) == sum(1 + h * w for h, w in shapes)
 

@@ -250,7 +250,7 @@ def refusal(config):
     return ""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "phi3-long"])
 def test_heads_that_transformers_refuses_are_refused(name):
     pytest.importorskip("transformers")
     config = tiny_hf.config_json(name)
@@ -262,6 +262,11 @@ def test_heads_that_transformers_refuses_are_refused(name):
     if "multiple of the number of attention heads" in refusal({**config, **said}):
         assert hf.heads_that_fit(config, shape) == [1, 2, 4]
         with pytest.raises(ValueError, match="32, is a multiple of its query heads"):
+            hf.smaller_config(config, few)
+        return
+    if "short_factor" in refusal({**config, **said}):
+        assert hf.heads_that_fit(config, shape) == [4]
+        with pytest.raises(ValueError, match="fits its long rope, got 3; leave all of"):
             hf.smaller_config(config, few)
         return
     assert hf.heads_that_fit(config, shape) == [1, 2, 3, 4]

@@ -185,7 +185,10 @@ def preprocess(image, size=336, crops=16):
 
 
 def tokens(text, shapes, encode, tokens_of):
-    """The processor's ids: chunks, and between them each placeholder's -i repeated."""
+    """The processor's ids: chunks, and between them each placeholder's -i repeated.
+
+    Its tokenizer puts BOS before each chunk, so `encode` does.
+    """
     chunks = [list(encode(chunk)) for chunk in re.split(r"<\|image_\d+\|>", text)]
     numbers = [int(n) for n in re.findall(r"<\|image_(\d+)\|>", text)]
     ids = list(chunks[0])

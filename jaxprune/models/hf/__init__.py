@@ -13,6 +13,7 @@ from jaxprune.models.hf.smaller_config import (
     heads_that_fit,
     shrinkable,
     smaller_config,
+    when_heads_fit,
 )
 from jaxprune.models.hf.tensor_names import Source
 from jaxprune.models.hf.tokenizer import Tokenizer, load_tokenizer
@@ -38,5 +39,6 @@ __all__ = [
     "tensors",
     "to_tensors",
     "vision_config",
+    "when_heads_fit",
     "write_smaller",
 ]

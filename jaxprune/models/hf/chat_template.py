@@ -2,13 +2,14 @@
 
 The template is Jinja's, run in a sandbox, since it comes with the model. It sees what
 transformers' `apply_chat_template` gives it, but no clock: a template that would write
-today's date writes its own.
+today's date writes its own, or one that never changes.
 
 Reference:
   Hugging Face transformers, `utils/chat_template_utils.py`.
 """
 
 import dataclasses
+import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "chat_template.jinja"
+
+_DAY = datetime.date(2024, 7, 26)  # that of Llama 3's own template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class ChatTemplate:
     special: Mapping[str, str]
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation, without the BOS that a sequence begins with.
+        """The text of a conversation, with the BOS that the template writes.
 
         Args:
           messages: each with a "role" and a "content", in their order.
@@ -51,14 +54,18 @@ class ChatTemplate:
             ) from None
         try:
             text: str = _compiled(self.source).render(
-                messages=list(messages), add_generation_prompt=False, **self.special
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=False,
+                **self.special,
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(
                 f"the model's chat template cannot write these messages ({error}); "
                 "give conversations that it knows, or plain text"
             ) from None
-        return text.removeprefix(self.special.get("bos_token", ""))
+        return text
 
 
 def find(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
@@ -116,4 +123,6 @@ def _compiled(source: str) -> Any:
     # Without the escapes for HTML that Jinja's own has.
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
+    if "strftime_now is defined" not in source:  # else it has a date of its own
+        environment.globals["strftime_now"] = _DAY.strftime
     return environment.from_string(source)

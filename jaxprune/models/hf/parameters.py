@@ -90,7 +90,7 @@ def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype
     """The compute dtype of a folder: bfloat16 where most weights are in it."""
     sizes: Counter[str] = Counter()
     for source in names.values():
-        own = sum(directory.tensors[name].size for name in source.names)
+        own = sum(math.prod(directory.tensors[name].shape) for name in source.names)
         sizes[source.dtype.name] += own
     return "bfloat16" if sizes.most_common(1)[0][0] == "bfloat16" else "float32"
 

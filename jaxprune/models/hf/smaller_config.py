@@ -64,9 +64,9 @@ def smaller_config(
     fit = heads_that_fit(config, before)
     if shape.heads not in (*fit, before.heads):
         raise ValueError(
-            f"transformers takes a {config['model_type']} model only where its width, "
-            f"{shape.width}, is a multiple of its query heads, got {shape.heads}; "
-            f"leave one of {', '.join(str(n) for n in fit if n < before.heads)}"
+            f"transformers takes a {config['model_type']} model only where "
+            f"{when_heads_fit(config, shape)}, got {shape.heads}; leave "
+            f"{' or '.join(str(n) for n in fit if n < before.heads) or 'all of them'}"
         )
     return new
 
@@ -79,8 +79,8 @@ def heads_that_fit(config: Mapping[str, Any], shape: DecoderConfig) -> list[int]
       shape: of the model.
 
     Returns:
-      Numbers up to that of the shape: all of them, or where the family's class in
-      transformers refuses others, those that divide the width.
+      Numbers up to that of the shape, without those that the family's class in
+      transformers refuses.
 
     Example:
       >>> config = {"model_type": "llama", "vocab_size": 5, "hidden_size": 12,
@@ -89,10 +89,14 @@ def heads_that_fit(config: Mapping[str, Any], shape: DecoderConfig) -> list[int]
       >>> heads_that_fit(config, families.decoder_config(config))
       [1, 2, 3, 4, 6]
     """
+    rule = families.find(config).heads
     numbers = range(1, shape.heads + 1)
-    if not families.find(config).heads_divide_width:
-        return [*numbers]
-    return [heads for heads in numbers if shape.width % heads == 0]
+    return [heads for heads in numbers if rule.takes(config, shape.width, heads)]
+
+
+def when_heads_fit(config: Mapping[str, Any], shape: DecoderConfig) -> str:
+    """In words, which numbers of query heads `heads_that_fit` gives."""
+    return families.find(config).heads.when.format(width=shape.width)
 
 
 def _cannot_say(config: Mapping[str, Any], why: str) -> str:

@@ -18,6 +18,7 @@ from jaxprune.models.hf import chat_template
 from jaxprune.models.hf.chat_template import ChatTemplate
 
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_GENERATION = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """
     opened = open_directory(directory)
     tokens = _read(opened.path)
-    settings = _settings(opened.path)
+    settings = _settings(opened.path, _SETTINGS)
+    generating = _settings(opened.path, _GENERATION)
     bos = _token(tokens, settings.get("bos_token"))
     if bos is None:
         given = _ids(opened.path, opened.config, "bos_token_id")
@@ -108,6 +110,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     if not isinstance(begins, bool):
         begins = bos is not None and tokens.encode("").ids[:1] == [bos]
     ends = set(_ids(opened.path, opened.config, "eos_token_id"))
+    ends |= set(_ids(opened.path, generating, "eos_token_id", _GENERATION))
     if (end := _token(tokens, settings.get("eos_token"))) is not None:
         ends.add(end)
     return Tokenizer(
@@ -135,13 +138,17 @@ def _read(folder: Path) -> Any:
             f"reading '{path}' needs the package tokenizers; pip install tokenizers"
         ) from None
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokens = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
         raise Damaged(f"'{path}' is no tokenizer: {error}") from None
+    # As its last user had them; transformers does not go by them either.
+    tokens.no_truncation()
+    tokens.no_padding()
+    return tokens
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / _SETTINGS
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
     if not path.is_file():
         return {}
     try:
@@ -153,13 +160,15 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _ids(folder: Path, config: dict[str, Any], name: str) -> list[int]:
-    """The tokens that an attribute of config.json names: one, a list, or none."""
+def _ids(
+    folder: Path, config: dict[str, Any], name: str, file: str = CONFIG
+) -> list[int]:
+    """The tokens that an attribute of a file names: one, a list, or none."""
     given = config.get(name)
     ids = [] if given is None else given if isinstance(given, list) else [given]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise Damaged(
-            f"'{folder / CONFIG}' must have a token or a list of tokens as {name}, got "
+            f"'{folder / file}' must have a token or a list of tokens as {name}, got "
             f"{given!r}"
         )
     return ids

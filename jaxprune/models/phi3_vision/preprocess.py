@@ -225,7 +225,8 @@ def prompt(
       images: the pictures, the first of them <|image_1|>.
       encode: a text without pictures to tokens, without BOS.
       config: the model's shape.
-      bos: the token that begins the prompt, or None.
+      bos: the token that begins each text between pictures, also an empty one, as the
+        published processor's tokenizer does; or None.
 
     Returns:
       The prompt.
@@ -242,10 +243,12 @@ def prompt(
     size = config.tower.image
     seen = [picture(image, size=size, crops=config.crops) for image in images]
     firsts = np.cumsum([0, *(len(own.pixels) for own in seen)])
-    tokens, sources = [[] if bos is None else [bos]], []
+    tokens: list[list[int]] = []
+    sources: list[np.ndarray] = []
     for i, part in enumerate(_PLACE.split(text)):
         if i % 2 == 0:
-            tokens.append(list(encode(part)) if part else [])
+            begun = [] if bos is None else [bos]
+            tokens.append([*begun, *(encode(part) if part else ())])
         else:
             own = seen[int(part) - 1]
             where = layout(own.rows, own.columns, config.side, firsts[int(part) - 1])

@@ -37,7 +37,8 @@ def _fields_2(a: Attributes) -> Fields:
         given = fields["head_dim"]
         a.wrong("head_dim", f"hidden_size / num_attention_heads = {cut}", given)
     size = family.window(a, 4096)
-    sliding = family.alternating(a, size, a.size("sliding_window_pattern", 4))
+    every = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 4))
+    sliding = family.alternating(a, size, every)
     return {
         **fields,
         "rope_of": tuple(0 if slides else None for slides in sliding),

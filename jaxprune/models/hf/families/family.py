@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxprune.models.decoder.config import DecoderConfig
 from jaxprune.models.hf import rope_config
@@ -77,6 +77,25 @@ def _unchanged(directory: Path, shape: Any) -> Any:
     return shape
 
 
+class HeadsRule(NamedTuple):
+    """Which numbers of query heads a family's class in transformers takes.
+
+    Attributes:
+      takes: config.json, the width and a number to whether it does.
+      when: in words, of "{width}".
+    """
+
+    takes: Callable[[Mapping[str, Any], int, int], bool]
+    when: str
+
+
+ANY_HEADS = HeadsRule(lambda config, width, heads: True, "")
+DIVIDING_HEADS = HeadsRule(
+    lambda config, width, heads: width % heads == 0,
+    "its width, {width}, is a multiple of its query heads",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One family of checkpoints.
@@ -98,8 +117,8 @@ class Family:
       renamed: other names of tensors, without the prefix: to those of `modules`.
       resized: fields that a smaller model changes, to the attributes that say them.
       kinds: for a shape, attributes that say how its layers differ.
-      heads_divide_width: whether transformers refuses a width that is no multiple of
-        the heads, though a head's size is said by itself.
+      heads: which numbers of query heads transformers takes, though a head's size is
+        said by itself.
     """
 
     fields: Callable[[Attributes], Fields]
@@ -118,7 +137,7 @@ class Family:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resized: Mapping[str, str] = dataclasses.field(default_factory=lambda: RESIZED)
     kinds: Callable[[Any], Fields] = lambda shape: {}
-    heads_divide_width: bool = False
+    heads: HeadsRule = ANY_HEADS
 
     def read(self, config: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
         """The model's shape, in float32, and the attributes that were ignored.

@@ -12,6 +12,9 @@ def _fields(a: Attributes) -> Fields:
     fields = family.sizes(a, head_dim=256, kv_heads=4, tied=True)
     size = family.window(a, 4096)
     a.raw("hidden_act")  # transformers goes by `hidden_activation`
+    said = a.raw("sliding_window_size")  # the published 9B says it twice
+    if said not in (None, size):
+        a.wrong("sliding_window_size", f"sliding_window = {size}", said)
     return {
         **fields,
         **family.biased(a),
@@ -34,5 +37,5 @@ FAMILY = Family(
     family.modules(family.OUTER, {**family.LAYER, **family.SANDWICH}),
     only={"use_bidirectional_attention": False},
     kinds=family.layer_types,
-    heads_divide_width=True,
+    heads=family.DIVIDING_HEADS,
 )

@@ -34,5 +34,5 @@ FAMILY = Family(
     family.modules(family.OUTER, {**family.LAYER, **family.SANDWICH}),
     only={"attn_logit_softcapping": None, "use_bidirectional_attention": False},
     kinds=family.layer_types,
-    heads_divide_width=True,
+    heads=family.DIVIDING_HEADS,
 )

@@ -10,5 +10,5 @@ def _fields(a: Attributes) -> Fields:
 
 
 FAMILY = Family(
-    _fields, family.modules(family.OUTER, family.LAYER), heads_divide_width=True
+    _fields, family.modules(family.OUTER, family.LAYER), heads=family.DIVIDING_HEADS
 )

@@ -1,5 +1,8 @@
 """Phi-3: q, k and v are one matrix, gate and up another; a head may turn in part."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from jaxprune.models.hf import rope_config
 from jaxprune.models.hf.config_reader import Attributes
 from jaxprune.models.hf.families import family
@@ -18,6 +21,15 @@ def _fields(a: Attributes) -> Fields:
     }
 
 
+def _takes(config: Mapping[str, Any], width: int, heads: int) -> bool:
+    """Whether the factors of a long rope are as many as Phi3Config counts."""
+    # By the width and not by `head_dim`.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    factors = rope.get("short_factor")
+    turned = int(width // heads * config.get("partial_rotary_factor", 1.0))
+    return factors is None or turned // 2 == len(factors)
+
+
 _FUSED = {"attention/qkv": "self_attn.qkv_proj", "mlp/gate_up": "mlp.gate_up_proj"}
 FAMILY = Family(
     _fields,
@@ -27,4 +39,7 @@ FAMILY = Family(
         "full_attn_mod": 1,
         "interpolate_factor": 1,
     },
+    heads=family.HeadsRule(
+        _takes, "its width, {width}, over its query heads fits its long rope"
+    ),
 )

@@ -1,0 +1,77 @@
+"""A directory holds the cells of one table, and shows no other's."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import draws, jax_pruning, real_model, token_weights
+
+TEXTS = ("shakespeare", "technical", "news")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A table of two draws whose processes are only noted."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in TEXTS:
+        np.save(texts / f"held-out-{name}.npy", np.zeros((4, 8), np.int32))
+    np.save(texts / "calibration-mixed50-128.npy", np.zeros((8, 8), np.int32))
+    found = {"perplexities": {"after": dict.fromkeys(TEXTS, 2.0)}}
+    monkeypatch.setattr(real_model, "json_line", lambda *_: json.dumps(found))
+    return token_weights.Config(
+        tmp_path / "model",
+        texts,
+        tmp_path / "out",
+        draws=(0, 1),
+        calibrated=4,
+        how=("0.5",),
+        methods=("sparsegpt", "torch-sparsegpt"),
+        relative=(True,),
+    )
+
+
+def test_a_table_goes_on_and_another_is_refused(config, capsys):
+    for _ in range(2):
+        token_weights.main(config)
+        rows = capsys.readouterr().out.splitlines()[2:]
+        assert [row.split(" | ")[1:3] for row in rows] == [
+            ["sparsegpt", "relative"],
+            ["torch-sparsegpt", "plain"],
+        ]
+        assert all(row.endswith("| 2 |") for row in rows)
+    for other in ({"sequences": 4}, {"calibrated": 2}, {"model": config.texts}):
+        with pytest.raises(ValueError, match="belongs to another job"):
+            draws.run_missing(
+                token_weights.Config(**{**vars(config), **other}), lambda _: []
+            )
+    with pytest.raises(ValueError, match="table was 'token_weights'"):
+        real_model.main(real_model.Config(config.model, config.texts, config.out))
+
+
+def test_both_sides_are_told_how_many_threads(monkeypatch):
+    told = []
+
+    class Done:
+        stdout = "{}"
+
+    def ran(command, env, **_):
+        told.append((command[3:], env["NPROC"], env["OMP_NUM_THREADS"]))
+        return Done
+
+    monkeypatch.setattr(real_model.subprocess, "run", ran)
+    real_model.json_line(["benchmarks.jax_pruning", "m"], 1)
+    real_model.json_line(["benchmarks.torch_pruning", "m"], 1)
+    assert told == [(["m"], "1", "1"), (["m", "--threads", "1"], "1", "1")]
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [("wanda", {"correction": 0.5}), ("magnitude", {"relative": True})],
+)
+def test_an_option_that_a_method_has_not_is_refused(tmp_path, method, option):
+    with pytest.raises(ValueError, match=f"{method} has no {next(iter(option))}"):
+        jax_pruning.main(
+            jax_pruning.Config(tmp_path, method, tmp_path / "ids.npy", **option)
+        )
