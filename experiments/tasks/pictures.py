@@ -47,7 +47,7 @@ class Tokenizer(NamedTuple):
     Attributes:
       encode: a text to integers.
       decode: integers to a text.
-      bos: the token that begins a prompt, or None.
+      bos: the token that begins each text between pictures, or None.
     """
 
     encode: Callable[[str], Sequence[int]]
@@ -176,8 +176,9 @@ class PictureTask:
             )
             places = preprocess.layout(rows, columns, config.side, 0)
             text = self._text(asked).split("<|image_1|>")
-            words = sum(len(self.tokenizer.encode(part)) for part in text)
-            lengths.append(len(places) + words + (self.tokenizer.bos is not None))
+            bos = self.tokenizer.bos is not None
+            words = sum(len(self.tokenizer.encode(part)) + bos for part in text)
+            lengths.append(len(places) + words)
             views.append(1 + rows * columns)
         return max(lengths) - 1, max(views)
 

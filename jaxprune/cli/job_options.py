@@ -159,13 +159,6 @@ def check(job: JobOptions) -> None:
             "--distill-steps needs --distill-text FILE..., or --calibration FILE..., "
             "whose texts it then takes"
         )
-    for flag, given in (
-        ("text", bool(job.distill_text)),
-        ("train", job.distill_train != JobOptions.distill_train),
-        ("hidden", job.distill_hidden != JobOptions.distill_hidden),
-    ):
-        if given and not job.distill_steps:
-            raise ValueError(f"--distill-{flag} needs --distill-steps N")
     if not 0 < job.distill_learning_rate < 1:
         raise ValueError(
             f"--distill-learning-rate must be in (0, 1), got "
@@ -175,6 +168,13 @@ def check(job: JobOptions) -> None:
         raise ValueError(
             f"--distill-hidden must be at least 0, got {job.distill_hidden}"
         )
+    for flag, given in (
+        ("text", bool(job.distill_text)),
+        ("train", job.distill_train != JobOptions.distill_train),
+        ("hidden", job.distill_hidden != JobOptions.distill_hidden),
+    ):
+        if given and not job.distill_steps:
+            raise ValueError(f"--distill-{flag} needs --distill-steps N")
     if job.calibration.count(SELF) > 1:
         raise ValueError("--calibration self is given twice; once is enough")
     texts.check_files((*job.calibration_files, *job.evaluate, *job.distill_text))
