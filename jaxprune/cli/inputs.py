@@ -96,7 +96,13 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
     training = None
     if recovery:
         again = {} if drawn is None else _trainable(job, own, drawn)
-        from_texts = [again.get(path, whole[path]) for path in later]
+        from_texts = [again.get(whole[path].sha256, whole[path]) for path in later]
+        taught = {text.sha256 for text in from_texts}
+        roles |= {
+            name: f"{roles[name]}, also trained on"
+            for name, text in evaluated.items()
+            if job.evaluate and text.sha256 in taught
+        }
         training = _sequences(job, recovery.steps, from_texts, begins.token)
     return Ready(
         tokenizer, begins, own, drawn, seen, roles, training, config.vocab_size
@@ -134,12 +140,15 @@ def _evaluated(
 
 def _trainable(
     job: JobOptions, own: list[texts.AnyText], drawn: texts.Drawn
-) -> dict[Path, texts.AnyText]:
-    """What of each calibration text may be trained on: nothing that is evaluated."""
-    found = {text.path: text for text in own}
+) -> dict[str, texts.AnyText]:
+    """What of each calibration text, by its digest, may be trained on.
+
+    Nothing that is evaluated.
+    """
+    found = {text.sha256: text for text in own}
     for text, part in zip(own, drawn.parts, strict=True):
         if isinstance(text, texts.Text) and text.is_rows and not job.evaluate:
-            found[text.path] = text._replace(tokens=part)
+            found[text.sha256] = text._replace(tokens=part)
     return found
 
 

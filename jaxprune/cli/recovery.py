@@ -89,7 +89,8 @@ def _trained(model: models.Model, trained: Trained, matrices: Set[str]) -> set[s
     if trained == "all":
         return set(named)
     if trained == "norms":
-        return {name for name, leaf in named.items() if leaf.ndim < 2}
+        # By name, since norms of heads and biases of experts have two axes.
+        return {name for name in named if name.rsplit("/", 1)[-1] in ("scale", "bias")}
     return set(matrices)
 
 

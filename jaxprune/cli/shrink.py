@@ -88,8 +88,8 @@ def _shrunk(
             console.note(f"{stage}: perplexity {shown} on {name}")
 
     record: dict[str, Any] = {
-        "method": "shrink by " + ("obs" if job.calibration else "magnitude"),
-        "pattern": "whole layers, heads and neurons",
+        "method": "shrink by " + ", ".join(_ways(job)),
+        "pattern": "whole layers, experts, heads and neurons",
         "sparsity": job.asked,
         "ignored_config": list(whole.ignored),
         "perplexity": measured,
@@ -109,10 +109,14 @@ def _shrunk(
         )
         if job.experts and tokens is not None:
             small, record["experts"] = shrink_units.without_experts(job, small, tokens)
+        if budget is not None and not job.search:
+            budget = shrink_units.rest_of_budget(job, budget, whole, small)
         if job.narrows and budget != 1:
             small, record["units"] = shrink_units.narrower(
                 job, small, tokens, budget, heads
             )
+    # Measured is what will be written.
+    small = recovery.rounded(small, set(jp.tree.names(small.params)))
     with costs.phase("evaluate after"):
         note("shrunk", small)
     if job.recovery is not None and ready.recovery is not None:
@@ -136,6 +140,18 @@ def _shrunk(
         with costs.phase("time"):
             record["speed"] = _timed(job, whole, small)
     return small, record
+
+
+def _ways(job: Shrink) -> list[str]:
+    """How what goes is chosen, in a word each."""
+    said = {
+        "a search": job.search,
+        "the loss without each layer": job.layers is not None,
+        "the layers named": bool(job.drop_layers),
+        "reap": bool(job.experts),
+        "obs" if job.calibration else "magnitude": job.narrows,
+    }
+    return [way for way, given in said.items() if given]
 
 
 def _size(model: models.Model) -> dict[str, int]:

@@ -106,6 +106,12 @@ def check(job: Job) -> None:
         raise ValueError(
             f"--measure {job.measure} says what a budget is of; give --budget too"
         )
+    fewer = job.layers is not None or job.drop_layers or job.experts
+    if job.measure == "milliseconds" and fewer:
+        raise ValueError(
+            "what layers and experts take of a budget is counted, so with them it is "
+            "not of milliseconds; give --measure flops, bytes or parameters"
+        )
     if job.search:
         _check_search(job)
     if job.layers is not None and job.drop_layers:

@@ -18,9 +18,11 @@ from jaxprune.formats import atomic
 from jaxprune.formats.safetensors_file import read_json
 from jaxprune.graph.axis_dims import find
 from jaxprune.models import hf
+from jaxprune.structured import shrink
 
 _DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
 _SEARCHED = "layers.json"
+_CHOSEN = "units.json"
 _PROMPT = 256  # tokens, whose FLOPs or time a budget may be of
 
 
@@ -132,17 +134,40 @@ def narrower(
     if budget is not None:
         possible["heads"] = _heads(job, model)
     asked["sizes"] = {n: possible[r] for n, r in roles.items() if r in possible}
+    # Times differ from run to run: one that goes on takes what was chosen by the first.
+    place, timed = job.work / _CHOSEN, None
+    if job.measure == "milliseconds" and place.is_file():
+        timed = read_json(place)
+        asked = {"sparsity": timed["shares"]}
     if tokens is None:
         scores = jp.scores.magnitude(model.params)
         found = jp.shrink(fn, model.params, batch, scores, **asked)
     else:
         batches = _alike(tokens, job.batch)
         found = jp.shrink_trained(fn, model.params, batches, **asked)
+    if timed is not None:
+        found.report["milliseconds"] = timed["milliseconds"]
+    elif job.measure == "milliseconds":
+        sizes = found.report["groups"].items()
+        shares = {name: 1 - own["after"] / own["before"] for name, own in sizes}
+        times = found.report["milliseconds"]
+        atomic.replace_json(place, {"shares": shares, "milliseconds": times})
     config = hf.resized(model.config, found.params)
     graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
     small = model._replace(graphdef=graphdef, params=found.params, config=config)
     kinds = {name: roles[name] for name in found.report["kept"]}
     return small, {**found.report, "roles": kinds}
+
+
+def rest_of_budget(
+    job: Job, budget: float, whole: models.Model, model: models.Model
+) -> float:
+    """The share that may be left of a model which lost layers or experts before."""
+    if model.config == whole.config:
+        return budget
+    costs = (shrink.whole_costs(grouped(own)[2]) for own in (whole, model))
+    before, now = (getattr(own, job.measure) for own in costs)
+    return float(min(budget * before / now, 1.0))
 
 
 def _heads(job: Job, model: models.Model) -> list[int]:

@@ -260,7 +260,22 @@ def pruned(method: Method, matrix: Matrix) -> Solution:
 
 
 def named(method: Method | Name) -> Method:
-    """A method from its name in `METHODS`, or the method itself."""
+    """A method from its name in `METHODS`, or the method itself.
+
+    Args:
+      method: a name, or a value such as `SparseGPT(relative=True)`.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: the name is unknown, or a setting out of range.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.methods.named("wanda")
+      Wanda(inputs='left', relative=False)
+    """
     if not isinstance(method, str):
         if method.inputs not in get_args(Inputs):
             raise ValueError(

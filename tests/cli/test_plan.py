@@ -183,3 +183,18 @@ def test_a_plan_counts_the_checkpoints_of_a_recovery(place, tmp_path, capsys):
     )
     size = sum(value.size for value in tiny_cli.tensors().values())
     assert taught - plain == 2 * 12 * size
+
+
+def test_a_text_that_is_evaluated_and_trained_on_is_told(place, tmp_path, capsys):
+    words = ["prune", place / "model", tmp_path / "out", *HALF, *SMALL, "--plan"]
+    words += ["--calibration", "b.txt", "--evaluate", "a.txt", "b.txt"]
+    words = [place / w if str(w).endswith(".txt") else w for w in words]
+    words += [
+        "--distill-steps",
+        "5",
+        "--distill-text",
+        place / "model" / ".." / "a.txt",
+    ]
+    assert cli.main([*map(str, words)]) == 0
+    said = capsys.readouterr().out
+    assert "a.txt (given, also trained on), b.txt (also calibrated on)" in said

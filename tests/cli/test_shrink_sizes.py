@@ -14,6 +14,7 @@ pytest.importorskip("tokenizers")
 
 from safetensors.numpy import save_file
 
+from jaxprune.cli import recovery
 from jaxprune.models import hf
 
 
@@ -110,3 +111,37 @@ def test_another_multiple_does_not_go_on_with_a_search(place, capsys, monkeypatc
     assert "another" in err
     assert shrink(capsys, *words, "--multiple", 4)[0] == 0
     assert config_of(out)["intermediate_size"] % 4 == 0
+
+
+def test_a_budget_is_of_the_whole_model_where_layers_go_too(place, capsys):
+    words = ("--drop-layers", 1, "--budget")
+    code, record, _ = shrink(capsys, place / "llama", place / "half", *words, 0.5)
+    assert code == 0
+    assert 0 <= record["achieved"] - 0.5 < 0.02
+    assert record["method"] == "shrink by the layers named, magnitude"
+    code, record, _ = shrink(capsys, place / "llama", place / "most", *words, 0.95)
+    assert code == 0
+    assert "units" not in record
+    words = (place / "llama", place / "none", *words, 0.5, "--measure", "milliseconds")
+    code, _, err = shrink(capsys, *words)
+    assert code == 1
+    assert "give --measure flops" in err
+
+
+def test_a_timed_budget_goes_on_with_what_was_chosen(place, capsys, monkeypatch):
+    words = (place / "llama", place / "timed", "--budget", 0.7, "--length", 16)
+    words += ("--measure", "milliseconds", "--distill-steps", 2, "--any-perplexity")
+    words += ("--distill-text", place / "rows.npy")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery, "recover", killed)
+        assert shrink(capsys, *words)[0] == 130
+    chosen = json.loads((place / ".timed.work" / "units.json").read_text())
+    code, record, err = shrink(capsys, *words)
+    assert code == 0, err
+    sizes = record["units"]["groups"].items()
+    assert {n: 1 - own["after"] / own["before"] for n, own in sizes} == chosen["shares"]
+    assert record["units"]["milliseconds"] == chosen["milliseconds"]

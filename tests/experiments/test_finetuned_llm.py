@@ -383,7 +383,7 @@ def test_files_that_do_not_fit_are_refused(files, tmp_path):
         ({"foreign": (tmp_path / "none.txt",)}, "must be a readable file"),
         ({"foreign": files["foreign"] * 2}, "must have different names"),
         ({"model": other}, "model_type must be a language model's, got 'phi3_v'"),
-        ({"out": files["model"] / "run"}, "."),
+        ({"out": files["model"] / "run"}, "must lie apart from its source"),
     ):
         with pytest.raises((ValueError, OSError), match=told):
             finetuned_llm.main(config(files, **{"out": tmp_path / "run", **changes}))

@@ -168,6 +168,9 @@ def _dtype(entry, held, name):
 )
 def test_a_damaged_file_is_refused(directory, tmp_path, change):
     compact.compact(directory, tmp_path / "f")
+    same = altered(tmp_path / "f", lambda *_: None, tmp_path / "same")
+    compact.expand(same, tmp_path / "whole")
+    assert (tmp_path / "whole" / "config.json").is_file()
     spoiled = altered(tmp_path / "f", change, tmp_path / "spoiled")
     with pytest.raises(Damaged):
         compact.expand(spoiled, tmp_path / "again")

@@ -192,7 +192,9 @@ def test_layers_of_a_scanned_vision_transformer_choose_their_own(stacked):
 def test_every_removable_kind_of_a_scanned_vision_transformer():
     """The width too: Linen's norms take E[x^2] - E[x]^2, sums of what is zero."""
     model = VisionTransformer(1)
-    check_alone(model.apply, initial(model, IMAGES), IMAGES)
+    groups = check_alone(model.apply, initial(model, IMAGES), IMAGES)
+    (width,) = (group for group in groups if "residual" in group.why)
+    assert width.removable
 
 
 def test_the_gpt_of_the_experiments():

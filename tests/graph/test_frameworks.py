@@ -284,8 +284,9 @@ def test_nnx_scan_with_remat_over_stacked_layers_is_layer_by_layer():
     check(fn, state, FLAT, by_hand)
 
 
-def test_an_nnx_module_itself_may_be_the_parameters():
+def test_an_nnx_module_itself_or_its_plain_dict_may_be_the_parameters():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    check(lambda model, x: model(x), model, FLAT, {"kernel": FLAT})
     state = nnx.state(model, nnx.Param)
     graphdef = nnx.graphdef(model)
     pure = nnx.to_pure_dict(state)

@@ -232,7 +232,7 @@ def test_the_program_of_ragged_dot_computes_what_it_did():
     np.testing.assert_allclose(found, lax.ragged_dot(x, w, SIZES), atol=1e-5)
 
 
-def test_gradients_and_vmap_around_it_do_not_matter():
+def test_a_stopped_gradient_and_vmap_around_it_do_not_matter():
     fn = jax.vmap(lambda p, x: x @ (lax.stop_gradient(p["w"]) * 2), in_axes=(None, 0))
     traced = jp.trace(fn, {"w": W}, X)
     assert [op.name for op in traced.linear_ops] == ["w"]

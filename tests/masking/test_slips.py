@@ -95,6 +95,14 @@ SLIPS = {
         lambda: jp.masks.make({"w": lean().weight["layer"]["kernel"]}, 0.5),
         r"'w' are averages in one byte; make scores of them with jp\.scores\.averaged",
     ),
+    "unpack(masks)": (
+        lambda: jp.masks.unpack(masks()),
+        r"unpack needs what jp\.masks\.pack returned",
+    ),
+    "make({})": (
+        lambda: jp.masks.make({}, 0.5),
+        r"scores must have at least one leaf to prune, but have none",
+    ),
     "track_importance(0.9)": (
         lambda: jp.track_importance(0.9),
         r"track_importance needs a weighting such as .*power\(0\.5\), got 0\.9",

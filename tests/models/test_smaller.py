@@ -325,3 +325,27 @@ def test_layers_that_are_not_ascending_numbers_are_refused(kept, tmp_path):
     with pytest.raises(ValueError, match="ascending numbers from 0 to 1"):
         hf.keep_layers(whole.config, params, kept)
     assert tree.names(params)
+
+
+def test_the_layers_that_stayed_must_be_said(tmp_path):
+    tiny_hf.random_folder("llama", tmp_path / "whole", "float32")
+    found = hf.load(tmp_path / "whole")
+    params = nnx.state(found.model, nnx.Param)
+    _, few = hf.keep_layers(found.config, params, [1])
+    for own, kept in ((few, None), (params, [1])):
+        with pytest.raises(ValueError, match="give kept= as it was given"):
+            hf.write_smaller(
+                tmp_path / "whole", tmp_path / "out", own, found.names, kept=kept
+            )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_a_mixture_says_what_can_be_fewer(name):
+    config = tiny_hf.config_json(name)
+    shape = hf.decoder_config(config)
+    few = dataclasses.replace(shape, mlp_width=shape.mlp_width - 8)
+    told = " and ".join(hf.shrinkable(config)[-2:]) + " only"
+    assert "neurons" not in told
+    with pytest.raises(ValueError, match=f"would change mlp_width; remove .*{told}"):
+        hf.smaller_config(config, few)

@@ -12,6 +12,7 @@ from jaxprune.arrays.lazy import Leaves
 from jaxprune.posttraining import refine
 from jaxprune.posttraining.pipeline import SegmentedProgram
 from jaxprune.posttraining.relative_error import relative_error as relative_error_
+from tests.support import resumed
 from tests.support.small_models import correlated, draw, same_bits
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -319,7 +320,14 @@ def test_a_job_killed_in_a_block_goes_on_to_the_same_bits(
         with pytest.raises(Stopped):
             prune(directory=tmp_path)
     assert calls == list(range(block + 1))
+    calls.clear()
+    monkeypatch.setattr(
+        refine.Refiner,
+        "train",
+        lambda self, number, shown: calls.append(number) or train(self, number, shown),
+    )
     result = prune(directory=tmp_path)
+    assert calls == list(range(block, 3))
     assert same_bits(result.params, refined.params)
     for ours, theirs in zip(
         result.report["refined"], refined.report["refined"], strict=True
@@ -328,17 +336,19 @@ def test_a_job_killed_in_a_block_goes_on_to_the_same_bits(
 
 
 @pytest.mark.full
-def test_leaves_in_their_files_are_read_back_refined(tmp_path, refined):
-    params = parameters()
+def test_leaves_in_their_files_are_read_back_refined(tmp_path, refined, monkeypatch):
+    params, found = parameters(), resumed.reads(monkeypatch)
     lazy = jax.tree.map(
         lambda x: jp.LazyArray(x.shape, x.dtype, lambda: jnp.array(x)), params
     )
-    for _ in range(2):  # the second run takes all from the directory
+    for again in (False, True):  # the second run takes all from the directory
+        found.clear()
         result = prune(params=lazy, directory=tmp_path)
         read = jax.tree.map(
             lambda x: x.read() if isinstance(x, jp.LazyArray) else x, result.params
         )
         assert same_bits(read, refined.params)
+        assert {*found} == {again}
 
 
 @pytest.mark.full

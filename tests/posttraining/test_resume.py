@@ -199,6 +199,7 @@ def test_a_killed_process_is_resumed(whole, tmp_path):
     assert ended.returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob("segment_*.json"))) >= 3
     check(prune(tmp_path), whole)
+    assert len(Stopping.met) <= len(WEIGHTS) - 3
 
 
 def test_damaged_segments_are_done_again(whole, directory):
@@ -210,6 +211,7 @@ def test_damaged_segments_are_done_again(whole, directory):
         elif i % 8 == 2:
             path.unlink()
     check(prune(directory), whole)
+    assert 0 < len(Stopping.met) < len(WEIGHTS)
 
 
 def test_half_precision_is_resumed_too(tmp_path):

@@ -10,6 +10,7 @@ from jaxprune.formats import levels
 from jaxprune.posttraining import methods
 from jaxprune.posttraining.solvers import sparsegpt
 from tests.support import oracles_trained as slow
+from tests.support import resumed
 from tests.support.small_models import draw
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
@@ -164,12 +165,16 @@ def test_names_stand_for_groups_of_128():
 
 
 @pytest.mark.full
-def test_a_rounded_job_resumes_and_is_another_job_than_one_that_is_not(tmp_path):
+def test_a_rounded_job_resumes_and_is_another_job_than_one_that_is_not(
+    tmp_path, monkeypatch
+):
     fn, params, batches = tiny()
     options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
     rounded = {**options, "rounding": jp.Rounding(4, 16), "directory": tmp_path}
     once = jp.prune_trained(fn, params, batches, **rounded)
+    found = resumed.reads(monkeypatch)
     again = jp.prune_trained(fn, params, batches, **rounded)
+    assert {*found} == {True}
     assert same_bits(once.params, again.params)
     with pytest.raises(ValueError, match="rounding"):
         jp.prune_trained(fn, params, batches, **options, directory=tmp_path)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
+from tests.support import resumed
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -192,14 +193,17 @@ def test_experts_on_devices_of_their_own_stay_there():
     )
 
 
-def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path):
+def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path, monkeypatch):
     mesh = mesh_of("auto")
+    found = resumed.reads(monkeypatch)
     batches = [place(mesh, x, P("data", None)) for x in BATCHES]
     for layout in ("tensor parallel", "both"):  # read back onto another layout
         params = place(mesh, PARAMS, LAYOUTS[layout])
+        found.clear()
         pruned, _ = prune(whole, params, batches, directory=tmp_path)
         stays(params, pruned)
         np.testing.assert_array_equal(pruned["up"], alone("wanda").params["up"])
+        assert {*found} == {layout == "both"}
 
 
 ONE_KIND = np.split(correlated(0, 64, 16) / 3, 4)

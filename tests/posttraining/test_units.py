@@ -144,3 +144,14 @@ def test_what_does_not_fit_is_refused(change, told):
     options = {"rows": of, "lost": 3} | change
     with pytest.raises(ValueError, match=told):
         removed(x, weight, **options)
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_what_no_damping_helps_ends_and_says_so(lost):
+    hessian = np.eye(4, dtype=np.float32)
+    hessian[0, 1] = hessian[1, 0] = 9
+    found = units.remove(
+        jnp.ones((4, 2)), jnp.asarray(hessian), jnp.arange(4)[:, None], lost
+    )
+    assert np.isinf(found.damping)
+    assert int(found.kept.sum()) == 4 - lost

@@ -388,3 +388,9 @@ def test_a_batch_that_ties_other_units_is_refused():
     small = jp.shrink(by_length, params, X, random_scores(params), 0.5)
     with pytest.raises(ValueError, match="the same units for every batch"):
         small.fn(small.params, X[:2])
+
+
+def test_a_tree_of_scores_and_masks_is_refused():
+    mixed = {**SCORES, "up": SCORES["up"] > 0}
+    with pytest.raises(ValueError, match="got a tree of both"):
+        jp.shrink(fn, PARAMS, X, mixed, 0.5)

@@ -319,6 +319,11 @@ def test_what_grows_by_gradient_is_what_rigl_names():
             "some leaf must be prunable",
         ),
         (
+            lambda tx: jp.gradual(tx, SCHEDULE, allocation="matrix"),
+            ValueError,
+            "of which a schedule has no table",
+        ),
+        (
             lambda tx: jp.gradual(tx, {3: 0.5, 7: 0.2}),
             ValueError,
             "falls from 0.5 at step 3 to 0.2 at step 7; give grow=",

@@ -193,7 +193,8 @@ def test_square_is_read_from_adam_when_it_is_not_tracked():
 
 
 def test_square_is_read_from_rmsprop_too():
-    state = optax.chain(optax.rmsprop(0.01), jp.track_importance()).init(weights())
+    tx, params = optax.chain(optax.rmsprop(0.01), jp.track_importance()), weights()
+    state = record(tx, params, gradients(params, 3)).state
     assert same_bits(jp.get_importance(state).square, find(state, "nu")[0])
 
 
@@ -280,7 +281,8 @@ def test_state_without_a_tracker_says_what_to_chain():
 
 
 def test_adam_alone_gives_its_square_and_nothing_else():
-    state = optax.adam(0.1).init(weights())
+    params = weights()
+    state = record(optax.adam(0.1), params, gradients(params, 3)).state
     importance = jp.get_importance(state)
     assert importance.weight is None
     assert same_bits(importance.square, find(state, "nu")[0])

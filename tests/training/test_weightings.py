@@ -118,10 +118,11 @@ def test_exponential_refuses_a_decay_outside_its_range(decay):
         jp.weightings.exponential(decay)
 
 
-@pytest.mark.parametrize("p", [float("nan"), float("inf")])
-def test_power_refuses_what_is_not_a_number(p):
-    with pytest.raises(ValueError, match="p"):
+@pytest.mark.parametrize("p", [float("nan"), float("inf"), -0.1, 8.5])
+def test_power_refuses_a_p_outside_its_range(p):
+    with pytest.raises(ValueError, match=r"p from 0 to 8, got"):
         jp.weightings.power(p)
+    assert [jp.weightings.power(end).p for end in (0, 8)] == [0, 8]
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)

@@ -228,14 +228,21 @@ def write_smaller(
       The paths of the files.
 
     Raises:
-      ValueError: a configuration cannot say the shapes of the parameters, or
-        `directory` is taken.
+      ValueError: a configuration cannot say the shapes of the parameters, they have
+        other layers than `kept` says, or `directory` is taken.
       OSError: the directory could not be written.
     """
     opened = open_directory(source)
     before = families.decoder_config(opened.config, ignore_config=ignore_config)
     kept = list(range(before.layers)) if kept is None else list(kept)
     few, _ = keep_layers(before, _state(abstract(before)), kept)
+    found = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
+    layers = {int(of[1]) for of in found if of}
+    if layers != {*range(len(kept))}:
+        raise ValueError(
+            f"the parameters have {len(layers)} layers, but kept says {len(kept)} of "
+            f"{before.layers}; give kept= as it was given to keep_layers"
+        )
     shape = resized(few, params)
     config = smaller_config(opened.config, shape, kept, ignore_config=ignore_config)
     tensors = {}

@@ -100,7 +100,10 @@ def when_heads_fit(config: Mapping[str, Any], shape: DecoderConfig) -> str:
 
 
 def _cannot_say(config: Mapping[str, Any], why: str) -> str:
-    able = "less" if "heads" in shrinkable(config) else "layers and neurons only"
+    *others, last = shrinkable(config)
+    able = f"{', '.join(others)} and {last} only"
+    if {"neurons", "heads"} <= {*shrinkable(config)}:
+        able = "less"
     return (
         f"the config.json of a {config['model_type']} model cannot say this shape: "
         f"{why}; remove {able}"

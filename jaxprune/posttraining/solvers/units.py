@@ -168,6 +168,8 @@ def _costs(
             factor, weight, left_side=True, lower=True
         )
         costs = jnp.sum(jnp.square(half), (1, 2))
+    # Where no damping helped they are NaN, which would be chosen after the infinite.
+    costs = jnp.where(jnp.isnan(costs), jnp.finfo(costs.dtype).max, costs)
     return jnp.where(state.kept, costs, jnp.inf)
 
 
