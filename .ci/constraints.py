@@ -16,6 +16,8 @@ from pathlib import Path
 
 # Not the project's: what pip itself brings.
 TOOLS = {"jaxprune", "pip", "setuptools", "wheel"}
+# What a torch that is built for CUDA brings along; a CPU build brings none of it.
+CUDA = ("nvidia-", "cuda-", "triton")
 HEAD = "# Written by .ci/constraints.py on Python {}. Use: pip install -c {} ...\n"
 
 
@@ -30,7 +32,11 @@ def installed() -> dict[str, str]:
         normal(each.metadata["Name"]): each.version.partition("+")[0]
         for each in importlib.metadata.distributions()
     }
-    return {name: found[name] for name in sorted(found) if name not in TOOLS}
+    return {
+        name: found[name]
+        for name in sorted(found)
+        if name not in TOOLS and not name.startswith(CUDA)
+    }
 
 
 def pinned(path: Path) -> dict[str, str]:

@@ -48,10 +48,10 @@ model = Path(sys.argv[1]) if len(sys.argv) > 1 else tiny_llama(work / "model")
 # The same as `jaxprune prune MODEL OUT ...` in a shell. Magnitude needs no text;
 # --method sparsegpt --calibration prose.txt does better.
 options = ["--method", "magnitude", "--pattern", "2:4"]
-if cli.main(["prune", str(model), str(work / "out"), *options]):
+out = str(work / "out")
+commands = [["prune", str(model), out, *options], ["inspect", out]]
+if any(map(cli.main, [*commands, ["compact", out, f"{out}.jaxprune"]])):
     sys.exit(1)
-cli.main(["inspect", str(work / "out")])
-cli.main(["compact", str(work / "out"), str(work / "out.jaxprune")])
 
 for path in sorted((work / "out").glob("*.safetensors")):
     for name, tensor in load_file(path).items():

@@ -124,7 +124,7 @@ def test_a_phase_says_what_it_cost():
     record = phase.record()
     assert list(record) == [
         "name", "seed", "seconds", "peak_memory_bytes", "energy_kwh", "co2_kg",
-        "tokens_per_second",
+        "share", "tokens_per_second",
     ]  # fmt: skip
     assert (record["name"], record["seed"]) == ("train", 3)
     assert record["tokens_per_second"] == 100 / record["seconds"]
