@@ -253,7 +253,10 @@ def decode(leaf: Any) -> Float32[Array, "..."]:
     code = leaf.codes.astype(np.int32)
     size = jnp.abs(code) if leaf.signed else code + 127
     above_one = _float((size << _DROPPED) + np.int32(_ONE))
-    value = (above_one - 1) * power_of_two(leaf.exponent)
+    unit = power_of_two(leaf.exponent)
+    if unit.ndim:  # one for each of the leaves that `vmap` stacked
+        unit = unit.reshape(unit.shape + (1,) * (code.ndim - unit.ndim))
+    value = (above_one - 1) * unit
     if leaf.signed:
         value = jnp.where(code < 0, -value, value)
     return jnp.where(code == _NAN, np.float32(np.nan), value)

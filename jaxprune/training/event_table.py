@@ -158,14 +158,17 @@ class Rules:
     def _grown(
         self, grow: Grow, kept: list[list[int]], sizes: list[int]
     ) -> list[list[int]]:
-        """How many grow at each event, never more than were pruned before it."""
+        """How many grow at each event, never more than were pruned before it.
+
+        What a falling sparsity returns grows too: all that is kept and was pruned.
+        """
         first, last = self.events[0].step, self.events[-1].step
         grown, before = [], sizes
         for event, row in zip(self.events, kept, strict=True):
             part = grow.part(event.step, first, last)
-            free = [size - old for size, old in zip(sizes, before, strict=True)]
+            each = zip(row, before, sizes, strict=True)
             grown.append(
-                [min(round(part * n), most) for n, most in zip(row, free, strict=True)]
+                [min(max(round(part * n), n - old), of - old) for n, old, of in each]
             )
             before = row
         return grown

@@ -18,6 +18,7 @@ from jaxprune import scores
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking.counts import Allocation
+from jaxprune.masking.patterns import Block, Channel
 from jaxprune.training import schedules
 from jaxprune.training.event_table import Rules
 from jaxprune.training.grow import Grow
@@ -53,6 +54,8 @@ def gradual(
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while it trains; a pruned weight stays so, unless `grow` returns it.
+
+    But where a group of a later n:m has fewer than n weights left, pruned ones return.
 
     An event at step t is part of the update that t updates came before: masks are
     chosen from the parameters and statistics as they come in, and the step is taken
@@ -104,6 +107,7 @@ def gradual(
       pruned weights come back.
     """
     rules = Rules(schedule, allocation, pattern, axes, grow)
+    _refuse_mixed(rules)
     if grow is None:
         _refuse_falling(rules)
     masking = MaskEvents(rules, criterion, prunable, packed)
@@ -139,6 +143,18 @@ def gradual(
         return select(kept, updates, params), after
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _refuse_mixed(rules: Rules) -> None:
+    """Refuses n:m beside units of several weights, which the other would cut up."""
+    kinds = dict.fromkeys(event.pattern for event in rules.events)
+    fixed = [own for own in kinds if own.sparsity is not None]
+    pooled = [own for own in kinds if isinstance(own, Block | Channel)]
+    if fixed and pooled:
+        raise ValueError(
+            f"{fixed[0]} and {pooled[0]} prune other weights together, so a schedule "
+            "cannot have both; take pattern='unstructured' beside n:m"
+        )
 
 
 def _refuse_falling(rules: Rules) -> None:

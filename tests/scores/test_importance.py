@@ -204,3 +204,21 @@ def test_a_gradient_that_is_not_finite_does_not_spoil_the_average():
     held = jp.get_importance(state)
     np.testing.assert_array_equal(held.square["kernel"], np.full((2, 2), 4.0))
     np.testing.assert_array_equal(held.taylor["kernel"], np.full((2, 2), 2.0))
+
+
+def test_states_that_vmap_stacks_over_seeds_are_read_outside_of_it():
+    params = {"w": jnp.ones((3, 4, 3)) * jnp.array([1.0, 1e2, 1e4])[:, None, None]}
+    tx = optax.chain(optax.adam(0.1), jp.track_importance(storage="int8"))
+
+    def run(params):
+        state = tx.init(params)
+        for scale in (1.0, 0.5):
+            grads = {"w": scale * params["w"]}
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    last, state = jax.vmap(run)(params)
+    found = jp.scores.averaged_weight(last, state)["w"]
+    np.testing.assert_allclose(found, jnp.abs(last["w"]), rtol=0.2)
+    assert jp.get_importance(jax.vmap(run)(params)[1][0]).square["w"].shape == (3, 4, 3)
