@@ -105,7 +105,7 @@ def test_the_layer_whose_absence_changes_least_goes(place, capsys):
     ]
     assert record["layers"]["dropped"] == [int(np.argmin(changes))]
     np.testing.assert_allclose(record["layers"]["nats"], [min(changes)], rtol=1e-4)
-    assert record["method"] == "shrink by the loss without each layer"
+    assert record["method"] == "shrink by the loss without each layer, obs"
     assert hf.load(place / "e").config.layers == 1
 
 
