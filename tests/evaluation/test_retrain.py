@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -132,9 +133,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(half, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         retrain.retrain(*args, settings, directory=tmp_path, tick=dies)
     # The newer of the two slots is half written; the other one still holds.
-    max(tmp_path.glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns).write_bytes(
-        b"half"
-    )
+    records = {p: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
+    steps = {p: own["record"]["step"] for p, own in records.items() if "record" in own}
+    newer = max(steps, key=steps.__getitem__)
+    newer.with_suffix(".safetensors").write_bytes(b"half")
     done = []
     found, again = retrain.retrain(
         *args, settings, directory=tmp_path, tick=lambda n, loss: done.append(n)

@@ -39,6 +39,7 @@ MESHES = [
 def run(mesh):
     """The tiny run on a mesh, and how often each of its two steps was compiled."""
     tiny_gpt.traces.clear()
+    training._compiled.cache_clear()  # of what another test compiled
     result = tiny_gpt.run(device_mesh.make_mesh(mesh, BATCHES.batch_size))
     compiled = [
         training._compiled(step, training._shardings(state))._cache_size()

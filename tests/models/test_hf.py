@@ -185,7 +185,7 @@ def test_a_rule_says_where_each_leaf_lies(tmp_path):
         np.testing.assert_array_equal(leaf, expected)
 
 
-def test_only_one_leaf_is_copied_at_a_time(tmp_path, monkeypatch):
+def test_each_device_reads_its_eighth_of_a_leaf(tmp_path, monkeypatch):
     tiny_hf.random_folder("llama", tmp_path)
     mesh = jax.make_mesh((8,), ("x",))
     seen = []
