@@ -50,7 +50,11 @@ class Config:
 def main(config: Config) -> None:
     """Prints one JSON line."""
     if config.what == "step":
-        wraps = {**_without_event(), "event": _gradual(ALWAYS)}
+        wraps = {
+            **_without_event(),
+            "event": _gradual(ALWAYS),
+            "straight_through event": _straight_through(ALWAYS),
+        }
         sizes = config.preset, config.batch_size, BLOCK
         candidates = training_steps.of_gpt(wraps, *sizes)
     else:
@@ -74,6 +78,10 @@ def _gradual(schedule: Any, **options: Any) -> Wrap:
     return lambda inner: jp.gradual(inner, schedule, **options)
 
 
+def _straight_through(schedule: Any) -> Wrap:
+    return lambda inner: jp.straight_through(inner, schedule, freeze=None)
+
+
 def _without_event() -> dict[str, Wrap]:
     """Plain adamw twice, so that the noise is seen, and what prunes, nothing due."""
     return {
@@ -81,9 +89,9 @@ def _without_event() -> dict[str, Wrap]:
         "adamw again": lambda inner: inner,
         "gradual": _gradual(NEVER),
         "gradual packed": _gradual(NEVER, packed=True),
-        "straight_through": lambda inner: jp.straight_through(
-            inner, NEVER, freeze=None
-        ),
+        "straight_through": _straight_through(NEVER),
+        # Its gradients are averaged and its weights pulled at every step.
+        "admm": lambda inner: jp.admm(inner, 0.9, interval=10**6, end=10**6),
     }
 
 

@@ -163,11 +163,16 @@ METHODS: dict[str, Method] = {
     "ste_magnitude_free": functools.partial(_straight, freezes=False, **_MAGNITUDE),
     "ste_trajectory_free": functools.partial(_straight, freezes=False),
     "admm": _admm,
+    "admm_global": functools.partial(_admm, allocation="global"),
+    "admm_magnitude": functools.partial(_admm, **_MAGNITUDE),
     "admm_trajectory": functools.partial(
         _admm, criterion=jp.scores.trajectory, allocation="global"
     ),
+    "admm_trajectory_layer": functools.partial(_admm, criterion=jp.scores.trajectory),
     "set": functools.partial(_sparse, grow=jp.grow.random()),
     "rigl": functools.partial(_sparse, grow=jp.grow.gradient()),
     "static_random": _sparse,
 }
-"""Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks."""
+"""Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks.
+
+ADMM ranks by E[g^2] v^2 in each layer, as ELSA does, if its name does not say more."""
