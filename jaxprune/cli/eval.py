@@ -59,6 +59,7 @@ class Evaluate(models.ModelOptions):
         model = models.find(self.model, self)
         tokenizer = needed_tokenizer(self.model, self.text)
         begins = models.beginning(tokenizer, self, model.config.vocab_size)
+        tokenizer = models.as_begun(tokenizer, begins)
         models.say_ignored(model, console)
         paths = tuple(dict.fromkeys(self.text))
         files = [texts.read(p, tokenizer, model.config.vocab_size) for p in paths]

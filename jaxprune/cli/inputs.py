@@ -14,6 +14,7 @@ from jaxprune.formats.checkpoint_dir import CheckpointDir
 from jaxprune.models import hf
 
 _TOKENIZER = "tokenizer.json"
+_HELD_OUT = "held out from calibration"
 
 
 class Ready(NamedTuple):
@@ -66,6 +67,7 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
     if tokenizer is None and job.own_sequences and (source.path / _TOKENIZER).is_file():
         tokenizer = hf.load_tokenizer(job.model)
     begins = models.beginning(tokenizer, job, config.vocab_size)
+    tokenizer = models.as_begun(tokenizer, begins)
     whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
     own = [whole[path] for path in job.calibration_files]
     ends: list[texts.Text | None] = [None] * len(own)
@@ -101,7 +103,7 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
         roles |= {
             name: f"{roles[name]}, also trained on"
             for name, text in evaluated.items()
-            if job.evaluate and text.sha256 in taught
+            if text.sha256 in taught and roles[name] != _HELD_OUT
         }
         training = _sequences(job, recovery.steps, from_texts, begins.token)
     return Ready(
@@ -131,7 +133,7 @@ def _evaluated(
     for name, end, rest in zip(names, ends, left, strict=True):
         text = end if end is not None else rest
         if text is not None:
-            evaluated[name], roles[name] = text, "held out from calibration"
+            evaluated[name], roles[name] = text, _HELD_OUT
     if not evaluated and drawn is not None:
         text = texts.Text(own[0].path, own[0].sha256, drawn.tokens)
         evaluated, roles = {"calibration": text}, {"calibration": "calibrated on"}

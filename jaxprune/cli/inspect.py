@@ -168,5 +168,8 @@ def _say(
     if made is not None:
         known = {"method": "{}", "pattern": "{}", "sparsity": "sparsity {} asked"}
         known["achieved"] = "{:.4f} achieved"
+        asked = made.get("sparsity")
+        if isinstance(asked, dict):  # of `jaxprune shrink`, a share of each kind
+            made = {**made, "sparsity": ", ".join(f"{k} {v}" for k, v in asked.items())}
         facts = [form.format(made[k]) for k, form in known.items() if k in made]
         console.say(f"made by jaxprune: {', '.join(facts)}")

@@ -143,6 +143,13 @@ def beginning(
     return found
 
 
+def as_begun(tokenizer: hf.Tokenizer | None, begins: Beginning) -> hf.Tokenizer | None:
+    """The tokenizer, which begins texts as the options say."""
+    if tokenizer is None:
+        return None
+    return dataclasses.replace(tokenizer, begins=begins.token is not None)
+
+
 def _beginning(tokenizer: hf.Tokenizer | None, options: ModelOptions) -> Beginning:
     if options.bos and options.no_bos:
         raise ValueError("--bos and --no-bos exclude each other; leave one out")

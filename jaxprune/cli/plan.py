@@ -85,13 +85,14 @@ def shrink(
     if config.experts:
         left = _left(config.experts, job.experts)
         shapes.append(("experts a layer", config.experts, left))
-    if job.budget:
+    if job.budget:  # what it is divided over is not known yet
+        shapes = [] if job.search else [s for s in shapes if s[1] != s[2]]
         how = "over layers, heads and neurons" if job.search else "over both alike"
         console.say(
             f"{job.budget:.1%} of the {job.measure} would be left; what goes is "
             f"divided {how} when it runs"
         )
-    else:
+    if shapes:
         rows = [[what, f"{now:,}", f"{then:,}"] for what, now, then in shapes]
         console.say(columns(["", "now", "then"], rows))
     _say_texts(job, ready, console)

@@ -299,5 +299,5 @@ def _check_streaming(job: Job, pattern: Pattern, rule: allocations.Rule) -> None
     if wrong:
         raise ValueError(
             f"magnitude without --calibration does no {', '.join(wrong)}; give "
-            "--calibration FILE..., which loads the model"
+            "--calibration FILE..., which loads the model, or leave it out"
         )

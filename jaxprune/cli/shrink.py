@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
@@ -26,6 +27,7 @@ from jaxprune.evaluation.machine import Costs
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.models import hf
+from jaxprune.structured.budget import OutOfReach
 
 _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
 
@@ -66,6 +68,8 @@ class Shrink(shrink_options.Job):
         record = rewrite.read_provenance(self.out)
         console.say(_summary(record))
         console.say(f"'{self.out}': the model, jaxprune.json, report.html")
+        if source.left:
+            console.note(f"not copied: {', '.join(source.left)}")
         return {**record, "out": str(self.out)}
 
 
@@ -88,7 +92,6 @@ def _shrunk(
             console.note(f"{stage}: perplexity {shown} on {name}")
 
     record: dict[str, Any] = {
-        "method": "shrink by " + ", ".join(_ways(job)),
         "pattern": "whole layers, experts, heads and neurons",
         "sparsity": job.asked,
         "ignored_config": list(whole.ignored),
@@ -112,9 +115,8 @@ def _shrunk(
         if budget is not None and not job.search:
             budget = shrink_units.rest_of_budget(job, budget, whole, small)
         if job.narrows and budget != 1:
-            small, record["units"] = shrink_units.narrower(
-                job, small, tokens, budget, heads
-            )
+            small, record["units"] = _narrower(job, small, tokens, budget, heads)
+    record["method"] = "shrink by " + ", ".join(_ways(job, "units" in record))
     # Measured is what will be written.
     small = recovery.rounded(small, set(jp.tree.names(small.params)))
     with costs.phase("evaluate after"):
@@ -142,14 +144,33 @@ def _shrunk(
     return small, record
 
 
-def _ways(job: Shrink) -> list[str]:
+def _narrower(
+    job: Shrink,
+    small: models.Model,
+    tokens: np.ndarray | None,
+    budget: float | None,
+    heads: float,
+) -> tuple[models.Model, dict[str, Any]]:
+    """As `shrink_units.narrower`; a budget out of reach is told as it was asked for."""
+    try:
+        return shrink_units.narrower(job, small, tokens, budget, heads)
+    except OutOfReach as error:
+        if job.search or budget == job.budget:
+            raise
+        raise OutOfReach(
+            f"--budget {job.budget:g} of the whole is out of reach without what else "
+            f"goes: of what is left {error}"
+        ) from None
+
+
+def _ways(job: Shrink, narrowed: bool) -> list[str]:
     """How what goes is chosen, in a word each."""
     said = {
         "a search": job.search,
         "the loss without each layer": job.layers is not None,
         "the layers named": bool(job.drop_layers),
         "reap": bool(job.experts),
-        "obs" if job.calibration else "magnitude": job.narrows,
+        "obs" if job.calibration else "magnitude": narrowed,
     }
     return [way for way, given in said.items() if given]
 

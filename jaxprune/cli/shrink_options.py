@@ -225,8 +225,8 @@ def _check_heads(job: Job, source: CheckpointDir, config: DecoderConfig) -> None
     ]
     raise ValueError(
         f"transformers takes a {source.config['model_type']} model only where "
-        f"{hf.when_heads_fit(source.config, config)}, of which {kept * shared} of "
-        f"{config.heads} would be left; "
+        f"{hf.when_heads_fit(source.config, config)}, but {kept * shared} of "
+        f"{config.heads} query heads would be left; "
         f"give {' or '.join(others) or 'no share of the heads'}"
     )
 

@@ -8,6 +8,7 @@ code is run, and no name in an index or link leads out of the directory.
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -302,11 +303,9 @@ def _belongs(path: str, every: Collection[str]) -> bool:
     *folders, name = path.split("/")
     if any(p.startswith(".") for p in (*folders, name)):
         return False
-    if folders and f"{'/'.join(folders)}/{CONFIG}" in every:
-        # A module of sentence-transformers, a dense layer behind the model say.
-        if name.endswith((".safetensors", ".index.json")):
-            return True
-    elif name.endswith(".index.json"):
-        return False
+    if name.endswith((".safetensors", ".index.json")):
+        # A module of sentence-transformers, "2_Dense/model.safetensors" say; the
+        # checkpoints of a training are other models.
+        return "modules.json" in every and bool(re.match(r"\d+_[^/]*/", path))
     known = name.endswith(_COPIED) or ".model.v" in name  # tokenizer.model.v3
     return known or name.upper().split(".")[0] in _LEGAL

@@ -1,5 +1,7 @@
+import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -216,6 +218,26 @@ def test_each_token_counts_once_in_the_longest_context_it_gets(
     assert result["nats"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert (result["context"], result["bos"]) == (16, bos)
     assert result["stride"] == min(stride, 15)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_conversation_begins_as_the_options_say(place, tmp_path, capsys, bos):
+    """Its template writes a BOS, whatever the directory says of other texts."""
+    template = "{{ bos_token }}{% for m in messages %}w20 {{ m.content }} {% endfor %}"
+    shutil.copytree(place / "model", tmp_path / "model")
+    tiny_cli.tokenizer(
+        tmp_path / "model", chat_template=template, add_bos_token=not bos
+    )
+    said = [
+        {"role": "user", "content": "w5 w6"},
+        {"role": "assistant", "content": "w7"},
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": said}))
+    code, found, _ = run(
+        capsys, "eval", tmp_path / "model", "--text", tmp_path / "a.jsonl",
+        "--context", "16", "--batch", "4", "--bos" if bos else "--no-bos",
+    )  # fmt: skip
+    assert (code, found["texts"]["a.jsonl"]["tokens"]) == (0, 5)  # w20 w5 w6 w20 w7
 
 
 def test_inspect_lists_what_would_be_pruned_and_why_not(place, made, capsys):

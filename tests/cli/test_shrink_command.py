@@ -295,8 +295,8 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         (
             "llama-3",
             ("--heads", "0.25"),
-            "32, is a multiple of its query heads, of which 3 of 4 would be left; give "
-            "--heads 0.5 or --heads 0.75",
+            "32, is a multiple of its query heads, but 3 of 4 query heads would be "
+            "left; give --heads 0.5 or --heads 0.75",
         ),
         ("llama", ("--drop-layers", "1", "--multiple", "8"), "give --ffn or"),
         ("llama", ("--ffn", "0.1", "--multiple", "16"), "leaves all 48 neurons"),

@@ -80,9 +80,21 @@ def test_what_belongs_to_a_model_is_listed_and_other_weights_are_not(tmp_path):
     files = dict.fromkeys((belong + " " + foreign).split(), b"x")
     folder = build(tmp_path / "m", llama(), 2, **files)
     (folder / "original").mkdir()
-    others = open_directory(folder).others
+    # A module of sentence-transformers; a checkpoint of its training, another model.
+    modules = ("2_Dense/config.json", "2_Dense/model.safetensors", "modules.json")
+    for name in (
+        *modules,
+        "checkpoint-5/config.json",
+        "checkpoint-5/model.safetensors",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"{}")
+    opened = open_directory(folder)
+    others = opened.others
+    assert "checkpoint-5/model.safetensors" in opened.left
     assert others[:2] == ("config.json", INDEX)
     own = {"config.json", INDEX, "tokenizer.json", "generation_config.json"}
+    own |= {*modules, "checkpoint-5/config.json"}
     assert set(others) == own | set(belong.split())
 
 

@@ -26,8 +26,9 @@ def _takes(config: Mapping[str, Any], width: int, heads: int) -> bool:
     # By the width and not by `head_dim`.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     factors = rope.get("short_factor")
-    turned = int(width // heads * config.get("partial_rotary_factor", 1.0))
-    return factors is None or turned // 2 == len(factors)
+    name = "partial_rotary_factor"
+    share = rope.get(name) or config.get(name) or 1.0
+    return factors is None or int(width // heads * share) // 2 == len(factors)
 
 
 _FUSED = {"attention/qkv": "self_attn.qkv_proj", "mlp/gate_up": "mlp.gate_up_proj"}
