@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -16,9 +17,14 @@ def to_stderr(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except BrokenPipeError:
-        # What is still held must go somewhere, or the process ends with an error.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        to_nowhere(sys.stderr)
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """Lets a stream that nobody reads any more end without an error."""
+    # What is still held must go somewhere.
+    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class Progress(contextlib.AbstractContextManager):

@@ -1,7 +1,7 @@
 """Numbers added up exactly, past 2^32 too.
 
-JAX has no 64-bit integers by default. What a uint32 may not hold is added up along all
-axes but the first, and the host adds the rest.
+JAX has no 64-bit integers by default. What a uint32 may not hold is added up along the
+last axes only, and the host adds the rest.
 """
 
 import jax
@@ -11,9 +11,11 @@ import numpy as np
 
 def parts(numbers: jax.Array, most: int) -> jax.Array:
     """The sum of booleans or small numbers, which is `most` at most, for `whole`."""
-    over = most >= 2**32
-    axes = tuple(range(1, numbers.ndim)) if over else None
-    return jnp.sum(numbers, axes, dtype=np.uint32)
+    apart = 0  # axes whose sums stay apart
+    while most >= 2**32 and apart < numbers.ndim:
+        most = -(-most // max(numbers.shape[apart], 1))
+        apart += 1
+    return jnp.sum(numbers, tuple(range(apart, numbers.ndim)), dtype=np.uint32)
 
 
 def whole(sums: jax.Array | np.ndarray) -> int:

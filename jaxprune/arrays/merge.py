@@ -24,12 +24,10 @@ def disjoint(first: Any, second: Any, conflict: str) -> Any:
     """
     if tree.is_excluded(first) or tree.is_excluded(second):
         return second if tree.is_excluded(first) else first
-    structure: Any
-    own, structure = _children(first)
-    others, _ = _children(second)
-    if tree.is_leaf(first) or jax.tree_util.treedef_is_leaf(structure):
+    if tree.is_leaf(first) or jax.tree_util.all_leaves([first]):
         raise ValueError(conflict)
-    pairs = zip(own, others, strict=True)
+    own, structure = _children(first)  # both may have `None`, and empty containers
+    pairs = zip(own, _children(second)[0], strict=True)
     return jax.tree.unflatten(structure, [disjoint(*pair, conflict) for pair in pairs])
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprune.arrays import low_bit
@@ -101,6 +102,20 @@ def beside(array: jax.Array, like: jax.Array) -> jax.Array:
         return array
     same = array.sharding.device_set == like.sharding.device_set
     return array if same else placed(array, like)
+
+
+def together(array: Any, like: Any) -> Any:
+    """The array, so that one program takes it and another of its shape."""
+    if is_concrete(like) and len(like.sharding.device_set) > 1:
+        return placed(jnp.asarray(array), like)
+    return beside(array, like)
+
+
+def copied(array: Any, like: jax.Array) -> jax.Array:
+    """A copy, placed like another, that is committed only if the other is."""
+    if is_concrete(array) and is_concrete(like) and not like.committed:
+        array = np.asarray(array)  # a step would compile anew for what is committed
+    return placed(jnp.array(array, copy=True), like)
 
 
 def is_concrete(leaf: Any) -> bool:

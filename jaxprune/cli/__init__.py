@@ -4,11 +4,9 @@ Each subcommand is a frozen dataclass of options with a `run`. Exit codes: 0 don
 refused or failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import operator
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from jaxprune.arrays.console_progress import to_nowhere
 from jaxprune.cli import option_groups, parse
 from jaxprune.cli.compact import Compact, Expand
 from jaxprune.cli.console import Console
@@ -75,9 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Who reads has seen enough; what is still held must go somewhere.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        to_nowhere(sys.stdout)  # who reads has seen enough
         return 0
 
 

@@ -169,7 +169,7 @@ class OWL:
             totals[block] += (float(_scores(weight).sum()), weight.size)
         outliers = {block: 0.0 for block in totals}
         for block, weight in zip(blocks, weights, strict=True):
-            total, size = totals[block]
+            total, size = totals[block][0], max(totals[block][1], 1)
             above = _scores(weight) > self.factor * total / size
             outliers[block] += float(jnp.sum(above, dtype=np.float32)) / size
         ratio = np.array(list(outliers.values()))

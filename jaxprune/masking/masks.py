@@ -96,8 +96,7 @@ def above(scores: Scores, threshold: float) -> Masks:
     traced = isinstance(threshold, jax.core.Tracer)
     if not traced and not 0 <= float(threshold) < math.inf:
         raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
-    scores = jax.tree.map(jnp.asarray, scores)
-    return jax.tree.map(lambda score: _is_above(score, threshold), scores)
+    return jax.tree.map(lambda x: _is_above(jnp.asarray(x), threshold), scores)
 
 
 def apply(params: Params, masks: Masks) -> Params:
@@ -156,7 +155,9 @@ def combine(first: Masks, second: Masks) -> Masks:
     other = checked(first, second)
 
     def both(a: Any, b: Any) -> Any:
-        return b if tree.is_excluded(a) else a if tree.is_excluded(b) else a & b
+        if tree.is_excluded(a) or tree.is_excluded(b):
+            return b if tree.is_excluded(a) else a
+        return a & placement.together(b, a)
 
     mine = tree.named_leaves(first).values()
     leaves = [both(a, b) for a, b in zip(mine, other, strict=True)]
@@ -170,9 +171,7 @@ def _is_above(score: jax.Array, threshold: Any) -> jax.Array:
 
 
 def _applied(mask: Any, leaf: Any) -> jax.Array:
-    spread = placement.is_concrete(leaf) and len(leaf.sharding.device_set) > 1
-    put = placement.placed if spread else placement.beside
-    return _where(put(mask, leaf), leaf)
+    return _where(placement.together(mask, leaf), leaf)
 
 
 @jax.jit

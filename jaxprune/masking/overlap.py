@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxprune.arrays import counting, tree
+from jaxprune.arrays import counting, placement, tree
 from jaxprune.masking.checks import checked
 from jaxprune.typing import Masks
 
@@ -65,7 +65,7 @@ def overlap(masks: Masks, others: Masks) -> Overlap:
     masks = tree.with_nodes(masks, tree.named_leaves(others))
     pairs = zip(tree.named_leaves(masks).items(), checked(masks, others), strict=True)
     counts = {
-        name: _counts(own, other)
+        name: _counts(own, placement.together(other, own))
         for (name, own), other in pairs
         if not tree.is_excluded(own) and not tree.is_excluded(other)
     }

@@ -38,7 +38,8 @@ class PackedMask:
     @property
     def size(self) -> int:
         """How many weights the mask is of."""
-        return math.prod(self.shape)
+        # Of what `vmap` stacks, `shape` is that of one.
+        return math.prod(self.bits.shape[:-1] + self.shape[-1:])
 
     def count_nonzero(self) -> jax.Array:
         """How many are kept, `counting.parts`; rows are filled up with False."""
@@ -106,4 +107,4 @@ def _pack(mask: jax.Array) -> PackedMask:
 def _unpack(packed: PackedMask) -> jax.Array:
     length = packed.shape[-1] if packed.shape else 1
     bits = jnp.unpackbits(packed.bits, axis=-1, count=length, bitorder="little")
-    return bits.reshape(packed.shape).astype(bool)
+    return bits.reshape(packed.bits.shape[:-1] + packed.shape[-1:]).astype(bool)

@@ -83,11 +83,8 @@ def quotas(
     own_axes = _axes(axes, names, leaves, pattern)
     share, found = counts.agreed(sparsity, pattern, rule)
     sizes = unit_counts(pattern, leaves, own_axes)
-    if large := [n for n, size in zip(names, sizes, strict=True) if size >= 2**32]:
-        raise ValueError(
-            f"a ranking counts fewer than 2^32 units of a leaf, but {listed(large)} "
-            "have more; split the stack into several leaves"
-        )
+    way = "rank the matrices of a stack by allocation='matrix', or split the leaf"
+    _refuse_large(names, sizes, way)
     if isinstance(found, allocation.Global) and not isinstance(share, Mapping):
         kept = [sum(sizes) - round(share * sum(sizes))]
         return Quotas(kept, together=True, axes=own_axes)
@@ -99,6 +96,15 @@ def quotas(
     kept = [size - out for size, out in zip(sizes, pruned, strict=True)]
     _warn_of_empty(names, sizes, kept)
     return Quotas(kept, together=False, axes=own_axes)
+
+
+def _refuse_large(names: Sequence[str], sizes: Sequence[int], way: str) -> None:
+    """Refuses what a uint32 cannot count."""
+    if large := [n for n, size in zip(names, sizes, strict=True) if size >= 2**32]:
+        raise ValueError(
+            f"a ranking counts fewer than 2^32 units, but {listed(large)} have more; "
+            f"{way}"
+        )
 
 
 def _of_matrices(
@@ -125,6 +131,9 @@ def _of_matrices(
         size // max(math.prod(stack), 1)
         for size, stack in zip(whole, stacks, strict=True)
     ]
+    # A pattern that fixes the sparsity ranks a stack whole.
+    counted = sizes if pattern.sparsity is None else whole
+    _refuse_large(names, counted, "split the leaf")
     pruned = counts.by_leaf(share, names, sizes)
     kept = [size - out for size, out in zip(sizes, pruned, strict=True)]
     _warn_of_empty(names, sizes, kept)

@@ -95,7 +95,7 @@ class Refine:
 
         Raises:
           ValueError: no result is a float that depends on the batch, no weight is a
-            layer's own, or no position counts in the batches that measure.
+            layer's own, or no position counts in the batches that train or measure.
         """
         kinds = program.trace.program.kinds
         wanted = program.blocks[-1].wanted
@@ -111,10 +111,12 @@ class Refine:
                 "as they do of a stack that is cast before it is sliced; cast it "
                 "inside of the scan, or leave refine out"
             )
-        if not any(map(_counts, positions[self.split(len(positions)) :])):
+        begin, counts = self.split(len(positions)), list(map(_counts, positions))
+        if not (any(counts[:begin]) and any(counts[begin:])):
             raise ValueError(
-                "refine measures by the last batches, but positions counts nothing in "
-                "them; put other batches last, or raise held_out"
+                "refine trains on the first batches and measures by the last, but "
+                "positions counts nothing in one of the two; put them in another "
+                "order, or change held_out"
             )
 
     def split(self, batches: int) -> int:
@@ -202,7 +204,7 @@ class Refiner:
         self._dense: list[Activations] = []
         self._inputs: list[Activations] = []  # of the block, by the pruned model
         self._targets: list[Arrays] = []
-        steps = refine.passes * refine.split(len(positions))
+        steps = refine.passes * sum(self._counts[: refine.split(len(positions))])
         rate = optax.cosine_decay_schedule(refine.learning_rate, steps)
         self._optimizer = optax.adam(rate)
         self._steps: dict[Any, Callable[..., Any]] = {}

@@ -29,6 +29,7 @@ from jaxprune.structured.timing import Timed
 from jaxprune.typing import Masks, Params, Scores
 
 Rules = Sequence[str] | Mapping[str, float]
+_ALL: Sequence[Rules] = (("*",), ["*"])
 """Globs or names of groups, all of one share, or how large a share each loses."""
 
 Sizes = Mapping[str, Iterable[int]]
@@ -135,7 +136,7 @@ def shrink(
       (5, 3)
     """
     masks = choice.is_masks(scores_or_masks)
-    _check(masks, sparsity, budget, measure, sizes)
+    _check(masks, sparsity, budget, measure, sizes, groups)
     found, timed = axis_groups(fn, params, batch), None
     if masks:
         kept = choice.by_masks(found, params, scores_or_masks)
@@ -176,7 +177,7 @@ def lost_units(
     Raises:
       ValueError: as `shrink` does.
     """
-    if budget is None and rules not in (("*",), ["*"]):
+    if budget is None and rules not in _ALL:
         raise ValueError(
             f"groups are those that a budget is met with, got {rules} and no budget; "
             "say it of the sparsity: sparsity={glob or name: share}"
@@ -223,7 +224,12 @@ def of_cuts(
 
 
 def _check(
-    masks: bool, sparsity: Any, budget: float | None, measure: Measure, sizes: Any
+    masks: bool,
+    sparsity: Any,
+    budget: float | None,
+    measure: Measure,
+    sizes: Any,
+    rules: Rules,
 ) -> None:
     given = [sparsity is not None, budget is not None, masks]
     if sum(given) != 1:
@@ -231,9 +237,10 @@ def _check(
             "shrink needs masks, or scores and either a sparsity or a budget, got "
             f"{'masks' if masks else 'scores'}, sparsity={sparsity}, budget={budget}"
         )
-    if masks and sizes:
+    if masks and (sizes or rules not in _ALL):
         raise ValueError(
-            "masks say which units are left, so shrink takes no sizes; leave them out"
+            "masks say which units are left, so shrink takes no sizes and no groups; "
+            "leave them out"
         )
     check_budget(budget, measure)
 

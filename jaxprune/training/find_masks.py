@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from optax import MaskedNode
 
@@ -111,7 +110,8 @@ def replace_masks(state: T, masks: Masks) -> T:
         if not _holds(node):
             return node
         own = [
-            mask if tree.is_excluded(mask) else _copied(given[name], mask)
+            # A copy, as a step may be given its state to donate.
+            mask if tree.is_excluded(mask) else placement.copied(given[name], mask)
             for name, mask in _named(node, masks).items()
         ]
         held = _masks(node)
@@ -123,14 +123,6 @@ def replace_masks(state: T, masks: Masks) -> T:
         return node._replace(masks=new)
 
     return jax.tree.map(replaced, state, is_leaf=_holds)
-
-
-def _copied(given: Any, mask: Any) -> jax.Array:
-    """A mask of the state's own, as a step may be given its state to donate."""
-    arrays = placement.is_concrete(given) and placement.is_concrete(mask)
-    if arrays and given.committed and not mask.committed:
-        given = np.asarray(given)  # a step would compile anew for what is committed
-    return placement.placed(jnp.array(given, copy=True), mask)
 
 
 def _holds(node: Any) -> bool:

@@ -55,7 +55,9 @@ def gradual(
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while it trains; a pruned weight stays so, unless `grow` returns it.
 
-    But where a group of a later n:m has fewer than n weights left, pruned ones return.
+    But where a group of a later n:m has fewer than n weights left, pruned ones return;
+    and where an allocation such as "erk" divides the sparsity anew at each event, its
+    rounding may give a leaf a weight back.
 
     An event at step t is part of the update that t updates came before: masks are
     chosen from the parameters and statistics as they come in, and the step is taken

@@ -9,7 +9,6 @@ pruned, after which the weight is +0 exactly.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxprune.arrays import placement, tree
@@ -78,9 +77,7 @@ def keep_masks(
             return KeepMasksState(params, optimizer.init(params))
         aligned = checked(params, _of_trained(params, masks))
         own = [
-            m
-            if tree.is_excluded(m)
-            else placement.placed(jnp.array(m, copy=True), leaf)
+            m if tree.is_excluded(m) else placement.copied(m, leaf)
             for m, leaf in zip(aligned, tree.named_leaves(params).values(), strict=True)
         ]
         structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
@@ -115,11 +112,7 @@ def _of_trained(params: Params, masks: Masks) -> Masks:
     others = [name for name, leaf in named.items() if tree.is_excluded(leaf)]
     if not others:
         return masks
-    below = tuple(f"{name}/" for name in others)
+    below = tuple(f"{name}/" if name else "" for name in others)
     given = tree.named_leaves(tree.with_nodes(masks, named))
-    own = {
-        name: mask
-        for name, mask in given.items()
-        if name not in others and not name.startswith(below)
-    }
+    own = {n: mask for n, mask in given.items() if not f"{n}/".startswith(below)}
     return own | dict.fromkeys(others, optax.MaskedNode())

@@ -118,6 +118,15 @@ class MaskEvents:
             rule = lambda name, leaf: name in chosen  # noqa: E731
             criterion = functools.partial(criterion, prunable=rule)
         aligned = tree.align(params, criterion(params, importance), "scores")
+        scored = [
+            n for n, x in zip(named, aligned, strict=True) if not tree.is_excluded(x)
+        ]
+        if chosen.isdisjoint(scored):
+            raise ValueError(
+                f"the criterion must score a leaf that may be pruned, but of "
+                f"{listed(sorted(chosen))} it scores none; give it no prunable rule of "
+                "its own, or the same one"
+            )
         leaves = [
             score if name in chosen else MaskedNode()
             for name, score in zip(named, aligned, strict=True)

@@ -49,9 +49,9 @@ class _Range(abc.ABC):
 
     def table(self) -> dict[int, float]:
         """Step to the share that is pruned from then on, in ascending order."""
-        span = max(self.end - self.begin, 1)
-        steps = [*range(self.begin, self.end, self.every), self.end]
-        return {int(t): self.final * self._part((self.end - t) / span) for t in steps}
+        begin, end, every = int(self.begin), int(self.end), int(self.every)
+        span, steps = max(end - begin, 1), [*range(begin, end, every), end]
+        return {t: self.final * self._part((end - t) / span) for t in steps}
 
     @abc.abstractmethod
     def _part(self, left: float) -> float:

@@ -196,6 +196,23 @@ def test_owl_meets_the_sparsity_of_all_where_layers_differ_in_size():
     assert found.max() <= 1
 
 
+def test_owl_shares_out_beside_an_empty_weight():
+    blocks = [{"a": jnp.ones((6, 6))}, {"a": jnp.ones((0, 6))}]
+    weights = [
+        jp.allocation.Weight(
+            name=f"blocks/{i}/a",
+            leaf=f"blocks/{i}/a",
+            index=(),
+            shape=(1, *own["a"].shape),
+            view=lambda leaf: leaf[None],
+            read=lambda own=own: own["a"][None],
+            mean_square=jnp.ones((1, own["a"].shape[0])),
+        )
+        for i, own in enumerate(blocks)
+    ]
+    assert jp.allocation.OWL().sparsities(weights, 0.5)[0] == 0.5
+
+
 def test_owl_without_any_difference_is_uniform():
     ones = jnp.asarray(np.ones((6, 6), np.float32))
     params = {"blocks": [{"a": ones, "b": ones}] * 3}

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxprune as jp
 from tests.support import oracles
@@ -345,5 +346,29 @@ def test_an_empty_leaf_is_nothing_to_share_out(allocation):
 
 def test_a_leaf_with_more_weights_than_a_ranking_counts_is_refused_by_name():
     large = {"experts": jax.ShapeDtypeStruct((48, 128, 2048, 768), np.float32)}
-    with pytest.raises(ValueError, match="'experts' have more; split the stack"):
+    with pytest.raises(ValueError, match="'experts' have more; rank the matrices"):
         jax.eval_shape(lambda scores: jp.masks.make(scores, 0.5), large)
+
+
+@pytest.mark.parametrize(
+    ("shape", "given"),
+    [((2**16, 2**16), {"sparsity": 0.5}), ((4, 2**16, 2**16), {"pattern": "2:4"})],
+)
+def test_a_matrix_with_more_weights_than_a_ranking_counts_is_refused(shape, given):
+    large = {"w": jax.ShapeDtypeStruct(shape, np.float32)}
+    ranked = lambda scores: jp.masks.make(scores, allocation="matrix", **given)  # noqa: E731
+    with pytest.raises(ValueError, match="'w' have more; split the leaf"):
+        jax.eval_shape(ranked, large)
+
+
+def test_masks_of_numpy_and_from_elsewhere_are_taken_by_a_leaf_on_a_mesh():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    where = NamedSharding(mesh, PartitionSpec("x"))
+    own, other = np.eye(4, dtype=bool), np.ones((4, 4), bool)
+    spread = {"w": jax.device_put(own, where)}
+    committed = {"w": jax.device_put(other, jax.devices()[0])}
+    applied = jp.masks.apply({"w": jax.device_put(np.ones((4, 4)), where)}, {"w": own})
+    assert np.asarray(applied["w"]).sum() == 4
+    for masks in ({"w": other}, committed):
+        assert np.asarray(jp.masks.combine(spread, masks)["w"]).sum() == 4
+        assert jp.overlap(spread, masks).total == 4 / 16

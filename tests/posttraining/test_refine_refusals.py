@@ -77,11 +77,12 @@ def test_a_batch_in_which_no_position_counts_is_left_out():
     assert all(row["after"] < row["before"] for row in found.report["refined"])
 
 
-def test_positions_that_count_nothing_where_it_is_measured_are_refused(tmp_path):
-    counted = iter([True, True, True, False])
-    with pytest.raises(ValueError, match="positions counts nothing in them; put other"):
+@pytest.mark.parametrize("count", [(1, 1, 1, 0), (0, 0, 0, 1)])
+def test_positions_that_count_nothing_on_one_side_are_refused(tmp_path, count):
+    counted = iter(count)
+    with pytest.raises(ValueError, match="positions counts nothing in one of the two"):
         prune(
-            positions=lambda batch: np.full(len(batch), next(counted)),
+            positions=lambda batch: np.full(len(batch), next(counted), bool),
             directory=tmp_path,
         )
     assert not any(tmp_path.iterdir())

@@ -109,10 +109,11 @@ def test_sizes_are_numbers_of_units(sizes):
         jp.shrink(fn, PARAMS, X, scores, 0.5, sizes=sizes)
 
 
-def test_masks_take_no_sizes():
+@pytest.mark.parametrize("given", [{"sizes": {"down:0": (1,)}}, {"groups": ["down:0"]}])
+def test_masks_take_neither_sizes_nor_groups(given):
     masks = jax.tree.map(lambda x: np.ones(x.shape, bool), PARAMS)
     with pytest.raises(ValueError, match="masks say which units are left"):
-        jp.shrink(fn, PARAMS, X, masks, sizes={"down:0": (1,)})
+        jp.shrink(fn, PARAMS, X, masks, **given)
 
 
 def weights_times(self, program, leaves):

@@ -134,3 +134,39 @@ def test_masks_from_elsewhere_leave_the_step_compiled(kind):
     with compiles() as programs:
         step(params, state, params)
     assert not programs
+
+
+@pytest.mark.parametrize("empty", [None, {}])
+def test_two_transformations_may_share_an_empty_part(empty):
+    params = {"a": jnp.ones((2, 4)), "b": jnp.ones((2, 4)), "c": empty}
+    own = jp.keep_masks(optax.sgd(0.1), {k: np.eye(2, 4, dtype=bool) for k in "ab"})
+    tx = optax.partition({"x": own, "y": own}, {"a": "x", "b": "y", "c": empty})
+    found = jp.get_masks(tx.init(params))
+    assert found["c"] == empty
+    assert same_bits([found["a"], found["b"]], [np.eye(2, 4, dtype=bool)] * 2)
+
+
+def test_masks_of_leaves_that_another_optimizer_trains_are_left_out():
+    params, masks = {"w": jnp.ones((2, 4))}, {"w": np.eye(2, 4, dtype=bool)}
+    own = {"x": jp.keep_masks(optax.sgd(0.1), masks), "y": optax.sgd(0.1)}
+    tx = optax.partition(own, lambda params: "y")
+    assert not jax.tree.leaves(jp.get_masks(tx.init(params)))
+
+
+def test_packed_masks_of_models_that_vmap_stacks_are_all_counted():
+    tx = jp.keep_masks(optax.sgd(0.1), {"w": np.eye(4, 12, dtype=bool)}, packed=True)
+    state = jax.vmap(lambda w: tx.init({"w": w}))(jnp.ones((3, 4, 12)))
+    assert jp.sparsity(state.masks).total == 1 - 12 / 144
+    found = jp.get_masks(state)["w"]
+    assert same_bits([found], [np.stack([np.eye(4, 12, dtype=bool)] * 3)])
+
+
+def test_committed_masks_leave_the_second_step_compiled():
+    params = weights()
+    masks = jax.device_put(half(params), jax.devices()[0])
+    tx = jp.keep_masks(optax.sgd(0.1), masks)
+    step, state = jax.jit(tx.update), tx.init(params)
+    _, state = step(params, state, params)
+    with compiles() as programs:
+        step(params, state, params)
+    assert not programs

@@ -1,5 +1,7 @@
 """gradual: the schedule's zeros after every step, and the bits of a loop by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -344,6 +346,17 @@ def test_what_grows_by_gradient_is_what_rigl_names():
             ).init(model()),
             ValueError,
             "'no/such/.'",
+        ),
+        (
+            lambda tx: jp.gradual(
+                tx,
+                SCHEDULE,
+                criterion=functools.partial(
+                    jp.scores.magnitude, prunable=lambda name, leaf: "bias" in name
+                ),
+            ).init(model()),
+            ValueError,
+            "it scores none; give it no prunable rule",
         ),
         (
             lambda tx: jp.gradual(tx, {3: "7:9"}).init(model()),
