@@ -259,7 +259,8 @@ def test_folders_of_the_model_come_along_and_what_does_not_is_named(
     model = edited(place, tmp_path)
     (model / "1_Pooling").mkdir()
     (model / "1_Pooling" / "config.json").write_text("{}")
-    dense = np.ones((3, 2), np.float32)  # a module as sentence-transformers has it
+    (model / "modules.json").write_text("[]")  # as sentence-transformers writes
+    dense = np.ones((3, 2), np.float32)
     (model / "2_Dense").mkdir()
     (model / "2_Dense" / "config.json").write_text("{}")
     hf_directories.save(model / "2_Dense" / "model.safetensors", {"w": dense})
