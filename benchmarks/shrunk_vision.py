@@ -28,9 +28,9 @@ from experiments.datasets import prefetch
 from experiments.harness import run_dir, runner, training
 from experiments.harness.criteria import Watched
 from experiments.harness.plan import Plan
-from experiments.harness.trainer import Trainer
+from experiments.harness.seed_trainer import SeedTrainer
 from experiments.tasks.language_model import schedule
-from experiments.tasks.pictures import PictureTask
+from experiments.tasks.picture_task import PictureTask
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.formats import atomic
 
@@ -162,7 +162,7 @@ def watched(
 ) -> Watched:
     """The trained parameters of a seed and what was tracked on the way to them."""
     folder = config.run / f"seed-{seed}"
-    return Trainer(seed, plan, task, folder, None, identity, None).watched()
+    return SeedTrainer(seed, plan, task, folder, None, identity, None).watched()
 
 
 def logits(task: PictureTask) -> Callable[[Any, Any], jax.Array]:

@@ -30,8 +30,7 @@ from experiments.harness.criteria import CRITERIA, Watched
 from experiments.harness.plan import check_lists
 from experiments.harness.solvers import ALLOCATIONS, SOLVERS, Solver
 from experiments.harness.stages import once
-from experiments.report import allocation_figure as shown
-from experiments.report import tables
+from experiments.report import allocation_figure, tables
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays.console_progress import Progress
@@ -283,7 +282,7 @@ def main(config: Config) -> Path:
     run = Run(smaller, corpus)
 
     def show(results: dict[str, Any], out: Path) -> str:
-        return tables.write(results, out, shown.report(results))
+        return tables.write(results, out, allocation_figure.report(results))
 
     return runner.run(
         "allocation_with_solvers",

@@ -17,7 +17,7 @@ from experiments.datasets import question_answers
 from experiments.harness import device_mesh, runner
 from experiments.harness.plan import Plan
 from experiments.tasks import model_directory, picture_model
-from experiments.tasks.pictures import (
+from experiments.tasks.picture_task import (
     PictureTask,
     Tokenizer,
     VisionModel,

@@ -22,11 +22,11 @@ from experiments.harness import device_mesh, training
 from experiments.harness.criteria import CRITERIA, GRADUAL, Watched
 from experiments.harness.plan import Cell, Plan
 from experiments.harness.records import MetricsLog
+from experiments.harness.seed_trainer import SeedTrainer
 from experiments.harness.solvers import SOLVERS, named
 from experiments.harness.stages import Stages
 from experiments.harness.task import Solvable, Task
-from experiments.harness.trainer import Trainer
-from experiments.harness.weights import sampled_weights, values
+from experiments.harness.watched_weights import sampled_weights, values
 from experiments.tasks.language_model import keep_everything
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.processes import on_first
@@ -57,7 +57,7 @@ class Seed:
         """
         self.seed, self.plan, self.task = seed, plan, task
         self.folder, self.metrics = out / f"seed-{seed}", out / METRICS
-        self.trainer = Trainer(seed, plan, task, self.folder, log, identity, mesh)
+        self.trainer = SeedTrainer(seed, plan, task, self.folder, log, identity, mesh)
         self.stages = Stages(self.folder, seed, plan.energy_country, progress)
         self._once = self.stages.once
         evaluate = training.make_eval(task.token_losses, mesh=mesh)

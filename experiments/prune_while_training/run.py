@@ -17,7 +17,7 @@ from experiments import gpt
 from experiments.datasets import Batches, Corpus, load, prefetch, validation_batches
 from experiments.harness import device_mesh, runner, training
 from experiments.harness.stages import once
-from experiments.prune_while_training import shown
+from experiments.prune_while_training import report
 from experiments.prune_while_training.config import Cell, Config
 from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS, Span
 from experiments.report import tables
@@ -99,7 +99,7 @@ class Run:
                 self.measured(
                     self.cell(method, config.tune_sparsity, steps, rate, *rest)
                 )
-        best = shown.rates(self.found(), config.tune_sparsity, config.tune_seed)
+        best = report.rates(self.found(), config.tune_sparsity, config.tune_seed)
         return best.get((method, steps, after, distill), config.learning_rates[0])
 
     def measured(self, cell: Cell) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def main(config: Config) -> Path:
     run = Run(config, corpus)
 
     def show(results: dict[str, Any], out: Path) -> str:
-        return tables.write(results, out, shown.report(results))
+        return tables.write(results, out, report.report(results))
 
     return runner.run(
         "prune_while_training", config, run.identity(), run.all, show, grows=True

@@ -21,7 +21,7 @@ from experiments.harness.task import Task
 from experiments.tasks.language_model import ADAMW, schedule
 
 
-class Trainer:
+class SeedTrainer:
     """Trains and retrains; a run found in the directory continues."""
 
     def __init__(
