@@ -27,9 +27,9 @@ from experiments import phi3_vision
 from experiments.datasets import prefetch
 from experiments.harness import run_dir, runner, training
 from experiments.harness.criteria import Watched
+from experiments.harness.optimizer import schedule
 from experiments.harness.plan import Plan
 from experiments.harness.seed_trainer import SeedTrainer
-from experiments.tasks.language_model import schedule
 from experiments.tasks.picture_task import PictureTask
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.formats import atomic

@@ -14,11 +14,11 @@ import jaxprune as jp
 from experiments.datasets import prefetch
 from experiments.harness import checkpoint, device_mesh, training
 from experiments.harness.criteria import Watched, averages
+from experiments.harness.optimizer import ADAMW, schedule
 from experiments.harness.plan import Plan
 from experiments.harness.records import MetricsLog
 from experiments.harness.solvers import rankings
 from experiments.harness.task import Task
-from experiments.tasks.language_model import ADAMW, schedule
 
 
 class SeedTrainer:

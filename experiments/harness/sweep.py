@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -27,7 +28,6 @@ from experiments.harness.solvers import SOLVERS, named
 from experiments.harness.stages import Stages
 from experiments.harness.task import Solvable, Task
 from experiments.harness.watched_weights import sampled_weights, values
-from experiments.tasks.language_model import keep_everything
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.processes import on_first
 from jaxprune.typing import Prunable
@@ -149,7 +149,7 @@ class Seed:
         result = self._retrained(
             "control",
             lambda stage: self.trainer.retrain(
-                stage, params, lambda: _only(keep_everything(params), params, prunable)
+                stage, params, lambda: _only(_keep_everything(params), params, prunable)
             ),
         )
         return {"steps": self.plan.steps + self.plan.retrain_steps, **result}
@@ -306,6 +306,13 @@ def _points(reported: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:
     """Measures of a stage by the names of results: "loss_pruned"."""
     return {f"{name}_{stage}": value for name, value in measured.items()}
+
+
+def _keep_everything(params: Any) -> Any:
+    """Masks that prune nothing, for a dense run by the program of the pruned ones."""
+    return jax.tree.map(
+        lambda score: jnp.ones_like(score, bool), jp.scores.magnitude(params)
+    )
 
 
 def _only(found: Any, params: Any, prunable: Prunable) -> Any:

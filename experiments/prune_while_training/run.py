@@ -16,12 +16,13 @@ import jaxprune as jp
 from experiments import gpt
 from experiments.datasets import Batches, Corpus, load, prefetch, validation_batches
 from experiments.harness import device_mesh, runner, training
+from experiments.harness.optimizer import schedule
 from experiments.harness.stages import once
 from experiments.prune_while_training import report
 from experiments.prune_while_training.config import Cell, Config
 from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS, Span
 from experiments.report import tables
-from experiments.tasks.language_model import LanguageModel, schedule
+from experiments.tasks.language_model import LanguageModel
 
 POINTS = 10
 """How often a run is looked at."""

@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 import jaxprune as jp
 from experiments import finetuned_llm
 from experiments.harness import checkpoint, stages, training
+from experiments.harness.optimizer import optimizer
 from experiments.report import results as results_
-from experiments.tasks import language_model, tiny_directory
+from experiments.tasks import tiny_directory
 from jaxprune.models import hf
 from tests.support.tiny_run import snapshot, write_text
 
@@ -99,9 +100,7 @@ def ended(run):
     params = nnx.to_pure_dict(nnx.state(loaded(run.model), nnx.Param))
     trained = lambda name: not name.startswith("embedding")  # noqa: E731
     rate = optax.constant_schedule(0.0)
-    tx = language_model.optimizer(
-        rate, track=("square", "weight"), trained=trained, watched=trained
-    )
+    tx = optimizer(rate, track=("square", "weight"), trained=trained, watched=trained)
     target = jax.eval_shape(lambda: training.init(params, tx))
     state = checkpoint.restore(folder, target).state
     square = jp.tree.named_leaves(jp.get_importance(state.opt_state).square)

@@ -15,9 +15,10 @@ import jaxprune as jp
 from experiments import gpt, scaled_down_llm
 from experiments.datasets import load
 from experiments.harness import checkpoint, training
+from experiments.harness.optimizer import optimizer
 from experiments.harness.watched_weights import WATCHED_WEIGHTS
 from experiments.report import results as results_
-from experiments.tasks.language_model import LanguageModel, optimizer
+from experiments.tasks.language_model import LanguageModel
 from jaxprune.formats import atomic
 from tests.support.tiny_run import (
     BATCH,
