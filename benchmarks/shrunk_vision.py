@@ -161,8 +161,8 @@ def watched(
     seed: int,
 ) -> Watched:
     """The trained parameters of a seed and what was tracked on the way to them."""
-    folder = config.run / f"seed-{seed}"
-    return SeedTrainer(seed, plan, task, folder, None, identity, None).watched()
+    directory = config.run / f"seed-{seed}"
+    return SeedTrainer(seed, plan, task, directory, None, identity, None).watched()
 
 
 def logits(task: PictureTask) -> Callable[[Any, Any], jax.Array]:

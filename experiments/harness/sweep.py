@@ -56,9 +56,10 @@ class Seed:
         `log` is None on processes that write nothing.
         """
         self.seed, self.plan, self.task = seed, plan, task
-        self.folder, self.metrics = out / f"seed-{seed}", out / METRICS
-        self.trainer = SeedTrainer(seed, plan, task, self.folder, log, identity, mesh)
-        self.stages = Stages(self.folder, seed, plan.energy_country, progress)
+        self.directory = directory = out / f"seed-{seed}"
+        self.metrics = out / METRICS
+        self.trainer = SeedTrainer(seed, plan, task, directory, log, identity, mesh)
+        self.stages = Stages(directory, seed, plan.energy_country, progress)
         self._once = self.stages.once
         evaluate = training.make_eval(task.token_losses, mesh=mesh)
 
@@ -137,7 +138,7 @@ class Seed:
             return {**self._measured(trained), **then(trained), "tokens": tokens}
 
         result = self._once(stage, compute)
-        on_first(lambda: shutil.rmtree(self.folder / stage, ignore_errors=True))
+        on_first(lambda: shutil.rmtree(self.directory / stage, ignore_errors=True))
         return result
 
     def _control(self, watched: Watched) -> dict[str, Any] | None:
@@ -255,7 +256,7 @@ class Seed:
         if cell.criterion == plan.criteria[0] and retrained == plan.retrains(cell):
             steps = plan.retrain_steps if retrained else 0
             how = {**cell._asdict(), "method": cell.criterion, "retrain_steps": steps}
-            self.task.save(params, self.folder / MODEL, how)
+            self.task.save(params, self.directory / MODEL, how)
         label = f"{cell.label}, retrained" if retrained else cell.label
         return {"sample": self._sample(label, params)}
 

@@ -123,7 +123,7 @@ class Run:
             return {**dataclasses.asdict(cell), **numbers}
 
         found = once(self.config.out / "cells" / f"{cell.name}.json", compute)
-        for stop in self._folder(cell).glob("*"):
+        for stop in self._directory(cell).glob("*"):
             if cell.method != DENSE or stop.name != str(cell.steps):
                 shutil.rmtree(stop, ignore_errors=True)
         return found
@@ -175,7 +175,7 @@ class Run:
         checkpoints = None
         if kept or self.config.checkpoints:
             what = {**dataclasses.asdict(cell), "stop": stop}
-            checkpoints = training.Checkpoints(self._folder(cell) / str(stop), what)
+            checkpoints = training.Checkpoints(self._directory(cell) / str(stop), what)
         return training.train(
             *begun,
             steps=stop,
@@ -214,7 +214,7 @@ class Run:
         model = LanguageModel(dataclasses.replace(self.shape, width=width))
         return model, training.make_eval(model.token_losses, mesh=self.mesh)
 
-    def _folder(self, cell: Cell) -> Path:
+    def _directory(self, cell: Cell) -> Path:
         return self.config.out / "states" / cell.name
 
 
