@@ -135,8 +135,8 @@ class Config:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
         for name, known in (
-            ("allocations", {**ALLOCATIONS, **CRITERIA, CALIBRATED: None}),
-            ("solvers", {**SOLVERS, "mask": None}),
+            ("allocations", (*ALLOCATIONS, *CRITERIA, CALIBRATED)),
+            ("solvers", (*SOLVERS, "mask")),
         ):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise ValueError(
@@ -150,7 +150,10 @@ class Config:
                 f"{self.sequences}"
             )
         if self.eval_tokens < 0 or (self.steps is not None and self.steps < 1):
-            raise ValueError("eval_tokens must be >= 0 and steps >= 1")
+            raise ValueError(
+                "eval_tokens must be >= 0 and steps >= 1, got "
+                f"{self.eval_tokens} and {self.steps}"
+            )
 
     def cells(self) -> list[Cell]:
         """Every cell that is asked for, in the order in which they are done."""

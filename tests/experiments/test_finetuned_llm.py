@@ -22,6 +22,7 @@ from experiments.harness.optimizer import optimizer
 from experiments.report import results as results_
 from experiments.tasks import tiny_directory
 from jaxprune.models import hf
+from tests.support import oracles
 from tests.support.tiny_run import snapshot, write_text
 
 LENGTH, STEPS, RETRAIN, TOKENS, BOS = 16, 6, 3, 70, 256
@@ -149,13 +150,8 @@ def held_out(files):
 
 
 def kept_by_hand(scores):
-    """Sorts all scores together; the first of equal ones stay."""
-    flat = np.concatenate([score.ravel() for score in scores.values()])
-    kept = np.zeros(flat.size, bool)
-    count = flat.size - round(SPARSITY * flat.size)
-    kept[np.argsort(-flat, kind="stable")[:count]] = True
-    parts = np.split(kept, np.cumsum([s.size for s in scores.values()])[:-1])
-    return {n: p.reshape(scores[n].shape) for n, p in zip(scores, parts, strict=True)}
+    kept = oracles.keep_global([*scores.values()], SPARSITY)
+    return dict(zip(scores, kept, strict=True))
 
 
 def scores_by_hand(criterion, began, ended):
