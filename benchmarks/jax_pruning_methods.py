@@ -27,8 +27,8 @@ import optax
 
 from experiments import prune_while_training
 from experiments.harness import runner
+from experiments.harness.optimizer import optimizer
 from experiments.prune_while_training.methods import METHODS, Method, Span, late
-from experiments.tasks.language_model import optimizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from benchmarks import measure
 from experiments import gpt
 from experiments.datasets import Batches, load, prefetch, validation_batches
 from experiments.harness import training
-from experiments.tasks.language_model import LanguageModel, optimizer, schedule
+from experiments.harness.optimizer import optimizer, schedule
+from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays import low_bit
 
 SPARSITIES = (0.5, 0.8, 0.9)

@@ -22,7 +22,8 @@ import jaxprune as jp
 from benchmarks import measure
 from experiments import gpt
 from experiments.datasets import Batches, load
-from experiments.tasks.language_model import LanguageModel, optimizer, schedule
+from experiments.harness.optimizer import optimizer, schedule
+from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays import low_bit
 
 CODES = ("bfloat16", "int8")

@@ -25,7 +25,8 @@ from experiments import gpt
 from experiments.datasets import shakespeare_plays
 from experiments.datasets.batches import Batches
 from experiments.harness import records
-from experiments.tasks.language_model import LanguageModel, optimizer, schedule
+from experiments.harness.optimizer import optimizer, schedule
+from experiments.tasks.language_model import LanguageModel
 
 NEURONS = "*/mlp/*"
 

@@ -27,10 +27,10 @@ from experiments import phi3_vision
 from experiments.datasets import prefetch
 from experiments.harness import run_dir, runner, training
 from experiments.harness.criteria import Watched
+from experiments.harness.optimizer import schedule
 from experiments.harness.plan import Plan
-from experiments.harness.trainer import Trainer
-from experiments.tasks.language_model import schedule
-from experiments.tasks.pictures import PictureTask
+from experiments.harness.seed_trainer import SeedTrainer
+from experiments.tasks.picture_task import PictureTask
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.formats import atomic
 
@@ -161,8 +161,8 @@ def watched(
     seed: int,
 ) -> Watched:
     """The trained parameters of a seed and what was tracked on the way to them."""
-    folder = config.run / f"seed-{seed}"
-    return Trainer(seed, plan, task, folder, None, identity, None).watched()
+    directory = config.run / f"seed-{seed}"
+    return SeedTrainer(seed, plan, task, directory, None, identity, None).watched()
 
 
 def logits(task: PictureTask) -> Callable[[Any, Any], jax.Array]:

@@ -14,7 +14,8 @@ import optax
 
 from experiments import gpt
 from experiments.harness import training
-from experiments.tasks.language_model import LanguageModel, optimizer, schedule
+from experiments.harness.optimizer import optimizer, schedule
+from experiments.tasks.language_model import LanguageModel
 
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 Step = Callable[[], Any]

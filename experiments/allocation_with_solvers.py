@@ -30,8 +30,7 @@ from experiments.harness.criteria import CRITERIA, Watched
 from experiments.harness.plan import check_lists
 from experiments.harness.solvers import ALLOCATIONS, SOLVERS, Solver
 from experiments.harness.stages import once
-from experiments.report import allocation_figure as shown
-from experiments.report import tables
+from experiments.report import allocation_figure, tables
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays.console_progress import Progress
@@ -136,8 +135,8 @@ class Config:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
         for name, known in (
-            ("allocations", {**ALLOCATIONS, **CRITERIA, CALIBRATED: None}),
-            ("solvers", {**SOLVERS, "mask": None}),
+            ("allocations", (*ALLOCATIONS, *CRITERIA, CALIBRATED)),
+            ("solvers", (*SOLVERS, "mask")),
         ):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise ValueError(
@@ -151,7 +150,10 @@ class Config:
                 f"{self.sequences}"
             )
         if self.eval_tokens < 0 or (self.steps is not None and self.steps < 1):
-            raise ValueError("eval_tokens must be >= 0 and steps >= 1")
+            raise ValueError(
+                "eval_tokens must be >= 0 and steps >= 1, got "
+                f"{self.eval_tokens} and {self.steps}"
+            )
 
     def cells(self) -> list[Cell]:
         """Every cell that is asked for, in the order in which they are done."""
@@ -283,7 +285,7 @@ def main(config: Config) -> Path:
     run = Run(smaller, corpus)
 
     def show(results: dict[str, Any], out: Path) -> str:
-        return tables.write(results, out, shown.report(results))
+        return tables.write(results, out, allocation_figure.report(results))
 
     return runner.run(
         "allocation_with_solvers",

@@ -21,8 +21,8 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments import recovery, refined_solvers
-from experiments.prune_while_training import shown
-from experiments.report import allocation_figure, figures, findings, made
+from experiments.prune_while_training import report as training_report
+from experiments.report import allocation_figure, figures, findings, provenance
 from experiments.report import results as results_
 from experiments.report.tables import Report, Table, text
 from jaxprune.formats import atomic
@@ -31,7 +31,7 @@ Runs = Mapping[str, Mapping[str, Any]]
 # The experiments whose reports are tables.
 _REPORTS: Mapping[str, Callable[[Mapping[str, Any]], Report]] = {
     "allocation_with_solvers": allocation_figure.report,
-    "prune_while_training": shown.report,
+    "prune_while_training": training_report.report,
     "recovery": recovery.report,
     "refined_solvers": refined_solvers.report,
 }
@@ -211,7 +211,7 @@ def _page(
 ) -> bytes:
     """The first so many tables, the figures by what they show, the other tables."""
     name = next(iter(runs.values()))["name"]
-    page = made.TEMPLATES.get_template("runs.html").render(
+    page = provenance.TEMPLATES.get_template("runs.html").render(
         title=f"{name}: {len(runs)} runs side by side",
         name=name,
         count=len(runs),

@@ -195,9 +195,9 @@ def main(config: Config) -> Path:
     mesh = device_mesh.make_mesh(config.mesh, plan.batch_size)
     with _directory(config) as directory:
         atomic.apart(config.out, directory)
-        folder = model_directory.opened(directory, mesh, DecoderConfig)
-        texts = _texts(small, folder.tokenizer)
-        task = _task(small, folder, texts, mesh)
+        model = model_directory.opened(directory, mesh, DecoderConfig)
+        texts = _texts(small, model.tokenizer)
+        task = _task(small, model, texts, mesh)
         identity = runner.identity_of(
             config,
             plan,
@@ -269,7 +269,7 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
 
 def _task(
     config: Config,
-    folder: model_directory.Folder[DecoderConfig],
+    model: model_directory.ModelDirectory[DecoderConfig],
     texts: Texts,
     mesh: Mesh | None,
 ) -> FinetuningTask:
@@ -278,7 +278,7 @@ def _task(
     Raises:
       ValueError: the model's context is shorter than a sequence.
     """
-    shape = folder.config
+    shape = model.config
     if (longest := shape.context) < config.sequence:
         raise ValueError(
             f"the model sees at most {longest} tokens, got --sequence "
@@ -294,9 +294,9 @@ def _task(
     size = device_mesh.batch_size(config.batch_size, mesh)
     return FinetuningTask(
         DecoderModel(
-            shape.with_dtype(config.dtype), folder.read, remat=config.checkpointing
+            shape.with_dtype(config.dtype), model.read, remat=config.checkpointing
         ),
-        folder.tokenizer,
+        model.tokenizer,
         texts,
         config.sequence,
         Looks(size, config.looks, config.eval_tokens or 16_384),
@@ -304,7 +304,7 @@ def _task(
         calibration=config.calibration,
         frozen=() if config.train_tables else TABLES,
         storage=config.storage,
-        write=folder.write,
+        write=model.write,
     )
 
 

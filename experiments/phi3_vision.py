@@ -17,7 +17,7 @@ from experiments.datasets import question_answers
 from experiments.harness import device_mesh, runner
 from experiments.harness.plan import Plan
 from experiments.tasks import model_directory, picture_model
-from experiments.tasks.pictures import (
+from experiments.tasks.picture_task import (
     PictureTask,
     Tokenizer,
     VisionModel,
@@ -222,7 +222,7 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
     if config.model is None:
         name = "smoke" if config.smoke else config.preset
         shape = vision_config(picture_model.PRESETS[name])
-        crops, folder = 2, None
+        crops, model = 2, None
         tokenizer = picture_model.tokenizer()
         if config.data != question_answers.OWN:
             raise ValueError(
@@ -230,14 +230,14 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
                 f"of {question_answers.OWN} alone"
             )
     else:
-        folder = model_directory.opened(config.model, mesh, Phi3VisionConfig)
-        shape, crops = folder.config, folder.config.crops
-        tokenizer = Tokenizer.of(folder.tokenizer)
+        model = model_directory.opened(config.model, mesh, Phi3VisionConfig)
+        shape, crops = model.config, model.config.crops
+        tokenizer = Tokenizer.of(model.tokenizer)
     shape = dataclasses.replace(shape, crops=config.crops or crops)
     return PictureTask(
         VisionModel(
             shape.with_dtype(config.dtype),
-            start=folder and folder.read,
+            start=model and model.read,
             remat=config.checkpointing,
         ),
         tokenizer,
@@ -246,7 +246,7 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
         frozen=tuple(glob for part in config.frozen for glob in FROZEN[part]),
         rank=config.lora,
         storage=config.storage,
-        write=folder and folder.write,
+        write=model and model.write,
     )
 
 

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 
 import jaxprune as jp
-from experiments import allocation_with_solvers as solvers
+from experiments import allocation_with_solvers
 from experiments.datasets import load
 from experiments.harness import records, runner
+from experiments.harness.solvers import SOLVERS
 from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
 from experiments.tasks.dense_models import Watched
@@ -28,7 +29,7 @@ from jaxprune.arrays.console_progress import Progress
 from jaxprune.models.self_calibration import self_calibration
 
 CALIBRATIONS = ("text", "self", "both")
-METHODS = [name for name in solvers.SOLVERS if "+" not in name]
+METHODS = [name for name in SOLVERS if "+" not in name]
 """Corrections are a list of their own here."""
 
 
@@ -87,7 +88,7 @@ class Config:
                 raise ValueError(
                     f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
                 )
-        least = 2 * solvers.SEQUENCES_AT_ONCE
+        least = 2 * allocation_with_solvers.SEQUENCES_AT_ONCE
         if any(self.passes) and self.sequences < least:
             raise ValueError(
                 f"sequences must be >= {least} for a refinement, which measures itself "
@@ -142,12 +143,12 @@ class Cell:
         return out / "cells" / f"{name}.json"
 
 
-class Run(solvers.Run):
+class Run(allocation_with_solvers.Run):
     """What the cells of one configuration have in common."""
 
     def __init__(self, config: Config) -> None:
         """Prepares the model and the validation set; trains nothing."""
-        base = solvers.Config(
+        base = allocation_with_solvers.Config(
             out=config.out,
             preset=config.preset,
             data=config.data,
@@ -188,7 +189,7 @@ class Run(solvers.Run):
         refine = None
         if cell.passes:
             refine = jp.Refine(passes=cell.passes, learning_rate=cell.learning_rate)
-        method = solvers.SOLVERS[cell.method]()
+        method = SOLVERS[cell.method]()
         if cell.correction:
             method = dataclasses.replace(method, correction=cell.correction)
         start = time.perf_counter()
@@ -295,7 +296,7 @@ def cells(run: Run, out: Path, asked: Sequence[Cell]) -> dict[str, Any]:
             records.write_json(cell.path(out), content)
             progress.note(f"{cell.path(out).stem}: {content['loss']:.4f}")
             progress.update()
-    return solvers.written(out, "cells/*.json")
+    return allocation_with_solvers.written(out, "cells/*.json")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from experiments import gpt
 from experiments.datasets import Corpus, load
 from experiments.harness import device_mesh, multi_process, runner
 from experiments.harness.plan import Plan
-from experiments.tasks.language import LanguageTask
 from experiments.tasks.language_model import LanguageModel
+from experiments.tasks.language_task import LanguageTask
 
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
 _STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}

@@ -4,10 +4,24 @@ Two corpora are built with TensorFlow Datasets (without TensorFlow): `shakespear
 needs no network, `tiny_shakespeare_char` is nanoGPT's. Tokens are characters.
 """
 
-from experiments.datasets.batches import Batches as Batches
-from experiments.datasets.batches import prefetch as prefetch
-from experiments.datasets.batches import validation_batches as validation_batches
-from experiments.datasets.corpus import NAMES as NAMES
-from experiments.datasets.corpus import Corpus as Corpus
-from experiments.datasets.corpus import Vocabulary as Vocabulary
-from experiments.datasets.corpus import load as load
+from experiments.datasets.batches import Batches, prefetch, validation_batches
+from experiments.datasets.corpus import NAMES, Corpus, Vocabulary, load
+
+__all__ = [
+    "NAMES",
+    "Batches",
+    "Corpus",
+    "Vocabulary",
+    "batches",
+    "corpus",
+    "load",
+    "picture_questions",
+    "prefetch",
+    "question_answers",
+    "shakespeare_plays",
+    "text",
+    "tfds_builder",
+    "tfds_reader",
+    "tiny_shakespeare_char",
+    "validation_batches",
+]

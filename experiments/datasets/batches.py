@@ -50,7 +50,7 @@ class Batches:
         _check_word("seed", self.seed)
         if len(self.tokens) < self.context + 1:
             raise ValueError(
-                f"A batch needs at least context + 1 = {self.context + 1} tokens, got "
+                f"a batch needs at least context + 1 = {self.context + 1} tokens, got "
                 f"{len(self.tokens)}; give a longer text or a smaller context"
             )
 
@@ -145,7 +145,7 @@ def validation_batches(
         raise ValueError(f"limit must be at least 1 token, or None, got {limit}")
     if len(tokens) < 2:
         raise ValueError(
-            f"A validation set needs at least 2 tokens, got {len(tokens)}; "
+            f"a validation set needs at least 2 tokens, got {len(tokens)}; "
             "give a longer text"
         )
     count = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
@@ -167,7 +167,7 @@ def _check(tokens: np.ndarray, batch_size: int, context: int) -> None:
     """Checks what training and validation batches have in common."""
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(
-            "Tokens must be a vector of integers, got "
+            "tokens must be a vector of integers, got "
             f"{tokens.dtype} of shape {tokens.shape}; encode the text first"
         )
     for name, value in (("batch_size", batch_size), ("context", context)):

@@ -39,7 +39,7 @@ class Vocabulary:
         """Checks the characters."""
         if list(self.characters) != sorted(set(self.characters)):
             raise ValueError(
-                "A vocabulary's characters must be distinct and ascending, got "
+                "a vocabulary's characters must be distinct and ascending, got "
                 f"{self.characters!r}; make one with Vocabulary.of(text)"
             )
 
@@ -68,7 +68,7 @@ class Vocabulary:
         if not known.all():
             position = int(np.argmin(known))
             raise ValueError(
-                f"A text must use the vocabulary's {len(self)} characters, got "
+                f"a text must use the vocabulary's {len(self)} characters, got "
                 f"{text[position]!r} at position {position}; leave it out"
             )
         return tokens.astype(np.uint16 if len(self) <= 2**16 else np.int32)
@@ -83,7 +83,7 @@ class Vocabulary:
         wrong = tokens[(tokens < 0) | (tokens >= len(self))]
         if wrong.size:
             raise ValueError(
-                f"Tokens must be in [0, {len(self)}), got {wrong[0]}; decode with the "
+                f"tokens must be in [0, {len(self)}), got {wrong[0]}; decode with the "
                 "vocabulary that the model was trained on"
             )
         return self._points[tokens].tobytes().decode("utf-32-le", "surrogatepass")
@@ -161,7 +161,7 @@ def load(
         return Corpus.of(name, whole[:cut], whole[cut:])
     if name not in NAMES:
         raise ValueError(
-            f"The data set must be one of {', '.join(NAMES)}, got {name!r}; for a text "
+            f"the data set must be one of {', '.join(NAMES)}, got {name!r}; for a text "
             "of your own give --text PATH"
         )
     return Corpus.of(

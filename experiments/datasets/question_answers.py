@@ -68,7 +68,7 @@ def load(
       FileNotFoundError: there is no such directory, or a picture is missing.
     """
     if data != OWN and not data.startswith("tfds:"):
-        return {split: _folder(Path(data), split) for split in SPLITS}
+        return {split: _directory(Path(data), split) for split in SPLITS}
     name = data.removeprefix("tfds:")
     read = _of_tfds if data.startswith("tfds:") else examples
     names = tuple(fields) or ("picture", "question", "answer")
@@ -120,15 +120,15 @@ def _of_tfds(name: str, split: str, data_dir: Path | None) -> list[Any]:
     return list(builder.as_data_source(split))
 
 
-def _folder(folder: Path, split: str) -> list[Asked]:
-    path = folder / f"{split}.jsonl"
+def _directory(directory: Path, split: str) -> list[Asked]:
+    path = directory / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
             f"'{path}' does not exist; --data must be {OWN}, tfds:NAME, or a directory "
             f"with {' and '.join(f'{name}.jsonl' for name in SPLITS)}"
         )
     found = [
-        _line(folder, f"'{path}', line {number}", line)
+        _line(directory, f"'{path}', line {number}", line)
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if line.strip()
     ]
@@ -137,7 +137,7 @@ def _folder(folder: Path, split: str) -> list[Asked]:
     return found
 
 
-def _line(folder: Path, where: str, line: str) -> Asked:
+def _line(directory: Path, where: str, line: str) -> Asked:
     """One example, its picture looked at but not read."""
     try:
         entry = json.loads(line)
@@ -147,7 +147,7 @@ def _line(folder: Path, where: str, line: str) -> Asked:
     fine = isinstance(entry, dict) and all(isinstance(entry.get(n), str) for n in names)
     if not fine:
         raise ValueError(f"{where}: must be an object of texts {', '.join(names)}")
-    asked = Asked(folder / entry["image"], entry["question"], entry["answer"])
+    asked = Asked(directory / entry["image"], entry["question"], entry["answer"])
     try:
         _ = asked.size
     except FileNotFoundError:

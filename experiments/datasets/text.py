@@ -25,13 +25,13 @@ def read_text(path: Path) -> str:
         )
         if not files:
             raise ValueError(
-                "A directory of text must hold .txt or .md files, got none in "
+                "a directory of text must hold .txt or .md files, got none in "
                 f"'{path}'; give a file or another directory with --text PATH"
             )
         text = "\n".join(_read_file(file) for file in files)
     if not text.strip():
         raise ValueError(
-            f"The text must not be empty, got no characters but white space in "
+            f"the text must not be empty, got no characters but white space in "
             f"'{path}'; give another with --text PATH"
         )
     return text
@@ -42,12 +42,12 @@ def _read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"The text must be UTF-8, got byte 0x{error.object[error.start]:02x} at "
+            f"the text must be UTF-8, got byte 0x{error.object[error.start]:02x} at "
             f"position {error.start} of '{path}'; convert the file, for example with "
             "`iconv -t UTF-8`"
         ) from error
     except OSError as error:
         raise ValueError(
-            f"The text must be a readable file or directory, got '{path}' "
+            f"the text must be a readable file or directory, got '{path}' "
             f"({error.strerror}); give another with --text PATH"
         ) from error

@@ -42,7 +42,7 @@ def _prepared_builder(
         module = importlib.import_module(f"experiments.datasets.{name}")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"The data set {name!r} needs the package {error.name!r}, which is not "
+            f"the data set {name!r} needs the package {error.name!r}, which is not "
             "installed; install the extra with `pip install 'jaxprune[experiments]'`"
             + (f", or {instead}" if instead else ""),
             name=error.name,
@@ -64,7 +64,7 @@ def _prepared_builder(
         # Another process that prepares it too may have renamed its directory first.
         if not builder.is_prepared():
             raise OSError(
-                f"The directory of data sets must be writable, got "
+                f"the directory of data sets must be writable, got "
                 f"'{builder.data_dir}' ({error.strerror or error}); choose another "
                 "with --data-dir DIR"
             ) from error
@@ -77,6 +77,6 @@ def _read(builder: Any, split: str) -> list[dict[str, Any]]:
         return list(builder.as_data_source(split))
     except Exception as error:  # array_record's reader raises RuntimeError and others
         raise OSError(
-            f"The prepared data set must be whole, got '{builder.data_dir}' ({error}); "
+            f"the prepared data set must be whole, got '{builder.data_dir}' ({error}); "
             "delete that directory to have it made again"
         ) from error

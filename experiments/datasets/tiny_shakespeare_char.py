@@ -54,7 +54,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         # TFDS trusts a file in its cache by name alone.
         if (found := hashlib.sha256(content).hexdigest()) != expected:
             raise ValueError(
-                f"The file of {self.name} must have the SHA-256 {expected}, got "
+                f"the file of {self.name} must have the SHA-256 {expected}, got "
                 f"{found} in '{path}'; delete it to have it downloaded again"
             )
         text = content.decode()

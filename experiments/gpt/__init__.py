@@ -1,19 +1,28 @@
-"""GPT-2 in Flax NNX, as nanoGPT has it: the model that the experiments train."""
+"""GPT-2 in Flax NNX, as nanoGPT has it: the model that the experiments train.
 
-from experiments.gpt.config import PRESETS as PRESETS
-from experiments.gpt.config import GPTConfig as GPTConfig
-from experiments.gpt.config import flops_per_token as flops_per_token
-from experiments.gpt.config import matrix_sizes as matrix_sizes
-from experiments.gpt.config import preset as preset
-from experiments.gpt.model import GPT as GPT
-from experiments.gpt.model import loss as loss
+`jaxprune.models.decoder` has this shape too, but not what training it from nothing
+needs: dropout, nanoGPT's initialisation, and products whose gradients XLA's CPU backend
+computes fast.
+"""
+
+from experiments.gpt.config import (
+    PRESETS,
+    GPTConfig,
+    flops_per_token,
+    matrix_sizes,
+    preset,
+)
+from experiments.gpt.model import GPT, loss
 
 __all__ = [
     "GPT",
     "PRESETS",
     "GPTConfig",
+    "config",
     "flops_per_token",
+    "linear",
     "loss",
     "matrix_sizes",
+    "model",
     "preset",
 ]

@@ -91,11 +91,11 @@ def save(
       >>> import tempfile
       >>> import jax.numpy as jnp
       >>> from experiments.harness import checkpoint
-      >>> folder, state = tempfile.mkdtemp(), {"w": jnp.ones(3)}
-      >>> path = checkpoint.save(folder, state, step=10, configuration={"seed": 0})
-      >>> path.name, checkpoint.latest(folder).configuration
+      >>> directory, state = tempfile.mkdtemp(), {"w": jnp.ones(3)}
+      >>> path = checkpoint.save(directory, state, step=10, configuration={"seed": 0})
+      >>> path.name, checkpoint.latest(directory).configuration
       ('10', {'seed': 0})
-      >>> checkpoint.restore(folder, state).state["w"].shape
+      >>> checkpoint.restore(directory, state).state["w"].shape
       (3,)
     """
     directory = Path(directory).absolute()

@@ -33,7 +33,7 @@ class Unfinished(Broken):
 
 
 def write(
-    folder: Path, step: int, configuration: Any, leaves: Mapping[str, Any]
+    directory: Path, step: int, configuration: Any, leaves: Mapping[str, Any]
 ) -> None:
     """Describes a directory whose other files are complete, and syncs it to disk."""
     body = {
@@ -43,18 +43,18 @@ def write(
         "configuration": configuration,
         "leaves": {name: _kind(leaf) for name, leaf in leaves.items()},
         "files": {
-            path.relative_to(folder).as_posix(): _fingerprint(path)
-            for path in sorted(folder.rglob("*"))
+            path.relative_to(directory).as_posix(): _fingerprint(path)
+            for path in sorted(directory.rglob("*"))
             if path.is_file()
         },
     }
-    partial = folder / f".{_NAME}.partial"
+    partial = directory / f".{_NAME}.partial"
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(body | {"digest": _digest(body)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, folder / _NAME)
-    sync(folder)
+    os.replace(partial, directory / _NAME)
+    sync(directory)
 
 
 def verify(path: Path) -> dict[str, Any]:

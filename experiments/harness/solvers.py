@@ -23,12 +23,8 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 }
 """Name to method."""
 
-ALLOCATIONS: dict[str, Callable[[], Any]] = {
-    "uniform": jp.allocation.Uniform,
-    "owl": jp.allocation.OWL,
-    "erk": jp.allocation.ERK,
-}
-"""Allocations without a score; each name of `CRITERIA` is one too."""
+ALLOCATIONS = ("uniform", "owl", "erk")
+"""Rules of `jp.allocation` without a score; each name of `CRITERIA` is one too."""
 
 
 class Solver(NamedTuple):
@@ -45,7 +41,7 @@ class Solver(NamedTuple):
     def shared_out(self, scored: Callable[[str], Scores]) -> Any:
         """The allocation; `scored` gives the scores of a criterion."""
         if self.allocation in ALLOCATIONS:
-            return ALLOCATIONS[self.allocation]()
+            return jp.allocation.RULES[self.allocation]
         return jp.allocation.Ranked(scored(self.allocation))
 
 

@@ -27,10 +27,10 @@ class Stages:
     """
 
     def __init__(
-        self, folder: Path, seed: int, country: str | None, progress: Progress
+        self, directory: Path, seed: int, country: str | None, progress: Progress
     ) -> None:
         """Computes nothing; `progress` counts the stages of the whole run."""
-        self.folder, self._seed = folder, seed
+        self.directory, self._seed = directory, seed
         self._country, self._progress = country, progress
         self.phases: list[dict[str, Any]] = []
 
@@ -50,7 +50,7 @@ class Stages:
                 phase.share = content.pop("share", 1.0)
             return {"content": content, "phase": phase.record()}
 
-        stored = once(self.folder / f"{stage}.json", measured)
+        stored = once(self.directory / f"{stage}.json", measured)
         self.phases.append(stored["phase"])
         self._progress.update()
         return stored["content"]

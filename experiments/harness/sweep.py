@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -22,12 +23,11 @@ from experiments.harness import device_mesh, training
 from experiments.harness.criteria import CRITERIA, GRADUAL, Watched
 from experiments.harness.plan import Cell, Plan
 from experiments.harness.records import MetricsLog
+from experiments.harness.seed_trainer import SeedTrainer
 from experiments.harness.solvers import SOLVERS, named
 from experiments.harness.stages import Stages
 from experiments.harness.task import Solvable, Task
-from experiments.harness.trainer import Trainer
-from experiments.harness.weights import sampled_weights, values
-from experiments.tasks.language_model import keep_everything
+from experiments.harness.watched_weights import sampled_weights, values
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.processes import on_first
 from jaxprune.typing import Prunable
@@ -56,9 +56,10 @@ class Seed:
         `log` is None on processes that write nothing.
         """
         self.seed, self.plan, self.task = seed, plan, task
-        self.folder, self.metrics = out / f"seed-{seed}", out / METRICS
-        self.trainer = Trainer(seed, plan, task, self.folder, log, identity, mesh)
-        self.stages = Stages(self.folder, seed, plan.energy_country, progress)
+        self.directory = directory = out / f"seed-{seed}"
+        self.metrics = out / METRICS
+        self.trainer = SeedTrainer(seed, plan, task, directory, log, identity, mesh)
+        self.stages = Stages(directory, seed, plan.energy_country, progress)
         self._once = self.stages.once
         evaluate = training.make_eval(task.token_losses, mesh=mesh)
 
@@ -137,7 +138,7 @@ class Seed:
             return {**self._measured(trained), **then(trained), "tokens": tokens}
 
         result = self._once(stage, compute)
-        on_first(lambda: shutil.rmtree(self.folder / stage, ignore_errors=True))
+        on_first(lambda: shutil.rmtree(self.directory / stage, ignore_errors=True))
         return result
 
     def _control(self, watched: Watched) -> dict[str, Any] | None:
@@ -149,7 +150,7 @@ class Seed:
         result = self._retrained(
             "control",
             lambda stage: self.trainer.retrain(
-                stage, params, lambda: _only(keep_everything(params), params, prunable)
+                stage, params, lambda: _only(_keep_everything(params), params, prunable)
             ),
         )
         return {"steps": self.plan.steps + self.plan.retrain_steps, **result}
@@ -255,7 +256,7 @@ class Seed:
         if cell.criterion == plan.criteria[0] and retrained == plan.retrains(cell):
             steps = plan.retrain_steps if retrained else 0
             how = {**cell._asdict(), "method": cell.criterion, "retrain_steps": steps}
-            self.task.save(params, self.folder / MODEL, how)
+            self.task.save(params, self.directory / MODEL, how)
         label = f"{cell.label}, retrained" if retrained else cell.label
         return {"sample": self._sample(label, params)}
 
@@ -306,6 +307,13 @@ def _points(reported: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:
     """Measures of a stage by the names of results: "loss_pruned"."""
     return {f"{name}_{stage}": value for name, value in measured.items()}
+
+
+def _keep_everything(params: Any) -> Any:
+    """Masks that prune nothing, for a dense run by the program of the pruned ones."""
+    return jax.tree.map(
+        lambda score: jnp.ones_like(score, bool), jp.scores.magnitude(params)
+    )
 
 
 def _only(found: Any, params: Any, prunable: Prunable) -> Any:

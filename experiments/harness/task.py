@@ -68,7 +68,7 @@ class Task(Protocol):
     def optimizer(
         self, learning_rate: optax.ScalarOrSchedule, *, track: Collection[str]
     ) -> optax.GradientTransformation:
-        """What trains it, holding these averages; as `language_model.optimizer`."""
+        """What trains it, holding these averages; as `harness.optimizer`."""
 
     def batches(self, batch_size: int, seed: int) -> training.Batches:
         """Step to its batch, a pure function.

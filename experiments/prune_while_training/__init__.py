@@ -10,5 +10,7 @@ then held. Every cell is one small file, so a run that was stopped continues, an
 other methods, sparsities or seeds in the same directory adds to it.
 """
 
-from experiments.prune_while_training.config import Config as Config
-from experiments.prune_while_training.run import main as main
+from experiments.prune_while_training.config import Config
+from experiments.prune_while_training.run import main
+
+__all__ = ["Config", "config", "main", "methods", "report", "run"]

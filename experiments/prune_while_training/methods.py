@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
-from experiments.tasks.language_model import CLIP, adamw, optimizer
+from experiments.harness.optimizer import CLIP, adamw, optimizer
 
 DENSE, DENSE_SMALL = "dense", "dense_small"
 """The control, and the dense model of a pruned run's average number of weights."""

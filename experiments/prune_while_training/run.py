@@ -16,12 +16,13 @@ import jaxprune as jp
 from experiments import gpt
 from experiments.datasets import Batches, Corpus, load, prefetch, validation_batches
 from experiments.harness import device_mesh, runner, training
+from experiments.harness.optimizer import schedule
 from experiments.harness.stages import once
-from experiments.prune_while_training import shown
+from experiments.prune_while_training import report
 from experiments.prune_while_training.config import Cell, Config
 from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS, Span
 from experiments.report import tables
-from experiments.tasks.language_model import LanguageModel, schedule
+from experiments.tasks.language_model import LanguageModel
 
 POINTS = 10
 """How often a run is looked at."""
@@ -99,7 +100,7 @@ class Run:
                 self.measured(
                     self.cell(method, config.tune_sparsity, steps, rate, *rest)
                 )
-        best = shown.rates(self.found(), config.tune_sparsity, config.tune_seed)
+        best = report.rates(self.found(), config.tune_sparsity, config.tune_seed)
         return best.get((method, steps, after, distill), config.learning_rates[0])
 
     def measured(self, cell: Cell) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class Run:
             return {**dataclasses.asdict(cell), **numbers}
 
         found = once(self.config.out / "cells" / f"{cell.name}.json", compute)
-        for stop in self._folder(cell).glob("*"):
+        for stop in self._directory(cell).glob("*"):
             if cell.method != DENSE or stop.name != str(cell.steps):
                 shutil.rmtree(stop, ignore_errors=True)
         return found
@@ -174,7 +175,7 @@ class Run:
         checkpoints = None
         if kept or self.config.checkpoints:
             what = {**dataclasses.asdict(cell), "stop": stop}
-            checkpoints = training.Checkpoints(self._folder(cell) / str(stop), what)
+            checkpoints = training.Checkpoints(self._directory(cell) / str(stop), what)
         return training.train(
             *begun,
             steps=stop,
@@ -213,7 +214,7 @@ class Run:
         model = LanguageModel(dataclasses.replace(self.shape, width=width))
         return model, training.make_eval(model.token_losses, mesh=self.mesh)
 
-    def _folder(self, cell: Cell) -> Path:
+    def _directory(self, cell: Cell) -> Path:
         return self.config.out / "states" / cell.name
 
 
@@ -255,7 +256,7 @@ def main(config: Config) -> Path:
     run = Run(config, corpus)
 
     def show(results: dict[str, Any], out: Path) -> str:
-        return tables.write(results, out, shown.report(results))
+        return tables.write(results, out, report.report(results))
 
     return runner.run(
         "prune_while_training", config, run.identity(), run.all, show, grows=True

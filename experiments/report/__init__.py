@@ -11,7 +11,20 @@ from typing import Any
 
 from experiments.report import results as results_
 
-__all__ = ["write_report"]
+__all__ = [
+    "accuracy",
+    "allocation_figure",
+    "figures",
+    "findings",
+    "life_cycle",
+    "other_text",
+    "plots",
+    "provenance",
+    "results",
+    "sections",
+    "tables",
+    "write_report",
+]
 
 
 def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import tyro
 from matplotlib.figure import Figure
 
-from experiments.harness.solvers import SOLVERS
 from experiments.report import figures, findings
 from experiments.report.tables import Drawing, Report, Table
 from jaxprune.formats import atomic
@@ -28,6 +27,7 @@ COLUMNS = (
     *("loss", "dense_loss", "above", "seconds"),
 )
 _ALLOCATIONS = ("uniform", "owl", "erk", "magnitude", "trajectory", "trajectory_adam")
+_SOLVERS = ("sparsegpt", "sparsegpt+correction", "alps", "alps+correction")
 _LAST = ("wanda", "mask")  # no lines of their own: one allocation each
 
 Results = Mapping[str, Any]
@@ -111,9 +111,9 @@ def _table(found: Sequence[Mapping[str, Any]], title: str, *, relative: bool) ->
 def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
     """Solvers that repair first; in each, the allocations by their kinds."""
     solver, allocation = pair
+    first = [*_SOLVERS, *_LAST, solver].index(solver)
     place = [*_ALLOCATIONS, allocation].index(allocation)
-    first = (*SOLVERS, "mask")
-    return (first.index(solver), solver, place, allocation)
+    return (first, solver, place, allocation)
 
 
 def figure(all_results: Sequence[Results]) -> Figure:

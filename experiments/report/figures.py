@@ -128,19 +128,19 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
 
 @canvas.STYLE
 def layers(
-    removed: Mapping[str, Mapping[str, float]], sparsity: float, allocation: str
+    sparsities: Mapping[str, Mapping[str, float]], sparsity: float, allocation: str
 ) -> Figure:
     """Sparsity by layer: rows are leaves, columns criteria, colour the deviation.
 
-    `removed` has, for each criterion, the fraction removed of each leaf. There is no
-    colour at the sparsity asked for, orange above it and blue below.
+    `sparsities` has those of each leaf, for each criterion. There is no colour at the
+    sparsity asked for, orange above it and blue below.
     """
-    names = list(dict.fromkeys(leaf for of in removed.values() for leaf in of))
+    names = list(dict.fromkeys(leaf for of in sparsities.values() for leaf in of))
     table = np.array(
-        [[of.get(name, np.nan) for of in removed.values()] for name in names]
+        [[of.get(name, np.nan) for of in sparsities.values()] for name in names]
     )
     left, right, top = 0.075 * max(map(len, names)) + 0.15, 0.9, 1.35
-    width, height = left + 0.62 * len(removed) + right, 0.27 * len(names) + top + 0.1
+    width, height = left + 0.62 * len(sparsities) + right, 0.27 * len(names) + top + 0.1
     figure = Figure(figsize=(width, height))
     wide, high = 1 - (left + right) / width, 1 - (top + 0.1) / height
     axes = figure.add_axes((left / width, 0.1 / height, wide, high))
@@ -155,10 +155,10 @@ def layers(
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.set_yticks(np.arange(len(names)) + 0.5, names)
     axes.set_xticks(
-        np.arange(len(removed)) + 0.5, list(removed), rotation=35, ha="left"
+        np.arange(len(sparsities)) + 0.5, list(sparsities), rotation=35, ha="left"
     )
-    style = plots.styles(list(removed))
-    for label, name in zip(axes.get_xticklabels(), removed, strict=True):
+    style = plots.styles(list(sparsities))
+    for label, name in zip(axes.get_xticklabels(), sparsities, strict=True):
         label.set_color(style[name].colour)
     axes.spines[:].set_visible(False)
     title = f"% removed of each matrix at {100 * sparsity:g} %, {allocation} allocation"

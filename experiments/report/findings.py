@@ -141,7 +141,7 @@ def watched(results: Mapping[str, Any]) -> list[str]:
 def layers(
     results: Mapping[str, Any],
 ) -> tuple[dict[str, dict[str, float]], float, str] | None:
-    """Fractions removed by leaf, over the seeds: of the most uneven allocation."""
+    """Sparsities by leaf, over the seeds: of the most uneven allocation."""
     cells = [
         cell
         for seed in results["seeds"]
@@ -155,11 +155,11 @@ def layers(
     allocation = max(
         cells, key=lambda cell: np.ptp([*cell["sparsity_by_leaf"].values()])
     )
-    removed: dict[str, dict[str, float]] = {}
+    sparsities: dict[str, dict[str, float]] = {}
     for cell in cells:
         if cell["allocation"] == allocation["allocation"]:
-            removed.setdefault(cell["criterion"], {})
-    for criterion, of in removed.items():
+            sparsities.setdefault(cell["criterion"], {})
+    for criterion, of in sparsities.items():
         found = [
             cell["sparsity_by_leaf"]
             for cell in cells
@@ -167,4 +167,4 @@ def layers(
             and cell["allocation"] == allocation["allocation"]
         ]
         of |= {leaf: float(np.mean([c[leaf] for c in found])) for leaf in found[0]}
-    return removed, sparsity, allocation["allocation"]
+    return sparsities, sparsity, allocation["allocation"]

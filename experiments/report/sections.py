@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report import accuracy, figures, findings, foreign, life_cycle, made
+from experiments.report import (
+    accuracy,
+    figures,
+    findings,
+    life_cycle,
+    other_text,
+    provenance,
+)
 from experiments.report import results as results_
 from jaxprune.report import page
 
@@ -45,14 +52,14 @@ def document(results: Mapping[str, Any]) -> str:
     layers = findings.layers(results)
     other = results_.foreign(results)
     curve = any(seed.get("curve") for seed in results["seeds"])
-    return made.TEMPLATES.get_template("run.html").render(
+    return provenance.TEMPLATES.get_template("run.html").render(
         title=f"{results['name']}: loss against sparsity",
         name=results["name"],
         headline=findings.headline(results),
         facts=_facts(results),
         reach=_reaches(results),
         losses=_losses(results),
-        references=foreign.references(results),
+        references=other_text.references(results),
         foreign=_losses(other, "foreign-loss") if other else {},
         of_foreign=findings.headline(other) if other else [],
         reading=figures.READING,
@@ -64,7 +71,7 @@ def document(results: Mapping[str, Any]) -> str:
         phases=_phases(results["phases"]) if results.get("phases") else None,
         life_cycle=life_cycle.section(results),
         training={"training": figures.training(results)} if curve else {},
-        made=made.of(results),
+        provenance=provenance.of(results),
     )
 
 

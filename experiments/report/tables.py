@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from experiments.report import made
+from experiments.report import provenance
 from experiments.report import results as results_
 from jaxprune.formats import atomic
 from jaxprune.report import canvas
@@ -77,7 +77,7 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
       OSError: a file cannot be written; no file is ever left half written.
     """
     drawn = {name: of.draw() for name, of in report.figures.items()}
-    page = made.TEMPLATES.get_template("tables.html").render(
+    page = provenance.TEMPLATES.get_template("tables.html").render(
         title=f"{results['name']}: {report.lead}",
         name=results["name"],
         lead=report.lead,
@@ -87,7 +87,7 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
             name: {"drawn": drawn[name], "caption": of.caption}
             for name, of in report.figures.items()
         },
-        made=made.of(results),
+        provenance=provenance.of(results),
     )
     files = {"results.csv": results_.table_csv(report.columns, report.rows)}
     for name, figure in drawn.items():

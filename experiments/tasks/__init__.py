@@ -3,12 +3,11 @@
 __all__ = [
     "dense_models",
     "finetuning",
-    "language",
     "language_model",
+    "language_task",
     "model_directory",
-    "picture_checkpoint",
     "picture_model",
-    "pictures",
+    "picture_task",
     "pure_model",
     "tiny_directory",
 ]

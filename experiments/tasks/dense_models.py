@@ -13,13 +13,8 @@ import jaxprune as jp
 from experiments.datasets import Batches, Corpus, prefetch
 from experiments.harness import training
 from experiments.harness.criteria import Watched
-from experiments.tasks.language_model import (
-    ADAMW,
-    EVERYTHING,
-    LanguageModel,
-    optimizer,
-    schedule,
-)
+from experiments.harness.optimizer import ADAMW, EVERYTHING, optimizer, schedule
+from experiments.tasks.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)

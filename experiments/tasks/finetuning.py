@@ -18,8 +18,8 @@ import optax
 
 import jaxprune as jp
 from experiments.datasets import Batches, validation_batches
+from experiments.harness.optimizer import frozen, optimizer
 from experiments.harness.task import Looks, Mean
-from experiments.tasks import language_model
 from experiments.tasks.pure_model import PureModel
 from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
@@ -118,7 +118,7 @@ class FinetuningTask:
         self, learning_rate: optax.ScalarOrSchedule, *, track: Collection[str]
     ) -> optax.GradientTransformation:
         """AdamW of the leaves that are trained; the others have no state."""
-        return language_model.optimizer(
+        return optimizer(
             learning_rate,
             track=track,
             trained=self.trained,
@@ -134,7 +134,7 @@ class FinetuningTask:
 
     def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
         """Mean nats per token."""
-        params = language_model.frozen(params, self.trained)
+        params = frozen(params, self.trained)
         return self.token_losses(params, inputs, targets).mean()
 
     def batches(

@@ -22,7 +22,7 @@ from jaxprune.typing import Params
 C = TypeVar("C", bound=DecoderConfig | Phi3VisionConfig)
 
 
-class Folder(NamedTuple, Generic[C]):
+class ModelDirectory(NamedTuple, Generic[C]):
     """What is known of a directory before its weights are read.
 
     Attributes:
@@ -39,7 +39,7 @@ class Folder(NamedTuple, Generic[C]):
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None]
 
 
-def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> Folder[C]:
+def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> ModelDirectory[C]:
     """Reads a directory's configuration and words, none of its weights.
 
     Args:
@@ -77,7 +77,7 @@ def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> Folder[C]:
         rewrite.write(source, out, replaced, provenance=how, overwrite=True)
 
     read = functools.partial(_read, path, mesh)
-    return Folder(loaded.config, words, read, write)
+    return ModelDirectory(loaded.config, words, read, write)
 
 
 def _read(path: Path, mesh: Mesh | None) -> Params:

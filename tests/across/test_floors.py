@@ -48,10 +48,14 @@ TESTS_ONLY = {"torch", "transformers", "chex"}
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc", "_src"}
 
 FOLDERS = list(FLOORS)
+# The folders that experiments share, from the ground up; experiments stand above them.
+SHARED_BY_EXPERIMENTS = ["datasets", "gpt", "report", "harness", "tasks"]
+
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 SOURCES = [
     *MODULES,
-    *sorted((ROOT / "experiments").rglob("*.py")),
+    *EXPERIMENTS,
     *sorted((ROOT / "benchmarks").rglob("*.py")),
 ]
 
@@ -124,6 +128,25 @@ def circles(sources: dict[str, str]) -> list[str]:
     except graphlib.CycleError as error:
         return list(error.args[1])
     return []
+
+
+def climbs(folder: str, source: str) -> list[str]:
+    """What a folder that experiments share imports of those that are not below it."""
+    below = SHARED_BY_EXPERIMENTS[: SHARED_BY_EXPERIMENTS.index(folder) + 1]
+    return [
+        name
+        for name in _imports("", source)
+        if name.startswith("experiments.") and name.split(".")[1] not in below
+    ]
+
+
+@pytest.mark.parametrize("folder", SHARED_BY_EXPERIMENTS)
+def test_what_experiments_share_imports_what_is_below_it(folder):
+    paths = [p for p in EXPERIMENTS if p.parent == ROOT / "experiments" / folder]
+    assert paths
+    assert [x for p in paths for x in climbs(folder, p.read_text())] == []
+    assert climbs("harness", "from experiments.tasks import language_model")
+    assert climbs("report", "def late():\n    from experiments import recovery")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
@@ -221,6 +244,22 @@ def test_each_folder_says_its_idea_and_lists_its_names(folder):
         if isinstance(target, ast.Name)
     ]
     assert "__all__" in assigned
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in EXPERIMENTS}), ids=lambda path: path.name
+)
+def test_a_folder_of_the_experiments_lists_all_that_it_has(folder):
+    body = ast.parse((folder / "__init__.py").read_text()).body
+    (listed,) = (ast.literal_eval(x.value) for x in body if isinstance(x, ast.Assign))
+    bound = {a.name for x in body if isinstance(x, ast.ImportFrom) for a in x.names}
+    bound |= {x.name for x in body if isinstance(x, ast.FunctionDef)}
+    modules = {
+        path.stem
+        for path in folder.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    } - {"__init__", "__main__"}
+    assert modules <= set(listed) <= modules | bound
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

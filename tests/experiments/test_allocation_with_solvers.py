@@ -229,7 +229,7 @@ def test_the_figure_has_a_panel_for_each_run_and_solver_and_a_line_for_each_rule
         ("seeds", (), "seeds must name at least one"),
         ("draws", (1, 1), "draws must be named once"),
         ("sequences", 20, "sequences must be a multiple of 16"),
-        ("steps", 0, "steps >= 1"),
+        ("steps", 0, "eval_tokens must be >= 0 and steps >= 1, got 0 and 0"),
     ],
 )
 def test_what_could_only_fail_later_is_refused_first(field, value, match, tmp_path):

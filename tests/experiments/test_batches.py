@@ -106,7 +106,7 @@ def test_a_negative_step_is_refused():
     "make", [functools.partial(Batches, seed=0), validation_batches]
 )
 def test_tokens_must_be_a_vector_of_integers(make, tokens):
-    with pytest.raises(TypeError, match="vector of integers, got"):
+    with pytest.raises(TypeError, match=r"^tokens must be a vector of integers, got"):
         make(tokens, batch_size=2, context=8)
 
 

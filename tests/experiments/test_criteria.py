@@ -8,7 +8,7 @@ import pytest
 
 import jaxprune as jp
 from experiments.harness.criteria import CRITERIA, EXPONENTS, Watched, averages
-from experiments.tasks.language_model import ADAMW, EVERYTHING, optimizer
+from experiments.harness.optimizer import ADAMW, EVERYTHING, optimizer
 
 STEPS, CLIP, B2 = 5, 1.0, 0.99
 NAME = "mlp/kernel"

@@ -18,9 +18,11 @@ from safetensors.numpy import save_file
 import jaxprune as jp
 from experiments import finetuned_llm
 from experiments.harness import checkpoint, stages, training
+from experiments.harness.optimizer import optimizer
 from experiments.report import results as results_
-from experiments.tasks import language_model, tiny_directory
+from experiments.tasks import tiny_directory
 from jaxprune.models import hf
+from tests.support import oracles
 from tests.support.tiny_run import snapshot, write_text
 
 LENGTH, STEPS, RETRAIN, TOKENS, BOS = 16, 6, 3, 70, 256
@@ -99,9 +101,7 @@ def ended(run):
     params = nnx.to_pure_dict(nnx.state(loaded(run.model), nnx.Param))
     trained = lambda name: not name.startswith("embedding")  # noqa: E731
     rate = optax.constant_schedule(0.0)
-    tx = language_model.optimizer(
-        rate, track=("square", "weight"), trained=trained, watched=trained
-    )
+    tx = optimizer(rate, track=("square", "weight"), trained=trained, watched=trained)
     target = jax.eval_shape(lambda: training.init(params, tx))
     state = checkpoint.restore(folder, target).state
     square = jp.tree.named_leaves(jp.get_importance(state.opt_state).square)
@@ -150,13 +150,8 @@ def held_out(files):
 
 
 def kept_by_hand(scores):
-    """Sorts all scores together; the first of equal ones stay."""
-    flat = np.concatenate([score.ravel() for score in scores.values()])
-    kept = np.zeros(flat.size, bool)
-    count = flat.size - round(SPARSITY * flat.size)
-    kept[np.argsort(-flat, kind="stable")[:count]] = True
-    parts = np.split(kept, np.cumsum([s.size for s in scores.values()])[:-1])
-    return {n: p.reshape(scores[n].shape) for n, p in zip(scores, parts, strict=True)}
+    kept = oracles.keep_global([*scores.values()], SPARSITY)
+    return dict(zip(scores, kept, strict=True))
 
 
 def scores_by_hand(criterion, began, ended):

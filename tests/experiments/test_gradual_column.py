@@ -10,9 +10,9 @@ import tyro
 import jaxprune as jp
 from experiments import gpt, scaled_down_llm
 from experiments.datasets import load
-from experiments.harness.trainer import Trainer
-from experiments.tasks.language import LanguageTask
+from experiments.harness.seed_trainer import SeedTrainer
 from experiments.tasks.language_model import LanguageModel
+from experiments.tasks.language_task import LanguageTask
 from tests.support.tiny_run import BATCH, CONTEXT, RETRAIN, flags, write_text
 
 COLUMN = [
@@ -34,7 +34,7 @@ def test_its_steps_end_at_the_cells_sparsity(text, tmp_path, allocation):
     corpus = load(text=text)
     shape = gpt.preset("cpu", vocab_size=len(corpus.vocabulary))
     task = LanguageTask(LanguageModel(shape), corpus)
-    trainer = Trainer(0, config.plan(), task, out, None, {}, None)
+    trainer = SeedTrainer(0, config.plan(), task, out, None, {}, None)
     dense = task.init(0)
     params, tokens = trainer.prune_gradually("retrain/cell", dense, 0.9, allocation)
     assert tokens == RETRAIN * BATCH * CONTEXT

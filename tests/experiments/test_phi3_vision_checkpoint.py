@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 import jaxprune as jp
 from experiments import phi3_vision
 from experiments.harness import device_mesh, training
+from experiments.harness.optimizer import EVERYTHING
 from experiments.tasks import picture_model
-from experiments.tasks.language_model import EVERYTHING
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import Unknown
 from jaxprune.models import hf

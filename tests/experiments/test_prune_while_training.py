@@ -12,7 +12,7 @@ import pytest
 
 from experiments import gpt, prune_while_training
 from experiments.harness import training
-from experiments.prune_while_training import methods, shown
+from experiments.prune_while_training import methods, report
 from experiments.prune_while_training.config import Cell
 from experiments.prune_while_training.run import Run, distilled
 from experiments.tasks.language_model import LanguageModel
@@ -252,7 +252,7 @@ def test_the_table_is_of_each_method_at_its_own_best_rate():
         cell("once", 0.8, 1e-3, 0, 1.95),
     ]
     results = {"cells": cells, "config": {"tune_sparsity": 0.9, "tune_seed": 0}}
-    (table,) = shown.tables(results)
+    (table,) = report.tables(results)
     (once,) = (row for row in table.rows if row[0] == "once")
     # 2.1 - 1.9 and 2.0 - 1.7; at 80 % 1.95 - 1.9.
     assert once[1:] == ["0.001", "+0.050 (1)", "+0.250 ± 0.071 (2)"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.report import figures, made, sections, write_report
+from experiments.report import figures, provenance, sections, write_report
 from experiments.report import results as results_
 from jaxprune.report import canvas
 from tests.support.synthetic import Page, synthetic
@@ -154,14 +154,14 @@ def test_columns_that_were_not_measured_are_left_out():
 
 
 def test_the_command_is_the_recorded_one_or_made_from_the_configuration(results):
-    assert made.command(results) == (
+    assert provenance.command(results) == (
         "python -m experiments.scaled_down_llm --preset cpu --seeds 0 1 2 --sparsities "
         "0.0 0.3 0.5 0.6 0.7 0.8 0.9 0.95 --learning-rate 0.001 --no-smoke"
     )
     nested = results | {"config": {"a": {"b_c": True}, "out": "my runs"}}
-    assert made.command(nested).endswith("--a.b-c --out 'my runs'")
+    assert provenance.command(nested).endswith("--a.b-c --out 'my runs'")
     recorded = "python -m experiments.scaled_down_llm --smoke"
-    assert made.command(results | {"command": recorded}) == recorded
+    assert provenance.command(results | {"command": recorded}) == recorded
     small = synthetic(seeds=1, criteria=1, allocations=("global",), layers=1)
     assert recorded in Page(sections.document(small | {"command": recorded})).text
 

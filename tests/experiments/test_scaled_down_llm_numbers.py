@@ -15,10 +15,12 @@ import jaxprune as jp
 from experiments import gpt, scaled_down_llm
 from experiments.datasets import load
 from experiments.harness import checkpoint, training
-from experiments.harness.weights import WATCHED_WEIGHTS
+from experiments.harness.optimizer import optimizer
+from experiments.harness.watched_weights import WATCHED_WEIGHTS
 from experiments.report import results as results_
-from experiments.tasks.language_model import LanguageModel, optimizer
+from experiments.tasks.language_model import LanguageModel
 from jaxprune.formats import atomic
+from tests.support import oracles
 from tests.support.tiny_run import (
     BATCH,
     CELLS,
@@ -161,13 +163,8 @@ def prunable(params):
 
 
 def kept_by_hand(scores, sparsity):
-    """Sorts all scores together; the first of equal ones stay."""
-    flat = np.concatenate([score.ravel() for score in scores.values()])
-    kept = np.zeros(flat.size, bool)
-    count = flat.size - round(sparsity * flat.size)
-    kept[np.argsort(-flat, kind="stable")[:count]] = True
-    parts = np.split(kept, np.cumsum([s.size for s in scores.values()])[:-1])
-    return {n: p.reshape(scores[n].shape) for n, p in zip(scores, parts, strict=True)}
+    kept = oracles.keep_global([*scores.values()], sparsity)
+    return dict(zip(scores, kept, strict=True))
 
 
 def scores_by_hand(criterion, state):

@@ -10,9 +10,9 @@ import jaxprune as jp
 from experiments.datasets import picture_questions
 from experiments.datasets.question_answers import Asked
 from experiments.harness import device_mesh, training
+from experiments.harness.optimizer import EVERYTHING, optimizer
 from experiments.tasks import picture_model
-from experiments.tasks.language_model import EVERYTHING, optimizer
-from experiments.tasks.pictures import PictureTask, VisionModel
+from experiments.tasks.picture_task import PictureTask, VisionModel
 from jaxprune.models.hf import vision_config
 
 

@@ -6,8 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from experiments.harness import checkpoint, multi_process
-from experiments.harness import run_dir as folders
+from experiments.harness import checkpoint, multi_process, run_dir
 from jaxprune.arrays import processes
 
 
@@ -61,8 +60,8 @@ def main(port, number, folder):
         ),
         "flags": attempt(multi_process.check_alike, {"steps": jax.process_index()}),
     }
-    with folders.locked(folder / "out"):
-        said["begun"] = [folders.begun(folder / "out", {"n": 1}) for _ in range(2)]
-        said["other"] = attempt(lambda n: folders.begun(folder / "out", {"n": n}), 2)
+    with run_dir.locked(folder / "out"):
+        said["begun"] = [run_dir.begun(folder / "out", {"n": 1}) for _ in range(2)]
+        said["other"] = attempt(lambda n: run_dir.begun(folder / "out", {"n": n}), 2)
     (folder / f"said-{number}.json").write_text(json.dumps(said))
     jax.distributed.shutdown()

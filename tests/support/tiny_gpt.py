@@ -11,7 +11,8 @@ import jaxprune as jp
 from experiments import gpt
 from experiments.datasets import Batches, validation_batches
 from experiments.harness import training
-from experiments.tasks.language_model import EVERYTHING, LanguageModel, optimizer
+from experiments.harness.optimizer import EVERYTHING, optimizer
+from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays import processes
 
 MODEL = LanguageModel(

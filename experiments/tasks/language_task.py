@@ -11,8 +11,9 @@ import optax
 
 import jaxprune as jp
 from experiments.datasets import Batches, Corpus, validation_batches
+from experiments.harness.optimizer import optimizer
 from experiments.harness.task import Looks, Mean
-from experiments.tasks.language_model import LanguageModel, optimizer
+from experiments.tasks.language_model import LanguageModel
 from jaxprune.typing import Params, Prunable
 
 

@@ -14,14 +14,14 @@ import jaxprune as jp
 from experiments.datasets import prefetch
 from experiments.harness import checkpoint, device_mesh, training
 from experiments.harness.criteria import Watched, averages
+from experiments.harness.optimizer import ADAMW, schedule
 from experiments.harness.plan import Plan
 from experiments.harness.records import MetricsLog
 from experiments.harness.solvers import rankings
 from experiments.harness.task import Task
-from experiments.tasks.language_model import ADAMW, schedule
 
 
-class Trainer:
+class SeedTrainer:
     """Trains and retrains; a run found in the directory continues."""
 
     def __init__(
@@ -29,7 +29,7 @@ class Trainer:
         seed: int,
         plan: Plan,
         task: Task,
-        folder: Path,
+        directory: Path,
         log: MetricsLog | None,
         identity: Mapping[str, Any],
         mesh: Mesh | None,
@@ -39,7 +39,7 @@ class Trainer:
         `log` is None on processes that write nothing.
         """
         self._seed, self._plan, self._task, self._mesh = seed, plan, task, mesh
-        self._folder, self._log = folder, log
+        self._directory, self._log = directory, log
         self._identity = {**identity, "seed": seed}
         self._batches = task.batches(plan.batch_size, seed)
         self._watching = _watching(
@@ -66,7 +66,7 @@ class Trainer:
         """The trained parameters and what was tracked on the way to them."""
         tx, _ = self._watching
         target = training.abstract(self._task.shapes, tx, mesh=self._mesh)
-        state = checkpoint.restore(self._folder / "train", target).state
+        state = checkpoint.restore(self._directory / "train", target).state
         tracked = jp.get_importance(state.opt_state)
         adam = tracked
         if "trajectory_adam" in rankings(self._plan.criteria):
@@ -152,7 +152,7 @@ class Trainer:
             steps=steps,
             key=jax.random.key(self._seed),
             checkpoints=training.Checkpoints(
-                self._folder / stage,
+                self._directory / stage,
                 {**self._identity, "stage": stage},
                 plan.checkpoint_every,
             ),

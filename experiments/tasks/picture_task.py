@@ -19,8 +19,8 @@ from PIL import Image
 
 import jaxprune as jp
 from experiments.datasets.question_answers import Asked
+from experiments.harness.optimizer import frozen, optimizer
 from experiments.harness.task import Looks, Mean
-from experiments.tasks import language_model
 from experiments.tasks.pure_model import PureModel
 from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
@@ -207,7 +207,7 @@ class PictureTask:
         self, learning_rate: optax.ScalarOrSchedule, *, track: Collection[str]
     ) -> optax.GradientTransformation:
         """AdamW of the leaves that are trained; the others have no moments."""
-        return language_model.optimizer(
+        return optimizer(
             learning_rate,
             track=track,
             trained=self.trained,
@@ -225,7 +225,7 @@ class PictureTask:
 
     def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
         """Mean nats of the answers' tokens, their end included."""
-        params = language_model.frozen(params, self.trained)
+        params = frozen(params, self.trained)
         losses = self.token_losses(params, inputs, targets)
         return losses.sum() / (targets >= 0).sum()
 
