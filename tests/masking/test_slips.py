@@ -147,6 +147,14 @@ SLIPS = {
         lambda: jp.methods.named("gpt"),
         r"method must be one of magnitude, .*, got 'gpt'",
     ),
+    "method=None": (
+        lambda: jp.methods.named(None),
+        r"method must be one of .* such as jp\.methods\.SparseGPT\(\), got None",
+    ),
+    "a method's class": (
+        lambda: jp.methods.named(jp.methods.Wanda),
+        r"method must be one of .* such as jp\.methods\.SparseGPT\(\), got <class",
+    ),
 }
 
 
