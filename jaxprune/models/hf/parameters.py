@@ -87,7 +87,7 @@ def to_tensors(
 
 
 def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
-    """The compute dtype of a folder: bfloat16 where most weights are in it."""
+    """The compute dtype of a directory: bfloat16 where most weights are in it."""
     sizes: Counter[str] = Counter()
     for source in names.values():
         own = sum(math.prod(directory.tensors[name].shape) for name in source.names)
