@@ -232,7 +232,7 @@ def _say_left(
 ) -> None:
     pruned = {*names}
     reasons = Counter(
-        parse.why_kept(name, info, exclude) or "not a matrix of a layer's product"
+        parse.why_kept(name, info, exclude) or "not the matrix of a linear op"
         for name, info in source.tensors.items()
         if name not in pruned
     )

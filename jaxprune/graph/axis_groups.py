@@ -148,7 +148,7 @@ def axis_groups(
       down:1  1 x 3  18       1        no: is an axis of the result
       up:0    1 x 2  12       1        no: is an axis of the batch
     """
-    trace = axis_trace.walk(fn, params, batch)
+    trace = axis_trace.trace_axes(fn, params, batch)
     places: dict[Dim, list[tuple[LeafAxes, Member, tuple[int, ...]]]] = {}
     inner: dict[Dim, Dim] = {}
     for leaf in trace.leaves:
