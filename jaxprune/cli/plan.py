@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.messages import columns
 from jaxprune.cli import estimates, inputs, models, parse, work
 from jaxprune.cli import prune_with_calibration as calibrated
-from jaxprune.cli.console import Console, columns
+from jaxprune.cli.console import Console
 from jaxprune.cli.estimates import Needs
 from jaxprune.cli.prune_options import Job, Meaning
 from jaxprune.cli.shrink_options import Job as ShrinkJob
@@ -93,7 +94,7 @@ def shrink(
         )
     else:
         rows = [[what, f"{now:,}", f"{then:,}"] for what, now, then in shapes]
-        console.say(columns(["", "now", "then"], rows))
+        console.say(columns([["", "now", "then"], *rows], right=True))
     _say_texts(job, ready, console)
     needs = _shrinking(job, source, estimates.work(job, model, ready), layers)
     _say_needs(needs, console)
@@ -224,7 +225,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return columns(["to be pruned", "shape", "count", "weights"], cells)
+    header = ["to be pruned", "shape", "count", "weights"]
+    return columns([header, *cells], right=True)
 
 
 def _say_left(

@@ -7,6 +7,7 @@ import jax
 
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.messages import columns
 from jaxprune.cli import (
     defaults,
     inputs,
@@ -19,8 +20,8 @@ from jaxprune.cli import (
     shrink_units,
     work,
 )
-from jaxprune.cli.console import Console, columns
-from jaxprune.cli.eval import measure, number
+from jaxprune.cli.console import Console
+from jaxprune.cli.eval import by_stage, measure, number
 from jaxprune.evaluation import speed
 from jaxprune.evaluation.machine import Costs
 from jaxprune.formats import rewrite
@@ -213,20 +214,15 @@ def _write(
 def _summary(record: dict[str, Any]) -> str:
     """The results for people."""
     lines = []
-    if found := record["perplexity"]:
-        first = next(iter(found.values()))
-        stages = [s for s in ("dense", "shrunk", "distilled") if s in first]
-        rows = [
-            [name, *(number(of[stage]["perplexity"]) for stage in stages)]
-            for name, of in found.items()
-        ]
-        lines.append(columns(["perplexity", *stages], rows))
+    if record["perplexity"]:
+        lines.append(by_stage(record))
     if timed := record.get("speed"):
         rows = [
             [kind, *(f"{timed[when][kind]:,.1f}" for when in ("before", "after"))]
             for kind in ("prefill", "decode")
         ]
-        lines.append(columns(["tokens per second", "before", "after"], rows))
+        header = ["tokens per second", "before", "after"]
+        lines.append(columns([header, *rows], right=True))
     before, after = (record["sizes"][when] for when in ("before", "after"))
     lines.append(
         f"{after['parameters']:,} of {before['parameters']:,} parameters, "

@@ -95,6 +95,11 @@ def unpack(packed: Any) -> Masks:
     return jax.tree.map(_unpack, packed, is_leaf=is_packed)
 
 
+def leaf_name(name: str) -> str:
+    """The leaf's name, of that of a packed mask's bits: "w" of "w/bits"."""
+    return name.removesuffix("bits").removesuffix("/")
+
+
 @jax.jit
 def _pack(mask: jax.Array) -> PackedMask:
     row = jnp.atleast_1d(mask)

@@ -17,8 +17,9 @@ from flax import nnx
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import LazyArray
+from jaxprune.arrays.messages import listed
 from jaxprune.formats.checkpoint_dir import CheckpointDir
-from jaxprune.models.hf.tensor_names import Source, listed
+from jaxprune.models.hf.tensor_names import Source
 
 Dtype = Literal["float32", "bfloat16"]
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
