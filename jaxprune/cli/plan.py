@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import columns
-from jaxprune.cli import estimates, inputs, models, parse, work
+from jaxprune.cli import estimates, inputs, models, parse, progress_dir
 from jaxprune.cli import prune_with_calibration as calibrated
 from jaxprune.cli.console import Console
 from jaxprune.cli.estimates import Needs
@@ -114,7 +114,7 @@ def _streaming(
 ) -> tuple[CheckpointDir, set[str], Needs, inputs.Ready | None]:
     source = open_directory(job.model)
     parse.check_globs(job.exclude, source.tensors)
-    work.check_room(job, source, 1)
+    progress_dir.check_room(job, source, 1)
     prune_magnitude.to_prune(source, pattern, parse.streamed(job.exclude))
     names = {
         name
@@ -163,7 +163,7 @@ def _pruning(job: Job, meaning: Meaning, run: Any) -> Needs:
     return Needs(
         int(peak),
         estimates.seconds(flops + pruning + again),
-        copies * run.source.size + work.states(job, run.source),
+        copies * run.source.size + progress_dir.states(job, run.source),
     )
 
 
@@ -193,7 +193,7 @@ def _shrinking(
         2 * does.weights + activations + 3 * estimates.largest(does),
         does.weights + held,
     )
-    disk = source.size + work.states(job, source)
+    disk = source.size + progress_dir.states(job, source)
     return Needs(int(peak), estimates.seconds(flops + spoken + again), disk)
 
 

@@ -8,10 +8,10 @@ from jaxprune.cli import (
     defaults,
     launch,
     plan,
+    progress_dir,
     prune_options,
     prune_streaming,
     prune_with_calibration,
-    work,
 )
 from jaxprune.cli.console import Console
 from jaxprune.cli.eval import by_stage
@@ -33,7 +33,7 @@ class Prune(prune_options.Job):
             return self._run(console, launch.without_start(arguments))
 
     def _run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        processes.on_first(lambda: work.refuse_done(self, arguments))
+        processes.on_first(lambda: progress_dir.refuse_done(self, arguments))
         asked = defaults.method(self, console)
         job = asked.calibrated()
         meaning = processes.together(lambda: prune_options.check(job))

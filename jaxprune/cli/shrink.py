@@ -13,12 +13,12 @@ from jaxprune.cli import (
     inputs,
     models,
     plan,
+    progress_dir,
     provenance,
     recovery,
     shrink_options,
     shrink_search,
     shrink_units,
-    work,
 )
 from jaxprune.cli.console import Console
 from jaxprune.cli.eval import by_stage, measure, number
@@ -44,7 +44,7 @@ class Shrink(shrink_options.Job):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Shrinks the model; the record."""
-        work.refuse_done(self, arguments)
+        progress_dir.refuse_done(self, arguments)
         shrink_options.check(self)
         return defaults.lengths(self)._run(console, arguments)
 
@@ -55,12 +55,12 @@ class Shrink(shrink_options.Job):
             model = models.find(self.model, self)
             shrink_options.check_fits(self, source, model.config)
             ready = inputs.prepare(self, source)
-            work.check_room(self, source, 1)
+            progress_dir.check_room(self, source, 1)
         models.say_ignored(model, console)
         if self.plan:
             return plan.shrink(self, source, model, ready, console)
-        facts = work.facts(self, source, ready.calibration, ready.begins.why)
-        with work.held(self.work, {**facts, "asked": self.asked}):
+        facts = progress_dir.facts(self, source, ready.calibration, ready.begins.why)
+        with progress_dir.held(self.work, {**facts, "asked": self.asked}):
             small, record = _shrunk(self, ready, model.read(), console, costs)
             record |= provenance.making(arguments)
             _write(self, source, small, record, costs)
