@@ -32,8 +32,8 @@ def total(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.arrays import exact_sum as sums
-      >>> sums.total(jnp.array([0.5, 0.25, 2.0])).tolist()
+      >>> from jaxprune.arrays import exact_sum
+      >>> exact_sum.total(jnp.array([0.5, 0.25, 2.0])).tolist()
       [2.75]
     """
     if axis is None:

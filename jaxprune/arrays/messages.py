@@ -1,7 +1,7 @@
-"""Wording that the errors of every folder share."""
+"""Wording that the errors of every folder share, and tables of plain text."""
 
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
@@ -12,6 +12,30 @@ def listed(items: Iterable[Any], most: int = 6) -> str:
     items = list(items)
     shown = ", ".join(f"'{x}'" if isinstance(x, str) else str(x) for x in items[:most])
     return shown + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
+    """A table of plain text.
+
+    Args:
+      rows: cells, a header first where there is one.
+      right: whether all columns but the first are aligned to the right.
+
+    Returns:
+      Lines.
+
+    Example:
+      >>> print(columns([["name", "size"], ["a", "10"]], right=True))
+      name  size
+      a       10
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    side = str.rjust if right else str.ljust
+    lines = (
+        "  ".join([row[0].ljust(widths[0]), *map(side, row[1:], widths[1:])])
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def refuse_fractions(what: str, **settings: Any) -> None:

@@ -1,7 +1,7 @@
 """The first process of a distributed run acts alone, and all of them learn how it went.
 
-What depends on a folder (is it saved? which is the newest?) may look different to two
-processes that look at different moments. So one looks and sends its answer, or its
+What depends on a directory (is it saved? which is the newest?) may look different to
+two processes that look at different moments. So one looks and sends its answer, or its
 error, to the others; both must be picklable. All processes call these functions
 together. With one process they are plain calls.
 """

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.arrays import counting, lazy, tree
+from jaxprune.arrays.messages import columns
 
 
 class Sparsity(NamedTuple):
@@ -29,10 +30,11 @@ class Sparsity(NamedTuple):
     def __str__(self) -> str:
         """A table: one line a leaf, the total last."""
         rows = [*self.by_leaf.items(), ("total", (self.zeros, self.size))]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(
-            f"{name:<{width}}  {zeros / max(size, 1):7.2%}  of {size:,}"
-            for name, (zeros, size) in rows
+        return columns(
+            [
+                (name, f"{zeros / max(size, 1):7.2%}", f"of {size:,}")
+                for name, (zeros, size) in rows
+            ]
         )
 
 

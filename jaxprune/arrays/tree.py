@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from optax import MaskedNode
 
 from jaxprune.arrays.low_bit import is_int8
-from jaxprune.arrays.messages import listed
+from jaxprune.arrays.messages import columns, listed
 
 T = TypeVar("T")
 
@@ -247,12 +247,8 @@ class Explanation(tuple[Row, ...]):
         cells = [(row.name, str(row.shape), row.why or "pruned") for row in self]
         total = sum(math.prod(row.shape) for row in self)
         own = sum(math.prod(row.shape) for row in self if row.pruned)
-        widths = [max((len(c[i]) for c in cells), default=0) for i in range(2)]
-        lines = [
-            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {why}"
-            for name, shape, why in cells
-        ]
-        return "\n".join([*lines, f"{own:,} of {total:,} weights may be pruned"])
+        last = f"{own:,} of {total:,} weights may be pruned"
+        return f"{columns(cells)}\n{last}" if cells else last
 
 
 def explain(

@@ -7,7 +7,7 @@ and exit code 1. A long job shows a bar on a terminal, elsewhere a line now and 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from jaxprune.arrays.console_progress import Progress, to_stderr
@@ -77,27 +77,3 @@ def byte_progress(total: int, what: str) -> Iterator[Callable[[str, int, int], N
             before = done
 
         yield advance
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text: the first column left, the others right.
-
-    Args:
-      header: names of the columns.
-      rows: cells.
-
-    Returns:
-      Lines.
-
-    Example:
-      >>> print(columns(["name", "size"], [["a", "10"]]))
-      name  size
-      a       10
-    """
-    table = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in table
-    ]
-    return "\n".join(line.rstrip() for line in lines)

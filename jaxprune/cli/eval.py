@@ -7,10 +7,12 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.messages import columns
 from jaxprune.cli import models, parse
-from jaxprune.cli.console import Console, columns
+from jaxprune.cli.console import Console
 from jaxprune.evaluation import perplexity, texts
 from jaxprune.models import hf
+from jaxprune.report.stages import measured
 
 _CONTEXT = 512
 
@@ -133,7 +135,17 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         for name, of in found.items()
     ]
     header = ["text", "perplexity", "nats/token", "tokens", "context", "stride"]
-    return columns([*header, "by frequency"], rows)
+    return columns([[*header, "by frequency"], *rows], right=True)
+
+
+def by_stage(record: dict[str, Any]) -> str:
+    """The perplexity of a record at each stage, for people."""
+    stages = measured(record)
+    rows = [
+        [name, *(number(of[stage]["perplexity"]) for stage in stages)]
+        for name, of in record["perplexity"].items()
+    ]
+    return columns([["perplexity", *stages], *rows], right=True)
 
 
 def number(value: float | None) -> str:

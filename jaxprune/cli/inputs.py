@@ -61,7 +61,7 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
     if (files or job.own_sequences) and job.length > config.context:
         raise ValueError(
             f"--length must be at most the model's context {config.context}, got "
-            f"{job.length}"
+            f"{job.length}; give a shorter one, or leave it out"
         )
     tokenizer = needed_tokenizer(job.model, files)
     if tokenizer is None and job.own_sequences and (source.path / _TOKENIZER).is_file():

@@ -6,8 +6,9 @@ from typing import Annotated, Any, ClassVar, get_args
 
 import tyro
 
+from jaxprune.arrays.messages import columns
 from jaxprune.cli import parse
-from jaxprune.cli.console import Console, Options, columns
+from jaxprune.cli.console import Console, Options
 from jaxprune.formats import rewrite
 from jaxprune.formats.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.formats.compact_sizes import Sizes, packed_bytes, sizes
@@ -150,7 +151,7 @@ def _say(
         for row in rows
     ]
     header = ["tensor", "shape", "dtype", "zeros", "bytes", "pruned", "why"]
-    console.say(columns(header, table))
+    console.say(columns([header, *table], right=True))
     share = totals["zeros"] / max(totals["size"], 1)
     console.say(
         f"\n{totals['size']:,} weights, {share:.2%} of them zero, "

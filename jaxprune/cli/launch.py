@@ -65,7 +65,8 @@ def joined(
         if first != own:
             raise ValueError(
                 "all processes must be started with the same words, but the first one "
-                f"has '{' '.join(first)}' and another one '{' '.join(own)}'"
+                f"has '{' '.join(first)}' and another one '{' '.join(own)}'; give all "
+                "the same"
             )
 
     processes.together(check)

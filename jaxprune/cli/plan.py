@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxprune.arrays import tree
-from jaxprune.cli import estimates, inputs, models, parse, work
+from jaxprune.arrays.messages import columns
+from jaxprune.cli import estimates, inputs, models, parse, progress_dir
 from jaxprune.cli import prune_with_calibration as calibrated
-from jaxprune.cli.console import Console, columns
+from jaxprune.cli.console import Console
 from jaxprune.cli.estimates import Needs
 from jaxprune.cli.prune_options import Job, Meaning
 from jaxprune.cli.shrink_options import Job as ShrinkJob
@@ -94,7 +95,7 @@ def shrink(
         )
     if shapes:
         rows = [[what, f"{now:,}", f"{then:,}"] for what, now, then in shapes]
-        console.say(columns(["", "now", "then"], rows))
+        console.say(columns([["", "now", "then"], *rows], right=True))
     _say_texts(job, ready, console)
     needs = _shrinking(job, source, estimates.work(job, model, ready), layers)
     _say_needs(needs, console)
@@ -114,7 +115,7 @@ def _streaming(
 ) -> tuple[CheckpointDir, set[str], Needs, inputs.Ready | None]:
     source = open_directory(job.model)
     parse.check_globs(job.exclude, source.tensors)
-    work.check_room(job, source, 1)
+    progress_dir.check_room(job, source, 1)
     prune_magnitude.to_prune(source, pattern, parse.streamed(job.exclude))
     names = {
         name
@@ -163,7 +164,7 @@ def _pruning(job: Job, meaning: Meaning, run: Any) -> Needs:
     return Needs(
         int(peak),
         estimates.seconds(flops + pruning + again),
-        copies * run.source.size + work.states(job, run.source),
+        copies * run.source.size + progress_dir.states(job, run.source),
     )
 
 
@@ -193,7 +194,7 @@ def _shrinking(
         2 * does.weights + activations + 3 * estimates.largest(does),
         does.weights + held,
     )
-    disk = source.size + work.states(job, source)
+    disk = source.size + progress_dir.states(job, source)
     return Needs(int(peak), estimates.seconds(flops + spoken + again), disk)
 
 
@@ -225,7 +226,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return columns(["to be pruned", "shape", "count", "weights"], cells)
+    header = ["to be pruned", "shape", "count", "weights"]
+    return columns([header, *cells], right=True)
 
 
 def _say_left(
@@ -233,7 +235,7 @@ def _say_left(
 ) -> None:
     pruned = {*names}
     reasons = Counter(
-        parse.why_kept(name, info, exclude) or "not a matrix of a layer's product"
+        parse.why_kept(name, info, exclude) or "not the matrix of a linear op"
         for name, info in source.tensors.items()
         if name not in pruned
     )

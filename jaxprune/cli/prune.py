@@ -8,13 +8,13 @@ from jaxprune.cli import (
     defaults,
     launch,
     plan,
+    progress_dir,
     prune_options,
     prune_streaming,
     prune_with_calibration,
-    work,
 )
-from jaxprune.cli.console import Console, columns
-from jaxprune.cli.eval import number
+from jaxprune.cli.console import Console
+from jaxprune.cli.eval import by_stage
 from jaxprune.formats.checkpoint_dir import open_directory
 
 
@@ -33,7 +33,7 @@ class Prune(prune_options.Job):
             return self._run(console, launch.without_start(arguments))
 
     def _run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
-        processes.on_first(lambda: work.refuse_done(self, arguments))
+        processes.on_first(lambda: progress_dir.refuse_done(self, arguments))
         asked = defaults.method(self, console)
         job = asked.calibrated()
         meaning = processes.together(lambda: prune_options.check(job))
@@ -59,17 +59,8 @@ def _summary(record: dict[str, Any]) -> str:
     """The results for people."""
     sizes = record["sizes"]
     lines = []
-    if found := record.get("perplexity"):
-        stages = [
-            s
-            for s in ("dense", "pruned", "retrained", "distilled")
-            if s in _first(found)
-        ]
-        rows = [
-            [name, *(number(of[stage]["perplexity"]) for stage in stages)]
-            for name, of in found.items()
-        ]
-        lines.append(columns(["perplexity", *stages], rows))
+    if record.get("perplexity"):
+        lines.append(by_stage(record))
     lines.append(
         f"{record['achieved']:.4%} of {sizes['size']:,} weights are zero "
         f"({record['method']}, {record['pattern']}); {sizes['dense_bytes']:,} bytes, "
@@ -77,7 +68,3 @@ def _summary(record: dict[str, Any]) -> str:
         f"{record['seconds']:.1f} s"
     )
     return "\n".join(lines)
-
-
-def _first(found: dict[str, Any]) -> dict[str, Any]:
-    return next(iter(found.values()))

@@ -33,8 +33,9 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
       pattern: "per-layer" ranks the weights of a matrix together, "per-output" those of
         each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks. If
         left out, per-output for wanda and per-layer for the others.
-      allocation: how the sparsity is shared out: layer (to each matrix the same), erk
-        (by its shape), owl (layers with outliers keep more).
+      allocation: how the sparsity is shared out: layer, uniform or matrix (to each
+        matrix the same), global (one ranking of all magnitudes), erk (by its shape),
+        owl (layers with outliers keep more). Shares by name are for Python.
       damping: the damping of sparsegpt and alps, as a share of the Hessian's mean
         diagonal; 0.01 if left out.
       calibration_temperature: the temperature of what the model writes for

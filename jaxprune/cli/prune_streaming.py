@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxprune.cli import inputs, models, parse, provenance, work
+from jaxprune.cli import inputs, models, parse, progress_dir, provenance
 from jaxprune.cli.console import Console, byte_progress
 from jaxprune.cli.eval import measure
 from jaxprune.cli.prune_options import Job, Meaning
@@ -26,7 +26,7 @@ def prune(
     costs = Costs()
     source = open_directory(job.model)
     parse.check_globs(job.exclude, source.tensors)
-    work.check_room(job, source, 1)
+    progress_dir.check_room(job, source, 1)
     ready = inputs.prepare(job, source) if job.evaluate else None
     found: dict[str, Any] = {}
     if ready is not None:

@@ -19,10 +19,10 @@ from jaxprune.cli import (
     inputs,
     models,
     parse,
+    progress_dir,
     provenance,
     recovery,
     sample,
-    work,
 )
 from jaxprune.cli.console import Console, byte_progress
 from jaxprune.cli.eval import measure, number
@@ -45,7 +45,7 @@ def prune(
     """Prunes a model after a look at calibration texts; the record."""
     run = processes.together(lambda: begin(job, meaning, console))
     with contextlib.ExitStack() as place:
-        held = work.held(job.work, _facts(run))
+        held = progress_dir.held(job.work, _facts(run))
         processes.on_first(lambda: place.enter_context(held))
         return _prune(run, arguments)
 
@@ -97,7 +97,7 @@ def _facts(run: "Run") -> dict[str, Any]:
     """What decides the pruned weights, as far as it is known without reading any."""
     job, ready = run.job, run.ready
     return {
-        **work.facts(job, run.source, ready.calibration, ready.begins.why),
+        **progress_dir.facts(job, run.source, ready.calibration, ready.begins.why),
         "method": f"{job.method}: {parse.settings(run.meaning.method)}",
         "pattern": parse.pattern_word(run.meaning.pattern),
         "sparsity": job.sparsity,
@@ -164,7 +164,7 @@ def begin(job: Job, meaning: Meaning, console: Console) -> Run:
         model = models.find(job.model, job)
         prunable = parse.by_name(lambda leaf: model.names[leaf].names, job.exclude)
         _check_pattern(meaning, model, prunable)
-        work.check_room(job, source, 3 if job.refine else 2)
+        progress_dir.check_room(job, source, 3 if job.refine else 2)
     models.say_ignored(model, console)
     prompt = _prompt(job, ready, model.config.context)
     mesh = models.device_mesh(job)

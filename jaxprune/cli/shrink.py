@@ -8,20 +8,21 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.messages import columns
 from jaxprune.cli import (
     defaults,
     inputs,
     models,
     plan,
+    progress_dir,
     provenance,
     recovery,
     shrink_options,
     shrink_search,
     shrink_units,
-    work,
 )
-from jaxprune.cli.console import Console, columns
-from jaxprune.cli.eval import measure, number
+from jaxprune.cli.console import Console
+from jaxprune.cli.eval import by_stage, measure, number
 from jaxprune.evaluation import speed
 from jaxprune.evaluation.machine import Costs
 from jaxprune.formats import rewrite
@@ -45,7 +46,7 @@ class Shrink(shrink_options.Job):
 
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Shrinks the model; the record."""
-        work.refuse_done(self, arguments)
+        progress_dir.refuse_done(self, arguments)
         shrink_options.check(self)
         return defaults.lengths(self)._run(console, arguments)
 
@@ -56,12 +57,12 @@ class Shrink(shrink_options.Job):
             model = models.find(self.model, self)
             shrink_options.check_fits(self, source, model.config)
             ready = inputs.prepare(self, source)
-            work.check_room(self, source, 1)
+            progress_dir.check_room(self, source, 1)
         models.say_ignored(model, console)
         if self.plan:
             return plan.shrink(self, source, model, ready, console)
-        facts = work.facts(self, source, ready.calibration, ready.begins.why)
-        with work.held(self.work, {**facts, "asked": self.asked}):
+        facts = progress_dir.facts(self, source, ready.calibration, ready.begins.why)
+        with progress_dir.held(self.work, {**facts, "asked": self.asked}):
             small, record = _shrunk(self, ready, model.read(), console, costs)
             record |= provenance.making(arguments)
             _write(self, source, small, record, costs)
@@ -234,20 +235,15 @@ def _write(
 def _summary(record: dict[str, Any]) -> str:
     """The results for people."""
     lines = []
-    if found := record["perplexity"]:
-        first = next(iter(found.values()))
-        stages = [s for s in ("dense", "shrunk", "distilled") if s in first]
-        rows = [
-            [name, *(number(of[stage]["perplexity"]) for stage in stages)]
-            for name, of in found.items()
-        ]
-        lines.append(columns(["perplexity", *stages], rows))
+    if record["perplexity"]:
+        lines.append(by_stage(record))
     if timed := record.get("speed"):
         rows = [
             [kind, *(f"{timed[when][kind]:,.1f}" for when in ("before", "after"))]
             for kind in ("prefill", "decode")
         ]
-        lines.append(columns(["tokens per second", "before", "after"], rows))
+        header = ["tokens per second", "before", "after"]
+        lines.append(columns([header, *rows], right=True))
     before, after = (record["sizes"][when] for when in ("before", "after"))
     lines.append(
         f"{after['parameters']:,} of {before['parameters']:,} parameters, "

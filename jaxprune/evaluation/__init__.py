@@ -1,11 +1,12 @@
-"""Measuring, retraining and distilling a language model, in few lines.
-
-windows = perplexity.slide(tokens, context=512)
-perplexity.measure(model, windows)["perplexity"]
-"""
+"""Measuring, retraining and distilling a language model."""
 
 __all__ = [
+    "checkpoints",
     "distill",
+    "documents",
+    "expert_scores",
+    "layer_search",
+    "long_text",
     "machine",
     "perplexity",
     "retrain",

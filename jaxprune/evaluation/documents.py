@@ -57,9 +57,11 @@ def of_line(
         found = None
     own = _document(found, path, tokenizer) if isinstance(found, dict) else None
     if own is None:
+        shown = line if isinstance(line, str) else line.decode(errors="replace")
         raise ValueError(
             f"each line of '{path}' must be a JSON object with a 'text', or with "
-            f"'messages' that have a 'role' and a 'content', but {which} is not"
+            f"'messages' that have a 'role' and a 'content', but {which} is not: "
+            f"{shown.strip()[:60]!r}; mend it, or take it out"
         )
     return own
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprune.arrays.messages import listed
 from jaxprune.models.decoder.experts import Experts
 
 
@@ -71,9 +72,11 @@ def expert_scores(
       >>> scores.shape, given.sum(axis=1).tolist()
       ((2, 4), [48, 48])
     """
-    if not all("router" in layer["mlp"] for layer in params["layers"].values()):
+    dense = [i for i, layer in params["layers"].items() if "router" not in layer["mlp"]]
+    if dense:
         raise ValueError(
-            "expert_scores needs a model with experts in each layer, got one without"
+            "expert_scores needs a model with experts in each layer, but layers "
+            f"{listed(dense)} have none; jp.shrink removes neurons of such layers"
         )
 
     @jax.jit

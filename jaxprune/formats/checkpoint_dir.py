@@ -105,14 +105,14 @@ class CheckpointDir:
         return advance
 
 
-def open_directory(path: str | os.PathLike[str]) -> CheckpointDir:
+def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
     """Opens a directory with config.json and safetensors, reading headers only.
 
     Links are followed inside the directory, and from a snapshot of Hugging Face's cache
     to its blobs; a link that leads elsewhere is refused.
 
     Args:
-      path: a local directory; nothing is downloaded.
+      directory: a local one; nothing is downloaded.
 
     Returns:
       The opened directory.
@@ -136,7 +136,7 @@ def open_directory(path: str | os.PathLike[str]) -> CheckpointDir:
       >>> opened.tensors["w"].shape, opened.read("w").tolist()
       ((2, 2), [[1.0, 0.0], [0.0, 1.0]])
     """
-    directory = _directory(path)
+    directory = _directory(directory)
     config = _config(directory)
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
     weight_map = _index(directory)

@@ -16,10 +16,10 @@ from jaxprune.formats.safetensors_file import Damaged, Unknown
 def grid(source: CheckpointDir) -> Grid | None:
     """How a directory's jaxprune.json says that its weights were rounded, or None."""
     try:
-        told = rewrite.read_provenance(source.path).get("rounding")
+        given = rewrite.read_provenance(source.path).get("rounding")
     except (Unknown, Damaged):
         return None
-    match told:
+    match given:
         case {"bits": 4 | 8 as bits, "group": int(group)} if group > 0:
             return Grid(bits, group)
     return None
@@ -37,8 +37,8 @@ def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
       ceil(size / 8) + nonzero itemsize, or size itemsize where that is no more.
 
     Example:
-      >>> from jaxprune.formats import compact_sizes as compact
-      >>> compact.stored_bytes(400, 1000, 2)
+      >>> from jaxprune.formats import compact_sizes
+      >>> compact_sizes.stored_bytes(400, 1000, 2)
       925
     """
     return min(size * itemsize, -(-size // 8) + nonzero * itemsize)
@@ -82,12 +82,12 @@ class Sizes(NamedTuple):
 def sizes(source: CheckpointDir) -> Sizes:
     """Counts a directory's zeros exactly, tensor by tensor."""
     by_tensor, blank = {}, dict.fromkeys(source.tensors, 0)
-    told, rounded = grid(source), {}
+    given, rounded = grid(source), {}
     for name, info in source.tensors.items():
         size, filled = math.prod(info.shape), 0
         tensor = source.read(name)
-        if told is not None and levels.find(tensor, told) is not None:
-            rounded[name] = told
+        if given is not None and levels.find(tensor, given) is not None:
+            rounded[name] = given
         for bits in chunks(tensor):
             filled += int(np.count_nonzero(bits.view(info.dtype)))
             blank[name] += bits.size - int(np.count_nonzero(bits))

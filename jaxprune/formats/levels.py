@@ -88,7 +88,7 @@ def find(tensor: np.ndarray, grid: Grid) -> Scales | None:
     kinds = (np.float16, np.float32, BFLOAT16)
     if tensor.ndim < 2 or not tensor.size or tensor.dtype not in kinds:
         return None
-    whole = tensor.reshape(-1, *tensor.shape[-2:])
+    whole = tensor.reshape(-1, *tensor.shape[-2:])  # a stack of matrices
     for axis in (-1, -2):
         shape = scales_shape(tensor.shape, grid, axis)
         own = np.empty((len(whole), *shape[-2:]), BFLOAT16)
@@ -200,8 +200,8 @@ def _scales(rows: np.ndarray, grid: Grid) -> np.ndarray | None:
     padded = np.pad(rows, ((0, 0), (0, -size % grid.group)))
     groups = padded.reshape(-1, grid.group)  # (rows * groups, group)
     bits = groups.view(f"u{groups.dtype.itemsize}")
-    largest = np.max(np.abs(groups.astype(np.float32)), axis=1)
-    found = np.ones(len(groups), BFLOAT16)
+    largest = np.max(np.abs(groups.astype(np.float32)), axis=1)  # (rows * groups,)
+    found = np.ones(len(groups), BFLOAT16)  # a scale each
     left = np.flatnonzero((bits != 0).any(axis=1))
     # The largest weight's level is the highest, or not much below it.
     for level in range(grid.most, 0, -1):
@@ -213,6 +213,7 @@ def _scales(rows: np.ndarray, grid: Grid) -> np.ndarray | None:
                 near = (largest[left] / level).astype(BFLOAT16).view(np.int16) + step
                 scale = near.view(BFLOAT16)
                 wide = scale.astype(np.float32)[:, None]
+                # (left, group)
                 own = np.rint(groups[left].astype(np.float32) / wide)
                 again = (own * wide).astype(groups.dtype).view(bits.dtype)
             # Minus zero is no level, and NaN is none either.

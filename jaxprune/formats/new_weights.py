@@ -69,17 +69,17 @@ def write(
       >>> import numpy as np
       >>> from safetensors.numpy import save_file
       >>> from jaxprune.formats import checkpoint_dir, new_weights
-      >>> folder = pathlib.Path(tempfile.mkdtemp())
-      >>> (folder / "a").mkdir()
-      >>> _ = (folder / "a" / "config.json").write_text('{"width": 4}')
-      >>> save_file({"w": np.ones(4, "f4")}, folder / "a" / "model.safetensors")
-      >>> source = checkpoint_dir.open_directory(folder / "a")
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> (directory / "a").mkdir()
+      >>> _ = (directory / "a" / "config.json").write_text('{"width": 4}')
+      >>> save_file({"w": np.ones(4, "f4")}, directory / "a" / "model.safetensors")
+      >>> source = checkpoint_dir.open_directory(directory / "a")
       >>> half = np.ones(2, "f4")
       >>> new = new_weights.NewTensor("model.safetensors", half.dtype, (2,), half.copy)
       >>> _ = new_weights.write(
-      ...     source, folder / "b", {"width": 2}, {"w": new}, provenance={}
+      ...     source, directory / "b", {"width": 2}, {"w": new}, provenance={}
       ... )
-      >>> checkpoint_dir.open_directory(folder / "b").tensors["w"].shape
+      >>> checkpoint_dir.open_directory(directory / "b").tensors["w"].shape
       (2,)
     """
     place = atomic.apart(directory, source.path)

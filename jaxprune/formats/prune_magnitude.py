@@ -36,7 +36,7 @@ class Pruned(NamedTuple):
     """What became of a directory.
 
     Attributes:
-      path: the new folder.
+      path: the new directory.
       achieved: the share of zeros in the pruned tensors.
       tensors: name to (zeros, size) of each pruned tensor.
       skipped: the names of the tensors left alone.
@@ -50,7 +50,7 @@ class Pruned(NamedTuple):
 
 def prune_directory(
     source: CheckpointDir,
-    out: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     *,
     sparsity: float | Mapping[str, float] | None = None,
     pattern: Pattern = patterns.Unstructured(),
@@ -67,7 +67,7 @@ def prune_directory(
 
     Args:
       source: the directory.
-      out: the new folder, apart from the source.
+      directory: the new one, apart from the source.
       sparsity: the share to remove from each matrix, in [0, 1), or {glob on the name
         with "/" for ".": share}. None where the pattern fixes it.
       pattern: `Unstructured`, `PerOutput` or `NM`.
@@ -80,29 +80,29 @@ def prune_directory(
       finish: as for `rewrite.write`.
 
     Returns:
-      The new folder and its zeros.
+      The new directory and its zeros.
 
     Raises:
       ValueError: no tensor may be pruned, the sparsity or the pattern does not fit,
         weights are not finite, or as for `rewrite.write`.
       TypeError: the pattern is none of the three.
-      OSError: the folder could not be written.
+      OSError: the directory could not be written.
 
     Example:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> from safetensors.numpy import save_file
       >>> from jaxprune.formats import checkpoint_dir, prune_magnitude
-      >>> folder = pathlib.Path(tempfile.mkdtemp())
-      >>> (folder / "a").mkdir()
-      >>> _ = (folder / "a" / "config.json").write_text("{}")
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> (directory / "a").mkdir()
+      >>> _ = (directory / "a" / "config.json").write_text("{}")
       >>> weights = {"up.weight": np.array([[3.0, -1.0], [2.0, 4.0]], "f4")}
-      >>> save_file(weights, folder / "a" / "model.safetensors")
-      >>> model = checkpoint_dir.open_directory(folder / "a")
-      >>> done = prune_magnitude.prune_directory(model, folder / "b", sparsity=0.5)
+      >>> save_file(weights, directory / "a" / "model.safetensors")
+      >>> model = checkpoint_dir.open_directory(directory / "a")
+      >>> done = prune_magnitude.prune_directory(model, directory / "b", sparsity=0.5)
       >>> done.achieved
       0.5
-      >>> checkpoint_dir.open_directory(folder / "b").read("up.weight").tolist()
+      >>> checkpoint_dir.open_directory(directory / "b").read("up.weight").tolist()
       [[3.0, 0.0], [0.0, 4.0]]
     """
     if not isinstance(
@@ -125,7 +125,7 @@ def prune_directory(
     facts["sparsity"] = dict(asked) if isinstance(asked, Mapping) else float(asked or 0)
     paths = rewrite.write(
         source,
-        out,
+        directory,
         replaced,
         provenance=facts | dict(provenance or {}),
         overwrite=overwrite,
@@ -227,7 +227,7 @@ def _counts(
 def _pruned(
     source: CheckpointDir,
     name: str,
-    removed: int,
+    lost: int,
     pattern: Pattern,
     *,
     input_first: bool,
@@ -237,7 +237,7 @@ def _pruned(
     stack = array.reshape(math.prod(array.shape[:-2]), *array.shape[-2:])
     with jax.enable_x64(array.itemsize == 8):  # float64 is ranked as it is
         for matrix in stack:  # (out, in), or (in, out) if input_first
-            number = np.uint32(matrix.size - removed)  # may be over 2^31
+            number = np.uint32(matrix.size - lost)  # may be over 2^31
             kept = _kept(matrix, number, pattern, input_first=input_first)
             np.copyto(matrix, matrix.dtype.type(0), where=~np.asarray(kept))
     return array

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxprune.arrays.messages import columns
 from jaxprune.graph import axis_trace
 from jaxprune.graph.axis_dims import Dim, atoms, find
 from jaxprune.graph.axis_trace import AxisTrace, LeafAxes
@@ -103,12 +104,7 @@ class AxisGroups:
                     ": ".join([answer, *list(reasons)[:1]]),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
-            for row in rows
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        return columns(rows)
 
 
 def axis_groups(
@@ -148,7 +144,7 @@ def axis_groups(
       down:1  1 x 3  18       1        no: is an axis of the result
       up:0    1 x 2  12       1        no: is an axis of the batch
     """
-    trace = axis_trace.walk(fn, params, batch)
+    trace = axis_trace.trace_axes(fn, params, batch)
     places: dict[Dim, list[tuple[LeafAxes, Member, tuple[int, ...]]]] = {}
     inner: dict[Dim, Dim] = {}
     for leaf in trace.leaves:

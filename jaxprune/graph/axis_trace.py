@@ -66,7 +66,9 @@ class AxisTrace:
     nested: list[Dim]
 
 
-def walk(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> AxisTrace:
+def trace_axes(
+    fn: Callable[[Params, Any], Any], params: Params, batch: Any
+) -> AxisTrace:
     """Traces a function of parameters and a batch, and finds its axes' dimensions."""
     structure = None
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import columns
 from jaxprune.graph import joined_views, operands, weight_view
 from jaxprune.graph import program as program_
 from jaxprune.graph.operands import Input
@@ -115,16 +116,17 @@ class Trace:
         """A table: one line a linear op, then what could not be seen."""
         rows = [("weight", "batch x in x out", "input", "use", "kind")]
         rows += [
-            (p.name, " x ".join(map(str, p.shape)), str(p.input), str(p.use), p.kind)
-            for p in self.linear_ops
+            (
+                op.name,
+                " x ".join(map(str, op.shape)),
+                str(op.input),
+                str(op.use),
+                op.kind,
+            )
+            for op in self.linear_ops
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
-            for row in rows
-        ]
-        lines += [f"unseen: {name}: {why}" for name, why in self.unseen.items()]
-        return "\n".join(line.rstrip() for line in lines)
+        unseen = [f"unseen: {name}: {why}" for name, why in self.unseen.items()]
+        return "\n".join([columns(rows), *unseen])
 
 
 def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace:

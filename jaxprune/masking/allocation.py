@@ -197,7 +197,19 @@ class Ranked:
     needs_inputs = False
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
-        """The sparsity of each weight."""
+        """The sparsity of each weight.
+
+        Args:
+          weights: the weights to prune; each one's leaf has scores.
+          sparsity: the share to remove of all of them.
+
+        Returns:
+          A fraction for each weight, whose count is an integer.
+
+        Raises:
+          ValueError: a weight has no scores, or they are NaN or traced.
+          TypeError: they are not floating.
+        """
         named = floating(self.scores)
         if missing := sorted({weight.leaf for weight in weights} - named.keys()):
             raise ValueError(

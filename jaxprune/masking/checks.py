@@ -22,7 +22,11 @@ def floating(scores: Scores) -> dict[str, jax.Array]:
         if not tree.is_excluded(v)
     }
     if not named:
-        raise ValueError("scores must have at least one leaf to prune, but have none")
+        raise ValueError(
+            "scores must have at least one leaf to prune, but have none; make them by "
+            "a criterion such as jp.scores.magnitude(params), and see with "
+            "jp.tree.explain(params) what it prunes"
+        )
     if held := [name for name, leaf in named.items() if is_int8(leaf)]:
         raise TypeError(
             f"scores must be floating arrays, but {listed(held)} are averages in one "

@@ -45,8 +45,6 @@ def agreed(
       >>> counts.agreed(None, patterns.NM(2, 4))
       (0.5, Uniform())
     """
-    # A pattern may fix the sparsity; then none needs to be given, and no rule may share
-    # out another. ValueError if they disagree, TypeError for other kinds.
     if isinstance(allocation, Mapping):
         if sparsity is not None:
             raise ValueError(

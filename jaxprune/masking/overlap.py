@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 
 from jaxprune.arrays import counting, placement, tree
+from jaxprune.arrays.messages import columns
 from jaxprune.masking.checks import checked
 from jaxprune.typing import Masks
 
@@ -30,10 +31,11 @@ class Overlap(NamedTuple):
     def __str__(self) -> str:
         """A table: one line a leaf, the total last."""
         rows = [*self.by_leaf.items(), ("total", (self.both, self.either))]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(
-            f"{name:<{width}}  {both / either if either else 1:7.2%}  of {either:,}"
-            for name, (both, either) in rows
+        return columns(
+            [
+                (name, f"{both / either if either else 1:7.2%}", f"of {either:,}")
+                for name, (both, either) in rows
+            ]
         )
 
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import counting, placement
+from jaxprune.arrays import counting, placement, tree
+from jaxprune.arrays.messages import listed
 from jaxprune.masking.checks import checked
 from jaxprune.typing import Masks
 
@@ -91,9 +92,21 @@ def unpack(packed: Any) -> Masks:
       [True, False, True]
     """
     is_packed = lambda node: isinstance(node, PackedMask)  # noqa: E731
-    if not all(map(is_packed, jax.tree.leaves(packed, is_leaf=is_packed))):
-        raise TypeError("unpack needs what jp.masks.pack returned; got other leaves")
+    if other := [
+        name
+        for name, leaf in tree.named_leaves(packed, is_leaf=is_packed).items()
+        if not (is_packed(leaf) or tree.is_excluded(leaf))
+    ]:
+        raise TypeError(
+            f"unpack needs what jp.masks.pack returned, but {listed(other)} are not "
+            "packed; take masks of booleans as they are"
+        )
     return jax.tree.map(_unpack, packed, is_leaf=is_packed)
+
+
+def leaf_name(name: str) -> str:
+    """The leaf's name, of that of a packed mask's bits: "w" of "w/bits"."""
+    return name.removesuffix("bits").removesuffix("/")
 
 
 @jax.jit

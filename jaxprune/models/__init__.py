@@ -1,3 +1,10 @@
 """Reference models in Flax NNX; nothing of the pruning code needs them."""
 
-__all__ = ["decoder", "generate", "hf", "phi3_vision", "placement"]
+__all__ = [
+    "decoder",
+    "generate",
+    "hf",
+    "phi3_vision",
+    "placement",
+    "self_calibration",
+]

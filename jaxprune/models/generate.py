@@ -168,13 +168,13 @@ def _draw(
     keys = jax.random.split(key, sum(stretches) + slides)  # one a token
     time, done = window.shape[1], 0
     for steps in stretches:
-        drawn = _extend(model, x, keys[done : done + steps], draw)
+        drawn = _extend(model, x, keys[done : done + steps], draw)  # (batch, steps)
         window = jnp.concatenate([window, drawn], axis=1)
         x = jnp.concatenate([x, model.embed(drawn)], axis=1)
         done += steps
 
     def slide(window: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-        token = draw(model.next_logits(model.embed(window))[0], key)
+        token = draw(model.next_logits(model.embed(window))[0], key)  # (batch,)
         return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
 
     drawn = window[:, time:]  # (batch, sum(stretches))

@@ -11,7 +11,10 @@ __all__ = [
     "progress",
     "prune_trained",
     "refine",
+    "relative_error",
     "sequential",
+    "shrink_trained",
     "solve_weight",
     "solvers",
+    "unit_rows",
 ]

@@ -136,7 +136,8 @@ class Sums:
     def finish(self, names: tuple[str, ...]) -> dict[str, InputStatistics]:
         """The statistics of a group of weights by name; its sums are freed.
 
-        Refused where the input is not finite, or no position counts.
+        Raises:
+          ValueError: the input is not finite, or no position counts.
         """
         sums = self._sums.pop(names)
         if self._devices is None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from jaxprune.arrays.messages import chosen
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import alps, sparsegpt
 from jaxprune.posttraining.solvers.layer_problem import Solution
@@ -270,26 +271,22 @@ def named(method: Method | Name) -> Method:
 
     Raises:
       ValueError: the name is unknown, or a setting out of range.
+      TypeError: it is neither a name nor a method.
 
     Example:
       >>> import jaxprune as jp
       >>> jp.methods.named("wanda")
       Wanda(inputs='left', relative=False)
     """
-    if not isinstance(method, str):
-        if method.inputs not in get_args(Inputs):
-            raise ValueError(
-                f"a method's inputs must be one of {', '.join(get_args(Inputs))}, got "
-                f"{method.inputs!r}"
-            )
-        _check_correction(method)
-        return method
-    if method not in METHODS:
+    choices = "or a value such as jp.methods.SparseGPT()"
+    found = chosen("method", method, METHODS, "prune", choices)
+    if found.inputs not in get_args(Inputs):
         raise ValueError(
-            f"method must be one of {', '.join(METHODS)}, or a value of "
-            f"jaxprune.posttraining.methods, got {method!r}"
+            f"a method's inputs must be one of {', '.join(get_args(Inputs))}, got "
+            f"{found.inputs!r}"
         )
-    return METHODS[method]
+    _check_correction(found)
+    return found
 
 
 def correction(method: Method) -> float:

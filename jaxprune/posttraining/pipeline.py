@@ -157,8 +157,8 @@ class SegmentedProgram:
     ) -> dict[int, WeightView]:
         """The values of which a part changes and which the dense model needs still.
 
-        A product may be needed much later than the input of its weight is there: of
-        branches side by side, the last one to be computed meets the next layer.
+        A linear op may come much later than its input is there: of branches side by
+        side, the last one to be computed meets the next layer.
 
         Args:
           view: what changes.

@@ -179,10 +179,10 @@ def planned(
     known = [
         _known(op, leaves, seen.get(name), devices) for name, op in weights.items()
     ]
-    removed = counts.by_rule(agreed, rule, known, list(units.values()))
+    lost = counts.by_rule(agreed, rule, known, list(units.values()))
     kept = {
         name: _kept(units[name], count, weights[name].shape[0])
-        for name, count in zip(weights, removed, strict=True)
+        for name, count in zip(weights, lost, strict=True)
     }
     return Plan(method, pattern, sparsity, rule, units, kept, rounding)
 
@@ -239,7 +239,7 @@ def _units(pattern: Pattern, op: LinearOp) -> int:
     return batch * int(np.prod(units.shape))
 
 
-def _kept(units: int, removed: int, parts: int) -> list[int]:
+def _kept(units: int, lost: int, parts: int) -> list[int]:
     """What each matrix of a weight keeps; the first ones lose one unit more."""
-    share, more = divmod(removed, parts)
+    share, more = divmod(lost, parts)
     return [units // parts - share - (i < more) for i in range(parts)]

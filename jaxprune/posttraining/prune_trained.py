@@ -123,6 +123,7 @@ def prune_trained(
     Raises:
       ValueError: an argument does not fit, an input is not finite, a factorisation
         failed, or the directory is another job's; no result has been written then.
+      TypeError: an argument is of another kind than what it takes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -141,6 +142,10 @@ def prune_trained(
     batches = calibration.checked_batches(batches, "prune_trained")
     rounding = roundings.named(rounding)
     if refine is not None:
+        if not isinstance(refine, Refine):
+            raise TypeError(
+                f"refine must be a jp.Refine, got {refine!r}; give jp.Refine(passes=8)"
+            )
         refine.split(len(batches))
         if rounding is not None:
             raise ValueError(

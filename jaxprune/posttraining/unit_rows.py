@@ -115,11 +115,12 @@ def _consumers(
     array = jnp.asarray(numbers)
     for op in ops:
         seen = np.asarray(op.view.read(array))  # (batch, in, out)
-        rows = seen[:, :, 0]
+        rows = seen[:, :, 0]  # (batch, in)
         if (seen != rows[:, :, None]).any() or (rows == rows[:, :1]).all():
             continue  # it makes the units, or has nothing to do with them
         known = rows[rows >= 0]
         which = int(np.searchsorted(ends, known[0], "right")) - 1
+        # The inputs that have a unit, unit by unit.
         order = np.argsort(rows[0], kind="stable")[(rows[0] < 0).sum() :]
         units_ = ends[which + 1] - ends[which]
         found.append((names[which], Consumer(op, order.reshape(units_, -1))))

@@ -5,4 +5,5 @@ __all__ = [
     "page",
     "pruned_model",
     "shrunk_model",
+    "stages",
 ]

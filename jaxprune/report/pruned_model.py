@@ -13,8 +13,8 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from jaxprune.report import canvas, page
+from jaxprune.report.stages import measured
 
-STAGES = ("dense", "pruned", "retrained", "distilled")
 _WORST = 12
 _WIDEST = 40
 _MAP = LinearSegmentedColormap.from_list(
@@ -33,7 +33,6 @@ def document(record: Mapping[str, Any]) -> str:
     Returns:
       One HTML page that loads nothing.
     """
-    texts = (record.get("perplexity") or {}).values()
     rows = [row for row in record.get("weights") or () if row.get("error") is not None]
     return page.render(
         "pruned_model.html",
@@ -41,7 +40,7 @@ def document(record: Mapping[str, Any]) -> str:
         record=record,
         headline=headline(record),
         facts=_facts(record),
-        stages=[stage for stage in STAGES if all(stage in of for of in texts)],
+        stages=measured(record),
         zeros=_zeros(record),
         errors=_errors({row["name"]: row["error"] for row in rows}),
         unreached=[row for row in rows if row.get("by_magnitude")],
@@ -56,9 +55,9 @@ def headline(record: Mapping[str, Any]) -> str:
         f"were pruned by {record['method']}"
     )
     for name, of in (record.get("perplexity") or {}).items():
-        last = [stage for stage in STAGES if stage in of][-1]
         before, after = (
-            page.perplexity(of[stage]["perplexity"]) for stage in ("dense", last)
+            page.perplexity(of[stage]["perplexity"])
+            for stage in ("dense", measured(record)[-1])
         )
         return f"{what}: perplexity on {name} went from {before} to {after}."
     return f"{what}."

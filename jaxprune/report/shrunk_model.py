@@ -12,8 +12,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
 from jaxprune.report import canvas, page
+from jaxprune.report.stages import measured
 
-STAGES = ("dense", "shrunk", "distilled")
 _KINDS = {"ffn": "neurons", "heads": "heads", "query heads": "query heads"}
 _MOST = 64  # columns of a figure
 _MAP = LinearSegmentedColormap.from_list(
@@ -38,7 +38,7 @@ def document(record: Mapping[str, Any]) -> str:
         record=record,
         headline=headline(record),
         facts=_facts(record),
-        stages=stages(record),
+        stages=measured(record),
         sizes=_sizes(record["sizes"]),
         speed=_speed(record.get("speed")),
         search=_search(record.get("search", [])),
@@ -47,18 +47,13 @@ def document(record: Mapping[str, Any]) -> str:
     )
 
 
-def stages(record: Mapping[str, Any]) -> list[str]:
-    """The stages at which every text was measured."""
-    texts = (record.get("perplexity") or {}).values()
-    return [stage for stage in STAGES if all(stage in of for of in texts)]
-
-
 def headline(record: Mapping[str, Any]) -> str:
     """What happened, in a sentence of plain text."""
     parts = [f"{record['achieved']:.1%} of the parameters were removed"]
     for name, of in list((record.get("perplexity") or {}).items())[:1]:
         shown = [
-            page.perplexity(of[s]["perplexity"]) for s in ("dense", stages(record)[-1])
+            page.perplexity(of[stage]["perplexity"])
+            for stage in ("dense", measured(record)[-1])
         ]
         parts.append(f"perplexity on {name} went from {shown[0]} to {shown[1]}")
     if timed := record.get("speed"):

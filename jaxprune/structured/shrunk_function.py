@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune.arrays import lazy
 from jaxprune.arrays.messages import listed
 from jaxprune.graph.axis_dims import Dim, atoms, find, mask, pooled
-from jaxprune.graph.axis_trace import AxisTrace, LeafAxes, walk
+from jaxprune.graph.axis_trace import AxisTrace, LeafAxes, trace_axes
 from jaxprune.structured import cut
 from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
@@ -103,7 +103,7 @@ class ShrunkFunction:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jax.typeof(x).dtype), batch
         )
-        trace = walk(self._fn, jax.tree.unflatten(self._structure, dense), shapes)
+        trace = trace_axes(self._fn, jax.tree.unflatten(self._structure, dense), shapes)
         return Resized(trace, atom_masks(trace, self._cuts))
 
 

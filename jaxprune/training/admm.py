@@ -172,13 +172,13 @@ def admm(
             return (g + pull * apart).astype(g.dtype)
 
         updates = on_masked(pulled, kept, updates, split, params, rest=updates)
-        live = on_masked(lambda mask: mask | ~over, kept)
+        trained = on_masked(lambda mask: mask | ~over, kept)
         updates, inner = optimizer.update(
-            select(live, updates), inner, select(live, params), **extra_args
+            select(trained, updates), inner, select(trained, params), **extra_args
         )
         split = on_masked(lambda _, v: jnp.where(over, jnp.float32(0), v), kept, split)
         after = AdmmState(optax.safe_increment(step), held, split, gradients, inner)
-        return select(live, updates, params), after
+        return select(trained, updates, params), after
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -170,7 +170,7 @@ def _named(node: Any, params: Any) -> dict[str, Any]:
         return packing.unpack(packing.PackedMask(mask, like[name].shape))
 
     held = tree.named_leaves(_masks(node), is_leaf=_is_leaf)
-    names = [n.removesuffix("/bits") if _is_bits(m) else n for n, m in held.items()]
+    names = [packing.leaf_name(n) if _is_bits(m) else n for n, m in held.items()]
     return {n: unpacked(n, m) for n, m in zip(names, held.values(), strict=True)}
 
 

@@ -51,7 +51,7 @@ def unpacked(held: Any, params: Params) -> Masks:
     # By names: `nnx.Optimizer` hands its state on without its dataclasses.
     named = tree.named_leaves(params)
     bits = {
-        k if tree.is_excluded(v) else k.removesuffix("bits").removesuffix("/"): v
+        k if tree.is_excluded(v) else packing.leaf_name(k): v
         for k, v in tree.named_leaves(held).items()
     }
     own = [

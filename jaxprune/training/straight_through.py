@@ -142,10 +142,10 @@ def straight_through(
         again = jnp.any(masking.hit(step)) | ((step - first) % every == 0)
         due = again & (step >= first) & (step <= end)
         frozen, kept = step > end, masking.read(held, params)
-        live = on_masked(lambda mask: mask | ~frozen, kept)
+        trained = on_masked(lambda mask: mask | ~frozen, kept)
         before = _dense(parked, params)
         updates, inner = optimizer.update(
-            select(live, updates), inner, before, **extra_args
+            select(trained, updates), inner, before, **extra_args
         )
         dense = optax.apply_updates(before, updates)
         # Masks of the weights before the step would be a step too old for those that

@@ -97,11 +97,11 @@ SLIPS = {
     ),
     "unpack(masks)": (
         lambda: jp.masks.unpack(masks()),
-        r"unpack needs what jp\.masks\.pack returned",
+        r"needs what jp\.masks\.pack returned, but 'layer/kernel' are not packed",
     ),
     "make({})": (
         lambda: jp.masks.make({}, 0.5),
-        r"scores must have at least one leaf to prune, but have none",
+        r"scores must have at least one leaf to prune, but have none; make them",
     ),
     "track_importance(0.9)": (
         lambda: jp.track_importance(0.9),
@@ -146,6 +146,14 @@ SLIPS = {
     "no such method": (
         lambda: jp.methods.named("gpt"),
         r"method must be one of magnitude, .*, got 'gpt'",
+    ),
+    "method=None": (
+        lambda: jp.methods.named(None),
+        r"method must be one of .* such as jp\.methods\.SparseGPT\(\), got None",
+    ),
+    "a method's class": (
+        lambda: jp.methods.named(jp.methods.Wanda),
+        r"method must be one of .* such as jp\.methods\.SparseGPT\(\), got <class",
     ),
 }
 

@@ -35,6 +35,11 @@ def test_what_is_no_training_is_refused(wrong, named):
         jp.Refine(**wrong)
 
 
+def test_a_number_of_passes_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"got 8; give jp\.Refine\(passes=8\)"):
+        prune(refine=8)
+
+
 def test_one_batch_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="at least two batches"):
         prune(batches=BATCHES[:1], directory=tmp_path)

@@ -195,7 +195,7 @@ def test_over_a_mesh_the_levels_are_those_of_one_device():
     ("changes", "error", "told"),
     [
         ({"rounding": "int3"}, ValueError, "must be one of int4, int8"),
-        ({"rounding": 4}, TypeError, "rounding must be 'int4', 'int8' or a"),
+        ({"rounding": 4}, TypeError, "must be one of int4, int8, a value"),
         ({"refine": jp.Refine(passes=1)}, ValueError, "refine moves the weights off"),
         (
             {"pattern": jp.patterns.Block(4, 4)},

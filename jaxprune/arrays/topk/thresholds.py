@@ -56,10 +56,10 @@ def cut_together(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.arrays.topk import thresholds as select
+      >>> from jaxprune.arrays.topk import thresholds
       >>> scores = jnp.array([3.0, 1.0, 3.0])
-      >>> [cut] = select.cut_together([scores], 1)
-      >>> select.mask(scores, cut).tolist()
+      >>> [cut] = thresholds.cut_together([scores], 1)
+      >>> thresholds.mask(scores, cut).tolist()
       [True, False, False]
     """
     size = sum(leaf.size for leaf in scores)
@@ -89,10 +89,10 @@ def cut_each(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.arrays.topk import thresholds as select
+      >>> from jaxprune.arrays.topk import thresholds
       >>> scores = [jnp.array([3.0, 1.0]), jnp.array([5.0, 7.0])]
-      >>> cuts = select.cut_each(scores, [1, 1])
-      >>> [select.mask(*pair).tolist() for pair in zip(scores, cuts)]
+      >>> cuts = thresholds.cut_each(scores, [1, 1])
+      >>> [thresholds.mask(*pair).tolist() for pair in zip(scores, cuts)]
       [[True, False], [False, True]]
     """
     if isinstance(kept, jax.Array):

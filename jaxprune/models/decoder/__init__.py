@@ -1,3 +1,11 @@
 """One decoder-only transformer for the families of checkpoints."""
 
-__all__ = ["cache", "config", "layers", "model", "rope"]
+__all__ = [
+    "block",
+    "cache",
+    "config",
+    "experts",
+    "layers",
+    "model",
+    "rope",
+]

@@ -1,4 +1,4 @@
-"""A conversation as the text that a model was trained on, by its folder's template.
+"""A conversation as the text that a model was trained on, by its directory's template.
 
 The template is Jinja's, run in a sandbox, since it comes with the model. It sees what
 transformers' `apply_chat_template` gives it, but no clock: a template that would write
@@ -68,11 +68,11 @@ class ChatTemplate:
         return text
 
 
-def find(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
-    """The template of a folder: chat_template.jinja, or what tokenizer_config.json has.
+def find(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
+    """The template of a directory: chat_template.jinja, or tokenizer_config.json's.
 
     Args:
-      folder: of the model.
+      directory: of the model.
       settings: what tokenizer_config.json holds.
 
     Returns:
@@ -80,7 +80,7 @@ def find(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
       none that can be read, which stops nobody who does not chat.
     """
     source: Any = settings.get("chat_template")
-    if (path := folder / FILE).is_file():
+    if (path := directory / FILE).is_file():
         source = path.read_text(encoding="utf-8")
     elif isinstance(source, list):
         named = [of for of in source if isinstance(of, dict)]

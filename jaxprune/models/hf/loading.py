@@ -62,7 +62,7 @@ def load(
     """Reads a model's directory: config.json and safetensors.
 
     Args:
-      directory: a local folder; nothing is downloaded.
+      directory: a local directory; nothing is downloaded.
       dtype: of the parameters; None keeps each as it is stored, bit for bit.
       compute_dtype: of the products; None is `dtype`, or bfloat16 where most weights
         are stored in it, else float32.
@@ -79,8 +79,8 @@ def load(
       The model, its shape, which tensor each leaf came from, what was ignored.
 
     Raises:
-      FileNotFoundError: there is no such folder.
-      Unknown: the folder is no model that is understood here; the sentence names the
+      FileNotFoundError: there is no such directory.
+      Unknown: the directory is no model that is understood here; the sentence names the
         attributes or tensors.
       Damaged: a file is cut short, or tensors are missing, doubled or of another shape.
       ValueError: a dtype is not supported, or both `shardings` and `mesh` are given.
@@ -91,10 +91,10 @@ def load(
       >>> config = {"model_type": "gpt2", "vocab_size": 5, "n_positions": 4,
       ...           "n_embd": 2, "n_layer": 1, "n_head": 1}
       >>> model = Decoder(families.decoder_config(config), rngs=nnx.Rngs(0))
-      >>> folder = pathlib.Path(tempfile.mkdtemp())
-      >>> _ = (folder / "config.json").write_text(json.dumps(config))
-      >>> save_file(dict(tensors(model, config)), folder / "model.safetensors")
-      >>> load(folder).config.mlp_width
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> _ = (directory / "config.json").write_text(json.dumps(config))
+      >>> save_file(dict(tensors(model, config)), directory / "model.safetensors")
+      >>> load(directory).config.mlp_width
       8
     """
     parameters.check_options(dtype, compute_dtype, shardings, mesh)
@@ -151,7 +151,7 @@ def embedded(
     small model, is never in memory.
 
     Args:
-      directory: the folder that the model was loaded from.
+      directory: the directory that the model was loaded from.
       names: which tensors its leaves came from.
       config: its shape.
       tokens: integers (batch, time) in [0, vocab_size).

@@ -17,8 +17,9 @@ from flax import nnx
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import LazyArray
+from jaxprune.arrays.messages import listed
 from jaxprune.formats.checkpoint_dir import CheckpointDir
-from jaxprune.models.hf.tensor_names import Source, listed
+from jaxprune.models.hf.tensor_names import Source
 
 Dtype = Literal["float32", "bfloat16"]
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -87,7 +88,7 @@ def to_tensors(
 
 
 def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
-    """The compute dtype of a folder: bfloat16 where most weights are in it."""
+    """The compute dtype of a directory: bfloat16 where most weights are in it."""
     sizes: Counter[str] = Counter()
     for source in names.values():
         own = sum(math.prod(directory.tensors[name].shape) for name in source.names)

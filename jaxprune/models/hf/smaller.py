@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxprune.arrays import lazy, tree
+from jaxprune.arrays.messages import listed
 from jaxprune.formats import new_weights, rewrite
 from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.models.decoder.config import DecoderConfig
@@ -24,7 +25,7 @@ from jaxprune.models.hf import families
 from jaxprune.models.hf.loading import abstract
 from jaxprune.models.hf.parameters import shapes
 from jaxprune.models.hf.smaller_config import smaller_config
-from jaxprune.models.hf.tensor_names import Source, listed
+from jaxprune.models.hf.tensor_names import Source
 
 
 def keep_layers(

@@ -126,7 +126,7 @@ def _refuse(
     directory: CheckpointDir, unknown: list[str], damage: Mapping[str, list[str]]
 ) -> None:
     every = {"unknown": unknown, **damage}
-    if found := [f"{what}: {listed(names)}" for what, names in every.items() if names]:
+    if found := [f"{what}: {_listed(names)}" for what, names in every.items() if names]:
         kind = Damaged if any(damage.values()) else Unknown
         raise kind(
             f"'{directory.path}' must hold the tensors of the "
@@ -154,7 +154,7 @@ def _check_copy(directory: CheckpointDir, embedding: str, copy: str) -> None:
     )
 
 
-def listed(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     first = ", ".join(names[:_LISTED])
     more = len(names) - _LISTED

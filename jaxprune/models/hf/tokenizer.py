@@ -3,7 +3,7 @@
 tokenizer.json is read by the `tokenizers` package. Its template of special tokens is
 not applied, since it can put more than the beginning of a text into it; the token that
 a text begins with (BOS) is put there here, and whether it is, is said or read from the
-folder.
+directory.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ _GENERATION = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer and what its folder says of special tokens.
+    """A tokenizer and what its directory says of special tokens.
 
     Attributes:
       tokens: the `tokenizers.Tokenizer`.
       bos: the token that texts begin with; None if there is none.
       eos: the tokens that end a text.
       begins: whether texts begin with `bos` unless the caller says otherwise.
-      chat: how conversations are written; None where the folder does not say.
+      chat: how conversations are written; None where the directory does not say.
     """
 
     tokens: Any = dataclasses.field(repr=False)
@@ -56,7 +56,7 @@ class Tokenizer:
 
         Args:
           text: any text.
-          bos: whether to begin with `self.bos`; None does as the folder says.
+          bos: whether to begin with `self.bos`; None does as the directory says.
 
         Returns:
           Integers.
@@ -81,21 +81,21 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a model's folder.
+    """The tokenizer of a model's directory.
 
     A text begins with BOS where tokenizer_config.json says so (`add_bos_token`), or,
     where that says nothing, where tokenizer.json puts it.
 
     Args:
-      directory: a local folder with config.json, safetensors and tokenizer.json.
+      directory: a local directory with config.json, safetensors and tokenizer.json.
 
     Returns:
       The tokenizer.
 
     Raises:
-      FileNotFoundError: there is no such folder.
+      FileNotFoundError: there is no such directory.
       ModuleNotFoundError: the `tokenizers` package is not installed.
-      Unknown: the folder has no tokenizer.json.
+      Unknown: the directory has no tokenizer.json.
       Damaged: a file cannot be read as what it is.
     """
     opened = open_directory(directory)
@@ -122,14 +122,14 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     )
 
 
-def _read(folder: Path) -> Any:
-    path = folder / _FILE
+def _read(directory: Path) -> Any:
+    path = directory / _FILE
     if not path.is_file():
-        older = (folder / "tokenizer.model").is_file()
+        older = (directory / "tokenizer.model").is_file()
         other = " but a tokenizer.model" if older else ""
         raise Unknown(
-            f"'{folder}' has no {_FILE}{other}; make one with transformers: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            f"'{directory}' has no {_FILE}{other}; make one with transformers: "
+            "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
         )
     try:
         import tokenizers
@@ -147,8 +147,8 @@ def _read(folder: Path) -> Any:
     return tokens
 
 
-def _settings(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
+def _settings(directory: Path, name: str) -> dict[str, Any]:
+    path = directory / name
     if not path.is_file():
         return {}
     try:
@@ -161,15 +161,15 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _ids(
-    folder: Path, config: dict[str, Any], name: str, file: str = CONFIG
+    directory: Path, config: dict[str, Any], name: str, file: str = CONFIG
 ) -> list[int]:
     """The tokens that an attribute of a file names: one, a list, or none."""
     given = config.get(name)
     ids = [] if given is None else given if isinstance(given, list) else [given]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise Damaged(
-            f"'{folder / file}' must have a token or a list of tokens as {name}, got "
-            f"{given!r}"
+            f"'{directory / file}' must have a token or a list of tokens as {name}, "
+            f"got {given!r}"
         )
     return ids
 

@@ -202,7 +202,8 @@ def layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
         # (down * across, side^2): the rows of these crops in `image_tokens`.
         own = np.arange(crop, crop + down * across)[:, None] * side**2
         own = 2 + own + np.arange(side**2)[None]
-        own = own.reshape(down, across, side, side).transpose(0, 2, 1, 3)
+        own = own.reshape(down, across, side, side)
+        own = own.transpose(0, 2, 1, 3)  # (down, side, across, side)
         own = own.reshape(down * side, across * side)  # as they lie in the picture
         return np.pad(own, ((0, 0), (0, 1))).ravel()  # 0: the end of a row
 
@@ -254,6 +255,7 @@ def prompt(
             where = layout(own.rows, own.columns, config.side, firsts[int(part) - 1])
             tokens.append([-int(part)] * len(where))  # one for each image token
             sources.append(where)
+    # (time,), both
     ids = np.concatenate([np.asarray(part, np.int32) for part in tokens])
     rows = np.full(ids.shape, -1, np.int32)
     if sources:

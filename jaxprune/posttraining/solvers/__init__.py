@@ -2,6 +2,9 @@
 
 __all__ = [
     "alps",
+    "dense_target",
     "layer_problem",
+    "rounding",
     "sparsegpt",
+    "units",
 ]

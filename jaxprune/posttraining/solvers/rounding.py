@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxprune.arrays.messages import chosen
 from jaxprune.masking import patterns
 from jaxprune.typing import Pattern
 
@@ -127,16 +128,8 @@ class Rounding:
 
 def named(rounding: "Rounding | Name | None") -> Rounding | None:
     """A rounding from its name, the value itself, or None."""
+    if rounding is None:
+        return None
     known = {"int4": Rounding(4), "int8": Rounding(8)}
-    if isinstance(rounding, str):
-        if rounding not in known:
-            raise ValueError(
-                f"rounding must be one of {', '.join(known)}, or a jp.Rounding, got "
-                f"{rounding!r}"
-            )
-        return known[rounding]
-    if rounding is None or isinstance(rounding, Rounding):
-        return rounding
-    raise TypeError(
-        f"rounding must be 'int4', 'int8' or a jp.Rounding, got {rounding!r}"
-    )
+    choices = "a value such as jp.Rounding(bits=4), or None"
+    return chosen("rounding", rounding, known, "nearest", choices)

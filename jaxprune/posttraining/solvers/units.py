@@ -146,7 +146,7 @@ def _remove(
 
     start = _State(wide, inverse, jnp.ones(len(units), bool))
     kept = jax.lax.while_loop(unfinished, step, start).kept
-    rows = jnp.ones(len(weight), bool).at[units].set(kept[:, None])
+    rows = jnp.ones(len(weight), bool).at[units].set(kept[:, None])  # (in,)
     solved = solve_rows(wide, damped.matrix, rows)
     return Removal(solved.astype(weight.dtype), kept, damped.damping)
 
@@ -160,6 +160,7 @@ def _costs(
         block = jnp.diagonal(state.inverse)[units]  # (units, 1)
         costs = jnp.sum(jnp.square(weight[:, 0]), 1) / block[:, 0]
     else:
+        # (units, rows, rows)
         block = state.inverse[units[:, :, None], units[:, None, :]]
         identity = jnp.eye(units.shape[1], dtype=block.dtype)
         block = jnp.where(state.kept[:, None, None], block, identity)
@@ -181,14 +182,15 @@ def _without(
 ) -> _State:
     """The state once those of the chosen units that are going are gone."""
     rows = jnp.ravel(units[chosen])  # (chosen x rows,)
-    gone = jnp.repeat(going, units.shape[1])
+    gone = jnp.repeat(going, units.shape[1])  # (chosen x rows,)
     # Where a unit is not going, the identity stands for its block, and nothing moves.
     both = gone[:, None] & gone[None, :]
     block = state.inverse[rows[:, None], rows[None, :]]
     block = jnp.where(both, block, jnp.eye(len(rows), dtype=block.dtype))
     columns = jnp.where(gone, state.inverse[:, rows], 0)  # (in, chosen x rows)
-    weight = jnp.where(gone[:, None], state.weight[rows], 0)
+    weight = jnp.where(gone[:, None], state.weight[rows], 0)  # (chosen x rows, out)
     factor = jax.scipy.linalg.cho_factor(block, lower=True)
+    # (chosen x rows, out + in)
     move = jax.scipy.linalg.cho_solve(factor, jnp.concatenate([weight, columns.T], 1))
     outputs = weight.shape[1]
     new = state.weight - columns @ move[:, :outputs]
