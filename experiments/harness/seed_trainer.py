@@ -52,15 +52,13 @@ class SeedTrainer:
         """Trains the dense model, its checkpoints in "train".
 
         `evaluate` maps the state to what is reported on the way, as often as the task
-        looks. Returned are the tokens of this start, from where it began: what its
-        seconds are of; and their share of all.
+        looks. Returned are the tokens of this start and their share of all, as of
+        `_fit`.
         """
         plan, (tx, step_fn) = self._plan, self._watching
         state = training.init(self._task.init(self._seed), tx, mesh=self._mesh)
         every = max(plan.steps // self._task.looks.times, 1)
-        _, tokens = self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)
-        whole = plan.steps * plan.batch_size * self._task.length
-        return {"tokens": tokens, "share": tokens / whole}
+        return self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)[1]
 
     def watched(self) -> Watched:
         """The trained parameters and what was tracked on the way to them."""
@@ -83,8 +81,8 @@ class SeedTrainer:
 
     def retrain(
         self, stage: str, params: Any, masks: Callable[[], Any]
-    ) -> tuple[Any, int]:
-        """The parameters after `retrain_steps` more steps with masks, and the tokens.
+    ) -> tuple[Any, dict[str, float]]:
+        """The parameters after `retrain_steps` more steps with masks, and what they are.
 
         `masks` makes the masks, so that they are held only while they are needed.
         """
@@ -102,13 +100,13 @@ class SeedTrainer:
         tx = jp.keep_masks(inner, kept)
         state = training.init(pruned, tx, mesh=self._mesh)
         del kept, pruned, tx  # the state has them
-        state, tokens = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-        return state.params, tokens
+        state, done = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
+        return state.params, done
 
     def prune_gradually(
         self, stage: str, params: Any, sparsity: float, allocation: str
-    ) -> tuple[Any, int]:
-        """The parameters after `retrain_steps` steps that prune, and the tokens."""
+    ) -> tuple[Any, dict[str, float]]:
+        """The parameters after `retrain_steps` steps that prune, and what they are."""
         plan = self._plan
         tx, step_fn = _gradual(
             self._task,
@@ -118,8 +116,8 @@ class SeedTrainer:
             allocation,
         )
         state = training.init(jax.tree.map(jnp.copy, params), tx, mesh=self._mesh)
-        state, tokens = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-        return state.params, tokens
+        state, done = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
+        return state.params, done
 
     def _fit(
         self,
@@ -130,8 +128,12 @@ class SeedTrainer:
         offset: int,
         evaluate: Any = None,
         evaluate_every: int = 1,
-    ) -> tuple[training.TrainState, int]:
-        """The state after the last step, and the tokens from where this start began."""
+    ) -> tuple[training.TrainState, dict[str, float]]:
+        """The state after the last step, and what of the steps this start has done.
+
+        These are the tokens from where it began, which its seconds are of, and their
+        share of all.
+        """
         plan, log = self._plan, self._log
         labels = {"phase": stage, "seed": self._seed}
         begun = [0]
@@ -164,7 +166,8 @@ class SeedTrainer:
             prefetch=prefetch,
             donate=True,
         )
-        return state, (steps - begun[0]) * plan.batch_size * self._task.length
+        tokens = (steps - begun[0]) * plan.batch_size * self._task.length
+        return state, {"tokens": tokens, "share": 1 - begun[0] / steps}
 
 
 @functools.cache

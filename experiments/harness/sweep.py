@@ -128,14 +128,14 @@ class Seed:
     def _retrained(
         self,
         stage: str,
-        train: Callable[[str], tuple[Any, int]],
+        train: Callable[[str], tuple[Any, dict[str, float]]],
         then: Callable[[Any], dict[str, Any]] = lambda params: {},
     ) -> dict[str, Any]:
         """What is measured after `retrain_steps` more steps, taken by `train`."""
 
         def compute() -> dict[str, Any]:
-            trained, tokens = train(stage)
-            return {**self._measured(trained), **then(trained), "tokens": tokens}
+            trained, done = train(stage)
+            return {**self._measured(trained), **then(trained), **done}
 
         result = self._once(stage, compute)
         on_first(lambda: shutil.rmtree(self.directory / stage, ignore_errors=True))
@@ -191,8 +191,8 @@ class Seed:
 
     def _pruned_and_trained(
         self, stage: str, watched: Watched, cell: Cell
-    ) -> tuple[Any, int]:
-        """The parameters and the tokens after the steps that follow training."""
+    ) -> tuple[Any, dict[str, float]]:
+        """The parameters after the steps that follow training, and what was done."""
         if cell.criterion == GRADUAL:
             return self.trainer.prune_gradually(
                 stage, watched.params, cell.sparsity, cell.allocation

@@ -111,13 +111,17 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
         measured = 3.6e6 * phase["energy_kwh"]
         return measured or spent * phase["seconds"] / training["seconds"]
 
+    def done(name: str) -> float:
+        """The share of a phase that was measured, as of training."""
+        return phases.get(name, {}).get("share") or 1.0
+
     measured = training["energy_kwh"] > 0
     co2 = training["co2_kg"] / spent if measured else CO2_KG_A_KWH / 3.6e6
     return LifeCycle(
         training=spent / share - scale * tracked,
         tracking=scale * tracked,
         sweep=cost("prune"),
-        retraining=cost("control"),
+        retraining=cost("control") / done("control"),
         serving={
             batch: {row["sparsity"]: _serving(row, batch, scale) for row in costs}
             for batch in BATCHES

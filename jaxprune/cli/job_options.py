@@ -168,13 +168,8 @@ def check(job: JobOptions) -> None:
         raise ValueError(
             f"--distill-hidden must be at least 0, got {job.distill_hidden}"
         )
-    for flag, given in (
-        ("text", bool(job.distill_text)),
-        ("train", job.distill_train != JobOptions.distill_train),
-        ("hidden", job.distill_hidden != JobOptions.distill_hidden),
-    ):
-        if given and not job.distill_steps:
-            raise ValueError(f"--distill-{flag} needs --distill-steps N")
+    idle = ("distill_text", "distill_train", "distill_hidden", "distill_learning_rate")
+    parse.check_idle(job, "--distill-steps N", job.distill_steps, *idle)
     if job.calibration.count(SELF) > 1:
         raise ValueError("--calibration self is given twice; once is enough")
     texts.check_files((*job.calibration_files, *job.evaluate, *job.distill_text))

@@ -133,6 +133,14 @@ def check_at_least_one(**options: int | None) -> None:
             raise ValueError(f"--{flag} must be at least 1, got {value}")
 
 
+def check_idle(options: Any, needed: str, on: Any, *names: str) -> None:
+    """Refuses options that do nothing without another one, which is `on` or not."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in names:
+        if not on and getattr(options, name) != defaults[name]:
+            raise ValueError(f"--{name.replace('_', '-')} needs {needed}")
+
+
 def check_seed(seed: int) -> None:
     """Refuses a seed that no generator takes."""
     if not 0 <= seed < 2**63:

@@ -179,6 +179,13 @@ def check(job: Job) -> Meaning:
             f"{job.retrain_steps}, {job.prompt_steps} and {job.refine}"
         )
     _check_own(job)
+    for needed, on, name in (
+        ("--refine N", job.refine, "refine_learning_rate"),
+        ("--retrain-steps N", job.retrain_steps, "retrain_learning_rate"),
+        ("--bits N, whose scales it is for", job.bits, "group"),
+        ("--calibration self", job.own_sequences, "calibration_temperature"),
+    ):
+        parse.check_idle(job, needed, on, name)
     _check_retraining(job)
     _check_rounding(job, pattern)
     _check_devices(job)
@@ -261,8 +268,6 @@ def _check_retraining(job: Job) -> None:
 def _check_rounding(job: Job, pattern: Pattern) -> None:
     """Refuses what would move weights off their levels."""
     if job.rounding is None:
-        if job.group != Job.group:
-            raise ValueError("--group needs --bits N, whose scales it is for")
         return
     if (job.method or "sparsegpt") == "sparsegpt":
         job.rounding.block(pattern)
@@ -291,6 +296,8 @@ def _check_streaming(job: Job, pattern: Pattern, rule: allocations.Rule) -> None
             (f"--pattern {job.pattern}", not isinstance(pattern, known)),
             ("--bits", job.bits is not None),
             ("--prompt", job.prompt is not None),
+            # No tokens are no prompt, as is asked for here.
+            ("--prompt-steps", job.prompt_steps not in (0, Job.prompt_steps)),
             ("--refine", job.refine > 0),
             ("--retrain-steps", job.retrain_steps > 0),
             ("--distill-steps", job.distill_steps > 0),

@@ -221,6 +221,11 @@ def test_a_disk_that_is_mounted_is_no_place_for_a_result(place, capsys, monkeypa
         (["--group", "64"], "--group needs --bits"),
         (["--distill-train", "lora"], "--distill-train needs --distill-steps"),
         (["--distill-hidden", "0.5"], "--distill-hidden needs --distill-steps"),
+        (["--distill-learning-rate", "0.1"], "rate needs --distill-steps N"),
+        (["--retrain-learning-rate", "0.1"], "rate needs --retrain-steps N"),
+        (["--refine-learning-rate", "0.1"], "--refine-learning-rate needs --refine N"),
+        (["--calibration-temperature", "2"], "temperature needs --calibration self"),
+        (["--prompt-steps", "7"], "without --calibration does no --prompt-steps"),
         (["--method", "magnitude", "--prompt", "w5"], "does no --prompt"),
     ],
 )

@@ -1,0 +1,162 @@
+"""What quality costs in seconds: a figure of the cells of several tables.
+
+    python -m benchmarks.quality_and_seconds tokens own_gemma --how 0.6
+
+Each point is a method with its options: the seconds of the pruning, and the geometric
+mean of the perplexities, both as means over the draws. Compare points of one machine.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from benchmarks.draws import with_mean
+from benchmarks.real_model import cells_in
+from experiments.report import plots
+from jaxprune.formats import atomic
+from jaxprune.report.canvas import COLOURS, FAINT, STYLE, svg
+
+METHODS = {
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "torch-sparsegpt": "SparseGPT, torch",
+    "alps": "ALPS",
+}
+OPTIONS = {
+    "plain": "",
+    "relative": "one size",
+    "0.5": "correction",
+    "self": "one size, correction, own text",
+    "both": "one size, correction, half own text",
+    "text": "one size, correction",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Draws the figure.
+
+    Attributes:
+      folders: of `benchmarks.token_weights` and `benchmarks.own_text`.
+      how: the sparsity or the n:m pattern whose cells are drawn.
+      out: the SVG.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    how: str = "0.6"
+    out: Path = Path("quality_and_seconds.svg")
+
+
+class Point(NamedTuple):
+    """A method with its options.
+
+    Attributes:
+      method: as it is called in print.
+      options: the same, empty for none.
+      seconds: of the pruning.
+      perplexity: the geometric mean over texts and draws.
+      draws: how many.
+    """
+
+    method: str
+    options: str
+    seconds: float
+    perplexity: float
+    draws: int
+
+
+def main(config: Config) -> None:
+    """Writes the figure and prints its points.
+
+    Raises:
+      ValueError: there is no such cell.
+    """
+    found = points(config.folders, config.how)
+    if not found:
+        raise ValueError(
+            f"no folder has a cell of {config.how}; run benchmarks.token_weights or "
+            "benchmarks.own_text first"
+        )
+    for point in found:
+        print(json.dumps(point._asdict()))
+    text = svg(figure(found), ground="white")
+    atomic.replace(config.out, text.encode())
+
+
+def points(folders: Sequence[Path], how: str) -> list[Point]:
+    """The points of all cells HOW_METHOD_OPTIONS_DRAW.json, by seconds.
+
+    Args:
+      folders: of tables.
+      how: a sparsity or a pattern n:m.
+
+    Returns:
+      A point for each method with its options.
+    """
+    cells: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for path in (path for folder in folders for path in cells_in(folder)):
+        own, method, options, _ = path.stem.split("_")
+        if own == how.replace(":", "of"):
+            cell = json.loads(path.read_text())
+            mean = with_mean(cell["perplexities"]["after"])["mean"]
+            key = METHODS.get(method, method), _named(options)
+            cells.setdefault(key, []).append((cell["seconds"]["prune"], mean))
+    found = [
+        Point(
+            *key,
+            statistics.fmean(seconds for seconds, _ in own),
+            math.exp(statistics.fmean(math.log(mean) for _, mean in own)),
+            len(own),
+        )
+        for key, own in cells.items()
+    ]
+    return sorted(found, key=lambda point: point.seconds)
+
+
+@STYLE
+def figure(found: Sequence[Point]) -> Figure:
+    """Perplexity against seconds, a colour for each method."""
+    colours = dict(zip(dict.fromkeys(p.method for p in found), COLOURS, strict=False))
+    drawn = Figure(figsize=(9.6, 4.4))
+    axes = drawn.add_axes((0.07, 0.12, 0.52, 0.84))
+    for point in found:
+        axes.plot(point.seconds, point.perplexity, "o", color=colours[point.method])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("seconds of pruning")
+    axes.set_ylabel("perplexity, geometric mean of three texts")
+    axes.grid(color=FAINT)
+    ends = [
+        (
+            ": ".join(filter(None, point[:2])),
+            colours[point.method],
+            point.seconds,
+            point.perplexity,
+        )
+        for point in found
+    ]
+    plots.name_ends(axes, ends)
+    return drawn
+
+
+def _named(options: str) -> str:
+    """The options of a file's name in words."""
+    words = [
+        OPTIONS.get(word, word.replace("refine", "refined "))
+        for word in options.split("+")
+    ]
+    return ", ".join(filter(None, words))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
