@@ -82,7 +82,7 @@ class SeedTrainer:
     def retrain(
         self, stage: str, params: Any, masks: Callable[[], Any]
     ) -> tuple[Any, dict[str, float]]:
-        """The parameters after `retrain_steps` more steps with masks, and what they are.
+        """The parameters after `retrain_steps` steps with masks, and what was done.
 
         `masks` makes the masks, so that they are held only while they are needed.
         """
@@ -106,7 +106,7 @@ class SeedTrainer:
     def prune_gradually(
         self, stage: str, params: Any, sparsity: float, allocation: str
     ) -> tuple[Any, dict[str, float]]:
-        """The parameters after `retrain_steps` steps that prune, and what they are."""
+        """The parameters after `retrain_steps` steps that prune, and what was done."""
         plan = self._plan
         tx, step_fn = _gradual(
             self._task,

@@ -224,8 +224,11 @@ def test_a_disk_that_is_mounted_is_no_place_for_a_result(place, capsys, monkeypa
         (["--distill-learning-rate", "0.1"], "rate needs --distill-steps N"),
         (["--retrain-learning-rate", "0.1"], "rate needs --retrain-steps N"),
         (["--refine-learning-rate", "0.1"], "--refine-learning-rate needs --refine N"),
-        (["--calibration-temperature", "2"], "temperature needs --calibration self"),
-        (["--prompt-steps", "7"], "without --calibration does no --prompt-steps"),
+        (
+            ["--method", "magnitude", "--calibration-temperature", "2"],
+            "temperature needs --calibration self",
+        ),
+        (["--method", "magnitude", "--prompt-steps", "7"], "does no --prompt-steps"),
         (["--method", "magnitude", "--prompt", "w5"], "does no --prompt"),
     ],
 )
