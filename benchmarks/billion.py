@@ -44,26 +44,14 @@ def main(config: Config) -> None:
     """Prints one JSON line; memory in bytes, beyond what the process began with."""
     watched = jp.track_importance(storage=config.storage, memory=config.memory)
     tx = optax.chain(optax.adamw(1e-4, mu_dtype=jnp.bfloat16), watched)
-    batch = jax.random.normal(jax.random.key(0), (16, config.width), jnp.bfloat16)
-
-    def loss(params: Any) -> jax.Array:
-        hidden = batch
-        for kernel in params.values():
-            hidden = jnp.tanh(hidden @ kernel)
-        return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
-
-    def step(params: Any, state: Any) -> Any:
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
+    step = _step(config, tx)
     held: dict[str, Any] = {}
 
     def train() -> Any:
         held["params"] = params = _init(config)
         held["state"] = tx.init(params)
-        compiled = jax.jit(step, donate_argnums=(0, 1))
         for _ in measure.progress(range(config.steps), "training"):
-            held["params"], held["state"] = compiled(held["params"], held["state"])
+            held["params"], held["state"] = step(held["params"], held["state"])
         return jax.block_until_ready(held)
 
     trained = measure.peak_memory(train)
@@ -108,6 +96,23 @@ def main(config: Config) -> None:
         pruning_peak=pruned["extra_bytes"],
         sparsity=jp.sparsity(held["params"]).total,
     )
+
+
+def _step(config: Config, tx: optax.GradientTransformation) -> Any:
+    """A training step of parameters and state, in their own memory."""
+    batch = jax.random.normal(jax.random.key(0), (16, config.width), jnp.bfloat16)
+
+    def loss(params: Any) -> jax.Array:
+        hidden = batch
+        for kernel in params.values():
+            hidden = jnp.tanh(hidden @ kernel)
+        return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
+
+    def step(params: Any, state: Any) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
 def _init(config: Config) -> dict[str, jax.Array]:

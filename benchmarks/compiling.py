@@ -1,4 +1,4 @@
-"""The first call for a model of 200 leaves compiles one program a shape."""
+"""The first call for a model of 200 leaves compiles a few programs a shape."""
 
 import dataclasses
 import time

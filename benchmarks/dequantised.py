@@ -43,7 +43,7 @@ def write(config: Config, file: Callable[[Path], Path]) -> None:
       FileExistsError: there is something at `out`.
     """
     if config.out.exists():
-        raise FileExistsError(f"OUT must not exist, got '{config.out}'; remove it.")
+        raise FileExistsError(f"OUT must not exist, got '{config.out}'; remove it")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out.parent) as folder:
         model, tokenizer = _read(file(Path(folder)), config.dtype)
@@ -68,7 +68,7 @@ def require(packages: tuple[str, ...]) -> None:
     if missing:
         raise ModuleNotFoundError(
             f"the benchmarks of real checkpoints need {', '.join(missing)}, not "
-            f"installed here; run `pip install {' '.join(missing)}`."
+            f"installed here; run `pip install {' '.join(missing)}`"
         )
 
 
@@ -87,7 +87,7 @@ def check(package: str, release: str, expected: str, got: str) -> None:
     if got != expected:
         raise ValueError(
             f"{package} must hold the file with SHA-256 {expected}, got {got}; "
-            f"install its release {release}."
+            f"install its release {release}"
         )
 
 

@@ -11,7 +11,7 @@ two Markdown tables and one JSON line.
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -314,7 +314,7 @@ def accuracies(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
             ]
             size = f"{cell['parameters'][0]:,.0f}"
             rows.append([network, f"{float(gone):.0%}", method, *percents, size])
-    return _markdown(rows)
+    return measure.markdown(rows)
 
 
 def speeds(
@@ -333,12 +333,7 @@ def speeds(
             three = [middle["0 dense"], middle[name], middle[f"{gone} built"]]
             shown = [f"{value:.2f} ms" for value in three]
             rows.append([network, f"{float(gone):.0%}", f"{size:,.0f}", *shown])
-    return _markdown(rows)
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines: Iterable[list[str]] = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    return measure.markdown(rows)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ class Draws:
     sequences: int = 8
     threads: int = 2
 
+    def facts(self) -> dict[str, Any]:
+        """What decides a cell besides model and texts, and is not in its name."""
+        names = ("calibration", "calibrated", "sequences")
+        return {name: getattr(self, name) for name in names}
+
 
 def prepared(config: Draws, folder: Path) -> list[str]:
     """Writes the sequences of each draw as DRAW.npy; a word for each held-out text.
@@ -92,8 +97,7 @@ def run_missing(
     Raises:
       ValueError: the directory has the cells of another table.
     """
-    facts = {f: getattr(config, f) for f in ("calibration", "calibrated", "sequences")}
-    begin(config, **facts, **more)
+    begin(config, **config.facts(), **more)
     with tempfile.TemporaryDirectory(dir=config.out) as place:
         texts = prepared(config, Path(place))
         for cell, command in measure.progress(list(cells(Path(place))), "running"):
@@ -115,16 +119,13 @@ def over_draws(
       three; how many draws.
     """
     rows = [[*names, *TEXTS, "geometric mean", "draws"]]
-    rows.append(["---"] * len(rows[0]))
     for key, own in cells:
         row = [*key]
         for text in (*TEXTS, "mean"):
             values = [with_mean(cell)[text] for cell in own]
-            row.append(f"{statistics.fmean(values):.2f}")
-            if len(values) > 1:
-                row[-1] += f" ± {statistics.stdev(values):.2f}"
+            row.append(measure.mean_and_spread(values, ".2f"))
         rows.append([*row, str(len(own))])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return measure.markdown(rows)
 
 
 def of_files(folder: Path, names: Sequence[str]) -> str:

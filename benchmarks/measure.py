@@ -5,7 +5,6 @@ one process, so that whatever else the machine does falls on all of them alike.
 """
 
 import gc
-import importlib.metadata
 import json
 import platform
 import statistics
@@ -19,10 +18,10 @@ import jax
 import numpy as np
 
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.evaluation import machine
 
 Clock = Literal["wall", "cpu"]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jaxprune")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _T = TypeVar("_T")
@@ -72,6 +71,26 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
     if len(values) == 1:
         return middle
     return f"{middle} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table.
+
+    Args:
+      rows: the head first.
+
+    Returns:
+      Markdown, without an end of line after the last row.
+
+    Example:
+      >>> from benchmarks import measure
+      >>> print(measure.markdown([["text", "perplexity"], ["news", "7.1"]]))
+      | text | perplexity |
+      | --- | --- |
+      | news | 7.1 |
+    """
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def seconds(
@@ -166,18 +185,11 @@ def environment() -> dict[str, Any]:
     Returns:
       `device`, `devices` (how many), `cpu` (cores and model) and `versions` by name.
     """
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    first = jax.devices()[0]
     return {
-        "device": first.device_kind if first.platform != "cpu" else "cpu",
+        "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "cpu": _cpu(),
-        "versions": versions,
+        "versions": machine.versions("torch"),
     }
 
 

@@ -164,10 +164,7 @@ def run_cell(place: Path, command: Sequence[str], threads: int) -> None:
     """
     if place.exists():
         return
-    line = json_line(command, threads)
-    partial = place.with_suffix(".partial")
-    partial.write_text(line + "\n")
-    partial.replace(place)
+    atomic.replace(place, f"{json_line(command, threads)}\n".encode())
 
 
 def json_line(command: Sequence[str], threads: int) -> str:
@@ -209,8 +206,7 @@ def table(folder: Path) -> str:
     """
     cells = {path.stem: json.loads(path.read_text()) for path in cells_in(folder)}
     texts = sorted({t for c in cells.values() for t in _perplexities(c)})
-    head = ["cell", *texts, "prune s", "prune peak MiB", "load peak MiB"]
-    rows = [head, ["---"] * len(head)]
+    rows = [["cell", *texts, "prune s", "prune peak MiB", "load peak MiB"]]
     for name, cell in sorted(cells.items()):
         found = _perplexities(cell)
         rows.append(
@@ -222,7 +218,7 @@ def table(folder: Path) -> str:
                 f"{cell['peak_bytes']['load'] / 2**20:.0f}",
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return measure.markdown(rows)
 
 
 def _perplexities(cell: dict[str, Any]) -> dict[str, float]:

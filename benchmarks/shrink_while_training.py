@@ -102,15 +102,15 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     first = next(iter(results.values()))[0]
     if energy := "watt-hours" in first:
         rows[0].append("energy, Wh")
-    rows.append(["---"] * len(rows[0]))
     for name, own in results.items():
-        nats = [run["nats"] for run in own]
-        spread = f" ± {statistics.stdev(nats):.3f}" if len(nats) > 1 else ""
+        nats = measure.mean_and_spread([run["nats"] for run in own], ".3f")
         mean = {key: statistics.fmean(run[key] for run in own) for key in first}
-        row = [name, f"{mean['nats']:.3f}{spread}", f"{mean['seconds']:.1f}"]
+        row = [name, nats, f"{mean['seconds']:.1f}"]
         row += [f"{mean['rest']:.1f}", f"{mean['parameters']:,.0f}"]
-        rows.append(row + [f"{mean['watt-hours']:.2f}"] * energy)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        if energy:
+            row.append(f"{mean['watt-hours']:.2f}")
+        rows.append(row)
+    return measure.markdown(rows)
 
 
 def trained(

@@ -17,7 +17,8 @@ import tyro
 
 from benchmarks import measure
 from benchmarks.draws import TEXTS, Draws, over_draws
-from benchmarks.real_model import held_out, json_line
+from benchmarks.real_model import begin, cells_in, held_out, json_line
+from jaxprune.formats import atomic
 
 REMOVED = {
     "ffn25": ("--ffn", "0.25"),
@@ -50,13 +51,13 @@ class Config(Draws):
 
 def main(config: Config) -> None:
     """Runs what is missing and prints the table."""
-    config.out.mkdir(parents=True, exist_ok=True)
+    begin(config, **config.facts())
     cells = [c for c in _cells(config) if not (config.out / f"{c[0]}.json").exists()]
     with tempfile.TemporaryDirectory(dir=config.out) as folder:
         texts = held_out(config.texts, TEXTS, config.sequences, Path(folder))
         for name, method, arguments in measure.progress(cells, "running", "cell"):
             line = _run(config, Path(folder) / "small", method, arguments, texts)
-            (config.out / f"{name}.json").write_text(line + "\n")
+            atomic.replace(config.out / f"{name}.json", f"{line}\n".encode())
     print(table(config.out))
 
 
@@ -114,7 +115,7 @@ def table(folder: Path) -> str:
       geometric mean of the three, means over draws with their spread; how many draws.
     """
     cells: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for path in folder.glob("*.json"):
+    for path in cells_in(folder):
         removed, method, _ = path.stem.split("_")
         found = json.loads(path.read_text())["perplexities"]
         cells.setdefault((removed, method), []).append(found)

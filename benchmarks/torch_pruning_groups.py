@@ -321,11 +321,10 @@ def _pruned(graph: Any, model: Any, name: str, rows: list[int]) -> Gone:
 def table(found: dict[str, dict[str, Any]]) -> str:
     """A row a family: seconds of ours, all groups of theirs, and whether they agree."""
     rows = [["family", "ours, s", "all groups", *ROLES]]
-    rows.append(["---"] * len(rows[0]))
     for family, own in found.items():
         answers = [_said(own["theirs"][role]) for role in ("all groups", *ROLES)]
         rows.append([family, f"{own['ours']:.2f}", *answers])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return measure.markdown(rows)
 
 
 def _said(answer: str | dict[str, list[str]]) -> str:

@@ -93,13 +93,7 @@ def compiled(
     model = nnx.eval_shape(lambda: Phi3Vision(shape, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model, nnx.Param)
     places = device_mesh.shardings(state, mesh)
-    params = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, jnp.dtype(config.dtype), sharding=place
-        ),
-        state,
-        places,
-    )
+    params = _placed(state, places, jnp.dtype(config.dtype))
     parts: list[Any] = [optax.adamw(1e-5)]
     if config.lora is not None:
         targets = jp.tree.excluding(*unused(shape), "separator", "row_end")
@@ -108,13 +102,7 @@ def compiled(
         parts.append(jp.track_importance(storage=storage))
     optimizer = optax.chain(*parts)
     state_shardings = jp.state_shardings(optimizer, params)
-    held = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place
-        ),
-        jax.eval_shape(optimizer.init, params),
-        state_shardings,
-    )
+    held = _placed(jax.eval_shape(optimizer.init, params), state_shardings)
     split = device_mesh.of_batch(mesh)
     size, views = shape.tower.image, 2
     tokens = _array((config.batch, config.time), jnp.int32, split)
@@ -146,6 +134,17 @@ def compiled(
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
         "compile_seconds": time.perf_counter() - start,
     }
+
+
+def _placed(tree: Any, places: Any, dtype: Any = None) -> Any:
+    """The shapes at their places, all of one dtype or of their own."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype if dtype is None else dtype, sharding=place
+        ),
+        tree,
+        places,
+    )
 
 
 def _array(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:

@@ -18,10 +18,17 @@ _PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the installed packages that decide the numbers."""
+def versions(*others: str) -> dict[str, str]:
+    """The versions of Python and of the installed packages that decide the numbers.
+
+    Args:
+      *others: packages that are named too, where they are installed.
+
+    Returns:
+      Name to version.
+    """
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *others):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

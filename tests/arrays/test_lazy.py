@@ -7,14 +7,9 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.arrays import lazy
-from tests.support.small_models import (
-    chain,
-    correlated,
-    kernels_of,
-    run_chain,
-    same_bits,
-)
+from tests.support.small_models import chain, correlated, kernels_of, run_chain
 from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
 
 WIDTHS = [6, 6, 6, 6]
 PARAMS = chain(WIDTHS)

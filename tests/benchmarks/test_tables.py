@@ -1,11 +1,19 @@
 """A directory holds the cells of one table, and shows no other's."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from benchmarks import draws, jax_pruning, real_model, token_weights
+from benchmarks import (
+    draws,
+    jax_pruning,
+    real_model,
+    shrink_while_training,
+    smaller_model,
+    token_weights,
+)
 
 TEXTS = ("shakespeare", "technical", "news")
 
@@ -48,6 +56,42 @@ def test_a_table_goes_on_and_another_is_refused(config, capsys):
             )
     with pytest.raises(ValueError, match="table was 'token_weights'"):
         real_model.main(real_model.Config(config.model, config.texts, config.out))
+
+
+def test_a_cell_that_was_cut_off_is_no_cell(config, monkeypatch, capsys):
+    found = json.dumps({"perplexities": dict.fromkeys(TEXTS, 2.0)})
+    monkeypatch.setattr(smaller_model, "json_line", lambda *_: found)
+    places = config.model, config.texts, config.out
+    own = {"draws": (0,), "removed": ("ffn25",), "methods": ("flap",)}
+    replace = os.replace
+
+    def stopped(partial, place):
+        if place.name != "table.json":
+            raise KeyboardInterrupt
+        replace(partial, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            smaller_model.main(smaller_model.Config(*places, **own))
+    assert [path.name for path in config.out.iterdir()] == ["table.json"]
+    smaller_model.main(smaller_model.Config(*places, **own))
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| dense", "none"],
+        ["| ffn25", "flap"],
+    ]
+    with pytest.raises(ValueError, match="sequences was 8 and is 4"):
+        smaller_model.main(smaller_model.Config(*places, **own, sequences=4))
+
+
+def test_energy_is_a_column_only_where_it_was_measured():
+    run = {"nats": 1.25, "seconds": 3.0, "rest": 4.0, "parameters": 1234.0}
+    rows = shrink_while_training.table({"dense": [run]}).splitlines()
+    assert rows[2] == "| dense | 1.250 | 3.0 | 4.0 | 1,234 |"
+    runs = [{**run, "watt-hours": 0.5}] * 2
+    rows = shrink_while_training.table({"dense": runs}).splitlines()
+    assert rows[2] == "| dense | 1.250 ± 0.000 | 3.0 | 4.0 | 1,234 | 0.50 |"
 
 
 def test_both_sides_are_told_how_many_threads(monkeypatch):

@@ -3,6 +3,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from jaxprune.evaluation import machine
 
@@ -12,6 +13,8 @@ def test_the_versions_that_decide_the_numbers_are_named():
     assert found["jax"] == jax.__version__
     assert found["numpy"] == np.__version__
     assert {"python", "jaxlib", "flax", "optax"} <= found.keys()
+    others = machine.versions("pytest", "no-such-package")
+    assert others == {**found, "pytest": pytest.__version__}
 
 
 def test_the_devices_are_named():

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save
 from jaxprune.formats import compact, compact_sizes, rewrite
 from jaxprune.formats.checkpoint_dir import Damaged, open_directory
 from tests.support.hf_directories import BFLOAT16, build, contents, llama
-from tests.support.rounded import bits, rounded
+from tests.support.rounded import rounded
+from tests.support.trajectories import bits
 
 GROUP = 16
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jaxprune.formats import levels
 from jaxprune.formats.levels import BFLOAT16, Grid, Scales
 from tests.support.hf_directories import normal
-from tests.support.rounded import bits, rounded
+from tests.support.rounded import rounded
+from tests.support.trajectories import bits
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
 

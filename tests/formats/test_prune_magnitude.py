@@ -274,15 +274,15 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
     prune_magnitude.prune_directory(source, tmp_path / "whole", sparsity=0.5)
     code = """
         import os, signal
-        from jaxprune.formats import checkpoint_dir as directory
-        from jaxprune.formats import prune_magnitude as streaming
+        from jaxprune.formats import checkpoint_dir, prune_magnitude
 
         def kill(name, done, total):
             if done > 0.6 * total:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        source = directory.open_directory(folder + "/m")
-        streaming.prune_directory(source, folder + "/out", sparsity=0.5, progress=kill)
+        source = checkpoint_dir.open_directory(folder + "/m")
+        out = folder + "/out"
+        prune_magnitude.prune_directory(source, out, sparsity=0.5, progress=kill)
     """
     status, _ = run(code, folder=str(tmp_path))
     assert status == -9
@@ -303,8 +303,7 @@ def test_after_the_first_tensor_memory_holds_a_few_and_not_the_model(tmp_path):
     build(tmp_path / "one", {"layers.0.weight": tensors["layers.0.weight"]}, 1)
     code = """
         import pathlib
-        from jaxprune.formats import checkpoint_dir as directory
-        from jaxprune.formats import prune_magnitude as streaming
+        from jaxprune.formats import checkpoint_dir, prune_magnitude
         from jaxprune.masking import patterns
 
         def peak():
@@ -315,9 +314,11 @@ def test_after_the_first_tensor_memory_holds_a_few_and_not_the_model(tmp_path):
             pathlib.Path("/proc/self/clear_refs").write_text("5")
 
         def prune(name):
-            source = directory.open_directory(folder + "/" + name)
+            source = checkpoint_dir.open_directory(folder + "/" + name)
             pattern, out = patterns.PerOutput(), folder + "/" + name + "_out"
-            streaming.prune_directory(source, out, sparsity=0.5, pattern=pattern)
+            prune_magnitude.prune_directory(
+                source, out, sparsity=0.5, pattern=pattern
+            )
 
         before = peak()
         prune("one")  # JAX starts and compiles: some 90 MB, whatever the model

@@ -15,8 +15,9 @@ import pytest
 from flax import nnx
 
 import jaxprune as jp
-from tests.support.small_models import draw, filled, hessian, same_bits
+from tests.support.small_models import draw, filled, hessian
 from tests.support.traced import FLAT, X, check, divided, inputs_of, shapes
+from tests.support.trajectories import same_bits
 
 # Linen.
 

@@ -23,6 +23,7 @@ from tests.support.small_models import (
     run_chain,
 )
 from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
 
 WIDTH, SAMPLES, DAMPING = 16, 40, 0.01
 MORE = 10  # times the solver's damping
@@ -77,10 +78,6 @@ def lost_output(run, params, dense, x):
     return whole - left, whole
 
 
-def same_bits(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
 def by_least_squares(weight, x, dense):
     """argmin_U |D W - X U|^2 + 10 damping |U - W|^2, summed over samples, float64."""
     weight, x, dense = (np.asarray(own, np.float64) for own in (weight, x, dense))
@@ -117,15 +114,15 @@ def test_where_nothing_drifted_or_nothing_was_seen_the_weight_stays_bit_for_bit(
     weight, nothing = draw(2, WIDTH, 5), np.zeros((WIDTH, WIDTH), np.float32)
     how = {"share": 1.0, "damping": DAMPING}
     own = np.float32(hessian(BATCHES[0][None])[0])
-    same_bits(corrected(weight, own, nothing, **how), weight)
-    same_bits(corrected(weight, nothing, nothing, **how), weight)
+    assert same_bits(corrected(weight, own, nothing, **how), weight)
+    assert same_bits(corrected(weight, nothing, nothing, **how), weight)
 
 
 def test_a_hessian_that_no_damping_makes_one_leaves_the_weight():
     weight, drift = draw(2, WIDTH, 5), np.ones((WIDTH, WIDTH), np.float32)
     wrong = np.diag(np.float32([WIDTH] + [-1] * (WIDTH - 1)))
     how = {"share": 1.0, "damping": DAMPING}
-    same_bits(corrected(weight, wrong, drift, **how), weight)
+    assert same_bits(corrected(weight, wrong, drift, **how), weight)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +167,7 @@ def test_before_anything_is_pruned_there_is_nothing_to_make_up_for():
     found, without = (
         prune(method(correction=c), sparsity=sparsity) for c in (1.0, 0.0)
     )
-    same_bits(found.params, without.params)
+    assert same_bits(found.params, without.params)
 
 
 def test_a_dense_model_that_is_not_finite_beside_a_pruned_one_that_is_is_refused():
@@ -219,7 +216,7 @@ def test_what_does_not_count_is_in_no_sum():
 def test_the_dense_model_beside_changes_nothing_by_itself(model, options):
     found = prune(method(correction=NEXT_TO_NOTHING), *MODELS[model], **options)
     without = prune(method(correction=0.0), *MODELS[model], **options)
-    same_bits(found.params, without.params)
+    assert same_bits(found.params, without.params)
     rows = [[own["losses"] for own in r.report["refined"]] for r in (found, without)]
     assert rows[0] == rows[1]
 
@@ -232,8 +229,8 @@ def test_a_branch_makes_up_for_the_branch_beside_it():
     found, without, dense = jax.device_get((found, without, BOTH))
     assert not np.array_equal(found["down"][0], without["down"][0])
     # What has nothing pruned before it has nothing to make up for.
-    same_bits(found["wide"][0], dense["wide"][0])
-    same_bits(found["narrow"][0], dense["narrow"][0])
+    assert same_bits(found["wide"][0], dense["wide"][0])
+    assert same_bits(found["narrow"][0], dense["narrow"][0])
 
 
 @pytest.mark.full
@@ -279,20 +276,22 @@ def test_kept_weights_are_two_of_four_and_on_levels_where_both_are_asked_for():
 def test_donated_or_lazy_parameters_give_the_same_bits(tmp_path):
     expected = prune(method()).params
     given = jax.tree.map(jnp.array, jax.device_get(PARAMS))
-    same_bits(prune(method(), given, donate=True).params, expected)
+    assert same_bits(prune(method(), given, donate=True).params, expected)
     lazy = jax.tree.map(
         lambda leaf: jp.LazyArray(leaf.shape, leaf.dtype, lambda: jnp.array(leaf)),
         jax.device_get(PARAMS),
     )
     found = prune(method(), lazy, directory=tmp_path).params
-    same_bits(jax.tree.map(lambda leaf: leaf.read(), found), expected)
+    assert same_bits(jax.tree.map(lambda leaf: leaf.read(), found), expected)
 
 
 @pytest.mark.full
 def test_over_a_mesh_it_is_bit_for_bit_that_of_one_device():
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     found = prune(method(), mesh=mesh)
-    same_bits(jax.device_get(found.params), jax.device_get(prune(method()).params))
+    assert same_bits(
+        jax.device_get(found.params), jax.device_get(prune(method()).params)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +328,7 @@ def test_a_job_that_was_stopped_ends_with_the_same_bits(weights, tmp_path):
     Stopping.left[0] = 100
     found = prune(Stopping(), directory=tmp_path)
     assert Stopping.left[0] == 100 - (5 - weights)
-    same_bits(found.params, whole.params)
+    assert same_bits(found.params, whole.params)
     errors = [[row["error"] for row in own.report["weights"]] for own in (found, whole)]
     assert errors[0] == errors[1]
 
@@ -353,7 +352,7 @@ def test_experts_are_pruned_without_it(fn):
     """Rows that the dense model sends to other experts are not compared."""
     params = {"first": PARAMS["out"], "experts": jnp.asarray(draw(5, 2, WIDTH, 4))}
     found = prune(method(correction=1.0), params, fn).params
-    same_bits(found, prune(method(correction=0.0), params, fn).params)
+    assert same_bits(found, prune(method(correction=0.0), params, fn).params)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 And what it is worth: the better the method, the smaller the error of the outputs.
 """
 
-import contextlib
 import dataclasses
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
+from tests.support.compilations import compiled
 from tests.support.small_models import (
     chain,
     chain_by_hand,
@@ -48,40 +48,22 @@ MODELS = {
 }
 X = [correlated(i, 12, 5) for i in range(2)]
 
-COMPILED = []
-
-
-def _note(event, seconds, **_):
-    if event == "/jax/core/compile/backend_compile_duration":
-        COMPILED.append(seconds)
-
-
-@contextlib.contextmanager
-def compilations():
-    """A list that grows by one with every program that XLA compiles."""
-    jax.monitoring.register_event_duration_secs_listener(_note)
-    COMPILED.clear()
-    try:
-        yield COMPILED
-    finally:
-        jax.monitoring.unregister_event_duration_listener(_note)
-
 
 @pytest.mark.parametrize(
     "model", ["one by one", pytest.param("stacked", marks=pytest.mark.full)]
 )
 def test_equal_layers_share_their_programs(model):
     fn, make = MODELS[model]
-    numbers, compiled = [], []
+    numbers, counts = [], []
     for layers in (3, 4):
         params = jax.tree.map(jnp.asarray, make(layers))
         prune(fn, params, X, "wanda")  # what is compiled once for a shape is done now
-        with compilations() as events:
+        with compiled() as events:
             numbers.append(prune(fn, params, X, "wanda").report["programs"])
-            compiled.append(len(events))
+            counts.append(len(events))
     assert numbers[0] == numbers[1] > 0
     # Nor is anything else compiled layer by layer.
-    assert compiled[0] == compiled[1] <= 2 * numbers[0] + 2
+    assert counts[0] == counts[1] <= 2 * numbers[0] + 2
 
 
 def run_windows(windows):
@@ -135,7 +117,7 @@ def test_more_batches_compile_nothing_more():
     prune(run_chain, params, X, "wanda")
     numbers = []
     for count in (1, 2):
-        with compilations() as events:
+        with compiled() as events:
             prune(run_chain, params, X * count, "wanda")
             numbers.append(len(events))
     assert numbers[0] == numbers[1]

@@ -14,7 +14,8 @@ from jaxprune.graph.linear_ops import trace
 from jaxprune.posttraining import calibration
 from jaxprune.posttraining.solvers import sparsegpt
 from tests.support import oracles
-from tests.support.small_models import correlated, draw, hessian, keep_per_output, wanda
+from tests.support.oracles_trained import wanda
+from tests.support.small_models import correlated, draw, hessian, keep_per_output
 from tests.support.small_models import quick_compilation as quick_compilation
 
 BATCHES = [correlated(i, 24, 6) / 3 for i in range(2)]

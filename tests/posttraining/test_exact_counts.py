@@ -13,9 +13,9 @@ from tests.support.small_models import (
     keep_tiles,
     kernels_of,
     run_chain,
-    same_bits,
 )
 from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
 
 PARAMS = chain([6, 6, 6, 6])
 BATCHES = [correlated(i, 24, 6) / 3 for i in range(2)]

@@ -17,6 +17,7 @@ from jaxprune.posttraining.progress import ProgressLog
 from tests.across.test_sharding_hlo import ARRAY, COLLECTIVE, size
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
 
 pytestmark = pytest.mark.skipif(
     len(jax.devices()) < 8, reason="needs the eight CPU devices of conftest.py"
@@ -67,11 +68,6 @@ def alone(method, allocation="layer"):
     return prune(PARAMS, method, allocation=allocation)
 
 
-def same_bits(found, expected):
-    for name, leaf in expected.items():
-        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(leaf))
-
-
 @pytest.mark.parametrize(
     ("mesh", "method", "allocation"),
     [
@@ -88,7 +84,7 @@ def test_every_bit_is_that_of_one_device(mesh, method, allocation):
     params = placed(mesh)
     found = prune(params, method, allocation=allocation, mesh=mesh)
     expected = alone(method, allocation)
-    same_bits(found.params, expected.params)
+    assert same_bits(found.params, expected.params)
     for name, leaf in params.items():
         assert found.params[name].sharding == leaf.sharding
     for own, other in zip(
@@ -113,7 +109,7 @@ def test_experts_that_are_given_rows_of_their_own():
     expected = jp.prune_trained(routed, own, BATCHES, **options)
     mesh = mesh_of("8")
     found = jp.prune_trained(routed, placed(mesh, own), BATCHES, mesh=mesh, **options)
-    same_bits(found.params, expected.params)
+    assert same_bits(found.params, expected.params)
     (row,), (other,) = found.report["weights"], expected.report["weights"]
     assert row["error"] == pytest.approx(other["error"], rel=1e-5)
     assert 0 < row["error"] < 0.5
@@ -127,7 +123,7 @@ def test_positions_that_do_not_count_are_those_of_each_batch():
     mesh = mesh_of("8")
     expected = prune(PARAMS, "sparsegpt", positions=positions)
     found = prune(placed(mesh), "sparsegpt", positions=positions, mesh=mesh)
-    same_bits(found.params, expected.params)
+    assert same_bits(found.params, expected.params)
     assert found.report["samples"] == expected.report["samples"] < 16 * 24
 
 
@@ -135,7 +131,7 @@ def test_positions_that_do_not_count_are_those_of_each_batch():
 def test_methods_of_the_dense_layer_and_parameters_that_one_device_has():
     method = jp.methods.Wanda(inputs="dense", relative=True)
     expected = prune(PARAMS, method)
-    same_bits(prune(PARAMS, method, mesh=mesh_of("8")).params, expected.params)
+    assert same_bits(prune(PARAMS, method, mesh=mesh_of("8")).params, expected.params)
 
 
 @pytest.mark.full
@@ -167,7 +163,7 @@ def test_a_killed_job_goes_on_over_another_layout(tmp_path, monkeypatch):
     assert len(kept) == 6
     mesh = mesh_of("8")
     found = prune(placed(mesh), mesh=mesh, directory=tmp_path)
-    same_bits(found.params, alone("wanda").params)
+    assert same_bits(found.params, alone("wanda").params)
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
 
 

@@ -10,6 +10,7 @@ import pytest
 import jaxprune as jp
 from jaxprune.posttraining.solvers import sparsegpt
 from tests.support import oracles
+from tests.support.oracles_trained import wanda
 from tests.support.small_models import (
     chain,
     chain_by_hand,
@@ -19,10 +20,9 @@ from tests.support.small_models import (
     keep_per_output,
     kernels_of,
     run_chain,
-    same_bits,
-    wanda,
 )
 from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
 
 WIDTHS = [6, 6, 6, 6]  # equal shapes compile once
 PARAMS = chain(WIDTHS)

@@ -13,8 +13,9 @@ from jaxprune.posttraining import refine
 from jaxprune.posttraining.pipeline import SegmentedProgram
 from jaxprune.posttraining.relative_error import relative_error as relative_error_
 from tests.support import resumed
-from tests.support.small_models import correlated, draw, same_bits
+from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
 
 WIDTH = 6
 

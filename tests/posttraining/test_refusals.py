@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from tests.support.small_models import chain, correlated, draw, run_chain, same_bits
+from tests.support.small_models import chain, correlated, draw, run_chain
 from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
 
 PARAMS = chain([6, 6, 6])
 BATCHES = [correlated(i, 12, 6) for i in range(2)]

@@ -21,8 +21,9 @@ import pytest
 from jax.experimental import io_callback
 
 import jaxprune as jp
-from tests.support.small_models import chain, correlated, draw, run_chain, same_bits
+from tests.support.small_models import chain, correlated, draw, run_chain
 from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (7, 7)  # of every weight: one program solves for all

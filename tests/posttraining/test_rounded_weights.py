@@ -1,5 +1,7 @@
 """Kept weights on few levels: GPTQ's sweep beside SparseGPT's, against plain NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +18,7 @@ from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
 
 IN, OUT, GROUP = 72, 6, 32  # three groups, the last in part
-
-
-def problem(seed=0):
-    weight = np.random.default_rng(seed).normal(size=(IN, OUT))
-    inputs = slow.inputs(300, IN, seed)
-    return weight.astype(np.float32), (inputs.T @ inputs).astype(np.float32)
+problem = functools.partial(slow.problem, size=IN, outputs=OUT, rows=300)
 
 
 def lie_on_levels(weight, rounding):

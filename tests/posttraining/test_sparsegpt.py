@@ -1,5 +1,7 @@
 """SparseGPT is the paper's algorithm with explicit inverses; counts are exact."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +15,7 @@ from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
 
 IN, OUT, BLOCK = 40, 6, 32  # two blocks, the second in part; two sweeps in each
-
-
-def problem(seed=0, size=IN, outputs=OUT, rows=200):
-    weight = np.random.default_rng(seed).normal(size=(size, outputs))
-    inputs = slow.inputs(rows, size, seed)
-    return weight.astype(np.float32), (inputs.T @ inputs).astype(np.float32)
+problem = functools.partial(slow.problem, size=IN, outputs=OUT, rows=200)
 
 
 def solve(weight, hessian, removed, **options):

@@ -24,6 +24,13 @@ def inputs(rows: int, size: int, seed: int = 0, rank: int | None = None) -> Arra
     return (mixed / np.sqrt(rank) + noise) * np.exp(0.7 * rng.normal(size=size))
 
 
+def problem(seed: int, size: int, outputs: int, rows: int) -> tuple[Array, Array]:
+    """A float32 weight (size, outputs), and X^T X of so many rows of inputs."""
+    weight = np.random.default_rng(seed).normal(size=(size, outputs))
+    x = inputs(rows, size, seed)
+    return weight.astype(np.float32), (x.T @ x).astype(np.float32)
+
+
 def alps(weight: Array, hessian: Array, removed: int) -> Array:
     """ALPS without haste: 28 plain iterations by eigenvectors, then exact weights."""
     scale = np.sqrt(np.diag(hessian))[:, None]

@@ -22,7 +22,3 @@ def rounded(shape, grid, axis, dtype, seed=0, share=0.5, largest=None, whole=Fal
     wide = np.take(wide, range(shape[axis]), axis)
     tensor = np.where(own == 0, np.float32(0), own * wide).astype(dtype)
     return own, tensor
-
-
-def bits(array):
-    return np.ascontiguousarray(array).view(np.uint8)

@@ -141,22 +141,3 @@ def keep_tiles(scores, rows, columns, sparsity):
         for j, tile in enumerate(row):
             kept[tile] = best[i, j]
     return kept
-
-
-def wanda(kernel, inputs):
-    """|w_ij| times the root of the mean square of input i."""
-    return np.abs(kernel) * np.sqrt(np.square(inputs).mean(0))[:, None]
-
-
-def bits(array):
-    """Shape, dtype and bytes, to compare exactly."""
-    array = np.asarray(array)
-    return array.shape, str(array.dtype), array.tobytes()
-
-
-def same_bits(one, other):
-    """Whether two trees hold the same bits in the same structure."""
-    return jax.tree.structure(one) == jax.tree.structure(other) and all(
-        bits(a) == bits(b)
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    )

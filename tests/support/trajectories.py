@@ -1,8 +1,6 @@
 """Runs an optimizer over given gradients and writes down every step it takes."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -93,22 +91,6 @@ def record(tx, params, grads, **extra) -> Recorded:
 
     (params, state), (after, updates) = run(params, tx.init(params))
     return Recorded(params, state, after, updates)
-
-
-@contextlib.contextmanager
-def compiles() -> Iterator[list[str]]:
-    """The names of XLA's own compilations inside the block, one for each program."""
-    found: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if "backend_compile" in event:
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def array(x) -> np.ndarray:

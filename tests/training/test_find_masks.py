@@ -8,7 +8,8 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.masking.packing import PackedMask
-from tests.support.trajectories import compiles, gradients, record, same_bits, weights
+from tests.support.compilations import compiled
+from tests.support.trajectories import gradients, record, same_bits, weights
 
 
 def half(params):
@@ -64,7 +65,7 @@ def test_a_loop_that_replaces_masks_compiles_its_step_once():
     found = []
     for _ in range(3):
         state = jp.replace_masks(state, half(params))
-        with compiles() as programs:
+        with compiled() as programs:
             params, state = step(params, state)
         found.append(len(programs))
     assert found == [1, 0, 0]
@@ -131,7 +132,7 @@ def test_masks_from_elsewhere_leave_the_step_compiled(kind):
     assert same_bits(jp.get_masks(state), masks)
     step = jax.jit(tx.update)
     step(params, before, params)
-    with compiles() as programs:
+    with compiled() as programs:
         step(params, state, params)
     assert not programs
 

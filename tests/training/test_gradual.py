@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import jaxprune as jp
-from tests.support.trajectories import compiles, find, gradients, record, same_bits
+from tests.support.compilations import compiled
+from tests.support.trajectories import find, gradients, record, same_bits
 
 SCHEDULE = jp.schedules.cubic(0.8, begin=3, end=16, every=5)
 STEPS = 20
@@ -141,15 +142,15 @@ def by_hand(tx, params, grads, masks_at):
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    compiled = 0
+    count = 0
     for n in range(STEPS):
         if (masks := masks_at(n, params, state)) is not None:
             state = jp.replace_masks(state, masks)
-        with compiles() as programs:
+        with compiled() as programs:
             gradient = jax.tree.map(lambda g, n=n: g[n], grads)
             params, state = step(params, state, gradient)
-        compiled += len(programs)
-    assert compiled == 1, "one program serves every event"
+        count += len(programs)
+    assert count == 1, "one program serves every event"
     return params, state
 
 

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune as jp
-from tests.support.trajectories import compiles, gradients, record, same_bits
+from tests.support.compilations import compiled
+from tests.support.trajectories import gradients, record, same_bits
 
 SCHEDULE = jp.schedules.linear(0.75, begin=2, end=9, every=3)
 STEPS = 12
@@ -241,7 +242,7 @@ def end(make, params, gradient):
         return optax.apply_updates(params, updates), state
 
     kernels = []
-    with compiles() as programs:
+    with compiled() as programs:
         for _ in range(STEPS):  # one at a time: eight devices share a few cores
             params, state = jax.block_until_ready(step(params, state))
             kernels.append(jax.device_get(params["kernel"]))

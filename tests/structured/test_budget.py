@@ -6,7 +6,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.structured import timing
-from tests.structured.test_shrunk_functions import PARAMS, X, fn
+from tests.structured.test_shrunk_function import PARAMS, X, fn
 from tests.support.small_models import quick_compilation as quick_compilation
 
 
