@@ -1,6 +1,6 @@
 """Pruning and rounding in one sweep: how many bits a weight, at which perplexity.
 
-    python -m benchmarks.few_bits gemma texts results
+    python -m benchmarks.few_bits gemma texts bits
 
 Each cell prunes a real model by one solver and puts the kept weights on the levels of
 int8 or int4, or leaves them; calibrated on one of several draws of the same text, in a

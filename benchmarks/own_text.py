@@ -1,6 +1,6 @@
 """Calibrated on what the model writes itself, beside texts, and on half of each.
 
-    python -m benchmarks.own_text gemma texts results
+    python -m benchmarks.own_text gemma texts own_gemma
 
 What a model writes is kept in the directory of the results, a folder a draw. Each cell
 prunes by one solver, tokens of one size, in a process of its own; what is there is not
@@ -20,6 +20,7 @@ from benchmarks.draws import Draws, of_files, pruning, run_missing
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.models import hf
 from jaxprune.models.self_calibration import self_calibration
+from jaxprune.posttraining import methods
 
 CALIBRATIONS = ("text", "self", "both")
 
@@ -49,13 +50,17 @@ def main(config: Config) -> None:
     """Runs what is missing and prints the table.
 
     Raises:
-      ValueError: what is calibrated on is none of `CALIBRATIONS`.
+      ValueError: what is calibrated on is none of `CALIBRATIONS`, or a method has no
+        correction.
     """
     if unknown := [c for c in config.calibrations if c not in CALIBRATIONS]:
         raise ValueError(
             f"calibrations must be of {', '.join(CALIBRATIONS)}, got "
             f"{', '.join(unknown)}"
         )
+    for method in config.methods:
+        if config.correction and not hasattr(methods.METHODS[method], "correction"):
+            raise ValueError(f"{method} has no correction; give --correction 0")
     own = {"correction": config.correction, "temperature": config.temperature}
     run_missing(config, functools.partial(_cells, config), **own)
     print(of_files(config.out, ["removed", "method", "calibrated on"]))

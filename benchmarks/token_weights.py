@@ -1,6 +1,6 @@
 """Tokens of one size, corrections, allocations: do they make pruned models better?
 
-    python -m benchmarks.token_weights gemma texts results
+    python -m benchmarks.token_weights gemma texts tokens
 
 Each cell prunes a real model by one solver, with or without `relative` and a
 `correction`, by an allocation, calibrated on one of several draws of the same text, in

@@ -1,5 +1,6 @@
 """A directory holds the cells of one table, and shows no other's."""
 
+import dataclasses
 import json
 import os
 
@@ -9,6 +10,8 @@ import pytest
 from benchmarks import (
     draws,
     jax_pruning,
+    own_text,
+    quality_and_seconds,
     real_model,
     shrink_while_training,
     smaller_model,
@@ -119,3 +122,39 @@ def test_an_option_that_a_method_has_not_is_refused(tmp_path, method, option):
         jax_pruning.main(
             jax_pruning.Config(tmp_path, method, tmp_path / "ids.npy", **option)
         )
+
+
+def test_a_method_without_a_correction_is_refused_before_anything_is_written(config):
+    asked = own_text.Config(config.model, config.texts, config.out, methods=("wanda",))
+    with pytest.raises(
+        ValueError, match="wanda has no correction; give --correction 0"
+    ):
+        own_text.main(asked)
+    assert not config.out.exists()
+
+
+def test_quality_is_drawn_against_seconds_a_point_a_method(tmp_path, capsys):
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    for name, seconds, value in (
+        ("0.6_sparsegpt_plain_0", 100, 40.0),
+        ("0.6_sparsegpt_plain_1", 200, 10.0),
+        ("0.6_alps_relative+0.5+refine4_0", 900, 8.0),
+        ("2of4_alps_plain_0", 5, 1.0),
+    ):
+        cell = {
+            "perplexities": {"after": dict.fromkeys(TEXTS, value)},
+            "seconds": {"prune": seconds},
+        }
+        (folder / f"{name}.json").write_text(json.dumps(cell))
+    drawn = quality_and_seconds.Config((folder,), how="0.6", out=tmp_path / "x.svg")
+    quality_and_seconds.main(drawn)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["draws"] for row in rows] == [2, 1]
+    assert [row["seconds"] for row in rows] == [150, 900]
+    assert [row["perplexity"] for row in rows] == pytest.approx([20, 8])
+    text = drawn.out.read_text()
+    assert ">SparseGPT<" in text
+    assert ">ALPS: one size, correction, refined 4<" in text
+    with pytest.raises(ValueError, match=r"no folder has a cell of 0\.9"):
+        quality_and_seconds.main(dataclasses.replace(drawn, how="0.9"))

@@ -168,6 +168,6 @@ def test_committed_masks_leave_the_second_step_compiled():
     tx = jp.keep_masks(optax.sgd(0.1), masks)
     step, state = jax.jit(tx.update), tx.init(params)
     _, state = step(params, state, params)
-    with compiles() as programs:
+    with compiled() as programs:
         step(params, state, params)
     assert not programs
