@@ -179,13 +179,13 @@ def check(job: Job) -> Meaning:
             f"{job.retrain_steps}, {job.prompt_steps} and {job.refine}"
         )
     _check_own(job)
-    for needed, on, name in (
+    for needed, on, option in (
         ("--refine N", job.refine, "refine_learning_rate"),
         ("--retrain-steps N", job.retrain_steps, "retrain_learning_rate"),
         ("--bits N, whose scales it is for", job.bits, "group"),
         ("--calibration self", job.own_sequences, "calibration_temperature"),
     ):
-        parse.check_idle(job, needed, on, name)
+        parse.check_idle(job, needed, on, option)
     _check_retraining(job)
     _check_rounding(job, pattern)
     _check_devices(job)
