@@ -59,7 +59,7 @@ def main(config: Config) -> None:
             f"{', '.join(unknown)}"
         )
     for method in config.methods:
-        if config.correction and not hasattr(methods.METHODS[method], "correction"):
+        if config.correction and not hasattr(methods.named(method), "correction"):
             raise ValueError(f"{method} has no correction; give --correction 0")
     own = {"correction": config.correction, "temperature": config.temperature}
     run_missing(config, functools.partial(_cells, config), **own)

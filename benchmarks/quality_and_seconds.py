@@ -7,10 +7,11 @@ mean of the perplexities, both as means over the draws. Compare points of one ma
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -30,14 +31,7 @@ METHODS = {
     "torch-sparsegpt": "SparseGPT, torch",
     "alps": "ALPS",
 }
-OPTIONS = {
-    "plain": "",
-    "relative": "one size",
-    "0.5": "correction",
-    "self": "one size, correction, own text",
-    "both": "one size, correction, half own text",
-    "text": "one size, correction",
-}
+CALIBRATIONS = {"self": "own text", "both": "half own text"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +39,12 @@ class Config:
     """Draws the figure.
 
     Attributes:
-      folders: of `benchmarks.token_weights` and `benchmarks.own_text`.
+      directories: of `benchmarks.token_weights` and `benchmarks.own_text`.
       how: the sparsity or the n:m pattern whose cells are drawn.
       out: the SVG.
     """
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
     how: str = "0.6"
     out: Path = Path("quality_and_seconds.svg")
 
@@ -79,10 +73,10 @@ def main(config: Config) -> None:
     Raises:
       ValueError: there is no such cell.
     """
-    found = points(config.folders, config.how)
+    found = points(config.directories, config.how)
     if not found:
         raise ValueError(
-            f"no folder has a cell of {config.how}; run benchmarks.token_weights or "
+            f"no directory has a cell of {config.how}; run benchmarks.token_weights or "
             "benchmarks.own_text first"
         )
     for point in found:
@@ -91,23 +85,23 @@ def main(config: Config) -> None:
     atomic.replace(config.out, text.encode())
 
 
-def points(folders: Sequence[Path], how: str) -> list[Point]:
+def points(directories: Sequence[Path], how: str) -> list[Point]:
     """The points of all cells HOW_METHOD_OPTIONS_DRAW.json, by seconds.
 
     Args:
-      folders: of tables.
+      directories: of tables.
       how: a sparsity or a pattern n:m.
 
     Returns:
       A point for each method with its options.
     """
     cells: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for path in (path for folder in folders for path in cells_in(folder)):
-        own, method, options, _ = path.stem.split("_")
+    for path in itertools.chain.from_iterable(map(cells_in, directories)):
+        own, method, _, _ = path.stem.split("_")
         if own == how.replace(":", "of"):
             cell = json.loads(path.read_text())
             mean = with_mean(cell["perplexities"]["after"])["mean"]
-            key = METHODS.get(method, method), _named(options)
+            key = METHODS.get(method, method), _options(cell["config"])
             cells.setdefault(key, []).append((cell["seconds"]["prune"], mean))
     found = [
         Point(
@@ -149,11 +143,15 @@ def figure(found: Sequence[Point]) -> Figure:
     return drawn
 
 
-def _named(options: str) -> str:
-    """The options of a file's name in words."""
+def _options(asked: Mapping[str, str]) -> str:
+    """What a cell was asked for besides its method, in words."""
+    numbers = {name: float(asked.get(name) or 0) for name in ("correction", "refine")}
     words = [
-        OPTIONS.get(word, word.replace("refine", "refined "))
-        for word in options.split("+")
+        "one size" * (asked.get("relative") == "True"),
+        f"correction {numbers['correction']:g}" * bool(numbers["correction"]),
+        # A draw's own text is in a file of its own, DRAW-both.npy say.
+        CALIBRATIONS.get(Path(asked["calibration"]).stem.partition("-")[2], ""),
+        f"refined {numbers['refine']:g}" * bool(numbers["refine"]),
     ]
     return ", ".join(filter(None, words))
 

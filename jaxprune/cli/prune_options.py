@@ -296,7 +296,7 @@ def _check_streaming(job: Job, pattern: Pattern, rule: allocations.Rule) -> None
             (f"--pattern {job.pattern}", not isinstance(pattern, known)),
             ("--bits", job.bits is not None),
             ("--prompt", job.prompt is not None),
-            # No tokens are no prompt, as is asked for here.
+            # 0 asks for no prompt, and there is none.
             ("--prompt-steps", job.prompt_steps not in (0, Job.prompt_steps)),
             ("--refine", job.refine > 0),
             ("--retrain-steps", job.retrain_steps > 0),

@@ -136,13 +136,15 @@ def test_a_method_without_a_correction_is_refused_before_anything_is_written(con
 def test_quality_is_drawn_against_seconds_a_point_a_method(tmp_path, capsys):
     folder = tmp_path / "cells"
     folder.mkdir()
-    for name, seconds, value in (
-        ("0.6_sparsegpt_plain_0", 100, 40.0),
-        ("0.6_sparsegpt_plain_1", 200, 10.0),
-        ("0.6_alps_relative+0.5+refine4_0", 900, 8.0),
-        ("2of4_alps_plain_0", 5, 1.0),
+    most = {"relative": "True", "correction": "0.5", "refine": "4"}
+    for name, text, asked, seconds, value in (
+        ("0.6_sparsegpt_plain_0", "0", {}, 100, 40.0),
+        ("0.6_sparsegpt_plain_1", "1", {}, 200, 10.0),
+        ("0.6_alps_both+refine4_0", "0-both", most, 900, 8.0),
+        ("2of4_alps_plain_0", "0", {}, 5, 1.0),
     ):
         cell = {
+            "config": {"calibration": f"x/{text}.npy", **asked},
             "perplexities": {"after": dict.fromkeys(TEXTS, value)},
             "seconds": {"prune": seconds},
         }
@@ -155,6 +157,6 @@ def test_quality_is_drawn_against_seconds_a_point_a_method(tmp_path, capsys):
     assert [row["perplexity"] for row in rows] == pytest.approx([20, 8])
     text = drawn.out.read_text()
     assert ">SparseGPT<" in text
-    assert ">ALPS: one size, correction, refined 4<" in text
-    with pytest.raises(ValueError, match=r"no folder has a cell of 0\.9"):
+    assert ">ALPS: one size, correction 0.5, half own text, refined 4<" in text
+    with pytest.raises(ValueError, match=r"no directory has a cell of 0\.9"):
         quality_and_seconds.main(dataclasses.replace(drawn, how="0.9"))
