@@ -36,8 +36,8 @@ def test_its_steps_end_at_the_cells_sparsity(text, tmp_path, allocation):
     task = LanguageTask(LanguageModel(shape), corpus)
     trainer = SeedTrainer(0, config.plan(), task, out, None, {}, None)
     dense = task.init(0)
-    params, tokens = trainer.prune_gradually("retrain/cell", dense, 0.9, allocation)
-    assert tokens == RETRAIN * BATCH * CONTEXT
+    params, done = trainer.prune_gradually("retrain/cell", dense, 0.9, allocation)
+    assert done == {"tokens": RETRAIN * BATCH * CONTEXT, "share": 1.0}
     zeros = {
         name: np.asarray(leaf) == 0
         for name, leaf in jp.tree.named_leaves(params).items()
