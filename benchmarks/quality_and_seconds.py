@@ -119,14 +119,15 @@ def points(directories: Sequence[Path], how: str) -> list[Point]:
 def figure(found: Sequence[Point]) -> Figure:
     """Perplexity against seconds, a colour for each method."""
     colours = dict(zip(dict.fromkeys(p.method for p in found), COLOURS, strict=False))
-    drawn = Figure(figsize=(9.6, 4.4))
-    axes = drawn.add_axes((0.07, 0.12, 0.52, 0.84))
+    drawn = Figure(figsize=(9.6, 4.8))
+    axes = drawn.add_axes((0.07, 0.11, 0.47, 0.86))
     for point in found:
         axes.plot(point.seconds, point.perplexity, "o", color=colours[point.method])
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xscale="log", yscale="log")
+    for axis, ticks in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 2, 3, 4, 5, 6, 8))):
+        axis.set_major_locator(LogLocator(subs=ticks))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     axes.set_xlabel("seconds of pruning")
     axes.set_ylabel("perplexity, geometric mean of three texts")
     axes.grid(color=FAINT)
