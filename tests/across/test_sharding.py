@@ -102,6 +102,7 @@ def test_make_mesh_is_explicit_unless_told_otherwise():
     assert jax.make_mesh((8,), ("x",)).axis_types == (AxisType.Explicit,)
 
 
+@pytest.mark.full
 def test_averages_are_sharded_as_the_parameters(kind):
     params = spread(on_one_device(), kind)
     for init in (optimizer().init, jax.jit(optimizer().init)):
@@ -130,12 +131,13 @@ def every_score(params, importance):
     return {name: getattr(jp.scores, name)(params, importance) for name in CRITERIA}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "outside_of_jit"),
     [
         # The others are as elementwise, but for the drawn numbers.
         (AUTO, ["trajectory", "random"]),
-        pytest.param(EXPLICIT, CRITERIA, marks=pytest.mark.full),
+        (EXPLICIT, CRITERIA),
     ],
 )
 def test_scores_keep_the_sharding_and_the_bits(kind, outside_of_jit):
@@ -226,6 +228,7 @@ def retrained(kind=None):
     return masks, *trained(jp.keep_masks(optimizer(), masks), params)
 
 
+@pytest.mark.full
 def test_kept_masks_are_sharded_and_hold(kind):
     many = spread(on_one_device(), kind)
     masks, params, state = retrained(kind)

@@ -291,7 +291,7 @@ def test_every_choice_of_masks_is_typed_as_an_explicit_mesh_wants_it():
     ("mesh", "storage"),
     [
         (AUTO, "float32"),
-        (AUTO, "int8"),
+        pytest.param(AUTO, "int8", marks=pytest.mark.full),
         pytest.param(AUTO, "bfloat16", marks=pytest.mark.full),
         pytest.param(EXPLICIT, "float32", marks=pytest.mark.full),
         pytest.param(EXPLICIT, "int8", marks=pytest.mark.full),

@@ -54,9 +54,10 @@ def test_a_lazy_array_says_its_shape():
     "method",
     [
         "magnitude",
-        "sparsegpt",
-        pytest.param("wanda", marks=pytest.mark.full),
-        pytest.param("alps", marks=pytest.mark.full),
+        *(
+            pytest.param(method, marks=pytest.mark.full)
+            for method in ("sparsegpt", "wanda", "alps")
+        ),
     ],
 )
 def test_the_bits_are_those_of_arrays(method, tmp_path):

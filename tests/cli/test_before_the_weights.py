@@ -177,6 +177,7 @@ def test_who_reads_may_stop(place, monkeypatch, capsys):
     assert "Broken" not in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_what_is_said_to_nobody_stops_no_job(place, tmp_path):
     read, write = os.pipe()
     os.close(read)

@@ -12,10 +12,11 @@ pytest.importorskip("tokenizers")
 
 METHODS = ["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 WHOLE_HEADS = ("olmo2", "cohere2", "gpt-neox", "opt", "falcon")
-FIRST = "falcon-40b"  # that is pruned in the default suite
 # The first of each family, and those with a block or a layout of its own.
 PRUNED = [
-    n for n in CONFIGS if "-" not in n or n in (FIRST, "gpt-neox", "cohere-norms")
+    n
+    for n in CONFIGS
+    if "-" not in n or n in ("falcon-40b", "gpt-neox", "cohere-norms")
 ]
 # A solver is compiled for each shape of a matrix: here families have the same ones.
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -58,10 +59,8 @@ def test_inspect_says_why_a_directory_has_magnitude_alone(tmp_path, capsys):
     assert "by magnitude alone: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == FIRST else pytest.param(n, marks=pytest.mark.full) for n in PRUNED],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", PRUNED)
 def test_a_family_is_pruned_with_calibration_and_runs(name, tmp_path, capsys):
     model, out = tmp_path / "model", tmp_path / "out"
     config = tiny_hf.config_json(name)

@@ -27,6 +27,7 @@ def rounded(place):
     return place / "rounded"
 
 
+@pytest.mark.full
 def test_each_matrix_lies_on_levels_along_its_inputs(rounded):
     after = tiny_cli.weights(rounded)
     for name, shape in tiny_cli.MATRICES.items():
@@ -36,6 +37,7 @@ def test_each_matrix_lies_on_levels_along_its_inputs(rounded):
         assert (after[name] == 0).sum() >= np.prod(shape) // 2
 
 
+@pytest.mark.full
 def test_the_record_and_the_page_say_so(rounded):
     record = rewrite.read_provenance(rounded)
     assert record["method"] == "sparsegpt"
@@ -44,6 +46,7 @@ def test_the_record_and_the_page_say_so(rounded):
     assert "to int4, a scale for 16 inputs" in page
 
 
+@pytest.mark.full
 def test_its_compact_file_is_smaller_and_gives_every_byte_back(place, rounded, capsys):
     code, _, _ = run(capsys, "compact", rounded, place / "rounded.compact")
     assert code == 0

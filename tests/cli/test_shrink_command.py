@@ -83,6 +83,7 @@ def test_layers_can_be_named(place, capsys):
     )
 
 
+@pytest.mark.full
 def test_the_layer_whose_absence_changes_least_goes(place, capsys):
     words = ("--layers", 1, "--calibration", place / "rows.npy", "--length", 16)
     words = (*words, "--sequences", 6, "--batch", 3, "--ffn", 0.5)
@@ -109,6 +110,7 @@ def test_the_layer_whose_absence_changes_least_goes(place, capsys):
     assert hf.load(place / "e").config.layers == 1
 
 
+@pytest.mark.full
 def test_with_a_calibration_the_weights_of_those_left_make_up_for_the_others(
     place, capsys
 ):

@@ -128,6 +128,7 @@ def test_a_budget_is_of_the_whole_model_where_layers_go_too(place, capsys):
     assert "give --measure flops" in err
 
 
+@pytest.mark.full
 def test_a_timed_budget_goes_on_with_what_was_chosen(place, capsys, monkeypatch):
     words = (place / "llama", place / "timed", "--budget", 0.7, "--length", 16)
     words += ("--measure", "milliseconds", "--distill-steps", 2, "--any-perplexity")

@@ -151,6 +151,7 @@ def test_without_pictures_the_usual_answer_is_the_best(task):
     assert found == pytest.approx(right / len(task.held_out))
 
 
+@pytest.mark.full
 def test_what_gets_no_gradient_is_never_ranked(task, params):
     inputs, targets, _ = task.packed(task.train[:8])
     gradients = jax.jit(jax.grad(task.loss))(params, inputs, targets, None)

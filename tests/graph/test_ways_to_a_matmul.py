@@ -188,6 +188,7 @@ def test_experts_that_lie_on_several_devices_are_pruned_as_on_one():
             np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
 
 
+@pytest.mark.full
 def test_groups_that_are_the_same_in_every_batch_are_seen_too():
     def fixed(p, x):
         return ragged(p, {"x": x, "sizes": SIZES})

@@ -325,6 +325,7 @@ def test_ranked_gives_make_the_counts_of_its_own_scores():
     assert pruned_counts(masks) == pruned_counts(expected)
 
 
+@pytest.mark.full
 def test_ranked_works_under_jit_where_its_own_scores_have_values():
     scores = jp.scores.magnitude(PARAMS)
     ranked = jp.allocation.Ranked(scores)

@@ -131,6 +131,7 @@ def test_transformers_reads_fewer_experts(name, tmp_path, capsys):
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.full
 def test_an_expert_that_nobody_is_given_to_can_go_without_a_trace(tmp_path):
     tiny_hf.random_folder("gpt-oss", tmp_path)
     loaded = hf.load(tmp_path, dtype="float32")

@@ -93,6 +93,7 @@ def test_it_beats_sparsegpt_and_sparsegpts_support_with_the_best_weights(pattern
         assert losses[0] < 0.9 * losses[1] < 0.9 * losses[2]
 
 
+@pytest.mark.full
 def test_its_haste_costs_little():
     # Wider than what is inverted as a whole.
     weight, hessian = problem(6, size=260, outputs=12, rows=900)
@@ -160,7 +161,7 @@ def test_a_singular_hessian_is_damped_and_a_hopeless_one_told():
     assert np.isinf(solve(weight, -hessian, 768, damping=0.0).damping)
 
 
-@pytest.mark.parametrize("over", ["vmap", "map"])
+@pytest.mark.parametrize("over", [pytest.param("vmap", marks=pytest.mark.full), "map"])
 def test_a_stack_of_experts_is_solved_like_each_of_them(over):
     pairs = [problem(seed) for seed in (9, 10)]
     stack = [np.stack(x) for x in zip(*pairs, strict=True)]

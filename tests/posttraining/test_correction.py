@@ -162,6 +162,7 @@ def test_the_whole_is_nearer_to_the_dense_model(name):
     assert apart(0.75) < 0.8 * apart(0.0)
 
 
+@pytest.mark.full
 def test_before_anything_is_pruned_there_is_nothing_to_make_up_for():
     sparsity = {"up*": 0.0, "down*": 0.0, "out": 0.5}
     found, without = (

@@ -95,7 +95,7 @@ def test_each_weight_is_chosen_by_the_inputs_asked_for(method, rule, inputs):
 @pytest.mark.parametrize(
     "method",
     [
-        jp.methods.Wanda(relative=True),
+        pytest.param(jp.methods.Wanda(relative=True), marks=pytest.mark.full),
         pytest.param(jp.methods.RIA(relative=True), marks=pytest.mark.full),
         jp.methods.SparseGPT(relative=True),
         pytest.param(jp.methods.ALPS(relative=True), marks=pytest.mark.full),

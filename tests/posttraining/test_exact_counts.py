@@ -76,6 +76,7 @@ def test_exactly_as_many_go_as_were_asked_for_and_ties_keep_the_first(name):
         assert report["achieved"] == row["zeros"] / row["size"]
 
 
+@pytest.mark.full
 def test_every_method_takes_n_of_m():
     for method in jp.methods.METHODS:
         pruned, _ = prune(

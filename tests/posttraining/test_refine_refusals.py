@@ -65,6 +65,7 @@ def test_a_stack_that_is_cast_before_it_is_sliced_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_a_batch_in_which_no_position_counts_is_left_out():
     refined_without = prune(
         batches=BATCHES[:3], refine=dataclasses.replace(HOW, passes=1)

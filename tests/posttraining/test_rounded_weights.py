@@ -88,6 +88,7 @@ def test_nearest_levels_are_each_groups_own(bits):
     assert not np.signbit(found[found == 0]).any()
 
 
+@pytest.mark.full
 def test_making_up_for_rounding_beats_rounding_afterwards():
     rounding = jp.Rounding(4, GROUP)
     for seed in range(3):
@@ -125,7 +126,7 @@ def tiny():
     ("method", "how"),
     [
         *((name, {"sparsity": 0.5}) for name in ("magnitude", "wanda", "sparsegpt")),
-        ("alps", {"pattern": "2:4"}),
+        pytest.param("alps", {"pattern": "2:4"}, marks=pytest.mark.full),
     ],
 )
 def test_a_trained_model_ends_on_its_levels(method, how):
@@ -141,6 +142,7 @@ def test_a_trained_model_ends_on_its_levels(method, how):
         assert (np.asarray(leaf) == 0).sum() >= leaf.size // 2
 
 
+@pytest.mark.full
 def test_weights_of_two_bytes_lie_on_levels_too():
     fn, params, batches = tiny()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)

@@ -177,6 +177,7 @@ def test_stacked_layers_stay_sharded():
         np.testing.assert_array_equal(params[name], stack[name])
 
 
+@pytest.mark.full
 def test_experts_on_devices_of_their_own_stay_there():
     weight, x = draw(5, 4, 8, 6), draw(6, 4, 10, 8)
     mesh = mesh_of("auto")
@@ -193,6 +194,7 @@ def test_experts_on_devices_of_their_own_stay_there():
     )
 
 
+@pytest.mark.full
 def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path, monkeypatch):
     mesh = mesh_of("auto")
     found = resumed.reads(monkeypatch)

@@ -206,6 +206,7 @@ def test_a_gradient_that_is_not_finite_does_not_spoil_the_average():
     np.testing.assert_array_equal(held.taylor["kernel"], np.full((2, 2), 2.0))
 
 
+@pytest.mark.full
 def test_states_that_vmap_stacks_over_seeds_are_read_outside_of_it():
     params = {"w": jnp.ones((3, 4, 3)) * jnp.array([1.0, 1e2, 1e4])[:, None, None]}
     tx = optax.chain(optax.adam(0.1), jp.track_importance(storage="int8"))

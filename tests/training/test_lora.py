@@ -108,6 +108,7 @@ def test_a_change_has_the_rank_and_no_more():
     assert values[2] > 1e-3 > 1e-5 > values[3]
 
 
+@pytest.mark.full
 def test_pruned_weights_stay_at_zero_and_the_rest_is_the_masked_adapter():
     dense = weights()
 

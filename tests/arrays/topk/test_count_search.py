@@ -175,6 +175,7 @@ def test_the_gap_under_what_is_not_pruned_is_no_part_of_a_guess(joint):
     assert 1 <= low <= np.sort(rest)[more] <= high <= 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "kind",
     [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)],
@@ -216,6 +217,7 @@ def test_in_float64_neighbours_are_told_apart():
             np.testing.assert_array_equal(row_of(masks), highest(row, 40))
 
 
+@pytest.mark.full
 def test_the_search_needs_less_than_a_tenth_of_the_scores_memory():
     leaves = [jax.ShapeDtypeStruct((512, 1000), jnp.float32)] * 4
     for cut in (
