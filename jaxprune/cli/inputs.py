@@ -1,5 +1,6 @@
 """What a job looks at: sequences to calibrate on, windows to measure it by."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,11 +64,7 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
             f"--length must be at most the model's context {config.context}, got "
             f"{job.length}; give a shorter one, or leave it out"
         )
-    tokenizer = needed_tokenizer(job.model, files)
-    if tokenizer is None and job.own_sequences and (source.path / _TOKENIZER).is_file():
-        tokenizer = hf.load_tokenizer(job.model)
-    begins = models.beginning(tokenizer, job, config.vocab_size)
-    tokenizer = models.as_begun(tokenizer, begins)
+    tokenizer, begins = _tokenizer(job, source, files, config.vocab_size)
     whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
     own = [whole[path] for path in job.calibration_files]
     ends: list[texts.Text | None] = [None] * len(own)
@@ -99,16 +96,34 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
     if recovery:
         again = {} if drawn is None else _trainable(job, own, drawn)
         from_texts = [again.get(whole[path].sha256, whole[path]) for path in later]
-        taught = {text.sha256 for text in from_texts}
-        roles |= {
-            name: f"{roles[name]}, also trained on"
-            for name, text in evaluated.items()
-            if text.sha256 in taught and roles[name] != _HELD_OUT
-        }
         training = _sequences(job, recovery.steps, from_texts, begins.token)
+        _say_trained_on(roles, evaluated, from_texts)
     return Ready(
         tokenizer, begins, own, drawn, seen, roles, training, config.vocab_size
     )
+
+
+def _tokenizer(
+    job: JobOptions, source: CheckpointDir, files: tuple[Path, ...], vocab_size: int
+) -> tuple[hf.Tokenizer | None, models.Beginning]:
+    """The model's tokenizer where one is needed, and what sequences begin with."""
+    tokenizer = needed_tokenizer(job.model, files)
+    if tokenizer is None and job.own_sequences and (source.path / _TOKENIZER).is_file():
+        tokenizer = hf.load_tokenizer(job.model)
+    begins = models.beginning(tokenizer, job, vocab_size)
+    return models.as_begun(tokenizer, begins), begins
+
+
+def _say_trained_on(
+    roles: dict[str, str],
+    evaluated: Mapping[str, texts.AnyText],
+    taught: Sequence[texts.AnyText],
+) -> None:
+    """Adds to the roles of what is evaluated that it is trained on, where it is."""
+    digests = {text.sha256 for text in taught}
+    for name, text in evaluated.items():
+        if text.sha256 in digests and roles[name] != _HELD_OUT:
+            roles[name] += ", also trained on"
 
 
 def _evaluated(

@@ -103,20 +103,8 @@ def _shrunk(
         tokens = ready.drawn.tokens
         record["calibration"] = inputs.calibration(job, ready)
     with costs.phase("shrink"):
-        layers, budget, heads = job.layers, job.budget, 1.0
-        if job.search and tokens is not None:
-            found = shrink_search.divide(job, whole, tokens, console)
-            record["search"] = found.tried
-            layers, budget, heads = found.layers, found.budget, found.heads
-        small, record["layers"] = shrink_units.without_layers(
-            job, whole, tokens, layers, console
-        )
-        if job.experts and tokens is not None:
-            small, record["experts"] = shrink_units.without_experts(job, small, tokens)
-        if budget is not None and not job.search:
-            budget = shrink_units.rest_of_budget(job, budget, whole, small)
-        if job.narrows and budget != 1:
-            small, record["units"] = _narrower(job, small, tokens, budget, heads)
+        small, removed = _without(job, whole, tokens, console)
+    record |= removed
     record["method"] = "shrink by " + ", ".join(_ways(job, "units" in record))
     # Measured is what will be written.
     small = recovery.rounded(small, set(jp.tree.names(small.params)))
@@ -142,6 +130,28 @@ def _shrunk(
     if job.speed_rounds:
         with costs.phase("time"):
             record["speed"] = _timed(job, whole, small)
+    return small, record
+
+
+def _without(
+    job: Shrink, whole: models.Model, tokens: np.ndarray | None, console: Console
+) -> tuple[models.Model, dict[str, Any]]:
+    """The model without what was asked to go, and what that was."""
+    record: dict[str, Any] = {}
+    layers, budget, heads = job.layers, job.budget, 1.0
+    if job.search and tokens is not None:
+        found = shrink_search.divide(job, whole, tokens, console)
+        record["search"] = found.tried
+        layers, budget, heads = found.layers, found.budget, found.heads
+    small, record["layers"] = shrink_units.without_layers(
+        job, whole, tokens, layers, console
+    )
+    if job.experts and tokens is not None:
+        small, record["experts"] = shrink_units.without_experts(job, small, tokens)
+    if budget is not None and not job.search:
+        budget = shrink_units.rest_of_budget(job, budget, whole, small)
+    if job.narrows and budget != 1:
+        small, record["units"] = _narrower(job, small, tokens, budget, heads)
     return small, record
 
 

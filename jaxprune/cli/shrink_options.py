@@ -95,9 +95,33 @@ def check(job: Job) -> None:
     for name, share in {**shares, "experts": job.experts}.items():
         if not 0 <= share < 1:
             raise ValueError(f"--{name} must be a share in [0, 1), got {share}")
+    _check_budget(job, max(shares.values()))
+    if job.search:
+        _check_search(job)
+    if job.layers is not None and job.drop_layers:
+        raise ValueError("--layers and --drop-layers exclude each other; give one")
+    if not job.asked:
+        raise ValueError(
+            "something must be removed; give --ffn, --heads, --query-heads, --experts, "
+            "--layers, --drop-layers or --budget"
+        )
+    _check_calibration(job)
+    if job.speed_rounds < 0:
+        raise ValueError(f"--speed-rounds must not be negative, got {job.speed_rounds}")
+    parse.check_at_least_one(layers=job.layers, multiple=job.multiple)
+    if job.multiple > 1 and not (job.ffn or job.budget):
+        raise ValueError(
+            "--multiple is of the neurons that are left; give --ffn or --budget too, "
+            "or leave it out"
+        )
+    job_options.check(job)
+
+
+def _check_budget(job: Job, share: float) -> None:
+    """Refuses a budget that another option contradicts; `share`: the largest given."""
     if job.budget is not None and not 0 < job.budget < 1:
         raise ValueError(f"--budget must be a share in (0, 1), got {job.budget}")
-    if job.budget is not None and max(shares.values()) > 0:
+    if job.budget is not None and share > 0:
         raise ValueError(
             "--budget finds the shares of neurons and heads itself; leave out --ffn, "
             "--heads and --query-heads, or the budget"
@@ -112,15 +136,10 @@ def check(job: Job) -> None:
             "what layers and experts take of a budget is counted, so with them it is "
             "not of milliseconds; give --measure flops, bytes or parameters"
         )
-    if job.search:
-        _check_search(job)
-    if job.layers is not None and job.drop_layers:
-        raise ValueError("--layers and --drop-layers exclude each other; give one")
-    if not job.asked:
-        raise ValueError(
-            "something must be removed; give --ffn, --heads, --query-heads, --experts, "
-            "--layers, --drop-layers or --budget"
-        )
+
+
+def _check_calibration(job: Job) -> None:
+    """Refuses what needs a calibration without one, and one that is not taken."""
     if job.own_sequences:
         raise ValueError(
             "--calibration self is for prune alone; give --calibration FILE..., or "
@@ -136,15 +155,6 @@ def check(job: Job) -> None:
             "--experts needs --calibration FILE..., on which the router shows what it "
             "gives each expert"
         )
-    if job.speed_rounds < 0:
-        raise ValueError(f"--speed-rounds must not be negative, got {job.speed_rounds}")
-    parse.check_at_least_one(layers=job.layers, multiple=job.multiple)
-    if job.multiple > 1 and not (job.ffn or job.budget):
-        raise ValueError(
-            "--multiple is of the neurons that are left; give --ffn or --budget too, "
-            "or leave it out"
-        )
-    job_options.check(job)
 
 
 def _check_search(job: Job) -> None:

@@ -104,20 +104,7 @@ def keep(
             f"{layers}"
         )
 
-    @jax.jit
-    def states(params: Any, ids: Array, gates: Array) -> Float[Array, "batch time w"]:
-        model = nnx.merge(graphdef, params)
-        model.layers = nnx.List(
-            [_Gated(layer, gates[i]) for i, layer in enumerate(model.layers)]
-        )
-        return model.states(model.embed(ids))[0]
-
-    @jax.jit
-    def nats(params: Any, ids: Array, gates: Array, dense: Array) -> Float[Array, ""]:
-        model = nnx.merge(graphdef, params)
-        own = states(params, ids, gates)
-        return jnp.sum(divergence_of_states(model, model, dense, own))
-
+    states, nats = _programs(graphdef)
     batches = [tokens[i : i + batch, :-1] for i in range(0, len(tokens), batch)]
     every = np.ones(whole, bool)  # never changed: a running program may read it
     dense = [states(params, ids, every) for ids in batches]
@@ -147,6 +134,26 @@ def keep(
         changes.append(change)
         noted(Left(np.flatnonzero(gates).tolist(), dropped, changes))
     return Left(np.flatnonzero(gates).tolist(), dropped, changes)
+
+
+def _programs(graphdef: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What the head reads where gates are open, and how far that is from `dense`."""
+
+    @jax.jit
+    def states(params: Any, ids: Array, gates: Array) -> Float[Array, "batch time w"]:
+        model = nnx.merge(graphdef, params)
+        model.layers = nnx.List(
+            [_Gated(layer, gates[i]) for i, layer in enumerate(model.layers)]
+        )
+        return model.states(model.embed(ids))[0]
+
+    @jax.jit
+    def nats(params: Any, ids: Array, gates: Array, dense: Array) -> Float[Array, ""]:
+        model = nnx.merge(graphdef, params)
+        own = states(params, ids, gates)
+        return jnp.sum(divergence_of_states(model, model, dense, own))
+
+    return states, nats
 
 
 def _cheapest(

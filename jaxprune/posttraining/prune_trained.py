@@ -141,17 +141,7 @@ def prune_trained(
     started = time.perf_counter()
     batches = calibration.checked_batches(batches, "prune_trained")
     rounding = roundings.named(rounding)
-    if refine is not None:
-        if not isinstance(refine, Refine):
-            raise TypeError(
-                f"refine must be a jp.Refine, got {refine!r}; give jp.Refine(passes=8)"
-            )
-        refine.split(len(batches))
-        if rounding is not None:
-            raise ValueError(
-                "refine moves the weights off their levels, so it takes no rounding; "
-                "leave one of them out"
-            )
+    _check_refine(refine, rounding, len(batches))
     devices = None if mesh is None else PerDevice.of(mesh)
     if devices is not None:
         _check_mesh(batches, params, devices, refine)
@@ -206,6 +196,24 @@ def prune_trained(
     }
     pruned = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
     return PruneResult(pruned, report)
+
+
+def _check_refine(
+    refine: Refine | None, rounding: Rounding | None, batches: int
+) -> None:
+    """Refuses what is no refinement, or none of so many batches or rounded weights."""
+    if refine is None:
+        return
+    if not isinstance(refine, Refine):
+        raise TypeError(
+            f"refine must be a jp.Refine, got {refine!r}; give jp.Refine(passes=8)"
+        )
+    refine.split(batches)
+    if rounding is not None:
+        raise ValueError(
+            "refine moves the weights off their levels, so it takes no rounding; "
+            "leave one of them out"
+        )
 
 
 def _check_mesh(
