@@ -68,6 +68,7 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
     whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
     own = [whole[path] for path in job.calibration_files]
     ends: list[texts.Text | None] = [None] * len(own)
+    # Without a text to evaluate, the end of each calibration text is held out for it.
     if own and not job.evaluate:
         parts = [texts.without_end(text, job.limit * job.length) for text in own]
         own, ends = [list(part) for part in zip(*parts, strict=True)]

@@ -51,6 +51,7 @@ def replace(path: Path, content: bytes) -> None:
             sink.put(content)
         os.replace(partial, path)
     finally:
+        # After the rename there is nothing left to remove; after an error there is.
         with contextlib.suppress(OSError):
             partial.unlink()
 
@@ -116,6 +117,7 @@ def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
       >>> differences({"data": {"seed": 0}}, {"data": {"seed": 1}})
       ['data.seed was 0 and is 1']
     """
+    # The new job goes through JSON as the old one did: tuples become lists.
     old, new = flat(dict(begun)), flat(json.loads(json.dumps(dict(job))))
     return [
         f"{name} was {old.get(name, 'absent')!r} and is {new.get(name, 'absent')!r}"
@@ -205,6 +207,7 @@ def staged(
             if not resume:
                 _empty(partial)
             yield partial
+            # The entries must be durable before the name is theirs.
             sync(partial)
             _place(partial, place)
         except BaseException as error:
@@ -350,6 +353,8 @@ def check_free(place: Path, replaceable: Replaceable | None) -> None:
 
 def _place(partial: Path, place: Path) -> None:
     """Puts a whole directory into its place, and removes what was there after that."""
+    # The system replaces no directory that holds something: two renames, which
+    # `_recover` completes or undoes if the process dies in between.
     if place.exists() and any(place.iterdir()):
         os.rename(place, _beside(place, "replaced"))
     os.rename(partial, place)

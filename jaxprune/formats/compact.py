@@ -117,6 +117,7 @@ def compact(
     """
     place = atomic.apart(path, source.path)
     replaceable = _why_not_ours if overwrite else None
+    # Everything is read twice: the header, which comes first, needs every size.
     advance = source.meter(progress, passes=2)
     with atomic.staged_file(place, replaceable=replaceable) as partial:
         plan = _plan(source, advance)
@@ -172,6 +173,7 @@ def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
             scales |= {} if own is None else {name: own}
             entries |= stored
             advance(name, info.size)
+        # The header, then all tensors in the file's order: the digest of the file.
         digests[file] = sink.hexdigest()
     for name in others:
         embedded[f"file/{name}"] = sizes[name]
@@ -233,6 +235,7 @@ def _put_tensor(
             file.seek(to_values)
             to_values += file.write(bits[kept].tobytes())
         else:
+            # Held until the end: two levels of 4 bits share a byte, across chunks too.
             own = bits.view(info.dtype)[kept]
             rounded.append(levels.levels(own, scales.of(start, bits.size)[kept]))
         start += bits.size
@@ -242,6 +245,7 @@ def _put_tensor(
         file.seek(to_values)
         packed = levels.pack(np.concatenate(rounded), scales.grid.bits)
         to_values += file.write(packed.tobytes())
+    # Another number of nonzero weights than in the first pass.
     if to_values != values.offset + values.size:
         raise _changed(source.path / info.file)
 

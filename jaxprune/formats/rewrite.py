@@ -114,6 +114,7 @@ def write(
     sizes = [
         (source.path / name).stat().st_size for name in (*source.metadata, *others)
     ]
+    # What an earlier run left lies on the disk already.
     done_before = atomic.bytes_in(place.with_name(f".{place.name}.partial"))
     atomic.check_room(place, sum(sizes) - done_before)
     with atomic.staged(place, replaceable=ours, resume=resume) as partial:
@@ -255,6 +256,7 @@ def _finished(partial: Path, job: str) -> dict[str, Any]:
                 for name, made in state["done"].items()
                 if _is_whole(partial / name, made["sha256"])
             }
+    # Half-written files, and whole ones of another job.
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -312,6 +314,7 @@ def _put_values(sink: atomic.Sink, name: str, info: TensorInfo, values: Values) 
                 f"replaced values must be finite, but '{name}' holds NaN or infinity "
                 f"as {info.dtype}; look at the method, or leave the tensor out"
             )
+        # Minus zero compares equal to zero, and becomes plus zero.
         cast[cast == 0] = 0
         zeros += cast.size - int(np.count_nonzero(cast))
         sink.put(cast.view(np.uint8))
@@ -322,6 +325,7 @@ def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
     """An array in pieces of a million elements, in C order."""
     if array.flags.c_contiguous:
         array = array.reshape(-1)
+    # Of an array that is not contiguous whole rows, so that nothing is copied at once.
     rows = max(1, _CHUNK * len(array) // max(array.size, 1)) if array.ndim else 1
     for start in range(0, len(array), rows):
         yield array[start : start + rows]

@@ -102,6 +102,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not is_text(metadata):
         raise damaged(path, "its __metadata__ is no map of text to text")
     pairs = [(n, _entry(path, n, e, 8 + length)) for n, e in entries.items()]
+    # Empty tensors begin where the next one begins, and come before it.
     tensors = dict(sorted(pairs, key=lambda pair: (pair[1].offset, pair[1].size)))
     end = 8 + length
     for name, info in tensors.items():
@@ -163,6 +164,7 @@ def write_header(
         offsets = {"data_offsets": [begin, end]}
         header[name] = {"dtype": code, "shape": list(shape)} | offsets
     text = json.dumps(header, separators=(",", ":")).encode()
+    # The format pads its header with spaces: tensors begin at a multiple of 8.
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     start = 8 + len(text)
@@ -176,6 +178,7 @@ def write_header(
 
 def view(path: Path, info: TensorInfo) -> np.ndarray:
     """A tensor of a safetensors file, read-only; the array's memory is the file's."""
+    # No memory map is empty.
     if not info.size:
         empty = np.empty(info.shape, info.dtype)
         empty.flags.writeable = False

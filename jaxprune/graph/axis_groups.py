@@ -151,10 +151,13 @@ def axis_groups(
         for (part, dims), axis in itertools.product(
             enumerate(leaf.parts), range(len(leaf.shape))
         ):
+            # A fused axis, such as the (q, k, v) of one kernel, has several atoms.
             for atom, path in _paths(dims[axis]):
                 where = (leaf, Member(leaf.name, part, axis), path)
                 places.setdefault(atom, []).append(where)
             inner |= _inside(dims[axis])
+    # Axes of a weight that meet an activation side by side, as (heads, features) of
+    # an output projection do, nest too; what a single axis says comes first.
     for dim in trace.nested:
         inner = _inside(dim) | inner
     names = {atom: _name(*own[0]) for atom, own in places.items()}
@@ -188,6 +191,7 @@ def _inside(dim: Dim) -> dict[Dim, Dim]:
         if outer is not None:
             found |= {atom: outer for atom in atoms(part) if atom is not outer}
         found |= {k: v for k, v in _inside(part).items() if k not in found}
+        # Row-major, as reshapes are: in (heads, features) heads are the outer units.
         if not dim.is_sum and outer is None:
             free = (atom for atom in atoms(part) if atom.why is None)
             outer = next(free, None)
@@ -276,6 +280,7 @@ def _positions(dim: Dim, atom: Dim) -> int:
     if dim.is_sum:
         return sum(own)
     sizes = [part.size for part in dim.parts]
+    # All positions but those that are at no unit in any of the factors.
     return dim.size - math.prod(
         size - count for size, count in zip(sizes, own, strict=True)
     )

@@ -203,6 +203,7 @@ class _Finder:
                     self._hidden.setdefault(leaf, {})[step.primitive.name] = None
         origins = frozenset().union(*(self._origins.get(x, ()) for x in numbers))
         varying = not self.flat.varying.isdisjoint(step.outputs)
+        # What depends on the batch is an activation, however many leaves are in it.
         if origins and not varying:
             self._origins.update(dict.fromkeys(step.outputs, origins))
 
@@ -235,6 +236,7 @@ class _Finder:
         if name not in ("dot_general", "conv_general_dilated") and not grouped:
             return False
         sides = [i for i, x in enumerate(step.inputs) if x in self.views]
+        # Two leaves multiplied with each other, as in an adapter, are no linear op.
         if len(sides) != 1:
             return False
         side = sides[0]
@@ -264,6 +266,7 @@ class _Finder:
         leaf = self.names[view.leaf]
         index, part = _place(view, self.flat.kinds[self.flat.leaves[view.leaf]].shape)
         name = "/".join([leaf, *map(str, index)]) + part
+        # The same weight once more, as the head of a model with tied embeddings has it.
         use = self._uses.get(name, 0)
         self._uses[name] = use + 1
         self.ops.append(

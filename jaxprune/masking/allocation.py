@@ -172,6 +172,7 @@ class OWL:
             total, size = totals[block][0], max(totals[block][1], 1)
             above = _scores(weight) > self.factor * total / size
             outliers[block] += float(jnp.sum(above, dtype=np.float32)) / size
+        # The layers' shares of outliers, mapped to [-spread, spread] around their mean.
         ratio = np.array(list(outliers.values()))
         width = max(ratio.max() - ratio.min(), np.finfo(float).tiny)
         scaled = (ratio - ratio.min()) / width * 2 * self.spread
@@ -274,11 +275,13 @@ def _exact(
     """
     sizes = np.array([weight.size for weight in weights], float)
     goal = round(sparsity * sum(weight.size for weight in weights))
+    # Bisection: what is pruned rises with the common shift of all shares.
     low, high = -1.0, 1.0
     for _ in range(64):
         middle = (low + high) / 2
         pruned = (np.clip(shares + middle, 0, 1) * sizes).sum()
         low, high = (middle, high) if pruned < goal else (low, middle)
+    # Rounded are the ends of the running sum, so that the counts add up to the goal.
     ends = np.cumsum(np.clip(shares + high, 0, 1) * sizes)
     counts = np.diff(np.minimum(np.rint(ends), goal), prepend=0)
     counts[-1] += goal - counts.sum()
@@ -318,6 +321,7 @@ def _capped(
         over = ~full & (kept * scale > 1)
         if not over.any():
             return np.where(full, 1.0, kept * scale)
+        # These keep all, and what they cannot take goes to the others: once more.
         full |= over
 
 

@@ -69,6 +69,7 @@ def calibrate(
         batches = checked_batches(batches, "calibrate")
         check_devices(batches, devices, "calibrate")
     for group in in_groups(batches, devices.count if devices else 1):
+        # One program for all batches of a shape; the last batch may be shorter.
         if (kind := kind_of(group[0])) not in programs:
             traced = trace(fn, params, group[0])
             ops = chosen(traced, params, prunable)

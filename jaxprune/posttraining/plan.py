@@ -86,7 +86,6 @@ def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> No
       ValueError: a leaf to prune is abstract or traced, two weights overlap in their
         leaf, or a leaf to give up is used twice.
     """
-    # With `donate` the old weights are given up, so no two leaves may be one array.
     names = {op.leaf: op.view.leaf for op in ops}
     traced = (jax.core.Tracer, jax.ShapeDtypeStruct)
     if wrong := [k for k, i in names.items() if isinstance(leaves.all[i], traced)]:
@@ -94,6 +93,7 @@ def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> No
             f"the parameters must be arrays with values, but {listed(wrong)} are not; "
             "call prune_trained outside of jit"
         )
+    # With `donate` the old weights are given up, so no two leaves may be one array.
     uses = collections.Counter(map(id, leaves.all))
     if donate and (
         shared := [k for k, i in names.items() if uses[id(leaves.all[i])] > 1]
@@ -172,6 +172,7 @@ def planned(
             f"{'; '.join(problems)}; leave such weights out with "
             "prunable=jp.tree.excluding('...')"
         )
+    # Once for each shape, before anything is computed.
     for inputs, outputs in {op.shape[1:] for op in weights.values()}:
         _try(method, pattern, rounding, inputs, outputs)
     units = {name: _units(pattern, op) for name, op in weights.items()}

@@ -319,6 +319,7 @@ def _score(
             "not; track them or leave them out with prunable=jp.tree.excluding(...)"
         )
     compiled = _compiled(formula)
+    # A leaf at a time, each placed as its parameter is: nothing is gathered.
     leaves = [
         placement.placed(
             compiled(leaf, *(() if statistic is None else (statistic[i],)), *constants),

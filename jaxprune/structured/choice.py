@@ -64,6 +64,8 @@ def _by_rules(groups: AxisGroups, rules: Mapping[str, V]) -> dict[str, V]:
 def _fits(rule: str, group: AxisGroup) -> bool:
     if rule in (group.name, group.kind):
         return group.removable
+    # A glob asks for whatever is safe to cut; only a full name or kind asks for more,
+    # such as the width of the residual stream.
     return group.default and fnmatch.fnmatchcase(group.name, rule)
 
 
@@ -197,6 +199,7 @@ def by_scores(
         elif np.isnan(total).any():
             wrong.append(group.name)
         else:
+            # Stable: of equal scores the first unit stays, as everywhere here.
             order = np.argsort(-total, kind="stable")
             found[group.name] = np.sort(order[: group.units - lost[group.name]])
     if silent:
@@ -235,6 +238,7 @@ def by_masks(groups: AxisGroups, params: Params, masks: Masks) -> dict[str, np.n
         total = _pooled(groups, group, leaves, cache)
         if total is None or (total > 0).all():
             continue
+        # The sum of a mask counts the weights of a unit that stay; one keeps the unit.
         found[group.name] = np.flatnonzero(total > 0)
         if not total.any():
             empty.append(group.name)
@@ -268,6 +272,8 @@ def _pooled(
         if member.leaf not in leaves:
             continue
         leaf = shapes[member.leaf]
+        # Groups that share an axis of a leaf, as the parts of a fused matrix do, read
+        # the same sums.
         key = (member.leaf, member.axis)
         if key not in cache:
             cache[key] = _sums(leaf, leaves[member.leaf], member.axis)
@@ -282,6 +288,7 @@ def _sums(leaf: LeafAxes, values: Any, axis: int) -> np.ndarray:
     spared = {axis, leaf.stacked}
     others = tuple(i for i in range(len(leaf.shape)) if i not in spared)
     whole = jnp.issubdtype(values.dtype, jnp.bool_)
+    # Masks are counted in integers: float32 is exact up to 2^24 only.
     sums = jnp.sum(values, others, dtype=jnp.int32 if whole else jnp.float32)
     if leaf.stacked is None:
         sums = sums[None]

@@ -98,6 +98,7 @@ class Rules:
         usual = patterns.named(self.pattern)
 
         def event(step: int, wanted: Any) -> Event:
+            # A pattern in the place of a sparsity, such as "2:4", fixes the sparsity.
             if isinstance(wanted, str) or hasattr(wanted, "units"):
                 return Event(step, None, patterns.named(wanted))
             return Event(step, counts.checked(wanted, f" at step {step}"), usual)
@@ -123,6 +124,7 @@ class Rules:
         """A table for each pattern, of leaves with these names and shapes."""
         key = tuple(shapes.items())
         if key not in self._made:
+            # Counts follow from shapes alone; the dtype is not read.
             named = {n: jax.ShapeDtypeStruct(s, np.float32) for n, s in key}
             quotas = [self._quotas(event, named) for event in self.events]
             self._made[key] = [
@@ -146,6 +148,8 @@ class Rules:
         own = [n == number for n in self.pattern_of]
         first = own.index(True)
         quota, pattern = quotas[first], self.events[first].pattern
+        # Every table has a row for every event, so that one index reads them all; rows
+        # of other patterns' events are zero, and are not used.
         none = [0] * len(quota.kept)
         kept = [q.kept if mine else none for q, mine in zip(quotas, own, strict=True)]
         grown = [none] * len(kept)
@@ -166,6 +170,8 @@ class Rules:
         grown, before = [], sizes
         for event, row in zip(self.events, kept, strict=True):
             part = grow.part(event.step, first, last)
+            # At least what a falling sparsity returns (n - old), at most what is pruned
+            # at the time (of - old).
             each = zip(row, before, sizes, strict=True)
             grown.append(
                 [min(max(round(part * n), n - old), of - old) for n, old, of in each]
@@ -176,6 +182,8 @@ class Rules:
 
 def at(hit: Bool[Array, " events"], count: Count) -> Count:
     """The row of the one event that is hit, (1,) or (leaves,)."""
+    # A sum over rows, at most one of which is hit: without an event it is zero, where
+    # a gather would have to read some row.
     rows = jnp.asarray(hit)[:, None]  # (events, 1)
     total = lambda half: jnp.sum(jnp.where(rows, half, np.uint32(0)), 0, np.uint32)  # noqa: E731
     return Count(total(count.high), total(count.low))

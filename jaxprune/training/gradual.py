@@ -133,11 +133,14 @@ def gradual(
     ) -> tuple[optax.Updates, GradualState]:
         params = needed(params, "gradual")
         step, held, inner = state
+        # RigL ranks pruned weights by this step's gradient, before it is masked.
         hit, seen = masking.hit(step), updates if grow_reads else params
         held = masking.changed(
             jnp.any(hit), hit, step, held, lambda: (params, state.inner), seen
         )
         kept = masking.read(held, params)
+        # The optimizer sees masked gradients and parameters, as under `keep_masks`: its
+        # moments and weight decay then leave pruned weights alone.
         updates, inner = optimizer.update(
             select(kept, updates), inner, select(kept, params), **extra_args
         )

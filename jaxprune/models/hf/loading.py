@@ -108,6 +108,7 @@ def load(
     config = family.from_directory(opened.path, config)
     shapes = parameters.shapes(abstract(config))
     names = match(opened, family, shapes)
+    # Products of bfloat16 weights are in bfloat16 unless the caller asks for more.
     compute = compute_dtype or dtype or parameters.common_dtype(opened, names)
     config = config.with_dtype(compute)
     split = parameters.on_one_device if mesh is None else parameters.split_over(mesh)

@@ -249,6 +249,7 @@ def write_smaller(
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
         origin = names[_before(leaf, kept)]
+        # One leaf of all experts, stored as one tensor an expert: fewer tensors now.
         if origin.experts:
             origin = origin._replace(experts=array.shape[0])
         for i, name in enumerate((*origin.names, *origin.copies)):

@@ -172,6 +172,7 @@ class Family:
         """
         layer = re.search(r"(?<=\blayers/)\d+", leaf)
         number = layer[0] if layer else ""
+        # The tables name modules of any layer: without its number.
         anywhere = re.sub(r"(?<=\blayers/)\d+/", "", leaf)
         if anywhere in self.parameters:
             name, reverse = self.parameters[anywhere]
