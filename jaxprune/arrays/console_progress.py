@@ -51,8 +51,8 @@ class Progress(contextlib.AbstractContextManager):
 
         Args:
           total: how much there is to do.
-          what: is done, "pruning" say.
-          unit: of what, in the singular; "B" counts bytes.
+          what: the name of the job, such as "pruning".
+          unit: what is counted, in the singular; "B" stands for bytes.
           done: how much was done before.
           shown: whether to show anything.
           leave: whether a finished bar stays on the terminal.

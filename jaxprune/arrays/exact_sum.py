@@ -21,7 +21,8 @@ def total(
 ) -> Float32[Array, "*summed"]:
     """The sum along an axis, in any order the same.
 
-    It is as close as a float32 sum: terms are cut off at 2^-24 / n of the largest of n.
+    It is as exact as a float32 sum: every term is rounded to a multiple of at most
+    2^-24 / n times the largest of the n terms.
 
     Args:
       terms: floating, of at most 2^27 along each axis; taken as float32.

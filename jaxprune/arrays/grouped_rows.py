@@ -1,9 +1,10 @@
 """Rows that lie group by group, and a matrix for each group: the experts of a mixture.
 
-`jax.lax.ragged_dot` compiles on CPU to products of every group's matrix with all rows,
-those of others zero: groups times the memory and the work. Here a block of rows of one
-group after the other meets its matrix. The price: forward-mode differentiation
-(`jax.jvp`) is not defined through it.
+On a CPU, XLA compiles `jax.lax.ragged_dot` to the product of all rows with every
+group's matrix, with the rows of other groups set to zero. That multiplies memory and
+work by the number of groups. Here the rows are cut into blocks of one group each, and
+each block is multiplied by the matrix of its group. The price: forward-mode
+differentiation (`jax.jvp`) is not defined through this product.
 """
 
 import functools
@@ -183,9 +184,9 @@ def _over_blocks(
     """What blocks of one group each make, in order of the rows.
 
     Args:
-      add: what was made so far, the block's group, its first row, and booleans
-        (length,) of which rows are the block's, to what is made with it.
-      made: what to begin with.
+      add: a function of the result so far, the group of a block, its first row, and
+        booleans (length,) that say which rows belong to it; returns the new result.
+      made: the result to begin with.
       sizes: how many rows each group has.
       length: how many rows a block has, the last one of a group fewer.
 

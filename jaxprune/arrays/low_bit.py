@@ -119,7 +119,6 @@ def dither(
     Returns:
       uint32, of that shape, evenly spread over positions and over n.
     """
-    # In units of 2^-32. They depend on position, start and n alone, so on no sharding.
     moved = jnp.asarray(n).astype(np.uint32) * np.uint32(_GOLDEN)
     return start + moved + flat_index(shape, _PLASTIC)
 
@@ -176,7 +175,6 @@ def largest(leaf: Int8) -> Float32[Array, ""]:
     Returns:
       A float32 scalar. Only codes are read, and nothing but a scalar is made of them.
     """
-    # Only codes are read, and nothing but a scalar is made of them.
     code = jnp.max(leaf.codes, initial=_NAN + 1).astype(np.int32)
     if leaf.signed:
         lowest = jnp.min(leaf.codes, initial=0).astype(np.int32)
@@ -202,7 +200,6 @@ def encode_int8(
     Returns:
       The leaf; what was not finite is NaN.
     """
-    # Values are not negative unless `signed`; the exponent is from `unit_exponent`.
     above_one = 1 + jnp.abs(values) * power_of_two(-exponent)
     noise = (thresholds >> np.uint32(32 - _DROPPED)).astype(np.int32)
     code = (_bits(above_one) - np.int32(_ONE) + noise) >> _DROPPED

@@ -62,7 +62,7 @@ class PerDevice:
         return jax.tree.map(stack, *trees)
 
     def in_turn(self, items: Sequence[Any]) -> list[Any]:
-        """Trees, or None in the place of all, by as many as there are devices."""
+        """Stacks trees in groups of one for each device; None for a group of None."""
         groups = in_groups(items, self.count)
         return [None if own[0] is None else self.stacked(own) for own in groups]
 
@@ -109,7 +109,7 @@ class PerDevice:
 
 
 def in_groups(items: Iterable[Any], count: int) -> Iterator[tuple[Any, ...]]:
-    """So many at a time, the last ones fewer; taken when their turn comes."""
+    """Lazily yields tuples of `count` items; the last tuple may have fewer."""
     left = iter(items)
     return iter(lambda: tuple(itertools.islice(left, count)), ())
 

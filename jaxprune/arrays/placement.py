@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
-    """The array with no shard boundary inside a tile, one length an axis."""
+    """Reshards so that no shard boundary cuts a tile; `tiles` has a length an axis."""
     # An axis whose tiles are cut hands its shards to another axis that can take them,
     # so that each device holds as much as before; where none can, the axis is gathered.
     # A mesh of Auto axes is not known under `jit`: there the compiler sees to it.
@@ -70,8 +70,9 @@ def counter(params: Any) -> jax.Array:
 
 def committed(tree: T) -> T:
     """The arrays of a tree; where all are on one device, each committed to it."""
-    # What a checkpoint or a solver leaves is committed, fresh moments are not. A step's
-    # results all are as soon as one argument is, and for them `jit` would compile anew.
+    # Arrays from a checkpoint or a solver are committed to a device, fresh moments are
+    # not. If one argument of a step is committed, all its results are committed, and
+    # `jit` would compile the next step again.
     devices = {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
     if len(devices) > 1:
         return tree
@@ -105,7 +106,7 @@ def beside(array: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def together(array: Any, like: Any) -> Any:
-    """The array, so that one program takes it and another of its shape."""
+    """The array, moved where needed so that one program can take both it and `like`."""
     if is_concrete(like) and len(like.sharding.device_set) > 1:
         return placed(jnp.asarray(array), like)
     return beside(array, like)

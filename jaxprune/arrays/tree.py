@@ -134,10 +134,10 @@ def names(tree: Any) -> list[str]:
 def prunable(name: str, leaf: Any) -> bool:
     """Whether a leaf may be pruned unless the caller says otherwise.
 
-    A leaf may when it is floating, has two axes or more, and neither its own name nor
-    that of the module that holds it speaks of an embedding, a normalisation, a bias or
-    an output head, the parts that the method's authors leave alone too; nor of a
-    mixture's router or of `A_log`, where zero means something else. Whole words count:
+    A leaf may be pruned if it is floating, has two axes or more, and neither its name
+    nor that of its module names an embedding, a normalisation, a bias or an output head
+    (Islam et al. leave these alone too), nor the router of a mixture of experts
+    or `A_log`, where zero means something else. Whole words count:
     "denormalizer/kernel" may be pruned, and so may "head/mlp/kernel". "gate/weight" is
     taken for a router's; give a rule of your own where it is a gated layer's.
 
@@ -309,7 +309,6 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     Raises:
       ValueError: names or shapes differ; the sentence names the leaves.
     """
-    # Containers may differ, leaves may be left out; `what` names `other` in the error.
     wanted, given = named_leaves(reference), named_leaves(other)
     _spread_excluded(given, wanted)
     missing, foreign = wanted.keys() - given.keys(), given.keys() - wanted.keys()
@@ -376,7 +375,6 @@ def by_rule(
     Raises:
       ValueError: a rule matches no leaf at all.
     """
-    # A rule that matches no leaf at all is an error; `what` names the rules in it.
     unused = [g for g in rules if not fnmatch.filter(leaf_names, g)]
     if unused:
         raise ValueError(

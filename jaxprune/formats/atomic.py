@@ -188,9 +188,9 @@ def staged(
       place: the final place, absolute; nothing or an empty directory may be there.
       replaceable: decides whether a directory that holds something may be replaced;
         None replaces none.
-      resume: whether the block finds what an earlier run left, and leaves what it wrote
-        when it is stopped or the disk fails. Otherwise it begins empty, and it leaves
-        nothing after an error.
+      resume: whether the directory still holds what an earlier run left, and keeps what
+        the block wrote if the block is stopped or the disk, memory or device fails.
+        Otherwise the directory begins empty, and nothing is left after an error.
 
     Yields:
       The directory beside, locked for this process.
@@ -223,7 +223,7 @@ def staged(
 def staged_file(
     place: Path, *, replaceable: Replaceable | None = None
 ) -> Iterator[Path]:
-    """The same for a file: yields the path to write to; the block syncs the file."""
+    """`staged` for a file: yields the path to write to, which the block must sync."""
     partial = _beside(place, "partial")
     with locked(partial):
         try:
@@ -238,7 +238,7 @@ def staged_file(
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Makes a directory and locks it for this process, as long as that runs."""
+    """Makes a directory and locks it for this process until the block ends."""
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)

@@ -48,8 +48,8 @@ def packed_bytes(
     source: CheckpointDir, zeros: Mapping[str, int], rounded: Mapping[str, Grid] = {}
 ) -> int:
     """The bytes of a directory's weights in a compact file, less its header."""
-    # `zeros` says of how many elements of a tensor no bit is set, others have none
-    # such; `rounded` which tensors lie on a grid.
+    # `zeros`: tensor name to the number of elements with no bit set, 0 where absent.
+    # `rounded`: the grid of each tensor that was rounded to one.
     total = 0
     for name, info in source.tensors.items():
         size = math.prod(info.shape)

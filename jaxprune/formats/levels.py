@@ -1,9 +1,9 @@
-"""Tensors whose values are whole numbers of a scale each group shares: int4, int8.
+"""Tensors whose values are integers times a scale that a group shares: int4, int8.
 
-A directory holds such weights as plain floats. Here their scales are found again, and
-found right or not at all: level times scale must be every value, bit for bit. A scale
-is a bfloat16, shared by `group` elements along the last axis of the tensor or the one
-before; a level is at most 2^(bits - 1) - 1 either way.
+A directory holds such weights as plain floats. Here their scales are recovered, exactly
+or not at all: level times scale must give every value, bit for bit. A scale is a
+bfloat16, shared by `group` elements along the last or the second-last axis of the
+tensor; a level is an integer of magnitude 2^(bits - 1) - 1 at most.
 """
 
 import math
@@ -71,7 +71,7 @@ def find(tensor: np.ndarray, grid: Grid) -> Scales | None:
     """The scales that a tensor's values are whole numbers of, or None.
 
     Args:
-      tensor: at least a matrix, of a floating dtype; others have none.
+      tensor: at least a matrix of float16, bfloat16 or float32; others have no scales.
       grid: bits and group to look for.
 
     Returns:
@@ -145,7 +145,7 @@ def pack(own: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray | None:
-    """The levels, int8; None where there are not so many, or one more."""
+    """The levels, int8; None where the bytes do not hold exactly `count` of them."""
     if packed.size != packed_size(count, bits):
         return None
     if bits == 8:

@@ -72,8 +72,8 @@ def prune_directory(
         with "/" for ".": share}. None where the pattern fixes it.
       pattern: `Unstructured`, `PerOutput` or `NM`.
       prunable: name (with "/" for ".") and `TensorInfo` to whether a tensor may be
-        pruned. Of those it chooses, floating tensors of two axes are, and of three
-        unless they are a convolution's.
+        pruned. Of the tensors that it chooses, floating ones of two axes are pruned,
+        and those of three axes unless their name contains "conv".
       provenance: what else `jaxprune.json` is to say: "command", "perplexity".
       overwrite: whether an earlier result may be replaced.
       progress: called after every tensor.
@@ -169,7 +169,8 @@ def to_prune(
       Name to tensor, and name to whether it is stored (in, out).
 
     Raises:
-      ValueError: nothing may be pruned, or a tensor cannot be, or not so.
+      ValueError: no tensor may be pruned, one is stored in one byte, or the pattern
+        does not fit a shape.
     """
     tree.check_rule(prunable, [name.replace(".", "/") for name in source.tensors])
     chosen = {

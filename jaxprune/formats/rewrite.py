@@ -41,8 +41,8 @@ Values: TypeAlias = Any
 Finish: TypeAlias = Callable[
     [Path, Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, bytes]]
 ]
-"""From a directory that is whole but for its record, and that record, to what else the
-record says and to further files, by name."""
+"""A function of a directory that lacks only its record, and of that record. It returns
+further entries of the record, and further files: name to content."""
 
 
 _STATE = ".state.json"

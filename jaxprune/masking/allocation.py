@@ -268,10 +268,11 @@ def named(allocation: Rule | str) -> Rule:
 def _exact(
     shares: np.ndarray, weights: Sequence[Weight], sparsity: float
 ) -> list[Fraction]:
-    """Shares moved together, and cut at 0 and 1, until all weights lose what was asked.
+    """Shifts all pruned shares by one number so that the total is the one asked for.
 
-    They come as fractions whose counts are integers that add up to the one nearest to
-    sparsity x size.
+    Shifted shares are clipped to [0, 1]. Each is returned as a fraction with an integer
+    count of pruned weights; the counts add up to the integer nearest to sparsity x
+    size.
     """
     sizes = np.array([weight.size for weight in weights], float)
     goal = round(sparsity * sum(weight.size for weight in weights))

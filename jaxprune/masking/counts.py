@@ -118,7 +118,6 @@ def by_leaf(
       >>> counts.by_leaf({"mlp/*": 0.5}, ["mlp/up", "out"], [10, 10])
       [5, 0]
     """
-    # The first match counts, and a leaf that no glob matches keeps all.
     if isinstance(sparsity, Mapping):
         rules = {g: checked(s, f" for {g!r}") for g, s in sparsity.items()}
         shares = tree.by_rule(rules, names, 0.0, "sparsity")

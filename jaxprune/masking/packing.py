@@ -105,7 +105,7 @@ def unpack(packed: Any) -> Masks:
 
 
 def leaf_name(name: str) -> str:
-    """The leaf's name, of that of a packed mask's bits: "w" of "w/bits"."""
+    """The name of the leaf to which packed bits belong: "w" for "w/bits"."""
     return name.removesuffix("bits").removesuffix("/")
 
 

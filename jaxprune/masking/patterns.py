@@ -91,8 +91,9 @@ class PerOutput(_Free):
     ) -> Float32[Array, "batch out in"]:
         """Minus the rank inside the output as a share of the inputs, (batch, out, in).
 
-        One cut serves all outputs. They stand last first: ties, which are weights of
-        one rank, keep the first.
+        One cut then serves all outputs. Batch and outputs are in reversed order: among
+        weights of equal rank the cut keeps the first, here those of the last outputs,
+        so it is the first outputs that lose one weight more.
         """
         matrix = axes.matrix(scores)  # (batch, in, out)
         matrix = divisible(matrix, 1, max(matrix.shape[1], 1), 1)

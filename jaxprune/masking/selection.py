@@ -78,7 +78,7 @@ def quotas(
     pattern: Pattern,
     axes: Axes | Mapping[str, Axes] | None,
 ) -> Quotas:
-    """How much is kept of leaves of which shapes and dtypes are enough."""
+    """How many units are kept; most rules need only the leaves' shapes and dtypes."""
     names, leaves = list(named), list(named.values())
     own_axes = _axes(axes, names, leaves, pattern)
     share, found = counts.agreed(sparsity, pattern, rule)

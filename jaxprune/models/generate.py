@@ -86,9 +86,9 @@ def generate(
       sliding: whether a text longer than the context is continued from its last
         `context` tokens, instead of refused.
       pictures: for a `Phi3Vision`, `(prompt.pixels, prompt.sources[None])` of a
-        `preprocess.Prompt`; the model sees them once. Prompts of one batch share the
-        pixels, one behind the other, and their sources count on:
-        `preprocess.together`.
+        `preprocess.Prompt`; they are encoded once. For a batch of several prompts use
+        `preprocess.together`: it concatenates the pixels of all prompts and shifts
+        their sources to match.
 
     Returns:
       The prompt and its continuation, int32 (batch, time + steps).
@@ -158,7 +158,7 @@ def _draw(
     plan: tuple[tuple[int, ...], int],
     top_k: int | None,
 ) -> Int[Array, "batch steps"]:
-    """Draws plan[0] tokens with a cache for each, then plan[1] each from a window."""
+    """Draws plan[0][i] tokens with the i-th cache, then plan[1] by a sliding window."""
     whole = nnx.merge(graphdef, params)
     model: LanguageModel = getattr(whole, "decoder", whole)
     # (batch, time, width), and longer with each stretch

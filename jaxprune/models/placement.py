@@ -31,5 +31,5 @@ def broadcast(array: Float[Array, "..."], x: Array) -> Array:
 
 
 def look_up(table: nnx.Embed, rows: Int[Array, "..."]) -> Float[Array, "... width"]:
-    """Rows of an embedding, which lie as their numbers do."""
+    """Rows of an embedding, sharded like the array of their indices."""
     return table(rows, out_sharding=rows_of(rows, rows.ndim))

@@ -37,7 +37,7 @@ def templates(*folders: Path) -> jinja2.Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """A whole HTML page from a template of this room, filled with plain values."""
+    """A whole HTML page from a template of this package, filled with plain values."""
     return templates().get_template(template).render(values)
 
 

@@ -368,7 +368,7 @@ def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
-    """|w| / std(A); where the averages are all equal, only a zero is at the rate."""
+    """|w| / std(A); where std(A) is 0, 0 for a zero weight and infinity for others."""
     size, deviation = _absolute(w), _deviation(low_bit.decode(average))
     constant = jnp.where(size > 0, jnp.inf, 0.0)
     return jnp.where(deviation > 0, size / deviation, constant)

@@ -78,7 +78,7 @@ def admm(
       interval: steps between two projections, at least 1.
       penalty: lambda, over 0, or a schedule of it over the steps since `begin`.
       decay: of the exponential average E[g^2] of the loss's own gradients, in (0, 1).
-        The pull does not enter it, as it enters Adam's second moment.
+        The pull is left out of this average, though it enters Adam's second moment.
       criterion: what z keeps, of v and E[g^2]: `scores.obd` is p = 1 (ELSA),
         `scores.trajectory` p = 1/2 and `scores.magnitude` p = 0.
       allocation: how the sparsity is shared out, as for `gradual`.
@@ -89,7 +89,7 @@ def admm(
 
     Returns:
       A transformation whose state holds a mask and two float32 values for each weight
-      that may be pruned; those of z and u are one.
+      that may be pruned: E[g^2], and one value that holds z or u.
 
     Raises:
       ValueError: an argument is out of range; at `init`: no leaf is prunable, or the

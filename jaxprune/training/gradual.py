@@ -151,7 +151,7 @@ def gradual(
 
 
 def _refuse_mixed(rules: Rules) -> None:
-    """Refuses n:m beside units of several weights, which the other would cut up."""
+    """Refuses n:m together with blocks or channels, of which n:m would prune parts."""
     kinds = dict.fromkeys(event.pattern for event in rules.events)
     fixed = [own for own in kinds if own.sparsity is not None]
     pooled = [own for own in kinds if isinstance(own, Block | Channel)]

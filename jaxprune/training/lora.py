@@ -5,9 +5,10 @@ only A and B are trained. The usual adapter adds s (x A) B to the layer's output
 merged at the end. Here the weights hold the sum at every step: the gradient G of W
 gives those of the factors, s G B^T and s A^T G, and the step of the factors gives that
 of W. So no model is rewritten, and what ranks, prunes, masks or saves weights sees the
-weights that the model really has. The gradient of each matrix exists while it is
-turned, which it has to for E[g^2]; moments exist for the factors alone. What ranks by
-E[g^2] therefore needs `chain(track_gradients(), lora(...), track_importance())`.
+weights that the model really has. The full gradient of each matrix exists until it is
+converted to the gradients of the factors, and E[g^2] needs it; moments exist for the
+factors alone. A criterion that reads E[g^2] therefore needs
+`chain(track_gradients(), lora(...), track_importance())`.
 
 Reference:
     Hu et al.: LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv
@@ -71,10 +72,10 @@ def lora(
     """Trains each matrix by a change of low rank; everything else is frozen.
 
     Args:
-      optimizer: any optax optimizer, with its clipping, but those that search along a
-        line; it trains the factors, so its weight decay pulls them, not the weights,
-        towards zero. Nothing behind this transformation may change its updates, or
-        the weights and the factors part; only `keep_masks` goes around it.
+      optimizer: any optax optimizer, with its clipping, except line searches. It trains
+        the factors, so its weight decay pulls them, not the weights, towards zero. No
+        transformation chained after `lora` may change the updates, or the weights would
+        no longer match the factors; only `keep_masks` may wrap `lora`.
       rank: of the change; a matrix with a shorter side has that for its rank.
       alpha: the change is scaled by s = alpha / rank; the rank if left out.
       targets: leaf name and leaf to whether it is adapted; the rule of what may be

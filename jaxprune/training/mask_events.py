@@ -1,9 +1,9 @@
 """Masks that are chosen again inside an update.
 
-What runs when nothing is due must cost next to nothing. So the branch of an event
-returns masks alone, and reads parameters and moments as they come in, not what the step
-makes: that would have to be written out for it at every step. `straight_through` pays
-this, for masks that are not a step old.
+A step without an event must cost next to nothing. So the branch of an event returns
+masks alone, and reads the parameters and moments that come into the update. If it read
+the results of the step, every step would have to write them out for it.
+`straight_through` pays this price, so that its masks are not one step old.
 """
 
 import dataclasses

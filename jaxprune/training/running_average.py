@@ -53,7 +53,8 @@ class Average:
     """What is averaged and how it is held.
 
     Attributes:
-      view: what is averaged of each leaf; in magnitude it grows with its arguments'.
+      view: what is averaged of each leaf; where the magnitudes of its arguments grow,
+        its own magnitude must not fall.
       signed: whether that can be negative.
       skips: whether a number that is not finite is passed over.
       storage: "float32", "bfloat16" or "int8".

@@ -148,8 +148,8 @@ def straight_through(
             select(trained, updates), inner, before, **extra_args
         )
         dense = optax.apply_updates(before, updates)
-        # Masks of the weights before the step would be a step too old for those that
-        # are seen. The loop is then one of a delay, and ends at a higher loss.
+        # Masks chosen from the weights before the step would lag one step behind the
+        # weights that the user sees, and training would end at a higher loss.
         held = masking.changed(
             due, masking.latest(step), step, held, lambda: (dense, inner), params
         )

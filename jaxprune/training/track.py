@@ -88,11 +88,12 @@ def track_importance(
     In float32 the average follows the exact one to 1e-6 of the largest weight over
     thousands of snapshots, but a drift of less than about n 2^-25 of the weight is
     rounded away at snapshot n: over a million steps take `every=100`, which is cheaper
-    too. In "bfloat16" and "int8" each rounding is unbiased, so no drift is lost, and of
-    weights that drift the errors of many cancel: on a GPT averages were known to 0.5 %
-    and 3 %, and the pruned model had float32's loss. Where snapshots jump they add up:
-    to 1.6 % and 5 % for weights that jump by a fifth (docs/methods.md). One byte
-    follows thousands of tiny steps in one direction some 5 % too fast. With
+    too. In "bfloat16" and "int8" each rounding is unbiased, so no drift is lost. While
+    a weight drifts, the errors of many roundings cancel: on a GPT the averages were off
+    by 0.5 % and 3 %, and the pruned model had the loss of float32. While a weight jumps
+    by a fifth from snapshot to snapshot, the errors add up, to 1.6 % and 5 %
+    (docs/methods.md). "int8" follows thousands of tiny steps in one direction some 5 %
+    too fast. With
     `memory="pinned_host"` on one device, commit the parameters with `jax.device_put`
     and make the state by `jax.jit(tx.init)`, or the second step compiles again.
 
@@ -153,10 +154,10 @@ def track_gradients(
     Only for optimizers without a second moment of their own, or where the average over
     the whole run is worth its memory. Anything in front of it (clipping) is seen by it.
 
-    A number that is not finite is passed over at its weight; the average keeps what it
-    had. Squares jump from step to step, so the errors of lean storage do not cancel as
-    they do for weights: after 2000 steps of noise they are 3 % in "bfloat16" and 11 %
-    in "int8", of which `scores.trajectory` sees a quarter and `scores.obd` all. The
+    Where a gradient is not finite, the average of that weight keeps its value. Squares
+    jump from step to step, so rounding errors do not cancel as they do for weights:
+    after 2000 steps of noise they are 3 % in "bfloat16" and 11 % in "int8", of which
+    `scores.trajectory` sees a quarter and `scores.obd` all. The
     square of a gradient under 1e-19 is zero in float32.
 
     Args:

@@ -16,8 +16,9 @@ from jaxprune.arrays.topk import count_search, float_order
 from jaxprune.arrays.topk.count_search import Count, Order
 from jaxprune.arrays.topk.float_order import Line
 
-# A sample saves passes where a ranking has at least so many scores. One score of 67 is
-# in it: a prime meets every column, whatever power of two the rows are long.
+# A sample saves passes where a ranking has at least this many scores. It holds about
+# one score of 67, or fewer. Strides are odd, so that they reach every column of rows
+# whose length is a power of two.
 _SAMPLE_FROM = 1 << 17
 _STRIDE = 67
 # More does not narrow a bracket enough to be worth its memory.
@@ -27,7 +28,7 @@ _SAMPLE_MOST = 1 << 21
 def guess(
     scores: Sequence[Float[Array, "..."]], kept: Count, line: Line, *, joint: bool
 ) -> UInt[Array, "2 rows"] | None:
-    """Positions between which a sample sees the thresholds, one if they are `joint`."""
+    """Positions between which, by a sample, each threshold lies; one row if `joint`."""
     # None where rankings are short, and on several devices: there slices would travel.
     sizes = np.array([leaf.size for leaf in scores])
     mesh = [jax.typeof(leaf).sharding.mesh for leaf in scores]

@@ -65,9 +65,9 @@ class DecoderConfig:
         for none.
       experts_fused: whether gate and up of an expert are one kernel, their features
         alternating.
-      swiglu_limit: where gate (above) and up (both ways) are cut off; up + 1 is then
-        multiplied by gate * sigmoid(swiglu_alpha gate). None for the activation.
-      swiglu_alpha: the factor in there.
+      swiglu_limit: clips gate from above and up on both sides; the MLP then computes
+        (up + 1) * gate * sigmoid(swiglu_alpha * gate). None for activation(gate) * up.
+      swiglu_alpha: the factor inside that sigmoid.
       norm: "layer", with scale and bias, "layer_scale", without the bias,
         "layer_plain", without both, "rms", "rms_float32", which rounds after it scales,
         or "rms_plus_one", scaled by 1 + w.
@@ -91,8 +91,8 @@ class DecoderConfig:
       residual_scale: factor on what attention and MLP add.
       attention_scale: factor on the scores; None is head_dim^(-1/2).
       attention_softcap: c of c tanh(score / c); None for none.
-      sinks: whether each head has a score of its own that takes part of the attention
-        and gives nothing.
+      sinks: whether each head has a learned score that joins the softmax over the keys
+        but has no value (attention sinks).
       logit_scale: factor on the logits.
       logit_softcap: c of c tanh(logit / c); None for none.
       ropes: the rotary schemes; () for learned positions.

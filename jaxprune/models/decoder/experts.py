@@ -50,7 +50,7 @@ class ExpertLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Some of many gated MLPs for each token, and one that all take where there is."""
+    """Gated MLPs, some for each token, and one shared by all if the config says so."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Makes the matrices; `rngs` is read, not kept."""
@@ -79,8 +79,8 @@ class Experts(nnx.Module):
         where = placement.like(x)
         if where is None:
             return self._applied(x)
-        # Tokens of all devices are sorted by their experts: how those lie then, no type
-        # can say.
+        # Tokens of all devices are sorted by expert. No sharding type can describe the
+        # result, so the axes of the mesh are Auto inside.
         graphdef, state = nnx.split(self)
         apply = jax.sharding.auto_axes(
             lambda state, x: nnx.merge(graphdef, state)._applied(x), out_sharding=where
@@ -98,10 +98,11 @@ class Experts(nnx.Module):
     def answers(
         self, rows: Float[Array, "tokens width"]
     ) -> tuple[Int[Array, "given"], Int[Array, "given"], Float[Array, "given width"]]:
-        """What each expert answers to each token that it is given, times its share.
+        """Each expert's output for each token it is given, times the router's share.
 
-        Of each answer the token, the expert and the answer itself, expert by expert and
-        within one in the order of the text; there are tokens x experts_per_token.
+        Returns three arrays with tokens x experts_per_token entries: the number of the
+        token, the number of the expert, and the output. Entries are ordered by expert,
+        and by token within an expert.
         """
         share, chosen = self.routed(rows)  # (tokens, taken)
         order = jnp.argsort(chosen.reshape(-1), stable=True)

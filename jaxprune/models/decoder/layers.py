@@ -115,7 +115,7 @@ class Linear(nnx.Module):
 def contract(
     x: Float[Array, "... inputs"], matrix: Array, axis: int, dtype: str | None = None
 ) -> Float[Array, "... outputs"]:
-    """The last axis of `x` times axis 0 or 1 of a matrix, which lies as the rows do."""
+    """Contracts the last axis of `x` with one of a matrix; rows keep their sharding."""
     axes = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(
         x,

@@ -258,7 +258,9 @@ def by_token(
     vocab: int,
     rows: int | None = None,
 ) -> Float[Array, "batch time"]:
-    """Maps what makes logits over the tokens, a few at a time, for the gradient too.
+    """Applies a function that makes logits to a few tokens at a time.
+
+    The gradient computes the logits again, a few tokens at a time too.
 
     Args:
       of: from the arrays without their axis of time to (batch,).
@@ -279,7 +281,7 @@ def by_token(
     """
     rows = max(1, _LOGITS // vocab) if rows is None else rows
     if rows < 1:
-        raise ValueError(f"loss_per_token needs rows >= 1, got {rows}")
+        raise ValueError(f"rows must be at least 1, got {rows}; leave it out")
     batch, time = arrays[0].shape[:2]
     # The batch may lie on many devices, so the map is over time.
     steps = tuple(array.swapaxes(0, 1) for array in arrays)

@@ -1,8 +1,8 @@
 """A conversation as the text that a model was trained on, by its directory's template.
 
 The template is Jinja's, run in a sandbox, since it comes with the model. It sees what
-transformers' `apply_chat_template` gives it, but no clock: a template that would write
-today's date writes its own, or one that never changes.
+transformers' `apply_chat_template` gives it, but no clock: where it would write today's
+date, it writes its own default date, or a fixed one.
 
 Reference:
   Hugging Face transformers, `utils/chat_template_utils.py`.
@@ -76,8 +76,8 @@ def find(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
       settings: what tokenizer_config.json holds.
 
     Returns:
-      The template, the one that is called "default" of several; None where there is
-      none that can be read, which stops nobody who does not chat.
+      The template, or of several the one called "default". None where there is none
+      that can be read: that is no error, since only conversations need a template.
     """
     source: Any = settings.get("chat_template")
     if (path := directory / FILE).is_file():

@@ -160,12 +160,14 @@ class Attributes:
     def wrong(self, name: str, rule: str, value: Any) -> None:
         """Notes that an attribute is not what it must be."""
         got = "nothing" if value is None else _shown(value)
-        self.problems.append(f"{self._where}{name} must be {rule}, got {got}")
+        problem = f"{self._where}{name} must be {rule}, got {got}"
+        if problem not in self.problems:  # an attribute may be read twice
+            self.problems.append(problem)
 
     def rest(
         self, *, ignored: Collection[str] = (), only: Mapping[str, Any] | None = None
     ) -> None:
-        """Notes what was not read, is not ignored and not null or at its only value."""
+        """Notes attributes not read, unless ignored, null or at their only value."""
         for name, value in self._config.items():
             if name in self._read or name in ignored or value is None:
                 continue

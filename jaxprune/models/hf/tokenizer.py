@@ -1,9 +1,9 @@
 """Turns text into tokens and back with the tokenizer of a model's directory.
 
 tokenizer.json is read by the `tokenizers` package. Its template of special tokens is
-not applied, since it can put more than the beginning of a text into it; the token that
-a text begins with (BOS) is put there here, and whether it is, is said or read from the
-directory.
+not applied, since the template may add other tokens than BOS, the token that a text
+begins with. `Tokenizer.encode` adds BOS itself, where the caller says so or, if the
+caller says nothing, where the directory does.
 """
 
 import dataclasses

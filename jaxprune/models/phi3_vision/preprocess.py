@@ -67,8 +67,9 @@ class Prompt(NamedTuple):
 def picture(image: Image.Image, *, size: int = 336, crops: int = 16) -> Picture:
     """Resizes and cuts a picture.
 
-    The crops are as many as fit: s columns of the largest s with s * ceil(s / ratio)
-    <= crops, for a picture lying on its side; white is added above and below.
+    A landscape picture, of ratio = width / height, gets s columns of crops: the largest
+    s with s * ceil(s / ratio) <= crops. White is added above and below it. A portrait
+    picture is treated as its transpose.
 
     Args:
       image: of any mode and size; it is taken as RGB.

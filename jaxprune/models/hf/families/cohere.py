@@ -1,6 +1,7 @@
-"""Cohere's Command R: attention and MLP of one norm, neighbours turn, logits scaled.
+"""Cohere's Command R: one norm for attention and MLP, interleaved RoPE, scaled logits.
 
-The second family (Command R7B) has windows, and no positions in the layers without.
+The second family (Command R7B) has layers with a sliding window and rotary positions,
+and layers that see all tokens and have no positions.
 """
 
 import dataclasses

@@ -78,11 +78,12 @@ def _unchanged(directory: Path, shape: Any) -> Any:
 
 
 class HeadsRule(NamedTuple):
-    """Which numbers of query heads a family's class in transformers takes.
+    """Which numbers of query heads a family's class in transformers accepts.
 
     Attributes:
-      takes: config.json, the width and a number to whether it does.
-      when: in words, of "{width}".
+      takes: a function of config.json, the width and a number of query heads; returns
+        whether the class accepts that number.
+      when: the same rule in words, with "{width}" for the width.
     """
 
     takes: Callable[[Mapping[str, Any], int, int], bool]

@@ -42,7 +42,7 @@ def _fields(a: Attributes) -> Fields:
 
 
 def _check_twins(a: Attributes) -> None:
-    """Older files say base and share twice; only one of the names counts."""
+    """Older files give the rotary base and share under two names, which must agree."""
     twins = {
         "rope_theta": ("rotary_emb_base", 1e4),
         "partial_rotary_factor": ("rotary_pct", 0.25),

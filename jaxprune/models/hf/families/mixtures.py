@@ -50,7 +50,7 @@ def _qwen_3(a: Attributes) -> Fields:
 
 
 def _of_qwen(a: Attributes, usual: tuple[int, int], wide: int) -> Fields:
-    # Of layers without experts, of which there are none here.
+    # The width of layers without experts; a model with such layers is refused.
     a.raw("intermediate_size")
     if a.raw("mlp_only_layers") not in (None, []):
         a.wrong("mlp_only_layers", "empty", a.raw("mlp_only_layers"))

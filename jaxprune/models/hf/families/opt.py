@@ -7,7 +7,7 @@ from jaxprune.models.hf.families.family import Family, Fields
 
 def _fields(a: Attributes) -> Fields:
     width, heads = a.size("hidden_size"), a.size("num_attention_heads")
-    # OPT-350m alone has other ones.
+    # Only OPT-350m has embeddings of another width than its layers.
     if a.size("word_embed_proj_dim", width) != width:
         given = a.raw("word_embed_proj_dim")
         a.wrong("word_embed_proj_dim", f"hidden_size={width}", given)
