@@ -5,9 +5,9 @@
 Each runs in a process of its own, on the devices that JAX finds: training steps of a
 GPT with trackers and with masks that are chosen inside them, the optimizer's step
 alone, exact thresholds, pruning in place, the solvers on a matrix, a layer of a 7 B
-Llama. What one prints, a JSON line, becomes a file in a folder of the device; a run
-that was stopped goes on with those that are missing. One that fails is named and does
-not stop the others.
+Llama. The JSON lines that a benchmark prints become a file in a folder named after the
+device. A run that was stopped continues with the benchmarks whose files are missing. A
+benchmark that fails is named, and the others still run.
 """
 
 import dataclasses

@@ -29,10 +29,10 @@ class Config:
 
     Attributes:
       model: a Hugging Face directory.
-      theirs: the same model as `benchmarks.torch_pruning --save` left it.
-      method: that method.
-      sparsity: that sparsity.
-      calibration: those token ids, int32 (sequences, length), `.npy`.
+      theirs: the model that `benchmarks.torch_pruning --save` pruned and wrote.
+      method: the method of that run.
+      sparsity: the sparsity of that run.
+      calibration: the token ids of that run, int32 (sequences, length), `.npy`.
     """
 
     model: Annotated[Path, tyro.conf.Positional]

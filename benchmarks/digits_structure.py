@@ -172,7 +172,7 @@ def everything(config: Config) -> None:
 
 
 def read() -> Data:
-    """The digits; those held out are of other writers."""
+    """The digits; every sixth one is held out."""
     parts = picture_questions.parts(picture_questions.read_source())
     train, held_out = parts["train"], parts["validation"]
     return Data(

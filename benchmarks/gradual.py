@@ -3,9 +3,9 @@
     python -m benchmarks.gradual --what step
     python -m benchmarks.gradual --what optimizer
 
-Two comparisons, ratios to plain adamw of neighbours in time: the whole training step of
-a GPT and the optimizer's step alone, both with nothing due and with an event at every
-step.
+Two comparisons: the whole training step of a GPT, and the optimizer's step alone. Both
+are timed with no pruning event, and with an event at every step. The results are ratios
+to the time of plain adamw, measured just before or after.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from benchmarks import measure, training_steps
 from benchmarks.training_steps import Wrap
 
 BLOCK = 5
-# Never reached, and at every step from the second on, half to nine tenths.
+# No event within the timed steps; an event at every step from the second on, at which
+# the sparsity rises from half to nine tenths.
 NEVER = jp.schedules.cubic(0.9, begin=10**6, end=10**6 + 2000)
 ALWAYS = {n: 0.9 - 0.4 * (1 - n / 2000) ** 3 for n in range(1, 2001)}
 

@@ -52,8 +52,8 @@ class Config:
       relative: whether each token is divided by the size of its activations.
       correction: how much of what earlier layers lost a matrix makes up for.
       refine: passes of a refinement of each layer after it is pruned; 0 for none.
-      distill: steps of a distillation of the whole pruned model after the dense one, on
-        the calibration, 4 sequences a step; 0 for none.
+      distill: steps of distillation from the dense model into the whole pruned model,
+        on the calibration sequences, 4 a step; 0 for none.
       distill_learning_rate: of its first step.
       bits: 4 or 8, of the kept weights; None leaves them as they are.
       group: inputs that share a scale with `bits`.
@@ -190,7 +190,7 @@ def pruned(
 def distilled(
     config: Config, graphdef: Any, params: Any, masked: Set[str], ids: np.ndarray
 ) -> Any:
-    """All parameters trained after the dense model, the zeros of those named held."""
+    """All parameters, distilled from the dense model; zeros of those named held."""
     rate = config.distill_learning_rate
     with Progress(config.distill, "distilling", unit="step") as shown:
 

@@ -4,13 +4,14 @@
 
 The flags but `--source` are the experiment's, and its cells may lie in the same
 directory. JaxPruner (google-research/jaxpruner) is read from a checkout; it needs
-ml_collections. It is no dependency, and nothing of it is copied. Two things it needs
-today are given from outside: `jax.tree_map`, which jax has removed, and that a leaf
-without a mask stays one, on which its SET and RigL fail.
+ml_collections. It is no dependency, and nothing of it is copied. It needs two repairs
+today, which are made from outside: `jax.tree_map`, which jax has removed, is defined
+again; and it leaves None, a leaf without a mask, as it is, else SET and RigL fail.
 
-Its training loop has a hook before the forward pass and one after the update. Here both
-are called inside the update: the parameters that are held are those that its forward
-pass would see, and its own, dense or not, are in the state.
+JaxPruner's training loop has a hook before the forward pass and one after the update.
+Here both hooks are called inside the update. The parameters that the experiment holds
+are those that JaxPruner's forward pass would see; JaxPruner's own parameters, dense or
+not, are in the optimizer's state.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """An exact global threshold costs a few reads of the scores and no memory.
 
-Beside numpy.partition of the scores joined into one array (copied there, which it
-needs; and alone), and torch.nn.utils.prune.global_unstructured where torch is there.
+Compared with numpy.partition, which needs the scores joined into one array (timed with
+the joining and without it), and with torch.nn.utils.prune.global_unstructured if torch
+is installed.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
-"""The same recovery for every smaller model, in plain torch: after the dense one.
+"""The same recovery for every smaller model, in plain torch: distillation.
 
-The KL divergence of the dense model's next tokens from the smaller model's, on the
-sequences that units were chosen by, one at a time, with Adam and a learning rate that
-falls to zero. All parameters but the embeddings and the head are trained; what is
-exactly zero stays so, and with it the units that a method only zeroed.
+The loss is the KL divergence between the next-token distributions of the dense model
+and of the smaller model. It is minimised on the sequences that the units were chosen
+by, one sequence a step, with Adam and a learning rate that falls to zero. All
+parameters but the embeddings and the head are trained. Weights that are exactly zero
+stay zero, and so do the units that a method only zeroed.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
 """The competitors: whole neurons, heads and layers out of a model, in plain torch.
 
-From the papers, as their code runs them: each removes units by zeroing the columns by
-which they go out, which computes what removing them does. Nothing is written.
+The methods of the papers, as their code runs them. Each method removes units by zeroing
+the columns of the next matrix that read their outputs, which computes the same as
+removing the units. No checkpoint is written.
 
 - magnitude-sp: the norms of those columns.
 - wanda-sp: abs(W_ij) ||X_j|| summed over the outputs, layer after layer, each for the

@@ -1,4 +1,4 @@
-"""Train a small Phi-3-vision, watch every weight, prune its halves, retrain, show it.
+"""Train a small Phi-3-vision, track its weights, prune it or a part, retrain, report.
 
     python -m experiments.phi3_vision --out results/vision
 

@@ -1,13 +1,14 @@
-"""Does a smaller or pruned model recover faster after the dense one than on the text?
+"""Does a smaller or pruned model recover faster by distillation than on the text?
 
     python -m experiments.recovery --out results/recovery
 
 A small GPT is trained on characters. Then half of its neurons are removed, or most of
 its weights are pruned, by magnitude. What is left is trained for as many steps in two
 ways: by the cross entropy of the text, and by the KL divergence from the dense model.
-The controls are a model of the smaller shape from scratch, with both losses, and the
-dense model trained on. Each has the best of the same learning rates. Every cell is one
-small file, so a run that was stopped continues.
+The controls are a model of the smaller shape, trained from scratch with either loss,
+and the dense model, trained for as many more steps. Each training is run with every
+learning rate of the same list, and the best counts. Every cell is one small file, so a
+run that was stopped continues.
 """
 
 import dataclasses

@@ -1,11 +1,12 @@
-"""What do corrections, refinement, and calibration without a text make of the solvers?
+"""How do corrections, refinement, and calibration without a text change the result?
 
     python -m experiments.refined_solvers --out results/refined_solvers
 
-A dense GPT of `allocation_with_solvers` is pruned from calibration sequences of its
-training text, of its own writing, or half and half; each with matrices that make up for
-those before them or not, and without and with a refinement of its blocks. Every cell is
-one small file, so a run that was stopped continues.
+A dense GPT of `allocation_with_solvers` is pruned, calibrated on sequences of its
+training text, on text that it writes itself, or on half of each. Each of these is done
+without and with a correction (each matrix makes up for what earlier matrices lost), and
+without and with a refinement of the blocks. Every cell is one small file, so a run that
+was stopped continues.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
 """The methods by name, and when each of them prunes.
 
-Each is nanoGPT's optimizer, wrapped; there is nothing else in a training step. The
-sparsity rises between 20 % and 60 % of the steps, and masks that move freeze at 75 %;
-`_late` is from 10 % to 90 %, and freezes at 95 %. Both have the same average of
-weights. From a dense model it rises from 5 % on.
+Each method is a wrapper of nanoGPT's optimizer; nothing else of the training step
+changes. The sparsity rises between 20 % and 60 % of the steps, and masks that may
+change are frozen at 75 %. In the methods named `_late` it rises from 10 % to 90 %, and
+masks are frozen at 95 %. Both schedules leave the same number of weights on average
+over the training. A run that starts from a dense model begins to prune at 5 %.
 """
 
 import functools

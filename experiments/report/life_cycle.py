@@ -1,9 +1,10 @@
 """When pruning has paid for itself: what it cost once beside what a served token saves.
 
-Energy is counted, from the FLOPs of arithmetic and the bytes of weights that memory
-gives out, both at Horowitz's figures. Where training was measured by codecarbon,
-everything is scaled by measured / counted of the training. So a pay-back time does not
-hang on the hardware's overhead, only on its ratio of bytes to FLOPs.
+Energy is computed from the number of FLOPs and the bytes of weights that are read from
+memory, both at Horowitz's figures. Where codecarbon measured the energy of training,
+everything is scaled by measured / computed energy of the training. So a pay-back time
+does not depend on the hardware's overhead, only on the ratio of the cost of a byte to
+the cost of a FLOP.
 
 Reference:
   Horowitz, "Computing's Energy Problem (and what we can do about it)", ISSCC 2014: a

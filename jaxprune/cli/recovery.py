@@ -1,4 +1,4 @@
-"""Training on what was pruned or made smaller: on a text, or after the dense model."""
+"""Recovery of a pruned or smaller model: training on a text, or distillation."""
 
 from collections.abc import Callable, Set
 from typing import Any
