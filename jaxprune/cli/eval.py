@@ -31,8 +31,8 @@ class Evaluate(models.ModelOptions):
         row, or "messages", which the model's chat template writes; or .npy of int32
         token ids (sequences, length), whose rows are evaluated as they are.
       context: tokens of a window, BOS included; the model's context where that is less.
-      stride: how far a window moves on, at most --context - 1, the tokens that it
-        predicts; as far as that if left out.
+      stride: how far a window moves on, at most --context. A window predicts
+        --context - 1 tokens; it moves on as far as that if left out.
       limit: how many windows of each text are evaluated, from its beginning; all if
         left out.
       batch: how many windows the model sees at once.

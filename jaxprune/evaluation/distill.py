@@ -7,9 +7,10 @@ References:
   Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531,
   section 2: the temperature, and its square before the loss. Muralidharan et al.,
   "Compact Language Models via Pruning and Knowledge Distillation" (Minitron), 2024,
-  arXiv 2407.14679, section 3: the whole model as the teacher of what pruning left, by
-  its logits and by its hidden states; of those only the last are here, which every
-  smaller model has, and each token counts by its own size.
+  arXiv 2407.14679, section 3: the whole model teaches the pruned one by its logits and
+  its hidden states. Of the hidden states only the final ones are used here, since every
+  smaller model has them; each token's squared distance is divided by the squared norm
+  of the teacher's state.
 """
 
 import math

@@ -75,8 +75,9 @@ def keep(
       layers: how many layers stay.
       batch: sequences that the model sees at once.
       begun: what a search of the same arguments had found when it was stopped.
-      tick: called with the number of batches that are done, or need not be: all of
-        them once, and once for each layer that may go.
+      tick: called with the number of batches that were computed, or that turned out not
+        to be needed. The numbers add up to all batches once for the whole model, and
+        once more for each candidate layer in each step of the search.
       noted: called with what is left after each layer, to be `begun` from.
 
     Returns:
@@ -132,7 +133,7 @@ def keep(
         gates[best] = False
         dropped.append(best)
         changes.append(change)
-        noted(Left(np.flatnonzero(gates).tolist(), dropped, changes))
+        noted(Left(np.flatnonzero(gates).tolist(), [*dropped], [*changes]))
     return Left(np.flatnonzero(gates).tolist(), dropped, changes)
 
 
@@ -166,8 +167,8 @@ def _cheapest(
     sums = dict.fromkeys(layers, 0.0)
     seen = dict.fromkeys(layers, 0)
     while True:
-        # No batch takes anything off a sum, so what is behind the least of them, which
-        # is of all batches at last, need not be seen any further.
+        # Costs are not negative, so a sum never falls. The layer with the least sum is
+        # continued; once its sum covers all batches, no other layer can cost less.
         best = min(layers, key=lambda i: (not math.isfinite(sums[i]), sums[i]))
         if seen[best] == batches or not math.isfinite(sums[best]):
             tick(sum(batches - number for number in seen.values()))

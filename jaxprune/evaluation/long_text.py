@@ -1,9 +1,10 @@
-"""A text that is too large to be tokenised whole: pieces of it are, where they lie.
+"""A text that is too large to be tokenised whole; only the pieces that are drawn are.
 
-Tokenising takes a hundred times the memory of a text. So the file is cut into places of
-equal size, in bytes, and only those that a seed draws are read. A piece of plain text
-begins at the first white space of its place; of `.jsonl` and `.parquet` a place holds
-the lines or rows that begin in it. Places do not overlap, and so pieces do not.
+Tokenising takes a hundred times the memory of a text. So the file is cut into places,
+which are byte ranges of equal size, and only the places that a seed draws are read. A
+piece of plain text begins at the first white space of its place. In `.jsonl` and
+`.parquet` files a place holds the lines or rows that begin in it. Places do not
+overlap, so pieces do not overlap either.
 """
 
 import dataclasses
@@ -62,7 +63,11 @@ class LongText:
     def without_end(
         self, share: int, most: int
     ) -> tuple["LongText", Int[np.ndarray, " tokens"]]:
-        """The text less a part at its end, one in `share`, and that as tokens."""
+        """The text without a part at its end, and that part's last tokens.
+
+        The part is one in `share` of the bytes, but no more than should hold `most`
+        tokens. At most `most` tokens are returned.
+        """
         size = min(self.stop // share, max(2 * _PER_TOKEN * most, _CHUNK))
         tokens = np.concatenate([*self._encoded(self.stop - size)])
         return dataclasses.replace(self, stop=self.stop - size), tokens[-most:]

@@ -61,6 +61,8 @@ def peak_memory() -> int | None:
 class Costs:
     """Seconds and the peak of memory of a job, phase by phase.
 
+    A phase's peak is the greatest use from the start of the process to the phase's end.
+
     Example:
       >>> costs = Costs()
       >>> with costs.phase("prune"):

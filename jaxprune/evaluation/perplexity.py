@@ -1,9 +1,9 @@
 """Perplexity: exp of the mean loss of each token, in windows of a context and stride.
 
-Each window moves on by the stride, and only the tokens that no window before it
-predicted count, so that every token of the text counts once. A window begins with BOS
-where the model wants that; the model does not see the tokens before the window. Losses
-are float32, their sum is float64.
+Each window moves on by the stride, and only the tokens that no earlier window predicted
+count, so that every token of the text counts once (without BOS all but the first one).
+A window begins with BOS where the model wants that; the model does not see the tokens
+before the window. Losses are float32, their sum is float64.
 """
 
 import functools
@@ -48,8 +48,8 @@ def slide(
     Args:
       tokens: (tokens,).
       context: tokens of a window, BOS included, at least 2.
-      stride: how far each window moves on, at most context - 1, which is what a window
-        predicts, and so far if left out.
+      stride: how far each window moves on, from 1 to context. A window predicts
+        context - 1 tokens: this is the stride if left out, and the most that is used.
       bos: what each window begins with, or None; then the first token of the text is
         context only.
       limit: at most so many windows, from the beginning.
@@ -125,7 +125,6 @@ def windows(
     Raises:
       ValueError: they do not fit the text or the model.
     """
-    # `longest` is the model's context.
     if isinstance(text, Text) and text.is_rows:
         rows = text.tokens[:limit].astype(np.int32)
         counted = np.ones((len(rows), rows.shape[1] - 1), bool)

@@ -1,8 +1,9 @@
 """A short training of a model that was pruned or made smaller, its zeros held.
 
-Adam on the texts' sequences in an order drawn by a seed, its rate falling to zero along
-a cosine. What is trained is held in float32; all else stays as it is. The loss is that
-of the text, or of a teacher (`distill.from_teacher`).
+Training uses AdamW with optax's default weight decay, clips gradients to a global norm
+of 1, and lets the learning rate fall to zero along a cosine. A seed draws the order of
+the texts' sequences. Trained leaves are held in float32; other leaves stay as they are.
+The loss is that of the text, or of a teacher (`distill.from_teacher`).
 """
 
 import dataclasses

@@ -3,7 +3,8 @@
 A text file is one stream of tokens. Sequences are pieces of it that do not overlap,
 drawn by a seed, each begun with BOS where the model wants that. Of a text that is
 calibrated on, the end is set aside before anything is drawn; it measures the model.
-A file of more than 2 MiB is not tokenised whole: `LongText` draws where it lies.
+Text of more than 2 MiB and any `.parquet` become a `LongText`, which tokenises only the
+parts that are drawn, unless most of the text is needed.
 """
 
 import codecs
@@ -90,7 +91,8 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
       vocab_size: the model's.
 
     Returns:
-      The tokens, without BOS unless .npy holds it.
+      The tokens, without a BOS in front unless .npy holds it; between conversations a
+      chat template may put one.
 
     Raises:
       ValueError: the file is not what its name says, or a token is not in the

@@ -2,9 +2,10 @@
 
 Each axis of each value has one `Dim`. Two axes that must keep the same positions have
 the same one (`unify`). A reshape shows that a dimension is a product (heads x features
-of a head), a slice that it is a sum (queries, then keys, then values); whoever had the
-dimension before has the product or sum from then on. What is left in the end, an atom,
-is a set of units that can be removed one by one, or is frozen, with the reason.
+of a head), a slice that it is a sum (queries, then keys, then values). From then on the
+dimension is that product or sum on every axis that has it. A dimension that stays
+undivided is an atom: a set of units that can be removed one by one, or a frozen
+dimension with the reason.
 """
 
 import functools

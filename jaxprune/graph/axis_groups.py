@@ -49,8 +49,8 @@ class AxisGroup:
       weights: how many weights belong to all units together.
       members: the axes that have its units.
       removable: whether units can be removed.
-      default: whether they are where nobody asked for this very group.
-      why: why it is not removable, or only on demand; empty where it is by default.
+      default: whether a glob can select the group, and not only its exact name or kind.
+      why: why the group is not removable, or only if it is named; otherwise empty.
       dim: its dimension.
     """
 
@@ -181,7 +181,7 @@ def _paths(dim: Dim, path: tuple[int, ...] = ()) -> Iterator[tuple[Dim, Any]]:
 
 
 def _inside(dim: Dim) -> dict[Dim, Dim]:
-    """The atoms that are factors behind one that can be removed: to that."""
+    """Each atom inside the units of a removable atom, to that outer atom."""
     dim = find(dim)
     found: dict[Dim, Dim] = {}
     if dim.is_atom:

@@ -1,9 +1,10 @@
 """What primitives that compute do to the dimensions of their axes.
 
-What is added, multiplied or compared must keep the same positions. What is summed over
-an axis may lose positions only where one factor is zero at them, once the weights that
-belong to them are. What ranks, scans or takes the largest freezes its axis, and a
-primitive without a rule all that it touches.
+Axes that are added, multiplied or compared must keep the same positions. An axis that
+is summed over may lose a position only if one factor is zero there as soon as the
+weights of that position are zero. A primitive that ranks, scans or takes the largest
+freezes its axis. A primitive without a rule freezes the axes of its operands and
+results.
 """
 
 from collections.abc import Sequence

@@ -133,8 +133,9 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
     """Lists every matmul and convolution of a parameter with an activation.
 
     Nothing is computed. Scans are unrolled, so a leaf that is stacked over layers has
-    one linear op a layer. A leaf that more than slices, reshapes, transposes, casts and
-    constant factors change on its way to a linear op is in `unseen`, with the reason.
+    one linear op a layer. On its way to a linear op a leaf may be sliced, reshaped,
+    transposed, cast and scaled by a constant. A leaf of two axes or more that reaches
+    no linear op in this way is in `unseen`, with the reason.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.

@@ -100,7 +100,7 @@ def dot(
 
 
 def _distance(view: WeightView, axis: int) -> tuple[tuple[int, ...], int]:
-    """How far apart in the leaf, and against its axes, two places of an axis are."""
+    """A sort key: where in the leaf an axis's second position lies, then minus axis."""
     # Of axes that a reshape made of one, `axes` says only which one that was.
     place = [int(i == axis and size > 1) for i, size in enumerate(view.shape)]
     for move in reversed(view.moves):

@@ -1,4 +1,4 @@
-"""A traced program cut into segments: up to an input, what shares it, on to the next.
+"""A traced program cut into segments, each of which ends at an input of linear ops.
 
 A segment computes one input from the activations that earlier segments made. All linear
 ops that share the input belong to it; once their weights are pruned, the next segment
@@ -129,10 +129,6 @@ def layers(segments: Sequence[Segment]) -> list[range]:
     Returns:
       Positions, in order; a segment that repeats nothing, or only itself, is alone.
     """
-    # A layer's first segment begins in what comes before it, and may be another program
-    # in the first layer; all its other segments have the steps of the next layer's.
-    # What is handed on may differ: nothing after the last layer needs its residual. A
-    # segment that repeats nothing, or only itself, is alone.
     numbers: dict[Any, int] = {}
     kinds = [numbers.setdefault(s.subgraph.form, len(numbers)) for s in segments]
     found: list[range] = []

@@ -227,7 +227,7 @@ class WeightView:
         return dataclasses.replace(seen, axes=axes)
 
     def _is_alone(self, axis: int) -> bool:
-        """Whether one axis of what is seen is made of an axis of the leaf."""
+        """Whether one axis alone is made of a leaf axis, and none is reversed."""
         turned = any(isinstance(move, Reverse) for move in self.moves)
         return not turned and sum(axis in own for own in self.axes) == 1
 

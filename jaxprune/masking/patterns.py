@@ -83,7 +83,7 @@ class PerOutput(_Free):
 
     Reference:
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
-      2024, arXiv 2306.11695, section 3.
+      2023, arXiv 2306.11695, section 3.
     """
 
     def units(

@@ -57,12 +57,17 @@ def of_program(program: SegmentedProgram) -> str:
 
 @jax.jit
 def _fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    bits = jnp.asarray(leaf, np.float32) if leaf.dtype != np.float32 else leaf
-    words = jax.lax.bitcast_convert_type(bits, np.uint32)  # the leaf's shape
+    finite = jnp.all(jnp.isfinite(leaf))
+    if jnp.iscomplexobj(leaf):
+        leaf = jnp.stack([leaf.real, leaf.imag])
+    if leaf.dtype.itemsize < 4:  # float32 holds all of these types exactly
+        leaf = jnp.asarray(leaf, np.float32)
+    # The leaf's shape, and an axis of two words where a number has eight bytes.
+    words = jax.lax.bitcast_convert_type(leaf, np.uint32)
     place = jnp.zeros_like(words)  # of each word, in row-major order
     for axis, size in enumerate(words.shape):
         own = jax.lax.broadcasted_iota(np.uint32, words.shape, axis)
         place = place * np.uint32(size) + own
     # Odd factors: no bit of a word is lost.
     mark = jnp.sum(words * (2 * place + 1), dtype=np.uint32)
-    return jnp.all(jnp.isfinite(leaf)), mark
+    return finite, mark

@@ -6,9 +6,9 @@ its input D is compared with X too: the drift, X^T (D - X) / n. Linear ops that 
 input share its statistics. Sums run over the positions that count, all of them unless
 the caller says otherwise; a sequence's first token (BOS) counts too.
 
-Over the devices of a mesh each computes the terms of its own batch. They are added in
-the order of the batches, as on one device, and each device does so for a part of them:
-the sums are split over all devices, and are the bits of one.
+With a mesh, each device computes the terms of its own batch, and the sums are split
+over all devices. Each device adds up its own part of the terms of all batches, in the
+order of the batches, so that the sums have the same bits as on one device.
 """
 
 import functools
@@ -40,9 +40,9 @@ class InputStatistics(NamedTuple):
       hessian: (batch, in, in) float32: X^T X / samples; None where not asked for.
       reached: (batch,) float32: at how many positions the input is not all zero, the
         tokens that an expert was given.
-      drift: (1, in, in) float32: X^T (D - X) / samples, D the dense model's input; None
-        where it was not given, and of several matrices, experts say, to which the dense
-        model may send other samples.
+      drift: (1, in, in) float32: X^T (D - X) / samples, D the dense model's input. None
+        where D was not given, and for a weight of several matrices, such as experts,
+        since the dense model may send other samples to each of them.
     """
 
     samples: Float[Array, ""]
@@ -362,6 +362,8 @@ def _divided(sums: InputStatistics) -> InputStatistics:
         upper = jnp.triu(hessian) * scale  # (batch, in, in)
         hessian = upper + jnp.swapaxes(jnp.triu(hessian, 1) * scale, 1, 2)
         square = jnp.diagonal(upper, axis1=1, axis2=2)  # (batch, in)
-    if drift is not None:  # what is looked at says so if the dense input is not finite
+    # `finish` checks only the mean square: it becomes NaN if the dense input is not
+    # finite.
+    if drift is not None:
         square = jnp.where(jnp.isfinite(drift).all(), square, jnp.nan)
     return InputStatistics(sums.samples, square, hessian, sums.reached, drift)

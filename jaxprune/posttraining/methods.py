@@ -29,8 +29,12 @@ Needs: TypeAlias = Literal["nothing", "mean_square", "hessian"]
 
 
 Inputs: TypeAlias = Literal["left", "dense"]
-"""Which input a weight is pruned for: the one that the weights pruned before it leave,
-or that of its layer while the layer is dense, as in the papers."""
+"""Which input a weight is pruned for.
+
+"left" is the input after all earlier weights were pruned. "dense" is the input while
+all weights of the same layer are still dense and earlier layers are pruned, as in the
+papers.
+"""
 
 
 class Matrix(NamedTuple):
@@ -42,8 +46,8 @@ class Matrix(NamedTuple):
       hessian: (in, in) float32, X^T X / samples; None where the method needs none.
       kept: how many units of the pattern are kept, uint32 scalar.
       pattern: which weights are pruned as a unit.
-      rounding: the levels that the kept weights shall lie on, or None. A method that
-        does not look at it is rounded after it.
+      rounding: the levels that the kept weights shall lie on, or None. Where a method
+        ignores this field, `pruned` rounds the weights that the method returns.
     """
 
     weight: Float[Array, "in out"]
@@ -57,14 +61,15 @@ class Matrix(NamedTuple):
 class Method(Protocol):
     """How one matrix is pruned.
 
-    Where it also has an attribute `relative` that is true, each sample is divided by
-    its root mean square before the statistics are summed up. One that has `rounds` and
-    it is true puts the kept weights on the matrix' levels itself. One with a
-    `correction` above 0 is given matrices that make up for those before them.
+    Three more attributes are optional. Where `relative` is true, each sample is divided
+    by its root mean square before the statistics are summed up. Where `rounds` is true,
+    `prune` itself rounds the kept weights to the levels of `Matrix.rounding`. Where
+    `correction` is above 0, `prune` is given matrices that were changed to make up for
+    what earlier matrices lost.
 
     Attributes:
       needs: which statistics of the input it reads.
-      inputs: which input that is.
+      inputs: which input these statistics are of, "left" or "dense"; see `Inputs`.
       pattern: the pattern that its paper uses where nothing else is asked for.
     """
 
@@ -143,7 +148,7 @@ class RIA:
 
     Reference:
       Zhang, Bai, Lin, Zhao, Hou, Cannistraci, "Plug-and-Play: An Efficient
-      Post-training Pruning Method for Large Language Models", ICLR 2024, equation 4.
+      Post-training Pruning Method for Large Language Models", ICLR 2024.
     """
 
     power: float = 0.5
@@ -167,10 +172,11 @@ class SparseGPT:
       block: inputs whose mask is chosen together.
       inputs: as of `Wanda`.
       relative: as of `Wanda`.
-      correction: how much of what the matrices before it lost a matrix makes up for, in
-        [0, 1], see `jaxprune.posttraining.solvers.dense_target`; 0 is the paper's. The
-        dense model runs beside then: activations are held twice. Weights that are
-        several matrices, experts say, are solved for without it.
+      correction: the share of the error of earlier matrices that each matrix makes up
+        for, in [0, 1]; see `jaxprune.posttraining.solvers.dense_target`. 0 is the
+        paper's method. Above 0 the dense model runs beside the pruned one, so
+        activations are held twice. Weights that are several matrices, such as experts,
+        are solved without a correction.
 
     Reference:
       Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
@@ -290,7 +296,7 @@ def named(method: Method | Name) -> Method:
 
 
 def correction(method: Method) -> float:
-    """How much of what was lost before a matrix makes up for; 0 where it cannot."""
+    """The method's `correction`; 0 where the method has no such attribute."""
     return float(getattr(method, "correction", 0.0))
 
 

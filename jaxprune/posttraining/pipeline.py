@@ -155,18 +155,19 @@ class SegmentedProgram:
     def read_late(
         self, view: WeightView, after: int, *, segments: bool
     ) -> dict[int, WeightView]:
-        """The values of which a part changes and which the dense model needs still.
+        """Values that overlap a changed weight and that the dense model still reads.
 
-        A linear op may come much later than its input is there: of branches side by
-        side, the last one to be computed meets the next layer.
+        A linear op may run several segments after its input was computed: of parallel
+        branches, the last one is computed together with the next layer.
 
         Args:
-          view: what changes.
-          after: the segment that the dense model has come to.
-          segments: whether it runs through the segments, and not the blocks alone.
+          view: the part of a leaf that is about to change.
+          after: the number of the segment that the dense model has reached.
+          segments: whether the dense model runs through segments as well as blocks.
 
         Returns:
-          Number to view, of what segments behind it read, or blocks that begin there.
+          Number of such a value to its view. The readers are the segments behind
+          `after`, and the blocks that begin at `after` or later.
         """
         begun = zip(self.blocks, self.layers, strict=False)
         parts = [own for own, numbers in begun if numbers.start >= after]
@@ -208,16 +209,17 @@ class SegmentedProgram:
 
 
 class SequentialPipeline:
-    """All batches on their way through the segments; their inputs are summed up.
+    """Takes all batches through the segments and sums up the segments' inputs.
 
-    Over devices a batch is one for each, stacked, and so are positions.
+    With a mesh, each item is a stack of one batch for each device, and the positions
+    are stacked in the same way.
 
     Attributes:
-      activations: of each batch, what later segments need.
-      dense: the same by the dense model, where it runs beside; one segment ahead while
-        weights are pruned. Empty where it does not.
-      before: values as the dense model has them, by number, that have changed and that
-        it needs still.
+      activations: for each batch, the activations that later segments need.
+      dense: the same activations in the dense model, one segment ahead while weights
+        are pruned. Empty where the dense model does not run beside the pruned one.
+      before: the old values, by number, of weights that have changed and that the dense
+        model still reads.
     """
 
     def __init__(
@@ -248,10 +250,11 @@ class SequentialPipeline:
     def observe(
         self, numbers: range, known: Collection[str] = frozenset()
     ) -> dict[int, Any]:
-        """Adds up the inputs of some segments, and stops at the input of the first.
+        """Adds up some segments' inputs; the batches end at the first segment's input.
 
-        The segments run with the weights as they are; those in `known` need no
-        statistics any more. Gives, by number, each segment's input of the first batch.
+        The segments run with the current weights. Weights whose names are in `known`
+        need no statistics. Returns, by segment number, what that segment's input is
+        read from in the first batch.
         """
         program = self.program
         own = [program.segments[number] for number in numbers]
@@ -287,9 +290,9 @@ class SequentialPipeline:
         return self._dense_inputs[0] if self.dense else None
 
     def advance_dense(self, number: int) -> None:
-        """Takes the dense model to a segment's input; past the last there is none.
+        """Takes the dense model to a segment's input; past the last it is dropped.
 
-        Where it does not run beside, it is only noted how far it would have come.
+        Where no dense model runs beside the pruned one, only `number` is stored.
         """
         self._ahead = number
         if number == len(self.program.segments):

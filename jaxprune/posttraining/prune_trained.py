@@ -38,17 +38,19 @@ class PruneResult(NamedTuple):
     """A pruned model and the report of how it was pruned.
 
     Attributes:
-      params: like the parameters that were given, pruned; `jp.LazyArray` leaves are
-        that still, the pruned ones in `directory`, or arrays where none was given.
+      params: like the parameters that were given, pruned. A `jp.LazyArray` leaf that
+        did not change stays one. One that changed stays one where a `directory` was
+        given, which holds the new weights; otherwise it is an array.
       report: JSON-able: method, pattern, sparsity asked for and achieved, calibration,
-        seconds, what was not seen, and a row for each weight: name, shape, units
-        removed, zeros, size, relative squared error of its output on the first 256
-        samples (with a correction of the dense model's output there, which includes
-        what was lost before), damping, seconds of its solver, and which of its matrices
-        were pruned by magnitude since their input was zero in all samples. With
-        `refine` in "refined" a row for each block: its weights, the leaves that were
-        trained, the loss on held-out batches before, after each pass and of what was
-        kept.
+        seconds, the leaves that no linear op uses, and a row for each weight: name,
+        shape, units removed, zeros, size, relative squared error of its output on at
+        most 256 samples of the first batch, damping, seconds of its solver, and which
+        of its matrices were pruned by magnitude, because their input was zero in all
+        samples or fewer than 16 samples reached an expert. With a correction the error
+        is that against the dense model's output, so it includes what earlier weights
+        lost. With `refine`, "refined" has a row for each block: its weights, the
+        leaves that were trained, and the loss on held-out batches before training,
+        after each pass, and of the values that were kept.
     """
 
     params: Params
@@ -82,8 +84,8 @@ def prune_trained(
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
       params: the parameters, any pytree of arrays, sharded or not. `jp.LazyArray`
-        leaves are in memory from their first use to their last: with `directory`, a
-        model larger than memory is pruned in that of a layer.
+        leaves are in memory from their first use to their last. With `directory` as
+        well, a model larger than memory is pruned with the memory that one layer needs.
       batches: pytrees of arrays, all of one shape; their activations are kept. An
         iterator's batches are freed once they are used.
       method: "magnitude", "wanda", "ria", "sparsegpt", "alps", or a value of
@@ -103,26 +105,28 @@ def prune_trained(
         there; the old parameters are deleted then, and memory holds the model once.
       progress: whether to show how far it is: a bar on a terminal, a line now and then
         in a log.
-      refine: gradient steps on each layer's kept weights, norms and biases after it was
-        pruned, towards the output of the dense layer; zeros stay zeros. `fn` must be
-        differentiable, and end with what the last layer is to be measured by: final
-        states rather than logits. None for none.
-      rounding: "int4", "int8" or a `jp.Rounding`: the weights that are kept are put on
-        so few levels, in the leaves' own dtype; "sparsegpt" and "alps" make up for the
-        differences, the others round to the nearest. A kept weight may become zero.
-        `jaxprune compact` stores levels. None leaves the weights as they are.
-      mesh: devices that take a batch each, side by side, and then a matrix each. Masks
-        are those of one device, bit for bit, however the parameters are split over
-        them: a segment's are brought together, and let go after it. Over several
-        processes all call alike, with the same batches, and the first one writes. None
-        leaves batches and parameters where they lie.
+      refine: gradient steps on each layer's kept weights, norms and biases after the
+        layer was pruned, towards the output of the dense layer; zeros stay zeros. `fn`
+        must be differentiable, and its result is what the last layer is measured by:
+        return final hidden states rather than logits. None takes no such steps.
+      rounding: "int4", "int8" or a `jp.Rounding`: kept weights are rounded to levels,
+        which are such integers times a scale, and stored in the leaves' own dtype.
+        "sparsegpt" and "alps" make up for the rounding in later inputs; the other
+        methods round to the nearest level. A kept weight may become zero. The integers
+        are stored by `jaxprune compact`. None leaves the weights as they are.
+      mesh: devices. Each takes a batch at the same time as the others, and later a
+        matrix to prune. The masks are those that one device gives, bit for bit, however
+        the parameters are sharded: the parameters of a segment are gathered on every
+        device while it runs. Several processes must all make the same call with the
+        same batches; the first process writes. None leaves batches and parameters
+        where they are.
 
     Returns:
       The pruned parameters, of the same structure, dtypes and sharding, and a report.
 
     Raises:
       ValueError: an argument does not fit, an input is not finite, a factorisation
-        failed, or the directory is another job's; no result has been written then.
+        failed, or the directory is another job's. Only `directory` is written to then.
       TypeError: an argument is of another kind than what it takes.
 
     Example:
@@ -201,7 +205,7 @@ def prune_trained(
 def _check_refine(
     refine: Refine | None, rounding: Rounding | None, batches: int
 ) -> None:
-    """Refuses what is no refinement, or none of so many batches or rounded weights."""
+    """Refuses what is no `Refine`, too few batches for it, and a rounding with it."""
     if refine is None:
         return
     if not isinstance(refine, Refine):

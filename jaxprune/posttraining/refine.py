@@ -1,13 +1,14 @@
 """Gradient steps on what is left of a block, towards the output of the dense one.
 
-A block is what is done with the weights of one layer (`segments.block`): from the input
-of its first matrices to that of the next layer's, normalised as the next layer sees it.
-Its input is of the pruned model, its target of the dense one, so that it also makes up
-for what the blocks before it lost. Zeros stay zeros.
+A block (`segments.block`) is the part of the program that uses the weights of a layer.
+It begins at the input of the layer's first matrices and ends at the input of the next
+layer's first matrices, behind the next layer's norm. The block's input comes from the
+pruned model and its target from the dense one, so that the block also makes up for what
+earlier blocks lost. Zeros stay zeros.
 
-The loss is relative, token by token: |y - target|^2 / |target|^2, a norm along the last
-axis. Of a plain squared error a few massive activations (a sequence's first token) are
-nearly all, and nothing else is learned.
+The loss is relative, token by token: |y - target|^2 / |target|^2, with norms along the
+last axis. A few massive activations (a sequence's first token) would make up nearly all
+of a plain squared error, and nothing else would be learned.
 """
 
 import dataclasses

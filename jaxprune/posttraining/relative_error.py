@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# Of what tokens usually are, added to each one: a token of zeros has no relative error.
+# This share of the usual token's squared norm is added to each token's squared norm,
+# since a token of zeros has no relative error.
 _FLOOR = 1e-3
 
 
@@ -17,7 +18,9 @@ def relative_error(
     targets: Sequence[jax.Array],
     counted: jax.Array | None,
 ) -> Float[Array, ""]:
-    """|y - target|^2 / |target|^2, the mean over tokens, then over arrays.
+    """|y - target|^2 / (|target|^2 + floor), the mean over tokens, then over arrays.
+
+    The floor is 1e-3 of the squared norm that tokens usually have.
 
     Args:
       results: arrays (tokens..., features).
@@ -42,7 +45,8 @@ def _error(
         y, t = jnp.where(own, y, 0), jnp.where(own, t, 0)
         share = jnp.mean(counted, dtype=np.float32)
     apart, size = (jnp.sum(jnp.square(x), axis=-1) for x in (y - t, t))  # (tokens...)
-    # By the fourth root of the square, which a few massive tokens do not move much.
-    usual = jnp.mean(jnp.sqrt(jnp.sqrt(size))) ** 4
+    # By the fourth root of the square, which a few massive tokens do not move much; of
+    # the tokens that count, the others being zeros here.
+    usual = (jnp.mean(jnp.sqrt(jnp.sqrt(size))) / share) ** 4
     floor = _FLOOR * usual + np.finfo(np.float32).tiny
     return jnp.mean(apart / (size + floor)) / share

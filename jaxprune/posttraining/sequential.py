@@ -1,11 +1,11 @@
 """Prunes the weights of a program segment by segment, each for the input it will see.
 
-A method may ask for the inputs that its layer has while it is dense. Then the
-statistics of all segments of a layer are taken first, and the segments are run once
-more as they are pruned; activations are held once all the same.
+A method may ask for the inputs that a layer has while the layer is still dense. Then
+the statistics of all segments of the layer are taken first, and the segments run a
+second time while they are pruned. Activations are still held only once.
 
-One with a correction has the dense model run beside, one segment ahead: activations are
-held twice.
+For a method with a correction, the dense model runs beside the pruned one, one segment
+ahead of it, and activations are held twice.
 """
 
 import ctypes
@@ -235,7 +235,10 @@ class Pruner:
         value: Any,
         dense: Any,
     ) -> list[tuple[jax.Array, dict[str, Any]]]:
-        """The same for all weights of a segment, each matrix on one device."""
+        """Prunes all weights of a segment, each matrix on one device.
+
+        Each weight gets what `_prune_weight` gives it.
+        """
         started = time.perf_counter()
         before = {}  # (batch, in, out), whole on every device
         for op in ops:
@@ -326,7 +329,7 @@ class _Written(NamedTuple):
 
 
 def replaced(view: WeightView, leaf: Any, weight: Any, *, donate: bool) -> jax.Array:
-    """The leaf, where it was, with another weight in the place of one of its own."""
+    """The leaf with a new weight in the place of a view, and with its old sharding."""
     write = functools.partial(view.write, donate=donate)
     where = getattr(leaf, "sharding", None)
     if where is not None and not where.is_fully_addressable:

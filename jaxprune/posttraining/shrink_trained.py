@@ -1,8 +1,9 @@
 """Smaller models with calibration batches: what is left makes up for what is gone.
 
-Group after group, in the order of the program: the inputs of the weight that a group's
-units go out by are summed up over the batches, as the smaller model has them by then;
-the units go that cost its outputs least, and its other rows are updated.
+Groups are handled one after the other, in the order of the program. The consumer of a
+group is the matrix that reads the group's units. Its inputs are summed up over the
+batches, in the model that the groups before have left. The units whose removal changes
+the consumer's outputs least are removed, and the consumer's other rows are updated.
 """
 
 import functools
@@ -54,11 +55,12 @@ def shrink_trained(
 
     A unit is rows of one matrix: a neuron is a row of the down projection, a head is
     some rows of the output projection. X is the input of that matrix over all batches
-    and W (in, out) its values. Those units are removed without which X W changes least
-    once the other rows are chosen best, and the other rows become just that: optimal
-    brain surgery on units. Each matrix is solved for the inputs that remain after the
-    groups before it. Where a norm runs over units on their way there, what they change
-    in each other is left out.
+    and W (in, out) its values. The units are removed whose removal changes X W least
+    once the other rows are updated by least squares, and the other rows get these
+    updated values: optimal brain surgery on units. Each matrix is solved for the inputs
+    that it has after the groups before it were pruned. Where a norm runs over the units
+    before the matrix reads them, the removal of one changes the others; this change is
+    left out of account.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.

@@ -1,8 +1,8 @@
 """One weight of the model, pruned expert by expert, and what that costs its output.
 
-Over the devices of a mesh matrices of one shape are pruned side by side, each whole on
-one device, by the program of one device: columns apart would be summed up in an order
-of their own by the solvers, and a mask may hang on the last bit.
+With a mesh, matrices of one shape are pruned at the same time, each whole on one device
+and by the program that a single device would run. A matrix split over devices would be
+summed in another order by the solvers, and a mask may depend on the last bit.
 """
 
 import functools
@@ -44,7 +44,7 @@ def solve(
     found = []
     unreached = _unreached(plan.method, statistics)
     for i, count in enumerate(plan.kept[op.name]):
-        # What no sample says enough of, an expert that few tokens were sent to say.
+        # By magnitude where too few samples reach the matrix, as for a rare expert.
         method = Magnitude() if i in unreached else plan.method
         how = {"pattern": plan.pattern, "rounding": plan.rounding}
         program = functools.partial(_solved, dtype=weight.dtype, method=method, **how)
@@ -251,7 +251,7 @@ def _unreached(method: Method, statistics: InputStatistics) -> list[int]:
 @jax.jit
 def _too_few(statistics: InputStatistics) -> Bool[Array, " batch"]:
     reached = statistics.reached
-    # Where no sample is zero nothing chose among the matrices: all there is counts.
+    # Where all samples reach a matrix there is no router, and few samples are accepted.
     few = (reached < _FEW) & (reached < statistics.samples)
     several = reached.shape[0] > 1
     return jnp.all(statistics.mean_square == 0, axis=1) | (few & several)
@@ -306,12 +306,12 @@ def error(
 
     Args:
       source: how X is read.
-      value: what it is read from, of one batch. The first 256 samples are taken; of
-        experts, whose rows lie one behind the other, as many all over it.
+      value: what X is read from, for one batch. The first 256 samples are used; for a
+        weight of several matrices, such as experts, up to 256 at equal steps.
       before: W.
       after: V.
-      dense: what the dense model's input D is read from. Where it is given, and there
-        is one matrix, of which D has the same samples, |D W - X V|^2 / |D W|^2.
+      dense: what the dense model's input D is read from, or None. Where D is given and
+        the weight is one matrix, the error is |D W - X V|^2 / |D W|^2.
 
     Returns:
       The error; 0 where the output is zero anyway.

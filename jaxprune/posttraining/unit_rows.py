@@ -1,7 +1,8 @@
-"""Which weight the units of an axis group go out by: the group's consumer.
+"""The consumer of an axis group: the matrix whose rows read the group's units.
 
-A neuron or head leaves through the rows of one matrix, the down projection of an MLP or
-the output projection of attention. What is done to the unit can be made up for there.
+A neuron or head is read by rows of one matrix, the down projection of an MLP or the
+output projection of attention; elsewhere its units are said to go out by this matrix.
+Where a unit is removed, an update of the other rows of this matrix makes up for it.
 """
 
 import collections
@@ -98,9 +99,9 @@ def _on_axis(
 def _consumers(
     leaf: LeafAxes, axis: int, groups: Mapping[int, AxisGroup], ops: Sequence[LinearOp]
 ) -> list[tuple[str, Consumer]]:
-    """The linear ops of a leaf that contract an axis with units, and whose they are."""
-    # Units of all groups are numbered on, and the leaf's weights by their units: then
-    # whatever way an op sees its weight, its rows can be read off the numbers.
+    """Pairs of a group name and its consumer, for linear ops that contract the axis."""
+    # Units are numbered consecutively over all groups. `numbers` holds the number of
+    # each weight's unit, so that an op's view of `numbers` shows the units of its rows.
     ends = np.cumsum([0, *(group.units for group in groups.values())])
     numbers = np.full(leaf.shape, -1, np.int32)
     for start, (part, group) in zip(ends, groups.items(), strict=False):

@@ -36,7 +36,7 @@ def wanda(
 
     Reference:
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
-      2024, arXiv 2306.11695, equation 1.
+      2023, arXiv 2306.11695, equation 1.
     """
     _check(weight, mean_square)
     size = jnp.sqrt(mean_square.astype(jnp.float32))  # (in,)

@@ -28,9 +28,9 @@ def asked(groups: AxisGroups, shares: float | Mapping[str, float]) -> dict[str, 
 
     Args:
       groups: of the function.
-      shares: one share for all that are removable by default; or {glob, kind or name:
-        share}, the first that fits counts. A glob means groups that are removable by
-        default, the very name or kind of a group means that group.
+      shares: one share for all groups that are removable by default; or {glob, kind or
+        name: share}, of which the first match counts. A glob matches only groups that
+        are removable by default; an exact name or kind matches any removable group.
 
     Returns:
       Group name to share.

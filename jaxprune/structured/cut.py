@@ -184,7 +184,11 @@ def any_tree(tree_: Any, cuts: Mapping[str, LeafCut]) -> Any:
 
 
 def _owner(name: str, cuts: Mapping[str, LeafCut]) -> LeafCut | None:
-    """The cut of the parameter with the longest name that a path ends in."""
+    """The cut of the parameter that a path belongs to, or None.
+
+    The path ends in the parameter's name, or in the name and at most `_BEHIND` more
+    parts; the fewest more parts count first, then the longest name.
+    """
     parts = name.split("/")
     for behind in range(min(_BEHIND, len(parts) - 1) + 1):
         path = parts[: len(parts) - behind]

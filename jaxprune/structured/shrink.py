@@ -29,8 +29,9 @@ from jaxprune.structured.timing import Timed
 from jaxprune.typing import Masks, Params, Scores
 
 Rules = Sequence[str] | Mapping[str, float]
+"""Globs, kinds or names of groups that lose one share, or these to relative shares."""
+
 _ALL: Sequence[Rules] = (("*",), ["*"])
-"""Globs or names of groups, all of one share, or how large a share each loses."""
 
 Sizes = Mapping[str, Iterable[int]]
 """Globs, kinds or names of groups to the numbers of units that each may keep."""
@@ -86,8 +87,8 @@ def shrink(
 
     The result is what the function gives with all weights of the removed units zero.
     Groups that are alike, as the layers of a model are, lose as many units each, and
-    each chooses its own. By default neither the width of a residual stream nor units
-    inside other units are touched.
+    each chooses its own. By default the width of a residual stream, units inside other
+    units and units that only one leaf has are not removed.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
@@ -107,9 +108,10 @@ def shrink(
       groups: globs or names of the groups that the budget is met with, by one share;
         or {glob or name: how large a share it loses beside the others}.
       sizes: {glob, kind or name of a group: the numbers of units that it may keep}, as
-        {"*/mlp/*": range(128, 8193, 128)}. What a share or the budget asks for becomes
-        the nearest of them, of two as near the larger; of a budget that is then met by
-        more than it must, the groups with most numbers to choose from lose less.
+        {"*/mlp/*": range(128, 8193, 128)}. The number of units that a share or the
+        budget asks for becomes the nearest of these numbers; of two as near, the larger
+        one. Where more is then removed than the budget requires, the groups with the
+        most numbers to choose from lose less (not for "milliseconds").
 
     Returns:
       `ShrinkResult(fn, params, report)`; its `cut` cuts an optimizer's state. The

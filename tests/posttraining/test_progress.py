@@ -2,10 +2,13 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxprune.arrays.lazy import Leaves
+from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining.progress import ProgressLog
 from tests.support.small_models import draw
 from tests.support.trajectories import same_bits
@@ -158,3 +161,25 @@ def test_nothing_half_written_is_left_behind(log):
     assert not [p for p in log.directory.iterdir() if "partial" in p.name]
     names = {p.suffix for p in log.directory.iterdir()}
     assert names == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step"),
+    [("float64", 2.0**-50), ("float32", 2.0**-22), ("bfloat16", 2.0**-7)],
+)
+def test_leaves_that_differ_in_the_last_bits_have_other_marks(dtype, step):
+    with jax.enable_x64(True):
+        ones = jnp.ones((3, 4), dtype)
+        leaves = Leaves([ones, ones.at[1, 2].add(step), ones.at[2, 1].add(step)])
+        assert leaves.all[1][1, 2] != 1
+        found = fingerprint.of_leaves({"a": 0, "b": 1, "c": 2}, leaves)
+    assert len({own.mark for own in found.values()}) == 3
+    assert all(own.finite for own in found.values())
+
+
+def test_integers_and_complex_numbers_have_marks_too():
+    numbers = jnp.asarray([2**24, 2**24 + 1], np.int32)
+    turned = jnp.asarray([1 + 2j, 1 + 3j], np.complex64)
+    leaves = Leaves([numbers[:1], numbers[1:], turned[:1], turned[1:]])
+    found = fingerprint.of_leaves({str(i): i for i in range(4)}, leaves)
+    assert len({own.mark for own in found.values()}) == 4

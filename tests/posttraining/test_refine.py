@@ -165,6 +165,16 @@ def test_what_does_not_count_may_be_anything():
     np.testing.assert_allclose(found, expected, rtol=3e-3)
 
 
+def test_the_floor_is_of_the_tokens_that_count():
+    # One in twelve counts; a token of zeros has the floor alone for a size.
+    y, target = draw(0, 24, 4) + 3, draw(1, 24, 4) + 3
+    target[0] = 0
+    counted = np.arange(24) % 12 == 0
+    expected = relative_error([y[counted]], [target[counted]], None)
+    found = relative_error([y], [target], counted)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_a_linear_block_comes_to_the_least_squares_solution_under_its_mask():
     x, w = correlated(0, 24, WIDTH), draw(1, WIDTH, 3)
     x /= np.exp(np.arange(WIDTH) % 2)[None]

@@ -97,7 +97,8 @@ def refine(
       hessian: as for `solve`.
       mask: (in, out), boolean, True where kept.
       damping: the share of the Hessian's mean diagonal added to its diagonal.
-      steps: steps of conjugate gradients; as many as an output keeps inputs are exact.
+      steps: steps of conjugate gradients. With as many steps as an output keeps inputs,
+        its weights are exact up to rounding.
 
     Returns:
       The weights, exactly zero outside of the mask.

@@ -26,8 +26,9 @@ from jaxtyping import Array, Float
 
 from jaxprune.posttraining.solvers import layer_problem
 
-# Times the solver's damping. What drifted is known less well than X itself: along
-# inputs that vary little it is mostly noise, for which other texts pay.
+# The factor on the solver's damping. The drift D - X is known less well than X: along
+# inputs that vary little the drift is mostly noise, and a matrix that is fitted to this
+# noise is worse on other texts.
 _DAMPING_FACTOR = 10
 # Inputs that are solved for together.
 _BLOCK = 512

@@ -48,7 +48,8 @@ class Damped(NamedTuple):
 
     Attributes:
       matrix: (in, in), damping included.
-      factor: (in, in), the lower Cholesky factor of whatever was factorised.
+      factor: (in, in), the lower Cholesky factor of `matrix`, or, with `reverse`, of
+        `matrix` with its inputs in reverse order.
       damping: what was added to the diagonal; infinity where nothing helped.
     """
 
@@ -72,10 +73,10 @@ def normalised(
     hessian: Float[Array, "in in"],
 ) -> tuple[Float[Array, "in in"], Float[Array, "in in"]]:
     """The Hessian scaled to a mean diagonal of 1, and what damping is a multiple of."""
-    # An input that no sample reached, exactly, has nothing to do with the others,
-    # rounding or not. It stands for one that is all but zero and is not damped: what
-    # goes there costs nothing, so it goes first, and the larger weights stay, as they
-    # are.
+    # An input that is zero in all samples gets a row and a column of exact zeros, but
+    # for a tiny diagonal that is not damped. Removing a weight of such an input then
+    # costs almost nothing, so these weights are removed first, the smaller before the
+    # larger ones, and those that are kept do not change.
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
     mean, nonzero = jnp.mean(diagonal), diagonal != 0

@@ -250,7 +250,7 @@ def _chosen(
         tall, wide = math.ceil(inputs / rows), math.ceil(outputs / pattern.columns)
         lost = _share(pruned, first // rows, last // rows, tall)
         return matrix_mask.mask(jnp.square(scores), kept=wide - lost, pattern=pattern)
-    # NaN ranks lowest of all: padding is pruned first, beside the number.
+    # NaN ranks lowest, so padding is never kept, and the counts do not include it.
     index = first + jnp.arange(rows)
     scores = jnp.where((index < inputs)[:, None], scores, jnp.nan)
     whole = jnp.clip(inputs - first, 0, rows)

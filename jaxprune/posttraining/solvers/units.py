@@ -67,8 +67,9 @@ def remove(
       lost: how many units go, an integer, traced or not.
       damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
         factorisation fails it is raised tenfold until it does not.
-      at_once: units that go in one round, by costs that leave each other out of
-        account; by default 1 up to 256 units, then as many as make 256 rounds do.
+      at_once: how many units are removed in one round; the cost of each ignores that
+        the others go too. By default 1 for up to 256 units, and for more the smallest
+        number with which 256 rounds are enough.
 
     Returns:
       The kernel with zeros in the rows that are gone, which units are kept, and the
