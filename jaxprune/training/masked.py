@@ -41,10 +41,8 @@ def select(masks: Masks, values: Any, undo: Any = None) -> Any:
 
 
 def where(mask: jax.Array, step: jax.Array, other: jax.Array) -> jax.Array:
-    """Takes `step` where the mask keeps, else `other`, in a dtype that holds both.
-
-    `other` may be -w: rounded to a narrower dtype, it would not bring w to zero.
-    """
+    """Takes `step` where the mask keeps, else `other`, in a dtype that holds both."""
+    # `other` may be -w: rounded to a narrower dtype, it would not bring w to zero.
     wide = _holding(step.dtype, other.dtype)
     return jnp.where(mask, step.astype(wide), other.astype(wide))
 
