@@ -67,6 +67,7 @@ class Progress:
         self._show_done(0 if self._clock is None else _MOST_AHEAD)
         if self._clock is None:
             self.restart_clock()
+            self._timed = -1
 
     def _show_done(self, ahead: int) -> None:
         """Counts the steps that are done, and waits while more than `ahead` are not."""
@@ -108,6 +109,7 @@ class Progress:
         newest: Any = self._closed[0][1][-1] if self._closed else None
         if newest is not None and newest.is_ready():
             done += len(self._closed[0][1])
-        loss, rate = float(values.mean()), done * self._tokens_per_step / seconds
+        loss = float(values.mean())
+        rate = done * self._tokens_per_step / seconds if done > 0 else None
         self._bar.note(f"loss {loss:.3f}")
         return {"step": step, "loss": loss, "tokens_per_second": rate}

@@ -120,11 +120,8 @@ def _drawn(cells: Cells) -> set[str]:
     return {name for name, of in found.items() if len(of) > 1} or {*found}
 
 
-def loss_figure(results: Mapping[str, Any]) -> Figure:
-    """Loss above dense against sparsity: a panel a length, a line a method.
-
-    Lines are means over the seeds, bands their range.
-    """
+def _lines(results: Mapping[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """What `loss_figure` draws: by label and seed."""
     lines: dict[str, dict[int, list[dict[str, Any]]]] = {}
     drawn = _drawn(results["cells"]) - {DENSE}
     for row in rows(results):
@@ -140,6 +137,15 @@ def loss_figure(results: Mapping[str, Any]) -> Figure:
             "loss_pruned": row["above"],
         }
         lines.setdefault(label, {}).setdefault(row["seed"], []).append(cell)
+    return lines
+
+
+def loss_figure(results: Mapping[str, Any]) -> Figure:
+    """Loss above dense against sparsity: a panel a length, a line a method.
+
+    Lines are means over the seeds, bands their range.
+    """
+    lines = _lines(results)
     # The losses are above dense already, so every seed's reference is zero.
     labelled = {
         label: {
@@ -160,12 +166,8 @@ _WATCHED = {
 }
 
 
-@canvas.STYLE
-def steps_figure(results: Mapping[str, Any]) -> Figure:
-    """Sparsity, loss and overlap of the masks over the steps of the longest training.
-
-    At the tuning sparsity and seed, each method at its own learning rate.
-    """
+def _curves(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What `steps_figure` draws: a curve for each method."""
     config, cells = results["config"], results["cells"]
     best = rates(cells, config["tune_sparsity"], config["tune_seed"])
     drawn = _drawn(cells) | {DENSE}
@@ -174,7 +176,7 @@ def steps_figure(results: Mapping[str, Any]) -> Figure:
         for cell in cells
         if cell["method"] != DENSE
     )
-    curves = {
+    return {
         cell["method"]: cell["curve"]
         for cell in sorted(cells, key=_order)
         if (cell["after_dense"] == 0, cell["steps"]) == longest
@@ -185,6 +187,15 @@ def steps_figure(results: Mapping[str, Any]) -> Figure:
         and best.get(_key(cell)) == cell["learning_rate"]
         and cell.get("curve")
     }
+
+
+@canvas.STYLE
+def steps_figure(results: Mapping[str, Any]) -> Figure:
+    """Sparsity, loss and overlap of the masks over the steps of the longest training.
+
+    At the tuning sparsity and seed, each method at its own learning rate.
+    """
+    curves = _curves(results)
     style = plots.styles(list(curves))
     figure, panels = plots.panels(len(_WATCHED), list(curves))
     for axes, (name, title) in zip(panels, _WATCHED.items(), strict=True):
@@ -212,16 +223,16 @@ def steps_figure(results: Mapping[str, Any]) -> Figure:
 def report(results: Mapping[str, Any]) -> Report:
     """All that is shown of the results."""
     table, drawn = rows(results), {}
-    if any(row["method"] != DENSE for row in table):
-        drawn = {
-            "loss": Drawing(
-                lambda: loss_figure(results), "Loss above dense against sparsity."
-            ),
-            "steps": Drawing(
-                lambda: steps_figure(results),
-                "Over the steps: weights that are zero, loss, overlap of the masks.",
-            ),
-        }
+    if _lines(results):
+        drawn["loss"] = Drawing(
+            lambda: loss_figure(results), "Loss above dense against sparsity."
+        )
+    pruned = any(row["method"] != DENSE for row in table)
+    if pruned and _curves(results):
+        drawn["steps"] = Drawing(
+            lambda: steps_figure(results),
+            "Over the steps: weights that are zero, loss, overlap of the masks.",
+        )
     return Report(
         lead="Pruned while it trains: validation loss in nats per token above the "
         "dense model of the same seed and steps, each method at the learning rate that "

@@ -23,6 +23,7 @@ from experiments.prune_while_training.config import Cell, Config
 from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS, Span
 from experiments.report import tables
 from experiments.tasks.language_model import LanguageModel
+from jaxprune.arrays.messages import listed
 
 POINTS = 10
 """How often a run is looked at."""
@@ -69,7 +70,9 @@ class Run:
     def all(self) -> dict[str, Any]:
         """Does what is asked for; returns all cells that are in the directory."""
         config = self.config
-        ways = [*itertools.product(config.distill, config.steps, config.names())]
+        controls = itertools.product((0.0,), config.steps, (DENSE,))
+        asked = itertools.product(config.distill, config.steps, config.names())
+        ways = [*dict.fromkeys([*controls, *asked])]
         for distill, steps, method in ways:
             self.rate(method, steps, config.after_dense, distill)
         for sparsity, seed in itertools.product(config.sparsities, config.seeds):
@@ -101,12 +104,20 @@ class Run:
                     self.cell(method, config.tune_sparsity, steps, rate, *rest)
                 )
         best = report.rates(self.found(), config.tune_sparsity, config.tune_seed)
-        return best.get((method, steps, after, distill), config.learning_rates[0])
+        found = best.get((method, steps, after, distill), config.learning_rates[0])
+        if found not in config.learning_rates:
+            raise ValueError(
+                f"{method} had its lowest loss here with a learning rate of {found:g}, "
+                f"which is not among {listed(config.learning_rates)}; add it to "
+                "--learning-rates, or give another --out"
+            )
+        return found
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """The cell's numbers, from its file where there is one."""
 
         def compute() -> dict[str, Any]:
+            resumed = self._directory(cell).exists()
             begun = self._start(cell)
             start = time.perf_counter()
             state, curve = self.trained(cell, begun)
@@ -116,7 +127,8 @@ class Run:
                 "loss": evaluate(state.params, self.windows),
                 "zeros": counted.zeros,
                 "size": counted.size,
-                "seconds": time.perf_counter() - start,
+                # Of a run that was stopped nobody knows them.
+                "seconds": None if resumed else time.perf_counter() - start,
                 "curve": curve,
             }
             print(f"{cell.name}  {numbers['loss']:.4f} nats", flush=True)

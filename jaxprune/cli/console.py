@@ -7,6 +7,7 @@ and exit code 1. A long job shows a bar on a terminal, elsewhere a line now and 
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -47,7 +48,8 @@ class Console:
     def say(self, text: str) -> None:
         """Writes a result for people, to stdout; nothing under `--json`."""
         if not (self.quiet or self._silent):
-            print(text)
+            encoding = sys.stdout.encoding or "utf-8"
+            print(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def note(self, text: str) -> None:
         """Writes what is going on, to stderr."""

@@ -21,7 +21,7 @@ def method(job: prune_options.Job, console: Console) -> prune_options.Job:
     """The job with a method: SparseGPT, or magnitude where nothing else is there."""
     if job.method is not None:
         return job
-    kind = open_directory(job.model).config.get("model_type")
+    kind = str(open_directory(job.model).config.get("model_type"))
     later = job.refine or job.bits or job.retrain_steps or job.distill_steps
     needs_model = job.calibration or job.evaluate or later
     if (kind in FAMILIES and kind != _VISION) or needs_model:
@@ -42,7 +42,7 @@ def lengths(job: _Job) -> _Job:
     defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(job)}
     if job.length == defaults["length"] > context >= 8:
         changes["length"] = context
-    if getattr(job, "prompt_steps", None) == defaults.get("prompt_steps", 0) > context:
+    if getattr(job, "prompt_steps", None) == defaults.get("prompt_steps", 0) >= context:
         changes["prompt_steps"] = context // 2
     return dataclasses.replace(job, **changes) if changes else job
 

@@ -67,6 +67,12 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
     tokenizer, begins = _tokenizer(job, source, files, config.vocab_size)
     whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
     own = [whole[path] for path in job.calibration_files]
+    digests = [text.sha256 for text in own]
+    if twice := [str(t.path) for t in own if digests.count(t.sha256) > 1]:
+        raise ValueError(
+            "each --calibration text must be given once, since its sequences must not "
+            f"overlap, but {', '.join(twice)} are the same; leave all but one out"
+        )
     ends: list[texts.Text | None] = [None] * len(own)
     # Without a text to evaluate, the end of each calibration text is held out for it.
     if own and not job.evaluate:

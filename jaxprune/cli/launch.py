@@ -82,8 +82,9 @@ def without_start(arguments: Sequence[str]) -> list[str]:
     """The words without those that say which process of which run this is."""
     words, left = [], iter(arguments)
     for word in left:
-        if word in _OF_THE_START:
-            next(left, None)
-        elif not word.startswith(tuple(f"{option}=" for option in _OF_THE_START)):
+        option, given, _ = word.partition("=")
+        if option.replace("_", "-") not in _OF_THE_START:
             words.append(word)
+        elif not given:
+            next(left, None)
     return words

@@ -143,8 +143,8 @@ def check_idle(options: Any, needed: str, on: Any, *names: str) -> None:
 
 def check_seed(seed: int) -> None:
     """Refuses a seed that no generator takes."""
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {seed}")
+    if not 0 <= seed < 2**32:  # JAX reads 32 bits
+        raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {seed}")
 
 
 def pattern_word(pattern: Pattern) -> str:
@@ -165,7 +165,7 @@ _SPOKEN = (
     (r"pass overwrite=True", "give --overwrite"),
     (r"(?:with )?prunable=jp\.tree\.excluding\((.*?)\)", r"with --exclude \1"),
     (r"name an attribute in ignore_config", "give --ignore-config ATTRIBUTE"),
-    (r"\bsparsity=([\d.]+)", r"--sparsity \1"),
+    (r"(?<![/\w'])sparsity=(\d[\d.]*)(?![/\w])", r"--sparsity \1"),
     (r", or a value such as jp\.patterns\.NM\(2, 4\)", ""),
     (r", or a value of (jp\.patterns|jaxprune\.posttraining\.methods)", ""),
     (r"Unstructured\(\)", "per-layer"),

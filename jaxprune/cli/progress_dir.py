@@ -52,7 +52,8 @@ def facts(
     job: JobOptions, source: CheckpointDir, calibration: list[texts.AnyText], bos: str
 ) -> dict[str, Any]:
     """What decides the result of any job, known without reading a weight."""
-    files = {name: (source.path / name).stat() for name in source.metadata}
+    read = [n for n in source.others if n.endswith((".json", ".jinja"))]
+    files = {n: (source.path / n).stat() for n in (*source.metadata, *read)}
     return {
         "model": str(source.path),
         "files": {n: [s.st_size, s.st_mtime_ns] for n, s in files.items()},

@@ -50,7 +50,7 @@ def with_page(record: Mapping[str, Any]) -> dict[str, bytes]:
     """The page of a whole record, by its name."""
     from jaxprune.report import pruned_model  # matplotlib is slow to import
 
-    return {PAGE: pruned_model.document(record).encode()}
+    return {PAGE: pruned_model.document(record).encode(errors="replace")}
 
 
 def is_done(directory: Path, arguments: Iterable[str]) -> bool:

@@ -168,7 +168,7 @@ def check(job: Job) -> Meaning:
     pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)
-    if job.sequences % job.batch:
+    if not job.streams and job.sequences % job.batch:
         raise ValueError(
             f"--sequences must be divisible by --batch, got {job.sequences} and "
             f"{job.batch}; all batches have one shape"

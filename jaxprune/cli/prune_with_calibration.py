@@ -246,17 +246,23 @@ def _check_pattern(meaning: Meaning, model: models.Model, prunable: Any) -> None
 
 def _prompt(job: Job, ready: Ready, context: int) -> list[int] | None:
     """The tokens before a sample, or None where none is made."""
+    if job.prompt is not None and ready.tokenizer is None:
+        raise ValueError(
+            f"--prompt needs a tokenizer, but '{job.model}' has no tokenizer.json; "
+            "leave --prompt out"
+        )
     if not job.prompt_steps or ready.tokenizer is None:
         return None
     room = context - job.prompt_steps
+    # Token ids are used as they are, and a prompt in words begins as a text does.
+    token = models.beginning(ready.tokenizer, job, ready.vocab_size).token
     if job.prompt is None and not ready.seen:
-        token = ready.begins.token
         prompt = [] if token is None else [token]
     elif job.prompt is None:
         first = next(iter(ready.seen.values()))
         prompt = [int(token) for token in first.tokens[0, : max(1, min(_PROMPT, room))]]
     else:
-        prompt = sample.start(ready.tokenizer, job.prompt, ready.begins.token)
+        prompt = sample.start(ready.tokenizer, job.prompt, token)
     if not prompt:
         return None
     if len(prompt) > room:

@@ -4,11 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.arrays.messages import columns
+from jaxprune.arrays.messages import columns, listed
 from jaxprune.cli import (
     defaults,
     inputs,
@@ -59,19 +60,37 @@ class Shrink(shrink_options.Job):
             ready = inputs.prepare(self, source)
             progress_dir.check_room(self, source, 1)
         models.say_ignored(model, console)
+        _say_narrowed(self, source, console)
         if self.plan:
             return plan.shrink(self, source, model, ready, console)
         facts = progress_dir.facts(self, source, ready.calibration, ready.begins.why)
         with progress_dir.held(self.work, {**facts, "asked": self.asked}):
             small, record = _shrunk(self, ready, model.read(), console, costs)
             record |= provenance.making(arguments)
-            _write(self, source, small, record, costs)
+            # By the names of all layers.
+            _write(self, source, small._replace(names=model.names), record, costs)
         record = rewrite.read_provenance(self.out)
         console.say(_summary(record))
         console.say(f"'{self.out}': the model, jaxprune.json, report.html")
         if source.left:
             console.note(f"not copied: {', '.join(source.left)}")
         return {**record, "out": str(self.out)}
+
+
+def _say_narrowed(job: Shrink, source: CheckpointDir, console: Console) -> None:
+    """Names weights that are written with fewer bits than they were stored with."""
+    digits = jnp.finfo(job.dtype or np.float32).nmant
+    narrowed = [
+        name
+        for name, info in source.tensors.items()
+        if jnp.issubdtype(info.dtype, jnp.floating)
+        and jnp.finfo(info.dtype).nmant > digits
+    ]
+    if narrowed:
+        console.note(
+            f"all weights are written as they are read, in {job.dtype or 'float32'}: "
+            f"{listed(narrowed)} lose bits"
+        )
 
 
 def _shrunk(
@@ -112,6 +131,9 @@ def _shrunk(
         note("shrunk", small)
     if job.recovery is not None and ready.recovery is not None:
         named = jp.tree.named_leaves(small.params)
+        matrices = {
+            name for name, leaf in named.items() if jp.tree.prunable(name, leaf)
+        }
         with costs.phase(job.recovery.kind):
             small, _, record[job.recovery.kind] = recovery.recover(
                 job,
@@ -119,7 +141,9 @@ def _shrunk(
                 ready.recovery,
                 small,
                 whole.decoder,
-                {name for name, leaf in named.items() if jp.tree.prunable(name, leaf)},
+                matrices,
+                # A model that was pruned before stays so.
+                masked={name for name in matrices if (named[name] == 0).any()},
             )
         with costs.phase(f"evaluate {job.recovery.stage}"):
             note(job.recovery.stage, small)
@@ -227,7 +251,7 @@ def _write(
         from jaxprune.report import shrunk_model  # matplotlib is slow to import
 
         page = shrunk_model.document(written)
-        return {}, {provenance.PAGE: page.encode()}
+        return {}, {provenance.PAGE: page.encode(errors="replace")}
 
     hf.write_smaller(
         source.path,

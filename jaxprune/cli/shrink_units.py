@@ -18,6 +18,7 @@ from jaxprune.formats import atomic
 from jaxprune.formats.safetensors_file import read_json
 from jaxprune.graph.axis_dims import find
 from jaxprune.models import hf
+from jaxprune.models.hf.smaller import name_before
 from jaxprune.structured import shrink
 
 _DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
@@ -42,7 +43,13 @@ def without_layers(
         found = _searched(job, model, tokens, layers, console)._asdict()
     config, params = hf.keep_layers(model.config, model.params, found["kept"])
     graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-    return model._replace(graphdef=graphdef, params=params, config=config), found
+    # A layer that moved up is still stored in its own dtypes.
+    names = {
+        name: model.names[name_before(name, found["kept"])]
+        for name in jp.tree.names(params)
+    }
+    small = model._replace(graphdef=graphdef, params=params, config=config, names=names)
+    return small, found
 
 
 def _searched(

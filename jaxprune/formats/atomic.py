@@ -227,6 +227,8 @@ def staged_file(
     partial = _beside(place, "partial")
     with locked(partial):
         try:
+            if place.is_dir():
+                raise ValueError(f"'{place}' is a directory; give the name of a file")
             check_free(place, replaceable)
             _empty(partial)
             yield partial / place.name

@@ -67,8 +67,13 @@ def layers(tensors: Mapping[str, float], *, logarithmic: bool, title: str) -> Fi
     """A number for each matrix: rows are kinds, columns layers."""
     # Names without a layer are left out. Colours follow the logarithm, for errors, or
     # are from 0 to 1.
-    cells = {_place(name): value for name, value in tensors.items()}
-    found = {place: value for place, value in cells.items() if place is not None}
+    places = {name: place for name in tensors if (place := _place(name))}
+    found = {place: tensors[name] for name, place in places.items()}
+    if len(found) < len(places):  # an encoder and a decoder: the kind says whose
+        found = {
+            (layer, f"{re.split(r'[./][0-9]', name)[0]}.{kind}"): tensors[name]
+            for name, (layer, kind) in places.items()
+        }
     kinds = list(dict.fromkeys(kind for _, kind in found))
     numbers = sorted({layer for layer, _ in found})
     grid = np.full((len(kinds), len(numbers)), np.nan)

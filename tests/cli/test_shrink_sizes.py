@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.support import tiny_hf
+from tests.support import tiny_cli, tiny_hf
 from tests.support.plain_decoder import initial
 from tests.support.tiny_cli import config_of, shrink
 
@@ -146,3 +146,47 @@ def test_a_timed_budget_goes_on_with_what_was_chosen(place, capsys, monkeypatch)
     sizes = record["units"]["groups"].items()
     assert {n: 1 - own["after"] / own["before"] for n, own in sizes} == chosen["shares"]
     assert record["units"]["milliseconds"] == chosen["milliseconds"]
+
+
+def test_a_layer_that_moves_up_keeps_its_own_dtype(tmp_path, capsys):
+    model = tiny_cli.model(tmp_path / "model", layers=2)
+    stored = tiny_cli.weights(model)
+    narrow = {
+        name: leaf.astype(np.float16 if ".layers.0." in name else np.float32)
+        for name, leaf in stored.items()
+    }
+    save_file(narrow, model / "model.safetensors", {"format": "pt"})
+    code, record, _ = shrink(capsys, model, tmp_path / "out", "--drop-layers", 0)
+    assert code == 0
+    left = tiny_cli.weights(tmp_path / "out")
+    for name, leaf in left.items():
+        before = narrow[name.replace(".layers.0.", ".layers.1.")]
+        assert leaf.dtype == before.dtype
+        np.testing.assert_array_equal(leaf, before, err_msg=name)
+    assert record["sizes"]["after"]["bytes"] == sum(x.nbytes for x in left.values())
+
+
+def test_weights_that_lose_bits_are_named(tmp_path, capsys):
+    model = tiny_cli.model(tmp_path / "model", layers=2)
+    words = ("--drop-layers", 0, "--plan")
+    _, _, err = shrink(capsys, model, tmp_path / "out", *words)
+    assert "lose bits" not in err
+    _, _, err = shrink(capsys, model, tmp_path / "out", *words, "--dtype", "bfloat16")
+    assert "in bfloat16" in err
+    assert "lose bits" in err
+
+
+def test_zeros_of_a_pruned_model_stay_where_it_is_distilled(tmp_path, capsys):
+    model = tiny_cli.model(tmp_path / "model", layers=2)
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored = tiny_cli.weights(model)
+    stored[name][:, ::2] = 0
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    (tmp_path / "a.txt").write_text(tiny_cli.text(900))
+    words = ("--drop-layers", 0, "--calibration", tmp_path / "a.txt")
+    small = ("--distill-steps", 2, "--length", 16, "--sequences", 4)
+    code, *_ = shrink(capsys, model, tmp_path / "out", *words, *small)
+    assert code == 0
+    left = tiny_cli.weights(tmp_path / "out")[name.replace(".1.", ".0.")]
+    assert (left[:, ::2] == 0).all()
+    assert (left[:, 1::2] != stored[name][:, 1::2]).any()

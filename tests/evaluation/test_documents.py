@@ -107,6 +107,15 @@ def test_a_template_gives_what_transformers_gives(messages, tmp_path):
     assert ours.render(messages) == expected
 
 
+@pytest.mark.parametrize("fails", ["1 // (loop.index - 1)", "message['content'][9]"])
+def test_a_template_that_fails_is_a_sentence(fails):
+    source = "{% for message in messages %}{{ " + fails + " }}{% endfor %}"
+    with pytest.raises(ValueError, match="cannot write these messages"):
+        ChatTemplate(source + "{{ none_such.x }}", {}).render(
+            [{"role": "user", "content": "a"}]
+        )
+
+
 def test_the_template_is_found_where_folders_have_it(tmp_path):
     several = [
         {"name": "tool_use", "template": "b"},

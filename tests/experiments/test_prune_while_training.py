@@ -150,6 +150,47 @@ def test_a_finished_run_trains_no_more(config, results, monkeypatch):
     assert again["cells"] == results["cells"]
 
 
+def synthetic(*cells, tune_seed=0):
+    """Results of (method, seed, distill, after_dense) that nobody trained."""
+    curve = [
+        {"step": 0, "loss": 3.0, "sparsity": 0.0, "overlap": None},
+        {"step": STEPS, "loss": 2.0, "sparsity": 0.9, "overlap": 1.0},
+    ]
+    made = [
+        {
+            **dataclasses.asdict(Cell(method, 0.9, STEPS, RATES[0], seed, after, part)),
+            **{"loss": 2.0, "zeros": 0, "size": 10, "seconds": None, "curve": curve},
+        }
+        for method, seed, part, after in cells
+    ]
+    made = [{**c, "sparsity": 0.0} if c["method"] == "dense" else c for c in made]
+    config = {"tune_sparsity": 0.9, "tune_seed": tune_seed}
+    return {"name": "x", "config": config, "cells": made}
+
+
+@pytest.mark.parametrize(
+    ("results", "drawn"),
+    [
+        (synthetic(("dense", 0, 0, 0), ("once", 0, 0, 0)), {"loss", "steps"}),
+        # The seed that is tuned with, of which the steps are drawn, was not trained.
+        (synthetic(("dense", 1, 0, 0), ("once", 1, 0, 0)), {"loss"}),
+        # All were taught, so there is no control, and no steps are shown.
+        (synthetic(("dense", 0, 0.5, 50), ("once", 0, 0.5, 50)), set()),
+    ],
+)
+def test_only_figures_that_show_something_are_drawn(results, drawn):
+    shown = report.report(results).figures
+    assert {*shown} == drawn
+    for drawing in shown.values():
+        assert drawing.draw() is not None
+
+
+def test_a_rate_that_was_not_asked_for_is_not_taken(config, results):
+    other = dataclasses.replace(config, learning_rates=(7e-3,))
+    with pytest.raises(ValueError, match=r"not among 0\.007; add it to"):
+        prune_while_training.main(other)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_a_killed_run_ends_with_the_same_bits(

@@ -90,3 +90,13 @@ def test_a_disk_that_is_full_names_the_file(tmp_path):
         atomic.Sink(Path("/dev/full")) as sink,
     ):
         sink.put(b"abc")
+
+
+def test_a_file_in_the_place_of_a_directory_is_refused_before_it_is_written(tmp_path):
+    (tmp_path / "place").mkdir()
+    with (
+        pytest.raises(ValueError, match="is a directory; give the name of a file"),
+        atomic.staged_file(tmp_path / "place"),
+    ):
+        raise AssertionError("the block runs")
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]

@@ -189,6 +189,16 @@ def test_each_matrix_has_its_place_and_number():
     assert shown == {(i // 2, i % 2): str(10 * i) for i in range(6)}
 
 
+def test_an_encoder_and_a_decoder_have_rows_of_their_own():
+    names = [f"{side}.block.{i}.wq.weight" for side in "ab" for i in range(2)]
+    shares = {name: i / 10 for i, name in enumerate(names)}
+    figure = pruned_model.layers(shares, logarithmic=False, title="zeros")
+    (axes,) = figure.axes
+    kinds = [label.get_text() for label in axes.get_yticklabels()]
+    assert kinds == ["a.block.wq", "b.block.wq"]
+    assert [text.get_text() for text in axes.texts] == ["0", "10", "20", "30"]
+
+
 def test_deep_models_fit_and_names_of_every_family_are_understood():
     deep = {f"transformer.h.{i}.mlp.c_fc.weight": 0.001 * i for i in range(80)}
     figure = pruned_model.layers(deep, logarithmic=True, title="error")

@@ -19,6 +19,7 @@ from typing import Any
 FILE = "chat_template.jinja"
 
 _DAY = datetime.date(2024, 7, 26)  # that of Llama 3's own template
+_RAISED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,8 @@ class ChatTemplate:
                 add_generation_prompt=False,
                 **self.special,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        # A template is a program, and what it was not written for may fail anywhere.
+        except (jinja2.TemplateError, *_RAISED) as error:
             raise ValueError(
                 f"the model's chat template cannot write these messages ({error}); "
                 "give conversations that it knows, or plain text"

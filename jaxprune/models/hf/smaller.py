@@ -71,7 +71,7 @@ def keep_layers(
     )
     named = tree.named_leaves(params)
     model = abstract(small)
-    leaves = [named[_before(name, kept)] for name in shapes(model)]
+    leaves = [named[name_before(name, kept)] for name in shapes(model)]
     return small, jax.tree.unflatten(jax.tree.structure(_state(model)), leaves)
 
 
@@ -248,7 +248,7 @@ def write_smaller(
     config = smaller_config(opened.config, shape, kept, ignore_config=ignore_config)
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
-        origin = names[_before(leaf, kept)]
+        origin = names[name_before(leaf, kept)]
         # One leaf of all experts, stored as one tensor an expert: fewer tensors now.
         if origin.experts:
             origin = origin._replace(experts=array.shape[0])
@@ -281,7 +281,7 @@ def _state(model: Any) -> Any:
     return nnx.state(model, nnx.Param)
 
 
-def _before(leaf: str, kept: Sequence[int]) -> str:
+def name_before(leaf: str, kept: Sequence[int]) -> str:
     """The name that a leaf had when there were all layers."""
     return re.sub(r"(?<=^layers/)\d+", lambda m: str(kept[int(m[0])]), leaf)
 

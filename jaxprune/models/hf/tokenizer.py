@@ -64,6 +64,10 @@ class Tokenizer:
         Raises:
           ValueError: `bos` is True and there is no such token.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a pair, from JSON or a command line
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
         if not (self.begins if bos is None else bos):
             return ids
