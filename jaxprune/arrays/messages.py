@@ -45,6 +45,14 @@ def refuse_fractions(what: str, **settings: Any) -> None:
             raise TypeError(f"{what} needs an integer {name}, got {value!r}")
 
 
+def check_steps(what: str, **settings: Any) -> None:
+    """Refuses numbers of steps that are no integers, or more than can be counted."""
+    refuse_fractions(what, **settings)
+    for name, value in settings.items():
+        if value >= 2**31:
+            raise ValueError(f"{what} needs {name} under 2**31, got {value}")
+
+
 def chosen(
     what: str, given: Any, names: Mapping[str, T], method: str, others: str
 ) -> T:

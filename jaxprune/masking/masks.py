@@ -152,6 +152,7 @@ def combine(first: Masks, second: Masks) -> Masks:
       [True, False]
     """
     first = tree.with_nodes(first, tree.named_leaves(second))
+    checked(first, first)
     other = checked(first, second)
 
     def both(a: Any, b: Any) -> Any:

@@ -69,7 +69,7 @@ def pack(masks: Masks) -> Any:
       [5]
     """
     checked(masks, masks)
-    return jax.tree.map(_pack, masks)
+    return jax.tree.map(_pack, tree.with_nodes(masks, ()))
 
 
 def unpack(packed: Any) -> Masks:
@@ -118,6 +118,8 @@ def _pack(mask: jax.Array) -> PackedMask:
 
 @jax.jit
 def _unpack(packed: PackedMask) -> jax.Array:
+    if not packed.bits.size:
+        return jnp.zeros(packed.bits.shape[:-1] + packed.shape[-1:], bool)
     length = packed.shape[-1] if packed.shape else 1
     bits = jnp.unpackbits(packed.bits, axis=-1, count=length, bitorder="little")
     return bits.reshape(packed.bits.shape[:-1] + packed.shape[-1:]).astype(bool)

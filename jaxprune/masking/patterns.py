@@ -33,6 +33,16 @@ def _ranks(scores: jax.Array) -> Float32[Array, "..."]:
     return rank.astype(jnp.float32)
 
 
+def _total(scores: jax.Array, axis: int) -> jax.Array:
+    """The exact sum; of float64 in a unit of its own, so that its range is kept."""
+    if scores.dtype != np.float64:
+        return exact_sum.total(scores, axis)
+    size = jnp.where(jnp.isfinite(scores), jnp.abs(scores), 0)
+    largest = jnp.max(size, initial=0)
+    unit = jnp.exp2(jnp.floor(jnp.log2(jnp.where(largest > 0, largest, 1))))
+    return exact_sum.total(scores / unit, axis).astype(np.float64) * unit
+
+
 class _Free:
     """A pattern that leaves the sparsity free and takes any shape."""
 
@@ -175,11 +185,11 @@ class NM:
         """Ranks without a sort: each weight is compared with each of its group."""
         place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
         rank = jnp.zeros(groups.shape, jnp.float16)
+        # As integers: a CPU takes subnormal floats for zeros when it compares them.
+        own = float_order.of(groups, Line.of(groups.dtype).signed)
         for other in range(self.m):
-            rival = groups[:, :, other : other + 1]
-            both = jnp.isnan(rival) & jnp.isnan(groups)
-            higher = (rival > groups) | (jnp.isnan(groups) & ~jnp.isnan(rival))
-            before = higher | ((both | (rival == groups)) & (other < place))
+            rival = own[:, :, other : other + 1]
+            before = (rival > own) | ((rival == own) & (other < place))
             rank = rank + before.astype(rank.dtype)
         return rank
 
@@ -252,11 +262,11 @@ class Block(_Free):
         padded = jnp.pad(whole, ((0, 0), (0, rows), (0, columns)))
         high, wide = inputs + rows, outputs + columns
         tall = padded.reshape(batch, high // self.rows, self.rows, wide)
-        tall = exact_sum.total(tall, 2).squeeze(2)  # (batch, in tiles, out)
+        tall = _total(tall, 2).squeeze(2)  # (batch, in tiles, out)
         tiles = tall.reshape(
             batch, high // self.rows, wide // self.columns, self.columns
         )
-        return exact_sum.total(tiles, 3).squeeze(3)  # (batch, in tiles, out tiles)
+        return _total(tiles, 3).squeeze(3)  # (batch, in tiles, out tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +287,7 @@ class Channel(_Free):
     ) -> Float[Array, "batch 1 out"]:
         """The mean score of each output channel, (batch, 1, out)."""
         matrix = axes.matrix(scores)  # (batch, in, out)
-        return exact_sum.total(matrix, 1) / matrix.shape[1]
+        return _total(matrix, 1) / matrix.shape[1]
 
     def expand(
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes

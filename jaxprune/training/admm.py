@@ -17,7 +17,7 @@ import optax
 from jaxprune import scores
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.messages import refuse_fractions
+from jaxprune.arrays.messages import check_steps
 from jaxprune.masking.counts import Allocation
 from jaxprune.training import weightings
 from jaxprune.training.event_table import Rules
@@ -127,8 +127,10 @@ def admm(
                 placement.counter(params), params, params, tracker.init(params), inner
             )
         own = masking.only(params)
+        masks = masking.start(own, tracker.init(own))
+        # The criterion's own rule may leave out more than `prunable` does.
+        own = on_masked(lambda mask, leaf: leaf, masking.read(masks, params), params)
         gradients = tracker.init(own)
-        masks = masking.start(own, gradients)
         split = on_masked(
             lambda mask, leaf: placement.zeros_like(leaf, jnp.float32),
             masking.read(masks, params),
@@ -169,7 +171,8 @@ def admm(
 
         def pulled(mask: Any, g: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
             apart = x.astype(jnp.float32) - jnp.where(mask, v, -v)  # x - z + u
-            return (g + pull * apart).astype(g.dtype)
+            wide = g.dtype if g.dtype.itemsize >= 4 else jnp.float32
+            return (g.astype(wide) + (pull * apart).astype(wide)).astype(g.dtype)
 
         updates = on_masked(pulled, kept, updates, split, params, rest=updates)
         trained = on_masked(lambda mask: mask | ~over, kept)
@@ -187,7 +190,7 @@ def _check(
     begin: int, end: int, interval: int, penalty: float | optax.Schedule, decay: float
 ) -> None:
     """Refuses what is out of range."""
-    refuse_fractions("admm", begin=begin, end=end, interval=interval)
+    check_steps("admm", begin=begin, end=end, interval=interval)
     if not 0 <= begin < end or interval < 1:
         raise ValueError(
             "admm needs 0 <= begin < end and interval >= 1, got "

@@ -128,7 +128,8 @@ def replace_masks(state: T, masks: Masks) -> T:
 def _holds(node: Any) -> bool:
     """Whether a node is a state with masks."""
     if isinstance(node, Mapping):  # a field without arrays may be missing
-        return "masks" in node and _NAMES.issuperset(node)
+        named = "masks" in node and _NAMES.issuperset(node)
+        return named and not _holders(node["masks"])  # else it is a `named_chain`
     return isinstance(node, _KINDS)
 
 

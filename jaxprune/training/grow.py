@@ -92,7 +92,10 @@ class gradient(_Part):
     ) -> Float32[Array, "..."]:
         """The gradient's magnitude."""
         del step, leaf
-        return jnp.abs(gradient).astype(jnp.float32)
+        # NaN would rank under what is kept already, which cannot grow.
+        return jnp.nan_to_num(
+            jnp.abs(gradient).astype(jnp.float32), nan=0, posinf=jnp.inf
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,8 @@ class MaskEvents:
         weights_alone = Importance(weight=params, magnitude=params)
         try:
             jax.eval_shape(self.scores, params, weights_alone)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return  # a user's criterion that reads the optimizer's state itself
         except ValueError as error:
             if "track" not in str(error):
                 raise
@@ -180,7 +182,7 @@ class MaskEvents:
         )
         if not self.revive:  # the pruned rank under all that is kept
             ranked = [
-                jnp.where(named[name], score, -jnp.inf)
+                jnp.where(named[name], _over_pruned(score), -jnp.inf)
                 for name, score in zip(names, ranked, strict=True)
             ]
 
@@ -249,6 +251,13 @@ def _highest(
     else:
         cuts = thresholds.cut_each(units, kept.low)
     return [thresholds.mask(*pair) for pair in zip(units, cuts, strict=True)]
+
+
+def _over_pruned(score: jax.Array) -> jax.Array:
+    """The score, or the least finite number for what ranks no higher than pruned."""
+    # NaN ranks under minus infinity, so a pruned weight would take a kept one's place.
+    least = jnp.asarray(jnp.finfo(score.dtype).min, score.dtype)
+    return jnp.where(jnp.isnan(score), least, jnp.maximum(score, least))
 
 
 def _all_kept(leaf: Any) -> jax.Array:

@@ -187,7 +187,9 @@ def _first(leaf: jax.Array, start: np.uint32, how: Average, from_values: bool) -
 
 
 def _largest(leaf: Float[Array, "*shape"]) -> Float32[Array, ""]:
-    return jnp.max(jnp.abs(leaf), initial=0).astype(np.float32)
+    # A number that is not finite must not decide how coarse all others are.
+    size = jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), 0)
+    return jnp.max(size, initial=0).astype(np.float32)
 
 
 def _widened(leaf: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:

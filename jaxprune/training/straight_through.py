@@ -17,7 +17,7 @@ import optax
 from jaxprune import scores
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.messages import refuse_fractions
+from jaxprune.arrays.messages import check_steps
 from jaxprune.masking.counts import Allocation
 from jaxprune.training import schedules
 from jaxprune.training.event_table import Rules
@@ -108,7 +108,7 @@ def straight_through(
     )
     first, last = int(rules.steps[0]), int(rules.steps[-1])
     end = 2**31 - 1 if freeze is None else freeze
-    refuse_fractions("straight_through", every=every, freeze=end)
+    check_steps("straight_through", every=every, freeze=end)
     if every < 1 or end < last:
         raise ValueError(
             "straight_through needs every >= 1 and a freeze at or after the schedule's "

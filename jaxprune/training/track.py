@@ -15,7 +15,7 @@ import optax
 
 from jaxprune.arrays import low_bit, placement, tree
 from jaxprune.arrays.low_bit import Storage
-from jaxprune.arrays.messages import refuse_fractions
+from jaxprune.arrays.messages import check_steps, refuse_fractions
 from jaxprune.training import weightings
 from jaxprune.training.running_average import Average, Held, Memory, Watched
 from jaxprune.typing import Params, Weighting
@@ -236,7 +236,7 @@ def _schedule(
 
     On the other steps a branch is taken that touches no average.
     """
-    refuse_fractions(what, every=every, start=start)
+    check_steps(what, every=every, start=start)
     if not callable(weighting):
         raise TypeError(
             f"{what} needs a weighting such as jp.weightings.power(0.5), got "
@@ -300,7 +300,9 @@ def _watched(
     low_bit.checked(storage)
     refuse_fractions(what, seed=seed)
     return {
-        field: Average(*known[field], storage, memory, stream=seed * 4096 + 1024 * i)
+        field: Average(
+            *known[field], storage, memory, stream=int(seed) * 4096 + 1024 * i
+        )
         for i, field in enumerate(known)
         if field in wanted
     }

@@ -334,3 +334,20 @@ def test_outside_of_jit_a_leaf_of_another_shape_takes_five_programs(pattern):
         taken.append(len(programs))
     # For NaN, of units, of a count, of a mask, of the pruned leaf.
     assert taken[1] <= 5, taken
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "per-output"])
+def test_subnormal_scores_have_an_order(pattern):
+    scores = {"w": jnp.array([[1e-40], [3e-40], [2e-40], [4e-40]])}
+    sparsity = None if pattern == "2:4" else 0.5
+    masks = jp.masks.make(scores, sparsity, pattern=pattern)
+    assert masks["w"].ravel().tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("unit", [1e-60, 1.0, 1e60])
+@pytest.mark.parametrize("pattern", ["channel", "1x1"])
+def test_units_of_float64_are_ranked_in_its_whole_range(unit, pattern):
+    with jax.enable_x64(True):
+        scores = {"w": jnp.array([[1.0, 3.0, 2.0, 4.0]]) * unit}
+        masks = jp.masks.make(scores, 0.5, pattern=pattern)
+    assert np.asarray(masks["w"]).tolist() == [[False, True, False, True]]

@@ -191,3 +191,22 @@ def test_one_program_serves_every_threshold():
     for rate in (0.5, 1.0, 2.5):
         assert above(rate).tolist() == [score > rate for score in range(4)]
     assert above._cache_size() == 1
+
+
+def test_a_mask_that_is_left_out_is_so_after_packing():
+    own = {"a": jnp.ones((2, 4), bool), "b": True}
+    again = jp.masks.unpack(jp.masks.pack(own))
+    weights = {"a": jnp.ones((2, 4)), "b": jnp.ones((2, 2))}
+    assert same_bits(jp.masks.apply(weights, again), weights)
+
+
+def test_a_leaf_without_weights_is_packed_and_unpacked():
+    own = {"w": jnp.zeros((0, 4), bool)}
+    assert jp.masks.unpack(jp.masks.pack(own))["w"].shape == (0, 4)
+
+
+def test_numbers_are_no_masks_in_either_place():
+    numbers, booleans = {"a": jnp.arange(3)}, {"a": jnp.ones(3, bool)}
+    for pair in ((numbers, booleans), (booleans, numbers)):
+        with pytest.raises(TypeError, match="bool"):
+            jp.masks.combine(*pair)
