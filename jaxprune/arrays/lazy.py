@@ -20,7 +20,8 @@ class LazyArray:
     Attributes:
       shape: its shape.
       dtype: its dtype.
-      read: gives it, the same each time, on the devices where it shall be.
+      read: gives a new array of the same values each time, on the devices where it
+        shall be. Whoever reads the array may give it up.
       sharding: how it will lie there; None where there is one device only.
     """
 

@@ -4,6 +4,7 @@
 nothing.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.graph.linear_ops import LinearOp, Trace, trace
+from jaxprune.posttraining import input_statistics
 from jaxprune.posttraining.input_statistics import InputStatistics, Sums
 from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
 from jaxprune.typing import Params, Prunable
@@ -77,6 +79,8 @@ def calibrate(
             programs[kind] = SegmentedProgram(traced, leaves, ops, devices=devices)
         program = programs[kind]
         counted = [None if positions is None else positions(batch) for batch in group]
+        for segment, each in itertools.product(program.segments, counted):
+            input_statistics.counted_samples(segment, each)
         own = side_by_side(list(group), devices), side_by_side(counted, devices)
         pipeline = SequentialPipeline(program, *own, sums)
         for number in range(len(program.segments)):

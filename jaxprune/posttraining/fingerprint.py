@@ -39,6 +39,8 @@ def of_arrays(tree: Any) -> str:
     """SHA-256 of the arrays in a tree, in order."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 
@@ -68,6 +70,13 @@ def _fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     for axis, size in enumerate(words.shape):
         own = jax.lax.broadcasted_iota(np.uint32, words.shape, axis)
         place = place * np.uint32(size) + own
-    # Odd factors: no bit of a word is lost.
-    mark = jnp.sum(words * (2 * place + 1), dtype=np.uint32)
+    # Mixed before they are summed up: equal changes of many words would cancel.
+    mark = jnp.sum(_mixed(words ^ _mixed(place)), dtype=np.uint32)
     return finite, mark
+
+
+def _mixed(words: jax.Array) -> jax.Array:
+    """MurmurHash3's last steps, one to one: all bits of a word depend on all of it."""
+    words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)

@@ -180,6 +180,12 @@ def counted_samples(
     """
     if positions is None:
         return None
+    if segment.source.grouped:
+        raise ValueError(
+            f"positions say which tokens count, but rows come to "
+            f"'{segment.linear_ops[0].name}' group by group; leave such weights out "
+            "with prunable=..., or positions"
+        )
     leading, shape = segment.source.leading, positions.shape
     if math.prod(leading) != positions.size or leading[: len(shape)] != shape:
         raise ValueError(

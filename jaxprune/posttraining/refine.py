@@ -166,10 +166,11 @@ def trained_values(program: SegmentedProgram) -> list[list[Value]]:
             if views[other].leaf == views[number].leaf and (i, other) != (block, number)
         )
 
+    # Of all layers: a branch of an earlier one may be computed with a later block.
+    finished = map(program.finished_in, program.segments)
+    pruned = [op.view for ops in finished for op in ops]
     found = []
-    for i, own in enumerate(program.layers, 1):
-        ops = [op for k in own for op in program.finished_in(program.segments[k])]
-        pruned = [op.view for op in ops]
+    for i in range(1, len(parts)):
         values = []
         for number in parts[i].inputs:  # in order of first use
             if number not in reads[i] or not alone(i, number):

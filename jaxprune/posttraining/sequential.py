@@ -97,7 +97,10 @@ class Pruner:
         self, numbers: range, block: int, shown: Progress
     ) -> list[dict[str, Any]]:
         """Observes the inputs of some segments, then prunes all of them."""
+        ops = [op for n in numbers for op in self._program.segments[n].linear_ops]
+        # A tied weight whose last use is yet to come needs the statistics of this one.
         resumed = all(self._done[number] is not None for number in numbers)
+        resumed = resumed and self._known.issuperset(op.name for op in ops)
         # Of what was pruned before, only the activations are needed again.
         observed = numbers[:1] if resumed else numbers
         values = self._pipeline.observe(observed, self._known)

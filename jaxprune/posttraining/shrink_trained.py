@@ -29,7 +29,7 @@ from jaxprune.posttraining import (
 )
 from jaxprune.posttraining.input_statistics import InputStatistics, Sums
 from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
-from jaxprune.posttraining.solvers import units
+from jaxprune.posttraining.solvers import layer_problem, units
 from jaxprune.structured import cut, shrink, timing
 from jaxprune.structured.budget import Measure
 from jaxprune.structured.shrink import Rules, ShrinkResult, Sizes
@@ -60,7 +60,7 @@ def shrink_trained(
     updated values: optimal brain surgery on units. Each matrix is solved for the inputs
     that it has after the groups before it were pruned. Where a norm runs over the units
     before the matrix reads them, the removal of one changes the others; this change is
-    left out of account.
+    left out of account, and so is what anything but a matmul reads of the units.
 
     Args:
       fn: parameters and a batch to anything; traceable by JAX.
@@ -111,6 +111,7 @@ def shrink_trained(
             f"sparsity={sparsity}, budget={budget}"
         )
     shrink.check_budget(budget, measure)
+    layer_problem.check_damping(damping)
     batches = calibration.checked_batches(batches, "shrink_trained")
     first = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), batches[0]

@@ -130,8 +130,9 @@ def _side_by_side(
     places, first = {}, 0  # of each weight's first matrix among those of all of them
     for op in dict.fromkeys(m.op for m in matrices):
         places[op], first = first, first + op.shape[0]
-    numbers = np.array([places[m.op] + m.number for m in filled], np.int32)
-    stack, own = take([weights[op] for op in places], own, numbers)
+    rows = np.array([places[m.op] + m.number for m in filled], np.int32)
+    numbers = np.array([m.number for m in filled], np.int32)
+    stack, own = take([weights[op] for op in places], own, rows, numbers)
     counts = devices.stacked([np.uint32(m.kept) for m in filled])
     method, dtype = matrices[0].method, stack.dtype
     if _is_corrected(method, own):
@@ -147,12 +148,14 @@ def _side_by_side(
 def _taking(devices: PerDevice, apart: bool) -> Any:
     """A program that gives each device its matrix and, of experts, its statistics."""
 
-    def take(weights: Any, statistics: InputStatistics, places: jax.Array) -> Any:
+    def take(
+        weights: Any, statistics: InputStatistics, places: jax.Array, numbers: jax.Array
+    ) -> Any:
         stack = jnp.concatenate(weights)[places]  # (devices, in, out)
         if not apart:
             return stack, statistics
-        each = jax.tree.map(lambda x: x[places] if x.ndim else x, statistics)
-        samples = jnp.broadcast_to(statistics.samples, places.shape)
+        each = jax.tree.map(lambda x: x[numbers] if x.ndim else x, statistics)
+        samples = jnp.broadcast_to(statistics.samples, numbers.shape)
         return stack, each._replace(samples=samples)
 
     placed = devices.split if apart else devices.whole

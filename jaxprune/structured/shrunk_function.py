@@ -78,7 +78,9 @@ class ShrunkFunction:
 
     def _key(self, dtypes: Sequence[Any], batch: Any) -> Any:
         leaves, structure = jax.tree.flatten(batch)
-        kinds = [(jnp.shape(leaf), str(jax.typeof(leaf).dtype)) for leaf in leaves]
+        # A Python number is weakly typed, and makes another program.
+        types = [jax.typeof(leaf) for leaf in leaves]
+        kinds = [(x.shape, str(x.dtype), x.weak_type) for x in types]
         return structure, tuple(kinds), tuple(map(str, dtypes))
 
     def _check_shapes(self, leaves: Sequence[Any]) -> None:
@@ -101,7 +103,10 @@ class ShrunkFunction:
             for name, leaf in zip(self._names, leaves, strict=True)
         ]
         shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jax.typeof(x).dtype), batch
+            lambda x: jax.ShapeDtypeStruct(
+                jnp.shape(x), jax.typeof(x).dtype, weak_type=jax.typeof(x).weak_type
+            ),
+            batch,
         )
         trace = trace_axes(self._fn, jax.tree.unflatten(self._structure, dense), shapes)
         return Resized(trace, atom_masks(trace, self._cuts))

@@ -285,3 +285,27 @@ def test_the_parameters_are_left_as_they_are():
     before = jax.tree.map(np.array, params)
     jp.calibrate(run_chain, params, BATCHES, hessian=True)
     jax.tree.map(np.testing.assert_array_equal, before, params)
+
+
+def test_positions_do_not_say_which_rows_of_an_expert_count():
+    def routed(params, x):
+        chosen = (x[:, 0] > 0).astype(jnp.int32)
+        sizes = jnp.bincount(chosen, length=2)
+        return jax.lax.ragged_dot(x[jnp.argsort(chosen)], params["e"], sizes)
+
+    params, x = {"e": draw(0, 2, 8, 4)}, draw(1, 32, 8)
+    assert jp.calibrate(routed, params, [x])["e"].reached.sum() == 32
+    with pytest.raises(ValueError, match="group by group"):
+        jp.calibrate(routed, params, [x], positions=lambda _: np.arange(32) < 10)
+
+
+def test_a_batch_may_hold_a_key():
+    def dropped(params, batch):
+        kept = jax.random.bernoulli(batch["key"], 0.9, batch["x"].shape)
+        return jnp.where(kept, batch["x"], 0) @ params["w"]
+
+    batches = [{"x": draw(i, 20, 8), "key": jax.random.key(i)} for i in range(2)]
+    found = jp.prune_trained(
+        dropped, {"w": draw(3, 8, 4)}, batches, method="wanda", sparsity=0.5
+    )
+    assert int((found.params["w"] == 0).sum()) == 16

@@ -274,3 +274,43 @@ def test_parameters_of_explicit_axes_are_refused():
     mesh = mesh_of("8", AxisType.Explicit)
     with pytest.raises(ValueError, match=r"Auto axes, but that of 'down', .* has Exp"):
         prune(placed(mesh), mesh=mesh)
+
+
+def gated(params, x):
+    """Three experts of two weights that read one input; each a third of the rows."""
+    each = x.reshape(3, -1, WIDTH)
+    gate = jnp.einsum("etd,edf->etf", each, params["gate"])
+    return jax.nn.silu(gate) * jnp.einsum("etd,edf->etf", each, params["up"])
+
+
+@pytest.mark.parametrize(
+    "method", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.full)]
+)
+def test_experts_of_two_weights_are_pruned_by_their_own_inputs(method):
+    # Two devices take three experts of each weight: some take one of either.
+    params = {k: draw(i, 3, WIDTH, 6) for i, k in enumerate(("gate", "up"))}
+    size = np.repeat(np.exp(2 * draw(2, 3, WIDTH)), 8, axis=0)
+    batches = [draw(i, 24, WIDTH) * size for i in range(3, 7)]
+    prune = functools.partial(
+        jp.prune_trained, gated, params, batches, method=method, sparsity=0.5
+    )
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    expected, found = prune().params, prune(mesh=mesh).params
+    for name in params:
+        np.testing.assert_array_equal(
+            found[name] != 0, np.asarray(expected[name]) != 0, err_msg=name
+        )
+
+
+def test_positions_of_another_shape_are_refused_over_a_mesh_too():
+    params, batches = {"w": draw(0, WIDTH, 4)}, [draw(i, 1, 8, WIDTH) for i in (1, 2)]
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    for shape in ((1,), (8, 1)):
+        with pytest.raises(ValueError, match="positions"):
+            jp.calibrate(
+                lambda p, x: x @ p["w"],
+                params,
+                batches,
+                positions=lambda batch, shape=shape: np.ones(shape, bool),
+                mesh=mesh,
+            )

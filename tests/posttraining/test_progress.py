@@ -183,3 +183,10 @@ def test_integers_and_complex_numbers_have_marks_too():
     leaves = Leaves([numbers[:1], numbers[1:], turned[:1], turned[1:]])
     found = fingerprint.of_leaves({str(i): i for i in range(4)}, leaves)
     assert len({own.mark for own in found.values()}) == 4
+
+
+@pytest.mark.parametrize("factor", [-1.0, 2.0, 0.25, -4.0])
+def test_a_leaf_that_was_scaled_has_another_mark(factor):
+    own = jnp.asarray(draw(0, 64, 32))
+    found = fingerprint.of_leaves({"a": 0, "b": 1}, Leaves([own, own * factor]))
+    assert found["a"].mark != found["b"].mark

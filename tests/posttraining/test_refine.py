@@ -367,3 +367,23 @@ def test_another_refinement_is_another_job(tmp_path):
     prune(directory=tmp_path)
     with pytest.raises(ValueError, match="refine"):
         prune(directory=tmp_path, refine=dataclasses.replace(HOW, passes=3))
+
+
+@pytest.mark.full
+def test_zeros_of_a_branch_that_is_computed_late_stay_zeros():
+    def fn(params, x):
+        deep = jnp.tanh(jnp.tanh(x @ params["w1"]) @ params["w2"]) @ params["w3"]
+        return deep + x @ params["wide"]
+
+    shapes = {"w1": (16, 12), "w2": (12, 12), "w3": (12, 1), "wide": (16, 1)}
+    params = {
+        name: draw(i, *shape) / shape[0] ** 0.5
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    batches = [draw(i, 64, 16) for i in range(4, 8)]
+    how = jp.Refine(passes=4, learning_rate=1e-2)
+    found = jp.prune_trained(
+        fn, params, batches, method="wanda", sparsity=0.5, refine=how
+    ).params
+    zeros = {name: int((leaf == 0).sum()) for name, leaf in found.items()}
+    assert zeros == {name: leaf.size // 2 for name, leaf in params.items()}

@@ -277,3 +277,27 @@ def main(directory):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+def test_a_tied_weight_of_dense_inputs_is_resumed_to_the_same_bits(tmp_path):
+    def fn(p, x):
+        for _ in range(3):
+            x = x + jnp.tanh(x @ p["a"]) @ p["b"]
+        return x
+
+    params = {"a": draw(0, 7, 7) / 2, "b": draw(1, 7, 7) / 2}
+    batches = [correlated(i, 32, 7) for i in range(2)]
+    method = jp.methods.SparseGPT(inputs="dense")
+
+    def prune():
+        return jp.prune_trained(
+            fn, params, batches, method=method, sparsity=0.5, directory=tmp_path
+        ).params
+
+    expected = prune()
+    done = sorted(tmp_path.glob("segment*"))
+    assert len({path.name[:13] for path in done}) > 4
+    for path in done:
+        if path.name >= "segment_00004":
+            path.unlink()
+    assert same_bits(prune(), expected)

@@ -162,12 +162,17 @@ def checked_mask(mask: jax.Array, weight: jax.Array) -> None:
 _SOLVED = (patterns.Unstructured, patterns.PerOutput, patterns.NM, patterns.Block)
 
 
-def _check_values(weight: jax.Array, hessian: jax.Array, damping: Any) -> None:
+def check_damping(damping: Any) -> None:
+    """Refuses a damping out of range, if it has a value."""
     if _known(damping) and not 0 <= float(damping) <= MOST_DAMPING:
         raise ValueError(
             f"damping must be from 0 to {MOST_DAMPING}, a share of the mean diagonal, "
             f"got {damping}; 0.01 is usual"
         )
+
+
+def _check_values(weight: jax.Array, hessian: jax.Array, damping: Any) -> None:
+    check_damping(damping)
     if _known(weight) and not jnp.all(jnp.isfinite(weight)):
         raise ValueError(
             "the weight must be finite, but it holds NaN or infinity; repair the "
