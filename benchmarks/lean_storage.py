@@ -100,10 +100,10 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
     }
     rows: dict[str, Any] = {}
     for criterion, score in CRITERIA.items():
-        exact = score(seen["float32"], state.params)
+        exact = score(state.params, seen["float32"])
         for name in low_bit.STORAGES:
             rows[f"{criterion} {name}"] = _compare(
-                state.params, exact, score(seen[name], state.params), loss
+                state.params, exact, score(state.params, seen[name]), loss
             )
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     held = {name: _bytes(seen[name].weight) / count for name in low_bit.STORAGES}

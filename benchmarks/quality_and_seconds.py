@@ -102,7 +102,10 @@ def points(directories: Sequence[Path], how: str) -> list[Point]:
             cell = json.loads(path.read_text())
             mean = with_mean(cell["perplexities"]["after"])["mean"]
             key = METHODS.get(method, method), _options(cell["config"])
-            cells.setdefault(key, []).append((cell["seconds"]["prune"], mean))
+            spent = cell["seconds"]["prune"]
+            if _is_distilled(cell["config"]):
+                spent += cell["seconds"]["distill"]
+            cells.setdefault(key, []).append((spent, mean))
     found = [
         Point(
             *key,
@@ -144,15 +147,22 @@ def figure(found: Sequence[Point]) -> Figure:
     return drawn
 
 
+def _is_distilled(asked: Mapping[str, str]) -> bool:
+    """Whether the pruned model was distilled afterwards."""
+    return asked.get("distill", "0") not in ("0", "None", "")
+
+
 def _options(asked: Mapping[str, str]) -> str:
     """What a cell was asked for besides its method, in words."""
     numbers = {name: float(asked.get(name) or 0) for name in ("correction", "refine")}
     words = [
         "one size" * (asked.get("relative") == "True"),
+        asked.get("allocation", "uniform").replace("uniform", ""),
         f"correction {numbers['correction']:g}" * bool(numbers["correction"]),
         # A draw's own text is in a file of its own, DRAW-both.npy say.
         CALIBRATIONS.get(Path(asked["calibration"]).stem.partition("-")[2], ""),
         f"refined {numbers['refine']:g}" * bool(numbers["refine"]),
+        f"distilled {asked.get('distill')}" * _is_distilled(asked),
     ]
     return ", ".join(filter(None, words))
 

@@ -91,6 +91,10 @@ def begin(config: Any, **facts: Any) -> None:
         "model": str(config.model.resolve()),
         "texts": str(config.texts.resolve()),
     }
+    # What `benchmarks.texts` says of the sequences, and the shape of the model.
+    for file in (config.texts / "manifest.json", config.model / "config.json"):
+        if file.exists():
+            places[file.name] = atomic.digest(file)
     config.out.mkdir(parents=True, exist_ok=True)
     table = Path(inspect.getfile(type(config))).stem
     atomic.begin_or_resume(config.out / _TABLE, {"table": table, **places, **facts})

@@ -24,7 +24,7 @@ import optax
 import jaxprune as jp
 from benchmarks import measure
 from experiments import phi3_vision
-from experiments.datasets import prefetch
+from experiments.datasets import prefetch, question_answers
 from experiments.harness import run_dir, runner, training
 from experiments.harness.criteria import Watched
 from experiments.harness.optimizer import schedule
@@ -142,7 +142,14 @@ def opened(config: Config) -> tuple[dict[str, Any], Plan, PictureTask]:
         if name in fields
     }
     ran = phi3_vision.Config(**known | {"out": config.run, "data_dir": config.data_dir})
-    return identity, ran.plan(), phi3_vision.make_task(ran)
+    task = phi3_vision.make_task(ran)
+    own = question_answers.fingerprint((*task.train, *task.held_out))
+    if own != identity["fingerprint"]:
+        raise ValueError(
+            f"--run {config.run} was of other pictures or questions; run it with the "
+            "usual --held-out and --fields, and give the same --data-dir"
+        )
+    return identity, ran.plan(), task
 
 
 def cells(config: Config) -> Iterator[Cell]:

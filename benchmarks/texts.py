@@ -103,7 +103,7 @@ def sequences(
 
     Args:
       documents: texts; those too short for a sequence are joined with the next.
-      encode: text to ids, BOS in front.
+      encode: text to ids, BOS in front where the tokenizer has one.
       count: how many sequences.
       length: tokens of each, BOS included.
 
@@ -114,14 +114,15 @@ def sequences(
     Raises:
       ValueError: the documents are too short together.
     """
+    start = encode("")  # BOS, of a tokenizer that has one
+    room = length - len(start)
     ids, found = [], []
     for document in documents:
-        bos, *text = encode(document)
-        ids += text
-        if len(ids) < length - 1:
+        ids += encode(document)[len(start) :]
+        if len(ids) < room:
             continue
-        for start in range(0, len(ids) - length + 2, length - 1):
-            found.append([bos, *ids[start : start + length - 1]])
+        for at in range(0, len(ids) - room + 1, room):
+            found.append([*start, *ids[at : at + room]])
         ids = []
     if len(found) < count:
         raise ValueError(

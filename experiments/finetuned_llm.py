@@ -31,7 +31,6 @@ from experiments.tasks import model_directory, tiny_directory
 from experiments.tasks.finetuning import TABLES, DecoderModel, FinetuningTask, Texts
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.formats import atomic
-from jaxprune.formats.checkpoint_dir import open_directory
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
 
@@ -201,7 +200,7 @@ def main(config: Config) -> Path:
         identity = runner.identity_of(
             config,
             plan,
-            weights=_fingerprint(directory),
+            weights=model_directory.fingerprint(directory),
             texts=_texts_fingerprint(texts),
             **{
                 name: getattr(small, name)
@@ -306,15 +305,6 @@ def _task(
         storage=config.storage,
         write=model.write,
     )
-
-
-def _fingerprint(directory: Path) -> str:
-    """SHA-256 of config.json, the tokenizer and the weights."""
-    opened = open_directory(directory)
-    files = {"config.json", "tokenizer.json"}
-    files |= {Path(path).name for path in opened.metadata}
-    sums = [f"{name} {atomic.digest(opened.path / name)}" for name in sorted(files)]
-    return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 
 def _texts_fingerprint(texts: Texts) -> str:

@@ -190,6 +190,7 @@ def main(config: Config) -> Path:
         plan,
         preset=config.preset if config.model is None else None,
         model=None if config.model is None else str(config.model),
+        weights=config.model and model_directory.fingerprint(config.model),
         data=config.data,
         frozen=config.frozen,
         lora=config.lora,

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 import jaxprune as jp
@@ -203,10 +204,12 @@ class Run(allocation_with_solvers.Run):
             refine=refine,
             progress=False,
         )
+        jax.block_until_ready(result.params)
+        seconds = time.perf_counter() - start
         return {
             **dataclasses.asdict(cell),
             "loss": self.loss(result.params),
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "refined": result.report["refined"],
         }
 

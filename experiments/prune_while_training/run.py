@@ -115,6 +115,10 @@ class Run:
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """The cell's numbers, from its file where there is one."""
+        dense_rate = None
+        if cell.after_dense or cell.distill:
+            steps = cell.after_dense or cell.steps
+            dense_rate = self.rate(DENSE, steps, 0, 0.0)
 
         def compute() -> dict[str, Any]:
             resumed = self._directory(cell).exists()
@@ -132,9 +136,15 @@ class Run:
                 "curve": curve,
             }
             print(f"{cell.name}  {numbers['loss']:.4f} nats", flush=True)
-            return {**dataclasses.asdict(cell), **numbers}
+            return {**dataclasses.asdict(cell), **numbers, "dense_rate": dense_rate}
 
         found = once(self.config.out / "cells" / f"{cell.name}.json", compute)
+        if found.get("dense_rate", dense_rate) != dense_rate:
+            raise ValueError(
+                f"'{cell.name}' began with the dense model of learning rate "
+                f"{found['dense_rate']}, but the best here has {dense_rate} now; give "
+                "the --learning-rates of before, or another --out"
+            )
         for stop in self._directory(cell).glob("*"):
             if cell.method != DENSE or stop.name != str(cell.steps):
                 shutil.rmtree(stop, ignore_errors=True)

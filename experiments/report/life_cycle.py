@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.harness.criteria import averages
+from experiments.harness.solvers import rankings
 from experiments.report import findings, plots
 from jaxprune.report import canvas
 
@@ -29,8 +31,8 @@ CO2_KG_A_KWH = 0.475
 # Bytes a weight and step: read forward and backward, the gradient written and read,
 # Adam's moments and the weight read and written.
 TRAINING_BYTES = 8 + 8 + 24
-# Two averages of weights and two of gradients, each read and written in float32.
-TRACKING_BYTES = 4 * 8
+# Of each average: read and written in float32.
+TRACKING_BYTES = 8
 BATCHES = (1, 32)
 TITLE = "After how many served tokens pruning has paid for itself"
 
@@ -93,13 +95,17 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
         for name in _SUMMED[2:]:
             total[name] += (phase.get(name) or 0.0) / seeds
     training = phases.get("train")
+    if "control" in phases and not phases["control"]["share"]:
+        return None  # begun again after its last step: nobody knows what it took
     if not costs or not training or not training["tokens"] or not training["seconds"]:
         return None
     steps = float(np.mean([seed["dense"]["steps"] for seed in results["seeds"]]))
     weights = results["model"]["parameters"]
     arithmetic = 3 * costs[0]["flops_dense"] * training["tokens"] * JOULES_A_FLOP
     moved = TRAINING_BYTES * weights * steps * JOULES_A_BYTE
-    tracked = TRACKING_BYTES * results["model"]["prunable"] * steps * JOULES_A_BYTE
+    held = len(averages(rankings(results["config"]["criteria"])))
+    tracked = held * TRACKING_BYTES * results["model"]["prunable"] * steps
+    tracked *= JOULES_A_BYTE
     # Of a training that went on from a checkpoint only this start was measured.
     share = training["share"]
     counted = arithmetic + (moved + tracked) * share

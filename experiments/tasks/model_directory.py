@@ -1,6 +1,7 @@
 """A Hugging Face directory to fine-tune: read to its places, written back pruned."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, Sharding
 
 import jaxprune as jp
 from experiments.harness import device_mesh
-from jaxprune.formats import rewrite
+from jaxprune.formats import atomic, rewrite
 from jaxprune.formats.checkpoint_dir import Unknown, open_directory
 from jaxprune.models import hf
 from jaxprune.models.decoder.config import DecoderConfig
@@ -78,6 +79,16 @@ def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> ModelDirectory[C]:
 
     read = functools.partial(_read, path, mesh)
     return ModelDirectory(loaded.config, words, read, write)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of config.json, the tokenizer and the weights, as 64 hex digits."""
+    found = open_directory(path)
+    files = {"config.json", "tokenizer.json"}
+    files |= {Path(name).name for name in found.metadata}
+    there = [found.path / name for name in sorted(files)]
+    sums = [f"{file.name} {atomic.digest(file)}" for file in there if file.exists()]
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 
 def _read(path: Path, mesh: Mesh | None) -> Params:

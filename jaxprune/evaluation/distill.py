@@ -115,7 +115,7 @@ def from_teacher(
             loss = (1 - text) * loss + text * nats(student, own, targets).mean()
         return loss + hidden * _distance(theirs, own).mean() if hidden else loss
 
-    name = f"teacher, temperature {temperature:g}, {text:g} text, {hidden:g} states"
+    name = f"teacher, temperature {temperature!r}, {text!r} text, {hidden!r} states"
     return Loss(name, of, params)
 
 

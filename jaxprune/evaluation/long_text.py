@@ -108,8 +108,9 @@ class LongText:
             content = self._read(start, end)
             if start:
                 content = content[_boundary(content) :]
-            # The last token may be that of a word that the end cuts.
-            tokens = self._tokens(_decoded(content))[:-1]
+            # The last token may be that of a word that the end cuts, and the first the
+            # space that some tokenizers put before any text.
+            tokens = self._tokens(_decoded(content))[int(start > 0) : -1]
         return tokens[:body] if tokens.size >= body else None
 
     def _encoded(self, start: int) -> Iterator[np.ndarray]:

@@ -133,7 +133,8 @@ def generate(
         jnp.float32(temperature),
         pictures,
         plan=(_stretches(window.shape[1], cached, config.switches), steps - cached),
-        top_k=1 if temperature == 0 else top_k,
+        # By so little, float32 logits would be infinite.
+        top_k=1 if temperature < 1e-30 else top_k,
     )
     return jnp.concatenate([prompt, drawn], axis=1)
 

@@ -46,7 +46,7 @@ def test_energy_is_counted_from_flops_and_bytes(results):
     found = life_cycle.of(results)
     arithmetic = 3 * 20 * 100_000 * FLOP
     weights = 40 * 10 * 1000 * BYTE
-    averages = 32 * 8 * 1000 * BYTE
+    averages = 2 * 8 * 8 * 1000 * BYTE  # of E[g^2], and of the weights for the page
     assert found.training == pytest.approx(arithmetic + weights)
     assert found.tracking == pytest.approx(averages)
     whole = arithmetic + weights + averages
@@ -59,6 +59,22 @@ def test_energy_is_counted_from_flops_and_bytes(results):
     assert alone.packed == pytest.approx(25 * BYTE + 20 * FLOP)
     assert alone.skipped == pytest.approx(25 * BYTE + 12 * FLOP)
     assert found.serving[32][0.5].packed == pytest.approx(25 / 32 * BYTE + 20 * FLOP)
+
+
+def test_only_averages_that_were_held_are_counted(results):
+    two = life_cycle.of(results).tracking
+    for criteria, held in (
+        (["magnitude"], 1),
+        (["trajectory", "taylor", "averaged_magnitude"], 4),
+        (["magnitude", "averaged_trajectory_0.25"], 2),
+    ):
+        results["config"]["criteria"] = criteria
+        assert life_cycle.of(results).tracking == pytest.approx(two * held / 2)
+
+
+def test_a_control_of_no_step_is_no_cost(results):
+    results["phases"][1] |= {"share": 0.0}
+    assert life_cycle.of(results) is None
 
 
 def test_a_training_that_went_on_from_a_checkpoint_costs_as_much(results):

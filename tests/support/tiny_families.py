@@ -181,7 +181,13 @@ CONFIGS = {
     ),
     "cohere2": (
         "Cohere2",
-        {**SMALL, "num_hidden_layers": 3, "sliding_window": 5, "logit_scale": 0.5},
+        {
+            **SMALL,
+            "num_hidden_layers": 3,
+            "sliding_window": 5,
+            "layer_switch": 4,
+            "logit_scale": 0.5,
+        },
     ),
     "starcoder2": ("Starcoder2", {**SMALL, "sliding_window": 6}),
     "starcoder2-odd": (

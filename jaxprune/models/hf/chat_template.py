@@ -19,7 +19,10 @@ from typing import Any
 FILE = "chat_template.jinja"
 
 _DAY = datetime.date(2024, 7, 26)  # that of Llama 3's own template
-_RAISED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+_RAISED: tuple[type[Exception], ...] = (
+    *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+    SyntaxError,  # of what a template is compiled to
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +93,8 @@ def find(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
     if not isinstance(source, str):
         return None
     special = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for own in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        name = f"{own}_token"
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):

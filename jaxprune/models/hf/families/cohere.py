@@ -39,6 +39,8 @@ def _fields_2(a: Attributes) -> Fields:
         a.wrong("head_dim", f"hidden_size / num_attention_heads = {cut}", given)
     size = family.window(a, 4096)
     every = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 4))
+    if (switch := a.size("layer_switch", every)) != every:  # its older name
+        a.wrong("layer_switch", f"sliding_window_pattern={every}", switch)
     sliding = family.alternating(a, size, every)
     return {
         **fields,
