@@ -65,7 +65,7 @@ class ChatTemplate:
                 **self.special,
             )
         # A template is a program, and what it was not written for may fail anywhere.
-        except (jinja2.TemplateError, *_RAISED) as error:
+        except (jinja2.TemplateError, *_RAISED) as error:  # type: ignore[misc]
             raise ValueError(
                 f"the model's chat template cannot write these messages ({error}); "
                 "give conversations that it knows, or plain text"
