@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 import jaxprune as jp
 from experiments import report
 from experiments.harness import manifest, records, run_dir
+from experiments.harness.criteria import averages
 from experiments.harness.plan import Plan
+from experiments.harness.solvers import rankings
 from experiments.harness.sweep import METRICS, Seed
 from experiments.harness.task import Task
 from experiments.report import findings
@@ -120,7 +122,8 @@ def sweep(
 
     def cells() -> dict[str, Any]:
         seeds, phases = _seeds(plan, task, config.out, identity, mesh)
-        return {"seeds": seeds, "phases": phases, **more(seeds)}
+        held = sorted(averages(rankings(plan.criteria)))
+        return {"seeds": seeds, "phases": phases, "averages": held, **more(seeds)}
 
     def show(results: dict[str, Any], out: Path) -> str:
         report.write_report(results, out)

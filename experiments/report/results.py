@@ -90,6 +90,7 @@ _SWEEP = {
     "seeds": [_SEED],
     "phases": _Maybe([_PHASE]),
     "costs": _Maybe([_COST]),
+    "averages": _Maybe([str]),
 }
 _KINDS = {str: "a text", dict: "an object", int: "an integer", float: "a number"}
 

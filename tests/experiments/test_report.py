@@ -156,8 +156,7 @@ def test_columns_that_were_not_measured_are_left_out():
 def test_the_command_is_the_recorded_one_or_made_from_the_configuration(results):
     assert provenance.command(results) == (
         "python -m experiments.scaled_down_llm --preset cpu --seeds 0 1 2 --sparsities "
-        "0.0 0.3 0.5 0.6 0.7 0.8 0.9 0.95 --criteria trajectory "
-        "--learning-rate 0.001 --no-smoke"
+        "0.0 0.3 0.5 0.6 0.7 0.8 0.9 0.95 --learning-rate 0.001 --no-smoke"
     )
     nested = results | {"config": {"a": {"b_c": True}, "out": "my runs"}}
     assert provenance.command(nested).endswith("--a.b-c --out 'my runs'")

@@ -56,7 +56,7 @@ def test_caches_and_losses_refuse_what_does_not_fit():
         model.init_cache(1, 65)
     with pytest.raises(ValueError, match=r"targets of the tokens' shape \(1, 3\)"):
         loss_per_token(model, tokens, tokens[:, 1:])
-    with pytest.raises(ValueError, match="rows >= 1, got 0"):
+    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
         jax.eval_shape(lambda: loss_per_token(model, tokens, tokens, rows=0))
     with pytest.raises(ValueError, match="short_factor to have 2 numbers"):
         rope.longrope(1e4, 4, short=[1], long=[1, 1], original=8, scale=1.0)

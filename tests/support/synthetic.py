@@ -138,7 +138,6 @@ def synthetic(
             "text": None,
             "seeds": list(range(seeds)),
             "sparsities": list(sparsities),
-            "criteria": ["trajectory"],
             "learning_rate": 1e-3,
             "smoke": False,
         },
