@@ -153,6 +153,7 @@ def test_scores_keep_the_sharding_and_the_bits(kind, outside_of_jit):
         assert same_bits(local(found[name]), local(expected[name])), name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "jitted", "allocation"),
     [

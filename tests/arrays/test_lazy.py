@@ -102,6 +102,7 @@ def test_calibration_is_that_of_arrays():
     assert same_bits(found, expected)
 
 
+@pytest.mark.full
 def test_memory_holds_a_layer_and_not_the_model(tmp_path):
     wide, most = 64, []
     eye = np.eye(wide, dtype=np.float32)
@@ -131,6 +132,7 @@ def test_memory_holds_a_layer_and_not_the_model(tmp_path):
     assert max(most) <= 4
 
 
+@pytest.mark.full
 def test_parts_of_one_leaf_go_back_to_it(tmp_path):
     params = {"qkv": jnp.asarray(np.random.default_rng(0).normal(size=(6, 12)), "f4")}
 

@@ -148,6 +148,7 @@ def test_a_timed_budget_goes_on_with_what_was_chosen(place, capsys, monkeypatch)
     assert record["units"]["milliseconds"] == chosen["milliseconds"]
 
 
+@pytest.mark.full
 def test_a_layer_that_moves_up_keeps_its_own_dtype(tmp_path, capsys):
     model = tiny_cli.model(tmp_path / "model", layers=2)
     stored = tiny_cli.weights(model)
@@ -176,6 +177,7 @@ def test_weights_that_lose_bits_are_named(tmp_path, capsys):
     assert "lose bits" in err
 
 
+@pytest.mark.full
 def test_zeros_of_a_pruned_model_stay_where_it_is_distilled(tmp_path, capsys):
     model = tiny_cli.model(tmp_path / "model", layers=2)
     name = "model.layers.1.mlp.up_proj.weight"

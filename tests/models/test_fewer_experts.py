@@ -50,6 +50,7 @@ def _with_row(param, row, value):
     return nnx.Param(array)
 
 
+@pytest.mark.full
 def test_a_score_is_the_mean_share_times_the_length_of_the_answer(qwen):
     _, loaded = qwen
     ids = tiny_hf.tokens(3, 16)

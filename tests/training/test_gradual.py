@@ -382,9 +382,8 @@ def test_bad_arguments_are_refused_in_one_sentence(make, error, says):
 
 def test_what_a_falling_sparsity_returns_is_chosen_by_the_growth():
     params = {"w": jnp.ones((10, 10))}
-    gradient = {
-        "w": jnp.zeros((10, 10)).at[5:].set(1 + jnp.arange(50.0).reshape(5, 10))
-    }
+    late = 1 + jnp.arange(50.0).reshape(5, 10)
+    gradient = {"w": jnp.zeros((10, 10)).at[5:].set(late)}
     tx = jp.gradual(
         optax.sgd(0.0),
         {1: 0.9, 2: 0.5},
