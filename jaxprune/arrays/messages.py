@@ -50,7 +50,7 @@ def check_steps(what: str, **settings: Any) -> None:
     refuse_fractions(what, **settings)
     for name, value in settings.items():
         if value >= 2**31:
-            raise ValueError(f"{what} needs {name} under 2**31, got {value}")
+            raise ValueError(f"{what} needs {name} under 2**31, got {value}; give less")
 
 
 def chosen(
