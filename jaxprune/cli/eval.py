@@ -150,4 +150,4 @@ def by_stage(record: dict[str, Any]) -> str:
 
 def number(value: float | None) -> str:
     """A perplexity in five digits."""
-    return "infinite" if value is None else f"{value:.5g}"
+    return "not finite" if value is None else f"{value:.5g}"

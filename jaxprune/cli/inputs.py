@@ -1,5 +1,6 @@
 """What a job looks at: sequences to calibrate on, windows to measure it by."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,8 +182,9 @@ def _sequences(
 ) -> np.ndarray:
     """Sequences to train on: all that the texts have, or as many as are used."""
     body = job.length - (bos is not None)
-    have = min(text.room(body) for text in later)
     wanted = steps * job.batch
+    of_each = math.ceil(wanted / len(later))
+    have = min(text.room(body, of_each) for text in later)
     number = max(len(later), min(have * len(later), wanted))
     found = texts.draw(
         later, sequences=number, length=job.length, bos=bos, seed=job.seed + 1, most=0

@@ -55,7 +55,9 @@ def of_line(
         found = json.loads(line)
     except (ValueError, RecursionError):
         found = None
-    own = _document(found, path, tokenizer) if isinstance(found, dict) else None
+    own = None
+    if isinstance(found, dict):
+        own = _document(found, path, which, tokenizer)
     if own is None:
         shown = line if isinstance(line, str) else line.decode(errors="replace")
         raise ValueError(
@@ -67,7 +69,7 @@ def of_line(
 
 
 def _document(
-    found: Mapping[str, Any], path: Path, tokenizer: Tokenizer
+    found: Mapping[str, Any], path: Path, which: str, tokenizer: Tokenizer
 ) -> Document | None:
     if isinstance(text := found.get("text"), str):
         return Document(text, "\n\n")
@@ -84,7 +86,10 @@ def _document(
             "template that can be read; give text, or the directory of the model that "
             "was made to chat"
         )
-    text = tokenizer.chat.render(messages)
+    try:
+        text = tokenizer.chat.render(messages)
+    except ValueError as error:
+        raise ValueError(f"'{path}', {which}: {error}") from None
     if not tokenizer.begins:
         return Document(text, "")
     # Each sequence is begun with BOS, so the first conversation needs none.
@@ -168,7 +173,8 @@ class Rows:
                 at += len(batch)
 
     def _document(self, value: Any, row: int, tokenizer: Tokenizer) -> Document:
-        own = _document({self._column: value}, self.path, tokenizer)
+        found = {self._column: value}
+        own = _document(found, self.path, f"row {row}", tokenizer)
         if own is None:
             raise ValueError(
                 f"each row of '{self.path}' must have a 'text', or 'messages' that "

@@ -72,9 +72,9 @@ class LongText:
         tokens = np.concatenate([*self._encoded(self.stop - size)])
         return dataclasses.replace(self, stop=self.stop - size), tokens[-most:]
 
-    def room(self, body: int) -> int:
-        """How many pieces of so many tokens it has at least, about."""
-        return self.stop // (2 * _PER_TOKEN * body)
+    def room(self, body: int, most: int) -> int:
+        """How many pieces of so many tokens it has, counted up to `most`."""
+        return self.first(most * body).size // body
 
     def drawn(
         self, count: int, body: int, chance: np.random.Generator

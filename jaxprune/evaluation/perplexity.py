@@ -59,7 +59,7 @@ def slide(
       count.
 
     Raises:
-      ValueError: context or stride does not fit, or there is no token to predict.
+      ValueError: context, stride or limit does not fit, or there is no token to predict.
 
     Example:
       >>> import numpy as np
@@ -71,6 +71,8 @@ def slide(
     """
     reach = context - 1
     stride = reach if stride is None else stride
+    if limit is not None and limit < 1:
+        raise ValueError(f"windows need a limit of at least 1, got {limit}")
     if context < 2 or not 1 <= stride <= context:
         raise ValueError(
             f"windows need context >= 2 and 1 <= stride <= context, got context "
@@ -163,8 +165,8 @@ def measure(
       tick: called after each batch with the number of its windows.
 
     Returns:
-      "perplexity" (None where it is infinite), "nats" a token (None where not finite),
-      "tokens" and "windows" that count.
+      "perplexity" and "nats" a token (None where they are not finite), "tokens" and
+      "windows" that count.
 
     Example:
       >>> from flax import nnx

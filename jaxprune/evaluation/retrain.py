@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from jaxprune.arrays import placement, tree
+from jaxprune.arrays.messages import listed
 from jaxprune.evaluation.checkpoints import Checkpoints
 from jaxprune.models.decoder.model import Decoder, loss_per_token
 from jaxprune.posttraining import fingerprint
@@ -100,8 +101,14 @@ def retrain(
       A model with the new parameters, in their dtypes, and each step's loss.
 
     Raises:
-      ValueError: the loss is not finite, or the directory is another job's.
+      ValueError: a name is of no leaf, there is nothing to train or to train on, the
+        loss is not finite, or the directory is another job's.
     """
+    if min(settings.steps, settings.batch, len(sequences)) < 1:
+        raise ValueError(
+            "retrain needs at least one step, a batch of one and one sequence, got "
+            f"{settings.steps}, {settings.batch} and {len(sequences)}"
+        )
     loss = from_text() if loss is None else loss
     held = names if masked is None else names & masked
     trained, frozen, whole = _parted(model, names)
@@ -154,6 +161,11 @@ def _parted(
     """The leaves that are trained, in float32, the others, and what joins them."""
     graphdef, params = nnx.split(model)
     named = tree.named_leaves(params)
+    if (unknown := names - named.keys()) or not names:
+        raise ValueError(
+            "retrain needs names of the model's leaves, got "
+            f"{listed(sorted(unknown)) or 'none'}; jp.tree.names lists them"
+        )
     structure = jax.tree.structure(params)
     dtypes = {name: leaf.dtype for name, leaf in named.items()}
     # Copies: a step gives up the arrays that it is given.

@@ -50,9 +50,10 @@ class Text(NamedTuple):
         """So many tokens from the beginning, if there are so many; None is all."""
         return self.tokens[:count]
 
-    def room(self, body: int) -> int:
-        """How many pieces of so many tokens it has, or rows."""
-        return len(self.tokens) if self.is_rows else self.tokens.size // body
+    def room(self, body: int, most: int) -> int:
+        """How many pieces of so many tokens it has, or rows, counted up to `most`."""
+        have = len(self.tokens) if self.is_rows else self.tokens.size // body
+        return min(have, most)
 
 
 AnyText: TypeAlias = Text | LongText

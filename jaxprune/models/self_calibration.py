@@ -85,8 +85,8 @@ def self_calibration(
             "length": length,
             "seed": seed,
             "temperature": temperature,
-            "bos": bos,
-            "special": sorted(special),
+            "bos": None if bos is None else int(bos),
+            "special": sorted(map(int, special)),
             "batch": batch,
         }
         atomic.begin_or_resume(directory / "job.json", job)

@@ -79,10 +79,10 @@ def variables(*, dark: bool) -> str:
 def size(count: float) -> str:
     """Bytes for people, such as "2.3 MB"."""
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
+        if count < 999.5:  # from there three digits are 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:,.3g} GB"
+    return f"{count:.3g} GB" if count < 999.5 else f"{count:,.0f} GB"
 
 
 def calibration(record: Mapping[str, Any]) -> str:
@@ -102,7 +102,7 @@ def duration(seconds: float) -> str:
 
 
 def perplexity(value: float | None) -> str:
-    """A perplexity in four digits; None is one that is infinite."""
+    """A perplexity in four digits; None is one that is not finite."""
     if value is None:
-        return "infinite"
-    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
+        return "not finite"
+    return f"{value:.4g}" if value < 9999.5 else f"{value:,.0f}"

@@ -175,6 +175,20 @@ def test_a_model_that_cannot_chat_says_so(tmp_path):
         texts.read(tmp_path / "a.jsonl", own, 97)
 
 
+def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tmp_path):
+    place = folder(tmp_path / "model", "{{ raise_exception('roles must alternate') }}")
+    own = hf.load_tokenizer(place)
+    lines = [{"text": "w5"}, {"messages": MESSAGES}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"a.jsonl', line 2: .*roles must alternate"):
+        texts.read(path, own, 97)
+    table = pyarrow.table({"messages": [MESSAGES]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet', row 0: .*roles must alternate"):
+        texts.read(tmp_path / "a.parquet", own, 97).first()
+
+
 def test_a_template_that_asks_for_the_date_gets_one_that_stays():
     plain = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {})
     assert plain.render(MESSAGES) == "26 Jul 2024"

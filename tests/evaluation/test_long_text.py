@@ -112,6 +112,12 @@ def test_windows_and_tokens_are_those_of_the_whole_text(read):
     np.testing.assert_array_equal(seen.counted, whole.counted)
 
 
+def test_there_is_room_for_as_many_pieces_as_the_whole_text_has(read):
+    text, stream = read
+    assert text.room(1000, 10_000) == len(stream) // 1000
+    assert text.room(1000, 7) == 7
+
+
 def test_a_text_without_white_space_is_cut_between_characters(folder, tmp_path):
     (tmp_path / "a.txt").write_text("\u4e2d" * 800_000)
     tokenizer = hf.load_tokenizer(folder / "model")

@@ -74,6 +74,23 @@ def test_a_loss_that_is_not_finite_is_refused_by_its_step(half):
         retrain.retrain(*half, SEQUENCES, settings)
 
 
+@pytest.mark.parametrize(
+    ("names", "rows", "steps", "told"),
+    [
+        ({"layers/0/mlp/pu/kernel"}, 4, 3, "leaves, got 'layers/0/mlp/pu/kernel'; jp"),
+        (set(), 4, 3, "leaves, got none"),
+        (None, 0, 3, "one sequence, got 3, 4 and 0"),
+        (None, 4, 0, "at least one step, .* got 0, 4 and 4"),
+    ],
+)
+def test_nothing_to_train_is_refused(half, names, rows, steps, told):
+    model, known = half
+    names = known if names is None else names
+    settings = retrain.Settings(steps=steps, learning_rate=0.1)
+    with pytest.raises(ValueError, match=told):
+        retrain.retrain(model, names, SEQUENCES[:rows], settings)
+
+
 def test_leaves_of_which_some_are_committed_to_their_device_compile_one_step(half):
     """As after a solver, whose results are, beside leaves that it left alone."""
     model, names = half

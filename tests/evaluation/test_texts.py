@@ -149,6 +149,11 @@ def test_windows_predict_each_token_once(bos, stride, count):
     assert (first == 1).all() if bos is not None else (first[:1] == 10).all()
 
 
+def test_a_limit_of_no_window_is_refused():
+    with pytest.raises(ValueError, match="limit of at least 1, got 0"):
+        perplexity.slide(np.arange(20), context=4, limit=0)
+
+
 def test_windows_are_limited_from_the_beginning():
     whole = perplexity.slide(np.arange(50), context=8, stride=4, bos=None)
     some = perplexity.slide(np.arange(50), context=8, stride=4, bos=None, limit=3)

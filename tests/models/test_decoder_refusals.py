@@ -52,6 +52,9 @@ def test_caches_and_losses_refuse_what_does_not_fit():
     model, tokens = plain(), jnp.zeros((1, 3), jnp.int32)
     with pytest.raises(ValueError, match=r"at most 2 tokens here.*got 3"):
         jax.eval_shape(lambda: model(tokens, cache=model.init_cache(1, 2)))
+    _, cache = model(tokens, cache=model.init_cache(1, 4))
+    with pytest.raises(ValueError, match=r"at most 4 tokens here.*got 6"):
+        model(tokens, cache=cache)
     with pytest.raises(ValueError, match="size <= context, got 65 > 64"):
         model.init_cache(1, 65)
     with pytest.raises(ValueError, match=r"targets of the tokens' shape \(1, 3\)"):

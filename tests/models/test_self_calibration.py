@@ -76,8 +76,9 @@ def test_a_run_that_was_stopped_writes_only_what_is_left(
     def stop(count):
         raise KeyboardInterrupt
 
+    numpys = {"bos": np.int64(1), "special": set(np.array([*SPECIAL]))}
     with pytest.raises(KeyboardInterrupt):
-        write(model, bos=1, directory=tmp_path, tick=stop)
+        write(model, **numpys, directory=tmp_path, tick=stop)
     calls, generate = [], written.generate
 
     def counted(*args, **options):

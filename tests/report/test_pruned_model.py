@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxprune.report import pruned_model
+from jaxprune.report import page, pruned_model
 
 KINDS = ("self_attn.q_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{i}.{kind}.weight" for i in range(3) for kind in KINDS]
@@ -171,7 +171,7 @@ def test_retraining_is_told():
     record["perplexity"]["a<b>.txt"]["retrained"] = last
     text = Page(pruned_model.document(record)).text
     assert "loss of the first step 3.5000, of the last 3.2500" in text
-    assert "went from 30.9 to infinite" in text
+    assert "went from 30.9 to not finite" in text
     assert "not finite" in text
 
 
@@ -211,3 +211,19 @@ def test_deep_models_fit_and_names_of_every_family_are_understood():
 def test_the_page_is_made_from_the_json_that_was_written():
     again = json.loads(json.dumps(RECORD))
     assert pruned_model.document(again) == pruned_model.document(RECORD)
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (999, "999 B"),
+        (999.6, "1 kB"),
+        (999_700, "1 MB"),
+        (1.234e7, "12.3 MB"),
+        (999.6e9, "1,000 GB"),
+        (1.234e12, "1,234 GB"),
+    ],
+)
+def test_sizes_have_no_exponent(count, told):
+    assert page.size(count) == told
+    assert page.perplexity(9999.6) == "10,000"

@@ -135,8 +135,10 @@ class Decoder(nnx.Module):
         """
         time = x.shape[1]
         size = self.config.context if cache is None else cache.keys[0].shape[1]
-        check_length(time, size, "Decoder")
         start = jnp.int32(0) if cache is None else cache.length
+        # How full a cache is can be known outside jit alone.
+        before = 0 if cache is None or isinstance(start, jax.core.Tracer) else start
+        check_length(int(before) + time, size, "Decoder")
         index = start + jnp.arange(time, dtype=jnp.int32)  # (time,), order in the text
         length: int | Array = time if cache is None else size
         if positions is None:
