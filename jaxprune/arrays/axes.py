@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.messages import refuse_fractions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,15 @@ class Axes:
 
     inputs: tuple[int, ...] = (-2,)
     outputs: tuple[int, ...] = (-1,)
+
+    def __post_init__(self) -> None:
+        """Takes one axis as its number, and several in any sequence."""
+        for name in ("inputs", "outputs"):
+            own = getattr(self, name)
+            own = tuple(own) if isinstance(own, Sequence) else (own,)
+            for axis in own:
+                refuse_fractions("Axes", **{name: axis})
+            object.__setattr__(self, name, own)
 
     def order(self, ndim: int) -> tuple[int, ...]:
         """All axes, batch first, then inputs, then outputs; raises any `problem`."""

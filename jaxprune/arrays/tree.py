@@ -31,9 +31,10 @@ _UNPRUNABLE = {
     "a normalisation": r"(^|[/_])((layer|rms|batch|group|instance)?norms?"
     rf"|normali[sz]ation|ln[a-z]?|bn)\d*{_HERE}|(^|[/_])scale(/[^/]*)?$",
     "a bias": r"(^|[/_])bias(/[^/]*)?$",
-    "an output head": r"(^|/)(((lm|output|classification|prediction|value|policy)_)?"
-    r"head|classifier|logits(_dense)?|score|unembed)(/[^/]*)?$",
-    "a router": r"(^|[/_])router(/[^/]*)?$|(^|/)(shared_expert_)?gate/weight$"
+    # "head_0" may be one of attention's.
+    "an output head": r"(^|/)(((lm|output|classification|prediction|value|policy)_head"
+    r"|classifier)(_?\d+)?|head|logits(_dense)?|score|unembed)(/[^/]*)?$",
+    "a router": r"(^|[/_])router(_?\d+)?(/[^/]*)?$|(^|/)(shared_expert_)?gate/weight$"
     r"|moe/gate/[^/]*$",
     "decays of a state space": r"(^|/)a_log$",
 }
@@ -165,8 +166,9 @@ def why_unprunable(name: str, leaf: Any) -> str | None:
         return "not floating"
     if leaf.ndim < 2:
         return "no axes" if leaf.ndim == 0 else "one axis"
-    # "LayerNorm" has two words.
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_")
+    # "LayerNorm" has two words, and so has "LMHead".
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    name = name.lower().replace("-", "_")
     for what, words in _UNPRUNABLE.items():
         if re.search(words, name):
             return f"named as {what}"

@@ -59,7 +59,7 @@ def slide(
       count.
 
     Raises:
-      ValueError: context, stride or limit does not fit, or there is no token to predict.
+      ValueError: context, stride or limit does not fit, or no token is to predict.
 
     Example:
       >>> import numpy as np

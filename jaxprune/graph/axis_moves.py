@@ -269,12 +269,15 @@ def _gather(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list
     window = [i for i in range(len(operand.shape)) if i not in gone]
     result = new_axes(shapes[0], _PART)
     dims, zeros = list(result.dims), [False] * len(result.dims)
+    fill = params["fill_value"]
+    # Filled with a number, a removed unit is not zero; NaN is NaN in every unit.
+    stays = fill is None or fill == 0 or fill != fill
     for axis in gone:
         freeze(operand.axes.dims[axis], _DATA)
     for axis, target in zip(window, numbers.offset_dims, strict=True):
         if sizes[axis] == operand.shape[axis]:
             dims[target] = operand.axes.dims[axis]
-            zeros[target] = operand.axes.zeros[axis]
+            zeros[target] = stays and operand.axes.zeros[axis]
         else:
             freeze(operand.axes.dims[axis], _DATA)
     # The last axis of the indices holds the index itself.

@@ -201,6 +201,8 @@ class _Walker:
         if len(numbers) != 2 or not self.flat.varying.issuperset(numbers):
             return
         one, two = (operand.axes.dims for operand in operands)
+        if len(one) != len(two):
+            return  # one number is added everywhere
         pairs = [(find(a), find(b)) for a, b in zip(one, two, strict=True)]
         if all(a is b for a, b in pairs) or not self._made_from(numbers):
             return

@@ -318,7 +318,9 @@ def constant(program: Program, number: int | Fixed) -> Any:
         return None
     steps = needed(program, [number], program.closed_over.__contains__)
     own = subgraph(program, steps, [number])
-    return own.run(*(program.closed_over[n] for n in own.inputs))[0]
+    # A shrunk function may meet a batch of another shape while it is traced itself.
+    with jax.ensure_compile_time_eval():
+        return own.run(*(program.closed_over[n] for n in own.inputs))[0]
 
 
 def needed(

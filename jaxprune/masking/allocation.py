@@ -163,7 +163,7 @@ class OWL:
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
-        blocks = [_block_of(weight) for weight in weights]
+        blocks = _blocks(weights)
         totals = {block: np.zeros(2) for block in blocks}
         for block, weight in zip(blocks, weights, strict=True):
             totals[block] += (float(_scores(weight).sum()), weight.size)
@@ -208,7 +208,8 @@ class Ranked:
           A fraction for each weight, whose count is an integer.
 
         Raises:
-          ValueError: a weight has no scores, or they are NaN or traced.
+          ValueError: a weight has no scores, or they are NaN, traced or of another
+            shape.
           TypeError: they are not floating.
         """
         named = floating(self.scores)
@@ -219,6 +220,16 @@ class Ranked:
                 "prunable rule"
             )
         leaves = [named[weight.leaf] for weight in weights]
+        shapes = [
+            jax.eval_shape(weight.view, leaf).shape
+            for weight, leaf in zip(weights, leaves, strict=True)
+        ]
+        pairs = zip(weights, shapes, strict=True)
+        if other := [w.name for w, shape in pairs if shape != w.shape]:
+            raise ValueError(
+                "allocation.Ranked needs scores of the weights' shapes, but those of "
+                f"{listed(other)} have others; make them from these parameters"
+            )
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             raise ValueError(
                 "allocation.Ranked counts what its scores prune, so they must have "
@@ -283,30 +294,45 @@ def _exact(
         pruned = (np.clip(shares + middle, 0, 1) * sizes).sum()
         low, high = (middle, high) if pruned < goal else (low, middle)
     # Rounded are the ends of the running sum, so that the counts add up to the goal.
-    ends = np.cumsum(np.clip(shares + high, 0, 1) * sizes)
-    counts = np.diff(np.minimum(np.rint(ends), goal), prepend=0)
-    counts[-1] += goal - counts.sum()
+    ends = np.rint(np.cumsum(np.clip(shares + high, 0, 1) * sizes))
+    ends[-1] = goal
+    counts: list[float] = []
+    for end, size in zip(np.minimum(ends, goal), sizes, strict=True):
+        # Two ends on halves may be rounded apart, by one more than the size.
+        counts.append(min(end - sum(counts), size))
     return [
         Fraction(int(count), max(weight.size, 1))
         for count, weight in zip(counts, weights, strict=True)
     ]
 
 
-def _block_of(weight: Weight) -> tuple[str, int]:
-    """The layer (prefix, number) of a weight: what stands before the first number.
+def _blocks(weights: Sequence[Weight]) -> list[tuple[str, int]]:
+    """The layer (prefix, number) of each weight: the first number that tells any apart.
+
+    A number that is the same in all weights with this prefix numbers no layers, such as
+    the first of Linen's "Encoder_0/Block_3".
+    """
+    every = [_numbers(weight) for weight in weights]
+    seen: dict[str, set[int]] = {}
+    for prefix, number in itertools.chain(*every):
+        seen.setdefault(prefix, set()).add(number)
+    return [
+        next((place for place in places if len(seen[place[0]]) > 1), places[0])
+        for places in every
+    ]
+
+
+def _numbers(weight: Weight) -> list[tuple[str, int]]:
+    """Each number in a weight's name, with what stands before it.
 
     Of a leaf that is stacked over layers it is the first name and the index, of a
     weight without a number its own name and -1.
     """
     if weight.index:
-        return weight.leaf.split("/")[0], weight.index[0]
-    parts = weight.leaf.split("/")
-    before = list(itertools.takewhile(lambda part: not part.isdecimal(), parts))
-    if len(before) < len(parts):
-        return "/".join(before), int(parts[len(before)])
-    if found := re.match(r"(.*?)_(\d+)(/|$)", weight.leaf):  # Linen: Block_3/Dense_0
-        return found[1], int(found[2])
-    return weight.leaf, -1
+        return [(weight.leaf.split("/")[0], weight.index[0])]
+    found = re.finditer(r"(?:^|[/_])(\d+)(?=/|$)", weight.leaf)
+    places = [(weight.leaf[: each.start()], int(each[1])) for each in found]
+    return places or [(weight.leaf, -1)]
 
 
 def _capped(

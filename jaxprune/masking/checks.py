@@ -63,6 +63,12 @@ def refuse_other(scores: Any) -> None:
 def checked(params: Params, masks: Masks) -> list[Any]:
     """The masks' leaves in the parameters' order; None and True exclude a leaf."""
     named = tree.named_leaves(params)
+    held = tree.named_leaves(masks, is_leaf=_is_packed)
+    if packed := [name for name, mask in held.items() if _is_packed(mask)]:
+        raise TypeError(
+            f"masks must be boolean arrays, True for kept, but {listed(packed)} are "
+            "packed; unpack them with jp.masks.unpack(masks)"
+        )
     aligned = tree.align(params, tree.with_nodes(masks, named), "masks")
     wrong = [
         name
@@ -72,9 +78,13 @@ def checked(params: Params, masks: Masks) -> list[Any]:
     if wrong:
         raise TypeError(
             f"masks must be boolean arrays, True for kept, but {listed(wrong)} are not"
-            "; make them with jp.masks.make(scores, sparsity), or unpack packed ones"
+            "; make them with jp.masks.make(scores, sparsity)"
         )
     return aligned
+
+
+def _is_packed(mask: Any) -> bool:
+    return type(mask).__name__ == "PackedMask"  # `packing` imports this module
 
 
 def _is_boolean(mask: Any) -> bool:

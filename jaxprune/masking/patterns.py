@@ -39,7 +39,10 @@ def _total(scores: jax.Array, axis: int) -> jax.Array:
         return exact_sum.total(scores, axis)
     size = jnp.where(jnp.isfinite(scores), jnp.abs(scores), 0)
     largest = jnp.max(size, initial=0)
-    unit = jnp.exp2(jnp.floor(jnp.log2(jnp.where(largest > 0, largest, 1))))
+    # By its bits: the backends' exp2 may be a digit off, and equal sums would not tie.
+    normal = jnp.maximum(largest, jnp.finfo(np.float64).tiny)
+    bits = jax.lax.bitcast_convert_type(normal, np.int64)
+    unit = jax.lax.bitcast_convert_type(bits & ~np.int64(2**52 - 1), np.float64)
     return exact_sum.total(scores / unit, axis).astype(np.float64) * unit
 
 
@@ -287,6 +290,8 @@ class Channel(_Free):
     ) -> Float[Array, "batch 1 out"]:
         """The mean score of each output channel, (batch, 1, out)."""
         matrix = axes.matrix(scores)  # (batch, in, out)
+        if not matrix.size:  # a channel without weights is none to remove
+            return matrix
         return _total(matrix, 1) / matrix.shape[1]
 
     def expand(

@@ -6,6 +6,7 @@ All that can be refused is refused here, for all leaves at once. From the thresh
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,13 +14,16 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxprune.arrays import axes as axes_
-from jaxprune.arrays import placement
+from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import allocation, counts, patterns
 from jaxprune.masking.checks import floating
 from jaxprune.typing import Pattern, Scores
+
+# Rules that only count a leaf's weights.
+_WITHOUT_AXES = (allocation.Uniform, allocation.Global)
 
 
 class Selection(NamedTuple):
@@ -47,6 +51,7 @@ def select(
     """What `masks.make` keeps of each leaf, in order; all checks are done by then."""
     named = floating(scores)
     share, found = counts.agreed(sparsity, pattern, rule)
+    check_heads(tree.named_leaves(scores), axes, found, [pattern])
     if isinstance(found, allocation.PerMatrix):
         names, leaves = list(named), list(named.values())
         _axes(axes, names, leaves, pattern)
@@ -54,6 +59,39 @@ def select(
         return _of_matrices(named, every, share, pattern)
     quota = quotas(named, sparsity, rule=rule, pattern=pattern, axes=axes)
     return _selections(list(named.values()), quota, pattern)
+
+
+def check_heads(
+    every: Mapping[str, Any],
+    axes: Axes | Mapping[str, Axes] | None,
+    rule: counts.Rule,
+    each: Sequence[Pattern],
+) -> None:
+    """Refuses heads that only a leaf could tell from a stack that was left out.
+
+    Args:
+      every: leaves by name, with those that were left out.
+      axes: what was given for them.
+      rule: how the sparsity is shared out.
+      each: the patterns.
+    """
+    free = all(isinstance(pattern, patterns.Unstructured) for pattern in each)
+    if isinstance(axes, Axes) or (free and type(rule) in _WITHOUT_AXES):
+        return
+    named = {n: leaf for n, leaf in every.items() if not tree.is_excluded(leaf)}
+    ruled = tree.by_rule(axes or {}, list(named), None, "axes")
+    half = []
+    for (name, leaf), given in zip(named.items(), ruled, strict=True):
+        own = re.fullmatch(r"(.*/)?(query|key|value|out)/kernel", name)
+        if own and given is None and leaf.ndim >= 3:
+            pair = [every.get(f"{own[1] or ''}{n}/kernel") for n in ("query", "out")]
+            half += [name] if any(map(tree.is_excluded, pair)) else []
+    if half:
+        raise ValueError(
+            f"the shapes of query/kernel and out/kernel tell the axes of {listed(half)}"
+            ", but one of the two is left out; give axes={glob: jp.Axes(inputs=..., "
+            "outputs=...)}, for (in, heads, size) jp.Axes((-3,), (-2, -1))"
+        )
 
 
 class Quotas(NamedTuple):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
-from jaxprune.arrays import exact_sum, low_bit, placement, tree
+from jaxprune.arrays import exact_sum, lazy, low_bit, placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.scores.importance import refuse_swapped, tracked
 from jaxprune.typing import Params, Prunable, Scores
@@ -119,7 +119,8 @@ def obd(
 
     Args:
       params: the parameters.
-      importance: with `square`, tracked or from an adaptive optimizer.
+      importance: with `square`, tracked or from an adaptive optimizer; before the
+        first step all score 0.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -159,7 +160,8 @@ def trajectory(
 
     Args:
       params: the parameters.
-      importance: with `square`, tracked or from an adaptive optimizer.
+      importance: with `square`, tracked or from an adaptive optimizer; before the
+        first step all score 0.
       exponent: the power of E[g^2], in [0, 1].
       prunable: which leaves may be pruned.
 
@@ -193,7 +195,8 @@ def taylor(
 
     Args:
       params: the parameters; names and shapes are read, values are not.
-      importance: with `taylor`, from `track_gradients(average=("taylor",))`.
+      importance: with `taylor`, from `track_gradients(average=("taylor",))`; before
+        the first step all score 0.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -322,7 +325,11 @@ def _score(
     # A leaf at a time, each placed as its parameter is: nothing is gathered.
     leaves = [
         placement.placed(
-            compiled(leaf, *(() if statistic is None else (statistic[i],)), *constants),
+            compiled(
+                lazy.array(leaf),
+                *(() if statistic is None else (statistic[i],)),
+                *constants,
+            ),
             leaf,
         )
         if take

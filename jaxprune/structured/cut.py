@@ -118,7 +118,8 @@ def of_groups(groups: AxisGroups, kept: Mapping[str, np.ndarray]) -> dict[str, L
     if uneven := [name for name, cut in cuts.items() if cut is None]:
         raise ValueError(
             "a leaf that is stacked over layers must keep as many units in each, but "
-            f"{listed(uneven)} would not; remove as many of each layer"
+            f"{listed(uneven)} would not; remove as many of each layer, and none where "
+            "jp.axis_groups says of a layer that it can lose none"
         )
     return {name: cut for name, cut in cuts.items() if cut is not None}
 
@@ -195,4 +196,4 @@ def _owner(name: str, cuts: Mapping[str, LeafCut]) -> LeafCut | None:
         for start in range(len(path)):
             if (found := cuts.get("/".join(path[start:]))) is not None:
                 return found
-    return None
+    return cuts.get("")  # an array by itself has no name

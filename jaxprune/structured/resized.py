@@ -68,9 +68,10 @@ class Resized:
         """Two for each multiplication of its matmuls and convolutions."""
         total = 0
         for position, step in enumerate(self._trace.program.steps):
-            name = step.primitive.name
+            if step.primitive.name not in _PRODUCTS:
+                continue  # jax.debug.print has no result at all
             result = self._trace.axes.get(step.outputs[0])
-            if name not in _PRODUCTS or result is None:
+            if result is None:
                 continue
             made = math.prod(self.size(dim) for dim in result.dims)
             i, axes = _contracted(step)

@@ -96,7 +96,8 @@ def shrink(
       batch: one batch, arrays or `jax.ShapeDtypeStruct`. The result takes batches of
         any shape that the function takes.
       scores_or_masks: scores like the parameters: a unit's is the sum of those of its
-        weights. Or masks, which must prune whole units; those go.
+        weights. Or masks, which must prune whole units; those go, and with them their
+        weights in leaves that have no mask: the result is what zeros there would give.
       sparsity: the share of its units that each group loses, in [0, 1), or {glob, kind
         or name of a group: share}. A glob means groups that are removable by default;
         any other removable group is named in full. None with masks or a budget.

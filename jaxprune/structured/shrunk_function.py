@@ -37,7 +37,7 @@ class ShrunkFunction:
         self._names = [leaf.name for leaf in trace.leaves]
         self._structure: Any = jax.tree.structure(params)
         leaves = jax.tree.leaves(lazy.abstract(params))
-        first = self._key([jax.typeof(leaf).dtype for leaf in leaves], batch)
+        first = self._key(leaves, batch)
         self._known = {first: Resized(trace, atom_masks(trace, cuts))}
 
     @property
@@ -67,7 +67,7 @@ class ShrunkFunction:
                 f"returned, got {structure} for {self._structure}"
             )
         self._check_shapes(leaves)
-        key = self._key([jax.typeof(leaf).dtype for leaf in leaves], batch)
+        key = self._key(leaves, batch)
         if key not in self._known:
             self._known[key] = self._traced(leaves, batch)
         return self._known[key].run(leaves, jax.tree.leaves(batch))
@@ -76,12 +76,12 @@ class ShrunkFunction:
         """A tree of arrays beside the parameters, cut as they were."""
         return cut.any_tree(other, self._cuts)
 
-    def _key(self, dtypes: Sequence[Any], batch: Any) -> Any:
+    def _key(self, params: Sequence[Any], batch: Any) -> Any:
         leaves, structure = jax.tree.flatten(batch)
         # A Python number is weakly typed, and makes another program.
-        types = [jax.typeof(leaf) for leaf in leaves]
-        kinds = [(x.shape, str(x.dtype), x.weak_type) for x in types]
-        return structure, tuple(kinds), tuple(map(str, dtypes))
+        kinds = [(x.shape, str(x.dtype), x.weak_type) for x in map(jax.typeof, leaves)]
+        own = [(str(x.dtype), x.weak_type) for x in map(jax.typeof, params)]
+        return structure, tuple(kinds), tuple(own)
 
     def _check_shapes(self, leaves: Sequence[Any]) -> None:
         pairs = zip(self._names, leaves, strict=True)
@@ -99,8 +99,10 @@ class ShrunkFunction:
     def _traced(self, leaves: Sequence[Any], batch: Any) -> Resized:
         """The program for a batch of another shape or parameters of another dtype."""
         dense = [
-            jax.ShapeDtypeStruct(self._cuts[name].before, jax.typeof(leaf).dtype)
-            for name, leaf in zip(self._names, leaves, strict=True)
+            jax.ShapeDtypeStruct(
+                self._cuts[name].before, kind.dtype, weak_type=kind.weak_type
+            )
+            for name, kind in zip(self._names, map(jax.typeof, leaves), strict=True)
         ]
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
@@ -140,8 +142,9 @@ def _axes(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> list[Any]:
     found: list[tuple[LeafAxes, Dim, np.ndarray]] = []
     for leaf in trace.leaves:
         known = cuts[leaf.name]
-        for i, dims in enumerate(leaf.parts):
+        for i in range(max(len(leaf.parts), len(known.kept))):
             # A trace that uses the whole leaf has one part for all its layers.
+            dims = leaf.parts[min(i, len(leaf.parts) - 1)]
             kept = known.kept[min(i, len(known.kept) - 1)]
             for axis, dim in enumerate(dims):
                 own, positions = np.ones(dim.size, bool), kept[axis]

@@ -1,0 +1,114 @@
+"""Leaves, shares and masks at the edge of what the masks are made for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune.masking.allocation import Weight
+
+
+def scores(**shapes):
+    chance = np.random.default_rng(0)
+    return {k: jnp.asarray(chance.uniform(1, 2, v), "f") for k, v in shapes.items()}
+
+
+ATTENTION = {
+    name: {"kernel": jnp.asarray(np.random.default_rng(n).normal(size=shape), "f")}
+    for n, (name, shape) in enumerate(
+        {"query": (8, 4, 2), "key": (8, 4, 2), "out": (4, 2, 8)}.items()
+    )
+}
+
+
+def test_heads_whose_other_half_is_left_out_need_axes():
+    rule = jp.tree.excluding("out/*")
+    part = jp.scores.magnitude(ATTENTION, prunable=rule)
+    told = "of 'key/kernel', 'query/kernel', but one of the two is left out"
+    for options in ({"pattern": "2:4"}, {"sparsity": 0.5, "allocation": "matrix"}):
+        with pytest.raises(ValueError, match=told):
+            jp.masks.make(part, **options)
+    with pytest.raises(ValueError, match=told):
+        jp.gradual(
+            optax.sgd(0.1), {1: "2:4"}, criterion=jp.scores.magnitude, prunable=rule
+        ).init(ATTENTION)
+    axes = jp.Axes(inputs=0, outputs=[1, 2])
+    own = jp.masks.make(part, pattern="2:4", axes={"*": axes})["query"]["kernel"]
+    whole = jp.masks.make(jp.scores.magnitude(ATTENTION), pattern="2:4")
+    np.testing.assert_array_equal(own, whole["query"]["kernel"])
+    assert jp.masks.make(part, 0.5)["key"]["kernel"].sum() == 32
+
+
+def test_axes_are_integers():
+    assert jp.Axes(-1, [-2]) == jp.Axes((-1,), (-2,))
+    with pytest.raises(TypeError, match=r"Axes needs an integer inputs, got 0.0"):
+        jp.Axes((0.0,), (1,))
+
+
+def weight(name, matrix, mean_square):
+    return Weight(
+        name, name, (), (1, *matrix.shape), lambda x: x[None], lambda: matrix[None],
+        mean_square,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["Block_{}/Dense_0", "Encoder_0/Block_{}/Dense_0", "Block_{}/experts/0"]
+)
+def test_owl_finds_the_number_of_a_layer(name):
+    flat = jnp.ones((8, 8))
+    weights = [
+        weight(name.format(n), flat.at[0, :many].set(100), jnp.ones((1, 8)))
+        for n, many in enumerate((0, 1, 4))
+    ]
+    found = jp.allocation.OWL().sparsities(weights, 0.6)
+    assert found[0] > found[1] > found[2]
+
+
+def test_no_weight_loses_more_than_it_has():
+    flat = jnp.ones((3, 3))
+    weights = [
+        weight(f"Block_{n}", leaf, jnp.ones((1, 3)))
+        for n, leaf in enumerate((flat.at[0, 0].set(99), flat, flat.at[0, 0].set(99)))
+    ]
+    found = jp.allocation.OWL().sparsities(weights, 0.95)
+    assert max(found) == 1
+    assert sum(found) * 9 == round(0.95 * 27)
+
+
+def test_ranked_refuses_the_scores_of_a_model_of_another_size():
+    ranked = jp.allocation.Ranked(scores(a=(2, 2), b=(2, 2)))
+    with pytest.raises(ValueError, match="shapes, but those of 'a', 'b' have others"):
+        jp.masks.make(scores(a=(4, 4), b=(4, 4)), 0.5, allocation=ranked)
+
+
+def test_packed_masks_say_how_to_unpack_them():
+    masks = jp.masks.make(scores(a=(4, 4)), 0.5)
+    with pytest.raises(
+        TypeError, match=r"'a' are packed; unpack them with jp.masks.un"
+    ):
+        jp.masks.apply(scores(a=(4, 4)), jp.masks.pack(masks))
+
+
+def test_channels_without_inputs_are_none_to_remove():
+    made = jp.masks.make(
+        scores(a=(0, 4), w=(4, 4)), 0.5, allocation="global", pattern="channel"
+    )
+    assert made["a"].shape == (0, 4)
+    assert made["w"].any(0).sum() == 2
+
+
+def test_equal_means_of_float64_tie():
+    with jax.enable_x64(True):
+        own = {"a": jnp.ones((1, 2)), "b": jnp.array([[1.0, 1e9]])}
+        made = jp.masks.make(own, 0.5, allocation="global", pattern="channel")
+    assert made["a"].tolist() == [[True, False]]
+    assert made["b"].tolist() == [[False, True]]
+
+
+def test_magnitude_reads_lazy_leaves():
+    values = np.array([[1.0, -2.0], [3.0, -4.0]], np.float32)
+    lazy = {"w": jp.LazyArray(values.shape, values.dtype, lambda: values)}
+    assert jp.scores.magnitude(lazy)["w"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
