@@ -51,7 +51,7 @@ def select(
     """What `masks.make` keeps of each leaf, in order; all checks are done by then."""
     named = floating(scores)
     share, found = counts.agreed(sparsity, pattern, rule)
-    check_heads(tree.named_leaves(scores), axes, found, [pattern])
+    check_heads(tree.named_leaves(scores), axes, rule, [pattern])
     if isinstance(found, allocation.PerMatrix):
         names, leaves = list(named), list(named.values())
         _axes(axes, names, leaves, pattern)
@@ -64,7 +64,7 @@ def select(
 def check_heads(
     every: Mapping[str, Any],
     axes: Axes | Mapping[str, Axes] | None,
-    rule: counts.Rule,
+    rule: counts.Allocation,
     each: Sequence[Pattern],
 ) -> None:
     """Refuses heads that only a leaf could tell from a stack that was left out.
@@ -76,7 +76,9 @@ def check_heads(
       each: the patterns.
     """
     free = all(isinstance(pattern, patterns.Unstructured) for pattern in each)
-    if isinstance(axes, Axes) or (free and type(rule) in _WITHOUT_AXES):
+    if not isinstance(rule, Mapping):
+        free &= type(allocation.named(rule)) in _WITHOUT_AXES
+    if free or isinstance(axes, Axes):
         return
     named = {n: leaf for n, leaf in every.items() if not tree.is_excluded(leaf)}
     ruled = tree.by_rule(axes or {}, list(named), None, "axes")

@@ -21,7 +21,7 @@ from optax import MaskedNode
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
-from jaxprune.masking import allocation, packing, selection
+from jaxprune.masking import packing, selection
 from jaxprune.training import event_table
 from jaxprune.training.event_table import Rules, Table
 from jaxprune.training.masked import unpacked
@@ -226,8 +226,7 @@ class MaskEvents:
     def _tables(self, masks: Masks) -> list[Table]:
         named, rules = tree.named_leaves(masks), self.rules
         each = [event.pattern for event in rules.events]
-        rule = allocation.named(rules.allocation)
-        selection.check_heads(named, rules.axes, rule, each)
+        selection.check_heads(named, rules.axes, rules.allocation, each)
         return rules.tables(
             {k: mask.shape for k, mask in named.items() if not tree.is_excluded(mask)}
         )
