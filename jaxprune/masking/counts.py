@@ -91,7 +91,7 @@ def checked(sparsity: Any, where: str = "") -> float:
     if math.isnan(value) or not 0 <= value < 1:
         raise ValueError(
             f"sparsity must be in [0, 1), the share to remove, got {value}{where}"
-            + ("; give 0.6 for 60 %" if 1 <= value <= 100 else "")
+            + (f"; give {value / 100:g} for {value:g} %" if 1 <= value < 100 else "")
         )
     return value
 

@@ -100,9 +100,10 @@ def counts(groups: AxisGroups, shares: Mapping[str, float]) -> dict[str, int]:
     units = {group.name: group.units for group in groups}
     found = {name: round(share * units[name]) for name, share in shares.items()}
     if empty := [name for name, count in found.items() if count >= units[name]]:
+        each = ", ".join(f"{name!r} (of {units[name]})" for name in empty[:6])
         raise ValueError(
-            f"a group must keep a unit, but {listed(empty)} would lose all of "
-            f"{units[empty[0]]}; remove a smaller share"
+            f"a group must keep a unit, but would lose all: {each}; remove a smaller "
+            "share"
         )
     return found
 

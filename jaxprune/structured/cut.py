@@ -164,18 +164,28 @@ def any_tree(tree_: Any, cuts: Mapping[str, LeafCut]) -> Any:
       The tree with smaller arrays.
 
     Raises:
-      ValueError: a leaf belongs to a parameter that is cut, and has another shape.
+      ValueError: a leaf belongs to a parameter that is cut, and has another shape, or
+        none of its matrices belongs to any parameter.
     """
-    leaves, wrong = [], []
+    leaves, wrong, strange, owned = [], [], [], False
     for name, leaf in tree.pairs(tree_, lambda node: False):
         known, shape = _owner(name, cuts), jnp.shape(leaf)
         leaves.append(leaf)
+        owned |= known is not None
+        if known is None and len(shape) > 1 and tree.is_floating(leaf):
+            strange.append(name)
         if known is None or known.before == known.after or math.prod(shape) <= 1:
             continue
         if shape == known.before:
             leaves[-1] = known.take(leaf)
         else:
             wrong.append(f"{name!r} ({shape} for {known.before})")
+    if strange and not owned:
+        raise ValueError(
+            f"what is cut must hold leaves of the parameters ({listed(cuts)}), but its "
+            f"own are {listed(strange)}; cut the state of the same tree, or shrink a "
+            "function of the parameters that the state is of"
+        )
     if wrong:
         raise ValueError(
             "what is cut must have the shapes of the parameters before they were, but "

@@ -123,6 +123,7 @@ def shrink(
       ValueError: arguments disagree, a share or budget is out of range or cannot be
         met, a rule matches nothing, a group would lose all units or may keep no number
         that it could, scores are NaN, or masks are not of whole units.
+      TypeError: a share stands in the place of the scores.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -138,6 +139,12 @@ def shrink(
       >>> small.fn(small.params, x).shape
       (5, 3)
     """
+    if isinstance(scores_or_masks, int | float):
+        raise TypeError(
+            "shrink takes scores or masks fourth and the share fifth, got "
+            f"{scores_or_masks}; call jp.shrink(fn, params, batch, "
+            "jp.scores.magnitude(params), 0.5)"
+        )
     masks = choice.is_masks(scores_or_masks)
     _check(masks, sparsity, budget, measure, sizes, groups)
     found, timed = axis_groups(fn, params, batch), None

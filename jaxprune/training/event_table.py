@@ -101,6 +101,12 @@ class Rules:
             # A pattern in the place of a sparsity, such as "2:4", fixes the sparsity.
             if isinstance(wanted, str) or hasattr(wanted, "units"):
                 return Event(step, None, patterns.named(wanted))
+            if isinstance(wanted, Mapping):
+                raise TypeError(
+                    f"a schedule gives one sparsity a step, got {dict(wanted)} at step "
+                    f"{step}; for a schedule for each layer, put a jp.gradual into "
+                    "each label of optax.partition"
+                )
             return Event(step, counts.checked(wanted, f" at step {step}"), usual)
 
         return [event(*item) for item in schedules.events(self.schedule).items()]

@@ -81,9 +81,10 @@ def gradual(
       packed: whether the state holds masks at one bit a weight rather than eight.
 
     Returns:
-      A transformation after whose every step the pruned weights are +0. `get_masks`
-      finds the masks in the state. Steps are those that this transformation sees:
-      `MultiSteps(gradual(...), k)` counts real steps.
+      A transformation after whose every step the pruned weights are +0, if nothing
+      behind it changes the updates: a learning rate or clipping goes inside.
+      `get_masks` finds the masks in the state. Steps are those that this transformation
+      sees: `MultiSteps(gradual(...), k)` counts real steps.
 
     Raises:
       ValueError: schedule, pattern, allocation and growth do not agree, or the sparsity

@@ -46,10 +46,11 @@ def keep_masks(
 
     Returns:
       A transformation whose first step sets pruned weights to zero, whatever finite
-      number they were, and whose later steps leave them there. Extra arguments reach
-      the optimizer. The masks are part of the state, placed as the parameters are, so a
-      checkpoint of the state holds them. Updates that cannot hold the weights (bfloat16
-      gradients of float32 weights) come back in a dtype that can.
+      number they were, and whose later steps leave them there, if nothing behind it
+      changes the updates: a learning rate or clipping goes inside. Extra arguments
+      reach the optimizer. The masks are part of the state, placed as the parameters
+      are, so a checkpoint of the state holds them. Updates that cannot hold the weights
+      (bfloat16 gradients of float32 weights) come back in a dtype that can.
 
     Raises:
       ValueError: at `init`: the masks are another model's; at `update`: no parameters.

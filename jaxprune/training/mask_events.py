@@ -168,6 +168,9 @@ class MaskEvents:
             return jax.tree.unflatten(jax.tree.structure(held), jax.tree.leaves(new))
 
         seen = jax.lax.stop_gradient(seen)
+        if not isinstance(due, jax.core.Tracer):
+            # Outside of jit a branch would be compiled anew at every step.
+            return choose(held) if due else held
         return jax.lax.cond(due, choose, lambda held: held, held)
 
     def _chosen(

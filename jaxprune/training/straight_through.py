@@ -78,8 +78,9 @@ def straight_through(
       packed: whether masks take one bit a weight, as for `gradual`.
 
     Returns:
-      A transformation after whose every step the pruned weights are +0. Its state holds
-      a mask and one more value for each weight that may be pruned.
+      A transformation after whose every step the pruned weights are +0, if nothing
+      behind it changes the updates: a learning rate or clipping goes inside. Its state
+      holds a mask and one more value for each weight that may be pruned.
 
     Raises:
       ValueError: the arguments do not agree; at `init`: no leaf is prunable, or the

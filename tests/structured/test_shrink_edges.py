@@ -129,3 +129,21 @@ def test_a_state_of_one_bare_array_is_cut():
     state = own.cut(optax.adam(1e-3).init(w))
     assert own.params.shape == (6, 3)
     assert state[0].mu.shape == (6, 3)
+
+
+def test_a_share_in_the_place_of_scores_is_refused():
+    with pytest.raises(TypeError, match=r"scores or masks fourth .* got 0.5; call jp"):
+        jp.shrink(with_a_mean, MLP, X, 0.5)
+
+
+def test_a_state_of_part_of_the_parameters_is_not_left_whole():
+    def fn(variables, x):
+        return jnp.tanh(x @ variables["params"]["up"]) @ variables["params"]["down"]
+
+    variables = {"params": MLP}
+    smaller = jp.shrink(fn, variables, X, jp.scores.magnitude(variables), 0.5)
+    tx = optax.adam(1e-3)
+    assert smaller.cut(tx.init(variables))[0].mu["params"]["up"].shape == (8, 3)
+    assert jax.tree.leaves(smaller.cut(optax.sgd(0.1).init(MLP))) == []
+    with pytest.raises(ValueError, match=r"leaves of the parameters \('params/down'"):
+        smaller.cut(tx.init(MLP))

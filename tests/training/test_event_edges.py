@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxprune as jp
+from tests.support.compilations import compiled
 
 WEIGHTS = {"a": jnp.arange(1, 9.0).reshape(2, 4)}
 
@@ -139,3 +140,28 @@ def test_a_gradient_that_is_infinite_leaves_other_averages_alone(storage):
     found = np.asarray(jp.get_importance(state).square["a"], np.float32).ravel()
     np.testing.assert_allclose(found[1:], 4, rtol=0.02)
     assert found[0] == 0
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [jp.gradual, functools.partial(jp.straight_through, every=100, freeze=None)],
+)
+def test_steps_outside_of_jit_compile_nothing_anew(transformation):
+    tx = transformation(optax.adam(0.1), {1: 0.5, 6: 0.75})
+    params, state, found = WEIGHTS, tx.init(WEIGHTS), []
+    for step in range(8):
+        with compiled() as seconds:
+            updates, state = tx.update(WEIGHTS, state, params)
+            params = optax.apply_updates(params, updates)
+        found.append(len(seconds))
+        kept = 8 if step < 1 else 4 if step < 6 else 2
+        assert sum(map(int, (params["a"] != 0).ravel())) == kept
+    assert found[3:6] == [0, 0, 0]
+    # As under jit.
+    gradients = [WEIGHTS] * 8
+    assert stepped(tx, gradients)[-1] == (params["a"] != 0).ravel().tolist()
+
+
+def test_a_schedule_of_shares_by_layer_says_what_to_do():
+    with pytest.raises(TypeError, match=r"one sparsity a step, got .* at step 2; for"):
+        jp.gradual(optax.adam(0.1), {2: {"a": 0.5}}, allocation="layer")

@@ -78,7 +78,7 @@ def test_schedules_are_values_that_print_and_compare():
     ("make", "error", "says"),
     [
         (lambda: jp.schedules.cubic(1.0, 0, 9), ValueError, r"in \[0, 1\).*got 1.0"),
-        (lambda: jp.schedules.cubic(80, 0, 9), ValueError, "give 0.6 for 60 %"),
+        (lambda: jp.schedules.cubic(80, 0, 9), ValueError, "give 0.8 for 80 %"),
         (lambda: jp.schedules.cubic(0.5, 9, 8), ValueError, "begin <= end.*once"),
         (lambda: jp.schedules.linear(0.5, -1, 8), ValueError, r"begin=.*0 to.*got -1"),
         (lambda: jp.schedules.linear(0.5, 0, 8, 0), ValueError, r"every=.*1 to.*got 0"),
