@@ -102,8 +102,8 @@ def counts(groups: AxisGroups, shares: Mapping[str, float]) -> dict[str, int]:
     if empty := [name for name, count in found.items() if count >= units[name]]:
         each = ", ".join(f"{name!r} (of {units[name]})" for name in empty[:6])
         raise ValueError(
-            f"a group must keep a unit, but would lose all: {each}; remove a smaller "
-            "share"
+            f"a group must keep a unit, but these would lose all: {each}; remove a "
+            "smaller share"
         )
     return found
 
