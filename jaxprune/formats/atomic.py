@@ -88,7 +88,8 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
     if different := differences(read_json(path), job):
         raise ValueError(
             f"'{path.parent}' belongs to another job: {'; '.join(different)}; give the "
-            "old values to resume it, delete it to begin anew, or choose another"
+            "old values to resume it, delete it to begin anew, or choose another "
+            "directory"
         )
     return True
 
