@@ -148,6 +148,7 @@ class Watching:
         return jp.methods.Magnitude().prune(matrix)
 
 
+@pytest.mark.full
 def test_one_layers_statistics_and_activations_are_in_memory():
     IN_MEMORY.clear()
     batches = [correlated(i, SAMPLES, WIDTHS[0]) for i in range(3)]

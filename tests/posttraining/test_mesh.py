@@ -283,9 +283,8 @@ def gated(params, x):
     return jax.nn.silu(gate) * jnp.einsum("etd,edf->etf", each, params["up"])
 
 
-@pytest.mark.parametrize(
-    "method", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_experts_of_two_weights_are_pruned_by_their_own_inputs(method):
     # Two devices take three experts of each weight: some take one of either.
     params = {k: draw(i, 3, WIDTH, 6) for i, k in enumerate(("gate", "up"))}

@@ -279,6 +279,7 @@ if __name__ == "__main__":
     main(sys.argv[1])
 
 
+@pytest.mark.full
 def test_a_tied_weight_of_dense_inputs_is_resumed_to_the_same_bits(tmp_path):
     def fn(p, x):
         for _ in range(3):

@@ -94,13 +94,14 @@ def stays(before, after):
         assert after[name].dtype == leaf.dtype
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
         ("auto", "fsdp"),
-        pytest.param("auto", "tensor parallel", marks=pytest.mark.full),
-        pytest.param("explicit", "tensor parallel", marks=pytest.mark.full),
-        pytest.param("explicit", "both", marks=pytest.mark.full),
+        ("auto", "tensor parallel"),
+        ("explicit", "tensor parallel"),
+        ("explicit", "both"),
     ],
 )
 def test_sharded_weights_are_pruned_like_whole_ones_and_stay_sharded(kind, layout):
