@@ -57,6 +57,10 @@ class MaskEvents:
         ]
         structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
         masks = jax.tree.unflatten(structure, own)
+        each = [event.pattern for event in self.rules.events]
+        selection.check_heads(
+            tree.named_leaves(masks), self.rules.axes, self.rules.allocation, each
+        )
         self._tables(masks)
         return self.held(masks)
 
@@ -227,10 +231,8 @@ class MaskEvents:
         ]
 
     def _tables(self, masks: Masks) -> list[Table]:
-        named, rules = tree.named_leaves(masks), self.rules
-        each = [event.pattern for event in rules.events]
-        selection.check_heads(named, rules.axes, rules.allocation, each)
-        return rules.tables(
+        named = tree.named_leaves(masks)
+        return self.rules.tables(
             {k: mask.shape for k, mask in named.items() if not tree.is_excluded(mask)}
         )
 
