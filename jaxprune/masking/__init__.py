@@ -7,6 +7,7 @@ __all__ = [
     "masks",
     "matrix_mask",
     "overlap",
+    "packed_mask",
     "packing",
     "patterns",
     "prune",

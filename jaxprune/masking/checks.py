@@ -10,6 +10,7 @@ from jaxprune.arrays import tree
 from jaxprune.arrays.low_bit import is_int8
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
+from jaxprune.masking.packed_mask import is_packed
 from jaxprune.typing import Importance, Masks, Params, Scores
 
 
@@ -63,8 +64,8 @@ def refuse_other(scores: Any) -> None:
 def checked(params: Params, masks: Masks) -> list[Any]:
     """The masks' leaves in the parameters' order; None and True exclude a leaf."""
     named = tree.named_leaves(params)
-    held = tree.named_leaves(masks, is_leaf=_is_packed)
-    if packed := [name for name, mask in held.items() if _is_packed(mask)]:
+    held = tree.named_leaves(masks, is_leaf=is_packed)
+    if packed := [name for name, mask in held.items() if is_packed(mask)]:
         raise TypeError(
             f"masks must be boolean arrays, True for kept, but {listed(packed)} are "
             "packed; unpack them with jp.masks.unpack(masks)"
@@ -81,10 +82,6 @@ def checked(params: Params, masks: Masks) -> list[Any]:
             "; make them with jp.masks.make(scores, sparsity)"
         )
     return aligned
-
-
-def _is_packed(mask: Any) -> bool:
-    return type(mask).__name__ == "PackedMask"  # `packing` imports this module
 
 
 def _is_boolean(mask: Any) -> bool:

@@ -16,7 +16,7 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.masking import patterns, selection
 from jaxprune.masking.checks import checked, floating
 from jaxprune.masking.counts import Allocation
-from jaxprune.masking.packing import PackedMask as PackedMask
+from jaxprune.masking.packed_mask import PackedMask as PackedMask
 from jaxprune.masking.packing import pack as pack
 from jaxprune.masking.packing import unpack as unpack
 from jaxprune.typing import Masks, Params, Pattern, Scores

@@ -3,48 +3,16 @@
 Rows along the last axis are filled up to whole bytes, so that a sharding survives.
 """
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxprune.arrays import counting, placement, tree
+from jaxprune.arrays import placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.masking.checks import checked
+from jaxprune.masking.packed_mask import PackedMask, is_packed
 from jaxprune.typing import Masks
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PackedMask:
-    """A mask at one bit a weight, eight along the last axis to a byte.
-
-    Attributes:
-      bits: uint8, the mask's shape with the last axis divided by 8, rounded up; the
-        first weight is the lowest bit.
-      shape: the mask's shape (static).
-    """
-
-    bits: jax.Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def dtype(self) -> np.dtype:
-        """What it stands for: bool."""
-        return np.dtype(bool)
-
-    @property
-    def size(self) -> int:
-        """How many weights the mask is of."""
-        # Of what `vmap` stacks, `shape` is that of one.
-        return math.prod(self.bits.shape[:-1] + self.shape[-1:])
-
-    def count_nonzero(self) -> jax.Array:
-        """How many are kept, `counting.parts`; rows are filled up with False."""
-        return counting.parts(jax.lax.population_count(self.bits), self.size)
 
 
 def pack(masks: Masks) -> Any:
@@ -91,7 +59,6 @@ def unpack(packed: Any) -> Masks:
       >>> jp.masks.unpack(packed)["w"].tolist()
       [True, False, True]
     """
-    is_packed = lambda node: isinstance(node, PackedMask)  # noqa: E731
     if other := [
         name
         for name, leaf in tree.named_leaves(packed, is_leaf=is_packed).items()

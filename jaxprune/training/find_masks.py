@@ -16,6 +16,7 @@ from jaxprune.arrays import merge, placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.masking import packing
 from jaxprune.masking.checks import checked
+from jaxprune.masking.packed_mask import PackedMask, is_packed
 from jaxprune.training.admm import AdmmState
 from jaxprune.training.gradual import GradualState
 from jaxprune.training.keep_masks import KeepMasksState
@@ -158,7 +159,7 @@ def _named(node: Any, params: Any) -> dict[str, Any]:
     like = {} if params is None else tree.named_leaves(params)
 
     def unpacked(name: str, mask: Any) -> Any:
-        if isinstance(mask, packing.PackedMask):
+        if is_packed(mask):
             return packing.unpack(mask)
         if not _is_bits(mask):
             return mask
@@ -168,7 +169,7 @@ def _named(node: Any, params: Any) -> dict[str, Any]:
                 f"parameters are needed, but {name!r} has none; call "
                 "jp.get_masks(optimizer, params)"
             )
-        return packing.unpack(packing.PackedMask(mask, like[name].shape))
+        return packing.unpack(PackedMask(mask, like[name].shape))
 
     held = tree.named_leaves(_masks(node), is_leaf=_is_leaf)
     names = [packing.leaf_name(n) if _is_bits(m) else n for n, m in held.items()]
@@ -176,7 +177,7 @@ def _named(node: Any, params: Any) -> dict[str, Any]:
 
 
 def _is_leaf(node: Any) -> bool:
-    return tree.is_excluded(node) or isinstance(node, packing.PackedMask)
+    return tree.is_excluded(node) or is_packed(node)
 
 
 def _is_bits(leaf: Any) -> bool:

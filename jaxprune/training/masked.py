@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune.arrays import placement, tree
 from jaxprune.masking import packing
+from jaxprune.masking.packed_mask import PackedMask
 from jaxprune.typing import Masks, Params
 
 
@@ -58,14 +59,14 @@ def unpacked(held: Any, params: Params) -> Masks:
     own = [
         bits[name]
         if tree.is_excluded(bits[name])
-        else _placed(packing.PackedMask(bits[name], leaf.shape), leaf)
+        else _placed(PackedMask(bits[name], leaf.shape), leaf)
         for name, leaf in named.items()
     ]
     structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
     return jax.tree.unflatten(structure, own)
 
 
-def _placed(mask: packing.PackedMask, leaf: jax.Array) -> jax.Array:
+def _placed(mask: PackedMask, leaf: jax.Array) -> jax.Array:
     # Rows that devices share out inside of a byte are packed with other shards.
     return placement.placed(packing.unpack(mask), leaf)
 

@@ -58,6 +58,7 @@ def test_the_divergence_is_that_of_the_two_distributions(pair, temperature, rows
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.full
 def test_a_student_comes_closer_to_its_teacher(pair):
     teacher, student = pair
     names = set(tree.names(nnx.state(student)))

@@ -56,6 +56,7 @@ def test_each_time_that_layer_goes_which_changes_the_predictions_least(split):
     assert sum(ticks) == 2 * (1 + 4 + 3 + 2)  # of two batches
 
 
+@pytest.mark.full
 def test_what_is_behind_already_is_not_seen_any_further(split):
     """With as many batches as sequences, the same layers go by fewer of them."""
     ticks = []
@@ -74,6 +75,7 @@ def test_a_search_that_was_begun_ends_as_the_whole_one(split):
     assert again == whole
 
 
+@pytest.mark.full
 def test_more_layers_that_go_need_no_more_programs(split):
     with compiled() as durations:
         layer_search.keep(*split, TOKENS, 3, batch=3)

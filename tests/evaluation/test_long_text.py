@@ -17,7 +17,17 @@ from jaxprune.models import hf
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-WORDS = 600_000  # 2.3 MB: over what is tokenised whole
+WORDS = 60_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_sixteenth():
+    """A text of 0.2 MB is over what is tokenised whole, and is read in many chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "_WHOLE", texts._WHOLE // 16)
+        patch.setattr(long_text, "_CHUNK", long_text._CHUNK // 16)
+        patch.setattr(long_text, "_LONGEST_LINE", long_text._LONGEST_LINE // 16)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +109,8 @@ def test_where_most_of_the_text_is_needed_all_of_it_is_cut(read, places):
     at = places(drawn)
     assert (at % 1000 == 0).all()
     assert len(set(at)) == many
-    with pytest.raises(ValueError, match=r"has 600,000 tokens .* of 700,000 \(700 seq"):
-        texts.draw([text], sequences=700, length=1000, bos=None, seed=0)
+    with pytest.raises(ValueError, match=r"has 60,000 tokens .* of 70,000 \(70 seq"):
+        texts.draw([text], sequences=70, length=1000, bos=None, seed=0)
 
 
 def test_windows_and_tokens_are_those_of_the_whole_text(read):
@@ -119,7 +129,7 @@ def test_there_is_room_for_as_many_pieces_as_the_whole_text_has(read):
 
 
 def test_a_text_without_white_space_is_cut_between_characters(folder, tmp_path):
-    (tmp_path / "a.txt").write_text("\u4e2d" * 800_000)
+    (tmp_path / "a.txt").write_text("\u4e2d" * 80_000)
     tokenizer = hf.load_tokenizer(folder / "model")
     text = texts.read(tmp_path / "a.txt", tokenizer, 97)
     assert set(text.first().tolist()) == {3}  # words that nobody knows
@@ -128,10 +138,10 @@ def test_a_text_without_white_space_is_cut_between_characters(folder, tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (lambda: b'{"text": "w5"}\n' * 2**18 + b"[]\n", "at byte 3932160 is not"),
+        (lambda: b'{"text": "w5"}\n' * 2**14 + b"[]\n", "at byte 245760 is not"),
         (
-            lambda: b'{"text": "' + b"w5 " * 2**25 + b'"}\n',
-            "line of .* under 67108864 bytes",
+            lambda: b'{"text": "' + b"w5 " * 2**21 + b'"}\n',
+            "line of .* under 4194304 bytes",
         ),
     ],
     ids=["a list", "a long line"],
@@ -166,7 +176,7 @@ print(more / 1024, sum(sizes))
 def test_a_large_text_takes_little_memory(folder, tmp_path):
     # 60 MB, of which less than 2 MB are tokenised: time and memory go with those.
     part = (folder / "a.txt").read_bytes()
-    (tmp_path / "large.txt").write_bytes(b"\n".join([part] * 25))
+    (tmp_path / "large.txt").write_bytes(b"\n".join([part] * 250))
     done = subprocess.run(
         [sys.executable, "-c", _DRAW, folder / "model", tmp_path / "large.txt"],
         capture_output=True, text=True, check=True,

@@ -91,6 +91,7 @@ def test_nothing_to_train_is_refused(half, names, rows, steps, told):
         retrain.retrain(model, names, SEQUENCES[:rows], settings)
 
 
+@pytest.mark.full
 def test_leaves_of_which_some_are_committed_to_their_device_compile_one_step(half):
     """As after a solver, whose results are, beside leaves that it left alone."""
     model, names = half

@@ -102,6 +102,7 @@ def test_a_preset_takes_changes():
     assert preset("gpt2", vocab_size=65, layers=2).vocab_size == 65
 
 
+@pytest.mark.full
 def test_parameters_are_made_where_they_belong():
     mesh = jax.make_mesh((8,), ("data",))
     where = jax.NamedSharding(mesh, jax.P())

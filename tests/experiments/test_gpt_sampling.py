@@ -94,6 +94,7 @@ def test_other_parameters_and_temperatures_reuse_the_program():
     assert _draw._cache_size() == compiled
 
 
+@pytest.mark.full
 def test_generation_runs_under_jit():
     model, prompt, key = make_model(), make_tokens((2, 3)), jax.random.key(7)
     inside = jax.jit(lambda p: generate(model, p, steps=5, key=key))(prompt)

@@ -43,6 +43,7 @@ def _words(examples):
     return sum(len(asked.answer.split()) for asked in examples)
 
 
+@pytest.mark.full
 def test_fresh_matrices_keep_the_variance_of_what_comes_in(params):
     """Each has deviation inputs^-1/2; its sample, within five standard errors."""
     for name, leaf in jp.tree.named_leaves(params).items():

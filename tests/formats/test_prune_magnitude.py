@@ -121,6 +121,7 @@ def test_each_output_loses_the_same_count_and_ties_keep_the_first(shape, seed, s
     np.testing.assert_array_equal(cut, np.stack(wanted))
 
 
+@pytest.mark.full
 def test_every_pattern_keeps_the_first_of_tied_weights(tmp_path):
     for i, pattern in enumerate(PATTERNS):
         share = None if pattern.sparsity else 0.5

@@ -12,6 +12,13 @@ from tests.support import removal
 from tests.support.trainer_layouts import HEADS, KEYS, LAYERS, LAYOUTS, NEURONS, TOKENS
 
 names = pytest.mark.parametrize("name", LAYOUTS)
+some = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "maxtext" else pytest.mark.full)
+        for name in LAYOUTS
+    ],
+)
 
 
 @functools.cache
@@ -48,7 +55,7 @@ def test_what_may_be_pruned_is_the_layers_matrices(name):
     assert pruned == set(axes)
 
 
-@names
+@some
 def test_two_of_four_are_kept_along_the_true_inputs(name):
     fn, params, axes = layout(name)
     scores = jp.scores.magnitude(params)

@@ -66,6 +66,7 @@ def test_what_could_change_the_order_of_weights_is_not_seen(fn, reason):
     assert traced.unseen["w"].startswith(f"is an operand of {reason}")
 
 
+@pytest.mark.full
 def test_a_scaled_layer_of_a_stack_is_put_back_where_it_was():
     stack = draw(3, 3, IN, IN)
 

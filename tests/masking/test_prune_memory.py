@@ -27,7 +27,7 @@ def network(leaves):
     ("kind", "allocation"),
     [
         (None, "layer"),
-        (AxisType.Auto, "global"),
+        pytest.param(AxisType.Auto, "global", marks=pytest.mark.full),
         pytest.param(None, "global", marks=pytest.mark.full),
         pytest.param(AxisType.Explicit, "layer", marks=pytest.mark.full),
         pytest.param(AxisType.Auto, "layer", marks=pytest.mark.full),

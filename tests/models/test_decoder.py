@@ -283,7 +283,7 @@ def _greedy(model, tokens, steps):
     ("name", "layers", "time", "steps", "sliding"),
     [
         ("phi3-long", (0,), 10, 12, False),  # 16 is the switch
-        ("phi3-long", (0,), 16, 2, False),
+        pytest.param("phi3-long", (0,), 16, 2, False, marks=pytest.mark.full),
         ("phi3-long", (0,), 17, 3, False),
         # 64 is the context
         pytest.param("gemma3", (1, 2), 60, 7, True, marks=pytest.mark.full),

@@ -137,7 +137,7 @@ def test_products_run_in_the_dtype_asked_for(stored, options, expected, tmp_path
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("gemma3", "Auto"),
+        pytest.param("gemma3", "Auto", marks=pytest.mark.full),
         ("gpt2", "Explicit"),
         pytest.param("gemma3", "Explicit", marks=pytest.mark.full),
         pytest.param("gpt2", "Auto", marks=pytest.mark.full),

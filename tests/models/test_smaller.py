@@ -63,9 +63,7 @@ def theirs(folder, ids):
 @pytest.mark.parametrize(
     "name",
     [
-        name
-        if name in ("llama", "phi3")
-        else pytest.param(name, marks=pytest.mark.full)
+        name if name == "phi3" else pytest.param(name, marks=pytest.mark.full)
         for name in FAMILIES
     ],
 )

@@ -10,7 +10,6 @@ import pytest
 from jax.experimental import io_callback
 
 import jaxprune as jp
-from jaxprune.cli import parse
 from jaxprune.posttraining.solvers import alps, dense_target, sparsegpt
 from jaxprune.posttraining.solvers.dense_target import corrected
 from tests.support.small_models import (
@@ -126,7 +125,12 @@ def test_a_hessian_that_no_damping_makes_one_leaves_the_weight():
 
 
 @pytest.mark.parametrize(
-    ("name", "relative"), [("sparsegpt", True), ("sparsegpt", False), ("alps", True)]
+    ("name", "relative"),
+    [
+        ("sparsegpt", True),
+        pytest.param("sparsegpt", False, marks=pytest.mark.full),
+        pytest.param("alps", True, marks=pytest.mark.full),
+    ],
 )
 def test_each_matrix_is_solved_for_the_outputs_of_the_dense_model(name, relative):
     params, share, solve = chain([WIDTH] * 4), 0.75, SOLVERS[name]
@@ -260,6 +264,7 @@ def test_leaves_of_two_bytes_are_corrected_in_four_and_stay_so():
         assert same.mean() > 0.9  # the next layer's input is rounded too
 
 
+@pytest.mark.full
 def test_kept_weights_are_two_of_four_and_on_levels_where_both_are_asked_for():
     how = {"sparsity": None, "pattern": "2:4", "rounding": "int4"}
     found = prune(method(), **how).params
@@ -274,6 +279,7 @@ def test_kept_weights_are_two_of_four_and_on_levels_where_both_are_asked_for():
                 assert len(np.unique(np.abs(column[column != 0]))) <= 7
 
 
+@pytest.mark.full
 def test_donated_or_lazy_parameters_give_the_same_bits(tmp_path):
     expected = prune(method()).params
     given = jax.tree.map(jnp.array, jax.device_get(PARAMS))
@@ -371,30 +377,3 @@ def test_experts_are_pruned_without_it(fn):
 def test_bad_settings_are_refused_with_the_way_out(how, words):
     with pytest.raises(ValueError, match=words):
         prune(method(**how))
-
-
-def test_the_command_takes_it_for_solvers_alone():
-    found = parse.method("alps", None, "left", relative=False, correction=0.25)
-    assert found == jp.methods.ALPS(correction=0.25)
-    with pytest.raises(ValueError, match="--correction is for sparsegpt and alps"):
-        parse.method("wanda", None, "left", correction=0.5)
-    with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
-        parse.method("alps", None, "left", correction=2.0)
-    with pytest.raises(ValueError, match="without --inputs dense"):
-        parse.method("alps", None, "dense", correction=0.5)
-
-
-def test_the_command_takes_tokens_of_one_size_and_half_a_correction_by_default():
-    def made(name, inputs="left", **settings):
-        return parse.method(name, None, inputs, **settings)
-
-    best = {"relative": True, "correction": 0.5}
-    assert made("sparsegpt") == jp.methods.SparseGPT(**best)
-    assert made("alps") == jp.methods.ALPS(**best)
-    assert made("wanda") == jp.methods.Wanda(relative=True)
-    assert made("ria") == jp.methods.RIA(relative=True)
-    assert made("magnitude") == jp.methods.Magnitude()
-    papers = jp.methods.SparseGPT(inputs="dense")
-    assert made("sparsegpt", "dense", relative=False) == papers
-    plain = made("sparsegpt", relative=False, correction=0.0)
-    assert plain == jp.methods.SparseGPT()

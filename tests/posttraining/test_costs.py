@@ -88,6 +88,7 @@ WINDOWS = [2, 5, 3, 2]
 WINDOWED = [{"mix": draw(2 * i, 5, 5), "out": draw(2 * i + 1, 5, 5)} for i in range(4)]
 
 
+@pytest.mark.full
 def test_layers_that_differ_in_their_tables_share_their_programs():
     different, alike = (
         prune(run_windows(windows), WINDOWED, X, "wanda").report["programs"]

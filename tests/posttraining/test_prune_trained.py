@@ -299,7 +299,9 @@ def test_parameters_that_are_given_up_are_gone_and_the_result_is_the_same():
         assert new["bias"] is old["bias"]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.full)]
+)
 def test_half_precision_leaves_stay_what_they_are(dtype):
     params = chain([6, 6, 6], dtype=dtype)
     batches = [x.astype(dtype) for x in BATCHES]

@@ -215,6 +215,7 @@ def test_damaged_segments_are_done_again(whole, directory):
     assert 0 < len(Stopping.met) < len(WEIGHTS)
 
 
+@pytest.mark.full
 def test_half_precision_is_resumed_too(tmp_path):
     given = {
         "params": chain([7, 7, 7], dtype=jnp.bfloat16),

@@ -27,7 +27,7 @@ def lie_on_levels(weight, rounding):
     return found is not None and found.axis == -2
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("pattern", "inner", "choose", "removed"),
     [
@@ -58,6 +58,7 @@ def test_the_sweep_rounds_and_makes_up_for_it_as_the_formulas_say(
     assert lie_on_levels(found.weight, rounding)
 
 
+@pytest.mark.full
 def test_long_groups_of_a_pattern_share_the_scales_of_the_roundings_groups():
     rounding = jp.Rounding(4, 32)
     weight = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
@@ -125,7 +126,8 @@ def tiny():
 @pytest.mark.parametrize(
     ("method", "how"),
     [
-        *((name, {"sparsity": 0.5}) for name in ("magnitude", "wanda")),
+        ("wanda", {"sparsity": 0.5}),
+        pytest.param("magnitude", {"sparsity": 0.5}, marks=pytest.mark.full),
         pytest.param("sparsegpt", {"sparsity": 0.5}, marks=pytest.mark.full),
         pytest.param("alps", {"pattern": "2:4"}, marks=pytest.mark.full),
     ],

@@ -48,7 +48,8 @@ OTHER_CASES = ("per output", "3:20", "tiles 20 x 2")
 @pytest.mark.parametrize(
     "case",
     [
-        *("unstructured", "2:4", "tiles 4 x 3"),
+        *("unstructured", "2:4"),
+        pytest.param("tiles 4 x 3", marks=pytest.mark.full),
         *(pytest.param(c, marks=pytest.mark.full) for c in OTHER_CASES),
     ],
 )
@@ -89,6 +90,7 @@ def test_nothing_removed_changes_nothing():
     np.testing.assert_allclose(found.weight, weight, atol=1e-6)
 
 
+@pytest.mark.full
 def test_the_size_of_the_block_is_only_a_matter_of_speed_where_the_mask_is_given():
     weight, hessian = problem(4)
     mask = oracles.keep_top(np.abs(weight), 120)
@@ -156,7 +158,7 @@ def test_what_no_damping_helps_is_told_and_never_replaced():
     assert np.isinf(found.damping)
 
 
-@pytest.mark.parametrize("over", ["vmap", "map"])
+@pytest.mark.parametrize("over", [pytest.param("vmap", marks=pytest.mark.full), "map"])
 def test_a_stack_of_experts_is_solved_like_each_of_them(over):
     pairs = [problem(seed) for seed in (12, 13)]
     stack = [np.stack(x) for x in zip(*pairs, strict=True)]

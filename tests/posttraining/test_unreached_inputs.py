@@ -31,7 +31,9 @@ def mask_of(weight, removed, pattern):
 
 
 @pytest.mark.parametrize("removed", [pytest.param(40, marks=pytest.mark.full), 280])
-@pytest.mark.parametrize("solver", [sparsegpt, alps])
+@pytest.mark.parametrize(
+    "solver", [sparsegpt, pytest.param(alps, marks=pytest.mark.full)]
+)
 def test_of_inputs_that_no_sample_reached_the_smallest_go_first_and_no_more(
     solver, removed
 ):
@@ -142,7 +144,9 @@ def test_activations_whose_squares_underflow_empty_no_matrix(method, size):
     assert report["weights"][0]["by_magnitude"] == [0]
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+@pytest.mark.parametrize(
+    "method", ["sparsegpt", pytest.param("alps", marks=pytest.mark.full)]
+)
 def test_no_more_is_pruned_than_was_asked_for(method):
     x = correlated(5, 60, WIDTH)
     x[:, [1, 4, 6, 11]] = 0

@@ -76,6 +76,7 @@ def test_is_elsa_with_the_sparse_copy_and_the_dual_apart(criterion, power):
     assert zeros.tolist() == [0] * END + [round(SPARSITY * 120)] * (STEPS - END)
 
 
+@pytest.mark.full
 def test_the_average_of_squares_is_of_the_losss_own_gradient():
     params = model()
     grads = gradients(params, STEPS)

@@ -61,6 +61,7 @@ def test_a_kept_weight_with_the_lowest_score_stays_before_a_pruned_one():
     assert last == [0, 1, 1, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.full
 def test_a_gradient_of_nans_grows_nothing_twice():
     tx = jp.gradual(
         optax.chain(optax.zero_nans(), optax.adam(0.1)),
@@ -144,7 +145,13 @@ def test_a_gradient_that_is_infinite_leaves_other_averages_alone(storage):
 
 @pytest.mark.parametrize(
     "transformation",
-    [jp.gradual, functools.partial(jp.straight_through, every=100, freeze=None)],
+    [
+        jp.gradual,
+        pytest.param(
+            functools.partial(jp.straight_through, every=100, freeze=None),
+            marks=pytest.mark.full,
+        ),
+    ],
 )
 def test_steps_outside_of_jit_compile_nothing_anew(transformation):
     tx = transformation(optax.adam(0.1), {1: 0.5, 6: 0.75})
@@ -165,3 +172,24 @@ def test_steps_outside_of_jit_compile_nothing_anew(transformation):
 def test_a_schedule_of_shares_by_layer_says_what_to_do():
     with pytest.raises(TypeError, match=r"one sparsity a step, got .* at step 2; for"):
         jp.gradual(optax.adam(0.1), {2: {"a": 0.5}}, allocation="layer")
+
+
+@pytest.mark.full
+def test_what_a_falling_sparsity_returns_is_chosen_by_the_growth():
+    params = {"w": jnp.ones((10, 10))}
+    late = 1 + jnp.arange(50.0).reshape(5, 10)
+    gradient = {"w": jnp.zeros((10, 10)).at[5:].set(late)}
+    tx = jp.gradual(
+        optax.sgd(0.0),
+        {1: 0.9, 2: 0.5},
+        grow=jp.grow.gradient(0.3),
+        criterion=jp.scores.magnitude,
+    )
+    state, kept = tx.init(params), []
+    for _ in range(3):
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        kept.append(np.asarray(jp.get_masks(state)["w"]))
+    back = kept[2] & ~kept[1]
+    assert (kept[1].sum(), kept[2].sum(), back.sum()) == (10, 50, 40)
+    assert back[5:].sum() == 40

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune.masking.packing import PackedMask
+from jaxprune.masking.packed_mask import PackedMask
 from tests.support.compilations import compiled
 from tests.support.trajectories import gradients, record, same_bits, weights
 

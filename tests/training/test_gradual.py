@@ -378,23 +378,3 @@ def test_bad_arguments_are_refused_in_one_sentence(make, error, says):
         make(optax.adamw(0.01))
     assert not str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
-
-
-def test_what_a_falling_sparsity_returns_is_chosen_by_the_growth():
-    params = {"w": jnp.ones((10, 10))}
-    late = 1 + jnp.arange(50.0).reshape(5, 10)
-    gradient = {"w": jnp.zeros((10, 10)).at[5:].set(late)}
-    tx = jp.gradual(
-        optax.sgd(0.0),
-        {1: 0.9, 2: 0.5},
-        grow=jp.grow.gradient(0.3),
-        criterion=jp.scores.magnitude,
-    )
-    state, kept = tx.init(params), []
-    for _ in range(3):
-        updates, state = tx.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        kept.append(np.asarray(jp.get_masks(state)["w"]))
-    back = kept[2] & ~kept[1]
-    assert (kept[1].sum(), kept[2].sum(), back.sum()) == (10, 50, 40)
-    assert back[5:].sum() == 40

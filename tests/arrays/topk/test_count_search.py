@@ -198,6 +198,7 @@ def test_on_eight_devices_it_is_the_same(kind):
             np.testing.assert_array_equal(row_of(masks.values()), expected)
 
 
+@pytest.mark.full
 def test_scores_that_are_constants_of_a_jitted_function_are_cut_when_it_is_traced():
     scores, ones = jnp.asarray(np.arange(6, dtype=np.float32)), np.ones(6, np.float32)
     for allocation in ("layer", "global"):

@@ -170,6 +170,7 @@ def test_float16_subnormals_are_told_apart():
     np.testing.assert_array_equal(flat(masks)[0], [True, False, False, True])
 
 
+@pytest.mark.full
 def test_a_large_leaf_is_exact_too():
     values = np.random.default_rng(0).normal(size=(300, 700)).astype(np.float32)
     for allocation in ("layer", "global"):
