@@ -33,9 +33,10 @@ _UNPRUNABLE = {
     "a bias": r"(^|[/_])bias(/[^/]*)?$",
     # "head_0" may be one of attention's.
     "an output head": r"(^|/)(((lm|output|classification|prediction|value|policy)_head"
-    r"|classifier)(_?\d+)?|head|logits(_dense)?|score|unembed)(/[^/]*)?$",
-    "a router": r"(^|[/_])router(_?\d+)?(/[^/]*)?$|(^|/)(shared_expert_)?gate/weight$"
-    r"|moe/gate/[^/]*$",
+    r"|classifier)(_?\d+)?|head|logits(_dense)?|score|unembed)(/[^/]*)?$"
+    r"|^output/weight$|^(transformer/)?output_layer/weight$",
+    "a router": r"(^|[/_])router(_?\d+)?(/[^/]*){0,2}$"
+    r"|(^|/)(shared_expert_)?gate/(wg/)?weight$|moe/gate/[^/]*$",
     "decays of a state space": r"(^|/)a_log$",
 }
 

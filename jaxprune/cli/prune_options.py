@@ -28,7 +28,8 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
         too; sparsegpt and alps also update the weights that stay, alps better and more
         slowly. magnitude without --calibration goes through any safetensors directory
         in the memory of one tensor. If left out, sparsegpt for the families of
-        docs/command.md and magnitude for others.
+        docs/command.md; magnitude for others, which take no text and no option that
+        runs the model.
       sparsity: the share to remove, in [0, 1). Leave it out with --pattern n:m.
       pattern: "per-layer" ranks the weights of a matrix together, "per-output" those of
         each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks. If

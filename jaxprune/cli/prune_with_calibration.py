@@ -75,7 +75,6 @@ def _prune(run: "Run", arguments: list[str]) -> dict[str, Any]:
                 model,
                 functools.partial(_dense, run, model, moved),
                 leaves,
-                masked=leaves,
             )
             moved |= trained
         with run.costs.phase(f"evaluate {stage}"):

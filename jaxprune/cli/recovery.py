@@ -24,10 +24,10 @@ def recover(
     model: models.Model,
     teacher: Callable[[], Decoder],
     matrices: Set[str],
-    *,
-    masked: Set[str] = frozenset(),
 ) -> tuple[models.Model, set[str], dict[str, Any]]:
     """The model after some steps, which leaves moved, and what the record says.
+
+    The zeros of matrices stay, of those too that were pruned before this job.
 
     Args:
       job: its batch, seed and place of progress count.
@@ -36,7 +36,6 @@ def recover(
       model: what is trained.
       teacher: gives the model before; called by a distillation alone.
       matrices: the leaves that "matrices" and "lora" mean.
-      masked: the leaves whose zeros stay.
 
     Returns:
       The model, the names of the leaves that moved, and a JSON-able record.
@@ -66,7 +65,7 @@ def recover(
             loss=distill.from_teacher(teacher(), hidden=recovery.hidden)
             if distils
             else None,
-            masked=masked,
+            masked=_sparse(model),
             directory=job.work / recovery.kind,
             tick=tick,
         )
@@ -82,6 +81,14 @@ def recover(
         record["hidden"] = recovery.hidden
     params = nnx.state(decoder, nnx.Param)
     return rounded(model._replace(params=params), names), names, record
+
+
+def _sparse(model: models.Model) -> set[str]:
+    """The matrices that have zeros."""
+    named = tree.named_leaves(model.params)
+    return {
+        n for n, leaf in named.items() if tree.prunable(n, leaf) and (leaf == 0).any()
+    }
 
 
 def _trained(model: models.Model, trained: Trained, matrices: Set[str]) -> set[str]:

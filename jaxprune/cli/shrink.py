@@ -142,8 +142,6 @@ def _shrunk(
                 small,
                 whole.decoder,
                 matrices,
-                # A model that was pruned before stays so.
-                masked={name for name in matrices if (named[name] == 0).any()},
             )
         with costs.phase(f"evaluate {job.recovery.stage}"):
             note(job.recovery.stage, small)

@@ -208,6 +208,7 @@ def staged(
             if not resume:
                 _empty(partial)
             yield partial
+            _check_still_free(place, replaceable)
             # The entries must be durable before the name is theirs.
             sync(partial)
             _place(partial, place)
@@ -233,6 +234,7 @@ def staged_file(
             check_free(place, replaceable)
             _empty(partial)
             yield partial / place.name
+            _check_still_free(place, replaceable)
             os.replace(partial / place.name, place)
             sync(place.parent)
         finally:
@@ -334,12 +336,25 @@ def _beside(place: Path, what: str) -> Path:
     return place.with_name(f".{place.name}.{what}")
 
 
+def _check_still_free(place: Path, replaceable: Replaceable | None) -> None:
+    """Refuses a place that was taken while the result was made."""
+    try:
+        check_free(place, replaceable)
+    except ValueError as error:  # the same run ends well once the place is free
+        raise FileExistsError(str(error)) from None
+
+
 def check_free(place: Path, replaceable: Replaceable | None) -> None:
     """Refuses a place that holds something, unless `replaceable` allows it."""
     if place.is_mount():
         raise ValueError(
             f"'{place}' is where a disk is mounted, which no result can take the place "
             "of; give a directory inside it"
+        )
+    if place.is_dir() and Path.cwd().is_relative_to(place.resolve()):
+        raise ValueError(
+            f"'{place}' is the directory that this runs in, whose place the result "
+            "would take; run it from another one"
         )
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return

@@ -31,7 +31,19 @@ from jaxprune.formats.safetensors_file import (
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _FOREIGN = (*_PICKLES, ".h5", ".msgpack", ".gguf")
-_COPIED = (".json", ".model", ".txt", ".md", ".jinja", ".tiktoken", ".py")
+_COPIED = (
+    ".json",
+    ".model",
+    ".txt",
+    ".md",
+    ".jinja",
+    ".tiktoken",
+    ".py",
+    ".spm",
+    ".codes",
+)
+# What says that weights are rounded: of transformers, of MLX, of older releases.
+_QUANTISED = ("quantization_config", "quantization", "compression_config")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -170,11 +182,15 @@ def files_below(directory: Path) -> list[str]:
     """Every file in a directory and its sub-directories, by its path there with "/"."""
     # Links to files are files; links to directories are listed and not followed.
     found = []
-    for root, folders, files in os.walk(directory):
+    for root, folders, files in os.walk(directory, onerror=_refuse):
         place = Path(root).relative_to(directory)
         links = [name for name in folders if (Path(root) / name).is_symlink()]
         found += [(place / name).as_posix() for name in (*files, *links)]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise error  # else what cannot be read would be missing without a word
 
 
 def leads_out(directory: Path, name: str) -> bool:
@@ -211,10 +227,13 @@ def _config(directory: Path) -> dict[str, Any]:
     path = _inside(directory, CONFIG)
     config = read_json(path)
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
-    if any(part.get("quantization_config") for part in parts):
+    rounded = [f"'{path}' has a {k}" for k in _QUANTISED for p in parts if p.get(k)]
+    if (directory / "quantize_config.json").is_file():  # of AutoGPTQ
+        rounded.append(f"'{directory}' has a quantize_config.json")
+    if rounded:
         raise Unknown(
-            f"weights must be plain floating numbers, but '{path}' has a "
-            f"quantization_config; save the model dequantised and give that directory"
+            f"weights must be plain floating numbers, but {rounded[0]}; save the model "
+            "dequantised and give that directory"
         )
     return config
 
@@ -224,14 +243,15 @@ def _index(directory: Path) -> dict[str, str] | None:
     if not (directory / INDEX).is_file():
         return None
     path = _inside(directory, INDEX)
-    if (directory / "model.safetensors").is_file():
-        raise Unknown(
-            f"'{directory}' must hold one set of weights, but has both "
-            f"model.safetensors and {INDEX}; move one of the two elsewhere"
-        )
     weight_map = read_json(path).get("weight_map")
     if not weight_map or not is_text(weight_map):
         raise damaged(path, "its weight_map is no map of tensor names to file names")
+    single = "model.safetensors"  # MLX writes an index of this file alone too
+    if (directory / single).is_file() and single not in weight_map.values():
+        raise Unknown(
+            f"'{directory}' must hold one set of weights, but has both {single} and "
+            f"{INDEX}; move one of the two elsewhere"
+        )
     if bad := sorted({file for file in weight_map.values() if not is_plain(file)}):
         raise damaged(path, f"{listed(bad)} are no names of files of its own directory")
     files = sorted(set(weight_map.values()))
@@ -303,6 +323,8 @@ def _belongs(path: str, every: Collection[str]) -> bool:
     *folders, name = path.split("/")
     if any(p.startswith(".") for p in (*folders, name)):
         return False
+    if any(re.fullmatch(r"checkpoint-\d+", p) for p in folders):
+        return False  # of a training: another model, whose weights are left too
     if name.endswith((".safetensors", ".index.json")):
         # A module of sentence-transformers, "2_Dense/model.safetensors" say; the
         # checkpoints of a training are other models.

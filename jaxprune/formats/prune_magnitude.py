@@ -29,6 +29,7 @@ from jaxprune.typing import Pattern, Prunable
 # The models whose matrices, or stacks of them, are [in, out].
 _INPUT_FIRST = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _STACKED_INPUT_FIRST = {"gpt_oss", "llama4", "llama4_text"}
+_STACKED_INPUT_FIRST |= {"qwen3_vl_moe", "qwen3_vl_moe_text", "aria", "aria_text"}
 _FLOATS = tuple(map(np.dtype, ("f2", "f4", "f8", "bfloat16")))
 
 
@@ -53,7 +54,7 @@ def prune_directory(
     directory: str | os.PathLike[str],
     *,
     sparsity: float | Mapping[str, float] | None = None,
-    pattern: Pattern = patterns.Unstructured(),
+    pattern: Pattern | str = "unstructured",
     prunable: Prunable = tree.prunable,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -70,7 +71,7 @@ def prune_directory(
       directory: the new one, apart from the source.
       sparsity: the share to remove from each matrix, in [0, 1), or {glob on the name
         with "/" for ".": share}. None where the pattern fixes it.
-      pattern: `Unstructured`, `PerOutput` or `NM`.
+      pattern: `Unstructured`, `PerOutput` or `NM`, or its name, such as "2:4".
       prunable: name (with "/" for ".") and `TensorInfo` to whether a tensor may be
         pruned. Of the tensors that it chooses, floating ones of two axes are pruned,
         and those of three axes unless their name contains "conv".
@@ -105,6 +106,7 @@ def prune_directory(
       >>> checkpoint_dir.open_directory(directory / "b").read("up.weight").tolist()
       [[3.0, 0.0], [0.0, 4.0]]
     """
+    pattern = patterns.named(pattern)
     if not isinstance(
         pattern, patterns.Unstructured | patterns.PerOutput | patterns.NM
     ):
@@ -148,9 +150,10 @@ def _is_matrix(name: str, info: TensorInfo) -> bool:
     return floating and (info.ndim == 2 or stack)
 
 
-def _input_first(config: Mapping[str, Any], info: TensorInfo) -> bool:
-    text = config.get("text_config")
-    parts = [config, text] if isinstance(text, Mapping) else [config]
+def _input_first(config: Mapping[str, Any], name: str, info: TensorInfo) -> bool:
+    # A model of models has the configuration of "decoder.transformer..." as "decoder".
+    inner = [config.get("text_config"), config.get(name.split(".")[0])]
+    parts = [config, *(part for part in inner if isinstance(part, Mapping))]
     known = _STACKED_INPUT_FIRST if info.ndim == 3 else _INPUT_FIRST
     return any(str(part.get("model_type")) in known for part in parts)
 
@@ -189,7 +192,9 @@ def to_prune(
             f"{chosen[narrow[0]].dtype}; save the model in bfloat16, or leave them out "
             "with prunable=jp.tree.excluding('...')"
         )
-    first = {name: _input_first(source.config, info) for name, info in chosen.items()}
+    first = {
+        name: _input_first(source.config, name, info) for name, info in chosen.items()
+    }
     _check_pattern(pattern, chosen, first)
     return chosen, first
 

@@ -24,6 +24,21 @@ def prune(capsys, place, out, *options):
     return run(capsys, "prune", place / "model", place / out, *SMALL, *options)
 
 
+def test_a_distillation_leaves_the_zeros_of_an_earlier_job(capsys, place):
+    how = ["--method", "magnitude", "--sparsity", "0.5"]
+    assert prune(capsys, place, "half", *how, "--exclude", "*mlp*")[0] == 0
+    more = ["--exclude", "*self_attn*", "--calibration", place / "a.txt"]
+    more += ["--distill-steps", "2", "--distill-learning-rate", "1e-2"]
+    words = [place / "half", place / "again", *SMALL, *how, *more]
+    assert run(capsys, "prune", *words)[0] == 0
+    before, after = tiny_cli.weights(place / "half"), tiny_cli.weights(place / "again")
+    for name in tiny_cli.MATRICES:
+        assert (after[name] == 0).mean() == 0.5, name
+        if "self_attn" in name:
+            np.testing.assert_array_equal(after[name] == 0, before[name] == 0)
+            assert (after[name] != before[name]).any()
+
+
 @pytest.fixture(scope="module")
 def refined(place):
     """Refined on what the model writes itself, no text being given."""

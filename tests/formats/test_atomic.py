@@ -100,3 +100,25 @@ def test_a_file_in_the_place_of_a_directory_is_refused_before_it_is_written(tmp_
     ):
         raise AssertionError("the block runs")
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+@pytest.mark.parametrize("staged", [atomic.staged, atomic.staged_file])
+def test_what_appears_in_the_place_meanwhile_stays(tmp_path, staged):
+    place = tmp_path / "out"
+    taken = pytest.raises(FileExistsError, match="there is something already")
+    with taken, staged(place) as partial:
+        if staged is atomic.staged_file:
+            partial.write_text("new")
+        place.mkdir()
+        (place / "thesis.txt").write_text("precious")
+    assert (place / "thesis.txt").read_text() == "precious"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_result_does_not_take_the_place_of_the_working_directory(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the directory that this runs in"):
+        atomic.check_free(tmp_path, None)
+    atomic.check_free(tmp_path / "out", None)

@@ -74,7 +74,8 @@ def test_tensors_come_file_by_file_as_they_lie(tmp_path):
 
 
 def test_what_belongs_to_a_model_is_listed_and_other_weights_are_not(tmp_path):
-    belong = "merges.txt tokenizer.model LICENSE README.md chat_template.jinja model.py"
+    belong = "merges.txt tokenizer.model source.spm bpe.codes LICENSE README.md"
+    belong += " chat_template.jinja model.py"
     foreign = "pytorch_model.bin x.pt x.pth x.pkl x.ckpt tf_model.h5 f.msgpack m.gguf"
     foreign += " pytorch_model.bin.index.json .gitattributes other.safetensors"
     files = dict.fromkeys((belong + " " + foreign).split(), b"x")
@@ -91,10 +92,11 @@ def test_what_belongs_to_a_model_is_listed_and_other_weights_are_not(tmp_path):
         (folder / name).write_bytes(b"{}")
     opened = open_directory(folder)
     others = opened.others
-    assert "checkpoint-5/model.safetensors" in opened.left
+    training = {"checkpoint-5/config.json", "checkpoint-5/model.safetensors"}
+    assert training <= set(opened.left)
     assert others[:2] == ("config.json", INDEX)
     own = {"config.json", INDEX, "tokenizer.json", "generation_config.json"}
-    own |= {*modules, "checkpoint-5/config.json"}
+    own |= {*modules}
     assert set(others) == own | set(belong.split())
 
 
@@ -136,13 +138,21 @@ def _quantised(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _quantised_by_mlx(folder):
+    (folder / "config.json").write_text(json.dumps({"quantization": {"bits": 4}}))
+
+
+def _quantised_by_gptq(folder):
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4}))
+
+
 def _dtype(folder):
     entry = {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}
     raw(folder / "model.safetensors", {"w": entry}, b"x")
 
 
 def _both(folder):
-    (folder / INDEX).write_text('{"weight_map": {"w": "model.safetensors"}}')
+    (folder / INDEX).write_text('{"weight_map": {"w": "a.safetensors"}}')
 
 
 def _index_of_pickles(folder):
@@ -168,6 +178,8 @@ def _weights_link_out(folder):
         (_no_weights, "has none; convert"),
         (_two_files, "'model.safetensors', 'more.safetensors' and none; keep one"),
         (_quantised, "quantization_config; save the model dequantised"),
+        (_quantised_by_mlx, "has a quantization; save the model dequantised"),
+        (_quantised_by_gptq, "has a quantize_config.json; save the model"),
         (_dtype, "'w' in .* is F4"),
         (_both, "both model.safetensors and"),
         (_index_of_pickles, "lists 'pytorch_model.bin'; convert"),

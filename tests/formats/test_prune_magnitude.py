@@ -133,6 +133,21 @@ def test_every_pattern_keeps_the_first_of_tied_weights(tmp_path):
         assert (new["w.weight"] == 0).sum() == 16
 
 
+@pytest.mark.parametrize(
+    ("config", "name", "shape"),
+    [
+        ({"model_type": "qwen3_vl_moe"}, "mlp.experts.gate_up_proj", (2, 8, 12)),
+        ({"decoder": {"model_type": "gpt2"}}, "decoder.h.0.mlp.c_fc.weight", (8, 12)),
+    ],
+)
+def test_two_of_four_lie_along_the_inputs_where_these_come_first(
+    tmp_path, config, name, shape
+):
+    new, _ = prune(tmp_path, {name: normal(0, *shape)}, config, pattern="2:4")
+    fours = new[name].reshape(*shape[:-2], 2, 4, 12)
+    assert ((fours == 0).sum(-2) == 2).all()
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_stacked_experts_are_pruned_one_by_one(tmp_path, pattern):
     stack = normal(0, 3, 8, 16) * np.array([1, 10, 100], np.float32)[:, None, None]

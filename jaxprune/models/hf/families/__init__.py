@@ -85,7 +85,9 @@ def find(config: Mapping[str, Any]) -> Family:
         )
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}"
+            f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}; another "
+            "family is pruned by magnitude alone, without options that run the model, "
+            "such as --calibration and --evaluate"
         )
     return FAMILIES[kind].of(config)
 
