@@ -151,7 +151,7 @@ def refuse_swapped(params: Params) -> None:
 def _averages(state: Any) -> dict[str, Params]:
     """Field of an `Importance` to what a state holds of it."""
     found = _found(state, _held)
-    if not found and isinstance(state, Mapping):  # optax's own states are tuples
+    if not found and isinstance(state, Mapping | list):  # optax's own are tuples
         found = _found(state, _held_by_name)
     moments = found.pop("moment", [])
     averages = {field: _merged(trees, field) for field, trees in found.items()}

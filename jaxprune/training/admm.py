@@ -22,7 +22,7 @@ from jaxprune.masking.counts import Allocation
 from jaxprune.training import weightings
 from jaxprune.training.event_table import Rules
 from jaxprune.training.mask_events import MaskEvents
-from jaxprune.training.masked import needed, on_masked, select
+from jaxprune.training.masked import needed, on_masked, select, wrapped
 from jaxprune.training.track import TrackGradientsState, track_gradients
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Prunable
 
@@ -118,7 +118,7 @@ def admm(
     rules = Rules({begin: wanted}, allocation, pattern, axes)
     masking = MaskEvents(rules, criterion, prunable, packed, revive=True, name="admm")
     tracker = track_gradients(weightings.exponential(decay))
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = wrapped(optimizer, "admm", "sparsity")
 
     def init(params: Params) -> AdmmState:
         inner = optimizer.init(params)
@@ -196,7 +196,8 @@ def _check(
             "admm needs 0 <= begin < end and interval >= 1, got "
             f"begin={begin}, end={end}, interval={interval}"
         )
-    if not callable(penalty) and not 0 < penalty < math.inf:
+    traced = isinstance(penalty, jax.core.Tracer)  # by `optax.inject_hyperparams`
+    if not (callable(penalty) or traced or 0 < penalty < math.inf):
         raise ValueError(
             f"admm needs a finite penalty over 0, got {penalty}; 0.01 is usual"
         )

@@ -23,7 +23,7 @@ from jaxprune.training import schedules
 from jaxprune.training.event_table import Rules
 from jaxprune.training.grow import Grow
 from jaxprune.training.mask_events import MaskEvents
-from jaxprune.training.masked import needed, select
+from jaxprune.training.masked import needed, select, wrapped
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Prunable
 
 
@@ -57,7 +57,9 @@ def gradual(
 
     But where a group of a later n:m has fewer than n weights left, pruned ones return;
     and where an allocation such as "erk" divides the sparsity anew at each event, its
-    rounding may give a leaf a weight back.
+    rounding may give a leaf a weight back. `init` keeps all weights, zeros too: to go
+    on from a pruned model, `replace_masks(tx.init(params), masks)`; until the schedule
+    is above their sparsity, these masks stay.
 
     An event at step t is part of the update that t updates came before: masks are
     chosen from the parameters and statistics as they come in, and the step is taken
@@ -78,7 +80,8 @@ def gradual(
       grow: what comes back at each event, `jp.grow.gradient()` (RigL) or
         `jp.grow.random()` (SET), by which the number kept is still the schedule's. The
         first event grows nothing.
-      packed: whether the state holds masks at one bit a weight rather than eight.
+      packed: whether the state holds masks at one bit a weight rather than eight. Of
+        the checkpoints, orbax takes these; `flax.serialization` does not.
 
     Returns:
       A transformation after whose every step the pruned weights are +0, if nothing
@@ -115,7 +118,7 @@ def gradual(
         _refuse_falling(rules)
     masking = MaskEvents(rules, criterion, prunable, packed)
     grow_reads = grow is not None and grow.reads_gradient
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = wrapped(optimizer, "gradual", "schedule")
 
     def init(params: Params) -> GradualState:
         inner = optimizer.init(params)

@@ -14,7 +14,7 @@ import optax
 from jaxprune.arrays import placement, tree
 from jaxprune.masking import packing
 from jaxprune.masking.checks import checked
-from jaxprune.training.masked import needed, select, unpacked
+from jaxprune.training.masked import needed, select, unpacked, wrapped
 from jaxprune.typing import Masks, Params
 
 
@@ -65,13 +65,7 @@ def keep_masks(
       >>> float(optax.apply_updates(params, updates)["w"][1])
       0.0
     """
-    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
-        raise TypeError(
-            "keep_masks takes the optimizer first and the masks second, but got "
-            f"{type(optimizer).__name__} as the optimizer; call "
-            "jp.keep_masks(optimizer, masks)"
-        )
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = wrapped(optimizer, "keep_masks", "masks")
 
     def init(params: Params) -> KeepMasksState:
         if tree.is_placeholder(params):

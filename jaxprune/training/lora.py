@@ -28,11 +28,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed, refuse_fractions
+from jaxprune.training.masked import wrapped
 from jaxprune.typing import Params, Prunable
 
 
 class Adapter(NamedTuple):
-    """The factors of one matrix, float32.
+    """The factors of one matrix, float32, or trees of them.
 
     Attributes:
       a: (..., in, rank); normal with variance 1 / in at first.
@@ -47,8 +48,8 @@ class LoraState(NamedTuple):
     """State of `lora`.
 
     Attributes:
-      adapters: like the parameters, an `Adapter` in each matrix's place and
-        `optax.MaskedNode()` in that of a frozen leaf.
+      adapters: two trees like the parameters, one of each factor, with
+        `optax.MaskedNode()` in the place of a frozen leaf.
       inner: the wrapped optimizer's state; its parameters are the adapters.
     """
 
@@ -75,7 +76,7 @@ def lora(
       optimizer: any optax optimizer, with its clipping, except line searches. It trains
         the factors, so its weight decay pulls them, not the weights, towards zero. No
         transformation chained after `lora` may change the updates, or the weights would
-        no longer match the factors; only `keep_masks` may wrap `lora`.
+        no longer match the factors; only one with masks may wrap `lora`.
       rank: of the change; a matrix with a shorter side has that for its rank.
       alpha: the change is scaled by s = alpha / rank; the rank if left out.
       targets: leaf name and leaf to whether it is adapted; the rule of what may be
@@ -99,7 +100,7 @@ def lora(
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
       >>> tx = jp.lora(optax.adamw(1e-3), rank=2)
       >>> state = tx.init(params)
-      >>> state.adapters["kernel"].a.shape, state.adapters["kernel"].b.shape
+      >>> state.adapters.a["kernel"].shape, state.adapters.b["kernel"].shape
       ((8, 2), (2, 4))
     """
     refuse_fractions("lora", rank=rank, seed=seed)
@@ -109,12 +110,12 @@ def lora(
             f"lora needs rank >= 1 and a finite alpha > 0, got rank={rank}, "
             f"alpha={alpha}"
         )
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = wrapped(optimizer, "lora", "rank")
 
     def init(params: Params) -> LoraState:
         if tree.is_placeholder(params):
             return LoraState(params, optimizer.init(params))
-        adapters = _adapters(params, rank, targets, seed)
+        adapters = _apart(_adapters(params, rank, targets, seed))
         return LoraState(adapters, optimizer.init(adapters))
 
     def update(
@@ -129,12 +130,13 @@ def lora(
                 "lora trains factors, of which a line search's grad and value_fn know "
                 "nothing; take an optimizer that needs the gradient alone"
             )
-        old = state.adapters
+        old, factors = _joined(state.adapters), state.adapters
         of_each = functools.partial(jax.tree.map, is_leaf=_is_adapter)
-        gradients = of_each(functools.partial(_gradient, scale), old, updates)
-        steps, inner = optimizer.update(gradients, state.inner, old, **extra_args)
-        changes = of_each(functools.partial(_change, scale), old, steps, updates)
-        return changes, LoraState(optax.apply_updates(old, steps), inner)
+        gradients = _apart(of_each(functools.partial(_gradient, scale), old, updates))
+        steps, inner = optimizer.update(gradients, state.inner, factors, **extra_args)
+        change = functools.partial(_change, scale)
+        changes = of_each(change, old, _joined(steps), updates)
+        return changes, LoraState(optax.apply_updates(factors, steps), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -165,6 +167,25 @@ def _adapters(params: Params, rank: int, targets: Prunable, seed: int) -> Params
 
 def _is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter) or tree.is_excluded(node)
+
+
+def _apart(adapters: Any) -> Adapter:
+    """Two trees of factors, which `nnx.Optimizer` keeps; of an adapter it does not."""
+
+    def factor(at: int) -> Any:
+        take = lambda own: own if tree.is_excluded(own) else own[at]  # noqa: E731
+        return jax.tree.map(take, adapters, is_leaf=_is_adapter)
+
+    return Adapter(factor(0), factor(1))
+
+
+def _joined(factors: Any) -> Any:
+    """The tree of adapters that was taken apart."""
+
+    def join(a: Any, b: Any) -> Any:
+        return a if tree.is_excluded(a) else Adapter(a, b)
+
+    return jax.tree.map(join, *factors, is_leaf=tree.is_excluded)
 
 
 def _adapter(leaf: Any, rank: int, key: jax.Array) -> Adapter:
@@ -228,4 +249,5 @@ def _change(scale: float, adapter: Any, step: Any, g: Any) -> Any:
     right = jnp.concatenate([adapter.b + step.b, step.b], axis=-2)  # (..., 2 rank, out)
     # Factors are float32: with fewer digits the weights would leave their sum.
     product = functools.partial(jnp.matmul, precision="highest")
-    return (scale * product(left, right, out_sharding=_explicit(g))).astype(g.dtype)
+    change = scale * product(left, right, out_sharding=_explicit(g))
+    return change.astype(jnp.promote_types(g.dtype, jnp.float32))

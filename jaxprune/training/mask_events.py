@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Bool
 from optax import MaskedNode
 
@@ -50,6 +51,12 @@ class MaskEvents:
 
     def start(self, params: Params, inner: Any) -> Masks:
         """Masks that keep everything, after all checks of these parameters."""
+        if isinstance(params, optax.LookaheadParams):
+            raise ValueError(
+                f"{self.name} chooses masks of leaves, but the parameters of "
+                "optax.lookahead are pairs; choose masks before, and take "
+                "jp.keep_masks(optax.lookahead(...), masks)"
+            )
         scores = tree.named_leaves(self._abstract_scores(params, inner))
         own = [
             MaskedNode() if tree.is_excluded(scores[name]) else _all_kept(leaf)
@@ -137,6 +144,15 @@ class MaskEvents:
             score if name in chosen else MaskedNode()
             for name, score in zip(named, aligned, strict=True)
         ]
+        if wrong := [
+            name
+            for name, score in zip(named, leaves, strict=True)
+            if not (tree.is_excluded(score) or tree.is_floating(score))
+        ]:
+            raise TypeError(
+                "the criterion's scores must be floating, but those of "
+                f"{listed(wrong)} are not; cast them with astype(jnp.float32)"
+            )
         structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
         return jax.tree.unflatten(structure, leaves)
 
@@ -193,8 +209,10 @@ class MaskEvents:
                 for name, score in zip(names, ranked, strict=True)
             ]
 
+        own = [named[name] for name in names]
+
         def by(table: Table) -> Callable[[], list[jax.Array]]:
-            return lambda: self._cut(table, hit, step, ranked, like)
+            return lambda: self._cut(table, hit, step, own, ranked, like)
 
         branch = jnp.sum(jnp.where(hit, self.rules.pattern_of, np.int32(0)))
         bits = jax.lax.switch(branch, [by(table) for table in self._tables(masks)])
@@ -205,6 +223,7 @@ class MaskEvents:
         table: Table,
         hit: jax.Array,
         step: jax.Array,
+        masks: Sequence[jax.Array],
         scores: Sequence[jax.Array],
         like: Sequence[jax.Array],
     ) -> list[jax.Array]:
@@ -214,6 +233,8 @@ class MaskEvents:
         grow = self.rules.grow
         if grow is None:
             bits = _highest(units, kept, together=table.together)
+            if not self.revive and pattern.sparsity is None:
+                bits = _none_back(table, masks, bits, kept)
         else:
             more = event_table.at(hit, table.grown)
             bits = _highest(units, kept.minus(more), together=table.together)
@@ -258,6 +279,30 @@ def _highest(
     else:
         cuts = thresholds.cut_each(units, kept.low)
     return [thresholds.mask(*pair) for pair in zip(units, cuts, strict=True)]
+
+
+def _none_back(
+    table: Table,
+    masks: Sequence[jax.Array],
+    bits: Sequence[jax.Array],
+    kept: event_table.Count,
+) -> list[jax.Array]:
+    """The masks of units without those that were pruned before, where masks keep less.
+
+    They do so where a run goes on with masks of a higher sparsity than the event's.
+    """
+    pairs = zip(masks, table.axes, strict=True)
+    alive = [
+        table.pattern.units(own.astype(jnp.float32), axes) > 0 for own, axes in pairs
+    ]
+    if table.together:
+        return [own & left for own, left in zip(bits, alive, strict=True)]
+    # By rounding, an allocation such as ERK may keep one unit more than before.
+    few = [jnp.sum(left, dtype=np.uint32) + np.uint32(1) for left in alive]
+    return [
+        own & (left | (size >= kept.low[i]))
+        for i, (own, left, size) in enumerate(zip(bits, alive, few, strict=True))
+    ]
 
 
 def _over_pruned(score: jax.Array) -> jax.Array:

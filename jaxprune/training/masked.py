@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxprune.arrays import placement, tree
 from jaxprune.masking import packing
@@ -69,6 +70,23 @@ def unpacked(held: Any, params: Params) -> Masks:
 def _placed(mask: PackedMask, leaf: jax.Array) -> jax.Array:
     # Rows that devices share out inside of a byte are packed with other shards.
     return placement.placed(packing.unpack(mask), leaf)
+
+
+def wrapped(
+    optimizer: Any, name: str, second: str
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that `name(optimizer, second)` wraps."""
+    if isinstance(optimizer, optax.MultiSteps):  # it is no transformation by its class
+        optimizer = optax.GradientTransformationExtraArgs(
+            optimizer.init, optimizer.update
+        )
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise TypeError(
+            f"{name} takes the optimizer first and the {second} second, but got "
+            f"{type(optimizer).__name__} as the optimizer; call "
+            f"jp.{name}(optimizer, {second})"
+        )
+    return optax.with_extra_args_support(optimizer)
 
 
 def needed(params: Params | None, name: str) -> Params:

@@ -22,7 +22,7 @@ from jaxprune.masking.counts import Allocation
 from jaxprune.training import schedules
 from jaxprune.training.event_table import Rules
 from jaxprune.training.mask_events import MaskEvents
-from jaxprune.training.masked import needed, on_masked, select, where
+from jaxprune.training.masked import needed, on_masked, select, where, wrapped
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Prunable
 
 
@@ -115,7 +115,7 @@ def straight_through(
             "straight_through needs every >= 1 and a freeze at or after the schedule's "
             f"last event at step {last}, got every={every}, freeze={freeze}"
         )
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = wrapped(optimizer, "straight_through", "schedule")
 
     def init(params: Params) -> StraightThroughState:
         inner = optimizer.init(params)
@@ -123,7 +123,6 @@ def straight_through(
             return StraightThroughState(
                 placement.counter(params), params, params, inner
             )
-        masking.refuse_blind_start(params)
         masks = masking.start(params, inner)
         parked = on_masked(
             lambda mask, leaf: placement.zeros_like(leaf, leaf.dtype),

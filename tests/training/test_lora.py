@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune as jp
@@ -51,15 +52,12 @@ def adapted(params, adapters, scale, masks=None):
     """The textbook: W_0 + s M * (A B) where there is an adapter."""
     masks = jax.tree.map(lambda w: jnp.ones_like(w, bool), params) | (masks or {})
 
-    def leaf(adapter, weight, mask):
-        if jp.tree.is_excluded(adapter):
+    def leaf(a, b, weight, mask):
+        if jp.tree.is_excluded(a):
             return weight
-        return weight + jnp.where(mask, scale * adapter.a @ adapter.b, 0)
+        return weight + jnp.where(mask, scale * a @ b, 0)
 
-    def is_leaf(node):
-        return jp.tree.is_excluded(node) or hasattr(node, "_fields")
-
-    return jax.tree.map(leaf, adapters, params, masks, is_leaf=is_leaf)
+    return jax.tree.map(leaf, *adapters, params, masks, is_leaf=jp.tree.is_excluded)
 
 
 def change(merged, params):
@@ -99,6 +97,39 @@ def test_it_is_adapters_trained_and_merged_at_the_end(inner, alpha):
     moved = np.abs(change(merged, params)).max()
     assert moved > 1e-2
     np.testing.assert_array_equal(merged["down"]["bias"], params["down"]["bias"])
+
+
+def test_an_optimizer_of_nnx_takes_the_same_steps():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.kernel = nnx.Param(jnp.arange(32.0).reshape(8, 4) / 32)
+            self.bias = nnx.Param(jnp.ones(4))
+
+    net = Net()
+    params = {"kernel": net.kernel[...], "bias": net.bias[...]}
+    mask = {"kernel": params["kernel"] > 0.5, "bias": None}
+    tx = jp.keep_masks(jp.lora(optax.adam(1e-2), rank=2), mask)
+    own, state = nnx.Optimizer(net, tx, wrt=nnx.Param), tx.init(params)
+    for _ in range(3):
+        gradients = jax.tree.map(jnp.cos, params)
+        own.update(net, jax.tree.map(jnp.cos, nnx.state(net, nnx.Param)))
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(net.kernel[...], params["kernel"])
+    assert (params["kernel"] == 0).sum() == 17
+
+
+def test_gradients_of_two_bytes_leave_the_weights_at_their_sum():
+    params = {"w": jax.random.normal(jax.random.key(0), (16, 16))}
+    tx = jp.lora(optax.adam(1e-2), rank=2)
+    state, moved = tx.init(params), params
+    for _ in range(20):
+        gradient = {"w": jnp.ones((16, 16), jnp.bfloat16)}
+        updates, state = tx.update(gradient, state, moved)
+        moved = optax.apply_updates(moved, updates)
+    a, b = state.adapters
+    expected = params["w"] + jnp.matmul(a["w"], b["w"], precision="highest")
+    np.testing.assert_allclose(moved["w"], expected, atol=2e-6)
 
 
 def test_a_change_has_the_rank_and_no_more():
@@ -196,7 +227,7 @@ def test_moments_are_as_small_as_the_factors():
 
 def test_a_rank_over_the_shorter_side_is_that_side():
     state = jp.lora(optax.sgd(1.0), rank=64).init(weights())
-    assert state.adapters["down"]["kernel"].a.shape == (16, 4)
+    assert state.adapters.a["down"]["kernel"].shape == (16, 4)
 
 
 @pytest.mark.parametrize(
@@ -222,8 +253,8 @@ def test_on_eight_devices_it_takes_the_same_steps(kind):
 
     split = jax.device_put(params, jax.tree.map(place, params))
     where = jp.state_shardings(tx, split)
-    assert where.adapters["up"]["kernel"].a.spec[0] == "fsdp"
-    assert where.adapters["up"]["kernel"].b.spec[1] == "model"
+    assert where.adapters.a["up"]["kernel"].spec[0] == "fsdp"
+    assert where.adapters.b["up"]["kernel"].spec[1] == "model"
     state = tx.init(split)
     places = jax.tree.map(lambda leaf: leaf.sharding, state.adapters)
     merged, state = trained(tx, split, loss=distance)
