@@ -137,7 +137,7 @@ class Config:
             sequence=min(self.sequence, 32),
             batch_size=4,
             steps=20,
-            retrain_steps=5,
+            retrain_steps=10,
             eval_tokens=2048,
             calibration=4,
             sample_length=20,
@@ -310,8 +310,9 @@ def _task(
 def _texts_fingerprint(texts: Texts) -> str:
     """SHA-256 of all tokens, and which are for what."""
     found = hashlib.sha256()
-    parts = {"train": texts.train, "held out": texts.held_out, **texts.foreign}
-    for name, tokens in parts.items():
+    # In order, because a foreign text may be called "train".
+    own = [("train", texts.train), ("held out", texts.held_out)]
+    for name, tokens in (*own, *texts.foreign.items()):
         found.update(f"{name} {len(tokens)} ".encode() + tokens.tobytes())
     return found.hexdigest()
 

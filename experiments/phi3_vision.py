@@ -124,7 +124,7 @@ class Config:
             retrain_sparsities=(0.8,),
             batch_size=8,
             steps=30,
-            retrain_steps=5,
+            retrain_steps=10,
         )
 
     def plan(self) -> Plan:

@@ -112,9 +112,14 @@ def main(config: Config) -> Path:
     """Runs the experiment, or what is left of it; returns the path of results.json.
 
     Raises:
-      ValueError: the directory holds another run.
+      ValueError: the directory holds another run, or a number is out of range.
       OSError: the directory cannot be written to, or another process runs there.
     """
+    if not 0 < config.sparsity < 1 or config.width % 8:
+        raise ValueError(
+            "recovery needs a sparsity in (0, 1) and a width that 8 divides, got "
+            f"{config.sparsity} and {config.width}"
+        )
     corpus = load(text=config.text)
     same = ("width", "layers", "dense_steps", "steps", "batch", "sparsity", "windows")
     identity = {name: getattr(config, name) for name in same}

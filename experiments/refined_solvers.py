@@ -23,6 +23,7 @@ import jaxprune as jp
 from experiments import allocation_with_solvers
 from experiments.datasets import load
 from experiments.harness import records, runner
+from experiments.harness.plan import check_lists
 from experiments.harness.solvers import SOLVERS
 from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
@@ -32,6 +33,10 @@ from jaxprune.models.self_calibration import self_calibration
 
 CALIBRATIONS = ("text", "self", "both")
 METHODS = [name for name in SOLVERS if "+" not in name]
+_LISTS = (
+    *("seeds", "draws", "calibrations", "methods", "sparsities", "corrections"),
+    *("passes", "learning_rates", "temperatures"),
+)
 """Corrections are a list of their own here."""
 
 
@@ -77,10 +82,10 @@ class Config:
     eval_tokens: int = 32768
 
     def check(self) -> None:
-        """Refuses names that are unknown, and too few sequences.
+        """Refuses what could only fail later.
 
         Raises:
-          ValueError: see above.
+          ValueError: a name is unknown, a number out of range, or a list empty.
         """
         for name, known in (
             ("calibrations", CALIBRATIONS),
@@ -90,6 +95,7 @@ class Config:
                 raise ValueError(
                     f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
                 )
+        check_lists(self, *_LISTS)
         least = 2 * allocation_with_solvers.SEQUENCES_AT_ONCE
         if any(self.passes) and self.sequences < least:
             raise ValueError(

@@ -5,6 +5,7 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
+from experiments.harness import records
 from experiments.harness.criteria import CRITERIA, GRADUAL
 from experiments.harness.solvers import SOLVERS, named
 
@@ -148,8 +149,11 @@ class Plan:
         )
 
 
+_COUNTED = ("seeds", "draws", "passes", "corrections")
+
+
 def check_lists(config: Any, *names: str) -> None:
-    """Refuses empty lists, doubles, and sparsities out of range.
+    """Refuses empty lists, doubles, and numbers out of range.
 
     Raises:
       ValueError: says which.
@@ -165,6 +169,8 @@ def check_lists(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must name at least one")
         if len({*values}) < len(values):
             raise ValueError(f"{name} must be named once each, got {values}")
+        if name in _COUNTED and min(values) < 0:
+            raise ValueError(f"{name} must be at least 0, got {values}")
 
 
 def check(config: Any, *, solvers: bool = False) -> None:
@@ -198,5 +204,7 @@ def check(config: Any, *, solvers: bool = False) -> None:
         rate = getattr(config, name)
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"{name} must be over 0, got {rate}")
+    if config.energy is not None:
+        records.check_country(config.energy)
     if not 0 <= config.show_sparsity <= 1:
         raise ValueError(f"show_sparsity must be in [0, 1], got {config.show_sparsity}")

@@ -99,9 +99,10 @@ class Progress:
         values = np.asarray(jax.device_get(losses), np.float64)
         seconds = time.perf_counter() - (self._clock or 0.0)
         if not np.isfinite(values).all():
-            first = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
+            wrong = int(np.argmin(np.isfinite(values)))
+            first = step - len(values) + 1 + wrong
             raise FloatingPointError(
-                f"{self.label}: the loss must be finite, got {values.min()} at step "
+                f"{self.label}: the loss must be finite, got {values[wrong]} at step "
                 f"{first}; lower the learning rate"
             )
         self._timed += len(values)

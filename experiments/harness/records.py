@@ -213,16 +213,33 @@ def measure(
             phase.energy_kwh = float(tracker.final_emissions_data.energy_consumed)
 
 
-def _start_tracker(country: str) -> Any:
+def check_country(country: str) -> None:
+    """Refuses a country whose electricity codecarbon does not know.
+
+    Raises:
+      ValueError: codecarbon would take the world's mean for it, without a word.
+      ModuleNotFoundError: codecarbon is not installed.
+    """
     if importlib.util.find_spec("codecarbon") is None:
         raise ModuleNotFoundError(
             "energy is measured with the package codecarbon, which is not installed; "
             "pip install 'jaxprune[energy]', or leave --energy out"
         )
-    from codecarbon import OfflineEmissionsTracker
-
     # Its own log level takes effect only after it has said the first things.
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+    from codecarbon.input import DataSource
+
+    if country.upper() not in DataSource().get_global_energy_mix_data():
+        raise ValueError(
+            f"energy needs a country's code of three letters, such as FRA, got "
+            f"{country!r}"
+        )
+
+
+def _start_tracker(country: str) -> Any:
+    check_country(country)
+    from codecarbon import OfflineEmissionsTracker
+
     tracker = OfflineEmissionsTracker(
         country_iso_code=country, output_methods=[], log_level="critical"
     )

@@ -60,7 +60,7 @@ def run(
       grows: whether other seeds or sparsities add to a finished run.
 
     Raises:
-      ValueError: the directory holds another run.
+      ValueError: the directory holds another run, or another experiment's.
       OSError: the directory cannot be written to, or another process runs there.
     """
     out = config.out
@@ -73,6 +73,9 @@ def run(
                 "run anew."
             )
             return path
+        done = processes.on_first(lambda: _experiment(path)) or name
+        if done != name:
+            raise ValueError(f"'{out}' holds the results of {done}; give another --out")
         found = cells()
         results = {
             "format": results_.FORMAT,
@@ -94,6 +97,11 @@ def run(
 
         _say(processes.on_first(write))
     return path
+
+
+def _experiment(path: Path) -> str | None:
+    """Which experiment's results these are."""
+    return json.loads(path.read_text()).get("name") if path.exists() else None
 
 
 def sweep(

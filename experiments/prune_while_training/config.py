@@ -97,7 +97,7 @@ class Config:
     @property
     def batch(self) -> int:
         """Sequences in a batch."""
-        return self.batch_size or _BATCH[self.preset]
+        return _BATCH[self.preset] if self.batch_size is None else self.batch_size
 
     def check(self) -> None:
         """Refuses what could only fail later.

@@ -40,6 +40,11 @@ def rates(cells: Cells, sparsity: float, seed: int) -> dict[Key, float]:
     return {key: cell["learning_rate"] for key, cell in best.items()}
 
 
+def tried(cells: Cells, key: Key) -> set[float]:
+    """The learning rates of a method and a number of steps."""
+    return {cell["learning_rate"] for cell in cells if _key(cell) == key}
+
+
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tidy table: one row a cell, of `COLUMNS`; "above" is nats above dense."""
     config, cells = results["config"], results["cells"]
@@ -171,15 +176,15 @@ def _curves(results: Mapping[str, Any]) -> dict[str, Any]:
     config, cells = results["config"], results["cells"]
     best = rates(cells, config["tune_sparsity"], config["tune_seed"])
     drawn = _drawn(cells) | {DENSE}
-    longest = max(
-        (cell["after_dense"] == 0, cell["steps"])
-        for cell in cells
-        if cell["method"] != DENSE
-    )
+
+    def length(cell: Mapping[str, Any]) -> tuple[bool, int, int]:
+        return cell["after_dense"] == 0, cell["steps"], cell["after_dense"]
+
+    longest = max(length(cell) for cell in cells if cell["method"] != DENSE)
     return {
         cell["method"]: cell["curve"]
         for cell in sorted(cells, key=_order)
-        if (cell["after_dense"] == 0, cell["steps"]) == longest
+        if length(cell) == longest
         and cell["method"] in drawn
         and not cell["distill"]
         and cell["seed"] == config["tune_seed"]

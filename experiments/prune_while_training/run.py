@@ -104,7 +104,16 @@ class Run:
                     self.cell(method, config.tune_sparsity, steps, rate, *rest)
                 )
         best = report.rates(self.found(), config.tune_sparsity, config.tune_seed)
-        found = best.get((method, steps, after, distill), config.learning_rates[0])
+        key = (method, steps, after, distill)
+        found = best.get(key, config.learning_rates[0])
+        tried = report.tried(self.found(), key) - {found}
+        if key not in best and tried:
+            raise ValueError(
+                f"{method} was trained here with a learning rate of "
+                f"{listed(sorted(tried))}, and without tune_seed {config.tune_seed} "
+                "nothing says which is better; give that rate, several "
+                "--learning-rates to choose from, or another --out"
+            )
         if found not in config.learning_rates:
             raise ValueError(
                 f"{method} had its lowest loss here with a learning rate of {found:g}, "
@@ -115,10 +124,8 @@ class Run:
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """The cell's numbers, from its file where there is one."""
-        dense_rate = None
-        if cell.after_dense or cell.distill:
-            steps = cell.after_dense or cell.steps
-            dense_rate = self.rate(DENSE, steps, 0, 0.0)
+        needs_dense = cell.after_dense or cell.distill
+        dense_rate = self._dense_rate(cell) if needs_dense else None
 
         def compute() -> dict[str, Any]:
             resumed = self._directory(cell).exists()
@@ -197,6 +204,8 @@ class Run:
         checkpoints = None
         if kept or self.config.checkpoints:
             what = {**dataclasses.asdict(cell), "stop": stop}
+            if cell.after_dense or cell.distill:  # of which dense model
+                what["dense_rate"] = self._dense_rate(cell)
             checkpoints = training.Checkpoints(self._directory(cell) / str(stop), what)
         return training.train(
             *begun,
@@ -207,6 +216,10 @@ class Run:
             mesh=self.mesh,
             prefetch=prefetch,
         )
+
+    def _dense_rate(self, cell: Cell) -> float:
+        """The peak of the dense model that a cell begins with, or is taught by."""
+        return self.rate(DENSE, cell.after_dense or cell.steps, 0, 0.0)
 
     def _point(
         self, cell: Cell, state: training.TrainState, before: Any

@@ -168,13 +168,27 @@ def report(results: Results) -> Report:
     )
 
 
+def _read(path: Path) -> Results:
+    """The results of a file, refused where they are another experiment's."""
+    results: Results = json.loads(path.read_text())
+    if (name := results.get("name")) != "allocation_with_solvers":
+        raise ValueError(
+            f"'{path}' must be of allocation_with_solvers, but is of {name}"
+        )
+    return results
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; a refusal is one line on stderr and exit status 1."""
     prog = "python -m experiments.report.allocation_figure"
     options = tyro.cli(Draw, prog=prog, args=arguments)
     try:
         paths = [p / "results.json" if p.is_dir() else p for p in options.results]
-        drawn = figure([json.loads(path.read_text()) for path in paths])
+        found = [_read(path) for path in paths]
+        presets = [results["config"]["preset"] for results in found]
+        if len({*presets}) < len(presets):
+            raise ValueError(f"give one run of each preset, got {', '.join(presets)}")
+        drawn = figure(found)
         svg = canvas.svg(drawn, ground="white").encode()
         atomic.replace_files(options.out, {"allocation.svg": svg})
     except (OSError, ValueError) as error:

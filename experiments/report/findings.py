@@ -30,7 +30,7 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     for stage, start, reference in (
         (
             "retrained",
-            f"Retrained for {extra} steps with the mask held, ",
+            f"Retrained for {extra} steps{_held(results)}, ",
             "the dense model given the same steps",
         ),
         ("pruned", "Right after pruning, ", "the dense model"),
@@ -40,6 +40,14 @@ def headline(results: Mapping[str, Any]) -> list[str]:
             sentences.append(f"{start}{_furthest(found, reference)} ({over}).")
     retrained = results_.curves(results, "retrained")
     return sentences + ([_lowest(retrained)] if retrained else [])
+
+
+def _held(results: Mapping[str, Any]) -> str:
+    """How it was retrained; "gradual" prunes in these steps."""
+    criteria = {
+        cell["criterion"] for seed in results["seeds"] for cell in seed["cells"]
+    }
+    return "" if "gradual" in criteria else " with the mask held"
 
 
 def _furthest(curves: Sequence[results_.Curve], reference: str) -> str:

@@ -78,8 +78,13 @@ class LanguageTask:
         """A text that the model writes, begun with the first validation words."""
         prompt = self.corpus.validation[: self.length // 4]
         written = self.model.sample(params, prompt, length)
-        text = self.corpus.vocabulary.decode([*prompt, *written])
-        return {"label": label, "text": text}
+        known = self.corpus.vocabulary
+        # "gpt2" has more entries than a text has characters; one may be drawn.
+        new = [
+            known.decode([t]) if t < len(known) else "\N{REPLACEMENT CHARACTER}"
+            for t in written
+        ]
+        return {"label": label, "text": known.decode(prompt) + "".join(new)}
 
     def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """Nothing but the loss."""

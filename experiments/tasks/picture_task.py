@@ -187,6 +187,12 @@ class PictureTask:
         """Tokens of a sequence."""
         return self._sizes[0]
 
+    def _answer(self, asked: Asked) -> int:
+        """Tokens of the answer where it stands; alone it may be split otherwise."""
+        asks = preprocess.chat(asked.question, 1) + "<|end|>"
+        whole, rest = (t.split("<|image_1|>")[-1] for t in (self._text(asked), asks))
+        return len(self.tokenizer.encode(whole)) - len(self.tokenizer.encode(rest))
+
     def _text(self, asked: Asked) -> str:
         return preprocess.chat(asked.question, 1) + asked.answer + "<|end|>"
 
@@ -281,7 +287,7 @@ class PictureTask:
         pixels = np.zeros((count, views, size, size, 3), np.float32)
         for i, asked in enumerate(examples):
             made = self._prompt(asked)
-            answer = len(self.tokenizer.encode(asked.answer))
+            answer = self._answer(asked)
             stop = len(made.tokens) - 1
             tokens[i, :stop], sources[i, :stop] = made.tokens[:-1], made.sources[:-1]
             targets[i, stop - answer - 1 : stop] = made.tokens[-answer - 1 :]
