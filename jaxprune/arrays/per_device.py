@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -57,6 +58,10 @@ class PerDevice:
         """Trees of arrays of this process, one a device: (devices, ...)."""
 
         def stack(*leaves: Any) -> jax.Array:
+            if jnp.issubdtype(jnp.result_type(leaves[0]), jax.dtypes.prng_key):
+                words = stack(*map(jax.random.key_data, leaves))
+                impl = jax.random.key_impl(leaves[0])
+                return jax.random.wrap_key_data(words, impl=impl)
             return put(np.stack(jax.device_get(leaves)), self.split)
 
         return jax.tree.map(stack, *trees)

@@ -247,6 +247,8 @@ class _Finder:
         if value not in self.flat.varying:
             return False
         view, kind = self.views[weight], self.flat.kinds[value]
+        if jnp.issubdtype(kind.dtype, jnp.complexfloating):
+            return False  # statistics are of real inputs
         if name == "dot_general":
             numbers = step.params["dimension_numbers"]
             seen, source = operands.dot(numbers, view, value, kind, side)

@@ -30,7 +30,10 @@ def of_leaves(names: Mapping[str, int], leaves: Leaves) -> dict[str, Fingerprint
     """The fingerprints of leaves, by name; each lazy one is read once and not kept."""
     found = {}
     for name, i in names.items():
-        finite, mark = placement.automatic(_fingerprint, array(leaves.all[i]))
+        leaf = array(leaves.all[i])
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        finite, mark = placement.automatic(_fingerprint, leaf)
         found[name] = Fingerprint(bool(finite), int(mark))
     return found
 

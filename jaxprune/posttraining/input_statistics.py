@@ -159,8 +159,25 @@ class Sums:
         """The statistics of all groups, as `finish` gives them."""
         found: dict[str, InputStatistics] = {}
         for names in list(self._sums):
-            found |= self.finish(names)
+            for name, own in self.finish(names).items():
+                # Batches of another kind may group the same weights otherwise.
+                found[name] = _together(found[name], own) if name in found else own
         return found
+
+
+def _together(one: InputStatistics, other: InputStatistics) -> InputStatistics:
+    """The statistics of the samples of both; no drift."""
+    samples = one.samples + other.samples
+
+    def mean(x: Any, y: Any) -> Any:
+        return None if x is None else (x * one.samples + y * other.samples) / samples
+
+    return InputStatistics(
+        samples=samples,
+        mean_square=mean(one.mean_square, other.mean_square),
+        hessian=mean(one.hessian, other.hessian),
+        reached=one.reached + other.reached,
+    )
 
 
 def counted_samples(
@@ -177,9 +194,16 @@ def counted_samples(
 
     Raises:
       ValueError: the shapes differ.
+      TypeError: they are no booleans.
     """
     if positions is None:
         return None
+    kind = getattr(positions, "dtype", type(positions).__name__)
+    if str(kind) != "bool":
+        raise TypeError(
+            f"positions must be an array of booleans, got {kind}; compare what they "
+            "are made of, as in mask > 0"
+        )
     if segment.source.grouped:
         raise ValueError(
             f"positions say which tokens count, but rows come to "

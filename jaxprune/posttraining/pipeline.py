@@ -69,7 +69,10 @@ class SegmentedProgram:
             ]
         uses = collections.Counter(op.name for op in chosen)
         self._tied = {name for name, number in uses.items() if number > 1}
-        self._last_step = {op.name: op.step for op in chosen}
+        # By segment: an op of a later step may read an earlier input.
+        self._last_step = {
+            op.name: op.step for own in self.segments for op in own.linear_ops
+        }
         self._leaf_of = {n: i for i, n in enumerate(trace.program.leaves)}
         self._tables: dict[int, jax.Array] = {}  # computed once
         self._compiled: dict[Any, Callable[..., list[jax.Array]]] = {}
@@ -277,6 +280,11 @@ class SequentialPipeline:
                 # Or the host runs ahead, and the activations of many batches pile up.
                 jax.block_until_ready(value)
         return values
+
+    @property
+    def first_positions(self) -> jax.Array | None:
+        """Which samples of the first batch count; None for all."""
+        return self._positions[0]
 
     def advance(self, segment: Segment) -> None:
         """Takes all batches to a segment's input, with the weights as they are."""

@@ -24,6 +24,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxprune.arrays import placement
+from jaxprune.arrays.messages import refuse_fractions
 from jaxprune.graph.program import Subgraph
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.posttraining.pipeline import Activations, SegmentedProgram
@@ -39,7 +40,9 @@ class Refine:
     """How blocks are refined after their weights were pruned.
 
     Adam, its learning rate falling to zero along a cosine, one step a batch. Trained
-    are the kept weights of the pruned matrices, and vectors: norms and biases. After
+    are the kept weights of the pruned matrices, and the floating vectors that one layer
+    alone reads: norms and biases, and running statistics too if they are among the
+    parameters, so let the function close over `batch_stats`. After
     each pass the loss is measured on batches that are not trained on; the best values
     are kept, those before the first step among them.
 
@@ -77,6 +80,7 @@ class Refine:
 
     def __post_init__(self) -> None:
         """Refuses what is no training."""
+        refuse_fractions("Refine", passes=self.passes, patience=self.patience)
         if self.passes < 1 or self.patience < 1:
             raise ValueError(
                 "a refinement needs passes and patience of at least 1, got "

@@ -226,7 +226,9 @@ class Pruner:
         before = placement.automatic(op.view.read, leaf)  # (batch, in, out)
         after, row = solve_weight.solve(self._plan, op, before, statistics)
         row["seconds"] = time.perf_counter() - started
-        row["error"] = solve_weight.error(op.source, value, before, after, dense)
+        row["error"] = solve_weight.error(
+            op.source, value, before, after, dense, self._pipeline.first_positions
+        )
         self._replace(op.view, after)
         return after, row
 
@@ -254,7 +256,12 @@ class Pruner:
         for op, (after, row) in zip(ops, found, strict=True):
             row["seconds"] = seconds / len(ops)
             row["error"] = solve_weight.error(
-                op.source, value, before[op], after, dense
+                op.source,
+                value,
+                before[op],
+                after,
+                dense,
+                self._pipeline.first_positions,
             )
             self._replace(op.view, after)
         return found

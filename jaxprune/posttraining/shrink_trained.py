@@ -181,7 +181,7 @@ class _Job:
                 (value,) = pipeline.observe(range(number, number + 1)).values()
                 statistics = sums.finish_all()
                 rows += [
-                    self._solve(op, statistics[op.name], value)
+                    self._solve(op, statistics[op.name], value, counted[0])
                     for op in segment.linear_ops
                 ]
                 program.release(number)
@@ -189,7 +189,7 @@ class _Job:
         return rows
 
     def _solve(
-        self, op: LinearOp, statistics: InputStatistics, value: Any
+        self, op: LinearOp, statistics: InputStatistics, value: Any, positions: Any
     ) -> dict[str, Any]:
         """Removes the units that go out by one weight, and puts the rest in place."""
         i = op.view.leaf
@@ -227,7 +227,9 @@ class _Job:
             "groups": {name: self._lost[name] for name, _ in self._groups[op.name]},
             "shape": list(op.shape),
             "damping": damping,
-            "error": solve_weight.error(op.source, value, before, after[None]),
+            "error": solve_weight.error(
+                op.source, value, before, after[None], positions=positions
+            ),
         }
         spare = i in self._owned
         new = sequential.replaced(op.view, leaf, after[None], donate=spare)

@@ -294,6 +294,9 @@ def _solved(
     square = statistics.mean_square[i]  # (in,)
     found = pruned(method, Matrix(wide, square, hessian, kept, pattern, rounding))
     after = found.weight.astype(dtype)
+    if np.dtype(dtype).itemsize > 4:  # what a method leaves alone keeps its digits
+        same = found.mask & (found.weight == wide)
+        after = jnp.where(same, weight[i], after)
     zeros = jnp.sum(after == 0, dtype=np.uint32)
     return after[None], zeros, found.damping
 
@@ -304,6 +307,7 @@ def error(
     before: Float[Array, "batch in out"],
     after: Float[Array, "batch in out"],
     dense: Any = None,
+    positions: Bool[Array, "..."] | None = None,
 ) -> float:
     """The relative squared error of a weight's output: |X (W - V)|^2 / |X W|^2.
 
@@ -315,34 +319,52 @@ def error(
       after: V.
       dense: what the dense model's input D is read from, or None. Where D is given and
         the weight is one matrix, the error is |D W - X V|^2 / |D W|^2.
+      positions: which samples count, None for all; the others are not measured.
 
     Returns:
       The error; 0 where the output is zero anyway.
     """
     found = placement.automatic(
-        functools.partial(_error, source=source), value, before, after, dense
+        functools.partial(_error, source=source),
+        value,
+        before,
+        after,
+        dense,
+        positions,
     )
     return float(found)
 
 
 @functools.partial(jax.jit, static_argnames="source")
 def _error(
-    value: Any, before: jax.Array, after: jax.Array, dense: Any, *, source: Input
+    value: Any,
+    before: jax.Array,
+    after: jax.Array,
+    dense: Any,
+    positions: Any,
+    *,
+    source: Input,
 ) -> jax.Array:
     wide, left = before.astype(np.float32), after.astype(np.float32)
     if dense is None or source.grouped or source.shape[0] > 1:
-        lost = _outputs(value, wide - left, source)
-        whole = _outputs(value, wide, source)
+        lost = _outputs(value, wide - left, source, positions)
+        whole = _outputs(value, wide, source, positions)
     else:
-        whole = _outputs(dense, wide, source)
-        lost = whole - _outputs(value, left, source)
+        whole = _outputs(dense, wide, source, positions)
+        lost = whole - _outputs(value, left, source, positions)
     total = jnp.sum(jnp.square(whole))
     return jnp.sum(jnp.square(lost)) / jnp.where(total > 0, total, 1)
 
 
-def _outputs(value: Any, weight: Float[Array, "batch in out"], source: Input) -> Any:
+def _outputs(
+    value: Any, weight: Float[Array, "batch in out"], source: Input, positions: Any
+) -> Any:
     """The outputs (batch, samples, out) for some samples; of experts (samples, out)."""
     x = source.read(value)
+    if positions is not None:  # first those that count; the others, zero, are behind
+        counts = jnp.ravel(positions)
+        x = jnp.where(counts[None, :, None], x, jnp.zeros((), x.dtype))
+        x = jnp.take(x, jnp.argsort(~counts, stable=True), axis=1)
     apart = max(1, x.shape[1] // _SAMPLES) if source.shape[0] > 1 else 1
     x = x[:, ::apart][:, :_SAMPLES].astype(np.float32)  # (batch, samples, in)
     if not source.grouped:
