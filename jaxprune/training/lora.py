@@ -85,8 +85,8 @@ def lora(
       seed: of the first A.
 
     Returns:
-      A transformation of the weights' own gradients and updates. Give the weights in
-      float32: they hold the sum, and bfloat16 would round small steps away. Pruned
+      A transformation of the weights' own gradients and updates. Give weights and
+      gradients in float32: the weights hold the sum, and bfloat16 would round it. Pruned
       weights stay at zero under `keep_masks(lora(...), masks)`.
 
     Raises:
@@ -249,5 +249,4 @@ def _change(scale: float, adapter: Any, step: Any, g: Any) -> Any:
     right = jnp.concatenate([adapter.b + step.b, step.b], axis=-2)  # (..., 2 rank, out)
     # Factors are float32: with fewer digits the weights would leave their sum.
     product = functools.partial(jnp.matmul, precision="highest")
-    change = scale * product(left, right, out_sharding=_explicit(g))
-    return change.astype(jnp.promote_types(g.dtype, jnp.float32))
+    return (scale * product(left, right, out_sharding=_explicit(g))).astype(g.dtype)
