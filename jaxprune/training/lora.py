@@ -86,8 +86,8 @@ def lora(
 
     Returns:
       A transformation of the weights' own gradients and updates. Give weights and
-      gradients in float32: the weights hold the sum, and bfloat16 would round it. Pruned
-      weights stay at zero under `keep_masks(lora(...), masks)`.
+      gradients in float32: the weights hold the sum, and bfloat16 would round it.
+      Pruned weights stay at zero under `keep_masks(lora(...), masks)`.
 
     Raises:
       ValueError: a rank under 1, or alpha that is not finite and over 0; at `init`: no
