@@ -283,7 +283,7 @@ class SequentialPipeline:
 
     @property
     def first_positions(self) -> jax.Array | None:
-        """Which samples of the first batch count; None for all."""
+        """Which samples of the first batch count, or batches, one a device."""
         return self._positions[0]
 
     def advance(self, segment: Segment) -> None:

@@ -252,16 +252,13 @@ class Pruner:
         own = {op.name: statistics.pop(op.name) for op in ops}
         found = solve_weight.solve_together(self._plan, before, own, devices)
         seconds = time.perf_counter() - started
-        value, dense = jax.tree.map(lambda x: x[0], devices.first((value, dense), 1))
+        read = value, dense, self._pipeline.first_positions
+        read = jax.tree.map(lambda x: x[0], devices.first(read, 1))
+        value, dense, positions = read
         for op, (after, row) in zip(ops, found, strict=True):
             row["seconds"] = seconds / len(ops)
             row["error"] = solve_weight.error(
-                op.source,
-                value,
-                before[op],
-                after,
-                dense,
-                self._pipeline.first_positions,
+                op.source, value, before[op], after, dense, positions
             )
             self._replace(op.view, after)
         return found

@@ -74,6 +74,10 @@ def test_samples_that_do_not_count_are_in_no_error(wrong):
     ):
         np.testing.assert_allclose(own["error"], expected["error"], rtol=1e-4)
         assert 0 < own["error"] < 1
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    over = prune(fn, params, [long] * 2, positions=lambda x: counts, mesh=mesh)
+    for own, row in zip(found.report["weights"], over.report["weights"], strict=True):
+        np.testing.assert_allclose(own["error"], row["error"], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
