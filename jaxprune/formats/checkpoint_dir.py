@@ -31,8 +31,8 @@ from jaxprune.formats.safetensors_file import (
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _FOREIGN = (*_PICKLES, ".h5", ".msgpack", ".gguf")
-_COPIED = (".json", ".model", ".txt", ".md", ".jinja", ".tiktoken", ".py")
-_COPIED += (".spm", ".codes")  # tokenizers of Marian, PhoBERT
+_TOKENIZERS = (".model", ".tiktoken", ".spm", ".codes")
+_COPIED = (*_TOKENIZERS, ".json", ".txt", ".md", ".jinja", ".py")
 # What says that weights are rounded: of transformers, of MLX, of older releases.
 _QUANTISED = ("quantization_config", "quantization", "compression_config")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
