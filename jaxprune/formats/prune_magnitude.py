@@ -28,8 +28,10 @@ from jaxprune.typing import Pattern, Prunable
 
 # The models whose matrices, or stacks of them, are [in, out].
 _INPUT_FIRST = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-_STACKED_INPUT_FIRST = {"gpt_oss", "llama4", "llama4_text"}
-_STACKED_INPUT_FIRST |= {"qwen3_vl_moe", "qwen3_vl_moe_text", "aria", "aria_text"}
+_STACKED_INPUT_FIRST = {
+    *("gpt_oss", "llama4", "llama4_text", "aria", "aria_text"),
+    *("qwen3_vl_moe", "qwen3_vl_moe_text"),
+}
 _FLOATS = tuple(map(np.dtype, ("f2", "f4", "f8", "bfloat16")))
 
 

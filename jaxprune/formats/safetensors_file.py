@@ -222,9 +222,7 @@ def is_text(value: Any) -> bool:
 
 def is_plain(name: str) -> bool:
     """Whether a name is that of a file in a directory, and leads nowhere else."""
-    return (
-        bool(name) and not {"/", os.sep, "\0"} & set(name) and name not in (".", "..")
-    )
+    return bool(name) and not {"/", "\0"} & set(name) and name not in (".", "..")
 
 
 def is_inside(path: str) -> bool:

@@ -42,9 +42,9 @@ class Refine:
     Adam, its learning rate falling to zero along a cosine, one step a batch. Trained
     are the kept weights of the pruned matrices, and the floating vectors that one layer
     alone reads: norms and biases, and running statistics too if they are among the
-    parameters, so let the function close over `batch_stats`. After
-    each pass the loss is measured on batches that are not trained on; the best values
-    are kept, those before the first step among them.
+    parameters, so let the function close over `batch_stats`. After each pass the loss
+    is measured on batches that are not trained on; the best values are kept, those
+    before the first step among them.
 
     Attributes:
       passes: how often each batch is trained on, at most.

@@ -287,9 +287,10 @@ def _none_back(
     bits: Sequence[jax.Array],
     kept: event_table.Count,
 ) -> list[jax.Array]:
-    """The masks of units without those that were pruned before, where masks keep less.
+    """The units that are kept, without any that was pruned before.
 
-    They do so where a run goes on with masks of a higher sparsity than the event's.
+    An event would keep such a unit only where fewer are left than its sparsity says: in
+    a run that goes on from a model that was pruned further.
     """
     pairs = zip(masks, table.axes, strict=True)
     alive = [
@@ -298,10 +299,10 @@ def _none_back(
     if table.together:
         return [own & left for own, left in zip(bits, alive, strict=True)]
     # By rounding, an allocation such as ERK may keep one unit more than before.
-    few = [jnp.sum(left, dtype=np.uint32) + np.uint32(1) for left in alive]
+    most = [jnp.sum(left, dtype=np.uint32) + np.uint32(1) for left in alive]
     return [
-        own & (left | (size >= kept.low[i]))
-        for i, (own, left, size) in enumerate(zip(bits, alive, few, strict=True))
+        own & (left | (kept.low[i] <= most[i]))
+        for i, (own, left) in enumerate(zip(bits, alive, strict=True))
     ]
 
 

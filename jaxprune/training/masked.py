@@ -1,4 +1,4 @@
-"""What transformations with masks do leaf by leaf."""
+"""What transformations with masks share: leaf by leaf, and of their arguments."""
 
 from collections.abc import Callable
 from typing import Any
