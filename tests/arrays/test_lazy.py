@@ -67,6 +67,7 @@ def test_the_bits_are_those_of_arrays(method, tmp_path):
     assert same_bits(lazy.loaded(found.params), expected.params)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "shares",
     [
@@ -168,6 +169,7 @@ def test_a_lazy_array_must_be_finite(tmp_path):
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [pytest.param(AUTO, marks=pytest.mark.full), EXPLICIT])
 def test_each_device_gets_its_part(kind, tmp_path):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))

@@ -24,6 +24,7 @@ def prune(capsys, place, out, *options):
     return run(capsys, "prune", place / "model", place / out, *SMALL, *options)
 
 
+@pytest.mark.full
 def test_a_distillation_leaves_the_zeros_of_an_earlier_job(capsys, place):
     how = ["--method", "magnitude", "--sparsity", "0.5"]
     assert prune(capsys, place, "half", *how, "--exclude", "*mlp*")[0] == 0

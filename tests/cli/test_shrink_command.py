@@ -129,6 +129,7 @@ def test_with_a_calibration_the_weights_of_those_left_make_up_for_the_others(
         assert (after[name.format("down")] != down[:, kept]).mean() > 0.9
 
 
+@pytest.mark.full
 def test_it_is_measured_on_the_ends_of_the_texts(place, capsys):
     (place / "text.txt").write_text(tiny_cli.text(900))
     words = ("--ffn", 0.5, "--calibration", place / "text.txt", "--length", 16)

@@ -120,7 +120,11 @@ def test_a_character_that_the_text_does_not_have_is_shown_as_unknown(tmp_path):
 
 def test_of_two_rates_none_is_taken_without_the_seed_that_chooses(tmp_path):
     config = prune_while_training.Config(
-        out=tmp_path, text=write_text(tmp_path / "a.txt"), seeds=(1,), steps=(20,)
+        out=tmp_path,
+        text=write_text(tmp_path / "a.txt"),
+        seeds=(1,),
+        steps=(20,),
+        learning_rates=(1e-3,),  # of several, it would train with each
     )
     run = Run(config, prune_while_training.run.load(config.data, text=config.text))
     row = {

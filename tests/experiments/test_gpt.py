@@ -119,6 +119,7 @@ def test_parameters_are_made_where_they_belong():
 # ---- initial values
 
 
+@pytest.mark.full
 def test_initial_values_follow_nanogpt():
     config = INITIAL
     for name, leaf in _flat(nnx.state(make_model(config), nnx.Param)).items():
@@ -186,6 +187,7 @@ def test_a_token_past_the_vocabulary_gives_nan():
     assert np.isnan(_loss(make_model(), make_tokens(), bad))
 
 
+@pytest.mark.full
 def test_dropout_needs_a_key_and_repeats_with_it():
     config = dataclasses.replace(TINY, dropout=0.5)
     model, tokens = make_model(config), make_tokens()

@@ -36,7 +36,15 @@ def _greedy(model, tokens, steps):
     return tokens
 
 
-@pytest.mark.parametrize(("time", "steps"), [(3, 12), (8, 4), (11, 3), (7, 1)])
+@pytest.mark.parametrize(
+    ("time", "steps"),
+    [
+        pytest.param(3, 12, marks=pytest.mark.full),
+        pytest.param(8, 4, marks=pytest.mark.full),
+        (11, 3),
+        (7, 1),
+    ],
+)
 def test_temperature_zero_takes_the_likeliest_token(time, steps):
     model = larger(10)
     prompt = make_tokens((2, time))
@@ -48,7 +56,10 @@ def test_temperature_zero_takes_the_likeliest_token(time, steps):
     np.testing.assert_array_equal(generate(model, prompt, top_k=1, **options), expected)
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 4)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k"),
+    [(1.0, None), (0.5, None), pytest.param(2.0, 4, marks=pytest.mark.full)],
+)
 def test_draws_have_the_frequencies_of_the_softmax(temperature, top_k):
     model = larger(5)
     count = 4000

@@ -115,6 +115,7 @@ def test_validation_counts_every_held_out_answer_once(task):
     assert sum(weights.sum() for *_, weights in few) == _words(task.held_out[:10])
 
 
+@pytest.mark.full
 def test_accuracy_is_the_share_of_likeliest_words_that_are_right(task, params):
     right = task.right(params, task.held_out)
     by_hand = []

@@ -109,6 +109,7 @@ def test_float64_weights_that_are_one_float32_are_told_apart(tmp_path):
     np.testing.assert_array_equal(new["w.weight"], oracle(weight, 24))
 
 
+@pytest.mark.full
 @given(
     st.sampled_from([(1, 9), (4, 1), (6, 7)]), st.integers(0, 99), st.floats(0, 0.99)
 )
@@ -148,6 +149,7 @@ def test_two_of_four_lie_along_the_inputs_where_these_come_first(
     assert ((fours == 0).sum(-2) == 2).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_stacked_experts_are_pruned_one_by_one(tmp_path, pattern):
     stack = normal(0, 3, 8, 16) * np.array([1, 10, 100], np.float32)[:, None, None]

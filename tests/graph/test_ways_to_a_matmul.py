@@ -81,7 +81,7 @@ def test_a_scaled_layer_of_a_stack_is_put_back_where_it_was():
         assert np.abs(before[kept]).min() >= np.abs(before[~kept]).max()
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("turned", [pytest.param(False, marks=pytest.mark.full), True])
 def test_the_kernel_of_a_transposed_convolution_is_seen(turned):
     kernel = draw(4, 3, *((OUT, IN) if turned else (IN, OUT)))
     x = correlated(5, 2 * 10, IN).reshape(2, 10, IN)
@@ -105,6 +105,7 @@ def test_the_kernel_of_a_transposed_convolution_is_seen(turned):
     assert (after == 0).sum() == kernel.size // 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "join", [jnp.stack, pytest.param(jnp.concatenate, marks=pytest.mark.full)]
 )

@@ -208,7 +208,7 @@ ALL = [
 @pytest.mark.parametrize(
     ("pattern", "shape"),
     [
-        (jp.patterns.PerOutput(), SHAPE),
+        pytest.param(jp.patterns.PerOutput(), SHAPE, marks=pytest.mark.full),
         (jp.patterns.NM(2, 4), SHAPE),
         (jp.patterns.Block(2, 3), (7, 5)),
         pytest.param(jp.patterns.Channel(), SHAPE, marks=pytest.mark.full),
@@ -320,7 +320,16 @@ def test_nm_counts_groups_that_float16_cannot(n, m):
     np.testing.assert_array_equal(mask, oracles.keep_nm(scores, n, m))
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "per-output", "channel", "4x4"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "2:4",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("per-output", "channel", "4x4")
+        ),
+    ],
+)
 def test_outside_of_jit_a_leaf_of_another_shape_takes_five_programs(pattern):
     """Not one for each operation: a model has many shapes, and compiling takes long."""
     sparsity = None if pattern == "2:4" else 0.5

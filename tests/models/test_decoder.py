@@ -207,7 +207,7 @@ EQUAL = [8, 8] + [1] * 8
     ("name", "layers", "size", "pieces"),
     [
         ("mistral", (), 30, PIECES),
-        ("gemma3", (1, 2), 24, PIECES),
+        pytest.param("gemma3", (1, 2), 24, PIECES, marks=pytest.mark.full),
         # A layer of each kind that the family has.
         *(
             pytest.param(name, layers, 24, EQUAL, marks=pytest.mark.full)
@@ -233,6 +233,7 @@ def test_cached_logits_are_the_full_logits(name, layers, size, pieces, model_of)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.full
 def test_the_size_of_a_cache_decides_between_short_and_long(model_of):
     model, tokens = model_of("phi3-long", 0), tiny_hf.tokens(time=17)
     short = np.asarray(_run(model, tokens[:, :16]))
@@ -282,7 +283,8 @@ def _greedy(model, tokens, steps):
 @pytest.mark.parametrize(
     ("name", "layers", "time", "steps", "sliding"),
     [
-        ("phi3-long", (0,), 10, 12, False),  # 16 is the switch
+        # 16 is the switch
+        pytest.param("phi3-long", (0,), 10, 12, False, marks=pytest.mark.full),
         pytest.param("phi3-long", (0,), 16, 2, False, marks=pytest.mark.full),
         ("phi3-long", (0,), 17, 3, False),
         # 64 is the context
@@ -309,7 +311,12 @@ def test_sampling_takes_the_likeliest_token_of_full_passes(
 
 @pytest.mark.parametrize(
     ("name", "rows"),
-    [("gemma3-linear", 7), ("llama-3", None), ("llama-3", 1), ("llama-3", 1000)],
+    [
+        pytest.param("gemma3-linear", 7, marks=pytest.mark.full),
+        ("llama-3", None),
+        ("llama-3", 1),
+        ("llama-3", 1000),
+    ],
 )
 def test_the_loss_is_the_cross_entropy_of_the_logits(name, rows, model_of):
     model = model_of(name, 0)

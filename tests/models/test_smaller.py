@@ -112,7 +112,9 @@ def test_transformers_loads_it_with_equal_logits(name, tmp_path):
     assert np.abs(tiny_hf.torch_logits(whole_model, ids) - ours).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", pytest.param("gemma3", marks=pytest.mark.full)]
+)
 def test_it_costs_what_a_model_built_at_its_shape_costs(name, tmp_path):
     tiny_hf.random_folder(name, tmp_path / "whole", "float32", layers=1)
     result, whole = shrunk(tmp_path / "whole", 0.5)

@@ -54,6 +54,7 @@ def test_each_step_of_refine_reduces_the_loss():
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.full
 def test_the_weights_are_the_best_on_a_support_that_is_one_of_the_best():
     ratios = []
     for seed in range(3):
@@ -167,6 +168,7 @@ def test_a_singular_hessian_is_damped_and_a_hopeless_one_told():
     assert np.isinf(solve(weight, -hessian, 768, damping=0.0).damping)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("over", [pytest.param("vmap", marks=pytest.mark.full), "map"])
 def test_a_stack_of_experts_is_solved_like_each_of_them(over):
     pairs = [problem(seed) for seed in (9, 10)]

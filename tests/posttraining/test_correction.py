@@ -217,7 +217,11 @@ def test_what_does_not_count_is_in_no_sum():
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("options", [{}, {"refine": jp.Refine(passes=2)}], ids=repr)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.full), {"refine": jp.Refine(passes=2)}],
+    ids=repr,
+)
 def test_the_dense_model_beside_changes_nothing_by_itself(model, options):
     found = prune(method(correction=NEXT_TO_NOTHING), *MODELS[model], **options)
     without = prune(method(correction=0.0), *MODELS[model], **options)
@@ -354,7 +358,9 @@ def by_capacity(params, x):
     return jnp.einsum("eci,eio->eco", x[slots], params["experts"])
 
 
-@pytest.mark.parametrize("fn", [ragged, by_capacity])
+@pytest.mark.parametrize(
+    "fn", [pytest.param(ragged, marks=pytest.mark.full), by_capacity]
+)
 def test_experts_are_pruned_without_it(fn):
     """Rows that the dense model sends to other experts are not compared."""
     params = {"first": PARAMS["out"], "experts": jnp.asarray(draw(5, 2, WIDTH, 4))}

@@ -86,6 +86,7 @@ def test_masks_are_those_worked_out_by_hand(method, sparsity, rule):
         np.testing.assert_array_equal(got, kernel.astype(np.float32))
 
 
+@pytest.mark.full
 def test_reconstructed_weights_are_those_worked_out_by_hand():
     def rule(i, kernel, inputs):
         own = jnp.asarray(hessian(inputs[None])[0], jnp.float32)
@@ -299,6 +300,7 @@ def test_parameters_that_are_given_up_are_gone_and_the_result_is_the_same():
         assert new["bias"] is old["bias"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.full)]
 )

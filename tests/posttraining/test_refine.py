@@ -175,6 +175,7 @@ def test_the_floor_is_of_the_tokens_that_count():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_a_linear_block_comes_to_the_least_squares_solution_under_its_mask():
     x, w = correlated(0, 24, WIDTH), draw(1, WIDTH, 3)
     x /= np.exp(np.arange(WIDTH) % 2)[None]

@@ -32,7 +32,13 @@ def lie_on_levels(weight, rounding):
     ("pattern", "inner", "choose", "removed"),
     [
         (jp.patterns.Unstructured(), GROUP, slow.choose_unstructured, IN * OUT // 2),
-        (jp.patterns.NM(2, 4), 4, lambda *_: slow.choose_nm(2, 4), 0),
+        pytest.param(
+            jp.patterns.NM(2, 4),
+            4,
+            lambda *_: slow.choose_nm(2, 4),
+            0,
+            marks=pytest.mark.full,
+        ),
     ],
     ids=["unstructured", "2:4"],
 )

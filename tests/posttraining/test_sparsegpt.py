@@ -68,7 +68,12 @@ def test_it_is_the_papers_algorithm(case):
 
 
 @pytest.mark.parametrize(
-    "pattern", [jp.patterns.Unstructured(), jp.patterns.PerOutput()], ids=str
+    "pattern",
+    [
+        pytest.param(jp.patterns.Unstructured(), marks=pytest.mark.full),
+        jp.patterns.PerOutput(),
+    ],
+    ids=str,
 )
 def test_every_count_is_exact_and_all_share_one_program(pattern):
     weight, hessian = problem(2)

@@ -101,6 +101,7 @@ def mixture(p, x):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "method",
     [

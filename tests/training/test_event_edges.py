@@ -93,6 +93,7 @@ def test_admm_averages_what_the_criterion_s_own_rule_leaves():
     assert counts == {"a": 4, "b": 0}
 
 
+@pytest.mark.full
 def test_admm_takes_two_bytes_where_promotion_is_strict():
     params = {"a": WEIGHTS["a"].astype(jnp.bfloat16)}
     with jax.numpy_dtype_promotion("strict"):

@@ -65,6 +65,7 @@ def test_zeros_are_exactly_the_schedules_after_every_step(dtype, packed):
         np.testing.assert_array_equal(held, kernel != 0)
 
 
+@pytest.mark.full
 def test_each_layer_has_the_zeros_of_masks_make():
     params = model()
     tx = jp.gradual(optax.adamw(0.01), SCHEDULE, allocation="erk")
@@ -83,6 +84,7 @@ def test_each_layer_has_the_zeros_of_masks_make():
         assert zeros(run.weights, layer) == expected
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("pattern", "units"),
     [
@@ -205,6 +207,7 @@ def test_what_is_pruned_stays_pruned_where_scores_tie_and_enters_no_moment():
             np.testing.assert_array_equal(np.asarray(moment["w"]) != 0, mask)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("grow", "allocation"),
     [

@@ -119,6 +119,7 @@ def test_an_optimizer_of_nnx_takes_the_same_steps():
     assert (params["kernel"] == 0).sum() == 17
 
 
+@pytest.mark.full
 def test_a_change_has_the_rank_and_no_more():
     params = weights()
     merged, _ = trained(jp.lora(optax.adam(1e-2), rank=3), params)

@@ -154,6 +154,7 @@ def test_before_its_start_a_tracker_makes_no_infinity():
     np.testing.assert_array_equal(held, np.full((2, 2), 2.0))
 
 
+@pytest.mark.full
 def test_with_x64_everything_is_float32_still():
     with jax.enable_x64(True):
         params = {"w": jnp.asarray(np.arange(1.0, 17.0).reshape(4, 4))}

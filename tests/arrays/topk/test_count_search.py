@@ -162,7 +162,7 @@ def test_a_wrong_guess_changes_nothing(ends):
     np.testing.assert_array_equal(row_of(masks), highest(row, SIZE // 3))
 
 
-@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("joint", [pytest.param(True, marks=pytest.mark.full), False])
 def test_the_gap_under_what_is_not_pruned_is_no_part_of_a_guess(joint):
     """What is pruned ranks at minus infinity, and an event prunes a little more."""
     pruned, live, more = 70_000, 80_000, 1_000
@@ -208,6 +208,7 @@ def test_scores_that_are_constants_of_a_jitted_function_are_cut_when_it_is_trace
         assert pruned["w"].tolist() == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.full
 def test_in_float64_neighbours_are_told_apart():
     with jax.enable_x64(True):
         row = 1.0 + np.arange(99)[::-1] * 2.0**-52

@@ -70,13 +70,16 @@ def test_each_slice_keeps_its_own_number(seed, kind, axis, data):
     np.testing.assert_array_equal(along(scores, kept, axis), expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.full)]
+)
 def test_half_precision_is_ranked_as_it_is(dtype):
     scores = jnp.asarray(scores_of(1, "normal").astype(dtype))
     expected = oracles.keep_top(array(scores), 50)
     np.testing.assert_array_equal(thresholds.highest(scores, 70), expected)
 
 
+@pytest.mark.full
 def test_one_number_serves_all_slices_of_any_axis():
     scores = scores_of(2, "ties", (3, 4, 5))
     mask = np.asarray(thresholds.highest(jnp.asarray(scores), 2, axis=1))
