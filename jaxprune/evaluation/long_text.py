@@ -7,6 +7,7 @@ piece of plain text begins at the first white space of its place. In `.jsonl` an
 overlap, so pieces do not overlap either.
 """
 
+import codecs
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,7 +146,10 @@ class LongText:
                 file.seek(start - 1)
                 _line(file, self.path)
             while (at := file.tell()) < end:
-                if (line := _line(file, self.path)).strip():
+                line = _line(file, self.path)
+                if at == 0:  # a mark of the byte order is no document
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
                     which = f"the one at byte {at}"
                     yield of_line(line, self.path, which, self.tokenizer)
 

@@ -127,6 +127,8 @@ def windows(
     Raises:
       ValueError: they do not fit the text or the model.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"windows need a limit of at least 1, got {limit}")
     if isinstance(text, Text) and text.is_rows:
         rows = text.tokens[:limit].astype(np.int32)
         counted = np.ones((len(rows), rows.shape[1] - 1), bool)
@@ -168,6 +170,9 @@ def measure(
       "perplexity" and "nats" a token (None where they are not finite), "tokens" and
       "windows" that count.
 
+    Raises:
+      ValueError: there is no window, or the batch is under 1.
+
     Example:
       >>> from flax import nnx
       >>> from jaxprune.models.decoder.config import DecoderConfig
@@ -182,6 +187,11 @@ def measure(
     """
     graphdef, params = nnx.split(model)
     number = len(seen.tokens)
+    if min(batch, number) < 1:
+        raise ValueError(
+            "measure needs at least one window and a batch of at least 1, got "
+            f"{number} and {batch}"
+        )
     batch = min(batch, number)
     total = 0.0
     for start in range(0, number, batch):

@@ -109,6 +109,11 @@ def retrain(
             "retrain needs at least one step, a batch of one and one sequence, got "
             f"{settings.steps}, {settings.batch} and {len(sequences)}"
         )
+    if loss is None and sequences.shape[1] < 2:
+        raise ValueError(
+            "retrain needs sequences of at least 2 tokens, since the first is only "
+            f"seen, got {sequences.shape[1]}; give longer ones"
+        )
     loss = from_text() if loss is None else loss
     held = names if masked is None else names & masked
     trained, frozen, whole = _parted(model, names)

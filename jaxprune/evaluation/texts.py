@@ -267,6 +267,11 @@ def _check_enough(
     texts: Sequence[AnyText], counts: Sequence[int], length: int, bos: int | None
 ) -> None:
     body = length - (bos is not None)
+    if body < 1:
+        raise ValueError(
+            f"a sequence needs a token beside BOS, got a length of {length}; give a "
+            "greater one"
+        )
     problems = []
     for text, count in zip(texts, counts, strict=True):
         if isinstance(text, LongText):  # looked at when it is drawn from

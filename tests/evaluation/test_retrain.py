@@ -91,6 +91,12 @@ def test_nothing_to_train_is_refused(half, names, rows, steps, told):
         retrain.retrain(model, names, SEQUENCES[:rows], settings)
 
 
+def test_sequences_of_one_token_teach_nothing(half):
+    settings = retrain.Settings(steps=1, learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"at least 2 tokens.* got 1; give longer"):
+        retrain.retrain(*half, SEQUENCES[:, :1], settings)
+
+
 @pytest.mark.full
 def test_leaves_of_which_some_are_committed_to_their_device_compile_one_step(half):
     """As after a solver, whose results are, beside leaves that it left alone."""

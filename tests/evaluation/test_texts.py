@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from tests.support import tiny_cli
+from tests.support.plain_decoder import plain
 
 pytest.importorskip("tokenizers")
 
-from jaxprune.evaluation import perplexity, texts
+from jaxprune.evaluation import long_text, perplexity, texts
 from jaxprune.models import hf
 
 
@@ -133,6 +134,12 @@ def test_too_short_texts_say_how_much_is_needed(tmp_path):
         texts.draw([low, rows], sequences=8, length=10, bos=None, seed=0)
 
 
+def test_a_sequence_of_bos_alone_is_refused(tmp_path):
+    text = made("a.txt", np.arange(50))
+    with pytest.raises(ValueError, match="a token beside BOS, got a length of 1"):
+        texts.draw([text], sequences=2, length=1, bos=1, seed=0)
+
+
 @pytest.mark.parametrize("bos", [1, None])
 @pytest.mark.parametrize("stride", [1, 3, 4, 6, 7])
 @pytest.mark.parametrize("count", [2, 6, 7, 20])
@@ -152,6 +159,15 @@ def test_windows_predict_each_token_once(bos, stride, count):
 def test_a_limit_of_no_window_is_refused():
     with pytest.raises(ValueError, match="limit of at least 1, got 0"):
         perplexity.slide(np.arange(20), context=4, limit=0)
+    rows = made("a.npy", np.ones((5, 9)))
+    with pytest.raises(ValueError, match="limit of at least 1, got -1"):
+        perplexity.windows(rows, context=9, limit=-1, longest=32)
+
+
+def test_no_batch_is_refused():
+    seen = perplexity.slide(np.arange(20), context=4)
+    with pytest.raises(ValueError, match=r"batch of at least 1, got \d+ and 0"):
+        perplexity.measure(plain(), seen, batch=0)
 
 
 def test_windows_are_limited_from_the_beginning():
@@ -210,6 +226,13 @@ def test_strings_of_json_may_hold_any_separator_and_files_a_byte_order_mark(tmp_
     found = texts.read(tmp_path / "a.jsonl", Letters(), 256)
     assert len(found.tokens) == len("\n\n".join(documents))
     assert letters(texts.read(tmp_path / "b.txt", Letters(), 256).tokens) == "one two"
+
+
+def test_a_byte_order_mark_may_stand_before_an_empty_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\n{"text":"ab"}\n')
+    text = long_text.LongText(path, "", Letters(), 999, path.stat().st_size)
+    assert letters(text.first()) == "ab"
 
 
 @pytest.mark.parametrize("size", [90, 600_000])

@@ -38,6 +38,19 @@ def test_old_and_new_words_for_rotary_schemes_agree():
     assert _read("llama", rope_theta=5e5) != _read("llama")
 
 
+def test_an_attribute_inside_an_object_is_ignored_by_its_whole_name():
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    config = {**tiny_hf.config_json("llama"), "rope_scaling": {**yarn, "finetuned": 1}}
+    config.pop("rope_parameters", None)
+    with pytest.raises(ValueError, match=r"rope_scaling\.finetuned=1 is not known"):
+        decoder_config(config)
+    found = decoder_config(config, ignore_config=["rope_scaling.finetuned"])
+    assert found == _read("llama", rope_scaling=yarn, rope_parameters=...)
+    assert config["rope_scaling"]["finetuned"] == 1
+    with pytest.raises(ValueError, match=r"has no 'rope_scaling\.other'"):
+        decoder_config(config, ignore_config=["rope_scaling.other"])
+
+
 def test_left_out_attributes_have_the_defaults_of_the_family():
     gemma = _read("gemma3", layer_types=..., num_hidden_layers=7)
     assert gemma.windows == (5, 5, 5, 5, 5, None, 5)

@@ -162,6 +162,16 @@ class DecoderConfig:
                 "DecoderConfig needs experts_per_token to be from 1 to experts="
                 f"{self.experts}, got {self.experts_per_token}"
             )
+        if self.experts and not self.gated:
+            raise ValueError(
+                "DecoderConfig has gated experts only, got gated=False and experts="
+                f"{self.experts}; leave one of them out"
+            )
+        if self.swiglu_limit is not None and not self.experts:
+            raise ValueError(
+                "DecoderConfig clips experts only, got swiglu_limit="
+                f"{self.swiglu_limit} and experts=0; leave swiglu_limit out"
+            )
         check_choice(self, "norm", get_args(Norms))
         check_choice(self, "qk_norm", (*get_args(QueryNorms), None))
         check_choice(self, "block", get_args(Blocks))

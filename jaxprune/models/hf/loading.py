@@ -74,6 +74,7 @@ def load(
         it is read. See `jp.prune_trained`, and `embedded`.
       ignore_config: attributes of config.json to read as if they were not there; an
         unknown one that could change what the model computes is refused otherwise.
+        "rope_scaling.finetuned" is one inside an object.
 
     Returns:
       The model, its shape, which tensor each leaf came from, what was ignored.

@@ -93,13 +93,29 @@ def find(config: Mapping[str, Any]) -> Family:
 
 
 def without(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
-    """A config.json less the attributes that the caller says do not matter."""
-    if absent := [name for name in ignore if name not in config]:
+    """A config.json less the attributes that the caller says do not matter.
+
+    "rope_scaling.finetuned" is an attribute inside an object.
+    """
+    left = dict(config)
+    if absent := [name for name in dict.fromkeys(ignore) if not _removed(left, name)]:
         raise ValueError(
             f"attributes to ignore must be in config.json, but it has no "
             f"{listed(absent)}; it has {listed(config)}"
         )
-    return {name: value for name, value in config.items() if name not in ignore}
+    return left
+
+
+def _removed(config: dict[str, Any], name: str) -> bool:
+    """Removes an attribute, also one inside an object; whether it was there."""
+    if name in config:  # a name may have a dot of its own
+        del config[name]
+        return True
+    outer, _, inner = name.partition(".")
+    if not isinstance(config.get(outer), dict):
+        return False
+    config[outer] = dict(config[outer])  # the caller's stays as it is
+    return _removed(config[outer], inner)
 
 
 def decoder_config(
