@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +94,23 @@ def default(leaf: jax.Array) -> Axes:
     return Axes(tuple(range(-leaf.ndim, -1))) if leaf.ndim >= 4 else Axes()
 
 
+def check(axes: Any) -> None:
+    """Refuses what is neither `Axes`, nor a mapping to `Axes`, nor None."""
+    each = list(axes.values()) if isinstance(axes, Mapping) else [axes]
+    if axes is not None and not all(isinstance(own, Axes) for own in each):
+        raise TypeError(
+            f"axes must be jp.Axes(inputs=..., outputs=...) or {{glob: jp.Axes(...)}}, "
+            f"got {axes!r}"
+        )
+
+
 def resolve(
     axes: Axes | Mapping[str, Axes] | None,
     names: Sequence[str],
     leaves: Sequence[jax.Array],
 ) -> list[Axes]:
     """One `Axes` a leaf: that of all, of the first glob that matches, or default."""
+    check(axes)
     if isinstance(axes, Axes):
         return [axes] * len(leaves)
     ruled = tree.by_rule(axes or {}, names, None, "axes")

@@ -101,8 +101,15 @@ def beside(array: jax.Array, like: jax.Array) -> jax.Array:
     """The array, placed like another of its shape where it is committed elsewhere."""
     if any(not is_concrete(x) for x in (array, like)) or not array.committed:
         return array
-    same = array.sharding.device_set == like.sharding.device_set
-    return array if same else placed(array, like)
+    return array if devices(array) == devices(like) else placed(array, like)
+
+
+def devices(array: jax.Array) -> tuple[Any, ...]:
+    """The devices of an array; arrays of one program have them in one order."""
+    mesh = _mesh(array)
+    if mesh is not None:
+        return tuple(mesh.devices.flat)
+    return tuple(sorted(array.sharding.device_set, key=lambda device: device.id))
 
 
 def together(array: Any, like: Any) -> Any:

@@ -4,9 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.arrays import counting, lazy, tree
 from jaxprune.arrays.messages import columns
+from jaxprune.arrays.topk import float_order
+from jaxprune.arrays.topk.float_order import Line
 
 
 class Sparsity(NamedTuple):
@@ -93,10 +96,15 @@ def _is_counted(leaf: Any) -> bool:
     return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
-def _nonzero(leaf: Any) -> jax.Array:
+def _nonzero(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):  # of 64 bits, which JAX may not hold
+        return np.count_nonzero(leaf)
     return leaf.count_nonzero() if _counts_itself(leaf) else _count(lazy.array(leaf))
 
 
 @jax.jit
 def _count(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        # As integers: a CPU takes subnormal floats for zeros when it compares them.
+        leaf = float_order.of(leaf, Line.of(leaf.dtype).signed)
     return counting.parts(leaf != jnp.zeros((), leaf.dtype), leaf.size)

@@ -30,7 +30,7 @@ _UNPRUNABLE = {
     rf"|(^|[/_])patch_embed(ding)?s?/[^/]*/[^/]*$|(^|/)shared/weight$",
     "a normalisation": r"(^|[/_])((layer|rms|batch|group|instance)?norms?"
     rf"|normali[sz]ation|ln[a-z]?|bn)\d*{_HERE}|(^|[/_])scale(/[^/]*)?$",
-    "a bias": r"(^|[/_])bias(/[^/]*)?$",
+    "a bias": r"(^|[/_])bias(_table)?(/[^/]*)?$",
     # "head_0" may be one of attention's.
     "an output head": r"(^|/)(((lm|output|classification|prediction|value|policy)_head"
     r"|classifier)(_?\d+)?|head|logits(_dense)?|score|unembed)(/[^/]*)?$"

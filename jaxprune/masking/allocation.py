@@ -310,26 +310,32 @@ def _blocks(weights: Sequence[Weight]) -> list[tuple[str, int]]:
     """The layer (prefix, number) of each weight: the first number that tells any apart.
 
     A number that is the same in all weights with this prefix numbers no layers, such as
-    the first of Linen's "Encoder_0/Block_3".
+    the first of Linen's "Encoder_0/Block_3". Of a leaf that is used index by index the
+    index is the layer, unless its name has the number of one: numbers with weights
+    beside it that have no index, as "blocks/3/up" beside "blocks/3/qkv" of three parts.
     """
     every = [_numbers(weight) for weight in weights]
     seen: dict[str, set[int]] = {}
     for prefix, number in itertools.chain(*every):
         seen.setdefault(prefix, set()).add(number)
-    return [
-        next((place for place in places if len(seen[place[0]]) > 1), places[0])
-        for places in every
-    ]
+    pairs = list(zip(weights, every, strict=True))
+    single = {prefix for w, places in pairs if not w.index for prefix, _ in places}
+
+    def layer(weight: Weight, places: list[tuple[str, int]]) -> tuple[str, int]:
+        last = places[0]
+        if weight.index:
+            last = (weight.leaf.removeprefix("params/").split("/")[0], weight.index[0])
+            places = [place for place in places if place[0] in single]
+        return next((place for place in places if len(seen[place[0]]) > 1), last)
+
+    return [layer(*pair) for pair in pairs]
 
 
 def _numbers(weight: Weight) -> list[tuple[str, int]]:
     """Each number in a weight's name, with what stands before it.
 
-    Of a leaf that is stacked over layers it is the first name and the index, of a
-    weight without a number its own name and -1.
+    Of a weight without a number it is its own name and -1.
     """
-    if weight.index:
-        return [(weight.leaf.split("/")[0], weight.index[0])]
     found = re.finditer(r"(?:^|[/_])(\d+)(?=/|$)", weight.leaf)
     places = [(weight.leaf[: each.start()], int(each[1])) for each in found]
     return places or [(weight.leaf, -1)]

@@ -53,6 +53,11 @@ def agreed(
                 "leave the sparsity out"
             )
         sparsity, allocation = allocation, "layer"
+    if isinstance(sparsity, Mapping) and not sparsity:
+        raise ValueError(
+            "shares by leaf must name one leaf at least, but {} was given; write "
+            "{glob: share}, or one number for all"
+        )
     rule, fixed = named(allocation), pattern.sparsity
     by_leaf = isinstance(sparsity, Mapping)
     if by_leaf and not isinstance(rule, Uniform):

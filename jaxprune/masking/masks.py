@@ -10,9 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxprune.arrays import placement, tree
+from jaxprune.arrays import low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.topk import float_order
+from jaxprune.arrays.topk.float_order import Line
 from jaxprune.masking import patterns, selection
 from jaxprune.masking.checks import checked, floating
 from jaxprune.masking.counts import Allocation
@@ -168,7 +171,12 @@ def combine(first: Masks, second: Masks) -> Masks:
 
 
 def _is_above(score: jax.Array, threshold: Any) -> jax.Array:
-    return score > jnp.asarray(threshold, score.dtype)
+    # Not in a narrow dtype, which would round the threshold onto scores above it; and
+    # as integers, since a CPU takes subnormal floats for zeros when it compares them.
+    wide = np.dtype("float64" if score.dtype == np.float64 else "float32")
+    rank = Line.of(wide).signed
+    least = jnp.asarray(threshold, wide)
+    return float_order.of(score, rank) > float_order.of(least, rank)
 
 
 def _applied(mask: Any, leaf: Any) -> jax.Array:
@@ -177,4 +185,6 @@ def _applied(mask: Any, leaf: Any) -> jax.Array:
 
 @jax.jit
 def _where(mask: jax.Array, leaf: jax.Array) -> jax.Array:
-    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+    space, own = jax.typeof(leaf).memory_space, low_bit.on_device(leaf)
+    kept = jnp.where(low_bit.on_device(mask), own, jnp.zeros((), leaf.dtype))
+    return kept if own is leaf else jax.device_put(kept, space)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arrays import placement, tree
+from jaxprune.arrays import low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
@@ -129,7 +129,8 @@ def _pruned(leaf: Any, own: Selection, pattern: Pattern, *, donate: bool) -> Any
     if not placement.is_concrete(leaf):
         return _program(None, donate=False)(leaf, units, cut, pattern, axes)
     devices = leaf.sharding.device_set
-    if placement.is_concrete(units) and units.sharding.device_set != devices:
+    away = placement.is_concrete(units)
+    if away and placement.devices(units) != placement.devices(leaf):
         # Scores that were made elsewhere stay there; their mask travels.
         mask = selection.mask(own, pattern, leaf.shape)
         units, cut, pattern = placement.beside(mask, leaf), None, Unstructured()
@@ -157,4 +158,6 @@ def _where(
 ) -> jax.Array:
     kept = units if cut is None else thresholds.mask(units, cut)
     mask = pattern.expand(kept, leaf.shape, axes)
-    return jnp.where(placement.placed(mask, leaf), leaf, jnp.zeros((), leaf.dtype))
+    space, own = jax.typeof(leaf).memory_space, low_bit.on_device(leaf)
+    kept = jnp.where(placement.placed(mask, own), own, jnp.zeros((), leaf.dtype))
+    return kept if own is leaf else jax.device_put(kept, space)

@@ -75,6 +75,7 @@ def check_heads(
       rule: how the sparsity is shared out.
       each: the patterns.
     """
+    axes_.check(axes)
     free = all(isinstance(pattern, patterns.Unstructured) for pattern in each)
     if not isinstance(rule, Mapping):
         free &= type(allocation.named(rule)) in _WITHOUT_AXES
@@ -127,6 +128,11 @@ def quotas(
     _refuse_large(names, sizes, way)
     if isinstance(found, allocation.Global) and not isinstance(share, Mapping):
         kept = [sum(sizes) - round(share * sum(sizes))]
+        if sum(sizes) and not kept[0]:
+            warnings.warn(
+                "this sparsity leaves nothing of all leaves together; give a lower one",
+                stacklevel=4,
+            )
         return Quotas(kept, together=True, axes=own_axes)
     if isinstance(found, allocation.Uniform):
         pruned = counts.by_leaf(share, names, sizes)

@@ -90,6 +90,7 @@ def test_whole_words_say_what_is_left_alone():
         "mlp/gate/kernel",
         "model/layers/0/mlp/gate_proj/weight",
         "biased/kernel",
+        "bias_proj/kernel",
         "overhead/kernel",
         "blocks/0/kernel",
     )
@@ -116,6 +117,7 @@ def test_embeddings_norms_and_heads_are_left_alone_in_every_spelling():
         "batch_norm1/kernel",
         "RMSNorm_3/weight",
         "SelfAttention/relative_attention_bias/weight",
+        "attn/relative_position_bias_table",
         "lm_head/weight",
         "output/weight",
         "transformer/output_layer/weight",

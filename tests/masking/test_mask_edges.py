@@ -112,3 +112,57 @@ def test_magnitude_reads_lazy_leaves():
     values = np.array([[1.0, -2.0], [3.0, -4.0]], np.float32)
     lazy = {"w": jp.LazyArray(values.shape, values.dtype, lambda: values)}
     assert jp.scores.magnitude(lazy)["w"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_only_zeros_are_counted_as_zeros():
+    """Not subnormal numbers, nor what needs the 64 bits of NumPy's arrays."""
+    single = jnp.array([1e-40, 0.0, 1.0, -0.0, float("nan")])
+    assert jp.sparsity({"w": single}).zeros == 2
+    assert jp.sparsity({"w": single.astype(jnp.bfloat16)}).zeros == 2
+    assert jp.sparsity({"w": np.array([2**32, 0, 1])}).zeros == 1
+    assert jp.sparsity({"w": np.array([1e-50, 0.0, 1.0])}).zeros == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "threshold", "kept"),
+    [
+        ([1.0, 0.99], "bfloat16", 0.999, [True, False]),
+        ([1e-40, 0.0, 1.0], "float32", 0.0, [True, False, True]),
+        ([float("inf"), 1.0], "float16", 1e5, [True, False]),
+    ],
+)
+def test_a_threshold_is_not_rounded_to_the_scores(values, dtype, threshold, kept):
+    above = jp.masks.above({"w": jnp.array(values, dtype)}, threshold)
+    assert above["w"].tolist() == kept
+
+
+def test_parameters_in_host_memory_stay_there():
+    mesh = jax.make_mesh((len(jax.devices()),), ("x",))
+    spec = jax.sharding.PartitionSpec("x")
+    host = jax.sharding.NamedSharding(mesh, spec, memory_kind="pinned_host")
+    values = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    own = {"w": jnp.abs(values)}
+    masks, plain = jp.masks.make(own, 0.5), jp.prune({"w": values}, own, 0.5)["w"]
+    held = {"w": jax.device_put(values, host)}
+    for pruned in (jp.masks.apply(held, masks), jp.prune(held, own, 0.5)):
+        assert pruned["w"].sharding.memory_kind == "pinned_host"
+        np.testing.assert_array_equal(pruned["w"], plain)
+
+
+@pytest.mark.parametrize(
+    "axes", [(-2, -1), {"w": (-2, -1)}, "w", lambda name: jp.Axes()]
+)
+def test_axes_of_another_kind_are_refused(axes):
+    with pytest.raises(TypeError, match=r"axes must be jp\.Axes\(inputs"):
+        jp.masks.make(scores(w=(4, 4)), pattern="2:4", axes=axes)
+
+
+def test_shares_of_no_leaf_are_refused():
+    for options in ({"sparsity": {}}, {"allocation": {}}):
+        with pytest.raises(ValueError, match=r"name one leaf at least, but \{\} was"):
+            jp.masks.make(scores(w=(4, 4)), **options)
+
+
+def test_a_global_ranking_that_leaves_nothing_warns():
+    with pytest.warns(UserWarning, match="leaves nothing of all leaves together"):
+        jp.masks.make(scores(w=(3,)), 0.9, allocation="global")

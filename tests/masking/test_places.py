@@ -209,3 +209,19 @@ def test_applied_masks_leave_the_parameters_where_they_are(spec):
     masks = jax.device_put({k: v > 0 for k, v in EQUAL.items()}, other)
     for pruned in jp.masks.apply(weights, masks).values():
         assert pruned.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
+def test_the_same_devices_may_stand_in_another_order():
+    one, other = (
+        NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec("x"))
+        for devices in (jax.devices(), jax.devices()[::-1])
+    )
+    values = {name: EQUAL[name] for name in "ab"}
+    params = jax.device_put(values, one)
+    scores = {"a": jax.device_put(np.abs(EQUAL["a"]), one)}
+    scores["b"] = jax.device_put(np.abs(EQUAL["b"]), other)
+    expected = jp.prune(values, jp.scores.magnitude(values), 0.5, allocation="global")
+    found = jp.prune(params, scores, 0.5, allocation="global", donate=True)
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, expected[name])
+        assert leaf.sharding.is_equivalent_to(one, 2)

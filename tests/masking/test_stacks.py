@@ -161,3 +161,42 @@ def test_a_leaf_that_would_lose_all_is_named():
     del scores["empty"]
     with pytest.warns(UserWarning, match=r"leaves nothing of 'small', which"):
         jp.prune(scores, scores, 0.9, pattern="channel")
+
+
+def test_owl_takes_the_parts_of_a_leaf_for_parts_of_its_layer():
+    """Three matrices of a block, one by one or as one leaf of three."""
+    draw = np.random.default_rng(0).normal
+    apart = [
+        {
+            name: jnp.asarray(draw(size=(6, 6)) ** (1 + 4 * i), jnp.float32)
+            for name in ("q", "k", "v", "up")
+        }
+        for i in range(2)
+    ]
+    joined = [
+        {"qkv": jnp.stack([own[name] for name in "qkv"]), "up": own["up"]}
+        for own in apart
+    ]
+
+    def run(parts, params, x):
+        for own in params["blocks"]:
+            q, k, v = (x @ weight for weight in parts(own))
+            x = jnp.tanh(jnp.tanh(q * k + v) @ own["up"])
+        return x
+
+    def zeros(blocks, parts):
+        found = jp.prune_trained(
+            lambda params, x: run(parts, params, x),
+            {"blocks": blocks},
+            [jnp.asarray(draw(size=(20, 6)), jnp.float32)],
+            method="wanda",
+            sparsity=0.5,
+            allocation=jp.allocation.OWL(spread=0.2, factor=3.0),
+        )
+        named = jp.sparsity(found.params).by_leaf.items()
+        return [sum(n for name, (n, _) in named if f"/{i}/" in name) for i in (0, 1)]
+
+    one = zeros(apart, lambda own: [own[name] for name in "qkv"])
+    other = zeros(joined, lambda own: [own["qkv"][i] for i in range(3)])
+    assert one == other
+    assert one[0] != one[1]

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt, UInt32
 
-from jaxprune.arrays import low_bit
+from jaxprune.arrays import low_bit, placement
 from jaxprune.arrays.topk import count_search, float_order, sampling
 from jaxprune.arrays.topk.count_search import Bracket, Count, Order
 from jaxprune.arrays.topk.float_order import Line
@@ -259,8 +259,8 @@ def _cut(
 
 def _are_apart(leaves: Sequence[Any]) -> bool:
     """Whether arrays lie on different devices; NumPy's lie on none."""
-    shardings = [leaf.sharding for leaf in leaves if isinstance(leaf, jax.Array)]
-    return len({frozenset(where.device_set) for where in shardings}) > 1
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    return len({placement.devices(leaf) for leaf in arrays}) > 1
 
 
 def _varying(tree: Any, like: Sequence[Any]) -> Any:

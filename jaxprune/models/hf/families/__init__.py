@@ -93,10 +93,7 @@ def find(config: Mapping[str, Any]) -> Family:
 
 
 def without(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
-    """A config.json less the attributes that the caller says do not matter.
-
-    "rope_scaling.finetuned" is an attribute inside an object.
-    """
+    """A config.json less the attributes that the caller says do not matter."""
     left = dict(config)
     if absent := [name for name in dict.fromkeys(ignore) if not _removed(left, name)]:
         raise ValueError(
@@ -107,7 +104,7 @@ def without(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
 
 
 def _removed(config: dict[str, Any], name: str) -> bool:
-    """Removes an attribute, also one inside an object; whether it was there."""
+    """Removes an attribute, or "outer.inner", one inside an object; was it there?"""
     if name in config:  # a name may have a dot of its own
         del config[name]
         return True
