@@ -70,13 +70,18 @@ def picked(operand: Operand, axes: Sequence[int]) -> Axes:
 
 def _reshape(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Axes]:
     operand, after = operands[0], shapes[0]
-    if params.get("dimensions") is not None or 0 in after:
+    if (order := params.get("dimensions")) is not None:  # transposed first
+        shape = tuple(operand.shape[i] for i in order)
+        operand = Operand(shape, picked(operand, order))
+    # Without its axes of no length an empty value is reshaped as any other.
+    sizes = [math.prod(filter(None, shape)) for shape in (operand.shape, after)]
+    if 0 in after and sizes[0] != sizes[1]:
         for dim in operand.axes.dims:
             freeze(dim, "is reshaped in another order")
         return [new_axes(after, "is reshaped in another order")]
     before = [i for i, size in enumerate(operand.shape) if size > 1]
     pending = [i for i, size in enumerate(after) if size > 1]
-    dims, zeros = [fresh(1)] * len(after), [False] * len(after)
+    dims, zeros = [fresh(min(size, 1)) for size in after], [False] * len(after)
     while pending:
         # Axes of both sides are taken until their sizes agree.
         old, new = [before.pop(0)], [pending.pop(0)]

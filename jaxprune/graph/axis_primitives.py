@@ -26,7 +26,7 @@ _UNARY = """
     is_finite not population_count clz one_minus_square
 """
 # f(0) is not finite, and 0 times that is no number.
-_NOT_FINITE = "log log2 rsqrt lgamma digamma"
+_NOT_FINITE = "log log2 rsqrt lgamma digamma acosh"
 _ELEMENTWISE = """
     add add_any sub mul div max min rem pow atan2 nextafter eq ne lt le gt ge and or
     xor select_n clamp integer_pow

@@ -23,6 +23,8 @@ from jaxprune.graph.axis_moves import Axes, Operand, new_axes
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.typing import Params
 
+UNUSED = "is not used"
+
 
 @dataclasses.dataclass(frozen=True)
 class LeafAxes:
@@ -144,7 +146,7 @@ class _Walker:
         used = {x for step in self.flat.steps for x in step.inputs if type(x) is int}
         for number in {*self.flat.leaves} - used - {*numbers}:
             for dim in self.axes[number].dims:
-                freeze(dim, "is not used")
+                freeze(dim, UNUSED)
 
     def _look_at_stack(self, position: int, step: Step, first: int) -> None:
         """A step that takes one index of a leaf, or moves the whole of it."""

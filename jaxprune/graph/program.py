@@ -18,7 +18,8 @@ from jaxprune.arrays import grouped_rows
 # Primitives that only call another program: its steps are taken in their place.
 _CALLS = (
     "jit pjit closed_call core_call core_closed_call remat remat2 checkpoint "
-    "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin"
+    "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin "
+    "custom_vmap_call composite"
 )
 # `lax.ragged_dot`: rows that lie group by group, [rows, in], [groups, in, out].
 GROUPED = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
@@ -109,9 +110,23 @@ class Program:
 
 def flatten(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> Program:
     """Traces a function of parameters and a batch, and writes it down flat."""
+
+    # A new function each time: JAX keeps the trace of one that it has seen, with the
+    # values that it closed over then.
+    def traced(params: Any, batch: Any) -> Any:
+        return fn(params, batch)
+
     # Without jit, scans come out unrolled and jits inlined.
-    with jax.disable_jit():
-        closed = jax.make_jaxpr(fn)(params, batch)
+    try:
+        with jax.disable_jit():
+            closed = jax.make_jaxpr(traced)(params, batch)
+    except (AttributeError, TypeError) as error:
+        jax.make_jaxpr(traced)(params, batch)  # what fails here too is told as it is
+        raise ValueError(
+            "loops are unrolled while a function is traced, so that a counter is a "
+            "Python number and a first carry what was given, but with these the body "
+            f"raised {error!r}; call jnp.asarray on them in the function"
+        ) from error
     writer = _Writer()
     numbers = [writer.value(var.aval) for var in closed.jaxpr.invars]
     count = len(jax.tree.leaves(params))
@@ -296,12 +311,19 @@ def _ordered(program: Program, positions: set[int]) -> list[int]:
     done: dict[int, None] = {}
 
     def visit(position: int) -> None:
-        if position in done or position not in positions:
-            return
-        for x in program.steps[position].inputs:
-            if not isinstance(x, Fixed) and x in program.maker:
-                visit(program.maker[x])
-        done[position] = None
+        pending = [position]  # no recursion: an unrolled loop may be long
+        while pending:
+            here = pending[-1]
+            before = [
+                program.maker[x]
+                for x in program.steps[here].inputs
+                if not isinstance(x, Fixed) and x in program.maker
+            ]
+            before = [i for i in before if i in positions and i not in done]
+            if before:
+                pending.append(before[0])
+            else:
+                done[pending.pop()] = None
 
     steps, varying = program.steps, program.varying
     fixed = {i for i in positions if varying.isdisjoint(steps[i].outputs)}

@@ -254,6 +254,8 @@ class WeightView:
         (4, 6) as (2, 2, 6): the first group is {4} and {2, 2}, so both new axes are
         made of axis 0. (4, 6) as (8, 3): nothing agrees before {4, 6} and {8, 3}.
         """
+        if 0 in shape:  # no element says which axis it lies on
+            return (tuple(sorted({a for own in self.axes for a in own})),) * len(shape)
         before = [(s, self.axes[i]) for i, s in enumerate(self.shape) if s != 1]
         after = [(axis, size) for axis, size in enumerate(shape) if size != 1]
         made: dict[int, tuple[int, ...]] = {}
@@ -317,9 +319,9 @@ def propagate(
         return [view.slice(clamped(starts, after[0], view.shape), after[0])]
     if name in ("unstack", "split"):
         return _parts(view, params["axis"], after, drop=name == "unstack")
-    if name in ("squeeze", "expand_dims") or (
-        name == "reshape" and params.get("dimensions") is None
-    ):
+    if name == "reshape" and params.get("dimensions") is not None:
+        return [view.transpose(params["dimensions"]).reshape(after[0])]
+    if name in ("squeeze", "expand_dims", "reshape"):
         return [view.reshape(after[0])]
     if name == "rev":
         return [view.reverse(params["dimensions"])]

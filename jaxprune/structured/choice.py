@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -319,7 +320,9 @@ def masked_leaves(params: Params, masks: Masks) -> dict[str, Any]:
 
 def is_masks(given: Any) -> bool:
     """Whether a tree holds booleans rather than scores."""
-    kinds = {jnp.issubdtype(leaf.dtype, jnp.bool_) for leaf in _leaves(given)}
+    kinds = {
+        jnp.issubdtype(jax.typeof(leaf).dtype, jnp.bool_) for leaf in _leaves(given)
+    }
     if len(kinds) > 1:
         raise ValueError(
             "shrink needs scores or masks, got a tree of both; give floating leaves or "

@@ -328,6 +328,7 @@ def _coarse(
 
 def _parts(groups: AxisGroups, rules: Rules) -> dict[str, float]:
     """Group name to the share that it loses beside the group that loses most."""
+    rules = [rules] if isinstance(rules, str) else rules
     given = dict(rules) if isinstance(rules, Mapping) else dict.fromkeys(rules, 1.0)
     most = max(given.values(), default=0.0)
     if not (0 < most < math.inf and min(given.values()) >= 0):

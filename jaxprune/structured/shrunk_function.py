@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune.arrays import lazy
 from jaxprune.arrays.messages import listed
 from jaxprune.graph.axis_dims import Dim, atoms, find, mask, pooled
-from jaxprune.graph.axis_trace import AxisTrace, LeafAxes, trace_axes
+from jaxprune.graph.axis_trace import UNUSED, AxisTrace, LeafAxes, trace_axes
 from jaxprune.structured import cut
 from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
@@ -127,7 +127,9 @@ def atom_masks(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> dict[Dim, np.nd
         for leaf, dim, own in _axes(trace, cuts)
         if not np.array_equal(mask(dim, masks), own)
     }
-    frozen = [atom.why for atom, own in masks.items() if atom.why and not own.all()]
+    # A leaf that this batch does not need may have any size.
+    reasons = [atom.why for atom, own in masks.items() if not own.all()]
+    frozen = [why for why in reasons if why and why != UNUSED]
     if wrong or frozen:
         raise ValueError(
             "a shrunk function must be able to remove the same units for every batch, "

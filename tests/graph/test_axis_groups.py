@@ -267,6 +267,7 @@ def test_what_leaves_units_to_themselves_keeps_them_removable(what):
         (lambda x: jnp.fft.ifft(jnp.fft.fft(x)).real, "fft, which is not understood"),
         (lambda x: x[:, ::2] + x[:, 1::2], "a part of it is taken"),
         (lambda x: jnp.log(jnp.square(x)), "log runs over what is zero"),
+        (jnp.arccosh, "acosh runs over what is zero"),
         (lambda x: x / jnp.abs(x), "div divides by what is zero"),
         (lambda x: x**-2, "integer_pow divides by what is zero"),
         (lambda x: jnp.abs(x) ** -0.5, "pow divides by what is zero"),
