@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays import counting, lazy, tree
-from jaxprune.arrays.messages import columns
+from jaxprune.arrays.messages import columns, listed
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
 
@@ -56,6 +56,7 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
 
     Raises:
       ValueError: the masks are another model's.
+      TypeError: the masks are packed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,6 +67,12 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
     named = tree.named_leaves(params, is_leaf=_is_leaf)
     own = list(named.values())
     if masks is not None:
+        held = tree.named_leaves(masks, is_leaf=_is_leaf)
+        if packed := [k for k, mask in held.items() if _counts_itself(mask)]:
+            raise TypeError(
+                f"masks must be boolean arrays, True for kept, but {listed(packed)} "
+                "are packed; unpack them with jp.masks.unpack(masks)"
+            )
         own = tree.align(params, tree.with_nodes(masks, named), "masks")
     leaves = {
         name: leaf

@@ -209,7 +209,7 @@ class Excluding:
     def check(self, names: Sequence[str]) -> None:
         """Refuses globs that match none of a tree's names."""
         for glob in self.globs:
-            if not fnmatch.filter(names, glob):
+            if not any(_fits(name, glob) for name in names):
                 near = difflib.get_close_matches(glob, names, 3, 0.4) or names
                 raise ValueError(
                     f"excluding({glob!r}) must match a leaf, but matches none; near it "
@@ -219,7 +219,7 @@ class Excluding:
     def why(self, name: str, leaf: Any) -> str | None:
         """Why the leaf is left alone, or None if it may be pruned."""
         for glob in self.globs:
-            if fnmatch.fnmatchcase(name, glob):
+            if _fits(name, glob):
                 return f"excluded by {glob!r}"
         return why_unprunable(name, leaf)
 
@@ -361,6 +361,11 @@ def with_nodes(masks: Any, names: Container[str]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(masks, is_leaf=counts), leaves)
 
 
+def _fits(name: str, glob: str) -> bool:
+    """Whether a glob matches a name, or is this name, which may hold brackets."""
+    return name == glob or fnmatch.fnmatchcase(name, glob)
+
+
 def by_rule(
     rules: Mapping[str, T], leaf_names: Sequence[str], default: T, what: str
 ) -> list[T]:
@@ -378,7 +383,7 @@ def by_rule(
     Raises:
       ValueError: a rule matches no leaf at all.
     """
-    unused = [g for g in rules if not fnmatch.filter(leaf_names, g)]
+    unused = [g for g in rules if not any(_fits(n, g) for n in leaf_names)]
     if unused:
         raise ValueError(
             f"every {what} rule must match a leaf that may be pruned, but "
@@ -387,8 +392,6 @@ def by_rule(
         )
 
     def first(name: str) -> T:
-        return next(
-            (v for glob, v in rules.items() if fnmatch.fnmatchcase(name, glob)), default
-        )
+        return next((v for glob, v in rules.items() if _fits(name, glob)), default)
 
     return [first(name) for name in leaf_names]

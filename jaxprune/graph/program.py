@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxprune.arrays import grouped_rows
+from jaxprune.arrays.messages import listed
 
 # Primitives that only call another program: its steps are taken in their place.
 _CALLS = (
@@ -108,8 +109,23 @@ class Program:
     constants: set[int]
 
 
+def _check_arrays(params: Any) -> None:
+    odd = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex))
+    ]
+    if odd:
+        raise TypeError(
+            f"parameters must be arrays, but {listed(odd)} are not; call with "
+            "(fn, params, batch), and keep in fn what is no array, as by "
+            "equinox.partition(model, equinox.is_inexact_array)"
+        )
+
+
 def flatten(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> Program:
     """Traces a function of parameters and a batch, and writes it down flat."""
+    _check_arrays(params)
 
     # A new function each time: JAX keeps the trace of one that it has seen, with the
     # values that it closed over then.

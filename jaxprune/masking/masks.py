@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import low_bit, placement, tree
+from jaxprune.arrays import lazy, low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
@@ -180,6 +180,7 @@ def _is_above(score: jax.Array, threshold: Any) -> jax.Array:
 
 
 def _applied(mask: Any, leaf: Any) -> jax.Array:
+    leaf = lazy.array(leaf)
     return _where(placement.together(mask, leaf), leaf)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arrays import low_bit, placement, tree
+from jaxprune.arrays import lazy, low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
@@ -124,7 +124,7 @@ def _buffer(leaf: Any) -> int | None:
 
 
 def _pruned(leaf: Any, own: Selection, pattern: Pattern, *, donate: bool) -> Any:
-    units, axes = own.units, own.axes
+    leaf, units, axes = lazy.array(leaf), own.units, own.axes
     cut: thresholds.Cut | None = own.cut
     if not placement.is_concrete(leaf):
         return _program(None, donate=False)(leaf, units, cut, pattern, axes)

@@ -55,9 +55,10 @@ def gradual(
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while it trains; a pruned weight stays so, unless `grow` returns it.
 
-    But where a group of a later n:m has fewer than n weights left, pruned ones return;
-    and where an allocation such as "erk" divides the sparsity anew at each event, its
-    rounding may give a leaf a weight back. `init` keeps all weights, zeros too: to go
+    But where a group of a later n:m, or one of the outputs that a pattern treats alike,
+    has fewer weights left than it is to keep, pruned ones return; and where an
+    allocation such as "erk" divides the sparsity anew at each event, its rounding may
+    give a leaf a weight back. `init` keeps all weights, zeros too: to go
     on from a pruned model, `replace_masks(tx.init(params), masks)`; until the schedule
     is above their sparsity, these masks stay.
 

@@ -20,13 +20,23 @@ from jaxtyping import Array, Bool
 from optax import MaskedNode
 
 from jaxprune.arrays import placement, tree
+from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import packing, selection
+from jaxprune.masking.patterns import NM, PerOutput, Unstructured
 from jaxprune.training import event_table
 from jaxprune.training.event_table import Rules, Table
 from jaxprune.training.masked import unpacked
-from jaxprune.typing import Criterion, Importance, Masks, Params, Prunable, Scores
+from jaxprune.typing import (
+    Criterion,
+    Importance,
+    Masks,
+    Params,
+    Pattern,
+    Prunable,
+    Scores,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,12 +213,6 @@ class MaskEvents:
             [own[name] for name in names]
             for own in (tree.named_leaves(scores), tree.named_leaves(seen))
         )
-        if not self.revive:  # the pruned rank under all that is kept
-            ranked = [
-                jnp.where(named[name], _over_pruned(score), -jnp.inf)
-                for name, score in zip(names, ranked, strict=True)
-            ]
-
         own = [named[name] for name in names]
 
         def by(table: Table) -> Callable[[], list[jax.Array]]:
@@ -229,12 +233,13 @@ class MaskEvents:
     ) -> list[jax.Array]:
         """The masks that keep the highest scores, and what is grown."""
         pattern, kept = table.pattern, event_table.at(hit, table.kept)
+        if not self.revive:  # the pruned rank under all that is kept
+            each = zip(masks, scores, table.axes, strict=True)
+            scores = [_pruned_last(pattern, *own) for own in each]
         units = [pattern.units(*pair) for pair in zip(scores, table.axes, strict=True)]
         grow = self.rules.grow
         if grow is None:
             bits = _highest(units, kept, together=table.together)
-            if not self.revive and pattern.sparsity is None:
-                bits = _none_back(table, masks, bits, kept)
         else:
             more = event_table.at(hit, table.grown)
             bits = _highest(units, kept.minus(more), together=table.together)
@@ -246,10 +251,13 @@ class MaskEvents:
             ]
             added = _highest(rest, more, together=table.together)
             bits = [a | b for a, b in zip(bits, added, strict=True)]
-        return [
+        bits = [
             placement.placed(pattern.expand(own, leaf.shape, axes), leaf)
             for own, leaf, axes in zip(bits, like, table.axes, strict=True)
         ]
+        if grow is None and not self.revive and pattern.sparsity is None:
+            return _none_back(table, masks, bits, kept)
+        return bits
 
     def _tables(self, masks: Masks) -> list[Table]:
         named = tree.named_leaves(masks)
@@ -287,23 +295,51 @@ def _none_back(
     bits: Sequence[jax.Array],
     kept: event_table.Count,
 ) -> list[jax.Array]:
-    """The units that are kept, without any that was pruned before.
+    """The weights that are kept, without any that was pruned before.
 
-    An event would keep such a unit only where fewer are left than its sparsity says: in
-    a run that goes on from a model that was pruned further.
+    An event would keep such a weight only where fewer are left than its sparsity says:
+    in a run that goes on from a model that was pruned further, or in other units.
     """
-    pairs = zip(masks, table.axes, strict=True)
-    alive = [
-        table.pattern.units(own.astype(jnp.float32), axes) > 0 for own, axes in pairs
-    ]
     if table.together:
-        return [own & left for own, left in zip(bits, alive, strict=True)]
-    # By rounding, an allocation such as ERK may keep one unit more than before.
-    most = [jnp.sum(left, dtype=np.uint32) + np.uint32(1) for left in alive]
-    return [
-        own & (left | (kept.low[i] <= most[i]))
-        for i, (own, left) in enumerate(zip(bits, alive, strict=True))
-    ]
+        return [own & left for own, left in zip(bits, masks, strict=True)]
+    after = []
+    for i, (own, left, axes) in enumerate(zip(bits, masks, table.axes, strict=True)):
+        units = _left(table.pattern, left, axes)
+        # By rounding, an allocation such as ERK may keep one unit more than before.
+        most = jnp.sum(units, dtype=np.uint32) + np.uint32(1)
+        gone = ~_spread(table.pattern, units, left, axes)
+        after.append(own & (left | (gone & (kept.low[i] <= most))))
+    return after
+
+
+def _left(pattern: Pattern, mask: jax.Array, axes: Axes) -> jax.Array:
+    """The units in which a weight is left."""
+    if _is_single(pattern):
+        return mask
+    return pattern.units(mask.astype(jnp.float32), axes) > 0
+
+
+def _spread(
+    pattern: Pattern, left: jax.Array, mask: jax.Array, axes: Axes
+) -> jax.Array:
+    """All weights of the units that `_left` gives."""
+    if _is_single(pattern):
+        return left
+    return placement.placed(pattern.expand(left, mask.shape, axes), mask)
+
+
+def _is_single(pattern: Pattern) -> bool:
+    """Whether the units are single weights; of some patterns they are ranks."""
+    return isinstance(pattern, Unstructured | NM | PerOutput)
+
+
+def _pruned_last(
+    pattern: Pattern, mask: jax.Array, score: jax.Array, axes: Axes
+) -> jax.Array:
+    """The scores, so that units without a weight rank under all others."""
+    # In a unit that has weights left, those that are pruned add nothing to its score.
+    some = _spread(pattern, _left(pattern, mask, axes), mask, axes)
+    return jnp.where(mask, _over_pruned(score), jnp.where(some, 0.0, -jnp.inf))
 
 
 def _over_pruned(score: jax.Array) -> jax.Array:

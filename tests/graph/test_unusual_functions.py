@@ -97,3 +97,14 @@ def test_a_composite_is_the_function_that_it_names():
 
     params = {name: WEIGHTS[name] for name in "wo"}
     removal.check(fn, params, X, {"o:0": 0.5})
+
+
+def test_what_is_no_array_is_no_parameter():
+    def fn(params, x):
+        return x @ params["w"]
+
+    for arguments in ((WEIGHTS, fn, X), (fn, {**WEIGHTS, "act": jnp.tanh}, X)):
+        with pytest.raises(
+            TypeError, match=r"parameters must be arrays, but '(act)?' "
+        ):
+            jp.trace(*arguments)

@@ -166,3 +166,32 @@ def test_shares_of_no_leaf_are_refused():
 def test_a_global_ranking_that_leaves_nothing_warns():
     with pytest.warns(UserWarning, match="leaves nothing of all leaves together"):
         jp.masks.make(scores(w=(3,)), 0.9, allocation="global")
+
+
+def test_lazy_leaves_are_masked_and_pruned():
+    values = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    lazy = {"w": jp.LazyArray(values.shape, values.dtype, lambda: jnp.array(values))}
+    own = jp.scores.magnitude(lazy)
+    expected = jp.prune({"w": values}, own, 0.5)["w"]
+    for pruned in (
+        jp.prune(lazy, own, 0.5),
+        jp.prune(lazy, own, 0.5, donate=True),
+        jp.masks.apply(lazy, jp.masks.make(own, 0.5)),
+    ):
+        np.testing.assert_array_equal(pruned["w"], expected)
+
+
+def test_packed_masks_are_to_be_unpacked_where_zeros_are_counted():
+    own = scores(w=(4, 4))
+    with pytest.raises(TypeError, match=r"'w' are packed; unpack them with jp\.masks"):
+        jp.sparsity(own, jp.masks.pack(jp.masks.make(own, 0.5)))
+
+
+def test_a_name_with_brackets_is_named_as_it_is():
+    params = {"layers[0]": scores(w=(8, 4))["w"]}
+    traced = jp.trace(lambda p, x: x @ p["layers[0]"], params, jnp.ones((2, 8)))
+    made = jp.masks.make(params, pattern="2:4", axes=traced.axes())
+    assert jp.sparsity(made).total == 0.5
+    assert jp.sparsity(jp.masks.make(params, {"layers[0]": 0.25})).total == 0.25
+    rule = jp.tree.excluding("layers[0]")
+    assert not rule("layers[0]", params["layers[0]"])
