@@ -59,8 +59,9 @@ class Config:
       steps: lengths of training, each with a cosine of its own.
       seeds: one run each.
       learning_rates: peaks to choose from, for each method and each length.
+      control_rates: those of the dense control; `learning_rates` if left out.
       tune_sparsity: the sparsity at which the peak is chosen.
-      tune_seed: the seed with which it is chosen.
+      tune_seeds: the seeds of whose losses the lowest mean chooses it.
       after_dense: 0 trains from nothing; else each run starts from the dense model of
         so many steps, and `steps` are those that follow.
       distill: weights, in [0, 1), of the divergence from the dense model of the seed:
@@ -85,8 +86,9 @@ class Config:
     steps: tuple[int, ...] = (1000, 4000)
     seeds: tuple[int, ...] = (0,)
     learning_rates: tuple[float, ...] = (8e-3, 4e-3, 16e-3)
+    control_rates: tuple[float, ...] | None = None
     tune_sparsity: float = 0.9
-    tune_seed: int = 0
+    tune_seeds: tuple[int, ...] = (0,)
     after_dense: int = 0
     distill: tuple[float, ...] = (0.0,)
     batch_size: int | None = None
@@ -110,13 +112,14 @@ class Config:
                 f"methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}"
             )
         lists = ("methods", "sparsities", "steps", "seeds", "learning_rates", "distill")
-        check_lists(self, *lists)
+        more = () if self.control_rates is None else ("control_rates",)
+        check_lists(self, *lists, "tune_seeds", *more)
         for name, values, least in (
             ("steps", self.steps, 10),
             ("after_dense", (self.after_dense or 10,), 10),
             ("eval_tokens", (self.eval_tokens,), 0),
             ("batch_size", (self.batch,), 1),
-            ("seeds", (*self.seeds, self.tune_seed), 0),
+            ("seeds", (*self.seeds, *self.tune_seeds), 0),
         ):
             if min(values) < least:
                 raise ValueError(f"{name} must be at least {least}, got {min(values)}")
@@ -126,7 +129,7 @@ class Config:
                 f"{DENSE_SMALL} starts from weights of its own and not from a dense "
                 f"model, so after_dense takes none; give --methods {rest}"
             )
-        for rate in self.learning_rates:
+        for rate in (*self.learning_rates, *self.rates(DENSE)):
             if not 0 < rate < float("inf"):
                 raise ValueError(f"learning_rates must be over 0, got {rate}")
         if not 0 < self.tune_sparsity < 1:
@@ -136,6 +139,12 @@ class Config:
         for weight in self.distill:
             if not 0 <= weight < 1:
                 raise ValueError(f"distill must be in [0, 1), got {weight}")
+
+    def rates(self, method: str) -> tuple[float, ...]:
+        """The peaks to choose from."""
+        if method == DENSE and self.control_rates is not None:
+            return self.control_rates
+        return self.learning_rates
 
     def names(self) -> list[str]:
         """The methods, the dense control first."""

@@ -5,7 +5,8 @@ at the learning rate that was the best for it at the tuning sparsity and seed; "
 the sample standard deviation over the seeds.
 """
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure
@@ -29,15 +30,26 @@ def _key(cell: Mapping[str, Any]) -> Key:
     return cell["method"], cell["steps"], cell["after_dense"], cell["distill"]
 
 
-def rates(cells: Cells, sparsity: float, seed: int) -> dict[Key, float]:
-    """The learning rate of the lowest loss at the tuning sparsity and seed."""
-    best: dict[Key, Mapping[str, Any]] = {}
+def rates(cells: Cells, sparsity: float, seeds: Collection[int]) -> dict[Key, float]:
+    """The learning rate of the lowest mean loss of the tuning sparsity and seeds.
+
+    One that was not tried with all of these seeds is not compared.
+    """
+    losses: dict[Key, dict[float, list[float]]] = {}
     for cell in cells:
-        key, at = _key(cell), 0.0 if cell["method"] == DENSE else sparsity
-        tuning = cell["sparsity"] == at and cell["seed"] == seed
-        if tuning and (key not in best or cell["loss"] < best[key]["loss"]):
-            best[key] = cell
-    return {key: cell["learning_rate"] for key, cell in best.items()}
+        at = 0.0 if cell["method"] == DENSE else sparsity
+        if cell["sparsity"] == at and cell["seed"] in seeds:
+            of_rate = losses.setdefault(_key(cell), {})
+            of_rate.setdefault(cell["learning_rate"], []).append(cell["loss"])
+    whole = {
+        key: {rate: own for rate, own in of_rate.items() if len(own) == len(seeds)}
+        for key, of_rate in losses.items()
+    }
+    return {
+        key: min(of_rate, key=lambda rate: statistics.fmean(of_rate[rate]))
+        for key, of_rate in whole.items()
+        if of_rate
+    }
 
 
 def tried(cells: Cells, key: Key) -> set[float]:
@@ -48,7 +60,7 @@ def tried(cells: Cells, key: Key) -> set[float]:
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tidy table: one row a cell, of `COLUMNS`; "above" is nats above dense."""
     config, cells = results["config"], results["cells"]
-    best = rates(cells, config["tune_sparsity"], config["tune_seed"])
+    best = rates(cells, config["tune_sparsity"], results["tune_seeds"])
 
     def chosen(cell: Mapping[str, Any]) -> bool:
         rate = cell["learning_rate"]
@@ -174,7 +186,7 @@ _WATCHED = {
 def _curves(results: Mapping[str, Any]) -> dict[str, Any]:
     """What `steps_figure` draws: a curve for each method."""
     config, cells = results["config"], results["cells"]
-    best = rates(cells, config["tune_sparsity"], config["tune_seed"])
+    best = rates(cells, config["tune_sparsity"], results["tune_seeds"])
     drawn = _drawn(cells) | {DENSE}
 
     def length(cell: Mapping[str, Any]) -> tuple[bool, int, int]:
@@ -187,7 +199,7 @@ def _curves(results: Mapping[str, Any]) -> dict[str, Any]:
         if length(cell) == longest
         and cell["method"] in drawn
         and not cell["distill"]
-        and cell["seed"] == config["tune_seed"]
+        and cell["seed"] == results["tune_seeds"][0]
         and cell["sparsity"] in (0.0, config["tune_sparsity"])
         and best.get(_key(cell)) == cell["learning_rate"]
         and cell.get("curve")
@@ -198,7 +210,7 @@ def _curves(results: Mapping[str, Any]) -> dict[str, Any]:
 def steps_figure(results: Mapping[str, Any]) -> Figure:
     """Sparsity, loss and overlap of the masks over the steps of the longest training.
 
-    At the tuning sparsity and seed, each method at its own learning rate.
+    At the tuning sparsity and its first seed, each method at its own learning rate.
     """
     curves = _curves(results)
     style = plots.styles(list(curves))

@@ -64,7 +64,6 @@ class Run:
             "batch_size": config.batch,
             "eval_tokens": config.eval_tokens,
             "tune_sparsity": config.tune_sparsity,
-            "tune_seed": config.tune_seed,
         }
 
     def all(self) -> dict[str, Any]:
@@ -83,7 +82,7 @@ class Run:
                         method, sparsity, steps, rate, seed, config.after_dense, distill
                     )
                 )
-        return {"cells": self.found()}
+        return {"cells": self.found(), "tune_seeds": [*config.tune_seeds]}
 
     def cell(self, method: str, sparsity: float, *rest: Any) -> Cell:
         """A cell; the dense control has no sparsity."""
@@ -95,30 +94,29 @@ class Run:
         return [json.loads(path.read_text()) for path in paths]
 
     def rate(self, method: str, steps: int, after: int, distill: float) -> float:
-        """The peak of the lowest loss at the tuning sparsity and seed."""
-        config = self.config
-        rest = (config.tune_seed, after, distill)
-        if len(config.learning_rates) > 1:
-            for rate in config.learning_rates:
-                self.measured(
-                    self.cell(method, config.tune_sparsity, steps, rate, *rest)
-                )
-        best = report.rates(self.found(), config.tune_sparsity, config.tune_seed)
+        """The peak of the lowest mean loss of the tuning sparsity and seeds."""
+        config, rates = self.config, self.config.rates(method)
+        if len(rates) > 1:
+            for rate, seed in itertools.product(rates, config.tune_seeds):
+                at = (steps, rate, seed, after, distill)
+                self.measured(self.cell(method, config.tune_sparsity, *at))
+        best = report.rates(self.found(), config.tune_sparsity, config.tune_seeds)
         key = (method, steps, after, distill)
-        found = best.get(key, config.learning_rates[0])
+        found = best.get(key, rates[0])
         tried = report.tried(self.found(), key) - {found}
         if key not in best and tried:
             raise ValueError(
                 f"{method} was trained here with a learning rate of "
-                f"{listed(sorted(tried))}, and without tune_seed {config.tune_seed} "
-                "nothing says which is better; give that rate, several "
-                "--learning-rates to choose from, or another --out"
+                f"{listed(sorted(tried))}, and without all of tune_seeds "
+                f"{listed(config.tune_seeds)} nothing says which is better; give that "
+                "rate, several --learning-rates to choose from, or another --out"
             )
-        if found not in config.learning_rates:
+        if found not in rates:
+            flag = "control" if rates is config.control_rates else "learning"
             raise ValueError(
                 f"{method} had its lowest loss here with a learning rate of {found:g}, "
-                f"which is not among {listed(config.learning_rates)}; add it to "
-                "--learning-rates, or give another --out"
+                f"which is not among {listed(rates)}; add it to "
+                f"--{flag}-rates, or give another --out"
             )
         return found
 

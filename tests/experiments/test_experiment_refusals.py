@@ -132,8 +132,23 @@ def test_of_two_rates_none_is_taken_without_the_seed_that_chooses(tmp_path):
         "distill": 0.0, "learning_rate": 3e-3, "seed": 1, "loss": 2.0,
     }  # fmt: skip
     run.found = lambda: [row]
-    with pytest.raises(ValueError, match=r"learning rate of .*0.003.* tune_seed 0"):
+    with pytest.raises(ValueError, match=r"learning rate of .*0.003.* tune_seeds 0"):
         run.rate("dense", 20, 0, 0.0)
+
+
+def test_the_control_may_have_peaks_of_its_own(tmp_path):
+    config = prune_while_training.Config(
+        out=tmp_path,
+        text=write_text(tmp_path / "a.txt"),
+        learning_rates=(1e-3,),
+        control_rates=(5e-3,),
+    )
+    run = Run(config, prune_while_training.run.load(config.data, text=config.text))
+    assert run.rate("dense", 20, 0, 0.0) == 5e-3
+    assert run.rate("once", 20, 0, 0.0) == 1e-3
+    for wrong, told in (((), "at least one"), ((0.0,), "over 0, got 0")):
+        with pytest.raises(ValueError, match=told):
+            dataclasses.replace(config, control_rates=wrong).check()
 
 
 def test_a_batch_of_nothing_is_refused(tmp_path):
