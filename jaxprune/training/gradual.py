@@ -58,9 +58,9 @@ def gradual(
     But where a group of a later n:m, or one of the outputs that a pattern treats alike,
     has fewer weights left than it is to keep, pruned ones return; and where an
     allocation such as "erk" divides the sparsity anew at each event, its rounding may
-    give a leaf a weight back. `init` keeps all weights, zeros too: to go
-    on from a pruned model, `replace_masks(tx.init(params), masks)`; until the schedule
-    is above their sparsity, these masks stay.
+    give a leaf a weight back. `init` keeps all weights, zeros too: to go on from a
+    pruned model, `replace_masks(tx.init(params), masks)`; until the schedule is above
+    their sparsity, these masks stay.
 
     An event at step t is part of the update that t updates came before: masks are
     chosen from the parameters and statistics as they come in, and the step is taken
