@@ -41,15 +41,16 @@ def rates(cells: Cells, sparsity: float, seeds: Collection[int]) -> dict[Key, fl
         if cell["sparsity"] == at and cell["seed"] in seeds:
             of_rate = losses.setdefault(_key(cell), {})
             of_rate.setdefault(cell["learning_rate"], []).append(cell["loss"])
-    whole = {
-        key: {rate: own for rate, own in of_rate.items() if len(own) == len(seeds)}
-        for key, of_rate in losses.items()
-    }
-    return {
-        key: min(of_rate, key=lambda rate: statistics.fmean(of_rate[rate]))
-        for key, of_rate in whole.items()
-        if of_rate
-    }
+    best = {}
+    for key, of_rate in losses.items():
+        means = {
+            rate: statistics.fmean(own)
+            for rate, own in of_rate.items()
+            if len(own) == len(seeds)
+        }
+        if means:
+            best[key] = min(means, key=means.__getitem__)
+    return best
 
 
 def tried(cells: Cells, key: Key) -> set[float]:

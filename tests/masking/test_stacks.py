@@ -184,11 +184,13 @@ def test_owl_takes_the_parts_of_a_leaf_for_parts_of_its_layer():
             x = jnp.tanh(jnp.tanh(q * k + v) @ own["up"])
         return x
 
+    batch = jnp.asarray(draw(size=(20, 6)), jnp.float32)
+
     def zeros(blocks, parts):
         found = jp.prune_trained(
             lambda params, x: run(parts, params, x),
             {"blocks": blocks},
-            [jnp.asarray(draw(size=(20, 6)), jnp.float32)],
+            [batch],
             method="wanda",
             sparsity=0.5,
             allocation=jp.allocation.OWL(spread=0.2, factor=3.0),
