@@ -104,6 +104,13 @@ def beside(array: jax.Array, like: jax.Array) -> jax.Array:
     return array if devices(array) == devices(like) else placed(array, like)
 
 
+def masked(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    """The leaf, zero where a mask in device memory is False; it stays in its memory."""
+    space, own = jax.typeof(leaf).memory_space, low_bit.on_device(leaf)
+    kept = jnp.where(mask, own, jnp.zeros((), leaf.dtype))
+    return kept if own is leaf else jax.device_put(kept, space)
+
+
 def devices(array: jax.Array) -> tuple[Any, ...]:
     """The devices of an array; arrays of one program have them in one order."""
     mesh = _mesh(array)

@@ -186,6 +186,4 @@ def _applied(mask: Any, leaf: Any) -> jax.Array:
 
 @jax.jit
 def _where(mask: jax.Array, leaf: jax.Array) -> jax.Array:
-    space, own = jax.typeof(leaf).memory_space, low_bit.on_device(leaf)
-    kept = jnp.where(low_bit.on_device(mask), own, jnp.zeros((), leaf.dtype))
-    return kept if own is leaf else jax.device_put(kept, space)
+    return placement.masked(leaf, low_bit.on_device(mask))

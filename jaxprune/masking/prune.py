@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxprune.arrays import lazy, low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
@@ -158,6 +157,4 @@ def _where(
 ) -> jax.Array:
     kept = units if cut is None else thresholds.mask(units, cut)
     mask = pattern.expand(kept, leaf.shape, axes)
-    space, own = jax.typeof(leaf).memory_space, low_bit.on_device(leaf)
-    kept = jnp.where(placement.placed(mask, own), own, jnp.zeros((), leaf.dtype))
-    return kept if own is leaf else jax.device_put(kept, space)
+    return placement.masked(leaf, placement.placed(mask, low_bit.on_device(leaf)))
