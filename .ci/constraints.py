@@ -47,9 +47,11 @@ def pinned(path: Path) -> dict[str, str]:
 
 
 def lower_bounds() -> dict[str, str]:
-    """Name to the oldest version that pyproject.toml allows the package."""
+    """Name to the oldest version that pyproject.toml allows: jax, flax, the base."""
     with open("pyproject.toml", "rb") as file:
-        needs = tomllib.load(file)["project"]["dependencies"]
+        project = tomllib.load(file)["project"]
+    models = project["optional-dependencies"]["lm"]
+    needs = project["dependencies"] + [n for n in models if n.startswith("flax")]
     return {normal(n): v for n, v in (need.split(">=") for need in needs)}
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 
 OF_7B = "--width 4096 --ffn 11008 --heads 4096 --kv 4096"
 SET = {

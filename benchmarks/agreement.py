@@ -20,7 +20,7 @@ from flax import nnx
 import jaxprune as jp
 from benchmarks import jax_pruning, measure
 from jaxprune.arrays import lazy
-from jaxprune.models import hf
+from jaxprune.lm.models import hf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,9 +24,9 @@ import jaxprune as jp
 from benchmarks import measure
 from jaxprune.arrays import lazy
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.evaluation import distill, retrain
-from jaxprune.models import hf
-from jaxprune.models.decoder.model import loss_per_token
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.model import loss_per_token
+from jaxprune.lm.recovery import distill, retrain
 
 Method = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 
@@ -152,7 +152,9 @@ def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> A
         return loss_per_token(model, ids[:, :-1], ids[:, 1:]).mean()
 
     params = lazy.loaded(params)
-    seen = jp.calibrate_gradients(loss, params, np.split(ids, len(ids))[: config.seen])
+    seen = jp.contrib.calibrate_gradients(
+        loss, params, np.split(ids, len(ids))[: config.seen]
+    )
     return jp.allocation.Ranked(jp.scores.trajectory(params, seen))
 
 

@@ -19,9 +19,9 @@ from flax import nnx
 
 import jaxprune as jp
 from benchmarks import measure
-from jaxprune.evaluation import layer_search
-from jaxprune.formats.safetensors_file import read_json
-from jaxprune.models import hf
+from jaxprune.files.safetensors_file import read_json
+from jaxprune.lm.models import hf
+from jaxprune.lm.shrinking import layer_search
 
 
 @dataclasses.dataclass(frozen=True)

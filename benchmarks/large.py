@@ -33,10 +33,10 @@ from flax import nnx
 
 import jaxprune as jp
 from benchmarks import measure
-from jaxprune.formats import safetensors_file
-from jaxprune.formats.checkpoint_dir import open_directory
-from jaxprune.formats.prune_magnitude import prune_directory
-from jaxprune.models import hf
+from jaxprune.files import safetensors_file
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.checkpoints.prune_magnitude import prune_directory
+from jaxprune.lm.models import hf
 from jaxprune.posttraining.progress import ProgressLog
 
 Method = Literal["wanda", "sparsegpt", "alps", "magnitude"]

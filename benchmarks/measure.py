@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.evaluation import machine
+from jaxprune.lm.measure import machine
 
 Clock = Literal["wall", "cpu"]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -18,8 +18,8 @@ import tyro
 
 from benchmarks.draws import Draws, of_files, pruning, run_missing
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.models import hf
-from jaxprune.models.self_calibration import self_calibration
+from jaxprune.lm.models import hf
+from jaxprune.lm.texts.self_calibration import self_calibration
 from jaxprune.posttraining import methods
 
 CALIBRATIONS = ("text", "self", "both")

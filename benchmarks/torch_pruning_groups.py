@@ -29,7 +29,7 @@ from flax import nnx
 import jaxprune as jp
 from benchmarks import measure
 from jaxprune.arrays import tree
-from jaxprune.models import hf
+from jaxprune.lm.models import hf
 from jaxprune.structured import cut
 
 _SMALL = {

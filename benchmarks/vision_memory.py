@@ -25,9 +25,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxprune as jp
 from benchmarks import measure
 from experiments.harness import device_mesh
-from jaxprune.models.decoder.model import nats
-from jaxprune.models.hf import vision_config
-from jaxprune.models.phi3_vision import Phi3Vision, Phi3VisionConfig, unused
+from jaxprune.lm.models.decoder.model import nats
+from jaxprune.lm.models.hf import vision_config
+from jaxprune.lm.models.phi3_vision import Phi3Vision, Phi3VisionConfig, unused
 
 # As published, but for the factors of the long rope, which change no shape.
 PUBLISHED: dict[str, Any] = {
@@ -97,11 +97,11 @@ def compiled(
     parts: list[Any] = [optax.adamw(1e-5)]
     if config.lora is not None:
         targets = jp.tree.excluding(*unused(shape), "separator", "row_end")
-        parts = [jp.lora(*parts, config.lora, targets=targets)]
+        parts = [jp.contrib.lora(*parts, config.lora, targets=targets)]
     if storage != "none":
         parts.append(jp.track_importance(storage=storage))
     optimizer = optax.chain(*parts)
-    state_shardings = jp.state_shardings(optimizer, params)
+    state_shardings = jp.contrib.state_shardings(optimizer, params)
     held = _placed(jax.eval_shape(optimizer.init, params), state_shardings)
     split = device_mesh.of_batch(mesh)
     size, views = shape.tower.image, 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from jaxprune import cli
+from jaxprune.lm import cli
 
 CONFIG = {
     "model_type": "llama",

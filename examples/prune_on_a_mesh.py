@@ -26,7 +26,7 @@ def loss(params):
 
 def train(tx, params, steps):
     # Moments that start as zeros are replicated under jit: say where they lie.
-    places = jp.state_shardings(tx, params)
+    places = jp.contrib.state_shardings(tx, params)
     state = jax.jit(tx.init, out_shardings=places)(params)
 
     @jax.jit

@@ -228,7 +228,7 @@ class Run:
 
         single = (tokens[None] for batch in batches for tokens in batch)
         return jp.scores.trajectory(
-            params, jp.calibrate_gradients(loss, params, single)
+            params, jp.contrib.calibrate_gradients(loss, params, single)
         )
 
     def pruned(self, cell: Cell, watched: Watched, batches: list[np.ndarray]) -> Any:

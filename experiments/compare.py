@@ -25,7 +25,7 @@ from experiments.prune_while_training import report as training_report
 from experiments.report import allocation_figure, figures, findings, provenance
 from experiments.report import results as results_
 from experiments.report.tables import Report, Table, text
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 
 Runs = Mapping[str, Mapping[str, Any]]
 # The experiments whose reports are tables.

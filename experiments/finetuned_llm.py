@@ -2,11 +2,11 @@
 
     python -m experiments.finetuned_llm MODEL_DIR --text FILE --foreign FILE --out OUT
 
-The main experiment on real ground: any directory that `jaxprune.models.hf.load` reads,
-fine-tuned on a text, pruned by what was seen meanwhile, and measured on the end of that
-text and on a foreign one, which says what was forgotten. Started again with the same
-flags, a run continues where it was; a finished one says so. What it writes is described
-in experiments/README.md.
+The main experiment on real ground: any directory that `jaxprune.lm.models.hf.load`
+reads, fine-tuned on a text, pruned by what was seen meanwhile, and measured on the end
+of that text and on a foreign one, which says what was forgotten. Started again with the
+same flags, a run continues where it was; a finished one says so. What it writes is
+described in experiments/README.md.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from experiments.harness.task import Looks
 from experiments.tasks import model_directory, tiny_directory
 from experiments.tasks.finetuning import TABLES, DecoderModel, FinetuningTask, Texts
 from jaxprune.arrays.low_bit import Storage
-from jaxprune.formats import atomic
-from jaxprune.models import hf
-from jaxprune.models.decoder.config import DecoderConfig
+from jaxprune.files import atomic
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
 
 _SMOKE_CHARACTERS = 40_000
 _README = Path(__file__).with_name("README.md")

@@ -24,9 +24,9 @@ from experiments.tasks.picture_task import (
     without_gradient,
 )
 from jaxprune.arrays.low_bit import Storage
-from jaxprune.formats import atomic
-from jaxprune.models.hf import vision_config
-from jaxprune.models.phi3_vision import Phi3VisionConfig
+from jaxprune.files import atomic
+from jaxprune.lm.models.hf import vision_config
+from jaxprune.lm.models.phi3_vision import Phi3VisionConfig
 
 Part = Literal["all", "decoder", "tower"]
 FROZEN = {

@@ -30,11 +30,12 @@ from experiments.harness import records, runner
 from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.evaluation import distill, machine, perplexity, retrain
-from jaxprune.models import hf
-from jaxprune.models.decoder.config import DecoderConfig
-from jaxprune.models.decoder.model import Decoder
-from jaxprune.models.decoder.rope import linear
+from jaxprune.lm.measure import machine, perplexity
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.models.decoder.rope import linear
+from jaxprune.lm.recovery import distill, retrain
 
 COLUMNS = (
     *("seed", "start", "loss", "learning_rate", "dense", "before", "after"),

@@ -29,7 +29,7 @@ from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
 from experiments.tasks.dense_models import Watched
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.models.self_calibration import self_calibration
+from jaxprune.lm.texts.self_calibration import self_calibration
 
 CALIBRATIONS = ("text", "self", "both")
 METHODS = [name for name in SOLVERS if "+" not in name]

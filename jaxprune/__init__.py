@@ -4,9 +4,10 @@ Chain `track_importance()` into an optax optimizer, turn what it saw into `score
 `prune`, and retrain under `keep_masks`. Or give a trained function to `prune_trained`.
 """
 
+from jaxprune import contrib as contrib
+from jaxprune import leaves as tree
 from jaxprune import scores as scores
 from jaxprune.arrays import low_bit as low_bit
-from jaxprune.arrays import tree as tree
 from jaxprune.arrays.axes import Axes as Axes
 from jaxprune.arrays.lazy import LazyArray as LazyArray
 from jaxprune.arrays.sparsity import sparsity as sparsity
@@ -20,9 +21,6 @@ from jaxprune.masking.overlap import overlap as overlap
 from jaxprune.masking.prune import prune as prune
 from jaxprune.posttraining import methods as methods
 from jaxprune.posttraining.calibration import calibrate as calibrate
-from jaxprune.posttraining.calibration_gradients import (
-    calibrate_gradients as calibrate_gradients,
-)
 from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
 from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
 from jaxprune.posttraining.refine import Refine as Refine
@@ -34,13 +32,10 @@ from jaxprune.structured.shrink import shrink as shrink
 from jaxprune.training import grow as grow
 from jaxprune.training import schedules as schedules
 from jaxprune.training import weightings as weightings
-from jaxprune.training.admm import admm as admm
 from jaxprune.training.find_masks import get_masks as get_masks
 from jaxprune.training.find_masks import replace_masks as replace_masks
 from jaxprune.training.gradual import gradual as gradual
 from jaxprune.training.keep_masks import keep_masks as keep_masks
-from jaxprune.training.lora import lora as lora
-from jaxprune.training.state_sharding import state_shardings as state_shardings
 from jaxprune.training.straight_through import straight_through as straight_through
 from jaxprune.training.track import track_gradients as track_gradients
 from jaxprune.training.track import track_importance as track_importance
@@ -57,17 +52,15 @@ __all__ = [
     "Refine",
     "Rounding",
     "ShrinkResult",
-    "admm",
     "allocation",
     "axis_groups",
     "calibrate",
-    "calibrate_gradients",
+    "contrib",
     "get_importance",
     "get_masks",
     "gradual",
     "grow",
     "keep_masks",
-    "lora",
     "low_bit",
     "masks",
     "methods",
@@ -81,7 +74,6 @@ __all__ = [
     "shrink",
     "shrink_trained",
     "sparsity",
-    "state_shardings",
     "straight_through",
     "trace",
     "track_gradients",

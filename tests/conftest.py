@@ -63,14 +63,14 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 # What these hold are files, shapes, flows, and logits to a tolerance, so they compile
 # quickly even where the default suite is run with all optimisations. A module of
 # another folder imports `quick_compilation` for the same.
-QUICK = {"benchmarks", "cli", "evaluation", "experiments", "graph", "models"}
+QUICK = {"benchmarks", "experiments", "graph", "lm"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_folders(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compiles quickly in the folders of `QUICK`."""
     asked = jax.config.read("jax_disable_most_optimizations")
-    quick = asked or request.path.parent.name in QUICK
+    quick = asked or not QUICK.isdisjoint(request.path.parts)
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", asked)

@@ -1,6 +1,6 @@
 """GPT-2 in Flax NNX, as nanoGPT has it: the model that the experiments train.
 
-`jaxprune.models.decoder` has this shape too, but not what training it from nothing
+`jaxprune.lm.models.decoder` has this shape too, but not what training it from nothing
 needs: dropout, nanoGPT's initialisation, and products whose gradients XLA's CPU backend
 computes fast.
 """

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from jaxprune.models.decoder.config import check_choice, check_positive
+from jaxprune.lm.models.decoder.config import check_choice, check_positive
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"layers": 2, "heads": 4, "width": 64, "context": 64},

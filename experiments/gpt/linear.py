@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune.models import placement
+from jaxprune.lm.models import placement
 
 
 def product(

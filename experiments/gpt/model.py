@@ -30,10 +30,10 @@ from experiments.gpt.config import flops_per_token as flops_per_token
 from experiments.gpt.config import matrix_sizes as matrix_sizes
 from experiments.gpt.config import preset as preset
 from experiments.gpt.linear import product
-from jaxprune.models.decoder.cache import Cache as Cache
-from jaxprune.models.decoder.cache import check_length, check_tokens, empty
-from jaxprune.models.decoder.layers import embedding
-from jaxprune.models.placement import look_up
+from jaxprune.lm.models.decoder.cache import Cache as Cache
+from jaxprune.lm.models.decoder.cache import check_length, check_tokens, empty
+from jaxprune.lm.models.decoder.layers import embedding
+from jaxprune.lm.models.placement import look_up
 
 
 class Attention(nnx.Module):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.formats.atomic import digest, sync
+from jaxprune.files.atomic import digest, sync
 
 FORMAT = "jaxprune.checkpoint"
 VERSION = 1

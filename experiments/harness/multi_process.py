@@ -7,7 +7,7 @@ import jax
 
 from experiments.datasets import Corpus
 from jaxprune.arrays.processes import join, on_first, together
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 
 __all__ = ["check_alike", "join", "read_alike"]
 

@@ -66,7 +66,7 @@ def optimizer(
     clipped = (clip, adam)
     if rank is not None:
         # The factors' gradients are clipped: those of the weights need not all exist.
-        low_rank = jp.lora(optax.chain(clip, adam), rank, targets=targets)
+        low_rank = jp.contrib.lora(optax.chain(clip, adam), rank, targets=targets)
         clipped = (optax.identity(), low_rank)
     elif trained is not None:
         clipped = (clip, _of(trained, adam))

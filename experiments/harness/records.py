@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.evaluation.machine import device as device
-from jaxprune.evaluation.machine import peak_memory
-from jaxprune.evaluation.machine import versions as versions
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
+from jaxprune.lm.measure.machine import device as device
+from jaxprune.lm.measure.machine import peak_memory
+from jaxprune.lm.measure.machine import versions as versions
 
 
 class MetricsLog:

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.harness import records
 from jaxprune.arrays import processes
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 
 
 @contextlib.contextmanager

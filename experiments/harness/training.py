@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from experiments.harness import checkpoint, device_mesh
 from experiments.harness.progress import Progress
 from jaxprune.arrays import placement
-from jaxprune.formats import atomic
-from jaxprune.training import state_sharding
+from jaxprune.contrib import state_shardings
+from jaxprune.files import atomic
 
 Batch: TypeAlias = tuple[Any, np.ndarray]
 """Inputs and targets, int32 (batch, context); inputs may be a tree of arrays."""
@@ -95,7 +95,7 @@ def init(
     if mesh is None:
         return TrainState(params, optimizer.init(params), step)
     params = device_mesh.put(params, device_mesh.shardings(params, mesh))
-    places = state_sharding.state_shardings(optimizer, params)
+    places = state_shardings(optimizer, params)
     opt_state = device_mesh.put(optimizer.init(params), places)
     return TrainState(
         params, opt_state, device_mesh.put(step, device_mesh.repeated(mesh))
@@ -110,9 +110,7 @@ def abstract(
     if mesh is None:
         return state
     placed = _placed(shapes, device_mesh.shardings(shapes, mesh))
-    opt_state = _placed(
-        state.opt_state, state_sharding.state_shardings(optimizer, placed)
-    )
+    opt_state = _placed(state.opt_state, state_shardings(optimizer, placed))
     return TrainState(
         placed, opt_state, _placed(state.step, device_mesh.repeated(mesh))
     )

@@ -118,7 +118,7 @@ def _admm(
     rate: optax.ScalarOrSchedule, span: Span, **options: Any
 ) -> optax.GradientTransformation:
     # Of 0.003 to 0.1, and ends at 40 to 75 %, the best from a dense model at 90 %.
-    pulled = jp.admm(
+    pulled = jp.contrib.admm(
         adamw(rate),
         span.final,
         begin=span.begin,

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from experiments.prune_while_training.methods import DENSE, METHODS
 from experiments.report import figures, findings, plots
 from experiments.report.tables import Drawing, Report, Table
-from jaxprune.report import canvas
+from jaxprune.lm.report import canvas
 
 COLUMNS = (
     *("method", "sparsity", "steps", "after_dense", "distill", "learning_rate"),

@@ -49,8 +49,8 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
     results_.check(results)
     try:
         from experiments.report import plots, sections
-        from jaxprune.formats import atomic
-        from jaxprune.report import canvas
+        from jaxprune.files import atomic
+        from jaxprune.lm.report import canvas
     except ModuleNotFoundError as error:
         raise ImportError(
             f"write_report draws with matplotlib, and '{error.name}' is not installed; "

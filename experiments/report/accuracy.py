@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.report import figures, findings, plots
 from experiments.report import results as results_
-from jaxprune.report import canvas
+from jaxprune.lm.report import canvas
 
 Points = dict[str, dict[float, list[float]]]
 _RUNS = {"pruned": "dense", "retrained": "control"}

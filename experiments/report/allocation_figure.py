@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from experiments.report import figures, findings
 from experiments.report.tables import Drawing, Report, Table
-from jaxprune.formats import atomic
-from jaxprune.report import canvas
+from jaxprune.files import atomic
+from jaxprune.lm.report import canvas
 
 COLUMNS = (
     *("seed", "draw", "solver", "allocation", "sparsity", "achieved", "zeros", "size"),

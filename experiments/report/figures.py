@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.report import plots
 from experiments.report import results as results_
-from jaxprune.report import canvas
+from jaxprune.lm.report import canvas
 
 LINEAR = 0.01  # nats
 TITLES = {"pruned": "Right after pruning", "retrained": "After retraining"}

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report import findings, plots
-from jaxprune.report import canvas
+from jaxprune.lm.report import canvas
 
 JOULES_A_FLOP = (3.7e-12 + 0.9e-12) / 2
 JOULES_A_BYTE = 640e-12 / 4

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxprune.report.canvas import COLOURS, STYLE
+from jaxprune.lm.report.canvas import COLOURS, STYLE
 
 # In the order of COLOURS.
 _KNOWN = (

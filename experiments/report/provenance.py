@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report import findings
-from jaxprune.formats import atomic
-from jaxprune.report import page
+from jaxprune.files import atomic
+from jaxprune.lm.report import page
 
 TEMPLATES = page.templates(Path(__file__).with_name("templates"))
 TEMPLATES.filters["percent"] = findings.percent

@@ -19,7 +19,7 @@ from experiments.report import (
     provenance,
 )
 from experiments.report import results as results_
-from jaxprune.report import page
+from jaxprune.lm.report import page
 
 
 def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:

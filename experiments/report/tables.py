@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from experiments.report import provenance
 from experiments.report import results as results_
-from jaxprune.formats import atomic
-from jaxprune.report import canvas
+from jaxprune.files import atomic
+from jaxprune.lm.report import canvas
 
 
 class Table(NamedTuple):

@@ -23,9 +23,9 @@ from experiments.harness.task import Looks, Mean
 from experiments.tasks.pure_model import PureModel
 from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
-from jaxprune.models import generate, hf
-from jaxprune.models.decoder.config import DecoderConfig
-from jaxprune.models.decoder.model import Decoder, nats
+from jaxprune.lm.models import generate, hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.decoder.model import Decoder, nats
 from jaxprune.typing import Params, Prunable
 
 TABLES = ("embedding/*", "position_embedding/*", "head/*")

@@ -10,7 +10,7 @@ import optax
 from experiments import gpt
 from experiments.tasks.pure_model import PureModel
 from jaxprune.arrays import processes
-from jaxprune.models import generate
+from jaxprune.lm.models import generate
 
 
 class LanguageModel(PureModel[gpt.GPT]):

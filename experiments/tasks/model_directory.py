@@ -13,11 +13,12 @@ from jax.sharding import Mesh, Sharding
 
 import jaxprune as jp
 from experiments.harness import device_mesh
-from jaxprune.formats import atomic, rewrite
-from jaxprune.formats.checkpoint_dir import Unknown, open_directory
-from jaxprune.models import hf
-from jaxprune.models.decoder.config import DecoderConfig
-from jaxprune.models.phi3_vision import Phi3VisionConfig
+from jaxprune.files import atomic
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import Unknown, open_directory
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.phi3_vision import Phi3VisionConfig
 from jaxprune.typing import Params
 
 C = TypeVar("C", bound=DecoderConfig | Phi3VisionConfig)

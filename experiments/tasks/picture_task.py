@@ -24,9 +24,14 @@ from experiments.harness.task import Looks, Mean
 from experiments.tasks.pure_model import PureModel
 from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
-from jaxprune.models import hf
-from jaxprune.models.decoder.model import nats
-from jaxprune.models.phi3_vision import Phi3Vision, Phi3VisionConfig, preprocess, unused
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.model import nats
+from jaxprune.lm.models.phi3_vision import (
+    Phi3Vision,
+    Phi3VisionConfig,
+    preprocess,
+    unused,
+)
 from jaxprune.typing import Params, Prunable
 
 SHOWN = 8

@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxprune.models import hf
-from jaxprune.models.decoder.model import Decoder
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.model import Decoder
 
 _SPECIAL = ("<bos>", "<eos>")
 CONFIG: dict[str, Any] = {

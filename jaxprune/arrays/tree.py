@@ -1,44 +1,22 @@
-"""Leaves by name: how a leaf is called, which leaves may be pruned, and trees aligned.
+"""Leaves by name: how a leaf is called, and trees aligned.
 
 A leaf's name is its path with "/" between the parts, "blocks/0/mlp/up/kernel". NNX's
 wrapping (a trailing `.value`) is not part of it, so a tree and the optimizer's copy of
 it have the same names, whatever containers they are made of.
 """
 
-import dataclasses
-import difflib
 import fnmatch
-import math
-import re
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
 from jaxprune.arrays.low_bit import is_int8
-from jaxprune.arrays.messages import columns, listed
+from jaxprune.arrays.messages import listed
 
 T = TypeVar("T")
-
-# What a name speaks of, and the words that say so: whole words, of the leaf's own name
-# or of the module that holds it. "text_embedding_model/dense/kernel" is no embedding.
-_HERE = r"(_[^/]*)?(/[^/]*)?$"
-_UNPRUNABLE = {
-    "an embedding": rf"(^|[/_])((embed|embedding)s?|wte|wpe)\d*{_HERE}"
-    rf"|(^|[/_])patch_embed(ding)?s?/[^/]*/[^/]*$|(^|/)shared/weight$",
-    "a normalisation": r"(^|[/_])((layer|rms|batch|group|instance)?norms?"
-    rf"|normali[sz]ation|ln[a-z]?|bn)\d*{_HERE}|(^|[/_])scale(/[^/]*)?$",
-    "a bias": r"(^|[/_])bias(_table)?(/[^/]*)?$",
-    # "head_0" may be one of attention's.
-    "an output head": r"(^|/)(((lm|output|classification|prediction|value|policy)_head"
-    r"|classifier)(_?\d+)?|head|logits(_dense)?|score|unembed)(/[^/]*)?$"
-    r"|^output/weight$|^(transformer/)?output_layer/weight$",
-    "a router": r"(^|[/_])router(_?\d+)?(/[^/]*){0,2}$"
-    r"|(^|/)(shared_expert_)?gate/(wg/)?weight$|moe/gate/[^/]*$",
-    "decays of a state space": r"(^|/)a_log$",
-}
 
 
 def is_excluded(node: Any) -> bool:
@@ -133,165 +111,6 @@ def names(tree: Any) -> list[str]:
     return list(named_leaves(tree))
 
 
-def prunable(name: str, leaf: Any) -> bool:
-    """Whether a leaf may be pruned unless the caller says otherwise.
-
-    A leaf may be pruned if it is floating, has two axes or more, and neither its name
-    nor that of its module names an embedding, a normalisation, a bias or an output head
-    (Islam et al. leave these alone too), nor the router of a mixture of experts
-    or `A_log`, where zero means something else. Whole words count:
-    "denormalizer/kernel" may be pruned, and so may "head/mlp/kernel". "gate/weight" is
-    taken for a router's; give a rule of your own where it is a gated layer's.
-
-    Args:
-      name: the leaf's path name.
-      leaf: an array or anything with `shape` and `dtype`.
-
-    Returns:
-      True when the leaf may be pruned.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
-      >>> jp.tree.prunable("blocks/0/mlp/up/kernel", jnp.zeros((4, 8)))
-      True
-      >>> jp.tree.prunable("token_embedding/embedding", jnp.zeros((4, 8)))
-      False
-    """
-    return why_unprunable(name, leaf) is None
-
-
-def why_unprunable(name: str, leaf: Any) -> str | None:
-    """Why the default rule leaves a leaf alone, as "one axis"; None if it does not."""
-    if not is_floating(leaf):
-        return "not floating"
-    if leaf.ndim < 2:
-        return "no axes" if leaf.ndim == 0 else "one axis"
-    # "LayerNorm" has two words, and so has "LMHead".
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
-    name = name.lower().replace("-", "_")
-    for what, words in _UNPRUNABLE.items():
-        if re.search(words, name):
-            return f"named as {what}"
-    return None
-
-
-def excluding(*globs: str) -> "Excluding":
-    """The default rule less the leaves whose names match one of these globs.
-
-    Args:
-      *globs: shell-style patterns on path names, such as "blocks/0/*".
-
-    Returns:
-      A rule for the `prunable` argument of a criterion. A glob that matches no leaf of
-      the tree that it is used on is refused there, with the names that are near it.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
-      >>> rule = jp.tree.excluding("blocks/0/*")
-      >>> rule("blocks/0/kernel", jnp.zeros((4, 8)))
-      False
-    """
-    return Excluding(globs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Excluding:
-    """The default rule less the leaves whose names match a glob, from `excluding`."""
-
-    globs: tuple[str, ...]
-
-    def __call__(self, name: str, leaf: Any) -> bool:
-        """Whether the leaf may be pruned."""
-        return self.why(name, leaf) is None
-
-    def check(self, names: Sequence[str]) -> None:
-        """Refuses globs that match none of a tree's names."""
-        for glob in self.globs:
-            if not any(_fits(name, glob) for name in names):
-                near = difflib.get_close_matches(glob, names, 3, 0.4) or names
-                raise ValueError(
-                    f"excluding({glob!r}) must match a leaf, but matches none; near it "
-                    f"are {listed(near, 3)}, and jp.tree.names(params) has all"
-                )
-
-    def why(self, name: str, leaf: Any) -> str | None:
-        """Why the leaf is left alone, or None if it may be pruned."""
-        for glob in self.globs:
-            if _fits(name, glob):
-                return f"excluded by {glob!r}"
-        return why_unprunable(name, leaf)
-
-
-class Row(NamedTuple):
-    """What a rule says of a leaf.
-
-    Attributes:
-      name: the leaf's path name.
-      shape: its shape.
-      pruned: whether it may be pruned.
-      why: why not, in a few words; empty where it may.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    pruned: bool
-    why: str
-
-
-class Explanation(tuple[Row, ...]):
-    """The rows of `explain`, one a leaf; printed they are a table."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        """A line a leaf, the number of weights that may be pruned last."""
-        cells = [(row.name, str(row.shape), row.why or "pruned") for row in self]
-        total = sum(math.prod(row.shape) for row in self)
-        own = sum(math.prod(row.shape) for row in self if row.pruned)
-        last = f"{own:,} of {total:,} weights may be pruned"
-        return f"{columns(cells)}\n{last}" if cells else last
-
-
-def explain(
-    params: Any, *, prunable: Callable[[str, Any], bool] = prunable
-) -> Explanation:
-    """Which leaves would be pruned, and why not the others.
-
-    Args:
-      params: a pytree of arrays, or of `jax.ShapeDtypeStruct`.
-      prunable: the rule, as a criterion takes it.
-
-    Returns:
-      A row (name, shape, pruned, why) for each leaf; `print` it for a table.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
-      >>> print(jp.tree.explain({"up": {"kernel": jnp.ones((4, 8)), "b": jnp.ones(8)}}))
-      up/b       (8,)    one axis
-      up/kernel  (4, 8)  pruned
-      32 of 40 weights may be pruned
-    """
-    named = named_leaves(params)
-    check_rule(prunable, list(named))
-    return Explanation(_row(*item, prunable) for item in named.items())
-
-
-def check_rule(prunable: Callable[[str, Any], bool], names: Sequence[str]) -> None:
-    """Refuses a rule by names that names a leaf which is not there."""
-    if isinstance(prunable, Excluding):
-        prunable.check(names)
-
-
-def _row(name: str, leaf: Any, prunable: Callable[[str, Any], bool]) -> Row:
-    pruned = not is_excluded(leaf) and bool(prunable(name, leaf))
-    own = getattr(prunable, "why", why_unprunable)
-    why = None if pruned else own(name, leaf) or "excluded by the rule prunable="
-    return Row(name, tuple(getattr(leaf, "shape", ())), pruned, why or "")
-
-
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf is an array (or its abstract stand-in) of floating numbers."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -361,7 +180,7 @@ def with_nodes(masks: Any, names: Container[str]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(masks, is_leaf=counts), leaves)
 
 
-def _fits(name: str, glob: str) -> bool:
+def fits(name: str, glob: str) -> bool:
     """Whether a glob matches a name, or is this name, which may hold brackets."""
     return name == glob or fnmatch.fnmatchcase(name, glob)
 
@@ -383,7 +202,7 @@ def by_rule(
     Raises:
       ValueError: a rule matches no leaf at all.
     """
-    unused = [g for g in rules if not any(_fits(n, g) for n in leaf_names)]
+    unused = [g for g in rules if not any(fits(n, g) for n in leaf_names)]
     if unused:
         raise ValueError(
             f"every {what} rule must match a leaf that may be pruned, but "
@@ -392,6 +211,6 @@ def by_rule(
         )
 
     def first(name: str) -> T:
-        return next((v for glob, v in rules.items() if _fits(name, glob)), default)
+        return next((v for glob, v in rules.items() if fits(name, glob)), default)
 
     return [first(name) for name in leaf_names]

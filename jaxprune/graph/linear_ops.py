@@ -23,6 +23,7 @@ from jaxprune.graph import program as program_
 from jaxprune.graph.operands import Input
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.graph.weight_view import WeightView
+from jaxprune.leaves import prunable as is_prunable
 from jaxprune.typing import Params
 
 
@@ -84,7 +85,7 @@ class Trace:
     views: Mapping[int, WeightView] = dataclasses.field(repr=False)
 
     def axes(
-        self, prunable: Callable[[str, Any], bool] = tree.prunable
+        self, prunable: Callable[[str, Any], bool] = is_prunable
     ) -> dict[str, Axes]:
         """Each leaf's input and output axes, for `axes=` of `masks.make` and `gradual`.
 

@@ -2,7 +2,6 @@
 
 __all__ = [
     "calibration",
-    "calibration_gradients",
     "fingerprint",
     "input_statistics",
     "methods",

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.graph.linear_ops import LinearOp, Trace, trace
+from jaxprune.leaves import check_rule
 from jaxprune.posttraining import input_statistics
 from jaxprune.posttraining.input_statistics import InputStatistics, Sums
 from jaxprune.posttraining.pipeline import SegmentedProgram, SequentialPipeline
@@ -30,7 +32,7 @@ def calibrate(
     *,
     hessian: bool = False,
     positions: Callable[[Any], jax.Array] | None = None,
-    prunable: Prunable = tree.prunable,
+    prunable: Prunable = leaves.prunable,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, InputStatistics]:
     """The statistics of every linear op's input, over batches, by the dense model.
@@ -170,7 +172,7 @@ def chosen(traced: Trace, params: Params, prunable: Prunable) -> list[LinearOp]:
       ValueError: there is none, or a rule excludes what is not there.
     """
     named = tree.named_leaves(params)
-    tree.check_rule(prunable, list(named))
+    check_rule(prunable, list(named))
     found = [op for op in traced.linear_ops if prunable(op.leaf, named[op.leaf])]
     first = {op.name: op.view for op in found if op.use == 0}
     # Another use of a tied weight counts where it sees the weight the same way.

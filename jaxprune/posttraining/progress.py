@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from jaxprune.arrays import processes
-from jaxprune.formats import atomic, safetensors_file
+from jaxprune.files import atomic, safetensors_file
 
 _JOB = "job.json"
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, NamedSharding
 
+from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
@@ -66,7 +67,7 @@ def prune_trained(
     sparsity: float | Mapping[str, float] | None = None,
     pattern: Pattern | str | None = None,
     allocation: Allocation = "layer",
-    prunable: Prunable = tree.prunable,
+    prunable: Prunable = leaves.prunable,
     positions: Callable[[Any], jax.Array] | None = None,
     directory: str | Path | None = None,
     donate: bool = False,

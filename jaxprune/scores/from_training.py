@@ -16,14 +16,16 @@ import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
+from jaxprune import leaves
 from jaxprune.arrays import exact_sum, lazy, low_bit, placement, tree
 from jaxprune.arrays.messages import listed
+from jaxprune.leaves import check_rule
 from jaxprune.scores.importance import refuse_swapped, tracked
 from jaxprune.typing import Params, Prunable, Scores
 
 
 def magnitude(
-    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
+    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
 ) -> Scores:
     """The size of the final weight: |w|.
 
@@ -49,7 +51,7 @@ def magnitude(
 
 
 def averaged_weight(
-    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
+    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
 ) -> Scores:
     """The paper's criterion: the size of the weight's average over training, |A|.
 
@@ -82,7 +84,7 @@ def averaged_weight(
 
 
 def averaged_magnitude(
-    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
+    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
 ) -> Scores:
     """The average of the weight's size over training, E|w|.
 
@@ -110,7 +112,7 @@ def averaged_magnitude(
 
 
 def obd(
-    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
+    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
 ) -> Scores:
     """Optimal brain damage with the empirical Fisher as diagonal: w^2 E[g^2].
 
@@ -149,7 +151,7 @@ def trajectory(
     importance: Any = None,
     *,
     exponent: float = 0.25,
-    prunable: Prunable = tree.prunable,
+    prunable: Prunable = leaves.prunable,
 ) -> Scores:
     """The default criterion: |w| E[g^2]^(1/4).
 
@@ -189,7 +191,7 @@ def trajectory(
 
 
 def taylor(
-    params: Params, importance: Any = None, *, prunable: Prunable = tree.prunable
+    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
 ) -> Scores:
     """The first-order change of the loss, averaged over training: E|w g|.
 
@@ -224,7 +226,7 @@ def random(
     importance: Any = None,
     *,
     seed: int = 0,
-    prunable: Prunable = tree.prunable,
+    prunable: Prunable = leaves.prunable,
 ) -> Scores:
     """Uniform random scores, the control that every criterion must beat.
 
@@ -252,7 +254,7 @@ def threshold(
     importance: Any = None,
     *,
     compare: Literal["weight", "average"] = "weight",
-    prunable: Prunable = tree.prunable,
+    prunable: Prunable = leaves.prunable,
 ) -> Scores:
     """The authors' threshold rule, as a score in standard deviations of the averages.
 
@@ -304,7 +306,7 @@ def _score(
     """
     refuse_swapped(params)
     named = tree.named_leaves(params)
-    tree.check_rule(prunable, list(named))
+    check_rule(prunable, list(named))
     chosen = [not tree.is_excluded(x) and prunable(n, x) for n, x in named.items()]
     if not any(chosen):
         raise ValueError(

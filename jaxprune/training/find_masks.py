@@ -1,7 +1,7 @@
 """The masks of an optimizer's state, found and replaced wherever they are.
 
-A state that holds masks is known by its type. `nnx.state(optimizer)` keeps only the
-names of fields, no types; there it is recognised by its names.
+A state that holds masks is a NamedTuple with the fields `masks` and `inner`, whoever
+wrote it. `nnx.state(optimizer)` keeps only the names of fields; they are enough.
 """
 
 import functools
@@ -17,16 +17,12 @@ from jaxprune.arrays.messages import listed
 from jaxprune.masking import packing
 from jaxprune.masking.checks import checked
 from jaxprune.masking.packed_mask import PackedMask, is_packed
-from jaxprune.training.admm import AdmmState
-from jaxprune.training.gradual import GradualState
-from jaxprune.training.keep_masks import KeepMasksState
-from jaxprune.training.straight_through import StraightThroughState
 from jaxprune.typing import Masks, Params
 
 T = TypeVar("T")
 
-_KINDS = (KeepMasksState, GradualState, StraightThroughState, AdmmState)
-_NAMES = frozenset(field for kind in _KINDS for field in kind._fields)
+# The fields of the states with masks, all together.
+_FIELDS = frozenset({"masks", "inner", "step", "parked", "split", "gradients"})
 
 
 def get_masks(state: Any, params: Params | None = None) -> Masks:
@@ -129,9 +125,9 @@ def replace_masks(state: T, masks: Masks) -> T:
 def _holds(node: Any) -> bool:
     """Whether a node is a state with masks."""
     if isinstance(node, Mapping):  # a field without arrays may be missing
-        named = "masks" in node and _NAMES.issuperset(node)
+        named = "masks" in node and _FIELDS.issuperset(node)
         return named and not _holders(node["masks"])  # else it is a `named_chain`
-    return isinstance(node, _KINDS)
+    return {"masks", "inner"} <= set(getattr(node, "_fields", ()))
 
 
 def _holders(state: Any) -> list[Any]:

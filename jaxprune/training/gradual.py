@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import scores
+from jaxprune import leaves, scores
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking.counts import Allocation
@@ -49,7 +49,7 @@ def gradual(
     allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
-    prunable: Prunable = tree.prunable,
+    prunable: Prunable = leaves.prunable,
     grow: Grow | None = None,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

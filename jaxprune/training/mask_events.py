@@ -23,6 +23,7 @@ from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
+from jaxprune.leaves import check_rule
 from jaxprune.masking import packing, selection
 from jaxprune.masking.patterns import NM, PerOutput, Unstructured
 from jaxprune.training import event_table
@@ -119,7 +120,7 @@ class MaskEvents:
         """The names of the leaves that may be pruned."""
         named = tree.named_leaves(params)
         if not any(map(tree.is_excluded, named.values())):  # else names are missing
-            tree.check_rule(self.prunable, list(named))
+            check_rule(self.prunable, list(named))
         chosen = {
             name
             for name, leaf in named.items()

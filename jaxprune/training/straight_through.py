@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import scores
+from jaxprune import leaves, scores
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import check_steps
@@ -53,7 +53,7 @@ def straight_through(
     allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
-    prunable: Prunable = tree.prunable,
+    prunable: Prunable = leaves.prunable,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains dense weights by the gradients of pruned ones, until `freeze`.

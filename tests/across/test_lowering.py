@@ -12,9 +12,9 @@ from flax import nnx
 
 import jaxprune as jp
 from experiments.tasks import picture_model
-from jaxprune.evaluation import distill, retrain
-from jaxprune.models import generate, hf
-from jaxprune.models.decoder.model import Decoder
+from jaxprune.lm.models import generate, hf
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.recovery import distill, retrain
 from jaxprune.posttraining.solvers import alps, sparsegpt, units
 from tests.support import tiny_families, tiny_hf
 from tests.support.small_models import correlated, draw
@@ -30,8 +30,8 @@ TRANSFORMATIONS = {
     "straight_through": lambda: jp.straight_through(
         optax.adamw(1e-3), EVENTS, freeze=3
     ),
-    "admm": lambda: jp.admm(optax.adamw(1e-3), 0.5, begin=1, end=3, interval=1),
-    "lora": lambda: jp.lora(optax.adamw(1e-3), rank=2),
+    "admm": lambda: jp.contrib.admm(optax.adamw(1e-3), 0.5, begin=1, end=3, interval=1),
+    "lora": lambda: jp.contrib.lora(optax.adamw(1e-3), rank=2),
     "tracked": lambda: optax.chain(
         jp.track_gradients(average=("square", "taylor")),
         optax.adamw(1e-3),
@@ -228,7 +228,7 @@ def test_what_each_device_of_a_mesh_runs(programs):
 def test_squared_gradients_and_a_training_after_a_teacher(programs):
     params = {"w": jnp.asarray(draw(7, 16, 8))}
     loss = lambda p, x: jnp.mean(jnp.square(x @ p["w"]))  # noqa: E731
-    jp.calibrate_gradients(loss, params, INPUTS[:1])
+    jp.contrib.calibrate_gradients(loss, params, INPUTS[:1])
     config = hf.decoder_config(tiny_hf.config_json("llama"))
     model = Decoder(config, rngs=nnx.Rngs(0))
     names = {

@@ -63,7 +63,9 @@ def test_two_leaves_of_one_name_are_refused(call):
     [
         lambda params, rule: jp.scores.magnitude(params, prunable=rule),
         lambda params, rule: jp.tree.explain(params, prunable=rule),
-        lambda params, rule: jp.lora(optax.sgd(0.1), 2, targets=rule).init(params),
+        lambda params, rule: jp.contrib.lora(optax.sgd(0.1), 2, targets=rule).init(
+            params
+        ),
     ],
 )
 def test_a_glob_that_excludes_nothing_is_told_with_names_near_it(use):

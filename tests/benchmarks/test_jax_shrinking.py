@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import jax_shrinking
-from jaxprune.models import hf
+from jaxprune.lm.models import hf
 from tests.support import tiny_hf
 
 

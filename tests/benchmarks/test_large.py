@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import large
-from jaxprune.models import hf
+from jaxprune.lm.models import hf
 
 TINY = large.Shape(layers=2, width=256, ffn=384, keys=128, vocabulary=97)
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.harness import checkpoint, manifest
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 from tests.support import forked
 from tests.support.checkpoints import (
     CONFIGURATION,

@@ -26,7 +26,7 @@ from experiments.tasks import picture_model
 from experiments.tasks.finetuning import Texts
 from experiments.tasks.language_task import LanguageTask
 from experiments.tasks.picture_task import PictureTask, Tokenizer, VisionModel
-from jaxprune.models.hf import vision_config
+from jaxprune.lm.models.hf import vision_config
 from tests.support.tiny_run import flags, write_text
 
 

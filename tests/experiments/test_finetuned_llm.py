@@ -21,7 +21,7 @@ from experiments.harness import checkpoint, stages, training
 from experiments.harness.optimizer import optimizer
 from experiments.report import results as results_
 from experiments.tasks import tiny_directory
-from jaxprune.models import hf
+from jaxprune.lm.models import hf
 from tests.support import oracles
 from tests.support.tiny_run import snapshot, write_text
 

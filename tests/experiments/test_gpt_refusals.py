@@ -12,7 +12,7 @@ from experiments.gpt.config import (
     flops_per_token,
     preset,
 )
-from jaxprune.models.generate import generate
+from jaxprune.lm.models.generate import generate
 from tests.support.gpt_model import TINY, make_model, make_tokens
 
 # ---- errors

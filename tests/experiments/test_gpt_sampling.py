@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxprune.models.generate import _draw, generate
+from jaxprune.lm.models.generate import _draw, generate
 from tests.support.gpt_model import TINY, larger, make_model, make_tokens, run
 
 # ---- cache and sampling

@@ -14,11 +14,11 @@ from experiments import phi3_vision
 from experiments.harness import device_mesh, training
 from experiments.harness.optimizer import EVERYTHING
 from experiments.tasks import picture_model
-from jaxprune.formats import rewrite
-from jaxprune.formats.checkpoint_dir import Unknown
-from jaxprune.models import hf
-from jaxprune.models.hf import vision_config
-from jaxprune.models.phi3_vision import Phi3Vision
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import Unknown
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.hf import vision_config
+from jaxprune.lm.models.phi3_vision import Phi3Vision
 from tests.support.picture_files import picture, write
 
 

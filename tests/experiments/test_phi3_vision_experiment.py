@@ -23,7 +23,7 @@ def run(tmp_path_factory, steps):
         out=folder / "run",
         data_dir=folder / "data",
         criteria=("trajectory",),
-        mesh="data=1",  # a step on a mesh: tests/models/test_phi3_vision_sharded.py
+        mesh="data=1",  # a step on a mesh: tests/lm/models/test_phi3_vision_sharded.py
         smoke=True,
     )
     compiled = training._compiled

@@ -12,8 +12,8 @@ from experiments.datasets import picture_questions
 from experiments.datasets.question_answers import Asked
 from experiments.tasks import picture_model
 from experiments.tasks.picture_task import PictureTask, VisionModel, without_gradient
-from jaxprune.models.hf import vision_config
-from jaxprune.models.phi3_vision import preprocess
+from jaxprune.lm.models.hf import vision_config
+from jaxprune.lm.models.phi3_vision import preprocess
 
 
 @pytest.fixture(scope="module")

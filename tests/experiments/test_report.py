@@ -12,7 +12,7 @@ import pytest
 
 from experiments.report import figures, provenance, sections, write_report
 from experiments.report import results as results_
-from jaxprune.report import canvas
+from jaxprune.lm.report import canvas
 from tests.support.synthetic import Page, synthetic
 
 
@@ -236,10 +236,10 @@ def test_the_report_imports_matplotlib_only_when_it_writes():
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
     for name in [*sys.modules]:
-        drawing = name.startswith(("experiments.report.", "jaxprune.report."))
+        drawing = name.startswith(("experiments.report.", "jaxprune.lm.report."))
         if drawing and name != "experiments.report.results":
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("jaxprune.report.canvas", raising=False)
+    monkeypatch.delattr("jaxprune.lm.report.canvas", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxprune\[experiments\]'"):
         write_report(synthetic(seeds=1, criteria=1, layers=1), tmp_path)

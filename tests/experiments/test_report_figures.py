@@ -9,7 +9,7 @@ import pytest
 
 from experiments.report import figures, findings, plots, sections, write_report
 from experiments.report import results as results_
-from jaxprune.report import canvas
+from jaxprune.lm.report import canvas
 from tests.support.synthetic import NAMES, synthetic
 
 

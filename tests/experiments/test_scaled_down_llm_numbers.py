@@ -19,7 +19,7 @@ from experiments.harness.optimizer import optimizer
 from experiments.harness.watched_weights import WATCHED_WEIGHTS
 from experiments.report import results as results_
 from experiments.tasks.language_model import LanguageModel
-from jaxprune.formats import atomic
+from jaxprune.files import atomic
 from tests.support import oracles
 from tests.support.tiny_run import (
     BATCH,

@@ -124,7 +124,7 @@ SLIPS = {
         r"track_importance needs an integer seed, got 1\.5",
     ),
     "lora(rank=2.5)": (
-        lambda: jp.lora(optax.sgd(0.1), rank=2.5),
+        lambda: jp.contrib.lora(optax.sgd(0.1), rank=2.5),
         r"lora needs an integer rank, got 2\.5",
     ),
     "NM(1.5, 4)": (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.formats import levels
+from jaxprune.lm.checkpoints import levels
 from jaxprune.posttraining import methods
 from jaxprune.posttraining.solvers import sparsegpt
 from tests.support import oracles_trained as slow

@@ -129,9 +129,9 @@ def leaves_of(tree):
 
 def test_the_moments_of_loras_factors_are_no_importance():
     params = {"kernel": jnp.asarray(np.ones((4, 4), np.float32))}
-    state = jax.jit(jp.lora(optax.adam(0.1), 2).init)(params)
+    state = jax.jit(jp.contrib.lora(optax.adam(0.1), 2).init)(params)
     model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
-    adapted = nnx.Optimizer(model, jp.lora(optax.adam(0.1), 2), wrt=nnx.Param)
+    adapted = nnx.Optimizer(model, jp.contrib.lora(optax.adam(0.1), 2), wrt=nnx.Param)
     for held in (state, nnx.state(adapted)):
         with pytest.raises(ValueError, match="tracks nothing"):
             jp.scores.trajectory(params, held)

@@ -8,7 +8,7 @@ import threading
 import time
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["jaxprune.cli", "tokenizers"])
+_CONTEXT.set_forkserver_preload(["jaxprune.lm.cli", "tokenizers"])
 
 
 def _run(words, log):
@@ -16,7 +16,7 @@ def _run(words, log):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     import tqdm
 
-    from jaxprune import cli
+    from jaxprune.lm import cli
 
     tqdm.tqdm.set_lock(threading.RLock())  # its usual one outlives a killed process
     code = cli.main([str(word) for word in words])

@@ -39,7 +39,7 @@ def _alarm(*_):
 
 def run(words):
     """Exit code, stdout and stderr of the command; "hang" or "traceback" as a code."""
-    from jaxprune import cli
+    from jaxprune.lm import cli
 
     out, err = io.StringIO(), io.StringIO()
     before = signal.signal(signal.SIGALRM, _alarm)
@@ -314,7 +314,7 @@ def _like_transformers(folder):
         import transformers
     except ImportError:
         return True
-    from jaxprune.models import hf
+    from jaxprune.lm.models import hf
 
     model = hf.load(folder, dtype="float32").model
     tokens = tiny_hf.tokens(time=min(30, model.config.context))

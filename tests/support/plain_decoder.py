@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 
 from jaxprune.arrays import tree
-from jaxprune.models import hf
-from jaxprune.models.decoder import rope
-from jaxprune.models.decoder.model import DecoderConfig
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder import rope
+from jaxprune.lm.models.decoder.model import DecoderConfig
 
 PLAIN = DecoderConfig(
     vocab_size=97,

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune.training import state_sharding
+from jaxprune.contrib import state_shardings
 
 SHAPES = {"matrix": (24, 40), "stack": (2, 16, 24), "bias": (16,)}
 # Kind of the mesh's axes, what is split how, what the averages are held in, what is
@@ -100,7 +100,7 @@ def watched(params, storages):
     """Three steps with each storage, the state placed by its shardings."""
     for storage in storages:
         tx = trackers(storage)
-        where = state_sharding.state_shardings(tx, params)
+        where = state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=where)(params)
         after, state = trained(tx, params, state, 3)
         yield f"{storage}: parameters and state", (after, state)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxprune.formats.checkpoint_dir import open_directory
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from tests.support.hf_directories import (
     BFLOAT16,
     build,

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from jaxprune.formats import levels
-from jaxprune.formats.levels import BFLOAT16
+from jaxprune.lm.checkpoints import levels
+from jaxprune.lm.checkpoints.levels import BFLOAT16
 
 
 def rounded(shape, grid, axis, dtype, seed=0, share=0.5, largest=None, whole=False):

@@ -124,7 +124,7 @@ def place(tmp_path_factory):
 
 def run(capsys, *arguments):
     """The exit code, the object on stdout, and stderr."""
-    from jaxprune import cli
+    from jaxprune.lm import cli
 
     code = cli.main([*map(str, arguments), "--json"])
     out, err = capsys.readouterr()
@@ -143,7 +143,7 @@ def config_of(folder):
 
 def logits(folder, tokens, **options):
     """Of a folder's model, in float64."""
-    from jaxprune.models import hf
+    from jaxprune.lm.models import hf
 
     return called(hf.load(folder, **options).model, tokens)
 

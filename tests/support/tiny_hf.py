@@ -276,9 +276,9 @@ def random_tensors(name, seed=0, layers=None, **changes):
     """Random float32 tensors of a configuration, by their Hugging Face names."""
     from flax import nnx
 
-    from jaxprune.models import hf
-    from jaxprune.models.decoder.model import Decoder
-    from jaxprune.models.hf import decoder_config
+    from jaxprune.lm.models import hf
+    from jaxprune.lm.models.decoder.model import Decoder
+    from jaxprune.lm.models.hf import decoder_config
 
     config = config_json(name, layers, **changes)
     model = nnx.eval_shape(lambda: Decoder(decoder_config(config), rngs=nnx.Rngs(0)))

@@ -65,7 +65,7 @@ FLOWS = {
         jp.keep_masks(optax.adamw(1e-3), masked("global", "2:4")[1]),
         jp.prune(PARAMS, masked()[0], pattern="2:4"),
     ),
-    "lora": lambda: (jp.lora(optax.adamw(1e-3), rank=2), PARAMS),
+    "lora": lambda: (jp.contrib.lora(optax.adamw(1e-3), rank=2), PARAMS),
     **{
         name: lambda tx=tx: (optax.chain(optax.adamw(1e-3), tx), PARAMS)
         for name, tx in TRACKED.items()

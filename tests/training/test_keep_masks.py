@@ -336,7 +336,7 @@ def test_the_parameters_place_in_a_state_is_found_by_optax(name):
     masks = {"w": np.ones((4, 4), bool), "b": optax.MaskedNode()}
     tx = {
         "keep_masks": jp.keep_masks(optax.adam(0.1), masks),
-        "lora": jp.lora(optax.adam(0.1), rank=2),
+        "lora": jp.contrib.lora(optax.adam(0.1), rank=2),
         "track_importance": optax.chain(optax.adam(0.1), jp.track_importance()),
         "int8": optax.chain(optax.adam(0.1), jp.track_importance(storage="int8")),
     }[name]

@@ -24,7 +24,9 @@ TABLE = {
     "straight_through": functools.partial(
         jp.straight_through, schedule=SCHEDULE, freeze=10, every=2
     ),
-    "admm": functools.partial(jp.admm, sparsity=0.75, begin=2, end=9, interval=3),
+    "admm": functools.partial(
+        jp.contrib.admm, sparsity=0.75, begin=2, end=9, interval=3
+    ),
 }
 FIRST = "gradual"
 # The other transformations share their masks' code with the first.
@@ -145,7 +147,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_not_counted(make):
 @kinds
 def test_lora_inside_is_pruned_as_it_is_merged(make):
     params, by_size = model(), {"criterion": jp.scores.magnitude}
-    done = run(make(jp.lora(optax.adamw(0.05), rank=2), **by_size), params)
+    done = run(make(jp.contrib.lora(optax.adamw(0.05), rank=2), **by_size), params)
     assert zeros(done.weights["kernel"]) == expected(make)
     np.testing.assert_array_equal(done.params["bias"], params["bias"])
     mask = np.asarray(jp.get_masks(done.state)["kernel"])

@@ -172,7 +172,7 @@ def test_with_x64_everything_is_float32_still():
         )(params, importance)
         for name in names:
             assert scores[name]["w"].dtype == np.float32
-        adapters = jp.lora(optax.sgd(0.1), rank=2).init(params).adapters
+        adapters = jp.contrib.lora(optax.sgd(0.1), rank=2).init(params).adapters
         assert {x["w"].dtype for x in adapters} == {np.dtype("float32")}
         tiny = {"w": jnp.asarray(np.array([[1e-50, 2e-50], [3e-50, 4e-50]]))}
         kept = jp.masks.make(tiny, 0.5)["w"]

@@ -1,0 +1,163 @@
+"""Where a whole optimizer state lives, from where the parameters live.
+
+A state's leaf belongs to the parameter whose name its own path ends in. It gets that
+parameter's sharding, or as much of it as its shape allows; counters and whatever
+belongs to no parameter are replicated.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxprune.arrays import placement, tree
+from jaxprune.arrays.messages import listed
+from jaxprune.typing import Params
+
+_Path = tuple[str, ...]
+_Shape = tuple[int, ...]
+
+# How many parts a leaf may add behind its parameter's name: the fields of a container
+# that stands for one array, as `codes` of a quantised one.
+_BEHIND = 2
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation | optax.MultiSteps, params: Params
+) -> Any:
+    """The shardings of an optimizer's whole state, for `out_shardings` of `jax.jit`.
+
+    Under `jit` on a mesh of Auto axes, moments that start as zeros are replicated: each
+    device then holds all of them. With these shardings they never are, neither at
+    `init` nor after a step.
+
+    A leaf of the parameter's shape is placed like the parameter. One with other axes
+    keeps what can be kept: with axes in front (a history) or left out (a factored
+    moment) the rest stays sharded; with other lengths (one number for each block of 32
+    weights) an axis stays sharded where its shards are even. Of two readings that
+    disagree, as for the factors of a square matrix, neither is taken.
+
+    Args:
+      optimizer: any optax optimizer, of which only `init` is read, abstractly.
+      params: the parameters, or `jax.ShapeDtypeStruct`s with shardings; all on one
+        mesh, or all on one device.
+
+    Returns:
+      A tree like `optimizer.init(params)` with a `NamedSharding` for each array, or the
+      `SingleDeviceSharding` of parameters on one device; what `init` puts into host
+      memory is placed there.
+
+    Raises:
+      ValueError: there are no parameters, or some have no sharding (NumPy arrays,
+        abstract ones), or one that is neither of the two kinds.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> rows = jax.NamedSharding(mesh, jax.P("data"))
+      >>> params = {"w": jax.device_put(jnp.ones((4, 2)), rows)}
+      >>> tx = optax.chain(optax.adamw(1e-3), jp.track_importance())
+      >>> where = jp.contrib.state_shardings(tx, params)
+      >>> state = jax.jit(tx.init, out_shardings=where)(params)
+      >>> state[0][0].mu["w"].sharding == rows
+      True
+    """
+    owned = {
+        _parts(name): leaf
+        for name, leaf in tree.named_leaves(params).items()
+        if not tree.is_excluded(leaf)
+    }
+    shardings = _checked(owned)
+    shapes = {path: tuple(leaf.shape) for path, leaf in owned.items()}
+    elsewhere = _spread(next(iter(shardings.values())))
+
+    def place(path: Any, leaf: Any, aval: Any) -> Sharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        where = elsewhere
+        for owner in _owners(_parts(name), shapes):
+            if specs := _specs(tuple(leaf.shape), shapes[owner], shardings[owner]):
+                where = _spread(shardings[owner], *specs)
+                break
+        on_host = aval.memory_space == jax.memory.Space.Host
+        return where.with_memory_kind("pinned_host") if on_host else where
+
+    # Stand-ins without a place: of a state only names, shapes and memories are wanted.
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    traced, state = jax.make_jaxpr(optimizer.init, return_shape=True)(bare)
+    avals = jax.tree.unflatten(jax.tree.structure(state), traced.out_avals)
+    return jax.tree_util.tree_map_with_path(place, state, avals)
+
+
+def _parts(name: str) -> _Path:
+    return tuple(name.split("/")) if name else ()
+
+
+def _checked(owned: Mapping[_Path, Any]) -> dict[_Path, Sharding]:
+    """The parameters' shardings, or one error that names the leaves."""
+    found = {path: getattr(leaf, "sharding", None) for path, leaf in owned.items()}
+    if not found:
+        raise ValueError(
+            "state_shardings needs at least one parameter, got an empty tree"
+        )
+    kinds = (NamedSharding, SingleDeviceSharding)
+    if wrong := ["/".join(p) for p, s in found.items() if not isinstance(s, kinds)]:
+        raise ValueError(
+            "state_shardings needs parameters on a mesh or on a device, but "
+            f"{listed(wrong)} are on neither; give arrays placed with "
+            "jax.device_put(params, shardings), or "
+            "jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
+        )
+    if len({type(sharding) for sharding in found.values()}) > 1:
+        single = ["/".join(p) for p, s in found.items() if isinstance(s, kinds[1])]
+        raise ValueError(
+            f"state_shardings needs all parameters on one mesh, but {listed(single)} "
+            "are on a single device; place them with jax.device_put(leaf, "
+            "NamedSharding(mesh, PartitionSpec()))"
+        )
+    return {path: s for path, s in found.items() if s is not None}
+
+
+def _owners(path: _Path, shapes: Mapping[_Path, _Shape]) -> Iterator[_Path]:
+    """The parameters whose name the path ends in, the longest name first."""
+    for end in range(len(path), max(len(path) - _BEHIND, 0) - 1, -1):
+        for start in range(end + 1):
+            if path[start:end] in shapes:
+                yield path[start:end]
+
+
+def _specs(shape: _Shape, whole: _Shape, sharding: Sharding) -> set[PartitionSpec]:
+    """The ways to place a leaf of this shape like a parameter of another."""
+    if not isinstance(sharding, NamedSharding):
+        return {PartitionSpec()}
+    rank, extra = len(whole), len(shape) - len(whole)
+    spec = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
+    if shape == whole:
+        return {sharding.spec}
+    if extra > 0:
+        return (
+            {PartitionSpec(*[None] * extra, *spec)} if shape[extra:] == whole else set()
+        )
+    if extra < 0:
+        return {
+            PartitionSpec(*(spec[axis] for axis in kept))
+            for kept in itertools.combinations(range(rank), len(shape))
+            if tuple(whole[axis] for axis in kept) == shape
+        }
+    counts = [placement.shards(sharding.mesh, entry) for entry in spec]
+    even = [size % count == 0 for size, count in zip(shape, counts, strict=True)]
+    return {
+        PartitionSpec(*(e if ok else None for e, ok in zip(spec, even, strict=True)))
+    }
+
+
+def _spread(like: Sharding, *specs: PartitionSpec) -> Sharding:
+    """A sharding of the same devices; replicated unless there is one spec."""
+    if not isinstance(like, NamedSharding):
+        return like
+    spec = specs[0] if len(specs) == 1 else PartitionSpec()
+    memory = like.memory_kind if specs else None
+    return NamedSharding(like.mesh, spec, memory_kind=memory)

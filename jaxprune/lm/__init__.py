@@ -1,0 +1,15 @@
+"""Language models in directories: read, measured, pruned, shrunk and written again.
+
+It needs the extra `[lm]`; nothing outside of this folder imports it.
+"""
+
+__all__ = [
+    "checkpoints",
+    "cli",
+    "measure",
+    "models",
+    "recovery",
+    "report",
+    "shrinking",
+    "texts",
+]

@@ -1,0 +1,12 @@
+"""Checkpoint directories and the compact file: read, written, pruned by magnitude."""
+
+__all__ = [
+    "checkpoint_dir",
+    "compact",
+    "compact_archive",
+    "compact_sizes",
+    "levels",
+    "new_weights",
+    "prune_magnitude",
+    "rewrite",
+]

@@ -1,0 +1,359 @@
+"""A pruned model in one file: a bit for each weight, then the weights that are left.
+
+For storage and transfer; `expand` gives back the directory byte for byte. The file is a
+safetensors file. Its `__metadata__` has "format", "version" and "contents", a JSON
+object:
+
+    {"tensors": {NAME: {"file": FILE, "dtype": CODE, "shape": [...],
+                        "encoding": "mask", "levels" or "dense", "sha256": SHA-256}},
+     "files": {FILE: SHA-256}}
+
+FILE is a path in the directory, with "/" where it lies in a sub-directory.
+
+Its tensors are, for each NAME of encoding "mask", `mask/NAME` (uint8: one bit a weight
+of the flat tensor in C order, the first weight is the lowest bit, 1 where the weight's
+own bits are not all zero) and `values/NAME` (the weights with bit 1, in that order);
+for each of encoding "levels", whose entry also has "bits", "group" and "axis", the same
+`mask/NAME`, `levels/NAME` (uint8: those weights as whole numbers of their scale, two's
+complement, of 4 bits two a byte, the first in the low half) and `scales/NAME`
+(bfloat16, see `levels`); for each of encoding "dense" `dense/NAME`; for each weights'
+FILE `header/FILE` (uint8: its length and header as they were); for each other FILE
+`file/FILE` (uint8). A mask is
+used where it makes the tensor smaller, levels where the directory's jaxprune.json says
+that it was rounded and every bit comes back. Minus zero and NaN are weights like
+others.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from jaxprune.files import atomic
+from jaxprune.files.safetensors_file import DTYPES, TensorInfo, damaged, write_header
+from jaxprune.lm.checkpoints import compact_sizes, levels
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, Progress
+from jaxprune.lm.checkpoints.compact_archive import (
+    FORMAT,
+    VERSION,
+    Archive,
+    bits_of,
+    chunks,
+    decoded,
+    layout,
+    open_archive,
+    packed_files,
+)
+from jaxprune.lm.checkpoints.levels import Grid, Scales
+
+_PART = 1 << 24  # bytes of a file that are copied at a time
+_CODES = {kind: code for code, kind in DTYPES.items()}
+
+
+class Result(NamedTuple):
+    """What a compact file saves.
+
+    Attributes:
+      dense_bytes: the bytes of the directory's files that are in it.
+      compact_bytes: its own bytes.
+      left: what lies in the directory and is not in it: links out of the directory or
+        to a directory, and what is no file.
+    """
+
+    dense_bytes: int
+    compact_bytes: int
+    left: tuple[str, ...] = ()
+
+
+def compact(
+    source: CheckpointDir,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Writes a directory as one compact file, tensor by tensor.
+
+    Args:
+      source: the directory; all files in it are packed, sub-directories' too.
+      path: the file, outside of the directory.
+      overwrite: whether an earlier compact file may be replaced.
+      progress: called when a tensor is counted, and again when it is written.
+
+    Returns:
+      The sizes.
+
+    Raises:
+      ValueError: `path` is taken or inside the directory, or the source changed while
+        it was read.
+      OSError: the file could not be written; nothing is left of it.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> from safetensors.numpy import save_file
+      >>> from jaxprune.lm.checkpoints import checkpoint_dir, compact
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> (directory / "model").mkdir()
+      >>> _ = (directory / "model" / "config.json").write_text("{}")
+      >>> weight = np.zeros((64, 64), "f4")
+      >>> save_file({"w": weight}, directory / "model" / "model.safetensors")
+      >>> model = checkpoint_dir.open_directory(directory / "model")
+      >>> result = compact.compact(model, directory / "model.compact")
+      >>> result.compact_bytes < result.dense_bytes / 10
+      True
+      >>> _ = compact.expand(directory / "model.compact", directory / "again")
+      >>> checkpoint_dir.open_directory(directory / "again").read("w").any()
+      np.False_
+    """
+    place = atomic.apart(path, source.path)
+    replaceable = _why_not_ours if overwrite else None
+    # Everything is read twice: the header, which comes first, needs every size.
+    advance = source.meter(progress, passes=2)
+    with atomic.staged_file(place, replaceable=replaceable) as partial:
+        plan = _plan(source, advance)
+        stored = (math.prod(n) * DTYPES[c].itemsize for c, n in plan.entries.values())
+        atomic.check_room(place, sum(stored))
+        with atomic.named(partial), open(partial, "wb") as file:
+            entries = write_header(file, plan.entries, plan.metadata)
+            for name, info in source.tensors.items():
+                _put_tensor(file, name, info, source, entries, plan.scales.get(name))
+                advance(name, info.size)
+            for name, size in plan.embedded.items():
+                origin = source.path / name.partition("/")[2]
+                _put_bytes(file, origin, size, entries[name])
+            file.flush()
+            os.fsync(file.fileno())
+    return Result(plan.dense_bytes, place.stat().st_size, packed_files(source)[1])
+
+
+class _Plan(NamedTuple):
+    """All that is known before the first byte is written.
+
+    Attributes:
+      scales: name to the scales of a tensor that is stored as levels.
+      entries: name to (code, shape) of what the file will hold.
+      metadata: its `__metadata__`.
+      embedded: "header/FILE" and "file/FILE" to how many bytes of FILE they hold.
+      dense_bytes: bytes of the source's files.
+    """
+
+    scales: dict[str, Scales]
+    entries: dict[str, tuple[str, tuple[int, ...]]]
+    metadata: dict[str, str]
+    embedded: dict[str, int]
+    dense_bytes: int
+
+
+def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
+    tensors: dict[str, Any] = {}
+    scales: dict[str, Scales] = {}
+    grid = compact_sizes.grid(source)
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    others, _ = packed_files(source)
+    paths = {name: source.path / name for name in (*source.metadata, *others)}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    embedded, digests = {}, {}
+    for file in source.metadata:
+        inside = {k: info for k, info in source.tensors.items() if info.file == file}
+        head = sizes[file] - sum(info.size for info in inside.values())
+        embedded[f"header/{file}"] = head
+        sink = hashlib.sha256(_head(paths[file], head))
+        for name, info in inside.items():
+            tensors[name], stored, own = _scan(source, name, info, sink, grid)
+            scales |= {} if own is None else {name: own}
+            entries |= stored
+            advance(name, info.size)
+        # The header, then all tensors in the file's order: the digest of the file.
+        digests[file] = sink.hexdigest()
+    for name in others:
+        embedded[f"file/{name}"] = sizes[name]
+        digests[name] = atomic.digest(paths[name])
+    entries |= {name: ("U8", (size,)) for name, size in embedded.items()}
+    contents = json.dumps({"tensors": tensors, "files": digests})
+    metadata = {"format": FORMAT, "version": VERSION, "contents": contents}
+    return _Plan(scales, entries, metadata, embedded, sum(sizes.values()))
+
+
+def _scan(
+    source: CheckpointDir, name: str, info: TensorInfo, sink: Any, grid: Grid | None
+) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]], Scales | None]:
+    """What the contents say of a tensor, the entries that hold it, its scales."""
+    tensor, nonzero, own = source.read(name), 0, hashlib.sha256()
+    for bits in chunks(tensor):
+        sink.update(bits)
+        own.update(bits.data)
+        nonzero += int(np.count_nonzero(bits))
+    size, whole = math.prod(info.shape), info.dtype.itemsize
+    dense = compact_sizes.stored_bytes(nonzero, size, whole) == info.size
+    entry: dict[str, Any] = {"file": info.file, "dtype": _CODES[info.dtype]}
+    entry |= {"shape": info.shape, "encoding": "dense" if dense else "mask"}
+    entry["sha256"] = own.hexdigest()
+    scales = None if grid is None else levels.find(tensor, grid)
+    if scales is not None:
+        entry |= {"encoding": "levels", "axis": scales.axis, **scales.grid._asdict()}
+    return entry, layout(name, entry, nonzero), scales
+
+
+def _head(path: Path, size: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+def _put_tensor(
+    file: BinaryIO,
+    name: str,
+    info: TensorInfo,
+    source: CheckpointDir,
+    entries: Mapping[str, TensorInfo],
+    scales: Scales | None,
+) -> None:
+    """Writes a tensor's mask and values or levels, or the tensor, each to its place."""
+    if f"dense/{name}" in entries:
+        file.seek(entries[f"dense/{name}"].offset)
+        for bits in chunks(source.read(name)):
+            file.write(bits.tobytes())
+        return
+    kind = "values" if scales is None else "levels"
+    values, start = entries[f"{kind}/{name}"], 0
+    to_values, to_mask = values.offset, entries[f"mask/{name}"].offset
+    rounded = []
+    for bits in chunks(source.read(name)):
+        kept = bits != 0
+        file.seek(to_mask)
+        to_mask += file.write(np.packbits(kept, bitorder="little").tobytes())
+        if scales is None:
+            file.seek(to_values)
+            to_values += file.write(bits[kept].tobytes())
+        else:
+            # Held until the end: two levels of 4 bits share a byte, across chunks too.
+            own = bits.view(info.dtype)[kept]
+            rounded.append(levels.levels(own, scales.of(start, bits.size)[kept]))
+        start += bits.size
+    if scales is not None:
+        file.seek(entries[f"scales/{name}"].offset)
+        file.write(scales.values.tobytes())
+        file.seek(to_values)
+        packed = levels.pack(np.concatenate(rounded), scales.grid.bits)
+        to_values += file.write(packed.tobytes())
+    # Another number of nonzero weights than in the first pass.
+    if to_values != values.offset + values.size:
+        raise _changed(source.path / info.file)
+
+
+def _put_bytes(file: BinaryIO, path: Path, size: int, entry: TensorInfo) -> None:
+    file.seek(entry.offset)
+    with open(path, "rb") as origin:
+        while size:
+            part = origin.read(min(size, _PART))
+            if not part:
+                raise _changed(path)
+            size -= file.write(part)
+
+
+def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The dense tensors of a compact file, one after the other; nothing is expanded.
+
+    Each is held against its SHA-256 before it is handed out.
+
+    Args:
+      path: the file.
+
+    Yields:
+      Name and array, in the order of the directory.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      Damaged: the file is not what its header says, or a tensor that comes out of it
+        is not the one that went in.
+      Unknown: it is another kind of file.
+    """
+    archive = open_archive(Path(path))
+    for name, entry in archive.tensors.items():
+        dtype = DTYPES[entry["dtype"]]
+        bits = np.empty(math.prod(entry["shape"]), bits_of(dtype))
+        position, digest = 0, hashlib.sha256()
+        for part in decoded(archive, name):
+            bits[position : position + part.size] = part
+            position += part.size
+            digest.update(part.data)
+        if digest.hexdigest() != entry["sha256"]:
+            raise damaged(archive.path, f"'{name}' in it is not what went in")
+        yield name, bits.view(dtype).reshape(entry["shape"])
+
+
+def expand(
+    path: str | os.PathLike[str], directory: str | os.PathLike[str]
+) -> list[Path]:
+    """Writes the directory that a compact file was made of, byte for byte.
+
+    Args:
+      path: the compact file.
+      directory: what is written; nothing or an empty one may be there.
+
+    Returns:
+      The paths of its files.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: `directory` is taken.
+      Damaged: the file is not what its header says, or a file that comes out of it is
+        not the one that went in; nothing is left of the directory.
+      Unknown: it is another kind of file.
+      OSError: the directory could not be written; nothing is left of it.
+    """
+    archive = open_archive(Path(path))
+    place = atomic.apart(directory, archive.path)
+    sizes = [
+        math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
+        for e in archive.tensors.values()
+    ]
+    sizes += [
+        info.size
+        for name, info in archive.entries.items()
+        if name.startswith(("file/", "header/"))
+    ]
+    atomic.check_room(place, sum(sizes))
+    taken = lambda place: "there is something already"  # noqa: E731
+    with atomic.staged(place, replaceable=taken) as partial:
+        for name, digest in archive.files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic.Sink(partial / name) as sink:
+                for part in _restored(archive, name):
+                    sink.put(part)
+            if sink.digest != digest:
+                raise damaged(archive.path, f"'{name}' in it is not what went in")
+    return [place / name for name in archive.files]
+
+
+def _restored(archive: Archive, name: str) -> Iterator[np.ndarray]:
+    """The bytes of one file of the directory, chunk by chunk."""
+    if f"file/{name}" in archive.entries:
+        yield from chunks(archive.look(f"file/{name}"))
+        return
+    yield from chunks(archive.look(f"header/{name}"))
+    for tensor, entry in archive.tensors.items():
+        if entry["file"] == name:
+            for part in decoded(archive, tensor):
+                yield part.view(np.uint8)
+
+
+def _changed(path: Path) -> ValueError:
+    return ValueError(
+        f"a directory must stay as it is while it is read, but '{path}' changed; "
+        f"begin again"
+    )
+
+
+def _why_not_ours(path: Path) -> str | None:
+    """Why a path must not be replaced: only earlier compact files may be."""
+    try:
+        open_archive(path)
+    except (ValueError, OSError):
+        return "it is no compact file"
+    return None

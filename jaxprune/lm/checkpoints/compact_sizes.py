@@ -1,0 +1,101 @@
+"""How large a directory would be as a compact file, before there is one."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxprune.files.safetensors_file import Damaged, Unknown
+from jaxprune.lm.checkpoints import levels, rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.compact_archive import chunks
+from jaxprune.lm.checkpoints.levels import Grid
+
+
+def grid(source: CheckpointDir) -> Grid | None:
+    """How a directory's jaxprune.json says that its weights were rounded, or None."""
+    try:
+        given = rewrite.read_provenance(source.path).get("rounding")
+    except (Unknown, Damaged):
+        return None
+    match given:
+        case {"bits": 4 | 8 as bits, "group": int(group)} if group > 0:
+            return Grid(bits, group)
+    return None
+
+
+def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
+    """The bytes of one tensor in a compact file.
+
+    Args:
+      nonzero: how many of its elements have a bit that is not zero.
+      size: how many elements it has.
+      itemsize: bytes of one.
+
+    Returns:
+      ceil(size / 8) + nonzero itemsize, or size itemsize where that is no more.
+
+    Example:
+      >>> from jaxprune.lm.checkpoints import compact_sizes
+      >>> compact_sizes.stored_bytes(400, 1000, 2)
+      925
+    """
+    return min(size * itemsize, -(-size // 8) + nonzero * itemsize)
+
+
+def packed_bytes(
+    source: CheckpointDir, zeros: Mapping[str, int], rounded: Mapping[str, Grid] = {}
+) -> int:
+    """The bytes of a directory's weights in a compact file, less its header."""
+    # `zeros`: tensor name to the number of elements with no bit set, 0 where absent.
+    # `rounded`: the grid of each tensor that was rounded to one.
+    total = 0
+    for name, info in source.tensors.items():
+        size = math.prod(info.shape)
+        nonzero = size - zeros.get(name, 0)
+        if name in rounded:
+            total += levels.stored_bytes(info.shape, nonzero, rounded[name])
+        else:
+            total += stored_bytes(nonzero, size, info.dtype.itemsize)
+    return total
+
+
+class Sizes(NamedTuple):
+    """How large a directory is, and would be as a compact file.
+
+    Attributes:
+      dense_bytes: the bytes of its weights.
+      compact_bytes: about the bytes of its weights in a compact file.
+      zeros: how many elements are zero.
+      size: how many elements there are.
+      by_tensor: name to (zeros, size).
+    """
+
+    dense_bytes: int
+    compact_bytes: int
+    zeros: int
+    size: int
+    by_tensor: dict[str, tuple[int, int]]
+
+
+def sizes(source: CheckpointDir) -> Sizes:
+    """Counts a directory's zeros exactly, tensor by tensor."""
+    by_tensor, blank = {}, dict.fromkeys(source.tensors, 0)
+    given, rounded = grid(source), {}
+    for name, info in source.tensors.items():
+        size, filled = math.prod(info.shape), 0
+        tensor = source.read(name)
+        if given is not None and levels.find(tensor, given) is not None:
+            rounded[name] = given
+        for bits in chunks(tensor):
+            filled += int(np.count_nonzero(bits.view(info.dtype)))
+            blank[name] += bits.size - int(np.count_nonzero(bits))
+        by_tensor[name] = (size - filled, size)
+    return Sizes(
+        dense_bytes=source.size,
+        compact_bytes=packed_bytes(source, blank, rounded),
+        zeros=sum(zeros for zeros, _ in by_tensor.values()),
+        size=sum(size for _, size in by_tensor.values()),
+        by_tensor=by_tensor,
+    )

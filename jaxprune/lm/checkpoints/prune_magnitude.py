@@ -1,0 +1,265 @@
+"""Magnitude pruning of any safetensors directory, tensor by tensor, with no model code.
+
+Memory holds one tensor: a model larger than the machine passes through. Counts are
+exact and ties keep the first by flat index, as in `prune`. A matrix of Hugging Face is
+[out, in], GPT-2's is [in, out]; of three axes the first is a stack of matrices
+(experts), each pruned by itself.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxprune import leaves
+from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.messages import listed
+from jaxprune.leaves import check_rule
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, TensorInfo
+from jaxprune.masking import counts, matrix_mask, patterns
+from jaxprune.typing import Pattern, Prunable
+
+# The models whose matrices, or stacks of them, are [in, out].
+_INPUT_FIRST = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_STACKED_INPUT_FIRST = {
+    *("gpt_oss", "llama4", "llama4_text", "aria", "aria_text"),
+    *("qwen3_vl_moe", "qwen3_vl_moe_text"),
+}
+_FLOATS = tuple(map(np.dtype, ("f2", "f4", "f8", "bfloat16")))
+
+
+class Pruned(NamedTuple):
+    """What became of a directory.
+
+    Attributes:
+      path: the new directory.
+      achieved: the share of zeros in the pruned tensors.
+      tensors: name to (zeros, size) of each pruned tensor.
+      skipped: the names of the tensors left alone.
+    """
+
+    path: Path
+    achieved: float
+    tensors: dict[str, tuple[int, int]]
+    skipped: tuple[str, ...]
+
+
+def prune_directory(
+    source: CheckpointDir,
+    directory: str | os.PathLike[str],
+    *,
+    sparsity: float | Mapping[str, float] | None = None,
+    pattern: Pattern | str = "unstructured",
+    prunable: Prunable = leaves.prunable,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: rewrite.Progress | None = None,
+    finish: rewrite.Finish | None = None,
+) -> Pruned:
+    """Sets the smallest weights of each matrix to zero and writes the directory again.
+
+    A run that was killed goes on after the last file of weights that it finished, when
+    it is started again with the same arguments, and gives the same bytes.
+
+    Args:
+      source: the directory.
+      directory: the new one, apart from the source.
+      sparsity: the share to remove from each matrix, in [0, 1), or {glob on the name
+        with "/" for ".": share}. None where the pattern fixes it.
+      pattern: `Unstructured`, `PerOutput` or `NM`, or its name, such as "2:4".
+      prunable: name (with "/" for ".") and `TensorInfo` to whether a tensor may be
+        pruned. Of the tensors that it chooses, floating ones of two axes are pruned,
+        and those of three axes unless their name contains "conv".
+      provenance: what else `jaxprune.json` is to say: "command", "perplexity".
+      overwrite: whether an earlier result may be replaced.
+      progress: called after every tensor.
+      finish: as for `rewrite.write`.
+
+    Returns:
+      The new directory and its zeros.
+
+    Raises:
+      ValueError: no tensor may be pruned, the sparsity or the pattern does not fit,
+        weights are not finite, or as for `rewrite.write`.
+      TypeError: the pattern is none of the three.
+      OSError: the directory could not be written.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> from safetensors.numpy import save_file
+      >>> from jaxprune.lm.checkpoints import checkpoint_dir, prune_magnitude
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> (directory / "a").mkdir()
+      >>> _ = (directory / "a" / "config.json").write_text("{}")
+      >>> weights = {"up.weight": np.array([[3.0, -1.0], [2.0, 4.0]], "f4")}
+      >>> save_file(weights, directory / "a" / "model.safetensors")
+      >>> model = checkpoint_dir.open_directory(directory / "a")
+      >>> done = prune_magnitude.prune_directory(model, directory / "b", sparsity=0.5)
+      >>> done.achieved
+      0.5
+      >>> checkpoint_dir.open_directory(directory / "b").read("up.weight").tolist()
+      [[3.0, 0.0], [0.0, 4.0]]
+    """
+    pattern = patterns.named(pattern)
+    if not isinstance(
+        pattern, patterns.Unstructured | patterns.PerOutput | patterns.NM
+    ):
+        raise TypeError(
+            f"directories are pruned by Unstructured, PerOutput or NM, got {pattern}; "
+            f"load the model and use prune for other patterns"
+        )
+    chosen, first = to_prune(source, pattern, prunable)
+    counts = _counts(pattern, sparsity, chosen)
+    replaced = {
+        name: functools.partial(
+            _pruned, source, name, counts[name], pattern, input_first=first[name]
+        )
+        for name in chosen
+    }
+    asked = pattern.sparsity if sparsity is None else sparsity
+    facts: dict[str, Any] = {"method": "magnitude", "pattern": str(pattern)}
+    facts["sparsity"] = dict(asked) if isinstance(asked, Mapping) else float(asked or 0)
+    paths = rewrite.write(
+        source,
+        directory,
+        replaced,
+        provenance=facts | dict(provenance or {}),
+        overwrite=overwrite,
+        resume=True,
+        progress=progress,
+        finish=finish,
+    )
+    record = rewrite.read_provenance(paths[-1].parent)
+    return Pruned(
+        path=paths[-1].parent,
+        achieved=record["achieved"],
+        tensors={k: (v["zeros"], v["size"]) for k, v in record["tensors"].items()},
+        skipped=tuple(name for name in source.tensors if name not in chosen),
+    )
+
+
+def _is_matrix(name: str, info: TensorInfo) -> bool:
+    stack = info.ndim == 3 and "conv" not in name.lower()
+    floating = jnp.issubdtype(info.dtype, jnp.floating)
+    return floating and (info.ndim == 2 or stack)
+
+
+def _input_first(config: Mapping[str, Any], name: str, info: TensorInfo) -> bool:
+    # A model of models has the configuration of "decoder.transformer..." as "decoder".
+    inner = [config.get("text_config"), config.get(name.split(".")[0])]
+    parts = [config, *(part for part in inner if isinstance(part, Mapping))]
+    known = _STACKED_INPUT_FIRST if info.ndim == 3 else _INPUT_FIRST
+    return any(str(part.get("model_type")) in known for part in parts)
+
+
+def to_prune(
+    source: CheckpointDir, pattern: Pattern, prunable: Prunable
+) -> tuple[dict[str, TensorInfo], dict[str, bool]]:
+    """The tensors that would be pruned, and whether their inputs come first.
+
+    Args:
+      source: the directory.
+      pattern: which weights go together.
+      prunable: which tensors may be pruned, by names with "/".
+
+    Returns:
+      Name to tensor, and name to whether it is stored (in, out).
+
+    Raises:
+      ValueError: no tensor may be pruned, one is stored in one byte, or the pattern
+        does not fit a shape.
+    """
+    check_rule(prunable, [name.replace(".", "/") for name in source.tensors])
+    chosen = {
+        name: info
+        for name, info in source.tensors.items()
+        if _is_matrix(name, info) and prunable(name.replace(".", "/"), info)
+    }
+    if not chosen:
+        raise ValueError(
+            f"'{source.path}' must have a tensor that may be pruned, but has none; "
+            f"give another rule for prunable"
+        )
+    if narrow := [name for name, info in chosen.items() if info.dtype not in _FLOATS]:
+        raise ValueError(
+            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
+            f"{chosen[narrow[0]].dtype}; save the model in bfloat16, or leave them out "
+            "with prunable=jp.tree.excluding('...')"
+        )
+    first = {
+        name: _input_first(source.config, name, info) for name, info in chosen.items()
+    }
+    _check_pattern(pattern, chosen, first)
+    return chosen, first
+
+
+def _check_pattern(
+    pattern: Pattern, chosen: Mapping[str, TensorInfo], first: Mapping[str, bool]
+) -> None:
+    problems = [
+        f"{problem} at '{name}'"
+        for name, info in chosen.items()
+        if (
+            problem := pattern.problem(
+                info.shape, Axes() if first[name] else Axes((-1,), (-2,))
+            )
+        )
+    ]
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems[:6])}; leave such tensors out with "
+            f"prunable=jp.tree.excluding('...')"
+        )
+
+
+def _counts(
+    pattern: Pattern,
+    sparsity: float | Mapping[str, float] | None,
+    chosen: Mapping[str, TensorInfo],
+) -> dict[str, int]:
+    """How many weights each matrix of a tensor loses."""
+    sparsity, _ = counts.agreed(sparsity, pattern)
+    names = [name.replace(".", "/") for name in chosen]
+    sizes = [math.prod(info.shape[-2:]) for info in chosen.values()]
+    return dict(zip(chosen, counts.by_leaf(sparsity, names, sizes), strict=True))
+
+
+def _pruned(
+    source: CheckpointDir,
+    name: str,
+    lost: int,
+    pattern: Pattern,
+    *,
+    input_first: bool,
+) -> np.ndarray:
+    """A tensor of the directory, pruned; a copy."""
+    array = np.array(source.read(name))
+    stack = array.reshape(math.prod(array.shape[:-2]), *array.shape[-2:])
+    with jax.enable_x64(array.itemsize == 8):  # float64 is ranked as it is
+        for matrix in stack:  # (out, in), or (in, out) if input_first
+            number = np.uint32(matrix.size - lost)  # may be over 2^31
+            kept = _kept(matrix, number, pattern, input_first=input_first)
+            np.copyto(matrix, matrix.dtype.type(0), where=~np.asarray(kept))
+    return array
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "input_first"))
+def _kept(
+    matrix: Float[Array, "a b"], number: Any, pattern: Pattern, *, input_first: bool
+) -> Bool[Array, "a b"]:
+    """Which weights stay, by magnitude; one program for each shape."""
+    # NaN stays with infinity: it must not pass as a weight that was pruned.
+    scores = jnp.where(jnp.isnan(matrix), jnp.inf, jnp.abs(matrix))
+    # Ties of Unstructured keep the first as the file has them.
+    if input_first or isinstance(pattern, patterns.Unstructured):
+        return matrix_mask.mask(scores, number, pattern)
+    return matrix_mask.mask(scores.T, number, pattern).T

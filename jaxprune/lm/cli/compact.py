@@ -1,0 +1,71 @@
+"""`jaxprune compact` and `jaxprune expand`: a directory in one file, and back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import tyro
+
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.checkpoints.compact import compact, expand
+from jaxprune.lm.cli.console import Console, Options, byte_progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compact(Options):
+    """Packs a model's directory into one file: a bit for each weight, and what is left.
+
+    For storage and transfer. `jaxprune expand` gives the directory back byte for byte.
+
+    Attributes:
+      model: the directory.
+      file: the compact file to write.
+      overwrite: replace an earlier compact file.
+    """
+
+    EXAMPLE: ClassVar = "jaxprune compact OUT model.jaxprune"
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    overwrite: bool = False
+
+    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+        """Packs the directory; the sizes."""
+        source = open_directory(self.model)
+        with byte_progress(2 * source.size, "packing") as progress:
+            result = compact(
+                source, self.file, overwrite=self.overwrite, progress=progress
+            )
+        share = result.compact_bytes / result.dense_bytes
+        console.say(
+            f"'{self.file}': {result.compact_bytes:,} bytes, {share:.3f} of the "
+            f"directory's {result.dense_bytes:,}"
+        )
+        if result.left:
+            console.note(
+                f"links out of the directory, or no files, are not in it: "
+                f"{', '.join(result.left)}"
+            )
+        return {**result._asdict(), "share": share, "file": str(self.file)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expand(Options):
+    """Writes the directory that a compact file was made of, byte for byte.
+
+    Attributes:
+      file: the compact file.
+      out: the directory to write.
+    """
+
+    EXAMPLE: ClassVar = "jaxprune expand model.jaxprune RESTORED"
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+
+    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+        """Writes the directory; the names of its files."""
+        paths = expand(self.file, self.out)
+        console.say(f"'{self.out}': {len(paths)} files, checked by their SHA-256")
+        names = [path.relative_to(self.out.resolve()).as_posix() for path in paths]
+        return {"out": str(self.out), "files": names}

@@ -1,0 +1,9 @@
+"""Reference models in Flax NNX; nothing of the pruning code needs them."""
+
+__all__ = [
+    "decoder",
+    "generate",
+    "hf",
+    "phi3_vision",
+    "placement",
+]

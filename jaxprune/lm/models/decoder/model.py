@@ -1,0 +1,303 @@
+"""One decoder-only transformer in Flax NNX for many families of checkpoints.
+
+GPT-2, Llama, Gemma and their relatives are one program with different switches, all of
+them in `DecoderConfig`. Conventions: kernels are `[in, out]`; each
+meets its activation in exactly one product, so that the traced program can be pruned
+matrix by matrix; the model holds parameters (`nnx.Param`) and nothing else, so
+`graphdef, params = nnx.split(model, nnx.Param)` is the whole model. Products run in
+`DecoderConfig.dtype`; norms, rotary angles, softmax, logits and loss are float32,
+whatever the parameters' dtype is.
+
+References:
+  Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762. Touvron et al.,
+  LLaMA, 2023, arXiv 2302.13971. Ainslie et al., GQA, 2023, arXiv 2305.13245. The
+  numbers are those of the Hugging Face implementations (tests/lm/models/test_hf.py).
+"""
+
+from collections.abc import Callable
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxprune.lm.models.decoder.block import Block
+from jaxprune.lm.models.decoder.cache import Cache as Cache
+from jaxprune.lm.models.decoder.cache import check_length, check_tokens, empty
+from jaxprune.lm.models.decoder.config import DecoderConfig as DecoderConfig
+from jaxprune.lm.models.decoder.layers import Linear, Norm, contract, embedding
+from jaxprune.lm.models.decoder.rope import tables
+from jaxprune.lm.models.placement import look_up
+
+# Logits that the loss holds at a time: 2^25 floats are 128 MiB.
+_LOGITS = 2**25
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer; `rngs` gives the keys of the initial parameters.
+
+    Example:
+      >>> from jaxprune.lm.models.decoder.rope import linear
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=1, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+      ... )
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((2, 10), jnp.int32)).shape
+      (2, 10, 65)
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        """Makes the parameters, float32, normal with deviation 0.02."""
+        self.config = config
+        self.embedding = embedding(config, config.vocab_size, rngs)
+        if not config.ropes:
+            rows = config.context + config.position_offset
+            self.position_embedding = embedding(config, rows, rngs)
+        self.layers = nnx.List(
+            [Block(config, i, rngs=rngs) for i in range(config.layers)]
+        )
+        self.norm = Norm(config, config.width)
+        if not config.tie_weights:
+            width, vocab, bias = config.width, config.vocab_size, config.head_bias
+            self.head = Linear(config, width, vocab, bias=bias, rngs=rngs)
+
+    @overload
+    def __call__(
+        self, tokens: Array, *, cache: None = None, positions: Array | None = None
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, tokens: Array, *, cache: Cache, positions: Array | None = None
+    ) -> tuple[Array, Cache]: ...
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        *,
+        cache: Cache | None = None,
+        positions: Int[Array, "time"] | None = None,
+    ) -> Array | tuple[Array, Cache]:
+        """Logits of the token that follows each token.
+
+        Args:
+          tokens: integers in [0, vocab_size); one past the end gives NaN logits.
+          cache: what came before these tokens. There must be room for them: a
+            full cache cannot raise under jit. Where long sequences have rotary
+            angles of their own (`DecoderConfig.switches`), the size of the cache
+            counts as the length.
+          positions: where the tokens stand, integers (time,), by default one after
+            the other behind the cache. Which tokens are seen is decided by their
+            order, not by this.
+
+        Returns:
+          Logits, float32 (batch, time, vocab_size), and with a cache the pair of
+          the logits and the longer cache.
+
+        Raises:
+          TypeError: the tokens are not integers.
+          ValueError: the tokens are not (batch, time), or too long.
+        """
+        x, cache = self.states(self.embed(tokens), cache=cache, positions=positions)
+        return self.logits(x) if cache is None else (self.logits(x), cache)
+
+    def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time w"]:
+        """The residual stream before the first layer, (batch, time, width)."""
+        check_tokens(tokens, "Decoder")
+        x = look_up(self.embedding, tokens)
+        scale = self.config.embedding_scale
+        return x if scale == 1 else x * jnp.array(scale, x.dtype)
+
+    def states(
+        self,
+        x: Float[Array, "batch time width"],
+        *,
+        cache: Cache | None = None,
+        positions: Int[Array, "time"] | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "batch time width"], Cache | None]:
+        """The final hidden states, normalised, of embedded tokens.
+
+        Args:
+          x: what `embed` returned, or anything of that shape.
+          cache: as for the call.
+          positions: as for the call.
+          remat: whether the gradient computes the activations inside each layer
+            again, to save memory.
+
+        Returns:
+          The states (batch, time, width) and the longer cache (None without one).
+
+        Raises:
+          ValueError: the sequence is too long.
+        """
+        time = x.shape[1]
+        size = self.config.context if cache is None else cache.keys[0].shape[1]
+        start = jnp.int32(0) if cache is None else cache.length
+        # How full a cache is can be known outside jit alone.
+        before = 0 if cache is None or isinstance(start, jax.core.Tracer) else start
+        check_length(int(before) + time, size, "Decoder")
+        index = start + jnp.arange(time, dtype=jnp.int32)  # (time,), order in the text
+        length: int | Array = time if cache is None else size
+        if positions is None:
+            positions = index
+        elif cache is None:
+            length = jnp.max(positions) + 1
+        if not self.config.ropes:
+            rows = positions + self.config.position_offset
+            x = x + look_up(self.position_embedding, rows)[None]
+        # Cosines and sines of each scheme, and the keys that each kind of layer sees.
+        turns = {rope: tables(rope, positions, length) for rope in self.config.ropes}
+        masks = _masks(self.config, index, time if cache is None else size)
+        pasts = []
+        for i, layer in enumerate(self.layers):
+            past = None if cache is None else (cache.keys[i], cache.values[i])
+            rope, window = self.config.rope(i), self.config.window(i)
+            turn = None if rope is None else turns[rope]
+            run = jax.checkpoint(layer) if remat else layer
+            # (batch, time, width), and keys and values (batch, keys, kv_heads, dim)
+            x, past = run(x, turn, masks[window], past, start)
+            pasts.append(past)
+        x = self.norm(x)
+        if cache is None:
+            return x, None
+        keys, values = zip(*pasts, strict=True)
+        return x, Cache(keys, values, start + time)
+
+    def next_logits(
+        self, x: Float[Array, "batch time width"], cache: Cache | None = None
+    ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
+        """Logits after the last of embedded tokens, and the longer cache."""
+        x, cache = self.states(x, cache=cache)
+        return self.logits(x[:, -1]), cache  # not of all: the vocabulary may be large
+
+    def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
+        """Float32 logits of final hidden states (..., width)."""
+        if self.config.tie_weights:
+            table = self.embedding.embedding[...].astype(x.dtype)  # (vocab, width)
+            out = contract(x, table, 1, "float32")
+        else:
+            out = self.head(x, dtype="float32")
+        if self.config.logit_scale != 1:
+            out = self.config.logit_scale * out
+        most = self.config.logit_softcap
+        return out if most is None else most * jnp.tanh(out / most)
+
+    def init_cache(self, batch: int, size: int | None = None) -> Cache:
+        """An empty cache for at most, and by default, `context` tokens."""
+        config = self.config
+        return empty(config, batch, size, config.kv_heads, config.head_dim)
+
+
+def loss_per_token(
+    model: Decoder,
+    tokens: Int[Array, "batch time"],
+    targets: Int[Array, "batch time"],
+    *,
+    rows: int | None = None,
+) -> Float[Array, "batch time"]:
+    """Cross entropy of each target, in nats, a few tokens' logits at a time.
+
+    log(sum over v of exp(logit v)) - logit of the target. The logits of all tokens
+    never exist at once, nor for the gradient, which makes them again.
+
+    Args:
+      model: the model.
+      tokens: integers (batch, time).
+      targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
+      rows: tokens whose logits are held at a time, but at least one of each sequence;
+        by default as many as make 128 MiB.
+
+    Returns:
+      Float32 (batch, time).
+
+    Raises:
+      ValueError: the targets have another shape than the tokens, or `rows` is not
+        at least 1.
+
+    Example:
+      >>> from jaxprune.lm.models.decoder.rope import linear
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=1, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+      ... )
+      >>> tokens = jnp.zeros((2, 10), jnp.int32)
+      >>> loss_per_token(Decoder(config, rngs=nnx.Rngs(0)), tokens, tokens).shape
+      (2, 10)
+    """
+    if targets.shape != tokens.shape:
+        raise ValueError(
+            f"loss_per_token needs targets of the tokens' shape {tokens.shape}, got "
+            f"{targets.shape}"
+        )
+    x, _ = model.states(model.embed(tokens))
+    return nats(model, x, targets, rows=rows)
+
+
+def nats(
+    model: Decoder,
+    states: Float[Array, "batch time width"],
+    targets: Int[Array, "batch time"],
+    *,
+    rows: int | None = None,
+) -> Float[Array, "batch time"]:
+    """Cross entropy (nats) by final hidden states; `rows` as for `loss_per_token`."""
+
+    def of(x: Array, chosen: Array) -> Array:
+        logits = model.logits(x)  # (batch, vocab)
+        own = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - own
+
+    return by_token(of, (states, targets), vocab=model.config.vocab_size, rows=rows)
+
+
+def by_token(
+    of: Callable[..., Array],
+    arrays: tuple[Array, ...],
+    *,
+    vocab: int,
+    rows: int | None = None,
+) -> Float[Array, "batch time"]:
+    """Applies a function that makes logits to a few tokens at a time.
+
+    The gradient computes the logits again, a few tokens at a time too.
+
+    Args:
+      of: from the arrays without their axis of time to (batch,).
+      arrays: (batch, time, ...) each.
+      vocab: floats of logits that a token takes.
+      rows: as for `loss_per_token`.
+
+    Returns:
+      (batch, time).
+
+    Raises:
+      ValueError: `rows` is not at least 1.
+
+    Example:
+      >>> x = jnp.arange(6.0).reshape(1, 2, 3)
+      >>> by_token(lambda x: x.sum(-1), (x,), vocab=3).tolist()
+      [[3.0, 12.0]]
+    """
+    rows = max(1, _LOGITS // vocab) if rows is None else rows
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}; leave it out")
+    batch, time = arrays[0].shape[:2]
+    # The batch may lie on many devices, so the map is over time.
+    steps = tuple(array.swapaxes(0, 1) for array in arrays)
+    at_once = min(max(1, rows // max(1, batch)), time)
+    part = jax.checkpoint(lambda row: of(*row))
+    return jax.lax.map(part, steps, batch_size=at_once).T
+
+
+def _masks(config: DecoderConfig, index: Array, keys: int) -> dict[int | None, Array]:
+    """For each kind of layer which keys (time, keys) each token sees."""
+    row, column = index[:, None], jnp.arange(keys, dtype=jnp.int32)[None]
+    causal = column <= row  # (time, keys)
+    windows = {config.window(i) for i in range(config.layers)}
+    return {
+        window: causal if window is None else causal & (column > row - window)
+        for window in windows
+    }

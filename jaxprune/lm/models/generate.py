@@ -1,0 +1,291 @@
+"""Sampling from a language model: one pass over the prompt, then token by token.
+
+Keys and values are cached, and the loop is one compiled `lax.scan`. Positions end at
+the context, so a longer text needs `sliding=True`: past the context each token is drawn
+from a full pass over the last `context` tokens, as nanoGPT does. Where long texts have
+rotary angles of their own (`DecoderConfig.switches`), the cache is made anew when the
+text becomes long, since every key in it changes.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+Pictures: TypeAlias = tuple[
+    Float[Array, "crops height width 3"], Int[Array, "batch time"]
+]
+"""Pixels and sources of a prompt, as `Phi3Vision.embed` takes them."""
+
+
+class LanguageModel(Protocol):
+    """What `generate` calls of a model: `Decoder` has it, and so may another.
+
+    Attributes:
+      config: says `vocab_size`, `context`, and `switches`: the lengths past which other
+        positions hold, for which the cache is made anew; () for none.
+    """
+
+    config: Any
+
+    def init_cache(self, batch: int, size: int | None = None) -> Any:
+        """An empty cache for `size` tokens."""
+
+    def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time w"]:
+        """What the layers get for these tokens."""
+
+    def next_logits(
+        self, x: Float[Array, "batch time w"], cache: Any = None
+    ) -> tuple[Float[Array, "batch vocab"], Any]:
+        """Logits after the last of embedded tokens, and the longer cache."""
+
+
+class PictureModel(Protocol):
+    """A model that sees pictures, as `Phi3Vision`; its `decoder` continues the text."""
+
+    config: Any  # says `side`, how many tokens a view has along each side
+    decoder: Any  # a `LanguageModel`
+
+    def embed(self, tokens: Array, pixels: Array, sources: Array) -> Array:
+        """What the decoder's layers get for the prompt, pictures included."""
+
+
+def generate(
+    model: LanguageModel | PictureModel,
+    prompt: Int[Array, "batch time"],
+    *,
+    steps: int,
+    key: PRNGKeyArray,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    sliding: bool = False,
+    pictures: Pictures | None = None,
+) -> Int[Array, "batch time+steps"]:
+    """Continues each prompt by `steps` tokens.
+
+    Each token is drawn from softmax(logits / temperature), among the `top_k` likeliest
+    tokens if that is given. One program is compiled for each model shape, prompt shape,
+    `steps` and `top_k`; another temperature or other parameters reuse it.
+
+    Args:
+      model: a `Decoder`, a `Phi3Vision`, or another `LanguageModel`.
+      prompt: integers (batch, time) in [0, vocab_size), at least one a row; below 0
+        where a picture is.
+      steps: number of tokens to draw, 0 or more.
+      key: decides the draws; not read at temperature 0.
+      temperature: 0 takes the likeliest token (the first of equals), 1 follows the
+        model, more is more random.
+      top_k: how many of the likeliest tokens may be drawn (of equals the first);
+        None allows all.
+      sliding: whether a text longer than the context is continued from its last
+        `context` tokens, instead of refused.
+      pictures: for a `Phi3Vision`, `(prompt.pixels, prompt.sources[None])` of a
+        `preprocess.Prompt`; they are encoded once. For a batch of several prompts use
+        `preprocess.together`: it concatenates the pixels of all prompts and shifts
+        their sources to match.
+
+    Returns:
+      The prompt and its continuation, int32 (batch, time + steps).
+
+    Raises:
+      TypeError: the prompt is not made of integers.
+      ValueError: the prompt is not (batch, time >= 1), holds a token outside the
+        vocabulary, is too long with its continuation, or another argument is
+        outside its range; pictures for a model that sees none, of another shape
+        than the prompt, or with `sliding`.
+
+    Example:
+      >>> from jaxprune.lm.models.decoder.model import Decoder, DecoderConfig
+      >>> config = DecoderConfig(vocab_size=65, context=32, layers=1, width=16, heads=4,
+      ...                        kv_heads=2, head_dim=8, mlp_width=32)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> prompt = jnp.zeros((2, 3), jnp.int32)
+      >>> generate(model, prompt, steps=5, key=jax.random.key(0)).shape
+      (2, 8)
+    """
+    config = getattr(model, "decoder", model).config  # of the part that writes
+    _check_pictures(model, prompt, pictures, sliding)
+    _check_prompt(prompt, config.vocab_size, pictures)
+    _check_options(steps, temperature, top_k, config.vocab_size)
+    context, length = config.context, prompt.shape[1] + steps
+    if length > context and not sliding:
+        raise ValueError(
+            f"generate needs prompt + steps <= context, got {prompt.shape[1]} + {steps}"
+            f" > {context}; sliding=True goes on from the last {context} tokens"
+        )
+    prompt = jnp.asarray(prompt, jnp.int32)
+    if steps == 0:
+        return prompt
+    window = prompt[:, -context:]
+    cached = min(steps, context - window.shape[1] + 1)
+    graphdef, params = nnx.split(model, nnx.Param)
+    drawn = _draw(
+        graphdef,
+        params,
+        window,
+        key,
+        jnp.float32(temperature),
+        pictures,
+        plan=(_stretches(window.shape[1], cached, config.switches), steps - cached),
+        # By so little, float32 logits would be infinite.
+        top_k=1 if temperature < 1e-30 else top_k,
+    )
+    return jnp.concatenate([prompt, drawn], axis=1)
+
+
+def _stretches(time: int, steps: int, switches: Sequence[int]) -> tuple[int, ...]:
+    """How many tokens are drawn with each cache: one cache up to each switch."""
+    last = time + steps - 1  # the longest sequence that the model sees
+    ends = [switch for switch in switches if time <= switch < last]
+    starts = [time - 1, *ends]
+    return tuple(b - a for a, b in zip(starts, [*ends, last], strict=True))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "plan", "top_k"))
+def _draw(
+    graphdef: nnx.GraphDef[Any],
+    params: nnx.State,
+    window: Int[Array, "batch time"],
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""],
+    pictures: Pictures | None,
+    *,
+    plan: tuple[tuple[int, ...], int],
+    top_k: int | None,
+) -> Int[Array, "batch steps"]:
+    """Draws plan[0][i] tokens with the i-th cache, then plan[1] by a sliding window."""
+    whole = nnx.merge(graphdef, params)
+    model: LanguageModel = getattr(whole, "decoder", whole)
+    # (batch, time, width), and longer with each stretch
+    x = model.embed(window) if pictures is None else whole.embed(window, *pictures)
+    draw = functools.partial(_sample, temperature=temperature, top_k=top_k)
+    stretches, slides = plan
+    keys = jax.random.split(key, sum(stretches) + slides)  # one a token
+    time, done = window.shape[1], 0
+    for steps in stretches:
+        drawn = _extend(model, x, keys[done : done + steps], draw)  # (batch, steps)
+        window = jnp.concatenate([window, drawn], axis=1)
+        x = jnp.concatenate([x, model.embed(drawn)], axis=1)
+        done += steps
+
+    def slide(window: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+        token = draw(model.next_logits(model.embed(window))[0], key)  # (batch,)
+        return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
+
+    drawn = window[:, time:]  # (batch, sum(stretches))
+    if slides == 0:
+        return drawn
+    window = window[:, -model.config.context :]
+    _, rest = jax.lax.scan(slide, window, keys[done:])  # (slides, batch)
+    return jnp.concatenate([drawn, rest.T], axis=1)
+
+
+def _extend(
+    model: LanguageModel,
+    x: Float[Array, "batch time width"],
+    keys: PRNGKeyArray,
+    draw: Callable[[Array, PRNGKeyArray], Array],
+) -> Int[Array, "batch steps"]:
+    """Draws a token for each key behind the embedded text, with one cache."""
+
+    def step(
+        carry: tuple[Any, Array], key: PRNGKeyArray
+    ) -> tuple[tuple[Any, Array], Array]:
+        cache, token = carry
+        logits, cache = model.next_logits(model.embed(token[:, None]), cache)
+        token = draw(logits, key)
+        return (cache, token), token
+
+    batch, time, _ = x.shape
+    # The last token drawn is never looked at, so the cache need not hold it.
+    empty = model.init_cache(batch, time + keys.shape[0] - 1)
+    logits, cache = model.next_logits(x, empty)
+    first = draw(logits, keys[0])  # (batch,)
+    _, rest = jax.lax.scan(step, (cache, first), keys[1:])  # (steps - 1, batch)
+    return jnp.concatenate([first[None], rest]).T
+
+
+def _sample(
+    logits: Float[Array, "batch vocab"],
+    key: PRNGKeyArray,
+    *,
+    temperature: Float[Array, ""],
+    top_k: int | None,
+) -> Int[Array, "batch"]:
+    if top_k == 1:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if top_k is None:
+        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+    best, tokens = jax.lax.top_k(logits, top_k)  # both (batch, top_k)
+    chosen = jax.random.categorical(key, best / temperature)
+    return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0]
+
+
+def _check_pictures(
+    model: Any, prompt: Array, pictures: Pictures | None, sliding: bool
+) -> None:
+    if pictures is None:
+        return
+    if not hasattr(model, "decoder") or sliding:
+        raise ValueError(
+            "generate takes pictures for a Phi3Vision and without sliding, got "
+            f"{type(model).__name__} and sliding={sliding}; leave them out"
+        )
+    pixels, sources = pictures
+    if sources.shape != prompt.shape:
+        raise ValueError(
+            f"generate needs a source for each word of the prompt {prompt.shape}, got "
+            f"{sources.shape}; take both from one preprocess.Prompt"
+        )
+    if isinstance(sources, jax.core.Tracer) or not sources.size:
+        return
+    rows, last = 2 + len(pixels) * model.config.side**2, int(np.max(sources))
+    if last >= rows:
+        raise ValueError(
+            f"generate needs sources under {rows}, the rows of {len(pixels)} views, "
+            f"got {last}; give the pixels of every prompt of the batch"
+        )
+
+
+def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> None:
+    if not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise TypeError(f"generate needs an integer prompt, got {prompt.dtype}")
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise ValueError(
+            f"generate needs a prompt of shape (batch, time) with time >= 1, got "
+            f"{prompt.shape}; start from one token, a newline say"
+        )
+    if isinstance(prompt, jax.core.Tracer) or prompt.size == 0:
+        return
+    values = np.asarray(prompt)
+    if pictures is not None and not isinstance(pictures[1], jax.core.Tracer):
+        values = np.where(np.asarray(pictures[1]) < 0, values, 0)
+    for value in (int(values.min()), int(values.max())):
+        if not 0 <= value < vocab_size:
+            raise ValueError(
+                f"generate needs prompt tokens in [0, {vocab_size}), got {value}; "
+                "encode the prompt with the vocabulary that the model was trained on"
+            )
+
+
+def _check_options(
+    steps: int, temperature: float, top_k: int | None, vocab_size: int
+) -> None:
+    if steps < 0:
+        raise ValueError(f"generate needs steps >= 0, got {steps}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"generate needs a finite temperature >= 0, got {temperature}; "
+            "0 takes the likeliest token"
+        )
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        raise ValueError(
+            f"generate needs top_k in [1, {vocab_size}], got {top_k}; "
+            "None allows every token"
+        )

@@ -1,0 +1,69 @@
+"""Cohere's Command R: one norm for attention and MLP, interleaved RoPE, scaled logits.
+
+The second family (Command R7B) has layers with a sliding window and rotary positions,
+and layers that see all tokens and have no positions.
+"""
+
+import dataclasses
+
+from jaxprune.lm.models.hf.config_reader import Attributes
+from jaxprune.lm.models.hf.families import family
+from jaxprune.lm.models.hf.families.family import Family, Fields
+
+
+def _common(a: Attributes, theta: float) -> Fields:
+    fields = family.like_llama(
+        a, tied=True, theta=theta, epsilon=("layer_norm_eps", 1e-5)
+    )
+    ropes = (dataclasses.replace(fields["ropes"][0], interleaved=True),)
+    return {
+        **fields,
+        **family.biased(a),
+        "ropes": ropes,
+        "norm": "layer_scale",
+        "block": "parallel_shared",
+        "logit_scale": a.number("logit_scale", 0.0625),
+    }
+
+
+def _fields(a: Attributes) -> Fields:
+    normalised = a.flag("use_qk_norm", False)
+    return {**_common(a, 5e5), "qk_norm": "heads" if normalised else None}
+
+
+def _fields_2(a: Attributes) -> Fields:
+    fields = _common(a, 1e4)
+    cut = family.split(a, "hidden_size", "num_attention_heads")
+    if fields["head_dim"] != cut:  # transformers computes it, whatever is said
+        given = fields["head_dim"]
+        a.wrong("head_dim", f"hidden_size / num_attention_heads = {cut}", given)
+    size = family.window(a, 4096)
+    every = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 4))
+    if (switch := a.size("layer_switch", every)) != every:  # its older name
+        a.wrong("layer_switch", f"sliding_window_pattern={every}", switch)
+    sliding = family.alternating(a, size, every)
+    return {
+        **fields,
+        "rope_of": tuple(0 if slides else None for slides in sliding),
+        "windows": tuple(size if slides else None for slides in sliding),
+    }
+
+
+_MODULES = family.modules(family.OUTER, family.LAYER)
+COHERE = Family(_fields, _MODULES)
+COHERE2 = Family(
+    _fields_2,
+    _MODULES,
+    only={
+        "use_qk_norm": False,
+        "rotary_pct": 1,
+        "position_embedding_type": "rope_gptj",
+        "order_of_interleaved_layers": "local_attn_first",
+        "use_embedding_sharing": True,
+        "use_gated_activation": True,
+        "use_parallel_block": True,
+        "use_parallel_embedding": False,
+    },
+    resized=family.WHOLE_HEADS,
+    kinds=family.layer_types,
+)

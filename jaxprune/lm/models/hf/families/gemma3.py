@@ -1,0 +1,38 @@
+"""Gemma 3 for text: norms around what a block adds, two rotary schemes, windows."""
+
+import math
+
+from jaxprune.lm.models.hf import rope_config
+from jaxprune.lm.models.hf.config_reader import Attributes
+from jaxprune.lm.models.hf.families import family
+from jaxprune.lm.models.hf.families.family import Family, Fields
+
+
+def _fields(a: Attributes) -> Fields:
+    fields = family.sizes(a, head_dim=256, tied=True)
+    size = family.window(a, 4096)
+    every = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 6))
+    sliding = family.alternating(a, size, every)
+    return {
+        **fields,
+        "norm": "rms_plus_one",
+        "qk_norm": "head",
+        "block": "sandwich",
+        "activation": family.activation(a, "hidden_activation", "gelu_pytorch_tanh"),
+        **family.biased(a),
+        "embedding_scale": math.sqrt(fields["width"]),
+        "attention_scale": a.number("query_pre_attn_scalar", 256) ** -0.5,
+        "logit_softcap": a.optional("final_logit_softcapping"),
+        "ropes": rope_config.full_and_sliding(a, fields),
+        "rope_of": tuple(int(slides) for slides in sliding),
+        "windows": tuple(size if slides else None for slides in sliding),
+    }
+
+
+FAMILY = Family(
+    _fields,
+    family.modules(family.OUTER, {**family.LAYER, **family.SANDWICH}),
+    only={"attn_logit_softcapping": None, "use_bidirectional_attention": False},
+    kinds=family.layer_types,
+    heads=family.DIVIDING_HEADS,
+)

@@ -1,0 +1,149 @@
+"""Phi-3-vision: Phi-3's decoder, CLIP's tower and the projector between them.
+
+The tower's shape is not in the published config.json, which names OpenAI's
+ViT-L/14-336. A tower of another size is described by `img_processor.vision_config`, an
+object with the names of transformers' `CLIPVisionConfig`; only this package reads it.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxprune.files.safetensors_file import read_json
+from jaxprune.lm.checkpoints.checkpoint_dir import Damaged
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.hf.config_reader import IGNORED, Attributes
+from jaxprune.lm.models.hf.families import family, phi3
+from jaxprune.lm.models.hf.families.family import Family, Fields
+from jaxprune.lm.models.phi3_vision.model import Phi3VisionConfig
+from jaxprune.lm.models.phi3_vision.tower import ClipConfig
+
+_PUBLISHED_TOWER = "openai/clip-vit-large-patch14-336"
+_PROCESSOR = "preprocessor_config.json"
+# Our field of the tower's shape, and theirs.
+_SIZES = {
+    "image": "image_size",
+    "patch": "patch_size",
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+}
+
+
+def _fields(a: Attributes) -> Fields:
+    decoder = phi3.FAMILY.fields(a)
+    tower, skipped = _tower(a)
+    _check_layout(a)
+    return {"decoder": decoder, "tower": tower, "skipped": skipped}
+
+
+def _tower(a: Attributes) -> tuple[Fields, int]:
+    """Fields of `ClipConfig`, and how many of the last layers are skipped."""
+    inner = a.within("img_processor")
+    sizes = inner.within("vision_config")
+    usual = ClipConfig()
+    tower: Fields = {
+        ours: sizes.size(theirs, getattr(usual, ours))
+        for ours, theirs in _SIZES.items()
+    }
+    if tower["layers"] > family.LAYERS:
+        sizes.wrong("num_hidden_layers", f"at most {family.LAYERS}", tower["layers"])
+    known = {name: name for name in ("quick_gelu", "gelu")}
+    tower["activation"] = sizes.choice("hidden_act", known, usual.activation)
+    tower["norm_epsilon"] = sizes.number("layer_norm_eps", usual.norm_epsilon)
+    sizes.rest(ignored=IGNORED)
+    layer = inner.raw("layer_idx", -2)
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer >= 0:
+        inner.wrong("layer_idx", "an integer below 0", layer)
+        layer = -2
+    only = {
+        "name": "clip_vision_model",
+        "type_feature": "patch",
+        "image_dim_out": tower["width"],
+        "num_img_tokens": (tower["image"] // tower["patch"] // 2) ** 2,
+    }
+    if not sizes.given():
+        only["model_name"] = _PUBLISHED_TOWER
+    inner.rest(ignored={"model_name"} if sizes.given() else (), only=only)
+    a.problems += inner.problems + sizes.problems
+    return tower, -layer - 1
+
+
+def _check_layout(a: Attributes) -> None:
+    """Notes every way but the supported one in which pictures become tokens."""
+    inner = a.within("embd_layer")
+    inner.rest(
+        only={
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        }
+    )
+    a.problems += inner.problems
+
+
+def _shape(decoder: Fields, tower: Fields, skipped: int) -> Phi3VisionConfig:
+    return Phi3VisionConfig(
+        decoder=DecoderConfig(**decoder), tower=ClipConfig(**tower), skipped=skipped
+    )
+
+
+def _with_crops(directory: Path, shape: Phi3VisionConfig) -> Phi3VisionConfig:
+    """The number of crops is a setting of the processor, where there is one."""
+    path = directory / _PROCESSOR
+    if not path.is_file():
+        return shape
+    crops: Any = read_json(path).get("num_crops", shape.crops)
+    if isinstance(crops, bool) or not isinstance(crops, int) or crops < 1:
+        raise Damaged(f"'{path}' must have a positive num_crops, got {crops!r}")
+    return dataclasses.replace(shape, crops=crops)
+
+
+_PARTS = "vision_embed_tokens."
+_TOWER = _PARTS + "img_processor.vision_model."
+_EMBEDDED = _TOWER + "embeddings."
+_TOWER_LAYER = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "out": "self_attn.out_proj",
+    "norm_attention": "layer_norm1",
+    "norm_mlp": "layer_norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+FAMILY = Family(
+    _fields,
+    {
+        **{f"decoder/{ours}": name for ours, name in phi3.FAMILY.modules.items()},
+        "project_in": _PARTS + "img_projection.0",
+        "project_out": _PARTS + "img_projection.2",
+        "tower/norm_embedded": _TOWER + "pre_layrnorm",  # their spelling
+        "tower/norm": _TOWER + "post_layernorm",
+        **{
+            f"tower/layers/{ours}": f"{_TOWER}encoder.layers.{{}}.{name}"
+            for ours, name in _TOWER_LAYER.items()
+        },
+    },
+    only=phi3.FAMILY.only,
+    parameters={
+        "separator": (_PARTS + "glb_GN", False),
+        "row_end": (_PARTS + "sub_GN", False),
+        "tower/class_embedding": (_EMBEDDED + "class_embedding", False),
+        "tower/patch_embedding": (_EMBEDDED + "patch_embedding.weight", True),
+        "tower/position_embedding": (_EMBEDDED + "position_embedding.weight", False),
+    },
+    shape=_shape,
+    from_directory=_with_crops,
+    skipped=(
+        r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+        r"|vision_embed_tokens\.img_processor\.vision_model\.embeddings\.position_ids"
+    ),
+    copies={
+        "lm_head.weight": "decoder/embedding/embedding",
+        "vision_embed_tokens.wte.weight": "decoder/embedding/embedding",
+    },
+)

@@ -1,0 +1,43 @@
+"""Qwen 2 and 3: biases of q, k and v; the later one normalises q and k instead."""
+
+from jaxprune.lm.models.hf.config_reader import Attributes
+from jaxprune.lm.models.hf.families import family
+from jaxprune.lm.models.hf.families.family import Family, Fields
+
+
+def _fields_2(a: Attributes) -> Fields:
+    fields = family.like_llama(a)
+    return {**fields, "qkv_bias": True, "windows": _windows(a, fields["layers"])}
+
+
+def _fields_3(a: Attributes) -> Fields:
+    fields = family.like_llama(a, head_dim=128)
+    return {
+        **fields,
+        **family.biased(a),
+        "qk_norm": "head",
+        "windows": _windows(a, fields["layers"]),
+    }
+
+
+def _windows(a: Attributes, layers: int) -> tuple[int | None, ...]:
+    """Windows from `max_window_layers` on, or by `layer_types`."""
+    used, size = a.flag("use_sliding_window", False), family.window(a, 4096)
+    first = a.raw("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        a.wrong("max_window_layers", "an integer >= 0", first)
+        first = layers
+    size = size if used else None
+    by_number = [size is not None and i >= first for i in range(layers)]
+    sliding = family.sliding_layers(a, by_number)
+    if any(sliding) and size is None:
+        a.wrong("use_sliding_window", "true where layer_types slide", used)
+    return tuple(size if slides else None for slides in sliding)
+
+
+QWEN2 = Family(
+    _fields_2, family.modules(family.OUTER, family.LAYER), only={"use_mrope": False}
+)
+QWEN3 = Family(
+    _fields_3, family.modules(family.OUTER, family.LAYER), only={"use_mrope": False}
+)

@@ -1,0 +1,199 @@
+"""Hugging Face directories into models and back, parameter by parameter.
+
+Nothing is loaded that is not understood: attributes of config.json that could change
+what the model computes, and tensors that are unknown, missing, doubled or of another
+shape are refused by name, all at once.
+`jaxprune.lm.models.hf.families` says how each `model_type` is read, and
+`jaxprune.lm.models.hf.parameters` how leaves and tensors belong together.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxprune.arrays import tree
+from jaxprune.lm.checkpoints.checkpoint_dir import (
+    CheckpointDir,
+    Damaged,
+    Unknown,
+    open_directory,
+)
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.models.hf import families, parameters
+from jaxprune.lm.models.hf.parameters import Dtype, Shardings, to_tensors
+from jaxprune.lm.models.hf.tensor_names import Source, match, source
+from jaxprune.lm.models.phi3_vision.model import Phi3Vision, Phi3VisionConfig
+
+
+class Loaded(NamedTuple):
+    """A model that was read from a directory.
+
+    Attributes:
+      model: a `Decoder`, or a `Phi3Vision` where the `model_type` is "phi3_v".
+      config: its shape, a `DecoderConfig` or a `Phi3VisionConfig`.
+      names: leaf name to the tensor that it came from, for `to_tensors`.
+      ignored: attributes of config.json that were not looked at: those of
+        `ignore_config`, and unknown ones that say nothing of what a model computes.
+    """
+
+    model: Any
+    config: Any
+    names: dict[str, Source]
+    ignored: tuple[str, ...] = ()
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: Dtype | None = None,
+    compute_dtype: Dtype | None = None,
+    shardings: Shardings | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    lazy: bool = False,
+    ignore_config: Sequence[str] = (),
+) -> Loaded:
+    """Reads a model's directory: config.json and safetensors.
+
+    Args:
+      directory: a local directory; nothing is downloaded.
+      dtype: of the parameters; None keeps each as it is stored, bit for bit.
+      compute_dtype: of the products; None is `dtype`, or bfloat16 where most weights
+        are stored in it, else float32.
+      shardings: gives the sharding of a leaf by its name and shape.
+      mesh: instead of `shardings`: each leaf is split over all devices of this mesh
+        along its longest axis that they divide, and copied to each where there is
+        none. Without either all is on the default device.
+      lazy: whether leaves stay in the files; a `jp.LazyArray` stands for each, until
+        it is read. See `jp.prune_trained`, and `embedded`.
+      ignore_config: attributes of config.json to read as if they were not there; an
+        unknown one that could change what the model computes is refused otherwise.
+        "rope_scaling.finetuned" is one inside an object.
+
+    Returns:
+      The model, its shape, which tensor each leaf came from, what was ignored.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      Unknown: the directory is no model that is understood here; the sentence names the
+        attributes or tensors.
+      Damaged: a file is cut short, or tensors are missing, doubled or of another shape.
+      ValueError: a dtype is not supported, or both `shardings` and `mesh` are given.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> from safetensors.numpy import save_file
+      >>> config = {"model_type": "gpt2", "vocab_size": 5, "n_positions": 4,
+      ...           "n_embd": 2, "n_layer": 1, "n_head": 1}
+      >>> model = Decoder(families.decoder_config(config), rngs=nnx.Rngs(0))
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> _ = (directory / "config.json").write_text(json.dumps(config))
+      >>> save_file(dict(tensors(model, config)), directory / "model.safetensors")
+      >>> load(directory).config.mlp_width
+      8
+    """
+    parameters.check_options(dtype, compute_dtype, shardings, mesh)
+    opened = open_directory(directory)
+    try:
+        family = families.find(opened.config)
+        config, ignored = family.read(families.without(opened.config, ignore_config))
+    except ValueError as error:
+        raise Unknown(f"'{opened.path / 'config.json'}': {error}") from None
+    _check_layers(opened, config)
+    config = family.from_directory(opened.path, config)
+    shapes = parameters.shapes(abstract(config))
+    names = match(opened, family, shapes)
+    # Products of bfloat16 weights are in bfloat16 unless the caller asks for more.
+    compute = compute_dtype or dtype or parameters.common_dtype(opened, names)
+    config = config.with_dtype(compute)
+    split = parameters.on_one_device if mesh is None else parameters.split_over(mesh)
+    place = shardings or split
+    leaves = [
+        parameters.stored_leaf(opened, names[name], shape, dtype, place(name, shape))
+        for name, shape in shapes.items()
+    ]
+    model = parameters.filled(abstract(config), leaves, lazy=lazy)
+    return Loaded(model, config, names, (*ignore_config, *ignored))
+
+
+def _check_layers(opened: CheckpointDir, config: Any) -> None:
+    """Refuses more layers than there are tensors, before any module is built."""
+    vision = isinstance(config, Phi3VisionConfig)
+    parts = [config.decoder, config.tower] if vision else [config]
+    if (layers := sum(part.layers for part in parts)) > len(opened.tensors):
+        raise Damaged(
+            f"'{opened.path}' must hold the tensors of the {layers} layers that its "
+            f"config.json describes, but has {len(opened.tensors)} tensors; bring back "
+            "the file that is not the model's"
+        )
+
+
+def abstract(config: DecoderConfig | Phi3VisionConfig) -> Any:
+    """The model of a shape, with `jax.ShapeDtypeStruct`s for parameters."""
+    kind: Any = Decoder if isinstance(config, DecoderConfig) else Phi3Vision
+    return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+
+
+def embedded(
+    directory: str | os.PathLike[str],
+    names: Mapping[str, Source],
+    config: DecoderConfig,
+    tokens: Int[np.ndarray, "batch time"],
+    dtype: Dtype | None = None,
+) -> Float[Array, "batch time width"]:
+    """What `Decoder.embed` gives, of the rows of the file that the tokens need.
+
+    With `load(..., lazy=True)` and `Decoder.states` the table of embeddings, most of a
+    small model, is never in memory.
+
+    Args:
+      directory: the directory that the model was loaded from.
+      names: which tensors its leaves came from.
+      config: its shape.
+      tokens: integers (batch, time) in [0, vocab_size).
+      dtype: of the parameters, as for `load`.
+
+    Returns:
+      The residual stream before the first layer.
+    """
+    table = names["embedding/embedding"]
+    rows = open_directory(directory).read(table.name)[np.asarray(tokens)]
+    read_as = parameters.read_dtype(table, dtype)
+    x = jnp.asarray(rows, read_as).astype(config.dtype)  # (batch, time, width)
+    scale = config.embedding_scale
+    return x if scale == 1 else x * jnp.array(scale, x.dtype)
+
+
+def tensors(
+    model: Decoder | Phi3Vision, config: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a new directory, for a model that came from none.
+
+    Args:
+      model: the model.
+      config: the config.json that it was made from.
+
+    Yields:
+      Name and array of every tensor, in the parameters' dtypes.
+
+    Raises:
+      ValueError: the configuration is not understood, or is another model's.
+    """
+    family = families.find(config)
+    if family.read(config)[0].with_dtype(model.config.dtype) != model.config:
+        raise ValueError(
+            "tensors needs the config.json that the model was made from, got one of "
+            "another shape; make the model of decoder_config or vision_config of it"
+        )
+    params = nnx.state(model, nnx.Param)
+    names = {
+        name: source(family, name, leaf.shape, np.dtype(leaf.dtype))
+        for name, leaf in tree.named_leaves(params).items()
+    }
+    return to_tensors(names, params)

@@ -1,0 +1,294 @@
+"""A model with fewer layers, experts, heads and neurons: its directory.
+
+What parameters became smaller decides what config.json says (`smaller_config`): all
+layers must have the same sizes, since that is what a configuration can hold.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxprune.arrays import lazy, tree
+from jaxprune.arrays.messages import listed
+from jaxprune.lm.checkpoints import new_weights, rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.hf import families
+from jaxprune.lm.models.hf.loading import abstract
+from jaxprune.lm.models.hf.parameters import shapes
+from jaxprune.lm.models.hf.smaller_config import smaller_config
+from jaxprune.lm.models.hf.tensor_names import Source
+
+
+def keep_layers(
+    config: DecoderConfig, params: Any, kept: Sequence[int]
+) -> tuple[DecoderConfig, Any]:
+    """A decoder with some of its layers only.
+
+    Args:
+      config: its shape.
+      params: its parameters, arrays or lazy ones.
+      kept: the layers that stay, ascending.
+
+    Returns:
+      The smaller shape and its parameters, in the containers of its model.
+
+    Raises:
+      ValueError: no layers are kept, or they are not ascending numbers of layers.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.lm.models.decoder.model import Decoder
+      >>> from jaxprune.lm.models.decoder.rope import linear
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=3, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+      ... )
+      >>> params = nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
+      >>> small, params = keep_layers(config, params, [0, 2])
+      >>> small.layers, len(params["layers"])
+      (2, 2)
+    """
+    kept = list(kept)
+    if not kept or kept != sorted({*kept} & {*range(config.layers)}):
+        raise ValueError(
+            f"kept layers must be ascending numbers from 0 to {config.layers - 1}, at "
+            f"least one, got {kept}"
+        )
+    small = dataclasses.replace(
+        config,
+        layers=len(kept),
+        rope_of=tuple(config.rope_of[i] for i in kept) if config.rope_of else (),
+        windows=tuple(config.windows[i] for i in kept) if config.windows else (),
+    )
+    named = tree.named_leaves(params)
+    model = abstract(small)
+    leaves = [named[name_before(name, kept)] for name in shapes(model)]
+    return small, jax.tree.unflatten(jax.tree.structure(_state(model)), leaves)
+
+
+def keep_experts(
+    config: DecoderConfig, params: Any, kept: Sequence[Sequence[int]]
+) -> tuple[DecoderConfig, Any]:
+    """A decoder with some of the experts of each layer only.
+
+    Args:
+      config: its shape.
+      params: its parameters, arrays or lazy ones; the experts' are read.
+      kept: for each layer the experts that stay, ascending, as many of each.
+
+    Returns:
+      The smaller shape and its parameters.
+
+    Raises:
+      ValueError: the layers do not keep as many ascending numbers of experts each, or
+        fewer than a token is given to.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.lm.models.decoder.model import Decoder
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=2, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, experts=4, experts_per_token=2,
+      ... )
+      >>> params = nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
+      >>> small, params = keep_experts(config, params, [[0, 3], [1, 2]])
+      >>> small.experts, params["layers"][0]["mlp"]["down"]["kernel"].shape
+      (2, (2, 32, 16))
+    """
+    sizes = {len(own) for own in kept}
+    fits = all([*own] == sorted({*own} & {*range(config.experts)}) for own in kept)
+    if len(kept) != config.layers or len(sizes) > 1 or not fits:
+        raise ValueError(
+            f"kept experts must be as many ascending numbers from 0 to "
+            f"{config.experts - 1} for each of the {config.layers} layers, got "
+            f"{[list(own) for own in kept]}"
+        )
+    (left,) = sizes
+    if left < config.experts_per_token:
+        raise ValueError(
+            f"each token is given to {config.experts_per_token} experts, so as many "
+            f"must stay, got {left}; keep more"
+        )
+
+    def cut(name: str, leaf: Any) -> Any:
+        found = re.match(r"layers/(\d+)/mlp/(router|gate_up|gate|up|down)/", name)
+        if found is None:
+            return leaf
+        own = np.asarray(kept[int(found[1])])
+        last = found[2] == "router"  # its outputs are the experts
+        return lazy.array(leaf)[..., own] if last else lazy.array(leaf)[own]
+
+    named = tree.named_leaves(params)
+    leaves = [cut(name, leaf) for name, leaf in named.items()]
+    small = dataclasses.replace(config, experts=left)
+    return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
+    """The shape of a decoder whose heads or MLPs became smaller.
+
+    Args:
+      config: its shape before.
+      params: its parameters now.
+
+    Returns:
+      The shape with other `experts`, `heads`, `kv_heads` and `mlp_width`.
+
+    Raises:
+      ValueError: layers have different sizes, or no such decoder has the shapes of the
+        parameters.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.lm.models.decoder.model import Decoder
+      >>> from jaxprune.lm.models.decoder.rope import linear
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=3, width=16, heads=4, kv_heads=2,
+      ...     head_dim=8, mlp_width=32, ropes=(linear(1e4, 8),),
+      ... )
+      >>> small = dataclasses.replace(config, mlp_width=12, heads=2)
+      >>> params = nnx.state(Decoder(small, rngs=nnx.Rngs(0)), nnx.Param)
+      >>> resized(config, params) == small
+      True
+    """
+    found = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
+    sizes = [_sizes(config, found, layer) for layer in range(config.layers)]
+    if different := [i for i, size in enumerate(sizes) if size != sizes[0]]:
+        raise ValueError(
+            "a configuration can only say layers of one size, but layer 0 has "
+            f"{sizes[0]} and layer {different[0]} {sizes[different[0]]}; remove as "
+            "many units of each"
+        )
+    heads, kv_heads = sizes[0]["heads"], sizes[0]["kv_heads"]
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(
+            "a configuration can only say key heads that serve as many query heads "
+            f"each, but {heads} query and {kv_heads} key heads are left; remove as "
+            "many query heads of each key head"
+        )
+    small = dataclasses.replace(config, **sizes[0])  # type: ignore[arg-type]
+    wanted = shapes(abstract(small))
+    if wrong := [name for name in wanted if wanted[name] != found.get(name)]:
+        raise ValueError(
+            "a configuration can only say fewer layers, experts, heads and neurons, "
+            f"but {listed(wrong)} became smaller in another way; leave them whole"
+        )
+    return small
+
+
+def _sizes(
+    config: DecoderConfig, found: Mapping[str, tuple[int, ...]], layer: int
+) -> dict[str, int]:
+    attention = f"layers/{layer}/attention"
+    heads = found[f"{attention}/out/kernel"][0] // config.head_dim
+    if config.fused:
+        kv = (found[f"{attention}/qkv/kernel"][1] // config.head_dim - heads) // 2
+    else:
+        kv = found[f"{attention}/k/kernel"][1] // config.head_dim
+    *experts, wide, _ = found[f"layers/{layer}/mlp/down/kernel"]
+    sizes = {"heads": heads, "kv_heads": kv, "mlp_width": wide}
+    return {**sizes, "experts": experts[0]} if experts else sizes
+
+
+def write_smaller(
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    params: Any,
+    names: Mapping[str, Source],
+    *,
+    kept: Sequence[int] | None = None,
+    ignore_config: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    finish: rewrite.Finish | None = None,
+) -> list[Path]:
+    """Writes a smaller decoder as a plain Hugging Face directory.
+
+    Args:
+      source: the directory that the model was loaded from.
+      directory: the new one.
+      params: the smaller parameters, of `jp.shrink`, `keep_layers`, `keep_experts` or
+        all of them.
+      names: which tensor each leaf came from, as `load` returned it.
+      kept: the layers that stayed, all if left out.
+      ignore_config: attributes of config.json that `load` was told not to look at.
+      provenance: JSON-able; how it was made, for jaxprune.json.
+      overwrite: whether an earlier result may be replaced.
+      finish: as for `formats.rewrite.write`.
+
+    Returns:
+      The paths of the files.
+
+    Raises:
+      ValueError: a configuration cannot say the shapes of the parameters, they have
+        other layers than `kept` says, or `directory` is taken.
+      OSError: the directory could not be written.
+    """
+    opened = open_directory(source)
+    before = families.decoder_config(opened.config, ignore_config=ignore_config)
+    kept = list(range(before.layers)) if kept is None else list(kept)
+    few, _ = keep_layers(before, _state(abstract(before)), kept)
+    found = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
+    layers = {int(of[1]) for of in found if of}
+    if layers != {*range(len(kept))}:
+        raise ValueError(
+            f"the parameters have {len(layers)} layers, but kept says {len(kept)} of "
+            f"{before.layers}; give kept= as it was given to keep_layers"
+        )
+    shape = resized(few, params)
+    config = smaller_config(opened.config, shape, kept, ignore_config=ignore_config)
+    tensors = {}
+    for leaf, array in tree.named_leaves(params).items():
+        origin = names[name_before(leaf, kept)]
+        # One leaf of all experts, stored as one tensor an expert: fewer tensors now.
+        if origin.experts:
+            origin = origin._replace(experts=array.shape[0])
+        for i, name in enumerate((*origin.names, *origin.copies)):
+            theirs = _renumbered(name, leaf, kept)
+            form = array.shape[1:] if origin.experts else array.shape
+            form = form[::-1] if origin.transposed else form
+            tensors[theirs] = new_weights.NewTensor(
+                opened.tensors[name].file,
+                origin.dtype,
+                form,
+                functools.partial(_read, array, origin, i),
+            )
+    return new_weights.write(
+        opened,
+        directory,
+        config,
+        tensors,
+        provenance=provenance or {},
+        overwrite=overwrite,
+        finish=finish,
+    )
+
+
+def _read(array: Any, origin: Source, number: int) -> np.ndarray:
+    return origin.stored(lazy.array(array), number)
+
+
+def _state(model: Any) -> Any:
+    return nnx.state(model, nnx.Param)
+
+
+def name_before(leaf: str, kept: Sequence[int]) -> str:
+    """The name that a leaf had when there were all layers."""
+    return re.sub(r"(?<=^layers/)\d+", lambda m: str(kept[int(m[0])]), leaf)
+
+
+def _renumbered(name: str, leaf: str, kept: Sequence[int]) -> str:
+    """The name of a tensor of a layer, with the layer's new number."""
+    if (found := re.match(r"layers/(\d+)/", leaf)) is None:
+        return name
+    now = int(found[1])
+    return re.sub(rf"\b(layers|h)\.{kept[now]}\.", rf"\g<1>.{now}.", name, count=1)

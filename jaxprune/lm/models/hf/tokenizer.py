@@ -1,0 +1,188 @@
+"""Turns text into tokens and back with the tokenizer of a model's directory.
+
+tokenizer.json is read by the `tokenizers` package. Its template of special tokens is
+not applied, since the template may add other tokens than BOS, the token that a text
+begins with. `Tokenizer.encode` adds BOS itself, where the caller says so or, if the
+caller says nothing, where the directory does.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprune.lm.checkpoints.checkpoint_dir import (
+    CONFIG,
+    Damaged,
+    Unknown,
+    open_directory,
+)
+from jaxprune.lm.models.hf import chat_template
+from jaxprune.lm.models.hf.chat_template import ChatTemplate
+
+_FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_GENERATION = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer and what its directory says of special tokens.
+
+    Attributes:
+      tokens: the `tokenizers.Tokenizer`.
+      bos: the token that texts begin with; None if there is none.
+      eos: the tokens that end a text.
+      begins: whether texts begin with `bos` unless the caller says otherwise.
+      chat: how conversations are written; None where the directory does not say.
+    """
+
+    tokens: Any = dataclasses.field(repr=False)
+    bos: int | None
+    eos: tuple[int, ...]
+    begins: bool
+    chat: ChatTemplate | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token."""
+        return max(self.tokens.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def special(self) -> set[int]:
+        """The tokens that stand for no text: BOS, EOS, padding and the like."""
+        added = self.tokens.get_added_tokens_decoder().items()
+        named = {token for token, about in added if about.special}
+        return named | {*self.eos} | ({self.bos} if self.bos is not None else set())
+
+    def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+          text: any text.
+          bos: whether to begin with `self.bos`; None does as the directory says.
+
+        Returns:
+          Integers.
+
+        Raises:
+          ValueError: `bos` is True and there is no such token.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a pair, from JSON or a command line
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
+        if not (self.begins if bos is None else bos):
+            return ids
+        if self.bos is None:
+            raise ValueError(
+                "encode with bos=True needs a token that begins a text, but neither "
+                f"{_SETTINGS} nor config.json names one; use bos=False"
+            )
+        return [self.bos, *ids]
+
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of tokens, with the special ones if `special`."""
+        ids = [int(token) for token in tokens]
+        return str(self.tokens.decode(ids, skip_special_tokens=not special))
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a model's directory.
+
+    A text begins with BOS where tokenizer_config.json says so (`add_bos_token`), or,
+    where that says nothing, where tokenizer.json puts it.
+
+    Args:
+      directory: a local directory with config.json, safetensors and tokenizer.json.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      ModuleNotFoundError: the `tokenizers` package is not installed.
+      Unknown: the directory has no tokenizer.json.
+      Damaged: a file cannot be read as what it is.
+    """
+    opened = open_directory(directory)
+    tokens = _read(opened.path)
+    settings = _settings(opened.path, _SETTINGS)
+    generating = _settings(opened.path, _GENERATION)
+    bos = _token(tokens, settings.get("bos_token"))
+    if bos is None:
+        given = _ids(opened.path, opened.config, "bos_token_id")
+        bos = given[0] if given else None
+    begins = settings.get("add_bos_token")
+    if not isinstance(begins, bool):
+        begins = bos is not None and tokens.encode("").ids[:1] == [bos]
+    ends = set(_ids(opened.path, opened.config, "eos_token_id"))
+    ends |= set(_ids(opened.path, generating, "eos_token_id", _GENERATION))
+    if (end := _token(tokens, settings.get("eos_token"))) is not None:
+        ends.add(end)
+    return Tokenizer(
+        tokens=tokens,
+        bos=bos,
+        eos=tuple(sorted(ends)),
+        begins=begins and bos is not None,
+        chat=chat_template.find(opened.path, settings),
+    )
+
+
+def _read(directory: Path) -> Any:
+    path = directory / _FILE
+    if not path.is_file():
+        older = (directory / "tokenizer.model").is_file()
+        other = " but a tokenizer.model" if older else ""
+        raise Unknown(
+            f"'{directory}' has no {_FILE}{other}; make one with transformers: "
+            "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+        )
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"reading '{path}' needs the package tokenizers; pip install tokenizers"
+        ) from None
+    try:
+        tokens = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise Damaged(f"'{path}' is no tokenizer: {error}") from None
+    # As its last user had them; transformers does not go by them either.
+    tokens.no_truncation()
+    tokens.no_padding()
+    return tokens
+
+
+def _settings(directory: Path, name: str) -> dict[str, Any]:
+    path = directory / name
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"'{path}' is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise Damaged(f"'{path}' must hold an object, got {type(settings).__name__}")
+    return settings
+
+
+def _ids(
+    directory: Path, config: dict[str, Any], name: str, file: str = CONFIG
+) -> list[int]:
+    """The tokens that an attribute of a file names: one, a list, or none."""
+    given = config.get(name)
+    ids = [] if given is None else given if isinstance(given, list) else [given]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise Damaged(
+            f"'{directory / file}' must have a token or a list of tokens as {name}, "
+            f"got {given!r}"
+        )
+    return ids
+
+
+def _token(tokens: Any, named: Any) -> int | None:
+    text = named.get("content") if isinstance(named, dict) else named
+    return tokens.token_to_id(text) if isinstance(text, str) else None

@@ -1,0 +1,7 @@
+"""Training after pruning: retraining on a text, distillation from the dense model."""
+
+__all__ = [
+    "checkpoints",
+    "distill",
+    "retrain",
+]

@@ -1,0 +1,6 @@
+"""Which layers and experts a language model can do without."""
+
+__all__ = [
+    "expert_scores",
+    "layer_search",
+]

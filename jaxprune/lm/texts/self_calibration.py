@@ -1,0 +1,139 @@
+"""Calibration sequences that a model writes itself, where no text is at hand.
+
+Each begins with BOS, where the model wants that, and a token drawn uniformly from the
+vocabulary, special tokens left out; the model continues it. So the sequences begin
+anywhere, and go on as the texts did that the model was trained on.
+
+Reference:
+  Williams, Chrysostomou, Aletras, "Self-calibration for Language Model Quantization and
+  Pruning", 2024, arXiv 2410.17170. Ours begins with a uniformly drawn token, and its
+  temperature does not change along a sequence.
+"""
+
+import io
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from jaxprune.files import atomic
+from jaxprune.lm.models.generate import LanguageModel, generate
+
+
+def self_calibration(
+    model: LanguageModel,
+    *,
+    sequences: int,
+    length: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    bos: int | None = None,
+    special: Collection[int] = (),
+    batch: int = 8,
+    directory: Path | None = None,
+    tick: Callable[[int], Any] = lambda sequences: None,
+) -> Int[np.ndarray, "sequences length"]:
+    """Lets a model write sequences to calibrate on.
+
+    Args:
+      model: a `Decoder` or another `LanguageModel`.
+      sequences: how many.
+      length: tokens of each, BOS included; at most the model's context.
+      seed: decides the first tokens and the draws.
+      temperature: 1 follows the model; 0 takes the likeliest token each time.
+      bos: what each sequence begins with; None for nothing.
+      special: tokens that are not drawn as the first one: BOS, EOS, padding.
+      batch: sequences that are written at once; another number, other sequences.
+      directory: where each batch is kept, so that a run that was killed goes on; of one
+        model.
+      tick: called with the number of sequences that are done, after each batch.
+
+    Returns:
+      Tokens, int32 (sequences, length).
+
+    Raises:
+      ValueError: a number is out of range, every token is special, or the directory is
+        another job's.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.lm.models.decoder.model import Decoder, DecoderConfig
+      >>> config = DecoderConfig(vocab_size=65, context=32, layers=1, width=16, heads=4,
+      ...                        kv_heads=2, head_dim=8, mlp_width=32)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> self_calibration(model, sequences=3, length=8, special={0}).shape
+      (3, 8)
+    """
+    least = 1 + (bos is not None)
+    if min(sequences, batch) < 1 or not least <= length <= model.config.context:
+        raise ValueError(
+            "self_calibration needs sequences and a batch of at least 1, and a length "
+            f"of {least} to {model.config.context} tokens, got sequences={sequences}, "
+            f"batch={batch} and length={length}"
+        )
+    first = first_tokens(sequences, model.config.vocab_size, special, seed)
+    prompts = first[:, None]  # (sequences, 1), or 2 with BOS
+    if bos is not None:
+        prompts = np.insert(prompts, 0, bos, axis=1)
+    if directory is not None:
+        job = {
+            "sequences": sequences,
+            "length": length,
+            "seed": seed,
+            "temperature": temperature,
+            "bos": None if bos is None else int(bos),
+            "special": sorted(map(int, special)),
+            "batch": batch,
+        }
+        atomic.begin_or_resume(directory / "job.json", job)
+    found = []
+    for i, start in enumerate(range(0, sequences, batch)):
+        own = prompts[start : start + batch]
+        path = None if directory is None else directory / f"batch_{i:05d}.npy"
+        if path is not None and path.exists():
+            found.append(np.load(path, allow_pickle=False))
+        else:
+            # The last batch is filled up, or it would be another program.
+            full = np.resize(own, (batch, own.shape[1]))
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            steps = length - own.shape[1]
+            tokens = generate(
+                model, jnp.asarray(full), steps=steps, key=key, temperature=temperature
+            )
+            found.append(np.asarray(tokens[: len(own)], np.int32))
+            if path is not None:
+                content = io.BytesIO()
+                np.save(content, found[-1])
+                atomic.replace(path, content.getvalue())
+        tick(len(own))
+    return np.concatenate(found)
+
+
+def first_tokens(
+    count: int, vocab_size: int, special: Collection[int], seed: int
+) -> Int[np.ndarray, " count"]:
+    """Tokens drawn uniformly from a vocabulary, special ones left out.
+
+    Args:
+      count: how many.
+      vocab_size: tokens are below it.
+      special: the tokens that are never drawn.
+      seed: decides the draw.
+
+    Returns:
+      int32 (count,).
+
+    Raises:
+      ValueError: every token is special.
+    """
+    allowed = np.setdiff1d(np.arange(vocab_size, dtype=np.int32), list(special))
+    if not allowed.size:
+        raise ValueError(
+            f"some token must not be special, but all {vocab_size} of the vocabulary "
+            "are; give fewer"
+        )
+    return np.random.default_rng(seed).choice(allowed, count)

@@ -1,0 +1,81 @@
+"""What --help says: every option once, in a group, in words; an example that parses."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("tokenizers")
+
+from jaxprune.lm import cli
+
+COMMANDS = cli._COMMANDS
+
+
+def said(capsys, monkeypatch, *words):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main([*words]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_option_is_listed_once_in_words(capsys, monkeypatch, name):
+    text = said(capsys, monkeypatch, name, "--help")
+    positional = {"model", "out", "file"}
+    for field in dataclasses.fields(COMMANDS[name]):
+        flag = "--" + field.name.replace("_", "-")
+        listed = re.findall(rf"^  {flag}\s", text, re.MULTILINE)
+        assert len(listed) == (field.name not in positional), flag
+    assert not re.search(r"None|True|False|\(default: \)|\bSTR\b|\bPATH\b|\{\}", text)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_help_has_an_example_that_parses(capsys, monkeypatch, name):
+    example = COMMANDS[name].EXAMPLE
+    assert example in said(capsys, monkeypatch, name, "--help")
+    program, *words = shlex.split(example)
+    assert program == "jaxprune"
+    assert isinstance(cli._parsed(words), COMMANDS[name])
+
+
+def test_options_are_in_groups(capsys, monkeypatch):
+    text = said(capsys, monkeypatch, "prune", "--help")
+    groups = re.findall(r"^ (.*?) +\n -+ *$", text, re.MULTILINE)
+    wanted = ["pruning", "method", "rounding", "calibration", "evaluation"]
+    wanted = [
+        f"{name} options"
+        for name in [*wanted, "retraining", "distillation", "model", "devices"]
+    ]
+    assert groups == ["positional arguments", "options", *wanted]
+
+
+def test_the_list_of_subcommands_has_a_line_for_each(capsys, monkeypatch):
+    text = said(capsys, monkeypatch, "--help")
+    for name, command in COMMANDS.items():
+        (line,) = re.findall(rf"^ +\W {name} +(.*?) *$", text, re.MULTILINE)
+        assert command.__doc__.startswith(line)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete_subcommands_and_options(capsys, monkeypatch, shell):
+    text = said(capsys, monkeypatch, "--tyro-print-completion", shell)
+    assert all(name in text for name in COMMANDS)
+    assert all(
+        option in text for option in ("sparsity", "retrain-steps", "drop-layers")
+    )
+
+
+@pytest.mark.full
+def test_help_does_not_wait_for_what_only_reports_need():
+    program = (
+        "import sys\nfrom jaxprune import cli\ncli.main(['--help'])\n"
+        "print({'matplotlib', 'jinja2', 'tokenizers', 'pyarrow'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("set()\n")

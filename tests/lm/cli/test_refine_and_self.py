@@ -1,0 +1,156 @@
+"""`prune --refine` and `--calibration self`: what moves, what is kept, what is told."""
+
+import numpy as np
+import pytest
+
+from tests.support import tiny_cli
+from tests.support.tiny_cli import place, run
+
+pytest.importorskip("tyro")
+pytest.importorskip("tokenizers")
+
+from jaxprune.lm import cli
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.cli import prune_with_calibration as command
+
+__all__ = ["place"]
+
+SMALL = ["--length", "16", "--sequences", "8", "--limit", "4", "--prompt-steps", "0"]
+WANDA = ["--method", "wanda", "--sparsity", "0.5"]
+REFINED = [*WANDA, "--refine", "3", "--refine-learning-rate", "1e-2"]
+
+
+def prune(capsys, place, out, *options):
+    return run(capsys, "prune", place / "model", place / out, *SMALL, *options)
+
+
+@pytest.mark.full
+def test_a_distillation_leaves_the_zeros_of_an_earlier_job(capsys, place):
+    how = ["--method", "magnitude", "--sparsity", "0.5"]
+    assert prune(capsys, place, "half", *how, "--exclude", "*mlp*")[0] == 0
+    more = ["--exclude", "*self_attn*", "--calibration", place / "a.txt"]
+    more += ["--distill-steps", "2", "--distill-learning-rate", "1e-2"]
+    words = [place / "half", place / "again", *SMALL, *how, *more]
+    assert run(capsys, "prune", *words)[0] == 0
+    before, after = tiny_cli.weights(place / "half"), tiny_cli.weights(place / "again")
+    for name in tiny_cli.MATRICES:
+        assert (after[name] == 0).mean() == 0.5, name
+        if "self_attn" in name:
+            np.testing.assert_array_equal(after[name] == 0, before[name] == 0)
+            assert (after[name] != before[name]).any()
+
+
+@pytest.fixture(scope="module")
+def refined(place):
+    """Refined on what the model writes itself, no text being given."""
+    words = ["prune", str(place / "model"), str(place / "refined"), *SMALL, *REFINED]
+    assert cli.main([*words, "--calibration", "self"]) == 0
+    return place / "refined", rewrite.read_provenance(place / "refined", verify=True)
+
+
+@pytest.mark.full
+def test_zeros_are_as_many_as_asked_for_and_norms_move_with_the_weights(place, refined):
+    before, after = tiny_cli.weights(place / "model"), tiny_cli.weights(refined[0])
+    for name, value in before.items():
+        if name in tiny_cli.MATRICES:
+            assert (after[name] == 0).sum() == value.size // 2
+            kept = after[name] != 0
+            assert (after[name][kept] != value[kept]).any()
+        elif "embed" in name or "head" in name:
+            np.testing.assert_array_equal(after[name], value)
+    norm = "model.layers.0.post_attention_layernorm.weight"
+    assert (before[norm] != after[norm]).any()
+
+
+@pytest.mark.full
+def test_the_record_and_the_page_say_what_the_refinement_did(refined):
+    folder, record = refined
+    blocks = record["refine"]["blocks"]
+    assert set().union(*(row["weights"] for row in blocks)) == set(tiny_cli.MATRICES)
+    assert all(row["after"] == min(row["losses"]) for row in blocks)
+    assert any(row["after"] < row["before"] for row in blocks)
+    assert record["refine"]["passes"] == 3
+    assert "Refinement" in (folder / "report.html").read_text()
+
+
+@pytest.mark.full
+def test_the_record_says_that_the_model_wrote_its_calibration(refined):
+    used = refined[1]["calibration"]
+    assert (used["self"], used["sequences"], used["files"]) == (8, 8, [])
+    assert not refined[1]["perplexity"]
+
+
+@pytest.mark.full
+def test_without_a_text_the_model_writes_its_own(place, refined, capsys):
+    code, record, err = prune(capsys, place, "default", *REFINED)
+    assert code == 0
+    assert "what the model writes itself" in err
+    assert record["calibration"]["self"] == 8
+    tiny = tiny_cli.weights(place / "default")
+    for name, value in tiny_cli.weights(refined[0]).items():
+        np.testing.assert_array_equal(tiny[name], value)
+
+
+@pytest.mark.full
+def test_what_it_writes_is_one_part_of_a_mixture(place, capsys, monkeypatch):
+    seen, embedded = [], command.hf.embedded
+
+    def noted(model, names, config, part, dtype):
+        seen.append(part)
+        return embedded(model, names, config, part, dtype)
+
+    monkeypatch.setattr(command.hf, "embedded", noted)
+    texts = ["--calibration", place / "rows.npy", "self"]
+    code, record, _ = prune(capsys, place, "mixed", *WANDA, *texts)
+    assert code == 0
+    used = record["calibration"]
+    assert (used["self"], used["sequences"]) == (4, 8)
+    assert [of["sequences"] for of in used["files"]] == [4]
+    rows = {tuple(row) for row in np.load(place / "rows.npy").tolist()}
+    given = [tuple(row) in rows for row in np.concatenate(seen).tolist()]
+    assert given == [True, False] * 4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("after", ["written", "pruned"])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    place, refined, capsys, monkeypatch, after
+):
+    out = f"killed-{after}"
+    words = [*REFINED, "--calibration", "self"]
+    name = "_pruned" if after == "written" else "_record"
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, name, dies)
+        assert prune(capsys, place, out, *words)[0] == 130
+
+    def never(*args, **options):
+        raise AssertionError("written again")
+
+    monkeypatch.setattr("jaxprune.lm.texts.self_calibration.generate", never)
+    assert prune(capsys, place, out, *words)[0] == 0
+    found = tiny_cli.weights(place / out)
+    for name, value in tiny_cli.weights(refined[0]).items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.full
+def test_a_correction_moves_what_comes_after_the_first_matrices(place, capsys):
+    solver = ["--method", "sparsegpt", "--sparsity", "0.5", "--calibration", "self"]
+    code, record, _ = prune(capsys, place, "corrected", *solver, "--correction", "0.5")
+    assert code == 0
+    assert "correction 0.5" in record["settings"]
+    alone = [*solver, "--correction", "0"]
+    assert prune(capsys, place, "uncorrected", *alone)[0] == 0
+    found, other = (tiny_cli.weights(place / x) for x in ("corrected", "uncorrected"))
+    same = {name for name in found if np.array_equal(found[name], other[name])}
+    # Nothing was lost before the first layer's queries, keys and values.
+    first = {name for name in tiny_cli.MATRICES if "layers.0.self_attn.q" in name}
+    assert first
+    assert first <= same
+    assert {*tiny_cli.MATRICES} - same
+    for name in tiny_cli.MATRICES:
+        assert (found[name] == 0).sum() == found[name].size // 2

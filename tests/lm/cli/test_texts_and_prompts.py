@@ -1,0 +1,148 @@
+"""Texts and prompts as they are given: twice, in token ids, not quite Unicode."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.support import tiny_cli, tiny_hf
+from tests.support.tiny_cli import place, run
+
+pytest.importorskip("tyro")
+pytest.importorskip("tokenizers")
+
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.cli import launch, parse, progress_dir, prune_options
+from jaxprune.lm.cli import prune_with_calibration as prune
+from jaxprune.lm.cli.console import Console
+
+__all__ = ["place"]
+
+SMALL = ["--length", "16", "--sequences", "4", "--sparsity", "0.5"]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Twelve rows of token ids."""
+    np.save(tmp_path / "rows.npy", tiny_cli.ids(12 * 16, seed=2).reshape(12, 16))
+    return tmp_path / "rows.npy"
+
+
+def begun(model, out, calibration, **options):
+    small = {"sequences": 8, "length": 16, "batch": 4, "sparsity": 0.5}
+    job = prune_options.Job(
+        model=model,
+        out=out,
+        calibration=(calibration,),
+        method="sparsegpt",
+        prompt_steps=8,
+        **small,
+        **options,
+    )
+    return prune.begin(job, prune_options.check(job), Console(quiet=True))
+
+
+def test_a_text_given_twice_is_refused_under_any_name(place, rows, tmp_path, capsys):
+    shutil.copy(rows, tmp_path / "copy.npy")
+    for other in (rows, tmp_path / "copy.npy"):
+        words = ["prune", place / "model", tmp_path / "out", *SMALL, "--plan"]
+        code, _, err = run(capsys, *words, "--calibration", rows, other)
+        assert code == 1
+        assert "each --calibration text must be given once" in err
+        assert "rows.npy" in err
+
+
+def test_half_a_surrogate_pair_is_read_as_one_unknown_character(
+    place, tmp_path, capsys
+):
+    found = []
+    for name, odd in (("half", "\ud800"), ("unknown", "\ufffd")):
+        text = tmp_path / name / "a.jsonl"
+        text.parent.mkdir()
+        line = {"text": f"w4 w5 {odd} w6 w7 " * 20}
+        text.write_text(json.dumps(line) + "\n")
+        code, record, _ = run(
+            capsys, "eval", place / "model", "--text", text, "--context", "8"
+        )
+        assert code == 0
+        found.append(record["texts"]["a.jsonl"]["nats"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_prompt_begins_with_bos_whatever_was_calibrated_on(place, rows, bos):
+    prompts = [
+        begun(place / "model", place / "none", own, prompt="w4 w5", bos=bos).prompt
+        for own in (place / "a.txt", rows)
+    ]
+    assert prompts[0] == prompts[1] == [1, 4, 5]
+
+
+def test_a_prompt_without_a_tokenizer_is_refused(rows, tmp_path, capsys):
+    model = tiny_cli.model(tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    words = ["prune", model, tmp_path / "out", *SMALL, "--calibration", rows]
+    code, _, err = run(capsys, *words, "--prompt", "w4 w5")
+    assert code == 1
+    assert "--prompt needs a tokenizer" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sample_fits_a_model_of_as_many_tokens_as_it_has(place, tmp_path, capsys):
+    model = tiny_cli.model(tmp_path / "model")
+    steps = prune_options.Job.prompt_steps
+    tiny_hf.edit(model, max_position_embeddings=steps)
+    words = ["prune", model, tmp_path / "out", *SMALL, "--plan"]
+    code, *_ = run(capsys, *words, "--calibration", place / "a.txt")
+    assert code == 0
+
+
+def test_another_configuration_is_another_job(place, tmp_path):
+    model = tiny_cli.model(tmp_path / "model")
+    source = open_directory(model)
+    job = begun(model, tmp_path / "out", place / "a.txt").job
+    before = progress_dir.facts(job, source, [], "")
+    tiny_hf.edit(model, rms_norm_eps=1e-3)
+    assert progress_dir.facts(job, source, [], "") != before
+
+
+def test_magnitude_needs_no_batches_of_one_shape(place, tmp_path, capsys):
+    words = ["prune", place / "model", tmp_path / "out", *SMALL[-2:], "--plan"]
+    words += ["--method", "magnitude", "--evaluate", place / "a.txt", "--batch", "3"]
+    code, *_ = run(capsys, *words, "--length", "16")
+    assert code == 0
+
+
+def test_a_model_type_that_is_no_word_is_refused(rows, tmp_path, capsys):
+    model = tiny_cli.model(tmp_path / "model")
+    tiny_hf.edit(model, model_type=["x"])
+    words = ["prune", model, tmp_path / "out", *SMALL, "--calibration", rows]
+    code, _, err = run(capsys, *words)
+    assert code == 1
+    assert "Traceback" not in err
+
+
+def test_what_starts_a_process_is_known_in_each_spelling():
+    words = ["prune", "M", "O", "--process_id", "1", "--processes=2", "--process-id=3"]
+    assert launch.without_start(words) == ["prune", "M", "O"]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("give sparsity=0.5", "give --sparsity 0.5"),
+        ("no directory 'runs/sparsity=0.5/model'", None),
+        ("no directory 'sparsity=0.5/model'", None),
+    ],
+)
+def test_only_what_is_passed_is_put_in_the_words_of_the_command(said, told):
+    assert parse.spoken(said) == (told or said)
+
+
+def test_a_seed_of_more_bits_than_jax_reads_is_refused(place, capsys):
+    code, _, err = run(
+        capsys, "sample", place / "model", "--prompt", "w4", "--seed", 2**32
+    )
+    assert code == 1
+    assert "--seed must be from 0 to 2**32 - 1" in err
