@@ -14,6 +14,7 @@ __all__ = [
     "per_device",
     "placement",
     "processes",
+    "rules",
     "sparsity",
     "topk",
     "tree",

@@ -1,0 +1,135 @@
+"""Rules about arguments, as data: what must hold, and the sentence where it does not.
+
+A module lists its rules once and checks them in one line, so that the idea of a
+function stands alone. A sentence names the rule and the value; a hint says the way out,
+in the words of Python and, where it differs, in those of the command.
+"""
+
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+
+class Rule(NamedTuple):
+    """What must hold of some values, and what is said where it does not.
+
+    Attributes:
+      holds: whether it does, of a namespace of the values.
+      sentence: the rule and the value; fields in braces are filled in.
+      hint: the way out for a caller in Python, filled in likewise.
+      command: the way out for a user of the command; empty where it is the same.
+      error: what is raised.
+    """
+
+    holds: Callable[[Any], bool]
+    sentence: str
+    hint: str = ""
+    command: str = ""
+    error: type[Exception] = ValueError
+
+
+def check(rules: Iterable[Rule], **values: Any) -> None:
+    """Raises the sentence of the first rule that does not hold.
+
+    Args:
+      rules: in the order in which they are asked; a later one may rely on an earlier.
+      **values: what the rules read, and what their sentences are filled with.
+
+    Raises:
+      ValueError: or what the rule names; its attribute `command` has the sentence in
+        the words of the command.
+
+    Example:
+      >>> rules = [Rule(lambda v: v.rank >= 1, "rank must be positive, got {rank}")]
+      >>> check(rules, rank=4)
+      >>> check(rules, rank=0)
+      Traceback (most recent call last):
+      ValueError: rank must be positive, got 0
+    """
+    namespace = SimpleNamespace(**values)
+    for rule in rules:
+        if not rule.holds(namespace):
+            raise error(rule, **values)
+
+
+def error(rule: Rule, **values: Any) -> Exception:
+    """The exception of a rule, with its sentence filled in; not raised yet."""
+    ways_out = rule.hint, rule.command or rule.hint
+    python, command = (
+        "; ".join(filter(None, [rule.sentence, way_out])).format(**values)
+        for way_out in ways_out
+    )
+    exception = rule.error(python)
+    exception.command = command  # type: ignore[attr-defined]
+    return exception
+
+
+def excludes(
+    first: str, second: str, sentence: str, hint: str = "", **more: Any
+) -> Rule:
+    """A rule that two settings are not given together: at most one is not None.
+
+    Args:
+      first: name of a value.
+      second: name of the other.
+      sentence: as of `Rule`.
+      hint: as of `Rule`.
+      **more: other fields of the `Rule`.
+
+    Returns:
+      The rule. `benchmarks.house` counts these: each is a pair that does not compose.
+    """
+
+    def holds(values: Any) -> bool:
+        return not (_is_set(values, first) and _is_set(values, second))
+
+    return Rule(holds, sentence, hint, **more)
+
+
+def needs(first: str, second: str, sentence: str, hint: str = "", **more: Any) -> Rule:
+    """A rule that a setting is only given together with another one.
+
+    Args:
+      first: name of a value.
+      second: name of the one it needs.
+      sentence: as of `Rule`.
+      hint: as of `Rule`.
+      **more: other fields of the `Rule`.
+
+    Returns:
+      The rule.
+    """
+
+    def holds(values: Any) -> bool:
+        return not _is_set(values, first) or _is_set(values, second)
+
+    return Rule(holds, sentence, hint, **more)
+
+
+def within(
+    name: str, low: float, high: float, sentence: str, hint: str = "", **more: Any
+) -> Rule:
+    """A rule that a number lies in [low, high], or is None.
+
+    Args:
+      name: name of the value.
+      low: the least that is allowed.
+      high: the most that is allowed; `math.inf` for at least `low`.
+      sentence: as of `Rule`.
+      hint: as of `Rule`.
+      **more: other fields of the `Rule`.
+
+    Returns:
+      The rule; NaN breaks it.
+    """
+
+    def holds(values: Any) -> bool:
+        value = getattr(values, name)
+        return value is None or low <= value <= high
+
+    return Rule(holds, sentence, hint, **more)
+
+
+def _is_set(values: Any, name: str) -> bool:
+    value = getattr(values, name)
+    return value is not None and value is not False

@@ -1,0 +1,46 @@
+"""Rules as data: the first broken one speaks, in the words of Python and the command."""
+
+import math
+
+import pytest
+
+from jaxprune.arrays.rules import Rule, check, excludes, needs, within
+
+RULES = (
+    within("share", 0, 1, "share must lie in [0, 1], got {share}", "give 0.5"),
+    excludes("mesh", "refine", "refine takes no mesh", "leave one out", command="no"),
+    needs("bits", "group", "bits need a group", "give {bits} and a group"),
+    Rule(lambda v: v.share != 0.25, "a quarter is refused", error=TypeError),
+)
+NONE = {"share": None, "mesh": None, "refine": None, "bits": None, "group": None}
+
+
+@pytest.mark.parametrize("share", [None, 0, 0.5, 1])
+def test_what_keeps_all_rules_passes(share):
+    check(RULES, **{**NONE, "share": share})
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence", "command"),
+    [
+        ({"share": 1.5}, "share must lie in [0, 1], got 1.5; give 0.5", None),
+        ({"share": math.nan}, "share must lie in [0, 1], got nan; give 0.5", None),
+        (
+            {"mesh": 1, "refine": 2, "bits": 3},
+            "refine takes no mesh; leave one out",
+            "refine takes no mesh; no",
+        ),
+        ({"bits": 4}, "bits need a group; give 4 and a group", None),
+        ({"share": 0.25}, "a quarter is refused", None),
+    ],
+)
+def test_the_first_broken_rule_speaks(values, sentence, command):
+    with pytest.raises((ValueError, TypeError)) as refusal:
+        check(RULES, **{**NONE, **values})
+    assert str(refusal.value) == sentence
+    assert refusal.value.command == (command or sentence)
+
+
+def test_a_rule_names_its_error():
+    with pytest.raises(TypeError):
+        check(RULES, **{**NONE, "share": 0.25})
