@@ -1,4 +1,4 @@
-"""Rules as data: the first broken one speaks, in the words of Python and the command."""
+"""Rules as data: the first broken one speaks, to Python and to the command."""
 
 import math
 
