@@ -52,7 +52,7 @@ def prunable(name: str, leaf: Any) -> bool:
     taken for a router's; give a rule of your own where it is a gated layer's.
 
     Args:
-      name: the leaf's path name.
+      name: path name of the leaf.
       leaf: an array or anything with `shape` and `dtype`.
 
     Returns:
@@ -75,7 +75,7 @@ def why_unprunable(name: str, leaf: Any) -> str | None:
         return "not floating"
     if leaf.ndim < 2:
         return "no axes" if leaf.ndim == 0 else "one axis"
-    # "LayerNorm" has two words, and so has "LMHead".
+    # Words by underscores: "LayerNorm" has two, and so has "LMHead".
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     name = name.lower().replace("-", "_")
     for what, words in _UNPRUNABLE.items():
@@ -157,8 +157,8 @@ class Explanation(tuple[Row, ...]):
         """A line a leaf, the number of weights that may be pruned last."""
         cells = [(row.name, str(row.shape), row.why or "pruned") for row in self]
         total = sum(math.prod(row.shape) for row in self)
-        own = sum(math.prod(row.shape) for row in self if row.pruned)
-        last = f"{own:,} of {total:,} weights may be pruned"
+        prunable_size = sum(math.prod(row.shape) for row in self if row.pruned)
+        last = f"{prunable_size:,} of {total:,} weights may be pruned"
         return f"{columns(cells)}\n{last}" if cells else last
 
 
@@ -169,7 +169,7 @@ def explain(
 
     Args:
       params: a pytree of arrays, or of `jax.ShapeDtypeStruct`.
-      prunable: the rule, as a criterion takes it.
+      prunable: rule of which leaves may be pruned, as a criterion takes it.
 
     Returns:
       A row (name, shape, pruned, why) for each leaf; `print` it for a table.
@@ -195,6 +195,8 @@ def check_rule(prunable: Callable[[str, Any], bool], names: Sequence[str]) -> No
 
 def _row(name: str, leaf: Any, prunable: Callable[[str, Any], bool]) -> Row:
     pruned = not is_excluded(leaf) and bool(prunable(name, leaf))
-    own = getattr(prunable, "why", why_unprunable)
-    why = None if pruned else own(name, leaf) or "excluded by the rule prunable="
+    explain_rule = getattr(prunable, "why", why_unprunable)
+    why = (
+        None if pruned else explain_rule(name, leaf) or "excluded by the rule prunable="
+    )
     return Row(name, tuple(getattr(leaf, "shape", ())), pruned, why or "")

@@ -65,7 +65,7 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
       0.25
     """
     named = tree.named_leaves(params, is_leaf=_is_leaf)
-    own = list(named.values())
+    aligned = list(named.values())
     if masks is not None:
         held = tree.named_leaves(masks, is_leaf=_is_leaf)
         if packed := [k for k, mask in held.items() if _counts_itself(mask)]:
@@ -73,10 +73,10 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
                 f"masks must be boolean arrays, True for kept, but {listed(packed)} "
                 "are packed; unpack them with jp.masks.unpack(masks)"
             )
-        own = tree.align(params, tree.with_nodes(masks, named), "masks")
+        aligned = tree.align(params, tree.with_nodes(masks, named), "masks")
     leaves = {
         name: leaf
-        for (name, leaf), mask in zip(named.items(), own, strict=True)
+        for (name, leaf), mask in zip(named.items(), aligned, strict=True)
         if _is_counted(leaf) and not tree.is_excluded(mask)
     }
     nonzero = jax.device_get({k: _nonzero(v) for k, v in leaves.items()})

@@ -288,9 +288,9 @@ class Sink:
     def __enter__(self) -> "Sink":
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, error_type: Any, *_: Any) -> None:
         with named(self._path), self._file:
-            if kind is None:
+            if error_type is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
 

@@ -31,9 +31,9 @@ DTYPES = {
     "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 } | {
-    f"{letter}{8 * np.dtype(kind).itemsize}": np.dtype(kind)
-    for letter, kinds in _KINDS.items()
-    for kind in kinds
+    f"{letter}{8 * np.dtype(scalar).itemsize}": np.dtype(scalar)
+    for letter, scalars in _KINDS.items()
+    for scalar in scalars
 }
 """NumPy's dtype for each of safetensors' codes, little-endian."""
 

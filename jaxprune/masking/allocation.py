@@ -314,11 +314,11 @@ def _blocks(weights: Sequence[Weight]) -> list[tuple[str, int]]:
     index is the layer, unless its name has the number of one: numbers with weights
     beside it that have no index, as "blocks/3/up" beside "blocks/3/qkv" of three parts.
     """
-    every = [_numbers(weight) for weight in weights]
-    seen: dict[str, set[int]] = {}
-    for prefix, number in itertools.chain(*every):
-        seen.setdefault(prefix, set()).add(number)
-    pairs = list(zip(weights, every, strict=True))
+    numbers_by_weight = [_numbers(weight) for weight in weights]
+    numbers_by_prefix: dict[str, set[int]] = {}
+    for prefix, number in itertools.chain(*numbers_by_weight):
+        numbers_by_prefix.setdefault(prefix, set()).add(number)
+    pairs = list(zip(weights, numbers_by_weight, strict=True))
     single = {prefix for w, places in pairs if not w.index for prefix, _ in places}
 
     def layer(weight: Weight, places: list[tuple[str, int]]) -> tuple[str, int]:
@@ -326,7 +326,9 @@ def _blocks(weights: Sequence[Weight]) -> list[tuple[str, int]]:
         if weight.index:
             last = (weight.leaf.removeprefix("params/").split("/")[0], weight.index[0])
             places = [place for place in places if place[0] in single]
-        return next((place for place in places if len(seen[place[0]]) > 1), last)
+        return next(
+            (place for place in places if len(numbers_by_prefix[place[0]]) > 1), last
+        )
 
     return [layer(*pair) for pair in pairs]
 
@@ -336,8 +338,8 @@ def _numbers(weight: Weight) -> list[tuple[str, int]]:
 
     Of a weight without a number it is its own name and -1.
     """
-    found = re.finditer(r"(?:^|[/_])(\d+)(?=/|$)", weight.leaf)
-    places = [(weight.leaf[: each.start()], int(each[1])) for each in found]
+    matches = re.finditer(r"(?:^|[/_])(\d+)(?=/|$)", weight.leaf)
+    places = [(weight.leaf[: match.start()], int(match[1])) for match in matches]
     return places or [(weight.leaf, -1)]
 
 
@@ -365,11 +367,15 @@ def _ranked(
     # Ties keep the first by name.
     order = sorted(range(len(weights)), key=lambda i: weights[i].name)
     size = sum(score.size for score in scores)
-    own = [scores[i] for i in order]
-    cuts = thresholds.cut_together(own, size - round(sparsity * size))
-    kept = jax.device_get(list(map(_kept, own, cuts)))
-    found = {i: counting.whole(number) for i, number in zip(order, kept, strict=True)}
-    return [Fraction(w.size - found[i], max(w.size, 1)) for i, w in enumerate(weights)]
+    ordered = [scores[i] for i in order]
+    cuts = thresholds.cut_together(ordered, size - round(sparsity * size))
+    kept = jax.device_get(list(map(_kept, ordered, cuts)))
+    kept_counts = {
+        i: counting.whole(number) for i, number in zip(order, kept, strict=True)
+    }
+    return [
+        Fraction(w.size - kept_counts[i], max(w.size, 1)) for i, w in enumerate(weights)
+    ]
 
 
 @jax.jit

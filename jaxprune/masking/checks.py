@@ -42,7 +42,7 @@ def floating(scores: Scores) -> dict[str, jax.Array]:
     concrete = {k: v for k, v in named.items() if not isinstance(v, jax.core.Tracer)}
     with thresholds.at_once(list(concrete.values())):
         nan = jax.device_get({name: _has_nan(leaf) for name, leaf in concrete.items()})
-    if wrong := [name for name, found in nan.items() if found]:
+    if wrong := [name for name, has_nan in nan.items() if has_nan]:
         raise ValueError(
             f"scores must not be NaN, but {listed(wrong)} hold some; look for the step "
             "at which training diverged, or replace them with jnp.nan_to_num"

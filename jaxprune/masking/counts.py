@@ -82,20 +82,20 @@ def agreed(
     return fixed, rule
 
 
-def checked(sparsity: Any, where: str = "") -> float:
+def checked(sparsity: Any, place: str = "") -> float:
     """A sparsity as a float in [0, 1), or one clear error that says `where` it is."""
     if isinstance(sparsity, bool | str):
-        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}{where}")
+        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}{place}")
     try:
         value = float(sparsity)
     except TypeError as error:
         raise TypeError(
             f"sparsity must be a number in [0, 1) or {{glob: number}}, got "
-            f"{type(sparsity).__name__}{where}; under jit it must be static"
+            f"{type(sparsity).__name__}{place}; under jit it must be static"
         ) from error
     if math.isnan(value) or not 0 <= value < 1:
         raise ValueError(
-            f"sparsity must be in [0, 1), the share to remove, got {value}{where}"
+            f"sparsity must be in [0, 1), the share to remove, got {value}{place}"
             + (f"; give {value / 100:g} for {value:g} %" if 1 <= value < 100 else "")
         )
     return value
@@ -140,5 +140,5 @@ def by_rule(
     """How many of each weight's units are pruned, by what `agreed` returned."""
     if isinstance(sparsity, Mapping):
         return by_leaf(sparsity, [weight.name for weight in weights], units)
-    found = rule.sparsities(weights, sparsity)
-    return [round(share * number) for share, number in zip(found, units, strict=True)]
+    shares = rule.sparsities(weights, sparsity)
+    return [round(share * number) for share, number in zip(shares, units, strict=True)]

@@ -63,12 +63,12 @@ def make(
       [[True, False], [False, True]]
     """
     pattern = patterns.named(pattern)
-    found = selection.select(
+    selections = selection.select(
         scores, sparsity, rule=allocation, pattern=pattern, axes=axes
     )
     bits = [
-        placement.placed(selection.mask(own, pattern, leaf.shape), leaf)
-        for own, leaf in zip(found, jax.tree.leaves(scores), strict=True)
+        placement.placed(selection.mask(selected, pattern, leaf.shape), leaf)
+        for selected, leaf in zip(selections, jax.tree.leaves(scores), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(scores), bits)
 
@@ -156,15 +156,15 @@ def combine(first: Masks, second: Masks) -> Masks:
     """
     first = tree.with_nodes(first, tree.named_leaves(second))
     checked(first, first)
-    other = checked(first, second)
+    second_leaves = checked(first, second)
 
     def both(a: Any, b: Any) -> Any:
         if tree.is_excluded(a) or tree.is_excluded(b):
             return b if tree.is_excluded(a) else a
         return a & placement.together(b, a)
 
-    mine = tree.named_leaves(first).values()
-    leaves = [both(a, b) for a, b in zip(mine, other, strict=True)]
+    first_leaves = tree.named_leaves(first).values()
+    leaves = [both(a, b) for a, b in zip(first_leaves, second_leaves, strict=True)]
     return jax.tree.unflatten(
         jax.tree.structure(first, is_leaf=tree.is_excluded), leaves
     )

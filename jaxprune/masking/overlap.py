@@ -67,9 +67,9 @@ def overlap(masks: Masks, others: Masks) -> Overlap:
     masks = tree.with_nodes(masks, tree.named_leaves(others))
     pairs = zip(tree.named_leaves(masks).items(), checked(masks, others), strict=True)
     counts = {
-        name: _counts(own, placement.together(other, own))
-        for (name, own), other in pairs
-        if not tree.is_excluded(own) and not tree.is_excluded(other)
+        name: _counts(mask, placement.together(other, mask))
+        for (name, mask), other in pairs
+        if not tree.is_excluded(mask) and not tree.is_excluded(other)
     }
     by_leaf = {
         name: (counting.whole(both), counting.whole(either))

@@ -110,8 +110,8 @@ class PerOutput(_Free):
         """
         matrix = axes.matrix(scores)  # (batch, in, out)
         matrix = divisible(matrix, 1, max(matrix.shape[1], 1), 1)
-        own = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))  # (batch, out, in)
-        return -_ranks(own) / max(own.shape[2], 1)
+        reversed_rows = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))  # (batch, out, in)
+        return -_ranks(reversed_rows) / max(reversed_rows.shape[2], 1)
 
     def expand(
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
@@ -189,10 +189,10 @@ class NM:
         place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
         rank = jnp.zeros(groups.shape, jnp.float16)
         # As integers: a CPU takes subnormal floats for zeros when it compares them.
-        own = float_order.of(groups, Line.of(groups.dtype).signed)
+        ranks = float_order.of(groups, Line.of(groups.dtype).signed)
         for other in range(self.m):
-            rival = own[:, :, other : other + 1]
-            before = (rival > own) | ((rival == own) & (other < place))
+            rival = ranks[:, :, other : other + 1]
+            before = (rival > ranks) | ((rival == ranks) & (other < place))
             rank = rank + before.astype(rank.dtype)
         return rank
 
@@ -322,9 +322,9 @@ def named(pattern: Pattern | str) -> Pattern:
       (NM(n=2, m=4), Block(rows=16, columns=16))
     """
     sizes = re.compile(r"(\d+)([:x])(\d+)")
-    if isinstance(pattern, str) and (found := sizes.fullmatch(pattern)):
-        kind = NM if found[2] == ":" else Block
-        return kind(int(found[1]), int(found[3]))
+    if isinstance(pattern, str) and (match := sizes.fullmatch(pattern)):
+        pattern_class = NM if match[2] == ":" else Block
+        return pattern_class(int(match[1]), int(match[3]))
     choices = (
         "n:m as in '2:4', a block as in '16x16', or a value such as "
         "jp.patterns.NM(2, 4)"

@@ -85,11 +85,11 @@ def prune(
     if donate:
         _check_owned(named, ranked, jax.tree.leaves(scores))
     pattern = patterns.named(pattern)
-    found = selection.select(
+    selections = selection.select(
         scores, sparsity, rule=allocation, pattern=pattern, axes=axes
     )
-    for name, own in zip(ranked, found, strict=True):
-        named[name] = _pruned(named[name], own, pattern, donate=donate)
+    for name, selected in zip(ranked, selections, strict=True):
+        named[name] = _pruned(named[name], selected, pattern, donate=donate)
     structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
     return jax.tree.unflatten(structure, list(named.values()))
 
@@ -122,16 +122,16 @@ def _buffer(leaf: Any) -> int | None:
     return leaf.addressable_data(0).unsafe_buffer_pointer()
 
 
-def _pruned(leaf: Any, own: Selection, pattern: Pattern, *, donate: bool) -> Any:
-    leaf, units, axes = lazy.array(leaf), own.units, own.axes
-    cut: thresholds.Cut | None = own.cut
+def _pruned(leaf: Any, selected: Selection, pattern: Pattern, *, donate: bool) -> Any:
+    leaf, units, axes = lazy.array(leaf), selected.units, selected.axes
+    cut: thresholds.Cut | None = selected.cut
     if not placement.is_concrete(leaf):
         return _program(None, donate=False)(leaf, units, cut, pattern, axes)
     devices = leaf.sharding.device_set
     away = placement.is_concrete(units)
     if away and placement.devices(units) != placement.devices(leaf):
         # Scores that were made elsewhere stay there; their mask travels.
-        mask = selection.mask(own, pattern, leaf.shape)
+        mask = selection.mask(selected, pattern, leaf.shape)
         units, cut, pattern = placement.beside(mask, leaf), None, Unstructured()
     program = _program(leaf.sharding if len(devices) > 1 else None, donate=donate)
     return program(leaf, units, cut, pattern, axes)

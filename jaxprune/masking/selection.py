@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune.arrays import axes as axes_
 from jaxprune.arrays import placement, tree
-from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.axes import Axes, check_axes, resolve_axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import allocation, counts, patterns
@@ -50,22 +49,22 @@ def select(
 ) -> Iterator[Selection]:
     """What `masks.make` keeps of each leaf, in order; all checks are done by then."""
     named = floating(scores)
-    share, found = counts.agreed(sparsity, pattern, rule)
+    share, parsed_rule = counts.agreed(sparsity, pattern, rule)
     check_heads(tree.named_leaves(scores), axes, rule, [pattern])
-    if isinstance(found, allocation.PerMatrix):
+    if isinstance(parsed_rule, allocation.PerMatrix):
         names, leaves = list(named), list(named.values())
         _axes(axes, names, leaves, pattern)
-        every = axes_.resolve(axes, names, leaves)
-        return _of_matrices(named, every, share, pattern)
+        leaf_axes = resolve_axes(axes, names, leaves)
+        return _of_matrices(named, leaf_axes, share, pattern)
     quota = quotas(named, sparsity, rule=rule, pattern=pattern, axes=axes)
     return _selections(list(named.values()), quota, pattern)
 
 
 def check_heads(
-    every: Mapping[str, Any],
+    leaves: Mapping[str, Any],
     axes: Axes | Mapping[str, Axes] | None,
     rule: counts.Allocation,
-    each: Sequence[Pattern],
+    patterns_used: Sequence[Pattern],
 ) -> None:
     """Refuses heads that only a leaf could tell from a stack that was left out.
 
@@ -75,19 +74,19 @@ def check_heads(
       rule: how the sparsity is shared out.
       each: the patterns.
     """
-    axes_.check(axes)
-    free = all(isinstance(pattern, patterns.Unstructured) for pattern in each)
+    check_axes(axes)
+    free = all(isinstance(pattern, patterns.Unstructured) for pattern in patterns_used)
     if not isinstance(rule, Mapping):
         free &= type(allocation.named(rule)) in _WITHOUT_AXES
     if free or isinstance(axes, Axes):
         return
-    named = {n: leaf for n, leaf in every.items() if not tree.is_excluded(leaf)}
+    named = {n: leaf for n, leaf in leaves.items() if not tree.is_excluded(leaf)}
     ruled = tree.by_rule(axes or {}, list(named), None, "axes")
     half = []
-    for (name, leaf), given in zip(named.items(), ruled, strict=True):
-        own = re.fullmatch(r"(.*/)?(query|key|value|out)/kernel", name)
-        if own and given is None and leaf.ndim >= 3:
-            pair = [every.get(f"{own[1] or ''}{n}/kernel") for n in ("query", "out")]
+    for (name, leaf), leaf_axes in zip(named.items(), ruled, strict=True):
+        match = re.fullmatch(r"(.*/)?(query|key|value|out)/kernel", name)
+        if match and leaf_axes is None and leaf.ndim >= 3:
+            pair = [leaves.get(f"{match[1] or ''}{n}/kernel") for n in ("query", "out")]
             half += [name] if any(map(tree.is_excluded, pair)) else []
     if half:
         raise ValueError(
@@ -121,27 +120,29 @@ def quotas(
 ) -> Quotas:
     """How many units are kept; most rules need only the leaves' shapes and dtypes."""
     names, leaves = list(named), list(named.values())
-    own_axes = _axes(axes, names, leaves, pattern)
-    share, found = counts.agreed(sparsity, pattern, rule)
-    sizes = unit_counts(pattern, leaves, own_axes)
+    leaf_axes = _axes(axes, names, leaves, pattern)
+    share, parsed_rule = counts.agreed(sparsity, pattern, rule)
+    sizes = unit_counts(pattern, leaves, leaf_axes)
     way = "rank the matrices of a stack by allocation='matrix', or split the leaf"
     _refuse_large(names, sizes, way)
-    if isinstance(found, allocation.Global) and not isinstance(share, Mapping):
+    if isinstance(parsed_rule, allocation.Global) and not isinstance(share, Mapping):
         kept = [sum(sizes) - round(share * sum(sizes))]
         if sum(sizes) and not kept[0]:
             warnings.warn(
                 "this sparsity leaves nothing of all leaves together; give a lower one",
                 stacklevel=4,
             )
-        return Quotas(kept, together=True, axes=own_axes)
-    if isinstance(found, allocation.Uniform):
+        return Quotas(kept, together=True, axes=leaf_axes)
+    if isinstance(parsed_rule, allocation.Uniform):
         pruned = counts.by_leaf(share, names, sizes)
     else:
-        weights = _weights(names, leaves, axes_.resolve(axes, names, leaves), found)
-        pruned = counts.by_rule(share, found, weights, sizes)
+        weights = _weights(
+            names, leaves, resolve_axes(axes, names, leaves), parsed_rule
+        )
+        pruned = counts.by_rule(share, parsed_rule, weights, sizes)
     kept = [size - out for size, out in zip(sizes, pruned, strict=True)]
     _warn_of_empty(names, sizes, kept)
-    return Quotas(kept, together=False, axes=own_axes)
+    return Quotas(kept, together=False, axes=leaf_axes)
 
 
 def _refuse_large(names: Sequence[str], sizes: Sequence[int], way: str) -> None:
@@ -155,24 +156,26 @@ def _refuse_large(names: Sequence[str], sizes: Sequence[int], way: str) -> None:
 
 def _of_matrices(
     named: Mapping[str, jax.Array],
-    own_axes: Sequence[Axes],
+    leaf_axes: Sequence[Axes],
     share: float | Mapping[str, float],
     pattern: Pattern,
 ) -> Iterator[Selection]:
     """The selections of a ranking of each matrix of each leaf."""
     names, leaves = list(named), list(named.values())
-    every = [
-        () if own.problem(leaf.ndim) else own.stack(leaf.shape)
-        for leaf, own in zip(leaves, own_axes, strict=True)
+    stacks_or_none = [
+        () if axes.problem(leaf.ndim) else axes.stack(leaf.shape)
+        for leaf, axes in zip(leaves, leaf_axes, strict=True)
     ]
-    if wrong := [n for n, stack in zip(names, every, strict=True) if stack is None]:
+    if wrong := [
+        n for n, stack in zip(names, stacks_or_none, strict=True) if stack is None
+    ]:
         raise ValueError(
             f"allocation='matrix' needs stacks whose own axes come first, but "
             f"{listed(wrong)} have them elsewhere; leave them out of the scores, or "
             "rank them whole with allocation='layer'"
         )
-    stacks = [stack or () for stack in every]
-    whole = unit_counts(pattern, leaves, own_axes)
+    stacks = [stack or () for stack in stacks_or_none]
+    whole = unit_counts(pattern, leaves, leaf_axes)
     sizes = [
         size // max(math.prod(stack), 1)
         for size, stack in zip(whole, stacks, strict=True)
@@ -184,24 +187,26 @@ def _of_matrices(
     kept = [size - out for size, out in zip(sizes, pruned, strict=True)]
     _warn_of_empty(names, sizes, kept)
     return (
-        _stacked(leaf, own, stack, number, pattern)
-        for leaf, own, stack, number in zip(leaves, own_axes, stacks, kept, strict=True)
+        _stacked(leaf, axes, stack, number, pattern)
+        for leaf, axes, stack, number in zip(
+            leaves, leaf_axes, stacks, kept, strict=True
+        )
     )
 
 
 def _stacked(
-    leaf: jax.Array, own: Axes, stack: tuple[int, ...], kept: int, pattern: Pattern
+    leaf: jax.Array, axes: Axes, stack: tuple[int, ...], kept: int, pattern: Pattern
 ) -> Selection:
     """The selection of one leaf, so many units of each of its matrices."""
-    units, rows = _units(leaf, pattern, own), math.prod(stack)
+    units, rows = _units(leaf, pattern, axes), math.prod(stack)
     if not stack or not units.size or pattern.sparsity is not None:
         # Where a pattern fixes the sparsity of each group, all matrices have it too.
-        return Selection(units, thresholds.cut_each([units], [kept * rows])[0], own)
+        return Selection(units, thresholds.cut_each([units], [kept * rows])[0], axes)
     if isinstance(pattern, patterns.Unstructured):  # its units have the leaf's axes
         own_rows = units.reshape(rows, *leaf.shape[len(stack) :])
         cut = thresholds.cut_rows(own_rows, kept)
-        return Selection(units, thresholds.Cut(*(x.reshape(stack) for x in cut)), own)
-    return Selection(units, thresholds.cut_rows(units, kept), own)
+        return Selection(units, thresholds.Cut(*(x.reshape(stack) for x in cut)), axes)
+    return Selection(units, thresholds.cut_rows(units, kept), axes)
 
 
 def _warn_of_empty(
@@ -220,7 +225,7 @@ def _warn_of_empty(
 def _weights(
     names: Sequence[str],
     leaves: Sequence[jax.Array],
-    own_axes: Sequence[Axes],
+    leaf_axes: Sequence[Axes],
     rule: allocation.Rule,
 ) -> list[allocation.Weight]:
     """What a rule may know of the leaves."""
@@ -231,8 +236,8 @@ def _weights(
         )
     if flat := [
         name
-        for name, leaf, own in zip(names, leaves, own_axes, strict=True)
-        if own.problem(leaf.ndim)
+        for name, leaf, axes in zip(names, leaves, leaf_axes, strict=True)
+        if axes.problem(leaf.ndim)
     ]:
         raise ValueError(
             f"allocation={type(rule).__name__} needs leaves with an input and an "
@@ -244,11 +249,11 @@ def _weights(
             name=name,
             leaf=name,
             index=(),
-            shape=jax.eval_shape(own.matrix, leaf).shape,  # (batch, in, out)
-            view=own.matrix,
-            read=functools.partial(own.matrix, leaf),
+            shape=jax.eval_shape(axes.matrix, leaf).shape,  # (batch, in, out)
+            view=axes.matrix,
+            read=functools.partial(axes.matrix, leaf),
         )
-        for name, leaf, own in zip(names, leaves, own_axes, strict=True)
+        for name, leaf, axes in zip(names, leaves, leaf_axes, strict=True)
     ]
 
 
@@ -263,19 +268,20 @@ def _selections(
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     free = traced or isinstance(pattern, patterns.Unstructured)
     if not (quota.together or free):
-        for leaf, own, number in zip(leaves, quota.axes, quota.kept, strict=True):
-            units = _units(leaf, pattern, own)
-            yield Selection(units, thresholds.cut_each([units], [number])[0], own)
+        for leaf, axes, number in zip(leaves, quota.axes, quota.kept, strict=True):
+            units = _units(leaf, pattern, axes)
+            yield Selection(units, thresholds.cut_each([units], [number])[0], axes)
         return
-    every = [
-        _units(leaf, pattern, own) for leaf, own in zip(leaves, quota.axes, strict=True)
+    unit_scores = [
+        _units(leaf, pattern, axes)
+        for leaf, axes in zip(leaves, quota.axes, strict=True)
     ]
     if quota.together:
-        cuts = thresholds.cut_together(every, quota.kept[0])
+        cuts = thresholds.cut_together(unit_scores, quota.kept[0])
     else:
-        cuts = thresholds.cut_each(every, quota.kept)
-    for units, cut, own in zip(every, cuts, quota.axes, strict=True):
-        yield Selection(units, cut, own)
+        cuts = thresholds.cut_each(unit_scores, quota.kept)
+    for units, cut, axes in zip(unit_scores, cuts, quota.axes, strict=True):
+        yield Selection(units, cut, axes)
 
 
 def _units(leaf: jax.Array, pattern: Pattern, axes: Axes) -> jax.Array:
@@ -292,9 +298,9 @@ def _compiled_units(leaf: jax.Array, pattern: Pattern, axes: Axes) -> jax.Array:
     return pattern.units(leaf, axes)
 
 
-def mask(own: Selection, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:
+def mask(selected: Selection, pattern: Pattern, shape: tuple[int, ...]) -> jax.Array:
     """The mask of a leaf of this shape, where its scores are."""
-    return _mask(own.units, own.cut, pattern, shape, own.axes)
+    return _mask(selected.units, selected.cut, pattern, shape, selected.axes)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -309,16 +315,16 @@ def _mask(
 
 
 def unit_counts(
-    pattern: Pattern, leaves: Sequence[jax.Array], own_axes: Sequence[Axes]
+    pattern: Pattern, leaves: Sequence[jax.Array], leaf_axes: Sequence[Axes]
 ) -> list[int]:
     """How many units each leaf has."""
     if isinstance(pattern, patterns.Unstructured):
         return [leaf.size for leaf in leaves]
     units = [
-        jax.eval_shape(functools.partial(pattern.units, axes=own), leaf)
-        for leaf, own in zip(leaves, own_axes, strict=True)
+        jax.eval_shape(functools.partial(pattern.units, axes=axes), leaf)
+        for leaf, axes in zip(leaves, leaf_axes, strict=True)
     ]
-    return [math.prod(each.shape) for each in units]
+    return [math.prod(leaf_units.shape) for leaf_units in units]
 
 
 def _axes(
@@ -330,11 +336,11 @@ def _axes(
     """The leaves' axes, after the pattern has looked at every shape."""
     if isinstance(pattern, patterns.Unstructured) and rules is None:
         return [Axes()] * len(leaves)
-    resolved = axes_.resolve(rules, names, leaves)
+    resolved = resolve_axes(rules, names, leaves)
     problems = [
         f"{problem} at {name!r}"
-        for name, leaf, own in zip(names, leaves, resolved, strict=True)
-        if (problem := own.problem(leaf.ndim) or pattern.problem(leaf.shape, own))
+        for name, leaf, axes in zip(names, leaves, resolved, strict=True)
+        if (problem := axes.problem(leaf.ndim) or pattern.problem(leaf.shape, axes))
     ]
     if problems:
         raise ValueError(

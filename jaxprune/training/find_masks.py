@@ -50,8 +50,8 @@ def get_masks(state: Any, params: Params | None = None) -> Masks:
       >>> jp.get_masks(tx.init({"w": jnp.ones(2)}))["w"].tolist()
       [True, False]
     """
-    found = [_read(node, params) for node in _holders(state)]
-    if not found:
+    trees = [_read(node, params) for node in _holders(state)]
+    if not trees:
         raise ValueError(
             "this optimizer state holds no masks; train with jp.keep_masks(optimizer, "
             "masks) or jp.gradual(optimizer, schedule)"
@@ -60,7 +60,7 @@ def get_masks(state: Any, params: Params | None = None) -> Masks:
         "each leaf must have one mask, but two transformations in this state mask the "
         "same leaf; remove all but one"
     )
-    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), found)
+    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), trees)
 
 
 def replace_masks(state: T, masks: Masks) -> T:
@@ -91,11 +91,11 @@ def replace_masks(state: T, masks: Masks) -> T:
     """
     before = get_masks(state, masks)
     names = tree.names(before)
-    given = dict(zip(names, checked(before, masks), strict=True))
+    replacements = dict(zip(names, checked(before, masks), strict=True))
     other = [
         name
         for name, mask in tree.named_leaves(before).items()
-        if tree.is_excluded(mask) != tree.is_excluded(given[name])
+        if tree.is_excluded(mask) != tree.is_excluded(replacements[name])
     ]
     if other:
         raise ValueError(
@@ -106,14 +106,16 @@ def replace_masks(state: T, masks: Masks) -> T:
     def replaced(node: Any) -> Any:
         if not _holds(node):
             return node
-        own = [
+        new_leaves = [
             # A copy, as a step may be given its state to donate.
-            mask if tree.is_excluded(mask) else placement.copied(given[name], mask)
+            mask
+            if tree.is_excluded(mask)
+            else placement.copied(replacements[name], mask)
             for name, mask in _named(node, masks).items()
         ]
         held = _masks(node)
         packed = any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(held))
-        leaves = jax.tree.leaves(packing.pack(own) if packed else own)
+        leaves = jax.tree.leaves(packing.pack(new_leaves) if packed else new_leaves)
         new = jax.tree.unflatten(jax.tree.structure(held), leaves)
         if isinstance(node, Mapping):
             return type(node)({**node, "masks": new})  # type: ignore[call-arg]
@@ -146,8 +148,8 @@ def _read(node: Any, params: Any) -> Masks:
         structure = jax.tree.structure(held, is_leaf=_is_leaf)
         return jax.tree.unflatten(structure, list(named.values()))
     structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
-    own = [named.get(name, MaskedNode()) for name in tree.names(params)]
-    return jax.tree.unflatten(structure, own)
+    leaves = [named.get(name, MaskedNode()) for name in tree.names(params)]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _named(node: Any, params: Any) -> dict[str, Any]:
