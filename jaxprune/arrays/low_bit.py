@@ -24,6 +24,13 @@ from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 from jaxprune.arrays import counting
 from jaxprune.arrays.messages import listed
 
+__all__ = ["Int8", "decode"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Storage: TypeAlias = Literal["float32", "bfloat16", "int8"]
 """What an average is held in: 4, 2 or 1 bytes a weight."""
 

@@ -138,7 +138,7 @@ def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "where"))
+@functools.partial(jax.jit, static_argnames=("count", "sharding"))
 def _first(tree: Any, *, count: int, sharding: jax.sharding.Sharding) -> Any:
     part = jax.tree.map(lambda stack: stack[:count], tree)
     return jax.lax.with_sharding_constraint(part, sharding)

@@ -18,9 +18,17 @@ from jaxprune.arrays import exact_sum
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import chosen
 from jaxprune.arrays.placement import divisible
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
 from jaxprune.typing import Pattern
+
+__all__ = ["NM", "Block", "Channel", "PerOutput", "Unstructured", "parse"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # Groups of up to so many are ranked by comparing, which takes m^2 operations.
 _COMPARED = 64
@@ -147,11 +155,7 @@ class NM:
 
     def __post_init__(self) -> None:
         """Refuses groups that keep nothing or everything."""
-        whole = all(isinstance(x, numbers.Integral) for x in (self.n, self.m))
-        if not whole or not 0 < self.n < self.m:
-            raise ValueError(
-                f"NM(n, m) needs integers 0 < n < m, got NM({self.n}, {self.m})"
-            )
+        check(_NM, n=self.n, m=self.m)
 
     @property
     def sparsity(self) -> float:
@@ -228,9 +232,7 @@ class Block(_Free):
 
     def __post_init__(self) -> None:
         """Refuses empty tiles."""
-        sides = self.rows, self.columns
-        if not all(isinstance(x, numbers.Integral) for x in sides) or min(sides) < 1:
-            raise ValueError(f"Block needs integer sides of at least 1, got {self}")
+        check(_BLOCK, rows=self.rows, columns=self.columns, block=self)
 
     def units(
         self, scores: Float[Array, "*shape"], axes: Axes
@@ -261,8 +263,8 @@ class Block(_Free):
         """Sums over tiles, one axis after the other: shardings survive that."""
         batch, inputs, outputs = matrix.shape
         rows, columns = -inputs % self.rows, -outputs % self.columns
-        whole = divisible(matrix, 1, self.rows, self.columns)
-        padded = jnp.pad(whole, ((0, 0), (0, rows), (0, columns)))
+        matrix = divisible(matrix, 1, self.rows, self.columns)
+        padded = jnp.pad(matrix, ((0, 0), (0, rows), (0, columns)))
         high, wide = inputs + rows, outputs + columns
         tall = padded.reshape(batch, high // self.rows, self.rows, wide)
         tall = _total(tall, 2).squeeze(2)  # (batch, in tiles, out)
@@ -302,12 +304,12 @@ class Channel(_Free):
         return axes.restore(jnp.broadcast_to(kept, matrix.shape), shape)
 
 
-def named(pattern: Pattern | str) -> Pattern:
+def parse(pattern: Pattern | str) -> Pattern:
     """A pattern from its name, or the pattern itself.
 
     Args:
-      pattern: "unstructured" or "per-layer", "per-output", "channel", "n:m" as in
-        "2:4", "RxC" as in "16x16" (inputs x outputs), or a pattern.
+      pattern: "unstructured", "per-output", "channel", "n:m" as in "2:4", "RxC" as in
+        "16x16" (inputs x outputs), or a pattern.
 
     Returns:
       The pattern.
@@ -318,7 +320,7 @@ def named(pattern: Pattern | str) -> Pattern:
 
     Example:
       >>> import jaxprune as jp
-      >>> jp.patterns.named("2:4"), jp.patterns.named("16x16")
+      >>> jp.patterns.parse("2:4"), jp.patterns.parse("16x16")
       (NM(n=2, m=4), Block(rows=16, columns=16))
     """
     sizes = re.compile(r"(\d+)([:x])(\d+)")
@@ -332,9 +334,24 @@ def named(pattern: Pattern | str) -> Pattern:
     return chosen("pattern", pattern, _NAMED, "units", choices)
 
 
+_NM = (
+    Rule(
+        lambda v: (
+            all(isinstance(x, numbers.Integral) for x in (v.n, v.m)) and 0 < v.n < v.m
+        ),
+        "NM(n, m) needs integers 0 < n < m, got NM({n}, {m})",
+    ),
+)
+_BLOCK = (
+    Rule(
+        lambda v: all(
+            isinstance(x, numbers.Integral) and x >= 1 for x in (v.rows, v.columns)
+        ),
+        "Block needs integer sides of at least 1, got {block}",
+    ),
+)
 _NAMED: dict[str, Pattern] = {
     "unstructured": Unstructured(),
-    "per-layer": Unstructured(),
     "per-output": PerOutput(),
     "channel": Channel(),
 }

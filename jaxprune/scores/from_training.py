@@ -19,6 +19,7 @@ from optax import MaskedNode
 from jaxprune import leaves
 from jaxprune.arrays import exact_sum, lazy, low_bit, placement, tree
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check, finds_none, within
 from jaxprune.leaves import check_rule
 from jaxprune.scores.importance import refuse_swapped, tracked
 from jaxprune.typing import Params, Prunable, Scores
@@ -59,7 +60,7 @@ def averaged_weight(
 
     Args:
       params: the parameters; names and shapes are read, values are not.
-      importance: with `weight`, from `track_importance`.
+      importance: averages with `weight`, from `track_importance`.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -90,7 +91,8 @@ def averaged_magnitude(
 
     Args:
       params: the parameters; names and shapes are read, values are not.
-      importance: with `magnitude`, from `track_importance(average=("magnitude",))`.
+      importance: averages with `magnitude`, from
+        `track_importance(average=("magnitude",))`.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -121,8 +123,8 @@ def obd(
 
     Args:
       params: the parameters.
-      importance: with `square`, tracked or from an adaptive optimizer; before the
-        first step all score 0.
+      importance: averages with `square`, tracked or from an adaptive optimizer; before
+        the first step all score 0.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -162,9 +164,9 @@ def trajectory(
 
     Args:
       params: the parameters.
-      importance: with `square`, tracked or from an adaptive optimizer; before the
-        first step all score 0.
-      exponent: the power of E[g^2], in [0, 1].
+      importance: averages with `square`, tracked or from an adaptive optimizer; before
+        the first step all score 0.
+      exponent: power of E[g^2], in [0, 1].
       prunable: which leaves may be pruned.
 
     Returns:
@@ -182,12 +184,18 @@ def trajectory(
       >>> jp.scores.trajectory(w, jp.Importance(square=squares))["w"].tolist()
       [[2.0, 2.0]]
     """
-    if not 0 <= exponent <= 1:
-        raise ValueError(f"exponent must be in [0, 1], got {exponent}; 0.25 is usual")
+    check(_EXPONENT, exponent=exponent)
     square = tracked(importance, "square", params)
     if exponent == 0.25:
         return _score(_quarter, params, prunable, square)
     return _score(_trajectory, params, prunable, square, exponent)
+
+
+_EXPONENT = (
+    within(
+        "exponent", 0, 1, "exponent must be in [0, 1], got {exponent}", "0.25 is usual"
+    ),
+)
 
 
 def taylor(
@@ -197,8 +205,8 @@ def taylor(
 
     Args:
       params: the parameters; names and shapes are read, values are not.
-      importance: with `taylor`, from `track_gradients(average=("taylor",))`; before
-        the first step all score 0.
+      importance: averages with `taylor`, from `track_gradients(average=("taylor",))`;
+        before the first step all score 0.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -233,7 +241,7 @@ def random(
     Args:
       params: the parameters; names and shapes are read, values are not.
       importance: not read; may be None.
-      seed: seed of the scores; each leaf has its own stream, by position.
+      seed: rng seed of the scores; each leaf has its own stream, by position.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -245,6 +253,7 @@ def random(
       >>> jp.scores.random({"w": jnp.ones((2, 3))}, seed=1)["w"].shape
       (2, 3)
     """
+    # A key for each leaf, pruned or not: excluding one leaf changes no other's scores.
     keys = list(jax.random.split(jax.random.key(seed), len(tree.names(params))))
     return _score(_uniform, params, prunable, keys)
 
@@ -264,9 +273,9 @@ def threshold(
 
     Args:
       params: the parameters.
-      importance: with `weight`, from `track_importance`.
-      compare: "weight" compares the final |w| (the released code); "average" compares
-        |A| itself (the text of the papers).
+      importance: averages with `weight`, from `track_importance`.
+      compare: quantity that is compared: "weight" is the final |w| (the released
+        code), "average" is |A| itself (the text of the papers).
       prunable: which leaves may be pruned.
 
     Returns:
@@ -287,10 +296,17 @@ def threshold(
       The code released with Islam, Belhaouari, Bermak, "Neural Network Optimization
       with Weight Evolution", 2023; rates there run from 0.1 to 6.
     """
-    if compare not in ("weight", "average"):
-        raise ValueError(f"compare must be 'weight' or 'average', got {compare!r}")
+    check(_COMPARE, compare=compare)
     formula = _deviations_of_average if compare == "average" else _deviations
     return _score(formula, params, prunable, tracked(importance, "weight", params))
+
+
+_COMPARE = (
+    Rule(
+        lambda v: v.compare in ("weight", "average"),
+        "compare must be 'weight' or 'average', got {compare!r}",
+    ),
+)
 
 
 def _score(
@@ -308,21 +324,7 @@ def _score(
     named = tree.named_leaves(params)
     check_rule(prunable, list(named))
     chosen = [not tree.is_excluded(x) and prunable(n, x) for n, x in named.items()]
-    if not any(chosen):
-        raise ValueError(
-            f"some leaf must be prunable, but none of {listed(named)} is; give "
-            "prunable=lambda name, leaf: ... that is True for the leaves to prune"
-        )
-    unseen = [
-        name
-        for name, take, extra in zip(named, chosen, statistic or chosen, strict=True)
-        if take and tree.is_excluded(extra)
-    ]
-    if unseen:
-        raise ValueError(
-            f"every prunable leaf must have been tracked, but {listed(unseen)} were "
-            "not; track them or leave them out with prunable=jp.tree.excluding(...)"
-        )
+    check(_SCORED, names=list(named), chosen=chosen, statistic=statistic or chosen)
     compiled = _compiled(formula)
     # A leaf at a time, each placed as its parameter is: nothing is gathered.
     leaves = [
@@ -342,6 +344,28 @@ def _score(
     return jax.tree.unflatten(structure, leaves)
 
 
+def _untracked(values: Any) -> list[str]:
+    """The prunable leaves whose statistic nobody tracked."""
+    rows = zip(values.names, values.chosen, values.statistic, strict=True)
+    return [name for name, take, extra in rows if take and tree.is_excluded(extra)]
+
+
+_SCORED = (
+    Rule(
+        lambda v: any(v.chosen),
+        "some leaf must be prunable, but none of {listed} is",
+        "give prunable=lambda name, leaf: ... that is True for the leaves to prune",
+        details=lambda v: {"listed": listed(v.names)},
+    ),
+    finds_none(
+        _untracked,
+        "every prunable leaf must have been tracked, but {names} were not",
+        "track them or leave them out with prunable=jp.tree.excluding(...)",
+    ),
+)
+
+
+# One program for each formula and shape, whoever asks for scores.
 @functools.cache
 def _compiled(formula: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return jax.jit(formula)
@@ -378,7 +402,7 @@ def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
 
 def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
     """|w| / std(A); where std(A) is 0, 0 for a zero weight and infinity for others."""
-    size, deviation = _absolute(w), _deviation(low_bit.decode(average))
+    size, deviation = _absolute(w), _deviation(low_bit.decode(average))  # deviation: ()
     constant = jnp.where(size > 0, jnp.inf, 0.0)
     return jnp.where(deviation > 0, size / deviation, constant)
 

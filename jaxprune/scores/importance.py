@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays import low_bit, merge, tree
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.typing import Importance, Params
 
 # A state's class in optax: which field is E[g^2], up to one factor, and all its fields.
@@ -110,12 +111,19 @@ def get_importance(state: Any) -> Importance:
     if isinstance(state, Importance):
         return state
     averages = _averages(state)
-    if not averages:
-        raise ValueError(
-            f"this optimizer state tracks nothing{_why_not(state)}; for averages of "
-            f"the weights {_TRACK['weight']}, for squared gradients {_TRACK['square']}"
-        )
+    check(_TRACKED, averages=averages, state=state)
     return Importance(**averages)
+
+
+_TRACKED = (
+    Rule(
+        lambda v: v.averages,
+        "this optimizer state tracks nothing{why}",
+        f"for averages of the weights {_TRACK['weight']}, for squared gradients "
+        f"{_TRACK['square']}",
+        details=lambda v: {"why": _why_not(v.state)},
+    ),
+)
 
 
 def tracked(importance: Any, field: str, params: Params) -> list[Any]:
@@ -130,22 +138,36 @@ def tracked(importance: Any, field: str, params: Params) -> list[Any]:
         why = ("" if averages else " (this optimizer state tracks nothing)") + (
             _why_not(importance) if field == "square" else ""
         )
-    if statistic is None:
-        raise ValueError(
-            f"this criterion needs Importance.{field}, which was not tracked{why}; "
-            f"{_TRACK[field]}, or choose another criterion"
-        )
+    check(_STATISTIC, statistic=statistic, field=field, why=why, way=_TRACK[field])
     return tree.align(params, statistic, f"Importance.{field}")
 
 
 def refuse_swapped(params: Params) -> None:
     """Refuses an importance, or an optimizer's state, where parameters belong."""
-    if (is_importance := isinstance(params, Importance)) or _found(params, _held):
-        what = "an Importance" if is_importance else "an optimizer's state"
-        raise TypeError(
-            "a criterion takes the parameters first and the importance second, but got "
-            f"{what} as the parameters; call criterion(params, importance)"
-        )
+    check(_PARAMETERS, params=params)
+
+
+_STATISTIC = (
+    Rule(
+        lambda v: v.statistic is not None,
+        "this criterion needs Importance.{field}, which was not tracked{why}",
+        "{way}, or choose another criterion",
+    ),
+)
+_PARAMETERS = (
+    Rule(
+        lambda v: not (isinstance(v.params, Importance) or _found(v.params, _held)),
+        "a criterion takes the parameters first and the importance second, but got "
+        "{what} as the parameters",
+        "call criterion(params, importance)",
+        error=TypeError,
+        details=lambda v: {
+            "what": "an Importance"
+            if isinstance(v.params, Importance)
+            else "an optimizer's state"
+        },
+    ),
+)
 
 
 def _averages(state: Any) -> dict[str, Params]:
@@ -155,6 +177,7 @@ def _averages(state: Any) -> dict[str, Params]:
         state, Mapping | list
     ):  # optax's own are tuples
         trees_by_field = _found(state, _held_by_name)
+    # An optimizer's own moment serves only where nobody tracked E[g^2] itself.
     moments = trees_by_field.pop("moment", [])
     averages = {field: _merged(trees, field) for field, trees in trees_by_field.items()}
     if "square" not in averages and moments:
@@ -170,12 +193,14 @@ def _optax_name(node: Any) -> str:
 
 
 def _why_not(state: Any) -> str:
-    """Which states were seen that keep something else than E[g^2]."""
-    known = lambda node: _optax_name(node) in _NO_SECOND_MOMENTS  # noqa: E731
-    nodes = jax.tree.leaves(state, is_leaf=known)
-    reasons = dict.fromkeys(
-        _NO_SECOND_MOMENTS[_optax_name(x)] for x in nodes if known(x)
-    )
+    """Which states there are that keep something else than E[g^2]."""
+
+    def known(node: Any) -> bool:
+        return _optax_name(node) in _NO_SECOND_MOMENTS
+
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=known) if known(x)]
+    # Each reason once, in the order of the state.
+    reasons = dict.fromkeys(_NO_SECOND_MOMENTS[_optax_name(node)] for node in nodes)
     return f" ({'; '.join(reasons)})" if reasons else ""
 
 
@@ -199,6 +224,7 @@ def _held_by_name(node: Any) -> dict[str, str] | None:
         return {field: "moment"}
     if names >= {"adapters", "inner"}:  # LoRA's
         return {}
+    # Ours: a count of steps, averages, and the units of averages in one byte.
     fields = names - {"step", "exponents"}
     if "step" in names and fields and fields <= set(Importance._fields):
         return {field: field for field in fields}

@@ -47,7 +47,8 @@ def test_all_that_breaks_a_rule_is_named_at_once():
 
     rule = finds_none(negative, "{what} must be positive, but {names} are not")
     check([rule], sizes={"a": 1}, what="sizes")
-    with pytest.raises(ValueError, match="^sizes must be positive, but 'b', 'c' are"):
+    sentence = "sizes must be positive, but 'b', 'c' are not"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
         check([rule], sizes={"a": 1, "b": -1, "c": -2}, what="sizes")
 
 

@@ -59,7 +59,7 @@ def cut_together(
       >>> from jaxprune.arrays.topk import thresholds
       >>> scores = jnp.array([3.0, 1.0, 3.0])
       >>> [cut] = thresholds.cut_together([scores], 1)
-      >>> thresholds.mask(scores, cut).tolist()
+      >>> thresholds.above_cut(scores, cut).tolist()
       [True, False, False]
     """
     size = sum(leaf.size for leaf in scores)
@@ -92,7 +92,7 @@ def cut_each(
       >>> from jaxprune.arrays.topk import thresholds
       >>> scores = [jnp.array([3.0, 1.0]), jnp.array([5.0, 7.0])]
       >>> cuts = thresholds.cut_each(scores, [1, 1])
-      >>> [thresholds.mask(*pair).tolist() for pair in zip(scores, cuts)]
+      >>> [thresholds.above_cut(*pair).tolist() for pair in zip(scores, cuts)]
       [[True, False], [False, True]]
     """
     if isinstance(kept, jax.Array):
@@ -127,7 +127,7 @@ def cut_rows(scores: Float[Array, "rows ..."], kept: int) -> Cut:
       >>> import jax.numpy as jnp
       >>> from jaxprune.arrays.topk import thresholds
       >>> scores = jnp.array([[3.0, 1.0], [5.0, 7.0]])
-      >>> thresholds.mask(scores, thresholds.cut_rows(scores, 1)).tolist()
+      >>> thresholds.above_cut(scores, thresholds.cut_rows(scores, 1)).tolist()
       [[True, False], [False, True]]
     """
     rows, *row = scores.shape
@@ -171,13 +171,15 @@ def highest(
     slices = scores.reshape(-1) if axis is None else jnp.moveaxis(scores, axis, -1)
     number = jnp.broadcast_to(kept, slices.shape[:-1]).ravel()  # (rows,)
     rows = slices.reshape(number.size, slices.shape[-1])  # (rows, length)
-    kept_mask = mask(rows, _cut([rows], Count.of(number), joint=False, by_row=True))
+    kept_mask = above_cut(
+        rows, _cut([rows], Count.of(number), joint=False, by_row=True)
+    )
     if axis is None:
         return kept_mask.reshape(scores.shape)
     return jnp.moveaxis(kept_mask.reshape(slices.shape), -1, axis)
 
 
-def mask(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
+def above_cut(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
     """The mask of a leaf, sharded like it; the cut's axes are the leaf's first ones."""
     rows = cut.bound.ndim
     across = cut.bound.shape + (1,) * (scores.ndim - rows)

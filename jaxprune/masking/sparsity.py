@@ -1,15 +1,18 @@
-"""How many weights of a tree are zero, counted exactly."""
+"""What is zero and what masks share, counted exactly: Python integers, a row a leaf."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import counting, lazy, tree
-from jaxprune.arrays.messages import columns, listed
+from jaxprune.arrays import counting, lazy, placement, tree
+from jaxprune.arrays.messages import columns
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
+from jaxprune.masking.checks import aligned_masks, check_unpacked
+from jaxprune.typing import Masks
 
 
 class Sparsity(NamedTuple):
@@ -33,11 +36,32 @@ class Sparsity(NamedTuple):
     def __str__(self) -> str:
         """A table: one line a leaf, the total last."""
         rows = [*self.by_leaf.items(), ("total", (self.zeros, self.size))]
-        return columns(
-            [
-                (name, f"{zeros / max(size, 1):7.2%}", f"of {size:,}")
-                for name, (zeros, size) in rows
-            ]
+        return _table((k, zeros / max(size, 1), size) for k, (zeros, size) in rows)
+
+
+class Overlap(NamedTuple):
+    """What two masks keep, counted exactly.
+
+    Attributes:
+      both: weights that both keep, a Python integer.
+      either: weights that at least one of them keeps, a Python integer.
+      by_leaf: path name to (both, either) of that leaf.
+    """
+
+    both: int
+    either: int
+    by_leaf: dict[str, tuple[int, int]]
+
+    @property
+    def total(self) -> float:
+        """both / either, in [0, 1]: 1 where the masks are the same."""
+        return self.both / self.either if self.either else 1.0
+
+    def __str__(self) -> str:
+        """A table: one line a leaf, the total last."""
+        rows = [*self.by_leaf.items(), ("total", (self.both, self.either))]
+        return _table(
+            (k, both / either if either else 1, either) for k, (both, either) in rows
         )
 
 
@@ -67,25 +91,67 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
     named = tree.named_leaves(params, is_leaf=_is_leaf)
     aligned = list(named.values())
     if masks is not None:
-        held = tree.named_leaves(masks, is_leaf=_is_leaf)
-        if packed := [k for k, mask in held.items() if _counts_itself(mask)]:
-            raise TypeError(
-                f"masks must be boolean arrays, True for kept, but {listed(packed)} "
-                "are packed; unpack them with jp.masks.unpack(masks)"
-            )
+        check_unpacked(masks)
         aligned = tree.align(params, tree.with_nodes(masks, named), "masks")
     leaves = {
         name: leaf
         for (name, leaf), mask in zip(named.items(), aligned, strict=True)
         if _is_counted(leaf) and not tree.is_excluded(mask)
     }
+    # Every count is started before the first is waited for.
     nonzero = jax.device_get({k: _nonzero(v) for k, v in leaves.items()})
     by_leaf = {
         name: (int(leaf.size) - counting.whole(nonzero[name]), int(leaf.size))
         for name, leaf in leaves.items()
     }
-    zeros = sum(z for z, _ in by_leaf.values())
-    return Sparsity(zeros, sum(n for _, n in by_leaf.values()), by_leaf)
+    zeros, size = (sum(row[i] for row in by_leaf.values()) for i in range(2))
+    return Sparsity(zeros, size, by_leaf)
+
+
+def overlap(masks: Masks, others: Masks) -> Overlap:
+    """How much two masks agree: what both keep over what one of them keeps.
+
+    Between two events of a schedule it says how many weights came and went.
+
+    Args:
+      masks: masks.
+      others: masks of the same parameters, in any container; a leaf without a mask in
+        one of the two is not counted.
+
+    Returns:
+      Exact counts as Python integers; `print` it for a table.
+
+    Raises:
+      ValueError: the two are of different models.
+      TypeError: they are not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> a, b = jnp.array([True, True, False]), jnp.array([False, True, False])
+      >>> jp.masks.overlap({"w": a}, {"w": b}).total
+      0.5
+    """
+    aligned_masks(masks, masks)
+    masks = tree.with_nodes(masks, tree.named_leaves(others))
+    pairs = zip(
+        tree.named_leaves(masks).items(), aligned_masks(masks, others), strict=True
+    )
+    counts = {
+        name: _both_and_either(mask, placement.together(other, mask))
+        for (name, mask), other in pairs
+        if not tree.is_excluded(mask) and not tree.is_excluded(other)
+    }
+    by_leaf = {
+        name: (counting.whole(both), counting.whole(either))
+        for name, (both, either) in jax.device_get(counts).items()
+    }
+    both, either = (sum(row[i] for row in by_leaf.values()) for i in range(2))
+    return Overlap(both, either, by_leaf)
+
+
+def _table(rows: Iterable[tuple[str, float, int]]) -> str:
+    return columns([(k, f"{share:7.2%}", f"of {size:,}") for k, share, size in rows])
 
 
 def _is_leaf(node: Any) -> bool:
@@ -115,3 +181,9 @@ def _count(leaf: jax.Array) -> jax.Array:
         # As integers: a CPU takes subnormal floats for zeros when it compares them.
         leaf = float_order.of(leaf, Line.of(leaf.dtype).signed)
     return counting.parts(leaf != jnp.zeros((), leaf.dtype), leaf.size)
+
+
+@jax.jit
+def _both_and_either(mask: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    both, either = mask & other, mask | other
+    return counting.parts(both, mask.size), counting.parts(either, mask.size)
