@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune.arrays.messages import columns, listed
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.tree import fits, is_excluded, is_floating
 from jaxprune.arrays.tree import named_leaves as named_leaves
 from jaxprune.arrays.tree import names as names
@@ -117,12 +118,7 @@ class Excluding:
     def check(self, names: Sequence[str]) -> None:
         """Refuses globs that match none of a tree's names."""
         for glob in self.globs:
-            if not any(fits(name, glob) for name in names):
-                near = difflib.get_close_matches(glob, names, 3, 0.4) or names
-                raise ValueError(
-                    f"excluding({glob!r}) must match a leaf, but matches none; near it "
-                    f"are {listed(near, 3)}, and jp.tree.names(params) has all"
-                )
+            check(_MATCHED, glob=glob, names=names)
 
     def why(self, name: str, leaf: Any) -> str | None:
         """Why the leaf is left alone, or None if it may be pruned."""
@@ -130,6 +126,21 @@ class Excluding:
             if fits(name, glob):
                 return f"excluded by {glob!r}"
         return why_unprunable(name, leaf)
+
+
+_MATCHED = (
+    Rule(
+        lambda v: any(fits(name, v.glob) for name in v.names),
+        "excluding({glob!r}) must match a leaf, but matches none",
+        "near it are {near}, and jp.tree.names(params) has all",
+        # Names that resemble the glob; where none does, the first few.
+        details=lambda v: {
+            "near": listed(
+                difflib.get_close_matches(v.glob, v.names, 3, 0.4) or v.names, 3
+            )
+        },
+    ),
+)
 
 
 class Row(NamedTuple):
@@ -183,6 +194,7 @@ def explain(
       32 of 40 weights may be pruned
     """
     named = named_leaves(params)
+    # A rule that matches nothing is refused here as it is when scores are made.
     check_rule(prunable, list(named))
     return Explanation(_row(*item, prunable) for item in named.items())
 
@@ -195,6 +207,7 @@ def check_rule(prunable: Callable[[str, Any], bool], names: Sequence[str]) -> No
 
 def _row(name: str, leaf: Any, prunable: Callable[[str, Any], bool]) -> Row:
     pruned = not is_excluded(leaf) and bool(prunable(name, leaf))
+    # A rule may say why itself; of others the default rule's reason is the best guess.
     explain_rule = getattr(prunable, "why", why_unprunable)
     why = (
         None if pruned else explain_rule(name, leaf) or "excluded by the rule prunable="

@@ -45,6 +45,7 @@ def replace(path: Path, content: bytes) -> None:
       'abc'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same directory: a rename is atomic only within one file system.
     partial = _beside(path, "partial")
     try:
         with Sink(partial) as sink:
@@ -126,6 +127,7 @@ def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
 def check_room(place: Path, size: int) -> None:
     """Refuses a place that cannot be written to, or has no room for so many bytes."""
     home = next(parent for parent in place.resolve().parents if parent.exists())
+    # Permissions say too little (a read-only mount, a quota): a file is made and gone.
     try:
         with tempfile.TemporaryFile(dir=home):
             pass
@@ -191,8 +193,10 @@ def staged(
             _place(partial, place)
         except BaseException as error:
             _recover(place)
+            # What a crash of the disk or device left is good; other errors come again.
             if not (resume and _may_go_on(error)):
                 shutil.rmtree(partial, ignore_errors=True)
+            # An empty one is of no use to a run that resumes.
             with contextlib.suppress(OSError):
                 partial.rmdir()
             raise

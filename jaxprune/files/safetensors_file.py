@@ -39,7 +39,7 @@ DTYPES = {
 }
 """NumPy's dtype for each of safetensors' codes, little-endian."""
 
-_LONGEST_JSON = 100_000_000
+_LONGEST_JSON = 100_000_000  # bytes, the limit of Hugging Face's own reader
 
 
 class Damaged(ValueError):
@@ -95,6 +95,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
+        # Looked at before it is read: a damaged length may ask for any memory.
         length = int.from_bytes(file.read(8), "little")
         check(_LENGTH, path=path, size=size, length=length)
         entries = parse_json(file.read(length), path)
@@ -163,6 +164,7 @@ def write_header(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     places: dict[str, tuple[int, int]] = {}
     end = 0
+    # The widest first: then each begins at a multiple of its own item's size.
     for name in sorted(entries, key=lambda name: -DTYPES[entries[name][0]].itemsize):
         code, shape = entries[name]
         begin, end = end, end + math.prod(shape) * DTYPES[code].itemsize
@@ -193,6 +195,7 @@ def view(path: Path, info: TensorInfo) -> np.ndarray:
         mapped = np.memmap(path, info.dtype, "r", info.offset, info.shape)
     except ValueError:
         raise damaged(path, "it became shorter since it was opened") from None
+    # A plain array: slices of a `memmap` would each carry the file's attributes.
     return mapped.view(np.ndarray)
 
 
@@ -286,7 +289,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     match entry:
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
             numbers = [*shape, begin, end]
-        case _:
+        case _:  # not even the keys that tell where it lies
             raise damaged(path, f"'{name}' has no dtype, shape and data_offsets")
     known = ", ".join(DTYPES)
     check(_ENTRY, path=path, name=name, numbers=numbers, code=code, known=known)

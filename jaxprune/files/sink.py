@@ -37,6 +37,7 @@ class Sink:
         with naming_path(self._path), self._file:
             if error_type is None:
                 self._file.flush()
+                # Before the rename: a name must not stand for bytes that may be lost.
                 os.fsync(self._file.fileno())
 
     @property
@@ -52,6 +53,7 @@ class Sink:
 
     def copy(self, origin: BinaryIO, end: int) -> None:
         """Copies what another file has from this one's end on, up to `end`."""
+        # Read anew in pieces: a copy by the system would bypass the hash.
         origin.seek(self._position)
         while self._position < end:
             part = origin.read(min(end - self._position, _CHUNK))

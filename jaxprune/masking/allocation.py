@@ -16,10 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import counting
+from jaxprune.arrays import counting, rules
 from jaxprune.arrays.messages import chosen
-from jaxprune.arrays.rules import Rule as Requirement
-from jaxprune.arrays.rules import check, finds_none
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking.checks import floating_scores
 from jaxprune.masking.shares import capped_shares, exact_shares
@@ -154,7 +152,7 @@ class ERK:
 
 
 _OWL = (
-    Requirement(
+    rules.Rule(
         lambda v: 0 <= v.owl.spread < 1 and 0 < v.owl.factor < math.inf,
         "OWL needs 0 <= spread < 1 and a factor over 0, got {owl}",
         "the paper's are 0.08 and 5",
@@ -190,7 +188,7 @@ class OWL:
 
     def __post_init__(self) -> None:
         """Refuses what would turn the rule round, or mean nothing."""
-        check(_OWL, owl=self)
+        rules.check(_OWL, owl=self)
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
@@ -244,8 +242,9 @@ class Ranked:
           TypeError: they are not floating.
         """
         named = floating_scores(self.scores)
-        check(_RANKED, weights=weights, scores=named)
+        rules.check(_RANKED, weights=weights, scores=named)
         leaves = [named[weight.leaf] for weight in weights]
+        # The counts are Python integers, so they are computed now, in `jit` too.
         with thresholds.at_once(leaves):
             parts = [w.view(leaf) for w, leaf in zip(weights, leaves, strict=True)]
             return _ranked(weights, parts, sparsity)
@@ -348,7 +347,7 @@ def _kept(scores: jax.Array, cut: thresholds.Cut) -> jax.Array:
 
 
 def _scores(weight: Weight) -> jax.Array:
-    check(_MEAN_SQUARE, weight=weight)
+    rules.check(_MEAN_SQUARE, weight=weight)
     return _wanda(weight.read(), weight.mean_square)
 
 
@@ -367,7 +366,7 @@ def _misshapen(values: Any) -> list[str]:
 
 
 _MEAN_SQUARE = (
-    Requirement(
+    rules.Rule(
         lambda v: v.weight.mean_square is not None,
         "OWL reads the mean squares of the inputs of '{weight.name}', which are not "
         "there",
@@ -375,19 +374,19 @@ _MEAN_SQUARE = (
     ),
 )
 _RANKED = (
-    finds_none(
+    rules.finds_none(
         lambda v: sorted({weight.leaf for weight in v.weights} - v.scores.keys()),
         "allocation.Ranked needs scores of every weight to prune, but has none of "
         "{names}",
         "make them from these parameters, with the same prunable rule",
     ),
-    finds_none(
+    rules.finds_none(
         _misshapen,
         "allocation.Ranked needs scores of the weights' shapes, but those of {names} "
         "have others",
         "make them from these parameters",
     ),
-    Requirement(
+    rules.Rule(
         lambda v: (
             not any(
                 isinstance(v.scores[weight.leaf], jax.core.Tracer)

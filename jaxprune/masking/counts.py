@@ -56,6 +56,7 @@ def agreed(
     """
     shares = dict(allocation) if isinstance(allocation, Mapping) else None
     check(_GIVEN_ONCE, shares=shares, sparsity=sparsity)
+    # Shares by leaf may stand in the place of either.
     if isinstance(allocation, Mapping):
         sparsity, allocation = allocation, "layer"
     share = sparsity
@@ -76,6 +77,7 @@ def agreed(
 def checked_sparsity(sparsity: Any, place: str = "") -> float:
     """A sparsity as a float in [0, 1), or one clear error that says which it is."""
     check(_NUMBER, sparsity=sparsity, place=place)
+    # NumPy's and JAX's scalars pass; a traced one raises a TypeError.
     try:
         value = float(sparsity)
     except TypeError as error:
@@ -136,6 +138,7 @@ def by_leaf(
       >>> counts.by_leaf({"mlp/*": 0.5}, ["mlp/up", "out"], [10, 10])
       [5, 0]
     """
+    # Checked here too: this is also called without `agreed`.
     if isinstance(sparsity, Mapping):
         rules = {g: checked_sparsity(s, f" for {g!r}") for g, s in sparsity.items()}
         shares = tree.by_rule(rules, names, 0.0, "sparsity")

@@ -135,6 +135,7 @@ def _read(node: Any, params: Any) -> Masks:
     if not any(map(_is_bits, jax.tree.leaves(held, is_leaf=_is_leaf))):
         structure = jax.tree.structure(held, is_leaf=_is_leaf)
         return jax.tree.unflatten(structure, list(named.values()))
+    # Bits do not have the structure of the parameters: a packed mask is a node.
     structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
     leaves = [named.get(name, MaskedNode()) for name in tree.names(params)]
     return jax.tree.unflatten(structure, leaves)

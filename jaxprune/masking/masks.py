@@ -183,6 +183,7 @@ def combine(first: Masks, second: Masks) -> Masks:
       >>> jp.masks.combine({"w": a}, {"w": b})["w"].tolist()
       [True, False]
     """
+    # None at a leaf's name excludes it, as None is no leaf for `jax.tree`.
     first = tree.with_nodes(first, tree.named_leaves(second))
     aligned_masks(first, first)
     second_leaves = aligned_masks(first, second)

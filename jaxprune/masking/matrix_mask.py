@@ -44,6 +44,7 @@ def mask(
         removed = scores.size - kept
         # (out,): how many each output keeps of its inputs.
         return highest(scores, inputs - spread(removed, outputs), axis=0)
+    # From here on one cut serves all units, so one count is all that is needed.
     units = pattern.units(scores, axes)
     if isinstance(pattern, patterns.NM):  # units are minus the rank inside the group
         return units > -pattern.n

@@ -95,5 +95,6 @@ def _unpack(packed: PackedMask) -> jax.Array:
     if not packed.bits.size:  # `unpackbits` takes no empty axis
         return jnp.zeros(packed.bits.shape[:-1] + packed.shape[-1:], bool)
     length = packed.shape[-1] if packed.shape else 1
+    # `count` leaves out what filled the last byte up.
     bits = jnp.unpackbits(packed.bits, axis=-1, count=length, bitorder="little")
     return bits.reshape(packed.bits.shape[:-1] + packed.shape[-1:]).astype(bool)

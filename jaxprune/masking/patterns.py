@@ -37,6 +37,7 @@ _COMPARED = 64
 def _ranks(scores: jax.Array) -> Float32[Array, "..."]:
     """The rank of each score along axis 2, from 0 for the highest; ties by position."""
     falling = ~float_order.of(scores, Line.of(scores.dtype).signed)
+    # The place of each in the sorted order: argsort's inverse is an argsort.
     rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
     return rank.astype(jnp.float32)
 
@@ -119,6 +120,7 @@ class PerOutput(_Free):
         matrix = axes.matrix(scores)  # (batch, in, out)
         matrix = divisible(matrix, 1, max(matrix.shape[1], 1), 1)
         reversed_rows = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))  # (batch, out, in)
+        # As a share of the inputs, since leaves of different sizes share one cut.
         return -_ranks(reversed_rows) / max(reversed_rows.shape[2], 1)
 
     def expand(
@@ -245,6 +247,7 @@ class Block(_Free):
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
     ) -> Bool[Array, "*shape"]:
         """Each tile's bit on all of its weights."""
+        # The last tiles may reach over the edge: they are cut after the repeat.
         _, inputs, outputs = jax.eval_shape(
             axes.matrix, jax.ShapeDtypeStruct(shape, bool)
         ).shape
@@ -266,6 +269,7 @@ class Block(_Free):
         matrix = divisible(matrix, 1, self.rows, self.columns)
         padded = jnp.pad(matrix, ((0, 0), (0, rows), (0, columns)))
         high, wide = inputs + rows, outputs + columns
+        # (batch, in tiles, rows, out)
         tall = padded.reshape(batch, high // self.rows, self.rows, wide)
         tall = _total(tall, 2).squeeze(2)  # (batch, in tiles, out)
         tiles = tall.reshape(

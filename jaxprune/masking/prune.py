@@ -150,6 +150,7 @@ def _pruned(leaf: Any, selected: Selection, pattern: Pattern, *, donate: bool) -
         # Scores that were made elsewhere stay there; their mask travels.
         mask = selection.selected_mask(selected, pattern, leaf.shape)
         units, cut, pattern = placement.beside(mask, leaf), None, Unstructured()
+    # On a mesh the result must lie where the leaf did; one device has one place.
     program = _program(leaf.sharding if len(devices) > 1 else None, donate=donate)
     return program(leaf, units, cut, pattern, axes)
 

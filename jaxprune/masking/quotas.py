@@ -55,6 +55,7 @@ def leaf_quotas(
     sizes = counts.unit_counts(pattern, leaves, leaf_axes)
     check(_COUNTABLE, sizes=dict(zip(names, sizes, strict=True)), way=_BY_MATRIX)
     if isinstance(parsed, Global) and not isinstance(share, Mapping):
+        # One number for all leaves: what each keeps is known when they are ranked.
         kept = [counts.kept_units(share, sum(sizes))]
         if sum(sizes) and not kept[0]:
             warnings.warn(
@@ -65,6 +66,7 @@ def leaf_quotas(
     if isinstance(parsed, Layer):
         pruned = counts.by_leaf(share, names, sizes)
     else:
+        # A rule reads matrices, so it needs axes where the pattern needs none.
         weights = _weights(names, leaves, resolve_axes(axes, names, leaves), parsed)
         pruned = counts.by_rule(share, parsed, weights, sizes)
     kept = [size - lost for size, lost in zip(sizes, pruned, strict=True)]

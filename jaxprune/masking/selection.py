@@ -87,6 +87,7 @@ def _half_heads(values: Any) -> list[str]:
     named = {n: leaf for n, leaf in leaves.items() if not tree.is_excluded(leaf)}
     ruled = tree.by_rule(values.axes or {}, list(named), None, "axes")
     names = []
+    # A leaf for which the caller gave axes has no need of its partner.
     for (name, leaf), leaf_axes in zip(named.items(), ruled, strict=True):
         match = re.fullmatch(r"(.*/)?(query|key|value|out)/kernel", name)
         if match and leaf_axes is None and leaf.ndim >= 3:

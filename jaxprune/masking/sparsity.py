@@ -166,7 +166,7 @@ def _counts_itself(leaf: Any) -> bool:
 def _is_counted(leaf: Any) -> bool:
     if not hasattr(leaf, "dtype"):
         return False
-    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)  # random keys
 
 
 def _nonzero(leaf: Any) -> Any:

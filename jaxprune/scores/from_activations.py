@@ -78,6 +78,7 @@ def ria(
     """
     check(_SHAPES, weight=weight.shape, mean_square=mean_square.shape)
     size = jnp.abs(weight.astype(jnp.float32))
+    # Sums run over all outputs of an input, then over all inputs of an output.
     by_input = size / _positive(jnp.sum(size, 1, keepdims=True))  # (in, out)
     by_output = size / _positive(jnp.sum(size, 0, keepdims=True))  # (in, out)
     reach = jnp.sqrt(mean_square.astype(jnp.float32)) ** power  # (in,)

@@ -375,6 +375,7 @@ def _absolute(w: jax.Array) -> jax.Array:
     return jnp.abs(low_bit.decode(w))
 
 
+# Formulas of (weight, statistic), both of the leaf's shape; the result is float32.
 def _second(_: jax.Array, statistic: jax.Array) -> jax.Array:
     return low_bit.decode(statistic)
 

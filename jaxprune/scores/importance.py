@@ -222,7 +222,7 @@ def _held_by_name(node: Any) -> dict[str, str] | None:
     names = frozenset(node)
     if (field := _SECOND_MOMENTS_BY_FIELDS.get(names)) is not None:
         return {field: "moment"}
-    if names >= {"adapters", "inner"}:  # LoRA's
+    if names >= {"adapters", "inner"}:  # LoRA's moments are of its factors
         return {}
     # Ours: a count of steps, averages, and the units of averages in one byte.
     fields = names - {"step", "exponents"}
