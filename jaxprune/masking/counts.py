@@ -107,7 +107,7 @@ def kept_units(sparsity: float | Fraction, size: int) -> int:
     return size - round(sparsity * size)
 
 
-def spread(total: int, parts: int) -> list[int]:
+def split_evenly(total: int, parts: int) -> list[int]:
     """A total as `parts` integers that differ by at most one, the larger ones first.
 
     `matrix_mask.spread` does the same with a total that is traced.

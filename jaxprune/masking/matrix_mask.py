@@ -54,6 +54,6 @@ def mask(
 
 
 def spread(total: Integer[Array, ""], parts: int) -> Integer[Array, " parts"]:
-    """A traced total as `parts` integers, as `counts.spread` makes of a known one."""
+    """What `counts.split_evenly` makes of a total, of one that is traced."""
     share, larger = total // max(parts, 1), total % max(parts, 1)
     return share + (jnp.arange(parts) < larger).astype(share.dtype)  # (parts,)
