@@ -32,7 +32,7 @@ class Rule(NamedTuple):
     details: Callable[[Any], dict[str, Any]] | None = None
 
 
-def check(rules: Iterable[Rule], **values: Any) -> None:
+def check(rules: Iterable[Rule], /, **values: Any) -> None:
     """Raises the sentence of the first rule that does not hold.
 
     Args:
@@ -57,7 +57,7 @@ def check(rules: Iterable[Rule], **values: Any) -> None:
             raise error(rule, **values)
 
 
-def error(rule: Rule, **values: Any) -> Exception:
+def error(rule: Rule, /, **values: Any) -> Exception:
     """The exception of a rule, with its sentence filled in; not raised yet."""
     if rule.details is not None:
         values |= rule.details(SimpleNamespace(**values))
