@@ -5,8 +5,9 @@ sharded. A solver for any model cannot; `automatic` shows its arrays on the same
 with Auto axes, which moves nothing, and the compiler decides.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -139,6 +140,14 @@ def copied(array: Any, like: jax.Array) -> jax.Array:
 def is_concrete(leaf: Any) -> bool:
     """Whether it is an array with values, not one that `jit` traces."""
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+def at_once(leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """A context that computes now, in `jit` too, unless one of the leaves is traced."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if not traced and isinstance(jnp.zeros(()), jax.core.Tracer):
+        return jax.ensure_compile_time_eval()
+    return contextlib.nullcontext()
 
 
 def _never(leaf: jax.Array) -> jax.Array:

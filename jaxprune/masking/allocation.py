@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import counting, rules
+from jaxprune.arrays import counting, placement, rules
 from jaxprune.arrays.messages import chosen
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking.checks import floating_scores
@@ -245,7 +245,7 @@ class Ranked:
         rules.check(_RANKED, weights=weights, scores=named)
         leaves = [named[weight.leaf] for weight in weights]
         # The counts are Python integers, so they are computed now, in `jit` too.
-        with thresholds.at_once(leaves):
+        with placement.at_once(leaves):
             parts = [w.view(leaf) for w, leaf in zip(weights, leaves, strict=True)]
             return _ranked(weights, parts, sparsity)
 

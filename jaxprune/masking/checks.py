@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import tree
+from jaxprune.arrays import placement, tree
 from jaxprune.arrays.low_bit import is_int8
 from jaxprune.arrays.rules import Rule, check, finds_none
-from jaxprune.arrays.topk import thresholds
 from jaxprune.masking.packed_mask import is_packed
 from jaxprune.typing import Importance, Masks, Params, Scores
 
@@ -49,7 +48,7 @@ def check_unpacked(masks: Masks) -> None:
 def _with_nan(leaves: Mapping[str, jax.Array]) -> list[str]:
     """The names of leaves that hold a NaN; what `jit` traces cannot be looked at."""
     concrete = {k: v for k, v in leaves.items() if not isinstance(v, jax.core.Tracer)}
-    with thresholds.at_once(list(concrete.values())):
+    with placement.at_once(list(concrete.values())):
         # All are started before the first answer is waited for.
         nan = jax.device_get({name: _has_nan(leaf) for name, leaf in concrete.items()})
     return [name for name, has_nan in nan.items() if has_nan]

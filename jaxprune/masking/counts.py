@@ -111,6 +111,13 @@ def split_evenly(total: int, parts: int) -> list[int]:
     """A total as `parts` integers that differ by at most one, the larger ones first.
 
     `matrix_mask.spread` does the same with a total that is traced.
+
+    Args:
+      total: total of the parts.
+      parts: number of parts.
+
+    Returns:
+      One integer a part.
     """
     share, larger = divmod(total, max(parts, 1))
     return [share + (i < larger) for i in range(parts)]

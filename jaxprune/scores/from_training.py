@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from optax import MaskedNode
 
 from jaxprune import leaves
-from jaxprune.arrays import exact_sum, lazy, low_bit, placement, tree
+from jaxprune.arrays import lazy, placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check, finds_none, within
 from jaxprune.leaves import check_rule
+from jaxprune.scores import formulas
 from jaxprune.scores.importance import refuse_swapped, tracked
 from jaxprune.typing import Params, Prunable, Scores
 
@@ -39,8 +39,7 @@ def magnitude(
       Scores like `params`, float32.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>>       >>> import jaxprune as jp
       >>> jp.scores.magnitude({"w": jnp.array([[1.0, -2.0]])})["w"].tolist()
       [[1.0, 2.0]]
 
@@ -48,7 +47,7 @@ def magnitude(
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks",
       2015, arXiv 1506.02626.
     """
-    return _score(_absolute, params, prunable)
+    return _score(formulas.size_of_weight, params, prunable)
 
 
 def averaged_weight(
@@ -70,8 +69,7 @@ def averaged_weight(
       ValueError: the average was not tracked, or is another model's.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>>       >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, -2.0]])}
       >>> jp.scores.averaged_weight(w, jp.Importance(weight=w))["w"].tolist()
       [[1.0, 2.0]]
@@ -81,7 +79,7 @@ def averaged_weight(
       Language Models", 2025, arXiv 2502.17071.
     """
     average = tracked(importance, "weight", params)
-    return _score(_absolute_of_second, params, prunable, average)
+    return _score(formulas.size_of_average, params, prunable, average)
 
 
 def averaged_magnitude(
@@ -102,15 +100,14 @@ def averaged_magnitude(
       ValueError: it was not tracked, or is another model's.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>>       >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, 2.0]])}
       >>> scores = jp.scores.averaged_magnitude(w, jp.Importance(magnitude=w))
       >>> scores["w"].tolist()
       [[1.0, 2.0]]
     """
     average = tracked(importance, "magnitude", params)
-    return _score(_second, params, prunable, average)
+    return _score(formulas.statistic_alone, params, prunable, average)
 
 
 def obd(
@@ -134,8 +131,7 @@ def obd(
       ValueError: there are no squared gradients, or they are another model's.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>>       >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, -2.0]])}
       >>> squares = {"w": jnp.array([[16.0, 1.0]])}
       >>> jp.scores.obd(w, jp.Importance(square=squares))["w"].tolist()
@@ -145,7 +141,7 @@ def obd(
       LeCun, Denker, Solla, "Optimal Brain Damage", 1989, equation 5.
     """
     square = tracked(importance, "square", params)
-    return _score(_obd, params, prunable, square)
+    return _score(formulas.brain_damage, params, prunable, square)
 
 
 def trajectory(
@@ -177,8 +173,7 @@ def trajectory(
         exponent is out of range.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>>       >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, -2.0]])}
       >>> squares = {"w": jnp.array([[16.0, 1.0]])}
       >>> jp.scores.trajectory(w, jp.Importance(square=squares))["w"].tolist()
@@ -187,8 +182,8 @@ def trajectory(
     check(_EXPONENT, exponent=exponent)
     square = tracked(importance, "square", params)
     if exponent == 0.25:
-        return _score(_quarter, params, prunable, square)
-    return _score(_trajectory, params, prunable, square, exponent)
+        return _score(formulas.size_and_quarter_power, params, prunable, square)
+    return _score(formulas.size_and_power, params, prunable, square, exponent)
 
 
 _EXPONENT = (
@@ -216,8 +211,7 @@ def taylor(
       ValueError: it was not tracked, or is another model's.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>>       >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, 2.0]])}
       >>> jp.scores.taylor(w, jp.Importance(taylor=w))["w"].tolist()
       [[1.0, 2.0]]
@@ -226,7 +220,12 @@ def taylor(
       Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
       arXiv 1906.10771; without the outer square.
     """
-    return _score(_second, params, prunable, tracked(importance, "taylor", params))
+    return _score(
+        formulas.statistic_alone,
+        params,
+        prunable,
+        tracked(importance, "taylor", params),
+    )
 
 
 def random(
@@ -248,14 +247,13 @@ def random(
       Scores like `params` in [0, 1), float32.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>>       >>> import jaxprune as jp
       >>> jp.scores.random({"w": jnp.ones((2, 3))}, seed=1)["w"].shape
       (2, 3)
     """
     # A key for each leaf, pruned or not: excluding one leaf changes no other's scores.
     keys = list(jax.random.split(jax.random.key(seed), len(tree.names(params))))
-    return _score(_uniform, params, prunable, keys)
+    return _score(formulas.uniform, params, prunable, keys)
 
 
 def threshold(
@@ -286,8 +284,7 @@ def threshold(
         neither of the two.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>>       >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[2.0, -2.0]])}  # std 2
       >>> jp.scores.threshold(w, jp.Importance(weight=w))["w"].tolist()
       [[1.0, 1.0]]
@@ -297,7 +294,11 @@ def threshold(
       with Weight Evolution", 2023; rates there run from 0.1 to 6.
     """
     check(_COMPARE, compare=compare)
-    formula = _deviations_of_average if compare == "average" else _deviations
+    formula = (
+        formulas.average_in_deviations
+        if compare == "average"
+        else formulas.weight_in_deviations
+    )
     return _score(formula, params, prunable, tracked(importance, "weight", params))
 
 
@@ -369,50 +370,3 @@ _SCORED = (
 @functools.cache
 def _compiled(formula: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return jax.jit(formula)
-
-
-def _absolute(w: jax.Array) -> jax.Array:
-    return jnp.abs(low_bit.decode(w))
-
-
-# Formulas of (weight, statistic), both of the leaf's shape; the result is float32.
-def _second(_: jax.Array, statistic: jax.Array) -> jax.Array:
-    return low_bit.decode(statistic)
-
-
-def _absolute_of_second(_: jax.Array, average: jax.Array) -> jax.Array:
-    return _absolute(average)
-
-
-def _obd(w: jax.Array, square: jax.Array) -> jax.Array:
-    return jnp.square(low_bit.decode(w)) * low_bit.decode(square)
-
-
-def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Array:
-    return _absolute(w) * jnp.power(low_bit.decode(square), exponent)
-
-
-def _quarter(w: jax.Array, square: jax.Array) -> jax.Array:
-    # Two roots take a quarter of the time of a power, and round less.
-    return _absolute(w) * jnp.sqrt(jnp.sqrt(low_bit.decode(square)))
-
-
-def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
-    return placement.placed(jax.random.uniform(key, w.shape, jnp.float32), w)
-
-
-def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
-    """|w| / std(A); where std(A) is 0, 0 for a zero weight and infinity for others."""
-    size, deviation = _absolute(w), _deviation(low_bit.decode(average))  # deviation: ()
-    constant = jnp.where(size > 0, jnp.inf, 0.0)
-    return jnp.where(deviation > 0, size / deviation, constant)
-
-
-def _deviation(values: jax.Array) -> jax.Array:
-    """The population's, by sums that are the same on any sharding."""
-    mean = exact_sum.total(values) / values.size
-    return jnp.sqrt(exact_sum.total(jnp.square(values - mean)) / values.size)
-
-
-def _deviations_of_average(_: jax.Array, average: jax.Array) -> jax.Array:
-    return _deviations(average, average)

@@ -359,7 +359,7 @@ def test_a_rule_by_shapes_names_leaves_that_are_no_matrices():
 @pytest.mark.parametrize(
     ("allocation", "error", "words"),
     [
-        ("layers", ValueError, "layer, uniform, global, erk, owl.*got 'layers'"),
+        ("layers", ValueError, "layer, global, erk, owl.*got 'layers'"),
         (jp.allocation.ERK, TypeError, r"such as jp\.allocation\.ERK\(\)"),
         (0.5, TypeError, "got 0.5"),
     ],

@@ -12,7 +12,6 @@ equal to the threshold, the flat index under which ties are kept. A row, in the 
 below, is what is ranked: a whole leaf, or a slice of a matrix.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -189,14 +188,6 @@ def above_cut(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
     return (ranks > least) | ((ranks == least) & early)
 
 
-def at_once(leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
-    """A context that computes now, in `jit` too, unless one of the leaves is traced."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    if not traced and isinstance(jnp.zeros(()), jax.core.Tracer):
-        return jax.ensure_compile_time_eval()
-    return contextlib.nullcontext()
-
-
 def _checked(kept: int, size: int) -> int:
     if not 0 <= kept <= size:
         raise ValueError(f"kept must be 0 to {size}, the number of scores, got {kept}")
@@ -224,7 +215,7 @@ def _cut(
     joint, are clipped to the range.
     """
     traced = any(isinstance(x, jax.core.Tracer) for x in [*leaves, *target])
-    with at_once([*leaves, *target]):
+    with placement.at_once([*leaves, *target]):
         line = Line.of(*(leaf.dtype for leaf in leaves))
         size = [leaf.size for leaf in leaves]
         rows: Any = _numbers(len(leaves)) if traced else range(len(leaves))
