@@ -51,12 +51,14 @@ def weight_in_deviations(w: jax.Array, average: jax.Array) -> jax.Array:
         size_of_weight(w),
         _deviation(low_bit.decode(average)),
     )  # deviation: ()
+    # A leaf whose averages are all equal has no unit: only zeros are under any rate.
     constant = jnp.where(size > 0, jnp.inf, 0.0)
     return jnp.where(deviation > 0, size / deviation, constant)
 
 
 def _deviation(values: jax.Array) -> jax.Array:
     """The population's, by sums that are the same on any sharding."""
+    # Exact sums, or another sharding would give another threshold in the last bit.
     mean = exact_sum.total(values) / values.size
     return jnp.sqrt(exact_sum.total(jnp.square(values - mean)) / values.size)
 

@@ -32,7 +32,7 @@ def magnitude(
 
     Args:
       params: the parameters.
-      importance: not read; may be None.
+      importance: averages, which are not read; may be None.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -239,7 +239,7 @@ def random(
 
     Args:
       params: the parameters; names and shapes are read, values are not.
-      importance: not read; may be None.
+      importance: averages, which are not read; may be None.
       seed: rng seed of the scores; each leaf has its own stream, by position.
       prunable: which leaves may be pruned.
 
