@@ -128,18 +128,14 @@ class Excluding:
         return why_unprunable(name, leaf)
 
 
-_MATCHED = (
-    Rule(
-        lambda v: any(fits(name, v.glob) for name in v.names),
-        "excluding({glob!r}) must match a leaf, but matches none",
-        "near it are {near}, and jp.tree.names(params) has all",
-        # Names that resemble the glob; where none does, the first few.
-        details=lambda v: {
-            "near": listed(
-                difflib.get_close_matches(v.glob, v.names, 3, 0.4) or v.names, 3
-            )
-        },
-    ),
+_MATCHED = Rule(
+    lambda v: any(fits(name, v.glob) for name in v.names),
+    "excluding({glob!r}) must match a leaf, but matches none",
+    "near it are {near}, and jp.tree.names(params) has all",
+    # Names that resemble the glob; where none does, the first few.
+    details=lambda v: {
+        "near": listed(difflib.get_close_matches(v.glob, v.names, 3, 0.4) or v.names, 3)
+    },
 )
 
 

@@ -32,12 +32,12 @@ class Rule(NamedTuple):
     details: Callable[[Any], dict[str, Any]] | None = None
 
 
-def check(rules: Iterable[Rule], /, **values: Any) -> None:
+def check(rules: Rule | Iterable[Rule], /, **values: Any) -> None:
     """Raises the sentence of the first rule that does not hold.
 
     Args:
-      rules: rules in the order in which they are asked; a later one may rely on an
-        earlier.
+      rules: one rule, or rules in the order in which they are asked; a later one may
+        rely on an earlier.
       **values: values that the rules read and that fill their sentences.
 
     Raises:
@@ -52,7 +52,7 @@ def check(rules: Iterable[Rule], /, **values: Any) -> None:
       ValueError: rank must be positive, got 0
     """
     namespace = SimpleNamespace(**values)
-    for rule in rules:
+    for rule in (rules,) if isinstance(rules, Rule) else rules:
         if not rule.holds(namespace):
             raise error(rule, **values)
 

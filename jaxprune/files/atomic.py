@@ -317,31 +317,25 @@ def _empty(directory: Path) -> None:
             path.unlink()
 
 
-_SAME_JOB = (
-    Rule(
-        lambda v: not v.different,
-        "'{directory}' belongs to another job: {different}",
-        "give the old values to resume it, delete it to begin anew, or choose another "
-        "directory",
-    ),
+_SAME_JOB = Rule(
+    lambda v: not v.different,
+    "'{directory}' belongs to another job: {different}",
+    "give the old values to resume it, delete it to begin anew, or choose another "
+    "directory",
 )
-_ROOM = (
-    Rule(
-        lambda v: v.free >= v.size,
-        "'{home}' must have room for {size:,} bytes, but {free:,} are free",
-        "make room, or choose another place",
-        error=OSError,
-    ),
+_ROOM = Rule(
+    lambda v: v.free >= v.size,
+    "'{home}' must have room for {size:,} bytes, but {free:,} are free",
+    "make room, or choose another place",
+    error=OSError,
 )
-_APART = (
-    Rule(
-        lambda v: (
-            not (v.place.is_relative_to(v.origin) or v.origin.is_relative_to(v.place))
-        ),
-        "a result must lie apart from its source, but '{place}' and '{origin}' are in "
-        "each other",
-        "choose a directory beside it",
+_APART = Rule(
+    lambda v: (
+        not (v.place.is_relative_to(v.origin) or v.origin.is_relative_to(v.place))
     ),
+    "a result must lie apart from its source, but '{place}' and '{origin}' are in "
+    "each other",
+    "choose a directory beside it",
 )
 _MOVABLE = (
     Rule(
@@ -358,10 +352,8 @@ _MOVABLE = (
         "run it from another one",
     ),
 )
-_REPLACEABLE = (
-    Rule(
-        lambda v: not v.reason,
-        "the result must not destroy what is at '{place}', but {reason}",
-        "choose another place{way}",
-    ),
+_REPLACEABLE = Rule(
+    lambda v: not v.reason,
+    "the result must not destroy what is at '{place}', but {reason}",
+    "choose another place{way}",
 )

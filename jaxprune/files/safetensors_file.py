@@ -251,19 +251,16 @@ def _whole(holds: Callable[[Any], bool], damage: str) -> Rule:
     return Rule(holds, f"'{{path}}' is damaged: {damage}", _COPY, error=Damaged)
 
 
-_LENGTH = (
-    _whole(
-        lambda v: v.size >= 8 and 2 <= v.length <= min(v.size - 8, _LONGEST_JSON),
-        "its header of {length} bytes does not fit {size}, or it is no safetensors "
-        "file",
-    ),
+_LENGTH = _whole(
+    lambda v: v.size >= 8 and 2 <= v.length <= min(v.size - 8, _LONGEST_JSON),
+    "its header of {length} bytes does not fit {size}, or it is no safetensors file",
 )
-_METADATA = (
-    _whole(lambda v: is_text(v.metadata), "its __metadata__ is no map of text to text"),
+_METADATA = _whole(
+    lambda v: is_text(v.metadata), "its __metadata__ is no map of text to text"
 )
-_FILLED = (finds_none(_gap, "'{path}' is damaged: {names}", _COPY, error=Damaged),)
-_SHORT = (_whole(lambda v: v.size <= v.longest, "it is longer than {longest} bytes"),)
-_OBJECT = (_whole(lambda v: isinstance(v.value, dict), "it holds no JSON object"),)
+_FILLED = finds_none(_gap, "'{path}' is damaged: {names}", _COPY, error=Damaged)
+_SHORT = _whole(lambda v: v.size <= v.longest, "it is longer than {longest} bytes")
+_OBJECT = _whole(lambda v: isinstance(v.value, dict), "it holds no JSON object")
 _ENTRY = (
     _whole(
         lambda v: all(type(number) is int and number >= 0 for number in v.numbers),
@@ -276,11 +273,9 @@ _ENTRY = (
         error=Unknown,
     ),
 )
-_SIZE = (
-    _whole(
-        lambda v: v.size == v.stored,
-        "'{name}' needs {size} bytes and has {stored}",
-    ),
+_SIZE = _whole(
+    lambda v: v.size == v.stored,
+    "'{name}' needs {size} bytes and has {stored}",
 )
 
 

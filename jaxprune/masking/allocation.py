@@ -151,12 +151,10 @@ class ERK:
         )
 
 
-_OWL = (
-    rules.Rule(
-        lambda v: 0 <= v.owl.spread < 1 and 0 < v.owl.factor < math.inf,
-        "OWL needs 0 <= spread < 1 and a factor over 0, got {owl}",
-        "the paper's are 0.08 and 5",
-    ),
+_OWL = rules.Rule(
+    lambda v: 0 <= v.owl.spread < 1 and 0 < v.owl.factor < math.inf,
+    "OWL needs 0 <= spread < 1 and a factor over 0, got {owl}",
+    "the paper's are 0.08 and 5",
 )
 
 
@@ -365,13 +363,10 @@ def _misshapen(values: Any) -> list[str]:
     ]
 
 
-_MEAN_SQUARE = (
-    rules.Rule(
-        lambda v: v.weight.mean_square is not None,
-        "OWL reads the mean squares of the inputs of '{weight.name}', which are not "
-        "there",
-        "give Weight(mean_square=...)",
-    ),
+_MEAN_SQUARE = rules.Rule(
+    lambda v: v.weight.mean_square is not None,
+    "OWL reads the mean squares of the inputs of '{weight.name}', which are not there",
+    "give Weight(mean_square=...)",
 )
 _RANKED = (
     rules.finds_none(

@@ -64,17 +64,15 @@ def _is_boolean(mask: Any) -> bool:
     return hasattr(mask, "dtype") and jnp.issubdtype(mask.dtype, jnp.bool_)
 
 
-_MADE_BY_A_CRITERION = (
-    Rule(
-        lambda v: not isinstance(v.scores, Importance | int | float),
-        "scores must be a tree that a criterion made, got {what}",
-        "call jp.masks.make(scores, sparsity) or jp.prune(params, scores, sparsity), "
-        "with scores = jp.scores.trajectory(params, importance)",
-        error=TypeError,
-        details=lambda v: {
-            "what": "an Importance" if isinstance(v.scores, Importance) else v.scores
-        },
-    ),
+_MADE_BY_A_CRITERION = Rule(
+    lambda v: not isinstance(v.scores, Importance | int | float),
+    "scores must be a tree that a criterion made, got {what}",
+    "call jp.masks.make(scores, sparsity) or jp.prune(params, scores, sparsity), "
+    "with scores = jp.scores.trajectory(params, importance)",
+    error=TypeError,
+    details=lambda v: {
+        "what": "an Importance" if isinstance(v.scores, Importance) else v.scores
+    },
 )
 
 _FLOATING = (
@@ -104,24 +102,20 @@ _FLOATING = (
     ),
 )
 
-_UNPACKED = (
-    finds_none(
-        lambda v: [name for name, mask in v.masks.items() if is_packed(mask)],
-        "masks must be boolean arrays, True for kept, but {names} are packed",
-        "unpack them with jp.masks.unpack(masks)",
-        error=TypeError,
-    ),
+_UNPACKED = finds_none(
+    lambda v: [name for name, mask in v.masks.items() if is_packed(mask)],
+    "masks must be boolean arrays, True for kept, but {names} are packed",
+    "unpack them with jp.masks.unpack(masks)",
+    error=TypeError,
 )
 
-_BOOLEAN = (
-    finds_none(
-        lambda v: [
-            name
-            for name, mask in v.masks.items()
-            if not tree.is_excluded(mask) and not _is_boolean(mask)
-        ],
-        "masks must be boolean arrays, True for kept, but {names} are not",
-        "make them with jp.masks.make(scores, sparsity)",
-        error=TypeError,
-    ),
+_BOOLEAN = finds_none(
+    lambda v: [
+        name
+        for name, mask in v.masks.items()
+        if not tree.is_excluded(mask) and not _is_boolean(mask)
+    ],
+    "masks must be boolean arrays, True for kept, but {names} are not",
+    "make them with jp.masks.make(scores, sparsity)",
+    error=TypeError,
 )

@@ -209,14 +209,12 @@ def unit_counts(
     ]
 
 
-_GIVEN_ONCE = (
-    excludes(
-        "shares",
-        "sparsity",
-        "shares by leaf must be given once, but both allocation={shares} and "
-        "sparsity={sparsity} were given",
-        "leave the sparsity out",
-    ),
+_GIVEN_ONCE = excludes(
+    "shares",
+    "sparsity",
+    "shares by leaf must be given once, but both allocation={shares} and "
+    "sparsity={sparsity} were given",
+    "leave the sparsity out",
 )
 
 _AGREEMENT = (
@@ -250,21 +248,17 @@ _AGREEMENT = (
     ),
 )
 
-_NUMBER = (
-    Rule(
-        lambda v: not isinstance(v.sparsity, bool | str),
-        "sparsity must be a number in [0, 1), got {sparsity!r}{place}",
-        error=TypeError,
-    ),
+_NUMBER = Rule(
+    lambda v: not isinstance(v.sparsity, bool | str),
+    "sparsity must be a number in [0, 1), got {sparsity!r}{place}",
+    error=TypeError,
 )
-_SHARE = (
-    Rule(
-        lambda v: 0 <= v.value < 1,  # NaN is not
-        "sparsity must be in [0, 1), the share to remove, got {value}{place}{percent}",
-        details=lambda v: {
-            "percent": f"; give {v.value / 100:g} for {v.value:g} %"
-            if 1 <= v.value < 100
-            else ""
-        },
-    ),
+_SHARE = Rule(
+    lambda v: 0 <= v.value < 1,  # NaN is not
+    "sparsity must be in [0, 1), the share to remove, got {value}{place}{percent}",
+    details=lambda v: {
+        "percent": f"; give {v.value / 100:g} for {v.value:g} %"
+        if 1 <= v.value < 100
+        else ""
+    },
 )

@@ -158,32 +158,26 @@ def _named(node: Any, params: Any) -> dict[str, Any]:
     return {n: unpacked(n, m) for n, m in zip(names, held.values(), strict=True)}
 
 
-_HELD = (
-    Rule(
-        lambda v: v.trees,
-        "this optimizer state holds no masks",
-        "train with jp.keep_masks(optimizer, masks) or jp.gradual(optimizer, schedule)",
-    ),
+_HELD = Rule(
+    lambda v: v.trees,
+    "this optimizer state holds no masks",
+    "train with jp.keep_masks(optimizer, masks) or jp.gradual(optimizer, schedule)",
 )
-_SAME_LEAVES = (
-    finds_none(
-        lambda v: [
-            name
-            for name, mask in v.before.items()
-            if tree.is_excluded(mask) != tree.is_excluded(v.after[name])
-        ],
-        "masks.replace needs masks of the leaves that the state has masks of, but "
-        "{names} differ",
-        "give jnp.ones(shape, bool) where all is kept",
-    ),
+_SAME_LEAVES = finds_none(
+    lambda v: [
+        name
+        for name, mask in v.before.items()
+        if tree.is_excluded(mask) != tree.is_excluded(v.after[name])
+    ],
+    "masks.replace needs masks of the leaves that the state has masks of, but "
+    "{names} differ",
+    "give jnp.ones(shape, bool) where all is kept",
 )
-_WITH_SHAPE = (
-    Rule(
-        lambda v: hasattr(v.leaf, "shape"),
-        "packed masks of an nnx.Optimizer have no shapes, so those of the parameters "
-        "are needed, but {name!r} has none",
-        "call jp.masks.get(optimizer, params)",
-    ),
+_WITH_SHAPE = Rule(
+    lambda v: hasattr(v.leaf, "shape"),
+    "packed masks of an nnx.Optimizer have no shapes, so those of the parameters "
+    "are needed, but {name!r} has none",
+    "call jp.masks.get(optimizer, params)",
 )
 
 

@@ -123,11 +123,9 @@ def above(scores: Scores, threshold: float) -> Masks:
     return jax.tree.map(lambda x: _is_above(jnp.asarray(x), threshold), scores)
 
 
-_THRESHOLD = (
-    Rule(
-        lambda v: 0 <= float(v.threshold) < math.inf,
-        "threshold must be finite and at least 0, got {threshold}",
-    ),
+_THRESHOLD = Rule(
+    lambda v: 0 <= float(v.threshold) < math.inf,
+    "threshold must be finite and at least 0, got {threshold}",
 )
 
 

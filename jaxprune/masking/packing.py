@@ -63,17 +63,15 @@ def unpack(packed: Any) -> Masks:
     return jax.tree.map(_unpack, packed, is_leaf=is_packed)
 
 
-_PACKED = (
-    finds_none(
-        lambda v: [
-            name
-            for name, leaf in v.leaves.items()
-            if not (is_packed(leaf) or tree.is_excluded(leaf))
-        ],
-        "unpack needs what jp.masks.pack returned, but {names} are not packed",
-        "take masks of booleans as they are",
-        error=TypeError,
-    ),
+_PACKED = finds_none(
+    lambda v: [
+        name
+        for name, leaf in v.leaves.items()
+        if not (is_packed(leaf) or tree.is_excluded(leaf))
+    ],
+    "unpack needs what jp.masks.pack returned, but {names} are not packed",
+    "take masks of booleans as they are",
+    error=TypeError,
 )
 
 

@@ -338,21 +338,17 @@ def parse(pattern: Pattern | str) -> Pattern:
     return chosen("pattern", pattern, _NAMED, "units", choices)
 
 
-_NM = (
-    Rule(
-        lambda v: (
-            all(isinstance(x, numbers.Integral) for x in (v.n, v.m)) and 0 < v.n < v.m
-        ),
-        "NM(n, m) needs integers 0 < n < m, got NM({n}, {m})",
+_NM = Rule(
+    lambda v: (
+        all(isinstance(x, numbers.Integral) for x in (v.n, v.m)) and 0 < v.n < v.m
     ),
+    "NM(n, m) needs integers 0 < n < m, got NM({n}, {m})",
 )
-_BLOCK = (
-    Rule(
-        lambda v: all(
-            isinstance(x, numbers.Integral) and x >= 1 for x in (v.rows, v.columns)
-        ),
-        "Block needs integer sides of at least 1, got {block}",
+_BLOCK = Rule(
+    lambda v: all(
+        isinstance(x, numbers.Integral) and x >= 1 for x in (v.rows, v.columns)
     ),
+    "Block needs integer sides of at least 1, got {block}",
 )
 _NAMED: dict[str, Pattern] = {
     "unstructured": Unstructured(),

@@ -105,13 +105,11 @@ def _check_owned(
     )
 
 
-_PRESENT = (
-    finds_none(
-        lambda v: [name for name in v.ranked if tree.is_excluded(v.leaves[name])],
-        "scores must be of leaves that the parameters have, but the parameters leave "
-        "out {names}",
-        "call jp.prune(params, scores, sparsity)",
-    ),
+_PRESENT = finds_none(
+    lambda v: [name for name in v.ranked if tree.is_excluded(v.leaves[name])],
+    "scores must be of leaves that the parameters have, but the parameters leave "
+    "out {names}",
+    "call jp.prune(params, scores, sparsity)",
 )
 _DONATED = (
     finds_none(

@@ -162,27 +162,21 @@ def _pattern_axes(
 
 
 _BY_MATRIX = "rank the matrices of a stack by allocation='matrix', or split the leaf"
-_COUNTABLE = (
-    finds_none(
-        lambda v: [name for name, size in v.sizes.items() if size >= 2**32],
-        "a ranking counts fewer than 2^32 units, but {names} have more",
-        "{way}",
-    ),
+_COUNTABLE = finds_none(
+    lambda v: [name for name, size in v.sizes.items() if size >= 2**32],
+    "a ranking counts fewer than 2^32 units, but {names} have more",
+    "{way}",
 )
-_STACKED = (
-    finds_none(
-        lambda v: [name for name, stack in v.stacks.items() if stack is None],
-        "allocation='matrix' needs stacks whose own axes come first, but {names} have "
-        "them elsewhere",
-        "leave them out of the scores, or rank them whole with allocation='layer'",
-    ),
+_STACKED = finds_none(
+    lambda v: [name for name, stack in v.stacks.items() if stack is None],
+    "allocation='matrix' needs stacks whose own axes come first, but {names} have "
+    "them elsewhere",
+    "leave them out of the scores, or rank them whole with allocation='layer'",
 )
-_FITTING = (
-    Rule(
-        lambda v: not v.problems,
-        "{problems}",
-        "leave such leaves out of the scores with prunable=jp.tree.excluding('...')",
-    ),
+_FITTING = Rule(
+    lambda v: not v.problems,
+    "{problems}",
+    "leave such leaves out of the scores with prunable=jp.tree.excluding('...')",
 )
 _WEIGHTS = (
     Rule(

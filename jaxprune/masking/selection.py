@@ -96,14 +96,12 @@ def _half_heads(values: Any) -> list[str]:
     return names
 
 
-_HEADS = (
-    finds_none(
-        _half_heads,
-        "the shapes of query/kernel and out/kernel tell the axes of {names}, but one "
-        "of the two is left out",
-        "give axes={{glob: jp.Axes(inputs=..., outputs=...)}}, for (in, heads, size) "
-        "jp.Axes((-3,), (-2, -1))",
-    ),
+_HEADS = finds_none(
+    _half_heads,
+    "the shapes of query/kernel and out/kernel tell the axes of {names}, but one "
+    "of the two is left out",
+    "give axes={{glob: jp.Axes(inputs=..., outputs=...)}}, for (in, heads, size) "
+    "jp.Axes((-3,), (-2, -1))",
 )
 
 

@@ -90,11 +90,9 @@ def _positive(total: jax.Array) -> jax.Array:
     return jnp.where(total == 0, 1, total)
 
 
-_SHAPES = (
-    Rule(
-        lambda v: len(v.weight) == 2 and v.mean_square == v.weight[:1],
-        "scores by activations need a weight (in, out) and a mean square (in,), got "
-        "shapes {weight} and {mean_square}",
-        "take stacked ones by jax.vmap",
-    ),
+_SHAPES = Rule(
+    lambda v: len(v.weight) == 2 and v.mean_square == v.weight[:1],
+    "scores by activations need a weight (in, out) and a mean square (in,), got "
+    "shapes {weight} and {mean_square}",
+    "take stacked ones by jax.vmap",
 )

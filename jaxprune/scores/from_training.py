@@ -186,10 +186,8 @@ def trajectory(
     return _score(formulas.size_and_power, params, prunable, square, exponent)
 
 
-_EXPONENT = (
-    within(
-        "exponent", 0, 1, "exponent must be in [0, 1], got {exponent}", "0.25 is usual"
-    ),
+_EXPONENT = within(
+    "exponent", 0, 1, "exponent must be in [0, 1], got {exponent}", "0.25 is usual"
 )
 
 
@@ -302,11 +300,9 @@ def threshold(
     return _score(formula, params, prunable, tracked(importance, "weight", params))
 
 
-_COMPARE = (
-    Rule(
-        lambda v: v.compare in ("weight", "average"),
-        "compare must be 'weight' or 'average', got {compare!r}",
-    ),
+_COMPARE = Rule(
+    lambda v: v.compare in ("weight", "average"),
+    "compare must be 'weight' or 'average', got {compare!r}",
 )
 
 

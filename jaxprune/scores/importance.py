@@ -115,14 +115,12 @@ def get_importance(state: Any) -> Importance:
     return Importance(**averages)
 
 
-_TRACKED = (
-    Rule(
-        lambda v: v.averages,
-        "this optimizer state tracks nothing{why}",
-        f"for averages of the weights {_TRACK['weight']}, for squared gradients "
-        f"{_TRACK['square']}",
-        details=lambda v: {"why": _why_not(v.state)},
-    ),
+_TRACKED = Rule(
+    lambda v: v.averages,
+    "this optimizer state tracks nothing{why}",
+    f"for averages of the weights {_TRACK['weight']}, for squared gradients "
+    f"{_TRACK['square']}",
+    details=lambda v: {"why": _why_not(v.state)},
 )
 
 
@@ -147,26 +145,22 @@ def refuse_swapped(params: Params) -> None:
     check(_PARAMETERS, params=params)
 
 
-_STATISTIC = (
-    Rule(
-        lambda v: v.statistic is not None,
-        "this criterion needs Importance.{field}, which was not tracked{why}",
-        "{way}, or choose another criterion",
-    ),
+_STATISTIC = Rule(
+    lambda v: v.statistic is not None,
+    "this criterion needs Importance.{field}, which was not tracked{why}",
+    "{way}, or choose another criterion",
 )
-_PARAMETERS = (
-    Rule(
-        lambda v: not (isinstance(v.params, Importance) or _found(v.params, _held)),
-        "a criterion takes the parameters first and the importance second, but got "
-        "{what} as the parameters",
-        "call criterion(params, importance)",
-        error=TypeError,
-        details=lambda v: {
-            "what": "an Importance"
-            if isinstance(v.params, Importance)
-            else "an optimizer's state"
-        },
-    ),
+_PARAMETERS = Rule(
+    lambda v: not (isinstance(v.params, Importance) or _found(v.params, _held)),
+    "a criterion takes the parameters first and the importance second, but got "
+    "{what} as the parameters",
+    "call criterion(params, importance)",
+    error=TypeError,
+    details=lambda v: {
+        "what": "an Importance"
+        if isinstance(v.params, Importance)
+        else "an optimizer's state"
+    },
 )
 
 
