@@ -65,7 +65,7 @@ class Config:
     sparsity: float = 0.5
     inputs: Literal["left", "dense"] = "left"
     pattern: str | None = None
-    allocation: Literal["layer", "erk", "owl", "gradients"] = "uniform"
+    allocation: Literal["layer", "erk", "owl", "gradients"] = "layer"
     seen: int = 8
     evaluate: tuple[str, ...] = ()
     batch: int = 2
