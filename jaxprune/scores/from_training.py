@@ -39,7 +39,8 @@ def magnitude(
       Scores like `params`, float32.
 
     Example:
-      >>>       >>> import jaxprune as jp
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
       >>> jp.scores.magnitude({"w": jnp.array([[1.0, -2.0]])})["w"].tolist()
       [[1.0, 2.0]]
 
@@ -69,7 +70,8 @@ def averaged_weight(
       ValueError: the average was not tracked, or is another model's.
 
     Example:
-      >>>       >>> import jaxprune as jp
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, -2.0]])}
       >>> jp.scores.averaged_weight(w, jp.Importance(weight=w))["w"].tolist()
       [[1.0, 2.0]]
@@ -100,7 +102,8 @@ def averaged_magnitude(
       ValueError: it was not tracked, or is another model's.
 
     Example:
-      >>>       >>> import jaxprune as jp
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, 2.0]])}
       >>> scores = jp.scores.averaged_magnitude(w, jp.Importance(magnitude=w))
       >>> scores["w"].tolist()
@@ -131,7 +134,8 @@ def obd(
       ValueError: there are no squared gradients, or they are another model's.
 
     Example:
-      >>>       >>> import jaxprune as jp
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, -2.0]])}
       >>> squares = {"w": jnp.array([[16.0, 1.0]])}
       >>> jp.scores.obd(w, jp.Importance(square=squares))["w"].tolist()
@@ -173,7 +177,8 @@ def trajectory(
         exponent is out of range.
 
     Example:
-      >>>       >>> import jaxprune as jp
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, -2.0]])}
       >>> squares = {"w": jnp.array([[16.0, 1.0]])}
       >>> jp.scores.trajectory(w, jp.Importance(square=squares))["w"].tolist()
@@ -209,7 +214,8 @@ def taylor(
       ValueError: it was not tracked, or is another model's.
 
     Example:
-      >>>       >>> import jaxprune as jp
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, 2.0]])}
       >>> jp.scores.taylor(w, jp.Importance(taylor=w))["w"].tolist()
       [[1.0, 2.0]]
@@ -245,7 +251,8 @@ def random(
       Scores like `params` in [0, 1), float32.
 
     Example:
-      >>>       >>> import jaxprune as jp
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
       >>> jp.scores.random({"w": jnp.ones((2, 3))}, seed=1)["w"].shape
       (2, 3)
     """
@@ -282,7 +289,8 @@ def threshold(
         neither of the two.
 
     Example:
-      >>>       >>> import jaxprune as jp
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[2.0, -2.0]])}  # std 2
       >>> jp.scores.threshold(w, jp.Importance(weight=w))["w"].tolist()
       [[1.0, 1.0]]
