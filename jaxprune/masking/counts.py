@@ -219,7 +219,7 @@ _GIVEN_ONCE = excludes(
 
 _AGREEMENT = (
     Rule(
-        lambda v: not isinstance(v.sparsity, Mapping) or v.sparsity,
+        lambda v: not isinstance(v.sparsity, Mapping) or bool(v.sparsity),
         "shares by leaf must name one leaf at least, but {{}} was given",
         "write {{glob: share}}, or one number for all",
     ),

@@ -346,7 +346,7 @@ _NM = Rule(
 )
 _BLOCK = Rule(
     lambda v: all(
-        isinstance(x, numbers.Integral) and x >= 1 for x in (v.rows, v.columns)
+        isinstance(x, numbers.Integral) and int(x) >= 1 for x in (v.rows, v.columns)
     ),
     "Block needs integer sides of at least 1, got {block}",
 )
