@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         pruned, _ = jax_pruning.pruned(
-            settings, graphdef, params, batches, folder, "uniform"
+            settings, graphdef, params, batches, folder, "layer"
         )
         ours = lazy.loaded(pruned)
     _, theirs = nnx.split(hf.load(config.theirs, dtype="float32").model, nnx.Param)

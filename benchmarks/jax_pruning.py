@@ -65,7 +65,7 @@ class Config:
     sparsity: float = 0.5
     inputs: Literal["left", "dense"] = "left"
     pattern: str | None = None
-    allocation: Literal["uniform", "erk", "owl", "gradients"] = "uniform"
+    allocation: Literal["layer", "erk", "owl", "gradients"] = "layer"
     seen: int = 8
     evaluate: tuple[str, ...] = ()
     batch: int = 2
@@ -145,7 +145,7 @@ def main(config: Config) -> None:
 def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> Any:
     """The rule that the sparsity is allocated by."""
     if config.allocation != "gradients":
-        return jp.allocation.named(config.allocation)
+        return jp.allocation.parse(config.allocation)
 
     def loss(params: Any, ids: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, params)

@@ -157,7 +157,7 @@ def _options(asked: Mapping[str, str]) -> str:
     numbers = {name: float(asked.get(name) or 0) for name in ("correction", "refine")}
     words = [
         "one size" * (asked.get("relative") == "True"),
-        asked.get("allocation", "uniform").replace("uniform", ""),
+        asked.get("allocation", "layer").replace("uniform", "").replace("layer", ""),
         f"correction {numbers['correction']:g}" * bool(numbers["correction"]),
         # A draw's own text is in a file of its own, DRAW-both.npy say.
         CALIBRATIONS.get(Path(asked["calibration"]).stem.partition("-")[2], ""),

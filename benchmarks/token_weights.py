@@ -27,7 +27,7 @@ class Config(Draws):
       how: sparsities, and n:m patterns.
       relative: whether tokens are scaled to one size; both if left out.
       corrections: how much of what earlier layers lost a matrix makes up for.
-      allocations: uniform, erk, owl or gradients, as of `benchmarks.jax_pruning`.
+      allocations: layer, erk, owl or gradients, as of `benchmarks.jax_pruning`.
       passes: of a refinement after it; 0 for none.
       distilled: steps of a distillation after that; 0 for none.
       distill_learning_rate: of its first step.
@@ -37,7 +37,7 @@ class Config(Draws):
     how: tuple[str, ...] = ("0.5", "0.6", "2:4")
     relative: tuple[bool, ...] = (False, True)
     corrections: tuple[float, ...] = (0.0,)
-    allocations: tuple[str, ...] = ("uniform",)
+    allocations: tuple[str, ...] = ("layer",)
     passes: tuple[int, ...] = (0,)
     distilled: tuple[int, ...] = (0,)
     distill_learning_rate: float = 3e-5
@@ -84,7 +84,7 @@ def _way(
         options += ["--distill-learning-rate", f"{rate:g}"]
     words = ["relative" if relative else "plain"]
     words += [f"{correction:g}"] if correction else []
-    words += [allocation] if allocation != "uniform" else []
+    words += [allocation] if allocation != "layer" else []
     words += [f"refine{passes}"] if passes else []
     words += [f"distill{distilled}at{rate:g}"] if distilled else []
     return "+".join(words), options

@@ -10,15 +10,14 @@ from jaxprune import scores as scores
 from jaxprune.arrays import low_bit as low_bit
 from jaxprune.arrays.axes import Axes as Axes
 from jaxprune.arrays.lazy import LazyArray as LazyArray
-from jaxprune.arrays.sparsity import sparsity as sparsity
 from jaxprune.graph.axis_groups import AxisGroups as AxisGroups
 from jaxprune.graph.axis_groups import axis_groups as axis_groups
 from jaxprune.graph.linear_ops import trace as trace
 from jaxprune.masking import allocation as allocation
 from jaxprune.masking import masks as masks
 from jaxprune.masking import patterns as patterns
-from jaxprune.masking.overlap import overlap as overlap
 from jaxprune.masking.prune import prune as prune
+from jaxprune.masking.sparsity import sparsity as sparsity
 from jaxprune.posttraining import methods as methods
 from jaxprune.posttraining.calibration import calibrate as calibrate
 from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
@@ -32,8 +31,6 @@ from jaxprune.structured.shrink import shrink as shrink
 from jaxprune.training import grow as grow
 from jaxprune.training import schedules as schedules
 from jaxprune.training import weightings as weightings
-from jaxprune.training.find_masks import get_masks as get_masks
-from jaxprune.training.find_masks import replace_masks as replace_masks
 from jaxprune.training.gradual import gradual as gradual
 from jaxprune.training.keep_masks import keep_masks as keep_masks
 from jaxprune.training.straight_through import straight_through as straight_through
@@ -57,18 +54,15 @@ __all__ = [
     "calibrate",
     "contrib",
     "get_importance",
-    "get_masks",
     "gradual",
     "grow",
     "keep_masks",
     "low_bit",
     "masks",
     "methods",
-    "overlap",
     "patterns",
     "prune",
     "prune_trained",
-    "replace_masks",
     "schedules",
     "scores",
     "shrink",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune.arrays.messages import columns, listed
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.tree import fits, is_excluded, is_floating
 from jaxprune.arrays.tree import named_leaves as named_leaves
 from jaxprune.arrays.tree import names as names
@@ -52,7 +53,7 @@ def prunable(name: str, leaf: Any) -> bool:
     taken for a router's; give a rule of your own where it is a gated layer's.
 
     Args:
-      name: the leaf's path name.
+      name: path name of the leaf.
       leaf: an array or anything with `shape` and `dtype`.
 
     Returns:
@@ -75,7 +76,7 @@ def why_unprunable(name: str, leaf: Any) -> str | None:
         return "not floating"
     if leaf.ndim < 2:
         return "no axes" if leaf.ndim == 0 else "one axis"
-    # "LayerNorm" has two words, and so has "LMHead".
+    # Words by underscores: "LayerNorm" has two, and so has "LMHead".
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     name = name.lower().replace("-", "_")
     for what, words in _UNPRUNABLE.items():
@@ -117,12 +118,7 @@ class Excluding:
     def check(self, names: Sequence[str]) -> None:
         """Refuses globs that match none of a tree's names."""
         for glob in self.globs:
-            if not any(fits(name, glob) for name in names):
-                near = difflib.get_close_matches(glob, names, 3, 0.4) or names
-                raise ValueError(
-                    f"excluding({glob!r}) must match a leaf, but matches none; near it "
-                    f"are {listed(near, 3)}, and jp.tree.names(params) has all"
-                )
+            check(_MATCHED, glob=glob, names=names)
 
     def why(self, name: str, leaf: Any) -> str | None:
         """Why the leaf is left alone, or None if it may be pruned."""
@@ -130,6 +126,17 @@ class Excluding:
             if fits(name, glob):
                 return f"excluded by {glob!r}"
         return why_unprunable(name, leaf)
+
+
+_MATCHED = Rule(
+    lambda v: any(fits(name, v.glob) for name in v.names),
+    "excluding({glob!r}) must match a leaf, but matches none",
+    "near it are {near}, and jp.tree.names(params) has all",
+    # Names that resemble the glob; where none does, the first few.
+    details=lambda v: {
+        "near": listed(difflib.get_close_matches(v.glob, v.names, 3, 0.4) or v.names, 3)
+    },
+)
 
 
 class Row(NamedTuple):
@@ -157,8 +164,8 @@ class Explanation(tuple[Row, ...]):
         """A line a leaf, the number of weights that may be pruned last."""
         cells = [(row.name, str(row.shape), row.why or "pruned") for row in self]
         total = sum(math.prod(row.shape) for row in self)
-        own = sum(math.prod(row.shape) for row in self if row.pruned)
-        last = f"{own:,} of {total:,} weights may be pruned"
+        prunable_size = sum(math.prod(row.shape) for row in self if row.pruned)
+        last = f"{prunable_size:,} of {total:,} weights may be pruned"
         return f"{columns(cells)}\n{last}" if cells else last
 
 
@@ -169,7 +176,7 @@ def explain(
 
     Args:
       params: a pytree of arrays, or of `jax.ShapeDtypeStruct`.
-      prunable: the rule, as a criterion takes it.
+      prunable: rule of which leaves may be pruned, as a criterion takes it.
 
     Returns:
       A row (name, shape, pruned, why) for each leaf; `print` it for a table.
@@ -183,6 +190,7 @@ def explain(
       32 of 40 weights may be pruned
     """
     named = named_leaves(params)
+    # A rule that matches nothing is refused here as it is when scores are made.
     check_rule(prunable, list(named))
     return Explanation(_row(*item, prunable) for item in named.items())
 
@@ -195,6 +203,9 @@ def check_rule(prunable: Callable[[str, Any], bool], names: Sequence[str]) -> No
 
 def _row(name: str, leaf: Any, prunable: Callable[[str, Any], bool]) -> Row:
     pruned = not is_excluded(leaf) and bool(prunable(name, leaf))
-    own = getattr(prunable, "why", why_unprunable)
-    why = None if pruned else own(name, leaf) or "excluded by the rule prunable="
+    # A rule may say why itself; of others the default rule's reason is the best guess.
+    explain_rule = getattr(prunable, "why", why_unprunable)
+    why = (
+        None if pruned else explain_rule(name, leaf) or "excluded by the rule prunable="
+    )
     return Row(name, tuple(getattr(leaf, "shape", ())), pruned, why or "")

@@ -58,15 +58,15 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
         fitting = [n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0]
         axes = {"data": max(fitting)}
     else:
-        axes = meshes.sizes(text, AXES)
+        axes = meshes.parse_mesh(text, AXES)
     meshes.check_devices(axes)
     split = math.prod(axes.get(name, 1) for name in _BATCH)
     if batch_size % split:
         raise ValueError(
-            f"{meshes.words(axes)} splits a batch over {split} devices, got "
+            f"{meshes.mesh_words(axes)} splits a batch over {split} devices, got "
             f"batch_size={batch_size}; give a multiple of {split}, or other sizes"
         )
-    return None if math.prod(axes.values()) == 1 else meshes.make(axes)
+    return None if math.prod(axes.values()) == 1 else meshes.make_mesh(axes)
 
 
 def shardings(params: Any, mesh: Mesh) -> Any:

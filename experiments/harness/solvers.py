@@ -41,7 +41,10 @@ class Solver(NamedTuple):
     def shared_out(self, scored: Callable[[str], Scores]) -> Any:
         """The allocation; `scored` gives the scores of a criterion."""
         if self.allocation in ALLOCATIONS:
-            return jp.allocation.RULES[self.allocation]
+            # The records of runs say "uniform".
+            return jp.allocation.parse(
+                "layer" if self.allocation == "uniform" else self.allocation
+            )
         return jp.allocation.Ranked(scored(self.allocation))
 
 

@@ -229,7 +229,7 @@ class Run:
             "step": int(state.step),
             "loss": evaluate(state.params, self.watched),
             "sparsity": jp.sparsity(jp.scores.magnitude(state.params)).total,
-            "overlap": None if masks is None else jp.overlap(masks, before).total,
+            "overlap": None if masks is None else jp.masks.overlap(masks, before).total,
         }
 
     def _span(self, cell: Cell) -> Span:
@@ -254,7 +254,7 @@ class Run:
 def _masks(state: training.TrainState) -> Any:
     """The masks, copied: the next step uses the state up; None where there are none."""
     try:
-        return jax.device_get(jp.get_masks(state.opt_state))
+        return jax.device_get(jp.masks.get(state.opt_state))
     except ValueError:
         return None
 

@@ -25,8 +25,8 @@ class Axes:
     """Which axes of a leaf are its input and its output; the others are the batch.
 
     Attributes:
-      inputs: the axes that the product sums over, negative numbers count from the end.
-      outputs: the axes that index the result.
+      inputs: axes that the product sums over, negative numbers count from the end.
+      outputs: axes that index the result.
 
     Example:
       >>> import jaxprune as jp
@@ -40,18 +40,18 @@ class Axes:
     def __post_init__(self) -> None:
         """Takes one axis as its number, and several in any sequence."""
         for name in ("inputs", "outputs"):
-            own = getattr(self, name)
-            own = tuple(own) if isinstance(own, Sequence) else (own,)
-            for axis in own:
+            numbers = getattr(self, name)
+            numbers = tuple(numbers) if isinstance(numbers, Sequence) else (numbers,)
+            for axis in numbers:
                 refuse_fractions("Axes", **{name: axis})
-            object.__setattr__(self, name, own)
+            object.__setattr__(self, name, numbers)
 
     def order(self, ndim: int) -> tuple[int, ...]:
         """All axes, batch first, then inputs, then outputs; raises any `problem`."""
         if problem := self.problem(ndim):
             raise ValueError(problem)
-        own = [axis % ndim for axis in (*self.inputs, *self.outputs)]
-        return (*(axis for axis in range(ndim) if axis not in own), *own)
+        matrix = [axis % ndim for axis in (*self.inputs, *self.outputs)]
+        return (*(axis for axis in range(ndim) if axis not in matrix), *matrix)
 
     def problem(self, ndim: int) -> str | None:
         """Why a leaf of so many axes cannot be seen this way, or None if it can."""
@@ -74,7 +74,7 @@ class Axes:
         batch = leaf.ndim - len(self.inputs) - len(self.outputs)
         inputs = batch + len(self.inputs)
         shape = moved.shape
-        return moved.reshape(
+        return moved.reshape(  # (batch, in, out)
             math.prod(shape[:batch]),
             math.prod(shape[batch:inputs]),
             math.prod(shape[inputs:]),
@@ -89,34 +89,35 @@ class Axes:
         return jnp.transpose(moved, sorted(range(len(order)), key=order.__getitem__))
 
 
-def default(leaf: jax.Array) -> Axes:
+def default_axes(leaf: jax.Array) -> Axes:
     """The axes of a leaf of which nothing else is known: Flax's [..., in, out]."""
+    # Four axes are a convolution's: its window is part of the input.
     return Axes(tuple(range(-leaf.ndim, -1))) if leaf.ndim >= 4 else Axes()
 
 
-def check(axes: Any) -> None:
+def check_axes(axes: Any) -> None:
     """Refuses what is neither `Axes`, nor a mapping to `Axes`, nor None."""
-    each = list(axes.values()) if isinstance(axes, Mapping) else [axes]
-    if axes is not None and not all(isinstance(own, Axes) for own in each):
+    entries = list(axes.values()) if isinstance(axes, Mapping) else [axes]
+    if axes is not None and not all(isinstance(entry, Axes) for entry in entries):
         raise TypeError(
             f"axes must be jp.Axes(inputs=..., outputs=...) or {{glob: jp.Axes(...)}}, "
             f"got {axes!r}"
         )
 
 
-def resolve(
+def resolve_axes(
     axes: Axes | Mapping[str, Axes] | None,
     names: Sequence[str],
     leaves: Sequence[jax.Array],
 ) -> list[Axes]:
     """One `Axes` a leaf: that of all, of the first glob that matches, or default."""
-    check(axes)
+    check_axes(axes)
     if isinstance(axes, Axes):
         return [axes] * len(leaves)
     ruled = tree.by_rule(axes or {}, names, None, "axes")
     heads = _of_heads(dict(zip(names, leaves, strict=True)))
     return [
-        rule or heads.get(name) or default(leaf)
+        rule or heads.get(name) or default_axes(leaf)
         for rule, name, leaf in zip(ruled, names, leaves, strict=True)
     ]
 
@@ -127,17 +128,18 @@ def _of_heads(named: Mapping[str, jax.Array]) -> dict[str, Axes]:
     A kernel by itself could be a stack of matrices; query and output together say that
     it is none, since one has the axes of the other, turned.
     """
-    found: dict[str, Axes] = {}
+    axes: dict[str, Axes] = {}
     for name, query in named.items():
-        own = re.fullmatch(r"(.*/)?query/kernel", name)
-        out = named.get(f"{own[1] or ''}out/kernel") if own else None
-        if own is None or out is None or query.ndim < 3:
+        match = re.fullmatch(r"(.*/)?query/kernel", name)
+        parent = (match[1] or "") if match else ""
+        out = named.get(f"{parent}out/kernel")
+        if match is None or out is None or query.ndim < 3:
             continue
-        *stack, _, heads, size = query.shape
-        if out.shape[:-1] == (*stack, heads, size):
-            parent = own[1] or ""
+        *stack, _, heads, size = query.shape  # (..., in, heads, size)
+        if out.shape[:-1] == (*stack, heads, size):  # (..., heads, size, out)
             into = [f"{parent}{part}/kernel" for part in ("query", "key", "value")]
-            own_rank = [n for n in into if n in named and named[n].ndim == query.ndim]
-            found |= dict.fromkeys(own_rank, Axes((-3,), (-2, -1)))
-            found[f"{parent}out/kernel"] = Axes((-3, -2), (-1,))
-    return found
+            # Keys may have fewer heads than queries, and still the same axes.
+            into = [n for n in into if n in named and named[n].ndim == query.ndim]
+            axes |= dict.fromkeys(into, Axes((-3,), (-2, -1)))
+            axes[f"{parent}out/kernel"] = Axes((-3, -2), (-1,))
+    return axes

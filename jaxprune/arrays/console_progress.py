@@ -50,10 +50,10 @@ class Progress(contextlib.AbstractContextManager):
         """Begins to count.
 
         Args:
-          total: how much there is to do.
-          what: the name of the job, such as "pruning".
-          unit: what is counted, in the singular; "B" stands for bytes.
-          done: how much was done before.
+          total: number of units there are to do.
+          what: name of the job, such as "pruning".
+          unit: name of what is counted, in the singular; "B" stands for bytes.
+          done: number of units done before.
           shown: whether to show anything.
           leave: whether a finished bar stays on the terminal.
         """
@@ -69,6 +69,7 @@ class Progress(contextlib.AbstractContextManager):
             disable=None if shown else True,  # None: where stderr is no terminal
         )
         self._shown = shown
+        # tqdm disables its bar where stderr is no terminal; lines are written there.
         self._lines = shown and bool(self._bar.disable)
         self._start = self._last = time.monotonic()
 
@@ -101,16 +102,16 @@ class Progress(contextlib.AbstractContextManager):
             to_stderr(self._line(now - self._start))
 
     def _line(self, seconds: float) -> str:
-        """What is done, what is left and about how long that will take."""
+        """What is done, what remains and about how long that will take."""
         done, total = str(self._done), f"{self._total} {self._unit}s"
         if self._unit == "B":
             done, total = (
                 tqdm.format_sizeof(x, "B") for x in (self._done, self._total)
             )
         rate = (self._done - self._before) / seconds
-        left = "unknown"
+        remaining = "unknown"
         if rate > 0:
-            left = tqdm.format_interval((self._total - self._done) / rate)
+            remaining = tqdm.format_interval((self._total - self._done) / rate)
         note = f" ({self._note})" if self._note else ""
         spent = tqdm.format_interval(seconds)
-        return f"{self._what}: {done} of {total}{note}, {spent} spent, {left} left"
+        return f"{self._what}: {done} of {total}{note}, {spent} spent, {remaining} left"

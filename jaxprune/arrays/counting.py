@@ -11,7 +11,7 @@ import numpy as np
 
 def parts(numbers: jax.Array, most: int) -> jax.Array:
     """Partial uint32 sums, for `whole` to add up, of a total that is at most `most`."""
-    apart = 0  # axes whose sums stay apart
+    apart = 0  # number of leading axes whose sums stay apart
     while most >= 2**32 and apart < numbers.ndim:
         most = -(-most // max(numbers.shape[apart], 1))
         apart += 1

@@ -25,8 +25,8 @@ def total(
     2^-24 / n times the largest of the n terms.
 
     Args:
-      terms: floating, of at most 2^27 along each axis; taken as float32.
-      axis: the axis that is summed, None for all, one after the other.
+      terms: floating array of at most 2^27 along each axis; read as float32.
+      axis: axis that is summed, None for all, one after the other.
 
     Returns:
       float32; the axis stays, with length 1. NaN and infinity as in any sum.
@@ -38,12 +38,14 @@ def total(
       [2.75]
     """
     if axis is None:
-        for each in range(terms.ndim):
-            terms = total(terms, each)
+        # One after the other: a sum over all axes could need more than 2^27 terms.
+        for index in range(terms.ndim):
+            terms = total(terms, index)
         return terms
     terms, count = terms.astype(jnp.float32), terms.shape[axis]
     if not count:
         return jnp.sum(terms, axis, keepdims=True)
+    # `count` integers of under 2^(bits + 2) add up in an int32.
     digits = max(count - 1, 1).bit_length()
     bits = 28 - digits
     highest = jnp.max(terms, axis, keepdims=True)
@@ -53,11 +55,12 @@ def total(
     nan = jnp.any(jnp.isnan(terms), axis, keepdims=True)
     finite = (largest < jnp.inf) & ~nan
     exponent = jnp.where(finite, _exponent(largest), 0)
-    left = jnp.where(finite, terms * low_bit.power_of_two(-exponent), 0)  # in (-4, 4)
+    scaled = terms * low_bit.power_of_two(-exponent)  # in (-4, 4)
+    remainder = jnp.where(finite, scaled, 0)
     parts = []
     for _ in range(-(-(24 + digits) // bits)):
-        whole = jnp.round(left * 2.0**bits)
-        left = left * 2.0**bits - whole
+        whole = jnp.round(remainder * 2.0**bits)
+        remainder = remainder * 2.0**bits - whole
         parts.append(jnp.sum(whole.astype(np.int32), axis, keepdims=True))
     result = jnp.zeros_like(largest)
     for part in reversed(parts):  # scaling by a power of two is exact

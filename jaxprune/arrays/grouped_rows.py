@@ -34,15 +34,16 @@ def dot(
     devices, and the trace of a model can read it.
 
     Args:
-      rows: group by group; those behind the last group are nobody's.
-      weight: the groups' matrices.
-      sizes: how many rows each group has.
-      precision: of the products, as in `jax.lax.dot`.
-      dtype: of the results; None for that of rows and matrices.
+      rows: inputs, group by group; rows behind the last group belong to none.
+      weight: matrix of each group.
+      sizes: number of rows of each group.
+      precision: precision of the products, as in `jax.lax.dot`.
+      dtype: dtype of the results; None for that of rows and matrices.
 
     Returns:
-      The products; zeros for rows that are nobody's.
+      The products; zeros for rows of no group.
     """
+    # What is traced without being compiled is traced to be read: to the primitive.
     settings: Any = jax.config
     if settings.jax_disable_jit or any(map(_is_spread, (rows, weight, sizes))):
         return _primitive(rows, weight, sizes, precision, dtype)
@@ -54,10 +55,10 @@ def _is_spread(x: Array) -> bool:
 
     The latter inside of a `shard_map` that keeps track of it.
     """
-    kind: Any = jax.typeof(x)
-    mesh = kind.sharding.mesh
+    abstract: Any = jax.typeof(x)
+    mesh = abstract.sharding.mesh
     over_mesh = mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names)
-    return bool(over_mesh or kind.manual_axis_type.varying)
+    return bool(over_mesh or abstract.manual_axis_type.varying)
 
 
 def _primitive(
@@ -90,38 +91,39 @@ def _by_blocks(
 
 
 def add_outer(
-    begun: Float[Array, "groups i j"],
-    left: Float[Array, "rows i"],
-    right: Float[Array, "rows j"],
+    initial: Float[Array, "groups i j"],
+    left_rows: Float[Array, "rows i"],
+    right_rows: Float[Array, "rows j"],
     sizes: Int[Array, " groups"],
     precision: Any = "highest",
 ) -> Float[Array, "groups i j"]:
-    """For each group, left^T right over its rows, added to what was begun.
+    """For each group, left^T right over its rows, added to initial sums.
 
     Args:
-      begun: to add to.
-      left: group by group.
-      right: as many rows, in the same groups.
-      sizes: how many rows each group has.
-      precision: of the products, as in `jax.lax.dot`.
+      initial: sums to add to.
+      left_rows: rows, group by group.
+      right_rows: as many rows, in the same groups.
+      sizes: number of rows of each group.
+      precision: precision of the products, as in `jax.lax.dot`.
 
     Returns:
       The sums.
     """
 
-    def add(made: Array, group: Array, start: Array, mine: Array) -> Array:
-        a, b = (
-            jnp.where(mine[:, None], own, jnp.zeros((), own.dtype))
-            for own in (jax.lax.dynamic_slice_in_dim(x, start, length) for x in padded)
+    def add(made: Array, group: Array, start: Array, in_group: Array) -> Array:
+        blocks = [jax.lax.dynamic_slice_in_dim(x, start, length) for x in padded]
+        a, b = (  # (length, i), (length, j), zero behind the group's rows
+            jnp.where(in_group[:, None], block, jnp.zeros((), block.dtype))
+            for block in blocks
         )
         term = jax.lax.dot(
-            a.T, b, precision=precision, preferred_element_type=begun.dtype
+            a.T, b, precision=precision, preferred_element_type=initial.dtype
         )
         return made.at[group].add(term)
 
-    length = _length(left.shape[0], sizes.size)
-    padded = [jnp.pad(x, ((0, length), (0, 0))) for x in (left, right)]
-    return _over_blocks(add, begun, sizes, length)
+    length = _length(left_rows.shape[0], sizes.size)
+    padded = [jnp.pad(x, ((0, length), (0, 0))) for x in (left_rows, right_rows)]
+    return _over_blocks(add, initial, sizes, length)
 
 
 def sums(
@@ -134,7 +136,7 @@ def sums(
 
 
 def of_rows(rows: int, sizes: Int[Array, " groups"]) -> Int[Array, " rows"]:
-    """The group of each row; the number of groups for those that are nobody's."""
+    """The group of each row; the number of groups for rows of none."""
     ends = jnp.cumsum(sizes.astype(np.int32))
     return jnp.searchsorted(ends, jnp.arange(rows), side="right")
 
@@ -149,12 +151,13 @@ def _product(
 ) -> Array:
     """Each row times its group's matrix, summed over one of the matrix's axes."""
     length = _length(rows.shape[0], sizes.size)
-    padded = jnp.pad(rows, ((0, length), (0, 0)))
+    # A block may reach behind the last row: `dynamic_slice` would move it back.
+    padded = jnp.pad(rows, ((0, length), (0, 0)))  # (rows + length, in)
     outputs = weight.shape[3 - contracted]
     dtype = dtype or jnp.result_type(rows, weight)
 
-    def add(made: Array, group: Array, start: Array, mine: Array) -> Array:
-        x = jax.lax.dynamic_slice_in_dim(padded, start, length)
+    def add(made: Array, group: Array, start: Array, in_group: Array) -> Array:
+        x = jax.lax.dynamic_slice_in_dim(padded, start, length)  # (length, in)
         part = jax.lax.dot_general(
             x,
             weight[group],
@@ -163,7 +166,7 @@ def _product(
             preferred_element_type=dtype,
         )
         # What lies behind the block's rows is written later, by its own block.
-        part = jnp.where(mine[:, None], part, jnp.zeros((), dtype))
+        part = jnp.where(in_group[:, None], part, jnp.zeros((), dtype))
         return jax.lax.dynamic_update_slice_in_dim(made, part, start, 0)
 
     made = jnp.zeros((rows.shape[0] + length, outputs), dtype)
@@ -184,11 +187,11 @@ def _over_blocks(
     """What blocks of one group each make, in order of the rows.
 
     Args:
-      add: a function of the result so far, the group of a block, its first row, and
+      add: function of the result so far, the group of a block, its first row, and
         booleans (length,) that say which rows belong to it; returns the new result.
-      made: the result to begin with.
-      sizes: how many rows each group has.
-      length: how many rows a block has, the last one of a group fewer.
+      made: result to begin with.
+      sizes: number of rows of each group.
+      length: number of rows of a block; the last one of a group has fewer.
 
     Returns:
       What the last block makes.
@@ -197,14 +200,14 @@ def _over_blocks(
         return made
     sizes = sizes.astype(np.int32)
     blocks = -(-sizes // length)  # (groups,)
-    last, end = jnp.cumsum(blocks), jnp.cumsum(sizes)
+    last, end = jnp.cumsum(blocks), jnp.cumsum(sizes)  # (groups,) both
 
-    def body(number: Array, own: Array) -> Array:
+    def body(number: Array, result: Array) -> Array:
         group = jnp.searchsorted(last, number, side="right")
         done = (number - (last - blocks)[group]) * length  # rows of the group
         start = (end - sizes)[group] + done
-        mine = jnp.arange(length) < sizes[group] - done
-        return add(own, group, start, mine)
+        in_group = jnp.arange(length) < sizes[group] - done
+        return add(result, group, start, in_group)
 
     return jax.lax.fori_loop(0, last[-1], body, made)
 
@@ -215,11 +218,12 @@ def _forward(
     return _product(rows, weight, sizes, 1, precision, dtype), (rows, weight, sizes)
 
 
-def _backward(precision: Any, dtype: Any, kept: Any, given: Array) -> Any:
+def _backward(precision: Any, dtype: Any, kept: Any, cotangent: Array) -> Any:
     rows, weight, sizes = kept
-    to_rows = _product(given, weight, sizes, 2, precision, rows.dtype)
+    to_rows = _product(cotangent, weight, sizes, 2, precision, rows.dtype)
+    # Narrow sums over many rows would lose their low bits.
     wide = jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, np.float32))
-    to_weight = add_outer(wide, rows, given, sizes, precision).astype(weight.dtype)
+    to_weight = add_outer(wide, rows, cotangent, sizes, precision).astype(weight.dtype)
     return to_rows, to_weight, np.zeros(sizes.shape, jax.dtypes.float0)
 
 

@@ -74,8 +74,9 @@ class Leaves:
     def device(self) -> jax.Device | None:
         """The one device that all leaves are on; None where there are several."""
         shardings = [getattr(leaf, "sharding", None) for leaf in self.all]
-        found = set().union(*(where.device_set for where in shardings if where))
-        return found.pop() if len(found) == 1 else None
+        # NumPy's leaves, and lazy ones without a sharding, say nothing.
+        devices = set().union(*(s.device_set for s in shardings if s))
+        return devices.pop() if len(devices) == 1 else None
 
     def __getitem__(self, i: int) -> Any:
         """The array of a leaf, read if need be."""

@@ -24,6 +24,13 @@ from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 from jaxprune.arrays import counting
 from jaxprune.arrays.messages import listed
 
+__all__ = ["Int8", "decode"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Storage: TypeAlias = Literal["float32", "bfloat16", "int8"]
 """What an average is held in: 4, 2 or 1 bytes a weight."""
 
@@ -87,7 +94,7 @@ def is_int8(node: Any) -> bool:
     return isinstance(node, Int8)
 
 
-def joined(codes: Any, exponents: Any, *, signed: bool) -> Any:
+def with_exponents(codes: Any, exponents: Any, *, signed: bool) -> Any:
     """A tree of codes with its scalars in order, as `Int8` leaves; else as it is."""
     scalars = jax.tree.leaves(exponents)
     if not scalars:
@@ -97,7 +104,7 @@ def joined(codes: Any, exponents: Any, *, signed: bool) -> Any:
     return jax.tree.unflatten(structure, [Int8(*pair, signed) for pair in pairs])
 
 
-def checked(storage: str) -> Storage:
+def checked_storage(storage: str) -> Storage:
     """The storage that a user asked for, or an error that names those there are."""
     if storage not in STORAGES:
         raise ValueError(f"storage must be one of {listed(STORAGES)}, got {storage!r}")
@@ -112,9 +119,9 @@ def dither(
     They depend on position, start and n alone, so on no sharding.
 
     Args:
-      shape: the leaf's shape.
-      start: u(0) of its first element, as `phase` gives.
-      n: the snapshot, a scalar.
+      shape: shape of the leaf.
+      start: threshold u(0) of its first element; see `phase`.
+      n: number of the snapshot, a scalar.
 
     Returns:
       uint32, of that shape, evenly spread over positions and over n.
@@ -152,14 +159,13 @@ def unit_exponent(
     may double before the code saturates.
 
     Args:
-      values: float32, of any shape.
+      values: float32 array of any shape.
       signed: whether there are negative ones.
 
     Returns:
       An int32 scalar from -120 to 121; -120 where a value is infinite.
     """
-    # From -120 to 121: the largest value lies between a quarter and half of the range,
-    # so that an average may double before the code saturates. -120 if one is infinite.
+    # The range is 2^8 units with a sign and 2^16 without; 7 and 15 leave half of it.
     largest = jnp.max(jnp.abs(values), initial=0)
     above = (_bits(largest) >> 23) - 126  # largest < 2^above
     fitted = jnp.maximum(above - (7 if signed else 15), _LEAST).astype(np.int32)
@@ -170,7 +176,7 @@ def largest(leaf: Int8) -> Float32[Array, ""]:
     """The largest magnitude that a leaf holds; NaN may count as the largest code.
 
     Args:
-      leaf: any leaf in one byte.
+      leaf: a leaf in one byte.
 
     Returns:
       A float32 scalar. Only codes are read, and nothing but a scalar is made of them.
@@ -192,14 +198,15 @@ def encode_int8(
     """Rounds to the one-byte code, unbiased; saturates outside its range.
 
     Args:
-      values: float32, of any shape; not negative unless `signed`.
-      exponent: as `unit_exponent` gives.
-      thresholds: as `dither` gives.
+      values: float32 array of any shape; not negative unless `signed`.
+      exponent: power of two of the unit; see `unit_exponent`.
+      thresholds: thresholds of the rounding; see `dither`.
       signed: whether codes have a sign.
 
     Returns:
       The leaf; what was not finite is NaN.
     """
+    # The bits of 1 + x are its logarithm, but for linear pieces between powers of two.
     above_one = 1 + jnp.abs(values) * power_of_two(-exponent)
     noise = (thresholds >> np.uint32(32 - _DROPPED)).astype(np.int32)
     code = (_bits(above_one) - np.int32(_ONE) + noise) >> _DROPPED
@@ -218,8 +225,8 @@ def encode_bfloat16(
     """Rounds to bfloat16, unbiased.
 
     Args:
-      values: float32, of any shape.
-      thresholds: as `dither` gives.
+      values: float32 array of any shape.
+      thresholds: thresholds of the rounding; see `dither`.
 
     Returns:
       bfloat16, of that shape; infinity and NaN are kept.
@@ -271,8 +278,8 @@ def on_host(tree: Any) -> Any:
 
 def _moved(tree: Any, space: Any) -> Any:
     def move(leaf: Any) -> Any:
-        there = jax.typeof(leaf).memory_space == space
-        return leaf if there else jax.device_put(leaf, space)
+        in_space = jax.typeof(leaf).memory_space == space
+        return leaf if in_space else jax.device_put(leaf, space)
 
     return jax.tree.map(move, tree)
 

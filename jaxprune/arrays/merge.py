@@ -13,8 +13,8 @@ def disjoint(first: Any, second: Any, conflict: str) -> Any:
     Args:
       first: a tree with `optax.MaskedNode()` for what it lacks; one such node may stand
         for a subtree, as where `optax.partition` labels one.
-      second: another of the same parameters.
-      conflict: the sentence of the error.
+      second: another tree of the same parameters.
+      conflict: sentence of the error.
 
     Returns:
       A tree like the two; `optax.MaskedNode()` where both lack a leaf.
@@ -26,8 +26,8 @@ def disjoint(first: Any, second: Any, conflict: str) -> Any:
         return second if tree.is_excluded(first) else first
     if tree.is_leaf(first) or jax.tree_util.all_leaves([first]):
         raise ValueError(conflict)
-    own, structure = _children(first)  # both may have `None`, and empty containers
-    pairs = zip(own, _children(second)[0], strict=True)
+    children, structure = _children(first)  # both may have `None`, and empty containers
+    pairs = zip(children, _children(second)[0], strict=True)
     return jax.tree.unflatten(structure, [disjoint(*pair, conflict) for pair in pairs])
 
 

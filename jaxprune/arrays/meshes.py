@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
+from jaxprune.arrays.rules import Rule, check
 
-def sizes(text: str, names: Sequence[str]) -> dict[str, int]:
+
+def parse_mesh(text: str, names: Sequence[str]) -> dict[str, int]:
     """The axes that a flag asks for, in the order they were given.
 
     Args:
       text: axes and sizes.
-      names: what axes there may be.
+      names: names of the axes that there may be.
 
     Returns:
       Name to size, 1 or more.
@@ -21,7 +23,7 @@ def sizes(text: str, names: Sequence[str]) -> dict[str, int]:
       ValueError: the text is no such list.
 
     Example:
-      >>> sizes("data=2,fsdp=4", ("data", "fsdp"))
+      >>> parse_mesh("data=2,fsdp=4", ("data", "fsdp"))
       {'data': 2, 'fsdp': 4}
     """
     axes: dict[str, int] = {}
@@ -37,7 +39,7 @@ def sizes(text: str, names: Sequence[str]) -> dict[str, int]:
     return axes
 
 
-def words(axes: Mapping[str, int]) -> str:
+def mesh_words(axes: Mapping[str, int]) -> str:
     """The axes as an error calls them."""
     return f"the mesh {','.join(f'{name}={size}' for name, size in axes.items())}"
 
@@ -46,25 +48,35 @@ def check_devices(axes: Mapping[str, int]) -> None:
     """Refuses axes that the devices of all processes cannot make up.
 
     Args:
-      axes: name to size.
+      axes: sizes by name.
 
     Raises:
       ValueError: there are fewer devices, or several processes have more.
     """
-    count, have = math.prod(axes.values()), len(jax.devices())
-    if count > have:
-        raise ValueError(
-            f"{words(axes)} needs {count} devices, got {have}; give smaller sizes"
-        )
-    if jax.process_count() > 1 and count < have:
-        raise ValueError(
-            f"{words(axes)} must have all {have} devices of {jax.process_count()} "
-            f"processes, got {count}; give a --mesh of all, and a batch size that it "
-            "divides"
-        )
+    check(
+        _DEVICES,
+        mesh=mesh_words(axes),
+        count=math.prod(axes.values()),
+        devices=len(jax.devices()),
+        processes=jax.process_count(),
+    )
 
 
-def make(axes: Mapping[str, int]) -> Mesh:
+_DEVICES = (
+    Rule(
+        lambda v: v.count <= v.devices,
+        "{mesh} needs {count} devices, got {devices}",
+        "give smaller sizes",
+    ),
+    Rule(
+        lambda v: v.processes == 1 or v.count == v.devices,
+        "{mesh} must have all {devices} devices of {processes} processes, got {count}",
+        "give a --mesh of all, and a batch size that it divides",
+    ),
+)
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
     """The mesh, of Auto axes, over the first devices."""
     devices = jax.devices()[: math.prod(axes.values())]
     kinds = (AxisType.Auto,) * len(axes)

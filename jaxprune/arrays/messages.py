@@ -18,7 +18,7 @@ def columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
     """A table of plain text.
 
     Args:
-      rows: cells, a header first where there is one.
+      rows: rows of cells, a header first where there is one.
       right: whether all columns but the first are aligned to the right.
 
     Returns:
@@ -54,13 +54,13 @@ def check_steps(what: str, **settings: Any) -> None:
 
 
 def chosen(
-    what: str, given: Any, names: Mapping[str, T], method: str, others: str
+    what: str, setting: Any, names: Mapping[str, T], method: str, others: str
 ) -> T:
     """The value that a name stands for, or the value given, known by its method."""
-    if isinstance(given, str):
-        if given in names:
-            return names[given]
-    elif hasattr(given, method) and not isinstance(given, type):
-        return cast(T, given)
-    error = ValueError if isinstance(given, str) else TypeError
-    raise error(f"{what} must be one of {', '.join(names)}, {others}, got {given!r}")
+    if isinstance(setting, str):
+        if setting in names:
+            return names[setting]
+    elif hasattr(setting, method) and not isinstance(setting, type):
+        return cast(T, setting)
+    error = ValueError if isinstance(setting, str) else TypeError
+    raise error(f"{what} must be one of {', '.join(names)}, {others}, got {setting!r}")

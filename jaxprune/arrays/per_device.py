@@ -58,6 +58,7 @@ class PerDevice:
         """Trees of arrays of this process, one a device: (devices, ...)."""
 
         def stack(*leaves: Any) -> jax.Array:
+            # NumPy has no random keys; their words are stacked and made keys again.
             if jnp.issubdtype(jnp.result_type(leaves[0]), jax.dtypes.prng_key):
                 words = stack(*map(jax.random.key_data, leaves))
                 impl = jax.random.key_impl(leaves[0])
@@ -69,21 +70,21 @@ class PerDevice:
     def in_turn(self, items: Sequence[Any]) -> list[Any]:
         """Stacks trees in groups of one for each device; None for a group of None."""
         groups = in_groups(items, self.count)
-        return [None if own[0] is None else self.stacked(own) for own in groups]
+        return [None if group[0] is None else self.stacked(group) for group in groups]
 
     def first(self, tree: Any, count: int) -> Any:
         """What the first `count` devices have, (count, ...), whole on every device."""
-        return _first(tree, count=count, where=self.whole)
+        return _first(tree, count=count, sharding=self.whole)
 
     def compiled(
-        self, function: Callable[..., Any], own: Sequence[bool]
+        self, function: Callable[..., Any], is_stacked: Sequence[bool]
     ) -> Callable[..., Any]:
         """A function of one device's values, compiled for all devices.
 
         Args:
-          function: arguments, pytrees, to a pytree; it may use collectives along
+          function: function of pytrees to a pytree; it may use collectives along
             "device".
-          own: for each argument whether it is stacked, a value for each device; others
+          is_stacked: whether each argument is stacked, a value for each device; others
             are whole on every device.
 
         Returns:
@@ -91,16 +92,17 @@ class PerDevice:
         """
 
         def one(*arguments: Any) -> Any:
-            pairs = zip(arguments, own, strict=True)
-            alone = [jax.tree.map(_only, x) if mine else x for x, mine in pairs]
+            pairs = zip(arguments, is_stacked, strict=True)
+            alone = [jax.tree.map(_only, x) if stacked else x for x, stacked in pairs]
             return jax.tree.map(lambda x: x[None], function(*alone))
 
-        specs = tuple(PartitionSpec(_AXIS) if mine else PartitionSpec() for mine in own)
+        specs = tuple(PartitionSpec(*[_AXIS] * stacked) for stacked in is_stacked)
         mapped = jax.shard_map(
             one,
             mesh=self.mesh,
             in_specs=specs,
             out_specs=PartitionSpec(_AXIS),
+            # What a collective makes equal on all devices is stacked all the same.
             check_vma=False,
         )
         return jax.jit(mapped)
@@ -115,31 +117,31 @@ class PerDevice:
 
 def in_groups(items: Iterable[Any], count: int) -> Iterator[tuple[Any, ...]]:
     """Lazily yields tuples of `count` items; the last tuple may have fewer."""
-    left = iter(items)
-    return iter(lambda: tuple(itertools.islice(left, count)), ())
+    remaining = iter(items)
+    return iter(lambda: tuple(itertools.islice(remaining, count)), ())
 
 
-def put(leaf: Any, where: jax.sharding.Sharding) -> jax.Array:
+def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array placed, over the devices of all processes too.
 
     Args:
       leaf: an array; one in the memory of one process must be the same on all.
-      where: its sharding.
+      sharding: the sharding of the result.
 
     Returns:
       The array.
     """
     spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    if spread or where.is_fully_addressable:
-        return jax.device_put(leaf, where)
+    if spread or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
     value = np.asarray(leaf)
-    return jax.make_array_from_callback(value.shape, where, value.__getitem__)
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "where"))
-def _first(tree: Any, *, count: int, where: jax.sharding.Sharding) -> Any:
+@functools.partial(jax.jit, static_argnames=("count", "sharding"))
+def _first(tree: Any, *, count: int, sharding: jax.sharding.Sharding) -> Any:
     part = jax.tree.map(lambda stack: stack[:count], tree)
-    return jax.lax.with_sharding_constraint(part, where)
+    return jax.lax.with_sharding_constraint(part, sharding)
 
 
 def _only(stack: jax.Array) -> jax.Array:

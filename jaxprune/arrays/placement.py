@@ -5,8 +5,9 @@ sharded. A solver for any model cannot; `automatic` shows its arrays on the same
 with Auto axes, which moves nothing, and the compiler decides.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -29,13 +30,14 @@ def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
     if not isinstance(sharding, NamedSharding):
         return matrix
     before = (*sharding.spec, *[None] * (matrix.ndim - len(sharding.spec)))
-    own = [e if isinstance(e, tuple) else (e,) if e else () for e in before]
-    spec = list(own)
+    # One tuple of mesh axes for each axis of the array.
+    entries = [e if isinstance(e, tuple) else (e,) if e else () for e in before]
+    spec = list(entries)
 
     def whole(axis: int, entry: tuple[Any, ...]) -> bool:
         return matrix.shape[axis] % (shards(sharding.mesh, entry) * tiles[axis]) == 0
 
-    for axis, entry in enumerate(own):
+    for axis, entry in enumerate(entries):
         if entry and not whole(axis, entry):
             spec[axis] = ()
             takers = (
@@ -43,10 +45,10 @@ def divisible(matrix: jax.Array, *tiles: int) -> jax.Array:
             )
             if (taker := next(takers, None)) is not None:
                 spec[taker] += entry
-    if spec == own:
+    if spec == entries:
         return matrix
-    wanted = NamedSharding(sharding.mesh, PartitionSpec(*(e or None for e in spec)))
-    return (jax.sharding.reshard if traced else jax.device_put)(matrix, wanted)
+    resharded = NamedSharding(sharding.mesh, PartitionSpec(*(e or None for e in spec)))
+    return (jax.sharding.reshard if traced else jax.device_put)(matrix, resharded)
 
 
 def zeros_like(leaf: Any, dtype: Any) -> jax.Array:
@@ -62,9 +64,9 @@ def counter(params: Any) -> jax.Array:
     zero = jnp.zeros((), jnp.int32)
     for leaf in jax.tree.leaves(params):
         traced = isinstance(leaf, jax.core.Tracer)
-        where = None if traced else getattr(leaf, "sharding", None)
-        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
-            return jax.device_put(zero, NamedSharding(where.mesh, PartitionSpec()))
+        sharding = None if traced else getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return jax.device_put(zero, NamedSharding(sharding.mesh, PartitionSpec()))
     return zero
 
 
@@ -84,16 +86,18 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
     if not isinstance(like, jax.Array):  # NumPy's and stand-ins lie nowhere
         return array
     if not isinstance(array, jax.core.Tracer) and not isinstance(like, jax.core.Tracer):
-        where, kind = like.sharding, array.sharding.memory_kind
-        if not like.committed and array.sharding.device_set == where.device_set:
-            # `device_put` would commit it; a step that takes what is committed and what
-            # is not gives all committed, and the next step compiles once more.
+        sharding, memory_kind = like.sharding, array.sharding.memory_kind
+        # `device_put` would commit it; a step that takes what is committed and what is
+        # not gives all committed, and the next step compiles once more.
+        if not like.committed and array.sharding.device_set == sharding.device_set:
             return array
-        return jax.device_put(array, where.with_memory_kind(kind) if kind else where)
+        return jax.device_put(
+            array, sharding.with_memory_kind(memory_kind) if memory_kind else sharding
+        )
     like = low_bit.on_device(like)
-    wanted = jax.typeof(like).sharding
-    if wanted.mesh.shape_tuple and jax.typeof(array).sharding != wanted:
-        array = jax.sharding.reshard(array, wanted)
+    like_sharding = jax.typeof(like).sharding
+    if like_sharding.mesh.shape_tuple and jax.typeof(array).sharding != like_sharding:
+        array = jax.sharding.reshard(array, like_sharding)
     return jnp.where(_never(like), jnp.zeros((), array.dtype), array)
 
 
@@ -106,9 +110,9 @@ def beside(array: jax.Array, like: jax.Array) -> jax.Array:
 
 def masked(leaf: jax.Array, mask: jax.Array) -> jax.Array:
     """The leaf, zero where a mask in device memory is False; it stays in its memory."""
-    space, own = jax.typeof(leaf).memory_space, low_bit.on_device(leaf)
-    kept = jnp.where(mask, own, jnp.zeros((), leaf.dtype))
-    return kept if own is leaf else jax.device_put(kept, space)
+    space, on_device = jax.typeof(leaf).memory_space, low_bit.on_device(leaf)
+    kept = jnp.where(mask, on_device, jnp.zeros((), leaf.dtype))
+    return kept if on_device is leaf else jax.device_put(kept, space)
 
 
 def devices(array: jax.Array) -> tuple[Any, ...]:
@@ -138,6 +142,14 @@ def is_concrete(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
+def at_once(leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """A context that computes now, in `jit` too, unless one of the leaves is traced."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if not traced and isinstance(jnp.zeros(()), jax.core.Tracer):
+        return jax.ensure_compile_time_eval()
+    return contextlib.nullcontext()
+
+
 def _never(leaf: jax.Array) -> jax.Array:
     """False everywhere, for any value, and placed like the leaf.
 
@@ -165,17 +177,19 @@ def automatic(function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
     mesh = meshes[0]
     kinds = (AxisType.Auto,) * len(mesh.axis_names)
-    seen = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+    auto_mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
     def put(leaf: Any) -> Any:
         own_mesh = _mesh(leaf)
         if own_mesh is None or not _explicit(own_mesh):
             return leaf
-        where = leaf.sharding
-        own = NamedSharding(seen, where.spec, memory_kind=where.memory_kind)
-        return jax.device_put(leaf, own)
+        sharding = leaf.sharding
+        auto_sharding = NamedSharding(
+            auto_mesh, sharding.spec, memory_kind=sharding.memory_kind
+        )
+        return jax.device_put(leaf, auto_sharding)
 
-    with jax.set_mesh(seen):
+    with jax.set_mesh(auto_mesh):
         return function(*jax.tree.map(put, arguments))
 
 

@@ -6,6 +6,7 @@ error, to the others; both must be picklable. All processes call these functions
 together. With one process they are plain calls.
 """
 
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from jaxprune.arrays.rules import Rule, check, needs, within
 
 T = TypeVar("T")
 
@@ -23,42 +26,52 @@ def join(
     """Joins the other processes of a run; called before anything else of JAX.
 
     Args:
-      coordinator: HOST:PORT where process 0 listens; "auto" where everything is known
-        to the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU); None for one process.
-      processes: how many there are; None where the cluster knows.
-      process_id: which of them this is, from 0; None likewise.
+      coordinator: address HOST:PORT where process 0 listens; "auto" where everything is
+        known to the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU); None for one
+        process.
+      processes: number of processes; None where the cluster knows.
+      process_id: number of this process, from 0; None where the cluster knows.
 
     Raises:
       ValueError: a number is out of range or given without the coordinator.
       OSError: the cluster does not know what was left out, or the others did not come.
     """
+    check(_JOINING, coordinator=coordinator, processes=processes, process_id=process_id)
     if coordinator is None:
-        if processes is not None or process_id is not None:
-            raise ValueError(
-                "--processes and --process-id need --coordinator HOST:PORT, got none"
-            )
         return
-    known = coordinator != "auto"
-    if known and not coordinator.rpartition(":")[2].isdecimal():
-        raise ValueError(
-            f"--coordinator must be HOST:PORT or auto, got '{coordinator}'"
-        )
-    if processes is not None and processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {processes}")
-    if process_id is not None and not 0 <= process_id < (processes or process_id + 1):
-        raise ValueError(
-            f"--process-id must be from 0 to --processes - 1, got {process_id} of "
-            f"{processes}"
-        )
+    address = None if coordinator == "auto" else coordinator
     try:
-        jax.distributed.initialize(
-            coordinator if known else None, processes, process_id
-        )
+        jax.distributed.initialize(address, processes, process_id)
     except (ValueError, RuntimeError) as error:
         raise OSError(
             f"the processes could not be joined ({error}); give --coordinator, "
             "--processes and --process-id"
         ) from error
+
+
+_NEEDS_COORDINATOR = (
+    "--processes and --process-id need --coordinator HOST:PORT, got none"
+)
+_JOINING = (
+    needs("processes", "coordinator", _NEEDS_COORDINATOR),
+    needs("process_id", "coordinator", _NEEDS_COORDINATOR),
+    Rule(
+        lambda v: (
+            v.coordinator in (None, "auto")
+            or v.coordinator.rpartition(":")[2].isdecimal()
+        ),
+        "--coordinator must be HOST:PORT or auto, got '{coordinator}'",
+    ),
+    within("processes", 1, math.inf, "--processes must be at least 1, got {processes}"),
+    Rule(
+        lambda v: (
+            v.process_id is None
+            or 0 <= v.process_id < (v.processes or v.process_id + 1)
+        ),
+        "--process-id must be from 0 to --processes - 1, got {process_id} of "
+        "{processes}",
+    ),
+)
 
 
 def is_first() -> bool:
@@ -70,6 +83,7 @@ def on_first(function: Callable[[], T]) -> T:
     """Calls a function on the first process; all wait and get what came of it."""
     if jax.process_count() == 1:
         return function()
+    # The others wait in the broadcast until the first one has its answer.
     value, failure = _outcome(function) if is_first() else (None, None)
     value, reported = _broadcast((value, _sendable(failure)))
     if failure or reported:
@@ -94,13 +108,14 @@ def together(function: Callable[[], T]) -> T:
 def fetch(tree: Any) -> Any:
     """Arrays as NumPy, the whole of each, on every process."""
 
-    def one(leaf: Any) -> Any:
+    def gathered(leaf: Any) -> Any:
         spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        # A replicated array has all its values here already.
         if not spread or leaf.is_fully_replicated:
             return leaf
         return multihost_utils.process_allgather(leaf, tiled=True)
 
-    return jax.device_get(jax.tree.map(one, tree))
+    return jax.device_get(jax.tree.map(gathered, tree))
 
 
 def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:

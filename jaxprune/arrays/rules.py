@@ -5,9 +5,11 @@ function stands alone. A sentence names the rule and the value; a hint says the 
 in the words of Python and, where it differs, in those of the command.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+from jaxprune.arrays.messages import listed
 
 
 class Rule(NamedTuple):
@@ -19,6 +21,7 @@ class Rule(NamedTuple):
       hint: the way out for a caller in Python, filled in likewise.
       command: the way out for a user of the command; empty where it is the same.
       error: what is raised.
+      details: more fields for the sentence, of the values; only asked where it breaks.
     """
 
     holds: Callable[[Any], bool]
@@ -26,14 +29,16 @@ class Rule(NamedTuple):
     hint: str = ""
     command: str = ""
     error: type[Exception] = ValueError
+    details: Callable[[Any], dict[str, Any]] | None = None
 
 
-def check(rules: Iterable[Rule], **values: Any) -> None:
+def check(rules: Rule | Iterable[Rule], /, **values: Any) -> None:
     """Raises the sentence of the first rule that does not hold.
 
     Args:
-      rules: in the order in which they are asked; a later one may rely on an earlier.
-      **values: what the rules read, and what their sentences are filled with.
+      rules: one rule, or rules in the order in which they are asked; a later one may
+        rely on an earlier.
+      **values: values that the rules read and that fill their sentences.
 
     Raises:
       ValueError: or what the rule names; its attribute `command` has the sentence in
@@ -47,13 +52,15 @@ def check(rules: Iterable[Rule], **values: Any) -> None:
       ValueError: rank must be positive, got 0
     """
     namespace = SimpleNamespace(**values)
-    for rule in rules:
+    for rule in (rules,) if isinstance(rules, Rule) else rules:
         if not rule.holds(namespace):
             raise error(rule, **values)
 
 
-def error(rule: Rule, **values: Any) -> Exception:
+def error(rule: Rule, /, **values: Any) -> Exception:
     """The exception of a rule, with its sentence filled in; not raised yet."""
+    if rule.details is not None:
+        values |= rule.details(SimpleNamespace(**values))
     ways_out = rule.hint, rule.command or rule.hint
     python, command = (
         "; ".join(filter(None, [rule.sentence, way_out])).format(**values)
@@ -72,8 +79,8 @@ def excludes(
     Args:
       first: name of a value.
       second: name of the other.
-      sentence: as of `Rule`.
-      hint: as of `Rule`.
+      sentence: sentence of the `Rule`.
+      hint: hint of the `Rule`.
       **more: other fields of the `Rule`.
 
     Returns:
@@ -92,8 +99,8 @@ def needs(first: str, second: str, sentence: str, hint: str = "", **more: Any) -
     Args:
       first: name of a value.
       second: name of the one it needs.
-      sentence: as of `Rule`.
-      hint: as of `Rule`.
+      sentence: sentence of the `Rule`.
+      hint: hint of the `Rule`.
       **more: other fields of the `Rule`.
 
     Returns:
@@ -113,10 +120,10 @@ def within(
 
     Args:
       name: name of the value.
-      low: the least that is allowed.
-      high: the most that is allowed; `math.inf` for at least `low`.
-      sentence: as of `Rule`.
-      hint: as of `Rule`.
+      low: least value that is allowed.
+      high: largest value that is allowed; `math.inf` for at least `low`.
+      sentence: sentence of the `Rule`.
+      hint: hint of the `Rule`.
       **more: other fields of the `Rule`.
 
     Returns:
@@ -128,6 +135,34 @@ def within(
         return value is None or low <= value <= high
 
     return Rule(holds, sentence, hint, **more)
+
+
+def finds_none(
+    find: Callable[[Any], Sequence[Any] | str],
+    sentence: str,
+    hint: str = "",
+    **more: Any,
+) -> Rule:
+    """A rule that nothing breaks; its sentence names at once all that does.
+
+    Args:
+      find: function of the values to the names that break the rule, or to words.
+      sentence: sentence of the `Rule`; {names} stands for the first few names.
+      hint: hint of the `Rule`.
+      **more: other fields of the `Rule`.
+
+    Returns:
+      The rule.
+    """
+
+    def holds(values: Any) -> bool:
+        return not find(values)
+
+    def details(values: Any) -> dict[str, Any]:
+        names = find(values)
+        return {"names": names if isinstance(names, str) else listed(names)}
+
+    return Rule(holds, sentence, hint, details=details, **more)
 
 
 def _is_set(values: Any, name: str) -> bool:

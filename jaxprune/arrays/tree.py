@@ -15,6 +15,7 @@ from optax import MaskedNode
 
 from jaxprune.arrays.low_bit import is_int8
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import check, finds_none
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def named_leaves(
 
     Args:
       tree: any pytree.
-      is_leaf: which nodes count as one leaf.
+      is_leaf: whether a node counts as one leaf.
 
     Returns:
       Path name to leaf; the leaf is `optax.MaskedNode()` where it was left out.
@@ -73,10 +74,13 @@ def pairs(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[str, Any]]:
     for path, node in jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda node: is_leaf(node) or _is_variable(node)
     ):
-        inner = [((), node)]
+        inner = [((), node)]  # (path below the node, leaf)
         if _is_variable(node):  # its `value` is no part of the name
             inner = jax.tree_util.tree_leaves_with_path(
-                node, is_leaf=lambda part, own=node: part is not own and is_leaf(part)
+                node,
+                is_leaf=lambda part, variable=node: (
+                    part is not variable and is_leaf(part)
+                ),
             )
             inner = [(below[1:], leaf) for below, leaf in inner]
         named += [
@@ -89,8 +93,8 @@ def pairs(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[str, Any]]:
 def _is_variable(node: Any) -> bool:
     """Whether a node is one of NNX's variables, which flax need not be here for."""
     return any(
-        kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx")
-        for kind in type(node).__mro__
+        base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
+        for base in type(node).__mro__
     )
 
 
@@ -123,7 +127,7 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
       reference: the parameters.
       other: a tree of the same names, of whatever containers; leaves may be left out
         (`optax.MaskedNode()`).
-      what: what `other` is, for the error ("masks").
+      what: word for `other` in the error ("masks").
 
     Returns:
       A list as long as `reference` has leaves; `optax.MaskedNode()` where left out.
@@ -131,40 +135,57 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     Raises:
       ValueError: names or shapes differ; the sentence names the leaves.
     """
-    wanted, given = named_leaves(reference), named_leaves(other)
-    _spread_excluded(given, wanted)
-    missing, foreign = wanted.keys() - given.keys(), given.keys() - wanted.keys()
-    if missing or foreign:
-        raise ValueError(
-            f"{what} must have the leaves of the parameters, but"
-            + (f" lack {listed(sorted(missing))}" if missing else "")
-            + (" and" if missing and foreign else "")
-            + (f" have unknown {listed(sorted(foreign))}" if foreign else "")
-            + f"; make the {what} from these parameters"
-        )
-    wrong = [
-        f"{name!r} ({jnp.shape(given[name])} for {jnp.shape(leaf)})"
-        for name, leaf in wanted.items()
-        if not is_excluded(given[name])
-        and not is_excluded(leaf)
-        and jnp.shape(given[name]) != jnp.shape(leaf)
+    expected, leaves = named_leaves(reference), named_leaves(other)
+    _spread_excluded(leaves, expected)
+    check(_ALIGNED, expected=expected, leaves=leaves, what=what)
+    return [leaves[name] for name in expected]
+
+
+def _foreign(values: Any) -> str:
+    """Which names only one of two trees has; empty where they have the same."""
+    missing = sorted(values.expected.keys() - values.leaves.keys())
+    foreign = sorted(values.leaves.keys() - values.expected.keys())
+    phrases = [f"lack {listed(missing)}"] * bool(missing)
+    phrases += [f"have unknown {listed(foreign)}"] * bool(foreign)
+    return " and ".join(phrases)
+
+
+def _misshapen(values: Any) -> str:
+    """Which leaves of two trees have different shapes, left-out ones set aside."""
+    pairs = [
+        (name, values.leaves[name], leaf) for name, leaf in values.expected.items()
     ]
-    if wrong:
-        raise ValueError(
-            f"{what} must have the shapes of the parameters, but differ at "
-            f"{', '.join(wrong)}; make the {what} from these parameters"
-        )
-    return [given[name] for name in wanted]
+    return ", ".join(
+        f"{name!r} ({jnp.shape(leaf)} for {jnp.shape(like)})"
+        for name, leaf, like in pairs
+        if not (is_excluded(leaf) or is_excluded(like))
+        and jnp.shape(leaf) != jnp.shape(like)
+    )
 
 
-def _spread_excluded(given: dict[str, Any], wanted: Mapping[str, Any]) -> None:
+_ALIGNED = (
+    finds_none(
+        _foreign,
+        "{what} must have the leaves of the parameters, but {names}",
+        "make the {what} from these parameters",
+    ),
+    finds_none(
+        _misshapen,
+        "{what} must have the shapes of the parameters, but differ at {names}",
+        "make the {what} from these parameters",
+    ),
+)
+
+
+def _spread_excluded(leaves: dict[str, Any], expected: Mapping[str, Any]) -> None:
     """Leaves out what a left-out node stands for; optax labels whole subtrees so."""
-    for name, leaf in list(given.items()):
-        if is_excluded(leaf) and name not in wanted:
-            below = [w for w in wanted if w.startswith(f"{name}/") or not name]
-            given |= dict.fromkeys(below, leaf)
+    for name, leaf in list(leaves.items()):
+        if is_excluded(leaf) and name not in expected:
+            # An empty name is the root's: the whole tree is left out.
+            below = [n for n in expected if n.startswith(f"{name}/") or not name]
+            leaves |= dict.fromkeys(below, leaf)
             if below:
-                del given[name]
+                del leaves[name]
 
 
 def with_nodes(masks: Any, names: Container[str]) -> Any:
@@ -191,10 +212,10 @@ def by_rule(
     """What the first matching glob of `rules` says of each leaf.
 
     Args:
-      rules: shell-style pattern on path names to value; the first match counts.
-      leaf_names: the names that the rules are for.
-      default: the value of a leaf that no rule matches.
-      what: what the rules give, for the error ("sparsity").
+      rules: values by shell-style pattern on path names; the first match counts.
+      leaf_names: path names that the rules are for.
+      default: value of a leaf that no rule matches.
+      what: word for the values in the error ("sparsity").
 
     Returns:
       One value a name.

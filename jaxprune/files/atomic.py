@@ -17,11 +17,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from jaxprune.files.safetensors_file import damaged, read_json
-
-_CHUNK = 1 << 20
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.files.safetensors_file import read_json
+from jaxprune.files.sink import Sink
 
 Replaceable = Callable[[Path], str | None]
 """Why an existing directory or file must not be replaced, or None where it may be."""
@@ -45,6 +45,7 @@ def replace(path: Path, content: bytes) -> None:
       'abc'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same directory: a rename is atomic only within one file system.
     partial = _beside(path, "partial")
     try:
         with Sink(partial) as sink:
@@ -72,8 +73,8 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
     """Whether the job that a directory belongs to was begun; notes it if there is none.
 
     Args:
-      path: the JSON file that names the job; its directory is the job's.
-      job: JSON-able; what decides the result.
+      path: JSON file that names the job; its directory is the job's.
+      job: JSON-able settings that decide the result.
 
     Returns:
       Whether the same job was begun before.
@@ -85,12 +86,8 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
     if not path.exists():
         replace_json(path, dict(job))
         return False
-    if different := differences(read_json(path), job):
-        raise ValueError(
-            f"'{path.parent}' belongs to another job: {'; '.join(different)}; give the "
-            "old values to resume it, delete it to begin anew, or choose another "
-            "directory"
-        )
+    different = "; ".join(differences(read_json(path), job))
+    check(_SAME_JOB, directory=path.parent, different=different)
     return True
 
 
@@ -108,8 +105,8 @@ def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
     """How two jobs differ, entry by entry.
 
     Args:
-      begun: as JSON holds it, tuples being lists.
-      job: JSON-able.
+      begun: settings of the old job, read from JSON: tuples are lists.
+      job: JSON-able settings of the new job.
 
     Returns:
       A phrase for each entry that differs.
@@ -130,6 +127,7 @@ def differences(begun: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
 def check_room(place: Path, size: int) -> None:
     """Refuses a place that cannot be written to, or has no room for so many bytes."""
     home = next(parent for parent in place.resolve().parents if parent.exists())
+    # Permissions say too little (a read-only mount, a quota): a file is made and gone.
     try:
         with tempfile.TemporaryFile(dir=home):
             pass
@@ -138,22 +136,7 @@ def check_room(place: Path, size: int) -> None:
             f"'{home}' must be a directory that can be written to, but it is not "
             f"({error.strerror}); choose another place"
         ) from None
-    if (free := shutil.disk_usage(home).free) < size:
-        raise OSError(
-            f"'{home}' must have room for {size:,} bytes, but {free:,} are free; make "
-            "room, or choose another place"
-        )
-
-
-@contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Adds the path to errors of the system that name no file: a full disk, say."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+    check(_ROOM, home=home, size=size, free=shutil.disk_usage(home).free)
 
 
 def bytes_in(directory: Path) -> int:
@@ -171,11 +154,7 @@ def digest(path: Path) -> str:
 def apart(place: str | os.PathLike[str], source: Path) -> Path:
     """The absolute place of a result, refused where it and its source touch."""
     place, origin = Path(place).resolve(), source.resolve()
-    if place.is_relative_to(origin) or origin.is_relative_to(place):
-        raise ValueError(
-            f"a result must lie apart from its source, but '{place}' and '{origin}' "
-            "are in each other; choose a directory beside it"
-        )
+    check(_APART, place=place, origin=origin)
     return place
 
 
@@ -186,9 +165,9 @@ def staged(
     """A directory to fill, which takes its place when the block ends without an error.
 
     Args:
-      place: the final place, absolute; nothing or an empty directory may be there.
-      replaceable: decides whether a directory that holds something may be replaced;
-        None replaces none.
+      place: final place, absolute; nothing or an empty directory may be there.
+      replaceable: function that decides whether a directory that holds something may be
+        replaced; None replaces none.
       resume: whether the directory still holds what an earlier run left, and keeps what
         the block wrote if the block is stopped or the disk, memory or device fails.
         Otherwise the directory begins empty, and nothing is left after an error.
@@ -214,8 +193,10 @@ def staged(
             _place(partial, place)
         except BaseException as error:
             _recover(place)
+            # What a crash of the disk or device left is good; other errors come again.
             if not (resume and _may_go_on(error)):
                 shutil.rmtree(partial, ignore_errors=True)
+            # An empty one is of no use to a run that resumes.
             with contextlib.suppress(OSError):
                 partial.rmdir()
             raise
@@ -267,56 +248,6 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class Sink:
-    """A file that is hashed as it is written, and on disk when its block ends.
-
-    Example:
-      >>> import pathlib, tempfile
-      >>> from jaxprune.files.atomic import Sink
-      >>> with Sink(pathlib.Path(tempfile.mkdtemp()) / "file") as sink:
-      ...     sink.put(b"abc")
-      >>> sink.digest[:8]
-      'ba7816bf'
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
-        self._hash = hashlib.sha256()
-        self._position = 0
-
-    def __enter__(self) -> "Sink":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        with named(self._path), self._file:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of what was written so far."""
-        return self._hash.hexdigest()
-
-    def put(self, part: Any) -> None:
-        """Writes bytes, or a contiguous array of them, at the end."""
-        self._hash.update(part)
-        with named(self._path):
-            self._position += self._file.write(part)
-
-    def copy(self, origin: BinaryIO, end: int) -> None:
-        """Copies what another file has from this one's end on, up to `end`."""
-        origin.seek(self._position)
-        while self._position < end:
-            part = origin.read(min(end - self._position, _CHUNK))
-            if not part:
-                raise damaged(
-                    Path(origin.name), "it became shorter since it was opened"
-                )
-            self.put(part)
-
-
 def sync(directory: Path) -> None:
     """Makes the entries of a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -346,27 +277,14 @@ def _check_still_free(place: Path, replaceable: Replaceable | None) -> None:
 
 def check_free(place: Path, replaceable: Replaceable | None) -> None:
     """Refuses a place that holds something, unless `replaceable` allows it."""
-    if place.is_mount():
-        raise ValueError(
-            f"'{place}' is where a disk is mounted, which no result can take the place "
-            "of; give a directory inside it"
-        )
-    if place.is_dir() and Path.cwd().is_relative_to(place.resolve()):
-        raise ValueError(
-            f"'{place}' is the directory that this runs in, whose place the result "
-            "would take; run it from another one"
-        )
+    check(_MOVABLE, place=place)
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     reason: str | None = "there is something already"
     way = ", or pass overwrite=True if it is an earlier result"
     if replaceable is not None:
         reason, way = replaceable(place), ""
-    if reason:
-        raise ValueError(
-            f"the result must not destroy what is at '{place}', but {reason}; choose "
-            f"another place{way}"
-        )
+    check(_REPLACEABLE, place=place, reason=reason, way=way)
 
 
 def _place(partial: Path, place: Path) -> None:
@@ -397,3 +315,45 @@ def _empty(directory: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+_SAME_JOB = Rule(
+    lambda v: not v.different,
+    "'{directory}' belongs to another job: {different}",
+    "give the old values to resume it, delete it to begin anew, or choose another "
+    "directory",
+)
+_ROOM = Rule(
+    lambda v: v.free >= v.size,
+    "'{home}' must have room for {size:,} bytes, but {free:,} are free",
+    "make room, or choose another place",
+    error=OSError,
+)
+_APART = Rule(
+    lambda v: (
+        not (v.place.is_relative_to(v.origin) or v.origin.is_relative_to(v.place))
+    ),
+    "a result must lie apart from its source, but '{place}' and '{origin}' are in "
+    "each other",
+    "choose a directory beside it",
+)
+_MOVABLE = (
+    Rule(
+        lambda v: not v.place.is_mount(),
+        "'{place}' is where a disk is mounted, which no result can take the place of",
+        "give a directory inside it",
+    ),
+    Rule(
+        lambda v: (
+            not (v.place.is_dir() and Path.cwd().is_relative_to(v.place.resolve()))
+        ),
+        "'{place}' is the directory that this runs in, whose place the result would "
+        "take",
+        "run it from another one",
+    ),
+)
+_REPLACEABLE = Rule(
+    lambda v: not v.reason,
+    "the result must not destroy what is at '{place}', but {reason}",
+    "choose another place{way}",
+)

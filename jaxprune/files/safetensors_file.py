@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from jaxprune.arrays.rules import Rule, check, finds_none
+
 _KINDS = {
     "F": (np.float16, np.float32, np.float64),
     "BF": (ml_dtypes.bfloat16,),
@@ -31,13 +33,13 @@ DTYPES = {
     "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 } | {
-    f"{letter}{8 * np.dtype(kind).itemsize}": np.dtype(kind)
-    for letter, kinds in _KINDS.items()
-    for kind in kinds
+    f"{letter}{8 * np.dtype(scalar).itemsize}": np.dtype(scalar)
+    for letter, scalars in _KINDS.items()
+    for scalar in scalars
 }
 """NumPy's dtype for each of safetensors' codes, little-endian."""
 
-_LONGEST_JSON = 100_000_000
+_LONGEST_JSON = 100_000_000  # bytes, the limit of Hugging Face's own reader
 
 
 class Damaged(ValueError):
@@ -93,25 +95,29 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
+        # Looked at before it is read: a damaged length may ask for any memory.
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_JSON):
-            fits = f"its header of {length} bytes does not fit {size}"
-            raise damaged(path, f"{fits}, or it is no safetensors file")
-        entries = parse(file.read(length), path)
+        check(_LENGTH, path=path, size=size, length=length)
+        entries = parse_json(file.read(length), path)
     metadata = entries.pop("__metadata__", {})
-    if not is_text(metadata):
-        raise damaged(path, "its __metadata__ is no map of text to text")
+    check(_METADATA, path=path, metadata=metadata)
     pairs = [(n, _entry(path, n, e, 8 + length)) for n, e in entries.items()]
     # Empty tensors begin where the next one begins, and come before it.
     tensors = dict(sorted(pairs, key=lambda pair: (pair[1].offset, pair[1].size)))
-    end = 8 + length
-    for name, info in tensors.items():
-        if info.offset != end:
-            raise damaged(path, f"'{name}' begins at {info.offset} and not at {end}")
-        end += info.size
-    if end != size:
-        raise damaged(path, f"its tensors end at {end}, and the file at {size}")
+    check(_FILLED, path=path, tensors=tensors, start=8 + length, size=size)
     return tensors, metadata
+
+
+def _gap(values: Any) -> str:
+    """Where the tensors leave a gap or overlap, in words; empty where nowhere."""
+    end = values.start
+    for name, info in values.tensors.items():
+        if info.offset != end:
+            return f"'{name}' begins at {info.offset} and not at {end}"
+        end += info.size
+    if end != values.size:
+        return f"its tensors end at {end}, and the file at {values.size}"
+    return ""
 
 
 def write(
@@ -123,16 +129,17 @@ def write(
     """Writes a file, one tensor in memory at a time, and syncs it to disk.
 
     Args:
-      path: of the file.
-      entries: name to dtype and shape.
-      read: gives a tensor of that dtype and shape, when its turn comes.
-      metadata: the file's `__metadata__`.
+      path: path of the file.
+      entries: dtype and shape by name.
+      read: function of a name that gives its tensor, when its turn comes.
+      metadata: map of text to text, the file's `__metadata__`.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header = {n: (codes[np.dtype(dtype)], s) for n, (dtype, s) in entries.items()}
     with open(path, "wb") as file:
         places = write_header(file, header, metadata or {})
         for name in sorted(places, key=lambda name: places[name].offset):
+            # A scalar has no bytes to view until it has an axis.
             array = np.ascontiguousarray(read(name)).reshape(-1)
             file.write(array.view(np.uint8).data)
         file.flush()
@@ -147,9 +154,9 @@ def write_header(
     """Begins a safetensors file; the tensors are written to their places afterwards.
 
     Args:
-      file: open for writing, at its beginning.
-      entries: name to code (one of `DTYPES`) and shape.
-      metadata: the file's `__metadata__`.
+      file: file open for writing, at its beginning.
+      entries: code (one of `DTYPES`) and shape by name.
+      metadata: map of text to text, the file's `__metadata__`.
 
     Returns:
       Name to place. Wider dtypes come first, so that every tensor is aligned.
@@ -157,6 +164,7 @@ def write_header(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     places: dict[str, tuple[int, int]] = {}
     end = 0
+    # The widest first: then each begins at a multiple of its own item's size.
     for name in sorted(entries, key=lambda name: -DTYPES[entries[name][0]].itemsize):
         code, shape = entries[name]
         begin, end = end, end + math.prod(shape) * DTYPES[code].itemsize
@@ -187,19 +195,20 @@ def view(path: Path, info: TensorInfo) -> np.ndarray:
         mapped = np.memmap(path, info.dtype, "r", info.offset, info.shape)
     except ValueError:
         raise damaged(path, "it became shorter since it was opened") from None
+    # A plain array: slices of a `memmap` would each carry the file's attributes.
     return mapped.view(np.ndarray)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; `Damaged` where there is none, or it is too long."""
-    if path.stat().st_size > _LONGEST_JSON:
-        raise damaged(path, f"it is longer than {_LONGEST_JSON} bytes")
-    return parse(path.read_bytes(), path)
+    check(_SHORT, path=path, size=path.stat().st_size, longest=_LONGEST_JSON)
+    return parse_json(path.read_bytes(), path)
 
 
-def parse(content: bytes, path: Path) -> dict[str, Any]:
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     """A JSON object from UTF-8, `Damaged` where it is none or a name comes twice."""
 
+    # JSON itself lets a name come twice, and the last one wins without a word.
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
@@ -210,8 +219,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
         value = json.loads(content.decode(), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"it holds no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise damaged(path, "it holds no JSON object")
+    check(_OBJECT, path=path, value=value)
     return value
 
 
@@ -232,7 +240,43 @@ def is_inside(path: str) -> bool:
 
 def damaged(path: Path, what: str) -> Damaged:
     """The error of a file that is not what it says."""
-    return Damaged(f"'{path}' is damaged: {what}; bring the file back from a copy")
+    return Damaged(f"'{path}' is damaged: {what}; {_COPY}")
+
+
+_COPY = "bring the file back from a copy"
+
+
+def _whole(holds: Callable[[Any], bool], damage: str) -> Rule:
+    """A rule that is broken by a damaged file only."""
+    return Rule(holds, f"'{{path}}' is damaged: {damage}", _COPY, error=Damaged)
+
+
+_LENGTH = _whole(
+    lambda v: v.size >= 8 and 2 <= v.length <= min(v.size - 8, _LONGEST_JSON),
+    "its header of {length} bytes does not fit {size}, or it is no safetensors file",
+)
+_METADATA = _whole(
+    lambda v: is_text(v.metadata), "its __metadata__ is no map of text to text"
+)
+_FILLED = finds_none(_gap, "'{path}' is damaged: {names}", _COPY, error=Damaged)
+_SHORT = _whole(lambda v: v.size <= v.longest, "it is longer than {longest} bytes")
+_OBJECT = _whole(lambda v: isinstance(v.value, dict), "it holds no JSON object")
+_ENTRY = (
+    _whole(
+        lambda v: all(type(number) is int and number >= 0 for number in v.numbers),
+        "'{name}' has a shape or offset that is no whole number",
+    ),
+    Rule(
+        lambda v: v.code in DTYPES,
+        "the dtypes read here are {known}, but '{name}' in '{path}' is {code}",
+        "save the model in one of them",
+        error=Unknown,
+    ),
+)
+_SIZE = _whole(
+    lambda v: v.size == v.stored,
+    "'{name}' needs {size} bytes and has {stored}",
+)
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
@@ -240,16 +284,10 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     match entry:
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
             numbers = [*shape, begin, end]
-        case _:
+        case _:  # not even the keys that tell where it lies
             raise damaged(path, f"'{name}' has no dtype, shape and data_offsets")
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise damaged(path, f"'{name}' has a shape or offset that is no whole number")
-    if code not in DTYPES:
-        raise Unknown(
-            f"the dtypes read here are {', '.join(DTYPES)}, but '{name}' in '{path}' "
-            f"is {code}; save the model in one of them"
-        )
+    known = ", ".join(DTYPES)
+    check(_ENTRY, path=path, name=name, numbers=numbers, code=code, known=known)
     size = math.prod(shape) * DTYPES[code].itemsize
-    if end - begin != size:
-        raise damaged(path, f"'{name}' needs {size} bytes and has {end - begin}")
+    check(_SIZE, path=path, name=name, size=size, stored=end - begin)
     return TensorInfo(path.name, DTYPES[code], tuple(shape), start + begin, size)

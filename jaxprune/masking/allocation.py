@@ -10,18 +10,35 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import counting
-from jaxprune.arrays.messages import chosen, listed
+from jaxprune.arrays import counting, placement, rules
+from jaxprune.arrays.messages import chosen
 from jaxprune.arrays.topk import thresholds
-from jaxprune.masking.checks import floating
+from jaxprune.masking.checks import floating_scores
+from jaxprune.masking.shares import capped_shares, exact_shares
 from jaxprune.scores import from_activations
 from jaxprune.typing import Scores
+
+__all__ = [
+    "ERK",
+    "OWL",
+    "Global",
+    "Layer",
+    "PerMatrix",
+    "Ranked",
+    "Rule",
+    "Weight",
+    "parse",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,14 +46,15 @@ class Weight:
     """What a rule may know of a weight.
 
     Attributes:
-      name: the weight's name.
-      leaf: the path name of its leaf, of which it may be a part.
-      index: its place in a leaf that stacks weights; empty for a leaf by itself.
-      shape: (batch, in, out).
-      view: an array shaped like the leaf to the weight's part of it, (batch, in, out).
-      read: gives the weight itself as (batch, in, out).
-      mean_square: of its input's features (batch, in), from the dense model; None where
-        the rule does not ask for it.
+      name: name of the weight.
+      leaf: path name of its leaf, of which it may be a part.
+      index: place in a leaf that stacks weights; empty for a leaf by itself.
+      shape: shape (batch, in, out).
+      view: function of an array shaped like the leaf to the weight's part of it,
+        (batch, in, out).
+      read: function that gives the weight itself as (batch, in, out).
+      mean_square: mean squares of its input's features (batch, in), from the dense
+        model; None where the rule does not ask for them.
     """
 
     name: str
@@ -65,8 +83,14 @@ class Rule(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform:
-    """The same sparsity for every weight: "layer" or "uniform"."""
+class Layer:
+    """The same sparsity for every weight, the layer of a network: "layer".
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.allocation.Layer()
+      Layer()
+    """
 
     needs_inputs = False
 
@@ -75,11 +99,8 @@ class Uniform:
         return [Fraction(sparsity)] * len(weights)
 
 
-Layer = Uniform
-
-
 @dataclasses.dataclass(frozen=True)
-class PerMatrix(Uniform):
+class PerMatrix(Layer):
     """The same sparsity for every matrix of a stack, each ranked by itself: "matrix".
 
     For leaves that a scan stacks over layers, (layers, in, out), of which "layer" makes
@@ -121,10 +142,20 @@ class ERK:
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
-        raw = [
+        sizes = [weight.size for weight in weights]
+        density = [
             (i + o) / max(i * o, 1) for *_, i, o in (weight.shape for weight in weights)
         ]
-        return _exact(1 - _capped(raw, weights, sparsity), weights, sparsity)
+        return exact_shares(
+            1 - capped_shares(density, sizes, sparsity), sizes, sparsity
+        )
+
+
+_OWL = rules.Rule(
+    lambda v: 0 <= v.owl.spread < 1 and 0 < v.owl.factor < math.inf,
+    "OWL needs 0 <= spread < 1 and a factor over 0, got {owl}",
+    "the paper's are 0.08 and 5",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,31 +186,27 @@ class OWL:
 
     def __post_init__(self) -> None:
         """Refuses what would turn the rule round, or mean nothing."""
-        if not 0 <= self.spread < 1 or not 0 < self.factor < math.inf:
-            raise ValueError(
-                f"OWL needs 0 <= spread < 1 and a factor over 0, got {self}; the "
-                "paper's are 0.08 and 5"
-            )
+        rules.check(_OWL, owl=self)
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
-        blocks = _blocks(weights)
-        totals = {block: np.zeros(2) for block in blocks}
-        for block, weight in zip(blocks, weights, strict=True):
-            totals[block] += (float(_scores(weight).sum()), weight.size)
-        outliers = {block: 0.0 for block in totals}
-        for block, weight in zip(blocks, weights, strict=True):
-            total, size = totals[block][0], max(totals[block][1], 1)
+        layers = _layers(weights)
+        totals = {layer: np.zeros(2) for layer in layers}  # sum of scores, size
+        for layer, weight in zip(layers, weights, strict=True):
+            totals[layer] += (float(_scores(weight).sum()), weight.size)
+        outliers = {layer: 0.0 for layer in totals}
+        # Scores are made twice: those of all weights may not fit in memory.
+        for layer, weight in zip(layers, weights, strict=True):
+            total, size = totals[layer][0], max(totals[layer][1], 1)
             above = _scores(weight) > self.factor * total / size
-            outliers[block] += float(jnp.sum(above, dtype=np.float32)) / size
+            outliers[layer] += float(jnp.sum(above, dtype=np.float32)) / size
         # The layers' shares of outliers, mapped to [-spread, spread] around their mean.
-        ratio = np.array(list(outliers.values()))
+        ratio = np.array(list(outliers.values()))  # (layers,)
         width = max(ratio.max() - ratio.min(), np.finfo(float).tiny)
         scaled = (ratio - ratio.min()) / width * 2 * self.spread
         kept = dict(zip(outliers, scaled - scaled.mean() + 1 - sparsity, strict=True))
-        return _exact(
-            np.array([1 - kept[block] for block in blocks]), weights, sparsity
-        )
+        pruned = np.array([1 - kept[layer] for layer in layers])  # (weights,)
+        return exact_shares(pruned, [weight.size for weight in weights], sparsity)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,7 +229,7 @@ class Ranked:
 
         Args:
           weights: the weights to prune; each one's leaf has scores.
-          sparsity: the share to remove of all of them.
+          sparsity: share to remove of all of them.
 
         Returns:
           A fraction for each weight, whose count is an integer.
@@ -212,40 +239,20 @@ class Ranked:
             shape.
           TypeError: they are not floating.
         """
-        named = floating(self.scores)
-        if missing := sorted({weight.leaf for weight in weights} - named.keys()):
-            raise ValueError(
-                "allocation.Ranked needs scores of every weight to prune, but has none "
-                f"of {listed(missing)}; make them from these parameters, with the same "
-                "prunable rule"
-            )
+        named = floating_scores(self.scores)
+        rules.check(_RANKED, weights=weights, scores=named)
         leaves = [named[weight.leaf] for weight in weights]
-        shapes = [
-            jax.eval_shape(weight.view, leaf).shape
-            for weight, leaf in zip(weights, leaves, strict=True)
-        ]
-        pairs = zip(weights, shapes, strict=True)
-        if other := [w.name for w, shape in pairs if shape != w.shape]:
-            raise ValueError(
-                "allocation.Ranked needs scores of the weights' shapes, but those of "
-                f"{listed(other)} have others; make them from these parameters"
-            )
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            raise ValueError(
-                "allocation.Ranked counts what its scores prune, so they must have "
-                "values, but they are traced; make them outside of jit"
-            )
-        with thresholds.at_once(leaves):
+        # The counts are Python integers, so they are computed now, in `jit` too.
+        with placement.at_once(leaves):
             parts = [w.view(leaf) for w, leaf in zip(weights, leaves, strict=True)]
             return _ranked(weights, parts, sparsity)
 
 
-Name: TypeAlias = Literal["layer", "uniform", "global", "erk", "owl", "matrix"]
-"""The rules by their names; "layer" and "uniform" are one."""
+Name: TypeAlias = Literal["layer", "global", "erk", "owl", "matrix"]
+"""The names of the rules."""
 
 RULES: dict[str, Rule] = {
-    "layer": Uniform(),
-    "uniform": Uniform(),
+    "layer": Layer(),
     "global": Global(),
     "erk": ERK(),
     "owl": OWL(),
@@ -254,7 +261,7 @@ RULES: dict[str, Rule] = {
 """Each rule with its usual settings, by its name."""
 
 
-def named(allocation: Rule | str) -> Rule:
+def parse(allocation: Rule | str) -> Rule:
     """A rule from its name, or the rule itself.
 
     Args:
@@ -269,44 +276,14 @@ def named(allocation: Rule | str) -> Rule:
 
     Example:
       >>> import jaxprune as jp
-      >>> jp.allocation.named("owl")
+      >>> jp.allocation.parse("owl")
       OWL(spread=0.08, factor=5.0)
     """
     choices = "a value such as jp.allocation.ERK(), or {glob: share}"
     return chosen("allocation", allocation, RULES, "sparsities", choices)
 
 
-def _exact(
-    shares: np.ndarray, weights: Sequence[Weight], sparsity: float
-) -> list[Fraction]:
-    """Shifts all pruned shares by one number so that the total is the one asked for.
-
-    Shifted shares are clipped to [0, 1]. Each is returned as a fraction with an integer
-    count of pruned weights; the counts add up to the integer nearest to sparsity x
-    size.
-    """
-    sizes = np.array([weight.size for weight in weights], float)
-    goal = round(sparsity * sum(weight.size for weight in weights))
-    # Bisection: what is pruned rises with the common shift of all shares.
-    low, high = -1.0, 1.0
-    for _ in range(64):
-        middle = (low + high) / 2
-        pruned = (np.clip(shares + middle, 0, 1) * sizes).sum()
-        low, high = (middle, high) if pruned < goal else (low, middle)
-    # Rounded are the ends of the running sum, so that the counts add up to the goal.
-    ends = np.rint(np.cumsum(np.clip(shares + high, 0, 1) * sizes))
-    ends[-1] = goal
-    counts: list[float] = []
-    for end, size in zip(np.minimum(ends, goal), sizes, strict=True):
-        # Two ends on halves may be rounded apart, by one more than the size.
-        counts.append(min(end - sum(counts), size))
-    return [
-        Fraction(int(count), max(weight.size, 1))
-        for count, weight in zip(counts, weights, strict=True)
-    ]
-
-
-def _blocks(weights: Sequence[Weight]) -> list[tuple[str, int]]:
+def _layers(weights: Sequence[Weight]) -> list[tuple[str, int]]:
     """The layer (prefix, number) of each weight: the first number that tells any apart.
 
     A number that is the same in all weights with this prefix numbers no layers, such as
@@ -314,11 +291,12 @@ def _blocks(weights: Sequence[Weight]) -> list[tuple[str, int]]:
     index is the layer, unless its name has the number of one: numbers with weights
     beside it that have no index, as "blocks/3/up" beside "blocks/3/qkv" of three parts.
     """
-    every = [_numbers(weight) for weight in weights]
-    seen: dict[str, set[int]] = {}
-    for prefix, number in itertools.chain(*every):
-        seen.setdefault(prefix, set()).add(number)
-    pairs = list(zip(weights, every, strict=True))
+    numbers_by_weight = [_numbers(weight) for weight in weights]
+    numbers_by_prefix: dict[str, set[int]] = {}
+    for prefix, number in itertools.chain(*numbers_by_weight):
+        numbers_by_prefix.setdefault(prefix, set()).add(number)
+    pairs = list(zip(weights, numbers_by_weight, strict=True))
+    # Prefixes whose numbers have weights that are no part of a stack.
     single = {prefix for w, places in pairs if not w.index for prefix, _ in places}
 
     def layer(weight: Weight, places: list[tuple[str, int]]) -> tuple[str, int]:
@@ -326,7 +304,9 @@ def _blocks(weights: Sequence[Weight]) -> list[tuple[str, int]]:
         if weight.index:
             last = (weight.leaf.removeprefix("params/").split("/")[0], weight.index[0])
             places = [place for place in places if place[0] in single]
-        return next((place for place in places if len(seen[place[0]]) > 1), last)
+        return next(
+            (place for place in places if len(numbers_by_prefix[place[0]]) > 1), last
+        )
 
     return [layer(*pair) for pair in pairs]
 
@@ -336,26 +316,9 @@ def _numbers(weight: Weight) -> list[tuple[str, int]]:
 
     Of a weight without a number it is its own name and -1.
     """
-    found = re.finditer(r"(?:^|[/_])(\d+)(?=/|$)", weight.leaf)
-    places = [(weight.leaf[: each.start()], int(each[1])) for each in found]
+    matches = re.finditer(r"(?:^|[/_])(\d+)(?=/|$)", weight.leaf)
+    places = [(weight.leaf[: match.start()], int(match[1])) for match in matches]
     return places or [(weight.leaf, -1)]
-
-
-def _capped(
-    raw: Sequence[float], weights: Sequence[Weight], sparsity: float
-) -> np.ndarray:
-    """Kept shares in proportion to `raw`, none above 1, that add up to what is kept."""
-    sizes = np.array([weight.size for weight in weights], float)
-    kept, full = np.array(raw), np.zeros(len(raw), bool)
-    goal = (1 - sparsity) * sizes.sum()
-    while True:
-        rest = kept[~full] @ sizes[~full]
-        scale = (goal - sizes[full].sum()) / rest if rest else 0.0
-        over = ~full & (kept * scale > 1)
-        if not over.any():
-            return np.where(full, 1.0, kept * scale)
-        # These keep all, and what they cannot take goes to the others: once more.
-        full |= over
 
 
 def _ranked(
@@ -365,27 +328,68 @@ def _ranked(
     # Ties keep the first by name.
     order = sorted(range(len(weights)), key=lambda i: weights[i].name)
     size = sum(score.size for score in scores)
-    own = [scores[i] for i in order]
-    cuts = thresholds.cut_together(own, size - round(sparsity * size))
-    kept = jax.device_get(list(map(_kept, own, cuts)))
-    found = {i: counting.whole(number) for i, number in zip(order, kept, strict=True)}
-    return [Fraction(w.size - found[i], max(w.size, 1)) for i, w in enumerate(weights)]
+    ordered = [scores[i] for i in order]
+    cuts = thresholds.cut_together(ordered, size - round(sparsity * size))
+    kept = jax.device_get(list(map(_kept, ordered, cuts)))
+    kept_counts = {
+        i: counting.whole(number) for i, number in zip(order, kept, strict=True)
+    }
+    return [
+        Fraction(w.size - kept_counts[i], max(w.size, 1)) for i, w in enumerate(weights)
+    ]
 
 
 @jax.jit
 def _kept(scores: jax.Array, cut: thresholds.Cut) -> jax.Array:
-    return counting.parts(thresholds.mask(scores, cut), scores.size)
+    return counting.parts(thresholds.above_cut(scores, cut), scores.size)
 
 
 def _scores(weight: Weight) -> jax.Array:
-    if weight.mean_square is None:
-        raise ValueError(
-            f"OWL reads the mean squares of the inputs of '{weight.name}', which are "
-            "not there; give Weight(mean_square=...)"
-        )
+    rules.check(_MEAN_SQUARE, weight=weight)
     return _wanda(weight.read(), weight.mean_square)
 
 
 @jax.jit
 def _wanda(matrix: jax.Array, mean_square: jax.Array) -> jax.Array:
     return jax.vmap(from_activations.wanda)(matrix.astype(np.float32), mean_square)
+
+
+def _misshapen(values: Any) -> list[str]:
+    """The weights whose part of their leaf's scores has another shape than they."""
+    return [
+        weight.name
+        for weight in values.weights
+        if jax.eval_shape(weight.view, values.scores[weight.leaf]).shape != weight.shape
+    ]
+
+
+_MEAN_SQUARE = rules.Rule(
+    lambda v: v.weight.mean_square is not None,
+    "OWL reads the mean squares of the inputs of '{weight.name}', which are not there",
+    "give Weight(mean_square=...)",
+)
+_RANKED = (
+    rules.finds_none(
+        lambda v: sorted({weight.leaf for weight in v.weights} - v.scores.keys()),
+        "allocation.Ranked needs scores of every weight to prune, but has none of "
+        "{names}",
+        "make them from these parameters, with the same prunable rule",
+    ),
+    rules.finds_none(
+        _misshapen,
+        "allocation.Ranked needs scores of the weights' shapes, but those of {names} "
+        "have others",
+        "make them from these parameters",
+    ),
+    rules.Rule(
+        lambda v: (
+            not any(
+                isinstance(v.scores[weight.leaf], jax.core.Tracer)
+                for weight in v.weights
+            )
+        ),
+        "allocation.Ranked counts what its scores prune, so they must have values, but "
+        "they are traced",
+        "make them outside of jit",
+    ),
+)

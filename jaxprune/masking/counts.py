@@ -1,36 +1,45 @@
-"""How many units each weight loses, and what the arguments of a call agree on.
+"""How many units each weight keeps, and what the arguments of a call agree on.
 
 A sparsity is a share in [0, 1). The number of units that a weight loses is the integer
 nearest to sparsity times size (a half goes to the even one). Counts are Python
 integers, since a model may have more weights than 32 bits can count.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, TypeAlias
 
+import jax
+import numpy as np
+
 from jaxprune.arrays import tree
-from jaxprune.masking.allocation import Global, Name, Rule, Uniform, Weight, named
+from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.rules import Rule, check, excludes
+from jaxprune.masking import allocation as allocation_
+from jaxprune.masking import patterns
+from jaxprune.masking.allocation import Global, Layer, Name, Weight
 from jaxprune.typing import Pattern
 
 Sparsity: TypeAlias = float | Mapping[str, float] | None
 """One share, a share for each {glob on the path name}, or None."""
 
-Allocation: TypeAlias = Rule | Name | Mapping[str, float]
+Allocation: TypeAlias = allocation_.Rule | Name | Mapping[str, float]
 """A rule, its name, or {glob on the path name: share}."""
 
 
 def agreed(
     sparsity: Sparsity, pattern: Pattern, allocation: Allocation = "layer"
-) -> tuple[float | Mapping[str, float], Rule]:
+) -> tuple[float | Mapping[str, float], allocation_.Rule]:
     """The sparsity and the rule that a call means, where its arguments agree.
 
     A pattern may fix the sparsity; then none needs to be given, and no rule may share
     out another.
 
     Args:
-      sparsity: what was asked for.
-      pattern: the pattern.
+      sparsity: share or shares that the call asks for.
+      pattern: pattern that may fix the share.
       allocation: a rule, its name, or {glob: share} in the place of a sparsity.
 
     Returns:
@@ -43,62 +52,75 @@ def agreed(
     Example:
       >>> from jaxprune.masking import counts, patterns
       >>> counts.agreed(None, patterns.NM(2, 4))
-      (0.5, Uniform())
+      (0.5, Layer())
     """
+    shares = dict(allocation) if isinstance(allocation, Mapping) else None
+    check(_GIVEN_ONCE, shares=shares, sparsity=sparsity)
+    # Shares by leaf may stand in the place of either.
     if isinstance(allocation, Mapping):
-        if sparsity is not None:
-            raise ValueError(
-                "shares by leaf must be given once, but both "
-                f"allocation={dict(allocation)} and sparsity={sparsity} were given; "
-                "leave the sparsity out"
-            )
         sparsity, allocation = allocation, "layer"
-    if isinstance(sparsity, Mapping) and not sparsity:
-        raise ValueError(
-            "shares by leaf must name one leaf at least, but {} was given; write "
-            "{glob: share}, or one number for all"
-        )
-    rule, fixed = named(allocation), pattern.sparsity
-    by_leaf = isinstance(sparsity, Mapping)
-    if by_leaf and not isinstance(rule, Uniform):
-        raise ValueError(
-            f"allocation={rule} needs one sparsity to share out, but "
-            f"sparsity={sparsity} gives shares by leaf; leave the allocation out"
-        )
-    if fixed is None:
-        if sparsity is None:
-            raise ValueError(f"{pattern} leaves the sparsity free; give sparsity=0.5")
-        return sparsity if isinstance(sparsity, Mapping) else checked(sparsity), rule
-    if sparsity is not None and (by_leaf or checked(sparsity) != fixed):
-        raise ValueError(
-            f"{pattern} removes exactly {fixed:.4g} of each weight, but "
-            f"sparsity={sparsity} was asked for; leave the sparsity out"
-        )
-    if not isinstance(rule, Uniform | Global):
-        raise ValueError(
-            f"allocation={rule} needs one sparsity to share out, but {pattern} removes "
-            f"exactly {fixed:.4g} of each weight; leave the allocation out"
-        )
-    return fixed, rule
+    share = sparsity
+    if not (sparsity is None or isinstance(sparsity, Mapping)):
+        share = checked_sparsity(sparsity)
+    rule, fixed = allocation_.parse(allocation), pattern.sparsity
+    check(
+        _AGREEMENT,
+        sparsity=sparsity,
+        share=share,
+        pattern=pattern,
+        fixed=fixed,
+        rule=rule,
+    )
+    return (fixed if share is None else share), rule  # type: ignore[return-value]
 
 
-def checked(sparsity: Any, where: str = "") -> float:
-    """A sparsity as a float in [0, 1), or one clear error that says `where` it is."""
-    if isinstance(sparsity, bool | str):
-        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}{where}")
+def checked_sparsity(sparsity: Any, place: str = "") -> float:
+    """A sparsity as a float in [0, 1), or one clear error that says which it is."""
+    check(_NUMBER, sparsity=sparsity, place=place)
+    # NumPy's and JAX's scalars pass; a traced one raises a TypeError.
     try:
         value = float(sparsity)
     except TypeError as error:
         raise TypeError(
             f"sparsity must be a number in [0, 1) or {{glob: number}}, got "
-            f"{type(sparsity).__name__}{where}; under jit it must be static"
+            f"{type(sparsity).__name__}{place}; under jit it must be static"
         ) from error
-    if math.isnan(value) or not 0 <= value < 1:
-        raise ValueError(
-            f"sparsity must be in [0, 1), the share to remove, got {value}{where}"
-            + (f"; give {value / 100:g} for {value:g} %" if 1 <= value < 100 else "")
-        )
+    check(_SHARE, value=value, place=place)
     return value
+
+
+def kept_units(sparsity: float | Fraction, size: int) -> int:
+    """How many of so many units a sparsity keeps.
+
+    Args:
+      sparsity: share to remove, in [0, 1].
+      size: number of units.
+
+    Returns:
+      The size less the integer nearest to sparsity times size; a half goes to even.
+
+    Example:
+      >>> from jaxprune.masking import counts
+      >>> counts.kept_units(0.5, 5)
+      3
+    """
+    return size - round(sparsity * size)
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """A total as `parts` integers that differ by at most one, the larger ones first.
+
+    `matrix_mask.spread` does the same with a total that is traced.
+
+    Args:
+      total: total of the parts.
+      parts: number of parts.
+
+    Returns:
+      One integer a part.
+    """
+    share, larger = divmod(total, max(parts, 1))
+    return [share + (i < larger) for i in range(parts)]
 
 
 def by_leaf(
@@ -109,8 +131,8 @@ def by_leaf(
     Args:
       sparsity: one share for all leaves, or {glob on the path name: share}; the first
         match counts and a leaf that no glob matches keeps all.
-      names: the leaves' path names.
-      sizes: the leaves' numbers of units.
+      names: path names of the leaves.
+      sizes: numbers of units of the leaves.
 
     Returns:
       One count a leaf.
@@ -123,22 +145,120 @@ def by_leaf(
       >>> counts.by_leaf({"mlp/*": 0.5}, ["mlp/up", "out"], [10, 10])
       [5, 0]
     """
+    # Checked here too: this is also called without `agreed`.
     if isinstance(sparsity, Mapping):
-        rules = {g: checked(s, f" for {g!r}") for g, s in sparsity.items()}
+        rules = {g: checked_sparsity(s, f" for {g!r}") for g, s in sparsity.items()}
         shares = tree.by_rule(rules, names, 0.0, "sparsity")
     else:
-        shares = [checked(sparsity)] * len(names)
-    return [round(s * size) for s, size in zip(shares, sizes, strict=True)]
+        shares = [checked_sparsity(sparsity)] * len(names)
+    return [
+        size - kept_units(share, size)
+        for share, size in zip(shares, sizes, strict=True)
+    ]
 
 
 def by_rule(
     sparsity: float | Mapping[str, float],
-    rule: Rule,
+    rule: allocation_.Rule,
     weights: Sequence[Weight],
     units: Sequence[int],
 ) -> list[int]:
     """How many of each weight's units are pruned, by what `agreed` returned."""
     if isinstance(sparsity, Mapping):
         return by_leaf(sparsity, [weight.name for weight in weights], units)
-    found = rule.sparsities(weights, sparsity)
-    return [round(share * number) for share, number in zip(found, units, strict=True)]
+    shares = rule.sparsities(weights, sparsity)
+    return [
+        number - kept_units(share, number)
+        for share, number in zip(shares, units, strict=True)
+    ]
+
+
+def unit_count(pattern: Pattern, shape: Sequence[int], axes: Axes | None = None) -> int:
+    """How many units of a pattern an array of this shape has.
+
+    Args:
+      pattern: which weights are pruned together.
+      shape: shape of a leaf, or of a weight (batch, in, out).
+      axes: its input and output axes; Flax's [..., in, out] by default.
+
+    Returns:
+      The number of units, a Python integer.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> from jaxprune.masking import counts
+      >>> counts.unit_count(jp.patterns.Block(4, 4), (8, 6))
+      4
+    """
+    # Where a unit is a weight nothing needs to be traced.
+    if isinstance(pattern, patterns.Unstructured | patterns.PerOutput):
+        return math.prod(shape)
+    # Units follow from the shape alone; the dtype is not read.
+    scores = jax.ShapeDtypeStruct(tuple(shape), np.float32)
+    units = functools.partial(pattern.units, axes=axes or Axes())
+    return math.prod(jax.eval_shape(units, scores).shape)
+
+
+def unit_counts(
+    pattern: Pattern, leaves: Sequence[Any], leaf_axes: Sequence[Axes]
+) -> list[int]:
+    """How many units each leaf has; see `unit_count`."""
+    return [
+        unit_count(pattern, leaf.shape, axes)
+        for leaf, axes in zip(leaves, leaf_axes, strict=True)
+    ]
+
+
+_GIVEN_ONCE = excludes(
+    "shares",
+    "sparsity",
+    "shares by leaf must be given once, but both allocation={shares} and "
+    "sparsity={sparsity} were given",
+    "leave the sparsity out",
+)
+
+_AGREEMENT = (
+    Rule(
+        lambda v: not isinstance(v.sparsity, Mapping) or bool(v.sparsity),
+        "shares by leaf must name one leaf at least, but {{}} was given",
+        "write {{glob: share}}, or one number for all",
+    ),
+    Rule(
+        lambda v: not isinstance(v.sparsity, Mapping) or isinstance(v.rule, Layer),
+        "allocation={rule} needs one sparsity to share out, but sparsity={sparsity} "
+        "gives shares by leaf",
+        "leave the allocation out",
+    ),
+    Rule(
+        lambda v: v.fixed is not None or v.sparsity is not None,
+        "{pattern} leaves the sparsity free",
+        "give sparsity=0.5",
+    ),
+    Rule(
+        lambda v: v.fixed is None or v.share is None or v.share == v.fixed,
+        "{pattern} removes exactly {fixed:.4g} of each weight, but sparsity={sparsity} "
+        "was asked for",
+        "leave the sparsity out",
+    ),
+    Rule(
+        lambda v: v.fixed is None or isinstance(v.rule, Layer | Global),
+        "allocation={rule} needs one sparsity to share out, but {pattern} removes "
+        "exactly {fixed:.4g} of each weight",
+        "leave the allocation out",
+    ),
+)
+
+_NUMBER = Rule(
+    lambda v: not isinstance(v.sparsity, bool | str),
+    "sparsity must be a number in [0, 1), got {sparsity!r}{place}",
+    error=TypeError,
+)
+_SHARE = Rule(
+    lambda v: 0 <= v.value < 1,  # NaN is not
+    "sparsity must be in [0, 1), the share to remove, got {value}{place}{percent}",
+    details=lambda v: {
+        "percent": f"; give {v.value / 100:g} for {v.value:g} %"
+        if 1 <= v.value < 100
+        else ""
+    },
+)

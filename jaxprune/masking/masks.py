@@ -1,4 +1,4 @@
-"""Masks: made from scores, applied to parameters, combined, packed to bits.
+"""Masks: made from scores, applied, combined, packed to bits, found in a state.
 
 A mask is True where a weight is kept. A pruned weight becomes +0 by selection, never
 by multiplication, so NaN, infinity and -0 become +0 too.
@@ -14,15 +14,36 @@ import numpy as np
 
 from jaxprune.arrays import lazy, low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
 from jaxprune.masking import patterns, selection
-from jaxprune.masking.checks import checked, floating
+from jaxprune.masking.checks import aligned_masks, floating_scores
 from jaxprune.masking.counts import Allocation
+from jaxprune.masking.find_masks import get as get
+from jaxprune.masking.find_masks import replace as replace
 from jaxprune.masking.packed_mask import PackedMask as PackedMask
 from jaxprune.masking.packing import pack as pack
 from jaxprune.masking.packing import unpack as unpack
+from jaxprune.masking.sparsity import overlap as overlap
 from jaxprune.typing import Masks, Params, Pattern, Scores
+
+__all__ = [
+    "PackedMask",
+    "above",
+    "apply",
+    "combine",
+    "get",
+    "make",
+    "overlap",
+    "pack",
+    "replace",
+    "unpack",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def make(
@@ -41,8 +62,8 @@ def make(
       sparsity: the share to remove, in [0, 1), or {glob on the path name: share}, of
         which the first match counts (unmatched leaves keep all). None where the pattern
         fixes it. Static under `jit`.
-      allocation: how it is shared out between leaves, as for `jp.prune`.
-      pattern: which weights are pruned together, as for `jp.prune`.
+      allocation: rule that shares it out between leaves; see `jp.prune`.
+      pattern: which weights are pruned together; see `jp.prune`.
       axes: which axes are input and output, for patterns that care; one for all leaves
         or {glob: Axes}; Flax's [..., in, out] by default.
 
@@ -62,13 +83,14 @@ def make(
       >>> jp.masks.make(scores, sparsity=0.5)["w"].tolist()
       [[True, False], [False, True]]
     """
-    pattern = patterns.named(pattern)
-    found = selection.select(
+    pattern = patterns.parse(pattern)
+    selections = selection.select(
         scores, sparsity, rule=allocation, pattern=pattern, axes=axes
     )
+    # A leaf at a time, each placed as its scores are: nothing is gathered.
     bits = [
-        placement.placed(selection.mask(own, pattern, leaf.shape), leaf)
-        for own, leaf in zip(found, jax.tree.leaves(scores), strict=True)
+        placement.placed(selection.selected_mask(selected, pattern, leaf.shape), leaf)
+        for selected, leaf in zip(selections, jax.tree.leaves(scores), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(scores), bits)
 
@@ -78,9 +100,9 @@ def above(scores: Scores, threshold: float) -> Masks:
 
     Args:
       scores: a tree of floating arrays.
-      threshold: what is at or under it is pruned; finite and at least 0; the rate, for
-        `scores.threshold`. Under `jit` it may be traced, and one program then serves
-        every rate.
+      threshold: score at or under which a weight is pruned; finite and at least 0; the
+        rate, for `scores.threshold`. Under `jit` it may be traced, and one program then
+        serves every rate.
 
     Returns:
       Masks like `scores`; under `jit` a NaN is pruned.
@@ -95,11 +117,16 @@ def above(scores: Scores, threshold: float) -> Masks:
       >>> jp.masks.above({"w": jnp.array([0.5, 2.0])}, 1.0)["w"].tolist()
       [False, True]
     """
-    floating(scores)
-    traced = isinstance(threshold, jax.core.Tracer)
-    if not traced and not 0 <= float(threshold) < math.inf:
-        raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
+    floating_scores(scores)
+    if not isinstance(threshold, jax.core.Tracer):
+        check(_THRESHOLD, threshold=threshold)
     return jax.tree.map(lambda x: _is_above(jnp.asarray(x), threshold), scores)
+
+
+_THRESHOLD = Rule(
+    lambda v: 0 <= float(v.threshold) < math.inf,
+    "threshold must be finite and at least 0, got {threshold}",
+)
 
 
 def apply(params: Params, masks: Masks) -> Params:
@@ -123,7 +150,7 @@ def apply(params: Params, masks: Masks) -> Params:
       >>> jp.masks.apply({"w": jnp.ones(2)}, {"w": jnp.array([True, False])})
       {'w': Array([1., 0.], dtype=float32)}
     """
-    aligned = checked(params, masks)
+    aligned = aligned_masks(params, masks)
     leaves = [
         leaf if tree.is_excluded(mask) else _applied(mask, leaf)
         for leaf, mask in zip(tree.named_leaves(params).values(), aligned, strict=True)
@@ -137,7 +164,7 @@ def combine(first: Masks, second: Masks) -> Masks:
     """What both masks keep.
 
     Args:
-      first: masks.
+      first: boolean masks.
       second: masks of the same parameters; where one of the two excludes a leaf, the
         other alone decides.
 
@@ -154,17 +181,18 @@ def combine(first: Masks, second: Masks) -> Masks:
       >>> jp.masks.combine({"w": a}, {"w": b})["w"].tolist()
       [True, False]
     """
+    # None at a leaf's name excludes it, as None is no leaf for `jax.tree`.
     first = tree.with_nodes(first, tree.named_leaves(second))
-    checked(first, first)
-    other = checked(first, second)
+    aligned_masks(first, first)
+    second_leaves = aligned_masks(first, second)
 
     def both(a: Any, b: Any) -> Any:
         if tree.is_excluded(a) or tree.is_excluded(b):
             return b if tree.is_excluded(a) else a
         return a & placement.together(b, a)
 
-    mine = tree.named_leaves(first).values()
-    leaves = [both(a, b) for a, b in zip(mine, other, strict=True)]
+    first_leaves = tree.named_leaves(first).values()
+    leaves = [both(a, b) for a, b in zip(first_leaves, second_leaves, strict=True)]
     return jax.tree.unflatten(
         jax.tree.structure(first, is_leaf=tree.is_excluded), leaves
     )

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.topk.thresholds import highest
 from jaxprune.masking import patterns
+from jaxprune.masking.counts import kept_units
 from jaxprune.typing import Pattern
 
 
@@ -20,9 +21,9 @@ def mask(
     """The mask that `masks.make` makes of one matrix, for a traced count.
 
     Args:
-      scores: (in, out), floating; higher is kept.
-      kept: how many of the pattern's units are kept, an integer, traced or not. A
-        pattern that fixes its sparsity does not look at it.
+      scores: floating array (in, out); higher is kept.
+      kept: number of the pattern's units that are kept, traced or not. A pattern that
+        fixes its sparsity does not look at it.
       pattern: which weights are pruned together.
 
     Returns:
@@ -41,16 +42,18 @@ def mask(
     if isinstance(pattern, patterns.PerOutput):
         inputs, outputs = scores.shape
         removed = scores.size - kept
+        # (out,): how many each output keeps of its inputs.
         return highest(scores, inputs - spread(removed, outputs), axis=0)
+    # From here on one cut serves all units, so one count is all that is needed.
     units = pattern.units(scores, axes)
     if isinstance(pattern, patterns.NM):  # units are minus the rank inside the group
         return units > -pattern.n
     if pattern.sparsity is not None:
-        kept = jnp.asarray(units.size - round(pattern.sparsity * units.size))
+        kept = jnp.asarray(kept_units(pattern.sparsity, units.size))
     return pattern.expand(highest(units, kept), scores.shape, axes)
 
 
 def spread(total: Integer[Array, ""], parts: int) -> Integer[Array, " parts"]:
-    """A total as `parts` integers that differ by at most one, the larger ones first."""
-    share, rest = total // max(parts, 1), total % max(parts, 1)
-    return share + (jnp.arange(parts) < rest).astype(share.dtype)
+    """What `counts.split_evenly` makes of a total, of one that is traced."""
+    share, larger = total // max(parts, 1), total % max(parts, 1)
+    return share + (jnp.arange(parts) < larger).astype(share.dtype)  # (parts,)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.arrays import placement, tree
-from jaxprune.arrays.messages import listed
-from jaxprune.masking.checks import checked
+from jaxprune.arrays.rules import check, finds_none
+from jaxprune.masking.checks import aligned_masks
 from jaxprune.masking.packed_mask import PackedMask, is_packed
 from jaxprune.typing import Masks
 
@@ -36,7 +36,7 @@ def pack(masks: Masks) -> Any:
       >>> jp.masks.pack({"w": jnp.array([True, False, True])})["w"].bits.tolist()
       [5]
     """
-    checked(masks, masks)
+    aligned_masks(masks, masks)
     return jax.tree.map(_pack, tree.with_nodes(masks, ()))
 
 
@@ -59,16 +59,20 @@ def unpack(packed: Any) -> Masks:
       >>> jp.masks.unpack(packed)["w"].tolist()
       [True, False, True]
     """
-    if other := [
-        name
-        for name, leaf in tree.named_leaves(packed, is_leaf=is_packed).items()
-        if not (is_packed(leaf) or tree.is_excluded(leaf))
-    ]:
-        raise TypeError(
-            f"unpack needs what jp.masks.pack returned, but {listed(other)} are not "
-            "packed; take masks of booleans as they are"
-        )
+    check(_PACKED, leaves=tree.named_leaves(packed, is_leaf=is_packed))
     return jax.tree.map(_unpack, packed, is_leaf=is_packed)
+
+
+_PACKED = finds_none(
+    lambda v: [
+        name
+        for name, leaf in v.leaves.items()
+        if not (is_packed(leaf) or tree.is_excluded(leaf))
+    ],
+    "unpack needs what jp.masks.pack returned, but {names} are not packed",
+    "take masks of booleans as they are",
+    error=TypeError,
+)
 
 
 def leaf_name(name: str) -> str:
@@ -79,14 +83,16 @@ def leaf_name(name: str) -> str:
 @jax.jit
 def _pack(mask: jax.Array) -> PackedMask:
     row = jnp.atleast_1d(mask)
+    # No shard may end inside a byte.
     row = placement.divisible(row, *[1] * (row.ndim - 1), 8)
     return PackedMask(jnp.packbits(row, axis=-1, bitorder="little"), mask.shape)
 
 
 @jax.jit
 def _unpack(packed: PackedMask) -> jax.Array:
-    if not packed.bits.size:
+    if not packed.bits.size:  # `unpackbits` takes no empty axis
         return jnp.zeros(packed.bits.shape[:-1] + packed.shape[-1:], bool)
     length = packed.shape[-1] if packed.shape else 1
+    # `count` leaves out what filled the last byte up.
     bits = jnp.unpackbits(packed.bits, axis=-1, count=length, bitorder="little")
     return bits.reshape(packed.bits.shape[:-1] + packed.shape[-1:]).astype(bool)

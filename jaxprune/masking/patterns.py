@@ -18,9 +18,17 @@ from jaxprune.arrays import exact_sum
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import chosen
 from jaxprune.arrays.placement import divisible
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
 from jaxprune.typing import Pattern
+
+__all__ = ["NM", "Block", "Channel", "PerOutput", "Unstructured", "parse"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # Groups of up to so many are ranked by comparing, which takes m^2 operations.
 _COMPARED = 64
@@ -29,6 +37,7 @@ _COMPARED = 64
 def _ranks(scores: jax.Array) -> Float32[Array, "..."]:
     """The rank of each score along axis 2, from 0 for the highest; ties by position."""
     falling = ~float_order.of(scores, Line.of(scores.dtype).signed)
+    # The place of each in the sorted order: argsort's inverse is an argsort.
     rank = jnp.argsort(jnp.argsort(falling, 2, stable=True), 2)
     return rank.astype(jnp.float32)
 
@@ -110,8 +119,9 @@ class PerOutput(_Free):
         """
         matrix = axes.matrix(scores)  # (batch, in, out)
         matrix = divisible(matrix, 1, max(matrix.shape[1], 1), 1)
-        own = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))  # (batch, out, in)
-        return -_ranks(own) / max(own.shape[2], 1)
+        reversed_rows = jnp.flip(jnp.swapaxes(matrix, 1, 2), (0, 1))  # (batch, out, in)
+        # As a share of the inputs, since leaves of different sizes share one cut.
+        return -_ranks(reversed_rows) / max(reversed_rows.shape[2], 1)
 
     def expand(
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
@@ -147,11 +157,7 @@ class NM:
 
     def __post_init__(self) -> None:
         """Refuses groups that keep nothing or everything."""
-        whole = all(isinstance(x, numbers.Integral) for x in (self.n, self.m))
-        if not whole or not 0 < self.n < self.m:
-            raise ValueError(
-                f"NM(n, m) needs integers 0 < n < m, got NM({self.n}, {self.m})"
-            )
+        check(_NM, n=self.n, m=self.m)
 
     @property
     def sparsity(self) -> float:
@@ -189,10 +195,10 @@ class NM:
         place = jnp.arange(self.m).reshape(1, 1, self.m, 1)
         rank = jnp.zeros(groups.shape, jnp.float16)
         # As integers: a CPU takes subnormal floats for zeros when it compares them.
-        own = float_order.of(groups, Line.of(groups.dtype).signed)
+        ranks = float_order.of(groups, Line.of(groups.dtype).signed)
         for other in range(self.m):
-            rival = own[:, :, other : other + 1]
-            before = (rival > own) | ((rival == own) & (other < place))
+            rival = ranks[:, :, other : other + 1]
+            before = (rival > ranks) | ((rival == ranks) & (other < place))
             rank = rank + before.astype(rank.dtype)
         return rank
 
@@ -228,9 +234,7 @@ class Block(_Free):
 
     def __post_init__(self) -> None:
         """Refuses empty tiles."""
-        sides = self.rows, self.columns
-        if not all(isinstance(x, numbers.Integral) for x in sides) or min(sides) < 1:
-            raise ValueError(f"Block needs integer sides of at least 1, got {self}")
+        check(_BLOCK, rows=self.rows, columns=self.columns, block=self)
 
     def units(
         self, scores: Float[Array, "*shape"], axes: Axes
@@ -243,6 +247,7 @@ class Block(_Free):
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
     ) -> Bool[Array, "*shape"]:
         """Each tile's bit on all of its weights."""
+        # The last tiles may reach over the edge: they are cut after the repeat.
         _, inputs, outputs = jax.eval_shape(
             axes.matrix, jax.ShapeDtypeStruct(shape, bool)
         ).shape
@@ -261,9 +266,10 @@ class Block(_Free):
         """Sums over tiles, one axis after the other: shardings survive that."""
         batch, inputs, outputs = matrix.shape
         rows, columns = -inputs % self.rows, -outputs % self.columns
-        whole = divisible(matrix, 1, self.rows, self.columns)
-        padded = jnp.pad(whole, ((0, 0), (0, rows), (0, columns)))
+        matrix = divisible(matrix, 1, self.rows, self.columns)
+        padded = jnp.pad(matrix, ((0, 0), (0, rows), (0, columns)))
         high, wide = inputs + rows, outputs + columns
+        # (batch, in tiles, rows, out)
         tall = padded.reshape(batch, high // self.rows, self.rows, wide)
         tall = _total(tall, 2).squeeze(2)  # (batch, in tiles, out)
         tiles = tall.reshape(
@@ -302,12 +308,12 @@ class Channel(_Free):
         return axes.restore(jnp.broadcast_to(kept, matrix.shape), shape)
 
 
-def named(pattern: Pattern | str) -> Pattern:
+def parse(pattern: Pattern | str) -> Pattern:
     """A pattern from its name, or the pattern itself.
 
     Args:
-      pattern: "unstructured" or "per-layer", "per-output", "channel", "n:m" as in
-        "2:4", "RxC" as in "16x16" (inputs x outputs), or a pattern.
+      pattern: "unstructured", "per-output", "channel", "n:m" as in "2:4", "RxC" as in
+        "16x16" (inputs x outputs), or a pattern.
 
     Returns:
       The pattern.
@@ -318,13 +324,13 @@ def named(pattern: Pattern | str) -> Pattern:
 
     Example:
       >>> import jaxprune as jp
-      >>> jp.patterns.named("2:4"), jp.patterns.named("16x16")
+      >>> jp.patterns.parse("2:4"), jp.patterns.parse("16x16")
       (NM(n=2, m=4), Block(rows=16, columns=16))
     """
     sizes = re.compile(r"(\d+)([:x])(\d+)")
-    if isinstance(pattern, str) and (found := sizes.fullmatch(pattern)):
-        kind = NM if found[2] == ":" else Block
-        return kind(int(found[1]), int(found[3]))
+    if isinstance(pattern, str) and (match := sizes.fullmatch(pattern)):
+        pattern_class = NM if match[2] == ":" else Block
+        return pattern_class(int(match[1]), int(match[3]))
     choices = (
         "n:m as in '2:4', a block as in '16x16', or a value such as "
         "jp.patterns.NM(2, 4)"
@@ -332,9 +338,20 @@ def named(pattern: Pattern | str) -> Pattern:
     return chosen("pattern", pattern, _NAMED, "units", choices)
 
 
+_NM = Rule(
+    lambda v: (
+        all(isinstance(x, numbers.Integral) for x in (v.n, v.m)) and 0 < v.n < v.m
+    ),
+    "NM(n, m) needs integers 0 < n < m, got NM({n}, {m})",
+)
+_BLOCK = Rule(
+    lambda v: all(
+        isinstance(x, numbers.Integral) and int(x) >= 1 for x in (v.rows, v.columns)
+    ),
+    "Block needs integer sides of at least 1, got {block}",
+)
 _NAMED: dict[str, Pattern] = {
     "unstructured": Unstructured(),
-    "per-layer": Unstructured(),
     "per-output": PerOutput(),
     "channel": Channel(),
 }

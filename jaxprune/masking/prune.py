@@ -13,7 +13,7 @@ import jax
 
 from jaxprune.arrays import lazy, low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import check, finds_none
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import patterns, selection
 from jaxprune.masking.checks import refuse_other
@@ -46,7 +46,7 @@ def prune(
       scores: scores of these parameters; higher is kept.
       sparsity: the share to remove, in [0, 1), or {glob on the path name: share}. None
         where the pattern fixes it. Static under `jit`.
-      allocation: how it is shared out: "layer" removes the share from each leaf,
+      allocation: rule that shares it out: "layer" removes the share from each leaf,
         "matrix" from each matrix of a stacked leaf, "global" ranks all leaves together,
         "erk", or a value of `jp.allocation`; also {glob: share} in the place of a
         sparsity.
@@ -77,19 +77,15 @@ def prune(
     ranked = [
         k for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
     ]
-    if absent := [name for name in ranked if tree.is_excluded(named[name])]:
-        raise ValueError(
-            "scores must be of leaves that the parameters have, but the parameters "
-            f"leave out {listed(absent)}; call jp.prune(params, scores, sparsity)"
-        )
+    check(_PRESENT, leaves=named, ranked=ranked)
     if donate:
         _check_owned(named, ranked, jax.tree.leaves(scores))
-    pattern = patterns.named(pattern)
-    found = selection.select(
+    pattern = patterns.parse(pattern)
+    selections = selection.select(
         scores, sparsity, rule=allocation, pattern=pattern, axes=axes
     )
-    for name, own in zip(ranked, found, strict=True):
-        named[name] = _pruned(named[name], own, pattern, donate=donate)
+    for name, selected in zip(ranked, selections, strict=True):
+        named[name] = _pruned(named[name], selected, pattern, donate=donate)
     structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
     return jax.tree.unflatten(structure, list(named.values()))
 
@@ -101,18 +97,37 @@ def _check_owned(
     arrays = {
         name: named[name] for name in ranked if placement.is_concrete(named[name])
     }
-    if gone := [name for name, leaf in arrays.items() if leaf.is_deleted()]:
-        raise ValueError(
-            f"donate=True needs parameters that are there, but {listed(gone)} are "
-            "deleted; use what the call that donated them returned"
-        )
-    uses = collections.Counter(map(_buffer, [*named.values(), *scores]))
-    if shared := [k for k, v in arrays.items() if v.size and uses[_buffer(v)] > 1]:
-        raise ValueError(
-            f"donate=True needs arrays that nothing else uses, but {listed(shared)} "
-            "are other leaves or scores as well; copy those with jnp.copy, or leave "
-            "donate out"
-        )
+    check(
+        _DONATED,
+        arrays=arrays,
+        # Deleted arrays have no buffer, and are named before uses are counted.
+        uses=collections.Counter(map(_buffer, [*named.values(), *scores])),
+    )
+
+
+_PRESENT = finds_none(
+    lambda v: [name for name in v.ranked if tree.is_excluded(v.leaves[name])],
+    "scores must be of leaves that the parameters have, but the parameters leave "
+    "out {names}",
+    "call jp.prune(params, scores, sparsity)",
+)
+_DONATED = (
+    finds_none(
+        lambda v: [name for name, leaf in v.arrays.items() if leaf.is_deleted()],
+        "donate=True needs parameters that are there, but {names} are deleted",
+        "use what the call that donated them returned",
+    ),
+    finds_none(
+        lambda v: [
+            name
+            for name, leaf in v.arrays.items()
+            if leaf.size and v.uses[_buffer(leaf)] > 1
+        ],
+        "donate=True needs arrays that nothing else uses, but {names} are other leaves "
+        "or scores as well",
+        "copy those with jnp.copy, or leave donate out",
+    ),
+)
 
 
 def _buffer(leaf: Any) -> int | None:
@@ -122,17 +137,18 @@ def _buffer(leaf: Any) -> int | None:
     return leaf.addressable_data(0).unsafe_buffer_pointer()
 
 
-def _pruned(leaf: Any, own: Selection, pattern: Pattern, *, donate: bool) -> Any:
-    leaf, units, axes = lazy.array(leaf), own.units, own.axes
-    cut: thresholds.Cut | None = own.cut
+def _pruned(leaf: Any, selected: Selection, pattern: Pattern, *, donate: bool) -> Any:
+    leaf, units, axes = lazy.array(leaf), selected.units, selected.axes
+    cut: thresholds.Cut | None = selected.cut
     if not placement.is_concrete(leaf):
         return _program(None, donate=False)(leaf, units, cut, pattern, axes)
     devices = leaf.sharding.device_set
     away = placement.is_concrete(units)
     if away and placement.devices(units) != placement.devices(leaf):
         # Scores that were made elsewhere stay there; their mask travels.
-        mask = selection.mask(own, pattern, leaf.shape)
+        mask = selection.selected_mask(selected, pattern, leaf.shape)
         units, cut, pattern = placement.beside(mask, leaf), None, Unstructured()
+    # On a mesh the result must lie where the leaf did; one device has one place.
     program = _program(leaf.sharding if len(devices) > 1 else None, donate=donate)
     return program(leaf, units, cut, pattern, axes)
 
@@ -155,6 +171,7 @@ def _where(
     pattern: Pattern,
     axes: Axes,
 ) -> jax.Array:
-    kept = units if cut is None else thresholds.mask(units, cut)
+    # Without a cut the units are a mask that was made where the scores are.
+    kept = units if cut is None else thresholds.above_cut(units, cut)
     mask = pattern.expand(kept, leaf.shape, axes)
     return placement.masked(leaf, placement.placed(mask, low_bit.on_device(leaf)))

@@ -160,7 +160,7 @@ def planned(
       ValueError: something does not fit; the sentence names the weights.
     """
     weights = {op.name: op for op in ops if op.use == 0}
-    pattern = patterns.named(method.pattern if pattern is None else pattern)
+    pattern = patterns.parse(method.pattern if pattern is None else pattern)
     agreed, rule = counts.agreed(sparsity, pattern, shared)
     problems = [
         f"{why} at '{name}'"

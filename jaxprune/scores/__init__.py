@@ -1,7 +1,8 @@
-"""A number for each weight: how much it matters. The higher is kept."""
+"""A number for each weight: how much it matters. The higher is kept.
 
-from jaxprune.scores.from_activations import ria as ria
-from jaxprune.scores.from_activations import wanda as wanda
+Every name here is a criterion, a function of (params, importance).
+"""
+
 from jaxprune.scores.from_training import averaged_magnitude as averaged_magnitude
 from jaxprune.scores.from_training import averaged_weight as averaged_weight
 from jaxprune.scores.from_training import magnitude as magnitude
@@ -17,9 +18,11 @@ __all__ = [
     "magnitude",
     "obd",
     "random",
-    "ria",
     "taylor",
     "threshold",
     "trajectory",
-    "wanda",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxprune.arrays.rules import Rule, check
+
 
 def wanda(
     weight: Float[Array, "in out"], mean_square: Float[Array, "in"]
@@ -18,8 +20,8 @@ def wanda(
     factor for all inputs. Its authors compare within each output: pattern `PerOutput`.
 
     Args:
-      weight: (in, out), floating.
-      mean_square: (in,), the mean of the squared inputs over all positions.
+      weight: floating array (in, out).
+      mean_square: mean of the squared inputs over all positions, (in,).
 
     Returns:
       Scores (in, out), float32.
@@ -29,16 +31,16 @@ def wanda(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>> from jaxprune.scores.from_activations import wanda
       >>> weight, square = jnp.array([[1.0, -2.0], [3.0, 1.0]]), jnp.array([4.0, 1.0])
-      >>> jp.scores.wanda(weight, square).tolist()
+      >>> wanda(weight, square).tolist()
       [[2.0, 4.0], [3.0, 1.0]]
 
     Reference:
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
       2023, arXiv 2306.11695, equation 1.
     """
-    _check(weight, mean_square)
+    check(_SHAPES, weight=weight.shape, mean_square=mean_square.shape)
     size = jnp.sqrt(mean_square.astype(jnp.float32))  # (in,)
     return jnp.abs(weight.astype(jnp.float32)) * size[:, None]
 
@@ -53,9 +55,9 @@ def ria(
     root of the mean square.
 
     Args:
-      weight: (in, out), floating.
-      mean_square: (in,), the mean of the squared inputs over all positions.
-      power: a, how much the inputs count; 0 leaves them out.
+      weight: floating array (in, out).
+      mean_square: mean of the squared inputs over all positions, (in,).
+      power: exponent a of the inputs; 0 leaves them out.
 
     Returns:
       Scores (in, out), float32; zero for a weight that is zero.
@@ -65,17 +67,18 @@ def ria(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>> from jaxprune.scores.from_activations import ria
       >>> weight, square = jnp.array([[1.0, 3.0], [1.0, 1.0]]), jnp.array([16.0, 1.0])
-      >>> jp.scores.ria(weight, square).tolist()
+      >>> ria(weight, square).tolist()
       [[1.5, 3.0], [1.0, 0.75]]
 
     Reference:
       Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
       Language Models", ICLR 2024, equations 2 and 3.
     """
-    _check(weight, mean_square)
+    check(_SHAPES, weight=weight.shape, mean_square=mean_square.shape)
     size = jnp.abs(weight.astype(jnp.float32))
+    # Sums run over all outputs of an input, then over all inputs of an output.
     by_input = size / _positive(jnp.sum(size, 1, keepdims=True))  # (in, out)
     by_output = size / _positive(jnp.sum(size, 0, keepdims=True))  # (in, out)
     reach = jnp.sqrt(mean_square.astype(jnp.float32)) ** power  # (in,)
@@ -87,10 +90,9 @@ def _positive(total: jax.Array) -> jax.Array:
     return jnp.where(total == 0, 1, total)
 
 
-def _check(weight: jax.Array, mean_square: jax.Array) -> None:
-    if weight.ndim != 2 or mean_square.shape != weight.shape[:1]:
-        raise ValueError(
-            "scores by activations need a weight (in, out) and a mean square (in,), "
-            f"got shapes {weight.shape} and {mean_square.shape}; take stacked ones by "
-            "jax.vmap"
-        )
+_SHAPES = Rule(
+    lambda v: len(v.weight) == 2 and v.mean_square == v.weight[:1],
+    "scores by activations need a weight (in, out) and a mean square (in,), got "
+    "shapes {weight} and {mean_square}",
+    "take stacked ones by jax.vmap",
+)

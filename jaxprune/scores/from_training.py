@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from optax import MaskedNode
 
 from jaxprune import leaves
-from jaxprune.arrays import exact_sum, lazy, low_bit, placement, tree
+from jaxprune.arrays import lazy, placement, tree
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check, finds_none, within
 from jaxprune.leaves import check_rule
+from jaxprune.scores import formulas
 from jaxprune.scores.importance import refuse_swapped, tracked
 from jaxprune.typing import Params, Prunable, Scores
 
@@ -31,7 +32,7 @@ def magnitude(
 
     Args:
       params: the parameters.
-      importance: not read; may be None.
+      importance: averages, which are not read; may be None.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -47,7 +48,7 @@ def magnitude(
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks",
       2015, arXiv 1506.02626.
     """
-    return _score(_absolute, params, prunable)
+    return _score(formulas.size_of_weight, params, prunable)
 
 
 def averaged_weight(
@@ -59,7 +60,7 @@ def averaged_weight(
 
     Args:
       params: the parameters; names and shapes are read, values are not.
-      importance: with `weight`, from `track_importance`.
+      importance: averages with `weight`, from `track_importance`.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -80,7 +81,7 @@ def averaged_weight(
       Language Models", 2025, arXiv 2502.17071.
     """
     average = tracked(importance, "weight", params)
-    return _score(_absolute_of_second, params, prunable, average)
+    return _score(formulas.size_of_average, params, prunable, average)
 
 
 def averaged_magnitude(
@@ -90,7 +91,8 @@ def averaged_magnitude(
 
     Args:
       params: the parameters; names and shapes are read, values are not.
-      importance: with `magnitude`, from `track_importance(average=("magnitude",))`.
+      importance: averages with `magnitude`, from
+        `track_importance(average=("magnitude",))`.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -108,7 +110,7 @@ def averaged_magnitude(
       [[1.0, 2.0]]
     """
     average = tracked(importance, "magnitude", params)
-    return _score(_second, params, prunable, average)
+    return _score(formulas.statistic_alone, params, prunable, average)
 
 
 def obd(
@@ -121,8 +123,8 @@ def obd(
 
     Args:
       params: the parameters.
-      importance: with `square`, tracked or from an adaptive optimizer; before the
-        first step all score 0.
+      importance: averages with `square`, tracked or from an adaptive optimizer; before
+        the first step all score 0.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -143,7 +145,7 @@ def obd(
       LeCun, Denker, Solla, "Optimal Brain Damage", 1989, equation 5.
     """
     square = tracked(importance, "square", params)
-    return _score(_obd, params, prunable, square)
+    return _score(formulas.brain_damage, params, prunable, square)
 
 
 def trajectory(
@@ -162,9 +164,9 @@ def trajectory(
 
     Args:
       params: the parameters.
-      importance: with `square`, tracked or from an adaptive optimizer; before the
-        first step all score 0.
-      exponent: the power of E[g^2], in [0, 1].
+      importance: averages with `square`, tracked or from an adaptive optimizer; before
+        the first step all score 0.
+      exponent: power of E[g^2], in [0, 1].
       prunable: which leaves may be pruned.
 
     Returns:
@@ -182,12 +184,16 @@ def trajectory(
       >>> jp.scores.trajectory(w, jp.Importance(square=squares))["w"].tolist()
       [[2.0, 2.0]]
     """
-    if not 0 <= exponent <= 1:
-        raise ValueError(f"exponent must be in [0, 1], got {exponent}; 0.25 is usual")
+    check(_EXPONENT, exponent=exponent)
     square = tracked(importance, "square", params)
     if exponent == 0.25:
-        return _score(_quarter, params, prunable, square)
-    return _score(_trajectory, params, prunable, square, exponent)
+        return _score(formulas.size_and_quarter_power, params, prunable, square)
+    return _score(formulas.size_and_power, params, prunable, square, exponent)
+
+
+_EXPONENT = within(
+    "exponent", 0, 1, "exponent must be in [0, 1], got {exponent}", "0.25 is usual"
+)
 
 
 def taylor(
@@ -197,8 +203,8 @@ def taylor(
 
     Args:
       params: the parameters; names and shapes are read, values are not.
-      importance: with `taylor`, from `track_gradients(average=("taylor",))`; before
-        the first step all score 0.
+      importance: averages with `taylor`, from `track_gradients(average=("taylor",))`;
+        before the first step all score 0.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -218,7 +224,12 @@ def taylor(
       Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
       arXiv 1906.10771; without the outer square.
     """
-    return _score(_second, params, prunable, tracked(importance, "taylor", params))
+    return _score(
+        formulas.statistic_alone,
+        params,
+        prunable,
+        tracked(importance, "taylor", params),
+    )
 
 
 def random(
@@ -232,8 +243,8 @@ def random(
 
     Args:
       params: the parameters; names and shapes are read, values are not.
-      importance: not read; may be None.
-      seed: seed of the scores; each leaf has its own stream, by position.
+      importance: averages, which are not read; may be None.
+      seed: rng seed of the scores; each leaf has its own stream, by position.
       prunable: which leaves may be pruned.
 
     Returns:
@@ -245,8 +256,9 @@ def random(
       >>> jp.scores.random({"w": jnp.ones((2, 3))}, seed=1)["w"].shape
       (2, 3)
     """
+    # A key for each leaf, pruned or not: excluding one leaf changes no other's scores.
     keys = list(jax.random.split(jax.random.key(seed), len(tree.names(params))))
-    return _score(_uniform, params, prunable, keys)
+    return _score(formulas.uniform, params, prunable, keys)
 
 
 def threshold(
@@ -264,9 +276,9 @@ def threshold(
 
     Args:
       params: the parameters.
-      importance: with `weight`, from `track_importance`.
-      compare: "weight" compares the final |w| (the released code); "average" compares
-        |A| itself (the text of the papers).
+      importance: averages with `weight`, from `track_importance`.
+      compare: quantity that is compared: "weight" is the final |w| (the released
+        code), "average" is |A| itself (the text of the papers).
       prunable: which leaves may be pruned.
 
     Returns:
@@ -287,10 +299,19 @@ def threshold(
       The code released with Islam, Belhaouari, Bermak, "Neural Network Optimization
       with Weight Evolution", 2023; rates there run from 0.1 to 6.
     """
-    if compare not in ("weight", "average"):
-        raise ValueError(f"compare must be 'weight' or 'average', got {compare!r}")
-    formula = _deviations_of_average if compare == "average" else _deviations
+    check(_COMPARE, compare=compare)
+    formula = (
+        formulas.average_in_deviations
+        if compare == "average"
+        else formulas.weight_in_deviations
+    )
     return _score(formula, params, prunable, tracked(importance, "weight", params))
+
+
+_COMPARE = Rule(
+    lambda v: v.compare in ("weight", "average"),
+    "compare must be 'weight' or 'average', got {compare!r}",
+)
 
 
 def _score(
@@ -308,21 +329,7 @@ def _score(
     named = tree.named_leaves(params)
     check_rule(prunable, list(named))
     chosen = [not tree.is_excluded(x) and prunable(n, x) for n, x in named.items()]
-    if not any(chosen):
-        raise ValueError(
-            f"some leaf must be prunable, but none of {listed(named)} is; give "
-            "prunable=lambda name, leaf: ... that is True for the leaves to prune"
-        )
-    unseen = [
-        name
-        for name, take, extra in zip(named, chosen, statistic or chosen, strict=True)
-        if take and tree.is_excluded(extra)
-    ]
-    if unseen:
-        raise ValueError(
-            f"every prunable leaf must have been tracked, but {listed(unseen)} were "
-            "not; track them or leave them out with prunable=jp.tree.excluding(...)"
-        )
+    check(_SCORED, names=list(named), chosen=chosen, statistic=statistic or chosen)
     compiled = _compiled(formula)
     # A leaf at a time, each placed as its parameter is: nothing is gathered.
     leaves = [
@@ -342,52 +349,28 @@ def _score(
     return jax.tree.unflatten(structure, leaves)
 
 
+def _untracked(values: Any) -> list[str]:
+    """The prunable leaves whose statistic nobody tracked."""
+    rows = zip(values.names, values.chosen, values.statistic, strict=True)
+    return [name for name, take, extra in rows if take and tree.is_excluded(extra)]
+
+
+_SCORED = (
+    Rule(
+        lambda v: any(v.chosen),
+        "some leaf must be prunable, but none of {listed} is",
+        "give prunable=lambda name, leaf: ... that is True for the leaves to prune",
+        details=lambda v: {"listed": listed(v.names)},
+    ),
+    finds_none(
+        _untracked,
+        "every prunable leaf must have been tracked, but {names} were not",
+        "track them or leave them out with prunable=jp.tree.excluding(...)",
+    ),
+)
+
+
+# One program for each formula and shape, whoever asks for scores.
 @functools.cache
 def _compiled(formula: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return jax.jit(formula)
-
-
-def _absolute(w: jax.Array) -> jax.Array:
-    return jnp.abs(low_bit.decode(w))
-
-
-def _second(_: jax.Array, statistic: jax.Array) -> jax.Array:
-    return low_bit.decode(statistic)
-
-
-def _absolute_of_second(_: jax.Array, average: jax.Array) -> jax.Array:
-    return _absolute(average)
-
-
-def _obd(w: jax.Array, square: jax.Array) -> jax.Array:
-    return jnp.square(low_bit.decode(w)) * low_bit.decode(square)
-
-
-def _trajectory(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Array:
-    return _absolute(w) * jnp.power(low_bit.decode(square), exponent)
-
-
-def _quarter(w: jax.Array, square: jax.Array) -> jax.Array:
-    # Two roots take a quarter of the time of a power, and round less.
-    return _absolute(w) * jnp.sqrt(jnp.sqrt(low_bit.decode(square)))
-
-
-def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
-    return placement.placed(jax.random.uniform(key, w.shape, jnp.float32), w)
-
-
-def _deviations(w: jax.Array, average: jax.Array) -> jax.Array:
-    """|w| / std(A); where std(A) is 0, 0 for a zero weight and infinity for others."""
-    size, deviation = _absolute(w), _deviation(low_bit.decode(average))
-    constant = jnp.where(size > 0, jnp.inf, 0.0)
-    return jnp.where(deviation > 0, size / deviation, constant)
-
-
-def _deviation(values: jax.Array) -> jax.Array:
-    """The population's, by sums that are the same on any sharding."""
-    mean = exact_sum.total(values) / values.size
-    return jnp.sqrt(exact_sum.total(jnp.square(values - mean)) / values.size)
-
-
-def _deviations_of_average(_: jax.Array, average: jax.Array) -> jax.Array:
-    return _deviations(average, average)

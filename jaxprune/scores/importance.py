@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays import low_bit, merge, tree
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.typing import Importance, Params
 
 # A state's class in optax: which field is E[g^2], up to one factor, and all its fields.
@@ -110,51 +111,69 @@ def get_importance(state: Any) -> Importance:
     if isinstance(state, Importance):
         return state
     averages = _averages(state)
-    if not averages:
-        raise ValueError(
-            f"this optimizer state tracks nothing{_why_not(state)}; for averages of "
-            f"the weights {_TRACK['weight']}, for squared gradients {_TRACK['square']}"
-        )
+    check(_TRACKED, averages=averages, state=state)
     return Importance(**averages)
+
+
+_TRACKED = Rule(
+    lambda v: v.averages,
+    "this optimizer state tracks nothing{why}",
+    f"for averages of the weights {_TRACK['weight']}, for squared gradients "
+    f"{_TRACK['square']}",
+    details=lambda v: {"why": _why_not(v.state)},
+)
 
 
 def tracked(importance: Any, field: str, params: Params) -> list[Any]:
     """One statistic's leaves in the parameters' order, or one clear error."""
     refuse_swapped(params)
-    found, why = None, ""
+    statistic, why = None, ""
     if isinstance(importance, Importance):
-        found = getattr(importance, field)
+        statistic = getattr(importance, field)
     elif importance is not None:
         averages = _averages(importance)
-        found = averages.get(field)
+        statistic = averages.get(field)
         why = ("" if averages else " (this optimizer state tracks nothing)") + (
             _why_not(importance) if field == "square" else ""
         )
-    if found is None:
-        raise ValueError(
-            f"this criterion needs Importance.{field}, which was not tracked{why}; "
-            f"{_TRACK[field]}, or choose another criterion"
-        )
-    return tree.align(params, found, f"Importance.{field}")
+    check(_STATISTIC, statistic=statistic, field=field, why=why, way=_TRACK[field])
+    return tree.align(params, statistic, f"Importance.{field}")
 
 
 def refuse_swapped(params: Params) -> None:
     """Refuses an importance, or an optimizer's state, where parameters belong."""
-    if (own := isinstance(params, Importance)) or _found(params, _held):
-        what = "an Importance" if own else "an optimizer's state"
-        raise TypeError(
-            "a criterion takes the parameters first and the importance second, but got "
-            f"{what} as the parameters; call criterion(params, importance)"
-        )
+    check(_PARAMETERS, params=params)
+
+
+_STATISTIC = Rule(
+    lambda v: v.statistic is not None,
+    "this criterion needs Importance.{field}, which was not tracked{why}",
+    "{way}, or choose another criterion",
+)
+_PARAMETERS = Rule(
+    lambda v: not (isinstance(v.params, Importance) or _found(v.params, _held)),
+    "a criterion takes the parameters first and the importance second, but got "
+    "{what} as the parameters",
+    "call criterion(params, importance)",
+    error=TypeError,
+    details=lambda v: {
+        "what": "an Importance"
+        if isinstance(v.params, Importance)
+        else "an optimizer's state"
+    },
+)
 
 
 def _averages(state: Any) -> dict[str, Params]:
     """Field of an `Importance` to what a state holds of it."""
-    found = _found(state, _held)
-    if not found and isinstance(state, Mapping | list):  # optax's own are tuples
-        found = _found(state, _held_by_name)
-    moments = found.pop("moment", [])
-    averages = {field: _merged(trees, field) for field, trees in found.items()}
+    trees_by_field = _found(state, _held)
+    if not trees_by_field and isinstance(
+        state, Mapping | list
+    ):  # optax's own are tuples
+        trees_by_field = _found(state, _held_by_name)
+    # An optimizer's own moment serves only where nobody tracked E[g^2] itself.
+    moments = trees_by_field.pop("moment", [])
+    averages = {field: _merged(trees, field) for field, trees in trees_by_field.items()}
     if "square" not in averages and moments:
         averages["square"] = _merged(moments, "square")
         _warn_of_maxima(state)
@@ -163,16 +182,20 @@ def _averages(state: Any) -> dict[str, Params]:
 
 def _optax_name(node: Any) -> str:
     """The name of a state's class if it is one of optax's."""
-    kind = type(node)
-    return kind.__name__ if kind.__module__.startswith("optax.") else ""
+    state_class = type(node)
+    return state_class.__name__ if state_class.__module__.startswith("optax.") else ""
 
 
 def _why_not(state: Any) -> str:
-    """Which states were seen that keep something else than E[g^2]."""
-    known = lambda node: _optax_name(node) in _NO_SECOND_MOMENTS  # noqa: E731
-    nodes = jax.tree.leaves(state, is_leaf=known)
-    seen = dict.fromkeys(_NO_SECOND_MOMENTS[_optax_name(x)] for x in nodes if known(x))
-    return f" ({'; '.join(seen)})" if seen else ""
+    """Which states there are that keep something else than E[g^2]."""
+
+    def known(node: Any) -> bool:
+        return _optax_name(node) in _NO_SECOND_MOMENTS
+
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=known) if known(x)]
+    # Each reason once, in the order of the state.
+    reasons = dict.fromkeys(_NO_SECOND_MOMENTS[_optax_name(node)] for node in nodes)
+    return f" ({'; '.join(reasons)})" if reasons else ""
 
 
 def _held(node: Any) -> dict[str, str] | None:
@@ -193,8 +216,9 @@ def _held_by_name(node: Any) -> dict[str, str] | None:
     names = frozenset(node)
     if (field := _SECOND_MOMENTS_BY_FIELDS.get(names)) is not None:
         return {field: "moment"}
-    if names >= {"adapters", "inner"}:  # LoRA's
+    if names >= {"adapters", "inner"}:  # LoRA's moments are of its factors
         return {}
+    # Ours: a count of steps, averages, and the units of averages in one byte.
     fields = names - {"step", "exponents"}
     if "step" in names and fields and fields <= set(Importance._fields):
         return {field: field for field in fields}
@@ -209,16 +233,18 @@ def _found(
     state: Any, held: Callable[[Any], dict[str, str] | None]
 ) -> dict[str, list[Params]]:
     """What the nodes of a state hold, each field with all trees that were found."""
-    found: dict[str, list[Params]] = {}
+    trees_by_field: dict[str, list[Params]] = {}
     nodes = jax.tree.leaves(state, is_leaf=lambda node: held(node) is not None)
     for node in nodes:
-        for own, field in (held(node) or {}).items():
-            if (average := _field(node, own)) is not None:
+        for name, field in (held(node) or {}).items():
+            if (average := _field(node, name)) is not None:
                 # Codes of one byte come with their units.
                 exponents = _field(_field(node, "exponents"), field)
-                average = low_bit.joined(average, exponents, signed=field == "weight")
-                found.setdefault(field, []).append(average)
-    return found
+                average = low_bit.with_exponents(
+                    average, exponents, signed=field == "weight"
+                )
+                trees_by_field.setdefault(field, []).append(average)
+    return trees_by_field
 
 
 def _merged(trees: list[Params], what: str) -> Params:

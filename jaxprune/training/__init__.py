@@ -2,7 +2,6 @@
 
 __all__ = [
     "event_table",
-    "find_masks",
     "gradual",
     "grow",
     "keep_masks",

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool
 
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.topk.count_search import Count
-from jaxprune.masking import counts, patterns, selection
+from jaxprune.masking import counts, patterns
 from jaxprune.masking.allocation import PerMatrix
+from jaxprune.masking.quotas import Quotas, leaf_quotas
 from jaxprune.training import schedules
 from jaxprune.training.grow import Grow
 from jaxprune.typing import Pattern
@@ -95,19 +96,21 @@ class Rules:
     @functools.cached_property
     def events(self) -> list[Event]:
         """The events in ascending order."""
-        usual = patterns.named(self.pattern)
+        usual = patterns.parse(self.pattern)
 
         def event(step: int, wanted: Any) -> Event:
             # A pattern in the place of a sparsity, such as "2:4", fixes the sparsity.
             if isinstance(wanted, str) or hasattr(wanted, "units"):
-                return Event(step, None, patterns.named(wanted))
+                return Event(step, None, patterns.parse(wanted))
             if isinstance(wanted, Mapping):
                 raise TypeError(
                     f"a schedule gives one sparsity a step, got {dict(wanted)} at step "
                     f"{step}; for a schedule for each layer, put a jp.gradual into "
                     "each label of optax.partition"
                 )
-            return Event(step, counts.checked(wanted, f" at step {step}"), usual)
+            return Event(
+                step, counts.checked_sparsity(wanted, f" at step {step}"), usual
+            )
 
         return [event(*item) for item in schedules.events(self.schedule).items()]
 
@@ -139,8 +142,8 @@ class Rules:
             ]
         return self._made[key]
 
-    def _quotas(self, event: Event, named: Mapping[str, Any]) -> selection.Quotas:
-        return selection.quotas(
+    def _quotas(self, event: Event, named: Mapping[str, Any]) -> Quotas:
+        return leaf_quotas(
             named,
             event.sparsity,
             rule=self.allocation,
@@ -149,7 +152,7 @@ class Rules:
         )
 
     def _table(
-        self, number: int, quotas: Sequence[selection.Quotas], leaves: Sequence[Any]
+        self, number: int, quotas: Sequence[Quotas], leaves: Sequence[Any]
     ) -> Table:
         own = [n == number for n in self.pattern_of]
         first = own.index(True)
@@ -160,7 +163,7 @@ class Rules:
         kept = [q.kept if mine else none for q, mine in zip(quotas, own, strict=True)]
         grown = [none] * len(kept)
         if self.grow is not None:
-            sizes = selection.unit_counts(pattern, leaves, quota.axes)
+            sizes = counts.unit_counts(pattern, leaves, quota.axes)
             own_sizes = [sum(sizes)] if quota.together else sizes
             grown = self._grown(self.grow, kept, own_sizes)
         return Table(pattern, _count(kept), _count(grown), quota.together, quota.axes)

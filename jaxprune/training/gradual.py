@@ -59,12 +59,12 @@ def gradual(
     has fewer weights left than it is to keep, pruned ones return; and where an
     allocation such as "erk" divides the sparsity anew at each event, its rounding may
     give a leaf a weight back. `init` keeps all weights, zeros too: to go on from a
-    pruned model, `replace_masks(tx.init(params), masks)`; until the schedule is above
+    pruned model, `masks.replace(tx.init(params), masks)`; until the schedule is above
     their sparsity, these masks stay.
 
     An event at step t is part of the update that t updates came before: masks are
     chosen from the parameters and statistics as they come in, and the step is taken
-    under the new masks. A loop that calls `masks.make` and `replace_masks` before that
+    under the new masks. A loop that calls `masks.make` and `masks.replace` before that
     update does the same.
 
     Args:
@@ -87,7 +87,7 @@ def gradual(
     Returns:
       A transformation after whose every step the pruned weights are +0, if nothing
       behind it changes the updates: a learning rate or clipping goes inside.
-      `get_masks` finds the masks in the state. Steps are those that this transformation
+      `masks.get` finds the masks in the state. Steps are those that this transformation
       sees: `MultiSteps(gradual(...), k)` counts real steps.
 
     Raises:
@@ -105,7 +105,7 @@ def gradual(
       >>> for _ in range(2):
       ...     updates, state = tx.update({"w": jnp.ones((2, 2))}, state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> jp.sparsity(params).total, jp.get_masks(state)["w"].tolist()
+      >>> jp.sparsity(params).total, jp.masks.get(state)["w"].tolist()
       (0.5, [[False, False], [True, True]])
 
     Reference:

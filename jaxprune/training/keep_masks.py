@@ -13,7 +13,7 @@ import optax
 
 from jaxprune.arrays import placement, tree
 from jaxprune.masking import packing
-from jaxprune.masking.checks import checked
+from jaxprune.masking.checks import aligned_masks
 from jaxprune.training.masked import needed, select, unpacked, wrapped
 from jaxprune.typing import Masks, Params
 
@@ -70,7 +70,7 @@ def keep_masks(
     def init(params: Params) -> KeepMasksState:
         if tree.is_placeholder(params):
             return KeepMasksState(params, optimizer.init(params))
-        aligned = checked(params, _of_trained(params, masks))
+        aligned = aligned_masks(params, _of_trained(params, masks))
         own = [
             m if tree.is_excluded(m) else placement.copied(m, leaf)
             for m, leaf in zip(aligned, tree.named_leaves(params).values(), strict=True)

@@ -287,7 +287,7 @@ def _highest(
         cuts = thresholds.cut_together(units, kept)
     else:
         cuts = thresholds.cut_each(units, kept.low)
-    return [thresholds.mask(*pair) for pair in zip(units, cuts, strict=True)]
+    return [thresholds.above_cut(*pair) for pair in zip(units, cuts, strict=True)]
 
 
 def _none_back(

@@ -94,7 +94,7 @@ class Average:
     ) -> Held:
         """The average after snapshot n = 1, ..., by its gain c(n) / S(n)."""
         structure: Any
-        joined = low_bit.joined(*average, signed=self.signed)
+        joined = low_bit.with_exponents(*average, signed=self.signed)
         held, structure = jax.tree.flatten(joined, is_leaf=tree.is_leaf)
         watched = list(zip(*map(structure.flatten_up_to, trees), strict=True))
 

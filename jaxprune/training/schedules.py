@@ -12,7 +12,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Protocol, TypeAlias
 
-from jaxprune.masking.counts import checked
+from jaxprune.masking.counts import checked_sparsity
 from jaxprune.typing import Pattern
 
 
@@ -38,7 +38,7 @@ class _Range(abc.ABC):
     def __post_init__(self) -> None:
         """Refuses what is out of range."""
         name = type(self).__name__
-        checked(self.final, f" for schedules.{name}")
+        checked_sparsity(self.final, f" for schedules.{name}")
         for field, least in (("begin", 0), ("end", 0), ("every", 1)):
             _checked_step(f"schedules.{name}({field}=...)", getattr(self, field), least)
         if self.end < self.begin:
@@ -185,7 +185,7 @@ class once:
     def __post_init__(self) -> None:
         """Refuses what is out of range."""
         _checked_step("schedules.once(step=...)", self.step, 0)
-        checked(self.final, " for schedules.once")
+        checked_sparsity(self.final, " for schedules.once")
 
     def table(self) -> dict[int, float]:
         """Step to the share that is pruned from then on."""

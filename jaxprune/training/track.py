@@ -297,7 +297,7 @@ def _watched(
         )
     if memory not in ("device", "pinned_host"):
         raise ValueError(f"memory must be 'device' or 'pinned_host', got {memory!r}")
-    low_bit.checked(storage)
+    low_bit.checked_storage(storage)
     refuse_fractions(what, seed=seed)
     return {
         field: Average(

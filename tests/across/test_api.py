@@ -24,7 +24,6 @@ FUNCTIONS = [
     "calibrate",
     "contrib.calibrate_gradients",
     "get_importance",
-    "get_masks",
     "gradual",
     "grow.gradient",
     "grow.random",
@@ -32,13 +31,14 @@ FUNCTIONS = [
     "contrib.lora",
     "masks.apply",
     "masks.combine",
+    "masks.get",
     "masks.make",
+    "masks.overlap",
     "masks.pack",
+    "masks.replace",
     "masks.unpack",
-    "overlap",
     "prune",
     "prune_trained",
-    "replace_masks",
     "schedules.constant",
     "schedules.cubic",
     "schedules.linear",
@@ -59,12 +59,12 @@ FUNCTIONS = [
     "trace",
     "track_gradients",
     "track_importance",
-    "allocation.named",
+    "allocation.parse",
     "methods.named",
     "tree.named_leaves",
     "axis_groups",
     "masks.above",
-    "patterns.named",
+    "patterns.parse",
     "tree.excluding",
     "tree.explain",
     "tree.names",
@@ -94,8 +94,13 @@ CLASSES = [
     "allocation.OWL",
     "allocation.PerMatrix",
     "allocation.Ranked",
-    "allocation.Uniform",
+    "allocation.Layer",
 ]
+# The modules whose names are public.
+NAMESPACES = ["allocation", "low_bit", "masks", "patterns", "scores", "tree"]
+REFERENCE = "".join(
+    path.read_text() for path in sorted((ROOT / "docs" / "reference").glob("*.md"))
+)
 # Heavy third parties stay out until the module that needs them is imported.
 HEAVY = ["flax", "orbax", "tyro", "matplotlib", "torch", "tensorflow_datasets"]
 BY_NAME = [
@@ -194,6 +199,22 @@ def test_what_is_shown_is_what_is_meant():
     assert sorted(jaxprune.__all__) == jaxprune.__all__
     called = {n for n in jaxprune.__all__ if callable(getattr(jaxprune, n))}
     assert called <= {*FUNCTIONS, *CLASSES}
+
+
+@pytest.mark.parametrize("name", NAMESPACES)
+def test_a_namespace_shows_what_is_meant_and_all_of_it_is_documented(name):
+    namespace = _get(name)
+    assert dir(namespace) == sorted(namespace.__all__)
+    for public in namespace.__all__:
+        value = getattr(namespace, public)
+        assert inspect.getdoc(value)
+        assert f"::: {value.__module__}.{public}\n" in REFERENCE
+
+
+def test_every_score_is_a_criterion_of_parameters_and_importance():
+    for name in jaxprune.scores.__all__:
+        names = list(inspect.signature(getattr(jaxprune.scores, name)).parameters)
+        assert names[:2] == ["params", "importance"]
 
 
 def test_the_version_is_that_of_the_distribution():

@@ -139,7 +139,7 @@ def test_averages_in_and_out_of_their_storage(storage):
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_method(method, pattern):
-    method, pattern = jp.methods.METHODS[method], jp.patterns.named(pattern)
+    method, pattern = jp.methods.METHODS[method], jp.patterns.parse(pattern)
 
     def pruned(weight, square, kept):
         matrix = jp.methods.Matrix(weight, square, None, kept, pattern)

@@ -72,7 +72,7 @@ def test_zeros_are_the_schedules_and_no_step_waits_for_the_host(name):
     kernel = np.asarray(weights["kernel"])
     assert (kernel == 0).sum() == round(0.75 * kernel.size)
     assert not np.signbit(kernel[kernel == 0]).any()
-    np.testing.assert_array_equal(jp.get_masks(state)["kernel"], kernel != 0)
+    np.testing.assert_array_equal(jp.masks.get(state)["kernel"], kernel != 0)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])

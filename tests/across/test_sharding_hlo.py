@@ -11,8 +11,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune.arrays import placement, sparsity
+from jaxprune.arrays import placement
 from jaxprune.arrays.topk.count_search import CANDIDATES
+from jaxprune.masking import sparsity
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
 
@@ -266,7 +267,7 @@ def test_a_step_that_chooses_masks(params, name):
     tx = CHOOSERS[name]()
     state = unsent(tx.init, params)
     assert large(tx.update, params, state, params) == []
-    masks = jp.get_masks(state)
+    masks = jp.masks.get(state)
     for name, mask in masks.items():
         assert mask.sharding.is_equivalent_to(params[name].sharding, mask.ndim)
 
@@ -281,7 +282,7 @@ def test_every_choice_of_masks_is_typed_as_an_explicit_mesh_wants_it():
 
         def chosen(params, tx=tx):
             _, state = tx.update(params, tx.init(params), params)
-            return jp.get_masks(state)
+            return jp.masks.get(state)
 
         mask = jax.eval_shape(chosen, params)["w"]
         assert mask.sharding.spec == P("data", "model"), name

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from jaxprune.arrays.rules import Rule, check, excludes, needs, within
+from jaxprune.arrays.rules import Rule, check, excludes, finds_none, needs, within
 
 RULES = (
     within("share", 0, 1, "share must lie in [0, 1], got {share}", "give 0.5"),
@@ -39,6 +39,17 @@ def test_the_first_broken_rule_speaks(values, sentence, command):
         check(RULES, **{**NONE, **values})
     assert str(refusal.value) == sentence
     assert refusal.value.command == (command or sentence)
+
+
+def test_all_that_breaks_a_rule_is_named_at_once():
+    def negative(values):
+        return [name for name, size in values.sizes.items() if size < 0]
+
+    rule = finds_none(negative, "{what} must be positive, but {names} are not")
+    check([rule], sizes={"a": 1}, what="sizes")
+    sentence = "sizes must be positive, but 'b', 'c' are not"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        check([rule], sizes={"a": 1, "b": -1, "c": -2}, what="sizes")
 
 
 def test_a_rule_names_its_error():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprune.files import atomic
+from jaxprune.files.sink import Sink
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):
@@ -87,7 +88,7 @@ def test_a_place_that_cannot_be_written_to_or_has_no_room_is_refused(monkeypatch
 def test_a_disk_that_is_full_names_the_file(tmp_path):
     with (
         pytest.raises(OSError, match=r"No space left on device: '/dev/full'"),
-        atomic.Sink(Path("/dev/full")) as sink,
+        Sink(Path("/dev/full")) as sink,
     ):
         sink.put(b"abc")
 

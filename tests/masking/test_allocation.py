@@ -57,14 +57,14 @@ def rule(shares, sparsity, params=PARAMS, fn=run_chain):
     return np.array([float(share) for share in found]), weights
 
 
-# Uniform.
+# The same for each layer.
 
 
 def test_uniform_takes_the_same_share_of_every_weight():
     np.testing.assert_array_equal(
-        zeros(jp.allocation.Uniform(), 0.37), [round(0.37 * int(n)) for n in SIZES]
+        zeros(jp.allocation.Layer(), 0.37), [round(0.37 * int(n)) for n in SIZES]
     )
-    assert not jp.allocation.Uniform().needs_inputs
+    assert not jp.allocation.Layer().needs_inputs
 
 
 # Erdos-Renyi-Kernel.
@@ -255,7 +255,7 @@ def test_ranked_needs_scores_of_every_weight_to_prune():
 # All of them.
 
 
-@pytest.mark.parametrize("name", ["Uniform", "ERK", "OWL", "Ranked"])
+@pytest.mark.parametrize("name", ["Layer", "ERK", "OWL", "Ranked"])
 def test_the_total_is_exact_in_weights(name):
     make = getattr(jp.allocation, name)
     shares = make(jp.scores.magnitude(PARAMS)) if name == "Ranked" else make()
@@ -263,7 +263,7 @@ def test_the_total_is_exact_in_weights(name):
     for sparsity in (0.0, 1 / 3, 0.613):
         removed = counts.by_rule(sparsity, shares, weights, SIZES.tolist())
         removed = np.array(removed)
-        if name == "Uniform":
+        if name == "Layer":
             expected = sum(round(sparsity * int(n)) for n in SIZES)
         else:
             expected = round(sparsity * int(SIZES.sum()))
@@ -284,7 +284,6 @@ def pruned_counts(masks):
     ("word", "value"),
     [
         ("layer", jp.allocation.Layer()),
-        pytest.param("uniform", jp.allocation.Uniform(), marks=pytest.mark.full),
         ("global", jp.allocation.Global()),
         ("erk", jp.allocation.ERK()),
     ],
@@ -294,7 +293,7 @@ def test_a_word_and_its_value_mean_the_same_in_make_and_in_prune_trained(word, v
     masks = jp.masks.make(scores, 0.6, allocation=word)
     named = jp.masks.make(scores, 0.6, allocation=value)
     trained = zeros(word, 0.6)
-    assert jp.allocation.named(word) == jp.allocation.named(value) == value
+    assert jp.allocation.parse(word) == jp.allocation.parse(value) == value
     np.testing.assert_array_equal(pruned_counts(masks), trained)
     pruned = jp.prune(PARAMS, scores, 0.6, allocation=word)
     for one, other, kept in zip(*map(kernels_of, (masks, named, pruned)), strict=True):
@@ -360,7 +359,7 @@ def test_a_rule_by_shapes_names_leaves_that_are_no_matrices():
 @pytest.mark.parametrize(
     ("allocation", "error", "words"),
     [
-        ("layers", ValueError, "layer, uniform, global, erk, owl.*got 'layers'"),
+        ("layers", ValueError, "layer, global, erk, owl.*got 'layers'"),
         (jp.allocation.ERK, TypeError, r"such as jp\.allocation\.ERK\(\)"),
         (0.5, TypeError, "got 0.5"),
     ],
@@ -372,7 +371,7 @@ def test_what_is_no_allocation_is_refused_with_the_choices(allocation, error, wo
 
 
 def test_allocations_print_and_compare():
-    assert jp.allocation.OWL() == jp.allocation.named("owl")
+    assert jp.allocation.OWL() == jp.allocation.parse("owl")
     assert jp.allocation.OWL(spread=0.1) != jp.allocation.OWL()
     assert repr(jp.allocation.Global()) == "Global()"
     assert repr(jp.allocation.Ranked(PARAMS)) == "Ranked()"

@@ -371,4 +371,4 @@ def test_masks_of_numpy_and_from_elsewhere_are_taken_by_a_leaf_on_a_mesh():
     assert np.asarray(applied["w"]).sum() == 4
     for masks in ({"w": other}, committed):
         assert np.asarray(jp.masks.combine(spread, masks)["w"]).sum() == 4
-        assert jp.overlap(spread, masks).total == 4 / 16
+        assert jp.masks.overlap(spread, masks).total == 4 / 16

@@ -282,7 +282,6 @@ def test_per_output_ranks_nan_lowest():
     ("name", "pattern"),
     [
         ("unstructured", jp.patterns.Unstructured()),
-        ("per-layer", jp.patterns.Unstructured()),
         ("per-output", jp.patterns.PerOutput()),
         ("channel", jp.patterns.Channel()),
         ("2:4", jp.patterns.NM(2, 4)),
@@ -291,7 +290,7 @@ def test_per_output_ranks_nan_lowest():
     ],
 )
 def test_a_pattern_may_be_given_by_its_name(name, pattern):
-    assert jp.patterns.named(name) == pattern == jp.patterns.named(pattern)
+    assert jp.patterns.parse(name) == pattern == jp.patterns.parse(pattern)
     scores = {"w": jnp.asarray(scores_of(SHAPE, 0, ties=False))}
     sparsity = pattern.sparsity or 0.5
     masks = jp.masks.make(scores, sparsity, pattern=name)
@@ -303,7 +302,7 @@ def test_a_pattern_may_be_given_by_its_name(name, pattern):
 
 @pytest.mark.parametrize("bad", ["2/4", "blocks", "2:4:8", "", "-1:4"])
 def test_an_unknown_pattern_names_the_choices(bad):
-    with pytest.raises(ValueError, match="unstructured, per-layer, per-output, chan"):
+    with pytest.raises(ValueError, match="unstructured, per-output, chan"):
         jp.masks.make({"w": ONES}, 0.5, pattern=bad)
 
 

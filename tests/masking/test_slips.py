@@ -141,7 +141,7 @@ SLIPS = {
     ),
     "no such allocation": (
         lambda: jp.prune(params(), scores(), 0.5, allocation="ekr"),
-        r"allocation must be one of layer, uniform, global, erk, owl, .*, got 'ekr'",
+        r"allocation must be one of layer, global, erk, owl, .*, got 'ekr'",
     ),
     "no such method": (
         lambda: jp.methods.named("gpt"),

@@ -176,7 +176,7 @@ def while_it_trains(params, names):
     for name in names:
         tx = choosers[name]
         after, state = trained(tx, params, tx.init(params), 8)
-        yield name, (after, jp.get_masks(state))
+        yield name, (after, jp.masks.get(state))
 
 
 def gathered(tree):

@@ -21,7 +21,7 @@ def stepped(tx, gradients, params=WEIGHTS):
     for gradient in gradients:
         updates, state = step(gradient, state, params)
         params = optax.apply_updates(params, updates)
-        found.append(np.asarray(jp.get_masks(state)["a"]).ravel().astype(int).tolist())
+        found.append(np.asarray(jp.masks.get(state)["a"]).ravel().astype(int).tolist())
     return found
 
 
@@ -122,7 +122,7 @@ def test_a_named_chain_is_no_holder_of_masks():
         ("gradients", jp.track_gradients()),
         ("masks", jp.keep_masks(optax.sgd(0.1), masks)),
     )
-    found = jp.get_masks(tx.init(WEIGHTS))
+    found = jp.masks.get(tx.init(WEIGHTS))
     np.testing.assert_array_equal(found["a"], masks["a"])
 
 
@@ -190,7 +190,7 @@ def test_what_a_falling_sparsity_returns_is_chosen_by_the_growth():
     for _ in range(3):
         updates, state = tx.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-        kept.append(np.asarray(jp.get_masks(state)["w"]))
+        kept.append(np.asarray(jp.masks.get(state)["w"]))
     back = kept[2] & ~kept[1]
     assert (kept[1].sum(), kept[2].sum(), back.sum()) == (10, 50, 40)
     assert back[5:].sum() == 40

@@ -59,7 +59,7 @@ def test_zeros_are_exactly_the_schedules_after_every_step(dtype, packed):
     assert total.tolist() == due(SCHEDULE, 720 + 360)
     for other in (run.weights["second"]["bias"], run.weights["embedding"]):
         assert np.asarray(other).all()
-    masks = jp.get_masks(run.state)
+    masks = jp.masks.get(run.state)
     for layer in PRUNED:
         held, kernel = (np.asarray(x[layer]["kernel"]) for x in (masks, run.params))
         np.testing.assert_array_equal(held, kernel != 0)
@@ -97,7 +97,7 @@ def test_blocks_and_channels_are_counted_in_units(pattern, units):
     tx = jp.gradual(optax.adamw(0.01), SCHEDULE, pattern=pattern, allocation="layer")
     run = record(tx, params, gradients(params, STEPS))
     for layer, count in zip(PRUNED, units, strict=True):
-        held = np.asarray(jp.get_masks(run.state)[layer]["kernel"])
+        held = np.asarray(jp.masks.get(run.state)[layer]["kernel"])
         rows, columns = (len(held), 1) if pattern == "channel" else (4, 3)
         blocks = [
             held[i : i + rows, j : j + columns]
@@ -111,7 +111,7 @@ def test_blocks_and_channels_are_counted_in_units(pattern, units):
             expected = [rows * channels for channels in due(SCHEDULE, count)]
             assert zeros(run.weights, layer) == expected
     assert not np.asarray(run.params["first"]["kernel"])[
-        ~np.asarray(jp.get_masks(run.state)["first"]["kernel"])
+        ~np.asarray(jp.masks.get(run.state)["first"]["kernel"])
     ].any()
 
 
@@ -136,7 +136,7 @@ def test_n_of_m_tightens_from_dense_to_4_of_8_to_2_of_4():
 
 
 def by_hand(tx, params, grads, masks_at):
-    """A loop that calls masks.make and replace_masks before the updates with events."""
+    """A loop that calls masks.make and masks.replace before the updates with events."""
     state = tx.init(params)
 
     @jax.jit
@@ -147,7 +147,7 @@ def by_hand(tx, params, grads, masks_at):
     count = 0
     for n in range(STEPS):
         if (masks := masks_at(n, params, state)) is not None:
-            state = jp.replace_masks(state, masks)
+            state = jp.masks.replace(state, masks)
         with compiled() as programs:
             gradient = jax.tree.map(lambda g, n=n: g[n], grads)
             params, state = step(params, state, gradient)
@@ -183,7 +183,7 @@ def test_is_bit_for_bit_the_loop_by_hand_in_one_program(criterion):
     own, inside = by_hand(tx, params, grads, lambda *_: None)
     assert same_bits(own, hand)
     assert same_bits(inside.inner, state.inner)
-    assert same_bits(jp.get_masks(inside), jp.get_masks(state))
+    assert same_bits(jp.masks.get(inside), jp.masks.get(state))
     assert int(inside.step) == STEPS
 
 
@@ -196,12 +196,12 @@ def test_what_is_pruned_stays_pruned_where_scores_tie_and_enters_no_moment():
     )
     update, begun = jax.jit(tx.update), tx.init(params)
     for state, mask in (
-        (jp.replace_masks(begun, {"w": jnp.asarray(first)}), first),
+        (jp.masks.replace(begun, {"w": jnp.asarray(first)}), first),
         (begun, ~first),
     ):
         for _ in range(5):
             _, state = update(params, state, params)
-        np.testing.assert_array_equal(jp.get_masks(state)["w"], mask)
+        np.testing.assert_array_equal(jp.masks.get(state)["w"], mask)
         for name in ("mu", "nu"):
             (moment,) = find(state, name)
             np.testing.assert_array_equal(np.asarray(moment["w"]) != 0, mask)
@@ -268,7 +268,7 @@ def test_what_grows_by_gradient_is_what_rigl_names():
         grow=Parts(),
     )
     params, update = {"w": jnp.asarray(weights * before)}, jax.jit(tx.update)
-    start = jp.replace_masks(tx.init(params), {"w": jnp.asarray(before)})
+    start = jp.masks.replace(tx.init(params), {"w": jnp.asarray(before)})
     for step, after in enumerate(expected.values(), 1):
         state = start._replace(step=jnp.asarray(step, jnp.int32))
         _, state = update({"w": jnp.asarray(weights)}, state, params)

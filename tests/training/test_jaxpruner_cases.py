@@ -218,7 +218,7 @@ def events(schedule, sparsity_at):
 
     def step(state, _):
         _, after = tx.update(params, state, params)
-        kept = jnp.sum(jp.get_masks(after)["w"])
+        kept = jnp.sum(jp.masks.get(after)["w"])
         return after, (jnp.any(after.masks["w"] != state.masks["w"]), kept)
 
     run = jax.jit(lambda state: jax.lax.scan(step, state, None, length=24)[1])

@@ -100,13 +100,13 @@ def half_way(make):
 
 def check_masks(done):
     """They are where the weights are, and can be replaced."""
-    masks = jp.get_masks(done.state)
+    masks = jp.masks.get(done.state)
     assert isinstance(masks["bias"], optax.MaskedNode)
     np.testing.assert_array_equal(
         masks["kernel"], np.asarray(done.params["kernel"]) != 0
     )
     kept = jnp.asarray(np.ones((12, 20), bool))
-    other = jp.get_masks(jp.replace_masks(done.state, masks | {"kernel": kept}))
+    other = jp.masks.get(jp.masks.replace(done.state, masks | {"kernel": kept}))
     assert np.all(other["kernel"])
 
 
@@ -150,7 +150,7 @@ def test_lora_inside_is_pruned_as_it_is_merged(make):
     done = run(make(jp.contrib.lora(optax.adamw(0.05), rank=2), **by_size), params)
     assert zeros(done.weights["kernel"]) == expected(make)
     np.testing.assert_array_equal(done.params["bias"], params["bias"])
-    mask = np.asarray(jp.get_masks(done.state)["kernel"])
+    mask = np.asarray(jp.masks.get(done.state)["kernel"])
     pruned = np.where(mask, params["kernel"], 0)
     assert np.any(np.asarray(done.params["kernel"]) != pruned)
 
@@ -171,7 +171,7 @@ def test_donated_steps_are_the_steps_that_are_not(make):
     _, _, whole = half_way(make)
     # They are two programs: XLA may fuse a product and a sum in one of them alone.
     chex.assert_trees_all_close((params, state), whole, rtol=1e-5)
-    assert same_bits(jp.get_masks(state), jp.get_masks(whole[1]))
+    assert same_bits(jp.masks.get(state), jp.masks.get(whole[1]))
 
 
 @kinds
@@ -222,12 +222,12 @@ def test_nnx_optimizer_needs_nothing_more(make):
     for state in (optimizer, nnx.state(optimizer)):
         if make is TABLE["gradual, packed"]:
             with pytest.raises(ValueError, match=r"'kernel' has none; call jp\.get_"):
-                jp.get_masks(state)
-        masks = jp.get_masks(state, shapes)
+                jp.masks.get(state)
+        masks = jp.masks.get(state, shapes)
         (mask,) = jax.tree.leaves(masks)
         assert mask.dtype == bool
-        state = jp.replace_masks(state, jax.tree.map(jnp.ones_like, masks))
-        assert all(np.all(x) for x in jax.tree.leaves(jp.get_masks(state, shapes)))
+        state = jp.masks.replace(state, jax.tree.map(jnp.ones_like, masks))
+        assert all(np.all(x) for x in jax.tree.leaves(jp.masks.get(state, shapes)))
         np.testing.assert_array_equal(mask, np.asarray(linear.kernel[...]) != 0)
 
 
@@ -275,7 +275,7 @@ def test_eight_devices_prune_what_one_prunes(make, kind):
     }
     eight, state = end(make, *(jax.device_put(x, where) for x in (params, gradient)))
     np.testing.assert_array_equal(eight["kernel"], end_on_one(make)["kernel"])
-    masks = jp.get_masks(state)
+    masks = jp.masks.get(state)
     if make is TABLE["gradual, packed"]:  # ten of a row on a device are no whole bytes
         return
     assert masks["kernel"].sharding.is_equivalent_to(where["kernel"], 2)
@@ -291,12 +291,12 @@ def test_two_optimizers_with_masks_share_the_leaves_by_subtree():
         {"a": "x", "b": "y"},
     )
     state = tx.init(params)
-    found = jp.get_masks(state)
+    found = jp.masks.get(state)
     assert found["a"]["kernel"].shape == found["b"]["kernel"].shape == (12, 20)
     assert found["a"]["bias"] == optax.MaskedNode()
     none = jax.tree.map(jnp.zeros_like, found)
-    state = jp.replace_masks(state, none)
-    chex.assert_trees_all_equal(jp.get_masks(state), none)
+    state = jp.masks.replace(state, none)
+    chex.assert_trees_all_equal(jp.masks.get(state), none)
 
 
 @pytest.mark.parametrize("labels", ["subtree", "leaf"])
@@ -313,7 +313,7 @@ def test_masks_of_the_whole_model_may_be_given_where_a_part_is_trained(labels):
     new = optax.apply_updates(params, updates)
     assert int(jnp.sum(new["a"]["kernel"] == 0)) == SIZE // 2
     chex.assert_trees_all_equal(new["b"], params["b"])
-    assert jax.tree.leaves(jp.get_masks(state)["b"]) == []
+    assert jax.tree.leaves(jp.masks.get(state)["b"]) == []
     foreign = jp.keep_masks(optax.adam(0.1), {**masks, "c": jnp.ones(3, bool)})
     with pytest.raises(ValueError, match="unknown 'c'"):
         optax.partition({"train": foreign, "freeze": optax.set_to_zero()}, each).init(
@@ -326,7 +326,7 @@ def test_a_rule_that_a_criterion_was_given_counts_beside_the_other():
     rule = jp.tree.excluding("a/*")
     criterion = functools.partial(jp.scores.magnitude, prunable=rule)
     state = jp.gradual(optax.sgd(0.1), {1: 0.5}, criterion=criterion).init(params)
-    found = jp.get_masks(state)
+    found = jp.masks.get(state)
     assert jax.tree.leaves(found["a"]) == []
     assert found["b"]["kernel"].shape == (12, 20)
 

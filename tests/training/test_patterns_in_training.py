@@ -46,7 +46,7 @@ def test_an_event_keeps_what_make_keeps(pattern, allocation):
     tx = jp.gradual(optax.sgd(1.0), schedule, criterion=jp.scores.magnitude, **how)
     state, params = run(PARAMS, tx.init(PARAMS), tx, 2)
     wanted = jp.masks.make(jp.scores.magnitude(params), 0.5, **how)
-    assert jp.overlap(jp.get_masks(state), wanted).total == 1
+    assert jp.masks.overlap(jp.masks.get(state), wanted).total == 1
     assert jp.sparsity(params).zeros == jp.sparsity(wanted).zeros
 
 
@@ -64,9 +64,9 @@ def test_units_bring_no_weight_back_that_was_pruned_by_itself(pattern, sparsity)
     tx = jp.gradual(
         optax.sgd(1.0), {0: sparsity}, criterion=jp.scores.magnitude, pattern=pattern
     )
-    begun = jp.replace_masks(tx.init(params), old)
+    begun = jp.masks.replace(tx.init(params), old)
     state, _ = run(jp.masks.apply(params, old), begun, tx, 1)
-    new = np.asarray(jp.get_masks(state)["w"])
+    new = np.asarray(jp.masks.get(state)["w"])
     assert not (new & ~np.asarray(old["w"])).any()
     if pattern == "channel":  # those of the least that is left go
         sizes = np.where(old["w"], np.abs(params["w"]), 0).sum(0)

@@ -68,7 +68,7 @@ def test_is_the_loop_with_a_hook_bit_for_bit(every):
     run = record(tx, params, grads)
     hooked, masks = with_a_hook(inner, params, grads, every, FREEZE)
     assert same_bits(run.weights, hooked)
-    assert same_bits(jp.get_masks(run.state)["kernel"], masks["kernel"])
+    assert same_bits(jp.masks.get(run.state)["kernel"], masks["kernel"])
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_masks_of_a_pruned_model_stay_until_the_schedule_is_above_them(
     schedule = {1: 0.0, 2: 0.25, 3: 0.75}
     tx = jp.gradual(optax.sgd(0.01), schedule, criterion=jp.scores.magnitude, **how)
     state, found, step = (
-        jp.replace_masks(tx.init(params), masks),
+        jp.masks.replace(tx.init(params), masks),
         [],
         jax.jit(tx.update),
     )

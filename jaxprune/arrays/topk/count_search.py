@@ -63,8 +63,8 @@ class Count(NamedTuple):
     def clipped(self, most: "Count") -> "Count":
         """It, or the other where that is smaller."""
         over = self.at_least(most)
-        where = jnp.where if isinstance(over, jax.Array) else np.where
-        return jax.tree.map(lambda a, b: where(over, b, a), self, most)
+        select = jnp.where if isinstance(over, jax.Array) else np.where
+        return jax.tree.map(lambda a, b: select(over, b, a), self, most)
 
     def real(self) -> Float[Array, "..."]:
         """The nearest float32, or one next to it."""
@@ -98,7 +98,7 @@ class _State(NamedTuple):
 
     bracket: Bracket
     candidates: UInt[Array, "rows candidates"]
-    wanted: Bool[Array, " rows"]
+    unsettled: Bool[Array, " rows"]
 
 
 def search(
@@ -112,10 +112,10 @@ def search(
     """Narrows each row's bracket to the highest position that counts enough.
 
     Args:
-      order: counts at or above positions.
-      target: what is enough, (rows,); equal for all rows where they are joint.
-      bracket: what is known.
-      guess: between which positions the answers probably lie, 0 where nothing is known.
+      order: counting of what lies at or above positions.
+      target: count that is enough, (rows,); equal for all rows where they are joint.
+      bracket: positions between which each row's answer is known to lie.
+      guess: positions between which the answers probably lie, 0 where nothing is known.
       traced: whether this is part of a larger program. If not, every count may be a
         program of its own; the host waits once in a few passes.
 
@@ -125,7 +125,7 @@ def search(
     rule = order.joint, order.smooth
 
     def narrow(state: _State) -> _State:
-        counts = order.counts(state.candidates, state.wanted)
+        counts = order.counts(state.candidates, state.unsettled)
         return _narrowed(state, counts, target, *rule)
 
     state = _begun(bracket, target, guess, *rule)
@@ -137,19 +137,22 @@ def search(
             state = narrow(state)
             return state._replace(candidates=jnp.sort(state.candidates, 1))
 
-        wanted = lambda state: jnp.any(state.wanted)  # noqa: E731
-        return jax.lax.while_loop(wanted, narrow_apart, state).bracket
-    while np.asarray(state.wanted).any():
+        return jax.lax.while_loop(_any_unsettled, narrow_apart, state).bracket
+    while np.asarray(state.unsettled).any():
         # A pass too many costs little: settled rows are not read again.
         for _ in range(_PASSES_AT_ONCE):
             state = narrow(state)
     return state.bracket
 
 
-def everything(sizes: UInt32[Array, " rows"], top: Any) -> Bracket:
+def full_bracket(sizes: UInt32[Array, " rows"], top: Any) -> Bracket:
     """The bracket that holds any answer: all count at 0, none at the top."""
-    low, high = jnp.zeros(sizes.shape, top.dtype), jnp.full(sizes.shape, top)
+    low, high = jnp.zeros(sizes.shape, top.dtype), jnp.full(sizes.shape, top)  # (rows,)
     return Bracket(low, high, sizes, jnp.zeros_like(sizes))
+
+
+def _any_unsettled(state: _State) -> Bool[Array, ""]:
+    return jnp.any(state.unsettled)
 
 
 def totals(counts: UInt32[Array, "rows ..."], joint: Any) -> Count:
@@ -187,13 +190,16 @@ def _narrowed(
     bracket, counted = state.bracket, jnp.concatenate(counts)  # (rows, candidates)
     goal = Count(target.high[:, None], target.low[:, None])
     enough = totals(counted, joint).at_least(goal)  # (rows, candidates)
-    found = _between(bracket, state.candidates, counted, enough)
-    found = jax.tree.map(lambda x, y: jnp.where(state.wanted, x, y), found, bracket)
+    narrowed = _between(bracket, state.candidates, counted, enough)
+    # A settled row was not read in this pass: its counts are zeros.
+    narrowed = jax.tree.map(
+        lambda x, y: jnp.where(state.unsettled, x, y), narrowed, bracket
+    )
     # A pass by interpolation that leaves over a quarter is followed by an even grid,
     # which leaves an eighth: two passes narrow a bracket by eight whatever the scores.
-    quick = found.high - found.low <= (bracket.high - bracket.low) // 4
-    candidates = _next(found, target, quick, joint, smooth)
-    return _State(found, candidates, _unsettled(found, target, joint))
+    quick = narrowed.high - narrowed.low <= (bracket.high - bracket.low) // 4
+    candidates = _next(narrowed, target, quick, joint, smooth)
+    return _State(narrowed, candidates, _unsettled(narrowed, target, joint))
 
 
 def _unsettled(bracket: Bracket, target: Count, joint: Any) -> Bool[Array, " rows"]:
@@ -214,8 +220,8 @@ def _next(
     place = jnp.arange(1, CANDIDATES + 1, dtype=low.dtype)[None]  # (1, candidates)
     # An even grid: width * place / parts, rounded up, in an order that cannot overflow.
     parts = low.dtype.type(CANDIDATES + 1)
-    rest = (width % parts * place + parts - low.dtype.type(1)) // parts
-    even = width // parts * place + rest  # (rows, candidates)
+    remainder = (width % parts * place + parts - low.dtype.type(1)) // parts
+    even = width // parts * place + remainder  # (rows, candidates)
 
     # Interpolation: inside the bracket the count falls from `at` to `above`. If it fell
     # on a line, the target would be reached after this share of the width.
@@ -245,13 +251,19 @@ def _about(
     guess: UInt[Array, "2 rows"], bracket: Bracket
 ) -> UInt[Array, "rows candidates"]:
     """Candidates in and around a guess, ascending; the outer ones for a bad guess."""
-    kind = guess.dtype.type
-    low, high = bracket.low + kind(1), jnp.maximum(bracket.high, bracket.low + kind(1))
-    left, right = jnp.clip(guess[0], low, high), jnp.clip(guess[1], low, high)
-    unit, middle = (right - left) // kind(4) + kind(1), left + (right - left) // kind(2)
-    unit = jnp.minimum(unit, kind(np.iinfo(guess.dtype).max // 8))
-    down = [middle - jnp.minimum(unit * kind(n), middle - low) for n in (8, 2, 1)]
-    up = [middle + jnp.minimum(unit * kind(n), high - middle) for n in (1, 2, 8)]
+    unsigned = guess.dtype.type
+    low, high = (
+        bracket.low + unsigned(1),
+        jnp.maximum(bracket.high, bracket.low + unsigned(1)),
+    )
+    lower, upper = jnp.clip(guess[0], low, high), jnp.clip(guess[1], low, high)
+    unit, middle = (
+        (upper - lower) // unsigned(4) + unsigned(1),
+        lower + (upper - lower) // unsigned(2),
+    )
+    unit = jnp.minimum(unit, unsigned(np.iinfo(guess.dtype).max // 8))
+    down = [middle - jnp.minimum(unit * unsigned(n), middle - low) for n in (8, 2, 1)]
+    up = [middle + jnp.minimum(unit * unsigned(n), high - middle) for n in (1, 2, 8)]
     return jnp.stack([*down, middle, *up], 1)
 
 

@@ -59,14 +59,14 @@ def of(scores: Float[Array, "..."], signed: Any) -> Int[Array, "..."]:
     info = np.iinfo(signed)
     if scores.dtype.itemsize * 8 != info.bits:
         scores = scores.astype("bfloat16" if info.bits == 16 else f"float{info.bits}")
-    kind, infinity = info.dtype.type, np.array(np.inf, scores.dtype).view(info.dtype)
+    integer, infinity = info.dtype.type, np.array(np.inf, scores.dtype).view(info.dtype)
     bits = jax.lax.bitcast_convert_type(scores, signed)
-    size = bits & kind(info.max)
+    size = bits & integer(info.max)
     ranks = jnp.where(bits < 0, -size, size)
-    return jnp.where(size > infinity, kind(info.min), ranks)
+    return jnp.where(size > infinity, integer(info.min), ranks)
 
 
-def number(
+def count_true(
     flags: Sequence[Bool[Array, "..."]], axes: Sequence[int]
 ) -> Sequence[UInt32[Array, "..."]]:
     """How many are True over the axes, in one read of what the flags come from."""

@@ -42,6 +42,7 @@ def guess(
         most = int(length) // _STRIDE
         strides = [max(size // most, 1) | 1 for size in sizes.tolist()]
     rows = list(map(functools.partial(_sampled, line=line), scores, strides))
+    # (1,) or (rows,): float32 is exact enough, since exact counts decide.
     total = np.array([sizes.sum()] if joint else sizes, np.float32)
     return _between_samples(rows, kept, total, line=line, joint=joint)
 
@@ -51,8 +52,8 @@ def _sampled(
     leaf: Float[Array, "..."], stride: int, *, line: Line
 ) -> Int[Array, " sampled"]:
     """The ranks of one score of so many."""
-    some = jax.lax.slice(leaf.ravel(), [0], [leaf.size], [stride])
-    return float_order.of(some, line.signed)
+    sample = jax.lax.slice(leaf.ravel(), [0], [leaf.size], [stride])
+    return float_order.of(sample, line.signed)
 
 
 @functools.partial(jax.jit, static_argnames=("line", "joint"))
@@ -72,31 +73,31 @@ def _between_samples(
         lowest, pads = np.iinfo(line.signed).min, [(0, max(sizes) - n) for n in sizes]
         pad = functools.partial(jnp.pad, constant_values=lowest)
         sample = jnp.stack(list(map(pad, rows, pads)))  # (rows, sampled)
-    have = np.array([sum(sizes)] if joint else sizes, np.uint32)
+    counted = np.array([sum(sizes)] if joint else sizes, np.uint32)
 
-    def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
+    def counts(candidates: jax.Array, unsettled: jax.Array) -> list[jax.Array]:
         least = line.rank(candidates)  # (rows, candidates)
         flags = [sample >= least[:, k, None] for k in range(least.shape[1])]
-        return [jnp.stack(float_order.number(flags, (1,)), 1)]
+        return [jnp.stack(float_order.count_true(flags, (1,)), 1)]  # (rows, candidates)
 
     def position(target: jax.Array) -> jax.Array:
         goal = Count(jnp.zeros_like(target), target)
         return count_search.search(order, goal, start, traced=True).low
 
-    kind = line.unsigned.type
-    order = Order(counts, joint=False, smooth=kind(line.octave))
-    start = count_search.everything(jnp.asarray(have), kind(line.top))
+    unsigned = line.unsigned.type
+    order = Order(counts, joint=False, smooth=unsigned(line.octave))
+    start = count_search.full_bracket(jnp.asarray(counted), unsigned(line.top))
     # The share of a random sample over a quantile has this standard deviation; five of
     # them, and two whole scores where it vanishes, hold the threshold almost surely.
-    share, taken = kept.real() / size, have.astype(np.float32)
-    slack = 5 * jnp.sqrt(share * (1 - share) / taken) + 2 / taken
-    ends = [jnp.clip(share + off, 0, 1) * taken for off in (slack, -slack)]
+    share, sample_sizes = kept.real() / size, counted.astype(np.float32)
+    slack = 5 * jnp.sqrt(share * (1 - share) / sample_sizes) + 2 / sample_sizes
+    ends = [jnp.clip(share + off, 0, 1) * sample_sizes for off in (slack, -slack)]
     low, high = jax.lax.map(position, jnp.stack(ends).astype(np.uint32))
     # Many may rank lowest alike, as what is pruned does, and all others far above. If
     # the threshold is one of these others, the gap under them is no part of the guess.
     edge = jnp.min(sample, 1, keepdims=True)  # (rows, 1)
     others, none = sample > edge, np.iinfo(line.signed).max
     least = line.position(jnp.min(jnp.where(others, sample, none), 1))
-    is_other = share * taken < jnp.sum(others, 1).astype(np.float32)
+    is_other = share * sample_sizes < jnp.sum(others, 1).astype(np.float32)
     above = jnp.maximum(low, jnp.minimum(least, high))
     return jnp.stack([jnp.where(is_other, above, low), high])

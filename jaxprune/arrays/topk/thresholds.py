@@ -12,7 +12,6 @@ equal to the threshold, the flat index under which ties are kept. A row, in the 
 below, is what is ranked: a whole leaf, or a slice of a matrix.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ def cut_together(
 
     Args:
       scores: arrays of any shape and floating dtype; each has under 2^32 elements.
-      kept: how many to keep, 0 to the number of scores; an integer array or, for counts
+      kept: number to keep, 0 to the number of scores; an integer array or, for counts
         over 32 bits, a `Count` of shape (1,) may be traced, and out of range it counts
         as the nearest number in range.
 
@@ -59,7 +58,7 @@ def cut_together(
       >>> from jaxprune.arrays.topk import thresholds
       >>> scores = jnp.array([3.0, 1.0, 3.0])
       >>> [cut] = thresholds.cut_together([scores], 1)
-      >>> thresholds.mask(scores, cut).tolist()
+      >>> thresholds.above_cut(scores, cut).tolist()
       [True, False, False]
     """
     size = sum(leaf.size for leaf in scores)
@@ -78,7 +77,7 @@ def cut_each(
 
     Args:
       scores: arrays of any shape and floating dtype; each has under 2^32 elements.
-      kept: how many to keep of each, 0 to its size; an integer array may be traced, and
+      kept: numbers to keep of each, 0 to its size; an integer array may be traced, and
         out of range it counts as the nearest number in range.
 
     Returns:
@@ -92,7 +91,7 @@ def cut_each(
       >>> from jaxprune.arrays.topk import thresholds
       >>> scores = [jnp.array([3.0, 1.0]), jnp.array([5.0, 7.0])]
       >>> cuts = thresholds.cut_each(scores, [1, 1])
-      >>> [thresholds.mask(*pair).tolist() for pair in zip(scores, cuts)]
+      >>> [thresholds.above_cut(*pair).tolist() for pair in zip(scores, cuts)]
       [[True, False], [False, True]]
     """
     if isinstance(kept, jax.Array):
@@ -101,12 +100,15 @@ def cut_each(
         pairs = zip(kept, scores, strict=True)
         number = Count.of([_checked(count, leaf.size) for count, leaf in pairs])
     cuts: dict[int, Cut] = {}
+    # Positions of one search have one width, so each dtype is searched by itself.
     for dtype in dict.fromkeys(leaf.dtype for leaf in scores):
-        own = [i for i, leaf in enumerate(scores) if leaf.dtype == dtype]
-        leaves = [scores[i] for i in own]
-        target = jax.tree.map(lambda half, own=own: half[np.array(own)], number)
-        found = _by_leaf(_cut(leaves, target, joint=False), len(leaves))
-        cuts.update(zip(own, found, strict=True))
+        indices = [i for i, leaf in enumerate(scores) if leaf.dtype == dtype]
+        leaves = [scores[i] for i in indices]
+        target = jax.tree.map(
+            lambda half, indices=indices: half[np.array(indices)], number
+        )
+        leaf_cuts = _by_leaf(_cut(leaves, target, joint=False), len(leaves))
+        cuts.update(zip(indices, leaf_cuts, strict=True))
     return [cuts[i] for i in range(len(scores))]
 
 
@@ -114,8 +116,8 @@ def cut_rows(scores: Float[Array, "rows ..."], kept: int) -> Cut:
     """The cut that keeps the `kept` highest scores of each row by itself.
 
     Args:
-      scores: floating; what the first axis counts is a row, under 2^32 elements each.
-      kept: how many to keep of each row, 0 to its size.
+      scores: floating array; each index of the first axis is a row of under 2^32.
+      kept: number to keep of each row, 0 to its size.
 
     Returns:
       A cut with an axis of rows.
@@ -124,7 +126,7 @@ def cut_rows(scores: Float[Array, "rows ..."], kept: int) -> Cut:
       >>> import jax.numpy as jnp
       >>> from jaxprune.arrays.topk import thresholds
       >>> scores = jnp.array([[3.0, 1.0], [5.0, 7.0]])
-      >>> thresholds.mask(scores, thresholds.cut_rows(scores, 1)).tolist()
+      >>> thresholds.above_cut(scores, thresholds.cut_rows(scores, 1)).tolist()
       [[True, False], [False, True]]
     """
     rows, *row = scores.shape
@@ -140,11 +142,10 @@ def highest(
 
     Args:
       scores: floats of any shape, under 2^32 of them.
-      kept: how many to keep, an integer, traced or not; of each slice along `axis` if
-        one is given, and then also an array that broadcasts over the slices (the
-        scores' shape without the axis). Out of range it counts as the nearest that is
-        in range.
-      axis: None ranks the whole array, an integer each slice along that axis.
+      kept: number to keep, an integer, traced or not; of each slice along `axis` if one
+        is given, and then also an array that broadcasts over the slices (the scores'
+        shape without the axis). Out of range it counts as the nearest that is in range.
+      axis: axis along which each slice is ranked by itself; None ranks the whole array.
 
     Returns:
       Booleans of the scores' shape; ties keep the first by flat index, or along the
@@ -167,30 +168,24 @@ def highest(
     if not scores.size:
         return jnp.zeros(scores.shape, bool)
     slices = scores.reshape(-1) if axis is None else jnp.moveaxis(scores, axis, -1)
-    number = jnp.broadcast_to(kept, slices.shape[:-1]).ravel()
-    rows = slices.reshape(number.size, slices.shape[-1])
-    found = mask(rows, _cut([rows], Count.of(number), joint=False, by_row=True))
+    number = jnp.broadcast_to(kept, slices.shape[:-1]).ravel()  # (rows,)
+    rows = slices.reshape(number.size, slices.shape[-1])  # (rows, length)
+    kept_mask = above_cut(
+        rows, _cut([rows], Count.of(number), joint=False, by_row=True)
+    )
     if axis is None:
-        return found.reshape(scores.shape)
-    return jnp.moveaxis(found.reshape(slices.shape), -1, axis)
+        return kept_mask.reshape(scores.shape)
+    return jnp.moveaxis(kept_mask.reshape(slices.shape), -1, axis)
 
 
-def mask(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
+def above_cut(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
     """The mask of a leaf, sharded like it; the cut's axes are the leaf's first ones."""
     rows = cut.bound.ndim
     across = cut.bound.shape + (1,) * (scores.ndim - rows)
-    own, least = float_order.of(scores, cut.threshold.dtype), cut.threshold
+    ranks, least = float_order.of(scores, cut.threshold.dtype), cut.threshold
     index = jnp.expand_dims(low_bit.flat_index(scores.shape[rows:]), range(rows))
     early, least = index < cut.bound.reshape(across), least.reshape(across)
-    return (own > least) | ((own == least) & early)
-
-
-def at_once(leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
-    """A context that computes now, in `jit` too, unless one of the leaves is traced."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    if not traced and isinstance(jnp.zeros(()), jax.core.Tracer):
-        return jax.ensure_compile_time_eval()
-    return contextlib.nullcontext()
+    return (ranks > least) | ((ranks == least) & early)
 
 
 def _checked(kept: int, size: int) -> int:
@@ -200,7 +195,7 @@ def _checked(kept: int, size: int) -> int:
 
 
 class _Level(NamedTuple):
-    """One level of the search: where it begins, and what the level before has found."""
+    """One level of the search: where it begins, and the result of the level before."""
 
     place: UInt[Array, " rows"]  # the positions of the thresholds
     bound: UInt32[Array, " rows"]  # the flat index under which ties are kept
@@ -220,7 +215,7 @@ def _cut(
     joint, are clipped to the range.
     """
     traced = any(isinstance(x, jax.core.Tracer) for x in [*leaves, *target])
-    with at_once([*leaves, *target]):
+    with placement.at_once([*leaves, *target]):
         line = Line.of(*(leaf.dtype for leaf in leaves))
         size = [leaf.size for leaf in leaves]
         rows: Any = _numbers(len(leaves)) if traced else range(len(leaves))
@@ -235,15 +230,14 @@ def _cut(
             guess = sampling.guess(leaves, target, line, joint=joint)
         count = _count if traced else _count_jit
 
-        def found(level: _Level, ties: bool) -> _Level:
-            def counts(candidates: jax.Array, wanted: jax.Array) -> list[jax.Array]:
-                found = [
-                    count(leaf, row, level.place, candidates, wanted, line, ties)
+        def search_level(level: _Level, ties: bool) -> _Level:
+            def counts(candidates: jax.Array, unsettled: jax.Array) -> list[jax.Array]:
+                leaf_counts = [
+                    count(leaf, row, level.place, candidates, unsettled, line, ties)
                     for leaf, row in zip(leaves, rows, strict=True)
                 ]
-                # Of leaves on several devices, as pipeline stages are, counts meet on
-                # the host.
-                return jax.device_get(found) if apart else found
+                # Counts of pipeline stages, on several devices, meet on the host.
+                return jax.device_get(leaf_counts) if apart else leaf_counts
 
             order = Order(counts, level.joint, level.smooth)
             start = level.target, level.bracket, level.guess
@@ -253,7 +247,8 @@ def _cut(
 
         level = _first_level(sizes, target, guess, line=line, joint=joint)
         level = _varying(level, leaves)
-        level = found(found(level, False), True)
+        # First the thresholds, then the flat indices among what is equal to them.
+        level = search_level(search_level(level, False), True)
         return _as_cut(level, line)
 
 
@@ -282,50 +277,50 @@ def _first_level(
     sizes: UInt32[Array, " rows"], target: Count, guess: Any, *, line: Line, joint: bool
 ) -> _Level:
     """The thresholds among the positions of floats."""
-    kind = line.unsigned.type
-    bracket = count_search.everything(sizes, kind(line.top))
+    unsigned = line.unsigned.type
+    bracket = count_search.full_bracket(sizes, unsigned(line.top))
     target = jax.tree.map(lambda half: jnp.broadcast_to(half, sizes.shape), target)
-    guess = jnp.broadcast_to(kind(0) if guess is None else guess, (2, sizes.size))
-    rule = jnp.asarray(joint), jnp.asarray(kind(line.octave))
+    guess = jnp.broadcast_to(unsigned(0) if guess is None else guess, (2, sizes.size))
+    rule = jnp.asarray(joint), jnp.asarray(unsigned(line.octave))
     return _Level(bracket.low, jnp.zeros_like(sizes), target, bracket, guess, *rule)
 
 
 @functools.partial(jax.jit, static_argnames="joint")
 def _next_level(
     level: _Level,
-    found: Bracket,
+    bracket: Bracket,
     sizes: UInt32[Array, " rows"],
     ties: bool,
     *,
     joint: bool,
 ) -> _Level:
-    """What a search has found and, after that of the thresholds, the level of ties."""
-    spare = level.target.minus(count_search.totals(found.above, level.joint))
-    have = found.at - found.above  # each row's scores equal to its threshold
+    """A search's result and, after that of the thresholds, the level of ties."""
+    spare = level.target.minus(count_search.totals(bracket.above, level.joint))
+    tied = bracket.at - bracket.above  # (rows,) scores equal to the row's threshold
 
     def take(spare: Count, ties: jax.Array) -> tuple[Count, jax.Array]:
-        taken = spare.at_most(ties)
-        return spare.minus(Count(jnp.zeros_like(taken), taken)), taken
+        taken_ties = spare.at_most(ties)
+        return spare.minus(Count(jnp.zeros_like(taken_ties), taken_ties)), taken_ties
 
-    want = spare.low
+    ties_kept = spare.low
     if joint:  # the first leaves' ties first
         first = jax.tree.map(lambda half: half[0], spare)
-        want = jax.lax.scan(take, first, have)[1]
+        ties_kept = jax.lax.scan(take, first, tied)[1]
     # Ties lie at their places from the end, 1 to the size, so that counts fall as
     # positions rise. A row that keeps all its ties, or none, has nothing to look for.
-    one, kind = np.uint32(1), found.low.dtype.type
-    last = jnp.where((want > 0) & (want < have), sizes, one).astype(kind)
-    none = jnp.zeros_like(want)
-    place = jnp.where(ties, level.place, found.low)
-    bound = sizes + one - found.low.astype(np.uint32)
+    one, unsigned = np.uint32(1), bracket.low.dtype.type
+    last = jnp.where((ties_kept > 0) & (ties_kept < tied), sizes, one).astype(unsigned)
+    none = jnp.zeros_like(ties_kept)
+    place = jnp.where(ties, level.place, bracket.low)
+    bound = sizes + one - bracket.low.astype(np.uint32)
     return _Level(
         place=place,
         bound=jnp.where(level.target.low > 0, bound, none),
-        target=Count(none, want),
-        bracket=Bracket(jnp.ones_like(last), last, have, none),
+        target=Count(none, ties_kept),
+        bracket=Bracket(jnp.ones_like(last), last, tied, none),
         guess=jnp.zeros_like(level.guess),
         joint=jnp.zeros_like(level.joint),
-        smooth=jnp.asarray(kind(1 << 31)),
+        smooth=jnp.asarray(unsigned(1 << 31)),
     )
 
 
@@ -334,47 +329,47 @@ def _count(
     i: Any,
     place: UInt[Array, " rows"],
     candidates: UInt[Array, "rows candidates"],
-    wanted: Bool[Array, " rows"],
+    unsettled: Bool[Array, " rows"],
     line: Line,
     ties: bool,
 ) -> UInt32[Array, "some candidates"]:
     """How many of a leaf, row `i` or all rows (None), lie at or above candidates.
 
     Candidates are positions of scores or, if `ties`, places of those equal to `place`,
-    from the row's end. Without a wanted row the leaf is not read.
+    from the row's end. Without an unsettled row the leaf is not read.
     """
 
-    def own_rows(values: jax.Array) -> jax.Array:
-        if i is None:
+    def row_of(values: jax.Array) -> jax.Array:
+        if i is None:  # all rows are this leaf's
             return values
         return jax.lax.dynamic_index_in_dim(values, i, 0)  # (1, ...)
 
     def count(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
-        rows = leaf if i is None else leaf[None]
+        rows = leaf if i is None else leaf[None]  # (rows, ...)
         across = (len(rows),) + (1,) * (rows.ndim - 1)
-        own, least = float_order.of(rows, line.signed), own_rows(candidates)
+        ranks, least = float_order.of(rows, line.signed), row_of(candidates)
         if ties:
-            tied = own == line.rank(own_rows(place)).reshape(across)
+            tied = ranks == line.rank(row_of(place)).reshape(across)
             length = np.uint32(math.prod(rows.shape[1:]))
             keys = length - low_bit.flat_index(rows.shape[1:])[None]  # 1 is the last
             keys = jnp.where(tied, keys, np.uint32(0)).astype(line.unsigned)
         else:
-            keys, least = own, line.rank(least)
+            keys, least = ranks, line.rank(least)
         flags = [keys >= least[:, k].reshape(across) for k in range(least.shape[1])]
-        counts = jnp.stack(float_order.number(flags, range(1, rows.ndim)), 1)
+        counts = jnp.stack(float_order.count_true(flags, range(1, rows.ndim)), 1)
         mesh = jax.typeof(counts).sharding.mesh
         if i is None and mesh.explicit_axes:  # few, and every device goes on with all
             return jax.sharding.reshard(counts, NamedSharding(mesh, PartitionSpec()))
         return counts
 
     def nothing(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
-        zeros = jnp.zeros(own_rows(candidates).shape, np.uint32)
+        zeros = jnp.zeros(row_of(candidates).shape, np.uint32)
         return _varying(zeros, [leaf, candidates])
 
     # XLA would take what is made of the leaf alone out of the loop over passes, and
     # keep it in memory; behind the barrier it depends on the pass.
     operands = jax.lax.optimization_barrier((leaf, candidates))
-    return jax.lax.cond(jnp.any(own_rows(wanted)), count, nothing, *operands)
+    return jax.lax.cond(jnp.any(row_of(unsettled)), count, nothing, *operands)
 
 
 _count_jit = jax.jit(_count, static_argnames=("line", "ties"))

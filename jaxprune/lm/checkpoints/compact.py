@@ -36,6 +36,7 @@ import numpy as np
 
 from jaxprune.files import atomic
 from jaxprune.files.safetensors_file import DTYPES, TensorInfo, damaged, write_header
+from jaxprune.files.sink import Sink, naming_path
 from jaxprune.lm.checkpoints import compact_sizes, levels
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, Progress
 from jaxprune.lm.checkpoints.compact_archive import (
@@ -119,7 +120,7 @@ def compact(
         plan = _plan(source, advance)
         stored = (math.prod(n) * DTYPES[c].itemsize for c, n in plan.entries.values())
         atomic.check_room(place, sum(stored))
-        with atomic.named(partial), open(partial, "wb") as file:
+        with naming_path(partial), open(partial, "wb") as file:
             entries = write_header(file, plan.entries, plan.metadata)
             for name, info in source.tensors.items():
                 _put_tensor(file, name, info, source, entries, plan.scales.get(name))
@@ -323,7 +324,7 @@ def expand(
     with atomic.staged(place, replaceable=taken) as partial:
         for name, digest in archive.files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic.Sink(partial / name) as sink:
+            with Sink(partial / name) as sink:
                 for part in _restored(archive, name):
                     sink.put(part)
             if sink.digest != digest:

@@ -18,7 +18,7 @@ from jaxprune.files.safetensors_file import (
     damaged,
     is_inside,
     is_text,
-    parse,
+    parse_json,
     read_header,
     view,
 )
@@ -64,7 +64,7 @@ def open_archive(path: Path) -> Archive:
             f"'{path}' must be of format {FORMAT} version {VERSION}, got "
             f"{kind[0]} version {kind[1]}; give a file that `compact` wrote"
         )
-    contents = parse(metadata.get("contents", "").encode(), path)
+    contents = parse_json(metadata.get("contents", "").encode(), path)
     match contents:
         case {"tensors": dict(held), "files": dict(files)}:
             pass

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.files import atomic, safetensors_file
+from jaxprune.files.sink import Sink
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG, INDEX, CheckpointDir
 
@@ -106,7 +107,7 @@ def write(
 
 def _text(path: Path, content: Mapping[str, Any]) -> str:
     """Writes JSON as Hugging Face does; its SHA-256."""
-    with atomic.Sink(path) as sink:
+    with Sink(path) as sink:
         sink.put((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
     return sink.digest
 

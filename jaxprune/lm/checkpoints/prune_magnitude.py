@@ -109,7 +109,7 @@ def prune_directory(
       >>> checkpoint_dir.open_directory(directory / "b").read("up.weight").tolist()
       [[3.0, 0.0], [0.0, 4.0]]
     """
-    pattern = patterns.named(pattern)
+    pattern = patterns.parse(pattern)
     if not isinstance(
         pattern, patterns.Unstructured | patterns.PerOutput | patterns.NM
     ):

@@ -29,6 +29,7 @@ from jaxprune.files.safetensors_file import (
     is_text,
     read_json,
 )
+from jaxprune.files.sink import Sink
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, Progress, files_below
 
 NAME = "jaxprune.json"
@@ -285,7 +286,7 @@ def _write_shard(
 ) -> dict[str, Any]:
     """Writes one file of weights: the old bytes, but for the tensors replaced."""
     counts = {}
-    with open(source.path / file, "rb") as origin, atomic.Sink(partial / file) as sink:
+    with open(source.path / file, "rb") as origin, Sink(partial / file) as sink:
         end = os.fstat(origin.fileno()).st_size
         for name, info in _within(source, file):
             sink.copy(origin, info.offset)
@@ -300,7 +301,7 @@ def _write_shard(
     return {"sha256": sink.digest, "tensors": counts}
 
 
-def _put_values(sink: atomic.Sink, name: str, info: TensorInfo, values: Values) -> int:
+def _put_values(sink: Sink, name: str, info: TensorInfo, values: Values) -> int:
     """Writes values in the stored dtype; how many are zero."""
     if callable(values):
         values = values()
@@ -334,7 +335,7 @@ def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
 def copy(origin: Path, target: Path) -> str:
     """Copies a file; its SHA-256."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(origin, "rb") as file, atomic.Sink(target) as sink:
+    with open(origin, "rb") as file, Sink(target) as sink:
         sink.copy(file, os.fstat(file.fileno()).st_size)
     return sink.digest
 

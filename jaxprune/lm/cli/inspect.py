@@ -39,7 +39,7 @@ class Inspect(Options):
     def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
         """Lists the tensors."""
         if self.sparsity is not None:
-            counts.checked(self.sparsity)
+            counts.checked_sparsity(self.sparsity)
         source = open_directory(self.model)
         if self.exclude:
             parse.check_globs(self.exclude, source.tensors)

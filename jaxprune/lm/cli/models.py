@@ -106,9 +106,9 @@ def device_mesh(options: ModelOptions) -> jax.sharding.Mesh | None:
     """The mesh of --mesh, or None; refuses what the devices do not make up."""
     if options.mesh is None:
         return None
-    axes = meshes.sizes(options.mesh, _AXES)
+    axes = meshes.parse_mesh(options.mesh, _AXES)
     meshes.check_devices(axes)
-    return meshes.make(axes)
+    return meshes.make_mesh(axes)
 
 
 def say_ignored(model: Model, console: Console) -> None:

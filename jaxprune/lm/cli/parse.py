@@ -155,7 +155,7 @@ def pattern_word(pattern: Pattern) -> str:
         case patterns.Block():
             return f"{pattern.rows}x{pattern.columns}"
         case patterns.Unstructured():
-            return "per-layer"
+            return "unstructured"
         case patterns.PerOutput():
             return "per-output"
     return str(pattern)
@@ -168,7 +168,7 @@ _SPOKEN = (
     (r"(?<![/\w'])sparsity=(\d[\d.]*)(?![/\w])", r"--sparsity \1"),
     (r", or a value such as jp\.patterns\.NM\(2, 4\)", ""),
     (r", or a value of (jp\.patterns|jaxprune\.posttraining\.methods)", ""),
-    (r"Unstructured\(\)", "per-layer"),
+    (r"Unstructured\(\)", "unstructured"),
     (r"PerOutput\(\)", "per-output"),
     (r"NM\(n=(\d+), m=(\d+)\)", r"\1:\2"),
     (r"Block\(rows=(\d+), columns=(\d+)\)", r"\1x\2"),

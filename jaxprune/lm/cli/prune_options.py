@@ -31,12 +31,12 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
         docs/command.md; magnitude for others, which take no text and no option that
         runs the model.
       sparsity: the share to remove, in [0, 1). Leave it out with --pattern n:m.
-      pattern: "per-layer" ranks the weights of a matrix together, "per-output" those of
-        each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks. If
-        left out, per-output for wanda and per-layer for the others.
-      allocation: how the sparsity is shared out: layer, uniform or matrix (to each
-        matrix the same), global (one ranking of all magnitudes), erk (by its shape),
-        owl (layers with outliers keep more). Shares by name are for Python.
+      pattern: "unstructured" ranks the weights of a matrix together, "per-output" those
+        of each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks.
+        If left out, per-output for wanda and unstructured for the others.
+      allocation: how the sparsity is shared out: layer (to each matrix the same),
+        global (one ranking of all magnitudes), erk (by its shape), owl (layers with
+        outliers keep more). Shares by name are for Python.
       damping: the damping of sparsegpt and alps, as a share of the Hessian's mean
         diagonal; 0.01 if left out.
       calibration_temperature: the temperature of what the model writes for
@@ -86,7 +86,7 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
     method: methods.Name | None = None
     sparsity: float | None = None
     pattern: str | None = None
-    allocation: allocations.Name = "layer"
+    allocation: Literal["layer", "global", "erk", "owl"] = "layer"
     damping: float | None = None
     inputs: methods.Inputs = "left"
     relative: Literal["yes", "no"] | None = None
@@ -166,7 +166,7 @@ def check(job: Job) -> Meaning:
         relative=None if job.relative is None else job.relative == "yes",
         correction=job.correction,
     )
-    pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
+    pattern = method.pattern if job.pattern is None else patterns.parse(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)
     if not job.streams and job.sequences % job.batch:
@@ -293,7 +293,7 @@ def _check_streaming(job: Job, pattern: Pattern, rule: allocations.Rule) -> None
     wrong = [
         name
         for name, given in (
-            (f"--allocation {job.allocation}", rule != allocations.Uniform()),
+            (f"--allocation {job.allocation}", rule != allocations.Layer()),
             (f"--pattern {job.pattern}", not isinstance(pattern, known)),
             ("--bits", job.bits is not None),
             ("--prompt", job.prompt is not None),

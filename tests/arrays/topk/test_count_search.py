@@ -92,7 +92,7 @@ def row_of(leaves) -> np.ndarray:
     return np.concatenate([a.astype(np.float64).ravel() for a in arrays])
 
 
-mask_of = jax.jit(thresholds.mask)
+mask_of = jax.jit(thresholds.above_cut)
 
 
 def masks_of(leaves, cuts):

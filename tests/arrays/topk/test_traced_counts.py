@@ -29,7 +29,7 @@ def drawn(seed):
     ]
 
 
-mask = jax.jit(thresholds.mask)
+mask = jax.jit(thresholds.above_cut)
 
 
 def together(leaves, kept):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.files import atomic
+from jaxprune.files import sink
 from jaxprune.lm.checkpoints import compact_sizes, rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, Unknown, open_directory
 from tests.support.hf_directories import (
@@ -102,7 +102,7 @@ def test_chunks_of_any_size_give_the_same_bytes(tmp_path, source, monkeypatch):
     new = {Q: np.asfortranarray(half(source.read(Q))), UP: half(source.read(UP))}
     rewrite.write(source, tmp_path / "a", new, provenance=HOW)
     monkeypatch.setattr(rewrite, "_CHUNK", 37)
-    monkeypatch.setattr(atomic, "_CHUNK", 41)
+    monkeypatch.setattr(sink, "_CHUNK", 41)
     rewrite.write(source, tmp_path / "b", new, provenance=HOW)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxprune.files import atomic
+from jaxprune.files.sink import Sink
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, open_directory
 from tests.support.hf_directories import (
@@ -53,7 +54,7 @@ def test_a_crash_anywhere_leaves_nothing_half_written(
         raise RuntimeError("crash")
 
     where, name = {
-        "shard": (atomic.Sink, "put"),
+        "shard": (Sink, "put"),
         "copy": (rewrite, "copy"),
         "record": (rewrite, "_record"),
         "sync": (atomic, "sync"),

@@ -152,12 +152,12 @@ def test_weights_of_one_byte_are_no_weights_to_prune(place, tmp_path, capsys):
     assert (code, list(record["tensors"])) == (0, [first]), err
 
 
-@pytest.mark.parametrize("word", ["2:4", "8x4", "per-layer", "per-output"])
+@pytest.mark.parametrize("word", ["2:4", "8x4", "unstructured", "per-output"])
 def test_patterns_are_written_as_they_are_asked_for(word):
     from jaxprune.masking import patterns
 
-    assert parse.pattern_word(patterns.named(word)) == word
-    said = parse.spoken(f"divisible by {patterns.named(word)}; pass overwrite=True")
+    assert parse.pattern_word(patterns.parse(word)) == word
+    said = parse.spoken(f"divisible by {patterns.parse(word)}; pass overwrite=True")
     assert said == f"divisible by {word}; give --overwrite"
 
 
@@ -283,7 +283,7 @@ def test_folders_of_the_model_come_along_and_what_does_not_is_named(
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
     module = Path("2_Dense", "model.safetensors")
     assert (tmp_path / "out" / module).read_bytes() == (model / module).read_bytes()
-    assert found["pattern"] == "per-layer"
+    assert found["pattern"] == "unstructured"
     code, _, err = run(capsys, *words, "--sparsity", "0.5")
     assert code == 1
     assert "is whole, and this very command made it" in err

@@ -45,7 +45,7 @@ DISTILLED = ("--distill-steps", "2", "--distill-text", "a.txt")
         (refused(*CALIBRATED, "--sparsity", "1"), r"in \[0, 1\), .* got 1"),
         (
             refused(*CALIBRATED, *HALF, "--pattern", "2of4"),
-            "pattern must be one of unstructured, per-layer",
+            "pattern must be one of unstructured, per-output",
         ),
         (refused(*CALIBRATED, "--sparsity", "0.6", "--pattern", "2:4"), "exactly 0.5"),
         (refused(*CALIBRATED, "--pattern", "1:3"), "divisible by 3, got 32 at 'model"),

@@ -13,9 +13,9 @@ import numpy as np
 from optax import MaskedNode
 
 from jaxprune.arrays import merge, placement, tree
-from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check, finds_none
 from jaxprune.masking import packing
-from jaxprune.masking.checks import checked
+from jaxprune.masking.checks import aligned_masks
 from jaxprune.masking.packed_mask import PackedMask, is_packed
 from jaxprune.typing import Masks, Params
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 _FIELDS = frozenset({"masks", "inner", "step", "parked", "split", "gradients"})
 
 
-def get_masks(state: Any, params: Params | None = None) -> Masks:
+def get(state: Any, params: Params | None = None) -> Masks:
     """The masks, found anywhere inside an optimizer's state.
 
     Args:
@@ -47,30 +47,26 @@ def get_masks(state: Any, params: Params | None = None) -> Masks:
       >>> import jaxprune as jp
       >>> masks = {"w": jnp.array([True, False])}
       >>> tx = optax.chain(jp.keep_masks(optax.adamw(0.1), masks))
-      >>> jp.get_masks(tx.init({"w": jnp.ones(2)}))["w"].tolist()
+      >>> jp.masks.get(tx.init({"w": jnp.ones(2)}))["w"].tolist()
       [True, False]
     """
-    found = [_read(node, params) for node in _holders(state)]
-    if not found:
-        raise ValueError(
-            "this optimizer state holds no masks; train with jp.keep_masks(optimizer, "
-            "masks) or jp.gradual(optimizer, schedule)"
-        )
+    trees = [_read(node, params) for node in _holders(state)]
+    check(_HELD, trees=trees)
     conflict = (
         "each leaf must have one mask, but two transformations in this state mask the "
         "same leaf; remove all but one"
     )
-    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), found)
+    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), trees)
 
 
-def replace_masks(state: T, masks: Masks) -> T:
+def replace(state: T, masks: Masks) -> T:
     """The state with other masks, wherever it holds them.
 
     The next step sets what they prune to zero. They must have a mask for the same
     leaves, so that a compiled step stays compiled.
 
     Args:
-      state: any state in which `get_masks` finds masks.
+      state: any state in which `masks.get` finds masks.
       masks: boolean masks of the same parameters, in any container.
 
     Returns:
@@ -85,35 +81,29 @@ def replace_masks(state: T, masks: Masks) -> T:
       >>> import jaxprune as jp
       >>> tx = jp.keep_masks(optax.adamw(0.1), {"w": jnp.array([True, False])})
       >>> state = tx.init({"w": jnp.ones(2)})
-      >>> state = jp.replace_masks(state, {"w": jnp.array([False, True])})
-      >>> jp.get_masks(state)["w"].tolist()
+      >>> state = jp.masks.replace(state, {"w": jnp.array([False, True])})
+      >>> jp.masks.get(state)["w"].tolist()
       [False, True]
     """
-    before = get_masks(state, masks)
+    before = get(state, masks)
     names = tree.names(before)
-    given = dict(zip(names, checked(before, masks), strict=True))
-    other = [
-        name
-        for name, mask in tree.named_leaves(before).items()
-        if tree.is_excluded(mask) != tree.is_excluded(given[name])
-    ]
-    if other:
-        raise ValueError(
-            "replace_masks needs masks of the leaves that the state has masks of, but "
-            f"{listed(other)} differ; give jnp.ones(shape, bool) where all is kept"
-        )
+    replacements = dict(zip(names, aligned_masks(before, masks), strict=True))
+    check(_SAME_LEAVES, before=tree.named_leaves(before), after=replacements)
 
     def replaced(node: Any) -> Any:
         if not _holds(node):
             return node
-        own = [
+        new_leaves = [
             # A copy, as a step may be given its state to donate.
-            mask if tree.is_excluded(mask) else placement.copied(given[name], mask)
+            mask
+            if tree.is_excluded(mask)
+            else placement.copied(replacements[name], mask)
             for name, mask in _named(node, masks).items()
         ]
         held = _masks(node)
+        # NNX's optimizer holds the bits of a packed mask as a bare uint8.
         packed = any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(held))
-        leaves = jax.tree.leaves(packing.pack(own) if packed else own)
+        leaves = jax.tree.leaves(packing.pack(new_leaves) if packed else new_leaves)
         new = jax.tree.unflatten(jax.tree.structure(held), leaves)
         if isinstance(node, Mapping):
             return type(node)({**node, "masks": new})  # type: ignore[call-arg]
@@ -145,9 +135,10 @@ def _read(node: Any, params: Any) -> Masks:
     if not any(map(_is_bits, jax.tree.leaves(held, is_leaf=_is_leaf))):
         structure = jax.tree.structure(held, is_leaf=_is_leaf)
         return jax.tree.unflatten(structure, list(named.values()))
+    # Bits do not have the structure of the parameters: a packed mask is a node.
     structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
-    own = [named.get(name, MaskedNode()) for name in tree.names(params)]
-    return jax.tree.unflatten(structure, own)
+    leaves = [named.get(name, MaskedNode()) for name in tree.names(params)]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _named(node: Any, params: Any) -> dict[str, Any]:
@@ -159,17 +150,35 @@ def _named(node: Any, params: Any) -> dict[str, Any]:
             return packing.unpack(mask)
         if not _is_bits(mask):
             return mask
-        if not hasattr(like.get(name), "shape"):
-            raise ValueError(
-                "packed masks of an nnx.Optimizer have no shapes, so those of the "
-                f"parameters are needed, but {name!r} has none; call "
-                "jp.get_masks(optimizer, params)"
-            )
+        check(_WITH_SHAPE, leaf=like.get(name), name=name)
         return packing.unpack(PackedMask(mask, like[name].shape))
 
     held = tree.named_leaves(_masks(node), is_leaf=_is_leaf)
     names = [packing.leaf_name(n) if _is_bits(m) else n for n, m in held.items()]
     return {n: unpacked(n, m) for n, m in zip(names, held.values(), strict=True)}
+
+
+_HELD = Rule(
+    lambda v: v.trees,
+    "this optimizer state holds no masks",
+    "train with jp.keep_masks(optimizer, masks) or jp.gradual(optimizer, schedule)",
+)
+_SAME_LEAVES = finds_none(
+    lambda v: [
+        name
+        for name, mask in v.before.items()
+        if tree.is_excluded(mask) != tree.is_excluded(v.after[name])
+    ],
+    "masks.replace needs masks of the leaves that the state has masks of, but "
+    "{names} differ",
+    "give jnp.ones(shape, bool) where all is kept",
+)
+_WITH_SHAPE = Rule(
+    lambda v: hasattr(v.leaf, "shape"),
+    "packed masks of an nnx.Optimizer have no shapes, so those of the parameters "
+    "are needed, but {name!r} has none",
+    "call jp.masks.get(optimizer, params)",
+)
 
 
 def _is_leaf(node: Any) -> bool:

@@ -1,0 +1,193 @@
+"""How many units each leaf of a tree keeps, before any score is looked at.
+
+All that can be refused is refused here, for all leaves at once.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxprune.arrays.axes import Axes, resolve_axes
+from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check, finds_none
+from jaxprune.masking import counts, patterns
+from jaxprune.masking.allocation import Global, Layer, PerMatrix, Weight
+from jaxprune.masking.allocation import Rule as AllocationRule
+from jaxprune.typing import Pattern
+
+
+class Quotas(NamedTuple):
+    """How many units are kept, as Python integers.
+
+    Attributes:
+      kept: number of all leaves together, of each leaf, or of each matrix of a leaf.
+      together: whether one ranking spans all leaves.
+      axes: which axes of each leaf are input and output.
+      stacks: shape of the stack of matrices that each leaf is, () for one matrix; None
+        where no matrix is ranked by itself.
+    """
+
+    kept: list[int]
+    together: bool
+    axes: list[Axes]
+    stacks: list[tuple[int, ...]] | None = None
+
+
+def leaf_quotas(
+    named: Mapping[str, Any],
+    sparsity: counts.Sparsity,
+    *,
+    rule: counts.Allocation,
+    pattern: Pattern,
+    axes: Axes | Mapping[str, Axes] | None,
+) -> Quotas:
+    """How many units are kept; most rules need only the leaves' shapes and dtypes."""
+    names, leaves = list(named), list(named.values())
+    leaf_axes = _pattern_axes(axes, names, leaves, pattern)
+    share, parsed = counts.agreed(sparsity, pattern, rule)
+    if isinstance(parsed, PerMatrix):
+        resolved = resolve_axes(axes, names, leaves)
+        return _matrix_quotas(names, leaves, resolved, share, pattern)
+    sizes = counts.unit_counts(pattern, leaves, leaf_axes)
+    check(_COUNTABLE, sizes=dict(zip(names, sizes, strict=True)), way=_BY_MATRIX)
+    if isinstance(parsed, Global) and not isinstance(share, Mapping):
+        # One number for all leaves: what each keeps is known when they are ranked.
+        kept = [counts.kept_units(share, sum(sizes))]
+        if sum(sizes) and not kept[0]:
+            warnings.warn(
+                "this sparsity leaves nothing of all leaves together; give a lower one",
+                stacklevel=4,
+            )
+        return Quotas(kept, together=True, axes=leaf_axes)
+    if isinstance(parsed, Layer):
+        pruned = counts.by_leaf(share, names, sizes)
+    else:
+        # A rule reads matrices, so it needs axes where the pattern needs none.
+        weights = _weights(names, leaves, resolve_axes(axes, names, leaves), parsed)
+        pruned = counts.by_rule(share, parsed, weights, sizes)
+    kept = [size - lost for size, lost in zip(sizes, pruned, strict=True)]
+    _warn_of_empty(names, sizes, kept, stacklevel=5)
+    return Quotas(kept, together=False, axes=leaf_axes)
+
+
+def _matrix_quotas(
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    leaf_axes: list[Axes],
+    share: float | Mapping[str, float],
+    pattern: Pattern,
+) -> Quotas:
+    """How many units each matrix of each leaf keeps."""
+    stacks_or_none = [
+        () if axes.problem(leaf.ndim) else axes.stack(leaf.shape)
+        for leaf, axes in zip(leaves, leaf_axes, strict=True)
+    ]
+    check(_STACKED, stacks=dict(zip(names, stacks_or_none, strict=True)))
+    stacks = [stack or () for stack in stacks_or_none]
+    leaf_sizes = counts.unit_counts(pattern, leaves, leaf_axes)
+    sizes = [
+        size // max(math.prod(stack), 1)
+        for size, stack in zip(leaf_sizes, stacks, strict=True)
+    ]
+    # A pattern that fixes the sparsity ranks a stack whole.
+    ranked = sizes if pattern.sparsity is None else leaf_sizes
+    check(_COUNTABLE, sizes=dict(zip(names, ranked, strict=True)), way="split the leaf")
+    pruned = counts.by_leaf(share, names, sizes)
+    kept = [size - lost for size, lost in zip(sizes, pruned, strict=True)]
+    _warn_of_empty(names, sizes, kept, stacklevel=6)
+    return Quotas(kept, together=False, axes=leaf_axes, stacks=stacks)
+
+
+def _warn_of_empty(
+    names: Sequence[str], sizes: Sequence[int], kept: Sequence[int], *, stacklevel: int
+) -> None:
+    """Names leaves that would lose all, which rounding may do to a small one."""
+    units = zip(names, sizes, kept, strict=True)
+    if empty := [name for name, size, number in units if size and not number]:
+        warnings.warn(
+            f"this sparsity leaves nothing of {listed(empty)}, which have few units to "
+            "keep; leave them out of the scores with prunable=jp.tree.excluding('...')",
+            stacklevel=stacklevel,
+        )
+
+
+def _weights(
+    names: Sequence[str],
+    leaves: Sequence[jax.Array],
+    leaf_axes: Sequence[Axes],
+    rule: AllocationRule,
+) -> list[Weight]:
+    """What a rule may know of the leaves."""
+    flat = [
+        name
+        for name, leaf, axes in zip(names, leaves, leaf_axes, strict=True)
+        if axes.problem(leaf.ndim)
+    ]
+    check(_WEIGHTS, rule=rule, rule_name=type(rule).__name__, flat=flat)
+    return [
+        Weight(
+            name=name,
+            leaf=name,
+            index=(),
+            shape=jax.eval_shape(axes.matrix, leaf).shape,  # (batch, in, out)
+            view=axes.matrix,
+            read=functools.partial(axes.matrix, leaf),
+        )
+        for name, leaf, axes in zip(names, leaves, leaf_axes, strict=True)
+    ]
+
+
+def _pattern_axes(
+    rules: Axes | Mapping[str, Axes] | None,
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    pattern: Pattern,
+) -> list[Axes]:
+    """The leaves' axes, after the pattern has looked at every shape."""
+    # Single weights have no axes to look at.
+    if isinstance(pattern, patterns.Unstructured) and rules is None:
+        return [Axes()] * len(leaves)
+    leaf_axes = resolve_axes(rules, names, leaves)
+    problems = [
+        f"{problem} at {name!r}"
+        for name, leaf, axes in zip(names, leaves, leaf_axes, strict=True)
+        if (problem := axes.problem(leaf.ndim) or pattern.problem(leaf.shape, axes))
+    ]
+    check(_FITTING, problems="; ".join(problems))
+    return leaf_axes
+
+
+_BY_MATRIX = "rank the matrices of a stack by allocation='matrix', or split the leaf"
+_COUNTABLE = finds_none(
+    lambda v: [name for name, size in v.sizes.items() if size >= 2**32],
+    "a ranking counts fewer than 2^32 units, but {names} have more",
+    "{way}",
+)
+_STACKED = finds_none(
+    lambda v: [name for name, stack in v.stacks.items() if stack is None],
+    "allocation='matrix' needs stacks whose own axes come first, but {names} have "
+    "them elsewhere",
+    "leave them out of the scores, or rank them whole with allocation='layer'",
+)
+_FITTING = Rule(
+    lambda v: not v.problems,
+    "{problems}",
+    "leave such leaves out of the scores with prunable=jp.tree.excluding('...')",
+)
+_WEIGHTS = (
+    Rule(
+        lambda v: not v.rule.needs_inputs,
+        "allocation={rule} reads the inputs of the weights, which scores do not hold",
+        "call jp.prune_trained, or use allocation='erk' or 'global'",
+    ),
+    finds_none(
+        lambda v: v.flat,
+        "allocation={rule_name} needs leaves with an input and an output axis, but "
+        "{names} have none",
+        "leave them out of the scores with prunable=jp.tree.excluding('...')",
+    ),
+)
