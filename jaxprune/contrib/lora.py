@@ -30,7 +30,7 @@ from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed, refuse_fractions
 from jaxprune.leaves import check_rule
-from jaxprune.training.masked import wrapped
+from jaxprune.training.masked import wrapped_optimizer
 from jaxprune.typing import Params, Prunable
 
 
@@ -112,7 +112,7 @@ def lora(
             f"lora needs rank >= 1 and a finite alpha > 0, got rank={rank}, "
             f"alpha={alpha}"
         )
-    optimizer = wrapped(optimizer, "lora", "rank")
+    optimizer = wrapped_optimizer(optimizer, "lora", "rank")
 
     def init(params: Params) -> LoraState:
         if tree.is_placeholder(params):

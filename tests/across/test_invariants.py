@@ -37,7 +37,9 @@ TABLE = {
     "straight_through": lambda masks: jp.straight_through(
         optax.adamw(0.1), {1: 0.5}, freeze=2
     ),
-    "admm": lambda masks: jp.contrib.admm(optax.adamw(0.1), 0.5, end=2, interval=1),
+    "admm": lambda masks: jp.contrib.admm(
+        optax.adamw(0.1), {0: 0.5}, freeze=2, every=1
+    ),
     "lora": lambda masks: jp.contrib.lora(optax.adamw(0.1), rank=2),
     "all": lambda masks: jp.keep_masks(
         optax.chain(
