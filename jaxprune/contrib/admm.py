@@ -131,9 +131,7 @@ def admm(
       moment, and z begins as the projection by magnitude.
     """
     table = EventTable(schedule, allocation, pattern, axes)
-    masking = MaskEvents(
-        "admm", table, criterion, prunable, revive=True, every=every, freeze=freeze
-    )
+    masking = MaskEvents("admm", table, criterion, prunable, every=every, freeze=freeze)
     first = int(table.steps[0])
     check(_RULES, freeze=freeze, first=first, penalty=penalty)
     tracker = track_gradients(weightings.exponential(_DECAY))
@@ -161,14 +159,14 @@ def admm(
 
         def projected() -> Params:
             add_dual = functools.partial(_add_dual, frozen)
-            return map_masked(add_dual, old_masks, split, params)  # v
+            return map_masked(add_dual, old_masks, split, params)  # v = x + u
 
         due = masking.due(step) | (step == freeze)
         masks = masking.choose(
             due, step, old_masks, lambda: (projected(), gradients), loss_gradients
         )
-        split = map_masked(
-            lambda _, new, old: jnp.where(due, new, old), masks, projected(), split
+        split = jax.tree.map(
+            lambda new, old: jnp.where(due, new, old), projected(), split
         )
         active = (step >= first) & ~frozen
         pull = functools.partial(_pull, _factor(penalty, step - first, active))
@@ -177,9 +175,7 @@ def admm(
             optimizer, freeze_masks(masks, frozen), updates, inner, params, extra_args
         )
         # From the freeze on the masks alone hold: a later dual would never be read.
-        split = map_masked(
-            lambda _, v: jnp.where(frozen, jnp.float32(0), v), masks, split
-        )
+        split = jax.tree.map(lambda v: jnp.where(frozen, jnp.float32(0), v), split)
         step = optax.safe_increment(step)
         return updates, AdmmState(step, masks, split, gradients, inner)
 

@@ -6,6 +6,7 @@ __all__ = [
     "gradual",
     "grow",
     "keep_masks",
+    "kept_units",
     "mask_events",
     "masked",
     "running_average",

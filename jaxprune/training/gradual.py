@@ -132,17 +132,18 @@ def gradual(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradualState]:
         params = require_params(params, "gradual")
-        step, held, inner = state
+        step, state_masks, inner = state
         # RigL ranks pruned weights by this step's gradient, before it is masked.
         gradients = updates if grow is not None and grow.reads_gradient else params
-        held = masking.choose(
-            masking.due(step), step, held, lambda: (params, state.inner), gradients
+        due = masking.due(step)
+        state_masks = masking.choose(
+            due, step, state_masks, lambda: (params, state.inner), gradients
         )
-        masks = masking.read(held, params)
+        masks = masking.read(state_masks, params)
         updates, inner = masked_step(
             optimizer, masks, updates, inner, params, extra_args
         )
-        return updates, GradualState(optax.safe_increment(step), held, inner)
+        return updates, GradualState(optax.safe_increment(step), state_masks, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

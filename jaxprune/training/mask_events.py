@@ -43,9 +43,9 @@ class MaskEvents:
       criterion: function that ranks the weights.
       prunable: which leaves may be pruned.
       packed: whether masks are held at one bit a weight.
-      revive: whether what is pruned is ranked with the rest; else it stays pruned.
-      every: number of steps between two choices at the same sparsity, None for choices
-        at events alone.
+      every: number of steps between two choices at the same sparsity, at which pruned
+        weights are ranked with all others; None for choices at events alone, at which
+        what is pruned stays pruned.
       freeze: step from which masks are fixed, None for never.
     """
 
@@ -54,7 +54,6 @@ class MaskEvents:
     criterion: Criterion
     prunable: Prunable
     packed: bool = False
-    revive: bool = False
     every: int | None = None
     freeze: int | None = None
 
@@ -63,6 +62,11 @@ class MaskEvents:
         every = 1 if self.every is None else self.every
         check_steps(self.name, every=every, freeze=self.freeze_step)
         check(_STEPS, masking=self, every=every, last=int(self.table.steps[-1]))
+
+    @property
+    def revive(self) -> bool:
+        """Whether a pruned weight is ranked by its score."""
+        return self.every is not None
 
     @property
     def freeze_step(self) -> int:
@@ -88,7 +92,7 @@ class MaskEvents:
             [event.pattern for event in self.table.events],
         )
         self._pattern_counts(masks)
-        return self._as_held(masks)
+        return self._as_stored(masks)
 
     def refuse_blind_start(self, params: Params) -> None:
         """Refuses to rank by statistics of gradients before there is a gradient."""
@@ -109,11 +113,11 @@ class MaskEvents:
                 "criterion=jp.scores.magnitude"
             ) from error
 
-    def read(self, held: Masks, params: Params) -> Masks:
+    def read(self, state_masks: Masks, params: Params) -> Masks:
         """The masks that a state holds, as booleans."""
-        return unpack_masks(held, params) if self.packed else held
+        return unpack_masks(state_masks, params) if self.packed else state_masks
 
-    def _as_held(self, masks: Masks) -> Masks:
+    def _as_stored(self, masks: Masks) -> Masks:
         return packing.pack(masks) if self.packed else masks
 
     def due(self, step: jax.Array) -> Bool[Array, ""]:
@@ -122,14 +126,15 @@ class MaskEvents:
         if self.every is None:
             return at_event
         first = int(self.table.steps[0])
-        again = at_event | ((step - first) % self.every == 0)
-        return again & (step >= first) & (step <= self.freeze_step)
+        periodic = (step - first) % self.every == 0
+        active = (step >= first) & (step <= self.freeze_step)
+        return (at_event | periodic) & active
 
     def choose(
         self,
         due: Any,
         step: jax.Array,
-        held: Masks,
+        state_masks: Masks,
         ranked: Callable[[], tuple[Params, Any]],
         gradients: Params,
     ) -> Masks:
@@ -138,27 +143,27 @@ class MaskEvents:
         Args:
           due: whether masks are chosen, boolean scalar.
           step: number of updates before this one, int32 scalar.
-          held: masks as the state holds them.
+          state_masks: masks as the state holds them, packed or boolean.
           ranked: function that gives the parameters and the importance to rank; it is
             called where masks are chosen, so that no other step computes them.
           gradients: gradients like the parameters; any tree like them where no growth
             reads them.
         """
 
-        def choose(held: Masks) -> Masks:
+        def choose(state_masks: Masks) -> Masks:
             params, importance = jax.lax.stop_gradient(ranked())
-            scores, masks = self.scores(params, importance), self.read(held, params)
-            new_masks = self._as_held(self._chosen(step, masks, scores, gradients))
+            scores = self.scores(params, importance)
+            masks = self.read(state_masks, params)
+            new_masks = self._as_stored(self._chosen(step, masks, scores, gradients))
             # NNX hands states on without their classes: the leaves go into its own.
-            return jax.tree.unflatten(
-                jax.tree.structure(held), jax.tree.leaves(new_masks)
-            )
+            structure = jax.tree.structure(state_masks)
+            return jax.tree.unflatten(structure, jax.tree.leaves(new_masks))
 
         gradients = jax.lax.stop_gradient(gradients)
         if not isinstance(due, jax.core.Tracer):
             # Outside of jit a branch would be compiled anew at every step.
-            return choose(held) if due else held
-        return jax.lax.cond(due, choose, lambda held: held, held)
+            return choose(state_masks) if due else state_masks
+        return jax.lax.cond(due, choose, lambda masks: masks, state_masks)
 
     def _chosen(
         self, step: jax.Array, masks: Masks, scores: Scores, gradients: Params
@@ -194,8 +199,8 @@ class MaskEvents:
     def _latest(self, step: jax.Array) -> Bool[Array, " events"]:
         """The last event so far, one-hot; none is True before the first."""
         steps = self.table.steps
-        after = np.append(steps[1:], np.iinfo(np.int32).max)
-        return (step >= steps) & (step < after)
+        next_steps = np.append(steps[1:], np.iinfo(np.int32).max)
+        return (step >= steps) & (step < next_steps)
 
     def _pattern_counts(self, masks: Masks) -> list[PatternCounts]:
         named = tree.named_leaves(masks)

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 from jaxprune.arrays import placement, tree
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking import packing
 from jaxprune.masking.packed_mask import PackedMask
 from jaxprune.typing import Masks, Params
@@ -128,13 +127,21 @@ def wrapped_optimizer(
         optimizer = optax.GradientTransformationExtraArgs(
             optimizer.init, optimizer.update
         )
-    check(_OPTIMIZER, optimizer=optimizer, name=name, second=second)
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise TypeError(
+            f"{name} takes the optimizer first and the {second} second, but got "
+            f"{type(optimizer).__name__} as the optimizer; call "
+            f"jp.{name}(optimizer, {second})"
+        )
     return optax.with_extra_args_support(optimizer)
 
 
 def require_params(params: Params | None, name: str) -> Params:
     """The parameters, without which the transformation `name` cannot step."""
-    check(_PARAMS, params=params, name=name)
+    if params is None:
+        raise ValueError(
+            f"{name} needs the parameters; call tx.update(g, state, params)"
+        )
     return params
 
 
@@ -153,21 +160,3 @@ def _common_dtype(*dtypes: Any) -> Any:
 
     holders = (wide for wide in dtypes if all(holds(wide, dtype) for dtype in dtypes))
     return next(holders, jnp.float32)
-
-
-_OPTIMIZER = [
-    Rule(
-        lambda v: hasattr(v.optimizer, "init") and hasattr(v.optimizer, "update"),
-        "{name} takes the optimizer first and the {second} second, but got "
-        "{optimizer.__class__.__name__} as the optimizer",
-        "call jp.{name}(optimizer, {second})",
-        error=TypeError,
-    )
-]
-_PARAMS = [
-    Rule(
-        lambda v: v.params is not None,
-        "{name} needs the parameters",
-        "call tx.update(g, state, params)",
-    )
-]

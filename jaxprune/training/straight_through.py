@@ -119,22 +119,17 @@ def straight_through(
     """
     table = EventTable(schedule, allocation, pattern, axes)
     masking = MaskEvents(
-        "straight_through",
-        table,
-        criterion,
-        prunable,
-        packed,
-        revive=True,
-        every=every,
-        freeze=freeze,
+        "straight_through", table, criterion, prunable, packed, every, freeze
     )
     optimizer = wrapped_optimizer(optimizer, "straight_through", "schedule")
 
     def init(params: Params) -> StraightThroughState:
         inner = optimizer.init(params)
-        held = masking.start(params, inner)
-        parked = zeros_of(masking.read(held, params), params)
-        return StraightThroughState(placement.counter(params), held, parked, inner)
+        state_masks = masking.start(params, inner)
+        parked = zeros_of(masking.read(state_masks, params), params)
+        return StraightThroughState(
+            placement.counter(params), state_masks, parked, inner
+        )
 
     def update(
         updates: optax.Updates,
@@ -143,30 +138,32 @@ def straight_through(
         **extra_args: Any,
     ) -> tuple[optax.Updates, StraightThroughState]:
         params = require_params(params, "straight_through")
-        step, held, parked, inner = state
+        step, state_masks, parked, inner = state
         trained = freeze_masks(
-            masking.read(held, params), frozen=step > masking.freeze_step
+            masking.read(state_masks, params), frozen=step > masking.freeze_step
         )
-        # At each place one of the two is zero.
-        before = map_masked(
-            lambda hidden, leaf: leaf + hidden, parked, params, unmasked=params
-        )
+        before = map_masked(_unpark, parked, params, unmasked=params)
         updates, inner = optimizer.update(
             select_kept(trained, updates), inner, before, **extra_args
         )
         dense = optax.apply_updates(before, updates)
         # Masks chosen from the weights before the step would lag one step behind the
         # weights that the user sees, and training would end at a higher loss.
-        held = masking.choose(
-            masking.due(step), step, held, lambda: (dense, inner), params
+        state_masks = masking.choose(
+            masking.due(step), step, state_masks, lambda: (dense, inner), params
         )
-        masks = masking.read(held, params)
+        masks = masking.read(state_masks, params)
         parked = _park(masks, dense, frozen=step >= masking.freeze_step)
         updates = map_masked(_update, masks, dense, params, unmasked=updates)
         step = optax.safe_increment(step)
-        return updates, StraightThroughState(step, held, parked, inner)
+        return updates, StraightThroughState(step, state_masks, parked, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _unpark(parked: jax.Array, weight: jax.Array) -> jax.Array:
+    """The dense weights; at each place one of the two is zero."""
+    return weight + parked
 
 
 def _park(masks: Masks, dense: Params, frozen: jax.Array) -> Params:

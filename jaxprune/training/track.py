@@ -142,7 +142,7 @@ def track_importance(
       Language Models", 2025, arXiv 2502.17071; theirs takes a snapshot an epoch.
     """
     averages = _averages("track_importance", average, storage, memory, seed)
-    snapshots = _snapshots("track_importance", averages, weighting, every, start)
+    snapshots = _Snapshots("track_importance", averages, weighting, every, start)
 
     def init(params: Params) -> TrackImportanceState:
         state = TrackImportanceState(placement.counter(params), None, None, {})
@@ -211,7 +211,7 @@ def track_gradients(
       [[4.0, 9.0]]
     """
     averages = _averages("track_gradients", average, storage, memory, seed)
-    snapshots = _snapshots("track_gradients", averages, weighting, every, start)
+    snapshots = _Snapshots("track_gradients", averages, weighting, every, start)
 
     def init(params: Params) -> TrackGradientsState:
         state = TrackGradientsState(placement.counter(params), None, None, {})
@@ -236,10 +236,16 @@ def track_gradients(
 class _Snapshots:
     """When the averages of a state take a snapshot, and what it counts."""
 
+    name: str
     averages: Mapping[str, Average]
     weighting: Weighting
     every: int
-    start_step: int
+    first: int
+
+    def __post_init__(self) -> None:
+        """Refuses what is out of range."""
+        check_steps(self.name, every=self.every, start=self.first)
+        check(_SNAPSHOTS, snapshots=self)
 
     def start(self, state: Any, params: Params, *, from_values: bool) -> Any:
         """The state with its averages before the first snapshot."""
@@ -255,7 +261,7 @@ class _Snapshots:
 
     def update(self, state: Any, *trees: Params) -> Any:
         """The state one step later, with a snapshot of the trees if one is due."""
-        since = state.step - self.start_step
+        since = state.step - self.first
         n = jnp.maximum(since // self.every + 1, 1)  # number of this snapshot
         gain = self.weighting(n)  # c(n) / S_n
         state = state._replace(step=optax.safe_increment(state.step))
@@ -268,7 +274,7 @@ class _Snapshots:
                 leaves[field] = average.update(before, gain, n, *trees)
             return _with_averages(state, leaves)
 
-        if self.every == 1 and self.start_step == 0:
+        if self.every == 1 and self.first == 0:
             return take(state)
         due = (since >= 0) & (since % self.every == 0)
         # On the other steps a branch is taken that touches no average.
@@ -280,18 +286,6 @@ def _with_averages(state: Any, averages: Mapping[str, AverageLeaves]) -> Any:
     exponents = {field: a.exponents for field, a in averages.items() if a.exponents}
     leaves = {field: a.leaves for field, a in averages.items()}
     return state._replace(**leaves, exponents=exponents)
-
-
-def _snapshots(
-    name: str,
-    averages: Mapping[str, Average],
-    weighting: Weighting,
-    every: int,
-    start: int,
-) -> _Snapshots:
-    check_steps(name, every=every, start=start)
-    check(_SNAPSHOTS, name=name, weighting=weighting, every=every, start=start)
-    return _Snapshots(averages, weighting, every, start)
 
 
 def _averages(
@@ -353,12 +347,14 @@ _AVERAGES = [
 ]
 _SNAPSHOTS = [
     Rule(
-        lambda v: callable(v.weighting),
-        "{name} needs a weighting such as jp.weightings.power(0.5), got {weighting!r}",
+        lambda v: callable(v.snapshots.weighting),
+        "{snapshots.name} needs a weighting such as jp.weightings.power(0.5), got "
+        "{snapshots.weighting!r}",
         error=TypeError,
     ),
     Rule(
-        lambda v: v.every >= 1 and v.start >= 0,
-        "tracking needs every >= 1 and start >= 0, got every={every}, start={start}",
+        lambda v: v.snapshots.every >= 1 and v.snapshots.first >= 0,
+        "tracking needs every >= 1 and start >= 0, got every={snapshots.every}, "
+        "start={snapshots.first}",
     ),
 ]
