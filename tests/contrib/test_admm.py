@@ -143,6 +143,6 @@ def test_bad_arguments_are_refused_in_one_sentence(options, says):
 
 
 @pytest.mark.parametrize("option", ["freeze", "every"])
-def test_a_step_between_two_is_refused_as_it_never_comes(option):
+def test_a_fractional_number_of_steps_is_refused(option):
     with pytest.raises(TypeError, match=f"integer {option}, got 3.5"):
         admm(optax.adamw(0.01), **{option: 3.5})

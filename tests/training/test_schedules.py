@@ -20,7 +20,7 @@ RANGES = [jp.schedules.cubic, jp.schedules.linear, jp.schedules.constant]
     length=st.integers(0, 10_000),
     every=st.integers(1, 3_000),
 )
-def test_the_last_event_is_the_target_whatever_divides(
+def test_the_last_event_has_the_final_sparsity_on_any_grid(
     kind, final, begin, length, every
 ):
     table = kind(final, begin, begin + length, every).table()
