@@ -120,10 +120,9 @@ def _admm(
     # Of 0.003 to 0.1, and ends at 40 to 75 %, the best from a dense model at 90 %.
     pulled = jp.contrib.admm(
         adamw(rate),
-        span.final,
-        begin=span.begin,
-        end=(span.begin + span.freeze) // 2,
-        interval=span.every,
+        jp.schedules.once(span.begin, span.final),
+        freeze=(span.begin + span.freeze) // 2,
+        every=span.every,
         penalty=0.003,
         **options,
     )

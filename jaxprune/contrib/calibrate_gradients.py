@@ -17,6 +17,7 @@ from optax import MaskedNode
 from jaxprune import leaves
 from jaxprune.arrays import lazy, placement, tree
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.leaves import check_rule
 from jaxprune.typing import Importance, Params, Prunable
 
@@ -35,11 +36,12 @@ def calibrate_gradients(
     alone; the host waits once, at the end. Batches of another shape compile anew.
 
     Args:
-      loss: parameters and a batch to one floating number, a mean over the batch.
-      params: the parameters, any pytree of arrays, sharded or not; `jp.LazyArray`
+      loss: function of the parameters and a batch; one floating number, a mean over
+        the batch.
+      params: parameters, any pytree of arrays, sharded or not; `jp.LazyArray`
         leaves are all read to memory.
       batches: pytrees of arrays, one in memory at a time.
-      prunable: which leaves are of interest.
+      prunable: which leaves are of interest, a function of leaf name and leaf.
 
     Returns:
       An importance with `square`: float32, of the parameters' shapes and sharding;
@@ -54,82 +56,107 @@ def calibrate_gradients(
       >>> import jaxprune as jp
       >>> loss = lambda params, x: jnp.sum(x @ params["w"])
       >>> batches = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 0.0]])]
-      >>> found = jp.contrib.calibrate_gradients(loss, {"w": jnp.ones((2, 1))}, batches)
-      >>> found.square["w"].tolist()
+      >>> params = {"w": jnp.ones((2, 1))}
+      >>> importance = jp.contrib.calibrate_gradients(loss, params, batches)
+      >>> importance.square["w"].tolist()
       [[5.0], [2.0]]
     """
     params = lazy.loaded(params)
     named = tree.named_leaves(params)
     structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
-    own = {name: named[name] for name in _taken(named, prunable)}
-    rest = {name: leaf for name, leaf in named.items() if name not in own}
+    names = _prunable_names(named, prunable)
+    pruned = {name: named[name] for name in names}
+    fixed = {name: leaf for name, leaf in named.items() if name not in pruned}
 
-    def value(own: dict[str, Any], rest: dict[str, Any], batch: Any) -> jax.Array:
-        joined = [own[name] if name in own else rest[name] for name in named]
-        return _one_number(loss(jax.tree.unflatten(structure, joined), batch))
+    def loss_of(pruned: Any, fixed: Any, batch: Any) -> jax.Array:
+        named_leaves = pruned | fixed
+        leaves = [named_leaves[name] for name in named]  # in flattening order
+        return _one_number(loss(jax.tree.unflatten(structure, leaves), batch))
 
+    # The sums are donated, and the fixed leaves are no constants of the program: on the
+    # device there is one copy of each.
     @functools.partial(jax.jit, donate_argnums=0)
-    def added(
-        sums: dict[str, jax.Array], own: Any, rest: Any, batch: Any
+    def add_squares(
+        sums: dict[str, jax.Array], pruned: Any, fixed: Any, batch: Any
     ) -> dict[str, jax.Array]:
-        gradient = jax.grad(value)(own, rest, batch)
+        gradient = jax.grad(loss_of)(pruned, fixed, batch)
+        # In two bytes the square of a small gradient would be zero.
         squares = {k: jnp.square(g.astype(np.float32)) for k, g in gradient.items()}
-        return {k: placement.placed(sums[k] + squares[k], own[k]) for k in own}
+        return {k: placement.placed(sums[k] + squares[k], pruned[k]) for k in pruned}
 
-    sums = {name: placement.zeros_like(leaf, np.float32) for name, leaf in own.items()}
+    sums = {
+        name: placement.zeros_like(leaf, np.float32) for name, leaf in pruned.items()
+    }
     count = 0
     for batch in batches:
-        sums = added(sums, own, rest, batch)
+        sums = add_squares(sums, pruned, fixed, batch)
         count += 1
-    if not count:
-        raise ValueError("calibrate_gradients needs at least one batch, got none")
-    _check_finite(sums)
+    _check_sums(sums, count)
     means = {name: total / count for name, total in sums.items()}
-    found = [means.get(name, MaskedNode()) for name in named]
-    return Importance(square=jax.tree.unflatten(structure, found))
+    square = [means.get(name, MaskedNode()) for name in named]
+    return Importance(square=jax.tree.unflatten(structure, square))
 
 
-def _taken(named: Mapping[str, Any], prunable: Prunable) -> list[str]:
+def _prunable_names(named: Mapping[str, Any], prunable: Prunable) -> list[str]:
     """The names of the leaves of interest, which have values."""
     check_rule(prunable, list(named))
-    taken = [
+    names = [
         name
         for name, leaf in named.items()
         if not tree.is_excluded(leaf) and prunable(name, leaf)
     ]
-    if not taken:
-        raise ValueError(
-            f"some leaf must be prunable, but none of {listed(named)} is; give "
-            "prunable=lambda name, leaf: ... that is True for the leaves of interest"
-        )
     abstract = (jax.core.Tracer, jax.ShapeDtypeStruct)
-    if wrong := [k for k, leaf in named.items() if isinstance(leaf, abstract)]:
-        raise ValueError(
-            f"the parameters must be arrays with values, but {listed(wrong)} are not; "
-            "call calibrate_gradients outside of jit"
-        )
-    return taken
+    no_values = listed(k for k, leaf in named.items() if isinstance(leaf, abstract))
+    check(_LEAVES, names=names, known=listed(named), no_values=no_values)
+    return names
 
 
 def _one_number(value: Any) -> jax.Array:
     """The loss itself, if it is one floating number."""
-    kind = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), value)
+    signature = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), value)
     single = isinstance(value, jax.Array) and value.shape == ()
-    if not (single and jnp.issubdtype(value.dtype, jnp.floating)):
-        raise ValueError(
-            "the loss must be one floating number, the mean over a batch, but it is "
-            f"{kind} (shape, dtype); give lambda params, batch: ... that returns the "
-            "training loss and not the model's outputs"
-        )
+    floating = single and jnp.issubdtype(value.dtype, jnp.floating)
+    check(_LOSS, floating=floating, signature=signature)
     return value
 
 
-def _check_finite(sums: Mapping[str, jax.Array]) -> None:
-    """Refuses sums that are not finite, all by name; the host waits here."""
+def _check_sums(sums: Mapping[str, jax.Array], count: int) -> None:
+    """Refuses no batches, and sums that are not finite; the host waits here."""
     finite = jax.device_get({k: jnp.all(jnp.isfinite(x)) for k, x in sums.items()})
-    if wrong := [name for name, good in finite.items() if not good]:
-        raise ValueError(
-            f"squared gradients must be finite, but those of {listed(wrong)} are not; "
-            "look for NaN in the parameters or batches, or for overflow (float32 in "
-            "place of float16 may help)"
-        )
+    infinite = listed(name for name, is_finite in finite.items() if not is_finite)
+    check(_SUMS, count=count, infinite=infinite)
+
+
+_LEAVES = [
+    Rule(
+        lambda v: len(v.names) > 0,
+        "some leaf must be prunable, but none of {known} is",
+        "give prunable=lambda name, leaf: ... that is True for the leaves of interest",
+    ),
+    Rule(
+        lambda v: not v.no_values,
+        "the parameters must be arrays with values, but {no_values} are not",
+        "call calibrate_gradients outside of jit",
+    ),
+]
+_LOSS = [
+    Rule(
+        lambda v: v.floating,
+        "the loss must be one floating number, the mean over a batch, but it is "
+        "{signature} (shape, dtype)",
+        "give lambda params, batch: ... that returns the training loss and not the "
+        "model's outputs",
+    )
+]
+_SUMS = [
+    Rule(
+        lambda v: v.count > 0,
+        "calibrate_gradients needs at least one batch, got none",
+    ),
+    Rule(
+        lambda v: not v.infinite,
+        "squared gradients must be finite, but those of {infinite} are not",
+        "look for NaN in the parameters or batches, or for overflow (float32 in place "
+        "of float16 may help)",
+    ),
+]

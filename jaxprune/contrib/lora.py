@@ -29,8 +29,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed, refuse_fractions
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.leaves import check_rule
-from jaxprune.training.masked import wrapped
+from jaxprune.training.masked import wrapped_optimizer
 from jaxprune.typing import Params, Prunable
 
 
@@ -75,16 +76,17 @@ def lora(
     """Trains each matrix by a change of low rank; everything else is frozen.
 
     Args:
-      optimizer: any optax optimizer, with its clipping, except line searches. It trains
+      optimizer: optax optimizer, with its clipping, except line searches. It trains
         the factors, so its weight decay pulls them, not the weights, towards zero. No
         transformation chained after `lora` may change the updates, or the weights would
         no longer match the factors; only one with masks may wrap `lora`.
-      rank: of the change; a matrix with a shorter side has that for its rank.
-      alpha: the change is scaled by s = alpha / rank; the rank if left out.
-      targets: leaf name and leaf to whether it is adapted; the rule of what may be
-        pruned if left out. Axes in front of the last two are stacked matrices: leave
-        out kernels whose axes mean something else (convolutions, separate heads).
-      seed: of the first A.
+      rank: rank of the change; a matrix with a shorter side has that for its rank.
+      alpha: scale of the change times the rank, s = alpha / rank; the rank if left out.
+      targets: which leaves are adapted, a function of leaf name and leaf; the rule of
+        what may be pruned if left out. Axes in front of the last two are stacked
+        matrices: leave out kernels whose axes mean something else (convolutions,
+        separate heads).
+      seed: rng seed of the first A.
 
     Returns:
       A transformation of the weights' own gradients and updates. Give weights and
@@ -107,17 +109,13 @@ def lora(
     """
     refuse_fractions("lora", rank=rank, seed=seed)
     scale = (rank if alpha is None else alpha) / max(rank, 1)
-    if rank < 1 or not 0 < scale < math.inf:
-        raise ValueError(
-            f"lora needs rank >= 1 and a finite alpha > 0, got rank={rank}, "
-            f"alpha={alpha}"
-        )
-    optimizer = wrapped(optimizer, "lora", "rank")
+    check(_SCALE, rank=rank, alpha=alpha, scale=scale)
+    optimizer = wrapped_optimizer(optimizer, "lora", "rank")
 
     def init(params: Params) -> LoraState:
         if tree.is_placeholder(params):
             return LoraState(params, optimizer.init(params))
-        adapters = _apart(_adapters(params, rank, targets, seed))
+        adapters = _split(_adapters(params, rank, targets, seed))
         return LoraState(adapters, optimizer.init(adapters))
 
     def update(
@@ -127,17 +125,14 @@ def lora(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LoraState]:
         del params
-        if extra_args.keys() & {"grad", "value_fn"}:
-            raise ValueError(
-                "lora trains factors, of which a line search's grad and value_fn know "
-                "nothing; take an optimizer that needs the gradient alone"
-            )
-        old, factors = _joined(state.adapters), state.adapters
-        of_each = functools.partial(jax.tree.map, is_leaf=_is_adapter)
-        gradients = _apart(of_each(functools.partial(_gradient, scale), old, updates))
+        check(_EXTRA_ARGS, extra_args=extra_args)
+        factors, adapters = state.adapters, _join(state.adapters)
+        map_adapters = functools.partial(jax.tree.map, is_leaf=_is_adapter)
+        gradient = functools.partial(_factor_gradients, scale)
+        gradients = _split(map_adapters(gradient, adapters, updates))
         steps, inner = optimizer.update(gradients, state.inner, factors, **extra_args)
-        change = functools.partial(_change, scale)
-        changes = of_each(change, old, _joined(steps), updates)
+        change = functools.partial(_weight_change, scale)
+        changes = map_adapters(change, adapters, _join(steps), updates)
         return changes, LoraState(optax.apply_updates(factors, steps), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -147,20 +142,17 @@ def _adapters(params: Params, rank: int, targets: Prunable, seed: int) -> Params
     """An `Adapter` for each target, `optax.MaskedNode()` for every other leaf."""
     named = tree.named_leaves(params)
     check_rule(targets, list(named))
-    chosen = {
+    adapted = {
         name: leaf
         for name, leaf in named.items()
         if not tree.is_excluded(leaf) and targets(name, leaf)
     }
-    flat = [name for name, leaf in chosen.items() if leaf.ndim < 2]
-    if flat or not chosen:
-        raise ValueError(
-            f"lora needs matrices to adapt, got {listed(flat) or 'none'}; give targets "
-            "that choose leaves of two axes or more"
-        )
+    vectors = [name for name, leaf in adapted.items() if leaf.ndim < 2]
+    check(_TARGETS, adapted=adapted, vectors=vectors, names=listed(vectors) or "none")
+    # A key for each leaf, so that another choice of targets draws the same factors.
     keys = jax.random.split(jax.random.key(seed), len(named))
     adapters = [
-        _adapter(leaf, rank, key) if name in chosen else optax.MaskedNode()
+        _adapter(leaf, rank, key) if name in adapted else optax.MaskedNode()
         for key, (name, leaf) in zip(keys, named.items(), strict=True)
     ]
     structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
@@ -171,18 +163,21 @@ def _is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter) or tree.is_excluded(node)
 
 
-def _apart(adapters: Any) -> Adapter:
+def _split(adapters: Any) -> Adapter:
     """Two trees of factors, which `nnx.Optimizer` keeps; of an adapter it does not."""
 
-    def factor(at: int) -> Any:
-        take = lambda own: own if tree.is_excluded(own) else own[at]  # noqa: E731
-        return jax.tree.map(take, adapters, is_leaf=_is_adapter)
+    def factors(number: int) -> Any:
+        return jax.tree.map(
+            lambda node: node if tree.is_excluded(node) else node[number],
+            adapters,
+            is_leaf=_is_adapter,
+        )
 
-    return Adapter(factor(0), factor(1))
+    return Adapter(factors(0), factors(1))
 
 
-def _joined(factors: Any) -> Any:
-    """The tree of adapters that was taken apart."""
+def _join(factors: Any) -> Any:
+    """The tree of adapters, of the two trees that `_split` gives."""
 
     def join(a: Any, b: Any) -> Any:
         return a if tree.is_excluded(a) else Adapter(a, b)
@@ -193,62 +188,89 @@ def _joined(factors: Any) -> Any:
 def _adapter(leaf: Any, rank: int, key: jax.Array) -> Adapter:
     *stack, inputs, outputs = leaf.shape
     rank = min(rank, inputs, outputs)
-    a = jax.random.normal(key, (*stack, inputs, rank), jnp.float32)
+    a = jax.random.normal(key, (*stack, inputs, rank), jnp.float32)  # (..., in, rank)
     a = a / math.sqrt(max(inputs, 1))
-    b = jnp.zeros((*stack, rank, outputs), jnp.float32)
-    return Adapter(_placed(a, leaf, -1), _placed(b, leaf, -2))
+    b = jnp.zeros((*stack, rank, outputs), jnp.float32)  # (..., rank, out)
+    return Adapter(_place_factor(a, leaf, -1), _place_factor(b, leaf, -2))
 
 
-def _placed(factor: jax.Array, leaf: Any, new: int) -> jax.Array:
-    """A factor split as its matrix is, the axis `new` of the rank whole.
+def _place_factor(factor: jax.Array, leaf: Any, rank_axis: int) -> jax.Array:
+    """A factor split as its matrix is, the axis of the rank whole.
 
     `state_shardings` knows nothing of ranks and may split that axis too.
     """
     if isinstance(leaf, jax.core.Tracer):
-        where = _explicit(leaf, new)
-        return factor if where is None else jax.sharding.reshard(factor, where)
+        explicit = _explicit_sharding(leaf, rank_axis)
+        return factor if explicit is None else jax.sharding.reshard(factor, explicit)
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return factor
-    return jax.device_put(factor, _without(sharding, leaf.ndim, new))
+    return jax.device_put(factor, _unsplit(sharding, leaf.ndim, rank_axis))
 
 
-def _explicit(leaf: jax.Array, new: int | None = None) -> NamedSharding | None:
+def _explicit_sharding(
+    leaf: jax.Array, rank_axis: int | None = None
+) -> NamedSharding | None:
     """How a result must say it is split, which only Explicit meshes ask for."""
     sharding = jax.typeof(leaf).sharding
     if not sharding.mesh.explicit_axes:
         return None
-    return _without(sharding, leaf.ndim, new)
+    return _unsplit(sharding, leaf.ndim, rank_axis)
 
 
-def _without(sharding: Any, ndim: int, new: int | None) -> NamedSharding:
+def _unsplit(sharding: Any, ndim: int, axis: int | None) -> NamedSharding:
+    """The sharding with one axis whole."""
+    # A spec may leave out the last axes; the axis is counted from the end.
     spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
-    if new is not None:
-        spec[new] = None
+    if axis is not None:
+        spec[axis] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _gradient(scale: float, adapter: Any, g: Any) -> Any:
-    """What the gradient of a matrix means for its factors."""
+def _factor_gradients(scale: float, adapter: Any, g: Any) -> Any:
+    """The gradients of the factors, s G B^T and s A^T G, from that of the matrix."""
     if tree.is_excluded(adapter):
         return adapter
     a, b = (jnp.swapaxes(factor, -1, -2).astype(g.dtype) for factor in adapter)
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     return Adapter(
-        scale * product(g, b, out_sharding=_explicit(g, -1)),  # (..., in, rank)
-        scale * product(a, g, out_sharding=_explicit(g, -2)),  # (..., rank, out)
+        scale
+        * product(g, b, out_sharding=_explicit_sharding(g, -1)),  # (..., in, rank)
+        scale
+        * product(a, g, out_sharding=_explicit_sharding(g, -2)),  # (..., rank, out)
     )
 
 
-def _change(scale: float, adapter: Any, step: Any, g: Any) -> Any:
-    """What the step of the factors means for a matrix.
-
-    (A + dA)(B + dB) - A B, as one product that no digits cancel in.
-    """
+def _weight_change(scale: float, adapter: Any, step: Any, g: Any) -> Any:
+    """The change of a matrix, s ((A + dA)(B + dB) - A B), by its factors' step."""
     if tree.is_excluded(adapter):
         return g if g is None or tree.is_excluded(g) else jnp.zeros_like(g)
-    left = jnp.concatenate([step.a, adapter.a], axis=-1)  # (..., in, 2 rank)
-    right = jnp.concatenate([adapter.b + step.b, step.b], axis=-2)  # (..., 2 rank, out)
+    # One product of [dA, A] and [B + dB; dB], in which no digits cancel.
+    tall = jnp.concatenate([step.a, adapter.a], axis=-1)  # (..., in, 2 rank)
+    wide = jnp.concatenate([adapter.b + step.b, step.b], axis=-2)  # (..., 2 rank, out)
     # Factors are float32: with fewer digits the weights would leave their sum.
     product = functools.partial(jnp.matmul, precision="highest")
-    return (scale * product(left, right, out_sharding=_explicit(g))).astype(g.dtype)
+    change = product(tall, wide, out_sharding=_explicit_sharding(g))
+    return (scale * change).astype(g.dtype)
+
+
+_SCALE = [
+    Rule(
+        lambda v: v.rank >= 1 and 0 < v.scale < math.inf,
+        "lora needs rank >= 1 and a finite alpha > 0, got rank={rank}, alpha={alpha}",
+    )
+]
+_EXTRA_ARGS = [
+    Rule(
+        lambda v: not v.extra_args.keys() & {"grad", "value_fn"},
+        "lora trains factors, of which a line search's grad and value_fn know nothing",
+        "take an optimizer that needs the gradient alone",
+    )
+]
+_TARGETS = [
+    Rule(
+        lambda v: len(v.adapted) > 0 and not v.vectors,
+        "lora needs matrices to adapt, got {names}",
+        "give targets that choose leaves of two axes or more",
+    )
+]

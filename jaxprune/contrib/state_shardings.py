@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.typing import Params
 
 _Path = tuple[str, ...]
@@ -41,8 +42,8 @@ def state_shardings(
     disagree, as for the factors of a square matrix, neither is taken.
 
     Args:
-      optimizer: any optax optimizer, of which only `init` is read, abstractly.
-      params: the parameters, or `jax.ShapeDtypeStruct`s with shardings; all on one
+      optimizer: optax optimizer, of which only `init` is read, abstractly.
+      params: parameters, or `jax.ShapeDtypeStruct`s with shardings; all on one
         mesh, or all on one device.
 
     Returns:
@@ -61,31 +62,31 @@ def state_shardings(
       >>> rows = jax.NamedSharding(mesh, jax.P("data"))
       >>> params = {"w": jax.device_put(jnp.ones((4, 2)), rows)}
       >>> tx = optax.chain(optax.adamw(1e-3), jp.track_importance())
-      >>> where = jp.contrib.state_shardings(tx, params)
-      >>> state = jax.jit(tx.init, out_shardings=where)(params)
+      >>> shardings = jp.contrib.state_shardings(tx, params)
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
       >>> state[0][0].mu["w"].sharding == rows
       True
     """
-    owned = {
+    leaves = {
         _parts(name): leaf
         for name, leaf in tree.named_leaves(params).items()
         if not tree.is_excluded(leaf)
     }
-    shardings = _checked(owned)
-    shapes = {path: tuple(leaf.shape) for path, leaf in owned.items()}
-    elsewhere = _spread(next(iter(shardings.values())))
+    shardings = _param_shardings(leaves)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    replicated = _with_spec(next(iter(shardings.values())))
 
     def place(path: Any, leaf: Any, aval: Any) -> Sharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        where = elsewhere
+        sharding = replicated
         for owner in _owners(_parts(name), shapes):
             if specs := _specs(tuple(leaf.shape), shapes[owner], shardings[owner]):
-                where = _spread(shardings[owner], *specs)
+                sharding = _with_spec(shardings[owner], *specs)
                 break
         on_host = aval.memory_space == jax.memory.Space.Host
-        return where.with_memory_kind("pinned_host") if on_host else where
+        return sharding.with_memory_kind("pinned_host") if on_host else sharding
 
-    # Stand-ins without a place: of a state only names, shapes and memories are wanted.
+    # Stand-ins without a place: of a state only names, shapes and memories are read.
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     traced, state = jax.make_jaxpr(optimizer.init, return_shape=True)(bare)
     avals = jax.tree.unflatten(jax.tree.structure(state), traced.out_avals)
@@ -96,29 +97,22 @@ def _parts(name: str) -> _Path:
     return tuple(name.split("/")) if name else ()
 
 
-def _checked(owned: Mapping[_Path, Any]) -> dict[_Path, Sharding]:
+def _param_shardings(leaves: Mapping[_Path, Any]) -> dict[_Path, Sharding]:
     """The parameters' shardings, or one error that names the leaves."""
-    found = {path: getattr(leaf, "sharding", None) for path, leaf in owned.items()}
-    if not found:
-        raise ValueError(
-            "state_shardings needs at least one parameter, got an empty tree"
-        )
-    kinds = (NamedSharding, SingleDeviceSharding)
-    if wrong := ["/".join(p) for p, s in found.items() if not isinstance(s, kinds)]:
-        raise ValueError(
-            "state_shardings needs parameters on a mesh or on a device, but "
-            f"{listed(wrong)} are on neither; give arrays placed with "
-            "jax.device_put(params, shardings), or "
-            "jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
-        )
-    if len({type(sharding) for sharding in found.values()}) > 1:
-        single = ["/".join(p) for p, s in found.items() if isinstance(s, kinds[1])]
-        raise ValueError(
-            f"state_shardings needs all parameters on one mesh, but {listed(single)} "
-            "are on a single device; place them with jax.device_put(leaf, "
-            "NamedSharding(mesh, PartitionSpec()))"
-        )
-    return {path: s for path, s in found.items() if s is not None}
+    shardings = {path: getattr(leaf, "sharding", None) for path, leaf in leaves.items()}
+
+    names = {"/".join(path): sharding for path, sharding in shardings.items()}
+    meshes = [k for k, s in names.items() if isinstance(s, NamedSharding)]
+    single = [k for k, s in names.items() if isinstance(s, SingleDeviceSharding)]
+    neither = [k for k in names if k not in (*meshes, *single)]
+    check(
+        _SHARDINGS,
+        shardings=shardings,
+        neither=listed(neither),
+        meshes=meshes,
+        single=listed(single),
+    )
+    return {path: s for path, s in shardings.items() if s is not None}
 
 
 def _owners(path: _Path, shapes: Mapping[_Path, _Shape]) -> Iterator[_Path]:
@@ -129,24 +123,29 @@ def _owners(path: _Path, shapes: Mapping[_Path, _Shape]) -> Iterator[_Path]:
                 yield path[start:end]
 
 
-def _specs(shape: _Shape, whole: _Shape, sharding: Sharding) -> set[PartitionSpec]:
+def _specs(
+    shape: _Shape, param_shape: _Shape, sharding: Sharding
+) -> set[PartitionSpec]:
     """The ways to place a leaf of this shape like a parameter of another."""
     if not isinstance(sharding, NamedSharding):
         return {PartitionSpec()}
-    rank, extra = len(whole), len(shape) - len(whole)
+    rank, extra = len(param_shape), len(shape) - len(param_shape)
     spec = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
-    if shape == whole:
+    if shape == param_shape:
         return {sharding.spec}
-    if extra > 0:
+    if extra > 0:  # axes in front, as of a history
         return (
-            {PartitionSpec(*[None] * extra, *spec)} if shape[extra:] == whole else set()
+            {PartitionSpec(*[None] * extra, *spec)}
+            if shape[extra:] == param_shape
+            else set()
         )
-    if extra < 0:
+    if extra < 0:  # axes left out, as of a factored moment: every choice that fits
         return {
             PartitionSpec(*(spec[axis] for axis in kept))
             for kept in itertools.combinations(range(rank), len(shape))
-            if tuple(whole[axis] for axis in kept) == shape
+            if tuple(param_shape[axis] for axis in kept) == shape
         }
+    # Other lengths: an axis stays split where its shards are even.
     counts = [placement.shards(sharding.mesh, entry) for entry in spec]
     even = [size % count == 0 for size, count in zip(shape, counts, strict=True)]
     return {
@@ -154,10 +153,31 @@ def _specs(shape: _Shape, whole: _Shape, sharding: Sharding) -> set[PartitionSpe
     }
 
 
-def _spread(like: Sharding, *specs: PartitionSpec) -> Sharding:
+def _with_spec(like: Sharding, *specs: PartitionSpec) -> Sharding:
     """A sharding of the same devices; replicated unless there is one spec."""
     if not isinstance(like, NamedSharding):
         return like
     spec = specs[0] if len(specs) == 1 else PartitionSpec()
     memory = like.memory_kind if specs else None
     return NamedSharding(like.mesh, spec, memory_kind=memory)
+
+
+_SHARDINGS = [
+    Rule(
+        lambda v: len(v.shardings) > 0,
+        "state_shardings needs at least one parameter, got an empty tree",
+    ),
+    Rule(
+        lambda v: not v.neither,
+        "state_shardings needs parameters on a mesh or on a device, but {neither} "
+        "are on neither",
+        "give arrays placed with jax.device_put(params, shardings), or "
+        "jax.ShapeDtypeStruct(shape, dtype, sharding=...)",
+    ),
+    Rule(
+        lambda v: not (v.meshes and v.single),
+        "state_shardings needs all parameters on one mesh, but {single} are on a "
+        "single device",
+        "place them with jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))",
+    ),
+]

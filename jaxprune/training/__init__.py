@@ -5,6 +5,7 @@ __all__ = [
     "gradual",
     "grow",
     "keep_masks",
+    "kept_units",
     "mask_events",
     "masked",
     "running_average",

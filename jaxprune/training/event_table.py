@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.topk.count_search import Count
 from jaxprune.masking import counts, patterns
 from jaxprune.masking.allocation import PerMatrix
@@ -29,8 +30,8 @@ class Event(NamedTuple):
     """What holds from a step on.
 
     Attributes:
-      step: the number of updates before it.
-      sparsity: the share that is pruned, None where the pattern fixes it.
+      step: number of updates before it.
+      sparsity: share that is pruned, None where the pattern fixes it.
       pattern: which weights are pruned together.
     """
 
@@ -45,16 +46,16 @@ class Event(NamedTuple):
         return float((fixed or 0) if self.sparsity is None else self.sparsity)
 
 
-class Table(NamedTuple):
+class PatternCounts(NamedTuple):
     """The counts of the events of one pattern, as the device looks them up.
 
     Attributes:
       pattern: which weights are pruned together.
-      kept: how many units, of all leaves together (events, 1), or of each leaf
-        (events, leaves); zero at the events of other patterns.
-      grown: how many of these are grown.
+      kept: number of units that are kept, of all leaves together (events, 1), or of
+        each leaf (events, leaves); zero at the events of other patterns.
+      grown: number of these that are grown, of the same shape.
       together: whether one ranking spans all leaves.
-      axes: which axes of each leaf are input and output.
+      axes: input and output axes of each leaf.
     """
 
     pattern: Pattern
@@ -65,15 +66,15 @@ class Table(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class EventTable:
     """How much is kept at which step; checked when it is made.
 
     Attributes:
-      schedule: a schedule, or {step: sparsity or n:m pattern}.
-      allocation: how a sparsity is shared out between leaves.
+      schedule: schedule, or {step: sparsity or n:m pattern}.
+      allocation: rule by which a sparsity is shared out between leaves.
       pattern: which weights are pruned together.
-      axes: which axes of the leaves are input and output.
-      grow: what comes back at an event, None for nothing.
+      axes: input and output axes of the leaves.
+      grow: rule of what comes back at an event, None for nothing.
     """
 
     schedule: schedules.Events
@@ -83,36 +84,27 @@ class Rules:
     grow: Grow | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what no parameters are needed to refuse."""
-        if isinstance(self.allocation, Mapping):
-            raise ValueError(
-                "an allocation must share out the schedule's sparsity, but "
-                f"{dict(self.allocation)} gives shares by leaf; take 'global', 'layer' "
-                "or 'erk'"
-            )
+        """Refuses what can be refused before there are parameters."""
+        check(_ALLOCATION, allocation=self.allocation)
         for event in self.events:
-            _check(event, self.allocation, self.grow)
+            _check_event(event, self.allocation, self.grow)
 
     @functools.cached_property
     def events(self) -> list[Event]:
         """The events in ascending order."""
-        usual = patterns.parse(self.pattern)
+        default = patterns.parse(self.pattern)
 
-        def event(step: int, wanted: Any) -> Event:
+        def event(step: int, target: Any) -> Event:
             # A pattern in the place of a sparsity, such as "2:4", fixes the sparsity.
-            if isinstance(wanted, str) or hasattr(wanted, "units"):
-                return Event(step, None, patterns.parse(wanted))
-            if isinstance(wanted, Mapping):
-                raise TypeError(
-                    f"a schedule gives one sparsity a step, got {dict(wanted)} at step "
-                    f"{step}; for a schedule for each layer, put a jp.gradual into "
-                    "each label of optax.partition"
-                )
+            if isinstance(target, str) or hasattr(target, "units"):
+                return Event(step, None, patterns.parse(target))
+            check(_TARGET, step=step, target=target)
             return Event(
-                step, counts.checked_sparsity(wanted, f" at step {step}"), usual
+                step, counts.checked_sparsity(target, f" at step {step}"), default
             )
 
-        return [event(*item) for item in schedules.events(self.schedule).items()]
+        targets = schedules.sorted_events(self.schedule)
+        return [event(step, target) for step, target in targets.items()]
 
     @functools.cached_property
     def steps(self) -> np.ndarray:
@@ -120,27 +112,32 @@ class Rules:
         return np.array([event.step for event in self.events], np.int32)
 
     @functools.cached_property
-    def pattern_of(self) -> np.ndarray:
-        """Which of the tables each event reads (events,)."""
-        every = list(dict.fromkeys(event.pattern for event in self.events))
-        return np.array([every.index(event.pattern) for event in self.events], np.int32)
+    def pattern_numbers(self) -> np.ndarray:
+        """Which of the pattern's counts each event reads (events,)."""
+        distinct = list(dict.fromkeys(event.pattern for event in self.events))
+        return np.array([distinct.index(e.pattern) for e in self.events], np.int32)
 
     @functools.cached_property
-    def _made(self) -> dict[Any, list[Table]]:
+    def _cache(self) -> dict[Any, list[PatternCounts]]:
         return {}
 
-    def tables(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Table]:
-        """A table for each pattern, of leaves with these names and shapes."""
+    def pattern_counts(
+        self, shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[PatternCounts]:
+        """The counts for each pattern, of leaves with these names and shapes."""
+        # `update` is traced more than once, and the counts of many leaves take a while.
         key = tuple(shapes.items())
-        if key not in self._made:
+        if key not in self._cache:
             # Counts follow from shapes alone; the dtype is not read.
-            named = {n: jax.ShapeDtypeStruct(s, np.float32) for n, s in key}
+            named = {
+                name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in key
+            }
             quotas = [self._quotas(event, named) for event in self.events]
-            self._made[key] = [
-                self._table(number, quotas, list(named.values()))
-                for number in range(max(self.pattern_of) + 1)
+            self._cache[key] = [
+                self._counts_of(number, quotas, list(named.values()))
+                for number in range(max(self.pattern_numbers) + 1)
             ]
-        return self._made[key]
+        return self._cache[key]
 
     def _quotas(self, event: Event, named: Mapping[str, Any]) -> Quotas:
         return leaf_quotas(
@@ -151,22 +148,27 @@ class Rules:
             axes=self.axes,
         )
 
-    def _table(
+    def _counts_of(
         self, number: int, quotas: Sequence[Quotas], leaves: Sequence[Any]
-    ) -> Table:
-        own = [n == number for n in self.pattern_of]
-        first = own.index(True)
+    ) -> PatternCounts:
+        has_pattern = [n == number for n in self.pattern_numbers]  # (events,)
+        first = has_pattern.index(True)
         quota, pattern = quotas[first], self.events[first].pattern
-        # Every table has a row for every event, so that one index reads them all; rows
+        # There is a row for every event, so that one index reads all patterns; the rows
         # of other patterns' events are zero, and are not used.
-        none = [0] * len(quota.kept)
-        kept = [q.kept if mine else none for q, mine in zip(quotas, own, strict=True)]
-        grown = [none] * len(kept)
+        zeros = [0] * len(quota.kept)
+        kept = [  # (events, 1 or leaves)
+            event_quota.kept if selected else zeros
+            for event_quota, selected in zip(quotas, has_pattern, strict=True)
+        ]
+        grown = [zeros] * len(kept)
         if self.grow is not None:
             sizes = counts.unit_counts(pattern, leaves, quota.axes)
-            own_sizes = [sum(sizes)] if quota.together else sizes
-            grown = self._grown(self.grow, kept, own_sizes)
-        return Table(pattern, _count(kept), _count(grown), quota.together, quota.axes)
+            sizes = [sum(sizes)] if quota.together else sizes
+            grown = self._grown(self.grow, kept, sizes)
+        return PatternCounts(
+            pattern, _as_count(kept), _as_count(grown), quota.together, quota.axes
+        )
 
     def _grown(
         self, grow: Grow, kept: list[list[int]], sizes: list[int]
@@ -176,49 +178,82 @@ class Rules:
         What a falling sparsity returns grows too: all that is kept and was pruned.
         """
         first, last = self.events[0].step, self.events[-1].step
-        grown, before = [], sizes
+        grown, before = [], sizes  # everything is kept before the first event
         for event, row in zip(self.events, kept, strict=True):
             part = grow.part(event.step, first, last)
             # At least what a falling sparsity returns (n - old), at most what is pruned
-            # at the time (of - old).
-            each = zip(row, before, sizes, strict=True)
+            # at the time (size - old).
             grown.append(
-                [min(max(round(part * n), n - old), of - old) for n, old, of in each]
+                [
+                    min(max(round(part * n), n - old), size - old)
+                    for n, old, size in zip(row, before, sizes, strict=True)
+                ]
             )
             before = row
         return grown
 
 
-def at(hit: Bool[Array, " events"], count: Count) -> Count:
-    """The row of the one event that is hit, (1,) or (leaves,)."""
-    # A sum over rows, at most one of which is hit: without an event it is zero, where
+def count_at(event: Bool[Array, " events"], count: Count) -> Count:
+    """The row of the one event that is True, (1,) or (leaves,)."""
+    # A sum over rows, at most one of which is True: without an event it is zero, where
     # a gather would have to read some row.
-    rows = jnp.asarray(hit)[:, None]  # (events, 1)
-    total = lambda half: jnp.sum(jnp.where(rows, half, np.uint32(0)), 0, np.uint32)  # noqa: E731
+    selected = jnp.asarray(event)[:, None]  # (events, 1)
+
+    def total(half: Any) -> Any:
+        return jnp.sum(jnp.where(selected, half, np.uint32(0)), 0, np.uint32)
+
     return Count(total(count.high), total(count.low))
 
 
-def _check(event: Event, allocation: counts.Allocation, grow: Grow | None) -> None:
-    """Refuses an event whose sparsity, pattern, rule and growth do not agree."""
+def _as_count(rows: list[list[int]]) -> Count:
+    """Rows of integers as counts of the same shape."""
+    # Two halves of 32 bits: a leaf may have more weights than one of them counts.
+    flat = Count.of([number for row in rows for number in row])
+    return Count(*(np.reshape(half, (len(rows), -1)) for half in flat))
+
+
+def _check_event(
+    event: Event, allocation: counts.Allocation, grow: Grow | None
+) -> None:
+    """Refuses an event whose sparsity, pattern, allocation and growth do not agree."""
     fixed = event.pattern.sparsity is not None
-    way = "; or give {step: pattern} for the schedule" if fixed else ""
+    way_out = "; or give {step: pattern} for the schedule" if fixed else ""
     try:
         _, rule = counts.agreed(event.sparsity, event.pattern, allocation)
     except ValueError as error:
-        raise ValueError(f"{error} (at step {event.step}{way})") from error
-    if isinstance(rule, PerMatrix):
-        raise ValueError(
-            "allocation='matrix' ranks each matrix of a stack, of which a schedule has "
-            "no table; take 'layer', 'global' or 'erk'"
-        )
-    if grow is not None and (fixed or isinstance(event.pattern, patterns.PerOutput)):
-        raise ValueError(
-            f"grow={grow} needs a pattern whose units are ranked by one cut, got "
-            f"{event.pattern}; take 'unstructured', a block or 'channel'"
-        )
+        raise ValueError(f"{error} (at step {event.step}{way_out})") from error
+    check(_EVENT, rule=rule, pattern=event.pattern, fixed=fixed, grow=grow)
 
 
-def _count(rows: list[list[int]]) -> Count:
-    """Rows of integers as counts of the same shape."""
-    flat = Count.of([number for row in rows for number in row])
-    return Count(*(np.reshape(half, (len(rows), -1)) for half in flat))
+_ALLOCATION = [
+    Rule(
+        lambda v: not isinstance(v.allocation, Mapping),
+        "an allocation must share out the schedule's sparsity, but {allocation} gives "
+        "shares by leaf",
+        "take 'global', 'layer' or 'erk'",
+    )
+]
+_TARGET = [
+    Rule(
+        lambda v: not isinstance(v.target, Mapping),
+        "a schedule gives one sparsity a step, got {target} at step {step}",
+        "for a schedule for each layer, put a jp.gradual into each label of "
+        "optax.partition",
+        error=TypeError,
+    )
+]
+_EVENT = [
+    Rule(
+        lambda v: not isinstance(v.rule, PerMatrix),
+        "allocation='matrix' ranks each matrix of a stack, of which a schedule has no "
+        "table",
+        "take 'layer', 'global' or 'erk'",
+    ),
+    Rule(
+        lambda v: (
+            v.grow is None or not (v.fixed or isinstance(v.pattern, patterns.PerOutput))
+        ),
+        "grow={grow} needs a pattern whose units are ranked by one cut, got {pattern}",
+        "take 'unstructured', a block or 'channel'",
+    ),
+]

@@ -7,23 +7,23 @@ parameters have exact zeros after every step.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxprune import leaves, scores
-from jaxprune.arrays import placement, tree
+from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking.counts import Allocation
 from jaxprune.masking.patterns import Block, Channel
 from jaxprune.training import schedules
-from jaxprune.training.event_table import Rules
+from jaxprune.training.event_table import Event, EventTable
 from jaxprune.training.grow import Grow
 from jaxprune.training.mask_events import MaskEvents
-from jaxprune.training.masked import needed, select, wrapped
+from jaxprune.training.masked import masked_step, require_params, wrapped_optimizer
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Prunable
 
 
@@ -31,9 +31,9 @@ class GradualState(NamedTuple):
     """State of `gradual`.
 
     Attributes:
-      step: updates seen, int32 scalar.
-      masks: the masks, like the parameters, boolean; packed where that was asked for.
-      inner: the wrapped optimizer's state.
+      step: number of updates so far, int32 scalar.
+      masks: boolean masks like the parameters; packed where that was asked for.
+      inner: state of the wrapped optimizer.
     """
 
     step: jax.Array
@@ -68,17 +68,18 @@ def gradual(
     update does the same.
 
     Args:
-      optimizer: any optax optimizer, with its clipping. What the criterion reads must
-        be inside it: Adam's second moment, or a tracker that is chained to it.
-      schedule: one of `jp.schedules`, or {step: sparsity}. Where an n:m pattern stands
-        for a sparsity, as in {500: "4:8", 900: "2:4"}, it holds from that step on.
-      criterion: which weights matter; any of `jp.scores`, or a function
-        (params, importance) -> scores that takes the optimizer's state as importance.
-      allocation: how each sparsity is shared out: "global", "layer", "erk" or a rule.
-      pattern: which weights are pruned together, as for `masks.make`.
-      axes: which axes are input and output, as for `masks.make`.
-      prunable: which leaves may be pruned.
-      grow: what comes back at each event, `jp.grow.gradient()` (RigL) or
+      optimizer: optax optimizer, with its clipping. What the criterion reads must be
+        inside it: Adam's second moment, or a tracker that is chained to it.
+      schedule: value of `jp.schedules`, or {step: sparsity}. Where an n:m pattern
+        stands for a sparsity, as in {500: "4:8", 900: "2:4"}, it holds from there on.
+      criterion: function of `jp.scores` that ranks the weights, or one of your own,
+        (params, importance) -> scores, that takes the optimizer's state as importance.
+      allocation: rule by which each sparsity is shared out between leaves: "global",
+        "layer", "erk" or one of `jp.allocation`.
+      pattern: which weights are pruned together; see `masks.make`.
+      axes: input and output axes of the leaves; see `masks.make`.
+      prunable: which leaves may be pruned, a function of leaf name and leaf.
+      grow: rule of what comes back at each event, `jp.grow.gradient()` (RigL) or
         `jp.grow.random()` (SET), by which the number kept is still the schedule's. The
         first event grows nothing.
       packed: whether the state holds masks at one bit a weight rather than eight. Of
@@ -113,22 +114,16 @@ def gradual(
       model compression", 2017, arXiv 1710.01878; theirs ranks magnitudes and lets
       pruned weights come back.
     """
-    rules = Rules(schedule, allocation, pattern, axes, grow)
-    _refuse_mixed(rules)
-    if grow is None:
-        _refuse_falling(rules)
-    masking = MaskEvents(rules, criterion, prunable, packed)
-    grow_reads = grow is not None and grow.reads_gradient
-    optimizer = wrapped(optimizer, "gradual", "schedule")
+    table = EventTable(schedule, allocation, pattern, axes, grow)
+    _check_events(table.events, grow)
+    masking = MaskEvents("gradual", table, criterion, prunable, packed)
+    optimizer = wrapped_optimizer(optimizer, "gradual", "schedule")
 
     def init(params: Params) -> GradualState:
         inner = optimizer.init(params)
-        if tree.is_placeholder(params):
-            return GradualState(placement.counter(params), params, inner)
         masking.refuse_blind_start(params)
-        return GradualState(
-            placement.counter(params), masking.start(params, inner), inner
-        )
+        masks = masking.start(params, inner)
+        return GradualState(placement.counter(params), masks, inner)
 
     def update(
         updates: optax.Updates,
@@ -136,44 +131,49 @@ def gradual(
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradualState]:
-        params = needed(params, "gradual")
-        step, held, inner = state
+        params = require_params(params, "gradual")
+        step, state_masks, inner = state
         # RigL ranks pruned weights by this step's gradient, before it is masked.
-        hit, seen = masking.hit(step), updates if grow_reads else params
-        held = masking.changed(
-            jnp.any(hit), hit, step, held, lambda: (params, state.inner), seen
+        gradients = updates if grow is not None and grow.reads_gradient else params
+        due = masking.due(step)
+        state_masks = masking.choose(
+            due, step, state_masks, lambda: (params, state.inner), gradients
         )
-        kept = masking.read(held, params)
-        # The optimizer sees masked gradients and parameters, as under `keep_masks`: its
-        # moments and weight decay then leave pruned weights alone.
-        updates, inner = optimizer.update(
-            select(kept, updates), inner, select(kept, params), **extra_args
+        masks = masking.read(state_masks, params)
+        updates, inner = masked_step(
+            optimizer, masks, updates, inner, params, extra_args
         )
-        after = GradualState(optax.safe_increment(step), held, inner)
-        return select(kept, updates, params), after
+        return updates, GradualState(optax.safe_increment(step), state_masks, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _refuse_mixed(rules: Rules) -> None:
-    """Refuses n:m together with blocks or channels, of which n:m would prune parts."""
-    kinds = dict.fromkeys(event.pattern for event in rules.events)
-    fixed = [own for own in kinds if own.sparsity is not None]
-    pooled = [own for own in kinds if isinstance(own, Block | Channel)]
-    if fixed and pooled:
-        raise ValueError(
-            f"{fixed[0]} and {pooled[0]} prune other weights together, so a schedule "
-            "cannot have both; take pattern='unstructured' beside n:m"
-        )
+def _check_events(events: Sequence[Event], grow: Grow | None) -> None:
+    """Refuses events that masks which stay pruned cannot follow one after the other."""
+    distinct = dict.fromkeys(event.pattern for event in events)
+    fixed = [pattern for pattern in distinct if pattern.sparsity is not None]
+    pooled = [pattern for pattern in distinct if isinstance(pattern, Block | Channel)]
+    check(_PATTERNS, fixed=fixed, pooled=pooled)
+    for before, after in itertools.pairwise(events):
+        check(_SHARES, before=before, after=after, grow=grow)
 
 
-def _refuse_falling(rules: Rules) -> None:
-    """Refuses a sparsity under an earlier one: what would return, nothing says."""
-    for before, event in itertools.pairwise(rules.events):
-        if event.share < before.share:
-            raise ValueError(
-                "gradual keeps pruned weights pruned, but the schedule falls from "
-                f"{before.share:g} at step {before.step} to {event.share:g} at step "
-                f"{event.step}; give grow=jp.grow.gradient(), or take "
-                "jp.straight_through"
-            )
+_PATTERNS = [
+    Rule(
+        # n:m would prune a part of a block or of a channel.
+        lambda v: not (v.fixed and v.pooled),
+        "{fixed[0]} and {pooled[0]} prune other weights together, so a schedule cannot "
+        "have both",
+        "take pattern='unstructured' beside n:m",
+    )
+]
+_SHARES = [
+    Rule(
+        # Without growth nothing says which weights would return.
+        lambda v: v.grow is not None or v.after.share >= v.before.share,
+        "gradual keeps pruned weights pruned, but the schedule falls from "
+        "{before.share:g} at step {before.step} to {after.share:g} at step "
+        "{after.step}",
+        "give grow=jp.grow.gradient(), or take jp.straight_through",
+    )
+]

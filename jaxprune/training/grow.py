@@ -3,6 +3,15 @@
 At an event a part of what is kept is pruned beyond the schedule, and as much is grown
 elsewhere, so that the number kept is the schedule's. The values are read as functions:
 `jp.grow.gradient(0.3)`.
+
+    RigL's (SET's)         ours
+    delta T                `every` of the schedule
+    T_end                  `end` of the schedule
+    alpha (zeta)           `fraction`
+    f_decay(t)             `part(step, first, last)`
+    drop by |theta|        `criterion=jp.scores.magnitude` of `gradual`
+    grow by |dL / dtheta|  `gradient`; (at random) `random`
+    s^l by Erdos-Renyi     `allocation="erk"` of `gradual`
 """
 
 import dataclasses
@@ -14,10 +23,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from jaxprune.arrays import placement
+from jaxprune.arrays.rules import Rule, check, within
 
 
 class Grow(Protocol):
-    """What comes back at an event.
+    """A rule of what comes back at an event.
 
     Attributes:
       reads_gradient: whether `scores` reads the gradient.
@@ -43,22 +53,19 @@ class _Part:
 
     def __post_init__(self) -> None:
         """Refuses what is out of range."""
-        name = type(self).__name__
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(
-                f"grow.{name} needs a fraction in [0, 1], got {self.fraction}"
-            )
-        if self.decay not in ("cosine", "constant"):
-            raise ValueError(
-                f"grow.{name} needs decay='cosine' or 'constant', got {self.decay!r}"
-            )
+        check(
+            _RULES,
+            name=type(self).__name__,
+            fraction=self.fraction,
+            decay=self.decay,
+        )
 
     def part(self, step: int, first: int, last: int) -> float:
         """The part of what is kept that is exchanged at an event, in [0, 1]."""
         if self.decay == "constant":
             return self.fraction
-        through = (step - first) / max(last - first, 1)
-        return self.fraction / 2 * (1 + math.cos(math.pi * through))
+        progress = (step - first) / max(last - first, 1)  # from 0 to 1
+        return self.fraction / 2 * (1 + math.cos(math.pi * progress))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +73,9 @@ class gradient(_Part):
     """What has the largest gradient grows: RigL.
 
     Args:
-      fraction: the part of what is kept that is exchanged at an event, in [0, 1].
-      decay: "cosine" lets it fall to zero at the last event, "constant" keeps it.
+      fraction: part of what is kept that is exchanged at an event, in [0, 1].
+      decay: "cosine" lets the fraction fall to zero at the last event, "constant" keeps
+        it.
 
     Returns:
       A value for `jp.gradual(..., grow=...)`.
@@ -92,7 +100,7 @@ class gradient(_Part):
     ) -> Float32[Array, "..."]:
         """The gradient's magnitude."""
         del step, leaf
-        # NaN would rank under what is kept already, which cannot grow.
+        # NaN would rank under what is kept already (minus infinity), which cannot grow.
         return jnp.nan_to_num(
             jnp.abs(gradient).astype(jnp.float32), nan=0, posinf=jnp.inf
         )
@@ -103,9 +111,10 @@ class random(_Part):
     """What grows is drawn at random: SET.
 
     Args:
-      fraction: the part of what is kept that is exchanged at an event, in [0, 1].
-      decay: "cosine" lets it fall to zero at the last event, "constant" keeps it.
-      seed: of the draws; each event and each leaf has its own.
+      fraction: part of what is kept that is exchanged at an event, in [0, 1].
+      decay: "cosine" lets the fraction fall to zero at the last event, "constant" keeps
+        it.
+      seed: rng seed of the draws; each event and each leaf has draws of its own.
 
     Returns:
       A value for `jp.gradual(..., grow=...)`.
@@ -131,5 +140,14 @@ class random(_Part):
     ) -> Float32[Array, "..."]:
         """Uniform numbers, the same on any sharding."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
-        drawn = jax.random.uniform(jax.random.fold_in(key, leaf), gradient.shape)
-        return placement.placed(drawn, gradient)
+        uniform = jax.random.uniform(jax.random.fold_in(key, leaf), gradient.shape)
+        return placement.placed(uniform, gradient)
+
+
+_RULES = [
+    within("fraction", 0, 1, "grow.{name} needs a fraction in [0, 1], got {fraction}"),
+    Rule(
+        lambda v: v.decay in ("cosine", "constant"),
+        "grow.{name} needs decay='cosine' or 'constant', got {decay!r}",
+    ),
+]

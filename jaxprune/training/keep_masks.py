@@ -14,7 +14,13 @@ import optax
 from jaxprune.arrays import placement, tree
 from jaxprune.masking import packing
 from jaxprune.masking.checks import aligned_masks
-from jaxprune.training.masked import needed, select, unpacked, wrapped
+from jaxprune.training.masked import (
+    masked_step,
+    require_params,
+    select_kept,
+    unpack_masks,
+    wrapped_optimizer,
+)
 from jaxprune.typing import Masks, Params
 
 
@@ -36,13 +42,13 @@ def keep_masks(
     """Trains the kept weights; pruned ones, their updates and moments stay zero.
 
     Args:
-      optimizer: any optax optimizer, with its clipping. A tracker goes outside,
+      optimizer: optax optimizer, with its clipping. A tracker goes outside,
         `chain(keep_masks(optimizer, masks), track_importance())`, to see the step that
         is really taken.
-      masks: masks of the parameters that will be trained; True is kept, and a leaf
-        with `optax.MaskedNode()`, None or True for its mask is trained as a whole.
+      masks: boolean masks of the parameters that will be trained; True is kept, and a
+        leaf with `optax.MaskedNode()`, None or True for its mask is trained as a whole.
         Inside `optax.partition` or `masked` those of other leaves are not used.
-      packed: whether the state holds them at one bit a weight rather than eight.
+      packed: whether the state holds the masks at one bit a weight rather than eight.
 
     Returns:
       A transformation whose first step sets pruned weights to zero, whatever finite
@@ -65,20 +71,25 @@ def keep_masks(
       >>> float(optax.apply_updates(params, updates)["w"][1])
       0.0
     """
-    optimizer = wrapped(optimizer, "keep_masks", "masks")
+    optimizer = wrapped_optimizer(optimizer, "keep_masks", "masks")
 
     def init(params: Params) -> KeepMasksState:
         if tree.is_placeholder(params):
             return KeepMasksState(params, optimizer.init(params))
-        aligned = aligned_masks(params, _of_trained(params, masks))
-        own = [
-            m if tree.is_excluded(m) else placement.copied(m, leaf)
-            for m, leaf in zip(aligned, tree.named_leaves(params).values(), strict=True)
+        leaves = tree.named_leaves(params).values()
+        aligned = aligned_masks(params, _masks_of_trained(params, masks))
+        # The user's own buffers stay his: a donated state must not delete them.
+        copies = [
+            mask if tree.is_excluded(mask) else placement.copied(mask, leaf)
+            for mask, leaf in zip(aligned, leaves, strict=True)
         ]
         structure = jax.tree.structure(params, is_leaf=tree.is_excluded)
-        kept = jax.tree.unflatten(structure, own)
-        held = packing.pack(kept) if packed else kept
-        return KeepMasksState(held, optimizer.init(select(kept, params)))
+        state_masks = jax.tree.unflatten(structure, copies)
+        # What starts from the parameters' values must not start from pruned ones.
+        inner = optimizer.init(select_kept(state_masks, params))
+        return KeepMasksState(
+            packing.pack(state_masks) if packed else state_masks, inner
+        )
 
     def update(
         updates: optax.Updates,
@@ -86,28 +97,28 @@ def keep_masks(
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, KeepMasksState]:
-        params = needed(params, "keep_masks")
-        kept = unpacked(state.masks, params) if packed else state.masks
-        # With lookahead the gradient is of the fast half of the parameters.
-        paired = isinstance(kept, optax.LookaheadParams)
-        updates, inner = optimizer.update(
-            select(kept.fast if paired else kept, updates),
-            state.inner,
-            select(kept, params),
-            **extra_args,
+        params = require_params(params, "keep_masks")
+        state_masks = unpack_masks(state.masks, params) if packed else state.masks
+        updates, inner = masked_step(
+            optimizer, state_masks, updates, state.inner, params, extra_args
         )
-        return select(kept, updates, params), KeepMasksState(state.masks, inner)
+        return updates, KeepMasksState(state.masks, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _of_trained(params: Params, masks: Masks) -> Masks:
+def _masks_of_trained(params: Params, masks: Masks) -> Masks:
     """The masks without those of leaves that another optimizer trains."""
     named = tree.named_leaves(params)
-    others = [name for name, leaf in named.items() if tree.is_excluded(leaf)]
-    if not others:
+    untrained = [name for name, leaf in named.items() if tree.is_excluded(leaf)]
+    if not untrained:
         return masks
-    below = tuple(f"{name}/" if name else "" for name in others)
-    given = tree.named_leaves(tree.with_nodes(masks, named))
-    own = {n: mask for n, mask in given.items() if not f"{n}/".startswith(below)}
-    return own | dict.fromkeys(others, optax.MaskedNode())
+    # One node may stand for a whole subtree, as under `optax.partition`.
+    subtrees = tuple(f"{name}/" if name else "" for name in untrained)
+    named_masks = tree.named_leaves(tree.with_nodes(masks, named))
+    trained = {
+        name: mask
+        for name, mask in named_masks.items()
+        if not f"{name}/".startswith(subtrees)
+    }
+    return trained | dict.fromkeys(untrained, optax.MaskedNode())

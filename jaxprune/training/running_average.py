@@ -1,4 +1,4 @@
-"""Running averages of whole trees, updated leaf by leaf, however they are held.
+"""Running averages of whole trees, updated leaf by leaf, in any storage.
 
 A_n = A_{n-1} + gain(n) (x_n - A_{n-1}), in float32; only the leaf at hand is ever wide,
 and with averages in host memory only that one is on the device.
@@ -22,29 +22,41 @@ from jaxprune.typing import Params
 Memory: TypeAlias = Literal["device", "pinned_host"]
 """Where an average is between two snapshots."""
 
-Watched: TypeAlias = Callable[..., jax.Array]
-"""Leaves of the watched trees, float32, to the number that is averaged."""
+
+class Statistic(NamedTuple):
+    """The number of a weight that is averaged.
+
+    Attributes:
+      function: function of the leaves of the averaged trees, float32; where the
+        magnitudes of its arguments grow, its own magnitude must not fall.
+      signed: whether it can be negative.
+      skips_nonfinite: whether a number that is not finite is passed over.
+    """
+
+    function: Callable[..., jax.Array]
+    signed: bool
+    skips_nonfinite: bool
 
 
-class Held(NamedTuple):
+class AverageLeaves(NamedTuple):
     """An average as a state holds it: an array a leaf, whatever the storage.
 
     A container in an array's place would not do: NNX's optimizer makes a `State` of it
     at the first step, and the second step would be another program.
 
     Attributes:
-      leaves: like the parameters; codes where the storage is "int8".
-      exponents: an int32 scalar for each leaf of codes, in order.
+      leaves: tree like the parameters; codes where the storage is "int8".
+      exponents: int32 scalars, one for each leaf of codes, in order.
     """
 
     leaves: Params
     exponents: tuple[jax.Array, ...]
 
     @classmethod
-    def of(cls, structure: Any, leaves: list[Any]) -> "Held":
+    def of(cls, structure: Any, leaves: list[Any]) -> "AverageLeaves":
         """The leaves, arrays or `low_bit.Int8`, taken apart."""
-        codes = [x.codes if low_bit.is_int8(x) else x for x in leaves]
-        exponents = tuple(x.exponent for x in leaves if low_bit.is_int8(x))
+        codes = [leaf.codes if low_bit.is_int8(leaf) else leaf for leaf in leaves]
+        exponents = tuple(leaf.exponent for leaf in leaves if low_bit.is_int8(leaf))
         return cls(jax.tree.unflatten(structure, codes), exponents)
 
 
@@ -53,98 +65,105 @@ class Average:
     """What is averaged and how it is held.
 
     Attributes:
-      view: what is averaged of each leaf; where the magnitudes of its arguments grow,
-        its own magnitude must not fall.
-      signed: whether that can be negative.
-      skips: whether a number that is not finite is passed over.
+      statistic: number of a weight that is averaged.
       storage: "float32", "bfloat16" or "int8".
       memory: "device" or "pinned_host".
-      stream: seeds the rounding; different for each average.
+      stream: rng seed of the stochastic rounding; different for each average.
     """
 
-    view: Watched
-    signed: bool
-    skips: bool
+    statistic: Statistic
     storage: Storage
     memory: Memory
     stream: int
 
-    def start(self, params: Params, *, from_values: bool) -> Held:
-        """Before any snapshot: the view of the parameters, or zero; of floats only."""
+    def start(self, params: Params, *, from_values: bool) -> AverageLeaves:
+        """Before any snapshot: of the parameters, or zero; of floating leaves only."""
 
         def first(number: int, leaf: Any) -> Any:
             if not tree.is_floating(leaf):
                 return MaskedNode()
             abstract = isinstance(leaf, jax.ShapeDtypeStruct)
             value = jnp.zeros_like(leaf) if abstract else leaf
-            start = low_bit.phase(self.stream + number)
-            return _first(value, start, self, from_values and not abstract)
+            phase = low_bit.phase(self.stream + number)
+            return _first_average(value, phase, self, from_values and not abstract)
 
         structure: Any
         leaves, structure = jax.tree.flatten(params, is_leaf=tree.is_excluded)
-        firsts = [first(number, leaf) for number, leaf in enumerate(leaves)]
-        return Held.of(structure, firsts)
+        averages = [first(number, leaf) for number, leaf in enumerate(leaves)]
+        return AverageLeaves.of(structure, averages)
 
     def update(
         self,
-        average: Held,
+        average: AverageLeaves,
         gain: Float32[Array, ""],
         n: Int32[Array, ""],
         *trees: Params,
-    ) -> Held:
+    ) -> AverageLeaves:
         """The average after snapshot n = 1, ..., by its gain c(n) / S(n)."""
         structure: Any
-        joined = low_bit.with_exponents(*average, signed=self.signed)
-        held, structure = jax.tree.flatten(joined, is_leaf=tree.is_leaf)
-        watched = list(zip(*map(structure.flatten_up_to, trees), strict=True))
+        joined = low_bit.with_exponents(*average, signed=self.statistic.signed)
+        old, structure = jax.tree.flatten(joined, is_leaf=tree.is_leaf)
+        # The arguments of the statistic, leaf by leaf.
+        inputs = list(zip(*map(structure.flatten_up_to, trees), strict=True))
 
-        tracked = [i for i, leaf in enumerate(held) if not tree.is_excluded(leaf)]
-        exponents = self._exponents(held, watched, tracked, n)
+        tracked = [i for i, leaf in enumerate(old) if not tree.is_excluded(leaf)]
+        exponents = self._exponents(old, inputs, tracked, n)
         if exponents is not None or self.memory == "pinned_host":
-            # What is watched is written down once and read from there; made again for
-            # each reader, it would keep its own inputs alive until the end of the step.
-            watched, exponents = jax.lax.optimization_barrier((watched, exponents))
-        after = list(held)
+            # The inputs are written down once and read from there; made again for
+            # each reader, they would keep their own inputs alive until the step's end.
+            inputs, exponents = jax.lax.optimization_barrier((inputs, exponents))
+        new = list(old)
         for before, number in zip([None, *tracked], tracked, strict=False):
             if self.memory == "pinned_host" and before is not None:
                 # One after the other, so that one leaf at a time is on the device.
-                held[number], after[before] = jax.lax.optimization_barrier(
-                    (held[number], after[before])
+                old[number], new[before] = jax.lax.optimization_barrier(
+                    (old[number], new[before])
                 )
-            old = low_bit.decode(held[number])
-            new = old + gain * (self.view(*map(_widened, watched[number])) - old)
-            if self.skips:
-                # In the end: between square and subtraction it would decide which of
-                # XLA's loops round the square, and bits would depend on the sharding.
-                new = jnp.where(jnp.isfinite(new), new, old)
-            start = low_bit.phase(self.stream + number)
             exponent = None if exponents is None else exponents[number]
-            after[number] = self._encode(new, start, n, exponent)
-        return Held.of(
-            structure, [x if tree.is_excluded(x) else self._put(x) for x in after]
-        )
+            value = self._moved(low_bit.decode(old[number]), inputs[number], gain)
+            phase = low_bit.phase(self.stream + number)
+            new[number] = self._encode(value, phase, n, exponent)
+        placed = [leaf if tree.is_excluded(leaf) else self._put(leaf) for leaf in new]
+        return AverageLeaves.of(structure, placed)
+
+    def _moved(
+        self,
+        average: Float32[Array, "*shape"],
+        inputs: tuple[jax.Array, ...],
+        gain: Float32[Array, ""],
+    ) -> Float32[Array, "*shape"]:
+        """A_{n-1} + gain (x_n - A_{n-1}) of one leaf."""
+        value = self.statistic.function(*map(_widened, inputs))
+        moved = average + gain * (value - average)
+        if not self.statistic.skips_nonfinite:
+            return moved
+        # In the end: between square and subtraction it would decide which of XLA's
+        # loops round the square, and bits would depend on the sharding.
+        return jnp.where(jnp.isfinite(moved), moved, average)
 
     def _encode(
         self,
         value: Float32[Array, "*shape"],
-        start: jax.Array | np.uint32,
+        phase: jax.Array | np.uint32,
         n: jax.Array | int,
         exponent: Int32[Array, ""] | None,
     ) -> Any:
         """A leaf as it is held."""
         if self.storage == "float32":
             return value
-        thresholds = low_bit.dither(value.shape, start, n)
+        thresholds = low_bit.dither(value.shape, phase, n)
         if self.storage == "bfloat16":
             return low_bit.encode_bfloat16(value, thresholds)
         if exponent is None:
-            exponent = low_bit.unit_exponent(value, signed=self.signed)
-        return low_bit.encode_int8(value, exponent, thresholds, signed=self.signed)
+            exponent = low_bit.unit_exponent(value, signed=self.statistic.signed)
+        return low_bit.encode_int8(
+            value, exponent, thresholds, signed=self.statistic.signed
+        )
 
     def _exponents(
         self,
-        held: list[Any],
-        watched: list[tuple[jax.Array, ...]],
+        average: list[Any],
+        inputs: list[tuple[jax.Array, ...]],
         tracked: list[int],
         n: jax.Array,
     ) -> dict[int, jax.Array] | None:
@@ -157,18 +176,19 @@ class Average:
             return None
 
         def fitted(number: int) -> jax.Array:
-            old = low_bit.on_device(held[number])
-            # Every view grows with the size of what it sees.
-            new = self.view(*map(_largest, watched[number]))
+            old = low_bit.largest(low_bit.on_device(average[number]))
+            # The statistic grows with the size of its inputs: no value is larger.
+            new = self.statistic.function(*map(_largest, inputs[number]))
+            signed = self.statistic.signed
             return jnp.maximum(
-                low_bit.unit_exponent(low_bit.largest(old), signed=self.signed),
-                low_bit.unit_exponent(new, signed=self.signed),
+                low_bit.unit_exponent(old, signed=signed),
+                low_bit.unit_exponent(new, signed=signed),
             )
 
         exponents = jax.lax.cond(
             ((n & (n - 1)) == 0) | (n % 64 == 0),
             lambda: [fitted(i) for i in tracked],
-            lambda: [low_bit.on_device(held[i].exponent) for i in tracked],
+            lambda: [low_bit.on_device(average[i].exponent) for i in tracked],
         )
         return dict(zip(tracked, exponents, strict=True))
 
@@ -177,13 +197,15 @@ class Average:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _first(leaf: jax.Array, start: np.uint32, how: Average, from_values: bool) -> Any:
+def _first_average(
+    leaf: jax.Array, phase: np.uint32, average: Average, from_values: bool
+) -> Any:
     """A leaf's average before the first snapshot, in a buffer of its own."""
     value = placement.zeros_like(leaf, np.float32)
     if from_values:
         # Returned as it is, the parameter's own buffer would be shared.
-        value = jnp.array(how.view(leaf), np.float32, copy=True)
-    return how._put(how._encode(value, start, 0, None))
+        value = jnp.array(average.statistic.function(leaf), np.float32, copy=True)
+    return average._put(average._encode(value, phase, 0, None))
 
 
 def _largest(leaf: Float[Array, "*shape"]) -> Float32[Array, ""]:
@@ -205,15 +227,15 @@ def _widened(leaf: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
 @functools.partial(jax.jit, static_argnums=1)
 def _rounded(wide: Float32[Array, "*shape"], dtype: Any) -> Float32[Array, "*shape"]:
     """The nearest numbers of a narrower dtype; its own numbers stay what they are."""
-    kind = jnp.finfo(dtype)
+    info = jnp.finfo(dtype)
     # The digits alone: with its own exponents it would take subnormals for zero, and
     # in formats without infinity the largest numbers for infinity.
-    rounded = jax.lax.reduce_precision(wide, 8, kind.nmant)
-    if kind.nexp == 8:  # bfloat16, whose subnormals are float32's
+    rounded = jax.lax.reduce_precision(wide, 8, info.nmant)
+    if info.nexp == 8:  # bfloat16, whose subnormals are float32's
         return rounded
-    step = np.float32(kind.smallest_subnormal)  # a power of two
+    step = np.float32(info.smallest_subnormal)  # a power of two
     even = jnp.round(wide / step) * step
-    rounded = jnp.where(jnp.abs(wide) < np.float32(kind.smallest_normal), even, rounded)
-    over = np.float32(np.array(np.inf, dtype))  # NaN where there is no infinity
-    inside = ~(jnp.abs(rounded) > np.float32(kind.max))  # NaN too
-    return jnp.where(inside, rounded, jnp.copysign(over, wide))
+    rounded = jnp.where(jnp.abs(wide) < np.float32(info.smallest_normal), even, rounded)
+    overflow = np.float32(np.array(np.inf, dtype))  # NaN where there is no infinity
+    inside = ~(jnp.abs(rounded) > np.float32(info.max))  # NaN too
+    return jnp.where(inside, rounded, jnp.copysign(overflow, wide))

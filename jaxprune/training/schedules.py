@@ -12,6 +12,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Protocol, TypeAlias
 
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking.counts import checked_sparsity
 from jaxprune.typing import Pattern
 
@@ -40,22 +41,19 @@ class _Range(abc.ABC):
         name = type(self).__name__
         checked_sparsity(self.final, f" for schedules.{name}")
         for field, least in (("begin", 0), ("end", 0), ("every", 1)):
-            _checked_step(f"schedules.{name}({field}=...)", getattr(self, field), least)
-        if self.end < self.begin:
-            raise ValueError(
-                f"schedules.{name} needs begin <= end, got begin={self.begin}, "
-                f"end={self.end}; a single event is jp.schedules.once(step, final)"
-            )
+            _check_step(f"schedules.{name}({field}=...)", getattr(self, field), least)
+        check(_RANGE, name=name, begin=self.begin, end=self.end)
 
     def table(self) -> dict[int, float]:
         """Step to the share that is pruned from then on, in ascending order."""
         begin, end, every = int(self.begin), int(self.end), int(self.every)
+        # The last event is at `end` even where `every` does not divide the range.
         span, steps = max(end - begin, 1), [*range(begin, end, every), end]
         return {t: self.final * self._part((end - t) / span) for t in steps}
 
     @abc.abstractmethod
-    def _part(self, left: float) -> float:
-        """The part of the final sparsity that is there when so much is left."""
+    def _part(self, remaining: float) -> float:
+        """The part of the final sparsity, by the part of the range still to come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +61,10 @@ class cubic(_Range):
     """Fast at first and slower to the end: final (1 - ((end - t) / (end - begin))^3).
 
     Args:
-      final: the share that is pruned at the end, in [0, 1).
-      begin: the step at which the sparsity leaves zero, at least 0.
-      end: the step of the last event, at least `begin`.
-      every: steps between two events; the last may follow sooner.
+      final: share that is pruned at the end, in [0, 1).
+      begin: step at which the sparsity leaves zero, at least 0.
+      end: step of the last event, at least `begin`.
+      every: number of steps between two events; the last may follow sooner.
 
     Returns:
       A schedule.
@@ -90,8 +88,8 @@ class cubic(_Range):
     end: int
     every: int = 50
 
-    def _part(self, left: float) -> float:
-        return 1 - left**3
+    def _part(self, remaining: float) -> float:
+        return 1 - remaining**3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +97,10 @@ class linear(_Range):
     """In equal steps: final (t - begin) / (end - begin).
 
     Args:
-      final: the share that is pruned at the end, in [0, 1).
-      begin: the step at which the sparsity leaves zero, at least 0.
-      end: the step of the last event, at least `begin`.
-      every: steps between two events; the last may follow sooner.
+      final: share that is pruned at the end, in [0, 1).
+      begin: step at which the sparsity leaves zero, at least 0.
+      end: step of the last event, at least `begin`.
+      every: number of steps between two events; the last may follow sooner.
 
     Returns:
       A schedule.
@@ -122,8 +120,8 @@ class linear(_Range):
     end: int
     every: int = 50
 
-    def _part(self, left: float) -> float:
-        return 1 - left
+    def _part(self, remaining: float) -> float:
+        return 1 - remaining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +129,10 @@ class constant(_Range):
     """The same sparsity at every event, for masks that move: `grow`, straight-through.
 
     Args:
-      final: the share that is pruned, in [0, 1).
-      begin: the step of the first event, which has the final sparsity too, at least 0.
-      end: the step of the last event, at least `begin`.
-      every: steps between two events; the last may follow sooner.
+      final: share that is pruned, in [0, 1).
+      begin: step of the first event, which has the final sparsity too, at least 0.
+      end: step of the last event, at least `begin`.
+      every: number of steps between two events; the last may follow sooner.
 
     Returns:
       A schedule.
@@ -154,7 +152,7 @@ class constant(_Range):
     end: int
     every: int = 50
 
-    def _part(self, left: float) -> float:
+    def _part(self, remaining: float) -> float:
         return 1.0
 
 
@@ -163,8 +161,8 @@ class once:
     """All at one step.
 
     Args:
-      step: the step of the only event, at least 0.
-      final: the share that is pruned, in [0, 1).
+      step: step of the only event, at least 0.
+      final: share that is pruned, in [0, 1).
 
     Returns:
       A schedule.
@@ -184,7 +182,7 @@ class once:
 
     def __post_init__(self) -> None:
         """Refuses what is out of range."""
-        _checked_step("schedules.once(step=...)", self.step, 0)
+        _check_step("schedules.once(step=...)", self.step, 0)
         checked_sparsity(self.final, " for schedules.once")
 
     def table(self) -> dict[int, float]:
@@ -192,11 +190,11 @@ class once:
         return {int(self.step): self.final}
 
 
-def events(schedule: Events) -> dict[int, float | str | Pattern]:
+def sorted_events(schedule: Events) -> dict[int, float | str | Pattern]:
     """A schedule's events in ascending order: step to a sparsity or a pattern.
 
     Args:
-      schedule: a schedule, or {step: sparsity or n:m pattern}.
+      schedule: schedule, or {step: sparsity or n:m pattern}.
 
     Returns:
       Step to what is asked for from then on.
@@ -207,33 +205,59 @@ def events(schedule: Events) -> dict[int, float | str | Pattern]:
 
     Example:
       >>> from jaxprune.training import schedules
-      >>> schedules.events({200: "2:4", 100: "4:8"})
+      >>> schedules.sorted_events({200: "2:4", 100: "4:8"})
       {100: '4:8', 200: '2:4'}
     """
-    if isinstance(schedule, Mapping):
-        found = dict(schedule)
-    elif hasattr(schedule, "table") and not isinstance(schedule, type):
-        found = dict(schedule.table())
-    else:
-        raise TypeError(
-            "a schedule must be one of jp.schedules, such as jp.schedules.cubic(0.8, "
-            f"begin=500, end=1500), or {{step: sparsity}}, got {schedule!r}"
-        )
-    if not found:
-        raise ValueError(
-            "a schedule must have an event, but this has none; give {step: sparsity}"
-        )
-    for step in found:
-        _checked_step("the steps of a schedule", step, 0)
-    return dict(sorted(found.items()))
+    check(_SCHEDULE, schedule=schedule)
+    table = schedule if isinstance(schedule, Mapping) else schedule.table()
+    check(_TABLE, table=table)
+    for step in table:
+        _check_step("the steps of a schedule", step, 0)
+    return dict(sorted(table.items()))
 
 
-def _checked_step(what: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{what} must be an integer from {least} on, got {value!r}; round it"
-        )
-    if not least <= int(value) < 2**31:
-        raise ValueError(
-            f"{what} must be an integer from {least} to 2^31 - 1, got {value}"
-        )
+def _check_step(name: str, value: object, least: int) -> None:
+    check(_STEP, name=name, value=value, least=least)
+
+
+_RANGE = [
+    Rule(
+        lambda v: v.begin <= v.end,
+        "schedules.{name} needs begin <= end, got begin={begin}, end={end}",
+        "a single event is jp.schedules.once(step, final)",
+    )
+]
+_SCHEDULE = [
+    Rule(
+        # The class alone has a `table` too, but no begin and end.
+        lambda v: (
+            isinstance(v.schedule, Mapping)
+            or (hasattr(v.schedule, "table") and not isinstance(v.schedule, type))
+        ),
+        "a schedule must be one of jp.schedules, such as jp.schedules.cubic(0.8, "
+        "begin=500, end=1500), or {{step: sparsity}}, got {schedule!r}",
+        error=TypeError,
+    )
+]
+_TABLE = [
+    Rule(
+        lambda v: len(v.table) > 0,
+        "a schedule must have an event, but this has none",
+        "give {{step: sparsity}}",
+    )
+]
+_STEP = [
+    Rule(
+        lambda v: (
+            isinstance(v.value, numbers.Integral) and not isinstance(v.value, bool)
+        ),
+        "{name} must be an integer from {least} on, got {value!r}",
+        "round it",
+        error=TypeError,
+    ),
+    # Steps are counted in int32 on the device.
+    Rule(
+        lambda v: v.least <= int(v.value) < 2**31,
+        "{name} must be an integer from {least} to 2^31 - 1, got {value}",
+    ),
+]

@@ -5,6 +5,13 @@ The rest of each dense weight is parked in the state, where the parameters are z
 nowhere else: dense = params + parked. The gradient at the pruned parameters is the
 straight-through gradient of the dense weights. So there is no hook, and a checkpoint,
 an evaluation or an export of the parameters needs nothing more.
+
+    the literature's             ours
+    theta, the dense weights     `params + state.parked`
+    m, the mask                  `state.masks`
+    m * theta, the forward pass  `params`
+    dL / d(m * theta), in the    `updates` that come in; they train theta, as if the
+      place of dL / d theta        derivative of the masking were 1
 """
 
 from collections.abc import Mapping
@@ -15,14 +22,21 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import leaves, scores
-from jaxprune.arrays import placement, tree
+from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.messages import check_steps
 from jaxprune.masking.counts import Allocation
 from jaxprune.training import schedules
-from jaxprune.training.event_table import Rules
+from jaxprune.training.event_table import EventTable
 from jaxprune.training.mask_events import MaskEvents
-from jaxprune.training.masked import needed, on_masked, select, where, wrapped
+from jaxprune.training.masked import (
+    freeze_masks,
+    map_masked,
+    require_params,
+    select,
+    select_kept,
+    wrapped_optimizer,
+    zeros_of,
+)
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Prunable
 
 
@@ -30,11 +44,11 @@ class StraightThroughState(NamedTuple):
     """State of `straight_through`.
 
     Attributes:
-      step: updates seen, int32 scalar.
-      masks: the masks, like the parameters, boolean; packed where that was asked for.
-      parked: the dense weights where the masks prune, zero where they keep; all zero
-        once the masks are frozen.
-      inner: the wrapped optimizer's state.
+      step: number of updates so far, int32 scalar.
+      masks: boolean masks like the parameters; packed where that was asked for.
+      parked: dense weights where the masks prune, zero where they keep; all zero once
+        the masks are frozen.
+      inner: state of the wrapped optimizer.
     """
 
     step: jax.Array
@@ -63,19 +77,19 @@ def straight_through(
     come back. A step at which masks change costs a ranking of all weights.
 
     Args:
-      optimizer: any optax optimizer, with its clipping; it sees dense weights and the
+      optimizer: optax optimizer, with its clipping; it sees dense weights and the
         gradient of all of them. What the criterion reads must be inside it.
-      schedule: one of `jp.schedules`, or {step: sparsity or n:m pattern}.
-      freeze: the step from which masks are fixed and what they prune is gone for good,
-        not before the last event; None for never.
-      every: steps between two choices of masks at the same sparsity. What is pruned
-        drifts unseen in between, so more than one step costs quality.
-      criterion: which weights matter, as for `gradual`.
-      allocation: how each sparsity is shared out, as for `gradual`.
-      pattern: which weights are pruned together, as for `gradual`.
-      axes: which axes are input and output, as for `gradual`.
-      prunable: which leaves may be pruned.
-      packed: whether masks take one bit a weight, as for `gradual`.
+      schedule: value of `jp.schedules`, or {step: sparsity or n:m pattern}.
+      freeze: step from which masks are fixed and what they prune is gone for good, not
+        before the last event; None for never.
+      every: number of steps between two choices of masks at the same sparsity. What is
+        pruned drifts unseen in between, so more than one step costs quality.
+      criterion: function that ranks the weights; see `gradual`.
+      allocation: rule by which each sparsity is shared out; see `gradual`.
+      pattern: which weights are pruned together; see `gradual`.
+      axes: input and output axes of the leaves; see `gradual`.
+      prunable: which leaves may be pruned; see `gradual`.
+      packed: whether masks take one bit a weight; see `gradual`.
 
     Returns:
       A transformation after whose every step the pruned weights are +0, if nothing
@@ -103,33 +117,19 @@ def straight_through(
       Bengio, Leonard, Courville, "Estimating or Propagating Gradients Through
       Stochastic Neurons for Conditional Computation", 2013, arXiv 1308.3432.
     """
-    rules = Rules(schedule, allocation, pattern, axes)
+    table = EventTable(schedule, allocation, pattern, axes)
     masking = MaskEvents(
-        rules, criterion, prunable, packed, revive=True, name="straight_through"
+        "straight_through", table, criterion, prunable, packed, every, freeze
     )
-    first, last = int(rules.steps[0]), int(rules.steps[-1])
-    end = 2**31 - 1 if freeze is None else freeze
-    check_steps("straight_through", every=every, freeze=end)
-    if every < 1 or end < last:
-        raise ValueError(
-            "straight_through needs every >= 1 and a freeze at or after the schedule's "
-            f"last event at step {last}, got every={every}, freeze={freeze}"
-        )
-    optimizer = wrapped(optimizer, "straight_through", "schedule")
+    optimizer = wrapped_optimizer(optimizer, "straight_through", "schedule")
 
     def init(params: Params) -> StraightThroughState:
         inner = optimizer.init(params)
-        if tree.is_placeholder(params):
-            return StraightThroughState(
-                placement.counter(params), params, params, inner
-            )
-        masks = masking.start(params, inner)
-        parked = on_masked(
-            lambda mask, leaf: placement.zeros_like(leaf, leaf.dtype),
-            masking.read(masks, params),
-            params,
+        state_masks = masking.start(params, inner)
+        parked = zeros_of(masking.read(state_masks, params), params)
+        return StraightThroughState(
+            placement.counter(params), state_masks, parked, inner
         )
-        return StraightThroughState(placement.counter(params), masks, parked, inner)
 
     def update(
         updates: optax.Updates,
@@ -137,41 +137,46 @@ def straight_through(
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, StraightThroughState]:
-        params = needed(params, "straight_through")
-        step, held, parked, inner = state
-        again = jnp.any(masking.hit(step)) | ((step - first) % every == 0)
-        due = again & (step >= first) & (step <= end)
-        frozen, kept = step > end, masking.read(held, params)
-        trained = on_masked(lambda mask: mask | ~frozen, kept)
-        before = _dense(parked, params)
+        params = require_params(params, "straight_through")
+        step, state_masks, parked, inner = state
+        trained = freeze_masks(
+            masking.read(state_masks, params), frozen=step > masking.freeze_step
+        )
+        before = map_masked(_unpark, parked, params, unmasked=params)
         updates, inner = optimizer.update(
-            select(trained, updates), inner, before, **extra_args
+            select_kept(trained, updates), inner, before, **extra_args
         )
         dense = optax.apply_updates(before, updates)
         # Masks chosen from the weights before the step would lag one step behind the
         # weights that the user sees, and training would end at a higher loss.
-        held = masking.changed(
-            due, masking.latest(step), step, held, lambda: (dense, inner), params
+        state_masks = masking.choose(
+            masking.due(step), step, state_masks, lambda: (dense, inner), params
         )
-        over, kept = step >= end, masking.read(held, params)
-        left = on_masked(
-            lambda mask, leaf: jnp.where(mask | over, jnp.zeros_like(leaf), leaf),
-            kept,
-            dense,
-        )
-        new = StraightThroughState(optax.safe_increment(step), held, left, inner)
-        return on_masked(_seen, kept, dense, params, rest=updates), new
+        masks = masking.read(state_masks, params)
+        parked = _park(masks, dense, frozen=step >= masking.freeze_step)
+        updates = map_masked(_update, masks, dense, params, unmasked=updates)
+        step = optax.safe_increment(step)
+        return updates, StraightThroughState(step, state_masks, parked, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _dense(parked: Params, params: Params) -> Params:
+def _unpark(parked: jax.Array, weight: jax.Array) -> jax.Array:
     """The dense weights; at each place one of the two is zero."""
-    return on_masked(lambda own, leaf: leaf + own, parked, params, rest=params)
+    return weight + parked
 
 
-def _seen(mask: jax.Array, dense: jax.Array, leaf: jax.Array) -> jax.Array:
+def _park(masks: Masks, dense: Params, frozen: jax.Array) -> Params:
+    """The dense weights where the masks prune, until the masks are frozen."""
+    return map_masked(
+        lambda mask, leaf: jnp.where(mask | frozen, jnp.zeros_like(leaf), leaf),
+        masks,
+        dense,
+    )
+
+
+def _update(mask: jax.Array, dense: jax.Array, weight: jax.Array) -> jax.Array:
     """What the user's weight moves by: to the dense weight, or to zero."""
     # Not the step itself: it and what was parked would have to be kept beside `dense`,
     # two more copies of the parameters.
-    return where(mask, dense - leaf, -leaf)
+    return select(mask, dense - weight, -weight)

@@ -4,9 +4,18 @@
 `track_gradients` stands first and sees the raw gradient. Both pass the updates through
 untouched and keep their averages in the optimizer state, placed like the parameters,
 where `get_importance` finds them.
+
+    the paper's (arXiv 2502.17071)   ours
+    w_i, the weights of snapshot i   `params + updates`, after an update
+    c(i), growing in i               `weighting`; sqrt(i) is `weightings.power(0.5)`
+    S_n = sum_i c(i)                 inside the weighting's gain, c(n) / S_n
+    A_n = sum_i c(i) w_i / S_n       `TrackImportanceState.weight`, by the recurrence
+                                     A_n = A_{n-1} + (c(n) / S_n) (w_n - A_{n-1})
+    one snapshot an epoch            `every` updates from `start` on
 """
 
-from collections.abc import Callable, Collection
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +25,10 @@ import optax
 from jaxprune.arrays import low_bit, placement, tree
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.arrays.messages import check_steps, refuse_fractions
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.training import weightings
-from jaxprune.training.running_average import Average, Held, Memory, Watched
+from jaxprune.training.masked import require_params
+from jaxprune.training.running_average import Average, AverageLeaves, Memory, Statistic
 from jaxprune.typing import Params, Weighting
 
 
@@ -25,11 +36,11 @@ class TrackImportanceState(NamedTuple):
     """State of `track_importance`.
 
     Attributes:
-      step: updates seen, int32 scalar.
-      weight: average of w, like the parameters, or None.
-      magnitude: average of |w|, like the parameters, or None.
-      exponents: for the storage "int8" the units of the codes: field to a scalar for
-        each tracked leaf, in order; empty else.
+      step: number of updates so far, int32 scalar.
+      weight: weighted average of w, like the parameters, or None.
+      magnitude: weighted average of |w|, like the parameters, or None.
+      exponents: units of the codes for the storage "int8": field to a scalar for each
+        tracked leaf, in order; empty for other storages.
 
     With "int8" the fields hold codes; `get_importance` gives numbers.
     """
@@ -49,11 +60,11 @@ class TrackGradientsState(NamedTuple):
     """State of `track_gradients`.
 
     Attributes:
-      step: updates seen, int32 scalar.
-      square: average of g^2, like the parameters, or None.
-      taylor: average of |w g|, like the parameters, or None.
-      exponents: for the storage "int8" the units of the codes: field to a scalar for
-        each tracked leaf, in order; empty else.
+      step: number of updates so far, int32 scalar.
+      square: weighted average of g^2, like the parameters, or None.
+      taylor: weighted average of |w g|, like the parameters, or None.
+      exponents: units of the codes for the storage "int8": field to a scalar for each
+        tracked leaf, in order; empty for other storages.
 
     With "int8" the fields hold codes; `get_importance` gives numbers.
     """
@@ -98,17 +109,18 @@ def track_importance(
     and make the state by `jax.jit(tx.init)`, or the second step compiles again.
 
     Args:
-      weighting: what each snapshot counts; the authors' sqrt(i) by default.
-      every: updates between snapshots, at least 1.
-      start: updates before the first snapshot, at least 0.
-      average: what to average, of "weight" (w, the paper) and "magnitude" (|w|).
-      storage: what an average is held in: 4, 2 or 1 bytes a weight.
-      memory: "pinned_host" keeps the averages in host memory and streams them through
-        the device, one leaf after the other, when a snapshot is due; give `every` too.
-      seed: of the rounding of "bfloat16" and "int8".
+      weighting: weight of each snapshot; the authors' sqrt(i) by default.
+      every: number of updates between snapshots, at least 1.
+      start: number of updates before the first snapshot, at least 0.
+      average: names of the averages, of "weight" (w, the paper) and "magnitude" (|w|).
+      storage: dtype that an average is held in: 4, 2 or 1 bytes a weight.
+      memory: "device", or "pinned_host", which keeps the averages in host memory and
+        streams them through the device, one leaf after the other, when a snapshot is
+        due; give `every` too.
+      seed: rng seed of the stochastic rounding to "bfloat16" and "int8".
 
     Returns:
-      A transformation that returns the updates it is given. Its `update` needs
+      A transformation that returns the updates unchanged. Its `update` needs
       `params`. Leaves that are not floating are not tracked.
 
     Raises:
@@ -129,14 +141,26 @@ def track_importance(
       Islam, Belhaouari, Bermak, "Systematic Weight Evaluation for Pruning Large
       Language Models", 2025, arXiv 2502.17071; theirs takes a snapshot an epoch.
     """
-    watched = _watched("track_importance", average, _OF_WEIGHTS, storage, memory, seed)
+    averages = _averages("track_importance", average, storage, memory, seed)
+    snapshots = _Snapshots("track_importance", averages, weighting, every, start)
 
-    def seen(updates: optax.Updates, params: Params | None) -> tuple[Params, ...]:
+    def init(params: Params) -> TrackImportanceState:
+        state = TrackImportanceState(placement.counter(params), None, None, {})
+        return snapshots.start(state, params, from_values=True)
+
+    def update(
+        updates: optax.Updates,
+        state: TrackImportanceState,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TrackImportanceState]:
+        del extra_args
+        params = require_params(params, "track_importance")
         # The very sum that the caller makes next; compiled together they are one.
-        return (optax.apply_updates(params, updates),)
+        weights = optax.apply_updates(params, updates)
+        return updates, snapshots.update(state, weights)
 
-    due = _schedule("track_importance", weighting, every, start)
-    return _tracker("track_importance", TrackImportanceState, seen, watched, due)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def track_gradients(
@@ -161,17 +185,17 @@ def track_gradients(
     square of a gradient under 1e-19 is zero in float32.
 
     Args:
-      weighting: what each snapshot counts; all alike by default.
-      every: updates between snapshots, at least 1.
-      start: updates before the first snapshot, at least 0.
-      average: what to average, of "square" (g^2) and "taylor" (|w g|, with the weights
-        at which the gradient was taken).
-      storage: what an average is held in: 4, 2 or 1 bytes a weight.
-      memory: "device" or "pinned_host", as for `track_importance`.
-      seed: of the rounding of "bfloat16" and "int8".
+      weighting: weight of each snapshot; all alike by default.
+      every: number of updates between snapshots, at least 1.
+      start: number of updates before the first snapshot, at least 0.
+      average: names of the averages, of "square" (g^2) and "taylor" (|w g|, with the
+        weights at which the gradient was taken).
+      storage: dtype that an average is held in: 4, 2 or 1 bytes a weight.
+      memory: "device" or "pinned_host"; see `track_importance`.
+      seed: rng seed of the stochastic rounding to "bfloat16" and "int8".
 
     Returns:
-      A transformation that returns the updates it is given. "taylor" needs `params`.
+      A transformation that returns the updates unchanged. "taylor" needs `params`.
 
     Raises:
       ValueError: an argument is out of range.
@@ -186,138 +210,151 @@ def track_gradients(
       >>> jp.get_importance(state).square["w"].tolist()
       [[4.0, 9.0]]
     """
-    watched = _watched("track_gradients", average, _OF_GRADIENTS, storage, memory, seed)
+    averages = _averages("track_gradients", average, storage, memory, seed)
+    snapshots = _Snapshots("track_gradients", averages, weighting, every, start)
 
-    def seen(gradients: Params, params: Params | None) -> tuple[Params, ...]:
-        return (gradients, params) if "taylor" in watched else (gradients,)
-
-    due = _schedule("track_gradients", weighting, every, start)
-    return _tracker("track_gradients", TrackGradientsState, seen, watched, due)
-
-
-def _tracker(
-    what: str,
-    kind: type[TrackImportanceState] | type[TrackGradientsState],
-    seen: Callable[..., tuple[Params, ...]],
-    watched: dict[str, Average],
-    due: Callable[..., Any],
-) -> optax.GradientTransformationExtraArgs:
-    """A transformation that averages what it sees and changes no update."""
-
-    def init(params: Params) -> Any:
-        of_weights = kind is TrackImportanceState
-        first = {k: a.start(params, from_values=of_weights) for k, a in watched.items()}
-        state = _with(kind(placement.counter(params), None, None, {}), first)
-        if tree.is_placeholder(params):  # a number stands for those of all leaves
-            coded = (k for k, a in watched.items() if a.storage == "int8")
-            state = state._replace(exponents=dict.fromkeys(coded, state.step))
-        return state
+    def init(params: Params) -> TrackGradientsState:
+        state = TrackGradientsState(placement.counter(params), None, None, {})
+        return snapshots.start(state, params, from_values=False)
 
     def update(
         updates: optax.Updates,
-        state: Any,
+        state: TrackGradientsState,
         params: Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, TrackGradientsState]:
         del extra_args
-        if params is None and watched.keys() != {"square"}:
-            raise ValueError(
-                f"{what} needs the parameters; call tx.update(g, state, params)"
-            )
-        return updates, due(state, watched, *seen(updates, params))
+        if "taylor" not in averages:
+            return updates, snapshots.update(state, updates)
+        params = require_params(params, "track_gradients")
+        return updates, snapshots.update(state, updates, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _schedule(
-    what: str, weighting: Weighting, every: int, start: int
-) -> Callable[..., Any]:
-    """Counts the step and takes a snapshot when one is due.
+@dataclasses.dataclass(frozen=True)
+class _Snapshots:
+    """When the averages of a state take a snapshot, and what it counts."""
 
-    On the other steps a branch is taken that touches no average.
-    """
-    check_steps(what, every=every, start=start)
-    if not callable(weighting):
-        raise TypeError(
-            f"{what} needs a weighting such as jp.weightings.power(0.5), got "
-            f"{weighting!r}"
-        )
-    if every < 1 or start < 0:
-        raise ValueError(
-            f"tracking needs every >= 1 and start >= 0, got every={every}, "
-            f"start={start}"
-        )
+    name: str
+    averages: Mapping[str, Average]
+    weighting: Weighting
+    every: int
+    first: int
 
-    def due(state: Any, watched: dict[str, Average], *trees: Params) -> Any:
-        since = state.step - start
-        n = jnp.maximum(since // every + 1, 1)
-        gain = weighting(n)
-        after = state._replace(step=optax.safe_increment(state.step))
+    def __post_init__(self) -> None:
+        """Refuses what is out of range."""
+        check_steps(self.name, every=self.every, start=self.first)
+        check(_SNAPSHOTS, snapshots=self)
 
-        def take(old: Any) -> Any:
-            new = {
-                field: how.update(
-                    Held(getattr(old, field), old.exponents.get(field, ())),
-                    gain,
-                    n,
-                    *trees,
-                )
-                for field, how in watched.items()
-            }
-            return _with(old, new)
+    def start(self, state: Any, params: Params, *, from_values: bool) -> Any:
+        """The state with its averages before the first snapshot."""
+        leaves = {
+            field: average.start(params, from_values=from_values)
+            for field, average in self.averages.items()
+        }
+        state = _with_averages(state, leaves)
+        if tree.is_placeholder(params):  # a number stands for those of all leaves
+            coded = [f for f, a in self.averages.items() if a.storage == "int8"]
+            state = state._replace(exponents=dict.fromkeys(coded, state.step))
+        return state
 
-        if every == 1 and start == 0:
-            return take(after)
-        now = (since >= 0) & (since % every == 0)
-        return jax.lax.cond(now, take, lambda old: old, after)
+    def update(self, state: Any, *trees: Params) -> Any:
+        """The state one step later, with a snapshot of the trees if one is due."""
+        since = state.step - self.first
+        n = jnp.maximum(since // self.every + 1, 1)  # number of this snapshot
+        gain = self.weighting(n)  # c(n) / S_n
+        state = state._replace(step=optax.safe_increment(state.step))
 
-    return due
+        def take(state: Any) -> Any:
+            leaves = {}
+            for field, average in self.averages.items():
+                exponents = state.exponents.get(field, ())
+                before = AverageLeaves(getattr(state, field), exponents)
+                leaves[field] = average.update(before, gain, n, *trees)
+            return _with_averages(state, leaves)
+
+        if self.every == 1 and self.first == 0:
+            return take(state)
+        due = (since >= 0) & (since % self.every == 0)
+        # On the other steps a branch is taken that touches no average.
+        return jax.lax.cond(due, take, lambda state: state, state)
 
 
-def _with(state: Any, held: dict[str, Held]) -> Any:
-    """The state with these averages."""
-    exponents = {field: own.exponents for field, own in held.items() if own.exponents}
-    leaves = {field: own.leaves for field, own in held.items()}
+def _with_averages(state: Any, averages: Mapping[str, AverageLeaves]) -> Any:
+    """The state with these averages in its fields."""
+    exponents = {field: a.exponents for field, a in averages.items() if a.exponents}
+    leaves = {field: a.leaves for field, a in averages.items()}
     return state._replace(**leaves, exponents=exponents)
 
 
-def _watched(
-    what: str,
+def _averages(
+    name: str,
     average: Collection[str],
-    known: dict[str, tuple[Watched, bool, bool]],
     storage: Storage,
     memory: Memory,
     seed: int,
 ) -> dict[str, Average]:
-    """How each of the averages asked for is taken and held."""
-    wanted = frozenset([average] if isinstance(average, str) else average)
-    if not wanted or not wanted <= known.keys():
-        raise ValueError(
-            f"{what}(average=...) takes some of {sorted(known)}, got {average!r}"
-        )
-    if memory not in ("device", "pinned_host"):
-        raise ValueError(f"memory must be 'device' or 'pinned_host', got {memory!r}")
+    """The averages by name, as they are taken and held."""
+    statistics = _STATISTICS[name]
+    names = frozenset([average] if isinstance(average, str) else average)
+    check(
+        _AVERAGES,
+        name=name,
+        names=names,
+        known=sorted(statistics),
+        average=average,
+        memory=memory,
+    )
     low_bit.checked_storage(storage)
-    refuse_fractions(what, seed=seed)
+    refuse_fractions(name, seed=seed)
+    # Each average has a stream of random numbers of its own, whichever are asked for.
+    streams = {field: int(seed) * 4096 + 1024 * i for i, field in enumerate(statistics)}
     return {
-        field: Average(
-            *known[field], storage, memory, stream=int(seed) * 4096 + 1024 * i
-        )
-        for i, field in enumerate(known)
-        if field in wanted
+        field: Average(statistic, storage, memory, streams[field])
+        for field, statistic in statistics.items()
+        if field in names
     }
 
 
-def _taylor(gradient: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.abs(weight * gradient)
-
-
-# What is averaged, whether it has a sign, and whether it skips what is not finite.
-_OF_WEIGHTS: dict[str, tuple[Watched, bool, bool]] = {
-    "weight": (jnp.positive, True, False),
-    "magnitude": (jnp.abs, False, False),
+_STATISTICS = {
+    "track_importance": {
+        "weight": Statistic(jnp.positive, signed=True, skips_nonfinite=False),
+        "magnitude": Statistic(jnp.abs, signed=False, skips_nonfinite=False),
+    },
+    "track_gradients": {
+        "square": Statistic(
+            lambda gradient, *_: jnp.square(gradient),
+            signed=False,
+            skips_nonfinite=True,
+        ),
+        "taylor": Statistic(
+            lambda gradient, weight: jnp.abs(weight * gradient),
+            signed=False,
+            skips_nonfinite=True,
+        ),
+    },
 }
-_OF_GRADIENTS: dict[str, tuple[Watched, bool, bool]] = {
-    "square": (lambda gradient, *_: jnp.square(gradient), False, True),
-    "taylor": (_taylor, False, True),
-}
+_AVERAGES = [
+    Rule(
+        lambda v: v.names and v.names <= set(v.known),
+        "{name}(average=...) takes some of {known}, got {average!r}",
+    ),
+    Rule(
+        lambda v: v.memory in ("device", "pinned_host"),
+        "memory must be 'device' or 'pinned_host', got {memory!r}",
+    ),
+]
+_SNAPSHOTS = [
+    Rule(
+        lambda v: callable(v.snapshots.weighting),
+        "{snapshots.name} needs a weighting such as jp.weightings.power(0.5), got "
+        "{snapshots.weighting!r}",
+        error=TypeError,
+    ),
+    Rule(
+        lambda v: v.snapshots.every >= 1 and v.snapshots.first >= 0,
+        "tracking needs every >= 1 and start >= 0, got every={snapshots.every}, "
+        "start={snapshots.first}",
+    ),
+]

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
+from jaxprune.arrays.rules import Rule, check, within
+
 # Snapshots whose gains are summed one by one; later ones come from an expansion.
 _TABLE = 64
 
@@ -47,7 +49,7 @@ class power:
     whose relative error is under 1e-9 for p up to 8.
 
     Args:
-      p: the power, 0 to 8; 0.5 is what the method's authors use.
+      p: power, 0 to 8; 0.5 is what the method's authors use.
 
     Returns:
       A weighting.
@@ -69,19 +71,17 @@ class power:
 
     def __post_init__(self) -> None:
         """Refuses powers outside of 0 to 8."""
-        if not 0 <= self.p <= 8:
-            raise ValueError(
-                f"power(p) needs p from 0 to 8, got {self.p}; the authors use 0.5"
-            )
+        check(_POWER, p=self.p)
 
     def __call__(self, n: Int[Array, ""] | int) -> Float32[Array, ""]:
         """The gain of snapshot n, float32."""
         n = jnp.asarray(n)
-        exact, constant = _tabulated(self.p)
-        at = jnp.maximum(n, 1).astype(jnp.float32)
-        table = jnp.asarray(exact, jnp.float32)[jnp.minimum(n, _TABLE) - 1]
-        later = 1.0 / (_euler_maclaurin(self.p, at) + constant * at**-self.p)
-        return jnp.where(n <= _TABLE, table, later)
+        gains, constant = _tabulated(self.p)
+        x = jnp.maximum(n, 1).astype(jnp.float32)
+        exact = jnp.asarray(gains, jnp.float32)[jnp.minimum(n, _TABLE) - 1]
+        # c(n) / S(n), both over n^p: neither leaves the range of float32.
+        expansion = 1.0 / (_euler_maclaurin(self.p, x) + constant * x**-self.p)
+        return jnp.where(n <= _TABLE, exact, expansion)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class exponential:
     """The bias-corrected exponential moving average: c(i) = decay^(-i).
 
     Args:
-      decay: how much of the average each snapshot keeps, in (0, 1).
+      decay: part of the average that each snapshot keeps, in (0, 1).
 
     Returns:
       A weighting; its gain is (1 - decay) / (1 - decay^n).
@@ -107,15 +107,12 @@ class exponential:
 
     def __post_init__(self) -> None:
         """Refuses a decay outside of (0, 1)."""
-        if not 0 < self.decay < 1:
-            raise ValueError(
-                f"exponential(decay) needs 0 < decay < 1, got {self.decay}; use "
-                "uniform() to forget nothing"
-            )
+        check(_EXPONENTIAL, decay=self.decay)
 
     def __call__(self, n: Int[Array, ""] | int) -> Float32[Array, ""]:
         """The gain of snapshot n, float32."""
         log_decay = np.float32(math.log(self.decay))
+        # (1 - decay) / (1 - decay^n) by expm1: near 1 the differences would cancel.
         return jnp.expm1(log_decay) / jnp.expm1(log_decay * jnp.asarray(n, jnp.float32))
 
 
@@ -131,3 +128,15 @@ def _euler_maclaurin(p: float, n: float | jax.Array) -> jax.Array:
     """S(n) / n^p less its constant term zeta(-p) / n^p, for large n."""
     series = n / (p + 1) + 0.5 + p / (12 * n) - p * (p - 1) * (p - 2) / (720 * n**3)
     return cast(jax.Array, series)
+
+
+_POWER = [
+    within("p", 0, 8, "power(p) needs p from 0 to 8, got {p}", "the authors use 0.5")
+]
+_EXPONENTIAL = [
+    Rule(
+        lambda v: 0 < v.decay < 1,
+        "exponential(decay) needs 0 < decay < 1, got {decay}",
+        "use uniform() to forget nothing",
+    )
+]

@@ -1,5 +1,7 @@
 """One table: what every transformation of the package promises to optax."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,9 @@ TABLE = {
     "straight_through": lambda masks: jp.straight_through(
         optax.adamw(0.1), {1: 0.5}, freeze=2
     ),
-    "admm": lambda masks: jp.contrib.admm(optax.adamw(0.1), 0.5, end=2, interval=1),
+    "admm": lambda masks: jp.contrib.admm(
+        optax.adamw(0.1), {0: 0.5}, freeze=2, every=1
+    ),
     "lora": lambda masks: jp.contrib.lora(optax.adamw(0.1), rank=2),
     "all": lambda masks: jp.keep_masks(
         optax.chain(
@@ -74,6 +78,18 @@ def step(tx):
     params = weights()
     state = tx.init(params)
     return state, tx.update(params, state, params)
+
+
+def test_the_table_has_every_public_transformation():
+    returns = "GradientTransformation"
+    public = {
+        name
+        for module in (jp, jp.contrib)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and returns in str(inspect.signature(value).return_annotation)
+    }
+    assert public == {name.split(",")[0] for name in TABLE} - {"all"}
 
 
 def test_is_pure_and_a_transformation_with_extra_arguments(tx, step):

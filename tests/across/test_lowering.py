@@ -30,7 +30,7 @@ TRANSFORMATIONS = {
     "straight_through": lambda: jp.straight_through(
         optax.adamw(1e-3), EVENTS, freeze=3
     ),
-    "admm": lambda: jp.contrib.admm(optax.adamw(1e-3), 0.5, begin=1, end=3, interval=1),
+    "admm": lambda: jp.contrib.admm(optax.adamw(1e-3), {1: 0.5}, freeze=3, every=1),
     "lora": lambda: jp.contrib.lora(optax.adamw(1e-3), rank=2),
     "tracked": lambda: optax.chain(
         jp.track_gradients(average=("square", "taylor")),

@@ -239,7 +239,7 @@ CHOOSERS = {
     "straight through": lambda: jp.straight_through(
         optax.adamw(0.125), SCHEDULE, freeze=9
     ),
-    "admm": lambda: jp.contrib.admm(optax.adamw(0.125), 0.5, end=9),
+    "admm": lambda: jp.contrib.admm(optax.adamw(0.125), {0: 0.5}, freeze=9),
 }
 
 

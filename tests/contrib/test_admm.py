@@ -10,7 +10,7 @@ import jaxprune as jp
 from tests.support import oracles
 from tests.support.trajectories import gradients, record
 
-BEGIN, END, INTERVAL, PENALTY, DECAY = 2, 15, 4, 0.25, 0.9
+BEGIN, FREEZE, EVERY, PENALTY, DECAY = 2, 15, 4, 0.25, 0.95
 STEPS, SPARSITY = 20, 0.7
 
 
@@ -33,12 +33,12 @@ def elsa(kernel, grads, power):
         return oracles.keep_layer([scores], SPARSITY)[0]
 
     for n, g in enumerate(grads):
-        if n == END:
+        if n == FREEZE:
             final = mask(x, n)
-        if n >= END:
+        if n >= FREEZE:
             x = final * (x - g / 8)
         else:
-            if n >= BEGIN and (n - BEGIN) % INTERVAL == 0:
+            if n >= BEGIN and (n - BEGIN) % EVERY == 0:
                 z = (x + u) * mask(x + u, n)
                 u = u + x - z
             pull = PENALTY * (x - z + u) if n >= BEGIN else 0
@@ -49,13 +49,12 @@ def elsa(kernel, grads, power):
 
 def admm(inner, **options):
     arguments = {
-        "begin": BEGIN,
-        "end": END,
-        "interval": INTERVAL,
+        "schedule": jp.schedules.once(BEGIN, SPARSITY),
+        "freeze": FREEZE,
+        "every": EVERY,
         "penalty": PENALTY,
-        "decay": DECAY,
     }
-    return jp.contrib.admm(inner, SPARSITY, **(arguments | options))
+    return jp.contrib.admm(inner, **(arguments | options))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_is_elsa_with_the_sparse_copy_and_the_dual_apart(criterion, power):
     expected = elsa(params["kernel"], grads["kernel"], power)
     np.testing.assert_allclose(run.weights["kernel"], expected, rtol=0, atol=1e-5)
     zeros = (np.asarray(run.weights["kernel"]) == 0).sum((1, 2))
-    assert zeros.tolist() == [0] * END + [round(SPARSITY * 120)] * (STEPS - END)
+    assert zeros.tolist() == [0] * FREEZE + [round(SPARSITY * 120)] * (STEPS - FREEZE)
 
 
 @pytest.mark.full
@@ -95,7 +94,9 @@ def test_weights_come_nearer_to_their_sparse_copy():
     still = jax.tree.map(
         lambda w: jnp.asarray(np.full((400, *w.shape), 1e-3, np.float32)), params
     )
-    tx = jp.contrib.admm(optax.adam(0.003), SPARSITY, end=400, interval=8, penalty=1.0)
+    tx = jp.contrib.admm(
+        optax.adam(0.003), {0: SPARSITY}, freeze=400, every=8, penalty=1.0
+    )
     run = record(tx, params, still)
     before = np.asarray(run.weights["kernel"])[-1]
     lost = np.sort(np.abs(before).ravel())[:84].sum()
@@ -105,19 +106,33 @@ def test_weights_come_nearer_to_their_sparse_copy():
 
 def test_a_pattern_may_fix_the_sparsity():
     params = model()
-    tx = jp.contrib.admm(optax.adamw(0.01), end=3, interval=1, pattern="2:4")
+    tx = jp.contrib.admm(optax.adamw(0.01), {0: "2:4"}, freeze=3, every=1)
     run = record(tx, params, gradients(params, 5))
     groups = np.asarray(run.params["kernel"]).reshape(3, 4, 10)
     np.testing.assert_array_equal((groups != 0).sum(1), 2)
 
 
+def test_the_sparsity_of_the_copy_may_rise_and_the_last_is_that_of_the_weights():
+    params = model()
+    schedule = jp.schedules.linear(SPARSITY, begin=2, end=9, every=3)
+    tx = admm(optax.sgd(0.125), schedule=schedule, freeze=12, every=2)
+    run = record(tx, params, gradients(params, 14))
+    zeros = (np.asarray(run.weights["kernel"]) == 0).sum((1, 2))
+    assert zeros.tolist() == [0] * 12 + [round(SPARSITY * 120)] * 2
+
+
+def test_a_freeze_that_never_comes_is_refused():
+    with pytest.raises(TypeError, match="got None; give the step"):
+        admm(optax.sgd(0.1), freeze=None)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"begin": 15}, "begin < end.*begin=15, end=15"),
-        ({"interval": 0}, "interval >= 1"),
+        ({"freeze": 2}, "freeze after the schedule's first event at step 2, got .*=2"),
+        ({"freeze": 1}, "at or after the schedule's last event at step 2.*freeze=1"),
+        ({"every": 0}, "every >= 1"),
         ({"penalty": 0.0}, "penalty over 0, got 0.0"),
-        ({"decay": 1.0}, "decay in .0, 1., got 1.0"),
         ({"criterion": jp.scores.averaged_weight}, "Importance.weight"),
     ],
 )
@@ -127,7 +142,7 @@ def test_bad_arguments_are_refused_in_one_sentence(options, says):
     assert not str(caught.value).endswith(".")
 
 
-@pytest.mark.parametrize("option", ["begin", "end", "interval"])
-def test_a_step_between_two_is_refused_as_it_never_comes(option):
+@pytest.mark.parametrize("option", ["freeze", "every"])
+def test_a_fractional_number_of_steps_is_refused(option):
     with pytest.raises(TypeError, match=f"integer {option}, got 3.5"):
         admm(optax.adamw(0.01), **{option: 3.5})

@@ -42,7 +42,7 @@ def test_batches_of_different_sizes_count_alike():
     np.testing.assert_allclose(found.square["w"], by_hand(batches), rtol=1e-5)
 
 
-def test_criteria_take_it():
+def test_criteria_read_calibrated_gradients():
     importance = jp.contrib.calibrate_gradients(squared_error, PARAMS, BATCHES)
     expected = np.abs(PARAMS["w"]) * by_hand(BATCHES) ** 0.25
     scores = jp.scores.trajectory(PARAMS, importance)

@@ -79,7 +79,7 @@ INNER = {
     ("inner", "alpha"),
     [pytest.param("sgd", None, marks=pytest.mark.full), ("adamw", 5.0)],
 )
-def test_it_is_adapters_trained_and_merged_at_the_end(inner, alpha):
+def test_it_equals_adapters_that_are_merged_at_the_end(inner, alpha):
     params = weights()
     tx = jp.contrib.lora(INNER[inner], rank=2, alpha=alpha)
     merged, state = trained(tx, params)

@@ -137,7 +137,7 @@ def test_every_leaf_of_a_state_is_placed_like_its_parameter(mesh, name):
         assert_equal(leaf.sharding, wanted, leaf.ndim)
 
 
-def test_without_it_the_moments_of_adam_are_on_every_device_in_full():
+def test_without_state_shardings_adams_moments_are_replicated():
     """The trap that state_shardings is for; when this fails, it is needed no more."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     params = {"w": put(mesh, (16, 8), "x")}

@@ -24,9 +24,7 @@ TABLE = {
     "straight_through": functools.partial(
         jp.straight_through, schedule=SCHEDULE, freeze=10, every=2
     ),
-    "admm": functools.partial(
-        jp.contrib.admm, sparsity=0.75, begin=2, end=9, interval=3
-    ),
+    "admm": functools.partial(jp.contrib.admm, schedule={2: 0.75}, freeze=9, every=3),
 }
 FIRST = "gradual"
 # The other transformations share their masks' code with the first.

@@ -20,7 +20,7 @@ RANGES = [jp.schedules.cubic, jp.schedules.linear, jp.schedules.constant]
     length=st.integers(0, 10_000),
     every=st.integers(1, 3_000),
 )
-def test_the_last_event_is_the_target_whatever_divides(
+def test_the_last_event_has_the_final_sparsity_on_any_grid(
     kind, final, begin, length, every
 ):
     table = kind(final, begin, begin + length, every).table()
@@ -87,9 +87,9 @@ def test_schedules_are_values_that_print_and_compare():
         (lambda: jp.schedules.once(True, 0.5), TypeError, "integer"),
         (lambda: jp.schedules.once(np.bool_(True), 0.5), TypeError, "integer"),
         (lambda: jp.schedules.once(0.5, 3), TypeError, "integer.*0.5"),
-        (lambda: schedules_.events({}), ValueError, "an event"),
-        (lambda: schedules_.events(0.5), TypeError, r"jp\.schedules.*got 0.5"),
-        (lambda: schedules_.events({-1: 0.5}), ValueError, "got -1"),
+        (lambda: schedules_.sorted_events({}), ValueError, "an event"),
+        (lambda: schedules_.sorted_events(0.5), TypeError, r"jp\.schedules.*got 0.5"),
+        (lambda: schedules_.sorted_events({-1: 0.5}), ValueError, "got -1"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(make, error, says):

@@ -137,7 +137,7 @@ def test_bad_arguments_are_refused_in_one_sentence(options, says):
 
 
 @pytest.mark.parametrize("option", ["every", "freeze"])
-def test_a_step_between_two_is_refused(option):
+def test_a_fractional_step_is_refused(option):
     steps = {"freeze": None, option: 12.5}
     with pytest.raises(TypeError, match=f"integer {option}, got 12.5"):
         jp.straight_through(optax.adamw(0.01), SCHEDULE, **steps)

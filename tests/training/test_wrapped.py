@@ -16,7 +16,7 @@ MAKE = {
     "straight_through": lambda own: jp.straight_through(
         own, {9: 0.5}, freeze=9, criterion=jp.scores.magnitude
     ),
-    "admm": lambda own: jp.contrib.admm(own, 0.5, end=9),
+    "admm": lambda own: jp.contrib.admm(own, {0: 0.5}, freeze=9),
     "lora": lambda own: jp.contrib.lora(own, rank=2),
 }
 
@@ -58,7 +58,9 @@ def test_straight_through_may_begin_at_the_first_step():
 def test_the_penalty_of_admm_may_be_injected():
     def zeros(penalty, make):
         tx = make(
-            lambda penalty: jp.contrib.admm(optax.sgd(0.1), 0.5, end=1, penalty=penalty)
+            lambda penalty: jp.contrib.admm(
+                optax.sgd(0.1), {0: 0.5}, freeze=1, penalty=penalty
+            )
         )(penalty=penalty)
         state, params = tx.init(PARAMS), PARAMS
         for _ in range(2):
