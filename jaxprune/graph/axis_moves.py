@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from jaxprune.graph.axis_dims import (
     Dim,
-    concat,
-    cut,
-    factor,
+    as_product,
+    as_sum,
     freeze,
-    fresh,
-    merge,
+    new_dim,
+    product_of,
+    sum_of,
     unify,
 )
 
@@ -59,7 +59,7 @@ Rule = Callable[[Params, Sequence[Operand], Shapes], list[Axes]]
 
 def new_axes(shape: Sequence[int], why: str | None) -> Axes:
     """Dimensions that nothing is tied to, frozen where there is a reason."""
-    return Axes(tuple(fresh(size, why) for size in shape), (False,) * len(shape))
+    return Axes(tuple(new_dim(size, why) for size in shape), (False,) * len(shape))
 
 
 def picked(operand: Operand, axes: Sequence[int]) -> Axes:
@@ -81,7 +81,7 @@ def _reshape(params: Params, operands: Sequence[Operand], shapes: Shapes) -> lis
         return [new_axes(after, "is reshaped in another order")]
     before = [i for i, size in enumerate(operand.shape) if size > 1]
     pending = [i for i, size in enumerate(after) if size > 1]
-    dims, zeros = [fresh(min(size, 1)) for size in after], [False] * len(after)
+    dims, zeros = [new_dim(min(size, 1)) for size in after], [False] * len(after)
     while pending:
         # Axes of both sides are taken until their sizes agree.
         old, new = [before.pop(0)], [pending.pop(0)]
@@ -93,11 +93,11 @@ def _reshape(params: Params, operands: Sequence[Operand], shapes: Shapes) -> lis
             else:
                 new.append(pending.pop(0))
         own = [operand.axes.dims[i] for i in old]
-        found = factor(merge(own), [after[i] for i in new])
+        found = as_product(product_of(own), [after[i] for i in new])
         if found is None:
             for dim in own:
                 freeze(dim, "is reshaped across its parts")
-            found = [fresh(after[i], "is reshaped across its parts") for i in new]
+            found = [new_dim(after[i], "is reshaped across its parts") for i in new]
         stays = all(operand.axes.zeros[i] for i in old)
         for axis, dim in zip(new, found, strict=True):
             dims[axis], zeros[axis] = dim, stays
@@ -137,7 +137,7 @@ def _concatenate(
         if axis != own:
             for other in each[1:]:
                 unify(each[0], other)
-        dims.append(concat(each) if axis == own else each[0])
+        dims.append(sum_of(each) if axis == own else each[0])
         zeros.append(all(operand.axes.zeros[axis] for operand in operands))
     return [Axes(tuple(dims), tuple(zeros))]
 
@@ -149,7 +149,7 @@ def _stack(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[
         for one, other in zip(first.dims, operand.axes.dims, strict=True):
             unify(one, other)
     zeros = [all(of) for of in zip(*(o.axes.zeros for o in operands), strict=True)]
-    dims, new = list(first.dims), fresh(len(operands), "is a stack of other values")
+    dims, new = list(first.dims), new_dim(len(operands), "is a stack of other values")
     dims.insert(axis, new)
     zeros.insert(axis, False)
     return [Axes(tuple(dims), tuple(zeros))]
@@ -158,19 +158,21 @@ def _stack(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[
 def _tile(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Axes]:
     """Copies one behind the other, which need not all stay."""
     dims, zeros = operands[0].axes
-    copies = [fresh(count) for count in params["reps"]]
+    copies = [new_dim(count) for count in params["reps"]]
     pairs = zip(copies, dims, params["reps"], zeros, strict=True)
     kept = tuple(zero and count == 1 for *_, count, zero in pairs)
     made = zip(copies, dims, strict=True)
-    return [Axes(tuple(merge([copy, dim]) for copy, dim in made), kept)]
+    return [Axes(tuple(product_of([copy, dim]) for copy, dim in made), kept)]
 
 
 def _taken(dim: Dim, size: int, start: int | None) -> Dim:
     """A range of a dimension; where it begins is not known for None."""
-    pieces = None if start is None else cut(dim, [start, size, dim.size - start - size])
+    pieces = (
+        None if start is None else as_sum(dim, [start, size, dim.size - start - size])
+    )
     if pieces is None:
         freeze(dim, "a part of it is taken that is no range of its units")
-        return fresh(size, _PART)
+        return new_dim(size, _PART)
     return pieces[1 if start else 0]
 
 
@@ -203,7 +205,7 @@ def _dynamic_slice(
     ):
         if size != whole:
             freeze(dim, _DATA)
-            dim = fresh(size, _PART)
+            dim = new_dim(size, _PART)
         dims.append(dim)
     return [Axes(tuple(dims), operand.axes.zeros)]
 
@@ -227,10 +229,10 @@ def _split(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[
     pieces = None
     sizes = [int(size) for size in params["sizes"]]  # NumPy's in jnp.split
     if 0 not in sizes:
-        pieces = cut(operand.axes.dims[axis], sizes)
+        pieces = as_sum(operand.axes.dims[axis], sizes)
     if pieces is None:
         freeze(operand.axes.dims[axis], "is split across its units")
-        pieces = [fresh(size, _PART) for size in sizes]
+        pieces = [new_dim(size, _PART) for size in sizes]
     dims = operand.axes.dims
     return [
         Axes((*dims[:axis], piece, *dims[axis + 1 :]), operand.axes.zeros)
@@ -253,10 +255,10 @@ def _pad(params: Params, operands: Sequence[Operand], shapes: Shapes) -> list[Ax
         if inner or low < 0 or high < 0:
             freeze(dim, "is padded between its units")
             size = low + high + dim.size + inner * max(dim.size - 1, 0)
-            dims.append(fresh(size, "is padded between its units"))
+            dims.append(new_dim(size, "is padded between its units"))
         else:
             ends = [Dim(n, "is padding") for n in (low, high)]
-            dims.append(concat([ends[0], dim, ends[1]]))
+            dims.append(sum_of([ends[0], dim, ends[1]]))
     # Where another axis is padded by what is not zero, a removed position is not zero.
     padded = {i for i, own in enumerate(params["padding_config"]) if max(own) > 0}
     blank = operands[1].scalar == 0

@@ -10,7 +10,7 @@ results.
 from collections.abc import Sequence
 
 from jaxprune.graph import axis_moves
-from jaxprune.graph.axis_dims import factor, freeze, fresh, unify
+from jaxprune.graph.axis_dims import as_product, freeze, new_dim, unify
 from jaxprune.graph.axis_moves import Axes, Operand, Params, Rule, Shapes, new_axes
 from jaxprune.graph.program import GROUPED
 
@@ -86,7 +86,7 @@ def _elementwise(name: str) -> Rule:
             for other in own[1:]:
                 unify(own[0], other)
             each = [_is_zero(operand, axis, size) for operand in operands]
-            dims.append(own[0] if own else fresh(size))
+            dims.append(own[0] if own else new_dim(size))
             zeros.append(_zero_of(name, params, each, operands))
             if own and _divides(name, params, each, operands):
                 freeze(own[0], f"{name} divides by what is zero where it is removed")
@@ -201,8 +201,8 @@ def _convolution(
         for axis in axes:
             freeze(operand.axes.dims[axis], _WINDOW)
     inputs, outputs = value.axes.dims[feature], kernel.axes.dims[out]
-    split = factor(inputs, [groups, value.shape[feature] // groups])
-    made = factor(outputs, [groups, kernel.shape[out] // groups])
+    split = as_product(inputs, [groups, value.shape[feature] // groups])
+    made = as_product(outputs, [groups, kernel.shape[out] // groups])
     if split is None or made is None or params["batch_group_count"] > 1:
         for dim in (inputs, outputs, kernel.axes.dims[own], value.axes.dims[batch]):
             freeze(dim, "is cut by the groups of a convolution")

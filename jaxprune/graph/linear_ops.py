@@ -104,14 +104,14 @@ class Trace:
           {'q': Axes(inputs=(2,), outputs=(0, 1))}
         """
         found: dict[str, Axes] = {}
-        several = set()
+        ambiguous = set()
         for op in self.linear_ops:
-            kind = self.program.kinds[self.program.leaves[self.leaves[op.leaf]]]
-            if not prunable(op.leaf, kind):
+            aval = self.program.avals[self.program.leaves[self.leaves[op.leaf]]]
+            if not prunable(op.leaf, aval):
                 continue
             if op.axes is None or found.setdefault(op.leaf, op.axes) != op.axes:
-                several.add(op.leaf)
-        return {leaf: axes for leaf, axes in found.items() if leaf not in several}
+                ambiguous.add(op.leaf)
+        return {leaf: axes for leaf, axes in found.items() if leaf not in ambiguous}
 
     def __str__(self) -> str:
         """A table: one line a linear op, then what could not be seen."""
@@ -158,17 +158,17 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
     """
     params = lazy.abstract(params)
     flat = program_.flatten(fn, params, batch)
-    named = {
+    leaves = {
         k: v for k, v in tree.named_leaves(params).items() if not tree.is_excluded(v)
     }
-    finder = _Finder(flat, list(named))
+    finder = _Finder(flat, list(leaves))
     for position, step in enumerate(flat.steps):
         finder.look(position, step)
-    shapes = {name: jnp.shape(leaf) for name, leaf in named.items()}
+    shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
     return Trace(
         tuple(finder.ops),
         finder.unseen(shapes),
-        {name: i for i, name in enumerate(named)},
+        {name: i for i, name in enumerate(leaves)},
         flat,
         finder.views,
     )
@@ -182,7 +182,7 @@ class _Finder:
         self.names = names
         self.ops: list[LinearOp] = []
         self.views: dict[int, WeightView] = {
-            number: WeightView.whole(i, flat.kinds[number].shape)
+            number: WeightView.whole(i, flat.avals[number].shape)
             for i, number in enumerate(flat.leaves)
         }
         # Value to the leaves that it was made of, views and others.
@@ -197,8 +197,8 @@ class _Finder:
     def look(self, position: int, step: Step) -> None:
         """Takes one more step into account."""
         numbers = [x for x in step.inputs if not isinstance(x, Fixed)]
-        if (found := self._moved(step)) is not None:
-            self.views.update(zip(step.outputs, found, strict=True))
+        if (views := self._moved(step)) is not None:
+            self.views.update(zip(step.outputs, views, strict=True))
         elif not self._linear_op(position, step):
             for number in numbers:
                 for leaf in self._origins.get(number, ()):
@@ -210,22 +210,22 @@ class _Finder:
             self._origins.update(dict.fromkeys(step.outputs, origins))
 
     def _moved(self, step: Step) -> list[WeightView] | None:
-        known = functools.partial(program_.constant, self.flat)
+        known = functools.partial(program_.constant_value, self.flat)
         if (joined := joined_views.join(step, self.views)) is not None:
             self._joined[step.outputs[0]] = joined
         first = step.inputs[0] if step.inputs else None
         if not isinstance(first, Fixed) and first in self._joined:
             whole = self._joined[first]
-            part = joined_views.cut(step, whole, self.flat.kinds, known)
+            part = joined_views.cut(step, whole, self.flat.avals, known)
             return None if part is None else [part]
-        return weight_view.propagate(step, self.views, self.flat.kinds, known)
+        return weight_view.propagate(step, self.views, self.flat.avals, known)
 
     def unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Why leaves that could be matrices are in no linear op."""
-        seen = {op.leaf for op in self.ops}
+        used = {op.leaf for op in self.ops}
         reasons = {}
         for i, (name, shape) in enumerate(shapes.items()):
-            if name in seen or len(shape) < 2:
+            if name in used or len(shape) < 2:
                 continue
             steps = ", ".join(self._hidden.get(i, ()))
             reasons[name] = f"is an operand of {steps}" if steps else "is not used"
@@ -247,28 +247,30 @@ class _Finder:
             return False
         if value not in self.flat.varying:
             return False
-        view, kind = self.views[weight], self.flat.kinds[value]
-        if jnp.issubdtype(kind.dtype, jnp.complexfloating):
+        view, aval = self.views[weight], self.flat.avals[value]
+        if jnp.issubdtype(aval.dtype, jnp.complexfloating):
             return False  # statistics are of real inputs
         if name == "dot_general":
             numbers = step.params["dimension_numbers"]
-            seen, source = operands.dot(numbers, view, value, kind, side)
+            matrix, source = operands.dot(numbers, view, value, aval, side)
         elif grouped:
             sizes = step.inputs[2]
             if side != 1 or isinstance(sizes, Fixed):
                 return False
-            seen, source = operands.groups(view, value, kind, sizes)
+            matrix, source = operands.groups(view, value, aval, sizes)
         elif side == 1 and step.params["batch_group_count"] == 1:
-            result = self.flat.kinds[step.outputs[0]]
-            seen, source = operands.convolution(step.params, view, value, result)
+            result = self.flat.avals[step.outputs[0]]
+            matrix, source = operands.convolution(step.params, view, value, result)
         else:
             return False
-        self._note(position, step, seen, source)
+        self._note(position, step, matrix, source)
         return True
 
     def _note(self, position: int, step: Step, view: WeightView, source: Input) -> None:
         leaf = self.names[view.leaf]
-        index, part = _place(view, self.flat.kinds[self.flat.leaves[view.leaf]].shape)
+        index, part = _index_and_part(
+            view, self.flat.avals[self.flat.leaves[view.leaf]].shape
+        )
         name = "/".join([leaf, *map(str, index)]) + part
         # The same weight once more, as the head of a model with tied embeddings has it.
         use = self._uses.get(name, 0)
@@ -278,7 +280,7 @@ class _Finder:
                 name=name,
                 leaf=leaf,
                 index=index,
-                axes=_axes(view),
+                axes=_leaf_axes(view),
                 shape=view.shape,  # type: ignore[arg-type]
                 kind="dot" if "dot" in step.primitive.name else "convolution",
                 input=self._inputs.setdefault(
@@ -292,7 +294,7 @@ class _Finder:
         )
 
 
-def _axes(view: WeightView) -> Axes | None:
+def _leaf_axes(view: WeightView) -> Axes | None:
     """The leaf's input and output axes, where each axis is wholly one or the other."""
     _, inputs, outputs = (set(axes) for axes in view.axes)
     if inputs & outputs:
@@ -300,7 +302,9 @@ def _axes(view: WeightView) -> Axes | None:
     return Axes(tuple(sorted(inputs)), tuple(sorted(outputs)))
 
 
-def _place(view: WeightView, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
+def _index_and_part(
+    view: WeightView, shape: Sequence[int]
+) -> tuple[tuple[int, ...], str]:
     """The indices of a stacked leaf, and the part of the rest that is seen."""
     if not view.sliced:
         return (), ""
@@ -314,13 +318,13 @@ def _place(view: WeightView, shape: Sequence[int]) -> tuple[tuple[int, ...], str
         if axis not in used and len(places) == 1 and shape[axis] > 1
     )
     rest = [
-        ":" if len(places) == shape[axis] else _part(places)
+        ":" if len(places) == shape[axis] else _range_text(places)
         for axis, places in enumerate(view.box)
         if axis in used
     ]
     return index, "" if set(rest) <= {":"} else f"[{','.join(rest)}]"
 
 
-def _part(places: range) -> str:
+def _range_text(places: range) -> str:
     step = f":{places.step}" if places.step > 1 else ""
     return f"{places.start}:{places.stop}{step}"

@@ -74,32 +74,34 @@ class Input:
 
 
 def dot(
-    numbers: Any, view: WeightView, value: Any, kind: Any, side: int
+    numbers: Any, view: WeightView, value: Any, aval: Any, side: int
 ) -> tuple[WeightView, Input]:
     """A `dot_general` whose operand `side` is the weight."""
     contracted, batched = numbers
     # In the leaf's order: an einsum may contract (size, heads), and four consecutive
     # inputs are those that lie side by side in the leaf.
     both = zip(contracted[side], contracted[1 - side], strict=True)
-    pairs = sorted(both, key=lambda pair: _distance(view, pair[0]), reverse=True)
-    inputs, batch = tuple(own for own, _ in pairs), tuple(batched[side])
+    pairs = sorted(
+        both, key=lambda pair: _position_in_leaf(view, pair[0]), reverse=True
+    )
+    inputs, batch = tuple(axis for axis, _ in pairs), tuple(batched[side])
     free = tuple(a for a in range(len(view.shape)) if a not in inputs + batch)
     shape = [math.prod(view.shape[a] for a in axes) for axes in (batch, inputs, free)]
-    seen = view.transpose(batch + inputs + free)
+    matrix = view.transpose(batch + inputs + free)
     # Grouped by axis before it is flattened, so that `axes` can tell them apart.
     last, first = tuple(other for _, other in pairs), tuple(batched[1 - side])
-    samples = tuple(a for a in range(len(kind.shape)) if a not in first + last)
-    leading = tuple(kind.shape[a] for a in samples)
+    samples = tuple(a for a in range(len(aval.shape)) if a not in first + last)
+    leading = tuple(aval.shape[a] for a in samples)
     source = Input(
         value=value,
         order=first + samples + last,
         shape=(shape[0], math.prod(leading), shape[1]),
         leading=leading,
     )
-    return seen.matrix(len(batch), len(inputs)), source
+    return matrix.matrix(len(batch), len(inputs)), source
 
 
-def _distance(view: WeightView, axis: int) -> tuple[tuple[int, ...], int]:
+def _position_in_leaf(view: WeightView, axis: int) -> tuple[tuple[int, ...], int]:
     """A sort key: where in the leaf an axis's second position lies, then minus axis."""
     # Of axes that a reshape made of one, `axes` says only which one that was.
     place = [int(i == axis and size > 1) for i, size in enumerate(view.shape)]
@@ -115,7 +117,7 @@ def _distance(view: WeightView, axis: int) -> tuple[tuple[int, ...], int]:
                 flat = np.ravel_multi_index(place, move.after)
                 place = [int(i) for i in np.unravel_index(flat, move.before)]
             case _:  # turned round, its first place is not nearest
-                return tuple(-own for own in view.axes[axis]), -axis
+                return tuple(-axis_of_leaf for axis_of_leaf in view.axes[axis]), -axis
     return tuple(place), -axis
 
 
@@ -124,11 +126,11 @@ def convolution(
 ) -> tuple[WeightView, Input]:
     """A convolution as the matmul of its kernel with patches of the input."""
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    out, own, *window = numbers.rhs_spec
+    out, feature_in, *window = numbers.rhs_spec
     size = [view.shape[axis] for axis in window]
-    inputs, outputs = view.shape[own] * math.prod(size), view.shape[out]
-    seen = view.transpose((own, *window, out))
-    seen = seen.reshape((inputs, groups, outputs // groups)).transpose((1, 0, 2))
+    inputs, outputs = view.shape[feature_in] * math.prod(size), view.shape[out]
+    matrix = view.transpose((feature_in, *window, out))
+    matrix = matrix.reshape((inputs, groups, outputs // groups)).transpose((1, 0, 2))
     feature = numbers.out_spec[1]
     samples = [a for a in range(len(result.shape)) if a != feature]
     leading = tuple(result.shape[a] for a in samples)
@@ -147,14 +149,14 @@ def convolution(
         leading=leading,
         patches=tuple(patches.items()),
     )
-    return seen, source
+    return matrix, source
 
 
 def groups(
-    view: WeightView, value: int, kind: Any, sizes: int
+    view: WeightView, value: int, aval: Any, sizes: int
 ) -> tuple[WeightView, Input]:
     """A `lax.ragged_dot`: each row times the matrix of its group."""
-    rows, inputs = kind.shape
+    rows, inputs = aval.shape
     source = Input(
         value=value,
         order=(0, 1),

@@ -178,9 +178,14 @@ class WeightView:
             return self
         box = list(self.box or ())
         for axis, step in enumerate(steps):
-            own = self.axes[axis]
-            if step > 1 and box and len(own) == 1 and self._is_alone(own[0]):
-                box[own[0]] = box[own[0]][::step]
+            leaf_axes = self.axes[axis]
+            if (
+                step > 1
+                and box
+                and len(leaf_axes) == 1
+                and self._is_alone(leaf_axes[0])
+            ):
+                box[leaf_axes[0]] = box[leaf_axes[0]][::step]
             elif step > 1:
                 box = []
         return dataclasses.replace(
@@ -219,17 +224,17 @@ class WeightView:
         """The view as (batch, in, out): so many axes each, out the rest."""
         ends = [0, batch, batch + inputs, len(self.shape)]
         parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
-        seen = self.reshape([math.prod(self.shape[part]) for part in parts])
+        matrix = self.reshape([math.prod(self.shape[part]) for part in parts])
         axes = tuple(
-            tuple(sorted({axis for own in self.axes[part] for axis in own}))
+            tuple(sorted({axis for leaf_axes in self.axes[part] for axis in leaf_axes}))
             for part in parts
         )
-        return dataclasses.replace(seen, axes=axes)
+        return dataclasses.replace(matrix, axes=axes)
 
     def _is_alone(self, axis: int) -> bool:
         """Whether one axis alone is made of a leaf axis, and none is reversed."""
         turned = any(isinstance(move, Reverse) for move in self.moves)
-        return not turned and sum(axis in own for own in self.axes) == 1
+        return not turned and sum(axis in leaf_axes for leaf_axes in self.axes) == 1
 
     def _narrowed(self, starts: Sequence[int], sizes: Sequence[int]) -> Any:
         """The box of the leaf after a slice of what is seen, where it is one."""
@@ -237,13 +242,13 @@ class WeightView:
         for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             if size == self.shape[axis]:
                 continue
-            own = self.axes[axis]
+            leaf_axes = self.axes[axis]
             # Part of a box only along an axis that is one whole axis of the leaf.
-            if not box or len(own) != 1 or not self._is_alone(own[0]):
+            if not box or len(leaf_axes) != 1 or not self._is_alone(leaf_axes[0]):
                 return None
-            if len(box[own[0]]) != self.shape[axis]:
+            if len(box[leaf_axes[0]]) != self.shape[axis]:
                 return None
-            box[own[0]] = box[own[0]][start : start + size]
+            box[leaf_axes[0]] = box[leaf_axes[0]][start : start + size]
         return tuple(box) or None
 
     def _regrouped(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -255,7 +260,9 @@ class WeightView:
         made of axis 0. (4, 6) as (8, 3): nothing agrees before {4, 6} and {8, 3}.
         """
         if 0 in shape:  # no element says which axis it lies on
-            return (tuple(sorted({a for own in self.axes for a in own})),) * len(shape)
+            return (
+                tuple(sorted({a for size_before in self.axes for a in size_before})),
+            ) * len(shape)
         before = [(s, self.axes[i]) for i, s in enumerate(self.shape) if s != 1]
         after = [(axis, size) for axis, size in enumerate(shape) if size != 1]
         made: dict[int, tuple[int, ...]] = {}
@@ -263,10 +270,10 @@ class WeightView:
             # One group: the side with the smaller size so far takes its next axis.
             # Both sides end at the same size, so that neither runs out of axes.
             old, new = [before.pop(0)], [after.pop(0)]
-            while (own := math.prod(s for s, _ in old)) != (
-                other := math.prod(s for _, s in new)
+            while (size_before := math.prod(s for s, _ in old)) != (
+                size_after := math.prod(s for _, s in new)
             ):
-                if own < other:
+                if size_before < size_after:
                     old.append(before.pop(0))
                 else:
                     new.append(after.pop(0))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph.axis_dims import Dim, find, mask
+from jaxprune.graph.axis_dims import Dim, kept_positions, root
 from jaxprune.graph.axis_trace import AxisTrace
 from jaxprune.graph.program import Fixed, Step
 
@@ -80,9 +80,9 @@ class Resized:
         return total
 
     def _mask(self, dim: Dim) -> np.ndarray:
-        dim = find(dim)
+        dim = root(dim)
         if dim not in self._masks:
-            self._masks[dim] = mask(dim, self._kept)
+            self._masks[dim] = kept_positions(dim, self._kept)
         return self._masks[dim]
 
     def _take(self, value: Any, dims: Sequence[Dim]) -> Any:
