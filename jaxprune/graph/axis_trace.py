@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays import lazy, tree
-from jaxprune.graph import axis_primitives
 from jaxprune.graph import program as program_
 from jaxprune.graph.axis_dims import ONE, Dim, atoms, freeze, new_dim, product_of, root
-from jaxprune.graph.axis_moves import Axes, Operand, new_axes
+from jaxprune.graph.axis_moves import AxesOperand, ValueAxes, new_axes
+from jaxprune.graph.equation import Equation
+from jaxprune.graph.primitives import rules_of
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.typing import Params
 
@@ -63,8 +64,8 @@ class AxisTrace:
     program: Program
     structure: Any
     leaves: tuple[LeafAxes, ...]
-    axes: dict[int, Axes]
-    uses: dict[tuple[int, int], Axes]
+    axes: dict[int, ValueAxes]
+    uses: dict[tuple[int, int], ValueAxes]
     nested: list[Dim]
 
 
@@ -79,7 +80,7 @@ def trace_axes(
         leaves, structure = jax.tree.flatten(fn(params, batch))
         return leaves
 
-    params = lazy.abstract(params)
+    params = lazy.abstract(params)  # shapes and dtypes are enough
     flat = program_.flatten(flat_fn, params, batch)
     named = {
         name: leaf
@@ -100,8 +101,8 @@ class _Walker:
 
     def __init__(self, flat: Program, leaves: dict[str, Any]) -> None:
         self.flat = flat
-        self.axes: dict[int, Axes] = {}
-        self.uses: dict[tuple[int, int], Axes] = {}
+        self.axes: dict[int, ValueAxes] = {}
+        self.uses: dict[tuple[int, int], ValueAxes] = {}
         self.nested: list[Dim] = []
         self._stacks = _Stacks(flat)
         self.leaves = tuple(
@@ -110,12 +111,13 @@ class _Walker:
         )
         self._leaf_of = dict(zip(flat.leaves, self.leaves, strict=True))
         for number, leaf in self._leaf_of.items():
+            # A stacked leaf has axes only where one of its layers is taken.
             if leaf.stacked is None:
-                self.axes[number] = Axes(leaf.parts[0], (True,) * len(leaf.shape))
+                self.axes[number] = ValueAxes(leaf.parts[0], (True,) * len(leaf.shape))
         for number in flat.batch:
             shape = flat.avals[number].shape
             self.axes[number] = new_axes(shape, "is an axis of the batch")
-        self._scalars: dict[int, float | None] = {}
+        self._scalars: dict[int, float | None] = {}  # by number of a constant
 
     def look(self, position: int, step: Step) -> None:
         """Takes one more step into account."""
@@ -123,6 +125,7 @@ class _Walker:
         if flat.constants.issuperset(step.outputs):
             return  # computed as it is, whatever is removed
         first = step.inputs[0] if step.inputs else None
+        # Only steps that move a stacked leaf have it as an operand; see `_Stacks`.
         if isinstance(first, int) and first in self._stacks.views:
             self._look_at_stack(position, step, first)
             return
@@ -132,9 +135,8 @@ class _Walker:
         if step.primitive.name == "dot_general":
             self._note_nested(step, operands)
         shapes = [tuple(flat.avals[number].shape) for number in step.outputs]
-        results = axis_primitives.apply(
-            step.primitive.name, step.params, operands, shapes
-        )
+        equation = Equation(step.primitive.name, step.params, operands, shapes)
+        results = rules_of(equation.name).dims(equation)
         self.axes.update(zip(step.outputs, results, strict=True))
 
     def freeze_ends(self) -> None:
@@ -152,21 +154,21 @@ class _Walker:
         """A step that takes one index of a leaf, or moves the whole of it."""
         index = self._stacks.indices.get(position)
         if index is None:
-            return
+            return  # moved as a whole: `_Stacks` follows it
         leaf, order = self._stacks.views[first]
         dims = tuple(self._leaf_of[leaf].parts[index][axis] for axis in order)
-        self.axes[step.outputs[0]] = Axes(dims, (True,) * len(dims))
+        self.axes[step.outputs[0]] = ValueAxes(dims, (True,) * len(dims))
 
-    def _operand(self, position: int, i: int, x: int | Fixed) -> Operand:
+    def _operand(self, position: int, i: int, x: int | Fixed) -> AxesOperand:
         if isinstance(x, Fixed):
             axes = new_axes(np.shape(x.value), None)
-            return Operand(np.shape(x.value), axes, _number(x.value))
+            return AxesOperand(np.shape(x.value), axes, _number(x.value))
         shape = tuple(self.flat.avals[x].shape)
         if x not in self.flat.constants:
-            return Operand(shape, self.axes[x])
+            return AxesOperand(shape, self.axes[x])
         # A constant is free to follow what it meets, at each place anew.
         self.uses[position, i] = new_axes(shape, None)
-        return Operand(shape, self.uses[position, i], self._scalar(x))
+        return AxesOperand(shape, self.uses[position, i], self._scalar(x))
 
     def _scalar(self, number: int) -> float | None:
         """The number that a constant holds everywhere, where that is easily seen."""
@@ -186,7 +188,7 @@ class _Walker:
             self._scalars[number] = scalar
         return self._scalars[number]
 
-    def _note_nested(self, step: Step, operands: Sequence[Operand]) -> None:
+    def _note_nested(self, step: Step, operands: Sequence[AxesOperand]) -> None:
         """Keeps the axes of a weight that are summed together, or come out together."""
         contracted, batched = step.params["dimension_numbers"]
         for side, (x, operand) in enumerate(zip(step.inputs, operands, strict=True)):
@@ -199,7 +201,7 @@ class _Walker:
                     product_of([operand.axes.dims[i] for i in sorted(axes)])
                 )
 
-    def _note_residual(self, step: Step, operands: Sequence[Operand]) -> None:
+    def _note_residual(self, step: Step, operands: Sequence[AxesOperand]) -> None:
         """Marks axes on which a value and what was computed from it are added."""
         numbers = [x for x in step.inputs if not isinstance(x, Fixed)]
         if len(numbers) != 2 or not self.flat.varying.issuperset(numbers):
@@ -210,6 +212,7 @@ class _Walker:
         pairs = [
             (root(a), root(b)) for a, b in zip(first_dims, second_dims, strict=True)
         ]
+        # Already the same: by what made one of them, or from an earlier sum.
         if all(a is b for a, b in pairs) or not self._made_from(numbers):
             return
         for a, b in pairs:
@@ -219,6 +222,7 @@ class _Walker:
 
     def _made_from(self, numbers: Sequence[int]) -> bool:
         """Whether one of two values was computed from the other."""
+        # Values are numbered in order, so the later one is made of the earlier.
         low, high = sorted(numbers)
         positions = program_.steps_to(self.flat, [high], lambda number: number <= low)
         return any(low in self.flat.steps[i].inputs for i in positions)
@@ -228,6 +232,7 @@ def _leaf_axes(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
     shape = tuple(jnp.shape(leaf))
     count = 1 if stacked is None else shape[stacked]
     why = None if tree.is_floating(leaf) else "is not floating"
+    # (layers or 1, axes): each layer of a stack has dimensions of its own.
     parts = tuple(
         tuple(
             ONE if axis == stacked else new_dim(size, why)
@@ -241,6 +246,7 @@ def _leaf_axes(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
 def _number(value: Any) -> float | None:
     if value is None or np.shape(value) != ():
         return None
+    # A complex number is known too, but no comparison with it holds.
     return float(value) if np.isrealobj(np.asarray(value)) else math.nan
 
 
@@ -263,7 +269,7 @@ class _Stacks:
             for number in flat.leaves
             if len(flat.avals[number].shape) > 1
         }
-        refused = set()
+        refused = set()  # leaves that something uses as a whole
         for position, step in enumerate(flat.steps):
             for i, x in enumerate(step.inputs):
                 if isinstance(x, Fixed) or x not in self.views:
@@ -277,6 +283,7 @@ class _Stacks:
         for position, index in self.indices.items():
             leaf, _ = self.views[flat.steps[position].inputs[0]]  # type: ignore[index]
             indices.setdefault(leaf, set()).add(index)
+        # Only a leaf all of whose indices are used is a stack.
         self.axes = {
             n: axis
             for n, axis in self.axes.items()

@@ -14,15 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import columns
-from jaxprune.graph import joined_views, operands, weight_view
 from jaxprune.graph import program as program_
-from jaxprune.graph.operands import Input
+from jaxprune.graph.equation import Equation
+from jaxprune.graph.operands import Input, WeightUse
+from jaxprune.graph.primitives import rules_of
 from jaxprune.graph.program import Fixed, Program, Step
-from jaxprune.graph.weight_view import WeightView
+from jaxprune.graph.view_rules import Joined, ViewOperand
+from jaxprune.graph.weight_view import Slice, WeightView
 from jaxprune.leaves import prunable as is_prunable
 from jaxprune.typing import Params
 
@@ -39,7 +42,7 @@ class LinearOp:
       axes: the leaf's axes that are input and output, the others being batch or index;
         None where an axis of the leaf is in part one and in part the other.
       shape: (batch, in, out).
-      kind: "dot" or "convolution".
+      operation: "dot" or "convolution".
       input: the number of its input; ops of equal number share it (q, k and v).
       use: 0 for the first use of this weight, 1 and on where the leaf is tied.
       view: how the leaf is seen as (batch, in, out).
@@ -52,7 +55,7 @@ class LinearOp:
     index: tuple[int, ...]
     axes: Axes | None
     shape: tuple[int, int, int]
-    kind: str
+    operation: str
     input: int
     use: int
     view: WeightView = dataclasses.field(repr=False)
@@ -103,15 +106,15 @@ class Trace:
           >>> jp.trace(fn, params, jnp.ones((4, 8))).axes()
           {'q': Axes(inputs=(2,), outputs=(0, 1))}
         """
-        found: dict[str, Axes] = {}
-        ambiguous = set()
+        axes_of: dict[str, Axes] = {}
+        ambiguous = set()  # leaves whose uses differ, as a tied embedding's may
         for op in self.linear_ops:
             aval = self.program.avals[self.program.leaves[self.leaves[op.leaf]]]
             if not prunable(op.leaf, aval):
                 continue
-            if op.axes is None or found.setdefault(op.leaf, op.axes) != op.axes:
+            if op.axes is None or axes_of.setdefault(op.leaf, op.axes) != op.axes:
                 ambiguous.add(op.leaf)
-        return {leaf: axes for leaf, axes in found.items() if leaf not in ambiguous}
+        return {leaf: axes for leaf, axes in axes_of.items() if leaf not in ambiguous}
 
     def __str__(self) -> str:
         """A table: one line a linear op, then what could not be seen."""
@@ -122,7 +125,7 @@ class Trace:
                 " x ".join(map(str, op.shape)),
                 str(op.input),
                 str(op.use),
-                op.kind,
+                op.operation,
             )
             for op in self.linear_ops
         ]
@@ -189,17 +192,17 @@ class _Finder:
         self._origins: dict[int, frozenset[int]] = {
             number: frozenset([i]) for i, number in enumerate(flat.leaves)
         }
+        # Leaf to the primitives that hide it, in order of appearance.
         self._hidden: dict[int, dict[str, None]] = {}
-        self._joined: dict[int, joined_views.Joined] = {}
+        self._joined: dict[int, Joined] = {}
+        # Input to its number; `Input` leaves the values out when it is compared.
         self._inputs: dict[tuple[tuple[int, ...], Input], int] = {}
         self._uses: dict[str, int] = {}
 
     def look(self, position: int, step: Step) -> None:
         """Takes one more step into account."""
         numbers = [x for x in step.inputs if not isinstance(x, Fixed)]
-        if (views := self._moved(step)) is not None:
-            self.views.update(zip(step.outputs, views, strict=True))
-        elif not self._linear_op(position, step):
+        if not self._moves_leaves(step) and not self._is_linear_op(position, step):
             for number in numbers:
                 for leaf in self._origins.get(number, ()):
                     self._hidden.setdefault(leaf, {})[step.primitive.name] = None
@@ -209,16 +212,31 @@ class _Finder:
         if origins and not varying:
             self._origins.update(dict.fromkeys(step.outputs, origins))
 
-    def _moved(self, step: Step) -> list[WeightView] | None:
-        known = functools.partial(program_.constant_value, self.flat)
-        if (joined := joined_views.join(step, self.views)) is not None:
-            self._joined[step.outputs[0]] = joined
-        first = step.inputs[0] if step.inputs else None
-        if not isinstance(first, Fixed) and first in self._joined:
-            whole = self._joined[first]
-            part = joined_views.cut(step, whole, self.flat.avals, known)
-            return None if part is None else [part]
-        return weight_view.propagate(step, self.views, self.flat.avals, known)
+    def _moves_leaves(self, step: Step) -> bool:
+        """Whether a step's results are views of leaves, which are noted then."""
+        views = rules_of(step.primitive.name).view(self._equation(step))
+        if views is None:
+            return False
+        for number, view in zip(step.outputs, views, strict=True):
+            if isinstance(view, Joined):
+                self._joined[number] = view
+            else:
+                self.views[number] = view
+        # What is joined may be cut apart again; until then its leaves are not seen.
+        return all(isinstance(view, WeightView) for view in views)
+
+    def _equation(self, step: Step) -> Equation[ViewOperand]:
+        flat, operands = self.flat, []
+        for x in step.inputs:
+            # Computed only where a rule asks for it.
+            value = functools.partial(program_.constant_value, flat, x)
+            if isinstance(x, Fixed):
+                operands.append(ViewOperand(np.shape(x.value), None, value))
+            else:
+                view = self.views.get(x) or self._joined.get(x)
+                operands.append(ViewOperand(flat.avals[x].shape, view, value))
+        shapes = [tuple(flat.avals[number].shape) for number in step.outputs]
+        return Equation(step.primitive.name, step.params, operands, shapes)
 
     def unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Why leaves that could be matrices are in no linear op."""
@@ -231,40 +249,27 @@ class _Finder:
             reasons[name] = f"is an operand of {steps}" if steps else "is not used"
         return reasons
 
-    def _linear_op(self, position: int, step: Step) -> bool:
-        """Notes the step if it is a linear op of a leaf and an activation."""
-        name = step.primitive.name
-        grouped = program_.is_grouped(step)
-        if name not in ("dot_general", "conv_general_dilated") and not grouped:
+    def _is_linear_op(self, position: int, step: Step) -> bool:
+        """Whether a step is one of a leaf and an activation, which is noted then."""
+        product = rules_of(step.primitive.name).product
+        if product is None:
             return False
         sides = [i for i, x in enumerate(step.inputs) if x in self.views]
         # Two leaves multiplied with each other, as in an adapter, are no linear op.
-        if len(sides) != 1:
+        if len(sides) != 1 or sides[0] > 1:
             return False
-        side = sides[0]
-        weight, value = step.inputs[side], step.inputs[1 - side]
+        weight, value = step.inputs[sides[0]], step.inputs[1 - sides[0]]
         if isinstance(weight, Fixed) or isinstance(value, Fixed):
             return False
         if value not in self.flat.varying:
             return False
-        view, aval = self.views[weight], self.flat.avals[value]
-        if jnp.issubdtype(aval.dtype, jnp.complexfloating):
+        if jnp.issubdtype(self.flat.avals[value].dtype, jnp.complexfloating):
             return False  # statistics are of real inputs
-        if name == "dot_general":
-            numbers = step.params["dimension_numbers"]
-            matrix, source = operands.dot(numbers, view, value, aval, side)
-        elif grouped:
-            sizes = step.inputs[2]
-            if side != 1 or isinstance(sizes, Fixed):
-                return False
-            matrix, source = operands.groups(view, value, aval, sizes)
-        elif side == 1 and step.params["batch_group_count"] == 1:
-            result = self.flat.avals[step.outputs[0]]
-            matrix, source = operands.convolution(step.params, view, value, result)
-        else:
-            return False
-        self._note(position, step, matrix, source)
-        return True
+        use = WeightUse(step, sides[0], self.views[weight], value, self.flat.avals)
+        operands = product.operands(use)
+        if operands is not None:
+            self._note(position, step, *operands)
+        return operands is not None
 
     def _note(self, position: int, step: Step, view: WeightView, source: Input) -> None:
         leaf = self.names[view.leaf]
@@ -282,7 +287,7 @@ class _Finder:
                 index=index,
                 axes=_leaf_axes(view),
                 shape=view.shape,  # type: ignore[arg-type]
-                kind="dot" if "dot" in step.primitive.name else "convolution",
+                operation="dot" if "dot" in step.primitive.name else "convolution",
                 input=self._inputs.setdefault(
                     (source.values, source), len(self._inputs)
                 ),
@@ -298,7 +303,7 @@ def _leaf_axes(view: WeightView) -> Axes | None:
     """The leaf's input and output axes, where each axis is wholly one or the other."""
     _, inputs, outputs = (set(axes) for axes in view.axes)
     if inputs & outputs:
-        return None
+        return None  # a reshape mixed them
     return Axes(tuple(sorted(inputs)), tuple(sorted(outputs)))
 
 
@@ -309,8 +314,9 @@ def _index_and_part(
     if not view.sliced:
         return (), ""
     if view.box is None:
-        moves = [m for m in view.moves if isinstance(m, weight_view.Slice)]
+        moves = [m for m in view.moves if isinstance(m, Slice)]
         return (), "".join(f"[{m.starts}+{m.sizes}]" for m in moves)
+    # An axis that is no part of the matrix and has one place is an index of a stack.
     used = {axis for axes in view.axes for axis in axes}
     index = tuple(
         places.start

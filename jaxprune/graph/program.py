@@ -110,16 +110,16 @@ class Program:
 
 
 def _check_arrays(params: Any) -> None:
-    odd = [
+    not_arrays = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex))
     ]
-    if odd:
+    if not_arrays:
         raise TypeError(
-            f"parameters must be arrays, but {listed(odd)} are not; call with "
-            "(fn, params, batch), and keep in fn what is no array, as by "
-            "equinox.partition(model, equinox.is_inexact_array)"
+            f"parameters must be arrays, but {listed(not_arrays)} are not; call with "
+            "(fn, params, batch), and let fn close over what is no array, for "
+            "instance with equinox.partition(model, equinox.is_inexact_array)"
         )
 
 
@@ -139,9 +139,9 @@ def flatten(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> Program:
     except (AttributeError, TypeError) as error:
         jax.make_jaxpr(traced)(params, batch)  # what fails here too is told as it is
         raise ValueError(
-            "loops are unrolled while a function is traced, so that a counter is a "
-            "Python number and a first carry what was given, but with these the body "
-            f"raised {error!r}; call jnp.asarray on them in the function"
+            "loops are unrolled while a function is traced, so counters and first "
+            "carries may be Python numbers, but the body of one took no such number: "
+            f"{error!r}; call jnp.asarray on them in the function"
         ) from error
     writer = _Writer()
     numbers = [writer.value(var.aval) for var in closed.jaxpr.invars]

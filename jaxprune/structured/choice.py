@@ -55,6 +55,7 @@ def _first_matches(groups: AxisGroups, by_rule: Mapping[str, V]) -> dict[str, V]
     unused = dict.fromkeys(by_rule)
     by_group: dict[str, V] = {}
     for group in groups:
+        # The first rule counts, so that exceptions are written before a glob.
         match = next((rule for rule in by_rule if _matches(rule, group)), None)
         if match is not None:
             unused.pop(match, None)
@@ -323,8 +324,8 @@ _SHARE = Rule(
 )
 _RULE_MATCHES = Rule(
     lambda v: not v.unused,
-    "every rule must match a group whose units can be removed, and no earlier rule all "
-    "of its groups, but {unused} match none of {free}{reasons}",
+    "every rule must match a group whose units can be removed and that no earlier rule "
+    "matches, but {unused} match none of {free}{reasons}",
     "print jp.axis_groups for all",
 )
 _UNIT_STAYS = Rule(
@@ -344,7 +345,8 @@ _SIZES = Rule(
 )
 _SIZE_FITS = Rule(
     lambda v: v.fit,
-    "sizes must have a number of units from 1 to {units} that {name} may keep",
+    "sizes must have a number of units from 1 to {units} that {name} may keep, got "
+    "none",
     "give one",
 )
 _UNIT_SCORES = [

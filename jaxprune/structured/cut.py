@@ -129,6 +129,7 @@ def _leaf_cut(leaf: LeafAxes, masks: Mapping[Dim, np.ndarray]) -> LeafCut | None
     for dims in leaf.parts:
         axis_masks = [kept_positions(dim, masks) for dim in dims]
         kept.append(tuple(None if m.all() else np.flatnonzero(m) for m in axis_masks))
+    # Layers of a stack may keep other units, but as many.
     sizes = {
         tuple(
             dim.size if positions is None else len(positions)
@@ -139,7 +140,7 @@ def _leaf_cut(leaf: LeafAxes, masks: Mapping[Dim, np.ndarray]) -> LeafCut | None
     if len(sizes) != 1:
         return None
     after = list(sizes.pop())
-    if leaf.stacked is not None:
+    if leaf.stacked is not None:  # of length one in the dimensions of a layer
         after[leaf.stacked] = leaf.shape[leaf.stacked]
     return LeafCut(leaf.shape, tuple(after), leaf.stacked, tuple(kept))
 
@@ -214,15 +215,15 @@ _EVEN_LAYERS = Rule(
 _BESIDE_PARAMETERS = [
     Rule(
         lambda v: not v.strange,
-        "what is cut must hold leaves of the parameters ({cuts}), but its own are "
+        "a tree to cut must hold leaves of the parameters ({cuts}), but holds "
         "{strange}",
         "cut the state of the same tree, or shrink a function of the parameters that "
         "the state is of",
     ),
     Rule(
         lambda v: not v.misshapen,
-        "what is cut must have the shapes of the parameters before they were, but "
+        "a tree to cut must have the shapes of the parameters before shrinking, but "
         "differs at {misshapen}",
-        "make it anew for the smaller ones",
+        "make it anew for the smaller parameters",
     ),
 ]

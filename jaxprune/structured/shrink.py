@@ -147,7 +147,7 @@ def shrink(
     check([_MASKS_ALONE], tree=tree, sizes=sizes, groups=groups)
     check_budget(budget, measure)
     traced, timed = axis_groups(fn, params, batch), None
-    if masks:
+    if masks:  # they say which units go; nothing is chosen
         kept = choice.kept_by_masks(traced, params, scores_or_masks)
         cuts = cut.of_groups(traced, kept)
         choice.check_whole_units(choice.masked_leaves(params, scores_or_masks), cuts)
@@ -374,13 +374,13 @@ _GROUPS_OF_BUDGET = Rule(
 )
 _RELATIVE = Rule(
     lambda v: 0 < v.most < math.inf and min(v.relative.values()) >= 0,
-    "groups must say how large a share each loses beside the others, numbers that "
-    "are not negative and one of them positive, got {relative}",
+    "groups must map each group to its share relative to the others, none negative and "
+    "at least one positive, got {relative}",
 )
 _REACH = Rule(
     lambda v: False,
-    "a budget must be within reach, but {budget:g} of {dense:,} {measure} is not: with "
-    "as few units of each group as it may keep there are {least:,}",
-    "ask for more, or let more go",
+    "a budget must be within reach, but {budget:g} of {dense:,} {measure} is not: the "
+    "smallest model that groups and sizes allow has {least:,}",
+    "raise the budget, or let more groups lose units",
     error=OutOfReach,
 )

@@ -97,6 +97,7 @@ class ShrunkFunction:
             )
             for name, aval in zip(self._names, map(jax.typeof, leaves), strict=True)
         ]
+        # Abstract, since only shapes and dtypes tell the programs apart.
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 jnp.shape(x), jax.typeof(x).dtype, weak_type=jax.typeof(x).weak_type
@@ -135,7 +136,7 @@ def _axis_masks(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> list[Any]:
     rows: list[tuple[LeafAxes, Dim, np.ndarray]] = []
     for leaf in trace.leaves:
         known = cuts[leaf.name]
-        for i in range(max(len(leaf.parts), len(known.kept))):
+        for i in range(max(len(leaf.parts), len(known.kept))):  # layers of a stack
             # A trace that uses the whole leaf has one part for all its layers.
             dims = leaf.parts[min(i, len(leaf.parts) - 1)]
             kept = known.kept[min(i, len(known.kept) - 1)]
@@ -159,7 +160,7 @@ _SMALLER = Rule(
 )
 _SAME_UNITS = Rule(
     lambda v: not v.differing,
-    "a shrunk function must be able to remove the same units for every batch, but "
-    "with this one {differing} keeps others",
-    "shrink with a batch of this shape",
+    "a shrunk function must remove the same units for every batch, but with a batch of "
+    "this shape {differing} would keep others",
+    "call jp.shrink with such a batch",
 )
