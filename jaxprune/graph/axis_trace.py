@@ -130,13 +130,14 @@ class _Walker:
             self._look_at_stack(position, step, first)
             return
         operands = [self._operand(position, i, x) for i, x in enumerate(step.inputs)]
-        if step.primitive.name in ("add", "add_any"):
+        rules = rules_of(step.primitive.name)
+        if rules.is_sum:
             self._note_residual(step, operands)
-        if step.primitive.name == "dot_general":
+        if step.primitive.name == "dot_general":  # heads and their features, say
             self._note_nested(step, operands)
         shapes = [tuple(flat.avals[number].shape) for number in step.outputs]
         equation = Equation(step.primitive.name, step.params, operands, shapes)
-        results = rules_of(equation.name).dims(equation)
+        results = rules.dims(equation)
         self.axes.update(zip(step.outputs, results, strict=True))
 
     def freeze_ends(self) -> None:

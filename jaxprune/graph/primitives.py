@@ -98,12 +98,14 @@ class Primitive(NamedTuple):
       view: rule that says how a leaf is seen as the results.
       resize: rule that gives the parameters that change once units are removed.
       product: how it multiplies a weight with an activation, None if it does not.
+      is_sum: whether it adds its operands: a residual stream goes on through it.
     """
 
     dims: DimsRule = freeze_all_axes
     view: ViewRule = no_view
     resize: ResizeRule = same_sizes
     product: Product | None = None
+    is_sum: bool = False
 
 
 def _rows(names: str, primitive: Primitive) -> dict[str, Primitive]:
@@ -167,7 +169,8 @@ PRIMITIVES: Mapping[str, Primitive] = {
     # Several operands of one shape, by when the result is zero, and when it fails.
     "mul": Primitive(elementwise(any_is_zero), scale_view),
     "and": Primitive(elementwise(any_is_zero)),
-    **_rows("add add_any sub max min", Primitive(elementwise(all_are_zero))),
+    **_rows("add add_any", Primitive(elementwise(all_are_zero), is_sum=True)),
+    **_rows("sub max min", Primitive(elementwise(all_are_zero))),
     "div": Primitive(elementwise(quotient_is_zero, divisor_is_zero), divide_view),
     "rem": Primitive(elementwise(fails=divisor_is_zero)),
     "pow": Primitive(elementwise(power_is_zero, power_fails)),
