@@ -165,7 +165,7 @@ def nearest_counts(
     return counts
 
 
-def kept_by_scores(
+def by_scores(
     groups: AxisGroups, params: Params, scores: Scores, lost: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
     """The units that are kept, the highest of each group.
@@ -202,9 +202,7 @@ def kept_by_scores(
     return kept
 
 
-def kept_by_masks(
-    groups: AxisGroups, params: Params, masks: Masks
-) -> dict[str, np.ndarray]:
+def by_masks(groups: AxisGroups, params: Params, masks: Masks) -> dict[str, np.ndarray]:
     """The units that masks keep: a unit goes where all its weights are pruned.
 
     Args:
@@ -283,7 +281,7 @@ def _axis_sums(leaf: LeafAxes, values: Any, axis: int) -> np.ndarray:
     return np.asarray(sums, np.int64 if counts else np.float64)
 
 
-def check_whole_units(masks: Mapping[str, Any], cuts: Mapping[str, Any]) -> None:
+def check_whole(masks: Mapping[str, Any], cuts: Mapping[str, Any]) -> None:
     """Refuses masks that prune weights which a cut would keep.
 
     Args:

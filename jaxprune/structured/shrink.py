@@ -32,7 +32,8 @@ from jaxprune.typing import Masks, Params, Scores
 Rules = Sequence[str] | Mapping[str, float]
 """Globs, kinds or names of groups that lose one share, or these to relative shares."""
 
-_ALL: Sequence[Rules] = (("*",), ["*"])
+ALL: Sequence[Rules] = (("*",), ["*"])
+"""The groups that a budget is met with, where nothing is said."""
 
 Sizes = Mapping[str, Iterable[int]]
 """Globs, kinds or names of groups to the numbers of units that each may keep."""
@@ -148,13 +149,13 @@ def shrink(
     check_budget(budget, measure)
     traced, timed = axis_groups(fn, params, batch), None
     if masks:  # they say which units go; nothing is chosen
-        kept = choice.kept_by_masks(traced, params, scores_or_masks)
+        kept = choice.by_masks(traced, params, scores_or_masks)
         cuts = cut.of_groups(traced, kept)
-        choice.check_whole_units(choice.masked_leaves(params, scores_or_masks), cuts)
+        choice.check_whole(choice.masked_leaves(params, scores_or_masks), cuts)
     else:
         timed = timing.needed(measure, budget, traced.trace, params, batch)
         lost = lost_units(traced, sparsity, budget, measure, groups, sizes, timed)
-        kept = choice.kept_by_scores(traced, params, scores_or_masks, lost)
+        kept = choice.by_scores(traced, params, scores_or_masks, lost)
         cuts = cut.of_groups(traced, kept)
     result = of_cuts(fn, params, batch, traced, kept, cuts)
     return timed_too(result, timed)
@@ -353,7 +354,7 @@ _TARGET = Rule(
     "sparsity={sparsity}, budget={budget}",
 )
 _MASKS_ALONE = Rule(
-    lambda v: v.tree != "masks" or (not v.sizes and v.groups in _ALL),
+    lambda v: v.tree != "masks" or (not v.sizes and v.groups in ALL),
     "masks say which units are left, so shrink takes no sizes and no groups",
     "leave them out",
 )
@@ -368,7 +369,7 @@ _BUDGET = [
     ),
 ]
 _GROUPS_OF_BUDGET = Rule(
-    lambda v: v.budget is not None or v.groups in _ALL,
+    lambda v: v.budget is not None or v.groups in ALL,
     "groups are those that a budget is met with, got {groups} and no budget",
     "say it of the sparsity: sparsity={{glob or name: share}}",
 )
