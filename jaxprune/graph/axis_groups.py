@@ -45,13 +45,13 @@ class AxisGroup:
         factor or part of the axis: "layers/0/mlp/down/kernel:0".
       kind: the name with "*" for numbers; groups of a kind are alike, as the layers of
         a model are.
-      units: how many there are.
-      weights: how many weights belong to all units together.
+      units: number of units.
+      weights: number of weights that belong to all units together.
       members: the axes that have its units.
       removable: whether units can be removed.
       default: whether a glob can select the group, and not only its exact name or kind.
       why: why the group is not removable, or only if it is named; otherwise empty.
-      dim: its dimension.
+      dim: dimension of the group.
     """
 
     name: str

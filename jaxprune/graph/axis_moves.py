@@ -42,8 +42,8 @@ class AxesOperand(NamedTuple):
     """One operand of a step.
 
     Attributes:
-      shape: its shape.
-      axes: its axes.
+      shape: shape of the operand.
+      axes: axes of the operand.
       scalar: the one number that it is known to hold everywhere, or None.
     """
 

@@ -33,11 +33,11 @@ class LeafAxes:
 
     Attributes:
       name: the leaf's path name.
-      shape: its shape.
-      dtype: its dtype.
+      shape: shape of the leaf.
+      dtype: dtype of the leaf.
       stacked: the axis that is used index by index, or None.
-      parts: for each index along it (one where there is none), a dimension for each
-        axis; `ONE` for the stacked axis.
+      parts: dimensions of each axis, for each index along the stacked axis (one where
+        there is none); `ONE` for the stacked axis.
     """
 
     name: str
@@ -106,7 +106,7 @@ class _Walker:
         self.nested: list[Dim] = []
         self._stacks = _Stacks(flat)
         self.leaves = tuple(
-            _leaf_axes(name, leaf, self._stacks.axes.get(number))
+            _new_leaf_axes(name, leaf, self._stacks.axes.get(number))
             for (name, leaf), number in zip(leaves.items(), flat.leaves, strict=True)
         )
         self._leaf_of = dict(zip(flat.leaves, self.leaves, strict=True))
@@ -229,7 +229,7 @@ class _Walker:
         return any(low in self.flat.steps[i].inputs for i in positions)
 
 
-def _leaf_axes(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
+def _new_leaf_axes(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
     shape = tuple(jnp.shape(leaf))
     count = 1 if stacked is None else shape[stacked]
     why = None if tree.is_floating(leaf) else "is not floating"

@@ -38,15 +38,15 @@ class LinearOp:
       name: the weight: the leaf's path name, with the indices of a stacked leaf behind
         it ("blocks/kernel/3") or the part of it that is used ("qkv/kernel[:,0:64]").
       leaf: the leaf's path name.
-      index: where in a stacked leaf, empty for a leaf by itself.
+      index: indices in a stacked leaf, empty for a leaf by itself.
       axes: the leaf's axes that are input and output, the others being batch or index;
         None where an axis of the leaf is in part one and in part the other.
       shape: (batch, in, out).
       operation: "dot" or "convolution".
       input: the number of its input; ops of equal number share it (q, k and v).
       use: 0 for the first use of this weight, 1 and on where the leaf is tied.
-      view: how the leaf is seen as (batch, in, out).
-      source: how the input is read off a value of the program.
+      view: the view of the leaf as (batch, in, out).
+      source: the way in which the input is read off a value of the program.
       step: the position of the op in the program.
     """
 
@@ -73,7 +73,7 @@ class Trace:
     """The linear ops of a function, and what could not be seen.
 
     Attributes:
-      linear_ops: in the order of the program.
+      linear_ops: the linear ops, in the order of the program.
       unseen: path name to reason, for each leaf of two axes or more that is in no
         linear op.
       leaves: path name to position among the parameters' leaves.
@@ -285,7 +285,7 @@ class _Finder:
                 name=name,
                 leaf=leaf,
                 index=index,
-                axes=_leaf_axes(view),
+                axes=_inputs_and_outputs(view),
                 shape=view.shape,  # type: ignore[arg-type]
                 operation="dot" if "dot" in step.primitive.name else "convolution",
                 input=self._inputs.setdefault(
@@ -299,7 +299,7 @@ class _Finder:
         )
 
 
-def _leaf_axes(view: WeightView) -> Axes | None:
+def _inputs_and_outputs(view: WeightView) -> Axes | None:
     """The leaf's input and output axes, where each axis is wholly one or the other."""
     _, inputs, outputs = (set(axes) for axes in view.axes)
     if inputs & outputs:
@@ -323,12 +323,12 @@ def _index_and_part(
         for axis, places in enumerate(view.box)
         if axis not in used and len(places) == 1 and shape[axis] > 1
     )
-    rest = [
+    parts = [
         ":" if len(places) == shape[axis] else _range_text(places)
         for axis, places in enumerate(view.box)
         if axis in used
     ]
-    return index, "" if set(rest) <= {":"} else f"[{','.join(rest)}]"
+    return index, "" if set(parts) <= {":"} else f"[{','.join(parts)}]"
 
 
 def _range_text(places: range) -> str:

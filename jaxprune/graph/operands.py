@@ -29,8 +29,8 @@ class Input:
       order: the axes of the value, batch first, samples, inputs last.
       shape: (batch, samples, in).
       leading: the shape of the samples, before they are one axis.
-      patches: for a convolution, the arguments of
-        `jax.lax.conv_general_dilated_patches`, as pairs; otherwise empty.
+      patches: arguments of `jax.lax.conv_general_dilated_patches` for a convolution, as
+        pairs; otherwise empty.
       grouped: whether rows lie group by group; compared, unlike the numbers.
       sizes: the number of the value that says how many rows each group has, or None.
     """
@@ -79,7 +79,7 @@ class WeightUse(NamedTuple):
 
     Attributes:
       step: the step.
-      side: which operand is the weight, 0 or 1.
+      side: number of the operand that is the weight, 0 or 1.
       view: the view of the leaf that the weight is.
       value: the number of the activation.
       avals: shape and dtype of each value of the program.

@@ -97,7 +97,7 @@ class Primitive(NamedTuple):
       dims: rule that ties or freezes the dimensions of axes, and gives the results'.
       view: rule that says how a leaf is seen as the results.
       resize: rule that gives the parameters that change once units are removed.
-      product: how it multiplies a weight with an activation, None if it does not.
+      product: rules of the product of a weight and an activation; None if it is none.
       is_sum: whether it adds its operands: a residual stream goes on through it.
     """
 
@@ -108,7 +108,7 @@ class Primitive(NamedTuple):
     is_sum: bool = False
 
 
-def _rows(names: str, primitive: Primitive) -> dict[str, Primitive]:
+def _same_rows(names: str, primitive: Primitive) -> dict[str, Primitive]:
     """The same row for several names."""
     return dict.fromkeys(names.split(), primitive)
 
@@ -145,50 +145,52 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "concatenate": Primitive(concatenate_axes, concatenate_views),
     "stack": Primitive(stack_axes, stack_views),
     # One operand: the same values, a cast, then functions f by what f(0) is.
-    **_rows(
+    **_same_rows(
         "copy copy_p stop_gradient optimization_barrier sharding_constraint reshard "
         "device_put",
         Primitive(unary(), same_views),
     ),
     "convert_element_type": Primitive(unary(), cast_view),
     "neg": Primitive(unary(), scale_view),
-    **_rows(
+    **_same_rows(
         "sign floor ceil round abs sqrt cbrt square sin tan asin atan sinh asinh tanh "
         "atanh expm1 log1p erf real imag conj reduce_precision name",
         Primitive(unary()),
     ),
-    **_rows(
+    **_same_rows(
         "exp exp2 cos acos cosh logistic erfc erf_inv is_finite not population_count "
         "clz one_minus_square",
         Primitive(unary(zero_stays=False)),
     ),
-    **_rows(
+    **_same_rows(
         "log log2 rsqrt lgamma digamma acosh",
         Primitive(unary(zero_stays=False, finite=False)),
     ),
     # Several operands of one shape, by when the result is zero, and when it fails.
     "mul": Primitive(elementwise(any_is_zero), scale_view),
     "and": Primitive(elementwise(any_is_zero)),
-    **_rows("add add_any", Primitive(elementwise(all_are_zero), is_sum=True)),
-    **_rows("sub max min", Primitive(elementwise(all_are_zero))),
+    **_same_rows("add add_any", Primitive(elementwise(all_are_zero), is_sum=True)),
+    **_same_rows("sub max min", Primitive(elementwise(all_are_zero))),
     "div": Primitive(elementwise(quotient_is_zero, divisor_is_zero), divide_view),
     "rem": Primitive(elementwise(fails=divisor_is_zero)),
     "pow": Primitive(elementwise(power_is_zero, power_fails)),
     "integer_pow": Primitive(elementwise(integer_power_is_zero, integer_power_fails)),
     "select_n": Primitive(elementwise(cases_are_zero)),
     "clamp": Primitive(elementwise(clamped_is_zero)),
-    **_rows("atan2 nextafter eq ne lt le gt ge or xor", Primitive(elementwise())),
+    **_same_rows("atan2 nextafter eq ne lt le gt ge or xor", Primitive(elementwise())),
     # Along some axes.
     "reduce_sum": Primitive(sum_axes),
-    **_rows("reduce_max reduce_min reduce_prod", Primitive(reduction(zero_stays=True))),
-    **_rows(
+    **_same_rows(
+        "reduce_max reduce_min reduce_prod", Primitive(reduction(zero_stays=True))
+    ),
+    **_same_rows(
         "reduce_and reduce_or reduce_xor argmax argmin",
         Primitive(reduction(zero_stays=False)),
     ),
-    **_rows("cumsum cumprod cummax cummin sort", Primitive(along())),
+    **_same_rows("cumsum cumprod cummax cummin sort", Primitive(along())),
     "cumlogsumexp": Primitive(along(zero_stays=False)),  # e^0 is not zero
     "top_k": Primitive(top_k_axes),
-    **_rows(
+    **_same_rows(
         "reduce_window_sum reduce_window_max reduce_window_min", Primitive(window_axes)
     ),
 }

@@ -42,9 +42,9 @@ class Step(NamedTuple):
     """One primitive operation.
 
     Attributes:
-      primitive: what is done.
-      params: how.
-      context: under which of JAX's settings it was traced.
+      primitive: primitive that is applied.
+      params: parameters of the primitive.
+      context: settings of JAX under which it was traced.
       inputs: the operands, numbers of values or `Fixed`.
       outputs: the numbers of the results.
       key: what tells it from steps that do something else.
@@ -86,7 +86,7 @@ class Program:
     """The steps of a function of parameters and a batch.
 
     Attributes:
-      steps: in an order in which they can run.
+      steps: the steps, in an order in which they can run.
       avals: shape and dtype of each value.
       leaves: the numbers of the parameters' leaves, in flattening order.
       batch: the numbers of the batch's leaves.
@@ -327,7 +327,7 @@ def _ordered(program: Program, positions: set[int]) -> list[int]:
     A step that does not depend on the batch would otherwise stand where an earlier
     layer used it first, and equal layers would differ.
     """
-    done: dict[int, None] = {}
+    ordered: dict[int, None] = {}
 
     def visit(position: int) -> None:
         pending = [position]  # no recursion: an unrolled loop may be long
@@ -338,17 +338,17 @@ def _ordered(program: Program, positions: set[int]) -> list[int]:
                 for x in program.steps[here].inputs
                 if not isinstance(x, Fixed) and x in program.maker
             ]
-            before = [i for i in before if i in positions and i not in done]
+            before = [i for i in before if i in positions and i not in ordered]
             if before:
                 pending.append(before[0])
             else:
-                done[pending.pop()] = None
+                ordered[pending.pop()] = None
 
     steps, varying = program.steps, program.varying
     fixed = {i for i in positions if varying.isdisjoint(steps[i].outputs)}
     for position in [*sorted(positions - fixed), *sorted(fixed)]:
         visit(position)
-    return list(done)
+    return list(ordered)
 
 
 def constant_value(program: Program, number: int | Fixed) -> Any:

@@ -28,9 +28,10 @@ class Segment:
     """The steps to one input.
 
     Attributes:
-      source: the input.
-      linear_ops: those whose input it is, in the order of the program.
-      subgraph: from earlier activations to the input and what later segments need.
+      source: the input that it ends at.
+      linear_ops: the linear ops whose input it is, in the order of the program.
+      subgraph: steps from earlier activations to the input and to what later segments
+        need.
       later: the activations that later segments need.
     """
 
@@ -100,7 +101,7 @@ def block_subgraph(
     Args:
       trace: the program.
       segments: all of it, in order.
-      numbers: which segments, a layer's say.
+      numbers: range of segments, a layer's say.
 
     Returns:
       The steps, from those activations, leaves, slices of leaves and tables.
@@ -126,7 +127,7 @@ def layer_ranges(segments: Sequence[Segment]) -> list[range]:
     is handed on may differ: nothing after the last layer needs its residual.
 
     Args:
-      segments: of a program, in order.
+      segments: all segments of a program, in order.
 
     Returns:
       Positions, in order; a segment that repeats nothing, or only itself, is alone.

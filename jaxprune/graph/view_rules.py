@@ -50,8 +50,8 @@ class ViewOperand(NamedTuple):
     """One operand of a step.
 
     Attributes:
-      shape: its shape.
-      view: how a leaf, or what leaves are joined to, is seen as it; or None.
+      shape: shape of the operand.
+      view: the view of a leaf that it is, or of leaves that are joined; or None.
       constant: function without arguments that computes a value which depends on
         neither parameters nor batch; of others it gives None.
     """
@@ -190,18 +190,20 @@ def split_view(view: WeightView, equation: ViewEquation) -> list[WeightView]:
     """Pieces along an axis."""
     axis = equation.params["axis"]
     sizes = [shape[axis] for shape in equation.shapes]
-    return _pieces(view, axis, sizes)
+    return _views_of_pieces(view, axis, sizes)
 
 
 @one_view
 def unstack_view(view: WeightView, equation: ViewEquation) -> list[WeightView]:
     """Pieces of length one along an axis, without the axis."""
-    pieces = _pieces(view, equation.params["axis"], [1] * len(equation.shapes))
+    pieces = _views_of_pieces(view, equation.params["axis"], [1] * len(equation.shapes))
     pairs = zip(pieces, equation.shapes, strict=True)
     return [piece.reshape(shape) for piece, shape in pairs]
 
 
-def _pieces(view: WeightView, axis: int, lengths: Sequence[int]) -> list[WeightView]:
+def _views_of_pieces(
+    view: WeightView, axis: int, lengths: Sequence[int]
+) -> list[WeightView]:
     starts, sizes, pieces = [0] * len(view.shape), list(view.shape), []
     for length in lengths:
         sizes[axis] = length

@@ -102,8 +102,8 @@ class WeightView:
       leaf: the leaf's position among the parameters.
       shape: shape of what is seen.
       moves: slices, steps, reshapes, transposes and reversals, in order.
-      axes: for each axis of what is seen, the leaf's axes that it is made of.
-      box: for each axis of the leaf, the places of what is seen; None where slices and
+      axes: the leaf's axes that each axis of what is seen is made of.
+      box: places of what is seen along each axis of the leaf; None where slices and
         reshapes mix so that it is no box.
       cast: whether it was cast or scaled on the way, so that the program's value is
         another.

@@ -31,12 +31,12 @@ class LeafCut:
     """What is kept of one leaf.
 
     Attributes:
-      before: its shape.
-      after: its shape once it is cut.
+      before: shape of the leaf.
+      after: shape of the leaf once it is cut.
       stacked: the axis along which it is stacked, each index with its own positions;
         None where it is not.
-      kept: for each index along that axis (one where there is none), for each axis the
-        positions that are kept, None for all.
+      kept: positions that are kept of each axis, None for all, for each index along
+        the stacked axis (one where there is none).
     """
 
     before: tuple[int, ...]

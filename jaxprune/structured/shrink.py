@@ -56,11 +56,11 @@ class ShrinkResult(NamedTuple):
     params: Params
     report: dict[str, Any]
 
-    def cut(self, other: Any) -> Any:
+    def cut(self, state: Any) -> Any:
         """A tree of arrays beside the parameters, cut as they were.
 
         Args:
-          other: an optimizer state, masks, scores, averages: its leaves belong to the
+          state: an optimizer state, masks, scores, averages: its leaves belong to the
             parameters whose names their own paths end in.
 
         Returns:
@@ -70,7 +70,7 @@ class ShrinkResult(NamedTuple):
           ValueError: a leaf belongs to a parameter that became smaller, and had
             another shape than that.
         """
-        return self.fn.cut(other)
+        return self.fn.cut(state)
 
 
 def shrink(
@@ -185,7 +185,7 @@ def lost_units(
       Group name to count.
 
     Raises:
-      ValueError: as `shrink` does.
+      ValueError: a share is out of range or cannot be met; see `shrink`.
     """
     check([_GROUPS_OF_BUDGET], budget=budget, groups=rules)
     allowed = choice.allowed_sizes(groups, sizes)
@@ -215,7 +215,7 @@ def of_cuts(
 
     Args:
       fn: the function.
-      params: its parameters.
+      params: parameters of the function.
       batch: the batch that the groups were found with.
       groups: axis groups of the function.
       kept: group name to the units that are kept, of groups that lose any.

@@ -70,9 +70,9 @@ class ShrunkFunction:
             self._known[key] = self._traced(leaves, batch)
         return self._known[key].run(leaves, jax.tree.leaves(batch))
 
-    def cut(self, other: Any) -> Any:
+    def cut(self, state: Any) -> Any:
         """A tree of arrays beside the parameters, cut as they were."""
-        return cut.any_tree(other, self._cuts)
+        return cut.any_tree(state, self._cuts)
 
     def _key(self, params: Sequence[Any], batch: Any) -> Any:
         leaves, structure = jax.tree.flatten(batch)

@@ -45,7 +45,7 @@ class Timed:
 
         Args:
           trace: the program.
-          params: its parameters; lazy ones are read where something is timed.
+          params: parameters of the program; lazy ones are read for each timing.
           batch: the batch that it is timed with; zeros where it is abstract.
         """
         self._trace = trace
