@@ -1,15 +1,18 @@
 """A function as a program: its matmuls, their weights, its segments, its axes."""
 
 __all__ = [
+    "axis_arithmetic",
     "axis_dims",
     "axis_groups",
     "axis_moves",
-    "axis_primitives",
     "axis_trace",
-    "joined_views",
+    "equation",
     "linear_ops",
     "operands",
+    "primitives",
     "program",
+    "resize_rules",
     "segments",
+    "view_rules",
     "weight_view",
 ]

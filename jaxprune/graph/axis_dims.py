@@ -19,7 +19,7 @@ UNEVEN = "its parts do not line up where it meets another axis"
 
 
 class Dim:
-    """A dimension; compare what `find` gives, by identity.
+    """A dimension; compare what `root` gives, by identity.
 
     Attributes:
       size: the number of positions.
@@ -27,48 +27,49 @@ class Dim:
       residual: whether it is the width of a sum that goes on from layer to layer.
     """
 
-    __slots__ = ("_kind", "_parts", "_same", "residual", "size", "why")
+    __slots__ = ("_form", "_parts", "_same", "residual", "size", "why")
 
     def __init__(self, size: int, why: str | None = None) -> None:
         """Makes an atom that nothing else is tied to."""
         self.size = size
         self.why = why
         self.residual = False
+        # Union-find: an atom that was unified points to what it became.
         self._same: Dim | None = None
-        self._kind: Literal["atom", "product", "sum"] = "atom"
+        self._form: Literal["atom", "product", "sum"] = "atom"
         self._parts: tuple[Dim, ...] = ()
 
     @property
     def is_atom(self) -> bool:
         """Whether it is neither a product nor a sum."""
-        return self._kind == "atom"
+        return self._form == "atom"
 
     @property
     def is_sum(self) -> bool:
         """Whether its parts stand one behind the other."""
-        return self._kind == "sum"
+        return self._form == "sum"
 
     @property
     def parts(self) -> list["Dim"]:
         """Factors, the slowest first, or summands; nested ones of a kind are one."""
-        found: list[Dim] = []
-        for part in map(find, self._parts):
-            found += part.parts if part._kind == self._kind else [part]
-        return found
+        flat: list[Dim] = []
+        for part in map(root, self._parts):
+            flat += part.parts if part._form == self._form else [part]
+        return flat
 
-    def become(self, kind: Literal["product", "sum"], parts: Sequence["Dim"]) -> None:
+    def become(self, form: Literal["product", "sum"], parts: Sequence["Dim"]) -> None:
         """Makes an atom a product or a sum; what it is known for goes to the parts."""
-        self._kind, self._parts = kind, tuple(parts)
+        self._form, self._parts = form, tuple(parts)
         self._hand_on(self)
 
-    def tie(self, other: "Dim") -> None:
+    def tie(self, target: "Dim") -> None:
         """Makes an atom the same as another dimension."""
-        self._same = other
-        self._hand_on(other)
+        self._same = target
+        self._hand_on(target)
 
-    def _hand_on(self, to: "Dim") -> None:
-        for atom in atoms(to):
-            if atom.size > 1:
+    def _hand_on(self, heir: "Dim") -> None:
+        for atom in atoms(heir):
+            if atom.size > 1:  # `ONE` is shared by all axes of length one
                 atom.why = atom.why or self.why
                 atom.residual = atom.residual or self.residual
 
@@ -77,21 +78,21 @@ ONE = Dim(1, "it has one position")
 """The dimension of every axis of length one."""
 
 
-def find(dim: Dim) -> Dim:
+def root(dim: Dim) -> Dim:
     """What a dimension is the same as by now."""
     while dim._same is not None:
         dim = dim._same
     return dim
 
 
-def fresh(size: int, why: str | None = None) -> Dim:
+def new_dim(size: int, why: str | None = None) -> Dim:
     """A new dimension, `ONE` where it has one position."""
     return ONE if size == 1 else Dim(size, why)
 
 
 def atoms(dim: Dim) -> Iterator[Dim]:
     """The atoms of a dimension, in order, those that come again included."""
-    dim = find(dim)
+    dim = root(dim)
     if dim.is_atom:
         yield dim
     else:
@@ -105,46 +106,48 @@ def freeze(dim: Dim, why: str) -> None:
         atom.why = atom.why or why
 
 
-def merge(parts: Sequence[Dim]) -> Dim:
+def product_of(parts: Sequence[Dim]) -> Dim:
     """The product of dimensions, the slowest first."""
-    return _composed("product", [part for part in parts if part.size > 1])
+    return _compose("product", [part for part in parts if part.size > 1])
 
 
-def concat(parts: Sequence[Dim]) -> Dim:
+def sum_of(parts: Sequence[Dim]) -> Dim:
     """The sum of dimensions, one behind the other."""
-    return _composed("sum", [part for part in parts if part.size > 0])
+    return _compose("sum", [part for part in parts if part.size > 0])
 
 
-def _composed(kind: Literal["product", "sum"], parts: Sequence[Dim]) -> Dim:
+def _compose(form: Literal["product", "sum"], parts: Sequence[Dim]) -> Dim:
     if len(parts) < 2:
-        return parts[0] if parts else fresh(1 if kind == "product" else 0, "is empty")
+        empty = 1 if form == "product" else 0
+        return parts[0] if parts else new_dim(empty, "is empty")
     sizes = [part.size for part in parts]
-    dim = Dim(math.prod(sizes) if kind == "product" else sum(sizes))
-    dim.become(kind, parts)
+    dim = Dim(math.prod(sizes) if form == "product" else sum(sizes))
+    dim.become(form, parts)
     return dim
 
 
-def unify(one: Dim, other: Dim) -> None:
+def unify(first: Dim, second: Dim) -> None:
     """Makes two dimensions of one size the same; freezes what cannot be matched."""
-    one, other = find(one), find(other)
-    if one is other or one.size <= 1:
+    first, second = root(first), root(second)
+    if first is second or first.size <= 1:
         return
-    if not one.is_atom and other.is_atom:
-        one, other = other, one
-    if one.is_atom:
-        one.tie(other)
-    elif not _matched(one, other):
-        freeze(one, UNEVEN)
-        freeze(other, UNEVEN)
+    if not first.is_atom and second.is_atom:
+        first, second = second, first
+    if first.is_atom:
+        first.tie(second)
+    elif not _unify_parts(first, second):
+        freeze(first, UNEVEN)
+        freeze(second, UNEVEN)
 
 
-def _matched(one: Dim, other: Dim) -> bool:
+def _unify_parts(first: Dim, second: Dim) -> bool:
     """Unifies two dimensions that have parts; whether all of them fit."""
-    if one.is_sum or other.is_sum:
-        sizes = _common_cuts([d for d in (one, other) if d.is_sum])
-        pieces = [cut(one, sizes), cut(other, sizes)]
+    if first.is_sum or second.is_sum:
+        # Both are cut wherever one of them has a seam: 2 + 4 and 3 + 3 as 2 + 1 + 3.
+        sizes = _common_cuts([dim for dim in (first, second) if dim.is_sum])
+        pieces = [as_sum(first, sizes), as_sum(second, sizes)]
     else:
-        pieces = _common_factors(one, other)
+        pieces = _common_factors(first, second)
     if pieces[0] is None or pieces[1] is None:
         return False
     for a, b in zip(*pieces, strict=True):  # type: ignore[arg-type]
@@ -160,159 +163,166 @@ def _common_cuts(sums: Sequence[Dim]) -> list[int]:
     return np.diff(sorted(seams)).tolist()
 
 
-def _common_factors(one: Dim, other: Dim) -> list[list[Dim] | None]:
+def _common_factors(first: Dim, second: Dim) -> list[list[Dim] | None]:
     """Two products as products of the same sizes; None where there is no such."""
+    # (2, 6) and (4, 3) as (2, 2, 3); (2, 3) and (3, 2) have none.
     sizes: list[int] = []
-    left, right = ([p.size for p in dim.parts] for dim in (one, other))
-    while left and right:
-        a, b = left.pop(0), right.pop(0)
+    pending_first, pending_second = (
+        [part.size for part in dim.parts] for dim in (first, second)
+    )
+    while pending_first and pending_second:
+        a, b = pending_first.pop(0), pending_second.pop(0)
         if a < b:
-            a, b, left, right = b, a, right, left
+            a, b = b, a
+            pending_first, pending_second = pending_second, pending_first
         if a % b:
             return [None, None]
         sizes.append(b)
-        if a > b:
-            left.insert(0, a // b)
-    return [factor(one, sizes), factor(other, sizes)]
+        if a > b:  # what the larger factor still has to give
+            pending_first.insert(0, a // b)
+    return [as_product(first, sizes), as_product(second, sizes)]
 
 
-def factor(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
+def as_product(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
     """A dimension as a product of these sizes, ones included; None if it is not."""
     # An atom becomes such a product.
-    dim = find(dim)
-    wanted = [size for size in sizes if size > 1]
-    if len(wanted) < 2:
-        found: list[Dim] | None = [dim] if wanted else []
+    dim = root(dim)
+    proper = [size for size in sizes if size > 1]
+    if len(proper) < 2:
+        factors: list[Dim] | None = [dim] if proper else []
     elif dim.is_atom:
-        found = [Dim(size, dim.why) for size in wanted]
-        if dim.why is None:
-            dim.become("product", found)
+        factors = [Dim(size, dim.why) for size in proper]
+        if dim.why is None:  # else it stays undivided, and its factors are frozen
+            dim.become("product", factors)
     elif dim.is_sum:
-        found = _factored_sum(dim, wanted)
+        factors = _sum_as_product(dim, proper)
     else:
-        found = _factored_product(dim, wanted)
-    if found is None:
+        factors = _regroup_factors(dim, proper)
+    if factors is None:
         return None
-    pending = iter(found)
+    pending = iter(factors)
     return [next(pending) if size > 1 else ONE for size in sizes]
 
 
-def _factored_product(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
-    pending, found = dim.parts, []
+def _regroup_factors(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
+    """(a x b x c) as (a x b) x c; factors are split where a size asks for it."""
+    pending, products = dim.parts, []
     for size in sizes:
-        own: list[Dim] = []
-        need = size  # what is still to be multiplied
-        while need > 1:
+        factors: list[Dim] = []
+        missing = size  # what is still to be multiplied
+        while missing > 1:
             part = pending.pop(0)
-            if part.size > need:
+            if part.size > missing:
                 halves = None
-                if part.size % need == 0:
-                    halves = factor(part, [need, part.size // need])
+                if part.size % missing == 0:
+                    halves = as_product(part, [missing, part.size // missing])
                 if halves is None:
                     return None
                 part = halves[0]
                 pending.insert(0, halves[1])
-            elif need % part.size:
+            elif missing % part.size:
                 return None
-            own.append(part)
-            need //= part.size
-        found.append(merge(own))
-    return found
+            factors.append(part)
+            missing //= part.size
+        products.append(product_of(factors))
+    return products
 
 
-def _factored_sum(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
+def _sum_as_product(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
     """(a x r) + (b x r) as (a + b) x r."""
-    rest = math.prod(sizes[1:])
-    if any(part.size % rest for part in dim.parts):
+    inner = math.prod(sizes[1:])  # r
+    if any(part.size % inner for part in dim.parts):
         return None
-    halves = [factor(part, [part.size // rest, rest]) for part in dim.parts]
-    if any(half is None for half in halves):
+    splits = [as_product(part, [part.size // inner, inner]) for part in dim.parts]
+    pairs = [split for split in splits if split is not None]
+    if len(pairs) < len(splits):
         return None
-    whole = [half for half in halves if half is not None]
-    for half in whole[1:]:
-        unify(whole[0][1], half[1])
-    tail = factor(whole[0][1], sizes[1:])
-    return None if tail is None else [concat([half[0] for half in whole]), *tail]
+    for pair in pairs[1:]:
+        unify(pairs[0][1], pair[1])
+    tail = as_product(pairs[0][1], sizes[1:])
+    return None if tail is None else [sum_of([pair[0] for pair in pairs]), *tail]
 
 
-def cut(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
+def as_sum(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
     """A dimension as a sum of these sizes; None if it cannot be cut there."""
     # An atom becomes such a sum.
-    dim = find(dim)
+    dim = root(dim)
     sizes = [size for size in sizes if size]
     if len(sizes) == 1:
         return [dim]
     if dim.is_atom:
-        parts = [fresh(size, dim.why) for size in sizes]
+        parts = [new_dim(size, dim.why) for size in sizes]
         if dim.why is None:
             dim.become("sum", parts)
         return parts
-    return _cut_sum(dim, sizes) if dim.is_sum else _cut_product(dim, sizes)
+    return _regroup_summands(dim, sizes) if dim.is_sum else _product_as_sum(dim, sizes)
 
 
-def _cut_sum(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
-    pending, found = dim.parts, []
+def _regroup_summands(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
+    """(a + b + c) as (a + b) + c; summands are split where a size asks for it."""
+    pending, sums = dim.parts, []
     for size in sizes:
-        own: list[Dim] = []
-        need = size  # what is still to be taken
-        while need:
+        summands: list[Dim] = []
+        missing = size  # how many positions the sum still lacks
+        while missing:
             part = pending.pop(0)
-            if part.size > need:
-                halves = cut(part, [need, part.size - need])
+            if part.size > missing:
+                halves = as_sum(part, [missing, part.size - missing])
                 if halves is None:
                     return None
                 part = halves[0]
                 pending.insert(0, halves[1])
-            own.append(part)
-            need -= part.size
-        found.append(concat(own))
-    return found
+            summands.append(part)
+            missing -= part.size
+        sums.append(sum_of(summands))
+    return sums
 
 
-def _cut_product(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
+def _product_as_sum(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
     """(a + b) x r as (a x r) + (b x r)."""
-    first, *others = dim.parts
-    rest = math.prod(part.size for part in others)
-    if any(size % rest for size in sizes):
+    outer, *inner = dim.parts
+    stride = math.prod(part.size for part in inner)  # positions of one outer unit
+    if any(size % stride for size in sizes):
         return None
-    firsts = cut(first, [size // rest for size in sizes])
-    return None if firsts is None else [merge([part, *others]) for part in firsts]
+    slices = as_sum(outer, [size // stride for size in sizes])
+    return None if slices is None else [product_of([part, *inner]) for part in slices]
 
 
-def mask(dim: Dim, kept: Mapping[Dim, np.ndarray]) -> np.ndarray:
-    """Which positions of a dimension are kept, boolean (size,), by the atoms' masks.
+def kept_positions(dim: Dim, masks: Mapping[Dim, np.ndarray]) -> np.ndarray:
+    """Which positions of a dimension are kept, by the masks of its atoms.
 
     Args:
-      dim: any dimension.
-      kept: booleans (size,) of each atom that loses units; others keep all.
+      dim: dimension, divided or not.
+      masks: booleans (size,) of each atom that loses units; others keep all.
 
     Returns:
       Booleans (size of dim,).
     """
-    dim = find(dim)
+    dim = root(dim)
     if dim.is_atom:
-        return kept.get(dim, np.ones(dim.size, bool))
-    parts = [mask(part, kept) for part in dim.parts]
+        return masks.get(dim, np.ones(dim.size, bool))
+    parts = [kept_positions(part, masks) for part in dim.parts]
     if dim.is_sum:
         return np.concatenate(parts)
-    whole = parts[0]
+    # A position of a product is kept where all its factors' positions are.
+    product = parts[0]
     for part in parts[1:]:
-        whole = np.logical_and.outer(whole, part).reshape(-1)
-    return whole
+        product = np.logical_and.outer(product, part).reshape(-1)
+    return product
 
 
-def pooled(dim: Dim, values: np.ndarray, atom: Dim) -> np.ndarray:
+def sum_by_unit(dim: Dim, values: np.ndarray, atom: Dim) -> np.ndarray:
     """The sums of values at the positions of a dimension, for each unit of an atom.
 
     Args:
-      dim: any dimension.
-      values: floats (size of dim,).
+      dim: dimension, divided or not.
+      values: numbers (size of dim,).
       atom: the atom, which may occur in it several times or not at all.
 
     Returns:
-      Floats (size of atom,).
+      Sums (size of atom,), of the dtype of the values.
     """
-    dim = find(dim)
+    dim = root(dim)
     if dim is atom:
         return values
     total = np.zeros(atom.size, values.dtype)
@@ -321,32 +331,32 @@ def pooled(dim: Dim, values: np.ndarray, atom: Dim) -> np.ndarray:
     parts = dim.parts
     if dim.is_sum:
         ends = np.cumsum([part.size for part in parts])[:-1]
-        for part, own in zip(parts, np.split(values, ends), strict=True):
-            total += pooled(part, own, atom)
+        for part, segment in zip(parts, np.split(values, ends), strict=True):
+            total += sum_by_unit(part, segment, atom)
         return total
-    shaped = values.reshape([part.size for part in parts])
+    grid = values.reshape([part.size for part in parts])  # an axis a factor
     for axis, part in enumerate(parts):
         others = tuple(i for i in range(len(parts)) if i != axis)
-        total += pooled(part, shaped.sum(others), atom)
+        total += sum_by_unit(part, grid.sum(others), atom)
     return total
 
 
-def units(dim: Dim, atom: Dim) -> np.ndarray:
+def unit_numbers(dim: Dim, atom: Dim) -> np.ndarray:
     """Which unit of an atom each position of a dimension belongs to.
 
     Args:
-      dim: any dimension.
+      dim: dimension, divided or not.
       atom: an atom that is no factor of it twice.
 
     Returns:
       Integers (size of dim,), -1 where the atom is not.
     """
-    dim = find(dim)
+    dim = root(dim)
     if dim is atom:
         return np.arange(dim.size)
     if dim.is_atom:
         return np.full(dim.size, -1)
-    parts = [units(part, atom) for part in dim.parts]
+    parts = [unit_numbers(part, atom) for part in dim.parts]
     if dim.is_sum:
         return np.concatenate(parts)
     shape = [part.size for part in dim.parts]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxprune.arrays.messages import columns
 from jaxprune.graph import axis_trace
-from jaxprune.graph.axis_dims import Dim, atoms, find
+from jaxprune.graph.axis_dims import Dim, atoms, root
 from jaxprune.graph.axis_trace import AxisTrace, LeafAxes
 from jaxprune.typing import Params
 
@@ -45,13 +45,13 @@ class AxisGroup:
         factor or part of the axis: "layers/0/mlp/down/kernel:0".
       kind: the name with "*" for numbers; groups of a kind are alike, as the layers of
         a model are.
-      units: how many there are.
-      weights: how many weights belong to all units together.
+      units: number of units.
+      weights: number of weights that belong to all units together.
       members: the axes that have its units.
       removable: whether units can be removed.
       default: whether a glob can select the group, and not only its exact name or kind.
       why: why the group is not removable, or only if it is named; otherwise empty.
-      dim: its dimension.
+      dim: dimension of the group.
     """
 
     name: str
@@ -79,10 +79,10 @@ class AxisGroups:
 
     def kinds(self) -> dict[str, list[AxisGroup]]:
         """The groups by kind; all of a kind have as many units."""
-        found: dict[str, list[AxisGroup]] = {}
+        by_kind: dict[str, list[AxisGroup]] = {}
         for group in self.groups:
-            found.setdefault(group.kind, []).append(group)
-        return found
+            by_kind.setdefault(group.kind, []).append(group)
+        return by_kind
 
     def __iter__(self) -> Iterator[AxisGroup]:
         """The groups."""
@@ -91,15 +91,15 @@ class AxisGroups:
     def __str__(self) -> str:
         """A line a kind: groups x units, weights, members of a group, removable."""
         rows = [("group", "units", "weights", "members", "removable")]
-        for kind, own in self.kinds().items():
-            first = own[0]
+        for name, groups in self.kinds().items():
+            first = groups[0]
             answer = "yes" if first.default else "if asked" if first.removable else "no"
-            reasons = dict.fromkeys(group.why for group in own if group.why)
+            reasons = dict.fromkeys(group.why for group in groups if group.why)
             rows.append(
                 (
-                    kind if len(own) > 1 else first.name,
-                    f"{len(own)} x {first.units}",
-                    f"{sum(group.weights for group in own):,}",
+                    name if len(groups) > 1 else first.name,
+                    f"{len(groups)} x {first.units}",
+                    f"{sum(group.weights for group in groups):,}",
                     str(len(first.members)),
                     ": ".join([answer, *list(reasons)[:1]]),
                 )
@@ -145,33 +145,35 @@ def axis_groups(
       up:0    1 x 2  12       1        no: is an axis of the batch
     """
     trace = axis_trace.trace_axes(fn, params, batch)
-    places: dict[Dim, list[tuple[LeafAxes, Member, tuple[int, ...]]]] = {}
-    inner: dict[Dim, Dim] = {}
+    occurrences: dict[Dim, list[tuple[LeafAxes, Member, tuple[int, ...]]]] = {}
+    outer_of: dict[Dim, Dim] = {}  # atom to the atom whose units it lies in
     for leaf in trace.leaves:
         for (part, dims), axis in itertools.product(
             enumerate(leaf.parts), range(len(leaf.shape))
         ):
             # A fused axis, such as the (q, k, v) of one kernel, has several atoms.
             for atom, path in _paths(dims[axis]):
-                where = (leaf, Member(leaf.name, part, axis), path)
-                places.setdefault(atom, []).append(where)
-            inner |= _inside(dims[axis])
+                occurrence = (leaf, Member(leaf.name, part, axis), path)
+                occurrences.setdefault(atom, []).append(occurrence)
+            outer_of |= _outer_atoms(dims[axis])
     # Axes of a weight that meet an activation side by side, as (heads, features) of
     # an output projection do, nest too; what a single axis says comes first.
     for dim in trace.nested:
-        inner = _inside(dim) | inner
-    names = {atom: _name(*own[0]) for atom, own in places.items()}
-    kinds = _kinds(names, places)
+        outer_of = _outer_atoms(dim) | outer_of
+    names = {atom: _group_name(*entries[0]) for atom, entries in occurrences.items()}
+    kinds = _group_kinds(names, occurrences)
     groups = [
-        _group(atom, names[atom], kinds[atom], own, names.get(inner.get(atom, atom)))
-        for atom, own in places.items()
+        _axis_group(
+            atom, names[atom], kinds[atom], entries, names.get(outer_of.get(atom, atom))
+        )
+        for atom, entries in occurrences.items()
     ]
-    return AxisGroups(_alike(groups), trace)
+    return AxisGroups(_name_kinds_of_outer_groups(groups), trace)
 
 
 def _paths(dim: Dim, path: tuple[int, ...] = ()) -> Iterator[tuple[Dim, Any]]:
     """The atoms of a dimension, each with the way to it."""
-    dim = find(dim)
+    dim = root(dim)
     if dim.is_atom:
         if dim.size > 1:
             yield dim, path
@@ -180,64 +182,68 @@ def _paths(dim: Dim, path: tuple[int, ...] = ()) -> Iterator[tuple[Dim, Any]]:
         yield from _paths(part, (*path, i))
 
 
-def _inside(dim: Dim) -> dict[Dim, Dim]:
+def _outer_atoms(dim: Dim) -> dict[Dim, Dim]:
     """Each atom inside the units of a removable atom, to that outer atom."""
-    dim = find(dim)
-    found: dict[Dim, Dim] = {}
+    dim = root(dim)
+    outer_of: dict[Dim, Dim] = {}
     if dim.is_atom:
-        return found
+        return outer_of
     outer = None
     for part in dim.parts:
         if outer is not None:
-            found |= {atom: outer for atom in atoms(part) if atom is not outer}
-        found |= {k: v for k, v in _inside(part).items() if k not in found}
+            outer_of |= {atom: outer for atom in atoms(part) if atom is not outer}
+        outer_of |= {k: v for k, v in _outer_atoms(part).items() if k not in outer_of}
         # Row-major, as reshapes are: in (heads, features) heads are the outer units.
         if not dim.is_sum and outer is None:
             free = (atom for atom in atoms(part) if atom.why is None)
             outer = next(free, None)
-    return found
+    return outer_of
 
 
-def _name(leaf: LeafAxes, member: Member, path: tuple[int, ...]) -> str:
+def _group_name(leaf: LeafAxes, member: Member, path: tuple[int, ...]) -> str:
     stack = "" if leaf.stacked is None else f"/{member.part}"
     return f"{leaf.name}{stack}:" + ".".join(map(str, (member.axis, *path)))
 
 
-def _kinds(names: Mapping[Dim, str], places: Mapping[Dim, Any]) -> dict[Dim, str]:
+def _group_kinds(
+    names: Mapping[Dim, str], occurrences: Mapping[Dim, Any]
+) -> dict[Dim, str]:
     """The name of each group with "*" for numbers, where groups alike have as many.
 
     Groups whose members differ, as those of a first layer may, get kinds of their own.
     """
+    # Signatures of each pattern in order of appearance: the first has the plain name.
     forms: dict[str, dict[Any, None]] = collections.defaultdict(dict)
     keys = {}
     for atom, name in names.items():
-        kind = re.sub(r"(?<=/)\d+(?=[/:])|^\d+(?=[/:])", "*", name)
+        pattern = re.sub(r"(?<=/)\d+(?=[/:])|^\d+(?=[/:])", "*", name)
         signature = (
             atom.size,
             atom.why,
-            tuple((_starred(m.leaf), m.axis, path) for _, m, path in places[atom]),
+            tuple((_starred(m.leaf), m.axis, path) for _, m, path in occurrences[atom]),
         )
-        forms[kind][signature] = None
-        keys[atom] = (kind, signature)
-    found = {}
-    for atom, (kind, signature) in keys.items():
-        number = list(forms[kind]).index(signature)
-        found[atom] = kind if number == 0 else f"{kind}#{number + 1}"
-    return found
+        forms[pattern][signature] = None
+        keys[atom] = (pattern, signature)
+    kinds = {}
+    for atom, (pattern, signature) in keys.items():
+        number = list(forms[pattern]).index(signature)
+        kinds[atom] = pattern if number == 0 else f"{pattern}#{number + 1}"
+    return kinds
 
 
 def _starred(name: str) -> str:
     return re.sub(r"(?<![^/])\d+(?![^/])", "*", name)
 
 
-def _group(
+def _axis_group(
     atom: Dim,
     name: str,
-    kind: str,
-    places: Sequence[tuple[LeafAxes, Member, tuple[int, ...]]],
+    pattern: str,
+    occurrences: Sequence[tuple[LeafAxes, Member, tuple[int, ...]]],
     outer: str | None,
 ) -> AxisGroup:
-    members = tuple(dict.fromkeys(member for _, member, _ in places))
+    # A fused axis has the atom several times, and is one member.
+    members = tuple(dict.fromkeys(member for _, member, _ in occurrences))
     why = atom.why or ""
     if not why and atom.residual:
         why = "it is the width of a residual stream"
@@ -247,9 +253,11 @@ def _group(
         why = "no other leaf has its units"
     return AxisGroup(
         name=name,
-        kind=kind,
+        kind=pattern,
         units=atom.size,
-        weights=_weights(atom, {leaf.name: leaf for leaf, _, _ in places}, members),
+        weights=_count_weights(
+            atom, {leaf.name: leaf for leaf, _, _ in occurrences}, members
+        ),
         members=members,
         removable=atom.why is None,
         default=not why,
@@ -258,43 +266,43 @@ def _group(
     )
 
 
-def _weights(
+def _count_weights(
     atom: Dim, leaves: Mapping[str, LeafAxes], members: Sequence[Member]
 ) -> int:
     """How many weights have at least one axis at one of the group's units."""
     total = 0
     for name, part in dict.fromkeys((m.leaf, m.part) for m in members):
         dims = leaves[name].parts[part]
-        # Those at no unit of the group, axis by axis.
-        others = [dim.size - _positions(dim, atom) for dim in dims]
-        total += math.prod(dim.size for dim in dims) - math.prod(others)
+        # A weight is spared if on every axis it lies at no unit of the group.
+        spared = [dim.size - _count_positions(dim, atom) for dim in dims]
+        total += math.prod(dim.size for dim in dims) - math.prod(spared)
     return total
 
 
-def _positions(dim: Dim, atom: Dim) -> int:
+def _count_positions(dim: Dim, atom: Dim) -> int:
     """How many positions of a dimension belong to a unit of an atom."""
-    dim = find(dim)
+    dim = root(dim)
     if dim.is_atom:
         return dim.size if dim is atom else 0
-    own = [_positions(part, atom) for part in dim.parts]
+    counts = [_count_positions(part, atom) for part in dim.parts]
     if dim.is_sum:
-        return sum(own)
+        return sum(counts)
     sizes = [part.size for part in dim.parts]
     # All positions but those that are at no unit in any of the factors.
     return dim.size - math.prod(
-        size - count for size, count in zip(sizes, own, strict=True)
+        size - count for size, count in zip(sizes, counts, strict=True)
     )
 
 
-def _alike(groups: Sequence[AxisGroup]) -> tuple[AxisGroup, ...]:
+def _name_kinds_of_outer_groups(groups: Sequence[AxisGroup]) -> tuple[AxisGroup, ...]:
     """What is said of a group inside another names kinds where there are many."""
     many = collections.Counter(group.kind for group in groups)
     kinds = {group.name: group.kind for group in groups}
-    found = []
+    renamed = []
     for group in groups:
         outer = group.why.removeprefix("it lies inside each unit of ")
         if many[group.kind] > 1 and outer in kinds:
             why = f"it lies inside each unit of {kinds[outer]}"
             group = dataclasses.replace(group, why=why)
-        found.append(group)
-    return tuple(found)
+        renamed.append(group)
+    return tuple(renamed)

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays import lazy, tree
-from jaxprune.graph import axis_primitives
 from jaxprune.graph import program as program_
-from jaxprune.graph.axis_dims import ONE, Dim, atoms, find, freeze, fresh, merge
-from jaxprune.graph.axis_moves import Axes, Operand, new_axes
+from jaxprune.graph.axis_dims import ONE, Dim, atoms, freeze, new_dim, product_of, root
+from jaxprune.graph.axis_moves import AxesOperand, ValueAxes, new_axes
+from jaxprune.graph.equation import Equation
+from jaxprune.graph.primitives import rules_of
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.typing import Params
 
@@ -32,11 +33,11 @@ class LeafAxes:
 
     Attributes:
       name: the leaf's path name.
-      shape: its shape.
-      dtype: its dtype.
+      shape: shape of the leaf.
+      dtype: dtype of the leaf.
       stacked: the axis that is used index by index, or None.
-      parts: for each index along it (one where there is none), a dimension for each
-        axis; `ONE` for the stacked axis.
+      parts: dimensions of each axis, for each index along the stacked axis (one where
+        there is none); `ONE` for the stacked axis.
     """
 
     name: str
@@ -63,8 +64,8 @@ class AxisTrace:
     program: Program
     structure: Any
     leaves: tuple[LeafAxes, ...]
-    axes: dict[int, Axes]
-    uses: dict[tuple[int, int], Axes]
+    axes: dict[int, ValueAxes]
+    uses: dict[tuple[int, int], ValueAxes]
     nested: list[Dim]
 
 
@@ -79,7 +80,7 @@ def trace_axes(
         leaves, structure = jax.tree.flatten(fn(params, batch))
         return leaves
 
-    params = lazy.abstract(params)
+    params = lazy.abstract(params)  # shapes and dtypes are enough
     flat = program_.flatten(flat_fn, params, batch)
     named = {
         name: leaf
@@ -98,24 +99,25 @@ def trace_axes(
 class _Walker:
     """Gives dimensions to the results of one step after the other."""
 
-    def __init__(self, flat: Program, named: dict[str, Any]) -> None:
+    def __init__(self, flat: Program, leaves: dict[str, Any]) -> None:
         self.flat = flat
-        self.axes: dict[int, Axes] = {}
-        self.uses: dict[tuple[int, int], Axes] = {}
+        self.axes: dict[int, ValueAxes] = {}
+        self.uses: dict[tuple[int, int], ValueAxes] = {}
         self.nested: list[Dim] = []
         self._stacks = _Stacks(flat)
         self.leaves = tuple(
-            _leaf(name, leaf, self._stacks.axes.get(number))
-            for (name, leaf), number in zip(named.items(), flat.leaves, strict=True)
+            _new_leaf_axes(name, leaf, self._stacks.axes.get(number))
+            for (name, leaf), number in zip(leaves.items(), flat.leaves, strict=True)
         )
         self._leaf_of = dict(zip(flat.leaves, self.leaves, strict=True))
         for number, leaf in self._leaf_of.items():
+            # A stacked leaf has axes only where one of its layers is taken.
             if leaf.stacked is None:
-                self.axes[number] = Axes(leaf.parts[0], (True,) * len(leaf.shape))
+                self.axes[number] = ValueAxes(leaf.parts[0], (True,) * len(leaf.shape))
         for number in flat.batch:
-            shape = flat.kinds[number].shape
+            shape = flat.avals[number].shape
             self.axes[number] = new_axes(shape, "is an axis of the batch")
-        self._scalars: dict[int, float | None] = {}
+        self._scalars: dict[int, float | None] = {}  # by number of a constant
 
     def look(self, position: int, step: Step) -> None:
         """Takes one more step into account."""
@@ -123,19 +125,20 @@ class _Walker:
         if flat.constants.issuperset(step.outputs):
             return  # computed as it is, whatever is removed
         first = step.inputs[0] if step.inputs else None
+        # Only steps that move a stacked leaf have it as an operand; see `_Stacks`.
         if isinstance(first, int) and first in self._stacks.views:
             self._look_at_stack(position, step, first)
             return
         operands = [self._operand(position, i, x) for i, x in enumerate(step.inputs)]
-        if step.primitive.name in ("add", "add_any"):
+        rules = rules_of(step.primitive.name)
+        if rules.is_sum:
             self._note_residual(step, operands)
-        if step.primitive.name == "dot_general":
+        if step.primitive.name == "dot_general":  # heads and their features, say
             self._note_nested(step, operands)
-        shapes = [tuple(flat.kinds[number].shape) for number in step.outputs]
-        found = axis_primitives.apply(
-            step.primitive.name, step.params, operands, shapes
-        )
-        self.axes.update(zip(step.outputs, found, strict=True))
+        shapes = [tuple(flat.avals[number].shape) for number in step.outputs]
+        equation = Equation(step.primitive.name, step.params, operands, shapes)
+        results = rules.dims(equation)
+        self.axes.update(zip(step.outputs, results, strict=True))
 
     def freeze_ends(self) -> None:
         """Freezes the axes of the results, and of leaves that nothing uses."""
@@ -152,41 +155,41 @@ class _Walker:
         """A step that takes one index of a leaf, or moves the whole of it."""
         index = self._stacks.indices.get(position)
         if index is None:
-            return
+            return  # moved as a whole: `_Stacks` follows it
         leaf, order = self._stacks.views[first]
         dims = tuple(self._leaf_of[leaf].parts[index][axis] for axis in order)
-        self.axes[step.outputs[0]] = Axes(dims, (True,) * len(dims))
+        self.axes[step.outputs[0]] = ValueAxes(dims, (True,) * len(dims))
 
-    def _operand(self, position: int, i: int, x: int | Fixed) -> Operand:
+    def _operand(self, position: int, i: int, x: int | Fixed) -> AxesOperand:
         if isinstance(x, Fixed):
             axes = new_axes(np.shape(x.value), None)
-            return Operand(np.shape(x.value), axes, _number(x.value))
-        shape = tuple(self.flat.kinds[x].shape)
+            return AxesOperand(np.shape(x.value), axes, _number(x.value))
+        shape = tuple(self.flat.avals[x].shape)
         if x not in self.flat.constants:
-            return Operand(shape, self.axes[x])
+            return AxesOperand(shape, self.axes[x])
         # A constant is free to follow what it meets, at each place anew.
         self.uses[position, i] = new_axes(shape, None)
-        return Operand(shape, self.uses[position, i], self._scalar(x))
+        return AxesOperand(shape, self.uses[position, i], self._scalar(x))
 
     def _scalar(self, number: int) -> float | None:
         """The number that a constant holds everywhere, where that is easily seen."""
         if number not in self._scalars:
-            found, kind = None, self.flat.kinds[number]
+            scalar, aval = None, self.flat.avals[number]
             position = self.flat.maker.get(number)
-            if kind.shape == () and isinstance(kind.dtype, np.dtype):
-                found = _number(program_.constant(self.flat, number))
+            if aval.shape == () and isinstance(aval.dtype, np.dtype):
+                scalar = _number(program_.constant_value(self.flat, number))
             elif position is not None:
                 step = self.flat.steps[position]
                 x = step.inputs[0] if step.inputs else None
                 if step.primitive.name == "broadcast_in_dim":
                     if isinstance(x, Fixed):
-                        found = _number(x.value)
+                        scalar = _number(x.value)
                     elif x is not None:
-                        found = self._scalar(x)
-            self._scalars[number] = found
+                        scalar = self._scalar(x)
+            self._scalars[number] = scalar
         return self._scalars[number]
 
-    def _note_nested(self, step: Step, operands: Sequence[Operand]) -> None:
+    def _note_nested(self, step: Step, operands: Sequence[AxesOperand]) -> None:
         """Keeps the axes of a weight that are summed together, or come out together."""
         contracted, batched = step.params["dimension_numbers"]
         for side, (x, operand) in enumerate(zip(step.inputs, operands, strict=True)):
@@ -195,17 +198,22 @@ class _Walker:
             summed = set(contracted[side])
             free = set(range(len(operand.shape))) - summed - set(batched[side])
             for axes in (summed, free):
-                self.nested.append(merge([operand.axes.dims[i] for i in sorted(axes)]))
+                self.nested.append(
+                    product_of([operand.axes.dims[i] for i in sorted(axes)])
+                )
 
-    def _note_residual(self, step: Step, operands: Sequence[Operand]) -> None:
+    def _note_residual(self, step: Step, operands: Sequence[AxesOperand]) -> None:
         """Marks axes on which a value and what was computed from it are added."""
         numbers = [x for x in step.inputs if not isinstance(x, Fixed)]
         if len(numbers) != 2 or not self.flat.varying.issuperset(numbers):
             return
-        one, two = (operand.axes.dims for operand in operands)
-        if len(one) != len(two):
+        first_dims, second_dims = (operand.axes.dims for operand in operands)
+        if len(first_dims) != len(second_dims):
             return  # one number is added everywhere
-        pairs = [(find(a), find(b)) for a, b in zip(one, two, strict=True)]
+        pairs = [
+            (root(a), root(b)) for a, b in zip(first_dims, second_dims, strict=True)
+        ]
+        # Already the same: by what made one of them, or from an earlier sum.
         if all(a is b for a, b in pairs) or not self._made_from(numbers):
             return
         for a, b in pairs:
@@ -215,18 +223,20 @@ class _Walker:
 
     def _made_from(self, numbers: Sequence[int]) -> bool:
         """Whether one of two values was computed from the other."""
+        # Values are numbered in order, so the later one is made of the earlier.
         low, high = sorted(numbers)
-        found = program_.needed(self.flat, [high], lambda number: number <= low)
-        return any(low in self.flat.steps[i].inputs for i in found)
+        positions = program_.steps_to(self.flat, [high], lambda number: number <= low)
+        return any(low in self.flat.steps[i].inputs for i in positions)
 
 
-def _leaf(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
+def _new_leaf_axes(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
     shape = tuple(jnp.shape(leaf))
     count = 1 if stacked is None else shape[stacked]
     why = None if tree.is_floating(leaf) else "is not floating"
+    # (layers or 1, axes): each layer of a stack has dimensions of its own.
     parts = tuple(
         tuple(
-            ONE if axis == stacked else fresh(size, why)
+            ONE if axis == stacked else new_dim(size, why)
             for axis, size in enumerate(shape)
         )
         for _ in range(count)
@@ -237,6 +247,7 @@ def _leaf(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
 def _number(value: Any) -> float | None:
     if value is None or np.shape(value) != ():
         return None
+    # A complex number is known too, but no comparison with it holds.
     return float(value) if np.isrealobj(np.asarray(value)) else math.nan
 
 
@@ -255,11 +266,11 @@ class _Stacks:
         self.axes: dict[int, int] = {}
         self.indices: dict[int, int] = {}
         self.views = {
-            number: (number, tuple(range(len(flat.kinds[number].shape))))
+            number: (number, tuple(range(len(flat.avals[number].shape))))
             for number in flat.leaves
-            if len(flat.kinds[number].shape) > 1
+            if len(flat.avals[number].shape) > 1
         }
-        refused = set()
+        refused = set()  # leaves that something uses as a whole
         for position, step in enumerate(flat.steps):
             for i, x in enumerate(step.inputs):
                 if isinstance(x, Fixed) or x not in self.views:
@@ -269,14 +280,15 @@ class _Stacks:
         for x in flat.outputs:
             if isinstance(x, int) and x in self.views:
                 refused.add(self.views[x][0])
-        seen: dict[int, set[int]] = {}
+        indices: dict[int, set[int]] = {}
         for position, index in self.indices.items():
             leaf, _ = self.views[flat.steps[position].inputs[0]]  # type: ignore[index]
-            seen.setdefault(leaf, set()).add(index)
+            indices.setdefault(leaf, set()).add(index)
+        # Only a leaf all of whose indices are used is a stack.
         self.axes = {
             n: axis
             for n, axis in self.axes.items()
-            if n not in refused and len(seen[n]) == flat.kinds[n].shape[axis]
+            if n not in refused and len(indices[n]) == flat.avals[n].shape[axis]
         }
         self.views = {n: v for n, v in self.views.items() if v[0] in self.axes}
 
@@ -290,26 +302,26 @@ class _Stacks:
             moved = tuple(order[axis] for axis in step.params["permutation"])
             self.views[step.outputs[0]] = (leaf, moved)
             return True
-        taken = _taken(flat, step)
-        if taken is None:
+        indexed = _single_index(flat, step)
+        if indexed is None:
             return False
-        axis, self.indices[position] = order[taken[0]], taken[1]
+        axis, self.indices[position] = order[indexed[0]], indexed[1]
         return self.axes.setdefault(leaf, axis) == axis
 
 
-def _taken(flat: Program, step: Step) -> tuple[int, int] | None:
+def _single_index(flat: Program, step: Step) -> tuple[int, int] | None:
     """Along which axis a step takes one index of its operand, and which, if it does."""
     if step.primitive.name not in ("slice", "dynamic_slice"):
         return None
-    before = flat.kinds[step.inputs[0]].shape  # type: ignore[index]
-    after = flat.kinds[step.outputs[0]].shape
-    cut = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-    if len(cut) != 1 or after[cut[0]] != 1:
+    before = flat.avals[step.inputs[0]].shape  # type: ignore[index]
+    after = flat.avals[step.outputs[0]].shape
+    cut_axes = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    if len(cut_axes) != 1 or after[cut_axes[0]] != 1:
         return None
-    axis = cut[0]
+    axis = cut_axes[0]
     if step.primitive.name == "slice":
         return axis, int(step.params["start_indices"][axis])
-    start = program_.constant(flat, step.inputs[1 + axis])
+    start = program_.constant_value(flat, step.inputs[1 + axis])
     if start is None:
         return None
     # Moved until it fits, as XLA does.

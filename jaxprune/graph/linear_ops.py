@@ -14,15 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import columns
-from jaxprune.graph import joined_views, operands, weight_view
 from jaxprune.graph import program as program_
-from jaxprune.graph.operands import Input
+from jaxprune.graph.equation import Equation
+from jaxprune.graph.operands import Input, WeightUse
+from jaxprune.graph.primitives import rules_of
 from jaxprune.graph.program import Fixed, Program, Step
-from jaxprune.graph.weight_view import WeightView
+from jaxprune.graph.view_rules import Joined, ViewOperand
+from jaxprune.graph.weight_view import Slice, WeightView
 from jaxprune.leaves import prunable as is_prunable
 from jaxprune.typing import Params
 
@@ -35,15 +38,15 @@ class LinearOp:
       name: the weight: the leaf's path name, with the indices of a stacked leaf behind
         it ("blocks/kernel/3") or the part of it that is used ("qkv/kernel[:,0:64]").
       leaf: the leaf's path name.
-      index: where in a stacked leaf, empty for a leaf by itself.
+      index: indices in a stacked leaf, empty for a leaf by itself.
       axes: the leaf's axes that are input and output, the others being batch or index;
         None where an axis of the leaf is in part one and in part the other.
       shape: (batch, in, out).
-      kind: "dot" or "convolution".
+      operation: "dot" or "convolution".
       input: the number of its input; ops of equal number share it (q, k and v).
       use: 0 for the first use of this weight, 1 and on where the leaf is tied.
-      view: how the leaf is seen as (batch, in, out).
-      source: how the input is read off a value of the program.
+      view: the view of the leaf as (batch, in, out).
+      source: the way in which the input is read off a value of the program.
       step: the position of the op in the program.
     """
 
@@ -52,7 +55,7 @@ class LinearOp:
     index: tuple[int, ...]
     axes: Axes | None
     shape: tuple[int, int, int]
-    kind: str
+    operation: str
     input: int
     use: int
     view: WeightView = dataclasses.field(repr=False)
@@ -70,7 +73,7 @@ class Trace:
     """The linear ops of a function, and what could not be seen.
 
     Attributes:
-      linear_ops: in the order of the program.
+      linear_ops: the linear ops, in the order of the program.
       unseen: path name to reason, for each leaf of two axes or more that is in no
         linear op.
       leaves: path name to position among the parameters' leaves.
@@ -103,15 +106,15 @@ class Trace:
           >>> jp.trace(fn, params, jnp.ones((4, 8))).axes()
           {'q': Axes(inputs=(2,), outputs=(0, 1))}
         """
-        found: dict[str, Axes] = {}
-        several = set()
+        axes_of: dict[str, Axes] = {}
+        ambiguous = set()  # leaves whose uses differ, as a tied embedding's may
         for op in self.linear_ops:
-            kind = self.program.kinds[self.program.leaves[self.leaves[op.leaf]]]
-            if not prunable(op.leaf, kind):
+            aval = self.program.avals[self.program.leaves[self.leaves[op.leaf]]]
+            if not prunable(op.leaf, aval):
                 continue
-            if op.axes is None or found.setdefault(op.leaf, op.axes) != op.axes:
-                several.add(op.leaf)
-        return {leaf: axes for leaf, axes in found.items() if leaf not in several}
+            if op.axes is None or axes_of.setdefault(op.leaf, op.axes) != op.axes:
+                ambiguous.add(op.leaf)
+        return {leaf: axes for leaf, axes in axes_of.items() if leaf not in ambiguous}
 
     def __str__(self) -> str:
         """A table: one line a linear op, then what could not be seen."""
@@ -122,7 +125,7 @@ class Trace:
                 " x ".join(map(str, op.shape)),
                 str(op.input),
                 str(op.use),
-                op.kind,
+                op.operation,
             )
             for op in self.linear_ops
         ]
@@ -158,17 +161,17 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
     """
     params = lazy.abstract(params)
     flat = program_.flatten(fn, params, batch)
-    named = {
+    leaves = {
         k: v for k, v in tree.named_leaves(params).items() if not tree.is_excluded(v)
     }
-    finder = _Finder(flat, list(named))
+    finder = _Finder(flat, list(leaves))
     for position, step in enumerate(flat.steps):
         finder.look(position, step)
-    shapes = {name: jnp.shape(leaf) for name, leaf in named.items()}
+    shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
     return Trace(
         tuple(finder.ops),
         finder.unseen(shapes),
-        {name: i for i, name in enumerate(named)},
+        {name: i for i, name in enumerate(leaves)},
         flat,
         finder.views,
     )
@@ -182,24 +185,24 @@ class _Finder:
         self.names = names
         self.ops: list[LinearOp] = []
         self.views: dict[int, WeightView] = {
-            number: WeightView.whole(i, flat.kinds[number].shape)
+            number: WeightView.whole(i, flat.avals[number].shape)
             for i, number in enumerate(flat.leaves)
         }
         # Value to the leaves that it was made of, views and others.
         self._origins: dict[int, frozenset[int]] = {
             number: frozenset([i]) for i, number in enumerate(flat.leaves)
         }
+        # Leaf to the primitives that hide it, in order of appearance.
         self._hidden: dict[int, dict[str, None]] = {}
-        self._joined: dict[int, joined_views.Joined] = {}
+        self._joined: dict[int, Joined] = {}
+        # Input to its number; `Input` leaves the values out when it is compared.
         self._inputs: dict[tuple[tuple[int, ...], Input], int] = {}
         self._uses: dict[str, int] = {}
 
     def look(self, position: int, step: Step) -> None:
         """Takes one more step into account."""
         numbers = [x for x in step.inputs if not isinstance(x, Fixed)]
-        if (found := self._moved(step)) is not None:
-            self.views.update(zip(step.outputs, found, strict=True))
-        elif not self._linear_op(position, step):
+        if not self._moves_leaves(step) and not self._is_linear_op(position, step):
             for number in numbers:
                 for leaf in self._origins.get(number, ()):
                     self._hidden.setdefault(leaf, {})[step.primitive.name] = None
@@ -209,66 +212,70 @@ class _Finder:
         if origins and not varying:
             self._origins.update(dict.fromkeys(step.outputs, origins))
 
-    def _moved(self, step: Step) -> list[WeightView] | None:
-        known = functools.partial(program_.constant, self.flat)
-        if (joined := joined_views.join(step, self.views)) is not None:
-            self._joined[step.outputs[0]] = joined
-        first = step.inputs[0] if step.inputs else None
-        if not isinstance(first, Fixed) and first in self._joined:
-            whole = self._joined[first]
-            part = joined_views.cut(step, whole, self.flat.kinds, known)
-            return None if part is None else [part]
-        return weight_view.propagate(step, self.views, self.flat.kinds, known)
+    def _moves_leaves(self, step: Step) -> bool:
+        """Whether a step's results are views of leaves, which are noted then."""
+        views = rules_of(step.primitive.name).view(self._equation(step))
+        if views is None:
+            return False
+        for number, view in zip(step.outputs, views, strict=True):
+            if isinstance(view, Joined):
+                self._joined[number] = view
+            else:
+                self.views[number] = view
+        # What is joined may be cut apart again; until then its leaves are not seen.
+        return all(isinstance(view, WeightView) for view in views)
+
+    def _equation(self, step: Step) -> Equation[ViewOperand]:
+        flat, operands = self.flat, []
+        for x in step.inputs:
+            # Computed only where a rule asks for it.
+            value = functools.partial(program_.constant_value, flat, x)
+            if isinstance(x, Fixed):
+                operands.append(ViewOperand(np.shape(x.value), None, value))
+            else:
+                view = self.views.get(x) or self._joined.get(x)
+                operands.append(ViewOperand(flat.avals[x].shape, view, value))
+        shapes = [tuple(flat.avals[number].shape) for number in step.outputs]
+        return Equation(step.primitive.name, step.params, operands, shapes)
 
     def unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Why leaves that could be matrices are in no linear op."""
-        seen = {op.leaf for op in self.ops}
+        used = {op.leaf for op in self.ops}
         reasons = {}
         for i, (name, shape) in enumerate(shapes.items()):
-            if name in seen or len(shape) < 2:
+            if name in used or len(shape) < 2:
                 continue
             steps = ", ".join(self._hidden.get(i, ()))
             reasons[name] = f"is an operand of {steps}" if steps else "is not used"
         return reasons
 
-    def _linear_op(self, position: int, step: Step) -> bool:
-        """Notes the step if it is a linear op of a leaf and an activation."""
-        name = step.primitive.name
-        grouped = program_.is_grouped(step)
-        if name not in ("dot_general", "conv_general_dilated") and not grouped:
+    def _is_linear_op(self, position: int, step: Step) -> bool:
+        """Whether a step is one of a leaf and an activation, which is noted then."""
+        product = rules_of(step.primitive.name).product
+        if product is None:
             return False
         sides = [i for i, x in enumerate(step.inputs) if x in self.views]
         # Two leaves multiplied with each other, as in an adapter, are no linear op.
-        if len(sides) != 1:
+        if len(sides) != 1 or sides[0] > 1:
             return False
-        side = sides[0]
-        weight, value = step.inputs[side], step.inputs[1 - side]
+        weight, value = step.inputs[sides[0]], step.inputs[1 - sides[0]]
         if isinstance(weight, Fixed) or isinstance(value, Fixed):
             return False
         if value not in self.flat.varying:
             return False
-        view, kind = self.views[weight], self.flat.kinds[value]
-        if jnp.issubdtype(kind.dtype, jnp.complexfloating):
+        if jnp.issubdtype(self.flat.avals[value].dtype, jnp.complexfloating):
             return False  # statistics are of real inputs
-        if name == "dot_general":
-            numbers = step.params["dimension_numbers"]
-            seen, source = operands.dot(numbers, view, value, kind, side)
-        elif grouped:
-            sizes = step.inputs[2]
-            if side != 1 or isinstance(sizes, Fixed):
-                return False
-            seen, source = operands.groups(view, value, kind, sizes)
-        elif side == 1 and step.params["batch_group_count"] == 1:
-            result = self.flat.kinds[step.outputs[0]]
-            seen, source = operands.convolution(step.params, view, value, result)
-        else:
-            return False
-        self._note(position, step, seen, source)
-        return True
+        use = WeightUse(step, sides[0], self.views[weight], value, self.flat.avals)
+        operands = product.operands(use)
+        if operands is not None:
+            self._note(position, step, *operands)
+        return operands is not None
 
     def _note(self, position: int, step: Step, view: WeightView, source: Input) -> None:
         leaf = self.names[view.leaf]
-        index, part = _place(view, self.flat.kinds[self.flat.leaves[view.leaf]].shape)
+        index, part = _index_and_part(
+            view, self.flat.avals[self.flat.leaves[view.leaf]].shape
+        )
         name = "/".join([leaf, *map(str, index)]) + part
         # The same weight once more, as the head of a model with tied embeddings has it.
         use = self._uses.get(name, 0)
@@ -278,9 +285,9 @@ class _Finder:
                 name=name,
                 leaf=leaf,
                 index=index,
-                axes=_axes(view),
+                axes=_inputs_and_outputs(view),
                 shape=view.shape,  # type: ignore[arg-type]
-                kind="dot" if "dot" in step.primitive.name else "convolution",
+                operation="dot" if "dot" in step.primitive.name else "convolution",
                 input=self._inputs.setdefault(
                     (source.values, source), len(self._inputs)
                 ),
@@ -292,35 +299,38 @@ class _Finder:
         )
 
 
-def _axes(view: WeightView) -> Axes | None:
+def _inputs_and_outputs(view: WeightView) -> Axes | None:
     """The leaf's input and output axes, where each axis is wholly one or the other."""
     _, inputs, outputs = (set(axes) for axes in view.axes)
     if inputs & outputs:
-        return None
+        return None  # a reshape mixed them
     return Axes(tuple(sorted(inputs)), tuple(sorted(outputs)))
 
 
-def _place(view: WeightView, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
+def _index_and_part(
+    view: WeightView, shape: Sequence[int]
+) -> tuple[tuple[int, ...], str]:
     """The indices of a stacked leaf, and the part of the rest that is seen."""
     if not view.sliced:
         return (), ""
     if view.box is None:
-        moves = [m for m in view.moves if isinstance(m, weight_view.Slice)]
+        moves = [m for m in view.moves if isinstance(m, Slice)]
         return (), "".join(f"[{m.starts}+{m.sizes}]" for m in moves)
+    # An axis that is no part of the matrix and has one place is an index of a stack.
     used = {axis for axes in view.axes for axis in axes}
     index = tuple(
         places.start
         for axis, places in enumerate(view.box)
         if axis not in used and len(places) == 1 and shape[axis] > 1
     )
-    rest = [
-        ":" if len(places) == shape[axis] else _part(places)
+    parts = [
+        ":" if len(places) == shape[axis] else _range_text(places)
         for axis, places in enumerate(view.box)
         if axis in used
     ]
-    return index, "" if set(rest) <= {":"} else f"[{','.join(rest)}]"
+    return index, "" if set(parts) <= {":"} else f"[{','.join(parts)}]"
 
 
-def _part(places: range) -> str:
+def _range_text(places: range) -> str:
     step = f":{places.step}" if places.step > 1 else ""
     return f"{places.start}:{places.stop}{step}"

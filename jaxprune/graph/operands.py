@@ -6,13 +6,14 @@ of its kernel with the patches of its input.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.graph.program import Fixed, Step, is_grouped
 from jaxprune.graph.weight_view import Reshape, Slice, Steps, Transpose, WeightView
 
 
@@ -28,8 +29,8 @@ class Input:
       order: the axes of the value, batch first, samples, inputs last.
       shape: (batch, samples, in).
       leading: the shape of the samples, before they are one axis.
-      patches: for a convolution, the arguments of
-        `jax.lax.conv_general_dilated_patches`, as pairs; otherwise empty.
+      patches: arguments of `jax.lax.conv_general_dilated_patches` for a convolution, as
+        pairs; otherwise empty.
       grouped: whether rows lie group by group; compared, unlike the numbers.
       sizes: the number of the value that says how many rows each group has, or None.
     """
@@ -61,7 +62,7 @@ class Input:
         Rows in groups are (1, samples, in).
         """
         if self.grouped:
-            return value[0][None]
+            return value[0][None]  # (rows, in) before
         if self.patches:
             value = jax.lax.conv_general_dilated_patches(
                 value, precision=jax.lax.Precision.HIGHEST, **dict(self.patches)
@@ -73,33 +74,75 @@ class Input:
         return moved.reshape(self.shape)
 
 
-def dot(
-    numbers: Any, view: WeightView, value: Any, kind: Any, side: int
-) -> tuple[WeightView, Input]:
-    """A `dot_general` whose operand `side` is the weight."""
-    contracted, batched = numbers
+class WeightUse(NamedTuple):
+    """A step one of whose first two operands is a weight, the other an activation.
+
+    Attributes:
+      step: the step.
+      side: number of the operand that is the weight, 0 or 1.
+      view: the view of the leaf that the weight is.
+      value: the number of the activation.
+      avals: shape and dtype of each value of the program.
+    """
+
+    step: Step
+    side: int
+    view: WeightView
+    value: int
+    avals: Sequence[Any]
+
+
+class Product(NamedTuple):
+    """How a primitive multiplies a weight with an activation.
+
+    Attributes:
+      operands: rule that gives the weight as (batch, in, out) and its input as (batch,
+        samples, in); None for a use that is no linear op.
+      summed: function of the parameters to the number of an operand, and its axes over
+        which each number of the result is summed.
+    """
+
+    operands: Callable[[WeightUse], tuple[WeightView, Input] | None]
+    summed: Callable[[Mapping[str, Any]], tuple[int, Sequence[int]]]
+
+
+def dot_operands(use: WeightUse) -> tuple[WeightView, Input]:
+    """The operands of a `dot_general`."""
+    view, side = use.view, use.side
+    contracted, batched = use.step.params["dimension_numbers"]
     # In the leaf's order: an einsum may contract (size, heads), and four consecutive
     # inputs are those that lie side by side in the leaf.
-    both = zip(contracted[side], contracted[1 - side], strict=True)
-    pairs = sorted(both, key=lambda pair: _distance(view, pair[0]), reverse=True)
-    inputs, batch = tuple(own for own, _ in pairs), tuple(batched[side])
+    pairs = sorted(
+        zip(contracted[side], contracted[1 - side], strict=True),
+        key=lambda pair: _position_in_leaf(view, pair[0]),
+        reverse=True,
+    )
+    inputs, batch = tuple(axis for axis, _ in pairs), tuple(batched[side])
     free = tuple(a for a in range(len(view.shape)) if a not in inputs + batch)
-    shape = [math.prod(view.shape[a] for a in axes) for axes in (batch, inputs, free)]
-    seen = view.transpose(batch + inputs + free)
     # Grouped by axis before it is flattened, so that `axes` can tell them apart.
-    last, first = tuple(other for _, other in pairs), tuple(batched[1 - side])
-    samples = tuple(a for a in range(len(kind.shape)) if a not in first + last)
-    leading = tuple(kind.shape[a] for a in samples)
+    # (batch, in, out)
+    matrix = view.transpose(batch + inputs + free).matrix(len(batch), len(inputs))
+    # The activation's axes likewise: batch, samples, inputs in the weight's order.
+    last, first = tuple(axis for _, axis in pairs), tuple(batched[1 - side])
+    shape = use.avals[use.value].shape
+    samples = tuple(a for a in range(len(shape)) if a not in first + last)
+    leading = tuple(shape[a] for a in samples)
     source = Input(
-        value=value,
+        value=use.value,
         order=first + samples + last,
-        shape=(shape[0], math.prod(leading), shape[1]),
+        shape=(matrix.shape[0], math.prod(leading), matrix.shape[1]),
         leading=leading,
     )
-    return seen.matrix(len(batch), len(inputs)), source
+    return matrix, source
 
 
-def _distance(view: WeightView, axis: int) -> tuple[tuple[int, ...], int]:
+def dot_summed(params: Mapping[str, Any]) -> tuple[int, Sequence[int]]:
+    """The contracted axes of the first operand of a `dot_general`."""
+    (contracted, _), _ = params["dimension_numbers"]
+    return 0, contracted
+
+
+def _position_in_leaf(view: WeightView, axis: int) -> tuple[tuple[int, ...], int]:
     """A sort key: where in the leaf an axis's second position lies, then minus axis."""
     # Of axes that a reshape made of one, `axes` says only which one that was.
     place = [int(i == axis and size > 1) for i, size in enumerate(view.shape)]
@@ -115,23 +158,28 @@ def _distance(view: WeightView, axis: int) -> tuple[tuple[int, ...], int]:
                 flat = np.ravel_multi_index(place, move.after)
                 place = [int(i) for i in np.unravel_index(flat, move.before)]
             case _:  # turned round, its first place is not nearest
-                return tuple(-own for own in view.axes[axis]), -axis
+                return tuple(-leaf_axis for leaf_axis in view.axes[axis]), -axis
     return tuple(place), -axis
 
 
-def convolution(
-    params: Mapping[str, Any], view: WeightView, value: Any, result: Any
-) -> tuple[WeightView, Input]:
+def convolution_operands(use: WeightUse) -> tuple[WeightView, Input] | None:
     """A convolution as the matmul of its kernel with patches of the input."""
+    params, view = use.step.params, use.view
+    if use.side != 1 or params["batch_group_count"] != 1:
+        return None
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    out, own, *window = numbers.rhs_spec
+    kernel_out, kernel_in, *window = numbers.rhs_spec
     size = [view.shape[axis] for axis in window]
-    inputs, outputs = view.shape[own] * math.prod(size), view.shape[out]
-    seen = view.transpose((own, *window, out))
-    seen = seen.reshape((inputs, groups, outputs // groups)).transpose((1, 0, 2))
+    inputs = view.shape[kernel_in] * math.prod(size)  # of a group
+    outputs = view.shape[kernel_out] // groups
+    # Channels outermost, as `conv_general_dilated_patches` lays them out.
+    matrix = view.transpose((kernel_in, *window, kernel_out))
+    # (in, groups x out) as (groups, in, out)
+    matrix = matrix.reshape((inputs, groups, outputs)).transpose((1, 0, 2))
     feature = numbers.out_spec[1]
-    samples = [a for a in range(len(result.shape)) if a != feature]
-    leading = tuple(result.shape[a] for a in samples)
+    shape = use.avals[use.step.outputs[0]].shape
+    samples = [a for a in range(len(shape)) if a != feature]
+    leading = tuple(shape[a] for a in samples)
     patches = {
         "filter_shape": tuple(size),
         "window_strides": params["window_strides"],
@@ -141,26 +189,41 @@ def convolution(
         "dimension_numbers": numbers,
     }
     source = Input(
-        value=value,
+        value=use.value,
         order=(*samples, feature),
         shape=(groups, math.prod(leading), inputs),
         leading=leading,
         patches=tuple(patches.items()),
     )
-    return seen, source
+    return matrix, source
 
 
-def groups(
-    view: WeightView, value: int, kind: Any, sizes: int
-) -> tuple[WeightView, Input]:
+def convolution_summed(params: Mapping[str, Any]) -> tuple[int, Sequence[int]]:
+    """The inputs of a group and the window of a kernel."""
+    return 1, params["dimension_numbers"].rhs_spec[1:]
+
+
+def grouped_dot_operands(use: WeightUse) -> tuple[WeightView, Input] | None:
     """A `lax.ragged_dot`: each row times the matrix of its group."""
-    rows, inputs = kind.shape
+    if not is_grouped(use.step) or use.side != 1:
+        return None
+    sizes = use.step.inputs[2]
+    if isinstance(sizes, Fixed):
+        return None
+    rows, inputs = use.avals[use.value].shape
     source = Input(
-        value=value,
+        value=use.value,
         order=(0, 1),
-        shape=(view.shape[0], rows, inputs),
+        shape=(use.view.shape[0], rows, inputs),
         leading=(rows,),
         grouped=True,
         sizes=sizes,
     )
-    return view.matrix(1, 1), source
+    return use.view.matrix(1, 1), source
+
+
+def grouped_dot_summed(params: Mapping[str, Any]) -> tuple[int, Sequence[int]]:
+    """The contracted axes of the rows."""
+    numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    (contracted, _), _ = numbers
+    return 0, contracted

@@ -1,7 +1,7 @@
 """A function as the flat list of primitive steps that it traces to.
 
 Calls are inlined, scans are unrolled, equal steps are one. Values are numbers; a
-subgraph, from the values that are known to those that are wanted, becomes one compiled
+subgraph, from the values that are known to its outputs, becomes one compiled
 program, and subgraphs of the same form (equal layers of a model) share it.
 """
 
@@ -42,9 +42,9 @@ class Step(NamedTuple):
     """One primitive operation.
 
     Attributes:
-      primitive: what is done.
-      params: how.
-      context: under which of JAX's settings it was traced.
+      primitive: primitive that is applied.
+      params: parameters of the primitive.
+      context: settings of JAX under which it was traced.
       inputs: the operands, numbers of values or `Fixed`.
       outputs: the numbers of the results.
       key: what tells it from steps that do something else.
@@ -62,8 +62,8 @@ class Step(NamedTuple):
         if is_grouped(self):
             names = "precision", "preferred_element_type"
             rows, weight, sizes = operands
-            how = (self.params[name] for name in names)
-            return [grouped_rows.dot(rows, weight, sizes, *how)]
+            settings = (self.params[name] for name in names)
+            return [grouped_rows.dot(rows, weight, sizes, *settings)]
         bound = self.primitive.get_bind_params(dict(self.params))
         # Before jax 0.12 a pair: functions and parameters.
         functions, params = bound if isinstance(bound, tuple) else ((), bound)
@@ -86,8 +86,8 @@ class Program:
     """The steps of a function of parameters and a batch.
 
     Attributes:
-      steps: in an order in which they can run.
-      kinds: shape and dtype of each value.
+      steps: the steps, in an order in which they can run.
+      avals: shape and dtype of each value.
       leaves: the numbers of the parameters' leaves, in flattening order.
       batch: the numbers of the batch's leaves.
       closed_over: values that the function closed over, by number.
@@ -99,7 +99,7 @@ class Program:
     """
 
     steps: list[Step]
-    kinds: list[Any]
+    avals: list[Any]
     leaves: list[int]
     batch: list[int]
     closed_over: dict[int, Any]
@@ -110,16 +110,16 @@ class Program:
 
 
 def _check_arrays(params: Any) -> None:
-    odd = [
+    not_arrays = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex))
     ]
-    if odd:
+    if not_arrays:
         raise TypeError(
-            f"parameters must be arrays, but {listed(odd)} are not; call with "
-            "(fn, params, batch), and keep in fn what is no array, as by "
-            "equinox.partition(model, equinox.is_inexact_array)"
+            f"parameters must be arrays, but {listed(not_arrays)} are not; call with "
+            "(fn, params, batch), and let fn close over what is no array, for "
+            "instance with equinox.partition(model, equinox.is_inexact_array)"
         )
 
 
@@ -139,9 +139,9 @@ def flatten(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> Program:
     except (AttributeError, TypeError) as error:
         jax.make_jaxpr(traced)(params, batch)  # what fails here too is told as it is
         raise ValueError(
-            "loops are unrolled while a function is traced, so that a counter is a "
-            "Python number and a first carry what was given, but with these the body "
-            f"raised {error!r}; call jnp.asarray on them in the function"
+            "loops are unrolled while a function is traced, so counters and first "
+            "carries may be Python numbers, but the body of one took no such number: "
+            f"{error!r}; call jnp.asarray on them in the function"
         ) from error
     writer = _Writer()
     numbers = [writer.value(var.aval) for var in closed.jaxpr.invars]
@@ -161,9 +161,9 @@ class _Writer:
         self._known: dict[Hashable, tuple[int, ...]] = {}
         self._constants: dict[int, int] = {}
 
-    def value(self, kind: Any) -> int:
-        self.program.kinds.append(kind)
-        return len(self.program.kinds) - 1
+    def value(self, aval: Any) -> int:
+        self.program.avals.append(aval)
+        return len(self.program.avals) - 1
 
     def inline(
         self, jaxpr: Any, constants: Sequence[Any], operands: Sequence[int | Fixed]
@@ -192,9 +192,10 @@ class _Writer:
             return env[atom]
         return Fixed(atom.val, (repr(atom.val), str(atom.aval), type(atom.val)))
 
-    def _constant(self, constant: Any, kind: Any) -> int:
+    def _constant(self, constant: Any, aval: Any) -> int:
+        # By identity: one array that several jaxprs close over is one value.
         if id(constant) not in self._constants:
-            number = self.value(kind)
+            number = self.value(aval)
             self._constants[id(constant)] = number
             self.program.closed_over[number] = constant
             self.program.constants.add(number)
@@ -202,6 +203,7 @@ class _Writer:
 
     def _step(self, equation: Any, inputs: Sequence[int | Fixed]) -> Sequence[int]:
         program = self.program
+        # Equal steps of equal operands are one, unless running them does something.
         key = (equation.primitive.name, frozen(equation.params))
         operands = tuple(x.key if isinstance(x, Fixed) else x for x in inputs)
         if not equation.effects and (key, operands) in self._known:
@@ -239,6 +241,7 @@ def _only_branch(equation: Any) -> Any:
     """The branch of a `cond` whose branches are all the same, or None."""
     if equation.primitive.name != "cond":
         return None
+    # As `jax.lax.platform_dependent` makes it where a platform has no way of its own.
     first, *others = equation.params["branches"]
     same = all(str(x.jaxpr) == str(first.jaxpr) and not x.consts for x in others)
     return first if same and not first.consts else None
@@ -260,40 +263,40 @@ def frozen(value: Any) -> Hashable:
 
 
 class Subgraph(NamedTuple):
-    """The steps from values that are known to values that are wanted.
+    """The steps from values that are known to the values that it gives.
 
     Attributes:
       steps: the steps, in order.
       inputs: the values that must be known, in order of first use.
-      wanted: the values that it gives.
-      form: equal for subgraphs of the same steps, whatever is wanted of them.
-      given: which of the values in the form are wanted.
+      outputs: the values that it gives.
+      form: equal for subgraphs of the same steps, whichever values they give.
+      output_names: the outputs, as the form numbers them.
     """
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]
-    wanted: tuple[int, ...]
+    outputs: tuple[int, ...]
     form: Hashable
-    given: tuple[int, ...]
+    output_names: tuple[int, ...]
 
     @property
     def key(self) -> Hashable:
         """Equal for subgraphs that do the same to their inputs."""
-        return self.form, self.given
+        return self.form, self.output_names
 
     def run(self, *values: Any) -> list[Any]:
-        """The wanted values from the inputs; to be compiled."""
+        """The outputs from the inputs; to be compiled."""
         env = dict(zip(self.inputs, values, strict=True))
         for step in self.steps:
             operands = [
                 x.value if isinstance(x, Fixed) else env[x] for x in step.inputs
             ]
             env.update(zip(step.outputs, step.run(operands), strict=True))
-        return [env[number] for number in self.wanted]
+        return [env[number] for number in self.outputs]
 
 
 def subgraph(
-    program: Program, positions: Iterable[int], wanted: Sequence[int]
+    program: Program, positions: Iterable[int], outputs: Sequence[int]
 ) -> Subgraph:
     """The steps at some positions of a program, as a subgraph."""
     steps = tuple(program.steps[i] for i in _ordered(program, set(positions)))
@@ -314,8 +317,8 @@ def subgraph(
         form.append((step.key, *operands))
         for number in step.outputs:
             local[number] = len(local)
-    given = tuple(name(number) for number in wanted)
-    return Subgraph(steps, tuple(inputs), tuple(wanted), tuple(form), given)
+    output_names = tuple(name(number) for number in outputs)
+    return Subgraph(steps, tuple(inputs), tuple(outputs), tuple(form), output_names)
 
 
 def _ordered(program: Program, positions: set[int]) -> list[int]:
@@ -324,7 +327,7 @@ def _ordered(program: Program, positions: set[int]) -> list[int]:
     A step that does not depend on the batch would otherwise stand where an earlier
     layer used it first, and equal layers would differ.
     """
-    done: dict[int, None] = {}
+    ordered: dict[int, None] = {}
 
     def visit(position: int) -> None:
         pending = [position]  # no recursion: an unrolled loop may be long
@@ -335,46 +338,46 @@ def _ordered(program: Program, positions: set[int]) -> list[int]:
                 for x in program.steps[here].inputs
                 if not isinstance(x, Fixed) and x in program.maker
             ]
-            before = [i for i in before if i in positions and i not in done]
+            before = [i for i in before if i in positions and i not in ordered]
             if before:
                 pending.append(before[0])
             else:
-                done[pending.pop()] = None
+                ordered[pending.pop()] = None
 
     steps, varying = program.steps, program.varying
     fixed = {i for i in positions if varying.isdisjoint(steps[i].outputs)}
     for position in [*sorted(positions - fixed), *sorted(fixed)]:
         visit(position)
-    return list(done)
+    return list(ordered)
 
 
-def constant(program: Program, number: int | Fixed) -> Any:
+def constant_value(program: Program, number: int | Fixed) -> Any:
     """A value that depends on neither parameters nor batch, computed now, or None."""
     if isinstance(number, Fixed):
         return number.value
     if number not in program.constants:
         return None
-    steps = needed(program, [number], program.closed_over.__contains__)
-    own = subgraph(program, steps, [number])
+    steps = steps_to(program, [number], program.closed_over.__contains__)
+    part = subgraph(program, steps, [number])
     # A shrunk function may meet a batch of another shape while it is traced itself.
     with jax.ensure_compile_time_eval():
-        return own.run(*(program.closed_over[n] for n in own.inputs))[0]
+        return part.run(*(program.closed_over[n] for n in part.inputs))[0]
 
 
-def needed(
-    program: Program, wanted: Iterable[int], known: Callable[[int], bool]
+def steps_to(
+    program: Program, numbers: Iterable[int], known: Callable[[int], bool]
 ) -> set[int]:
-    """The positions of the steps that lead from known values to those wanted."""
-    found: set[int] = set()
-    pending = [number for number in wanted if not known(number)]
+    """The positions of the steps that lead from known values to some numbers."""
+    positions: set[int] = set()
+    pending = [number for number in numbers if not known(number)]
     while pending:
         position = program.maker.get(pending.pop())
-        if position is None or position in found:
+        if position is None or position in positions:
             continue
-        found.add(position)
+        positions.add(position)
         pending += [
             x
             for x in program.steps[position].inputs
             if not isinstance(x, Fixed) and not known(x)
         ]
-    return found
+    return positions

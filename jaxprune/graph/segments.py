@@ -28,9 +28,10 @@ class Segment:
     """The steps to one input.
 
     Attributes:
-      source: the input.
-      linear_ops: those whose input it is, in the order of the program.
-      subgraph: from earlier activations to the input and what later segments need.
+      source: the input that it ends at.
+      linear_ops: the linear ops whose input it is, in the order of the program.
+      subgraph: steps from earlier activations to the input and to what later segments
+        need.
       later: the activations that later segments need.
     """
 
@@ -40,14 +41,14 @@ class Segment:
     later: frozenset[int]
 
 
-def cut(
-    trace: Trace, chosen: Sequence[LinearOp], *, outputs: bool = False
+def cut_at_inputs(
+    trace: Trace, linear_ops: Sequence[LinearOp], *, outputs: bool = False
 ) -> list[Segment]:
     """The segments of a program, in order; each computes what none before it has.
 
     Args:
       trace: the program.
-      chosen: the linear ops whose inputs end a segment.
+      linear_ops: the linear ops whose inputs end a segment.
       outputs: whether what the program's results need is handed on as well; else the
         input of the last linear op ends all.
 
@@ -56,39 +57,41 @@ def cut(
     """
     flat = trace.program
     groups: dict[int, list[LinearOp]] = {}
-    for op in chosen:
+    for op in linear_ops:
         groups.setdefault(op.input, []).append(op)
-    ordered = sorted(groups.values(), key=lambda own: own[0].step)
+    ordered = sorted(groups.values(), key=lambda ops: ops[0].step)
 
     # First pass: the steps of each segment, where it may use all that earlier ones
     # computed, and the activations that it does use.
-    known, positions, uses = _given(trace), [], []
-    for own in ordered:
-        source = own[0].source.values
-        steps = program_.needed(flat, source, known.__contains__)
+    known, positions, uses = _inputs_of_every_segment(trace), [], []
+    for ops in ordered:
+        source = ops[0].source.values
+        steps = program_.steps_to(flat, source, known.__contains__)
         positions.append(steps)
         inputs = program_.subgraph(flat, steps, source).inputs
         uses.append({n for n in inputs if n in flat.varying})
         known |= _computed(flat, steps) & flat.varying
     if outputs:
         results = _results(flat)
-        rest = program_.needed(flat, results, known.__contains__)
-        inputs = program_.subgraph(flat, rest, sorted(results)).inputs
+        steps = program_.steps_to(flat, results, known.__contains__)
+        inputs = program_.subgraph(flat, steps, sorted(results)).inputs
         uses.append({n for n in inputs if n in flat.varying})
 
     # Second pass, now that all uses are known: what each segment hands on.
     segments = []
-    for k, own in enumerate(ordered):
+    for k, ops in enumerate(ordered):
         later = frozenset().union(*uses[k + 1 :])
-        read = {*own[0].source.values}
-        wanted = _computed(flat, positions[k]) & (later | read)
-        wanted |= read - flat.varying  # sizes of groups may be given once for all
-        part = program_.subgraph(flat, positions[k], sorted(wanted))
-        segments.append(Segment(own[0].source, tuple(own), part, later))
+        read = {*ops[0].source.values}
+        values = _computed(flat, positions[k]) & (later | read)
+        values |= read - flat.varying  # sizes of groups may be given once for all
+        part = program_.subgraph(flat, positions[k], sorted(values))
+        segments.append(Segment(ops[0].source, tuple(ops), part, later))
     return segments
 
 
-def block(trace: Trace, segments: Sequence[Segment], numbers: range) -> Subgraph:
+def block_subgraph(
+    trace: Trace, segments: Sequence[Segment], numbers: range
+) -> Subgraph:
     """All that is done with the weights of some segments, as one program.
 
     It begins with what the first segment hands on, its input included, and ends with
@@ -98,7 +101,7 @@ def block(trace: Trace, segments: Sequence[Segment], numbers: range) -> Subgraph
     Args:
       trace: the program.
       segments: all of it, in order.
-      numbers: which segments, a layer's say.
+      numbers: range of segments, a layer's say.
 
     Returns:
       The steps, from those activations, leaves, slices of leaves and tables.
@@ -106,17 +109,17 @@ def block(trace: Trace, segments: Sequence[Segment], numbers: range) -> Subgraph
     flat = trace.program
     before = _handed_on(flat, segments[: numbers.start + 1])
     if numbers.stop < len(segments):
-        wanted = _handed_on(flat, segments[: numbers.stop + 1])
-        wanted |= {*segments[numbers.stop].source.values}
+        results = _handed_on(flat, segments[: numbers.stop + 1])
+        results |= {*segments[numbers.stop].source.values}
     else:
-        wanted = _results(flat)
-    wanted = wanted - before
-    known = _given(trace) | before
-    positions = program_.needed(flat, wanted, known.__contains__)
-    return program_.subgraph(flat, positions, sorted(wanted))
+        results = _results(flat)
+    results = results - before
+    known = _inputs_of_every_segment(trace) | before
+    positions = program_.steps_to(flat, results, known.__contains__)
+    return program_.subgraph(flat, positions, sorted(results))
 
 
-def layers(segments: Sequence[Segment]) -> list[range]:
+def layer_ranges(segments: Sequence[Segment]) -> list[range]:
     """The segments of each layer, where equal layers follow each other.
 
     A layer's first segment begins in what comes before it, and may be another program
@@ -124,51 +127,53 @@ def layers(segments: Sequence[Segment]) -> list[range]:
     is handed on may differ: nothing after the last layer needs its residual.
 
     Args:
-      segments: of a program, in order.
+      segments: all segments of a program, in order.
 
     Returns:
       Positions, in order; a segment that repeats nothing, or only itself, is alone.
     """
+    # Each segment as the number of its form; a layer is a period of these numbers.
     numbers: dict[Any, int] = {}
-    kinds = [numbers.setdefault(s.subgraph.form, len(numbers)) for s in segments]
-    found: list[range] = []
+    forms = [numbers.setdefault(s.subgraph.form, len(numbers)) for s in segments]
+    ranges: list[range] = []
     start, period = 0, 1
-    while start < len(kinds):
-        inner = kinds[start + 1 : start + period]
-        before = kinds[start - period + 1 : start]
+    while start < len(forms):
+        # The first segment of a layer may differ, so the inner ones are compared.
+        inner = forms[start + 1 : start + period]
+        before = forms[start - period + 1 : start]
         if period == 1 or inner != before:
-            period = _period(kinds, start)
-        found.append(range(start, start + period))
+            period = _period(forms, start)
+        ranges.append(range(start, start + period))
         start += period
-    return found
+    return ranges
 
 
-def _period(kinds: Sequence[int], start: int) -> int:
+def _period(forms: Sequence[int], start: int) -> int:
     """After how many segments those behind the first come again; 1 where never."""
-    rest = kinds[start + 1 :]
-    if rest[:1] == rest[1:2]:
+    behind = forms[start + 1 :]
+    if behind[:1] == behind[1:2]:
         return 1
-    for period in range(2, len(rest) // 2 + 2):
-        inner, after = rest[: period - 1], rest[period : 2 * period - 1]
+    for period in range(2, len(behind) // 2 + 2):
+        inner, after = behind[: period - 1], behind[period : 2 * period - 1]
         if inner == after:
             return period
     return 1
 
 
-def _given(trace: Trace) -> set[int]:
+def _inputs_of_every_segment(trace: Trace) -> set[int]:
     """What every segment is given: whole leaves, the batch, constants, slices."""
     # Slices of leaves, but not casts of them, which are cheaper to make again than to
     # hold.
     flat = trace.program
-    given = {*flat.leaves, *flat.batch, *flat.closed_over, *_tables(flat)}
-    return given | {n for n, v in trace.views.items() if v.sliced and not v.cast}
+    numbers = {*flat.leaves, *flat.batch, *flat.closed_over, *_tables(flat)}
+    return numbers | {n for n, v in trace.views.items() if v.sliced and not v.cast}
 
 
-def _handed_on(flat: Program, done: Sequence[Segment]) -> set[int]:
+def _handed_on(flat: Program, segments: Sequence[Segment]) -> set[int]:
     """The activations that there are behind some segments, and that are needed yet."""
-    steps = [step for own in done for step in own.subgraph.steps]
+    steps = [step for segment in segments for step in segment.subgraph.steps]
     made = {*flat.batch, *(n for step in steps for n in step.outputs)}
-    return made & done[-1].later
+    return made & segments[-1].later
 
 
 def _results(flat: Program) -> set[int]:
@@ -193,9 +198,9 @@ def _tables(flat: Program) -> set[int]:
         if step.primitive.name in ("broadcast_in_dim", "iota", "reshape")
         for n in step.outputs
     }
-    return {n for n in flat.constants - cheap if _bytes(flat.kinds[n]) <= _TABLE}
+    return {n for n in flat.constants - cheap if _bytes(flat.avals[n]) <= _TABLE}
 
 
-def _bytes(kind: Any) -> float:
-    plain = isinstance(getattr(kind, "dtype", None), np.dtype)  # no random key
-    return int(kind.size) * kind.dtype.itemsize if plain else math.inf
+def _bytes(aval: Any) -> float:
+    is_array = isinstance(getattr(aval, "dtype", None), np.dtype)  # no random key
+    return int(aval.size) * aval.dtype.itemsize if is_array else math.inf

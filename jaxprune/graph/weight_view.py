@@ -10,14 +10,11 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from jaxprune.graph.program import Fixed, Step
 
 
 class Slice(NamedTuple):
@@ -103,10 +100,10 @@ class WeightView:
 
     Attributes:
       leaf: the leaf's position among the parameters.
-      shape: of what is seen.
+      shape: shape of what is seen.
       moves: slices, steps, reshapes, transposes and reversals, in order.
-      axes: for each axis of what is seen, the leaf's axes that it is made of.
-      box: for each axis of the leaf, the places of what is seen; None where slices and
+      axes: the leaf's axes that each axis of what is seen is made of.
+      box: places of what is seen along each axis of the leaf; None where slices and
         reshapes mix so that it is no box.
       cast: whether it was cast or scaled on the way, so that the program's value is
         another.
@@ -141,10 +138,11 @@ class WeightView:
 
     def read(self, leaf: jax.Array) -> jax.Array:
         """The part of the leaf, of the view's shape and the leaf's dtype."""
-        return _read(leaf, self._starts, form=self._form)
+        return _read_moves(leaf, self._starts, form=self._form)
 
     def write(self, leaf: jax.Array, part: jax.Array, *, donate: bool) -> jax.Array:
         """The leaf with another part in place; `donate` reuses the leaf's memory."""
+        # Only a slice is written into the leaf's memory; else the part replaces it.
         program = _write_in_place if donate and self.sliced else _write
         return program(leaf, part, self._starts, form=self._form)
 
@@ -176,12 +174,14 @@ class WeightView:
         shape = tuple(-(-n // step) for n, step in zip(self.shape, steps, strict=True))
         if shape == self.shape:
             return self
-        box = list(self.box or ())
+        box = list(self.box or ())  # emptied where what is seen is no box any more
         for axis, step in enumerate(steps):
-            own = self.axes[axis]
-            if step > 1 and box and len(own) == 1 and self._is_alone(own[0]):
-                box[own[0]] = box[own[0]][::step]
-            elif step > 1:
+            if step == 1:
+                continue
+            leaf_axes = self.axes[axis]
+            if box and len(leaf_axes) == 1 and self._is_alone(leaf_axes[0]):
+                box[leaf_axes[0]] = box[leaf_axes[0]][::step]
+            else:
                 box = []
         return dataclasses.replace(
             self,
@@ -219,17 +219,18 @@ class WeightView:
         """The view as (batch, in, out): so many axes each, out the rest."""
         ends = [0, batch, batch + inputs, len(self.shape)]
         parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
-        seen = self.reshape([math.prod(self.shape[part]) for part in parts])
+        matrix = self.reshape([math.prod(self.shape[part]) for part in parts])
+        # A reshape groups axes by size only, and these are known to be apart.
         axes = tuple(
-            tuple(sorted({axis for own in self.axes[part] for axis in own}))
+            tuple(sorted({axis for leaf_axes in self.axes[part] for axis in leaf_axes}))
             for part in parts
         )
-        return dataclasses.replace(seen, axes=axes)
+        return dataclasses.replace(matrix, axes=axes)
 
     def _is_alone(self, axis: int) -> bool:
         """Whether one axis alone is made of a leaf axis, and none is reversed."""
         turned = any(isinstance(move, Reverse) for move in self.moves)
-        return not turned and sum(axis in own for own in self.axes) == 1
+        return not turned and sum(axis in leaf_axes for leaf_axes in self.axes) == 1
 
     def _narrowed(self, starts: Sequence[int], sizes: Sequence[int]) -> Any:
         """The box of the leaf after a slice of what is seen, where it is one."""
@@ -237,13 +238,13 @@ class WeightView:
         for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             if size == self.shape[axis]:
                 continue
-            own = self.axes[axis]
+            leaf_axes = self.axes[axis]
             # Part of a box only along an axis that is one whole axis of the leaf.
-            if not box or len(own) != 1 or not self._is_alone(own[0]):
+            if not box or len(leaf_axes) != 1 or not self._is_alone(leaf_axes[0]):
                 return None
-            if len(box[own[0]]) != self.shape[axis]:
+            if len(box[leaf_axes[0]]) != self.shape[axis]:
                 return None
-            box[own[0]] = box[own[0]][start : start + size]
+            box[leaf_axes[0]] = box[leaf_axes[0]][start : start + size]
         return tuple(box) or None
 
     def _regrouped(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -255,7 +256,8 @@ class WeightView:
         made of axis 0. (4, 6) as (8, 3): nothing agrees before {4, 6} and {8, 3}.
         """
         if 0 in shape:  # no element says which axis it lies on
-            return (tuple(sorted({a for own in self.axes for a in own})),) * len(shape)
+            all_axes = {axis for leaf_axes in self.axes for axis in leaf_axes}
+            return (tuple(sorted(all_axes)),) * len(shape)
         before = [(s, self.axes[i]) for i, s in enumerate(self.shape) if s != 1]
         after = [(axis, size) for axis, size in enumerate(shape) if size != 1]
         made: dict[int, tuple[int, ...]] = {}
@@ -263,92 +265,16 @@ class WeightView:
             # One group: the side with the smaller size so far takes its next axis.
             # Both sides end at the same size, so that neither runs out of axes.
             old, new = [before.pop(0)], [after.pop(0)]
-            while (own := math.prod(s for s, _ in old)) != (
-                other := math.prod(s for _, s in new)
+            while (size_before := math.prod(s for s, _ in old)) != (
+                size_after := math.prod(s for _, s in new)
             ):
-                if own < other:
+                if size_before < size_after:
                     old.append(before.pop(0))
                 else:
                     new.append(after.pop(0))
             behind = tuple(sorted({axis for _, axes in old for axis in axes}))
             made.update((axis, behind) for axis, _ in new)
         return tuple(made.get(axis, ()) for axis in range(len(shape)))
-
-
-_SAME = (
-    "copy copy_p stop_gradient optimization_barrier sharding_constraint reshard "
-    "device_put"
-)
-
-
-def propagate(
-    step: Step,
-    views: Mapping[int, WeightView],
-    kinds: Sequence[Any],
-    known: Callable[[int | Fixed], Any],
-) -> list[WeightView] | None:
-    """The views that a step's results are; None if it does more than move a leaf."""
-    # `views` are those so far, `kinds` shape and dtype of each value, and `known` gives
-    # the value of a constant, or None.
-    sources = [views.get(x) if not isinstance(x, Fixed) else None for x in step.inputs]
-    name, params = step.primitive.name, step.params
-    if name in ("mul", "div", "neg"):
-        return _scaled(name, step.inputs, sources, kinds, known)
-    if not sources or sources[0] is None or (name in _SAME.split() and None in sources):
-        return None
-    view = sources[0]
-    if name == "convert_element_type":
-        return [dataclasses.replace(view, cast=True)]
-    if name in _SAME.split():
-        return [same for same in sources if same]
-    after = [tuple(kinds[number].shape) for number in step.outputs]
-    if name == "slice":
-        starts, steps = (
-            params["start_indices"],
-            params["strides"] or (1,) * len(after[0]),
-        )
-        sizes = [
-            1 + (n - 1) * step if n else 0
-            for n, step in zip(after[0], steps, strict=True)
-        ]
-        return [view.slice(starts, sizes).in_steps(steps)]
-    if name == "dynamic_slice":
-        starts = [known(x) for x in step.inputs[1:]]
-        if any(start is None for start in starts):
-            return None
-        return [view.slice(clamped(starts, after[0], view.shape), after[0])]
-    if name in ("unstack", "split"):
-        return _parts(view, params["axis"], after, drop=name == "unstack")
-    if name == "reshape" and params.get("dimensions") is not None:
-        return [view.transpose(params["dimensions"]).reshape(after[0])]
-    if name in ("squeeze", "expand_dims", "reshape"):
-        return [view.reshape(after[0])]
-    if name == "rev":
-        return [view.reverse(params["dimensions"])]
-    if name == "transpose":
-        return [view.transpose(params["permutation"])]
-    if name == "broadcast_in_dim" and math.prod(after[0]) == math.prod(view.shape):
-        return [view.reshape(after[0])]
-    return None
-
-
-def _scaled(
-    name: str,
-    inputs: Sequence[int | Fixed],
-    sources: Sequence[WeightView | None],
-    kinds: Sequence[Any],
-    known: Callable[[int | Fixed], Any],
-) -> list[WeightView] | None:
-    """The view of a leaf times one constant, which moves no score past another."""
-    views = [view for view in sources if view is not None]
-    if len(views) != 1 or (name == "div" and sources[0] is None):
-        return None
-    for x, source in zip(inputs, sources, strict=True):
-        if source is None:
-            shape = np.shape(x.value) if isinstance(x, Fixed) else kinds[x].shape
-            if math.prod(shape) != 1 or known(x) is None:
-                return None
-    return [dataclasses.replace(views[0], cast=True)]
 
 
 def _with_starts(form: Sequence[Move], starts: Sequence[Any]) -> Iterator[Move]:
@@ -358,43 +284,27 @@ def _with_starts(form: Sequence[Move], starts: Sequence[Any]) -> Iterator[Move]:
         yield Slice(next(pending), move.sizes) if isinstance(move, Slice) else move
 
 
+# Where slices start is traced, so that the layers of a stack share one program.
 @functools.partial(jax.jit, static_argnames="form")
-def _read(leaf: jax.Array, starts: Any, *, form: Any) -> jax.Array:
+def _read_moves(leaf: jax.Array, starts: Any, *, form: Any) -> jax.Array:
     for move in _with_starts(form, starts):
         leaf = move.read(leaf)
     return leaf
 
 
-def _written(leaf: jax.Array, part: jax.Array, starts: Any, *, form: Any) -> jax.Array:
+def _write_moves(
+    leaf: jax.Array, part: jax.Array, starts: Any, *, form: Any
+) -> jax.Array:
     moves = list(_with_starts(form, starts))
     # What each move was made of: a slice is written back into it.
     part, arrays = part.astype(leaf.dtype), [leaf]
     for move in moves[:-1]:
         arrays.append(move.read(arrays[-1]))
+    # A leaf that is not moved has no moves, and one array.
     for move, array in reversed(list(zip(moves, arrays, strict=False))):
         part = move.write(array, part)
     return part
 
 
-_write = jax.jit(_written, static_argnames="form")
-_write_in_place = jax.jit(_written, static_argnames="form", donate_argnums=0)
-
-
-def clamped(
-    starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]
-) -> list[int]:
-    """Where a dynamic slice begins: moved until it fits, as XLA does."""
-    triples = zip(starts, sizes, shape, strict=True)
-    return [min(max(int(start), 0), whole - size) for start, size, whole in triples]
-
-
-def _parts(
-    view: WeightView, axis: int, shapes: Sequence[tuple[int, ...]], *, drop: bool
-) -> list[WeightView]:
-    """The pieces along an axis; `drop`: of length one, and without the axis."""
-    starts, sizes, views = [0] * len(view.shape), list(view.shape), []
-    for shape in shapes:
-        sizes[axis] = 1 if drop else shape[axis]
-        views.append(view.slice(tuple(starts), tuple(sizes)).reshape(shape))
-        starts[axis] += sizes[axis]
-    return views
+_write = jax.jit(_write_moves, static_argnames="form")
+_write_in_place = jax.jit(_write_moves, static_argnames="form", donate_argnums=0)

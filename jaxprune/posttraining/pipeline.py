@@ -40,7 +40,7 @@ class SegmentedProgram:
       leaves: the parameters' leaves, in flattening order; replaced as weights change.
       segments: in order.
       layers: the positions of each layer's segments.
-      blocks: what is done with each layer's weights, as `segments.block`.
+      blocks: what is done with each layer's weights, as `segments.block_subgraph`.
       devices: those that take a batch each; None where a batch lies as it was given.
     """
 
@@ -60,12 +60,13 @@ class SegmentedProgram:
         self.trace = trace
         self.leaves = leaves
         self.devices = devices
-        self.segments = segments.cut(trace, chosen, outputs=outputs)
-        self.layers = segments.layers(self.segments)
+        self.segments = segments.cut_at_inputs(trace, chosen, outputs=outputs)
+        self.layers = segments.layer_ranges(self.segments)
         self.blocks: list[Subgraph] = []
         if outputs:
             self.blocks = [
-                segments.block(trace, self.segments, own) for own in self.layers
+                segments.block_subgraph(trace, self.segments, own)
+                for own in self.layers
             ]
         uses = collections.Counter(op.name for op in chosen)
         self._tied = {name for name, number in uses.items() if number > 1}
@@ -182,7 +183,7 @@ class SegmentedProgram:
     def table(self, number: int) -> jax.Array:
         """A value that depends on neither parameters nor batch."""
         if number not in self._tables:
-            self._tables[number] = program_.constant(self.trace.program, number)
+            self._tables[number] = program_.constant_value(self.trace.program, number)
         return self._tables[number]
 
     def run(
@@ -203,7 +204,7 @@ class SegmentedProgram:
                 jax.jit(part.run) if each is None else each.compiled(part.run, own)
             )
         results = self._compiled[key](*(known[n] for n in part.inputs))
-        return dict(zip(part.wanted, results, strict=True))
+        return dict(zip(part.outputs, results, strict=True))
 
     def _read_by(self, part: Subgraph) -> set[int]:
         """The positions of the leaves that some steps read."""

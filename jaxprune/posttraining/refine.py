@@ -1,10 +1,10 @@
 """Gradient steps on what is left of a block, towards the output of the dense one.
 
-A block (`segments.block`) is the part of the program that uses the weights of a layer.
-It begins at the input of the layer's first matrices and ends at the input of the next
-layer's first matrices, behind the next layer's norm. The block's input comes from the
-pruned model and its target from the dense one, so that the block also makes up for what
-earlier blocks lost. Zeros stay zeros.
+A block (`segments.block_subgraph`) is the part of the program that uses the weights of
+a layer. It begins at the input of the layer's first matrices and ends at the input of
+the next layer's first matrices, behind the next layer's norm. The block's input comes
+from the pruned model and its target from the dense one, so that the block also makes up
+for what earlier blocks lost. Zeros stay zeros.
 
 The loss is relative, token by token: |y - target|^2 / |target|^2, with norms along the
 last axis. A few massive activations (a sequence's first token) would make up nearly all
@@ -102,8 +102,8 @@ class Refine:
           ValueError: no result is a float that depends on the batch, no weight is a
             layer's own, or no position counts in the batches that train or measure.
         """
-        kinds = program.trace.program.kinds
-        wanted = program.blocks[-1].wanted
+        kinds = program.trace.program.avals
+        wanted = program.blocks[-1].outputs
         if not any(jnp.issubdtype(kinds[n].dtype, jnp.floating) for n in wanted):
             raise ValueError(
                 "refine measures the last layer by what the function returns, so some "
@@ -179,7 +179,7 @@ def trained_values(program: SegmentedProgram) -> list[list[Value]]:
         for number in parts[i].inputs:  # in order of first use
             if number not in reads[i] or not alone(i, number):
                 continue
-            view, kind = views[number], program.trace.program.kinds[number]
+            view, kind = views[number], program.trace.program.avals[number]
             is_weight = any(not one.is_apart(view) for one in pruned)
             is_vector = sum(size > 1 for size in view.shape) <= 1
             if (is_weight or is_vector) and jnp.issubdtype(kind.dtype, jnp.floating):
@@ -358,7 +358,7 @@ def _block_loss(
         # A pruned weight is zero and gets no gradient, so that Adam leaves it there.
         own = jnp.where(x != 0, x, jnp.zeros_like(x)) if is_masked else x
         values.insert(place, own.astype(kind))
-    results = dict(zip(part.wanted, part.run(*values), strict=True))
+    results = dict(zip(part.outputs, part.run(*values), strict=True))
     return relative_error(_floats(results), targets, counted)
 
 

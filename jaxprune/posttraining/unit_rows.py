@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays.messages import listed
-from jaxprune.graph.axis_dims import Dim, units
+from jaxprune.graph.axis_dims import Dim, unit_numbers
 from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
 from jaxprune.graph.linear_ops import LinearOp, Trace
@@ -129,5 +129,5 @@ def _consumers(
 
 
 def _numbered(dim: Dim, atom: Dim, start: int) -> np.ndarray:
-    own = units(dim, atom)
+    own = unit_numbers(dim, atom)
     return np.where(own < 0, -1, own + start)

@@ -23,9 +23,9 @@ class Costs(NamedTuple):
     """What a model costs.
 
     Attributes:
-      parameters: how many there are.
-      bytes: that they take.
-      flops: of its matmuls and convolutions, for the batch that was traced.
+      parameters: number of parameters.
+      bytes: number of bytes that they take.
+      flops: number of FLOPs of its matmuls and convolutions, for the traced batch.
     """
 
     parameters: int
@@ -52,13 +52,14 @@ def share_within(
     """The smallest of some shares that costs no more; None where none does.
 
     Args:
-      cost: of a model that lost this share; it falls with it.
+      cost: function of a share to the cost of a model that lost it; it falls.
       most: the budget.
-      shares: ascending.
+      shares: shares of units, ascending.
 
     Returns:
       One of the shares, or None.
     """
+    # Bisection: the answer is in shares[low:high + 1], or there is none.
     low, high = 0, len(shares)
     while low < high:
         middle = (low + high) // 2

@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed
-from jaxprune.graph.axis_dims import Dim, pooled
+from jaxprune.arrays.rules import Rule, check, error
+from jaxprune.graph.axis_dims import Dim, sum_by_unit
 from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
 from jaxprune.typing import Masks, Params, Scores
@@ -24,11 +25,13 @@ from jaxprune.typing import Masks, Params, Scores
 V = TypeVar("V")
 
 
-def asked(groups: AxisGroups, shares: float | Mapping[str, float]) -> dict[str, float]:
+def shares_of_groups(
+    groups: AxisGroups, shares: float | Mapping[str, float]
+) -> dict[str, float]:
     """The share of its units that each group is to lose, zero left out.
 
     Args:
-      groups: of the function.
+      groups: axis groups of the function.
       shares: one share for all groups that are removable by default; or {glob, kind or
         name: share}, of which the first match counts. A glob matches only groups that
         are removable by default; an exact name or kind matches any removable group.
@@ -40,29 +43,35 @@ def asked(groups: AxisGroups, shares: float | Mapping[str, float]) -> dict[str, 
       ValueError: a share is not in [0, 1), or a rule matches no group that can lose
         units.
     """
-    rules = {"*": shares} if not isinstance(shares, Mapping) else dict(shares)
-    for share in rules.values():
-        if not (math.isfinite(share) and 0 <= share < 1):
-            raise ValueError(f"a share of units must be in [0, 1), got {share}")
-    found = _by_rules(groups, rules)
-    return {name: float(share) for name, share in found.items() if share}
+    by_rule = {"*": shares} if not isinstance(shares, Mapping) else dict(shares)
+    for share in by_rule.values():
+        check([_SHARE], share=share)
+    by_group = _first_matches(groups, by_rule)
+    return {name: float(share) for name, share in by_group.items() if share}
 
 
-def _by_rules(groups: AxisGroups, rules: Mapping[str, V]) -> dict[str, V]:
-    """Group name to what the first rule that fits it says."""
-    unused = dict.fromkeys(rules)
-    found: dict[str, V] = {}
+def _first_matches(groups: AxisGroups, by_rule: Mapping[str, V]) -> dict[str, V]:
+    """Group name to what the first rule that matches it says."""
+    unused = dict.fromkeys(by_rule)
+    by_group: dict[str, V] = {}
     for group in groups:
-        rule = next((rule for rule in rules if _fits(rule, group)), None)
-        if rule is not None:
-            unused.pop(rule, None)
-            found[group.name] = rules[rule]
+        # The first rule counts, so that exceptions are written before a glob.
+        match = next((rule for rule in by_rule if _matches(rule, group)), None)
+        if match is not None:
+            unused.pop(match, None)
+            by_group[group.name] = by_rule[match]
     if unused:
-        raise ValueError(_no_group(groups, list(unused)))
-    return found
+        free = dict.fromkeys(group.kind for group in groups if group.default)
+        raise error(
+            _RULE_MATCHES,
+            unused=listed(unused),
+            free=listed(free) or "none",
+            reasons=_reasons(groups, unused),
+        )
+    return by_group
 
 
-def _fits(rule: str, group: AxisGroup) -> bool:
+def _matches(rule: str, group: AxisGroup) -> bool:
     if rule in (group.name, group.kind):
         return group.removable
     # A glob asks for whatever is safe to cut; only a full name or kind asks for more,
@@ -70,26 +79,21 @@ def _fits(rule: str, group: AxisGroup) -> bool:
     return group.default and fnmatch.fnmatchcase(group.name, rule)
 
 
-def _no_group(groups: AxisGroups, rules: list[str]) -> str:
-    free = dict.fromkeys(group.kind for group in groups if group.default)
+def _reasons(groups: AxisGroups, rules: Iterable[str]) -> str:
+    """Why groups that are named in full can lose no units, in parentheses."""
     reasons = [
         f"{group.name}: {group.why}"
         for group in groups
-        if any(r in (group.name, group.kind) for r in rules) and not group.removable
+        if not group.removable and not {group.name, group.kind}.isdisjoint(rules)
     ]
-    why = f" ({'; '.join(reasons[:3])})" if reasons else ""
-    return (
-        "every rule must match a group whose units can be removed, and no earlier rule "
-        f"all of its groups, but {listed(rules)} match none of "
-        f"{listed(free) or 'none'}{why}; print jp.axis_groups for all"
-    )
+    return f" ({'; '.join(reasons[:3])})" if reasons else ""
 
 
-def counts(groups: AxisGroups, shares: Mapping[str, float]) -> dict[str, int]:
+def lost_counts(groups: AxisGroups, shares: Mapping[str, float]) -> dict[str, int]:
     """How many units each group loses: the integer nearest to share times units.
 
     Args:
-      groups: of the function.
+      groups: axis groups of the function.
       shares: group name to the share that it loses.
 
     Returns:
@@ -99,24 +103,21 @@ def counts(groups: AxisGroups, shares: Mapping[str, float]) -> dict[str, int]:
       ValueError: a group would lose all.
     """
     units = {group.name: group.units for group in groups}
-    found = {name: round(share * units[name]) for name, share in shares.items()}
-    if empty := [name for name, count in found.items() if count >= units[name]]:
-        each = ", ".join(f"{name!r} (of {units[name]})" for name in empty[:6])
-        raise ValueError(
-            f"a group must keep a unit, but these would lose all: {each}; remove a "
-            "smaller share"
-        )
-    return found
+    counts = {name: round(share * units[name]) for name, share in shares.items()}
+    empty = [name for name, count in counts.items() if count >= units[name]]
+    emptied = ", ".join(f"{name!r} (of {units[name]})" for name in empty[:6])
+    check([_UNIT_STAYS], emptied=emptied)
+    return counts
 
 
-def possible(
+def allowed_sizes(
     groups: AxisGroups, sizes: Mapping[str, Iterable[int]] | None
 ) -> dict[str, np.ndarray]:
     """The numbers of units that groups may keep, where something is said of them.
 
     Args:
-      groups: of the function.
-      sizes: {glob, kind or name of a group: numbers}, the first that fits counts.
+      groups: axis groups of the function.
+      sizes: {glob, kind or name of a group: numbers}, the first that matches counts.
 
     Returns:
       Group name to its numbers, descending.
@@ -127,48 +128,41 @@ def possible(
       TypeError: what is said of a group is no numbers.
     """
     units = {group.name: group.units for group in groups}
-    found: dict[str, np.ndarray] = {}
-    for name, numbers in _by_rules(groups, _numbers(sizes or {})).items():
+    allowed: dict[str, np.ndarray] = {}
+    for name, numbers in _first_matches(groups, _as_integers(sizes or {})).items():
         fit = sorted((n for n in numbers if 0 < n <= units[name]), reverse=True)
-        if not fit:
-            raise ValueError(
-                f"sizes must have a number of units from 1 to {units[name]} that "
-                f"{name} may keep; give one"
-            )
-        found[name] = np.array(fit)
-    return found
+        check([_SIZE_FITS], fit=fit, name=name, units=units[name])
+        allowed[name] = np.array(fit)
+    return allowed
 
 
-def _numbers(sizes: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
+def _as_integers(sizes: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
     try:
-        return {rule: {int(n) for n in given} for rule, given in sizes.items()}
+        return {rule: {int(n) for n in numbers} for rule, numbers in sizes.items()}
     except (AttributeError, TypeError, ValueError):
-        raise TypeError(
-            "sizes must be {glob, kind or name of a group: numbers of units}, got "
-            f"{sizes!r}"
-        ) from None
+        raise error(_SIZES, sizes=sizes) from None
 
 
-def nearest(
-    groups: AxisGroups, lost: Mapping[str, int], possible: Mapping[str, np.ndarray]
+def nearest_counts(
+    groups: AxisGroups, lost: Mapping[str, int], allowed: Mapping[str, np.ndarray]
 ) -> dict[str, int]:
-    """Counts that leave the nearest numbers of units that are possible.
+    """Counts that leave the nearest numbers of units that are allowed.
 
     Args:
-      groups: of the function.
+      groups: axis groups of the function.
       lost: group name to how many units it would lose; one that loses none keeps all.
-      possible: group name to the numbers that it may keep, descending; others any.
+      allowed: group name to the numbers that it may keep, descending; others any.
 
     Returns:
       Group name to count; of two numbers as near the larger is kept.
     """
-    new = dict(lost)
+    counts = dict(lost)
     for group in groups:
-        if lost.get(group.name) and group.name in possible:
-            fit = possible[group.name]
-            distance = np.abs(fit - (group.units - lost[group.name]))
-            new[group.name] = group.units - int(fit[distance.argmin()])
-    return new
+        if lost.get(group.name) and group.name in allowed:
+            numbers = allowed[group.name]
+            distance = np.abs(numbers - (group.units - lost[group.name]))
+            counts[group.name] = group.units - int(numbers[distance.argmin()])
+    return counts
 
 
 def by_scores(
@@ -177,9 +171,9 @@ def by_scores(
     """The units that are kept, the highest of each group.
 
     Args:
-      groups: of the function.
+      groups: axis groups of the function.
       params: the parameters.
-      scores: like them, floating; `optax.MaskedNode()` where a leaf has no say.
+      scores: a tree like them, floating; `optax.MaskedNode()` where a leaf has no say.
       lost: group name to how many units it loses.
 
     Returns:
@@ -189,41 +183,32 @@ def by_scores(
       ValueError: scores do not fit the parameters, a group has no weight with a score,
         or a unit's score is NaN.
     """
-    leaves = _aligned(params, scores, "scores")
+    leaves = _leaves_beside(params, scores, "scores")
     cache: dict[Any, np.ndarray] = {}
-    found, wrong, silent = {}, [], []
+    kept, not_numbers, silent = {}, [], []
     for group in groups:
         if not lost.get(group.name):
             continue
-        total = _pooled(groups, group, leaves, cache)
+        total = _unit_sums(groups, group, leaves, cache)
         if total is None:
             silent.append(group.name)
         elif np.isnan(total).any():
-            wrong.append(group.name)
+            not_numbers.append(group.name)
         else:
             # Stable: of equal scores the first unit stays, as everywhere here.
             order = np.argsort(-total, kind="stable")
-            found[group.name] = np.sort(order[: group.units - lost[group.name]])
-    if silent:
-        raise ValueError(
-            f"a group needs a weight with a score, but {listed(silent)} have none; "
-            "score them with prunable=, or leave them out"
-        )
-    if wrong:
-        raise ValueError(
-            f"scores must not be NaN, but those of {listed(wrong)} are; look at the "
-            "criterion, or leave them out"
-        )
-    return found
+            kept[group.name] = np.sort(order[: group.units - lost[group.name]])
+    check(_UNIT_SCORES, silent=listed(silent), not_numbers=listed(not_numbers))
+    return kept
 
 
 def by_masks(groups: AxisGroups, params: Params, masks: Masks) -> dict[str, np.ndarray]:
     """The units that masks keep: a unit goes where all its weights are pruned.
 
     Args:
-      groups: of the function.
+      groups: axis groups of the function.
       params: the parameters.
-      masks: like them, boolean; `optax.MaskedNode()` where a leaf has no say.
+      masks: a tree like them, boolean; `optax.MaskedNode()` where a leaf has no say.
 
     Returns:
       Group name to the kept units, ascending, for groups that lose any.
@@ -231,29 +216,26 @@ def by_masks(groups: AxisGroups, params: Params, masks: Masks) -> dict[str, np.n
     Raises:
       ValueError: masks do not fit the parameters, or prune every unit of a group.
     """
-    leaves = _aligned(params, masks, "masks")
+    leaves = _leaves_beside(params, masks, "masks")
     cache: dict[Any, np.ndarray] = {}
-    found, empty = {}, []
+    kept, empty = {}, []
     for group in groups:
         if not group.removable:
             continue
-        total = _pooled(groups, group, leaves, cache)
+        total = _unit_sums(groups, group, leaves, cache)
         if total is None or (total > 0).all():
             continue
         # The sum of a mask counts the weights of a unit that stay; one keeps the unit.
-        found[group.name] = np.flatnonzero(total > 0)
+        kept[group.name] = np.flatnonzero(total > 0)
         if not total.any():
             empty.append(group.name)
-    if empty:
-        raise ValueError(
-            f"a group must keep a unit, but the masks prune all of {listed(empty)}; "
-            "keep some"
-        )
-    return found
+    check([_MASKED_UNIT_STAYS], empty=listed(empty))
+    return kept
 
 
-def _aligned(params: Params, given: Any, what: str) -> dict[str, Any]:
-    leaves = tree.align(params, given, what)
+def _leaves_beside(params: Params, like_params: Any, what: str) -> dict[str, Any]:
+    """Leaf name to the leaf of a tree like the parameters, without those left out."""
+    leaves = tree.align(params, like_params, what)
     return {
         name: leaf
         for name, leaf in zip(tree.names(params), leaves, strict=True)
@@ -261,76 +243,130 @@ def _aligned(params: Params, given: Any, what: str) -> dict[str, Any]:
     }
 
 
-def _pooled(
+def _unit_sums(
     groups: AxisGroups,
     group: AxisGroup,
     leaves: Mapping[str, Any],
     cache: dict[Any, np.ndarray],
 ) -> np.ndarray | None:
-    """The sum over the weights of each unit; None where no leaf has a say."""
-    shapes = {leaf.name: leaf for leaf in groups.trace.leaves}
+    """The sum over the weights of each unit, (units,); None where no leaf has a say."""
+    axes_of_leaf = {leaf.name: leaf for leaf in groups.trace.leaves}
     total = None
     for member in group.members:
         if member.leaf not in leaves:
             continue
-        leaf = shapes[member.leaf]
+        leaf = axes_of_leaf[member.leaf]
         # Groups that share an axis of a leaf, as the parts of a fused matrix do, read
         # the same sums.
         key = (member.leaf, member.axis)
         if key not in cache:
-            cache[key] = _sums(leaf, leaves[member.leaf], member.axis)
+            cache[key] = _axis_sums(leaf, leaves[member.leaf], member.axis)
         dim: Dim = leaf.parts[member.part][member.axis]
-        own = pooled(dim, cache[key][member.part], group.dim)
-        total = own if total is None else total + own
+        unit_sums = sum_by_unit(dim, cache[key][member.part], group.dim)
+        total = unit_sums if total is None else total + unit_sums
     return total
 
 
-def _sums(leaf: LeafAxes, values: Any, axis: int) -> np.ndarray:
+def _axis_sums(leaf: LeafAxes, values: Any, axis: int) -> np.ndarray:
     """Sums over all axes but one, (parts, size of the axis)."""
     spared = {axis, leaf.stacked}
     others = tuple(i for i in range(len(leaf.shape)) if i not in spared)
-    whole = jnp.issubdtype(values.dtype, jnp.bool_)
+    counts = jnp.issubdtype(values.dtype, jnp.bool_)
     # Masks are counted in integers: float32 is exact up to 2^24 only.
-    sums = jnp.sum(values, others, dtype=jnp.int32 if whole else jnp.float32)
+    sums = jnp.sum(values, others, dtype=jnp.int32 if counts else jnp.float32)
     if leaf.stacked is None:
         sums = sums[None]
     elif leaf.stacked > axis:
-        sums = sums.T
-    return np.asarray(sums, np.int64 if whole else np.float64)
+        sums = sums.T  # (axis, stack) so far
+    return np.asarray(sums, np.int64 if counts else np.float64)
 
 
-def check_whole(masks: Mapping[str, Any], cut: Mapping[str, Any]) -> None:
-    """Refuses masks that prune weights which a cut would keep."""
-    left: list[str] = []
-    for name, mask in masks.items():
-        if not np.asarray(cut[name].take(np.asarray(mask))).all():
-            left.append(name)
-    if left:
-        raise ValueError(
-            "masks must prune whole units to make a model smaller, but those of "
-            f"{listed(left)} also prune single weights of units that stay; give "
-            "scores, or keep such zeros as zeros with jp.masks.apply"
-        )
+def check_whole(masks: Mapping[str, Any], cuts: Mapping[str, Any]) -> None:
+    """Refuses masks that prune weights which a cut would keep.
+
+    Args:
+      masks: leaf name to its mask, of the leaf's shape.
+      cuts: leaf name to its `LeafCut`.
+
+    Raises:
+      ValueError: what a cut keeps of a mask is not all True.
+    """
+    ragged = [
+        name
+        for name, mask in masks.items()
+        if not np.asarray(cuts[name].take(np.asarray(mask))).all()
+    ]
+    check([_WHOLE_UNITS], ragged=listed(ragged))
 
 
 def masked_leaves(params: Params, masks: Masks) -> dict[str, Any]:
-    """Leaf name to mask, those that are left out left out."""
-    return _aligned(params, masks, "masks")
+    """Leaf name to mask, without the leaves that have none."""
+    return _leaves_beside(params, masks, "masks")
 
 
-def is_masks(given: Any) -> bool:
+def is_masks(scores_or_masks: Scores | Masks) -> bool:
     """Whether a tree holds booleans rather than scores."""
-    kinds = {
-        jnp.issubdtype(jax.typeof(leaf).dtype, jnp.bool_) for leaf in _leaves(given)
+    leaves = tree.named_leaves(scores_or_masks).values()
+    answers = {
+        jnp.issubdtype(jax.typeof(leaf).dtype, jnp.bool_)
+        for leaf in leaves
+        if not tree.is_excluded(leaf)
     }
-    if len(kinds) > 1:
-        raise ValueError(
-            "shrink needs scores or masks, got a tree of both; give floating leaves or "
-            "boolean ones"
-        )
-    return kinds == {True}
+    check([_ALL_ALIKE], answers=answers)
+    return answers == {True}
 
 
-def _leaves(given: Any) -> Iterable[Any]:
-    named = tree.named_leaves(given)
-    return [leaf for leaf in named.values() if not tree.is_excluded(leaf)]
+_SHARE = Rule(
+    lambda v: math.isfinite(v.share) and 0 <= v.share < 1,
+    "a share of units must be in [0, 1), got {share}",
+)
+_RULE_MATCHES = Rule(
+    lambda v: not v.unused,
+    "every rule must match a group whose units can be removed and that no earlier rule "
+    "matches, but {unused} match none of {free}{reasons}",
+    "print jp.axis_groups for all",
+)
+_UNIT_STAYS = Rule(
+    lambda v: not v.emptied,
+    "a group must keep a unit, but these would lose all: {emptied}",
+    "remove a smaller share",
+)
+_MASKED_UNIT_STAYS = Rule(
+    lambda v: not v.empty,
+    "a group must keep a unit, but the masks prune all of {empty}",
+    "keep some",
+)
+_SIZES = Rule(
+    lambda v: False,
+    "sizes must be {{glob, kind or name of a group: numbers of units}}, got {sizes!r}",
+    error=TypeError,
+)
+_SIZE_FITS = Rule(
+    lambda v: v.fit,
+    "sizes must have a number of units from 1 to {units} that {name} may keep, got "
+    "none",
+    "give one",
+)
+_UNIT_SCORES = [
+    Rule(
+        lambda v: not v.silent,
+        "a group needs a weight with a score, but {silent} have none",
+        "score them with prunable=, or leave them out",
+    ),
+    Rule(
+        lambda v: not v.not_numbers,
+        "scores must not be NaN, but those of {not_numbers} are",
+        "look at the criterion, or leave them out",
+    ),
+]
+_WHOLE_UNITS = Rule(
+    lambda v: not v.ragged,
+    "masks must prune whole units to make a model smaller, but those of {ragged} "
+    "also prune single weights of units that stay",
+    "give scores, or keep such zeros as zeros with jp.masks.apply",
+)
+_ALL_ALIKE = Rule(
+    lambda v: len(v.answers) <= 1,
+    "shrink needs scores or masks, got a tree of both",
+    "give floating leaves or boolean ones",
+)

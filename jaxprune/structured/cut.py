@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arrays import lazy, placement, tree
 from jaxprune.arrays.messages import listed
-from jaxprune.graph.axis_dims import Dim, mask
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.graph.axis_dims import Dim, kept_positions
 from jaxprune.graph.axis_groups import AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
 
@@ -30,12 +31,12 @@ class LeafCut:
     """What is kept of one leaf.
 
     Attributes:
-      before: its shape.
-      after: its shape once it is cut.
+      before: shape of the leaf.
+      after: shape of the leaf once it is cut.
       stacked: the axis along which it is stacked, each index with its own positions;
         None where it is not.
-      kept: for each index along that axis (one where there is none), for each axis the
-        positions that are kept, None for all.
+      kept: positions that are kept of each axis, None for all, for each index along
+        the stacked axis (one where there is none).
     """
 
     before: tuple[int, ...]
@@ -50,29 +51,30 @@ class LeafCut:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(self.after, leaf.dtype)
         if isinstance(leaf, lazy.LazyArray):
-            whole = leaf.read
-            return lazy.LazyArray(self.after, leaf.dtype, lambda: self.take(whole()))
+            read = leaf.read
+            return lazy.LazyArray(self.after, leaf.dtype, lambda: self.take(read()))
         sharding = None if isinstance(leaf, jax.core.Tracer) else _sharding(leaf)
         if sharding is None:
             return self._cut(leaf)
         # Each device ends with a part of what is kept, as it had of the whole.
-        cut = placement.automatic(self._cut_in_place, leaf)
-        return jax.device_put(cut, self._split(sharding))
+        smaller = placement.automatic(self._cut_in_place, leaf)
+        return jax.device_put(smaller, self._split(sharding))
 
     def _cut(self, leaf: Any) -> Any:
         xp: Any = np if isinstance(leaf, np.ndarray) else jnp
         if self.stacked is None:
-            return _taken(xp, leaf, self.kept[0])
-        parts = [
-            _taken(xp, xp.expand_dims(xp.take(leaf, i, self.stacked), self.stacked), of)
-            for i, of in enumerate(self.kept)
-        ]
-        return xp.concatenate(parts, self.stacked)
+            return _take_positions(xp, leaf, self.kept[0])
+        layers = []
+        for i, positions in enumerate(self.kept):
+            # The stacked axis stays, of length one, so that axes keep their numbers.
+            layer = xp.expand_dims(xp.take(leaf, i, self.stacked), self.stacked)
+            layers.append(_take_positions(xp, layer, positions))
+        return xp.concatenate(layers, self.stacked)
 
     def _cut_in_place(self, leaf: jax.Array) -> jax.Array:
-        where = self._split(leaf.sharding)  # type: ignore[arg-type]
-        found: jax.Array = jax.jit(self._cut, out_shardings=where)(leaf)
-        return found
+        sharding = self._split(leaf.sharding)  # type: ignore[arg-type]
+        smaller: jax.Array = jax.jit(self._cut, out_shardings=sharding)(leaf)
+        return smaller
 
     def _split(self, sharding: NamedSharding) -> NamedSharding:
         """The sharding of what is kept: as before on axes that still come out even."""
@@ -86,11 +88,12 @@ class LeafCut:
 
 
 def _sharding(leaf: Any) -> NamedSharding | None:
-    found = getattr(leaf, "sharding", None)
-    return found if isinstance(found, NamedSharding) else None
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def _taken(xp: Any, leaf: Any, kept: Sequence[np.ndarray | None]) -> Any:
+def _take_positions(xp: Any, leaf: Any, kept: Sequence[np.ndarray | None]) -> Any:
+    """A leaf at the positions that each axis keeps, with NumPy or jax.numpy."""
     for axis, positions in enumerate(kept):
         if positions is not None:
             leaf = xp.take(leaf, positions, axis)
@@ -101,7 +104,7 @@ def of_groups(groups: AxisGroups, kept: Mapping[str, np.ndarray]) -> dict[str, L
     """What is kept of each leaf, by the units that are kept of each group.
 
     Args:
-      groups: of the function.
+      groups: axis groups of the function.
       kept: group name to the units that are kept, ascending; others keep all.
 
     Returns:
@@ -115,31 +118,29 @@ def of_groups(groups: AxisGroups, kept: Mapping[str, np.ndarray]) -> dict[str, L
         if group.name in kept:
             masks[group.dim] = np.isin(np.arange(group.units), kept[group.name])
     cuts = {leaf.name: _leaf_cut(leaf, masks) for leaf in groups.trace.leaves}
-    if uneven := [name for name, cut in cuts.items() if cut is None]:
-        raise ValueError(
-            "a leaf that is stacked over layers must keep as many units in each, but "
-            f"{listed(uneven)} would not; remove as many of each layer, and none where "
-            "jp.axis_groups says of a layer that it can lose none"
-        )
-    return {name: cut for name, cut in cuts.items() if cut is not None}
+    uneven = listed(name for name, leaf_cut in cuts.items() if leaf_cut is None)
+    check([_EVEN_LAYERS], uneven=uneven)
+    return {name: leaf_cut for name, leaf_cut in cuts.items() if leaf_cut is not None}
 
 
 def _leaf_cut(leaf: LeafAxes, masks: Mapping[Dim, np.ndarray]) -> LeafCut | None:
+    """The cut of a leaf; None where the layers of a stack would differ in size."""
     kept = []
     for dims in leaf.parts:
-        whole = [mask(dim, masks) for dim in dims]
-        kept.append(tuple(None if m.all() else np.flatnonzero(m) for m in whole))
+        axis_masks = [kept_positions(dim, masks) for dim in dims]
+        kept.append(tuple(None if m.all() else np.flatnonzero(m) for m in axis_masks))
+    # Layers of a stack may keep other units, but as many.
     sizes = {
         tuple(
-            dim.size if own is None else len(own)
-            for dim, own in zip(dims, of, strict=True)
+            dim.size if positions is None else len(positions)
+            for dim, positions in zip(dims, kept_of_layer, strict=True)
         )
-        for dims, of in zip(leaf.parts, kept, strict=True)
+        for dims, kept_of_layer in zip(leaf.parts, kept, strict=True)
     }
     if len(sizes) != 1:
         return None
     after = list(sizes.pop())
-    if leaf.stacked is not None:
+    if leaf.stacked is not None:  # of length one in the dimensions of a layer
         after[leaf.stacked] = leaf.shape[leaf.stacked]
     return LeafCut(leaf.shape, tuple(after), leaf.stacked, tuple(kept))
 
@@ -167,34 +168,29 @@ def any_tree(tree_: Any, cuts: Mapping[str, LeafCut]) -> Any:
       ValueError: a leaf belongs to a parameter that is cut, and has another shape, or
         none of its matrices belongs to any parameter.
     """
-    leaves, wrong, strange, owned = [], [], [], False
+    leaves, misshapen, strange, any_known = [], [], [], False
     for name, leaf in tree.pairs(tree_, lambda node: False):
-        known, shape = _owner(name, cuts), jnp.shape(leaf)
+        known, shape = _cut_of_path(name, cuts), jnp.shape(leaf)
         leaves.append(leaf)
-        owned |= known is not None
+        any_known |= known is not None
         if known is None and len(shape) > 1 and tree.is_floating(leaf):
             strange.append(name)
         if known is None or known.before == known.after or math.prod(shape) <= 1:
-            continue
+            continue  # a counter, or the one scale of a leaf, has no units
         if shape == known.before:
             leaves[-1] = known.take(leaf)
         else:
-            wrong.append(f"{name!r} ({shape} for {known.before})")
-    if strange and not owned:
-        raise ValueError(
-            f"what is cut must hold leaves of the parameters ({listed(cuts)}), but its "
-            f"own are {listed(strange)}; cut the state of the same tree, or shrink a "
-            "function of the parameters that the state is of"
-        )
-    if wrong:
-        raise ValueError(
-            "what is cut must have the shapes of the parameters before they were, but "
-            f"differs at {', '.join(wrong[:6])}; make it anew for the smaller ones"
-        )
+            misshapen.append(f"{name!r} ({shape} for {known.before})")
+    check(
+        _BESIDE_PARAMETERS,
+        cuts=listed(cuts),
+        strange="" if any_known else listed(strange),
+        misshapen=", ".join(misshapen[:6]),
+    )
     return jax.tree.unflatten(jax.tree.structure(tree_), leaves)
 
 
-def _owner(name: str, cuts: Mapping[str, LeafCut]) -> LeafCut | None:
+def _cut_of_path(name: str, cuts: Mapping[str, LeafCut]) -> LeafCut | None:
     """The cut of the parameter that a path belongs to, or None.
 
     The path ends in the parameter's name, or in the name and at most `_BEHIND` more
@@ -204,6 +200,30 @@ def _owner(name: str, cuts: Mapping[str, LeafCut]) -> LeafCut | None:
     for behind in range(min(_BEHIND, len(parts) - 1) + 1):
         path = parts[: len(parts) - behind]
         for start in range(len(path)):
-            if (found := cuts.get("/".join(path[start:]))) is not None:
-                return found
+            if (known := cuts.get("/".join(path[start:]))) is not None:
+                return known
     return cuts.get("")  # an array by itself has no name
+
+
+_EVEN_LAYERS = Rule(
+    lambda v: not v.uneven,
+    "a leaf that is stacked over layers must keep as many units in each, but "
+    "{uneven} would not",
+    "remove as many of each layer, and none where jp.axis_groups says of a layer "
+    "that it can lose none",
+)
+_BESIDE_PARAMETERS = [
+    Rule(
+        lambda v: not v.strange,
+        "a tree to cut must hold leaves of the parameters ({cuts}), but holds "
+        "{strange}",
+        "cut the state of the same tree, or shrink a function of the parameters that "
+        "the state is of",
+    ),
+    Rule(
+        lambda v: not v.misshapen,
+        "a tree to cut must have the shapes of the parameters before shrinking, but "
+        "differs at {misshapen}",
+        "make it anew for the smaller parameters",
+    ),
+]

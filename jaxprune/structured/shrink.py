@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from jaxprune.arrays.rules import Rule, check, error
 from jaxprune.graph.axis_groups import AxisGroup, AxisGroups, axis_groups
 from jaxprune.graph.axis_trace import LeafAxes
 from jaxprune.structured import choice, cut, timing
@@ -31,7 +32,8 @@ from jaxprune.typing import Masks, Params, Scores
 Rules = Sequence[str] | Mapping[str, float]
 """Globs, kinds or names of groups that lose one share, or these to relative shares."""
 
-_ALL: Sequence[Rules] = (("*",), ["*"])
+ALL: Sequence[Rules] = (("*",), ["*"])
+"""The groups that a budget is met with, where nothing is said."""
 
 Sizes = Mapping[str, Iterable[int]]
 """Globs, kinds or names of groups to the numbers of units that each may keep."""
@@ -43,8 +45,8 @@ class ShrinkResult(NamedTuple):
     """A smaller model and the report of what was removed.
 
     Attributes:
-      fn: parameters and a batch to what the function gives.
-      params: smaller parameters, in the containers that were given.
+      fn: the smaller function, of parameters and a batch.
+      params: smaller parameters, in the containers of the original ones.
       report: JSON-able: "groups" (name to units before and after), "kept" (name to the
         units that are left), and "before" and "after" (parameters, bytes, FLOPs for
         the batch); with a budget of time also "milliseconds" (before and after).
@@ -54,11 +56,11 @@ class ShrinkResult(NamedTuple):
     params: Params
     report: dict[str, Any]
 
-    def cut(self, other: Any) -> Any:
+    def cut(self, state: Any) -> Any:
         """A tree of arrays beside the parameters, cut as they were.
 
         Args:
-          other: an optimizer state, masks, scores, averages: its leaves belong to the
+          state: an optimizer state, masks, scores, averages: its leaves belong to the
             parameters whose names their own paths end in.
 
         Returns:
@@ -68,7 +70,7 @@ class ShrinkResult(NamedTuple):
           ValueError: a leaf belongs to a parameter that became smaller, and had
             another shape than that.
         """
-        return self.fn.cut(other)
+        return self.fn.cut(state)
 
 
 def shrink(
@@ -98,12 +100,12 @@ def shrink(
       scores_or_masks: scores like the parameters: a unit's is the sum of those of its
         weights. Or masks, which must prune whole units; those go, and with them their
         weights in leaves that have no mask: the result is what zeros there would give.
-      sparsity: the share of its units that each group loses, in [0, 1), or {glob, kind
-        or name of a group: share}. A glob means groups that are removable by default;
+      sparsity: share of its units that each group loses, in [0, 1), or {glob, kind or
+        name of a group: share}. A glob means groups that are removable by default;
         any other removable group is named in full. None with masks or a budget.
-      budget: instead: the share of the whole that may be left, in (0, 1); one share of
-        units is found for all groups.
-      measure: what the budget is of: "parameters", "bytes", "flops", or the
+      budget: share of the whole that may be left, in (0, 1), in place of a sparsity;
+        one share of units is found for all groups.
+      measure: quantity that the budget is of: "parameters", "bytes", "flops", or the
         "milliseconds" that the jitted function takes for the batch. These are measured
         here, of some sizes beside the whole model, so they are of this device.
       groups: globs or names of the groups that the budget is met with, by one share;
@@ -139,25 +141,23 @@ def shrink(
       >>> small.fn(small.params, x).shape
       (5, 3)
     """
-    if isinstance(scores_or_masks, int | float):
-        raise TypeError(
-            "shrink takes scores or masks fourth and the share fifth, got "
-            f"{scores_or_masks}; call jp.shrink(fn, params, batch, "
-            "jp.scores.magnitude(params), 0.5)"
-        )
+    check([_ORDER], scores=scores_or_masks)
     masks = choice.is_masks(scores_or_masks)
-    _check(masks, sparsity, budget, measure, sizes, groups)
-    found, timed = axis_groups(fn, params, batch), None
-    if masks:
-        kept = choice.by_masks(found, params, scores_or_masks)
-        cuts = cut.of_groups(found, kept)
+    tree = "masks" if masks else "scores"
+    check([_TARGET], tree=tree, sparsity=sparsity, budget=budget)
+    check([_MASKS_ALONE], tree=tree, sizes=sizes, groups=groups)
+    check_budget(budget, measure)
+    traced, timed = axis_groups(fn, params, batch), None
+    if masks:  # they say which units go; nothing is chosen
+        kept = choice.by_masks(traced, params, scores_or_masks)
+        cuts = cut.of_groups(traced, kept)
         choice.check_whole(choice.masked_leaves(params, scores_or_masks), cuts)
     else:
-        timed = timing.needed(measure, budget, found.trace, params, batch)
-        lost = lost_units(found, sparsity, budget, measure, groups, sizes, timed)
-        kept = choice.by_scores(found, params, scores_or_masks, lost)
-        cuts = cut.of_groups(found, kept)
-    result = of_cuts(fn, params, batch, found, kept, cuts)
+        timed = timing.needed(measure, budget, traced.trace, params, batch)
+        lost = lost_units(traced, sparsity, budget, measure, groups, sizes, timed)
+        kept = choice.by_scores(traced, params, scores_or_masks, lost)
+        cuts = cut.of_groups(traced, kept)
+    result = of_cuts(fn, params, batch, traced, kept, cuts)
     return timed_too(result, timed)
 
 
@@ -170,33 +170,29 @@ def lost_units(
     sizes: Sizes | None = None,
     timed: Timed | None = None,
 ) -> dict[str, int]:
-    """How many units each group loses, by a sparsity or a budget, as of `shrink`.
+    """How many units each group loses, by a sparsity or a budget; see `shrink`.
 
     Args:
-      groups: of the function.
+      groups: axis groups of the function.
       sparsity: a share, or {glob, kind or name of a group: share}; None with a budget.
       budget: the share of the whole that may be left, or None.
-      measure: what the budget is of.
-      rules: the groups that the budget is met with, as of `shrink`.
-      sizes: the numbers of units that groups may keep, as of `shrink`.
-      timed: measures programs, for a budget of time.
+      measure: quantity that the budget is of.
+      rules: the groups that the budget is met with; see `shrink`.
+      sizes: the numbers of units that groups may keep; see `shrink`.
+      timed: stopwatch of programs, for a budget of time.
 
     Returns:
       Group name to count.
 
     Raises:
-      ValueError: as `shrink` does.
+      ValueError: a share is out of range or cannot be met; see `shrink`.
     """
-    if budget is None and rules not in _ALL:
-        raise ValueError(
-            f"groups are those that a budget is met with, got {rules} and no budget; "
-            "say it of the sparsity: sparsity={glob or name: share}"
-        )
-    possible = choice.possible(groups, sizes)
+    check([_GROUPS_OF_BUDGET], budget=budget, groups=rules)
+    allowed = choice.allowed_sizes(groups, sizes)
     if budget is not None:
-        return _within_budget(groups, budget, measure, rules, possible, timed)
-    shares = choice.asked(groups, {} if sparsity is None else sparsity)
-    return choice.nearest(groups, choice.counts(groups, shares), possible)
+        return _within_budget(groups, budget, measure, rules, allowed, timed)
+    shares = choice.shares_of_groups(groups, {} if sparsity is None else sparsity)
+    return choice.nearest_counts(groups, choice.lost_counts(groups, shares), allowed)
 
 
 def timed_too(result: ShrinkResult, timed: Timed | None) -> ShrinkResult:
@@ -215,54 +211,28 @@ def of_cuts(
     kept: Mapping[str, np.ndarray],
     cuts: dict[str, LeafCut],
 ) -> ShrinkResult:
-    """The smaller model of given cuts.
+    """The smaller model whose leaves are cut.
 
     Args:
       fn: the function.
-      params: its parameters.
+      params: parameters of the function.
       batch: the batch that the groups were found with.
-      groups: of the function.
+      groups: axis groups of the function.
       kept: group name to the units that are kept, of groups that lose any.
       cuts: leaf name to its cut.
 
     Returns:
-      As `shrink`.
+      The result of `shrink`.
     """
     shrunk = ShrunkFunction(fn, params, batch, groups.trace, cuts)
     small = cut.params(params, cuts)
     return ShrinkResult(shrunk, small, _report(groups, kept, cuts, shrunk))
 
 
-def _check(
-    masks: bool,
-    sparsity: Any,
-    budget: float | None,
-    measure: Measure,
-    sizes: Any,
-    rules: Rules,
-) -> None:
-    given = [sparsity is not None, budget is not None, masks]
-    if sum(given) != 1:
-        raise ValueError(
-            "shrink needs masks, or scores and either a sparsity or a budget, got "
-            f"{'masks' if masks else 'scores'}, sparsity={sparsity}, budget={budget}"
-        )
-    if masks and (sizes or rules not in _ALL):
-        raise ValueError(
-            "masks say which units are left, so shrink takes no sizes and no groups; "
-            "leave them out"
-        )
-    check_budget(budget, measure)
-
-
 def check_budget(budget: float | None, measure: Measure) -> None:
     """Refuses a budget that is no share, and a measure that is unknown."""
-    if budget is not None and not 0 < budget < 1:
-        raise ValueError(f"a budget is a share in (0, 1), got {budget}")
-    if measure not in get_args(Measure):
-        raise ValueError(
-            f"measure must be one of {', '.join(get_args(Measure))}, got {measure!r}"
-        )
+    names = get_args(Measure)
+    check(_BUDGET, budget=budget, measure=measure, names=names, listed=", ".join(names))
 
 
 def _within_budget(
@@ -270,75 +240,72 @@ def _within_budget(
     budget: float,
     measure: Measure,
     rules: Rules,
-    possible: Mapping[str, np.ndarray],
+    allowed: Mapping[str, np.ndarray],
     timed: Timed | None,
 ) -> dict[str, int]:
-    """How many units each group loses, so that the rest is within the budget."""
-    parts = _parts(groups, rules)
-    own = [group for group in groups if group.name in parts]
-    most = 1 / min(parts.values())
-    held: dict[str, int] = {}
+    """How many units each group loses, so that the model is within the budget."""
+    weights = _relative_shares(groups, rules)  # share of a group / share of the most
+    movable = [group for group in groups if group.name in weights]
+    most = 1 / min(weights.values())  # at this share every group keeps one unit
+    fixed: dict[str, int] = {}
 
     def lost(share: float) -> dict[str, int]:
-        wanted = {g.name: round(share * parts[g.name] * g.units) for g in own}
-        wanted = {g.name: min(wanted[g.name], g.units - 1) for g in own}
-        return {**choice.nearest(groups, wanted, possible), **held}
+        counts = {g.name: round(share * weights[g.name] * g.units) for g in movable}
+        counts = {g.name: min(counts[g.name], g.units - 1) for g in movable}
+        return {**choice.nearest_counts(groups, counts, allowed), **fixed}
 
     def cost(share: float) -> float:
         counts = lost(share)
-        left = {g.name: np.arange(g.units - counts[g.name]) for g in own}
-        cuts = cut.of_groups(groups, left)
+        # Which units go does not matter to the cost: the last ones.
+        kept = {g.name: np.arange(g.units - counts[g.name]) for g in movable}
+        cuts = cut.of_groups(groups, kept)
         resized = Resized(groups.trace, atom_masks(groups.trace, cuts))
         if timed is not None:
             return timed.share(cuts, resized)
         return int(getattr(costs(groups.trace, cuts, resized), measure))
 
-    shares = {k / g.units / parts[g.name] for g in own for k in range(g.units)}
-    whole = 1.0
+    # Every share at which a group loses one more unit.
+    shares = {k / g.units / weights[g.name] for g in movable for k in range(g.units)}
+    dense = 1.0
     if timed is None:
-        whole = cost(0.0)
+        dense = cost(0.0)
     else:  # each is compiled and run, and those between take about as long
         shares = {k / _TIMED * most for k in range(_TIMED)}
     ascending = [*sorted(shares), most]
-    share = share_within(cost, budget * whole, ascending)
+    share = share_within(cost, budget * dense, ascending)
     if share is None:
         least = cost(most)
         if timed is not None:
-            whole, least = timed.milliseconds["before"], timed.milliseconds["after"]
-        raise OutOfReach(
-            f"a budget must be within reach, but {budget:g} of {whole:,} {measure} is "
-            "not: with as few units of each group as it may keep there are "
-            f"{least:,}; ask for more, or let more go"
-        )
-    if possible and timed is None:
+            dense, least = timed.milliseconds["before"], timed.milliseconds["after"]
+        raise error(_REACH, budget=budget, dense=dense, measure=measure, least=least)
+    if allowed and timed is None:
         # What a coarse group lost beyond the share, the finest need not lose.
-        held.update(_coarse(own, possible, lost(share)))
-        share = share_within(cost, budget * whole, ascending) or 0.0
+        fixed.update(_coarse_counts(movable, allowed, lost(share)))
+        share = share_within(cost, budget * dense, ascending) or 0.0
     return lost(share)
 
 
-def _coarse(
-    own: Sequence[AxisGroup], possible: Mapping[str, np.ndarray], lost: dict[str, int]
+def _coarse_counts(
+    groups: Sequence[AxisGroup],
+    allowed: Mapping[str, np.ndarray],
+    lost: Mapping[str, int],
 ) -> dict[str, int]:
     """The counts of all groups but those with most numbers to choose from."""
-    choices = {g.name: len(possible.get(g.name, range(g.units))) for g in own}
+    choices = {g.name: len(allowed.get(g.name, range(g.units))) for g in groups}
     most = max(choices.values())
     return {name: count for name, count in lost.items() if choices[name] < most}
 
 
-def _parts(groups: AxisGroups, rules: Rules) -> dict[str, float]:
+def _relative_shares(groups: AxisGroups, rules: Rules) -> dict[str, float]:
     """Group name to the share that it loses beside the group that loses most."""
     rules = [rules] if isinstance(rules, str) else rules
-    given = dict(rules) if isinstance(rules, Mapping) else dict.fromkeys(rules, 1.0)
-    most = max(given.values(), default=0.0)
-    if not (0 < most < math.inf and min(given.values()) >= 0):
-        raise ValueError(
-            "groups must say how large a share each loses beside the others, numbers "
-            f"that are not negative and one of them positive, got {given}"
-        )
-    # Halved, since shares as of `asked` are under 1.
-    chosen = choice.asked(groups, {k: part / most / 2 for k, part in given.items()})
-    return {name: 2 * part for name, part in chosen.items()}
+    relative = dict(rules) if isinstance(rules, Mapping) else dict.fromkeys(rules, 1.0)
+    most = max(relative.values(), default=0.0)
+    check([_RELATIVE], relative=relative, most=most)
+    # Halved, since the shares of a sparsity are under 1.
+    halves = {rule: share / most / 2 for rule, share in relative.items()}
+    by_group = choice.shares_of_groups(groups, halves)
+    return {name: 2 * share for name, share in by_group.items()}
 
 
 def whole_costs(groups: AxisGroups) -> Costs:
@@ -371,3 +338,50 @@ def _report(
 def _uncut(leaf: LeafAxes) -> LeafCut:
     kept = tuple((None,) * len(leaf.shape) for _ in leaf.parts)
     return LeafCut(leaf.shape, leaf.shape, leaf.stacked, kept)
+
+
+_ORDER = Rule(
+    lambda v: not isinstance(v.scores, int | float),
+    "shrink takes scores or masks fourth and the share fifth, got {scores}",
+    "call jp.shrink(fn, params, batch, jp.scores.magnitude(params), 0.5)",
+    error=TypeError,
+)
+_TARGET = Rule(
+    lambda v: (
+        (v.tree == "masks") + (v.sparsity is not None) + (v.budget is not None) == 1
+    ),
+    "shrink needs masks, or scores and either a sparsity or a budget, got {tree}, "
+    "sparsity={sparsity}, budget={budget}",
+)
+_MASKS_ALONE = Rule(
+    lambda v: v.tree != "masks" or (not v.sizes and v.groups in ALL),
+    "masks say which units are left, so shrink takes no sizes and no groups",
+    "leave them out",
+)
+_BUDGET = [
+    Rule(
+        lambda v: v.budget is None or 0 < v.budget < 1,
+        "a budget is a share in (0, 1), got {budget}",
+    ),
+    Rule(
+        lambda v: v.measure in v.names,
+        "measure must be one of {listed}, got {measure!r}",
+    ),
+]
+_GROUPS_OF_BUDGET = Rule(
+    lambda v: v.budget is not None or v.groups in ALL,
+    "groups are those that a budget is met with, got {groups} and no budget",
+    "say it of the sparsity: sparsity={{glob or name: share}}",
+)
+_RELATIVE = Rule(
+    lambda v: 0 < v.most < math.inf and min(v.relative.values()) >= 0,
+    "groups must map each group to its share relative to the others, none negative and "
+    "at least one positive, got {relative}",
+)
+_REACH = Rule(
+    lambda v: False,
+    "a budget must be within reach, but {budget:g} of {dense:,} {measure} is not: the "
+    "smallest model that groups and sizes allow has {least:,}",
+    "raise the budget, or let more groups lose units",
+    error=OutOfReach,
+)

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxprune.arrays import lazy
 from jaxprune.arrays.messages import listed
-from jaxprune.graph.axis_dims import Dim, atoms, find, mask, pooled
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.graph.axis_dims import Dim, atoms, kept_positions, root, sum_by_unit
 from jaxprune.graph.axis_trace import UNUSED, AxisTrace, LeafAxes, trace_axes
 from jaxprune.structured import cut
 from jaxprune.structured.cut import LeafCut
@@ -38,6 +39,7 @@ class ShrunkFunction:
         self._structure: Any = jax.tree.structure(params)
         leaves = jax.tree.leaves(lazy.abstract(params))
         first = self._key(leaves, batch)
+        # The program for each shape of a batch; the first is the one shrunk with.
         self._known = {first: Resized(trace, atom_masks(trace, cuts))}
 
     @property
@@ -61,49 +63,41 @@ class ShrunkFunction:
           ValueError: the parameters have other shapes.
         """
         leaves, structure = jax.tree.flatten(params)
-        if structure != self._structure:
-            raise ValueError(
-                "a shrunk function needs parameters in the containers that shrink "
-                f"returned, got {structure} for {self._structure}"
-            )
+        check([_CONTAINERS], structure=structure, expected=self._structure)
         self._check_shapes(leaves)
         key = self._key(leaves, batch)
         if key not in self._known:
             self._known[key] = self._traced(leaves, batch)
         return self._known[key].run(leaves, jax.tree.leaves(batch))
 
-    def cut(self, other: Any) -> Any:
+    def cut(self, state: Any) -> Any:
         """A tree of arrays beside the parameters, cut as they were."""
-        return cut.any_tree(other, self._cuts)
+        return cut.any_tree(state, self._cuts)
 
     def _key(self, params: Sequence[Any], batch: Any) -> Any:
         leaves, structure = jax.tree.flatten(batch)
         # A Python number is weakly typed, and makes another program.
-        kinds = [(x.shape, str(x.dtype), x.weak_type) for x in map(jax.typeof, leaves)]
-        own = [(str(x.dtype), x.weak_type) for x in map(jax.typeof, params)]
-        return structure, tuple(kinds), tuple(own)
+        avals = [(x.shape, str(x.dtype), x.weak_type) for x in map(jax.typeof, leaves)]
+        dtypes = [(str(x.dtype), x.weak_type) for x in map(jax.typeof, params)]
+        return structure, tuple(avals), tuple(dtypes)
 
     def _check_shapes(self, leaves: Sequence[Any]) -> None:
-        pairs = zip(self._names, leaves, strict=True)
-        wrong = [
+        misshapen = [
             f"{name!r} ({jnp.shape(leaf)} for {self._cuts[name].after})"
-            for name, leaf in pairs
+            for name, leaf in zip(self._names, leaves, strict=True)
             if jnp.shape(leaf) != self._cuts[name].after
         ]
-        if wrong:
-            raise ValueError(
-                "a shrunk function needs the smaller parameters, but shapes differ at "
-                f"{', '.join(wrong[:6])}; give ShrinkResult.params, or cut() others"
-            )
+        check([_SMALLER], misshapen=", ".join(misshapen[:6]))
 
     def _traced(self, leaves: Sequence[Any], batch: Any) -> Resized:
         """The program for a batch of another shape or parameters of another dtype."""
         dense = [
             jax.ShapeDtypeStruct(
-                self._cuts[name].before, kind.dtype, weak_type=kind.weak_type
+                self._cuts[name].before, aval.dtype, weak_type=aval.weak_type
             )
-            for name, kind in zip(self._names, map(jax.typeof, leaves), strict=True)
+            for name, aval in zip(self._names, map(jax.typeof, leaves), strict=True)
         ]
+        # Abstract, since only shapes and dtypes tell the programs apart.
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 jnp.shape(x), jax.typeof(x).dtype, weak_type=jax.typeof(x).weak_type
@@ -117,40 +111,56 @@ class ShrunkFunction:
 def atom_masks(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> dict[Dim, np.ndarray]:
     """The units of each atom that are left, by the positions of the leaves."""
     masks: dict[Dim, np.ndarray] = {}
-    for _, dim, own in _axes(trace, cuts):
+    for _, dim, positions in _axis_masks(trace, cuts):
         for atom in atoms(dim):
             if atom.size > 1:
-                left = pooled(dim, own.astype(np.int64), atom) > 0
-                masks[atom] = masks.get(atom, left) & left
-    wrong = {
+                # A unit stays where any of its positions does.
+                mask = sum_by_unit(dim, positions.astype(np.int64), atom) > 0
+                masks[atom] = masks.get(atom, mask) & mask
+    # With another batch the axes may be divided otherwise, and units that this trace
+    # ties together may have been removed apart.
+    differing = {
         leaf.name: None
-        for leaf, dim, own in _axes(trace, cuts)
-        if not np.array_equal(mask(dim, masks), own)
+        for leaf, dim, positions in _axis_masks(trace, cuts)
+        if not np.array_equal(kept_positions(dim, masks), positions)
     }
     # A leaf that this batch does not need may have any size.
-    reasons = [atom.why for atom, own in masks.items() if not own.all()]
+    reasons = [atom.why for atom, mask in masks.items() if not mask.all()]
     frozen = [why for why in reasons if why and why != UNUSED]
-    if wrong or frozen:
-        raise ValueError(
-            "a shrunk function must be able to remove the same units for every batch, "
-            f"but with this one {listed(wrong) or frozen[0]} keeps others; shrink with "
-            "a batch of this shape"
-        )
-    return {atom: own for atom, own in masks.items() if not own.all()}
+    check([_SAME_UNITS], differing=listed(differing) or next(iter(frozen), ""))
+    return {atom: mask for atom, mask in masks.items() if not mask.all()}
 
 
-def _axes(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> list[Any]:
+def _axis_masks(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> list[Any]:
     """Every axis of every leaf: the leaf, the dimension, which positions are kept."""
-    found: list[tuple[LeafAxes, Dim, np.ndarray]] = []
+    rows: list[tuple[LeafAxes, Dim, np.ndarray]] = []
     for leaf in trace.leaves:
         known = cuts[leaf.name]
-        for i in range(max(len(leaf.parts), len(known.kept))):
+        for i in range(max(len(leaf.parts), len(known.kept))):  # layers of a stack
             # A trace that uses the whole leaf has one part for all its layers.
             dims = leaf.parts[min(i, len(leaf.parts) - 1)]
             kept = known.kept[min(i, len(known.kept) - 1)]
             for axis, dim in enumerate(dims):
-                own, positions = np.ones(dim.size, bool), kept[axis]
+                mask, positions = np.ones(dim.size, bool), kept[axis]
                 if positions is not None:
-                    own = np.isin(np.arange(dim.size), positions)
-                found.append((leaf, find(dim), own))
-    return found
+                    mask = np.isin(np.arange(dim.size), positions)
+                rows.append((leaf, root(dim), mask))
+    return rows
+
+
+_CONTAINERS = Rule(
+    lambda v: v.structure == v.expected,
+    "a shrunk function needs parameters in the containers that shrink returned, "
+    "got {structure} for {expected}",
+)
+_SMALLER = Rule(
+    lambda v: not v.misshapen,
+    "a shrunk function needs the smaller parameters, but shapes differ at {misshapen}",
+    "give ShrinkResult.params, or cut() others",
+)
+_SAME_UNITS = Rule(
+    lambda v: not v.differing,
+    "a shrunk function must remove the same units for every batch, but with a batch of "
+    "this shape {differing} would keep others",
+    "call jp.shrink with such a batch",
+)

@@ -45,13 +45,13 @@ class Timed:
 
         Args:
           trace: the program.
-          params: its parameters; lazy ones are read where something is timed.
+          params: parameters of the program; lazy ones are read for each timing.
           batch: the batch that it is timed with; zeros where it is abstract.
         """
         self._trace = trace
         self._leaves = jax.tree.leaves(params)
-        self._batch = [_present(leaf) for leaf in jax.tree.leaves(batch)]
-        self._whole: Any = None
+        self._batch = [_on_device(leaf) for leaf in jax.tree.leaves(batch)]
+        self._dense: Any = None  # compiled with the first smaller program
         self.milliseconds: dict[str, float] = {}
 
     def share(self, cuts: Mapping[str, LeafCut], resized: Resized) -> float:
@@ -64,22 +64,23 @@ class Timed:
         Returns:
           The median over rounds.
         """
-        whole = [_present(leaf) for leaf in self._leaves]
-        pairs = zip(self._trace.leaves, whole, strict=True)
-        leaves = [cuts[known.name].take(leaf) for known, leaf in pairs]
-        if self._whole is None:
-            self._whole = self._compiled(Resized(self._trace, {}), whole)
-        small = self._compiled(resized, leaves)
+        leaves = [_on_device(leaf) for leaf in self._leaves]
+        pairs = zip(self._trace.leaves, leaves, strict=True)
+        small_leaves = [cuts[axes.name].take(leaf) for axes, leaf in pairs]
+        if self._dense is None:
+            self._dense = self._compiled(Resized(self._trace, {}), leaves)
+        small = self._compiled(resized, small_leaves)
         times = [
-            (self._seconds(self._whole, whole), self._seconds(small, leaves))
+            (self._seconds(self._dense, leaves), self._seconds(small, small_leaves))
             for _ in range(1 + _ROUNDS)
         ][1:]  # the first may wait for memory
-        before, after = map(statistics.median, zip(*times, strict=True))
+        before, after = map(statistics.median, zip(*times, strict=True))  # seconds
         self.milliseconds = {
             "before": round(1e3 * before, 3),
             "after": round(1e3 * after, 3),
         }
-        return statistics.median(small / whole for whole, small in times)
+        # Not the quotient of the medians: neighbours share what the machine does.
+        return statistics.median(after / before for before, after in times)
 
     def _compiled(self, resized: Resized, leaves: Sequence[Any]) -> Any:
         return jax.jit(resized.run).lower(leaves, self._batch).compile()
@@ -90,7 +91,7 @@ class Timed:
         return time.perf_counter() - started
 
 
-def _present(leaf: Any) -> Any:
+def _on_device(leaf: Any) -> Any:
     """A leaf on the device."""
     if isinstance(leaf, LazyArray):
         return leaf.read()

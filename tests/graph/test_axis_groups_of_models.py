@@ -208,7 +208,7 @@ def test_the_gpt_of_the_experiments():
     assert row(groups, "blocks/*/attention/out/kernel:0.0") == (2, 4, True, True)
 
 
-def test_the_tower_that_sees_pictures():
+def test_the_groups_of_a_vision_tower():
     config = ClipConfig(image=8, patch=4, layers=2, width=8, heads=2, mlp_width=12)
     fn, params = split(lambda: ClipTower(config, rngs=nnx.Rngs(0)))
     groups, _ = check(fn, params, IMAGES, 0.5)

@@ -72,7 +72,7 @@ def test_a_convolution_is_a_matmul_with_patches(name):
 
     traced = jp.trace(fn, {"w": kernel}, IMAGE)
     (found,) = traced.linear_ops
-    assert found.kind == "convolution"
+    assert found.operation == "convolution"
     assert found.shape == (groups, 4 // groups * 6, 8 // groups)
     if groups == 1:
         assert found.axes == jp.Axes((0, 1, 2), (3,))

@@ -54,7 +54,7 @@ def test_an_equinox_convolution_has_its_channels_first():
     (found,) = jp.trace(
         lambda p, x: jax.vmap(eqx.combine(p, static))(x), params, draw(3, 2, 4, 5, 5)
     ).linear_ops
-    assert (found.name, found.kind) == ("weight", "convolution")
+    assert (found.name, found.operation) == ("weight", "convolution")
     assert found.shape == (2, 18, 3)
 
 

@@ -314,7 +314,7 @@ def test_nnx_convolution_and_an_embedding_used_as_head():
     traced = jp.trace(lambda s, x: nnx.merge(graphdef, s)(x), state, tokens)
     found = {p.name: p for p in traced.linear_ops}
     assert set(found) == {"conv/kernel", "embed/embedding"}
-    assert found["conv/kernel"].kind == "convolution"
+    assert found["conv/kernel"].operation == "convolution"
     assert found["conv/kernel"].shape == (1, 12, 4)
     assert found["embed/embedding"].shape == (1, 4, 7)
     assert found["embed/embedding"].axes == jp.Axes((1,), (0,))

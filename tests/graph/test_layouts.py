@@ -218,7 +218,7 @@ def test_a_linear_op_is_seen_as_batch_in_out(name):
     for found, (weight, axes, matrix, inputs) in zip(
         traced.linear_ops, own.expected, strict=True
     ):
-        assert (found.name, found.leaf, found.kind) == (weight, weight, "dot")
+        assert (found.name, found.leaf, found.operation) == (weight, weight, "dot")
         assert found.index == ()
         assert found.use == 0
         assert found.shape == matrix.shape

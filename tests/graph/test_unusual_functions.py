@@ -30,7 +30,7 @@ def test_a_function_is_traced_anew_each_time():
         )
 
 
-def test_a_loop_whose_body_needs_arrays_is_told_how():
+def test_the_error_of_a_loop_over_python_numbers_says_what_to_call():
     def fn(params, x, array=lambda i: i):
         def body(i, h):
             return jnp.tanh(h @ params["w"]) * array(i).astype(h.dtype)

@@ -226,7 +226,7 @@ def test_the_program_of_ragged_dot_computes_what_it_did():
     from jaxprune.graph import program
 
     flat = traced.program
-    steps = program.needed(
+    steps = program.steps_to(
         flat, flat.outputs, set(flat.leaves + flat.batch).__contains__
     )
     part = program.subgraph(flat, steps, flat.outputs)

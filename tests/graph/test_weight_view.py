@@ -103,7 +103,7 @@ def test_a_leaf_keeps_its_dtype(dtype):
     np.testing.assert_array_equal(written[::3], leaf[::3])
 
 
-def test_a_leaf_that_is_given_away_gives_the_same():
+def test_a_donated_leaf_is_written_alike():
     view = WeightView.whole(0, (3, 4)).slice((1, 0), (1, 4)).reshape((2, 2))
     leaf, part = jnp.asarray(numbered((3, 4))), -jnp.ones((2, 2))
     kept = np.asarray(view.write(leaf, part, donate=False))

@@ -154,9 +154,10 @@ def parts(fn, params, x):
     """The names of the weights of each layer, as the pipeline would take them."""
     traced = trace(fn, params, x)
     chosen = calibration.chosen(traced, params, jp.tree.prunable)
-    cut = segments.cut(traced, chosen)
+    cut = segments.cut_at_inputs(traced, chosen)
     return [
-        [p.name for i in own for p in cut[i].linear_ops] for own in segments.layers(cut)
+        [p.name for i in own for p in cut[i].linear_ops]
+        for own in segments.layer_ranges(cut)
     ]
 
 

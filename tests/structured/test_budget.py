@@ -48,7 +48,7 @@ def test_groups_may_lose_shares_in_proportion():
 )
 def test_parts_that_are_no_proportion_are_refused(parts):
     scores = jp.scores.magnitude(PARAMS)
-    with pytest.raises(ValueError, match="how large a share each loses beside"):
+    with pytest.raises(ValueError, match="its share relative to the others"):
         jp.shrink(fn, PARAMS, X, scores, budget=0.8, groups=parts)
 
 
@@ -93,7 +93,7 @@ def test_a_budget_is_met_by_the_numbers_that_groups_may_keep(budget):
     [
         ({"down:0": (0, 7)}, "from 1 to 6 that down:0 may keep"),
         ({"nothing/*": (1,)}, "must match a group whose units can be removed"),
-        ({"*": (1,), "down:0": (2,)}, "no earlier rule all of its groups"),
+        ({"*": (1,), "down:0": (2,)}, "and that no earlier rule matches"),
     ],
 )
 def test_sizes_that_no_group_can_have_are_refused(sizes, told):
@@ -141,7 +141,7 @@ def test_a_budget_of_time_is_met_by_what_is_measured(batch, monkeypatch):
 def test_a_budget_of_time_out_of_reach_is_refused(monkeypatch):
     monkeypatch.setattr(timing.Timed, "_seconds", weights_times)
     scores = jp.scores.magnitude(PARAMS)
-    told = r"0.01 of 248,000.0 milliseconds is not: .* there are 72,000.0"
+    told = r"0.01 of 248,000.0 milliseconds is not: .* allow has 72,000.0"
     with pytest.raises(ValueError, match=told):
         jp.shrink(fn, PARAMS, X, scores, budget=0.01, measure="milliseconds")
 

@@ -5,7 +5,7 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune.arrays import tree
-from jaxprune.graph.axis_dims import mask
+from jaxprune.graph.axis_dims import kept_positions
 
 
 def kept_weights(groups, kept):
@@ -24,7 +24,7 @@ def kept_weights(groups, kept):
                 if leaf.stacked is not None:
                     where[leaf.stacked] = part
                 here = own[tuple(where)]
-                gone = ~mask(dim, left)
+                gone = ~kept_positions(dim, left)
                 if leaf.stacked is not None:
                     if axis == leaf.stacked:
                         continue

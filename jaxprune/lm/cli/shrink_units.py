@@ -11,7 +11,7 @@ import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.files import atomic
 from jaxprune.files.safetensors_file import read_json
-from jaxprune.graph.axis_dims import find
+from jaxprune.graph.axis_dims import root
 from jaxprune.lm.cli import models
 from jaxprune.lm.cli.console import Console
 from jaxprune.lm.cli.shrink_options import Job, head_units, multiples_of
@@ -212,12 +212,12 @@ def _roles(groups: jp.AxisGroups, model: models.Model) -> dict[str, str]:
     config, roles = model.config, {}
     for layer in range(config.layers):
         if not config.experts:
-            roles[names[find(dims[f"layers/{layer}/{_DOWN}"][0])]] = "ffn"
+            roles[names[root(dims[f"layers/{layer}/{_DOWN}"][0])]] = "ffn"
         # Key heads x query heads of each x features; those of one are left out.
-        whole = find(dims[f"layers/{layer}/{_OUT}"][0])
+        whole = root(dims[f"layers/{layer}/{_OUT}"][0])
         parts = whole.parts or [whole]
         if config.heads > 1:
-            roles[names[find(parts[0])]] = "heads"
+            roles[names[root(parts[0])]] = "heads"
         if 1 < config.kv_heads < config.heads:
-            roles[names[find(parts[1])]] = "query heads"
+            roles[names[root(parts[1])]] = "query heads"
     return roles
