@@ -54,7 +54,7 @@ class CheckpointDir:
       others: the files beside the weights that belong to the model, sub-directories'
         too, by their path in the directory with "/": config.json first, then the index,
         tokenizer, generation settings, licence and model code (copied, never run).
-      left: all else that lies in the directory, likewise: weights in other formats,
+      uncopied: all else that lies in the directory, likewise: weights in other formats,
         hidden files.
     """
 
@@ -64,7 +64,7 @@ class CheckpointDir:
     metadata: dict[str, dict[str, str]]
     indexed: bool
     others: tuple[str, ...]
-    left: tuple[str, ...] = ()
+    uncopied: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -147,14 +147,14 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
     tensors: dict[str, TensorInfo] = {}
     metadata = {}
     for file in files:
-        found, metadata[file] = read_header(_inside(directory, file))
-        if twice := [name for name in found if name in tensors]:
+        inside, metadata[file] = read_header(_inside(directory, file))
+        if twice := [name for name in inside if name in tensors]:
             raise damaged(directory / file, f"it holds {listed(twice)} a second time")
-        tensors |= found
+        tensors |= inside
     if weight_map is not None:
         _check_index(directory, weight_map, tensors)
-    every = [name for name in files_below(directory) if name not in files]
-    others = [name for name in every if _belongs(name, every)]
+    other_files = [name for name in files_below(directory) if name not in files]
+    others = [name for name in other_files if _belongs(name, other_files)]
     first = [name for name in (CONFIG, INDEX) if name in others]
     for name in others:
         _inside(directory, name)
@@ -165,19 +165,19 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
         metadata=metadata,
         indexed=weight_map is not None,
         others=(*first, *(name for name in others if name not in first)),
-        left=tuple(name for name in every if name not in others),
+        uncopied=tuple(name for name in other_files if name not in others),
     )
 
 
 def files_below(directory: Path) -> list[str]:
     """Every file in a directory and its sub-directories, by its path there with "/"."""
     # Links to files are files; links to directories are listed and not followed.
-    found = []
+    paths = []
     for root, folders, files in os.walk(directory, onerror=_refuse):
         place = Path(root).relative_to(directory)
         links = [name for name in folders if (Path(root) / name).is_symlink()]
-        found += [(place / name).as_posix() for name in (*files, *links)]
-    return sorted(found)
+        paths += [(place / name).as_posix() for name in (*files, *links)]
+    return sorted(paths)
 
 
 def _refuse(error: OSError) -> None:
@@ -307,7 +307,7 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _belongs(path: str, every: Collection[str]) -> bool:
+def _belongs(path: str, files: Collection[str]) -> bool:
     """Whether a file that holds no weights of the model's own is part of it."""
     if path == INDEX:
         return True
@@ -319,6 +319,6 @@ def _belongs(path: str, every: Collection[str]) -> bool:
     if name.endswith((".safetensors", ".index.json")):
         # A module of sentence-transformers, "2_Dense/model.safetensors" say; the
         # checkpoints of a training are other models.
-        return "modules.json" in every and bool(re.match(r"\d+_[^/]*/", path))
+        return "modules.json" in files and bool(re.match(r"\d+_[^/]*/", path))
     known = name.endswith(_COPIED) or ".model.v" in name  # tokenizer.model.v3
     return known or name.upper().split(".")[0] in _LEGAL

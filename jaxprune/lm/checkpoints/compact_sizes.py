@@ -9,17 +9,17 @@ import numpy as np
 from jaxprune.files.safetensors_file import Damaged, Unknown
 from jaxprune.lm.checkpoints import levels, rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.checkpoints.compact_archive import chunks
+from jaxprune.lm.checkpoints.compact_codecs import chunks
 from jaxprune.lm.checkpoints.levels import Grid
 
 
-def grid(source: CheckpointDir) -> Grid | None:
+def provenance_grid(source: CheckpointDir) -> Grid | None:
     """How a directory's jaxprune.json says that its weights were rounded, or None."""
     try:
-        given = rewrite.read_provenance(source.path).get("rounding")
+        rounding = rewrite.read_provenance(source.path).get("rounding")
     except (Unknown, Damaged):
         return None
-    match given:
+    match rounding:
         case {"bits": 4 | 8 as bits, "group": int(group)} if group > 0:
             return Grid(bits, group)
     return None
@@ -79,15 +79,15 @@ class Sizes(NamedTuple):
     by_tensor: dict[str, tuple[int, int]]
 
 
-def sizes(source: CheckpointDir) -> Sizes:
+def directory_sizes(source: CheckpointDir) -> Sizes:
     """Counts a directory's zeros exactly, tensor by tensor."""
     by_tensor, blank = {}, dict.fromkeys(source.tensors, 0)
-    given, rounded = grid(source), {}
+    grid, rounded = provenance_grid(source), {}
     for name, info in source.tensors.items():
         size, filled = math.prod(info.shape), 0
         tensor = source.read(name)
-        if given is not None and levels.find(tensor, given) is not None:
-            rounded[name] = given
+        if grid is not None and levels.find_scales(tensor, grid) is not None:
+            rounded[name] = grid
         for bits in chunks(tensor):
             filled += int(np.count_nonzero(bits.view(info.dtype)))
             blank[name] += bits.size - int(np.count_nonzero(bits))

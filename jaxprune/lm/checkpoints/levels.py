@@ -67,7 +67,7 @@ def scales_shape(shape: tuple[int, ...], grid: Grid, axis: int) -> tuple[int, ..
     return tuple(counts)
 
 
-def find(tensor: np.ndarray, grid: Grid) -> Scales | None:
+def find_scales(tensor: np.ndarray, grid: Grid) -> Scales | None:
     """The scales that a tensor's values are whole numbers of, or None.
 
     Args:
@@ -75,13 +75,13 @@ def find(tensor: np.ndarray, grid: Grid) -> Scales | None:
       grid: bits and group to look for.
 
     Returns:
-      The scales, by which `levels` and `values` give the tensor back, or None.
+      The scales, by which `to_levels` and `from_levels` give the tensor back, or None.
 
     Example:
       >>> import numpy as np
       >>> from jaxprune.lm.checkpoints import levels
       >>> tensor = np.array([[7, 0, -3, 1], [0, 0, 7, 2]], "f4") * 0.5
-      >>> found = levels.find(tensor, levels.Grid(bits=4, group=4))
+      >>> found = levels.find_scales(tensor, levels.Grid(bits=4, group=4))
       >>> found.values.ravel().tolist()
       [0.5, 0.5]
     """
@@ -91,11 +91,12 @@ def find(tensor: np.ndarray, grid: Grid) -> Scales | None:
     whole = tensor.reshape(-1, *tensor.shape[-2:])  # a stack of matrices
     for axis in (-1, -2):
         shape = scales_shape(tensor.shape, grid, axis)
-        own = np.empty((len(whole), *shape[-2:]), BFLOAT16)
+        scales = np.empty((len(whole), *shape[-2:]), BFLOAT16)
         if all(
-            _fill(own, place, part, grid, axis) for place, part in _parts(whole, axis)
+            _fill(scales, place, part, grid, axis)
+            for place, part in _parts(whole, axis)
         ):
-            return Scales(grid, axis, tensor.shape, own.reshape(shape))
+            return Scales(grid, axis, tensor.shape, scales.reshape(shape))
     return None
 
 
@@ -103,7 +104,7 @@ def split(tensor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray] | Non
     """A rounded tensor as whole numbers and scales, as `qwix.QArray` takes them.
 
     Args:
-      tensor: as in `find`.
+      tensor: as in `find_scales`.
       grid: bits and group; the group must divide the axis for qwix.
 
     Returns:
@@ -118,33 +119,33 @@ def split(tensor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray] | Non
       >>> own.tolist(), scales.shape
       ([[7, 0, -3, 1], [0, 0, 7, 2]], (2, 1))
     """
-    scales = find(tensor, grid)
+    scales = find_scales(tensor, grid)
     if scales is None:
         return None
-    flat = levels(tensor.reshape(-1), scales.of(0, tensor.size))
+    flat = to_levels(tensor.reshape(-1), scales.of(0, tensor.size))
     return flat.reshape(tensor.shape), scales.values
 
 
-def levels(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def to_levels(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The levels of some values, int8, by the scale of each."""
     return np.rint(values.astype(np.float32) / scales).astype(np.int8)
 
 
-def values(own: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def from_levels(levels: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The values of some levels, by the scale of each."""
     with np.errstate(all="ignore"):  # a damaged file may hold any scale
-        return (own.astype(np.float32) * scales).astype(dtype)
+        return (levels.astype(np.float32) * scales).astype(dtype)
 
 
-def pack(own: np.ndarray, bits: int) -> np.ndarray:
+def pack_levels(levels: np.ndarray, bits: int) -> np.ndarray:
     """Levels as bytes; of 4 bits two a byte, the first in the low half."""
     if bits == 8:
-        return own.view(np.uint8)
-    nibbles = np.pad(own.view(np.uint8) & 15, (0, own.size % 2))
+        return levels.view(np.uint8)
+    nibbles = np.pad(levels.view(np.uint8) & 15, (0, levels.size % 2))
     return nibbles[0::2] | nibbles[1::2] << 4
 
 
-def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray | None:
+def unpack_levels(packed: np.ndarray, bits: int, count: int) -> np.ndarray | None:
     """The levels, int8; None where the bytes do not hold exactly `count` of them."""
     if packed.size != packed_size(count, bits):
         return None
@@ -153,8 +154,8 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray | None:
     nibbles = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)
     if nibbles[count:].any():
         return None
-    own = nibbles[:count].view(np.int8)
-    return np.where(own > 7, own - 16, own)
+    levels = nibbles[:count].view(np.int8)
+    return np.where(levels > 7, levels - 16, levels)
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -176,21 +177,21 @@ def _parts(
 
 
 def _fill(
-    own: np.ndarray,
+    scales: np.ndarray,
     place: tuple[int, slice],
     rows: np.ndarray,
     grid: Grid,
     axis: int,
 ) -> bool:
     """Puts the scales of some rows in their place, or says that there are none."""
-    found = _scales(rows, grid)
-    if found is None:
+    row_scales = _scales(rows, grid)
+    if row_scales is None:
         return False
     number, part = place
     if axis == -1:
-        own[number, part] = found
+        scales[number, part] = row_scales
     else:
-        own[number, :, part] = found.T
+        scales[number, :, part] = row_scales.T
     return True
 
 
@@ -201,27 +202,31 @@ def _scales(rows: np.ndarray, grid: Grid) -> np.ndarray | None:
     groups = padded.reshape(-1, grid.group)  # (rows * groups, group)
     bits = groups.view(f"u{groups.dtype.itemsize}")
     largest = np.max(np.abs(groups.astype(np.float32)), axis=1)  # (rows * groups,)
-    found = np.ones(len(groups), BFLOAT16)  # a scale each
-    left = np.flatnonzero((bits != 0).any(axis=1))
+    scales = np.ones(len(groups), BFLOAT16)  # a scale each
+    open_groups = np.flatnonzero((bits != 0).any(axis=1))
     # The largest weight's level is the highest, or not much below it.
     for level in range(grid.most, 0, -1):
         # A scale's last bit may have been lost where its weights were stored.
         for step in np.array([0, 1, -1], np.int16):
-            if not left.size:
-                return found.reshape(count, -1)
+            if not open_groups.size:
+                return scales.reshape(count, -1)
             with np.errstate(all="ignore"):
-                near = (largest[left] / level).astype(BFLOAT16).view(np.int16) + step
-                scale = near.view(BFLOAT16)
-                wide = scale.astype(np.float32)[:, None]
+                near = (largest[open_groups] / level).astype(BFLOAT16).view(
+                    np.int16
+                ) + step
+                candidate = near.view(BFLOAT16)
+                scale32 = candidate.astype(np.float32)[:, None]
                 # (left, group)
-                own = np.rint(groups[left].astype(np.float32) / wide)
-                again = (own * wide).astype(groups.dtype).view(bits.dtype)
+                levels = np.rint(groups[open_groups].astype(np.float32) / scale32)
+                again = (levels * scale32).astype(groups.dtype).view(bits.dtype)
             # Minus zero is no level, and NaN is none either.
-            same = (again == bits[left]) & ((own != 0) | (bits[left] == 0))
-            good = np.all(same & (np.abs(own) <= grid.most), axis=1)
-            found[left[good]] = scale[good]
-            left = left[~good]
-    return None if left.size else found.reshape(count, -1)
+            same = (again == bits[open_groups]) & (
+                (levels != 0) | (bits[open_groups] == 0)
+            )
+            good = np.all(same & (np.abs(levels) <= grid.most), axis=1)
+            scales[open_groups[good]] = candidate[good]
+            open_groups = open_groups[~good]
+    return None if open_groups.size else scales.reshape(count, -1)
 
 
 def stored_bytes(shape: tuple[int, ...], nonzero: int, grid: Grid) -> int:

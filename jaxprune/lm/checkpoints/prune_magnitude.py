@@ -23,7 +23,12 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.leaves import check_rule
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, TensorInfo
+from jaxprune.lm.checkpoints.checkpoint_dir import (
+    CheckpointDir,
+    Progress,
+    TensorInfo,
+)
+from jaxprune.lm.checkpoints.directory_writer import Finish
 from jaxprune.masking import counts, matrix_mask, patterns
 from jaxprune.typing import Pattern, Prunable
 
@@ -61,8 +66,8 @@ def prune_directory(
     prunable: Prunable = leaves.prunable,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    progress: rewrite.Progress | None = None,
-    finish: rewrite.Finish | None = None,
+    progress: Progress | None = None,
+    finish: Finish | None = None,
 ) -> Pruned:
     """Sets the smallest weights of each matrix to zero and writes the directory again.
 
@@ -81,14 +86,14 @@ def prune_directory(
       provenance: what else `jaxprune.json` is to say: "command", "perplexity".
       overwrite: whether an earlier result may be replaced.
       progress: called after every tensor.
-      finish: as for `rewrite.write`.
+      finish: as for `rewrite.write_directory`.
 
     Returns:
       The new directory and its zeros.
 
     Raises:
       ValueError: no tensor may be pruned, the sparsity or the pattern does not fit,
-        weights are not finite, or as for `rewrite.write`.
+        weights are not finite, or as for `rewrite.write_directory`.
       TypeError: the pattern is none of the three.
       OSError: the directory could not be written.
 
@@ -128,7 +133,7 @@ def prune_directory(
     asked = pattern.sparsity if sparsity is None else sparsity
     facts: dict[str, Any] = {"method": "magnitude", "pattern": str(pattern)}
     facts["sparsity"] = dict(asked) if isinstance(asked, Mapping) else float(asked or 0)
-    paths = rewrite.write(
+    paths = rewrite.write_directory(
         source,
         directory,
         replaced,

@@ -27,11 +27,11 @@ def versions(*others: str) -> dict[str, str]:
     Returns:
       Name to version.
     """
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in (*_PACKAGES, *others):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def device() -> str:

@@ -160,10 +160,10 @@ def _draw(
     top_k: int | None,
 ) -> Int[Array, "batch steps"]:
     """Draws plan[0][i] tokens with the i-th cache, then plan[1] by a sliding window."""
-    whole = nnx.merge(graphdef, params)
-    model: LanguageModel = getattr(whole, "decoder", whole)
+    full_model = nnx.merge(graphdef, params)
+    model: LanguageModel = getattr(full_model, "decoder", full_model)
     # (batch, time, width), and longer with each stretch
-    x = model.embed(window) if pictures is None else whole.embed(window, *pictures)
+    x = model.embed(window) if pictures is None else full_model.embed(window, *pictures)
     draw = functools.partial(_sample, temperature=temperature, top_k=top_k)
     stretches, slides = plan
     keys = jax.random.split(key, sum(stretches) + slides)  # one a token

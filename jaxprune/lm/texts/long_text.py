@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
-from jaxprune.lm.texts.documents import Document, Rows, joined, of_line
+from jaxprune.lm.texts.documents import Document, Rows, join_documents, parse_line
 
 # Bytes that are tokenised at a time, and the smallest place.
 _CHUNK, _SMALLEST = 2**18, 2**12
@@ -53,13 +53,13 @@ class LongText:
 
     def first(self, count: int | None = None) -> Int[np.ndarray, " tokens"]:
         """So many tokens from the beginning, if there are so many; None is all."""
-        found, have = [], 0
+        parts, count_so_far = [], 0
         for tokens in self._encoded(0):
-            found.append(tokens)
-            have += tokens.size
-            if count is not None and have >= count:
+            parts.append(tokens)
+            count_so_far += tokens.size
+            if count is not None and count_so_far >= count:
                 break
-        return np.concatenate([np.empty(0, np.int32), *found])[:count]
+        return np.concatenate([np.empty(0, np.int32), *parts])[:count]
 
     def without_end(
         self, share: int, most: int
@@ -83,13 +83,13 @@ class LongText:
         """So many pieces that do not overlap; None where most of the text is needed."""
         width = max(_PER_TOKEN * body, _SMALLEST)
         while (places := self.stop // width) >= 2 * count:
-            found: list[np.ndarray] = []
+            pieces: list[np.ndarray] = []
             for place in chance.permutation(places):
                 piece = self._piece(int(place) * width, width, body)
                 if piece is not None:
-                    found.append(piece)
-                if len(found) == count:
-                    return np.stack(found)
+                    pieces.append(piece)
+                if len(pieces) == count:
+                    return np.stack(pieces)
             width *= 2
         return None
 
@@ -98,11 +98,11 @@ class LongText:
         end = min(start + width, self.stop)
         tokens = np.empty(0, np.int32)
         if self._has_documents:
-            for own in self._documents(start, end):
+            for document in self._documents(start, end):
                 # Not all of a document that is far longer than what is needed.
-                some = own.text[: 4 * _PER_TOKEN * body]
-                before = own.before if tokens.size else ""
-                tokens = np.concatenate([tokens, self._tokens(before + some)])
+                beginning = document.text[: 4 * _PER_TOKEN * body]
+                before = document.before if tokens.size else ""
+                tokens = np.concatenate([tokens, self._tokens(before + beginning)])
                 if tokens.size >= body:
                     break
         else:
@@ -119,13 +119,13 @@ class LongText:
         if self._has_documents:
             parts: list[Document] = []
             size, before = 0, ""
-            for own in self._documents(start, self.stop):
+            for document in self._documents(start, self.stop):
                 if size >= _CHUNK:
-                    yield self._tokens(before + joined(parts))
-                    parts, size, before = [], 0, own.before
-                parts.append(own)
-                size += len(own.text)
-            yield self._tokens(before + joined(parts))
+                    yield self._tokens(before + join_documents(parts))
+                    parts, size, before = [], 0, document.before
+                parts.append(document)
+                size += len(document.text)
+            yield self._tokens(before + join_documents(parts))
             return
         if start:
             start += _boundary(self._read(start, min(start + _CHUNK, self.stop)))
@@ -151,7 +151,7 @@ class LongText:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     which = f"the one at byte {at}"
-                    yield of_line(line, self.path, which, self.tokenizer)
+                    yield parse_line(line, self.path, which, self.tokenizer)
 
     def _read(self, start: int, end: int) -> bytes:
         with open(self.path, "rb") as file:
@@ -159,10 +159,10 @@ class LongText:
             return file.read(end - start)
 
     def _tokens(self, text: str) -> np.ndarray:
-        return encoded(text, self.path, self.tokenizer, self.vocab_size)
+        return encode_text(text, self.path, self.tokenizer, self.vocab_size)
 
 
-def encoded(
+def encode_text(
     text: str, path: Path, tokenizer: Tokenizer, vocab_size: int
 ) -> Int[np.ndarray, " tokens"]:
     """The tokens of a text, all of them the model's."""

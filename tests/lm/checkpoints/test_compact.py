@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.numpy import save as save_bytes
 
-from jaxprune.lm.checkpoints import compact, compact_archive
+from jaxprune.lm.checkpoints import compact, compact_archive, compact_codecs
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, Unknown, open_directory
 from tests.support.hf_directories import BFLOAT16, build, contents, llama, normal
 
@@ -133,7 +133,7 @@ def test_whatever_lies_in_the_directory_is_kept_or_named(tmp_path):
     (folder / "out").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(folder / "pipe")
     result = compact.compact(open_directory(folder), tmp_path / "f")
-    assert result.left == ("out", "pipe")
+    assert result.omitted == ("out", "pipe")
     compact.expand(tmp_path / "f", tmp_path / "again")
     assert contents(tmp_path / "again") == whole
 
@@ -186,7 +186,7 @@ def test_any_directory_survives_in_chunks_of_any_size(spec):
         root = pathlib.Path(folder)
         source = open_directory(build(root / "m", tensors or {"w": normal(0, 3)}))
         compact.compact(source, root / "a")
-        patch.setattr(compact_archive, "CHUNK", 16)
+        patch.setattr(compact_codecs, "CHUNK", 16)
         compact.compact(source, root / "b")
         assert (root / "a").read_bytes() == (root / "b").read_bytes()
         compact.expand(root / "b", root / "again")

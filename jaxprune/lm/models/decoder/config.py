@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any, Literal, get_args
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.rope import Rope
 
 Norms = Literal[
@@ -20,7 +22,7 @@ Blocks = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 """Where the norms of a block stand; `DecoderConfig` says where."""
 QueryNorms = Literal["head", "heads", "whole"]
 """What of the queries, and of the keys, is normalised together."""
-Activations = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activations = Literal["silu", "gelu", "gelu_tanh", "relu", "quick_gelu"]
 """The nonlinearities of an MLP."""
 
 
@@ -152,32 +154,24 @@ class DecoderConfig:
         """Checks every field."""
         check_positive(self, "vocab_size", "context", "layers", "width")
         check_positive(self, "heads", "kv_heads", "head_dim", "mlp_width")
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                "DecoderConfig needs heads to be divisible by kv_heads, got heads="
-                f"{self.heads} and kv_heads={self.kv_heads}"
-            )
-        if self.experts and not 1 <= self.experts_per_token <= self.experts:
-            raise ValueError(
-                "DecoderConfig needs experts_per_token to be from 1 to experts="
-                f"{self.experts}, got {self.experts_per_token}"
-            )
-        if self.experts and not self.gated:
-            raise ValueError(
-                "DecoderConfig has gated experts only, got gated=False and experts="
-                f"{self.experts}; leave one of them out"
-            )
-        if self.swiglu_limit is not None and not self.experts:
-            raise ValueError(
-                "DecoderConfig clips experts only, got swiglu_limit="
-                f"{self.swiglu_limit} and experts=0; leave swiglu_limit out"
-            )
         check_choice(self, "norm", get_args(Norms))
         check_choice(self, "qk_norm", (*get_args(QueryNorms), None))
         check_choice(self, "block", get_args(Blocks))
         check_choice(self, "activation", get_args(Activations))
         check_choice(self, "dtype", ("float32", "bfloat16"))
-        self._layerwise()
+        schemes = range(len(self.ropes))
+        rules.check(
+            _RULES,
+            **vars(self),
+            schemes=len(schemes),
+            rope_of_entries=len(self.rope_of),
+            windows_entries=len(self.windows),
+            shortest_window=min((w for w in self.windows if w is not None), default=1),
+            unknown_rope=next(
+                (i for i in self.rope_of if i is not None and i not in schemes), None
+            ),
+            frequencies=max((len(r.frequencies) for r in self.ropes), default=0),
+        )
 
     def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "DecoderConfig":
         """The same shape with products of another type."""
@@ -186,8 +180,8 @@ class DecoderConfig:
     @property
     def switches(self) -> tuple[int, ...]:
         """Lengths past which other rotary angles hold, for all positions, ascending."""
-        found = {rope.switch for rope in self.ropes if rope.switch is not None}
-        return tuple(sorted(found))
+        lengths = {rope.switch for rope in self.ropes if rope.switch is not None}
+        return tuple(sorted(lengths))
 
     def rope(self, layer: int) -> Rope | None:
         """The rotary scheme of a layer; None for learned positions, or for none."""
@@ -200,28 +194,50 @@ class DecoderConfig:
         """How many tokens a token sees in a layer; None for all."""
         return self.windows[layer] if self.windows else None
 
-    def _layerwise(self) -> None:
-        for name in ("rope_of", "windows"):
-            given = len(getattr(self, name))
-            if given not in (0, self.layers):
-                raise ValueError(
-                    f"DecoderConfig needs {name} to have one entry for each of the "
-                    f"{self.layers} layers, got {given}"
-                )
-        if wrong := [w for w in self.windows if w is not None and w < 1]:
-            raise ValueError(
-                f"DecoderConfig needs windows of at least 1 token, got {wrong[0]}; "
-                "None sees all"
-            )
-        known = {*range(len(self.ropes)), None}
-        if unknown := [i for i in self.rope_of if i not in known]:
-            raise ValueError(
-                f"DecoderConfig needs rope_of to index the {len(self.ropes)} ropes, "
-                f"got {unknown[0]}"
-            )
-        for rope in self.ropes:
-            if 2 * len(rope.frequencies) > self.head_dim:
-                raise ValueError(
-                    "DecoderConfig needs at most head_dim / 2 rotary frequencies, got "
-                    f"{len(rope.frequencies)} for head_dim={self.head_dim}"
-                )
+
+# What must hold between fields, each of which is in its range by itself.
+_RULES = (
+    Rule(
+        lambda v: v.heads % v.kv_heads == 0,
+        "DecoderConfig needs heads to be divisible by kv_heads, got heads={heads} and "
+        "kv_heads={kv_heads}",
+    ),
+    Rule(
+        lambda v: not v.experts or 1 <= v.experts_per_token <= v.experts,
+        "DecoderConfig needs experts_per_token to be from 1 to experts={experts}, got "
+        "{experts_per_token}",
+    ),
+    Rule(
+        lambda v: not v.experts or v.gated,
+        "DecoderConfig has gated experts only, got gated=False and experts={experts}",
+        "leave one of them out",
+    ),
+    Rule(
+        lambda v: v.experts or v.swiglu_limit is None,
+        "DecoderConfig clips experts only, got swiglu_limit={swiglu_limit} and "
+        "experts=0",
+        "leave swiglu_limit out",
+    ),
+    *(
+        Rule(
+            lambda v, entries=f"{name}_entries": getattr(v, entries) in (0, v.layers),
+            f"DecoderConfig needs {name} to have one entry for each of the {{layers}} "
+            f"layers, got {{{name}_entries}}",
+        )
+        for name in ("rope_of", "windows")
+    ),
+    Rule(
+        lambda v: v.shortest_window >= 1,
+        "DecoderConfig needs windows of at least 1 token, got {shortest_window}",
+        "None sees all",
+    ),
+    Rule(
+        lambda v: v.unknown_rope is None,
+        "DecoderConfig needs rope_of to index the {schemes} ropes, got {unknown_rope}",
+    ),
+    Rule(
+        lambda v: 2 * v.frequencies <= v.head_dim,
+        "DecoderConfig needs at most head_dim / 2 rotary frequencies, got {frequencies}"
+        " for head_dim={head_dim}",
+    ),
+)

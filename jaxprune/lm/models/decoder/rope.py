@@ -50,7 +50,7 @@ def linear(theta: float, dim: int, factor: float = 1.0) -> Rope:
     Args:
       theta: the base, above 1.
       dim: how many features of a head turn, even.
-      factor: 1 is the plain scheme.
+      factor: factor by which positions are divided; 1 is the plain scheme.
 
     Returns:
       The scheme.
@@ -75,7 +75,7 @@ def llama3(
     Args:
       theta: the base, above 1.
       dim: how many features of a head turn, even.
-      factor: how much slow pairs are squeezed.
+      factor: factor by which the positions of slow pairs are divided.
       low: turns under which a pair is slow.
       high: turns over which a pair is fast.
       original: the context of pretraining, in tokens.
@@ -89,8 +89,9 @@ def llama3(
     """
     plain = np.array(linear(theta, dim).frequencies)
     turns = original * plain / (2 * math.pi)
-    left = np.clip((turns - low) / (high - low), 0, 1)
-    mixed = left * plain + (1 - left) * plain / factor
+    # (pairs,): the share of a pair's frequency that is not squeezed.
+    plain_share = np.clip((turns - low) / (high - low), 0, 1)
+    mixed = plain_share * plain + (1 - plain_share) * plain / factor
     return Rope(frequencies=tuple(mixed.tolist()))
 
 
@@ -115,7 +116,7 @@ def yarn(
     Args:
       theta: the base, above 1.
       dim: how many features of a head turn, even.
-      factor: how much slow pairs are squeezed.
+      factor: factor by which the positions of slow pairs are divided.
       original: the context of pretraining, in tokens.
       fast: turns over which a pair is fast; the paper's beta.
       slow: turns under which a pair is slow; the paper's alpha.
@@ -131,7 +132,7 @@ def yarn(
       (1.0, 0.0025)
     """
     plain = np.array(linear(theta, dim).frequencies)
-    ends = [
+    ends = [  # the pair that turns so often, a number between two pairs as a rule
         dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (fast, slow)
     ]
@@ -139,8 +140,9 @@ def yarn(
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
     low, high = max(ends[0], 0), min(ends[1], dim - 1)
     high += 0.001 * (low == high)  # as transformers keeps from dividing by zero
-    squeezed = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
-    mixed = (1 - squeezed) * plain + squeezed * plain / factor
+    # (pairs,): the share of a pair's frequency that is squeezed.
+    squeezed_share = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    mixed = (1 - squeezed_share) * plain + squeezed_share * plain / factor
     return Rope(frequencies=tuple(mixed.tolist()), scale=scale)
 
 
@@ -163,8 +165,8 @@ def longrope(
     Args:
       theta: the base, above 1.
       dim: how many features of a head turn, even.
-      short: a factor for each pair, for sequences of up to `original` tokens.
-      long: the factors for longer sequences.
+      short: factors, one for each pair, for sequences of up to `original` tokens.
+      long: factors for longer sequences.
       original: the context of pretraining, in tokens.
       scale: factor on cosines and sines, whatever the length.
 
@@ -186,14 +188,14 @@ def longrope(
                 f"longrope needs {name} to have {len(plain)} numbers, one for each "
                 f"pair of the {dim} features that turn, got {len(factors)}"
             )
-    near, far = (
+    up_to, past = (  # the switch
         tuple(f / factor for f, factor in zip(plain, factors, strict=True))
         for factors in (short, long)
     )
-    return Rope(frequencies=near, long_frequencies=far, switch=original, scale=scale)
+    return Rope(frequencies=up_to, long_frequencies=past, switch=original, scale=scale)
 
 
-def tables(
+def cos_and_sin(
     rope: Rope, positions: Int[Array, "time"], length: int | Int[Array, ""]
 ) -> tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]]:
     """Cosines and sines of the angles at these positions.
@@ -201,8 +203,8 @@ def tables(
     Args:
       rope: the scheme.
       positions: integers (time,).
-      length: tokens of the whole sequence, which decides between the short and the
-        long frequencies.
+      length: number of tokens of the whole sequence, which decides between the short
+        and the long frequencies.
 
     Returns:
       Two float32 arrays (time, pairs), both times `rope.scale`.
@@ -211,18 +213,19 @@ def tables(
     if rope.switch is not None:
         long = jnp.array(rope.long_frequencies, jnp.float32)
         frequencies = jnp.where(length > rope.switch, long, frequencies)
+    # (time, 1) * (1, pairs)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None]
     return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
 
 
 def rotate(
     x: Float[Array, "batch time heads dim"],
-    turn: tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]],
+    cos_sin: tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]],
     *,
     interleaved: bool = False,
 ) -> Float[Array, "batch time heads dim"]:
     """Turns each pair (a, b) to (a cos - b sin, b cos + a sin), in float32."""
-    cos, sin = (table[None, :, None, :] for table in turn)
+    cos, sin = (table[None, :, None, :] for table in cos_sin)  # (1, time, 1, pairs)
     pairs = cos.shape[-1]
     if interleaved:
         a, b = (x[..., start : 2 * pairs : 2] for start in (0, 1))
@@ -234,6 +237,6 @@ def rotate(
     if interleaved:
         shape = (*x.shape[:-1], 2 * pairs)
         parts = [jnp.stack(parts, axis=-1).reshape(shape)]
-    if 2 * pairs < x.shape[-1]:
+    if 2 * pairs < x.shape[-1]:  # the features that do not turn
         parts.append(x[..., 2 * pairs :])
     return jnp.concatenate(parts, axis=-1)

@@ -88,13 +88,13 @@ def find(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
     if (path := directory / FILE).is_file():
         source = path.read_text(encoding="utf-8")
     elif isinstance(source, list):
-        named = [of for of in source if isinstance(of, dict)]
-        source = {of.get("name"): of.get("template") for of in named}.get("default")
+        templates = [of for of in source if isinstance(of, dict)]
+        source = {of.get("name"): of.get("template") for of in templates}.get("default")
     if not isinstance(source, str):
         return None
     special = {}
-    for own in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
-        name = f"{own}_token"
+    for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        name = f"{role}_token"
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):

@@ -80,10 +80,10 @@ class Attributes:
       ignored: names that nobody read and that say nothing of what a model computes.
     """
 
-    def __init__(self, config: Mapping[str, Any], *, where: str = ""):
+    def __init__(self, config: Mapping[str, Any], *, prefix: str = ""):
         """Starts with nothing read; `where` is put before the names in `problems`."""
         self._config = config
-        self._where = where
+        self._where = prefix
         self._read: set[str] = set()
         self.problems: list[str] = []
         self.ignored: list[str] = []
@@ -115,9 +115,9 @@ class Attributes:
         value = self.raw(name, default)
         if value is None:
             return None
-        if (found := _positive(value)) is None:
+        if (number := _positive(value)) is None:
             self.wrong(name, "a positive number", value)
-        return found
+        return number
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
@@ -139,11 +139,11 @@ class Attributes:
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive numbers."""
         value = self.raw(name)
-        found = [_positive(x) for x in value] if isinstance(value, list) else [None]
-        if None in found:
+        numbers = [_positive(x) for x in value] if isinstance(value, list) else [None]
+        if None in numbers:
             self.wrong(name, "a list of positive numbers", value)
             return ()
-        return tuple(x for x in found if x is not None)
+        return tuple(x for x in numbers if x is not None)
 
     def within(self, name: str) -> "Attributes":
         """The attributes inside an object, none where it is absent."""
@@ -153,7 +153,7 @@ class Attributes:
             value = None
         return Attributes(value or {}, where=f"{self._where}{name}.")
 
-    def given(self) -> bool:
+    def present(self) -> bool:
         """Whether there is any attribute at all."""
         return bool(self._config)
 
@@ -194,10 +194,10 @@ def _positive(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        found = float(value)
+        number = float(value)
     except OverflowError:
         return None
-    return found if 0 < found < math.inf else None
+    return number if 0 < number < math.inf else None
 
 
 def _shown(value: Any) -> str:

@@ -101,7 +101,7 @@ def load(
     parameters.check_options(dtype, compute_dtype, shardings, mesh)
     opened = open_directory(directory)
     try:
-        family = families.find(opened.config)
+        family = families.find_family(opened.config)
         config, ignored = family.read(families.without(opened.config, ignore_config))
     except ValueError as error:
         raise Unknown(f"'{opened.path / 'config.json'}': {error}") from None
@@ -136,8 +136,8 @@ def _check_layers(opened: CheckpointDir, config: Any) -> None:
 
 def abstract(config: DecoderConfig | Phi3VisionConfig) -> Any:
     """The model of a shape, with `jax.ShapeDtypeStruct`s for parameters."""
-    kind: Any = Decoder if isinstance(config, DecoderConfig) else Phi3Vision
-    return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    model_class: Any = Decoder if isinstance(config, DecoderConfig) else Phi3Vision
+    return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
 
 
 def embedded(
@@ -185,7 +185,7 @@ def tensors(
     Raises:
       ValueError: the configuration is not understood, or is another model's.
     """
-    family = families.find(config)
+    family = families.find_family(config)
     if family.read(config)[0].with_dtype(model.config.dtype) != model.config:
         raise ValueError(
             "tensors needs the config.json that the model was made from, got one of "

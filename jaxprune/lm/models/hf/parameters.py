@@ -91,8 +91,8 @@ def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype
     """The compute dtype of a directory: bfloat16 where most weights are in it."""
     sizes: Counter[str] = Counter()
     for source in names.values():
-        own = sum(math.prod(directory.tensors[name].shape) for name in source.names)
-        sizes[source.dtype.name] += own
+        weights = sum(math.prod(directory.tensors[name].shape) for name in source.names)
+        sizes[source.dtype.name] += weights
     return "bfloat16" if sizes.most_common(1)[0][0] == "bfloat16" else "float32"
 
 
@@ -104,15 +104,15 @@ def stored_leaf(
     sharding: jax.sharding.Sharding,
 ) -> LazyArray:
     """A leaf in its file; when it is read, each device reads its own part of that."""
-    kind = read_dtype(source, dtype)
+    leaf_dtype = read_dtype(source, dtype)
 
     def part(index: Any) -> np.ndarray:
-        return _part(directory, source, index, kind)
+        return _part(directory, source, index, leaf_dtype)
 
     def read() -> jax.Array:
-        return jax.make_array_from_callback(shape, sharding, part, dtype=kind)
+        return jax.make_array_from_callback(shape, sharding, part, dtype=leaf_dtype)
 
-    return LazyArray(shape, kind, read, sharding)
+    return LazyArray(shape, leaf_dtype, read, sharding)
 
 
 def read_dtype(source: Source, dtype: Dtype | None) -> np.dtype:

@@ -18,8 +18,9 @@ from flax import nnx
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.messages import listed
-from jaxprune.lm.checkpoints import new_weights, rewrite
+from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.checkpoints.directory_writer import Finish
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import families
 from jaxprune.lm.models.hf.loading import abstract
@@ -104,32 +105,34 @@ def keep_experts(
       >>> small.experts, params["layers"][0]["mlp"]["down"]["kernel"].shape
       (2, (2, 32, 16))
     """
-    sizes = {len(own) for own in kept}
-    fits = all([*own] == sorted({*own} & {*range(config.experts)}) for own in kept)
+    sizes = {len(experts) for experts in kept}
+    fits = all(
+        [*experts] == sorted({*experts} & {*range(config.experts)}) for experts in kept
+    )
     if len(kept) != config.layers or len(sizes) > 1 or not fits:
         raise ValueError(
             f"kept experts must be as many ascending numbers from 0 to "
             f"{config.experts - 1} for each of the {config.layers} layers, got "
-            f"{[list(own) for own in kept]}"
+            f"{[list(experts) for experts in kept]}"
         )
-    (left,) = sizes
-    if left < config.experts_per_token:
+    (remaining,) = sizes
+    if remaining < config.experts_per_token:
         raise ValueError(
             f"each token is given to {config.experts_per_token} experts, so as many "
-            f"must stay, got {left}; keep more"
+            f"must stay, got {remaining}; keep more"
         )
 
     def cut(name: str, leaf: Any) -> Any:
-        found = re.match(r"layers/(\d+)/mlp/(router|gate_up|gate|up|down)/", name)
-        if found is None:
+        match = re.match(r"layers/(\d+)/mlp/(router|gate_up|gate|up|down)/", name)
+        if match is None:
             return leaf
-        own = np.asarray(kept[int(found[1])])
-        last = found[2] == "router"  # its outputs are the experts
-        return lazy.array(leaf)[..., own] if last else lazy.array(leaf)[own]
+        experts = np.asarray(kept[int(match[1])])
+        outputs = match[2] == "router"  # its outputs are the experts
+        return lazy.array(leaf)[..., experts] if outputs else lazy.array(leaf)[experts]
 
     named = tree.named_leaves(params)
     leaves = [cut(name, leaf) for name, leaf in named.items()]
-    small = dataclasses.replace(config, experts=left)
+    small = dataclasses.replace(config, experts=remaining)
     return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -160,8 +163,8 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
       >>> resized(config, params) == small
       True
     """
-    found = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
-    sizes = [_sizes(config, found, layer) for layer in range(config.layers)]
+    shapes_now = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
+    sizes = [_sizes(config, shapes_now, layer) for layer in range(config.layers)]
     if different := [i for i, size in enumerate(sizes) if size != sizes[0]]:
         raise ValueError(
             "a configuration can only say layers of one size, but layer 0 has "
@@ -176,8 +179,8 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
             "many query heads of each key head"
         )
     small = dataclasses.replace(config, **sizes[0])  # type: ignore[arg-type]
-    wanted = shapes(abstract(small))
-    if wrong := [name for name in wanted if wanted[name] != found.get(name)]:
+    expected = shapes(abstract(small))
+    if wrong := [name for name in expected if expected[name] != shapes_now.get(name)]:
         raise ValueError(
             "a configuration can only say fewer layers, experts, heads and neurons, "
             f"but {listed(wrong)} became smaller in another way; leave them whole"
@@ -186,16 +189,18 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
 
 
 def _sizes(
-    config: DecoderConfig, found: Mapping[str, tuple[int, ...]], layer: int
+    config: DecoderConfig, leaf_shapes: Mapping[str, tuple[int, ...]], layer: int
 ) -> dict[str, int]:
     attention = f"layers/{layer}/attention"
-    heads = found[f"{attention}/out/kernel"][0] // config.head_dim
+    heads = leaf_shapes[f"{attention}/out/kernel"][0] // config.head_dim
     if config.fused:
-        kv = (found[f"{attention}/qkv/kernel"][1] // config.head_dim - heads) // 2
+        kv_heads = (
+            leaf_shapes[f"{attention}/qkv/kernel"][1] // config.head_dim - heads
+        ) // 2
     else:
-        kv = found[f"{attention}/k/kernel"][1] // config.head_dim
-    *experts, wide, _ = found[f"layers/{layer}/mlp/down/kernel"]
-    sizes = {"heads": heads, "kv_heads": kv, "mlp_width": wide}
+        kv_heads = leaf_shapes[f"{attention}/k/kernel"][1] // config.head_dim
+    *experts, mlp_width, _ = leaf_shapes[f"layers/{layer}/mlp/down/kernel"]
+    sizes = {"heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
     return {**sizes, "experts": experts[0]} if experts else sizes
 
 
@@ -209,7 +214,7 @@ def write_smaller(
     ignore_config: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    finish: rewrite.Finish | None = None,
+    finish: Finish | None = None,
 ) -> list[Path]:
     """Writes a smaller decoder as a plain Hugging Face directory.
 
@@ -223,7 +228,7 @@ def write_smaller(
       ignore_config: attributes of config.json that `load` was told not to look at.
       provenance: JSON-able; how it was made, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
-      finish: as for `formats.rewrite.write`.
+      finish: as for `formats.rewrite.write_directory`.
 
     Returns:
       The paths of the files.
@@ -236,16 +241,18 @@ def write_smaller(
     opened = open_directory(source)
     before = families.decoder_config(opened.config, ignore_config=ignore_config)
     kept = list(range(before.layers)) if kept is None else list(kept)
-    few, _ = keep_layers(before, _state(abstract(before)), kept)
-    found = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
-    layers = {int(of[1]) for of in found if of}
+    fewer_layers, _ = keep_layers(before, _state(abstract(before)), kept)
+    matches = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
+    layers = {int(of[1]) for of in matches if of}
     if layers != {*range(len(kept))}:
         raise ValueError(
             f"the parameters have {len(layers)} layers, but kept says {len(kept)} of "
             f"{before.layers}; give kept= as it was given to keep_layers"
         )
-    shape = resized(few, params)
-    config = smaller_config(opened.config, shape, kept, ignore_config=ignore_config)
+    config_now = resized(fewer_layers, params)
+    config = smaller_config(
+        opened.config, config_now, kept, ignore_config=ignore_config
+    )
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
         origin = names[name_before(leaf, kept)]
@@ -253,16 +260,16 @@ def write_smaller(
         if origin.experts:
             origin = origin._replace(experts=array.shape[0])
         for i, name in enumerate((*origin.names, *origin.copies)):
-            theirs = _renumbered(name, leaf, kept)
-            form = array.shape[1:] if origin.experts else array.shape
-            form = form[::-1] if origin.transposed else form
-            tensors[theirs] = new_weights.NewTensor(
+            tensor = _renumbered(name, leaf, kept)
+            stored_shape = array.shape[1:] if origin.experts else array.shape
+            stored_shape = stored_shape[::-1] if origin.transposed else stored_shape
+            tensors[tensor] = new_weights.NewTensor(
                 opened.tensors[name].file,
                 origin.dtype,
-                form,
+                stored_shape,
                 functools.partial(_read, array, origin, i),
             )
-    return new_weights.write(
+    return new_weights.write_new_weights(
         opened,
         directory,
         config,
@@ -288,7 +295,7 @@ def name_before(leaf: str, kept: Sequence[int]) -> str:
 
 def _renumbered(name: str, leaf: str, kept: Sequence[int]) -> str:
     """The name of a tensor of a layer, with the layer's new number."""
-    if (found := re.match(r"layers/(\d+)/", leaf)) is None:
+    if (match := re.match(r"layers/(\d+)/", leaf)) is None:
         return name
-    now = int(found[1])
-    return re.sub(rf"\b(layers|h)\.{kept[now]}\.", rf"\g<1>.{now}.", name, count=1)
+    layer = int(match[1])
+    return re.sub(rf"\b(layers|h)\.{kept[layer]}\.", rf"\g<1>.{layer}.", name, count=1)

@@ -46,7 +46,7 @@ def smaller_config(
     before = families.decoder_config(config, ignore_config=ignore_config)
     kept = range(before.layers) if kept is None else kept
     new = dict(config)
-    for field, name in families.find(config).resized.items():
+    for field, name in families.find_family(config).resized.items():
         now = getattr(shape, field)
         if now != getattr(before, field) or field == "head_dim":
             new |= {twin: now for twin in families.TWINS.get(name, ()) if twin in new}
@@ -89,14 +89,14 @@ def heads_that_fit(config: Mapping[str, Any], shape: DecoderConfig) -> list[int]
       >>> heads_that_fit(config, families.decoder_config(config))
       [1, 2, 3, 4, 6]
     """
-    rule = families.find(config).heads
+    rule = families.find_family(config).heads
     numbers = range(1, shape.heads + 1)
     return [heads for heads in numbers if rule.takes(config, shape.width, heads)]
 
 
 def when_heads_fit(config: Mapping[str, Any], shape: DecoderConfig) -> str:
     """In words, which numbers of query heads `heads_that_fit` gives."""
-    return families.find(config).heads.when.format(width=shape.width)
+    return families.find_family(config).heads.when.format(width=shape.width)
 
 
 def _cannot_say(config: Mapping[str, Any], why: str) -> str:
@@ -114,7 +114,7 @@ def _layerwise(
     config: Mapping[str, Any], shape: DecoderConfig, kept: Sequence[int]
 ) -> dict[str, Any]:
     """Attributes that go by the number of a layer."""
-    new: dict[str, Any] = dict(families.find(config).kinds(shape))
+    new: dict[str, Any] = dict(families.find_family(config).kinds(shape))
     types = config.get("layer_types")
     if types is not None:
         new["layer_types"] = [types[i] for i in kept]
@@ -146,5 +146,5 @@ def shrinkable(config: Mapping[str, Any]) -> list[str]:
         "mlp_width": "neurons",
         "heads": "heads",
     }
-    found = families.find(config).resized
-    return [word for field, word in names.items() if field in found]
+    resized = families.find_family(config).resized
+    return [word for field, word in names.items() if field in resized]

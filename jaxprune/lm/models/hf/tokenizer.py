@@ -113,8 +113,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     generating = _settings(opened.path, _GENERATION)
     bos = _token(tokens, settings.get("bos_token"))
     if bos is None:
-        given = _ids(opened.path, opened.config, "bos_token_id")
-        bos = given[0] if given else None
+        ids = _ids(opened.path, opened.config, "bos_token_id")
+        bos = ids[0] if ids else None
     begins = settings.get("add_bos_token")
     if not isinstance(begins, bool):
         begins = bos is not None and tokens.encode("").ids[:1] == [bos]
@@ -173,12 +173,12 @@ def _ids(
     directory: Path, config: dict[str, Any], name: str, file: str = CONFIG
 ) -> list[int]:
     """The tokens that an attribute of a file names: one, a list, or none."""
-    given = config.get(name)
-    ids = [] if given is None else given if isinstance(given, list) else [given]
+    value = config.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise Damaged(
             f"'{directory / file}' must have a token or a list of tokens as {name}, "
-            f"got {given!r}"
+            f"got {value!r}"
         )
     return ids
 

@@ -167,8 +167,8 @@ class Phi3Vision(nnx.Module):
             raise ValueError("Phi3Vision takes pixels and sources together, got one")
         if pixels is None or sources is None:
             return x
-        seen = self.image_tokens(pixels, remat=remat).astype(x.dtype)
-        rows = seen[jnp.maximum(sources, 0)]  # (batch, time, width)
+        image_tokens = self.image_tokens(pixels, remat=remat).astype(x.dtype)
+        rows = image_tokens[jnp.maximum(sources, 0)]  # (batch, time, width)
         return jnp.where(sources[..., None] >= 0, rows, x)
 
     def __call__(

@@ -201,12 +201,12 @@ def layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
 
     def numbers(crop: int, down: int, across: int) -> np.ndarray:
         # (down * across, side^2): the rows of these crops in `image_tokens`.
-        own = np.arange(crop, crop + down * across)[:, None] * side**2
-        own = 2 + own + np.arange(side**2)[None]
-        own = own.reshape(down, across, side, side)
-        own = own.transpose(0, 2, 1, 3)  # (down, side, across, side)
-        own = own.reshape(down * side, across * side)  # as they lie in the picture
-        return np.pad(own, ((0, 0), (0, 1))).ravel()  # 0: the end of a row
+        index = np.arange(crop, crop + down * across)[:, None] * side**2
+        index = 2 + index + np.arange(side**2)[None]
+        index = index.reshape(down, across, side, side)
+        index = index.transpose(0, 2, 1, 3)  # (down, side, across, side)
+        index = index.reshape(down * side, across * side)  # as they lie in the picture
+        return np.pad(index, ((0, 0), (0, 1))).ravel()  # 0: the end of a row
 
     parts = [numbers(first + 1, rows, columns), np.ones(1, int), numbers(first, 1, 1)]
     return np.concatenate(parts).astype(np.int32)
@@ -236,15 +236,15 @@ def prompt(
     Raises:
       ValueError: the text does not name the pictures, each at least once.
     """
-    named = [int(number) for number in _PLACE.findall(text)]
-    if set(named) != set(range(1, len(images) + 1)):
+    numbers = [int(number) for number in _PLACE.findall(text)]
+    if set(numbers) != set(range(1, len(images) + 1)):
         raise ValueError(
             f"a prompt must name <|image_1|> to <|image_{len(images)}|> for its "
-            f"{len(images)} pictures, but names {sorted(set(named))}"
+            f"{len(images)} pictures, but names {sorted(set(numbers))}"
         )
     size = config.tower.image
-    seen = [picture(image, size=size, crops=config.crops) for image in images]
-    firsts = np.cumsum([0, *(len(own.pixels) for own in seen)])
+    pictures = [picture(image, size=size, crops=config.crops) for image in images]
+    firsts = np.cumsum([0, *(len(cut.pixels) for cut in pictures)])
     tokens: list[list[int]] = []
     sources: list[np.ndarray] = []
     for i, part in enumerate(_PLACE.split(text)):
@@ -252,17 +252,17 @@ def prompt(
             begun = [] if bos is None else [bos]
             tokens.append([*begun, *(encode(part) if part else ())])
         else:
-            own = seen[int(part) - 1]
-            where = layout(own.rows, own.columns, config.side, firsts[int(part) - 1])
-            tokens.append([-int(part)] * len(where))  # one for each image token
-            sources.append(where)
+            cut = pictures[int(part) - 1]
+            places = layout(cut.rows, cut.columns, config.side, firsts[int(part) - 1])
+            tokens.append([-int(part)] * len(places))  # one for each image token
+            sources.append(places)
     # (time,), both
     ids = np.concatenate([np.asarray(part, np.int32) for part in tokens])
     rows = np.full(ids.shape, -1, np.int32)
     if sources:
         rows[ids < 0] = np.concatenate(sources)
     none = np.zeros((0, size, size, 3), np.float32)
-    return Prompt(ids, rows, np.concatenate([none, *(own.pixels for own in seen)]))
+    return Prompt(ids, rows, np.concatenate([none, *(cut.pixels for cut in pictures)]))
 
 
 def together(prompts: Sequence[Prompt], side: int) -> Prompt:
@@ -279,22 +279,26 @@ def together(prompts: Sequence[Prompt], side: int) -> Prompt:
     Raises:
       ValueError: the prompts are not of one length.
     """
-    lengths = {len(each.tokens) for each in prompts}
+    lengths = {len(item.tokens) for item in prompts}
     if len(lengths) != 1:
         raise ValueError(
             f"prompts of one batch must be of one length, got {sorted(lengths)}; "
             "answer those of each length by themselves"
         )
-    views = np.cumsum([0, *(len(each.pixels) for each in prompts)])
+    views = np.cumsum([0, *(len(item.pixels) for item in prompts)])
     # Rows 0 and 1 are the separators, of all.
     sources = [
-        np.where(each.sources >= 2, each.sources + start * side**2, each.sources)
-        for each, start in zip(prompts, views, strict=False)
+        np.where(
+            item.sources >= 2,
+            item.sources + start * side**2,
+            item.sources,
+        )
+        for item, start in zip(prompts, views, strict=False)
     ]
     return Prompt(
-        np.stack([each.tokens for each in prompts]),
+        np.stack([item.tokens for item in prompts]),
         np.stack(sources).astype(np.int32),
-        np.concatenate([each.pixels for each in prompts]),
+        np.concatenate([item.pixels for item in prompts]),
     )
 
 

@@ -76,31 +76,33 @@ def find(config: Mapping[str, Any]) -> Family:
     Raises:
       ValueError: the model type is not supported.
     """
-    kind = config.get("model_type")
-    if kind == "gemma3":
+    model_type = config.get("model_type")
+    if model_type == "gemma3":
         raise ValueError(
             "model_type 'gemma3' is the form with images, whose language model lies "
             "inside; save that as model_type 'gemma3_text' "
             "(Gemma3ForCausalLM.from_pretrained, then save_pretrained)"
         )
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}; another "
-            "family is pruned by magnitude alone, without options that run the model, "
-            "such as --calibration and --evaluate"
+            f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}; "
+            "another family is pruned by magnitude alone, without options that run the "
+            "model, such as --calibration and --evaluate"
         )
-    return FAMILIES[kind].of(config)
+    return FAMILIES[model_type].of(config)
 
 
 def without(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
     """A config.json less the attributes that the caller says do not matter."""
-    left = dict(config)
-    if absent := [name for name in dict.fromkeys(ignore) if not _removed(left, name)]:
+    remaining = dict(config)
+    if absent := [
+        name for name in dict.fromkeys(ignore) if not _removed(remaining, name)
+    ]:
         raise ValueError(
             f"attributes to ignore must be in config.json, but it has no "
             f"{listed(absent)}; it has {listed(config)}"
         )
-    return left
+    return remaining
 
 
 def _removed(config: dict[str, Any], name: str) -> bool:

@@ -43,11 +43,11 @@ def _fields(a: Attributes) -> Fields:
 
 def _kv_heads(a: Attributes, heads: int) -> int:
     new = a.flag("new_decoder_architecture", False)
-    many = not a.flag("multi_query", True)
-    given = a.size("num_kv_heads", heads)
-    if many and not new and given != heads:
-        a.wrong("num_kv_heads", f"num_attention_heads={heads} here", given)
-    return given if new or many else 1
+    per_head = not a.flag("multi_query", True)
+    kv_heads = a.size("num_kv_heads", heads)
+    if per_head and not new and kv_heads != heads:
+        a.wrong("num_kv_heads", f"num_attention_heads={heads} here", kv_heads)
+    return kv_heads if new or per_head else 1
 
 
 def _block(a: Attributes) -> Blocks:

@@ -160,9 +160,9 @@ class Family:
 
     def of(self, config: Mapping[str, Any]) -> "Family":
         """The family with the names that a config.json asks for."""
-        if not (own := self.variant(config)):
+        if not (variant := self.variant(config)):
             return self
-        return dataclasses.replace(self, modules={**self.modules, **own})
+        return dataclasses.replace(self, modules={**self.modules, **variant})
 
     def source(self, leaf: str) -> tuple[str, bool]:
         """The tensor of a leaf, and whether its axes are the leaf's reversed.
@@ -178,11 +178,11 @@ class Family:
         if anywhere in self.parameters:
             name, reverse = self.parameters[anywhere]
             return self.prefix + name.format(number), reverse
-        module, kind = anywhere.rsplit("/", 1)
-        theirs = self.modules[module].format(number)
-        head = theirs == "lm_head"
-        name = theirs + (".bias" if kind == "bias" else ".weight")
-        reverse = kind == "kernel" and (self.stored_out_in or head)
+        module, parameter = anywhere.rsplit("/", 1)
+        tensor = self.modules[module].format(number)
+        head = tensor == "lm_head"
+        name = tensor + (".bias" if parameter == "bias" else ".weight")
+        reverse = parameter == "kernel" and (self.stored_out_in or head)
         return name if head else self.prefix + name, reverse
 
 
@@ -213,8 +213,8 @@ def sizes(
 
 def activation(a: Attributes, name: str = "hidden_act", default: str = "silu") -> str:
     """The nonlinearity that an attribute names."""
-    found: str = a.choice(name, _ACTIVATIONS, default)
-    return found
+    name_here: str = a.choice(name, _ACTIVATIONS, default)
+    return name_here
 
 
 def like_llama(a: Attributes, *, theta: float = 1e4, **defaults: Any) -> Fields:
@@ -242,10 +242,10 @@ def split(a: Attributes, width: str, heads: str) -> int:
     return max(1, size // number)
 
 
-def alternating(a: Attributes, size: int | None, every: int) -> list[bool]:
+def alternating(a: Attributes, size: int | None, pattern: int) -> list[bool]:
     """Which layers see a window of this size only: all but each last of `every`."""
     layers = a.size("num_hidden_layers", most=LAYERS)
-    sliding = sliding_layers(a, [bool((i + 1) % every) for i in range(layers)])
+    sliding = sliding_layers(a, [bool((i + 1) % pattern) for i in range(layers)])
     if any(sliding) and size is None:
         a.wrong("sliding_window", "given where layers slide", None)
     return sliding
@@ -253,24 +253,24 @@ def alternating(a: Attributes, size: int | None, every: int) -> list[bool]:
 
 def window(a: Attributes, default: int | None) -> int | None:
     """How many tokens a token sees; null says all."""
-    given = a.raw("sliding_window", default)
-    return None if given is None else a.size("sliding_window", default)
+    size = a.raw("sliding_window", default)
+    return None if size is None else a.size("sliding_window", default)
 
 
 def sliding_layers(a: Attributes, default: list[bool]) -> list[bool]:
     """Which layers see a window only, by `layer_types` if that is there."""
-    given = a.raw("layer_types")
-    if given is None:
+    types = a.raw("layer_types")
+    if types is None:
         return default
-    if not isinstance(given, list) or not all(
-        isinstance(kind, str) and kind in _SLIDING for kind in given
+    if not isinstance(types, list) or not all(
+        isinstance(layer_type, str) and layer_type in _SLIDING for layer_type in types
     ):
-        a.wrong("layer_types", f"a list of {' and '.join(_SLIDING)}", given)
+        a.wrong("layer_types", f"a list of {' and '.join(_SLIDING)}", types)
         return default
-    if len(given) != len(default):
-        a.wrong("layer_types", f"{len(default)} long, one a layer", len(given))
+    if len(types) != len(default):
+        a.wrong("layer_types", f"{len(default)} long, one a layer", len(types))
         return default
-    return [_SLIDING[kind] for kind in given]
+    return [_SLIDING[layer_type] for layer_type in types]
 
 
 def layer_types(shape: DecoderConfig) -> Fields:

@@ -47,10 +47,10 @@ def _check_twins(a: Attributes) -> None:
         "rope_theta": ("rotary_emb_base", 1e4),
         "partial_rotary_factor": ("rotary_pct", 0.25),
     }
-    for name, (counts, default) in twins.items():
-        own = a.number(counts, default)
-        if (given := a.optional(name)) is not None and given != own:
-            a.wrong(name, f"{counts}={own}", given)
+    for name, (original, default) in twins.items():
+        value = a.number(original, default)
+        if (twin := a.optional(name)) is not None and twin != value:
+            a.wrong(name, f"{original}={value}", twin)
 
 
 _LAYER = {

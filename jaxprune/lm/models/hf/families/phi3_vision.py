@@ -44,8 +44,8 @@ def _tower(a: Attributes) -> tuple[Fields, int]:
     sizes = inner.within("vision_config")
     usual = ClipConfig()
     tower: Fields = {
-        ours: sizes.size(theirs, getattr(usual, ours))
-        for ours, theirs in _SIZES.items()
+        field: sizes.size(attribute, getattr(usual, field))
+        for field, attribute in _SIZES.items()
     }
     if tower["layers"] > family.LAYERS:
         sizes.wrong("num_hidden_layers", f"at most {family.LAYERS}", tower["layers"])
@@ -63,9 +63,9 @@ def _tower(a: Attributes) -> tuple[Fields, int]:
         "image_dim_out": tower["width"],
         "num_img_tokens": (tower["image"] // tower["patch"] // 2) ** 2,
     }
-    if not sizes.given():
+    if not sizes.present():
         only["model_name"] = _PUBLISHED_TOWER
-    inner.rest(ignored={"model_name"} if sizes.given() else (), only=only)
+    inner.rest(ignored={"model_name"} if sizes.present() else (), only=only)
     a.problems += inner.problems + sizes.problems
     return tower, -layer - 1
 
@@ -106,14 +106,12 @@ _PARTS = "vision_embed_tokens."
 _TOWER = _PARTS + "img_processor.vision_model."
 _EMBEDDED = _TOWER + "embeddings."
 _TOWER_LAYER = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "out": "self_attn.out_proj",
+    **family.LAYER,
+    "attention/out": "self_attn.out_proj",
     "norm_attention": "layer_norm1",
     "norm_mlp": "layer_norm2",
-    "up": "mlp.fc1",
-    "down": "mlp.fc2",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
 }
 FAMILY = Family(
     _fields,

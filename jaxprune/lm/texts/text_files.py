@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
-from jaxprune.lm.texts.documents import Rows, joined, of_line
-from jaxprune.lm.texts.long_text import LongText, encoded
+from jaxprune.lm.texts.documents import Rows, join_documents, parse_line
+from jaxprune.lm.texts.long_text import LongText, encode_text
 
 HELD_OUT = 10
 """One in so many tokens of a calibration text is held out."""
@@ -65,7 +65,7 @@ def is_ids(path: Path) -> bool:
     return path.suffix == _IDS
 
 
-def check_files(paths: Sequence[Path]) -> None:
+def check_text_files(paths: Sequence[Path]) -> None:
     """Refuses files that are not there or of another kind, all at once."""
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(
@@ -80,7 +80,7 @@ def check_files(paths: Sequence[Path]) -> None:
         )
 
 
-def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
+def read_text(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
     """A file as tokens; all of it is hashed, and a long one tokenised when needed.
 
     Args:
@@ -115,12 +115,12 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
     text = path.read_bytes().decode("utf-8-sig")  # without a mark of the byte order
     if path.suffix == _LINES:
         lines = enumerate(text.split("\n"), 1)  # a string may hold other separators
-        text = joined(
-            of_line(line, path, f"line {i}", tokenizer)
+        text = join_documents(
+            parse_line(line, path, f"line {i}", tokenizer)
             for i, line in lines
             if line.strip()
         )
-    return Text(path, digest, encoded(text, path, tokenizer, vocab_size))
+    return Text(path, digest, encode_text(text, path, tokenizer, vocab_size))
 
 
 def _digest(path: Path) -> str:
@@ -171,7 +171,7 @@ def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
     return tokens
 
 
-def without_end(text: AnyText, most: int) -> tuple[AnyText, Text | None]:
+def hold_out_end(text: AnyText, most: int) -> tuple[AnyText, Text | None]:
     """A text split into what may be drawn from and an end that is held out."""
     if isinstance(text, LongText):
         begin, tokens = text.without_end(HELD_OUT, most)
@@ -194,17 +194,17 @@ class Drawn(NamedTuple):
       tokens: int32 (sequences, length).
       counts: how many are of each text.
       parts: those of each text, (count, length).
-      left: for each text the rows of .npy that were not drawn; None where there are
+      undrawn: for each text the rows of .npy that were not drawn; None where there are
         none, and for texts.
     """
 
     tokens: Int[np.ndarray, "sequences length"]
     counts: list[int]
     parts: list[Int[np.ndarray, "count length"]]
-    left: list[Text | None]
+    undrawn: list[Text | None]
 
 
-def draw(
+def draw_sequences(
     texts: Sequence[AnyText],
     *,
     sequences: int,
@@ -232,7 +232,7 @@ def draw(
 
     Example:
       >>> text = Text(Path("a.txt"), "", np.arange(100, dtype=np.int32))
-      >>> draw([text], sequences=4, length=8, bos=1, seed=0).tokens.shape
+      >>> draw_sequences([text], sequences=4, length=8, bos=1, seed=0).tokens.shape
       (4, 8)
     """
     if sequences < len(texts):
@@ -240,10 +240,10 @@ def draw(
             f"each text gives at least one sequence, but {sequences} are asked of "
             f"{len(texts)} texts; ask for more sequences, or give fewer texts"
         )
-    share, rest = divmod(sequences, len(texts))
-    counts = [share + (i < rest) for i in range(len(texts))]
+    share, extra = divmod(sequences, len(texts))
+    counts = [share + (i < extra) for i in range(len(texts))]
     _check_enough(texts, counts, length, bos)
-    parts, left = [], []
+    parts, undrawn = [], []
     for i, (text, count) in enumerate(zip(texts, counts, strict=True)):
         chance = np.random.default_rng([seed, i])
         if isinstance(text, Text) and text.is_rows:
@@ -251,11 +251,11 @@ def draw(
         else:
             tokens, remaining = _pieces(text, count, length, bos, chance), None
         parts.append(tokens)
-        left.append(remaining)
-    return Drawn(in_turn(parts), counts, parts, left)
+        undrawn.append(remaining)
+    return Drawn(interleave(parts), counts, parts, undrawn)
 
 
-def in_turn(
+def interleave(
     parts: Sequence[Int[np.ndarray, "count length"]],
 ) -> Int[np.ndarray, "sequences length"]:
     """The sequences of several texts in turn, so that every batch sees every text."""
@@ -277,11 +277,11 @@ def _check_enough(
         if isinstance(text, LongText):  # looked at when it is drawn from
             continue
         if text.is_rows:
-            rows, own = text.tokens.shape
-            if own != length:
+            rows, row_length = text.tokens.shape
+            if row_length != length:
                 raise ValueError(
-                    f"'{text.path}' holds sequences of {own} tokens, but the "
-                    f"length is {length}; give length {own}"
+                    f"'{text.path}' holds sequences of {row_length} tokens, but the "
+                    f"length is {length}; give length {row_length}"
                 )
             if rows < count:
                 problems.append(f"'{text.path}' has {rows} sequences of {count}")
@@ -302,9 +302,9 @@ def _rows(
 ) -> tuple[Int[np.ndarray, "count length"], Text | None]:
     """The rows drawn from token ids, and those that are left."""
     chosen = np.sort(chance.choice(len(text.tokens), count, replace=False))
-    rest = np.delete(np.arange(len(text.tokens)), chosen)[:most]
-    left = text._replace(tokens=text.tokens[rest]) if len(rest) else None
-    return text.tokens[chosen].astype(np.int32), left
+    others = np.delete(np.arange(len(text.tokens)), chosen)[:most]
+    undrawn = text._replace(tokens=text.tokens[others]) if len(others) else None
+    return text.tokens[chosen].astype(np.int32), undrawn
 
 
 def _pieces(
