@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxprune as jp
 from jaxprune.arrays import tree
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder import rope
@@ -134,7 +135,7 @@ def test_the_matrices_of_the_layers_may_be_pruned_and_nothing_else(name):
     config = decoder_config(tiny_hf.config_json(name))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     leaves = tree.named_leaves(nnx.state(model, nnx.Param))
-    prunable = [n for n, leaf in leaves.items() if leaves.prunable(n, leaf)]
+    prunable = [n for n, leaf in leaves.items() if jp.tree.prunable(n, leaf)]
     kernels = [n for n in leaves if n.startswith("layers/") and n.endswith("kernel")]
     assert prunable == kernels
     assert len(kernels) == config.layers * (

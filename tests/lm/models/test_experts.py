@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxprune as jp
 from jaxprune.arrays import tree
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged
@@ -82,7 +83,7 @@ def test_a_leaf_holds_a_matrix_of_all_experts(name, tmp_path):
             np.testing.assert_array_equal(kernel, stored[theirs])
         else:
             np.testing.assert_array_equal(kernel[i], stored[theirs].T)
-    prunable = [n for n, leaf in leaves.items() if leaves.prunable(n, leaf)]
+    prunable = [n for n, leaf in leaves.items() if jp.tree.prunable(n, leaf)]
     own = 2 if config.experts_fused else 3
     shared = 3 if config.shared_width else 0
     assert len(prunable) == config.layers * (4 + own + shared)
