@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from jaxprune.arrays import rules
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule
 from jaxprune.files.safetensors_file import Damaged as Damaged
 from jaxprune.files.safetensors_file import TensorInfo as TensorInfo
 from jaxprune.files.safetensors_file import Unknown as Unknown
@@ -33,9 +35,91 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _FOREIGN = (*_PICKLES, ".h5", ".msgpack", ".gguf")
 _TOKENIZERS = (".model", ".tiktoken", ".spm", ".codes")
 _COPIED = (*_TOKENIZERS, ".json", ".txt", ".md", ".jinja", ".py")
-# What says that weights are rounded: of transformers, of MLX, of older releases.
-_QUANTISED = ("quantization_config", "quantization", "compression_config")
+# What says that weights are quantized: of transformers, of MLX, of older releases.
+_QUANTIZED = ("quantization_config", "quantization", "compression_config")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
+
+_NO_PICKLE = ", and pickle is never read, because it can run code"
+_SINGLE = "model.safetensors"
+_DAMAGED = "'{path}' is damaged: "
+_COPY = "bring the file back from a copy"
+
+_PLACE = (
+    Rule(
+        lambda v: v.place.exists(),
+        "there is no directory '{path}'",
+        f"give a local directory with {CONFIG} and *.safetensors, nothing is "
+        "downloaded",
+        error=FileNotFoundError,
+    ),
+    Rule(
+        lambda v: v.place.is_dir(),
+        f"a model is a directory with {CONFIG} and *.safetensors, but '{{path}}' is a "
+        "file",
+        "give the directory that it belongs to",
+        error=Unknown,
+    ),
+)
+_HAS_CONFIG = Rule(
+    lambda v: (v.directory / CONFIG).is_file(),
+    f"a model's directory must hold {CONFIG}, but '{{directory}}' has none",
+    "give the directory that holds it",
+    error=Unknown,
+)
+_PLAIN_WEIGHTS = Rule(
+    lambda v: not v.quantized,
+    "weights must be plain floating numbers, but {quantized[0]}",
+    "save the model dequantised and give that directory",
+    error=Unknown,
+)
+_WEIGHT_MAP = Rule(
+    lambda v: v.weight_map and is_text(v.weight_map),
+    _DAMAGED + "its weight_map is no map of tensor names to file names",
+    _COPY,
+    error=Damaged,
+)
+_INDEX = (
+    Rule(  # MLX writes an index of this file alone too
+        lambda v: _SINGLE in v.files or not (v.directory / _SINGLE).is_file(),
+        f"'{{directory}}' must hold one set of weights, but has both {_SINGLE} and "
+        f"{INDEX}",
+        "move one of the two elsewhere",
+        error=Unknown,
+    ),
+    Rule(
+        lambda v: not v.illegal,
+        _DAMAGED + "{illegal} are no names of files of its own directory",
+        _COPY,
+        error=Damaged,
+    ),
+    Rule(
+        lambda v: not v.foreign,
+        "weights must be *.safetensors, but '{path}' lists {foreign}",
+        "convert them with the safetensors package",
+        error=Unknown,
+    ),
+)
+_ONE_FILE = (
+    Rule(
+        lambda v: len(v.files) <= 1,
+        f"several safetensors files need a {INDEX} that says which belong to the "
+        "model, but '{directory}' has {candidates} and none",
+        "keep one of them, or add the index",
+        error=Unknown,
+    ),
+    Rule(
+        lambda v: v.files,
+        "weights must be *.safetensors, but '{directory}' has {foreign}{reason}",
+        "convert the model with the safetensors package and give that directory",
+        error=Unknown,
+    ),
+)
+_INSIDE = Rule(
+    lambda v: not v.out,
+    "'{path}' is a link to '{target}', outside the model's directory",
+    "copy the file into the directory",
+    error=Unknown,
+)
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what was done last, the bytes that are done, and the bytes in all."""
@@ -115,7 +199,7 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
     to its blobs; a link that leads elsewhere is refused.
 
     Args:
-      directory: a local one; nothing is downloaded.
+      directory: path of a local one; nothing is downloaded.
 
     Returns:
       The opened directory.
@@ -196,36 +280,19 @@ def leads_out(directory: Path, name: str) -> bool:
 
 def _directory(path: str | os.PathLike[str]) -> Path:
     directory = Path(path).absolute()
-    if not directory.exists():
-        raise FileNotFoundError(
-            f"there is no directory '{path}'; give a local directory with {CONFIG} and "
-            f"*.safetensors, nothing is downloaded"
-        )
-    if not directory.is_dir():
-        raise Unknown(
-            f"a model is a directory with {CONFIG} and *.safetensors, but '{path}' is "
-            "a file; give the directory that it belongs to"
-        )
+    rules.check(_PLACE, path=path, place=directory)
     return directory
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    if not (directory / CONFIG).is_file():
-        raise Unknown(
-            f"a model's directory must hold {CONFIG}, but '{directory}' has none; give "
-            "the directory that holds it"
-        )
+    rules.check([_HAS_CONFIG], directory=directory)
     path = _inside(directory, CONFIG)
     config = read_json(path)
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
-    rounded = [f"'{path}' has a {k}" for k in _QUANTISED for p in parts if p.get(k)]
+    quantized = [f"'{path}' has a {k}" for k in _QUANTIZED for p in parts if p.get(k)]
     if (directory / "quantize_config.json").is_file():  # of AutoGPTQ
-        rounded.append(f"'{directory}' has a quantize_config.json")
-    if rounded:
-        raise Unknown(
-            f"weights must be plain floating numbers, but {rounded[0]}; save the model "
-            "dequantised and give that directory"
-        )
+        quantized.append(f"'{directory}' has a quantize_config.json")
+    rules.check([_PLAIN_WEIGHTS], quantized=quantized)
     return config
 
 
@@ -235,22 +302,16 @@ def _index(directory: Path) -> dict[str, str] | None:
         return None
     path = _inside(directory, INDEX)
     weight_map = read_json(path).get("weight_map")
-    if not weight_map or not is_text(weight_map):
-        raise damaged(path, "its weight_map is no map of tensor names to file names")
-    single = "model.safetensors"  # MLX writes an index of this file alone too
-    if (directory / single).is_file() and single not in weight_map.values():
-        raise Unknown(
-            f"'{directory}' must hold one set of weights, but has both {single} and "
-            f"{INDEX}; move one of the two elsewhere"
-        )
-    if bad := sorted({file for file in weight_map.values() if not is_plain(file)}):
-        raise damaged(path, f"{listed(bad)} are no names of files of its own directory")
-    files = sorted(set(weight_map.values()))
-    if foreign := [file for file in files if not file.endswith(".safetensors")]:
-        raise Unknown(
-            f"weights must be *.safetensors, but '{path}' lists {listed(foreign)}; "
-            f"convert them with the safetensors package"
-        )
+    rules.check([_WEIGHT_MAP], path=path, weight_map=weight_map)
+    files = sorted({*weight_map.values()})
+    rules.check(
+        _INDEX,
+        path=path,
+        directory=directory,
+        files=files,
+        illegal=listed([file for file in files if not is_plain(file)]),
+        foreign=listed([f for f in files if not f.endswith(".safetensors")]),
+    )
     if missing := [file for file in files if not (directory / file).is_file()]:
         raise damaged(path, f"it lists {listed(missing)}, and no such file is here")
     return weight_map
@@ -263,22 +324,17 @@ def _shards(
     if weight_map is not None:
         return sorted(set(weight_map.values()))
     files = [name for name in names if name.endswith(".safetensors")]
-    if len(files) == 1:
-        return files
-    if files:
-        raise Unknown(
-            f"several safetensors files need a {INDEX} that says which belong to the "
-            f"model, but '{directory}' has {listed(files)} and none; keep one of them, "
-            f"or add the index"
-        )
     foreign = [name for name in names if name.endswith(_FOREIGN)]
     pickled = any(name.endswith(_PICKLES) for name in foreign)
-    reason = ", and pickle is never read, because it can run code" if pickled else ""
-    raise Unknown(
-        f"weights must be *.safetensors, but '{directory}' has "
-        f"{listed(foreign) or 'none'}{reason}; convert the model with the safetensors "
-        f"package and give that directory"
+    rules.check(
+        _ONE_FILE,
+        directory=directory,
+        files=files,
+        candidates=listed(files),
+        foreign=listed(foreign) or "none",
+        reason=_NO_PICKLE if pickled else "",
     )
+    return files
 
 
 def _check_index(
@@ -299,11 +355,9 @@ def _check_index(
 def _inside(directory: Path, name: str) -> Path:
     """The path of a file of the directory, refused where a link leads out of it."""
     path = directory / name
-    if leads_out(directory, name):
-        raise Unknown(
-            f"'{path}' is a link to '{path.resolve()}', outside the model's directory; "
-            "copy the file into the directory"
-        )
+    rules.check(
+        [_INSIDE], path=path, target=path.resolve(), out=leads_out(directory, name)
+    )
     return path
 
 

@@ -19,8 +19,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxprune import leaves
+from jaxprune.arrays import rules
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule
 from jaxprune.leaves import check_rule
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import (
@@ -39,6 +41,34 @@ _STACKED_INPUT_FIRST = {
     *("qwen3_vl_moe", "qwen3_vl_moe_text"),
 }
 _FLOATS = tuple(map(np.dtype, ("f2", "f4", "f8", "bfloat16")))
+
+
+_PATTERN = Rule(
+    lambda v: isinstance(
+        v.pattern, patterns.Unstructured | patterns.PerOutput | patterns.NM
+    ),
+    "directories are pruned by Unstructured, PerOutput or NM, got {pattern}",
+    "load the model and use prune for other patterns",
+    error=TypeError,
+)
+_CHOSEN = (
+    Rule(
+        lambda v: v.chosen,
+        "'{path}' must have a tensor that may be pruned, but has none",
+        "give another rule for prunable",
+    ),
+    Rule(
+        lambda v: not v.narrow,
+        "weights to prune must be of two bytes or more, but {narrow} are {dtype}",
+        "save the model in bfloat16, or leave them out with "
+        "prunable=jp.tree.excluding('...')",
+    ),
+)
+_FITS = Rule(
+    lambda v: not v.problems,
+    "{problems}",
+    "leave such tensors out with prunable=jp.tree.excluding('...')",
+)
 
 
 class Pruned(NamedTuple):
@@ -75,18 +105,18 @@ def prune_directory(
     it is started again with the same arguments, and gives the same bytes.
 
     Args:
-      source: the directory.
-      directory: the new one, apart from the source.
-      sparsity: the share to remove from each matrix, in [0, 1), or {glob on the name
-        with "/" for ".": share}. None where the pattern fixes it.
+      source: directory that is pruned.
+      directory: path of the new one, apart from the source.
+      sparsity: share to remove from each matrix, in [0, 1), or {glob on the name with
+        "/" for ".": share}. None where the pattern fixes it.
       pattern: `Unstructured`, `PerOutput` or `NM`, or its name, such as "2:4".
-      prunable: name (with "/" for ".") and `TensorInfo` to whether a tensor may be
-        pruned. Of the tensors that it chooses, floating ones of two axes are pruned,
-        and those of three axes unless their name contains "conv".
-      provenance: what else `jaxprune.json` is to say: "command", "perplexity".
+      prunable: function of a name (with "/" for ".") and a `TensorInfo` to whether a
+        tensor may be pruned. Of the tensors that it chooses, floating ones of two axes
+        are pruned, and those of three axes unless their name contains "conv".
+      provenance: facts that `jaxprune.json` is to say besides: "command", "perplexity".
       overwrite: whether an earlier result may be replaced.
-      progress: called after every tensor.
-      finish: as for `rewrite.write_directory`.
+      progress: function that is called after every tensor.
+      finish: function that is called at the end; see `rewrite.write_directory`.
 
     Returns:
       The new directory and its zeros.
@@ -115,13 +145,7 @@ def prune_directory(
       [[3.0, 0.0], [0.0, 4.0]]
     """
     pattern = patterns.named(pattern)
-    if not isinstance(
-        pattern, patterns.Unstructured | patterns.PerOutput | patterns.NM
-    ):
-        raise TypeError(
-            f"directories are pruned by Unstructured, PerOutput or NM, got {pattern}; "
-            f"load the model and use prune for other patterns"
-        )
+    rules.check([_PATTERN], pattern=pattern)
     chosen, first = to_prune(source, pattern, prunable)
     counts = _counts(pattern, sparsity, chosen)
     replaced = {
@@ -172,9 +196,9 @@ def to_prune(
     """The tensors that would be pruned, and whether their inputs come first.
 
     Args:
-      source: the directory.
-      pattern: which weights go together.
-      prunable: which tensors may be pruned, by names with "/".
+      source: directory that would be pruned.
+      pattern: pattern that says which weights go together.
+      prunable: rule that says which tensors may be pruned, by names with "/".
 
     Returns:
       Name to tensor, and name to whether it is stored (in, out).
@@ -189,17 +213,14 @@ def to_prune(
         for name, info in source.tensors.items()
         if _is_matrix(name, info) and prunable(name.replace(".", "/"), info)
     }
-    if not chosen:
-        raise ValueError(
-            f"'{source.path}' must have a tensor that may be pruned, but has none; "
-            f"give another rule for prunable"
-        )
-    if narrow := [name for name, info in chosen.items() if info.dtype not in _FLOATS]:
-        raise ValueError(
-            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
-            f"{chosen[narrow[0]].dtype}; save the model in bfloat16, or leave them out "
-            "with prunable=jp.tree.excluding('...')"
-        )
+    narrow = [name for name, info in chosen.items() if info.dtype not in _FLOATS]
+    rules.check(
+        _CHOSEN,
+        path=source.path,
+        chosen=chosen,
+        narrow=listed(narrow),
+        dtype=chosen[narrow[0]].dtype if narrow else None,
+    )
     first = {
         name: _input_first(source.config, name, info) for name, info in chosen.items()
     }
@@ -219,11 +240,7 @@ def _check_pattern(
             )
         )
     ]
-    if problems:
-        raise ValueError(
-            f"{'; '.join(problems[:6])}; leave such tensors out with "
-            f"prunable=jp.tree.excluding('...')"
-        )
+    rules.check([_FITS], problems="; ".join(problems[:6]))
 
 
 def _counts(

@@ -16,9 +16,38 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from jaxprune.arrays import processes
+from jaxprune.arrays import processes, rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder, loss_per_token
 from jaxprune.lm.texts.text_files import AnyText, Text
+
+_WINDOWS = (
+    Rule(
+        lambda v: v.limit is None or v.limit >= 1,
+        "windows need a limit of at least 1, got {limit}",
+    ),
+    Rule(
+        lambda v: v.context >= 2 and 1 <= v.stride <= v.context,
+        "windows need context >= 2 and 1 <= stride <= context, got context {context} "
+        "and stride {stride}",
+    ),
+)
+_TOKENS = Rule(
+    lambda v: v.size > v.first,
+    "a text must have a token to predict, got {size} tokens",
+    "give a longer text",
+)
+_CONTEXT = Rule(
+    lambda v: v.size <= v.longest,
+    "the model sees at most {longest} tokens, but a window of '{path}' has {size} "
+    "before its last",
+    "give a context of {longest} or less",
+)
+_BATCH = Rule(
+    lambda v: min(v.batch, v.number) >= 1,
+    "measure_perplexity needs at least one window and a batch of at least 1, got "
+    "{number} and {batch}",
+)
 
 
 class Windows(NamedTuple):
@@ -72,20 +101,10 @@ def slide(
     """
     predictions = context - 1
     stride = predictions if stride is None else stride
-    if limit is not None and limit < 1:
-        raise ValueError(f"windows need a limit of at least 1, got {limit}")
-    if context < 2 or not 1 <= stride <= context:
-        raise ValueError(
-            f"windows need context >= 2 and 1 <= stride <= context, got context "
-            f"{context} and stride {stride}"
-        )
+    rules.check(_WINDOWS, limit=limit, context=context, stride=stride)
     stride = min(stride, predictions)
     first = 0 if bos is not None else 1
-    if tokens.size <= first:
-        raise ValueError(
-            f"a text must have a token to predict, got {tokens.size} tokens; give a "
-            "longer text"
-        )
+    rules.check([_TOKENS], size=tokens.size, first=first)
     number = 1 + max(0, math.ceil((tokens.size - first - predictions) / stride))
     starts = first + stride * np.arange(min(number, limit or number))
     # (windows, context - 1): the position in the text of each predicted token.
@@ -130,8 +149,7 @@ def windows_of_text(
     Raises:
       ValueError: they do not fit the text or the model.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"windows need a limit of at least 1, got {limit}")
+    rules.check(_WINDOWS[:1], limit=limit)
     if isinstance(text, Text) and text.is_rows:
         rows = text.tokens[:limit].astype(np.int32)
         counted = np.ones((len(rows), rows.shape[1] - 1), bool)
@@ -146,11 +164,8 @@ def windows_of_text(
             )
         except ValueError as error:
             raise ValueError(f"'{text.path}': {error}") from None
-    if (size := windows.tokens.shape[1] - 1) > longest:
-        raise ValueError(
-            f"the model sees at most {longest} tokens, but a window of '{text.path}' "
-            f"has {size} before its last; give a context of {longest} or less"
-        )
+    size = windows.tokens.shape[1] - 1
+    rules.check([_CONTEXT], path=text.path, size=size, longest=longest)
     return windows
 
 
@@ -164,7 +179,7 @@ def measure_perplexity(
     """The perplexity of a model.
 
     Args:
-      model: all its parameters in memory.
+      model: model with all its parameters in memory.
       windows: windows that it is evaluated on.
       batch: number of windows at a time; one program is compiled.
       progress: function that is called after each batch with the number of its windows.
@@ -190,11 +205,7 @@ def measure_perplexity(
     """
     graphdef, params = nnx.split(model)
     number = len(windows.tokens)
-    if min(batch, number) < 1:
-        raise ValueError(
-            "measure_perplexity needs at least one window and a batch of at least 1, "
-            f"got {number} and {batch}"
-        )
+    rules.check([_BATCH], batch=batch, number=number)
     batch = min(batch, number)
     total = 0.0
     for start in range(0, number, batch):

@@ -10,18 +10,42 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
 
 _FIELDS = ("text", "messages")
 _ROWS = 256  # that are decoded at a time
+
+_LINE = Rule(
+    lambda v: v.document is not None,
+    "each line of '{path}' must be a JSON object with a 'text', or with 'messages' "
+    "that have a 'role' and a 'content', but {which} is not: {shown!r}",
+    "mend it, or take it out",
+)
+_ROW = Rule(
+    lambda v: v.document is not None,
+    "each row of '{path}' must have a 'text', or 'messages' that have a 'role' and a "
+    "'content', but row {row} has not",
+)
+_CHAT = Rule(
+    lambda v: v.chat is not None,
+    "'{path}' holds conversations, but the model's directory has no chat template that "
+    "can be read",
+    "give text, or the directory of the model that was made to chat",
+)
+_COLUMN = Rule(
+    lambda v: v.columns,
+    "'{path}' must have a column 'text' or 'messages', got {names}",
+)
 
 
 class Document(NamedTuple):
     """A document.
 
     Attributes:
-      text: of the document, or of the conversation.
-      before: what stands between the document before and this one.
+      text: text of the document, or of the conversation.
+      before: text between the document before and this one.
     """
 
     text: str
@@ -42,10 +66,10 @@ def parse_line(
     """The document of a line of `.jsonl`.
 
     Args:
-      line: JSON.
-      path: of the file.
-      which: line it is, in words.
-      tokenizer: of the model.
+      line: text of the line, JSON.
+      path: path of the file.
+      which: number or place of the line, in words.
+      tokenizer: tokenizer of the model.
 
     Returns:
       The document.
@@ -62,11 +86,8 @@ def parse_line(
         document = _document(value, path, which, tokenizer)
     if document is None:
         shown = line if isinstance(line, str) else line.decode(errors="replace")
-        raise ValueError(
-            f"each line of '{path}' must be a JSON object with a 'text', or with "
-            f"'messages' that have a 'role' and a 'content', but {which} is not: "
-            f"{shown.strip()[:60]!r}; mend it, or take it out"
-        )
+        shown = shown.strip()[:60]
+        raise rules.error(_LINE, path=path, which=which, shown=shown)
     return document
 
 
@@ -83,11 +104,7 @@ def _document(
     ):
         return None
     if tokenizer.chat is None:
-        raise ValueError(
-            f"'{path}' holds conversations, but the model's directory has no chat "
-            "template that can be read; give text, or the directory of the model that "
-            "was made to chat"
-        )
+        raise rules.error(_CHAT, path=path)
     try:
         text = tokenizer.chat.render(messages)
     except ValueError as error:
@@ -106,7 +123,7 @@ class Rows:
         """Looks at the file's end, which says what is in it.
 
         Args:
-          path: of the file.
+          path: path of the file.
 
         Raises:
           ModuleNotFoundError: pyarrow is not installed.
@@ -128,11 +145,9 @@ class Rows:
             raise ValueError(f"'{path}' must be Parquet, but {error}") from None
         names = self._file.schema_arrow.names
         columns = [name for name in _FIELDS if name in names]
-        if not columns:
-            raise ValueError(
-                f"'{path}' must have a column 'text' or 'messages', got "
-                f"{', '.join(names) or 'none'}"
-            )
+        rules.check(
+            [_COLUMN], path=path, columns=columns, names=", ".join(names) or "none"
+        )
         self._column = columns[0]
         facts = self._file.metadata
         groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
@@ -150,9 +165,9 @@ class Rows:
         """The documents between two bytes, as if all rows had the same size.
 
         Args:
-          start: a place in `size`.
-          end: another.
-          tokenizer: of the model.
+          start: first byte, below `size`.
+          end: byte after the last.
+          tokenizer: tokenizer of the model.
 
         Yields:
           Each document.
@@ -178,8 +193,5 @@ class Rows:
         fields = {self._column: value}
         document = _document(fields, self.path, f"row {row}", tokenizer)
         if document is None:
-            raise ValueError(
-                f"each row of '{self.path}' must have a 'text', or 'messages' that "
-                f"have a 'role' and a 'content', but row {row} has not"
-            )
+            raise rules.error(_ROW, path=self.path, row=row)
         return document

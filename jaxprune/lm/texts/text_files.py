@@ -16,6 +16,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Int
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
 from jaxprune.lm.texts.documents import Rows, join_documents, parse_line
 from jaxprune.lm.texts.long_text import LongText, encode_text
@@ -26,6 +28,65 @@ HELD_OUT = 10
 _PLAIN, _LINES, _ROWS, _IDS = (".txt", ".md"), ".jsonl", ".parquet", ".npy"
 # Bytes of text that are tokenised whole, and of any file that are looked at at a time.
 _WHOLE, _CHUNK = 2**21, 2**24
+
+_FILES = (
+    Rule(
+        lambda v: not v.missing,
+        "texts must be files, but there is no {missing}",
+        error=FileNotFoundError,
+    ),
+    Rule(
+        lambda v: not v.foreign,
+        "texts must end in {known}, got {foreign}",
+        "plain text is .txt, lines of JSON with a 'text' or 'messages' are .jsonl, "
+        "rows of such a column are .parquet, token ids are .npy",
+    ),
+)
+_TOKENIZER = Rule(
+    lambda v: v.tokenizer is not None,
+    "'{path}' is text, but the model has no tokenizer",
+    "give token ids as .npy",
+)
+_ARRAY = (
+    Rule(
+        lambda v: isinstance(v.tokens, np.ndarray),
+        "'{path}' must be one array, got an archive of several",
+    ),
+    Rule(
+        lambda v: v.tokens.ndim == 2 and np.issubdtype(v.tokens.dtype, np.integer),
+        "'{path}' must hold integers (sequences, length), got {tokens.dtype} of shape "
+        "{tokens.shape}",
+    ),
+    Rule(
+        lambda v: v.tokens.shape[1] >= 2 and len(v.tokens),
+        "'{path}' must hold sequences of at least 2 tokens, got {tokens.shape}",
+    ),
+)
+_VOCABULARY = Rule(
+    lambda v: v.low >= 0 and v.high <= v.highest,
+    "tokens must be from 0 to {highest}, but '{path}' has {low} to {high}",
+    "it was made with another model's tokenizer",
+)
+_ONE_OF_EACH = Rule(
+    lambda v: v.sequences >= v.texts,
+    "each text gives at least one sequence, but {sequences} are asked of {texts} texts",
+    "ask for more sequences, or give fewer texts",
+)
+_BODY = Rule(
+    lambda v: v.body >= 1,
+    "a sequence needs a token beside BOS, got a length of {length}",
+    "give a greater one",
+)
+_ROW_LENGTH = Rule(
+    lambda v: v.row_length == v.length,
+    "'{path}' holds sequences of {row_length} tokens, but the length is {length}",
+    "give length {row_length}",
+)
+_ENOUGH = Rule(
+    lambda v: not v.problems,
+    "the texts are too short: {problems} needed",
+    "give more text, or fewer sequences, or a smaller length",
+)
 
 
 class Text(NamedTuple):
@@ -67,29 +128,25 @@ def is_ids(path: Path) -> bool:
 
 def check_text_files(paths: Sequence[Path]) -> None:
     """Refuses files that are not there or of another kind, all at once."""
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        raise FileNotFoundError(
-            f"texts must be files, but there is no {', '.join(missing)}"
-        )
     known = (*_PLAIN, _LINES, _ROWS, _IDS)
-    if foreign := [str(path) for path in paths if path.suffix not in known]:
-        raise ValueError(
-            f"texts must end in {', '.join(known)}, got {', '.join(foreign)}; plain "
-            "text is .txt, lines of JSON with a 'text' or 'messages' are .jsonl, rows "
-            "of such a column are .parquet, token ids are .npy"
-        )
+    rules.check(
+        _FILES,
+        missing=", ".join(str(path) for path in paths if not path.is_file()),
+        foreign=", ".join(str(path) for path in paths if path.suffix not in known),
+        known=", ".join(known),
+    )
 
 
 def read_text(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
     """A file as tokens; all of it is hashed, and a long one tokenised when needed.
 
     Args:
-      path: plain text in UTF-8 (.txt, .md); .jsonl whose lines are objects with a
-        "text", which are joined by blank lines, or with "messages", which the model's
-        chat template writes; .parquet with such a column; or .npy of int32 (sequences,
-        length).
-      tokenizer: of the model; not needed for .npy.
-      vocab_size: the model's.
+      path: path of plain text in UTF-8 (.txt, .md); of .jsonl whose lines are objects
+        with a "text", which are joined by blank lines, or with "messages", which the
+        model's chat template writes; of .parquet with such a column; or of .npy of
+        int32 (sequences, length).
+      tokenizer: tokenizer of the model; not needed for .npy.
+      vocab_size: number of the model's tokens.
 
     Returns:
       The tokens, without a BOS in front unless .npy holds it; between conversations a
@@ -104,9 +161,7 @@ def read_text(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyTe
     if is_ids(path):
         return Text(path, digest, _ids(path, vocab_size))
     if tokenizer is None:
-        raise ValueError(
-            f"'{path}' is text, but the model has no tokenizer; give token ids as .npy"
-        )
+        raise rules.error(_TOKENIZER, path=path)
     if path.suffix == _ROWS:
         rows = Rows(path)
         return LongText(path, digest, tokenizer, vocab_size, rows.size, rows)
@@ -148,26 +203,12 @@ def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
             f"'{path}' must be an array that numpy.save wrote, of token ids, but it is "
             "none, or one of objects; a text is to end in .txt"
         ) from None
-    if not isinstance(tokens, np.ndarray):
-        raise ValueError(f"'{path}' must be one array, got an archive of several")
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            f"'{path}' must hold integers (sequences, length), got {tokens.dtype} of "
-            f"shape {tokens.shape}"
-        )
-    if tokens.shape[1] < 2 or not len(tokens):
-        raise ValueError(
-            f"'{path}' must hold sequences of at least 2 tokens, got {tokens.shape}"
-        )
+    rules.check(_ARRAY, path=path, tokens=tokens)
     step = max(1, _CHUNK // tokens[0].nbytes)  # rows
     parts = [tokens[i : i + step] for i in range(0, len(tokens), step)]
     low = min(int(part.min()) for part in parts)
     high = max(int(part.max()) for part in parts)
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"tokens must be from 0 to {vocab_size - 1}, but '{path}' has {low} to "
-            f"{high}; it was made with another model's tokenizer"
-        )
+    rules.check([_VOCABULARY], path=path, low=low, high=high, highest=vocab_size - 1)
     return tokens
 
 
@@ -216,12 +257,13 @@ def draw_sequences(
     """Draws sequences, as many from each text, without overlap.
 
     Args:
-      texts: the mixture.
-      sequences: how many in all; the first texts give one more where it must be.
-      length: tokens of each, BOS included.
-      bos: what each sequence of a text begins with; rows of .npy are as they are.
-      seed: decides which; the order follows the texts' in turn.
-      most: at most so many rows are handed on as left; None is all.
+      texts: texts of the mixture.
+      sequences: number of sequences in all; the first texts give one more where it must
+        be.
+      length: number of tokens of each, BOS included.
+      bos: token that each sequence of a text begins with; rows of .npy are as they are.
+      seed: rng seed that decides which; the order follows the texts' in turn.
+      most: greatest number of rows that are handed on as undrawn; None is all.
 
     Returns:
       The sequences.
@@ -235,11 +277,7 @@ def draw_sequences(
       >>> draw_sequences([text], sequences=4, length=8, bos=1, seed=0).tokens.shape
       (4, 8)
     """
-    if sequences < len(texts):
-        raise ValueError(
-            f"each text gives at least one sequence, but {sequences} are asked of "
-            f"{len(texts)} texts; ask for more sequences, or give fewer texts"
-        )
+    rules.check([_ONE_OF_EACH], sequences=sequences, texts=len(texts))
     share, extra = divmod(sequences, len(texts))
     counts = [share + (i < extra) for i in range(len(texts))]
     _check_enough(texts, counts, length, bos)
@@ -259,6 +297,7 @@ def interleave(
     parts: Sequence[Int[np.ndarray, "count length"]],
 ) -> Int[np.ndarray, "sequences length"]:
     """The sequences of several texts in turn, so that every batch sees every text."""
+    # Of n sequences the i-th stands at (i + 1/2) / n of the whole.
     places = [(i + 0.5) / len(part) for part in parts for i in range(len(part))]
     return np.concatenate(parts)[np.argsort(places, kind="stable")]
 
@@ -267,22 +306,16 @@ def _check_enough(
     texts: Sequence[AnyText], counts: Sequence[int], length: int, bos: int | None
 ) -> None:
     body = length - (bos is not None)
-    if body < 1:
-        raise ValueError(
-            f"a sequence needs a token beside BOS, got a length of {length}; give a "
-            "greater one"
-        )
+    rules.check([_BODY], body=body, length=length)
     problems = []
     for text, count in zip(texts, counts, strict=True):
         if isinstance(text, LongText):  # looked at when it is drawn from
             continue
         if text.is_rows:
             rows, row_length = text.tokens.shape
-            if row_length != length:
-                raise ValueError(
-                    f"'{text.path}' holds sequences of {row_length} tokens, but the "
-                    f"length is {length}; give length {row_length}"
-                )
+            rules.check(
+                [_ROW_LENGTH], path=text.path, row_length=row_length, length=length
+            )
             if rows < count:
                 problems.append(f"'{text.path}' has {rows} sequences of {count}")
         elif text.tokens.size < count * body:
@@ -290,11 +323,7 @@ def _check_enough(
                 f"'{text.path}' has {text.tokens.size:,} tokens to draw from of "
                 f"{count * body:,} ({count} sequences of {body})"
             )
-    if problems:
-        raise ValueError(
-            f"the texts are too short: {'; '.join(problems)} needed; give more text, "
-            "or fewer sequences, or a smaller length"
-        )
+    rules.check([_ENOUGH], problems="; ".join(problems))
 
 
 def _rows(

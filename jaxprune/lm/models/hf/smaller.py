@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxprune.arrays import lazy, tree
+from jaxprune.arrays import lazy, rules, tree
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.checkpoints.directory_writer import Finish
@@ -28,6 +29,49 @@ from jaxprune.lm.models.hf.parameters import shapes
 from jaxprune.lm.models.hf.smaller_config import smaller_config
 from jaxprune.lm.models.hf.tensor_names import Source
 
+_LAYERS = Rule(
+    lambda v: v.kept and v.kept == sorted({*v.kept} & {*range(v.last + 1)}),
+    "kept layers must be ascending numbers from 0 to {last}, at least one, got {kept}",
+)
+_EXPERTS = (
+    Rule(
+        lambda v: v.fits,
+        "kept experts must be as many ascending numbers from 0 to {last} for each of "
+        "the {layers} layers, got {kept}",
+    ),
+    Rule(
+        lambda v: v.remaining >= v.per_token,
+        "each token is given to {per_token} experts, so as many must stay, got "
+        "{remaining}",
+        "keep more",
+    ),
+)
+_SIZES = (
+    Rule(
+        lambda v: v.first == v.size,
+        "a configuration can only say layers of one size, but layer 0 has {first} and "
+        "layer {layer} {size}",
+        "remove as many units of each",
+    ),
+    Rule(
+        lambda v: v.kv_heads and v.heads % v.kv_heads == 0,
+        "a configuration can only say key heads that serve as many query heads each, "
+        "but {heads} query and {kv_heads} key heads are left",
+        "remove as many query heads of each key head",
+    ),
+)
+_SHAPES = Rule(
+    lambda v: not v.wrong,
+    "a configuration can only say fewer layers, experts, heads and neurons, but "
+    "{wrong} became smaller in another way",
+    "leave them whole",
+)
+_KEPT = Rule(
+    lambda v: v.same,
+    "the parameters have {layers} layers, but kept says {kept} of {before}",
+    "give kept= as it was given to keep_layers",
+)
+
 
 def keep_layers(
     config: DecoderConfig, params: Any, kept: Sequence[int]
@@ -35,9 +79,9 @@ def keep_layers(
     """A decoder with some of its layers only.
 
     Args:
-      config: its shape.
-      params: its parameters, arrays or lazy ones.
-      kept: the layers that stay, ascending.
+      config: shape of the decoder.
+      params: parameters of it, arrays or lazy ones.
+      kept: numbers of the layers that stay, ascending.
 
     Returns:
       The smaller shape and its parameters, in the containers of its model.
@@ -59,11 +103,7 @@ def keep_layers(
       (2, 2)
     """
     kept = list(kept)
-    if not kept or kept != sorted({*kept} & {*range(config.layers)}):
-        raise ValueError(
-            f"kept layers must be ascending numbers from 0 to {config.layers - 1}, at "
-            f"least one, got {kept}"
-        )
+    rules.check([_LAYERS], kept=kept, last=config.layers - 1)
     small = dataclasses.replace(
         config,
         layers=len(kept),
@@ -82,9 +122,9 @@ def keep_experts(
     """A decoder with some of the experts of each layer only.
 
     Args:
-      config: its shape.
-      params: its parameters, arrays or lazy ones; the experts' are read.
-      kept: for each layer the experts that stay, ascending, as many of each.
+      config: shape of the decoder.
+      params: parameters of it, arrays or lazy ones; the experts' are read.
+      kept: numbers of the experts that stay, ascending, as many for each layer.
 
     Returns:
       The smaller shape and its parameters.
@@ -109,18 +149,16 @@ def keep_experts(
     fits = all(
         [*experts] == sorted({*experts} & {*range(config.experts)}) for experts in kept
     )
-    if len(kept) != config.layers or len(sizes) > 1 or not fits:
-        raise ValueError(
-            f"kept experts must be as many ascending numbers from 0 to "
-            f"{config.experts - 1} for each of the {config.layers} layers, got "
-            f"{[list(experts) for experts in kept]}"
-        )
+    rules.check(
+        _EXPERTS,
+        fits=fits and len(kept) == config.layers and len(sizes) == 1,
+        last=config.experts - 1,
+        layers=config.layers,
+        kept=[list(experts) for experts in kept],
+        remaining=min(sizes, default=0),
+        per_token=config.experts_per_token,
+    )
     (remaining,) = sizes
-    if remaining < config.experts_per_token:
-        raise ValueError(
-            f"each token is given to {config.experts_per_token} experts, so as many "
-            f"must stay, got {remaining}; keep more"
-        )
 
     def cut(name: str, leaf: Any) -> Any:
         match = re.match(r"layers/(\d+)/mlp/(router|gate_up|gate|up|down)/", name)
@@ -140,8 +178,8 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     """The shape of a decoder whose heads or MLPs became smaller.
 
     Args:
-      config: its shape before.
-      params: its parameters now.
+      config: shape of the decoder before.
+      params: parameters that it has now.
 
     Returns:
       The shape with other `experts`, `heads`, `kv_heads` and `mlp_width`.
@@ -165,26 +203,14 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     """
     shapes_now = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
     sizes = [_sizes(config, shapes_now, layer) for layer in range(config.layers)]
-    if different := [i for i, size in enumerate(sizes) if size != sizes[0]]:
-        raise ValueError(
-            "a configuration can only say layers of one size, but layer 0 has "
-            f"{sizes[0]} and layer {different[0]} {sizes[different[0]]}; remove as "
-            "many units of each"
-        )
-    heads, kv_heads = sizes[0]["heads"], sizes[0]["kv_heads"]
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(
-            "a configuration can only say key heads that serve as many query heads "
-            f"each, but {heads} query and {kv_heads} key heads are left; remove as "
-            "many query heads of each key head"
-        )
+    different = next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)
+    rules.check(
+        _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
+    )
     small = dataclasses.replace(config, **sizes[0])  # type: ignore[arg-type]
     expected = shapes(abstract(small))
-    if wrong := [name for name in expected if expected[name] != shapes_now.get(name)]:
-        raise ValueError(
-            "a configuration can only say fewer layers, experts, heads and neurons, "
-            f"but {listed(wrong)} became smaller in another way; leave them whole"
-        )
+    wrong = [name for name in expected if expected[name] != shapes_now.get(name)]
+    rules.check([_SHAPES], wrong=listed(wrong))
     return small
 
 
@@ -219,16 +245,16 @@ def write_smaller(
     """Writes a smaller decoder as a plain Hugging Face directory.
 
     Args:
-      source: the directory that the model was loaded from.
-      directory: the new one.
-      params: the smaller parameters, of `jp.shrink`, `keep_layers`, `keep_experts` or
+      source: directory that the model was loaded from.
+      directory: path of the new one.
+      params: smaller parameters, of `jp.shrink`, `keep_layers`, `keep_experts` or
         all of them.
-      names: which tensor each leaf came from, as `load` returned it.
-      kept: the layers that stayed, all if left out.
+      names: tensor that each leaf came from, as `load` returned it.
+      kept: numbers of the layers that stayed, all if left out.
       ignore_config: attributes of config.json that `load` was told not to look at.
-      provenance: JSON-able; how it was made, for jaxprune.json.
+      provenance: facts of how it was made, JSON-able, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
-      finish: as for `formats.rewrite.write_directory`.
+      finish: function that is called at the end; see `rewrite.write_directory`.
 
     Returns:
       The paths of the files.
@@ -241,14 +267,17 @@ def write_smaller(
     opened = open_directory(source)
     before = families.decoder_config(opened.config, ignore_config=ignore_config)
     kept = list(range(before.layers)) if kept is None else list(kept)
+    # The shape by the layers alone; the parameters say the rest.
     fewer_layers, _ = keep_layers(before, _state(abstract(before)), kept)
     matches = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
-    layers = {int(of[1]) for of in matches if of}
-    if layers != {*range(len(kept))}:
-        raise ValueError(
-            f"the parameters have {len(layers)} layers, but kept says {len(kept)} of "
-            f"{before.layers}; give kept= as it was given to keep_layers"
-        )
+    layers = {int(match[1]) for match in matches if match}
+    rules.check(
+        [_KEPT],
+        same=layers == {*range(len(kept))},
+        layers=len(layers),
+        kept=len(kept),
+        before=before.layers,
+    )
     config_now = resized(fewer_layers, params)
     config = smaller_config(
         opened.config, config_now, kept, ignore_config=ignore_config
