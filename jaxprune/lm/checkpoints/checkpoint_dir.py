@@ -130,8 +130,8 @@ class CheckpointDir:
     """An opened checkpoint directory.
 
     Attributes:
-      path: where it is, absolute.
-      config: what config.json says.
+      path: absolute path of the directory.
+      config: content of config.json.
       tensors: name to place, file after file by name, as they lie in each.
       metadata: each safetensors file's `__metadata__`.
       indexed: whether an index lists the tensors.

@@ -65,7 +65,7 @@ class Result(NamedTuple):
     Attributes:
       dense_bytes: number of bytes of the directory's files that are in it.
       compact_bytes: number of bytes of the compact file.
-      omitted: what lies in the directory and is not in it: links out of the directory
+      omitted: files of the directory that are not in it: links out of the directory
         or to a directory, and what is no file.
     """
 

@@ -28,7 +28,7 @@ class Archive(NamedTuple):
 
     Attributes:
       path: path of the file.
-      entries: what it holds, by prefix and name.
+      entries: entries of the file, by prefix and name.
       tensors: name to what its contents say of the directory's tensor.
       files: name to SHA-256 of the directory's files.
     """

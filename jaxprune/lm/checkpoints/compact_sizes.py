@@ -29,9 +29,9 @@ def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
     """The bytes of one tensor in a compact file.
 
     Args:
-      nonzero: how many of its elements have a bit that is not zero.
-      size: how many elements it has.
-      itemsize: bytes of one.
+      nonzero: number of its elements that have a bit that is not zero.
+      size: number of its elements.
+      itemsize: bytes of an element.
 
     Returns:
       ceil(size / 8) + nonzero itemsize, or size itemsize where that is no more.
@@ -67,8 +67,8 @@ class Sizes(NamedTuple):
     Attributes:
       dense_bytes: the bytes of its weights.
       compact_bytes: about the bytes of its weights in a compact file.
-      zeros: how many elements are zero.
-      size: how many elements there are.
+      zeros: number of elements that are zero.
+      size: number of all elements.
       by_tensor: name to (zeros, size).
     """
 

@@ -43,9 +43,10 @@ class Resume(NamedTuple):
     """How a directory goes on after a run that was killed.
 
     Attributes:
-      job: what must be equal for a file of an earlier run to be one of this.
+      job: digest of all that decides the content of the files; another job's are
+        removed.
       files: names of the files that are kept; the others are quickly written again.
-      skip: called with the name of a file that is there already.
+      skip: function that is called with the name of a file that is there already.
       allowed: whether anything of an earlier run is kept.
     """
 
@@ -73,7 +74,7 @@ def write_files(
         SHA-256 to its content, JSON-able.
       replaceable: function to the reason why an earlier directory must not be replaced,
         or None; see `atomic.staged`.
-      resume: what is kept of an earlier run; None for nothing.
+      resume: rules of what is kept of an earlier run; None for nothing.
       finish: function that is called before the directory takes its place.
 
     Returns:

@@ -22,8 +22,8 @@ class Grid(NamedTuple):
     """How a tensor may have been rounded.
 
     Attributes:
-      bits: of a level, 4 or 8.
-      group: elements that share a scale.
+      bits: number of bits of a level, 4 or 8.
+      group: number of elements that share a scale.
     """
 
     bits: int
@@ -41,7 +41,7 @@ class Scales(NamedTuple):
     Attributes:
       grid: bits and group.
       axis: along which groups lie, -1 or -2.
-      shape: of the tensor.
+      shape: shape of the tensor.
       values: bfloat16, like the tensor with one element a group along that axis.
     """
 
@@ -71,7 +71,8 @@ def find_scales(tensor: np.ndarray, grid: Grid) -> Scales | None:
     """The scales that a tensor's values are whole numbers of, or None.
 
     Args:
-      tensor: at least a matrix of float16, bfloat16 or float32; others have no scales.
+      tensor: array, at least a matrix of float16, bfloat16 or float32; others have no
+        scales.
       grid: bits and group to look for.
 
     Returns:
@@ -104,7 +105,7 @@ def split(tensor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray] | Non
     """A rounded tensor as whole numbers and scales, as `qwix.QArray` takes them.
 
     Args:
-      tensor: as in `find_scales`.
+      tensor: tensor; see `find_scales`.
       grid: bits and group; the group must divide the axis for qwix.
 
     Returns:
@@ -115,8 +116,8 @@ def split(tensor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray] | Non
       >>> import numpy as np
       >>> from jaxprune.lm.checkpoints import levels
       >>> tensor = np.array([[7, 0, -3, 1], [0, 0, 7, 2]], "f4") * 0.5
-      >>> own, scales = levels.split(tensor, levels.Grid(bits=4, group=4))
-      >>> own.tolist(), scales.shape
+      >>> whole, scales = levels.split(tensor, levels.Grid(bits=4, group=4))
+      >>> whole.tolist(), scales.shape
       ([[7, 0, -3, 1], [0, 0, 7, 2]], (2, 1))
     """
     scales = find_scales(tensor, grid)

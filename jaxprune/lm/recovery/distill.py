@@ -163,7 +163,7 @@ def divergence_of_states(
       teacher: the model that is followed.
       student: the model that follows, of the same vocabulary.
       teacher_states: final hidden states of the teacher (batch, time, width).
-      student_states: those of the student (batch, time, its width).
+      student_states: final hidden states of the student (batch, time, its width).
       temperature: divisor of the logits; see `divergence`.
       rows: number of tokens at a time; see `loss_per_token`.
 

@@ -46,7 +46,7 @@ class LayerSearch(NamedTuple):
 
     Attributes:
       kept: the layers that stay, ascending.
-      dropped: those that do not, in the order in which they went.
+      dropped: layers that do not, in the order in which they went.
       nats: the mean KL(whole model || pruned model) after each went, nats a token.
     """
 

@@ -51,7 +51,7 @@ class LongText:
       tokenizer: the model's.
       vocab_size: the model's.
       stop: the byte before which it ends.
-      rows: of `.parquet`, whose bytes are those of its decoded rows.
+      rows: rows of `.parquet`, whose bytes are those of its decoded rows.
     """
 
     path: Path

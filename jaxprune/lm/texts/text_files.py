@@ -233,9 +233,9 @@ class Drawn(NamedTuple):
 
     Attributes:
       tokens: int32 (sequences, length).
-      counts: how many are of each text.
-      parts: those of each text, (count, length).
-      undrawn: for each text the rows of .npy that were not drawn; None where there are
+      counts: number of sequences of each text.
+      parts: sequences of each text, (count, length).
+      undrawn: rows of each .npy that were not drawn; None where there are
         none, and for texts.
     """
 

@@ -123,16 +123,23 @@ def test_the_template_is_found_where_folders_have_it(tmp_path):
         {"name": "default", "template": "a"},
     ]
     special = {"eos_token": {"content": "</s>"}, "pad_token": None, "sep_token": "|"}
-    found = chat_template.find(tmp_path, {"chat_template": several, **special})
+    found = chat_template.find_chat_template(
+        tmp_path, {"chat_template": several, **special}
+    )
     assert (found.source, found.special) == (
         "a",
         {"eos_token": "</s>", "sep_token": "|"},
     )
-    assert chat_template.find(tmp_path, {}) is None
+    assert chat_template.find_chat_template(tmp_path, {}) is None
     (tmp_path / "chat_template.jinja").write_text("c")
-    assert chat_template.find(tmp_path, {"chat_template": "a"}).source == "c"
+    assert (
+        chat_template.find_chat_template(tmp_path, {"chat_template": "a"}).source == "c"
+    )
     for odd in (3, ["a"], [{"name": "rag", "template": "b"}], {"default": "a"}):
-        assert chat_template.find(tmp_path / "none", {"chat_template": odd}) is None
+        assert (
+            chat_template.find_chat_template(tmp_path / "none", {"chat_template": odd})
+            is None
+        )
 
 
 @pytest.mark.parametrize(

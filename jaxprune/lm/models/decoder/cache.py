@@ -10,8 +10,8 @@ class Cache(NamedTuple):
     """Keys and values of the tokens that came before; made by `init_cache`.
 
     Attributes:
-      keys: for each layer (batch, size, kv_heads, head_dim), compute dtype, with their
-        rotary positions.
+      keys: keys of each layer, (batch, size, kv_heads, head_dim), compute dtype, with
+        their rotary positions.
       values: the same for the values, which have no positions.
       length: int32 scalar, number of the `size` positions that are filled.
     """

@@ -60,8 +60,9 @@ class DecoderConfig:
       kv_heads: key and value heads; each serves heads / kv_heads query heads.
       head_dim: features of a head.
       mlp_width: features inside the MLP, or inside each expert.
-      experts: how many MLPs a router chooses from; 0 for one that all tokens take.
-      experts_per_token: how many of them a token is given to.
+      experts: number of MLPs that a router chooses from; 0 for one that all tokens
+        take.
+      experts_per_token: number of them that a token is sent to.
       renormalise: whether the router's shares of those are made to sum to 1.
       shared_width: features inside an MLP that all tokens take beside their experts; 0
         for none.
@@ -73,12 +74,12 @@ class DecoderConfig:
       norm: "layer", with scale and bias, "layer_scale", without the bias,
         "layer_plain", without both, "rms", "rms_float32", which rounds after it scales,
         or "rms_plus_one", scaled by 1 + w.
-      norm_epsilon: what is added to the variance.
-      qk_norm: how queries and keys are normalised: "head" by head with one scale for
-        all, "heads" with a scale for each, or the "whole" of them; None for not.
-      block: where norms stand: before attention and MLP ("pre"), behind them ("post"),
-        or both ("sandwich"); "parallel" adds attention and MLP of the same input, each
-        with a norm before it, "parallel_shared" with one norm for both.
+      norm_epsilon: number that is added to the variance.
+      qk_norm: norm of queries and keys: "head" by head with one scale for all, "heads"
+        with a scale for each, or the "whole" of them; None for not.
+      block: places of the norms: before attention and MLP ("pre"), behind them
+        ("post"), or both ("sandwich"); "parallel" adds attention and MLP of the same
+        input, each with a norm before it, "parallel_shared" with one norm for both.
       activation: the MLP's nonlinearity; "gelu" is exact.
       gated: whether the MLP is activation(gate) * up, else activation(up).
       fused: whether q, k and v are one matrix, and gate and up another.
@@ -98,11 +99,11 @@ class DecoderConfig:
       logit_scale: factor on the logits.
       logit_softcap: c of c tanh(logit / c); None for none.
       ropes: the rotary schemes; () for learned positions.
-      rope_of: for each layer, which of `ropes`, None for no positions at all; () for
+      rope_of: number in `ropes` of each layer, None for no positions at all; () for
         the first everywhere.
       position_offset: rows of the learned positions that come before the first's.
-      windows: for each layer, how many tokens a token sees, itself included, None for
-        all; () for all everywhere.
+      windows: number of tokens that a token of each layer sees, itself included, None
+        for all; () for all everywhere.
       dtype: type of the matrix products, whatever the parameters' is.
 
     Raises:

@@ -208,7 +208,7 @@ def loss_per_token(
     never exist at once, nor for the gradient, which makes them again.
 
     Args:
-      model: the model.
+      model: model, of parameters in memory or traced ones.
       tokens: integers (batch, time).
       targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
       rows: number of tokens whose logits are held at a time, but at least one of each

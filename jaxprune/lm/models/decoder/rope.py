@@ -30,8 +30,8 @@ class Rope:
 
     Attributes:
       frequencies: radians a position, one for each pair of features.
-      long_frequencies: what takes their place in sequences of more than `switch`
-        tokens, for all of their positions; () if nothing does.
+      long_frequencies: frequencies that take their place in sequences of more than
+        `switch` tokens, for all of their positions; () if nothing does.
       switch: the length up to which `frequencies` hold; None if always.
       scale: factor on cosines and sines.
       interleaved: whether neighbours are a pair, not features of two halves.
@@ -48,8 +48,8 @@ def linear(theta: float, dim: int, factor: float = 1.0) -> Rope:
     """theta^(-2 i / dim) / factor for pair i: positions squeezed by `factor`.
 
     Args:
-      theta: the base, above 1.
-      dim: how many features of a head turn, even.
+      theta: base, above 1.
+      dim: number of features of a head that turn, even.
       factor: factor by which positions are divided; 1 is the plain scheme.
 
     Returns:
@@ -73,12 +73,12 @@ def llama3(
     (turns - low) / (high - low).
 
     Args:
-      theta: the base, above 1.
-      dim: how many features of a head turn, even.
+      theta: base, above 1.
+      dim: number of features of a head that turn, even.
       factor: factor by which the positions of slow pairs are divided.
       low: turns under which a pair is slow.
       high: turns over which a pair is fast.
-      original: the context of pretraining, in tokens.
+      original: context of pretraining, in tokens.
 
     Returns:
       The scheme.
@@ -114,10 +114,10 @@ def yarn(
     falls in a straight line with i.
 
     Args:
-      theta: the base, above 1.
-      dim: how many features of a head turn, even.
+      theta: base, above 1.
+      dim: number of features of a head that turn, even.
       factor: factor by which the positions of slow pairs are divided.
-      original: the context of pretraining, in tokens.
+      original: context of pretraining, in tokens.
       fast: turns over which a pair is fast; the paper's beta.
       slow: turns under which a pair is slow; the paper's alpha.
       scale: factor on cosines and sines, `yarn_scale` in the paper.
@@ -163,11 +163,11 @@ def longrope(
     """Each pair squeezed by a factor of its own, by others in long sequences.
 
     Args:
-      theta: the base, above 1.
-      dim: how many features of a head turn, even.
+      theta: base, above 1.
+      dim: number of features of a head that turn, even.
       short: factors, one for each pair, for sequences of up to `original` tokens.
       long: factors for longer sequences.
-      original: the context of pretraining, in tokens.
+      original: context of pretraining, in tokens.
       scale: factor on cosines and sines, whatever the length.
 
     Returns:
@@ -201,8 +201,8 @@ def cos_and_sin(
     """Cosines and sines of the angles at these positions.
 
     Args:
-      rope: the scheme.
-      positions: integers (time,).
+      rope: rotary scheme.
+      positions: positions of the tokens, integers (time,).
       length: number of tokens of the whole sequence, which decides between the short
         and the long frequencies.
 

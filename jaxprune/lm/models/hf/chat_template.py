@@ -73,12 +73,14 @@ class ChatTemplate:
         return text
 
 
-def find(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
+def find_chat_template(
+    directory: Path, settings: Mapping[str, Any]
+) -> ChatTemplate | None:
     """The template of a directory: chat_template.jinja, or tokenizer_config.json's.
 
     Args:
-      directory: of the model.
-      settings: what tokenizer_config.json holds.
+      directory: path of the model.
+      settings: content of tokenizer_config.json.
 
     Returns:
       The template, or of several the one called "default". None where there is none

@@ -76,7 +76,7 @@ class Attributes:
     """The attributes of one config.json, read one by one.
 
     Attributes:
-      problems: what was wrong with those read so far, a phrase each.
+      problems: phrases, one for each attribute read so far that was wrong.
       ignored: names that nobody read and that say nothing of what a model computes.
     """
 

@@ -28,7 +28,7 @@ from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.hf import families, parameters
 from jaxprune.lm.models.hf.parameters import Dtype, Shardings, to_tensors
-from jaxprune.lm.models.hf.tensor_names import Source, match, source
+from jaxprune.lm.models.hf.tensor_names import Source, match_tensors, tensor_source
 from jaxprune.lm.models.phi3_vision.model import Phi3Vision, Phi3VisionConfig
 
 
@@ -62,14 +62,14 @@ def load(
     """Reads a model's directory: config.json and safetensors.
 
     Args:
-      directory: a local directory; nothing is downloaded.
-      dtype: of the parameters; None keeps each as it is stored, bit for bit.
-      compute_dtype: of the products; None is `dtype`, or bfloat16 where most weights
-        are stored in it, else float32.
-      shardings: gives the sharding of a leaf by its name and shape.
-      mesh: instead of `shardings`: each leaf is split over all devices of this mesh
-        along its longest axis that they divide, and copied to each where there is
-        none. Without either all is on the default device.
+      directory: path of a local directory; nothing is downloaded.
+      dtype: dtype of the parameters; None keeps each as it is stored, bit for bit.
+      compute_dtype: dtype of the products; None is `dtype`, or bfloat16 where most
+        weights are stored in it, else float32.
+      shardings: function of a leaf's name and shape to its sharding.
+      mesh: mesh that takes the place of `shardings`: each leaf is split over all
+        devices of this mesh along its longest axis that they divide, and copied to each
+        where there is none. Without either all is on the default device.
       lazy: whether leaves stay in the files; a `jp.LazyArray` stands for each, until
         it is read. See `jp.prune_trained`, and `embedded`.
       ignore_config: attributes of config.json to read as if they were not there; an
@@ -102,13 +102,15 @@ def load(
     opened = open_directory(directory)
     try:
         family = families.find_family(opened.config)
-        config, ignored = family.read(families.without(opened.config, ignore_config))
+        config, ignored = family.read(
+            families.without_ignored(opened.config, ignore_config)
+        )
     except ValueError as error:
         raise Unknown(f"'{opened.path / 'config.json'}': {error}") from None
     _check_layers(opened, config)
     config = family.from_directory(opened.path, config)
-    shapes = parameters.shapes(abstract(config))
-    names = match(opened, family, shapes)
+    shapes = parameters.leaf_shapes(abstract(config))
+    names = match_tensors(opened, family, shapes)
     # Products of bfloat16 weights are in bfloat16 unless the caller asks for more.
     compute = compute_dtype or dtype or parameters.common_dtype(opened, names)
     config = config.with_dtype(compute)
@@ -118,7 +120,7 @@ def load(
         parameters.stored_leaf(opened, names[name], shape, dtype, place(name, shape))
         for name, shape in shapes.items()
     ]
-    model = parameters.filled(abstract(config), leaves, lazy=lazy)
+    model = parameters.with_leaves(abstract(config), leaves, lazy=lazy)
     return Loaded(model, config, names, (*ignore_config, *ignored))
 
 
@@ -154,10 +156,10 @@ def embedded(
 
     Args:
       directory: the directory that the model was loaded from.
-      names: which tensors its leaves came from.
-      config: its shape.
+      names: tensors that its leaves came from.
+      config: shape of the model.
       tokens: integers (batch, time) in [0, vocab_size).
-      dtype: of the parameters, as for `load`.
+      dtype: dtype of the parameters; see `load`.
 
     Returns:
       The residual stream before the first layer.
@@ -176,8 +178,8 @@ def tensors(
     """The tensors of a new directory, for a model that came from none.
 
     Args:
-      model: the model.
-      config: the config.json that it was made from.
+      model: model, of parameters in memory.
+      config: content of the config.json that it was made from.
 
     Yields:
       Name and array of every tensor, in the parameters' dtypes.
@@ -193,7 +195,7 @@ def tensors(
         )
     params = nnx.state(model, nnx.Param)
     names = {
-        name: source(family, name, leaf.shape, np.dtype(leaf.dtype))
+        name: tensor_source(family, name, leaf.shape, np.dtype(leaf.dtype))
         for name, leaf in tree.named_leaves(params).items()
     }
     return to_tensors(names, params)

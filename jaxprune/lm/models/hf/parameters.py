@@ -44,13 +44,13 @@ def check_options(
         raise ValueError("load takes shardings or a mesh, got both; leave one out")
 
 
-def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Leaf name to shape of a model's parameters, abstract or not."""
     leaves = tree.named_leaves(nnx.state(model, nnx.Param))
     return {name: leaf.shape for name, leaf in leaves.items()}
 
 
-def filled(model: Any, leaves: list[LazyArray], *, lazy: bool) -> Any:
+def with_leaves(model: Any, leaves: list[LazyArray], *, lazy: bool) -> Any:
     """An abstract model with these parameters, read or still in their files."""
     graphdef, state = nnx.split(model, nnx.Param)
     arrays = leaves if lazy else [leaf.read() for leaf in leaves]
@@ -66,7 +66,7 @@ def to_tensors(
     changed has the bits of the file. One leaf is on the host at a time.
 
     Args:
-      names: which tensor each leaf came from, as `load` returned it.
+      names: tensor that each leaf came from, as `load` returned it.
       params: parameters with the leaves of `names`, of whatever containers.
 
     Yields:
@@ -166,8 +166,9 @@ def split_over(mesh: jax.sharding.Mesh, axes: Sequence[str] | None = None) -> Sh
     """Splits the longest axis of a leaf that the devices divide, if any.
 
     Args:
-      mesh: the devices.
-      axes: the axes of the mesh that split, all of them if left out; others repeat.
+      mesh: mesh of the devices.
+      axes: names of the axes of the mesh that split, all of them if left out; others
+        repeat.
 
     Returns:
       The sharding of a leaf, by its name and shape.

@@ -25,7 +25,7 @@ from jaxprune.lm.checkpoints.directory_writer import Finish
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import families
 from jaxprune.lm.models.hf.loading import abstract
-from jaxprune.lm.models.hf.parameters import shapes
+from jaxprune.lm.models.hf.parameters import leaf_shapes
 from jaxprune.lm.models.hf.smaller_config import smaller_config
 from jaxprune.lm.models.hf.tensor_names import Source
 
@@ -112,7 +112,7 @@ def keep_layers(
     )
     named = tree.named_leaves(params)
     model = abstract(small)
-    leaves = [named[name_before(name, kept)] for name in shapes(model)]
+    leaves = [named[name_before(name, kept)] for name in leaf_shapes(model)]
     return small, jax.tree.unflatten(jax.tree.structure(_state(model)), leaves)
 
 
@@ -208,24 +208,24 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
         _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
     )
     small = dataclasses.replace(config, **sizes[0])  # type: ignore[arg-type]
-    expected = shapes(abstract(small))
+    expected = leaf_shapes(abstract(small))
     wrong = [name for name in expected if expected[name] != shapes_now.get(name)]
     rules.check([_SHAPES], wrong=listed(wrong))
     return small
 
 
 def _sizes(
-    config: DecoderConfig, leaf_shapes: Mapping[str, tuple[int, ...]], layer: int
+    config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], layer: int
 ) -> dict[str, int]:
     attention = f"layers/{layer}/attention"
-    heads = leaf_shapes[f"{attention}/out/kernel"][0] // config.head_dim
+    heads = shapes[f"{attention}/out/kernel"][0] // config.head_dim
     if config.fused:
         kv_heads = (
-            leaf_shapes[f"{attention}/qkv/kernel"][1] // config.head_dim - heads
+            shapes[f"{attention}/qkv/kernel"][1] // config.head_dim - heads
         ) // 2
     else:
-        kv_heads = leaf_shapes[f"{attention}/k/kernel"][1] // config.head_dim
-    *experts, mlp_width, _ = leaf_shapes[f"layers/{layer}/mlp/down/kernel"]
+        kv_heads = shapes[f"{attention}/k/kernel"][1] // config.head_dim
+    *experts, mlp_width, _ = shapes[f"layers/{layer}/mlp/down/kernel"]
     sizes = {"heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
     return {**sizes, "experts": experts[0]} if experts else sizes
 

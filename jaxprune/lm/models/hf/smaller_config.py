@@ -22,9 +22,9 @@ def smaller_config(
     """The config.json of a smaller decoder.
 
     Args:
-      config: that of the model before.
-      shape: the smaller shape.
-      kept: the layers that stayed, all if left out.
+      config: content of the config.json of the model before.
+      shape: smaller shape.
+      kept: numbers of the layers that stayed, all if left out.
       ignore_config: attributes that `load` was told to read as if they were not there.
 
     Returns:
@@ -75,8 +75,8 @@ def heads_that_fit(config: Mapping[str, Any], shape: DecoderConfig) -> list[int]
     """The numbers of query heads that transformers takes for a width, ascending.
 
     Args:
-      config: the parsed config.json.
-      shape: of the model.
+      config: content of the config.json.
+      shape: shape of the model.
 
     Returns:
       Numbers up to that of the shape, without those that the family's class in
@@ -114,7 +114,7 @@ def _layerwise(
     config: Mapping[str, Any], shape: DecoderConfig, kept: Sequence[int]
 ) -> dict[str, Any]:
     """Attributes that go by the number of a layer."""
-    new: dict[str, Any] = dict(families.find_family(config).kinds(shape))
+    new: dict[str, Any] = dict(families.find_family(config).layer_attributes(shape))
     types = config.get("layer_types")
     if types is not None:
         new["layer_types"] = [types[i] for i in kept]
@@ -128,7 +128,7 @@ def shrinkable(config: Mapping[str, Any]) -> list[str]:
     """What the models of a config.json's family can have fewer of.
 
     Args:
-      config: the parsed file.
+      config: content of the config.json.
 
     Returns:
       Some of "layers", "experts", "neurons" and "heads".

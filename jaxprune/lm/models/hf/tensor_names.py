@@ -24,10 +24,11 @@ class Source(NamedTuple):
     Attributes:
       name: its name in the directory.
       transposed: whether its axes are the leaf's reversed.
-      dtype: how it is stored there.
+      dtype: dtype in which it is stored there.
       copies: names under which the directory holds it again (a tied head).
-      experts: of how many tensors the leaf is made, one behind the other along its
-        first axis, with their numbers in place of the "*" in the name; 0 for one alone.
+      experts: number of tensors that the leaf is made of, one behind the other along
+        its first axis, with their numbers in place of the "*" in the name; 0 for one
+        alone.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Source(NamedTuple):
         return array.T if self.transposed else array
 
 
-def match(
+def match_tensors(
     directory: CheckpointDir,
     family: Family,
     leaves: Mapping[str, tuple[int, ...]],
@@ -62,7 +63,7 @@ def match(
     names, wrong, used = {}, [], set()
     missing = []
     for leaf, shape in leaves.items():
-        expected = source(family, leaf, shape, np.dtype("float32"))
+        expected = tensor_source(family, leaf, shape, np.dtype("float32"))
         keys = [name.removeprefix(family.prefix) for name in expected.names]
         used.update(keys)
         if absent := [
@@ -102,7 +103,7 @@ def match(
     return names
 
 
-def source(
+def tensor_source(
     family: Family, leaf: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> Source:
     """Where a leaf of this shape and dtype belongs in a new directory of a family."""

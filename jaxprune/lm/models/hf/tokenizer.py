@@ -35,7 +35,7 @@ class Tokenizer:
       bos: the token that texts begin with; None if there is none.
       eos: the tokens that end a text.
       begins: whether texts begin with `bos` unless the caller says otherwise.
-      chat: how conversations are written; None where the directory does not say.
+      chat: template of conversations; None where the directory does not say.
     """
 
     tokens: Any = dataclasses.field(repr=False)
@@ -96,7 +96,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     where that says nothing, where tokenizer.json puts it.
 
     Args:
-      directory: a local directory with config.json, safetensors and tokenizer.json.
+      directory: path of a local directory with config.json, safetensors and
+        tokenizer.json.
 
     Returns:
       The tokenizer.
@@ -127,7 +128,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         bos=bos,
         eos=tuple(sorted(ends)),
         begins=begins and bos is not None,
-        chat=chat_template.find(opened.path, settings),
+        chat=chat_template.find_chat_template(opened.path, settings),
     )
 
 

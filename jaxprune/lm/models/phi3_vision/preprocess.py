@@ -72,9 +72,9 @@ def picture(image: Image.Image, *, size: int = 336, crops: int = 16) -> Picture:
     picture is treated as its transpose.
 
     Args:
-      image: of any mode and size; it is taken as RGB.
+      image: picture of any mode and size; it is taken as RGB.
       size: height and width of a crop.
-      crops: at most so many.
+      crops: greatest number of crops.
 
     Returns:
       The picture.
@@ -132,10 +132,10 @@ def crops_of(
     """How many crops a picture is cut into, without cutting it.
 
     Args:
-      width: of the picture, in pixels.
-      height: likewise.
+      width: width of the picture, in pixels.
+      height: height of the picture, in pixels.
       size: height and width of a crop.
-      crops: at most so many.
+      crops: greatest number of crops.
 
     Returns:
       Crops from top to bottom, and from left to right.
@@ -186,10 +186,10 @@ def layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
     global view, an end after each row.
 
     Args:
-      rows: crops from top to bottom.
-      columns: crops from left to right.
-      side: tokens along each side of a crop.
-      first: the place of the global view among all views and crops of the batch.
+      rows: number of crops from top to bottom.
+      columns: number of crops from left to right.
+      side: number of tokens along each side of a crop.
+      first: index of the global view among all views and crops of the batch.
 
     Returns:
       int32 rows of `Phi3Vision.image_tokens`.
@@ -223,11 +223,12 @@ def prompt(
     """A prompt's tokens and its pictures.
 
     Args:
-      text: with "<|image_1|>" to "<|image_n|>" where the pictures are.
-      images: the pictures, the first of them <|image_1|>.
-      encode: a text without pictures to tokens, without BOS.
-      config: the model's shape.
-      bos: the token that begins each text between pictures, also an empty one, as the
+      text: text of the prompt, with "<|image_1|>" to "<|image_n|>" where the pictures
+        are.
+      images: pictures, the first of them <|image_1|>.
+      encode: function of a text without pictures to tokens, without BOS.
+      config: shape of the model.
+      bos: token that begins each text between pictures, also an empty one, as the
         published processor's tokenizer does; or None.
 
     Returns:
@@ -269,8 +270,8 @@ def together(prompts: Sequence[Prompt], side: int) -> Prompt:
     """Prompts of one length as a batch.
 
     Args:
-      prompts: each with its own pictures, or none.
-      side: image tokens along a side of a view, `config.side`.
+      prompts: prompts, with pictures of their own or none.
+      side: number of image tokens along a side of a view, `config.side`.
 
     Returns:
       Tokens and sources int32 (batch, time), the sources counting through the pixels
@@ -306,8 +307,8 @@ def chat(question: str, images: int = 0) -> str:
     r"""A question in the form that the model was tuned on, pictures before it.
 
     Args:
-      question: the text.
-      images: how many pictures go before it.
+      question: text of the question.
+      images: number of pictures before it.
 
     Returns:
       The prompt; the answer follows.

@@ -42,7 +42,7 @@ class ClipConfig:
       heads: heads of a layer.
       mlp_width: features inside the MLP.
       activation: the MLP's nonlinearity; "gelu" is exact.
-      norm_epsilon: what is added to the variance.
+      norm_epsilon: number that is added to the variance.
       dtype: type of the products, whatever the parameters' is.
 
     Raises:

@@ -33,7 +33,7 @@ from jaxprune.lm.models.hf.families.family import Family as Family
 from jaxprune.lm.models.hf.families.mixtures import TWINS as TWINS
 from jaxprune.lm.models.phi3_vision.model import Phi3VisionConfig
 
-__all__ = ["FAMILIES", "Family", "decoder_config", "find", "vision_config"]
+__all__ = ["FAMILIES", "Family", "decoder_config", "find_family", "vision_config"]
 
 FAMILIES = {
     "gpt2": gpt2.FAMILY,
@@ -64,11 +64,11 @@ FAMILIES = {
 """The supported families by `model_type`."""
 
 
-def find(config: Mapping[str, Any]) -> Family:
+def find_family(config: Mapping[str, Any]) -> Family:
     """The family of a config.json.
 
     Args:
-      config: the parsed file.
+      config: content of the config.json.
 
     Returns:
       The family that its `model_type` names.
@@ -92,7 +92,7 @@ def find(config: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type].of(config)
 
 
-def without(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
+def without_ignored(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
     """A config.json less the attributes that the caller says do not matter."""
     remaining = dict(config)
     if absent := [
@@ -123,7 +123,7 @@ def decoder_config(
     """Reads the config.json of a language model, old or new.
 
     Args:
-      config: the parsed file.
+      config: content of the config.json.
       ignore_config: attributes that are read as if they were not there.
 
     Returns:
@@ -144,8 +144,8 @@ def decoder_config(
             "model_type 'phi3_v' sees pictures and is no language model alone; "
             "hf.vision_config reads its config.json, hf.load its directory"
         )
-    config = without(config, ignore_config)
-    shape: DecoderConfig = find(config).read(config)[0]
+    config = without_ignored(config, ignore_config)
+    shape: DecoderConfig = find_family(config).read(config)[0]
     return shape
 
 
@@ -155,7 +155,7 @@ def vision_config(
     """Reads a config.json of `model_type` "phi3_v".
 
     Args:
-      config: the parsed file.
+      config: content of the config.json.
       ignore_config: attributes that are read as if they were not there.
 
     Returns:
@@ -176,5 +176,7 @@ def vision_config(
             f"model_type must be phi3_v, got {config.get('model_type')!r}; "
             "hf.decoder_config reads language models"
         )
-    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(without(config, ignore_config))[0]
+    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(
+        without_ignored(config, ignore_config)
+    )[0]
     return shape

@@ -65,5 +65,5 @@ COHERE2 = Family(
         "use_parallel_embedding": False,
     },
     resized=family.WHOLE_HEADS,
-    kinds=family.layer_types,
+    layer_attributes=family.layer_types,
 )

@@ -110,16 +110,17 @@ class Family:
         reversed.
       shape: fields to the shape of the model.
       from_directory: (directory, shape) to the shape with what other files say of it.
-      prefix: what the names begin with, except the head's; base models leave it out.
+      prefix: beginning of the names, except the head's; base models leave it out.
       stored_out_in: whether kernels are stored [out, in].
       skipped: a pattern of tensors that hold nothing learned.
       copies: tensors, without the prefix, that may repeat a leaf: to that leaf.
-      variant: for a config.json, the modules that have other names by it.
+      variant: function of a config.json to the modules that have other names by it.
       renamed: other names of tensors, without the prefix: to those of `modules`.
       resized: fields that a smaller model changes, to the attributes that say them.
-      kinds: for a shape, attributes that say how its layers differ.
-      heads: which numbers of query heads transformers takes, though a head's size is
-        said by itself.
+      layer_attributes: function of a shape to attributes that say how its layers
+        differ.
+      heads: rule of the numbers of query heads that transformers takes, though a head's
+        size is said by itself.
     """
 
     fields: Callable[[Attributes], Fields]
@@ -137,7 +138,7 @@ class Family:
     variant: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda config: {}
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resized: Mapping[str, str] = dataclasses.field(default_factory=lambda: RESIZED)
-    kinds: Callable[[Any], Fields] = lambda shape: {}
+    layer_attributes: Callable[[Any], Fields] = lambda shape: {}
     heads: HeadsRule = ANY_HEADS
 
     def read(self, config: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:

@@ -36,6 +36,6 @@ FAMILY = Family(
     _fields,
     family.modules(family.OUTER, {**family.LAYER, **family.SANDWICH}),
     only={"use_bidirectional_attention": False},
-    kinds=family.layer_types,
+    layer_attributes=family.layer_types,
     heads=family.DIVIDING_HEADS,
 )

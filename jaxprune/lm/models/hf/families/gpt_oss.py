@@ -53,5 +53,5 @@ GPT_OSS = Family(
         "layers/mlp/down/bias": (f"{_EXPERTS}.down_proj_bias", False),
     },
     resized={"layers": "num_hidden_layers", "experts": "num_local_experts"},
-    kinds=family.layer_types,
+    layer_attributes=family.layer_types,
 )

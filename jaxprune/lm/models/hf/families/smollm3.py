@@ -41,9 +41,13 @@ def _turning(a: Attributes, layers: int) -> list[bool]:
     return [bool(turns) for turns in flags[:layers]]
 
 
-def _kinds(shape: DecoderConfig) -> Fields:
+def _layer_attributes(shape: DecoderConfig) -> Fields:
     turning = [int(shape.rope(i) is not None) for i in range(shape.layers)]
     return {**family.layer_types(shape), "no_rope_layers": turning}
 
 
-FAMILY = Family(_fields, family.modules(family.OUTER, family.LAYER), kinds=_kinds)
+FAMILY = Family(
+    _fields,
+    family.modules(family.OUTER, family.LAYER),
+    layer_attributes=_layer_attributes,
+)
