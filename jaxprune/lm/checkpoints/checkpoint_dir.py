@@ -230,16 +230,21 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
     files = _shards(directory, names, weight_map)
     tensors: dict[str, TensorInfo] = {}
     metadata = {}
+    # A tensor in two files would be read from whichever came last.
     for file in files:
-        inside, metadata[file] = read_header(_inside(directory, file))
-        if twice := [name for name in inside if name in tensors]:
-            raise damaged(directory / file, f"it holds {listed(twice)} a second time")
-        tensors |= inside
+        in_file, metadata[file] = read_header(_inside(directory, file))
+        if repeated := [name for name in in_file if name in tensors]:
+            raise damaged(
+                directory / file, f"it holds {listed(repeated)} a second time"
+            )
+        tensors |= in_file
     if weight_map is not None:
         _check_index(directory, weight_map, tensors)
     other_files = [name for name in files_below(directory) if name not in files]
     others = [name for name in other_files if _belongs(name, other_files)]
-    first = [name for name in (CONFIG, INDEX) if name in others]
+    first = [
+        name for name in (CONFIG, INDEX) if name in others
+    ]  # as loaders look for them
     for name in others:
         _inside(directory, name)
     return CheckpointDir(
@@ -273,7 +278,8 @@ def leads_out(directory: Path, name: str) -> bool:
     home = directory.resolve()
     homes = [home]
     if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
+        homes.append(home.parent.parent / "blobs")  # the hub's cache
+    # Every link on the way is followed.
     target = (directory / name).resolve()
     return not any(target.is_relative_to(place) for place in homes)
 
@@ -288,6 +294,7 @@ def _config(directory: Path) -> dict[str, Any]:
     rules.check([_HAS_CONFIG], directory=directory)
     path = _inside(directory, CONFIG)
     config = read_json(path)
+    # A model of models says it of one of its parts.
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
     quantized = [f"'{path}' has a {k}" for k in _QUANTIZED for p in parts if p.get(k)]
     if (directory / "quantize_config.json").is_file():  # of AutoGPTQ
@@ -325,6 +332,7 @@ def _shards(
         return sorted(set(weight_map.values()))
     files = [name for name in names if name.endswith(".safetensors")]
     foreign = [name for name in names if name.endswith(_FOREIGN)]
+    # What else lies there tells the user what to convert.
     pickled = any(name.endswith(_PICKLES) for name in foreign)
     rules.check(
         _ONE_FILE,
@@ -341,6 +349,7 @@ def _check_index(
     directory: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]
 ) -> None:
     path = directory / INDEX
+    # The index may name tensors, or their files, that are not there.
     absent = [
         f"'{name}' in '{file}'"
         for name, file in weight_map.items()
@@ -366,7 +375,9 @@ def _belongs(path: str, files: Collection[str]) -> bool:
     if path == INDEX:
         return True
     *folders, name = path.split("/")
-    if any(p.startswith(".") for p in (*folders, name)):
+    if any(
+        p.startswith(".") for p in (*folders, name)
+    ):  # hidden: caches, version control
         return False
     if any(re.fullmatch(r"checkpoint-\d+", p) for p in folders):
         return False  # of a training: another model, whose weights are left too
@@ -374,5 +385,5 @@ def _belongs(path: str, files: Collection[str]) -> bool:
         # A module of sentence-transformers, "2_Dense/model.safetensors" say; the
         # checkpoints of a training are other models.
         return "modules.json" in files and bool(re.match(r"\d+_[^/]*/", path))
-    known = name.endswith(_COPIED) or ".model.v" in name  # tokenizer.model.v3
-    return known or name.upper().split(".")[0] in _LEGAL
+    is_copied = name.endswith(_COPIED) or ".model.v" in name  # tokenizer.model.v3
+    return is_copied or name.upper().split(".")[0] in _LEGAL

@@ -122,7 +122,9 @@ def compact(
     advance = source.meter(progress, passes=2)
     with atomic.staged_file(place, replaceable=replaceable) as partial:
         plan = _plan(source, advance)
-        stored = (math.prod(n) * DTYPES[c].itemsize for c, n in plan.entries.values())
+        stored = (
+            math.prod(n) * DTYPES[c].itemsize for c, n in plan.entries.values()
+        )  # bytes of each entry
         atomic.check_room(place, sum(stored))
         with atomic.named(partial), open(partial, "wb") as file:
             entries = write_header(file, plan.entries, plan.metadata)
@@ -135,7 +137,7 @@ def compact(
             for name, size in plan.embedded.items():
                 origin = source.path / name.partition("/")[2]
                 _put_bytes(file, origin, size, entries[name])
-            file.flush()
+            file.flush()  # fsync sees only what has left the buffer
             os.fsync(file.fileno())
     return Result(plan.dense_bytes, place.stat().st_size, packed_files(source)[1])
 
@@ -170,11 +172,12 @@ def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     embedded, digests = {}, {}
     for file in source.metadata:
-        inside = {k: info for k, info in source.tensors.items() if info.file == file}
-        head = sizes[file] - sum(info.size for info in inside.values())
+        in_file = {k: info for k, info in source.tensors.items() if info.file == file}
+        # The length and the header are all that is no tensor.
+        head = sizes[file] - sum(info.size for info in in_file.values())
         embedded[f"header/{file}"] = head
-        sink = hashlib.sha256(_head(paths[file], head))
-        for name, info in inside.items():
+        sink = hashlib.sha256(_head(paths[file], head))  # of the file as it was
+        for name, info in in_file.items():
             tensors[name], nonzero, scales[name] = _scan(source, name, info, sink, grid)
             entries |= layout(name, tensors[name], nonzero)
             advance(name, info.size)
@@ -183,6 +186,7 @@ def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
     for name in others:
         embedded[f"file/{name}"] = sizes[name]
         digests[name] = atomic.digest(paths[name])
+    # Whole files and headers are bytes.
     entries |= {name: ("U8", (size,)) for name, size in embedded.items()}
     contents = json.dumps({"tensors": tensors, "files": digests})
     metadata = {"format": FORMAT, "version": VERSION, "contents": contents}
@@ -199,11 +203,14 @@ def _scan(
         sink.update(bits)
         digest.update(bits.data)
         nonzero += int(np.count_nonzero(bits))
-    size, whole = math.prod(info.shape), info.dtype.itemsize
-    dense = compact_sizes.stored_bytes(nonzero, size, whole) == info.size
+    size, itemsize = math.prod(info.shape), info.dtype.itemsize
+    dense = (
+        compact_sizes.stored_bytes(nonzero, size, itemsize) == info.size
+    )  # where a mask saves nothing
     entry: dict[str, Any] = {"file": info.file, "dtype": _CODES[info.dtype]}
     entry |= {"shape": info.shape, "encoding": "dense" if dense else "mask"}
     entry["sha256"] = digest.hexdigest()
+    # Levels go before both: they take fewer bits than the values.
     scales = None if grid is None else levels.find_scales(tensor, grid)
     if scales is not None:
         entry |= {"encoding": "levels", "axis": scales.axis, **scales.grid._asdict()}
@@ -245,7 +252,9 @@ def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
     archive = open_archive(Path(path))
     for name, entry in archive.tensors.items():
         dtype = DTYPES[entry["dtype"]]
-        bits = np.empty(math.prod(entry["shape"]), bits_of(dtype))
+        bits = np.empty(
+            math.prod(entry["shape"]), bits_of(dtype)
+        )  # (size,), filled chunk by chunk
         position, digest = 0, hashlib.sha256()
         for part in decode(archive, name):
             bits[position : position + part.size] = part
@@ -282,6 +291,7 @@ def expand(
         math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
         for e in archive.tensors.values()
     ]
+    # Files and headers are stored as they are.
     sizes += [
         info.size
         for name, info in archive.entries.items()

@@ -66,7 +66,9 @@ class Codec(NamedTuple):
 
 def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     """The bits of a C-contiguous array as flat unsigned integers, `CHUNK` at a time."""
-    bits = array.reshape(-1).view(bits_of(array.dtype))
+    bits = array.reshape(-1).view(
+        bits_of(array.dtype)
+    )  # minus zero and NaN stay what they are
     for start in range(0, bits.size, CHUNK):
         yield bits[start : start + CHUNK]
 
@@ -108,6 +110,7 @@ def _read_dense(archive: Archive, name: str) -> Iterator[np.ndarray]:
 
 
 def _mask_entry(name: str, entry: Mapping[str, Any]) -> Layout:
+    # One bit a weight, and the last byte filled up.
     return {f"mask/{name}": ("U8", (-(-math.prod(entry["shape"]) // 8),))}
 
 
@@ -145,7 +148,9 @@ def _is_sound_levels(entry: Mapping[str, Any]) -> bool:
 
 def _levels_layout(name: str, entry: Mapping[str, Any], nonzero: int) -> Layout:
     grid = Grid(entry["bits"], entry["group"])
-    size = nonzero if nonzero < 0 else levels.packed_size(nonzero, grid.bits)
+    size = (
+        nonzero if nonzero < 0 else levels.packed_size(nonzero, grid.bits)
+    )  # -1: any number
     shape = scales_shape(tuple(entry["shape"]), grid, entry["axis"])
     return {
         f"levels/{name}": ("U8", (size,)),
@@ -164,7 +169,7 @@ def _write_levels(
     assert scales is not None  # that is when this encoding is chosen
     start, parts = 0, []
     for bits, kept in _masked(file, entries[f"mask/{name}"].offset, tensor):
-        weights = bits.view(tensor.dtype)[kept]
+        weights = bits.view(tensor.dtype)[kept]  # (kept,)
         parts.append(levels.to_levels(weights, scales.of(start, bits.size)[kept]))
         start += bits.size
     file.seek(entries[f"scales/{name}"].offset)
@@ -220,6 +225,7 @@ def _filled(
     mask, entry = archive.look(f"mask/{name}"), archive.tensors[name]
     size, dtype = math.prod(entry["shape"]), DTYPES[entry["dtype"]]
     count = _count(archive, name)
+    # A bit past the last weight would be one that nobody wrote.
     if values is None or count != values.size or (size % 8 and mask[-1] >> size % 8):
         raise damaged(
             archive.path, f"the mask of '{name}' has {count} bits, not its values"
@@ -227,10 +233,12 @@ def _filled(
     position = 0
     for start in range(0, size, CHUNK):
         length = min(CHUNK, size - start)
-        mask_bytes = mask[start // 8 : (start + length + 7) // 8]
+        mask_bytes = mask[
+            start // 8 : (start + length + 7) // 8
+        ]  # `start` is a multiple of 8
         kept = np.unpackbits(mask_bytes, count=length, bitorder="little").view(bool)
         number = int(np.count_nonzero(kept))
-        part = np.zeros(length, dtype)
+        part = np.zeros(length, dtype)  # (length,)
         part[kept] = weights(values[position : position + number], start, kept)
         position += number
         yield part.view(bits_of(dtype))

@@ -53,7 +53,7 @@ def packed_bytes(
     total = 0
     for name, info in source.tensors.items():
         size = math.prod(info.shape)
-        nonzero = size - zeros.get(name, 0)
+        nonzero = size - zeros.get(name, 0)  # of bits: minus zero is stored
         if name in rounded:
             total += levels.stored_bytes(info.shape, nonzero, rounded[name])
         else:
@@ -89,6 +89,7 @@ def directory_sizes(source: CheckpointDir) -> Sizes:
         if grid is not None and levels.find_scales(tensor, grid) is not None:
             rounded[name] = grid
         for bits in chunks(tensor):
+            # Minus zero is a zero to who counts weights, and a value to the file.
             filled += int(np.count_nonzero(bits.view(info.dtype)))
             blank[name] += bits.size - int(np.count_nonzero(bits))
         by_tensor[name] = (size - filled, size)

@@ -86,7 +86,7 @@ def write_files(
         done = {} if resume is None else _finished(partial, resume.job)
         for name, write in files.items():
             if resume is not None and name in done:
-                resume.skip(name)
+                resume.skip(name)  # it was checked against its SHA-256
                 continue
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             done[name] = write(partial / name)
@@ -96,13 +96,15 @@ def write_files(
                     partial / _STATE, {"job": resume.job, "done": state}
                 )
         for folder in {(partial / name).parent for name in files}:
-            atomic.sync(folder)
+            atomic.sync(folder)  # names are on disk before the record that lists them
         digests = {name: done[name].sha256 for name in files}
         counts = {k: v for name in files for k, v in done[name].tensors.items()}
         facts = content(counts, digests)
-        more, pages = finish(partial, facts) if finish else ({}, {})
+        further_facts, pages = finish(partial, facts) if finish else ({}, {})
         atomic.replace_files(partial, pages)
-        atomic.replace_json(partial / record_name, {**facts, **more})
+        atomic.replace_json(
+            partial / record_name, {**facts, **further_facts}
+        )  # last: a directory without it is not complete
         (partial / _STATE).unlink(missing_ok=True)
     return [place / name for name in (*digests, *pages, record_name)]
 
@@ -113,7 +115,7 @@ def _finished(partial: Path, job: str) -> dict[str, Written]:
     if (partial / _STATE).is_file():
         try:
             state = read_json(partial / _STATE)
-        except Damaged:
+        except Damaged:  # killed while it was written
             state = {}
         if state.get("job") == job:
             done = {

@@ -54,8 +54,9 @@ class Scales(NamedTuple):
         """The scales of some elements of the flat tensor in C order, float32."""
         size = self.shape[self.axis]
         inner = 1 if self.axis == -1 else self.shape[-1]
-        outer, rest = np.divmod(np.arange(start, start + count), size * inner)
-        along, within = np.divmod(rest, inner)
+        # The tensor is (outer, size, inner) around the axis of the groups.
+        outer, remainder = np.divmod(np.arange(start, start + count), size * inner)
+        along, within = np.divmod(remainder, inner)
         group = outer * self.values.shape[self.axis] + along // self.grid.group
         return self.values.reshape(-1)[group * inner + within].astype(np.float32)
 
@@ -89,13 +90,13 @@ def find_scales(tensor: np.ndarray, grid: Grid) -> Scales | None:
     kinds = (np.float16, np.float32, BFLOAT16)
     if tensor.ndim < 2 or not tensor.size or tensor.dtype not in kinds:
         return None
-    whole = tensor.reshape(-1, *tensor.shape[-2:])  # a stack of matrices
+    stack = tensor.reshape(-1, *tensor.shape[-2:])  # a stack of matrices
     for axis in (-1, -2):
         shape = scales_shape(tensor.shape, grid, axis)
-        scales = np.empty((len(whole), *shape[-2:]), BFLOAT16)
+        scales = np.empty((len(stack), *shape[-2:]), BFLOAT16)
         if all(
             _fill(scales, place, part, grid, axis)
-            for place, part in _parts(whole, axis)
+            for place, part in _parts(stack, axis)
         ):
             return Scales(grid, axis, tensor.shape, scales.reshape(shape))
     return None
@@ -142,7 +143,9 @@ def pack_levels(levels: np.ndarray, bits: int) -> np.ndarray:
     """Levels as bytes; of 4 bits two a byte, the first in the low half."""
     if bits == 8:
         return levels.view(np.uint8)
-    nibbles = np.pad(levels.view(np.uint8) & 15, (0, levels.size % 2))
+    nibbles = np.pad(
+        levels.view(np.uint8) & 15, (0, levels.size % 2)
+    )  # two's complement of 4 bits
     return nibbles[0::2] | nibbles[1::2] << 4
 
 
@@ -156,7 +159,7 @@ def unpack_levels(packed: np.ndarray, bits: int, count: int) -> np.ndarray | Non
     if nibbles[count:].any():
         return None
     levels = nibbles[:count].view(np.int8)
-    return np.where(levels > 7, levels - 16, levels)
+    return np.where(levels > 7, levels - 16, levels)  # the sign bit is the fourth
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -165,14 +168,14 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def _parts(
-    whole: np.ndarray, axis: int
+    stack: np.ndarray, axis: int
 ) -> Iterator[tuple[tuple[int, slice], np.ndarray]]:
     """Rows along the axis, some at a time, and where they lie: a few first."""
-    across = whole.shape[-3 - axis]  # the other one of the last two axes
-    step = max(1, _PART // whole.shape[axis])
+    across = stack.shape[-3 - axis]  # the other one of the last two axes
+    step = max(1, _PART // stack.shape[axis])
     starts = [0, *range(min(_FIRST, step), across, step)]
-    for number, matrix in enumerate(whole):
-        rows = matrix if axis == -1 else matrix.T
+    for number, matrix in enumerate(stack):
+        rows = matrix if axis == -1 else matrix.T  # (rows, size)
         for first, end in zip(starts, [*starts[1:], across], strict=True):
             yield (number, slice(first, end)), rows[first:end]
 
@@ -199,7 +202,7 @@ def _fill(
 def _scales(rows: np.ndarray, grid: Grid) -> np.ndarray | None:
     """The scale of each group of each row, (rows, groups), or None."""
     count, size = rows.shape
-    padded = np.pad(rows, ((0, 0), (0, -size % grid.group)))
+    padded = np.pad(rows, ((0, 0), (0, -size % grid.group)))  # zeros fit any scale
     groups = padded.reshape(-1, grid.group)  # (rows * groups, group)
     bits = groups.view(f"u{groups.dtype.itemsize}")
     largest = np.max(np.abs(groups.astype(np.float32)), axis=1)  # (rows * groups,)
@@ -219,9 +222,9 @@ def _scales(rows: np.ndarray, grid: Grid) -> np.ndarray | None:
                 scale32 = candidate.astype(np.float32)[:, None]
                 # (left, group)
                 levels = np.rint(groups[open_groups].astype(np.float32) / scale32)
-                again = (levels * scale32).astype(groups.dtype).view(bits.dtype)
+                product = (levels * scale32).astype(groups.dtype).view(bits.dtype)
             # Minus zero is no level, and NaN is none either.
-            same = (again == bits[open_groups]) & (
+            same = (product == bits[open_groups]) & (
                 (levels != 0) | (bits[open_groups] == 0)
             )
             good = np.all(same & (np.abs(levels) <= grid.most), axis=1)

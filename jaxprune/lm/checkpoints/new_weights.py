@@ -95,7 +95,9 @@ def write_new_weights(
     files = {CONFIG: _text(dict(config))}
     for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
         in_file = {name: t for name, t in tensors.items() if t.file == file}
-        metadata = source.metadata.get(file, {"format": "pt"})
+        metadata = source.metadata.get(
+            file, {"format": "pt"}
+        )  # loaders of torch look for "pt"
         files[file] = functools.partial(_write_weights, in_file, metadata)
     if source.indexed:
         files[INDEX] = _text(_index(tensors))
@@ -131,7 +133,10 @@ def _text(content: Mapping[str, Any]) -> Callable[[Path], Written]:
 def _index(tensors: Mapping[str, NewTensor]) -> dict[str, Any]:
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
     weight_map = {name: tensor.file for name, tensor in sorted(tensors.items())}
-    return {"metadata": {"total_size": size}, "weight_map": weight_map}
+    return {
+        "metadata": {"total_size": size},
+        "weight_map": weight_map,
+    }  # as Hugging Face writes it
 
 
 def _write_weights(

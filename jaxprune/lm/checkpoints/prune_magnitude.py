@@ -154,9 +154,11 @@ def prune_directory(
         )
         for name in chosen
     }
-    asked = pattern.sparsity if sparsity is None else sparsity
+    requested = pattern.sparsity if sparsity is None else sparsity
     facts: dict[str, Any] = {"method": "magnitude", "pattern": str(pattern)}
-    facts["sparsity"] = dict(asked) if isinstance(asked, Mapping) else float(asked or 0)
+    facts["sparsity"] = (
+        dict(requested) if isinstance(requested, Mapping) else float(requested or 0)
+    )
     paths = rewrite.write_directory(
         source,
         directory,
@@ -186,8 +188,8 @@ def _input_first(config: Mapping[str, Any], name: str, info: TensorInfo) -> bool
     # A model of models has the configuration of "decoder.transformer..." as "decoder".
     inner = [config.get("text_config"), config.get(name.split(".")[0])]
     parts = [config, *(part for part in inner if isinstance(part, Mapping))]
-    known = _STACKED_INPUT_FIRST if info.ndim == 3 else _INPUT_FIRST
-    return any(str(part.get("model_type")) in known for part in parts)
+    model_types = _STACKED_INPUT_FIRST if info.ndim == 3 else _INPUT_FIRST
+    return any(str(part.get("model_type")) in model_types for part in parts)
 
 
 def to_prune(
@@ -250,7 +252,7 @@ def _counts(
 ) -> dict[str, int]:
     """How many weights each matrix of a tensor loses."""
     sparsity, _ = counts.agreed(sparsity, pattern)
-    names = [name.replace(".", "/") for name in chosen]
+    names = [name.replace(".", "/") for name in chosen]  # rules are globs on path names
     sizes = [math.prod(info.shape[-2:]) for info in chosen.values()]
     return dict(zip(chosen, counts.by_leaf(sparsity, names, sizes), strict=True))
 
@@ -265,11 +267,14 @@ def _pruned(
 ) -> np.ndarray:
     """A tensor of the directory, pruned; a copy."""
     array = np.array(source.read(name))
-    stack = array.reshape(math.prod(array.shape[:-2]), *array.shape[-2:])
+    stack = array.reshape(
+        math.prod(array.shape[:-2]), *array.shape[-2:]
+    )  # (matrices, a, b)
     with jax.enable_x64(array.itemsize == 8):  # float64 is ranked as it is
         for matrix in stack:  # (out, in), or (in, out) if input_first
             number = np.uint32(matrix.size - lost)  # may be over 2^31
             kept = _kept(matrix, number, pattern, input_first=input_first)
+            # In place: two copies of a large tensor would not fit.
             np.copyto(matrix, matrix.dtype.type(0), where=~np.asarray(kept))
     return array
 

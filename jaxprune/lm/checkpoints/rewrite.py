@@ -213,7 +213,7 @@ def read_provenance(
     files = record.get("files")
     if not is_text(files) or not isinstance(record.get("tensors"), dict):
         raise damaged(file, "it lists no tensors and files")
-    if verify:
+    if verify:  # reads every byte
         for name, digest in record["files"].items():
             if not (is_inside(name) and is_written(file.parent / name, digest)):
                 raise damaged(file.parent / name, "it is not what was written")
@@ -256,6 +256,7 @@ def _job(
     source: CheckpointDir, replaced: Mapping[str, Values], facts: Mapping[str, Any]
 ) -> str:
     """What must be equal for a finished file of an earlier run to be of this one."""
+    # Not the digests: hashing a large model takes minutes.
     stats = {name: (source.path / name).stat() for name in source.metadata}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     job = [FORMAT, VERSION, str(source.path), files, sorted(replaced), facts]
@@ -283,11 +284,13 @@ def _write_shard(
     """Writes one file of weights: the old bytes, but for the tensors replaced."""
     counts = {}
     with open(source.path / file, "rb") as origin, atomic.Sink(path) as sink:
-        end = os.fstat(origin.fileno()).st_size
+        end = os.fstat(origin.fileno()).st_size  # what lies behind the last tensor too
         for name, info in _within(source, file):
             sink.copy(origin, info.offset)
             if name in replaced:
-                zeros = _put_values(sink, name, info, replaced[name])
+                zeros = _put_values(
+                    sink, name, info, replaced[name]
+                )  # in place of the old bytes
                 if name not in uncounted:
                     counts[name] = {"zeros": zeros, "size": math.prod(info.shape)}
             else:
@@ -304,6 +307,7 @@ def _put_values(sink: atomic.Sink, name: str, info: TensorInfo, values: Values) 
         _check_values(name, values, info)
     array, zeros = np.asarray(values), 0
     for part in _parts(array):
+        # What does not fit the stored dtype becomes infinite, and is refused.
         with np.errstate(over="ignore", invalid="ignore"):
             cast = np.array(part, info.dtype, order="C").reshape(-1)
         if not np.isfinite(cast).all():

@@ -39,7 +39,9 @@ def device() -> str:
     devices = jax.devices()
     text = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        cores = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        )  # those it may use, in a container say
         text += f" ({platform.machine()}, {cores or os.cpu_count() or 1} cores)"
     return text
 
@@ -50,12 +52,14 @@ def peak_memory() -> int | None:
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:
         return max(peaks)
-    if importlib.util.find_spec("resource") is None:
+    if importlib.util.find_spec("resource") is None:  # Windows
         return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return (
+        peak if sys.platform == "darwin" else peak * 1024
+    )  # bytes there, kilobytes elsewhere
 
 
 class Costs:

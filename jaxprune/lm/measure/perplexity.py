@@ -103,7 +103,7 @@ def slide(
     stride = predictions if stride is None else stride
     rules.check(_WINDOWS, limit=limit, context=context, stride=stride)
     stride = min(stride, predictions)
-    first = 0 if bos is not None else 1
+    first = 0 if bos is not None else 1  # the first token that is predicted
     rules.check([_TOKENS], size=tokens.size, first=first)
     number = 1 + max(0, math.ceil((tokens.size - first - predictions) / stride))
     starts = first + stride * np.arange(min(number, limit or number))
@@ -221,7 +221,9 @@ def measure_perplexity(
     nats = total / count
     finite = math.isfinite(nats)
     return {
-        "perplexity": math.exp(nats) if finite and nats < 700 else None,
+        "perplexity": math.exp(nats)
+        if finite and nats < 700
+        else None,  # exp overflows past 709
         "nats": nats if finite else None,
         "tokens": count,
         "windows": number,
@@ -242,7 +244,7 @@ def unigram_perplexity(windows: Windows) -> float:
       A perplexity that a model which knows the language stays well under.
     """
     tokens = windows.tokens[:, 1:][windows.counted]  # (N,)
-    counts = np.unique(tokens, return_counts=True)[1]
+    counts = np.unique(tokens, return_counts=True)[1]  # (K,)
     share = counts / counts.sum()
     entropy = -(share * np.log(share)).sum()
     return float(np.exp(entropy + (len(counts) - 1) / counts.sum()))

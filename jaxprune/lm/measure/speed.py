@@ -80,13 +80,17 @@ def measure_speed(
         **{"name": shortest, "context": context},
     )
     split = {name: nnx.split(model, nnx.Param) for name, model in models.items()}
-    vocab = min(model.config.vocab_size for model in models.values())
+    vocab = min(
+        model.config.vocab_size for model in models.values()
+    )  # one prompt for all
     tokens = np.random.default_rng(0).integers(0, vocab, (batch, prompt), np.int32)
     for graphdef, params in split.values():
         _seconds(graphdef, params, tokens, steps)  # compiled, and everything in memory
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in split}
     for number in range(rounds):
-        turn = list(split) if number % 2 == 0 else list(split)[::-1]
+        turn = (
+            list(split) if number % 2 == 0 else list(split)[::-1]
+        )  # a drift of the machine hits both
         for name in turn:
             seconds[name].append(_seconds(*split[name], tokens, steps))
             progress(1)
@@ -109,7 +113,7 @@ def _seconds(
     )
     middle = time.perf_counter()
     jax.block_until_ready(_decode(graphdef, params, token, cache, steps))
-    return middle - start, time.perf_counter() - middle
+    return middle - start, time.perf_counter() - middle  # prefill, decode
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

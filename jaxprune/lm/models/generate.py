@@ -130,8 +130,8 @@ def generate(
     prompt = jnp.asarray(prompt, jnp.int32)
     if steps == 0:
         return prompt
-    window = prompt[:, -context:]
-    cached = min(steps, context - window.shape[1] + 1)
+    window = prompt[:, -context:]  # (batch, at most context)
+    cached = min(steps, context - window.shape[1] + 1)  # tokens that fit the context
     graphdef, params = nnx.split(model, nnx.Param)
     drawn = _draw(
         graphdef,
@@ -150,6 +150,7 @@ def generate(
 def _stretches(time: int, steps: int, switches: Sequence[int]) -> tuple[int, ...]:
     """How many tokens are drawn with each cache: one cache up to each switch."""
     last = time + steps - 1  # the longest sequence that the model sees
+    # A switch outside of what is drawn changes nothing.
     ends = [switch for switch in switches if time <= switch < last]
     starts = [time - 1, *ends]
     return tuple(b - a for a, b in zip(starts, [*ends, last], strict=True))
@@ -260,7 +261,9 @@ def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> 
         return
     tokens = np.asarray(prompt)
     if pictures is not None and not isinstance(pictures[1], jax.core.Tracer):
-        tokens = np.where(np.asarray(pictures[1]) < 0, tokens, 0)
+        tokens = np.where(
+            np.asarray(pictures[1]) < 0, tokens, 0
+        )  # where a picture is any number may stand
     for token in (int(tokens.min()), int(tokens.max())):
         rules.check([_TOKEN], token=token, vocab_size=vocab_size)
 

@@ -144,7 +144,10 @@ def _distance(
             f"states are compared by a teacher as wide as its student, got widths "
             f"{t.shape[-1]} and {s.shape[-1]}; leave hidden at 0"
         )
-    t, s = t.astype(jnp.float32), s.astype(jnp.float32)
+    t, s = (
+        t.astype(jnp.float32),
+        s.astype(jnp.float32),
+    )  # squares of bfloat16 lose digits
     return jnp.sum((t - s) ** 2, -1) / jnp.sum(t**2, -1)
 
 

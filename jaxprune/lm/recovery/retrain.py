@@ -153,7 +153,7 @@ def retrain(
         losses += losses_before or []
         if done:
             progress(done, losses[-1])
-    state = placement.committed(state)
+    state = placement.committed(state)  # else the first step is compiled twice
     for rows in _order(len(sequences), settings)[len(losses) :]:
         *state, value = step(*state, frozen, loss.arrays, sequences[rows])
         losses.append(float(value))
@@ -193,7 +193,7 @@ def _split_leaves(
             "retrain needs names of the model's leaves, got "
             f"{listed(sorted(unknown)) or 'none'}; jp.tree.names lists them"
         )
-    structure = jax.tree.structure(params)
+    structure = jax.tree.structure(params)  # of trained and frozen leaves together
     dtypes = {name: leaf.dtype for name, leaf in leaves.items()}
     # Copies: a step gives up the arrays that it is given.
     trained = {

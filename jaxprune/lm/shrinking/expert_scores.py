@@ -99,5 +99,5 @@ def expert_scores(
         total_lengths = total_lengths + lengths.astype(np.float64)
         total_counts = total_counts + counts
         progress(len(ids))
-    scores = total_lengths / np.maximum(total_counts, 1)
+    scores = total_lengths / np.maximum(total_counts, 1)  # 0 where no token was sent
     return scores, np.asarray(total_counts)

@@ -64,7 +64,9 @@ class _Gated(nnx.Module):
 
     def __call__(self, x: Array, *arguments: Any) -> Any:
         y, kv_cache = self.layer(x, *arguments)
-        return jnp.where(self.gate[...], y, x), kv_cache
+        return jnp.where(
+            self.gate[...], y, x
+        ), kv_cache  # both are computed: one program for all layers
 
 
 def search_layers(

@@ -144,7 +144,9 @@ class Rows:
         except ArrowException as error:
             raise ValueError(f"'{path}' must be Parquet, but {error}") from None
         names = self._file.schema_arrow.names
-        columns = [name for name in _FIELDS if name in names]
+        columns = [
+            name for name in _FIELDS if name in names
+        ]  # "text" goes before "messages"
         rules.check(
             [_COLUMN], path=path, columns=columns, names=", ".join(names) or "none"
         )
@@ -175,11 +177,14 @@ class Rows:
         Raises:
           ValueError: a row is no document, or the model cannot chat.
         """
-        rows = int(self._begins[-1])
+        rows = int(self._begins[-1])  # of all groups
+        # A byte stands for the row at the same share of the file.
         first, last = (-(-row * rows // max(self.size, 1)) for row in (start, end))
         for group in range(len(self._begins) - 1):
             row = int(self._begins[group])
-            if row >= last or self._begins[group + 1] <= first:
+            if (
+                row >= last or self._begins[group + 1] <= first
+            ):  # nothing of the group is asked for
                 continue
             for batch in self._file.iter_batches(_ROWS, [group], [self._column]):
                 if row >= last:

@@ -83,6 +83,7 @@ class LongText:
         The part is one in `share` of the bytes, but no more than should hold `most`
         tokens. At most `most` tokens are returned.
         """
+        # Twice what should do, since texts differ in bytes a token.
         size = min(self.stop // share, max(2 * _PER_TOKEN * most, _CHUNK))
         tokens = np.concatenate([*self._encoded(self.stop - size)])
         return dataclasses.replace(self, stop=self.stop - size), tokens[-most:]
@@ -98,13 +99,14 @@ class LongText:
         width = max(_PER_TOKEN * body, _SMALLEST)
         while (places := self.stop // width) >= 2 * count:
             pieces: list[np.ndarray] = []
+            # Places that turn out too short are passed over.
             for place in chance.permutation(places):
                 piece = self._piece(int(place) * width, width, body)
                 if piece is not None:
                     pieces.append(piece)
                 if len(pieces) == count:
                     return np.stack(pieces)
-            width *= 2
+            width *= 2  # too many places were too short
         return None
 
     def _piece(self, start: int, width: int, body: int) -> np.ndarray | None:
@@ -159,12 +161,12 @@ class LongText:
             if start:  # the line that the byte before belongs to is another place's
                 file.seek(start - 1)
                 _line(file, self.path)
-            while (at := file.tell()) < end:
+            while (position := file.tell()) < end:
                 line = _line(file, self.path)
-                if at == 0:  # a mark of the byte order is no document
+                if position == 0:  # a mark of the byte order is no document
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    which = f"the one at byte {at}"
+                    which = f"the one at byte {position}"
                     yield parse_line(line, self.path, which, self.tokenizer)
 
     def _read(self, start: int, end: int) -> bytes:
@@ -199,15 +201,19 @@ def _line(file: Any, path: Path) -> bytes:
 
 def _boundary(content: bytes) -> int:
     """Where the first word that is whole begins, or at least a character."""
-    places = [at for space in _SPACES if (at := content.find(space)) >= 0]
-    if places:
-        return min(places)
-    return next((i for i, byte in enumerate(content) if byte & 0xC0 != 0x80), 0)
+    positions = [
+        position for space in _SPACES if (position := content.find(space)) >= 0
+    ]
+    if positions:
+        return min(positions)
+    return next(
+        (i for i, byte in enumerate(content) if byte & 0xC0 != 0x80), 0
+    )  # no byte inside a character
 
 
 def _last_boundary(content: bytes) -> int:
     """Where the last white space begins, or at least the last character."""
-    if (at := max(content.rfind(space) for space in _SPACES)) > 0:
-        return at
+    if (position := max(content.rfind(space) for space in _SPACES)) > 0:
+        return position
     ends = (i for i in range(len(content) - 1, 0, -1) if content[i] & 0xC0 != 0x80)
     return next(ends, len(content))

@@ -113,8 +113,8 @@ class Text(NamedTuple):
 
     def room(self, body: int, most: int) -> int:
         """How many pieces of so many tokens it has, or rows, counted up to `most`."""
-        have = len(self.tokens) if self.is_rows else self.tokens.size // body
-        return min(have, most)
+        available = len(self.tokens) if self.is_rows else self.tokens.size // body
+        return min(available, most)
 
 
 AnyText: TypeAlias = Text | LongText
@@ -128,12 +128,12 @@ def is_ids(path: Path) -> bool:
 
 def check_text_files(paths: Sequence[Path]) -> None:
     """Refuses files that are not there or of another kind, all at once."""
-    known = (*_PLAIN, _LINES, _ROWS, _IDS)
+    suffixes = (*_PLAIN, _LINES, _ROWS, _IDS)
     rules.check(
         _FILES,
         missing=", ".join(str(path) for path in paths if not path.is_file()),
-        foreign=", ".join(str(path) for path in paths if path.suffix not in known),
-        known=", ".join(known),
+        foreign=", ".join(str(path) for path in paths if path.suffix not in suffixes),
+        known=", ".join(suffixes),
     )
 
 
@@ -181,7 +181,10 @@ def read_text(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyTe
 def _digest(path: Path) -> str:
     """The SHA-256 of a file, which must be UTF-8 where it is text."""
     binary = path.suffix in (_ROWS, _IDS)
-    sink, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    sink, decoder = (
+        hashlib.sha256(),
+        codecs.getincrementaldecoder("utf-8")(),
+    )  # one pass for both
     with open(path, "rb") as file:
         while part := file.read(_CHUNK):
             sink.update(part)
@@ -278,12 +281,12 @@ def draw_sequences(
       (4, 8)
     """
     rules.check([_ONE_OF_EACH], sequences=sequences, texts=len(texts))
-    share, extra = divmod(sequences, len(texts))
+    share, extra = divmod(sequences, len(texts))  # the first texts give one more
     counts = [share + (i < extra) for i in range(len(texts))]
     _check_enough(texts, counts, length, bos)
     parts, undrawn = [], []
     for i, (text, count) in enumerate(zip(texts, counts, strict=True)):
-        chance = np.random.default_rng([seed, i])
+        chance = np.random.default_rng([seed, i])  # of each text apart from the others
         if isinstance(text, Text) and text.is_rows:
             tokens, remaining = _rows(text, count, most, chance)
         else:
@@ -351,7 +354,9 @@ def _pieces(
             text = Text(text.path, text.sha256, text.first())
             _check_enough([text], [count], length, bos)
         places = text.tokens.size // body
-        first = int(chance.integers(text.tokens.size - places * body + 1))
+        first = int(
+            chance.integers(text.tokens.size - places * body + 1)
+        )  # the pieces need not begin with the text
         chosen = chance.choice(places, count, replace=False)
         starts = first + body * chosen  # (count,)
         tokens = np.stack([text.tokens[start : start + body] for start in starts])

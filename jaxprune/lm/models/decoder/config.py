@@ -37,12 +37,12 @@ def check_positive(config: Any, *names: str) -> None:
             )
 
 
-def check_choice(config: Any, name: str, known: Collection[str | None]) -> None:
+def check_choice(config: Any, name: str, choices: Collection[str | None]) -> None:
     """Refuses a field of a configuration that is none of these."""
-    if getattr(config, name) not in known:
+    if getattr(config, name) not in choices:
         raise ValueError(
             f"{type(config).__name__} needs {name} to be one of "
-            f"{', '.join(map(str, known))}, "
+            f"{', '.join(map(str, choices))}, "
             f"got {getattr(config, name)!r}"
         )
 
@@ -56,10 +56,25 @@ class DecoderConfig:
       context: the longest sequence, in tokens.
       layers: number of blocks.
       width: size of the residual stream.
+      dtype: type of the matrix products, whatever the parameters' is.
       heads: query heads of a layer.
       kv_heads: key and value heads; each serves heads / kv_heads query heads.
       head_dim: features of a head.
+      fused: whether q, k and v are one matrix, and gate and up another.
+      fused_by_head: whether the fused q, k and v lie key head by key head: its queries,
+        its key, its value; else all queries, all keys, all values.
+      qkv_bias: whether the query, key and value products have a bias.
+      out_bias: whether the attention's output product has a bias.
+      qk_norm: norm of queries and keys: "head" by head with one scale for all, "heads"
+        with a scale for each, or the "whole" of them; None for not.
+      attention_scale: factor on the scores; None is head_dim^(-1/2).
+      attention_softcap: c of c tanh(score / c); None for none.
+      sinks: whether each head has a learned score that joins the softmax over the keys
+        but has no value (attention sinks).
       mlp_width: features inside the MLP, or inside each expert.
+      activation: the MLP's nonlinearity; "gelu" is exact.
+      gated: whether the MLP is activation(gate) * up, else activation(up).
+      mlp_bias: whether the MLP's products have a bias, the router's too.
       experts: number of MLPs that a router chooses from; 0 for one that all tokens
         take.
       experts_per_token: number of them that a token is sent to.
@@ -75,49 +90,50 @@ class DecoderConfig:
         "layer_plain", without both, "rms", "rms_float32", which rounds after it scales,
         or "rms_plus_one", scaled by 1 + w.
       norm_epsilon: number that is added to the variance.
-      qk_norm: norm of queries and keys: "head" by head with one scale for all, "heads"
-        with a scale for each, or the "whole" of them; None for not.
       block: places of the norms: before attention and MLP ("pre"), behind them
         ("post"), or both ("sandwich"); "parallel" adds attention and MLP of the same
         input, each with a norm before it, "parallel_shared" with one norm for both.
-      activation: the MLP's nonlinearity; "gelu" is exact.
-      gated: whether the MLP is activation(gate) * up, else activation(up).
-      fused: whether q, k and v are one matrix, and gate and up another.
-      fused_by_head: whether the fused q, k and v lie key head by key head: its queries,
-        its key, its value; else all queries, all keys, all values.
-      qkv_bias: whether the query, key and value products have a bias.
-      out_bias: whether the attention's output product has one.
-      mlp_bias: whether the MLP's products have one; the router too, where there is one.
-      head_bias: whether the output head has one.
-      tie_weights: whether the output head is the token embedding.
-      embedding_scale: factor on the embedding, rounded to `dtype`.
       residual_scale: factor on what attention and MLP add.
-      attention_scale: factor on the scores; None is head_dim^(-1/2).
-      attention_softcap: c of c tanh(score / c); None for none.
-      sinks: whether each head has a learned score that joins the softmax over the keys
-        but has no value (attention sinks).
-      logit_scale: factor on the logits.
-      logit_softcap: c of c tanh(logit / c); None for none.
       ropes: the rotary schemes; () for learned positions.
       rope_of: number in `ropes` of each layer, None for no positions at all; () for
         the first everywhere.
       position_offset: rows of the learned positions that come before the first's.
       windows: number of tokens that a token of each layer sees, itself included, None
         for all; () for all everywhere.
-      dtype: type of the matrix products, whatever the parameters' is.
+      tie_weights: whether the output head is the token embedding.
+      embedding_scale: factor on the embedding, rounded to `dtype`.
+      head_bias: whether the output head has a bias.
+      logit_scale: factor on the logits.
+      logit_softcap: c of c tanh(logit / c); None for none.
 
     Raises:
       ValueError: a field is outside its range, or two do not fit.
     """
 
+    # Sizes of the whole.
     vocab_size: int
     context: int
     layers: int
     width: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Attention.
     heads: int
     kv_heads: int
     head_dim: int
+    fused: bool = False
+    fused_by_head: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: QueryNorms | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    sinks: bool = False
+    # The MLP of a block.
     mlp_width: int
+    activation: Activations = "silu"
+    gated: bool = True
+    mlp_bias: bool = False
+    # Experts in the place of an MLP.
     experts: int = 0
     experts_per_token: int = 0
     renormalise: bool = False
@@ -125,31 +141,22 @@ class DecoderConfig:
     experts_fused: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
+    # Norms, and what is added to the residual stream.
     norm: Norms = "rms"
     norm_epsilon: float = 1e-6
-    qk_norm: QueryNorms | None = None
     block: Blocks = "pre"
-    activation: Activations = "silu"
-    gated: bool = True
-    fused: bool = False
-    fused_by_head: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    head_bias: bool = False
-    tie_weights: bool = False
-    embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    sinks: bool = False
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
+    # Positions, and how far a layer sees.
     ropes: tuple[Rope, ...] = ()
     rope_of: tuple[int | None, ...] = ()
     position_offset: int = 0
     windows: tuple[int | None, ...] = ()
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Embedding and head.
+    tie_weights: bool = False
+    embedding_scale: float = 1.0
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""

@@ -117,14 +117,14 @@ class Experts(nnx.Module):
         """The neurons of each expert, which its `down` reads: (pairs, neurons)."""
         if self.alternating:
             gate_up = self.gate_up(rows, counts, expert)  # (pairs, 2 * neurons)
-            gate, up = gate_up[:, ::2], gate_up[:, 1::2]
+            gate, up = gate_up[:, ::2], gate_up[:, 1::2]  # features alternate
         else:
             gate, up = self.gate(rows, counts, expert), self.up(rows, counts, expert)
         if self.limit is None:
             return ACTIVATIONS[self.activation](gate) * up
         gate = jnp.minimum(gate, self.limit)
         up = jnp.clip(up, -self.limit, self.limit)
-        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)  # gpt-oss
 
     def route(
         self, rows: Float[Array, "tokens width"]
@@ -132,7 +132,9 @@ class Experts(nnx.Module):
         """The weights and the numbers of the experts that each token is sent to."""
         logits = self.router(rows).astype(jnp.float32)  # (tokens, experts)
         probabilities = jax.nn.softmax(logits, axis=-1)
-        router_weights, chosen = jax.lax.top_k(probabilities, self.top_k)
+        router_weights, chosen = jax.lax.top_k(
+            probabilities, self.top_k
+        )  # (tokens, top_k)
         if self.renormalise:
             total = jnp.sum(router_weights, axis=-1, keepdims=True)  # (tokens, 1)
             router_weights = router_weights / total

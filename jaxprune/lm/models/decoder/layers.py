@@ -190,9 +190,9 @@ class Attention(nnx.Module):
         if cos_sin is not None:
             q, k = (rotate(y, cos_sin, interleaved=self.interleaved) for y in (q, k))
         if kv_cache is not None:  # (batch, keys, kv_heads, dim)
-            at = (0, cache_length, 0, 0)
-            k = jax.lax.dynamic_update_slice(kv_cache[0], k, at)
-            v = jax.lax.dynamic_update_slice(kv_cache[1], v, at)
+            index = (0, cache_length, 0, 0)
+            k = jax.lax.dynamic_update_slice(kv_cache[0], k, index)
+            v = jax.lax.dynamic_update_slice(kv_cache[1], v, index)
         sinks = None if self.sinks is None else self.sinks[...]  # (heads,)
         y = attend(q, k, v, mask, self.scale, self.softcap, sinks)
         return self.out(y.reshape(batch, time, -1)), (k, v)

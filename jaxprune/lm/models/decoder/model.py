@@ -164,7 +164,7 @@ class Decoder(nnx.Module):
             # (batch, time, width), and keys and values (batch, keys, kv_heads, dim)
             x, kv_cache = run(x, turn, masks[window], kv_cache, cache_length)
             kv_caches.append(kv_cache)
-        x = self.norm(x)
+        x = self.norm(x)  # (batch, time, width), what the head reads
         if cache is None:
             return x, None
         keys, values = zip(*kv_caches, strict=True)
@@ -252,7 +252,7 @@ def cross_entropy(
     def loss(state: Float[Array, "batch width"], target: Int[Array, "batch"]) -> Array:
         logits = model.logits(state)  # (batch, vocab)
         logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - logit
+        return jax.nn.logsumexp(logits, axis=-1) - logit  # (batch,)
 
     return map_tokens(loss, (states, targets), vocab=model.config.vocab_size, rows=rows)
 
@@ -291,7 +291,7 @@ def map_tokens(
     batch, time = arrays[0].shape[:2]
     # The batch may lie on many devices, so the map is over time.
     by_time = tuple(array.swapaxes(0, 1) for array in arrays)  # (time, batch, ...)
-    at_once = min(max(1, rows // max(1, batch)), time)
+    at_once = min(max(1, rows // max(1, batch)), time)  # tokens of each sequence
     step = jax.checkpoint(lambda arrays: fn(*arrays))
     return jax.lax.map(step, by_time, batch_size=at_once).T
 

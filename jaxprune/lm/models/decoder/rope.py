@@ -59,7 +59,7 @@ def linear(theta: float, dim: int, factor: float = 1.0) -> Rope:
       >>> linear(100.0, 4).frequencies
       (1.0, 0.1)
     """
-    pairs = np.arange(0, dim, 2, dtype=np.float64) / dim
+    pairs = np.arange(0, dim, 2, dtype=np.float64) / dim  # (pairs,)
     return Rope(frequencies=tuple((theta**-pairs / factor).tolist()))
 
 
@@ -88,7 +88,7 @@ def llama3(
       (1.0,)
     """
     plain = np.array(linear(theta, dim).frequencies)
-    turns = original * plain / (2 * math.pi)
+    turns = original * plain / (2 * math.pi)  # within the context of pretraining
     # (pairs,): the share of a pair's frequency that is not squeezed.
     plain_share = np.clip((turns - low) / (high - low), 0, 1)
     mixed = plain_share * plain + (1 - plain_share) * plain / factor
@@ -215,7 +215,7 @@ def cos_and_sin(
         frequencies = jnp.where(length > rope.switch, long, frequencies)
     # (time, 1) * (1, pairs)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None]
-    return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
+    return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)  # (time, pairs)
 
 
 def rotate(
@@ -228,15 +228,15 @@ def rotate(
     cos, sin = (table[None, :, None, :] for table in cos_sin)  # (1, time, 1, pairs)
     pairs = cos.shape[-1]
     if interleaved:
-        a, b = (x[..., start : 2 * pairs : 2] for start in (0, 1))
+        a, b = (x[..., start : 2 * pairs : 2] for start in (0, 1))  # neighbours
     else:
-        a, b = (x[..., start : start + pairs] for start in (0, pairs))
+        a, b = (x[..., start : start + pairs] for start in (0, pairs))  # halves
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)  # (batch, time, heads, pairs)
-    turned = [(a * cos - b * sin), (b * cos + a * sin)]
-    parts = [part.astype(x.dtype) for part in turned]
+    turned_pairs = [(a * cos - b * sin), (b * cos + a * sin)]
+    pieces = [piece.astype(x.dtype) for piece in turned_pairs]
     if interleaved:
         shape = (*x.shape[:-1], 2 * pairs)
-        parts = [jnp.stack(parts, axis=-1).reshape(shape)]
+        pieces = [jnp.stack(pieces, axis=-1).reshape(shape)]
     if 2 * pairs < x.shape[-1]:  # the features that do not turn
-        parts.append(x[..., 2 * pairs :])
-    return jnp.concatenate(parts, axis=-1)
+        pieces.append(x[..., 2 * pairs :])
+    return jnp.concatenate(pieces, axis=-1)

@@ -90,8 +90,10 @@ def find_chat_template(
     if (path := directory / FILE).is_file():
         source = path.read_text(encoding="utf-8")
     elif isinstance(source, list):
-        templates = [of for of in source if isinstance(of, dict)]
-        source = {of.get("name"): of.get("template") for of in templates}.get("default")
+        templates = [entry for entry in source if isinstance(entry, dict)]
+        source = {entry.get("name"): entry.get("template") for entry in templates}.get(
+            "default"
+        )
     if not isinstance(source, str):
         return None
     special = {}

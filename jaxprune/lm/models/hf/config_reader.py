@@ -97,7 +97,9 @@ class Attributes:
         """A positive integer; without a default it must be there."""
         value = self.raw(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):  # in Python True is 1
             self.wrong(name, "a positive integer", value)
             return 1
         if value > most:
@@ -127,14 +129,14 @@ class Attributes:
             self.wrong(name, "true or false", value)
         return bool(value)
 
-    def choice(self, name: str, known: Mapping[str, Any], default: str) -> Any:
+    def choice(self, name: str, choices: Mapping[str, Any], default: str) -> Any:
         """What the value stands for in `known`."""
         value = self.raw(name)
         value = default if value is None else value
-        if not isinstance(value, str) or value not in known:
-            self.wrong(name, f"one of {', '.join(known)}", value)
+        if not isinstance(value, str) or value not in choices:
+            self.wrong(name, f"one of {', '.join(choices)}", value)
             value = default
-        return known[value]
+        return choices[value]
 
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive numbers."""
@@ -183,7 +185,7 @@ class Attributes:
 
 def _may_matter(name: str) -> bool:
     """Whether the name of an unknown attribute may speak of what a model computes."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()  # camelCase too
     if _DROPOUT.search(words):
         return False
     return bool(_SPEAKS.search(words) or _SWITCHES.match(words))
@@ -195,7 +197,7 @@ def _positive(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except OverflowError:
+    except OverflowError:  # an integer of 400 digits, say
         return None
     return number if 0 < number < math.inf else None
 

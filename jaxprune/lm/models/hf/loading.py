@@ -108,16 +108,22 @@ def load(
     except ValueError as error:
         raise Unknown(f"'{opened.path / 'config.json'}': {error}") from None
     _check_layers(opened, config)
-    config = family.from_directory(opened.path, config)
+    config = family.from_directory(
+        opened.path, config
+    )  # what other files say of the model
     shapes = parameters.leaf_shapes(abstract(config))
     names = match_tensors(opened, family, shapes)
     # Products of bfloat16 weights are in bfloat16 unless the caller asks for more.
     compute = compute_dtype or dtype or parameters.common_dtype(opened, names)
     config = config.with_dtype(compute)
-    split = parameters.on_one_device if mesh is None else parameters.split_over(mesh)
-    place = shardings or split
+    default_sharding = (
+        parameters.on_one_device if mesh is None else parameters.split_over(mesh)
+    )
+    sharding_of = shardings or default_sharding
     leaves = [
-        parameters.stored_leaf(opened, names[name], shape, dtype, place(name, shape))
+        parameters.stored_leaf(
+            opened, names[name], shape, dtype, sharding_of(name, shape)
+        )
         for name, shape in shapes.items()
     ]
     model = parameters.with_leaves(abstract(config), leaves, lazy=lazy)
@@ -165,7 +171,9 @@ def embedded(
       The residual stream before the first layer.
     """
     table = names["embedding/embedding"]
-    rows = open_directory(directory).read(table.name)[np.asarray(tokens)]
+    rows = open_directory(directory).read(table.name)[
+        np.asarray(tokens)
+    ]  # (batch, time, width)
     read_as = parameters.read_dtype(table, dtype)
     x = jnp.asarray(rows, read_as).astype(config.dtype)  # (batch, time, width)
     scale = config.embedding_scale

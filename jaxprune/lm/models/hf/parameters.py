@@ -89,7 +89,7 @@ def to_tensors(
 
 def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
     """The compute dtype of a directory: bfloat16 where most weights are in it."""
-    sizes: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()  # dtype to number of weights
     for source in names.values():
         weights = sum(math.prod(directory.tensors[name].shape) for name in source.names)
         sizes[source.dtype.name] += weights
@@ -142,6 +142,7 @@ def _part(
     part = _aligned(shape[::-1] if source.transposed else shape, dtype)
     target = part.T if source.transposed else part  # a view with the tensor's axes
     step = max(1, _BLOCK * stored.shape[0] // max(1, stored.size))
+    # The pages of a block can be dropped before the next is mapped.
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
         view = directory.read(source.name)[block.start : block.stop]
@@ -178,7 +179,7 @@ def split_over(mesh: jax.sharding.Mesh, axes: Sequence[str] | None = None) -> Sh
 
     def sharding(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         fitting = [i for i, size in enumerate(shape) if size % count == 0]
-        spec: list[tuple[str, ...] | None] = [None] * len(shape)
+        spec: list[tuple[str, ...] | None] = [None] * len(shape)  # no axis is split
         if fitting and names:
             spec[max(fitting, key=lambda i: shape[i])] = names
         return jax.sharding.NamedSharding(mesh, jax.P(*spec))

@@ -225,7 +225,9 @@ def _sizes(
         ) // 2
     else:
         kv_heads = shapes[f"{attention}/k/kernel"][1] // config.head_dim
-    *experts, mlp_width, _ = shapes[f"layers/{layer}/mlp/down/kernel"]
+    *experts, mlp_width, _ = shapes[
+        f"layers/{layer}/mlp/down/kernel"
+    ]  # [experts,] in, out
     sizes = {"heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
     return {**sizes, "experts": experts[0]} if experts else sizes
 
@@ -265,10 +267,10 @@ def write_smaller(
       OSError: the directory could not be written.
     """
     opened = open_directory(source)
-    before = families.decoder_config(opened.config, ignore_config=ignore_config)
-    kept = list(range(before.layers)) if kept is None else list(kept)
+    config_before = families.decoder_config(opened.config, ignore_config=ignore_config)
+    kept = list(range(config_before.layers)) if kept is None else list(kept)
     # The shape by the layers alone; the parameters say the rest.
-    fewer_layers, _ = keep_layers(before, _state(abstract(before)), kept)
+    fewer_layers, _ = keep_layers(config_before, _state(abstract(config_before)), kept)
     matches = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
     layers = {int(match[1]) for match in matches if match}
     rules.check(
@@ -276,7 +278,7 @@ def write_smaller(
         same=layers == {*range(len(kept))},
         layers=len(layers),
         kept=len(kept),
-        before=before.layers,
+        before=config_before.layers,
     )
     config_now = resized(fewer_layers, params)
     config = smaller_config(
@@ -284,7 +286,7 @@ def write_smaller(
     )
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
-        origin = names[name_before(leaf, kept)]
+        origin = names[name_before(leaf, kept)]  # by the layer's old number
         # One leaf of all experts, stored as one tensor an expert: fewer tensors now.
         if origin.experts:
             origin = origin._replace(experts=array.shape[0])

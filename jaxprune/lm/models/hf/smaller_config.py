@@ -43,30 +43,32 @@ def smaller_config(
       {'model_type': 'gpt2', 'vocab_size': 5, 'n_positions': 4, 'n_embd': 2, \
 'n_layer': 1, 'n_head': 1, 'n_inner': 6}
     """
-    before = families.decoder_config(config, ignore_config=ignore_config)
-    kept = range(before.layers) if kept is None else kept
+    shape_before = families.decoder_config(config, ignore_config=ignore_config)
+    kept = range(shape_before.layers) if kept is None else kept
     new = dict(config)
     for field, name in families.find_family(config).resized.items():
-        now = getattr(shape, field)
-        if now != getattr(before, field) or field == "head_dim":
-            new |= {twin: now for twin in families.TWINS.get(name, ()) if twin in new}
-            new[name] = now
-    if len(kept) != before.layers:
+        size = getattr(shape, field)
+        if size != getattr(shape_before, field) or field == "head_dim":
+            new |= {twin: size for twin in families.TWINS.get(name, ()) if twin in new}
+            new[name] = size
+    if len(kept) != shape_before.layers:
         new |= _layerwise(config, shape, kept)
     try:
-        again = families.decoder_config(new, ignore_config=ignore_config)
+        # What is written must be read as the shape of the parameters.
+        read_back = families.decoder_config(new, ignore_config=ignore_config)
     except ValueError as error:
         raise ValueError(_cannot_say(config, str(error))) from None
-    if again != shape.with_dtype(again.dtype):
-        fields = [f.name for f in dataclasses.fields(again)]
-        wrong = [f for f in fields if getattr(again, f) != getattr(shape, f)]
+    if read_back != shape.with_dtype(read_back.dtype):
+        fields = [f.name for f in dataclasses.fields(read_back)]
+        wrong = [f for f in fields if getattr(read_back, f) != getattr(shape, f)]
         raise ValueError(_cannot_say(config, f"it would change {', '.join(wrong)}"))
-    fit = heads_that_fit(config, before)
-    if shape.heads not in (*fit, before.heads):
+    fit = heads_that_fit(config, shape_before)
+    if shape.heads not in (*fit, shape_before.heads):
+        fewer = " or ".join(str(n) for n in fit if n < shape_before.heads)
         raise ValueError(
             f"transformers takes a {config['model_type']} model only where "
             f"{when_heads_fit(config, shape)}, got {shape.heads}; leave "
-            f"{' or '.join(str(n) for n in fit if n < before.heads) or 'all of them'}"
+            f"{fewer or 'all of them'}"
         )
     return new
 

@@ -72,7 +72,9 @@ def match_tensors(
             missing += absent
             continue
         stored = shape[1:] if expected.experts else shape
-        stored = stored[::-1] if expected.transposed else stored
+        stored = (
+            stored[::-1] if expected.transposed else stored
+        )  # torch stores [out, in]
         for key in keys:
             info = directory.tensors[candidates[key][0]]
             if info.shape != stored:
@@ -83,7 +85,7 @@ def match_tensors(
                 )
         names[leaf] = _stored(directory, expected, [candidates[key][0] for key in keys])
     copies = {key: leaf for key, leaf in family.copies.items() if key not in used}
-    used.update(copies)
+    used.update(copies)  # a tied head that is stored again
     unknown = [
         name
         for key, tensors in candidates.items()
@@ -149,11 +151,18 @@ def _refuse(
 
 def _check_copy(directory: CheckpointDir, embedding: str, copy: str) -> None:
     """Refuses a second copy of the embedding that has other bits."""
-    one, other = directory.tensors[embedding], directory.tensors[copy]
-    if (one.dtype, one.shape) == (other.dtype, other.shape):
-        bits = np.dtype(f"u{one.dtype.itemsize}")
+    embedding_info, copy_info = directory.tensors[embedding], directory.tensors[copy]
+    if (embedding_info.dtype, embedding_info.shape) == (
+        copy_info.dtype,
+        copy_info.shape,
+    ):
+        bits = np.dtype(
+            f"u{embedding_info.dtype.itemsize}"
+        )  # NaN equals itself bit for bit
         a, b = (directory.read(name).view(bits) for name in (embedding, copy))
-        step = max(1, 2**24 // max(1, one.shape[-1]))  # rows compared at a time
+        step = max(
+            1, 2**24 // max(1, embedding_info.shape[-1])
+        )  # rows compared at a time
         if all(
             np.array_equal(a[i : i + step], b[i : i + step])
             for i in range(0, len(a), step)
@@ -169,5 +178,5 @@ def _check_copy(directory: CheckpointDir, embedding: str, copy: str) -> None:
 def _listed(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     first = ", ".join(names[:_LISTED])
-    more = len(names) - _LISTED
-    return first + (f" and {more} more" if more > 0 else "")
+    further = len(names) - _LISTED
+    return first + (f" and {further} more" if further > 0 else "")

@@ -73,7 +73,9 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # half a pair, from JSON or a command line
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
+        ids = list(
+            self.tokens.encode(text, add_special_tokens=False).ids
+        )  # without the template
         if not (self.begins if bos is None else bos):
             return ids
         if self.bos is None:
@@ -120,7 +122,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     if not isinstance(begins, bool):
         begins = bos is not None and tokens.encode("").ids[:1] == [bos]
     ends = set(_ids(opened.path, opened.config, "eos_token_id"))
-    ends |= set(_ids(opened.path, generating, "eos_token_id", _GENERATION))
+    ends |= set(
+        _ids(opened.path, generating, "eos_token_id", _GENERATION)
+    )  # generation goes by these
     if (end := _token(tokens, settings.get("eos_token"))) is not None:
         ends.add(end)
     return Tokenizer(
@@ -135,10 +139,10 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 def _read(directory: Path) -> Any:
     path = directory / _FILE
     if not path.is_file():
-        older = (directory / "tokenizer.model").is_file()
-        other = " but a tokenizer.model" if older else ""
+        has_older = (directory / "tokenizer.model").is_file()
+        older_file = " but a tokenizer.model" if has_older else ""
         raise Unknown(
-            f"'{directory}' has no {_FILE}{other}; make one with transformers: "
+            f"'{directory}' has no {_FILE}{older_file}; make one with transformers: "
             "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
         )
     try:

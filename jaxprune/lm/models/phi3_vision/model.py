@@ -137,7 +137,7 @@ class Phi3Vision(nnx.Module):
         ends = (self.row_end[...], self.separator[...])
         parts = [end.reshape(1, inner).astype(x.dtype) for end in ends]
         x = jnp.concatenate([*parts, x])  # (2 + crops * side^2, inner)
-        hidden = jax.nn.gelu(self.project_in(x), approximate=False)
+        hidden = jax.nn.gelu(self.project_in(x), approximate=False)  # (rows, width)
         return self.project_out(hidden)
 
     def embed(

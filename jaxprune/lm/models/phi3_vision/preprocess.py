@@ -88,12 +88,14 @@ def picture(image: Image.Image, *, size: int = 336, crops: int = 16) -> Picture:
       ((5, 8, 8, 3), 2, 2)
     """
     # (rows * size, columns * size, 3), normalised
-    whole = _normalised(_resized(image.convert("RGB"), size, crops))
-    rows, columns = whole.shape[0] // size, whole.shape[1] // size
-    cut = whole.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4)
+    canvas = _normalised(_resized(image.convert("RGB"), size, crops))
+    rows, columns = canvas.shape[0] // size, canvas.shape[1] // size
+    crops_of_picture = canvas.reshape(rows, size, columns, size, 3).transpose(
+        0, 2, 1, 3, 4
+    )
     # cut is (rows, columns, size, size, 3), the global view (size, size, 3).
-    view = bicubic(whole, size)
-    pixels = np.concatenate([view[None], cut.reshape(-1, size, size, 3)])
+    view = bicubic(canvas, size)
+    pixels = np.concatenate([view[None], crops_of_picture.reshape(-1, size, size, 3)])
     return Picture(pixels, rows, columns)
 
 
@@ -105,9 +107,9 @@ def _resized(image: Image.Image, size: int, crops: int) -> Image.Image:
         image = image.transpose(Image.Transpose.TRANSPOSE)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     padded = -(-height // size) * size
-    whole = Image.new("RGB", (width, padded), (255, 255, 255))
-    whole.paste(image, (0, (padded - height) // 2))
-    return whole.transpose(Image.Transpose.TRANSPOSE) if upright else whole
+    canvas = Image.new("RGB", (width, padded), (255, 255, 255))
+    canvas.paste(image, (0, (padded - height) // 2))
+    return canvas.transpose(Image.Transpose.TRANSPOSE) if upright else canvas
 
 
 def _fitting(width: int, height: int, size: int, crops: int) -> tuple[int, int]:
@@ -147,7 +149,7 @@ def crops_of(
       >>> crops_of(640, 480)
       (3, 4)
     """
-    longer, shorter = _fitting(width, height, size, crops)
+    longer, shorter = _fitting(width, height, size, crops)  # pixels
     sides = (-(-shorter // size), longer // size)
     return sides[::-1] if width < height else sides
 
@@ -158,19 +160,21 @@ def _normalised(image: Image.Image) -> np.ndarray:
 
 def bicubic(array: np.ndarray, size: int) -> np.ndarray:
     """Resizes to (size, size, channels) as torch does: cubic, no antialiasing."""
-    tall, wide = (_cubic(length, size) for length in array.shape[:2])
-    return np.einsum("ih,hwc,jw->ijc", tall, array, wide, optimize=True).astype("f4")
+    vertical, horizontal = (_cubic(length, size) for length in array.shape[:2])
+    return np.einsum(
+        "ih,hwc,jw->ijc", vertical, array, horizontal, optimize=True
+    ).astype("f4")
 
 
 def _cubic(length: int, size: int) -> np.ndarray:
     """The weights (size, length) of a resize along one axis."""
-    a = -0.75
+    a = -0.75  # Keys's parameter, as torch has it
     # Where the centre of each new pixel lies among the old ones.
-    places = (np.arange(size) + 0.5) * (length / size) - 0.5
-    first = np.floor(places).astype(int)
+    centres = (np.arange(size) + 0.5) * (length / size) - 0.5
+    first = np.floor(centres).astype(int)
     weights = np.zeros((size, length))
     for step in range(-1, 3):  # the four old pixels around it
-        t = np.abs(places - (first + step))
+        t = np.abs(centres - (first + step))
         # Keys's kernel for distances up to 1, and from 1 to 2.
         near = ((a + 2) * t - (a + 3)) * t * t + 1
         far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
@@ -208,8 +212,12 @@ def layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
         index = index.reshape(down * side, across * side)  # as they lie in the picture
         return np.pad(index, ((0, 0), (0, 1))).ravel()  # 0: the end of a row
 
-    parts = [numbers(first + 1, rows, columns), np.ones(1, int), numbers(first, 1, 1)]
-    return np.concatenate(parts).astype(np.int32)
+    rows_of_tokens = [
+        numbers(first + 1, rows, columns),
+        np.ones(1, int),
+        numbers(first, 1, 1),
+    ]
+    return np.concatenate(rows_of_tokens).astype(np.int32)
 
 
 def prompt(
@@ -245,7 +253,9 @@ def prompt(
         )
     size = config.tower.image
     pictures = [picture(image, size=size, crops=config.crops) for image in images]
-    firsts = np.cumsum([0, *(len(cut.pixels) for cut in pictures)])
+    firsts = np.cumsum(
+        [0, *(len(cut.pixels) for cut in pictures)]
+    )  # the index of each global view
     tokens: list[list[int]] = []
     sources: list[np.ndarray] = []
     for i, part in enumerate(_PLACE.split(text)):

@@ -63,11 +63,11 @@ class ClipConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_positive(self, "image", "patch", "layers", "width", "heads", "mlp_width")
-        for part, whole in (("patch", "image"), ("heads", "width")):
-            if getattr(self, whole) % getattr(self, part):
+        for divisor, dividend in (("patch", "image"), ("heads", "width")):
+            if getattr(self, dividend) % getattr(self, divisor):
                 raise ValueError(
-                    f"ClipConfig needs {whole} to be divisible by {part}, got "
-                    f"{getattr(self, whole)} and {getattr(self, part)}"
+                    f"ClipConfig needs {dividend} to be divisible by {divisor}, got "
+                    f"{getattr(self, dividend)} and {getattr(self, divisor)}"
                 )
         check_choice(self, "activation", get_args(ClipActivations))
 

@@ -57,8 +57,8 @@ def _block(a: Attributes) -> Blocks:
     )
     norms = a.size("num_ln_in_parallel_attn", 2 if new else 1)
     if norms > 2 or (norms == 2 and not new):
-        known = "1 or 2" if new else "1, unless new_decoder_architecture is true"
-        a.wrong("num_ln_in_parallel_attn", known, norms)
+        rule = "1 or 2" if new else "1, unless new_decoder_architecture is true"
+        a.wrong("num_ln_in_parallel_attn", rule, norms)
     if new and not parallel:
         a.wrong("parallel_attn", "true with new_decoder_architecture", parallel)
     if not parallel:
@@ -68,8 +68,8 @@ def _block(a: Attributes) -> Blocks:
 
 def _names_of_norms(config: Mapping[str, Any]) -> dict[str, str]:
     """The two norms of the newest generation have names of their own."""
-    two = config.get("num_ln_in_parallel_attn") in (None, 2)
-    if not config.get("new_decoder_architecture") or not two:
+    two_norms = config.get("num_ln_in_parallel_attn") in (None, 2)
+    if not config.get("new_decoder_architecture") or not two_norms:
         return {}
     return {"layers/norm_attention": "h.{}.ln_attn", "layers/norm_mlp": "h.{}.ln_mlp"}
 

@@ -69,7 +69,7 @@ def modules(
     outer: Mapping[str, str], layer: Mapping[str, str], layers: str = "layers"
 ) -> dict[str, str]:
     """The table of modules of a model whose layers are called `layers` there."""
-    inner = {f"layers/{ours}": f"{layers}.{{}}.{n}" for ours, n in layer.items()}
+    inner = {f"layers/{module}": f"{layers}.{{}}.{n}" for module, n in layer.items()}
     return {**outer, **inner}
 
 
@@ -181,7 +181,7 @@ class Family:
             return self.prefix + name.format(number), reverse
         module, parameter = anywhere.rsplit("/", 1)
         tensor = self.modules[module].format(number)
-        head = tensor == "lm_head"
+        head = tensor == "lm_head"  # it has no prefix, in any family
         name = tensor + (".bias" if parameter == "bias" else ".weight")
         reverse = parameter == "kernel" and (self.stored_out_in or head)
         return name if head else self.prefix + name, reverse

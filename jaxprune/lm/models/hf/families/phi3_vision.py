@@ -49,8 +49,8 @@ def _tower(a: Attributes) -> tuple[Fields, int]:
     }
     if tower["layers"] > family.LAYERS:
         sizes.wrong("num_hidden_layers", f"at most {family.LAYERS}", tower["layers"])
-    known = {name: name for name in ("quick_gelu", "gelu")}
-    tower["activation"] = sizes.choice("hidden_act", known, usual.activation)
+    activations = {name: name for name in ("quick_gelu", "gelu")}
+    tower["activation"] = sizes.choice("hidden_act", activations, usual.activation)
     tower["norm_epsilon"] = sizes.number("layer_norm_eps", usual.norm_epsilon)
     sizes.rest(ignored=IGNORED)
     layer = inner.raw("layer_idx", -2)
