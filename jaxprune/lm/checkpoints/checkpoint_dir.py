@@ -242,9 +242,8 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
         _check_index(directory, weight_map, tensors)
     other_files = [name for name in files_below(directory) if name not in files]
     others = [name for name in other_files if _belongs(name, other_files)]
-    first = [
-        name for name in (CONFIG, INDEX) if name in others
-    ]  # as loaders look for them
+    # As loaders look for them.
+    first = [name for name in (CONFIG, INDEX) if name in others]
     for name in others:
         _inside(directory, name)
     return CheckpointDir(
@@ -375,9 +374,8 @@ def _belongs(path: str, files: Collection[str]) -> bool:
     if path == INDEX:
         return True
     *folders, name = path.split("/")
-    if any(
-        p.startswith(".") for p in (*folders, name)
-    ):  # hidden: caches, version control
+    # Hidden: caches, version control.
+    if any(p.startswith(".") for p in (*folders, name)):
         return False
     if any(re.fullmatch(r"checkpoint-\d+", p) for p in folders):
         return False  # of a training: another model, whose weights are left too

@@ -122,9 +122,8 @@ def compact(
     advance = source.meter(progress, passes=2)
     with atomic.staged_file(place, replaceable=replaceable) as partial:
         plan = _plan(source, advance)
-        stored = (
-            math.prod(n) * DTYPES[c].itemsize for c, n in plan.entries.values()
-        )  # bytes of each entry
+        # Bytes of each entry.
+        stored = (math.prod(n) * DTYPES[c].itemsize for c, n in plan.entries.values())
         atomic.check_room(place, sum(stored))
         with atomic.named(partial), open(partial, "wb") as file:
             entries = write_header(file, plan.entries, plan.metadata)
@@ -204,9 +203,8 @@ def _scan(
         digest.update(bits.data)
         nonzero += int(np.count_nonzero(bits))
     size, itemsize = math.prod(info.shape), info.dtype.itemsize
-    dense = (
-        compact_sizes.stored_bytes(nonzero, size, itemsize) == info.size
-    )  # where a mask saves nothing
+    # Where a mask saves nothing.
+    dense = compact_sizes.stored_bytes(nonzero, size, itemsize) == info.size
     entry: dict[str, Any] = {"file": info.file, "dtype": _CODES[info.dtype]}
     entry |= {"shape": info.shape, "encoding": "dense" if dense else "mask"}
     entry["sha256"] = digest.hexdigest()
@@ -252,9 +250,8 @@ def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
     archive = open_archive(Path(path))
     for name, entry in archive.tensors.items():
         dtype = DTYPES[entry["dtype"]]
-        bits = np.empty(
-            math.prod(entry["shape"]), bits_of(dtype)
-        )  # (size,), filled chunk by chunk
+        # (size,), filled chunk by chunk
+        bits = np.empty(math.prod(entry["shape"]), bits_of(dtype))
         position, digest = 0, hashlib.sha256()
         for part in decode(archive, name):
             bits[position : position + part.size] = part

@@ -66,9 +66,8 @@ class Codec(NamedTuple):
 
 def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     """The bits of a C-contiguous array as flat unsigned integers, `CHUNK` at a time."""
-    bits = array.reshape(-1).view(
-        bits_of(array.dtype)
-    )  # minus zero and NaN stay what they are
+    # Minus zero and NaN stay what they are.
+    bits = array.reshape(-1).view(bits_of(array.dtype))
     for start in range(0, bits.size, CHUNK):
         yield bits[start : start + CHUNK]
 
@@ -148,9 +147,8 @@ def _is_sound_levels(entry: Mapping[str, Any]) -> bool:
 
 def _levels_layout(name: str, entry: Mapping[str, Any], nonzero: int) -> Layout:
     grid = Grid(entry["bits"], entry["group"])
-    size = (
-        nonzero if nonzero < 0 else levels.packed_size(nonzero, grid.bits)
-    )  # -1: any number
+    # -1: any number.
+    size = nonzero if nonzero < 0 else levels.packed_size(nonzero, grid.bits)
     shape = scales_shape(tuple(entry["shape"]), grid, entry["axis"])
     return {
         f"levels/{name}": ("U8", (size,)),
@@ -233,9 +231,8 @@ def _filled(
     position = 0
     for start in range(0, size, CHUNK):
         length = min(CHUNK, size - start)
-        mask_bytes = mask[
-            start // 8 : (start + length + 7) // 8
-        ]  # `start` is a multiple of 8
+        # `start` is a multiple of 8.
+        mask_bytes = mask[start // 8 : (start + length + 7) // 8]
         kept = np.unpackbits(mask_bytes, count=length, bitorder="little").view(bool)
         number = int(np.count_nonzero(kept))
         part = np.zeros(length, dtype)  # (length,)

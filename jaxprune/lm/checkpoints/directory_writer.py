@@ -102,9 +102,8 @@ def write_files(
         facts = content(counts, digests)
         further_facts, pages = finish(partial, facts) if finish else ({}, {})
         atomic.replace_files(partial, pages)
-        atomic.replace_json(
-            partial / record_name, {**facts, **further_facts}
-        )  # last: a directory without it is not complete
+        # Last: a directory without it is not complete.
+        atomic.replace_json(partial / record_name, {**facts, **further_facts})
         (partial / _STATE).unlink(missing_ok=True)
     return [place / name for name in (*digests, *pages, record_name)]
 

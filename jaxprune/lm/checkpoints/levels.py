@@ -143,9 +143,8 @@ def pack_levels(levels: np.ndarray, bits: int) -> np.ndarray:
     """Levels as bytes; of 4 bits two a byte, the first in the low half."""
     if bits == 8:
         return levels.view(np.uint8)
-    nibbles = np.pad(
-        levels.view(np.uint8) & 15, (0, levels.size % 2)
-    )  # two's complement of 4 bits
+    # Two's complement of 4 bits.
+    nibbles = np.pad(levels.view(np.uint8) & 15, (0, levels.size % 2))
     return nibbles[0::2] | nibbles[1::2] << 4
 
 

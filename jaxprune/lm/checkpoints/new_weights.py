@@ -95,9 +95,8 @@ def write_new_weights(
     files = {CONFIG: _text(dict(config))}
     for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
         in_file = {name: t for name, t in tensors.items() if t.file == file}
-        metadata = source.metadata.get(
-            file, {"format": "pt"}
-        )  # loaders of torch look for "pt"
+        # Loaders of torch look for "pt".
+        metadata = source.metadata.get(file, {"format": "pt"})
         files[file] = functools.partial(_write_weights, in_file, metadata)
     if source.indexed:
         files[INDEX] = _text(_index(tensors))
@@ -133,10 +132,8 @@ def _text(content: Mapping[str, Any]) -> Callable[[Path], Written]:
 def _index(tensors: Mapping[str, NewTensor]) -> dict[str, Any]:
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
     weight_map = {name: tensor.file for name, tensor in sorted(tensors.items())}
-    return {
-        "metadata": {"total_size": size},
-        "weight_map": weight_map,
-    }  # as Hugging Face writes it
+    # As Hugging Face writes it.
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
 def _write_weights(

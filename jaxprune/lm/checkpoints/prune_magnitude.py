@@ -267,9 +267,8 @@ def _pruned(
 ) -> np.ndarray:
     """A tensor of the directory, pruned; a copy."""
     array = np.array(source.read(name))
-    stack = array.reshape(
-        math.prod(array.shape[:-2]), *array.shape[-2:]
-    )  # (matrices, a, b)
+    # (matrices, a, b)
+    stack = array.reshape(math.prod(array.shape[:-2]), *array.shape[-2:])
     with jax.enable_x64(array.itemsize == 8):  # float64 is ranked as it is
         for matrix in stack:  # (out, in), or (in, out) if input_first
             number = np.uint32(matrix.size - lost)  # may be over 2^31

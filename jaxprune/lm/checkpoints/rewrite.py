@@ -288,9 +288,8 @@ def _write_shard(
         for name, info in _within(source, file):
             sink.copy(origin, info.offset)
             if name in replaced:
-                zeros = _put_values(
-                    sink, name, info, replaced[name]
-                )  # in place of the old bytes
+                # In place of the old bytes.
+                zeros = _put_values(sink, name, info, replaced[name])
                 if name not in uncounted:
                     counts[name] = {"zeros": zeros, "size": math.prod(info.shape)}
             else:

@@ -39,9 +39,8 @@ def device() -> str:
     devices = jax.devices()
     text = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu":
-        cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        )  # those it may use, in a container say
+        # Those it may use, in a container say.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         text += f" ({platform.machine()}, {cores or os.cpu_count() or 1} cores)"
     return text
 
@@ -57,9 +56,8 @@ def peak_memory() -> int | None:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (
-        peak if sys.platform == "darwin" else peak * 1024
-    )  # bytes there, kilobytes elsewhere
+    # Bytes there, kilobytes elsewhere.
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Costs:

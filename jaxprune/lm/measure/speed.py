@@ -80,17 +80,15 @@ def measure_speed(
         **{"name": shortest, "context": context},
     )
     split = {name: nnx.split(model, nnx.Param) for name, model in models.items()}
-    vocab = min(
-        model.config.vocab_size for model in models.values()
-    )  # one prompt for all
+    # One prompt for all.
+    vocab = min(model.config.vocab_size for model in models.values())
     tokens = np.random.default_rng(0).integers(0, vocab, (batch, prompt), np.int32)
     for graphdef, params in split.values():
         _seconds(graphdef, params, tokens, steps)  # compiled, and everything in memory
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in split}
     for number in range(rounds):
-        turn = (
-            list(split) if number % 2 == 0 else list(split)[::-1]
-        )  # a drift of the machine hits both
+        # A drift of the machine hits both.
+        turn = list(split) if number % 2 == 0 else list(split)[::-1]
         for name in turn:
             seconds[name].append(_seconds(*split[name], tokens, steps))
             progress(1)

@@ -261,9 +261,8 @@ def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> 
         return
     tokens = np.asarray(prompt)
     if pictures is not None and not isinstance(pictures[1], jax.core.Tracer):
-        tokens = np.where(
-            np.asarray(pictures[1]) < 0, tokens, 0
-        )  # where a picture is any number may stand
+        # Where a picture is any number may stand.
+        tokens = np.where(np.asarray(pictures[1]) < 0, tokens, 0)
     for token in (int(tokens.min()), int(tokens.max())):
         rules.check([_TOKEN], token=token, vocab_size=vocab_size)
 

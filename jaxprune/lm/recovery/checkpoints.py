@@ -74,6 +74,5 @@ class Checkpoints:
         arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         self._log.write(self._slot, arrays, {"step": step, "record": record})
         self._slot, self._since = 1 - self._slot, time.monotonic()
-        self._wait = max(
-            _SECONDS, (self._since - began) / _SHARE
-        )  # so that writing takes 5 % of the time
+        # So that writing takes 5 % of the time.
+        self._wait = max(_SECONDS, (self._since - began) / _SHARE)

@@ -144,10 +144,8 @@ def _distance(
             f"states are compared by a teacher as wide as its student, got widths "
             f"{t.shape[-1]} and {s.shape[-1]}; leave hidden at 0"
         )
-    t, s = (
-        t.astype(jnp.float32),
-        s.astype(jnp.float32),
-    )  # squares of bfloat16 lose digits
+    # Squares of bfloat16 lose digits.
+    t, s = t.astype(jnp.float32), s.astype(jnp.float32)
     return jnp.sum((t - s) ** 2, -1) / jnp.sum(t**2, -1)
 
 

@@ -64,9 +64,8 @@ class _Gated(nnx.Module):
 
     def __call__(self, x: Array, *arguments: Any) -> Any:
         y, kv_cache = self.layer(x, *arguments)
-        return jnp.where(
-            self.gate[...], y, x
-        ), kv_cache  # both are computed: one program for all layers
+        # Both are computed: one program for all layers.
+        return jnp.where(self.gate[...], y, x), kv_cache
 
 
 def search_layers(

@@ -144,9 +144,8 @@ class Rows:
         except ArrowException as error:
             raise ValueError(f"'{path}' must be Parquet, but {error}") from None
         names = self._file.schema_arrow.names
-        columns = [
-            name for name in _FIELDS if name in names
-        ]  # "text" goes before "messages"
+        # "text" goes before "messages".
+        columns = [name for name in _FIELDS if name in names]
         rules.check(
             [_COLUMN], path=path, columns=columns, names=", ".join(names) or "none"
         )
@@ -182,9 +181,8 @@ class Rows:
         first, last = (-(-row * rows // max(self.size, 1)) for row in (start, end))
         for group in range(len(self._begins) - 1):
             row = int(self._begins[group])
-            if (
-                row >= last or self._begins[group + 1] <= first
-            ):  # nothing of the group is asked for
+            # Nothing of the group is asked for.
+            if row >= last or self._begins[group + 1] <= first:
                 continue
             for batch in self._file.iter_batches(_ROWS, [group], [self._column]):
                 if row >= last:

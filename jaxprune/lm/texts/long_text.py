@@ -206,9 +206,8 @@ def _boundary(content: bytes) -> int:
     ]
     if positions:
         return min(positions)
-    return next(
-        (i for i, byte in enumerate(content) if byte & 0xC0 != 0x80), 0
-    )  # no byte inside a character
+    # No byte inside a character.
+    return next((i for i, byte in enumerate(content) if byte & 0xC0 != 0x80), 0)
 
 
 def _last_boundary(content: bytes) -> int:

@@ -115,9 +115,8 @@ def self_calibration(
         else:
             # The last batch is filled up, or it would be another program.
             full = np.resize(prompt, (batch, prompt.shape[1]))
-            key = jax.random.fold_in(
-                jax.random.key(seed), i
-            )  # of the batch, so that a resumed run draws the same
+            # Of the batch, so that a resumed run draws the same.
+            key = jax.random.fold_in(jax.random.key(seed), i)
             steps = length - prompt.shape[1]
             written = generate(
                 model, jnp.asarray(full), steps=steps, key=key, temperature=temperature

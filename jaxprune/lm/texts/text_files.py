@@ -181,10 +181,8 @@ def read_text(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyTe
 def _digest(path: Path) -> str:
     """The SHA-256 of a file, which must be UTF-8 where it is text."""
     binary = path.suffix in (_ROWS, _IDS)
-    sink, decoder = (
-        hashlib.sha256(),
-        codecs.getincrementaldecoder("utf-8")(),
-    )  # one pass for both
+    # One pass for both.
+    sink, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
         while part := file.read(_CHUNK):
             sink.update(part)
@@ -354,9 +352,8 @@ def _pieces(
             text = Text(text.path, text.sha256, text.first())
             _check_enough([text], [count], length, bos)
         places = text.tokens.size // body
-        first = int(
-            chance.integers(text.tokens.size - places * body + 1)
-        )  # the pieces need not begin with the text
+        # The pieces need not begin with the text.
+        first = int(chance.integers(text.tokens.size - places * body + 1))
         chosen = chance.choice(places, count, replace=False)
         starts = first + body * chosen  # (count,)
         tokens = np.stack([text.tokens[start : start + body] for start in starts])

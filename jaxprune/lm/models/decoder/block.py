@@ -31,9 +31,8 @@ class Block(nnx.Module):
         self.norm_attention = norm(pre)
         self.attention = Attention(config, layer, rngs=rngs)
         self.norm_mlp = norm(pre and config.block != "parallel_shared")
-        mlp = (
-            Experts if config.experts else MLP
-        )  # both map (batch, time, width) to itself
+        # Both map (batch, time, width) to itself.
+        mlp = Experts if config.experts else MLP
         self.mlp = mlp(config, rngs=rngs)
         self.norm_attended, self.norm_added = norm(post), norm(post)
         self.parallel = config.block in ("parallel", "parallel_shared")

@@ -132,9 +132,8 @@ class Experts(nnx.Module):
         """The weights and the numbers of the experts that each token is sent to."""
         logits = self.router(rows).astype(jnp.float32)  # (tokens, experts)
         probabilities = jax.nn.softmax(logits, axis=-1)
-        router_weights, chosen = jax.lax.top_k(
-            probabilities, self.top_k
-        )  # (tokens, top_k)
+        # (tokens, top_k)
+        router_weights, chosen = jax.lax.top_k(probabilities, self.top_k)
         if self.renormalise:
             total = jnp.sum(router_weights, axis=-1, keepdims=True)  # (tokens, 1)
             router_weights = router_weights / total

@@ -302,9 +302,8 @@ def attend(
     scores = jnp.where(mask[None, None, None], scores, -jnp.inf)
     attention_weights = _softmax_with_sinks(scores, sinks).astype(v.dtype)
     weights = attention_weights.reshape(batch, kv_heads, group * time, -1)
-    y = jnp.einsum(
-        "bkrs,bskd->bkrd", weights, v
-    )  # (batch, kv_heads, group * time, dim)
+    # (batch, kv_heads, group * time, dim)
+    y = jnp.einsum("bkrs,bskd->bkrd", weights, v)
     y = y.reshape(batch, kv_heads, group, time, dim).transpose(0, 3, 1, 2, 4)
     return y.reshape(batch, time, heads, dim)
 

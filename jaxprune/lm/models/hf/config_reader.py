@@ -97,9 +97,8 @@ class Attributes:
         """A positive integer; without a default it must be there."""
         value = self.raw(name)
         value = default if value is None else value
-        if (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):  # in Python True is 1
+        # In Python True is 1.
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.wrong(name, "a positive integer", value)
             return 1
         if value > most:

@@ -108,9 +108,8 @@ def load(
     except ValueError as error:
         raise Unknown(f"'{opened.path / 'config.json'}': {error}") from None
     _check_layers(opened, config)
-    config = family.from_directory(
-        opened.path, config
-    )  # what other files say of the model
+    # What other files say of the model.
+    config = family.from_directory(opened.path, config)
     shapes = parameters.leaf_shapes(abstract(config))
     names = match_tensors(opened, family, shapes)
     # Products of bfloat16 weights are in bfloat16 unless the caller asks for more.
@@ -171,9 +170,8 @@ def embedded(
       The residual stream before the first layer.
     """
     table = names["embedding/embedding"]
-    rows = open_directory(directory).read(table.name)[
-        np.asarray(tokens)
-    ]  # (batch, time, width)
+    # (batch, time, width)
+    rows = open_directory(directory).read(table.name)[np.asarray(tokens)]
     read_as = parameters.read_dtype(table, dtype)
     x = jnp.asarray(rows, read_as).astype(config.dtype)  # (batch, time, width)
     scale = config.embedding_scale

@@ -93,9 +93,8 @@ def full_and_sliding(
         nested.within(name) for name in ("full_attention", "sliding_attention")
     )
     nested.rest()
-    full = (
-        older if older.present() else full
-    )  # the older form stretches these layers only
+    # The older form stretches these layers only.
+    full = older if older.present() else full
     ropes = [
         _rope(scheme, _Outer(fields["context"], fields["head_dim"], theta), _TYPES)
         for scheme, theta in zip((full, sliding), thetas, strict=True)
@@ -119,9 +118,8 @@ def _rope(s: Attributes, outer: _Outer, types: Mapping[str, str]) -> rope.Rope:
     """The scheme that an object describes, all of whose attributes must be known."""
     theta = s.number("rope_theta", outer.theta)
     dim = _turning(s, outer)
-    older = (
-        s.raw("type") is not None and s.raw("rope_type") is None
-    )  # the older name
+    # The older name.
+    older = s.raw("type") is not None and s.raw("rope_type") is None
     rope_type = s.choice("type" if older else "rope_type", types, "default")
     made = _SCHEMES[rope_type](s, outer, theta, dim)
     s.rest()
@@ -130,9 +128,8 @@ def _rope(s: Attributes, outer: _Outer, types: Mapping[str, str]) -> rope.Rope:
 
 def _turning(s: Attributes, outer: _Outer) -> int:
     """How many features of a head turn."""
-    share = s.number(
-        "partial_rotary_factor", outer.share or 1.0
-    )  # of a head's features
+    # Of a head's features.
+    share = s.number("partial_rotary_factor", outer.share or 1.0)
     if outer.share is None and share != 1:
         s.wrong("partial_rotary_factor", "1, since all of a head turns here", share)
         share = 1.0

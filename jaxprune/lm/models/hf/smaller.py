@@ -225,9 +225,8 @@ def _sizes(
         ) // 2
     else:
         kv_heads = shapes[f"{attention}/k/kernel"][1] // config.head_dim
-    *experts, mlp_width, _ = shapes[
-        f"layers/{layer}/mlp/down/kernel"
-    ]  # [experts,] in, out
+    # [experts,] in, out.
+    *experts, mlp_width, _ = shapes[f"layers/{layer}/mlp/down/kernel"]
     sizes = {"heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
     return {**sizes, "experts": experts[0]} if experts else sizes
 

@@ -72,9 +72,8 @@ def match_tensors(
             missing += absent
             continue
         stored = shape[1:] if expected.experts else shape
-        stored = (
-            stored[::-1] if expected.transposed else stored
-        )  # torch stores [out, in]
+        # Torch stores [out, in].
+        stored = stored[::-1] if expected.transposed else stored
         for key in keys:
             info = directory.tensors[candidates[key][0]]
             if info.shape != stored:
@@ -156,13 +155,11 @@ def _check_copy(directory: CheckpointDir, embedding: str, copy: str) -> None:
         copy_info.dtype,
         copy_info.shape,
     ):
-        bits = np.dtype(
-            f"u{embedding_info.dtype.itemsize}"
-        )  # NaN equals itself bit for bit
+        # NaN equals itself bit for bit.
+        bits = np.dtype(f"u{embedding_info.dtype.itemsize}")
         a, b = (directory.read(name).view(bits) for name in (embedding, copy))
-        step = max(
-            1, 2**24 // max(1, embedding_info.shape[-1])
-        )  # rows compared at a time
+        # Rows compared at a time.
+        step = max(1, 2**24 // max(1, embedding_info.shape[-1]))
         if all(
             np.array_equal(a[i : i + step], b[i : i + step])
             for i in range(0, len(a), step)

@@ -73,9 +73,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # half a pair, from JSON or a command line
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = list(
-            self.tokens.encode(text, add_special_tokens=False).ids
-        )  # without the template
+        # Without the template.
+        ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
         if not (self.begins if bos is None else bos):
             return ids
         if self.bos is None:
@@ -122,9 +121,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     if not isinstance(begins, bool):
         begins = bos is not None and tokens.encode("").ids[:1] == [bos]
     ends = set(_ids(opened.path, opened.config, "eos_token_id"))
-    ends |= set(
-        _ids(opened.path, generating, "eos_token_id", _GENERATION)
-    )  # generation goes by these
+    # Generation goes by these.
+    ends |= set(_ids(opened.path, generating, "eos_token_id", _GENERATION))
     if (end := _token(tokens, settings.get("eos_token"))) is not None:
         ends.add(end)
     return Tokenizer(

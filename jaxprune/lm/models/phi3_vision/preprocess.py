@@ -253,9 +253,8 @@ def prompt(
         )
     size = config.tower.image
     pictures = [picture(image, size=size, crops=config.crops) for image in images]
-    firsts = np.cumsum(
-        [0, *(len(cut.pixels) for cut in pictures)]
-    )  # the index of each global view
+    # The index of each global view.
+    firsts = np.cumsum([0, *(len(cut.pixels) for cut in pictures)])
     tokens: list[list[int]] = []
     sources: list[np.ndarray] = []
     for i, part in enumerate(_PLACE.split(text)):

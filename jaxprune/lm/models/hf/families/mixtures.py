@@ -97,9 +97,8 @@ def experts(a: Attributes, name: str, default: int, default_per_token: int) -> F
 
 def _modules(mlp: str, gate: str, up: str, down: str) -> dict[str, str]:
     """The modules of a layer; "*" stands for the number of the expert."""
-    dense = {
-        k: v for k, v in family.LAYER.items() if not k.startswith("mlp/")
-    }  # a mixture has no MLP of its own
+    # A mixture has no MLP of its own.
+    dense = {k: v for k, v in family.LAYER.items() if not k.startswith("mlp/")}
     return family.modules(
         family.OUTER,
         {

@@ -29,12 +29,22 @@ _SIZES = {
     "heads": "num_attention_heads",
     "mlp_width": "intermediate_size",
 }
+# The supported way in which pictures become tokens.
+_LAYOUT = {
+    "embedding_cls": "image",
+    "hd_transform_order": "sub_glb",
+    "projection_cls": "mlp",
+    "use_hd_transform": True,
+    "with_learnable_separator": True,
+}
 
 
 def _fields(a: Attributes) -> Fields:
     decoder = phi3.FAMILY.fields(a)
     tower, skipped = _tower(a)
-    _check_layout(a)
+    layout = a.within("embd_layer")
+    layout.rest(only=_LAYOUT)
+    a.problems += layout.problems
     return {"decoder": decoder, "tower": tower, "skipped": skipped}
 
 
@@ -68,21 +78,6 @@ def _tower(a: Attributes) -> tuple[Fields, int]:
     inner.rest(ignored={"model_name"} if sizes.present() else (), only=only)
     a.problems += inner.problems + sizes.problems
     return tower, -layer - 1
-
-
-def _check_layout(a: Attributes) -> None:
-    """Notes every way but the supported one in which pictures become tokens."""
-    inner = a.within("embd_layer")
-    inner.rest(
-        only={
-            "embedding_cls": "image",
-            "hd_transform_order": "sub_glb",
-            "projection_cls": "mlp",
-            "use_hd_transform": True,
-            "with_learnable_separator": True,
-        }
-    )
-    a.problems += inner.problems
 
 
 def _shape(decoder: Fields, tower: Fields, skipped: int) -> Phi3VisionConfig:
