@@ -81,9 +81,9 @@ class Attributes:
     """
 
     def __init__(self, config: Mapping[str, Any], *, prefix: str = ""):
-        """Starts with nothing read; `where` is put before the names in `problems`."""
+        """Starts with nothing read; `prefix` is put before the names in `problems`."""
         self._config = config
-        self._where = prefix
+        self._prefix = prefix
         self._read: set[str] = set()
         self.problems: list[str] = []
         self.ignored: list[str] = []
@@ -152,7 +152,7 @@ class Attributes:
         if value is not None and not isinstance(value, dict):
             self.wrong(name, "an object", value)
             value = None
-        return Attributes(value or {}, where=f"{self._where}{name}.")
+        return Attributes(value or {}, prefix=f"{self._prefix}{name}.")
 
     def present(self) -> bool:
         """Whether there is any attribute at all."""
@@ -161,7 +161,7 @@ class Attributes:
     def wrong(self, name: str, rule: str, value: Any) -> None:
         """Notes that an attribute is not what it must be."""
         got = "nothing" if value is None else _shown(value)
-        problem = f"{self._where}{name} must be {rule}, got {got}"
+        problem = f"{self._prefix}{name} must be {rule}, got {got}"
         if problem not in self.problems:  # an attribute may be read twice
             self.problems.append(problem)
 
@@ -175,9 +175,9 @@ class Attributes:
             if only is not None and name in only:
                 if value != only[name]:
                     self.wrong(name, _shown(only[name]), value)
-            elif self._where or _may_matter(name):
+            elif self._prefix or _may_matter(name):
                 shown = _shown(value)
-                self.problems.append(f"{self._where}{name}={shown} is not known")
+                self.problems.append(f"{self._prefix}{name}={shown} is not known")
             else:
                 self.ignored.append(name)
 
