@@ -54,7 +54,7 @@ def test_a_crash_anywhere_leaves_nothing_half_written(
 
     where, name = {
         "shard": (atomic.Sink, "put"),
-        "copy": (rewrite, "copy"),
+        "copy": (rewrite, "copy_file"),
         "record": (rewrite, "_record"),
         "sync": (atomic, "sync"),
     }[failing]

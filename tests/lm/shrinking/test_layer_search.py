@@ -50,7 +50,9 @@ def test_each_time_that_layer_goes_which_changes_the_predictions_least(split):
         dropped.append(best)
         nats.append(changes[best])
     ticks = []
-    found = layer_search.search_layers(*split, TOKENS, 1, batch=4, progress=ticks.append)
+    found = layer_search.search_layers(
+        *split, TOKENS, 1, batch=4, progress=ticks.append
+    )
     assert (found.kept, found.dropped) == (left, dropped)
     np.testing.assert_allclose(found.nats, nats, rtol=1e-4)
     assert sum(ticks) == 2 * (1 + 4 + 3 + 2)  # of two batches
@@ -60,7 +62,9 @@ def test_each_time_that_layer_goes_which_changes_the_predictions_least(split):
 def test_what_is_behind_already_is_not_seen_any_further(split):
     """With as many batches as sequences, the same layers go by fewer of them."""
     ticks = []
-    found = layer_search.search_layers(*split, TOKENS, 1, batch=1, progress=ticks.append)
+    found = layer_search.search_layers(
+        *split, TOKENS, 1, batch=1, progress=ticks.append
+    )
     assert (
         found.dropped == layer_search.search_layers(*split, TOKENS, 1, batch=6).dropped
     )

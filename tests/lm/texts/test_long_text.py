@@ -25,7 +25,7 @@ WORDS = 60_000
 def a_sixteenth():
     """A text of 0.2 MB is over what is tokenised whole, and is read in many chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "_WHOLE", text_files._WHOLE // 16)
+        patch.setattr(text_files, "_WHOLE", text_files._WHOLE // 16)
         patch.setattr(long_text, "_CHUNK", long_text._CHUNK // 16)
         patch.setattr(long_text, "_LONGEST_LINE", long_text._LONGEST_LINE // 16)
         yield
