@@ -179,7 +179,7 @@ class PictureTask:
             rows, columns = preprocess.crops_of(
                 *asked.size, size=config.tower.image, crops=config.crops
             )
-            places = preprocess.layout(rows, columns, config.side, 0)
+            places = preprocess.token_layout(rows, columns, config.side, 0)
             text = self._text(asked).split("<|image_1|>")
             bos = self.tokenizer.bos is not None
             words = sum(len(self.tokenizer.encode(part)) + bos for part in text)

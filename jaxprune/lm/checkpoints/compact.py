@@ -50,8 +50,8 @@ from jaxprune.lm.checkpoints.compact_codecs import (
     Layout,
     bits_of,
     chunks,
-    decode,
-    layout,
+    decode_tensor,
+    tensor_layout,
 )
 from jaxprune.lm.checkpoints.levels import Grid, Scales
 
@@ -178,7 +178,7 @@ def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
         sink = hashlib.sha256(_head(paths[file], head))  # of the file as it was
         for name, info in in_file.items():
             tensors[name], nonzero, scales[name] = _scan(source, name, info, sink, grid)
-            entries |= layout(name, tensors[name], nonzero)
+            entries |= tensor_layout(name, tensors[name], nonzero)
             advance(name, info.size)
         # The header, then all tensors in the file's order: the digest of the file.
         digests[file] = sink.hexdigest()
@@ -230,7 +230,7 @@ def _put_bytes(file: BinaryIO, path: Path, size: int, entry: TensorInfo) -> None
             size -= file.write(part)
 
 
-def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
+def dense_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The dense tensors of a compact file, one after the other; nothing is expanded.
 
     Each is held against its SHA-256 before it is handed out.
@@ -253,7 +253,7 @@ def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
         # (size,), filled chunk by chunk
         bits = np.empty(math.prod(entry["shape"]), bits_of(dtype))
         position, digest = 0, hashlib.sha256()
-        for part in decode(archive, name):
+        for part in decode_tensor(archive, name):
             bits[position : position + part.size] = part
             position += part.size
             digest.update(part.data)
@@ -314,7 +314,7 @@ def _restored(archive: Archive, name: str) -> Iterator[np.ndarray]:
     yield from chunks(archive.look(f"header/{name}"))
     for tensor, entry in archive.tensors.items():
         if entry["file"] == name:
-            for part in decode(archive, tensor):
+            for part in decode_tensor(archive, tensor):
                 yield part.view(np.uint8)
 
 

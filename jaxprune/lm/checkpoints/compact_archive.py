@@ -19,7 +19,12 @@ from jaxprune.files.safetensors_file import (
     read_header,
 )
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, leads_out
-from jaxprune.lm.checkpoints.compact_codecs import CODECS, Archive, Layout, layout
+from jaxprune.lm.checkpoints.compact_codecs import (
+    CODECS,
+    Archive,
+    Layout,
+    tensor_layout,
+)
 
 FORMAT, VERSION = "jaxprune.compact", "1"
 
@@ -57,7 +62,7 @@ def _problem(
     for name, entry in tensors.items():
         if not _is_sound(entry, files):
             return f"its contents say nothing sound of '{name}'"
-        expected |= layout(name, entry)
+        expected |= tensor_layout(name, entry)
     for name in files:
         header = f"header/{name}" in entries
         expected[f"{'header' if header else 'file'}/{name}"] = ("U8", (-1,))

@@ -77,12 +77,12 @@ def bits_of(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"u{dtype.itemsize}")
 
 
-def layout(name: str, entry: Mapping[str, Any], nonzero: int = -1) -> Layout:
+def tensor_layout(name: str, entry: Mapping[str, Any], nonzero: int = -1) -> Layout:
     """The entries that hold a tensor, by its encoding."""
     return CODECS[entry["encoding"]].layout(name, entry, nonzero)
 
 
-def decode(archive: Archive, name: str) -> Iterator[np.ndarray]:
+def decode_tensor(archive: Archive, name: str) -> Iterator[np.ndarray]:
     """The bits of a tensor, chunk by chunk; `Damaged` where mask and values differ."""
     return CODECS[archive.tensors[name]["encoding"]].read(archive, name)
 
@@ -182,7 +182,7 @@ def _write_levels(
 
 def _read_levels(archive: Archive, name: str) -> Iterator[np.ndarray]:
     entry = archive.tensors[name]
-    count = _count(archive, name)
+    count = _mask_count(archive, name)
     packed = archive.look(f"levels/{name}")
     unpacked = levels.unpack_levels(packed, entry["bits"], count)
     grid, shape = Grid(entry["bits"], entry["group"]), tuple(entry["shape"])
@@ -206,7 +206,7 @@ def _masked(
         yield bits, kept
 
 
-def _count(archive: Archive, name: str) -> int:
+def _mask_count(archive: Archive, name: str) -> int:
     """How many elements of a tensor its mask keeps."""
     return int(np.bitwise_count(archive.look(f"mask/{name}")).sum(dtype=np.int64))
 
@@ -223,7 +223,7 @@ def _filled(
     """
     mask, entry = archive.look(f"mask/{name}"), archive.tensors[name]
     size, dtype = math.prod(entry["shape"]), DTYPES[entry["dtype"]]
-    count = _count(archive, name)
+    count = _mask_count(archive, name)
     # A bit past the last weight would be one that nobody wrote.
     if values is None or count != values.size or (size % 8 and mask[-1] >> size % 8):
         raise damaged(

@@ -55,7 +55,7 @@ def packed_bytes(
         size = math.prod(info.shape)
         nonzero = size - zeros.get(name, 0)  # of bits: minus zero is stored
         if name in rounded:
-            total += levels.stored_bytes(info.shape, nonzero, rounded[name])
+            total += levels.levels_bytes(info.shape, nonzero, rounded[name])
         else:
             total += stored_bytes(nonzero, size, info.dtype.itemsize)
     return total

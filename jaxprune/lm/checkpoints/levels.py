@@ -96,13 +96,15 @@ def find_scales(tensor: np.ndarray, grid: Grid) -> Scales | None:
         scales = np.empty((len(stack), *shape[-2:]), BFLOAT16)
         if all(
             _fill(scales, place, part, grid, axis)
-            for place, part in _parts(stack, axis)
+            for place, part in _row_blocks(stack, axis)
         ):
             return Scales(grid, axis, tensor.shape, scales.reshape(shape))
     return None
 
 
-def split(tensor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray] | None:
+def split_levels(
+    tensor: np.ndarray, grid: Grid
+) -> tuple[np.ndarray, np.ndarray] | None:
     """A rounded tensor as whole numbers and scales, as `qwix.QArray` takes them.
 
     Args:
@@ -117,7 +119,7 @@ def split(tensor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray] | Non
       >>> import numpy as np
       >>> from jaxprune.lm.checkpoints import levels
       >>> tensor = np.array([[7, 0, -3, 1], [0, 0, 7, 2]], "f4") * 0.5
-      >>> whole, scales = levels.split(tensor, levels.Grid(bits=4, group=4))
+      >>> whole, scales = levels.split_levels(tensor, levels.Grid(bits=4, group=4))
       >>> whole.tolist(), scales.shape
       ([[7, 0, -3, 1], [0, 0, 7, 2]], (2, 1))
     """
@@ -166,7 +168,7 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def _parts(
+def _row_blocks(
     stack: np.ndarray, axis: int
 ) -> Iterator[tuple[tuple[int, slice], np.ndarray]]:
     """Rows along the axis, some at a time, and where they lie: a few first."""
@@ -232,7 +234,7 @@ def _scales(rows: np.ndarray, grid: Grid) -> np.ndarray | None:
     return None if open_groups.size else scales.reshape(count, -1)
 
 
-def stored_bytes(shape: tuple[int, ...], nonzero: int, grid: Grid) -> int:
+def levels_bytes(shape: tuple[int, ...], nonzero: int, grid: Grid) -> int:
     """About the bytes of a tensor: a bit a weight, levels, scales."""
     size = math.prod(shape)
     return -(-size // 8) + packed_size(nonzero, grid.bits) + 2 * -(-size // grid.group)

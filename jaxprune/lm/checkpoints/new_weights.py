@@ -141,11 +141,13 @@ def _write_weights(
 ) -> Written:
     """Writes one file of weights."""
     entries = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-    safetensors_file.write(path, entries, lambda n: _read(n, tensors[n]), metadata)
+    safetensors_file.write(
+        path, entries, lambda n: _checked_tensor(n, tensors[n]), metadata
+    )
     return Written(atomic.digest(path))
 
 
-def _read(name: str, tensor: NewTensor) -> np.ndarray:
+def _checked_tensor(name: str, tensor: NewTensor) -> np.ndarray:
     """A tensor in its dtype, one at a time in memory."""
     array, shape = np.asarray(tensor.read()), tuple(tensor.shape)
     rules.check([_SHAPE], name=name, got=array.shape, shape=shape)

@@ -147,10 +147,10 @@ def prune_directory(
     pattern = patterns.named(pattern)
     rules.check([_PATTERN], pattern=pattern)
     chosen, first = to_prune(source, pattern, prunable)
-    counts = _counts(pattern, sparsity, chosen)
+    counts = _lost_counts(pattern, sparsity, chosen)
     replaced = {
         name: functools.partial(
-            _pruned, source, name, counts[name], pattern, input_first=first[name]
+            _pruned_tensor, source, name, counts[name], pattern, input_first=first[name]
         )
         for name in chosen
     }
@@ -245,7 +245,7 @@ def _check_pattern(
     rules.check([_FITS], problems="; ".join(problems[:6]))
 
 
-def _counts(
+def _lost_counts(
     pattern: Pattern,
     sparsity: float | Mapping[str, float] | None,
     chosen: Mapping[str, TensorInfo],
@@ -257,7 +257,7 @@ def _counts(
     return dict(zip(chosen, counts.by_leaf(sparsity, names, sizes), strict=True))
 
 
-def _pruned(
+def _pruned_tensor(
     source: CheckpointDir,
     name: str,
     lost: int,
@@ -272,14 +272,14 @@ def _pruned(
     with jax.enable_x64(array.itemsize == 8):  # float64 is ranked as it is
         for matrix in stack:  # (out, in), or (in, out) if input_first
             number = np.uint32(matrix.size - lost)  # may be over 2^31
-            kept = _kept(matrix, number, pattern, input_first=input_first)
+            kept = _keep_mask(matrix, number, pattern, input_first=input_first)
             # In place: two copies of a large tensor would not fit.
             np.copyto(matrix, matrix.dtype.type(0), where=~np.asarray(kept))
     return array
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "input_first"))
-def _kept(
+def _keep_mask(
     matrix: Float[Array, "a b"], number: Any, pattern: Pattern, *, input_first: bool
 ) -> Bool[Array, "a b"]:
     """Which weights stay, by magnitude; one program for each shape."""

@@ -144,7 +144,7 @@ def write_directory(
       0.5
     """
     place = atomic.apart(directory, source.path)
-    facts = _checked(source, replaced, provenance)
+    facts = _checked_provenance(source, replaced, provenance)
     others = [name for name in source.others if name != NAME]
     paths = [source.path / name for name in (*source.metadata, *others)]
     # What an earlier run left lies on the disk already.
@@ -220,7 +220,7 @@ def read_provenance(
     return record
 
 
-def _checked(
+def _checked_provenance(
     source: CheckpointDir, replaced: Mapping[str, Values], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The provenance as JSON, after all has been refused that can be at once."""
@@ -305,7 +305,7 @@ def _put_values(sink: atomic.Sink, name: str, info: TensorInfo, values: Values) 
         values = values()
         _check_values(name, values, info)
     array, zeros = np.asarray(values), 0
-    for part in _parts(array):
+    for part in _pieces(array):
         # What does not fit the stored dtype becomes infinite, and is refused.
         with np.errstate(over="ignore", invalid="ignore"):
             cast = np.array(part, info.dtype, order="C").reshape(-1)
@@ -321,7 +321,7 @@ def _put_values(sink: atomic.Sink, name: str, info: TensorInfo, values: Values) 
     return zeros
 
 
-def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
     """An array in pieces of a million elements, in C order."""
     if array.flags.c_contiguous:
         array = array.reshape(-1)

@@ -90,8 +90,8 @@ def generate(
         `context` tokens, instead of refused.
       pictures: pixels and sources for a `Phi3Vision`, `(prompt.pixels,
         prompt.sources[None])` of a `preprocess.Prompt`; they are encoded once. For a
-        batch of several prompts use `preprocess.together`: it concatenates the pixels
-        of all prompts and shifts their sources to match.
+        batch of several prompts use `preprocess.batch_prompts`: it concatenates the
+        pixels of all prompts and shifts their sources to match.
 
     Returns:
       The prompt and its continuation, int32 (batch, time + steps).

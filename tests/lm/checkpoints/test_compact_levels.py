@@ -50,7 +50,7 @@ def test_expand_gives_back_every_byte(directory, tmp_path):
     compact.compact(directory, tmp_path / "f")
     compact.expand(tmp_path / "f", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(directory.path)
-    for name, tensor in compact.tensors(tmp_path / "f"):
+    for name, tensor in compact.dense_tensors(tmp_path / "f"):
         np.testing.assert_array_equal(bits(tensor), bits(directory.read(name)))
 
 

@@ -42,7 +42,7 @@ def test_every_rounded_tensor_comes_back_bit_for_bit(
 def test_levels_are_those_that_went_in_where_each_group_has_the_highest(axis, width):
     grid = Grid(width, 16)
     own, tensor = rounded((32, 64), grid, axis, np.float32, share=0.3, whole=True)
-    found, scales = levels.split(tensor, grid)
+    found, scales = levels.split_levels(tensor, grid)
     np.testing.assert_array_equal(found, own)
     assert scales.shape == levels.scales_shape(own.shape, grid, axis)
 
@@ -93,7 +93,7 @@ def test_one_value_beside_its_level_is_enough_for_none(spoil):
 )
 def test_what_was_not_rounded_has_no_scales(tensor):
     assert levels.find_scales(tensor, Grid(4, 32)) is None
-    assert levels.split(tensor, Grid(4, 32)) is None
+    assert levels.split_levels(tensor, Grid(4, 32)) is None
 
 
 @given(own=st.lists(st.integers(-7, 7), max_size=33), width=st.sampled_from([4, 8]))
@@ -118,7 +118,7 @@ def test_qwix_takes_them_as_they_are(width):
 
     grid = Grid(width, 32)
     _, kernel = rounded((64, 24), grid, -2, np.float32)
-    own, scales = levels.split(kernel, grid)
+    own, scales = levels.split_levels(kernel, grid)
     kind = jnp.int4 if width == 4 else jnp.int8
     array = qwix.QArray(jnp.asarray(own, kind), jnp.asarray(scales, jnp.float32))
     np.testing.assert_array_equal(qwix.dequantize(array), kernel)

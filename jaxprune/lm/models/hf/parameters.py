@@ -107,7 +107,7 @@ def stored_leaf(
     leaf_dtype = read_dtype(source, dtype)
 
     def part(index: Any) -> np.ndarray:
-        return _part(directory, source, index, leaf_dtype)
+        return _read_part(directory, source, index, leaf_dtype)
 
     def read() -> jax.Array:
         return jax.make_array_from_callback(shape, sharding, part, dtype=leaf_dtype)
@@ -121,7 +121,7 @@ def read_dtype(source: Source, dtype: Dtype | None) -> np.dtype:
     return np.dtype(jnp.dtype(dtype or ("float32" if stored == "float64" else stored)))
 
 
-def _part(
+def _read_part(
     directory: CheckpointDir, source: Source, index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
     """A copy of a part of a leaf, made block by block so that few pages are in use."""
@@ -129,7 +129,7 @@ def _part(
         alone = source._replace(experts=0)
         return np.stack(
             [
-                _part(directory, alone._replace(name=name), index[1:], dtype)
+                _read_part(directory, alone._replace(name=name), index[1:], dtype)
                 for name in source.names[index[0]]
             ]
         )

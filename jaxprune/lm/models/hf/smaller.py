@@ -297,7 +297,7 @@ def write_smaller(
                 opened.tensors[name].file,
                 origin.dtype,
                 stored_shape,
-                functools.partial(_read, array, origin, i),
+                functools.partial(_stored_tensor, array, origin, i),
             )
     return new_weights.write_new_weights(
         opened,
@@ -310,7 +310,7 @@ def write_smaller(
     )
 
 
-def _read(array: Any, origin: Source, number: int) -> np.ndarray:
+def _stored_tensor(array: Any, origin: Source, number: int) -> np.ndarray:
     return origin.stored(lazy.array(array), number)
 
 

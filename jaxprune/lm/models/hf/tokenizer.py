@@ -110,7 +110,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
       Damaged: a file cannot be read as what it is.
     """
     opened = open_directory(directory)
-    tokens = _read(opened.path)
+    tokens = _read_tokenizer(opened.path)
     settings = _settings(opened.path, _SETTINGS)
     generating = _settings(opened.path, _GENERATION)
     bos = _token(tokens, settings.get("bos_token"))
@@ -134,7 +134,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     )
 
 
-def _read(directory: Path) -> Any:
+def _read_tokenizer(directory: Path) -> Any:
     path = directory / _FILE
     if not path.is_file():
         has_older = (directory / "tokenizer.model").is_file()

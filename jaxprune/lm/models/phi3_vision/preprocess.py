@@ -183,7 +183,7 @@ def _cubic(length: int, size: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
+def token_layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
     """Which image token stands where.
 
     The crops as one picture, an end after each row of tokens; the separator; the
@@ -199,7 +199,7 @@ def layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
       int32 rows of `Phi3Vision.image_tokens`.
 
     Example:
-      >>> layout(1, 1, 1, 0).tolist()
+      >>> token_layout(1, 1, 1, 0).tolist()
       [3, 0, 1, 2, 0]
     """
 
@@ -263,7 +263,9 @@ def prompt(
             tokens.append([*begun, *(encode(part) if part else ())])
         else:
             cut = pictures[int(part) - 1]
-            places = layout(cut.rows, cut.columns, config.side, firsts[int(part) - 1])
+            places = token_layout(
+                cut.rows, cut.columns, config.side, firsts[int(part) - 1]
+            )
             tokens.append([-int(part)] * len(places))  # one for each image token
             sources.append(places)
     # (time,), both
@@ -275,7 +277,7 @@ def prompt(
     return Prompt(ids, rows, np.concatenate([none, *(cut.pixels for cut in pictures)]))
 
 
-def together(prompts: Sequence[Prompt], side: int) -> Prompt:
+def batch_prompts(prompts: Sequence[Prompt], side: int) -> Prompt:
     """Prompts of one length as a batch.
 
     Args:

@@ -33,7 +33,7 @@ def _fields(a: Attributes) -> Fields:
 
 def _fields_2(a: Attributes) -> Fields:
     fields = _common(a, 1e4)
-    expected = family.split(a, "hidden_size", "num_attention_heads")
+    expected = family.head_size(a, "hidden_size", "num_attention_heads")
     if fields["head_dim"] != expected:  # transformers computes it, whatever is said
         head_dim = fields["head_dim"]
         a.wrong("head_dim", f"hidden_size / num_attention_heads = {expected}", head_dim)

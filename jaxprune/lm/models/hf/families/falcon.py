@@ -23,7 +23,7 @@ def _fields(a: Attributes) -> Fields:
         "width": width,
         "heads": heads,
         "kv_heads": _kv_heads(a, heads),
-        "head_dim": family.split(a, "hidden_size", "num_attention_heads"),
+        "head_dim": family.head_size(a, "hidden_size", "num_attention_heads"),
         "mlp_width": a.size("ffn_hidden_size", 4 * width),
         "norm_epsilon": a.number("layer_norm_epsilon", 1e-5),
         "tie_weights": a.flag("tie_word_embeddings", True),

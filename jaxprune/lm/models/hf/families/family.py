@@ -187,7 +187,7 @@ class Family:
         return name if head else self.prefix + name, reverse
 
 
-def sizes(
+def common_sizes(
     a: Attributes,
     *,
     head_dim: int | None = None,
@@ -219,8 +219,8 @@ def activation(a: Attributes, name: str = "hidden_act", default: str = "silu") -
 
 
 def like_llama(a: Attributes, *, theta: float = 1e4, **defaults: Any) -> Fields:
-    """`sizes`, the nonlinearity and one rotary scheme: Llama and its relatives."""
-    fields = sizes(a, **defaults)
+    """`common_sizes`, the nonlinearity and one rotary scheme, as Llama has them."""
+    fields = common_sizes(a, **defaults)
     return {
         **fields,
         "activation": activation(a),
@@ -235,7 +235,7 @@ def biased(a: Attributes, *, mlp: bool = False, default: bool = False) -> Fields
     return {**fields, "mlp_bias": a.flag("mlp_bias", False)} if mlp else fields
 
 
-def split(a: Attributes, width: str, heads: str) -> int:
+def head_size(a: Attributes, width: str, heads: str) -> int:
     """Features of a head where a width is cut into the heads."""
     size, number = a.size(width), a.size(heads)
     if size % number:

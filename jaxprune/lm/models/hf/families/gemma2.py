@@ -9,7 +9,7 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.sizes(a, head_dim=256, kv_heads=4, tied=True)
+    fields = family.common_sizes(a, head_dim=256, kv_heads=4, tied=True)
     size = family.window(a, 4096)
     a.raw("hidden_act")  # transformers goes by `hidden_activation`
     twin = a.raw("sliding_window_size")  # the published 9B says it twice

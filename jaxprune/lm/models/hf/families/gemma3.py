@@ -9,7 +9,7 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.sizes(a, head_dim=256, tied=True)
+    fields = family.common_sizes(a, head_dim=256, tied=True)
     size = family.window(a, 4096)
     pattern = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 6))
     sliding = family.alternating(a, size, pattern)

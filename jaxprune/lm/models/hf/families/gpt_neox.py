@@ -15,7 +15,7 @@ def _fields(a: Attributes) -> Fields:
         "width": a.size("hidden_size"),
         "heads": heads,
         "kv_heads": heads,
-        "head_dim": family.split(a, "hidden_size", "num_attention_heads"),
+        "head_dim": family.head_size(a, "hidden_size", "num_attention_heads"),
         "mlp_width": a.size("intermediate_size"),
         "norm_epsilon": a.number("layer_norm_eps", 1e-5),
         "tie_weights": a.flag("tie_word_embeddings", False),

@@ -11,7 +11,9 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.sizes(a, head_dim=64, kv_heads=8, epsilon=("rms_norm_eps", 1e-5))
+    fields = family.common_sizes(
+        a, head_dim=64, kv_heads=8, epsilon=("rms_norm_eps", 1e-5)
+    )
     if not (
         a.within("rope_parameters").present() or a.within("rope_scaling").present()
     ):

@@ -21,7 +21,7 @@ def _fields(a: Attributes) -> Fields:
         "width": width,
         "heads": heads,
         "kv_heads": heads,
-        "head_dim": family.split(a, "hidden_size", "num_attention_heads"),
+        "head_dim": family.head_size(a, "hidden_size", "num_attention_heads"),
         "mlp_width": a.size("ffn_dim"),
         "norm": "layer" if affine else "layer_plain",
         "norm_epsilon": 1e-5,
