@@ -48,6 +48,7 @@ from jaxprune.lm.checkpoints.compact_codecs import (
     CODECS,
     Archive,
     Layout,
+    Target,
     bits_of,
     chunks,
     decode_tensor,
@@ -127,10 +128,10 @@ def compact(
         atomic.check_room(place, sum(stored))
         with atomic.named(partial), open(partial, "wb") as file:
             entries = write_header(file, plan.entries, plan.metadata)
+            target = Target(file, entries)
             for name, info in source.tensors.items():
-                codec = CODECS[plan.encodings[name]]
-                scales = plan.scales[name]
-                if not codec.write(file, name, source.read(name), entries, scales):
+                write = CODECS[plan.encodings[name]].write
+                if not write(target, name, source.read(name), plan.scales[name]):
                     raise _changed(source.path / info.file)
                 advance(name, info.size)
             for name, size in plan.embedded.items():

@@ -43,6 +43,18 @@ class Archive(NamedTuple):
         return view(self.path, self.entries[name]).reshape(-1)
 
 
+class Target(NamedTuple):
+    """A compact file that is being written.
+
+    Attributes:
+      file: file whose header is written.
+      entries: places of its entries, by prefix and name.
+    """
+
+    file: BinaryIO
+    entries: Mapping[str, TensorInfo]
+
+
 class Codec(NamedTuple):
     """One encoding.
 
@@ -58,9 +70,7 @@ class Codec(NamedTuple):
 
     is_sound: Callable[[Mapping[str, Any]], bool]
     layout: Callable[[str, Mapping[str, Any], int], Layout]
-    write: Callable[
-        [BinaryIO, str, np.ndarray, Mapping[str, TensorInfo], Scales | None], bool
-    ]
+    write: Callable[[Target, str, np.ndarray, Scales | None], bool]
     read: Callable[[Archive, str], Iterator[np.ndarray]]
 
 
@@ -91,13 +101,8 @@ def _dense_layout(name: str, entry: Mapping[str, Any], nonzero: int) -> Layout:
     return {f"dense/{name}": (entry["dtype"], tuple(entry["shape"]))}
 
 
-def _write_dense(
-    file: BinaryIO,
-    name: str,
-    tensor: np.ndarray,
-    entries: Mapping[str, TensorInfo],
-    scales: Scales | None,
-) -> bool:
+def _write_dense(target: Target, name: str, tensor: np.ndarray, _: Any) -> bool:
+    file, entries = target
     file.seek(entries[f"dense/{name}"].offset)
     for bits in chunks(tensor):
         file.write(bits.tobytes())
@@ -117,13 +122,8 @@ def _mask_layout(name: str, entry: Mapping[str, Any], nonzero: int) -> Layout:
     return {f"values/{name}": (entry["dtype"], (nonzero,)), **_mask_entry(name, entry)}
 
 
-def _write_mask(
-    file: BinaryIO,
-    name: str,
-    tensor: np.ndarray,
-    entries: Mapping[str, TensorInfo],
-    scales: Scales | None,
-) -> bool:
+def _write_mask(target: Target, name: str, tensor: np.ndarray, _: Any) -> bool:
+    file, entries = target
     values = entries[f"values/{name}"]
     to_values = values.offset
     for bits, kept in _masked(file, entries[f"mask/{name}"].offset, tensor):
@@ -158,12 +158,9 @@ def _levels_layout(name: str, entry: Mapping[str, Any], nonzero: int) -> Layout:
 
 
 def _write_levels(
-    file: BinaryIO,
-    name: str,
-    tensor: np.ndarray,
-    entries: Mapping[str, TensorInfo],
-    scales: Scales | None,
+    target: Target, name: str, tensor: np.ndarray, scales: Scales | None
 ) -> bool:
+    file, entries = target
     if scales is None:
         return False
     start, parts = 0, []
