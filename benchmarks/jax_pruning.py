@@ -207,7 +207,7 @@ def distilled(
             retrain.Settings(steps=config.distill, learning_rate=rate),
             loss=distill.from_teacher(hf.load(config.model, dtype="float32").model),
             masked=masked,
-            tick=tick,
+            progress=tick,
         )
     return nnx.state(student, nnx.Param)
 

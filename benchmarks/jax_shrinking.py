@@ -92,7 +92,9 @@ def kept_layers(shape: Any, params: Any, ids: np.ndarray, config: Config) -> lis
         return list(range(shape.layers))
     graphdef, _ = nnx.split(hf.abstract(shape), nnx.Param)
     few, left = ids[: config.searched], shape.layers - config.drop
-    return layer_search.keep(graphdef, params, few, left, batch=config.batch).kept
+    return layer_search.search_layers(
+        graphdef, params, few, left, batch=config.batch
+    ).kept
 
 
 def narrower(

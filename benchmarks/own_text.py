@@ -100,7 +100,7 @@ def _written(config: Config, draw: int) -> np.ndarray:
             special={*tokenizer.special, *behind},
             batch=min(config.calibrated, 32),
             directory=config.out / f"written-{draw}",
-            tick=shown.update,
+            progress=shown.update,
         )
 
 

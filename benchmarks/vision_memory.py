@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxprune as jp
 from benchmarks import measure
 from experiments.harness import device_mesh
-from jaxprune.lm.models.decoder.model import nats
+from jaxprune.lm.models.decoder.model import cross_entropy
 from jaxprune.lm.models.hf import vision_config
 from jaxprune.lm.models.phi3_vision import Phi3Vision, Phi3VisionConfig, unused
 
@@ -114,7 +114,7 @@ def compiled(
             flat = pixels.reshape(-1, size, size, 3)
             x = model.embed(tokens, flat, sources)
             states, _ = model.decoder.states(x)
-            return nats(model.decoder, states, tokens).mean()
+            return cross_entropy(model.decoder, states, tokens).mean()
 
         gradients = jax.grad(loss)(params)
         updates, held = optimizer.update(gradients, held, params)

@@ -186,7 +186,7 @@ def _run(
             sequences,
             settings,
             masked=set(),
-            tick=lambda steps, _: progress.update(steps),
+            progress=lambda steps, _: progress.update(steps),
         )
     starts = _starts(config, dense, seed)
     with Progress(len(cells), "recovering", unit="cell") as progress:
@@ -208,9 +208,9 @@ def _run(
             )
             result = {
                 **dataclasses.asdict(cell),
-                "dense": perplexity.measure(dense, windows)["nats"],
-                "before": perplexity.measure(model, windows)["nats"],
-                "after": perplexity.measure(found, windows)["nats"],
+                "dense": perplexity.measure_perplexity(dense, windows)["nats"],
+                "before": perplexity.measure_perplexity(model, windows)["nats"],
+                "after": perplexity.measure_perplexity(found, windows)["nats"],
                 "last_loss": losses[-1],
                 "device": machine.device(),
             }

@@ -67,7 +67,7 @@ def _contract(
     a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], *, like: Array
 ) -> Array:
     return jax.lax.dot_general(
-        a, b, (axes, ((), ())), out_sharding=placement.like(like)
+        a, b, (axes, ((), ())), out_sharding=placement.sharding_of(like)
     )
 
 

@@ -31,7 +31,7 @@ from experiments.gpt.config import matrix_sizes as matrix_sizes
 from experiments.gpt.config import preset as preset
 from experiments.gpt.linear import product
 from jaxprune.lm.models.decoder.cache import Cache as Cache
-from jaxprune.lm.models.decoder.cache import check_length, check_tokens, empty
+from jaxprune.lm.models.decoder.cache import check_length, check_tokens, empty_cache
 from jaxprune.lm.models.decoder.layers import embedding
 from jaxprune.lm.models.placement import look_up
 
@@ -228,7 +228,7 @@ class GPT(nnx.Module):
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
         """An empty cache for at most, and by default, `context` tokens."""
         config, heads = self.config, self.config.heads
-        return empty(config, batch, size, heads, config.width // heads)
+        return empty_cache(config, batch, size, heads, config.width // heads)
 
     def _logits(self, x: Array) -> Array:
         if not self.config.tie_weights:

@@ -25,7 +25,6 @@ _MODEL = {
     "embedding/embedding": 0,
     "qkv/kernel": 1,
     "qkv/bias": 0,
-    **{f"tower/layers/*/{part}/kernel": 1 for part in "qkv"},
     **{f"attention/{part}/kernel": 1 for part in "qkv"},
     "out/kernel": 0,
     "gate_up/kernel": 1,

@@ -25,7 +25,7 @@ from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.lm.models import generate, hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
-from jaxprune.lm.models.decoder.model import Decoder, nats
+from jaxprune.lm.models.decoder.model import Decoder, cross_entropy
 from jaxprune.typing import Params, Prunable
 
 TABLES = ("embedding/*", "position_embedding/*", "head/*")
@@ -130,7 +130,7 @@ class FinetuningTask:
         """Nats of each target; the logits of all never exist at once."""
         model = self.model.bind(params)
         states, _ = model.states(model.embed(inputs), remat=self.model.remat)
-        return nats(model, states, targets)
+        return cross_entropy(model, states, targets)
 
     def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
         """Mean nats per token."""

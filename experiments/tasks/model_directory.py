@@ -76,7 +76,7 @@ def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> ModelDirectory[C]:
             for name in (place.name, *place.copies)
         }
         source = open_directory(path)
-        rewrite.write(source, out, replaced, provenance=how, overwrite=True)
+        rewrite.write_directory(source, out, replaced, provenance=how, overwrite=True)
 
     read = functools.partial(_read, path, mesh)
     return ModelDirectory(loaded.config, words, read, write)

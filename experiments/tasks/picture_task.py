@@ -25,7 +25,7 @@ from experiments.tasks.pure_model import PureModel
 from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.model import nats
+from jaxprune.lm.models.decoder.model import cross_entropy
 from jaxprune.lm.models.phi3_vision import (
     Phi3Vision,
     Phi3VisionConfig,
@@ -179,7 +179,7 @@ class PictureTask:
             rows, columns = preprocess.crops_of(
                 *asked.size, size=config.tower.image, crops=config.crops
             )
-            places = preprocess.layout(rows, columns, config.side, 0)
+            places = preprocess.token_layout(rows, columns, config.side, 0)
             text = self._text(asked).split("<|image_1|>")
             bos = self.tokenizer.bos is not None
             words = sum(len(self.tokenizer.encode(part)) + bos for part in text)
@@ -231,7 +231,7 @@ class PictureTask:
         """Nats of each target; those below 0 are none and cost nothing."""
         states = self.model.states(params, inputs)
         decoder = self.model.bind(params).decoder
-        losses = nats(decoder, states, jnp.maximum(targets, 0))
+        losses = cross_entropy(decoder, states, jnp.maximum(targets, 0))
         return jnp.where(targets >= 0, losses, 0)
 
     def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:

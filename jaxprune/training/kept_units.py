@@ -105,7 +105,8 @@ def _highest(
         # A leaf has fewer units than 2^32, so the low halves are the counts.
         cuts = thresholds.cut_each(units, kept.low)
     return [
-        thresholds.above_cut(scores, cut) for scores, cut in zip(units, cuts, strict=True)
+        thresholds.above_cut(scores, cut)
+        for scores, cut in zip(units, cuts, strict=True)
     ]
 
 

@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from jaxprune.arrays import rules
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule
 from jaxprune.files.safetensors_file import Damaged as Damaged
 from jaxprune.files.safetensors_file import TensorInfo as TensorInfo
 from jaxprune.files.safetensors_file import Unknown as Unknown
@@ -33,9 +35,91 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _FOREIGN = (*_PICKLES, ".h5", ".msgpack", ".gguf")
 _TOKENIZERS = (".model", ".tiktoken", ".spm", ".codes")
 _COPIED = (*_TOKENIZERS, ".json", ".txt", ".md", ".jinja", ".py")
-# What says that weights are rounded: of transformers, of MLX, of older releases.
-_QUANTISED = ("quantization_config", "quantization", "compression_config")
+# What says that weights are quantized: of transformers, of MLX, of older releases.
+_QUANTIZED = ("quantization_config", "quantization", "compression_config")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
+
+_NO_PICKLE = ", and pickle is never read, because it can run code"
+_SINGLE = "model.safetensors"
+_DAMAGED = "'{path}' is damaged: "
+_COPY = "bring the file back from a copy"
+
+_PLACE = (
+    Rule(
+        lambda v: v.place.exists(),
+        "there is no directory '{path}'",
+        f"give a local directory with {CONFIG} and *.safetensors, nothing is "
+        "downloaded",
+        error=FileNotFoundError,
+    ),
+    Rule(
+        lambda v: v.place.is_dir(),
+        f"a model is a directory with {CONFIG} and *.safetensors, but '{{path}}' is a "
+        "file",
+        "give the directory that it belongs to",
+        error=Unknown,
+    ),
+)
+_HAS_CONFIG = Rule(
+    lambda v: (v.directory / CONFIG).is_file(),
+    f"a model's directory must hold {CONFIG}, but '{{directory}}' has none",
+    "give the directory that holds it",
+    error=Unknown,
+)
+_PLAIN_WEIGHTS = Rule(
+    lambda v: not v.quantized,
+    "weights must be plain floating numbers, but {quantized[0]}",
+    "save the model dequantised and give that directory",
+    error=Unknown,
+)
+_WEIGHT_MAP = Rule(
+    lambda v: v.weight_map and is_text(v.weight_map),
+    _DAMAGED + "its weight_map is no map of tensor names to file names",
+    _COPY,
+    error=Damaged,
+)
+_INDEX = (
+    Rule(  # MLX writes an index of this file alone too
+        lambda v: _SINGLE in v.files or not (v.directory / _SINGLE).is_file(),
+        f"'{{directory}}' must hold one set of weights, but has both {_SINGLE} and "
+        f"{INDEX}",
+        "move one of the two elsewhere",
+        error=Unknown,
+    ),
+    Rule(
+        lambda v: not v.illegal,
+        _DAMAGED + "{illegal} are no names of files of its own directory",
+        _COPY,
+        error=Damaged,
+    ),
+    Rule(
+        lambda v: not v.foreign,
+        "weights must be *.safetensors, but '{path}' lists {foreign}",
+        "convert them with the safetensors package",
+        error=Unknown,
+    ),
+)
+_ONE_FILE = (
+    Rule(
+        lambda v: len(v.files) <= 1,
+        f"several safetensors files need a {INDEX} that says which belong to the "
+        "model, but '{directory}' has {candidates} and none",
+        "keep one of them, or add the index",
+        error=Unknown,
+    ),
+    Rule(
+        lambda v: v.files,
+        "weights must be *.safetensors, but '{directory}' has {foreign}{reason}",
+        "convert the model with the safetensors package and give that directory",
+        error=Unknown,
+    ),
+)
+_INSIDE = Rule(
+    lambda v: not v.out,
+    "'{path}' is a link to '{target}', outside the model's directory",
+    "copy the file into the directory",
+    error=Unknown,
+)
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what was done last, the bytes that are done, and the bytes in all."""
@@ -46,15 +130,15 @@ class CheckpointDir:
     """An opened checkpoint directory.
 
     Attributes:
-      path: where it is, absolute.
-      config: what config.json says.
+      path: absolute path of the directory.
+      config: content of config.json.
       tensors: name to place, file after file by name, as they lie in each.
       metadata: each safetensors file's `__metadata__`.
       indexed: whether an index lists the tensors.
       others: the files beside the weights that belong to the model, sub-directories'
         too, by their path in the directory with "/": config.json first, then the index,
         tokenizer, generation settings, licence and model code (copied, never run).
-      left: all else that lies in the directory, likewise: weights in other formats,
+      uncopied: all else that lies in the directory, likewise: weights in other formats,
         hidden files.
     """
 
@@ -64,7 +148,7 @@ class CheckpointDir:
     metadata: dict[str, dict[str, str]]
     indexed: bool
     others: tuple[str, ...]
-    left: tuple[str, ...] = ()
+    uncopied: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -115,7 +199,7 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
     to its blobs; a link that leads elsewhere is refused.
 
     Args:
-      directory: a local one; nothing is downloaded.
+      directory: path of a local one; nothing is downloaded.
 
     Returns:
       The opened directory.
@@ -146,15 +230,19 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
     files = _shards(directory, names, weight_map)
     tensors: dict[str, TensorInfo] = {}
     metadata = {}
+    # A tensor in two files would be read from whichever came last.
     for file in files:
-        found, metadata[file] = read_header(_inside(directory, file))
-        if twice := [name for name in found if name in tensors]:
-            raise damaged(directory / file, f"it holds {listed(twice)} a second time")
-        tensors |= found
+        in_file, metadata[file] = read_header(_inside(directory, file))
+        if repeated := [name for name in in_file if name in tensors]:
+            raise damaged(
+                directory / file, f"it holds {listed(repeated)} a second time"
+            )
+        tensors |= in_file
     if weight_map is not None:
         _check_index(directory, weight_map, tensors)
-    every = [name for name in files_below(directory) if name not in files]
-    others = [name for name in every if _belongs(name, every)]
+    other_files = [name for name in files_below(directory) if name not in files]
+    others = [name for name in other_files if _belongs(name, other_files)]
+    # As loaders look for them.
     first = [name for name in (CONFIG, INDEX) if name in others]
     for name in others:
         _inside(directory, name)
@@ -165,19 +253,19 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
         metadata=metadata,
         indexed=weight_map is not None,
         others=(*first, *(name for name in others if name not in first)),
-        left=tuple(name for name in every if name not in others),
+        uncopied=tuple(name for name in other_files if name not in others),
     )
 
 
 def files_below(directory: Path) -> list[str]:
     """Every file in a directory and its sub-directories, by its path there with "/"."""
     # Links to files are files; links to directories are listed and not followed.
-    found = []
+    paths = []
     for root, folders, files in os.walk(directory, onerror=_refuse):
         place = Path(root).relative_to(directory)
         links = [name for name in folders if (Path(root) / name).is_symlink()]
-        found += [(place / name).as_posix() for name in (*files, *links)]
-    return sorted(found)
+        paths += [(place / name).as_posix() for name in (*files, *links)]
+    return sorted(paths)
 
 
 def _refuse(error: OSError) -> None:
@@ -189,43 +277,28 @@ def leads_out(directory: Path, name: str) -> bool:
     home = directory.resolve()
     homes = [home]
     if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
+        homes.append(home.parent.parent / "blobs")  # the hub's cache
+    # Every link on the way is followed.
     target = (directory / name).resolve()
     return not any(target.is_relative_to(place) for place in homes)
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:
     directory = Path(path).absolute()
-    if not directory.exists():
-        raise FileNotFoundError(
-            f"there is no directory '{path}'; give a local directory with {CONFIG} and "
-            f"*.safetensors, nothing is downloaded"
-        )
-    if not directory.is_dir():
-        raise Unknown(
-            f"a model is a directory with {CONFIG} and *.safetensors, but '{path}' is "
-            "a file; give the directory that it belongs to"
-        )
+    rules.check(_PLACE, path=path, place=directory)
     return directory
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    if not (directory / CONFIG).is_file():
-        raise Unknown(
-            f"a model's directory must hold {CONFIG}, but '{directory}' has none; give "
-            "the directory that holds it"
-        )
+    rules.check([_HAS_CONFIG], directory=directory)
     path = _inside(directory, CONFIG)
     config = read_json(path)
+    # A model of models says it of one of its parts.
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
-    rounded = [f"'{path}' has a {k}" for k in _QUANTISED for p in parts if p.get(k)]
+    quantized = [f"'{path}' has a {k}" for k in _QUANTIZED for p in parts if p.get(k)]
     if (directory / "quantize_config.json").is_file():  # of AutoGPTQ
-        rounded.append(f"'{directory}' has a quantize_config.json")
-    if rounded:
-        raise Unknown(
-            f"weights must be plain floating numbers, but {rounded[0]}; save the model "
-            "dequantised and give that directory"
-        )
+        quantized.append(f"'{directory}' has a quantize_config.json")
+    rules.check([_PLAIN_WEIGHTS], quantized=quantized)
     return config
 
 
@@ -235,22 +308,16 @@ def _index(directory: Path) -> dict[str, str] | None:
         return None
     path = _inside(directory, INDEX)
     weight_map = read_json(path).get("weight_map")
-    if not weight_map or not is_text(weight_map):
-        raise damaged(path, "its weight_map is no map of tensor names to file names")
-    single = "model.safetensors"  # MLX writes an index of this file alone too
-    if (directory / single).is_file() and single not in weight_map.values():
-        raise Unknown(
-            f"'{directory}' must hold one set of weights, but has both {single} and "
-            f"{INDEX}; move one of the two elsewhere"
-        )
-    if bad := sorted({file for file in weight_map.values() if not is_plain(file)}):
-        raise damaged(path, f"{listed(bad)} are no names of files of its own directory")
-    files = sorted(set(weight_map.values()))
-    if foreign := [file for file in files if not file.endswith(".safetensors")]:
-        raise Unknown(
-            f"weights must be *.safetensors, but '{path}' lists {listed(foreign)}; "
-            f"convert them with the safetensors package"
-        )
+    rules.check([_WEIGHT_MAP], path=path, weight_map=weight_map)
+    files = sorted({*weight_map.values()})
+    rules.check(
+        _INDEX,
+        path=path,
+        directory=directory,
+        files=files,
+        illegal=listed([file for file in files if not is_plain(file)]),
+        foreign=listed([f for f in files if not f.endswith(".safetensors")]),
+    )
     if missing := [file for file in files if not (directory / file).is_file()]:
         raise damaged(path, f"it lists {listed(missing)}, and no such file is here")
     return weight_map
@@ -263,28 +330,25 @@ def _shards(
     if weight_map is not None:
         return sorted(set(weight_map.values()))
     files = [name for name in names if name.endswith(".safetensors")]
-    if len(files) == 1:
-        return files
-    if files:
-        raise Unknown(
-            f"several safetensors files need a {INDEX} that says which belong to the "
-            f"model, but '{directory}' has {listed(files)} and none; keep one of them, "
-            f"or add the index"
-        )
     foreign = [name for name in names if name.endswith(_FOREIGN)]
+    # What else lies there tells the user what to convert.
     pickled = any(name.endswith(_PICKLES) for name in foreign)
-    reason = ", and pickle is never read, because it can run code" if pickled else ""
-    raise Unknown(
-        f"weights must be *.safetensors, but '{directory}' has "
-        f"{listed(foreign) or 'none'}{reason}; convert the model with the safetensors "
-        f"package and give that directory"
+    rules.check(
+        _ONE_FILE,
+        directory=directory,
+        files=files,
+        candidates=listed(files),
+        foreign=listed(foreign) or "none",
+        reason=_NO_PICKLE if pickled else "",
     )
+    return files
 
 
 def _check_index(
     directory: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]
 ) -> None:
     path = directory / INDEX
+    # The index may name tensors, or their files, that are not there.
     absent = [
         f"'{name}' in '{file}'"
         for name, file in weight_map.items()
@@ -299,19 +363,18 @@ def _check_index(
 def _inside(directory: Path, name: str) -> Path:
     """The path of a file of the directory, refused where a link leads out of it."""
     path = directory / name
-    if leads_out(directory, name):
-        raise Unknown(
-            f"'{path}' is a link to '{path.resolve()}', outside the model's directory; "
-            "copy the file into the directory"
-        )
+    rules.check(
+        [_INSIDE], path=path, target=path.resolve(), out=leads_out(directory, name)
+    )
     return path
 
 
-def _belongs(path: str, every: Collection[str]) -> bool:
+def _belongs(path: str, files: Collection[str]) -> bool:
     """Whether a file that holds no weights of the model's own is part of it."""
     if path == INDEX:
         return True
     *folders, name = path.split("/")
+    # Hidden: caches, version control.
     if any(p.startswith(".") for p in (*folders, name)):
         return False
     if any(re.fullmatch(r"checkpoint-\d+", p) for p in folders):
@@ -319,6 +382,6 @@ def _belongs(path: str, every: Collection[str]) -> bool:
     if name.endswith((".safetensors", ".index.json")):
         # A module of sentence-transformers, "2_Dense/model.safetensors" say; the
         # checkpoints of a training are other models.
-        return "modules.json" in every and bool(re.match(r"\d+_[^/]*/", path))
-    known = name.endswith(_COPIED) or ".model.v" in name  # tokenizer.model.v3
-    return known or name.upper().split(".")[0] in _LEGAL
+        return "modules.json" in files and bool(re.match(r"\d+_[^/]*/", path))
+    is_copied = name.endswith(_COPIED) or ".model.v" in name  # tokenizer.model.v3
+    return is_copied or name.upper().split(".")[0] in _LEGAL

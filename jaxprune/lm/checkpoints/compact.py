@@ -28,7 +28,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -42,33 +42,38 @@ from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, Progress
 from jaxprune.lm.checkpoints.compact_archive import (
     FORMAT,
     VERSION,
-    Archive,
-    bits_of,
-    chunks,
-    decoded,
-    layout,
     open_archive,
     packed_files,
+)
+from jaxprune.lm.checkpoints.compact_codecs import (
+    CODECS,
+    Archive,
+    Layout,
+    Target,
+    bits_of,
+    chunks,
+    decode_tensor,
+    tensor_layout,
 )
 from jaxprune.lm.checkpoints.levels import Grid, Scales
 
 _PART = 1 << 24  # bytes of a file that are copied at a time
-_CODES = {kind: code for code, kind in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Result(NamedTuple):
     """What a compact file saves.
 
     Attributes:
-      dense_bytes: the bytes of the directory's files that are in it.
-      compact_bytes: its own bytes.
-      left: what lies in the directory and is not in it: links out of the directory or
-        to a directory, and what is no file.
+      dense_bytes: number of bytes of the directory's files that are in it.
+      compact_bytes: number of bytes of the compact file.
+      omitted: files of the directory that are not in it: links out of the directory
+        or to a directory, and what is no file.
     """
 
     dense_bytes: int
     compact_bytes: int
-    left: tuple[str, ...] = ()
+    omitted: tuple[str, ...] = ()
 
 
 def compact(
@@ -81,10 +86,11 @@ def compact(
     """Writes a directory as one compact file, tensor by tensor.
 
     Args:
-      source: the directory; all files in it are packed, sub-directories' too.
-      path: the file, outside of the directory.
+      source: directory, all of whose files are packed, sub-directories' too.
+      path: path of the compact file, outside of the directory.
       overwrite: whether an earlier compact file may be replaced.
-      progress: called when a tensor is counted, and again when it is written.
+      progress: function that is called when a tensor is counted, and again when it is
+        written.
 
     Returns:
       The sizes.
@@ -118,17 +124,21 @@ def compact(
     advance = source.meter(progress, passes=2)
     with atomic.staged_file(place, replaceable=replaceable) as partial:
         plan = _plan(source, advance)
+        # Bytes of each entry.
         stored = (math.prod(n) * DTYPES[c].itemsize for c, n in plan.entries.values())
         atomic.check_room(place, sum(stored))
         with naming_path(partial), open(partial, "wb") as file:
             entries = write_header(file, plan.entries, plan.metadata)
+            target = Target(file, entries)
             for name, info in source.tensors.items():
-                _put_tensor(file, name, info, source, entries, plan.scales.get(name))
+                write = CODECS[plan.encodings[name]].write
+                if not write(target, name, source.read(name), plan.scales[name]):
+                    raise _changed(source.path / info.file)
                 advance(name, info.size)
             for name, size in plan.embedded.items():
                 origin = source.path / name.partition("/")[2]
                 _put_bytes(file, origin, size, entries[name])
-            file.flush()
+            file.flush()  # fsync sees only what has left the buffer
             os.fsync(file.fileno())
     return Result(plan.dense_bytes, place.stat().st_size, packed_files(source)[1])
 
@@ -137,15 +147,17 @@ class _Plan(NamedTuple):
     """All that is known before the first byte is written.
 
     Attributes:
-      scales: name to the scales of a tensor that is stored as levels.
+      encodings: name of a tensor to its encoding.
+      scales: name to the scales of a tensor that is stored as levels, else None.
       entries: name to (code, shape) of what the file will hold.
       metadata: its `__metadata__`.
       embedded: "header/FILE" and "file/FILE" to how many bytes of FILE they hold.
       dense_bytes: bytes of the source's files.
     """
 
-    scales: dict[str, Scales]
-    entries: dict[str, tuple[str, tuple[int, ...]]]
+    encodings: dict[str, str]
+    scales: dict[str, Scales | None]
+    entries: Layout
     metadata: dict[str, str]
     embedded: dict[str, int]
     dense_bytes: int
@@ -153,98 +165,61 @@ class _Plan(NamedTuple):
 
 def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
     tensors: dict[str, Any] = {}
-    scales: dict[str, Scales] = {}
-    grid = compact_sizes.grid(source)
-    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    scales: dict[str, Scales | None] = {}
+    grid = compact_sizes.provenance_grid(source)
+    entries: Layout = {}
     others, _ = packed_files(source)
     paths = {name: source.path / name for name in (*source.metadata, *others)}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     embedded, digests = {}, {}
     for file in source.metadata:
-        inside = {k: info for k, info in source.tensors.items() if info.file == file}
-        head = sizes[file] - sum(info.size for info in inside.values())
+        in_file = {k: info for k, info in source.tensors.items() if info.file == file}
+        # The length and the header are all that is no tensor.
+        head = sizes[file] - sum(info.size for info in in_file.values())
         embedded[f"header/{file}"] = head
-        sink = hashlib.sha256(_head(paths[file], head))
-        for name, info in inside.items():
-            tensors[name], stored, own = _scan(source, name, info, sink, grid)
-            scales |= {} if own is None else {name: own}
-            entries |= stored
+        sink = hashlib.sha256(_head(paths[file], head))  # of the file as it was
+        for name, info in in_file.items():
+            tensors[name], nonzero, scales[name] = _scan(source, name, info, sink, grid)
+            entries |= tensor_layout(name, tensors[name], nonzero)
             advance(name, info.size)
         # The header, then all tensors in the file's order: the digest of the file.
         digests[file] = sink.hexdigest()
     for name in others:
         embedded[f"file/{name}"] = sizes[name]
         digests[name] = atomic.digest(paths[name])
+    # Whole files and headers are bytes.
     entries |= {name: ("U8", (size,)) for name, size in embedded.items()}
     contents = json.dumps({"tensors": tensors, "files": digests})
     metadata = {"format": FORMAT, "version": VERSION, "contents": contents}
-    return _Plan(scales, entries, metadata, embedded, sum(sizes.values()))
+    encodings = {name: entry["encoding"] for name, entry in tensors.items()}
+    return _Plan(encodings, scales, entries, metadata, embedded, sum(sizes.values()))
 
 
 def _scan(
     source: CheckpointDir, name: str, info: TensorInfo, sink: Any, grid: Grid | None
-) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]], Scales | None]:
-    """What the contents say of a tensor, the entries that hold it, its scales."""
-    tensor, nonzero, own = source.read(name), 0, hashlib.sha256()
+) -> tuple[dict[str, Any], int, Scales | None]:
+    """What the contents say of a tensor, its nonzero elements, its scales."""
+    tensor, nonzero, digest = source.read(name), 0, hashlib.sha256()
     for bits in chunks(tensor):
         sink.update(bits)
-        own.update(bits.data)
+        digest.update(bits.data)
         nonzero += int(np.count_nonzero(bits))
-    size, whole = math.prod(info.shape), info.dtype.itemsize
-    dense = compact_sizes.stored_bytes(nonzero, size, whole) == info.size
+    size, itemsize = math.prod(info.shape), info.dtype.itemsize
+    # Where a mask saves nothing.
+    dense = compact_sizes.stored_bytes(nonzero, size, itemsize) == info.size
     entry: dict[str, Any] = {"file": info.file, "dtype": _CODES[info.dtype]}
     entry |= {"shape": info.shape, "encoding": "dense" if dense else "mask"}
-    entry["sha256"] = own.hexdigest()
-    scales = None if grid is None else levels.find(tensor, grid)
+    entry["sha256"] = digest.hexdigest()
+    # Levels go before both: they take fewer bits than the values.
+    scales = None if grid is None else levels.find_scales(tensor, grid)
     if scales is not None:
         entry |= {"encoding": "levels", "axis": scales.axis, **scales.grid._asdict()}
-    return entry, layout(name, entry, nonzero), scales
+    return entry, nonzero, scales
 
 
 def _head(path: Path, size: int) -> bytes:
     with open(path, "rb") as file:
         return file.read(size)
-
-
-def _put_tensor(
-    file: BinaryIO,
-    name: str,
-    info: TensorInfo,
-    source: CheckpointDir,
-    entries: Mapping[str, TensorInfo],
-    scales: Scales | None,
-) -> None:
-    """Writes a tensor's mask and values or levels, or the tensor, each to its place."""
-    if f"dense/{name}" in entries:
-        file.seek(entries[f"dense/{name}"].offset)
-        for bits in chunks(source.read(name)):
-            file.write(bits.tobytes())
-        return
-    kind = "values" if scales is None else "levels"
-    values, start = entries[f"{kind}/{name}"], 0
-    to_values, to_mask = values.offset, entries[f"mask/{name}"].offset
-    rounded = []
-    for bits in chunks(source.read(name)):
-        kept = bits != 0
-        file.seek(to_mask)
-        to_mask += file.write(np.packbits(kept, bitorder="little").tobytes())
-        if scales is None:
-            file.seek(to_values)
-            to_values += file.write(bits[kept].tobytes())
-        else:
-            # Held until the end: two levels of 4 bits share a byte, across chunks too.
-            own = bits.view(info.dtype)[kept]
-            rounded.append(levels.levels(own, scales.of(start, bits.size)[kept]))
-        start += bits.size
-    if scales is not None:
-        file.seek(entries[f"scales/{name}"].offset)
-        file.write(scales.values.tobytes())
-        file.seek(to_values)
-        packed = levels.pack(np.concatenate(rounded), scales.grid.bits)
-        to_values += file.write(packed.tobytes())
-    # Another number of nonzero weights than in the first pass.
-    if to_values != values.offset + values.size:
-        raise _changed(source.path / info.file)
 
 
 def _put_bytes(file: BinaryIO, path: Path, size: int, entry: TensorInfo) -> None:
@@ -257,13 +232,13 @@ def _put_bytes(file: BinaryIO, path: Path, size: int, entry: TensorInfo) -> None
             size -= file.write(part)
 
 
-def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
+def dense_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The dense tensors of a compact file, one after the other; nothing is expanded.
 
     Each is held against its SHA-256 before it is handed out.
 
     Args:
-      path: the file.
+      path: path of the compact file.
 
     Yields:
       Name and array, in the order of the directory.
@@ -277,9 +252,10 @@ def tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
     archive = open_archive(Path(path))
     for name, entry in archive.tensors.items():
         dtype = DTYPES[entry["dtype"]]
+        # (size,), filled chunk by chunk
         bits = np.empty(math.prod(entry["shape"]), bits_of(dtype))
         position, digest = 0, hashlib.sha256()
-        for part in decoded(archive, name):
+        for part in decode_tensor(archive, name):
             bits[position : position + part.size] = part
             position += part.size
             digest.update(part.data)
@@ -294,8 +270,8 @@ def expand(
     """Writes the directory that a compact file was made of, byte for byte.
 
     Args:
-      path: the compact file.
-      directory: what is written; nothing or an empty one may be there.
+      path: path of the compact file.
+      directory: path of what is written; nothing or an empty one may be there.
 
     Returns:
       The paths of its files.
@@ -314,14 +290,14 @@ def expand(
         math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
         for e in archive.tensors.values()
     ]
+    # Files and headers are stored as they are.
     sizes += [
         info.size
         for name, info in archive.entries.items()
         if name.startswith(("file/", "header/"))
     ]
     atomic.check_room(place, sum(sizes))
-    taken = lambda place: "there is something already"  # noqa: E731
-    with atomic.staged(place, replaceable=taken) as partial:
+    with atomic.staged(place, replaceable=_is_taken) as partial:
         for name, digest in archive.files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             with Sink(partial / name) as sink:
@@ -340,7 +316,7 @@ def _restored(archive: Archive, name: str) -> Iterator[np.ndarray]:
     yield from chunks(archive.look(f"header/{name}"))
     for tensor, entry in archive.tensors.items():
         if entry["file"] == name:
-            for part in decoded(archive, tensor):
+            for part in decode_tensor(archive, tensor):
                 yield part.view(np.uint8)
 
 
@@ -349,6 +325,10 @@ def _changed(path: Path) -> ValueError:
         f"a directory must stay as it is while it is read, but '{path}' changed; "
         f"begin again"
     )
+
+
+def _is_taken(path: Path) -> str:
+    return "there is something already"
 
 
 def _why_not_ours(path: Path) -> str | None:

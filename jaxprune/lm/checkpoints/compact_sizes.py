@@ -9,17 +9,17 @@ import numpy as np
 from jaxprune.files.safetensors_file import Damaged, Unknown
 from jaxprune.lm.checkpoints import levels, rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.checkpoints.compact_archive import chunks
+from jaxprune.lm.checkpoints.compact_codecs import chunks
 from jaxprune.lm.checkpoints.levels import Grid
 
 
-def grid(source: CheckpointDir) -> Grid | None:
+def provenance_grid(source: CheckpointDir) -> Grid | None:
     """How a directory's jaxprune.json says that its weights were rounded, or None."""
     try:
-        given = rewrite.read_provenance(source.path).get("rounding")
+        rounding = rewrite.read_provenance(source.path).get("rounding")
     except (Unknown, Damaged):
         return None
-    match given:
+    match rounding:
         case {"bits": 4 | 8 as bits, "group": int(group)} if group > 0:
             return Grid(bits, group)
     return None
@@ -29,9 +29,9 @@ def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
     """The bytes of one tensor in a compact file.
 
     Args:
-      nonzero: how many of its elements have a bit that is not zero.
-      size: how many elements it has.
-      itemsize: bytes of one.
+      nonzero: number of its elements that have a bit that is not zero.
+      size: number of its elements.
+      itemsize: bytes of an element.
 
     Returns:
       ceil(size / 8) + nonzero itemsize, or size itemsize where that is no more.
@@ -53,9 +53,9 @@ def packed_bytes(
     total = 0
     for name, info in source.tensors.items():
         size = math.prod(info.shape)
-        nonzero = size - zeros.get(name, 0)
+        nonzero = size - zeros.get(name, 0)  # of bits: minus zero is stored
         if name in rounded:
-            total += levels.stored_bytes(info.shape, nonzero, rounded[name])
+            total += levels.levels_bytes(info.shape, nonzero, rounded[name])
         else:
             total += stored_bytes(nonzero, size, info.dtype.itemsize)
     return total
@@ -67,8 +67,8 @@ class Sizes(NamedTuple):
     Attributes:
       dense_bytes: the bytes of its weights.
       compact_bytes: about the bytes of its weights in a compact file.
-      zeros: how many elements are zero.
-      size: how many elements there are.
+      zeros: number of elements that are zero.
+      size: number of all elements.
       by_tensor: name to (zeros, size).
     """
 
@@ -79,16 +79,17 @@ class Sizes(NamedTuple):
     by_tensor: dict[str, tuple[int, int]]
 
 
-def sizes(source: CheckpointDir) -> Sizes:
+def directory_sizes(source: CheckpointDir) -> Sizes:
     """Counts a directory's zeros exactly, tensor by tensor."""
     by_tensor, blank = {}, dict.fromkeys(source.tensors, 0)
-    given, rounded = grid(source), {}
+    grid, rounded = provenance_grid(source), {}
     for name, info in source.tensors.items():
         size, filled = math.prod(info.shape), 0
         tensor = source.read(name)
-        if given is not None and levels.find(tensor, given) is not None:
-            rounded[name] = given
+        if grid is not None and levels.find_scales(tensor, grid) is not None:
+            rounded[name] = grid
         for bits in chunks(tensor):
+            # Minus zero is a zero to who counts weights, and a value to the file.
             filled += int(np.count_nonzero(bits.view(info.dtype)))
             blank[name] += bits.size - int(np.count_nonzero(bits))
         by_tensor[name] = (size - filled, size)

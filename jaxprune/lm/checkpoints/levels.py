@@ -22,8 +22,8 @@ class Grid(NamedTuple):
     """How a tensor may have been rounded.
 
     Attributes:
-      bits: of a level, 4 or 8.
-      group: elements that share a scale.
+      bits: number of bits of a level, 4 or 8.
+      group: number of elements that share a scale.
     """
 
     bits: int
@@ -41,7 +41,7 @@ class Scales(NamedTuple):
     Attributes:
       grid: bits and group.
       axis: along which groups lie, -1 or -2.
-      shape: of the tensor.
+      shape: shape of the tensor.
       values: bfloat16, like the tensor with one element a group along that axis.
     """
 
@@ -54,8 +54,9 @@ class Scales(NamedTuple):
         """The scales of some elements of the flat tensor in C order, float32."""
         size = self.shape[self.axis]
         inner = 1 if self.axis == -1 else self.shape[-1]
-        outer, rest = np.divmod(np.arange(start, start + count), size * inner)
-        along, within = np.divmod(rest, inner)
+        # The tensor is (outer, size, inner) around the axis of the groups.
+        outer, remainder = np.divmod(np.arange(start, start + count), size * inner)
+        along, within = np.divmod(remainder, inner)
         group = outer * self.values.shape[self.axis] + along // self.grid.group
         return self.values.reshape(-1)[group * inner + within].astype(np.float32)
 
@@ -67,43 +68,47 @@ def scales_shape(shape: tuple[int, ...], grid: Grid, axis: int) -> tuple[int, ..
     return tuple(counts)
 
 
-def find(tensor: np.ndarray, grid: Grid) -> Scales | None:
+def find_scales(tensor: np.ndarray, grid: Grid) -> Scales | None:
     """The scales that a tensor's values are whole numbers of, or None.
 
     Args:
-      tensor: at least a matrix of float16, bfloat16 or float32; others have no scales.
+      tensor: array, at least a matrix of float16, bfloat16 or float32; others have no
+        scales.
       grid: bits and group to look for.
 
     Returns:
-      The scales, by which `levels` and `values` give the tensor back, or None.
+      The scales, by which `to_levels` and `from_levels` give the tensor back, or None.
 
     Example:
       >>> import numpy as np
       >>> from jaxprune.lm.checkpoints import levels
       >>> tensor = np.array([[7, 0, -3, 1], [0, 0, 7, 2]], "f4") * 0.5
-      >>> found = levels.find(tensor, levels.Grid(bits=4, group=4))
+      >>> found = levels.find_scales(tensor, levels.Grid(bits=4, group=4))
       >>> found.values.ravel().tolist()
       [0.5, 0.5]
     """
     kinds = (np.float16, np.float32, BFLOAT16)
     if tensor.ndim < 2 or not tensor.size or tensor.dtype not in kinds:
         return None
-    whole = tensor.reshape(-1, *tensor.shape[-2:])  # a stack of matrices
+    stack = tensor.reshape(-1, *tensor.shape[-2:])  # a stack of matrices
     for axis in (-1, -2):
         shape = scales_shape(tensor.shape, grid, axis)
-        own = np.empty((len(whole), *shape[-2:]), BFLOAT16)
+        scales = np.empty((len(stack), *shape[-2:]), BFLOAT16)
         if all(
-            _fill(own, place, part, grid, axis) for place, part in _parts(whole, axis)
+            _fill(scales, place, part, grid, axis)
+            for place, part in _row_blocks(stack, axis)
         ):
-            return Scales(grid, axis, tensor.shape, own.reshape(shape))
+            return Scales(grid, axis, tensor.shape, scales.reshape(shape))
     return None
 
 
-def split(tensor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray] | None:
+def split_levels(
+    tensor: np.ndarray, grid: Grid
+) -> tuple[np.ndarray, np.ndarray] | None:
     """A rounded tensor as whole numbers and scales, as `qwix.QArray` takes them.
 
     Args:
-      tensor: as in `find`.
+      tensor: tensor; see `find_scales`.
       grid: bits and group; the group must divide the axis for qwix.
 
     Returns:
@@ -114,37 +119,38 @@ def split(tensor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray] | Non
       >>> import numpy as np
       >>> from jaxprune.lm.checkpoints import levels
       >>> tensor = np.array([[7, 0, -3, 1], [0, 0, 7, 2]], "f4") * 0.5
-      >>> own, scales = levels.split(tensor, levels.Grid(bits=4, group=4))
-      >>> own.tolist(), scales.shape
+      >>> whole, scales = levels.split_levels(tensor, levels.Grid(bits=4, group=4))
+      >>> whole.tolist(), scales.shape
       ([[7, 0, -3, 1], [0, 0, 7, 2]], (2, 1))
     """
-    scales = find(tensor, grid)
+    scales = find_scales(tensor, grid)
     if scales is None:
         return None
-    flat = levels(tensor.reshape(-1), scales.of(0, tensor.size))
+    flat = to_levels(tensor.reshape(-1), scales.of(0, tensor.size))
     return flat.reshape(tensor.shape), scales.values
 
 
-def levels(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def to_levels(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The levels of some values, int8, by the scale of each."""
     return np.rint(values.astype(np.float32) / scales).astype(np.int8)
 
 
-def values(own: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def from_levels(levels: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The values of some levels, by the scale of each."""
     with np.errstate(all="ignore"):  # a damaged file may hold any scale
-        return (own.astype(np.float32) * scales).astype(dtype)
+        return (levels.astype(np.float32) * scales).astype(dtype)
 
 
-def pack(own: np.ndarray, bits: int) -> np.ndarray:
+def pack_levels(levels: np.ndarray, bits: int) -> np.ndarray:
     """Levels as bytes; of 4 bits two a byte, the first in the low half."""
     if bits == 8:
-        return own.view(np.uint8)
-    nibbles = np.pad(own.view(np.uint8) & 15, (0, own.size % 2))
+        return levels.view(np.uint8)
+    # Two's complement of 4 bits.
+    nibbles = np.pad(levels.view(np.uint8) & 15, (0, levels.size % 2))
     return nibbles[0::2] | nibbles[1::2] << 4
 
 
-def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray | None:
+def unpack_levels(packed: np.ndarray, bits: int, count: int) -> np.ndarray | None:
     """The levels, int8; None where the bytes do not hold exactly `count` of them."""
     if packed.size != packed_size(count, bits):
         return None
@@ -153,8 +159,8 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray | None:
     nibbles = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)
     if nibbles[count:].any():
         return None
-    own = nibbles[:count].view(np.int8)
-    return np.where(own > 7, own - 16, own)
+    levels = nibbles[:count].view(np.int8)
+    return np.where(levels > 7, levels - 16, levels)  # the sign bit is the fourth
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -162,69 +168,73 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def _parts(
-    whole: np.ndarray, axis: int
+def _row_blocks(
+    stack: np.ndarray, axis: int
 ) -> Iterator[tuple[tuple[int, slice], np.ndarray]]:
     """Rows along the axis, some at a time, and where they lie: a few first."""
-    across = whole.shape[-3 - axis]  # the other one of the last two axes
-    step = max(1, _PART // whole.shape[axis])
+    across = stack.shape[-3 - axis]  # the other one of the last two axes
+    step = max(1, _PART // stack.shape[axis])
     starts = [0, *range(min(_FIRST, step), across, step)]
-    for number, matrix in enumerate(whole):
-        rows = matrix if axis == -1 else matrix.T
+    for number, matrix in enumerate(stack):
+        rows = matrix if axis == -1 else matrix.T  # (rows, size)
         for first, end in zip(starts, [*starts[1:], across], strict=True):
             yield (number, slice(first, end)), rows[first:end]
 
 
 def _fill(
-    own: np.ndarray,
+    scales: np.ndarray,
     place: tuple[int, slice],
     rows: np.ndarray,
     grid: Grid,
     axis: int,
 ) -> bool:
     """Puts the scales of some rows in their place, or says that there are none."""
-    found = _scales(rows, grid)
-    if found is None:
+    row_scales = _scales(rows, grid)
+    if row_scales is None:
         return False
     number, part = place
     if axis == -1:
-        own[number, part] = found
+        scales[number, part] = row_scales
     else:
-        own[number, :, part] = found.T
+        scales[number, :, part] = row_scales.T
     return True
 
 
 def _scales(rows: np.ndarray, grid: Grid) -> np.ndarray | None:
     """The scale of each group of each row, (rows, groups), or None."""
     count, size = rows.shape
-    padded = np.pad(rows, ((0, 0), (0, -size % grid.group)))
+    padded = np.pad(rows, ((0, 0), (0, -size % grid.group)))  # zeros fit any scale
     groups = padded.reshape(-1, grid.group)  # (rows * groups, group)
     bits = groups.view(f"u{groups.dtype.itemsize}")
     largest = np.max(np.abs(groups.astype(np.float32)), axis=1)  # (rows * groups,)
-    found = np.ones(len(groups), BFLOAT16)  # a scale each
-    left = np.flatnonzero((bits != 0).any(axis=1))
+    scales = np.ones(len(groups), BFLOAT16)  # a scale each
+    open_groups = np.flatnonzero((bits != 0).any(axis=1))
     # The largest weight's level is the highest, or not much below it.
     for level in range(grid.most, 0, -1):
         # A scale's last bit may have been lost where its weights were stored.
         for step in np.array([0, 1, -1], np.int16):
-            if not left.size:
-                return found.reshape(count, -1)
+            if not open_groups.size:
+                return scales.reshape(count, -1)
             with np.errstate(all="ignore"):
-                near = (largest[left] / level).astype(BFLOAT16).view(np.int16) + step
-                scale = near.view(BFLOAT16)
-                wide = scale.astype(np.float32)[:, None]
+                near = (largest[open_groups] / level).astype(BFLOAT16).view(
+                    np.int16
+                ) + step
+                candidate = near.view(BFLOAT16)
+                scale32 = candidate.astype(np.float32)[:, None]
                 # (left, group)
-                own = np.rint(groups[left].astype(np.float32) / wide)
-                again = (own * wide).astype(groups.dtype).view(bits.dtype)
+                levels = np.rint(groups[open_groups].astype(np.float32) / scale32)
+                product = (levels * scale32).astype(groups.dtype).view(bits.dtype)
             # Minus zero is no level, and NaN is none either.
-            same = (again == bits[left]) & ((own != 0) | (bits[left] == 0))
-            good = np.all(same & (np.abs(own) <= grid.most), axis=1)
-            found[left[good]] = scale[good]
-            left = left[~good]
-    return None if left.size else found.reshape(count, -1)
+            same = (product == bits[open_groups]) & (
+                (levels != 0) | (bits[open_groups] == 0)
+            )
+            good = np.all(same & (np.abs(levels) <= grid.most), axis=1)
+            scales[open_groups[good]] = candidate[good]
+            open_groups = open_groups[~good]
+    return None if open_groups.size else scales.reshape(count, -1)
 
 
-def stored_bytes(shape: tuple[int, ...], nonzero: int, grid: Grid) -> int:
+def levels_bytes(shape: tuple[int, ...], nonzero: int, grid: Grid) -> int:
     """About the bytes of a tensor: a bit a weight, levels, scales."""
     size = math.prod(shape)
     return -(-size // 8) + packed_size(nonzero, grid.bits) + 2 * -(-size // grid.group)

@@ -5,6 +5,7 @@ byte; config.json, the weights and their index are new. The result appears whole
 at all.
 """
 
+import functools
 import json
 import math
 import os
@@ -14,20 +15,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic, safetensors_file
 from jaxprune.files.sink import Sink
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG, INDEX, CheckpointDir
+from jaxprune.lm.checkpoints.directory_writer import (
+    Finish,
+    Written,
+    copy_file,
+    write_files,
+)
 
 
 class NewTensor(NamedTuple):
     """A tensor that is written.
 
     Attributes:
-      file: the name of its safetensors file.
+      file: name of its safetensors file.
       dtype: NumPy's dtype, one that safetensors knows.
-      shape: its shape.
-      read: gives it, when its turn comes.
+      shape: shape of the tensor.
+      read: function that gives it, when its turn comes.
     """
 
     file: str
@@ -36,7 +45,7 @@ class NewTensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def write(
+def write_new_weights(
     source: CheckpointDir,
     directory: str | os.PathLike[str],
     config: Mapping[str, Any],
@@ -44,19 +53,19 @@ def write(
     *,
     provenance: Mapping[str, Any],
     overwrite: bool = False,
-    finish: rewrite.Finish | None = None,
+    finish: Finish | None = None,
 ) -> list[Path]:
     """Writes a directory with another config.json and other tensors.
 
     Args:
-      source: the directory that the model came from.
-      directory: the new one, apart from the source.
-      config: the new config.json, JSON-able.
+      source: directory that the model came from.
+      directory: path of the new one, apart from the source.
+      config: content of the new config.json, JSON-able.
       tensors: name to tensor; one of them is in memory at a time.
-      provenance: JSON-able; how it was made. It is written to jaxprune.json.
+      provenance: facts of how it was made, JSON-able, for jaxprune.json.
       overwrite: whether an earlier result may be replaced. It is, once the new one is
-        whole.
-      finish: as for `rewrite.write`.
+        complete.
+      finish: function that is called at the end; see `rewrite.write_directory`.
 
     Returns:
       The paths of the files.
@@ -78,66 +87,84 @@ def write(
       >>> source = checkpoint_dir.open_directory(directory / "a")
       >>> half = np.ones(2, "f4")
       >>> new = new_weights.NewTensor("model.safetensors", half.dtype, (2,), half.copy)
-      >>> _ = new_weights.write(
+      >>> _ = new_weights.write_new_weights(
       ...     source, directory / "b", {"width": 2}, {"w": new}, provenance={}
       ... )
       >>> checkpoint_dir.open_directory(directory / "b").tensors["w"].shape
       (2,)
     """
-    place = atomic.apart(directory, source.path)
-    replaceable = rewrite.why_not_ours if overwrite else None
-    others = [n for n in source.others if n not in (rewrite.NAME, CONFIG, INDEX)]
-    with atomic.staged(place, replaceable=replaceable) as partial:
-        digests = {CONFIG: _text(partial / CONFIG, dict(config))}
-        for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
-            own = {name: t for name, t in tensors.items() if t.file == file}
-            metadata = source.metadata.get(file, {"format": "pt"})
-            digests[file] = _weights(partial / file, own, metadata)
-        if source.indexed:
-            digests[INDEX] = _text(partial / INDEX, _index(tensors))
-        for name in others:
-            digests[name] = rewrite.copy(source.path / name, partial / name)
-        record = {**provenance, "tensors": {}, "files": digests}
-        record |= {"format": rewrite.FORMAT, "version": rewrite.VERSION}
-        more, files = finish(partial, record) if finish else ({}, {})
-        atomic.replace_files(partial, files)
-        atomic.replace_json(partial / rewrite.NAME, record | dict(more))
-    return [place / name for name in (*digests, *files, rewrite.NAME)]
+    files = {CONFIG: _text(dict(config))}
+    for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
+        in_file = {name: t for name, t in tensors.items() if t.file == file}
+        # Loaders of torch look for "pt".
+        metadata = source.metadata.get(file, {"format": "pt"})
+        files[file] = functools.partial(_write_weights, in_file, metadata)
+    if source.indexed:
+        files[INDEX] = _text(_index(tensors))
+    for name in source.others:
+        if name not in (rewrite.NAME, CONFIG, INDEX):
+            files[name] = functools.partial(copy_file, source.path / name)
+
+    def record(_: Any, digests: Mapping[str, str]) -> Mapping[str, Any]:
+        # No zeros are counted: that a tensor is smaller is not seen in them.
+        facts = {**provenance, "tensors": {}, "files": digests}
+        return facts | {"format": rewrite.FORMAT, "version": rewrite.VERSION}
+
+    return write_files(
+        atomic.apart(directory, source.path),
+        files,
+        (rewrite.NAME, record),
+        replaceable=rewrite.why_not_ours if overwrite else None,
+        finish=finish,
+    )
 
 
-def _text(path: Path, content: Mapping[str, Any]) -> str:
-    """Writes JSON as Hugging Face does; its SHA-256."""
-    with Sink(path) as sink:
-        sink.put((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-    return sink.digest
+def _text(content: Mapping[str, Any]) -> Callable[[Path], Written]:
+    """What writes JSON as Hugging Face does."""
+
+    def write(path: Path) -> Written:
+        with Sink(path) as sink:
+            sink.put((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        return Written(sink.digest)
+
+    return write
 
 
 def _index(tensors: Mapping[str, NewTensor]) -> dict[str, Any]:
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-    where = {name: tensor.file for name, tensor in sorted(tensors.items())}
-    return {"metadata": {"total_size": size}, "weight_map": where}
+    weight_map = {name: tensor.file for name, tensor in sorted(tensors.items())}
+    # As Hugging Face writes it.
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
-def _weights(
-    path: Path, tensors: Mapping[str, NewTensor], metadata: Mapping[str, str]
-) -> str:
-    """Writes one file of weights; its SHA-256."""
+def _write_weights(
+    tensors: Mapping[str, NewTensor], metadata: Mapping[str, str], path: Path
+) -> Written:
+    """Writes one file of weights."""
     entries = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-    safetensors_file.write(path, entries, lambda n: _read(n, tensors[n]), metadata)
-    return atomic.digest(path)
+    safetensors_file.write(
+        path, entries, lambda n: _checked_tensor(n, tensors[n]), metadata
+    )
+    return Written(atomic.digest(path))
 
 
-def _read(name: str, tensor: NewTensor) -> np.ndarray:
-    array = np.asarray(tensor.read())
-    if array.shape != tuple(tensor.shape):
-        raise ValueError(
-            f"a tensor must have the shape that was announced, but '{name}' is "
-            f"{array.shape} and not {tuple(tensor.shape)}"
-        )
+def _checked_tensor(name: str, tensor: NewTensor) -> np.ndarray:
+    """A tensor in its dtype, one at a time in memory."""
+    array, shape = np.asarray(tensor.read()), tuple(tensor.shape)
+    rules.check([_SHAPE], name=name, got=array.shape, shape=shape)
     array = np.array(array, tensor.dtype, order="C")
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"tensors must be finite, but '{name}' holds NaN or infinity as "
-            f"{tensor.dtype}; look at how it was made"
-        )
+    finite = bool(np.isfinite(array).all())
+    rules.check([_FINITE], name=name, finite=finite, dtype=tensor.dtype)
     return array
+
+
+_SHAPE = Rule(
+    lambda v: v.got == v.shape,
+    "a tensor must have the shape that was announced, but '{name}' is {got} and not "
+    "{shape}",
+)
+_FINITE = Rule(
+    lambda v: v.finite,
+    "tensors must be finite, but '{name}' holds NaN or infinity as {dtype}",
+    "look at how it was made",
+)

@@ -19,11 +19,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxprune import leaves
+from jaxprune.arrays import rules
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule
 from jaxprune.leaves import check_rule
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, TensorInfo
+from jaxprune.lm.checkpoints.checkpoint_dir import (
+    CheckpointDir,
+    Progress,
+    TensorInfo,
+)
+from jaxprune.lm.checkpoints.directory_writer import Finish
 from jaxprune.masking import counts, matrix_mask, patterns
 from jaxprune.typing import Pattern, Prunable
 
@@ -34,6 +41,34 @@ _STACKED_INPUT_FIRST = {
     *("qwen3_vl_moe", "qwen3_vl_moe_text"),
 }
 _FLOATS = tuple(map(np.dtype, ("f2", "f4", "f8", "bfloat16")))
+
+
+_PATTERN = Rule(
+    lambda v: isinstance(
+        v.pattern, patterns.Unstructured | patterns.PerOutput | patterns.NM
+    ),
+    "directories are pruned by Unstructured, PerOutput or NM, got {pattern}",
+    "load the model and use prune for other patterns",
+    error=TypeError,
+)
+_CHOSEN = (
+    Rule(
+        lambda v: v.chosen,
+        "'{path}' must have a tensor that may be pruned, but has none",
+        "give another rule for prunable",
+    ),
+    Rule(
+        lambda v: not v.narrow,
+        "weights to prune must be of two bytes or more, but {narrow} are {dtype}",
+        "save the model in bfloat16, or leave them out with "
+        "prunable=jp.tree.excluding('...')",
+    ),
+)
+_FITS = Rule(
+    lambda v: not v.problems,
+    "{problems}",
+    "leave such tensors out with prunable=jp.tree.excluding('...')",
+)
 
 
 class Pruned(NamedTuple):
@@ -61,8 +96,8 @@ def prune_directory(
     prunable: Prunable = leaves.prunable,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    progress: rewrite.Progress | None = None,
-    finish: rewrite.Finish | None = None,
+    progress: Progress | None = None,
+    finish: Finish | None = None,
 ) -> Pruned:
     """Sets the smallest weights of each matrix to zero and writes the directory again.
 
@@ -70,25 +105,25 @@ def prune_directory(
     it is started again with the same arguments, and gives the same bytes.
 
     Args:
-      source: the directory.
-      directory: the new one, apart from the source.
-      sparsity: the share to remove from each matrix, in [0, 1), or {glob on the name
-        with "/" for ".": share}. None where the pattern fixes it.
+      source: directory that is pruned.
+      directory: path of the new one, apart from the source.
+      sparsity: share to remove from each matrix, in [0, 1), or {glob on the name with
+        "/" for ".": share}. None where the pattern fixes it.
       pattern: `Unstructured`, `PerOutput` or `NM`, or its name, such as "2:4".
-      prunable: name (with "/" for ".") and `TensorInfo` to whether a tensor may be
-        pruned. Of the tensors that it chooses, floating ones of two axes are pruned,
-        and those of three axes unless their name contains "conv".
-      provenance: what else `jaxprune.json` is to say: "command", "perplexity".
+      prunable: function of a name (with "/" for ".") and a `TensorInfo` to whether a
+        tensor may be pruned. Of the tensors that it chooses, floating ones of two axes
+        are pruned, and those of three axes unless their name contains "conv".
+      provenance: facts that `jaxprune.json` is to say besides: "command", "perplexity".
       overwrite: whether an earlier result may be replaced.
-      progress: called after every tensor.
-      finish: as for `rewrite.write`.
+      progress: function that is called after every tensor.
+      finish: function that is called at the end; see `rewrite.write_directory`.
 
     Returns:
       The new directory and its zeros.
 
     Raises:
       ValueError: no tensor may be pruned, the sparsity or the pattern does not fit,
-        weights are not finite, or as for `rewrite.write`.
+        weights are not finite, or as for `rewrite.write_directory`.
       TypeError: the pattern is none of the three.
       OSError: the directory could not be written.
 
@@ -110,25 +145,21 @@ def prune_directory(
       [[3.0, 0.0], [0.0, 4.0]]
     """
     pattern = patterns.parse(pattern)
-    if not isinstance(
-        pattern, patterns.Unstructured | patterns.PerOutput | patterns.NM
-    ):
-        raise TypeError(
-            f"directories are pruned by Unstructured, PerOutput or NM, got {pattern}; "
-            f"load the model and use prune for other patterns"
-        )
+    rules.check([_PATTERN], pattern=pattern)
     chosen, first = to_prune(source, pattern, prunable)
-    counts = _counts(pattern, sparsity, chosen)
+    counts = _lost_counts(pattern, sparsity, chosen)
     replaced = {
         name: functools.partial(
-            _pruned, source, name, counts[name], pattern, input_first=first[name]
+            _pruned_tensor, source, name, counts[name], pattern, input_first=first[name]
         )
         for name in chosen
     }
-    asked = pattern.sparsity if sparsity is None else sparsity
+    requested = pattern.sparsity if sparsity is None else sparsity
     facts: dict[str, Any] = {"method": "magnitude", "pattern": str(pattern)}
-    facts["sparsity"] = dict(asked) if isinstance(asked, Mapping) else float(asked or 0)
-    paths = rewrite.write(
+    facts["sparsity"] = (
+        dict(requested) if isinstance(requested, Mapping) else float(requested or 0)
+    )
+    paths = rewrite.write_directory(
         source,
         directory,
         replaced,
@@ -157,8 +188,8 @@ def _input_first(config: Mapping[str, Any], name: str, info: TensorInfo) -> bool
     # A model of models has the configuration of "decoder.transformer..." as "decoder".
     inner = [config.get("text_config"), config.get(name.split(".")[0])]
     parts = [config, *(part for part in inner if isinstance(part, Mapping))]
-    known = _STACKED_INPUT_FIRST if info.ndim == 3 else _INPUT_FIRST
-    return any(str(part.get("model_type")) in known for part in parts)
+    model_types = _STACKED_INPUT_FIRST if info.ndim == 3 else _INPUT_FIRST
+    return any(str(part.get("model_type")) in model_types for part in parts)
 
 
 def to_prune(
@@ -167,9 +198,9 @@ def to_prune(
     """The tensors that would be pruned, and whether their inputs come first.
 
     Args:
-      source: the directory.
-      pattern: which weights go together.
-      prunable: which tensors may be pruned, by names with "/".
+      source: directory that would be pruned.
+      pattern: pattern that says which weights go together.
+      prunable: rule that says which tensors may be pruned, by names with "/".
 
     Returns:
       Name to tensor, and name to whether it is stored (in, out).
@@ -184,17 +215,14 @@ def to_prune(
         for name, info in source.tensors.items()
         if _is_matrix(name, info) and prunable(name.replace(".", "/"), info)
     }
-    if not chosen:
-        raise ValueError(
-            f"'{source.path}' must have a tensor that may be pruned, but has none; "
-            f"give another rule for prunable"
-        )
-    if narrow := [name for name, info in chosen.items() if info.dtype not in _FLOATS]:
-        raise ValueError(
-            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
-            f"{chosen[narrow[0]].dtype}; save the model in bfloat16, or leave them out "
-            "with prunable=jp.tree.excluding('...')"
-        )
+    narrow = [name for name, info in chosen.items() if info.dtype not in _FLOATS]
+    rules.check(
+        _CHOSEN,
+        path=source.path,
+        chosen=chosen,
+        narrow=listed(narrow),
+        dtype=chosen[narrow[0]].dtype if narrow else None,
+    )
     first = {
         name: _input_first(source.config, name, info) for name, info in chosen.items()
     }
@@ -214,26 +242,22 @@ def _check_pattern(
             )
         )
     ]
-    if problems:
-        raise ValueError(
-            f"{'; '.join(problems[:6])}; leave such tensors out with "
-            f"prunable=jp.tree.excluding('...')"
-        )
+    rules.check([_FITS], problems="; ".join(problems[:6]))
 
 
-def _counts(
+def _lost_counts(
     pattern: Pattern,
     sparsity: float | Mapping[str, float] | None,
     chosen: Mapping[str, TensorInfo],
 ) -> dict[str, int]:
     """How many weights each matrix of a tensor loses."""
     sparsity, _ = counts.agreed(sparsity, pattern)
-    names = [name.replace(".", "/") for name in chosen]
+    names = [name.replace(".", "/") for name in chosen]  # rules are globs on path names
     sizes = [math.prod(info.shape[-2:]) for info in chosen.values()]
     return dict(zip(chosen, counts.by_leaf(sparsity, names, sizes), strict=True))
 
 
-def _pruned(
+def _pruned_tensor(
     source: CheckpointDir,
     name: str,
     lost: int,
@@ -243,17 +267,19 @@ def _pruned(
 ) -> np.ndarray:
     """A tensor of the directory, pruned; a copy."""
     array = np.array(source.read(name))
+    # (matrices, a, b)
     stack = array.reshape(math.prod(array.shape[:-2]), *array.shape[-2:])
     with jax.enable_x64(array.itemsize == 8):  # float64 is ranked as it is
         for matrix in stack:  # (out, in), or (in, out) if input_first
             number = np.uint32(matrix.size - lost)  # may be over 2^31
-            kept = _kept(matrix, number, pattern, input_first=input_first)
+            kept = _keep_mask(matrix, number, pattern, input_first=input_first)
+            # In place: two copies of a large tensor would not fit.
             np.copyto(matrix, matrix.dtype.type(0), where=~np.asarray(kept))
     return array
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "input_first"))
-def _kept(
+def _keep_mask(
     matrix: Float[Array, "a b"], number: Any, pattern: Pattern, *, input_first: bool
 ) -> Bool[Array, "a b"]:
     """Which weights stay, by magnitude; one program for each shape."""

@@ -41,10 +41,10 @@ class Compact(Options):
             f"'{self.file}': {result.compact_bytes:,} bytes, {share:.3f} of the "
             f"directory's {result.dense_bytes:,}"
         )
-        if result.left:
+        if result.omitted:
             console.note(
                 f"links out of the directory, or no files, are not in it: "
-                f"{', '.join(result.left)}"
+                f"{', '.join(result.omitted)}"
             )
         return {**result._asdict(), "share": share, "file": str(self.file)}
 

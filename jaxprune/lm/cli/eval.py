@@ -13,7 +13,7 @@ from jaxprune.lm.cli.console import Console
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
 from jaxprune.lm.report.stages import measured
-from jaxprune.lm.texts import texts
+from jaxprune.lm.texts import text_files
 
 _CONTEXT = 512
 
@@ -58,19 +58,21 @@ class Evaluate(models.ModelOptions):
                 "--stride must be 1 <= stride <= context, got --stride "
                 f"{self.stride} and --context {self.context}"
             )
-        texts.check_files(self.text)
+        text_files.check_text_files(self.text)
         model = models.find(self.model, self)
         tokenizer = needed_tokenizer(self.model, self.text)
         begins = models.beginning(tokenizer, self, model.config.vocab_size)
         tokenizer = models.as_begun(tokenizer, begins)
         models.say_ignored(model, console)
         paths = tuple(dict.fromkeys(self.text))
-        files = [texts.read(p, tokenizer, model.config.vocab_size) for p in paths]
+        files = [
+            text_files.read_text(p, tokenizer, model.config.vocab_size) for p in paths
+        ]
         context = self.context
         if context == _CONTEXT > model.config.context:
             context = model.config.context
         seen = {
-            name: perplexity.windows(
+            name: perplexity.windows_of_text(
                 file,
                 context=context,
                 stride=self.stride,
@@ -94,7 +96,7 @@ class Evaluate(models.ModelOptions):
 
 def needed_tokenizer(model: Path, files: tuple[Path, ...]) -> hf.Tokenizer | None:
     """The model's tokenizer, or None where all files hold token ids."""
-    return None if all(map(texts.is_ids, files)) else hf.load_tokenizer(model)
+    return None if all(map(text_files.is_ids, files)) else hf.load_tokenizer(model)
 
 
 def named(paths: tuple[Path, ...]) -> list[str]:
@@ -106,19 +108,21 @@ def named(paths: tuple[Path, ...]) -> list[str]:
 def measure(
     model: models.Model, seen: dict[str, perplexity.Windows], batch: int
 ) -> dict[str, dict[str, Any]]:
-    """The perplexity on each text by name, as of `perplexity.measure`, with a bar."""
+    """The perplexity on each text by name, `measure_perplexity`'s, with a bar."""
     total = sum(len(own.tokens) for own in seen.values())
     decoder = model.decoder()
     with Progress(total, "evaluating", unit="window", leave=False) as progress:
         return {
-            name: perplexity.measure(decoder, own, batch=batch, tick=progress.update)
+            name: perplexity.measure_perplexity(
+                decoder, own, batch=batch, progress=progress.update
+            )
             for name, own in seen.items()
         }
 
 
 def described(seen: perplexity.Windows) -> dict[str, Any]:
     """How a text is evaluated, and what guessing by frequency would give."""
-    return {**seen.facts, "by_frequency": perplexity.by_frequency(seen)}
+    return {**seen.facts, "by_frequency": perplexity.unigram_perplexity(seen)}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from jaxprune.lm.cli.eval import described, measure, named, needed_tokenizer, nu
 from jaxprune.lm.cli.job_options import JobOptions
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
-from jaxprune.lm.texts import texts
+from jaxprune.lm.texts import text_files
 
 _TOKENIZER = "tokenizer.json"
 _HELD_OUT = "held out from calibration"
@@ -37,8 +37,8 @@ class Ready(NamedTuple):
 
     tokenizer: hf.Tokenizer | None
     begins: models.Beginning
-    calibration: list[texts.AnyText]
-    drawn: texts.Drawn | None
+    calibration: list[text_files.AnyText]
+    drawn: text_files.Drawn | None
     seen: dict[str, perplexity.Windows]
     roles: dict[str, str]
     recovery: np.ndarray | None
@@ -49,7 +49,7 @@ class Ready(NamedTuple):
     def sequences(self) -> np.ndarray:
         """All that is calibrated on, int32 (sequences, length), each kind in turn."""
         parts = [] if self.drawn is None else list(self.drawn.parts)
-        return texts.in_turn(parts + ([] if self.own is None else [self.own]))
+        return text_files.interleave(parts + ([] if self.own is None else [self.own]))
 
 
 def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
@@ -67,7 +67,9 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
             f"{job.length}; give a shorter one, or leave it out"
         )
     tokenizer, begins = _tokenizer(job, source, files, config.vocab_size)
-    whole = {path: texts.read(path, tokenizer, config.vocab_size) for path in files}
+    whole = {
+        path: text_files.read_text(path, tokenizer, config.vocab_size) for path in files
+    }
     own = [whole[path] for path in job.calibration_files]
     digests = [text.sha256 for text in own]
     if twice := [str(t.path) for t in own if digests.count(t.sha256) > 1]:
@@ -75,14 +77,14 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
             "each --calibration text must be given once, since its sequences must not "
             f"overlap, but {', '.join(twice)} are the same; leave all but one out"
         )
-    ends: list[texts.Text | None] = [None] * len(own)
+    ends: list[text_files.Text | None] = [None] * len(own)
     # Without a text to evaluate, the end of each calibration text is held out for it.
     if own and not job.evaluate:
-        parts = [texts.without_end(text, job.limit * job.length) for text in own]
+        parts = [text_files.hold_out_end(text, job.limit * job.length) for text in own]
         own, ends = [list(part) for part in zip(*parts, strict=True)]
     drawn = None
     if own:
-        drawn = texts.draw(
+        drawn = text_files.draw_sequences(
             own,
             sequences=job.sequences - job.own_sequences,
             length=job.length,
@@ -92,7 +94,7 @@ def prepare(job: JobOptions, source: CheckpointDir) -> Ready:
         )
     evaluated, roles = _evaluated(job, whole, own, ends, drawn)
     seen = {
-        name: perplexity.windows(
+        name: perplexity.windows_of_text(
             text,
             context=job.length,
             bos=begins.token,
@@ -125,8 +127,8 @@ def _tokenizer(
 
 def _say_trained_on(
     roles: dict[str, str],
-    evaluated: Mapping[str, texts.AnyText],
-    taught: Sequence[texts.AnyText],
+    evaluated: Mapping[str, text_files.AnyText],
+    taught: Sequence[text_files.AnyText],
 ) -> None:
     """Adds to the roles of what is evaluated that it is trained on, where it is."""
     digests = {text.sha256 for text in taught}
@@ -137,11 +139,11 @@ def _say_trained_on(
 
 def _evaluated(
     job: JobOptions,
-    whole: dict[Path, texts.AnyText],
-    own: list[texts.AnyText],
-    ends: list[texts.Text | None],
-    drawn: texts.Drawn | None,
-) -> tuple[dict[str, texts.AnyText], dict[str, str]]:
+    whole: dict[Path, text_files.AnyText],
+    own: list[text_files.AnyText],
+    ends: list[text_files.Text | None],
+    drawn: text_files.Drawn | None,
+) -> tuple[dict[str, text_files.AnyText], dict[str, str]]:
     """Which texts are evaluated, by name, and what they are to the calibration."""
     if job.evaluate:
         names, digests = named(job.evaluate), {text.sha256 for text in own}
@@ -150,8 +152,8 @@ def _evaluated(
             name: "also calibrated on" if text.sha256 in digests else "given"
             for name, text in given.items()
         }
-    left = drawn.left if drawn is not None else []
-    evaluated: dict[str, texts.AnyText] = {}
+    left = drawn.undrawn if drawn is not None else []
+    evaluated: dict[str, text_files.AnyText] = {}
     roles = {}
     names = named(job.calibration_files)
     for name, end, rest in zip(names, ends, left, strict=True):
@@ -159,27 +161,27 @@ def _evaluated(
         if text is not None:
             evaluated[name], roles[name] = text, _HELD_OUT
     if not evaluated and drawn is not None:
-        text = texts.Text(own[0].path, own[0].sha256, drawn.tokens)
+        text = text_files.Text(own[0].path, own[0].sha256, drawn.tokens)
         evaluated, roles = {"calibration": text}, {"calibration": "calibrated on"}
     return evaluated, roles
 
 
 def _trainable(
-    job: JobOptions, own: list[texts.AnyText], drawn: texts.Drawn
-) -> dict[str, texts.AnyText]:
+    job: JobOptions, own: list[text_files.AnyText], drawn: text_files.Drawn
+) -> dict[str, text_files.AnyText]:
     """What of each calibration text, by its digest, may be trained on.
 
     Nothing that is evaluated.
     """
     found = {text.sha256: text for text in own}
     for text, part in zip(own, drawn.parts, strict=True):
-        if isinstance(text, texts.Text) and text.is_rows and not job.evaluate:
+        if isinstance(text, text_files.Text) and text.is_rows and not job.evaluate:
             found[text.sha256] = text._replace(tokens=part)
     return found
 
 
 def _sequences(
-    job: JobOptions, steps: int, later: list[texts.AnyText], bos: int | None
+    job: JobOptions, steps: int, later: list[text_files.AnyText], bos: int | None
 ) -> np.ndarray:
     """Sequences to train on: all that the texts have, or as many as are used."""
     body = job.length - (bos is not None)
@@ -187,7 +189,7 @@ def _sequences(
     of_each = math.ceil(wanted / len(later))
     have = min(text.room(body, of_each) for text in later)
     number = max(len(later), min(have * len(later), wanted))
-    found = texts.draw(
+    found = text_files.draw_sequences(
         later, sequences=number, length=job.length, bos=bos, seed=job.seed + 1, most=0
     )
     return found.tokens

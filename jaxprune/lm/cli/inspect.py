@@ -9,7 +9,7 @@ import tyro
 from jaxprune.arrays.messages import columns
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.lm.checkpoints.compact_sizes import Sizes, packed_bytes, sizes
+from jaxprune.lm.checkpoints.compact_sizes import Sizes, directory_sizes, packed_bytes
 from jaxprune.lm.cli import parse
 from jaxprune.lm.cli.console import Console, Options
 from jaxprune.lm.models import hf
@@ -43,7 +43,7 @@ class Inspect(Options):
         source = open_directory(self.model)
         if self.exclude:
             parse.check_globs(self.exclude, source.tensors)
-        counted = sizes(source)
+        counted = directory_sizes(source)
         rows = _rows(source, counted, self.exclude)
         made = _provenance(self.model)
         totals = {

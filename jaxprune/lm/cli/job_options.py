@@ -9,7 +9,7 @@ import tyro
 
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.cli import models, parse
-from jaxprune.lm.texts import texts
+from jaxprune.lm.texts import text_files
 
 SELF = Path("self")
 """In the place of a calibration text: what the model writes itself."""
@@ -172,5 +172,7 @@ def check(job: JobOptions) -> None:
     parse.check_idle(job, "--distill-steps N", job.distill_steps, *idle)
     if job.calibration.count(SELF) > 1:
         raise ValueError("--calibration self is given twice; once is enough")
-    texts.check_files((*job.calibration_files, *job.evaluate, *job.distill_text))
+    text_files.check_text_files(
+        (*job.calibration_files, *job.evaluate, *job.distill_text)
+    )
     rewrite.check_place(job.out, job.model, overwrite=job.overwrite)

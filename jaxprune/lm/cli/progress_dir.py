@@ -12,7 +12,7 @@ from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.cli import provenance
 from jaxprune.lm.cli.job_options import JobOptions
-from jaxprune.lm.texts import texts
+from jaxprune.lm.texts import text_files
 
 _BEGUN = "command.json"  # which job the progress is of
 
@@ -50,7 +50,10 @@ def states(job: JobOptions, source: CheckpointDir) -> int:
 
 
 def facts(
-    job: JobOptions, source: CheckpointDir, calibration: list[texts.AnyText], bos: str
+    job: JobOptions,
+    source: CheckpointDir,
+    calibration: list[text_files.AnyText],
+    bos: str,
 ) -> dict[str, Any]:
     """What decides the result of any job, known without reading a weight."""
     read = [n for n in source.others if n.endswith((".json", ".jinja"))]

@@ -50,7 +50,7 @@ class Prune(prune_options.Job):
         record = prune(job, meaning, console, arguments)
         console.say(_summary(record))
         console.say(f"'{self.out}': the model, jaxprune.json, report.html")
-        if left := open_directory(self.model).left:
+        if left := open_directory(self.model).uncopied:
             console.note(f"not copied: {', '.join(left)}")
         return {**record, "out": str(self.out)}
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxprune.lm.cli import job_options, launch, models, parse
 from jaxprune.lm.cli.job_options import SELF
-from jaxprune.lm.texts import texts
+from jaxprune.lm.texts import text_files
 from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
 from jaxprune.posttraining import methods
@@ -192,7 +192,7 @@ def check(job: Job) -> Meaning:
     _check_devices(job)
     if job.streams:
         _check_streaming(job, pattern, rule)
-    texts.check_files(job.retrain_text)
+    text_files.check_text_files(job.retrain_text)
     return Meaning(method, pattern, sparsity, rule)
 
 

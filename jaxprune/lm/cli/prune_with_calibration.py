@@ -189,7 +189,7 @@ def _written(run: Run, dense: models.Model) -> np.ndarray:
             special=special,
             batch=job.batch,
             directory=job.work / "self",
-            tick=shown.update,
+            progress=shown.update,
         )
 
 
@@ -353,7 +353,7 @@ def _write(
         return
     pruned = {theirs for name in leaves for theirs in model.names[name].names}
     with byte_progress(source.size, "writing") as progress:
-        rewrite.write(
+        rewrite.write_directory(
             source,
             job.out,
             replaced,

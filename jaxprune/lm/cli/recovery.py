@@ -68,7 +68,7 @@ def recover(
             else None,
             masked=_sparse(model),
             directory=job.work / recovery.kind,
-            tick=tick,
+            progress=tick,
         )
     record = {
         "steps": recovery.steps,

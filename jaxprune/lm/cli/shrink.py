@@ -72,8 +72,8 @@ class Shrink(shrink_options.Job):
         record = rewrite.read_provenance(self.out)
         console.say(_summary(record))
         console.say(f"'{self.out}': the model, jaxprune.json, report.html")
-        if source.left:
-            console.note(f"not copied: {', '.join(source.left)}")
+        if source.uncopied:
+            console.note(f"not copied: {', '.join(source.uncopied)}")
         return {**record, "out": str(self.out)}
 
 
@@ -231,8 +231,8 @@ def _timed(job: Shrink, whole: models.Model, small: models.Model) -> dict[str, A
     both = {"before": whole.decoder(), "after": small.decoder()}
     rounds = job.speed_rounds
     with Progress(2 * rounds, "timing", unit="run", leave=False) as progress:
-        found = speed.measure(
-            both, prompt=prompt, steps=steps, rounds=rounds, tick=progress.update
+        found = speed.measure_speed(
+            both, prompt=prompt, steps=steps, rounds=rounds, progress=progress.update
         )
     facts = {"prompt": prompt, "steps": steps, "batch": 1, "rounds": rounds}
     return {**facts, "dtype": whole.config.dtype, **found}

@@ -125,7 +125,7 @@ class _Search:
                 )
             except OutOfReach:
                 return None
-        measured = perplexity.measure(
+        measured = perplexity.measure_perplexity(
             small.decoder(), self._judges, batch=self._job.batch
         )
         found: float | None = measured["nats"]

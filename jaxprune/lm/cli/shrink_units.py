@@ -54,27 +54,27 @@ def without_layers(
 
 def _searched(
     job: Job, model: models.Model, tokens: np.ndarray, layers: int, console: Console
-) -> layer_search.Left:
+) -> layer_search.LayerSearch:
     """The layers that a search leaves; each that went is noted on disk."""
     place, whole = job.work / _SEARCHED, model.config.layers
-    begun = layer_search.Left(**read_json(place)) if place.is_file() else None
+    begun = layer_search.LayerSearch(**read_json(place)) if place.is_file() else None
     if begun and len(begun.kept) <= layers:  # a search of the budget went further
         gone = begun.dropped[: whole - layers]
         kept = [layer for layer in range(whole) if layer not in gone]
-        return layer_search.Left(kept, gone, begun.nats[: len(gone)])
+        return layer_search.LayerSearch(kept, gone, begun.nats[: len(gone)])
     past = begun.kept if begun else list(range(whole))
     passes = sum(range(layers + 1, len(past) + 1)) + 1  # the whole model
     batches = passes * -(-len(tokens) // job.batch)
     with Progress(batches, "searching layers", unit="batch", leave=False) as progress:
-        found = layer_search.keep(
+        found = layer_search.search_layers(
             model.graphdef,
             model.params,
             tokens,
             layers,
             batch=job.batch,
-            begun=begun,
-            tick=progress.update,
-            noted=lambda left: atomic.replace_json(place, left._asdict()),
+            start=begun,
+            progress=progress.update,
+            save=lambda left: atomic.replace_json(place, left._asdict()),
         )
     went = zip(found.dropped, found.nats, strict=True)
     console.note(
@@ -95,7 +95,7 @@ def without_experts(
             model.params,
             tokens,
             batch=job.batch,
-            tick=progress.update,
+            progress=progress.update,
         )
     left = count - round(job.experts * count)
     highest = np.argsort(-scores, axis=1, kind="stable")[:, :left]

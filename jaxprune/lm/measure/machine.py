@@ -27,11 +27,11 @@ def versions(*others: str) -> dict[str, str]:
     Returns:
       Name to version.
     """
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in (*_PACKAGES, *others):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def device() -> str:
@@ -39,6 +39,7 @@ def device() -> str:
     devices = jax.devices()
     text = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu":
+        # Those it may use, in a container say.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         text += f" ({platform.machine()}, {cores or os.cpu_count() or 1} cores)"
     return text
@@ -50,11 +51,12 @@ def peak_memory() -> int | None:
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:
         return max(peaks)
-    if importlib.util.find_spec("resource") is None:
+    if importlib.util.find_spec("resource") is None:  # Windows
         return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Bytes there, kilobytes elsewhere.
     return peak if sys.platform == "darwin" else peak * 1024
 
 

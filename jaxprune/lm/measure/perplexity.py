@@ -16,9 +16,38 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from jaxprune.arrays import processes
+from jaxprune.arrays import processes, rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder, loss_per_token
-from jaxprune.lm.texts.texts import AnyText, Text
+from jaxprune.lm.texts.text_files import AnyText, Text
+
+_WINDOWS = (
+    Rule(
+        lambda v: v.limit is None or v.limit >= 1,
+        "windows need a limit of at least 1, got {limit}",
+    ),
+    Rule(
+        lambda v: v.context >= 2 and 1 <= v.stride <= v.context,
+        "windows need context >= 2 and 1 <= stride <= context, got context {context} "
+        "and stride {stride}",
+    ),
+)
+_TOKENS = Rule(
+    lambda v: v.size > v.first,
+    "a text must have a token to predict, got {size} tokens",
+    "give a longer text",
+)
+_CONTEXT = Rule(
+    lambda v: v.size <= v.longest,
+    "the model sees at most {longest} tokens, but a window of '{path}' has {size} "
+    "before its last",
+    "give a context of {longest} or less",
+)
+_BATCH = Rule(
+    lambda v: min(v.batch, v.number) >= 1,
+    "measure_perplexity needs at least one window and a batch of at least 1, got "
+    "{number} and {batch}",
+)
 
 
 class Windows(NamedTuple):
@@ -46,13 +75,14 @@ def slide(
     """The windows of a text.
 
     Args:
-      tokens: (tokens,).
-      context: tokens of a window, BOS included, at least 2.
-      stride: how far each window moves on, from 1 to context. A window predicts
-        context - 1 tokens: this is the stride if left out, and the most that is used.
-      bos: what each window begins with, or None; then the first token of the text is
-        context only.
-      limit: at most so many windows, from the beginning.
+      tokens: tokens of the text, (tokens,).
+      context: number of tokens of a window, BOS included, at least 2.
+      stride: number of tokens that each window moves on, from 1 to context. A window
+        predicts context - 1 tokens: this is the stride if left out, and the most that
+        is used.
+      bos: token that each window begins with, or None; then the first token of the text
+        is context only.
+      limit: greatest number of windows, which are taken from the beginning.
 
     Returns:
       The windows; what is past the end of the text repeats its last token and does not
@@ -69,40 +99,32 @@ def slide(
       >>> windows.counted.astype(int).tolist()
       [[1, 1, 1], [0, 1, 1], [0, 1, 0]]
     """
-    reach = context - 1
-    stride = reach if stride is None else stride
-    if limit is not None and limit < 1:
-        raise ValueError(f"windows need a limit of at least 1, got {limit}")
-    if context < 2 or not 1 <= stride <= context:
-        raise ValueError(
-            f"windows need context >= 2 and 1 <= stride <= context, got context "
-            f"{context} and stride {stride}"
-        )
-    stride = min(stride, reach)
-    first = 0 if bos is not None else 1
-    if tokens.size <= first:
-        raise ValueError(
-            f"a text must have a token to predict, got {tokens.size} tokens; give a "
-            "longer text"
-        )
-    number = 1 + max(0, math.ceil((tokens.size - first - reach) / stride))
+    predictions = context - 1
+    stride = predictions if stride is None else stride
+    rules.check(_WINDOWS, limit=limit, context=context, stride=stride)
+    stride = min(stride, predictions)
+    first = 0 if bos is not None else 1  # the first token that is predicted
+    rules.check([_TOKENS], size=tokens.size, first=first)
+    number = 1 + max(0, math.ceil((tokens.size - first - predictions) / stride))
     starts = first + stride * np.arange(min(number, limit or number))
-    # (windows, context - 1): the place in the text of each predicted token.
-    place = starts[:, None] + np.arange(reach)[None, :]
-    # (windows,): the first place that no window before has predicted.
-    done = np.where(np.arange(len(starts)) > 0, starts - stride + reach, 0)
-    counted = (place >= done[:, None]) & (place < tokens.size)
+    # (windows, context - 1): the position in the text of each predicted token.
+    position = starts[:, None] + np.arange(predictions)[None, :]
+    # (windows,): the first position that no window before has predicted.
+    predicted = np.where(np.arange(len(starts)) > 0, starts - stride + predictions, 0)
+    counted = (position >= predicted[:, None]) & (position < tokens.size)
     last = tokens.size - 1
     if bos is None:
         before = tokens[np.minimum(starts - 1, last)]
     else:
         before = np.full(len(starts), bos)
-    whole = np.concatenate([before[:, None], tokens[np.minimum(place, last)]], axis=1)
+    tokens_of_windows = np.concatenate(
+        [before[:, None], tokens[np.minimum(position, last)]], axis=1
+    )
     facts = {"context": context, "stride": stride, "bos": bos is not None}
-    return Windows(whole.astype(np.int32), counted, facts)
+    return Windows(tokens_of_windows.astype(np.int32), counted, facts)
 
 
-def windows(
+def windows_of_text(
     text: AnyText,
     *,
     context: int,
@@ -115,11 +137,11 @@ def windows(
 
     Args:
       text: the file.
-      context: as for `slide`.
-      stride: as for `slide`.
-      bos: as for `slide`.
-      limit: at most so many windows or rows.
-      longest: the model's context.
+      context: number of tokens of a window; see `slide`, as the two below.
+      stride: number of tokens that each window moves on.
+      bos: token that each window begins with.
+      limit: greatest number of windows or rows.
+      longest: context of the model, in tokens.
 
     Returns:
       The windows.
@@ -127,44 +149,40 @@ def windows(
     Raises:
       ValueError: they do not fit the text or the model.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"windows need a limit of at least 1, got {limit}")
+    rules.check(_WINDOWS[:1], limit=limit)
     if isinstance(text, Text) and text.is_rows:
         rows = text.tokens[:limit].astype(np.int32)
         counted = np.ones((len(rows), rows.shape[1] - 1), bool)
         facts = {"context": rows.shape[1], "stride": None, "bos": None}
-        found = Windows(rows, counted, facts)
+        windows = Windows(rows, counted, facts)
     else:
         # One window more than is wanted, so that what is seen is that of the whole.
-        some = None if limit is None else (limit + 1) * context + 1
+        needed = None if limit is None else (limit + 1) * context + 1
         try:
-            found = slide(
-                text.first(some), context=context, stride=stride, bos=bos, limit=limit
+            windows = slide(
+                text.first(needed), context=context, stride=stride, bos=bos, limit=limit
             )
         except ValueError as error:
             raise ValueError(f"'{text.path}': {error}") from None
-    if (size := found.tokens.shape[1] - 1) > longest:
-        raise ValueError(
-            f"the model sees at most {longest} tokens, but a window of '{text.path}' "
-            f"has {size} before its last; give a context of {longest} or less"
-        )
-    return found
+    size = windows.tokens.shape[1] - 1
+    rules.check([_CONTEXT], path=text.path, size=size, longest=longest)
+    return windows
 
 
-def measure(
+def measure_perplexity(
     model: Decoder,
-    seen: Windows,
+    windows: Windows,
     *,
     batch: int = 4,
-    tick: Callable[[int], Any] = lambda number: None,
+    progress: Callable[[int], Any] = lambda windows: None,
 ) -> dict[str, Any]:
     """The perplexity of a model.
 
     Args:
-      model: all its parameters in memory.
-      seen: what it is evaluated on.
-      batch: windows at a time; one program is compiled.
-      tick: called after each batch with the number of its windows.
+      model: model with all its parameters in memory.
+      windows: windows that it is evaluated on.
+      batch: number of windows at a time; one program is compiled.
+      progress: function that is called after each batch with the number of its windows.
 
     Returns:
       "perplexity" and "nats" a token (None where they are not finite), "tokens" and
@@ -181,40 +199,38 @@ def measure(
       ...                   kv_heads=1, head_dim=4, mlp_width=4),
       ...     rngs=nnx.Rngs(0),
       ... )
-      >>> found = measure(model, slide(np.arange(60), context=8))
-      >>> found["tokens"], round(found["perplexity"])  # untrained: one in vocab_size
+      >>> result = measure_perplexity(model, slide(np.arange(60), context=8))
+      >>> result["tokens"], round(result["perplexity"])  # untrained: one in vocab_size
       (59, 65)
     """
     graphdef, params = nnx.split(model)
-    number = len(seen.tokens)
-    if min(batch, number) < 1:
-        raise ValueError(
-            "measure needs at least one window and a batch of at least 1, got "
-            f"{number} and {batch}"
-        )
+    number = len(windows.tokens)
+    rules.check([_BATCH], batch=batch, number=number)
     batch = min(batch, number)
     total = 0.0
     for start in range(0, number, batch):
         rows = np.arange(start, start + batch)
         # (batch, context): the last batch is filled up, so that one program serves all.
-        tokens = seen.tokens[np.minimum(rows, number - 1)]
-        found = processes.fetch(_losses(graphdef, params, tokens))
-        losses = np.asarray(found, np.float64)
-        own = min(batch, number - start)
-        total += losses[:own][seen.counted[start : start + own]].sum()
-        tick(own)
-    count = int(seen.counted.sum())
+        tokens = windows.tokens[np.minimum(rows, number - 1)]
+        losses = processes.fetch(_losses(graphdef, params, tokens))
+        losses = np.asarray(losses, np.float64)  # (batch, context - 1)
+        size = min(batch, number - start)
+        total += losses[:size][windows.counted[start : start + size]].sum()
+        progress(size)
+    count = int(windows.counted.sum())
     nats = total / count
     finite = math.isfinite(nats)
     return {
-        "perplexity": math.exp(nats) if finite and nats < 700 else None,
+        "perplexity": math.exp(nats)
+        if finite and nats < 700
+        else None,  # exp overflows past 709
         "nats": nats if finite else None,
         "tokens": count,
         "windows": number,
     }
 
 
-def by_frequency(seen: Windows) -> float:
+def unigram_perplexity(windows: Windows) -> float:
     """The perplexity of guessing each token by how often it occurs, context unseen.
 
     exp(H + (K - 1) / N): H is the entropy of the N counted tokens' frequencies, and the
@@ -222,13 +238,13 @@ def by_frequency(seen: Windows) -> float:
     N tokens.
 
     Args:
-      seen: what is evaluated.
+      windows: windows that are evaluated.
 
     Returns:
       A perplexity that a model which knows the language stays well under.
     """
-    tokens = seen.tokens[:, 1:][seen.counted]  # (N,)
-    counts = np.unique(tokens, return_counts=True)[1]
+    tokens = windows.tokens[:, 1:][windows.counted]  # (N,)
+    counts = np.unique(tokens, return_counts=True)[1]  # (K,)
     share = counts / counts.sum()
     entropy = -(share * np.log(share)).sum()
     return float(np.exp(entropy + (len(counts) - 1) / counts.sum()))
@@ -236,8 +252,8 @@ def by_frequency(seen: Windows) -> float:
 
 def is_sane(result: dict[str, Any], frequency: float, vocab_size: int) -> bool:
     """Whether a perplexity is under guessing by frequency and uniform guessing."""
-    found = result["perplexity"]
-    return found is not None and found < min(frequency, vocab_size)
+    perplexity = result["perplexity"]
+    return perplexity is not None and perplexity < min(frequency, vocab_size)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

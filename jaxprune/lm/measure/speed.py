@@ -16,27 +16,43 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder
 
+_RULES = (
+    Rule(
+        lambda v: min(v.prompt, v.steps, v.batch, v.rounds) >= 1,
+        "prompt, steps, batch and rounds must be at least 1, got {prompt}, {steps}, "
+        "{batch} and {rounds}",
+    ),
+    Rule(
+        lambda v: v.prompt + v.steps <= v.context,
+        "a prompt of {prompt} and {steps} steps must fit the context of '{name}', got "
+        "{context}",
+        "take fewer",
+    ),
+)
 
-def measure(
+
+def measure_speed(
     models: Mapping[str, Decoder],
     *,
     prompt: int,
     steps: int,
     batch: int = 1,
     rounds: int = 5,
-    tick: Callable[[], Any] = lambda: None,
+    progress: Callable[[int], Any] = lambda timings: None,
 ) -> dict[str, dict[str, float]]:
     """The speed of each model.
 
     Args:
-      models: by name; all of their parameters are in memory.
-      prompt: tokens of the prompt.
-      steps: tokens that are decoded after it.
-      batch: sequences at once.
-      rounds: how often each is timed.
-      tick: called after each timing of a model.
+      models: models by name; all of their parameters are in memory.
+      prompt: number of tokens of the prompt.
+      steps: number of tokens that are decoded after it.
+      batch: number of sequences at once.
+      rounds: number of times that each model is timed.
+      progress: function that is called with 1 after each timing of a model.
 
     Returns:
       By name "prefill" and "decode", tokens of all sequences per second.
@@ -50,40 +66,38 @@ def measure(
       ...     vocab_size=65, context=8, layers=1, width=4, heads=1, kv_heads=1,
       ...     head_dim=4, mlp_width=4,
       ... )
-      >>> found = measure(
+      >>> speeds = measure_speed(
       ...     {"tiny": Decoder(config, rngs=nnx.Rngs(0))}, prompt=5, steps=3, rounds=1
       ... )
-      >>> sorted(found["tiny"])
+      >>> sorted(speeds["tiny"])
       ['decode', 'prefill']
     """
-    if min(prompt, steps, batch, rounds) < 1:
-        raise ValueError(
-            "prompt, steps, batch and rounds must be at least 1, got "
-            f"{prompt}, {steps}, {batch} and {rounds}"
-        )
-    for name, model in models.items():
-        if prompt + steps > (context := model.config.context):
-            raise ValueError(
-                f"a prompt of {prompt} and {steps} steps must fit the context of "
-                f"'{name}', got {context}; take fewer"
-            )
+    shortest = min(models, key=lambda name: models[name].config.context)
+    context = models[shortest].config.context
+    rules.check(
+        _RULES,
+        **{"prompt": prompt, "steps": steps, "batch": batch, "rounds": rounds},
+        **{"name": shortest, "context": context},
+    )
     split = {name: nnx.split(model, nnx.Param) for name, model in models.items()}
+    # One prompt for all.
     vocab = min(model.config.vocab_size for model in models.values())
     tokens = np.random.default_rng(0).integers(0, vocab, (batch, prompt), np.int32)
     for graphdef, params in split.values():
         _seconds(graphdef, params, tokens, steps)  # compiled, and everything in memory
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in split}
     for number in range(rounds):
+        # A drift of the machine hits both.
         turn = list(split) if number % 2 == 0 else list(split)[::-1]
         for name in turn:
             seconds[name].append(_seconds(*split[name], tokens, steps))
-            tick()
+            progress(1)
     return {
         name: {
-            "prefill": batch * prompt / statistics.median(a for a, _ in own),
-            "decode": batch * steps / statistics.median(b for _, b in own),
+            "prefill": batch * prompt / statistics.median(time for time, _ in timings),
+            "decode": batch * steps / statistics.median(time for _, time in timings),
         }
-        for name, own in seconds.items()
+        for name, timings in seconds.items()
     }
 
 
@@ -97,7 +111,7 @@ def _seconds(
     )
     middle = time.perf_counter()
     jax.block_until_ready(_decode(graphdef, params, token, cache, steps))
-    return middle - start, time.perf_counter() - middle
+    return middle - start, time.perf_counter() - middle  # prefill, decode
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

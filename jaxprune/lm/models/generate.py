@@ -18,6 +18,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
+
 Pictures: TypeAlias = tuple[
     Float[Array, "crops height width 3"], Int[Array, "batch time"]
 ]
@@ -74,21 +77,21 @@ def generate(
     `steps` and `top_k`; another temperature or other parameters reuse it.
 
     Args:
-      model: a `Decoder`, a `Phi3Vision`, or another `LanguageModel`.
-      prompt: integers (batch, time) in [0, vocab_size), at least one a row; below 0
-        where a picture is.
+      model: model that writes: a `Decoder`, a `Phi3Vision`, or another `LanguageModel`.
+      prompt: tokens, integers (batch, time) in [0, vocab_size), at least one a row;
+        below 0 where a picture is.
       steps: number of tokens to draw, 0 or more.
-      key: decides the draws; not read at temperature 0.
-      temperature: 0 takes the likeliest token (the first of equals), 1 follows the
-        model, more is more random.
-      top_k: how many of the likeliest tokens may be drawn (of equals the first);
+      key: rng key of the draws; not read at temperature 0.
+      temperature: divisor of the logits: 0 takes the likeliest token (the first of
+        equals), 1 follows the model, more is more random.
+      top_k: number of the likeliest tokens that may be drawn (of equals the first);
         None allows all.
       sliding: whether a text longer than the context is continued from its last
         `context` tokens, instead of refused.
-      pictures: for a `Phi3Vision`, `(prompt.pixels, prompt.sources[None])` of a
-        `preprocess.Prompt`; they are encoded once. For a batch of several prompts use
-        `preprocess.together`: it concatenates the pixels of all prompts and shifts
-        their sources to match.
+      pictures: pixels and sources for a `Phi3Vision`, `(prompt.pixels,
+        prompt.sources[None])` of a `preprocess.Prompt`; they are encoded once. For a
+        batch of several prompts use `preprocess.batch_prompts`: it concatenates the
+        pixels of all prompts and shifts their sources to match.
 
     Returns:
       The prompt and its continuation, int32 (batch, time + steps).
@@ -110,20 +113,25 @@ def generate(
       (2, 8)
     """
     config = getattr(model, "decoder", model).config  # of the part that writes
-    _check_pictures(model, prompt, pictures, sliding)
+    if pictures is not None:
+        _check_pictures(model, prompt, pictures, sliding)
     _check_prompt(prompt, config.vocab_size, pictures)
-    _check_options(steps, temperature, top_k, config.vocab_size)
-    context, length = config.context, prompt.shape[1] + steps
-    if length > context and not sliding:
-        raise ValueError(
-            f"generate needs prompt + steps <= context, got {prompt.shape[1]} + {steps}"
-            f" > {context}; sliding=True goes on from the last {context} tokens"
-        )
+    context = config.context
+    rules.check(
+        _OPTIONS,
+        steps=steps,
+        temperature=temperature,
+        top_k=top_k,
+        vocab_size=config.vocab_size,
+        time=prompt.shape[1],
+        context=context,
+        sliding=sliding,
+    )
     prompt = jnp.asarray(prompt, jnp.int32)
     if steps == 0:
         return prompt
-    window = prompt[:, -context:]
-    cached = min(steps, context - window.shape[1] + 1)
+    window = prompt[:, -context:]  # (batch, at most context)
+    cached = min(steps, context - window.shape[1] + 1)  # tokens that fit the context
     graphdef, params = nnx.split(model, nnx.Param)
     drawn = _draw(
         graphdef,
@@ -142,6 +150,7 @@ def generate(
 def _stretches(time: int, steps: int, switches: Sequence[int]) -> tuple[int, ...]:
     """How many tokens are drawn with each cache: one cache up to each switch."""
     last = time + steps - 1  # the longest sequence that the model sees
+    # A switch outside of what is drawn changes nothing.
     ends = [switch for switch in switches if time <= switch < last]
     starts = [time - 1, *ends]
     return tuple(b - a for a, b in zip(starts, [*ends, last], strict=True))
@@ -160,10 +169,10 @@ def _draw(
     top_k: int | None,
 ) -> Int[Array, "batch steps"]:
     """Draws plan[0][i] tokens with the i-th cache, then plan[1] by a sliding window."""
-    whole = nnx.merge(graphdef, params)
-    model: LanguageModel = getattr(whole, "decoder", whole)
+    merged = nnx.merge(graphdef, params)
+    model: LanguageModel = getattr(merged, "decoder", merged)
     # (batch, time, width), and longer with each stretch
-    x = model.embed(window) if pictures is None else whole.embed(window, *pictures)
+    x = model.embed(window) if pictures is None else merged.embed(window, *pictures)
     draw = functools.partial(_sample, temperature=temperature, top_k=top_k)
     stretches, slides = plan
     keys = jax.random.split(key, sum(stretches) + slides)  # one a token
@@ -182,8 +191,8 @@ def _draw(
     if slides == 0:
         return drawn
     window = window[:, -model.config.context :]
-    _, rest = jax.lax.scan(slide, window, keys[done:])  # (slides, batch)
-    return jnp.concatenate([drawn, rest.T], axis=1)
+    _, slid = jax.lax.scan(slide, window, keys[done:])  # (slides, batch)
+    return jnp.concatenate([drawn, slid.T], axis=1)
 
 
 def _extend(
@@ -204,11 +213,11 @@ def _extend(
 
     batch, time, _ = x.shape
     # The last token drawn is never looked at, so the cache need not hold it.
-    empty = model.init_cache(batch, time + keys.shape[0] - 1)
-    logits, cache = model.next_logits(x, empty)
+    cache = model.init_cache(batch, time + keys.shape[0] - 1)
+    logits, cache = model.next_logits(x, cache)
     first = draw(logits, keys[0])  # (batch,)
-    _, rest = jax.lax.scan(step, (cache, first), keys[1:])  # (steps - 1, batch)
-    return jnp.concatenate([first[None], rest]).T
+    _, later = jax.lax.scan(step, (cache, first), keys[1:])  # (steps - 1, batch)
+    return jnp.concatenate([first[None], later]).T
 
 
 def _sample(
@@ -222,70 +231,94 @@ def _sample(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if top_k is None:
         return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
-    best, tokens = jax.lax.top_k(logits, top_k)  # both (batch, top_k)
-    chosen = jax.random.categorical(key, best / temperature)
+    largest, tokens = jax.lax.top_k(logits, top_k)  # both (batch, top_k)
+    chosen = jax.random.categorical(key, largest / temperature)  # (batch,)
     return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0]
 
 
 def _check_pictures(
-    model: Any, prompt: Array, pictures: Pictures | None, sliding: bool
+    model: Any, prompt: Array, pictures: Pictures, sliding: bool
 ) -> None:
-    if pictures is None:
-        return
-    if not hasattr(model, "decoder") or sliding:
-        raise ValueError(
-            "generate takes pictures for a Phi3Vision and without sliding, got "
-            f"{type(model).__name__} and sliding={sliding}; leave them out"
-        )
     pixels, sources = pictures
-    if sources.shape != prompt.shape:
-        raise ValueError(
-            f"generate needs a source for each word of the prompt {prompt.shape}, got "
-            f"{sources.shape}; take both from one preprocess.Prompt"
-        )
-    if isinstance(sources, jax.core.Tracer) or not sources.size:
-        return
-    rows, last = 2 + len(pixels) * model.config.side**2, int(np.max(sources))
-    if last >= rows:
-        raise ValueError(
-            f"generate needs sources under {rows}, the rows of {len(pixels)} views, "
-            f"got {last}; give the pixels of every prompt of the batch"
-        )
+    known = not isinstance(sources, jax.core.Tracer) and sources.size > 0
+    rules.check(
+        _PICTURES,
+        model=type(model).__name__,
+        sees=hasattr(model, "decoder"),
+        sliding=sliding,
+        prompt=prompt,
+        sources=sources,
+        last=int(np.max(sources)) if known else -1,
+        views=len(pixels),
+        # The two separators, and the tokens of each view.
+        rows=2 + len(pixels) * getattr(model.config, "side", 0) ** 2,
+    )
 
 
 def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> None:
-    if not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise TypeError(f"generate needs an integer prompt, got {prompt.dtype}")
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise ValueError(
-            f"generate needs a prompt of shape (batch, time) with time >= 1, got "
-            f"{prompt.shape}; start from one token, a newline say"
-        )
+    rules.check(_PROMPT, prompt=prompt)
     if isinstance(prompt, jax.core.Tracer) or prompt.size == 0:
         return
-    values = np.asarray(prompt)
+    tokens = np.asarray(prompt)
     if pictures is not None and not isinstance(pictures[1], jax.core.Tracer):
-        values = np.where(np.asarray(pictures[1]) < 0, values, 0)
-    for value in (int(values.min()), int(values.max())):
-        if not 0 <= value < vocab_size:
-            raise ValueError(
-                f"generate needs prompt tokens in [0, {vocab_size}), got {value}; "
-                "encode the prompt with the vocabulary that the model was trained on"
-            )
+        # Where a picture is any number may stand.
+        tokens = np.where(np.asarray(pictures[1]) < 0, tokens, 0)
+    for token in (int(tokens.min()), int(tokens.max())):
+        rules.check([_TOKEN], token=token, vocab_size=vocab_size)
 
 
-def _check_options(
-    steps: int, temperature: float, top_k: int | None, vocab_size: int
-) -> None:
-    if steps < 0:
-        raise ValueError(f"generate needs steps >= 0, got {steps}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(
-            f"generate needs a finite temperature >= 0, got {temperature}; "
-            "0 takes the likeliest token"
-        )
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ValueError(
-            f"generate needs top_k in [1, {vocab_size}], got {top_k}; "
-            "None allows every token"
-        )
+_PICTURES = (
+    Rule(
+        lambda v: v.sees and not v.sliding,
+        "generate takes pictures for a Phi3Vision and without sliding, got {model} and "
+        "sliding={sliding}",
+        "leave them out",
+    ),
+    Rule(
+        lambda v: v.sources.shape == v.prompt.shape,
+        "generate needs a source for each word of the prompt {prompt.shape}, got "
+        "{sources.shape}",
+        "take both from one preprocess.Prompt",
+    ),
+    Rule(
+        lambda v: v.last < v.rows,
+        "generate needs sources under {rows}, the rows of {views} views, got {last}",
+        "give the pixels of every prompt of the batch",
+    ),
+)
+_PROMPT = (
+    Rule(
+        lambda v: jnp.issubdtype(v.prompt.dtype, jnp.integer),
+        "generate needs an integer prompt, got {prompt.dtype}",
+        error=TypeError,
+    ),
+    Rule(
+        lambda v: v.prompt.ndim == 2 and v.prompt.shape[1] > 0,
+        "generate needs a prompt of shape (batch, time) with time >= 1, got "
+        "{prompt.shape}",
+        "start from one token, a newline say",
+    ),
+)
+_TOKEN = Rule(
+    lambda v: 0 <= v.token < v.vocab_size,
+    "generate needs prompt tokens in [0, {vocab_size}), got {token}",
+    "encode the prompt with the vocabulary that the model was trained on",
+)
+_OPTIONS = (
+    Rule(lambda v: v.steps >= 0, "generate needs steps >= 0, got {steps}"),
+    Rule(
+        lambda v: math.isfinite(v.temperature) and v.temperature >= 0,
+        "generate needs a finite temperature >= 0, got {temperature}",
+        "0 takes the likeliest token",
+    ),
+    Rule(
+        lambda v: v.top_k is None or 1 <= v.top_k <= v.vocab_size,
+        "generate needs top_k in [1, {vocab_size}], got {top_k}",
+        "None allows every token",
+    ),
+    Rule(
+        lambda v: v.time + v.steps <= v.context or v.sliding,
+        "generate needs prompt + steps <= context, got {time} + {steps} > {context}",
+        "sliding=True goes on from the last {context} tokens",
+    ),
+)

@@ -11,25 +11,27 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 
-def rows_of(x: Array, rows: int) -> jax.P | None:
+def row_sharding(x: Array, rows: int) -> jax.P | None:
     """How the first `rows` axes are split, and one more that is whole; or None."""
-    where = jax.typeof(x).sharding
-    return jax.P(*where.spec[:rows], None) if where.mesh.explicit_axes else None
+    sharding = jax.typeof(x).sharding
+    if not sharding.mesh.explicit_axes:
+        return None
+    return jax.P(*sharding.spec[:rows], None)
 
 
-def like(x: Array) -> jax.sharding.Sharding | None:
-    """How an array is split, or None."""
-    where = jax.typeof(x).sharding
-    return where if where.mesh.explicit_axes else None
+def sharding_of(x: Array) -> jax.sharding.Sharding | None:
+    """How an array is split, or None where the compiler decides."""
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes else None
 
 
 def broadcast(array: Float[Array, "..."], x: Array) -> Array:
     """With as many axes as `x`, (1, ..., 1, width) say, whole on every device."""
-    if like(array) is not None:
+    if sharding_of(array) is not None:
         array = jax.sharding.reshard(array, jax.P(*([None] * array.ndim)))
     return jnp.expand_dims(array, tuple(range(x.ndim - array.ndim)))
 
 
 def look_up(table: nnx.Embed, rows: Int[Array, "..."]) -> Float[Array, "... width"]:
     """Rows of an embedding, sharded like the array of their indices."""
-    return table(rows, out_sharding=rows_of(rows, rows.ndim))
+    return table(rows, out_sharding=row_sharding(rows, rows.ndim))

@@ -44,24 +44,24 @@ class Checkpoints:
         """The last step that is whole on disk: its number, its state and its record.
 
         Args:
-          like: a state of the same structure and shapes, placed as the result is to be.
+          like: state of the same structure and shapes, placed as the result is to be.
 
         Returns:
           Step 0, `like` and None where nothing was written.
         """
-        found = [(slot, self._log.read(slot)) for slot in (0, 1)]
-        whole = [(slot, *pair) for slot, pair in found if pair is not None]
-        if not whole:
+        entries = [(slot, self._log.read(slot)) for slot in (0, 1)]
+        complete = [(slot, *entry) for slot, entry in entries if entry is not None]
+        if not complete:
             return 0, like, None
-        slot, arrays, body = max(whole, key=lambda one: one[2]["step"])
-        self._slot = 1 - slot
+        slot, arrays, body = max(complete, key=lambda entry: entry[2]["step"])
+        self._slot = 1 - slot  # the older of the two is overwritten next
         leaves, structure = jax.tree.flatten(like)
         # Copies: the files are mapped, and a step gives up the arrays that it is given.
-        own = [
+        state = [
             placement.placed(jnp.array(arrays[str(i)].reshape(leaf.shape)), leaf)
             for i, leaf in enumerate(leaves)
         ]
-        return body["step"], jax.tree.unflatten(structure, own), body["record"]
+        return body["step"], jax.tree.unflatten(structure, state), body["record"]
 
     def due(self) -> bool:
         """Whether a checkpoint is worth its time now."""
@@ -74,4 +74,5 @@ class Checkpoints:
         arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         self._log.write(self._slot, arrays, {"step": step, "record": record})
         self._slot, self._since = 1 - self._slot, time.monotonic()
+        # So that writing takes 5 % of the time.
         self._wait = max(_SECONDS, (self._since - began) / _SHARE)

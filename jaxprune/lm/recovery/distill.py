@@ -21,8 +21,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprune.lm.models.decoder.model import Decoder, by_token, nats
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
+from jaxprune.lm.models.decoder.model import Decoder, cross_entropy, map_tokens
 from jaxprune.lm.recovery.retrain import Loss
+
+_RULES = (
+    Rule(
+        lambda v: (
+            0 < v.temperature < math.inf
+            and 0 <= v.text <= 1
+            and 0 <= v.hidden < math.inf
+        ),
+        "distillation needs a temperature over 0, a share of the text in [0, 1] and a "
+        "weight of the states of at least 0, got temperature={temperature}, "
+        "text={text} and hidden={hidden}",
+    ),
+)
 
 
 def divergence(
@@ -42,8 +57,8 @@ def divergence(
       teacher: the model that is followed.
       student: the model that follows, of the same vocabulary.
       tokens: integers (batch, time).
-      temperature: over 1 makes unlikely tokens count more.
-      rows: tokens whose logits are held at a time, as for `loss_per_token`.
+      temperature: divisor of the logits; over 1 makes unlikely tokens count more.
+      rows: number of tokens whose logits are held at a time; see `loss_per_token`.
 
     Returns:
       Float32 (batch, time).
@@ -61,10 +76,15 @@ def divergence(
       >>> float(divergence(model, model, jnp.zeros((2, 10), jnp.int32)).max())
       0.0
     """
-    theirs, _ = teacher.states(teacher.embed(tokens))
-    own, _ = student.states(student.embed(tokens))
+    teacher_states, _ = teacher.states(teacher.embed(tokens))
+    student_states, _ = student.states(student.embed(tokens))
     return divergence_of_states(
-        teacher, student, theirs, own, temperature=temperature, rows=rows
+        teacher,
+        student,
+        teacher_states,
+        student_states,
+        temperature=temperature,
+        rows=rows,
     )
 
 
@@ -83,7 +103,7 @@ def from_teacher(
 
     Args:
       teacher: the model that is followed; it is not changed.
-      temperature: as for `divergence`.
+      temperature: divisor of the logits; see `divergence`.
       text: the share of the text itself, in [0, 1].
       hidden: the weight of the states, at least 0; teacher and student then have one
         width.
@@ -95,48 +115,45 @@ def from_teacher(
       ValueError: the temperature is not positive, `text` not in [0, 1], or `hidden`
         negative.
     """
-    if not (0 < temperature < math.inf and 0 <= text <= 1 and 0 <= hidden < math.inf):
-        raise ValueError(
-            "distillation needs a temperature over 0, a share of the text in [0, 1] "
-            "and a weight of the states of at least 0, got "
-            f"temperature={temperature}, text={text} and hidden={hidden}"
-        )
+    rules.check(_RULES, temperature=temperature, text=text, hidden=hidden)
     graphdef, params = nnx.split(teacher)
 
-    def of(student: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
+    def loss(student: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
         teacher = nnx.merge(graphdef, params)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (batch, length - 1)
-        theirs, _ = teacher.states(teacher.embed(inputs))
-        own, _ = student.states(student.embed(inputs))
-        loss = divergence_of_states(
-            teacher, student, theirs, own, temperature=temperature
+        t, _ = teacher.states(teacher.embed(inputs))  # (batch, length - 1, width)
+        s, _ = student.states(student.embed(inputs))
+        value = divergence_of_states(
+            teacher, student, t, s, temperature=temperature
         ).mean()
         if text:
-            loss = (1 - text) * loss + text * nats(student, own, targets).mean()
-        return loss + hidden * _distance(theirs, own).mean() if hidden else loss
+            of_text = cross_entropy(student, s, targets).mean()
+            value = (1 - text) * value + text * of_text
+        return value + hidden * _distance(t, s).mean() if hidden else value
 
     name = f"teacher, temperature {temperature!r}, {text!r} text, {hidden!r} states"
-    return Loss(name, of, params)
+    return Loss(name, loss, params)
 
 
 def _distance(
-    theirs: Float[Array, "batch time width"], own: Float[Array, "batch time width"]
+    t: Float[Array, "batch time width"], s: Float[Array, "batch time width"]
 ) -> Float[Array, "batch time"]:
-    """The squared distance of the states over the teacher's squared norm."""
-    if theirs.shape != own.shape:
+    """|t - s|^2 / |t|^2 of the states of teacher and student."""
+    if t.shape != s.shape:
         raise ValueError(
             f"states are compared by a teacher as wide as its student, got widths "
-            f"{theirs.shape[-1]} and {own.shape[-1]}; leave hidden at 0"
+            f"{t.shape[-1]} and {s.shape[-1]}; leave hidden at 0"
         )
-    theirs, own = theirs.astype(jnp.float32), own.astype(jnp.float32)
-    return jnp.sum((theirs - own) ** 2, -1) / jnp.sum(theirs**2, -1)
+    # Squares of bfloat16 lose digits.
+    t, s = t.astype(jnp.float32), s.astype(jnp.float32)
+    return jnp.sum((t - s) ** 2, -1) / jnp.sum(t**2, -1)
 
 
 def divergence_of_states(
     teacher: Decoder,
     student: Decoder,
-    theirs: Float[Array, "batch time width"],
-    own: Float[Array, "batch time width"],
+    teacher_states: Float[Array, "batch time width"],
+    student_states: Float[Array, "batch time width"],
     *,
     temperature: float = 1.0,
     rows: int | None = None,
@@ -146,10 +163,10 @@ def divergence_of_states(
     Args:
       teacher: the model that is followed.
       student: the model that follows, of the same vocabulary.
-      theirs: the final hidden states of the teacher (batch, time, width).
-      own: those of the student (batch, time, its width).
-      temperature: as for `divergence`.
-      rows: as for `loss_per_token`.
+      teacher_states: final hidden states of the teacher (batch, time, width).
+      student_states: final hidden states of the student (batch, time, its width).
+      temperature: divisor of the logits; see `divergence`.
+      rows: number of tokens at a time; see `loss_per_token`.
 
     Returns:
       Float32 (batch, time), in nats.
@@ -157,17 +174,18 @@ def divergence_of_states(
     Raises:
       ValueError: the vocabularies differ.
     """
-    sizes = [model.config.vocab_size for model in (teacher, student)]
-    if sizes[0] != sizes[1]:
+    vocab = teacher.config.vocab_size
+    if vocab != student.config.vocab_size:
         raise ValueError(
-            f"a teacher must have the vocabulary of its student, got {sizes[0]} and "
-            f"{sizes[1]} tokens; distil from the model that was made smaller"
+            f"a teacher must have the vocabulary of its student, got {vocab} and "
+            f"{student.config.vocab_size} tokens; distil from the model that was made "
+            "smaller"
         )
 
-    def of(theirs: Array, own: Array) -> Array:
-        p = jax.nn.log_softmax(teacher.logits(theirs) / temperature)  # (batch, vocab)
-        q = jax.nn.log_softmax(student.logits(own) / temperature)
-        return temperature**2 * jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    def kl(t: Float[Array, "batch width"], s: Float[Array, "batch width"]) -> Array:
+        log_p = jax.nn.log_softmax(teacher.logits(t) / temperature)  # (batch, vocab)
+        log_q = jax.nn.log_softmax(student.logits(s) / temperature)
+        return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
     # Two models' logits lie beside each other.
-    return by_token(of, (theirs, own), vocab=2 * sizes[0], rows=rows)
+    return map_tokens(kl, (teacher_states, student_states), vocab=2 * vocab, rows=rows)

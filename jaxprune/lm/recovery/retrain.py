@@ -8,6 +8,7 @@ The loss is that of the text, or of a teacher (`distill.from_teacher`).
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ import optax
 from flax import nnx
 from jaxtyping import Int
 
-from jaxprune.arrays import placement, tree
+from jaxprune.arrays import placement, rules, tree
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule
 from jaxprune.contrib.lora import lora
 from jaxprune.lm.models.decoder.model import Decoder, loss_per_token
 from jaxprune.lm.recovery.checkpoints import Checkpoints
@@ -28,29 +30,47 @@ from jaxprune.posttraining import fingerprint
 from jaxprune.training.keep_masks import keep_masks
 
 _CLIP = 1.0
+_RULES = (
+    Rule(
+        lambda v: min(v.steps, v.batch, v.sequences) >= 1,
+        "retrain needs at least one step, a batch of one and one sequence, got "
+        "{steps}, {batch} and {sequences}",
+    ),
+    Rule(
+        lambda v: v.length >= 2,
+        "retrain needs sequences of at least 2 tokens, since the first is only seen, "
+        "got {length}",
+        "give longer ones",
+    ),
+)
+_FINITE = Rule(
+    lambda v: math.isfinite(v.loss),
+    "the loss of retraining must be finite, got {loss} at step {step}",
+    "lower the learning rate",
+)
 
 
 class Loss(NamedTuple):
     """What is made small.
 
     Attributes:
-      name: tells it from others.
-      of: the model, `arrays` and tokens (batch, length) to a scalar.
-      arrays: what it reads besides, handed to the compiled step.
+      name: name that tells it from others.
+      fn: function of the model, `arrays` and tokens (batch, length) to a scalar.
+      arrays: arrays that it reads besides, handed to the compiled step.
     """
 
     name: str
-    of: Callable[[Decoder, Any, jax.Array], jax.Array]
+    fn: Callable[[Decoder, Any, jax.Array], jax.Array]
     arrays: Any = None
 
 
 def from_text() -> Loss:
     """The cross entropy of the text's own tokens."""
 
-    def of(model: Decoder, _: Any, tokens: jax.Array) -> jax.Array:
+    def loss(model: Decoder, _: Any, tokens: jax.Array) -> jax.Array:
         return loss_per_token(model, tokens[:, :-1], tokens[:, 1:]).mean()
 
-    return Loss("text", of)
+    return Loss("text", loss)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +78,11 @@ class Settings:
     """How a model is trained.
 
     Attributes:
-      steps: how many.
-      learning_rate: of the first step.
-      batch: sequences of a step.
-      seed: decides the order of the sequences.
-      rank: of the change of each matrix (`jp.contrib.lora`); vectors then stay as
+      steps: number of steps.
+      learning_rate: learning rate of the first step.
+      batch: number of sequences of a step.
+      seed: rng seed of the order of the sequences.
+      rank: rank of the change of each matrix (`jp.contrib.lora`); vectors then stay as
         they are. None trains the leaves themselves.
     """
 
@@ -82,20 +102,21 @@ def retrain(
     loss: Loss | None = None,
     masked: Set[str] | None = None,
     directory: Path | None = None,
-    tick: Callable[[int, float], Any] = lambda steps, loss: None,
+    progress: Callable[[int, float], Any] = lambda steps, loss: None,
 ) -> tuple[Decoder, list[float]]:
     """Trains some of a model's leaves, pruned ones under the masks of their zeros.
 
     Args:
-      model: all its parameters in memory; it is not changed.
-      names: of the leaves that are trained, as `tree.names` of its parameters.
-      sequences: int32 (sequences, length).
-      settings: steps, learning rate and the like.
-      loss: `from_text()` if left out.
-      masked: those whose zeros stay zeros; all that are trained if left out.
-      directory: where a run that is killed finds how far it was, and goes on to the
-        same bits.
-      tick: called with how many steps were done and the loss of the last.
+      model: model with all its parameters in memory; it is not changed.
+      names: names of the leaves that are trained; `jp.tree.names` lists them.
+      sequences: tokens, int32 (sequences, length).
+      settings: number of steps, learning rate and the like.
+      loss: loss that is made small; `from_text()` if left out.
+      masked: names of those whose zeros stay zeros; all that are trained if left out.
+      directory: directory in which a run that is killed finds how far it was, and goes
+        on to the same bits.
+      progress: function that is called with the number of steps that were done and the
+        loss of the last.
 
     Returns:
       A model with the new parameters, in their dtypes, and each step's loss.
@@ -104,87 +125,88 @@ def retrain(
       ValueError: a name is of no leaf, there is nothing to train or to train on, the
         loss is not finite, or the directory is another job's.
     """
-    if min(settings.steps, settings.batch, len(sequences)) < 1:
-        raise ValueError(
-            "retrain needs at least one step, a batch of one and one sequence, got "
-            f"{settings.steps}, {settings.batch} and {len(sequences)}"
-        )
-    if loss is None and sequences.shape[1] < 2:
-        raise ValueError(
-            "retrain needs sequences of at least 2 tokens, since the first is only "
-            f"seen, got {sequences.shape[1]}; give longer ones"
-        )
+    rules.check(
+        _RULES,
+        steps=settings.steps,
+        batch=settings.batch,
+        sequences=len(sequences),
+        length=sequences.shape[1] if loss is None else math.inf,
+    )
     loss = from_text() if loss is None else loss
-    held = names if masked is None else names & masked
-    trained, frozen, whole = _parted(model, names)
+    masked = names if masked is None else names & masked
+    trained, frozen, join = _split_leaves(model, names)
     optimizer = _optimizer(settings)
+    step = _step(loss, join, keep_masks(optimizer, {}))
+    state = (trained, _first_state(optimizer, trained, masked))
+    checkpoints = None
+    losses: list[float] = []
+    if directory is not None:
+        job = {
+            **dataclasses.asdict(settings),
+            "loss": loss.name,
+            "trained": sorted(names),
+            "masked": sorted(masked),
+            "start": fingerprint.of_arrays([trained, frozen, loss.arrays, sequences]),
+        }
+        checkpoints = Checkpoints(directory, job)
+        done, state, losses_before = checkpoints.last(state)
+        losses += losses_before or []
+        if done:
+            progress(done, losses[-1])
+    state = placement.committed(state)  # else the first step is compiled twice
+    for rows in _order(len(sequences), settings)[len(losses) :]:
+        *state, value = step(*state, frozen, loss.arrays, sequences[rows])
+        losses.append(float(value))
+        rules.check([_FINITE], loss=losses[-1], step=len(losses))
+        if checkpoints is not None and checkpoints.due():
+            checkpoints.write(len(losses), tuple(state), losses)
+        progress(1, losses[-1])
+    return join(state[0], frozen), losses
+
+
+def _first_state(
+    optimizer: optax.GradientTransformation,
+    trained: dict[str, jax.Array],
+    masked: Set[str],
+) -> Any:
+    """The optimizer's state, which holds the masks of the leaves' zeros."""
 
     @jax.jit  # masks are made in the state, and nowhere else
-    def begun(trained: dict[str, jax.Array]) -> Any:
+    def init(trained: dict[str, jax.Array]) -> Any:
         masks = {
-            name: leaf != 0 if name in held else optax.MaskedNode()
+            name: leaf != 0 if name in masked else optax.MaskedNode()
             for name, leaf in trained.items()
         }
         return keep_masks(optimizer, masks).init(trained)
 
-    step = _step(loss, whole, keep_masks(optimizer, {}))
-    kept = None
-    if directory is not None:
-        facts = {
-            **dataclasses.asdict(settings),
-            "loss": loss.name,
-            "trained": sorted(names),
-            "masked": sorted(held),
-            "start": fingerprint.of_arrays([trained, frozen, loss.arrays, sequences]),
-        }
-        kept = Checkpoints(directory, facts)
-    state = (trained, begun(trained))
-    losses: list[float] = []
-    if kept is not None:
-        done, state, before = kept.last(state)
-        losses += before or []
-        if done:
-            tick(done, losses[-1])
-    state = placement.committed(state)
-    for rows in _order(len(sequences), settings)[len(losses) :]:
-        *state, found = step(*state, frozen, loss.arrays, sequences[rows])
-        losses.append(float(found))
-        if not np.isfinite(losses[-1]):
-            raise ValueError(
-                f"the loss of retraining must be finite, got {losses[-1]} at step "
-                f"{len(losses)}; lower the learning rate"
-            )
-        if kept is not None and kept.due():
-            kept.write(len(losses), tuple(state), losses)
-        tick(1, losses[-1])
-    return whole(state[0], frozen), losses
+    return init(trained)
 
 
-def _parted(
+def _split_leaves(
     model: Decoder, names: Set[str]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], Callable[..., Decoder]]:
     """The leaves that are trained, in float32, the others, and what joins them."""
     graphdef, params = nnx.split(model)
-    named = tree.named_leaves(params)
-    if (unknown := names - named.keys()) or not names:
+    leaves = tree.named_leaves(params)
+    if (unknown := names - leaves.keys()) or not names:
         raise ValueError(
             "retrain needs names of the model's leaves, got "
             f"{listed(sorted(unknown)) or 'none'}; jp.tree.names lists them"
         )
-    structure = jax.tree.structure(params)
-    dtypes = {name: leaf.dtype for name, leaf in named.items()}
+    structure = jax.tree.structure(params)  # of trained and frozen leaves together
+    dtypes = {name: leaf.dtype for name, leaf in leaves.items()}
     # Copies: a step gives up the arrays that it is given.
     trained = {
-        n: jnp.array(leaf, np.float32) for n, leaf in named.items() if n in names
+        n: jnp.array(leaf, np.float32) for n, leaf in leaves.items() if n in names
     }
-    frozen = {n: x for n, x in named.items() if n not in names}
+    frozen = {n: x for n, x in leaves.items() if n not in names}
 
-    def whole(trained: Any, frozen: Any) -> Decoder:
-        own = {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in trained.items()}
-        leaves = [(frozen | own)[name] for name in dtypes]
-        return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+    def join(trained: Any, frozen: Any) -> Decoder:
+        stored = {n: jnp.asarray(leaf, dtypes[n]) for n, leaf in trained.items()}
+        ordered = [(frozen | stored)[name] for name in dtypes]
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, ordered))
 
-    return trained, frozen, whole
+    return trained, frozen, join
 
 
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -201,13 +223,14 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def _step(
-    loss: Loss, whole: Callable[..., Decoder], tx: optax.GradientTransformation
+    loss: Loss, join: Callable[..., Decoder], tx: optax.GradientTransformation
 ) -> Any:
-    """A compiled step: trained leaves, state, the rest and tokens to the next."""
+    """A compiled step: trained and frozen leaves, state and tokens to the next."""
 
     def value(trained: Any, frozen: Any, arrays: Any, tokens: jax.Array) -> jax.Array:
-        return loss.of(whole(trained, frozen), arrays, tokens)
+        return loss.fn(join(trained, frozen), arrays, tokens)
 
+    # Donated: two copies of leaves and state would not fit where one does.
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
         trained: Any,
@@ -216,9 +239,9 @@ def _step(
         arrays: Any,
         tokens: Int[jax.Array, "batch length"],
     ) -> tuple[Any, Any, jax.Array]:
-        found, gradient = jax.value_and_grad(value)(trained, frozen, arrays, tokens)
+        scalar, gradient = jax.value_and_grad(value)(trained, frozen, arrays, tokens)
         updates, state = tx.update(gradient, state, trained)
-        return optax.apply_updates(trained, updates), state, found
+        return optax.apply_updates(trained, updates), state, scalar
 
     return step
 
@@ -228,5 +251,6 @@ def _order(sequences: int, settings: Settings) -> list[np.ndarray]:
     chance = np.random.default_rng(settings.seed)
     needed = settings.batch * settings.steps
     rounds = -(-needed // sequences)
+    # (rounds * sequences,): a permutation after the other.
     rows = np.concatenate([chance.permutation(sequences) for _ in range(rounds)])
     return np.split(rows[:needed], settings.steps)

@@ -1,7 +1,7 @@
 """How much each expert of a mixture adds, by what the router gives it.
 
-The score of an expert is the mean of share x |answer| over the tokens that it is given:
-one that is often asked and says little, or that the router gives little weight, can go.
+The score of an expert is the mean of router weight x |output| over the tokens that are
+sent to it: one that is often asked and adds little can go.
 
 Reference:
   Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
@@ -21,17 +21,19 @@ from jaxprune.arrays.messages import listed
 from jaxprune.lm.models.decoder.experts import Experts
 
 
-class _Noted(nnx.Module):
-    """Experts that say how long their answers are."""
+class _MeasuredExperts(nnx.Module):
+    """Experts that report how long their outputs are."""
 
-    def __init__(self, experts: Experts, note: Callable[[Array, Array], None]) -> None:
-        self.experts, self.note = experts, note
+    def __init__(
+        self, experts: Experts, report: Callable[[Array, Array], None]
+    ) -> None:
+        self.experts, self.report = experts, report
 
     def __call__(self, x: Array) -> Array:
-        _, expert, y = self.experts.answers(x.reshape(-1, x.shape[-1]))
-        length = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)  # (given,)
+        _, expert, y = self.experts.expert_outputs(x.reshape(-1, x.shape[-1]))
+        length = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)  # (pairs,)
         count = self.experts.experts
-        self.note(
+        self.report(
             jnp.zeros(count).at[expert].add(length), jnp.bincount(expert, length=count)
         )
         return self.experts(x)
@@ -43,16 +45,16 @@ def expert_scores(
     tokens: Int[np.ndarray, "sequences time"],
     *,
     batch: int = 4,
-    tick: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda sequences: None,
 ) -> tuple[Float[np.ndarray, "layers experts"], Int[np.ndarray, "layers experts"]]:
     """Scores of the experts of each layer, and how many tokens each was given.
 
     Args:
-      graphdef: of a `Decoder` with experts, without its parameters.
-      params: its parameters.
+      graphdef: definition of a `Decoder` with experts, without its parameters.
+      params: parameters of it.
       tokens: sequences that show what the model is for.
-      batch: sequences that the model sees at once.
-      tick: called with the number of sequences after each batch.
+      batch: number of sequences that the model sees at once.
+      progress: function that is called with the number of sequences after each batch.
 
     Returns:
       Scores, float64, 0 where an expert was given no token; numbers of tokens.
@@ -68,8 +70,8 @@ def expert_scores(
       ...     head_dim=8, mlp_width=32, experts=4, experts_per_token=2,
       ... )
       >>> split = nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
-      >>> scores, given = expert_scores(*split, np.zeros((3, 8), np.int32))
-      >>> scores.shape, given.sum(axis=1).tolist()
+      >>> scores, counts = expert_scores(*split, np.zeros((3, 8), np.int32))
+      >>> scores.shape, counts.sum(axis=1).tolist()
       ((2, 4), [48, 48])
     """
     dense = [i for i, layer in params["layers"].items() if "router" not in layer["mlp"]]
@@ -80,18 +82,22 @@ def expert_scores(
         )
 
     @jax.jit
-    def lengths(params: Any, ids: Array) -> tuple[Array, Array]:
-        model, found = nnx.merge(graphdef, params), []
+    def lengths_and_counts(params: Any, ids: Array) -> tuple[Array, Array]:
+        model, layers = nnx.merge(graphdef, params), []
         for layer in model.layers:
-            layer.mlp = _Noted(layer.mlp, lambda *pair: found.append(pair))
+            layer.mlp = _MeasuredExperts(
+                layer.mlp, lambda *measured: layers.append(measured)
+            )
         model.states(model.embed(ids))
-        sums, counts = zip(*found, strict=True)
-        return jnp.stack(sums), jnp.stack(counts)
+        lengths, counts = zip(*layers, strict=True)
+        return jnp.stack(lengths), jnp.stack(counts)  # (layers, experts)
 
-    total, given = 0.0, 0
+    total_lengths, total_counts = 0.0, 0
     for i in range(0, len(tokens), batch):
-        part = tokens[i : i + batch]
-        sums, counts = jax.device_get(lengths(params, part))
-        total, given = total + sums.astype(np.float64), given + counts
-        tick(len(part))
-    return total / np.maximum(given, 1), np.asarray(given)
+        ids = tokens[i : i + batch]
+        lengths, counts = jax.device_get(lengths_and_counts(params, ids))
+        total_lengths = total_lengths + lengths.astype(np.float64)
+        total_counts = total_counts + counts
+        progress(len(ids))
+    scores = total_lengths / np.maximum(total_counts, 1)  # 0 where no token was sent
+    return scores, np.asarray(total_counts)

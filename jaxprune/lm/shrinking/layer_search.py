@@ -2,7 +2,7 @@
 
 Layers that are scored one by one mislead where several go, since each may be needed
 once another is gone. So the layer goes whose absence changes the predictions least,
-then the next of those that remain. The change is KL(whole model || what is left) at
+then the next of those that remain. The change is KL(whole model || pruned model) at
 every token. The loss on the text chose worse layers of Gemma 3 270M on the same tokens
 (benchmarks/README.md).
 
@@ -23,16 +23,31 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.recovery.distill import divergence_of_states
 
+_RULES = (
+    Rule(
+        lambda v: 1 <= v.layers <= v.count,
+        "the number of layers that stay must be between 1 and {count}, got {layers}",
+    ),
+)
+_FINITE = Rule(
+    lambda v: math.isfinite(v.change),
+    "what the model predicts must be finite, but it is not, whichever layer is left "
+    "out",
+    "look at its weights",
+)
 
-class Left(NamedTuple):
-    """What became of a search.
+
+class LayerSearch(NamedTuple):
+    """How far a search is.
 
     Attributes:
       kept: the layers that stay, ascending.
-      dropped: those that do not, in the order in which they went.
-      nats: the mean KL(whole model || what is left) after each went, nats a token.
+      dropped: layers that do not, in the order in which they went.
+      nats: the mean KL(whole model || pruned model) after each went, nats a token.
     """
 
     kept: list[int]
@@ -47,38 +62,40 @@ class _Gated(nnx.Module):
         self.layer = layer
         self.gate = nnx.Variable(gate)
 
-    def __call__(self, x: Array, *rest: Any) -> Any:
-        y, past = self.layer(x, *rest)
-        return jnp.where(self.gate[...], y, x), past
+    def __call__(self, x: Array, *arguments: Any) -> Any:
+        y, kv_cache = self.layer(x, *arguments)
+        # Both are computed: one program for all layers.
+        return jnp.where(self.gate[...], y, x), kv_cache
 
 
-def keep(
+def search_layers(
     graphdef: Any,
     params: Any,
     tokens: Int[np.ndarray, "sequences time"],
     layers: int,
     *,
     batch: int = 4,
-    begun: Left | None = None,
-    tick: Callable[[int], None] = lambda count: None,
-    noted: Callable[[Left], None] = lambda left: None,
-) -> Left:
+    start: LayerSearch | None = None,
+    progress: Callable[[int], None] = lambda batches: None,
+    save: Callable[[LayerSearch], None] = lambda search: None,
+) -> LayerSearch:
     """Leaves out layers until so many are left, each time the one that matters least.
 
     Beside the parameters it holds what the head reads of all tokens, (sequences, time,
     width) values, of the whole model.
 
     Args:
-      graphdef: of a `Decoder`, without its parameters.
-      params: its parameters.
+      graphdef: definition of a `Decoder`, without its parameters.
+      params: parameters of it.
       tokens: sequences that show what the model is for.
-      layers: how many layers stay.
-      batch: sequences that the model sees at once.
-      begun: what a search of the same arguments had found when it was stopped.
-      tick: called with the number of batches that were computed, or that turned out not
-        to be needed. The numbers add up to all batches once for the whole model, and
-        once more for each candidate layer in each step of the search.
-      noted: called with what is left after each layer, to be `begun` from.
+      layers: number of layers that stay.
+      batch: number of sequences that the model sees at once.
+      start: state of a search of the same arguments that was stopped.
+      progress: function that is called with the number of batches that were computed,
+        or that turned out not to be needed. The numbers add up to all batches once for
+        the whole model, and once more for each candidate layer in each step of the
+        search.
+      save: function that is called with the state after each layer, to `start` from.
 
     Returns:
       The layers that stay, and the divergences on the way.
@@ -95,46 +112,38 @@ def keep(
       ...     head_dim=8, mlp_width=32,
       ... )
       >>> split = nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
-      >>> len(keep(*split, np.zeros((4, 8), np.int32), 1).kept)
+      >>> len(search_layers(*split, np.zeros((4, 8), np.int32), 1).kept)
       1
     """
-    whole = len(params["layers"])
-    if not 1 <= layers <= whole:
-        raise ValueError(
-            f"the number of layers that stay must be between 1 and {whole}, got "
-            f"{layers}"
-        )
-
+    count = len(params["layers"])
+    rules.check(_RULES, layers=layers, count=count)
     states, nats = _programs(graphdef)
+    # (batch, time - 1) each
     batches = [tokens[i : i + batch, :-1] for i in range(0, len(tokens), batch)]
-    every = np.ones(whole, bool)  # never changed: a running program may read it
-    dense = [states(params, ids, every) for ids in batches]
-    tick(len(batches))
+    all_open = np.ones(count, bool)  # never changed: a running program may read it
+    dense = [states(params, ids, all_open) for ids in batches]
+    progress(len(batches))
 
     def cost(layer: int, gates: np.ndarray, number: int) -> float:
         """Nats of a batch without one layer more."""
-        without = gates & (np.arange(whole) != layer)
+        without = gates & (np.arange(count) != layer)
         return float(nats(params, batches[number], without, dense[number]))
 
-    dropped = [] if begun is None else list(begun.dropped)
-    gates = every.copy()
+    dropped = [] if start is None else list(start.dropped)
+    changes = [] if start is None else list(start.nats)
+    gates = all_open.copy()
     gates[dropped] = False
-    changes = [] if begun is None else list(begun.nats)
-    for _ in range(whole - layers - len(dropped)):
-        left = np.flatnonzero(gates).tolist()
-        of_batch = functools.partial(cost, gates=gates)
-        best, total = _cheapest(left, len(batches), of_batch, tick)
+    for _ in range(count - layers - len(dropped)):
+        candidates = np.flatnonzero(gates).tolist()
+        cost_of_batch = functools.partial(cost, gates=gates)
+        best, total = _cheapest(candidates, len(batches), cost_of_batch, progress)
         change = total / tokens[:, :-1].size
-        if not math.isfinite(change):
-            raise ValueError(
-                "what the model predicts must be finite, but it is not, whichever "
-                "layer is left out; look at its weights"
-            )
+        rules.check([_FINITE], change=change)
         gates[best] = False
         dropped.append(best)
         changes.append(change)
-        noted(Left(np.flatnonzero(gates).tolist(), [*dropped], [*changes]))
-    return Left(np.flatnonzero(gates).tolist(), dropped, changes)
+        save(LayerSearch(np.flatnonzero(gates).tolist(), [*dropped], [*changes]))
+    return LayerSearch(np.flatnonzero(gates).tolist(), dropped, changes)
 
 
 def _programs(graphdef: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -151,8 +160,8 @@ def _programs(graphdef: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     @jax.jit
     def nats(params: Any, ids: Array, gates: Array, dense: Array) -> Float[Array, ""]:
         model = nnx.merge(graphdef, params)
-        own = states(params, ids, gates)
-        return jnp.sum(divergence_of_states(model, model, dense, own))
+        pruned = states(params, ids, gates)
+        return jnp.sum(divergence_of_states(model, model, dense, pruned))
 
     return states, nats
 
@@ -161,18 +170,18 @@ def _cheapest(
     layers: list[int],
     batches: int,
     cost: Callable[..., float],
-    tick: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> tuple[int, float]:
     """The layer with the least sum over all batches of a cost >= 0, and that sum."""
     sums = dict.fromkeys(layers, 0.0)
-    seen = dict.fromkeys(layers, 0)
+    done = dict.fromkeys(layers, 0)  # batches
     while True:
         # Costs are not negative, so a sum never falls. The layer with the least sum is
         # continued; once its sum covers all batches, no other layer can cost less.
         best = min(layers, key=lambda i: (not math.isfinite(sums[i]), sums[i]))
-        if seen[best] == batches or not math.isfinite(sums[best]):
-            tick(sum(batches - number for number in seen.values()))
+        if done[best] == batches or not math.isfinite(sums[best]):
+            progress(sum(batches - number for number in done.values()))
             return best, sums[best]
-        sums[best] += cost(best, number=seen[best])
-        seen[best] += 1
-        tick(1)
+        sums[best] += cost(best, number=done[best])
+        done[best] += 1
+        progress(1)

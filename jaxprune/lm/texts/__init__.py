@@ -4,5 +4,5 @@ __all__ = [
     "documents",
     "long_text",
     "self_calibration",
-    "texts",
+    "text_files",
 ]

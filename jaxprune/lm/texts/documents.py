@@ -10,40 +10,66 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
 
 _FIELDS = ("text", "messages")
 _ROWS = 256  # that are decoded at a time
+
+_LINE = Rule(
+    lambda v: v.document is not None,
+    "each line of '{path}' must be a JSON object with a 'text', or with 'messages' "
+    "that have a 'role' and a 'content', but {which} is not: {shown!r}",
+    "mend it, or take it out",
+)
+_ROW = Rule(
+    lambda v: v.document is not None,
+    "each row of '{path}' must have a 'text', or 'messages' that have a 'role' and a "
+    "'content', but row {row} has not",
+)
+_CHAT = Rule(
+    lambda v: v.chat is not None,
+    "'{path}' holds conversations, but the model's directory has no chat template that "
+    "can be read",
+    "give text, or the directory of the model that was made to chat",
+)
+_COLUMN = Rule(
+    lambda v: v.columns,
+    "'{path}' must have a column 'text' or 'messages', got {names}",
+)
 
 
 class Document(NamedTuple):
     """A document.
 
     Attributes:
-      text: of the document, or of the conversation.
-      before: what stands between the document before and this one.
+      text: text of the document, or of the conversation.
+      before: text between the document before and this one.
     """
 
     text: str
     before: str
 
 
-def joined(documents: Iterable[Document]) -> str:
+def join_documents(documents: Iterable[Document]) -> str:
     """One text of many documents."""
-    parts = [part for own in documents for part in (own.before, own.text)]
+    parts = [
+        part for document in documents for part in (document.before, document.text)
+    ]
     return "".join(parts[1:])
 
 
-def of_line(
+def parse_line(
     line: str | bytes, path: Path, which: str, tokenizer: Tokenizer
 ) -> Document:
     """The document of a line of `.jsonl`.
 
     Args:
-      line: JSON.
-      path: of the file.
-      which: line it is, in words.
-      tokenizer: of the model.
+      line: text of the line, JSON.
+      path: path of the file.
+      which: number or place of the line, in words.
+      tokenizer: tokenizer of the model.
 
     Returns:
       The document.
@@ -52,28 +78,25 @@ def of_line(
       ValueError: the line is no document, or the model cannot chat.
     """
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
-        found = None
-    own = None
-    if isinstance(found, dict):
-        own = _document(found, path, which, tokenizer)
-    if own is None:
+        value = None
+    document = None
+    if isinstance(value, dict):
+        document = _document(value, path, which, tokenizer)
+    if document is None:
         shown = line if isinstance(line, str) else line.decode(errors="replace")
-        raise ValueError(
-            f"each line of '{path}' must be a JSON object with a 'text', or with "
-            f"'messages' that have a 'role' and a 'content', but {which} is not: "
-            f"{shown.strip()[:60]!r}; mend it, or take it out"
-        )
-    return own
+        shown = shown.strip()[:60]
+        raise rules.error(_LINE, path=path, which=which, shown=shown)
+    return document
 
 
 def _document(
-    found: Mapping[str, Any], path: Path, which: str, tokenizer: Tokenizer
+    fields: Mapping[str, Any], path: Path, which: str, tokenizer: Tokenizer
 ) -> Document | None:
-    if isinstance(text := found.get("text"), str):
+    if isinstance(text := fields.get("text"), str):
         return Document(text, "\n\n")
-    messages = found.get("messages")
+    messages = fields.get("messages")
     if not (isinstance(messages, list) and messages):
         return None
     if not all(
@@ -81,11 +104,7 @@ def _document(
     ):
         return None
     if tokenizer.chat is None:
-        raise ValueError(
-            f"'{path}' holds conversations, but the model's directory has no chat "
-            "template that can be read; give text, or the directory of the model that "
-            "was made to chat"
-        )
+        raise rules.error(_CHAT, path=path)
     try:
         text = tokenizer.chat.render(messages)
     except ValueError as error:
@@ -104,7 +123,7 @@ class Rows:
         """Looks at the file's end, which says what is in it.
 
         Args:
-          path: of the file.
+          path: path of the file.
 
         Raises:
           ModuleNotFoundError: pyarrow is not installed.
@@ -125,13 +144,12 @@ class Rows:
         except ArrowException as error:
             raise ValueError(f"'{path}' must be Parquet, but {error}") from None
         names = self._file.schema_arrow.names
-        found = [name for name in _FIELDS if name in names]
-        if not found:
-            raise ValueError(
-                f"'{path}' must have a column 'text' or 'messages', got "
-                f"{', '.join(names) or 'none'}"
-            )
-        self._column = found[0]
+        # "text" goes before "messages".
+        columns = [name for name in _FIELDS if name in names]
+        rules.check(
+            [_COLUMN], path=path, columns=columns, names=", ".join(names) or "none"
+        )
+        self._column = columns[0]
         facts = self._file.metadata
         groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
         self._begins = np.cumsum([0, *(group.num_rows for group in groups)])
@@ -148,9 +166,9 @@ class Rows:
         """The documents between two bytes, as if all rows had the same size.
 
         Args:
-          start: a place in `size`.
-          end: another.
-          tokenizer: of the model.
+          start: first byte, below `size`.
+          end: byte after the last.
+          tokenizer: tokenizer of the model.
 
         Yields:
           Each document.
@@ -158,26 +176,25 @@ class Rows:
         Raises:
           ValueError: a row is no document, or the model cannot chat.
         """
-        rows = int(self._begins[-1])
-        first, last = (-(-at * rows // max(self.size, 1)) for at in (start, end))
+        rows = int(self._begins[-1])  # of all groups
+        # A byte stands for the row at the same share of the file.
+        first, last = (-(-row * rows // max(self.size, 1)) for row in (start, end))
         for group in range(len(self._begins) - 1):
-            at = int(self._begins[group])
-            if at >= last or self._begins[group + 1] <= first:
+            row = int(self._begins[group])
+            # Nothing of the group is asked for.
+            if row >= last or self._begins[group + 1] <= first:
                 continue
             for batch in self._file.iter_batches(_ROWS, [group], [self._column]):
-                if at >= last:
+                if row >= last:
                     break
-                own = batch.slice(max(first - at, 0), last - max(first, at))
-                for i, value in enumerate(own.column(0), max(first, at)):
+                rows_here = batch.slice(max(first - row, 0), last - max(first, row))
+                for i, value in enumerate(rows_here.column(0), max(first, row)):
                     yield self._document(value.as_py(), i, tokenizer)
-                at += len(batch)
+                row += len(batch)
 
     def _document(self, value: Any, row: int, tokenizer: Tokenizer) -> Document:
-        found = {self._column: value}
-        own = _document(found, self.path, f"row {row}", tokenizer)
-        if own is None:
-            raise ValueError(
-                f"each row of '{self.path}' must have a 'text', or 'messages' that "
-                f"have a 'role' and a 'content', but row {row} has not"
-            )
-        return own
+        fields = {self._column: value}
+        document = _document(fields, self.path, f"row {row}", tokenizer)
+        if document is None:
+            raise rules.error(_ROW, path=self.path, row=row)
+        return document

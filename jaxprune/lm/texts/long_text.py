@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
-from jaxprune.lm.texts.documents import Document, Rows, joined, of_line
+from jaxprune.lm.texts.documents import Document, Rows, join_documents, parse_line
 
 # Bytes that are tokenised at a time, and the smallest place.
 _CHUNK, _SMALLEST = 2**18, 2**12
@@ -25,6 +27,18 @@ _CHUNK, _SMALLEST = 2**18, 2**12
 _PER_TOKEN = 8
 _LONGEST_LINE = 2**26
 _SPACES = b" \t\r\n"
+
+_VOCABULARY = Rule(
+    lambda v: v.highest < v.vocab_size,
+    "the tokenizer's tokens must be under the model's vocab_size {vocab_size}, but "
+    "'{path}' has {highest}",
+    "the tokenizer is another model's",
+)
+_LINE = Rule(
+    lambda v: v.length < v.longest,
+    "a line of '{path}' must be under {longest} bytes, got a longer one",
+    "put each document on a line of its own",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +51,7 @@ class LongText:
       tokenizer: the model's.
       vocab_size: the model's.
       stop: the byte before which it ends.
-      rows: of `.parquet`, whose bytes are those of its decoded rows.
+      rows: rows of `.parquet`, whose bytes are those of its decoded rows.
     """
 
     path: Path
@@ -53,13 +67,13 @@ class LongText:
 
     def first(self, count: int | None = None) -> Int[np.ndarray, " tokens"]:
         """So many tokens from the beginning, if there are so many; None is all."""
-        found, have = [], 0
+        parts, count_so_far = [], 0
         for tokens in self._encoded(0):
-            found.append(tokens)
-            have += tokens.size
-            if count is not None and have >= count:
+            parts.append(tokens)
+            count_so_far += tokens.size
+            if count is not None and count_so_far >= count:
                 break
-        return np.concatenate([np.empty(0, np.int32), *found])[:count]
+        return np.concatenate([np.empty(0, np.int32), *parts])[:count]
 
     def without_end(
         self, share: int, most: int
@@ -69,6 +83,7 @@ class LongText:
         The part is one in `share` of the bytes, but no more than should hold `most`
         tokens. At most `most` tokens are returned.
         """
+        # Twice what should do, since texts differ in bytes a token.
         size = min(self.stop // share, max(2 * _PER_TOKEN * most, _CHUNK))
         tokens = np.concatenate([*self._encoded(self.stop - size)])
         return dataclasses.replace(self, stop=self.stop - size), tokens[-most:]
@@ -83,14 +98,15 @@ class LongText:
         """So many pieces that do not overlap; None where most of the text is needed."""
         width = max(_PER_TOKEN * body, _SMALLEST)
         while (places := self.stop // width) >= 2 * count:
-            found: list[np.ndarray] = []
+            pieces: list[np.ndarray] = []
+            # Places that turn out too short are passed over.
             for place in chance.permutation(places):
                 piece = self._piece(int(place) * width, width, body)
                 if piece is not None:
-                    found.append(piece)
-                if len(found) == count:
-                    return np.stack(found)
-            width *= 2
+                    pieces.append(piece)
+                if len(pieces) == count:
+                    return np.stack(pieces)
+            width *= 2  # too many places were too short
         return None
 
     def _piece(self, start: int, width: int, body: int) -> np.ndarray | None:
@@ -98,11 +114,11 @@ class LongText:
         end = min(start + width, self.stop)
         tokens = np.empty(0, np.int32)
         if self._has_documents:
-            for own in self._documents(start, end):
+            for document in self._documents(start, end):
                 # Not all of a document that is far longer than what is needed.
-                some = own.text[: 4 * _PER_TOKEN * body]
-                before = own.before if tokens.size else ""
-                tokens = np.concatenate([tokens, self._tokens(before + some)])
+                beginning = document.text[: 4 * _PER_TOKEN * body]
+                before = document.before if tokens.size else ""
+                tokens = np.concatenate([tokens, self._tokens(before + beginning)])
                 if tokens.size >= body:
                     break
         else:
@@ -119,13 +135,13 @@ class LongText:
         if self._has_documents:
             parts: list[Document] = []
             size, before = 0, ""
-            for own in self._documents(start, self.stop):
+            for document in self._documents(start, self.stop):
                 if size >= _CHUNK:
-                    yield self._tokens(before + joined(parts))
-                    parts, size, before = [], 0, own.before
-                parts.append(own)
-                size += len(own.text)
-            yield self._tokens(before + joined(parts))
+                    yield self._tokens(before + join_documents(parts))
+                    parts, size, before = [], 0, document.before
+                parts.append(document)
+                size += len(document.text)
+            yield self._tokens(before + join_documents(parts))
             return
         if start:
             start += _boundary(self._read(start, min(start + _CHUNK, self.stop)))
@@ -145,13 +161,13 @@ class LongText:
             if start:  # the line that the byte before belongs to is another place's
                 file.seek(start - 1)
                 _line(file, self.path)
-            while (at := file.tell()) < end:
+            while (position := file.tell()) < end:
                 line = _line(file, self.path)
-                if at == 0:  # a mark of the byte order is no document
+                if position == 0:  # a mark of the byte order is no document
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    which = f"the one at byte {at}"
-                    yield of_line(line, self.path, which, self.tokenizer)
+                    which = f"the one at byte {position}"
+                    yield parse_line(line, self.path, which, self.tokenizer)
 
     def _read(self, start: int, end: int) -> bytes:
         with open(self.path, "rb") as file:
@@ -159,19 +175,16 @@ class LongText:
             return file.read(end - start)
 
     def _tokens(self, text: str) -> np.ndarray:
-        return encoded(text, self.path, self.tokenizer, self.vocab_size)
+        return encode_text(text, self.path, self.tokenizer, self.vocab_size)
 
 
-def encoded(
+def encode_text(
     text: str, path: Path, tokenizer: Tokenizer, vocab_size: int
 ) -> Int[np.ndarray, " tokens"]:
     """The tokens of a text, all of them the model's."""
     tokens = np.array(tokenizer.encode(text, bos=False), np.int32)
-    if tokens.size and tokens.max() >= vocab_size:
-        raise ValueError(
-            f"the tokenizer's tokens must be under the model's vocab_size {vocab_size},"
-            f" but '{path}' has {tokens.max()}; the tokenizer is another model's"
-        )
+    highest = tokens.max() if tokens.size else -1
+    rules.check([_VOCABULARY], path=path, highest=highest, vocab_size=vocab_size)
     return tokens
 
 
@@ -182,25 +195,24 @@ def _decoded(content: bytes) -> str:
 
 def _line(file: Any, path: Path) -> bytes:
     line: bytes = file.readline(_LONGEST_LINE)
-    if len(line) == _LONGEST_LINE:
-        raise ValueError(
-            f"a line of '{path}' must be under {_LONGEST_LINE} bytes, got a longer "
-            "one; put each document on a line of its own"
-        )
+    rules.check([_LINE], path=path, length=len(line), longest=_LONGEST_LINE)
     return line
 
 
 def _boundary(content: bytes) -> int:
     """Where the first word that is whole begins, or at least a character."""
-    places = [at for space in _SPACES if (at := content.find(space)) >= 0]
-    if places:
-        return min(places)
+    positions = [
+        position for space in _SPACES if (position := content.find(space)) >= 0
+    ]
+    if positions:
+        return min(positions)
+    # No byte inside a character.
     return next((i for i, byte in enumerate(content) if byte & 0xC0 != 0x80), 0)
 
 
 def _last_boundary(content: bytes) -> int:
     """Where the last white space begins, or at least the last character."""
-    if (at := max(content.rfind(space) for space in _SPACES)) > 0:
-        return at
+    if (position := max(content.rfind(space) for space in _SPACES)) > 0:
+        return position
     ends = (i for i in range(len(content) - 1, 0, -1) if content[i] & 0xC0 != 0x80)
     return next(ends, len(content))

@@ -20,8 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
 from jaxprune.lm.models.generate import LanguageModel, generate
+
+_RULES = (
+    Rule(
+        lambda v: (
+            min(v.sequences, v.batch) >= 1 and v.shortest <= v.length <= v.context
+        ),
+        "self_calibration needs sequences and a batch of at least 1, and a length of "
+        "{shortest} to {context} tokens, got sequences={sequences}, batch={batch} and "
+        "length={length}",
+    ),
+)
 
 
 def self_calibration(
@@ -35,22 +48,25 @@ def self_calibration(
     special: Collection[int] = (),
     batch: int = 8,
     directory: Path | None = None,
-    tick: Callable[[int], Any] = lambda sequences: None,
+    progress: Callable[[int], Any] = lambda sequences: None,
 ) -> Int[np.ndarray, "sequences length"]:
     """Lets a model write sequences to calibrate on.
 
     Args:
-      model: a `Decoder` or another `LanguageModel`.
-      sequences: how many.
-      length: tokens of each, BOS included; at most the model's context.
-      seed: decides the first tokens and the draws.
-      temperature: 1 follows the model; 0 takes the likeliest token each time.
-      bos: what each sequence begins with; None for nothing.
+      model: language model, a `Decoder` say.
+      sequences: number of sequences.
+      length: number of tokens of each, BOS included; at most the model's context.
+      seed: rng seed of the first tokens and the draws.
+      temperature: divisor of the logits; 1 follows the model, 0 takes the likeliest
+        token each time.
+      bos: token that each sequence begins with; None for none.
       special: tokens that are not drawn as the first one: BOS, EOS, padding.
-      batch: sequences that are written at once; another number, other sequences.
-      directory: where each batch is kept, so that a run that was killed goes on; of one
-        model.
-      tick: called with the number of sequences that are done, after each batch.
+      batch: number of sequences that are written at once; another number gives other
+        sequences.
+      directory: directory of one model in which each batch is kept, so that a run that
+        was killed goes on.
+      progress: function that is called after each batch with the number of its
+        sequences.
 
     Returns:
       Tokens, int32 (sequences, length).
@@ -68,17 +84,17 @@ def self_calibration(
       >>> self_calibration(model, sequences=3, length=8, special={0}).shape
       (3, 8)
     """
-    least = 1 + (bos is not None)
-    if min(sequences, batch) < 1 or not least <= length <= model.config.context:
-        raise ValueError(
-            "self_calibration needs sequences and a batch of at least 1, and a length "
-            f"of {least} to {model.config.context} tokens, got sequences={sequences}, "
-            f"batch={batch} and length={length}"
-        )
-    first = first_tokens(sequences, model.config.vocab_size, special, seed)
-    prompts = first[:, None]  # (sequences, 1), or 2 with BOS
+    rules.check(
+        _RULES,
+        sequences=sequences,
+        batch=batch,
+        length=length,
+        shortest=1 + (bos is not None),
+        context=model.config.context,
+    )
+    prompts = first_tokens(sequences, model.config.vocab_size, special, seed)[:, None]
     if bos is not None:
-        prompts = np.insert(prompts, 0, bos, axis=1)
+        prompts = np.insert(prompts, 0, bos, axis=1)  # (sequences, 2)
     if directory is not None:
         job = {
             "sequences": sequences,
@@ -90,27 +106,29 @@ def self_calibration(
             "batch": batch,
         }
         atomic.begin_or_resume(directory / "job.json", job)
-    found = []
+    batches = []
     for i, start in enumerate(range(0, sequences, batch)):
-        own = prompts[start : start + batch]
+        prompt = prompts[start : start + batch]
         path = None if directory is None else directory / f"batch_{i:05d}.npy"
         if path is not None and path.exists():
-            found.append(np.load(path, allow_pickle=False))
+            tokens = np.load(path, allow_pickle=False)
         else:
             # The last batch is filled up, or it would be another program.
-            full = np.resize(own, (batch, own.shape[1]))
+            full = np.resize(prompt, (batch, prompt.shape[1]))
+            # Of the batch, so that a resumed run draws the same.
             key = jax.random.fold_in(jax.random.key(seed), i)
-            steps = length - own.shape[1]
-            tokens = generate(
+            steps = length - prompt.shape[1]
+            written = generate(
                 model, jnp.asarray(full), steps=steps, key=key, temperature=temperature
             )
-            found.append(np.asarray(tokens[: len(own)], np.int32))
+            tokens = np.asarray(written[: len(prompt)], np.int32)  # (batch, length)
             if path is not None:
                 content = io.BytesIO()
-                np.save(content, found[-1])
+                np.save(content, tokens)
                 atomic.replace(path, content.getvalue())
-        tick(len(own))
-    return np.concatenate(found)
+        batches.append(tokens)
+        progress(len(prompt))
+    return np.concatenate(batches)
 
 
 def first_tokens(
@@ -119,10 +137,10 @@ def first_tokens(
     """Tokens drawn uniformly from a vocabulary, special ones left out.
 
     Args:
-      count: how many.
-      vocab_size: tokens are below it.
-      special: the tokens that are never drawn.
-      seed: decides the draw.
+      count: number of tokens.
+      vocab_size: number that tokens are below of.
+      special: tokens that are never drawn.
+      seed: rng seed of the draw.
 
     Returns:
       int32 (count,).

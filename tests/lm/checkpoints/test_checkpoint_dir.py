@@ -93,7 +93,7 @@ def test_what_belongs_to_a_model_is_listed_and_other_weights_are_not(tmp_path):
     opened = open_directory(folder)
     others = opened.others
     training = {"checkpoint-5/config.json", "checkpoint-5/model.safetensors"}
-    assert training <= set(opened.left)
+    assert training <= set(opened.uncopied)
     assert others[:2] == ("config.json", INDEX)
     own = {"config.json", INDEX, "tokenizer.json", "generation_config.json"}
     own |= {*modules}

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.numpy import save as save_bytes
 
-from jaxprune.lm.checkpoints import compact, compact_archive
+from jaxprune.lm.checkpoints import compact, compact_archive, compact_codecs
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, Unknown, open_directory
 from tests.support.hf_directories import BFLOAT16, build, contents, llama, normal
 
@@ -99,7 +99,7 @@ def test_the_layout_is_the_documented_one(tmp_path, packed):
 
 
 def test_tensors_are_read_without_expanding(packed):
-    found = dict(compact.tensors(packed))
+    found = dict(compact.dense_tensors(packed))
     wanted = pruned()
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -115,7 +115,7 @@ def test_minus_zero_and_the_bits_of_nan_survive(tmp_path):
     assert result.compact_bytes < result.dense_bytes / 2
     compact.expand(tmp_path / "f", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "m")
-    read = dict(compact.tensors(tmp_path / "f"))["w"]
+    read = dict(compact.dense_tensors(tmp_path / "f"))["w"]
     np.testing.assert_array_equal(read.view(np.uint16), bits)
 
 
@@ -133,7 +133,7 @@ def test_whatever_lies_in_the_directory_is_kept_or_named(tmp_path):
     (folder / "out").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(folder / "pipe")
     result = compact.compact(open_directory(folder), tmp_path / "f")
-    assert result.left == ("out", "pipe")
+    assert result.omitted == ("out", "pipe")
     compact.expand(tmp_path / "f", tmp_path / "again")
     assert contents(tmp_path / "again") == whole
 
@@ -151,7 +151,7 @@ def test_a_bit_that_flipped_is_found_before_the_tensor_is_handed_out(packed, nam
         file.write(bytes([byte ^ 4]))
     seen = []
     with pytest.raises(Damaged, match=f"'{name}' in it is not what went in"):
-        seen += [found for found, _ in compact.tensors(packed)]
+        seen += [found for found, _ in compact.dense_tensors(packed)]
     assert name not in seen
 
 
@@ -186,12 +186,12 @@ def test_any_directory_survives_in_chunks_of_any_size(spec):
         root = pathlib.Path(folder)
         source = open_directory(build(root / "m", tensors or {"w": normal(0, 3)}))
         compact.compact(source, root / "a")
-        patch.setattr(compact_archive, "CHUNK", 16)
+        patch.setattr(compact_codecs, "CHUNK", 16)
         compact.compact(source, root / "b")
         assert (root / "a").read_bytes() == (root / "b").read_bytes()
         compact.expand(root / "b", root / "again")
         assert contents(root / "again") == contents(root / "m")
-        found = dict(compact.tensors(root / "b"))
+        found = dict(compact.dense_tensors(root / "b"))
         assert {k: v.tobytes() for k, v in found.items()} == {
             k: source.read(k).tobytes() for k in source.tensors
         }
@@ -274,7 +274,7 @@ def test_bits_after_the_last_weight_are_damage(tmp_path):
 
     respell(tmp_path / "f", move)
     with pytest.raises(Damaged, match="the mask of 'w'"):
-        dict(compact.tensors(tmp_path / "f"))
+        dict(compact.dense_tensors(tmp_path / "f"))
 
 
 def test_a_cut_file_is_damaged_and_another_kind_is_unknown(tmp_path, packed):
@@ -285,7 +285,7 @@ def test_a_cut_file_is_damaged_and_another_kind_is_unknown(tmp_path, packed):
     with pytest.raises(Unknown, match=r"must be of format jaxprune.compact"):
         compact.expand(dense, tmp_path / "again")
     with pytest.raises(FileNotFoundError, match="there is no compact file"):
-        next(compact.tensors(tmp_path / "absent"))
+        next(compact.dense_tensors(tmp_path / "absent"))
 
 
 def test_what_is_there_is_not_destroyed(tmp_path, packed):

@@ -50,7 +50,7 @@ def test_expand_gives_back_every_byte(directory, tmp_path):
     compact.compact(directory, tmp_path / "f")
     compact.expand(tmp_path / "f", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(directory.path)
-    for name, tensor in compact.tensors(tmp_path / "f"):
+    for name, tensor in compact.dense_tensors(tmp_path / "f"):
         np.testing.assert_array_equal(bits(tensor), bits(directory.read(name)))
 
 
@@ -65,7 +65,7 @@ def test_the_file_is_as_small_as_the_formula_says(tmp_path, width):
     size, nonzero = weight.size, np.count_nonzero(weight)
     wanted = size / 8 + np.ceil(nonzero * width / 8) + 2 * size / 128
     assert wanted <= result.compact_bytes <= wanted + 4096
-    assert compact_sizes.sizes(source).compact_bytes == wanted
+    assert compact_sizes.directory_sizes(source).compact_bytes == wanted
 
 
 def test_the_layout_is_the_documented_one(directory, tmp_path):

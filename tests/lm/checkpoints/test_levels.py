@@ -28,12 +28,12 @@ def test_every_rounded_tensor_comes_back_bit_for_bit(
     shape, grid, axis, dtype, seed, share, largest
 ):
     _, tensor = rounded(shape, grid, axis, dtype, seed, share, largest)
-    found = levels.find(tensor, grid)
+    found = levels.find_scales(tensor, grid)
     assert found is not None
     flat, scales = tensor.reshape(-1), found.of(0, tensor.size)
-    own = levels.levels(flat, scales)
+    own = levels.to_levels(flat, scales)
     assert np.abs(own).max() <= grid.most
-    again = levels.values(own, scales, dtype)
+    again = levels.from_levels(own, scales, dtype)
     np.testing.assert_array_equal(bits(again), bits(flat))
 
 
@@ -42,7 +42,7 @@ def test_every_rounded_tensor_comes_back_bit_for_bit(
 def test_levels_are_those_that_went_in_where_each_group_has_the_highest(axis, width):
     grid = Grid(width, 16)
     own, tensor = rounded((32, 64), grid, axis, np.float32, share=0.3, whole=True)
-    found, scales = levels.split(tensor, grid)
+    found, scales = levels.split_levels(tensor, grid)
     np.testing.assert_array_equal(found, own)
     assert scales.shape == levels.scales_shape(own.shape, grid, axis)
 
@@ -77,7 +77,7 @@ def not_a_number(tensor):
 def test_one_value_beside_its_level_is_enough_for_none(spoil):
     _, tensor = rounded((64, 64), Grid(4, 32), -1, np.float32)
     spoil(tensor)
-    assert levels.find(tensor, Grid(4, 32)) is None
+    assert levels.find_scales(tensor, Grid(4, 32)) is None
 
 
 @pytest.mark.parametrize(
@@ -92,23 +92,23 @@ def test_one_value_beside_its_level_is_enough_for_none(spoil):
     ids=["normal", "vector", "integers", "empty", "eight bits"],
 )
 def test_what_was_not_rounded_has_no_scales(tensor):
-    assert levels.find(tensor, Grid(4, 32)) is None
-    assert levels.split(tensor, Grid(4, 32)) is None
+    assert levels.find_scales(tensor, Grid(4, 32)) is None
+    assert levels.split_levels(tensor, Grid(4, 32)) is None
 
 
 @given(own=st.lists(st.integers(-7, 7), max_size=33), width=st.sampled_from([4, 8]))
 def test_packed_levels_come_back(own, width):
     own = np.array(own, np.int8)
-    packed = levels.pack(own, width)
+    packed = levels.pack_levels(own, width)
     assert packed.size == -(-own.size * width // 8)
-    np.testing.assert_array_equal(levels.unpack(packed, width, own.size), own)
+    np.testing.assert_array_equal(levels.unpack_levels(packed, width, own.size), own)
 
 
 def test_bytes_for_another_number_of_levels_are_refused():
-    packed = levels.pack(np.array([1, 2, 3], np.int8), 4)
-    assert levels.unpack(packed, 4, 5) is None
+    packed = levels.pack_levels(np.array([1, 2, 3], np.int8), 4)
+    assert levels.unpack_levels(packed, 4, 5) is None
     packed[-1] |= 0x10  # beyond the third
-    assert levels.unpack(packed, 4, 3) is None
+    assert levels.unpack_levels(packed, 4, 3) is None
 
 
 @pytest.mark.parametrize("width", [4, 8])
@@ -118,7 +118,7 @@ def test_qwix_takes_them_as_they_are(width):
 
     grid = Grid(width, 32)
     _, kernel = rounded((64, 24), grid, -2, np.float32)
-    own, scales = levels.split(kernel, grid)
+    own, scales = levels.split_levels(kernel, grid)
     kind = jnp.int4 if width == 4 else jnp.int8
     array = qwix.QArray(jnp.asarray(own, kind), jnp.asarray(scales, jnp.float32))
     np.testing.assert_array_equal(qwix.dequantize(array), kernel)

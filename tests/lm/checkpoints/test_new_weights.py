@@ -35,7 +35,7 @@ def smaller(source, **others):
 
 def write(source, place, tensors, **options):
     config = {"model_type": "llama", "width": 1}
-    return new_weights.write(
+    return new_weights.write_new_weights(
         source, place, config, tensors, provenance={"method": "hand"}, **options
     )
 

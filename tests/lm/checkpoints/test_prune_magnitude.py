@@ -89,7 +89,7 @@ def zeroed(weight, removed, pattern):
     """What is left of an [out, in] matrix."""
     number = np.uint32(weight.size - removed)
     with jax.enable_x64(weight.itemsize == 8):
-        kept = prune_magnitude._kept(weight, number, pattern, input_first=False)
+        kept = prune_magnitude._keep_mask(weight, number, pattern, input_first=False)
     return np.where(kept, weight, weight.dtype.type(0))
 
 

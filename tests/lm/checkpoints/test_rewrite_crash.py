@@ -25,7 +25,7 @@ from tests.support.rewritten import source as source
 
 def test_a_run_that_dies_while_replacing_loses_neither(tmp_path, source, monkeypatch):
     out = tmp_path / "out"
-    rewrite.write(source, out, {}, provenance=HOW)
+    rewrite.write_directory(source, out, {}, provenance=HOW)
     before = contents(out)
     rename = os.rename
 
@@ -37,11 +37,11 @@ def test_a_run_that_dies_while_replacing_loses_neither(tmp_path, source, monkeyp
     # As after a power cut: nothing runs that could bring the old one back.
     monkeypatch.setattr(os, "rename", dies)
     with pytest.raises(KeyboardInterrupt):
-        rewrite.write(source, out, {}, provenance=HOW, overwrite=True)
+        rewrite.write_directory(source, out, {}, provenance=HOW, overwrite=True)
     monkeypatch.undo()
     assert not out.exists()
     with pytest.raises(ValueError, match="there is something already"):
-        rewrite.write(source, out, {}, provenance=HOW)
+        rewrite.write_directory(source, out, {}, provenance=HOW)
     assert contents(out) == before
     assert sorted(os.listdir(tmp_path)) == ["m", "out"]
 
@@ -55,13 +55,13 @@ def test_a_crash_anywhere_leaves_nothing_half_written(
 
     where, name = {
         "shard": (Sink, "put"),
-        "copy": (rewrite, "copy"),
+        "copy": (rewrite, "copy_file"),
         "record": (rewrite, "_record"),
         "sync": (atomic, "sync"),
     }[failing]
     monkeypatch.setattr(where, name, crash)
     with pytest.raises(RuntimeError, match="crash"):
-        rewrite.write(source, tmp_path / "out", {}, provenance=HOW)
+        rewrite.write_directory(source, tmp_path / "out", {}, provenance=HOW)
     assert os.listdir(tmp_path) == ["m"]
 
 
@@ -69,17 +69,17 @@ def test_what_a_dead_run_left_is_cleared(tmp_path, source):
     left = tmp_path / ".out.partial"
     (left / "folder").mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
-    rewrite.write(source, tmp_path / "out", {}, provenance=HOW)
+    rewrite.write_directory(source, tmp_path / "out", {}, provenance=HOW)
     assert sorted(os.listdir(tmp_path)) == ["m", "out"]
     assert "folder" not in os.listdir(tmp_path / "out")
 
 
 def test_two_runs_do_not_write_to_one_place(tmp_path, source):
     def second():
-        rewrite.write(source, tmp_path / "out", {}, provenance=HOW)
+        rewrite.write_directory(source, tmp_path / "out", {}, provenance=HOW)
 
     with pytest.raises(OSError, match="another run writes to"):
-        rewrite.write(source, tmp_path / "out", {Q: second}, provenance=HOW)
+        rewrite.write_directory(source, tmp_path / "out", {Q: second}, provenance=HOW)
 
 
 def test_a_file_cut_under_way_is_damaged(tmp_path):
@@ -91,7 +91,7 @@ def test_a_file_cut_under_way_is_damaged(tmp_path):
         return tensors["a"]
 
     with pytest.raises(Damaged, match="shorter"):
-        rewrite.write(source, tmp_path / "out", {"a": cut}, provenance=HOW)
+        rewrite.write_directory(source, tmp_path / "out", {"a": cut}, provenance=HOW)
     assert os.listdir(tmp_path) == ["m"]
 
 
@@ -108,7 +108,9 @@ def test_a_stopped_run_goes_on_after_its_finished_files(tmp_path):
 
     def run(stop=None, out="out", how=HOW):
         new = {n: lambda n=n: values(n, n == stop) for n in by_file.values()}
-        rewrite.write(source, tmp_path / out, new, provenance=how, resume=True)
+        rewrite.write_directory(
+            source, tmp_path / out, new, provenance=how, resume=True
+        )
 
     first, second, third = (by_file[file] for file in source.metadata)
     with pytest.raises(KeyboardInterrupt):
@@ -135,7 +137,7 @@ def test_a_stopped_run_goes_on_after_its_finished_files(tmp_path):
 def test_a_state_that_cannot_be_read_begins_anew(tmp_path, source, state):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / ".state.json").write_text(state)
-    rewrite.write(source, tmp_path / "out", {}, provenance=HOW, resume=True)
+    rewrite.write_directory(source, tmp_path / "out", {}, provenance=HOW, resume=True)
     written = contents(tmp_path / "out")
     del written["jaxprune.json"]
     assert written == contents(tmp_path / "m")
@@ -149,11 +151,12 @@ from jaxprune.lm.checkpoints import checkpoint_dir, rewrite
 source = checkpoint_dir.open_directory({str(tmp_path / "m")!r})
 name = list(source.tensors)[-1]
 new = {{name: lambda: os._exit(9)}}
-rewrite.write(source, {str(tmp_path / "out")!r}, new, provenance={{}}, resume=True)
+out = {str(tmp_path / "out")!r}
+rewrite.write_directory(source, out, new, provenance={{}}, resume=True)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert sorted(os.listdir(tmp_path)) == [".out.partial", "m"]
     source = open_directory(tmp_path / "m")
-    rewrite.write(source, tmp_path / "out", {}, provenance={})
+    rewrite.write_directory(source, tmp_path / "out", {}, provenance={})
     assert sorted(os.listdir(tmp_path)) == ["m", "out"]
     assert json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]

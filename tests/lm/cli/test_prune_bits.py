@@ -31,7 +31,7 @@ def rounded(place):
 def test_each_matrix_lies_on_levels_along_its_inputs(rounded):
     after = tiny_cli.weights(rounded)
     for name, shape in tiny_cli.MATRICES.items():
-        found = levels.find(after[name], levels.Grid(4, GROUP))
+        found = levels.find_scales(after[name], levels.Grid(4, GROUP))
         assert found is not None, name
         assert found.values.shape == (shape[0], -(-shape[1] // GROUP))
         assert (after[name] == 0).sum() >= np.prod(shape) // 2

@@ -20,9 +20,9 @@ def test_tokens_are_divided_by_the_median_of_the_seconds(monkeypatch):
     clock = types.SimpleNamespace(perf_counter=lambda: next(now))
     monkeypatch.setattr(speed, "time", clock)
     model, ticks = initial(CONFIG), []
-    found = speed.measure(
+    found = speed.measure_speed(
         {"only": model}, prompt=6, steps=4, batch=2, rounds=3,
-        tick=lambda: ticks.append(1),
+        progress=ticks.append,
     )  # fmt: skip
     # The first timing is of the compilation; then 4, 2 and 1 s, and twice that.
     assert found == {"only": {"prefill": 12 / 2, "decode": 8 / 4}}
@@ -38,4 +38,4 @@ def test_tokens_are_divided_by_the_median_of_the_seconds(monkeypatch):
 )
 def test_what_cannot_be_timed_is_refused(numbers, told):
     with pytest.raises(ValueError, match=told):
-        speed.measure({"only": initial(CONFIG)}, **numbers)
+        speed.measure_speed({"only": initial(CONFIG)}, **numbers)

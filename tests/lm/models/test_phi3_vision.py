@@ -179,7 +179,7 @@ def test_a_batch_of_pictures_is_answered_as_each_alone(loaded):
         text = preprocess.chat("what ?", 1)
         made = preprocess.prompt(text, [image], lambda s: [len(s), 7], config, bos=1)
         prompts.append(made)
-    both = preprocess.together(prompts, config.side)
+    both = preprocess.batch_prompts(prompts, config.side)
     options = {"steps": 6, "key": jax.random.key(0), "temperature": 0}
     got = generate.generate(
         loaded.model, both.tokens, pictures=(both.pixels, both.sources), **options
@@ -200,7 +200,7 @@ def test_a_batch_of_pictures_is_answered_as_each_alone(loaded):
         generate.generate(loaded.model, both.tokens, pictures=too_few, **options)
     longer = preprocess.prompt("a", [], lambda s: [7], config, bos=1)
     with pytest.raises(ValueError, match="one length"):
-        preprocess.together([prompts[0], longer], config.side)
+        preprocess.batch_prompts([prompts[0], longer], config.side)
 
 
 def test_a_text_without_pictures_is_the_decoder_s(loaded):

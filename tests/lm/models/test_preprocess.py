@@ -83,17 +83,17 @@ def test_there_are_no_more_crops_than_allowed_and_as_many_tokens_as_published(
     rows, columns = seen.rows, seen.columns
     assert 1 <= rows * columns <= crops
     assert seen.pixels.shape == (1 + rows * columns, 28, 28, 3)
-    places = preprocess.layout(rows, columns, 12, 0)
+    places = preprocess.token_layout(rows, columns, 12, 0)
     assert len(places) == (rows * columns + 1) * 144 + 1 + (rows + 1) * 12
 
 
 def test_one_square_crop_is_313_tokens_and_sixteen_are_2509():
-    assert len(preprocess.layout(1, 1, 12, 0)) == 313
-    assert len(preprocess.layout(4, 4, 12, 0)) == 2509
+    assert len(preprocess.token_layout(1, 1, 12, 0)) == 313
+    assert len(preprocess.token_layout(4, 4, 12, 0)) == 2509
 
 
 def test_each_token_of_each_crop_stands_once():
-    places = preprocess.layout(2, 3, 2, 5)
+    places = preprocess.token_layout(2, 3, 2, 5)
     tokens = places[places > 1] - 2
     np.testing.assert_array_equal(np.sort(tokens), np.arange(5 * 4, 12 * 4))
 

@@ -79,7 +79,7 @@ def test_a_student_comes_closer_to_its_teacher(pair):
 def test_the_text_has_its_share_of_the_loss(pair):
     teacher, student = pair
     loss = distill.from_teacher(teacher, temperature=2.0, text=0.25)
-    found = nnx.jit(lambda model: loss.of(model, loss.arrays, SEQUENCES))(student)
+    found = nnx.jit(lambda model: loss.fn(model, loss.arrays, SEQUENCES))(student)
     text = nnx.jit(
         lambda model: loss_per_token(model, SEQUENCES[:, :-1], SEQUENCES[:, 1:]).mean()
     )(student)
@@ -91,7 +91,7 @@ def test_the_text_has_its_share_of_the_loss(pair):
 def test_the_states_have_their_weight_in_the_loss(pair):
     teacher, student = pair
     loss = distill.from_teacher(teacher, hidden=0.5)
-    found = nnx.jit(lambda model: loss.of(model, loss.arrays, SEQUENCES))(student)
+    found = nnx.jit(lambda model: loss.fn(model, loss.arrays, SEQUENCES))(student)
     states = nnx.jit(lambda model: model.states(model.embed(SEQUENCES[:, :-1]))[0])
     theirs, own = (np.asarray(states(model), np.float64) for model in pair)
     distance = ((theirs - own) ** 2).sum(-1) / (theirs**2).sum(-1)
@@ -102,7 +102,7 @@ def test_the_states_have_their_weight_in_the_loss(pair):
 def test_states_of_another_width_are_refused(pair):
     loss = distill.from_teacher(made(0, width=4), hidden=1.0)
     with pytest.raises(ValueError, match="widths 4 and 8; leave hidden at 0"):
-        jax.eval_shape(lambda: loss.of(pair[1], loss.arrays, SEQUENCES))
+        jax.eval_shape(lambda: loss.fn(pair[1], loss.arrays, SEQUENCES))
 
 
 def test_another_vocabulary_is_refused(pair):

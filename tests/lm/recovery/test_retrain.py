@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(half, tmp_path, monkeypatch):
 
     args = (model, names, SEQUENCES)
     with pytest.raises(KeyboardInterrupt):
-        retrain.retrain(*args, settings, directory=tmp_path, tick=dies)
+        retrain.retrain(*args, settings, directory=tmp_path, progress=dies)
     # The newer of the two slots is half written; the other one still holds.
     records = {p: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
     steps = {p: own["record"]["step"] for p, own in records.items() if "record" in own}
@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(half, tmp_path, monkeypatch):
     newer.with_suffix(".safetensors").write_bytes(b"half")
     done = []
     found, again = retrain.retrain(
-        *args, settings, directory=tmp_path, tick=lambda n, loss: done.append(n)
+        *args, settings, directory=tmp_path, progress=lambda n, loss: done.append(n)
     )
     assert done == [2, 1, 1, 1]
     assert again == losses
@@ -180,8 +180,8 @@ def test_perplexity_is_exp_of_the_mean_loss_of_each_token(half, batch):
     model, _ = half
     tokens = SEQUENCES.reshape(-1)
     done = []
-    found = perplexity.measure(
-        model, perplexity.slide(tokens, context=9), batch=batch, tick=done.append
+    found = perplexity.measure_perplexity(
+        model, perplexity.slide(tokens, context=9), batch=batch, progress=done.append
     )
     whole = np.stack([tokens[start : start + 9] for start in (0, 8, 16)])
     expected = [

@@ -50,7 +50,9 @@ def test_each_time_that_layer_goes_which_changes_the_predictions_least(split):
         dropped.append(best)
         nats.append(changes[best])
     ticks = []
-    found = layer_search.keep(*split, TOKENS, 1, batch=4, tick=ticks.append)
+    found = layer_search.search_layers(
+        *split, TOKENS, 1, batch=4, progress=ticks.append
+    )
     assert (found.kept, found.dropped) == (left, dropped)
     np.testing.assert_allclose(found.nats, nats, rtol=1e-4)
     assert sum(ticks) == 2 * (1 + 4 + 3 + 2)  # of two batches
@@ -60,43 +62,49 @@ def test_each_time_that_layer_goes_which_changes_the_predictions_least(split):
 def test_what_is_behind_already_is_not_seen_any_further(split):
     """With as many batches as sequences, the same layers go by fewer of them."""
     ticks = []
-    found = layer_search.keep(*split, TOKENS, 1, batch=1, tick=ticks.append)
-    assert found.dropped == layer_search.keep(*split, TOKENS, 1, batch=6).dropped
+    found = layer_search.search_layers(
+        *split, TOKENS, 1, batch=1, progress=ticks.append
+    )
+    assert (
+        found.dropped == layer_search.search_layers(*split, TOKENS, 1, batch=6).dropped
+    )
     assert sum(ticks) == 6 * (1 + 4 + 3 + 2)
     assert ticks.count(1) < 6 * (4 + 3 + 2)
 
 
 def test_a_search_that_was_begun_ends_as_the_whole_one(split):
     noted = []
-    whole = layer_search.keep(*split, TOKENS, 1, noted=lambda x: noted.append(repr(x)))
-    first = layer_search.keep(*split, TOKENS, 3)
+    whole = layer_search.search_layers(
+        *split, TOKENS, 1, save=lambda x: noted.append(repr(x))
+    )
+    first = layer_search.search_layers(*split, TOKENS, 3)
     assert repr(first) == noted[0]
-    again = layer_search.keep(*split, TOKENS, 1, begun=first)
+    again = layer_search.search_layers(*split, TOKENS, 1, start=first)
     assert again == whole
 
 
 @pytest.mark.full
 def test_more_layers_that_go_need_no_more_programs(split):
     with compiled() as durations:
-        layer_search.keep(*split, TOKENS, 3, batch=3)
+        layer_search.search_layers(*split, TOKENS, 3, batch=3)
     once = len(durations)
     with compiled() as durations:
-        layer_search.keep(*split, TOKENS, 1, batch=3)
+        layer_search.search_layers(*split, TOKENS, 1, batch=3)
     assert len(durations) == once
 
 
 def test_all_layers_may_stay(split):
-    assert layer_search.keep(*split, TOKENS, 4) == ([0, 1, 2, 3], [], [])
+    assert layer_search.search_layers(*split, TOKENS, 4) == ([0, 1, 2, 3], [], [])
 
 
 @pytest.mark.parametrize("layers", [0, 5])
 def test_an_impossible_number_of_layers_is_refused(split, layers):
     with pytest.raises(ValueError, match=f"between 1 and 4, got {layers}"):
-        layer_search.keep(*split, TOKENS, layers)
+        layer_search.search_layers(*split, TOKENS, layers)
 
 
 def test_a_model_that_predicts_nothing_is_refused(split):
     graphdef, params = split
     broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params)
     with pytest.raises(ValueError, match=r"must be finite.*look at its weights"):
-        layer_search.keep(graphdef, broken, TOKENS, 3)
+        layer_search.search_layers(graphdef, broken, TOKENS, 3)

@@ -13,7 +13,7 @@ pytest.importorskip("jinja2")
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.hf import chat_template
 from jaxprune.lm.models.hf.chat_template import ChatTemplate
-from jaxprune.lm.texts import texts
+from jaxprune.lm.texts import text_files
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -60,7 +60,7 @@ def test_conversations_are_written_as_the_template_says(tokenizer, tmp_path):
     lines = [first, json.dumps({"text": "w8"}), first]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     chat, bos = [20, 5, 6, 20, 7, 30], [tokenizer.bos] * tokenizer.begins
-    text = texts.read(tmp_path / "a.jsonl", tokenizer, 97)
+    text = text_files.read_text(tmp_path / "a.jsonl", tokenizer, 97)
     # A sequence's own BOS is put there when it is drawn.
     assert text.tokens.tolist() == [*chat, 8, *bos, *chat]
 
@@ -72,7 +72,7 @@ def test_rows_of_parquet_are_the_documents_of_the_same_lines(tokenizer, tmp_path
     table = pyarrow.table({"messages": rows})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     found = [
-        texts.read(tmp_path / name, tokenizer, 97).first().tolist()
+        text_files.read_text(tmp_path / name, tokenizer, 97).first().tolist()
         for name in ("a.jsonl", "a.parquet")
     ]
     assert found[0] == found[1]
@@ -83,8 +83,10 @@ def test_a_file_of_few_rows_is_cut_whole(tokenizer, tmp_path):
     stream = np.random.default_rng(0).integers(5, 90, 4000)
     parts = [" ".join(f"w{i}" for i in own) for own in np.split(stream, 40)]
     parquet.write_table(pyarrow.table({"text": parts}), tmp_path / "a.parquet")
-    text = texts.read(tmp_path / "a.parquet", tokenizer, 97)
-    drawn = texts.draw([text], sequences=39, length=100, bos=None, seed=0).tokens
+    text = text_files.read_text(tmp_path / "a.parquet", tokenizer, 97)
+    drawn = text_files.draw_sequences(
+        [text], sequences=39, length=100, bos=None, seed=0
+    ).tokens
     whole = stream.tobytes()
     assert all(piece.astype(stream.dtype).tobytes() in whole for piece in drawn)
     assert len({piece.tobytes() for piece in drawn}) == 39
@@ -121,16 +123,23 @@ def test_the_template_is_found_where_folders_have_it(tmp_path):
         {"name": "default", "template": "a"},
     ]
     special = {"eos_token": {"content": "</s>"}, "pad_token": None, "sep_token": "|"}
-    found = chat_template.find(tmp_path, {"chat_template": several, **special})
+    found = chat_template.find_chat_template(
+        tmp_path, {"chat_template": several, **special}
+    )
     assert (found.source, found.special) == (
         "a",
         {"eos_token": "</s>", "sep_token": "|"},
     )
-    assert chat_template.find(tmp_path, {}) is None
+    assert chat_template.find_chat_template(tmp_path, {}) is None
     (tmp_path / "chat_template.jinja").write_text("c")
-    assert chat_template.find(tmp_path, {"chat_template": "a"}).source == "c"
+    assert (
+        chat_template.find_chat_template(tmp_path, {"chat_template": "a"}).source == "c"
+    )
     for odd in (3, ["a"], [{"name": "rag", "template": "b"}], {"default": "a"}):
-        assert chat_template.find(tmp_path / "none", {"chat_template": odd}) is None
+        assert (
+            chat_template.find_chat_template(tmp_path / "none", {"chat_template": odd})
+            is None
+        )
 
 
 @pytest.mark.parametrize(
@@ -159,20 +168,20 @@ def test_what_a_template_refuses_is_told(source, told):
 def test_a_table_without_documents_is_refused(tokenizer, tmp_path, columns, told):
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=told):
-        texts.read(tmp_path / "a.parquet", tokenizer, 97).first()
+        text_files.read_text(tmp_path / "a.parquet", tokenizer, 97).first()
 
 
 def test_what_is_no_parquet_is_refused(tokenizer, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(ValueError, match=r"a.parquet' must be Parquet, but"):
-        texts.read(tmp_path / "a.parquet", tokenizer, 97)
+        text_files.read_text(tmp_path / "a.parquet", tokenizer, 97)
 
 
 def test_a_model_that_cannot_chat_says_so(tmp_path):
     own = hf.load_tokenizer(tiny_cli.model(tmp_path / "model"))
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
     with pytest.raises(ValueError, match="no chat template that can be read; give"):
-        texts.read(tmp_path / "a.jsonl", own, 97)
+        text_files.read_text(tmp_path / "a.jsonl", own, 97)
 
 
 def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tmp_path):
@@ -182,11 +191,11 @@ def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tmp_path)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ValueError, match=r"a.jsonl', line 2: .*roles must alternate"):
-        texts.read(path, own, 97)
+        text_files.read_text(path, own, 97)
     table = pyarrow.table({"messages": [MESSAGES]})
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet', row 0: .*roles must alternate"):
-        texts.read(tmp_path / "a.parquet", own, 97).first()
+        text_files.read_text(tmp_path / "a.parquet", own, 97).first()
 
 
 def test_a_template_that_asks_for_the_date_gets_one_that_stays():
@@ -210,5 +219,5 @@ def test_conversations_keep_the_bos_that_only_their_template_writes(tmp_path):
     )
     for begins, expected in ((False, [9, 5, 7, 9, 5, 7]), (True, [5, 7, 9, 5, 7])):
         path.write_text(json.dumps(settings | {"add_bos_token": begins}))
-        text = texts.read(tmp_path / "a.jsonl", hf.load_tokenizer(place), 97)
+        text = text_files.read_text(tmp_path / "a.jsonl", hf.load_tokenizer(place), 97)
         assert text.tokens.tolist() == expected

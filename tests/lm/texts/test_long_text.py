@@ -13,7 +13,7 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
-from jaxprune.lm.texts import long_text, texts
+from jaxprune.lm.texts import long_text, text_files
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -25,7 +25,7 @@ WORDS = 60_000
 def a_sixteenth():
     """A text of 0.2 MB is over what is tokenised whole, and is read in many chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "_WHOLE", texts._WHOLE // 16)
+        patch.setattr(text_files, "_WHOLE", text_files._WHOLE // 16)
         patch.setattr(long_text, "_CHUNK", long_text._CHUNK // 16)
         patch.setattr(long_text, "_LONGEST_LINE", long_text._LONGEST_LINE // 16)
         yield
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=["a.txt", "b.jsonl", "c.parquet"])
 def read(request, folder):
     tokenizer = hf.load_tokenizer(folder / "model")
-    text = texts.read(folder / request.param, tokenizer, 97)
+    text = text_files.read_text(folder / request.param, tokenizer, 97)
     assert isinstance(text, long_text.LongText)
     return text, np.load(folder / "ids.npy")
 
@@ -79,9 +79,11 @@ def test_pieces_are_of_the_text_do_not_overlap_and_leave_the_end_alone(
     read, places, sequences
 ):
     text, stream = read
-    begin, end = texts.without_end(text, most=400)
+    begin, end = text_files.hold_out_end(text, most=400)
     np.testing.assert_array_equal(end.tokens, stream[-400:])
-    drawn = texts.draw([begin], sequences=sequences, length=65, bos=1, seed=0)
+    drawn = text_files.draw_sequences(
+        [begin], sequences=sequences, length=65, bos=1, seed=0
+    )
     assert drawn.tokens.shape == (sequences, 65)
     assert (drawn.tokens[:, 0] == 1).all()
     body = drawn.tokens[:, 1:]
@@ -96,7 +98,9 @@ def test_pieces_are_of_the_text_do_not_overlap_and_leave_the_end_alone(
 
 def test_the_seed_decides_what_is_drawn(read):
     def drawn(seed):
-        return texts.draw([read[0]], sequences=8, length=64, bos=None, seed=seed).tokens
+        return text_files.draw_sequences(
+            [read[0]], sequences=8, length=64, bos=None, seed=seed
+        ).tokens
 
     np.testing.assert_array_equal(drawn(0), drawn(0))
     assert (drawn(0) != drawn(1)).any()
@@ -106,18 +110,22 @@ def test_the_seed_decides_what_is_drawn(read):
 def test_where_most_of_the_text_is_needed_all_of_it_is_cut(read, places):
     text, stream = read
     many = len(stream) // 1000 - 1
-    drawn = texts.draw([text], sequences=many, length=1000, bos=None, seed=0).tokens
+    drawn = text_files.draw_sequences(
+        [text], sequences=many, length=1000, bos=None, seed=0
+    ).tokens
     at = places(drawn)
     assert (at % 1000 == 0).all()
     assert len(set(at)) == many
     with pytest.raises(ValueError, match=r"has 60,000 tokens .* of 70,000 \(70 seq"):
-        texts.draw([text], sequences=70, length=1000, bos=None, seed=0)
+        text_files.draw_sequences([text], sequences=70, length=1000, bos=None, seed=0)
 
 
 def test_windows_and_tokens_are_those_of_the_whole_text(read):
     text, stream = read
     np.testing.assert_array_equal(text.first(), stream)
-    seen = perplexity.windows(text, context=16, stride=7, bos=1, limit=9, longest=64)
+    seen = perplexity.windows_of_text(
+        text, context=16, stride=7, bos=1, limit=9, longest=64
+    )
     whole = perplexity.slide(stream, context=16, stride=7, bos=1, limit=9)
     np.testing.assert_array_equal(seen.tokens, whole.tokens)
     np.testing.assert_array_equal(seen.counted, whole.counted)
@@ -132,7 +140,7 @@ def test_there_is_room_for_as_many_pieces_as_the_whole_text_has(read):
 def test_a_text_without_white_space_is_cut_between_characters(folder, tmp_path):
     (tmp_path / "a.txt").write_text("\u4e2d" * 80_000)
     tokenizer = hf.load_tokenizer(folder / "model")
-    text = texts.read(tmp_path / "a.txt", tokenizer, 97)
+    text = text_files.read_text(tmp_path / "a.txt", tokenizer, 97)
     assert set(text.first().tolist()) == {3}  # words that nobody knows
 
 
@@ -149,14 +157,16 @@ def test_a_text_without_white_space_is_cut_between_characters(folder, tmp_path):
 )
 def test_lines_that_are_no_documents_are_refused(folder, tmp_path, content, told):
     (tmp_path / "a.jsonl").write_bytes(content())
-    text = texts.read(tmp_path / "a.jsonl", hf.load_tokenizer(folder / "model"), 97)
+    text = text_files.read_text(
+        tmp_path / "a.jsonl", hf.load_tokenizer(folder / "model"), 97
+    )
     with pytest.raises(ValueError, match=told):
         text.first()
 
 
 _DRAW = """
 import resource, sys
-from jaxprune.lm.texts import texts
+from jaxprune.lm.texts import text_files
 from jaxprune.lm.models import hf
 tokenizer = hf.load_tokenizer(sys.argv[1])
 kind, sizes = type(tokenizer), []
@@ -165,8 +175,9 @@ kind.encode = lambda self, text, **how: (
     sizes.append(len(text)) or encode(self, text, **how)
 )
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-text, end = texts.without_end(texts.read(texts.Path(sys.argv[2]), tokenizer, 97), 8192)
-drawn = texts.draw([text], sequences=64, length=512, bos=1, seed=0)
+text = text_files.read_text(text_files.Path(sys.argv[2]), tokenizer, 97)
+text, end = text_files.hold_out_end(text, 8192)
+drawn = text_files.draw_sequences([text], sequences=64, length=512, bos=1, seed=0)
 more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert drawn.tokens.shape == (64, 512) and end.tokens.shape == (8192,)
 print(more / 1024, sum(sizes))

@@ -78,7 +78,7 @@ def test_a_run_that_was_stopped_writes_only_what_is_left(
 
     numpys = {"bos": np.int64(1), "special": set(np.array([*SPECIAL]))}
     with pytest.raises(KeyboardInterrupt):
-        write(model, **numpys, directory=tmp_path, tick=stop)
+        write(model, **numpys, directory=tmp_path, progress=stop)
     calls, generate = [], written.generate
 
     def counted(*args, **options):
@@ -97,7 +97,7 @@ def test_another_jobs_directory_is_refused(model, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(model, bos=1, directory=tmp_path, tick=stop)
+        write(model, bos=1, directory=tmp_path, progress=stop)
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         write(model, bos=1, directory=tmp_path, seed=1)
 

@@ -7,13 +7,13 @@ from jaxtyping import Array
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far; made by a model's `init_cache`.
+    """Keys and values of the tokens that came before; made by `init_cache`.
 
     Attributes:
-      keys: for each layer (batch, size, kv_heads, head_dim), compute dtype, turned by
-        their positions.
-      values: the same for the values, not turned.
-      length: int32 scalar, how many of the `size` positions are filled.
+      keys: keys of each layer, (batch, size, kv_heads, head_dim), compute dtype, with
+        their rotary positions.
+      values: the same for the values, which have no positions.
+      length: int32 scalar, number of the `size` positions that are filled.
     """
 
     keys: tuple[Array, ...]
@@ -21,17 +21,17 @@ class Cache(NamedTuple):
     length: Array
 
 
-def empty(
+def empty_cache(
     config: Any, batch: int, size: int | None, heads: int, head_dim: int
 ) -> Cache:
     """A cache of zeros with length 0.
 
     Args:
-      config: says the context, the number of layers and the dtype.
+      config: shape of the model: its context, number of layers and dtype are read.
       batch: number of sequences.
-      size: how many tokens it can hold, at most (and by default) the context.
-      heads: key and value heads of a layer.
-      head_dim: features of a head.
+      size: number of tokens that it can hold, at most (and by default) the context.
+      heads: number of key and value heads of a layer.
+      head_dim: number of features of a head.
 
     Returns:
       The cache.

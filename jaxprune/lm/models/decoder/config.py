@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any, Literal, get_args
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.rope import Rope
 
 Norms = Literal[
@@ -20,7 +22,7 @@ Blocks = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 """Where the norms of a block stand; `DecoderConfig` says where."""
 QueryNorms = Literal["head", "heads", "whole"]
 """What of the queries, and of the keys, is normalised together."""
-Activations = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activations = Literal["silu", "gelu", "gelu_tanh", "relu", "quick_gelu"]
 """The nonlinearities of an MLP."""
 
 
@@ -35,12 +37,12 @@ def check_positive(config: Any, *names: str) -> None:
             )
 
 
-def check_choice(config: Any, name: str, known: Collection[str | None]) -> None:
+def check_choice(config: Any, name: str, choices: Collection[str | None]) -> None:
     """Refuses a field of a configuration that is none of these."""
-    if getattr(config, name) not in known:
+    if getattr(config, name) not in choices:
         raise ValueError(
             f"{type(config).__name__} needs {name} to be one of "
-            f"{', '.join(map(str, known))}, "
+            f"{', '.join(map(str, choices))}, "
             f"got {getattr(config, name)!r}"
         )
 
@@ -54,12 +56,28 @@ class DecoderConfig:
       context: the longest sequence, in tokens.
       layers: number of blocks.
       width: size of the residual stream.
+      dtype: type of the matrix products, whatever the parameters' is.
       heads: query heads of a layer.
       kv_heads: key and value heads; each serves heads / kv_heads query heads.
       head_dim: features of a head.
+      fused: whether q, k and v are one matrix, and gate and up another.
+      fused_by_head: whether the fused q, k and v lie key head by key head: its queries,
+        its key, its value; else all queries, all keys, all values.
+      qkv_bias: whether the query, key and value products have a bias.
+      out_bias: whether the attention's output product has a bias.
+      qk_norm: norm of queries and keys: "head" by head with one scale for all, "heads"
+        with a scale for each, or the "whole" of them; None for not.
+      attention_scale: factor on the scores; None is head_dim^(-1/2).
+      attention_softcap: c of c tanh(score / c); None for none.
+      sinks: whether each head has a learned score that joins the softmax over the keys
+        but has no value (attention sinks).
       mlp_width: features inside the MLP, or inside each expert.
-      experts: how many MLPs a router chooses from; 0 for one that all tokens take.
-      experts_per_token: how many of them a token is given to.
+      activation: the MLP's nonlinearity; "gelu" is exact.
+      gated: whether the MLP is activation(gate) * up, else activation(up).
+      mlp_bias: whether the MLP's products have a bias, the router's too.
+      experts: number of MLPs that a router chooses from; 0 for one that all tokens
+        take.
+      experts_per_token: number of them that a token is sent to.
       renormalise: whether the router's shares of those are made to sum to 1.
       shared_width: features inside an MLP that all tokens take beside their experts; 0
         for none.
@@ -71,50 +89,51 @@ class DecoderConfig:
       norm: "layer", with scale and bias, "layer_scale", without the bias,
         "layer_plain", without both, "rms", "rms_float32", which rounds after it scales,
         or "rms_plus_one", scaled by 1 + w.
-      norm_epsilon: what is added to the variance.
-      qk_norm: how queries and keys are normalised: "head" by head with one scale for
-        all, "heads" with a scale for each, or the "whole" of them; None for not.
-      block: where norms stand: before attention and MLP ("pre"), behind them ("post"),
-        or both ("sandwich"); "parallel" adds attention and MLP of the same input, each
-        with a norm before it, "parallel_shared" with one norm for both.
-      activation: the MLP's nonlinearity; "gelu" is exact.
-      gated: whether the MLP is activation(gate) * up, else activation(up).
-      fused: whether q, k and v are one matrix, and gate and up another.
-      fused_by_head: whether the fused q, k and v lie key head by key head: its queries,
-        its key, its value; else all queries, all keys, all values.
-      qkv_bias: whether the query, key and value products have a bias.
-      out_bias: whether the attention's output product has one.
-      mlp_bias: whether the MLP's products have one; the router too, where there is one.
-      head_bias: whether the output head has one.
-      tie_weights: whether the output head is the token embedding.
-      embedding_scale: factor on the embedding, rounded to `dtype`.
+      norm_epsilon: number that is added to the variance.
+      block: places of the norms: before attention and MLP ("pre"), behind them
+        ("post"), or both ("sandwich"); "parallel" adds attention and MLP of the same
+        input, each with a norm before it, "parallel_shared" with one norm for both.
       residual_scale: factor on what attention and MLP add.
-      attention_scale: factor on the scores; None is head_dim^(-1/2).
-      attention_softcap: c of c tanh(score / c); None for none.
-      sinks: whether each head has a learned score that joins the softmax over the keys
-        but has no value (attention sinks).
-      logit_scale: factor on the logits.
-      logit_softcap: c of c tanh(logit / c); None for none.
       ropes: the rotary schemes; () for learned positions.
-      rope_of: for each layer, which of `ropes`, None for no positions at all; () for
+      rope_of: number in `ropes` of each layer, None for no positions at all; () for
         the first everywhere.
       position_offset: rows of the learned positions that come before the first's.
-      windows: for each layer, how many tokens a token sees, itself included, None for
-        all; () for all everywhere.
-      dtype: type of the matrix products, whatever the parameters' is.
+      windows: number of tokens that a token of each layer sees, itself included, None
+        for all; () for all everywhere.
+      tie_weights: whether the output head is the token embedding.
+      embedding_scale: factor on the embedding, rounded to `dtype`.
+      head_bias: whether the output head has a bias.
+      logit_scale: factor on the logits.
+      logit_softcap: c of c tanh(logit / c); None for none.
 
     Raises:
       ValueError: a field is outside its range, or two do not fit.
     """
 
+    # Sizes of the whole.
     vocab_size: int
     context: int
     layers: int
     width: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Attention.
     heads: int
     kv_heads: int
     head_dim: int
+    fused: bool = False
+    fused_by_head: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: QueryNorms | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    sinks: bool = False
+    # The MLP of a block.
     mlp_width: int
+    activation: Activations = "silu"
+    gated: bool = True
+    mlp_bias: bool = False
+    # Experts in the place of an MLP.
     experts: int = 0
     experts_per_token: int = 0
     renormalise: bool = False
@@ -122,62 +141,45 @@ class DecoderConfig:
     experts_fused: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
+    # Norms, and what is added to the residual stream.
     norm: Norms = "rms"
     norm_epsilon: float = 1e-6
-    qk_norm: QueryNorms | None = None
     block: Blocks = "pre"
-    activation: Activations = "silu"
-    gated: bool = True
-    fused: bool = False
-    fused_by_head: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    head_bias: bool = False
-    tie_weights: bool = False
-    embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    sinks: bool = False
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
+    # Positions, and how far a layer sees.
     ropes: tuple[Rope, ...] = ()
     rope_of: tuple[int | None, ...] = ()
     position_offset: int = 0
     windows: tuple[int | None, ...] = ()
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Embedding and head.
+    tie_weights: bool = False
+    embedding_scale: float = 1.0
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_positive(self, "vocab_size", "context", "layers", "width")
         check_positive(self, "heads", "kv_heads", "head_dim", "mlp_width")
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                "DecoderConfig needs heads to be divisible by kv_heads, got heads="
-                f"{self.heads} and kv_heads={self.kv_heads}"
-            )
-        if self.experts and not 1 <= self.experts_per_token <= self.experts:
-            raise ValueError(
-                "DecoderConfig needs experts_per_token to be from 1 to experts="
-                f"{self.experts}, got {self.experts_per_token}"
-            )
-        if self.experts and not self.gated:
-            raise ValueError(
-                "DecoderConfig has gated experts only, got gated=False and experts="
-                f"{self.experts}; leave one of them out"
-            )
-        if self.swiglu_limit is not None and not self.experts:
-            raise ValueError(
-                "DecoderConfig clips experts only, got swiglu_limit="
-                f"{self.swiglu_limit} and experts=0; leave swiglu_limit out"
-            )
         check_choice(self, "norm", get_args(Norms))
         check_choice(self, "qk_norm", (*get_args(QueryNorms), None))
         check_choice(self, "block", get_args(Blocks))
         check_choice(self, "activation", get_args(Activations))
         check_choice(self, "dtype", ("float32", "bfloat16"))
-        self._layerwise()
+        schemes = range(len(self.ropes))
+        rules.check(
+            _RULES,
+            **vars(self),
+            schemes=len(schemes),
+            rope_of_entries=len(self.rope_of),
+            windows_entries=len(self.windows),
+            shortest_window=min((w for w in self.windows if w is not None), default=1),
+            unknown_rope=next(
+                (i for i in self.rope_of if i is not None and i not in schemes), None
+            ),
+            frequencies=max((len(r.frequencies) for r in self.ropes), default=0),
+        )
 
     def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "DecoderConfig":
         """The same shape with products of another type."""
@@ -186,8 +188,8 @@ class DecoderConfig:
     @property
     def switches(self) -> tuple[int, ...]:
         """Lengths past which other rotary angles hold, for all positions, ascending."""
-        found = {rope.switch for rope in self.ropes if rope.switch is not None}
-        return tuple(sorted(found))
+        lengths = {rope.switch for rope in self.ropes if rope.switch is not None}
+        return tuple(sorted(lengths))
 
     def rope(self, layer: int) -> Rope | None:
         """The rotary scheme of a layer; None for learned positions, or for none."""
@@ -200,28 +202,50 @@ class DecoderConfig:
         """How many tokens a token sees in a layer; None for all."""
         return self.windows[layer] if self.windows else None
 
-    def _layerwise(self) -> None:
-        for name in ("rope_of", "windows"):
-            given = len(getattr(self, name))
-            if given not in (0, self.layers):
-                raise ValueError(
-                    f"DecoderConfig needs {name} to have one entry for each of the "
-                    f"{self.layers} layers, got {given}"
-                )
-        if wrong := [w for w in self.windows if w is not None and w < 1]:
-            raise ValueError(
-                f"DecoderConfig needs windows of at least 1 token, got {wrong[0]}; "
-                "None sees all"
-            )
-        known = {*range(len(self.ropes)), None}
-        if unknown := [i for i in self.rope_of if i not in known]:
-            raise ValueError(
-                f"DecoderConfig needs rope_of to index the {len(self.ropes)} ropes, "
-                f"got {unknown[0]}"
-            )
-        for rope in self.ropes:
-            if 2 * len(rope.frequencies) > self.head_dim:
-                raise ValueError(
-                    "DecoderConfig needs at most head_dim / 2 rotary frequencies, got "
-                    f"{len(rope.frequencies)} for head_dim={self.head_dim}"
-                )
+
+# What must hold between fields, each of which is in its range by itself.
+_RULES = (
+    Rule(
+        lambda v: v.heads % v.kv_heads == 0,
+        "DecoderConfig needs heads to be divisible by kv_heads, got heads={heads} and "
+        "kv_heads={kv_heads}",
+    ),
+    Rule(
+        lambda v: not v.experts or 1 <= v.experts_per_token <= v.experts,
+        "DecoderConfig needs experts_per_token to be from 1 to experts={experts}, got "
+        "{experts_per_token}",
+    ),
+    Rule(
+        lambda v: not v.experts or v.gated,
+        "DecoderConfig has gated experts only, got gated=False and experts={experts}",
+        "leave one of them out",
+    ),
+    Rule(
+        lambda v: v.experts or v.swiglu_limit is None,
+        "DecoderConfig clips experts only, got swiglu_limit={swiglu_limit} and "
+        "experts=0",
+        "leave swiglu_limit out",
+    ),
+    *(
+        Rule(
+            lambda v, entries=f"{name}_entries": getattr(v, entries) in (0, v.layers),
+            f"DecoderConfig needs {name} to have one entry for each of the {{layers}} "
+            f"layers, got {{{name}_entries}}",
+        )
+        for name in ("rope_of", "windows")
+    ),
+    Rule(
+        lambda v: v.shortest_window >= 1,
+        "DecoderConfig needs windows of at least 1 token, got {shortest_window}",
+        "None sees all",
+    ),
+    Rule(
+        lambda v: v.unknown_rope is None,
+        "DecoderConfig needs rope_of to index the {schemes} ropes, got {unknown_rope}",
+    ),
+    Rule(
+        lambda v: 2 * v.frequencies <= v.head_dim,
+        "DecoderConfig needs at most head_dim / 2 rotary frequencies, got {frequencies}"
+        " for head_dim={head_dim}",
+    ),
+)

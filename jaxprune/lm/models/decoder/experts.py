@@ -1,7 +1,7 @@
 """A mixture of experts in the place of a block's MLP.
 
-A router gives each token to a few of many MLPs, and what they answer is added up by the
-router's shares. The rows that an expert is given lie together, so each of its matrices
+A router sends each token to a few of many MLPs, and their outputs are added up with the
+router's weights. The rows of an expert lie together, so each of its matrices
 meets them in one product (`arrays.grouped_rows`). On one device nothing is computed for
 the other experts; over a mesh it is `jax.lax.ragged_dot`. Kernels are
 [experts, in, out].
@@ -40,12 +40,12 @@ class ExpertLinear(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "rows inputs"],
-        sizes: Int[Array, "experts"],
+        counts: Int[Array, "experts"],
         expert: Int[Array, "rows"],
     ) -> Float[Array, "rows outputs"]:
-        """The products of rows that lie expert by expert, `sizes` of each."""
-        kernel = self.kernel[...].astype(self.dtype)
-        y = grouped_rows.dot(x.astype(self.dtype), kernel, sizes)
+        """The products of rows that lie expert by expert, `counts` of each."""
+        kernel = self.kernel[...].astype(self.dtype)  # [experts, in, out]
+        y = grouped_rows.dot(x.astype(self.dtype), kernel, counts)
         return y if self.bias is None else y + self.bias[...][expert].astype(y.dtype)
 
 
@@ -54,84 +54,87 @@ class Experts(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Makes the matrices; `rngs` is read, not kept."""
-        width, wide = config.width, config.mlp_width
-        bias = config.mlp_bias
+        width, neurons, bias = config.width, config.mlp_width, config.mlp_bias
         self.router = Linear(config, width, config.experts, bias=bias, rngs=rngs)
         self.alternating = config.experts_fused
         if self.alternating:
-            self.gate_up = ExpertLinear(config, width, 2 * wide, rngs=rngs)
+            self.gate_up = ExpertLinear(config, width, 2 * neurons, rngs=rngs)
         else:
-            self.gate = ExpertLinear(config, width, wide, rngs=rngs)
-            self.up = ExpertLinear(config, width, wide, rngs=rngs)
-        self.down = ExpertLinear(config, wide, width, rngs=rngs)
+            self.gate = ExpertLinear(config, width, neurons, rngs=rngs)
+            self.up = ExpertLinear(config, width, neurons, rngs=rngs)
+        self.down = ExpertLinear(config, neurons, width, rngs=rngs)
         self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
-        self.experts, self.taken = config.experts, config.experts_per_token
+        self.experts, self.top_k = config.experts, config.experts_per_token
         self.renormalise, self.activation = config.renormalise, config.activation
         self.sharing = config.shared_width > 0
         if self.sharing:
-            self.shared = MLP(config, rngs=rngs, wide=config.shared_width)
+            self.shared = MLP(config, rngs=rngs, neurons=config.shared_width)
             self.shared_router = Linear(config, width, 1, bias=False, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch time width"]
     ) -> Float[Array, "batch time width"]:
         """Applies each token's experts to it."""
-        where = placement.like(x)
-        if where is None:
-            return self._applied(x)
+        sharding = placement.sharding_of(x)
+        if sharding is None:
+            return self._mixture(x)
         # Tokens of all devices are sorted by expert. No sharding type can describe the
         # result, so the axes of the mesh are Auto inside.
         graphdef, state = nnx.split(self)
         apply = jax.sharding.auto_axes(
-            lambda state, x: nnx.merge(graphdef, state)._applied(x), out_sharding=where
+            lambda state, x: nnx.merge(graphdef, state)._mixture(x),
+            out_sharding=sharding,
         )
         return apply(state, x)
 
-    def _applied(self, x: Array) -> Array:
+    def _mixture(self, x: Array) -> Array:
         rows = x.reshape(-1, x.shape[-1])  # (tokens, width)
-        token, _, y = self.answers(rows)
+        token, _, y = self.expert_outputs(rows)
         y = jnp.zeros_like(rows).at[token].add(y).reshape(x.shape)
         if not self.sharing:
             return y
         return y + jax.nn.sigmoid(self.shared_router(x)) * self.shared(x)
 
-    def answers(
+    def expert_outputs(
         self, rows: Float[Array, "tokens width"]
-    ) -> tuple[Int[Array, "given"], Int[Array, "given"], Float[Array, "given width"]]:
-        """Each expert's output for each token it is given, times the router's share.
+    ) -> tuple[Int[Array, "pairs"], Int[Array, "pairs"], Float[Array, "pairs width"]]:
+        """Each expert's output for each token sent to it, times the router's weight.
 
         Returns three arrays with tokens x experts_per_token entries: the number of the
         token, the number of the expert, and the output. Entries are ordered by expert,
         and by token within an expert.
         """
-        share, chosen = self.routed(rows)  # (tokens, taken)
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        token, expert = order // self.taken, chosen.reshape(-1)[order]
-        sizes = jnp.bincount(chosen.reshape(-1), length=self.experts)  # (experts,)
-        inside = self._inside(rows[token], sizes, expert)  # (given, wide)
-        y = self.down(inside, sizes, expert)
-        y = y * share.reshape(-1)[order][:, None].astype(y.dtype)
+        router_weights, chosen = self.route(rows)  # (tokens, top_k)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)  # (pairs,)
+        token, expert = order // self.top_k, chosen.reshape(-1)[order]
+        counts = jnp.bincount(chosen.reshape(-1), length=self.experts)  # (experts,)
+        hidden = self._hidden(rows[token], counts, expert)  # (pairs, neurons)
+        y = self.down(hidden, counts, expert)  # (pairs, width)
+        y = y * router_weights.reshape(-1)[order][:, None].astype(y.dtype)
         return token, expert, y
 
-    def _inside(self, own: Array, sizes: Array, expert: Array) -> Array:
-        """What each expert's `down` reads."""
+    def _hidden(self, rows: Array, counts: Array, expert: Array) -> Array:
+        """The neurons of each expert, which its `down` reads: (pairs, neurons)."""
         if self.alternating:
-            both = self.gate_up(own, sizes, expert)
-            gate, up = both[:, ::2], both[:, 1::2]
+            gate_up = self.gate_up(rows, counts, expert)  # (pairs, 2 * neurons)
+            gate, up = gate_up[:, ::2], gate_up[:, 1::2]  # features alternate
         else:
-            gate, up = self.gate(own, sizes, expert), self.up(own, sizes, expert)
+            gate, up = self.gate(rows, counts, expert), self.up(rows, counts, expert)
         if self.limit is None:
             return ACTIVATIONS[self.activation](gate) * up
         gate = jnp.minimum(gate, self.limit)
         up = jnp.clip(up, -self.limit, self.limit)
-        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)  # gpt-oss
 
-    def routed(
+    def route(
         self, rows: Float[Array, "tokens width"]
-    ) -> tuple[Float[Array, "tokens taken"], Int[Array, "tokens taken"]]:
-        """The shares of the experts that each token is given to, and their numbers."""
+    ) -> tuple[Float[Array, "tokens top_k"], Int[Array, "tokens top_k"]]:
+        """The weights and the numbers of the experts that each token is sent to."""
         logits = self.router(rows).astype(jnp.float32)  # (tokens, experts)
-        share, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.taken)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        # (tokens, top_k)
+        router_weights, chosen = jax.lax.top_k(probabilities, self.top_k)
         if self.renormalise:
-            share = share / jnp.sum(share, axis=-1, keepdims=True)
-        return share, chosen
+            total = jnp.sum(router_weights, axis=-1, keepdims=True)  # (tokens, 1)
+            router_weights = router_weights / total
+        return router_weights, chosen

@@ -1,7 +1,9 @@
 """The layers of a `Decoder`: norms, attention and MLP.
 
-Norms, rotary turns, scores and softmax are float32, products run in
-`DecoderConfig.dtype`. A layer holds parameters and settings, nothing else.
+Norms, rotary positions, scores and softmax are float32, products run in
+`DecoderConfig.dtype`. A layer holds parameters and settings, nothing else. Axes are
+called batch, time (the tokens that come in), keys (the tokens that may be attended to:
+those of the KV cache too), heads, kv_heads and dim.
 
 References:
   Zhang, Sennrich: Root Mean Square Layer Normalization, 2019, arXiv 1910.07467.
@@ -15,20 +17,26 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.lm.models.decoder.config import DecoderConfig, Norms
 from jaxprune.lm.models.decoder.rope import rotate
-from jaxprune.lm.models.placement import broadcast, rows_of
+from jaxprune.lm.models.placement import broadcast, row_sharding
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 """The nonlinearities of an MLP by their names in `DecoderConfig`."""
-Turn = tuple[Array, Array]
+CosSin = tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]]
+"""Cosines and sines of the rotary angles, `rope.cos_and_sin`."""
+KVCache = tuple[
+    Float[Array, "batch keys kv_heads dim"], Float[Array, "batch keys kv_heads dim"]
+]
+"""Keys and values of one layer."""
 
 
 class Numeric(Protocol):
@@ -57,30 +65,31 @@ class Norm(nnx.Module):
 
     def __init__(self, config: Numeric, *shape: int):
         """Makes a scale of this shape, 1 at the beginning, and the bias."""
-        self.kind, self.epsilon = config.norm, config.norm_epsilon
-        first = 0.0 if self.kind == "rms_plus_one" else 1.0
-        plain = self.kind == "layer_plain"
-        self.scale = None if plain else nnx.Param(jnp.full(shape, first, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(shape)) if self.kind == "layer" else None
+        self.norm, self.epsilon = config.norm, config.norm_epsilon
+        # A checkpoint of Gemma stores the scale less 1.
+        initial = 0.0 if self.norm == "rms_plus_one" else 1.0
+        scale = jnp.full(shape, initial, jnp.float32)
+        self.scale = None if self.norm == "layer_plain" else nnx.Param(scale)
+        self.bias = nnx.Param(jnp.zeros(shape)) if self.norm == "layer" else None
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """Normalises in float32."""
-        wide = x.astype(jnp.float32)  # (..., width), as all here
-        if self.kind.startswith("layer"):
-            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)  # (..., 1)
-        wide = wide * jax.lax.rsqrt(square + self.epsilon)
+        y = x.astype(jnp.float32)  # (..., width)
+        if self.norm.startswith("layer"):
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)  # (..., 1)
+        y = y * jax.lax.rsqrt(variance + self.epsilon)
         if self.scale is None:
-            return wide.astype(x.dtype)
-        scale = broadcast(self.scale[...], x)
-        if self.kind == "rms":
+            return y.astype(x.dtype)
+        scale = broadcast(self.scale[...], x)  # (1, ..., 1, width)
+        if self.norm == "rms":
             # Llama and its relatives round before they scale, Gemma after.
-            return wide.astype(x.dtype) * scale.astype(x.dtype)
+            return y.astype(x.dtype) * scale.astype(x.dtype)
         scale = scale.astype(jnp.float32)
-        wide = wide * (1 + scale if self.kind == "rms_plus_one" else scale)
+        y = y * (1 + scale if self.norm == "rms_plus_one" else scale)
         if self.bias is not None:
-            wide = wide + broadcast(self.bias[...], x).astype(jnp.float32)
-        return wide.astype(x.dtype)
+            y = y + broadcast(self.bias[...], x).astype(jnp.float32)
+        return y.astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -96,7 +105,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Makes the kernel and the bias; `rngs` is read, not kept."""
-        kernel = 0.02 * jax.random.normal(rngs.params(), (inputs, outputs))
+        kernel = 0.02 * jax.random.normal(rngs.params(), (inputs, outputs))  # [in, out]
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
         self.dtype = config.dtype
@@ -116,13 +125,14 @@ def contract(
     x: Float[Array, "... inputs"], matrix: Array, axis: int, dtype: str | None = None
 ) -> Float[Array, "... outputs"]:
     """Contracts the last axis of `x` with one of a matrix; rows keep their sharding."""
-    axes = (((x.ndim - 1,), (axis,)), ((), ()))
+    contracted, batched = ((x.ndim - 1,), (axis,)), ((), ())
     return jax.lax.dot_general(
         x,
         matrix,
-        axes,
+        (contracted, batched),
         preferred_element_type=dtype,
-        out_sharding=rows_of(x, x.ndim - 1),
+        # On a mesh with Explicit axes JAX asks how the result is split.
+        out_sharding=row_sharding(x, x.ndim - 1),
     )
 
 
@@ -131,15 +141,18 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
         """Makes the matrices; `rngs` is read, not kept."""
-        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        q_width, kv_width = (
+            heads * config.head_dim for heads in (config.heads, config.kv_heads)
+        )
         width, bias = config.width, config.qkv_bias
         if config.fused:
-            self.qkv = Linear(config, width, q + 2 * kv, bias=bias, rngs=rngs)
+            fused_width = q_width + 2 * kv_width
+            self.qkv = Linear(config, width, fused_width, bias=bias, rngs=rngs)
         else:
-            self.q = Linear(config, width, q, bias=bias, rngs=rngs)
-            self.k = Linear(config, width, kv, bias=bias, rngs=rngs)
-            self.v = Linear(config, width, kv, bias=bias, rngs=rngs)
-        self.out = Linear(config, q, width, bias=config.out_bias, rngs=rngs)
+            self.q = Linear(config, width, q_width, bias=bias, rngs=rngs)
+            self.k = Linear(config, width, kv_width, bias=bias, rngs=rngs)
+            self.v = Linear(config, width, kv_width, bias=bias, rngs=rngs)
+        self.out = Linear(config, q_width, width, bias=config.out_bias, rngs=rngs)
         self.norm_q = _norm_of_heads(config, config.heads)
         self.norm_k = _norm_of_heads(config, config.kv_heads)
         self.sinks = nnx.Param(jnp.zeros(config.heads)) if config.sinks else None
@@ -154,75 +167,87 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch time width"],
-        turn: Turn | None,
-        seen: Array,
-        past: tuple[Array, Array] | None,
-        start: Int[Array, ""],
-    ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
-        """Attends to the keys that `seen` (time, keys) allows, `past` included."""
+        cos_sin: CosSin | None,
+        mask: Bool[Array, "time keys"],
+        kv_cache: KVCache | None,
+        cache_length: Int[Array, ""],
+    ) -> tuple[Float[Array, "batch time width"], KVCache]:
+        """Attends to the keys that the mask allows, those of the cache included.
+
+        Args:
+          x: normalised hidden states.
+          cos_sin: cosines and sines of the tokens' positions; None turns nothing.
+          mask: which keys each token may attend to.
+          kv_cache: keys and values of this layer, with room for the new ones; None
+            where the tokens are the whole text.
+          cache_length: number of the cache's positions that are filled.
+
+        Returns:
+          What the residual stream gets, and keys and values with the new ones in them.
+        """
         batch, time, _ = x.shape
-        q, k, v = self._queries_keys_values(x)
-        if turn is not None:
-            q, k = (rotate(y, turn, interleaved=self.interleaved) for y in (q, k))
-        if past is not None:  # (batch, size, kv_heads, head_dim)
-            k = jax.lax.dynamic_update_slice(past[0], k, (0, start, 0, 0))
-            v = jax.lax.dynamic_update_slice(past[1], v, (0, start, 0, 0))
-        # (batch, time, heads, head_dim)
-        sinks = None if self.sinks is None else self.sinks[...]
-        x = attend(q, k, v, seen, self.scale, self.softcap, sinks)
-        return self.out(x.reshape(batch, time, -1)), (k, v)
+        q, k, v = self._queries_keys_values(x)  # (batch, time, heads | kv_heads, dim)
+        if cos_sin is not None:
+            q, k = (rotate(y, cos_sin, interleaved=self.interleaved) for y in (q, k))
+        if kv_cache is not None:  # (batch, keys, kv_heads, dim)
+            index = (0, cache_length, 0, 0)
+            k = jax.lax.dynamic_update_slice(kv_cache[0], k, index)
+            v = jax.lax.dynamic_update_slice(kv_cache[1], v, index)
+        sinks = None if self.sinks is None else self.sinks[...]  # (heads,)
+        y = attend(q, k, v, mask, self.scale, self.softcap, sinks)
+        return self.out(y.reshape(batch, time, -1)), (k, v)
 
     def _queries_keys_values(self, x: Array) -> list[Array]:
-        """Each (batch, time, heads or kv_heads, head_dim), q and k normalised."""
+        """Each (batch, time, heads or kv_heads, dim), q and k normalised."""
+        batch, time, _ = x.shape
+        # OLMo normalises queries over all heads at once, so before they are cut.
+        flat = self.qk_norm == "whole"
+        qkv = self._project(x)
+        if flat:
+            qkv = self._normalise(qkv)
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        parts = self._products(x)
-        if self.qk_norm == "whole":
-            parts = self._normed(parts)
-        parts = [
-            part.reshape(*x.shape[:2], n, -1)
-            for part, n in zip(parts, heads, strict=True)
-        ]
-        return parts if self.qk_norm == "whole" else self._normed(parts)
+        qkv = [y.reshape(batch, time, n, -1) for y, n in zip(qkv, heads, strict=True)]
+        return qkv if flat else self._normalise(qkv)
 
-    def _normed(self, parts: list[Array]) -> list[Array]:
-        q, k, v = parts
-        return [normed(self.norm_q, q), normed(self.norm_k, k), v]
+    def _normalise(self, qkv: list[Array]) -> list[Array]:
+        q, k, v = qkv
+        return [apply_norm(self.norm_q, q), apply_norm(self.norm_k, k), v]
 
-    def _products(self, x: Array) -> list[Array]:
-        """Queries, keys and values, (batch, time, features)."""
+    def _project(self, x: Array) -> list[Array]:
+        """Queries, keys and values, (batch, time, heads * dim or kv_heads * dim)."""
+        batch, time, _ = x.shape
         heads, kv_heads = self.heads, self.kv_heads
         if not self.fused:
             return [self.q(x), self.k(x), self.v(x)]
-        fused = self.qkv(x)
+        fused = self.qkv(x)  # (batch, time, (heads + 2 kv_heads) * dim)
         if not self.by_head:
-            size = fused.shape[-1] // (heads + 2 * kv_heads)
-            cuts = [heads * size, (heads + kv_heads) * size]
-            return jnp.split(fused, cuts, axis=-1)
+            dim = fused.shape[-1] // (heads + 2 * kv_heads)
+            return jnp.split(fused, [heads * dim, (heads + kv_heads) * dim], axis=-1)
+        # Of each key head the queries that share it, its key, its value.
         group = heads // kv_heads
-        # (batch, time, kv_heads, group + 2, head_dim)
-        fused = fused.reshape(*x.shape[:2], kv_heads, group + 2, -1)
-        parts = jnp.split(fused, [group, group + 1], axis=-2)
-        return [part.reshape(*x.shape[:2], -1) for part in parts]
+        fused = fused.reshape(batch, time, kv_heads, group + 2, -1)
+        qkv = jnp.split(fused, [group, group + 1], axis=-2)
+        return [y.reshape(batch, time, -1) for y in qkv]
 
 
 class MLP(nnx.Module):
     """Wider, a nonlinearity, and back."""
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, wide: int | None = None
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, neurons: int | None = None
     ):
-        """Makes the matrices; `rngs` is read, not kept."""
+        """Makes the matrices; `neurons` is `config.mlp_width` where it is None."""
         width, bias = config.width, config.mlp_bias
-        wide = config.mlp_width if wide is None else wide
+        neurons = config.mlp_width if neurons is None else neurons
         self.activation = config.activation
         self.gated, self.fused = config.gated, config.gated and config.fused
         if self.fused:
-            self.gate_up = Linear(config, width, 2 * wide, bias=bias, rngs=rngs)
+            self.gate_up = Linear(config, width, 2 * neurons, bias=bias, rngs=rngs)
         else:
-            self.up = Linear(config, width, wide, bias=bias, rngs=rngs)
+            self.up = Linear(config, width, neurons, bias=bias, rngs=rngs)
         if self.gated and not self.fused:
-            self.gate = Linear(config, width, wide, bias=bias, rngs=rngs)
-        self.down = Linear(config, wide, width, bias=bias, rngs=rngs)
+            self.gate = Linear(config, width, neurons, bias=bias, rngs=rngs)
+        self.down = Linear(config, neurons, width, bias=bias, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch time width"]
@@ -234,18 +259,18 @@ class MLP(nnx.Module):
         if self.fused:
             gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         else:
-            gate, up = self.gate(x), self.up(x)
+            gate, up = self.gate(x), self.up(x)  # (batch, time, neurons)
         return self.down(act(gate) * up)
 
 
-def normed(norm: Norm | None, x: Array) -> Array:
+def apply_norm(norm: Norm | None, x: Array) -> Array:
     """Normalised, where there is a norm."""
     return x if norm is None else norm(x)
 
 
 def _norm_of_heads(config: DecoderConfig, heads: int) -> Norm | None:
     """The norm of queries or keys."""
-    shapes = {
+    shapes = {  # of the scale
         "head": (config.head_dim,),
         "heads": (heads, config.head_dim),
         "whole": (heads * config.head_dim,),
@@ -257,35 +282,46 @@ def attend(
     q: Float[Array, "batch time heads dim"],
     k: Float[Array, "batch keys kv_heads dim"],
     v: Float[Array, "batch keys kv_heads dim"],
-    seen: Array,
+    mask: Bool[Array, "time keys"],
     scale: float,
     softcap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
 ) -> Float[Array, "batch time heads dim"]:
-    """Attention of queries to sinks and to the keys that `seen` (time, keys) allows."""
+    """Attention of queries to the keys that the mask allows, and to sinks."""
     # Query heads that share a key head are rows of one matrix, which is a quarter
     # faster on a CPU than an axis of their own.
     batch, time, heads, dim = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
     q = q.reshape(batch, time, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
-    rows = q.reshape(batch, kv_heads, group * time, dim)  # (batch, kv, rows, dim)
-    dot = jnp.einsum("bkrd,bskd->bkrs", rows, k, preferred_element_type=jnp.float32)
-    dot = dot.reshape(batch, kv_heads, group, time, -1) * scale
+    q = q.reshape(batch, kv_heads, group * time, dim)
+    # (batch, kv_heads, group * time, keys), then (batch, kv_heads, group, time, keys)
+    scores = jnp.einsum("bkrd,bskd->bkrs", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, group, time, -1) * scale
     if softcap is not None:
-        dot = softcap * jnp.tanh(dot / softcap)
-    # (batch, kv, group, time, keys), float32
-    dot = jnp.where(seen[None, None, None], dot, -jnp.inf)
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[None, None, None], scores, -jnp.inf)
+    attention_weights = _softmax_with_sinks(scores, sinks).astype(v.dtype)
+    weights = attention_weights.reshape(batch, kv_heads, group * time, -1)
+    # (batch, kv_heads, group * time, dim)
+    y = jnp.einsum("bkrs,bskd->bkrd", weights, v)
+    y = y.reshape(batch, kv_heads, group, time, dim).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, time, heads, dim)
+
+
+def _softmax_with_sinks(
+    scores: Float[Array, "batch kv_heads group time keys"],
+    sinks: Float[Array, "heads"] | None,
+) -> Float[Array, "batch kv_heads group time keys"]:
+    """Softmax over the keys; a sink is one key more, whose value is zero."""
     if sinks is None:
-        share = jax.nn.softmax(dot, axis=-1)
-    else:
-        own = sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
-        most = jax.lax.stop_gradient(jnp.maximum(dot.max(-1, keepdims=True), own))
-        share = jnp.exp(dot - most)
-        share = share / (share.sum(-1, keepdims=True) + jnp.exp(own - most))
-    share = share.astype(v.dtype).reshape(batch, kv_heads, group * time, -1)
-    x = jnp.einsum("bkrs,bskd->bkrd", share, v)  # (batch, kv, rows, dim)
-    x = x.reshape(batch, kv_heads, group, time, dim).transpose(0, 3, 1, 2, 4)
-    return x.reshape(batch, time, heads, dim)
+        return jax.nn.softmax(scores, axis=-1)
+    sink = sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+    largest = jnp.maximum(scores.max(-1, keepdims=True), sink)
+    # Any number may be subtracted from the exponents; the largest keeps them finite.
+    largest = jax.lax.stop_gradient(largest)  # (batch, kv_heads, group, time, 1)
+    exponentials = jnp.exp(scores - largest)
+    total = exponentials.sum(-1, keepdims=True) + jnp.exp(sink - largest)
+    return exponentials / total
 
 
 def embedding(config: Any, rows: int, rngs: nnx.Rngs) -> nnx.Embed:

@@ -20,14 +20,14 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.lm.models.decoder.block import Block
 from jaxprune.lm.models.decoder.cache import Cache as Cache
-from jaxprune.lm.models.decoder.cache import check_length, check_tokens, empty
+from jaxprune.lm.models.decoder.cache import check_length, check_tokens, empty_cache
 from jaxprune.lm.models.decoder.config import DecoderConfig as DecoderConfig
 from jaxprune.lm.models.decoder.layers import Linear, Norm, contract, embedding
-from jaxprune.lm.models.decoder.rope import tables
+from jaxprune.lm.models.decoder.rope import cos_and_sin
 from jaxprune.lm.models.placement import look_up
 
 # Logits that the loss holds at a time: 2^25 floats are 128 MiB.
@@ -84,13 +84,13 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: integers in [0, vocab_size); one past the end gives NaN logits.
-          cache: what came before these tokens. There must be room for them: a
-            full cache cannot raise under jit. Where long sequences have rotary
-            angles of their own (`DecoderConfig.switches`), the size of the cache
-            counts as the length.
-          positions: where the tokens stand, integers (time,), by default one after
-            the other behind the cache. Which tokens are seen is decided by their
-            order, not by this.
+          cache: keys and values of the text before these tokens. There must be room
+            for theirs: a full cache cannot raise under jit. Where long sequences have
+            rotary angles of their own (`DecoderConfig.switches`), the size of the
+            cache counts as the length.
+          positions: positions of the tokens, integers (time,), by default one after
+            the other behind the cache. Which tokens are attended to is decided by
+            their order, not by this.
 
         Returns:
           Logits, float32 (batch, time, vocab_size), and with a cache the pair of
@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time w"]:
         """The residual stream before the first layer, (batch, time, width)."""
         check_tokens(tokens, "Decoder")
-        x = look_up(self.embedding, tokens)
+        x = look_up(self.embedding, tokens)  # (batch, time, width)
         scale = self.config.embedding_scale
         return x if scale == 1 else x * jnp.array(scale, x.dtype)
 
@@ -121,9 +121,9 @@ class Decoder(nnx.Module):
         """The final hidden states, normalised, of embedded tokens.
 
         Args:
-          x: what `embed` returned, or anything of that shape.
-          cache: as for the call.
-          positions: as for the call.
+          x: embedded tokens: what `embed` returned, or anything of that shape.
+          cache: keys and values of the text before; see the call.
+          positions: positions of the tokens; see the call.
           remat: whether the gradient computes the activations inside each layer
             again, to save memory.
 
@@ -135,36 +135,40 @@ class Decoder(nnx.Module):
         """
         time = x.shape[1]
         size = self.config.context if cache is None else cache.keys[0].shape[1]
-        start = jnp.int32(0) if cache is None else cache.length
+        cache_length = jnp.int32(0) if cache is None else cache.length
         # How full a cache is can be known outside jit alone.
-        before = 0 if cache is None or isinstance(start, jax.core.Tracer) else start
-        check_length(int(before) + time, size, "Decoder")
-        index = start + jnp.arange(time, dtype=jnp.int32)  # (time,), order in the text
-        length: int | Array = time if cache is None else size
+        unknown = cache is None or isinstance(cache_length, jax.core.Tracer)
+        check_length((0 if unknown else int(cache_length)) + time, size, "Decoder")
+        # (time,): where the tokens stand in the text, which the mask goes by.
+        order = cache_length + jnp.arange(time, dtype=jnp.int32)
+        text_length: int | Array = time if cache is None else size
         if positions is None:
-            positions = index
+            positions = order
         elif cache is None:
-            length = jnp.max(positions) + 1
+            text_length = jnp.max(positions) + 1
         if not self.config.ropes:
             rows = positions + self.config.position_offset
             x = x + look_up(self.position_embedding, rows)[None]
-        # Cosines and sines of each scheme, and the keys that each kind of layer sees.
-        turns = {rope: tables(rope, positions, length) for rope in self.config.ropes}
-        masks = _masks(self.config, index, time if cache is None else size)
-        pasts = []
+        # Of each rotary scheme, and of each sliding window.
+        cos_sin = {
+            rope: cos_and_sin(rope, positions, text_length)
+            for rope in self.config.ropes
+        }
+        masks = _causal_masks(self.config, order, time if cache is None else size)
+        kv_caches = []
         for i, layer in enumerate(self.layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
+            kv_cache = None if cache is None else (cache.keys[i], cache.values[i])
             rope, window = self.config.rope(i), self.config.window(i)
-            turn = None if rope is None else turns[rope]
+            turn = None if rope is None else cos_sin[rope]
             run = jax.checkpoint(layer) if remat else layer
             # (batch, time, width), and keys and values (batch, keys, kv_heads, dim)
-            x, past = run(x, turn, masks[window], past, start)
-            pasts.append(past)
-        x = self.norm(x)
+            x, kv_cache = run(x, turn, masks[window], kv_cache, cache_length)
+            kv_caches.append(kv_cache)
+        x = self.norm(x)  # (batch, time, width), what the head reads
         if cache is None:
             return x, None
-        keys, values = zip(*pasts, strict=True)
-        return x, Cache(keys, values, start + time)
+        keys, values = zip(*kv_caches, strict=True)
+        return x, Cache(keys, values, cache_length + time)
 
     def next_logits(
         self, x: Float[Array, "batch time width"], cache: Cache | None = None
@@ -177,18 +181,18 @@ class Decoder(nnx.Module):
         """Float32 logits of final hidden states (..., width)."""
         if self.config.tie_weights:
             table = self.embedding.embedding[...].astype(x.dtype)  # (vocab, width)
-            out = contract(x, table, 1, "float32")
+            logits = contract(x, table, 1, "float32")  # (..., vocab)
         else:
-            out = self.head(x, dtype="float32")
+            logits = self.head(x, dtype="float32")
         if self.config.logit_scale != 1:
-            out = self.config.logit_scale * out
-        most = self.config.logit_softcap
-        return out if most is None else most * jnp.tanh(out / most)
+            logits = self.config.logit_scale * logits
+        softcap = self.config.logit_softcap
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
         """An empty cache for at most, and by default, `context` tokens."""
         config = self.config
-        return empty(config, batch, size, config.kv_heads, config.head_dim)
+        return empty_cache(config, batch, size, config.kv_heads, config.head_dim)
 
 
 def loss_per_token(
@@ -204,11 +208,11 @@ def loss_per_token(
     never exist at once, nor for the gradient, which makes them again.
 
     Args:
-      model: the model.
+      model: model, of parameters in memory or traced ones.
       tokens: integers (batch, time).
       targets: the tokens that follow, integers (batch, time) in [0, vocab_size).
-      rows: tokens whose logits are held at a time, but at least one of each sequence;
-        by default as many as make 128 MiB.
+      rows: number of tokens whose logits are held at a time, but at least one of each
+        sequence; by default as many as make 128 MiB.
 
     Returns:
       Float32 (batch, time).
@@ -233,10 +237,10 @@ def loss_per_token(
             f"{targets.shape}"
         )
     x, _ = model.states(model.embed(tokens))
-    return nats(model, x, targets, rows=rows)
+    return cross_entropy(model, x, targets, rows=rows)
 
 
-def nats(
+def cross_entropy(
     model: Decoder,
     states: Float[Array, "batch time width"],
     targets: Int[Array, "batch time"],
@@ -245,16 +249,16 @@ def nats(
 ) -> Float[Array, "batch time"]:
     """Cross entropy (nats) by final hidden states; `rows` as for `loss_per_token`."""
 
-    def of(x: Array, chosen: Array) -> Array:
-        logits = model.logits(x)  # (batch, vocab)
-        own = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - own
+    def loss(state: Float[Array, "batch width"], target: Int[Array, "batch"]) -> Array:
+        logits = model.logits(state)  # (batch, vocab)
+        logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - logit  # (batch,)
 
-    return by_token(of, (states, targets), vocab=model.config.vocab_size, rows=rows)
+    return map_tokens(loss, (states, targets), vocab=model.config.vocab_size, rows=rows)
 
 
-def by_token(
-    of: Callable[..., Array],
+def map_tokens(
+    fn: Callable[..., Array],
     arrays: tuple[Array, ...],
     *,
     vocab: int,
@@ -265,10 +269,10 @@ def by_token(
     The gradient computes the logits again, a few tokens at a time too.
 
     Args:
-      of: from the arrays without their axis of time to (batch,).
-      arrays: (batch, time, ...) each.
-      vocab: floats of logits that a token takes.
-      rows: as for `loss_per_token`.
+      fn: function from the arrays without their axis of time to (batch,).
+      arrays: arrays (batch, time, ...).
+      vocab: number of logits that a token takes.
+      rows: number of tokens at a time; see `loss_per_token`.
 
     Returns:
       (batch, time).
@@ -278,7 +282,7 @@ def by_token(
 
     Example:
       >>> x = jnp.arange(6.0).reshape(1, 2, 3)
-      >>> by_token(lambda x: x.sum(-1), (x,), vocab=3).tolist()
+      >>> map_tokens(lambda x: x.sum(-1), (x,), vocab=3).tolist()
       [[3.0, 12.0]]
     """
     rows = max(1, _LOGITS // vocab) if rows is None else rows
@@ -286,18 +290,21 @@ def by_token(
         raise ValueError(f"rows must be at least 1, got {rows}; leave it out")
     batch, time = arrays[0].shape[:2]
     # The batch may lie on many devices, so the map is over time.
-    steps = tuple(array.swapaxes(0, 1) for array in arrays)
-    at_once = min(max(1, rows // max(1, batch)), time)
-    part = jax.checkpoint(lambda row: of(*row))
-    return jax.lax.map(part, steps, batch_size=at_once).T
+    by_time = tuple(array.swapaxes(0, 1) for array in arrays)  # (time, batch, ...)
+    at_once = min(max(1, rows // max(1, batch)), time)  # tokens of each sequence
+    step = jax.checkpoint(lambda arrays: fn(*arrays))
+    return jax.lax.map(step, by_time, batch_size=at_once).T
 
 
-def _masks(config: DecoderConfig, index: Array, keys: int) -> dict[int | None, Array]:
-    """For each kind of layer which keys (time, keys) each token sees."""
-    row, column = index[:, None], jnp.arange(keys, dtype=jnp.int32)[None]
-    causal = column <= row  # (time, keys)
+def _causal_masks(
+    config: DecoderConfig, order: Int[Array, "time"], keys: int
+) -> dict[int | None, Bool[Array, "time keys"]]:
+    """For each window of the layers, which keys each token may attend to."""
+    query = order[:, None]  # (time, 1)
+    key = jnp.arange(keys, dtype=jnp.int32)[None]  # (1, keys)
+    causal = key <= query
     windows = {config.window(i) for i in range(config.layers)}
     return {
-        window: causal if window is None else causal & (column > row - window)
+        window: causal if window is None else causal & (key > query - window)
         for window in windows
     }

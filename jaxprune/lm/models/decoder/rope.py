@@ -30,8 +30,8 @@ class Rope:
 
     Attributes:
       frequencies: radians a position, one for each pair of features.
-      long_frequencies: what takes their place in sequences of more than `switch`
-        tokens, for all of their positions; () if nothing does.
+      long_frequencies: frequencies that take their place in sequences of more than
+        `switch` tokens, for all of their positions; () if nothing does.
       switch: the length up to which `frequencies` hold; None if always.
       scale: factor on cosines and sines.
       interleaved: whether neighbours are a pair, not features of two halves.
@@ -48,9 +48,9 @@ def linear(theta: float, dim: int, factor: float = 1.0) -> Rope:
     """theta^(-2 i / dim) / factor for pair i: positions squeezed by `factor`.
 
     Args:
-      theta: the base, above 1.
-      dim: how many features of a head turn, even.
-      factor: 1 is the plain scheme.
+      theta: base, above 1.
+      dim: number of features of a head that turn, even.
+      factor: factor by which positions are divided; 1 is the plain scheme.
 
     Returns:
       The scheme.
@@ -59,7 +59,7 @@ def linear(theta: float, dim: int, factor: float = 1.0) -> Rope:
       >>> linear(100.0, 4).frequencies
       (1.0, 0.1)
     """
-    pairs = np.arange(0, dim, 2, dtype=np.float64) / dim
+    pairs = np.arange(0, dim, 2, dtype=np.float64) / dim  # (pairs,)
     return Rope(frequencies=tuple((theta**-pairs / factor).tolist()))
 
 
@@ -73,12 +73,12 @@ def llama3(
     (turns - low) / (high - low).
 
     Args:
-      theta: the base, above 1.
-      dim: how many features of a head turn, even.
-      factor: how much slow pairs are squeezed.
+      theta: base, above 1.
+      dim: number of features of a head that turn, even.
+      factor: factor by which the positions of slow pairs are divided.
       low: turns under which a pair is slow.
       high: turns over which a pair is fast.
-      original: the context of pretraining, in tokens.
+      original: context of pretraining, in tokens.
 
     Returns:
       The scheme.
@@ -88,9 +88,10 @@ def llama3(
       (1.0,)
     """
     plain = np.array(linear(theta, dim).frequencies)
-    turns = original * plain / (2 * math.pi)
-    left = np.clip((turns - low) / (high - low), 0, 1)
-    mixed = left * plain + (1 - left) * plain / factor
+    turns = original * plain / (2 * math.pi)  # within the context of pretraining
+    # (pairs,): the share of a pair's frequency that is not squeezed.
+    plain_share = np.clip((turns - low) / (high - low), 0, 1)
+    mixed = plain_share * plain + (1 - plain_share) * plain / factor
     return Rope(frequencies=tuple(mixed.tolist()))
 
 
@@ -113,10 +114,10 @@ def yarn(
     falls in a straight line with i.
 
     Args:
-      theta: the base, above 1.
-      dim: how many features of a head turn, even.
-      factor: how much slow pairs are squeezed.
-      original: the context of pretraining, in tokens.
+      theta: base, above 1.
+      dim: number of features of a head that turn, even.
+      factor: factor by which the positions of slow pairs are divided.
+      original: context of pretraining, in tokens.
       fast: turns over which a pair is fast; the paper's beta.
       slow: turns under which a pair is slow; the paper's alpha.
       scale: factor on cosines and sines, `yarn_scale` in the paper.
@@ -131,7 +132,7 @@ def yarn(
       (1.0, 0.0025)
     """
     plain = np.array(linear(theta, dim).frequencies)
-    ends = [
+    ends = [  # the pair that turns so often, a number between two pairs as a rule
         dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (fast, slow)
     ]
@@ -139,8 +140,9 @@ def yarn(
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
     low, high = max(ends[0], 0), min(ends[1], dim - 1)
     high += 0.001 * (low == high)  # as transformers keeps from dividing by zero
-    squeezed = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
-    mixed = (1 - squeezed) * plain + squeezed * plain / factor
+    # (pairs,): the share of a pair's frequency that is squeezed.
+    squeezed_share = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    mixed = (1 - squeezed_share) * plain + squeezed_share * plain / factor
     return Rope(frequencies=tuple(mixed.tolist()), scale=scale)
 
 
@@ -161,11 +163,11 @@ def longrope(
     """Each pair squeezed by a factor of its own, by others in long sequences.
 
     Args:
-      theta: the base, above 1.
-      dim: how many features of a head turn, even.
-      short: a factor for each pair, for sequences of up to `original` tokens.
-      long: the factors for longer sequences.
-      original: the context of pretraining, in tokens.
+      theta: base, above 1.
+      dim: number of features of a head that turn, even.
+      short: factors, one for each pair, for sequences of up to `original` tokens.
+      long: factors for longer sequences.
+      original: context of pretraining, in tokens.
       scale: factor on cosines and sines, whatever the length.
 
     Returns:
@@ -186,23 +188,23 @@ def longrope(
                 f"longrope needs {name} to have {len(plain)} numbers, one for each "
                 f"pair of the {dim} features that turn, got {len(factors)}"
             )
-    near, far = (
+    up_to, past = (  # the switch
         tuple(f / factor for f, factor in zip(plain, factors, strict=True))
         for factors in (short, long)
     )
-    return Rope(frequencies=near, long_frequencies=far, switch=original, scale=scale)
+    return Rope(frequencies=up_to, long_frequencies=past, switch=original, scale=scale)
 
 
-def tables(
+def cos_and_sin(
     rope: Rope, positions: Int[Array, "time"], length: int | Int[Array, ""]
 ) -> tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]]:
     """Cosines and sines of the angles at these positions.
 
     Args:
-      rope: the scheme.
-      positions: integers (time,).
-      length: tokens of the whole sequence, which decides between the short and the
-        long frequencies.
+      rope: rotary scheme.
+      positions: positions of the tokens, integers (time,).
+      length: number of tokens of the whole sequence, which decides between the short
+        and the long frequencies.
 
     Returns:
       Two float32 arrays (time, pairs), both times `rope.scale`.
@@ -211,29 +213,30 @@ def tables(
     if rope.switch is not None:
         long = jnp.array(rope.long_frequencies, jnp.float32)
         frequencies = jnp.where(length > rope.switch, long, frequencies)
+    # (time, 1) * (1, pairs)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None]
-    return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
+    return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)  # (time, pairs)
 
 
 def rotate(
     x: Float[Array, "batch time heads dim"],
-    turn: tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]],
+    cos_sin: tuple[Float[Array, "time pairs"], Float[Array, "time pairs"]],
     *,
     interleaved: bool = False,
 ) -> Float[Array, "batch time heads dim"]:
     """Turns each pair (a, b) to (a cos - b sin, b cos + a sin), in float32."""
-    cos, sin = (table[None, :, None, :] for table in turn)
+    cos, sin = (table[None, :, None, :] for table in cos_sin)  # (1, time, 1, pairs)
     pairs = cos.shape[-1]
     if interleaved:
-        a, b = (x[..., start : 2 * pairs : 2] for start in (0, 1))
+        a, b = (x[..., start : 2 * pairs : 2] for start in (0, 1))  # neighbours
     else:
-        a, b = (x[..., start : start + pairs] for start in (0, pairs))
+        a, b = (x[..., start : start + pairs] for start in (0, pairs))  # halves
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)  # (batch, time, heads, pairs)
-    turned = [(a * cos - b * sin), (b * cos + a * sin)]
-    parts = [part.astype(x.dtype) for part in turned]
+    turned_pairs = [(a * cos - b * sin), (b * cos + a * sin)]
+    pieces = [piece.astype(x.dtype) for piece in turned_pairs]
     if interleaved:
         shape = (*x.shape[:-1], 2 * pairs)
-        parts = [jnp.stack(parts, axis=-1).reshape(shape)]
-    if 2 * pairs < x.shape[-1]:
-        parts.append(x[..., 2 * pairs :])
-    return jnp.concatenate(parts, axis=-1)
+        pieces = [jnp.stack(pieces, axis=-1).reshape(shape)]
+    if 2 * pairs < x.shape[-1]:  # the features that do not turn
+        pieces.append(x[..., 2 * pairs :])
+    return jnp.concatenate(pieces, axis=-1)

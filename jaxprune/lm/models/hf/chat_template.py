@@ -73,12 +73,14 @@ class ChatTemplate:
         return text
 
 
-def find(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
+def find_chat_template(
+    directory: Path, settings: Mapping[str, Any]
+) -> ChatTemplate | None:
     """The template of a directory: chat_template.jinja, or tokenizer_config.json's.
 
     Args:
-      directory: of the model.
-      settings: what tokenizer_config.json holds.
+      directory: path of the model.
+      settings: content of tokenizer_config.json.
 
     Returns:
       The template, or of several the one called "default". None where there is none
@@ -88,13 +90,15 @@ def find(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
     if (path := directory / FILE).is_file():
         source = path.read_text(encoding="utf-8")
     elif isinstance(source, list):
-        named = [of for of in source if isinstance(of, dict)]
-        source = {of.get("name"): of.get("template") for of in named}.get("default")
+        templates = [entry for entry in source if isinstance(entry, dict)]
+        source = {entry.get("name"): entry.get("template") for entry in templates}.get(
+            "default"
+        )
     if not isinstance(source, str):
         return None
     special = {}
-    for own in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
-        name = f"{own}_token"
+    for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        name = f"{role}_token"
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):

@@ -76,14 +76,14 @@ class Attributes:
     """The attributes of one config.json, read one by one.
 
     Attributes:
-      problems: what was wrong with those read so far, a phrase each.
+      problems: phrases, one for each attribute read so far that was wrong.
       ignored: names that nobody read and that say nothing of what a model computes.
     """
 
-    def __init__(self, config: Mapping[str, Any], *, where: str = ""):
-        """Starts with nothing read; `where` is put before the names in `problems`."""
+    def __init__(self, config: Mapping[str, Any], *, prefix: str = ""):
+        """Starts with nothing read; `prefix` is put before the names in `problems`."""
         self._config = config
-        self._where = where
+        self._prefix = prefix
         self._read: set[str] = set()
         self.problems: list[str] = []
         self.ignored: list[str] = []
@@ -97,6 +97,7 @@ class Attributes:
         """A positive integer; without a default it must be there."""
         value = self.raw(name)
         value = default if value is None else value
+        # In Python True is 1.
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.wrong(name, "a positive integer", value)
             return 1
@@ -115,9 +116,9 @@ class Attributes:
         value = self.raw(name, default)
         if value is None:
             return None
-        if (found := _positive(value)) is None:
+        if (number := _positive(value)) is None:
             self.wrong(name, "a positive number", value)
-        return found
+        return number
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
@@ -127,23 +128,23 @@ class Attributes:
             self.wrong(name, "true or false", value)
         return bool(value)
 
-    def choice(self, name: str, known: Mapping[str, Any], default: str) -> Any:
+    def choice(self, name: str, choices: Mapping[str, Any], default: str) -> Any:
         """What the value stands for in `known`."""
         value = self.raw(name)
         value = default if value is None else value
-        if not isinstance(value, str) or value not in known:
-            self.wrong(name, f"one of {', '.join(known)}", value)
+        if not isinstance(value, str) or value not in choices:
+            self.wrong(name, f"one of {', '.join(choices)}", value)
             value = default
-        return known[value]
+        return choices[value]
 
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive numbers."""
         value = self.raw(name)
-        found = [_positive(x) for x in value] if isinstance(value, list) else [None]
-        if None in found:
+        numbers = [_positive(x) for x in value] if isinstance(value, list) else [None]
+        if None in numbers:
             self.wrong(name, "a list of positive numbers", value)
             return ()
-        return tuple(x for x in found if x is not None)
+        return tuple(x for x in numbers if x is not None)
 
     def within(self, name: str) -> "Attributes":
         """The attributes inside an object, none where it is absent."""
@@ -151,16 +152,16 @@ class Attributes:
         if value is not None and not isinstance(value, dict):
             self.wrong(name, "an object", value)
             value = None
-        return Attributes(value or {}, where=f"{self._where}{name}.")
+        return Attributes(value or {}, prefix=f"{self._prefix}{name}.")
 
-    def given(self) -> bool:
+    def present(self) -> bool:
         """Whether there is any attribute at all."""
         return bool(self._config)
 
     def wrong(self, name: str, rule: str, value: Any) -> None:
         """Notes that an attribute is not what it must be."""
         got = "nothing" if value is None else _shown(value)
-        problem = f"{self._where}{name} must be {rule}, got {got}"
+        problem = f"{self._prefix}{name} must be {rule}, got {got}"
         if problem not in self.problems:  # an attribute may be read twice
             self.problems.append(problem)
 
@@ -174,16 +175,16 @@ class Attributes:
             if only is not None and name in only:
                 if value != only[name]:
                     self.wrong(name, _shown(only[name]), value)
-            elif self._where or _may_matter(name):
+            elif self._prefix or _may_matter(name):
                 shown = _shown(value)
-                self.problems.append(f"{self._where}{name}={shown} is not known")
+                self.problems.append(f"{self._prefix}{name}={shown} is not known")
             else:
                 self.ignored.append(name)
 
 
 def _may_matter(name: str) -> bool:
     """Whether the name of an unknown attribute may speak of what a model computes."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()  # camelCase too
     if _DROPOUT.search(words):
         return False
     return bool(_SPEAKS.search(words) or _SWITCHES.match(words))
@@ -194,10 +195,10 @@ def _positive(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        found = float(value)
-    except OverflowError:
+        number = float(value)
+    except OverflowError:  # an integer of 400 digits, say
         return None
-    return found if 0 < found < math.inf else None
+    return number if 0 < number < math.inf else None
 
 
 def _shown(value: Any) -> str:

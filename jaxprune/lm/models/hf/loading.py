@@ -28,7 +28,7 @@ from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.hf import families, parameters
 from jaxprune.lm.models.hf.parameters import Dtype, Shardings, to_tensors
-from jaxprune.lm.models.hf.tensor_names import Source, match, source
+from jaxprune.lm.models.hf.tensor_names import Source, match_tensors, tensor_source
 from jaxprune.lm.models.phi3_vision.model import Phi3Vision, Phi3VisionConfig
 
 
@@ -62,14 +62,14 @@ def load(
     """Reads a model's directory: config.json and safetensors.
 
     Args:
-      directory: a local directory; nothing is downloaded.
-      dtype: of the parameters; None keeps each as it is stored, bit for bit.
-      compute_dtype: of the products; None is `dtype`, or bfloat16 where most weights
-        are stored in it, else float32.
-      shardings: gives the sharding of a leaf by its name and shape.
-      mesh: instead of `shardings`: each leaf is split over all devices of this mesh
-        along its longest axis that they divide, and copied to each where there is
-        none. Without either all is on the default device.
+      directory: path of a local directory; nothing is downloaded.
+      dtype: dtype of the parameters; None keeps each as it is stored, bit for bit.
+      compute_dtype: dtype of the products; None is `dtype`, or bfloat16 where most
+        weights are stored in it, else float32.
+      shardings: function of a leaf's name and shape to its sharding.
+      mesh: mesh that takes the place of `shardings`: each leaf is split over all
+        devices of this mesh along its longest axis that they divide, and copied to each
+        where there is none. Without either all is on the default device.
       lazy: whether leaves stay in the files; a `jp.LazyArray` stands for each, until
         it is read. See `jp.prune_trained`, and `embedded`.
       ignore_config: attributes of config.json to read as if they were not there; an
@@ -101,24 +101,31 @@ def load(
     parameters.check_options(dtype, compute_dtype, shardings, mesh)
     opened = open_directory(directory)
     try:
-        family = families.find(opened.config)
-        config, ignored = family.read(families.without(opened.config, ignore_config))
+        family = families.find_family(opened.config)
+        config, ignored = family.read(
+            families.without_ignored(opened.config, ignore_config)
+        )
     except ValueError as error:
         raise Unknown(f"'{opened.path / 'config.json'}': {error}") from None
     _check_layers(opened, config)
+    # What other files say of the model.
     config = family.from_directory(opened.path, config)
-    shapes = parameters.shapes(abstract(config))
-    names = match(opened, family, shapes)
+    shapes = parameters.leaf_shapes(abstract(config))
+    names = match_tensors(opened, family, shapes)
     # Products of bfloat16 weights are in bfloat16 unless the caller asks for more.
     compute = compute_dtype or dtype or parameters.common_dtype(opened, names)
     config = config.with_dtype(compute)
-    split = parameters.on_one_device if mesh is None else parameters.split_over(mesh)
-    place = shardings or split
+    default_sharding = (
+        parameters.on_one_device if mesh is None else parameters.split_over(mesh)
+    )
+    sharding_of = shardings or default_sharding
     leaves = [
-        parameters.stored_leaf(opened, names[name], shape, dtype, place(name, shape))
+        parameters.stored_leaf(
+            opened, names[name], shape, dtype, sharding_of(name, shape)
+        )
         for name, shape in shapes.items()
     ]
-    model = parameters.filled(abstract(config), leaves, lazy=lazy)
+    model = parameters.with_leaves(abstract(config), leaves, lazy=lazy)
     return Loaded(model, config, names, (*ignore_config, *ignored))
 
 
@@ -136,8 +143,8 @@ def _check_layers(opened: CheckpointDir, config: Any) -> None:
 
 def abstract(config: DecoderConfig | Phi3VisionConfig) -> Any:
     """The model of a shape, with `jax.ShapeDtypeStruct`s for parameters."""
-    kind: Any = Decoder if isinstance(config, DecoderConfig) else Phi3Vision
-    return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    model_class: Any = Decoder if isinstance(config, DecoderConfig) else Phi3Vision
+    return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
 
 
 def embedded(
@@ -154,15 +161,16 @@ def embedded(
 
     Args:
       directory: the directory that the model was loaded from.
-      names: which tensors its leaves came from.
-      config: its shape.
+      names: tensors that its leaves came from.
+      config: shape of the model.
       tokens: integers (batch, time) in [0, vocab_size).
-      dtype: of the parameters, as for `load`.
+      dtype: dtype of the parameters; see `load`.
 
     Returns:
       The residual stream before the first layer.
     """
     table = names["embedding/embedding"]
+    # (batch, time, width)
     rows = open_directory(directory).read(table.name)[np.asarray(tokens)]
     read_as = parameters.read_dtype(table, dtype)
     x = jnp.asarray(rows, read_as).astype(config.dtype)  # (batch, time, width)
@@ -176,8 +184,8 @@ def tensors(
     """The tensors of a new directory, for a model that came from none.
 
     Args:
-      model: the model.
-      config: the config.json that it was made from.
+      model: model, of parameters in memory.
+      config: content of the config.json that it was made from.
 
     Yields:
       Name and array of every tensor, in the parameters' dtypes.
@@ -185,7 +193,7 @@ def tensors(
     Raises:
       ValueError: the configuration is not understood, or is another model's.
     """
-    family = families.find(config)
+    family = families.find_family(config)
     if family.read(config)[0].with_dtype(model.config.dtype) != model.config:
         raise ValueError(
             "tensors needs the config.json that the model was made from, got one of "
@@ -193,7 +201,7 @@ def tensors(
         )
     params = nnx.state(model, nnx.Param)
     names = {
-        name: source(family, name, leaf.shape, np.dtype(leaf.dtype))
+        name: tensor_source(family, name, leaf.shape, np.dtype(leaf.dtype))
         for name, leaf in tree.named_leaves(params).items()
     }
     return to_tensors(names, params)

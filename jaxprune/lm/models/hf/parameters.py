@@ -44,13 +44,13 @@ def check_options(
         raise ValueError("load takes shardings or a mesh, got both; leave one out")
 
 
-def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Leaf name to shape of a model's parameters, abstract or not."""
     leaves = tree.named_leaves(nnx.state(model, nnx.Param))
     return {name: leaf.shape for name, leaf in leaves.items()}
 
 
-def filled(model: Any, leaves: list[LazyArray], *, lazy: bool) -> Any:
+def with_leaves(model: Any, leaves: list[LazyArray], *, lazy: bool) -> Any:
     """An abstract model with these parameters, read or still in their files."""
     graphdef, state = nnx.split(model, nnx.Param)
     arrays = leaves if lazy else [leaf.read() for leaf in leaves]
@@ -66,7 +66,7 @@ def to_tensors(
     changed has the bits of the file. One leaf is on the host at a time.
 
     Args:
-      names: which tensor each leaf came from, as `load` returned it.
+      names: tensor that each leaf came from, as `load` returned it.
       params: parameters with the leaves of `names`, of whatever containers.
 
     Yields:
@@ -89,10 +89,10 @@ def to_tensors(
 
 def common_dtype(directory: CheckpointDir, names: Mapping[str, Source]) -> Dtype:
     """The compute dtype of a directory: bfloat16 where most weights are in it."""
-    sizes: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()  # dtype to number of weights
     for source in names.values():
-        own = sum(math.prod(directory.tensors[name].shape) for name in source.names)
-        sizes[source.dtype.name] += own
+        weights = sum(math.prod(directory.tensors[name].shape) for name in source.names)
+        sizes[source.dtype.name] += weights
     return "bfloat16" if sizes.most_common(1)[0][0] == "bfloat16" else "float32"
 
 
@@ -104,15 +104,15 @@ def stored_leaf(
     sharding: jax.sharding.Sharding,
 ) -> LazyArray:
     """A leaf in its file; when it is read, each device reads its own part of that."""
-    kind = read_dtype(source, dtype)
+    leaf_dtype = read_dtype(source, dtype)
 
     def part(index: Any) -> np.ndarray:
-        return _part(directory, source, index, kind)
+        return _read_part(directory, source, index, leaf_dtype)
 
     def read() -> jax.Array:
-        return jax.make_array_from_callback(shape, sharding, part, dtype=kind)
+        return jax.make_array_from_callback(shape, sharding, part, dtype=leaf_dtype)
 
-    return LazyArray(shape, kind, read, sharding)
+    return LazyArray(shape, leaf_dtype, read, sharding)
 
 
 def read_dtype(source: Source, dtype: Dtype | None) -> np.dtype:
@@ -121,7 +121,7 @@ def read_dtype(source: Source, dtype: Dtype | None) -> np.dtype:
     return np.dtype(jnp.dtype(dtype or ("float32" if stored == "float64" else stored)))
 
 
-def _part(
+def _read_part(
     directory: CheckpointDir, source: Source, index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
     """A copy of a part of a leaf, made block by block so that few pages are in use."""
@@ -129,7 +129,7 @@ def _part(
         alone = source._replace(experts=0)
         return np.stack(
             [
-                _part(directory, alone._replace(name=name), index[1:], dtype)
+                _read_part(directory, alone._replace(name=name), index[1:], dtype)
                 for name in source.names[index[0]]
             ]
         )
@@ -142,6 +142,7 @@ def _part(
     part = _aligned(shape[::-1] if source.transposed else shape, dtype)
     target = part.T if source.transposed else part  # a view with the tensor's axes
     step = max(1, _BLOCK * stored.shape[0] // max(1, stored.size))
+    # The pages of a block can be dropped before the next is mapped.
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
         view = directory.read(source.name)[block.start : block.stop]
@@ -166,8 +167,9 @@ def split_over(mesh: jax.sharding.Mesh, axes: Sequence[str] | None = None) -> Sh
     """Splits the longest axis of a leaf that the devices divide, if any.
 
     Args:
-      mesh: the devices.
-      axes: the axes of the mesh that split, all of them if left out; others repeat.
+      mesh: mesh of the devices.
+      axes: names of the axes of the mesh that split, all of them if left out; others
+        repeat.
 
     Returns:
       The sharding of a leaf, by its name and shape.
@@ -177,7 +179,7 @@ def split_over(mesh: jax.sharding.Mesh, axes: Sequence[str] | None = None) -> Sh
 
     def sharding(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         fitting = [i for i, size in enumerate(shape) if size % count == 0]
-        spec: list[tuple[str, ...] | None] = [None] * len(shape)
+        spec: list[tuple[str, ...] | None] = [None] * len(shape)  # no axis is split
         if fitting and names:
             spec[max(fitting, key=lambda i: shape[i])] = names
         return jax.sharding.NamedSharding(mesh, jax.P(*spec))

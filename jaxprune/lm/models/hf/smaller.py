@@ -16,16 +16,61 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxprune.arrays import lazy, tree
+from jaxprune.arrays import lazy, rules, tree
 from jaxprune.arrays.messages import listed
-from jaxprune.lm.checkpoints import new_weights, rewrite
+from jaxprune.arrays.rules import Rule
+from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.checkpoints.directory_writer import Finish
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import families
 from jaxprune.lm.models.hf.loading import abstract
-from jaxprune.lm.models.hf.parameters import shapes
+from jaxprune.lm.models.hf.parameters import leaf_shapes
 from jaxprune.lm.models.hf.smaller_config import smaller_config
 from jaxprune.lm.models.hf.tensor_names import Source
+
+_LAYERS = Rule(
+    lambda v: v.kept and v.kept == sorted({*v.kept} & {*range(v.last + 1)}),
+    "kept layers must be ascending numbers from 0 to {last}, at least one, got {kept}",
+)
+_EXPERTS = (
+    Rule(
+        lambda v: v.fits,
+        "kept experts must be as many ascending numbers from 0 to {last} for each of "
+        "the {layers} layers, got {kept}",
+    ),
+    Rule(
+        lambda v: v.remaining >= v.per_token,
+        "each token is given to {per_token} experts, so as many must stay, got "
+        "{remaining}",
+        "keep more",
+    ),
+)
+_SIZES = (
+    Rule(
+        lambda v: v.first == v.size,
+        "a configuration can only say layers of one size, but layer 0 has {first} and "
+        "layer {layer} {size}",
+        "remove as many units of each",
+    ),
+    Rule(
+        lambda v: v.kv_heads and v.heads % v.kv_heads == 0,
+        "a configuration can only say key heads that serve as many query heads each, "
+        "but {heads} query and {kv_heads} key heads are left",
+        "remove as many query heads of each key head",
+    ),
+)
+_SHAPES = Rule(
+    lambda v: not v.wrong,
+    "a configuration can only say fewer layers, experts, heads and neurons, but "
+    "{wrong} became smaller in another way",
+    "leave them whole",
+)
+_KEPT = Rule(
+    lambda v: v.same,
+    "the parameters have {layers} layers, but kept says {kept} of {before}",
+    "give kept= as it was given to keep_layers",
+)
 
 
 def keep_layers(
@@ -34,9 +79,9 @@ def keep_layers(
     """A decoder with some of its layers only.
 
     Args:
-      config: its shape.
-      params: its parameters, arrays or lazy ones.
-      kept: the layers that stay, ascending.
+      config: shape of the decoder.
+      params: parameters of it, arrays or lazy ones.
+      kept: numbers of the layers that stay, ascending.
 
     Returns:
       The smaller shape and its parameters, in the containers of its model.
@@ -58,11 +103,7 @@ def keep_layers(
       (2, 2)
     """
     kept = list(kept)
-    if not kept or kept != sorted({*kept} & {*range(config.layers)}):
-        raise ValueError(
-            f"kept layers must be ascending numbers from 0 to {config.layers - 1}, at "
-            f"least one, got {kept}"
-        )
+    rules.check([_LAYERS], kept=kept, last=config.layers - 1)
     small = dataclasses.replace(
         config,
         layers=len(kept),
@@ -71,7 +112,7 @@ def keep_layers(
     )
     named = tree.named_leaves(params)
     model = abstract(small)
-    leaves = [named[name_before(name, kept)] for name in shapes(model)]
+    leaves = [named[name_before(name, kept)] for name in leaf_shapes(model)]
     return small, jax.tree.unflatten(jax.tree.structure(_state(model)), leaves)
 
 
@@ -81,9 +122,9 @@ def keep_experts(
     """A decoder with some of the experts of each layer only.
 
     Args:
-      config: its shape.
-      params: its parameters, arrays or lazy ones; the experts' are read.
-      kept: for each layer the experts that stay, ascending, as many of each.
+      config: shape of the decoder.
+      params: parameters of it, arrays or lazy ones; the experts' are read.
+      kept: numbers of the experts that stay, ascending, as many for each layer.
 
     Returns:
       The smaller shape and its parameters.
@@ -104,32 +145,32 @@ def keep_experts(
       >>> small.experts, params["layers"][0]["mlp"]["down"]["kernel"].shape
       (2, (2, 32, 16))
     """
-    sizes = {len(own) for own in kept}
-    fits = all([*own] == sorted({*own} & {*range(config.experts)}) for own in kept)
-    if len(kept) != config.layers or len(sizes) > 1 or not fits:
-        raise ValueError(
-            f"kept experts must be as many ascending numbers from 0 to "
-            f"{config.experts - 1} for each of the {config.layers} layers, got "
-            f"{[list(own) for own in kept]}"
-        )
-    (left,) = sizes
-    if left < config.experts_per_token:
-        raise ValueError(
-            f"each token is given to {config.experts_per_token} experts, so as many "
-            f"must stay, got {left}; keep more"
-        )
+    sizes = {len(experts) for experts in kept}
+    fits = all(
+        [*experts] == sorted({*experts} & {*range(config.experts)}) for experts in kept
+    )
+    rules.check(
+        _EXPERTS,
+        fits=fits and len(kept) == config.layers and len(sizes) == 1,
+        last=config.experts - 1,
+        layers=config.layers,
+        kept=[list(experts) for experts in kept],
+        remaining=min(sizes, default=0),
+        per_token=config.experts_per_token,
+    )
+    (remaining,) = sizes
 
     def cut(name: str, leaf: Any) -> Any:
-        found = re.match(r"layers/(\d+)/mlp/(router|gate_up|gate|up|down)/", name)
-        if found is None:
+        match = re.match(r"layers/(\d+)/mlp/(router|gate_up|gate|up|down)/", name)
+        if match is None:
             return leaf
-        own = np.asarray(kept[int(found[1])])
-        last = found[2] == "router"  # its outputs are the experts
-        return lazy.array(leaf)[..., own] if last else lazy.array(leaf)[own]
+        experts = np.asarray(kept[int(match[1])])
+        outputs = match[2] == "router"  # its outputs are the experts
+        return lazy.array(leaf)[..., experts] if outputs else lazy.array(leaf)[experts]
 
     named = tree.named_leaves(params)
     leaves = [cut(name, leaf) for name, leaf in named.items()]
-    small = dataclasses.replace(config, experts=left)
+    small = dataclasses.replace(config, experts=remaining)
     return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -137,8 +178,8 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     """The shape of a decoder whose heads or MLPs became smaller.
 
     Args:
-      config: its shape before.
-      params: its parameters now.
+      config: shape of the decoder before.
+      params: parameters that it has now.
 
     Returns:
       The shape with other `experts`, `heads`, `kv_heads` and `mlp_width`.
@@ -160,42 +201,33 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
       >>> resized(config, params) == small
       True
     """
-    found = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
-    sizes = [_sizes(config, found, layer) for layer in range(config.layers)]
-    if different := [i for i, size in enumerate(sizes) if size != sizes[0]]:
-        raise ValueError(
-            "a configuration can only say layers of one size, but layer 0 has "
-            f"{sizes[0]} and layer {different[0]} {sizes[different[0]]}; remove as "
-            "many units of each"
-        )
-    heads, kv_heads = sizes[0]["heads"], sizes[0]["kv_heads"]
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(
-            "a configuration can only say key heads that serve as many query heads "
-            f"each, but {heads} query and {kv_heads} key heads are left; remove as "
-            "many query heads of each key head"
-        )
+    shapes_now = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
+    sizes = [_sizes(config, shapes_now, layer) for layer in range(config.layers)]
+    different = next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)
+    rules.check(
+        _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
+    )
     small = dataclasses.replace(config, **sizes[0])  # type: ignore[arg-type]
-    wanted = shapes(abstract(small))
-    if wrong := [name for name in wanted if wanted[name] != found.get(name)]:
-        raise ValueError(
-            "a configuration can only say fewer layers, experts, heads and neurons, "
-            f"but {listed(wrong)} became smaller in another way; leave them whole"
-        )
+    expected = leaf_shapes(abstract(small))
+    wrong = [name for name in expected if expected[name] != shapes_now.get(name)]
+    rules.check([_SHAPES], wrong=listed(wrong))
     return small
 
 
 def _sizes(
-    config: DecoderConfig, found: Mapping[str, tuple[int, ...]], layer: int
+    config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], layer: int
 ) -> dict[str, int]:
     attention = f"layers/{layer}/attention"
-    heads = found[f"{attention}/out/kernel"][0] // config.head_dim
+    heads = shapes[f"{attention}/out/kernel"][0] // config.head_dim
     if config.fused:
-        kv = (found[f"{attention}/qkv/kernel"][1] // config.head_dim - heads) // 2
+        kv_heads = (
+            shapes[f"{attention}/qkv/kernel"][1] // config.head_dim - heads
+        ) // 2
     else:
-        kv = found[f"{attention}/k/kernel"][1] // config.head_dim
-    *experts, wide, _ = found[f"layers/{layer}/mlp/down/kernel"]
-    sizes = {"heads": heads, "kv_heads": kv, "mlp_width": wide}
+        kv_heads = shapes[f"{attention}/k/kernel"][1] // config.head_dim
+    # [experts,] in, out.
+    *experts, mlp_width, _ = shapes[f"layers/{layer}/mlp/down/kernel"]
+    sizes = {"heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
     return {**sizes, "experts": experts[0]} if experts else sizes
 
 
@@ -209,21 +241,21 @@ def write_smaller(
     ignore_config: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    finish: rewrite.Finish | None = None,
+    finish: Finish | None = None,
 ) -> list[Path]:
     """Writes a smaller decoder as a plain Hugging Face directory.
 
     Args:
-      source: the directory that the model was loaded from.
-      directory: the new one.
-      params: the smaller parameters, of `jp.shrink`, `keep_layers`, `keep_experts` or
+      source: directory that the model was loaded from.
+      directory: path of the new one.
+      params: smaller parameters, of `jp.shrink`, `keep_layers`, `keep_experts` or
         all of them.
-      names: which tensor each leaf came from, as `load` returned it.
-      kept: the layers that stayed, all if left out.
+      names: tensor that each leaf came from, as `load` returned it.
+      kept: numbers of the layers that stayed, all if left out.
       ignore_config: attributes of config.json that `load` was told not to look at.
-      provenance: JSON-able; how it was made, for jaxprune.json.
+      provenance: facts of how it was made, JSON-able, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
-      finish: as for `formats.rewrite.write`.
+      finish: function that is called at the end; see `rewrite.write_directory`.
 
     Returns:
       The paths of the files.
@@ -234,35 +266,40 @@ def write_smaller(
       OSError: the directory could not be written.
     """
     opened = open_directory(source)
-    before = families.decoder_config(opened.config, ignore_config=ignore_config)
-    kept = list(range(before.layers)) if kept is None else list(kept)
-    few, _ = keep_layers(before, _state(abstract(before)), kept)
-    found = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
-    layers = {int(of[1]) for of in found if of}
-    if layers != {*range(len(kept))}:
-        raise ValueError(
-            f"the parameters have {len(layers)} layers, but kept says {len(kept)} of "
-            f"{before.layers}; give kept= as it was given to keep_layers"
-        )
-    shape = resized(few, params)
-    config = smaller_config(opened.config, shape, kept, ignore_config=ignore_config)
+    config_before = families.decoder_config(opened.config, ignore_config=ignore_config)
+    kept = list(range(config_before.layers)) if kept is None else list(kept)
+    # The shape by the layers alone; the parameters say the rest.
+    fewer_layers, _ = keep_layers(config_before, _state(abstract(config_before)), kept)
+    matches = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
+    layers = {int(match[1]) for match in matches if match}
+    rules.check(
+        [_KEPT],
+        same=layers == {*range(len(kept))},
+        layers=len(layers),
+        kept=len(kept),
+        before=config_before.layers,
+    )
+    config_now = resized(fewer_layers, params)
+    config = smaller_config(
+        opened.config, config_now, kept, ignore_config=ignore_config
+    )
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
-        origin = names[name_before(leaf, kept)]
+        origin = names[name_before(leaf, kept)]  # by the layer's old number
         # One leaf of all experts, stored as one tensor an expert: fewer tensors now.
         if origin.experts:
             origin = origin._replace(experts=array.shape[0])
         for i, name in enumerate((*origin.names, *origin.copies)):
-            theirs = _renumbered(name, leaf, kept)
-            form = array.shape[1:] if origin.experts else array.shape
-            form = form[::-1] if origin.transposed else form
-            tensors[theirs] = new_weights.NewTensor(
+            tensor = _renumbered(name, leaf, kept)
+            stored_shape = array.shape[1:] if origin.experts else array.shape
+            stored_shape = stored_shape[::-1] if origin.transposed else stored_shape
+            tensors[tensor] = new_weights.NewTensor(
                 opened.tensors[name].file,
                 origin.dtype,
-                form,
-                functools.partial(_read, array, origin, i),
+                stored_shape,
+                functools.partial(_stored_tensor, array, origin, i),
             )
-    return new_weights.write(
+    return new_weights.write_new_weights(
         opened,
         directory,
         config,
@@ -273,7 +310,7 @@ def write_smaller(
     )
 
 
-def _read(array: Any, origin: Source, number: int) -> np.ndarray:
+def _stored_tensor(array: Any, origin: Source, number: int) -> np.ndarray:
     return origin.stored(lazy.array(array), number)
 
 
@@ -288,7 +325,7 @@ def name_before(leaf: str, kept: Sequence[int]) -> str:
 
 def _renumbered(name: str, leaf: str, kept: Sequence[int]) -> str:
     """The name of a tensor of a layer, with the layer's new number."""
-    if (found := re.match(r"layers/(\d+)/", leaf)) is None:
+    if (match := re.match(r"layers/(\d+)/", leaf)) is None:
         return name
-    now = int(found[1])
-    return re.sub(rf"\b(layers|h)\.{kept[now]}\.", rf"\g<1>.{now}.", name, count=1)
+    layer = int(match[1])
+    return re.sub(rf"\b(layers|h)\.{kept[layer]}\.", rf"\g<1>.{layer}.", name, count=1)

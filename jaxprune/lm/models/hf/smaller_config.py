@@ -22,9 +22,9 @@ def smaller_config(
     """The config.json of a smaller decoder.
 
     Args:
-      config: that of the model before.
-      shape: the smaller shape.
-      kept: the layers that stayed, all if left out.
+      config: content of the config.json of the model before.
+      shape: smaller shape.
+      kept: numbers of the layers that stayed, all if left out.
       ignore_config: attributes that `load` was told to read as if they were not there.
 
     Returns:
@@ -43,30 +43,32 @@ def smaller_config(
       {'model_type': 'gpt2', 'vocab_size': 5, 'n_positions': 4, 'n_embd': 2, \
 'n_layer': 1, 'n_head': 1, 'n_inner': 6}
     """
-    before = families.decoder_config(config, ignore_config=ignore_config)
-    kept = range(before.layers) if kept is None else kept
+    shape_before = families.decoder_config(config, ignore_config=ignore_config)
+    kept = range(shape_before.layers) if kept is None else kept
     new = dict(config)
-    for field, name in families.find(config).resized.items():
-        now = getattr(shape, field)
-        if now != getattr(before, field) or field == "head_dim":
-            new |= {twin: now for twin in families.TWINS.get(name, ()) if twin in new}
-            new[name] = now
-    if len(kept) != before.layers:
+    for field, name in families.find_family(config).resized.items():
+        size = getattr(shape, field)
+        if size != getattr(shape_before, field) or field == "head_dim":
+            new |= {twin: size for twin in families.TWINS.get(name, ()) if twin in new}
+            new[name] = size
+    if len(kept) != shape_before.layers:
         new |= _layerwise(config, shape, kept)
     try:
-        again = families.decoder_config(new, ignore_config=ignore_config)
+        # What is written must be read as the shape of the parameters.
+        read_back = families.decoder_config(new, ignore_config=ignore_config)
     except ValueError as error:
         raise ValueError(_cannot_say(config, str(error))) from None
-    if again != shape.with_dtype(again.dtype):
-        fields = [f.name for f in dataclasses.fields(again)]
-        wrong = [f for f in fields if getattr(again, f) != getattr(shape, f)]
+    if read_back != shape.with_dtype(read_back.dtype):
+        fields = [f.name for f in dataclasses.fields(read_back)]
+        wrong = [f for f in fields if getattr(read_back, f) != getattr(shape, f)]
         raise ValueError(_cannot_say(config, f"it would change {', '.join(wrong)}"))
-    fit = heads_that_fit(config, before)
-    if shape.heads not in (*fit, before.heads):
+    fit = heads_that_fit(config, shape_before)
+    if shape.heads not in (*fit, shape_before.heads):
+        fewer = " or ".join(str(n) for n in fit if n < shape_before.heads)
         raise ValueError(
             f"transformers takes a {config['model_type']} model only where "
             f"{when_heads_fit(config, shape)}, got {shape.heads}; leave "
-            f"{' or '.join(str(n) for n in fit if n < before.heads) or 'all of them'}"
+            f"{fewer or 'all of them'}"
         )
     return new
 
@@ -75,8 +77,8 @@ def heads_that_fit(config: Mapping[str, Any], shape: DecoderConfig) -> list[int]
     """The numbers of query heads that transformers takes for a width, ascending.
 
     Args:
-      config: the parsed config.json.
-      shape: of the model.
+      config: content of the config.json.
+      shape: shape of the model.
 
     Returns:
       Numbers up to that of the shape, without those that the family's class in
@@ -89,14 +91,14 @@ def heads_that_fit(config: Mapping[str, Any], shape: DecoderConfig) -> list[int]
       >>> heads_that_fit(config, families.decoder_config(config))
       [1, 2, 3, 4, 6]
     """
-    rule = families.find(config).heads
+    rule = families.find_family(config).heads
     numbers = range(1, shape.heads + 1)
     return [heads for heads in numbers if rule.takes(config, shape.width, heads)]
 
 
 def when_heads_fit(config: Mapping[str, Any], shape: DecoderConfig) -> str:
     """In words, which numbers of query heads `heads_that_fit` gives."""
-    return families.find(config).heads.when.format(width=shape.width)
+    return families.find_family(config).heads.when.format(width=shape.width)
 
 
 def _cannot_say(config: Mapping[str, Any], why: str) -> str:
@@ -114,7 +116,7 @@ def _layerwise(
     config: Mapping[str, Any], shape: DecoderConfig, kept: Sequence[int]
 ) -> dict[str, Any]:
     """Attributes that go by the number of a layer."""
-    new: dict[str, Any] = dict(families.find(config).kinds(shape))
+    new: dict[str, Any] = dict(families.find_family(config).layer_attributes(shape))
     types = config.get("layer_types")
     if types is not None:
         new["layer_types"] = [types[i] for i in kept]
@@ -128,7 +130,7 @@ def shrinkable(config: Mapping[str, Any]) -> list[str]:
     """What the models of a config.json's family can have fewer of.
 
     Args:
-      config: the parsed file.
+      config: content of the config.json.
 
     Returns:
       Some of "layers", "experts", "neurons" and "heads".
@@ -146,5 +148,5 @@ def shrinkable(config: Mapping[str, Any]) -> list[str]:
         "mlp_width": "neurons",
         "heads": "heads",
     }
-    found = families.find(config).resized
-    return [word for field, word in names.items() if field in found]
+    resized = families.find_family(config).resized
+    return [word for field, word in names.items() if field in resized]

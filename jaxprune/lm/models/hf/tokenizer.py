@@ -35,7 +35,7 @@ class Tokenizer:
       bos: the token that texts begin with; None if there is none.
       eos: the tokens that end a text.
       begins: whether texts begin with `bos` unless the caller says otherwise.
-      chat: how conversations are written; None where the directory does not say.
+      chat: template of conversations; None where the directory does not say.
     """
 
     tokens: Any = dataclasses.field(repr=False)
@@ -73,6 +73,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # half a pair, from JSON or a command line
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # Without the template.
         ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
         if not (self.begins if bos is None else bos):
             return ids
@@ -96,7 +97,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     where that says nothing, where tokenizer.json puts it.
 
     Args:
-      directory: a local directory with config.json, safetensors and tokenizer.json.
+      directory: path of a local directory with config.json, safetensors and
+        tokenizer.json.
 
     Returns:
       The tokenizer.
@@ -108,17 +110,18 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
       Damaged: a file cannot be read as what it is.
     """
     opened = open_directory(directory)
-    tokens = _read(opened.path)
+    tokens = _read_tokenizer(opened.path)
     settings = _settings(opened.path, _SETTINGS)
     generating = _settings(opened.path, _GENERATION)
     bos = _token(tokens, settings.get("bos_token"))
     if bos is None:
-        given = _ids(opened.path, opened.config, "bos_token_id")
-        bos = given[0] if given else None
+        ids = _ids(opened.path, opened.config, "bos_token_id")
+        bos = ids[0] if ids else None
     begins = settings.get("add_bos_token")
     if not isinstance(begins, bool):
         begins = bos is not None and tokens.encode("").ids[:1] == [bos]
     ends = set(_ids(opened.path, opened.config, "eos_token_id"))
+    # Generation goes by these.
     ends |= set(_ids(opened.path, generating, "eos_token_id", _GENERATION))
     if (end := _token(tokens, settings.get("eos_token"))) is not None:
         ends.add(end)
@@ -127,17 +130,17 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         bos=bos,
         eos=tuple(sorted(ends)),
         begins=begins and bos is not None,
-        chat=chat_template.find(opened.path, settings),
+        chat=chat_template.find_chat_template(opened.path, settings),
     )
 
 
-def _read(directory: Path) -> Any:
+def _read_tokenizer(directory: Path) -> Any:
     path = directory / _FILE
     if not path.is_file():
-        older = (directory / "tokenizer.model").is_file()
-        other = " but a tokenizer.model" if older else ""
+        has_older = (directory / "tokenizer.model").is_file()
+        older_file = " but a tokenizer.model" if has_older else ""
         raise Unknown(
-            f"'{directory}' has no {_FILE}{other}; make one with transformers: "
+            f"'{directory}' has no {_FILE}{older_file}; make one with transformers: "
             "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
         )
     try:
@@ -173,12 +176,12 @@ def _ids(
     directory: Path, config: dict[str, Any], name: str, file: str = CONFIG
 ) -> list[int]:
     """The tokens that an attribute of a file names: one, a list, or none."""
-    given = config.get(name)
-    ids = [] if given is None else given if isinstance(given, list) else [given]
+    value = config.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise Damaged(
             f"'{directory / file}' must have a token or a list of tokens as {name}, "
-            f"got {given!r}"
+            f"got {value!r}"
         )
     return ids
 

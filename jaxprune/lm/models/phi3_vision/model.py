@@ -32,8 +32,8 @@ class Phi3VisionConfig:
     Attributes:
       decoder: the language model's.
       tower: the image tower's.
-      skipped: how many of the tower's last layers are not run.
-      crops: at most so many crops of an image, the global view not counted.
+      skipped: number of the tower's last layers that are not run.
+      crops: greatest number of crops of an image, the global view not counted.
 
     Raises:
       ValueError: two patches do not fit the tower's grid, or no layer would be run.
@@ -85,7 +85,7 @@ def unused(config: Phi3VisionConfig) -> tuple[str, ...]:
     Exclude them: `prunable=jp.tree.excluding(*unused(config), "separator", "row_end")`.
 
     Args:
-      config: the model's shape.
+      config: shape of the model.
 
     Returns:
       Globs on path names.
@@ -137,7 +137,7 @@ class Phi3Vision(nnx.Module):
         ends = (self.row_end[...], self.separator[...])
         parts = [end.reshape(1, inner).astype(x.dtype) for end in ends]
         x = jnp.concatenate([*parts, x])  # (2 + crops * side^2, inner)
-        hidden = jax.nn.gelu(self.project_in(x), approximate=False)
+        hidden = jax.nn.gelu(self.project_in(x), approximate=False)  # (rows, width)
         return self.project_out(hidden)
 
     def embed(
@@ -151,10 +151,10 @@ class Phi3Vision(nnx.Module):
         """The residual stream before the decoder's first layer.
 
         Args:
-          tokens: integers; what is below 0 stands for a part of a picture.
+          tokens: integers (batch, time); below 0 for a part of a picture.
           pixels: views and crops of all pictures of the batch, or None.
-          sources: the row of `image_tokens` in each word's place, below 0 for none.
-          remat: as for `Decoder.states`.
+          sources: row of `image_tokens` in each word's place, below 0 for none.
+          remat: whether the gradient computes activations again; see `Decoder.states`.
 
         Returns:
           Floats (batch, time, width).
@@ -167,8 +167,8 @@ class Phi3Vision(nnx.Module):
             raise ValueError("Phi3Vision takes pixels and sources together, got one")
         if pixels is None or sources is None:
             return x
-        seen = self.image_tokens(pixels, remat=remat).astype(x.dtype)
-        rows = seen[jnp.maximum(sources, 0)]  # (batch, time, width)
+        image_tokens = self.image_tokens(pixels, remat=remat).astype(x.dtype)
+        rows = image_tokens[jnp.maximum(sources, 0)]  # (batch, time, width)
         return jnp.where(sources[..., None] >= 0, rows, x)
 
     def __call__(

@@ -72,9 +72,9 @@ def picture(image: Image.Image, *, size: int = 336, crops: int = 16) -> Picture:
     picture is treated as its transpose.
 
     Args:
-      image: of any mode and size; it is taken as RGB.
+      image: picture of any mode and size; it is taken as RGB.
       size: height and width of a crop.
-      crops: at most so many.
+      crops: greatest number of crops.
 
     Returns:
       The picture.
@@ -88,12 +88,14 @@ def picture(image: Image.Image, *, size: int = 336, crops: int = 16) -> Picture:
       ((5, 8, 8, 3), 2, 2)
     """
     # (rows * size, columns * size, 3), normalised
-    whole = _normalised(_resized(image.convert("RGB"), size, crops))
-    rows, columns = whole.shape[0] // size, whole.shape[1] // size
-    cut = whole.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4)
+    canvas = _normalised(_resized(image.convert("RGB"), size, crops))
+    rows, columns = canvas.shape[0] // size, canvas.shape[1] // size
+    crops_of_picture = canvas.reshape(rows, size, columns, size, 3).transpose(
+        0, 2, 1, 3, 4
+    )
     # cut is (rows, columns, size, size, 3), the global view (size, size, 3).
-    view = bicubic(whole, size)
-    pixels = np.concatenate([view[None], cut.reshape(-1, size, size, 3)])
+    view = bicubic(canvas, size)
+    pixels = np.concatenate([view[None], crops_of_picture.reshape(-1, size, size, 3)])
     return Picture(pixels, rows, columns)
 
 
@@ -105,9 +107,9 @@ def _resized(image: Image.Image, size: int, crops: int) -> Image.Image:
         image = image.transpose(Image.Transpose.TRANSPOSE)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     padded = -(-height // size) * size
-    whole = Image.new("RGB", (width, padded), (255, 255, 255))
-    whole.paste(image, (0, (padded - height) // 2))
-    return whole.transpose(Image.Transpose.TRANSPOSE) if upright else whole
+    canvas = Image.new("RGB", (width, padded), (255, 255, 255))
+    canvas.paste(image, (0, (padded - height) // 2))
+    return canvas.transpose(Image.Transpose.TRANSPOSE) if upright else canvas
 
 
 def _fitting(width: int, height: int, size: int, crops: int) -> tuple[int, int]:
@@ -132,10 +134,10 @@ def crops_of(
     """How many crops a picture is cut into, without cutting it.
 
     Args:
-      width: of the picture, in pixels.
-      height: likewise.
+      width: width of the picture, in pixels.
+      height: height of the picture, in pixels.
       size: height and width of a crop.
-      crops: at most so many.
+      crops: greatest number of crops.
 
     Returns:
       Crops from top to bottom, and from left to right.
@@ -147,7 +149,7 @@ def crops_of(
       >>> crops_of(640, 480)
       (3, 4)
     """
-    longer, shorter = _fitting(width, height, size, crops)
+    longer, shorter = _fitting(width, height, size, crops)  # pixels
     sides = (-(-shorter // size), longer // size)
     return sides[::-1] if width < height else sides
 
@@ -158,19 +160,21 @@ def _normalised(image: Image.Image) -> np.ndarray:
 
 def bicubic(array: np.ndarray, size: int) -> np.ndarray:
     """Resizes to (size, size, channels) as torch does: cubic, no antialiasing."""
-    tall, wide = (_cubic(length, size) for length in array.shape[:2])
-    return np.einsum("ih,hwc,jw->ijc", tall, array, wide, optimize=True).astype("f4")
+    vertical, horizontal = (_cubic(length, size) for length in array.shape[:2])
+    return np.einsum(
+        "ih,hwc,jw->ijc", vertical, array, horizontal, optimize=True
+    ).astype("f4")
 
 
 def _cubic(length: int, size: int) -> np.ndarray:
     """The weights (size, length) of a resize along one axis."""
-    a = -0.75
+    a = -0.75  # Keys's parameter, as torch has it
     # Where the centre of each new pixel lies among the old ones.
-    places = (np.arange(size) + 0.5) * (length / size) - 0.5
-    first = np.floor(places).astype(int)
+    centres = (np.arange(size) + 0.5) * (length / size) - 0.5
+    first = np.floor(centres).astype(int)
     weights = np.zeros((size, length))
     for step in range(-1, 3):  # the four old pixels around it
-        t = np.abs(places - (first + step))
+        t = np.abs(centres - (first + step))
         # Keys's kernel for distances up to 1, and from 1 to 2.
         near = ((a + 2) * t - (a + 3)) * t * t + 1
         far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
@@ -179,37 +183,41 @@ def _cubic(length: int, size: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
+def token_layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
     """Which image token stands where.
 
     The crops as one picture, an end after each row of tokens; the separator; the
     global view, an end after each row.
 
     Args:
-      rows: crops from top to bottom.
-      columns: crops from left to right.
-      side: tokens along each side of a crop.
-      first: the place of the global view among all views and crops of the batch.
+      rows: number of crops from top to bottom.
+      columns: number of crops from left to right.
+      side: number of tokens along each side of a crop.
+      first: index of the global view among all views and crops of the batch.
 
     Returns:
       int32 rows of `Phi3Vision.image_tokens`.
 
     Example:
-      >>> layout(1, 1, 1, 0).tolist()
+      >>> token_layout(1, 1, 1, 0).tolist()
       [3, 0, 1, 2, 0]
     """
 
     def numbers(crop: int, down: int, across: int) -> np.ndarray:
         # (down * across, side^2): the rows of these crops in `image_tokens`.
-        own = np.arange(crop, crop + down * across)[:, None] * side**2
-        own = 2 + own + np.arange(side**2)[None]
-        own = own.reshape(down, across, side, side)
-        own = own.transpose(0, 2, 1, 3)  # (down, side, across, side)
-        own = own.reshape(down * side, across * side)  # as they lie in the picture
-        return np.pad(own, ((0, 0), (0, 1))).ravel()  # 0: the end of a row
+        index = np.arange(crop, crop + down * across)[:, None] * side**2
+        index = 2 + index + np.arange(side**2)[None]
+        index = index.reshape(down, across, side, side)
+        index = index.transpose(0, 2, 1, 3)  # (down, side, across, side)
+        index = index.reshape(down * side, across * side)  # as they lie in the picture
+        return np.pad(index, ((0, 0), (0, 1))).ravel()  # 0: the end of a row
 
-    parts = [numbers(first + 1, rows, columns), np.ones(1, int), numbers(first, 1, 1)]
-    return np.concatenate(parts).astype(np.int32)
+    rows_of_tokens = [
+        numbers(first + 1, rows, columns),
+        np.ones(1, int),
+        numbers(first, 1, 1),
+    ]
+    return np.concatenate(rows_of_tokens).astype(np.int32)
 
 
 def prompt(
@@ -223,11 +231,12 @@ def prompt(
     """A prompt's tokens and its pictures.
 
     Args:
-      text: with "<|image_1|>" to "<|image_n|>" where the pictures are.
-      images: the pictures, the first of them <|image_1|>.
-      encode: a text without pictures to tokens, without BOS.
-      config: the model's shape.
-      bos: the token that begins each text between pictures, also an empty one, as the
+      text: text of the prompt, with "<|image_1|>" to "<|image_n|>" where the pictures
+        are.
+      images: pictures, the first of them <|image_1|>.
+      encode: function of a text without pictures to tokens, without BOS.
+      config: shape of the model.
+      bos: token that begins each text between pictures, also an empty one, as the
         published processor's tokenizer does; or None.
 
     Returns:
@@ -236,15 +245,16 @@ def prompt(
     Raises:
       ValueError: the text does not name the pictures, each at least once.
     """
-    named = [int(number) for number in _PLACE.findall(text)]
-    if set(named) != set(range(1, len(images) + 1)):
+    numbers = [int(number) for number in _PLACE.findall(text)]
+    if set(numbers) != set(range(1, len(images) + 1)):
         raise ValueError(
             f"a prompt must name <|image_1|> to <|image_{len(images)}|> for its "
-            f"{len(images)} pictures, but names {sorted(set(named))}"
+            f"{len(images)} pictures, but names {sorted(set(numbers))}"
         )
     size = config.tower.image
-    seen = [picture(image, size=size, crops=config.crops) for image in images]
-    firsts = np.cumsum([0, *(len(own.pixels) for own in seen)])
+    pictures = [picture(image, size=size, crops=config.crops) for image in images]
+    # The index of each global view.
+    firsts = np.cumsum([0, *(len(cut.pixels) for cut in pictures)])
     tokens: list[list[int]] = []
     sources: list[np.ndarray] = []
     for i, part in enumerate(_PLACE.split(text)):
@@ -252,25 +262,27 @@ def prompt(
             begun = [] if bos is None else [bos]
             tokens.append([*begun, *(encode(part) if part else ())])
         else:
-            own = seen[int(part) - 1]
-            where = layout(own.rows, own.columns, config.side, firsts[int(part) - 1])
-            tokens.append([-int(part)] * len(where))  # one for each image token
-            sources.append(where)
+            cut = pictures[int(part) - 1]
+            places = token_layout(
+                cut.rows, cut.columns, config.side, firsts[int(part) - 1]
+            )
+            tokens.append([-int(part)] * len(places))  # one for each image token
+            sources.append(places)
     # (time,), both
     ids = np.concatenate([np.asarray(part, np.int32) for part in tokens])
     rows = np.full(ids.shape, -1, np.int32)
     if sources:
         rows[ids < 0] = np.concatenate(sources)
     none = np.zeros((0, size, size, 3), np.float32)
-    return Prompt(ids, rows, np.concatenate([none, *(own.pixels for own in seen)]))
+    return Prompt(ids, rows, np.concatenate([none, *(cut.pixels for cut in pictures)]))
 
 
-def together(prompts: Sequence[Prompt], side: int) -> Prompt:
+def batch_prompts(prompts: Sequence[Prompt], side: int) -> Prompt:
     """Prompts of one length as a batch.
 
     Args:
-      prompts: each with its own pictures, or none.
-      side: image tokens along a side of a view, `config.side`.
+      prompts: prompts, with pictures of their own or none.
+      side: number of image tokens along a side of a view, `config.side`.
 
     Returns:
       Tokens and sources int32 (batch, time), the sources counting through the pixels
@@ -279,22 +291,26 @@ def together(prompts: Sequence[Prompt], side: int) -> Prompt:
     Raises:
       ValueError: the prompts are not of one length.
     """
-    lengths = {len(each.tokens) for each in prompts}
+    lengths = {len(item.tokens) for item in prompts}
     if len(lengths) != 1:
         raise ValueError(
             f"prompts of one batch must be of one length, got {sorted(lengths)}; "
             "answer those of each length by themselves"
         )
-    views = np.cumsum([0, *(len(each.pixels) for each in prompts)])
+    views = np.cumsum([0, *(len(item.pixels) for item in prompts)])
     # Rows 0 and 1 are the separators, of all.
     sources = [
-        np.where(each.sources >= 2, each.sources + start * side**2, each.sources)
-        for each, start in zip(prompts, views, strict=False)
+        np.where(
+            item.sources >= 2,
+            item.sources + start * side**2,
+            item.sources,
+        )
+        for item, start in zip(prompts, views, strict=False)
     ]
     return Prompt(
-        np.stack([each.tokens for each in prompts]),
+        np.stack([item.tokens for item in prompts]),
         np.stack(sources).astype(np.int32),
-        np.concatenate([each.pixels for each in prompts]),
+        np.concatenate([item.pixels for item in prompts]),
     )
 
 
@@ -302,8 +318,8 @@ def chat(question: str, images: int = 0) -> str:
     r"""A question in the form that the model was tuned on, pictures before it.
 
     Args:
-      question: the text.
-      images: how many pictures go before it.
+      question: text of the question.
+      images: number of pictures before it.
 
     Returns:
       The prompt; the answer follows.

@@ -1,7 +1,8 @@
 """CLIP's vision tower: a transformer in which each patch of an image attends to all.
 
-Parameters are those of the published checkpoints, the last layers included that a user
-of earlier features never runs.
+Its blocks are the decoder's, with a mask that hides nothing. Parameters are those of
+the published checkpoints, the last layers included that a user of earlier features
+never runs.
 
 Reference:
   Radford et al.: Learning Transferable Visual Models From Natural Language
@@ -10,21 +11,23 @@ Reference:
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxprune.lm.models.decoder.config import check_choice, check_positive
-from jaxprune.lm.models.decoder.layers import Linear, Norm, attend
+from jaxprune.lm.models.decoder.block import Block
+from jaxprune.lm.models.decoder.config import (
+    DecoderConfig,
+    check_choice,
+    check_positive,
+)
+from jaxprune.lm.models.decoder.layers import Norm
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
+ClipActivations = Literal["quick_gelu", "gelu"]
+"""The nonlinearities of CLIP's MLP; "gelu" is exact."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class ClipConfig:
       heads: heads of a layer.
       mlp_width: features inside the MLP.
       activation: the MLP's nonlinearity; "gelu" is exact.
-      norm_epsilon: what is added to the variance.
+      norm_epsilon: number that is added to the variance.
       dtype: type of the products, whatever the parameters' is.
 
     Raises:
@@ -52,7 +55,7 @@ class ClipConfig:
     width: int = 1024
     heads: int = 16
     mlp_width: int = 4096
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    activation: ClipActivations = "quick_gelu"
     norm_epsilon: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     norm: ClassVar[Literal["layer"]] = "layer"
@@ -60,18 +63,40 @@ class ClipConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_positive(self, "image", "patch", "layers", "width", "heads", "mlp_width")
-        for part, whole in (("patch", "image"), ("heads", "width")):
-            if getattr(self, whole) % getattr(self, part):
+        for divisor, dividend in (("patch", "image"), ("heads", "width")):
+            if getattr(self, dividend) % getattr(self, divisor):
                 raise ValueError(
-                    f"ClipConfig needs {whole} to be divisible by {part}, got "
-                    f"{getattr(self, whole)} and {getattr(self, part)}"
+                    f"ClipConfig needs {dividend} to be divisible by {divisor}, got "
+                    f"{getattr(self, dividend)} and {getattr(self, divisor)}"
                 )
-        check_choice(self, "activation", _ACTIVATIONS)
+        check_choice(self, "activation", get_args(ClipActivations))
 
     @property
     def grid(self) -> int:
         """Patches along each side."""
         return self.image // self.patch
+
+    @property
+    def blocks(self) -> DecoderConfig:
+        """The shape of the blocks, as that of a decoder with learned positions."""
+        return DecoderConfig(
+            vocab_size=1,  # not read
+            context=self.grid**2 + 1,
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            kv_heads=self.heads,
+            head_dim=self.width // self.heads,
+            mlp_width=self.mlp_width,
+            norm=self.norm,
+            norm_epsilon=self.norm_epsilon,
+            activation=self.activation,
+            gated=False,
+            qkv_bias=True,
+            out_bias=True,
+            mlp_bias=True,
+            dtype=self.dtype,
+        )
 
 
 class ClipTower(nnx.Module):
@@ -101,11 +126,11 @@ class ClipTower(nnx.Module):
         self.class_embedding = normal(width, deviation=width**-0.5)
         # [columns, rows, channels, out]: torch's axes reversed.
         self.patch_embedding = normal(patch, patch, 3, width, deviation=0.02)
-        places = config.grid**2 + 1
-        self.position_embedding = normal(places, width, deviation=width**-0.5)
+        positions = config.grid**2 + 1  # the class and the patches
+        self.position_embedding = normal(positions, width, deviation=width**-0.5)
         self.norm_embedded = Norm(config, width)
         self.layers = nnx.List(
-            [ClipBlock(config, rngs=rngs) for _ in range(config.layers)]
+            [Block(config.blocks, i, rngs=rngs) for i in range(config.layers)]
         )
         self.norm = Norm(config, width)
 
@@ -143,9 +168,12 @@ class ClipTower(nnx.Module):
         Returns:
           The class first, then the patches row by row: (images, grid^2 + 1, width).
         """
-        x = self.norm_embedded(self.embed(pixels))
+        x = self.norm_embedded(self.embed(pixels))  # (images, positions, width)
+        positions = x.shape[1]
+        mask = jnp.ones((positions, positions), bool)  # nothing is causal in a picture
         for layer in self.layers[:layers]:
-            x = jax.checkpoint(layer)(x) if remat else layer(x)
+            run = jax.checkpoint(layer) if remat else layer
+            x, _ = run(x, None, mask, None, jnp.int32(0))
         return x
 
     def __call__(
@@ -153,38 +181,3 @@ class ClipTower(nnx.Module):
     ) -> Float[Array, "images features"]:
         """The normalised class of each image, CLIP's own feature of it."""
         return self.norm(self.states(pixels)[:, 0])
-
-
-class ClipBlock(nnx.Module):
-    """Normalise, attend to all, add; normalise, MLP, add."""
-
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
-        """Makes the layers; `rngs` is read, not kept."""
-
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(config, inputs, outputs, bias=True, rngs=rngs)
-
-        width, wide = config.width, config.mlp_width
-        self.norm_attention = Norm(config, width)
-        self.q, self.k, self.v = (linear(width, width) for _ in range(3))
-        self.out = linear(width, width)
-        self.norm_mlp = Norm(config, width)
-        self.up, self.down = linear(width, wide), linear(wide, width)
-        self.config = config
-
-    def __call__(
-        self, x: Float[Array, "images positions features"]
-    ) -> Float[Array, "images positions features"]:
-        """Returns the residual stream after the block."""
-        images, time, width = x.shape
-        heads = self.config.heads
-        y = self.norm_attention(x)
-        q, k, v = (  # (images, positions, heads, width / heads)
-            part(y).reshape(images, time, heads, -1)
-            for part in (self.q, self.k, self.v)
-        )
-        every = jnp.ones((time, time), bool)  # each position sees each
-        y = attend(q, k, v, every, (width // heads) ** -0.5)
-        x = x + self.out(y.reshape(images, time, width))
-        act = _ACTIVATIONS[self.config.activation]
-        return x + self.down(act(self.up(self.norm_mlp(x))))

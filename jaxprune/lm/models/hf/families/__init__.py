@@ -33,7 +33,7 @@ from jaxprune.lm.models.hf.families.family import Family as Family
 from jaxprune.lm.models.hf.families.mixtures import TWINS as TWINS
 from jaxprune.lm.models.phi3_vision.model import Phi3VisionConfig
 
-__all__ = ["FAMILIES", "Family", "decoder_config", "find", "vision_config"]
+__all__ = ["FAMILIES", "Family", "decoder_config", "find_family", "vision_config"]
 
 FAMILIES = {
     "gpt2": gpt2.FAMILY,
@@ -64,11 +64,11 @@ FAMILIES = {
 """The supported families by `model_type`."""
 
 
-def find(config: Mapping[str, Any]) -> Family:
+def find_family(config: Mapping[str, Any]) -> Family:
     """The family of a config.json.
 
     Args:
-      config: the parsed file.
+      config: content of the config.json.
 
     Returns:
       The family that its `model_type` names.
@@ -76,31 +76,33 @@ def find(config: Mapping[str, Any]) -> Family:
     Raises:
       ValueError: the model type is not supported.
     """
-    kind = config.get("model_type")
-    if kind == "gemma3":
+    model_type = config.get("model_type")
+    if model_type == "gemma3":
         raise ValueError(
             "model_type 'gemma3' is the form with images, whose language model lies "
             "inside; save that as model_type 'gemma3_text' "
             "(Gemma3ForCausalLM.from_pretrained, then save_pretrained)"
         )
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}; another "
-            "family is pruned by magnitude alone, without options that run the model, "
-            "such as --calibration and --evaluate"
+            f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}; "
+            "another family is pruned by magnitude alone, without options that run the "
+            "model, such as --calibration and --evaluate"
         )
-    return FAMILIES[kind].of(config)
+    return FAMILIES[model_type].of(config)
 
 
-def without(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
+def without_ignored(config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
     """A config.json less the attributes that the caller says do not matter."""
-    left = dict(config)
-    if absent := [name for name in dict.fromkeys(ignore) if not _removed(left, name)]:
+    remaining = dict(config)
+    if absent := [
+        name for name in dict.fromkeys(ignore) if not _removed(remaining, name)
+    ]:
         raise ValueError(
             f"attributes to ignore must be in config.json, but it has no "
             f"{listed(absent)}; it has {listed(config)}"
         )
-    return left
+    return remaining
 
 
 def _removed(config: dict[str, Any], name: str) -> bool:
@@ -121,7 +123,7 @@ def decoder_config(
     """Reads the config.json of a language model, old or new.
 
     Args:
-      config: the parsed file.
+      config: content of the config.json.
       ignore_config: attributes that are read as if they were not there.
 
     Returns:
@@ -142,8 +144,8 @@ def decoder_config(
             "model_type 'phi3_v' sees pictures and is no language model alone; "
             "hf.vision_config reads its config.json, hf.load its directory"
         )
-    config = without(config, ignore_config)
-    shape: DecoderConfig = find(config).read(config)[0]
+    config = without_ignored(config, ignore_config)
+    shape: DecoderConfig = find_family(config).read(config)[0]
     return shape
 
 
@@ -153,7 +155,7 @@ def vision_config(
     """Reads a config.json of `model_type` "phi3_v".
 
     Args:
-      config: the parsed file.
+      config: content of the config.json.
       ignore_config: attributes that are read as if they were not there.
 
     Returns:
@@ -174,5 +176,7 @@ def vision_config(
             f"model_type must be phi3_v, got {config.get('model_type')!r}; "
             "hf.decoder_config reads language models"
         )
-    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(without(config, ignore_config))[0]
+    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(
+        without_ignored(config, ignore_config)
+    )[0]
     return shape

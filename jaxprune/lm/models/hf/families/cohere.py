@@ -33,15 +33,15 @@ def _fields(a: Attributes) -> Fields:
 
 def _fields_2(a: Attributes) -> Fields:
     fields = _common(a, 1e4)
-    cut = family.split(a, "hidden_size", "num_attention_heads")
-    if fields["head_dim"] != cut:  # transformers computes it, whatever is said
-        given = fields["head_dim"]
-        a.wrong("head_dim", f"hidden_size / num_attention_heads = {cut}", given)
+    expected = family.head_size(a, "hidden_size", "num_attention_heads")
+    if fields["head_dim"] != expected:  # transformers computes it, whatever is said
+        head_dim = fields["head_dim"]
+        a.wrong("head_dim", f"hidden_size / num_attention_heads = {expected}", head_dim)
     size = family.window(a, 4096)
-    every = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 4))
-    if (switch := a.size("layer_switch", every)) != every:  # its older name
-        a.wrong("layer_switch", f"sliding_window_pattern={every}", switch)
-    sliding = family.alternating(a, size, every)
+    pattern = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 4))
+    if (switch := a.size("layer_switch", pattern)) != pattern:  # its older name
+        a.wrong("layer_switch", f"sliding_window_pattern={pattern}", switch)
+    sliding = family.alternating(a, size, pattern)
     return {
         **fields,
         "rope_of": tuple(0 if slides else None for slides in sliding),
@@ -65,5 +65,5 @@ COHERE2 = Family(
         "use_parallel_embedding": False,
     },
     resized=family.WHOLE_HEADS,
-    kinds=family.layer_types,
+    layer_attributes=family.layer_types,
 )

@@ -23,7 +23,7 @@ def _fields(a: Attributes) -> Fields:
         "width": width,
         "heads": heads,
         "kv_heads": _kv_heads(a, heads),
-        "head_dim": family.split(a, "hidden_size", "num_attention_heads"),
+        "head_dim": family.head_size(a, "hidden_size", "num_attention_heads"),
         "mlp_width": a.size("ffn_hidden_size", 4 * width),
         "norm_epsilon": a.number("layer_norm_epsilon", 1e-5),
         "tie_weights": a.flag("tie_word_embeddings", True),
@@ -43,11 +43,11 @@ def _fields(a: Attributes) -> Fields:
 
 def _kv_heads(a: Attributes, heads: int) -> int:
     new = a.flag("new_decoder_architecture", False)
-    many = not a.flag("multi_query", True)
-    given = a.size("num_kv_heads", heads)
-    if many and not new and given != heads:
-        a.wrong("num_kv_heads", f"num_attention_heads={heads} here", given)
-    return given if new or many else 1
+    per_head = not a.flag("multi_query", True)
+    kv_heads = a.size("num_kv_heads", heads)
+    if per_head and not new and kv_heads != heads:
+        a.wrong("num_kv_heads", f"num_attention_heads={heads} here", kv_heads)
+    return kv_heads if new or per_head else 1
 
 
 def _block(a: Attributes) -> Blocks:
@@ -57,8 +57,8 @@ def _block(a: Attributes) -> Blocks:
     )
     norms = a.size("num_ln_in_parallel_attn", 2 if new else 1)
     if norms > 2 or (norms == 2 and not new):
-        known = "1 or 2" if new else "1, unless new_decoder_architecture is true"
-        a.wrong("num_ln_in_parallel_attn", known, norms)
+        rule = "1 or 2" if new else "1, unless new_decoder_architecture is true"
+        a.wrong("num_ln_in_parallel_attn", rule, norms)
     if new and not parallel:
         a.wrong("parallel_attn", "true with new_decoder_architecture", parallel)
     if not parallel:
@@ -68,8 +68,8 @@ def _block(a: Attributes) -> Blocks:
 
 def _names_of_norms(config: Mapping[str, Any]) -> dict[str, str]:
     """The two norms of the newest generation have names of their own."""
-    two = config.get("num_ln_in_parallel_attn") in (None, 2)
-    if not config.get("new_decoder_architecture") or not two:
+    two_norms = config.get("num_ln_in_parallel_attn") in (None, 2)
+    if not config.get("new_decoder_architecture") or not two_norms:
         return {}
     return {"layers/norm_attention": "h.{}.ln_attn", "layers/norm_mlp": "h.{}.ln_mlp"}
 

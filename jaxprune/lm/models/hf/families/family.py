@@ -69,7 +69,7 @@ def modules(
     outer: Mapping[str, str], layer: Mapping[str, str], layers: str = "layers"
 ) -> dict[str, str]:
     """The table of modules of a model whose layers are called `layers` there."""
-    inner = {f"layers/{ours}": f"{layers}.{{}}.{n}" for ours, n in layer.items()}
+    inner = {f"layers/{module}": f"{layers}.{{}}.{n}" for module, n in layer.items()}
     return {**outer, **inner}
 
 
@@ -110,16 +110,17 @@ class Family:
         reversed.
       shape: fields to the shape of the model.
       from_directory: (directory, shape) to the shape with what other files say of it.
-      prefix: what the names begin with, except the head's; base models leave it out.
+      prefix: beginning of the names, except the head's; base models leave it out.
       stored_out_in: whether kernels are stored [out, in].
       skipped: a pattern of tensors that hold nothing learned.
       copies: tensors, without the prefix, that may repeat a leaf: to that leaf.
-      variant: for a config.json, the modules that have other names by it.
+      variant: function of a config.json to the modules that have other names by it.
       renamed: other names of tensors, without the prefix: to those of `modules`.
       resized: fields that a smaller model changes, to the attributes that say them.
-      kinds: for a shape, attributes that say how its layers differ.
-      heads: which numbers of query heads transformers takes, though a head's size is
-        said by itself.
+      layer_attributes: function of a shape to attributes that say how its layers
+        differ.
+      heads: rule of the numbers of query heads that transformers takes, though a head's
+        size is said by itself.
     """
 
     fields: Callable[[Attributes], Fields]
@@ -137,7 +138,7 @@ class Family:
     variant: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda config: {}
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resized: Mapping[str, str] = dataclasses.field(default_factory=lambda: RESIZED)
-    kinds: Callable[[Any], Fields] = lambda shape: {}
+    layer_attributes: Callable[[Any], Fields] = lambda shape: {}
     heads: HeadsRule = ANY_HEADS
 
     def read(self, config: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
@@ -160,9 +161,9 @@ class Family:
 
     def of(self, config: Mapping[str, Any]) -> "Family":
         """The family with the names that a config.json asks for."""
-        if not (own := self.variant(config)):
+        if not (variant := self.variant(config)):
             return self
-        return dataclasses.replace(self, modules={**self.modules, **own})
+        return dataclasses.replace(self, modules={**self.modules, **variant})
 
     def source(self, leaf: str) -> tuple[str, bool]:
         """The tensor of a leaf, and whether its axes are the leaf's reversed.
@@ -178,15 +179,15 @@ class Family:
         if anywhere in self.parameters:
             name, reverse = self.parameters[anywhere]
             return self.prefix + name.format(number), reverse
-        module, kind = anywhere.rsplit("/", 1)
-        theirs = self.modules[module].format(number)
-        head = theirs == "lm_head"
-        name = theirs + (".bias" if kind == "bias" else ".weight")
-        reverse = kind == "kernel" and (self.stored_out_in or head)
+        module, parameter = anywhere.rsplit("/", 1)
+        tensor = self.modules[module].format(number)
+        head = tensor == "lm_head"  # it has no prefix, in any family
+        name = tensor + (".bias" if parameter == "bias" else ".weight")
+        reverse = parameter == "kernel" and (self.stored_out_in or head)
         return name if head else self.prefix + name, reverse
 
 
-def sizes(
+def common_sizes(
     a: Attributes,
     *,
     head_dim: int | None = None,
@@ -213,13 +214,13 @@ def sizes(
 
 def activation(a: Attributes, name: str = "hidden_act", default: str = "silu") -> str:
     """The nonlinearity that an attribute names."""
-    found: str = a.choice(name, _ACTIVATIONS, default)
-    return found
+    name_here: str = a.choice(name, _ACTIVATIONS, default)
+    return name_here
 
 
 def like_llama(a: Attributes, *, theta: float = 1e4, **defaults: Any) -> Fields:
-    """`sizes`, the nonlinearity and one rotary scheme: Llama and its relatives."""
-    fields = sizes(a, **defaults)
+    """`common_sizes`, the nonlinearity and one rotary scheme, as Llama has them."""
+    fields = common_sizes(a, **defaults)
     return {
         **fields,
         "activation": activation(a),
@@ -234,7 +235,7 @@ def biased(a: Attributes, *, mlp: bool = False, default: bool = False) -> Fields
     return {**fields, "mlp_bias": a.flag("mlp_bias", False)} if mlp else fields
 
 
-def split(a: Attributes, width: str, heads: str) -> int:
+def head_size(a: Attributes, width: str, heads: str) -> int:
     """Features of a head where a width is cut into the heads."""
     size, number = a.size(width), a.size(heads)
     if size % number:
@@ -242,10 +243,10 @@ def split(a: Attributes, width: str, heads: str) -> int:
     return max(1, size // number)
 
 
-def alternating(a: Attributes, size: int | None, every: int) -> list[bool]:
+def alternating(a: Attributes, size: int | None, pattern: int) -> list[bool]:
     """Which layers see a window of this size only: all but each last of `every`."""
     layers = a.size("num_hidden_layers", most=LAYERS)
-    sliding = sliding_layers(a, [bool((i + 1) % every) for i in range(layers)])
+    sliding = sliding_layers(a, [bool((i + 1) % pattern) for i in range(layers)])
     if any(sliding) and size is None:
         a.wrong("sliding_window", "given where layers slide", None)
     return sliding
@@ -253,24 +254,24 @@ def alternating(a: Attributes, size: int | None, every: int) -> list[bool]:
 
 def window(a: Attributes, default: int | None) -> int | None:
     """How many tokens a token sees; null says all."""
-    given = a.raw("sliding_window", default)
-    return None if given is None else a.size("sliding_window", default)
+    size = a.raw("sliding_window", default)
+    return None if size is None else a.size("sliding_window", default)
 
 
 def sliding_layers(a: Attributes, default: list[bool]) -> list[bool]:
     """Which layers see a window only, by `layer_types` if that is there."""
-    given = a.raw("layer_types")
-    if given is None:
+    types = a.raw("layer_types")
+    if types is None:
         return default
-    if not isinstance(given, list) or not all(
-        isinstance(kind, str) and kind in _SLIDING for kind in given
+    if not isinstance(types, list) or not all(
+        isinstance(layer_type, str) and layer_type in _SLIDING for layer_type in types
     ):
-        a.wrong("layer_types", f"a list of {' and '.join(_SLIDING)}", given)
+        a.wrong("layer_types", f"a list of {' and '.join(_SLIDING)}", types)
         return default
-    if len(given) != len(default):
-        a.wrong("layer_types", f"{len(default)} long, one a layer", len(given))
+    if len(types) != len(default):
+        a.wrong("layer_types", f"{len(default)} long, one a layer", len(types))
         return default
-    return [_SLIDING[kind] for kind in given]
+    return [_SLIDING[layer_type] for layer_type in types]
 
 
 def layer_types(shape: DecoderConfig) -> Fields:

@@ -9,12 +9,12 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.sizes(a, head_dim=256, kv_heads=4, tied=True)
+    fields = family.common_sizes(a, head_dim=256, kv_heads=4, tied=True)
     size = family.window(a, 4096)
     a.raw("hidden_act")  # transformers goes by `hidden_activation`
-    said = a.raw("sliding_window_size")  # the published 9B says it twice
-    if said not in (None, size):
-        a.wrong("sliding_window_size", f"sliding_window = {size}", said)
+    twin = a.raw("sliding_window_size")  # the published 9B says it twice
+    if twin not in (None, size):
+        a.wrong("sliding_window_size", f"sliding_window = {size}", twin)
     return {
         **fields,
         **family.biased(a),
@@ -36,6 +36,6 @@ FAMILY = Family(
     _fields,
     family.modules(family.OUTER, {**family.LAYER, **family.SANDWICH}),
     only={"use_bidirectional_attention": False},
-    kinds=family.layer_types,
+    layer_attributes=family.layer_types,
     heads=family.DIVIDING_HEADS,
 )

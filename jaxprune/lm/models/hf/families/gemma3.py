@@ -9,10 +9,10 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.sizes(a, head_dim=256, tied=True)
+    fields = family.common_sizes(a, head_dim=256, tied=True)
     size = family.window(a, 4096)
-    every = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 6))
-    sliding = family.alternating(a, size, every)
+    pattern = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 6))
+    sliding = family.alternating(a, size, pattern)
     return {
         **fields,
         "norm": "rms_plus_one",
@@ -33,6 +33,6 @@ FAMILY = Family(
     _fields,
     family.modules(family.OUTER, {**family.LAYER, **family.SANDWICH}),
     only={"attn_logit_softcapping": None, "use_bidirectional_attention": False},
-    kinds=family.layer_types,
+    layer_attributes=family.layer_types,
     heads=family.DIVIDING_HEADS,
 )

@@ -15,7 +15,7 @@ def _fields(a: Attributes) -> Fields:
         "width": a.size("hidden_size"),
         "heads": heads,
         "kv_heads": heads,
-        "head_dim": family.split(a, "hidden_size", "num_attention_heads"),
+        "head_dim": family.head_size(a, "hidden_size", "num_attention_heads"),
         "mlp_width": a.size("intermediate_size"),
         "norm_epsilon": a.number("layer_norm_eps", 1e-5),
         "tie_weights": a.flag("tie_word_embeddings", False),
@@ -47,10 +47,10 @@ def _check_twins(a: Attributes) -> None:
         "rope_theta": ("rotary_emb_base", 1e4),
         "partial_rotary_factor": ("rotary_pct", 0.25),
     }
-    for name, (counts, default) in twins.items():
-        own = a.number(counts, default)
-        if (given := a.optional(name)) is not None and given != own:
-            a.wrong(name, f"{counts}={own}", given)
+    for name, (original, default) in twins.items():
+        value = a.number(original, default)
+        if (twin := a.optional(name)) is not None and twin != value:
+            a.wrong(name, f"{original}={value}", twin)
 
 
 _LAYER = {

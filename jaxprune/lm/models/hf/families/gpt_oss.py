@@ -11,8 +11,12 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.sizes(a, head_dim=64, kv_heads=8, epsilon=("rms_norm_eps", 1e-5))
-    if not (a.within("rope_parameters").given() or a.within("rope_scaling").given()):
+    fields = family.common_sizes(
+        a, head_dim=64, kv_heads=8, epsilon=("rms_norm_eps", 1e-5)
+    )
+    if not (
+        a.within("rope_parameters").present() or a.within("rope_scaling").present()
+    ):
         a.wrong("rope_parameters", "given", None)
     if a.raw("quantization_config") is not None:
         way = "absent; load with Mxfp4Config(dequantize=True) in transformers, and save"
@@ -51,5 +55,5 @@ GPT_OSS = Family(
         "layers/mlp/down/bias": (f"{_EXPERTS}.down_proj_bias", False),
     },
     resized={"layers": "num_hidden_layers", "experts": "num_local_experts"},
-    kinds=family.layer_types,
+    layer_attributes=family.layer_types,
 )

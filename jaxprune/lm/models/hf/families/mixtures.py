@@ -49,7 +49,7 @@ def _qwen_3(a: Attributes) -> Fields:
     }
 
 
-def _of_qwen(a: Attributes, usual: tuple[int, int], wide: int) -> Fields:
+def _of_qwen(a: Attributes, defaults: tuple[int, int], mlp_width: int) -> Fields:
     # The width of layers without experts; a model with such layers is refused.
     a.raw("intermediate_size")
     if a.raw("mlp_only_layers") not in (None, []):
@@ -57,18 +57,18 @@ def _of_qwen(a: Attributes, usual: tuple[int, int], wide: int) -> Fields:
     for name in ("sliding_window", "max_window_layers"):
         a.raw(name)  # not looked at unless use_sliding_window is true
     return {
-        **experts(a, "num_experts", *usual),
-        "mlp_width": a.size("moe_intermediate_size", wide),
+        **experts(a, "num_experts", *defaults),
+        "mlp_width": a.size("moe_intermediate_size", mlp_width),
         "renormalise": a.flag("norm_topk_prob", False),
     }
 
 
 def _olmoe(a: Attributes) -> Fields:
     fields = family.like_llama(a, epsilon=("rms_norm_eps", 1e-5))
-    cut = family.split(a, "hidden_size", "num_attention_heads")
-    if fields["head_dim"] != cut:
-        given = fields["head_dim"]
-        a.wrong("head_dim", f"hidden_size / num_attention_heads = {cut}", given)
+    expected = family.head_size(a, "hidden_size", "num_attention_heads")
+    if fields["head_dim"] != expected:
+        head_dim = fields["head_dim"]
+        a.wrong("head_dim", f"hidden_size / num_attention_heads = {expected}", head_dim)
     return {
         **fields,
         **family.biased(a),
@@ -78,18 +78,18 @@ def _olmoe(a: Attributes) -> Fields:
     }
 
 
-def experts(a: Attributes, name: str, usual: int, taken: int) -> Fields:
+def experts(a: Attributes, name: str, default: int, default_per_token: int) -> Fields:
     """How many experts there are, and how many of them a token is given to."""
     for unused in ("output_router_logits", "router_aux_loss_coef"):
         a.raw(unused)  # of training
     a.raw("router_jitter_noise")
-    number = a.size(name, usual)
+    number = a.size(name, default)
     for twin in TWINS[name]:
         if a.raw(name) is None:
-            number = a.size(twin, usual)
+            number = a.size(twin, default)
         elif a.raw(twin) not in (None, number):
             a.wrong(twin, f"{name}={number}", a.raw(twin))
-    per_token = a.size("num_experts_per_tok", taken)
+    per_token = a.size("num_experts_per_tok", default_per_token)
     if per_token > number:
         a.wrong("num_experts_per_tok", f"at most {name}={number}", per_token)
     return {"experts": number, "experts_per_token": min(per_token, number)}
@@ -97,6 +97,7 @@ def experts(a: Attributes, name: str, usual: int, taken: int) -> Fields:
 
 def _modules(mlp: str, gate: str, up: str, down: str) -> dict[str, str]:
     """The modules of a layer; "*" stands for the number of the expert."""
+    # A mixture has no MLP of its own.
     dense = {k: v for k, v in family.LAYER.items() if not k.startswith("mlp/")}
     return family.modules(
         family.OUTER,

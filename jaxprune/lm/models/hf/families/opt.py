@@ -9,8 +9,8 @@ def _fields(a: Attributes) -> Fields:
     width, heads = a.size("hidden_size"), a.size("num_attention_heads")
     # Only OPT-350m has embeddings of another width than its layers.
     if a.size("word_embed_proj_dim", width) != width:
-        given = a.raw("word_embed_proj_dim")
-        a.wrong("word_embed_proj_dim", f"hidden_size={width}", given)
+        embedding_width = a.raw("word_embed_proj_dim")
+        a.wrong("word_embed_proj_dim", f"hidden_size={width}", embedding_width)
     bias = a.flag("enable_bias", True)
     affine = a.flag("layer_norm_elementwise_affine", True)
     return {
@@ -21,7 +21,7 @@ def _fields(a: Attributes) -> Fields:
         "width": width,
         "heads": heads,
         "kv_heads": heads,
-        "head_dim": family.split(a, "hidden_size", "num_attention_heads"),
+        "head_dim": family.head_size(a, "hidden_size", "num_attention_heads"),
         "mlp_width": a.size("ffn_dim"),
         "norm": "layer" if affine else "layer_plain",
         "norm_epsilon": 1e-5,

@@ -7,7 +7,7 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.sizes(a, epsilon=("layer_norm_eps", 1e-5))
+    fields = family.common_sizes(a, epsilon=("layer_norm_eps", 1e-5))
     normalised = a.flag("qk_layernorm", False)
     cut = fields["width"] // fields["heads"]
     if normalised and fields["head_dim"] != cut:  # the norms would not fit

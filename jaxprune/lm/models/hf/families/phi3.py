@@ -10,7 +10,7 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.sizes(a)
+    fields = family.common_sizes(a)
     return {
         **fields,
         "activation": family.activation(a),

@@ -29,12 +29,22 @@ _SIZES = {
     "heads": "num_attention_heads",
     "mlp_width": "intermediate_size",
 }
+# The supported way in which pictures become tokens.
+_LAYOUT = {
+    "embedding_cls": "image",
+    "hd_transform_order": "sub_glb",
+    "projection_cls": "mlp",
+    "use_hd_transform": True,
+    "with_learnable_separator": True,
+}
 
 
 def _fields(a: Attributes) -> Fields:
     decoder = phi3.FAMILY.fields(a)
     tower, skipped = _tower(a)
-    _check_layout(a)
+    layout = a.within("embd_layer")
+    layout.rest(only=_LAYOUT)
+    a.problems += layout.problems
     return {"decoder": decoder, "tower": tower, "skipped": skipped}
 
 
@@ -44,13 +54,13 @@ def _tower(a: Attributes) -> tuple[Fields, int]:
     sizes = inner.within("vision_config")
     usual = ClipConfig()
     tower: Fields = {
-        ours: sizes.size(theirs, getattr(usual, ours))
-        for ours, theirs in _SIZES.items()
+        field: sizes.size(attribute, getattr(usual, field))
+        for field, attribute in _SIZES.items()
     }
     if tower["layers"] > family.LAYERS:
         sizes.wrong("num_hidden_layers", f"at most {family.LAYERS}", tower["layers"])
-    known = {name: name for name in ("quick_gelu", "gelu")}
-    tower["activation"] = sizes.choice("hidden_act", known, usual.activation)
+    activations = {name: name for name in ("quick_gelu", "gelu")}
+    tower["activation"] = sizes.choice("hidden_act", activations, usual.activation)
     tower["norm_epsilon"] = sizes.number("layer_norm_eps", usual.norm_epsilon)
     sizes.rest(ignored=IGNORED)
     layer = inner.raw("layer_idx", -2)
@@ -63,26 +73,11 @@ def _tower(a: Attributes) -> tuple[Fields, int]:
         "image_dim_out": tower["width"],
         "num_img_tokens": (tower["image"] // tower["patch"] // 2) ** 2,
     }
-    if not sizes.given():
+    if not sizes.present():
         only["model_name"] = _PUBLISHED_TOWER
-    inner.rest(ignored={"model_name"} if sizes.given() else (), only=only)
+    inner.rest(ignored={"model_name"} if sizes.present() else (), only=only)
     a.problems += inner.problems + sizes.problems
     return tower, -layer - 1
-
-
-def _check_layout(a: Attributes) -> None:
-    """Notes every way but the supported one in which pictures become tokens."""
-    inner = a.within("embd_layer")
-    inner.rest(
-        only={
-            "embedding_cls": "image",
-            "hd_transform_order": "sub_glb",
-            "projection_cls": "mlp",
-            "use_hd_transform": True,
-            "with_learnable_separator": True,
-        }
-    )
-    a.problems += inner.problems
 
 
 def _shape(decoder: Fields, tower: Fields, skipped: int) -> Phi3VisionConfig:
@@ -106,14 +101,12 @@ _PARTS = "vision_embed_tokens."
 _TOWER = _PARTS + "img_processor.vision_model."
 _EMBEDDED = _TOWER + "embeddings."
 _TOWER_LAYER = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "out": "self_attn.out_proj",
+    **family.LAYER,
+    "attention/out": "self_attn.out_proj",
     "norm_attention": "layer_norm1",
     "norm_mlp": "layer_norm2",
-    "up": "mlp.fc1",
-    "down": "mlp.fc2",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
 }
 FAMILY = Family(
     _fields,

@@ -28,6 +28,7 @@ def _windows(a: Attributes, layers: int) -> tuple[int | None, ...]:
         a.wrong("max_window_layers", "an integer >= 0", first)
         first = layers
     size = size if used else None
+    # The first layers see all.
     by_number = [size is not None and i >= first for i in range(layers)]
     sliding = family.sliding_layers(a, by_number)
     if any(sliding) and size is None:

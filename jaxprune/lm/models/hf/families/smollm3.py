@@ -27,23 +27,27 @@ def _fields(a: Attributes) -> Fields:
 
 def _turning(a: Attributes, layers: int) -> list[bool]:
     """Which layers turn queries and keys by their positions."""
-    every = a.size("no_rope_layer_interval", 4)
-    given = a.raw("no_rope_layers")  # 1 where a layer does turn
-    if given is None:
-        return [bool((i + 1) % every) for i in range(layers)]
+    interval = a.size("no_rope_layer_interval", 4)
+    flags = a.raw("no_rope_layers")  # 1 where a layer does turn
+    if flags is None:
+        return [bool((i + 1) % interval) for i in range(layers)]
     if (
-        not isinstance(given, list)
-        or len(given) < layers
-        or any(turns not in (0, 1) for turns in given)
+        not isinstance(flags, list)
+        or len(flags) < layers
+        or any(turns not in (0, 1) for turns in flags)
     ):
-        a.wrong("no_rope_layers", f"a list of at least {layers} numbers 0 or 1", given)
+        a.wrong("no_rope_layers", f"a list of at least {layers} numbers 0 or 1", flags)
         return [True] * layers
-    return [bool(turns) for turns in given[:layers]]
+    return [bool(turns) for turns in flags[:layers]]
 
 
-def _kinds(shape: DecoderConfig) -> Fields:
+def _layer_attributes(shape: DecoderConfig) -> Fields:
     turning = [int(shape.rope(i) is not None) for i in range(shape.layers)]
     return {**family.layer_types(shape), "no_rope_layers": turning}
 
 
-FAMILY = Family(_fields, family.modules(family.OUTER, family.LAYER), kinds=_kinds)
+FAMILY = Family(
+    _fields,
+    family.modules(family.OUTER, family.LAYER),
+    layer_attributes=_layer_attributes,
+)

@@ -16,9 +16,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Int
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
-from jaxprune.lm.texts.documents import Rows, joined, of_line
-from jaxprune.lm.texts.long_text import LongText, encoded
+from jaxprune.lm.texts.documents import Rows, join_documents, parse_line
+from jaxprune.lm.texts.long_text import LongText, encode_text
 
 HELD_OUT = 10
 """One in so many tokens of a calibration text is held out."""
@@ -26,6 +28,65 @@ HELD_OUT = 10
 _PLAIN, _LINES, _ROWS, _IDS = (".txt", ".md"), ".jsonl", ".parquet", ".npy"
 # Bytes of text that are tokenised whole, and of any file that are looked at at a time.
 _WHOLE, _CHUNK = 2**21, 2**24
+
+_FILES = (
+    Rule(
+        lambda v: not v.missing,
+        "texts must be files, but there is no {missing}",
+        error=FileNotFoundError,
+    ),
+    Rule(
+        lambda v: not v.foreign,
+        "texts must end in {known}, got {foreign}",
+        "plain text is .txt, lines of JSON with a 'text' or 'messages' are .jsonl, "
+        "rows of such a column are .parquet, token ids are .npy",
+    ),
+)
+_TOKENIZER = Rule(
+    lambda v: v.tokenizer is not None,
+    "'{path}' is text, but the model has no tokenizer",
+    "give token ids as .npy",
+)
+_ARRAY = (
+    Rule(
+        lambda v: isinstance(v.tokens, np.ndarray),
+        "'{path}' must be one array, got an archive of several",
+    ),
+    Rule(
+        lambda v: v.tokens.ndim == 2 and np.issubdtype(v.tokens.dtype, np.integer),
+        "'{path}' must hold integers (sequences, length), got {tokens.dtype} of shape "
+        "{tokens.shape}",
+    ),
+    Rule(
+        lambda v: v.tokens.shape[1] >= 2 and len(v.tokens),
+        "'{path}' must hold sequences of at least 2 tokens, got {tokens.shape}",
+    ),
+)
+_VOCABULARY = Rule(
+    lambda v: v.low >= 0 and v.high <= v.highest,
+    "tokens must be from 0 to {highest}, but '{path}' has {low} to {high}",
+    "it was made with another model's tokenizer",
+)
+_ONE_OF_EACH = Rule(
+    lambda v: v.sequences >= v.texts,
+    "each text gives at least one sequence, but {sequences} are asked of {texts} texts",
+    "ask for more sequences, or give fewer texts",
+)
+_BODY = Rule(
+    lambda v: v.body >= 1,
+    "a sequence needs a token beside BOS, got a length of {length}",
+    "give a greater one",
+)
+_ROW_LENGTH = Rule(
+    lambda v: v.row_length == v.length,
+    "'{path}' holds sequences of {row_length} tokens, but the length is {length}",
+    "give length {row_length}",
+)
+_ENOUGH = Rule(
+    lambda v: not v.problems,
+    "the texts are too short: {problems} needed",
+    "give more text, or fewer sequences, or a smaller length",
+)
 
 
 class Text(NamedTuple):
@@ -52,8 +113,8 @@ class Text(NamedTuple):
 
     def room(self, body: int, most: int) -> int:
         """How many pieces of so many tokens it has, or rows, counted up to `most`."""
-        have = len(self.tokens) if self.is_rows else self.tokens.size // body
-        return min(have, most)
+        available = len(self.tokens) if self.is_rows else self.tokens.size // body
+        return min(available, most)
 
 
 AnyText: TypeAlias = Text | LongText
@@ -65,31 +126,27 @@ def is_ids(path: Path) -> bool:
     return path.suffix == _IDS
 
 
-def check_files(paths: Sequence[Path]) -> None:
+def check_text_files(paths: Sequence[Path]) -> None:
     """Refuses files that are not there or of another kind, all at once."""
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        raise FileNotFoundError(
-            f"texts must be files, but there is no {', '.join(missing)}"
-        )
-    known = (*_PLAIN, _LINES, _ROWS, _IDS)
-    if foreign := [str(path) for path in paths if path.suffix not in known]:
-        raise ValueError(
-            f"texts must end in {', '.join(known)}, got {', '.join(foreign)}; plain "
-            "text is .txt, lines of JSON with a 'text' or 'messages' are .jsonl, rows "
-            "of such a column are .parquet, token ids are .npy"
-        )
+    suffixes = (*_PLAIN, _LINES, _ROWS, _IDS)
+    rules.check(
+        _FILES,
+        missing=", ".join(str(path) for path in paths if not path.is_file()),
+        foreign=", ".join(str(path) for path in paths if path.suffix not in suffixes),
+        known=", ".join(suffixes),
+    )
 
 
-def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
+def read_text(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
     """A file as tokens; all of it is hashed, and a long one tokenised when needed.
 
     Args:
-      path: plain text in UTF-8 (.txt, .md); .jsonl whose lines are objects with a
-        "text", which are joined by blank lines, or with "messages", which the model's
-        chat template writes; .parquet with such a column; or .npy of int32 (sequences,
-        length).
-      tokenizer: of the model; not needed for .npy.
-      vocab_size: the model's.
+      path: path of plain text in UTF-8 (.txt, .md); of .jsonl whose lines are objects
+        with a "text", which are joined by blank lines, or with "messages", which the
+        model's chat template writes; of .parquet with such a column; or of .npy of
+        int32 (sequences, length).
+      tokenizer: tokenizer of the model; not needed for .npy.
+      vocab_size: number of the model's tokens.
 
     Returns:
       The tokens, without a BOS in front unless .npy holds it; between conversations a
@@ -104,9 +161,7 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
     if is_ids(path):
         return Text(path, digest, _ids(path, vocab_size))
     if tokenizer is None:
-        raise ValueError(
-            f"'{path}' is text, but the model has no tokenizer; give token ids as .npy"
-        )
+        raise rules.error(_TOKENIZER, path=path)
     if path.suffix == _ROWS:
         rows = Rows(path)
         return LongText(path, digest, tokenizer, vocab_size, rows.size, rows)
@@ -115,17 +170,18 @@ def read(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
     text = path.read_bytes().decode("utf-8-sig")  # without a mark of the byte order
     if path.suffix == _LINES:
         lines = enumerate(text.split("\n"), 1)  # a string may hold other separators
-        text = joined(
-            of_line(line, path, f"line {i}", tokenizer)
+        text = join_documents(
+            parse_line(line, path, f"line {i}", tokenizer)
             for i, line in lines
             if line.strip()
         )
-    return Text(path, digest, encoded(text, path, tokenizer, vocab_size))
+    return Text(path, digest, encode_text(text, path, tokenizer, vocab_size))
 
 
 def _digest(path: Path) -> str:
     """The SHA-256 of a file, which must be UTF-8 where it is text."""
     binary = path.suffix in (_ROWS, _IDS)
+    # One pass for both.
     sink, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
         while part := file.read(_CHUNK):
@@ -148,30 +204,16 @@ def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
             f"'{path}' must be an array that numpy.save wrote, of token ids, but it is "
             "none, or one of objects; a text is to end in .txt"
         ) from None
-    if not isinstance(tokens, np.ndarray):
-        raise ValueError(f"'{path}' must be one array, got an archive of several")
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            f"'{path}' must hold integers (sequences, length), got {tokens.dtype} of "
-            f"shape {tokens.shape}"
-        )
-    if tokens.shape[1] < 2 or not len(tokens):
-        raise ValueError(
-            f"'{path}' must hold sequences of at least 2 tokens, got {tokens.shape}"
-        )
+    rules.check(_ARRAY, path=path, tokens=tokens)
     step = max(1, _CHUNK // tokens[0].nbytes)  # rows
     parts = [tokens[i : i + step] for i in range(0, len(tokens), step)]
     low = min(int(part.min()) for part in parts)
     high = max(int(part.max()) for part in parts)
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"tokens must be from 0 to {vocab_size - 1}, but '{path}' has {low} to "
-            f"{high}; it was made with another model's tokenizer"
-        )
+    rules.check([_VOCABULARY], path=path, low=low, high=high, highest=vocab_size - 1)
     return tokens
 
 
-def without_end(text: AnyText, most: int) -> tuple[AnyText, Text | None]:
+def hold_out_end(text: AnyText, most: int) -> tuple[AnyText, Text | None]:
     """A text split into what may be drawn from and an end that is held out."""
     if isinstance(text, LongText):
         begin, tokens = text.without_end(HELD_OUT, most)
@@ -192,19 +234,19 @@ class Drawn(NamedTuple):
 
     Attributes:
       tokens: int32 (sequences, length).
-      counts: how many are of each text.
-      parts: those of each text, (count, length).
-      left: for each text the rows of .npy that were not drawn; None where there are
+      counts: number of sequences of each text.
+      parts: sequences of each text, (count, length).
+      undrawn: rows of each .npy that were not drawn; None where there are
         none, and for texts.
     """
 
     tokens: Int[np.ndarray, "sequences length"]
     counts: list[int]
     parts: list[Int[np.ndarray, "count length"]]
-    left: list[Text | None]
+    undrawn: list[Text | None]
 
 
-def draw(
+def draw_sequences(
     texts: Sequence[AnyText],
     *,
     sequences: int,
@@ -216,12 +258,13 @@ def draw(
     """Draws sequences, as many from each text, without overlap.
 
     Args:
-      texts: the mixture.
-      sequences: how many in all; the first texts give one more where it must be.
-      length: tokens of each, BOS included.
-      bos: what each sequence of a text begins with; rows of .npy are as they are.
-      seed: decides which; the order follows the texts' in turn.
-      most: at most so many rows are handed on as left; None is all.
+      texts: texts of the mixture.
+      sequences: number of sequences in all; the first texts give one more where it must
+        be.
+      length: number of tokens of each, BOS included.
+      bos: token that each sequence of a text begins with; rows of .npy are as they are.
+      seed: rng seed that decides which; the order follows the texts' in turn.
+      most: greatest number of rows that are handed on as undrawn; None is all.
 
     Returns:
       The sequences.
@@ -232,33 +275,30 @@ def draw(
 
     Example:
       >>> text = Text(Path("a.txt"), "", np.arange(100, dtype=np.int32))
-      >>> draw([text], sequences=4, length=8, bos=1, seed=0).tokens.shape
+      >>> draw_sequences([text], sequences=4, length=8, bos=1, seed=0).tokens.shape
       (4, 8)
     """
-    if sequences < len(texts):
-        raise ValueError(
-            f"each text gives at least one sequence, but {sequences} are asked of "
-            f"{len(texts)} texts; ask for more sequences, or give fewer texts"
-        )
-    share, rest = divmod(sequences, len(texts))
-    counts = [share + (i < rest) for i in range(len(texts))]
+    rules.check([_ONE_OF_EACH], sequences=sequences, texts=len(texts))
+    share, extra = divmod(sequences, len(texts))  # the first texts give one more
+    counts = [share + (i < extra) for i in range(len(texts))]
     _check_enough(texts, counts, length, bos)
-    parts, left = [], []
+    parts, undrawn = [], []
     for i, (text, count) in enumerate(zip(texts, counts, strict=True)):
-        chance = np.random.default_rng([seed, i])
+        chance = np.random.default_rng([seed, i])  # of each text apart from the others
         if isinstance(text, Text) and text.is_rows:
             tokens, remaining = _rows(text, count, most, chance)
         else:
             tokens, remaining = _pieces(text, count, length, bos, chance), None
         parts.append(tokens)
-        left.append(remaining)
-    return Drawn(in_turn(parts), counts, parts, left)
+        undrawn.append(remaining)
+    return Drawn(interleave(parts), counts, parts, undrawn)
 
 
-def in_turn(
+def interleave(
     parts: Sequence[Int[np.ndarray, "count length"]],
 ) -> Int[np.ndarray, "sequences length"]:
     """The sequences of several texts in turn, so that every batch sees every text."""
+    # Of n sequences the i-th stands at (i + 1/2) / n of the whole.
     places = [(i + 0.5) / len(part) for part in parts for i in range(len(part))]
     return np.concatenate(parts)[np.argsort(places, kind="stable")]
 
@@ -267,22 +307,16 @@ def _check_enough(
     texts: Sequence[AnyText], counts: Sequence[int], length: int, bos: int | None
 ) -> None:
     body = length - (bos is not None)
-    if body < 1:
-        raise ValueError(
-            f"a sequence needs a token beside BOS, got a length of {length}; give a "
-            "greater one"
-        )
+    rules.check([_BODY], body=body, length=length)
     problems = []
     for text, count in zip(texts, counts, strict=True):
         if isinstance(text, LongText):  # looked at when it is drawn from
             continue
         if text.is_rows:
-            rows, own = text.tokens.shape
-            if own != length:
-                raise ValueError(
-                    f"'{text.path}' holds sequences of {own} tokens, but the "
-                    f"length is {length}; give length {own}"
-                )
+            rows, row_length = text.tokens.shape
+            rules.check(
+                [_ROW_LENGTH], path=text.path, row_length=row_length, length=length
+            )
             if rows < count:
                 problems.append(f"'{text.path}' has {rows} sequences of {count}")
         elif text.tokens.size < count * body:
@@ -290,11 +324,7 @@ def _check_enough(
                 f"'{text.path}' has {text.tokens.size:,} tokens to draw from of "
                 f"{count * body:,} ({count} sequences of {body})"
             )
-    if problems:
-        raise ValueError(
-            f"the texts are too short: {'; '.join(problems)} needed; give more text, "
-            "or fewer sequences, or a smaller length"
-        )
+    rules.check([_ENOUGH], problems="; ".join(problems))
 
 
 def _rows(
@@ -302,9 +332,9 @@ def _rows(
 ) -> tuple[Int[np.ndarray, "count length"], Text | None]:
     """The rows drawn from token ids, and those that are left."""
     chosen = np.sort(chance.choice(len(text.tokens), count, replace=False))
-    rest = np.delete(np.arange(len(text.tokens)), chosen)[:most]
-    left = text._replace(tokens=text.tokens[rest]) if len(rest) else None
-    return text.tokens[chosen].astype(np.int32), left
+    others = np.delete(np.arange(len(text.tokens)), chosen)[:most]
+    undrawn = text._replace(tokens=text.tokens[others]) if len(others) else None
+    return text.tokens[chosen].astype(np.int32), undrawn
 
 
 def _pieces(
@@ -322,6 +352,7 @@ def _pieces(
             text = Text(text.path, text.sha256, text.first())
             _check_enough([text], [count], length, bos)
         places = text.tokens.size // body
+        # The pieces need not begin with the text.
         first = int(chance.integers(text.tokens.size - places * body + 1))
         chosen = chance.choice(places, count, replace=False)
         starts = first + body * chosen  # (count,)

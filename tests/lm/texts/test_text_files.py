@@ -10,7 +10,7 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
-from jaxprune.lm.texts import long_text, texts
+from jaxprune.lm.texts import long_text, text_files
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory):
 
 
 def made(path, tokens):
-    return texts.Text(path, "", np.asarray(tokens, np.int32))
+    return text_files.Text(path, "", np.asarray(tokens, np.int32))
 
 
 def test_a_text_is_read_without_bos_and_lines_of_json_are_joined(tokenizer, tmp_path):
@@ -27,7 +27,7 @@ def test_a_text_is_read_without_bos_and_lines_of_json_are_joined(tokenizer, tmp_
     lines = [json.dumps({"text": "w5 w6", "id": 1}), "", json.dumps({"text": "w7"})]
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
     for name, expected in (("a.md", [5, 6, 3]), ("b.jsonl", [5, 6, 7])):
-        text = texts.read(tmp_path / name, tokenizer, 97)
+        text = text_files.read_text(tmp_path / name, tokenizer, 97)
         assert text.tokens.tolist() == expected
         assert not text.is_rows
 
@@ -61,23 +61,23 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(
     else:
         np.save(path, content)
     with pytest.raises(ValueError, match=told):
-        texts.read(path, tokenizer, 97)
+        text_files.read_text(path, tokenizer, 97)
 
 
 def test_text_without_a_tokenizer_or_with_anothers_is_refused(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("w5 w90")
     with pytest.raises(ValueError, match=r"give token ids as \.npy"):
-        texts.read(tmp_path / "a.txt", None, 97)
+        text_files.read_text(tmp_path / "a.txt", None, 97)
     with pytest.raises(ValueError, match="another model's"):
-        texts.read(tmp_path / "a.txt", tokenizer, 50)
+        text_files.read_text(tmp_path / "a.txt", tokenizer, 50)
 
 
 @pytest.mark.parametrize("bos", [1, None])
 def test_pieces_do_not_overlap_and_the_end_is_never_drawn(tmp_path, bos):
     stream = np.arange(1000)
-    begin, end = texts.without_end(made(tmp_path, stream), most=60)
+    begin, end = text_files.hold_out_end(made(tmp_path, stream), most=60)
     assert end.tokens.tolist() == stream[-60:].tolist()
-    drawn = texts.draw([begin], sequences=40, length=20, bos=bos, seed=0)
+    drawn = text_files.draw_sequences([begin], sequences=40, length=20, bos=bos, seed=0)
     assert drawn.tokens.shape == (40, 20)
     body = drawn.tokens if bos is None else drawn.tokens[:, 1:]
     if bos is not None:
@@ -88,17 +88,19 @@ def test_pieces_do_not_overlap_and_the_end_is_never_drawn(tmp_path, bos):
 
 
 def test_the_held_out_end_is_a_tenth_and_rows_have_none(tmp_path):
-    begin, end = texts.without_end(made(tmp_path, np.arange(105)), most=60)
+    begin, end = text_files.hold_out_end(made(tmp_path, np.arange(105)), most=60)
     assert (begin.tokens.size, end.tokens.size) == (95, 10)
     for tokens in (np.arange(19), np.zeros((30, 4))):
         text = made(tmp_path, tokens)
-        assert texts.without_end(text, most=60) == (text, None)
+        assert text_files.hold_out_end(text, most=60) == (text, None)
 
 
 def test_a_mixture_has_equal_shares_and_every_batch_sees_all_of_it(tmp_path):
     low, high = made(tmp_path, np.arange(400)), made(tmp_path, 1000 + np.arange(400))
     rows = made(tmp_path, 5000 + np.arange(90).reshape(9, 10))
-    drawn = texts.draw([low, high, rows], sequences=11, length=10, bos=None, seed=3)
+    drawn = text_files.draw_sequences(
+        [low, high, rows], sequences=11, length=10, bos=None, seed=3
+    )
     assert drawn.counts == [4, 4, 3]
     kinds = np.digitize(drawn.tokens[:, 0], [1000, 5000])
     assert np.bincount(kinds).tolist() == [4, 4, 3]
@@ -106,24 +108,26 @@ def test_a_mixture_has_equal_shares_and_every_batch_sees_all_of_it(tmp_path):
     for part, begin in zip(drawn.parts, (0, 1000, 5000), strict=True):
         own = drawn.tokens[kinds == np.digitize(begin, [1000, 5000])]
         np.testing.assert_array_equal(part, own)
-    assert drawn.left[:2] == [None, None]
-    left = drawn.left[2].tokens
+    assert drawn.undrawn[:2] == [None, None]
+    left = drawn.undrawn[2].tokens
     whole = np.concatenate([left, drawn.tokens[kinds == 2]])
     np.testing.assert_array_equal(np.unique(whole), np.arange(5000, 5090))
 
 
 def test_rows_that_are_all_needed_come_as_they_are(tmp_path):
     rows = made(tmp_path, np.arange(40).reshape(4, 10))
-    drawn = texts.draw([rows], sequences=4, length=10, bos=1, seed=0)
+    drawn = text_files.draw_sequences([rows], sequences=4, length=10, bos=1, seed=0)
     np.testing.assert_array_equal(drawn.tokens, rows.tokens)
-    assert drawn.left == [None]
+    assert drawn.undrawn == [None]
 
 
 def test_the_seed_decides_what_is_drawn(tmp_path):
     text = made(tmp_path, np.arange(5000))
 
     def drawn(seed):
-        return texts.draw([text], sequences=8, length=10, bos=None, seed=seed).tokens
+        return text_files.draw_sequences(
+            [text], sequences=8, length=10, bos=None, seed=seed
+        ).tokens
 
     np.testing.assert_array_equal(drawn(0), drawn(0))
     assert (drawn(0) != drawn(1)).any()
@@ -132,13 +136,13 @@ def test_the_seed_decides_what_is_drawn(tmp_path):
 def test_too_short_texts_say_how_much_is_needed(tmp_path):
     low, rows = made("a.txt", np.arange(30)), made("b.npy", np.zeros((1, 10)))
     with pytest.raises(ValueError, match=r"'a.txt' has 30 .* of 40 \(4 .* of 10\); 'b"):
-        texts.draw([low, rows], sequences=8, length=10, bos=None, seed=0)
+        text_files.draw_sequences([low, rows], sequences=8, length=10, bos=None, seed=0)
 
 
 def test_a_sequence_of_bos_alone_is_refused(tmp_path):
     text = made("a.txt", np.arange(50))
     with pytest.raises(ValueError, match="a token beside BOS, got a length of 1"):
-        texts.draw([text], sequences=2, length=1, bos=1, seed=0)
+        text_files.draw_sequences([text], sequences=2, length=1, bos=1, seed=0)
 
 
 @pytest.mark.parametrize("bos", [1, None])
@@ -162,13 +166,13 @@ def test_a_limit_of_no_window_is_refused():
         perplexity.slide(np.arange(20), context=4, limit=0)
     rows = made("a.npy", np.ones((5, 9)))
     with pytest.raises(ValueError, match="limit of at least 1, got -1"):
-        perplexity.windows(rows, context=9, limit=-1, longest=32)
+        perplexity.windows_of_text(rows, context=9, limit=-1, longest=32)
 
 
 def test_no_batch_is_refused():
     seen = perplexity.slide(np.arange(20), context=4)
     with pytest.raises(ValueError, match=r"batch of at least 1, got \d+ and 0"):
-        perplexity.measure(plain(), seen, batch=0)
+        perplexity.measure_perplexity(plain(), seen, batch=0)
 
 
 def test_windows_are_limited_from_the_beginning():
@@ -188,9 +192,9 @@ def test_guessing_by_frequency_is_held_against_a_uniform_and_a_constant_text():
     rows = np.tile(np.arange(4), (1, 1000))
     counted = np.ones((1, 3999), bool)
     seen = perplexity.Windows(rows, counted, {})
-    assert perplexity.by_frequency(seen) == pytest.approx(4, rel=1e-3)
+    assert perplexity.unigram_perplexity(seen) == pytest.approx(4, rel=1e-3)
     seen = perplexity.Windows(np.zeros((1, 4000), int), counted, {})
-    assert perplexity.by_frequency(seen) == 1
+    assert perplexity.unigram_perplexity(seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -224,9 +228,12 @@ def test_strings_of_json_may_hold_any_separator_and_files_a_byte_order_mark(tmp_
     lines = [json.dumps({"text": own}, ensure_ascii=False) for own in documents]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n".join(lines) + "\n", newline="")
     (tmp_path / "b.txt").write_text("\ufeffone two")
-    found = texts.read(tmp_path / "a.jsonl", Letters(), 256)
+    found = text_files.read_text(tmp_path / "a.jsonl", Letters(), 256)
     assert len(found.tokens) == len("\n\n".join(documents))
-    assert letters(texts.read(tmp_path / "b.txt", Letters(), 256).tokens) == "one two"
+    assert (
+        letters(text_files.read_text(tmp_path / "b.txt", Letters(), 256).tokens)
+        == "one two"
+    )
 
 
 def test_a_byte_order_mark_may_stand_before_an_empty_line(tmp_path):
@@ -242,11 +249,13 @@ def test_documents_of_a_long_file_stay_apart(tmp_path, size):
     with open(tmp_path / "long.jsonl", "w") as file:
         for _ in range(count):
             file.write(json.dumps({"text": "a" * size}) + "\n")
-    found = texts.read(tmp_path / "long.jsonl", Letters(), 256)
+    found = text_files.read_text(tmp_path / "long.jsonl", Letters(), 256)
     assert letters(found.first()) == "\n\n".join(["a" * size] * count)
-    drawn = texts.draw([found], sequences=4, length=400, bos=None, seed=0).tokens
+    drawn = text_files.draw_sequences(
+        [found], sequences=4, length=400, bos=None, seed=0
+    ).tokens
     assert ["\n\n" in letters(piece) for piece in drawn] == [size < 400] * 4
-    begin, end = texts.without_end(found, 1000)
+    begin, end = text_files.hold_out_end(found, 1000)
     if size < 400:
         assert begin.stop < found.stop
         assert len(end.tokens) == 1000
@@ -257,4 +266,4 @@ def test_documents_of_a_long_file_stay_apart(tmp_path, size):
 def test_more_texts_than_sequences_are_refused(tmp_path):
     every = [made(tmp_path / f"{i}.npy", np.arange(40)) for i in range(3)]
     with pytest.raises(ValueError, match="2 are asked of 3 texts; ask for more"):
-        texts.draw(every, sequences=2, length=8, bos=None, seed=0)
+        text_files.draw_sequences(every, sequences=2, length=8, bos=None, seed=0)
