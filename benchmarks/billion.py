@@ -42,43 +42,45 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints one JSON line; memory in bytes, beyond what the process began with."""
-    watched = jp.track_importance(storage=config.storage, memory=config.memory)
-    tx = optax.chain(optax.adamw(1e-4, mu_dtype=jnp.bfloat16), watched)
+    tracker = jp.track_importance(storage=config.storage, memory=config.memory)
+    tx = optax.chain(optax.adamw(1e-4, mu_dtype=jnp.bfloat16), tracker)
     step = _step(config, tx)
-    held: dict[str, Any] = {}
+    buffers: dict[str, Any] = {}
 
     def train() -> Any:
-        held["params"] = params = _init(config)
-        held["state"] = tx.init(params)
+        buffers["params"] = params = _init(config)
+        buffers["state"] = tx.init(params)
         for _ in measure.progress(range(config.steps), "training"):
-            held["params"], held["state"] = step(held["params"], held["state"])
-        return jax.block_until_ready(held)
+            buffers["params"], buffers["state"] = step(
+                buffers["params"], buffers["state"]
+            )
+        return jax.block_until_ready(buffers)
 
     trained = measure.peak_memory(train)
-    importance = jp.get_importance(held.pop("state"))
+    importance = jp.get_importance(buffers.pop("state"))
 
     def score() -> Any:
-        held["scores"] = jp.scores.averaged_weight(held["params"], importance)
-        return held
+        buffers["scores"] = jp.scores.averaged_weight(buffers["params"], importance)
+        return buffers
 
     scored = measure.peak_memory(score)
     average_bytes = _bytes(importance.weight)
     del importance
 
     def prune() -> Any:
-        held["params"] = jp.prune(
-            held.pop("params"),
-            held["scores"],
+        buffers["params"] = jp.prune(
+            buffers.pop("params"),
+            buffers["scores"],
             config.sparsity,
             allocation="global",
             donate=True,
         )
-        return held
+        return buffers
 
-    first = next(iter(held["params"]))
+    first = next(iter(buffers["params"]))
     jp.prune(  # compiles
-        {first: held["params"][first]},
-        {first: held["scores"][first]},
+        {first: buffers["params"][first]},
+        {first: buffers["scores"][first]},
         config.sparsity,
         allocation="global",
     )
@@ -87,14 +89,14 @@ def main(config: Config) -> None:
         "billion",
         config=dataclasses.asdict(config),
         parameters=config.layers * config.width**2,
-        parameter_bytes=_bytes(held["params"]),
+        parameter_bytes=_bytes(buffers["params"]),
         average_bytes=average_bytes,
         leaf_bytes_float32=4 * config.width**2,
         training_peak=trained["extra_bytes"],
         training_kept=trained["kept_bytes"],
         scoring_peak=scored["extra_bytes"],
         pruning_peak=pruned["extra_bytes"],
-        sparsity=jp.sparsity(held["params"]).total,
+        sparsity=jp.sparsity(buffers["params"]).total,
     )
 
 

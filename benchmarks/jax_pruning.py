@@ -44,7 +44,7 @@ class Config:
       pattern: n:m, n kept of each m consecutive inputs, in place of the sparsity.
       allocation: how the sparsity is allocated to the matrices; "gradients" is by one
         ranking of |w| E[g^2]^(1/4), the gradients those of the model's own loss.
-      seen: sequences of the calibration that "gradients" looks at.
+      gradient_sequences: number of calibration sequences that "gradients" looks at.
       calibration: token ids, int32 (sequences, length), `.npy`.
       evaluate: NAME=FILE, held-out texts of the same form.
       batch: sequences in a batch.
@@ -66,7 +66,7 @@ class Config:
     inputs: Literal["left", "dense"] = "left"
     pattern: str | None = None
     allocation: Literal["uniform", "erk", "owl", "gradients"] = "uniform"
-    seen: int = 8
+    gradient_sequences: int = 8
     evaluate: tuple[str, ...] = ()
     batch: int = 2
     damping: float = 0.01
@@ -97,9 +97,9 @@ class Cost:
 
 def main(config: Config) -> None:
     """Loads, prunes, evaluates; each timed apart, with the peak of resident memory."""
-    own = jp.methods.METHODS[config.method]
+    method = jp.methods.METHODS[config.method]
     for name in ("correction", "relative"):
-        if getattr(config, name) and not hasattr(own, name):
+        if getattr(config, name) and not hasattr(method, name):
             raise ValueError(f"{config.method} has no {name}; leave --{name} out")
     costs = {name: Cost() for name in ("load", "prune", "distill", "evaluate")}
     ids = np.load(config.calibration)
@@ -152,10 +152,10 @@ def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> A
         return loss_per_token(model, ids[:, :-1], ids[:, 1:]).mean()
 
     params = lazy.loaded(params)
-    seen = jp.contrib.calibrate_gradients(
-        loss, params, np.split(ids, len(ids))[: config.seen]
+    importance = jp.contrib.calibrate_gradients(
+        loss, params, np.split(ids, len(ids))[: config.gradient_sequences]
     )
-    return jp.allocation.Ranked(jp.scores.trajectory(params, seen))
+    return jp.allocation.Ranked(jp.scores.trajectory(params, importance))
 
 
 def pruned(
@@ -169,11 +169,11 @@ def pruned(
     """The pruned parameters and its report."""
     method: Any = jp.methods.METHODS[config.method]
     if config.method in ("sparsegpt", "alps"):
-        own = {"damping": config.damping, "correction": config.correction}
-        method = dataclasses.replace(method, **own)
+        solver_options = {"damping": config.damping, "correction": config.correction}
+        method = dataclasses.replace(method, **solver_options)
     if config.method != "magnitude":
-        how = {"inputs": config.inputs, "relative": config.relative}
-        method = dataclasses.replace(method, **how)
+        statistics_options = {"inputs": config.inputs, "relative": config.relative}
+        method = dataclasses.replace(method, **statistics_options)
     pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
     return jp.prune_trained(
         lambda params, x: nnx.merge(graphdef, params).states(x)[0],
@@ -194,11 +194,11 @@ def distilled(
 ) -> Any:
     """All parameters, distilled from the dense model; zeros of those named held."""
     rate = config.distill_learning_rate
-    with Progress(config.distill, "distilling", unit="step") as shown:
+    with Progress(config.distill, "distilling", unit="step") as progress:
 
         def tick(steps: int, loss: float) -> None:
-            shown.note(f"loss {loss:.3f}")
-            shown.update(steps)
+            progress.note(f"loss {loss:.3f}")
+            progress.update(steps)
 
         student, _ = retrain.retrain(
             nnx.merge(graphdef, params),

@@ -46,7 +46,7 @@ class Config(prune_while_training.Config):
 class State(NamedTuple):
     """Their parameters and their state."""
 
-    own: Any
+    params: Any
     inner: Any
 
 
@@ -58,14 +58,14 @@ def wrapped(updater: Any, inner: optax.GradientTransformation) -> Any:
         return State(jax.tree.map(jnp.array, params), tx.init(params))
 
     def update(gradient: Any, state: State, params: Any = None) -> tuple[Any, State]:
-        updates, inner = tx.update(gradient, state.inner, state.own)
-        own = optax.apply_updates(state.own, updates)
-        own = updater.post_gradient_update(own, inner)
-        seen = updater.pre_forward_update(own, inner)
-        moved = jax.tree.map(
-            lambda new, old: jnp.where(new == 0, -old, new - old), seen, params
+        updates, inner = tx.update(gradient, state.inner, state.params)
+        params_held = optax.apply_updates(state.params, updates)
+        params_held = updater.post_gradient_update(params_held, inner)
+        visible = updater.pre_forward_update(params_held, inner)
+        difference = jax.tree.map(
+            lambda new, old: jnp.where(new == 0, -old, new - old), visible, params
         )
-        return moved, State(own, inner)
+        return difference, State(params_held, inner)
 
     return optax.GradientTransformation(init, update)
 
@@ -79,12 +79,12 @@ def methods(source: Path | None) -> dict[str, Method]:
     if source is not None:
         sys.path.insert(0, str(source))
     jax.tree_map = _tree_map
-    theirs = importlib.import_module("jaxpruner")
+    jaxpruner = importlib.import_module("jaxpruner")
     distributions = importlib.import_module("jaxpruner.sparsity_distributions")
     kernels = distributions.KERNEL_FILTER_FN
 
     def polynomial(span: Span) -> Any:
-        return theirs.PolynomialSchedule(span.every, span.begin, span.end)
+        return jaxpruner.PolynomialSchedule(span.every, span.begin, span.end)
 
     def shared_out(name: str, span: Span) -> dict[str, Any]:
         rule = getattr(distributions, name)
@@ -96,25 +96,29 @@ def methods(source: Path | None) -> dict[str, Method]:
 
     def rising(name: str, **options: Any) -> Method:
         def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
-            of = {"sparsity": span.final, "filter_fn": kernels}
+            sparsity_options = {"sparsity": span.final, "filter_fn": kernels}
             if not name.startswith("Global"):
-                of = shared_out("uniform", span)
+                sparsity_options = shared_out("uniform", span)
             scheduler = polynomial(span)
-            updater = getattr(theirs, name)(scheduler=scheduler, **of, **options)
+            updater = getattr(jaxpruner, name)(
+                scheduler=scheduler, **sparsity_options, **options
+            )
             return wrapped(updater, optimizer(rate, track=()))
 
         return build
 
     def sparse(name: str) -> Method:
         def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
-            more: dict[str, Any] = {}
+            schedule_options: dict[str, Any] = {}
             if name != "StaticRandomSparse":
                 period = max(span.freeze // 30, 1)  # as ours: 2.5 % of the steps
                 # Its update_state takes the first step for an update as well.
-                scheduler = theirs.PeriodicSchedule(period, period, span.freeze)
+                scheduler = jaxpruner.PeriodicSchedule(period, period, span.freeze)
                 fall = optax.cosine_decay_schedule(0.3, span.freeze)
-                more = {"scheduler": scheduler, "drop_fraction_fn": fall}
-            updater = getattr(theirs, name)(**shared_out("erk", span), **more)
+                schedule_options = {"scheduler": scheduler, "drop_fraction_fn": fall}
+            updater = getattr(jaxpruner, name)(
+                **shared_out("erk", span), **schedule_options
+            )
             return wrapped(updater, optimizer(rate, track=()))
 
         return build
@@ -134,13 +138,13 @@ def methods(source: Path | None) -> dict[str, Method]:
     }
 
 
-def _tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def _tree_map(function: Callable[..., Any], tree: Any, *trees: Any) -> Any:
     """jax's of old, by which a leaf of None stays None."""
 
-    def one(leaf: Any, *others: Any) -> Any:
-        return None if leaf is None else function(leaf, *others)
+    def one(leaf: Any, *leaves: Any) -> Any:
+        return None if leaf is None else function(leaf, *leaves)
 
-    return jax.tree.map(one, tree, *rest, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(one, tree, *trees, is_leaf=lambda leaf: leaf is None)
 
 
 def main(config: Config) -> Path:

@@ -121,18 +121,18 @@ def main(config: Config) -> None:
     try:
         for method in config.methods:
             words = [sys.executable, "-m", "benchmarks.large", *sys.argv[1:]]
-            done = subprocess.run(
+            process = subprocess.run(
                 [*words, "--alone", method], check=True, stdout=subprocess.PIPE
             )
-            found = json.loads(done.stdout)
+            results = json.loads(process.stdout)
             if method != "magnitude" and config.model == "llama":
-                found |= {"on paper": on_paper(config, method, found)}
+                results |= {"on paper": on_paper(config, method, results)}
             measure.report(
                 "large",
                 model=config.model,
                 method=method,
                 layers=config.layers,
-                **found,
+                **results,
             )
     finally:
         shutil.rmtree(config.out)
@@ -181,9 +181,11 @@ def mixture(layers: int, experts: int = 128, width: int = 2048) -> Checkpoint:
         ("mlp.gate", width, experts),
     ]
     for number in range(experts):
-        own = f"mlp.experts.{number}"
-        matrices += [(f"{own}.{name}", width, ffn) for name in ("gate_proj", "up_proj")]
-        matrices.append((f"{own}.down_proj", ffn, width))
+        expert = f"mlp.experts.{number}"
+        matrices += [
+            (f"{expert}.{name}", width, ffn) for name in ("gate_proj", "up_proj")
+        ]
+        matrices.append((f"{expert}.down_proj", ffn, width))
     vectors = {"self_attn.q_norm": head, "self_attn.k_norm": head}
     return _decoder(config, layers, width, 32000, matrices, vectors)
 
@@ -231,12 +233,12 @@ def write(folder: Path, model: Checkpoint) -> None:
         size = model.shapes[name]
         if len(size) == 1:
             return np.ones(size, ml_dtypes.bfloat16)
-        found = rng.standard_normal(size, np.float32)
-        found *= 0.02
-        return found.astype(ml_dtypes.bfloat16)
+        values = rng.standard_normal(size, np.float32)
+        values *= 0.02
+        return values.astype(ml_dtypes.bfloat16)
 
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
-    entries = {name: (bfloat16, own) for name, own in model.shapes.items()}
+    entries = {name: (bfloat16, shape) for name, shape in model.shapes.items()}
     safetensors_file.write(
         folder / "model.safetensors", entries, drawn, {"format": "pt"}
     )
@@ -245,13 +247,13 @@ def write(folder: Path, model: Checkpoint) -> None:
 def one(config: Config, method: Method) -> dict[str, Any]:
     """Prunes the directory; seconds, those of all cores, and the peak of memory."""
     function = _by_magnitude if method == "magnitude" else _calibrated
-    found: dict[str, Any] = {}
-    own = time.process_time()
+    results: dict[str, Any] = {}
+    processor_start = time.process_time()
     start = time.perf_counter()
-    memory = measure.peak_memory(lambda: found.update(function(config, method)))
-    return found | {
+    memory = measure.peak_memory(lambda: results.update(function(config, method)))
+    return results | {
         "seconds": time.perf_counter() - start,
-        "processor_seconds": time.process_time() - own,
+        "processor_seconds": time.process_time() - processor_start,
         "peak_bytes": memory["extra_bytes"],
     }
 
@@ -270,7 +272,9 @@ def _calibrated(config: Config, method: Any) -> dict[str, Any]:
     graphdef, params = nnx.split(loaded.model, nnx.Param)
     shape = (config.sequences // config.batch, config.batch, config.length)
     tokens = np.random.default_rng(1).integers(0, 32000, shape)
-    batches = (hf.embedded(model, loaded.names, loaded.config, own) for own in tokens)
+    batches = (
+        hf.embedded(model, loaded.names, loaded.config, batch) for batch in tokens
+    )
 
     def states(params: Any, x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params).states(x)[0]
@@ -288,22 +292,22 @@ def _calibrated(config: Config, method: Any) -> dict[str, Any]:
         directory=progress,
     )
     shutil.rmtree(progress)
-    each, rows = len(ends) // config.layers, result.report["weights"]
+    segments_a_layer, rows = len(ends) // config.layers, result.report["weights"]
     last = rows[-len(rows) // config.layers :]
     return {
         "achieved": result.report["achieved"],
         "layer": {
-            "seconds": ends[-1][0] - ends[-1 - each][0],
-            "processor_seconds": ends[-1][1] - ends[-1 - each][1],
+            "seconds": ends[-1][0] - ends[-1 - segments_a_layer][0],
+            "processor_seconds": ends[-1][1] - ends[-1 - segments_a_layer][1],
         },
         "solver_seconds": {row["name"].split("/")[-2]: row["seconds"] for row in last},
     }
 
 
 def _is_wanted(config: Config, name: str) -> bool:
-    own = [word.removesuffix("_proj") for word in config.only]
-    own = ["out" if word == "o" else word for word in own]
-    return not own or name.split("/")[-2] in own
+    matrices = [word.removesuffix("_proj") for word in config.only]
+    matrices = ["out" if word == "o" else word for word in matrices]
+    return not matrices or name.split("/")[-2] in matrices
 
 
 def _noted_ends() -> list[tuple[float, float]]:
@@ -334,17 +338,17 @@ def operations(
       "calibration" and "solving".
     """
     calibration = 2.0 * shape.weights * tokens
-    own = [
+    pruned = [
         (n, out)
         for name, n, out in shape.matrices
         if not only or name.split(".")[1] in only
     ]
     if method != "wanda":  # half of X^T X; q, k and v, gate and up share theirs
         inputs = [shape.width] * 3 + [shape.ffn]
-        inputs = inputs if not only else sorted({n for n, _ in own})
+        inputs = inputs if not only else sorted({n for n, _ in pruned})
         calibration += sum(float(n) ** 2 * tokens for n in inputs)
     solving = 0.0
-    for n, out in own:
+    for n, out in pruned:
         if method == "sparsegpt":  # a factor, and each input's update of later ones
             solving += n**3 / 3 + float(n) ** 2 * out
         elif method == "alps":  # 4 inverses, 21 products of ADMM, 6 of the gradients
@@ -352,32 +356,32 @@ def operations(
     return {"calibration": calibration, "solving": solving}
 
 
-def on_paper(config: Config, method: str, found: dict[str, Any]) -> dict[str, Any]:
+def on_paper(config: Config, method: str, measured: dict[str, Any]) -> dict[str, Any]:
     """What each model costs with 128 x 2048 tokens, at the rate that was measured."""
     tokens = config.sequences * config.length
-    here = operations(SHAPES["7 B"], method, tokens, config.only)
-    layer, solved = found["layer"], sum(found["solver_seconds"].values())
+    small = operations(SHAPES["7 B"], method, tokens, config.only)
+    layer, solver_seconds = measured["layer"], sum(measured["solver_seconds"].values())
     # What the solvers took of the layer's seconds, they took of the processor's.
-    solved *= layer["processor_seconds"] / layer["seconds"]
-    calibrated = layer["processor_seconds"] - solved
+    solver_seconds *= layer["processor_seconds"] / layer["seconds"]
+    calibration_seconds = layer["processor_seconds"] - solver_seconds
     rows = {}
     for name, shape in SHAPES.items():
-        own = operations(shape, method, PAPER_TOKENS)
-        seconds = calibrated * own["calibration"] / here["calibration"]
+        counts = operations(shape, method, PAPER_TOKENS)
+        seconds = calibration_seconds * counts["calibration"] / small["calibration"]
         # Wanda's solving is reading and counting: as many seconds a weight.
         weights = shape.weights / SHAPES["7 B"].weights
-        more = own["solving"] / here["solving"] if here["solving"] else weights
+        ratio = counts["solving"] / small["solving"] if small["solving"] else weights
         rows[name] = {
-            "processor_hours": shape.layers * (seconds + solved * more) / 3600,
-            "operations": shape.layers * sum(own.values()),
+            "processor_hours": shape.layers * (seconds + solver_seconds * ratio) / 3600,
+            "operations": shape.layers * sum(counts.values()),
             "weights_bytes": 2 * shape.layers * shape.weights,
             "activations_bytes": 4 * PAPER_TOKENS * shape.width,
             "segment_bytes": 2 * 2 * shape.width * shape.ffn,
             "hessian_bytes": 4 * shape.ffn**2,
         }
     rates = {
-        "calibration": here["calibration"] / calibrated,
-        "solving": here["solving"] / solved,
+        "calibration": small["calibration"] / calibration_seconds,
+        "solving": small["solving"] / solver_seconds,
     }
     return {"operations_per_processor_second": rates, "models": rows}
 

@@ -91,7 +91,7 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
     def loss(params: Any) -> float:
         return evaluate(params, windows)
 
-    seen = {
+    importances = {
         name: jp.Importance(
             weight=jp.get_importance(state.opt_state[-1 - number]).weight,
             square=jp.get_importance(state.opt_state[number]).square,
@@ -100,14 +100,20 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
     }
     rows: dict[str, Any] = {}
     for criterion, score in CRITERIA.items():
-        exact = score(state.params, seen["float32"])
+        exact = score(state.params, importances["float32"])
         for name in low_bit.STORAGES:
             rows[f"{criterion} {name}"] = _compare(
-                state.params, exact, score(state.params, seen[name]), loss
+                state.params, exact, score(state.params, importances[name]), loss
             )
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    held = {name: _bytes(seen[name].weight) / count for name in low_bit.STORAGES}
-    return {"dense": loss(state.params), "rows": rows, "bytes_per_weight": held}
+    bytes_a_weight = {
+        name: _bytes(importances[name].weight) / count for name in low_bit.STORAGES
+    }
+    return {
+        "dense": loss(state.params),
+        "rows": rows,
+        "bytes_per_weight": bytes_a_weight,
+    }
 
 
 def _watched_by_all(config: Config) -> optax.GradientTransformation:
@@ -123,10 +129,10 @@ def _compare(params: Any, exact: Any, scores: Any, loss: Any) -> dict[str, float
     """Rank correlation, agreement of global masks, loss of the pruned model."""
     numbers = {"rank_correlation": stats.spearmanr(_flat(exact), _flat(scores))[0]}
     for sparsity in SPARSITIES:
-        right = jp.masks.make(exact, sparsity, allocation="global")
+        expected = jp.masks.make(exact, sparsity, allocation="global")
         masks = jp.masks.make(scores, sparsity, allocation="global")
         percent = f"{100 * sparsity:g}"
-        numbers[f"agreement_{percent}"] = np.mean(_flat(right) == _flat(masks))
+        numbers[f"agreement_{percent}"] = np.mean(_flat(expected) == _flat(masks))
         numbers[f"loss_{percent}"] = loss(jp.masks.apply(params, masks))
     return {key: float(value) for key, value in numbers.items()}
 

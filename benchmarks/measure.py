@@ -57,7 +57,7 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
 
     Args:
       values: at least one number.
-      form: how a number is written; a sign in it is for the mean alone.
+      form: format of a number; a sign in it is for the mean alone.
 
     Returns:
       Text for a table.
@@ -77,7 +77,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table.
 
     Args:
-      rows: the head first.
+      rows: texts of the cells, the head first.
 
     Returns:
       Markdown, without an end of line after the last row.
@@ -94,38 +94,38 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def seconds(
-    function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+    call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """The time of one call, until its results are there.
 
     Args:
-      function: takes nothing; arrays in what it returns are waited for.
-      clock: wall time or, with `time.process_time`, what all threads of this process
-        have worked, which depends less on other programs.
+      call: function of no arguments; arrays in its result are waited for.
+      clock: function that tells the time: wall time or, with `time.process_time`, what
+        all threads of this process have worked, which depends less on other programs.
 
     Returns:
       Seconds.
     """
     start = clock()
-    jax.block_until_ready(function())
+    jax.block_until_ready(call())
     return clock() - start
 
 
-def progress(items: Collection[_T], what: str, unit: str = "step") -> Iterator[_T]:
+def progress(items: Collection[_T], label: str, unit: str = "step") -> Iterator[_T]:
     """The items one after the other, with a bar or now and then a line on stderr.
 
     Args:
-      items: whatever is gone through.
-      what: is done with them, "timing" say.
-      unit: what an item is, in the singular.
+      items: collection to go through.
+      label: verb of what is done with them, "timing" say.
+      unit: noun of an item, in the singular.
 
     Yields:
       Each item; it counts as done when the next one is asked for.
     """
-    with Progress(len(items), what, unit=unit) as shown:
+    with Progress(len(items), label, unit=unit) as bar:
         for item in items:
             yield item
-            shown.update()
+            bar.update()
 
 
 def interleaved(
@@ -137,10 +137,10 @@ def interleaved(
     """Times the candidates alternately: a b c, a b c, ...
 
     Args:
-      functions: name to a function that takes nothing.
-      repeats: measured calls of each.
-      warmup: calls of each before, which compile.
-      clock: as for `seconds`.
+      functions: name to a function of no arguments.
+      repeats: number of measured calls of each.
+      warmup: number of calls of each before, which compile.
+      clock: function that tells the time; see `seconds`.
 
     Returns:
       Name to seconds of each measured call.
@@ -150,7 +150,10 @@ def interleaved(
         {name: seconds(function, clock) for name, function in functions.items()}
         for _ in rounds
     ]
-    return {name: [each[name] for each in calls[warmup:]] for name in functions}
+    return {
+        name: [round_times[name] for round_times in calls[warmup:]]
+        for name in functions
+    }
 
 
 def peak_memory(function: Callable[[], Any]) -> dict[str, int]:
@@ -161,7 +164,8 @@ def peak_memory(function: Callable[[], Any]) -> dict[str, int]:
     `compiled.memory_analysis()` or `device.memory_stats()`.
 
     Args:
-      function: takes nothing; call it once before, or compilation is measured too.
+      function: function of no arguments; call it once before, or compilation is
+        measured too.
 
     Returns:
       `extra_bytes`, the peak over what was held before; `kept_bytes`, what was still
@@ -197,8 +201,8 @@ def report(name: str, **fields: Any) -> None:
     """Prints the one JSON line of a benchmark.
 
     Args:
-      name: the benchmark, named by its claim.
-      **fields: what it found; the environment is added.
+      name: name of the benchmark, which is its claim.
+      **fields: results, JSON-able; the environment is added.
     """
     print(json.dumps({"benchmark": name, **fields, **environment()}))
 

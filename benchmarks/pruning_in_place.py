@@ -37,16 +37,16 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints one JSON line, in bytes and seconds."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     names: tuple[jp.allocation.Name, ...] = ("layer", "global")
     for allocation in measure.progress(names, "pruning", "allocation"):
-        found |= _measured(config, allocation)
+        results |= _measured(config, allocation)
     shape = _shape(config)
     measure.report(
         "pruning_in_place",
         config=dataclasses.asdict(config),
         leaf_bytes=shape[0] * shape[1] * jnp.dtype(config.dtype).itemsize,
-        **found,
+        **results,
     )
 
 

@@ -71,8 +71,8 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         texts = held_out(config.texts, config.held_out, config.sequences, Path(folder))
         cells = _cells(config, texts)
-        wanted = [c for c in cells if c[0] in config.cells or not config.cells]
-        for name, command in measure.progress(wanted, "running", "cell"):
+        chosen = [c for c in cells if c[0] in config.cells or not config.cells]
+        for name, command in measure.progress(chosen, "running", "cell"):
             run_cell(config.out / f"{name}.json", command, config.threads)
     print(table(config.out))
 
@@ -119,38 +119,38 @@ def held_out(
     Returns:
       A word for each text.
     """
-    found = []
+    arguments = []
     for name in names:
         ids = np.load(texts / f"held-out-{name}.npy")
         np.save(folder / f"{name}.npy", ids[:sequences])
-        found.append(f"{name}={folder / name}.npy")
-    return found
+        arguments.append(f"{name}={folder / name}.npy")
+    return arguments
 
 
 def _cells(config: Config, texts: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
-    usual = config.texts / f"{config.calibration}.npy"
+    default = config.texts / f"{config.calibration}.npy"
 
     def cell(
-        side: str, method: str, how: str, calibration: Path = usual
+        side: str, method: str, pattern: str, calibration: Path = default
     ) -> tuple[str, list[str]]:
-        flag = "--pattern" if ":" in how else "--sparsity"
+        flag = "--pattern" if ":" in pattern else "--sparsity"
         command = [f"benchmarks.{side}_pruning", str(config.model)]
-        command += ["--method", method, flag, how, "--evaluate", *texts]
+        command += ["--method", method, flag, pattern, "--evaluate", *texts]
         command += ["--calibration", str(calibration)]
-        name = f"{side}_{method}_{how.replace(':', 'of')}"
-        if calibration != usual:
+        name = f"{side}_{method}_{pattern.replace(':', 'of')}"
+        if calibration != default:
             name += f"_{calibration.stem.removeprefix('calibration-')}"
         return name, command
 
-    for how in ("0.5", "0.6", "2:4"):
+    for pattern in ("0.5", "0.6", "2:4"):
         for method in ("wanda", "sparsegpt"):
-            yield cell("torch", method, how)
-            yield cell("jax", method, how)
-            name, command = cell("jax", method, how)
+            yield cell("torch", method, pattern)
+            yield cell("jax", method, pattern)
+            name, command = cell("jax", method, pattern)
             # A sequence at a time, as torch has it: a whole layer is seen at once.
             yield f"{name}_dense", [*command, "--inputs", "dense", "--batch", "1"]
-        yield cell("jax", "alps", how)
+        yield cell("jax", "alps", pattern)
     for method in ("sparsegpt", "alps"):
         yield cell("jax", method, "0.7")
     yield cell("torch", "none", "0.5")
@@ -189,14 +189,14 @@ def json_line(command: Sequence[str], threads: int) -> str:
         environment[name] = str(threads)
     if "torch_pruning" in command[0]:
         command = [*command, "--threads", str(threads)]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", *command],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    return done.stdout.strip().splitlines()[-1]
+    return process.stdout.strip().splitlines()[-1]
 
 
 def table(folder: Path) -> str:
@@ -212,11 +212,11 @@ def table(folder: Path) -> str:
     texts = sorted({t for c in cells.values() for t in _perplexities(c)})
     rows = [["cell", *texts, "prune s", "prune peak MiB", "load peak MiB"]]
     for name, cell in sorted(cells.items()):
-        found = _perplexities(cell)
+        perplexities = _perplexities(cell)
         rows.append(
             [
                 name,
-                *(f"{found[text]:.2f}" for text in texts),
+                *(f"{perplexities[text]:.2f}" for text in texts),
                 f"{cell['seconds']['prune']:.0f}",
                 f"{cell['peak_bytes']['prune'] / 2**20:.0f}",
                 f"{cell['peak_bytes']['load'] / 2**20:.0f}",
@@ -226,8 +226,8 @@ def table(folder: Path) -> str:
 
 
 def _perplexities(cell: dict[str, Any]) -> dict[str, float]:
-    found: dict[str, dict[str, float]] = cell["perplexities"]
-    return found.get("after", found.get("before", {}))
+    by_stage: dict[str, dict[str, float]] = cell["perplexities"]
+    return by_stage.get("after", by_stage.get("before", {}))
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints one JSON line."""
-    exact, held, final = _followed(config)
+    exact, averages_by_way, final = _followed(config)
     rows = {}
-    for (code, rounding, form), averages in held.items():
+    for (code, rounding, form), averages in averages_by_way.items():
         flat = _flat(averages) + (_flat(final) if form == "lag" else 0)
         error = np.sqrt(np.mean((flat - exact) ** 2) / np.mean(exact**2))
         rows[f"{code} {rounding} {form}"] = {
@@ -152,14 +152,14 @@ def _drift(code: str, rounding: str) -> dict[str, float]:
     def body(n: jax.Array, values: jax.Array) -> jax.Array:
         return _rounded(DECAY * values, n, (code, rounding, ""), 0)
 
-    left = jax.lax.fori_loop(0, STEPS, body, jnp.ones(4096))
-    ratio = np.asarray(left, np.float64) / DECAY**STEPS
+    averages = jax.lax.fori_loop(0, STEPS, body, jnp.ones(4096))
+    ratio = np.asarray(averages, np.float64) / DECAY**STEPS
     return {"mean": float(ratio.mean()), "deviation": float(ratio.std())}
 
 
 def _prunable(tree: Any) -> list[jax.Array]:
-    named = jp.tree.named_leaves(tree)
-    return [leaf for name, leaf in named.items() if jp.tree.prunable(name, leaf)]
+    leaves = jp.tree.named_leaves(tree)
+    return [leaf for name, leaf in leaves.items() if jp.tree.prunable(name, leaf)]
 
 
 def _flat(leaves: list[jax.Array]) -> np.ndarray:

@@ -51,8 +51,10 @@ def main(config: Config) -> None:
 
         candidates = {"save": save, "write": write}
         times = measure.interleaved(candidates, config.repeats)
-    found = {name: measure.median_and_spread(own) for name, own in times.items()}
-    measure.report("saving", config=dataclasses.asdict(config), **found)
+    results = {
+        name: measure.median_and_spread(seconds) for name, seconds in times.items()
+    }
+    measure.report("saving", config=dataclasses.asdict(config), **results)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     with run_dir.locked(config.out):
         run_dir.begun(config.out, {**identity, "calibrated": config.calibrated})
-        found = list(cells(config))
-        missing = [cell for cell in found if not (config.out / cell.file).exists()]
+        requested = list(cells(config))
+        missing = [cell for cell in requested if not (config.out / cell.file).exists()]
         with Progress(len(missing), "shrinking", unit="cell") as progress:
             for seed in sorted({cell.seed for cell in missing}):
                 dense = watched(config, identity, plan, task, seed)
@@ -120,7 +120,7 @@ def main(config: Config) -> None:
                     result = measured(config, plan, task, dense, cell)
                     atomic.replace_json(config.out / cell.file, accuracy | result)
                     progress.update()
-    rows = [json.loads((config.out / cell.file).read_text()) for cell in found]
+    rows = [json.loads((config.out / cell.file).read_text()) for cell in requested]
     times = timed(config, task, watched(config, identity, plan, task, config.seeds[0]))
     print(f"{accuracies(config, rows)}\n\n{speeds(times)}\n")
     measure.report("shrunk_vision", cells=rows, milliseconds=times)
@@ -136,20 +136,22 @@ def opened(config: Config) -> tuple[dict[str, Any], Plan, PictureTask]:
         )
     identity = json.loads(path.read_text())
     fields = {field.name for field in dataclasses.fields(phi3_vision.Config)}
-    known = {
+    fields_set = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in identity.items()
         if name in fields
     }
-    ran = phi3_vision.Config(**known | {"out": config.run, "data_dir": config.data_dir})
-    task = phi3_vision.make_task(ran)
-    own = question_answers.fingerprint((*task.train, *task.held_out))
-    if own != identity["fingerprint"]:
+    config_of_run = phi3_vision.Config(
+        **fields_set | {"out": config.run, "data_dir": config.data_dir}
+    )
+    task = phi3_vision.make_task(config_of_run)
+    pictures_digest = question_answers.fingerprint((*task.train, *task.held_out))
+    if pictures_digest != identity["fingerprint"]:
         raise ValueError(
             f"--run {config.run} was of other pictures or questions; run it with the "
             "usual --held-out and --fields, and give the same --data-dir"
         )
-    return identity, ran.plan(), task
+    return identity, config_of_run.plan(), task
 
 
 def cells(config: Config) -> Iterator[Cell]:
@@ -221,8 +223,8 @@ def right(task: PictureTask, fn: Callable[..., Any]) -> Callable[[Any], float]:
     def accuracy(params: Any) -> float:
         count = 0
         for inputs, targets, weights in task.validation(64, None):
-            same = (np.asarray(guess(params, inputs)) == targets) | (weights == 0)
-            count += int(same.all(1)[weights.any(1)].sum())
+            matches = (np.asarray(guess(params, inputs)) == targets) | (weights == 0)
+            count += int(matches.all(1)[weights.any(1)].sum())
         return count / len(task.held_out)
 
     return accuracy
@@ -271,8 +273,8 @@ def timed(
         {name: forward(*run) for name, run in runs.items()}, config.repeats
     )
     return {
-        name: measure.median_and_spread([1e3 * second for second in own])
-        for name, own in times.items()
+        name: measure.median_and_spread([1e3 * second for second in seconds])
+        for name, seconds in times.items()
     }
 
 
@@ -282,19 +284,21 @@ def accuracies(config: Config, rows: Sequence[dict[str, Any]]) -> str:
         "| units out of | removed | by | parameters | at once | retrained |",
         "|---|---|---|---|---|---|",
     ]
-    for one in (cell for cell in cells(config) if cell.seed == config.seeds[0]):
-        key = one.part, one.share, one.method
-        own = [r for r in rows if (r["part"], r["share"], r["method"]) == key]
-        shown = [
-            measure.mean_and_spread(
-                [100 * (row[when] - row["dense"]) for row in own], "+.1f"
-            )
-            for when in ("before", "after")
+    for cell in cells(dataclasses.replace(config, seeds=config.seeds[:1])):
+        key = cell.part, cell.share, cell.method
+        cells_of_seeds = [
+            r for r in rows if (r["part"], r["share"], r["method"]) == key
         ]
-        left = own[0]["parameters"] / own[0]["dense_parameters"]
+        differences = [
+            measure.mean_and_spread(
+                [100 * (row[stage] - row["dense"]) for row in cells_of_seeds], "+.1f"
+            )
+            for stage in ("before", "after")
+        ]
+        size = cells_of_seeds[0]["parameters"] / cells_of_seeds[0]["dense_parameters"]
         lines.append(
-            f"| {one.part} | {one.share:.0%} | `{one.method}` | {left:.0%} | "
-            f"{' | '.join(shown)} |"
+            f"| {cell.part} | {cell.share:.0%} | `{cell.method}` | {size:.0%} | "
+            f"{' | '.join(differences)} |"
         )
     return "\n".join(lines)
 
@@ -303,11 +307,12 @@ def speeds(times: dict[str, dict[str, float]]) -> str:
     """A row for each shape: milliseconds of a forward and how often faster."""
     lines = ["| units out of | removed | forward | faster |", "|---|---|---|---|"]
     dense = times["0 dense"]["median"]
-    for name, own in times.items():
+    for name, milliseconds in times.items():
         share, part = name.split()
-        ratio = f"{dense / own['median']:.2f} x"
+        forward = milliseconds["median"]
         lines.append(
-            f"| {part} | {float(share):.0%} | {own['median']:.1f} ms | {ratio} |"
+            f"| {part} | {float(share):.0%} | {forward:.1f} ms | "
+            f"{dense / forward:.2f} x |"
         )
     return "\n".join(lines)
 

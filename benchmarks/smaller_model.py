@@ -91,15 +91,21 @@ def _run(
         command = [competitor, str(config.model), "--method", method]
         return json_line([*command, *arguments, *evaluate], config.threads)
     command = ["benchmarks.jax_shrinking", str(config.model), str(small)]
-    made = json.loads(json_line([*command, *arguments], config.threads))
-    command = [competitor, str(small), "--method", "none", *seen(arguments)]
+    conversion = json.loads(json_line([*command, *arguments], config.threads))
+    command = [
+        competitor,
+        str(small),
+        "--method",
+        "none",
+        *calibration_arguments(arguments),
+    ]
     line = json.loads(json_line([*command, *evaluate], config.threads))
     shutil.rmtree(small)
-    line["seconds"]["prune"] = made["prune_seconds"]
-    return json.dumps({**line, "made": made})
+    line["seconds"]["prune"] = conversion["prune_seconds"]
+    return json.dumps({**line, "made": conversion})
 
 
-def seen(arguments: list[str]) -> list[str]:
+def calibration_arguments(arguments: list[str]) -> list[str]:
     """Those arguments that say which sequences are calibrated on."""
     return arguments[arguments.index("--draw") :]
 
@@ -117,8 +123,8 @@ def table(folder: Path) -> str:
     cells: dict[tuple[str, str], list[dict[str, float]]] = {}
     for path in cells_in(folder):
         removed, method, _ = path.stem.split("_")
-        found = json.loads(path.read_text())["perplexities"]
-        cells.setdefault((removed, method), []).append(found)
+        perplexities = json.loads(path.read_text())["perplexities"]
+        cells.setdefault((removed, method), []).append(perplexities)
     order = ["dense", *REMOVED]
     ordered = sorted(cells.items(), key=lambda x: (order.index(x[0][0]), x[0][1]))
     return over_draws(["removed", "method"], ordered)

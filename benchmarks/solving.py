@@ -71,11 +71,13 @@ def main(config: Config) -> None:
                 jax.block_until_ready(solve(weight, hessian, kept))
                 seconds[solver].append(clocks() - start)
         rows[name] = {"shape": [inputs, outputs]}
-        for solver, (first, *own) in seconds.items():
-            usual = np.median(own, 0)  # (2,)
-            rows[name][solver] = {"first": first.tolist(), "median": usual.tolist()}
-            sums[solver] += count * usual
-    layer = {solver: own.tolist() for solver, own in sums.items()}
+        for solver, (first, *seconds_a_repeat) in seconds.items():
+            median = np.median(seconds_a_repeat, 0)  # (2,)
+            rows[name][solver] = {"first": first.tolist(), "median": median.tolist()}
+            sums[solver] += count * median
+    layer = {
+        solver: seconds_a_repeat.tolist() for solver, seconds_a_repeat in sums.items()
+    }
     measure.report("solving", clocks=["wall", "processor"], rows=rows, layer=layer)
 
 

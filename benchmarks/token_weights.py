@@ -24,7 +24,7 @@ class Config(Draws):
 
     Attributes:
       methods: the solvers; torch-sparsegpt is the competitor's, which has no options.
-      how: sparsities, and n:m patterns.
+      patterns: sparsities, and n:m patterns.
       relative: whether tokens are scaled to one size; both if left out.
       corrections: how much of what earlier layers lost a matrix makes up for.
       allocations: uniform, erk, owl or gradients, as of `benchmarks.jax_pruning`.
@@ -34,7 +34,7 @@ class Config(Draws):
     """
 
     methods: tuple[str, ...] = ("sparsegpt", "alps")
-    how: tuple[str, ...] = ("0.5", "0.6", "2:4")
+    patterns: tuple[str, ...] = ("0.5", "0.6", "2:4")
     relative: tuple[bool, ...] = (False, True)
     corrections: tuple[float, ...] = (0.0,)
     allocations: tuple[str, ...] = ("uniform",)
@@ -59,12 +59,12 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
         config.distilled,
         [config.distill_learning_rate],
     )
-    for draw, how, method, way in itertools.product(
-        config.draws, config.how, config.methods, [*ways]
+    for draw, pattern, method, way in itertools.product(
+        config.draws, config.patterns, config.methods, [*ways]
     ):
         words, options = ("plain", []) if "torch" in method else _way(*way)
-        name = f"{how.replace(':', 'of')}_{method}_{words}_{draw}"
-        yield name, pruning(config, folder / f"{draw}.npy", how, method, *options)
+        name = f"{pattern.replace(':', 'of')}_{method}_{words}_{draw}"
+        yield name, pruning(config, folder / f"{draw}.npy", pattern, method, *options)
 
 
 def _way(

@@ -272,9 +272,11 @@ def sparsegpt(weight: Tensor, factor: Tensor, config: Config) -> Tensor:
         keep = torch.empty_like(block, dtype=torch.bool)
         if not m:
             # So that the whole matrix loses round(sparsity * size).
-            done, due = (round(config.sparsity * outputs * x) for x in (start, stop))
+            removed_before, removed_after = (
+                round(config.sparsity * outputs * x) for x in (start, stop)
+            )
             scores = (block / scale).square().T.flatten()
-            best = keep_highest(scores, len(scores) - (due - done))
+            best = keep_highest(scores, len(scores) - (removed_after - removed_before))
             keep = best.view(outputs, -1).T.contiguous()
         for i in range(stop - start):
             if m and i % m == 0:
@@ -311,8 +313,8 @@ def keep_highest(scores: Tensor, kept: int) -> Tensor:
 def keep_first(scores: Tensor, n: int) -> Tensor:
     """True for the n highest along the first axis, a short one; ties keep the first."""
     order = torch.arange(len(scores)).view(-1, *[1] * (scores.dim() - 1))
-    one, other = scores[:, None], scores[None]
-    beaten = (other > one) | ((other == one) & (order[None] < order[:, None]))
+    score, rival = scores[:, None], scores[None]
+    beaten = (rival > score) | ((rival == score) & (order[None] < order[:, None]))
     return beaten.sum(1) < n
 
 
@@ -378,8 +380,8 @@ class Cost:
         Cost.inside -= 1
         if not Cost.inside:
             status = Path("/proc/self/status").read_text()
-            now = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
-            self.peak = max(self.peak, now)
+            peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+            self.peak = max(self.peak, peak)
 
 
 def report(config: Config, **fields: Any) -> None:

@@ -116,9 +116,9 @@ def remove(model: nn.Module, config: Config) -> None:
         drop_layers(model, hidden, arguments, config.drop)
     elif config.method == "wanda-sp":
         for layer, kwargs in zip(layers, arguments, strict=True):
-            with moments(layer, config) as found:
+            with moments(layer, config) as unit_moments:
                 advance(layer, hidden.clone(), kwargs)
-            for units, (_, square, _) in found.items():
+            for units, (_, square, _) in unit_moments.items():
                 units.zero((units.weight.abs() * square.sqrt()).sum(0))
             advance(layer, hidden, kwargs)
     else:
@@ -171,15 +171,15 @@ class Units:
 
 def units_of(layer: nn.Module, config: Config) -> list[Units]:
     """The heads and the neurons of a layer, those that are to lose any."""
-    found = []
+    units = []
     attention, down = layer.self_attn, layer.mlp.down_proj
     heads = attention.o_proj.in_features // attention.head_dim
     if config.heads:
         lost = round(config.heads * heads)
-        found.append(Units(attention.o_proj, attention.head_dim, lost))
+        units.append(Units(attention.o_proj, attention.head_dim, lost))
     if config.ffn:
-        found.append(Units(down, 1, round(config.ffn * down.in_features)))
-    return found
+        units.append(Units(down, 1, round(config.ffn * down.in_features)))
+    return units
 
 
 def advance(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -196,7 +196,7 @@ def moments(
 
     Filled when the block ends.
     """
-    found: dict[Units, Any] = {}
+    unit_moments: dict[Units, Any] = {}
     sums = {units.linear: [0, 0.0, 0.0] for units in units_of(layer, config)}
 
     def add(linear: nn.Linear, args: tuple, kwargs: dict) -> None:
@@ -207,39 +207,39 @@ def moments(
         total[2] = total[2] + rows.square().sum(0)
 
     with hooked(list(sums), add):
-        yield found
+        yield unit_moments
     for units in units_of(layer, config):
         count, total, squares = sums[units.linear]
         mean = total / count
         variance = (squares - count * mean.square()) / (count - 1)
-        found[units] = (mean.float(), squares.float(), variance.float())
+        unit_moments[units] = (mean.float(), squares.float(), variance.float())
 
 
 def fluctuation(
     layers: Any, hidden: Tensor, arguments: list[dict[str, Any]], config: Config
 ) -> None:
     """FLAP: all scores by the dense model, then all units at once."""
-    every: list[tuple[Units, Tensor, Tensor]] = []
+    unit_scores: list[tuple[Units, Tensor, Tensor]] = []
     for layer, kwargs in zip(layers, arguments, strict=True):
-        with moments(layer, config) as found:
+        with moments(layer, config) as unit_moments:
             advance(layer, hidden, kwargs)
-        for units, (mean, _, variance) in found.items():
+        for units, (mean, _, variance) in unit_moments.items():
             score = variance * units.weight.square().sum(0)
-            every.append(
+            unit_scores.append(
                 (units, units.pooled((score - score.mean()) / score.std()), mean)
             )
     if config.method == "flap":
-        for units, score, mean in every:
+        for units, score, mean in unit_scores:
             units.zero_units(score.argsort(stable=True)[: units.lost], mean)
         return
     # Heads among heads and neurons among neurons, as many in all as the uniform way.
-    for features in {units.features for units, _, _ in every}:
-        own = [x for x in every if x[0].features == features]
-        whole = torch.cat([score for _, score, _ in own])
-        gone = torch.zeros_like(whole, dtype=torch.bool)
-        gone[whole.argsort(stable=True)[: sum(u.lost for u, _, _ in own)]] = True
-        parts = gone.split([len(score) for _, score, _ in own])
-        for (units, _, mean), part in zip(own, parts, strict=True):
+    for features in {units.features for units, _, _ in unit_scores}:
+        peers = [x for x in unit_scores if x[0].features == features]
+        scores = torch.cat([score for _, score, _ in peers])
+        gone = torch.zeros_like(scores, dtype=torch.bool)
+        gone[scores.argsort(stable=True)[: sum(u.lost for u, _, _ in peers)]] = True
+        parts = gone.split([len(score) for _, score, _ in peers])
+        for (units, _, mean), part in zip(peers, parts, strict=True):
             units.zero_units(part.nonzero()[:, 0], mean)
 
 

@@ -46,12 +46,12 @@ def of_gpt(
     def candidate(wrap: Wrap) -> Step:
         tx = wrap(optimizer(schedule(1e-3, 1000, warmup=100), track=()))
         step = jax.jit(training.make_step(model.loss, tx), donate_argnums=0)
-        held = [training.init(model.init(0), tx)]
+        carry = [training.init(model.init(0), tx)]
 
         def run() -> Any:
             for _ in range(block):
-                held[0], loss = step(held[0], inputs, targets, key)
-            return held[0], loss
+                carry[0], loss = step(carry[0], inputs, targets, key)
+            return carry[0], loss
 
         return run
 
@@ -73,17 +73,17 @@ def of_optimizer(wraps: Mapping[str, Wrap], size: int) -> dict[str, Step]:
     def candidate(wrap: Wrap) -> Step:
         tx = wrap(optax.adamw(1e-3))
 
-        def step(held: Any, gradients: Any) -> Any:
-            updates, state = tx.update(gradients, held[1], held[0])
-            return optax.apply_updates(held[0], updates), state
+        def step(carry: Any, gradients: Any) -> Any:
+            updates, state = tx.update(gradients, carry[1], carry[0])
+            return optax.apply_updates(carry[0], updates), state
 
         compiled = jax.jit(step, donate_argnums=0)
         params = jax.tree.map(jnp.copy, gradients)
-        held = [(params, tx.init(params))]
+        carry = [(params, tx.init(params))]
 
         def run() -> Any:
-            held[0] = compiled(held[0], gradients)
-            return held[0]
+            carry[0] = compiled(carry[0], gradients)
+            return carry[0]
 
         return run
 

@@ -102,7 +102,7 @@ def compiled(
         parts.append(jp.track_importance(storage=storage))
     optimizer = optax.chain(*parts)
     state_shardings = jp.contrib.state_shardings(optimizer, params)
-    held = _placed(jax.eval_shape(optimizer.init, params), state_shardings)
+    opt_state = _placed(jax.eval_shape(optimizer.init, params), state_shardings)
     split = device_mesh.of_batch(mesh)
     size, views = shape.tower.image, 2
     tokens = _array((config.batch, config.time), jnp.int32, split)
@@ -124,8 +124,8 @@ def compiled(
     program = jax.jit(
         step, donate_argnums=(0, 1), out_shardings=(places, state_shardings)
     )
-    done = program.lower(params, held, tokens, tokens, pixels).compile()
-    memory = done.memory_analysis()
+    executable = program.lower(params, opt_state, tokens, tokens, pixels).compile()
+    memory = executable.memory_analysis()
     return {
         "mesh": mesh_text,
         "storage": storage,
@@ -147,9 +147,9 @@ def _placed(tree: Any, places: Any, dtype: Any = None) -> Any:
     )
 
 
-def _array(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
-    spec = PartitionSpec(*where.spec, *[None] * (len(shape) - len(where.spec)))
-    place = NamedSharding(where.mesh, spec)
+def _array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    spec = PartitionSpec(*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    place = NamedSharding(sharding.mesh, spec)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 

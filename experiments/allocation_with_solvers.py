@@ -134,13 +134,13 @@ class Config:
         Raises:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
-        for name, known in (
+        for name, allowed in (
             ("allocations", (*ALLOCATIONS, *CRITERIA, CALIBRATED)),
             ("solvers", (*SOLVERS, "mask")),
         ):
-            if unknown := [x for x in getattr(self, name) if x not in known]:
+            if unknown := [x for x in getattr(self, name) if x not in allowed]:
                 raise ValueError(
-                    f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
+                    f"{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}"
                 )
         check_lists(self, "seeds", "allocations", "solvers", "sparsities", "draws")
         most = SEQUENCES_AT_ONCE
@@ -210,8 +210,8 @@ class Run:
         """
         size = min(self.config.sequences, SEQUENCES_AT_ONCE)
         context = self.model.config.context
-        drawn = Batches(self.corpus.train, size, context, 2**32 * (draw + 1) + seed)
-        return [drawn(step)[0] for step in range(self.config.sequences // size)]
+        batches = Batches(self.corpus.train, size, context, 2**32 * (draw + 1) + seed)
+        return [batches(step)[0] for step in range(self.config.sequences // size)]
 
     def loss(self, params: Any) -> float:
         """Nats per token on the validation set."""
@@ -259,15 +259,15 @@ class Run:
         """What the file of a cell holds."""
         start = time.perf_counter()
         params = self.pruned(cell, watched, batches)
-        counted = jp.sparsity(jp.scores.magnitude(params))
+        sparsity = jp.sparsity(jp.scores.magnitude(params))
         seconds = time.perf_counter() - start
         return {
             **dataclasses.asdict(cell),
-            "zeros": counted.zeros,
-            "size": counted.size,
+            "zeros": sparsity.zeros,
+            "size": sparsity.size,
             "loss": self.loss(params),
             "seconds": seconds,
-            "sparsity_by_leaf": {k: z / n for k, (z, n) in counted.by_leaf.items()},
+            "sparsity_by_leaf": {k: z / n for k, (z, n) in sparsity.by_leaf.items()},
         }
 
 
@@ -297,12 +297,12 @@ def main(config: Config) -> Path:
     )
 
 
-def cells(run: Run, asked: Sequence[Cell]) -> dict[str, Any]:
+def cells(run: Run, requested: Sequence[Cell]) -> dict[str, Any]:
     """Does those cells that are not in the directory; returns all that are."""
     out = run.config.out
-    left = [cell for cell in asked if not cell.path(out).exists()]
-    with Progress(len(left), "run", unit="cell") as progress:
-        for seed, of_seed in itertools.groupby(left, lambda cell: cell.seed):
+    missing = [cell for cell in requested if not cell.path(out).exists()]
+    with Progress(len(missing), "run", unit="cell") as progress:
+        for seed, of_seed in itertools.groupby(missing, lambda cell: cell.seed):
             watched = run.dense(seed)
             for draw, of_draw in itertools.groupby(of_seed, lambda cell: cell.draw):
                 batches = run.calibration(seed, draw)

@@ -243,14 +243,18 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
         for path in config.text or (None,)
     ]
     train, held_out = (
-        tokens("\n".join(one.vocabulary.decode(getattr(one, part)) for one in corpora))
+        tokens(
+            "\n".join(
+                corpus.vocabulary.decode(getattr(corpus, part)) for corpus in corpora
+            )
+        )
         for part in ("train", "validation")
     )
     foreign = {path.stem: tokens(read_text(path)) for path in config.foreign}
     if len(foreign) < len(config.foreign):
         raise ValueError("--foreign files must have different names; rename one")
     window = config.sequence + 1
-    for what, found, way_out in (
+    for name, ids, way_out in (
         ("what is trained on", train, "give more --text"),
         ("what is held out, the last tenth of --text,", held_out, "give more --text"),
         *(
@@ -258,9 +262,9 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
             for k, x in foreign.items()
         ),
     ):
-        if len(found) < window:
+        if len(ids) < window:
             raise ValueError(
-                f"{what} must have a window of {window} tokens, got {len(found)}; "
+                f"{name} must have a window of {window} tokens, got {len(ids)}; "
                 f"{way_out}, or a smaller --sequence"
             )
     return Texts(train, held_out, foreign)
@@ -309,12 +313,12 @@ def _task(
 
 def _texts_fingerprint(texts: Texts) -> str:
     """SHA-256 of all tokens, and which are for what."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     # In order, because a foreign text may be called "train".
-    own = [("train", texts.train), ("held out", texts.held_out)]
-    for name, tokens in (*own, *texts.foreign.items()):
-        found.update(f"{name} {len(tokens)} ".encode() + tokens.tobytes())
-    return found.hexdigest()
+    splits = [("train", texts.train), ("held out", texts.held_out)]
+    for name, tokens in (*splits, *texts.foreign.items()):
+        digest.update(f"{name} {len(tokens)} ".encode() + tokens.tobytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

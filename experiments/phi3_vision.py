@@ -137,8 +137,8 @@ class Config:
         config.check()
         rate, retrained = config.learning_rate, config.retrain_sparsities
         if retrained is None:
-            usual = {*config.sparsities} & {0.25, 0.5, 0.8}
-            retrained = tuple(sorted(usual)) or None
+            defaults = {*config.sparsities} & {0.25, 0.5, 0.8}
+            retrained = tuple(sorted(defaults)) or None
         return Plan.of(
             config,
             batch_size=config.batch_size,

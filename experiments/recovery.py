@@ -122,8 +122,8 @@ def main(config: Config) -> Path:
             f"{config.sparsity} and {config.width}"
         )
     corpus = load(text=config.text)
-    same = ("width", "layers", "dense_steps", "steps", "batch", "sparsity", "windows")
-    identity = {name: getattr(config, name) for name in same}
+    fields = ("width", "layers", "dense_steps", "steps", "batch", "sparsity", "windows")
+    identity = {name: getattr(config, name) for name in fields}
     identity |= {"data": corpus.name, "fingerprint": corpus.fingerprint}
 
     def show(results: dict[str, Any], out: Path) -> str:
@@ -136,8 +136,8 @@ def main(config: Config) -> Path:
 
 def _cells(config: Config, corpus: Corpus) -> dict[str, Any]:
     """Does those cells that are not in the directory; returns all that are."""
-    whole = len(corpus.train) // (_CONTEXT + 1) * (_CONTEXT + 1)
-    sequences = corpus.train[:whole].reshape(-1, _CONTEXT + 1).astype(np.int32)
+    length = len(corpus.train) // (_CONTEXT + 1) * (_CONTEXT + 1)
+    sequences = corpus.train[:length].reshape(-1, _CONTEXT + 1).astype(np.int32)
     windows = perplexity.slide(
         corpus.validation.astype(np.int32), context=_CONTEXT + 1, limit=config.windows
     )
@@ -193,7 +193,7 @@ def _run(
         for cell in cells:
             model = starts[cell.start]
             names = _names(model.config)
-            found, losses = retrain.retrain(
+            recovered_model, losses = retrain.retrain(
                 model,
                 names,
                 sequences,
@@ -210,7 +210,7 @@ def _run(
                 **dataclasses.asdict(cell),
                 "dense": perplexity.measure(dense, windows)["nats"],
                 "before": perplexity.measure(model, windows)["nats"],
-                "after": perplexity.measure(found, windows)["nats"],
+                "after": perplexity.measure(recovered_model, windows)["nats"],
                 "last_loss": losses[-1],
                 "device": machine.device(),
             }
@@ -252,13 +252,15 @@ def _logits(graphdef: Any, params: Any, ids: Any) -> Any:
 
 def report(results: Mapping[str, Any]) -> Report:
     """All that is shown: means over the seeds, each at its best rate."""
-    found: dict[tuple[str, str], dict[float, dict[int, Any]]] = {}
+    trainings: dict[tuple[str, str], dict[float, dict[int, Any]]] = {}
     for cell in results["cells"]:
-        rates = found.setdefault((cell["start"], cell["loss"]), {})
+        rates = trainings.setdefault((cell["start"], cell["loss"]), {})
         rates.setdefault(cell["learning_rate"], {})[cell["seed"]] = cell
     lines = []
     for start in STARTS:
-        text, teacher = (_best(found.get((start, x), {})) for x in ("text", "teacher"))
+        text, teacher = (
+            _best(trainings.get((start, x), {})) for x in ("text", "teacher")
+        )
         row = [start, findings.mean([cell["before"] for cell in text])]
         for best in (text, teacher):
             count = f" ({len(best)})" if best else ""
@@ -288,10 +290,10 @@ def _best(rates: dict[float, dict[int, Any]]) -> list[dict[str, Any]]:
     """
     if not rates:
         return []
-    common = set.intersection(*(set(of) for of in rates.values()))
+    common = set.intersection(*(set(by_seed) for by_seed in rates.values()))
     means = {
-        rate: statistics.mean(of[seed]["after"] for seed in common or of)
-        for rate, of in rates.items()
+        rate: statistics.mean(by_seed[seed]["after"] for seed in common or by_seed)
+        for rate, by_seed in rates.items()
     }
     return list(rates[min(means, key=lambda rate: means[rate])].values())
 

@@ -87,13 +87,13 @@ class Config:
         Raises:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
-        for name, known in (
+        for name, allowed in (
             ("calibrations", CALIBRATIONS),
             ("methods", METHODS),
         ):
-            if unknown := [x for x in getattr(self, name) if x not in known]:
+            if unknown := [x for x in getattr(self, name) if x not in allowed]:
                 raise ValueError(
-                    f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
+                    f"{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}"
                 )
         check_lists(self, *_LISTS)
         least = 2 * allocation_with_solvers.SEQUENCES_AT_ONCE
@@ -105,7 +105,7 @@ class Config:
 
     def cells(self) -> list["Cell"]:
         """Every cell that is asked for; the rate is of no matter without passes."""
-        every = itertools.product(
+        combinations = itertools.product(
             self.seeds,
             self.draws,
             self.calibrations,
@@ -116,7 +116,7 @@ class Config:
             self.learning_rates,
             self.temperatures,
         )
-        return list(dict.fromkeys(Cell(*values).plain() for values in every))
+        return list(dict.fromkeys(Cell(*values).plain() for values in combinations))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Run(allocation_with_solvers.Run):
         if cell.calibration == "text":
             return text
         shape = (-1, *text[0].shape)
-        own = self_calibration(
+        samples = self_calibration(
             self.model.bind(watched.params),
             sequences=self.config.sequences,
             length=self.model.config.context,
@@ -185,10 +185,11 @@ class Run(allocation_with_solvers.Run):
             batch=text[0].shape[0],
         ).reshape(shape)
         if cell.calibration == "self":
-            return list(own)
+            return list(samples)
         half = text[0].shape[0] // 2
         return [
-            np.concatenate([a[:half], b[half:]]) for a, b in zip(text, own, strict=True)
+            np.concatenate([a[:half], b[half:]])
+            for a, b in zip(text, samples, strict=True)
         ]
 
     def done(self, cell: Cell, watched: Watched) -> dict[str, Any]:
@@ -235,33 +236,33 @@ COLUMNS = ("seed", "draw", *KIND, "loss", "dense_loss", "above", "seconds")
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tidy table: one row a cell, of `COLUMNS`; "above" is nats above dense."""
-    found = []
+    table = []
     for cell in results["cells"]:
         dense = results["dense"][str(cell["seed"])]["loss"]
-        whole = {
+        record = {
             "correction": 0.0,
             **cell,
             "dense_loss": dense,
             "above": cell["loss"] - dense,
         }
-        found.append({name: whole[name] for name in COLUMNS})
-    return found
+        table.append({name: record[name] for name in COLUMNS})
+    return table
 
 
 def report(results: Mapping[str, Any]) -> Report:
     """All that is shown of the results: means over seeds and draws."""
     table = rows(results)
-    by_kind: dict[tuple[Any, ...], list[float]] = {}
+    by_setting: dict[tuple[Any, ...], list[float]] = {}
     for row in table:
-        kind = tuple(row[name] for name in KIND)
-        by_kind.setdefault(kind, []).append(row["above"])
+        setting = tuple(row[name] for name in KIND)
+        by_setting.setdefault(setting, []).append(row["above"])
     lines = [
-        [*map(str, kind), findings.mean(above, signed=True), str(len(above))]
-        for kind, above in sorted(by_kind.items())
+        [*map(str, setting), findings.mean(above, signed=True), str(len(above))]
+        for setting, above in sorted(by_setting.items())
     ]
     header = [*KIND.values(), "above dense", "cells"]
     caption = "Nats above dense, mean and spread over seeds and draws"
-    dense = [own["loss"] for own in results["dense"].values()]
+    dense = [model["loss"] for model in results["dense"].values()]
     return Report(
         lead="Solvers calibrated on text or on what the model writes, each without and "
         "with corrections and refinement: validation loss in nats per token",
@@ -297,11 +298,11 @@ def main(config: Config) -> Path:
     )
 
 
-def cells(run: Run, out: Path, asked: Sequence[Cell]) -> dict[str, Any]:
+def cells(run: Run, out: Path, requested: Sequence[Cell]) -> dict[str, Any]:
     """Does those cells that are not in the directory; returns all that are."""
-    left = [cell for cell in asked if not cell.path(out).exists()]
-    with Progress(len(left), "run", unit="cell") as progress:
-        for cell in left:
+    missing = [cell for cell in requested if not cell.path(out).exists()]
+    with Progress(len(missing), "run", unit="cell") as progress:
+        for cell in missing:
             content = run.done(cell, run.dense(cell.seed))
             records.write_json(cell.path(out), content)
             progress.note(f"{cell.path(out).stem}: {content['loss']:.4f}")

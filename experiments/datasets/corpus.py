@@ -155,10 +155,10 @@ def load(
       OSError: if `data_dir` cannot be written, or what is prepared there is damaged.
     """
     if text is not None:
-        whole = read_text(Path(text))
-        cut = int(0.9 * len(whole))
+        content = read_text(Path(text))
+        cut = int(0.9 * len(content))
         name = Path(text).expanduser().resolve().name
-        return Corpus.of(name, whole[:cut], whole[cut:])
+        return Corpus.of(name, content[:cut], content[cut:])
     if name not in NAMES:
         raise ValueError(
             f"the data set must be one of {', '.join(NAMES)}, got {name!r}; for a text "
@@ -170,8 +170,8 @@ def load(
 
 
 def _text(name: str, split: str, data_dir: Path | str | None) -> str:
-    found = examples(name, split, data_dir, instead="give a text with --text PATH")
-    return "\n".join(example["text"].decode() for example in found)
+    records = examples(name, split, data_dir, instead="give a text with --text PATH")
+    return "\n".join(example["text"].decode() for example in records)
 
 
 def _code_points(text: str) -> np.ndarray:

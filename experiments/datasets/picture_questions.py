@@ -139,12 +139,12 @@ def parts(source: Source) -> dict[str, Source]:
     digits = {"train": ~held_out, "validation": held_out}
     return {
         split: Source(
-            source.digits[own],
-            source.labels[own],
+            source.digits[mask],
+            source.labels[mask],
             [[p[_BAND * i : _BAND * (i + 1)] for i in _BANDS[split]] for p in small],
             _DISTORTED[split],
         )
-        for split, own in digits.items()
+        for split, mask in digits.items()
     }
 
 
@@ -159,14 +159,14 @@ def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
     def below(count: int) -> int:
         return int(next(words) % count)
 
-    where = below(len(PHOTOGRAPHS))
-    photograph = source.photographs[where][below(len(source.photographs[where]))]
-    top = below(photograph.shape[0] - HEIGHT)
-    left = below(photograph.shape[1] - WIDTH)
-    picture = _DIMMED * photograph[top : top + HEIGHT, left : left + WIDTH].astype(
+    photo = below(len(PHOTOGRAPHS))
+    photograph = source.photographs[photo][below(len(source.photographs[photo]))]
+    row = below(photograph.shape[0] - HEIGHT)
+    column = below(photograph.shape[1] - WIDTH)
+    picture = _DIMMED * photograph[row : row + HEIGHT, column : column + WIDTH].astype(
         float
     )
-    seen = {}
+    descriptions = {}
     for side, start in (("left", 0), ("right", WIDTH // 2)):
         digit, colour = below(len(source.labels)), below(len(COLOURS))
         down, across = (below(HEIGHT - _STROKE) for _ in range(2))
@@ -177,14 +177,17 @@ def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
         change = [below(2 * most + 1) - most for _ in range(4)]
         opaque = _stroke(source.digits[digit], change)[..., None]
         picture[area] = opaque * np.array(ink) + (1 - opaque) * picture[area]
-        seen[side] = f"{name} {DIGITS[source.labels[digit]]}"
-    behind = list(PHOTOGRAPHS.values())[where]
-    asked = [
-        *((f"what is on the {side} ?", answer) for side, answer in seen.items()),
+        descriptions[side] = f"{name} {DIGITS[source.labels[digit]]}"
+    behind = list(PHOTOGRAPHS.values())[photo]
+    questions = [
+        *(
+            (f"what is on the {side} ?", answer)
+            for side, answer in descriptions.items()
+        ),
         ("what is behind them ?", behind),
-        ("what do you see ?", " ".join([*seen.values(), behind])),
+        ("what do you see ?", " ".join([*descriptions.values(), behind])),
     ]
-    question, answer = asked[below(len(asked))]
+    question, answer = questions[below(len(questions))]
     return picture.round().astype(np.uint8), question, answer
 
 
@@ -206,5 +209,5 @@ def _stroke(digit: np.ndarray, change: list[int]) -> np.ndarray:
 
 def vocabulary() -> list[str]:
     """Every word of the questions and answers, in order."""
-    asked = ("what", "is", "on", "the", "left", "right", "behind", "them", "do", "you")
-    return [*asked, "see", "?", *DIGITS, *COLOURS, *PHOTOGRAPHS.values()]
+    words = ("what", "is", "on", "the", "left", "right", "behind", "them", "do", "you")
+    return [*words, "see", "?", *DIGITS, *COLOURS, *PHOTOGRAPHS.values()]

@@ -127,31 +127,31 @@ def _directory(directory: Path, split: str) -> list[Asked]:
             f"'{path}' does not exist; --data must be {OWN}, tfds:NAME, or a directory "
             f"with {' and '.join(f'{name}.jsonl' for name in SPLITS)}"
         )
-    found = [
+    questions = [
         _line(directory, f"'{path}', line {number}", line)
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if line.strip()
     ]
-    if not found:
+    if not questions:
         raise ValueError(f"'{path}' must have an example in each line, got none")
-    return found
+    return questions
 
 
-def _line(directory: Path, where: str, line: str) -> Asked:
+def _line(directory: Path, place: str, line: str) -> Asked:
     """One example, its picture looked at but not read."""
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        raise ValueError(f"{place}: not JSON ({error})") from None
     names = ("image", "question", "answer")
     fine = isinstance(entry, dict) and all(isinstance(entry.get(n), str) for n in names)
     if not fine:
-        raise ValueError(f"{where}: must be an object of texts {', '.join(names)}")
-    asked = Asked(directory / entry["image"], entry["question"], entry["answer"])
+        raise ValueError(f"{place}: must be an object of texts {', '.join(names)}")
+    question = Asked(directory / entry["image"], entry["question"], entry["answer"])
     try:
-        _ = asked.size
+        _ = question.size
     except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: there is no '{asked.picture}'") from None
+        raise FileNotFoundError(f"{place}: there is no '{question.picture}'") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{where}: no picture that can be read ({error})") from None
-    return asked
+        raise ValueError(f"{place}: no picture that can be read ({error})") from None
+    return question

@@ -50,27 +50,29 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch time width"],
         positions: Int[Array, "time"],
-        past: tuple[Array, Array] | None,
+        kv_cache: tuple[Array, Array] | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
-        """Attends to `past` (if any) and to the tokens up to each position."""
+        """Attends to `kv_cache` (if any) and to the tokens up to each position."""
         batch, time, width = x.shape
         shape = (batch, time, self.heads, width // self.heads)
         # (batch, time, heads, features of a head); those of the past are longer
         q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        if past is not None:
+        if kv_cache is not None:
             start = (0, positions[0], 0, 0)
-            k = jax.lax.dynamic_update_slice(past[0], k, start)
-            v = jax.lax.dynamic_update_slice(past[1], v, start)
+            k = jax.lax.dynamic_update_slice(kv_cache[0], k, start)
+            v = jax.lax.dynamic_update_slice(kv_cache[1], v, start)
         # (batch, heads, time, keys), float32
-        dot = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-        seen = jnp.arange(k.shape[1])[None, :] <= positions[:, None]  # (time, keys)
-        dot = jnp.where(seen[None, None], dot / math.sqrt(shape[-1]), -jnp.inf)
-        share = jax.nn.softmax(dot, axis=-1).astype(v.dtype)  # (batch, heads, t, s)
-        first, second = _split(key, 2)
-        share = self.dropout(share, deterministic=key is None, rngs=first)
-        x = jnp.einsum("bhts,bshd->bthd", share, v).reshape(batch, time, width)
-        x = self.dropout(self.out(x), deterministic=key is None, rngs=second)
+        scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+        mask = jnp.arange(k.shape[1])[None, :] <= positions[:, None]  # (time, keys)
+        scores = jnp.where(mask[None, None], scores / math.sqrt(shape[-1]), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(
+            v.dtype
+        )  # (batch, heads, t, s)
+        weights_key, output_key = _split(key, 2)
+        weights = self.dropout(weights, deterministic=key is None, rngs=weights_key)
+        x = jnp.einsum("bhts,bshd->bthd", weights, v).reshape(batch, time, width)
+        x = self.dropout(self.out(x), deterministic=key is None, rngs=output_key)
         return x, (k, v)
 
 
@@ -106,14 +108,16 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "batch time width"],
         positions: Int[Array, "time"],
-        past: tuple[Array, Array] | None,
+        kv_cache: tuple[Array, Array] | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
         """Returns the residual stream after the block, and its keys and values."""
-        first, second = _split(key, 2)
-        attended, past = self.attention(self.norm_attention(x), positions, past, first)
+        attention_key, mlp_key = _split(key, 2)
+        attended, kv_cache = self.attention(
+            self.norm_attention(x), positions, kv_cache, attention_key
+        )
         x = x + attended
-        return x + self.mlp(self.norm_mlp(x), second), past
+        return x + self.mlp(self.norm_mlp(x), mlp_key), kv_cache
 
 
 class GPT(nnx.Module):
@@ -214,15 +218,15 @@ class GPT(nnx.Module):
         keys = _split(key, self.config.layers + 1)  # the last is the embedding's
         x = x + look_up(self.position_embedding, positions)[None]
         x = self.dropout(x, deterministic=key is None, rngs=keys[-1])
-        pasts = []
+        kv_caches = []
         for i, block in enumerate(self.blocks):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, past = block(x, positions, past, keys[i])
-            pasts.append(past)
+            kv_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            x, kv_cache = block(x, positions, kv_cache, keys[i])
+            kv_caches.append(kv_cache)
         x = self.norm(x)
         if cache is None:
             return x, None
-        layer_keys, layer_values = zip(*pasts, strict=True)
+        layer_keys, layer_values = zip(*kv_caches, strict=True)
         return x, Cache(layer_keys, layer_values, start + time)
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:

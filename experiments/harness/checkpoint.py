@@ -149,8 +149,8 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
       ValueError: the directory holds other things, or checkpoints of another format
         version, or damaged checkpoints only.
     """
-    found = processes.on_first(lambda: _newest(Path(directory).absolute()))
-    return found and found[0]
+    newest = processes.on_first(lambda: _newest(Path(directory).absolute()))
+    return newest and newest[0]
 
 
 def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoint:
@@ -174,13 +174,13 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoin
             f"'{Path(directory).absolute()}' holds no checkpoint; give the directory "
             f"that `save` was given"
         )
-    found, saved = newest
-    manifest.check_leaves(found.path, saved, target)
-    state = _load_arrays(found.path, list(saved), target)
+    snapshot, saved = newest
+    manifest.check_leaves(snapshot.path, saved, target)
+    state = _load_arrays(snapshot.path, list(saved), target)
     tree = jax.tree.unflatten(
         jax.tree.structure(abstract_state), [state[name] for name in target]
     )
-    return found._replace(state=tree)
+    return snapshot._replace(state=tree)
 
 
 def _integer(step: Any) -> int:
@@ -216,18 +216,18 @@ def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
 def _check_newest(directory: Path, step: int) -> list[int]:
     """Refuses whole checkpoints of `step` or later; gives the broken ones."""
     broken = []
-    for other in _steps(directory):
-        if other < step:
+    for saved_step in _steps(directory):
+        if saved_step < step:
             break
         try:
-            manifest.verify(directory / str(other))
+            manifest.verify(directory / str(saved_step))
         except manifest.Broken:
-            broken.append(other)
+            broken.append(saved_step)
             continue
         raise ValueError(
             f"steps must grow from save to save, got step {step} where "
-            f"'{directory / str(other)}' is saved already; continue from it or choose "
-            f"another directory"
+            f"'{directory / str(saved_step)}' is saved already; continue from it "
+            f"or choose another directory"
         )
     return broken
 
@@ -251,10 +251,10 @@ def _steps(directory: Path) -> list[int]:
         raise ValueError(
             f"'{directory}' must be a directory of checkpoints, got a file"
         )
-    found, foreign = [], []
+    steps, foreign = [], []
     for path in directory.iterdir():
         if path.is_dir() and path.name.isdecimal() and path.name == str(int(path.name)):
-            found.append(int(path.name))
+            steps.append(int(path.name))
         elif not path.name.startswith(".") and _UNFINISHED not in path.name:
             foreign.append(repr(path.name))
     if foreign:
@@ -262,7 +262,7 @@ def _steps(directory: Path) -> list[int]:
             f"'{directory}' must hold checkpoints only, it also holds "
             f"{', '.join(sorted(foreign)[: manifest.LISTED])}; choose another directory"
         )
-    return sorted(found, reverse=True)
+    return sorted(steps, reverse=True)
 
 
 def _arrays(tree: Any) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def _load_arrays(
     path: Path, names: list[str], target: Mapping[str, Any]
 ) -> dict[str, Any]:
     default = jnp.zeros(()).sharding
-    wanted: dict[str, Any] = {"step": ocp.PLACEHOLDER}
+    abstract: dict[str, Any] = {"step": ocp.PLACEHOLDER}
     state: dict[str, Any] = {}
     for index, name in enumerate(names):
         leaf = target[name]
@@ -348,14 +348,14 @@ def _load_arrays(
             empty = np.empty(leaf.shape, leaf.dtype)
             state[name] = empty if in_numpy else jax.device_put(empty, sharding)
         elif in_numpy:
-            wanted[str(index)] = np.empty(leaf.shape, leaf.dtype)
+            abstract[str(index)] = np.empty(leaf.shape, leaf.dtype)
         else:
-            wanted[str(index)] = jax.ShapeDtypeStruct(
+            abstract[str(index)] = jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=sharding
             )
-    if len(wanted) > 1:
+    if len(abstract) > 1:
         with _quiet():
-            loaded = ocp.load(path, wanted)
+            loaded = ocp.load(path, abstract)
         state |= {names[int(i)]: leaf for i, leaf in loaded.items() if i != "step"}
     return state
 

@@ -89,8 +89,8 @@ _NEEDED = {
 
 def averages(criteria: Collection[str]) -> frozenset[str]:
     """The fields of `jp.Importance` these criteria need, and the report's `weight`."""
-    found = {"weight"}
+    fields = {"weight"}
     for name in criteria:
-        stem, _, end = name.rpartition("_")
-        found |= _NEEDED.get(stem if end[:1].isdigit() else name, set())
-    return frozenset(found)
+        stem, _, suffix = name.rpartition("_")
+        fields |= _NEEDED.get(stem if suffix[:1].isdigit() else name, set())
+    return frozenset(fields)

@@ -130,14 +130,14 @@ def batch_size(at_least: int, mesh: Mesh | None) -> int:
     return -(-at_least // split) * split
 
 
-def put(tree: Any, where: Any) -> Any:
+def put(tree: Any, placement: Any) -> Any:
     """Places arrays, over the devices of all processes too.
 
-    `where` is a sharding or a tree of them; arrays in the memory of one process must be
-    the same on every process.
+    `placement` is a sharding or a tree of them; arrays in the memory of one process
+    must be the same on every process.
     """
     if jax.process_count() == 1:
-        return jax.device_put(tree, where)
-    if isinstance(where, NamedSharding):
-        return jax.tree.map(lambda leaf: per_device.put(leaf, where), tree)
-    return jax.tree.map(per_device.put, tree, where)
+        return jax.device_put(tree, placement)
+    if isinstance(placement, NamedSharding):
+        return jax.tree.map(lambda leaf: per_device.put(leaf, placement), tree)
+    return jax.tree.map(per_device.put, tree, placement)

@@ -66,13 +66,13 @@ def verify(path: Path) -> dict[str, Any]:
     """
     try:
         body = json.loads((path / _NAME).read_bytes())
-        whole = body.pop("digest") == _digest(body)
+        digest_matches = body.pop("digest") == _digest(body)
         format_, version = body["format"], body["version"]
     except FileNotFoundError:
         raise Unfinished(f"has no {_NAME}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Broken(f"has a damaged {_NAME}") from None
-    if not whole:
+    if not digest_matches:
         raise Broken(f"has a damaged {_NAME}")
     if (format_, version) != (FORMAT, VERSION):
         raise ValueError(
@@ -82,10 +82,10 @@ def verify(path: Path) -> dict[str, Any]:
         )
     for name, fingerprint in body["files"].items():
         try:
-            same = _fingerprint(path / name) == fingerprint
+            intact = _fingerprint(path / name) == fingerprint
         except OSError:
             raise Broken(f"has no readable file '{name}'") from None
-        if not same:
+        if not intact:
             raise Broken(f"has a damaged file '{name}'")
     return dict(body)
 
@@ -98,16 +98,16 @@ def check_leaves(
     Raises:
       ValueError: a name, shape or dtype differs.
     """
-    wanted = {name: _kind(leaf) for name, leaf in target.items()}
+    specs = {name: _kind(leaf) for name, leaf in target.items()}
     problems = [
-        f"'{name}' is {_spell(saved.get(name))} in it and {_spell(wanted.get(name))} "
+        f"'{name}' is {_spell(saved.get(name))} in it and {_spell(specs.get(name))} "
         f"in the target"
-        for name in {**saved, **wanted}
-        if saved.get(name) != wanted.get(name)
+        for name in {**saved, **specs}
+        if saved.get(name) != specs.get(name)
     ]
     if problems:
-        more = len(problems) - LISTED
-        tail = f"; and {more} more" if more > 0 else ""
+        unlisted = len(problems) - LISTED
+        tail = f"; and {unlisted} more" if unlisted > 0 else ""
         raise ValueError(
             f"'{path}' must have the leaves of the target, but "
             f"{'; '.join(problems[:LISTED])}{tail}; build the model and the optimizer "
@@ -139,8 +139,8 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _spell(kind: list[Any] | None) -> str:
-    return "absent" if kind is None else f"{kind[1]}{tuple(kind[0])}"
+def _spell(spec: list[Any] | None) -> str:
+    return "absent" if spec is None else f"{spec[1]}{tuple(spec[0])}"
 
 
 def _kind(leaf: Any) -> list[Any]:

@@ -83,11 +83,11 @@ def optimizer(
 def frozen(params: Any, trained: Callable[[str], bool]) -> Any:
     """The same parameters; those that are not trained, by name, get no gradient."""
     leaves, structure = jax.tree.flatten(params)
-    held = [
+    stopped = [
         leaf if trained(name) else jax.lax.stop_gradient(leaf)
         for name, leaf in zip(jp.tree.names(params), leaves, strict=True)
     ]
-    return jax.tree.unflatten(structure, held)
+    return jax.tree.unflatten(structure, stopped)
 
 
 def _of(

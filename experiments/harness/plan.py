@@ -75,7 +75,7 @@ class Plan:
     energy_country: str | None
 
     @classmethod
-    def of(cls, config: Any, *, solvers: bool = False, **own: Any) -> "Plan":
+    def of(cls, config: Any, *, solvers: bool = False, **specifics: Any) -> "Plan":
         """The plan of a configuration, checked.
 
         Sparsities are sorted; where a `retrain_` flag is left out, all that is pruned
@@ -84,7 +84,7 @@ class Plan:
         Args:
           config: has the flags that every sweep has, by the names of `Plan`.
           solvers: whether the task can be pruned by solvers too.
-          **own: the fields that an experiment fixes in its own way.
+          **specifics: the fields that an experiment fixes in its own way.
 
         Raises:
           ValueError: a criterion is unknown, or a number is out of range.
@@ -104,14 +104,14 @@ class Plan:
             "retrain_steps": config.retrain_steps,
             "checkpoint_every": config.checkpoint_every,
             "energy_country": config.energy,
-            **own,
+            **specifics,
         }
-        usual = {
+        defaults = {
             "retrain_criteria": config.criteria,
             "retrain_allocations": config.allocations[:1],
             "retrain_sparsities": sparsities,
         }
-        for name, default in usual.items():
+        for name, default in defaults.items():
             if fields[name] is None:
                 fields[name] = default
         return cls(**fields)
@@ -179,8 +179,8 @@ def check(config: Any, *, solvers: bool = False) -> None:
     Raises:
       ValueError: a criterion is unknown, a number out of range, or a list empty.
     """
-    asked = {*config.criteria, *(config.retrain_criteria or ())} - CRITERIA.keys()
-    if unknown := [name for name in asked if not (solvers and named(name))]:
+    unranked = {*config.criteria, *(config.retrain_criteria or ())} - CRITERIA.keys()
+    if unknown := [name for name in unranked if not (solvers and named(name))]:
         also = f", or {'|'.join(SOLVERS)}_ALLOCATION" if solvers else ""
         raise ValueError(
             f"criteria must be of {', '.join(CRITERIA)}{also}, got {', '.join(unknown)}"

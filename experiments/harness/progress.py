@@ -106,11 +106,13 @@ class Progress:
                 f"{first}; lower the learning rate"
             )
         self._timed += len(values)
-        done = self._timed
+        timed_steps = self._timed
         newest: Any = self._closed[0][1][-1] if self._closed else None
         if newest is not None and newest.is_ready():
-            done += len(self._closed[0][1])
+            timed_steps += len(self._closed[0][1])
         loss = float(values.mean())
-        rate = done * self._tokens_per_step / seconds if done > 0 else None
+        rate = (
+            timed_steps * self._tokens_per_step / seconds if timed_steps > 0 else None
+        )
         self._bar.note(f"loss {loss:.3f}")
         return {"step": step, "loss": loss, "tokens_per_second": rate}

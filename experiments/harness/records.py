@@ -116,9 +116,9 @@ class MetricsLog:
 
     def _drop_torn_line(self) -> None:
         content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            self._file.truncate(whole)
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            self._file.truncate(end)
 
     def _write_events(
         self, metrics: Mapping[str, Any], labels: Mapping[str, Any]
@@ -249,8 +249,8 @@ def _start_tracker(country: str) -> Any:
 
 def _is_later(line: bytes, step: int, labels: Mapping[str, Any]) -> bool:
     entry = json.loads(line)
-    same = all(entry.get(name) == value for name, value in labels.items())
-    return same and (step == 0 or entry.get("step", 0) > step)
+    matches = all(entry.get(name) == value for name, value in labels.items())
+    return matches and (step == 0 or entry.get("step", 0) > step)
 
 
 def _encode(content: Any, path: Path, indent: int | None = None) -> str:
@@ -282,8 +282,8 @@ def _first_not_finite(content: Any, place: str) -> str | None:
         items = content.items()
     elif isinstance(content, list | tuple):
         items = enumerate(content)
-    found = (_first_not_finite(v, f"{place}/{k}".lstrip("/")) for k, v in items)
-    return next((name for name in found if name is not None), None)
+    places = (_first_not_finite(v, f"{place}/{k}".lstrip("/")) for k, v in items)
+    return next((name for name in places if name is not None), None)
 
 
 def _replace(path: Path, content: bytes) -> None:

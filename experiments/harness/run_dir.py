@@ -21,14 +21,14 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
       OSError: the directory cannot be written to, or another run has it.
     """
-    with contextlib.ExitStack() as held:
-        processes.on_first(lambda: _lock(out, held))
+    with contextlib.ExitStack() as locks:
+        processes.on_first(lambda: _lock(out, locks))
         yield
 
 
-def _lock(out: Path, held: contextlib.ExitStack) -> None:
+def _lock(out: Path, locks: contextlib.ExitStack) -> None:
     try:
-        held.enter_context(atomic.locked(out))
+        locks.enter_context(atomic.locked(out))
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise OSError(error.strerror) from None

@@ -66,31 +66,35 @@ def run(
     out = config.out
     path = out / "results.json"
     with run_dir.locked(out):
-        begun = run_dir.begun(out, identity)
-        if begun and not grows and processes.on_first(path.exists):
+        continues = run_dir.begun(out, identity)
+        if continues and not grows and processes.on_first(path.exists):
             _say(
                 f"'{out}' is finished: see report.html there; give another --out to "
                 "run anew."
             )
             return path
-        done = processes.on_first(lambda: _experiment(path)) or name
-        if done != name:
-            raise ValueError(f"'{out}' holds the results of {done}; give another --out")
-        found = cells()
+        name_there = processes.on_first(lambda: _experiment(path)) or name
+        if name_there != name:
+            raise ValueError(
+                f"'{out}' holds the results of {name_there}; give another --out"
+            )
+        content = cells()
         results = {
             "format": results_.FORMAT,
             "name": name,
             "command": command(f"experiments.{name}", config),
             "config": identity,
             **_circumstances(),
-            **found,
+            **content,
         }
 
         def write() -> str:
             # Where nothing was done, what made the cells is what made them before.
             before = json.loads(path.read_text()) if path.exists() else {}
-            same = all(before.get(name) == own for name, own in found.items())
-            kept: dict[str, Any] = before if same else results
+            unchanged = all(
+                before.get(name) == value for name, value in content.items()
+            )
+            kept: dict[str, Any] = before if unchanged else results
             shown = show(kept, out)
             records.write_json(path, kept)
             return shown
@@ -130,8 +134,13 @@ def sweep(
 
     def cells() -> dict[str, Any]:
         seeds, phases = _seeds(plan, task, config.out, identity, mesh)
-        held = sorted(averages(rankings(plan.criteria)))
-        return {"seeds": seeds, "phases": phases, "averages": held, **more(seeds)}
+        averages_held = sorted(averages(rankings(plan.criteria)))
+        return {
+            "seeds": seeds,
+            "phases": phases,
+            "averages": averages_held,
+            **more(seeds),
+        }
 
     def show(results: dict[str, Any], out: Path) -> str:
         report.write_report(results, out)
@@ -141,7 +150,7 @@ def sweep(
     return run(name, config, identity, cells, show)
 
 
-def identity_of(config: Any, plan: Plan, **own: Any) -> dict[str, Any]:
+def identity_of(config: Any, plan: Plan, **specifics: Any) -> dict[str, Any]:
     """What must be the same for a run of `sweep` to continue; JSON-able."""
     return manifest.as_json(
         {
@@ -149,7 +158,7 @@ def identity_of(config: Any, plan: Plan, **own: Any) -> dict[str, Any]:
             "dtype": config.dtype,
             "seeds": config.seeds[:1] if config.smoke else config.seeds,
             "smoke": config.smoke,
-            **own,
+            **specifics,
             **dataclasses.asdict(plan),
         }
     )
@@ -164,7 +173,7 @@ def _seeds(
     plan: Plan, task: Task, out: Path, identity: dict[str, Any], mesh: Mesh | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What results.json holds of each seed, and what the phases cost."""
-    numbers, done, phases = identity["seeds"], [], []
+    numbers, seeds, phases = identity["seeds"], [], []
     writes = processes.is_first()
     stages = plan.stages() + task.begins_trained
     with contextlib.ExitStack() as opened:
@@ -176,9 +185,9 @@ def _seeds(
         )
         for number in numbers:
             seed = Seed(number, plan, task, out, log, identity, progress, mesh)
-            done.append(seed.run())
+            seeds.append(seed.run())
             phases += _summed(seed.stages.phases)
-    return done, phases
+    return seeds, phases
 
 
 def _summed(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -237,12 +246,12 @@ def costs(
     `flops` is of a token: dense for None, else for the fraction removed of each leaf.
     """
     sizes = {name: leaf["size"] for name, leaf in model["leaves"].items()}
-    first = cells[0]
+    reference = cells[0]
     rows = []
     for cell in cells:
         if (cell["criterion"], cell["allocation"]) != (
-            first["criterion"],
-            first["allocation"],
+            reference["criterion"],
+            reference["allocation"],
         ):
             continue
         removed = cell["sparsity_by_leaf"]

@@ -57,8 +57,10 @@ class SeedTrainer:
         """
         plan, (tx, step_fn) = self._plan, self._watching
         state = training.init(self._task.init(self._seed), tx, mesh=self._mesh)
-        every = max(plan.steps // self._task.looks.times, 1)
-        return self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)[1]
+        evaluate_every = max(plan.steps // self._task.looks.times, 1)
+        return self._fit(
+            "train", state, step_fn, plan.steps, 0, evaluate, evaluate_every
+        )[1]
 
     def watched(self) -> Watched:
         """The trained parameters and what was tracked on the way to them."""
@@ -100,8 +102,8 @@ class SeedTrainer:
         tx = jp.keep_masks(inner, kept)
         state = training.init(pruned, tx, mesh=self._mesh)
         del kept, pruned, tx  # the state has them
-        state, done = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-        return state.params, done
+        state, costs = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
+        return state.params, costs
 
     def prune_gradually(
         self, stage: str, params: Any, sparsity: float, allocation: str
@@ -116,8 +118,8 @@ class SeedTrainer:
             allocation,
         )
         state = training.init(jax.tree.map(jnp.copy, params), tx, mesh=self._mesh)
-        state, done = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-        return state.params, done
+        state, costs = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
+        return state.params, costs
 
     def _fit(
         self,
@@ -136,10 +138,10 @@ class SeedTrainer:
         """
         plan, log = self._plan, self._log
         labels = {"phase": stage, "seed": self._seed}
-        begun = [0]
+        first_step = [0]
 
         def begin(step: int) -> None:
-            begun[:] = [step]
+            first_step[:] = [step]
             if log is not None:
                 log.resume(step, **labels)
 
@@ -166,16 +168,16 @@ class SeedTrainer:
             prefetch=prefetch,
             donate=True,
         )
-        tokens = (steps - begun[0]) * plan.batch_size * self._task.length
-        return state, {"tokens": tokens, "share": 1 - begun[0] / steps}
+        tokens = (steps - first_step[0]) * plan.batch_size * self._task.length
+        return state, {"tokens": tokens, "share": 1 - first_step[0] / steps}
 
 
 @functools.cache
 def _watching(
-    task: Task, learning_rate: float, steps: int, held: frozenset[str]
+    task: Task, learning_rate: float, steps: int, averages_held: frozenset[str]
 ) -> tuple[optax.GradientTransformation, training.StepFunction]:
     """The optimizer of the dense run and its step; one object, so compiled once."""
-    tx = task.optimizer(schedule(learning_rate, steps, warmup=100), track=held)
+    tx = task.optimizer(schedule(learning_rate, steps, warmup=100), track=averages_held)
     return tx, training.make_step(task.loss, tx)
 
 

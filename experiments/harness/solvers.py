@@ -61,5 +61,5 @@ def named(name: str) -> Solver | None:
 
 def rankings(names: Iterable[str]) -> list[str]:
     """The criteria that these names rank by, those of solvers' allocations too."""
-    found = [(solver.allocation if (solver := named(n)) else n) for n in names]
-    return [name for name in found if name in CRITERIA]
+    criteria = [(solver.allocation if (solver := named(n)) else n) for n in names]
+    return [name for name in criteria if name in CRITERIA]

@@ -134,8 +134,8 @@ class Seed:
         """What is measured after `retrain_steps` more steps, taken by `train`."""
 
         def compute() -> dict[str, Any]:
-            trained, done = train(stage)
-            return {**self._measured(trained), **then(trained), **done}
+            trained, costs = train(stage)
+            return {**self._measured(trained), **then(trained), **costs}
 
         result = self._once(stage, compute)
         on_first(lambda: shutil.rmtree(self.directory / stage, ignore_errors=True))
@@ -185,8 +185,8 @@ class Seed:
                 lambda stage: self._pruned_and_trained(stage, watched, cell),
                 lambda params: self._shown(cell, params, retrained=True),
             )
-        shown = [stage.pop("sample", None) for stage in (pruned, retrained)]
-        samples += [sample for sample in shown if sample is not None]
+        samples_shown = [stage.pop("sample", None) for stage in (pruned, retrained)]
+        samples += [sample for sample in samples_shown if sample is not None]
         return {**cell._asdict(), **pruned, **_named("retrained", retrained)}
 
     def _pruned_and_trained(
@@ -255,8 +255,12 @@ class Seed:
             return {"sample": None}
         if cell.criterion == plan.criteria[0] and retrained == plan.retrains(cell):
             steps = plan.retrain_steps if retrained else 0
-            how = {**cell._asdict(), "method": cell.criterion, "retrain_steps": steps}
-            self.task.save(params, self.directory / MODEL, how)
+            provenance = {
+                **cell._asdict(),
+                "method": cell.criterion,
+                "retrain_steps": steps,
+            }
+            self.task.save(params, self.directory / MODEL, provenance)
         label = f"{cell.label}, retrained" if retrained else cell.label
         return {"sample": self._sample(label, params)}
 
@@ -267,8 +271,10 @@ class Seed:
         """What the dense run reported, read back by the first process."""
 
         def read() -> list[dict[str, Any]]:
-            every = map(json.loads, self.metrics.read_text().splitlines())
-            return [x for x in every if (x["phase"], x["seed"]) == ("train", self.seed)]
+            reports = map(json.loads, self.metrics.read_text().splitlines())
+            return [
+                x for x in reports if (x["phase"], x["seed"]) == ("train", self.seed)
+            ]
 
         return on_first(read)
 
@@ -316,12 +322,12 @@ def _keep_everything(params: Any) -> Any:
     )
 
 
-def _only(found: Any, params: Any, prunable: Prunable) -> Any:
+def _only(tree: Any, params: Any, prunable: Prunable) -> Any:
     """The scores or masks of leaves that may be pruned; the others are left out."""
-    structure = jax.tree.structure(found, is_leaf=jp.tree.is_excluded)
-    of = jp.tree.named_leaves(params)
-    chosen = [
-        leaf if prunable(name, of[name]) else optax.MaskedNode()
-        for name, leaf in jp.tree.named_leaves(found).items()
+    structure = jax.tree.structure(tree, is_leaf=jp.tree.is_excluded)
+    weights = jp.tree.named_leaves(params)
+    leaves = [
+        leaf if prunable(name, weights[name]) else optax.MaskedNode()
+        for name, leaf in jp.tree.named_leaves(tree).items()
     ]
-    return jax.tree.unflatten(structure, chosen)
+    return jax.tree.unflatten(structure, leaves)

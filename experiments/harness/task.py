@@ -92,7 +92,7 @@ class Task(Protocol):
     def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """What else is measured of a model with this validation loss; JSON-able."""
 
-    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
         """Writes a pruned model for others to load, where the task knows a format."""
 
 

@@ -116,13 +116,13 @@ def abstract(
     )
 
 
-def _placed(tree: Any, where: Any) -> Any:
+def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=place
         ),
         tree,
-        where,
+        shardings,
     )
 
 
@@ -168,18 +168,18 @@ def make_eval(
     total = _total(loss_fn, mesh)
 
     def evaluate(params: Any, batches: Iterable[Any]) -> float:
-        totals, weight = [], 0.0
+        totals, total_weight = [], 0.0
         for inputs, targets, weights in batches:
-            each = np.asarray(weights, np.float32)
-            each = np.broadcast_to(each.T, targets.T.shape).T
-            totals.append(total(params, *_put((inputs, targets, each), mesh)))
-            weight += float(each.sum(dtype=np.float64))
-        if not weight:
+            token_weights = np.asarray(weights, np.float32)
+            token_weights = np.broadcast_to(token_weights.T, targets.T.shape).T
+            totals.append(total(params, *_put((inputs, targets, token_weights), mesh)))
+            total_weight += float(token_weights.sum(dtype=np.float64))
+        if not total_weight:
             raise ValueError(
                 "the validation set must hold a token of positive weight, got none; "
                 "give a longer text"
             )
-        return float(np.sum(jax.device_get(totals), dtype=np.float64) / weight)
+        return float(np.sum(jax.device_get(totals), dtype=np.float64) / total_weight)
 
     return evaluate
 
@@ -298,26 +298,26 @@ def _begin(
     donate: bool,
 ) -> tuple[TrainState, int]:
     """The state and step to continue from; the caller's own arrays only if donated."""
-    found = checkpoints and checkpoint.latest(checkpoints.directory)
-    if checkpoints is None or found is None:
-        own = state if donate else jax.tree.map(jnp.copy, state)
-        return own, int(state.step)
-    different = atomic.differences(found.configuration, checkpoints.configuration)
+    snapshot = checkpoints and checkpoint.latest(checkpoints.directory)
+    if checkpoints is None or snapshot is None:
+        initial = state if donate else jax.tree.map(jnp.copy, state)
+        return initial, int(state.step)
+    different = atomic.differences(snapshot.configuration, checkpoints.configuration)
     if different:
         raise ValueError(
-            f"{label}: '{found.path}' must be of the same configuration, but "
+            f"{label}: '{snapshot.path}' must be of the same configuration, but "
             f"{'; '.join(different)}; give the old values, or another directory"
         )
-    if found.step > steps:
+    if snapshot.step > steps:
         raise ValueError(
-            f"{label}: '{found.path}' must be of at most the {steps} steps asked for, "
-            f"got {found.step}; ask for more, or give another directory"
+            f"{label}: '{snapshot.path}' must be of at most the {steps} steps asked "
+            f"for, got {snapshot.step}; ask for more, or give another directory"
         )
     if donate:
         target = jax.tree.map(_without_numbers, state)
         jax.tree.map(lambda leaf: leaf.delete(), state)
         state = target
-    return checkpoint.restore(checkpoints.directory, state).state, found.step
+    return checkpoint.restore(checkpoints.directory, state).state, snapshot.step
 
 
 def _without_numbers(leaf: jax.Array) -> jax.ShapeDtypeStruct:

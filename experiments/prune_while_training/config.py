@@ -124,10 +124,10 @@ class Config:
             if min(values) < least:
                 raise ValueError(f"{name} must be at least {least}, got {min(values)}")
         if self.after_dense and DENSE_SMALL in self.methods:
-            rest = " ".join(name for name in self.methods if name != DENSE_SMALL)
+            methods = " ".join(name for name in self.methods if name != DENSE_SMALL)
             raise ValueError(
                 f"{DENSE_SMALL} starts from weights of its own and not from a dense "
-                f"model, so after_dense takes none; give --methods {rest}"
+                f"model, so after_dense takes none; give --methods {methods}"
             )
         for rate in (*self.learning_rates, *self.rates(DENSE)):
             if not 0 < rate < float("inf"):

@@ -118,7 +118,7 @@ def _admm(
     rate: optax.ScalarOrSchedule, span: Span, **options: Any
 ) -> optax.GradientTransformation:
     # Of 0.003 to 0.1, and ends at 40 to 75 %, the best from a dense model at 90 %.
-    pulled = jp.contrib.admm(
+    penalised = jp.contrib.admm(
         adamw(rate),
         span.final,
         begin=span.begin,
@@ -127,7 +127,7 @@ def _admm(
         penalty=0.003,
         **options,
     )
-    return optax.chain(optax.clip_by_global_norm(CLIP), pulled)
+    return optax.chain(optax.clip_by_global_norm(CLIP), penalised)
 
 
 def _sparse(

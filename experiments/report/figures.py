@@ -53,7 +53,8 @@ def loss(
             dash: Any = "-" if nats == 0 else (0, (4, 3))
             axes.axhline(nats, color=canvas.INK, lw=1, ls=dash, label=name, zorder=1)
         ends = [
-            (name, canvas.INK, axes.get_xlim()[1], at) for name, at in dense.items()
+            (name, canvas.INK, axes.get_xlim()[1], nats_above)
+            for name, nats_above in dense.items()
         ]
         plots.name_ends(axes, _ends(lines) + ends)
         axes.set_title(f"{TITLES[stage]}: nats above the {_REFERENCES[stage]}")
@@ -97,9 +98,9 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
     base = sampled["kept"].get("magnitude")
     for axes, criterion in zip(panels, criteria, strict=True):
         kept = sampled["kept"][criterion]
-        other = [a != b for a, b in zip(kept, base or kept, strict=True)]
+        unlike_magnitude = [a != b for a, b in zip(kept, base or kept, strict=True)]
         for row, average, keep, bold in zip(
-            values, sampled["averages"], kept, other, strict=True
+            values, sampled["averages"], kept, unlike_magnitude, strict=True
         ):
             colour, alpha = (canvas.KEPT, 0.75) if keep else (canvas.REMOVED, 0.6)
             look: dict[str, Any] = {"color": colour, "alpha": 1 if bold else alpha}
@@ -119,8 +120,8 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
         axes.text(0, 1.02, f"{sum(kept)} kept", color=canvas.KEPT, **place)
         removed = f"{len(kept) - sum(kept)} removed"
         axes.text(0.2, 1.02, removed, color=canvas.REMOVED, **place)
-        if any(other):
-            note = f"thick: {sum(other)} unlike magnitude"
+        if any(unlike_magnitude):
+            note = f"thick: {sum(unlike_magnitude)} unlike magnitude"
             axes.text(1, 1.02, note, size=8.5, ha="right", **place)
         plots.beside(axes, "average", (end, max(sampled["averages"])), canvas.INK)
     return figure
@@ -135,15 +136,30 @@ def layers(
     `sparsities` has those of each leaf, for each criterion. There is no colour at the
     sparsity asked for, orange above it and blue below.
     """
-    names = list(dict.fromkeys(leaf for of in sparsities.values() for leaf in of))
-    table = np.array(
-        [[of.get(name, np.nan) for of in sparsities.values()] for name in names]
+    names = list(
+        dict.fromkeys(leaf for by_leaf in sparsities.values() for leaf in by_leaf)
     )
-    left, right, top = 0.075 * max(map(len, names)) + 0.15, 0.9, 1.35
-    width, height = left + 0.62 * len(sparsities) + right, 0.27 * len(names) + top + 0.1
+    table = np.array(
+        [
+            [by_leaf.get(name, np.nan) for by_leaf in sparsities.values()]
+            for name in names
+        ]
+    )
+    left_margin, right_margin, top_margin = (
+        0.075 * max(map(len, names)) + 0.15,
+        0.9,
+        1.35,
+    )
+    width, height = (
+        left_margin + 0.62 * len(sparsities) + right_margin,
+        0.27 * len(names) + top_margin + 0.1,
+    )
     figure = Figure(figsize=(width, height))
-    wide, high = 1 - (left + right) / width, 1 - (top + 0.1) / height
-    axes = figure.add_axes((left / width, 0.1 / height, wide, high))
+    wide, high = (
+        1 - (left_margin + right_margin) / width,
+        1 - (top_margin + 0.1) / height,
+    )
+    axes = figure.add_axes((left_margin / width, 0.1 / height, wide, high))
     reach = max(float(np.nanmax(np.abs(table - sparsity))), 1e-6)
     ends = [(0, 0.45, 0.7, 0.6), (0.5, 0.5, 0.5, 0), (0.9, 0.45, 0, 0.65)]
     colours = LinearSegmentedColormap.from_list("deviation", ends)
@@ -191,8 +207,8 @@ def training(results: Mapping[str, Any]) -> Figure:
 
 def _points(curve: Sequence[Mapping[str, Any]], name: str) -> tuple[list, list]:
     """Steps and values where the value was measured."""
-    known = [point for point in curve if point.get(name) is not None]
-    return [point["step"] for point in known], [point[name] for point in known]
+    measured = [point for point in curve if point.get(name) is not None]
+    return [point["step"] for point in measured], [point[name] for point in measured]
 
 
 def _limits(all_results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -214,12 +230,14 @@ def _limits(all_results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 def _dense(results: Mapping[str, Any], stage: results_.Stage) -> dict[str, float]:
     """Both dense models by name and mean loss: how far above the stage's reference."""
     dense = float(np.mean([seed["dense"]["loss"] for seed in results["seeds"]]))
-    known = {"dense": dense}
+    losses_by_run = {"dense": dense}
     if results_.extra_steps(results) is not None:
         losses = [seed["control"]["loss"] for seed in results["seeds"]]
-        known["control"] = float(np.mean(losses))
-    reference = dense if stage == "pruned" else list(known.values())[-1]
-    return {f"{name}  {at:.3f}": at - reference for name, at in known.items()}
+        losses_by_run["control"] = float(np.mean(losses))
+    reference = dense if stage == "pruned" else list(losses_by_run.values())[-1]
+    return {
+        f"{name}  {loss:.3f}": loss - reference for name, loss in losses_by_run.items()
+    }
 
 
 def _against_sparsity(
@@ -263,8 +281,8 @@ def _ends(
     lines: Sequence[tuple[str, plots.Line, results_.Curve]],
 ) -> list[tuple[str, str, float, float]]:
     """Name, colour and last point of each line."""
-    found = []
+    ends = []
     for name, style, curve in lines:
         percent, nats = 100 * float(curve.sparsities[-1]), curve.above[:, -1].mean()
-        found.append((name, style.colour, percent, float(nats)))
-    return found
+        ends.append((name, style.colour, percent, float(nats)))
+    return ends

@@ -102,14 +102,14 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
     weights = results["model"]["parameters"]
     arithmetic = 3 * costs[0]["flops_dense"] * training["tokens"] * JOULES_A_FLOP
     moved = TRAINING_BYTES * weights * steps * JOULES_A_BYTE
-    held = len(results.get("averages") or _USUAL)
-    tracked = held * TRACKING_BYTES * results["model"]["prunable"] * steps
+    average_count = len(results.get("averages") or _USUAL)
+    tracked = average_count * TRACKING_BYTES * results["model"]["prunable"] * steps
     tracked *= JOULES_A_BYTE
     # Of a training that went on from a checkpoint only this start was measured.
     share = training["share"]
-    counted = arithmetic + (moved + tracked) * share
-    spent = 3.6e6 * training["energy_kwh"] or counted
-    scale = spent / counted
+    computed = arithmetic + (moved + tracked) * share
+    spent = 3.6e6 * training["energy_kwh"] or computed
+    scale = spent / computed
 
     def cost(name: str) -> float:
         """Joules of a phase, as its seconds are to those of training."""
@@ -160,21 +160,21 @@ def pays_back(once: float, dense: float, pruned: float) -> float | None:
 
 def section(results: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the page says of it: a figure, two tables and a note; None without costs."""
-    found = of(results)
-    if found is None:
+    cycle = of(results)
+    if cycle is None:
         return None
     once = [
-        ["training, dense", _energy(found.training), _mass(found.training, found)],
-        ["tracking", _energy(found.tracking), _mass(found.tracking, found)],
-        ["sweep of all cells", _energy(found.sweep), _mass(found.sweep, found)],
-        ["retraining", _energy(found.retraining), _mass(found.retraining, found)],
+        ["training, dense", _energy(cycle.training), _mass(cycle.training, cycle)],
+        ["tracking", _energy(cycle.tracking), _mass(cycle.tracking, cycle)],
+        ["sweep of all cells", _energy(cycle.sweep), _mass(cycle.sweep, cycle)],
+        ["retraining", _energy(cycle.retraining), _mass(cycle.retraining, cycle)],
     ]
     rows = []
-    for batch, by_sparsity in found.serving.items():
+    for batch, by_sparsity in cycle.serving.items():
         for sparsity, serving in by_sparsity.items():
             million = [serving.dense, serving.packed, serving.skipped]
-            back = [
-                pays_back(found.once, serving.dense, joules) for joules in million[1:]
+            payback = [
+                pays_back(cycle.once, serving.dense, joules) for joules in million[1:]
             ]
             rows.append(
                 [
@@ -183,13 +183,13 @@ def section(results: Mapping[str, Any]) -> dict[str, Any] | None:
                     *(_energy(1e6 * joules) for joules in million),
                     *(
                         "never" if tokens is None else f"{tokens:,.0f}"
-                        for tokens in back
+                        for tokens in payback
                     ),
                 ]
             )
     return {
         "title": TITLE,
-        "drawn": {"life-cycle": figure(found)},
+        "drawn": {"life-cycle": figure(cycle)},
         "once": {"header": ["once", "energy", "CO₂"], "rows": once},
         "served": {
             "header": [
@@ -203,7 +203,7 @@ def section(results: Mapping[str, Any]) -> dict[str, Any] | None:
             ],
             "rows": rows,
         },
-        "measured": found.measured,
+        "measured": cycle.measured,
     }
 
 
@@ -212,25 +212,28 @@ def _energy(joules: float) -> str:
     return f"{joules / 3600:,.3g} Wh" if joules >= 3600 else f"{joules:,.3g} J"
 
 
-def _mass(joules: float, found: LifeCycle) -> str:
-    return f"{1000 * joules * found.co2:,.3g} g"
+def _mass(joules: float, cycle: LifeCycle) -> str:
+    return f"{1000 * joules * cycle.co2:,.3g} g"
 
 
 @canvas.STYLE
-def figure(found: LifeCycle) -> Figure:
+def figure(cycle: LifeCycle) -> Figure:
     """Joules beyond the dense training against served tokens, one token at a time."""
-    serving = found.serving[BATCHES[0]]
-    names = [f"{findings.percent(sparsity)} packed" for sparsity in serving]
+    by_sparsity = cycle.serving[BATCHES[0]]
+    names = [f"{findings.percent(sparsity)} packed" for sparsity in by_sparsity]
     style = plots.styles(names)
-    drawn, (axes,) = plots.panels(1, ["dense", *names])
-    paid = [pays_back(found.once, each.dense, each.packed) for each in serving.values()]
+    canvas_figure, (axes,) = plots.panels(1, ["dense", *names])
+    paid = [
+        pays_back(cycle.once, serving.dense, serving.packed)
+        for serving in by_sparsity.values()
+    ]
     middle = float(np.median([tokens for tokens in paid if tokens] or [1e6]))
     tokens = np.geomspace(middle / 30, middle * 30, 60)
-    first = next(iter(serving.values()))
+    first = next(iter(by_sparsity.values()))
     ends = [("dense", canvas.INK, tokens[-1], tokens[-1] * first.dense)]
     axes.plot(tokens, tokens * first.dense, color=canvas.INK, lw=1.2)
-    for name, each in zip(names, serving.values(), strict=True):
-        energy = found.once + tokens * each.packed
+    for name, serving in zip(names, by_sparsity.values(), strict=True):
+        energy = cycle.once + tokens * serving.packed
         line = style[name]
         axes.plot(tokens, energy, color=line.colour, ls=line.dash)
         ends.append((name, line.colour, tokens[-1], float(energy[-1])))
@@ -243,4 +246,4 @@ def figure(found: LifeCycle) -> Figure:
         axis.set_major_formatter(lambda value, _: f"{value:,.15g}")
         axis.set_minor_formatter(lambda value, _: "")
     plots.name_ends(axes, ends)
-    return drawn
+    return canvas_figure

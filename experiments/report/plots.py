@@ -42,9 +42,14 @@ def styles(names: Sequence[str]) -> dict[str, Line]:
 
     Beyond ten names, colours come again with other markers.
     """
-    own = {name: _KNOWN.index(name) for name in names if name in _KNOWN}
-    free = (slot for slot in itertools.count() if slot not in own.values())
-    chosen = {name: own[name] if name in own else next(free) for name in names}
+    known_slots = {name: _KNOWN.index(name) for name in names if name in _KNOWN}
+    free_slots = (
+        slot for slot in itertools.count() if slot not in known_slots.values()
+    )
+    slots = {
+        name: known_slots[name] if name in known_slots else next(free_slots)
+        for name in names
+    }
     colours = tuple(COLOURS)
     return {
         name: Line(
@@ -52,7 +57,7 @@ def styles(names: Sequence[str]) -> dict[str, Line]:
             _MARKERS[(slot + slot // len(colours)) % len(_MARKERS)],
             _DASHES[slot % len(_DASHES)],
         )
-        for name, slot in chosen.items()
+        for name, slot in slots.items()
     }
 
 
@@ -60,14 +65,14 @@ def panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Panels of one size, with room for the longest label to the right of each."""
     columns = min(count, 3) if count != 4 else 2
     rows = -(-count // columns)
-    left, inner, right = 0.72, 3.1, 0.08 * max(map(len, labels)) + 0.2
+    left_margin, inner, right_margin = 0.72, 3.1, 0.08 * max(map(len, labels)) + 0.2
     low, high, top = 0.55, 3.2, 0.5
-    cell, tall = left + inner + right, low + high + top
+    cell, tall = left_margin + inner + right_margin, low + high + top
     width, height = columns * cell, rows * tall
     figure = Figure(figsize=(width, height))
     boxes = [
         (
-            (index % columns * cell + left) / width,
+            (index % columns * cell + left_margin) / width,
             ((rows - 1 - index // columns) * tall + low) / height,
             inner / width,
             high / height,

@@ -19,8 +19,8 @@ def of(results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "command": command(results),
         "pairs": {
-            title: [[name, str(value)] for name, value in atomic.flat(own).items()]
-            for title, own in pairs.items()
+            title: [[name, str(value)] for name, value in atomic.flat(entries).items()]
+            for title, entries in pairs.items()
         },
         "finished": results.get("finished"),
         "device": results["device"],

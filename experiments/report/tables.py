@@ -76,7 +76,8 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
     Raises:
       OSError: a file cannot be written; no file is ever left half written.
     """
-    drawn = {name: of.draw() for name, of in report.figures.items()}
+    drawings = report.figures
+    drawn = {name: drawing.draw() for name, drawing in drawings.items()}
     page = provenance.TEMPLATES.get_template("tables.html").render(
         title=f"{results['name']}: {report.lead}",
         name=results["name"],
@@ -84,8 +85,8 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
         facts={**report.facts, "device": results["device"]},
         tables=report.tables,
         figures={
-            name: {"drawn": drawn[name], "caption": of.caption}
-            for name, of in report.figures.items()
+            name: {"drawn": drawn[name], "caption": drawing.caption}
+            for name, drawing in drawings.items()
         },
         provenance=provenance.of(results),
     )

@@ -141,10 +141,10 @@ class FinetuningTask:
         self, batch_size: int, seed: int
     ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
         """Windows of the training text, a pure function of the step."""
-        drawn = Batches(self.texts.train, batch_size, self.length, seed)
+        windows = Batches(self.texts.train, batch_size, self.length, seed)
 
         def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
-            inputs, targets = drawn(step)
+            inputs, targets = windows(step)
             return self._begun(inputs), targets
 
         return batch
@@ -171,24 +171,24 @@ class FinetuningTask:
 
     def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """The perplexity, and both of the foreign texts: together, and each loss."""
-        each, total, count = {}, 0.0, 0
+        losses, total, count = {}, 0.0, 0
         for name, tokens in self.texts.foreign.items():
             windows = self._windows(tokens, self.looks.batch, self.foreign_tokens)
-            each[name] = mean(params, windows)
-            seen = sum(int(weights.sum()) for *_, weights in windows)
-            total, count = total + each[name] * seen, count + seen
+            losses[name] = mean(params, windows)
+            targets = sum(int(weights.sum()) for *_, weights in windows)
+            total, count = total + losses[name] * targets, count + targets
         return {
             "perplexity": perplexity(loss),
             "foreign_loss": total / count,
             "foreign_perplexity": perplexity(total / count),
-            "foreign_by_text": each,
+            "foreign_by_text": losses,
         }
 
     def shown(self, params: Params, label: str, length: int) -> dict[str, Any]:
         """A text that the model writes, begun with the first held-out words."""
         room = max(1, self.model.config.context - length)
         prompt = self.texts.held_out[None, : min(_PROMPT, room)].astype(np.int32)
-        written = generate.generate(
+        generated = generate.generate(
             self.model.bind(params),
             jnp.asarray(self._begun(prompt)),
             steps=length,
@@ -196,15 +196,17 @@ class FinetuningTask:
             temperature=0.8,
             sliding=True,
         )
-        tokens = processes.fetch(written)[0].tolist()
+        tokens = processes.fetch(generated)[0].tolist()
         return {"label": label, "text": self.tokenizer.decode(tokens)}
 
-    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
         """Writes a directory like the one the model came from."""
         if self.write is None:
             return
         leaves = jp.tree.named_leaves(params)
-        self.write({k: x for k, x in leaves.items() if self.trained(k)}, out, how)
+        self.write(
+            {k: x for k, x in leaves.items() if self.trained(k)}, out, provenance
+        )
 
     def solved(
         self,

@@ -48,13 +48,13 @@ class LanguageModel(PureModel[gpt.GPT]):
         model, half = self.bind(params), self.config.context // 2
         text = list(prompt)
         for window in range(-(-length // half)):
-            seen = jnp.asarray([text[-half:]], jnp.int32)
+            context = jnp.asarray([text[-half:]], jnp.int32)
             new = generate.generate(
                 model,
-                seen,
+                context,
                 steps=half,
                 key=jax.random.key(window),
                 temperature=0.8,
             )
-            text += processes.fetch(new)[0, seen.shape[1] :].tolist()
+            text += processes.fetch(new)[0, context.shape[1] :].tolist()
         return np.array(text[len(prompt) : len(prompt) + length])

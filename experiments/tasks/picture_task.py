@@ -98,9 +98,9 @@ class VisionModel(PureModel[Phi3Vision]):
         batch, views = inputs["pixels"].shape[:2]
         pixels = inputs["pixels"].reshape(batch * views, *inputs["pixels"].shape[2:])
         # Each example numbers its own views; those of all lie behind each other.
-        own = views * self.config.side**2 * jnp.arange(batch)[:, None]
+        offsets = views * self.config.side**2 * jnp.arange(batch)[:, None]
         local = inputs["sources"]
-        sources = jnp.where(local >= 2, local + own, local)
+        sources = jnp.where(local >= 2, local + offsets, local)
         x = model.embed(inputs["tokens"], pixels, sources, remat=self.remat)
         return model.decoder.states(x, remat=self.remat)[0]
 
@@ -154,12 +154,14 @@ class PictureTask:
     @functools.cached_property
     def allocations(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
         """One global ranking: of all, of the decoder, of the tower."""
-        usual = prunable(self.model.config)
+        eligible = prunable(self.model.config)
 
         def within(part: str) -> Prunable:
             def rule(name: str, leaf: Any) -> bool:
                 return (
-                    name.startswith(part) and self.trained(name) and usual(name, leaf)
+                    name.startswith(part)
+                    and self.trained(name)
+                    and eligible(name, leaf)
                 )
 
             return rule
@@ -174,13 +176,13 @@ class PictureTask:
     def _sizes(self) -> tuple[int, int]:
         """Tokens and views of the longest example."""
         lengths, views = [], []
-        for asked in (*self.train, *self.held_out):
+        for example in (*self.train, *self.held_out):
             config = self.model.config
             rows, columns = preprocess.crops_of(
-                *asked.size, size=config.tower.image, crops=config.crops
+                *example.size, size=config.tower.image, crops=config.crops
             )
             places = preprocess.layout(rows, columns, config.side, 0)
-            text = self._text(asked).split("<|image_1|>")
+            text = self._text(example).split("<|image_1|>")
             bos = self.tokenizer.bos is not None
             words = sum(len(self.tokenizer.encode(part)) + bos for part in text)
             lengths.append(len(places) + words)
@@ -192,14 +194,16 @@ class PictureTask:
         """Tokens of a sequence."""
         return self._sizes[0]
 
-    def _answer(self, asked: Asked) -> int:
+    def _answer(self, example: Asked) -> int:
         """Tokens of the answer where it stands; alone it may be split otherwise."""
-        asks = preprocess.chat(asked.question, 1) + "<|end|>"
-        whole, rest = (t.split("<|image_1|>")[-1] for t in (self._text(asked), asks))
-        return len(self.tokenizer.encode(whole)) - len(self.tokenizer.encode(rest))
+        asks = preprocess.chat(example.question, 1) + "<|end|>"
+        text, question = (
+            t.split("<|image_1|>")[-1] for t in (self._text(example), asks)
+        )
+        return len(self.tokenizer.encode(text)) - len(self.tokenizer.encode(question))
 
-    def _text(self, asked: Asked) -> str:
-        return preprocess.chat(asked.question, 1) + asked.answer + "<|end|>"
+    def _text(self, example: Asked) -> str:
+        return preprocess.chat(example.question, 1) + example.answer + "<|end|>"
 
     @property
     def shapes(self) -> Params:
@@ -264,14 +268,14 @@ class PictureTask:
         """
         most = None if limit is None else max(1, limit // self.length)
         chosen = self.held_out[:most]
-        found = []
+        batches = []
         for start in range(0, len(chosen), batch_size):
             part = list(chosen[start : start + batch_size])
             missing = batch_size - len(part)
             inputs, targets, weights = self.packed(part + part[:1] * missing)
             weights[len(part) :] = 0
-            found.append((inputs, targets, weights))
-        return found
+            batches.append((inputs, targets, weights))
+        return batches
 
     def packed(
         self, examples: Sequence[Asked]
@@ -290,24 +294,27 @@ class PictureTask:
         )
         weights = np.zeros((count, time), np.float32)
         pixels = np.zeros((count, views, size, size, 3), np.float32)
-        for i, asked in enumerate(examples):
-            made = self._prompt(asked)
-            answer = self._answer(asked)
-            stop = len(made.tokens) - 1
-            tokens[i, :stop], sources[i, :stop] = made.tokens[:-1], made.sources[:-1]
-            targets[i, stop - answer - 1 : stop] = made.tokens[-answer - 1 :]
+        for i, example in enumerate(examples):
+            prompt = self._prompt(example)
+            answer = self._answer(example)
+            stop = len(prompt.tokens) - 1
+            tokens[i, :stop], sources[i, :stop] = (
+                prompt.tokens[:-1],
+                prompt.sources[:-1],
+            )
+            targets[i, stop - answer - 1 : stop] = prompt.tokens[-answer - 1 :]
             weights[i, stop - answer - 1 : stop - 1] = 1
-            pixels[i, : len(made.pixels)] = made.pixels
+            pixels[i, : len(prompt.pixels)] = prompt.pixels
         return (
             {"tokens": tokens, "sources": sources, "pixels": pixels},
             targets,
             weights,
         )
 
-    def _prompt(self, asked: Asked) -> preprocess.Prompt:
+    def _prompt(self, example: Asked) -> preprocess.Prompt:
         return preprocess.prompt(
-            self._text(asked),
-            [asked.image],
+            self._text(example),
+            [example.image],
             self.tokenizer.encode,
             self.model.config,
             bos=self.tokenizer.bos,
@@ -325,27 +332,30 @@ class PictureTask:
 
     def right(self, params: Params, examples: Sequence[Asked]) -> np.ndarray:
         """Whether each answer, read greedily, is right: booleans."""
-        found = []
+        correct = []
         for start in range(0, len(examples), 64):
             part = list(examples[start : start + 64])
             filled = part + part[:1] * (64 - len(part))
             inputs, targets, weights = self.packed(filled)
             guessed = processes.fetch(self._guesses(params, inputs))
-            same = (guessed == targets) | (weights == 0)
-            found.append(same.all(1)[: len(part)])
-        return np.concatenate(found)
+            matches = (guessed == targets) | (weights == 0)
+            correct.append(matches.all(1)[: len(part)])
+        return np.concatenate(correct)
 
     def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """The share of held-out questions answered right, of all and of each."""
         right = self.right(params, self.held_out)
-        asked = np.array([example.question for example in self.held_out])
-        questions = np.unique(asked)
+        asked_questions = np.array([example.question for example in self.held_out])
+        questions = np.unique(asked_questions)
         if len(questions) > QUESTIONS:
             questions = questions[:0]
-        each = {str(one): float(right[asked == one].mean()) for one in questions}
-        return {"accuracy": float(right.mean()), "by_question": each}
+        by_question = {
+            str(question): float(right[asked_questions == question].mean())
+            for question in questions
+        }
+        return {"accuracy": float(right.mean()), "by_question": by_question}
 
-    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
         """Writes a directory like the one the model came from, if it came from one."""
         if self.write is None:
             return
@@ -355,14 +365,17 @@ class PictureTask:
             for name, leaf in jp.tree.named_leaves(params).items()
             if self.trained(name) and (low_rank is None or low_rank(name, leaf))
         }
-        self.write(changed, out, how)
+        self.write(changed, out, provenance)
 
     def text_only(self) -> dict[str, float]:
         """The best that can be done without pictures: each question's usual answer."""
-        usual: dict[str, Counter[str]] = {}
-        for asked in self.train:
-            usual.setdefault(asked.question, Counter())[asked.answer] += 1
-        answers = {q: counted.most_common(1)[0][0] for q, counted in usual.items()}
+        counts: dict[str, Counter[str]] = {}
+        for example in self.train:
+            counts.setdefault(example.question, Counter())[example.answer] += 1
+        answers = {
+            q: answers_to_question.most_common(1)[0][0]
+            for q, answers_to_question in counts.items()
+        }
         right = [answers.get(a.question) == a.answer for a in self.held_out]
         return {"accuracy": float(np.mean(right))}
 
@@ -371,13 +384,13 @@ class PictureTask:
         examples = list(self.held_out[:SHOWN])
         inputs, _, weights = self.packed(examples)
         guessed = processes.fetch(self._guesses(params, inputs))
-        lines, seen = [], []
-        for i, asked in enumerate(examples):
-            said = self.tokenizer.decode(guessed[i][weights[i] > 0].tolist()).strip()
-            wrong = "" if said == asked.answer else f" ({asked.answer})"
-            lines.append(f"{asked.question} {said}{wrong}")
-            seen.append({"png": _png(asked.image), "text": lines[-1]})
-        return {"label": label, "text": "\n".join(lines), "pictures": seen}
+        lines, pictures = [], []
+        for i, example in enumerate(examples):
+            answer = self.tokenizer.decode(guessed[i][weights[i] > 0].tolist()).strip()
+            wrong = "" if answer == example.answer else f" ({example.answer})"
+            lines.append(f"{example.question} {answer}{wrong}")
+            pictures.append({"png": _png(example.image), "text": lines[-1]})
+        return {"label": label, "text": "\n".join(lines), "pictures": pictures}
 
 
 def _png(image: Image.Image) -> str:

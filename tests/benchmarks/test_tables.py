@@ -37,7 +37,7 @@ def config(tmp_path, monkeypatch):
         tmp_path / "out",
         draws=(0, 1),
         calibrated=4,
-        how=("0.5",),
+        patterns=("0.5",),
         methods=("sparsegpt", "torch-sparsegpt"),
         relative=(True,),
     )
@@ -149,7 +149,7 @@ def test_quality_is_drawn_against_seconds_a_point_a_method(tmp_path, capsys):
             "seconds": {"prune": seconds},
         }
         (folder / f"{name}.json").write_text(json.dumps(cell))
-    drawn = quality_and_seconds.Config((folder,), how="0.6", out=tmp_path / "x.svg")
+    drawn = quality_and_seconds.Config((folder,), pattern="0.6", out=tmp_path / "x.svg")
     quality_and_seconds.main(drawn)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["draws"] for row in rows] == [2, 1]
@@ -159,4 +159,4 @@ def test_quality_is_drawn_against_seconds_a_point_a_method(tmp_path, capsys):
     assert ">SparseGPT<" in text
     assert ">ALPS: one size, correction 0.5, half own text, refined 4<" in text
     with pytest.raises(ValueError, match=r"no directory has a cell of 0\.9"):
-        quality_and_seconds.main(dataclasses.replace(drawn, how="0.9"))
+        quality_and_seconds.main(dataclasses.replace(drawn, pattern="0.9"))

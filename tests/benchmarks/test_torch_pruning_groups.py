@@ -19,7 +19,7 @@ def test_without_the_package_there_is_one_sentence(monkeypatch):
 
 def test_a_unit_goes_with_its_rows_and_columns_of_the_checkpoint():
     config = {"model_type": "llama", **torch_pruning_groups.FAMILIES["llama"]}
-    found, _ = torch_pruning_groups.ours(config)
+    found, _ = torch_pruning_groups.axis_groups(config)
     gate = np.zeros((80, 48), bool)
     gate[0] = True
     names = ("gate_proj", "up_proj", "down_proj")
