@@ -41,7 +41,7 @@ class Config(Draws):
 def main(config: Config) -> None:
     """Runs what is missing and prints the table."""
     run_missing(config, functools.partial(_cells, config))
-    print(table(config.out))
+    print(bits_table(config.out))
 
 
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -56,7 +56,7 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
         yield name, pruning(config, text, pattern, method, "--relative", *flags)
 
 
-def table(folder: Path) -> str:
+def bits_table(folder: Path) -> str:
     """The results as Markdown: a row for each solver, sparsity and number of bits."""
     cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
     stored: dict[tuple[str, ...], list[float]] = {}

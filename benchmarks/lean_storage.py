@@ -82,7 +82,7 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
         Batches(corpus.train, config.batch_size, shape.context, seed),
         steps=config.steps,
         key=jax.random.key(seed),
-        label=f"seed {seed}",
+        reports=training.Reports(label=f"seed {seed}"),
         prefetch=prefetch,
     )
     windows = validation_batches(corpus.validation, 64, shape.context, None)

@@ -74,7 +74,7 @@ def main(config: Config) -> None:
         chosen = [c for c in cells if c[0] in config.cells or not config.cells]
         for name, command in measure.progress(chosen, "running", "cell"):
             run_cell(config.out / f"{name}.json", command, config.threads)
-    print(table(config.out))
+    print(cells_table(config.out))
 
 
 def begin(config: Any, **facts: Any) -> None:
@@ -199,7 +199,7 @@ def json_line(command: Sequence[str], threads: int) -> str:
     return process.stdout.strip().splitlines()[-1]
 
 
-def table(folder: Path) -> str:
+def cells_table(folder: Path) -> str:
     """The results as Markdown.
 
     Args:

@@ -90,13 +90,13 @@ def main(config: Config) -> None:
         for key, value in results_of_run.items():
             label = "dense, shrunk after" if key == "after" else name
             results.setdefault(label, []).append(value)
-    print(table(results) + "\n")
+    print(loss_table(results) + "\n")
     measure.report(
         "shrink_while_training", config=dataclasses.asdict(config), results=results
     )
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def loss_table(results: dict[str, list[dict[str, float]]]) -> str:
     """A row a candidate: means over the seeds, the loss with its standard deviation."""
     rows = [["shrunk", "loss, nats", "steps, s", "the rest, s", "parameters"]]
     first = next(iter(results.values()))[0]

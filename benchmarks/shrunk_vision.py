@@ -249,7 +249,7 @@ def retrained(plan: Plan, task: PictureTask, small: jp.ShrinkResult, cell: Cell)
         lambda step: batches(plan.steps + step),
         steps=steps,
         key=jax.random.key(cell.seed),
-        label=cell.file.removesuffix(".json"),
+        reports=training.Reports(label=cell.file.removesuffix(".json")),
         prefetch=prefetch,
     ).params
 

@@ -58,7 +58,7 @@ def main(config: Config) -> None:
         for name, method, arguments in measure.progress(cells, "running", "cell"):
             line = _run(config, Path(folder) / "small", method, arguments, texts)
             atomic.replace(config.out / f"{name}.json", f"{line}\n".encode())
-    print(table(config.out))
+    print(perplexity_table(config.out))
 
 
 def _cells(config: Config) -> Iterator[tuple[str, str, list[str]]]:
@@ -110,7 +110,7 @@ def calibration_arguments(arguments: list[str]) -> list[str]:
     return arguments[arguments.index("--draw") :]
 
 
-def table(folder: Path) -> str:
+def perplexity_table(folder: Path) -> str:
     """The results as Markdown.
 
     Args:

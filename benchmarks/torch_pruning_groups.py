@@ -88,7 +88,7 @@ def main(config: Config) -> None:
         family: compared(family, config.limit)
         for family in measure.progress(config.families, "comparing", "family")
     }
-    print(table(results) + "\n")
+    print(agreement_table(results) + "\n")
     measure.report(
         "torch_pruning_groups",
         families=results,
@@ -326,7 +326,7 @@ def _pruned(graph: Any, model: Any, name: str, rows: list[int]) -> Gone:
     return removed
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def agreement_table(results: dict[str, dict[str, Any]]) -> str:
     """A row a family: seconds of ours, all groups of theirs, and whether they agree."""
     rows = [["family", "ours, s", "all groups", *ROLES]]
     for family, result in results.items():

@@ -27,13 +27,15 @@ from experiments import gpt
 from experiments.datasets import Batches, Corpus, load, validation_batches
 from experiments.harness import records, runner, training
 from experiments.harness.criteria import CRITERIA, Watched
-from experiments.harness.plan import check_lists
+from experiments.harness.option_rules import check_lists, check_names
 from experiments.harness.solvers import ALLOCATIONS, SOLVERS, Solver
 from experiments.harness.stages import once
 from experiments.report import allocation_figure, tables
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
+from jaxprune.arrays import rules
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.rules import Rule
 from jaxprune.typing import Scores
 
 CALIBRATED = "trajectory_calibrated"
@@ -45,6 +47,22 @@ ALONE = {"wanda": "uniform", "mask": "trajectory"}
 scores and repairs nothing."""
 
 SEQUENCES_AT_ONCE = 16
+"""Calibration sequences of a batch: all batches have one shape, so one program."""
+
+_KNOWN = {
+    "allocations": (*ALLOCATIONS, *CRITERIA, CALIBRATED),
+    "solvers": (*SOLVERS, "mask"),
+}
+_RULES = (
+    Rule(
+        lambda v: v.sequences >= 1 and not v.sequences % min(v.sequences, 16),
+        "sequences must be a multiple of 16, or fewer, got {sequences}",
+    ),
+    Rule(
+        lambda v: v.eval_tokens >= 0 and (v.steps is None or v.steps >= 1),
+        "eval_tokens must be >= 0 and steps >= 1, got {eval_tokens} and {steps}",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,26 +152,9 @@ class Config:
         Raises:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
-        for name, allowed in (
-            ("allocations", (*ALLOCATIONS, *CRITERIA, CALIBRATED)),
-            ("solvers", (*SOLVERS, "mask")),
-        ):
-            if unknown := [x for x in getattr(self, name) if x not in allowed]:
-                raise ValueError(
-                    f"{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}"
-                )
+        check_names(self, _KNOWN)
         check_lists(self, "seeds", "allocations", "solvers", "sparsities", "draws")
-        most = SEQUENCES_AT_ONCE
-        if self.sequences < 1 or self.sequences % min(self.sequences, most):
-            raise ValueError(
-                f"sequences must be a multiple of {most}, or fewer, got "
-                f"{self.sequences}"
-            )
-        if self.eval_tokens < 0 or (self.steps is not None and self.steps < 1):
-            raise ValueError(
-                "eval_tokens must be >= 0 and steps >= 1, got "
-                f"{self.eval_tokens} and {self.steps}"
-            )
+        rules.check(_RULES, **vars(self))
 
     def cells(self) -> list[Cell]:
         """Every cell that is asked for, in the order in which they are done."""

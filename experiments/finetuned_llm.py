@@ -12,6 +12,7 @@ described in experiments/README.md.
 import contextlib
 import dataclasses
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,17 +26,62 @@ import jaxprune as jp
 from experiments.datasets import load
 from experiments.datasets.text import read_text
 from experiments.harness import device_mesh, runner
+from experiments.harness.option_rules import at_least
 from experiments.harness.plan import Plan
 from experiments.harness.task import Looks
 from experiments.tasks import model_directory, tiny_directory
 from experiments.tasks.finetuning import TABLES, DecoderModel, FinetuningTask, Texts
+from jaxprune.arrays import rules
 from jaxprune.arrays.low_bit import Storage
+from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 
 _SMOKE_CHARACTERS = 40_000
 _README = Path(__file__).with_name("README.md")
+
+_OPTIONS = (
+    Rule(
+        lambda v: v.model is not None or v.smoke,
+        "finetuned_llm needs a model: give MODEL_DIR, a Hugging Face directory as "
+        "`python -m benchmarks.gemma MODEL_DIR` writes one, or --smoke",
+    ),
+    Rule(
+        lambda v: len(v.foreign) > 0,
+        "finetuned_llm needs a text to forget: give --foreign FILE of another kind "
+        "than the text it is fine-tuned on",
+    ),
+    *(
+        at_least(name, 1)
+        for name in ("sequence", "looks", "calibration", "sample_length")
+    ),
+    rules.within(
+        *("eval_tokens", 0, math.inf), "eval_tokens must be >= 0, got {eval_tokens}"
+    ),
+)
+# Files of one name would be one column of the tables.
+_STEMS = Rule(
+    lambda v: v.stems == v.files,
+    "--foreign files must have different names; rename one",
+)
+_WINDOW = Rule(
+    lambda v: v.tokens >= v.window,
+    "{text} must have a window of {window} tokens, got {tokens}",
+    "{way_out}, or a smaller --sequence",
+)
+_MODEL = (
+    Rule(
+        lambda v: v.context >= v.sequence,
+        "the model sees at most {context} tokens, got --sequence {sequence}",
+        "give {context} or less",
+    ),
+    Rule(
+        lambda v: v.highest < v.vocab_size,
+        "the model has {vocab_size} tokens, but its tokenizer gave {highest}",
+        "bring back the tokenizer.json that belongs to it",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,21 +209,7 @@ class Config:
 
     def _check(self) -> None:
         """Refuses what `Plan` does not know of."""
-        if self.model is None and not self.smoke:
-            raise ValueError(
-                "finetuned_llm needs a model: give MODEL_DIR, a Hugging Face directory "
-                "as `python -m benchmarks.gemma MODEL_DIR` writes one, or --smoke"
-            )
-        if not self.foreign:
-            raise ValueError(
-                "finetuned_llm needs a text to forget: give --foreign FILE of another "
-                "kind than the text it is fine-tuned on"
-            )
-        for name in ("sequence", "looks", "calibration", "sample_length"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.eval_tokens < 0:
-            raise ValueError(f"eval_tokens must be >= 0, got {self.eval_tokens}")
+        rules.check(_OPTIONS, **vars(self))
 
 
 def main(config: Config) -> Path:
@@ -251,9 +283,8 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
         for part in ("train", "validation")
     )
     foreign = {path.stem: tokens(read_text(path)) for path in config.foreign}
-    if len(foreign) < len(config.foreign):
-        raise ValueError("--foreign files must have different names; rename one")
-    window = config.sequence + 1
+    rules.check([_STEMS], stems=len(foreign), files=len(config.foreign))
+    window = config.sequence + 1  # inputs, and a target for the last of them
     for name, ids, way_out in (
         ("what is trained on", train, "give more --text"),
         ("what is held out, the last tenth of --text,", held_out, "give more --text"),
@@ -262,11 +293,8 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
             for k, x in foreign.items()
         ),
     ):
-        if len(ids) < window:
-            raise ValueError(
-                f"{name} must have a window of {window} tokens, got {len(ids)}; "
-                f"{way_out}, or a smaller --sequence"
-            )
+        values = {"text": name, "tokens": len(ids), "way_out": way_out}
+        rules.check([_WINDOW], window=window, **values)
     return Texts(train, held_out, foreign)
 
 
@@ -282,18 +310,13 @@ def _task(
       ValueError: the model's context is shorter than a sequence.
     """
     shape = model.config
-    if (longest := shape.context) < config.sequence:
-        raise ValueError(
-            f"the model sees at most {longest} tokens, got --sequence "
-            f"{config.sequence}; give {longest} or less"
-        )
-    if (highest := max(int(x.max()) for x in (texts.train, texts.held_out))) >= (
-        shape.vocab_size
-    ):
-        raise ValueError(
-            f"the model has {shape.vocab_size} tokens, but its tokenizer gave "
-            f"{highest}; bring back the tokenizer.json that belongs to it"
-        )
+    rules.check(
+        _MODEL,
+        context=shape.context,
+        sequence=config.sequence,
+        vocab_size=shape.vocab_size,
+        highest=max(int(ids.max()) for ids in (texts.train, texts.held_out)),
+    )
     size = device_mesh.batch_size(config.batch_size, mesh)
     return FinetuningTask(
         DecoderModel(

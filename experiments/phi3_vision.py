@@ -8,6 +8,7 @@ was; a finished one says so. What it writes is described in experiments/README.m
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from experiments.datasets import question_answers
 from experiments.harness import device_mesh, runner
+from experiments.harness.option_rules import at_least
 from experiments.harness.plan import Plan
 from experiments.tasks import model_directory, picture_model
 from experiments.tasks.picture_task import (
@@ -23,7 +25,9 @@ from experiments.tasks.picture_task import (
     VisionModel,
     without_gradient,
 )
+from jaxprune.arrays import rules
 from jaxprune.arrays.low_bit import Storage
+from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
 from jaxprune.lm.models.hf import vision_config
 from jaxprune.lm.models.phi3_vision import Phi3VisionConfig
@@ -35,6 +39,22 @@ FROZEN = {
     "projector": ("project_in/*", "project_out/*", "separator", "row_end"),
 }
 """What may be left as it is, by the globs of its leaves."""
+_RULES = (
+    at_least("held_out", 1),
+    rules.within(
+        *("lora", 1, math.inf), "lora must be a rank of at least 1, got {lora}"
+    ),
+    Rule(
+        lambda v: not (v.frozen or v.lora) or "trajectory_adam" not in v.criteria,
+        "trajectory_adam needs Adam's moments of every weight, but with --frozen or "
+        "--lora there are none of some",
+        "take trajectory",
+    ),
+    Rule(
+        lambda v: not {*v.frozen} & {*v.allocations},
+        "what is frozen is not pruned: leave {frozen_parts} out of --allocations",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,20 +176,7 @@ class Config:
         Raises:
           ValueError: a number is out of range, or what is frozen is to be pruned.
         """
-        if self.held_out < 1:
-            raise ValueError(f"held_out must be at least 1, got {self.held_out}")
-        if self.lora is not None and self.lora < 1:
-            raise ValueError(f"lora must be a rank of at least 1, got {self.lora}")
-        if (self.frozen or self.lora) and "trajectory_adam" in self.criteria:
-            raise ValueError(
-                "trajectory_adam needs Adam's moments of every weight, but with "
-                "--frozen or --lora there are none of some; take trajectory"
-            )
-        if {*self.frozen} & {*self.allocations}:
-            raise ValueError(
-                f"what is frozen is not pruned: leave {', '.join(self.frozen)} out of "
-                "--allocations"
-            )
+        rules.check(_RULES, frozen_parts=", ".join(self.frozen), **vars(self))
 
 
 def main(config: Config) -> Path:

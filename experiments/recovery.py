@@ -29,7 +29,9 @@ from experiments.datasets import Corpus, load
 from experiments.harness import records, runner
 from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
+from jaxprune.arrays import rules
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.measure import machine, perplexity
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
@@ -43,6 +45,12 @@ COLUMNS = (
 )
 STARTS = ("dense", "half of the neurons", "pruned", "scratch at half of the neurons")
 _CONTEXT = 64
+# Four heads, of an even number of features for the rope.
+_SIZES = Rule(
+    lambda v: 0 < v.sparsity < 1 and not v.width % 8,
+    "recovery needs a sparsity in (0, 1) and a width that 8 divides, got {sparsity} "
+    "and {width}",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +124,7 @@ def main(config: Config) -> Path:
       ValueError: the directory holds another run, or a number is out of range.
       OSError: the directory cannot be written to, or another process runs there.
     """
-    if not 0 < config.sparsity < 1 or config.width % 8:
-        raise ValueError(
-            "recovery needs a sparsity in (0, 1) and a width that 8 divides, got "
-            f"{config.sparsity} and {config.width}"
-        )
+    rules.check([_SIZES], **vars(config))
     corpus = load(text=config.text)
     fields = ("width", "layers", "dense_steps", "steps", "batch", "sparsity", "windows")
     identity = {name: getattr(config, name) for name in fields}

@@ -23,12 +23,14 @@ import jaxprune as jp
 from experiments import allocation_with_solvers
 from experiments.datasets import load
 from experiments.harness import records, runner
-from experiments.harness.plan import check_lists
+from experiments.harness.option_rules import check_lists, check_names
 from experiments.harness.solvers import SOLVERS
 from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
 from experiments.tasks.dense_models import Watched
+from jaxprune.arrays import rules
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.texts.self_calibration import self_calibration
 
 CALIBRATIONS = ("text", "self", "both")
@@ -38,6 +40,11 @@ _LISTS = (
     *("passes", "learning_rates", "temperatures"),
 )
 """Corrections are a list of their own here."""
+_REFINEMENT = Rule(
+    lambda v: not any(v.passes) or v.sequences >= 32,
+    "sequences must be >= 32 for a refinement, which measures itself on a batch of its "
+    "own, got {sequences}",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,21 +94,9 @@ class Config:
         Raises:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
-        for name, allowed in (
-            ("calibrations", CALIBRATIONS),
-            ("methods", METHODS),
-        ):
-            if unknown := [x for x in getattr(self, name) if x not in allowed]:
-                raise ValueError(
-                    f"{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}"
-                )
+        check_names(self, {"calibrations": CALIBRATIONS, "methods": METHODS})
         check_lists(self, *_LISTS)
-        least = 2 * allocation_with_solvers.SEQUENCES_AT_ONCE
-        if any(self.passes) and self.sequences < least:
-            raise ValueError(
-                f"sequences must be >= {least} for a refinement, which measures itself "
-                f"on a batch of its own, got {self.sequences}"
-            )
+        rules.check([_REFINEMENT], **vars(self))
 
     def cells(self) -> list["Cell"]:
         """Every cell that is asked for; the rate is of no matter without passes."""

@@ -18,10 +18,16 @@ from experiments.harness import device_mesh, multi_process, runner
 from experiments.harness.plan import Plan
 from experiments.tasks.language_model import LanguageModel
 from experiments.tasks.language_task import LanguageTask
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
 _STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}
 _RATE = {"cpu": 1e-3, "medium": 1e-3, "char": 1e-3, "gpt2": 6e-4}
+_LENGTHS = Rule(
+    lambda v: v.eval_tokens >= 0 and v.sample_length >= 1,
+    "eval_tokens must be >= 0 and sample_length >= 1",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +105,7 @@ class Config:
           ValueError: a criterion is unknown, or a number is out of range.
         """
         config = self.smaller() if self.smoke else self
-        if config.eval_tokens < 0 or config.sample_length < 1:
-            raise ValueError("eval_tokens must be >= 0 and sample_length >= 1")
+        rules.check([_LENGTHS], **vars(config))
         rate = config.learning_rate or _RATE[config.preset]
         return Plan.of(
             config,

@@ -8,12 +8,16 @@ Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), key
 
 import dataclasses
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
+
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 
 T = TypeVar("T")
 
@@ -48,11 +52,8 @@ class Batches:
         """Checks the fields."""
         _check(self.tokens, self.batch_size, self.context)
         _check_word("seed", self.seed)
-        if len(self.tokens) < self.context + 1:
-            raise ValueError(
-                f"a batch needs at least context + 1 = {self.context + 1} tokens, got "
-                f"{len(self.tokens)}; give a longer text or a smaller context"
-            )
+        length, window = len(self.tokens), self.context + 1
+        rules.check([_WINDOW], window=window, length=length)
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The inputs and targets of a step, both int32 (batch_size, context).
@@ -86,8 +87,7 @@ def prefetch(
       >>> list(prefetch(lambda step: 10 * step, 3, 6))
       [30, 40, 50]
     """
-    if ahead < 1:
-        raise ValueError(f"prefetch needs ahead to be at least 1, got {ahead}")
+    rules.check([_AHEAD], ahead=ahead)
     return _prefetch(make_batch, start, stop, ahead)
 
 
@@ -141,13 +141,7 @@ def validation_batches(
       5.0
     """
     _check(tokens, batch_size, context)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 token, or None, got {limit}")
-    if len(tokens) < 2:
-        raise ValueError(
-            f"a validation set needs at least 2 tokens, got {len(tokens)}; "
-            "give a longer text"
-        )
+    rules.check(_VALIDATION, limit=limit, length=len(tokens))
     count = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
     size = batch_size * context
     padded = -(-count // size) * size
@@ -165,17 +159,46 @@ def validation_batches(
 
 def _check(tokens: np.ndarray, batch_size: int, context: int) -> None:
     """Checks what training and validation batches have in common."""
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise TypeError(
-            "tokens must be a vector of integers, got "
-            f"{tokens.dtype} of shape {tokens.shape}; encode the text first"
-        )
-    for name, value in (("batch_size", batch_size), ("context", context)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    rules.check(_BATCH, tokens=tokens, batch_size=batch_size, context=context)
 
 
 def _check_word(name: str, value: int) -> None:
     """Checks that a number is half a Philox key."""
-    if not 0 <= value < 2**64:
-        raise ValueError(f"{name} must be in [0, 2**64), got {value}")
+    rules.check([_WORD], name=name, value=value)
+
+
+_BATCH = (
+    Rule(
+        lambda v: v.tokens.ndim == 1 and np.issubdtype(v.tokens.dtype, np.integer),
+        "tokens must be a vector of integers, got {tokens.dtype} of shape "
+        "{tokens.shape}",
+        "encode the text first",
+        error=TypeError,
+    ),
+    Rule(
+        lambda v: v.batch_size >= 1, "batch_size must be at least 1, got {batch_size}"
+    ),
+    Rule(lambda v: v.context >= 1, "context must be at least 1, got {context}"),
+)
+_WORD = Rule(
+    lambda v: 0 <= v.value < 2**64, "{name} must be in [0, 2**64), got {value}"
+)
+# The last target lies one token behind the last input.
+_WINDOW = Rule(
+    lambda v: v.length >= v.window,
+    "a batch needs at least context + 1 = {window} tokens, got {length}",
+    "give a longer text or a smaller context",
+)
+_AHEAD = Rule(
+    lambda v: v.ahead >= 1, "prefetch needs ahead to be at least 1, got {ahead}"
+)
+_VALIDATION = (
+    rules.within(
+        *("limit", 1, math.inf), "limit must be at least 1 token, or None, got {limit}"
+    ),
+    Rule(
+        lambda v: v.length >= 2,
+        "a validation set needs at least 2 tokens, got {length}",
+        "give a longer text",
+    ),
+)

@@ -14,6 +14,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.config import check_choice, check_positive
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -71,17 +73,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_positive(self, "vocab_size", "context", "layers", "heads", "width")
-        if self.width % self.heads:
-            raise ValueError(
-                f"GPTConfig needs width to be divisible by heads, got width="
-                f"{self.width} and heads={self.heads}; take width="
-                f"{math.ceil(self.width / self.heads) * self.heads}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"GPTConfig needs dropout in [0, 1), got {self.dropout!r}; "
-                "0 switches it off"
-            )
+        fitting = math.ceil(self.width / self.heads) * self.heads
+        rules.check(_SHAPE, fitting=fitting, **vars(self))
         check_choice(self, "gelu", ("erf", "tanh"))
         check_choice(self, "dtype", ("float32", "bfloat16"))
 
@@ -103,11 +96,7 @@ def preset(name: str, **changes: Any) -> GPTConfig:
       >>> preset("cpu", vocab_size=65).width
       128
     """
-    if name not in PRESETS:
-        raise ValueError(
-            f"a preset is one of {', '.join(PRESETS)}, got {name!r}; "
-            "for another size make a GPTConfig"
-        )
+    rules.check([_PRESET], name=name)
     return GPTConfig(**{**PRESETS[name], **changes})
 
 
@@ -168,14 +157,37 @@ def flops_per_token(
     """
     sizes = matrix_sizes(config)
     sparsity = {} if sparsity is None else sparsity
-    if unknown := sorted(set(sparsity) - set(sizes)):
-        raise ValueError(
-            f"sparsity names a matrix of the model, got {', '.join(unknown)}; "
-            "matrix_sizes(config) lists them"
-        )
-    if bad := [name for name, share in sparsity.items() if not 0 <= share <= 1]:
-        raise ValueError(
-            f"sparsity is a share in [0, 1], got {sparsity[bad[0]]} at {bad[0]!r}"
-        )
+    rules.check([_MATRICES], unknown=", ".join(sorted(set(sparsity) - set(sizes))))
+    for name, share in sparsity.items():
+        rules.check([_SHARE], name=name, share=share)
     kept = sum(size - round(size * sparsity.get(n, 0.0)) for n, size in sizes.items())
     return 2 * kept + 4 * config.layers * config.width * config.context
+
+
+_SHAPE = (
+    Rule(
+        lambda v: not v.width % v.heads,
+        "GPTConfig needs width to be divisible by heads, got width={width} and "
+        "heads={heads}",
+        "take width={fitting}",
+    ),
+    Rule(
+        lambda v: 0 <= v.dropout < 1,
+        "GPTConfig needs dropout in [0, 1), got {dropout!r}",
+        "0 switches it off",
+    ),
+)
+_PRESET = Rule(
+    lambda v: v.name in PRESETS,
+    f"a preset is one of {', '.join(PRESETS)}, got {{name!r}}",
+    "for another size make a GPTConfig",
+)
+_MATRICES = Rule(
+    lambda v: not v.unknown,
+    "sparsity names a matrix of the model, got {unknown}",
+    "matrix_sizes(config) lists them",
+)
+_SHARE = Rule(
+    lambda v: 0 <= v.share <= 1,
+    "sparsity is a share in [0, 1], got {share} at {name!r}",
+)

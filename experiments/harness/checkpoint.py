@@ -24,18 +24,23 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from experiments.harness import manifest
-from jaxprune.arrays import processes
+from experiments.harness import checkpoint_leaves, manifest
+from jaxprune.arrays import processes, rules
+from jaxprune.arrays.rules import Rule
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what orbax has not renamed yet
 
-_NOT_STORED = ("uint2", "uint4")
 
 # Of a repeated leaf each replica would write a slice, and each slice of each shape is a
 # program to compile: hundreds at the first save of a small model.
 _SMALLEST_SLICE = 2**20
 
 _log = logging.getLogger(__name__)
+
+_NUMBERS = Rule(
+    lambda v: v.step >= 0 and v.keep >= 1,
+    "save needs step >= 0 and keep >= 1, got step={step} and keep={keep}",
+)
 
 
 class Checkpoint(NamedTuple):
@@ -100,12 +105,9 @@ def save(
     """
     directory = Path(directory).absolute()
     step = _integer(step)
-    if step < 0 or keep < 1:
-        raise ValueError(
-            f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}"
-        )
-    leaves = _arrays(state)
-    _check_global(leaves)
+    rules.check([_NUMBERS], step=step, keep=keep)
+    leaves = checkpoint_leaves.by_name(state)
+    checkpoint_leaves.check_global(leaves)
     settings = manifest.as_json(configuration)
     broken = processes.on_first(lambda: _check_newest(directory, step))
     path = directory / str(step)
@@ -167,7 +169,7 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoin
         the target's.
       TypeError: a leaf of the target is no array.
     """
-    target = _arrays(abstract_state)
+    target = checkpoint_leaves.by_name(abstract_state)
     newest = processes.on_first(lambda: _newest(Path(directory).absolute()))
     if newest is None:
         raise FileNotFoundError(
@@ -263,53 +265,6 @@ def _steps(directory: Path) -> list[int]:
             f"{', '.join(sorted(foreign)[: manifest.LISTED])}; choose another directory"
         )
     return sorted(steps, reverse=True)
-
-
-def _arrays(tree: Any) -> dict[str, Any]:
-    """The leaves by name, refusing what is no array."""
-    leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise TypeError(
-                f"a checkpoint holds arrays only, got {type(leaf).__name__} at "
-                f"'{name}'; wrap it in jnp.asarray"
-            )
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise TypeError(
-                f"a checkpoint holds no typed random keys, got one at '{name}'; store "
-                f"jax.random.key_data(key) and wrap it again after loading"
-            )
-        if np.dtype(leaf.dtype).name in _NOT_STORED:
-            raise TypeError(
-                f"a checkpoint holds no {leaf.dtype}, which tensorstore has not, got "
-                f"one at '{name}'; cast it to uint8"
-            )
-        if name in leaves:
-            raise ValueError(
-                f"a checkpoint stores leaves by name, got two named '{name}'; rename "
-                f"one"
-            )
-        leaves[name] = leaf
-    return leaves
-
-
-def _check_global(leaves: Mapping[str, Any]) -> None:
-    """Refuses arrays that each process has for itself, since orbax saves none."""
-    if jax.process_count() == 1:
-        return
-    local = [
-        repr(name)
-        for name, leaf in leaves.items()
-        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable
-    ]
-    if local:
-        raise ValueError(
-            f"several processes save arrays on a mesh of all of them, got "
-            f"{', '.join(local[: manifest.LISTED])} on one process's devices; place "
-            f"the state with `out_shardings`, `state_sharding.state_shardings` gives "
-            f"them"
-        )
 
 
 def _checkpointer(directory: Path) -> ocp.training.Checkpointer:

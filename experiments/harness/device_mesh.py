@@ -14,7 +14,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxprune as jp
-from jaxprune.arrays import meshes, per_device
+from jaxprune.arrays import meshes, per_device, rules
+from jaxprune.arrays.rules import Rule
 
 AXES = ("data", "fsdp", "model")
 """What a mesh may be made of."""
@@ -36,6 +37,18 @@ _MODEL = {
     "head/kernel": 1,
 }
 """End of a leaf's name, a glob, to the axis that "model" splits; others stay whole."""
+
+_BATCH_RULE = Rule(
+    lambda v: not v.batch_size % v.split,
+    "{mesh} splits a batch over {split} devices, got batch_size={batch_size}",
+    "give a multiple of {split}, or other sizes",
+)
+_AXIS = Rule(
+    lambda v: v.splits or v.size == 1,
+    "the mesh's axis {axis}={size} must divide an axis of a parameter, got none that "
+    "it does",
+    "give another size",
+)
 
 
 def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
@@ -61,11 +74,8 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
         axes = meshes.sizes(text, AXES)
     meshes.check_devices(axes)
     split = math.prod(axes.get(name, 1) for name in _BATCH)
-    if batch_size % split:
-        raise ValueError(
-            f"{meshes.words(axes)} splits a batch over {split} devices, got "
-            f"batch_size={batch_size}; give a multiple of {split}, or other sizes"
-        )
+    mesh = meshes.words(axes)
+    rules.check([_BATCH_RULE], mesh=mesh, split=split, batch_size=batch_size)
     return None if math.prod(axes.values()) == 1 else meshes.make(axes)
 
 
@@ -79,11 +89,9 @@ def shardings(params: Any, mesh: Mesh) -> Any:
     specs = [_spec(name, leaf.shape, mesh) for name, leaf in leaves.items()]
     used = {axis for spec in specs for axis in spec}
     for axis in mesh.axis_names:
-        if axis != "data" and mesh.shape[axis] > 1 and axis not in used:
-            raise ValueError(
-                f"the mesh's axis {axis}={mesh.shape[axis]} must divide an axis of a "
-                "parameter, got none that it does; give another size"
-            )
+        # "data" repeats the parameters.
+        splits = axis == "data" or axis in used
+        rules.check([_AXIS], axis=axis, size=mesh.shape[axis], splits=splits)
     placed = [NamedSharding(mesh, spec) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(params), placed)
 

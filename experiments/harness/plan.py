@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 from experiments.harness import records
 from experiments.harness.criteria import CRITERIA, GRADUAL
+from experiments.harness.option_rules import (
+    at_least,
+    check_known,
+    check_lists,
+    over_zero,
+)
 from experiments.harness.solvers import SOLVERS, named
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 
 
 class Cell(NamedTuple):
@@ -149,62 +157,48 @@ class Plan:
         )
 
 
-_COUNTED = ("seeds", "draws", "passes", "corrections")
-
-
-def check_lists(config: Any, *names: str) -> None:
-    """Refuses empty lists, doubles, and numbers out of range.
-
-    Raises:
-      ValueError: says which.
-    """
-    for sparsity in config.sparsities:
-        if not 0 < sparsity < 1:
-            raise ValueError(
-                f"sparsities must be in (0, 1), got {sparsity}; the dense model is "
-                "always measured"
-            )
-    for name in names:
-        if not (values := getattr(config, name)):
-            raise ValueError(f"{name} must name at least one")
-        if len({*values}) < len(values):
-            raise ValueError(f"{name} must be named once each, got {values}")
-        if name in _COUNTED and min(values) < 0:
-            raise ValueError(f"{name} must be at least 0, got {values}")
-
-
 def check(config: Any, *, solvers: bool = False) -> None:
-    """Refuses what could only fail later; `solvers`: whether they can be named.
+    """Refuses what could only fail later.
+
+    Args:
+      config: configuration with the options that every sweep has.
+      solvers: whether solvers can be named among the criteria.
 
     Raises:
       ValueError: a criterion is unknown, a number out of range, or a list empty.
     """
     unranked = {*config.criteria, *(config.retrain_criteria or ())} - CRITERIA.keys()
-    if unknown := [name for name in unranked if not (solvers and named(name))]:
-        also = f", or {'|'.join(SOLVERS)}_ALLOCATION" if solvers else ""
-        raise ValueError(
-            f"criteria must be of {', '.join(CRITERIA)}{also}, got {', '.join(unknown)}"
-        )
+    unknown = [name for name in unranked if not (solvers and named(name))]
+    pairs = f", or {'|'.join(SOLVERS)}_ALLOCATION" if solvers else ""
+    check_known("criteria", ", ".join(CRITERIA) + pairs, unknown)
     check_lists(config, "seeds", "criteria", "allocations", "sparsities")
     for name in ("criteria", "allocations", "sparsities"):
         retrained = getattr(config, f"retrain_{name}", None) or ()
-        if not {*retrained} <= {*getattr(config, name)}:
-            raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
-    if config.retrain_steps < 0:
-        raise ValueError(f"retrain_steps must be >= 0, got {config.retrain_steps}")
-    if GRADUAL in config.criteria and 0 < config.retrain_steps < 10:
-        raise ValueError(
-            "gradual prunes within the retrain_steps, which must be at least 10, got "
-            f"{config.retrain_steps}"
-        )
-    for name in ("batch_size", "steps", "checkpoint_every"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "retrain_learning_rate"):
-        rate = getattr(config, name)
-        if rate is not None and not 0 < rate < math.inf:
-            raise ValueError(f"{name} must be over 0, got {rate}")
+        values = getattr(config, name)
+        rules.check([_RETRAINED], name=name, values=values, retrained=retrained)
+    rules.check(_RULES, **vars(config))
     if config.energy is not None:
         records.check_country(config.energy)
-    if not 0 <= config.show_sparsity <= 1:
-        raise ValueError(f"show_sparsity must be in [0, 1], got {config.show_sparsity}")
+
+
+_RETRAINED = Rule(
+    lambda v: {*v.retrained} <= {*v.values},
+    "retrain_{name} must be of {name}, got {retrained}",
+)
+_RULES = (
+    rules.within(
+        *("retrain_steps", 0, math.inf),
+        "retrain_steps must be >= 0, got {retrain_steps}",
+    ),
+    # Its schedule has an event each hundredth of the steps, and rises over 60 of these.
+    Rule(
+        lambda v: GRADUAL not in v.criteria or not 0 < v.retrain_steps < 10,
+        "gradual prunes within the retrain_steps, which must be at least 10, got "
+        "{retrain_steps}",
+    ),
+    *(at_least(name, 1) for name in ("batch_size", "steps", "checkpoint_every")),
+    *(over_zero(name) for name in ("learning_rate", "retrain_learning_rate")),
+    rules.within(
+        *("show_sparsity", 0, 1), "show_sparsity must be in [0, 1], got {show_sparsity}"
+    ),
+)

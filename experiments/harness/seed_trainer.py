@@ -161,9 +161,13 @@ class SeedTrainer:
                 plan.checkpoint_every,
             ),
             reports=training.Reports(
-                report, begin, max(min(50, steps // 10), 1), evaluate, evaluate_every
+                report,
+                begin,
+                max(min(50, steps // 10), 1),
+                evaluate,
+                evaluate_every,
+                label=f"seed {self._seed} {stage.replace('/', ' ')}",
             ),
-            label=f"seed {self._seed} {stage.replace('/', ' ')}",
             mesh=self._mesh,
             prefetch=prefetch,
             donate=True,

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from experiments.harness import checkpoint, device_mesh
 from experiments.harness.progress import Progress
-from jaxprune.arrays import placement
+from jaxprune.arrays import placement, rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.contrib import state_shardings
 from jaxprune.files import atomic
 
@@ -37,6 +38,31 @@ StepFunction: TypeAlias = Callable[..., tuple["TrainState", jax.Array]]
 
 LossFunction: TypeAlias = Callable[..., jax.Array]
 """(params, inputs, targets, key) to the mean loss, a scalar."""
+
+
+_NUMBERS = Rule(
+    lambda v: v.steps >= 0 and v.shortest >= 1,
+    "train needs steps >= 0 and intervals >= 1, got steps={steps} and intervals of "
+    "{listed}",
+)
+_WEIGHTS = Rule(
+    lambda v: v.total != 0,
+    "the validation set must hold a token of positive weight, got none",
+    "give a longer text",
+)
+_CONTINUED = (
+    Rule(
+        lambda v: not v.different,
+        "{label}: '{snapshot.path}' must be of the same configuration, but {different}",
+        "give the old values, or another directory",
+    ),
+    Rule(
+        lambda v: v.snapshot.step <= v.steps,
+        "{label}: '{snapshot.path}' must be of at most the {steps} steps asked for, "
+        "got {snapshot.step}",
+        "ask for more, or give another directory",
+    ),
+)
 
 
 class TrainState(NamedTuple):
@@ -78,6 +104,7 @@ class Reports(NamedTuple):
       evaluate: state to metrics, called at step 0, then every `evaluate_every` steps
         and after the last.
       evaluate_every: steps between evaluations.
+      label: name of the run on the progress bar and in errors.
     """
 
     write: Callable[[dict[str, Any]], None] | None = None
@@ -85,6 +112,7 @@ class Reports(NamedTuple):
     every: int = 50
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None
     evaluate_every: int = 500
+    label: str = "train"
 
 
 def init(
@@ -174,11 +202,7 @@ def make_eval(
             token_weights = np.broadcast_to(token_weights.T, targets.T.shape).T
             totals.append(total(params, *_put((inputs, targets, token_weights), mesh)))
             total_weight += float(token_weights.sum(dtype=np.float64))
-        if not total_weight:
-            raise ValueError(
-                "the validation set must hold a token of positive weight, got none; "
-                "give a longer text"
-            )
+        rules.check([_WEIGHTS], total=total_weight)
         return float(np.sum(jax.device_get(totals), dtype=np.float64) / total_weight)
 
     return evaluate
@@ -211,7 +235,6 @@ def train(
     key: jax.Array,
     checkpoints: Checkpoints | None = None,
     reports: Reports | None = None,
-    label: str = "train",
     mesh: Mesh | None = None,
     prefetch: Prefetch = in_order,
     donate: bool = False,
@@ -230,7 +253,6 @@ def train(
       key: the seed key of dropout.
       checkpoints: where it is saved; None for nowhere.
       reports: what it reports; None for nothing.
-      label: names the run on the progress bar and in errors.
       mesh: splits each batch, as `device_mesh.of_batch` says; the state must be
         placed on it.
       prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
@@ -249,18 +271,15 @@ def train(
     intervals = [reports.every, reports.evaluate_every]
     if checkpoints is not None:
         intervals.append(checkpoints.every)
-    if steps < 0 or min(intervals) < 1:
-        raise ValueError(
-            f"train needs steps >= 0 and intervals >= 1, got steps={steps} and "
-            f"intervals of {', '.join(map(str, intervals))}"
-        )
-    state, start = _begin(state, checkpoints, steps, label, donate)
+    listed = ", ".join(map(str, intervals))
+    rules.check([_NUMBERS], steps=steps, shortest=min(intervals), listed=listed)
+    state, start = _begin(state, checkpoints, steps, reports.label, donate)
     state = placement.committed(state)
     if reports.begin is not None:
         reports.begin(start)
     if start == steps:
         return state
-    progress = Progress(label, reports.write, start=start, steps=steps)
+    progress = Progress(reports.label, reports.write, start=start, steps=steps)
     if reports.evaluate is not None and start == 0:
         progress.write({"step": 0, **reports.evaluate(state)})
     step_fn = _compiled(step_fn, mesh and _shardings(state))
@@ -303,16 +322,13 @@ def _begin(
         initial = state if donate else jax.tree.map(jnp.copy, state)
         return initial, int(state.step)
     different = atomic.differences(snapshot.configuration, checkpoints.configuration)
-    if different:
-        raise ValueError(
-            f"{label}: '{snapshot.path}' must be of the same configuration, but "
-            f"{'; '.join(different)}; give the old values, or another directory"
-        )
-    if snapshot.step > steps:
-        raise ValueError(
-            f"{label}: '{snapshot.path}' must be of at most the {steps} steps asked "
-            f"for, got {snapshot.step}; ask for more, or give another directory"
-        )
+    rules.check(
+        _CONTINUED,
+        label=label,
+        snapshot=snapshot,
+        steps=steps,
+        different="; ".join(different),
+    )
     if donate:
         target = jax.tree.map(_without_numbers, state)
         jax.tree.map(lambda leaf: leaf.delete(), state)

@@ -212,7 +212,7 @@ class Run:
             steps=stop,
             key=jax.random.key(cell.seed),
             checkpoints=checkpoints,
-            label=cell.name,
+            reports=training.Reports(label=cell.name),
             mesh=self.mesh,
             prefetch=prefetch,
         )

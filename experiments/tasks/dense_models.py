@@ -65,7 +65,7 @@ def trained(
                 "seed": seed,
             },
         ),
-        label=f"seed {seed} train",
+        reports=training.Reports(label=f"seed {seed} train"),
         prefetch=prefetch,
     )
     tracked = jp.get_importance(state.opt_state)

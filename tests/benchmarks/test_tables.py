@@ -90,10 +90,10 @@ def test_a_cell_that_was_cut_off_is_no_cell(config, monkeypatch, capsys):
 
 def test_energy_is_a_column_only_where_it_was_measured():
     run = {"nats": 1.25, "seconds": 3.0, "rest": 4.0, "parameters": 1234.0}
-    rows = shrink_while_training.table({"dense": [run]}).splitlines()
+    rows = shrink_while_training.loss_table({"dense": [run]}).splitlines()
     assert rows[2] == "| dense | 1.250 | 3.0 | 4.0 | 1,234 |"
     runs = [{**run, "watt-hours": 0.5}] * 2
-    rows = shrink_while_training.table({"dense": runs}).splitlines()
+    rows = shrink_while_training.loss_table({"dense": runs}).splitlines()
     assert rows[2] == "| dense | 1.250 ± 0.000 | 3.0 | 4.0 | 1,234 | 0.50 |"
 
 

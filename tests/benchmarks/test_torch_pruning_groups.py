@@ -56,6 +56,6 @@ def test_too_little_and_too_much_are_told_apart():
     assert found == {"all": ["a", "b", "c"], "missing": ["b", "c"], "extra": ["d"]}
     roles = dict.fromkeys(torch_pruning_groups.ROLES, found)
     theirs = {"all groups": "7 in 0.10 s", **roles, "width": "no"}
-    table = torch_pruning_groups.table({"x": {"ours": 1.0, "theirs": theirs}})
+    table = torch_pruning_groups.agreement_table({"x": {"ours": 1.0, "theirs": theirs}})
     cell = "too little of 2 of 3 tensors, too much of 1"
     assert table.splitlines()[2] == f"| x | 1.00 | 7 in 0.10 s | {cell} | {cell} | no |"

@@ -18,7 +18,7 @@ from experiments import (
 )
 from experiments.datasets.question_answers import Asked
 from experiments.harness import records, runner
-from experiments.harness.plan import check_lists
+from experiments.harness.option_rules import check_lists
 from experiments.harness.progress import Progress
 from experiments.prune_while_training.run import Run
 from experiments.report import allocation_figure
