@@ -26,8 +26,8 @@ class Config:
     Attributes:
       layers: square matrices.
       width: rows and columns of each.
-      storage: of the average.
-      memory: of the average.
+      storage: dtype of the average.
+      memory: place of the average, device or host.
       steps: training steps.
       sparsity: what is pruned, by one global ranking.
     """

@@ -37,13 +37,13 @@ class Config:
 
     Attributes:
       networks: "cnn", "vit".
-      shares: of the units of every group that are removed.
-      steps: of training, before units go.
+      shares: shares of the units of every group that are removed.
+      steps: number of steps of training, before units go.
       retraining: steps after that.
       batch_size: images in a batch.
-      learning_rate: of AdamW; falls along a cosine in training, and once more in
-        retraining.
-      seeds: of initialisation and batches.
+      learning_rate: peak of AdamW; falls along a cosine in training, and once more
+        in retraining.
+      seeds: seeds of initialisation and batches.
       calibrated: images that `jp.shrink_trained` looks at.
       relative: whether each counts by its size there; the published table is without.
       timed: images of a timed forward.

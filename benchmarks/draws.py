@@ -30,7 +30,7 @@ class Draws:
       draws: which draws of it: 0 for the first so many sequences, 1 for the next.
       calibrated: sequences of a draw.
       sequences: how many of each held-out text to evaluate on.
-      threads: of torch and of XLA.
+      threads: number of threads of torch and of XLA.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -90,9 +90,9 @@ def run_missing(
     """Runs each cell that has no file yet in a process of its own.
 
     Args:
-      config: the table.
-      cells: the folder of the draws to a name and arguments for each.
-      **facts: what decides a cell besides, and is not in its name.
+      config: settings of the table.
+      cells: function of the folder of draws to a name and arguments for each cell.
+      **facts: settings that decide a cell too, and are not in its name.
 
     Raises:
       ValueError: the directory has the cells of another table.
@@ -111,8 +111,8 @@ def over_draws(
     """Means over draws as Markdown.
 
     Args:
-      names: of what tells the cells apart.
-      cells: that, with the perplexity on each text of each draw.
+      names: headers of the columns that tell the cells apart.
+      cells: values of these columns, with the perplexity on each text of each draw.
 
     Returns:
       A row for each: mean and spread for each text and for the geometric mean of the
@@ -132,8 +132,8 @@ def of_files(folder: Path, names: Sequence[str]) -> str:
     """The table of files PATTERN_METHOD_MORE_DRAW.json, as Markdown.
 
     Args:
-      folder: with a JSON line of `benchmarks.jax_pruning` a cell.
-      names: of what stands before the draw in a file's name.
+      folder: directory with a JSON line of `benchmarks.jax_pruning` a cell.
+      names: headers of the parts of a file's name before the draw.
 
     Returns:
       What `over_draws` does.

@@ -28,7 +28,7 @@ class Config(Draws):
     Attributes:
       methods: the solvers.
       patterns: sparsities, and n:m patterns.
-      bits: of a kept weight; 16 leaves it as it is.
+      bits: bits of a kept weight; 16 leaves it as it is.
       group: inputs that share a scale.
     """
 

@@ -48,13 +48,13 @@ class Config:
       calibration: token ids, int32 (sequences, length), `.npy`.
       evaluate: NAME=FILE, held-out texts of the same form.
       batch: sequences in a batch.
-      damping: of the solvers that have one.
+      damping: damping of the solvers that have one.
       relative: whether each token is divided by the size of its activations.
       correction: how much of what earlier layers lost a matrix makes up for.
       refine: passes of a refinement of each layer after it is pruned; 0 for none.
       distill: steps of distillation from the dense model into the whole pruned model,
         on the calibration sequences, 4 a step; 0 for none.
-      distill_learning_rate: of its first step.
+      distill_learning_rate: learning rate of its first step.
       bits: 4 or 8, of the kept weights; None leaves them as they are.
       group: inputs that share a scale with `bits`.
     """

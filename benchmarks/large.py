@@ -89,7 +89,7 @@ class Config:
       model: the shapes of Llama 2 7B, or those of Qwen3 30B A3B, 128 experts a layer.
       methods: which; "magnitude" streams the directory tensor by tensor.
       layers: how many are written; all 32 take 13.5 GB, twice that with magnitude.
-      sequences: of calibration.
+      sequences: number of sequences of calibration.
       length: tokens of each.
       batch: sequences at once.
       sparsity: what is removed.
@@ -329,9 +329,9 @@ def operations(
     """Floating-point operations of a layer: calibration, by tokens, and the solver.
 
     Args:
-      shape: of the model.
-      method: its name.
-      tokens: of calibration.
+      shape: sizes of the model.
+      method: name of the method.
+      tokens: number of tokens of the calibration.
       only: names of the matrices that are pruned; all if there are none.
 
     Returns:

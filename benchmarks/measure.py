@@ -31,7 +31,7 @@ def median_and_spread(samples: Sequence[float]) -> dict[str, float | int]:
     """The median of repeated measurements and how far they spread.
 
     Args:
-      samples: at least one number.
+      samples: measurements, at least one.
 
     Returns:
       `median`, `min`, `max`, the quartiles `q1` and `q3`, and `repeats`.
@@ -56,7 +56,7 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
     """The mean and, of several values, their sample standard deviation.
 
     Args:
-      values: at least one number.
+      values: numbers, at least one.
       form: format of a number; a sign in it is for the mean alone.
 
     Returns:

@@ -35,7 +35,7 @@ class Config(Draws):
       calibrations: what is calibrated on: text, self, or both, half of each.
       correction: how much of what earlier layers lost a matrix makes up for.
       refine: passes of a refinement after the solver; 0 for none.
-      temperature: of what the model writes.
+      temperature: temperature of what the model writes.
     """
 
     methods: tuple[str, ...] = ("sparsegpt",)

@@ -24,7 +24,7 @@ class Config:
       size: weights in all.
       leaves: how many leaves they lie in.
       sparsity: the share removed.
-      dtype: of the parameters; scores are float32.
+      dtype: dtype of the parameters; scores are float32.
       repeats: timings of each candidate.
     """
 

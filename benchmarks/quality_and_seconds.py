@@ -39,7 +39,7 @@ class Config:
     """Draws the figure.
 
     Attributes:
-      directories: of `benchmarks.token_weights` and `benchmarks.own_text`.
+      directories: directories of `benchmarks.token_weights` and `benchmarks.own_text`.
       pattern: the sparsity or the n:m pattern whose cells are drawn.
       out: the SVG.
     """
@@ -53,9 +53,9 @@ class Point(NamedTuple):
     """A method with its options.
 
     Attributes:
-      method: as it is called in print.
-      options: the same, empty for none.
-      seconds: of the pruning.
+      method: name in print.
+      options: options in words, empty for none.
+      seconds: seconds of the pruning.
       perplexity: the geometric mean over texts and draws.
       draws: how many.
     """
@@ -89,7 +89,7 @@ def points(directories: Sequence[Path], pattern: str) -> list[Point]:
     """The points of all cells PATTERN_METHOD_OPTIONS_DRAW.json, by seconds.
 
     Args:
-      directories: of tables.
+      directories: directories of tables.
       pattern: a sparsity or a pattern n:m.
 
     Returns:

@@ -42,7 +42,7 @@ class Config:
       held_out: the texts to evaluate on, without "held-out-" and ".npy".
       sequences: how many sequences of each.
       cells: the names of the cells to run; all if left out.
-      threads: of both sides.
+      threads: number of threads of both sides.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -81,8 +81,8 @@ def begin(config: Any, **facts: Any) -> None:
     """Makes the directory of a table, and notes in it which one that is.
 
     Args:
-      config: of the table, with `out`, `model` and `texts`.
-      facts: what decides its cells besides, and is not in their names.
+      config: settings of the table, with `out`, `model` and `texts`.
+      **facts: settings that decide its cells too, and are not in their names.
 
     Raises:
       ValueError: it has the cells of another table.
@@ -112,9 +112,9 @@ def held_out(
 
     Args:
       texts: token files, as `benchmarks.texts` writes them.
-      names: of the texts, without "held-out-" and ".npy".
-      sequences: how many of each.
-      folder: where the files of them go.
+      names: names of the texts, without "held-out-" and ".npy".
+      sequences: number of sequences of each.
+      folder: directory of the files to write.
 
     Returns:
       A word for each text.
@@ -162,9 +162,9 @@ def run_cell(place: Path, command: Sequence[str], threads: int) -> None:
     """Runs a process unless it was; its JSON line is kept once it is whole.
 
     Args:
-      place: the file of the line.
+      place: path of the line's file.
       command: the module and its arguments.
-      threads: of torch and of XLA.
+      threads: number of threads of torch and of XLA.
     """
     if place.exists():
         return
@@ -176,7 +176,7 @@ def json_line(command: Sequence[str], threads: int) -> str:
 
     Args:
       command: the module and its arguments.
-      threads: of torch and of XLA.
+      threads: number of threads of torch and of XLA.
 
     Returns:
       The last line that it printed.
@@ -203,7 +203,7 @@ def cells_table(folder: Path) -> str:
     """The results as Markdown.
 
     Args:
-      folder: with a JSON line a cell.
+      folder: directory with a JSON line a cell.
 
     Returns:
       A row for each cell: perplexities, seconds, peak memory.

@@ -40,7 +40,7 @@ class Config:
       preset: the GPT's size.
       steps: updates, with a snapshot at each.
       batch_size: sequences in a batch.
-      seed: of the run.
+      seed: seed of the run.
       data: name of the data set.
       data_dir: where data sets are prepared; TFDS's own place by default.
     """

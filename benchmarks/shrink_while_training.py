@@ -37,14 +37,14 @@ class Config:
 
     Attributes:
       preset: the GPT's size.
-      steps: of each candidate.
+      steps: number of steps of each candidate.
       batch_size: sequences in a batch.
       begin: the share of the steps after which the first neurons go.
       end: the share after which the last go.
       late: the share after which all go at once, of the candidate that is shrunk late.
-      times: in how many events.
+      times: number of events.
       sparsity: the share of each MLP's neurons that is gone in the end.
-      seeds: of initialisation and batches.
+      seeds: seeds of initialisation and batches.
       validated: sequences of the validation loss.
       energy: measure energy with codecarbon, offline, of this country (ISO code, "DEU"
         say); it needs the extra "energy".

@@ -49,10 +49,10 @@ class Config:
       run: directory of that run.
       out: directory of the results; what is found there is not done again.
       data_dir: where the run's data set is kept; TFDS's default if left out.
-      seeds: of the run.
+      seeds: seeds of the run.
       parts: what loses units.
-      methods: by which units are chosen.
-      shares: of the heads and of the neurons that are removed in each layer.
+      methods: criteria that units are chosen by.
+      shares: shares of the heads and of the neurons that are removed in each layer.
       calibrated: pictures that `jp.shrink_trained` sees, a multiple of 32.
       timed: pictures of a timed forward.
       repeats: timed rounds.
@@ -75,10 +75,10 @@ class Cell:
     """One smaller model.
 
     Attributes:
-      seed: of the run.
-      part: of `GLOBS`.
-      share: of the units that are gone.
-      method: by which they were chosen.
+      seed: seed of the run.
+      part: name in `GLOBS`.
+      share: share of the units that are gone.
+      method: criterion that they were chosen by.
     """
 
     seed: int

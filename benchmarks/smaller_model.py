@@ -114,7 +114,7 @@ def perplexity_table(folder: Path) -> str:
     """The results as Markdown.
 
     Args:
-      folder: with a JSON line a cell.
+      folder: directory with a JSON line a cell.
 
     Returns:
       A row for what is removed and each method: the perplexity on each text, and the

@@ -30,12 +30,12 @@ class Config:
     """Times both solvers and prints one JSON line.
 
     Attributes:
-      width: of the residual stream.
+      width: width of the residual stream.
       ffn: neurons of the MLP.
       heads: features of all query heads.
       kv: features of all key heads.
       sparsity: the share to remove.
-      repeats: of each solver and matrix; the median counts.
+      repeats: number of timings of each solver and matrix; the median counts.
     """
 
     width: int = 640

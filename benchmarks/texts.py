@@ -103,9 +103,9 @@ def sequences(
 
     Args:
       documents: texts; those too short for a sequence are joined with the next.
-      encode: text to ids, BOS in front where the tokenizer has one.
-      count: how many sequences.
-      length: tokens of each, BOS included.
+      encode: function of a text to ids, BOS in front where the tokenizer has one.
+      count: number of sequences.
+      length: number of tokens of each, BOS included.
 
     Returns:
       int32 (count, length); no token of the text is in two of them. The same for the
@@ -136,9 +136,9 @@ def mixture(pools: Mapping[str, np.ndarray], share: float, count: int) -> np.nda
     """Sequences of both kinds, spread evenly.
 
     Args:
-      pools: `shakespeare` and `technical`, at least `count` sequences of each.
-      share: of Shakespeare, in [0, 1].
-      count: sequences of the mixture.
+      pools: sequences of `shakespeare` and `technical`, at least `count` of each.
+      share: share of Shakespeare, in [0, 1].
+      count: number of sequences of the mixture.
 
     Returns:
       int32 (count, length); the first round(share * n) of one pool and the rest of
@@ -171,7 +171,7 @@ def prose(source: str) -> Iterator[str]:
     r"""The paragraphs of a file's docstrings that are English sentences.
 
     Args:
-      source: Python.
+      source: source text of a Python file.
 
     Yields:
       Paragraphs of at least 150 characters, white space made single spaces: no code,
@@ -204,7 +204,7 @@ def package_folder(package: str) -> Path:
     """Where a pinned package lies; it is not imported.
 
     Args:
-      package: one of `PACKAGES`.
+      package: name in `PACKAGES`.
 
     Returns:
       Its folder.
@@ -227,7 +227,7 @@ def write(out: Path, files: Mapping[str, np.ndarray]) -> None:
     """Writes arrays as `.npy` and a manifest of their shapes and checksums.
 
     Args:
-      out: the folder; made if it is missing.
+      out: directory to write; made if it is missing.
       files: name to array.
     """
     out.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,9 @@ class Config(Draws):
       relative: whether tokens are scaled to one size; both if left out.
       corrections: how much of what earlier layers lost a matrix makes up for.
       allocations: uniform, erk, owl or gradients, as of `benchmarks.jax_pruning`.
-      passes: of a refinement after it; 0 for none.
+      passes: numbers of passes of a refinement after it; 0 for none.
       distilled: steps of a distillation after that; 0 for none.
-      distill_learning_rate: of its first step.
+      distill_learning_rate: learning rate of its first step.
     """
 
     methods: tuple[str, ...] = ("sparsegpt", "alps")

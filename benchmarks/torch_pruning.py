@@ -51,7 +51,7 @@ class Config:
       batch: sequences that go through a layer together.
       block: columns that SparseGPT chooses together.
       damping: SparseGPT's, times the mean of the Hessian's diagonal.
-      threads: of torch.
+      threads: number of threads of torch.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -107,8 +107,8 @@ def prune(model: nn.Module, config: Config, solve: "Cost") -> None:
 
     Args:
       model: a transformers model whose decoder is `base_model.layers`.
-      config: what to do.
-      solve: is given the seconds spent apart from the two passes through each layer.
+      config: method and its settings.
+      solve: cost that gets the seconds apart from the two passes through a layer.
     """
     layers = model.base_model.layers
     if config.method.startswith("magnitude"):
@@ -254,9 +254,9 @@ def sparsegpt(weight: Tensor, factor: Tensor, config: Config) -> Tensor:
     block for n:m, those before its block else.
 
     Args:
-      weight: (out, in).
-      factor: R of `inverse_factor`.
-      config: sparsity or pattern, and block.
+      weight: weight of a linear layer, (out, in).
+      factor: R of `inverse_factor`, (in, in).
+      config: settings: sparsity or pattern, and block.
 
     Returns:
       The pruned and updated weight.
@@ -344,7 +344,7 @@ def perplexity(model: nn.Module, sequences: Tensor, rows: int = 128) -> float:
     Args:
       model: a transformers model; its logits are not capped.
       sequences: token ids (sequences, length).
-      rows: positions whose logits are held at once.
+      rows: number of positions whose logits are held at once.
 
     Raises:
       ValueError: the model caps its logits.

@@ -141,7 +141,7 @@ def axis_groups(config: dict[str, Any]) -> tuple[dict[str, Gone], float]:
     """What goes with the first unit of each role, and the seconds that it took.
 
     Args:
-      config: as config.json says it.
+      config: content of config.json.
 
     Returns:
       Role to name of a tensor of the checkpoint to booleans of its shape; seconds of
@@ -229,8 +229,8 @@ def torch_groups(config: dict[str, Any], role: str, limit: float) -> list[Gone |
     """What Torch-Pruning takes with the first unit of a role.
 
     Args:
-      config: as config.json says it.
-      role: of `ROLES`.
+      config: content of config.json.
+      role: name in `ROLES`.
       limit: seconds of CPU time for an answer.
 
     Returns:

@@ -26,8 +26,8 @@ def recover(
       model: a transformers model; a zero of its matrices is taken for pruned.
       dense: the directory of the dense model.
       ids: token ids (sequences, length); step after step the next one, and over again.
-      steps: how many.
-      learning_rate: of the first step.
+      steps: number of steps.
+      learning_rate: learning rate of the first step.
     """
     teacher = transformers.AutoModelForCausalLM.from_pretrained(
         dense, dtype=torch.float32

@@ -54,8 +54,8 @@ class Config:
       evaluate: NAME=FILE, held-out texts of the same form.
       recover: steps of `benchmarks.torch_recovery` before that, on the same sequences.
       dense: the directory of the dense model, for that.
-      learning_rate: of its first step.
-      threads: of torch.
+      learning_rate: learning rate of its first step.
+      threads: number of threads of torch.
     """
 
     model: Annotated[Path, tyro.conf.Positional]

@@ -29,10 +29,10 @@ def of_gpt(
     """Whole training steps of a GPT.
 
     Args:
-      wraps: name to what is made of adamw.
-      preset: the GPT's size.
-      batch_size: sequences in a batch.
-      block: steps in one call.
+      wraps: name to a function that wraps adamw.
+      preset: name of the GPT's size.
+      batch_size: number of sequences in a batch.
+      block: number of steps in one call.
 
     Returns:
       Name to a function that takes so many steps.
@@ -62,8 +62,8 @@ def of_optimizer(wraps: Mapping[str, Wrap], size: int) -> dict[str, Step]:
     """Single steps of adamw on given gradients, in 24 leaves.
 
     Args:
-      wraps: name to what is made of adamw.
-      size: how many parameters, about.
+      wraps: name to a function that wraps adamw.
+      size: number of parameters, about.
 
     Returns:
       Name to a function that takes a step.

@@ -58,10 +58,10 @@ class Config:
       meshes: how 8 devices share the work.
       storages: how averages are held; "none" tracks nothing.
       lora: rank of each matrix's change; trained in full if left out.
-      dtype: of the parameters, and so of Adam's moments.
+      dtype: dtype of the parameters, and so of Adam's moments.
       batch: pictures in a batch, one crop and the global view each.
       time: tokens of a sequence, at least 320.
-      layers: of the decoder; fewer compile sooner.
+      layers: number of layers of the decoder; fewer compile sooner.
     """
 
     meshes: tuple[str, ...] = ("fsdp=8", "fsdp=2,model=4")

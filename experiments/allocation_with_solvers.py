@@ -70,7 +70,7 @@ class Cell:
     """One pruned model.
 
     Attributes:
-      seed: of the dense model.
+      seed: seed of the dense model.
       draw: which draw of the calibration sequences.
       solver: a name of `SOLVERS`, or "mask".
       allocation: a name of `ALLOCATIONS` or of `CRITERIA`.

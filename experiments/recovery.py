@@ -58,10 +58,10 @@ class Cell:
     """One training after something was removed.
 
     Attributes:
-      seed: of the dense model and of the order of the text.
+      seed: seed of the dense model and of the order of the text.
       start: one of `STARTS`.
       loss: "text" or "teacher".
-      learning_rate: of the first step.
+      learning_rate: learning rate of the first step.
     """
 
     seed: int
@@ -84,14 +84,14 @@ class Config:
       out: directory of the results; what is found there is not done again.
       text: a text file, or a directory of them, in place of Shakespeare's plays.
       seeds: one dense model each.
-      width: of the model.
-      layers: of the model.
-      dense_steps: of the dense model's training.
-      steps: of each recovery.
+      width: width of the model.
+      layers: number of layers of the model.
+      dense_steps: number of steps of the dense model's training.
+      steps: number of steps of each recovery.
       rates: learning rates that each recovery has the best of.
       batch: sequences of a step.
-      sparsity: of the pruned model.
-      windows: of the validation text that are evaluated.
+      sparsity: sparsity of the pruned model.
+      windows: number of windows of the validation text that are evaluated.
     """
 
     out: Path = Path("results/recovery")

@@ -63,9 +63,9 @@ class Config:
       sparsities: fractions of the decoder's matrices to remove.
       corrections: how much of what earlier matrices lost one makes up for; 0 is none,
         and it alone is done with wanda.
-      passes: of the refinement; 0 is none.
-      learning_rates: of the refinement.
-      temperatures: of what the model writes.
+      passes: numbers of passes of the refinement; 0 is none.
+      learning_rates: learning rates of the refinement.
+      temperatures: temperatures of what the model writes.
       sequences: calibration sequences, of the model's context each.
       steps: steps of training.
       eval_tokens: validation tokens of every loss; 0 takes all.

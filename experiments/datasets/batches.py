@@ -30,7 +30,7 @@ class Batches:
       tokens: integers, shape (length,), length >= context + 1.
       batch_size: sequences in a batch, >= 1.
       context: tokens in a sequence, >= 1.
-      seed: in [0, 2**64).
+      seed: key of the random numbers, in [0, 2**64).
 
     Raises:
       ValueError: if a number is out of its range, or there are too few tokens.
@@ -120,10 +120,10 @@ def validation_batches(
     the mean over tokens[1:].
 
     Args:
-      tokens: integers, shape (length,), length >= 2.
-      batch_size: windows in a batch, >= 1.
-      context: tokens in a window, >= 1.
-      limit: predict at most this many tokens, the first ones, >= 1; None: all.
+      tokens: token ids, integers, shape (length,), length >= 2.
+      batch_size: number of windows in a batch, >= 1.
+      context: number of tokens in a window, >= 1.
+      limit: number of tokens to predict at most, the first ones, >= 1; None: all.
 
     Returns:
       A list of (inputs, targets, weights): int32, int32 and float32, each of shape

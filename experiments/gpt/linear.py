@@ -26,9 +26,9 @@ def product(
     """x @ kernel, for the argument `dot_general` of `flax.nnx.Linear`.
 
     Args:
-      x: floating (..., inputs), of the kernel's dtype.
-      kernel: floating (inputs, outputs).
-      *_: what else `nnx.Linear` hands a `dot_general`: the axes, always these.
+      x: activations, floating (..., inputs), of the kernel's dtype.
+      kernel: weight, floating (inputs, outputs).
+      *_: axes that `nnx.Linear` hands a `dot_general`, always the same.
       preferred_element_type: dtype of the result, by default that of `x`.
       **__: precision and sharding, left to JAX's defaults.
 

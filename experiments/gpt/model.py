@@ -125,7 +125,7 @@ class GPT(nnx.Module):
 
     Args:
       config: the shape.
-      rngs: gives the keys of the initial parameters; not kept.
+      rngs: source of the keys of the initial parameters; not kept.
 
     Example:
       >>> model = GPT(preset("cpu", vocab_size=65, layers=1), rngs=nnx.Rngs(0))
@@ -173,10 +173,10 @@ class GPT(nnx.Module):
         """Logits of the token that follows each token.
 
         Args:
-          tokens: integers in [0, vocab_size); one past the end gives NaN logits.
-          key: makes the dropout masks; None means no dropout.
-          cache: what came before these tokens. There must be room for them: a
-            full cache cannot raise under jit.
+          tokens: token ids in [0, vocab_size); one past the end gives NaN logits.
+          key: random key of the dropout masks; None means no dropout.
+          cache: keys and values of the tokens before these. There must be room
+            for them: a full cache cannot raise under jit.
 
         Returns:
           Logits, float32 (batch, time, vocab_size), and with a cache the pair of
@@ -253,11 +253,11 @@ def loss(
 
     Args:
       model: the model.
-      tokens: integers (batch, time).
+      tokens: token ids, integers (batch, time).
       targets: the tokens that follow, integers (batch, time); one past the end
         of the vocabulary gives NaN.
-      key: makes the dropout masks; None means no dropout.
-      weights: how much each target counts; the mean is the weighted sum over the
+      key: random key of the dropout masks; None means no dropout.
+      weights: weight of each target in the mean; the mean is the weighted sum over the
         sum of the weights (NaN if that is zero). None counts all alike.
 
     Returns:

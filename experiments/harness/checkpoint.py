@@ -76,14 +76,14 @@ def save(
     directory that they share.
 
     Args:
-      directory: holds checkpoints only; made when it is missing.
-      state: any tree of JAX or NumPy arrays: parameters, optimizer state with
+      directory: directory of checkpoints alone; made when it is missing.
+      state: tree of JAX or NumPy arrays: parameters, optimizer state with
         importance, masks (boolean or packed), the data position. Random keys are
         given as `jax.random.key_data(key)`.
-      step: how many steps were done, any integer, `state.step` too; grows from save to
-        save.
-      configuration: JSON-able; what a resumed run must agree with.
-      keep: how many checkpoints stay, the newest ones, at least 1.
+      step: number of steps that were done, any integer, `state.step` too; grows from
+        save to save.
+      configuration: settings that a resumed run must agree with, JSON-able.
+      keep: number of checkpoints that stay, the newest ones, at least 1.
 
     Raises:
       ValueError: the directory holds other things, or a whole checkpoint of this step

@@ -57,7 +57,7 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
     Args:
       text: axes and sizes, "data=4,model=2"; None for one axis "data" over every device
         that the batch can be split over.
-      batch_size: sequences in a batch.
+      batch_size: number of sequences in a batch.
 
     Raises:
       ValueError: the text names no such mesh, there are fewer devices, the batch cannot

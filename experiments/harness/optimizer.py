@@ -53,10 +53,10 @@ def optimizer(
       trained: which leaves are trained, by name; the others get no moments, and their
         gradients must be zero. None for all.
       watched: which leaves have averages, by name; None for all, trained or not.
-      rank: of the change of each target by LoRA, everything else frozen; None to train
-        in full.
-      targets: what LoRA changes.
-      storage: how averages are held.
+      rank: rank of each target's change by LoRA, everything else frozen; None to
+        train in full.
+      targets: rule that says which leaves LoRA changes.
+      storage: dtype that averages are held in.
 
     Returns:
       The transformation.

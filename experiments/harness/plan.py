@@ -22,8 +22,8 @@ class Cell(NamedTuple):
     """One way to prune.
 
     Attributes:
-      criterion: of `CRITERIA`.
-      allocation: of the task's.
+      criterion: name in `CRITERIA`.
+      allocation: name of one of the task's allocations.
       sparsity: the share of the allocation's weights to remove.
     """
 
@@ -90,9 +90,9 @@ class Plan:
         is retrained, but of the allocations the first one only.
 
         Args:
-          config: has the flags that every sweep has, by the names of `Plan`.
+          config: configuration with the flags of every sweep, by the names of `Plan`.
           solvers: whether the task can be pruned by solvers too.
-          **specifics: the fields that an experiment fixes in its own way.
+          **specifics: fields of the plan that an experiment fixes in its own way.
 
         Raises:
           ValueError: a criterion is unknown, or a number is out of range.

@@ -64,8 +64,8 @@ class MetricsLog:
         """Appends a line, whole or not at all.
 
         Args:
-          metrics: "step" and whatever was measured at it, JSON-able, finite.
-          **labels: where it belongs, such as phase="train", seed=0; they come first.
+          metrics: values measured at a step, and "step" itself; JSON-able, finite.
+          **labels: names of the run's part, phase="train" say; they come first.
 
         Raises:
           ValueError: a value is NaN or infinite.
@@ -151,15 +151,15 @@ class Phase:
 
     Attributes:
       name: what was done, such as "train".
-      seed: of which seed, or None.
+      seed: seed that it belongs to, or None.
       tokens: tokens processed, set by the caller; None where it has no meaning.
       seconds: wall time.
       peak_memory_bytes: the greatest use so far: of a device on GPU and TPU, of the
         process on CPU; None where the platform does not say.
-      energy_kwh: of CPU, memory and GPU; None where not asked for.
+      energy_kwh: energy of CPU, memory and GPU; None where not asked for.
       co2_kg: kilograms of CO2 equivalent, by the country's mean; likewise.
-      share: of the work that was done in this start, all but of a training that went on
-        from a checkpoint; set by the caller.
+      share: share of the work that was done in this start, 1 unless a training went
+        on from a checkpoint; set by the caller.
     """
 
     name: str
@@ -186,8 +186,8 @@ def measure(
     """Measures the seconds, memory and, if asked, the energy of what is done inside.
 
     Args:
-      name: what is done.
-      seed: of which seed.
+      name: name of the phase, "train" say.
+      seed: seed that the phase belongs to, or None.
       country: three-letter ISO code whose electricity counts, to measure energy with
         codecarbon, offline; None for no energy.
 

@@ -52,11 +52,12 @@ def run(
     """Does an experiment, or what is left of it; returns the path of its results.json.
 
     Args:
-      name: the experiment's module in `experiments`.
-      config: its configuration; `out` is the directory.
-      identity: JSON-able; what must be the same for a run to continue.
-      cells: does what is left and returns what results.json holds of it.
-      show: writes tables and figures of the results; returns what is printed.
+      name: name of the experiment's module in `experiments`.
+      config: configuration of the experiment; `out` is the directory.
+      identity: settings that must be the same for a run to continue; JSON-able.
+      cells: function that does what is missing and returns the numbers of all.
+      show: function that writes tables and figures of the results to a directory, and
+        returns the text to print.
       grows: whether other seeds or sparsities add to a finished run.
 
     Raises:
@@ -120,13 +121,14 @@ def sweep(
     """Trains and prunes in every way of a plan, for every seed; writes the report.
 
     Args:
-      name: the experiment's module in `experiments`.
-      config: its configuration.
-      plan: what is done for each seed.
-      task: the model and its data.
-      identity: as `identity_of` returns it; it names the seeds.
-      mesh: where the arrays live; None for one device.
-      more: what else results.json holds, by its results of the seeds.
+      name: name of the experiment's module in `experiments`.
+      config: configuration of the experiment.
+      plan: numbers that fix the stages of a seed.
+      task: model and its data.
+      identity: settings that `identity_of` returns; they name the seeds.
+      mesh: devices that the arrays live on; None for one device.
+      more: function of the seeds' results that returns further entries of
+        results.json.
 
     Raises:
       FloatingPointError: a loss is not finite; and what `run` raises.

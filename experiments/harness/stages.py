@@ -22,7 +22,7 @@ class Stages:
     """The stages of one seed, in the order in which they are asked for.
 
     Attributes:
-      directory: of the seed.
+      directory: directory of the seed.
       phases: what each stage cost, as results.json holds it.
     """
 

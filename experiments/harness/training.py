@@ -185,8 +185,9 @@ def make_eval(
     """The mean loss over a validation set: one program, one fetch at the end.
 
     Args:
-      loss_fn: (params, inputs, targets) to the loss of each token, (batch, context).
-      mesh: where the parameters live, if on a mesh.
+      loss_fn: function of (params, inputs, targets) to the loss of each token,
+        (batch, context).
+      mesh: mesh that the parameters live on, or None.
 
     Returns:
       (params, batches of inputs, targets and weights) to the weighted mean. All
@@ -246,16 +247,16 @@ def train(
     that `reports.begin` gets, and the record is that of an undisturbed run.
 
     Args:
-      state: where to begin when there is no checkpoint.
-      step_fn: as `make_step` gives; compiled here, its state donated.
-      batches: step to its batch, a pure function.
-      steps: updates in all.
-      key: the seed key of dropout.
-      checkpoints: where it is saved; None for nowhere.
-      reports: what it reports; None for nothing.
-      mesh: splits each batch, as `device_mesh.of_batch` says; the state must be
+      state: state to begin with when there is no checkpoint.
+      step_fn: step that `make_step` gives; compiled here, its state donated.
+      batches: pure function of a step to its batch.
+      steps: number of updates in all.
+      key: random key that dropout's keys are folded from.
+      checkpoints: directory and rhythm of saving; None to save nothing.
+      reports: receiver and rhythm of the metrics; None to report nothing.
+      mesh: mesh that splits each batch; see `device_mesh.of_batch`; the state must be
         placed on it.
-      prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
+      prefetch: iterator over batches, such as `experiments.datasets.prefetch`.
       donate: whether `state` is used up, which saves holding it twice; else it is left
         as it was.
 

@@ -27,7 +27,7 @@ class Cell:
         "dense" it is 0, and of "dense_small" that of the run whose size it has.
       steps: updates.
       learning_rate: the peak.
-      seed: of the parameters and the batches.
+      seed: seed of the parameters and the batches.
       after_dense: updates of the dense model that it starts from; 0 for none.
       distill: weight of the divergence from the dense model; 0 for none.
     """

@@ -60,7 +60,7 @@ class LifeCycle:
       tracking: joules of the averages during it.
       sweep: joules of all cells' ranking, pruning and evaluation.
       retraining: joules of one model's retraining.
-      serving: for each batch size and sparsity.
+      serving: joules for each batch size and sparsity.
       measured: whether energy was measured or only counted.
       co2: kilograms a joule.
     """

@@ -123,8 +123,8 @@ def check(results: Any, *, name: str = "results", tables: bool = False) -> None:
     """Refuses anything but complete results of the format written here.
 
     Args:
-      results: what a results.json holds.
-      name: what they are called in the error.
+      results: content of a results.json.
+      name: name of the results in the error.
       tables: whether they are cells of an experiment whose report is tables, which
         says itself what is in a cell, and not seeds of a sweep.
 
@@ -284,7 +284,7 @@ class Curve:
         Args:
           limit: nats above the reference, or a fraction of it when `relative`.
           relative: whether `limit` is a fraction of the reference's loss.
-          worst: hold every seed to the limit rather than their mean.
+          worst: whether every seed is held to the limit rather than their mean.
 
         Returns:
           The largest such sparsity, or None where the first is already over.

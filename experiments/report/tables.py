@@ -48,10 +48,10 @@ class Report(NamedTuple):
     Attributes:
       lead: a sentence: what the numbers are.
       facts: the few that everything else is held against, by name.
-      tables: of means over seeds.
-      columns: of results.csv.
-      rows: of results.csv, one a cell.
-      figures: by the name of the file.
+      tables: tables of means over seeds.
+      columns: names of the columns of results.csv.
+      rows: rows of results.csv, one a cell.
+      figures: drawings by the name of the file.
     """
 
     lead: str
@@ -66,9 +66,9 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
     """Writes results.csv, the figures as SVG, and report.html.
 
     Args:
-      results: as `experiments.harness.runner.run` makes them.
-      out: where the files go.
-      report: what is shown of them.
+      results: results that `experiments.harness.runner.run` makes.
+      out: directory of the files.
+      report: tables, rows and figures to show of them.
 
     Returns:
       The tables as plain text, and where the page is.

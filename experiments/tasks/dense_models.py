@@ -22,7 +22,7 @@ class Recipe:
     """How the dense models are trained.
 
     Attributes:
-      steps: of training.
+      steps: number of steps of training.
       batch_size: sequences in a batch.
       learning_rate: the peak.
     """

@@ -57,8 +57,8 @@ class Texts(NamedTuple):
 
     Attributes:
       train: tokens, (length,).
-      held_out: of the same text, not trained on.
-      foreign: of other texts, by name: how much of them the model forgets.
+      held_out: tokens of the same text, not trained on.
+      foreign: tokens of other texts, by name: how much of them the model forgets.
     """
 
     train: np.ndarray
@@ -72,11 +72,11 @@ class FinetuningTask:
 
     Attributes:
       model: the model's functions.
-      tokenizer: of its directory.
+      tokenizer: tokenizer of its directory.
       texts: its data.
       length: tokens of a sequence.
       looks: how it is measured.
-      foreign_tokens: of each foreign text, at most; None for all.
+      foreign_tokens: number of tokens of each foreign text, at most; None for all.
       calibration: sequences that a solver sees.
       frozen: globs of the leaves that are not trained, nor watched.
       storage: how averages are held.

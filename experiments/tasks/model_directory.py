@@ -29,7 +29,7 @@ class ModelDirectory(NamedTuple, Generic[C]):
 
     Attributes:
       config: the model's shape.
-      tokenizer: of its texts.
+      tokenizer: tokenizer of its texts.
       read: makes the float32 parameters, each leaf straight where it will live.
       write: (leaves by name, place, JSON-able provenance) writes a directory like this
         one with these leaves in place of its own; the others keep their bytes.

@@ -128,11 +128,11 @@ class PictureTask:
 
     Attributes:
       model: the model's functions.
-      tokenizer: of the questions.
+      tokenizer: tokenizer of the questions.
       train: examples to train on.
       held_out: examples to measure on.
       frozen: globs of the leaves that are not trained.
-      rank: of LoRA's change of each matrix; None trains in full.
+      rank: rank of LoRA's change of each matrix; None trains in full.
       storage: how averages are held.
       write: (leaves by name, place, provenance) writes a directory with these leaves;
         None where the run's checkpoints are enough.

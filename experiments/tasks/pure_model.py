@@ -22,8 +22,9 @@ class PureModel(Generic[M]):
         """Traces the module once; makes no parameters.
 
         Args:
-          make: makes the module with random parameters.
-          start: makes the parameters of every seed, in place of random ones.
+          make: function that makes the module with random parameters.
+          start: function that makes the parameters of every seed, in place of random
+            ones.
         """
         self._make, self._start = make, start
         model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
