@@ -137,6 +137,7 @@ class Config:
         return dataclasses.replace(
             self,
             seeds=self.seeds[:1],
+            # The last one too: the default's last is the one that needs Adam's state.
             allocations=tuple(
                 dict.fromkeys((*self.allocations[:2], self.allocations[-1]))
             ),
@@ -178,9 +179,13 @@ class Run:
         self.recipe = dataclasses.replace(recipe, steps=config.steps or recipe.steps)
         shape = gpt.preset(config.preset, vocab_size=len(corpus.vocabulary))
         if config.smoke:
+            # A model that trains in seconds; the data and the vocabulary are the real
+            # ones.
             shape = dataclasses.replace(shape, layers=1, width=32, heads=2)
         self.model = LanguageModel(shape)
         self.evaluate = training.make_eval(self.model.token_losses)
+        # Windows of 16: each batch of (16, context) tokens is one call of a compiled
+        # program.
         self.windows = validation_batches(
             corpus.validation, 16, shape.context, config.eval_tokens or None
         )
@@ -211,6 +216,8 @@ class Run:
         """
         size = min(self.config.sequences, SEQUENCES_AT_ONCE)
         context = self.model.config.context
+        # Training's seeds lie under 2^32, so no calibration draw repeats a training
+        # batch.
         batches = Batches(self.corpus.train, size, context, 2**32 * (draw + 1) + seed)
         return [batches(step)[0] for step in range(self.config.sequences // size)]
 
@@ -225,8 +232,12 @@ class Run:
         """Scores by gradients on the calibration sequences, each by itself."""
 
         def loss(params: Any, tokens: jax.Array) -> jax.Array:
+            # tokens (1, context): each predicts the next, so context - 1 targets.
             return self.model.token_losses(params, tokens[:, :-1], tokens[:, 1:]).mean()
 
+        # One sequence a gradient: E[g^2] of single sequences, as an optimizer with
+        # batches of one would have seen it; the mean of a batch would hide their
+        # variance.
         single = (tokens[None] for batch in batches for tokens in batch)
         return jp.scores.trajectory(
             params, jp.contrib.calibrate_gradients(loss, params, single)
@@ -236,6 +247,7 @@ class Run:
         """The parameters of a cell."""
         if cell.solver == "mask":
             scores = CRITERIA[cell.allocation](watched)
+            # Nothing is solved: the baseline that every solver has to beat.
             return jp.prune(watched.params, scores, cell.sparsity, allocation="global")
 
         def scored(name: str) -> Scores:
@@ -243,6 +255,7 @@ class Run:
                 return self.calibrated(watched.params, batches)
             return CRITERIA[name](watched)
 
+        # Scores are made where a rule asks for them: uniform, ERK and OWL ask for none.
         allocation = Solver(cell.solver, cell.allocation).shared_out(scored)
         return jp.prune_trained(
             lambda params, tokens: self.model.bind(params)(tokens),
@@ -258,6 +271,8 @@ class Run:
         self, cell: Cell, watched: Watched, batches: list[np.ndarray]
     ) -> dict[str, Any]:
         """What the file of a cell holds."""
+        # The seconds are of ranking and solving, without evaluation; compilation is in
+        # them for the first cell of a shape.
         start = time.perf_counter()
         params = self.pruned(cell, watched, batches)
         sparsity = jp.sparsity(jp.scores.magnitude(params))
@@ -303,6 +318,8 @@ def cells(run: Run, requested: Sequence[Cell]) -> dict[str, Any]:
     out = run.config.out
     missing = [cell for cell in requested if not cell.path(out).exists()]
     with Progress(len(missing), "run", unit="cell") as progress:
+        # Cells come sorted by seed and draw, so a dense model is read and a draw made
+        # once.
         for seed, of_seed in itertools.groupby(missing, lambda cell: cell.seed):
             watched = run.dense(seed)
             for draw, of_draw in itertools.groupby(of_seed, lambda cell: cell.draw):

@@ -87,6 +87,8 @@ def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
         places = [
             file if file.name != "results.json" else file.parent for file in files
         ]
+        # Directories of one name: what tells the runs apart is the path below what they
+        # share.
         labels = [os.path.relpath(path, above) for path in places]
     return dict(zip(labels, runs, strict=True))
 
@@ -110,7 +112,7 @@ def differences(runs: Runs) -> list[list[str]]:
         for part in parts
         for name in dict.fromkeys(name for run in part for name in run)
     ]
-    return [row for row in rows if len({*row[1:]}) > 1]
+    return [row for row in rows if len({*row[1:]}) > 1]  # all alike: no difference
 
 
 def summary(runs: Runs) -> list[list[str]]:
@@ -138,8 +140,9 @@ def losses(runs: Runs, stage: results_.Stage) -> list[list[str]]:
                 by_label = cells.setdefault(
                     (curve.criterion, curve.allocation, sparsity), {}
                 )
-                above = np.asarray(curve.above[:, column].compressed())
+                above = np.asarray(curve.above[:, column].compressed())  # (seeds,)
                 by_label[label] = findings.mean(above, signed=True)
+    # Criteria in the order of the first run that has them, sparsities ascending.
     order = list(dict.fromkeys(key[:2] for key in cells))
     return [
         [
@@ -173,6 +176,7 @@ def compare(runs: Runs, out: Path) -> str:
             tables.append(Table(header, rows, title))
     files = {
         "compare.csv": results_.table_csv(
+            # Runs that measured more have more columns; the others leave them empty.
             ("run", *max(map(results_.columns, runs.values()), key=len)),
             [
                 {"run": label, **row}
@@ -207,6 +211,7 @@ def _tables_of_each(
             table._replace(caption=f"{label}: {table.caption}")
             for table in run_report.tables
         ]
+    # All runs are of one experiment, so their rows have the same columns.
     columns = next(iter(reports.values())).columns
     rows = [
         {"run": label, **row}
@@ -255,6 +260,8 @@ def _figures(runs: Runs) -> dict[str, dict[str, Figure]]:
         }
         for number, stage in enumerate(results_.STAGES)
         for index, allocation in enumerate(allocations)
+        # A stage that no run has, such as retraining with no steps, gets no empty
+        # figure.
         if any(results_.curves(run, stage, allocation) for run in runs.values())
     }
 

@@ -38,6 +38,7 @@ from jaxprune.files import atomic
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 
+# Enough for the windows of every part.
 _SMOKE_CHARACTERS = 40_000
 _README = Path(__file__).with_name("README.md")
 
@@ -171,6 +172,7 @@ class Config:
 
     def smaller(self) -> "Config":
         """The same at the size of `--smoke`."""
+        # One criterion of each sort: of averages, of the start alone, and a solver's.
         solver = [name for name in self.criteria if "_" in name][-1:]
         return dataclasses.replace(
             self,
@@ -202,6 +204,7 @@ class Config:
             batch_size=self.batch_size,
             steps=self.steps,
             learning_rate=self.learning_rate,
+            # The rate of fine-tuning is low already, so retraining needs no lower one.
             retrain_learning_rate=self.retrain_learning_rate or self.learning_rate,
             eval_tokens=self.eval_tokens or None,
             sample_length=self.sample_length,
@@ -225,6 +228,7 @@ def main(config: Config) -> Path:
     plan = small.plan()
     mesh = device_mesh.make_mesh(config.mesh, plan.batch_size)
     with _directory(config) as directory:
+        # Results written into the model's directory would change its fingerprint.
         atomic.apart(config.out, directory)
         model = model_directory.opened(directory, mesh, DecoderConfig)
         texts = _texts(small, model.tokenizer)
@@ -241,6 +245,7 @@ def main(config: Config) -> Path:
             storage=config.storage,
         )
         if mesh is not None:
+            # Refuses a mesh that splits nothing before the run's directory is made.
             device_mesh.shardings(task.shapes, mesh)
 
         def more(seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -268,7 +273,7 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
     most = _SMOKE_CHARACTERS if config.smoke else None
 
     def tokens(text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text[:most], bos=False), np.int32)
+        return np.array(tokenizer.encode(text[:most], bos=False), np.int32)  # (length,)
 
     corpora = [
         load(config.data, text=path, data_dir=config.data_dir)
@@ -285,6 +290,8 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
     foreign = {path.stem: tokens(read_text(path)) for path in config.foreign}
     rules.check([_STEMS], stems=len(foreign), files=len(config.foreign))
     window = config.sequence + 1  # inputs, and a target for the last of them
+    # All texts are looked at before the first step: a foreign text is first measured
+    # hours later.
     for name, ids, way_out in (
         ("what is trained on", train, "give more --text"),
         ("what is held out, the last tenth of --text,", held_out, "give more --text"),
@@ -325,6 +332,8 @@ def _task(
         model.tokenizer,
         texts,
         config.sequence,
+        # "All" tokens would make each look at the curve as long as the final
+        # evaluation.
         Looks(size, config.looks, config.eval_tokens or 16_384),
         foreign_tokens=config.eval_tokens or None,
         calibration=config.calibration,

@@ -19,12 +19,8 @@ from experiments.harness import device_mesh, runner
 from experiments.harness.option_rules import at_least
 from experiments.harness.plan import Plan
 from experiments.tasks import model_directory, picture_model
-from experiments.tasks.picture_task import (
-    PictureTask,
-    Tokenizer,
-    VisionModel,
-    without_gradient,
-)
+from experiments.tasks.picture_task import PictureTask, without_gradient
+from experiments.tasks.vision_model import Tokenizer, VisionModel
 from jaxprune.arrays import rules
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.arrays.rules import Rule
@@ -157,6 +153,8 @@ class Config:
         config.check()
         rate, retrained = config.learning_rate, config.retrain_sparsities
         if retrained is None:
+            # Retraining costs far more than pruning, so of the eight sparsities three
+            # are retrained.
             defaults = {*config.sparsities} & {0.25, 0.5, 0.8}
             retrained = tuple(sorted(defaults)) or None
         return Plan.of(
@@ -164,8 +162,11 @@ class Config:
             batch_size=config.batch_size,
             steps=config.steps,
             learning_rate=rate,
+            # A tenth of the peak: where the cosine of training ends.
             retrain_learning_rate=config.retrain_learning_rate or rate / 10,
             retrain_sparsities=retrained,
+            # All questions are measured on; an answer has a few tokens, and there is no
+            # sample text.
             eval_tokens=None,
             sample_length=1,
         )
@@ -230,6 +231,8 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
     if config.model is None:
         name = "smoke" if config.smoke else config.preset
         shape = vision_config(picture_model.PRESETS[name])
+        # The pictures are 28 x 56: two crops of the tower's 28 x 28 beside the global
+        # view.
         crops, model = 2, None
         tokenizer = picture_model.tokenizer()
         if config.data != question_answers.OWN:
@@ -251,6 +254,8 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
         tokenizer,
         splits["train"],
         held_out,
+        # Globs of leaves, for a part's name is a flag's word and no prefix of its
+        # leaves.
         frozen=tuple(glob for part in config.frozen for glob in FROZEN[part]),
         rank=config.lora,
         storage=config.storage,

@@ -140,7 +140,9 @@ def main(config: Config) -> Path:
 
 def _cells(config: Config, corpus: Corpus) -> dict[str, Any]:
     """Does those cells that are not in the directory; returns all that are."""
+    # Whole windows: what is behind the last one is dropped.
     length = len(corpus.train) // (_CONTEXT + 1) * (_CONTEXT + 1)
+    # (sequences, context + 1): the last token of each is a target alone.
     sequences = corpus.train[:length].reshape(-1, _CONTEXT + 1).astype(np.int32)
     windows = perplexity.slide(
         corpus.validation.astype(np.int32), context=_CONTEXT + 1, limit=config.windows
@@ -155,6 +157,8 @@ def _cells(config: Config, corpus: Corpus) -> dict[str, Any]:
 
 
 def _shape(config: Config, vocab: int) -> DecoderConfig:
+    # A GPT of before gates and grouped queries, so that a neuron is one row and one
+    # column.
     width, heads = config.width, 4
     return DecoderConfig(
         vocab_size=vocab,
@@ -189,6 +193,7 @@ def _run(
             _names(shape),
             sequences,
             settings,
+            # Dense: nothing is held at zero.
             masked=set(),
             tick=lambda steps, _: progress.update(steps),
         )
@@ -205,9 +210,13 @@ def _run(
                     steps=config.steps,
                     learning_rate=cell.learning_rate,
                     batch=config.batch,
+                    # Another order of the text than the dense model's, the same for all
+                    # cells of a seed.
                     seed=seed + 1000,
                 ),
                 loss=distill.from_teacher(dense) if cell.loss == "teacher" else None,
+                # Zeros of a pruned model stay; where neurons were removed there are
+                # none to hold.
                 masked=names if cell.start == "pruned" else set(),
             )
             result = {
@@ -230,12 +239,14 @@ def _names(shape: DecoderConfig) -> set[str]:
 def _starts(config: Config, dense: Decoder, seed: int) -> dict[str, Decoder]:
     """The models that recover, by `STARTS`."""
     graphdef, params = nnx.split(dense, nnx.Param)
+    # Traced, not run: any few tokens show which axes go together.
     batch = jax.ShapeDtypeStruct((1, 8), np.int32)
     small = jp.shrink(
         functools.partial(_logits, graphdef),
         params,
         batch,
         jp.scores.magnitude(params),
+        # The rows of `down` are neurons; the columns of `up` and its bias go along.
         {"layers/*/mlp/down/*": 0.5},
     )
     shape = hf.resized(dense.config, small.params)
@@ -245,6 +256,8 @@ def _starts(config: Config, dense: Decoder, seed: int) -> dict[str, Decoder]:
         dense,
         nnx.merge(narrow, small.params),
         nnx.merge(graphdef, pruned),
+        # Fresh weights of the smaller shape: what the removal is worth against starting
+        # anew.
         Decoder(shape, rngs=nnx.Rngs(seed + 2000)),
     )
     return dict(zip(STARTS, models, strict=True))
@@ -294,6 +307,8 @@ def _best(rates: dict[float, dict[int, Any]]) -> list[dict[str, Any]]:
     """
     if not rates:
         return []
+    # A run that was stopped has some seeds of some rates; means over other seeds would
+    # compare seeds and not rates.
     common = set.intersection(*(set(by_seed) for by_seed in rates.values()))
     means = {
         rate: statistics.mean(by_seed[seed]["after"] for seed in common or by_seed)

@@ -131,6 +131,8 @@ class Cell:
     def plain(self) -> "Cell":
         """The cell with zeros for what is of no matter."""
         rate = self.learning_rate if self.passes else 0.0
+        # A text is read, not written: cells that differ in this alone would be done
+        # twice.
         temperature = 0.0 if self.calibration == "text" else self.temperature
         correction = 0.0 if self.method == "wanda" else self.correction
         return dataclasses.replace(
@@ -169,6 +171,8 @@ class Run(allocation_with_solvers.Run):
         if cell.calibration == "text":
             return text
         shape = (-1, *text[0].shape)
+        # (sequences, context), cut into batches (batches, batch, context) like the
+        # text's.
         samples = self_calibration(
             self.model.bind(watched.params),
             sequences=self.config.sequences,
@@ -181,6 +185,7 @@ class Run(allocation_with_solvers.Run):
         ).reshape(shape)
         if cell.calibration == "self":
             return list(samples)
+        # Half of each batch, so that every batch has both and all keep one shape.
         half = text[0].shape[0] // 2
         return [
             np.concatenate([a[:half], b[half:]])
@@ -206,6 +211,7 @@ class Run(allocation_with_solvers.Run):
             refine=refine,
             progress=False,
         )
+        # Else the clock would stop at the dispatch of the last segment.
         jax.block_until_ready(result.params)
         seconds = time.perf_counter() - start
         return {
@@ -233,8 +239,10 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tidy table: one row a cell, of `COLUMNS`; "above" is nats above dense."""
     table = []
     for cell in results["cells"]:
+        # JSON has the seeds as strings, for they are keys there.
         dense = results["dense"][str(cell["seed"])]["loss"]
         record = {
+            # Cells of an earlier run have no such entry; they were made without.
             "correction": 0.0,
             **cell,
             "dense_loss": dense,
@@ -250,6 +258,7 @@ def report(results: Mapping[str, Any]) -> Report:
     by_setting: dict[tuple[Any, ...], list[float]] = {}
     for row in table:
         setting = tuple(row[name] for name in KIND)
+        # Seeds and draws of one setting are its repetitions.
         by_setting.setdefault(setting, []).append(row["above"])
     lines = [
         [*map(str, setting), findings.mean(above, signed=True), str(len(above))]

@@ -63,11 +63,11 @@ class Batches:
         """
         _check_word("step", step)
         philox = np.random.Philox(key=np.array([self.seed, step], np.uint64))
-        words = philox.random_raw(self.batch_size)
+        words = philox.random_raw(self.batch_size)  # (batch,), uint64
         # The remainder favours low offsets by less than length / 2**64.
         offsets = words % np.uint64(len(self.tokens) - self.context)
         window = offsets.astype(np.int64)[:, None] + np.arange(self.context + 1)
-        sequences = self.tokens[window].astype(np.int32)
+        sequences = self.tokens[window].astype(np.int32)  # (batch, context + 1)
         return sequences[:, :-1], sequences[:, 1:]
 
 
@@ -94,6 +94,7 @@ def prefetch(
 def _prefetch(
     make_batch: Callable[[int], T], start: int, stop: int, ahead: int
 ) -> Iterator[T]:
+    # One thread, so that batches are made in order.
     executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     steps = iter(range(start, stop))
     pending = deque(
@@ -106,6 +107,8 @@ def _prefetch(
                 pending.append(executor.submit(make_batch, step))
             yield batch
     finally:
+        # Also when the iterator is dropped half way: the thread must not outlive the
+        # run.
         executor.shutdown(cancel_futures=True)
 
 
@@ -144,15 +147,16 @@ def validation_batches(
     rules.check(_VALIDATION, limit=limit, length=len(tokens))
     count = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
     size = batch_size * context
-    padded = -(-count // size) * size
+    padded = -(-count // size) * size  # rounded up to whole batches
 
     def cut(values: np.ndarray, dtype: type) -> np.ndarray:
         filled: np.ndarray = np.zeros(padded, dtype)
         filled[:count] = values
-        return filled.reshape(-1, batch_size, context)
+        return filled.reshape(-1, batch_size, context)  # (batches, batch, context)
 
     inputs = cut(tokens[:count], np.int32)
     targets = cut(tokens[1 : count + 1], np.int32)
+    # Weight 0 behind the last token, so padding is counted by nobody.
     weights = cut(np.ones(count), np.float32)
     return list(zip(inputs, targets, weights, strict=True))
 

@@ -63,6 +63,7 @@ class Vocabulary:
           ValueError: if a character is not in the vocabulary.
         """
         points = _code_points(text)
+        # Characters are sorted, so the place at which one is found is its number.
         tokens = np.searchsorted(self._points, points)
         known = np.isin(points, self._points)
         if not known.all():
@@ -71,6 +72,7 @@ class Vocabulary:
                 f"a text must use the vocabulary's {len(self)} characters, got "
                 f"{text[position]!r} at position {position}; leave it out"
             )
+        # Two bytes a token: a corpus of many megabytes is held whole.
         return tokens.astype(np.uint16 if len(self) <= 2**16 else np.int32)
 
     def decode(self, tokens: Any) -> str:
@@ -115,6 +117,8 @@ class Corpus:
         digest = hashlib.sha256()
         for part in (train, validation):
             encoded = part.encode("utf-8", "surrogatepass")
+            # With its length, else text moved from one part to the other would keep the
+            # digest.
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return cls(
             name=name,
@@ -156,6 +160,8 @@ def load(
     """
     if text is not None:
         content = read_text(Path(text))
+        # The tail validates: text from the middle would be surrounded by what was
+        # trained on.
         cut = int(0.9 * len(content))
         name = Path(text).expanduser().resolve().name
         return Corpus.of(name, content[:cut], content[cut:])
@@ -171,9 +177,11 @@ def load(
 
 def _text(name: str, split: str, data_dir: Path | str | None) -> str:
     records = examples(name, split, data_dir, instead="give a text with --text PATH")
+    # An example is a play, or the whole text of the split.
     return "\n".join(example["text"].decode() for example in records)
 
 
 def _code_points(text: str) -> np.ndarray:
     """Returns the code points of a text, little-endian uint32."""
+    # UTF-32 has one word a character: no loop in Python, surrogates included.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

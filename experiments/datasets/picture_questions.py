@@ -134,7 +134,9 @@ def read_source() -> Source:
 
 def parts(source: Source) -> dict[str, Source]:
     """What each split is made of; no digit and no pixel is in both."""
+    # Half the size, so that a band shows more of the scene.
     small = [np.asarray(Image.fromarray(p).reduce(2)) for (p,) in source.photographs]
+    # From all over the file, not from its end.
     held_out = np.arange(len(source.labels)) % _EVERY == _EVERY - 1
     digits = {"train": ~held_out, "validation": held_out}
     return {
@@ -153,8 +155,9 @@ def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
 
     The picture is (28, 56, 3) uint8; the answer has one to five words.
     """
+    # Keyed by the index and the split's number of digits: two splits draw differently.
     philox = np.random.Philox(key=np.array([index, len(source.labels)], np.uint64))
-    words = iter(philox.random_raw(32).tolist())
+    words = iter(philox.random_raw(32).tolist())  # more than a picture draws
 
     def below(count: int) -> int:
         return int(next(words) % count)
@@ -175,7 +178,8 @@ def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
         area = (slice(down, down + _STROKE), slice(across, across + _STROKE))
         most = source.distorted
         change = [below(2 * most + 1) - most for _ in range(4)]
-        opaque = _stroke(source.digits[digit], change)[..., None]
+        opaque = _stroke(source.digits[digit], change)[..., None]  # (24, 24, 1)
+        # Ink over the photograph, by how opaque it is at each pixel.
         picture[area] = opaque * np.array(ink) + (1 - opaque) * picture[area]
         descriptions[side] = f"{name} {DIGITS[source.labels[digit]]}"
     behind = list(PHOTOGRAPHS.values())[photo]
@@ -198,6 +202,7 @@ def _stroke(digit: np.ndarray, change: list[int]) -> np.ndarray:
     digit's, row by row; the centre stays.
     """
     image = Image.fromarray(digit.astype(np.float32))
+    # PIL wants the map from a pixel of the result to one of the source.
     a, b, c, d = (np.eye(2).ravel() + np.array(change) / 100) * image.width / _STROKE
     centre, half = image.width / 2, _STROKE / 2
     rows = (a, b, centre - half * (a + b), c, d, centre - half * (c + d))

@@ -84,6 +84,7 @@ def fingerprint(examples: Iterable[Asked]) -> str:
     for example in examples:
         picture = example.picture
         if isinstance(picture, Path):
+            # Name and size alone: reading every picture of a directory takes too long.
             digest.update(f"{picture.name} {picture.stat().st_size}\n".encode())
         else:
             digest.update(picture.tobytes())
@@ -101,13 +102,14 @@ def _asked(example: Mapping[str, Any], names: Sequence[str], data: str) -> Asked
     picture, question, answer = (example[name] for name in names)
     picture = np.asarray(picture)
     if picture.ndim == 3 and picture.shape[2] == 1:
-        picture = np.repeat(picture, 3, axis=2)
+        picture = np.repeat(picture, 3, axis=2)  # grey as (height, width, 3)
     return Asked(picture, _text(question), _text(answer))
 
 
 def _text(value: Any) -> str:
     """A text, or the first of several answers."""
     if isinstance(value, np.ndarray | list | tuple) and len(value):
+        # VQA data sets have the answers of several people; the first is as good as any.
         value = value[0]
     return value.decode() if isinstance(value, bytes) else str(value)
 
@@ -149,6 +151,8 @@ def _line(directory: Path, place: str, line: str) -> Asked:
         raise ValueError(f"{place}: must be an object of texts {', '.join(names)}")
     question = Asked(directory / entry["image"], entry["question"], entry["answer"])
     try:
+        # Reads the header alone: a picture that cannot be opened is named before
+        # training.
         _ = question.size
     except FileNotFoundError:
         raise FileNotFoundError(f"{place}: there is no '{question.picture}'") from None

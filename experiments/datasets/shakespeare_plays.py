@@ -55,6 +55,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         plays = [render(source) for source in read_plays()]
+        # Whole plays: scenes of one play share names and matter.
         validation = plays[4::10]
         train = [play for index, play in enumerate(plays) if index % 10 != 4]
         return {

@@ -47,6 +47,7 @@ def _prepared_builder(
             + (f", or {instead}" if instead else ""),
             name=error.name,
         ) from error
+    # In a log each step of a bar would be a line.
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
 
@@ -56,6 +57,7 @@ def _prepared_builder(
     builder = make()
     try:
         builder.download_and_prepare(
+            # Prepared data sets in TFDS's bucket are those of its own builders.
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
     except ConnectionError:

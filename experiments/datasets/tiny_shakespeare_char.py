@@ -58,6 +58,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                 f"{checksum} in '{path}'; delete it to have it downloaded again"
             )
         text = content.decode()
+        # In characters, as nanoGPT's prepare.py cuts, not in examples.
         cut = int(0.9 * len(text))
         return {
             "train": self._generate_examples(text[:cut]),

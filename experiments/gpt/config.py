@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 768,
         "context": 1024,
         "vocab_size": 50257,
-        "bias": True,
+        "bias": True,  # as published; the smaller ones follow nanoGPT and have none
         "gelu": "tanh",
     },
 }
@@ -114,6 +114,7 @@ def matrix_sizes(config: GPTConfig) -> dict[str, int]:
       >>> sum(matrix_sizes(preset("cpu", vocab_size=65)).values())
       794752
     """
+    # Weights in x out; biases and normalisations multiply no token by a matrix.
     square = config.width**2
     block = {
         "attention/qkv": 3 * square,
@@ -126,6 +127,7 @@ def matrix_sizes(config: GPTConfig) -> dict[str, int]:
         for i in range(config.layers)
         for name, size in block.items()
     }
+    # Tied, the embedding is looked up at the input and multiplied at the output.
     head = "token_embedding/embedding" if config.tie_weights else "head/kernel"
     return {**sizes, head: config.width * config.vocab_size}
 
@@ -160,6 +162,7 @@ def flops_per_token(
     rules.check([_MATRICES], unknown=", ".join(sorted(set(sparsity) - set(sizes))))
     for name, share in sparsity.items():
         rules.check([_SHARE], name=name, share=share)
+    # Rounded a leaf at a time, as the masks are.
     kept = sum(size - round(size * sparsity.get(n, 0.0)) for n, size in sizes.items())
     return 2 * kept + 4 * config.layers * config.width * config.context
 

@@ -41,6 +41,7 @@ def product(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, kernel: Array, dtype: DTypeLike | None) -> Array:
+    # Contract the inputs; no batch axes.
     axes = (((x.ndim - 1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype)
 
@@ -55,11 +56,12 @@ def _backward(
     dtype: DTypeLike | None, saved: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
+    # g has the dtype of the result, which may be wider than that of the operands.
     x, g = jax.lax.optimization_barrier((x, g.astype(kernel.dtype)))
     last, rows = x.ndim - 1, tuple(range(x.ndim - 1))
     return (
-        _contract(g, kernel, ((last,), (1,)), like=x),
-        _contract(x, g, (rows, rows), like=kernel),
+        _contract(g, kernel, ((last,), (1,)), like=x),  # (..., inputs)
+        _contract(x, g, (rows, rows), like=kernel),  # (inputs, outputs)
     )
 
 

@@ -59,6 +59,8 @@ class Attention(nnx.Module):
         # (batch, time, heads, features of a head); those of the past are longer
         q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(x), 3, axis=-1))
         if kv_cache is not None:
+            # Behind what the cache holds: (batch, time, heads, features) from this
+            # position on.
             start = (0, positions[0], 0, 0)
             k = jax.lax.dynamic_update_slice(kv_cache[0], k, start)
             v = jax.lax.dynamic_update_slice(kv_cache[1], v, start)
@@ -70,6 +72,7 @@ class Attention(nnx.Module):
             v.dtype
         )  # (batch, heads, t, s)
         weights_key, output_key = _split(key, 2)
+        # nanoGPT drops attention weights and, below, the projection's output.
         weights = self.dropout(weights, deterministic=key is None, rngs=weights_key)
         x = jnp.einsum("bhts,bshd->bthd", weights, v).reshape(batch, time, width)
         x = self.dropout(self.out(x), deterministic=key is None, rngs=output_key)
@@ -116,6 +119,7 @@ class Block(nnx.Module):
         attended, kv_cache = self.attention(
             self.norm_attention(x), positions, kv_cache, attention_key
         )
+        # Pre-normalisation: the stream itself is never normalised inside a block.
         x = x + attended
         return x + self.mlp(self.norm_mlp(x), mlp_key), kv_cache
 
@@ -227,6 +231,7 @@ class GPT(nnx.Module):
         if cache is None:
             return x, None
         layer_keys, layer_values = zip(*kv_caches, strict=True)
+        # One array a layer: an update leaves those of the other layers alone.
         return x, Cache(layer_keys, layer_values, start + time)
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
@@ -237,7 +242,7 @@ class GPT(nnx.Module):
     def _logits(self, x: Array) -> Array:
         if not self.config.tie_weights:
             return self.head(x)
-        table = self.token_embedding.embedding[...].astype(x.dtype)
+        table = self.token_embedding.embedding[...].astype(x.dtype)  # (vocab, width)
         return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
 
 
@@ -288,6 +293,8 @@ def _linear(
     *,
     residual: bool = False,
 ) -> nnx.Linear:
+    # GPT-2's: each block adds two terms to the stream, whose variance then stays of
+    # order 1 whatever the depth.
     scale = 0.02 / math.sqrt(2 * config.layers) if residual else 0.02
     return nnx.Linear(
         inputs,
@@ -305,6 +312,7 @@ def _norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
         config.width,
         epsilon=1e-5,
         use_bias=config.bias,
+        # E[x^2] - E[x]^2 cancels where the mean is large against the spread.
         use_fast_variance=False,
         dtype=jnp.dtype(config.dtype),
         rngs=rngs,

@@ -109,6 +109,7 @@ def save(
     leaves = checkpoint_leaves.by_name(state)
     checkpoint_leaves.check_global(leaves)
     settings = manifest.as_json(configuration)
+    # Before anything is written: a refused save leaves the directory as it was.
     broken = processes.on_first(lambda: _check_newest(directory, step))
     path = directory / str(step)
 
@@ -126,10 +127,12 @@ def save(
         with _quiet(), _checkpointer(directory) as checkpointer:
             _save_arrays(checkpointer, step, leaves)
         processes.on_first(finish)
+    # orbax and tensorstore raise errors of many types for a full disk.
     except Exception as error:
         if processes.is_first():
             shutil.rmtree(path, ignore_errors=True)
             _remove_unfinished(directory, step)
+        # An OSError with the errno of the cause, so that callers can tell a full disk.
         number, reason = _explain(error)
         raise OSError(
             number,
@@ -176,7 +179,7 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoin
             f"'{Path(directory).absolute()}' holds no checkpoint; give the directory "
             f"that `save` was given"
         )
-    snapshot, saved = newest
+    snapshot, saved = newest  # and the dtype and shape of each saved leaf
     manifest.check_leaves(snapshot.path, saved, target)
     state = _load_arrays(snapshot.path, list(saved), target)
     tree = jax.tree.unflatten(
@@ -202,6 +205,7 @@ def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
             body = manifest.verify(path)
         except manifest.Broken as error:
             reasons.append(f"'{path.name}' {error}")
+            # A save that was interrupted is no damage: the step before it is whole.
             damaged |= not isinstance(error, manifest.Unfinished)
             continue
         for reason in reasons:
@@ -218,6 +222,7 @@ def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
 def _check_newest(directory: Path, step: int) -> list[int]:
     """Refuses whole checkpoints of `step` or later; gives the broken ones."""
     broken = []
+    # Newest first, so the first one below `step` ends the search.
     for saved_step in _steps(directory):
         if saved_step < step:
             break
@@ -255,6 +260,7 @@ def _steps(directory: Path) -> list[int]:
         )
     steps, foreign = [], []
     for path in directory.iterdir():
+        # "007" is no name that orbax gives.
         if path.is_dir() and path.name.isdecimal() and path.name == str(int(path.name)):
             steps.append(int(path.name))
         elif not path.name.startswith(".") and _UNFINISHED not in path.name:
@@ -292,6 +298,7 @@ def _save_arrays(
 def _load_arrays(
     path: Path, names: list[str], target: Mapping[str, Any]
 ) -> dict[str, Any]:
+    # Of the default device, whatever that is set to.
     default = jnp.zeros(()).sharding
     abstract: dict[str, Any] = {"step": ocp.PLACEHOLDER}
     state: dict[str, Any] = {}
@@ -303,6 +310,7 @@ def _load_arrays(
             empty = np.empty(leaf.shape, leaf.dtype)
             state[name] = empty if in_numpy else jax.device_put(empty, sharding)
         elif in_numpy:
+            # orbax reads into the kind of array that the target has.
             abstract[str(index)] = np.empty(leaf.shape, leaf.dtype)
         else:
             abstract[str(index)] = jax.ShapeDtypeStruct(
@@ -323,6 +331,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     # The name that tensorstore gives to a full disk or quota.
     if "RESOURCE_EXHAUSTED" in text:
         return errno.ENOSPC, os.strerror(errno.ENOSPC)
+    # The rest of a tensorstore error is a stack of its own annotations.
     return errno.EIO, text.strip().splitlines()[0]
 
 

@@ -60,6 +60,7 @@ def by_name(tree: Any) -> dict[str, Any]:
       ValueError: two leaves have one name.
     """
     leaves: dict[str, Any] = {}
+    # None and `optax.MaskedNode()` have no leaves, so they come from the target alone.
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rules.check(
@@ -78,7 +79,7 @@ def check_global(leaves: Mapping[str, Any]) -> None:
     Raises:
       ValueError: a leaf is on the devices of one of several processes.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1:  # every array is addressable
         return
     local = [
         repr(name)

@@ -68,6 +68,7 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
       True
     """
     if text is None:
+        # 1 always fits, so there is a greatest.
         fitting = [n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0]
         axes = {"data": max(fitting)}
     else:
@@ -100,6 +101,8 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """By "model" on the axis its rule names; by "fsdp" on the longest that is left."""
     parts: list[str | None] = [None] * len(shape)
     for ending, axis in _MODEL.items():
+        # With a slash in front, else "up/kernel" would be the end of "gate_up/kernel"
+        # too.
         matches = fnmatch.fnmatchcase(f"/{name}", f"*/{ending}")
         if matches and _divides(mesh, "model", shape[axis]):
             parts[axis] = "model"
@@ -109,7 +112,9 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         if parts[axis] is None and _divides(mesh, "fsdp", size)
     ]
     if free:
+        # The longest free axis gives the largest, so the fewest, pieces to gather.
         parts[max(free, key=lambda axis: shape[axis])] = "fsdp"
+    # JAX compares specs by value: ("model", None) is another one than ("model",).
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)
@@ -127,6 +132,7 @@ def repeated(mesh: Mesh) -> NamedSharding:
 def of_batch(mesh: Mesh) -> NamedSharding:
     """Split along the first axis by every axis of the mesh that splits batches."""
     names = tuple(name for name in mesh.axis_names if name in _BATCH)
+    # One tuple for one axis of the array: the batch is split by all these mesh axes.
     return NamedSharding(mesh, PartitionSpec(names) if names else PartitionSpec())
 
 
@@ -135,7 +141,7 @@ def batch_size(at_least: int, mesh: Mesh | None) -> int:
     if mesh is None:
         return at_least
     split = math.prod(mesh.shape[name] for name in mesh.axis_names if name in _BATCH)
-    return -(-at_least // split) * split
+    return -(-at_least // split) * split  # rounded up
 
 
 def put(tree: Any, placement: Any) -> Any:

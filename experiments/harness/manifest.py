@@ -52,7 +52,10 @@ def write(
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(body | {"digest": _digest(body)}, file, indent=1)
         file.flush()
+        # The rename may reach the disk before the content, and a power cut lies
+        # between.
         os.fsync(file.fileno())
+    # Last of all: from here on the directory counts as whole.
     os.replace(partial, directory / _NAME)
     sync(directory)
 
@@ -66,6 +69,7 @@ def verify(path: Path) -> dict[str, Any]:
     """
     try:
         body = json.loads((path / _NAME).read_bytes())
+        # The digest is of all the other entries, itself left out.
         digest_matches = body.pop("digest") == _digest(body)
         format_, version = body["format"], body["version"]
     except FileNotFoundError:
@@ -136,6 +140,7 @@ def _fingerprint(path: Path) -> list[Any]:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
+    # Sorted: JSON read back may have its keys in another order.
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -144,4 +149,5 @@ def _spell(spec: list[Any] | None) -> str:
 
 
 def _kind(leaf: Any) -> list[Any]:
+    # Lists, because tuples would come back from JSON as lists and compare unequal.
     return [list(leaf.shape), np.dtype(leaf.dtype).name]

@@ -106,6 +106,7 @@ class Plan:
             "retrain_allocations": getattr(config, "retrain_allocations", None),
             "sparsities": sparsities,
             "retrain_sparsities": config.retrain_sparsities,
+            # The tested sparsity that is nearest to the one asked for.
             "show_sparsity": min(
                 sparsities, key=lambda share: abs(share - config.show_sparsity)
             ),
@@ -116,6 +117,7 @@ class Plan:
         }
         defaults = {
             "retrain_criteria": config.criteria,
+            # Retraining every allocation would multiply the cost of a run.
             "retrain_allocations": config.allocations[:1],
             "retrain_sparsities": sparsities,
         }
@@ -126,6 +128,7 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         """Every way to prune, in order; a solver has its own allocation, so one."""
+        # The sparsity is innermost, so the scores of a criterion are made once.
         ways = itertools.product(self.criteria, self.allocations, self.sparsities)
         return [
             cell
@@ -190,7 +193,7 @@ _RULES = (
         *("retrain_steps", 0, math.inf),
         "retrain_steps must be >= 0, got {retrain_steps}",
     ),
-    # Its schedule has an event each hundredth of the steps, and rises over 60 of these.
+    # Its sparsity rises between a twentieth and three fifths of these steps.
     Rule(
         lambda v: GRADUAL not in v.criteria or not 0 < v.retrain_steps < 10,
         "gradual prunes within the retrain_steps, which must be at least 10, got "

@@ -76,10 +76,14 @@ class MetricsLog:
         size = self._file.seek(0, os.SEEK_END)
         with _explained(self.path):
             try:
+                # Unbuffered, so a short write is seen here and not when the file is
+                # closed.
                 if self._file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, "No space left on device")
             except OSError:
                 with contextlib.suppress(OSError):
+                    # What was written of the line goes, else the next one would be
+                    # glued to it.
                     self._file.truncate(size)
                 raise
         if self._events is not None:
@@ -98,6 +102,8 @@ class MetricsLog:
         if len(kept) < len(lines):
             self._file.close()
             try:
+                # The file is closed and opened anew: a rename leaves an open one on the
+                # old content.
                 _replace(self.path, b"".join(kept))
             finally:
                 self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
@@ -116,6 +122,7 @@ class MetricsLog:
 
     def _drop_torn_line(self) -> None:
         content = self.path.read_bytes()
+        # 0 where there is no line at all.
         end = content.rfind(b"\n") + 1
         if end < len(content):
             self._file.truncate(end)
@@ -241,7 +248,11 @@ def _start_tracker(country: str) -> Any:
     from codecarbon import OfflineEmissionsTracker
 
     tracker = OfflineEmissionsTracker(
-        country_iso_code=country, output_methods=[], log_level="critical"
+        # No output methods: codecarbon would write emissions.csv where the run was
+        # started.
+        country_iso_code=country,
+        output_methods=[],
+        log_level="critical",
     )
     tracker.start()
     return tracker
@@ -250,11 +261,13 @@ def _start_tracker(country: str) -> Any:
 def _is_later(line: bytes, step: int, labels: Mapping[str, Any]) -> bool:
     entry = json.loads(line)
     matches = all(entry.get(name) == value for name, value in labels.items())
+    # A run that begins anew reports step 0 again, so that line goes as well.
     return matches and (step == 0 or entry.get("step", 0) > step)
 
 
 def _encode(content: Any, path: Path, indent: int | None = None) -> str:
     try:
+        # NaN is no JSON: strict readers of results.json would stop at it.
         return json.dumps(content, default=_plain, allow_nan=False, indent=indent)
     except ValueError as error:
         place = _first_not_finite(content, "")

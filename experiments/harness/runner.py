@@ -74,6 +74,7 @@ def run(
                 "run anew."
             )
             return path
+        # Also of a run that grows: cells of two experiments must not meet in one file.
         name_there = processes.on_first(lambda: _experiment(path)) or name
         if name_there != name:
             raise ValueError(
@@ -97,6 +98,7 @@ def run(
             )
             kept: dict[str, Any] = before if unchanged else results
             shown = show(kept, out)
+            # After the tables and figures: results.json says that the report is whole.
             records.write_json(path, kept)
             return shown
 
@@ -136,6 +138,7 @@ def sweep(
 
     def cells() -> dict[str, Any]:
         seeds, phases = _seeds(plan, task, config.out, identity, mesh)
+        # What tracking costs in the life cycle depends on how many averages were held.
         averages_held = sorted(averages(rankings(plan.criteria)))
         return {
             "seeds": seeds,
@@ -161,6 +164,8 @@ def identity_of(config: Any, plan: Plan, **specifics: Any) -> dict[str, Any]:
             "seeds": config.seeds[:1] if config.smoke else config.seeds,
             "smoke": config.smoke,
             **specifics,
+            # Defaults that a preset filled in are in the plan, so a changed preset is
+            # noticed.
             **dataclasses.asdict(plan),
         }
     )
@@ -177,7 +182,7 @@ def _seeds(
     """What results.json holds of each seed, and what the phases cost."""
     numbers, seeds, phases = identity["seeds"], [], []
     writes = processes.is_first()
-    stages = plan.stages() + task.begins_trained
+    stages = plan.stages() + task.begins_trained  # a trained model is measured first
     with contextlib.ExitStack() as opened:
         log = None
         if writes:
@@ -200,6 +205,7 @@ def _summed(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             merged[phase["name"]] = dict(phase)
             continue
         total = merged[phase["name"]]
+        # Rates do not add: tokens and seconds do, and their ratio is the mean rate.
         tokens = [(p["tokens_per_second"] or 0) * p["seconds"] for p in (total, phase)]
         for field in ("seconds", "energy_kwh", "co2_kg"):
             if phase[field] is not None:
@@ -258,6 +264,7 @@ def costs(
             continue
         removed = cell["sparsity_by_leaf"]
         packed = sum(
+            # Bytes: float32 values that are kept, and one bit a weight that says which.
             4 * round(size * (1 - removed[name])) + -(-size // 8)
             if name in removed
             else 4 * size
@@ -279,10 +286,11 @@ def command(
     module: str, config: Any, *, without: Collection[str] = _OF_THE_START
 ) -> str:
     """The command line of a configuration, without what is its default."""
-    first, words = ["python", "-m", module], []
+    first, words = ["python", "-m", module], []  # positional values first, then flags
     kinds = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        # The shortest command that makes the same run, fit to be read in a report.
         if value == field.default or field.name in without:
             continue
         if tyro.conf.Positional in getattr(kinds[field.name], "__metadata__", ()):

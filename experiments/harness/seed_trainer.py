@@ -57,6 +57,7 @@ class SeedTrainer:
         """
         plan, (tx, step_fn) = self._plan, self._watching
         state = training.init(self._task.init(self._seed), tx, mesh=self._mesh)
+        # As many looks whatever the length, so curves of all presets are alike.
         evaluate_every = max(plan.steps // self._task.looks.times, 1)
         return self._fit(
             "train", state, step_fn, plan.steps, 0, evaluate, evaluate_every
@@ -70,6 +71,7 @@ class SeedTrainer:
         tracked = jp.get_importance(state.opt_state)
         adam = tracked
         if "trajectory_adam" in rankings(self._plan.criteria):
+            # Adam's nu, bias-corrected: E[g^2] of the clipped gradients.
             square = jp.get_importance(state.opt_state[ADAMW]).square
             adam = tracked._replace(square=square)
         return Watched(state.params, tracked, adam, self.start)
@@ -89,6 +91,7 @@ class SeedTrainer:
         `masks` makes the masks, so that they are held only while they are needed.
         """
         plan = self._plan
+        # One transformation for all cells, so one compiled program.
         inner, step_fn = _retraining(
             self._task, plan.retrain_learning_rate, plan.retrain_steps
         )
@@ -138,11 +141,12 @@ class SeedTrainer:
         """
         plan, log = self._plan, self._log
         labels = {"phase": stage, "seed": self._seed}
-        first_step = [0]
+        first_step = [0]  # a cell that the closure below writes to
 
         def begin(step: int) -> None:
             first_step[:] = [step]
             if log is not None:
+                # What was reported past the checkpoint is about to be reported again.
                 log.resume(step, **labels)
 
         def report(metrics: dict[str, Any]) -> None:
@@ -152,6 +156,8 @@ class SeedTrainer:
         state = training.train(
             state,
             step_fn,
+            # Retraining goes on behind the last training batch, and sees no batch
+            # twice.
             lambda step: self._batches(offset + step),
             steps=steps,
             key=jax.random.key(self._seed),
@@ -172,6 +178,7 @@ class SeedTrainer:
             prefetch=prefetch,
             donate=True,
         )
+        # Of the steps of this start alone, as the seconds are.
         tokens = (steps - first_step[0]) * plan.batch_size * self._task.length
         return state, {"tokens": tokens, "share": 1 - first_step[0] / steps}
 
@@ -209,7 +216,11 @@ def _gradual(
     """
     ranked, prunable = task.allocations[allocation]
     rise = jp.schedules.cubic(
-        sparsity, max(steps // 20, 1), 3 * steps // 5, every=max(steps // 100, 1)
+        # Begins at 5 %: the weights are trained, and nothing is to be waited for.
+        sparsity,
+        max(steps // 20, 1),
+        3 * steps // 5,
+        every=max(steps // 100, 1),
     )
     tx = jp.gradual(
         task.optimizer(schedule(learning_rate, steps, warmup=50), track=()),

@@ -42,6 +42,7 @@ class Solver(NamedTuple):
         """The allocation; `scored` gives the scores of a criterion."""
         if self.allocation in ALLOCATIONS:
             return jp.allocation.RULES[self.allocation]
+        # The scores say how many weights each matrix loses, and not which.
         return jp.allocation.Ranked(scored(self.allocation))
 
 
@@ -55,6 +56,7 @@ def named(name: str) -> Solver | None:
       True
     """
     method, _, allocation = name.partition("_")
+    # The method ends at the first "_", which no method's name has; criteria do.
     known = method in SOLVERS and allocation in {*ALLOCATIONS, *CRITERIA}
     return Solver(method, allocation) if known else None
 

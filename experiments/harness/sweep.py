@@ -83,11 +83,14 @@ class Seed:
             min(task.looks.tokens, plan.eval_tokens or task.looks.tokens)
         )
         self._mean = evaluate
+        # Scores and solutions are as large as the model: those of one cell are held at
+        # a time.
         self._scores: tuple[str, Any] = ("", None)
         self._solution: tuple[Cell | None, Any] = (None, None)
 
     def run(self) -> dict[str, Any]:
         """Every stage in order, or what is left of them."""
+        # Before training: how much fine-tuning itself changed both texts.
         start = self._once("start", self._begun) if self.task.begins_trained else None
         watched = self._train()
         dense = {"steps": self.plan.steps}
@@ -138,6 +141,7 @@ class Seed:
             return {**self._measured(trained), **then(trained), **costs}
 
         result = self._once(stage, compute)
+        # The stage's checkpoints: its numbers are written, nothing continues from them.
         on_first(lambda: shutil.rmtree(self.directory / stage, ignore_errors=True))
         return result
 
@@ -150,7 +154,11 @@ class Seed:
         result = self._retrained(
             "control",
             lambda stage: self.trainer.retrain(
-                stage, params, lambda: _only(_keep_everything(params), params, prunable)
+                # Masks of ones: the control runs the program of the pruned models, so a
+                # difference in loss is none of compilation or rounding.
+                stage,
+                params,
+                lambda: _only(_keep_everything(params), params, prunable),
             ),
         )
         return {"steps": self.plan.steps + self.plan.retrain_steps, **result}
@@ -166,6 +174,7 @@ class Seed:
     def _masks(self, watched: Watched, cell: Cell) -> Any:
         """What a criterion keeps of the leaves that an allocation is about."""
         ranked, prunable = self.task.allocations[cell.allocation]
+        # Leaves outside the allocation's part are neither ranked nor pruned.
         scores = _only(self._scored(watched, cell.criterion), watched.params, prunable)
         return jp.masks.make(scores, cell.sparsity, allocation=ranked)
 
@@ -208,6 +217,7 @@ class Seed:
     def _solved(self, watched: Watched, cell: Cell) -> Any:
         """The parameters that a solver leaves; only the last cell's are held."""
         if self._solution[0] != cell:
+            # Before the next one is made, so that two are never held.
             self._solution = (None, None)
             solver = named(cell.criterion)
             assert solver is not None
@@ -228,6 +238,7 @@ class Seed:
 
     def _kept(self, params: Any, cell: Cell) -> Any:
         """Where pruned parameters are not zero, of the leaves that were pruned."""
+        # A solver moves the weights that it keeps: which are gone only the zeros say.
         nonzero = jax.tree.map(lambda leaf: leaf != 0, params)
         return _only(nonzero, params, self.task.allocations[cell.allocation][1])
 
@@ -253,6 +264,7 @@ class Seed:
         plan = self.plan
         if not plan.shows(cell):
             return {"sample": None}
+        # One model is enough for a reader to load: retrained, where that cell is.
         if cell.criterion == plan.criteria[0] and retrained == plan.retrains(cell):
             steps = plan.retrain_steps if retrained else 0
             provenance = {
@@ -283,9 +295,11 @@ class Seed:
         sampled = sampled_weights(
             watched.params, self.seed, self._first_allocation()[1]
         )
+        # Looks have the sampled weights, reports between them the loss alone.
         rows = [line for line in self._lines() if "weights" in line]
         names = list(jp.tree.named_leaves(watched.params))
         kept = {}
+        # Solvers are left out: they move weights, and keep is not a matter of rank.
         for criterion in filter(CRITERIA.__contains__, self.plan.criteria):
             allocation, sparsity = self.plan.allocations[0], self.plan.show_sparsity
             masks = self._masks(watched, Cell(criterion, allocation, sparsity))
@@ -293,6 +307,7 @@ class Seed:
         return {
             "steps": [row["step"] for row in rows],
             "names": [f"{names[leaf]}[{index}]" for leaf, index in sampled],
+            # (weights, steps): a row is the path of one weight.
             "values": np.array([row["weights"] for row in rows]).T.tolist(),
             "averages": values(watched.tracked.weight, sampled),
             "kept": kept,
@@ -318,7 +333,9 @@ def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:
 def _keep_everything(params: Any) -> Any:
     """Masks that prune nothing, for a dense run by the program of the pruned ones."""
     return jax.tree.map(
-        lambda score: jnp.ones_like(score, bool), jp.scores.magnitude(params)
+        # Of the scores, which have no entry for leaves that nothing prunes.
+        lambda score: jnp.ones_like(score, bool),
+        jp.scores.magnitude(params),
     )
 
 

@@ -123,6 +123,7 @@ def init(
     if mesh is None:
         return TrainState(params, optimizer.init(params), step)
     params = device_mesh.put(params, device_mesh.shardings(params, mesh))
+    # Moments lie as their parameters do; counters are repeated.
     places = state_shardings(optimizer, params)
     opt_state = device_mesh.put(optimizer.init(params), places)
     return TrainState(
@@ -134,6 +135,7 @@ def abstract(
     shapes: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> TrainState:
     """The state that `init` makes as `jax.ShapeDtypeStruct`s, to restore onto."""
+    # Shapes alone: a state to restore onto must not need the memory of a second one.
     state = jax.eval_shape(lambda params: init(params, optimizer), shapes)
     if mesh is None:
         return state
@@ -166,6 +168,7 @@ def make_step(
     def step(
         state: TrainState, inputs: jax.Array, targets: jax.Array, key: jax.Array
     ) -> tuple[TrainState, jax.Array]:
+        # By the step in the state, so a resumed run draws the same dropout.
         key = jax.random.fold_in(key, state.step)
         loss, gradients = jax.value_and_grad(loss_fn)(
             state.params, inputs, targets, key
@@ -200,7 +203,10 @@ def make_eval(
         totals, total_weight = [], 0.0
         for inputs, targets, weights in batches:
             token_weights = np.asarray(weights, np.float32)
+            # (batch,) or (batch, context) to (batch, context): transposed, the batch
+            # axis is last and broadcasting meets it.
             token_weights = np.broadcast_to(token_weights.T, targets.T.shape).T
+            # Not fetched yet: the device goes on while the host makes the next batch.
             totals.append(total(params, *_put((inputs, targets, token_weights), mesh)))
             total_weight += float(token_weights.sum(dtype=np.float64))
         rules.check([_WEIGHTS], total=total_weight)
@@ -275,6 +281,8 @@ def train(
     listed = ", ".join(map(str, intervals))
     rules.check([_NUMBERS], steps=steps, shortest=min(intervals), listed=listed)
     state, start = _begin(state, checkpoints, steps, reports.label, donate)
+    # Else the first step's state and the second's would be two signatures, compiled
+    # twice.
     state = placement.committed(state)
     if reports.begin is not None:
         reports.begin(start)
@@ -282,6 +290,7 @@ def train(
         return state
     progress = Progress(reports.label, reports.write, start=start, steps=steps)
     if reports.evaluate is not None and start == 0:
+        # Where every curve begins: the loss of the initial weights.
         progress.write({"step": 0, **reports.evaluate(state)})
     step_fn = _compiled(step_fn, mesh and _shardings(state))
     with progress:
@@ -302,6 +311,7 @@ def train(
                 checkpoint.save(
                     directory, state, step=step, configuration=configuration
                 )
+                # Saving is no training: its seconds are in no rate.
                 progress.restart_clock()
     return state
 
@@ -320,6 +330,8 @@ def _begin(
     """The state and step to continue from; the caller's own arrays only if donated."""
     snapshot = checkpoints and checkpoint.latest(checkpoints.directory)
     if checkpoints is None or snapshot is None:
+        # The step donates its state: a caller that keeps its own needs a copy to be
+        # used up.
         initial = state if donate else jax.tree.map(jnp.copy, state)
         return initial, int(state.step)
     different = atomic.differences(snapshot.configuration, checkpoints.configuration)
@@ -332,6 +344,7 @@ def _begin(
     )
     if donate:
         target = jax.tree.map(_without_numbers, state)
+        # Freed before the checkpoint is read, else both would be in memory.
         jax.tree.map(lambda leaf: leaf.delete(), state)
         state = target
     return checkpoint.restore(checkpoints.directory, state).state, snapshot.step

@@ -23,6 +23,7 @@ def sampled_weights(
         i for i, (name, leaf) in enumerate(leaves.items()) if prunable(name, leaf)
     ]
     sizes = [leaf.size for leaf in leaves.values()]
+    # Round the leaves, not by their size: the largest would have nearly all of them.
     chosen = [fitting[n % len(fitting)] for n in range(WATCHED_WEIGHTS)]
     return [(leaf, int(rng.integers(sizes[leaf]))) for leaf in sorted(chosen)]
 
@@ -36,6 +37,7 @@ def values(tree: Any, sampled: list[tuple[int, int]]) -> list[float]:
     indices = [
         np.unravel_index(positions, leaves[i].shape) for i, positions in places.items()
     ]
+    # One program and one transfer: a fetch for each weight would stop every look.
     picked = _picked([leaves[i] for i in places], indices)
     return np.concatenate(processes.fetch(picked)).tolist()
 

@@ -14,7 +14,7 @@ from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS
 from jaxprune.arrays import rules
 from jaxprune.arrays.rules import Rule
 
-_BATCH = {"tiny": 6, "cpu": 12, "medium": 16, "char": 64}
+_BATCH = {"tiny": 6, "cpu": 12, "medium": 16, "char": 64}  # sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its file."""
+        # Only what is not the default: files of runs before these options keep their
+        # names.
         more = f"-after-{self.after_dense}" if self.after_dense else ""
         more += f"-distill-{self.distill:g}" if self.distill else ""
         return (
@@ -142,6 +144,8 @@ class Config:
 
     def names(self) -> list[str]:
         """The methods, the dense control first."""
+        # The control first: a method may start from it, and all are measured against
+        # it.
         return list(dict.fromkeys((DENSE, *self.methods)))
 
 

@@ -37,6 +37,7 @@ def rates(cells: Cells, sparsity: float, seeds: Collection[int]) -> dict[Key, fl
     """
     losses: dict[Key, dict[float, list[float]]] = {}
     for cell in cells:
+        # The dense model has no sparsity, so its rates are compared as they are.
         target = 0.0 if cell["method"] == DENSE else sparsity
         if cell["sparsity"] == target and cell["seed"] in seeds:
             by_rate = losses.setdefault(_key(cell), {})
@@ -65,6 +66,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     def chosen(cell: Mapping[str, Any]) -> bool:
         rate = cell["learning_rate"]
+        # Where nothing was compared, the one rate there is counts as the best.
         return bool(best.get(_key(cell), rate) == rate)
 
     dense = {
@@ -74,7 +76,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     table = []
     for cell in sorted(cells, key=_order):
-        control = dense.get(_control(cell))
+        control = dense.get(_control(cell))  # None before the control is done
         derived = {
             "dense_loss": control,
             "above": None if control is None else cell["loss"] - control,
@@ -120,8 +122,9 @@ def _table(chosen: Sequence[Mapping[str, Any]], after: int, steps: int) -> Table
         line.append(f"{cells[0]['learning_rate']:g}")
         for sparsity in sparsities:
             target = 0.0 if method == DENSE else sparsity
-            above = [r["above"] for r in cells if r["sparsity"] == target]
+            above = [r["above"] for r in cells if r["sparsity"] == target]  # one a seed
             values = [value for value in above if value is not None]
+            # How many seeds stand behind a mean, for they may differ from cell to cell.
             count = f" ({len(values)})" if values else ""
             line.append(findings.mean(values, signed=True) + count)
         lines.append(line)
@@ -151,6 +154,8 @@ def _lines(results: Mapping[str, Any]) -> dict[str, dict[int, list[dict[str, Any
         label = row["method"] + suffix
         more = f" after {row['after_dense']}" if row["after_dense"] else ""
         cell = {
+            # `figures.runs` draws a panel a criterion and a line a label: here a panel
+            # a length of training, and a line a method.
             "criterion": f"{row['steps']} steps{more}",
             "allocation": "global",
             "sparsity": row["sparsity"],
@@ -193,6 +198,7 @@ def _curves(results: Mapping[str, Any]) -> dict[str, Any]:
     drawn = _drawn(cells) | {DENSE}
 
     def length(cell: Mapping[str, Any]) -> tuple[bool, int, int]:
+        # Trainings from nothing before those from a dense model, then the longest.
         return cell["after_dense"] == 0, cell["steps"], cell["after_dense"]
 
     longest = max(length(cell) for cell in cells if cell["method"] != DENSE)

@@ -52,6 +52,7 @@ class Run:
         )
         self.windows = cut(config.eval_tokens or None)
         self.watched = cut(min(config.eval_tokens or _WATCHED_TOKENS, _WATCHED_TOKENS))
+        # By width: the dense model of a pruned run's average size is another program.
         self.model = functools.cache(self._model)
 
     def identity(self) -> dict[str, Any]:
@@ -69,11 +70,14 @@ class Run:
     def all(self) -> dict[str, Any]:
         """Does what is asked for; returns all cells that are in the directory."""
         config = self.config
+        # Undistilled, whatever is distilled: every loss is held against it.
         controls = itertools.product((0.0,), config.steps, (DENSE,))
         requested = itertools.product(config.distill, config.steps, config.names())
         ways = [*dict.fromkeys([*controls, *requested])]
         for distill, steps, method in ways:
             self.rate(method, steps, config.after_dense, distill)
+        # All methods of a sparsity and seed one after the other, so that a run that is
+        # stopped has whole comparisons.
         for sparsity, seed in itertools.product(config.sparsities, config.seeds):
             for distill, steps, method in ways:
                 rate = self.rate(method, steps, config.after_dense, distill)
@@ -103,6 +107,7 @@ class Run:
         best = report.rates(self.found(), config.tune_sparsity, config.tune_seeds)
         key = (method, steps, after, distill)
         best_rate = best.get(key, rates[0])
+        # Cells of an earlier run in this directory, with other rates than this one's.
         tried = report.tried(self.found(), key) - {best_rate}
         if key not in best and tried:
             raise ValueError(
@@ -126,6 +131,7 @@ class Run:
         dense_rate = self._dense_rate(cell) if needs_dense else None
 
         def compute() -> dict[str, Any]:
+            # A checkpoint of an earlier start: the clock of this one knows only a part.
             resumed = self._directory(cell).exists()
             begun = self._start(cell)
             start = time.perf_counter()
@@ -151,6 +157,7 @@ class Run:
                 "the --learning-rates of before, or another --out"
             )
         for stop in self._directory(cell).glob("*"):
+            # Of the dense model the last state stays: a teacher, or a start.
             if cell.method != DENSE or stop.name != str(cell.steps):
                 shutil.rmtree(stop, ignore_errors=True)
         return result
@@ -184,6 +191,7 @@ class Run:
         if cell.distill:
             teacher = self.dense(cell.seed, cell.after_dense or cell.steps)
             loss = functools.partial(distilled, model, teacher, cell.distill)
+        # A tenth at most: the shortest runs have ten steps.
         warmup = min(100, cell.steps // 10)
         rate = schedule(cell.learning_rate, cell.steps, warmup)
         tx = METHODS[cell.method](rate, self._span(cell))
@@ -193,6 +201,7 @@ class Run:
         return Begun(
             training.init(params, tx, mesh=self.mesh),
             training.make_step(loss, tx),
+            # Behind the batches that the dense model was trained on.
             lambda step: batches(cell.after_dense + step),
         )
 
@@ -241,6 +250,7 @@ class Run:
         """The model's; "dense_small" has about the pruned run's average of weights."""
         if cell.method != DENSE_SMALL:
             return self.shape.width
+        # Matrices grow with the square of the width, hence the root.
         kept = self._span(cell).average(cell.steps)
         heads = self.shape.heads
         return max(round(self.shape.width * kept**0.5 / heads), 1) * heads
@@ -274,6 +284,7 @@ def distilled(
     loss = model.loss(params, inputs, targets, key)
     student_log_probs = jax.nn.log_softmax(model.bind(params)(inputs))
     teacher_log_probs = jax.nn.log_softmax(model.bind(teacher)(inputs))
+    # KL(teacher || student), a mean over tokens; no temperature.
     divergence = optax.losses.kl_divergence_with_log_targets(
         student_log_probs, teacher_log_probs
     ).mean()

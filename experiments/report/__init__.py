@@ -46,6 +46,7 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
       results = json.loads((run / "results.json").read_text())
       write_report(results, run)
     """
+    # Before matplotlib is imported, so that wrong results are refused at once.
     results_.check(results)
     try:
         from experiments.report import plots, sections

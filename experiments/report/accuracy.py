@@ -126,6 +126,7 @@ def _table(by_criterion: Points) -> dict[str, Any]:
         row = [criterion]
         for sparsity in sparsities:
             values = 100 * np.array(by_sparsity.get(sparsity, []))
+            # Percentage points; the sample deviation needs two seeds.
             spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
             row.append(f"{values.mean():.1f}{spread}" if len(values) else "")
         rows.append(row)
@@ -151,10 +152,12 @@ def drawing(results: Mapping[str, Any], stage: str, allocation: str) -> Figure:
         look = style[criterion]
         axes.plot(percent, means, color=look.colour, marker=look.marker, ls=look.dash)
         ends.append((criterion, look.colour, percent[-1], means[-1]))
+    # Levels of the models without pruning are named at the right, as the lines are.
     last = max(end[2] for end in ends)
     for name, level in levels.items():
         axes.axhline(100 * level, color=canvas.INK, lw=1, zorder=1)
         ends.append((name, canvas.INK, last, 100 * level))
+    # The whole range: an axis that fits the lines would make small differences large.
     axes.set_ylim(0, 100)
     axes.set_xlabel("sparsity: % of the weights removed")
     axes.set_title(f"{figures.TITLES[stage]}, {allocation}: % answered right")

@@ -97,6 +97,8 @@ def _table(table: Sequence[Mapping[str, Any]], title: str, *, relative: bool) ->
             for (*key, seed), above in losses.items():
                 if key != [solver, allocation, sparsity]:
                     continue
+                # The same seed's: what an allocation changes is far less than what a
+                # seed does.
                 base = losses.get((solver, "uniform", sparsity, seed))
                 if not relative:
                     values.append(above)
@@ -111,6 +113,7 @@ def _table(table: Sequence[Mapping[str, Any]], title: str, *, relative: bool) ->
 def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
     """Solvers that repair first; in each, the allocations by their kinds."""
     solver, allocation = pair
+    # Names that the lists do not have come behind all others.
     first = [*_SOLVERS, *_LAST, solver].index(solver)
     place = [*_ALLOCATIONS, allocation].index(allocation)
     return (first, solver, place, allocation)

@@ -44,6 +44,7 @@ def loss(
     style = plots.styles(results_.criteria(results))
     shown = {stage: results_.curves(results, stage, allocation) for stage in stages}
     shown = {stage: curves for stage, curves in shown.items() if curves}
+    # The longest label that can stand at a line's end decides the room beside a panel.
     figure, panels = plots.panels(len(shown), [*style, "control  0.000"])
     for axes, (stage, curves) in zip(panels, shown.items(), strict=True):
         lines = [(curve.criterion, style[curve.criterion], curve) for curve in curves]
@@ -95,7 +96,7 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
     figure, panels = plots.panels(len(criteria), ["average  "])
     steps, values = np.asarray(sampled["steps"]), np.asarray(sampled["values"])
     end = steps[-1] + 0.07 * (steps[-1] - steps[0])
-    base = sampled["kept"].get("magnitude")
+    base = sampled["kept"].get("magnitude")  # None where magnitude was not asked for
     for axes, criterion in zip(panels, criteria, strict=True):
         kept = sampled["kept"][criterion]
         unlike_magnitude = [a != b for a, b in zip(kept, base or kept, strict=True)]
@@ -139,6 +140,7 @@ def layers(
     names = list(
         dict.fromkeys(leaf for by_leaf in sparsities.values() for leaf in by_leaf)
     )
+    # (leaves, criteria); NaN where a criterion did not prune a leaf.
     table = np.array(
         [
             [by_leaf.get(name, np.nan) for by_leaf in sparsities.values()]
@@ -160,11 +162,14 @@ def layers(
         1 - (top_margin + 0.1) / height,
     )
     axes = figure.add_axes((left_margin / width, 0.1 / height, wide, high))
+    # Symmetric about the sparsity asked for; at least a little, or all would be one
+    # colour by a division by zero.
     reach = max(float(np.nanmax(np.abs(table - sparsity))), 1e-6)
+    # RGBA: blue, through transparent at no deviation, to orange.
     ends = [(0, 0.45, 0.7, 0.6), (0.5, 0.5, 0.5, 0), (0.9, 0.45, 0, 0.65)]
     colours = LinearSegmentedColormap.from_list("deviation", ends)
     axes.pcolormesh(table - sparsity, cmap=colours, vmin=-reach, vmax=reach)
-    axes.invert_yaxis()
+    axes.invert_yaxis()  # the first leaf on top
     for (row, column), share in np.ndenumerate(table):
         text = "" if np.isnan(share) else f"{100 * share:.0f}"
         axes.text(column + 0.5, row + 0.52, text, ha="center", va="center")
@@ -223,6 +228,8 @@ def _limits(all_results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     for results in all_results:
         for stage in results_.STAGES:
             values += _dense(results, stage).values()
+    # Room for markers at the ends, and never so near that the strip of ±`CLOSE` fills
+    # the panel.
     low, high = 1.3 * min(values), 1.3 * max(values)
     return min(-1.5 * results_.CLOSE, low), max(5 * results_.CLOSE, high)
 
@@ -234,6 +241,7 @@ def _dense(results: Mapping[str, Any], stage: results_.Stage) -> dict[str, float
     if results_.extra_steps(results) is not None:
         losses = [seed["control"]["loss"] for seed in results["seeds"]]
         losses_by_run["control"] = float(np.mean(losses))
+    # Retrained models are held against the control, which had as many steps.
     reference = dense if stage == "pruned" else list(losses_by_run.values())[-1]
     return {
         f"{name}  {loss:.3f}": loss - reference for name, loss in losses_by_run.items()
@@ -248,8 +256,9 @@ def _against_sparsity(
     """Draws curves of nats above a reference, on axes that fit them all."""
     sparsities = np.unique(np.concatenate([curve.sparsities for *_, curve in lines]))
     percent = 100 * sparsities
-    end = max(percent[-1], percent[0] + 1)
+    end = max(percent[-1], percent[0] + 1)  # one sparsity has no width of its own
     axes.set_xlim(percent[0], end)
+    # Losses below the reference occur, which a logarithm cannot show.
     axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.8)
     axes.set_ylim(*limits)
     axes.axhspan(-results_.CLOSE, results_.CLOSE, color=canvas.FAINT, alpha=0.15, lw=0)
@@ -267,7 +276,7 @@ def _against_sparsity(
         ticks, [f"{tick:+g}".replace("-", "−") if tick else "0" for tick in ticks]
     )
     axes.set_yticks([], minor=True)
-    shown: list[float] = []
+    shown: list[float] = []  # ticks that do not run into each other
     for tick in percent:
         if not shown or tick - shown[-1] >= 0.08 * (end - percent[0]):
             shown.append(float(tick))

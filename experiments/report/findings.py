@@ -58,6 +58,7 @@ def _furthest(curves: Sequence[results_.Curve], reference: str) -> str:
     best = max(reaches.values())
     if best == 0:
         return f"no criterion stays within {results_.CLOSE} nats of {reference}"
+    # Sparsities are a grid, so several criteria may reach the same one.
     first = [name for name, reach in reaches.items() if reach == best]
     lower = [reach for reach in reaches.values() if reach < best]
     allocations = {curve.allocation for curve in curves}
@@ -96,6 +97,7 @@ def _lowest(curves: Sequence[results_.Curve]) -> str:
     elif -lowest > np.std(above, ddof=1):
         noise = ""
     else:
+        # The lowest of many cells is under the control by chance alone now and then.
         noise = ", no more than the spread of the seeds"
     return (
         f"The lowest of {len(candidates)} retrained losses is {place}, "
@@ -160,6 +162,7 @@ def layers(
         return None
     sparsity = min({c["sparsity"] for c in cells}, key=lambda s: abs(s - _TYPICAL))
     cells = [cell for cell in cells if cell["sparsity"] == sparsity]
+    # The most uneven: where all matrices lose the same share there is nothing to see.
     allocation = max(
         cells, key=lambda cell: np.ptp([*cell["sparsity_by_leaf"].values()])
     )

@@ -100,14 +100,16 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
         return None
     steps = float(np.mean([seed["dense"]["steps"] for seed in results["seeds"]]))
     weights = results["model"]["parameters"]
+    # Backward costs twice the forward: gradients of the inputs and of the weights.
     arithmetic = 3 * costs[0]["flops_dense"] * training["tokens"] * JOULES_A_FLOP
-    moved = TRAINING_BYTES * weights * steps * JOULES_A_BYTE
+    moved = TRAINING_BYTES * weights * steps * JOULES_A_BYTE  # joules, as all below
     average_count = len(results.get("averages") or _USUAL)
     tracked = average_count * TRACKING_BYTES * results["model"]["prunable"] * steps
     tracked *= JOULES_A_BYTE
     # Of a training that went on from a checkpoint only this start was measured.
     share = training["share"]
     computed = arithmetic + (moved + tracked) * share
+    # A kilowatt-hour is 3.6 MJ; 0 where codecarbon did not measure.
     spent = 3.6e6 * training["energy_kwh"] or computed
     scale = spent / computed
 
@@ -115,6 +117,7 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
         """Joules of a phase, as its seconds are to those of training."""
         phase = phases.get(name, dict.fromkeys(_SUMMED, 0.0))
         measured = 3.6e6 * phase["energy_kwh"]
+        # The same machine at the same work: energy goes with time.
         return measured or spent * phase["seconds"] / training["seconds"]
 
     def done(name: str) -> float:
@@ -127,6 +130,7 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
         training=spent / share - scale * tracked,
         tracking=scale * tracked,
         sweep=cost("prune"),
+        # The control takes the very steps that a pruned model does.
         retraining=cost("control") / done("control"),
         serving={
             batch: {row["sparsity"]: _serving(row, batch, scale) for row in costs}
@@ -144,6 +148,7 @@ def _serving(row: Mapping[str, Any], batch: int, scale: float) -> Serving:
     """Joules a token where `batch` tokens share one reading of the weights."""
 
     def joules(bytes_: float, flops: float) -> float:
+        # Weights are read once for a batch, and multiplied for each of its tokens.
         return scale * (bytes_ / batch * JOULES_A_BYTE + flops * JOULES_A_FLOP)
 
     return Serving(
@@ -227,6 +232,7 @@ def figure(cycle: LifeCycle) -> Figure:
         pays_back(cycle.once, serving.dense, serving.packed)
         for serving in by_sparsity.values()
     ]
+    # The axis is centred where curves cross: there pruning has paid for itself.
     middle = float(np.median([tokens for tokens in paid if tokens] or [1e6]))
     tokens = np.geomspace(middle / 30, middle * 30, 60)
     first = next(iter(by_sparsity.values()))

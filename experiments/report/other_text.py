@@ -34,6 +34,7 @@ def references(results: Mapping[str, Any]) -> dict[str, Any] | None:
     if any("foreign_loss" not in seed["dense"] for seed in seeds):
         return None
     texts = list(seeds[0]["dense"].get("foreign_by_text") or ())
+    # A single text's loss stands in the common column already.
     text_columns = texts if len(texts) > 1 else []
     rows = []
     for run, label in _RUNS.items():

@@ -32,6 +32,7 @@ def command(results: Mapping[str, Any]) -> str:
 
     Where none is recorded, it has a flag for each entry of the configuration.
     """
+    # Results of before commands were recorded have their configuration.
     if results.get("command"):
         return str(results["command"])
     words = ["python", "-m", f"experiments.{results['name']}"]

@@ -156,6 +156,7 @@ def check(results: Any, *, name: str = "results", tables: bool = False) -> None:
 def _mismatches(value: Any, schema: Any, path: str) -> Iterator[str]:
     """Compares value and schema, yielding a sentence for each difference."""
     if isinstance(schema, _Maybe):
+        # Empty lists are what a run writes that did not measure this.
         if value is not None and value not in ([], {}):
             yield from _mismatches(value, schema.schema, path)
     elif value is None:
@@ -174,6 +175,7 @@ def _mismatches(value: Any, schema: Any, path: str) -> Iterator[str]:
         else:
             for index, item in enumerate(value):
                 yield from _mismatches(item, schema[0], f"{path}[{index}]")
+    # In Python True is an integer; in JSON it is none.
     elif isinstance(value, bool) or not isinstance(
         value, (int, float) if schema is float else schema
     ):
@@ -291,6 +293,8 @@ class Curve:
         """
         above = self.above / self.reference if relative else self.above
         within = (above.max(0) if worst else above.mean(0)) <= limit
+        # Up to the first sparsity that is too far off, were later ones near again by
+        # chance.
         count = int(np.logical_and.accumulate(np.ma.filled(within, False)).sum())
         return float(self.sparsities[count - 1]) if count else None
 
@@ -314,7 +318,7 @@ def curves(
     reference = [[(seed.get(run) or {}).get("loss", math.nan)] for seed in seeds]
     stage_curves = []
     for (criterion, curve_allocation), points in losses.items():
-        grid = np.full((len(seeds), len(points)), math.nan)
+        grid = np.full((len(seeds), len(points)), math.nan)  # NaN: not measured
         for column, sparsity in enumerate(sorted(points)):
             for index, loss in points[sparsity].items():
                 grid[index, column] = loss

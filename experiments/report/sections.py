@@ -118,6 +118,7 @@ def _loss_table(curves: Sequence[results_.Curve], title: str) -> dict[str, Any]:
         for column, sparsity in enumerate(map(float, curve.sparsities)):
             measured = curve.losses[:, column].compressed()
             above = curve.above[:, column].compressed()
+            # Rounded as it is shown: two criteria that read alike are both best.
             means[sparsity][curve.criterion] = round(float(measured.mean()), 3)
             cells.setdefault(curve.criterion, {})[sparsity] = {
                 "loss": findings.mean(measured),
@@ -154,6 +155,7 @@ def _reaches(results: Mapping[str, Any]) -> dict[str, Any]:
             f"{stage}, {results_.CLOSE} nats",
             f"{stage}, {findings.percent(findings.CLOSE_SHARE)}",
         ]
+        # A stage that was not run has no columns.
         header += names if curves else []
         for curve in curves:
             row = reach_rows.setdefault((curve.criterion, curve.allocation), {})
@@ -225,6 +227,7 @@ def _phases(phases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         row = [name, str(len(group))]
         for _, key, reduce, write in measured:
             values = [phase[key] for phase in group if phase.get(key) is not None]
+            # A mean rate over training and evaluation together is of nothing.
             skipped = not values or (name == "total" and reduce is np.mean)
             row.append("" if skipped else write(reduce(values)))
         rows.append(row)

@@ -77,6 +77,7 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
       OSError: a file cannot be written; no file is ever left half written.
     """
     drawings = report.figures
+    # Before the first file: a figure that fails leaves no half of a report.
     drawn = {name: drawing.draw() for name, drawing in drawings.items()}
     page = provenance.TEMPLATES.get_template("tables.html").render(
         title=f"{results['name']}: {report.lead}",

@@ -47,6 +47,7 @@ def trained(
       ValueError: the directory holds a run of another configuration.
       FloatingPointError: the loss is not finite.
     """
+    # All averages are tracked, whatever a run asks for: its cells share this training.
     rate = schedule(recipe.learning_rate, recipe.steps, warmup=100)
     tx = optimizer(rate, track=EVERYTHING)
     context = model.config.context
@@ -73,6 +74,6 @@ def trained(
     return Watched(
         state.params,
         tracked,
-        tracked._replace(square=adam.square),
+        tracked._replace(square=adam.square),  # E[g^2] of Adam, for "trajectory_adam"
         lambda: model.init(seed),
     )

@@ -154,7 +154,10 @@ class FinetuningTask:
         if not self.tokenizer.begins:
             return inputs
         return np.concatenate(
-            [np.full_like(inputs[:, :1], self.tokenizer.bos), inputs[:, 1:]], axis=1
+            # In the first token's place: lengths and targets are those of a model
+            # without BOS.
+            [np.full_like(inputs[:, :1], self.tokenizer.bos), inputs[:, 1:]],
+            axis=1,
         )
 
     def _windows(
@@ -186,6 +189,7 @@ class FinetuningTask:
 
     def shown(self, params: Params, label: str, length: int) -> dict[str, Any]:
         """A text that the model writes, begun with the first held-out words."""
+        # The prompt and what is written fit the context, however short that is.
         room = max(1, self.model.config.context - length)
         prompt = self.texts.held_out[None, : min(_PROMPT, room)].astype(np.int32)
         generated = generate.generate(
@@ -218,7 +222,7 @@ class FinetuningTask:
         seed: int,
     ) -> Params:
         """Pruned layer by layer, from sequences of the training text."""
-        draw = self.batches(1, _CALIBRATION + seed)
+        draw = self.batches(1, _CALIBRATION + seed)  # sequences of (1, length)
         # Embedded here: the table is no part of what a solver looks at.
         table = self.model.bind(params).embed
         embedded = [

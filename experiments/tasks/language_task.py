@@ -76,6 +76,7 @@ class LanguageTask:
 
     def shown(self, params: Params, label: str, length: int) -> dict[str, Any]:
         """A text that the model writes, begun with the first validation words."""
+        # A quarter of the context: enough to set the tone, most is the model's.
         prompt = self.corpus.validation[: self.length // 4]
         generated = self.model.sample(params, prompt, length)
         vocabulary = self.corpus.vocabulary

@@ -63,6 +63,7 @@ def opened(path: Path, mesh: Mesh | None, config_class: type[C]) -> ModelDirecto
     if (model_type == vision) != (config_class is Phi3VisionConfig):
         expected = "a language model's" if model_type == vision else vision
         raise Unknown(f"'{path}': model_type must be {expected}, got {model_type!r}")
+    # Names and shapes; no weight is read before a seed begins.
     loaded = hf.load(path, dtype="float32", lazy=True)
     words = hf.load_tokenizer(path)
 
@@ -73,6 +74,7 @@ def opened(path: Path, mesh: Mesh | None, config_class: type[C]) -> ModelDirecto
         replaced = {
             name: functools.partial(_as_stored, leaves[leaf], place)
             for leaf, place in places.items()
+            # A tied tensor may be stored twice; both copies get the new weights.
             for name in (place.name, *place.copies)
         }
         source = open_directory(path)

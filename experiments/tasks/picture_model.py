@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.datasets import picture_questions
-from experiments.tasks.picture_task import Tokenizer
+from experiments.tasks.vision_model import Tokenizer
 
 SPECIAL = ("<unk>", "<s>", "<|end|>", "<|user|>", "<|assistant|>")
 

@@ -5,11 +5,10 @@ import dataclasses
 import fnmatch
 import functools
 import io
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +20,11 @@ import jaxprune as jp
 from experiments.datasets.question_answers import Asked
 from experiments.harness.optimizer import frozen, optimizer
 from experiments.harness.task import Looks, Mean
-from experiments.tasks.pure_model import PureModel
+from experiments.tasks.vision_model import Tokenizer, VisionModel, prunable
 from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
-from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import nats
-from jaxprune.lm.models.phi3_vision import (
-    Phi3Vision,
-    Phi3VisionConfig,
-    preprocess,
-    unused,
-)
+from jaxprune.lm.models.phi3_vision import preprocess, unused
 from jaxprune.typing import Params, Prunable
 
 SHOWN = 8
@@ -39,87 +32,6 @@ SHOWN = 8
 QUESTIONS = 20
 """Results tell the questions apart where there are at most so many."""
 _SHOWN_SIZE = 256  # pixels
-
-
-def prunable(config: Phi3VisionConfig) -> Prunable:
-    """The default rule less what gets no gradient, and the two separators."""
-    return jp.tree.excluding(*unused(config), "separator", "row_end")
-
-
-class Tokenizer(NamedTuple):
-    """Text to tokens.
-
-    Attributes:
-      encode: a text to integers.
-      decode: integers to a text.
-      bos: the token that begins each text between pictures, or None.
-    """
-
-    encode: Callable[[str], Sequence[int]]
-    decode: Callable[[Sequence[int]], str]
-    bos: int | None
-
-    @classmethod
-    def of(cls, words: hf.Tokenizer) -> "Tokenizer":
-        """That of a directory; where BOS goes is said by the prompts."""
-        return cls(lambda text: words.encode(text, bos=False), words.decode, words.bos)
-
-
-class VisionModel(PureModel[Phi3Vision]):
-    """A configuration's functions; parameters are nested dicts of arrays.
-
-    Attributes:
-      config: the model's shape.
-      remat: whether the activations inside a layer are made again for the gradient.
-    """
-
-    def __init__(
-        self,
-        config: Phi3VisionConfig,
-        *,
-        start: Callable[[], Params] | None = None,
-        remat: bool = False,
-    ) -> None:
-        """Traces the model once; makes no parameters.
-
-        `start` makes the parameters of every seed, in place of random ones.
-        """
-        super().__init__(lambda rngs: Phi3Vision(config, rngs=rngs), start)
-        self.config, self.remat = config, remat
-
-    def init(self, seed: int) -> Params:
-        """Those to start from, or random ones, scaled by `by_inputs`."""
-        params = super().init(seed)
-        return by_inputs(params) if self._start is None else params
-
-    def states(self, params: Any, inputs: Mapping[str, jax.Array]) -> jax.Array:
-        """Final hidden states (batch, time, width) of `PictureTask`'s inputs."""
-        model = self.bind(params)
-        batch, views = inputs["pixels"].shape[:2]
-        pixels = inputs["pixels"].reshape(batch * views, *inputs["pixels"].shape[2:])
-        # Each example numbers its own views; those of all lie behind each other.
-        offsets = views * self.config.side**2 * jnp.arange(batch)[:, None]
-        local = inputs["sources"]
-        sources = jnp.where(local >= 2, local + offsets, local)
-        x = model.embed(inputs["tokens"], pixels, sources, remat=self.remat)
-        return model.decoder.states(x, remat=self.remat)[0]
-
-
-def by_inputs(params: Params) -> Params:
-    """Fresh parameters, the deviation of each matrix inputs^-1/2 in place of 0.02.
-
-    0.02 is right for the published widths. At a width of 128 the layers pass on next to
-    nothing, and for hundreds of steps training learns colours and reads no digit.
-    """
-
-    def scaled(name: str, leaf: jax.Array) -> jax.Array:
-        if not name.endswith(("/kernel", "/patch_embedding")):
-            return leaf
-        inputs = math.prod(leaf.shape[:-1])  # a patch's pixels are all inputs
-        return leaf * (inputs**-0.5 / 0.02)
-
-    leaves, structure = jax.tree.flatten(params)
-    return jax.tree.unflatten(structure, map(scaled, jp.tree.names(params), leaves))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,11 +95,12 @@ class PictureTask:
             )
             places = preprocess.layout(rows, columns, config.side, 0)
             text = self._text(example).split("<|image_1|>")
+            # A text between pictures begins with BOS where the tokenizer has one.
             bos = self.tokenizer.bos is not None
             words = sum(len(self.tokenizer.encode(part)) + bos for part in text)
             lengths.append(len(places) + words)
             views.append(1 + rows * columns)
-        return max(lengths) - 1, max(views)
+        return max(lengths) - 1, max(views)  # the last token is a target alone
 
     @property
     def length(self) -> int:
@@ -241,7 +154,7 @@ class PictureTask:
     def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
         """Mean nats of the answers' tokens, their end included."""
         params = frozen(params, self.trained)
-        losses = self.token_losses(params, inputs, targets)
+        losses = self.token_losses(params, inputs, targets)  # (batch, time)
         return losses.sum() / (targets >= 0).sum()
 
     def batches(
@@ -271,6 +184,8 @@ class PictureTask:
         batches = []
         for start in range(0, len(chosen), batch_size):
             part = list(chosen[start : start + batch_size])
+            # The last batch is filled with its first example at weight 0: one shape,
+            # one program.
             missing = batch_size - len(part)
             inputs, targets, weights = self.packed(part + part[:1] * missing)
             weights[len(part) :] = 0
@@ -289,6 +204,7 @@ class PictureTask:
         time, views = self._sizes
         size = self.model.config.tower.image
         count = len(examples)
+        # (examples, time), filled up with token 0, no source, and no target.
         tokens, sources, targets = (
             np.full((count, time), fill, np.int32) for fill in (0, -1, -1)
         )
@@ -303,6 +219,8 @@ class PictureTask:
                 prompt.sources[:-1],
             )
             targets[i, stop - answer - 1 : stop] = prompt.tokens[-answer - 1 :]
+            # One less than the targets: <|end|> is trained on, and no part of being
+            # right.
             weights[i, stop - answer - 1 : stop - 1] = 1
             pixels[i, : len(prompt.pixels)] = prompt.pixels
         return (
@@ -348,6 +266,8 @@ class PictureTask:
         asked_questions = np.array([example.question for example in self.held_out])
         questions = np.unique(asked_questions)
         if len(questions) > QUESTIONS:
+            # Of a data set with a question for each picture no share by question means
+            # anything.
             questions = questions[:0]
         by_question = {
             str(question): float(right[asked_questions == question].mean())
@@ -359,6 +279,7 @@ class PictureTask:
         """Writes a directory like the one the model came from, if it came from one."""
         if self.write is None:
             return
+        # LoRA changed these leaves only; the others keep their bytes in the directory.
         low_rank = self.allocations["all"][1] if self.rank is not None else None
         changed = {
             name: leaf
@@ -369,7 +290,7 @@ class PictureTask:
 
     def text_only(self) -> dict[str, float]:
         """The best that can be done without pictures: each question's usual answer."""
-        counts: dict[str, Counter[str]] = {}
+        counts: dict[str, Counter[str]] = {}  # question to how often each answer
         for example in self.train:
             counts.setdefault(example.question, Counter())[example.answer] += 1
         answers = {
@@ -397,6 +318,7 @@ def _png(image: Image.Image) -> str:
     """A picture, small, as base64 of a PNG."""
     stream = io.BytesIO()
     image = image.convert("RGB")
+    # Pictures lie in results.json and in the page, which loads nothing.
     image.thumbnail((_SHOWN_SIZE, _SHOWN_SIZE))
     image.save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode()

@@ -27,6 +27,8 @@ class PureModel(Generic[M]):
             ones.
         """
         self._make, self._start = make, start
+        # Traced: shapes and structure without an array, so large models can be looked
+        # at.
         model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
         self._graph, self._state = nnx.split(model, nnx.Param)
 
@@ -43,6 +45,7 @@ class PureModel(Generic[M]):
 
     def bind(self, params: Any) -> M:
         """The module with these parameters."""
+        # By position: the leaves of a nested dict and of the state have one order.
         state = jax.tree.unflatten(
             jax.tree.structure(self._state), jax.tree.leaves(params)
         )

@@ -25,7 +25,8 @@ from experiments.report import allocation_figure
 from experiments.tasks import picture_model
 from experiments.tasks.finetuning import Texts
 from experiments.tasks.language_task import LanguageTask
-from experiments.tasks.picture_task import PictureTask, Tokenizer, VisionModel
+from experiments.tasks.picture_task import PictureTask
+from experiments.tasks.vision_model import Tokenizer, VisionModel
 from jaxprune.lm.models.hf import vision_config
 from tests.support.tiny_run import flags, write_text
 

@@ -11,7 +11,8 @@ import jaxprune as jp
 from experiments.datasets import picture_questions
 from experiments.datasets.question_answers import Asked
 from experiments.tasks import picture_model
-from experiments.tasks.picture_task import PictureTask, VisionModel, without_gradient
+from experiments.tasks.picture_task import PictureTask, without_gradient
+from experiments.tasks.vision_model import VisionModel
 from jaxprune.lm.models.hf import vision_config
 from jaxprune.lm.models.phi3_vision import preprocess
 
