@@ -85,6 +85,8 @@ def main(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     failed = []
     for number, (name, line) in enumerate(chosen.items(), 1):
+        # A benchmark that has its file is done: a run that was stopped goes on behind
+        # it.
         path = out / f"{name}.jsonl"
         if path.exists():
             _say(f"{name}: done before, see {path}")
@@ -110,6 +112,7 @@ def main(config: Config) -> None:
             failed.append(name)
             continue
         text = "".join(f"{text_line}\n" for text_line in lines)
+        # Whole or not at all, for the file says that the benchmark is done.
         atomic.replace_files(out, {path.name: text.encode()})
         device = json.loads(lines[-1])["device"]
         _say(f"{name}: {time.perf_counter() - started:.0f} s on {device}")
@@ -120,6 +123,7 @@ def main(config: Config) -> None:
 
 def _device() -> str:
     """The device that JAX finds, as a word."""
+    # In a process of its own, which gives the device back when it ends.
     code = "import jax; print(jax.devices()[0].device_kind)"
     process = subprocess.run(
         [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True

@@ -49,7 +49,7 @@ def main(config: Config) -> None:
     ids = np.load(config.calibration)
     batches = (
         hf.embedded(config.model, loaded.names, loaded.config, part, "float32")
-        for part in np.split(ids, range(2, len(ids), 2))
+        for part in np.split(ids, range(2, len(ids), 2))  # two sequences at a time
     )
     settings = jax_pruning.Config(
         config.model,
@@ -62,6 +62,7 @@ def main(config: Config) -> None:
         pruned, _ = jax_pruning.pruned(
             settings, graphdef, params, batches, folder, "uniform"
         )
+        # Before the folder with the leaves on disk goes.
         ours = lazy.loaded(pruned)
     _, torch_params = nnx.split(
         hf.load(config.torch_model, dtype="float32").model, nnx.Param
@@ -81,6 +82,8 @@ def differing(params: nnx.State, torch_params: nnx.State) -> list[float]:
         jp.tree.named_leaves(torch_params),
     )
     kernels = [k for k in leaves if k.startswith("layers/") and k.endswith("/kernel")]
+    # By number, for "layers/10" comes before "layers/2" by name; `groupby` needs them
+    # sorted.
     kernels.sort(key=_layer)
     shares = []
     for _, names in itertools.groupby(kernels, _layer):
@@ -89,7 +92,7 @@ def differing(params: nnx.State, torch_params: nnx.State) -> list[float]:
             for k in names
         ]
         parted = sum(int((a != b).sum()) for a, b in pairs)
-        shares.append(parted / sum(a.size for a, _ in pairs))
+        shares.append(parted / sum(a.size for a, _ in pairs))  # of the layer's weights
     return shares
 
 

@@ -45,6 +45,7 @@ def main(config: Config) -> None:
     tracker = jp.track_importance(storage=config.storage, memory=config.memory)
     tx = optax.chain(optax.adamw(1e-4, mu_dtype=jnp.bfloat16), tracker)
     step = _step(config, tx)
+    # One dictionary holds every tree, so that each is freed where it is replaced.
     buffers: dict[str, Any] = {}
 
     def train() -> Any:
@@ -57,6 +58,7 @@ def main(config: Config) -> None:
         return jax.block_until_ready(buffers)
 
     trained = measure.peak_memory(train)
+    # Adam's moments go with the state; only the average stays.
     importance = jp.get_importance(buffers.pop("state"))
 
     def score() -> Any:
@@ -77,6 +79,7 @@ def main(config: Config) -> None:
         )
         return buffers
 
+    # Of one leaf: the program of a shape serves all leaves, which have one shape.
     first = next(iter(buffers["params"]))
     jp.prune(  # compiles
         {first: buffers["params"][first]},
@@ -102,6 +105,7 @@ def main(config: Config) -> None:
 
 def _step(config: Config, tx: optax.GradientTransformation) -> Any:
     """A training step of parameters and state, in their own memory."""
+    # A batch of 16: activations are next to nothing beside the parameters.
     batch = jax.random.normal(jax.random.key(0), (16, config.width), jnp.bfloat16)
 
     def loss(params: Any) -> jax.Array:

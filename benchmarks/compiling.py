@@ -45,6 +45,8 @@ def main(config: Config) -> None:
         seconds[f"{allocation}, first call"] = _seconds(prune, params, scores)
         seconds[f"{allocation}, second call"] = _seconds(prune, params, scores)
         if config.jit:
+            # All leaves in one program: XLA compiles them anew even where shapes
+            # repeat.
             program = jax.jit(prune)
             seconds[f"{allocation} in one jit, first call"] = _seconds(
                 program, params, scores

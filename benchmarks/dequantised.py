@@ -46,9 +46,11 @@ def write(config: Config, file: Callable[[Path], Path]) -> None:
     if config.out.exists():
         raise FileExistsError(f"OUT must not exist, got '{config.out}'; remove it")
     config.out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the rename stays on one file system.
     with tempfile.TemporaryDirectory(dir=config.out.parent) as folder:
         model, tokenizer = _read(file(Path(folder)), config.dtype)
         written = Path(folder) / "model"
+        # Several shards, as large models have them: readers must cope with these.
         model.save_pretrained(written, max_shard_size="300MB")
         tokenizer.save_pretrained(written)
         os.rename(written, config.out)

@@ -27,7 +27,7 @@ from benchmarks import measure
 from experiments.datasets import picture_questions
 
 CHANNELS, DENSE = (16, 32, 32), 64
-WIDTH, LAYERS, HEADS, FEATURES, NEURONS = 32, 3, 4, 8, 64
+WIDTH, LAYERS, HEADS, FEATURES, NEURONS = 32, 3, 4, 8, 64  # of the ViT
 METHODS = ("magnitude", "trajectory", "shrink_trained")
 
 
@@ -88,7 +88,7 @@ class Convolutional(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images (batch, 8, 8) to logits (batch, 10)."""
-        x = images[..., None]
+        x = images[..., None]  # (batch, 8, 8, 1)
         for number, channels in enumerate(CHANNELS):
             stride = 2 if number == 2 else 1
             x = nn.relu(nn.Conv(kept_units(channels, self.gone), (3, 3), stride)(x))
@@ -127,11 +127,12 @@ class VisionTransformer(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images (batch, 8, 8) to logits (batch, 10)."""
+        # (batch, rows, 2, columns, 2) to (batch, patches, pixels of a patch).
         x = images.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
-        x = self.embed(x) + self.place[None]
+        x = self.embed(x) + self.place[None]  # (batch, patches, width)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x).mean(1))
+        return self.head(self.norm(x).mean(1))  # (batch, 10)
 
 
 def main(config: Config) -> None:
@@ -185,6 +186,7 @@ def read() -> Data:
 
 def kept_units(units: int, gone: float) -> int:
     """How many units are left, as `jp.shrink` counts."""
+    # Rounded as `jp.shrink` rounds, so that built and shrunk have one shape.
     return units - round(gone * units)
 
 
@@ -224,7 +226,7 @@ def shrunk(config: Config, dense: Run, method: str, gone: float, data: Data) -> 
     fn, params, state = dense
     if method == "shrink_trained":
         images = data.images[: config.calibrated]
-        batches = np.array_split(images, max(1, len(images) // 128))
+        batches = np.array_split(images, max(1, len(images) // 128))  # (128, 8, 8) each
         result = jp.shrink_trained(
             fn, params, batches, gone, relative=config.relative, progress=False
         )
@@ -233,6 +235,7 @@ def shrunk(config: Config, dense: Run, method: str, gone: float, data: Data) -> 
         if method == "trajectory":
             scores = jp.scores.trajectory(params, state)
         result = jp.shrink(fn, params, data.images[:1], scores, gone)
+    # The optimizer's moments are cut alike, so that training goes on without a jolt.
     return Run(result.fn, result.params, result.cut(state))
 
 
@@ -243,6 +246,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
         optax.cosine_decay_schedule(rate, steps, alpha=0.1)
         for steps in (config.steps, config.retraining)
     ]
+    # One transformation for both, whose count says which cosine it is on.
     return optax.adamw(optax.join_schedules(parts, [config.steps]))
 
 
@@ -262,6 +266,8 @@ def trained(config: Config, run: Run, seed: int, data: Data, start: int) -> Run:
         return optax.apply_updates(params, updates), state
 
     for number in range(start, start + (config.retraining if start else config.steps)):
+        # By seed and step: all candidates of a seed see the same images in the same
+        # order.
         rng = np.random.default_rng([seed, number])
         batch = rng.integers(0, len(data.images), config.batch_size)
         params, state = step(params, state, data.images[batch], data.labels[batch])
@@ -309,7 +315,7 @@ def accuracies(results: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     rows = [["network", "removed", "candidate", "before", "retrained", "parameters"]]
     for network, cells in results.items():
         for label, cell in cells.items():
-            gone, method = label.split()
+            gone, method = label.split()  # "0.5 magnitude"
             percents = [
                 measure.mean_and_spread([100 * share for share in cell[stage]], ".1f")
                 for stage in ("before", "after")

@@ -57,6 +57,8 @@ def prepared(config: Draws, folder: Path) -> list[str]:
     texts = held_out(config.texts, TEXTS, config.sequences, folder)
     ids = np.load(config.texts / f"{config.calibration}.npy")
     for draw in config.draws:
+        # (calibrated, length): draws do not overlap, so their spread is one of the
+        # text.
         sequences = ids[draw * config.calibrated :][: config.calibrated]
         if len(sequences) < config.calibrated:
             raise ValueError(
@@ -98,6 +100,7 @@ def run_missing(
       ValueError: the directory has the cells of another table.
     """
     begin(config, **config.facts(), **facts)
+    # On the disk of the results, for draws are read by each of many processes.
     with tempfile.TemporaryDirectory(dir=config.out) as place:
         texts = prepared(config, Path(place))
         for cell, command in measure.progress(list(cells(Path(place))), "running"):
@@ -118,6 +121,7 @@ def over_draws(
       A row for each: mean and spread for each text and for the geometric mean of the
       three; how many draws.
     """
+    # A geometric mean: perplexities of texts differ by factors, and none should rule.
     rows = [[*names, *TEXTS, "geometric mean", "draws"]]
     for key, draws in cells:
         row = [*key]

@@ -43,7 +43,7 @@ class Config:
 def main(config: Config) -> None:
     """Prints one JSON line."""
     rng = np.random.default_rng(0)
-    shape = config.experts, config.width, config.wide
+    shape = config.experts, config.width, config.wide  # (experts, in, out)
     weight = jax.device_put(rng.standard_normal(shape, np.float32))
     programs = {
         "by_blocks": jax.jit(grouped_rows.dot),
@@ -52,9 +52,12 @@ def main(config: Config) -> None:
     results: dict[str, Any] = {}
     for tokens in config.tokens:
         rows = rng.standard_normal((tokens * config.active, config.width), np.float32)
+        # Without replacement: a token goes through different experts. (tokens, active)
         chosen = np.argsort(rng.random((tokens, config.experts)))[:, : config.active]
         sizes = np.bincount(chosen.ravel(), minlength=config.experts)
         operands = jax.device_put((rows, weight, sizes.astype(np.int32)))
+        # Ahead of time, for the analysis of memory; the timed calls then compile
+        # nothing.
         compiled = {k: f.lower(*operands).compile() for k, f in programs.items()}
         calls = {k: functools.partial(f, *operands) for k, f in compiled.items()}
         times = measure.interleaved(

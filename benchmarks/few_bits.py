@@ -49,6 +49,7 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     for draw, pattern, method, bits in itertools.product(
         config.draws, config.patterns, config.methods, config.bits
     ):
+        # 16: the weights stay as the solver leaves them.
         flags = ["--bits", str(bits), "--group", str(config.group)] * (bits < 16)
         rounded = f"{bits} in {config.group}s" if bits < 16 else "16"
         name = f"{pattern.replace(':', 'of')}_{method}_{rounded}_{draw}"
@@ -77,7 +78,9 @@ def _stored(zeros: float, rounded: str) -> float:
     """Bits of a weight in a compact file: its mask's, its level's, of its scale."""
     bits, _, group = rounded.partition(" in ")
     if not group:
+        # A bit of mask and 16 of each kept weight, or all of them without a mask.
         return min(16.0, 1 + 16 * (1 - zeros))
+    # The mask, the kept weights' levels, and a scale of two bytes for each group.
     return 1 + int(bits) * (1 - zeros) + 16 / int(group.rstrip("s"))
 
 

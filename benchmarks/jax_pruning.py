@@ -7,9 +7,7 @@ so does reading each leaf when its layer's turn comes, and writing it once it is
 
 import dataclasses
 import math
-import re
 import tempfile
-import time
 from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +20,7 @@ from flax import nnx
 
 import jaxprune as jp
 from benchmarks import measure
+from benchmarks.cost import Cost
 from jaxprune.arrays import lazy
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.models import hf
@@ -79,22 +78,6 @@ class Config:
     group: int = 128
 
 
-class Cost:
-    """Seconds of the block under it, and the most bytes that were resident."""
-
-    def __init__(self) -> None:
-        self.seconds, self.peak = 0.0, 0
-
-    def __enter__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
-        status = Path("/proc/self/status").read_text()
-        self.peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
-
-
 def main(config: Config) -> None:
     """Loads, prunes, evaluates; each timed apart, with the peak of resident memory."""
     method = jp.methods.METHODS[config.method]
@@ -105,6 +88,8 @@ def main(config: Config) -> None:
     ids = np.load(config.calibration)
     with costs["load"]:
         loaded = hf.load(config.model, dtype="float32", lazy=True)
+        # Lazy leaves: each is read when its layer's turn comes, which is timed as
+        # pruning.
         graphdef, params = nnx.split(loaded.model, nnx.Param)
     texts = {k: np.load(v) for k, v in (x.split("=", 1) for x in config.evaluate)}
     perplexities: dict[str, dict[str, float]] = {}
@@ -153,7 +138,10 @@ def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> A
 
     params = lazy.loaded(params)
     importance = jp.contrib.calibrate_gradients(
-        loss, params, np.split(ids, len(ids))[: config.gradient_sequences]
+        # (1, length) each: squares of the gradients of single sequences.
+        loss,
+        params,
+        np.split(ids, len(ids))[: config.gradient_sequences],
     )
     return jp.allocation.Ranked(jp.scores.trajectory(params, importance))
 
@@ -220,6 +208,7 @@ def perplexity(graphdef: Any, params: Any, sequences: np.ndarray) -> float:
         model = nnx.merge(graphdef, params)
         return loss_per_token(model, ids[:, :-1], ids[:, 1:]).sum()
 
+    # A sequence at a time: the logits of a vocabulary of 262,144 are large.
     sums = [float(total(params, jnp.asarray(ids[None]))) for ids in sequences]
     return math.exp(sum(sums) / sequences[:, 1:].size)
 

@@ -52,6 +52,7 @@ class State(NamedTuple):
 
 def wrapped(updater: Any, inner: optax.GradientTransformation) -> Any:
     """One of their updaters as an optax transformation, its two hooks inside."""
+    # Its masks and counts are in this state; the hooks read them from there.
     tx = updater.wrap_optax(inner)
 
     def init(params: Any) -> State:
@@ -63,7 +64,10 @@ def wrapped(updater: Any, inner: optax.GradientTransformation) -> Any:
         params_held = updater.post_gradient_update(params_held, inner)
         visible = updater.pre_forward_update(params_held, inner)
         difference = jax.tree.map(
-            lambda new, old: jnp.where(new == 0, -old, new - old), visible, params
+            # old + (new - old) need not be new in float32, and a zero must be a zero.
+            lambda new, old: jnp.where(new == 0, -old, new - old),
+            visible,
+            params,
         )
         return difference, State(params_held, inner)
 
@@ -77,7 +81,7 @@ def methods(source: Path | None) -> dict[str, Method]:
       ImportError: there is no JaxPruner, or it cannot be imported.
     """
     if source is not None:
-        sys.path.insert(0, str(source))
+        sys.path.insert(0, str(source))  # before an installed one
     jax.tree_map = _tree_map
     jaxpruner = importlib.import_module("jaxpruner")
     distributions = importlib.import_module("jaxpruner.sparsity_distributions")

@@ -57,12 +57,14 @@ class Config:
 
 def main(config: Config) -> None:
     """Loads, removes, writes."""
-    start = config.draw * config.sequences
+    start = config.draw * config.sequences  # draws do not overlap
     ids = np.load(config.calibration)[start : start + config.sequences]
     loaded = hf.load(config.model, dtype="float32")
     started = time.perf_counter()
     state = nnx.state(loaded.model, nnx.Param)
     kept = kept_layers(loaded.config, state, ids, config)
+    # Layers first: neurons are then chosen for the inputs that the remaining layers
+    # see.
     shape, params = hf.keep_layers(loaded.config, state, kept)
     rows: list[Any] = []
     zeros = False
@@ -116,7 +118,7 @@ def at_the_old_size(result: jp.ShrinkResult) -> Any:
     def whole(name: str, leaf: Any) -> np.ndarray:
         cut = result.fn.cuts[name]
         (kept,) = cut.kept  # of leaves that are not stacked
-        new = np.zeros(cut.before, leaf.dtype)
+        new = np.zeros(cut.before, leaf.dtype)  # of the size before
         places = zip(kept, cut.before, strict=True)
         new[np.ix_(*(range(n) if units is None else units for units, n in places))] = (
             leaf

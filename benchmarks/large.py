@@ -23,61 +23,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import ml_dtypes
 import numpy as np
 import tyro
 from flax import nnx
 
 import jaxprune as jp
-from benchmarks import measure
-from jaxprune.files import safetensors_file
+from benchmarks import measure, random_checkpoint
+from benchmarks.random_checkpoint import SHAPES, Shape, llama, mixture
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.checkpoints.prune_magnitude import prune_directory
 from jaxprune.lm.models import hf
 from jaxprune.posttraining.progress import ProgressLog
 
 Method = Literal["wanda", "sparsegpt", "alps", "magnitude"]
-PAPER_TOKENS = 128 * 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A Llama: layers, width, neurons, features of the keys, tokens."""
-
-    layers: int
-    width: int
-    ffn: int
-    keys: int
-    vocabulary: int
-
-    @property
-    def matrices(self) -> list[tuple[str, int, int]]:
-        """Name, inputs and outputs of a layer's matrices."""
-        w, f, k = self.width, self.ffn, self.keys
-        return [
-            ("self_attn.q_proj", w, w),
-            ("self_attn.k_proj", w, k),
-            ("self_attn.v_proj", w, k),
-            ("self_attn.o_proj", w, w),
-            ("mlp.gate_proj", w, f),
-            ("mlp.up_proj", w, f),
-            ("mlp.down_proj", f, w),
-        ]
-
-    @property
-    def weights(self) -> int:
-        """Of a layer."""
-        return sum(inputs * outputs for _, inputs, outputs in self.matrices)
-
-
-SHAPES = {
-    "7 B": Shape(32, 4096, 11008, 4096, 32000),
-    "70 B": Shape(80, 8192, 28672, 1024, 32000),
-    "405 B": Shape(126, 16384, 53248, 1024, 128256),
-}
+PAPER_TOKENS = 128 * 2048  # SparseGPT's and Wanda's calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +74,14 @@ class Config:
 def main(config: Config) -> None:
     """Writes the directory, starts a process for each method, adds up."""
     if config.alone is not None:
-        print(json.dumps(one(config, config.alone)))
+        print(json.dumps(prune_alone(config, config.alone)))
         return
     if config.model == "llama":
-        write(config.out / "model", llama(SHAPES["7 B"], config.layers))
+        random_checkpoint.write(
+            config.out / "model", llama(SHAPES["7 B"], config.layers)
+        )
     else:
-        write(config.out / "model", mixture(config.layers))
+        random_checkpoint.write(config.out / "model", mixture(config.layers))
     try:
         for method in config.methods:
             words = [sys.executable, "-m", "benchmarks.large", *sys.argv[1:]]
@@ -138,118 +102,15 @@ def main(config: Config) -> None:
         shutil.rmtree(config.out)
 
 
-class Checkpoint(NamedTuple):
-    """config.json of a directory, and the shape of each tensor as it is stored."""
-
-    config: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
-
-
-def llama(shape: Shape, layers: int) -> Checkpoint:
-    """A Llama of so many layers."""
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "intermediate_size": shape.ffn,
-        "num_attention_heads": shape.width // 128,
-        "num_key_value_heads": shape.keys // 128,
-    }
-    return _decoder(config, layers, shape.width, shape.vocabulary, shape.matrices, {})
-
-
-def mixture(layers: int, experts: int = 128, width: int = 2048) -> Checkpoint:
-    """Qwen3 30B A3B of so many layers; its vocabulary is cut to 32,000 tokens."""
-    head, ffn = 128, 768
-    queries, keys = 2 * width, max(width // 4, head)
-    config = {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "head_dim": head,
-        "num_attention_heads": queries // head,
-        "num_key_value_heads": keys // head,
-        "num_experts": experts,
-        "num_experts_per_tok": 8,
-        "intermediate_size": ffn,
-        "moe_intermediate_size": ffn,
-        "norm_topk_prob": True,
-    }
-    matrices = [
-        ("self_attn.q_proj", width, queries),
-        ("self_attn.k_proj", width, keys),
-        ("self_attn.v_proj", width, keys),
-        ("self_attn.o_proj", queries, width),
-        ("mlp.gate", width, experts),
-    ]
-    for number in range(experts):
-        expert = f"mlp.experts.{number}"
-        matrices += [
-            (f"{expert}.{name}", width, ffn) for name in ("gate_proj", "up_proj")
-        ]
-        matrices.append((f"{expert}.down_proj", ffn, width))
-    vectors = {"self_attn.q_norm": head, "self_attn.k_norm": head}
-    return _decoder(config, layers, width, 32000, matrices, vectors)
-
-
-def _decoder(
-    config: dict[str, Any],
-    layers: int,
-    width: int,
-    vocabulary: int,
-    matrices: Sequence[tuple[str, int, int]],
-    vectors: dict[str, int],
-) -> Checkpoint:
-    """A decoder with these matrices (name, inputs, outputs) and norms in each layer."""
-    config |= {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-    norms = ("input_layernorm", "post_attention_layernorm")
-    vectors = vectors | dict.fromkeys(norms, width)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        for name, inputs, outputs in matrices:
-            shapes[f"{layer}.{name}.weight"] = (outputs, inputs)
-        shapes |= {f"{layer}.{name}.weight": (n,) for name, n in vectors.items()}
-    shapes["model.embed_tokens.weight"] = (vocabulary, width)
-    shapes["model.norm.weight"] = (width,)
-    shapes["lm_head.weight"] = (vocabulary, width)
-    return Checkpoint(config, shapes)
-
-
-def write(folder: Path, model: Checkpoint) -> None:
-    """Writes config.json and model.safetensors, a tensor in memory at a time."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(model.config))
-    rng = np.random.default_rng(0)
-
-    def drawn(name: str) -> np.ndarray:
-        size = model.shapes[name]
-        if len(size) == 1:
-            return np.ones(size, ml_dtypes.bfloat16)
-        values = rng.standard_normal(size, np.float32)
-        values *= 0.02
-        return values.astype(ml_dtypes.bfloat16)
-
-    bfloat16 = np.dtype(ml_dtypes.bfloat16)
-    entries = {name: (bfloat16, shape) for name, shape in model.shapes.items()}
-    safetensors_file.write(
-        folder / "model.safetensors", entries, drawn, {"format": "pt"}
-    )
-
-
-def one(config: Config, method: Method) -> dict[str, Any]:
+def prune_alone(config: Config, method: Method) -> dict[str, Any]:
     """Prunes the directory; seconds, those of all cores, and the peak of memory."""
     function = _by_magnitude if method == "magnitude" else _calibrated
     results: dict[str, Any] = {}
+    # Of all cores together: other programs hardly change it, as they do the wall time.
     processor_start = time.process_time()
     start = time.perf_counter()
+    # Nothing ran before, so compilation is in the seconds and in the peak, as for a
+    # user.
     memory = measure.peak_memory(lambda: results.update(function(config, method)))
     return results | {
         "seconds": time.perf_counter() - start,
@@ -262,7 +123,7 @@ def _by_magnitude(config: Config, method: str) -> dict[str, Any]:
     source = open_directory(config.out / "model")
     out = config.out / method
     prune_directory(source, out, sparsity=config.sparsity)
-    shutil.rmtree(out)
+    shutil.rmtree(out)  # as large as the model
     return {"bytes": source.size}
 
 
@@ -292,7 +153,9 @@ def _calibrated(config: Config, method: Any) -> dict[str, Any]:
         directory=progress,
     )
     shutil.rmtree(progress)
+    # Layers are alike, so each has as many segments and as many rows.
     segments_a_layer, rows = len(ends) // config.layers, result.report["weights"]
+    # The last layer's: the first one compiles what all others run.
     last = rows[-len(rows) // config.layers :]
     return {
         "achieved": result.report["achieved"],
@@ -306,6 +169,7 @@ def _calibrated(config: Config, method: Any) -> dict[str, Any]:
 
 def _is_wanted(config: Config, name: str) -> bool:
     matrices = [word.removesuffix("_proj") for word in config.only]
+    # The flag has the checkpoint's names, the leaf the decoder's.
     matrices = ["out" if word == "o" else word for word in matrices]
     return not matrices or name.split("/")[-2] in matrices
 
@@ -337,6 +201,7 @@ def operations(
     Returns:
       "calibration" and "solving".
     """
+    # A multiplication and an addition for each weight and token.
     calibration = 2.0 * shape.weights * tokens
     pruned = [
         (n, out)
@@ -359,6 +224,7 @@ def operations(
 def on_paper(config: Config, method: str, measured: dict[str, Any]) -> dict[str, Any]:
     """What each model costs with 128 x 2048 tokens, at the rate that was measured."""
     tokens = config.sequences * config.length
+    # Of what was measured; everything below scales with the ratio to it.
     small = operations(SHAPES["7 B"], method, tokens, config.only)
     layer, solver_seconds = measured["layer"], sum(measured["solver_seconds"].values())
     # What the solvers took of the layer's seconds, they took of the processor's.
@@ -374,10 +240,11 @@ def on_paper(config: Config, method: str, measured: dict[str, Any]) -> dict[str,
         rows[name] = {
             "processor_hours": shape.layers * (seconds + solver_seconds * ratio) / 3600,
             "operations": shape.layers * sum(counts.values()),
-            "weights_bytes": 2 * shape.layers * shape.weights,
+            "weights_bytes": 2 * shape.layers * shape.weights,  # bfloat16
+            # float32 (tokens, width), and gate and up in bfloat16.
             "activations_bytes": 4 * PAPER_TOKENS * shape.width,
             "segment_bytes": 2 * 2 * shape.width * shape.ffn,
-            "hessian_bytes": 4 * shape.ffn**2,
+            "hessian_bytes": 4 * shape.ffn**2,  # float32; the largest is that of `down`
         }
     rates = {
         "calibration": small["calibration"] / calibration_seconds,

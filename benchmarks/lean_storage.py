@@ -75,6 +75,8 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
         vocab_size=len(corpus.vocabulary), **gpt.PRESETS[config.preset]
     )
     model = LanguageModel(shape)
+    # All storages see the very same gradients and weights, which separate runs would
+    # not.
     tx = _watched_by_all(config)
     state = training.train(
         training.init(model.init(seed), tx),
@@ -93,6 +95,8 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
 
     importances = {
         name: jp.Importance(
+            # Trackers of weights end the chain in reverse order, those of gradients
+            # begin it.
             weight=jp.get_importance(state.opt_state[-1 - number]).weight,
             square=jp.get_importance(state.opt_state[number]).square,
         )
@@ -100,6 +104,7 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
     }
     rows: dict[str, Any] = {}
     for criterion, score in CRITERIA.items():
+        # What the others are compared with.
         exact = score(state.params, importances["float32"])
         for name in low_bit.STORAGES:
             rows[f"{criterion} {name}"] = _compare(
@@ -127,6 +132,7 @@ def _watched_by_all(config: Config) -> optax.GradientTransformation:
 
 def _compare(params: Any, exact: Any, scores: Any, loss: Any) -> dict[str, float]:
     """Rank correlation, agreement of global masks, loss of the pruned model."""
+    # Over all weights: masks are of ranks alone.
     numbers = {"rank_correlation": stats.spearmanr(_flat(exact), _flat(scores))[0]}
     for sparsity in SPARSITIES:
         expected = jp.masks.make(exact, sparsity, allocation="global")

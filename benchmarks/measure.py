@@ -41,6 +41,7 @@ def median_and_spread(samples: Sequence[float]) -> dict[str, float | int]:
       >>> measure.median_and_spread([3.0, 1.0, 2.0])["median"]
       2.0
     """
+    # Quantiles: one interrupted timing moves a mean, and no median.
     lowest, q1, median, q3, highest = np.quantile(samples, [0, 0.25, 0.5, 0.75, 1])
     return {
         "median": float(median),
@@ -107,6 +108,7 @@ def seconds(
       Seconds.
     """
     start = clock()
+    # A call returns when it is dispatched; the result may be far from ready.
     jax.block_until_ready(call())
     return clock() - start
 
@@ -174,12 +176,15 @@ def peak_memory(function: Callable[[], Any]) -> dict[str, int]:
     Raises:
       OSError: the system has no /proc.
     """
+    # Cycles that hold arrays of an earlier candidate would be counted as free again.
     gc.collect()
     before = _resident("VmRSS")
     with _Watch() as watch:
+        # Held until the second reading: what is kept includes the result.
         result = jax.block_until_ready(function())
     kept = _resident("VmRSS") - before
     del result
+    # The mark may lie below what was resident when other pages are returned meanwhile.
     return {"extra_bytes": max(watch.peak - before, 0), "kept_bytes": kept}
 
 
@@ -232,14 +237,14 @@ class _Watch:
         self._thread.join()
 
     def _poll(self) -> None:
-        while not self._done.wait(0.0005):
+        while not self._done.wait(0.0005):  # seconds
             self.peak = max(self.peak, _resident("VmRSS"))
 
 
 def _resident(field: str) -> int:
     for line in _STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024  # "VmHWM:  123456 kB"
     raise OSError(f"{_STATUS} must have the line {field}; run on Linux")
 
 

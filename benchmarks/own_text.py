@@ -72,11 +72,12 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     options += ["--refine", str(config.refine)]
     refined = f"+refine{config.refine}" * bool(config.refine)
     for draw, calibration in itertools.product(config.draws, config.calibrations):
-        sequences = folder / f"{draw}.npy"
+        sequences = folder / f"{draw}.npy"  # of the text
         if calibration != "text":
             text, generated = np.load(sequences), _written(config, draw)
             half = len(generated) // 2 if calibration == "both" else 0
             sequences = folder / f"{draw}-{calibration}.npy"
+            # (calibrated, length): as many sequences whatever they are made of.
             np.save(sequences, np.concatenate([text[:half], generated[half:]]))
         for pattern, method in itertools.product(config.patterns, config.methods):
             words = calibration + refined
@@ -88,6 +89,7 @@ def _written(config: Config, draw: int) -> np.ndarray:
     """What the dense model writes, as many sequences as long as those of the texts."""
     loaded, tokenizer = hf.load(config.model), hf.load_tokenizer(config.model)
     length = np.load(config.texts / f"{config.calibration}.npy").shape[1]
+    # Rows of the embedding that no token has: their logits are never trained.
     padding = range(tokenizer.vocab_size, loaded.config.vocab_size)
     with Progress(config.calibrated, "writing", unit="sequence") as progress:
         return self_calibration(
@@ -99,6 +101,8 @@ def _written(config: Config, draw: int) -> np.ndarray:
             bos=tokenizer.bos if tokenizer.begins else None,
             special={*tokenizer.special, *padding},
             batch=min(config.calibrated, 32),
+            # Kept: writing takes longer than pruning, and every cell of a draw needs
+            # it.
             directory=config.out / f"written-{draw}",
             tick=progress.update,
         )

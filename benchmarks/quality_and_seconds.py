@@ -102,7 +102,7 @@ def points(directories: Sequence[Path], pattern: str) -> list[Point]:
             cell = json.loads(path.read_text())
             mean = with_mean(cell["perplexities"]["after"])["mean"]
             key = METHODS.get(method, method), _options(cell["config"])
-            spent = cell["seconds"]["prune"]
+            spent = cell["seconds"]["prune"]  # with tracing and compilation
             if _is_distilled(cell["config"]):
                 spent += cell["seconds"]["distill"]
             cells.setdefault(key, []).append((spent, mean))
@@ -128,6 +128,7 @@ def figure(drawn_points: Sequence[Point]) -> Figure:
     axes = canvas.add_axes((0.07, 0.11, 0.47, 0.86))
     for point in drawn_points:
         axes.plot(point.seconds, point.perplexity, "o", color=colours[point.method])
+    # Methods differ by factors in both.
     axes.set(xscale="log", yscale="log")
     for axis, ticks in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 2, 3, 4, 5, 6, 8))):
         axis.set_major_locator(LogLocator(subs=ticks))

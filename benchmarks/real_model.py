@@ -94,6 +94,7 @@ def begin(config: Any, **facts: Any) -> None:
     # What `benchmarks.texts` says of the sequences, and the shape of the model.
     for file in (config.texts / "manifest.json", config.model / "config.json"):
         if file.exists():
+            # By content: a directory may be filled anew under the same path.
             places[file.name] = atomic.digest(file)
     config.out.mkdir(parents=True, exist_ok=True)
     table = Path(inspect.getfile(type(config))).stem
@@ -129,7 +130,7 @@ def held_out(
 
 def _cells(config: Config, texts: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
-    default = config.texts / f"{config.calibration}.npy"
+    default = config.texts / f"{config.calibration}.npy"  # left out of a cell's name
 
     def cell(
         side: str, method: str, pattern: str, calibration: Path = default
@@ -188,6 +189,7 @@ def json_line(command: Sequence[str], threads: int) -> str:
     for name in ("OMP_NUM_THREADS", "NPROC"):  # torch's, and what XLA counts
         environment[name] = str(threads)
     if "torch_pruning" in command[0]:
+        # torch takes the number of threads from a call as well as from the environment.
         command = [*command, "--threads", str(threads)]
     process = subprocess.run(
         [sys.executable, "-m", *command],
@@ -196,6 +198,7 @@ def json_line(command: Sequence[str], threads: int) -> str:
         text=True,
         check=True,
     )
+    # Libraries may print before it; the JSON line is the last.
     return process.stdout.strip().splitlines()[-1]
 
 
@@ -209,6 +212,7 @@ def cells_table(folder: Path) -> str:
       A row for each cell: perplexities, seconds, peak memory.
     """
     cells = {path.stem: json.loads(path.read_text()) for path in cells_in(folder)}
+    # Cells of another run may have been measured on more texts.
     texts = sorted({t for c in cells.values() for t in _perplexities(c)})
     rows = [["cell", *texts, "prune s", "prune peak MiB", "load peak MiB"]]
     for name, cell in sorted(cells.items()):
@@ -227,6 +231,7 @@ def cells_table(folder: Path) -> str:
 
 def _perplexities(cell: dict[str, Any]) -> dict[str, float]:
     by_stage: dict[str, dict[str, float]] = cell["perplexities"]
+    # "torch_none" prunes nothing, so it has the dense model's alone.
     return by_stage.get("after", by_stage.get("before", {}))
 
 

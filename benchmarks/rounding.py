@@ -58,6 +58,7 @@ def main(config: Config) -> None:
     exact, averages_by_way, final = _followed(config)
     rows = {}
     for (code, rounding, form), averages in averages_by_way.items():
+        # A = w + d: the lag is added to the final weights.
         flat = _flat(averages) + (_flat(final) if form == "lag" else 0)
         error = np.sqrt(np.mean((flat - exact) ** 2) / np.mean(exact**2))
         rows[f"{code} {rounding} {form}"] = {
@@ -79,6 +80,7 @@ def _followed(config: Config) -> tuple[np.ndarray, dict[Any, Any], Any]:
     shape = gpt.GPTConfig(vocab_size=size, **gpt.PRESETS[config.preset])
     model = LanguageModel(shape)
     adamw = optimizer(schedule(1e-3, config.steps, warmup=100), track=())
+    # The weight of a new value in the average at step n, as `track_importance` has it.
     gain = jp.weightings.power(0.5)
     ways = [(c, r, f) for c in CODES for r in ROUNDINGS for f in FORMS]
 
@@ -104,6 +106,7 @@ def _followed(config: Config) -> tuple[np.ndarray, dict[Any, Any], Any]:
     first = {"average": jnp.copy, "lag": jnp.zeros_like}
     averages = {
         way: [first[way[2]](w) for w in _prunable(params)]
+        # The exact average goes through the same program, so only rounding differs.
         for way in [("float32", "exact", "average"), *ways]
     }
     state = adamw.init(params)
@@ -120,6 +123,7 @@ def _moved(
     old: jax.Array, w: jax.Array, update: jax.Array, gain: jax.Array, form: str
 ) -> jax.Array:
     if form == "lag":
+        # d' = A' - w' with A' = A + gain (w' - A) and w' = w + update.
         return (1 - gain) * (old - update)
     return old + gain * (w - old)
 
@@ -137,6 +141,7 @@ def _rounded(
         key = jax.random.fold_in(jax.random.key(number), n)
         thresholds = jax.random.bits(key, values.shape)
     else:
+        # Half of 2^32: what is above the middle of two codes is rounded up.
         thresholds = jnp.full(values.shape, 1 << 31, jnp.uint32)
     if code == "bfloat16":
         return low_bit.decode(low_bit.encode_bfloat16(values, thresholds))
@@ -152,8 +157,8 @@ def _drift(code: str, rounding: str) -> dict[str, float]:
     def body(n: jax.Array, values: jax.Array) -> jax.Array:
         return _rounded(DECAY * values, n, (code, rounding, ""), 0)
 
-    averages = jax.lax.fori_loop(0, STEPS, body, jnp.ones(4096))
-    ratio = np.asarray(averages, np.float64) / DECAY**STEPS
+    averages = jax.lax.fori_loop(0, STEPS, body, jnp.ones(4096))  # (positions,)
+    ratio = np.asarray(averages, np.float64) / DECAY**STEPS  # 1 where no error added up
     return {"mean": float(ratio.mean()), "deviation": float(ratio.std())}
 
 

@@ -67,6 +67,7 @@ def main(config: Config) -> None:
     """Trains and reports."""
     plays = [shakespeare_plays.render(x) for x in shakespeare_plays.read_plays()]
     letters = sorted({*"".join(plays)})
+    # (characters,): whole plays are held out, every tenth.
     train, held_out = (
         np.array([letters.index(x) for x in "".join(texts)], np.uint8)
         for texts in (
@@ -75,7 +76,7 @@ def main(config: Config) -> None:
         )
     )
     shape = gpt.preset(config.preset, vocab_size=len(letters))
-    points = np.linspace(config.begin, config.end, config.times)
+    points = np.linspace(config.begin, config.end, config.times)  # shares of the steps
     events = [round(config.steps * share) for share in points]
     candidates: dict[str, list[int]] = {
         "dense": [],
@@ -84,6 +85,8 @@ def main(config: Config) -> None:
         "from the start": [0],
     }
     results: dict[str, list[dict[str, float]]] = {}
+    # All candidates of a seed one after the other, so that the machine is alike for
+    # them.
     runs = [(seed, name) for seed in config.seeds for name in candidates]
     for seed, name in measure.progress(runs, "training", "run"):
         results_of_run = trained(config, shape, train, held_out, seed, candidates[name])
@@ -143,14 +146,17 @@ def trained(
                 small = _shrunk(fn, params, state, first, share)
                 fn, params, state = small.fn, small.params, small.cut(state)
             if number == 0 or number in events:
+                # Ahead of time: compiling is in "the rest", and no step's seconds have
+                # it.
                 step = _step(fn, tx).lower(params, state, first).compile()
             batch = batches(number)
             started = time.perf_counter()
+            # Waited for at each step, so that its seconds are those of the device.
             params, state = jax.block_until_ready(step(params, state, batch))
             step_seconds += time.perf_counter() - started
         elapsed = time.perf_counter() - before
     costs = {"seconds": step_seconds, "rest": elapsed - step_seconds}
-    if phase.energy_kwh is not None:
+    if phase.energy_kwh is not None:  # None without --energy
         costs["watt-hours"] = 1000 * phase.energy_kwh
     validation = _batches(config, shape, held_out, 0)
     results = {"run": {**_measured(config, fn, params, validation), **costs}}
@@ -207,6 +213,7 @@ def _measured(
     config: Config, fn: Any, params: Any, batches: Batches
 ) -> dict[str, float]:
     loss, count = jax.jit(fn), config.validated // config.batch_size
+    # Drawn like training batches: the same windows for all candidates.
     losses = [float(loss(params, batches(number))) for number in range(count)]
     return {
         "nats": float(np.mean(losses)),

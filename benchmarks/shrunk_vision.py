@@ -105,6 +105,7 @@ def main(config: Config) -> None:
             f"calibrated must be a multiple of {_BATCH}, which are one batch, got "
             f"{config.calibrated}"
         )
+    # Refuses a directory that is no finished run before `out` is made.
     identity, plan, task = opened(config)
     config.out.mkdir(parents=True, exist_ok=True)
     with run_dir.locked(config.out):
@@ -112,6 +113,7 @@ def main(config: Config) -> None:
         requested = list(cells(config))
         missing = [cell for cell in requested if not (config.out / cell.file).exists()]
         with Progress(len(missing), "shrinking", unit="cell") as progress:
+            # A seed's dense model is read once, for all of its cells.
             for seed in sorted({cell.seed for cell in missing}):
                 dense = watched(config, identity, plan, task, seed)
                 accuracy = {"dense": right(task, logits(task))(dense.params)}
@@ -145,6 +147,7 @@ def opened(config: Config) -> tuple[dict[str, Any], Plan, PictureTask]:
         **fields_set | {"out": config.run, "data_dir": config.data_dir}
     )
     task = phi3_vision.make_task(config_of_run)
+    # Accuracies of other pictures would be compared with those that the run reports.
     pictures_digest = question_answers.fingerprint((*task.train, *task.held_out))
     if pictures_digest != identity["fingerprint"]:
         raise ValueError(
@@ -191,12 +194,14 @@ def shrunk(
     shares = dict.fromkeys(GLOBS[cell.part], cell.share)
     fn, params = logits(task), dense.params
     starts = range(0, config.calibrated, _BATCH)
+    # Inputs alone; made when asked for, since pictures of all would fill the memory.
     batches = (task.packed(task.train[i : i + _BATCH])[0] for i in starts)
     if cell.method == "shrink_trained":
         return jp.shrink_trained(fn, params, batches, shares, progress=False)
     scores = jp.scores.magnitude(params)
     if cell.method == "trajectory":
         scores = jp.scores.trajectory(params, dense.tracked)
+    # By scores a batch is traced for its shapes, and never looked at.
     return jp.shrink(fn, params, next(batches), scores, shares)
 
 
@@ -224,6 +229,7 @@ def right(task: PictureTask, fn: Callable[..., Any]) -> Callable[[Any], float]:
         count = 0
         for inputs, targets, weights in task.validation(64, None):
             matches = (np.asarray(guess(params, inputs)) == targets) | (weights == 0)
+            # The last batch is filled with examples of weight 0: they are no questions.
             count += int(matches.all(1)[weights.any(1)].sum())
         return count / len(task.held_out)
 
@@ -233,10 +239,11 @@ def right(task: PictureTask, fn: Callable[..., Any]) -> Callable[[Any], float]:
 def retrained(plan: Plan, task: PictureTask, small: jp.ShrinkResult, cell: Cell) -> Any:
     """The smaller parameters after the steps that the run gives what it pruned."""
     steps, rate = plan.retrain_steps, plan.retrain_learning_rate
+    # The schedule that `SeedTrainer.retrain` has.
     tx = task.optimizer(schedule(rate, steps, warmup=50), track=())
 
     def loss(params: Any, inputs: Any, targets: Any, key: Any) -> jax.Array:
-        counted = targets >= 0
+        counted = targets >= 0  # (batch, time)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             small.fn(params, inputs), jnp.maximum(targets, 0)
         )
@@ -246,6 +253,7 @@ def retrained(plan: Plan, task: PictureTask, small: jp.ShrinkResult, cell: Cell)
     return training.train(
         training.init(small.params, tx),
         training.make_step(loss, tx),
+        # Behind the training batches, as the run's own retraining.
         lambda step: batches(plan.steps + step),
         steps=steps,
         key=jax.random.key(cell.seed),

@@ -30,6 +30,7 @@ REMOVED = {
     "layers2": ("--drop", "2"),
     "layers4": ("--drop", "4"),
 }
+# Names of the papers' code: structured pruning by weights, by Wanda's scores, FLAP.
 WIDTH = ("magnitude-sp", "wanda-sp", "flap", "flap-adaptive", "ours")
 DEPTH = ("block-influence", "ours")
 
@@ -53,6 +54,7 @@ def main(config: Config) -> None:
     """Runs what is missing and prints the table."""
     begin(config, **config.facts())
     cells = [c for c in _cells(config) if not (config.out / f"{c[0]}.json").exists()]
+    # The smaller checkpoint is as large as half the model: on the disk of the results.
     with tempfile.TemporaryDirectory(dir=config.out) as folder:
         texts = held_out(config.texts, TEXTS, config.sequences, Path(folder))
         for name, method, arguments in measure.progress(cells, "running", "cell"):
@@ -100,7 +102,8 @@ def _run(
         *calibration_arguments(arguments),
     ]
     line = json.loads(json_line([*command, *evaluate], config.threads))
-    shutil.rmtree(small)
+    shutil.rmtree(small)  # the next cell writes there
+    # What torch pruned there is nothing of; the time is that of ours.
     line["seconds"]["prune"] = conversion["prune_seconds"]
     return json.dumps({**line, "made": conversion})
 
@@ -125,7 +128,7 @@ def perplexity_table(folder: Path) -> str:
         removed, method, _ = path.stem.split("_")
         perplexities = json.loads(path.read_text())["perplexities"]
         cells.setdefault((removed, method), []).append(perplexities)
-    order = ["dense", *REMOVED]
+    order = ["dense", *REMOVED]  # of the rows
     ordered = sorted(cells.items(), key=lambda x: (order.index(x[0][0]), x[0][1]))
     return over_draws(["removed", "method"], ordered)
 

@@ -62,9 +62,11 @@ def main(config: Config) -> None:
     sums = {solver: np.zeros(2) for solver in SOLVERS}
     shapes = measure.progress(config.shapes().items(), "solving", "shape")
     for name, (inputs, outputs, count) in shapes:
-        weight, hessian = drawn(inputs, outputs)
+        weight, hessian = drawn(inputs, outputs)  # (in, out), (in, in)
+        # A number in an array: another sparsity runs the same program.
         kept = np.uint32(weight.size - round(config.sparsity * weight.size))
         seconds: dict[str, list[np.ndarray]] = {solver: [] for solver in SOLVERS}
+        # The first call compiles; it is told apart.
         for _ in range(config.repeats + 1):
             for solver, solve in SOLVERS.items():
                 start = clocks()
@@ -74,7 +76,7 @@ def main(config: Config) -> None:
         for solver, (first, *seconds_a_repeat) in seconds.items():
             median = np.median(seconds_a_repeat, 0)  # (2,)
             rows[name][solver] = {"first": first.tolist(), "median": median.tolist()}
-            sums[solver] += count * median
+            sums[solver] += count * median  # seconds of a layer: wall, processor
     layer = {
         solver: seconds_a_repeat.tolist() for solver, seconds_a_repeat in sums.items()
     }
@@ -90,6 +92,7 @@ def drawn(inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
     """A weight (in, out), and the Hessian (in, in) of inputs that are correlated."""
     rng = np.random.default_rng(0)
     shared = rng.normal(size=(2 * inputs, inputs // 4)).astype(np.float32)
+    # A quarter of the directions carries most of the variance.
     mixed = shared @ rng.normal(size=(inputs // 4, inputs)).astype(np.float32)
     noise = rng.normal(size=mixed.shape).astype(np.float32)
     x = jnp.asarray(mixed / np.sqrt(inputs // 4) + 0.3 * noise)  # (samples, in)

@@ -118,17 +118,21 @@ def sequences(
     room = length - len(start)
     ids, windows = [], []
     for document in documents:
+        # Without BOS, which each sequence gets once, in front.
         ids += encode(document)[len(start) :]
         if len(ids) < room:
             continue
         for offset in range(0, len(ids) - room + 1, room):
             windows.append([*start, *ids[offset : offset + room]])
+        # The end of a document is dropped: no sequence has the end of one and the start
+        # of the next, but for documents too short for one.
         ids = []
     if len(windows) < count:
         raise ValueError(
             f"the documents must give {count} sequences of {length} tokens, got "
             f"{len(windows)}; ask for fewer"
         )
+    # Seeded: a file has the same sequences whenever it is written.
     return np.array(random.Random(0).sample(windows, count), np.int32)
 
 
@@ -146,6 +150,7 @@ def mixture(pools: Mapping[str, np.ndarray], share: float, count: int) -> np.nda
     """
     chosen, used = [], {"shakespeare": 0, "technical": 0}
     for n in range(1, count + 1):
+        # So that the first n have the share too, whatever n a benchmark takes.
         due = round(share * n) > used["shakespeare"]
         pool = "shakespeare" if due else "technical"
         chosen.append(pools[pool][used[pool]])
@@ -160,9 +165,10 @@ def technical_documents(package: str) -> list[str]:
     for path in sorted(folder.rglob("*.py")):
         if "tests" in path.parts:
             continue
+        # Files of one package copy each other's paragraphs.
         paragraphs = [x for x in prose(path.read_text("utf-8")) if x not in known]
         known.update(paragraphs)
-        if sum(map(len, paragraphs)) > 500:
+        if sum(map(len, paragraphs)) > 500:  # characters
             documents.append("\n\n".join(paragraphs) + "\n")
     return documents
 
@@ -189,6 +195,7 @@ def prose(source: str) -> Iterator[str]:
             if re.search(r"^\s*(>>>|\.\.|[-*|:=])", paragraph, re.MULTILINE):
                 continue
             line = " ".join(paragraph.split())
+            # Formulas and signatures have many other characters.
             plain = sum(c.isalpha() or c in " ,.'()" for c in line)
             if len(line) >= 150 and plain > 0.95 * len(line):
                 yield line

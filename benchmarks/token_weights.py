@@ -62,6 +62,7 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     for draw, pattern, method, way in itertools.product(
         config.draws, config.patterns, config.methods, [*ways]
     ):
+        # The competitor has none of these options: one cell of it for all of ours.
         words, options = ("plain", []) if "torch" in method else _way(*way)
         name = f"{pattern.replace(':', 'of')}_{method}_{words}_{draw}"
         yield name, pruning(config, folder / f"{draw}.npy", pattern, method, *options)
@@ -85,6 +86,7 @@ def _way(
     words = ["relative" if relative else "plain"]
     words += [f"{correction:g}"] if correction else []
     words += [allocation] if allocation != "uniform" else []
+    # In the file's name: cells of other options lie side by side.
     words += [f"refine{passes}"] if passes else []
     words += [f"distill{distilled}at{rate:g}"] if distilled else []
     return "+".join(words), options

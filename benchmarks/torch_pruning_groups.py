@@ -38,7 +38,7 @@ _SMALL = {
     "intermediate_size": 80,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
-    "num_key_value_heads": 3,
+    "num_key_value_heads": 3,  # two query heads share a key head
     "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -147,6 +147,7 @@ def axis_groups(config: dict[str, Any]) -> tuple[dict[str, Gone], float]:
       Role to name of a tensor of the checkpoint to booleans of its shape; seconds of
       CPU time.
     """
+    # Shapes alone: axis groups are found in a trace.
     shape = hf.decoder_config(config)
     graphdef, state = nnx.split(hf.abstract(shape), nnx.Param)
     started = time.process_time()
@@ -171,6 +172,7 @@ def axis_groups(config: dict[str, Any]) -> tuple[dict[str, Gone], float]:
 
     dense, removed = exported({}), {}
     for role, group in chosen.items():
+        # All units but the first are kept: what differs goes with it.
         shrunk = exported({group.name: np.arange(1, group.units)})
         gone = {name: dense[name] != shrunk[name] for name in dense}
         removed[role] = {
@@ -204,6 +206,7 @@ def within(limit: float) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise TimeoutError(f"not within {limit:g} s")
 
+    # A signal, because a search in C or in a long loop looks at no clock.
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, limit)
     try:
@@ -281,6 +284,7 @@ def roots(config: dict[str, Any], role: str) -> list[tuple[str, list[int]]]:
     if config["model_type"] == "gpt2":
         layer, width = "transformer.h.0.", config["n_embd"]
         rows = range(width // config["n_head"])
+        # c_attn has q, k and v behind each other, each as wide as the model.
         qkv_rows = [width * part + row for part in range(3) for row in rows]
         return {
             "neuron": [(f"{layer}mlp.c_fc", [0])],
@@ -315,11 +319,13 @@ def _pruned(graph: Any, model: Any, name: str, rows: list[int]) -> Gone:
     sizes = {}
     for name, weight in model.named_parameters():
         sizes[name] = tuple(weight.shape)
+        # Exact in float32 up to 2^24: the tensors are tiny.
         weight.data = torch.arange(weight.numel(), dtype=torch.float32).view_as(weight)
     group.prune()
     removed, parameters = {}, dict(model.named_parameters(remove_duplicate=False))
     for name, size in sizes.items():
         gone = np.ones(size, bool)
+        # The numbers that are still there are the weights that stay.
         gone.reshape(-1)[parameters[name].detach().flatten().long().numpy()] = False
         if gone.any():
             removed[name] = gone

@@ -33,6 +33,7 @@ def recover(
         dense, dtype=torch.float32
     ).eval()
     trained = [*_trained(model)]
+    # Zero is pruned: its gradient is masked, and Adam's moments of it stay zero.
     masks = [weight != 0 for weight in trained]
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -62,7 +63,7 @@ def _differentiate(model: nn.Module, teacher: nn.Module, ids: Tensor) -> None:
         ).last_hidden_state[0]
     states = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
     # Of the logits of all positions there is never more than a part.
-    leaf = states.detach().requires_grad_(True)
+    leaf = states.detach().requires_grad_(True)  # (length, width)
     for start in range(0, len(ids), ROWS):
         part = slice(start, start + ROWS)
         with torch.no_grad():

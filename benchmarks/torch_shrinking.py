@@ -30,7 +30,8 @@ import transformers
 import tyro
 from torch import Tensor, nn
 
-from benchmarks.torch_pruning import Cost, capture, hooked, perplexity, report, tokens
+from benchmarks.cost import Cost
+from benchmarks.torch_pruning import capture, hooked, perplexity, report, tokens
 from benchmarks.torch_recovery import recover
 
 Method = Literal[
@@ -117,9 +118,11 @@ def remove(model: nn.Module, config: Config) -> None:
     elif config.method == "wanda-sp":
         for layer, kwargs in zip(layers, arguments, strict=True):
             with moments(layer, config) as unit_moments:
+                # A copy: this pass only gathers the moments, the next one goes on with
+                # the rest.
                 advance(layer, hidden.clone(), kwargs)
             for units, (_, square, _) in unit_moments.items():
-                units.zero((units.weight.abs() * square.sqrt()).sum(0))
+                units.zero((units.weight.abs() * square.sqrt()).sum(0))  # (in,)
             advance(layer, hidden, kwargs)
     else:
         fluctuation(layers, hidden, arguments, config)
@@ -200,6 +203,7 @@ def moments(
     sums = {units.linear: [0, 0.0, 0.0] for units in units_of(layer, config)}
 
     def add(linear: nn.Linear, args: tuple, kwargs: dict) -> None:
+        # (tokens, in) in float64: a variance as a difference of sums would cancel.
         rows = args[0].flatten(0, -2).double()
         total = sums[linear]
         total[0] += len(rows)
@@ -211,7 +215,7 @@ def moments(
     for units in units_of(layer, config):
         count, total, squares = sums[units.linear]
         mean = total / count
-        variance = (squares - count * mean.square()) / (count - 1)
+        variance = (squares - count * mean.square()) / (count - 1)  # (in,), unbiased
         unit_moments[units] = (mean.float(), squares.float(), variance.float())
 
 
@@ -224,7 +228,7 @@ def fluctuation(
         with moments(layer, config) as unit_moments:
             advance(layer, hidden, kwargs)
         for units, (mean, _, variance) in unit_moments.items():
-            score = variance * units.weight.square().sum(0)
+            score = variance * units.weight.square().sum(0)  # (in,)
             unit_scores.append(
                 (units, units.pooled((score - score.mean()) / score.std()), mean)
             )
@@ -256,6 +260,7 @@ def drop_layers(
     order = sorted(range(len(layers)), key=influence.__getitem__)
     kept = [layers[i] for i in sorted(order[count:])]
     model.base_model.layers = nn.ModuleList(kept)
+    # The cache and the masks are made for so many layers.
     model.config.num_hidden_layers = len(kept)
     if kinds := getattr(model.config, "layer_types", None):  # masks go by the number
         model.config.layer_types = [kinds[i] for i in sorted(order[count:])]

@@ -40,12 +40,13 @@ def of_gpt(
     shape = gpt.GPTConfig(vocab_size=65, **gpt.PRESETS[preset])
     model, rng = LanguageModel(shape), np.random.default_rng(0)
     tokens = rng.integers(0, 65, (2, batch_size, shape.context), np.int32)
-    inputs, targets = jnp.asarray(tokens[0]), jnp.asarray(tokens[1])
+    inputs, targets = jnp.asarray(tokens[0]), jnp.asarray(tokens[1])  # (batch, context)
     key = jax.random.key(0)
 
     def candidate(wrap: Wrap) -> Step:
         tx = wrap(optimizer(schedule(1e-3, 1000, warmup=100), track=()))
         step = jax.jit(training.make_step(model.loss, tx), donate_argnums=0)
+        # In a list, since each call uses up the state of the one before.
         carry = [training.init(model.init(0), tx)]
 
         def run() -> Any:
@@ -78,6 +79,7 @@ def of_optimizer(wraps: Mapping[str, Wrap], size: int) -> dict[str, Step]:
             return optax.apply_updates(carry[0], updates), state
 
         compiled = jax.jit(step, donate_argnums=0)
+        # Any numbers do, of the gradients' shapes; copied, for they are donated.
         params = jax.tree.map(jnp.copy, gradients)
         carry = [(params, tx.init(params))]
 

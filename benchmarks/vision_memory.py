@@ -90,6 +90,7 @@ def compiled(
     """One step, compiled: gigabytes of a device."""
     mesh = device_mesh.make_mesh(mesh_text, config.batch)
     assert mesh is not None
+    # Shapes of the 4.15 billion parameters, no arrays.
     model = nnx.eval_shape(lambda: Phi3Vision(shape, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model, nnx.Param)
     places = device_mesh.shardings(state, mesh)
@@ -111,7 +112,7 @@ def compiled(
     def step(params: Any, held: Any, tokens: Any, sources: Any, pixels: Any) -> Any:
         def loss(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params)
-            flat = pixels.reshape(-1, size, size, 3)
+            flat = pixels.reshape(-1, size, size, 3)  # (batch * views, size, size, 3)
             x = model.embed(tokens, flat, sources)
             states, _ = model.decoder.states(x)
             return nats(model.decoder, states, tokens).mean()
@@ -124,6 +125,7 @@ def compiled(
     program = jax.jit(
         step, donate_argnums=(0, 1), out_shardings=(places, state_shardings)
     )
+    # Tokens stand for the sources too: both are (batch, time) int32.
     executable = program.lower(params, opt_state, tokens, tokens, pixels).compile()
     memory = executable.memory_analysis()
     return {
@@ -148,6 +150,7 @@ def _placed(tree: Any, places: Any, dtype: Any = None) -> Any:
 
 
 def _array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    # The batch is split, all axes behind it are whole.
     spec = PartitionSpec(*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     place = NamedSharding(sharding.mesh, spec)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)

@@ -71,7 +71,7 @@ class SeedTrainer:
         tracked = jp.get_importance(state.opt_state)
         adam = tracked
         if "trajectory_adam" in rankings(self._plan.criteria):
-            # Adam's nu, bias-corrected: E[g^2] of the clipped gradients.
+            # Adam's nu: an average of the squared gradients after the clipping.
             square = jp.get_importance(state.opt_state[ADAMW]).square
             adam = tracked._replace(square=square)
         return Watched(state.params, tracked, adam, self.start)

@@ -72,7 +72,7 @@ class VisionModel(PureModel[Phi3Vision]):
         pixels = inputs["pixels"].reshape(batch * views, *inputs["pixels"].shape[2:])
         # Each example numbers its own views; those of all lie behind each other.
         offsets = views * self.config.side**2 * jnp.arange(batch)[:, None]
-        local = inputs["sources"]  # (batch, time): below 2 a word or a separator
+        local = inputs["sources"]  # (batch, time): -1 a word, 0 and 1 separators
         sources = jnp.where(local >= 2, local + offsets, local)
         x = model.embed(inputs["tokens"], pixels, sources, remat=self.remat)
         return model.decoder.states(x, remat=self.remat)[0]

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 
-from benchmarks import large
+from benchmarks import large, random_checkpoint
 from jaxprune.lm.models import hf
 
-TINY = large.Shape(layers=2, width=256, ffn=384, keys=128, vocabulary=97)
+TINY = random_checkpoint.Shape(layers=2, width=256, ffn=384, keys=128, vocabulary=97)
 
 
 def test_the_directory_is_read_as_a_llama_of_that_shape(tmp_path):
-    large.write(tmp_path / "model", large.llama(TINY, TINY.layers))
+    random_checkpoint.write(
+        tmp_path / "model", random_checkpoint.llama(TINY, TINY.layers)
+    )
     loaded = hf.load(tmp_path / "model", lazy=True)
     config = loaded.config
     assert (config.layers, config.width, config.mlp_width) == (2, 256, 384)
@@ -20,7 +22,9 @@ def test_the_directory_is_read_as_a_llama_of_that_shape(tmp_path):
 
 
 def test_the_mixture_is_read_as_one_of_so_many_experts(tmp_path):
-    large.write(tmp_path / "model", large.mixture(2, experts=8, width=256))
+    random_checkpoint.write(
+        tmp_path / "model", random_checkpoint.mixture(2, experts=8, width=256)
+    )
     config = hf.load(tmp_path / "model", lazy=True).config
     assert (config.layers, config.width, config.mlp_width) == (2, 256, 768)
     assert (config.heads, config.kv_heads, config.head_dim) == (4, 1, 128)
@@ -28,7 +32,7 @@ def test_the_mixture_is_read_as_one_of_so_many_experts(tmp_path):
 
 
 def test_the_published_mixture_has_its_published_size():
-    shapes = large.mixture(48).shapes
+    shapes = random_checkpoint.mixture(48).shapes
     body = sum(np.prod(own) for n, own in shapes.items() if "layers" in n)
     assert body + 2 * 151936 * 2048 == pytest.approx(30.53e9, rel=1e-3)
 
@@ -36,7 +40,7 @@ def test_the_published_mixture_has_its_published_size():
 def test_the_published_shapes_have_the_published_sizes():
     sizes = {"7 B": 6.74e9, "70 B": 68.98e9, "405 B": 405.85e9}
     for name, size in sizes.items():
-        shape = large.SHAPES[name]
+        shape = random_checkpoint.SHAPES[name]
         tables = 2 * shape.vocabulary * shape.width
         assert shape.layers * shape.weights + tables == pytest.approx(size, rel=1e-3)
 

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from benchmarks import texts, torch_pruning  # noqa: E402 (they import torch)
+from benchmarks.cost import Cost  # noqa: E402
 
 CONFIG = torch_pruning.Config(model=Path(), method="wanda", block=4)
 
@@ -177,7 +178,7 @@ def test_a_layer_is_pruned_by_what_the_pruned_ones_before_it_give(
     last, seen = model.model.layers[-1], []
     dense = copy.deepcopy(last)
     with torch.no_grad():
-        torch_pruning.prune(model, config, torch_pruning.Cost())
+        torch_pruning.prune(model, config, Cost())
         pruned = [x.weight for x in torch_pruning.linears(model.model.layers)]
         # The last layer dense again, behind the others as pruned.
         model.model.layers[-1] = dense
