@@ -44,20 +44,10 @@ def main(config: Config) -> None:
     """Prints one JSON line; memory in bytes, beyond what the process began with."""
     tracker = jp.track_importance(storage=config.storage, memory=config.memory)
     tx = optax.chain(optax.adamw(1e-4, mu_dtype=jnp.bfloat16), tracker)
-    step = _step(config, tx)
     # One dictionary holds every tree, so that each is freed where it is replaced.
     buffers: dict[str, Any] = {}
 
-    def train() -> Any:
-        buffers["params"] = params = _init(config)
-        buffers["state"] = tx.init(params)
-        for _ in measure.progress(range(config.steps), "training"):
-            buffers["params"], buffers["state"] = step(
-                buffers["params"], buffers["state"]
-            )
-        return jax.block_until_ready(buffers)
-
-    trained = measure.peak_memory(train)
+    trained = measure.peak_memory(lambda: _train(config, tx, buffers))
     # Adam's moments go with the state; only the average stays.
     importance = jp.get_importance(buffers.pop("state"))
 
@@ -79,14 +69,7 @@ def main(config: Config) -> None:
         )
         return buffers
 
-    # Of one leaf: the program of a shape serves all leaves, which have one shape.
-    first = next(iter(buffers["params"]))
-    jp.prune(  # compiles
-        {first: buffers["params"][first]},
-        {first: buffers["scores"][first]},
-        config.sparsity,
-        allocation="global",
-    )
+    _compile_pruning(config, buffers)
     pruned = measure.peak_memory(prune)
     measure.report(
         "billion",
@@ -100,6 +83,30 @@ def main(config: Config) -> None:
         scoring_peak=scored["extra_bytes"],
         pruning_peak=pruned["extra_bytes"],
         sparsity=jp.sparsity(buffers["params"]).total,
+    )
+
+
+def _train(
+    config: Config, tx: optax.GradientTransformation, buffers: dict[str, Any]
+) -> dict[str, Any]:
+    """Makes parameters and state, trains them, and leaves them in the buffers."""
+    step = _step(config, tx)
+    buffers["params"] = params = _init(config)
+    buffers["state"] = tx.init(params)
+    del params  # the step uses them up
+    for _ in measure.progress(range(config.steps), "training"):
+        buffers["params"], buffers["state"] = step(buffers["params"], buffers["state"])
+    return jax.block_until_ready(buffers)
+
+
+def _compile_pruning(config: Config, buffers: dict[str, Any]) -> None:
+    """Prunes one leaf: all leaves have its shape, so its program serves them all."""
+    first = next(iter(buffers["params"]))
+    jp.prune(
+        {first: buffers["params"][first]},
+        {first: buffers["scores"][first]},
+        config.sparsity,
+        allocation="global",
     )
 
 

@@ -92,7 +92,6 @@ def main(config: Config) -> None:
         # pruning.
         graphdef, params = nnx.split(loaded.model, nnx.Param)
     texts = {k: np.load(v) for k, v in (x.split("=", 1) for x in config.evaluate)}
-    perplexities: dict[str, dict[str, float]] = {}
     parts = np.split(ids, range(config.batch, len(ids), config.batch))
     names, shape = loaded.names, loaded.config
     batches = (
@@ -109,22 +108,25 @@ def main(config: Config) -> None:
             if config.distill:
                 params = distilled(config, graphdef, params, matrices, ids)
         with costs["evaluate"]:
-            perplexities["after"] = {
-                k: perplexity(graphdef, params, x) for k, x in texts.items()
-            }
-    leaves = [x for k, x in jp.tree.named_leaves(params).items() if k in matrices]
-    zeros = sum(x.size - int(jnp.count_nonzero(x)) for x in leaves)
+            after = {k: perplexity(graphdef, params, x) for k, x in texts.items()}
     measure.report(
         "jax_pruning",
         config={k: str(v) for k, v in dataclasses.asdict(config).items()},
-        perplexities=perplexities,
-        zeros=zeros / sum(x.size for x in leaves),
+        perplexities={"after": after},
+        zeros=zeros_of(params, matrices),
         error=float(np.mean([row["error"] for row in rows])),
         solve_seconds=sum(row["seconds"] for row in rows),
         programs=report["programs"],
         seconds={name: cost.seconds for name, cost in costs.items()},
         peak_bytes={name: cost.peak for name, cost in costs.items()},
     )
+
+
+def zeros_of(params: Any, matrices: Set[str]) -> float:
+    """The share of zeros among the weights of the pruned matrices."""
+    leaves = [x for k, x in jp.tree.named_leaves(params).items() if k in matrices]
+    zeros = sum(x.size - int(jnp.count_nonzero(x)) for x in leaves)
+    return zeros / sum(x.size for x in leaves)
 
 
 def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> Any:

@@ -74,71 +74,92 @@ def wrapped(updater: Any, inner: optax.GradientTransformation) -> Any:
     return optax.GradientTransformation(init, update)
 
 
-def methods(source: Path | None) -> dict[str, Method]:
-    """Their methods by name, at their own defaults where the protocol names none.
+class Library:
+    """JaxPruner as it is imported, and its methods in the form of `METHODS`.
 
-    Raises:
-      ImportError: there is no JaxPruner, or it cannot be imported.
+    Attributes:
+      jaxpruner: the package.
+      distributions: its module of sparsity distributions.
     """
-    if source is not None:
-        sys.path.insert(0, str(source))  # before an installed one
-    jax.tree_map = _tree_map
-    jaxpruner = importlib.import_module("jaxpruner")
-    distributions = importlib.import_module("jaxpruner.sparsity_distributions")
-    kernels = distributions.KERNEL_FILTER_FN
 
-    def polynomial(span: Span) -> Any:
-        return jaxpruner.PolynomialSchedule(span.every, span.begin, span.end)
+    def __init__(self, source: Path | None) -> None:
+        """Imports the package.
 
-    def shared_out(name: str, span: Span) -> dict[str, Any]:
-        rule = getattr(distributions, name)
-        return {
-            "sparsity_distribution_fn": functools.partial(
-                rule, sparsity=span.final, filter_fn=kernels
-            )
-        }
+        Raises:
+          ImportError: there is no JaxPruner, or it cannot be imported.
+        """
+        if source is not None:
+            sys.path.insert(0, str(source))  # before an installed one
+        jax.tree_map = _tree_map
+        self.jaxpruner = importlib.import_module("jaxpruner")
+        self.distributions = importlib.import_module("jaxpruner.sparsity_distributions")
 
-    def rising(name: str, **options: Any) -> Method:
+    def rising(self, name: str, **options: Any) -> Method:
+        """A method whose sparsity rises along the cubic of the protocol."""
+        kernels = self.distributions.KERNEL_FILTER_FN
+
         def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
             sparsity_options = {"sparsity": span.final, "filter_fn": kernels}
+            # The global methods rank all kernels together and take a plain number.
             if not name.startswith("Global"):
-                sparsity_options = shared_out("uniform", span)
-            scheduler = polynomial(span)
-            updater = getattr(jaxpruner, name)(
+                sparsity_options = self._shared_out("uniform", span)
+            scheduler = self.jaxpruner.PolynomialSchedule(
+                span.every, span.begin, span.end
+            )
+            updater = getattr(self.jaxpruner, name)(
                 scheduler=scheduler, **sparsity_options, **options
             )
             return wrapped(updater, optimizer(rate, track=()))
 
         return build
 
-    def sparse(name: str) -> Method:
+    def sparse(self, name: str) -> Method:
+        """A method that is sparse from the first step, by ERK."""
+
         def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
             schedule_options: dict[str, Any] = {}
             if name != "StaticRandomSparse":
                 period = max(span.freeze // 30, 1)  # as ours: 2.5 % of the steps
                 # Its update_state takes the first step for an update as well.
-                scheduler = jaxpruner.PeriodicSchedule(period, period, span.freeze)
+                scheduler = self.jaxpruner.PeriodicSchedule(period, period, span.freeze)
                 fall = optax.cosine_decay_schedule(0.3, span.freeze)
                 schedule_options = {"scheduler": scheduler, "drop_fraction_fn": fall}
-            updater = getattr(jaxpruner, name)(
-                **shared_out("erk", span), **schedule_options
+            updater = getattr(self.jaxpruner, name)(
+                **self._shared_out("erk", span), **schedule_options
             )
             return wrapped(updater, optimizer(rate, track=()))
 
         return build
 
+    def _shared_out(self, name: str, span: Span) -> dict[str, Any]:
+        """The option that gives each kernel its sparsity, by a rule of theirs."""
+        distribution = functools.partial(
+            getattr(self.distributions, name),
+            sparsity=span.final,
+            filter_fn=self.distributions.KERNEL_FILTER_FN,
+        )
+        return {"sparsity_distribution_fn": distribution}
+
+
+def methods(source: Path | None) -> dict[str, Method]:
+    """Their methods by name, at their own defaults where the protocol names none.
+
+    Raises:
+      ImportError: there is no JaxPruner, or it cannot be imported.
+    """
+    library = Library(source)
     dense_to_sparse = {
-        "jaxpruner_magnitude": rising("MagnitudePruning"),
-        "jaxpruner_global_magnitude": rising("GlobalMagnitudePruning"),
-        "jaxpruner_saliency": rising("SaliencyPruning"),
-        "jaxpruner_ste_magnitude": rising("SteMagnitudePruning"),
+        "jaxpruner_magnitude": library.rising("MagnitudePruning"),
+        "jaxpruner_global_magnitude": library.rising("GlobalMagnitudePruning"),
+        "jaxpruner_saliency": library.rising("SaliencyPruning"),
+        "jaxpruner_ste_magnitude": library.rising("SteMagnitudePruning"),
     }
     return {
         **dense_to_sparse,
         **{f"{name}_late": late(method) for name, method in dense_to_sparse.items()},
-        "jaxpruner_static": sparse("StaticRandomSparse"),
-        "jaxpruner_set": sparse("SET"),
-        "jaxpruner_rigl": sparse("RigL"),
+        "jaxpruner_static": library.sparse("StaticRandomSparse"),
+        "jaxpruner_set": library.sparse("SET"),
+        "jaxpruner_rigl": library.sparse("RigL"),
     }
 
 

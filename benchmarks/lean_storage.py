@@ -93,15 +93,7 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
     def loss(params: Any) -> float:
         return evaluate(params, windows)
 
-    importances = {
-        name: jp.Importance(
-            # Trackers of weights end the chain in reverse order, those of gradients
-            # begin it.
-            weight=jp.get_importance(state.opt_state[-1 - number]).weight,
-            square=jp.get_importance(state.opt_state[number]).square,
-        )
-        for number, name in enumerate(low_bit.STORAGES)
-    }
+    importances = _importances(state.opt_state)
     rows: dict[str, Any] = {}
     for criterion, score in CRITERIA.items():
         # What the others are compared with.
@@ -118,6 +110,18 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
         "dense": loss(state.params),
         "rows": rows,
         "bytes_per_weight": bytes_a_weight,
+    }
+
+
+def _importances(opt_state: Any) -> dict[str, jp.Importance]:
+    """What each storage has averaged of the same run, by its name."""
+    # Trackers of gradients begin the chain, those of weights end it in reverse order.
+    return {
+        name: jp.Importance(
+            weight=jp.get_importance(opt_state[-1 - number]).weight,
+            square=jp.get_importance(opt_state[number]).square,
+        )
+        for number, name in enumerate(low_bit.STORAGES)
     }
 
 

@@ -95,13 +95,7 @@ def compiled(
     graphdef, state = nnx.split(model, nnx.Param)
     places = device_mesh.shardings(state, mesh)
     params = _placed(state, places, jnp.dtype(config.dtype))
-    parts: list[Any] = [optax.adamw(1e-5)]
-    if config.lora is not None:
-        targets = jp.tree.excluding(*unused(shape), "separator", "row_end")
-        parts = [jp.contrib.lora(*parts, config.lora, targets=targets)]
-    if storage != "none":
-        parts.append(jp.track_importance(storage=storage))
-    optimizer = optax.chain(*parts)
+    optimizer = _optimizer(config, shape, storage)
     state_shardings = jp.contrib.state_shardings(optimizer, params)
     opt_state = _placed(jax.eval_shape(optimizer.init, params), state_shardings)
     split = device_mesh.of_batch(mesh)
@@ -109,7 +103,7 @@ def compiled(
     tokens = _array((config.batch, config.time), jnp.int32, split)
     pixels = _array((config.batch, views, size, size, 3), jnp.float32, split)
 
-    def step(params: Any, held: Any, tokens: Any, sources: Any, pixels: Any) -> Any:
+    def step(params: Any, state: Any, tokens: Any, sources: Any, pixels: Any) -> Any:
         def loss(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params)
             flat = pixels.reshape(-1, size, size, 3)  # (batch * views, size, size, 3)
@@ -118,8 +112,8 @@ def compiled(
             return nats(model.decoder, states, tokens).mean()
 
         gradients = jax.grad(loss)(params)
-        updates, held = optimizer.update(gradients, held, params)
-        return optax.apply_updates(params, updates), held
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
 
     start = time.perf_counter()
     program = jax.jit(
@@ -136,6 +130,19 @@ def compiled(
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
         "compile_seconds": time.perf_counter() - start,
     }
+
+
+def _optimizer(
+    config: Config, shape: Phi3VisionConfig, storage: Storage
+) -> optax.GradientTransformation:
+    """AdamW, in full or by LoRA, and a tracker behind it if there is a storage."""
+    parts: list[Any] = [optax.adamw(1e-5)]
+    if config.lora is not None:
+        targets = jp.tree.excluding(*unused(shape), "separator", "row_end")
+        parts = [jp.contrib.lora(*parts, config.lora, targets=targets)]
+    if storage != "none":
+        parts.append(jp.track_importance(storage=storage))
+    return optax.chain(*parts)
 
 
 def _placed(tree: Any, places: Any, dtype: Any = None) -> Any:

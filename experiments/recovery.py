@@ -184,19 +184,7 @@ def _run(
     windows: perplexity.Windows,
 ) -> None:
     """Trains the dense model of a seed and does its cells."""
-    with Progress(config.dense_steps, "training", leave=False) as progress:
-        settings = retrain.Settings(
-            steps=config.dense_steps, learning_rate=1e-3, batch=config.batch, seed=seed
-        )
-        dense, _ = retrain.retrain(
-            Decoder(shape, rngs=nnx.Rngs(seed)),
-            _names(shape),
-            sequences,
-            settings,
-            # Dense: nothing is held at zero.
-            masked=set(),
-            tick=lambda steps, _: progress.update(steps),
-        )
+    dense = _train_dense(config, seed, shape, sequences)
     starts = _starts(config, dense, seed)
     with Progress(len(cells), "recovering", unit="cell") as progress:
         for cell in cells:
@@ -230,6 +218,26 @@ def _run(
             records.write_json(cell.path(config.out), result)
             progress.note(f"{cell.start}, {cell.loss}: {result['after']:.4f}")
             progress.update()
+
+
+def _train_dense(
+    config: Config, seed: int, shape: DecoderConfig, sequences: np.ndarray
+) -> Decoder:
+    """The dense model of a seed, trained on sequences (count, context + 1)."""
+    settings = retrain.Settings(
+        steps=config.dense_steps, learning_rate=1e-3, batch=config.batch, seed=seed
+    )
+    with Progress(config.dense_steps, "training", leave=False) as progress:
+        dense, _ = retrain.retrain(
+            Decoder(shape, rngs=nnx.Rngs(seed)),
+            _names(shape),
+            sequences,
+            settings,
+            # Dense: nothing is held at zero.
+            masked=set(),
+            tick=lambda steps, _: progress.update(steps),
+        )
+    return dense
 
 
 def _names(shape: DecoderConfig) -> set[str]:

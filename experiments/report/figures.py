@@ -147,21 +147,21 @@ def layers(
             for name in names
         ]
     )
-    left_margin, right_margin, top_margin = (
-        0.075 * max(map(len, names)) + 0.15,
-        0.9,
-        1.35,
-    )
-    width, height = (
-        left_margin + 0.62 * len(sparsities) + right_margin,
-        0.27 * len(names) + top_margin + 0.1,
-    )
+    # Inches: room for the names of the leaves, and for those of the criteria above.
+    left_margin = 0.075 * max(map(len, names)) + 0.15
+    right_margin, low_margin, top_margin = 0.9, 0.1, 1.35
+    inner_width, inner_height = 0.62 * len(sparsities), 0.27 * len(names)
+    width = left_margin + inner_width + right_margin
+    height = inner_height + top_margin + low_margin
     figure = Figure(figsize=(width, height))
-    wide, high = (
-        1 - (left_margin + right_margin) / width,
-        1 - (top_margin + 0.1) / height,
+    axes = figure.add_axes(
+        (
+            left_margin / width,
+            low_margin / height,
+            1 - (left_margin + right_margin) / width,
+            1 - (top_margin + low_margin) / height,
+        )
     )
-    axes = figure.add_axes((left_margin / width, 0.1 / height, wide, high))
     # Symmetric about the sparsity asked for; at least a little, or all would be one
     # colour by a division by zero.
     reach = max(float(np.nanmax(np.abs(table - sparsity))), 1e-6)
@@ -173,18 +173,21 @@ def layers(
     for (row, column), share in np.ndenumerate(table):
         text = "" if np.isnan(share) else f"{100 * share:.0f}"
         axes.text(column + 0.5, row + 0.52, text, ha="center", va="center")
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.set_yticks(np.arange(len(names)) + 0.5, names)
-    axes.set_xticks(
-        np.arange(len(sparsities)) + 0.5, list(sparsities), rotation=35, ha="left"
-    )
-    style = plots.styles(list(sparsities))
-    for label, name in zip(axes.get_xticklabels(), sparsities, strict=True):
-        label.set_color(style[name].colour)
-    axes.spines[:].set_visible(False)
+    _label_cells(axes, names, list(sparsities))
     title = f"% removed of each matrix at {100 * sparsity:g} %, {allocation} allocation"
     figure.text(0.1 / width, 1 - 0.12 / height, title, size=10.5, va="top")
     return figure
+
+
+def _label_cells(axes: Axes, leaves: Sequence[str], criteria: Sequence[str]) -> None:
+    """Names the rows and, above them, the columns, these in their colours."""
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.set_yticks(np.arange(len(leaves)) + 0.5, leaves)
+    axes.set_xticks(np.arange(len(criteria)) + 0.5, criteria, rotation=35, ha="left")
+    style = plots.styles(criteria)
+    for label, name in zip(axes.get_xticklabels(), criteria, strict=True):
+        label.set_color(style[name].colour)
+    axes.spines[:].set_visible(False)
 
 
 @canvas.STYLE

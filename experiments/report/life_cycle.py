@@ -79,20 +79,12 @@ class LifeCycle:
         return self.tracking + self.sweep + self.retraining
 
 
-def of(results: Mapping[str, Any]) -> LifeCycle | None:
+def from_results(results: Mapping[str, Any]) -> LifeCycle | None:
     """The life cycle that these results tell of.
 
     None where costs, phases or the tokens of training are not known.
     """
-    seeds, costs = len(results["seeds"]), results.get("costs")
-    phases: dict[str, dict[str, float]] = {}
-    for phase in results.get("phases") or ():
-        total = phases.setdefault(phase["name"], dict.fromkeys(_SUMMED, 0.0))
-        rate = phase.get("tokens_per_second") or 0.0
-        total["tokens"] += rate * phase["seconds"] / seeds
-        total["share"] += phase.get("share", 1.0) / seeds
-        for name in _SUMMED[2:]:
-            total[name] += (phase.get(name) or 0.0) / seeds
+    phases, costs = _phase_means(results), results.get("costs")
     training = phases.get("train")
     if "control" in phases and not phases["control"]["share"]:
         return None  # begun again after its last step: nobody knows what it took
@@ -144,6 +136,20 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
 _SUMMED = ("tokens", "share", "seconds", "energy_kwh", "co2_kg")
 
 
+def _phase_means(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What each phase took, `_SUMMED`, by its name: means over the seeds."""
+    seeds = len(results["seeds"])
+    phases: dict[str, dict[str, float]] = {}
+    for phase in results.get("phases") or ():
+        total = phases.setdefault(phase["name"], dict.fromkeys(_SUMMED, 0.0))
+        rate = phase.get("tokens_per_second") or 0.0
+        total["tokens"] += rate * phase["seconds"] / seeds
+        total["share"] += phase.get("share", 1.0) / seeds
+        for name in _SUMMED[2:]:
+            total[name] += (phase.get(name) or 0.0) / seeds
+    return phases
+
+
 def _serving(row: Mapping[str, Any], batch: int, scale: float) -> Serving:
     """Joules a token where `batch` tokens share one reading of the weights."""
 
@@ -165,7 +171,7 @@ def pays_back(once: float, dense: float, pruned: float) -> float | None:
 
 def section(results: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the page says of it: a figure, two tables and a note; None without costs."""
-    cycle = of(results)
+    cycle = from_results(results)
     if cycle is None:
         return None
     once = [
@@ -174,24 +180,6 @@ def section(results: Mapping[str, Any]) -> dict[str, Any] | None:
         ["sweep of all cells", _energy(cycle.sweep), _mass(cycle.sweep, cycle)],
         ["retraining", _energy(cycle.retraining), _mass(cycle.retraining, cycle)],
     ]
-    rows = []
-    for batch, by_sparsity in cycle.serving.items():
-        for sparsity, serving in by_sparsity.items():
-            million = [serving.dense, serving.packed, serving.skipped]
-            payback = [
-                pays_back(cycle.once, serving.dense, joules) for joules in million[1:]
-            ]
-            rows.append(
-                [
-                    str(batch),
-                    findings.percent(sparsity),
-                    *(_energy(1e6 * joules) for joules in million),
-                    *(
-                        "never" if tokens is None else f"{tokens:,.0f}"
-                        for tokens in payback
-                    ),
-                ]
-            )
     return {
         "title": TITLE,
         "drawn": {"life-cycle": figure(cycle)},
@@ -206,10 +194,26 @@ def section(results: Mapping[str, Any]) -> dict[str, Any] | None:
                 "paid back after: packed",
                 "and zeros skipped",
             ],
-            "rows": rows,
+            "rows": [
+                _served_row(cycle, batch, sparsity)
+                for batch, by_sparsity in cycle.serving.items()
+                for sparsity in by_sparsity
+            ],
         },
         "measured": cycle.measured,
     }
+
+
+def _served_row(cycle: LifeCycle, batch: int, sparsity: float) -> list[str]:
+    """What a million tokens cost at a sparsity, and after how many it is paid back."""
+    serving = cycle.serving[batch][sparsity]
+    ways = [serving.dense, serving.packed, serving.skipped]  # joules a token
+    row = [str(batch), findings.percent(sparsity)]
+    row += [_energy(1e6 * joules) for joules in ways]
+    for joules in ways[1:]:
+        tokens = pays_back(cycle.once, serving.dense, joules)
+        row.append("never" if tokens is None else f"{tokens:,.0f}")
+    return row
 
 
 def _energy(joules: float) -> str:

@@ -13,7 +13,7 @@ TEMPLATES = page.templates(Path(__file__).with_name("templates"))
 TEMPLATES.filters["percent"] = findings.percent
 
 
-def of(results: Mapping[str, Any]) -> dict[str, Any]:
+def describe(results: Mapping[str, Any]) -> dict[str, Any]:
     """The command, configuration, versions, moment and machine of results."""
     pairs = {"configuration": results["config"], "versions": results["versions"]}
     return {

@@ -42,7 +42,7 @@ def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
         drawn["layers"] = figures.layers(*layer_sparsities)
     if any(seed.get("curve") for seed in results["seeds"]):
         drawn["training"] = figures.training(results)
-    if cycle := life_cycle.of(results):
+    if cycle := life_cycle.from_results(results):
         drawn["life_cycle"] = life_cycle.figure(cycle)
     return drawn
 
@@ -71,7 +71,7 @@ def document(results: Mapping[str, Any]) -> str:
         phases=_phases(results["phases"]) if results.get("phases") else None,
         life_cycle=life_cycle.section(results),
         training={"training": figures.training(results)} if curve else {},
-        provenance=provenance.of(results),
+        provenance=provenance.describe(results),
     )
 
 

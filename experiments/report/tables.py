@@ -89,7 +89,7 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
             name: {"drawn": drawn[name], "caption": drawing.caption}
             for name, drawing in drawings.items()
         },
-        provenance=provenance.of(results),
+        provenance=provenance.describe(results),
     )
     files = {"results.csv": results_.table_csv(report.columns, report.rows)}
     for name, figure in drawn.items():
