@@ -203,17 +203,17 @@ def operations(
     """
     # A multiplication and an addition for each weight and token.
     calibration = 2.0 * shape.weights * tokens
-    pruned = [
+    sizes = [
         (n, out)
         for name, n, out in shape.matrices
         if not only or name.split(".")[1] in only
     ]
     if method != "wanda":  # half of X^T X; q, k and v, gate and up share theirs
         inputs = [shape.width] * 3 + [shape.ffn]
-        inputs = inputs if not only else sorted({n for n, _ in pruned})
+        inputs = inputs if not only else sorted({n for n, _ in sizes})
         calibration += sum(float(n) ** 2 * tokens for n in inputs)
     solving = 0.0
-    for n, out in pruned:
+    for n, out in sizes:
         if method == "sparsegpt":  # a factor, and each input's update of later ones
             solving += n**3 / 3 + float(n) ** 2 * out
         elif method == "alps":  # 4 inverses, 21 products of ADMM, 6 of the gradients

@@ -97,8 +97,8 @@ def points(directories: Sequence[Path], pattern: str) -> list[Point]:
     """
     cells: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for path in itertools.chain.from_iterable(map(cells_in, directories)):
-        draws, method, _, _ = path.stem.split("_")
-        if draws == pattern.replace(":", "of"):
+        cell_pattern, method, _, _ = path.stem.split("_")
+        if cell_pattern == pattern.replace(":", "of"):
             cell = json.loads(path.read_text())
             mean = with_mean(cell["perplexities"]["after"])["mean"]
             key = METHODS.get(method, method), _options(cell["config"])
@@ -106,7 +106,7 @@ def points(directories: Sequence[Path], pattern: str) -> list[Point]:
             if _is_distilled(cell["config"]):
                 spent += cell["seconds"]["distill"]
             cells.setdefault(key, []).append((spent, mean))
-    table = [
+    all_points = [
         Point(
             *key,
             statistics.fmean(seconds for seconds, _ in draws),
@@ -115,7 +115,7 @@ def points(directories: Sequence[Path], pattern: str) -> list[Point]:
         )
         for key, draws in cells.items()
     ]
-    return sorted(table, key=lambda point: point.seconds)
+    return sorted(all_points, key=lambda point: point.seconds)
 
 
 @STYLE

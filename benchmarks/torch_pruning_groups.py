@@ -128,12 +128,8 @@ def difference(ours: Gone, torch: Gone) -> dict[str, list[str]]:
     Returns:
       Names: "all" that lose any, "missing", "extra".
     """
-    missing = [
-        k for k, weights in ours.items() if (weights & ~torch.get(k, ~weights)).any()
-    ]
-    extra = [
-        k for k, weights in torch.items() if (weights & ~ours.get(k, ~weights)).any()
-    ]
+    missing = [k for k, gone in ours.items() if (gone & ~torch.get(k, ~gone)).any()]
+    extra = [k for k, gone in torch.items() if (gone & ~ours.get(k, ~gone)).any()]
     return {"all": list(ours), "missing": missing, "extra": extra}
 
 
@@ -175,9 +171,7 @@ def axis_groups(config: dict[str, Any]) -> tuple[dict[str, Gone], float]:
         # All units but the first are kept: what differs goes with it.
         shrunk = exported({group.name: np.arange(1, group.units)})
         gone = {name: dense[name] != shrunk[name] for name in dense}
-        removed[role] = {
-            name: weights for name, weights in gone.items() if weights.any()
-        }
+        removed[role] = {name: mask for name, mask in gone.items() if mask.any()}
     return removed, seconds
 
 

@@ -55,8 +55,11 @@ _KNOWN = {
 }
 _RULES = (
     Rule(
-        lambda v: v.sequences >= 1 and not v.sequences % min(v.sequences, 16),
-        "sequences must be a multiple of 16, or fewer, got {sequences}",
+        lambda v: (
+            v.sequences >= 1 and not v.sequences % min(v.sequences, SEQUENCES_AT_ONCE)
+        ),
+        f"sequences must be a multiple of {SEQUENCES_AT_ONCE}, or fewer, got "
+        "{sequences}",
     ),
     Rule(
         lambda v: v.eval_tokens >= 0 and (v.steps is None or v.steps >= 1),

@@ -112,7 +112,7 @@ def differences(runs: Runs) -> list[list[str]]:
         for part in parts
         for name in dict.fromkeys(name for run in part for name in run)
     ]
-    return [row for row in rows if len({*row[1:]}) > 1]  # all alike: no difference
+    return [row for row in rows if len({*row[1:]}) > 1]  # not alike in all
 
 
 def summary(runs: Runs) -> list[list[str]]:

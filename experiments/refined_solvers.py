@@ -40,10 +40,11 @@ _LISTS = (
     *("passes", "learning_rates", "temperatures"),
 )
 """Corrections are a list of their own here."""
+_LEAST = 2 * allocation_with_solvers.SEQUENCES_AT_ONCE
 _REFINEMENT = Rule(
-    lambda v: not any(v.passes) or v.sequences >= 32,
-    "sequences must be >= 32 for a refinement, which measures itself on a batch of its "
-    "own, got {sequences}",
+    lambda v: not any(v.passes) or v.sequences >= _LEAST,
+    f"sequences must be >= {_LEAST} for a refinement, which measures itself on a batch "
+    "of its own, got {sequences}",
 )
 
 

@@ -68,9 +68,8 @@ class Attention(nnx.Module):
         scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
         mask = jnp.arange(k.shape[1])[None, :] <= positions[:, None]  # (time, keys)
         scores = jnp.where(mask[None, None], scores / math.sqrt(shape[-1]), -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(
-            v.dtype
-        )  # (batch, heads, t, s)
+        # (batch, heads, time, keys), in the dtype of the values
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         weights_key, output_key = _split(key, 2)
         # nanoGPT drops attention weights and, below, the projection's output.
         weights = self.dropout(weights, deterministic=key is None, rngs=weights_key)

@@ -41,7 +41,7 @@ def write(
         "version": VERSION,
         "step": step,
         "configuration": configuration,
-        "leaves": {name: _kind(leaf) for name, leaf in leaves.items()},
+        "leaves": {name: _spec(leaf) for name, leaf in leaves.items()},
         "files": {
             path.relative_to(directory).as_posix(): _fingerprint(path)
             for path in sorted(directory.rglob("*"))
@@ -102,7 +102,7 @@ def check_leaves(
     Raises:
       ValueError: a name, shape or dtype differs.
     """
-    specs = {name: _kind(leaf) for name, leaf in target.items()}
+    specs = {name: _spec(leaf) for name, leaf in target.items()}
     problems = [
         f"'{name}' is {_spell(saved.get(name))} in it and {_spell(specs.get(name))} "
         f"in the target"
@@ -148,6 +148,6 @@ def _spell(spec: list[Any] | None) -> str:
     return "absent" if spec is None else f"{spec[1]}{tuple(spec[0])}"
 
 
-def _kind(leaf: Any) -> list[Any]:
+def _spec(leaf: Any) -> list[Any]:
     # Lists, because tuples would come back from JSON as lists and compare unequal.
     return [list(leaf.shape), np.dtype(leaf.dtype).name]

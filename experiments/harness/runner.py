@@ -75,10 +75,10 @@ def run(
             )
             return path
         # Also of a run that grows: cells of two experiments must not meet in one file.
-        name_there = processes.on_first(lambda: _experiment(path)) or name
-        if name_there != name:
+        earlier_name = processes.on_first(lambda: _experiment(path)) or name
+        if earlier_name != name:
             raise ValueError(
-                f"'{out}' holds the results of {name_there}; give another --out"
+                f"'{out}' holds the results of {earlier_name}; give another --out"
             )
         content = cells()
         results = {

@@ -138,9 +138,8 @@ def _drawn(cells: Cells) -> set[str]:
     sparsities: dict[str, set[float]] = {}
     for cell in cells:
         sparsities.setdefault(cell["method"], set()).add(cell["sparsity"])
-    return {name for name, values in sparsities.items() if len(values) > 1} or {
-        *sparsities
-    }
+    several = {name for name, values in sparsities.items() if len(values) > 1}
+    return several or {*sparsities}
 
 
 def _lines(results: Mapping[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
