@@ -40,8 +40,8 @@ _RULES = (
     rules.within(
         *("lora", 1, math.inf), "lora must be a rank of at least 1, got {lora}"
     ),
-    Rule(
-        lambda v: not (v.frozen or v.lora) or "trajectory_adam" not in v.criteria,
+    rules.excludes(
+        *("partly_trained", "trajectory_adam"),
         "trajectory_adam needs Adam's moments of every weight, but with --frozen or "
         "--lora there are none of some",
         "take trajectory",
@@ -177,7 +177,13 @@ class Config:
         Raises:
           ValueError: a number is out of range, or what is frozen is to be pruned.
         """
-        rules.check(_RULES, frozen_parts=", ".join(self.frozen), **vars(self))
+        rules.check(
+            _RULES,
+            partly_trained=bool(self.frozen or self.lora),
+            trajectory_adam="trajectory_adam" in self.criteria,
+            frozen_parts=", ".join(self.frozen),
+            **vars(self),
+        )
 
 
 def main(config: Config) -> Path:

@@ -127,7 +127,8 @@ class Config:
             eval_tokens=self.eval_tokens,
             batch_size=self.batch,
             seeds=min((*self.seeds, *self.tune_seeds)),
-            methods=self.methods,
+            from_dense=self.after_dense > 0,
+            dense_small=DENSE_SMALL in self.methods,
             remaining=" ".join(name for name in self.methods if name != DENSE_SMALL),
             tune_sparsity=self.tune_sparsity,
         )
@@ -158,8 +159,8 @@ _RULES = (
     ),
     *(at_least(name, 0) for name in ("eval_tokens", "seeds")),
     at_least("batch_size", 1),
-    Rule(
-        lambda v: not (v.after_dense and DENSE_SMALL in v.methods),
+    rules.excludes(
+        *("from_dense", "dense_small"),
         f"{DENSE_SMALL} starts from weights of its own and not from a dense model, so "
         "after_dense takes none",
         "give --methods {remaining}",
