@@ -67,7 +67,7 @@ STEP = training.make_step(mean_loss, OPTIMIZER)
 def run(folder, batches=batches, *, steps=40, checkpoints=None, reports=None):
     with records.MetricsLog(folder / "metrics.jsonl", tensorboard=False) as log:
         saved = {"configuration": {"seed": 1}, "every": 10}
-        told = {"every": 4, "evaluate_every": 15}
+        rhythm = {"every": 4, "evaluate_every": 15}
         state = training.init(toy_params(), OPTIMIZER)
         return training.train(
             state,
@@ -82,7 +82,7 @@ def run(folder, batches=batches, *, steps=40, checkpoints=None, reports=None):
                 lambda metrics: log.write(metrics, phase="toy"),
                 lambda step: log.resume(step, phase="toy"),
                 evaluate=lambda s: {"norm": norm(s.params)},
-                **(told | (reports or {})),
+                **(rhythm | (reports or {})),
             ),
         )
 
