@@ -79,12 +79,12 @@ def test_what_the_cluster_does_not_tell_is_one_sentence(monkeypatch):
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """This process as number 1 of two, the first of which answers `told`."""
+    """This process as number 1 of two, the first of which gives `answer`."""
 
-    def make(calls):
+    def make(answer):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: 1)
-        monkeypatch.setattr(multi_process, "on_first", lambda _: calls)
+        monkeypatch.setattr(multi_process, "on_first", lambda _: answer)
         monkeypatch.setattr(multi_process, "together", lambda function: function())
 
     return make
