@@ -176,7 +176,7 @@ def peak_memory(function: Callable[[], Any]) -> dict[str, int]:
     Raises:
       OSError: the system has no /proc.
     """
-    # Cycles that hold arrays of an earlier candidate would be counted as free again.
+    # Else cycles that hold earlier arrays could be freed inside, and hide a peak.
     gc.collect()
     before = _resident("VmRSS")
     with _Watch() as watch:

@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     candidates["numpy_partition"] = lambda: np.partition(joined, size - kept)
     times = measure.interleaved(candidates, config.repeats)
     if config.torch and (torch_prune := _torch(scores, config.sparsity)):
-        # Once: it takes longer than all others together.
+        # Once, for it is slow.
         times["torch_global_unstructured"] = [measure.seconds(torch_prune)]
     memory = {
         name: measure.peak_memory(candidates[name])["extra_bytes"]

@@ -103,7 +103,7 @@ def _run(
     ]
     line = json.loads(json_line([*command, *evaluate], config.threads))
     shutil.rmtree(small)  # the next cell writes there
-    # What torch pruned there is nothing of; the time is that of ours.
+    # torch only evaluates here: the seconds of the removal are those of ours.
     line["seconds"]["prune"] = conversion["prune_seconds"]
     return json.dumps({**line, "made": conversion})
 

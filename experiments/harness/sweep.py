@@ -154,10 +154,10 @@ class Seed:
         result = self._retrained(
             "control",
             lambda stage: self.trainer.retrain(
-                # Masks of ones: the control runs the program of the pruned models, so a
-                # difference in loss is none of compilation or rounding.
                 stage,
                 params,
+                # Masks of ones: the control runs the program of the pruned models, so a
+                # difference in loss is none of compilation or rounding.
                 lambda: _only(_keep_everything(params), params, prunable),
             ),
         )
