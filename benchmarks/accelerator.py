@@ -66,12 +66,12 @@ class Config:
         Raises:
           ValueError: a name is unknown.
         """
-        known: Mapping[str, str] = SMALL if self.smoke else SET
-        if unknown := [name for name in self.only if name not in known]:
+        commands: Mapping[str, str] = SMALL if self.smoke else SET
+        if unknown := [name for name in self.only if name not in commands]:
             raise ValueError(
-                f"--only must be of {', '.join(known)}, got {', '.join(unknown)}"
+                f"--only must be of {', '.join(commands)}, got {', '.join(unknown)}"
             )
-        return {name: known[name] for name in self.only or known}
+        return {name: commands[name] for name in self.only or commands}
 
 
 def main(config: Config) -> None:
@@ -85,6 +85,8 @@ def main(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     failed = []
     for number, (name, line) in enumerate(chosen.items(), 1):
+        # A benchmark that has its file is done: a run that was stopped goes on behind
+        # it.
         path = out / f"{name}.jsonl"
         if path.exists():
             _say(f"{name}: done before, see {path}")
@@ -94,18 +96,23 @@ def main(config: Config) -> None:
         place = out / name  # of what a benchmark writes, or one that was killed left
         shutil.rmtree(place, ignore_errors=True)
         words = shlex.split(line.format(place=shlex.quote(str(place))))
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]],
             stdout=subprocess.PIPE,
             text=True,
         )
         shutil.rmtree(place, ignore_errors=True)
-        lines = [own for own in done.stdout.splitlines() if own.startswith("{")]
-        if done.returncode or not lines:
-            _say(f"{name}: failed with status {done.returncode}")
+        lines = [
+            text_line
+            for text_line in process.stdout.splitlines()
+            if text_line.startswith("{")
+        ]
+        if process.returncode or not lines:
+            _say(f"{name}: failed with status {process.returncode}")
             failed.append(name)
             continue
-        text = "".join(f"{own}\n" for own in lines)
+        text = "".join(f"{text_line}\n" for text_line in lines)
+        # Whole or not at all, for the file says that the benchmark is done.
         atomic.replace_files(out, {path.name: text.encode()})
         device = json.loads(lines[-1])["device"]
         _say(f"{name}: {time.perf_counter() - started:.0f} s on {device}")
@@ -116,11 +123,12 @@ def main(config: Config) -> None:
 
 def _device() -> str:
     """The device that JAX finds, as a word."""
+    # In a process of its own, which gives the device back when it ends.
     code = "import jax; print(jax.devices()[0].device_kind)"
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
     )
-    return re.sub(r"\W+", "-", found.stdout.strip())
+    return re.sub(r"\W+", "-", process.stdout.strip())
 
 
 def _say(text: str) -> None:

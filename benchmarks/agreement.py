@@ -29,14 +29,14 @@ class Config:
 
     Attributes:
       model: a Hugging Face directory.
-      theirs: the model that `benchmarks.torch_pruning --save` pruned and wrote.
+      torch_model: the model that `benchmarks.torch_pruning --save` pruned and wrote.
       method: the method of that run.
       sparsity: the sparsity of that run.
       calibration: the token ids of that run, int32 (sequences, length), `.npy`.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    theirs: Annotated[Path, tyro.conf.Positional]
+    torch_model: Annotated[Path, tyro.conf.Positional]
     method: Literal["wanda", "sparsegpt"]
     calibration: Path
     sparsity: float = 0.5
@@ -49,7 +49,7 @@ def main(config: Config) -> None:
     ids = np.load(config.calibration)
     batches = (
         hf.embedded(config.model, loaded.names, loaded.config, part, "float32")
-        for part in np.split(ids, range(2, len(ids), 2))
+        for part in np.split(ids, range(2, len(ids), 2))  # two sequences at a time
     )
     settings = jax_pruning.Config(
         config.model,
@@ -62,26 +62,37 @@ def main(config: Config) -> None:
         pruned, _ = jax_pruning.pruned(
             settings, graphdef, params, batches, folder, "layer"
         )
+        # Before the folder with the leaves on disk goes.
         ours = lazy.loaded(pruned)
-    _, theirs = nnx.split(hf.load(config.theirs, dtype="float32").model, nnx.Param)
+    _, torch_params = nnx.split(
+        hf.load(config.torch_model, dtype="float32").model, nnx.Param
+    )
     measure.report(
         "agreement",
         config={k: str(v) for k, v in dataclasses.asdict(config).items()},
         sequences=len(ids),
-        differing=differing(ours, theirs),
+        differing=differing(ours, torch_params),
     )
 
 
-def differing(ours: nnx.State, theirs: nnx.State) -> list[float]:
+def differing(params: nnx.State, torch_params: nnx.State) -> list[float]:
     """The share of the masks that differs, layer by layer."""
-    one, other = jp.tree.named_leaves(ours), jp.tree.named_leaves(theirs)
-    kernels = [k for k in one if k.startswith("layers/") and k.endswith("/kernel")]
+    leaves, torch_leaves = (
+        jp.tree.named_leaves(params),
+        jp.tree.named_leaves(torch_params),
+    )
+    kernels = [k for k in leaves if k.startswith("layers/") and k.endswith("/kernel")]
+    # By number, for "layers/10" comes before "layers/2" by name; `groupby` needs them
+    # sorted.
     kernels.sort(key=_layer)
     shares = []
     for _, names in itertools.groupby(kernels, _layer):
-        pairs = [(np.asarray(one[k]) == 0, np.asarray(other[k]) == 0) for k in names]
+        pairs = [
+            (np.asarray(leaves[k]) == 0, np.asarray(torch_leaves[k]) == 0)
+            for k in names
+        ]
         parted = sum(int((a != b).sum()) for a, b in pairs)
-        shares.append(parted / sum(a.size for a, _ in pairs))
+        shares.append(parted / sum(a.size for a, _ in pairs))  # of the layer's weights
     return shares
 
 

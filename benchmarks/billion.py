@@ -26,8 +26,8 @@ class Config:
     Attributes:
       layers: square matrices.
       width: rows and columns of each.
-      storage: of the average.
-      memory: of the average.
+      storage: dtype of the average.
+      memory: place of the average, device or host.
       steps: training steps.
       sparsity: what is pruned, by one global ranking.
     """
@@ -42,64 +42,77 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints one JSON line; memory in bytes, beyond what the process began with."""
-    watched = jp.track_importance(storage=config.storage, memory=config.memory)
-    tx = optax.chain(optax.adamw(1e-4, mu_dtype=jnp.bfloat16), watched)
-    step = _step(config, tx)
-    held: dict[str, Any] = {}
+    tracker = jp.track_importance(storage=config.storage, memory=config.memory)
+    tx = optax.chain(optax.adamw(1e-4, mu_dtype=jnp.bfloat16), tracker)
+    # One dictionary holds every tree, so that each is freed where it is replaced.
+    buffers: dict[str, Any] = {}
 
-    def train() -> Any:
-        held["params"] = params = _init(config)
-        held["state"] = tx.init(params)
-        for _ in measure.progress(range(config.steps), "training"):
-            held["params"], held["state"] = step(held["params"], held["state"])
-        return jax.block_until_ready(held)
-
-    trained = measure.peak_memory(train)
-    importance = jp.get_importance(held.pop("state"))
+    trained = measure.peak_memory(lambda: _train(config, tx, buffers))
+    # Adam's moments go with the state; only the average stays.
+    importance = jp.get_importance(buffers.pop("state"))
 
     def score() -> Any:
-        held["scores"] = jp.scores.averaged_weight(held["params"], importance)
-        return held
+        buffers["scores"] = jp.scores.averaged_weight(buffers["params"], importance)
+        return buffers
 
     scored = measure.peak_memory(score)
     average_bytes = _bytes(importance.weight)
     del importance
 
     def prune() -> Any:
-        held["params"] = jp.prune(
-            held.pop("params"),
-            held["scores"],
+        buffers["params"] = jp.prune(
+            buffers.pop("params"),
+            buffers["scores"],
             config.sparsity,
             allocation="global",
             donate=True,
         )
-        return held
+        return buffers
 
-    first = next(iter(held["params"]))
-    jp.prune(  # compiles
-        {first: held["params"][first]},
-        {first: held["scores"][first]},
-        config.sparsity,
-        allocation="global",
-    )
+    _compile_pruning(config, buffers)
     pruned = measure.peak_memory(prune)
     measure.report(
         "billion",
         config=dataclasses.asdict(config),
         parameters=config.layers * config.width**2,
-        parameter_bytes=_bytes(held["params"]),
+        parameter_bytes=_bytes(buffers["params"]),
         average_bytes=average_bytes,
         leaf_bytes_float32=4 * config.width**2,
         training_peak=trained["extra_bytes"],
         training_kept=trained["kept_bytes"],
         scoring_peak=scored["extra_bytes"],
         pruning_peak=pruned["extra_bytes"],
-        sparsity=jp.sparsity(held["params"]).total,
+        sparsity=jp.sparsity(buffers["params"]).total,
+    )
+
+
+def _train(
+    config: Config, tx: optax.GradientTransformation, buffers: dict[str, Any]
+) -> dict[str, Any]:
+    """Makes parameters and state, trains them, and leaves them in the buffers."""
+    step = _step(config, tx)
+    buffers["params"] = params = _init(config)
+    buffers["state"] = tx.init(params)
+    del params  # the step uses them up
+    for _ in measure.progress(range(config.steps), "training"):
+        buffers["params"], buffers["state"] = step(buffers["params"], buffers["state"])
+    return jax.block_until_ready(buffers)
+
+
+def _compile_pruning(config: Config, buffers: dict[str, Any]) -> None:
+    """Prunes one leaf: all leaves have its shape, so its program serves them all."""
+    first = next(iter(buffers["params"]))
+    jp.prune(
+        {first: buffers["params"][first]},
+        {first: buffers["scores"][first]},
+        config.sparsity,
+        allocation="global",
     )
 
 
 def _step(config: Config, tx: optax.GradientTransformation) -> Any:
     """A training step of parameters and state, in their own memory."""
+    # A batch of 16: activations are next to nothing beside the parameters.
     batch = jax.random.normal(jax.random.key(0), (16, config.width), jnp.bfloat16)
 
     def loss(params: Any) -> jax.Array:

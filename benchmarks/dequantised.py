@@ -25,7 +25,7 @@ class Config:
 
     Attributes:
       out: the directory to write; it must not exist.
-      dtype: of the weights. The dequantised values do not fit bfloat16 exactly.
+      dtype: dtype of the weights. The dequantised values do not fit bfloat16 exactly.
     """
 
     out: Annotated[Path, tyro.conf.Positional]
@@ -36,8 +36,9 @@ def write(config: Config, file: Callable[[Path], Path]) -> None:
     """Dequantises and writes; then says where.
 
     Args:
-      config: where, and as what.
-      file: gives the GGUF file; it may make it in the folder that it is given.
+      config: directory to write, and the dtype.
+      file: function that gives the GGUF file; it may make it in the folder that it
+        gets.
 
     Raises:
       FileExistsError: there is something at `out`.
@@ -45,9 +46,11 @@ def write(config: Config, file: Callable[[Path], Path]) -> None:
     if config.out.exists():
         raise FileExistsError(f"OUT must not exist, got '{config.out}'; remove it")
     config.out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the rename stays on one file system.
     with tempfile.TemporaryDirectory(dir=config.out.parent) as folder:
         model, tokenizer = _read(file(Path(folder)), config.dtype)
         written = Path(folder) / "model"
+        # Several shards, as large models have them: readers must cope with these.
         model.save_pretrained(written, max_shard_size="300MB")
         tokenizer.save_pretrained(written)
         os.rename(written, config.out)
@@ -58,7 +61,7 @@ def require(packages: tuple[str, ...]) -> None:
     """Checks that packages are installed.
 
     Args:
-      packages: their names on the package index.
+      packages: names of the packages on the package index.
 
     Raises:
       ModuleNotFoundError: the sentence names what is missing and how to install it.
@@ -76,10 +79,10 @@ def check(package: str, release: str, expected: str, got: str) -> None:
     """Refuses another file than the one that was measured.
 
     Args:
-      package: its name on the package index.
-      release: the release that has the file.
+      package: name of the package on the package index.
+      release: release that has the file.
       expected: SHA-256 of the file that was measured.
-      got: that of the file which the package has.
+      got: SHA-256 of the file that the package has.
 
     Raises:
       ValueError: they differ.

@@ -27,7 +27,7 @@ from benchmarks import measure
 from experiments.datasets import picture_questions
 
 CHANNELS, DENSE = (16, 32, 32), 64
-WIDTH, LAYERS, HEADS, FEATURES, NEURONS = 32, 3, 4, 8, 64
+WIDTH, LAYERS, HEADS, FEATURES, NEURONS = 32, 3, 4, 8, 64  # of the ViT
 METHODS = ("magnitude", "trajectory", "shrink_trained")
 
 
@@ -37,13 +37,13 @@ class Config:
 
     Attributes:
       networks: "cnn", "vit".
-      shares: of the units of every group that are removed.
-      steps: of training, before units go.
+      shares: shares of the units of every group that are removed.
+      steps: number of steps of training, before units go.
       retraining: steps after that.
       batch_size: images in a batch.
-      learning_rate: of AdamW; falls along a cosine in training, and once more in
-        retraining.
-      seeds: of initialisation and batches.
+      learning_rate: peak of AdamW; falls along a cosine in training, and once more
+        in retraining.
+      seeds: seeds of initialisation and batches.
       calibrated: images that `jp.shrink_trained` looks at.
       relative: whether each counts by its size there; the published table is without.
       timed: images of a timed forward.
@@ -88,19 +88,19 @@ class Convolutional(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images (batch, 8, 8) to logits (batch, 10)."""
-        x = images[..., None]
+        x = images[..., None]  # (batch, 8, 8, 1)
         for number, channels in enumerate(CHANNELS):
             stride = 2 if number == 2 else 1
-            x = nn.relu(nn.Conv(left(channels, self.gone), (3, 3), stride)(x))
+            x = nn.relu(nn.Conv(kept_units(channels, self.gone), (3, 3), stride)(x))
         x = x.reshape(len(x), -1)  # (batch, 4 * 4 * channels)
-        return nn.Dense(10)(nn.relu(nn.Dense(left(DENSE, self.gone))(x)))
+        return nn.Dense(10)(nn.relu(nn.Dense(kept_units(DENSE, self.gone))(x)))
 
 
 class Layer(nnx.Module):
     """Attention and an MLP beside a residual stream."""
 
     def __init__(self, gone: float, rngs: nnx.Rngs) -> None:
-        heads, neurons = left(HEADS, gone), left(NEURONS, gone)
+        heads, neurons = kept_units(HEADS, gone), kept_units(NEURONS, gone)
         self.attention = nnx.MultiHeadAttention(
             heads, WIDTH, heads * FEATURES, WIDTH, decode=False, rngs=rngs
         )
@@ -127,11 +127,12 @@ class VisionTransformer(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images (batch, 8, 8) to logits (batch, 10)."""
+        # (batch, rows, 2, columns, 2) to (batch, patches, pixels of a patch).
         x = images.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
-        x = self.embed(x) + self.place[None]
+        x = self.embed(x) + self.place[None]  # (batch, patches, width)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x).mean(1))
+        return self.head(self.norm(x).mean(1))  # (batch, 10)
 
 
 def main(config: Config) -> None:
@@ -145,13 +146,13 @@ def main(config: Config) -> None:
 
 def everything(config: Config) -> None:
     """What `main` does, with a directory for compiled programs."""
-    data, found = read(), {}
+    data, results = read(), {}
     for network in config.networks:
         cells = [
             compared(config, network, seed, data)
             for seed in measure.progress(config.seeds, f"training {network}", "seed")
         ]
-        found[network] = {
+        results[network] = {
             label: {
                 key: [float(cell[label][key]) for cell in cells]
                 for key in cells[0][label]
@@ -159,14 +160,14 @@ def everything(config: Config) -> None:
             for label in cells[0]
         }
     times = {network: timed(config, network, data) for network in config.networks}
-    print(f"{accuracies(found)}\n\n{speeds(found, times)}\n")
+    print(f"{accuracies(results)}\n\n{speeds(results, times)}\n")
     measure.report(
         "digits_structure",
         config=dataclasses.asdict(config),
-        results=found,
+        results=results,
         milliseconds={
-            network: {k: measure.median_and_spread(v) for k, v in own.items()}
-            for network, own in times.items()
+            network: {k: measure.median_and_spread(v) for k, v in milliseconds.items()}
+            for network, milliseconds in times.items()
         },
     )
 
@@ -183,8 +184,9 @@ def read() -> Data:
     )
 
 
-def left(units: int, gone: float) -> int:
+def kept_units(units: int, gone: float) -> int:
     """How many units are left, as `jp.shrink` counts."""
+    # Rounded as `jp.shrink` rounds, so that built and shrunk have one shape.
     return units - round(gone * units)
 
 
@@ -196,10 +198,10 @@ def built(config: Config, network: str, gone: float, seed: int) -> Run:
         params: Any = module.init(jax.random.key(seed), jnp.zeros((1, 8, 8)))
     else:
         model = VisionTransformer(gone, nnx.Rngs(seed))
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
 
         def fn(params: Any, images: Any) -> jax.Array:
-            return nnx.merge(graphdef, params, rest)(images)
+            return nnx.merge(graphdef, params, buffers)(images)
 
     return Run(fn, params, optimizer(config).init(params))
 
@@ -208,32 +210,33 @@ def compared(
     config: Config, network: str, seed: int, data: Data
 ) -> dict[str, dict[str, float]]:
     """One seed: of each candidate accuracy before and after retraining, and size."""
-    whole = trained(config, built(config, network, 0.0, seed), seed, data, 0)
-    found = {"0 dense": measured(config, whole, seed, data)}
+    dense = trained(config, built(config, network, 0.0, seed), seed, data, 0)
+    accuracies = {"0 dense": measured(config, dense, seed, data)}
     for gone in config.shares:
         for method in METHODS:
-            run = shrunk(config, whole, method, gone, data)
-            found[f"{gone:g} {method}"] = measured(config, run, seed, data)
+            run = shrunk(config, dense, method, gone, data)
+            accuracies[f"{gone:g} {method}"] = measured(config, run, seed, data)
         run = trained(config, built(config, network, gone, seed), seed, data, 0)
-        found[f"{gone:g} built"] = measured(config, run, seed, data)
-    return found
+        accuracies[f"{gone:g} built"] = measured(config, run, seed, data)
+    return accuracies
 
 
-def shrunk(config: Config, whole: Run, method: str, gone: float, data: Data) -> Run:
+def shrunk(config: Config, dense: Run, method: str, gone: float, data: Data) -> Run:
     """The network without a share of the units of each of its groups."""
-    fn, params, state = whole
+    fn, params, state = dense
     if method == "shrink_trained":
         images = data.images[: config.calibrated]
-        batches = np.array_split(images, max(1, len(images) // 128))
-        found = jp.shrink_trained(
+        batches = np.array_split(images, max(1, len(images) // 128))  # (128, 8, 8) each
+        result = jp.shrink_trained(
             fn, params, batches, gone, relative=config.relative, progress=False
         )
     else:
         scores = jp.scores.magnitude(params)
         if method == "trajectory":
             scores = jp.scores.trajectory(params, state)
-        found = jp.shrink(fn, params, data.images[:1], scores, gone)
-    return Run(found.fn, found.params, found.cut(state))
+        result = jp.shrink(fn, params, data.images[:1], scores, gone)
+    # The optimizer's moments are cut alike, so that training goes on without a jolt.
+    return Run(result.fn, result.params, result.cut(state))
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
@@ -243,6 +246,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
         optax.cosine_decay_schedule(rate, steps, alpha=0.1)
         for steps in (config.steps, config.retraining)
     ]
+    # One transformation for both, whose count says which cosine it is on.
     return optax.adamw(optax.join_schedules(parts, [config.steps]))
 
 
@@ -262,9 +266,11 @@ def trained(config: Config, run: Run, seed: int, data: Data, start: int) -> Run:
         return optax.apply_updates(params, updates), state
 
     for number in range(start, start + (config.retraining if start else config.steps)):
+        # By seed and step: all candidates of a seed see the same images in the same
+        # order.
         rng = np.random.default_rng([seed, number])
-        some = rng.integers(0, len(data.images), config.batch_size)
-        params, state = step(params, state, data.images[some], data.labels[some])
+        batch = rng.integers(0, len(data.images), config.batch_size)
+        params, state = step(params, state, data.images[batch], data.labels[batch])
     return Run(fn, params, state)
 
 
@@ -286,15 +292,17 @@ def measured(config: Config, run: Run, seed: int, data: Data) -> dict[str, float
 def timed(config: Config, network: str, data: Data) -> dict[str, list[float]]:
     """Milliseconds of a forward: dense, shrunk and built, in turn."""
     images = jnp.resize(data.images, (config.timed, 8, 8))
-    whole = built(config, network, 0.0, 0)
-    runs = {"0 dense": whole}
+    dense = built(config, network, 0.0, 0)
+    runs = {"0 dense": dense}
     for gone in config.shares:
-        runs[f"{gone:g} shrunk"] = shrunk(config, whole, "magnitude", gone, data)
+        runs[f"{gone:g} shrunk"] = shrunk(config, dense, "magnitude", gone, data)
         runs[f"{gone:g} built"] = built(config, network, gone, 0)
     times = measure.interleaved(
         {name: _forward(run, images) for name, run in runs.items()}, config.repeats
     )
-    return {name: [1e3 * second for second in own] for name, own in times.items()}
+    return {
+        name: [1e3 * second for second in seconds] for name, seconds in times.items()
+    }
 
 
 def _forward(run: Run, images: jax.Array) -> Callable[[], jax.Array]:
@@ -302,15 +310,15 @@ def _forward(run: Run, images: jax.Array) -> Callable[[], jax.Array]:
     return lambda: compiled(run.params, images)
 
 
-def accuracies(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
+def accuracies(results: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     """A row for each network, share and candidate: percent, mean ± spread."""
     rows = [["network", "removed", "candidate", "before", "retrained", "parameters"]]
-    for network, own in found.items():
-        for label, cell in own.items():
-            gone, method = label.split()
+    for network, cells in results.items():
+        for label, cell in cells.items():
+            gone, method = label.split()  # "0.5 magnitude"
             percents = [
-                measure.mean_and_spread([100 * share for share in cell[when]], ".1f")
-                for when in ("before", "after")
+                measure.mean_and_spread([100 * share for share in cell[stage]], ".1f")
+                for stage in ("before", "after")
             ]
             size = f"{cell['parameters'][0]:,.0f}"
             rows.append([network, f"{float(gone):.0%}", method, *percents, size])
@@ -318,21 +326,23 @@ def accuracies(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
 
 
 def speeds(
-    found: dict[str, dict[str, dict[str, list[float]]]],
+    results: dict[str, dict[str, dict[str, list[float]]]],
     times: dict[str, dict[str, list[float]]],
 ) -> str:
     """A row for each network and share: parameters and milliseconds, medians."""
     rows = [["network", "removed", "parameters", "dense", "shrunk", "built"]]
-    for network, own in times.items():
-        middle = {name: statistics.median(values) for name, values in own.items()}
-        for name in own:
-            gone, kind = name.split()
-            if kind != "shrunk":
+    for network, milliseconds in times.items():
+        medians = {
+            name: statistics.median(values) for name, values in milliseconds.items()
+        }
+        for name in milliseconds:
+            gone, candidate = name.split()
+            if candidate != "shrunk":
                 continue
-            size = found[network][f"{gone} built"]["parameters"][0]
-            three = [middle["0 dense"], middle[name], middle[f"{gone} built"]]
-            shown = [f"{value:.2f} ms" for value in three]
-            rows.append([network, f"{float(gone):.0%}", f"{size:,.0f}", *shown])
+            size = results[network][f"{gone} built"]["parameters"][0]
+            columns = [medians["0 dense"], medians[name], medians[f"{gone} built"]]
+            texts = [f"{value:.2f} ms" for value in columns]
+            rows.append([network, f"{float(gone):.0%}", f"{size:,.0f}", *texts])
     return measure.markdown(rows)
 
 

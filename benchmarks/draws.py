@@ -30,7 +30,7 @@ class Draws:
       draws: which draws of it: 0 for the first so many sequences, 1 for the next.
       calibrated: sequences of a draw.
       sequences: how many of each held-out text to evaluate on.
-      threads: of torch and of XLA.
+      threads: number of threads of torch and of XLA.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -57,47 +57,50 @@ def prepared(config: Draws, folder: Path) -> list[str]:
     texts = held_out(config.texts, TEXTS, config.sequences, folder)
     ids = np.load(config.texts / f"{config.calibration}.npy")
     for draw in config.draws:
-        own = ids[draw * config.calibrated :][: config.calibrated]
-        if len(own) < config.calibrated:
+        # (calibrated, length): draws do not overlap, so their spread is one of the
+        # text.
+        sequences = ids[draw * config.calibrated :][: config.calibrated]
+        if len(sequences) < config.calibrated:
             raise ValueError(
                 f"draw {draw} of {config.calibrated} sequences is past the end of "
                 f"'{config.calibration}', which has {len(ids)}"
             )
-        np.save(folder / f"{draw}.npy", own)
+        np.save(folder / f"{draw}.npy", sequences)
     return texts
 
 
 def pruning(
-    config: Draws, calibration: Path, how: str, method: str, *more: str
+    config: Draws, calibration: Path, pattern: str, method: str, *flags: str
 ) -> list[str]:
     """The arguments of a process that prunes by a draw and evaluates.
 
-    `how` is a sparsity or a pattern n:m; `more` are further flags of
+    `pattern` is a sparsity or a pattern n:m; `flags` are further flags of
     `benchmarks.jax_pruning`. A method "torch-NAME" is the competitor's NAME.
     """
     name = method.removeprefix("torch-")
     program = "jax_pruning" if name == method else "torch_pruning"
     command = [f"benchmarks.{program}", str(config.model), "--method", name]
-    command += ["--pattern" if ":" in how else "--sparsity", how, *more]
+    command += ["--pattern" if ":" in pattern else "--sparsity", pattern, *flags]
     return [*command, "--calibration", str(calibration), "--evaluate"]
 
 
 def run_missing(
     config: Draws,
     cells: Callable[[Path], Iterable[tuple[str, list[str]]]],
-    **more: Any,
+    **facts: Any,
 ) -> None:
     """Runs each cell that has no file yet in a process of its own.
 
     Args:
-      config: the table.
-      cells: the folder of the draws to a name and arguments for each.
-      more: what decides a cell besides, and is not in its name.
+      config: settings of the table.
+      cells: function of the folder of draws to a name and arguments for each cell.
+      **facts: settings that decide a cell too, and are not in its name.
 
     Raises:
       ValueError: the directory has the cells of another table.
     """
-    begin(config, **config.facts(), **more)
+    begin(config, **config.facts(), **facts)
+    # On the disk of the results, for draws are read by each of many processes.
     with tempfile.TemporaryDirectory(dir=config.out) as place:
         texts = prepared(config, Path(place))
         for cell, command in measure.progress(list(cells(Path(place))), "running"):
@@ -111,41 +114,45 @@ def over_draws(
     """Means over draws as Markdown.
 
     Args:
-      names: of what tells the cells apart.
-      cells: that, with the perplexity on each text of each draw.
+      names: headers of the columns that tell the cells apart.
+      cells: values of these columns, with the perplexity on each text of each draw.
 
     Returns:
       A row for each: mean and spread for each text and for the geometric mean of the
       three; how many draws.
     """
+    # A geometric mean: perplexities of texts differ by factors, and none should rule.
     rows = [[*names, *TEXTS, "geometric mean", "draws"]]
-    for key, own in cells:
+    for key, draws in cells:
         row = [*key]
         for text in (*TEXTS, "mean"):
-            values = [with_mean(cell)[text] for cell in own]
+            values = [with_mean(cell)[text] for cell in draws]
             row.append(measure.mean_and_spread(values, ".2f"))
-        rows.append([*row, str(len(own))])
+        rows.append([*row, str(len(draws))])
     return measure.markdown(rows)
 
 
 def of_files(folder: Path, names: Sequence[str]) -> str:
-    """The table of files HOW_METHOD_MORE_DRAW.json, as Markdown.
+    """The table of files PATTERN_METHOD_MORE_DRAW.json, as Markdown.
 
     Args:
-      folder: with a JSON line of `benchmarks.jax_pruning` a cell.
-      names: of what stands before the draw in a file's name.
+      folder: directory with a JSON line of `benchmarks.jax_pruning` a cell.
+      names: headers of the parts of a file's name before the draw.
 
     Returns:
       What `over_draws` does.
     """
     cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for path in cells_in(folder):
-        how, *rest, _ = path.stem.split("_")
-        found = json.loads(path.read_text())["perplexities"]["after"]
-        cells.setdefault((how.replace("of", ":"), *rest), []).append(found)
+        pattern, *labels, _ = path.stem.split("_")
+        perplexities = json.loads(path.read_text())["perplexities"]["after"]
+        cells.setdefault((pattern.replace("of", ":"), *labels), []).append(perplexities)
     return over_draws(names, sorted(cells.items()))
 
 
-def with_mean(found: dict[str, float]) -> dict[str, float]:
+def with_mean(perplexities: dict[str, float]) -> dict[str, float]:
     """Perplexities, and "mean", their geometric mean."""
-    return {**found, "mean": math.exp(statistics.fmean(map(math.log, found.values())))}
+    return {
+        **perplexities,
+        "mean": math.exp(statistics.fmean(map(math.log, perplexities.values()))),
+    }

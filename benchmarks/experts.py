@@ -23,7 +23,7 @@ class Config:
 
     Attributes:
       experts: matrices.
-      taken: experts of each token.
+      active: number of experts that each token goes through.
       width: inputs of a matrix.
       wide: outputs of a matrix.
       tokens: how many at once, in turn.
@@ -32,7 +32,7 @@ class Config:
     """
 
     experts: int = 64
-    taken: int = 8
+    active: int = 8
     width: int = 2048
     wide: int = 1024
     tokens: tuple[int, ...] = (1, 64, 512)
@@ -43,24 +43,27 @@ class Config:
 def main(config: Config) -> None:
     """Prints one JSON line."""
     rng = np.random.default_rng(0)
-    shape = config.experts, config.width, config.wide
+    shape = config.experts, config.width, config.wide  # (experts, in, out)
     weight = jax.device_put(rng.standard_normal(shape, np.float32))
     programs = {
         "by_blocks": jax.jit(grouped_rows.dot),
         "ragged_dot": jax.jit(jax.lax.ragged_dot),
     }
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for tokens in config.tokens:
-        rows = rng.standard_normal((tokens * config.taken, config.width), np.float32)
-        chosen = np.argsort(rng.random((tokens, config.experts)))[:, : config.taken]
+        rows = rng.standard_normal((tokens * config.active, config.width), np.float32)
+        # Without replacement: a token goes through different experts. (tokens, active)
+        chosen = np.argsort(rng.random((tokens, config.experts)))[:, : config.active]
         sizes = np.bincount(chosen.ravel(), minlength=config.experts)
         operands = jax.device_put((rows, weight, sizes.astype(np.int32)))
+        # Ahead of time, for the analysis of memory; the timed calls then compile
+        # nothing.
         compiled = {k: f.lower(*operands).compile() for k, f in programs.items()}
         calls = {k: functools.partial(f, *operands) for k, f in compiled.items()}
         times = measure.interleaved(
             calls, config.repeats, clock=measure.CLOCKS[config.clock]
         )
-        found[str(tokens)] = {
+        results[str(tokens)] = {
             "seconds": {k: measure.median_and_spread(v) for k, v in times.items()},
             "ratio": measure.median_and_spread(
                 np.divide(times["by_blocks"], times["ragged_dot"])
@@ -69,7 +72,7 @@ def main(config: Config) -> None:
                 k: f.memory_analysis().temp_size_in_bytes for k, f in compiled.items()
             },
         }
-    measure.report("experts", config=dataclasses.asdict(config), tokens=found)
+    measure.report("experts", config=dataclasses.asdict(config), tokens=results)
 
 
 if __name__ == "__main__":

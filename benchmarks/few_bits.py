@@ -27,13 +27,13 @@ class Config(Draws):
 
     Attributes:
       methods: the solvers.
-      how: sparsities, and n:m patterns.
-      bits: of a kept weight; 16 leaves it as it is.
+      patterns: sparsities, and n:m patterns.
+      bits: bits of a kept weight; 16 leaves it as it is.
       group: inputs that share a scale.
     """
 
     methods: tuple[str, ...] = ("sparsegpt",)
-    how: tuple[str, ...] = ("0.0", "0.5", "2:4")
+    patterns: tuple[str, ...] = ("0.0", "0.5", "2:4")
     bits: tuple[int, ...] = (16, 8, 4)
     group: int = 128
 
@@ -41,34 +41,35 @@ class Config(Draws):
 def main(config: Config) -> None:
     """Runs what is missing and prints the table."""
     run_missing(config, functools.partial(_cells, config))
-    print(table(config.out))
+    print(bits_table(config.out))
 
 
 def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
-    for draw, how, method, bits in itertools.product(
-        config.draws, config.how, config.methods, config.bits
+    for draw, pattern, method, bits in itertools.product(
+        config.draws, config.patterns, config.methods, config.bits
     ):
-        more = ["--bits", str(bits), "--group", str(config.group)] * (bits < 16)
+        # 16: the weights stay as the solver leaves them.
+        flags = ["--bits", str(bits), "--group", str(config.group)] * (bits < 16)
         rounded = f"{bits} in {config.group}s" if bits < 16 else "16"
-        name = f"{how.replace(':', 'of')}_{method}_{rounded}_{draw}"
+        name = f"{pattern.replace(':', 'of')}_{method}_{rounded}_{draw}"
         text = folder / f"{draw}.npy"
-        yield name, pruning(config, text, how, method, "--relative", *more)
+        yield name, pruning(config, text, pattern, method, "--relative", *flags)
 
 
-def table(folder: Path) -> str:
+def bits_table(folder: Path) -> str:
     """The results as Markdown: a row for each solver, sparsity and number of bits."""
     cells: dict[tuple[str, ...], list[dict[str, float]]] = {}
     stored: dict[tuple[str, ...], list[float]] = {}
     for path in cells_in(folder):
-        how, method, rounded, _ = path.stem.split("_")
-        found = json.loads(path.read_text())
-        key = (how.replace("of", ":"), method, rounded)
-        cells.setdefault(key, []).append(found["perplexities"]["after"])
-        stored.setdefault(key, []).append(_stored(found["zeros"], rounded))
+        pattern, method, rounded, _ = path.stem.split("_")
+        result = json.loads(path.read_text())
+        key = (pattern.replace("of", ":"), method, rounded)
+        cells.setdefault(key, []).append(result["perplexities"]["after"])
+        stored.setdefault(key, []).append(_stored(result["zeros"], rounded))
     rows = [
-        ((*key, f"{statistics.fmean(stored[key]):.2f}"), own)
-        for key, own in sorted(cells.items())
+        ((*key, f"{statistics.fmean(stored[key]):.2f}"), perplexities)
+        for key, perplexities in sorted(cells.items())
     ]
     return over_draws(["removed", "method", "bits", "stored, bits a weight"], rows)
 
@@ -77,7 +78,9 @@ def _stored(zeros: float, rounded: str) -> float:
     """Bits of a weight in a compact file: its mask's, its level's, of its scale."""
     bits, _, group = rounded.partition(" in ")
     if not group:
+        # A bit of mask and 16 of each kept weight, or all of them without a mask.
         return min(16.0, 1 + 16 * (1 - zeros))
+    # The mask, the kept weights' levels, and a scale of two bytes for each group.
     return 1 + int(bits) * (1 - zeros) + 16 / int(group.rstrip("s"))
 
 

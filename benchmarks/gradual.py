@@ -56,13 +56,14 @@ def main(config: Config) -> None:
             "event": _gradual(ALWAYS),
             "straight_through event": _straight_through(ALWAYS),
         }
+        # Blocks of a few steps: the spread of one step is that of the machine.
         sizes = config.preset, config.batch_size, BLOCK
         candidates = training_steps.of_gpt(wraps, *sizes)
     else:
         candidates = training_steps.of_optimizer(_all(config.size), config.size)
     clock = measure.CLOCKS[config.clock]
     times = measure.interleaved(candidates, config.repeats, warmup=2, clock=clock)
-    alone = np.asarray(times["adamw"])
+    alone = np.asarray(times["adamw"])  # (repeats,)
     measure.report(
         f"gradual_{config.what}",
         config=dataclasses.asdict(config),
@@ -100,6 +101,7 @@ def _without_event() -> dict[str, Wrap]:
 
 def _all(size: int) -> dict[str, Wrap]:
     """What is timed of the optimizer's step alone."""
+    # Shapes alone, for the parameters would be held beside those that are timed.
     shapes = jax.eval_shape(lambda: training_steps.parameters(size))
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), shapes)
     return {

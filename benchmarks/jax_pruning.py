@@ -7,9 +7,7 @@ so does reading each leaf when its layer's turn comes, and writing it once it is
 
 import dataclasses
 import math
-import re
 import tempfile
-import time
 from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +20,7 @@ from flax import nnx
 
 import jaxprune as jp
 from benchmarks import measure
+from benchmarks.cost import Cost
 from jaxprune.arrays import lazy
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.models import hf
@@ -44,17 +43,17 @@ class Config:
       pattern: n:m, n kept of each m consecutive inputs, in place of the sparsity.
       allocation: how the sparsity is allocated to the matrices; "gradients" is by one
         ranking of |w| E[g^2]^(1/4), the gradients those of the model's own loss.
-      seen: sequences of the calibration that "gradients" looks at.
+      gradient_sequences: number of calibration sequences that "gradients" looks at.
       calibration: token ids, int32 (sequences, length), `.npy`.
       evaluate: NAME=FILE, held-out texts of the same form.
       batch: sequences in a batch.
-      damping: of the solvers that have one.
+      damping: damping of the solvers that have one.
       relative: whether each token is divided by the size of its activations.
       correction: how much of what earlier layers lost a matrix makes up for.
       refine: passes of a refinement of each layer after it is pruned; 0 for none.
       distill: steps of distillation from the dense model into the whole pruned model,
         on the calibration sequences, 4 a step; 0 for none.
-      distill_learning_rate: of its first step.
+      distill_learning_rate: learning rate of its first step.
       bits: 4 or 8, of the kept weights; None leaves them as they are.
       group: inputs that share a scale with `bits`.
     """
@@ -66,7 +65,7 @@ class Config:
     inputs: Literal["left", "dense"] = "left"
     pattern: str | None = None
     allocation: Literal["layer", "erk", "owl", "gradients"] = "layer"
-    seen: int = 8
+    gradient_sequences: int = 8
     evaluate: tuple[str, ...] = ()
     batch: int = 2
     damping: float = 0.01
@@ -79,35 +78,20 @@ class Config:
     group: int = 128
 
 
-class Cost:
-    """Seconds of the block under it, and the most bytes that were resident."""
-
-    def __init__(self) -> None:
-        self.seconds, self.peak = 0.0, 0
-
-    def __enter__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
-        status = Path("/proc/self/status").read_text()
-        self.peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
-
-
 def main(config: Config) -> None:
     """Loads, prunes, evaluates; each timed apart, with the peak of resident memory."""
-    own = jp.methods.METHODS[config.method]
+    method = jp.methods.METHODS[config.method]
     for name in ("correction", "relative"):
-        if getattr(config, name) and not hasattr(own, name):
+        if getattr(config, name) and not hasattr(method, name):
             raise ValueError(f"{config.method} has no {name}; leave --{name} out")
     costs = {name: Cost() for name in ("load", "prune", "distill", "evaluate")}
     ids = np.load(config.calibration)
     with costs["load"]:
         loaded = hf.load(config.model, dtype="float32", lazy=True)
+        # Lazy leaves: each is read when its layer's turn comes, which is timed as
+        # pruning.
         graphdef, params = nnx.split(loaded.model, nnx.Param)
     texts = {k: np.load(v) for k, v in (x.split("=", 1) for x in config.evaluate)}
-    perplexities: dict[str, dict[str, float]] = {}
     parts = np.split(ids, range(config.batch, len(ids), config.batch))
     names, shape = loaded.names, loaded.config
     batches = (
@@ -124,22 +108,25 @@ def main(config: Config) -> None:
             if config.distill:
                 params = distilled(config, graphdef, params, matrices, ids)
         with costs["evaluate"]:
-            perplexities["after"] = {
-                k: perplexity(graphdef, params, x) for k, x in texts.items()
-            }
-    leaves = [x for k, x in jp.tree.named_leaves(params).items() if k in matrices]
-    zeros = sum(x.size - int(jnp.count_nonzero(x)) for x in leaves)
+            after = {k: perplexity(graphdef, params, x) for k, x in texts.items()}
     measure.report(
         "jax_pruning",
         config={k: str(v) for k, v in dataclasses.asdict(config).items()},
-        perplexities=perplexities,
-        zeros=zeros / sum(x.size for x in leaves),
+        perplexities={"after": after},
+        zeros=zeros_of(params, matrices),
         error=float(np.mean([row["error"] for row in rows])),
         solve_seconds=sum(row["seconds"] for row in rows),
         programs=report["programs"],
         seconds={name: cost.seconds for name, cost in costs.items()},
         peak_bytes={name: cost.peak for name, cost in costs.items()},
     )
+
+
+def zeros_of(params: Any, matrices: Set[str]) -> float:
+    """The share of zeros among the weights of the pruned matrices."""
+    leaves = [x for k, x in jp.tree.named_leaves(params).items() if k in matrices]
+    zeros = sum(x.size - int(jnp.count_nonzero(x)) for x in leaves)
+    return zeros / sum(x.size for x in leaves)
 
 
 def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> Any:
@@ -152,10 +139,13 @@ def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> A
         return loss_per_token(model, ids[:, :-1], ids[:, 1:]).mean()
 
     params = lazy.loaded(params)
-    seen = jp.contrib.calibrate_gradients(
-        loss, params, np.split(ids, len(ids))[: config.seen]
+    importance = jp.contrib.calibrate_gradients(
+        # (1, length) each: squares of the gradients of single sequences.
+        loss,
+        params,
+        np.split(ids, len(ids))[: config.gradient_sequences],
     )
-    return jp.allocation.Ranked(jp.scores.trajectory(params, seen))
+    return jp.allocation.Ranked(jp.scores.trajectory(params, importance))
 
 
 def pruned(
@@ -169,11 +159,11 @@ def pruned(
     """The pruned parameters and its report."""
     method: Any = jp.methods.METHODS[config.method]
     if config.method in ("sparsegpt", "alps"):
-        own = {"damping": config.damping, "correction": config.correction}
-        method = dataclasses.replace(method, **own)
+        solver_options = {"damping": config.damping, "correction": config.correction}
+        method = dataclasses.replace(method, **solver_options)
     if config.method != "magnitude":
-        how = {"inputs": config.inputs, "relative": config.relative}
-        method = dataclasses.replace(method, **how)
+        statistics_options = {"inputs": config.inputs, "relative": config.relative}
+        method = dataclasses.replace(method, **statistics_options)
     pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
     return jp.prune_trained(
         lambda params, x: nnx.merge(graphdef, params).states(x)[0],
@@ -194,11 +184,11 @@ def distilled(
 ) -> Any:
     """All parameters, distilled from the dense model; zeros of those named held."""
     rate = config.distill_learning_rate
-    with Progress(config.distill, "distilling", unit="step") as shown:
+    with Progress(config.distill, "distilling", unit="step") as progress:
 
         def tick(steps: int, loss: float) -> None:
-            shown.note(f"loss {loss:.3f}")
-            shown.update(steps)
+            progress.note(f"loss {loss:.3f}")
+            progress.update(steps)
 
         student, _ = retrain.retrain(
             nnx.merge(graphdef, params),
@@ -220,6 +210,7 @@ def perplexity(graphdef: Any, params: Any, sequences: np.ndarray) -> float:
         model = nnx.merge(graphdef, params)
         return loss_per_token(model, ids[:, :-1], ids[:, 1:]).sum()
 
+    # A sequence at a time: the logits of a vocabulary of 262,144 are large.
     sums = [float(total(params, jnp.asarray(ids[None]))) for ids in sequences]
     return math.exp(sum(sums) / sequences[:, 1:].size)
 

@@ -46,28 +46,99 @@ class Config(prune_while_training.Config):
 class State(NamedTuple):
     """Their parameters and their state."""
 
-    own: Any
+    params: Any
     inner: Any
 
 
 def wrapped(updater: Any, inner: optax.GradientTransformation) -> Any:
     """One of their updaters as an optax transformation, its two hooks inside."""
+    # Its masks and counts are in this state; the hooks read them from there.
     tx = updater.wrap_optax(inner)
 
     def init(params: Any) -> State:
         return State(jax.tree.map(jnp.array, params), tx.init(params))
 
     def update(gradient: Any, state: State, params: Any = None) -> tuple[Any, State]:
-        updates, inner = tx.update(gradient, state.inner, state.own)
-        own = optax.apply_updates(state.own, updates)
-        own = updater.post_gradient_update(own, inner)
-        seen = updater.pre_forward_update(own, inner)
-        moved = jax.tree.map(
-            lambda new, old: jnp.where(new == 0, -old, new - old), seen, params
+        updates, inner = tx.update(gradient, state.inner, state.params)
+        params_held = optax.apply_updates(state.params, updates)
+        params_held = updater.post_gradient_update(params_held, inner)
+        visible = updater.pre_forward_update(params_held, inner)
+        difference = jax.tree.map(
+            # old + (new - old) need not be new in float32, and a zero must be a zero.
+            lambda new, old: jnp.where(new == 0, -old, new - old),
+            visible,
+            params,
         )
-        return moved, State(own, inner)
+        return difference, State(params_held, inner)
 
     return optax.GradientTransformation(init, update)
+
+
+class Library:
+    """JaxPruner as it is imported, and its methods in the form of `METHODS`.
+
+    Attributes:
+      jaxpruner: the package.
+      distributions: its module of sparsity distributions.
+    """
+
+    def __init__(self, source: Path | None) -> None:
+        """Imports the package.
+
+        Raises:
+          ImportError: there is no JaxPruner, or it cannot be imported.
+        """
+        if source is not None:
+            sys.path.insert(0, str(source))  # before an installed one
+        jax.tree_map = _tree_map
+        self.jaxpruner = importlib.import_module("jaxpruner")
+        self.distributions = importlib.import_module("jaxpruner.sparsity_distributions")
+
+    def rising(self, name: str, **options: Any) -> Method:
+        """A method whose sparsity rises along the cubic of the protocol."""
+        kernels = self.distributions.KERNEL_FILTER_FN
+
+        def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
+            sparsity_options = {"sparsity": span.final, "filter_fn": kernels}
+            # The global methods rank all kernels together and take a plain number.
+            if not name.startswith("Global"):
+                sparsity_options = self._shared_out("uniform", span)
+            scheduler = self.jaxpruner.PolynomialSchedule(
+                span.every, span.begin, span.end
+            )
+            updater = getattr(self.jaxpruner, name)(
+                scheduler=scheduler, **sparsity_options, **options
+            )
+            return wrapped(updater, optimizer(rate, track=()))
+
+        return build
+
+    def sparse(self, name: str) -> Method:
+        """A method that is sparse from the first step, by ERK."""
+
+        def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
+            schedule_options: dict[str, Any] = {}
+            if name != "StaticRandomSparse":
+                period = max(span.freeze // 30, 1)  # as ours: 2.5 % of the steps
+                # Its update_state takes the first step for an update as well.
+                scheduler = self.jaxpruner.PeriodicSchedule(period, period, span.freeze)
+                fall = optax.cosine_decay_schedule(0.3, span.freeze)
+                schedule_options = {"scheduler": scheduler, "drop_fraction_fn": fall}
+            updater = getattr(self.jaxpruner, name)(
+                **self._shared_out("erk", span), **schedule_options
+            )
+            return wrapped(updater, optimizer(rate, track=()))
+
+        return build
+
+    def _shared_out(self, name: str, span: Span) -> dict[str, Any]:
+        """The option that gives each kernel its sparsity, by a rule of theirs."""
+        distribution = functools.partial(
+            getattr(self.distributions, name),
+            sparsity=span.final,
+            filter_fn=self.distributions.KERNEL_FILTER_FN,
+        )
+        return {"sparsity_distribution_fn": distribution}
 
 
 def methods(source: Path | None) -> dict[str, Method]:
@@ -76,71 +147,29 @@ def methods(source: Path | None) -> dict[str, Method]:
     Raises:
       ImportError: there is no JaxPruner, or it cannot be imported.
     """
-    if source is not None:
-        sys.path.insert(0, str(source))
-    jax.tree_map = _tree_map
-    theirs = importlib.import_module("jaxpruner")
-    distributions = importlib.import_module("jaxpruner.sparsity_distributions")
-    kernels = distributions.KERNEL_FILTER_FN
-
-    def polynomial(span: Span) -> Any:
-        return theirs.PolynomialSchedule(span.every, span.begin, span.end)
-
-    def shared_out(name: str, span: Span) -> dict[str, Any]:
-        rule = getattr(distributions, name)
-        return {
-            "sparsity_distribution_fn": functools.partial(
-                rule, sparsity=span.final, filter_fn=kernels
-            )
-        }
-
-    def rising(name: str, **options: Any) -> Method:
-        def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
-            of = {"sparsity": span.final, "filter_fn": kernels}
-            if not name.startswith("Global"):
-                of = shared_out("uniform", span)
-            scheduler = polynomial(span)
-            updater = getattr(theirs, name)(scheduler=scheduler, **of, **options)
-            return wrapped(updater, optimizer(rate, track=()))
-
-        return build
-
-    def sparse(name: str) -> Method:
-        def build(rate: optax.ScalarOrSchedule, span: Span) -> Any:
-            more: dict[str, Any] = {}
-            if name != "StaticRandomSparse":
-                period = max(span.freeze // 30, 1)  # as ours: 2.5 % of the steps
-                # Its update_state takes the first step for an update as well.
-                scheduler = theirs.PeriodicSchedule(period, period, span.freeze)
-                fall = optax.cosine_decay_schedule(0.3, span.freeze)
-                more = {"scheduler": scheduler, "drop_fraction_fn": fall}
-            updater = getattr(theirs, name)(**shared_out("erk", span), **more)
-            return wrapped(updater, optimizer(rate, track=()))
-
-        return build
-
+    library = Library(source)
     dense_to_sparse = {
-        "jaxpruner_magnitude": rising("MagnitudePruning"),
-        "jaxpruner_global_magnitude": rising("GlobalMagnitudePruning"),
-        "jaxpruner_saliency": rising("SaliencyPruning"),
-        "jaxpruner_ste_magnitude": rising("SteMagnitudePruning"),
+        "jaxpruner_magnitude": library.rising("MagnitudePruning"),
+        "jaxpruner_global_magnitude": library.rising("GlobalMagnitudePruning"),
+        "jaxpruner_saliency": library.rising("SaliencyPruning"),
+        "jaxpruner_ste_magnitude": library.rising("SteMagnitudePruning"),
     }
     return {
         **dense_to_sparse,
         **{f"{name}_late": late(method) for name, method in dense_to_sparse.items()},
-        "jaxpruner_static": sparse("StaticRandomSparse"),
-        "jaxpruner_set": sparse("SET"),
-        "jaxpruner_rigl": sparse("RigL"),
+        "jaxpruner_static": library.sparse("StaticRandomSparse"),
+        "jaxpruner_set": library.sparse("SET"),
+        "jaxpruner_rigl": library.sparse("RigL"),
     }
 
 
-def _tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def _tree_map(function: Callable[..., Any], tree: Any, *trees: Any) -> Any:
     """jax's of old, by which a leaf of None stays None."""
 
-    def one(leaf: Any, *others: Any) -> Any:
-        return None if leaf is None else function(leaf, *others)
+    def one(leaf: Any, *leaves: Any) -> Any:
+        return None if leaf is None else function(leaf, *leaves)
 
-    return jax.tree.map(one, tree, *rest, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(one, tree, *trees, is_leaf=lambda leaf: leaf is None)
 
 
 def main(config: Config) -> Path:

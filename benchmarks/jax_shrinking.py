@@ -57,22 +57,24 @@ class Config:
 
 def main(config: Config) -> None:
     """Loads, removes, writes."""
-    start = config.draw * config.sequences
+    start = config.draw * config.sequences  # draws do not overlap
     ids = np.load(config.calibration)[start : start + config.sequences]
     loaded = hf.load(config.model, dtype="float32")
     started = time.perf_counter()
     state = nnx.state(loaded.model, nnx.Param)
     kept = kept_layers(loaded.config, state, ids, config)
+    # Layers first: neurons are then chosen for the inputs that the remaining layers
+    # see.
     shape, params = hf.keep_layers(loaded.config, state, kept)
     rows: list[Any] = []
     zeros = False
     if config.ffn or config.heads:
-        found = narrower(shape, params, ids, config)
-        params, rows = found.params, found.report["weights"]
+        result = narrower(shape, params, ids, config)
+        params, rows = result.params, result.report["weights"]
         heads = hf.resized(shape, params).heads
         source = read_json(config.model / "config.json")
         if zeros := heads not in hf.heads_that_fit(source, shape):
-            params = at_the_old_size(found)
+            params = at_the_old_size(result)
     seconds = time.perf_counter() - started
     hf.write_smaller(config.model, config.out, params, loaded.names, kept=kept)
     settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -91,9 +93,9 @@ def kept_layers(shape: Any, params: Any, ids: np.ndarray, config: Config) -> lis
     if not config.drop:
         return list(range(shape.layers))
     graphdef, _ = nnx.split(hf.abstract(shape), nnx.Param)
-    few, left = ids[: config.searched], shape.layers - config.drop
+    few, layers = ids[: config.searched], shape.layers - config.drop
     return layer_search.search_layers(
-        graphdef, params, few, left, batch=config.batch
+        graphdef, params, few, layers, batch=config.batch
     ).kept
 
 
@@ -112,20 +114,22 @@ def narrower(
     return jp.shrink_trained(states, params, batches, shares, relative=config.relative)
 
 
-def at_the_old_size(found: jp.ShrinkResult) -> Any:
+def at_the_old_size(result: jp.ShrinkResult) -> Any:
     """The smaller parameters among zeros for what was removed."""
 
     def whole(name: str, leaf: Any) -> np.ndarray:
-        cut = found.fn.cuts[name]
+        cut = result.fn.cuts[name]
         (kept,) = cut.kept  # of leaves that are not stacked
-        new = np.zeros(cut.before, leaf.dtype)
+        new = np.zeros(cut.before, leaf.dtype)  # of the size before
         places = zip(kept, cut.before, strict=True)
-        new[np.ix_(*(range(n) if own is None else own for own, n in places))] = leaf
+        new[np.ix_(*(range(n) if units is None else units for units, n in places))] = (
+            leaf
+        )
         return new
 
-    named = jp.tree.named_leaves(found.params)
-    leaves = [whole(name, leaf) for name, leaf in named.items()]
-    return jax.tree.unflatten(jax.tree.structure(found.params), leaves)
+    smaller = jp.tree.named_leaves(result.params)
+    leaves = [whole(name, leaf) for name, leaf in smaller.items()]
+    return jax.tree.unflatten(jax.tree.structure(result.params), leaves)
 
 
 if __name__ == "__main__":

@@ -23,61 +23,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import ml_dtypes
 import numpy as np
 import tyro
 from flax import nnx
 
 import jaxprune as jp
-from benchmarks import measure
-from jaxprune.files import safetensors_file
+from benchmarks import measure, random_checkpoint
+from benchmarks.random_checkpoint import SHAPES, Shape, llama, mixture
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.checkpoints.prune_magnitude import prune_directory
 from jaxprune.lm.models import hf
 from jaxprune.posttraining.progress import ProgressLog
 
 Method = Literal["wanda", "sparsegpt", "alps", "magnitude"]
-PAPER_TOKENS = 128 * 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A Llama: layers, width, neurons, features of the keys, tokens."""
-
-    layers: int
-    width: int
-    ffn: int
-    keys: int
-    vocabulary: int
-
-    @property
-    def matrices(self) -> list[tuple[str, int, int]]:
-        """Name, inputs and outputs of a layer's matrices."""
-        w, f, k = self.width, self.ffn, self.keys
-        return [
-            ("self_attn.q_proj", w, w),
-            ("self_attn.k_proj", w, k),
-            ("self_attn.v_proj", w, k),
-            ("self_attn.o_proj", w, w),
-            ("mlp.gate_proj", w, f),
-            ("mlp.up_proj", w, f),
-            ("mlp.down_proj", f, w),
-        ]
-
-    @property
-    def weights(self) -> int:
-        """Of a layer."""
-        return sum(inputs * outputs for _, inputs, outputs in self.matrices)
-
-
-SHAPES = {
-    "7 B": Shape(32, 4096, 11008, 4096, 32000),
-    "70 B": Shape(80, 8192, 28672, 1024, 32000),
-    "405 B": Shape(126, 16384, 53248, 1024, 128256),
-}
+PAPER_TOKENS = 128 * 2048  # SparseGPT's and Wanda's calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +51,7 @@ class Config:
       model: the shapes of Llama 2 7B, or those of Qwen3 30B A3B, 128 experts a layer.
       methods: which; "magnitude" streams the directory tensor by tensor.
       layers: how many are written; all 32 take 13.5 GB, twice that with magnitude.
-      sequences: of calibration.
+      sequences: number of sequences of calibration.
       length: tokens of each.
       batch: sequences at once.
       sparsity: what is removed.
@@ -112,146 +74,47 @@ class Config:
 def main(config: Config) -> None:
     """Writes the directory, starts a process for each method, adds up."""
     if config.alone is not None:
-        print(json.dumps(one(config, config.alone)))
+        print(json.dumps(prune_alone(config, config.alone)))
         return
     if config.model == "llama":
-        write(config.out / "model", llama(SHAPES["7 B"], config.layers))
+        random_checkpoint.write(
+            config.out / "model", llama(SHAPES["7 B"], config.layers)
+        )
     else:
-        write(config.out / "model", mixture(config.layers))
+        random_checkpoint.write(config.out / "model", mixture(config.layers))
     try:
         for method in config.methods:
             words = [sys.executable, "-m", "benchmarks.large", *sys.argv[1:]]
-            done = subprocess.run(
+            process = subprocess.run(
                 [*words, "--alone", method], check=True, stdout=subprocess.PIPE
             )
-            found = json.loads(done.stdout)
+            results = json.loads(process.stdout)
             if method != "magnitude" and config.model == "llama":
-                found |= {"on paper": on_paper(config, method, found)}
+                results |= {"on paper": on_paper(config, method, results)}
             measure.report(
                 "large",
                 model=config.model,
                 method=method,
                 layers=config.layers,
-                **found,
+                **results,
             )
     finally:
         shutil.rmtree(config.out)
 
 
-class Checkpoint(NamedTuple):
-    """config.json of a directory, and the shape of each tensor as it is stored."""
-
-    config: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
-
-
-def llama(shape: Shape, layers: int) -> Checkpoint:
-    """A Llama of so many layers."""
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "intermediate_size": shape.ffn,
-        "num_attention_heads": shape.width // 128,
-        "num_key_value_heads": shape.keys // 128,
-    }
-    return _decoder(config, layers, shape.width, shape.vocabulary, shape.matrices, {})
-
-
-def mixture(layers: int, experts: int = 128, width: int = 2048) -> Checkpoint:
-    """Qwen3 30B A3B of so many layers; its vocabulary is cut to 32,000 tokens."""
-    head, ffn = 128, 768
-    queries, keys = 2 * width, max(width // 4, head)
-    config = {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "head_dim": head,
-        "num_attention_heads": queries // head,
-        "num_key_value_heads": keys // head,
-        "num_experts": experts,
-        "num_experts_per_tok": 8,
-        "intermediate_size": ffn,
-        "moe_intermediate_size": ffn,
-        "norm_topk_prob": True,
-    }
-    matrices = [
-        ("self_attn.q_proj", width, queries),
-        ("self_attn.k_proj", width, keys),
-        ("self_attn.v_proj", width, keys),
-        ("self_attn.o_proj", queries, width),
-        ("mlp.gate", width, experts),
-    ]
-    for number in range(experts):
-        own = f"mlp.experts.{number}"
-        matrices += [(f"{own}.{name}", width, ffn) for name in ("gate_proj", "up_proj")]
-        matrices.append((f"{own}.down_proj", ffn, width))
-    vectors = {"self_attn.q_norm": head, "self_attn.k_norm": head}
-    return _decoder(config, layers, width, 32000, matrices, vectors)
-
-
-def _decoder(
-    config: dict[str, Any],
-    layers: int,
-    width: int,
-    vocabulary: int,
-    matrices: Sequence[tuple[str, int, int]],
-    vectors: dict[str, int],
-) -> Checkpoint:
-    """A decoder with these matrices (name, inputs, outputs) and norms in each layer."""
-    config |= {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-    norms = ("input_layernorm", "post_attention_layernorm")
-    vectors = vectors | dict.fromkeys(norms, width)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        for name, inputs, outputs in matrices:
-            shapes[f"{layer}.{name}.weight"] = (outputs, inputs)
-        shapes |= {f"{layer}.{name}.weight": (n,) for name, n in vectors.items()}
-    shapes["model.embed_tokens.weight"] = (vocabulary, width)
-    shapes["model.norm.weight"] = (width,)
-    shapes["lm_head.weight"] = (vocabulary, width)
-    return Checkpoint(config, shapes)
-
-
-def write(folder: Path, model: Checkpoint) -> None:
-    """Writes config.json and model.safetensors, a tensor in memory at a time."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(model.config))
-    rng = np.random.default_rng(0)
-
-    def drawn(name: str) -> np.ndarray:
-        size = model.shapes[name]
-        if len(size) == 1:
-            return np.ones(size, ml_dtypes.bfloat16)
-        found = rng.standard_normal(size, np.float32)
-        found *= 0.02
-        return found.astype(ml_dtypes.bfloat16)
-
-    bfloat16 = np.dtype(ml_dtypes.bfloat16)
-    entries = {name: (bfloat16, own) for name, own in model.shapes.items()}
-    safetensors_file.write(
-        folder / "model.safetensors", entries, drawn, {"format": "pt"}
-    )
-
-
-def one(config: Config, method: Method) -> dict[str, Any]:
+def prune_alone(config: Config, method: Method) -> dict[str, Any]:
     """Prunes the directory; seconds, those of all cores, and the peak of memory."""
     function = _by_magnitude if method == "magnitude" else _calibrated
-    found: dict[str, Any] = {}
-    own = time.process_time()
+    results: dict[str, Any] = {}
+    # Of all cores together: other programs hardly change it, as they do the wall time.
+    processor_start = time.process_time()
     start = time.perf_counter()
-    memory = measure.peak_memory(lambda: found.update(function(config, method)))
-    return found | {
+    # Nothing ran before, so compilation is in the seconds and in the peak, as for a
+    # user.
+    memory = measure.peak_memory(lambda: results.update(function(config, method)))
+    return results | {
         "seconds": time.perf_counter() - start,
-        "processor_seconds": time.process_time() - own,
+        "processor_seconds": time.process_time() - processor_start,
         "peak_bytes": memory["extra_bytes"],
     }
 
@@ -260,7 +123,7 @@ def _by_magnitude(config: Config, method: str) -> dict[str, Any]:
     source = open_directory(config.out / "model")
     out = config.out / method
     prune_directory(source, out, sparsity=config.sparsity)
-    shutil.rmtree(out)
+    shutil.rmtree(out)  # as large as the model
     return {"bytes": source.size}
 
 
@@ -270,7 +133,9 @@ def _calibrated(config: Config, method: Any) -> dict[str, Any]:
     graphdef, params = nnx.split(loaded.model, nnx.Param)
     shape = (config.sequences // config.batch, config.batch, config.length)
     tokens = np.random.default_rng(1).integers(0, 32000, shape)
-    batches = (hf.embedded(model, loaded.names, loaded.config, own) for own in tokens)
+    batches = (
+        hf.embedded(model, loaded.names, loaded.config, batch) for batch in tokens
+    )
 
     def states(params: Any, x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params).states(x)[0]
@@ -288,22 +153,25 @@ def _calibrated(config: Config, method: Any) -> dict[str, Any]:
         directory=progress,
     )
     shutil.rmtree(progress)
-    each, rows = len(ends) // config.layers, result.report["weights"]
+    # Layers are alike, so each has as many segments and as many rows.
+    segments_a_layer, rows = len(ends) // config.layers, result.report["weights"]
+    # The last layer's: the first one compiles what all others run.
     last = rows[-len(rows) // config.layers :]
     return {
         "achieved": result.report["achieved"],
         "layer": {
-            "seconds": ends[-1][0] - ends[-1 - each][0],
-            "processor_seconds": ends[-1][1] - ends[-1 - each][1],
+            "seconds": ends[-1][0] - ends[-1 - segments_a_layer][0],
+            "processor_seconds": ends[-1][1] - ends[-1 - segments_a_layer][1],
         },
         "solver_seconds": {row["name"].split("/")[-2]: row["seconds"] for row in last},
     }
 
 
 def _is_wanted(config: Config, name: str) -> bool:
-    own = [word.removesuffix("_proj") for word in config.only]
-    own = ["out" if word == "o" else word for word in own]
-    return not own or name.split("/")[-2] in own
+    matrices = [word.removesuffix("_proj") for word in config.only]
+    # The flag has the checkpoint's names, the leaf the decoder's.
+    matrices = ["out" if word == "o" else word for word in matrices]
+    return not matrices or name.split("/")[-2] in matrices
 
 
 def _noted_ends() -> list[tuple[float, float]]:
@@ -325,26 +193,27 @@ def operations(
     """Floating-point operations of a layer: calibration, by tokens, and the solver.
 
     Args:
-      shape: of the model.
-      method: its name.
-      tokens: of calibration.
+      shape: sizes of the model.
+      method: name of the method.
+      tokens: number of tokens of the calibration.
       only: names of the matrices that are pruned; all if there are none.
 
     Returns:
       "calibration" and "solving".
     """
+    # A multiplication and an addition for each weight and token.
     calibration = 2.0 * shape.weights * tokens
-    own = [
+    sizes = [
         (n, out)
         for name, n, out in shape.matrices
         if not only or name.split(".")[1] in only
     ]
     if method != "wanda":  # half of X^T X; q, k and v, gate and up share theirs
         inputs = [shape.width] * 3 + [shape.ffn]
-        inputs = inputs if not only else sorted({n for n, _ in own})
+        inputs = inputs if not only else sorted({n for n, _ in sizes})
         calibration += sum(float(n) ** 2 * tokens for n in inputs)
     solving = 0.0
-    for n, out in own:
+    for n, out in sizes:
         if method == "sparsegpt":  # a factor, and each input's update of later ones
             solving += n**3 / 3 + float(n) ** 2 * out
         elif method == "alps":  # 4 inverses, 21 products of ADMM, 6 of the gradients
@@ -352,32 +221,34 @@ def operations(
     return {"calibration": calibration, "solving": solving}
 
 
-def on_paper(config: Config, method: str, found: dict[str, Any]) -> dict[str, Any]:
+def on_paper(config: Config, method: str, measured: dict[str, Any]) -> dict[str, Any]:
     """What each model costs with 128 x 2048 tokens, at the rate that was measured."""
     tokens = config.sequences * config.length
-    here = operations(SHAPES["7 B"], method, tokens, config.only)
-    layer, solved = found["layer"], sum(found["solver_seconds"].values())
+    # Of what was measured; everything below scales with the ratio to it.
+    small = operations(SHAPES["7 B"], method, tokens, config.only)
+    layer, solver_seconds = measured["layer"], sum(measured["solver_seconds"].values())
     # What the solvers took of the layer's seconds, they took of the processor's.
-    solved *= layer["processor_seconds"] / layer["seconds"]
-    calibrated = layer["processor_seconds"] - solved
+    solver_seconds *= layer["processor_seconds"] / layer["seconds"]
+    calibration_seconds = layer["processor_seconds"] - solver_seconds
     rows = {}
     for name, shape in SHAPES.items():
-        own = operations(shape, method, PAPER_TOKENS)
-        seconds = calibrated * own["calibration"] / here["calibration"]
+        counts = operations(shape, method, PAPER_TOKENS)
+        seconds = calibration_seconds * counts["calibration"] / small["calibration"]
         # Wanda's solving is reading and counting: as many seconds a weight.
         weights = shape.weights / SHAPES["7 B"].weights
-        more = own["solving"] / here["solving"] if here["solving"] else weights
+        ratio = counts["solving"] / small["solving"] if small["solving"] else weights
         rows[name] = {
-            "processor_hours": shape.layers * (seconds + solved * more) / 3600,
-            "operations": shape.layers * sum(own.values()),
-            "weights_bytes": 2 * shape.layers * shape.weights,
+            "processor_hours": shape.layers * (seconds + solver_seconds * ratio) / 3600,
+            "operations": shape.layers * sum(counts.values()),
+            "weights_bytes": 2 * shape.layers * shape.weights,  # bfloat16
+            # float32 (tokens, width), and gate and up in bfloat16.
             "activations_bytes": 4 * PAPER_TOKENS * shape.width,
             "segment_bytes": 2 * 2 * shape.width * shape.ffn,
-            "hessian_bytes": 4 * shape.ffn**2,
+            "hessian_bytes": 4 * shape.ffn**2,  # float32; the largest is that of `down`
         }
     rates = {
-        "calibration": here["calibration"] / calibrated,
-        "solving": here["solving"] / solved,
+        "calibration": small["calibration"] / calibration_seconds,
+        "solving": small["solving"] / solver_seconds,
     }
     return {"operations_per_processor_second": rates, "models": rows}
 

@@ -75,6 +75,8 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
         vocab_size=len(corpus.vocabulary), **gpt.PRESETS[config.preset]
     )
     model = LanguageModel(shape)
+    # All storages see the very same gradients and weights, which separate runs would
+    # not.
     tx = _watched_by_all(config)
     state = training.train(
         training.init(model.init(seed), tx),
@@ -82,7 +84,7 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
         Batches(corpus.train, config.batch_size, shape.context, seed),
         steps=config.steps,
         key=jax.random.key(seed),
-        label=f"seed {seed}",
+        reports=training.Reports(label=f"seed {seed}"),
         prefetch=prefetch,
     )
     windows = validation_batches(corpus.validation, 64, shape.context, None)
@@ -91,23 +93,36 @@ def _run(config: Config, seed: int) -> dict[str, Any]:
     def loss(params: Any) -> float:
         return evaluate(params, windows)
 
-    seen = {
+    importances = _importances(state.opt_state)
+    rows: dict[str, Any] = {}
+    for criterion, score in CRITERIA.items():
+        # What the others are compared with.
+        exact = score(state.params, importances["float32"])
+        for name in low_bit.STORAGES:
+            rows[f"{criterion} {name}"] = _compare(
+                state.params, exact, score(state.params, importances[name]), loss
+            )
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    bytes_a_weight = {
+        name: _bytes(importances[name].weight) / count for name in low_bit.STORAGES
+    }
+    return {
+        "dense": loss(state.params),
+        "rows": rows,
+        "bytes_per_weight": bytes_a_weight,
+    }
+
+
+def _importances(opt_state: Any) -> dict[str, jp.Importance]:
+    """What each storage has averaged of the same run, by its name."""
+    # Trackers of gradients begin the chain, those of weights end it in reverse order.
+    return {
         name: jp.Importance(
-            weight=jp.get_importance(state.opt_state[-1 - number]).weight,
-            square=jp.get_importance(state.opt_state[number]).square,
+            weight=jp.get_importance(opt_state[-1 - number]).weight,
+            square=jp.get_importance(opt_state[number]).square,
         )
         for number, name in enumerate(low_bit.STORAGES)
     }
-    rows: dict[str, Any] = {}
-    for criterion, score in CRITERIA.items():
-        exact = score(state.params, seen["float32"])
-        for name in low_bit.STORAGES:
-            rows[f"{criterion} {name}"] = _compare(
-                state.params, exact, score(state.params, seen[name]), loss
-            )
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    held = {name: _bytes(seen[name].weight) / count for name in low_bit.STORAGES}
-    return {"dense": loss(state.params), "rows": rows, "bytes_per_weight": held}
 
 
 def _watched_by_all(config: Config) -> optax.GradientTransformation:
@@ -121,12 +136,13 @@ def _watched_by_all(config: Config) -> optax.GradientTransformation:
 
 def _compare(params: Any, exact: Any, scores: Any, loss: Any) -> dict[str, float]:
     """Rank correlation, agreement of global masks, loss of the pruned model."""
+    # Over all weights: masks are of ranks alone.
     numbers = {"rank_correlation": stats.spearmanr(_flat(exact), _flat(scores))[0]}
     for sparsity in SPARSITIES:
-        right = jp.masks.make(exact, sparsity, allocation="global")
+        expected = jp.masks.make(exact, sparsity, allocation="global")
         masks = jp.masks.make(scores, sparsity, allocation="global")
         percent = f"{100 * sparsity:g}"
-        numbers[f"agreement_{percent}"] = np.mean(_flat(right) == _flat(masks))
+        numbers[f"agreement_{percent}"] = np.mean(_flat(expected) == _flat(masks))
         numbers[f"loss_{percent}"] = loss(jp.masks.apply(params, masks))
     return {key: float(value) for key, value in numbers.items()}
 

@@ -31,7 +31,7 @@ def median_and_spread(samples: Sequence[float]) -> dict[str, float | int]:
     """The median of repeated measurements and how far they spread.
 
     Args:
-      samples: at least one number.
+      samples: measurements, at least one.
 
     Returns:
       `median`, `min`, `max`, the quartiles `q1` and `q3`, and `repeats`.
@@ -41,6 +41,7 @@ def median_and_spread(samples: Sequence[float]) -> dict[str, float | int]:
       >>> measure.median_and_spread([3.0, 1.0, 2.0])["median"]
       2.0
     """
+    # Quantiles: one interrupted timing moves a mean, and no median.
     lowest, q1, median, q3, highest = np.quantile(samples, [0, 0.25, 0.5, 0.75, 1])
     return {
         "median": float(median),
@@ -56,8 +57,8 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
     """The mean and, of several values, their sample standard deviation.
 
     Args:
-      values: at least one number.
-      form: how a number is written; a sign in it is for the mean alone.
+      values: numbers, at least one.
+      form: format of a number; a sign in it is for the mean alone.
 
     Returns:
       Text for a table.
@@ -77,7 +78,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table.
 
     Args:
-      rows: the head first.
+      rows: texts of the cells, the head first.
 
     Returns:
       Markdown, without an end of line after the last row.
@@ -94,38 +95,39 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def seconds(
-    function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+    call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """The time of one call, until its results are there.
 
     Args:
-      function: takes nothing; arrays in what it returns are waited for.
-      clock: wall time or, with `time.process_time`, what all threads of this process
-        have worked, which depends less on other programs.
+      call: function of no arguments; arrays in its result are waited for.
+      clock: function that tells the time: wall time or, with `time.process_time`, what
+        all threads of this process have worked, which depends less on other programs.
 
     Returns:
       Seconds.
     """
     start = clock()
-    jax.block_until_ready(function())
+    # A call returns when it is dispatched; the result may be far from ready.
+    jax.block_until_ready(call())
     return clock() - start
 
 
-def progress(items: Collection[_T], what: str, unit: str = "step") -> Iterator[_T]:
+def progress(items: Collection[_T], label: str, unit: str = "step") -> Iterator[_T]:
     """The items one after the other, with a bar or now and then a line on stderr.
 
     Args:
-      items: whatever is gone through.
-      what: is done with them, "timing" say.
-      unit: what an item is, in the singular.
+      items: collection to go through.
+      label: verb of what is done with them, "timing" say.
+      unit: noun of an item, in the singular.
 
     Yields:
       Each item; it counts as done when the next one is asked for.
     """
-    with Progress(len(items), what, unit=unit) as shown:
+    with Progress(len(items), label, unit=unit) as bar:
         for item in items:
             yield item
-            shown.update()
+            bar.update()
 
 
 def interleaved(
@@ -137,10 +139,10 @@ def interleaved(
     """Times the candidates alternately: a b c, a b c, ...
 
     Args:
-      functions: name to a function that takes nothing.
-      repeats: measured calls of each.
-      warmup: calls of each before, which compile.
-      clock: as for `seconds`.
+      functions: name to a function of no arguments.
+      repeats: number of measured calls of each.
+      warmup: number of calls of each before, which compile.
+      clock: function that tells the time; see `seconds`.
 
     Returns:
       Name to seconds of each measured call.
@@ -150,7 +152,10 @@ def interleaved(
         {name: seconds(function, clock) for name, function in functions.items()}
         for _ in rounds
     ]
-    return {name: [each[name] for each in calls[warmup:]] for name in functions}
+    return {
+        name: [round_times[name] for round_times in calls[warmup:]]
+        for name in functions
+    }
 
 
 def peak_memory(function: Callable[[], Any]) -> dict[str, int]:
@@ -161,7 +166,8 @@ def peak_memory(function: Callable[[], Any]) -> dict[str, int]:
     `compiled.memory_analysis()` or `device.memory_stats()`.
 
     Args:
-      function: takes nothing; call it once before, or compilation is measured too.
+      function: function of no arguments; call it once before, or compilation is
+        measured too.
 
     Returns:
       `extra_bytes`, the peak over what was held before; `kept_bytes`, what was still
@@ -170,12 +176,15 @@ def peak_memory(function: Callable[[], Any]) -> dict[str, int]:
     Raises:
       OSError: the system has no /proc.
     """
+    # Else cycles that hold earlier arrays could be freed inside, and hide a peak.
     gc.collect()
     before = _resident("VmRSS")
     with _Watch() as watch:
+        # Held until the second reading: what is kept includes the result.
         result = jax.block_until_ready(function())
     kept = _resident("VmRSS") - before
     del result
+    # The mark may lie below what was resident when other pages are returned meanwhile.
     return {"extra_bytes": max(watch.peak - before, 0), "kept_bytes": kept}
 
 
@@ -197,8 +206,8 @@ def report(name: str, **fields: Any) -> None:
     """Prints the one JSON line of a benchmark.
 
     Args:
-      name: the benchmark, named by its claim.
-      **fields: what it found; the environment is added.
+      name: name of the benchmark, which is its claim.
+      **fields: results, JSON-able; the environment is added.
     """
     print(json.dumps({"benchmark": name, **fields, **environment()}))
 
@@ -228,14 +237,14 @@ class _Watch:
         self._thread.join()
 
     def _poll(self) -> None:
-        while not self._done.wait(0.0005):
+        while not self._done.wait(0.0005):  # seconds
             self.peak = max(self.peak, _resident("VmRSS"))
 
 
 def _resident(field: str) -> int:
     for line in _STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024  # "VmHWM:  123456 kB"
     raise OSError(f"{_STATUS} must have the line {field}; run on Linux")
 
 

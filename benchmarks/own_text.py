@@ -31,15 +31,15 @@ class Config(Draws):
 
     Attributes:
       methods: the solvers.
-      how: sparsities, and n:m patterns.
+      patterns: sparsities, and n:m patterns.
       calibrations: what is calibrated on: text, self, or both, half of each.
       correction: how much of what earlier layers lost a matrix makes up for.
       refine: passes of a refinement after the solver; 0 for none.
-      temperature: of what the model writes.
+      temperature: temperature of what the model writes.
     """
 
     methods: tuple[str, ...] = ("sparsegpt",)
-    how: tuple[str, ...] = ("0.5",)
+    patterns: tuple[str, ...] = ("0.5",)
     calibrations: tuple[str, ...] = CALIBRATIONS
     correction: float = 0.5
     refine: int = 0
@@ -61,8 +61,8 @@ def main(config: Config) -> None:
     for method in config.methods:
         if config.correction and not hasattr(methods.named(method), "correction"):
             raise ValueError(f"{method} has no correction; give --correction 0")
-    own = {"correction": config.correction, "temperature": config.temperature}
-    run_missing(config, functools.partial(_cells, config), **own)
+    facts = {"correction": config.correction, "temperature": config.temperature}
+    run_missing(config, functools.partial(_cells, config), **facts)
     print(of_files(config.out, ["removed", "method", "calibrated on"]))
 
 
@@ -72,24 +72,26 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
     options += ["--refine", str(config.refine)]
     refined = f"+refine{config.refine}" * bool(config.refine)
     for draw, calibration in itertools.product(config.draws, config.calibrations):
-        sequences = folder / f"{draw}.npy"
+        sequences = folder / f"{draw}.npy"  # of the text
         if calibration != "text":
-            text, own = np.load(sequences), _written(config, draw)
-            half = len(own) // 2 if calibration == "both" else 0
+            text, generated = np.load(sequences), _written(config, draw)
+            half = len(generated) // 2 if calibration == "both" else 0
             sequences = folder / f"{draw}-{calibration}.npy"
-            np.save(sequences, np.concatenate([text[:half], own[half:]]))
-        for how, method in itertools.product(config.how, config.methods):
+            # (calibrated, length): as many sequences whatever they are made of.
+            np.save(sequences, np.concatenate([text[:half], generated[half:]]))
+        for pattern, method in itertools.product(config.patterns, config.methods):
             words = calibration + refined
-            name = f"{how.replace(':', 'of')}_{method}_{words}_{draw}"
-            yield name, pruning(config, sequences, how, method, *options)
+            name = f"{pattern.replace(':', 'of')}_{method}_{words}_{draw}"
+            yield name, pruning(config, sequences, pattern, method, *options)
 
 
 def _written(config: Config, draw: int) -> np.ndarray:
     """What the dense model writes, as many sequences as long as those of the texts."""
     loaded, tokenizer = hf.load(config.model), hf.load_tokenizer(config.model)
     length = np.load(config.texts / f"{config.calibration}.npy").shape[1]
-    behind = range(tokenizer.vocab_size, loaded.config.vocab_size)
-    with Progress(config.calibrated, "writing", unit="sequence") as shown:
+    # Rows of the embedding that no token has: their logits are never trained.
+    padding = range(tokenizer.vocab_size, loaded.config.vocab_size)
+    with Progress(config.calibrated, "writing", unit="sequence") as progress:
         return self_calibration(
             loaded.model,
             sequences=config.calibrated,
@@ -97,10 +99,12 @@ def _written(config: Config, draw: int) -> np.ndarray:
             seed=draw,
             temperature=config.temperature,
             bos=tokenizer.bos if tokenizer.begins else None,
-            special={*tokenizer.special, *behind},
+            special={*tokenizer.special, *padding},
             batch=min(config.calibrated, 32),
+            # Kept: writing takes longer than pruning, and every cell of a draw needs
+            # it.
             directory=config.out / f"written-{draw}",
-            progress=shown.update,
+            progress=progress.update,
         )
 
 

@@ -24,7 +24,7 @@ class Config:
       size: weights in all.
       leaves: how many leaves they lie in.
       sparsity: the share removed.
-      dtype: of the parameters; scores are float32.
+      dtype: dtype of the parameters; scores are float32.
       repeats: timings of each candidate.
     """
 
@@ -37,16 +37,16 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints one JSON line, in bytes and seconds."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     names: tuple[jp.allocation.Name, ...] = ("layer", "global")
     for allocation in measure.progress(names, "pruning", "allocation"):
-        found |= _measured(config, allocation)
+        results |= _measured(config, allocation)
     shape = _shape(config)
     measure.report(
         "pruning_in_place",
         config=dataclasses.asdict(config),
         leaf_bytes=shape[0] * shape[1] * jnp.dtype(config.dtype).itemsize,
-        **found,
+        **results,
     )
 
 
@@ -58,6 +58,8 @@ def _measured(config: Config, allocation: jp.allocation.Name) -> dict[str, Any]:
 
     params = _params(config)
     scores = {k: jnp.abs(v).astype(jnp.float32) for k, v in params.items()}
+    # What XLA plans for where all is one program: nothing beside the donated
+    # parameters.
     program = jax.jit(prune, donate_argnums=0, static_argnames="donate")
     compiled = program.lower(params, scores).compile().memory_analysis()
     result: dict[str, Any] = {
@@ -71,6 +73,7 @@ def _measured(config: Config, allocation: jp.allocation.Name) -> dict[str, Any]:
             call: Callable[[], Any] = lambda p=params, d=donate: prune(  # noqa: E731
                 p, scores, donate=d
             )
+            # Time and memory of separate calls: resetting the kernel's mark takes time.
             times.append(measure.seconds(call))
             params = _params(config)
             del call
@@ -85,7 +88,7 @@ def _measured(config: Config, allocation: jp.allocation.Name) -> dict[str, Any]:
 
 
 def _shape(config: Config) -> tuple[int, int]:
-    return config.size // config.leaves // 1000, 1000
+    return config.size // config.leaves // 1000, 1000  # (rows, columns) of a leaf
 
 
 def _params(config: Config) -> dict[str, jax.Array]:

@@ -42,7 +42,7 @@ class Config:
       held_out: the texts to evaluate on, without "held-out-" and ".npy".
       sequences: how many sequences of each.
       cells: the names of the cells to run; all if left out.
-      threads: of both sides.
+      threads: number of threads of both sides.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -71,18 +71,18 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         texts = held_out(config.texts, config.held_out, config.sequences, Path(folder))
         cells = _cells(config, texts)
-        wanted = [c for c in cells if c[0] in config.cells or not config.cells]
-        for name, command in measure.progress(wanted, "running", "cell"):
+        chosen = [c for c in cells if c[0] in config.cells or not config.cells]
+        for name, command in measure.progress(chosen, "running", "cell"):
             run_cell(config.out / f"{name}.json", command, config.threads)
-    print(table(config.out))
+    print(cells_table(config.out))
 
 
 def begin(config: Any, **facts: Any) -> None:
     """Makes the directory of a table, and notes in it which one that is.
 
     Args:
-      config: of the table, with `out`, `model` and `texts`.
-      facts: what decides its cells besides, and is not in their names.
+      config: settings of the table, with `out`, `model` and `texts`.
+      **facts: settings that decide its cells too, and are not in their names.
 
     Raises:
       ValueError: it has the cells of another table.
@@ -94,6 +94,7 @@ def begin(config: Any, **facts: Any) -> None:
     # What `benchmarks.texts` says of the sequences, and the shape of the model.
     for file in (config.texts / "manifest.json", config.model / "config.json"):
         if file.exists():
+            # By content: a directory may be filled anew under the same path.
             places[file.name] = atomic.digest(file)
     config.out.mkdir(parents=True, exist_ok=True)
     table = Path(inspect.getfile(type(config))).stem
@@ -112,45 +113,45 @@ def held_out(
 
     Args:
       texts: token files, as `benchmarks.texts` writes them.
-      names: of the texts, without "held-out-" and ".npy".
-      sequences: how many of each.
-      folder: where the files of them go.
+      names: names of the texts, without "held-out-" and ".npy".
+      sequences: number of sequences of each.
+      folder: directory of the files to write.
 
     Returns:
       A word for each text.
     """
-    found = []
+    arguments = []
     for name in names:
         ids = np.load(texts / f"held-out-{name}.npy")
         np.save(folder / f"{name}.npy", ids[:sequences])
-        found.append(f"{name}={folder / name}.npy")
-    return found
+        arguments.append(f"{name}={folder / name}.npy")
+    return arguments
 
 
 def _cells(config: Config, texts: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each process, in an order that serves a first look."""
-    usual = config.texts / f"{config.calibration}.npy"
+    default = config.texts / f"{config.calibration}.npy"  # left out of a cell's name
 
     def cell(
-        side: str, method: str, how: str, calibration: Path = usual
+        side: str, method: str, pattern: str, calibration: Path = default
     ) -> tuple[str, list[str]]:
-        flag = "--pattern" if ":" in how else "--sparsity"
+        flag = "--pattern" if ":" in pattern else "--sparsity"
         command = [f"benchmarks.{side}_pruning", str(config.model)]
-        command += ["--method", method, flag, how, "--evaluate", *texts]
+        command += ["--method", method, flag, pattern, "--evaluate", *texts]
         command += ["--calibration", str(calibration)]
-        name = f"{side}_{method}_{how.replace(':', 'of')}"
-        if calibration != usual:
+        name = f"{side}_{method}_{pattern.replace(':', 'of')}"
+        if calibration != default:
             name += f"_{calibration.stem.removeprefix('calibration-')}"
         return name, command
 
-    for how in ("0.5", "0.6", "2:4"):
+    for pattern in ("0.5", "0.6", "2:4"):
         for method in ("wanda", "sparsegpt"):
-            yield cell("torch", method, how)
-            yield cell("jax", method, how)
-            name, command = cell("jax", method, how)
+            yield cell("torch", method, pattern)
+            yield cell("jax", method, pattern)
+            name, command = cell("jax", method, pattern)
             # A sequence at a time, as torch has it: a whole layer is seen at once.
             yield f"{name}_dense", [*command, "--inputs", "dense", "--batch", "1"]
-        yield cell("jax", "alps", how)
+        yield cell("jax", "alps", pattern)
     for method in ("sparsegpt", "alps"):
         yield cell("jax", method, "0.7")
     yield cell("torch", "none", "0.5")
@@ -162,9 +163,9 @@ def run_cell(place: Path, command: Sequence[str], threads: int) -> None:
     """Runs a process unless it was; its JSON line is kept once it is whole.
 
     Args:
-      place: the file of the line.
+      place: path of the line's file.
       command: the module and its arguments.
-      threads: of torch and of XLA.
+      threads: number of threads of torch and of XLA.
     """
     if place.exists():
         return
@@ -176,7 +177,7 @@ def json_line(command: Sequence[str], threads: int) -> str:
 
     Args:
       command: the module and its arguments.
-      threads: of torch and of XLA.
+      threads: number of threads of torch and of XLA.
 
     Returns:
       The last line that it printed.
@@ -188,35 +189,38 @@ def json_line(command: Sequence[str], threads: int) -> str:
     for name in ("OMP_NUM_THREADS", "NPROC"):  # torch's, and what XLA counts
         environment[name] = str(threads)
     if "torch_pruning" in command[0]:
+        # torch takes the number of threads from a call as well as from the environment.
         command = [*command, "--threads", str(threads)]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", *command],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    return done.stdout.strip().splitlines()[-1]
+    # Libraries may print before it; the JSON line is the last.
+    return process.stdout.strip().splitlines()[-1]
 
 
-def table(folder: Path) -> str:
+def cells_table(folder: Path) -> str:
     """The results as Markdown.
 
     Args:
-      folder: with a JSON line a cell.
+      folder: directory with a JSON line a cell.
 
     Returns:
       A row for each cell: perplexities, seconds, peak memory.
     """
     cells = {path.stem: json.loads(path.read_text()) for path in cells_in(folder)}
+    # Cells of another run may have been measured on more texts.
     texts = sorted({t for c in cells.values() for t in _perplexities(c)})
     rows = [["cell", *texts, "prune s", "prune peak MiB", "load peak MiB"]]
     for name, cell in sorted(cells.items()):
-        found = _perplexities(cell)
+        perplexities = _perplexities(cell)
         rows.append(
             [
                 name,
-                *(f"{found[text]:.2f}" for text in texts),
+                *(f"{perplexities[text]:.2f}" for text in texts),
                 f"{cell['seconds']['prune']:.0f}",
                 f"{cell['peak_bytes']['prune'] / 2**20:.0f}",
                 f"{cell['peak_bytes']['load'] / 2**20:.0f}",
@@ -226,8 +230,9 @@ def table(folder: Path) -> str:
 
 
 def _perplexities(cell: dict[str, Any]) -> dict[str, float]:
-    found: dict[str, dict[str, float]] = cell["perplexities"]
-    return found.get("after", found.get("before", {}))
+    by_stage: dict[str, dict[str, float]] = cell["perplexities"]
+    # "torch_none" prunes nothing, so it has the dense model's alone.
+    return by_stage.get("after", by_stage.get("before", {}))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Config:
       preset: the GPT's size.
       steps: updates, with a snapshot at each.
       batch_size: sequences in a batch.
-      seed: of the run.
+      seed: seed of the run.
       data: name of the data set.
       data_dir: where data sets are prepared; TFDS's own place by default.
     """
@@ -55,9 +55,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints one JSON line."""
-    exact, held, final = _followed(config)
+    exact, averages_by_way, final = _followed(config)
     rows = {}
-    for (code, rounding, form), averages in held.items():
+    for (code, rounding, form), averages in averages_by_way.items():
+        # A = w + d: the lag is added to the final weights.
         flat = _flat(averages) + (_flat(final) if form == "lag" else 0)
         error = np.sqrt(np.mean((flat - exact) ** 2) / np.mean(exact**2))
         rows[f"{code} {rounding} {form}"] = {
@@ -79,6 +80,7 @@ def _followed(config: Config) -> tuple[np.ndarray, dict[Any, Any], Any]:
     shape = gpt.GPTConfig(vocab_size=size, **gpt.PRESETS[config.preset])
     model = LanguageModel(shape)
     adamw = optimizer(schedule(1e-3, config.steps, warmup=100), track=())
+    # The weight of a new value in the average at step n, as `track_importance` has it.
     gain = jp.weightings.power(0.5)
     ways = [(c, r, f) for c in CODES for r in ROUNDINGS for f in FORMS]
 
@@ -104,6 +106,7 @@ def _followed(config: Config) -> tuple[np.ndarray, dict[Any, Any], Any]:
     first = {"average": jnp.copy, "lag": jnp.zeros_like}
     averages = {
         way: [first[way[2]](w) for w in _prunable(params)]
+        # The exact average goes through the same program, so only rounding differs.
         for way in [("float32", "exact", "average"), *ways]
     }
     state = adamw.init(params)
@@ -120,6 +123,7 @@ def _moved(
     old: jax.Array, w: jax.Array, update: jax.Array, gain: jax.Array, form: str
 ) -> jax.Array:
     if form == "lag":
+        # d' = A' - w' with A' = A + gain (w' - A) and w' = w + update.
         return (1 - gain) * (old - update)
     return old + gain * (w - old)
 
@@ -137,6 +141,7 @@ def _rounded(
         key = jax.random.fold_in(jax.random.key(number), n)
         thresholds = jax.random.bits(key, values.shape)
     else:
+        # Half of 2^32: what is above the middle of two codes is rounded up.
         thresholds = jnp.full(values.shape, 1 << 31, jnp.uint32)
     if code == "bfloat16":
         return low_bit.decode(low_bit.encode_bfloat16(values, thresholds))
@@ -152,14 +157,14 @@ def _drift(code: str, rounding: str) -> dict[str, float]:
     def body(n: jax.Array, values: jax.Array) -> jax.Array:
         return _rounded(DECAY * values, n, (code, rounding, ""), 0)
 
-    left = jax.lax.fori_loop(0, STEPS, body, jnp.ones(4096))
-    ratio = np.asarray(left, np.float64) / DECAY**STEPS
+    averages = jax.lax.fori_loop(0, STEPS, body, jnp.ones(4096))  # (positions,)
+    ratio = np.asarray(averages, np.float64) / DECAY**STEPS  # 1 where no error added up
     return {"mean": float(ratio.mean()), "deviation": float(ratio.std())}
 
 
 def _prunable(tree: Any) -> list[jax.Array]:
-    named = jp.tree.named_leaves(tree)
-    return [leaf for name, leaf in named.items() if jp.tree.prunable(name, leaf)]
+    leaves = jp.tree.named_leaves(tree)
+    return [leaf for name, leaf in leaves.items() if jp.tree.prunable(name, leaf)]
 
 
 def _flat(leaves: list[jax.Array]) -> np.ndarray:

@@ -36,6 +36,7 @@ def main(config: Config) -> None:
     """Prints one JSON line, in seconds."""
     length = config.size // config.leaves
     state = {str(i): jnp.full((length,), float(i)) for i in range(config.leaves)}
+    # Each save is of the next step: the older ones are removed, as in a run.
     steps = itertools.count()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -47,12 +48,15 @@ def main(config: Config) -> None:
             with open(place / "bytes", "wb") as file:
                 for leaf in state.values():
                     file.write(memoryview(leaf))
+                # A checkpoint is on disk when `save` returns, so this must be too.
                 os.fsync(file.fileno())
 
         candidates = {"save": save, "write": write}
         times = measure.interleaved(candidates, config.repeats)
-    found = {name: measure.median_and_spread(own) for name, own in times.items()}
-    measure.report("saving", config=dataclasses.asdict(config), **found)
+    results = {
+        name: measure.median_and_spread(seconds) for name, seconds in times.items()
+    }
+    measure.report("saving", config=dataclasses.asdict(config), **results)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,14 @@ class Config:
 
     Attributes:
       preset: the GPT's size.
-      steps: of each candidate.
+      steps: number of steps of each candidate.
       batch_size: sequences in a batch.
       begin: the share of the steps after which the first neurons go.
       end: the share after which the last go.
       late: the share after which all go at once, of the candidate that is shrunk late.
-      times: in how many events.
+      times: number of events.
       sparsity: the share of each MLP's neurons that is gone in the end.
-      seeds: of initialisation and batches.
+      seeds: seeds of initialisation and batches.
       validated: sequences of the validation loss.
       energy: measure energy with codecarbon, offline, of this country (ISO code, "DEU"
         say); it needs the extra "energy".
@@ -67,15 +67,16 @@ def main(config: Config) -> None:
     """Trains and reports."""
     plays = [shakespeare_plays.render(x) for x in shakespeare_plays.read_plays()]
     letters = sorted({*"".join(plays)})
+    # (characters,): whole plays are held out, every tenth.
     train, held_out = (
-        np.array([letters.index(x) for x in "".join(own)], np.uint8)
-        for own in (
+        np.array([letters.index(x) for x in "".join(texts)], np.uint8)
+        for texts in (
             [x for n, x in enumerate(plays) if n % 10 != 4],
             plays[4::10],
         )
     )
     shape = gpt.preset(config.preset, vocab_size=len(letters))
-    points = np.linspace(config.begin, config.end, config.times)
+    points = np.linspace(config.begin, config.end, config.times)  # shares of the steps
     events = [round(config.steps * share) for share in points]
     candidates: dict[str, list[int]] = {
         "dense": [],
@@ -84,27 +85,29 @@ def main(config: Config) -> None:
         "from the start": [0],
     }
     results: dict[str, list[dict[str, float]]] = {}
+    # All candidates of a seed one after the other, so that the machine is alike for
+    # them.
     runs = [(seed, name) for seed in config.seeds for name in candidates]
     for seed, name in measure.progress(runs, "training", "run"):
-        found = trained(config, shape, train, held_out, seed, candidates[name])
-        for key, value in found.items():
+        results_of_run = trained(config, shape, train, held_out, seed, candidates[name])
+        for key, value in results_of_run.items():
             label = "dense, shrunk after" if key == "after" else name
             results.setdefault(label, []).append(value)
-    print(table(results) + "\n")
+    print(loss_table(results) + "\n")
     measure.report(
         "shrink_while_training", config=dataclasses.asdict(config), results=results
     )
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def loss_table(results: dict[str, list[dict[str, float]]]) -> str:
     """A row a candidate: means over the seeds, the loss with its standard deviation."""
     rows = [["shrunk", "loss, nats", "steps, s", "the rest, s", "parameters"]]
     first = next(iter(results.values()))[0]
     if energy := "watt-hours" in first:
         rows[0].append("energy, Wh")
-    for name, own in results.items():
-        nats = measure.mean_and_spread([run["nats"] for run in own], ".3f")
-        mean = {key: statistics.fmean(run[key] for run in own) for key in first}
+    for name, runs in results.items():
+        nats = measure.mean_and_spread([run["nats"] for run in runs], ".3f")
+        mean = {key: statistics.fmean(run[key] for run in runs) for key in first}
         row = [name, nats, f"{mean['seconds']:.1f}"]
         row += [f"{mean['rest']:.1f}", f"{mean['parameters']:,.0f}"]
         if energy:
@@ -135,33 +138,39 @@ def trained(
     fn: Any = loss
     params = model.init(seed)
     state, first = tx.init(params), batches(0)
-    spent, lost, before = 0.0, 0, time.perf_counter()
+    step_seconds, removed, before = 0.0, 0, time.perf_counter()
     with records.measure("train", seed=seed, country=config.energy) as phase:
         for number in range(config.steps):
             if number in events:
-                share, lost = _share(config, lost, len(events), 4 * shape.width)
+                share, removed = _share(config, removed, len(events), 4 * shape.width)
                 small = _shrunk(fn, params, state, first, share)
                 fn, params, state = small.fn, small.params, small.cut(state)
             if number == 0 or number in events:
+                # Ahead of time: compiling is in "the rest", and no step's seconds have
+                # it.
                 step = _step(fn, tx).lower(params, state, first).compile()
             batch = batches(number)
             started = time.perf_counter()
+            # Waited for at each step, so that its seconds are those of the device.
             params, state = jax.block_until_ready(step(params, state, batch))
-            spent += time.perf_counter() - started
-        whole = time.perf_counter() - before
-    costs = {"seconds": spent, "rest": whole - spent}
-    if phase.energy_kwh is not None:
+            step_seconds += time.perf_counter() - started
+        elapsed = time.perf_counter() - before
+    costs = {"seconds": step_seconds, "rest": elapsed - step_seconds}
+    if phase.energy_kwh is not None:  # None without --energy
         costs["watt-hours"] = 1000 * phase.energy_kwh
-    of = _batches(config, shape, held_out, 0)
-    found = {"run": {**_measured(config, fn, params, of), **costs}}
+    validation = _batches(config, shape, held_out, 0)
+    results = {"run": {**_measured(config, fn, params, validation), **costs}}
     if not events:
         started = time.perf_counter()
         small = _shrunk(fn, params, state, first, config.sparsity)
         jax.block_until_ready(small.params)
         # In the seconds, but not in the energy, whose meter has stopped.
         costs = {**costs, "rest": costs["rest"] + time.perf_counter() - started}
-        found["after"] = {**_measured(config, small.fn, small.params, of), **costs}
-    return found
+        results["after"] = {
+            **_measured(config, small.fn, small.params, validation),
+            **costs,
+        }
+    return results
 
 
 def _shrunk(
@@ -176,10 +185,12 @@ def _shrunk(
     return jp.shrink(fn, params, batch, criterion, {NEURONS: share})
 
 
-def _share(config: Config, lost: int, events: int, whole: int) -> tuple[float, int]:
+def _share(
+    config: Config, removed_before: int, events: int, neurons: int
+) -> tuple[float, int]:
     """What an event takes of the neurons that are left, and how many are gone then."""
-    each = round(config.sparsity * whole / events)
-    return each / (whole - lost), lost + each
+    removed = round(config.sparsity * neurons / events)
+    return removed / (neurons - removed_before), removed_before + removed
 
 
 def _step(fn: Callable[..., Any], tx: Any) -> Any:
@@ -198,9 +209,12 @@ def _batches(
     )
 
 
-def _measured(config: Config, fn: Any, params: Any, of: Batches) -> dict[str, float]:
+def _measured(
+    config: Config, fn: Any, params: Any, batches: Batches
+) -> dict[str, float]:
     loss, count = jax.jit(fn), config.validated // config.batch_size
-    losses = [float(loss(params, of(number))) for number in range(count)]
+    # Drawn like training batches: the same windows for all candidates.
+    losses = [float(loss(params, batches(number))) for number in range(count)]
     return {
         "nats": float(np.mean(losses)),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -49,10 +49,10 @@ class Config:
       run: directory of that run.
       out: directory of the results; what is found there is not done again.
       data_dir: where the run's data set is kept; TFDS's default if left out.
-      seeds: of the run.
+      seeds: seeds of the run.
       parts: what loses units.
-      methods: by which units are chosen.
-      shares: of the heads and of the neurons that are removed in each layer.
+      methods: criteria that units are chosen by.
+      shares: shares of the heads and of the neurons that are removed in each layer.
       calibrated: pictures that `jp.shrink_trained` sees, a multiple of 32.
       timed: pictures of a timed forward.
       repeats: timed rounds.
@@ -75,10 +75,10 @@ class Cell:
     """One smaller model.
 
     Attributes:
-      seed: of the run.
-      part: of `GLOBS`.
-      share: of the units that are gone.
-      method: by which they were chosen.
+      seed: seed of the run.
+      part: name in `GLOBS`.
+      share: share of the units that are gone.
+      method: criterion that they were chosen by.
     """
 
     seed: int
@@ -105,13 +105,15 @@ def main(config: Config) -> None:
             f"calibrated must be a multiple of {_BATCH}, which are one batch, got "
             f"{config.calibrated}"
         )
+    # Refuses a directory that is no finished run before `out` is made.
     identity, plan, task = opened(config)
     config.out.mkdir(parents=True, exist_ok=True)
     with run_dir.locked(config.out):
         run_dir.begun(config.out, {**identity, "calibrated": config.calibrated})
-        found = list(cells(config))
-        missing = [cell for cell in found if not (config.out / cell.file).exists()]
+        requested = list(cells(config))
+        missing = [cell for cell in requested if not (config.out / cell.file).exists()]
         with Progress(len(missing), "shrinking", unit="cell") as progress:
+            # A seed's dense model is read once, for all of its cells.
             for seed in sorted({cell.seed for cell in missing}):
                 dense = watched(config, identity, plan, task, seed)
                 accuracy = {"dense": right(task, logits(task))(dense.params)}
@@ -120,7 +122,7 @@ def main(config: Config) -> None:
                     result = measured(config, plan, task, dense, cell)
                     atomic.replace_json(config.out / cell.file, accuracy | result)
                     progress.update()
-    rows = [json.loads((config.out / cell.file).read_text()) for cell in found]
+    rows = [json.loads((config.out / cell.file).read_text()) for cell in requested]
     times = timed(config, task, watched(config, identity, plan, task, config.seeds[0]))
     print(f"{accuracies(config, rows)}\n\n{speeds(times)}\n")
     measure.report("shrunk_vision", cells=rows, milliseconds=times)
@@ -136,20 +138,23 @@ def opened(config: Config) -> tuple[dict[str, Any], Plan, PictureTask]:
         )
     identity = json.loads(path.read_text())
     fields = {field.name for field in dataclasses.fields(phi3_vision.Config)}
-    known = {
+    fields_set = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in identity.items()
         if name in fields
     }
-    ran = phi3_vision.Config(**known | {"out": config.run, "data_dir": config.data_dir})
-    task = phi3_vision.make_task(ran)
-    own = question_answers.fingerprint((*task.train, *task.held_out))
-    if own != identity["fingerprint"]:
+    config_of_run = phi3_vision.Config(
+        **fields_set | {"out": config.run, "data_dir": config.data_dir}
+    )
+    task = phi3_vision.make_task(config_of_run)
+    # Accuracies of other pictures would be compared with those that the run reports.
+    pictures_digest = question_answers.fingerprint((*task.train, *task.held_out))
+    if pictures_digest != identity["fingerprint"]:
         raise ValueError(
             f"--run {config.run} was of other pictures or questions; run it with the "
             "usual --held-out and --fields, and give the same --data-dir"
         )
-    return identity, ran.plan(), task
+    return identity, config_of_run.plan(), task
 
 
 def cells(config: Config) -> Iterator[Cell]:
@@ -189,12 +194,14 @@ def shrunk(
     shares = dict.fromkeys(GLOBS[cell.part], cell.share)
     fn, params = logits(task), dense.params
     starts = range(0, config.calibrated, _BATCH)
+    # Inputs alone; made when asked for, since pictures of all would fill the memory.
     batches = (task.packed(task.train[i : i + _BATCH])[0] for i in starts)
     if cell.method == "shrink_trained":
         return jp.shrink_trained(fn, params, batches, shares, progress=False)
     scores = jp.scores.magnitude(params)
     if cell.method == "trajectory":
         scores = jp.scores.trajectory(params, dense.tracked)
+    # By scores a batch is traced for its shapes, and never looked at.
     return jp.shrink(fn, params, next(batches), scores, shares)
 
 
@@ -221,8 +228,9 @@ def right(task: PictureTask, fn: Callable[..., Any]) -> Callable[[Any], float]:
     def accuracy(params: Any) -> float:
         count = 0
         for inputs, targets, weights in task.validation(64, None):
-            same = (np.asarray(guess(params, inputs)) == targets) | (weights == 0)
-            count += int(same.all(1)[weights.any(1)].sum())
+            matches = (np.asarray(guess(params, inputs)) == targets) | (weights == 0)
+            # The last batch is filled with examples of weight 0: they are no questions.
+            count += int(matches.all(1)[weights.any(1)].sum())
         return count / len(task.held_out)
 
     return accuracy
@@ -231,10 +239,11 @@ def right(task: PictureTask, fn: Callable[..., Any]) -> Callable[[Any], float]:
 def retrained(plan: Plan, task: PictureTask, small: jp.ShrinkResult, cell: Cell) -> Any:
     """The smaller parameters after the steps that the run gives what it pruned."""
     steps, rate = plan.retrain_steps, plan.retrain_learning_rate
+    # The schedule that `SeedTrainer.retrain` has.
     tx = task.optimizer(schedule(rate, steps, warmup=50), track=())
 
     def loss(params: Any, inputs: Any, targets: Any, key: Any) -> jax.Array:
-        counted = targets >= 0
+        counted = targets >= 0  # (batch, time)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             small.fn(params, inputs), jnp.maximum(targets, 0)
         )
@@ -244,10 +253,11 @@ def retrained(plan: Plan, task: PictureTask, small: jp.ShrinkResult, cell: Cell)
     return training.train(
         training.init(small.params, tx),
         training.make_step(loss, tx),
+        # Behind the training batches, as the run's own retraining.
         lambda step: batches(plan.steps + step),
         steps=steps,
         key=jax.random.key(cell.seed),
-        label=cell.file.removesuffix(".json"),
+        reports=training.Reports(label=cell.file.removesuffix(".json")),
         prefetch=prefetch,
     ).params
 
@@ -271,8 +281,8 @@ def timed(
         {name: forward(*run) for name, run in runs.items()}, config.repeats
     )
     return {
-        name: measure.median_and_spread([1e3 * second for second in own])
-        for name, own in times.items()
+        name: measure.median_and_spread([1e3 * second for second in seconds])
+        for name, seconds in times.items()
     }
 
 
@@ -282,19 +292,21 @@ def accuracies(config: Config, rows: Sequence[dict[str, Any]]) -> str:
         "| units out of | removed | by | parameters | at once | retrained |",
         "|---|---|---|---|---|---|",
     ]
-    for one in (cell for cell in cells(config) if cell.seed == config.seeds[0]):
-        key = one.part, one.share, one.method
-        own = [r for r in rows if (r["part"], r["share"], r["method"]) == key]
-        shown = [
-            measure.mean_and_spread(
-                [100 * (row[when] - row["dense"]) for row in own], "+.1f"
-            )
-            for when in ("before", "after")
+    for cell in cells(dataclasses.replace(config, seeds=config.seeds[:1])):
+        key = cell.part, cell.share, cell.method
+        cells_of_seeds = [
+            r for r in rows if (r["part"], r["share"], r["method"]) == key
         ]
-        left = own[0]["parameters"] / own[0]["dense_parameters"]
+        differences = [
+            measure.mean_and_spread(
+                [100 * (row[stage] - row["dense"]) for row in cells_of_seeds], "+.1f"
+            )
+            for stage in ("before", "after")
+        ]
+        size = cells_of_seeds[0]["parameters"] / cells_of_seeds[0]["dense_parameters"]
         lines.append(
-            f"| {one.part} | {one.share:.0%} | `{one.method}` | {left:.0%} | "
-            f"{' | '.join(shown)} |"
+            f"| {cell.part} | {cell.share:.0%} | `{cell.method}` | {size:.0%} | "
+            f"{' | '.join(differences)} |"
         )
     return "\n".join(lines)
 
@@ -303,11 +315,12 @@ def speeds(times: dict[str, dict[str, float]]) -> str:
     """A row for each shape: milliseconds of a forward and how often faster."""
     lines = ["| units out of | removed | forward | faster |", "|---|---|---|---|"]
     dense = times["0 dense"]["median"]
-    for name, own in times.items():
+    for name, milliseconds in times.items():
         share, part = name.split()
-        ratio = f"{dense / own['median']:.2f} x"
+        forward = milliseconds["median"]
         lines.append(
-            f"| {part} | {float(share):.0%} | {own['median']:.1f} ms | {ratio} |"
+            f"| {part} | {float(share):.0%} | {forward:.1f} ms | "
+            f"{dense / forward:.2f} x |"
         )
     return "\n".join(lines)
 

@@ -30,6 +30,7 @@ REMOVED = {
     "layers2": ("--drop", "2"),
     "layers4": ("--drop", "4"),
 }
+# Names of the papers' code: structured pruning by weights, by Wanda's scores, FLAP.
 WIDTH = ("magnitude-sp", "wanda-sp", "flap", "flap-adaptive", "ours")
 DEPTH = ("block-influence", "ours")
 
@@ -53,12 +54,13 @@ def main(config: Config) -> None:
     """Runs what is missing and prints the table."""
     begin(config, **config.facts())
     cells = [c for c in _cells(config) if not (config.out / f"{c[0]}.json").exists()]
+    # The smaller checkpoint is as large as half the model: on the disk of the results.
     with tempfile.TemporaryDirectory(dir=config.out) as folder:
         texts = held_out(config.texts, TEXTS, config.sequences, Path(folder))
         for name, method, arguments in measure.progress(cells, "running", "cell"):
             line = _run(config, Path(folder) / "small", method, arguments, texts)
             atomic.replace(config.out / f"{name}.json", f"{line}\n".encode())
-    print(table(config.out))
+    print(perplexity_table(config.out))
 
 
 def _cells(config: Config) -> Iterator[tuple[str, str, list[str]]]:
@@ -91,24 +93,31 @@ def _run(
         command = [competitor, str(config.model), "--method", method]
         return json_line([*command, *arguments, *evaluate], config.threads)
     command = ["benchmarks.jax_shrinking", str(config.model), str(small)]
-    made = json.loads(json_line([*command, *arguments], config.threads))
-    command = [competitor, str(small), "--method", "none", *seen(arguments)]
+    conversion = json.loads(json_line([*command, *arguments], config.threads))
+    command = [
+        competitor,
+        str(small),
+        "--method",
+        "none",
+        *calibration_arguments(arguments),
+    ]
     line = json.loads(json_line([*command, *evaluate], config.threads))
-    shutil.rmtree(small)
-    line["seconds"]["prune"] = made["prune_seconds"]
-    return json.dumps({**line, "made": made})
+    shutil.rmtree(small)  # the next cell writes there
+    # torch only evaluates here: the seconds of the removal are those of ours.
+    line["seconds"]["prune"] = conversion["prune_seconds"]
+    return json.dumps({**line, "made": conversion})
 
 
-def seen(arguments: list[str]) -> list[str]:
+def calibration_arguments(arguments: list[str]) -> list[str]:
     """Those arguments that say which sequences are calibrated on."""
     return arguments[arguments.index("--draw") :]
 
 
-def table(folder: Path) -> str:
+def perplexity_table(folder: Path) -> str:
     """The results as Markdown.
 
     Args:
-      folder: with a JSON line a cell.
+      folder: directory with a JSON line a cell.
 
     Returns:
       A row for what is removed and each method: the perplexity on each text, and the
@@ -117,9 +126,9 @@ def table(folder: Path) -> str:
     cells: dict[tuple[str, str], list[dict[str, float]]] = {}
     for path in cells_in(folder):
         removed, method, _ = path.stem.split("_")
-        found = json.loads(path.read_text())["perplexities"]
-        cells.setdefault((removed, method), []).append(found)
-    order = ["dense", *REMOVED]
+        perplexities = json.loads(path.read_text())["perplexities"]
+        cells.setdefault((removed, method), []).append(perplexities)
+    order = ["dense", *REMOVED]  # of the rows
     ordered = sorted(cells.items(), key=lambda x: (order.index(x[0][0]), x[0][1]))
     return over_draws(["removed", "method"], ordered)
 

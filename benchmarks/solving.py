@@ -30,12 +30,12 @@ class Config:
     """Times both solvers and prints one JSON line.
 
     Attributes:
-      width: of the residual stream.
+      width: width of the residual stream.
       ffn: neurons of the MLP.
       heads: features of all query heads.
       kv: features of all key heads.
       sparsity: the share to remove.
-      repeats: of each solver and matrix; the median counts.
+      repeats: number of timings of each solver and matrix; the median counts.
     """
 
     width: int = 640
@@ -62,20 +62,24 @@ def main(config: Config) -> None:
     sums = {solver: np.zeros(2) for solver in SOLVERS}
     shapes = measure.progress(config.shapes().items(), "solving", "shape")
     for name, (inputs, outputs, count) in shapes:
-        weight, hessian = drawn(inputs, outputs)
+        weight, hessian = drawn(inputs, outputs)  # (in, out), (in, in)
+        # A number in an array: another sparsity runs the same program.
         kept = np.uint32(weight.size - round(config.sparsity * weight.size))
         seconds: dict[str, list[np.ndarray]] = {solver: [] for solver in SOLVERS}
+        # The first call compiles; it is told apart.
         for _ in range(config.repeats + 1):
             for solver, solve in SOLVERS.items():
                 start = clocks()
                 jax.block_until_ready(solve(weight, hessian, kept))
                 seconds[solver].append(clocks() - start)
         rows[name] = {"shape": [inputs, outputs]}
-        for solver, (first, *own) in seconds.items():
-            usual = np.median(own, 0)  # (2,)
-            rows[name][solver] = {"first": first.tolist(), "median": usual.tolist()}
-            sums[solver] += count * usual
-    layer = {solver: own.tolist() for solver, own in sums.items()}
+        for solver, (first, *seconds_a_repeat) in seconds.items():
+            median = np.median(seconds_a_repeat, 0)  # (2,)
+            rows[name][solver] = {"first": first.tolist(), "median": median.tolist()}
+            sums[solver] += count * median  # seconds of a layer: wall, processor
+    layer = {
+        solver: seconds_a_repeat.tolist() for solver, seconds_a_repeat in sums.items()
+    }
     measure.report("solving", clocks=["wall", "processor"], rows=rows, layer=layer)
 
 
@@ -88,6 +92,7 @@ def drawn(inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
     """A weight (in, out), and the Hessian (in, in) of inputs that are correlated."""
     rng = np.random.default_rng(0)
     shared = rng.normal(size=(2 * inputs, inputs // 4)).astype(np.float32)
+    # A quarter of the directions carries most of the variance.
     mixed = shared @ rng.normal(size=(inputs // 4, inputs)).astype(np.float32)
     noise = rng.normal(size=mixed.shape).astype(np.float32)
     x = jnp.asarray(mixed / np.sqrt(inputs // 4) + 0.3 * noise)  # (samples, in)

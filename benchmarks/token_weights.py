@@ -24,17 +24,17 @@ class Config(Draws):
 
     Attributes:
       methods: the solvers; torch-sparsegpt is the competitor's, which has no options.
-      how: sparsities, and n:m patterns.
+      patterns: sparsities, and n:m patterns.
       relative: whether tokens are scaled to one size; both if left out.
       corrections: how much of what earlier layers lost a matrix makes up for.
       allocations: layer, erk, owl or gradients, as of `benchmarks.jax_pruning`.
-      passes: of a refinement after it; 0 for none.
+      passes: numbers of passes of a refinement after it; 0 for none.
       distilled: steps of a distillation after that; 0 for none.
-      distill_learning_rate: of its first step.
+      distill_learning_rate: learning rate of its first step.
     """
 
     methods: tuple[str, ...] = ("sparsegpt", "alps")
-    how: tuple[str, ...] = ("0.5", "0.6", "2:4")
+    patterns: tuple[str, ...] = ("0.5", "0.6", "2:4")
     relative: tuple[bool, ...] = (False, True)
     corrections: tuple[float, ...] = (0.0,)
     allocations: tuple[str, ...] = ("layer",)
@@ -59,12 +59,13 @@ def _cells(config: Config, folder: Path) -> Iterator[tuple[str, list[str]]]:
         config.distilled,
         [config.distill_learning_rate],
     )
-    for draw, how, method, way in itertools.product(
-        config.draws, config.how, config.methods, [*ways]
+    for draw, pattern, method, way in itertools.product(
+        config.draws, config.patterns, config.methods, [*ways]
     ):
+        # The competitor has none of these options: one cell of it for all of ours.
         words, options = ("plain", []) if "torch" in method else _way(*way)
-        name = f"{how.replace(':', 'of')}_{method}_{words}_{draw}"
-        yield name, pruning(config, folder / f"{draw}.npy", how, method, *options)
+        name = f"{pattern.replace(':', 'of')}_{method}_{words}_{draw}"
+        yield name, pruning(config, folder / f"{draw}.npy", pattern, method, *options)
 
 
 def _way(
@@ -85,6 +86,7 @@ def _way(
     words = ["relative" if relative else "plain"]
     words += [f"{correction:g}"] if correction else []
     words += [allocation] if allocation != "layer" else []
+    # In the file's name: cells of other options lie side by side.
     words += [f"refine{passes}"] if passes else []
     words += [f"distill{distilled}at{rate:g}"] if distilled else []
     return "+".join(words), options

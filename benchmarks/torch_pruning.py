@@ -19,8 +19,6 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +28,8 @@ import torch
 import transformers
 import tyro
 from torch import Tensor, nn
+
+from benchmarks.cost import Cost
 
 Method = Literal["none", "magnitude", "magnitude-output", "wanda", "sparsegpt"]
 
@@ -51,7 +51,7 @@ class Config:
       batch: sequences that go through a layer together.
       block: columns that SparseGPT chooses together.
       damping: SparseGPT's, times the mean of the Hessian's diagonal.
-      threads: of torch.
+      threads: number of threads of torch.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -102,19 +102,20 @@ def main(config: Config) -> None:
     )
 
 
-def prune(model: nn.Module, config: Config, solve: "Cost") -> None:
+def prune(model: nn.Module, config: Config, solve: Cost) -> None:
     """Prunes every linear layer of the decoder, in place.
 
     Args:
       model: a transformers model whose decoder is `base_model.layers`.
-      config: what to do.
-      solve: is given the seconds spent apart from the two passes through each layer.
+      config: method and its settings.
+      solve: cost that gets the seconds apart from the two passes through a layer.
     """
     layers = model.base_model.layers
     if config.method.startswith("magnitude"):
         for linear in linears(layers):
             linear.weight.copy_(magnitude(linear.weight, config))
         return
+    # Hidden states of all sequences, and each layer's masks and positions.
     hidden, arguments = capture(model, tokens(config.calibration))
     for layer, kwargs in zip(layers, arguments, strict=True):
         with input_sums(layer, hessian=config.method == "sparsegpt") as sums:
@@ -123,6 +124,7 @@ def prune(model: nn.Module, config: Config, solve: "Cost") -> None:
         with solve:
             for total, group in by_input(sums):
                 prune_group(group, total, config)
+        # Nobody needs what comes out of the last one.
         if layer is layers[-1]:
             break
         for batch in hidden.split(config.batch):
@@ -150,10 +152,11 @@ def capture(model: nn.Module, sequences: Tensor) -> tuple[Tensor, list[dict[str,
         arguments.append(kwargs)
 
     def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden.append(args[0])
+        hidden.append(args[0])  # (1, length, width)
         raise _Stop
 
     with hooked(body.layers, note):
+        # One sequence is enough: the arguments are those of all.
         body(sequences[:1], use_cache=False)
     with hooked(body.layers[:1], stop):
         for ids in sequences:
@@ -189,11 +192,12 @@ def input_sums(layer: nn.Module, hessian: bool) -> Iterator[dict[nn.Linear, Tens
 
     def add(linear: nn.Linear, args: tuple, kwargs: dict) -> None:
         (inputs,) = args
+        # q, k and v are called with the very same tensor, one after the other.
         shared = inputs is latest["inputs"]
         if linear not in sums:
             shape = (linear.in_features,) * (2 if hessian else 1)
             sums[linear] = latest["total"] if shared else inputs.new_zeros(shape)
-        total, rows = sums[linear], inputs.flatten(0, -2)
+        total, rows = sums[linear], inputs.flatten(0, -2)  # rows (tokens, in)
         if not shared and hessian:
             total.addmm_(rows.T, rows)
         elif not shared:
@@ -206,6 +210,7 @@ def input_sums(layer: nn.Module, hessian: bool) -> Iterator[dict[nn.Linear, Tens
 
 def by_input(sums: dict[nn.Linear, Tensor]) -> Iterator[tuple[Tensor, list[nn.Linear]]]:
     """Yields each sum with the linear layers that share it."""
+    # By identity: equal sums of two inputs are two.
     for total in {id(x): x for x in sums.values()}.values():
         yield total, [linear for linear, x in sums.items() if x is total]
 
@@ -230,7 +235,7 @@ def magnitude(weight: Tensor, config: Config) -> Tensor:
 
 def wanda(weight: Tensor, squares: Tensor, config: Config) -> Tensor:
     """Keeps the highest abs(W_ij) ||X_j|| of each output i; squares: ||X_j||^2."""
-    scores = weight.abs() * squares.sqrt()
+    scores = weight.abs() * squares.sqrt()  # (out, in)
     return weight.where(keep_of_outputs(scores, config), 0.0)
 
 
@@ -254,9 +259,9 @@ def sparsegpt(weight: Tensor, factor: Tensor, config: Config) -> Tensor:
     block for n:m, those before its block else.
 
     Args:
-      weight: (out, in).
-      factor: R of `inverse_factor`.
-      config: sparsity or pattern, and block.
+      weight: weight of a linear layer, (out, in).
+      factor: R of `inverse_factor`, (in, in).
+      config: settings: sparsity or pattern, and block.
 
     Returns:
       The pruned and updated weight.
@@ -268,13 +273,15 @@ def sparsegpt(weight: Tensor, factor: Tensor, config: Config) -> Tensor:
         stop = min(start + config.block, size)
         block, corner = columns[start:stop], factor[start:stop, start:stop]
         scale = corner.diagonal()[:, None]
-        errors = torch.empty_like(block)
+        errors = torch.empty_like(block)  # (block, out)
         keep = torch.empty_like(block, dtype=torch.bool)
         if not m:
             # So that the whole matrix loses round(sparsity * size).
-            done, due = (round(config.sparsity * outputs * x) for x in (start, stop))
+            removed_before, removed_after = (
+                round(config.sparsity * outputs * x) for x in (start, stop)
+            )
             scores = (block / scale).square().T.flatten()
-            best = keep_highest(scores, len(scores) - (due - done))
+            best = keep_highest(scores, len(scores) - (removed_after - removed_before))
             keep = best.view(outputs, -1).T.contiguous()
         for i in range(stop - start):
             if m and i % m == 0:
@@ -282,6 +289,8 @@ def sparsegpt(weight: Tensor, factor: Tensor, config: Config) -> Tensor:
                 keep[group] = keep_first((block[group] / scale[group]).square(), n)
             kept = block[i].where(keep[i], 0.0)
             errors[i] = (block[i] - kept) / corner[i, i]
+            # Inside the block at once; what is behind it gets all errors in one product
+            # below.
             block[i:].addcmul_(corner[i, i:, None], errors[i], value=-1)
             block[i] = kept
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
@@ -304,6 +313,7 @@ def keep_highest(scores: Tensor, kept: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     cut = scores.kthvalue(scores.shape[-1] - kept + 1, -1, keepdim=True).values
     above, tied = scores > cut, scores == cut
+    # So many of the tied scores are kept, the first ones.
     room = kept - above.sum(-1, keepdim=True)
     return above | (tied & (tied.cumsum(-1) <= room))
 
@@ -311,8 +321,8 @@ def keep_highest(scores: Tensor, kept: int) -> Tensor:
 def keep_first(scores: Tensor, n: int) -> Tensor:
     """True for the n highest along the first axis, a short one; ties keep the first."""
     order = torch.arange(len(scores)).view(-1, *[1] * (scores.dim() - 1))
-    one, other = scores[:, None], scores[None]
-    beaten = (other > one) | ((other == one) & (order[None] < order[:, None]))
+    score, rival = scores[:, None], scores[None]
+    beaten = (rival > score) | ((rival == score) & (order[None] < order[:, None]))
     return beaten.sum(1) < n
 
 
@@ -342,7 +352,7 @@ def perplexity(model: nn.Module, sequences: Tensor, rows: int = 128) -> float:
     Args:
       model: a transformers model; its logits are not capped.
       sequences: token ids (sequences, length).
-      rows: positions whose logits are held at once.
+      rows: number of positions whose logits are held at once.
 
     Raises:
       ValueError: the model caps its logits.
@@ -352,34 +362,12 @@ def perplexity(model: nn.Module, sequences: Tensor, rows: int = 128) -> float:
     head, total = model.get_output_embeddings(), 0.0
     for ids in sequences:
         hidden = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
+        # The logits of a whole sequence would be as large as the model.
         parts = zip(hidden[:-1].split(rows), ids[1:].split(rows), strict=True)
         for states, targets in parts:
             loss = nn.functional.cross_entropy(head(states), targets, reduction="sum")
             total += loss.item()
     return math.exp(total / sequences[:, 1:].numel())
-
-
-class Cost:
-    """Seconds of the blocks under it, and the most bytes resident if not inside one."""
-
-    inside = 0
-
-    def __init__(self) -> None:
-        self.seconds, self.peak = 0.0, 0
-
-    def __enter__(self) -> None:
-        if not Cost.inside:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        Cost.inside += 1
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
-        Cost.inside -= 1
-        if not Cost.inside:
-            status = Path("/proc/self/status").read_text()
-            now = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
-            self.peak = max(self.peak, now)
 
 
 def report(config: Config, **fields: Any) -> None:

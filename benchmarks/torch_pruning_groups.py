@@ -38,7 +38,7 @@ _SMALL = {
     "intermediate_size": 80,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
-    "num_key_value_heads": 3,
+    "num_key_value_heads": 3,  # two query heads share a key head
     "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -84,14 +84,14 @@ def main(config: Config) -> None:
             "the comparison needs the package 'torch-pruning', which is not installed; "
             "pip install torch-pruning, beside torch and transformers"
         )
-    found = {
+    results = {
         family: compared(family, config.limit)
         for family in measure.progress(config.families, "comparing", "family")
     }
-    print(table(found) + "\n")
+    print(agreement_table(results) + "\n")
     measure.report(
         "torch_pruning_groups",
-        families=found,
+        families=results,
         torch_pruning=importlib.metadata.version("torch-pruning"),
         transformers=importlib.metadata.version("transformers"),
     )
@@ -100,14 +100,14 @@ def main(config: Config) -> None:
 def compared(family: str, limit: float) -> dict[str, Any]:
     """Seconds of both, and for each role what theirs has too few or too many of."""
     config = {"model_type": family.split(",")[0], **FAMILIES[family]}
-    mine, seconds = ours(config)
+    groups, seconds = axis_groups(config)
     answers: dict[str, Any] = {"all groups": every_group(config, limit)}
     for role in ROLES:
-        found = [
-            answer if isinstance(answer, str) else difference(mine[role], answer)
-            for answer in theirs(config, role, limit)
+        differences = [
+            answer if isinstance(answer, str) else difference(groups[role], answer)
+            for answer in torch_groups(config, role, limit)
         ]
-        answers[role] = max(found, key=_likeness)
+        answers[role] = max(differences, key=_likeness)
     return {"ours": seconds, "theirs": answers}
 
 
@@ -118,31 +118,32 @@ def _likeness(answer: str | dict[str, list[str]]) -> float:
     return -len(answer["missing"]) - len(answer["extra"])
 
 
-def difference(mine: Gone, yours: Gone) -> dict[str, list[str]]:
-    """The tensors of which theirs takes too little, and too much.
+def difference(ours: Gone, torch: Gone) -> dict[str, list[str]]:
+    """The tensors of which Torch-Pruning takes too little, and too much.
 
     Args:
-      mine: name of a tensor to booleans: which of its weights go.
-      yours: likewise.
+      ours: name of a tensor to booleans: which of its weights go.
+      torch: the same of Torch-Pruning's answer.
 
     Returns:
       Names: "all" that lose any, "missing", "extra".
     """
-    missing = [k for k, own in mine.items() if (own & ~yours.get(k, ~own)).any()]
-    extra = [k for k, own in yours.items() if (own & ~mine.get(k, ~own)).any()]
-    return {"all": list(mine), "missing": missing, "extra": extra}
+    missing = [k for k, gone in ours.items() if (gone & ~torch.get(k, ~gone)).any()]
+    extra = [k for k, gone in torch.items() if (gone & ~ours.get(k, ~gone)).any()]
+    return {"all": list(ours), "missing": missing, "extra": extra}
 
 
-def ours(config: dict[str, Any]) -> tuple[dict[str, Gone], float]:
+def axis_groups(config: dict[str, Any]) -> tuple[dict[str, Gone], float]:
     """What goes with the first unit of each role, and the seconds that it took.
 
     Args:
-      config: as config.json says it.
+      config: content of config.json.
 
     Returns:
       Role to name of a tensor of the checkpoint to booleans of its shape; seconds of
       CPU time.
     """
+    # Shapes alone: axis groups are found in a trace.
     shape = hf.decoder_config(config)
     graphdef, state = nnx.split(hf.abstract(shape), nnx.Param)
     started = time.process_time()
@@ -162,15 +163,16 @@ def ours(config: dict[str, Any]) -> tuple[dict[str, Gone], float]:
         cuts = cut.of_groups(groups, kept)
         leaves = [_ones(cuts[name]) for name in tree.names(state)]
         params = jax.tree.unflatten(jax.tree.structure(state), leaves)
-        named = hf.tensors(nnx.merge(graphdef, params), config)
-        return {name: np.asarray(tensor) for name, tensor in dict(named).items()}
+        tensors = hf.tensors(nnx.merge(graphdef, params), config)
+        return {name: np.asarray(tensor) for name, tensor in dict(tensors).items()}
 
-    whole, found = exported({}), {}
+    dense, removed = exported({}), {}
     for role, group in chosen.items():
-        left = exported({group.name: np.arange(1, group.units)})
-        gone = {name: whole[name] != left[name] for name in whole}
-        found[role] = {name: own for name, own in gone.items() if own.any()}
-    return found, seconds
+        # All units but the first are kept: what differs goes with it.
+        shrunk = exported({group.name: np.arange(1, group.units)})
+        gone = {name: dense[name] != shrunk[name] for name in dense}
+        removed[role] = {name: mask for name, mask in gone.items() if mask.any()}
+    return removed, seconds
 
 
 def _of(groups: jp.AxisGroups, leaf: str, axis: int, units: int) -> Any:
@@ -182,13 +184,13 @@ def _of(groups: jp.AxisGroups, leaf: str, axis: int, units: int) -> Any:
     )
 
 
-def _ones(own: cut.LeafCut) -> np.ndarray:
+def _ones(leaf_cut: cut.LeafCut) -> np.ndarray:
     """Ones, and zeros where a leaf is cut."""
-    found = np.zeros(own.before, np.float32)
-    pairs = zip(own.kept[0], own.before, strict=True)
-    kept = [np.arange(size) if at is None else at for at, size in pairs]
-    found[np.ix_(*kept)] = 1
-    return found
+    ones = np.zeros(leaf_cut.before, np.float32)
+    pairs = zip(leaf_cut.kept[0], leaf_cut.before, strict=True)
+    kept = [np.arange(size) if units is None else units for units, size in pairs]
+    ones[np.ix_(*kept)] = 1
+    return ones
 
 
 @contextlib.contextmanager
@@ -198,6 +200,7 @@ def within(limit: float) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise TimeoutError(f"not within {limit:g} s")
 
+    # A signal, because a search in C or in a long loop looks at no clock.
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, limit)
     try:
@@ -219,32 +222,32 @@ def every_group(config: dict[str, Any], limit: float) -> str:
     return f"{count} in {time.process_time() - started:.2f} s"
 
 
-def theirs(config: dict[str, Any], role: str, limit: float) -> list[Gone | str]:
+def torch_groups(config: dict[str, Any], role: str, limit: float) -> list[Gone | str]:
     """What Torch-Pruning takes with the first unit of a role.
 
     Args:
-      config: as config.json says it.
-      role: of `ROLES`.
+      config: content of config.json.
+      role: name in `ROLES`.
       limit: seconds of CPU time for an answer.
 
     Returns:
       What goes, or the error, for each module that one may begin at.
     """
-    found: list[Gone | str] = []
+    answers: list[Gone | str] = []
     for name, rows in roots(config, role):
         model = _torch_model(config)
         try:
             with within(limit):
-                found.append(_pruned(_graph(model), model, name, rows))
+                answers.append(_pruned(_graph(model), model, name, rows))
         except Exception as error:  # whatever it raises is the result
-            found.append(_told(error))
-    return found
+            answers.append(_told(error))
+    return answers
 
 
 def _told(error: Exception) -> str:
-    kind = "" if isinstance(error, TimeoutError) else type(error).__name__
-    said = str(error).split("\n")[0]
-    return f"{kind}: {said}".removeprefix(": ")
+    error_type = "" if isinstance(error, TimeoutError) else type(error).__name__
+    sentence = str(error).split("\n")[0]
+    return f"{error_type}: {sentence}".removeprefix(": ")
 
 
 def _torch_model(config: dict[str, Any]) -> Any:
@@ -275,10 +278,11 @@ def roots(config: dict[str, Any], role: str) -> list[tuple[str, list[int]]]:
     if config["model_type"] == "gpt2":
         layer, width = "transformer.h.0.", config["n_embd"]
         rows = range(width // config["n_head"])
-        every = [width * part + row for part in range(3) for row in rows]
+        # c_attn has q, k and v behind each other, each as wide as the model.
+        qkv_rows = [width * part + row for part in range(3) for row in rows]
         return {
             "neuron": [(f"{layer}mlp.c_fc", [0])],
-            "head": [(f"{layer}attn.c_attn", every)],
+            "head": [(f"{layer}attn.c_attn", qkv_rows)],
             "width": [(f"{layer}mlp.c_proj", [0])],
         }[role]
     layer, heads = "model.layers.0.", config["num_attention_heads"]
@@ -288,11 +292,13 @@ def roots(config: dict[str, Any], role: str) -> list[tuple[str, list[int]]]:
         return [(f"{layer}mlp.{up if role == 'neuron' else 'down_proj'}", [0])]
     features = config.get("head_dim", config["hidden_size"] // heads)
     shared = list(range(features * heads // keys))  # of the queries that share a key
-    own = {"q": shared, "k": shared[:features], "v": shared[:features]}
+    rows_by_part = {"q": shared, "k": shared[:features], "v": shared[:features]}
     if not fused:
-        return [(f"{layer}self_attn.{x}_proj", rows) for x, rows in own.items()]
+        return [
+            (f"{layer}self_attn.{x}_proj", rows) for x, rows in rows_by_part.items()
+        ]
     begins = {"q": 0, "k": heads * features, "v": (heads + keys) * features}
-    parts = [[begins[x] + row for row in rows] for x, rows in own.items()]
+    parts = [[begins[x] + row for row in rows] for x, rows in rows_by_part.items()]
     parts.append([row for part in parts for row in part])  # or all three at once
     return [(f"{layer}self_attn.qkv_proj", rows) for rows in parts]
 
@@ -307,23 +313,25 @@ def _pruned(graph: Any, model: Any, name: str, rows: list[int]) -> Gone:
     sizes = {}
     for name, weight in model.named_parameters():
         sizes[name] = tuple(weight.shape)
+        # Exact in float32 up to 2^24: the tensors are tiny.
         weight.data = torch.arange(weight.numel(), dtype=torch.float32).view_as(weight)
     group.prune()
-    found, left = {}, dict(model.named_parameters(remove_duplicate=False))
+    removed, parameters = {}, dict(model.named_parameters(remove_duplicate=False))
     for name, size in sizes.items():
         gone = np.ones(size, bool)
-        gone.reshape(-1)[left[name].detach().flatten().long().numpy()] = False
+        # The numbers that are still there are the weights that stay.
+        gone.reshape(-1)[parameters[name].detach().flatten().long().numpy()] = False
         if gone.any():
-            found[name] = gone
-    return found
+            removed[name] = gone
+    return removed
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def agreement_table(results: dict[str, dict[str, Any]]) -> str:
     """A row a family: seconds of ours, all groups of theirs, and whether they agree."""
     rows = [["family", "ours, s", "all groups", *ROLES]]
-    for family, own in found.items():
-        answers = [_said(own["theirs"][role]) for role in ("all groups", *ROLES)]
-        rows.append([family, f"{own['ours']:.2f}", *answers])
+    for family, result in results.items():
+        answers = [_said(result["theirs"][role]) for role in ("all groups", *ROLES)]
+        rows.append([family, f"{result['ours']:.2f}", *answers])
     return measure.markdown(rows)
 
 

@@ -26,13 +26,14 @@ def recover(
       model: a transformers model; a zero of its matrices is taken for pruned.
       dense: the directory of the dense model.
       ids: token ids (sequences, length); step after step the next one, and over again.
-      steps: how many.
-      learning_rate: of the first step.
+      steps: number of steps.
+      learning_rate: learning rate of the first step.
     """
     teacher = transformers.AutoModelForCausalLM.from_pretrained(
         dense, dtype=torch.float32
     ).eval()
     trained = [*_trained(model)]
+    # Zero is pruned: its gradient is masked, and Adam's moments of it stay zero.
     masks = [weight != 0 for weight in trained]
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -57,17 +58,21 @@ def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
 def _differentiate(model: nn.Module, teacher: nn.Module, ids: Tensor) -> None:
     """Adds the gradient of the mean divergence of a sequence (length,)."""
     with torch.no_grad():
-        theirs = teacher.base_model(ids[None], use_cache=False).last_hidden_state[0]
-    own = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
+        teacher_states = teacher.base_model(
+            ids[None], use_cache=False
+        ).last_hidden_state[0]
+    states = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
     # Of the logits of all positions there is never more than a part.
-    leaf = own.detach().requires_grad_(True)
+    leaf = states.detach().requires_grad_(True)  # (length, width)
     for start in range(0, len(ids), ROWS):
         part = slice(start, start + ROWS)
         with torch.no_grad():
-            wanted = teacher.get_output_embeddings()(theirs[part]).log_softmax(-1)
-        found = model.get_output_embeddings()(leaf[part]).log_softmax(-1)
+            teacher_log_probs = teacher.get_output_embeddings()(
+                teacher_states[part]
+            ).log_softmax(-1)
+        log_probs = model.get_output_embeddings()(leaf[part]).log_softmax(-1)
         divergence = nn.functional.kl_div(
-            found, wanted, reduction="sum", log_target=True
+            log_probs, teacher_log_probs, reduction="sum", log_target=True
         )
         (divergence / len(ids)).backward()
-    own.backward(leaf.grad)
+    states.backward(leaf.grad)

@@ -30,7 +30,8 @@ import transformers
 import tyro
 from torch import Tensor, nn
 
-from benchmarks.torch_pruning import Cost, capture, hooked, perplexity, report, tokens
+from benchmarks.cost import Cost
+from benchmarks.torch_pruning import capture, hooked, perplexity, report, tokens
 from benchmarks.torch_recovery import recover
 
 Method = Literal[
@@ -54,8 +55,8 @@ class Config:
       evaluate: NAME=FILE, held-out texts of the same form.
       recover: steps of `benchmarks.torch_recovery` before that, on the same sequences.
       dense: the directory of the dense model, for that.
-      learning_rate: of its first step.
-      threads: of torch.
+      learning_rate: learning rate of its first step.
+      threads: number of threads of torch.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -116,10 +117,12 @@ def remove(model: nn.Module, config: Config) -> None:
         drop_layers(model, hidden, arguments, config.drop)
     elif config.method == "wanda-sp":
         for layer, kwargs in zip(layers, arguments, strict=True):
-            with moments(layer, config) as found:
+            with moments(layer, config) as unit_moments:
+                # A copy: this pass only gathers the moments, the next one goes on with
+                # the rest.
                 advance(layer, hidden.clone(), kwargs)
-            for units, (_, square, _) in found.items():
-                units.zero((units.weight.abs() * square.sqrt()).sum(0))
+            for units, (_, square, _) in unit_moments.items():
+                units.zero((units.weight.abs() * square.sqrt()).sum(0))  # (in,)
             advance(layer, hidden, kwargs)
     else:
         fluctuation(layers, hidden, arguments, config)
@@ -171,15 +174,15 @@ class Units:
 
 def units_of(layer: nn.Module, config: Config) -> list[Units]:
     """The heads and the neurons of a layer, those that are to lose any."""
-    found = []
+    units = []
     attention, down = layer.self_attn, layer.mlp.down_proj
     heads = attention.o_proj.in_features // attention.head_dim
     if config.heads:
         lost = round(config.heads * heads)
-        found.append(Units(attention.o_proj, attention.head_dim, lost))
+        units.append(Units(attention.o_proj, attention.head_dim, lost))
     if config.ffn:
-        found.append(Units(down, 1, round(config.ffn * down.in_features)))
-    return found
+        units.append(Units(down, 1, round(config.ffn * down.in_features)))
+    return units
 
 
 def advance(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -196,10 +199,11 @@ def moments(
 
     Filled when the block ends.
     """
-    found: dict[Units, Any] = {}
+    unit_moments: dict[Units, Any] = {}
     sums = {units.linear: [0, 0.0, 0.0] for units in units_of(layer, config)}
 
     def add(linear: nn.Linear, args: tuple, kwargs: dict) -> None:
+        # (tokens, in) in float64: a variance as a difference of sums would cancel.
         rows = args[0].flatten(0, -2).double()
         total = sums[linear]
         total[0] += len(rows)
@@ -207,39 +211,39 @@ def moments(
         total[2] = total[2] + rows.square().sum(0)
 
     with hooked(list(sums), add):
-        yield found
+        yield unit_moments
     for units in units_of(layer, config):
         count, total, squares = sums[units.linear]
         mean = total / count
-        variance = (squares - count * mean.square()) / (count - 1)
-        found[units] = (mean.float(), squares.float(), variance.float())
+        variance = (squares - count * mean.square()) / (count - 1)  # (in,), unbiased
+        unit_moments[units] = (mean.float(), squares.float(), variance.float())
 
 
 def fluctuation(
     layers: Any, hidden: Tensor, arguments: list[dict[str, Any]], config: Config
 ) -> None:
     """FLAP: all scores by the dense model, then all units at once."""
-    every: list[tuple[Units, Tensor, Tensor]] = []
+    unit_scores: list[tuple[Units, Tensor, Tensor]] = []
     for layer, kwargs in zip(layers, arguments, strict=True):
-        with moments(layer, config) as found:
+        with moments(layer, config) as unit_moments:
             advance(layer, hidden, kwargs)
-        for units, (mean, _, variance) in found.items():
-            score = variance * units.weight.square().sum(0)
-            every.append(
+        for units, (mean, _, variance) in unit_moments.items():
+            score = variance * units.weight.square().sum(0)  # (in,)
+            unit_scores.append(
                 (units, units.pooled((score - score.mean()) / score.std()), mean)
             )
     if config.method == "flap":
-        for units, score, mean in every:
+        for units, score, mean in unit_scores:
             units.zero_units(score.argsort(stable=True)[: units.lost], mean)
         return
     # Heads among heads and neurons among neurons, as many in all as the uniform way.
-    for features in {units.features for units, _, _ in every}:
-        own = [x for x in every if x[0].features == features]
-        whole = torch.cat([score for _, score, _ in own])
-        gone = torch.zeros_like(whole, dtype=torch.bool)
-        gone[whole.argsort(stable=True)[: sum(u.lost for u, _, _ in own)]] = True
-        parts = gone.split([len(score) for _, score, _ in own])
-        for (units, _, mean), part in zip(own, parts, strict=True):
+    for features in {units.features for units, _, _ in unit_scores}:
+        peers = [x for x in unit_scores if x[0].features == features]
+        scores = torch.cat([score for _, score, _ in peers])
+        gone = torch.zeros_like(scores, dtype=torch.bool)
+        gone[scores.argsort(stable=True)[: sum(u.lost for u, _, _ in peers)]] = True
+        parts = gone.split([len(score) for _, score, _ in peers])
+        for (units, _, mean), part in zip(peers, parts, strict=True):
             units.zero_units(part.nonzero()[:, 0], mean)
 
 
@@ -256,6 +260,7 @@ def drop_layers(
     order = sorted(range(len(layers)), key=influence.__getitem__)
     kept = [layers[i] for i in sorted(order[count:])]
     model.base_model.layers = nn.ModuleList(kept)
+    # The cache and the masks are made for so many layers.
     model.config.num_hidden_layers = len(kept)
     if kinds := getattr(model.config, "layer_types", None):  # masks go by the number
         model.config.layer_types = [kinds[i] for i in sorted(order[count:])]

@@ -57,13 +57,14 @@ def main(config: Config) -> None:
         wraps = _wraps(TRACKED_BYTES)
         candidates = training_steps.of_optimizer(wraps, config.size)
     times = measure.interleaved(candidates, config.repeats, warmup=2)
-    alone = np.asarray(times["alone"])
+    alone = np.asarray(times["alone"])  # (repeats,)
     # Ratios of neighbours in time: what else the machine does falls on both.
     ratios = {
         name: measure.median_and_spread(np.asarray(samples) / alone)
         for name, samples in times.items()
         if name != "alone"
     }
+    # The step is bound by memory: time goes with the bytes that are moved.
     limits = {k: 1 + extra / ADAMW_BYTES for k, extra in TRACKED_BYTES.items()}
     measure.report(
         f"tracking_{config.what}",

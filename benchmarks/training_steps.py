@@ -29,10 +29,10 @@ def of_gpt(
     """Whole training steps of a GPT.
 
     Args:
-      wraps: name to what is made of adamw.
-      preset: the GPT's size.
-      batch_size: sequences in a batch.
-      block: steps in one call.
+      wraps: name to a function that wraps adamw.
+      preset: name of the GPT's size.
+      batch_size: number of sequences in a batch.
+      block: number of steps in one call.
 
     Returns:
       Name to a function that takes so many steps.
@@ -40,18 +40,19 @@ def of_gpt(
     shape = gpt.GPTConfig(vocab_size=65, **gpt.PRESETS[preset])
     model, rng = LanguageModel(shape), np.random.default_rng(0)
     tokens = rng.integers(0, 65, (2, batch_size, shape.context), np.int32)
-    inputs, targets = jnp.asarray(tokens[0]), jnp.asarray(tokens[1])
+    inputs, targets = jnp.asarray(tokens[0]), jnp.asarray(tokens[1])  # (batch, context)
     key = jax.random.key(0)
 
     def candidate(wrap: Wrap) -> Step:
         tx = wrap(optimizer(schedule(1e-3, 1000, warmup=100), track=()))
         step = jax.jit(training.make_step(model.loss, tx), donate_argnums=0)
-        held = [training.init(model.init(0), tx)]
+        # In a list, since each call uses up the state of the one before.
+        carry = [training.init(model.init(0), tx)]
 
         def run() -> Any:
             for _ in range(block):
-                held[0], loss = step(held[0], inputs, targets, key)
-            return held[0], loss
+                carry[0], loss = step(carry[0], inputs, targets, key)
+            return carry[0], loss
 
         return run
 
@@ -62,8 +63,8 @@ def of_optimizer(wraps: Mapping[str, Wrap], size: int) -> dict[str, Step]:
     """Single steps of adamw on given gradients, in 24 leaves.
 
     Args:
-      wraps: name to what is made of adamw.
-      size: how many parameters, about.
+      wraps: name to a function that wraps adamw.
+      size: number of parameters, about.
 
     Returns:
       Name to a function that takes a step.
@@ -73,17 +74,18 @@ def of_optimizer(wraps: Mapping[str, Wrap], size: int) -> dict[str, Step]:
     def candidate(wrap: Wrap) -> Step:
         tx = wrap(optax.adamw(1e-3))
 
-        def step(held: Any, gradients: Any) -> Any:
-            updates, state = tx.update(gradients, held[1], held[0])
-            return optax.apply_updates(held[0], updates), state
+        def step(carry: Any, gradients: Any) -> Any:
+            updates, state = tx.update(gradients, carry[1], carry[0])
+            return optax.apply_updates(carry[0], updates), state
 
         compiled = jax.jit(step, donate_argnums=0)
+        # Any numbers do, of the gradients' shapes; copied, for they are donated.
         params = jax.tree.map(jnp.copy, gradients)
-        held = [(params, tx.init(params))]
+        carry = [(params, tx.init(params))]
 
         def run() -> Any:
-            held[0] = compiled(held[0], gradients)
-            return held[0]
+            carry[0] = compiled(carry[0], gradients)
+            return carry[0]
 
         return run
 

@@ -58,10 +58,10 @@ class Config:
       meshes: how 8 devices share the work.
       storages: how averages are held; "none" tracks nothing.
       lora: rank of each matrix's change; trained in full if left out.
-      dtype: of the parameters, and so of Adam's moments.
+      dtype: dtype of the parameters, and so of Adam's moments.
       batch: pictures in a batch, one crop and the global view each.
       time: tokens of a sequence, at least 320.
-      layers: of the decoder; fewer compile sooner.
+      layers: number of layers of the decoder; fewer compile sooner.
     """
 
     meshes: tuple[str, ...] = ("fsdp=8", "fsdp=2,model=4")
@@ -90,42 +90,38 @@ def compiled(
     """One step, compiled: gigabytes of a device."""
     mesh = device_mesh.make_mesh(mesh_text, config.batch)
     assert mesh is not None
+    # Shapes of the 4.15 billion parameters, no arrays.
     model = nnx.eval_shape(lambda: Phi3Vision(shape, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model, nnx.Param)
     places = device_mesh.shardings(state, mesh)
     params = _placed(state, places, jnp.dtype(config.dtype))
-    parts: list[Any] = [optax.adamw(1e-5)]
-    if config.lora is not None:
-        targets = jp.tree.excluding(*unused(shape), "separator", "row_end")
-        parts = [jp.contrib.lora(*parts, config.lora, targets=targets)]
-    if storage != "none":
-        parts.append(jp.track_importance(storage=storage))
-    optimizer = optax.chain(*parts)
+    optimizer = _optimizer(config, shape, storage)
     state_shardings = jp.contrib.state_shardings(optimizer, params)
-    held = _placed(jax.eval_shape(optimizer.init, params), state_shardings)
+    opt_state = _placed(jax.eval_shape(optimizer.init, params), state_shardings)
     split = device_mesh.of_batch(mesh)
     size, views = shape.tower.image, 2
     tokens = _array((config.batch, config.time), jnp.int32, split)
     pixels = _array((config.batch, views, size, size, 3), jnp.float32, split)
 
-    def step(params: Any, held: Any, tokens: Any, sources: Any, pixels: Any) -> Any:
+    def step(params: Any, state: Any, tokens: Any, sources: Any, pixels: Any) -> Any:
         def loss(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params)
-            flat = pixels.reshape(-1, size, size, 3)
+            flat = pixels.reshape(-1, size, size, 3)  # (batch * views, size, size, 3)
             x = model.embed(tokens, flat, sources)
             states, _ = model.decoder.states(x)
             return cross_entropy(model.decoder, states, tokens).mean()
 
         gradients = jax.grad(loss)(params)
-        updates, held = optimizer.update(gradients, held, params)
-        return optax.apply_updates(params, updates), held
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
 
     start = time.perf_counter()
     program = jax.jit(
         step, donate_argnums=(0, 1), out_shardings=(places, state_shardings)
     )
-    done = program.lower(params, held, tokens, tokens, pixels).compile()
-    memory = done.memory_analysis()
+    # Tokens stand for the sources too: both are (batch, time) int32.
+    executable = program.lower(params, opt_state, tokens, tokens, pixels).compile()
+    memory = executable.memory_analysis()
     return {
         "mesh": mesh_text,
         "storage": storage,
@@ -134,6 +130,19 @@ def compiled(
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
         "compile_seconds": time.perf_counter() - start,
     }
+
+
+def _optimizer(
+    config: Config, shape: Phi3VisionConfig, storage: Storage
+) -> optax.GradientTransformation:
+    """AdamW, in full or by LoRA, and a tracker behind it if there is a storage."""
+    parts: list[Any] = [optax.adamw(1e-5)]
+    if config.lora is not None:
+        targets = jp.tree.excluding(*unused(shape), "separator", "row_end")
+        parts = [jp.contrib.lora(*parts, config.lora, targets=targets)]
+    if storage != "none":
+        parts.append(jp.track_importance(storage=storage))
+    return optax.chain(*parts)
 
 
 def _placed(tree: Any, places: Any, dtype: Any = None) -> Any:
@@ -147,9 +156,10 @@ def _placed(tree: Any, places: Any, dtype: Any = None) -> Any:
     )
 
 
-def _array(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
-    spec = PartitionSpec(*where.spec, *[None] * (len(shape) - len(where.spec)))
-    place = NamedSharding(where.mesh, spec)
+def _array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    # The batch is split, all axes behind it are whole.
+    spec = PartitionSpec(*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    place = NamedSharding(sharding.mesh, spec)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 

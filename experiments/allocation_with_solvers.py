@@ -27,13 +27,15 @@ from experiments import gpt
 from experiments.datasets import Batches, Corpus, load, validation_batches
 from experiments.harness import records, runner, training
 from experiments.harness.criteria import CRITERIA, Watched
-from experiments.harness.plan import check_lists
+from experiments.harness.option_rules import check_lists, check_names
 from experiments.harness.solvers import ALLOCATIONS, SOLVERS, Solver
 from experiments.harness.stages import once
 from experiments.report import allocation_figure, tables
 from experiments.tasks.dense_models import RECIPES, trained
 from experiments.tasks.language_model import LanguageModel
+from jaxprune.arrays import rules
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.rules import Rule
 from jaxprune.typing import Scores
 
 CALIBRATED = "trajectory_calibrated"
@@ -45,6 +47,25 @@ ALONE = {"wanda": "uniform", "mask": "trajectory"}
 scores and repairs nothing."""
 
 SEQUENCES_AT_ONCE = 16
+"""Calibration sequences of a batch: all batches have one shape, so one program."""
+
+_KNOWN = {
+    "allocations": (*ALLOCATIONS, *CRITERIA, CALIBRATED),
+    "solvers": (*SOLVERS, "mask"),
+}
+_RULES = (
+    Rule(
+        lambda v: (
+            v.sequences >= 1 and not v.sequences % min(v.sequences, SEQUENCES_AT_ONCE)
+        ),
+        f"sequences must be a multiple of {SEQUENCES_AT_ONCE}, or fewer, got "
+        "{sequences}",
+    ),
+    Rule(
+        lambda v: v.eval_tokens >= 0 and (v.steps is None or v.steps >= 1),
+        "eval_tokens must be >= 0 and steps >= 1, got {eval_tokens} and {steps}",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +73,7 @@ class Cell:
     """One pruned model.
 
     Attributes:
-      seed: of the dense model.
+      seed: seed of the dense model.
       draw: which draw of the calibration sequences.
       solver: a name of `SOLVERS`, or "mask".
       allocation: a name of `ALLOCATIONS` or of `CRITERIA`.
@@ -119,6 +140,7 @@ class Config:
         return dataclasses.replace(
             self,
             seeds=self.seeds[:1],
+            # The last one too: the default's last is the one that needs Adam's state.
             allocations=tuple(
                 dict.fromkeys((*self.allocations[:2], self.allocations[-1]))
             ),
@@ -134,26 +156,9 @@ class Config:
         Raises:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
-        for name, known in (
-            ("allocations", (*ALLOCATIONS, *CRITERIA, CALIBRATED)),
-            ("solvers", (*SOLVERS, "mask")),
-        ):
-            if unknown := [x for x in getattr(self, name) if x not in known]:
-                raise ValueError(
-                    f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
-                )
+        check_names(self, _KNOWN)
         check_lists(self, "seeds", "allocations", "solvers", "sparsities", "draws")
-        most = SEQUENCES_AT_ONCE
-        if self.sequences < 1 or self.sequences % min(self.sequences, most):
-            raise ValueError(
-                f"sequences must be a multiple of {most}, or fewer, got "
-                f"{self.sequences}"
-            )
-        if self.eval_tokens < 0 or (self.steps is not None and self.steps < 1):
-            raise ValueError(
-                "eval_tokens must be >= 0 and steps >= 1, got "
-                f"{self.eval_tokens} and {self.steps}"
-            )
+        rules.check(_RULES, **vars(self))
 
     def cells(self) -> list[Cell]:
         """Every cell that is asked for, in the order in which they are done."""
@@ -177,9 +182,13 @@ class Run:
         self.recipe = dataclasses.replace(recipe, steps=config.steps or recipe.steps)
         shape = gpt.preset(config.preset, vocab_size=len(corpus.vocabulary))
         if config.smoke:
+            # A model that trains in seconds; the data and the vocabulary are the real
+            # ones.
             shape = dataclasses.replace(shape, layers=1, width=32, heads=2)
         self.model = LanguageModel(shape)
         self.evaluate = training.make_eval(self.model.token_losses)
+        # Windows of 16: each batch of (16, context) tokens is one call of a compiled
+        # program.
         self.windows = validation_batches(
             corpus.validation, 16, shape.context, config.eval_tokens or None
         )
@@ -210,8 +219,10 @@ class Run:
         """
         size = min(self.config.sequences, SEQUENCES_AT_ONCE)
         context = self.model.config.context
-        drawn = Batches(self.corpus.train, size, context, 2**32 * (draw + 1) + seed)
-        return [drawn(step)[0] for step in range(self.config.sequences // size)]
+        # Training's seeds lie under 2^32, so no calibration draw repeats a training
+        # batch.
+        batches = Batches(self.corpus.train, size, context, 2**32 * (draw + 1) + seed)
+        return [batches(step)[0] for step in range(self.config.sequences // size)]
 
     def loss(self, params: Any) -> float:
         """Nats per token on the validation set."""
@@ -224,8 +235,12 @@ class Run:
         """Scores by gradients on the calibration sequences, each by itself."""
 
         def loss(params: Any, tokens: jax.Array) -> jax.Array:
+            # tokens (1, context): each predicts the next, so context - 1 targets.
             return self.model.token_losses(params, tokens[:, :-1], tokens[:, 1:]).mean()
 
+        # One sequence a gradient: E[g^2] of single sequences, as an optimizer with
+        # batches of one would have seen it; the mean of a batch would hide their
+        # variance.
         single = (tokens[None] for batch in batches for tokens in batch)
         return jp.scores.trajectory(
             params, jp.contrib.calibrate_gradients(loss, params, single)
@@ -235,6 +250,7 @@ class Run:
         """The parameters of a cell."""
         if cell.solver == "mask":
             scores = CRITERIA[cell.allocation](watched)
+            # Nothing is solved: the baseline that every solver has to beat.
             return jp.prune(watched.params, scores, cell.sparsity, allocation="global")
 
         def scored(name: str) -> Scores:
@@ -242,6 +258,7 @@ class Run:
                 return self.calibrated(watched.params, batches)
             return CRITERIA[name](watched)
 
+        # Scores are made where a rule asks for them: uniform, ERK and OWL ask for none.
         allocation = Solver(cell.solver, cell.allocation).shared_out(scored)
         return jp.prune_trained(
             lambda params, tokens: self.model.bind(params)(tokens),
@@ -257,17 +274,19 @@ class Run:
         self, cell: Cell, watched: Watched, batches: list[np.ndarray]
     ) -> dict[str, Any]:
         """What the file of a cell holds."""
+        # The seconds are of ranking and solving, without evaluation; compilation is in
+        # them for the first cell of a shape.
         start = time.perf_counter()
         params = self.pruned(cell, watched, batches)
-        counted = jp.sparsity(jp.scores.magnitude(params))
+        sparsity = jp.sparsity(jp.scores.magnitude(params))
         seconds = time.perf_counter() - start
         return {
             **dataclasses.asdict(cell),
-            "zeros": counted.zeros,
-            "size": counted.size,
+            "zeros": sparsity.zeros,
+            "size": sparsity.size,
             "loss": self.loss(params),
             "seconds": seconds,
-            "sparsity_by_leaf": {k: z / n for k, (z, n) in counted.by_leaf.items()},
+            "sparsity_by_leaf": {k: z / n for k, (z, n) in sparsity.by_leaf.items()},
         }
 
 
@@ -297,12 +316,14 @@ def main(config: Config) -> Path:
     )
 
 
-def cells(run: Run, asked: Sequence[Cell]) -> dict[str, Any]:
+def cells(run: Run, requested: Sequence[Cell]) -> dict[str, Any]:
     """Does those cells that are not in the directory; returns all that are."""
     out = run.config.out
-    left = [cell for cell in asked if not cell.path(out).exists()]
-    with Progress(len(left), "run", unit="cell") as progress:
-        for seed, of_seed in itertools.groupby(left, lambda cell: cell.seed):
+    missing = [cell for cell in requested if not cell.path(out).exists()]
+    with Progress(len(missing), "run", unit="cell") as progress:
+        # Cells come sorted by seed and draw, so a dense model is read and a draw made
+        # once.
+        for seed, of_seed in itertools.groupby(missing, lambda cell: cell.seed):
             watched = run.dense(seed)
             for draw, of_draw in itertools.groupby(of_seed, lambda cell: cell.draw):
                 batches = run.calibration(seed, draw)

@@ -71,9 +71,9 @@ def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     runs = [results_.read(file) for file in files]
     names = {run["name"]: file for run, file in zip(runs, files, strict=True)}
     if len(names) > 1:
-        found = ", ".join(f"{name!r} in '{file}'" for name, file in names.items())
+        listing = ", ".join(f"{name!r} in '{file}'" for name, file in names.items())
         raise ValueError(
-            f"the runs must be of one experiment, got {found}; compare them apart"
+            f"the runs must be of one experiment, got {listing}; compare them apart"
         )
     unknown = [run["name"] for run in runs if "cells" in run]
     if unknown and unknown[0] not in _REPORTS:
@@ -84,8 +84,12 @@ def load(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     labels = [file.parent.name for file in files]
     if len({*labels}) < len(files):
         above = os.path.commonpath([file.parent for file in files])
-        whole = [file if file.name != "results.json" else file.parent for file in files]
-        labels = [os.path.relpath(path, above) for path in whole]
+        places = [
+            file if file.name != "results.json" else file.parent for file in files
+        ]
+        # Directories of one name: what tells the runs apart is the path below what they
+        # share.
+        labels = [os.path.relpath(path, above) for path in places]
     return dict(zip(labels, runs, strict=True))
 
 
@@ -94,29 +98,32 @@ def differences(runs: Runs) -> list[list[str]]:
 
     A row for each entry: its name, then its value in each run, "-" where it has none.
     """
-    every = list(runs.values())
+    all_results = list(runs.values())
     parts = (
-        [atomic.flat(run["config"]) for run in every],
-        [{f"version of {k}": of for k, of in run["versions"].items()} for run in every],
-        [{"device": run["device"]} for run in every],
+        [atomic.flat(run["config"]) for run in all_results],
+        [
+            {f"version of {k}": version for k, version in run["versions"].items()}
+            for run in all_results
+        ],
+        [{"device": run["device"]} for run in all_results],
     )
     rows = [
         [name, *(str(run.get(name, "-")) for run in part)]
         for part in parts
         for name in dict.fromkeys(name for run in part for name in run)
     ]
-    return [row for row in rows if len({*row[1:]}) > 1]
+    return [row for row in rows if len({*row[1:]}) > 1]  # not alike in all
 
 
 def summary(runs: Runs) -> list[list[str]]:
     """The dense models: a row for each number, a column for each run."""
     rows = {"seeds": [str(len(run["seeds"])) for run in runs.values()]}
     for name in ("dense", "control"):
-        found = [
+        losses_by_run = [
             [seed[name]["loss"] for seed in run["seeds"] if seed.get(name)]
             for run in runs.values()
         ]
-        rows[f"{name} loss"] = [findings.mean(losses) for losses in found]
+        rows[f"{name} loss"] = [findings.mean(losses) for losses in losses_by_run]
     return [[name, *row] for name, row in rows.items()]
 
 
@@ -130,13 +137,20 @@ def losses(runs: Runs, stage: results_.Stage) -> list[list[str]]:
     for label, run in runs.items():
         for curve in results_.curves(run, stage):
             for column, sparsity in enumerate(map(float, curve.sparsities)):
-                of = cells.setdefault((curve.criterion, curve.allocation, sparsity), {})
-                above = np.asarray(curve.above[:, column].compressed())
-                of[label] = findings.mean(above, signed=True)
+                by_label = cells.setdefault(
+                    (curve.criterion, curve.allocation, sparsity), {}
+                )
+                above = np.asarray(curve.above[:, column].compressed())  # (seeds,)
+                by_label[label] = findings.mean(above, signed=True)
+    # Criteria in the order of the first run that has them, sparsities ascending.
     order = list(dict.fromkeys(key[:2] for key in cells))
     return [
-        [*key[:2], findings.percent(key[2]), *(of.get(label, "-") for label in runs)]
-        for key, of in sorted(
+        [
+            *key[:2],
+            findings.percent(key[2]),
+            *(by_label.get(label, "-") for label in runs),
+        ]
+        for key, by_label in sorted(
             cells.items(), key=lambda cell: (order.index(cell[0][:2]), cell[0][2])
         )
     ]
@@ -149,8 +163,8 @@ def compare(runs: Runs, out: Path) -> str:
       OSError: a file cannot be written.
     """
     labels = list(runs)
-    if own := _REPORTS.get(next(iter(runs.values()))["name"]):
-        return _tables_of_each(runs, out, own)
+    if report := _REPORTS.get(next(iter(runs.values()))["name"]):
+        return _tables_of_each(runs, out, report)
     tables = [Table(["", *labels], summary(runs), "The dense models, nats per token")]
     if changed := differences(runs):
         tables.append(Table(["entry", *labels], changed, "What differs"))
@@ -162,6 +176,7 @@ def compare(runs: Runs, out: Path) -> str:
             tables.append(Table(header, rows, title))
     files = {
         "compare.csv": results_.table_csv(
+            # Runs that measured more have more columns; the others leave them empty.
             ("run", *max(map(results_.columns, runs.values()), key=len)),
             [
                 {"run": label, **row}
@@ -180,21 +195,29 @@ def _tables_of_each(
 ) -> str:
     """The same of runs whose reports are tables: those of each, after the others."""
     reports = {label: report(run) for label, run in runs.items()}
-    names = dict.fromkeys(name for own in reports.values() for name in own.facts)
+    names = dict.fromkeys(
+        name for run_report in reports.values() for name in run_report.facts
+    )
     facts = [
-        [name, *(own.facts.get(name, "-") for own in reports.values())]
+        [name, *(run_report.facts.get(name, "-") for run_report in reports.values())]
         for name in names
     ]
     tables = [Table(["", *reports], facts, "The runs")]
     if changed := differences(runs):
         tables.append(Table(["entry", *runs], changed, "What differs"))
     top = len(tables)
-    for label, own in reports.items():
+    for label, run_report in reports.items():
         tables += [
-            table._replace(caption=f"{label}: {table.caption}") for table in own.tables
+            table._replace(caption=f"{label}: {table.caption}")
+            for table in run_report.tables
         ]
+    # All runs are of one experiment, so their rows have the same columns.
     columns = next(iter(reports.values())).columns
-    rows = [{"run": label, **row} for label, own in reports.items() for row in own.rows]
+    rows = [
+        {"run": label, **row}
+        for label, run_report in reports.items()
+        for row in run_report.rows
+    ]
     files = {
         "compare.csv": results_.table_csv(("run", *columns), rows),
         "compare.html": _page(runs, tables, top, {}),
@@ -207,7 +230,7 @@ def _page(
     runs: Runs,
     tables: Sequence[Table],
     top: int,
-    drawn: Mapping[str, dict[str, Figure]],
+    drawings: Mapping[str, dict[str, Figure]],
 ) -> bytes:
     """The first so many tables, the figures by what they show, the other tables."""
     name = next(iter(runs.values()))["name"]
@@ -217,7 +240,7 @@ def _page(
         count=len(runs),
         same=not differences(runs),
         first=tables[:top],
-        figures=drawn,
+        figures=drawings,
         reading=figures.READING,
         then=tables[top:],
     )
@@ -237,6 +260,8 @@ def _figures(runs: Runs) -> dict[str, dict[str, Figure]]:
         }
         for number, stage in enumerate(results_.STAGES)
         for index, allocation in enumerate(allocations)
+        # A stage that no run has, such as retraining with no steps, gets no empty
+        # figure.
         if any(results_.curves(run, stage, allocation) for run in runs.values())
     }
 

@@ -12,6 +12,7 @@ described in experiments/README.md.
 import contextlib
 import dataclasses
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,17 +26,63 @@ import jaxprune as jp
 from experiments.datasets import load
 from experiments.datasets.text import read_text
 from experiments.harness import device_mesh, runner
+from experiments.harness.option_rules import at_least
 from experiments.harness.plan import Plan
 from experiments.harness.task import Looks
 from experiments.tasks import model_directory, tiny_directory
 from experiments.tasks.finetuning import TABLES, DecoderModel, FinetuningTask, Texts
+from jaxprune.arrays import rules
 from jaxprune.arrays.low_bit import Storage
+from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 
+# Enough for the windows of every part.
 _SMOKE_CHARACTERS = 40_000
 _README = Path(__file__).with_name("README.md")
+
+_OPTIONS = (
+    Rule(
+        lambda v: v.model is not None or v.smoke,
+        "finetuned_llm needs a model: give MODEL_DIR, a Hugging Face directory as "
+        "`python -m benchmarks.gemma MODEL_DIR` writes one, or --smoke",
+    ),
+    Rule(
+        lambda v: len(v.foreign) > 0,
+        "finetuned_llm needs a text to forget: give --foreign FILE of another kind "
+        "than the text it is fine-tuned on",
+    ),
+    *(
+        at_least(name, 1)
+        for name in ("sequence", "looks", "calibration", "sample_length")
+    ),
+    rules.within(
+        *("eval_tokens", 0, math.inf), "eval_tokens must be >= 0, got {eval_tokens}"
+    ),
+)
+# Files of one name would be one column of the tables.
+_STEMS = Rule(
+    lambda v: v.stems == v.files,
+    "--foreign files must have different names; rename one",
+)
+_WINDOW = Rule(
+    lambda v: v.tokens >= v.window,
+    "{text} must have a window of {window} tokens, got {tokens}",
+    "{way_out}, or a smaller --sequence",
+)
+_MODEL = (
+    Rule(
+        lambda v: v.context >= v.sequence,
+        "the model sees at most {context} tokens, got --sequence {sequence}",
+        "give {context} or less",
+    ),
+    Rule(
+        lambda v: v.highest < v.vocab_size,
+        "the model has {vocab_size} tokens, but its tokenizer gave {highest}",
+        "bring back the tokenizer.json that belongs to it",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +172,7 @@ class Config:
 
     def smaller(self) -> "Config":
         """The same at the size of `--smoke`."""
+        # One criterion of each sort: of averages, of the start alone, and a solver's.
         solver = [name for name in self.criteria if "_" in name][-1:]
         return dataclasses.replace(
             self,
@@ -156,6 +204,7 @@ class Config:
             batch_size=self.batch_size,
             steps=self.steps,
             learning_rate=self.learning_rate,
+            # The rate of fine-tuning is low already, so retraining needs no lower one.
             retrain_learning_rate=self.retrain_learning_rate or self.learning_rate,
             eval_tokens=self.eval_tokens or None,
             sample_length=self.sample_length,
@@ -163,21 +212,7 @@ class Config:
 
     def _check(self) -> None:
         """Refuses what `Plan` does not know of."""
-        if self.model is None and not self.smoke:
-            raise ValueError(
-                "finetuned_llm needs a model: give MODEL_DIR, a Hugging Face directory "
-                "as `python -m benchmarks.gemma MODEL_DIR` writes one, or --smoke"
-            )
-        if not self.foreign:
-            raise ValueError(
-                "finetuned_llm needs a text to forget: give --foreign FILE of another "
-                "kind than the text it is fine-tuned on"
-            )
-        for name in ("sequence", "looks", "calibration", "sample_length"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.eval_tokens < 0:
-            raise ValueError(f"eval_tokens must be >= 0, got {self.eval_tokens}")
+        rules.check(_OPTIONS, **vars(self))
 
 
 def main(config: Config) -> Path:
@@ -193,6 +228,7 @@ def main(config: Config) -> Path:
     plan = small.plan()
     mesh = device_mesh.make_mesh(config.mesh, plan.batch_size)
     with _directory(config) as directory:
+        # Results written into the model's directory would change its fingerprint.
         atomic.apart(config.out, directory)
         model = model_directory.opened(directory, mesh, DecoderConfig)
         texts = _texts(small, model.tokenizer)
@@ -209,6 +245,7 @@ def main(config: Config) -> Path:
             storage=config.storage,
         )
         if mesh is not None:
+            # Refuses a mesh that splits nothing before the run's directory is made.
             device_mesh.shardings(task.shapes, mesh)
 
         def more(seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -236,21 +273,26 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
     most = _SMOKE_CHARACTERS if config.smoke else None
 
     def tokens(text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text[:most], bos=False), np.int32)
+        return np.array(tokenizer.encode(text[:most], bos=False), np.int32)  # (length,)
 
     corpora = [
         load(config.data, text=path, data_dir=config.data_dir)
         for path in config.text or (None,)
     ]
     train, held_out = (
-        tokens("\n".join(one.vocabulary.decode(getattr(one, part)) for one in corpora))
+        tokens(
+            "\n".join(
+                corpus.vocabulary.decode(getattr(corpus, part)) for corpus in corpora
+            )
+        )
         for part in ("train", "validation")
     )
     foreign = {path.stem: tokens(read_text(path)) for path in config.foreign}
-    if len(foreign) < len(config.foreign):
-        raise ValueError("--foreign files must have different names; rename one")
-    window = config.sequence + 1
-    for what, found, way_out in (
+    rules.check([_STEMS], stems=len(foreign), files=len(config.foreign))
+    window = config.sequence + 1  # inputs, and a target for the last of them
+    # All texts are looked at before the first step: a foreign text is first measured
+    # hours later.
+    for name, ids, way_out in (
         ("what is trained on", train, "give more --text"),
         ("what is held out, the last tenth of --text,", held_out, "give more --text"),
         *(
@@ -258,11 +300,8 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
             for k, x in foreign.items()
         ),
     ):
-        if len(found) < window:
-            raise ValueError(
-                f"{what} must have a window of {window} tokens, got {len(found)}; "
-                f"{way_out}, or a smaller --sequence"
-            )
+        values = {"text": name, "tokens": len(ids), "way_out": way_out}
+        rules.check([_WINDOW], window=window, **values)
     return Texts(train, held_out, foreign)
 
 
@@ -278,18 +317,13 @@ def _task(
       ValueError: the model's context is shorter than a sequence.
     """
     shape = model.config
-    if (longest := shape.context) < config.sequence:
-        raise ValueError(
-            f"the model sees at most {longest} tokens, got --sequence "
-            f"{config.sequence}; give {longest} or less"
-        )
-    if (highest := max(int(x.max()) for x in (texts.train, texts.held_out))) >= (
-        shape.vocab_size
-    ):
-        raise ValueError(
-            f"the model has {shape.vocab_size} tokens, but its tokenizer gave "
-            f"{highest}; bring back the tokenizer.json that belongs to it"
-        )
+    rules.check(
+        _MODEL,
+        context=shape.context,
+        sequence=config.sequence,
+        vocab_size=shape.vocab_size,
+        highest=max(int(ids.max()) for ids in (texts.train, texts.held_out)),
+    )
     size = device_mesh.batch_size(config.batch_size, mesh)
     return FinetuningTask(
         DecoderModel(
@@ -298,6 +332,8 @@ def _task(
         model.tokenizer,
         texts,
         config.sequence,
+        # "All" tokens would make each look at the curve as long as the final
+        # evaluation.
         Looks(size, config.looks, config.eval_tokens or 16_384),
         foreign_tokens=config.eval_tokens or None,
         calibration=config.calibration,
@@ -309,12 +345,12 @@ def _task(
 
 def _texts_fingerprint(texts: Texts) -> str:
     """SHA-256 of all tokens, and which are for what."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     # In order, because a foreign text may be called "train".
-    own = [("train", texts.train), ("held out", texts.held_out)]
-    for name, tokens in (*own, *texts.foreign.items()):
-        found.update(f"{name} {len(tokens)} ".encode() + tokens.tobytes())
-    return found.hexdigest()
+    splits = [("train", texts.train), ("held out", texts.held_out)]
+    for name, tokens in (*splits, *texts.foreign.items()):
+        digest.update(f"{name} {len(tokens)} ".encode() + tokens.tobytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ was; a finished one says so. What it writes is described in experiments/README.m
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,14 @@ from jax.sharding import Mesh
 
 from experiments.datasets import question_answers
 from experiments.harness import device_mesh, runner
+from experiments.harness.option_rules import at_least
 from experiments.harness.plan import Plan
 from experiments.tasks import model_directory, picture_model
-from experiments.tasks.picture_task import (
-    PictureTask,
-    Tokenizer,
-    VisionModel,
-    without_gradient,
-)
+from experiments.tasks.picture_task import PictureTask, without_gradient
+from experiments.tasks.vision_model import Tokenizer, VisionModel
+from jaxprune.arrays import rules
 from jaxprune.arrays.low_bit import Storage
+from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
 from jaxprune.lm.models.hf import vision_config
 from jaxprune.lm.models.phi3_vision import Phi3VisionConfig
@@ -35,6 +35,22 @@ FROZEN = {
     "projector": ("project_in/*", "project_out/*", "separator", "row_end"),
 }
 """What may be left as it is, by the globs of its leaves."""
+_RULES = (
+    at_least("held_out", 1),
+    rules.within(
+        *("lora", 1, math.inf), "lora must be a rank of at least 1, got {lora}"
+    ),
+    rules.excludes(
+        *("partly_trained", "trajectory_adam"),
+        "trajectory_adam needs Adam's moments of every weight, but with --frozen or "
+        "--lora there are none of some",
+        "take trajectory",
+    ),
+    Rule(
+        lambda v: not {*v.frozen} & {*v.allocations},
+        "what is frozen is not pruned: leave {frozen_parts} out of --allocations",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +153,20 @@ class Config:
         config.check()
         rate, retrained = config.learning_rate, config.retrain_sparsities
         if retrained is None:
-            usual = {*config.sparsities} & {0.25, 0.5, 0.8}
-            retrained = tuple(sorted(usual)) or None
+            # Retraining costs far more than pruning, so of the eight sparsities three
+            # are retrained.
+            defaults = {*config.sparsities} & {0.25, 0.5, 0.8}
+            retrained = tuple(sorted(defaults)) or None
         return Plan.of(
             config,
             batch_size=config.batch_size,
             steps=config.steps,
             learning_rate=rate,
+            # A tenth of the peak: where the cosine of training ends.
             retrain_learning_rate=config.retrain_learning_rate or rate / 10,
             retrain_sparsities=retrained,
+            # All questions are measured on; an answer has a few tokens, and there is no
+            # sample text.
             eval_tokens=None,
             sample_length=1,
         )
@@ -156,20 +177,13 @@ class Config:
         Raises:
           ValueError: a number is out of range, or what is frozen is to be pruned.
         """
-        if self.held_out < 1:
-            raise ValueError(f"held_out must be at least 1, got {self.held_out}")
-        if self.lora is not None and self.lora < 1:
-            raise ValueError(f"lora must be a rank of at least 1, got {self.lora}")
-        if (self.frozen or self.lora) and "trajectory_adam" in self.criteria:
-            raise ValueError(
-                "trajectory_adam needs Adam's moments of every weight, but with "
-                "--frozen or --lora there are none of some; take trajectory"
-            )
-        if {*self.frozen} & {*self.allocations}:
-            raise ValueError(
-                f"what is frozen is not pruned: leave {', '.join(self.frozen)} out of "
-                "--allocations"
-            )
+        rules.check(
+            _RULES,
+            partly_trained=bool(self.frozen or self.lora),
+            trajectory_adam="trajectory_adam" in self.criteria,
+            frozen_parts=", ".join(self.frozen),
+            **vars(self),
+        )
 
 
 def main(config: Config) -> Path:
@@ -223,6 +237,8 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
     if config.model is None:
         name = "smoke" if config.smoke else config.preset
         shape = vision_config(picture_model.PRESETS[name])
+        # The pictures are 28 x 56: two crops of the tower's 28 x 28 beside the global
+        # view.
         crops, model = 2, None
         tokenizer = picture_model.tokenizer()
         if config.data != question_answers.OWN:
@@ -244,6 +260,8 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
         tokenizer,
         splits["train"],
         held_out,
+        # Globs of leaves, for a part's name is a flag's word and no prefix of its
+        # leaves.
         frozen=tuple(glob for part in config.frozen for glob in FROZEN[part]),
         rank=config.lora,
         storage=config.storage,

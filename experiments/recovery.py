@@ -29,7 +29,9 @@ from experiments.datasets import Corpus, load
 from experiments.harness import records, runner
 from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
+from jaxprune.arrays import rules
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.measure import machine, perplexity
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
@@ -43,6 +45,12 @@ COLUMNS = (
 )
 STARTS = ("dense", "half of the neurons", "pruned", "scratch at half of the neurons")
 _CONTEXT = 64
+# Four heads, of an even number of features for the rope.
+_SIZES = Rule(
+    lambda v: 0 < v.sparsity < 1 and not v.width % 8,
+    "recovery needs a sparsity in (0, 1) and a width that 8 divides, got {sparsity} "
+    "and {width}",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +58,10 @@ class Cell:
     """One training after something was removed.
 
     Attributes:
-      seed: of the dense model and of the order of the text.
+      seed: seed of the dense model and of the order of the text.
       start: one of `STARTS`.
       loss: "text" or "teacher".
-      learning_rate: of the first step.
+      learning_rate: learning rate of the first step.
     """
 
     seed: int
@@ -76,14 +84,14 @@ class Config:
       out: directory of the results; what is found there is not done again.
       text: a text file, or a directory of them, in place of Shakespeare's plays.
       seeds: one dense model each.
-      width: of the model.
-      layers: of the model.
-      dense_steps: of the dense model's training.
-      steps: of each recovery.
+      width: width of the model.
+      layers: number of layers of the model.
+      dense_steps: number of steps of the dense model's training.
+      steps: number of steps of each recovery.
       rates: learning rates that each recovery has the best of.
       batch: sequences of a step.
-      sparsity: of the pruned model.
-      windows: of the validation text that are evaluated.
+      sparsity: sparsity of the pruned model.
+      windows: number of windows of the validation text that are evaluated.
     """
 
     out: Path = Path("results/recovery")
@@ -116,14 +124,10 @@ def main(config: Config) -> Path:
       ValueError: the directory holds another run, or a number is out of range.
       OSError: the directory cannot be written to, or another process runs there.
     """
-    if not 0 < config.sparsity < 1 or config.width % 8:
-        raise ValueError(
-            "recovery needs a sparsity in (0, 1) and a width that 8 divides, got "
-            f"{config.sparsity} and {config.width}"
-        )
+    rules.check([_SIZES], **vars(config))
     corpus = load(text=config.text)
-    same = ("width", "layers", "dense_steps", "steps", "batch", "sparsity", "windows")
-    identity = {name: getattr(config, name) for name in same}
+    fields = ("width", "layers", "dense_steps", "steps", "batch", "sparsity", "windows")
+    identity = {name: getattr(config, name) for name in fields}
     identity |= {"data": corpus.name, "fingerprint": corpus.fingerprint}
 
     def show(results: dict[str, Any], out: Path) -> str:
@@ -136,8 +140,10 @@ def main(config: Config) -> Path:
 
 def _cells(config: Config, corpus: Corpus) -> dict[str, Any]:
     """Does those cells that are not in the directory; returns all that are."""
-    whole = len(corpus.train) // (_CONTEXT + 1) * (_CONTEXT + 1)
-    sequences = corpus.train[:whole].reshape(-1, _CONTEXT + 1).astype(np.int32)
+    # Whole windows: what is behind the last one is dropped.
+    length = len(corpus.train) // (_CONTEXT + 1) * (_CONTEXT + 1)
+    # (sequences, context + 1): the last token of each is a target alone.
+    sequences = corpus.train[:length].reshape(-1, _CONTEXT + 1).astype(np.int32)
     windows = perplexity.slide(
         corpus.validation.astype(np.int32), context=_CONTEXT + 1, limit=config.windows
     )
@@ -151,6 +157,8 @@ def _cells(config: Config, corpus: Corpus) -> dict[str, Any]:
 
 
 def _shape(config: Config, vocab: int) -> DecoderConfig:
+    # A GPT of before gates and grouped queries, so that a neuron is one row and one
+    # column.
     width, heads = config.width, 4
     return DecoderConfig(
         vocab_size=vocab,
@@ -176,24 +184,13 @@ def _run(
     windows: perplexity.Windows,
 ) -> None:
     """Trains the dense model of a seed and does its cells."""
-    with Progress(config.dense_steps, "training", leave=False) as progress:
-        settings = retrain.Settings(
-            steps=config.dense_steps, learning_rate=1e-3, batch=config.batch, seed=seed
-        )
-        dense, _ = retrain.retrain(
-            Decoder(shape, rngs=nnx.Rngs(seed)),
-            _names(shape),
-            sequences,
-            settings,
-            masked=set(),
-            progress=lambda steps, _: progress.update(steps),
-        )
+    dense = _train_dense(config, seed, shape, sequences)
     starts = _starts(config, dense, seed)
     with Progress(len(cells), "recovering", unit="cell") as progress:
         for cell in cells:
             model = starts[cell.start]
             names = _names(model.config)
-            found, losses = retrain.retrain(
+            recovered_model, losses = retrain.retrain(
                 model,
                 names,
                 sequences,
@@ -201,22 +198,48 @@ def _run(
                     steps=config.steps,
                     learning_rate=cell.learning_rate,
                     batch=config.batch,
+                    # Another order of the text than the dense model's, the same for all
+                    # cells of a seed.
                     seed=seed + 1000,
                 ),
                 loss=distill.from_teacher(dense) if cell.loss == "teacher" else None,
+                # Zeros of a pruned model stay; where neurons were removed there are
+                # none to hold.
                 masked=names if cell.start == "pruned" else set(),
             )
             result = {
                 **dataclasses.asdict(cell),
                 "dense": perplexity.measure_perplexity(dense, windows)["nats"],
                 "before": perplexity.measure_perplexity(model, windows)["nats"],
-                "after": perplexity.measure_perplexity(found, windows)["nats"],
+                "after": perplexity.measure_perplexity(recovered_model, windows)[
+                    "nats"
+                ],
                 "last_loss": losses[-1],
                 "device": machine.device(),
             }
             records.write_json(cell.path(config.out), result)
             progress.note(f"{cell.start}, {cell.loss}: {result['after']:.4f}")
             progress.update()
+
+
+def _train_dense(
+    config: Config, seed: int, shape: DecoderConfig, sequences: np.ndarray
+) -> Decoder:
+    """The dense model of a seed, trained on sequences (count, context + 1)."""
+    settings = retrain.Settings(
+        steps=config.dense_steps, learning_rate=1e-3, batch=config.batch, seed=seed
+    )
+    with Progress(config.dense_steps, "training", leave=False) as progress:
+        dense, _ = retrain.retrain(
+            Decoder(shape, rngs=nnx.Rngs(seed)),
+            _names(shape),
+            sequences,
+            settings,
+            # Dense: nothing is held at zero.
+            masked=set(),
+            progress=lambda steps, _: progress.update(steps),
+        )
+    return dense
 
 
 def _names(shape: DecoderConfig) -> set[str]:
@@ -226,12 +249,14 @@ def _names(shape: DecoderConfig) -> set[str]:
 def _starts(config: Config, dense: Decoder, seed: int) -> dict[str, Decoder]:
     """The models that recover, by `STARTS`."""
     graphdef, params = nnx.split(dense, nnx.Param)
+    # Traced, not run: any few tokens show which axes go together.
     batch = jax.ShapeDtypeStruct((1, 8), np.int32)
     small = jp.shrink(
         functools.partial(_logits, graphdef),
         params,
         batch,
         jp.scores.magnitude(params),
+        # The rows of `down` are neurons; the columns of `up` and its bias go along.
         {"layers/*/mlp/down/*": 0.5},
     )
     shape = hf.resized(dense.config, small.params)
@@ -241,6 +266,8 @@ def _starts(config: Config, dense: Decoder, seed: int) -> dict[str, Decoder]:
         dense,
         nnx.merge(narrow, small.params),
         nnx.merge(graphdef, pruned),
+        # Fresh weights of the smaller shape: what the removal is worth against starting
+        # anew.
         Decoder(shape, rngs=nnx.Rngs(seed + 2000)),
     )
     return dict(zip(STARTS, models, strict=True))
@@ -252,13 +279,15 @@ def _logits(graphdef: Any, params: Any, ids: Any) -> Any:
 
 def report(results: Mapping[str, Any]) -> Report:
     """All that is shown: means over the seeds, each at its best rate."""
-    found: dict[tuple[str, str], dict[float, dict[int, Any]]] = {}
+    trainings: dict[tuple[str, str], dict[float, dict[int, Any]]] = {}
     for cell in results["cells"]:
-        rates = found.setdefault((cell["start"], cell["loss"]), {})
+        rates = trainings.setdefault((cell["start"], cell["loss"]), {})
         rates.setdefault(cell["learning_rate"], {})[cell["seed"]] = cell
     lines = []
     for start in STARTS:
-        text, teacher = (_best(found.get((start, x), {})) for x in ("text", "teacher"))
+        text, teacher = (
+            _best(trainings.get((start, x), {})) for x in ("text", "teacher")
+        )
         row = [start, findings.mean([cell["before"] for cell in text])]
         for best in (text, teacher):
             count = f" ({len(best)})" if best else ""
@@ -288,10 +317,12 @@ def _best(rates: dict[float, dict[int, Any]]) -> list[dict[str, Any]]:
     """
     if not rates:
         return []
-    common = set.intersection(*(set(of) for of in rates.values()))
+    # A run that was stopped has some seeds of some rates; means over other seeds would
+    # compare seeds and not rates.
+    common = set.intersection(*(set(by_seed) for by_seed in rates.values()))
     means = {
-        rate: statistics.mean(of[seed]["after"] for seed in common or of)
-        for rate, of in rates.items()
+        rate: statistics.mean(by_seed[seed]["after"] for seed in common or by_seed)
+        for rate, by_seed in rates.items()
     }
     return list(rates[min(means, key=lambda rate: means[rate])].values())
 

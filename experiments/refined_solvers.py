@@ -23,12 +23,14 @@ import jaxprune as jp
 from experiments import allocation_with_solvers
 from experiments.datasets import load
 from experiments.harness import records, runner
-from experiments.harness.plan import check_lists
+from experiments.harness.option_rules import check_lists, check_names
 from experiments.harness.solvers import SOLVERS
 from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
 from experiments.tasks.dense_models import Watched
+from jaxprune.arrays import rules
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.texts.self_calibration import self_calibration
 
 CALIBRATIONS = ("text", "self", "both")
@@ -38,6 +40,12 @@ _LISTS = (
     *("passes", "learning_rates", "temperatures"),
 )
 """Corrections are a list of their own here."""
+_LEAST = 2 * allocation_with_solvers.SEQUENCES_AT_ONCE
+_REFINEMENT = Rule(
+    lambda v: not any(v.passes) or v.sequences >= _LEAST,
+    f"sequences must be >= {_LEAST} for a refinement, which measures itself on a batch "
+    "of its own, got {sequences}",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +64,9 @@ class Config:
       sparsities: fractions of the decoder's matrices to remove.
       corrections: how much of what earlier matrices lost one makes up for; 0 is none,
         and it alone is done with wanda.
-      passes: of the refinement; 0 is none.
-      learning_rates: of the refinement.
-      temperatures: of what the model writes.
+      passes: numbers of passes of the refinement; 0 is none.
+      learning_rates: learning rates of the refinement.
+      temperatures: temperatures of what the model writes.
       sequences: calibration sequences, of the model's context each.
       steps: steps of training.
       eval_tokens: validation tokens of every loss; 0 takes all.
@@ -87,25 +95,13 @@ class Config:
         Raises:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
-        for name, known in (
-            ("calibrations", CALIBRATIONS),
-            ("methods", METHODS),
-        ):
-            if unknown := [x for x in getattr(self, name) if x not in known]:
-                raise ValueError(
-                    f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}"
-                )
+        check_names(self, {"calibrations": CALIBRATIONS, "methods": METHODS})
         check_lists(self, *_LISTS)
-        least = 2 * allocation_with_solvers.SEQUENCES_AT_ONCE
-        if any(self.passes) and self.sequences < least:
-            raise ValueError(
-                f"sequences must be >= {least} for a refinement, which measures itself "
-                f"on a batch of its own, got {self.sequences}"
-            )
+        rules.check([_REFINEMENT], **vars(self))
 
     def cells(self) -> list["Cell"]:
         """Every cell that is asked for; the rate is of no matter without passes."""
-        every = itertools.product(
+        combinations = itertools.product(
             self.seeds,
             self.draws,
             self.calibrations,
@@ -116,7 +112,7 @@ class Config:
             self.learning_rates,
             self.temperatures,
         )
-        return list(dict.fromkeys(Cell(*values).plain() for values in every))
+        return list(dict.fromkeys(Cell(*values).plain() for values in combinations))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +132,8 @@ class Cell:
     def plain(self) -> "Cell":
         """The cell with zeros for what is of no matter."""
         rate = self.learning_rate if self.passes else 0.0
+        # A text is read, not written: cells that differ in this alone would be done
+        # twice.
         temperature = 0.0 if self.calibration == "text" else self.temperature
         correction = 0.0 if self.method == "wanda" else self.correction
         return dataclasses.replace(
@@ -174,7 +172,9 @@ class Run(allocation_with_solvers.Run):
         if cell.calibration == "text":
             return text
         shape = (-1, *text[0].shape)
-        own = self_calibration(
+        # (sequences, context), cut into batches (batches, batch, context) like the
+        # text's.
+        samples = self_calibration(
             self.model.bind(watched.params),
             sequences=self.config.sequences,
             length=self.model.config.context,
@@ -185,10 +185,12 @@ class Run(allocation_with_solvers.Run):
             batch=text[0].shape[0],
         ).reshape(shape)
         if cell.calibration == "self":
-            return list(own)
+            return list(samples)
+        # Half of each batch, so that every batch has both and all keep one shape.
         half = text[0].shape[0] // 2
         return [
-            np.concatenate([a[:half], b[half:]]) for a, b in zip(text, own, strict=True)
+            np.concatenate([a[:half], b[half:]])
+            for a, b in zip(text, samples, strict=True)
         ]
 
     def done(self, cell: Cell, watched: Watched) -> dict[str, Any]:
@@ -210,6 +212,7 @@ class Run(allocation_with_solvers.Run):
             refine=refine,
             progress=False,
         )
+        # Else the clock would stop at the dispatch of the last segment.
         jax.block_until_ready(result.params)
         seconds = time.perf_counter() - start
         return {
@@ -235,33 +238,36 @@ COLUMNS = ("seed", "draw", *KIND, "loss", "dense_loss", "above", "seconds")
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tidy table: one row a cell, of `COLUMNS`; "above" is nats above dense."""
-    found = []
+    table = []
     for cell in results["cells"]:
+        # JSON has the seeds as strings, for they are keys there.
         dense = results["dense"][str(cell["seed"])]["loss"]
-        whole = {
+        record = {
+            # Cells of an earlier run have no such entry; they were made without.
             "correction": 0.0,
             **cell,
             "dense_loss": dense,
             "above": cell["loss"] - dense,
         }
-        found.append({name: whole[name] for name in COLUMNS})
-    return found
+        table.append({name: record[name] for name in COLUMNS})
+    return table
 
 
 def report(results: Mapping[str, Any]) -> Report:
     """All that is shown of the results: means over seeds and draws."""
     table = rows(results)
-    by_kind: dict[tuple[Any, ...], list[float]] = {}
+    by_setting: dict[tuple[Any, ...], list[float]] = {}
     for row in table:
-        kind = tuple(row[name] for name in KIND)
-        by_kind.setdefault(kind, []).append(row["above"])
+        setting = tuple(row[name] for name in KIND)
+        # Seeds and draws of one setting are its repetitions.
+        by_setting.setdefault(setting, []).append(row["above"])
     lines = [
-        [*map(str, kind), findings.mean(above, signed=True), str(len(above))]
-        for kind, above in sorted(by_kind.items())
+        [*map(str, setting), findings.mean(above, signed=True), str(len(above))]
+        for setting, above in sorted(by_setting.items())
     ]
     header = [*KIND.values(), "above dense", "cells"]
     caption = "Nats above dense, mean and spread over seeds and draws"
-    dense = [own["loss"] for own in results["dense"].values()]
+    dense = [model["loss"] for model in results["dense"].values()]
     return Report(
         lead="Solvers calibrated on text or on what the model writes, each without and "
         "with corrections and refinement: validation loss in nats per token",
@@ -297,11 +303,11 @@ def main(config: Config) -> Path:
     )
 
 
-def cells(run: Run, out: Path, asked: Sequence[Cell]) -> dict[str, Any]:
+def cells(run: Run, out: Path, requested: Sequence[Cell]) -> dict[str, Any]:
     """Does those cells that are not in the directory; returns all that are."""
-    left = [cell for cell in asked if not cell.path(out).exists()]
-    with Progress(len(left), "run", unit="cell") as progress:
-        for cell in left:
+    missing = [cell for cell in requested if not cell.path(out).exists()]
+    with Progress(len(missing), "run", unit="cell") as progress:
+        for cell in missing:
             content = run.done(cell, run.dense(cell.seed))
             records.write_json(cell.path(out), content)
             progress.note(f"{cell.path(out).stem}: {content['loss']:.4f}")

@@ -18,10 +18,17 @@ from experiments.harness import device_mesh, multi_process, runner
 from experiments.harness.plan import Plan
 from experiments.tasks.language_model import LanguageModel
 from experiments.tasks.language_task import LanguageTask
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 
+# nanoGPT's batch, steps and peak for "char", and its peak for "gpt2".
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
 _STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}
 _RATE = {"cpu": 1e-3, "medium": 1e-3, "char": 1e-3, "gpt2": 6e-4}
+_LENGTHS = Rule(
+    lambda v: v.eval_tokens >= 0 and v.sample_length >= 1,
+    "eval_tokens must be >= 0 and sample_length >= 1",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +106,7 @@ class Config:
           ValueError: a criterion is unknown, or a number is out of range.
         """
         config = self.smaller() if self.smoke else self
-        if config.eval_tokens < 0 or config.sample_length < 1:
-            raise ValueError("eval_tokens must be >= 0 and sample_length >= 1")
+        rules.check([_LENGTHS], **vars(config))
         rate = config.learning_rate or _RATE[config.preset]
         return Plan.of(
             config,
@@ -138,6 +144,7 @@ def main(config: Config) -> Path:
       FloatingPointError: a loss is not finite.
     """
     plan = config.plan()
+    # Before the first array: JAX must know the processes when it looks for devices.
     multi_process.join(config.coordinator, config.processes, config.process_id)
     corpus = multi_process.read_alike(
         lambda: load(config.data, text=config.text, data_dir=config.data_dir)
@@ -149,6 +156,7 @@ def main(config: Config) -> Path:
         fingerprint=corpus.fingerprint,
         vocabulary=len(corpus.vocabulary),
     )
+    # One process with another flag would wait for the others without end.
     multi_process.check_alike({**identity, "out": str(config.out), "mesh": config.mesh})
     shape = gpt.preset(config.preset, vocab_size=_vocabulary(config, corpus))
     shape = dataclasses.replace(shape, dtype=config.dtype)
@@ -162,6 +170,7 @@ def main(config: Config) -> Path:
 
     def more(seeds: list[dict[str, Any]]) -> dict[str, Any]:
         model = runner.described(task, jp.tree.prunable)
+        # Exact counts from the shape; nothing is timed for them.
         flops = functools.partial(gpt.flops_per_token, shape)
         return {"model": model, "costs": runner.costs(seeds[0]["cells"], model, flops)}
 

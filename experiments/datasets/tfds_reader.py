@@ -20,10 +20,10 @@ def examples(
     """The examples of a split, features by name, in the order they were made.
 
     Args:
-      name: a module of `experiments.datasets` with a `Builder`.
+      name: name of a module of `experiments.datasets` with a `Builder`.
       split: "train" or "validation".
-      data_dir: where data sets are kept; None: TensorFlow Datasets' default.
-      instead: what the user may do where a package is missing.
+      data_dir: directory of prepared data sets; None: TensorFlow Datasets' default.
+      instead: advice to the user where a package is missing.
 
     Raises:
       ModuleNotFoundError: if a package of the extra `experiments` is missing.
@@ -47,6 +47,7 @@ def _prepared_builder(
             + (f", or {instead}" if instead else ""),
             name=error.name,
         ) from error
+    # In a log each step of a bar would be a line.
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
 
@@ -56,6 +57,7 @@ def _prepared_builder(
     builder = make()
     try:
         builder.download_and_prepare(
+            # Prepared data sets in TFDS's bucket are those of its own builders.
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
     except ConnectionError:

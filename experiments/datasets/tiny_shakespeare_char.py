@@ -52,12 +52,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             ) from error
         content = path.read_bytes()
         # TFDS trusts a file in its cache by name alone.
-        if (found := hashlib.sha256(content).hexdigest()) != expected:
+        if (checksum := hashlib.sha256(content).hexdigest()) != expected:
             raise ValueError(
                 f"the file of {self.name} must have the SHA-256 {expected}, got "
-                f"{found} in '{path}'; delete it to have it downloaded again"
+                f"{checksum} in '{path}'; delete it to have it downloaded again"
             )
         text = content.decode()
+        # In characters, as nanoGPT's prepare.py cuts, not in examples.
         cut = int(0.9 * len(text))
         return {
             "train": self._generate_examples(text[:cut]),

@@ -14,6 +14,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.config import check_choice, check_positive
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -27,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 768,
         "context": 1024,
         "vocab_size": 50257,
-        "bias": True,
+        "bias": True,  # as published; the smaller ones follow nanoGPT and have none
         "gelu": "tanh",
     },
 }
@@ -71,17 +73,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_positive(self, "vocab_size", "context", "layers", "heads", "width")
-        if self.width % self.heads:
-            raise ValueError(
-                f"GPTConfig needs width to be divisible by heads, got width="
-                f"{self.width} and heads={self.heads}; take width="
-                f"{math.ceil(self.width / self.heads) * self.heads}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"GPTConfig needs dropout in [0, 1), got {self.dropout!r}; "
-                "0 switches it off"
-            )
+        fitting = math.ceil(self.width / self.heads) * self.heads
+        rules.check(_SHAPE, fitting=fitting, **vars(self))
         check_choice(self, "gelu", ("erf", "tanh"))
         check_choice(self, "dtype", ("float32", "bfloat16"))
 
@@ -103,11 +96,7 @@ def preset(name: str, **changes: Any) -> GPTConfig:
       >>> preset("cpu", vocab_size=65).width
       128
     """
-    if name not in PRESETS:
-        raise ValueError(
-            f"a preset is one of {', '.join(PRESETS)}, got {name!r}; "
-            "for another size make a GPTConfig"
-        )
+    rules.check([_PRESET], name=name)
     return GPTConfig(**{**PRESETS[name], **changes})
 
 
@@ -125,6 +114,7 @@ def matrix_sizes(config: GPTConfig) -> dict[str, int]:
       >>> sum(matrix_sizes(preset("cpu", vocab_size=65)).values())
       794752
     """
+    # Weights in x out; biases and normalisations multiply no token by a matrix.
     square = config.width**2
     block = {
         "attention/qkv": 3 * square,
@@ -137,6 +127,7 @@ def matrix_sizes(config: GPTConfig) -> dict[str, int]:
         for i in range(config.layers)
         for name, size in block.items()
     }
+    # Tied, the embedding is looked up at the input and multiplied at the output.
     head = "token_embedding/embedding" if config.tie_weights else "head/kernel"
     return {**sizes, head: config.width * config.vocab_size}
 
@@ -168,14 +159,38 @@ def flops_per_token(
     """
     sizes = matrix_sizes(config)
     sparsity = {} if sparsity is None else sparsity
-    if unknown := sorted(set(sparsity) - set(sizes)):
-        raise ValueError(
-            f"sparsity names a matrix of the model, got {', '.join(unknown)}; "
-            "matrix_sizes(config) lists them"
-        )
-    if bad := [name for name, share in sparsity.items() if not 0 <= share <= 1]:
-        raise ValueError(
-            f"sparsity is a share in [0, 1], got {sparsity[bad[0]]} at {bad[0]!r}"
-        )
+    rules.check([_MATRICES], unknown=", ".join(sorted(set(sparsity) - set(sizes))))
+    for name, share in sparsity.items():
+        rules.check([_SHARE], name=name, share=share)
+    # Rounded a leaf at a time, as the masks are.
     kept = sum(size - round(size * sparsity.get(n, 0.0)) for n, size in sizes.items())
     return 2 * kept + 4 * config.layers * config.width * config.context
+
+
+_SHAPE = (
+    Rule(
+        lambda v: not v.width % v.heads,
+        "GPTConfig needs width to be divisible by heads, got width={width} and "
+        "heads={heads}",
+        "take width={fitting}",
+    ),
+    Rule(
+        lambda v: 0 <= v.dropout < 1,
+        "GPTConfig needs dropout in [0, 1), got {dropout!r}",
+        "0 switches it off",
+    ),
+)
+_PRESET = Rule(
+    lambda v: v.name in PRESETS,
+    f"a preset is one of {', '.join(PRESETS)}, got {{name!r}}",
+    "for another size make a GPTConfig",
+)
+_MATRICES = Rule(
+    lambda v: not v.unknown,
+    "sparsity names a matrix of the model, got {unknown}",
+    "matrix_sizes(config) lists them",
+)
+_SHARE = Rule(
+    lambda v: 0 <= v.share <= 1,
+    "sparsity is a share in [0, 1], got {share} at {name!r}",
+)

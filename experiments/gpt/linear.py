@@ -26,9 +26,9 @@ def product(
     """x @ kernel, for the argument `dot_general` of `flax.nnx.Linear`.
 
     Args:
-      x: floating (..., inputs), of the kernel's dtype.
-      kernel: floating (inputs, outputs).
-      *_: what else `nnx.Linear` hands a `dot_general`: the axes, always these.
+      x: activations, floating (..., inputs), of the kernel's dtype.
+      kernel: weight, floating (inputs, outputs).
+      *_: axes that `nnx.Linear` hands a `dot_general`, always the same.
       preferred_element_type: dtype of the result, by default that of `x`.
       **__: precision and sharding, left to JAX's defaults.
 
@@ -41,6 +41,7 @@ def product(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, kernel: Array, dtype: DTypeLike | None) -> Array:
+    # Contract the inputs; no batch axes.
     axes = (((x.ndim - 1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype)
 
@@ -55,11 +56,12 @@ def _backward(
     dtype: DTypeLike | None, saved: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
+    # g has the dtype of the result, which may be wider than that of the operands.
     x, g = jax.lax.optimization_barrier((x, g.astype(kernel.dtype)))
     last, rows = x.ndim - 1, tuple(range(x.ndim - 1))
     return (
-        _contract(g, kernel, ((last,), (1,)), like=x),
-        _contract(x, g, (rows, rows), like=kernel),
+        _contract(g, kernel, ((last,), (1,)), like=x),  # (..., inputs)
+        _contract(x, g, (rows, rows), like=kernel),  # (inputs, outputs)
     )
 
 

@@ -50,27 +50,31 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch time width"],
         positions: Int[Array, "time"],
-        past: tuple[Array, Array] | None,
+        kv_cache: tuple[Array, Array] | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
-        """Attends to `past` (if any) and to the tokens up to each position."""
+        """Attends to `kv_cache` (if any) and to the tokens up to each position."""
         batch, time, width = x.shape
         shape = (batch, time, self.heads, width // self.heads)
         # (batch, time, heads, features of a head); those of the past are longer
         q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        if past is not None:
+        if kv_cache is not None:
+            # Behind what the cache holds: (batch, time, heads, features) from this
+            # position on.
             start = (0, positions[0], 0, 0)
-            k = jax.lax.dynamic_update_slice(past[0], k, start)
-            v = jax.lax.dynamic_update_slice(past[1], v, start)
+            k = jax.lax.dynamic_update_slice(kv_cache[0], k, start)
+            v = jax.lax.dynamic_update_slice(kv_cache[1], v, start)
         # (batch, heads, time, keys), float32
-        dot = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-        seen = jnp.arange(k.shape[1])[None, :] <= positions[:, None]  # (time, keys)
-        dot = jnp.where(seen[None, None], dot / math.sqrt(shape[-1]), -jnp.inf)
-        share = jax.nn.softmax(dot, axis=-1).astype(v.dtype)  # (batch, heads, t, s)
-        first, second = _split(key, 2)
-        share = self.dropout(share, deterministic=key is None, rngs=first)
-        x = jnp.einsum("bhts,bshd->bthd", share, v).reshape(batch, time, width)
-        x = self.dropout(self.out(x), deterministic=key is None, rngs=second)
+        scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+        mask = jnp.arange(k.shape[1])[None, :] <= positions[:, None]  # (time, keys)
+        scores = jnp.where(mask[None, None], scores / math.sqrt(shape[-1]), -jnp.inf)
+        # (batch, heads, time, keys), in the dtype of the values
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        weights_key, output_key = _split(key, 2)
+        # nanoGPT drops attention weights and, below, the projection's output.
+        weights = self.dropout(weights, deterministic=key is None, rngs=weights_key)
+        x = jnp.einsum("bhts,bshd->bthd", weights, v).reshape(batch, time, width)
+        x = self.dropout(self.out(x), deterministic=key is None, rngs=output_key)
         return x, (k, v)
 
 
@@ -106,14 +110,17 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "batch time width"],
         positions: Int[Array, "time"],
-        past: tuple[Array, Array] | None,
+        kv_cache: tuple[Array, Array] | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "batch time width"], tuple[Array, Array]]:
         """Returns the residual stream after the block, and its keys and values."""
-        first, second = _split(key, 2)
-        attended, past = self.attention(self.norm_attention(x), positions, past, first)
+        attention_key, mlp_key = _split(key, 2)
+        attended, kv_cache = self.attention(
+            self.norm_attention(x), positions, kv_cache, attention_key
+        )
+        # Pre-normalisation: the stream itself is never normalised inside a block.
         x = x + attended
-        return x + self.mlp(self.norm_mlp(x), second), past
+        return x + self.mlp(self.norm_mlp(x), mlp_key), kv_cache
 
 
 class GPT(nnx.Module):
@@ -121,7 +128,7 @@ class GPT(nnx.Module):
 
     Args:
       config: the shape.
-      rngs: gives the keys of the initial parameters; not kept.
+      rngs: source of the keys of the initial parameters; not kept.
 
     Example:
       >>> model = GPT(preset("cpu", vocab_size=65, layers=1), rngs=nnx.Rngs(0))
@@ -169,10 +176,10 @@ class GPT(nnx.Module):
         """Logits of the token that follows each token.
 
         Args:
-          tokens: integers in [0, vocab_size); one past the end gives NaN logits.
-          key: makes the dropout masks; None means no dropout.
-          cache: what came before these tokens. There must be room for them: a
-            full cache cannot raise under jit.
+          tokens: token ids in [0, vocab_size); one past the end gives NaN logits.
+          key: random key of the dropout masks; None means no dropout.
+          cache: keys and values of the tokens before these. There must be room
+            for them: a full cache cannot raise under jit.
 
         Returns:
           Logits, float32 (batch, time, vocab_size), and with a cache the pair of
@@ -214,15 +221,16 @@ class GPT(nnx.Module):
         keys = _split(key, self.config.layers + 1)  # the last is the embedding's
         x = x + look_up(self.position_embedding, positions)[None]
         x = self.dropout(x, deterministic=key is None, rngs=keys[-1])
-        pasts = []
+        kv_caches = []
         for i, block in enumerate(self.blocks):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, past = block(x, positions, past, keys[i])
-            pasts.append(past)
+            kv_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            x, kv_cache = block(x, positions, kv_cache, keys[i])
+            kv_caches.append(kv_cache)
         x = self.norm(x)
         if cache is None:
             return x, None
-        layer_keys, layer_values = zip(*pasts, strict=True)
+        layer_keys, layer_values = zip(*kv_caches, strict=True)
+        # One array a layer: an update leaves those of the other layers alone.
         return x, Cache(layer_keys, layer_values, start + time)
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
@@ -233,7 +241,7 @@ class GPT(nnx.Module):
     def _logits(self, x: Array) -> Array:
         if not self.config.tie_weights:
             return self.head(x)
-        table = self.token_embedding.embedding[...].astype(x.dtype)
+        table = self.token_embedding.embedding[...].astype(x.dtype)  # (vocab, width)
         return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
 
 
@@ -249,11 +257,11 @@ def loss(
 
     Args:
       model: the model.
-      tokens: integers (batch, time).
+      tokens: token ids, integers (batch, time).
       targets: the tokens that follow, integers (batch, time); one past the end
         of the vocabulary gives NaN.
-      key: makes the dropout masks; None means no dropout.
-      weights: how much each target counts; the mean is the weighted sum over the
+      key: random key of the dropout masks; None means no dropout.
+      weights: weight of each target in the mean; the mean is the weighted sum over the
         sum of the weights (NaN if that is zero). None counts all alike.
 
     Returns:
@@ -284,6 +292,8 @@ def _linear(
     *,
     residual: bool = False,
 ) -> nnx.Linear:
+    # GPT-2's: each block adds two terms to the stream, whose variance then stays of
+    # order 1 whatever the depth.
     scale = 0.02 / math.sqrt(2 * config.layers) if residual else 0.02
     return nnx.Linear(
         inputs,
@@ -301,6 +311,7 @@ def _norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
         config.width,
         epsilon=1e-5,
         use_bias=config.bias,
+        # E[x^2] - E[x]^2 cancels where the mean is large against the spread.
         use_fast_variance=False,
         dtype=jnp.dtype(config.dtype),
         rngs=rngs,

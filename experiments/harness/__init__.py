@@ -2,11 +2,13 @@
 
 __all__ = [
     "checkpoint",
+    "checkpoint_leaves",
     "criteria",
     "device_mesh",
     "manifest",
     "multi_process",
     "optimizer",
+    "option_rules",
     "plan",
     "progress",
     "records",

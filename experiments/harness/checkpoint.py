@@ -24,18 +24,23 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from experiments.harness import manifest
-from jaxprune.arrays import processes
+from experiments.harness import checkpoint_leaves, manifest
+from jaxprune.arrays import processes, rules
+from jaxprune.arrays.rules import Rule
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what orbax has not renamed yet
 
-_NOT_STORED = ("uint2", "uint4")
 
 # Of a repeated leaf each replica would write a slice, and each slice of each shape is a
 # program to compile: hundreds at the first save of a small model.
 _SMALLEST_SLICE = 2**20
 
 _log = logging.getLogger(__name__)
+
+_NUMBERS = Rule(
+    lambda v: v.step >= 0 and v.keep >= 1,
+    "save needs step >= 0 and keep >= 1, got step={step} and keep={keep}",
+)
 
 
 class Checkpoint(NamedTuple):
@@ -71,14 +76,14 @@ def save(
     directory that they share.
 
     Args:
-      directory: holds checkpoints only; made when it is missing.
-      state: any tree of JAX or NumPy arrays: parameters, optimizer state with
+      directory: directory of checkpoints alone; made when it is missing.
+      state: tree of JAX or NumPy arrays: parameters, optimizer state with
         importance, masks (boolean or packed), the data position. Random keys are
         given as `jax.random.key_data(key)`.
-      step: how many steps were done, any integer, `state.step` too; grows from save to
-        save.
-      configuration: JSON-able; what a resumed run must agree with.
-      keep: how many checkpoints stay, the newest ones, at least 1.
+      step: number of steps that were done, any integer, `state.step` too; grows from
+        save to save.
+      configuration: settings that a resumed run must agree with, JSON-able.
+      keep: number of checkpoints that stay, the newest ones, at least 1.
 
     Raises:
       ValueError: the directory holds other things, or a whole checkpoint of this step
@@ -100,13 +105,11 @@ def save(
     """
     directory = Path(directory).absolute()
     step = _integer(step)
-    if step < 0 or keep < 1:
-        raise ValueError(
-            f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}"
-        )
-    leaves = _arrays(state)
-    _check_global(leaves)
+    rules.check([_NUMBERS], step=step, keep=keep)
+    leaves = checkpoint_leaves.by_name(state)
+    checkpoint_leaves.check_global(leaves)
     settings = manifest.as_json(configuration)
+    # Before anything is written: a refused save leaves the directory as it was.
     broken = processes.on_first(lambda: _check_newest(directory, step))
     path = directory / str(step)
 
@@ -124,10 +127,12 @@ def save(
         with _quiet(), _checkpointer(directory) as checkpointer:
             _save_arrays(checkpointer, step, leaves)
         processes.on_first(finish)
+    # orbax and tensorstore raise errors of many types for a full disk.
     except Exception as error:
         if processes.is_first():
             shutil.rmtree(path, ignore_errors=True)
             _remove_unfinished(directory, step)
+        # An OSError with the errno of the cause, so that callers can tell a full disk.
         number, reason = _explain(error)
         raise OSError(
             number,
@@ -149,8 +154,8 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
       ValueError: the directory holds other things, or checkpoints of another format
         version, or damaged checkpoints only.
     """
-    found = processes.on_first(lambda: _newest(Path(directory).absolute()))
-    return found and found[0]
+    newest = processes.on_first(lambda: _newest(Path(directory).absolute()))
+    return newest and newest[0]
 
 
 def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoint:
@@ -167,20 +172,20 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Checkpoin
         the target's.
       TypeError: a leaf of the target is no array.
     """
-    target = _arrays(abstract_state)
+    target = checkpoint_leaves.by_name(abstract_state)
     newest = processes.on_first(lambda: _newest(Path(directory).absolute()))
     if newest is None:
         raise FileNotFoundError(
             f"'{Path(directory).absolute()}' holds no checkpoint; give the directory "
             f"that `save` was given"
         )
-    found, saved = newest
-    manifest.check_leaves(found.path, saved, target)
-    state = _load_arrays(found.path, list(saved), target)
+    snapshot, saved = newest  # and the dtype and shape of each saved leaf
+    manifest.check_leaves(snapshot.path, saved, target)
+    state = _load_arrays(snapshot.path, list(saved), target)
     tree = jax.tree.unflatten(
         jax.tree.structure(abstract_state), [state[name] for name in target]
     )
-    return found._replace(state=tree)
+    return snapshot._replace(state=tree)
 
 
 def _integer(step: Any) -> int:
@@ -200,6 +205,7 @@ def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
             body = manifest.verify(path)
         except manifest.Broken as error:
             reasons.append(f"'{path.name}' {error}")
+            # A save that was interrupted is no damage: the step before it is whole.
             damaged |= not isinstance(error, manifest.Unfinished)
             continue
         for reason in reasons:
@@ -216,18 +222,19 @@ def _newest(directory: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
 def _check_newest(directory: Path, step: int) -> list[int]:
     """Refuses whole checkpoints of `step` or later; gives the broken ones."""
     broken = []
-    for other in _steps(directory):
-        if other < step:
+    # Newest first, so the first one below `step` ends the search.
+    for saved_step in _steps(directory):
+        if saved_step < step:
             break
         try:
-            manifest.verify(directory / str(other))
+            manifest.verify(directory / str(saved_step))
         except manifest.Broken:
-            broken.append(other)
+            broken.append(saved_step)
             continue
         raise ValueError(
             f"steps must grow from save to save, got step {step} where "
-            f"'{directory / str(other)}' is saved already; continue from it or choose "
-            f"another directory"
+            f"'{directory / str(saved_step)}' is saved already; continue from it "
+            f"or choose another directory"
         )
     return broken
 
@@ -251,10 +258,11 @@ def _steps(directory: Path) -> list[int]:
         raise ValueError(
             f"'{directory}' must be a directory of checkpoints, got a file"
         )
-    found, foreign = [], []
+    steps, foreign = [], []
     for path in directory.iterdir():
+        # "007" is no name that orbax gives.
         if path.is_dir() and path.name.isdecimal() and path.name == str(int(path.name)):
-            found.append(int(path.name))
+            steps.append(int(path.name))
         elif not path.name.startswith(".") and _UNFINISHED not in path.name:
             foreign.append(repr(path.name))
     if foreign:
@@ -262,54 +270,7 @@ def _steps(directory: Path) -> list[int]:
             f"'{directory}' must hold checkpoints only, it also holds "
             f"{', '.join(sorted(foreign)[: manifest.LISTED])}; choose another directory"
         )
-    return sorted(found, reverse=True)
-
-
-def _arrays(tree: Any) -> dict[str, Any]:
-    """The leaves by name, refusing what is no array."""
-    leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise TypeError(
-                f"a checkpoint holds arrays only, got {type(leaf).__name__} at "
-                f"'{name}'; wrap it in jnp.asarray"
-            )
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise TypeError(
-                f"a checkpoint holds no typed random keys, got one at '{name}'; store "
-                f"jax.random.key_data(key) and wrap it again after loading"
-            )
-        if np.dtype(leaf.dtype).name in _NOT_STORED:
-            raise TypeError(
-                f"a checkpoint holds no {leaf.dtype}, which tensorstore has not, got "
-                f"one at '{name}'; cast it to uint8"
-            )
-        if name in leaves:
-            raise ValueError(
-                f"a checkpoint stores leaves by name, got two named '{name}'; rename "
-                f"one"
-            )
-        leaves[name] = leaf
-    return leaves
-
-
-def _check_global(leaves: Mapping[str, Any]) -> None:
-    """Refuses arrays that each process has for itself, since orbax saves none."""
-    if jax.process_count() == 1:
-        return
-    local = [
-        repr(name)
-        for name, leaf in leaves.items()
-        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable
-    ]
-    if local:
-        raise ValueError(
-            f"several processes save arrays on a mesh of all of them, got "
-            f"{', '.join(local[: manifest.LISTED])} on one process's devices; place "
-            f"the state with `out_shardings`, `state_sharding.state_shardings` gives "
-            f"them"
-        )
+    return sorted(steps, reverse=True)
 
 
 def _checkpointer(directory: Path) -> ocp.training.Checkpointer:
@@ -337,8 +298,9 @@ def _save_arrays(
 def _load_arrays(
     path: Path, names: list[str], target: Mapping[str, Any]
 ) -> dict[str, Any]:
+    # Of the default device, whatever that is set to.
     default = jnp.zeros(()).sharding
-    wanted: dict[str, Any] = {"step": ocp.PLACEHOLDER}
+    abstract: dict[str, Any] = {"step": ocp.PLACEHOLDER}
     state: dict[str, Any] = {}
     for index, name in enumerate(names):
         leaf = target[name]
@@ -348,14 +310,15 @@ def _load_arrays(
             empty = np.empty(leaf.shape, leaf.dtype)
             state[name] = empty if in_numpy else jax.device_put(empty, sharding)
         elif in_numpy:
-            wanted[str(index)] = np.empty(leaf.shape, leaf.dtype)
+            # orbax reads into the kind of array that the target has.
+            abstract[str(index)] = np.empty(leaf.shape, leaf.dtype)
         else:
-            wanted[str(index)] = jax.ShapeDtypeStruct(
+            abstract[str(index)] = jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=sharding
             )
-    if len(wanted) > 1:
+    if len(abstract) > 1:
         with _quiet():
-            loaded = ocp.load(path, wanted)
+            loaded = ocp.load(path, abstract)
         state |= {names[int(i)]: leaf for i, leaf in loaded.items() if i != "step"}
     return state
 
@@ -368,6 +331,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     # The name that tensorstore gives to a full disk or quota.
     if "RESOURCE_EXHAUSTED" in text:
         return errno.ENOSPC, os.strerror(errno.ENOSPC)
+    # The rest of a tensorstore error is a stack of its own annotations.
     return errno.EIO, text.strip().splitlines()[0]
 
 

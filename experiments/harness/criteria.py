@@ -37,6 +37,7 @@ def _movement(watched: Watched) -> Scores:
     """|w - w before training|: how far each weight went."""
     if watched.start is None:
         raise ValueError("movement needs the parameters that training began with")
+    # The start is made again, from the seed or the directory, so no copy of it is held.
     moved = jax.tree.map(jnp.subtract, watched.params, watched.start())
     return jp.scores.magnitude(moved)
 
@@ -89,8 +90,10 @@ _NEEDED = {
 
 def averages(criteria: Collection[str]) -> frozenset[str]:
     """The fields of `jp.Importance` these criteria need, and the report's `weight`."""
-    found = {"weight"}
+    # A, which the report draws beside each sampled weight.
+    fields = {"weight"}
     for name in criteria:
-        stem, _, end = name.rpartition("_")
-        found |= _NEEDED.get(stem if end[:1].isdigit() else name, set())
-    return frozenset(found)
+        # "averaged_trajectory_0.25" needs what "averaged_trajectory" does.
+        stem, _, suffix = name.rpartition("_")
+        fields |= _NEEDED.get(stem if suffix[:1].isdigit() else name, set())
+    return frozenset(fields)

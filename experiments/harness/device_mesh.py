@@ -14,7 +14,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxprune as jp
-from jaxprune.arrays import meshes, per_device
+from jaxprune.arrays import meshes, per_device, rules
+from jaxprune.arrays.rules import Rule
 
 AXES = ("data", "fsdp", "model")
 """What a mesh may be made of."""
@@ -36,6 +37,18 @@ _MODEL = {
 }
 """End of a leaf's name, a glob, to the axis that "model" splits; others stay whole."""
 
+_BATCH_RULE = Rule(
+    lambda v: not v.batch_size % v.split,
+    "{mesh} splits a batch over {split} devices, got batch_size={batch_size}",
+    "give a multiple of {split}, or other sizes",
+)
+_AXIS = Rule(
+    lambda v: v.splits or v.size == 1,
+    "the mesh's axis {axis}={size} must divide an axis of a parameter, got none that "
+    "it does",
+    "give another size",
+)
+
 
 def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
     """The mesh of a run, its axes in the order they were given; None for one device.
@@ -43,7 +56,7 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
     Args:
       text: axes and sizes, "data=4,model=2"; None for one axis "data" over every device
         that the batch can be split over.
-      batch_size: sequences in a batch.
+      batch_size: number of sequences in a batch.
 
     Raises:
       ValueError: the text names no such mesh, there are fewer devices, the batch cannot
@@ -54,17 +67,15 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
       True
     """
     if text is None:
+        # 1 always fits, so there is a greatest.
         fitting = [n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0]
         axes = {"data": max(fitting)}
     else:
         axes = meshes.parse_mesh(text, AXES)
     meshes.check_devices(axes)
     split = math.prod(axes.get(name, 1) for name in _BATCH)
-    if batch_size % split:
-        raise ValueError(
-            f"{meshes.mesh_words(axes)} splits a batch over {split} devices, got "
-            f"batch_size={batch_size}; give a multiple of {split}, or other sizes"
-        )
+    mesh = meshes.mesh_words(axes)
+    rules.check([_BATCH_RULE], mesh=mesh, split=split, batch_size=batch_size)
     return None if math.prod(axes.values()) == 1 else meshes.make_mesh(axes)
 
 
@@ -78,11 +89,9 @@ def shardings(params: Any, mesh: Mesh) -> Any:
     specs = [_spec(name, leaf.shape, mesh) for name, leaf in leaves.items()]
     used = {axis for spec in specs for axis in spec}
     for axis in mesh.axis_names:
-        if axis != "data" and mesh.shape[axis] > 1 and axis not in used:
-            raise ValueError(
-                f"the mesh's axis {axis}={mesh.shape[axis]} must divide an axis of a "
-                "parameter, got none that it does; give another size"
-            )
+        # "data" repeats the parameters.
+        splits = axis == "data" or axis in used
+        rules.check([_AXIS], axis=axis, size=mesh.shape[axis], splits=splits)
     placed = [NamedSharding(mesh, spec) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(params), placed)
 
@@ -91,6 +100,8 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """By "model" on the axis its rule names; by "fsdp" on the longest that is left."""
     parts: list[str | None] = [None] * len(shape)
     for ending, axis in _MODEL.items():
+        # With a slash in front, else "up/kernel" would be the end of "gate_up/kernel"
+        # too.
         matches = fnmatch.fnmatchcase(f"/{name}", f"*/{ending}")
         if matches and _divides(mesh, "model", shape[axis]):
             parts[axis] = "model"
@@ -100,7 +111,9 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         if parts[axis] is None and _divides(mesh, "fsdp", size)
     ]
     if free:
+        # The longest free axis gives the largest, so the fewest, pieces to gather.
         parts[max(free, key=lambda axis: shape[axis])] = "fsdp"
+    # JAX compares specs by value: ("model", None) is another one than ("model",).
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)
@@ -118,6 +131,7 @@ def repeated(mesh: Mesh) -> NamedSharding:
 def of_batch(mesh: Mesh) -> NamedSharding:
     """Split along the first axis by every axis of the mesh that splits batches."""
     names = tuple(name for name in mesh.axis_names if name in _BATCH)
+    # One tuple for one axis of the array: the batch is split by all these mesh axes.
     return NamedSharding(mesh, PartitionSpec(names) if names else PartitionSpec())
 
 
@@ -126,17 +140,17 @@ def batch_size(at_least: int, mesh: Mesh | None) -> int:
     if mesh is None:
         return at_least
     split = math.prod(mesh.shape[name] for name in mesh.axis_names if name in _BATCH)
-    return -(-at_least // split) * split
+    return -(-at_least // split) * split  # rounded up
 
 
-def put(tree: Any, where: Any) -> Any:
+def put(tree: Any, placement: Any) -> Any:
     """Places arrays, over the devices of all processes too.
 
-    `where` is a sharding or a tree of them; arrays in the memory of one process must be
-    the same on every process.
+    `placement` is a sharding or a tree of them; arrays in the memory of one process
+    must be the same on every process.
     """
     if jax.process_count() == 1:
-        return jax.device_put(tree, where)
-    if isinstance(where, NamedSharding):
-        return jax.tree.map(lambda leaf: per_device.put(leaf, where), tree)
-    return jax.tree.map(per_device.put, tree, where)
+        return jax.device_put(tree, placement)
+    if isinstance(placement, NamedSharding):
+        return jax.tree.map(lambda leaf: per_device.put(leaf, placement), tree)
+    return jax.tree.map(per_device.put, tree, placement)

@@ -41,7 +41,7 @@ def write(
         "version": VERSION,
         "step": step,
         "configuration": configuration,
-        "leaves": {name: _kind(leaf) for name, leaf in leaves.items()},
+        "leaves": {name: _spec(leaf) for name, leaf in leaves.items()},
         "files": {
             path.relative_to(directory).as_posix(): _fingerprint(path)
             for path in sorted(directory.rglob("*"))
@@ -52,7 +52,10 @@ def write(
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(body | {"digest": _digest(body)}, file, indent=1)
         file.flush()
+        # The rename may reach the disk before the content, and a power cut lies
+        # between.
         os.fsync(file.fileno())
+    # Last of all: from here on the directory counts as whole.
     os.replace(partial, directory / _NAME)
     sync(directory)
 
@@ -66,13 +69,14 @@ def verify(path: Path) -> dict[str, Any]:
     """
     try:
         body = json.loads((path / _NAME).read_bytes())
-        whole = body.pop("digest") == _digest(body)
+        # The digest is of all the other entries, itself left out.
+        digest_matches = body.pop("digest") == _digest(body)
         format_, version = body["format"], body["version"]
     except FileNotFoundError:
         raise Unfinished(f"has no {_NAME}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Broken(f"has a damaged {_NAME}") from None
-    if not whole:
+    if not digest_matches:
         raise Broken(f"has a damaged {_NAME}")
     if (format_, version) != (FORMAT, VERSION):
         raise ValueError(
@@ -82,10 +86,10 @@ def verify(path: Path) -> dict[str, Any]:
         )
     for name, fingerprint in body["files"].items():
         try:
-            same = _fingerprint(path / name) == fingerprint
+            intact = _fingerprint(path / name) == fingerprint
         except OSError:
             raise Broken(f"has no readable file '{name}'") from None
-        if not same:
+        if not intact:
             raise Broken(f"has a damaged file '{name}'")
     return dict(body)
 
@@ -98,16 +102,16 @@ def check_leaves(
     Raises:
       ValueError: a name, shape or dtype differs.
     """
-    wanted = {name: _kind(leaf) for name, leaf in target.items()}
+    specs = {name: _spec(leaf) for name, leaf in target.items()}
     problems = [
-        f"'{name}' is {_spell(saved.get(name))} in it and {_spell(wanted.get(name))} "
+        f"'{name}' is {_spell(saved.get(name))} in it and {_spell(specs.get(name))} "
         f"in the target"
-        for name in {**saved, **wanted}
-        if saved.get(name) != wanted.get(name)
+        for name in {**saved, **specs}
+        if saved.get(name) != specs.get(name)
     ]
     if problems:
-        more = len(problems) - LISTED
-        tail = f"; and {more} more" if more > 0 else ""
+        unlisted = len(problems) - LISTED
+        tail = f"; and {unlisted} more" if unlisted > 0 else ""
         raise ValueError(
             f"'{path}' must have the leaves of the target, but "
             f"{'; '.join(problems[:LISTED])}{tail}; build the model and the optimizer "
@@ -136,12 +140,14 @@ def _fingerprint(path: Path) -> list[Any]:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
+    # Sorted: JSON read back may have its keys in another order.
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _spell(kind: list[Any] | None) -> str:
-    return "absent" if kind is None else f"{kind[1]}{tuple(kind[0])}"
+def _spell(spec: list[Any] | None) -> str:
+    return "absent" if spec is None else f"{spec[1]}{tuple(spec[0])}"
 
 
-def _kind(leaf: Any) -> list[Any]:
+def _spec(leaf: Any) -> list[Any]:
+    # Lists, because tuples would come back from JSON as lists and compare unequal.
     return [list(leaf.shape), np.dtype(leaf.dtype).name]

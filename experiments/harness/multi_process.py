@@ -20,6 +20,7 @@ def read_alike(read: Callable[[], Corpus]) -> Corpus:
     """
     if jax.process_count() == 1:
         return read()
+    # The first one prepares the data set alone; the others then find it prepared.
     fingerprint = on_first(lambda: read().fingerprint)
 
     def same() -> Corpus:
@@ -31,6 +32,7 @@ def read_alike(read: Callable[[], Corpus]) -> Corpus:
             )
         return corpus
 
+    # A refusal on one process ends all of them, else the others wait for it.
     return together(same)
 
 

@@ -7,15 +7,23 @@ from typing import Any, NamedTuple
 
 from experiments.harness import records
 from experiments.harness.criteria import CRITERIA, GRADUAL
+from experiments.harness.option_rules import (
+    at_least,
+    check_known,
+    check_lists,
+    over_zero,
+)
 from experiments.harness.solvers import SOLVERS, named
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 
 
 class Cell(NamedTuple):
     """One way to prune.
 
     Attributes:
-      criterion: of `CRITERIA`.
-      allocation: of the task's.
+      criterion: name in `CRITERIA`.
+      allocation: name of one of the task's allocations.
       sparsity: the share of the allocation's weights to remove.
     """
 
@@ -75,16 +83,16 @@ class Plan:
     energy_country: str | None
 
     @classmethod
-    def of(cls, config: Any, *, solvers: bool = False, **own: Any) -> "Plan":
+    def of(cls, config: Any, *, solvers: bool = False, **specifics: Any) -> "Plan":
         """The plan of a configuration, checked.
 
         Sparsities are sorted; where a `retrain_` flag is left out, all that is pruned
         is retrained, but of the allocations the first one only.
 
         Args:
-          config: has the flags that every sweep has, by the names of `Plan`.
+          config: configuration with the flags of every sweep, by the names of `Plan`.
           solvers: whether the task can be pruned by solvers too.
-          **own: the fields that an experiment fixes in its own way.
+          **specifics: fields of the plan that an experiment fixes in its own way.
 
         Raises:
           ValueError: a criterion is unknown, or a number is out of range.
@@ -98,26 +106,29 @@ class Plan:
             "retrain_allocations": getattr(config, "retrain_allocations", None),
             "sparsities": sparsities,
             "retrain_sparsities": config.retrain_sparsities,
+            # The tested sparsity that is nearest to the one asked for.
             "show_sparsity": min(
                 sparsities, key=lambda share: abs(share - config.show_sparsity)
             ),
             "retrain_steps": config.retrain_steps,
             "checkpoint_every": config.checkpoint_every,
             "energy_country": config.energy,
-            **own,
+            **specifics,
         }
-        usual = {
+        defaults = {
             "retrain_criteria": config.criteria,
+            # Retraining every allocation would multiply the cost of a run.
             "retrain_allocations": config.allocations[:1],
             "retrain_sparsities": sparsities,
         }
-        for name, default in usual.items():
+        for name, default in defaults.items():
             if fields[name] is None:
                 fields[name] = default
         return cls(**fields)
 
     def cells(self) -> list[Cell]:
         """Every way to prune, in order; a solver has its own allocation, so one."""
+        # The sparsity is innermost, so the scores of a criterion are made once.
         ways = itertools.product(self.criteria, self.allocations, self.sparsities)
         return [
             cell
@@ -149,62 +160,48 @@ class Plan:
         )
 
 
-_COUNTED = ("seeds", "draws", "passes", "corrections")
-
-
-def check_lists(config: Any, *names: str) -> None:
-    """Refuses empty lists, doubles, and numbers out of range.
-
-    Raises:
-      ValueError: says which.
-    """
-    for sparsity in config.sparsities:
-        if not 0 < sparsity < 1:
-            raise ValueError(
-                f"sparsities must be in (0, 1), got {sparsity}; the dense model is "
-                "always measured"
-            )
-    for name in names:
-        if not (values := getattr(config, name)):
-            raise ValueError(f"{name} must name at least one")
-        if len({*values}) < len(values):
-            raise ValueError(f"{name} must be named once each, got {values}")
-        if name in _COUNTED and min(values) < 0:
-            raise ValueError(f"{name} must be at least 0, got {values}")
-
-
 def check(config: Any, *, solvers: bool = False) -> None:
-    """Refuses what could only fail later; `solvers`: whether they can be named.
+    """Refuses what could only fail later.
+
+    Args:
+      config: configuration with the options that every sweep has.
+      solvers: whether solvers can be named among the criteria.
 
     Raises:
       ValueError: a criterion is unknown, a number out of range, or a list empty.
     """
-    asked = {*config.criteria, *(config.retrain_criteria or ())} - CRITERIA.keys()
-    if unknown := [name for name in asked if not (solvers and named(name))]:
-        also = f", or {'|'.join(SOLVERS)}_ALLOCATION" if solvers else ""
-        raise ValueError(
-            f"criteria must be of {', '.join(CRITERIA)}{also}, got {', '.join(unknown)}"
-        )
+    unranked = {*config.criteria, *(config.retrain_criteria or ())} - CRITERIA.keys()
+    unknown = [name for name in unranked if not (solvers and named(name))]
+    pairs = f", or {'|'.join(SOLVERS)}_ALLOCATION" if solvers else ""
+    check_known("criteria", ", ".join(CRITERIA) + pairs, unknown)
     check_lists(config, "seeds", "criteria", "allocations", "sparsities")
     for name in ("criteria", "allocations", "sparsities"):
         retrained = getattr(config, f"retrain_{name}", None) or ()
-        if not {*retrained} <= {*getattr(config, name)}:
-            raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
-    if config.retrain_steps < 0:
-        raise ValueError(f"retrain_steps must be >= 0, got {config.retrain_steps}")
-    if GRADUAL in config.criteria and 0 < config.retrain_steps < 10:
-        raise ValueError(
-            "gradual prunes within the retrain_steps, which must be at least 10, got "
-            f"{config.retrain_steps}"
-        )
-    for name in ("batch_size", "steps", "checkpoint_every"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "retrain_learning_rate"):
-        rate = getattr(config, name)
-        if rate is not None and not 0 < rate < math.inf:
-            raise ValueError(f"{name} must be over 0, got {rate}")
+        values = getattr(config, name)
+        rules.check([_RETRAINED], name=name, values=values, retrained=retrained)
+    rules.check(_RULES, **vars(config))
     if config.energy is not None:
         records.check_country(config.energy)
-    if not 0 <= config.show_sparsity <= 1:
-        raise ValueError(f"show_sparsity must be in [0, 1], got {config.show_sparsity}")
+
+
+_RETRAINED = Rule(
+    lambda v: {*v.retrained} <= {*v.values},
+    "retrain_{name} must be of {name}, got {retrained}",
+)
+_RULES = (
+    rules.within(
+        *("retrain_steps", 0, math.inf),
+        "retrain_steps must be >= 0, got {retrain_steps}",
+    ),
+    # Its sparsity rises between a twentieth and three fifths of these steps.
+    Rule(
+        lambda v: GRADUAL not in v.criteria or not 0 < v.retrain_steps < 10,
+        "gradual prunes within the retrain_steps, which must be at least 10, got "
+        "{retrain_steps}",
+    ),
+    *(at_least(name, 1) for name in ("batch_size", "steps", "checkpoint_every")),
+    *(over_zero(name) for name in ("learning_rate", "retrain_learning_rate")),
+    rules.within(
+        *("show_sparsity", 0, 1), "show_sparsity must be in [0, 1], got {show_sparsity}"
+    ),
+)

@@ -46,7 +46,7 @@ class Progress:
         self._closed: list[tuple[int, list[jax.Array]]] = []
         self._ahead: collections.deque[Any] = collections.deque()
         self._tokens_per_step = 0
-        self._timed = 0
+        self._timed = 0  # steps since the clock started
         self._clock: float | None = None
 
     def __enter__(self) -> "Progress":
@@ -67,6 +67,8 @@ class Progress:
         self._show_done(0 if self._clock is None else _MOST_AHEAD)
         if self._clock is None:
             self.restart_clock()
+            # The step that compiled is in no rate: it is taken off when its window is
+            # fetched.
             self._timed = -1
 
     def _show_done(self, ahead: int) -> None:
@@ -106,11 +108,14 @@ class Progress:
                 f"{first}; lower the learning rate"
             )
         self._timed += len(values)
-        done = self._timed
+        timed_steps = self._timed
+        # The window behind this one may be done too; its steps fill the same seconds.
         newest: Any = self._closed[0][1][-1] if self._closed else None
         if newest is not None and newest.is_ready():
-            done += len(self._closed[0][1])
+            timed_steps += len(self._closed[0][1])
         loss = float(values.mean())
-        rate = done * self._tokens_per_step / seconds if done > 0 else None
+        rate = (
+            timed_steps * self._tokens_per_step / seconds if timed_steps > 0 else None
+        )
         self._bar.note(f"loss {loss:.3f}")
         return {"step": step, "loss": loss, "tokens_per_second": rate}

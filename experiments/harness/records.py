@@ -64,8 +64,8 @@ class MetricsLog:
         """Appends a line, whole or not at all.
 
         Args:
-          metrics: "step" and whatever was measured at it, JSON-able, finite.
-          **labels: where it belongs, such as phase="train", seed=0; they come first.
+          metrics: values measured at a step, and "step" itself; JSON-able, finite.
+          **labels: names of the run's part, phase="train" say; they come first.
 
         Raises:
           ValueError: a value is NaN or infinite.
@@ -76,10 +76,14 @@ class MetricsLog:
         size = self._file.seek(0, os.SEEK_END)
         with _explained(self.path):
             try:
+                # Unbuffered, so a short write is seen here and not when the file is
+                # closed.
                 if self._file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, "No space left on device")
             except OSError:
                 with contextlib.suppress(OSError):
+                    # What was written of the line goes, else the next one would be
+                    # glued to it.
                     self._file.truncate(size)
                 raise
         if self._events is not None:
@@ -98,6 +102,8 @@ class MetricsLog:
         if len(kept) < len(lines):
             self._file.close()
             try:
+                # The file is closed and opened anew: a rename leaves an open one on the
+                # old content.
                 _replace(self.path, b"".join(kept))
             finally:
                 self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
@@ -116,9 +122,10 @@ class MetricsLog:
 
     def _drop_torn_line(self) -> None:
         content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            self._file.truncate(whole)
+        # 0 where there is no line at all.
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            self._file.truncate(end)
 
     def _write_events(
         self, metrics: Mapping[str, Any], labels: Mapping[str, Any]
@@ -151,15 +158,15 @@ class Phase:
 
     Attributes:
       name: what was done, such as "train".
-      seed: of which seed, or None.
+      seed: seed that it belongs to, or None.
       tokens: tokens processed, set by the caller; None where it has no meaning.
       seconds: wall time.
       peak_memory_bytes: the greatest use so far: of a device on GPU and TPU, of the
         process on CPU; None where the platform does not say.
-      energy_kwh: of CPU, memory and GPU; None where not asked for.
+      energy_kwh: energy of CPU, memory and GPU; None where not asked for.
       co2_kg: kilograms of CO2 equivalent, by the country's mean; likewise.
-      share: of the work that was done in this start, all but of a training that went on
-        from a checkpoint; set by the caller.
+      share: share of the work that was done in this start, 1 unless a training went
+        on from a checkpoint; set by the caller.
     """
 
     name: str
@@ -186,8 +193,8 @@ def measure(
     """Measures the seconds, memory and, if asked, the energy of what is done inside.
 
     Args:
-      name: what is done.
-      seed: of which seed.
+      name: name of the phase, "train" say.
+      seed: seed that the phase belongs to, or None.
       country: three-letter ISO code whose electricity counts, to measure energy with
         codecarbon, offline; None for no energy.
 
@@ -241,7 +248,11 @@ def _start_tracker(country: str) -> Any:
     from codecarbon import OfflineEmissionsTracker
 
     tracker = OfflineEmissionsTracker(
-        country_iso_code=country, output_methods=[], log_level="critical"
+        # No output methods: codecarbon would write emissions.csv where the run was
+        # started.
+        country_iso_code=country,
+        output_methods=[],
+        log_level="critical",
     )
     tracker.start()
     return tracker
@@ -249,12 +260,14 @@ def _start_tracker(country: str) -> Any:
 
 def _is_later(line: bytes, step: int, labels: Mapping[str, Any]) -> bool:
     entry = json.loads(line)
-    same = all(entry.get(name) == value for name, value in labels.items())
-    return same and (step == 0 or entry.get("step", 0) > step)
+    matches = all(entry.get(name) == value for name, value in labels.items())
+    # A run that begins anew reports step 0 again, so that line goes as well.
+    return matches and (step == 0 or entry.get("step", 0) > step)
 
 
 def _encode(content: Any, path: Path, indent: int | None = None) -> str:
     try:
+        # NaN is no JSON: strict readers of results.json would stop at it.
         return json.dumps(content, default=_plain, allow_nan=False, indent=indent)
     except ValueError as error:
         place = _first_not_finite(content, "")
@@ -282,8 +295,8 @@ def _first_not_finite(content: Any, place: str) -> str | None:
         items = content.items()
     elif isinstance(content, list | tuple):
         items = enumerate(content)
-    found = (_first_not_finite(v, f"{place}/{k}".lstrip("/")) for k, v in items)
-    return next((name for name in found if name is not None), None)
+    places = (_first_not_finite(v, f"{place}/{k}".lstrip("/")) for k, v in items)
+    return next((name for name in places if name is not None), None)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -21,15 +21,18 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
       OSError: the directory cannot be written to, or another run has it.
     """
-    with contextlib.ExitStack() as held:
-        processes.on_first(lambda: _lock(out, held))
+    with contextlib.ExitStack() as locks:
+        # The lock is the kernel's, on an open file: it goes with the process, however
+        # that ends.
+        processes.on_first(lambda: _lock(out, locks))
         yield
 
 
-def _lock(out: Path, held: contextlib.ExitStack) -> None:
+def _lock(out: Path, locks: contextlib.ExitStack) -> None:
     try:
-        held.enter_context(atomic.locked(out))
+        locks.enter_context(atomic.locked(out))
     except OSError as error:
+        # Another run holds it; the sentence of `atomic.locked` says so already.
         if error.errno == errno.EBUSY:
             raise OSError(error.strerror) from None
         raise OSError(
@@ -57,6 +60,8 @@ def _begun(out: Path, identity: dict[str, Any]) -> bool:
                 f"'{out}' holds results but not their config.json; bring it back, or "
                 "give another --out"
             )
+        # Written before the first step, so that a run that is stopped soon is known
+        # too.
         records.write_json(path, identity)
         return False
     try:

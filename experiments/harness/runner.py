@@ -52,11 +52,12 @@ def run(
     """Does an experiment, or what is left of it; returns the path of its results.json.
 
     Args:
-      name: the experiment's module in `experiments`.
-      config: its configuration; `out` is the directory.
-      identity: JSON-able; what must be the same for a run to continue.
-      cells: does what is left and returns what results.json holds of it.
-      show: writes tables and figures of the results; returns what is printed.
+      name: name of the experiment's module in `experiments`.
+      config: configuration of the experiment; `out` is the directory.
+      identity: settings that must be the same for a run to continue; JSON-able.
+      cells: function that does what is missing and returns the numbers of all.
+      show: function that writes tables and figures of the results to a directory, and
+        returns the text to print.
       grows: whether other seeds or sparsities add to a finished run.
 
     Raises:
@@ -66,32 +67,38 @@ def run(
     out = config.out
     path = out / "results.json"
     with run_dir.locked(out):
-        begun = run_dir.begun(out, identity)
-        if begun and not grows and processes.on_first(path.exists):
+        continues = run_dir.begun(out, identity)
+        if continues and not grows and processes.on_first(path.exists):
             _say(
                 f"'{out}' is finished: see report.html there; give another --out to "
                 "run anew."
             )
             return path
-        done = processes.on_first(lambda: _experiment(path)) or name
-        if done != name:
-            raise ValueError(f"'{out}' holds the results of {done}; give another --out")
-        found = cells()
+        # Also of a run that grows: cells of two experiments must not meet in one file.
+        earlier_name = processes.on_first(lambda: _experiment(path)) or name
+        if earlier_name != name:
+            raise ValueError(
+                f"'{out}' holds the results of {earlier_name}; give another --out"
+            )
+        content = cells()
         results = {
             "format": results_.FORMAT,
             "name": name,
             "command": command(f"experiments.{name}", config),
             "config": identity,
             **_circumstances(),
-            **found,
+            **content,
         }
 
         def write() -> str:
             # Where nothing was done, what made the cells is what made them before.
             before = json.loads(path.read_text()) if path.exists() else {}
-            same = all(before.get(name) == own for name, own in found.items())
-            kept: dict[str, Any] = before if same else results
+            unchanged = all(
+                before.get(name) == value for name, value in content.items()
+            )
+            kept: dict[str, Any] = before if unchanged else results
             shown = show(kept, out)
+            # After the tables and figures: results.json says that the report is whole.
             records.write_json(path, kept)
             return shown
 
@@ -116,13 +123,14 @@ def sweep(
     """Trains and prunes in every way of a plan, for every seed; writes the report.
 
     Args:
-      name: the experiment's module in `experiments`.
-      config: its configuration.
-      plan: what is done for each seed.
-      task: the model and its data.
-      identity: as `identity_of` returns it; it names the seeds.
-      mesh: where the arrays live; None for one device.
-      more: what else results.json holds, by its results of the seeds.
+      name: name of the experiment's module in `experiments`.
+      config: configuration of the experiment.
+      plan: numbers that fix the stages of a seed.
+      task: model and its data.
+      identity: settings that `identity_of` returns; they name the seeds.
+      mesh: devices that the arrays live on; None for one device.
+      more: function of the seeds' results that returns further entries of
+        results.json.
 
     Raises:
       FloatingPointError: a loss is not finite; and what `run` raises.
@@ -130,8 +138,14 @@ def sweep(
 
     def cells() -> dict[str, Any]:
         seeds, phases = _seeds(plan, task, config.out, identity, mesh)
-        held = sorted(averages(rankings(plan.criteria)))
-        return {"seeds": seeds, "phases": phases, "averages": held, **more(seeds)}
+        # What tracking costs in the life cycle depends on how many averages were held.
+        averages_held = sorted(averages(rankings(plan.criteria)))
+        return {
+            "seeds": seeds,
+            "phases": phases,
+            "averages": averages_held,
+            **more(seeds),
+        }
 
     def show(results: dict[str, Any], out: Path) -> str:
         report.write_report(results, out)
@@ -141,7 +155,7 @@ def sweep(
     return run(name, config, identity, cells, show)
 
 
-def identity_of(config: Any, plan: Plan, **own: Any) -> dict[str, Any]:
+def identity_of(config: Any, plan: Plan, **specifics: Any) -> dict[str, Any]:
     """What must be the same for a run of `sweep` to continue; JSON-able."""
     return manifest.as_json(
         {
@@ -149,7 +163,9 @@ def identity_of(config: Any, plan: Plan, **own: Any) -> dict[str, Any]:
             "dtype": config.dtype,
             "seeds": config.seeds[:1] if config.smoke else config.seeds,
             "smoke": config.smoke,
-            **own,
+            **specifics,
+            # Defaults that a preset filled in are in the plan, so a changed preset is
+            # noticed.
             **dataclasses.asdict(plan),
         }
     )
@@ -164,9 +180,9 @@ def _seeds(
     plan: Plan, task: Task, out: Path, identity: dict[str, Any], mesh: Mesh | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What results.json holds of each seed, and what the phases cost."""
-    numbers, done, phases = identity["seeds"], [], []
+    numbers, seeds, phases = identity["seeds"], [], []
     writes = processes.is_first()
-    stages = plan.stages() + task.begins_trained
+    stages = plan.stages() + task.begins_trained  # a trained model is measured first
     with contextlib.ExitStack() as opened:
         log = None
         if writes:
@@ -176,9 +192,9 @@ def _seeds(
         )
         for number in numbers:
             seed = Seed(number, plan, task, out, log, identity, progress, mesh)
-            done.append(seed.run())
+            seeds.append(seed.run())
             phases += _summed(seed.stages.phases)
-    return done, phases
+    return seeds, phases
 
 
 def _summed(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -189,6 +205,7 @@ def _summed(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             merged[phase["name"]] = dict(phase)
             continue
         total = merged[phase["name"]]
+        # Rates do not add: tokens and seconds do, and their ratio is the mean rate.
         tokens = [(p["tokens_per_second"] or 0) * p["seconds"] for p in (total, phase)]
         for field in ("seconds", "energy_kwh", "co2_kg"):
             if phase[field] is not None:
@@ -237,16 +254,17 @@ def costs(
     `flops` is of a token: dense for None, else for the fraction removed of each leaf.
     """
     sizes = {name: leaf["size"] for name, leaf in model["leaves"].items()}
-    first = cells[0]
+    reference = cells[0]
     rows = []
     for cell in cells:
         if (cell["criterion"], cell["allocation"]) != (
-            first["criterion"],
-            first["allocation"],
+            reference["criterion"],
+            reference["allocation"],
         ):
             continue
         removed = cell["sparsity_by_leaf"]
         packed = sum(
+            # Bytes: float32 values that are kept, and one bit a weight that says which.
             4 * round(size * (1 - removed[name])) + -(-size // 8)
             if name in removed
             else 4 * size
@@ -268,10 +286,11 @@ def command(
     module: str, config: Any, *, without: Collection[str] = _OF_THE_START
 ) -> str:
     """The command line of a configuration, without what is its default."""
-    first, words = ["python", "-m", module], []
+    first, words = ["python", "-m", module], []  # positional values first, then flags
     kinds = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        # The shortest command that makes the same run, fit to be read in a report.
         if value == field.default or field.name in without:
             continue
         if tyro.conf.Positional in getattr(kinds[field.name], "__metadata__", ()):

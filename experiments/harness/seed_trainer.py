@@ -57,8 +57,11 @@ class SeedTrainer:
         """
         plan, (tx, step_fn) = self._plan, self._watching
         state = training.init(self._task.init(self._seed), tx, mesh=self._mesh)
-        every = max(plan.steps // self._task.looks.times, 1)
-        return self._fit("train", state, step_fn, plan.steps, 0, evaluate, every)[1]
+        # As many looks whatever the length, so curves of all presets are alike.
+        evaluate_every = max(plan.steps // self._task.looks.times, 1)
+        return self._fit(
+            "train", state, step_fn, plan.steps, 0, evaluate, evaluate_every
+        )[1]
 
     def watched(self) -> Watched:
         """The trained parameters and what was tracked on the way to them."""
@@ -68,6 +71,7 @@ class SeedTrainer:
         tracked = jp.get_importance(state.opt_state)
         adam = tracked
         if "trajectory_adam" in rankings(self._plan.criteria):
+            # Adam's nu: an average of the squared gradients after the clipping.
             square = jp.get_importance(state.opt_state[ADAMW]).square
             adam = tracked._replace(square=square)
         return Watched(state.params, tracked, adam, self.start)
@@ -87,6 +91,7 @@ class SeedTrainer:
         `masks` makes the masks, so that they are held only while they are needed.
         """
         plan = self._plan
+        # One transformation for all cells, so one compiled program.
         inner, step_fn = _retraining(
             self._task, plan.retrain_learning_rate, plan.retrain_steps
         )
@@ -100,8 +105,8 @@ class SeedTrainer:
         tx = jp.keep_masks(inner, kept)
         state = training.init(pruned, tx, mesh=self._mesh)
         del kept, pruned, tx  # the state has them
-        state, done = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-        return state.params, done
+        state, costs = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
+        return state.params, costs
 
     def prune_gradually(
         self, stage: str, params: Any, sparsity: float, allocation: str
@@ -116,8 +121,8 @@ class SeedTrainer:
             allocation,
         )
         state = training.init(jax.tree.map(jnp.copy, params), tx, mesh=self._mesh)
-        state, done = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-        return state.params, done
+        state, costs = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
+        return state.params, costs
 
     def _fit(
         self,
@@ -136,11 +141,12 @@ class SeedTrainer:
         """
         plan, log = self._plan, self._log
         labels = {"phase": stage, "seed": self._seed}
-        begun = [0]
+        first_step = [0]  # a cell that the closure below writes to
 
         def begin(step: int) -> None:
-            begun[:] = [step]
+            first_step[:] = [step]
             if log is not None:
+                # What was reported past the checkpoint is about to be reported again.
                 log.resume(step, **labels)
 
         def report(metrics: dict[str, Any]) -> None:
@@ -150,6 +156,8 @@ class SeedTrainer:
         state = training.train(
             state,
             step_fn,
+            # Retraining goes on behind the last training batch, and sees no batch
+            # twice.
             lambda step: self._batches(offset + step),
             steps=steps,
             key=jax.random.key(self._seed),
@@ -159,23 +167,28 @@ class SeedTrainer:
                 plan.checkpoint_every,
             ),
             reports=training.Reports(
-                report, begin, max(min(50, steps // 10), 1), evaluate, evaluate_every
+                report,
+                begin,
+                max(min(50, steps // 10), 1),
+                evaluate,
+                evaluate_every,
+                label=f"seed {self._seed} {stage.replace('/', ' ')}",
             ),
-            label=f"seed {self._seed} {stage.replace('/', ' ')}",
             mesh=self._mesh,
             prefetch=prefetch,
             donate=True,
         )
-        tokens = (steps - begun[0]) * plan.batch_size * self._task.length
-        return state, {"tokens": tokens, "share": 1 - begun[0] / steps}
+        # Of the steps of this start alone, as the seconds are.
+        tokens = (steps - first_step[0]) * plan.batch_size * self._task.length
+        return state, {"tokens": tokens, "share": 1 - first_step[0] / steps}
 
 
 @functools.cache
 def _watching(
-    task: Task, learning_rate: float, steps: int, held: frozenset[str]
+    task: Task, learning_rate: float, steps: int, averages_held: frozenset[str]
 ) -> tuple[optax.GradientTransformation, training.StepFunction]:
     """The optimizer of the dense run and its step; one object, so compiled once."""
-    tx = task.optimizer(schedule(learning_rate, steps, warmup=100), track=held)
+    tx = task.optimizer(schedule(learning_rate, steps, warmup=100), track=averages_held)
     return tx, training.make_step(task.loss, tx)
 
 
@@ -203,7 +216,11 @@ def _gradual(
     """
     ranked, prunable = task.allocations[allocation]
     rise = jp.schedules.cubic(
-        sparsity, max(steps // 20, 1), 3 * steps // 5, every=max(steps // 100, 1)
+        # Begins at 5 %: the weights are trained, and nothing is to be waited for.
+        sparsity,
+        max(steps // 20, 1),
+        3 * steps // 5,
+        every=max(steps // 100, 1),
     )
     tx = jp.gradual(
         task.optimizer(schedule(learning_rate, steps, warmup=50), track=()),

@@ -45,6 +45,7 @@ class Solver(NamedTuple):
             return jp.allocation.parse(
                 "layer" if self.allocation == "uniform" else self.allocation
             )
+        # The scores say how many weights each matrix loses, and not which.
         return jp.allocation.Ranked(scored(self.allocation))
 
 
@@ -58,11 +59,12 @@ def named(name: str) -> Solver | None:
       True
     """
     method, _, allocation = name.partition("_")
+    # The method ends at the first "_", which no method's name has; criteria do.
     known = method in SOLVERS and allocation in {*ALLOCATIONS, *CRITERIA}
     return Solver(method, allocation) if known else None
 
 
 def rankings(names: Iterable[str]) -> list[str]:
     """The criteria that these names rank by, those of solvers' allocations too."""
-    found = [(solver.allocation if (solver := named(n)) else n) for n in names]
-    return [name for name in found if name in CRITERIA]
+    criteria = [(solver.allocation if (solver := named(n)) else n) for n in names]
+    return [name for name in criteria if name in CRITERIA]

@@ -15,6 +15,7 @@ def once(path: Path, compute: Callable[[], Any]) -> Any:
     if not on_first(path.exists):
         content = compute()
         on_first(lambda: write_json(path, content))
+    # Read back even when just computed: a resumed run gets the very same values.
     return on_first(lambda: json.loads(path.read_text()))
 
 
@@ -22,7 +23,7 @@ class Stages:
     """The stages of one seed, in the order in which they are asked for.
 
     Attributes:
-      directory: of the seed.
+      directory: directory of the seed.
       phases: what each stage cost, as results.json holds it.
     """
 
@@ -40,10 +41,11 @@ class Stages:
         "tokens" and "share" in what `compute` returns go to the costs of the stage.
         """
         self._progress.note(f"seed {self._seed} {stage.replace('/', ' ')}")
+        # One meter a machine: two would count the same watts twice.
         country = self._country if is_first() else None
 
         def measured() -> dict[str, Any]:
-            name = stage.split("/")[0]
+            name = stage.split("/")[0]  # "prune/trajectory-global-0.5" is a "prune"
             with measure(name, seed=self._seed, country=country) as phase:
                 content = compute()
                 phase.tokens = content.pop("tokens", None)

@@ -83,11 +83,14 @@ class Seed:
             min(task.looks.tokens, plan.eval_tokens or task.looks.tokens)
         )
         self._mean = evaluate
+        # Scores and solutions are as large as the model: those of one cell are held at
+        # a time.
         self._scores: tuple[str, Any] = ("", None)
         self._solution: tuple[Cell | None, Any] = (None, None)
 
     def run(self) -> dict[str, Any]:
         """Every stage in order, or what is left of them."""
+        # Before training: how much fine-tuning itself changed both texts.
         start = self._once("start", self._begun) if self.task.begins_trained else None
         watched = self._train()
         dense = {"steps": self.plan.steps}
@@ -134,10 +137,11 @@ class Seed:
         """What is measured after `retrain_steps` more steps, taken by `train`."""
 
         def compute() -> dict[str, Any]:
-            trained, done = train(stage)
-            return {**self._measured(trained), **then(trained), **done}
+            trained, costs = train(stage)
+            return {**self._measured(trained), **then(trained), **costs}
 
         result = self._once(stage, compute)
+        # The stage's checkpoints: its numbers are written, nothing continues from them.
         on_first(lambda: shutil.rmtree(self.directory / stage, ignore_errors=True))
         return result
 
@@ -150,7 +154,11 @@ class Seed:
         result = self._retrained(
             "control",
             lambda stage: self.trainer.retrain(
-                stage, params, lambda: _only(_keep_everything(params), params, prunable)
+                stage,
+                params,
+                # Masks of ones: the control runs the program of the pruned models, so a
+                # difference in loss is none of compilation or rounding.
+                lambda: _only(_keep_everything(params), params, prunable),
             ),
         )
         return {"steps": self.plan.steps + self.plan.retrain_steps, **result}
@@ -166,6 +174,7 @@ class Seed:
     def _masks(self, watched: Watched, cell: Cell) -> Any:
         """What a criterion keeps of the leaves that an allocation is about."""
         ranked, prunable = self.task.allocations[cell.allocation]
+        # Leaves outside the allocation's part are neither ranked nor pruned.
         scores = _only(self._scored(watched, cell.criterion), watched.params, prunable)
         return jp.masks.make(scores, cell.sparsity, allocation=ranked)
 
@@ -185,8 +194,8 @@ class Seed:
                 lambda stage: self._pruned_and_trained(stage, watched, cell),
                 lambda params: self._shown(cell, params, retrained=True),
             )
-        shown = [stage.pop("sample", None) for stage in (pruned, retrained)]
-        samples += [sample for sample in shown if sample is not None]
+        samples_shown = [stage.pop("sample", None) for stage in (pruned, retrained)]
+        samples += [sample for sample in samples_shown if sample is not None]
         return {**cell._asdict(), **pruned, **_named("retrained", retrained)}
 
     def _pruned_and_trained(
@@ -208,6 +217,7 @@ class Seed:
     def _solved(self, watched: Watched, cell: Cell) -> Any:
         """The parameters that a solver leaves; only the last cell's are held."""
         if self._solution[0] != cell:
+            # Before the next one is made, so that two are never held.
             self._solution = (None, None)
             solver = named(cell.criterion)
             assert solver is not None
@@ -228,6 +238,7 @@ class Seed:
 
     def _kept(self, params: Any, cell: Cell) -> Any:
         """Where pruned parameters are not zero, of the leaves that were pruned."""
+        # A solver moves the weights that it keeps: which are gone only the zeros say.
         nonzero = jax.tree.map(lambda leaf: leaf != 0, params)
         return _only(nonzero, params, self.task.allocations[cell.allocation][1])
 
@@ -253,10 +264,15 @@ class Seed:
         plan = self.plan
         if not plan.shows(cell):
             return {"sample": None}
+        # One model is enough for a reader to load: retrained, where that cell is.
         if cell.criterion == plan.criteria[0] and retrained == plan.retrains(cell):
             steps = plan.retrain_steps if retrained else 0
-            how = {**cell._asdict(), "method": cell.criterion, "retrain_steps": steps}
-            self.task.save(params, self.directory / MODEL, how)
+            provenance = {
+                **cell._asdict(),
+                "method": cell.criterion,
+                "retrain_steps": steps,
+            }
+            self.task.save(params, self.directory / MODEL, provenance)
         label = f"{cell.label}, retrained" if retrained else cell.label
         return {"sample": self._sample(label, params)}
 
@@ -267,8 +283,10 @@ class Seed:
         """What the dense run reported, read back by the first process."""
 
         def read() -> list[dict[str, Any]]:
-            every = map(json.loads, self.metrics.read_text().splitlines())
-            return [x for x in every if (x["phase"], x["seed"]) == ("train", self.seed)]
+            reports = map(json.loads, self.metrics.read_text().splitlines())
+            return [
+                x for x in reports if (x["phase"], x["seed"]) == ("train", self.seed)
+            ]
 
         return on_first(read)
 
@@ -277,9 +295,11 @@ class Seed:
         sampled = sampled_weights(
             watched.params, self.seed, self._first_allocation()[1]
         )
+        # Looks have the sampled weights, reports between them the loss alone.
         rows = [line for line in self._lines() if "weights" in line]
         names = list(jp.tree.named_leaves(watched.params))
         kept = {}
+        # Solvers are left out: they move weights, and keep is not a matter of rank.
         for criterion in filter(CRITERIA.__contains__, self.plan.criteria):
             allocation, sparsity = self.plan.allocations[0], self.plan.show_sparsity
             masks = self._masks(watched, Cell(criterion, allocation, sparsity))
@@ -287,6 +307,7 @@ class Seed:
         return {
             "steps": [row["step"] for row in rows],
             "names": [f"{names[leaf]}[{index}]" for leaf, index in sampled],
+            # (weights, steps): a row is the path of one weight.
             "values": np.array([row["weights"] for row in rows]).T.tolist(),
             "averages": values(watched.tracked.weight, sampled),
             "kept": kept,
@@ -312,16 +333,18 @@ def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:
 def _keep_everything(params: Any) -> Any:
     """Masks that prune nothing, for a dense run by the program of the pruned ones."""
     return jax.tree.map(
-        lambda score: jnp.ones_like(score, bool), jp.scores.magnitude(params)
+        # Of the scores, which have no entry for leaves that nothing prunes.
+        lambda score: jnp.ones_like(score, bool),
+        jp.scores.magnitude(params),
     )
 
 
-def _only(found: Any, params: Any, prunable: Prunable) -> Any:
+def _only(tree: Any, params: Any, prunable: Prunable) -> Any:
     """The scores or masks of leaves that may be pruned; the others are left out."""
-    structure = jax.tree.structure(found, is_leaf=jp.tree.is_excluded)
-    of = jp.tree.named_leaves(params)
-    chosen = [
-        leaf if prunable(name, of[name]) else optax.MaskedNode()
-        for name, leaf in jp.tree.named_leaves(found).items()
+    structure = jax.tree.structure(tree, is_leaf=jp.tree.is_excluded)
+    weights = jp.tree.named_leaves(params)
+    leaves = [
+        leaf if prunable(name, weights[name]) else optax.MaskedNode()
+        for name, leaf in jp.tree.named_leaves(tree).items()
     ]
-    return jax.tree.unflatten(structure, chosen)
+    return jax.tree.unflatten(structure, leaves)

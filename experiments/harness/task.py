@@ -22,7 +22,7 @@ class Looks(NamedTuple):
     Attributes:
       batch: sequences measured at a time.
       times: looks at the validation loss while the dense model trains.
-      tokens: of the validation set at each of these, at most.
+      tokens: number of tokens of the validation set at each of these, at most.
     """
 
     batch: int = 64
@@ -92,7 +92,7 @@ class Task(Protocol):
     def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """What else is measured of a model with this validation loss; JSON-able."""
 
-    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
         """Writes a pruned model for others to load, where the task knows a format."""
 
 
@@ -111,9 +111,9 @@ class Solvable(Task, Protocol):
         """The parameters after `jp.prune_trained`.
 
         Args:
-          params: the trained parameters.
-          method: of `jp.methods`.
-          sparsity: the share to remove.
-          allocation: of `jp.allocation`.
-          seed: of the training run, which draws the calibration sequences too.
+          params: trained parameters.
+          method: method of `jp.methods`.
+          sparsity: share of the weights to remove, in (0, 1).
+          allocation: rule of `jp.allocation`.
+          seed: seed of the training run, which draws the calibration sequences too.
         """

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from experiments.harness import checkpoint, device_mesh
 from experiments.harness.progress import Progress
-from jaxprune.arrays import placement
+from jaxprune.arrays import placement, rules
+from jaxprune.arrays.rules import Rule
 from jaxprune.contrib import state_shardings
 from jaxprune.files import atomic
 
@@ -37,6 +38,31 @@ StepFunction: TypeAlias = Callable[..., tuple["TrainState", jax.Array]]
 
 LossFunction: TypeAlias = Callable[..., jax.Array]
 """(params, inputs, targets, key) to the mean loss, a scalar."""
+
+
+_NUMBERS = Rule(
+    lambda v: v.steps >= 0 and v.shortest >= 1,
+    "train needs steps >= 0 and intervals >= 1, got steps={steps} and intervals of "
+    "{listed}",
+)
+_WEIGHTS = Rule(
+    lambda v: v.total != 0,
+    "the validation set must hold a token of positive weight, got none",
+    "give a longer text",
+)
+_CONTINUED = (
+    Rule(
+        lambda v: not v.different,
+        "{label}: '{snapshot.path}' must be of the same configuration, but {different}",
+        "give the old values, or another directory",
+    ),
+    Rule(
+        lambda v: v.snapshot.step <= v.steps,
+        "{label}: '{snapshot.path}' must be of at most the {steps} steps asked for, "
+        "got {snapshot.step}",
+        "ask for more, or give another directory",
+    ),
+)
 
 
 class TrainState(NamedTuple):
@@ -78,6 +104,7 @@ class Reports(NamedTuple):
       evaluate: state to metrics, called at step 0, then every `evaluate_every` steps
         and after the last.
       evaluate_every: steps between evaluations.
+      label: name of the run on the progress bar and in errors.
     """
 
     write: Callable[[dict[str, Any]], None] | None = None
@@ -85,6 +112,7 @@ class Reports(NamedTuple):
     every: int = 50
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None
     evaluate_every: int = 500
+    label: str = "train"
 
 
 def init(
@@ -95,6 +123,7 @@ def init(
     if mesh is None:
         return TrainState(params, optimizer.init(params), step)
     params = device_mesh.put(params, device_mesh.shardings(params, mesh))
+    # Moments lie as their parameters do; counters are repeated.
     places = state_shardings(optimizer, params)
     opt_state = device_mesh.put(optimizer.init(params), places)
     return TrainState(
@@ -106,6 +135,7 @@ def abstract(
     shapes: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> TrainState:
     """The state that `init` makes as `jax.ShapeDtypeStruct`s, to restore onto."""
+    # Shapes alone: a state to restore onto must not need the memory of a second one.
     state = jax.eval_shape(lambda params: init(params, optimizer), shapes)
     if mesh is None:
         return state
@@ -116,13 +146,13 @@ def abstract(
     )
 
 
-def _placed(tree: Any, where: Any) -> Any:
+def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=place
         ),
         tree,
-        where,
+        shardings,
     )
 
 
@@ -138,6 +168,7 @@ def make_step(
     def step(
         state: TrainState, inputs: jax.Array, targets: jax.Array, key: jax.Array
     ) -> tuple[TrainState, jax.Array]:
+        # By the step in the state, so a resumed run draws the same dropout.
         key = jax.random.fold_in(key, state.step)
         loss, gradients = jax.value_and_grad(loss_fn)(
             state.params, inputs, targets, key
@@ -157,8 +188,9 @@ def make_eval(
     """The mean loss over a validation set: one program, one fetch at the end.
 
     Args:
-      loss_fn: (params, inputs, targets) to the loss of each token, (batch, context).
-      mesh: where the parameters live, if on a mesh.
+      loss_fn: function of (params, inputs, targets) to the loss of each token,
+        (batch, context).
+      mesh: mesh that the parameters live on, or None.
 
     Returns:
       (params, batches of inputs, targets and weights) to the weighted mean. All
@@ -168,18 +200,17 @@ def make_eval(
     total = _total(loss_fn, mesh)
 
     def evaluate(params: Any, batches: Iterable[Any]) -> float:
-        totals, weight = [], 0.0
+        totals, total_weight = [], 0.0
         for inputs, targets, weights in batches:
-            each = np.asarray(weights, np.float32)
-            each = np.broadcast_to(each.T, targets.T.shape).T
-            totals.append(total(params, *_put((inputs, targets, each), mesh)))
-            weight += float(each.sum(dtype=np.float64))
-        if not weight:
-            raise ValueError(
-                "the validation set must hold a token of positive weight, got none; "
-                "give a longer text"
-            )
-        return float(np.sum(jax.device_get(totals), dtype=np.float64) / weight)
+            token_weights = np.asarray(weights, np.float32)
+            # (batch,) or (batch, context) to (batch, context): transposed, the batch
+            # axis is last and broadcasting meets it.
+            token_weights = np.broadcast_to(token_weights.T, targets.T.shape).T
+            # Not fetched yet: the device goes on while the host makes the next batch.
+            totals.append(total(params, *_put((inputs, targets, token_weights), mesh)))
+            total_weight += float(token_weights.sum(dtype=np.float64))
+        rules.check([_WEIGHTS], total=total_weight)
+        return float(np.sum(jax.device_get(totals), dtype=np.float64) / total_weight)
 
     return evaluate
 
@@ -211,7 +242,6 @@ def train(
     key: jax.Array,
     checkpoints: Checkpoints | None = None,
     reports: Reports | None = None,
-    label: str = "train",
     mesh: Mesh | None = None,
     prefetch: Prefetch = in_order,
     donate: bool = False,
@@ -223,17 +253,16 @@ def train(
     that `reports.begin` gets, and the record is that of an undisturbed run.
 
     Args:
-      state: where to begin when there is no checkpoint.
-      step_fn: as `make_step` gives; compiled here, its state donated.
-      batches: step to its batch, a pure function.
-      steps: updates in all.
-      key: the seed key of dropout.
-      checkpoints: where it is saved; None for nowhere.
-      reports: what it reports; None for nothing.
-      label: names the run on the progress bar and in errors.
-      mesh: splits each batch, as `device_mesh.of_batch` says; the state must be
+      state: state to begin with when there is no checkpoint.
+      step_fn: step that `make_step` gives; compiled here, its state donated.
+      batches: pure function of a step to its batch.
+      steps: number of updates in all.
+      key: random key that dropout's keys are folded from.
+      checkpoints: directory and rhythm of saving; None to save nothing.
+      reports: receiver and rhythm of the metrics; None to report nothing.
+      mesh: mesh that splits each batch; see `device_mesh.of_batch`; the state must be
         placed on it.
-      prefetch: iterates over batches, as `experiments.datasets.prefetch` does.
+      prefetch: iterator over batches, such as `experiments.datasets.prefetch`.
       donate: whether `state` is used up, which saves holding it twice; else it is left
         as it was.
 
@@ -249,19 +278,19 @@ def train(
     intervals = [reports.every, reports.evaluate_every]
     if checkpoints is not None:
         intervals.append(checkpoints.every)
-    if steps < 0 or min(intervals) < 1:
-        raise ValueError(
-            f"train needs steps >= 0 and intervals >= 1, got steps={steps} and "
-            f"intervals of {', '.join(map(str, intervals))}"
-        )
-    state, start = _begin(state, checkpoints, steps, label, donate)
+    listed = ", ".join(map(str, intervals))
+    rules.check([_NUMBERS], steps=steps, shortest=min(intervals), listed=listed)
+    state, start = _begin(state, checkpoints, steps, reports.label, donate)
+    # Else the first step's state and the second's would be two signatures, compiled
+    # twice.
     state = placement.committed(state)
     if reports.begin is not None:
         reports.begin(start)
     if start == steps:
         return state
-    progress = Progress(label, reports.write, start=start, steps=steps)
+    progress = Progress(reports.label, reports.write, start=start, steps=steps)
     if reports.evaluate is not None and start == 0:
+        # Where every curve begins: the loss of the initial weights.
         progress.write({"step": 0, **reports.evaluate(state)})
     step_fn = _compiled(step_fn, mesh and _shardings(state))
     with progress:
@@ -282,6 +311,7 @@ def train(
                 checkpoint.save(
                     directory, state, step=step, configuration=configuration
                 )
+                # Saving is no training: its seconds are in no rate.
                 progress.restart_clock()
     return state
 
@@ -298,26 +328,26 @@ def _begin(
     donate: bool,
 ) -> tuple[TrainState, int]:
     """The state and step to continue from; the caller's own arrays only if donated."""
-    found = checkpoints and checkpoint.latest(checkpoints.directory)
-    if checkpoints is None or found is None:
-        own = state if donate else jax.tree.map(jnp.copy, state)
-        return own, int(state.step)
-    different = atomic.differences(found.configuration, checkpoints.configuration)
-    if different:
-        raise ValueError(
-            f"{label}: '{found.path}' must be of the same configuration, but "
-            f"{'; '.join(different)}; give the old values, or another directory"
-        )
-    if found.step > steps:
-        raise ValueError(
-            f"{label}: '{found.path}' must be of at most the {steps} steps asked for, "
-            f"got {found.step}; ask for more, or give another directory"
-        )
+    snapshot = checkpoints and checkpoint.latest(checkpoints.directory)
+    if checkpoints is None or snapshot is None:
+        # The step donates its state: a caller that keeps its own needs a copy to be
+        # used up.
+        initial = state if donate else jax.tree.map(jnp.copy, state)
+        return initial, int(state.step)
+    different = atomic.differences(snapshot.configuration, checkpoints.configuration)
+    rules.check(
+        _CONTINUED,
+        label=label,
+        snapshot=snapshot,
+        steps=steps,
+        different="; ".join(different),
+    )
     if donate:
         target = jax.tree.map(_without_numbers, state)
+        # Freed before the checkpoint is read, else both would be in memory.
         jax.tree.map(lambda leaf: leaf.delete(), state)
         state = target
-    return checkpoint.restore(checkpoints.directory, state).state, found.step
+    return checkpoint.restore(checkpoints.directory, state).state, snapshot.step
 
 
 def _without_numbers(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -18,11 +18,12 @@ def sampled_weights(
 ) -> list[tuple[int, int]]:
     """(leaf, flat index) of `WATCHED_WEIGHTS` weights, spread evenly over leaves."""
     rng = np.random.default_rng(seed)
-    named = jp.tree.named_leaves(params)
+    leaves = jp.tree.named_leaves(params)
     fitting = [
-        i for i, (name, leaf) in enumerate(named.items()) if prunable(name, leaf)
+        i for i, (name, leaf) in enumerate(leaves.items()) if prunable(name, leaf)
     ]
-    sizes = [leaf.size for leaf in named.values()]
+    sizes = [leaf.size for leaf in leaves.values()]
+    # Round the leaves, not by their size: the largest would have nearly all of them.
     chosen = [fitting[n % len(fitting)] for n in range(WATCHED_WEIGHTS)]
     return [(leaf, int(rng.integers(sizes[leaf]))) for leaf in sorted(chosen)]
 
@@ -33,7 +34,10 @@ def values(tree: Any, sampled: list[tuple[int, int]]) -> list[float]:
     places: dict[int, list[int]] = {}
     for leaf, index in sampled:
         places.setdefault(leaf, []).append(index)
-    indices = [np.unravel_index(at, leaves[i].shape) for i, at in places.items()]
+    indices = [
+        np.unravel_index(positions, leaves[i].shape) for i, positions in places.items()
+    ]
+    # One program and one transfer: a fetch for each weight would stop every look.
     picked = _picked([leaves[i] for i in places], indices)
     return np.concatenate(processes.fetch(picked)).tolist()
 
@@ -41,5 +45,5 @@ def values(tree: Any, sampled: list[tuple[int, int]]) -> list[float]:
 @jax.jit
 def _picked(leaves: list[Any], indices: list[Any]) -> list[jax.Array]:
     """The elements of each leaf at its own indices."""
-    held = [jp.low_bit.decode(leaf) if is_int8(leaf) else leaf for leaf in leaves]
-    return [leaf[at] for leaf, at in zip(held, indices, strict=True)]
+    arrays = [jp.low_bit.decode(leaf) if is_int8(leaf) else leaf for leaf in leaves]
+    return [leaf[positions] for leaf, positions in zip(arrays, indices, strict=True)]

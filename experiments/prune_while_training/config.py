@@ -4,10 +4,17 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from experiments.harness.plan import check_lists
+from experiments.harness.option_rules import (
+    at_least,
+    check_lists,
+    check_names,
+    over_zero,
+)
 from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
 
-_BATCH = {"tiny": 6, "cpu": 12, "medium": 16, "char": 64}
+_BATCH = {"tiny": 6, "cpu": 12, "medium": 16, "char": 64}  # sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Cell:
         "dense" it is 0, and of "dense_small" that of the run whose size it has.
       steps: updates.
       learning_rate: the peak.
-      seed: of the parameters and the batches.
+      seed: seed of the parameters and the batches.
       after_dense: updates of the dense model that it starts from; 0 for none.
       distill: weight of the divergence from the dense model; 0 for none.
     """
@@ -36,6 +43,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its file."""
+        # Only what is not the default: files of runs before these options keep their
+        # names.
         more = f"-after-{self.after_dense}" if self.after_dense else ""
         more += f"-distill-{self.distill:g}" if self.distill else ""
         return (
@@ -107,38 +116,26 @@ class Config:
         Raises:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
-        if unknown := [name for name in self.methods if name not in METHODS]:
-            raise ValueError(
-                f"methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}"
-            )
+        check_names(self, {"methods": METHODS})
         lists = ("methods", "sparsities", "steps", "seeds", "learning_rates", "distill")
         more = () if self.control_rates is None else ("control_rates",)
         check_lists(self, *lists, "tune_seeds", *more)
-        for name, values, least in (
-            ("steps", self.steps, 10),
-            ("after_dense", (self.after_dense or 10,), 10),
-            ("eval_tokens", (self.eval_tokens,), 0),
-            ("batch_size", (self.batch,), 1),
-            ("seeds", (*self.seeds, *self.tune_seeds), 0),
-        ):
-            if min(values) < least:
-                raise ValueError(f"{name} must be at least {least}, got {min(values)}")
-        if self.after_dense and DENSE_SMALL in self.methods:
-            rest = " ".join(name for name in self.methods if name != DENSE_SMALL)
-            raise ValueError(
-                f"{DENSE_SMALL} starts from weights of its own and not from a dense "
-                f"model, so after_dense takes none; give --methods {rest}"
-            )
+        rules.check(
+            _RULES,
+            steps=min(self.steps),
+            after_dense=self.after_dense,
+            eval_tokens=self.eval_tokens,
+            batch_size=self.batch,
+            seeds=min((*self.seeds, *self.tune_seeds)),
+            from_dense=self.after_dense > 0,
+            dense_small=DENSE_SMALL in self.methods,
+            remaining=" ".join(name for name in self.methods if name != DENSE_SMALL),
+            tune_sparsity=self.tune_sparsity,
+        )
         for rate in (*self.learning_rates, *self.rates(DENSE)):
-            if not 0 < rate < float("inf"):
-                raise ValueError(f"learning_rates must be over 0, got {rate}")
-        if not 0 < self.tune_sparsity < 1:
-            raise ValueError(
-                f"tune_sparsity must be in (0, 1), got {self.tune_sparsity}"
-            )
+            rules.check([over_zero("learning_rates")], learning_rates=rate)
         for weight in self.distill:
-            if not 0 <= weight < 1:
-                raise ValueError(f"distill must be in [0, 1), got {weight}")
+            rules.check([_DISTILL], weight=weight)
 
     def rates(self, method: str) -> tuple[float, ...]:
         """The peaks to choose from."""
@@ -148,4 +145,29 @@ class Config:
 
     def names(self) -> list[str]:
         """The methods, the dense control first."""
+        # The control first: a method may start from it, and all are measured against
+        # it.
         return list(dict.fromkeys((DENSE, *self.methods)))
+
+
+# Ten steps: the curve has a point each tenth, and a schedule's first event is at 5 %.
+_RULES = (
+    at_least("steps", 10),
+    Rule(
+        lambda v: v.after_dense == 0 or v.after_dense >= 10,
+        "after_dense must be at least 10, got {after_dense}",
+    ),
+    *(at_least(name, 0) for name in ("eval_tokens", "seeds")),
+    at_least("batch_size", 1),
+    rules.excludes(
+        *("from_dense", "dense_small"),
+        f"{DENSE_SMALL} starts from weights of its own and not from a dense model, so "
+        "after_dense takes none",
+        "give --methods {remaining}",
+    ),
+    Rule(
+        lambda v: 0 < v.tune_sparsity < 1,
+        "tune_sparsity must be in (0, 1), got {tune_sparsity}",
+    ),
+)
+_DISTILL = Rule(lambda v: 0 <= v.weight < 1, "distill must be in [0, 1), got {weight}")

@@ -48,7 +48,7 @@ class Span(NamedTuple):
 
     def late(self) -> "Span":
         """The longer rise of the same average: 10 % to 90 %, frozen at 95 %."""
-        steps = self.end / 0.6
+        steps = self.end / 0.6  # the run's, whose rise ends at 60 %
         begin, end, freeze = (round(part * steps) for part in (0.1, 0.9, 0.95))
         return self._replace(begin=min(self.begin, begin), end=end, freeze=freeze)
 
@@ -59,6 +59,7 @@ class Span(NamedTuple):
     def average(self, steps: int) -> float:
         """The mean share of weights that is left, over the steps."""
         table = self.cubic().table()
+        # The sparsity of an event holds until the next one, or the end.
         starts = [*table, steps]
         pruned = sum(
             share * (stop - start)
@@ -118,7 +119,7 @@ def _admm(
     rate: optax.ScalarOrSchedule, span: Span, **options: Any
 ) -> optax.GradientTransformation:
     # Of 0.003 to 0.1, and ends at 40 to 75 %, the best from a dense model at 90 %.
-    pulled = jp.contrib.admm(
+    penalised = jp.contrib.admm(
         adamw(rate),
         jp.schedules.once(span.begin, span.final),
         freeze=(span.begin + span.freeze) // 2,
@@ -126,7 +127,7 @@ def _admm(
         penalty=0.003,
         **options,
     )
-    return optax.chain(optax.clip_by_global_norm(CLIP), pulled)
+    return optax.chain(optax.clip_by_global_norm(CLIP), penalised)
 
 
 def _sparse(
@@ -140,7 +141,10 @@ def _sparse(
     return jp.gradual(
         optimizer(rate, track=()),
         schedule,
+        # What leaves the mask is the smallest weight; a mask that never moves is drawn
+        # once.
         criterion=jp.scores.random if grow is None else jp.scores.magnitude,
+        # As RigL and SET have it: a uniform share would starve the small matrices.
         allocation="erk",
         grow=grow,
     )

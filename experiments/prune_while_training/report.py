@@ -37,16 +37,17 @@ def rates(cells: Cells, sparsity: float, seeds: Collection[int]) -> dict[Key, fl
     """
     losses: dict[Key, dict[float, list[float]]] = {}
     for cell in cells:
-        at = 0.0 if cell["method"] == DENSE else sparsity
-        if cell["sparsity"] == at and cell["seed"] in seeds:
-            of_rate = losses.setdefault(_key(cell), {})
-            of_rate.setdefault(cell["learning_rate"], []).append(cell["loss"])
+        # The dense model has no sparsity, so its rates are compared as they are.
+        target = 0.0 if cell["method"] == DENSE else sparsity
+        if cell["sparsity"] == target and cell["seed"] in seeds:
+            by_rate = losses.setdefault(_key(cell), {})
+            by_rate.setdefault(cell["learning_rate"], []).append(cell["loss"])
     best = {}
-    for key, of_rate in losses.items():
+    for key, by_rate in losses.items():
         means = {
-            rate: statistics.fmean(own)
-            for rate, own in of_rate.items()
-            if len(own) == len(seeds)
+            rate: statistics.fmean(rate_losses)
+            for rate, rate_losses in by_rate.items()
+            if len(rate_losses) == len(seeds)
         }
         if means:
             best[key] = min(means, key=means.__getitem__)
@@ -65,6 +66,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     def chosen(cell: Mapping[str, Any]) -> bool:
         rate = cell["learning_rate"]
+        # Where nothing was compared, the one rate there is counts as the best.
         return bool(best.get(_key(cell), rate) == rate)
 
     dense = {
@@ -74,7 +76,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     table = []
     for cell in sorted(cells, key=_order):
-        control = dense.get(_control(cell))
+        control = dense.get(_control(cell))  # None before the control is done
         derived = {
             "dense_loss": control,
             "above": None if control is None else cell["loss"] - control,
@@ -91,39 +93,40 @@ def _control(cell: Mapping[str, Any]) -> tuple[int, int, int]:
 def _order(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     method, steps, after, distill = _key(cell)
     place = [*METHODS, method].index(method)  # names of another source come last
-    rest = (cell["sparsity"], cell["learning_rate"], cell["seed"])
-    return (after, steps, distill, place, method, *rest)
+    tail = (cell["sparsity"], cell["learning_rate"], cell["seed"])
+    return (after, steps, distill, place, method, *tail)
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """A table for each length: nats above dense by method and sparsity."""
-    found = [row for row in rows(results) if row["chosen"]]
-    lengths = dict.fromkeys((row["after_dense"], row["steps"]) for row in found)
+    chosen = [row for row in rows(results) if row["chosen"]]
+    lengths = dict.fromkeys((row["after_dense"], row["steps"]) for row in chosen)
     return [
         _table(
-            [row for row in found if (row["after_dense"], row["steps"]) == length],
+            [row for row in chosen if (row["after_dense"], row["steps"]) == length],
             *length,
         )
         for length in lengths
     ]
 
 
-def _table(found: Sequence[Mapping[str, Any]], after: int, steps: int) -> Table:
-    dense = [r["loss"] for r in found if r["method"] == DENSE and not r["distill"]]
+def _table(chosen: Sequence[Mapping[str, Any]], after: int, steps: int) -> Table:
+    dense = [r["loss"] for r in chosen if r["method"] == DENSE and not r["distill"]]
     seeds = f"{len(dense)} seed{'s' if len(dense) > 1 else ''}"
     more = f" after {after} dense ones" if after else ""
-    sparsities = sorted({r["sparsity"] for r in found if r["method"] != DENSE})
+    sparsities = sorted({r["sparsity"] for r in chosen if r["method"] != DENSE})
     lines = []
-    for method, distill in dict.fromkeys((r["method"], r["distill"]) for r in found):
-        own = [r for r in found if (r["method"], r["distill"]) == (method, distill)]
+    for method, distill in dict.fromkeys((r["method"], r["distill"]) for r in chosen):
+        cells = [r for r in chosen if (r["method"], r["distill"]) == (method, distill)]
         line = [f"{method}, distilled {distill:g}" if distill else method]
-        line.append(f"{own[0]['learning_rate']:g}")
+        line.append(f"{cells[0]['learning_rate']:g}")
         for sparsity in sparsities:
-            at = 0.0 if method == DENSE else sparsity
-            above = [r["above"] for r in own if r["sparsity"] == at]
-            known = [value for value in above if value is not None]
-            count = f" ({len(known)})" if known else ""
-            line.append(findings.mean(known, signed=True) + count)
+            target = 0.0 if method == DENSE else sparsity
+            above = [r["above"] for r in cells if r["sparsity"] == target]  # one a seed
+            values = [value for value in above if value is not None]
+            # How many seeds stand behind a mean, for they may differ from cell to cell.
+            count = f" ({len(values)})" if values else ""
+            line.append(findings.mean(values, signed=True) + count)
         lines.append(line)
     header = ["method (number of seeds)", "rate", *map(findings.percent, sparsities)]
     title = f"{steps} steps{more}: nats above dense, {findings.mean(dense)}, {seeds}"
@@ -132,10 +135,11 @@ def _table(found: Sequence[Mapping[str, Any]], after: int, steps: int) -> Table:
 
 def _drawn(cells: Cells) -> set[str]:
     """The methods with a line: of several sparsities, or all where none has several."""
-    found: dict[str, set[float]] = {}
+    sparsities: dict[str, set[float]] = {}
     for cell in cells:
-        found.setdefault(cell["method"], set()).add(cell["sparsity"])
-    return {name for name, of in found.items() if len(of) > 1} or {*found}
+        sparsities.setdefault(cell["method"], set()).add(cell["sparsity"])
+    several = {name for name, values in sparsities.items() if len(values) > 1}
+    return several or {*sparsities}
 
 
 def _lines(results: Mapping[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
@@ -145,10 +149,12 @@ def _lines(results: Mapping[str, Any]) -> dict[str, dict[int, list[dict[str, Any
     for row in rows(results):
         if not row["chosen"] or row["method"] not in drawn or row["above"] is None:
             continue
-        taught = f", distilled {row['distill']:g}" if row["distill"] else ""
-        label = row["method"] + taught
+        suffix = f", distilled {row['distill']:g}" if row["distill"] else ""
+        label = row["method"] + suffix
         more = f" after {row['after_dense']}" if row["after_dense"] else ""
         cell = {
+            # `figures.runs` draws a panel a criterion and a line a label: here a panel
+            # a length of training, and a line a method.
             "criterion": f"{row['steps']} steps{more}",
             "allocation": "global",
             "sparsity": row["sparsity"],
@@ -169,10 +175,10 @@ def loss_figure(results: Mapping[str, Any]) -> Figure:
         label: {
             "seeds": [
                 {"seed": seed, "dense": {"loss": 0.0}, "cells": cells}
-                for seed, cells in sorted(of.items())
+                for seed, cells in sorted(cells_by_seed.items())
             ]
         }
-        for label, of in lines.items()
+        for label, cells_by_seed in lines.items()
     }
     return figures.runs(labelled, stage="pruned", allocation="global")
 
@@ -191,6 +197,7 @@ def _curves(results: Mapping[str, Any]) -> dict[str, Any]:
     drawn = _drawn(cells) | {DENSE}
 
     def length(cell: Mapping[str, Any]) -> tuple[bool, int, int]:
+        # Trainings from nothing before those from a dense model, then the longest.
         return cell["after_dense"] == 0, cell["steps"], cell["after_dense"]
 
     longest = max(length(cell) for cell in cells if cell["method"] != DENSE)
@@ -220,8 +227,8 @@ def steps_figure(results: Mapping[str, Any]) -> Figure:
         ends = []
         for method, curve in curves.items():
             # At step 0 the loss is off the scale, and no mask has changed.
-            seen = curve if name == "sparsity" else curve[1:]
-            known = [point for point in seen if point[name] is not None]
+            points = curve if name == "sparsity" else curve[1:]
+            known = [point for point in points if point[name] is not None]
             if not known:
                 continue
             look: dict[str, Any] = {"color": style[method].colour, "lw": 1.2, "ms": 3}

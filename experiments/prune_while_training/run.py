@@ -52,6 +52,7 @@ class Run:
         )
         self.windows = cut(config.eval_tokens or None)
         self.watched = cut(min(config.eval_tokens or _WATCHED_TOKENS, _WATCHED_TOKENS))
+        # By width: the dense model of a pruned run's average size is another program.
         self.model = functools.cache(self._model)
 
     def identity(self) -> dict[str, Any]:
@@ -69,11 +70,14 @@ class Run:
     def all(self) -> dict[str, Any]:
         """Does what is asked for; returns all cells that are in the directory."""
         config = self.config
+        # Undistilled, whatever is distilled: every loss is held against it.
         controls = itertools.product((0.0,), config.steps, (DENSE,))
-        asked = itertools.product(config.distill, config.steps, config.names())
-        ways = [*dict.fromkeys([*controls, *asked])]
+        requested = itertools.product(config.distill, config.steps, config.names())
+        ways = [*dict.fromkeys([*controls, *requested])]
         for distill, steps, method in ways:
             self.rate(method, steps, config.after_dense, distill)
+        # All methods of a sparsity and seed one after the other, so that a run that is
+        # stopped has whole comparisons.
         for sparsity, seed in itertools.product(config.sparsities, config.seeds):
             for distill, steps, method in ways:
                 rate = self.rate(method, steps, config.after_dense, distill)
@@ -84,9 +88,9 @@ class Run:
                 )
         return {"cells": self.found(), "tune_seeds": [*config.tune_seeds]}
 
-    def cell(self, method: str, sparsity: float, *rest: Any) -> Cell:
+    def cell(self, method: str, sparsity: float, *settings: Any) -> Cell:
         """A cell; the dense control has no sparsity."""
-        return Cell(method, 0.0 if method == DENSE else sparsity, *rest)
+        return Cell(method, 0.0 if method == DENSE else sparsity, *settings)
 
     def found(self) -> list[dict[str, Any]]:
         """All cells that are in the directory."""
@@ -98,12 +102,13 @@ class Run:
         config, rates = self.config, self.config.rates(method)
         if len(rates) > 1:
             for rate, seed in itertools.product(rates, config.tune_seeds):
-                at = (steps, rate, seed, after, distill)
-                self.measured(self.cell(method, config.tune_sparsity, *at))
+                settings = (steps, rate, seed, after, distill)
+                self.measured(self.cell(method, config.tune_sparsity, *settings))
         best = report.rates(self.found(), config.tune_sparsity, config.tune_seeds)
         key = (method, steps, after, distill)
-        found = best.get(key, rates[0])
-        tried = report.tried(self.found(), key) - {found}
+        best_rate = best.get(key, rates[0])
+        # Cells of an earlier run in this directory, with other rates than this one's.
+        tried = report.tried(self.found(), key) - {best_rate}
         if key not in best and tried:
             raise ValueError(
                 f"{method} was trained here with a learning rate of "
@@ -111,14 +116,14 @@ class Run:
                 f"{listed(config.tune_seeds)} nothing says which is better; give that "
                 "rate, several --learning-rates to choose from, or another --out"
             )
-        if found not in rates:
+        if best_rate not in rates:
             flag = "control" if rates is config.control_rates else "learning"
             raise ValueError(
-                f"{method} had its lowest loss here with a learning rate of {found:g}, "
-                f"which is not among {listed(rates)}; add it to "
+                f"{method} had its lowest loss here with a learning rate of "
+                f"{best_rate:g}, which is not among {listed(rates)}; add it to "
                 f"--{flag}-rates, or give another --out"
             )
-        return found
+        return best_rate
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """The cell's numbers, from its file where there is one."""
@@ -126,16 +131,17 @@ class Run:
         dense_rate = self._dense_rate(cell) if needs_dense else None
 
         def compute() -> dict[str, Any]:
+            # A checkpoint of an earlier start: the clock of this one knows only a part.
             resumed = self._directory(cell).exists()
             begun = self._start(cell)
             start = time.perf_counter()
             state, curve = self.trained(cell, begun)
-            counted = jp.sparsity(jp.scores.magnitude(state.params))
+            sparsity = jp.sparsity(jp.scores.magnitude(state.params))
             _, evaluate = self.model(self._width(cell))
             numbers = {
                 "loss": evaluate(state.params, self.windows),
-                "zeros": counted.zeros,
-                "size": counted.size,
+                "zeros": sparsity.zeros,
+                "size": sparsity.size,
                 # Of a run that was stopped nobody knows them.
                 "seconds": None if resumed else time.perf_counter() - start,
                 "curve": curve,
@@ -143,17 +149,18 @@ class Run:
             print(f"{cell.name}  {numbers['loss']:.4f} nats", flush=True)
             return {**dataclasses.asdict(cell), **numbers, "dense_rate": dense_rate}
 
-        found = once(self.config.out / "cells" / f"{cell.name}.json", compute)
-        if found.get("dense_rate", dense_rate) != dense_rate:
+        result = once(self.config.out / "cells" / f"{cell.name}.json", compute)
+        if result.get("dense_rate", dense_rate) != dense_rate:
             raise ValueError(
                 f"'{cell.name}' began with the dense model of learning rate "
-                f"{found['dense_rate']}, but the best here has {dense_rate} now; give "
+                f"{result['dense_rate']}, but the best here has {dense_rate} now; give "
                 "the --learning-rates of before, or another --out"
             )
         for stop in self._directory(cell).glob("*"):
+            # Of the dense model the last state stays: a teacher, or a start.
             if cell.method != DENSE or stop.name != str(cell.steps):
                 shutil.rmtree(stop, ignore_errors=True)
-        return found
+        return result
 
     def trained(
         self, cell: Cell, begun: Begun
@@ -184,6 +191,7 @@ class Run:
         if cell.distill:
             teacher = self.dense(cell.seed, cell.after_dense or cell.steps)
             loss = functools.partial(distilled, model, teacher, cell.distill)
+        # A tenth at most: the shortest runs have ten steps.
         warmup = min(100, cell.steps // 10)
         rate = schedule(cell.learning_rate, cell.steps, warmup)
         tx = METHODS[cell.method](rate, self._span(cell))
@@ -193,6 +201,7 @@ class Run:
         return Begun(
             training.init(params, tx, mesh=self.mesh),
             training.make_step(loss, tx),
+            # Behind the batches that the dense model was trained on.
             lambda step: batches(cell.after_dense + step),
         )
 
@@ -201,16 +210,18 @@ class Run:
         kept = cell.method == DENSE and stop == cell.steps  # a teacher, or a start
         checkpoints = None
         if kept or self.config.checkpoints:
-            what = {**dataclasses.asdict(cell), "stop": stop}
+            identity = {**dataclasses.asdict(cell), "stop": stop}
             if cell.after_dense or cell.distill:  # of which dense model
-                what["dense_rate"] = self._dense_rate(cell)
-            checkpoints = training.Checkpoints(self._directory(cell) / str(stop), what)
+                identity["dense_rate"] = self._dense_rate(cell)
+            checkpoints = training.Checkpoints(
+                self._directory(cell) / str(stop), identity
+            )
         return training.train(
             *begun,
             steps=stop,
             key=jax.random.key(cell.seed),
             checkpoints=checkpoints,
-            label=cell.name,
+            reports=training.Reports(label=cell.name),
             mesh=self.mesh,
             prefetch=prefetch,
         )
@@ -239,6 +250,7 @@ class Run:
         """The model's; "dense_small" has about the pruned run's average of weights."""
         if cell.method != DENSE_SMALL:
             return self.shape.width
+        # Matrices grow with the square of the width, hence the root.
         kept = self._span(cell).average(cell.steps)
         heads = self.shape.heads
         return max(round(self.shape.width * kept**0.5 / heads), 1) * heads
@@ -270,9 +282,12 @@ def distilled(
 ) -> jax.Array:
     """Cross entropy mixed with the divergence from a teacher (Hinton et al., 2015)."""
     loss = model.loss(params, inputs, targets, key)
-    student = jax.nn.log_softmax(model.bind(params)(inputs))
-    taught = jax.nn.log_softmax(model.bind(teacher)(inputs))
-    divergence = optax.losses.kl_divergence_with_log_targets(student, taught).mean()
+    student_log_probs = jax.nn.log_softmax(model.bind(params)(inputs))
+    teacher_log_probs = jax.nn.log_softmax(model.bind(teacher)(inputs))
+    # KL(teacher || student), a mean over tokens; no temperature.
+    divergence = optax.losses.kl_divergence_with_log_targets(
+        student_log_probs, teacher_log_probs
+    ).mean()
     return (1 - weight) * loss + weight * divergence
 
 

@@ -31,8 +31,8 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
     """Writes results.csv, the figures as PNG and SVG, and report.html.
 
     Args:
-      results: the results of one run, as results.json holds them.
-      directory: where the files go; made where absent, files there are replaced.
+      results: results of one run, the content of results.json.
+      directory: directory of the files; made if absent, files there are replaced.
 
     Returns:
       The paths written: results.csv, each figure's .png and .svg, report.html.
@@ -46,6 +46,7 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
       results = json.loads((run / "results.json").read_text())
       write_report(results, run)
     """
+    # Before matplotlib is imported, so that wrong results are refused at once.
     results_.check(results)
     try:
         from experiments.report import plots, sections

@@ -21,14 +21,14 @@ _RUNS = {"pruned": "dense", "retrained": "control"}
 
 def points(results: Mapping[str, Any], stage: str, allocation: str) -> Points:
     """Criterion to sparsity to one accuracy a seed; empty where none was measured."""
-    found: Points = {}
+    by_criterion: Points = {}
     for seed in results["seeds"]:
         for cell in seed["cells"]:
             value = cell.get(f"accuracy_{stage}")
             if value is not None and cell["allocation"] == allocation:
-                of = found.setdefault(cell["criterion"], {})
-                of.setdefault(cell["sparsity"], []).append(value)
-    return found
+                by_sparsity = by_criterion.setdefault(cell["criterion"], {})
+                by_sparsity.setdefault(cell["sparsity"], []).append(value)
+    return by_criterion
 
 
 def section(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,14 +36,14 @@ def section(results: Mapping[str, Any]) -> dict[str, Any]:
     stages: list[dict[str, Any]] = []
     for number, allocation in enumerate(results_.allocations(results)):
         for stage in results_.STAGES:
-            if found := points(results, stage, allocation):
-                drawn = drawing(results, stage, allocation)
+            if measured := points(results, stage, allocation):
+                picture = drawing(results, stage, allocation)
                 stages.append(
                     {
                         "title": f"{figures.TITLES[stage]}, {allocation}",
-                        "drawn": {f"accuracy-{number}-{stage}": drawn},
+                        "drawn": {f"accuracy-{number}-{stage}": picture},
                         "references": _references(results, stage),
-                        **_table(found),
+                        **_table(measured),
                     }
                 )
     return {"stages": stages, "by_question": _by_question(results)}
@@ -61,26 +61,36 @@ def _by_question(results: Mapping[str, Any]) -> dict[str, Any] | None:
             for cell in seed["cells"]:
                 if (cell["allocation"], cell["criterion"]) == (allocation, criterion):
                     name = f"{findings.percent(cell['sparsity'])} {stage}"
-                    found = cell.get(f"by_question_{stage}")
-                    columns.setdefault(name, []).append(found)
-    measured = {name: of for name, of in columns.items() if all(of)}
+                    shares = cell.get(f"by_question_{stage}")
+                    columns.setdefault(name, []).append(shares)
+    measured = {
+        name: shares_by_seed
+        for name, shares_by_seed in columns.items()
+        if all(shares_by_seed)
+    }
     if "dense" not in measured:
         return None
     rows = [
-        [question, *(f"{100 * _mean(of, question):.1f}" for of in measured.values())]
+        [
+            question,
+            *(
+                f"{100 * _mean(shares_by_seed, question):.1f}"
+                for shares_by_seed in measured.values()
+            ),
+        ]
         for question in measured["dense"][0]
     ]
     caption = f"Percent right of each question: {criterion}, {allocation}."
     return {"header": ["question", *measured], "rows": rows, "caption": caption}
 
 
-def _mean(of: Sequence[Mapping[str, float]], question: str) -> float:
-    return float(np.mean([each[question] for each in of]))
+def _mean(shares_by_seed: Sequence[Mapping[str, float]], question: str) -> float:
+    return float(np.mean([shares[question] for shares in shares_by_seed]))
 
 
 def _references(results: Mapping[str, Any], stage: str) -> str:
     """What the lines are held against, in words."""
-    known = [
+    parts = [
         f"{name}: {text}"
         for name, text in (
             ("dense", _share(_dense(results, stage))),
@@ -88,7 +98,7 @@ def _references(results: Mapping[str, Any], stage: str) -> str:
         )
         if text
     ]
-    return "Lines are means over the seeds. " + "; ".join(known) + "."
+    return "Lines are means over the seeds. " + "; ".join(parts) + "."
 
 
 def _dense(results: Mapping[str, Any], stage: str) -> float | None:
@@ -106,14 +116,17 @@ def _share(value: float | None) -> str:
     return "" if value is None else findings.percent(round(value, 3))
 
 
-def _table(found: Points) -> dict[str, Any]:
+def _table(by_criterion: Points) -> dict[str, Any]:
     """Criteria by sparsities: mean and spread of the seeds, in percent."""
-    sparsities = sorted({sparsity for of in found.values() for sparsity in of})
+    sparsities = sorted(
+        {sparsity for by_sparsity in by_criterion.values() for sparsity in by_sparsity}
+    )
     rows = []
-    for criterion, of in found.items():
+    for criterion, by_sparsity in by_criterion.items():
         row = [criterion]
         for sparsity in sparsities:
-            values = 100 * np.array(of.get(sparsity, []))
+            values = 100 * np.array(by_sparsity.get(sparsity, []))
+            # Percentage points; the sample deviation needs two seeds.
             spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
             row.append(f"{values.mean():.1f}{spread}" if len(values) else "")
         rows.append(row)
@@ -124,22 +137,27 @@ def _table(found: Points) -> dict[str, Any]:
 @canvas.STYLE
 def drawing(results: Mapping[str, Any], stage: str, allocation: str) -> Figure:
     """Accuracy against sparsity, a line for each criterion."""
-    found = points(results, stage, allocation)
+    by_criterion = points(results, stage, allocation)
     style = plots.styles(results_.criteria(results))
-    known = {"dense": _dense(results, stage), "no picture": _text_only(results)}
-    levels = {name: level for name, level in known.items() if level is not None}
-    figure, (axes,) = plots.panels(1, [*found, *levels])
+    references = {"dense": _dense(results, stage), "no picture": _text_only(results)}
+    levels = {name: level for name, level in references.items() if level is not None}
+    figure, (axes,) = plots.panels(1, [*by_criterion, *levels])
     ends: list[tuple[str, str, float, float]] = []
-    for criterion, of in found.items():
-        percent = [100 * sparsity for sparsity in sorted(of)]
-        means = [100 * float(np.mean(of[sparsity])) for sparsity in sorted(of)]
+    for criterion, by_sparsity in by_criterion.items():
+        percent = [100 * sparsity for sparsity in sorted(by_sparsity)]
+        means = [
+            100 * float(np.mean(by_sparsity[sparsity]))
+            for sparsity in sorted(by_sparsity)
+        ]
         look = style[criterion]
         axes.plot(percent, means, color=look.colour, marker=look.marker, ls=look.dash)
         ends.append((criterion, look.colour, percent[-1], means[-1]))
+    # Levels of the models without pruning are named at the right, as the lines are.
     last = max(end[2] for end in ends)
     for name, level in levels.items():
         axes.axhline(100 * level, color=canvas.INK, lw=1, zorder=1)
         ends.append((name, canvas.INK, last, 100 * level))
+    # The whole range: an axis that fits the lines would make small differences large.
     axes.set_ylim(0, 100)
     axes.set_xlabel("sparsity: % of the weights removed")
     axes.set_title(f"{figures.TITLES[stage]}, {allocation}: % answered right")

@@ -57,8 +57,8 @@ def rows(results: Results) -> list[dict[str, Any]]:
             "dense_loss": dense,
             "above": cell["loss"] - dense,
         }
-        whole = {**cell, **derived}
-        table.append({name: whole[name] for name in COLUMNS})
+        record = {**cell, **derived}
+        table.append({name: record[name] for name in COLUMNS})
     return table
 
 
@@ -67,23 +67,23 @@ def tables(results: Results) -> list[Table]:
 
     A draw of the calibration sequences has tables of its own.
     """
-    found = rows(results)
+    table = rows(results)
     parts = []
-    for draw in sorted({row["draw"] for row in found}):
-        of_draw = [row for row in found if row["draw"] == draw]
-        named = f", calibration draw {draw + 1}" if draw else ""
-        parts.append(_table(of_draw, f"Nats above dense{named}", relative=False))
-        if any(row["allocation"] == "uniform" for row in of_draw):
-            title = f"Nats above the same solver with uniform allocation{named}"
-            parts.append(_table(of_draw, title, relative=True))
+    for draw in sorted({row["draw"] for row in table}):
+        draw_rows = [row for row in table if row["draw"] == draw]
+        suffix = f", calibration draw {draw + 1}" if draw else ""
+        parts.append(_table(draw_rows, f"Nats above dense{suffix}", relative=False))
+        if any(row["allocation"] == "uniform" for row in draw_rows):
+            title = f"Nats above the same solver with uniform allocation{suffix}"
+            parts.append(_table(draw_rows, title, relative=True))
     return parts
 
 
-def _table(found: Sequence[Mapping[str, Any]], title: str, *, relative: bool) -> Table:
+def _table(table: Sequence[Mapping[str, Any]], title: str, *, relative: bool) -> Table:
     """Rows are solver and allocation, columns sparsities; means over the seeds."""
     losses = {
         (row["solver"], row["allocation"], row["sparsity"], row["seed"]): row["above"]
-        for row in found
+        for row in table
     }
     pairs = sorted({key[:2] for key in losses}, key=_order)
     sparsities = sorted({key[2] for key in losses})
@@ -97,6 +97,8 @@ def _table(found: Sequence[Mapping[str, Any]], title: str, *, relative: bool) ->
             for (*key, seed), above in losses.items():
                 if key != [solver, allocation, sparsity]:
                     continue
+                # The same seed's: what an allocation changes is far less than what a
+                # seed does.
                 base = losses.get((solver, "uniform", sparsity, seed))
                 if not relative:
                     values.append(above)
@@ -111,6 +113,7 @@ def _table(found: Sequence[Mapping[str, Any]], title: str, *, relative: bool) ->
 def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
     """Solvers that repair first; in each, the allocations by their kinds."""
     solver, allocation = pair
+    # Names that the lists do not have come behind all others.
     first = [*_SOLVERS, *_LAST, solver].index(solver)
     place = [*_ALLOCATIONS, allocation].index(allocation)
     return (first, solver, place, allocation)
@@ -123,16 +126,17 @@ def figure(all_results: Sequence[Results]) -> Figure:
     are left to the tables, unless there is nothing else.
     """
     lines: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    every = [(results, rows(results)) for results in all_results]
-    found = [
+    rows_by_run = [(results, rows(results)) for results in all_results]
+    panel_rows = [
         (row, f"{results['config']['preset']}: {row['solver']}")
-        for results, own in every
-        for row in own
-        if row["draw"] == min(r["draw"] for r in own) and row["solver"] not in _LAST
+        for results, run_rows in rows_by_run
+        for row in run_rows
+        if row["draw"] == min(r["draw"] for r in run_rows)
+        and row["solver"] not in _LAST
     ]
-    main = [item for item in found if item[0]["allocation"] in _ALLOCATIONS]
+    main = [item for item in panel_rows if item[0]["allocation"] in _ALLOCATIONS]
     for row, panel in sorted(
-        main or found,
+        main or panel_rows,
         key=lambda item: _order((item[0]["solver"], item[0]["allocation"])),
     ):
         cells = lines.setdefault(row["allocation"], {}).setdefault(row["seed"], [])
@@ -143,10 +147,10 @@ def figure(all_results: Sequence[Results]) -> Figure:
         allocation: {
             "seeds": [
                 {"seed": seed, "dense": {"loss": 0.0}, "cells": cells}
-                for seed, cells in sorted(of.items())
+                for seed, cells in sorted(cells_by_seed.items())
             ]
         }
-        for allocation, of in lines.items()
+        for allocation, cells_by_seed in lines.items()
     }
     return figures.runs(labelled, stage="pruned", allocation="global")
 
@@ -184,12 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Draw, prog=prog, args=arguments)
     try:
         paths = [p / "results.json" if p.is_dir() else p for p in options.results]
-        found = [_read(path) for path in paths]
-        presets = [results["config"]["preset"] for results in found]
+        all_results = [_read(path) for path in paths]
+        presets = [results["config"]["preset"] for results in all_results]
         if len({*presets}) < len(presets):
             raise ValueError(f"give one run of each preset, got {', '.join(presets)}")
-        drawn = figure(found)
-        svg = canvas.svg(drawn, ground="white").encode()
+        picture = figure(all_results)
+        svg = canvas.svg(picture, ground="white").encode()
         atomic.replace_files(options.out, {"allocation.svg": svg})
     except (OSError, ValueError) as error:
         sys.exit(f"allocation_figure: {error}")

@@ -44,6 +44,7 @@ def loss(
     style = plots.styles(results_.criteria(results))
     shown = {stage: results_.curves(results, stage, allocation) for stage in stages}
     shown = {stage: curves for stage, curves in shown.items() if curves}
+    # The longest label that can stand at a line's end decides the room beside a panel.
     figure, panels = plots.panels(len(shown), [*style, "control  0.000"])
     for axes, (stage, curves) in zip(panels, shown.items(), strict=True):
         lines = [(curve.criterion, style[curve.criterion], curve) for curve in curves]
@@ -53,7 +54,8 @@ def loss(
             dash: Any = "-" if nats == 0 else (0, (4, 3))
             axes.axhline(nats, color=canvas.INK, lw=1, ls=dash, label=name, zorder=1)
         ends = [
-            (name, canvas.INK, axes.get_xlim()[1], at) for name, at in dense.items()
+            (name, canvas.INK, axes.get_xlim()[1], nats_above)
+            for name, nats_above in dense.items()
         ]
         plots.name_ends(axes, _ends(lines) + ends)
         axes.set_title(f"{TITLES[stage]}: nats above the {_REFERENCES[stage]}")
@@ -94,12 +96,12 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
     figure, panels = plots.panels(len(criteria), ["average  "])
     steps, values = np.asarray(sampled["steps"]), np.asarray(sampled["values"])
     end = steps[-1] + 0.07 * (steps[-1] - steps[0])
-    base = sampled["kept"].get("magnitude")
+    base = sampled["kept"].get("magnitude")  # None where magnitude was not asked for
     for axes, criterion in zip(panels, criteria, strict=True):
         kept = sampled["kept"][criterion]
-        other = [a != b for a, b in zip(kept, base or kept, strict=True)]
+        unlike_magnitude = [a != b for a, b in zip(kept, base or kept, strict=True)]
         for row, average, keep, bold in zip(
-            values, sampled["averages"], kept, other, strict=True
+            values, sampled["averages"], kept, unlike_magnitude, strict=True
         ):
             colour, alpha = (canvas.KEPT, 0.75) if keep else (canvas.REMOVED, 0.6)
             look: dict[str, Any] = {"color": colour, "alpha": 1 if bold else alpha}
@@ -119,8 +121,8 @@ def weights(results: Mapping[str, Any], criteria: Sequence[str]) -> Figure:
         axes.text(0, 1.02, f"{sum(kept)} kept", color=canvas.KEPT, **place)
         removed = f"{len(kept) - sum(kept)} removed"
         axes.text(0.2, 1.02, removed, color=canvas.REMOVED, **place)
-        if any(other):
-            note = f"thick: {sum(other)} unlike magnitude"
+        if any(unlike_magnitude):
+            note = f"thick: {sum(unlike_magnitude)} unlike magnitude"
             axes.text(1, 1.02, note, size=8.5, ha="right", **place)
         plots.beside(axes, "average", (end, max(sampled["averages"])), canvas.INK)
     return figure
@@ -135,35 +137,57 @@ def layers(
     `sparsities` has those of each leaf, for each criterion. There is no colour at the
     sparsity asked for, orange above it and blue below.
     """
-    names = list(dict.fromkeys(leaf for of in sparsities.values() for leaf in of))
-    table = np.array(
-        [[of.get(name, np.nan) for of in sparsities.values()] for name in names]
+    names = list(
+        dict.fromkeys(leaf for by_leaf in sparsities.values() for leaf in by_leaf)
     )
-    left, right, top = 0.075 * max(map(len, names)) + 0.15, 0.9, 1.35
-    width, height = left + 0.62 * len(sparsities) + right, 0.27 * len(names) + top + 0.1
+    # (leaves, criteria); NaN where a criterion did not prune a leaf.
+    table = np.array(
+        [
+            [by_leaf.get(name, np.nan) for by_leaf in sparsities.values()]
+            for name in names
+        ]
+    )
+    # Inches: room for the names of the leaves, and for those of the criteria above.
+    left_margin = 0.075 * max(map(len, names)) + 0.15
+    right_margin, low_margin, top_margin = 0.9, 0.1, 1.35
+    inner_width, inner_height = 0.62 * len(sparsities), 0.27 * len(names)
+    width = left_margin + inner_width + right_margin
+    height = inner_height + top_margin + low_margin
     figure = Figure(figsize=(width, height))
-    wide, high = 1 - (left + right) / width, 1 - (top + 0.1) / height
-    axes = figure.add_axes((left / width, 0.1 / height, wide, high))
+    axes = figure.add_axes(
+        (
+            left_margin / width,
+            low_margin / height,
+            1 - (left_margin + right_margin) / width,
+            1 - (top_margin + low_margin) / height,
+        )
+    )
+    # Symmetric about the sparsity asked for; at least a little, or all would be one
+    # colour by a division by zero.
     reach = max(float(np.nanmax(np.abs(table - sparsity))), 1e-6)
+    # RGBA: blue, through transparent at no deviation, to orange.
     ends = [(0, 0.45, 0.7, 0.6), (0.5, 0.5, 0.5, 0), (0.9, 0.45, 0, 0.65)]
     colours = LinearSegmentedColormap.from_list("deviation", ends)
     axes.pcolormesh(table - sparsity, cmap=colours, vmin=-reach, vmax=reach)
-    axes.invert_yaxis()
+    axes.invert_yaxis()  # the first leaf on top
     for (row, column), share in np.ndenumerate(table):
         text = "" if np.isnan(share) else f"{100 * share:.0f}"
         axes.text(column + 0.5, row + 0.52, text, ha="center", va="center")
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.set_yticks(np.arange(len(names)) + 0.5, names)
-    axes.set_xticks(
-        np.arange(len(sparsities)) + 0.5, list(sparsities), rotation=35, ha="left"
-    )
-    style = plots.styles(list(sparsities))
-    for label, name in zip(axes.get_xticklabels(), sparsities, strict=True):
-        label.set_color(style[name].colour)
-    axes.spines[:].set_visible(False)
+    _label_cells(axes, names, list(sparsities))
     title = f"% removed of each matrix at {100 * sparsity:g} %, {allocation} allocation"
     figure.text(0.1 / width, 1 - 0.12 / height, title, size=10.5, va="top")
     return figure
+
+
+def _label_cells(axes: Axes, leaves: Sequence[str], criteria: Sequence[str]) -> None:
+    """Names the rows and, above them, the columns, these in their colours."""
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.set_yticks(np.arange(len(leaves)) + 0.5, leaves)
+    axes.set_xticks(np.arange(len(criteria)) + 0.5, criteria, rotation=35, ha="left")
+    style = plots.styles(criteria)
+    for label, name in zip(axes.get_xticklabels(), criteria, strict=True):
+        label.set_color(style[name].colour)
+    axes.spines[:].set_visible(False)
 
 
 @canvas.STYLE
@@ -191,8 +215,8 @@ def training(results: Mapping[str, Any]) -> Figure:
 
 def _points(curve: Sequence[Mapping[str, Any]], name: str) -> tuple[list, list]:
     """Steps and values where the value was measured."""
-    known = [point for point in curve if point.get(name) is not None]
-    return [point["step"] for point in known], [point[name] for point in known]
+    measured = [point for point in curve if point.get(name) is not None]
+    return [point["step"] for point in measured], [point[name] for point in measured]
 
 
 def _limits(all_results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -207,6 +231,8 @@ def _limits(all_results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     for results in all_results:
         for stage in results_.STAGES:
             values += _dense(results, stage).values()
+    # Room for markers at the ends, and never so near that the strip of ±`CLOSE` fills
+    # the panel.
     low, high = 1.3 * min(values), 1.3 * max(values)
     return min(-1.5 * results_.CLOSE, low), max(5 * results_.CLOSE, high)
 
@@ -214,12 +240,15 @@ def _limits(all_results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 def _dense(results: Mapping[str, Any], stage: results_.Stage) -> dict[str, float]:
     """Both dense models by name and mean loss: how far above the stage's reference."""
     dense = float(np.mean([seed["dense"]["loss"] for seed in results["seeds"]]))
-    known = {"dense": dense}
+    losses_by_run = {"dense": dense}
     if results_.extra_steps(results) is not None:
         losses = [seed["control"]["loss"] for seed in results["seeds"]]
-        known["control"] = float(np.mean(losses))
-    reference = dense if stage == "pruned" else list(known.values())[-1]
-    return {f"{name}  {at:.3f}": at - reference for name, at in known.items()}
+        losses_by_run["control"] = float(np.mean(losses))
+    # Retrained models are held against the control, which had as many steps.
+    reference = dense if stage == "pruned" else list(losses_by_run.values())[-1]
+    return {
+        f"{name}  {loss:.3f}": loss - reference for name, loss in losses_by_run.items()
+    }
 
 
 def _against_sparsity(
@@ -230,8 +259,9 @@ def _against_sparsity(
     """Draws curves of nats above a reference, on axes that fit them all."""
     sparsities = np.unique(np.concatenate([curve.sparsities for *_, curve in lines]))
     percent = 100 * sparsities
-    end = max(percent[-1], percent[0] + 1)
+    end = max(percent[-1], percent[0] + 1)  # one sparsity has no width of its own
     axes.set_xlim(percent[0], end)
+    # Losses below the reference occur, which a logarithm cannot show.
     axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.8)
     axes.set_ylim(*limits)
     axes.axhspan(-results_.CLOSE, results_.CLOSE, color=canvas.FAINT, alpha=0.15, lw=0)
@@ -249,7 +279,7 @@ def _against_sparsity(
         ticks, [f"{tick:+g}".replace("-", "−") if tick else "0" for tick in ticks]
     )
     axes.set_yticks([], minor=True)
-    shown: list[float] = []
+    shown: list[float] = []  # ticks that do not run into each other
     for tick in percent:
         if not shown or tick - shown[-1] >= 0.08 * (end - percent[0]):
             shown.append(float(tick))
@@ -263,8 +293,8 @@ def _ends(
     lines: Sequence[tuple[str, plots.Line, results_.Curve]],
 ) -> list[tuple[str, str, float, float]]:
     """Name, colour and last point of each line."""
-    found = []
+    ends = []
     for name, style, curve in lines:
         percent, nats = 100 * float(curve.sparsities[-1]), curve.above[:, -1].mean()
-        found.append((name, style.colour, percent, float(nats)))
-    return found
+        ends.append((name, style.colour, percent, float(nats)))
+    return ends

@@ -35,9 +35,9 @@ def headline(results: Mapping[str, Any]) -> list[str]:
         ),
         ("pruned", "Right after pruning, ", "the dense model"),
     ):
-        found = results_.curves(results, stage)  # type: ignore[arg-type]
-        if found:
-            sentences.append(f"{start}{_furthest(found, reference)} ({over}).")
+        curves = results_.curves(results, stage)  # type: ignore[arg-type]
+        if curves:
+            sentences.append(f"{start}{_furthest(curves, reference)} ({over}).")
     retrained = results_.curves(results, "retrained")
     return sentences + ([_lowest(retrained)] if retrained else [])
 
@@ -58,47 +58,49 @@ def _furthest(curves: Sequence[results_.Curve], reference: str) -> str:
     best = max(reaches.values())
     if best == 0:
         return f"no criterion stays within {results_.CLOSE} nats of {reference}"
+    # Sparsities are a grid, so several criteria may reach the same one.
     first = [name for name, reach in reaches.items() if reach == best]
-    rest = [reach for reach in reaches.values() if reach < best]
+    lower = [reach for reach in reaches.values() if reach < best]
     allocations = {curve.allocation for curve in curves}
-    kind = "criteria" if len(allocations) == 1 else "pairs of criterion and allocation"
-    several = f"{len(first)} of {len(reaches)} {kind}"
+    unit = "criteria" if len(allocations) == 1 else "pairs of criterion and allocation"
+    several = f"{len(first)} of {len(reaches)} {unit}"
     names = _listed(first) if len(first) <= 3 else several
     verb = "stays" if len(first) == 1 else "stay"
     near = f"{verb} within {results_.CLOSE} nats of {reference}"
     text = f"{names} {near} up to {percent(best)} sparsity"
-    if not rest:
+    if not lower:
         return text
-    high = max(rest)
+    high = max(lower)
     return f"{text}, no other {f'past {percent(high)}' if high else 'at any'}"
 
 
 def _lowest(curves: Sequence[results_.Curve]) -> str:
     """Whether any pruned model ended under its control, and whether that is noise."""
-    found = [
+    candidates = [
         (float(curve.above[:, column].mean()), curve, column)
         for curve in curves
         for column, sparsity in enumerate(curve.sparsities)
         if sparsity > 0
     ]
-    if not found:
+    if not candidates:
         return "Nothing but the dense model was retrained."
-    lowest, curve, column = min(found, key=lambda item: item[0])
+    lowest, curve, column = min(candidates, key=lambda item: item[0])
     above = curve.above[:, column].compressed()
-    where = f"{title(curve, curves)} at {percent(curve.sparsities[column])}"
+    place = f"{title(curve, curves)} at {percent(curve.sparsities[column])}"
     if lowest >= 0:
         return (
-            f"Pruning never lowered the loss: the lowest of {len(found)} is {where}, "
-            f"{signed_text(lowest)} nats against the dense control."
+            f"Pruning never lowered the loss: the lowest of {len(candidates)} is "
+            f"{place}, {signed_text(lowest)} nats against the dense control."
         )
     if len(above) < 2:
         noise = ", with one seed and no spread to hold it against"
     elif -lowest > np.std(above, ddof=1):
         noise = ""
     else:
+        # The lowest of many cells is under the control by chance alone now and then.
         noise = ", no more than the spread of the seeds"
     return (
-        f"The lowest of {len(found)} retrained losses is {where}, "
+        f"The lowest of {len(candidates)} retrained losses is {place}, "
         f"{signed_text(lowest)} nats against the dense control and under it for "
         f"{(above < 0).sum()} of {len(above)} seeds{noise}; a lowest of many flatters."
     )
@@ -126,7 +128,7 @@ def mean(losses: Sequence[float] | np.ndarray, *, signed: bool = False) -> str:
 
 def title(curve: results_.Curve, among: Sequence[results_.Curve]) -> str:
     """The criterion's name, with the allocation where several are compared."""
-    several = len({other.allocation for other in among}) > 1
+    several = len({rival.allocation for rival in among}) > 1
     return f"{curve.criterion} ({curve.allocation})" if several else curve.criterion
 
 
@@ -160,6 +162,7 @@ def layers(
         return None
     sparsity = min({c["sparsity"] for c in cells}, key=lambda s: abs(s - _TYPICAL))
     cells = [cell for cell in cells if cell["sparsity"] == sparsity]
+    # The most uneven: where all matrices lose the same share there is nothing to see.
     allocation = max(
         cells, key=lambda cell: np.ptp([*cell["sparsity_by_leaf"].values()])
     )
@@ -167,12 +170,15 @@ def layers(
     for cell in cells:
         if cell["allocation"] == allocation["allocation"]:
             sparsities.setdefault(cell["criterion"], {})
-    for criterion, of in sparsities.items():
-        found = [
+    for criterion, by_leaf in sparsities.items():
+        leaf_sparsities = [
             cell["sparsity_by_leaf"]
             for cell in cells
             if cell["criterion"] == criterion
             and cell["allocation"] == allocation["allocation"]
         ]
-        of |= {leaf: float(np.mean([c[leaf] for c in found])) for leaf in found[0]}
+        by_leaf |= {
+            leaf: float(np.mean([c[leaf] for c in leaf_sparsities]))
+            for leaf in leaf_sparsities[0]
+        }
     return sparsities, sparsity, allocation["allocation"]

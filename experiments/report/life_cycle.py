@@ -60,7 +60,7 @@ class LifeCycle:
       tracking: joules of the averages during it.
       sweep: joules of all cells' ranking, pruning and evaluation.
       retraining: joules of one model's retraining.
-      serving: for each batch size and sparsity.
+      serving: joules for each batch size and sparsity.
       measured: whether energy was measured or only counted.
       co2: kilograms a joule.
     """
@@ -79,20 +79,12 @@ class LifeCycle:
         return self.tracking + self.sweep + self.retraining
 
 
-def of(results: Mapping[str, Any]) -> LifeCycle | None:
+def from_results(results: Mapping[str, Any]) -> LifeCycle | None:
     """The life cycle that these results tell of.
 
     None where costs, phases or the tokens of training are not known.
     """
-    seeds, costs = len(results["seeds"]), results.get("costs")
-    phases: dict[str, dict[str, float]] = {}
-    for phase in results.get("phases") or ():
-        total = phases.setdefault(phase["name"], dict.fromkeys(_SUMMED, 0.0))
-        rate = phase.get("tokens_per_second") or 0.0
-        total["tokens"] += rate * phase["seconds"] / seeds
-        total["share"] += phase.get("share", 1.0) / seeds
-        for name in _SUMMED[2:]:
-            total[name] += (phase.get(name) or 0.0) / seeds
+    phases, costs = _phase_means(results), results.get("costs")
     training = phases.get("train")
     if "control" in phases and not phases["control"]["share"]:
         return None  # begun again after its last step: nobody knows what it took
@@ -100,21 +92,24 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
         return None
     steps = float(np.mean([seed["dense"]["steps"] for seed in results["seeds"]]))
     weights = results["model"]["parameters"]
+    # Backward costs twice the forward: gradients of the inputs and of the weights.
     arithmetic = 3 * costs[0]["flops_dense"] * training["tokens"] * JOULES_A_FLOP
-    moved = TRAINING_BYTES * weights * steps * JOULES_A_BYTE
-    held = len(results.get("averages") or _USUAL)
-    tracked = held * TRACKING_BYTES * results["model"]["prunable"] * steps
+    moved = TRAINING_BYTES * weights * steps * JOULES_A_BYTE  # joules, as all below
+    average_count = len(results.get("averages") or _USUAL)
+    tracked = average_count * TRACKING_BYTES * results["model"]["prunable"] * steps
     tracked *= JOULES_A_BYTE
     # Of a training that went on from a checkpoint only this start was measured.
     share = training["share"]
-    counted = arithmetic + (moved + tracked) * share
-    spent = 3.6e6 * training["energy_kwh"] or counted
-    scale = spent / counted
+    computed = arithmetic + (moved + tracked) * share
+    # A kilowatt-hour is 3.6 MJ; 0 where codecarbon did not measure.
+    spent = 3.6e6 * training["energy_kwh"] or computed
+    scale = spent / computed
 
     def cost(name: str) -> float:
         """Joules of a phase, as its seconds are to those of training."""
         phase = phases.get(name, dict.fromkeys(_SUMMED, 0.0))
         measured = 3.6e6 * phase["energy_kwh"]
+        # The same machine at the same work: energy goes with time.
         return measured or spent * phase["seconds"] / training["seconds"]
 
     def done(name: str) -> float:
@@ -127,6 +122,7 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
         training=spent / share - scale * tracked,
         tracking=scale * tracked,
         sweep=cost("prune"),
+        # The control takes the very steps that a pruned model does.
         retraining=cost("control") / done("control"),
         serving={
             batch: {row["sparsity"]: _serving(row, batch, scale) for row in costs}
@@ -140,10 +136,25 @@ def of(results: Mapping[str, Any]) -> LifeCycle | None:
 _SUMMED = ("tokens", "share", "seconds", "energy_kwh", "co2_kg")
 
 
+def _phase_means(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What each phase took, `_SUMMED`, by its name: means over the seeds."""
+    seeds = len(results["seeds"])
+    phases: dict[str, dict[str, float]] = {}
+    for phase in results.get("phases") or ():
+        total = phases.setdefault(phase["name"], dict.fromkeys(_SUMMED, 0.0))
+        rate = phase.get("tokens_per_second") or 0.0
+        total["tokens"] += rate * phase["seconds"] / seeds
+        total["share"] += phase.get("share", 1.0) / seeds
+        for name in _SUMMED[2:]:
+            total[name] += (phase.get(name) or 0.0) / seeds
+    return phases
+
+
 def _serving(row: Mapping[str, Any], batch: int, scale: float) -> Serving:
     """Joules a token where `batch` tokens share one reading of the weights."""
 
     def joules(bytes_: float, flops: float) -> float:
+        # Weights are read once for a batch, and multiplied for each of its tokens.
         return scale * (bytes_ / batch * JOULES_A_BYTE + flops * JOULES_A_FLOP)
 
     return Serving(
@@ -160,36 +171,18 @@ def pays_back(once: float, dense: float, pruned: float) -> float | None:
 
 def section(results: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the page says of it: a figure, two tables and a note; None without costs."""
-    found = of(results)
-    if found is None:
+    cycle = from_results(results)
+    if cycle is None:
         return None
     once = [
-        ["training, dense", _energy(found.training), _mass(found.training, found)],
-        ["tracking", _energy(found.tracking), _mass(found.tracking, found)],
-        ["sweep of all cells", _energy(found.sweep), _mass(found.sweep, found)],
-        ["retraining", _energy(found.retraining), _mass(found.retraining, found)],
+        ["training, dense", _energy(cycle.training), _mass(cycle.training, cycle)],
+        ["tracking", _energy(cycle.tracking), _mass(cycle.tracking, cycle)],
+        ["sweep of all cells", _energy(cycle.sweep), _mass(cycle.sweep, cycle)],
+        ["retraining", _energy(cycle.retraining), _mass(cycle.retraining, cycle)],
     ]
-    rows = []
-    for batch, by_sparsity in found.serving.items():
-        for sparsity, serving in by_sparsity.items():
-            million = [serving.dense, serving.packed, serving.skipped]
-            back = [
-                pays_back(found.once, serving.dense, joules) for joules in million[1:]
-            ]
-            rows.append(
-                [
-                    str(batch),
-                    findings.percent(sparsity),
-                    *(_energy(1e6 * joules) for joules in million),
-                    *(
-                        "never" if tokens is None else f"{tokens:,.0f}"
-                        for tokens in back
-                    ),
-                ]
-            )
     return {
         "title": TITLE,
-        "drawn": {"life-cycle": figure(found)},
+        "drawn": {"life-cycle": figure(cycle)},
         "once": {"header": ["once", "energy", "CO₂"], "rows": once},
         "served": {
             "header": [
@@ -201,10 +194,26 @@ def section(results: Mapping[str, Any]) -> dict[str, Any] | None:
                 "paid back after: packed",
                 "and zeros skipped",
             ],
-            "rows": rows,
+            "rows": [
+                _served_row(cycle, batch, sparsity)
+                for batch, by_sparsity in cycle.serving.items()
+                for sparsity in by_sparsity
+            ],
         },
-        "measured": found.measured,
+        "measured": cycle.measured,
     }
+
+
+def _served_row(cycle: LifeCycle, batch: int, sparsity: float) -> list[str]:
+    """What a million tokens cost at a sparsity, and after how many it is paid back."""
+    serving = cycle.serving[batch][sparsity]
+    ways = [serving.dense, serving.packed, serving.skipped]  # joules a token
+    row = [str(batch), findings.percent(sparsity)]
+    row += [_energy(1e6 * joules) for joules in ways]
+    for joules in ways[1:]:
+        tokens = pays_back(cycle.once, serving.dense, joules)
+        row.append("never" if tokens is None else f"{tokens:,.0f}")
+    return row
 
 
 def _energy(joules: float) -> str:
@@ -212,25 +221,29 @@ def _energy(joules: float) -> str:
     return f"{joules / 3600:,.3g} Wh" if joules >= 3600 else f"{joules:,.3g} J"
 
 
-def _mass(joules: float, found: LifeCycle) -> str:
-    return f"{1000 * joules * found.co2:,.3g} g"
+def _mass(joules: float, cycle: LifeCycle) -> str:
+    return f"{1000 * joules * cycle.co2:,.3g} g"
 
 
 @canvas.STYLE
-def figure(found: LifeCycle) -> Figure:
+def figure(cycle: LifeCycle) -> Figure:
     """Joules beyond the dense training against served tokens, one token at a time."""
-    serving = found.serving[BATCHES[0]]
-    names = [f"{findings.percent(sparsity)} packed" for sparsity in serving]
+    by_sparsity = cycle.serving[BATCHES[0]]
+    names = [f"{findings.percent(sparsity)} packed" for sparsity in by_sparsity]
     style = plots.styles(names)
-    drawn, (axes,) = plots.panels(1, ["dense", *names])
-    paid = [pays_back(found.once, each.dense, each.packed) for each in serving.values()]
+    canvas_figure, (axes,) = plots.panels(1, ["dense", *names])
+    paid = [
+        pays_back(cycle.once, serving.dense, serving.packed)
+        for serving in by_sparsity.values()
+    ]
+    # The axis is centred where curves cross: there pruning has paid for itself.
     middle = float(np.median([tokens for tokens in paid if tokens] or [1e6]))
     tokens = np.geomspace(middle / 30, middle * 30, 60)
-    first = next(iter(serving.values()))
+    first = next(iter(by_sparsity.values()))
     ends = [("dense", canvas.INK, tokens[-1], tokens[-1] * first.dense)]
     axes.plot(tokens, tokens * first.dense, color=canvas.INK, lw=1.2)
-    for name, each in zip(names, serving.values(), strict=True):
-        energy = found.once + tokens * each.packed
+    for name, serving in zip(names, by_sparsity.values(), strict=True):
+        energy = cycle.once + tokens * serving.packed
         line = style[name]
         axes.plot(tokens, energy, color=line.colour, ls=line.dash)
         ends.append((name, line.colour, tokens[-1], float(energy[-1])))
@@ -243,4 +256,4 @@ def figure(found: LifeCycle) -> Figure:
         axis.set_major_formatter(lambda value, _: f"{value:,.15g}")
         axis.set_minor_formatter(lambda value, _: "")
     plots.name_ends(axes, ends)
-    return drawn
+    return canvas_figure

@@ -34,18 +34,25 @@ def references(results: Mapping[str, Any]) -> dict[str, Any] | None:
     if any("foreign_loss" not in seed["dense"] for seed in seeds):
         return None
     texts = list(seeds[0]["dense"].get("foreign_by_text") or ())
-    each = texts if len(texts) > 1 else []
+    # A single text's loss stands in the common column already.
+    text_columns = texts if len(texts) > 1 else []
     rows = []
     for run, label in _RUNS.items():
-        found = [seed[run] for seed in seeds if seed.get(run)]
-        if not found:
+        models = [seed[run] for seed in seeds if seed.get(run)]
+        if not models:
             continue
-        row = [label, *(_mean([one.get(name) for one in found]) for name in _COLUMNS)]
-        row += [_mean([one["foreign_by_text"][text] for one in found]) for text in each]
+        row = [
+            label,
+            *(_mean([model.get(name) for model in models]) for name in _COLUMNS),
+        ]
+        row += [
+            _mean([model["foreign_by_text"][text] for model in models])
+            for text in text_columns
+        ]
         rows.append(row)
-    return {"header": ["", *_COLUMNS.values(), *each], "rows": rows}
+    return {"header": ["", *_COLUMNS.values(), *text_columns], "rows": rows}
 
 
 def _mean(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return findings.mean(np.array(known))
+    measured = [value for value in values if value is not None]
+    return findings.mean(np.array(measured))

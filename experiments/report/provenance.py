@@ -13,14 +13,14 @@ TEMPLATES = page.templates(Path(__file__).with_name("templates"))
 TEMPLATES.filters["percent"] = findings.percent
 
 
-def of(results: Mapping[str, Any]) -> dict[str, Any]:
+def describe(results: Mapping[str, Any]) -> dict[str, Any]:
     """The command, configuration, versions, moment and machine of results."""
     pairs = {"configuration": results["config"], "versions": results["versions"]}
     return {
         "command": command(results),
         "pairs": {
-            title: [[name, str(value)] for name, value in atomic.flat(own).items()]
-            for title, own in pairs.items()
+            title: [[name, str(value)] for name, value in atomic.flat(entries).items()]
+            for title, entries in pairs.items()
         },
         "finished": results.get("finished"),
         "device": results["device"],
@@ -32,6 +32,7 @@ def command(results: Mapping[str, Any]) -> str:
 
     Where none is recorded, it has a flag for each entry of the configuration.
     """
+    # Results of before commands were recorded have their configuration.
     if results.get("command"):
         return str(results["command"])
     words = ["python", "-m", f"experiments.{results['name']}"]

@@ -37,9 +37,9 @@ the loss; and both of a text that it was not trained on."""
 
 @dataclasses.dataclass(frozen=True)
 class _Maybe:
-    """What may be null, empty or absent, and else is of `kind`."""
+    """What may be null, empty or absent, and else is of `schema`."""
 
-    kind: Any
+    schema: Any
 
 
 _RUN = {"steps": int, "loss": float}
@@ -123,8 +123,8 @@ def check(results: Any, *, name: str = "results", tables: bool = False) -> None:
     """Refuses anything but complete results of the format written here.
 
     Args:
-      results: what a results.json holds.
-      name: what they are called in the error.
+      results: content of a results.json.
+      name: name of the results in the error.
       tables: whether they are cells of an experiment whose report is tables, which
         says itself what is in a cell, and not seeds of a sweep.
 
@@ -132,12 +132,12 @@ def check(results: Any, *, name: str = "results", tables: bool = False) -> None:
       ValueError: the format is another, or naming everything that is missing, of
         another kind, not finite, out of range or double.
     """
-    found = results.get("format") if isinstance(results, Mapping) else None
-    if found != FORMAT:
-        kind = "format" if isinstance(results, Mapping) else type(results).__name__
+    version = results.get("format") if isinstance(results, Mapping) else None
+    if version != FORMAT:
+        subject = "format" if isinstance(results, Mapping) else type(results).__name__
         raise ValueError(
-            f"'{name}' must be a results.json of format {FORMAT}, got {kind} "
-            f"{found!r}; give one that this version's experiments wrote"
+            f"'{name}' must be a results.json of format {FORMAT}, got {subject} "
+            f"{version!r}; give one that this version's experiments wrote"
         )
     if tables:
         problems = list(_mismatches(results, _TABLES, ""))
@@ -145,51 +145,53 @@ def check(results: Any, *, name: str = "results", tables: bool = False) -> None:
         problems = list(_mismatches(results, _SWEEP, ""))
         problems = problems or list(_disagreements(results))
     if problems:
-        shown = "; ".join(problems[:8])
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        listing = "; ".join(problems[:8])
+        tail = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
-            f"'{name}' is not a complete results.json: {shown}{more}; run the "
+            f"'{name}' is not a complete results.json: {listing}{tail}; run the "
             "experiment again, or correct these entries"
         )
 
 
-def _mismatches(value: Any, kind: Any, path: str) -> Iterator[str]:
+def _mismatches(value: Any, schema: Any, path: str) -> Iterator[str]:
     """Compares value and schema, yielding a sentence for each difference."""
-    if isinstance(kind, _Maybe):
+    if isinstance(schema, _Maybe):
+        # Empty lists are what a run writes that did not measure this.
         if value is not None and value not in ([], {}):
-            yield from _mismatches(value, kind.kind, path)
+            yield from _mismatches(value, schema.schema, path)
     elif value is None:
         yield f"{path} is missing"
-    elif isinstance(kind, dict):
+    elif isinstance(schema, dict):
         if not isinstance(value, Mapping):
             yield f"{path} must be an object, got {value!r:.40}"
             return
-        for key, inner in kind.items():
+        for key, inner in schema.items():
             yield from _mismatches(value.get(key), inner, f"{path}.{key}".lstrip("."))
-    elif isinstance(kind, list):
+    elif isinstance(schema, list):
         if not isinstance(value, Sequence) or isinstance(value, str):
             yield f"{path} must be a list, got {value!r:.40}"
         elif not value:
             yield f"{path} is empty"
         else:
             for index, item in enumerate(value):
-                yield from _mismatches(item, kind[0], f"{path}[{index}]")
+                yield from _mismatches(item, schema[0], f"{path}[{index}]")
+    # In Python True is an integer; in JSON it is none.
     elif isinstance(value, bool) or not isinstance(
-        value, (int, float) if kind is float else kind
+        value, (int, float) if schema is float else schema
     ):
-        yield f"{path} must be {_KINDS[kind]}, got {value!r:.40}"
-    elif kind is float and not math.isfinite(value):
+        yield f"{path} must be {_KINDS[schema]}, got {value!r:.40}"
+    elif schema is float and not math.isfinite(value):
         yield f"{path} must be finite, got {value}"
 
 
 def _disagreements(results: Results) -> Iterator[str]:
     """What the schema cannot say: ranges, doubles, lengths, a control where needed."""
-    seen: set[int] = set()
+    numbers: set[int] = set()
     for index, seed in enumerate(results["seeds"]):
         path = f"seeds[{index}]"
-        if seed["seed"] in seen:
+        if seed["seed"] in numbers:
             yield f"{path}.seed is {seed['seed']} twice"
-        seen.add(seed["seed"])
+        numbers.add(seed["seed"])
         cells: set[tuple[str, str, float]] = set()
         for number, cell in enumerate(seed["cells"]):
             key = (cell["criterion"], cell["allocation"], cell["sparsity"])
@@ -225,12 +227,12 @@ def _unequal(weights: Mapping[str, Any], path: str) -> Iterator[str]:
 
 def columns(results: Results) -> tuple[str, ...]:
     """The names of the tidy table's columns."""
-    found: tuple[str, ...] = COLUMNS
+    names: tuple[str, ...] = COLUMNS
     for name in MEASURES:
         if any(name in seed["dense"] for seed in results["seeds"]):
             stages = [f"{name}_{stage}" for stage in STAGES]
-            found += (*stages, f"dense_{name}", f"control_{name}")
-    return found
+            names += (*stages, f"dense_{name}", f"control_{name}")
+    return names
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
@@ -240,13 +242,13 @@ def rows(results: Results) -> list[dict[str, Any]]:
     """
     names, table = columns(results), []
     for seed in results["seeds"]:
-        whole = {"seed": seed["seed"]}
+        seed_record = {"seed": seed["seed"]}
         for run in ("dense", "control"):
             measured = seed.get(run) or {}
-            whole |= {f"{run}_{name}": value for name, value in measured.items()}
+            seed_record |= {f"{run}_{name}": value for name, value in measured.items()}
         for cell in seed["cells"]:
-            found = {**whole, **cell}
-            table.append({name: found.get(name) for name in names})
+            record = {**seed_record, **cell}
+            table.append({name: record.get(name) for name in names})
     return table
 
 
@@ -284,14 +286,16 @@ class Curve:
         Args:
           limit: nats above the reference, or a fraction of it when `relative`.
           relative: whether `limit` is a fraction of the reference's loss.
-          worst: hold every seed to the limit rather than their mean.
+          worst: whether every seed is held to the limit rather than their mean.
 
         Returns:
           The largest such sparsity, or None where the first is already over.
         """
         above = self.above / self.reference if relative else self.above
-        held = (above.max(0) if worst else above.mean(0)) <= limit
-        count = int(np.logical_and.accumulate(np.ma.filled(held, False)).sum())
+        within = (above.max(0) if worst else above.mean(0)) <= limit
+        # Up to the first sparsity that is too far off, were later ones near again by
+        # chance.
+        count = int(np.logical_and.accumulate(np.ma.filled(within, False)).sum())
         return float(self.sparsities[count - 1]) if count else None
 
 
@@ -312,18 +316,25 @@ def curves(
                 points.setdefault(cell["sparsity"], {})[index] = loss
     run = "dense" if stage == "pruned" else "control"
     reference = [[(seed.get(run) or {}).get("loss", math.nan)] for seed in seeds]
-    found = []
-    for (criterion, of), points in losses.items():
-        grid = np.full((len(seeds), len(points)), math.nan)
+    stage_curves = []
+    for (criterion, curve_allocation), points in losses.items():
+        grid = np.full((len(seeds), len(points)), math.nan)  # NaN: not measured
         for column, sparsity in enumerate(sorted(points)):
             for index, loss in points[sparsity].items():
                 grid[index, column] = loss
         masked = np.ma.masked_invalid(grid)
         ordered = np.asarray(sorted(points))
-        found.append(
-            Curve(criterion, of, stage, ordered, masked, np.asarray(reference))
+        stage_curves.append(
+            Curve(
+                criterion,
+                curve_allocation,
+                stage,
+                ordered,
+                masked,
+                np.asarray(reference),
+            )
         )
-    return found
+    return stage_curves
 
 
 def foreign(results: Results) -> dict[str, Any] | None:

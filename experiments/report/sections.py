@@ -32,17 +32,17 @@ def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
         f"loss_{allocation}": figures.loss(results, allocation=allocation)
         for allocation in results_.allocations(results)
     }
-    if other := results_.foreign(results):
+    if foreign := results_.foreign(results):
         for allocation in results_.allocations(results):
-            drawing = figures.loss(other, allocation=allocation)
+            drawing = figures.loss(foreign, allocation=allocation)
             drawn[f"foreign_loss_{allocation}"] = drawing
     if watched := findings.watched(results):
         drawn["weights"] = figures.weights(results, watched)
-    if found := findings.layers(results):
-        drawn["layers"] = figures.layers(*found)
+    if layer_sparsities := findings.layers(results):
+        drawn["layers"] = figures.layers(*layer_sparsities)
     if any(seed.get("curve") for seed in results["seeds"]):
         drawn["training"] = figures.training(results)
-    if cycle := life_cycle.of(results):
+    if cycle := life_cycle.from_results(results):
         drawn["life_cycle"] = life_cycle.figure(cycle)
     return drawn
 
@@ -50,7 +50,7 @@ def drawings(results: Mapping[str, Any]) -> dict[str, Figure]:
 def document(results: Mapping[str, Any]) -> str:
     """The whole of report.html, one page that loads nothing."""
     layers = findings.layers(results)
-    other = results_.foreign(results)
+    foreign = results_.foreign(results)
     curve = any(seed.get("curve") for seed in results["seeds"])
     return provenance.TEMPLATES.get_template("run.html").render(
         title=f"{results['name']}: loss against sparsity",
@@ -60,8 +60,8 @@ def document(results: Mapping[str, Any]) -> str:
         reach=_reaches(results),
         losses=_losses(results),
         references=other_text.references(results),
-        foreign=_losses(other, "foreign-loss") if other else {},
-        of_foreign=findings.headline(other) if other else [],
+        foreign=_losses(foreign, "foreign-loss") if foreign else {},
+        of_foreign=findings.headline(foreign) if foreign else [],
         reading=figures.READING,
         accuracy=accuracy.section(results),
         weights=_weights(results),
@@ -71,7 +71,7 @@ def document(results: Mapping[str, Any]) -> str:
         phases=_phases(results["phases"]) if results.get("phases") else None,
         life_cycle=life_cycle.section(results),
         training={"training": figures.training(results)} if curve else {},
-        provenance=provenance.of(results),
+        provenance=provenance.describe(results),
     )
 
 
@@ -118,29 +118,36 @@ def _loss_table(curves: Sequence[results_.Curve], title: str) -> dict[str, Any]:
         for column, sparsity in enumerate(map(float, curve.sparsities)):
             measured = curve.losses[:, column].compressed()
             above = curve.above[:, column].compressed()
+            # Rounded as it is shown: two criteria that read alike are both best.
             means[sparsity][curve.criterion] = round(float(measured.mean()), 3)
             cells.setdefault(curve.criterion, {})[sparsity] = {
                 "loss": findings.mean(measured),
                 "above": findings.mean(above, signed=True),
             }
-    for criterion, known in cells.items():
-        for sparsity, cell in known.items():
-            of = means[sparsity]
-            cell["best"] = of[criterion] == min(of.values()) < max(of.values())
+    for criterion, cells_by_sparsity in cells.items():
+        for sparsity, cell in cells_by_sparsity.items():
+            stage_means = means[sparsity]
+            cell["best"] = (
+                stage_means[criterion]
+                == min(stage_means.values())
+                < max(stage_means.values())
+            )
     empty = {"loss": "", "above": "", "best": False}
     return {
         "title": title,
         "sparsities": [findings.percent(sparsity) for sparsity in sparsities],
         "rows": {
-            criterion: [known.get(sparsity, empty) for sparsity in sparsities]
-            for criterion, known in cells.items()
+            criterion: [
+                cells_by_sparsity.get(sparsity, empty) for sparsity in sparsities
+            ]
+            for criterion, cells_by_sparsity in cells.items()
         },
     }
 
 
 def _reaches(results: Mapping[str, Any]) -> dict[str, Any]:
     """Up to which sparsity each criterion stays close to its reference."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    reach_rows: dict[tuple[str, str], dict[str, str]] = {}
     header = ["criterion", "allocation"]
     for stage in results_.STAGES:
         curves = results_.curves(results, stage)
@@ -148,14 +155,15 @@ def _reaches(results: Mapping[str, Any]) -> dict[str, Any]:
             f"{stage}, {results_.CLOSE} nats",
             f"{stage}, {findings.percent(findings.CLOSE_SHARE)}",
         ]
+        # A stage that was not run has no columns.
         header += names if curves else []
         for curve in curves:
-            row = found.setdefault((curve.criterion, curve.allocation), {})
+            row = reach_rows.setdefault((curve.criterion, curve.allocation), {})
             row[names[0]] = _reach(curve, results_.CLOSE, relative=False)
             row[names[1]] = _reach(curve, findings.CLOSE_SHARE, relative=True)
     rows = [
         [criterion, allocation, *(row.get(name, "") for name in header[2:])]
-        for (criterion, allocation), row in found.items()
+        for (criterion, allocation), row in reach_rows.items()
     ]
     return {"header": header, "rows": rows}
 
@@ -164,7 +172,10 @@ def _reach(curve: results_.Curve, limit: float, *, relative: bool) -> str:
     """The mean's reach, and the worst seed's where that is another."""
     mean = curve.reach(limit, relative=relative)
     worst = curve.reach(limit, relative=relative, worst=True)
-    texts = ["none" if at is None else findings.percent(at) for at in (mean, worst)]
+    texts = [
+        "none" if sparsity is None else findings.percent(sparsity)
+        for sparsity in (mean, worst)
+    ]
     return texts[0] if mean == worst else f"{texts[0]} ({texts[1]})"
 
 
@@ -187,7 +198,7 @@ def _samples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "seed": seed["seed"],
-            "samples": [{"pictures": None, **each} for each in seed["samples"]],
+            "samples": [{"pictures": None, **sample} for sample in seed["samples"]],
         }
         for seed in results["seeds"]
         if seed.get("samples")
@@ -203,7 +214,7 @@ def _phases(phases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ("energy", "energy_kwh", sum, lambda energy: f"{1000 * energy:,.3g} Wh"),
         ("CO₂", "co2_kg", sum, lambda mass: f"{1000 * mass:,.3g} g"),
     )
-    known = [
+    measured = [
         column
         for column in columns
         if any(phase.get(column[1]) is not None for phase in phases)
@@ -214,10 +225,11 @@ def _phases(phases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = []
     for name, group in [*groups.items(), ("total", list(phases))]:
         row = [name, str(len(group))]
-        for _, key, reduce, write in known:
+        for _, key, reduce, write in measured:
             values = [phase[key] for phase in group if phase.get(key) is not None]
+            # A mean rate over training and evaluation together is of nothing.
             skipped = not values or (name == "total" and reduce is np.mean)
             row.append("" if skipped else write(reduce(values)))
         rows.append(row)
-    header = ["phase", "times", *(name for name, *_ in known)]
+    header = ["phase", "times", *(name for name, *_ in measured)]
     return {"header": header, "rows": rows}

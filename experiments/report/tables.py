@@ -48,10 +48,10 @@ class Report(NamedTuple):
     Attributes:
       lead: a sentence: what the numbers are.
       facts: the few that everything else is held against, by name.
-      tables: of means over seeds.
-      columns: of results.csv.
-      rows: of results.csv, one a cell.
-      figures: by the name of the file.
+      tables: tables of means over seeds.
+      columns: names of the columns of results.csv.
+      rows: rows of results.csv, one a cell.
+      figures: drawings by the name of the file.
     """
 
     lead: str
@@ -66,9 +66,9 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
     """Writes results.csv, the figures as SVG, and report.html.
 
     Args:
-      results: as `experiments.harness.runner.run` makes them.
-      out: where the files go.
-      report: what is shown of them.
+      results: results that `experiments.harness.runner.run` makes.
+      out: directory of the files.
+      report: tables, rows and figures to show of them.
 
     Returns:
       The tables as plain text, and where the page is.
@@ -76,7 +76,9 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
     Raises:
       OSError: a file cannot be written; no file is ever left half written.
     """
-    drawn = {name: of.draw() for name, of in report.figures.items()}
+    drawings = report.figures
+    # Before the first file: a figure that fails leaves no half of a report.
+    drawn = {name: drawing.draw() for name, drawing in drawings.items()}
     page = provenance.TEMPLATES.get_template("tables.html").render(
         title=f"{results['name']}: {report.lead}",
         name=results["name"],
@@ -84,10 +86,10 @@ def write(results: Mapping[str, Any], out: Path, report: Report) -> str:
         facts={**report.facts, "device": results["device"]},
         tables=report.tables,
         figures={
-            name: {"drawn": drawn[name], "caption": of.caption}
-            for name, of in report.figures.items()
+            name: {"drawn": drawn[name], "caption": drawing.caption}
+            for name, drawing in drawings.items()
         },
-        provenance=provenance.of(results),
+        provenance=provenance.describe(results),
     )
     files = {"results.csv": results_.table_csv(report.columns, report.rows)}
     for name, figure in drawn.items():

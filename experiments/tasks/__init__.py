@@ -10,4 +10,5 @@ __all__ = [
     "picture_task",
     "pure_model",
     "tiny_directory",
+    "vision_model",
 ]

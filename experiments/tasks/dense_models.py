@@ -22,7 +22,7 @@ class Recipe:
     """How the dense models are trained.
 
     Attributes:
-      steps: of training.
+      steps: number of steps of training.
       batch_size: sequences in a batch.
       learning_rate: the peak.
     """
@@ -47,6 +47,7 @@ def trained(
       ValueError: the directory holds a run of another configuration.
       FloatingPointError: the loss is not finite.
     """
+    # All averages are tracked, whatever a run asks for: its cells share this training.
     rate = schedule(recipe.learning_rate, recipe.steps, warmup=100)
     tx = optimizer(rate, track=EVERYTHING)
     context = model.config.context
@@ -65,7 +66,7 @@ def trained(
                 "seed": seed,
             },
         ),
-        label=f"seed {seed} train",
+        reports=training.Reports(label=f"seed {seed} train"),
         prefetch=prefetch,
     )
     tracked = jp.get_importance(state.opt_state)
@@ -73,6 +74,6 @@ def trained(
     return Watched(
         state.params,
         tracked,
-        tracked._replace(square=adam.square),
+        tracked._replace(square=adam.square),  # E[g^2] of Adam, for "trajectory_adam"
         lambda: model.init(seed),
     )

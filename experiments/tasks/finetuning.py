@@ -57,8 +57,8 @@ class Texts(NamedTuple):
 
     Attributes:
       train: tokens, (length,).
-      held_out: of the same text, not trained on.
-      foreign: of other texts, by name: how much of them the model forgets.
+      held_out: tokens of the same text, not trained on.
+      foreign: tokens of other texts, by name: how much of them the model forgets.
     """
 
     train: np.ndarray
@@ -72,11 +72,11 @@ class FinetuningTask:
 
     Attributes:
       model: the model's functions.
-      tokenizer: of its directory.
+      tokenizer: tokenizer of its directory.
       texts: its data.
       length: tokens of a sequence.
       looks: how it is measured.
-      foreign_tokens: of each foreign text, at most; None for all.
+      foreign_tokens: number of tokens of each foreign text, at most; None for all.
       calibration: sequences that a solver sees.
       frozen: globs of the leaves that are not trained, nor watched.
       storage: how averages are held.
@@ -141,10 +141,10 @@ class FinetuningTask:
         self, batch_size: int, seed: int
     ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
         """Windows of the training text, a pure function of the step."""
-        drawn = Batches(self.texts.train, batch_size, self.length, seed)
+        windows = Batches(self.texts.train, batch_size, self.length, seed)
 
         def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
-            inputs, targets = drawn(step)
+            inputs, targets = windows(step)
             return self._begun(inputs), targets
 
         return batch
@@ -154,7 +154,10 @@ class FinetuningTask:
         if not self.tokenizer.begins:
             return inputs
         return np.concatenate(
-            [np.full_like(inputs[:, :1], self.tokenizer.bos), inputs[:, 1:]], axis=1
+            # In the first token's place: lengths and targets are those of a model
+            # without BOS.
+            [np.full_like(inputs[:, :1], self.tokenizer.bos), inputs[:, 1:]],
+            axis=1,
         )
 
     def _windows(
@@ -171,24 +174,25 @@ class FinetuningTask:
 
     def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """The perplexity, and both of the foreign texts: together, and each loss."""
-        each, total, count = {}, 0.0, 0
+        losses, total, count = {}, 0.0, 0
         for name, tokens in self.texts.foreign.items():
             windows = self._windows(tokens, self.looks.batch, self.foreign_tokens)
-            each[name] = mean(params, windows)
-            seen = sum(int(weights.sum()) for *_, weights in windows)
-            total, count = total + each[name] * seen, count + seen
+            losses[name] = mean(params, windows)
+            targets = sum(int(weights.sum()) for *_, weights in windows)
+            total, count = total + losses[name] * targets, count + targets
         return {
             "perplexity": perplexity(loss),
             "foreign_loss": total / count,
             "foreign_perplexity": perplexity(total / count),
-            "foreign_by_text": each,
+            "foreign_by_text": losses,
         }
 
     def shown(self, params: Params, label: str, length: int) -> dict[str, Any]:
         """A text that the model writes, begun with the first held-out words."""
+        # The prompt and what is written fit the context, however short that is.
         room = max(1, self.model.config.context - length)
         prompt = self.texts.held_out[None, : min(_PROMPT, room)].astype(np.int32)
-        written = generate.generate(
+        generated = generate.generate(
             self.model.bind(params),
             jnp.asarray(self._begun(prompt)),
             steps=length,
@@ -196,15 +200,17 @@ class FinetuningTask:
             temperature=0.8,
             sliding=True,
         )
-        tokens = processes.fetch(written)[0].tolist()
+        tokens = processes.fetch(generated)[0].tolist()
         return {"label": label, "text": self.tokenizer.decode(tokens)}
 
-    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
         """Writes a directory like the one the model came from."""
         if self.write is None:
             return
         leaves = jp.tree.named_leaves(params)
-        self.write({k: x for k, x in leaves.items() if self.trained(k)}, out, how)
+        self.write(
+            {k: x for k, x in leaves.items() if self.trained(k)}, out, provenance
+        )
 
     def solved(
         self,
@@ -216,7 +222,7 @@ class FinetuningTask:
         seed: int,
     ) -> Params:
         """Pruned layer by layer, from sequences of the training text."""
-        draw = self.batches(1, _CALIBRATION + seed)
+        draw = self.batches(1, _CALIBRATION + seed)  # sequences of (1, length)
         # Embedded here: the table is no part of what a solver looks at.
         table = self.model.bind(params).embed
         embedded = [

@@ -36,7 +36,7 @@ class LanguageModel(PureModel[gpt.GPT]):
         self, params: Any, inputs: jax.Array, targets: jax.Array
     ) -> jax.Array:
         """Nats of each token, (batch, context), without dropout."""
-        logits = self.bind(params)(inputs)
+        logits = self.bind(params)(inputs)  # (batch, context, vocabulary)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     def sample(self, params: Any, prompt: np.ndarray, length: int) -> np.ndarray:
@@ -47,14 +47,16 @@ class LanguageModel(PureModel[gpt.GPT]):
         """
         model, half = self.bind(params), self.config.context // 2
         text = list(prompt)
+        # A model with learned positions knows none behind its context, so it starts
+        # anew.
         for window in range(-(-length // half)):
-            seen = jnp.asarray([text[-half:]], jnp.int32)
+            context = jnp.asarray([text[-half:]], jnp.int32)  # (1, at most half)
             new = generate.generate(
                 model,
-                seen,
+                context,
                 steps=half,
                 key=jax.random.key(window),
                 temperature=0.8,
             )
-            text += processes.fetch(new)[0, seen.shape[1] :].tolist()
+            text += processes.fetch(new)[0, context.shape[1] :].tolist()
         return np.array(text[len(prompt) : len(prompt) + length])

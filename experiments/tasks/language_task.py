@@ -76,19 +76,22 @@ class LanguageTask:
 
     def shown(self, params: Params, label: str, length: int) -> dict[str, Any]:
         """A text that the model writes, begun with the first validation words."""
+        # A quarter of the context: enough to set the tone, most is the model's.
         prompt = self.corpus.validation[: self.length // 4]
-        written = self.model.sample(params, prompt, length)
-        known = self.corpus.vocabulary
+        generated = self.model.sample(params, prompt, length)
+        vocabulary = self.corpus.vocabulary
         # "gpt2" has more entries than a text has characters; one may be drawn.
         new = [
-            known.decode([t]) if t < len(known) else "\N{REPLACEMENT CHARACTER}"
-            for t in written
+            vocabulary.decode([t])
+            if t < len(vocabulary)
+            else "\N{REPLACEMENT CHARACTER}"
+            for t in generated
         ]
-        return {"label": label, "text": known.decode(prompt) + "".join(new)}
+        return {"label": label, "text": vocabulary.decode(prompt) + "".join(new)}
 
     def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """Nothing but the loss."""
         return {}
 
-    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
         """Nothing: the checkpoints are enough for a model trained from nothing."""

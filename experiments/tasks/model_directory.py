@@ -29,7 +29,7 @@ class ModelDirectory(NamedTuple, Generic[C]):
 
     Attributes:
       config: the model's shape.
-      tokenizer: of its texts.
+      tokenizer: tokenizer of its texts.
       read: makes the float32 parameters, each leaf straight where it will live.
       write: (leaves by name, place, JSON-able provenance) writes a directory like this
         one with these leaves in place of its own; the others keep their bytes.
@@ -41,13 +41,13 @@ class ModelDirectory(NamedTuple, Generic[C]):
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None]
 
 
-def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> ModelDirectory[C]:
+def opened(path: Path, mesh: Mesh | None, config_class: type[C]) -> ModelDirectory[C]:
     """Reads a directory's configuration and words, none of its weights.
 
     Args:
-      path: has config.json, safetensors and a tokenizer.
-      mesh: what the parameters will be split over; None for one device.
-      kind: `DecoderConfig` for a language model, or `Phi3VisionConfig`.
+      path: directory with config.json, safetensors and a tokenizer.
+      mesh: devices that the parameters will be split over; None for one device.
+      config_class: `DecoderConfig` for a language model, or `Phi3VisionConfig`.
 
     Returns:
       What is known of it.
@@ -59,24 +59,28 @@ def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> ModelDirectory[C]:
     """
     if jax.process_count() > 1:
         raise ValueError("a directory is fine-tuned by one process; start one alone")
-    found, vision = open_directory(path).config.get("model_type"), "phi3_v"
-    if (found == vision) != (kind is Phi3VisionConfig):
-        wanted = "a language model's" if found == vision else vision
-        raise Unknown(f"'{path}': model_type must be {wanted}, got {found!r}")
+    model_type, vision = open_directory(path).config.get("model_type"), "phi3_v"
+    if (model_type == vision) != (config_class is Phi3VisionConfig):
+        expected = "a language model's" if model_type == vision else vision
+        raise Unknown(f"'{path}': model_type must be {expected}, got {model_type!r}")
+    # Names and shapes; no weight is read before a seed begins.
     loaded = hf.load(path, dtype="float32", lazy=True)
     words = hf.load_tokenizer(path)
 
     def write(
-        leaves: Mapping[str, jax.Array], out: Path, how: Mapping[str, Any]
+        leaves: Mapping[str, jax.Array], out: Path, provenance: Mapping[str, Any]
     ) -> None:
         places = {leaf: loaded.names[leaf] for leaf in leaves}
         replaced = {
             name: functools.partial(_as_stored, leaves[leaf], place)
             for leaf, place in places.items()
+            # A tied tensor may be stored twice; both copies get the new weights.
             for name in (place.name, *place.copies)
         }
         source = open_directory(path)
-        rewrite.write_directory(source, out, replaced, provenance=how, overwrite=True)
+        rewrite.write_directory(
+            source, out, replaced, provenance=provenance, overwrite=True
+        )
 
     read = functools.partial(_read, path, mesh)
     return ModelDirectory(loaded.config, words, read, write)
@@ -84,11 +88,11 @@ def opened(path: Path, mesh: Mesh | None, kind: type[C]) -> ModelDirectory[C]:
 
 def fingerprint(path: Path) -> str:
     """SHA-256 of config.json, the tokenizer and the weights, as 64 hex digits."""
-    found = open_directory(path)
+    directory = open_directory(path)
     files = {"config.json", "tokenizer.json"}
-    files |= {Path(name).name for name in found.metadata}
-    there = [found.path / name for name in sorted(files)]
-    sums = [f"{file.name} {atomic.digest(file)}" for file in there if file.exists()]
+    files |= {Path(name).name for name in directory.metadata}
+    paths = [directory.path / name for name in sorted(files)]
+    sums = [f"{file.name} {atomic.digest(file)}" for file in paths if file.exists()]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 

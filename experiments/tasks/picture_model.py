@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.datasets import picture_questions
-from experiments.tasks.picture_task import Tokenizer
+from experiments.tasks.vision_model import Tokenizer
 
 SPECIAL = ("<unk>", "<s>", "<|end|>", "<|user|>", "<|assistant|>")
 
@@ -71,19 +71,19 @@ def words() -> Any:
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    known = [*SPECIAL, *picture_questions.vocabulary()]
-    numbers = {word: i for i, word in enumerate(known)}
-    made = tokenizers.Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens(list(SPECIAL))
-    return made
+    vocabulary = [*SPECIAL, *picture_questions.vocabulary()]
+    numbers = {word: i for i, word in enumerate(vocabulary)}
+    word_level = tokenizers.Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    word_level.add_special_tokens(list(SPECIAL))
+    return word_level
 
 
 def tokenizer() -> Tokenizer:
     """Words of the questions and answers, a token each; others are "<unk>"."""
-    made = words()
+    word_level = words()
     return Tokenizer(
-        encode=lambda text: made.encode(text, add_special_tokens=False).ids,
-        decode=lambda ids: str(made.decode(list(ids), skip_special_tokens=True)),
+        encode=lambda text: word_level.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: str(word_level.decode(list(ids), skip_special_tokens=True)),
         bos=SPECIAL.index("<s>"),
     )

@@ -5,11 +5,10 @@ import dataclasses
 import fnmatch
 import functools
 import io
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +20,11 @@ import jaxprune as jp
 from experiments.datasets.question_answers import Asked
 from experiments.harness.optimizer import frozen, optimizer
 from experiments.harness.task import Looks, Mean
-from experiments.tasks.pure_model import PureModel
+from experiments.tasks.vision_model import Tokenizer, VisionModel, prunable
 from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
-from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import cross_entropy
-from jaxprune.lm.models.phi3_vision import (
-    Phi3Vision,
-    Phi3VisionConfig,
-    preprocess,
-    unused,
-)
+from jaxprune.lm.models.phi3_vision import preprocess, unused
 from jaxprune.typing import Params, Prunable
 
 SHOWN = 8
@@ -41,98 +34,17 @@ QUESTIONS = 20
 _SHOWN_SIZE = 256  # pixels
 
 
-def prunable(config: Phi3VisionConfig) -> Prunable:
-    """The default rule less what gets no gradient, and the two separators."""
-    return jp.tree.excluding(*unused(config), "separator", "row_end")
-
-
-class Tokenizer(NamedTuple):
-    """Text to tokens.
-
-    Attributes:
-      encode: a text to integers.
-      decode: integers to a text.
-      bos: the token that begins each text between pictures, or None.
-    """
-
-    encode: Callable[[str], Sequence[int]]
-    decode: Callable[[Sequence[int]], str]
-    bos: int | None
-
-    @classmethod
-    def of(cls, words: hf.Tokenizer) -> "Tokenizer":
-        """That of a directory; where BOS goes is said by the prompts."""
-        return cls(lambda text: words.encode(text, bos=False), words.decode, words.bos)
-
-
-class VisionModel(PureModel[Phi3Vision]):
-    """A configuration's functions; parameters are nested dicts of arrays.
-
-    Attributes:
-      config: the model's shape.
-      remat: whether the activations inside a layer are made again for the gradient.
-    """
-
-    def __init__(
-        self,
-        config: Phi3VisionConfig,
-        *,
-        start: Callable[[], Params] | None = None,
-        remat: bool = False,
-    ) -> None:
-        """Traces the model once; makes no parameters.
-
-        `start` makes the parameters of every seed, in place of random ones.
-        """
-        super().__init__(lambda rngs: Phi3Vision(config, rngs=rngs), start)
-        self.config, self.remat = config, remat
-
-    def init(self, seed: int) -> Params:
-        """Those to start from, or random ones, scaled by `by_inputs`."""
-        params = super().init(seed)
-        return by_inputs(params) if self._start is None else params
-
-    def states(self, params: Any, inputs: Mapping[str, jax.Array]) -> jax.Array:
-        """Final hidden states (batch, time, width) of `PictureTask`'s inputs."""
-        model = self.bind(params)
-        batch, views = inputs["pixels"].shape[:2]
-        pixels = inputs["pixels"].reshape(batch * views, *inputs["pixels"].shape[2:])
-        # Each example numbers its own views; those of all lie behind each other.
-        own = views * self.config.side**2 * jnp.arange(batch)[:, None]
-        local = inputs["sources"]
-        sources = jnp.where(local >= 2, local + own, local)
-        x = model.embed(inputs["tokens"], pixels, sources, remat=self.remat)
-        return model.decoder.states(x, remat=self.remat)[0]
-
-
-def by_inputs(params: Params) -> Params:
-    """Fresh parameters, the deviation of each matrix inputs^-1/2 in place of 0.02.
-
-    0.02 is right for the published widths. At a width of 128 the layers pass on next to
-    nothing, and for hundreds of steps training learns colours and reads no digit.
-    """
-
-    def scaled(name: str, leaf: jax.Array) -> jax.Array:
-        if not name.endswith(("/kernel", "/patch_embedding")):
-            return leaf
-        inputs = math.prod(leaf.shape[:-1])  # a patch's pixels are all inputs
-        return leaf * (inputs**-0.5 / 0.02)
-
-    leaves, structure = jax.tree.flatten(params)
-    return jax.tree.unflatten(structure, map(scaled, jp.tree.names(params), leaves))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class PictureTask:
     """Answers to questions about pictures; a `task.Task`.
 
     Attributes:
       model: the model's functions.
-      tokenizer: of the questions.
+      tokenizer: tokenizer of the questions.
       train: examples to train on.
       held_out: examples to measure on.
       frozen: globs of the leaves that are not trained.
-      rank: of LoRA's change of each matrix; None trains in full.
+      rank: rank of LoRA's change of each matrix; None trains in full.
       storage: how averages are held.
       write: (leaves by name, place, provenance) writes a directory with these leaves;
         None where the run's checkpoints are enough.
@@ -154,12 +66,14 @@ class PictureTask:
     @functools.cached_property
     def allocations(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
         """One global ranking: of all, of the decoder, of the tower."""
-        usual = prunable(self.model.config)
+        eligible = prunable(self.model.config)
 
         def within(part: str) -> Prunable:
             def rule(name: str, leaf: Any) -> bool:
                 return (
-                    name.startswith(part) and self.trained(name) and usual(name, leaf)
+                    name.startswith(part)
+                    and self.trained(name)
+                    and eligible(name, leaf)
                 )
 
             return rule
@@ -174,32 +88,35 @@ class PictureTask:
     def _sizes(self) -> tuple[int, int]:
         """Tokens and views of the longest example."""
         lengths, views = [], []
-        for asked in (*self.train, *self.held_out):
+        for example in (*self.train, *self.held_out):
             config = self.model.config
             rows, columns = preprocess.crops_of(
-                *asked.size, size=config.tower.image, crops=config.crops
+                *example.size, size=config.tower.image, crops=config.crops
             )
             places = preprocess.token_layout(rows, columns, config.side, 0)
-            text = self._text(asked).split("<|image_1|>")
+            text = self._text(example).split("<|image_1|>")
+            # A text between pictures begins with BOS where the tokenizer has one.
             bos = self.tokenizer.bos is not None
             words = sum(len(self.tokenizer.encode(part)) + bos for part in text)
             lengths.append(len(places) + words)
             views.append(1 + rows * columns)
-        return max(lengths) - 1, max(views)
+        return max(lengths) - 1, max(views)  # the last token is a target alone
 
     @property
     def length(self) -> int:
         """Tokens of a sequence."""
         return self._sizes[0]
 
-    def _answer(self, asked: Asked) -> int:
+    def _answer(self, example: Asked) -> int:
         """Tokens of the answer where it stands; alone it may be split otherwise."""
-        asks = preprocess.chat(asked.question, 1) + "<|end|>"
-        whole, rest = (t.split("<|image_1|>")[-1] for t in (self._text(asked), asks))
-        return len(self.tokenizer.encode(whole)) - len(self.tokenizer.encode(rest))
+        asks = preprocess.chat(example.question, 1) + "<|end|>"
+        text, question = (
+            t.split("<|image_1|>")[-1] for t in (self._text(example), asks)
+        )
+        return len(self.tokenizer.encode(text)) - len(self.tokenizer.encode(question))
 
-    def _text(self, asked: Asked) -> str:
-        return preprocess.chat(asked.question, 1) + asked.answer + "<|end|>"
+    def _text(self, example: Asked) -> str:
+        return preprocess.chat(example.question, 1) + example.answer + "<|end|>"
 
     @property
     def shapes(self) -> Params:
@@ -237,7 +154,7 @@ class PictureTask:
     def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
         """Mean nats of the answers' tokens, their end included."""
         params = frozen(params, self.trained)
-        losses = self.token_losses(params, inputs, targets)
+        losses = self.token_losses(params, inputs, targets)  # (batch, time)
         return losses.sum() / (targets >= 0).sum()
 
     def batches(
@@ -264,14 +181,16 @@ class PictureTask:
         """
         most = None if limit is None else max(1, limit // self.length)
         chosen = self.held_out[:most]
-        found = []
+        batches = []
         for start in range(0, len(chosen), batch_size):
             part = list(chosen[start : start + batch_size])
+            # The last batch is filled with its first example at weight 0: one shape,
+            # one program.
             missing = batch_size - len(part)
             inputs, targets, weights = self.packed(part + part[:1] * missing)
             weights[len(part) :] = 0
-            found.append((inputs, targets, weights))
-        return found
+            batches.append((inputs, targets, weights))
+        return batches
 
     def packed(
         self, examples: Sequence[Asked]
@@ -285,29 +204,35 @@ class PictureTask:
         time, views = self._sizes
         size = self.model.config.tower.image
         count = len(examples)
+        # (examples, time), filled up with token 0, no source, and no target.
         tokens, sources, targets = (
             np.full((count, time), fill, np.int32) for fill in (0, -1, -1)
         )
         weights = np.zeros((count, time), np.float32)
         pixels = np.zeros((count, views, size, size, 3), np.float32)
-        for i, asked in enumerate(examples):
-            made = self._prompt(asked)
-            answer = self._answer(asked)
-            stop = len(made.tokens) - 1
-            tokens[i, :stop], sources[i, :stop] = made.tokens[:-1], made.sources[:-1]
-            targets[i, stop - answer - 1 : stop] = made.tokens[-answer - 1 :]
+        for i, example in enumerate(examples):
+            prompt = self._prompt(example)
+            answer = self._answer(example)
+            stop = len(prompt.tokens) - 1
+            tokens[i, :stop], sources[i, :stop] = (
+                prompt.tokens[:-1],
+                prompt.sources[:-1],
+            )
+            targets[i, stop - answer - 1 : stop] = prompt.tokens[-answer - 1 :]
+            # One less than the targets: <|end|> is trained on, and no part of being
+            # right.
             weights[i, stop - answer - 1 : stop - 1] = 1
-            pixels[i, : len(made.pixels)] = made.pixels
+            pixels[i, : len(prompt.pixels)] = prompt.pixels
         return (
             {"tokens": tokens, "sources": sources, "pixels": pixels},
             targets,
             weights,
         )
 
-    def _prompt(self, asked: Asked) -> preprocess.Prompt:
+    def _prompt(self, example: Asked) -> preprocess.Prompt:
         return preprocess.prompt(
-            self._text(asked),
-            [asked.image],
+            self._text(example),
+            [example.image],
             self.tokenizer.encode,
             self.model.config,
             bos=self.tokenizer.bos,
@@ -325,44 +250,53 @@ class PictureTask:
 
     def right(self, params: Params, examples: Sequence[Asked]) -> np.ndarray:
         """Whether each answer, read greedily, is right: booleans."""
-        found = []
+        correct = []
         for start in range(0, len(examples), 64):
             part = list(examples[start : start + 64])
             filled = part + part[:1] * (64 - len(part))
             inputs, targets, weights = self.packed(filled)
             guessed = processes.fetch(self._guesses(params, inputs))
-            same = (guessed == targets) | (weights == 0)
-            found.append(same.all(1)[: len(part)])
-        return np.concatenate(found)
+            matches = (guessed == targets) | (weights == 0)
+            correct.append(matches.all(1)[: len(part)])
+        return np.concatenate(correct)
 
     def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
         """The share of held-out questions answered right, of all and of each."""
         right = self.right(params, self.held_out)
-        asked = np.array([example.question for example in self.held_out])
-        questions = np.unique(asked)
+        asked_questions = np.array([example.question for example in self.held_out])
+        questions = np.unique(asked_questions)
         if len(questions) > QUESTIONS:
+            # Of a data set with a question for each picture no share by question means
+            # anything.
             questions = questions[:0]
-        each = {str(one): float(right[asked == one].mean()) for one in questions}
-        return {"accuracy": float(right.mean()), "by_question": each}
+        by_question = {
+            str(question): float(right[asked_questions == question].mean())
+            for question in questions
+        }
+        return {"accuracy": float(right.mean()), "by_question": by_question}
 
-    def save(self, params: Params, out: Path, how: Mapping[str, Any]) -> None:
+    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
         """Writes a directory like the one the model came from, if it came from one."""
         if self.write is None:
             return
+        # LoRA changed these leaves only; the others keep their bytes in the directory.
         low_rank = self.allocations["all"][1] if self.rank is not None else None
         changed = {
             name: leaf
             for name, leaf in jp.tree.named_leaves(params).items()
             if self.trained(name) and (low_rank is None or low_rank(name, leaf))
         }
-        self.write(changed, out, how)
+        self.write(changed, out, provenance)
 
     def text_only(self) -> dict[str, float]:
         """The best that can be done without pictures: each question's usual answer."""
-        usual: dict[str, Counter[str]] = {}
-        for asked in self.train:
-            usual.setdefault(asked.question, Counter())[asked.answer] += 1
-        answers = {q: counted.most_common(1)[0][0] for q, counted in usual.items()}
+        counts: dict[str, Counter[str]] = {}  # question to how often each answer
+        for example in self.train:
+            counts.setdefault(example.question, Counter())[example.answer] += 1
+        answers = {
+            q: answers_to_question.most_common(1)[0][0]
+            for q, answers_to_question in counts.items()
+        }
         right = [answers.get(a.question) == a.answer for a in self.held_out]
         return {"accuracy": float(np.mean(right))}
 
@@ -371,19 +305,20 @@ class PictureTask:
         examples = list(self.held_out[:SHOWN])
         inputs, _, weights = self.packed(examples)
         guessed = processes.fetch(self._guesses(params, inputs))
-        lines, seen = [], []
-        for i, asked in enumerate(examples):
-            said = self.tokenizer.decode(guessed[i][weights[i] > 0].tolist()).strip()
-            wrong = "" if said == asked.answer else f" ({asked.answer})"
-            lines.append(f"{asked.question} {said}{wrong}")
-            seen.append({"png": _png(asked.image), "text": lines[-1]})
-        return {"label": label, "text": "\n".join(lines), "pictures": seen}
+        lines, pictures = [], []
+        for i, example in enumerate(examples):
+            answer = self.tokenizer.decode(guessed[i][weights[i] > 0].tolist()).strip()
+            wrong = "" if answer == example.answer else f" ({example.answer})"
+            lines.append(f"{example.question} {answer}{wrong}")
+            pictures.append({"png": _png(example.image), "text": lines[-1]})
+        return {"label": label, "text": "\n".join(lines), "pictures": pictures}
 
 
 def _png(image: Image.Image) -> str:
     """A picture, small, as base64 of a PNG."""
     stream = io.BytesIO()
     image = image.convert("RGB")
+    # Pictures lie in results.json and in the page, which loads nothing.
     image.thumbnail((_SHOWN_SIZE, _SHOWN_SIZE))
     image.save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode()

@@ -22,10 +22,13 @@ class PureModel(Generic[M]):
         """Traces the module once; makes no parameters.
 
         Args:
-          make: makes the module with random parameters.
-          start: makes the parameters of every seed, in place of random ones.
+          make: function that makes the module with random parameters.
+          start: function that makes the parameters of every seed, in place of random
+            ones.
         """
         self._make, self._start = make, start
+        # Traced: shapes and structure without an array, so large models can be looked
+        # at.
         model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
         self._graph, self._state = nnx.split(model, nnx.Param)
 
@@ -42,6 +45,7 @@ class PureModel(Generic[M]):
 
     def bind(self, params: Any) -> M:
         """The module with these parameters."""
+        # By position: the leaves of a nested dict and of the state have one order.
         state = jax.tree.unflatten(
             jax.tree.structure(self._state), jax.tree.leaves(params)
         )

@@ -53,8 +53,8 @@ def _words() -> Any:
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     numbers = {letter: i for i, letter in enumerate(letters)}
-    made = tokenizers.Tokenizer(models.BPE(numbers, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(list(_SPECIAL))
-    return made
+    bytes_tokenizer = tokenizers.Tokenizer(models.BPE(numbers, merges=[]))
+    bytes_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_tokenizer.decoder = decoders.ByteLevel()
+    bytes_tokenizer.add_special_tokens(list(_SPECIAL))
+    return bytes_tokenizer

@@ -40,16 +40,16 @@ def test_each_candidate_has_the_shape_of_what_is_built_and_learns(
         return run
 
     monkeypatch.setattr(digits_structure, "shrunk", shrunk)
-    found = digits_structure.compared(CONFIG, network, 0, data)
+    accuracies = digits_structure.compared(CONFIG, network, 0, data)
     assert methods == list(digits_structure.METHODS)
-    assert list(found) == [
+    assert list(accuracies) == [
         "0 dense",
         *(f"0.5 {name}" for name in (*digits_structure.METHODS, "built")),
     ]
-    sizes = [cell["parameters"] for cell in found.values()]
+    sizes = [cell["parameters"] for cell in accuracies.values()]
     assert len({*sizes[1:]}) == 1
     assert sizes[1] < sizes[0]
-    assert all(cell["after"] > 0.5 for cell in found.values())
+    assert all(cell["after"] > 0.5 for cell in accuracies.values())
 
 
 def test_a_row_is_a_mean_and_a_spread():

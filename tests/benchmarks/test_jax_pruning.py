@@ -32,9 +32,9 @@ def test_a_distillation_helps_and_leaves_the_zeros(tmp_path, capsys):
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     pruned, distilled = cell(0), cell(8)
-    for found in (pruned, distilled):
-        assert found["zeros"] == pytest.approx(0.9, abs=1e-3)
+    for tree in (pruned, distilled):
+        assert tree["zeros"] == pytest.approx(0.9, abs=1e-3)
     loss = [
-        np.log(found["perplexities"]["after"]["words"]) for found in (pruned, distilled)
+        np.log(tree["perplexities"]["after"]["words"]) for tree in (pruned, distilled)
     ]
     assert loss[1] < loss[0] - 0.01

@@ -11,8 +11,8 @@ from tests.support import tiny_hf
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("heads", "left"), [(0.25, 4), (0.5, 2)])
-def test_heads_that_no_checkpoint_can_say_are_zeros(heads, left, tmp_path):
+@pytest.mark.parametrize(("heads", "remaining"), [(0.25, 4), (0.5, 2)])
+def test_heads_that_no_checkpoint_can_say_are_zeros(heads, remaining, tmp_path):
     # A width of 32 is no multiple of three heads, and one of two.
     tiny_hf.random_folder("llama-3", tmp_path / "whole", "float32")
     ids = tiny_hf.tokens(4, 16)
@@ -27,14 +27,14 @@ def test_heads_that_no_checkpoint_can_say_are_zeros(heads, left, tmp_path):
     )
     whole = hf.load(config.model, dtype="float32")
     params = nnx.state(whole.model, nnx.Param)
-    found = jax_shrinking.narrower(whole.config, params, ids, config)
+    result = jax_shrinking.narrower(whole.config, params, ids, config)
     jax_shrinking.main(config)
     small = hf.load(config.out, dtype="float32")
     assert (small.config.heads, small.config.mlp_width) == (
-        left,
-        48 if left == 4 else 24,
+        remaining,
+        48 if remaining == 4 else 24,
     )
     states = jax.jit(lambda model, ids: model.states(model.embed(ids))[0])
-    expected = found.fn(found.params, ids)
+    expected = result.fn(result.params, ids)
     np.testing.assert_allclose(states(small.model, ids), expected, rtol=0, atol=1e-5)
     assert np.abs(states(whole.model, ids) - expected).max() > 0.01

@@ -7,7 +7,7 @@ def test_candidates_take_turns_and_the_first_rounds_do_not_count():
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = measure.interleaved(functions, repeats=3, warmup=2)
     assert calls == ["a", "b"] * 5
-    assert {name: len(own) for name, own in times.items()} == {"a": 3, "b": 3}
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
 
 
 def test_long_measurements_say_how_far_they_are(monkeypatch, capsys):

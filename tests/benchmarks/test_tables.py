@@ -29,15 +29,15 @@ def config(tmp_path, monkeypatch):
     for name in TEXTS:
         np.save(texts / f"held-out-{name}.npy", np.zeros((4, 8), np.int32))
     np.save(texts / "calibration-mixed50-128.npy", np.zeros((8, 8), np.int32))
-    found = {"perplexities": {"after": dict.fromkeys(TEXTS, 2.0)}}
-    monkeypatch.setattr(real_model, "json_line", lambda *_: json.dumps(found))
+    line = {"perplexities": {"after": dict.fromkeys(TEXTS, 2.0)}}
+    monkeypatch.setattr(real_model, "json_line", lambda *_: json.dumps(line))
     return token_weights.Config(
         tmp_path / "model",
         texts,
         tmp_path / "out",
         draws=(0, 1),
         calibrated=4,
-        how=("0.5",),
+        patterns=("0.5",),
         methods=("sparsegpt", "torch-sparsegpt"),
         relative=(True,),
     )
@@ -62,10 +62,10 @@ def test_a_table_goes_on_and_another_is_refused(config, capsys):
 
 
 def test_a_cell_that_was_cut_off_is_no_cell(config, monkeypatch, capsys):
-    found = json.dumps({"perplexities": dict.fromkeys(TEXTS, 2.0)})
-    monkeypatch.setattr(smaller_model, "json_line", lambda *_: found)
+    line = json.dumps({"perplexities": dict.fromkeys(TEXTS, 2.0)})
+    monkeypatch.setattr(smaller_model, "json_line", lambda *_: line)
     places = config.model, config.texts, config.out
-    own = {"draws": (0,), "removed": ("ffn25",), "methods": ("flap",)}
+    changes = {"draws": (0,), "removed": ("ffn25",), "methods": ("flap",)}
     replace = os.replace
 
     def stopped(partial, place):
@@ -76,41 +76,41 @@ def test_a_cell_that_was_cut_off_is_no_cell(config, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
-            smaller_model.main(smaller_model.Config(*places, **own))
+            smaller_model.main(smaller_model.Config(*places, **changes))
     assert [path.name for path in config.out.iterdir()] == ["table.json"]
-    smaller_model.main(smaller_model.Config(*places, **own))
+    smaller_model.main(smaller_model.Config(*places, **changes))
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[:2] for row in rows] == [
         ["| dense", "none"],
         ["| ffn25", "flap"],
     ]
     with pytest.raises(ValueError, match="sequences was 8 and is 4"):
-        smaller_model.main(smaller_model.Config(*places, **own, sequences=4))
+        smaller_model.main(smaller_model.Config(*places, **changes, sequences=4))
 
 
 def test_energy_is_a_column_only_where_it_was_measured():
     run = {"nats": 1.25, "seconds": 3.0, "rest": 4.0, "parameters": 1234.0}
-    rows = shrink_while_training.table({"dense": [run]}).splitlines()
+    rows = shrink_while_training.loss_table({"dense": [run]}).splitlines()
     assert rows[2] == "| dense | 1.250 | 3.0 | 4.0 | 1,234 |"
     runs = [{**run, "watt-hours": 0.5}] * 2
-    rows = shrink_while_training.table({"dense": runs}).splitlines()
+    rows = shrink_while_training.loss_table({"dense": runs}).splitlines()
     assert rows[2] == "| dense | 1.250 ± 0.000 | 3.0 | 4.0 | 1,234 | 0.50 |"
 
 
 def test_both_sides_are_told_how_many_threads(monkeypatch):
-    told = []
+    calls = []
 
     class Done:
         stdout = "{}"
 
     def ran(command, env, **_):
-        told.append((command[3:], env["NPROC"], env["OMP_NUM_THREADS"]))
+        calls.append((command[3:], env["NPROC"], env["OMP_NUM_THREADS"]))
         return Done
 
     monkeypatch.setattr(real_model.subprocess, "run", ran)
     real_model.json_line(["benchmarks.jax_pruning", "m"], 1)
     real_model.json_line(["benchmarks.torch_pruning", "m"], 1)
-    assert told == [(["m"], "1", "1"), (["m", "--threads", "1"], "1", "1")]
+    assert calls == [(["m"], "1", "1"), (["m", "--threads", "1"], "1", "1")]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_quality_is_drawn_against_seconds_a_point_a_method(tmp_path, capsys):
             "seconds": {"prune": seconds},
         }
         (folder / f"{name}.json").write_text(json.dumps(cell))
-    drawn = quality_and_seconds.Config((folder,), how="0.6", out=tmp_path / "x.svg")
+    drawn = quality_and_seconds.Config((folder,), pattern="0.6", out=tmp_path / "x.svg")
     quality_and_seconds.main(drawn)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["draws"] for row in rows] == [2, 1]
@@ -159,4 +159,4 @@ def test_quality_is_drawn_against_seconds_a_point_a_method(tmp_path, capsys):
     assert ">SparseGPT<" in text
     assert ">ALPS: one size, correction 0.5, half own text, refined 4<" in text
     with pytest.raises(ValueError, match=r"no directory has a cell of 0\.9"):
-        quality_and_seconds.main(dataclasses.replace(drawn, how="0.9"))
+        quality_and_seconds.main(dataclasses.replace(drawn, pattern="0.9"))

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from benchmarks import texts, torch_pruning  # noqa: E402 (they import torch)
+from benchmarks.cost import Cost  # noqa: E402
 
 CONFIG = torch_pruning.Config(model=Path(), method="wanda", block=4)
 
@@ -152,16 +153,16 @@ def test_every_layer_gets_its_own_arguments(model, ids):
 
 def test_layers_with_one_input_share_its_sum(model, ids):
     layer = model.model.layers[0]
-    seen = []
+    batches = []
     with torch.no_grad():
         hidden, arguments = torch_pruning.capture(model, ids)
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, x: batches.append(x[0]))
         with torch_pruning.input_sums(layer, hessian=True) as sums:
             for batch in hidden.split(2):
                 layer(batch, **arguments[0])
     groups = [len(group) for _, group in torch_pruning.by_input(sums)]
     assert groups == [3, 1, 2, 1]  # q k v, o, gate up, down
-    inputs = torch.cat(seen).flatten(0, 1).double()
+    inputs = torch.cat(batches).flatten(0, 1).double()
     total = sums[layer.mlp.down_proj].double()
     torch.testing.assert_close(total, inputs.T @ inputs, rtol=1e-4, atol=1e-6)
 
@@ -174,16 +175,16 @@ def test_a_layer_is_pruned_by_what_the_pruned_ones_before_it_give(
     config = dataclasses.replace(
         CONFIG, method=method, calibration=tmp_path / "ids.npy", block=128
     )
-    last, seen = model.model.layers[-1], []
+    last, batches = model.model.layers[-1], []
     dense = copy.deepcopy(last)
     with torch.no_grad():
-        torch_pruning.prune(model, config, torch_pruning.Cost())
+        torch_pruning.prune(model, config, Cost())
         pruned = [x.weight for x in torch_pruning.linears(model.model.layers)]
         # The last layer dense again, behind the others as pruned.
         model.model.layers[-1] = dense
-        dense.mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        dense.mlp.down_proj.register_forward_pre_hook(lambda _, x: batches.append(x[0]))
         model(ids)
-        inputs = seen[0].flatten(0, 1)
+        inputs = batches[0].flatten(0, 1)
         total = inputs.T @ inputs
         total = total if method == "sparsegpt" else total.diagonal()
         torch_pruning.prune_group([dense.mlp.down_proj], total, config)
@@ -204,10 +205,10 @@ def test_sequences_share_no_token_and_mixtures_hold_their_shares():
     def encode(text):
         return [2, *map(int, text.split())]
 
-    found = texts.sequences(documents, encode, count=14, length=11)
-    assert found.dtype == np.int32
-    assert set(found[:, 0]) == {2}
-    assert len(set(found[:, 1:].flatten())) == 140
+    cut = texts.sequences(documents, encode, count=14, length=11)
+    assert cut.dtype == np.int32
+    assert set(cut[:, 0]) == {2}
+    assert len(set(cut[:, 1:].flatten())) == 140
     with pytest.raises(ValueError, match="must give 16 sequences of 11 tokens, got 15"):
         texts.sequences(documents, encode, count=16, length=11)
     pools = {"shakespeare": np.zeros((16, 3)), "technical": np.ones((16, 3))}

@@ -57,9 +57,9 @@ def test_the_adaptive_way_loses_as_many_in_all(model, config):
     config = dataclasses.replace(config, method="flap-adaptive")
     with torch.no_grad():
         torch_shrinking.remove(model, config)
-    found = [gone(layer) for layer in model.base_model.layers]
-    assert sum(len(neurons) for neurons, _ in found) == 3 * 6
-    assert sum(heads for _, heads in found) == 3 * 2
+    removed = [gone(layer) for layer in model.base_model.layers]
+    assert sum(len(neurons) for neurons, _ in removed) == 3 * 6
+    assert sum(heads for _, heads in removed) == 3 * 2
 
 
 def test_scores_of_the_first_layer_are_those_of_the_formulas(model, config):
@@ -114,9 +114,11 @@ def test_layers_that_stay_keep_their_kind(model, config):
 
 def divergence(dense, model, ids):
     with torch.no_grad():
-        wanted, found = (m(ids).logits.log_softmax(-1) for m in (dense, model))
+        teacher_log_probs, log_probs = (
+            m(ids).logits.log_softmax(-1) for m in (dense, model)
+        )
     return torch.nn.functional.kl_div(
-        found, wanted, reduction="batchmean", log_target=True
+        log_probs, teacher_log_probs, reduction="batchmean", log_target=True
     ).item()
 
 

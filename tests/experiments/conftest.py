@@ -40,7 +40,7 @@ def command(monkeypatch, capsys):
                 status = end.code
         printed = capsys.readouterr()
         # A text given to sys.exit is printed by the interpreter, as status 1.
-        said = printed.err + (status if isinstance(status, str) else "")
-        return (1 if isinstance(status, str) else status), printed.out, said
+        errors = printed.err + (status if isinstance(status, str) else "")
+        return (1 if isinstance(status, str) else status), printed.out, errors
 
     return execute

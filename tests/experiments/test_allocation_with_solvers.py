@@ -39,9 +39,9 @@ def results(config):
 def test_every_cell_that_is_asked_for_is_there_once(config, results):
     asked = [dataclasses.asdict(cell) for cell in config.smaller().cells()]
     names = list(asked[0])
-    found = [{name: cell[name] for name in names} for cell in results["cells"]]
+    cells = [{name: cell[name] for name in names} for cell in results["cells"]]
     assert len(asked) == 5
-    assert sorted(found, key=str) == sorted(asked, key=str)
+    assert sorted(cells, key=str) == sorted(asked, key=str)
 
 
 @pytest.mark.full
@@ -73,10 +73,10 @@ def test_a_ranking_allocates_the_sparsity_as_pruning_by_it_would(results):
 def test_a_correction_is_another_model_of_the_same_sparsity(results):
     losses = {}
     for cell in results["cells"]:
-        kind = (cell["allocation"], cell["zeros"])
-        losses.setdefault(kind, {})[cell["solver"]] = cell["loss"]
-    for own in losses.values():
-        assert own["sparsegpt"] != own["sparsegpt+correction"]
+        key = (cell["allocation"], cell["zeros"])
+        losses.setdefault(key, {})[cell["solver"]] = cell["loss"]
+    for pair in losses.values():
+        assert pair["sparsegpt"] != pair["sparsegpt+correction"]
 
 
 @pytest.mark.full
@@ -112,9 +112,9 @@ def test_a_finished_run_trains_and_prunes_no_more(config, results, monkeypatch):
 
 @pytest.mark.full
 def test_another_configuration_in_the_same_folder_is_refused(config, results):
-    own = dataclasses.replace(config, preset="medium")
+    medium = dataclasses.replace(config, preset="medium")
     with pytest.raises(ValueError, match="preset"):
-        allocation_with_solvers.main(own)
+        allocation_with_solvers.main(medium)
 
 
 @pytest.mark.full

@@ -21,8 +21,8 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     in_order = [batches(step) for step in range(5)]
     fresh = Batches(tokens.copy(), 4, 16, seed=7)
     for step in (3, 0, 4):
-        for ours, theirs in zip(fresh(step), in_order[step], strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        for ours, expected in zip(fresh(step), in_order[step], strict=True):
+            np.testing.assert_array_equal(ours, expected)
     firsts = [batches(step)[0].tobytes() for step in range(50)]
     others = [Batches(tokens, 4, 16, seed=8)(step)[0].tobytes() for step in range(50)]
     assert len({*firsts, *others}) == 100
@@ -227,8 +227,8 @@ def test_a_limit_is_a_fixed_prefix():
     whole = validation_batches(tokens, 2, 8)
     part = validation_batches(tokens, 2, 8, limit=40)
     assert len(part) == 3
-    for ours, theirs in zip(part[:2], whole, strict=False):
-        for a, b in zip(ours, theirs, strict=True):
+    for ours, expected in zip(part[:2], whole, strict=False):
+        for a, b in zip(ours, expected, strict=True):
             np.testing.assert_array_equal(a, b)
 
 

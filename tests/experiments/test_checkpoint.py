@@ -104,8 +104,8 @@ def test_a_save_of_small_repeated_leaves_compiles_nothing(tmp_path):
 
 def test_the_configuration_is_read_without_the_arrays(tmp_path):
     path = save(tmp_path, 5)
-    found = checkpoint.latest(tmp_path)
-    assert found == (5, {"seed": 0, "model": {"layers": [1, 2]}}, path, None)
+    newest = checkpoint.latest(tmp_path)
+    assert newest == (5, {"seed": 0, "model": {"layers": [1, 2]}}, path, None)
 
 
 def test_configurations_are_compared_field_by_field():
@@ -167,7 +167,7 @@ def test_a_checkpoint_damaged_anywhere_is_passed_over_for_an_older_one(
 @pytest.mark.full
 def test_a_checkpoint_cut_or_changed_at_any_byte_is_not_taken_for_whole(tmp_path):
     path = save(tmp_path, 1)
-    meaning, taken = manifest.verify(path), []
+    meaning, accepted = manifest.verify(path), []
 
     def check(name, *damage):
         try:
@@ -176,7 +176,7 @@ def test_a_checkpoint_cut_or_changed_at_any_byte_is_not_taken_for_whole(tmp_path
             return
         # White space of the manifest may change; what it says may not.
         if name != "checkpoint.json" or body != meaning:
-            taken.append((name, *damage))
+            accepted.append((name, *damage))
 
     for file in files(path):
         content = file.read_bytes()
@@ -194,7 +194,7 @@ def test_a_checkpoint_cut_or_changed_at_any_byte_is_not_taken_for_whole(tmp_path
                 check(file.name, "cut", n)
             os.pwrite(opened.fileno(), content, 0)
     assert manifest.verify(path) == meaning
-    assert taken == []
+    assert accepted == []
 
 
 def test_a_save_that_was_cut_anywhere_is_not_looked_at(tmp_path):
@@ -314,14 +314,16 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, momen
 
 
 @pytest.mark.parametrize(
-    "kind", [np.int64, np.array, jnp.int32, jnp.asarray], ids=lambda kind: kind.__name__
+    "number",
+    [np.int64, np.array, jnp.int32, jnp.asarray],
+    ids=lambda number: number.__name__,
 )
-def test_a_step_may_be_the_states_own_counter(tmp_path, kind):
+def test_a_step_may_be_the_states_own_counter(tmp_path, number):
     path = checkpoint.save(
-        tmp_path, small_state(), step=kind(3), configuration=CONFIGURATION
+        tmp_path, small_state(), step=number(3), configuration=CONFIGURATION
     )
-    found = checkpoint.latest(tmp_path)
-    assert (path.name, found.step, type(found.step)) == ("3", 3, int)
+    newest = checkpoint.latest(tmp_path)
+    assert (path.name, newest.step, type(newest.step)) == ("3", 3, int)
 
 
 def test_a_manifest_that_is_a_directory_is_damage(tmp_path):

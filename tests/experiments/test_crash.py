@@ -41,15 +41,15 @@ def start(folder, *death):
 
 def killed(folder, who, moment):
     """One process kills itself; the other one ends by itself, with an error."""
-    codes, said = start(folder, who, moment)
-    assert codes[who] == -signal.SIGKILL, said
-    assert codes[1 - who] not in (0, -signal.SIGKILL), said
+    codes, output = start(folder, who, moment)
+    assert codes[who] == -signal.SIGKILL, output
+    assert codes[1 - who] not in (0, -signal.SIGKILL), output
     assert not list(folder.glob("numbers-*"))
 
 
 def finished(folder):
-    codes, said = start(folder)
-    assert codes == [0, 0], said
+    codes, output = start(folder)
+    assert codes == [0, 0], output
     first, second = (
         json.loads((folder / f"numbers-{number}.json").read_text()) for number in (0, 1)
     )
@@ -64,8 +64,8 @@ def undisturbed(tmp_path_factory):
 
 
 def whole(folder):
-    found = checkpoint.latest(folder)
-    return found and found.step
+    newest = checkpoint.latest(folder)
+    return newest and newest.step
 
 
 @pytest.mark.full

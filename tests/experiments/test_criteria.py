@@ -38,8 +38,8 @@ def watched():
     tracked = jp.get_importance(state)
     adam = jp.get_importance(state[ADAMW])
     adam = tracked._replace(square=adam.square)
-    seen = Watched(params, tracked, adam, lambda: start)
-    return seen, by_hand(weights, gradients)
+    record = Watched(params, tracked, adam, lambda: start)
+    return record, by_hand(weights, gradients)
 
 
 def by_hand(weights, gradients):
@@ -72,8 +72,8 @@ def by_hand(weights, gradients):
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name != "random"])
 def test_a_criterion_is_its_formula(watched, name):
-    seen, expected = watched
-    score = np.asarray(jp.tree.named_leaves(CRITERIA[name](seen))[NAME], np.float64)
+    record, expected = watched
+    score = np.asarray(jp.tree.named_leaves(CRITERIA[name](record))[NAME], np.float64)
     # Adam's second moment may be scaled by any one factor: only the order counts.
     np.testing.assert_allclose(
         score / score.max(), expected[name] / expected[name].max(), rtol=2e-6
@@ -81,22 +81,22 @@ def test_a_criterion_is_its_formula(watched, name):
 
 
 def test_random_is_the_same_each_time_and_follows_no_weight(watched):
-    seen, _ = watched
-    first, again = (CRITERIA["random"](seen) for _ in range(2))
+    record, _ = watched
+    first, again = (CRITERIA["random"](record) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     order = np.argsort(np.asarray(first["mlp"]["kernel"]).ravel())
-    weights = np.abs(np.asarray(seen.params["mlp"]["kernel"])).ravel()
+    weights = np.abs(np.asarray(record.params["mlp"]["kernel"])).ravel()
     assert list(order) != list(np.argsort(weights))
 
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_what_is_tracked_for_a_criterion_is_enough_and_no_more(name, watched):
-    seen, _ = watched
+    record, _ = watched
     needed = averages([name])
-    held = {field: getattr(seen.tracked, field) for field in needed}
-    alone = seen._replace(tracked=jp.Importance(**EMPTY | held))
+    held = {field: getattr(record.tracked, field) for field in needed}
+    alone = record._replace(tracked=jp.Importance(**EMPTY | held))
     same = CRITERIA[name](alone)["mlp"]["kernel"]
-    np.testing.assert_array_equal(same, CRITERIA[name](seen)["mlp"]["kernel"])
+    np.testing.assert_array_equal(same, CRITERIA[name](record)["mlp"]["kernel"])
     for field in needed - {"weight"}:
         less = alone.tracked._replace(**{field: None})
         with pytest.raises(ValueError, match="track"):

@@ -100,10 +100,10 @@ def test_every_tenth_play_is_for_validation(plays):
     assert not set(TITLES) & set(titles(plays.train))
     # Nothing is lost: as many letters as in the Markdown, "sha$l" put right.
     letters = Counter(c for source in sources for c in source if c.isalpha())
-    found = Counter(plays.vocabulary.decode(plays.train))
-    found += Counter(plays.vocabulary.decode(plays.validation))
+    counts = Counter(plays.vocabulary.decode(plays.train))
+    counts += Counter(plays.vocabulary.decode(plays.validation))
     letters["l"] += 1
-    assert {c: n for c, n in found.items() if c.isalpha()} == dict(letters)
+    assert {c: n for c, n in counts.items() if c.isalpha()} == dict(letters)
 
 
 TITLES = [
@@ -196,9 +196,11 @@ def test_tensorflow_is_not_imported_and_two_may_prepare_at_once(tmp_path, plays)
 
 def test_a_killed_preparation_is_done_again(tmp_path, plays):
     # What SIGKILL leaves behind at any moment before the rename.
-    left = tmp_path / "shakespeare_plays" / "incomplete.ABCDEF_1.0.0"
-    left.mkdir(parents=True)
-    (left / "shakespeare_plays-train.array_record-00000-of-00001").write_bytes(b"half")
+    partial = tmp_path / "shakespeare_plays" / "incomplete.ABCDEF_1.0.0"
+    partial.mkdir(parents=True)
+    (partial / "shakespeare_plays-train.array_record-00000-of-00001").write_bytes(
+        b"half"
+    )
     assert load(data_dir=tmp_path).fingerprint == plays.fingerprint
 
 
@@ -253,12 +255,12 @@ def test_the_recorded_file_is_the_one_tfds_downloads():
     import tensorflow_datasets as tfds
 
     folder = Path(tfds.__file__).parent / "datasets" / "tiny_shakespeare"
-    theirs = (folder / "checksums.tsv").read_text().split("\t")
+    checksums = (folder / "checksums.tsv").read_text().split("\t")
     ours = Path(tiny_shakespeare_char.__file__).with_name("checksums.tsv").read_text()
-    assert ours.split("\t")[:3] == theirs[:3]
-    assert theirs[0] == tiny_shakespeare_char.URL
-    recorded = tiny_shakespeare_char.Builder.url_infos[theirs[0]]
-    assert (str(int(recorded.size)), recorded.checksum) == tuple(theirs[1:3])
+    assert ours.split("\t")[:3] == checksums[:3]
+    assert checksums[0] == tiny_shakespeare_char.URL
+    recorded = tiny_shakespeare_char.Builder.url_infos[checksums[0]]
+    assert (str(int(recorded.size)), recorded.checksum) == tuple(checksums[1:3])
 
 
 def test_tiny_shakespeare_is_split_as_nanogpt_splits_it(tmp_path, url_infos):

@@ -69,13 +69,15 @@ def test_the_step_is_compiled_once_and_every_state_keeps_the_layout(mesh):
     assert (traces, compiled) == ({"watched": 1, "held": 1}, [1, 1])
     place = device_mesh.make_mesh(mesh, BATCHES.batch_size)
     for state in (result.trained, result.retrained):
-        wanted = device_mesh.shardings(state.params, place)
-        assert jax.tree.map(lambda leaf: leaf.sharding, state.params) == wanted
-    wanted = jp.tree.named_leaves(device_mesh.shardings(result.trained.params, place))
+        shardings = device_mesh.shardings(state.params, place)
+        assert jax.tree.map(lambda leaf: leaf.sharding, state.params) == shardings
+    shardings = jp.tree.named_leaves(
+        device_mesh.shardings(result.trained.params, place)
+    )
     for tree in (result.importance.weight, result.importance.square, result.masks):
         for name, leaf in jp.tree.named_leaves(tree).items():
             if not jp.tree.is_excluded(leaf):
-                same = leaf.sharding.is_equivalent_to(wanted[name], leaf.ndim)
+                same = leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
                 assert same, (name, leaf.sharding)
 
 
@@ -148,20 +150,20 @@ def test_the_axes_of_tensor_parallelism_are_those_of_megatron():
 
 
 def test_fsdp_splits_the_longest_axis_that_is_left():
-    found = specs(UNTIED, "fsdp=4,model=2")
-    assert found["mlp/up/kernel"] == P("fsdp", "model")
-    assert found["mlp/down/kernel"] == P("model", "fsdp")
-    assert found["position_embedding/embedding"] == P(None, "fsdp")
-    assert found["norm/scale"] == P("fsdp")
+    layout = specs(UNTIED, "fsdp=4,model=2")
+    assert layout["mlp/up/kernel"] == P("fsdp", "model")
+    assert layout["mlp/down/kernel"] == P("model", "fsdp")
+    assert layout["position_embedding/embedding"] == P(None, "fsdp")
+    assert layout["norm/scale"] == P("fsdp")
     assert specs(UNTIED, "fsdp=4")["mlp/up/kernel"] == P(None, "fsdp")
 
 
 def test_an_axis_that_does_not_divide_stays_whole():
     odd = gpt.GPTConfig(vocab_size=15, context=8, layers=1, heads=2, width=18)
-    found = specs(odd, "fsdp=4,model=2")
-    assert found["token_embedding/embedding"] == P()
-    assert found["attention/out/kernel"] == P("model")
-    assert found["mlp/up/kernel"] == P(None, "model")
+    layout = specs(odd, "fsdp=4,model=2")
+    assert layout["token_embedding/embedding"] == P()
+    assert layout["attention/out/kernel"] == P("model")
+    assert layout["mlp/up/kernel"] == P(None, "model")
     assert specs(odd, "fsdp=4")["mlp/up/kernel"] == P(None, "fsdp")
 
 

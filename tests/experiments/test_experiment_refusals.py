@@ -18,14 +18,15 @@ from experiments import (
 )
 from experiments.datasets.question_answers import Asked
 from experiments.harness import records, runner
-from experiments.harness.plan import check_lists
+from experiments.harness.option_rules import check_lists
 from experiments.harness.progress import Progress
 from experiments.prune_while_training.run import Run
 from experiments.report import allocation_figure
 from experiments.tasks import picture_model
 from experiments.tasks.finetuning import Texts
 from experiments.tasks.language_task import LanguageTask
-from experiments.tasks.picture_task import PictureTask, Tokenizer, VisionModel
+from experiments.tasks.picture_task import PictureTask
+from experiments.tasks.vision_model import Tokenizer, VisionModel
 from jaxprune.lm.models.hf import vision_config
 from tests.support.tiny_run import flags, write_text
 
@@ -76,8 +77,10 @@ def test_a_directory_is_of_one_experiment(tmp_path):
         out: object = tmp_path / "out"
 
     def run(name):
-        found = {"cells": []}
-        return runner.run(name, Config(), {}, lambda: found, lambda *_: "", grows=True)
+        content = {"cells": []}
+        return runner.run(
+            name, Config(), {}, lambda: content, lambda *_: "", grows=True
+        )
 
     run("refined_solvers")
     before = (tmp_path / "out" / "results.json").read_bytes()
@@ -88,11 +91,11 @@ def test_a_directory_is_of_one_experiment(tmp_path):
 
 def test_a_foreign_text_called_train_hides_no_other():
     a, held, other = (np.arange(n, dtype=np.int32) for n in (50, 5, 9))
-    found = {
+    fingerprints = {
         finetuned_llm._texts_fingerprint(Texts(train, held, {"train": other}))
         for train in (a, a + 1)
     }
-    assert len(found) == 2
+    assert len(fingerprints) == 2
 
 
 @pytest.mark.parametrize("losses", [[1.0, np.inf], [1.0, np.nan]])
@@ -146,8 +149,8 @@ def test_the_control_may_have_peaks_of_its_own(tmp_path):
     run = Run(config, prune_while_training.run.load(config.data, text=config.text))
     assert run.rate("dense", 20, 0, 0.0) == 5e-3
     assert run.rate("once", 20, 0, 0.0) == 1e-3
-    for wrong, told in (((), "at least one"), ((0.0,), "over 0, got 0")):
-        with pytest.raises(ValueError, match=told):
+    for wrong, sentence in (((), "at least one"), ((0.0,), "over 0, got 0")):
+        with pytest.raises(ValueError, match=sentence):
             dataclasses.replace(config, control_rates=wrong).check()
 
 
@@ -190,13 +193,13 @@ def test_an_answer_is_counted_where_it_stands(strips):
             for word in ("<|user|>", "<|end|>", "<|assistant|>")
         ]
     )
-    own = Tokenizer(
+    tokenizer = Tokenizer(
         lambda text: made.encode(text, add_special_tokens=False).ids, made.decode, 1
     )
     shape = vision_config(picture_model.PRESETS["smoke"])
     shape = dataclasses.replace(shape, crops=2)
     asked = Asked(np.zeros((28, 56, 3), np.uint8), "What?", "Thu")
-    task = PictureTask(VisionModel(shape), own, [asked], [asked])
+    task = PictureTask(VisionModel(shape), tokenizer, [asked], [asked])
     _, targets, weights = task.packed([asked])
     counted = made.decode(targets[0][weights[0] > 0].tolist()).replace(" ", "")
     assert counted.replace("\u2581", "") == "Thu"

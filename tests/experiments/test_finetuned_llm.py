@@ -164,17 +164,17 @@ def scores_by_hand(criterion, began, ended):
 
 
 def cell_of(seed, criterion):
-    (found,) = [c for c in seed["cells"] if c["criterion"] == criterion]
-    return found
+    (cell,) = [c for c in seed["cells"] if c["criterion"] == criterion]
+    return cell
 
 
 @pytest.mark.full
 def test_the_models_that_nothing_was_pruned_of_have_the_losses_of_a_plain_forward(
     files, seed, began, ended
 ):
-    own, other = held_out(files), files["foreign"][0].read_text()
+    text, other = held_out(files), files["foreign"][0].read_text()
     for measured, params in ((seed["start"], began), (seed["dense"], ended[0])):
-        loss = nats(files["model"], params, own)
+        loss = nats(files["model"], params, text)
         assert measured["loss"] == pytest.approx(loss, rel=1e-5)
         assert measured["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         loss = nats(files["model"], params, other)
@@ -298,11 +298,11 @@ def test_stopped_in_training_and_between_stages_it_ends_with_the_same_bits(
 
 def stopping(function, calls):
     """The function, which is interrupted at that call."""
-    left = [calls]
+    calls_left = [calls]
 
     def one(*arguments, **named):
-        left[0] -= 1
-        if not left[0]:
+        calls_left[0] -= 1
+        if not calls_left[0]:
             raise KeyboardInterrupt
         return function(*arguments, **named)
 
@@ -345,7 +345,7 @@ def test_smoke_makes_what_it_needs_and_lean_averages_rank_the_trained_leaves(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "sentence"),
     [
         ({"model": None}, "needs a model: give MODEL_DIR"),
         ({"foreign": ()}, "give --foreign FILE"),
@@ -359,9 +359,9 @@ def test_smoke_makes_what_it_needs_and_lean_averages_rank_the_trained_leaves(
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_written(
-    files, tmp_path, changes, told
+    files, tmp_path, changes, sentence
 ):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=sentence):
         finetuned_llm.main(config(files, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
@@ -372,7 +372,7 @@ def test_files_that_do_not_fit_are_refused(files, tmp_path):
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "phi3_v"}))
     save_file({"a": np.zeros(2, np.float32)}, other / "model.safetensors")
-    for changes, told in (
+    for changes, sentence in (
         ({"foreign": (short,)}, "foreign text 'short' must have a window of 17"),
         ({"text": (short,)}, "trained on must have a window of 17 tokens, got 9"),
         ({"foreign": (tmp_path / "none.txt",)}, "must be a readable file"),
@@ -380,7 +380,7 @@ def test_files_that_do_not_fit_are_refused(files, tmp_path):
         ({"model": other}, "model_type must be a language model's, got 'phi3_v'"),
         ({"out": files["model"] / "run"}, "must lie apart from its source"),
     ):
-        with pytest.raises((ValueError, OSError), match=told):
+        with pytest.raises((ValueError, OSError), match=sentence):
             finetuned_llm.main(config(files, **{"out": tmp_path / "run", **changes}))
     assert not (tmp_path / "run").exists()
     assert not (files["model"] / "run").exists()

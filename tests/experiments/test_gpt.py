@@ -105,13 +105,13 @@ def test_a_preset_takes_changes():
 @pytest.mark.full
 def test_parameters_are_made_where_they_belong():
     mesh = jax.make_mesh((8,), ("data",))
-    where = jax.NamedSharding(mesh, jax.P())
+    sharding = jax.NamedSharding(mesh, jax.P())
     made = jax.jit(
         lambda: nnx.state(gpt.GPT(TINY, rngs=nnx.Rngs(0)), nnx.Param),
-        out_shardings=where,
+        out_shardings=sharding,
     )
     leaves, plain = jax.tree.leaves(made()), jax.tree.leaves(nnx.state(make_model()))
-    assert all(leaf.sharding == where for leaf in leaves)
+    assert all(leaf.sharding == sharding for leaf in leaves)
     for leaf, expected in zip(leaves, plain, strict=True):
         np.testing.assert_allclose(leaf, expected, rtol=1e-6, atol=1e-8)
 
@@ -222,8 +222,8 @@ def test_loss_is_the_float64_cross_entropy_and_weights_pick_tokens():
 def test_product_has_the_gradient_of_the_plain_product(dtype, result):
     rng = np.random.default_rng(0)
     x, kernel, g = (
-        jnp.asarray(rng.normal(size=shape), kind)
-        for shape, kind in (
+        jnp.asarray(rng.normal(size=shape), operand_dtype)
+        for shape, operand_dtype in (
             ((2, 3, 4), dtype),
             ((4, 5), dtype),
             ((2, 3, 5), result or dtype),
@@ -237,7 +237,7 @@ def test_product_has_the_gradient_of_the_plain_product(dtype, result):
         )
         return y, *pull(g)
 
-    found = pulled(x, kernel, g)
+    gradients = pulled(x, kernel, g)
     x64, kernel64, g64 = (np.asarray(a, np.float64) for a in (x, kernel, g))
     expected = (
         x64 @ kernel64,
@@ -246,17 +246,17 @@ def test_product_has_the_gradient_of_the_plain_product(dtype, result):
     )
     # A gradient is rounded to 8 bits in bfloat16, once on its way in and once out.
     tolerance = 1e-6 if dtype == "float32" else 0.02
-    for got, want in zip(found, expected, strict=True):
+    for got, want in zip(gradients, expected, strict=True):
         scale = np.abs(want).max()
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale)
-    assert [a.dtype for a in found[1:]] == [x.dtype, kernel.dtype]
+    assert [a.dtype for a in gradients[1:]] == [x.dtype, kernel.dtype]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "kind", ["Explicit", pytest.param("Auto", marks=pytest.mark.full)]
+    "axis_type", ["Explicit", pytest.param("Auto", marks=pytest.mark.full)]
 )
-def test_gradients_on_eight_devices_are_those_on_one(kind):
+def test_gradients_on_eight_devices_are_those_on_one(axis_type):
     model = make_model(dataclasses.replace(TINY, layers=1))
     graphdef, params = nnx.split(model, nnx.Param)
     tokens = make_tokens((8, 8))
@@ -268,7 +268,7 @@ def test_gradients_on_eight_devices_are_those_on_one(kind):
         )(params)
 
     expected = jax.tree.leaves(gradient(params, tokens))
-    axis = getattr(jax.sharding.AxisType, kind)
+    axis = getattr(jax.sharding.AxisType, axis_type)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis,))
     with jax.set_mesh(mesh):
         params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
@@ -284,8 +284,8 @@ def test_gradients_on_eight_devices_are_those_on_one(kind):
 
 @pytest.mark.parametrize("module", ["config", "model"])
 def test_the_examples_of_the_docstrings_run(module):
-    found = importlib.import_module(f"experiments.gpt.{module}")
-    tried = doctest.testmod(found)
+    imported = importlib.import_module(f"experiments.gpt.{module}")
+    tried = doctest.testmod(imported)
     assert tried.attempted > 0
     assert tried.failed == 0
 

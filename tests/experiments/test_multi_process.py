@@ -61,11 +61,11 @@ def test_what_makes_no_run_of_processes_is_refused(monkeypatch, arguments, messa
 def test_jax_is_told_what_the_user_told_and_the_cluster_the_rest(
     monkeypatch, arguments, passed
 ):
-    told = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: told.append(a))
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: calls.append(a))
     multi_process.join(*arguments)
     multi_process.join(None, None, None)
-    assert told == [passed]
+    assert calls == [passed]
 
 
 def test_what_the_cluster_does_not_tell_is_one_sentence(monkeypatch):
@@ -79,12 +79,12 @@ def test_what_the_cluster_does_not_tell_is_one_sentence(monkeypatch):
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """This process as number 1 of two, the first of which answers `told`."""
+    """This process as number 1 of two, the first of which gives `answer`."""
 
-    def make(told):
+    def make(answer):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: 1)
-        monkeypatch.setattr(multi_process, "on_first", lambda _: told)
+        monkeypatch.setattr(multi_process, "on_first", lambda _: answer)
         monkeypatch.setattr(multi_process, "together", lambda function: function())
 
     return make
@@ -152,12 +152,12 @@ def test_two_processes_get_the_answer_or_the_error_of_the_first(tmp_path):
 
 
 def numbers(folder):
-    found = json.loads((folder / "results.json").read_text())
-    cells = found["seeds"][0]["cells"]
-    losses = [found["seeds"][0][name]["loss"] for name in ("dense", "control")]
+    results = json.loads((folder / "results.json").read_text())
+    cells = results["seeds"][0]["cells"]
+    losses = [results["seeds"][0][name]["loss"] for name in ("dense", "control")]
     losses += [cell["loss_pruned"] for cell in cells]
     losses += [cell["loss_retrained"] or 0.0 for cell in cells]
-    return losses, found
+    return losses, results
 
 
 @pytest.mark.slow
@@ -176,17 +176,17 @@ def test_the_main_job_runs_in_two_processes_as_in_one(tmp_path):
     for mesh in ("data=2,model=2", "fsdp=4"):
         out = tmp_path / mesh
         arguments = [*command, "--mesh", mesh, "--out", out, *JOINED]
-        said = two(arguments, tmp_path, devices=2)
-        assert f"report: {out / 'report.html'}" in said[0]
-        assert "report" not in said[1]
-        found, both = numbers(out)
-        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-5
+        output = two(arguments, tmp_path, devices=2)
+        assert f"report: {out / 'report.html'}" in output[0]
+        assert "report" not in output[1]
+        results, both = numbers(out)
+        assert max(abs(a - b) for a, b in zip(results, expected, strict=True)) < 1e-5
         assert both["config"] == one["config"]
         assert f"--mesh {mesh}" in both["command"]
         assert "--coordinator" not in both["command"]
         assert both["seeds"][0]["samples"] == one["seeds"][0]["samples"]
         steps = [[entry["step"] for entry in metrics(f)] for f in (out, alone)]
         assert steps[0] == steps[1]
-        said = two(arguments, tmp_path, devices=2)
-        assert "is finished" in said[0]
-        assert "is finished" not in said[1]
+        output = two(arguments, tmp_path, devices=2)
+        assert "is finished" in output[0]
+        assert "is finished" not in output[1]

@@ -92,11 +92,11 @@ def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_pat
     assert seed["curve"][-1]["loss"] < seed["curve"][0]["loss"]
     (cell,) = seed["cells"]
     written = tmp_path / "run" / "seed-0" / "model"
-    told = rewrite.read_provenance(written)
-    assert told["method"] == "trajectory"
-    assert told["retrain_steps"] == 2
-    assert told["sparsity"] == 0.5
-    assert told["allocation"] == "all"
+    provenance = rewrite.read_provenance(written)
+    assert provenance["method"] == "trajectory"
+    assert provenance["retrain_steps"] == 2
+    assert provenance["sparsity"] == 0.5
+    assert provenance["allocation"] == "all"
     loaded = hf.load(written)
     before = jp.tree.named_leaves(nnx.state(hf.load(model).model, nnx.Param))
     leaves = jp.tree.named_leaves(nnx.state(loaded.model, nnx.Param))
@@ -159,7 +159,7 @@ def test_checkpointing_changes_no_gradient(model, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "sentence"),
     [
         ({"model": None}, "needs --model DIR"),
         ({"allocations": ("tower",)}, "what is frozen is not pruned"),
@@ -169,8 +169,8 @@ def test_checkpointing_changes_no_gradient(model, data, tmp_path):
         ({"lora": 2, "frozen": (), "criteria": ("trajectory_adam",)}, "none of some"),
     ],
 )
-def test_what_cannot_be_run_is_refused_first(changes, told, model, data, tmp_path):
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_run_is_refused_first(changes, sentence, model, data, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
         phi3_vision.main(_config(model, data, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 

@@ -102,14 +102,14 @@ def test_its_heads_and_neurons_can_be_removed(run, tmp_path, capsys):
     )
     shrunk_vision.main(config)
     (cell,) = (config.out / "all-0.5-shrink_trained-seed-0.json",)
-    found = json.loads(cell.read_text())
+    result = json.loads(cell.read_text())
     seed = json.loads((run.out / "results.json").read_text())["seeds"][0]
-    assert found["dense"] == seed["dense"]["accuracy"]
+    assert result["dense"] == seed["dense"]["accuracy"]
     # Half of 2 x 4 heads and of 96 and 64 neurons, by the shapes of the smoke preset.
     decoder = 4 * 48 * 24 + 3 * 48 * 48
     tower = 4 * 32 * 16 + 3 * 16 + 2 * 32 * 32 + 32
-    assert found["dense_parameters"] - found["parameters"] == decoder + tower
-    assert 0 <= found["before"] <= 1
+    assert result["dense_parameters"] - result["parameters"] == decoder + tower
+    assert 0 <= result["before"] <= 1
     before = cell.stat()
     shrunk_vision.main(config)
     assert cell.stat() == before
@@ -126,7 +126,7 @@ def test_what_is_no_run_of_pictures_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "sentence"),
     [
         ({"criteria": ("size",)}, "criteria must be of"),
         ({"sparsities": (0.0,)}, "sparsities must be in"),
@@ -140,8 +140,8 @@ def test_what_is_no_run_of_pictures_is_refused(tmp_path):
         ({"retrain_learning_rate": -1.0}, "retrain_learning_rate must be over 0"),
     ],
 )
-def test_what_cannot_be_run_is_refused_first(changes, told, tmp_path):
+def test_what_cannot_be_run_is_refused_first(changes, sentence, tmp_path):
     config = phi3_vision.Config(out=tmp_path / "run", **changes)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=sentence):
         phi3_vision.main(config)
     assert not (tmp_path / "run").exists()

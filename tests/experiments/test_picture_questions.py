@@ -33,12 +33,12 @@ def test_every_answer_is_asked_for_and_none_is_rare(parts):
         asked[question] = asked.get(question, 0) + 1
     assert len(asked) == 4
     assert min(asked.values()) > 650
-    for given in answers.values():
-        for words in zip(*map(str.split, given), strict=True):
+    for counts in answers.values():
+        for words in zip(*map(str.split, counts), strict=True):
             shares = [words.count(word) / len(words) for word in set(words)]
             assert len(shares) in (2, 6, 10)
             assert max(shares) < 1.4 / len(shares)
-    texts = [*asked, *(answer for given in answers.values() for answer in given)]
+    texts = [*asked, *(answer for counts in answers.values() for answer in counts)]
     words = {word for text in texts for word in text.split()}
     assert words == set(questions.vocabulary())
 
@@ -47,18 +47,22 @@ def test_no_digit_and_no_pixel_is_in_both_parts():
     """Every row of the photographs, halved, holds its own number."""
     rows = np.repeat(np.arange(213, dtype=np.uint8), 2)[:, None, None]
     photograph = np.broadcast_to(rows, (426, 640, 3))
-    own = np.arange(1797)
-    source = questions.Source(own[:, None, None], own, [[photograph], [photograph]])
+    numbers = np.arange(1797)
+    source = questions.Source(
+        numbers[:, None, None], numbers, [[photograph], [photograph]]
+    )
     parts = questions.parts(source)
     train, held_out = parts["train"], parts["validation"]
-    assert sorted([*train.labels, *held_out.labels]) == own.tolist()
+    assert sorted([*train.labels, *held_out.labels]) == numbers.tolist()
     for bands, others in zip(train.photographs, held_out.photographs, strict=True):
-        seen, unseen = ({*np.concatenate(b).ravel().tolist()} for b in (bands, others))
-        assert not seen & unseen
-        assert {*range(210)} == seen | unseen
+        trained, unseen = (
+            {*np.concatenate(b).ravel().tolist()} for b in (bands, others)
+        )
+        assert not trained & unseen
+        assert {*range(210)} == trained | unseen
         # Held-out bands lie between those to train on: the same kind of picture.
-        assert min(seen) < min(unseen)
-        assert max(unseen) < max(seen)
+        assert min(trained) < min(unseen)
+        assert max(unseen) < max(trained)
 
 
 @pytest.mark.parametrize(("split", "alike"), [("train", False), ("validation", True)])
@@ -95,20 +99,20 @@ def _ink(picture, side):
 
 
 def test_the_answer_about_a_colour_is_the_colour_that_was_drawn(parts):
-    seen = 0
+    pictures = 0
     for index in range(200):
         picture, question, answer = questions.example(parts["train"], index)
         side = question.split()[-2]
         if side not in ("left", "right"):
             continue
-        seen += 1
+        pictures += 1
         ink = _ink(picture, side)
         nearest = min(
             questions.COLOURS,
             key=lambda name: np.abs(ink - questions.COLOURS[name]).sum(),
         )
         assert nearest == answer.split()[0]
-    assert seen > 50
+    assert pictures > 50
 
 
 def test_other_sources_are_refused(monkeypatch):
@@ -122,9 +126,9 @@ def test_the_data_set_is_read_as_it_was_made(tmp_path, monkeypatch, parts):
 
     monkeypatch.setattr(questions, "SIZES", {"train": 6, "validation": 3})
     for split, count in questions.SIZES.items():
-        found = examples("picture_questions", split, tmp_path)
-        assert len(found) == count
-        for index, example in enumerate(found):
+        records = examples("picture_questions", split, tmp_path)
+        assert len(records) == count
+        for index, example in enumerate(records):
             picture, question, answer = questions.example(parts[split], index)
             np.testing.assert_array_equal(example["picture"], picture)
             assert example["question"].decode() == question

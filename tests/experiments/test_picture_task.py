@@ -11,7 +11,8 @@ import jaxprune as jp
 from experiments.datasets import picture_questions
 from experiments.datasets.question_answers import Asked
 from experiments.tasks import picture_model
-from experiments.tasks.picture_task import PictureTask, VisionModel, without_gradient
+from experiments.tasks.picture_task import PictureTask, without_gradient
+from experiments.tasks.vision_model import VisionModel
 from jaxprune.lm.models.hf import vision_config
 from jaxprune.lm.models.phi3_vision import preprocess
 
@@ -54,9 +55,9 @@ def test_fresh_matrices_keep_the_variance_of_what_comes_in(params):
 
 
 def test_a_model_to_start_from_is_taken_as_it_is(task):
-    given = {"decoder": {"kernel": np.ones((2, 2))}}
-    model = VisionModel(task.model.config, start=lambda: given)
-    assert model.init(0) is given
+    start = {"decoder": {"kernel": np.ones((2, 2))}}
+    model = VisionModel(task.model.config, start=lambda: start)
+    assert model.init(0) is start
 
 
 def test_a_packed_batch_says_what_each_prompt_says(task, params, token_losses):
@@ -86,9 +87,9 @@ def test_a_packed_batch_says_what_each_prompt_says(task, params, token_losses):
         expected = [nats[i - 1, made.tokens[i]] for i in last]
         counted = np.asarray(batch[i])[targets[i] >= 0]
         np.testing.assert_allclose(counted, expected, rtol=1e-4, atol=1e-5)
-        given = made.tokens[-words - 1 : -1].tolist()
-        assert targets[i][weights[i] > 0].tolist() == given
-        assert task.tokenizer.decode(given) == asked.answer
+        answer = made.tokens[-words - 1 : -1].tolist()
+        assert targets[i][weights[i] > 0].tolist() == answer
+        assert task.tokenizer.decode(answer) == asked.answer
 
 
 def test_the_loss_is_the_mean_of_the_answers_and_their_ends(task, params, token_losses):
@@ -136,21 +137,21 @@ def test_accuracy_is_the_share_of_likeliest_words_that_are_right(task, params):
     asked = [example.question for example in task.held_out]
     assert measured["by_question"].keys() == {*asked}
     for question, share in measured["by_question"].items():
-        own = [r for r, q in zip(right, asked, strict=True) if q == question]
-        assert share == pytest.approx(sum(own) / len(own))
+        matches = [r for r, q in zip(right, asked, strict=True) if q == question]
+        assert share == pytest.approx(sum(matches) / len(matches))
 
 
 def test_without_pictures_the_usual_answer_is_the_best(task):
-    found = task.text_only()["accuracy"]
+    accuracy = task.text_only()["accuracy"]
     table = {}
     for asked in task.train:
         table.setdefault(asked.question, []).append(asked.answer)
     right = 0
     for asked in task.held_out:
-        given = table[asked.question]
-        best = max(given, key=lambda a: (given.count(a), -given.index(a)))
+        counts = table[asked.question]
+        best = max(counts, key=lambda a: (counts.count(a), -counts.index(a)))
         right += best == asked.answer
-    assert found == pytest.approx(right / len(task.held_out))
+    assert accuracy == pytest.approx(right / len(task.held_out))
 
 
 @pytest.mark.full

@@ -122,15 +122,15 @@ def test_a_cell_counts_exactly_and_is_watched_to_its_end(results):
 @pytest.mark.full
 def test_every_method_has_its_own_rate_and_the_control_too(config, results, tmp_path):
     shutil.copytree(config.out, tmp_path / "out")
-    own = dataclasses.replace(config, out=tmp_path / "out", learning_rates=RATES)
+    tuned = dataclasses.replace(config, out=tmp_path / "out", learning_rates=RATES)
     of = {}
-    for cell in json.loads(prune_while_training.main(own).read_text())["cells"]:
+    for cell in json.loads(prune_while_training.main(tuned).read_text())["cells"]:
         of.setdefault(cell["method"], {})[cell["learning_rate"]] = cell["loss"]
     assert {name: set(losses) for name, losses in of.items()} == {
         "dense": {*RATES},
         "gradual_trajectory": {*RATES},
     }
-    lines = csv.DictReader((own.out / "results.csv").read_text().splitlines())
+    lines = csv.DictReader((tuned.out / "results.csv").read_text().splitlines())
     best = {name: min(losses, key=losses.get) for name, losses in of.items()}
     control = of["dense"][best["dense"]]
     for line in lines:
@@ -210,15 +210,15 @@ def test_a_killed_run_ends_with_the_same_bits(
         prune_while_training.main(again)
     assert not (tmp_path / "results.json").exists()
     assert len([*(tmp_path / "cells").glob("*")]) == 1
-    found = json.loads(prune_while_training.main(again).read_text())
-    assert without_seconds(found) == without_seconds(results)
+    resumed = json.loads(prune_while_training.main(again).read_text())
+    assert without_seconds(resumed) == without_seconds(results)
 
 
 @pytest.mark.full
 def test_a_run_may_start_from_the_dense_model_and_learn_from_it(
     config, results, tmp_path
 ):
-    own = dataclasses.replace(
+    changed = dataclasses.replace(
         config,
         out=tmp_path,
         methods=("once",),
@@ -227,8 +227,8 @@ def test_a_run_may_start_from_the_dense_model_and_learn_from_it(
         steps=(10,),
         distill=(0.0, 0.5),
     )
-    found = json.loads(prune_while_training.main(own).read_text())["cells"]
-    cells = {(c["method"], c["after_dense"], c["distill"]): c for c in found}
+    finished = json.loads(prune_while_training.main(changed).read_text())["cells"]
+    cells = {(c["method"], c["after_dense"], c["distill"]): c for c in finished}
     assert len(cells) == 5  # the dense model; it and the pruned one, taught and not
     first = cells["dense", 0, 0.0]
     assert first["loss"] == results["cells"][0]["loss"]
@@ -322,14 +322,14 @@ def test_the_table_is_of_each_method_at_its_own_best_rate():
 def test_what_is_out_of_range_is_refused_before_anything_is_written(
     config, field, value, tmp_path
 ):
-    own = dataclasses.replace(config, out=tmp_path / "new", **{field: value})
+    changed = dataclasses.replace(config, out=tmp_path / "new", **{field: value})
     with pytest.raises(ValueError, match=f"^{field} must") as caught:
-        prune_while_training.main(own)
+        prune_while_training.main(changed)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
 
 
 def test_another_batch_size_in_the_same_folder_is_refused(config, results):
-    own = dataclasses.replace(config, batch_size=4)
+    changed = dataclasses.replace(config, batch_size=4)
     with pytest.raises(ValueError, match="batch_size was"):
-        prune_while_training.main(own)
+        prune_while_training.main(changed)

@@ -19,7 +19,7 @@ def test_a_folder_is_read_line_by_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "sentence"),
     [
         (["{"], "line 1: not JSON"),
         ([LINE, {"image": "a.png", "question": "what ?"}], "line 2: must be an object"),
@@ -29,10 +29,10 @@ def test_a_folder_is_read_line_by_line(tmp_path):
         ([""], "got none"),
     ],
 )
-def test_a_line_that_is_wrong_is_named(lines, told, tmp_path):
+def test_a_line_that_is_wrong_is_named(lines, sentence, tmp_path):
     picture(tmp_path)
     write(tmp_path, lines)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=sentence):
         question_answers.load(str(tmp_path))
 
 
@@ -46,9 +46,9 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_a_tfds_data_set_is_read_by_its_features(tmp_path, monkeypatch):
     monkeypatch.setattr(picture_questions, "SIZES", {"train": 3, "validation": 2})
-    own = question_answers.load("picture_questions", data_dir=tmp_path)
+    splits = question_answers.load("picture_questions", data_dir=tmp_path)
     same = question_answers.load("tfds:picture_questions", data_dir=tmp_path)
-    assert [x.answer for x in own["train"]] == [x.answer for x in same["train"]]
+    assert [x.answer for x in splits["train"]] == [x.answer for x in same["train"]]
     fields = ("image", "question", "answer")
     with pytest.raises(ValueError, match="lack image; give --fields"):
         question_answers.load(

@@ -30,10 +30,10 @@ def run():
 
 def numbers(folder):
     """What must not depend on when and how often a run was interrupted."""
-    found = json.loads((folder / "results.json").read_text())
-    del found["finished"], found["command"]  # the time, and the folder's name
-    found["phases"] = [(phase["name"], phase["seed"]) for phase in found["phases"]]
-    return found
+    results = json.loads((folder / "results.json").read_text())
+    del results["finished"], results["command"]  # the time, and the folder's name
+    results["phases"] = [(phase["name"], phase["seed"]) for phase in results["phases"]]
+    return results
 
 
 def start(arguments, log):

@@ -301,10 +301,10 @@ def test_a_finished_run_told_its_own_command_says_so_and_changes_no_file(run, co
     before = snapshot(run.out)
     recorded = json.loads((run.out / "results.json").read_text())["command"]
     assert shlex.split(recorded)[:3] == ["python", "-m", MODULE]
-    status, said, errors = command(*shlex.split(recorded)[3:])
+    status, output, errors = command(*shlex.split(recorded)[3:])
     assert status == 0
-    assert "is finished" in said
-    assert str(run.out) in said
+    assert "is finished" in output
+    assert str(run.out) in output
     assert not errors
     assert snapshot(run.out) == before
 
@@ -341,9 +341,9 @@ def test_another_text_in_the_folder_is_refused_by_its_fields(
 
 def refused(command, folder, arguments, fields):
     before = snapshot(folder)
-    status, said, errors = command(*arguments)
+    status, output, errors = command(*arguments)
     assert status == 1
-    assert not said
+    assert not output
     assert errors.startswith("error: ")
     assert len(errors.splitlines()) == 1
     assert str(folder) in errors

@@ -31,12 +31,12 @@ RESULTS = {
 
 
 def test_a_page_a_csv_and_the_same_tables_as_text(tmp_path):
-    said = tables.write(RESULTS, tmp_path, recovery.report(RESULTS))
+    printed = tables.write(RESULTS, tmp_path, recovery.report(RESULTS))
     assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "report.html"}
     rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [float(row["after"]) for row in rows] == [cell["after"] for cell in CELLS]
     # Of the two rates the better one, mean and spread of two seeds.
-    assert "half of the neurons             3.000 ± 0.707  2.700 ± 0.707 (2)" in said
+    assert "half of the neurons             3.000 ± 0.707  2.700 ± 0.707 (2)" in printed
     page = Page((tmp_path / "report.html").read_text())
     for text in ("2.700 ± 0.707", "1 x <GPU>", "a & b", RESULTS["command"], "0.12"):
         assert text in page.text, text
@@ -85,9 +85,9 @@ def test_runs_stand_one_after_the_other_with_what_differs(tmp_path, capsys):
         (tmp_path / name / "results.json").write_text(json.dumps(results))
     both = [str(tmp_path / "first"), str(tmp_path / "second")]
     compare.main([*both, "--out", str(tmp_path / "out")])
-    said = capsys.readouterr().out
-    assert "first: Each at its best learning rate" in said
-    assert "second: Each at its best learning rate" in said
+    output = capsys.readouterr().out
+    assert "first: Each at its best learning rate" in output
+    assert "second: Each at its best learning rate" in output
     page = Page((tmp_path / "out" / "compare.html").read_text()).text
     assert "steps" in page
     rows = (tmp_path / "out" / "compare.csv").read_text().splitlines()
@@ -114,15 +114,15 @@ def test_recovery_runs_goes_on_and_refuses_another_run(text, tmp_path, monkeypat
         out=tmp_path / "out", text=text, seeds=(0,), width=16, layers=1, dense_steps=20,
         steps=4, rates=(1e-3,), windows=8,
     )  # fmt: skip
-    found = json.loads(recovery.main(config).read_text())
-    assert len(found["cells"]) == 2 * len(recovery.STARTS) - 1
-    starts = {cell["start"]: cell for cell in found["cells"]}
+    results = json.loads(recovery.main(config).read_text())
+    assert len(results["cells"]) == 2 * len(recovery.STARTS) - 1
+    starts = {cell["start"]: cell for cell in results["cells"]}
     assert starts["dense"]["before"] == starts["dense"]["dense"]
     assert starts["pruned"]["before"] > starts["dense"]["dense"]
     lost = next((tmp_path / "out" / "cells").glob("pruned-teacher-*"))
     lost.unlink()
     again = json.loads(recovery.main(config).read_text())
-    assert again["cells"] == found["cells"]
+    assert again["cells"] == results["cells"]
     monkeypatch.setattr(recovery, "_run", None)
     # Nothing is done: what made the cells is what made them before.
     path = recovery.main(dataclasses.replace(config, seeds=()))
@@ -139,13 +139,15 @@ def test_refined_solvers_runs_and_a_finished_run_does_nothing(tmp_path, monkeypa
         calibrations=("both",), passes=(0, 1), corrections=(0.5,), steps=6,
         eval_tokens=256,
     )  # fmt: skip
-    found = json.loads(refined_solvers.main(config).read_text())
-    assert [cell["passes"] for cell in found["cells"]] == [0, 1]
-    assert [cell["correction"] for cell in found["cells"]] == [0.5, 0.5]
-    assert all(cell["loss"] > found["dense"]["0"]["loss"] for cell in found["cells"])
+    results = json.loads(refined_solvers.main(config).read_text())
+    assert [cell["passes"] for cell in results["cells"]] == [0, 1]
+    assert [cell["correction"] for cell in results["cells"]] == [0.5, 0.5]
+    assert all(
+        cell["loss"] > results["dense"]["0"]["loss"] for cell in results["cells"]
+    )
     monkeypatch.setattr(refined_solvers.Run, "done", None)
     again = json.loads(refined_solvers.main(config).read_text())
-    assert again["cells"] == found["cells"]
+    assert again["cells"] == results["cells"]
 
 
 def test_too_few_sequences_for_a_refinement_are_refused_first(tmp_path):

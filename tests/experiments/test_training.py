@@ -67,7 +67,7 @@ STEP = training.make_step(mean_loss, OPTIMIZER)
 def run(folder, batches=batches, *, steps=40, checkpoints=None, reports=None):
     with records.MetricsLog(folder / "metrics.jsonl", tensorboard=False) as log:
         saved = {"configuration": {"seed": 1}, "every": 10}
-        told = {"every": 4, "evaluate_every": 15}
+        rhythm = {"every": 4, "evaluate_every": 15}
         state = training.init(toy_params(), OPTIMIZER)
         return training.train(
             state,
@@ -82,7 +82,7 @@ def run(folder, batches=batches, *, steps=40, checkpoints=None, reports=None):
                 lambda metrics: log.write(metrics, phase="toy"),
                 lambda step: log.resume(step, phase="toy"),
                 evaluate=lambda s: {"norm": norm(s.params)},
-                **(told | (reports or {})),
+                **(rhythm | (reports or {})),
             ),
         )
 
@@ -137,7 +137,8 @@ def test_a_run_whose_stderr_is_a_file_writes_lines(monkeypatch, capsys):
     monkeypatch.setattr(console_progress, "_SECONDS", 0.0)
     state = training.init(toy_params(), OPTIMIZER)
     key = jax.random.key(1)
-    training.train(state, STEP, batches, steps=3, key=key, label="toy")
+    reports = training.Reports(label="toy")
+    training.train(state, STEP, batches, steps=3, key=key, reports=reports)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [
         f"toy: {n} of 3 steps" for n in (1, 2, 3)
@@ -284,7 +285,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
             steps=40,
             key=jax.random.key(0),
             checkpoints=training.Checkpoints(tmp_path, {}, every=10),
-            label="toy",
+            reports=training.Reports(label="toy"),
         )
     assert checkpoint.latest(tmp_path).step == 10
 

@@ -12,7 +12,8 @@ from experiments.datasets.question_answers import Asked
 from experiments.harness import device_mesh, training
 from experiments.harness.optimizer import EVERYTHING, optimizer
 from experiments.tasks import picture_model
-from experiments.tasks.picture_task import PictureTask, VisionModel
+from experiments.tasks.picture_task import PictureTask
+from experiments.tasks.vision_model import VisionModel
 from jaxprune.lm.models.hf import vision_config
 
 

@@ -1,0 +1,94 @@
+"""What must hold of an experiment's options, as rules whose sentences name the flag.
+
+Everything here is asked before a model is made: a run that takes hours must not end on
+a flag that was wrong from its start.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
+
+
+def at_least(name: str, least: float) -> Rule:
+    """A rule that an option is no less than a number, or is left out."""
+    sentence = f"{name} must be at least {least}, got {{{name}}}"
+    return rules.within(name, least, math.inf, sentence)
+
+
+def over_zero(name: str) -> Rule:
+    """A rule that an option is positive and finite, or is left out."""
+
+    def holds(options: Any) -> bool:
+        value = getattr(options, name)
+        return value is None or 0 < value < math.inf
+
+    return Rule(holds, f"{name} must be over 0, got {{{name}}}")
+
+
+_KNOWN = Rule(lambda v: not v.unknown, "{name} must be of {known}, got {unknown}")
+_SPARSITY = Rule(
+    lambda v: 0 < v.sparsity < 1,
+    "sparsities must be in (0, 1), got {sparsity}",
+    "the dense model is always measured",
+)
+# Seeds key random numbers; the others are counts, or shares of what was lost.
+_FROM_ZERO = ("seeds", "draws", "passes", "corrections")
+_LIST = (
+    Rule(lambda v: len(v.values) > 0, "{name} must name at least one"),
+    Rule(
+        lambda v: len({*v.values}) == len(v.values),
+        "{name} must be named once each, got {values}",
+    ),
+    Rule(
+        lambda v: v.name not in _FROM_ZERO or min(v.values) >= 0,
+        "{name} must be at least 0, got {values}",
+    ),
+)
+
+
+def check_names(config: Any, known: Mapping[str, Collection[str]]) -> None:
+    """Refuses names that nothing has.
+
+    Args:
+      config: configuration with a tuple of names for each key of `known`.
+      known: option to the names that it may have.
+
+    Raises:
+      ValueError: an option has other names; the sentence lists them.
+    """
+    for name, allowed in known.items():
+        unknown = [value for value in getattr(config, name) if value not in allowed]
+        check_known(name, ", ".join(allowed), unknown)
+
+
+def check_known(name: str, known: str, unknown: Collection[str]) -> None:
+    """Refuses unknown names of one option.
+
+    Args:
+      name: name of the option.
+      known: names that it may have, in words.
+      unknown: names that were asked for and are none of these.
+
+    Raises:
+      ValueError: there are unknown names.
+    """
+    rules.check([_KNOWN], name=name, known=known, unknown=", ".join(unknown))
+
+
+def check_lists(config: Any, *names: str) -> None:
+    """Refuses empty lists, doubles, and numbers out of range.
+
+    Args:
+      config: configuration with `sparsities`, and a tuple for each name.
+      *names: options that are lists.
+
+    Raises:
+      ValueError: an option is none of that; the sentence names it.
+    """
+    for sparsity in config.sparsities:
+        rules.check([_SPARSITY], sparsity=sparsity)
+    for name in names:
+        rules.check(_LIST, name=name, values=getattr(config, name))
