@@ -11,6 +11,7 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jaxprune
@@ -18,7 +19,7 @@ import jaxprune
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 # Installed by the extra `test` or by the user, not by the package itself.
-OPTIONAL = {"equinox"}
+OPTIONAL = {"equinox", "sklearn"}
 
 _TEXT = README.read_text()
 _BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -71,6 +72,22 @@ def test_every_block_runs_as_it_stands(where, tmp_path, monkeypatch):
     for line, source in blocks:
         # Empty lines in front, so that a traceback names the page's own line.
         exec(compile("\n" * (line - 1) + source, str(page), "exec"), names)
+
+
+def test_the_first_block_prints_what_its_comments_say(capsys, tmp_path, monkeypatch):
+    source = SOURCES[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, str(README), "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out.splitlines()
+    comments = re.findall(r"# (\w+ \d[\d. %]*)$", source, re.MULTILINE)
+    assert [line.split()[0] for line in printed] == [c.split()[0] for c in comments]
+    for line, comment in zip(printed, comments, strict=True):
+        values, claims = (
+            [float(number) for number in re.findall(r"\d+\.\d+", words)]
+            for words in (line, comment)
+        )
+        # The last digit depends on the processor and on the version of JAX.
+        np.testing.assert_allclose(values, claims, rtol=0.1, atol=0.05)
 
 
 def test_there_are_blocks_for_each_kind_of_model():
