@@ -103,7 +103,7 @@ def test_chunks_of_any_size_give_the_same_bytes(tmp_path, source, monkeypatch):
     new = {Q: np.asfortranarray(half(source.read(Q))), UP: half(source.read(UP))}
     rewrite.write_directory(source, tmp_path / "a", new, provenance=HOW)
     monkeypatch.setattr(rewrite, "_CHUNK", 37)
-    monkeypatch.setattr(atomic, "_CHUNK", 41)
+    monkeypatch.setattr(sink, "_CHUNK", 41)
     rewrite.write_directory(source, tmp_path / "b", new, provenance=HOW)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
