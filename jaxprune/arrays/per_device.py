@@ -75,6 +75,10 @@ class PerDevice:
         """What the first `count` devices have, (count, ...), whole on every device."""
         return _first(tree, count=count, where=self.whole)
 
+    def item(self, tree: Any, number: int) -> Any:
+        """What the device of a number has of stacked arrays, whole on every device."""
+        return _item(tree, np.int32(number), where=self.whole)
+
     def compiled(
         self, function: Callable[..., Any], own: Sequence[bool]
     ) -> Callable[..., Any]:
@@ -139,6 +143,12 @@ def put(leaf: Any, where: jax.sharding.Sharding) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("count", "where"))
 def _first(tree: Any, *, count: int, where: jax.sharding.Sharding) -> Any:
     part = jax.tree.map(lambda stack: stack[:count], tree)
+    return jax.lax.with_sharding_constraint(part, where)
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _item(tree: Any, number: jax.Array, *, where: jax.sharding.Sharding) -> Any:
+    part = jax.tree.map(lambda stack: stack[number], tree)
     return jax.lax.with_sharding_constraint(part, where)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune.arrays import placement
 from jaxprune.arrays.lazy import Leaves, array
-from jaxprune.posttraining.pipeline import SegmentedProgram
+from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 
 
 class Fingerprint(NamedTuple):
@@ -28,14 +28,14 @@ class Fingerprint(NamedTuple):
 
 def of_leaves(names: Mapping[str, int], leaves: Leaves) -> dict[str, Fingerprint]:
     """The fingerprints of leaves, by name; each lazy one is read once and not kept."""
-    found = {}
+    prints = {}
     for name, i in names.items():
         leaf = array(leaves.all[i])
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         finite, mark = placement.automatic(_fingerprint, leaf)
-        found[name] = Fingerprint(bool(finite), int(mark))
-    return found
+        prints[name] = Fingerprint(bool(finite), int(mark))
+    return prints
 
 
 def of_arrays(tree: Any) -> str:
@@ -54,8 +54,8 @@ def of_program(program: SegmentedProgram) -> str:
     keys = "\n".join(repr(part.key) for part in parts)
     # A function among a primitive's parameters is written with its address.
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", keys).encode())
-    given = {n for part in parts for n in part.inputs}
-    for number in sorted(given & program.trace.program.constants):
+    inputs = {n for part in parts for n in part.inputs}
+    for number in sorted(inputs & program.trace.program.constants):
         digest.update(np.ascontiguousarray(program.table(number)).tobytes())
     return digest.hexdigest()
 
@@ -71,8 +71,8 @@ def _fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     words = jax.lax.bitcast_convert_type(leaf, np.uint32)
     place = jnp.zeros_like(words)  # of each word, in row-major order
     for axis, size in enumerate(words.shape):
-        own = jax.lax.broadcasted_iota(np.uint32, words.shape, axis)
-        place = place * np.uint32(size) + own
+        index = jax.lax.broadcasted_iota(np.uint32, words.shape, axis)
+        place = place * np.uint32(size) + index
     # Mixed before they are summed up: equal changes of many words would cancel.
     mark = jnp.sum(_mixed(words ^ _mixed(place)), dtype=np.uint32)
     return finite, mark

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jaxprune.graph.axis_groups import AxisGroup, AxisGroups, axis_groups
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
-from jaxprune.structured import choice, cut, timing
+from jaxprune.structured import choice, cut
 from jaxprune.structured.budget import (
     Costs,
     Measure,
@@ -26,12 +27,16 @@ from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
 from jaxprune.structured.shrunk_function import ShrunkFunction, atom_masks
 from jaxprune.structured.timing import Timed
-from jaxprune.typing import Masks, Params, Scores
+from jaxprune.typing import Params
 
 Rules = Sequence[str] | Mapping[str, float]
 """Globs, kinds or names of groups that lose one share, or these to relative shares."""
 
-_ALL: Sequence[Rules] = (("*",), ["*"])
+ALL: Sequence[Rules] = (("*",), ["*"])
+"""The groups that a budget is met with, where nothing is said."""
+
+Budget = float | Mapping[Measure, float]
+"""The share that may be left of the parameters, or {measure: share}."""
 
 Sizes = Mapping[str, Iterable[int]]
 """Globs, kinds or names of groups to the numbers of units that each may keep."""
@@ -71,96 +76,6 @@ class ShrinkResult(NamedTuple):
         return self.fn.cut(other)
 
 
-def shrink(
-    fn: Callable[[Params, Any], Any],
-    params: Params,
-    batch: Any,
-    scores_or_masks: Scores | Masks,
-    sparsity: float | Mapping[str, float] | None = None,
-    *,
-    budget: float | None = None,
-    measure: Measure = "parameters",
-    groups: Rules = ("*",),
-    sizes: Sizes | None = None,
-) -> ShrinkResult:
-    """Removes whole units of a model: smaller parameters and a function that runs them.
-
-    The result is what the function gives with all weights of the removed units zero.
-    Groups that are alike, as the layers of a model are, lose as many units each, and
-    each chooses its own. By default the width of a residual stream, units inside other
-    units and units that only one leaf has are not removed.
-
-    Args:
-      fn: parameters and a batch to anything; traceable by JAX.
-      params: a pytree of arrays or `jp.LazyArray`.
-      batch: one batch, arrays or `jax.ShapeDtypeStruct`. The result takes batches of
-        any shape that the function takes.
-      scores_or_masks: scores like the parameters: a unit's is the sum of those of its
-        weights. Or masks, which must prune whole units; those go, and with them their
-        weights in leaves that have no mask: the result is what zeros there would give.
-      sparsity: the share of its units that each group loses, in [0, 1), or {glob, kind
-        or name of a group: share}. A glob means groups that are removable by default;
-        any other removable group is named in full. None with masks or a budget.
-      budget: instead: the share of the whole that may be left, in (0, 1); one share of
-        units is found for all groups.
-      measure: what the budget is of: "parameters", "bytes", "flops", or the
-        "milliseconds" that the jitted function takes for the batch. These are measured
-        here, of some sizes beside the whole model, so they are of this device.
-      groups: globs or names of the groups that the budget is met with, by one share;
-        or {glob or name: how large a share it loses beside the others}.
-      sizes: {glob, kind or name of a group: the numbers of units that it may keep}, as
-        {"*/mlp/*": range(128, 8193, 128)}. The number of units that a share or the
-        budget asks for becomes the nearest of these numbers; of two as near, the larger
-        one. Where more is then removed than the budget requires, the groups with the
-        most numbers to choose from lose less (not for "milliseconds").
-
-    Returns:
-      `ShrinkResult(fn, params, report)`; its `cut` cuts an optimizer's state. The
-      function can be jitted, differentiated and exported; custom derivatives and
-      rematerialisation of the original are not in it.
-
-    Raises:
-      ValueError: arguments disagree, a share or budget is out of range or cannot be
-        met, a rule matches nothing, a group would lose all units or may keep no number
-        that it could, scores are NaN, or masks are not of whole units.
-      TypeError: a share stands in the place of the scores.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxprune as jp
-      >>> fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
-      >>> up, down = jnp.arange(12.0).reshape(2, 6), jnp.ones((6, 3))
-      >>> params, x = {"up": up, "down": down}, jnp.ones((5, 2))
-      >>> small = jp.shrink(fn, params, x, jp.scores.magnitude(params), 0.5)
-      >>> small.params["up"].shape, small.params["down"].shape
-      ((2, 3), (3, 3))
-      >>> small.report["kept"]
-      {'down:0': [3, 4, 5]}
-      >>> small.fn(small.params, x).shape
-      (5, 3)
-    """
-    if isinstance(scores_or_masks, int | float):
-        raise TypeError(
-            "shrink takes scores or masks fourth and the share fifth, got "
-            f"{scores_or_masks}; call jp.shrink(fn, params, batch, "
-            "jp.scores.magnitude(params), 0.5)"
-        )
-    masks = choice.is_masks(scores_or_masks)
-    _check(masks, sparsity, budget, measure, sizes, groups)
-    found, timed = axis_groups(fn, params, batch), None
-    if masks:
-        kept = choice.by_masks(found, params, scores_or_masks)
-        cuts = cut.of_groups(found, kept)
-        choice.check_whole(choice.masked_leaves(params, scores_or_masks), cuts)
-    else:
-        timed = timing.needed(measure, budget, found.trace, params, batch)
-        lost = lost_units(found, sparsity, budget, measure, groups, sizes, timed)
-        kept = choice.by_scores(found, params, scores_or_masks, lost)
-        cuts = cut.of_groups(found, kept)
-    result = of_cuts(fn, params, batch, found, kept, cuts)
-    return timed_too(result, timed)
-
-
 def lost_units(
     groups: AxisGroups,
     sparsity: float | Mapping[str, float] | None,
@@ -187,7 +102,7 @@ def lost_units(
     Raises:
       ValueError: as `shrink` does.
     """
-    if budget is None and rules not in _ALL:
+    if budget is None and rules not in ALL:
         raise ValueError(
             f"groups are those that a budget is met with, got {rules} and no budget; "
             "say it of the sparsity: sparsity={glob or name: share}"
@@ -233,36 +148,43 @@ def of_cuts(
     return ShrinkResult(shrunk, small, _report(groups, kept, cuts, shrunk))
 
 
-def _check(
-    masks: bool,
-    sparsity: Any,
-    budget: float | None,
-    measure: Measure,
-    sizes: Any,
-    rules: Rules,
-) -> None:
-    given = [sparsity is not None, budget is not None, masks]
-    if sum(given) != 1:
-        raise ValueError(
-            "shrink needs masks, or scores and either a sparsity or a budget, got "
-            f"{'masks' if masks else 'scores'}, sparsity={sparsity}, budget={budget}"
-        )
-    if masks and (sizes or rules not in _ALL):
-        raise ValueError(
-            "masks say which units are left, so shrink takes no sizes and no groups; "
-            "leave them out"
-        )
-    check_budget(budget, measure)
+def as_budget(budget: Budget | None) -> tuple[float | None, Measure]:
+    """The share that may be left, or None, and what it is a share of.
+
+    Args:
+      budget: a share of the parameters, {measure: share}, or None.
+
+    Returns:
+      The share and the measure.
+
+    Raises:
+      ValueError: the share is out of range, or the measure unknown.
+    """
+    if not isinstance(budget, Mapping):
+        budget = {"parameters": budget} if budget is not None else {}
+    check(
+        _BUDGET,
+        shares=list(budget.values()),
+        measures=list(budget),
+        known=get_args(Measure),
+        names=", ".join(get_args(Measure)),
+    )
+    for measure, share in budget.items():
+        return share, measure
+    return None, "parameters"
 
 
-def check_budget(budget: float | None, measure: Measure) -> None:
-    """Refuses a budget that is no share, and a measure that is unknown."""
-    if budget is not None and not 0 < budget < 1:
-        raise ValueError(f"a budget is a share in (0, 1), got {budget}")
-    if measure not in get_args(Measure):
-        raise ValueError(
-            f"measure must be one of {', '.join(get_args(Measure))}, got {measure!r}"
-        )
+_BUDGET = [
+    Rule(
+        lambda v: all(measure in v.known for measure in v.measures),
+        "the measure of a budget must be one of {names}, got {measures}",
+    ),
+    Rule(lambda v: len(v.shares) <= 1, "a budget has one measure, got {measures}"),
+    Rule(
+        lambda v: all(0 < share < 1 for share in v.shares),
+        "a budget is a share in (0, 1), got {shares}",
+    ),
+]
 
 
 def _within_budget(

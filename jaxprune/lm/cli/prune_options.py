@@ -10,9 +10,9 @@ from jaxprune.lm.cli.job_options import SELF
 from jaxprune.lm.texts import texts
 from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
-from jaxprune.posttraining import methods
-from jaxprune.posttraining.refine import Refine
-from jaxprune.posttraining.solvers.rounding import Rounding
+from jaxprune.posttraining import passes
+from jaxprune.posttraining.passes.refinement import Refine
+from jaxprune.posttraining.solvers.quantization import Quantization
 from jaxprune.typing import Pattern
 
 
@@ -122,9 +122,9 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
         return Refine(passes=self.refine, learning_rate=self.refine_learning_rate)
 
     @property
-    def rounding(self) -> Rounding | None:
+    def rounding(self) -> Quantization | None:
         """The levels of the weights that stay, or None."""
-        return None if self.bits is None else Rounding(self.bits, self.group)
+        return None if self.bits is None else Quantization(self.bits, self.group)
 
     @property
     def recovery(self) -> job_options.Recovery | None:
@@ -150,7 +150,7 @@ class Meaning(NamedTuple):
       allocation: how the sparsity is shared out.
     """
 
-    method: methods.Method
+    method: passes.Chain
     pattern: Pattern
     sparsity: Any
     allocation: allocations.Rule
@@ -166,7 +166,8 @@ def check(job: Job) -> Meaning:
         relative=None if job.relative is None else job.relative == "yes",
         correction=job.correction,
     )
-    pattern = method.pattern if job.pattern is None else patterns.named(job.pattern)
+    usual = method.pruning.usual_pattern
+    pattern = usual if job.pattern is None else patterns.named(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)
     if not job.streams and job.sequences % job.batch:

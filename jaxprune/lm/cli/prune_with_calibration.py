@@ -201,14 +201,20 @@ def _pruned(run: Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]
         functools.partial(_states, model.graphdef),
         model.params,
         _embedded(job, model, run.ready),
-        method=run.meaning.method,
+        method=jp.passes.chain(
+            run.meaning.method,
+            *([job.refinement] if job.refinement else []),
+            *(
+                [jp.passes.quantize(f"int{job.bits}", group=job.group)]
+                if job.bits
+                else []
+            ),
+        ),
         sparsity=job.sparsity,
         pattern=run.meaning.pattern,
         allocation=run.meaning.allocation,
         prunable=run.prunable,
         directory=job.work,
-        refine=job.refinement,
-        rounding=job.rounding,
         mesh=run.mesh,
         progress=processes.is_first(),
     )

@@ -4,7 +4,7 @@ __all__ = [
     "alps",
     "dense_target",
     "layer_problem",
-    "rounding",
+    "quantization",
     "sparsegpt",
     "units",
 ]

@@ -21,7 +21,7 @@ from jaxprune.arrays.topk.thresholds import highest
 from jaxprune.masking import matrix_mask, patterns
 from jaxprune.posttraining.solvers import layer_problem
 from jaxprune.posttraining.solvers.layer_problem import Solution
-from jaxprune.posttraining.solvers.rounding import Rounding
+from jaxprune.posttraining.solvers.quantization import Quantization
 from jaxprune.typing import Pattern
 
 # Inputs that are swept one by one before the rest of their block is updated at once.
@@ -36,7 +36,7 @@ def solve(
     pattern: Pattern = patterns.Unstructured(),
     damping: Any = 0.01,
     block: int = 128,
-    rounding: Rounding | None = None,
+    quantization: Quantization | None = None,
 ) -> Solution:
     """Prunes a kernel and updates what is kept, so that its outputs change little.
 
@@ -46,8 +46,8 @@ def solve(
     (`Block`, the mean of a tile). Each block loses its share of what is not kept,
     rounded so that the sum is exact; ties keep the first. Then, input by input, a
     removed w_j is made up for by w_i -= U_ji w_j / U_jj in all later inputs i. With
-    `rounding` a kept w_j becomes its nearest level, and later inputs make up for the
-    difference as well.
+    `quantization` a kept w_j becomes its nearest level, and later inputs make up for
+    the difference as well.
 
     Args:
       weight: (in, out), floating, at most 65535 inputs.
@@ -58,9 +58,9 @@ def solve(
       damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
         factorisation fails it is raised tenfold until it does not.
       block: inputs whose mask is chosen at once; raised to whole groups or tiles. With
-        `rounding` it is that one's group.
-      rounding: the levels on which the kept weights shall lie, or None. The scale of a
-        group is chosen by its weights when its turn comes.
+        `quantization` it is that one's group.
+      quantization: levels on which the kept weights shall lie, or None. The scale of
+        a group is chosen by its weights when its turn comes.
 
     Returns:
       The pruned weight, its mask and the damping used, infinity where nothing helped:
@@ -86,8 +86,8 @@ def solve(
     layer_problem.checked(weight, hessian, damping, kept, pattern)
     if block < 1:
         raise ValueError(f"block must be at least 1 input, got {block}; 128 is usual")
-    if rounding is not None:
-        block = rounding.block(pattern)
+    if quantization is not None:
+        block = quantization.block(pattern)
     return _solve(
         weight,
         hessian,
@@ -95,7 +95,7 @@ def solve(
         damping,
         pattern=pattern,
         block=block,
-        rounding=rounding,
+        quantization=quantization,
     )
 
 
@@ -106,7 +106,7 @@ def update(
     *,
     damping: Any = 0.01,
     block: int = 128,
-    rounding: Rounding | None = None,
+    quantization: Quantization | None = None,
 ) -> Solution:
     """The same sweep for a mask that is given.
 
@@ -116,8 +116,8 @@ def update(
       mask: (in, out), boolean, True where kept.
       damping: as in `solve`.
       block: inputs that are swept before later ones are updated; only speed depends on
-        it. With `rounding` it is that one's group.
-      rounding: as in `solve`.
+        it. With `quantization` it is that one's group.
+      quantization: as in `solve`.
 
     Returns:
       As `solve`, with the given mask.
@@ -136,9 +136,11 @@ def update(
     """
     layer_problem.checked(weight, hessian, damping)
     layer_problem.checked_mask(mask, weight)
-    if rounding is not None:
-        block = rounding.group
-    return _update(weight, hessian, mask, damping, block=block, rounding=rounding)
+    if quantization is not None:
+        block = quantization.group
+    return _update(
+        weight, hessian, mask, damping, block=block, quantization=quantization
+    )
 
 
 class _Plan(NamedTuple):
@@ -147,7 +149,7 @@ class _Plan(NamedTuple):
     block: int
     swept: int
     early: bool
-    rounding: Rounding | None = None
+    quantization: Quantization | None = None
 
 
 class _Problem(NamedTuple):
@@ -166,7 +168,7 @@ class _Problem(NamedTuple):
     damping: Float[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "block", "rounding"))
+@functools.partial(jax.jit, static_argnames=("pattern", "block", "quantization"))
 @layer_problem.precise
 def _solve(
     weight: Float[Array, "in out"],
@@ -176,19 +178,19 @@ def _solve(
     *,
     pattern: Pattern,
     block: int,
-    rounding: Rounding | None,
+    quantization: Quantization | None,
 ) -> Solution:
     inputs = len(weight)
     if not weight.size:
         empty = jnp.zeros(weight.shape, bool)
         return Solution(weight, empty, jnp.asarray(damping, jnp.float32))
-    plan = _plan(pattern, block, inputs, rounding)
+    plan = _plan(pattern, block, inputs, quantization)
     pruned = layer_problem.unit_count(weight.shape, pattern) - jnp.asarray(kept)
     choose = functools.partial(_chosen, pruned=pruned, pattern=pattern, inputs=inputs)
     return _swept(weight, hessian, damping, plan, choose)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "rounding"))
+@functools.partial(jax.jit, static_argnames=("block", "quantization"))
 @layer_problem.precise
 def _update(
     weight: Float[Array, "in out"],
@@ -197,11 +199,11 @@ def _update(
     damping: Any,
     *,
     block: int,
-    rounding: Rounding | None,
+    quantization: Quantization | None,
 ) -> Solution:
     if not weight.size:
         return Solution(weight, mask, jnp.asarray(damping, jnp.float32))
-    plan = _plan(patterns.Unstructured(), block, len(weight), rounding)
+    plan = _plan(patterns.Unstructured(), block, len(weight), quantization)
     padded = _padded(mask, plan.block)
 
     def choose(scores: jax.Array, first: jax.Array) -> jax.Array:
@@ -211,19 +213,23 @@ def _update(
 
 
 def _plan(
-    pattern: Pattern, block: int, inputs: int, rounding: Rounding | None
+    pattern: Pattern, block: int, inputs: int, quantization: Quantization | None
 ) -> _Plan:
     """Blocks of whole groups or tiles, swept so many inputs at a time."""
     block = min(block, inputs)
     unit = pattern.m if isinstance(pattern, patterns.NM) else 1
     if isinstance(pattern, patterns.Block):
         unit = pattern.rows
-    if unit >= _SWEPT and rounding is None:  # a row of tiles is a block of its own
+    if unit >= _SWEPT and quantization is None:  # a row of tiles is a block of its own
         return _Plan(unit, _divisor(unit), early=True)
     if unit > 1 or isinstance(pattern, patterns.Block):
-        return _Plan(-(-block // unit) * unit, unit, early=False, rounding=rounding)
+        return _Plan(
+            -(-block // unit) * unit, unit, early=False, quantization=quantization
+        )
     swept = min(_SWEPT, block)
-    return _Plan(-(-block // swept) * swept, swept, early=True, rounding=rounding)
+    return _Plan(
+        -(-block // swept) * swept, swept, early=True, quantization=quantization
+    )
 
 
 def _divisor(size: int) -> int:
@@ -348,9 +354,11 @@ def _one_block(
     if plan.early:  # the mask of the whole block, by the weights it begins with
         early = choose(jnp.abs(start) / pivots[:, None], first)
     rounded = None
-    if plan.rounding is not None:
+    if plan.quantization is not None:
         whole = jnp.where(early, start, 0) if plan.early else start
-        rounded = functools.partial(plan.rounding.on, scale=plan.rounding.scale(whole))
+        rounded = functools.partial(
+            plan.quantization.on, scale=plan.quantization.scale(whole)
+        )
 
     def sweep(errors: jax.Array, at: jax.Array) -> Any:
         take = functools.partial(

@@ -13,7 +13,7 @@ order of the batches, so that the sums have the same bits as on one device.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.arrays import grouped_rows, placement
 from jaxprune.arrays.per_device import PerDevice, put
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.operands import Input
 from jaxprune.graph.segments import Segment
 
@@ -35,12 +36,12 @@ class InputStatistics(NamedTuple):
     """The second moments of one input.
 
     Attributes:
-      samples: over how many positions, float32 scalar.
-      mean_square: (batch, in) float32: the mean of each feature's square.
-      hessian: (batch, in, in) float32: X^T X / samples; None where not asked for.
-      reached: (batch,) float32: at how many positions the input is not all zero, the
-        tokens that an expert was given.
-      drift: (1, in, in) float32: X^T (D - X) / samples, D the dense model's input. None
+      samples: number of positions, float32 scalar.
+      mean_square: mean of each feature's square, (batch, in) float32.
+      hessian: X^T X / samples, (batch, in, in) float32; None where not asked for.
+      reached: number of positions at which the input is not all zero, the tokens that
+        an expert was given, (batch,) float32.
+      drift: X^T (D - X) / samples, (1, in, in) float32, D the dense model's input. None
         where D was not given, and for a weight of several matrices, such as experts,
         since the dense model may send other samples to each of them.
     """
@@ -69,12 +70,12 @@ class Sums:
           hessian: whether X^T X is summed up as well.
           relative: whether each sample is divided by its root mean square first.
           drift: whether X^T (D - X) is, too; then `add` is given what D is read from.
-          devices: those that hold an input each, where a value has one for each.
+          devices: devices that hold an input each, where a value has one for each.
         """
         self._extra = _Extra(hessian, drift)
         self._relative, self._devices = relative, devices
-        self._sources: dict[tuple[str, ...], Input] = {}
-        self._sums: dict[tuple[str, ...], Any] = {}
+        # Names of weights to the input that they share and its sums.
+        self._sums: dict[tuple[str, ...], tuple[Input, Any]] = {}
 
     def add(
         self,
@@ -84,54 +85,23 @@ class Sums:
         positions: jax.Array | None,
         dense: Any = None,
     ) -> None:
-        """Adds the input of a segment, of one batch.
+        """Adds the input of a segment, of one batch or of one batch a device.
 
         Args:
           segment: the segment.
           groups: names of weights, those with the same statistics together.
           value: what the input is read from.
           positions: which samples count, booleans of their shape, or None for all.
-          dense: what the dense model's input is read from, where drift is wanted.
+          dense: what the dense model's input is read from, where drift is summed up.
         """
-        own = value, positions, dense
-        if self._devices is not None:
-            self._add_of_each(self._devices, segment.source, groups, *own)
-            return
-        counted = counted_samples(segment, positions)
+        source = segment.source
+        add = _adding(self._devices, source, self._extra, self._relative)
         for names in groups:
-            before = self._sums.get(names)
-            if before is None:
-                before = _zeros(segment.source, value, self._extra)
-            self._sums[names] = placement.automatic(
-                functools.partial(
-                    _added, source=segment.source, relative=self._relative
-                ),
-                before,
-                value,
-                counted,
-                dense,
-            )
-
-    def _add_of_each(
-        self,
-        devices: PerDevice,
-        source: Input,
-        groups: Sequence[tuple[str, ...]],
-        value: Any,
-        positions: jax.Array | None,
-        dense: Any,
-    ) -> None:
-        """Adds the inputs that the devices have, (devices, ...)."""
-        add = _adding(devices, source, self._extra, self._relative)
-        for names in groups:
-            before = self._sums.get(names)
-            if before is None:
-                kinds = jax.tree.leaves(_kinds(source, self._extra))
-                parts = [_part(kind, devices.count) for kind in kinds]
-                zeros = [np.zeros((devices.count, n), np.float32) for n in parts]
-                before = [put(x, devices.split) for x in zeros]
-            self._sums[names] = add(before, value, positions, dense)
-            self._sources[names] = source
+            if names in self._sums:
+                _, sums = self._sums[names]
+            else:
+                sums = _zeros(self._devices, source, value, self._extra)
+            self._sums[names] = source, add(sums, value, positions, dense)
 
     def finish(self, names: tuple[str, ...]) -> dict[str, InputStatistics]:
         """The statistics of a group of weights by name; its sums are freed.
@@ -139,48 +109,41 @@ class Sums:
         Raises:
           ValueError: the input is not finite, or no position counts.
         """
-        sums = self._sums.pop(names)
-        if self._devices is None:
-            statistics = placement.automatic(_divided, sums)
-        else:
-            source = self._sources.pop(names)
-            statistics = _finishing(self._devices, source, self._extra)(sums)
-        finite = np.isfinite(statistics.mean_square).all()
-        if not (finite and float(statistics.samples) > 0):
-            raise ValueError(
-                f"the input of '{names[0]}' must be finite and some position must "
-                "count, but it is not or none does; look for NaN or overflow in the "
-                "model's forward pass on these batches (float32 in place of float16 "
-                "may help)"
-            )
+        source, sums = self._sums.pop(names)
+        statistics = _finishing(self._devices, source, self._extra)(sums)
+        finite = bool(np.isfinite(statistics.mean_square).all())
+        counts = float(statistics.samples) > 0
+        check(_FINITE, name=names[0], is_finite=finite and counts)
         return dict.fromkeys(names, statistics)
 
     def finish_all(self) -> dict[str, InputStatistics]:
         """The statistics of all groups, as `finish` gives them."""
-        found: dict[str, InputStatistics] = {}
+        total: dict[str, InputStatistics] = {}
         for names in list(self._sums):
-            for name, own in self.finish(names).items():
-                # Batches of another kind may group the same weights otherwise.
-                found[name] = _together(found[name], own) if name in found else own
-        return found
+            for name, statistics in self.finish(names).items():
+                # Batches of another shape may group the same weights otherwise.
+                total[name] = (
+                    _merged(total[name], statistics) if name in total else statistics
+                )
+        return total
 
 
-def _together(one: InputStatistics, other: InputStatistics) -> InputStatistics:
+def _merged(first: InputStatistics, second: InputStatistics) -> InputStatistics:
     """The statistics of the samples of both; no drift."""
-    samples = one.samples + other.samples
+    samples = first.samples + second.samples
 
     def mean(x: Any, y: Any) -> Any:
-        return None if x is None else (x * one.samples + y * other.samples) / samples
+        return None if x is None else (x * first.samples + y * second.samples) / samples
 
     return InputStatistics(
         samples=samples,
-        mean_square=mean(one.mean_square, other.mean_square),
-        hessian=mean(one.hessian, other.hessian),
-        reached=one.reached + other.reached,
+        mean_square=mean(first.mean_square, second.mean_square),
+        hessian=mean(first.hessian, second.hessian),
+        reached=first.reached + second.reached,
     )
 
 
-def counted_samples(
+def sample_weights(
     segment: Segment, positions: jax.Array | None
 ) -> Float[Array, " samples"] | None:
     """Which samples of a segment's input count.
@@ -198,26 +161,51 @@ def counted_samples(
     """
     if positions is None:
         return None
-    kind = getattr(positions, "dtype", type(positions).__name__)
-    if str(kind) != "bool":
-        raise TypeError(
-            f"positions must be an array of booleans, got {kind}; compare what they "
-            "are made of, as in mask > 0"
-        )
-    if segment.source.grouped:
-        raise ValueError(
-            f"positions say which tokens count, but rows come to "
-            f"'{segment.linear_ops[0].name}' group by group; leave such weights out "
-            "with prunable=..., or positions"
-        )
     leading, shape = segment.source.leading, positions.shape
-    if math.prod(leading) != positions.size or leading[: len(shape)] != shape:
-        raise ValueError(
-            f"positions must have the shape of the samples of each input, but that of "
-            f"'{segment.linear_ops[0].name}' has samples {leading} and positions are "
-            f"{shape}; leave such weights out with prunable=..., or positions"
-        )
+    check(
+        _POSITIONS,
+        dtype=str(getattr(positions, "dtype", type(positions).__name__)),
+        grouped=segment.source.grouped,
+        name=segment.linear_ops[0].name,
+        leading=leading,
+        shape=shape,
+        fits=math.prod(leading) == positions.size and leading[: len(shape)] == shape,
+    )
+    return _as_weights(positions)
+
+
+def _as_weights(positions: jax.Array) -> Float[Array, " samples"]:
     return jnp.ravel(positions).astype(np.float32)
+
+
+_FINITE = [
+    Rule(
+        lambda v: v.is_finite,
+        "the input of '{name}' must be finite and some position must count, but it is "
+        "not or none does",
+        "look for NaN or overflow in the model's forward pass on these batches (float32 "
+        "in place of float16 may help)",
+    )
+]
+_POSITIONS = [
+    Rule(
+        lambda v: v.dtype == "bool",
+        "positions must be an array of booleans, got {dtype}",
+        "compare what they are made of, as in mask > 0",
+        error=TypeError,
+    ),
+    Rule(
+        lambda v: not v.grouped,
+        "positions say which tokens count, but rows come to '{name}' group by group",
+        "leave such weights out with prunable=..., or positions",
+    ),
+    Rule(
+        lambda v: v.fits,
+        "positions must have the shape of the samples of each input, but that of "
+        "'{name}' has samples {leading} and positions are {shape}",
+        "leave such weights out with prunable=..., or positions",
+    ),
+]
 
 
 class _Extra(NamedTuple):
@@ -227,38 +215,71 @@ class _Extra(NamedTuple):
     drift: bool
 
 
-def _kinds(source: Input, extra: _Extra) -> InputStatistics:
+def _shapes(source: Input, extra: _Extra) -> InputStatistics:
     """The shapes of an input's sums."""
     batch, _, inputs = source.shape
 
-    def kind(*shape: int) -> Any:
+    def floats(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.float32)
 
-    wide = kind(batch, inputs, inputs)
+    wide = floats(batch, inputs, inputs)
     drift = wide if extra.drift and batch == 1 and not source.grouped else None
     hessian = wide if extra.hessian else None
-    return InputStatistics(kind(), kind(batch, inputs), hessian, kind(batch), drift)
+    return InputStatistics(
+        floats(), floats(batch, inputs), hessian, floats(batch), drift
+    )
 
 
-def _part(kind: jax.ShapeDtypeStruct, devices: int) -> int:
+def _part(shape: jax.ShapeDtypeStruct, devices: int) -> int:
     """How many elements of an array each device has, the last one fewer."""
-    return -(-math.prod(kind.shape) // devices)
+    return -(-math.prod(shape.shape) // devices)
+
+
+def _zeros(devices: PerDevice | None, source: Input, value: Any, extra: _Extra) -> Any:
+    """Sums of no batch; over devices a list of their parts, (devices, part)."""
+    shapes = _shapes(source, extra)
+    if devices is not None:
+        parts = [_part(shape, devices.count) for shape in jax.tree.leaves(shapes)]
+        zeros = [np.zeros((devices.count, n), np.float32) for n in parts]
+        return [put(x, devices.split) for x in zeros]
+    # On the one device that the value is on; sums that are put nowhere would be added
+    # to by one program at first and by another one after.
+    sharding = getattr(jax.tree.leaves(value)[0], "sharding", None)
+    sharding = sharding if sharding and len(sharding.device_set) == 1 else None
+    return jax.tree.map(
+        lambda shape: jnp.zeros(shape.shape, shape.dtype, device=sharding), shapes
+    )
 
 
 @functools.lru_cache(64)
-def _adding(devices: PerDevice, source: Input, extra: _Extra, relative: bool) -> Any:
-    """A program that adds one more input of each device to sums (devices, part)."""
+def _adding(
+    devices: PerDevice | None, source: Input, extra: _Extra, relative: bool
+) -> Callable[..., Any]:
+    """A function that adds one more input, or one more of each device, to sums.
 
-    def add(
+    Without a mesh the value may lie on one device, or be sharded by the caller: the
+    compiler decides where terms are summed. With one, each device sums its part of all
+    terms in the order of the batches.
+    """
+    added = functools.partial(_added, source=source, relative=relative)
+
+    def add(sums: Any, value: Any, positions: jax.Array | None, dense: Any) -> Any:
+        counted = None if positions is None else _as_weights(positions)
+        return placement.automatic(added, sums, value, counted, dense)
+
+    if devices is None:
+        return add
+
+    def add_parts(
         parts: list[jax.Array], value: Any, positions: jax.Array | None, dense: Any
     ) -> list[jax.Array]:
-        counted = None if positions is None else positions.ravel().astype(np.float32)
+        counted = None if positions is None else _as_weights(positions)
         zeros = jax.tree.map(
-            lambda kind: jnp.zeros(kind.shape, kind.dtype), _kinds(source, extra)
+            lambda shape: jnp.zeros(shape.shape, shape.dtype), _shapes(source, extra)
         )
-        own = _added(zeros, value, counted, dense, source=source, relative=relative)
-        pairs = zip(parts, jax.tree.leaves(own), strict=True)
-        return [in_order(part, terms) for part, terms in pairs]
+        terms = added(zeros, value, counted, dense)
+        pairs = zip(parts, jax.tree.leaves(terms), strict=True)
+        return [in_order(part, array) for part, array in pairs]
 
     def in_order(part: jax.Array, terms: jax.Array) -> jax.Array:
         flat = jnp.ravel(terms)
@@ -266,39 +287,31 @@ def _adding(devices: PerDevice, source: Input, extra: _Extra, relative: bool) ->
         rows = devices.exchanged(flat.reshape(devices.count, part.size))
         return jax.lax.fori_loop(0, devices.count, lambda i, x: x + rows[i], part)
 
-    return devices.compiled(add, (True, True, True, True))
+    return devices.compiled(add_parts, (True, True, True, True))
 
 
 @functools.lru_cache(64)
-def _finishing(devices: PerDevice, source: Input, extra: _Extra) -> Any:
-    """A program that gives the statistics of sums (devices, part).
+def _finishing(
+    devices: PerDevice | None, source: Input, extra: _Extra
+) -> Callable[..., InputStatistics]:
+    """A function that gives the statistics of sums, or of their parts on devices.
 
-    They are whole on every device; Hessians of several matrices are split by matrix
-    where the devices divide their number.
+    Of parts they are whole on every device; Hessians of several matrices are split by
+    matrix where the devices divide their number.
     """
-    kinds, structure = jax.tree.flatten(_kinds(source, extra))
+    if devices is None:
+        return functools.partial(placement.automatic, _divided)
+    shapes, structure = jax.tree.flatten(_shapes(source, extra))
     by_matrix = source.shape[0] % devices.count == 0
 
     def finish(parts: list[jax.Array]) -> InputStatistics:
-        pairs = zip(parts, kinds, strict=True)
-        found = [x.ravel()[: math.prod(k.shape)].reshape(k.shape) for x, k in pairs]
-        return _divided(jax.tree.unflatten(structure, found))
+        pairs = zip(parts, shapes, strict=True)
+        sums = [x.ravel()[: math.prod(k.shape)].reshape(k.shape) for x, k in pairs]
+        return _divided(jax.tree.unflatten(structure, sums))
 
     wide = devices.split if by_matrix else devices.whole
-    placed = [wide if len(kind.shape) == 3 else devices.whole for kind in kinds]
+    placed = [wide if len(k.shape) == 3 else devices.whole for k in shapes]
     return jax.jit(finish, out_shardings=jax.tree.unflatten(structure, placed))
-
-
-def _zeros(source: Input, value: Any, extra: _Extra) -> InputStatistics:
-    """Sums of no batch."""
-    # On the one device that the value is on; sums that are put nowhere would be added
-    # to by one program at first and by another one after.
-    where = getattr(jax.tree.leaves(value)[0], "sharding", None)
-    where = where if where and len(where.device_set) == 1 else None
-    return jax.tree.map(
-        lambda kind: jnp.zeros(kind.shape, kind.dtype, device=where),
-        _kinds(source, extra),
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("source", "relative"), donate_argnums=0)
@@ -314,18 +327,19 @@ def _added(
     """Sums with one more batch in them, not yet divided by the number of samples."""
     x = source.read(value).astype(np.float32)  # (batch, samples, in)
     drift = sums.drift
-    apart = x if drift is None else source.read(dense).astype(np.float32) - x
+    # (batch, samples, in): D - X, or anything where no drift is summed up.
+    change = x if drift is None else source.read(dense).astype(np.float32) - x
     sizes = value[1] if source.grouped else None
     samples = jnp.asarray(x.shape[1], np.float32)
     if counted is not None:
         # Selected, not multiplied: what does not count may be NaN.
         counts = counted[None, :, None] > 0
-        x, apart = (jnp.where(counts, own, np.float32(0)) for own in (x, apart))
+        x, change = (jnp.where(counts, y, np.float32(0)) for y in (x, change))
         samples = counted.sum()
     if relative:
-        x, apart = _of_one_size(x, apart)
+        x, change = _of_one_size(x, change)
     if drift is not None:
-        drift = drift + _gram(x, apart)
+        drift = drift + _gram(x, change)
     square, hessian = sums.mean_square, sums.hessian
     if hessian is None:
         square = square + _over_samples(jnp.square(x), sizes)
@@ -333,8 +347,9 @@ def _added(
         hessian = grouped_rows.add_outer(hessian, x[0], x[0], sizes)
     else:  # its diagonal is the squares
         hessian = _add_upper(hessian, x, 0, x.shape[2])
-    seen = jnp.any(x != 0, axis=-1, keepdims=True).astype(np.float32)
-    reached = sums.reached + _over_samples(seen, sizes)[:, 0]  # (batch,)
+    # (batch, samples, 1): 1 where some feature of a sample is not zero.
+    nonzero = jnp.any(x != 0, axis=-1, keepdims=True).astype(np.float32)
+    reached = sums.reached + _over_samples(nonzero, sizes)[:, 0]  # (batch,)
     return InputStatistics(sums.samples + samples, square, hessian, reached, drift)
 
 
@@ -346,16 +361,16 @@ def _over_samples(
 
 
 def _of_one_size(
-    x: Float[Array, "batch samples in"], apart: Float[Array, "batch samples in"]
+    x: Float[Array, "batch samples in"], change: Float[Array, "batch samples in"]
 ) -> tuple[jax.Array, jax.Array]:
     """Each sample of both divided by x's root mean square; of zeros only, as it is."""
     # By the largest first: squares may overflow, or underflow to nothing.
     largest = jnp.max(jnp.abs(x), -1, keepdims=True)
     largest = jnp.where(largest > 0, largest, 1)
-    x, apart = x / largest, apart / largest
+    x, change = x / largest, change / largest
     size = jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))
     size = jnp.where(size > 0, size, 1)
-    return x / size, apart / size
+    return x / size, change / size
 
 
 def _add_upper(
@@ -366,8 +381,8 @@ def _add_upper(
 ) -> Float[Array, "batch in in"]:
     """Adds X^T X of some inputs to the Hessian, on and above its diagonal."""
     if stop - start <= _BLOCK:
-        own = x[:, :, start:stop]
-        return hessian.at[:, start:stop, start:stop].add(_gram(own, own))
+        part = x[:, :, start:stop]  # (batch, samples, inputs of the part)
+        return hessian.at[:, start:stop, start:stop].add(_gram(part, part))
     half = (start + stop) // 2
     corner = _gram(x[:, :, start:half], x[:, :, half:stop])
     hessian = hessian.at[:, start:half, half:stop].add(corner)

@@ -1,0 +1,10 @@
+"""A model's segments, the batches that go through them, and one loop over both."""
+
+__all__ = [
+    "input_statistics",
+    "preparation",
+    "segment_job",
+    "segmented_program",
+    "sequential_pipeline",
+    "weight_store",
+]
