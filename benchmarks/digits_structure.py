@@ -3,7 +3,7 @@
 `python -m benchmarks.digits_structure` trains both on the 8 x 8 digits of scikit-learn,
 the CNN in Linen, the ViT in NNX, and removes shares of all their units: by `jp.shrink`
 with the weights' magnitude or with the trajectory score of the optimizer's own state,
-and by `jp.shrink_trained`. The smaller program is trained on with the optimizer's state
+and by `jp.shrink` with batches. The smaller program is trained on with the optimizer's state
 cut alike. Beside it: dense, and built at the smaller shape, with as many steps. Prints
 two Markdown tables and one JSON line.
 """
@@ -44,7 +44,7 @@ class Config:
       learning_rate: of AdamW; falls along a cosine in training, and once more in
         retraining.
       seeds: of initialisation and batches.
-      calibrated: images that `jp.shrink_trained` looks at.
+      calibrated: images that `jp.shrink` looks at as batches.
       relative: whether each counts by its size there; the published table is without.
       timed: images of a timed forward.
       repeats: timed rounds.
@@ -225,8 +225,14 @@ def shrunk(config: Config, whole: Run, method: str, gone: float, data: Data) -> 
     if method == "shrink_trained":
         images = data.images[: config.calibrated]
         batches = np.array_split(images, max(1, len(images) // 128))
-        found = jp.shrink_trained(
-            fn, params, batches, gone, relative=config.relative, progress=False
+        found = jp.shrink(
+            fn,
+            params,
+            batches[0],
+            sparsity=gone,
+            batches=batches,
+            relative=config.relative,
+            progress=False,
         )
     else:
         scores = jp.scores.magnitude(params)

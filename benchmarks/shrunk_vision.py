@@ -4,7 +4,7 @@
 
 Takes the finished seeds of `experiments.phi3_vision`. Shares of the heads and neurons
 of the decoder, of the tower or of both are removed: by `jp.shrink` with the weights'
-magnitude or the trajectory score of the run, or by `jp.shrink_trained`. What is left is
+magnitude or the trajectory score of the run, or by `jp.shrink` with batches. What is left is
 trained on as that run retrains what it pruned: as many steps, the same rate and
 pictures. Every cell is one small file, so a run that was stopped continues. Prints two
 Markdown tables and one JSON line.
@@ -53,7 +53,7 @@ class Config:
       parts: what loses units.
       methods: by which units are chosen.
       shares: of the heads and of the neurons that are removed in each layer.
-      calibrated: pictures that `jp.shrink_trained` sees, a multiple of 32.
+      calibrated: pictures that `jp.shrink` sees as batches, a multiple of 32.
       timed: pictures of a timed forward.
       repeats: timed rounds.
     """
@@ -191,7 +191,16 @@ def shrunk(
     starts = range(0, config.calibrated, _BATCH)
     batches = (task.packed(task.train[i : i + _BATCH])[0] for i in starts)
     if cell.method == "shrink_trained":
-        return jp.shrink_trained(fn, params, batches, shares, progress=False)
+        calibration = list(batches)
+        return jp.shrink(
+            fn,
+            params,
+            calibration[0],
+            sparsity=shares,
+            batches=calibration,
+            relative=True,
+            progress=False,
+        )
     scores = jp.scores.magnitude(params)
     if cell.method == "trajectory":
         scores = jp.scores.trajectory(params, dense.tracked)

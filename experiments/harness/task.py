@@ -112,7 +112,7 @@ class Solvable(Task, Protocol):
 
         Args:
           params: the trained parameters.
-          method: of `jp.methods`.
+          method: pass of `jp.passes`.
           sparsity: the share to remove.
           allocation: of `jp.allocation`.
           seed: of the training run, which draws the calibration sequences too.

@@ -11,6 +11,8 @@ from jaxprune.lm.texts import texts
 from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
 from jaxprune.posttraining import passes
+from jaxprune.posttraining.passes.base import Inputs
+from jaxprune.posttraining.passes.pruning import Name
 from jaxprune.posttraining.passes.refinement import Refine
 from jaxprune.posttraining.solvers.quantization import Quantization
 from jaxprune.typing import Pattern
@@ -83,12 +85,12 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
         "jaxprune prune MODEL OUT --sparsity 0.5 --calibration prose.txt code.jsonl"
     )
 
-    method: methods.Name | None = None
+    method: Name | None = None
     sparsity: float | None = None
     pattern: str | None = None
     allocation: allocations.Name = "layer"
     damping: float | None = None
-    inputs: methods.Inputs = "left"
+    inputs: Inputs = "left"
     relative: Literal["yes", "no"] | None = None
     correction: float | None = None
     bits: Literal[4, 8] | None = None

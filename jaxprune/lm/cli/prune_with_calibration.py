@@ -201,15 +201,7 @@ def _pruned(run: Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]
         functools.partial(_states, model.graphdef),
         model.params,
         _embedded(job, model, run.ready),
-        method=jp.passes.chain(
-            run.meaning.method,
-            *([job.refinement] if job.refinement else []),
-            *(
-                [jp.passes.quantize(f"int{job.bits}", group=job.group)]
-                if job.bits
-                else []
-            ),
-        ),
+        method=_passes(run),
         sparsity=job.sparsity,
         pattern=run.meaning.pattern,
         allocation=run.meaning.allocation,
@@ -222,6 +214,16 @@ def _pruned(run: Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]
     moved = leaves.union(*(row["leaves"] for row in result.report["refined"]))
     found = recovery.rounded(model._replace(params=result.params).read(), moved)
     return found, leaves, moved, _record(run, result.report)
+
+
+def _passes(run: Run) -> jp.passes.Chain:
+    """The method, and what the job does to a layer besides."""
+    job, steps = run.job, [run.meaning.method]
+    if job.refinement is not None:
+        steps.append(job.refinement)
+    if job.bits is not None:
+        steps.append(jp.passes.quantize(f"int{job.bits}", group=job.group))
+    return jp.passes.chain(*steps)
 
 
 def _states(graphdef: Any, params: Any, x: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ class Correct(Pass):
         drift: Float[Array, "in in"],
         damping: float,
     ) -> jax.Array:
-        """The matrix for the pruned model's inputs, whose outputs are the dense ones."""
+        """The matrix whose outputs for the pruned model's inputs are the dense ones."""
         return corrected(weight, hessian, drift, share=self.share, damping=damping)
 
 

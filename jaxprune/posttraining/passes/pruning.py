@@ -82,7 +82,7 @@ class Prune(Pass):
 
     @property
     def relative(self) -> bool:
-        """Whether each sample is divided by its root mean square before it is summed."""
+        """Whether each sample is divided by its root mean square first."""
         return False
 
     @property

@@ -183,8 +183,8 @@ _FINITE = [
         lambda v: v.is_finite,
         "the input of '{name}' must be finite and some position must count, but it is "
         "not or none does",
-        "look for NaN or overflow in the model's forward pass on these batches (float32 "
-        "in place of float16 may help)",
+        "look for NaN or overflow in the model's forward pass on these batches "
+        "(float32 in place of float16 may help)",
     )
 ]
 _POSITIONS = [

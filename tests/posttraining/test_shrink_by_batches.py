@@ -30,8 +30,10 @@ def fn(params, x):
     return x + hidden(params["second"], x) @ params["second"]["down"]
 
 
-def quiet(*args, **options):
-    return jp.shrink_trained(*args, progress=False, **options)
+def quiet(fn, params, batches, sparsity=None, **options):
+    options = {"sparsity": sparsity, "batches": batches, "progress": False} | options
+    first = next(iter(batches), BATCHES[0])
+    return jp.shrink(fn, params, first, **options)
 
 
 def cheapest(x, weight, count):
@@ -189,7 +191,7 @@ def test_a_budget_may_be_of_measured_time(monkeypatch):
         return float(sum(leaf.size for leaf in leaves))
 
     monkeypatch.setattr(timing.Timed, "_seconds", weights)
-    small = quiet(fn, PARAMS, BATCHES, budget=0.7, measure="milliseconds")
+    small = quiet(fn, PARAMS, BATCHES, budget={"milliseconds": 0.7})
     found = small.report["milliseconds"]
     assert found["after"] == 1e3 * sum(x.size for x in jax.tree.leaves(small.params))
     assert found["after"] <= 0.7 * found["before"]
@@ -240,7 +242,7 @@ UP = {"up": draw(0, 5, 8)}
         (fn, PARAMS, {"budget": 0.5}, "either a sparsity or a budget"),
         (fn, PARAMS, {"sparsity": None, "budget": 1.5}, "share in"),
         (fn, PARAMS, {"damping": 3.0}, "damping must be"),
-        (fn, PARAMS, {"batches": []}, "shrink_trained needs at least one batch"),
+        (fn, PARAMS, {"batches": []}, "shrink needs at least one batch"),
         (fn, PARAMS, {"batches": [BATCHES[0], BATCHES[1][:9]]}, "those at '?1"),
         (fn, PARAMS, {"batches": [np.nan * BATCHES[0]]}, "must be finite"),
     ],
