@@ -3,9 +3,9 @@
 `python -m benchmarks.digits_structure` trains both on the 8 x 8 digits of scikit-learn,
 the CNN in Linen, the ViT in NNX, and removes shares of all their units: by `jp.shrink`
 with the weights' magnitude or with the trajectory score of the optimizer's own state,
-and by `jp.shrink` with batches. The smaller program is trained on with the optimizer's state
-cut alike. Beside it: dense, and built at the smaller shape, with as many steps. Prints
-two Markdown tables and one JSON line.
+and by `jp.shrink` with batches. The smaller program is trained on with the optimizer's
+state cut alike. Beside it: dense, and built at the smaller shape, with as many steps.
+Prints two Markdown tables and one JSON line.
 """
 
 import dataclasses

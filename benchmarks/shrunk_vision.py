@@ -4,8 +4,8 @@
 
 Takes the finished seeds of `experiments.phi3_vision`. Shares of the heads and neurons
 of the decoder, of the tower or of both are removed: by `jp.shrink` with the weights'
-magnitude or the trajectory score of the run, or by `jp.shrink` with batches. What is left is
-trained on as that run retrains what it pruned: as many steps, the same rate and
+magnitude or the trajectory score of the run, or by `jp.shrink` with batches. What is
+left is trained on as that run retrains what it pruned: as many steps, the same rate and
 pictures. Every cell is one small file, so a run that was stopped continues. Prints two
 Markdown tables and one JSON line.
 """

@@ -9,6 +9,7 @@ __all__ = [
     "progress",
     "prune_trained",
     "pruner",
+    "refined_values",
     "refiner",
     "relative_error",
     "shrink",

@@ -14,10 +14,11 @@ from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.graph.linear_ops import trace
 from jaxprune.posttraining.pipeline import preparation
-from jaxprune.posttraining.pipeline.input_statistics import InputStatistics, Sums
+from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.segment_job import SegmentJob
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
+from jaxprune.posttraining.pipeline.sums import Sums
 from jaxprune.typing import Params, Prunable
 
 

@@ -20,7 +20,7 @@ from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import trace
-from jaxprune.posttraining import fingerprint, refiner
+from jaxprune.posttraining import fingerprint, refined_values
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.calibration import calibrate
 from jaxprune.posttraining.fingerprint import Fingerprint
@@ -152,7 +152,7 @@ def prune_trained(
     )
     counted = preparation.counted_positions(program, batches, positions)
     if chain.refinement is not None:
-        refiner.check_refinable(chain.refinement, program, counted)
+        refined_values.check_refinable(chain.refinement, program, counted)
     plan = plans.make_plan(
         program,
         ops,

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.posttraining import relative_error, solve_weight
-from jaxprune.posttraining.pipeline.input_statistics import InputStatistics, Sums
+from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.segment_job import Observed, SegmentJob
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
+from jaxprune.posttraining.pipeline.sums import Sums
 from jaxprune.posttraining.pipeline.weight_store import WeightStore
 from jaxprune.posttraining.plan import Plan
 from jaxprune.posttraining.progress import ProgressLog

@@ -9,13 +9,21 @@ earlier blocks lost. Zeros stay zeros.
 The loss is relative, token by token: |y - target|^2 / |target|^2, with norms along the
 last axis. A few massive activations (a sequence's first token) would make up nearly all
 of a plain squared error, and nothing else would be learned.
+
+| papers on block-wise fine-tuning | here |
+|---|---|
+| theta of a block | `trained`, the float32 values of `Value` |
+| M, the mask | `x != 0`: a pruned weight is zero and stays zero |
+| X, the pruned model's input of the block | `_inputs` |
+| f(X; theta) | `Subgraph.run`, by `_block_loss` |
+| Y = f(X dense; theta dense) | `_targets` |
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +35,12 @@ from jaxprune.arrays import placement
 from jaxprune.arrays.per_device import PerDevice
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.program import Subgraph
-from jaxprune.graph.weight_view import WeightView
 from jaxprune.posttraining.passes.refinement import Refine
 from jaxprune.posttraining.pipeline.segmented_program import (
     Activations,
     SegmentedProgram,
 )
+from jaxprune.posttraining.refined_values import Value, counts_any, trained_values
 from jaxprune.posttraining.relative_error import block_error
 
 Arrays: TypeAlias = list[jax.Array]
@@ -40,54 +48,6 @@ Arrays: TypeAlias = list[jax.Array]
 _measured = jax.jit(block_error)
 
 
-def check_refinable(
-    refine: Refine,
-    program: SegmentedProgram,
-    positions: Sequence[jax.Array | None],
-) -> None:
-    """Refuses what nothing can be trained or measured by.
-
-    Args:
-      refine: how blocks are refined.
-      program: the program, with its blocks.
-      positions: booleans for each batch, which samples count, or None for all.
-
-    Raises:
-      ValueError: there are too few batches, no result is a float that depends on the
-        batch, no weight is a layer's own, or no position counts in the batches that
-        train or measure.
-    """
-    begin, counts = refine.split(len(positions)), list(map(_counts, positions))
-    types = program.trace.program.kinds
-    results = program.blocks[-1].wanted
-    check(
-        _REFINABLE,
-        floats=any(jnp.issubdtype(types[n].dtype, jnp.floating) for n in results),
-        trained=any(trained_values(program)),
-        counts=any(counts[:begin]) and any(counts[begin:]),
-    )
-
-
-_REFINABLE = [
-    Rule(
-        lambda v: v.floats,
-        "refine measures the last layer by what the function returns, so some result "
-        "must be a float that the weights decide, but none is",
-        "let it return the model's final states",
-    ),
-    Rule(
-        lambda v: v.trained,
-        "refine finds nothing to train, since several layers read each weight, as they "
-        "do of a stack that is cast before it is sliced",
-        "cast it inside of the scan, or leave refine out",
-    ),
-    Rule(
-        lambda v: v.counts,
-        "refine trains on the first batches and measures by the last, but positions "
-        "counts nothing in one of the two",
-        "put them in another order, or change held_out",
-    ),
-]
 _FINITE = [
     Rule(
         lambda v: math.isfinite(v.loss),
@@ -96,62 +56,6 @@ _FINITE = [
         "look for NaN or overflow in the model's forward pass",
     )
 ]
-
-
-class Value(NamedTuple):
-    """Something that a block trains.
-
-    Attributes:
-      number: number of the value in the program.
-      leaf: path name of the leaf.
-      view: view of the leaf, or of the part of it that the block reads.
-      is_pruned: whether its zeros stay zeros.
-    """
-
-    number: int
-    leaf: str
-    view: WeightView
-    is_pruned: bool
-
-
-def trained_values(program: SegmentedProgram) -> list[list[Value]]:
-    """What each block trains: pruned weights, and vectors, that it alone reads."""
-    views, types = program.trace.views, program.trace.program.kinds
-    names = {i: name for name, i in program.trace.leaves.items()}
-    # Before the first block there are steps of the first segment.
-    parts = [program.segments[0].subgraph, *program.blocks]
-    reads = [{n for n in part.inputs if n in views} for part in parts]
-    readers = {(i, n) for i, numbers in enumerate(reads) for n in numbers}
-
-    def alone(block: int, number: int) -> bool:
-        return all(
-            views[number].is_apart(views[n])
-            for i, n in readers
-            if views[n].leaf == views[number].leaf and (i, n) != (block, number)
-        )
-
-    # Of all layers: a branch of an earlier one may be computed with a later block.
-    finished = map(program.finished_in, program.segments)
-    pruned = [op.view for ops in finished for op in ops]
-
-    def value(number: int) -> Value | None:
-        view = views[number]
-        is_weight = any(not weight.is_apart(view) for weight in pruned)
-        is_vector = sum(size > 1 for size in view.shape) <= 1
-        floating = jnp.issubdtype(types[number].dtype, jnp.floating)
-        if not floating or not (is_weight or is_vector):
-            return None
-        return Value(number, names[view.leaf], view, is_weight)
-
-    return [
-        [
-            trained
-            for number in parts[i].inputs  # in order of first use
-            if number in reads[i] and alone(i, number)
-            if (trained := value(number)) is not None
-        ]
-        for i in range(1, len(parts))
-    ]
 
 
 class Refiner:
@@ -181,7 +85,7 @@ class Refiner:
         self.refine = refine
         self.values = trained_values(program)
         self._program, self._positions = program, positions
-        self._counts = list(map(_counts, positions))
+        self._counts = list(map(counts_any, positions))
         self._dense: list[Activations] = []
         self._inputs: list[Activations] = []  # of the block, by the pruned model
         self._targets: list[Arrays] = []
@@ -390,11 +294,6 @@ def _compiled(
     if devices is None:
         return jax.jit(step, donate_argnums=(0, 1))
     return devices.compiled(step, (True, True, False, False, False))
-
-
-def _counts(positions: jax.Array | None) -> bool:
-    """Whether anything counts in a batch."""
-    return positions is None or bool(jnp.any(positions))
 
 
 def _floats(results: Mapping[int, jax.Array]) -> Arrays:

@@ -17,10 +17,11 @@ from jaxprune.arrays import placement
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.posttraining import relative_error
-from jaxprune.posttraining.pipeline.input_statistics import InputStatistics, Sums
+from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.segment_job import Observed, SegmentJob
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
+from jaxprune.posttraining.pipeline.sums import Sums
 from jaxprune.posttraining.pipeline.weight_store import WeightStore
 from jaxprune.posttraining.solve_weight import FACTORISED
 from jaxprune.posttraining.solvers import units

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from jaxprune.arrays.per_device import PerDevice
 from jaxprune.posttraining import solve_weight
-from jaxprune.posttraining.pipeline import input_statistics
+from jaxprune.posttraining.pipeline import sums
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
 from jaxprune.posttraining.progress import ProgressLog
 from tests.across.test_sharding_hlo import ARRAY, COLLECTIVE, size
@@ -190,7 +190,7 @@ def test_a_batch_and_a_matrix_stay_where_they_are(monkeypatch):
     monkeypatch.setattr(PerDevice, "compiled", recorded)
     mesh = mesh_of("2x4")
     # Or what another test has made is not made again, and not recorded.
-    input_statistics._adding.cache_clear()
+    sums._adding.cache_clear()
     solve_weight._solving.cache_clear()
     prune(placed(mesh), "sparsegpt", mesh=mesh)
     sent = {

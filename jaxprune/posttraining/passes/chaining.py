@@ -35,7 +35,7 @@ class Chain(Pass):
     def __post_init__(self) -> None:
         """Refuses what does not compose."""
         kinds = [_kind(step) for step in self.passes]
-        order = [_ORDER.index(kind) for kind in kinds if kind in _ORDER]
+        order = [_ORDER.index(pass_kind) for pass_kind in kinds if pass_kind in _ORDER]
         pruning = [step for step in self.passes if isinstance(step, Prune)]
         check(
             RULES,
@@ -215,7 +215,9 @@ _KINDS = (Prune, Correct, Refine, Quantize)
 
 def _kind(step: Pass) -> type[Pass]:
     """The kind of pass of which a chain has one at most."""
-    return next((kind for kind in _KINDS if isinstance(step, kind)), type(step))
+    return next(
+        (pass_kind for pass_kind in _KINDS if isinstance(step, pass_kind)), type(step)
+    )
 
 
 RULES = [

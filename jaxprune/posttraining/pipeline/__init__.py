@@ -6,5 +6,6 @@ __all__ = [
     "segment_job",
     "segmented_program",
     "sequential_pipeline",
+    "sums",
     "weight_store",
 ]

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from jaxprune.graph.segments import Segment
 from jaxprune.graph.weight_view import WeightView
-from jaxprune.posttraining.pipeline.input_statistics import InputStatistics, Sums
+from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.segmented_program import (
     SegmentedProgram,
 )
+from jaxprune.posttraining.pipeline.sums import Sums
 
 
 class SequentialPipeline:

@@ -2,6 +2,7 @@
 
 __all__ = [
     "alps",
+    "block_mask",
     "dense_target",
     "layer_problem",
     "quantization",

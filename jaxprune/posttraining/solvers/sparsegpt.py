@@ -4,22 +4,34 @@ Optimal brain surgery in one fixed order. With H = R R^T, R upper triangular, U 
 is the upper Cholesky factor of H^-1 = U^T U that the paper sweeps with. Only its
 diagonal blocks are ever needed: what the inputs S of earlier blocks have lost, D_S =
 W_S - V_S, moves the next block B by R_BB^-T R_SB^T D_S. So H is factorised once, never
-inverted, and no update is written twice.
+inverted, and no update is written twice. Kernels are (in, out): the paper's W is ours
+transposed.
+
+| paper and its program | here |
+|---|---|
+| H, damped | `layer_problem.damped`; its factor R is `factor` |
+| Hinv, upper Cholesky factor of H^-1 | U; its diagonal blocks are `inverse` |
+| Hinv1 = Hinv[i1:i2, i1:i2] | `inverse` of a block |
+| B, Bs: columns of a block, of a mask | `block`, for both |
+| W1, a block as updated by now | `start` |
+| Q1, what is kept of a block | `kept` |
+| w, d, q: a column, its pivot, what is kept | `weight[j]`, `inverse[j, j]`, `kept` |
+| Err1 = (w - q) / d | `errors` |
+| Losses, tmp = w^2 / d^2 | `scores`, squared |
+| W[:, i2:] -= Err1 Hinv[i1:i2, i2:] | `_history`, when the later block's turn comes |
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.arrays.topk.thresholds import highest
-from jaxprune.masking import matrix_mask, patterns
+from jaxprune.masking import patterns
 from jaxprune.posttraining.solvers import layer_problem
+from jaxprune.posttraining.solvers.block_mask import block_mask
 from jaxprune.posttraining.solvers.layer_problem import Solution
 from jaxprune.posttraining.solvers.quantization import Quantization
 from jaxprune.typing import Pattern
@@ -50,15 +62,15 @@ def solve(
     the difference as well.
 
     Args:
-      weight: (in, out), floating, at most 65535 inputs.
-      hessian: (in, in), proportional to X^T X of the inputs.
-      kept: how many units of the pattern are kept, an integer, traced or not; `NM`
-        does not look at it.
-      pattern: `Unstructured`, `PerOutput`, `NM` or `Block`.
-      damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
+      weight: kernel (in, out), floating, at most 65535 inputs.
+      hessian: matrix (in, in), proportional to X^T X of the inputs.
+      kept: number of units of the pattern that are kept, an integer, traced or not;
+        `NM` does not look at it.
+      pattern: pattern of the mask, `Unstructured`, `PerOutput`, `NM` or `Block`.
+      damping: share of the Hessian's mean diagonal added to its diagonal. Where the
         factorisation fails it is raised tenfold until it does not.
-      block: inputs whose mask is chosen at once; raised to whole groups or tiles. With
-        `quantization` it is that one's group.
+      block: number of inputs whose mask is chosen at once; raised to whole groups or
+        tiles. With `quantization` it is that one's group.
       quantization: levels on which the kept weights shall lie, or None. The scale of
         a group is chosen by its weights when its turn comes.
 
@@ -111,13 +123,13 @@ def update(
     """The same sweep for a mask that is given.
 
     Args:
-      weight: (in, out), floating.
-      hessian: (in, in), proportional to X^T X of the inputs.
-      mask: (in, out), boolean, True where kept.
-      damping: as in `solve`.
-      block: inputs that are swept before later ones are updated; only speed depends on
-        it. With `quantization` it is that one's group.
-      quantization: as in `solve`.
+      weight: kernel (in, out), floating.
+      hessian: matrix (in, in), proportional to X^T X of the inputs.
+      mask: mask (in, out), boolean, True where kept.
+      damping: share of the Hessian's mean diagonal added to its diagonal; see `solve`.
+      block: number of inputs that are swept before later ones are updated; only speed
+        depends on it. With `quantization` it is that one's group.
+      quantization: levels of the kept weights, or None; see `solve`.
 
     Returns:
       As `solve`, with the given mask.
@@ -156,10 +168,10 @@ class _Problem(NamedTuple):
     """The blocks (blocks, inputs of a block, ...) of a padded problem.
 
     Attributes:
-      weight: (blocks, block, out), zero where an input is padding.
+      weight: kernel (blocks, block, out), zero where an input is padding.
       factor: R by columns of blocks, (blocks, in, block): R[:, B].
       inverse: U_BB, the inverses of R's diagonal blocks, (blocks, block, block).
-      damping: the damping used.
+      damping: damping that was used, scalar.
     """
 
     weight: Float[Array, "blocks block out"]
@@ -186,7 +198,9 @@ def _solve(
         return Solution(weight, empty, jnp.asarray(damping, jnp.float32))
     plan = _plan(pattern, block, inputs, quantization)
     pruned = layer_problem.unit_count(weight.shape, pattern) - jnp.asarray(kept)
-    choose = functools.partial(_chosen, pruned=pruned, pattern=pattern, inputs=inputs)
+    choose = functools.partial(
+        block_mask, pruned=pruned, pattern=pattern, inputs=inputs
+    )
     return _swept(weight, hessian, damping, plan, choose)
 
 
@@ -236,50 +250,6 @@ def _divisor(size: int) -> int:
     return next(part for part in range(_SWEPT, 0, -1) if size % part == 0)
 
 
-def _chosen(
-    scores: jax.Array,
-    first: jax.Array,
-    *,
-    pruned: jax.Array,
-    pattern: Pattern,
-    inputs: int,
-) -> jax.Array:
-    """The mask of the inputs from `first` on, of sqrt(w^2 / U_jj^2), (rows, out).
-
-    `pruned` is how many units the whole weight loses; these inputs lose their share.
-    """
-    rows, outputs = scores.shape
-    if isinstance(pattern, patterns.NM):
-        return matrix_mask.mask(scores, kept=0, pattern=pattern)
-    last = first + rows
-    if isinstance(pattern, patterns.Block):  # these rows are one row of tiles
-        tall, wide = math.ceil(inputs / rows), math.ceil(outputs / pattern.columns)
-        lost = _share(pruned, first // rows, last // rows, tall)
-        return matrix_mask.mask(jnp.square(scores), kept=wide - lost, pattern=pattern)
-    # NaN ranks lowest, so padding is never kept, and the counts do not include it.
-    index = first + jnp.arange(rows)
-    scores = jnp.where((index < inputs)[:, None], scores, jnp.nan)
-    whole = jnp.clip(inputs - first, 0, rows)
-    if isinstance(pattern, patterns.PerOutput):
-        lost = _share(matrix_mask.spread(pruned, outputs), first, last, inputs)
-        return highest(scores, whole - lost, axis=0)
-    return highest(scores, whole * outputs - _share(pruned, first, last, inputs))
-
-
-def _share(total: jax.Array, first: Any, last: Any, parts: int) -> jax.Array:
-    """What the parts from `first` to `last` lose of a total, which they sum up to."""
-    # Not total * end / parts, which 32 bits do not hold; rest * end they do, of at most
-    # 65535 parts.
-    each, rest = total // parts, (total % parts).astype(np.uint32)
-
-    def until(end: Any) -> jax.Array:
-        end = jnp.minimum(end, parts).astype(np.uint32)
-        over = (rest * end + np.uint32(parts // 2)) // np.uint32(parts)
-        return each * end.astype(each.dtype) + over.astype(each.dtype)
-
-    return until(last) - until(first)
-
-
 def _swept(
     weight: jax.Array, hessian: jax.Array, damping: Any, plan: _Plan, choose: Any
 ) -> Solution:
@@ -288,12 +258,12 @@ def _swept(
     count, block, outputs = problem.weight.shape
 
     def one(lost: jax.Array, step: Any) -> Any:
-        index, own, factor, inverse = step
+        index, weight, factor, inverse = step
         moved = _history(factor, lost, index)  # (block, out)
-        start = own + inverse.T @ moved  # the block's weights as updated by now
+        start = weight + inverse.T @ moved  # the block's weights as updated by now
         kept, mask = _one_block(start, inverse, index * block, plan, choose)
         lost = jax.lax.dynamic_update_slice_in_dim(
-            lost, own - kept, index * block, axis=0
+            lost, weight - kept, index * block, axis=0
         )
         return lost, (kept, mask)
 
@@ -309,8 +279,8 @@ def _problem(
 ) -> _Problem:
     """The problem in blocks, padded by inputs that have nothing to do with the rest."""
     ready = layer_problem.damped(hessian, damping, reverse=True)
-    own, factor = _padded(weight.astype(jnp.float32), block), jnp.flip(ready.factor)
-    size = len(own)
+    padded, factor = _padded(weight.astype(jnp.float32), block), jnp.flip(ready.factor)
+    size = len(padded)
     factor = jnp.pad(factor, (0, size - len(factor)))
     padding = jnp.arange(size) >= len(weight)
     factor = factor + jnp.diag(padding.astype(jnp.float32))
@@ -319,12 +289,12 @@ def _problem(
     eye = jnp.eye(block, dtype=jnp.float32)
 
     def inverted(column: jax.Array, index: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(column, index * block, block)
-        return jax.lax.linalg.triangular_solve(own, eye, left_side=True)
+        diagonal = jax.lax.dynamic_slice_in_dim(column, index * block, block)
+        return jax.lax.linalg.triangular_solve(diagonal, eye, left_side=True)
 
     inverse = jax.vmap(inverted)(columns, jnp.arange(size // block))
     return _Problem(
-        own.reshape(-1, block, own.shape[1]), columns, inverse, ready.damping
+        padded.reshape(-1, block, padded.shape[1]), columns, inverse, ready.damping
     )
 
 
@@ -333,9 +303,9 @@ def _history(factor: jax.Array, lost: jax.Array, index: jax.Array) -> jax.Array:
     block, outputs = factor.shape[1], lost.shape[1]
 
     def add(earlier: jax.Array, moved: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(factor, earlier * block, block)
+        rows = jax.lax.dynamic_slice_in_dim(factor, earlier * block, block)
         gone = jax.lax.dynamic_slice_in_dim(lost, earlier * block, block)
-        return moved + own.T @ gone
+        return moved + rows.T @ gone
 
     start = jnp.zeros((block, outputs), jnp.float32)
     return jax.lax.fori_loop(0, index, add, start)
@@ -365,23 +335,23 @@ def _one_block(
             jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=plan.swept
         )
         columns = take(inverse, axis=1)  # (block, swept)
-        own = take(start) - columns.T @ errors  # (swept, out)
+        rows = take(start) - columns.T @ errors  # (swept, out)
         if plan.early:
             mask = take(early)
         else:  # groups and tiles are chosen when their turn comes, by updated weights
-            mask = choose(jnp.abs(own) / take(pivots)[:, None], first + at)
-        own, error = _inputs(own, take(columns), mask, rounded)
+            mask = choose(jnp.abs(rows) / take(pivots)[:, None], first + at)
+        rows, error = _inputs(rows, take(columns), mask, rounded)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, error, at, axis=0)
-        return errors, (jnp.where(mask, own, 0), mask)
+        return errors, (jnp.where(mask, rows, 0), mask)
 
     places = jnp.arange(0, plan.block, plan.swept)
-    _, found = jax.lax.scan(sweep, jnp.zeros_like(start), places)
-    kept, mask = (x.reshape(start.shape) for x in found)
+    _, swept = jax.lax.scan(sweep, jnp.zeros_like(start), places)
+    kept, mask = (x.reshape(start.shape) for x in swept)
     return kept, mask
 
 
 def _inputs(
-    own: jax.Array,
+    weight: jax.Array,
     inverse: jax.Array,
     mask: jax.Array,
     rounded: Callable[[jax.Array], jax.Array] | None,
@@ -389,17 +359,17 @@ def _inputs(
     """Input by input: what is left of these, and the error each one hands on."""
 
     def one(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
-        own, errors = state
+        weight, errors = state
         if rounded is None:
-            error = jnp.where(mask[j], 0, own[j] / inverse[j, j])[None]
-            own = own - inverse[j][:, None] * error
+            error = jnp.where(mask[j], 0, weight[j] / inverse[j, j])[None]
+            weight = weight - inverse[j][:, None] * error
         else:
-            left = jnp.where(mask[j], rounded(own[j]), 0)
-            error = ((own[j] - left) / inverse[j, j])[None]
-            own = (own - inverse[j][:, None] * error).at[j].set(left)
-        return own, jax.lax.dynamic_update_slice_in_dim(errors, error, j, axis=0)
+            kept = jnp.where(mask[j], rounded(weight[j]), 0)
+            error = ((weight[j] - kept) / inverse[j, j])[None]
+            weight = (weight - inverse[j][:, None] * error).at[j].set(kept)
+        return weight, jax.lax.dynamic_update_slice_in_dim(errors, error, j, axis=0)
 
-    return jax.lax.fori_loop(0, len(own), one, (own, jnp.zeros_like(own)))
+    return jax.lax.fori_loop(0, len(weight), one, (weight, jnp.zeros_like(weight)))
 
 
 def _padded(matrix: jax.Array, block: int) -> jax.Array:
