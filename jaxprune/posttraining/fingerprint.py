@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +58,30 @@ def of_program(program: SegmentedProgram) -> str:
     for number in sorted(inputs & program.trace.program.constants):
         digest.update(np.ascontiguousarray(program.table(number)).tobytes())
     return digest.hexdigest()
+
+
+def of_job(
+    program: SegmentedProgram,
+    counted: Sequence[jax.Array | None],
+    known: Mapping[str, Fingerprint],
+) -> dict[str, Any]:
+    """What tells a job over a program from another, JSON-able.
+
+    Args:
+      program: the program, with the parameters before anything changes.
+      counted: booleans for each batch, which samples count, or None for all.
+      known: fingerprints of leaves that were read already, by name.
+
+    Returns:
+      Digests of positions and program, and a mark for each leaf that is read.
+    """
+    others = {name: i for name, i in program.used.items() if name not in known}
+    prints = {**known, **of_leaves(others, program.leaves)}
+    return {
+        "counted": of_arrays(counted),
+        "program": of_program(program),
+        "parameters": {name: leaf.mark for name, leaf in prints.items()},
+    }
 
 
 @jax.jit

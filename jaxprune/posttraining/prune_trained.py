@@ -6,7 +6,7 @@ Here the arguments are checked and the result is reported; what is in between is
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -23,7 +23,6 @@ from jaxprune.graph.linear_ops import trace
 from jaxprune.posttraining import fingerprint, refined_values
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.calibration import calibrate
-from jaxprune.posttraining.fingerprint import Fingerprint
 from jaxprune.posttraining.passes.base import Pass
 from jaxprune.posttraining.passes.chaining import as_chain
 from jaxprune.posttraining.passes.pruning import Name, Settings
@@ -164,7 +163,8 @@ def prune_trained(
     facts = _facts(plan, program, batches, counted)
     log = None
     if directory is not None:
-        log = _progress_log(Path(directory), facts, program, counted, prints)
+        job = fingerprint.of_job(program, counted, prints)
+        log = ProgressLog(Path(directory), {**facts, **job})
     pruner = Pruner(program, plan, batches, counted, log, donate=donate)
     pruner.run("pruning", progress=progress)
     rows = pruner.rows
@@ -203,28 +203,6 @@ _MESH = [
         "leave mesh out, or place them on a mesh with axis_types=Auto",
     )
 ]
-
-
-def _progress_log(
-    directory: Path,
-    facts: Mapping[str, Any],
-    program: SegmentedProgram,
-    counted: Sequence[jax.Array | None],
-    pruned: Mapping[str, Fingerprint],
-) -> ProgressLog:
-    """The log of a job, which is what its arguments are.
-
-    The fingerprints of the leaves to prune are there already; the others that the
-    program reads are taken here.
-    """
-    others = {name: i for name, i in program.used.items() if name not in pruned}
-    prints = {**pruned, **fingerprint.of_leaves(others, program.leaves)}
-    job = {
-        "counted": fingerprint.of_arrays(counted),
-        "program": fingerprint.of_program(program),
-        "parameters": {name: leaf.mark for name, leaf in prints.items()},
-    }
-    return ProgressLog(directory, {**facts, **job})
 
 
 def _facts(

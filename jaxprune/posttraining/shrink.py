@@ -5,6 +5,7 @@ With batches, what is left makes up for what is gone; see
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -15,9 +16,12 @@ from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.axis_groups import AxisGroups, axis_groups
 from jaxprune.graph.linear_ops import trace
-from jaxprune.posttraining import unit_rows
+from jaxprune.posttraining import fingerprint, unit_rows
 from jaxprune.posttraining.pipeline import preparation
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
+from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
+from jaxprune.posttraining.pipeline.sums import Sums
+from jaxprune.posttraining.progress import ProgressLog
 from jaxprune.posttraining.solvers import layer_problem
 from jaxprune.posttraining.unit_remover import UnitRemover
 from jaxprune.structured import choice, cut, timing
@@ -35,12 +39,15 @@ class Settings(TypedDict, total=False):
         a few tokens with massive activations are not most of XᵀX; False.
       positions: function of a batch to booleans of the samples' shape, (batch, time)
         say: which positions count; None counts all.
+      directory: directory where progress is kept; the same call after a kill resumes
+        from there; None keeps none.
       progress: whether to show how far it is; True.
     """
 
     damping: float
     relative: bool
     positions: Callable[[Any], jax.Array] | None
+    directory: str | Path | None
     progress: bool
 
 
@@ -104,8 +111,8 @@ def shrink(
         budget asks for becomes the nearest of these numbers; of two as near, the larger
         one. Where more is then removed than the budget requires, the groups with the
         most numbers to choose from lose less (not for "milliseconds").
-      **settings: settings of the choice by batches: `damping`, `relative`, `positions`
-        and `progress`; see `Settings`.
+      **settings: settings of the choice by batches: `damping`, `relative`, `positions`,
+        `directory` and `progress`; see `Settings`.
 
     Returns:
       `ShrinkResult(fn, params, report)`; its `cut` cuts an optimizer's state. The
@@ -197,7 +204,8 @@ def _solved(
     settings: Settings,
 ) -> _Solved:
     """The units that go by the solver's choice, and what makes up for them."""
-    damping = settings.get("damping", 0.01)
+    damping, relative = settings.get("damping", 0.01), settings.get("relative", False)
+    directory = settings.get("directory")
     layer_problem.check_damping(damping)
     batches = preparation.check_batches(batches, "shrink")
     lost = {name: count for name, count in lost.items() if count}
@@ -212,14 +220,21 @@ def _solved(
     ops = {consumer.op.name: consumer.op for consumer in consumers.values()}
     program = SegmentedProgram(traced, leaves, list(ops.values()))
     counted = preparation.counted_positions(program, batches, settings.get("positions"))
+    log = None
+    if directory is not None:
+        facts = {"lost": lost, "damping": float(damping), "relative": relative}
+        facts["calibration"] = fingerprint.of_arrays(batches)
+        job = fingerprint.of_job(program, counted, {})
+        log = ProgressLog(Path(directory), {**facts, **job})
     remover = UnitRemover(
         program,
         consumers,
         lost,
-        batches,
-        counted,
+        SequentialPipeline(
+            program, batches, counted, Sums(hessian=True, relative=relative)
+        ),
+        log,
         damping=damping,
-        relative=settings.get("relative", False),
     )
     remover.run("shrinking", progress=settings.get("progress", True))
     updated = jax.tree.unflatten(jax.tree.structure(params), leaves.all)

@@ -178,7 +178,7 @@ _SPOKEN = (
     (r"name an attribute in ignore_config", "give --ignore-config ATTRIBUTE"),
     (r"(?<![/\w'])sparsity=(\d[\d.]*)(?![/\w])", r"--sparsity \1"),
     (r", or a value such as jp\.patterns\.NM\(2, 4\)", ""),
-    (r", or a value of (jp\.patterns|jaxprune\.posttraining\.methods)", ""),
+    (r", or a value of jp\.patterns", ""),
     (r"Unstructured\(\)", "per-layer"),
     (r"PerOutput\(\)", "per-output"),
     (r"NM\(n=(\d+), m=(\d+)\)", r"\1:\2"),
