@@ -10,9 +10,7 @@ from typing import Any
 import jax
 
 from jaxprune import leaves
-from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.per_device import PerDevice, in_groups
-from jaxprune.graph.linear_ops import trace
 from jaxprune.posttraining.pipeline import preparation
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.segment_job import SegmentJob
@@ -71,10 +69,9 @@ def calibrate(
     for group in in_groups(batches, devices.count if devices else 1):
         # One program for all batches of a shape; the last batch may be shorter.
         if (signature := preparation.batch_signature(group[0])) not in programs:
-            traced = trace(fn, params, group[0])
-            ops = preparation.prunable_ops(traced, params, prunable)
-            leaves = Leaves(jax.tree.leaves(params))
-            programs[signature] = SegmentedProgram(traced, leaves, ops, devices=devices)
+            programs[signature] = preparation.prepare(
+                fn, params, group[0], prunable, devices=devices
+            )
         program = programs[signature]
         counted = preparation.counted_positions(program, group, positions)
         pipeline = SequentialPipeline(program, list(group), counted, sums)

@@ -161,15 +161,13 @@ _FITS = [
 
 def make_plan(
     program: SegmentedProgram,
-    ops: Sequence[LinearOp],
     chain: Chain,
     statistics: Callable[[], Mapping[str, InputStatistics]],
 ) -> Plan:
     """Decides how many units each weight keeps.
 
     Args:
-      program: the program, with all of the parameters' leaves.
-      ops: linear ops of the weights to prune.
+      program: the program, cut at the weights to prune, with all leaves.
       chain: the passes.
       statistics: function that gives the dense model's statistics, called where the
         allocation needs them; with a mesh they lie on its devices.
@@ -181,7 +179,7 @@ def make_plan(
       ValueError: something does not fit; the sentence names the weights.
     """
     pruning, leaves = chain.pruning, program.leaves
-    weights = {op.name: op for op in ops if op.use == 0}
+    weights = {op.name: op for op in program.ops if op.use == 0}
     usual = pruning.usual_pattern
     pattern = patterns.named(usual if pruning.pattern is None else pruning.pattern)
     sparsity, rule = counts.agreed(pruning.sparsity, pattern, pruning.allocation)
@@ -200,6 +198,7 @@ def make_plan(
         _facts(op, leaves, moments.get(name), program.devices)
         for name, op in weights.items()
     ]
+    # A count for each weight; its matrices share it as evenly as they can.
     lost = counts.by_rule(sparsity, rule, facts, list(units.values()))
     kept = {
         name: _kept(units[name], count, weights[name].shape[0])

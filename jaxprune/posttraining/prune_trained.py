@@ -15,14 +15,13 @@ from jax.sharding import AxisType, NamedSharding
 
 from jaxprune import leaves
 from jaxprune.arrays import tree
-from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.graph.linear_ops import trace
 from jaxprune.posttraining import fingerprint, refined_values
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.calibration import calibrate
+from jaxprune.posttraining.fingerprint import Fingerprint
 from jaxprune.posttraining.passes.base import Pass
 from jaxprune.posttraining.passes.chaining import as_chain
 from jaxprune.posttraining.passes.pruning import Name, Settings
@@ -140,21 +139,20 @@ def prune_trained(
         chain.refinement.split(len(batches))
     if devices is not None:
         check(_MESH, explicit=listed(_on_explicit_axes(params)))
-    traced = trace(fn, params, batches[0])
-    ops = preparation.prunable_ops(traced, params, prunable)
-    leaves = Leaves(jax.tree.leaves(params))
-    plans.check_leaves(leaves, ops, donate=donate)
-    prints = fingerprint.of_leaves({op.leaf: op.view.leaf for op in ops}, leaves)
-    plans.check_finite(prints)
-    program = SegmentedProgram(
-        traced, leaves, ops, outputs="outputs" in chain.observes, devices=devices
+    program = preparation.prepare(
+        fn,
+        params,
+        batches[0],
+        prunable,
+        outputs="outputs" in chain.observes,
+        devices=devices,
     )
+    prints = _checked_leaves(program, donate=donate)
     counted = preparation.counted_positions(program, batches, positions)
     if chain.refinement is not None:
         refined_values.check_refinable(chain.refinement, program, counted)
     plan = plans.make_plan(
         program,
-        ops,
         chain,
         lambda: calibrate(
             fn, params, batches, positions=positions, prunable=prunable, mesh=mesh
@@ -173,12 +171,23 @@ def prune_trained(
         "programs": program.programs,
         "achieved": sum(r["zeros"] for r in rows) / sum(r["size"] for r in rows),
         "seconds": time.perf_counter() - started,
-        "unseen": dict(traced.unseen),
+        "unseen": dict(program.trace.unseen),
         "weights": rows,
         "refined": pruner.refined,
     }
-    pruned = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
+    pruned = jax.tree.unflatten(jax.tree.structure(params), program.leaves.all)
     return PruneResult(pruned, report)
+
+
+def _checked_leaves(
+    program: SegmentedProgram, *, donate: bool
+) -> dict[str, Fingerprint]:
+    """The fingerprints of the leaves to prune, none of which is damaged or shared."""
+    plans.check_leaves(program.leaves, program.ops, donate=donate)
+    names = {op.leaf: op.view.leaf for op in program.ops}
+    prints = fingerprint.of_leaves(names, program.leaves)
+    plans.check_finite(prints)
+    return prints
 
 
 def _on_explicit_axes(params: Params) -> list[str]:

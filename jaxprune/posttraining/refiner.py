@@ -196,6 +196,7 @@ class Refiner:
             trained, state = devices.stacked(copies)
         count = self.refine.split(len(self._counts))
         for number in itertools.count():
+            # The order depends on the pass alone, so that a resumed block repeats it.
             for i in np.random.default_rng(number).permutation(count):
                 if not self._counts[i]:
                     continue
@@ -203,7 +204,7 @@ class Refiner:
                 others = [known[n] for n in part.inputs if n not in numbers]
                 targets = self._item(self._targets, i)
                 trained, state = step(trained, state, others, targets, self._counted(i))
-            after = trained
+            after = trained  # float32; with a mesh (devices, ...), all rows alike
             if devices is not None:
                 after = jax.tree.map(lambda x: x[0], devices.first(trained, 1))
             yield [jnp.array(x, k) for x, k in zip(after, dtypes, strict=True)]

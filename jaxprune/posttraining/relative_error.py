@@ -58,6 +58,7 @@ def _weight_error(
     source: Input,
 ) -> jax.Array:
     old, new = before.astype(np.float32), after.astype(np.float32)
+    # Rows of experts are not those that the dense model sends there: one X for both.
     if dense is None or source.grouped or source.shape[0] > 1:
         lost = _outputs(value, old - new, source, positions)
         target = _outputs(value, old, source, positions)
@@ -72,7 +73,7 @@ def _outputs(
     value: Any, weight: Float[Array, "batch in out"], source: Input, positions: Any
 ) -> Any:
     """The outputs (batch, samples, out) for some samples; of experts (samples, out)."""
-    x = source.read(value)
+    x = source.read(value)  # (batch, samples, in)
     if positions is not None:  # first those that count; the others, zero, are behind
         counts = jnp.ravel(positions)
         x = jnp.where(counts[None, :, None], x, jnp.zeros((), x.dtype))
@@ -81,6 +82,7 @@ def _outputs(
     x = x[:, ::step][:, :_SAMPLES].astype(np.float32)  # (batch, samples, in)
     if not source.grouped:
         return jnp.einsum("bsi,bio->bso", x, weight)
+    # The matrix of each row, (samples,), and the number of rows of each, (batch,).
     of_rows = grouped_rows.of_rows(source.shape[1], value[1])[::step][:_SAMPLES]
     sizes = jnp.bincount(of_rows, length=source.shape[0])
     return grouped_rows.dot(x[0], weight, sizes)

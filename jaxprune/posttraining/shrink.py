@@ -212,6 +212,7 @@ def _solved(
     if not lost:
         return _Solved(params, {}, [])
     leaves = Leaves(jax.tree.leaves(params))
+    # Shapes alone: tracing reads no batch.
     first = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), batches[0]
     )

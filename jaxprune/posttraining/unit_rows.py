@@ -128,7 +128,7 @@ def _consumers(
         rows = numbers_read[:, :, 0]  # (batch, in)
         if (numbers_read != rows[:, :, None]).any() or (rows == rows[:, :1]).all():
             continue  # it makes the units, or has nothing to do with them
-        known = rows[rows >= 0]
+        known = rows[rows >= 0]  # unit numbers of the rows that have one
         which = int(np.searchsorted(ends, known[0], "right")) - 1
         # The inputs that have a unit, unit by unit.
         order = np.argsort(rows[0], kind="stable")[(rows[0] < 0).sum() :]

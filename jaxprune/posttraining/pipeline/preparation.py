@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.graph.linear_ops import LinearOp, Trace
+from jaxprune.graph.linear_ops import LinearOp, Trace, trace
 from jaxprune.leaves import check_rule
 from jaxprune.posttraining.pipeline import input_statistics
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
@@ -57,6 +58,37 @@ def check_batches(
         ),
     )
     return batches
+
+
+def prepare(
+    fn: Callable[[Params, Any], Any],
+    params: Params,
+    batch: Any,
+    prunable: Prunable,
+    *,
+    outputs: bool = False,
+    devices: PerDevice | None = None,
+) -> SegmentedProgram:
+    """A function, cut at the inputs of the weights that may be pruned.
+
+    Args:
+      fn: function of parameters and a batch to anything.
+      params: the parameters.
+      batch: one batch, of the shape of all.
+      prunable: which leaves may be pruned.
+      outputs: whether the function's results are computed as well.
+      devices: devices that take a batch each, or None.
+
+    Returns:
+      The segments, with the parameters' leaves.
+
+    Raises:
+      ValueError: no weight may be pruned, or a rule excludes what is not there.
+    """
+    traced = trace(fn, params, batch)
+    ops = prunable_ops(traced, params, prunable)
+    leaves = Leaves(jax.tree.leaves(params))
+    return SegmentedProgram(traced, leaves, ops, outputs=outputs, devices=devices)
 
 
 def prunable_ops(traced: Trace, params: Params, prunable: Prunable) -> list[LinearOp]:

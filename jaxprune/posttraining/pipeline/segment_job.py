@@ -80,6 +80,7 @@ class SegmentJob:
         values = pipeline.observe(observed, self.done)
         if numbers[0] == program.layers[block][0]:
             self.begin_block(block)
+        # Before any weight changes: the statistics are of the weights as they are.
         inputs = Observed(self.statistics(observed), values, pipeline.dense_input)
         # By the weights of these segments as they are still.
         pipeline.advance_dense(numbers[-1] + 1)

@@ -32,6 +32,7 @@ class SegmentedProgram:
     Attributes:
       trace: what was traced.
       leaves: the parameters' leaves, in flattening order; replaced as weights change.
+      ops: the linear ops whose inputs end segments.
       segments: in order.
       layers: the positions of each layer's segments.
       blocks: what is done with each layer's weights, as `segments.block`.
@@ -56,8 +57,7 @@ class SegmentedProgram:
           outputs: whether the program's results are computed as well, by `blocks`.
           devices: devices that take a batch each, or None.
         """
-        self.trace = trace
-        self.leaves = leaves
+        self.trace, self.leaves, self.ops = trace, leaves, list(ops)
         self.devices = devices
         self.segments = segments.cut(trace, ops, outputs=outputs)
         self.layers = segments.layers(self.segments)

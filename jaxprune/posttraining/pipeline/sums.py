@@ -204,6 +204,7 @@ def _adding(
         return [in_order(part, array) for part, array in pairs]
 
     def in_order(part: jax.Array, terms: jax.Array) -> jax.Array:
+        # (devices, part): what each device adds up, of this device's terms.
         flat = jnp.ravel(terms)
         flat = jnp.pad(flat, (0, part.size * devices.count - flat.size))
         rows = devices.exchanged(flat.reshape(devices.count, part.size))

@@ -207,7 +207,7 @@ def _support(problem: _Problem, project: Any) -> tuple[jax.Array, jax.Array]:
 
     def iterate(_: Any, state: Any, inverse: jax.Array) -> Any:
         copy, dual, _ = state  # (in, out) each
-        away = problem.weight - copy + dual
+        away = problem.weight - copy + dual  # (in, out)
         # The best V for this D: without the pattern, drawn to it by the penalty.
         free = problem.weight - inverse @ away
         free = copy + _RELAXATION * (free - copy)
@@ -238,6 +238,7 @@ def _inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
         half = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
         return half.T @ half
     middle = size // 2
+    # [[A, B], [B^T, C]] by the Schur complement C - B^T A^-1 B.
     corner = matrix[:middle, middle:]
     first = _inverse(matrix[:middle, :middle])
     across = first @ corner  # (middle, rest)
@@ -256,8 +257,9 @@ def _conjugate(
 
     def one(_: Any, state: Any) -> Any:
         best, residual, direction, size = state  # (in, out) three times, (1, out)
-        image = jnp.where(support, problem.matrix @ direction, 0)
+        image = jnp.where(support, problem.matrix @ direction, 0)  # (in, out)
         curve = jnp.sum(direction * image, 0, keepdims=True)
+        # Of an output that is solved already both are zero, and it stays.
         step = jnp.where(curve > 0, size / jnp.where(curve > 0, curve, 1), 0)
         best, residual = best + step * direction, residual - step * image
         squares = jnp.sum(residual * residual, 0, keepdims=True)

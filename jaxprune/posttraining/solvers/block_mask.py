@@ -43,6 +43,7 @@ def block_mask(
     # NaN ranks lowest, so padding is never kept, and the counts do not include it.
     index = first + jnp.arange(rows)
     scores = jnp.where((index < inputs)[:, None], scores, jnp.nan)
+    # How many of the block's rows are inputs; the last block is padded.
     whole = jnp.clip(inputs - first, 0, rows)
     if isinstance(pattern, patterns.PerOutput):
         lost = _share(matrix_mask.spread(pruned, outputs), first, last, inputs)

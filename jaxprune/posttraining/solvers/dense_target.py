@@ -62,6 +62,7 @@ def corrected(
     # By itself: as a part of what uses it XLA may add it up in another order on a mesh.
     mean = jax.lax.optimization_barrier(jnp.mean(jnp.diagonal(hessian)))
     scale = share / jnp.where(mean > 0, mean, 1)
+    # X^T (D - X) W / samples, (in, out), and from it the step from W.
     toward = (drift.astype(jnp.float32) * scale) @ weight.astype(jnp.float32)
     step = _solved(damped.factor, toward)
     step = jnp.where(jnp.isfinite(damped.damping), step, jnp.zeros_like(step))
@@ -77,8 +78,10 @@ def _solved(
     the last bits.
     """
     blocks = [slice(at, at + _BLOCK) for at in range(0, len(factor), _BLOCK)]
+    # Inverses of L's diagonal blocks, (block, block) each.
     halves = [_inverted(factor[block, block]) for block in blocks]
     solution = right
+    # L y = right, from the first block down; then L^T x = y, from the last one up.
     for block, half in zip(blocks, halves, strict=True):
         residual = (
             solution[block] - factor[block, : block.start] @ solution[: block.start]

@@ -80,7 +80,7 @@ def normalised(
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
     mean, nonzero = jnp.mean(diagonal), diagonal != 0
-    both = nonzero[:, None] & nonzero[None, :]
+    both = nonzero[:, None] & nonzero[None, :]  # (in, in)
     scaled = hessian / jnp.where(mean > 0, mean, 1)
     least = _UNREACHED * jnp.eye(len(hessian), dtype=jnp.float32)
     return jnp.where(both, scaled, least), jnp.diag(nonzero.astype(jnp.float32))
@@ -110,6 +110,7 @@ def damped(
 
     start = jnp.asarray(damping, jnp.float32)
     amount, factored = jax.lax.while_loop(failed, retried, (start, factor(start)))
+    # What could not be factorised is not finite: LAPACK's failure is XLA's NaN.
     good = jnp.all(jnp.isfinite(factored))
     matrix = scaled + unit * amount
     return Damped(matrix, factored, jnp.where(good, amount, jnp.inf))

@@ -89,7 +89,7 @@ class Quantization:
         Tried are the one whose highest level is the largest weight, and smaller ones,
         where that weight is cut down to the highest level.
         """
-        largest = jnp.max(jnp.abs(weight), axis=0)
+        largest = jnp.max(jnp.abs(weight), axis=0)  # (out,)
 
         def tried(share: jax.Array) -> tuple[jax.Array, jax.Array]:
             # `astype` there and back is a pair that XLA may leave out.
@@ -100,7 +100,7 @@ class Quantization:
             )
 
         scales, errors = jax.lax.map(tried, jnp.asarray(_SHARES))  # (shares, out)
-        best = jnp.argmin(errors, axis=0)[None]
+        best = jnp.argmin(errors, axis=0)[None]  # (1, out)
         return jnp.take_along_axis(scales, best, axis=0)[0]
 
     def on(

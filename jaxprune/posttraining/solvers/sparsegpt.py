@@ -197,6 +197,7 @@ def _solve(
         empty = jnp.zeros(weight.shape, bool)
         return Solution(weight, empty, jnp.asarray(damping, jnp.float32))
     plan = _plan(pattern, block, inputs, quantization)
+    # Traced, so that one program serves every sparsity.
     pruned = layer_problem.unit_count(weight.shape, pattern) - jnp.asarray(kept)
     choose = functools.partial(
         block_mask, pruned=pruned, pattern=pattern, inputs=inputs
@@ -346,6 +347,7 @@ def _one_block(
 
     places = jnp.arange(0, plan.block, plan.swept)
     _, swept = jax.lax.scan(sweep, jnp.zeros_like(start), places)
+    # From (sweeps, swept, out) to (block, out).
     kept, mask = (x.reshape(start.shape) for x in swept)
     return kept, mask
 

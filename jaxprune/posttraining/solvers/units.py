@@ -134,7 +134,7 @@ def _remove(
     damped = layer_problem.damped(hessian, damping)
     wide = weight.astype(jnp.float32)
     identity = jnp.eye(len(hessian), dtype=jnp.float32)
-    inverse = jax.scipy.linalg.cho_solve((damped.factor, True), identity)
+    inverse = jax.scipy.linalg.cho_solve((damped.factor, True), identity)  # (in, in)
     remaining = len(units) - jnp.asarray(lost)
 
     def unfinished(state: _State) -> jax.Array:
@@ -146,6 +146,7 @@ def _remove(
         return _without(state, units, cheapest, going)
 
     start = _State(wide, inverse, jnp.ones(len(units), bool))
+    # Only the choice is taken from the sweep: its updates carry rounding errors.
     kept = jax.lax.while_loop(unfinished, step, start).kept
     rows = jnp.ones(len(weight), bool).at[units].set(kept[:, None])  # (in,)
     solved = solve_rows(wide, damped.matrix, rows)
