@@ -165,9 +165,16 @@ def prune_trained(
         log = ProgressLog(Path(directory), {**facts, **job})
     pruner = Pruner(program, plan, batches, counted, log, donate=donate)
     pruner.run("pruning", progress=progress)
+    pruned = jax.tree.unflatten(jax.tree.structure(params), program.leaves.all)
+    return PruneResult(pruned, {**facts, **_results(program, pruner, started)})
+
+
+def _results(
+    program: SegmentedProgram, pruner: Pruner, started: float
+) -> dict[str, Any]:
+    """What the report says of a job that has ended."""
     rows = pruner.rows
-    report = {
-        **facts,
+    return {
         "programs": program.programs,
         "achieved": sum(r["zeros"] for r in rows) / sum(r["size"] for r in rows),
         "seconds": time.perf_counter() - started,
@@ -175,8 +182,6 @@ def prune_trained(
         "weights": rows,
         "refined": pruner.refined,
     }
-    pruned = jax.tree.unflatten(jax.tree.structure(params), program.leaves.all)
-    return PruneResult(pruned, report)
 
 
 def _checked_leaves(
