@@ -121,7 +121,8 @@ class Pruner(SegmentJob):
     def end_block(self, block: int) -> None:
         """Refines a block that is pruned, or takes its values from the log."""
         refiner, layer = self._refiner, self._program.layers[block]
-        assert refiner is not None  # or the loop would not come here
+        if refiner is None:
+            return
         name, values = f"block_{block:05d}", refiner.values[block]
         quantized = self._quantized_in(block)
         views = {

@@ -165,6 +165,7 @@ def as_budget(budget: Budget | None) -> tuple[float | None, Measure]:
     check(
         _BUDGET,
         shares=list(budget.values()),
+        asked=", ".join(map(str, budget.values())),
         measures=list(budget),
         known=get_args(Measure),
         names=", ".join(get_args(Measure)),
@@ -182,7 +183,7 @@ _BUDGET = [
     Rule(lambda v: len(v.shares) <= 1, "a budget has one measure, got {measures}"),
     Rule(
         lambda v: all(0 < share < 1 for share in v.shares),
-        "a budget is a share in (0, 1), got {shares}",
+        "a budget is a share in (0, 1), got {asked}",
     ),
 ]
 

@@ -125,7 +125,15 @@ def counted_positions(
     batches: Sequence[Any],
     positions: Callable[[Any], jax.Array] | None,
 ) -> list[jax.Array | None]:
-    """Which samples of each batch count, booleans of the samples' shape; None for all.
+    """Which samples of each batch count.
+
+    Args:
+      program: the segments, whose inputs have the samples.
+      batches: the batches.
+      positions: function of a batch to booleans of the samples' shape, or None.
+
+    Returns:
+      Booleans of the samples' shape for each batch; None for all samples.
 
     Raises:
       ValueError: they do not have the shape of some input's samples.
