@@ -76,8 +76,12 @@ class PerDevice:
         return _first(tree, count=count, where=self.whole)
 
     def item(self, tree: Any, number: int) -> Any:
-        """What the device of a number has of stacked arrays, whole on every device."""
-        return _item(tree, np.int32(number), where=self.whole)
+        """What the device of a number has of stacked arrays, on this process's first."""
+        return self.local(_item(tree, np.int32(number), where=self.whole))
+
+    def local(self, tree: Any) -> Any:
+        """Arrays that are whole on every device, on this process's first alone."""
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def compiled(
         self, function: Callable[..., Any], own: Sequence[bool]

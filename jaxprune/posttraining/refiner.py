@@ -32,7 +32,6 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxprune.arrays import placement
-from jaxprune.arrays.per_device import PerDevice
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.program import Subgraph
 from jaxprune.posttraining.passes.refinement import Refine
@@ -62,7 +61,8 @@ class Refiner:
     """The dense model's activations beside the pruned one's, block by block.
 
     With a mesh activations lie on the devices, a batch each. A block is trained on one
-    batch after the other, on all devices alike, by the program of one device.
+    batch after the other, as on one device: the first device of every process does it,
+    and all come to the same values.
 
     Attributes:
       refine: how it is done.
@@ -187,13 +187,12 @@ class Refiner:
         dtypes = tuple(constants[n].dtype for n in numbers)
         step = self._step(part, values, dtypes)
         devices = self._program.devices
+        if devices is not None:
+            constants = devices.local(constants)
         # Copies: a step gives up the arrays that it is given.
         trained = [jnp.array(constants[n], np.float32) for n in numbers]
         state = self._optimizer.init(trained)
         trained, state = placement.committed((trained, state))
-        if devices is not None:  # every device has its own, and all do the same
-            copies = [(trained, state)] * devices.count
-            trained, state = devices.stacked(copies)
         count = self.refine.split(len(self._counts))
         for number in itertools.count():
             # The order depends on the pass alone, so that a resumed block repeats it.
@@ -204,10 +203,8 @@ class Refiner:
                 others = [known[n] for n in part.inputs if n not in numbers]
                 targets = self._item(self._targets, i)
                 trained, state = step(trained, state, others, targets, self._counted(i))
-            after = trained  # float32; with a mesh (devices, ...), all rows alike
-            if devices is not None:
-                after = jax.tree.map(lambda x: x[0], devices.first(trained, 1))
-            yield [jnp.array(x, k) for x, k in zip(after, dtypes, strict=True)]
+            after = [jnp.array(x, k) for x, k in zip(trained, dtypes, strict=True)]
+            yield after if devices is None else devices.everywhere(after)
 
     def _item(self, stacks: Sequence[Any], i: int) -> Any:
         """What belongs to batch i, of a list by batches or by stacks of them."""
@@ -221,7 +218,7 @@ class Refiner:
         positions, devices = self._positions[i], self._program.devices
         if devices is None or positions is None:
             return positions
-        return devices.everywhere(positions)
+        return devices.local(devices.everywhere(positions))
 
     def _loss(self, part: Subgraph, constants: Mapping[int, Any]) -> float:
         """The mean loss of the batches that measure."""
@@ -253,8 +250,7 @@ class Refiner:
             loss = functools.partial(
                 _block_loss, part=part, places=places, masked=masked, dtypes=dtypes
             )
-            devices = self._program.devices
-            self._steps[key] = _compiled(loss, self._optimizer, devices)
+            self._steps[key] = _compiled(loss, self._optimizer)
         return self._steps[key]
 
 
@@ -282,19 +278,16 @@ def _block_loss(
 
 
 def _compiled(
-    loss: Callable[..., jax.Array],
-    tx: optax.GradientTransformation,
-    devices: PerDevice | None,
+    loss: Callable[..., jax.Array], tx: optax.GradientTransformation
 ) -> Callable[..., Any]:
     """A step of training: what is trained, its state and the loss's other arguments."""
 
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(trained: Arrays, state: Any, *others: Any) -> tuple[Arrays, Any]:
         updates, state = tx.update(jax.grad(loss)(trained, *others), state, trained)
         return optax.apply_updates(trained, updates), state
 
-    if devices is None:
-        return jax.jit(step, donate_argnums=(0, 1))
-    return devices.compiled(step, (True, True, False, False, False))
+    return step
 
 
 def _floats(results: Mapping[int, jax.Array]) -> Arrays:

@@ -270,7 +270,6 @@ def test_refined_blocks_are_those_of_one_device(positions):
         "wanda",
         correct=jp.passes.correct(0.5),
         refine=jp.passes.refine(passes=2, learning_rate=1e-2, held_out=0.3),
-        quantize=jp.passes.quantize("int8", group=16),
     )
     expected = prune(PARAMS, chain, positions=positions)
     mesh = mesh_of("2x4")
