@@ -76,7 +76,7 @@ class PerDevice:
         return _first(tree, count=count, where=self.whole)
 
     def item(self, tree: Any, number: int) -> Any:
-        """What the device of a number has of stacked arrays, on this process's first."""
+        """What a device has of stacked arrays, on this process's first device alone."""
         return self.local(_item(tree, np.int32(number), where=self.whole))
 
     def local(self, tree: Any) -> Any:
