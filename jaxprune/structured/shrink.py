@@ -1,9 +1,9 @@
-"""A smaller model of any function: smaller parameters, and what runs them.
+"""What is left of a model without some of its units: how many go, and what runs it.
 
 Units of the groups of `jp.axis_groups` are removed: heads, neurons, channels. The
 result computes what the function computes with all weights of those units zero, in less
 time and memory. It runs the traced program with smaller sizes, so no model class has to
-know of it.
+know of it. `jp.shrink` chooses the units, and is `jaxprune.posttraining.shrink`.
 """
 
 import math
