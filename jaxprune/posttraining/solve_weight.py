@@ -163,7 +163,8 @@ def _side_by_side(
     chain, dtype = parts[0].chain, stack.dtype
     if _is_corrected(chain, moments):
         stack = _correcting(devices, chain)(stack, moments.hessian, moments.drift)
-    program = _solving(devices, chain, plan.pattern, dtype, experts)
+    pattern: Any = plan.pattern  # a frozen value, as every pattern is
+    program = _solving(devices, chain, pattern, dtype, experts)
     solved = program(stack, moments._replace(drift=None), counts)
     after, zeros, damping = devices.first(solved, len(parts))
     return list(zip(after, zeros, damping, strict=True))

@@ -63,7 +63,7 @@ def method(
             "--correction goes by the inputs that earlier layers leave; give it "
             "without --inputs dense"
         )
-    asked = {
+    asked: dict[str, Any] = {
         "damping": damping,
         "inputs": inputs,
         "relative": relative is None or relative,

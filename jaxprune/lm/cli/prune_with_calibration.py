@@ -218,11 +218,13 @@ def _pruned(run: Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]
 
 def _passes(run: Run) -> jp.passes.Chain:
     """The method, and what the job does to a layer besides."""
-    job, steps = run.job, [run.meaning.method]
+    job = run.job
+    steps: list[jp.passes.Pass] = [run.meaning.method]
     if job.refinement is not None:
         steps.append(job.refinement)
     if job.bits is not None:
-        steps.append(jp.passes.quantize(f"int{job.bits}", group=job.group))
+        levels: Any = f"int{job.bits}"
+        steps.append(jp.passes.quantize(levels, group=job.group))
     return jp.passes.chain(*steps)
 
 
