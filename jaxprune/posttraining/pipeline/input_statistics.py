@@ -57,7 +57,8 @@ def sample_weights(
     """
     if positions is None:
         return None
-    leading, shape = segment.source.leading, positions.shape
+    # What is no array has no shape, and is refused by its dtype first.
+    leading, shape = segment.source.leading, getattr(positions, "shape", ())
     check(
         _POSITIONS,
         dtype=str(getattr(positions, "dtype", type(positions).__name__)),
@@ -65,7 +66,7 @@ def sample_weights(
         name=segment.linear_ops[0].name,
         leading=leading,
         shape=shape,
-        fits=math.prod(leading) == positions.size and leading[: len(shape)] == shape,
+        fits=math.prod(leading) == math.prod(shape) and leading[: len(shape)] == shape,
     )
     return as_weights(positions)
 
