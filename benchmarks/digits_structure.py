@@ -3,9 +3,9 @@
 `python -m benchmarks.digits_structure` trains both on the 8 x 8 digits of scikit-learn,
 the CNN in Linen, the ViT in NNX, and removes shares of all their units: by `jp.shrink`
 with the weights' magnitude or with the trajectory score of the optimizer's own state,
-and by `jp.shrink_trained`. The smaller program is trained on with the optimizer's state
-cut alike. Beside it: dense, and built at the smaller shape, with as many steps. Prints
-two Markdown tables and one JSON line.
+and by `jp.shrink` with batches. The smaller program is trained on with the optimizer's
+state cut alike. Beside it: dense, and built at the smaller shape, with as many steps.
+Prints two Markdown tables and one JSON line.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ class Config:
       steps: number of steps of training, before units go.
       retraining: steps after that.
       batch_size: images in a batch.
-      learning_rate: peak of AdamW; falls along a cosine in training, and once more
-        in retraining.
-      seeds: seeds of initialisation and batches.
-      calibrated: images that `jp.shrink_trained` looks at.
+      learning_rate: of AdamW; falls along a cosine in training, and once more in
+        retraining.
+      seeds: of initialisation and batches.
+      calibrated: images that `jp.shrink` looks at as batches.
       relative: whether each counts by its size there; the published table is without.
       timed: images of a timed forward.
       repeats: timed rounds.
@@ -226,9 +226,15 @@ def shrunk(config: Config, dense: Run, method: str, gone: float, data: Data) -> 
     fn, params, state = dense
     if method == "shrink_trained":
         images = data.images[: config.calibrated]
-        batches = np.array_split(images, max(1, len(images) // 128))  # (128, 8, 8) each
-        result = jp.shrink_trained(
-            fn, params, batches, gone, relative=config.relative, progress=False
+        batches = np.array_split(images, max(1, len(images) // 128))
+        result = jp.shrink(
+            fn,
+            params,
+            batches[0],
+            sparsity=gone,
+            batches=batches,
+            relative=config.relative,
+            progress=False,
         )
     else:
         scores = jp.scores.magnitude(params)

@@ -80,10 +80,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Loads, prunes, evaluates; each timed apart, with the peak of resident memory."""
-    method = jp.methods.METHODS[config.method]
-    for name in ("correction", "relative"):
-        if getattr(config, name) and not hasattr(method, name):
-            raise ValueError(f"{config.method} has no {name}; leave --{name} out")
+    if config.relative and config.method == "magnitude":
+        raise ValueError("magnitude has no relative; leave --relative out")
+    if config.correction and config.method not in ("sparsegpt", "alps"):
+        raise ValueError(f"{config.method} has no correction; leave --correction out")
     costs = {name: Cost() for name in ("load", "prune", "distill", "evaluate")}
     ids = np.load(config.calibration)
     with costs["load"]:
@@ -157,24 +157,28 @@ def pruned(
     rule: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The pruned parameters and its report."""
-    method: Any = jp.methods.METHODS[config.method]
+    settings: dict[str, Any] = {}
     if config.method in ("sparsegpt", "alps"):
-        solver_options = {"damping": config.damping, "correction": config.correction}
-        method = dataclasses.replace(method, **solver_options)
+        settings["damping"] = config.damping
     if config.method != "magnitude":
-        statistics_options = {"inputs": config.inputs, "relative": config.relative}
-        method = dataclasses.replace(method, **statistics_options)
+        settings |= {"inputs": config.inputs, "relative": config.relative}
+    passes: list[jp.passes.Pass] = [jp.passes.METHODS[config.method](**settings)]
+    if config.correction:
+        passes.append(jp.passes.correct(config.correction))
+    if config.refine:
+        passes.append(jp.passes.refine(passes=config.refine))
+    if config.bits:
+        levels: Any = f"int{config.bits}"
+        passes.append(jp.passes.quantize(levels, group=config.group))
     pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
     return jp.prune_trained(
         lambda params, x: nnx.merge(graphdef, params).states(x)[0],
         params,
         batches,
-        method=method,
+        method=jp.passes.chain(*passes),
         sparsity=None if pattern else config.sparsity,
         pattern=pattern or None,
         allocation=rule,
-        refine=jp.Refine(passes=config.refine) if config.refine else None,
-        rounding=config.bits and jp.Rounding(config.bits, config.group),
         directory=folder,
     )
 

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.jax_shrinking MODEL OUT --ffn 0.25 --calibration TOKENS.npy`
 writes a smaller Hugging Face directory, and one JSON line. Layers go first, by the
-search of `jaxprune shrink`; then neurons and heads by `jp.shrink_trained`. Where
+search of `jaxprune shrink`; then neurons and heads by `jp.shrink` with batches. Where
 transformers would not read so many heads, the directory keeps its size and has zeros
 for what was removed, which computes the same.
 """
@@ -111,7 +111,14 @@ def narrower(
 
     shares = {"layers/*/mlp/*": config.ffn, "layers/*/attention/*": config.heads}
     batches = [ids[i : i + config.batch] for i in range(0, len(ids), config.batch)]
-    return jp.shrink_trained(states, params, batches, shares, relative=config.relative)
+    return jp.shrink(
+        states,
+        params,
+        batches[0],
+        sparsity=shares,
+        batches=batches,
+        relative=config.relative,
+    )
 
 
 def at_the_old_size(result: jp.ShrinkResult) -> Any:

@@ -4,8 +4,8 @@
 
 Takes the finished seeds of `experiments.phi3_vision`. Shares of the heads and neurons
 of the decoder, of the tower or of both are removed: by `jp.shrink` with the weights'
-magnitude or the trajectory score of the run, or by `jp.shrink_trained`. What is left is
-trained on as that run retrains what it pruned: as many steps, the same rate and
+magnitude or the trajectory score of the run, or by `jp.shrink` with batches. What is
+left is trained on as that run retrains what it pruned: as many steps, the same rate and
 pictures. Every cell is one small file, so a run that was stopped continues. Prints two
 Markdown tables and one JSON line.
 """
@@ -51,9 +51,9 @@ class Config:
       data_dir: where the run's data set is kept; TFDS's default if left out.
       seeds: seeds of the run.
       parts: what loses units.
-      methods: criteria that units are chosen by.
-      shares: shares of the heads and of the neurons that are removed in each layer.
-      calibrated: pictures that `jp.shrink_trained` sees, a multiple of 32.
+      methods: by which units are chosen.
+      shares: of the heads and of the neurons that are removed in each layer.
+      calibrated: pictures that `jp.shrink` sees as batches, a multiple of 32.
       timed: pictures of a timed forward.
       repeats: timed rounds.
     """
@@ -197,7 +197,16 @@ def shrunk(
     # Inputs alone; made when asked for, since pictures of all would fill the memory.
     batches = (task.packed(task.train[i : i + _BATCH])[0] for i in starts)
     if cell.method == "shrink_trained":
-        return jp.shrink_trained(fn, params, batches, shares, progress=False)
+        calibration = list(batches)
+        return jp.shrink(
+            fn,
+            params,
+            calibration[0],
+            sparsity=shares,
+            batches=calibration,
+            relative=True,
+            progress=False,
+        )
     scores = jp.scores.magnitude(params)
     if cell.method == "trajectory":
         scores = jp.scores.trajectory(params, dense.tracked)

@@ -196,20 +196,20 @@ class Run(allocation_with_solvers.Run):
     def done(self, cell: Cell, watched: Watched) -> dict[str, Any]:
         """What the file of a cell holds."""
         batches = self.sequences(cell, watched)
-        refine = None
-        if cell.passes:
-            refine = jp.Refine(passes=cell.passes, learning_rate=cell.learning_rate)
-        method = SOLVERS[cell.method]()
+        passes = [SOLVERS[cell.method]()]
         if cell.correction:
-            method = dataclasses.replace(method, correction=cell.correction)
+            passes.append(jp.passes.correct(cell.correction))
+        if cell.passes:
+            passes.append(
+                jp.passes.refine(passes=cell.passes, learning_rate=cell.learning_rate)
+            )
         start = time.perf_counter()
         result = jp.prune_trained(
             lambda params, tokens: self.model.bind(params)(tokens),
             watched.params,
             batches,
-            method=method,
+            method=jp.passes.chain(*passes),
             sparsity=cell.sparsity,
-            refine=refine,
             progress=False,
         )
         # Else the clock would stop at the dispatch of the last segment.

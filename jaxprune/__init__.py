@@ -18,16 +18,13 @@ from jaxprune.masking import masks as masks
 from jaxprune.masking import patterns as patterns
 from jaxprune.masking.prune import prune as prune
 from jaxprune.masking.sparsity import sparsity as sparsity
-from jaxprune.posttraining import methods as methods
+from jaxprune.posttraining import passes as passes
 from jaxprune.posttraining.calibration import calibrate as calibrate
 from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
 from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
-from jaxprune.posttraining.refine import Refine as Refine
-from jaxprune.posttraining.shrink_trained import shrink_trained as shrink_trained
-from jaxprune.posttraining.solvers.rounding import Rounding as Rounding
+from jaxprune.posttraining.shrink import shrink as shrink
 from jaxprune.scores.importance import get_importance as get_importance
 from jaxprune.structured.shrink import ShrinkResult as ShrinkResult
-from jaxprune.structured.shrink import shrink as shrink
 from jaxprune.training import grow as grow
 from jaxprune.training import schedules as schedules
 from jaxprune.training import weightings as weightings
@@ -46,8 +43,6 @@ __all__ = [
     "Importance",
     "LazyArray",
     "PruneResult",
-    "Refine",
-    "Rounding",
     "ShrinkResult",
     "allocation",
     "axis_groups",
@@ -59,14 +54,13 @@ __all__ = [
     "keep_masks",
     "low_bit",
     "masks",
-    "methods",
+    "passes",
     "patterns",
     "prune",
     "prune_trained",
     "schedules",
     "scores",
     "shrink",
-    "shrink_trained",
     "sparsity",
     "straight_through",
     "trace",

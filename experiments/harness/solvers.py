@@ -6,7 +6,6 @@ criterion then says how many weights a matrix loses, and the solver which. With
 "+correction" each matrix makes up for half of what those before it lost.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -14,14 +13,20 @@ import jaxprune as jp
 from experiments.harness.criteria import CRITERIA
 from jaxprune.typing import Scores
 
+
+def corrected(method: Any, share: float = 0.5) -> Any:
+    """A method by which each matrix makes up for a share of what is lost before it."""
+    return jp.passes.chain(method, jp.passes.correct(share))
+
+
 SOLVERS: dict[str, Callable[[], Any]] = {
-    "sparsegpt": jp.methods.SparseGPT,
-    "sparsegpt+correction": functools.partial(jp.methods.SparseGPT, correction=0.5),
-    "alps": jp.methods.ALPS,
-    "alps+correction": functools.partial(jp.methods.ALPS, correction=0.5),
-    "wanda": jp.methods.Wanda,
+    "sparsegpt": jp.passes.sparsegpt,
+    "sparsegpt+correction": lambda: corrected(jp.passes.sparsegpt()),
+    "alps": jp.passes.alps,
+    "alps+correction": lambda: corrected(jp.passes.alps()),
+    "wanda": jp.passes.wanda,
 }
-"""Name to method."""
+"""Name to a function that makes its passes."""
 
 ALLOCATIONS = ("uniform", "owl", "erk")
 """Rules of `jp.allocation` without a score; each name of `CRITERIA` is one too."""

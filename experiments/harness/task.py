@@ -112,7 +112,7 @@ class Solvable(Task, Protocol):
 
         Args:
           params: trained parameters.
-          method: method of `jp.methods`.
+          method: pass of `jp.passes`.
           sparsity: share of the weights to remove, in (0, 1).
           allocation: rule of `jp.allocation`.
           seed: seed of the training run, which draws the calibration sequences too.

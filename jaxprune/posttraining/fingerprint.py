@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune.arrays import placement
 from jaxprune.arrays.lazy import Leaves, array
-from jaxprune.posttraining.pipeline import SegmentedProgram
+from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 
 
 class Fingerprint(NamedTuple):
@@ -28,14 +28,14 @@ class Fingerprint(NamedTuple):
 
 def of_leaves(names: Mapping[str, int], leaves: Leaves) -> dict[str, Fingerprint]:
     """The fingerprints of leaves, by name; each lazy one is read once and not kept."""
-    found = {}
+    prints = {}
     for name, i in names.items():
         leaf = array(leaves.all[i])
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         finite, mark = placement.automatic(_fingerprint, leaf)
-        found[name] = Fingerprint(bool(finite), int(mark))
-    return found
+        prints[name] = Fingerprint(bool(finite), int(mark))
+    return prints
 
 
 def of_arrays(tree: Any) -> str:
@@ -54,10 +54,34 @@ def of_program(program: SegmentedProgram) -> str:
     keys = "\n".join(repr(part.key) for part in parts)
     # A function among a primitive's parameters is written with its address.
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", keys).encode())
-    given = {n for part in parts for n in part.inputs}
-    for number in sorted(given & program.trace.program.constants):
+    inputs = {n for part in parts for n in part.inputs}
+    for number in sorted(inputs & program.trace.program.constants):
         digest.update(np.ascontiguousarray(program.table(number)).tobytes())
     return digest.hexdigest()
+
+
+def of_job(
+    program: SegmentedProgram,
+    counted: Sequence[jax.Array | None],
+    known: Mapping[str, Fingerprint],
+) -> dict[str, Any]:
+    """What tells a job over a program from another, JSON-able.
+
+    Args:
+      program: the program, with the parameters before anything changes.
+      counted: booleans for each batch, which samples count, or None for all.
+      known: fingerprints of leaves that were read already, by name.
+
+    Returns:
+      Digests of positions and program, and a mark for each leaf that is read.
+    """
+    others = {name: i for name, i in program.used.items() if name not in known}
+    prints = {**known, **of_leaves(others, program.leaves)}
+    return {
+        "counted": of_arrays(counted),
+        "program": of_program(program),
+        "parameters": {name: leaf.mark for name, leaf in prints.items()},
+    }
 
 
 @jax.jit
@@ -71,8 +95,8 @@ def _fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     words = jax.lax.bitcast_convert_type(leaf, np.uint32)
     place = jnp.zeros_like(words)  # of each word, in row-major order
     for axis, size in enumerate(words.shape):
-        own = jax.lax.broadcasted_iota(np.uint32, words.shape, axis)
-        place = place * np.uint32(size) + own
+        index = jax.lax.broadcasted_iota(np.uint32, words.shape, axis)
+        place = place * np.uint32(size) + index
     # Mixed before they are summed up: equal changes of many words would cancel.
     mark = jnp.sum(_mixed(words ^ _mixed(place)), dtype=np.uint32)
     return finite, mark

@@ -7,7 +7,8 @@ once.
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +18,17 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.lazy import Leaves, array
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.masking import counts, patterns
-from jaxprune.masking.allocation import Rule, Weight
-from jaxprune.masking.counts import Allocation
+from jaxprune.masking.allocation import Rule as AllocationRule
+from jaxprune.masking.allocation import Weight
 from jaxprune.masking.patterns import PerOutput, Unstructured
 from jaxprune.posttraining.fingerprint import Fingerprint
-from jaxprune.posttraining.input_statistics import InputStatistics
-from jaxprune.posttraining.methods import Matrix, Method, pruned
-from jaxprune.posttraining.solvers.rounding import Rounding
+from jaxprune.posttraining.passes.base import Matrix
+from jaxprune.posttraining.passes.chaining import Chain
+from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
+from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.typing import Pattern
 
 
@@ -33,37 +36,38 @@ class Plan(NamedTuple):
     """What is done to which weight.
 
     Attributes:
-      method: how a matrix is pruned.
+      chain: the passes.
       pattern: which weights are pruned as a unit.
-      sparsity: what was asked for.
-      rule: how it was shared out.
+      rule: how the sparsity was shared out.
       units: name of the weight to the number of its units.
       kept: name of the weight to the units that each of its matrices keeps.
-      rounding: the levels that kept weights shall lie on, or None.
     """
 
-    method: Method
+    chain: Chain
     pattern: Pattern
-    sparsity: float | Mapping[str, float] | None
-    rule: Rule
+    rule: AllocationRule
     units: dict[str, int]
     kept: dict[str, list[int]]
-    rounding: Rounding | None = None
 
     @property
     def removed(self) -> dict[str, int]:
         """Name of the weight to the number of units that it loses."""
-        return {name: self.units[name] - sum(own) for name, own in self.kept.items()}
+        return {name: self.units[name] - sum(kept) for name, kept in self.kept.items()}
 
     def facts(self) -> dict[str, Any]:
         """What decides the result, JSON-able."""
+        pruning, levels = self.chain.pruning, self.chain.quantization
+        settings = ", ".join(f"{k}={v!r}" for k, v in pruning.settings.items())
         return {
-            "method": repr(self.method),
+            "method": f"{type(pruning).__name__}({settings})",
             "pattern": repr(self.pattern),
-            "sparsity": _plain(self.sparsity),
+            "sparsity": _plain(pruning.sparsity),
             "allocation": repr(self.rule),
             "removed": self.removed,
-            "rounding": self.rounding and repr(self.rounding),
+            "correction": self.chain.correction,
+            "refine": self.chain.refinement and repr(self.chain.refinement),
+            "quantization": levels and repr(levels),
+            "other_passes": [repr(step) for step in self.chain.others],
         }
 
 
@@ -79,7 +83,7 @@ def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> No
 
     Args:
       leaves: the parameters' leaves, in flattening order.
-      ops: of the weights to prune.
+      ops: linear ops of the weights to prune.
       donate: whether the old weights are given up; then no two leaves may be one.
 
     Raises:
@@ -87,71 +91,86 @@ def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> No
         leaf, or a leaf to give up is used twice.
     """
     names = {op.leaf: op.view.leaf for op in ops}
-    traced = (jax.core.Tracer, jax.ShapeDtypeStruct)
-    if wrong := [k for k, i in names.items() if isinstance(leaves.all[i], traced)]:
-        raise ValueError(
-            f"the parameters must be arrays with values, but {listed(wrong)} are not; "
-            "call prune_trained outside of jit"
-        )
-    # With `donate` the old weights are given up, so no two leaves may be one array.
+    abstract = (jax.core.Tracer, jax.ShapeDtypeStruct)
     uses = collections.Counter(map(id, leaves.all))
-    if donate and (
-        shared := [k for k, i in names.items() if uses[id(leaves.all[i])] > 1]
-    ):
-        raise ValueError(
-            f"donate=True needs arrays that nothing else uses, but {listed(shared)} "
-            "are other leaves as well; copy those with jnp.copy, or leave donate out"
-        )
-    _check_apart(ops)
+    # With `donate` the old weights are given up, so no two leaves may be one array.
+    shared = [k for k, i in names.items() if donate and uses[id(leaves.all[i])] > 1]
+    check(
+        _LEAVES,
+        abstract=listed(
+            k for k, i in names.items() if isinstance(leaves.all[i], abstract)
+        ),
+        shared=listed(shared),
+        overlap=next(_overlaps(ops), None),
+    )
 
 
 def check_finite(fingerprints: Mapping[str, Fingerprint]) -> None:
     """Refuses leaves to prune that hold NaN or infinity, all by name."""
-    if wrong := [name for name, own in fingerprints.items() if not own.finite]:
-        raise ValueError(
-            f"the weights to prune must be finite, but {listed(wrong)} hold NaN or "
-            "infinity; look for a damaged checkpoint"
-        )
+    check(
+        _FINITE,
+        broken=listed(name for name, mark in fingerprints.items() if not mark.finite),
+    )
 
 
-def _check_apart(ops: Sequence[LinearOp]) -> None:
-    """Refuses weights that are parts of one another."""
+def _overlaps(ops: Sequence[LinearOp]) -> Iterator[Any]:
+    """Weights that are parts of one another, pairs, in a namespace with their leaf."""
     by_leaf: dict[str, dict[str, LinearOp]] = {}
     for op in ops:
         by_leaf.setdefault(op.leaf, {})[op.name] = op
-    for leaf, own in by_leaf.items():
-        for one, other in itertools.combinations(own.values(), 2):
-            if not one.view.is_apart(other.view):
-                raise ValueError(
-                    f"each weight must be used as one part of its leaf, but "
-                    f"'{other.name}' and '{one.name}' overlap; leave the leaf out with "
-                    f"prunable=jp.tree.excluding('{leaf}')"
-                )
+    for leaf, uses in by_leaf.items():
+        for first, second in itertools.combinations(uses.values(), 2):
+            if not first.view.is_apart(second.view):
+                yield SimpleNamespace(first=first.name, second=second.name, leaf=leaf)
 
 
-def planned(
-    ops: Sequence[LinearOp],
-    leaves: Leaves,
-    method: Method,
-    sparsity: float | Mapping[str, float] | None,
-    pattern: Pattern | str | None,
-    shared: Allocation,
+_LEAVES = [
+    Rule(
+        lambda v: not v.abstract,
+        "the parameters must be arrays with values, but {abstract} are not",
+        "call prune_trained outside of jit",
+    ),
+    Rule(
+        lambda v: not v.shared,
+        "donate=True needs arrays that nothing else uses, but {shared} are other "
+        "leaves as well",
+        "copy those with jnp.copy, or leave donate out",
+    ),
+    Rule(
+        lambda v: v.overlap is None,
+        "each weight must be used as one part of its leaf, but '{overlap.second}' and "
+        "'{overlap.first}' overlap",
+        "leave the leaf out with prunable=jp.tree.excluding('{overlap.leaf}')",
+    ),
+]
+_FINITE = [
+    Rule(
+        lambda v: not v.broken,
+        "the weights to prune must be finite, but {broken} hold NaN or infinity",
+        "look for a damaged checkpoint",
+    )
+]
+_FITS = [
+    Rule(
+        lambda v: not v.problems,
+        "{problems}",
+        "leave such weights out with prunable=jp.tree.excluding('...')",
+    )
+]
+
+
+def make_plan(
+    program: SegmentedProgram,
+    chain: Chain,
     statistics: Callable[[], Mapping[str, InputStatistics]],
-    devices: PerDevice | None = None,
-    rounding: Rounding | None = None,
 ) -> Plan:
     """Decides how many units each weight keeps.
 
     Args:
-      ops: of the weights to prune.
-      leaves: all of the parameters' leaves.
-      method: how a matrix is pruned.
-      sparsity: the share to remove, or {glob: share}, or None.
-      pattern: which weights are pruned as a unit, or None for the method's own.
-      shared: how the sparsity is shared out.
-      statistics: gives the dense model's, called where the rule needs them.
-      devices: that the statistics lie on, or None.
-      rounding: the levels that kept weights shall lie on, or None.
+      program: the program, cut at the weights to prune, with all leaves.
+      chain: the passes.
+      statistics: function that gives the dense model's statistics, called where the
+        allocation needs them; with a mesh they lie on its devices.
 
     Returns:
       The plan.
@@ -159,65 +178,63 @@ def planned(
     Raises:
       ValueError: something does not fit; the sentence names the weights.
     """
-    weights = {op.name: op for op in ops if op.use == 0}
-    pattern = patterns.parse(method.pattern if pattern is None else pattern)
-    agreed, rule = counts.agreed(sparsity, pattern, shared)
+    pruning, leaves = chain.pruning, program.leaves
+    weights = {op.name: op for op in program.ops if op.use == 0}
+    usual = pruning.usual_pattern
+    pattern = patterns.parse(usual if pruning.pattern is None else pruning.pattern)
+    sparsity, rule = counts.agreed(pruning.sparsity, pattern, pruning.allocation)
     problems = [
         f"{why} at '{name}'"
         for name, op in weights.items()
         if (why := pattern.problem(op.shape[1:], Axes()))
     ]
-    if problems:
-        raise ValueError(
-            f"{'; '.join(problems)}; leave such weights out with "
-            "prunable=jp.tree.excluding('...')"
-        )
+    check(_FITS, problems="; ".join(problems))
     # Once for each shape, before anything is computed.
     for inputs, outputs in {op.shape[1:] for op in weights.values()}:
-        _try(method, pattern, rounding, inputs, outputs)
+        _try(chain, pattern, inputs, outputs)
     units = {name: _units(pattern, op) for name, op in weights.items()}
-    seen = statistics() if rule.needs_inputs else {}
-    known = [
-        _known(op, leaves, seen.get(name), devices) for name, op in weights.items()
+    moments = statistics() if rule.needs_inputs else {}
+    facts = [
+        _facts(op, leaves, moments.get(name), program.devices)
+        for name, op in weights.items()
     ]
-    lost = counts.by_rule(agreed, rule, known, list(units.values()))
+    # A count for each weight; its matrices share it as evenly as they can.
+    lost = counts.by_rule(sparsity, rule, facts, list(units.values()))
     kept = {
         name: _kept(units[name], count, weights[name].shape[0])
         for name, count in zip(weights, lost, strict=True)
     }
-    return Plan(method, pattern, sparsity, rule, units, kept, rounding)
+    return Plan(chain, pattern, rule, units, kept)
 
 
-def _try(
-    method: Method,
-    pattern: Pattern,
-    rounding: Rounding | None,
-    inputs: int,
-    outputs: int,
-) -> None:
-    """Lets a method refuse a pattern, by a call that computes nothing."""
+def _try(chain: Chain, pattern: Pattern, inputs: int, outputs: int) -> None:
+    """Lets passes refuse a pattern, by a call that computes nothing."""
+    solver = chain.solver
+
+    def solve(weight: Any, square: Any, hessian: Any, kept: Any) -> Any:
+        read = hessian if "hessian" in solver.observes else None
+        return solver.solve(
+            Matrix(weight, square, read, kept, pattern, solver.quantization)
+        )
+
     shapes = [(inputs, outputs), (inputs,), (inputs, inputs), ()]
-    kinds = (np.float32, np.float32, np.float32, np.uint32)
-    arrays = map(jax.ShapeDtypeStruct, shapes, kinds)
-    jax.eval_shape(
-        lambda w, m, h, k: pruned(method, Matrix(w, m, h, k, pattern, rounding)),
-        *arrays,
-    )
+    dtypes = (np.float32, np.float32, np.float32, np.uint32)
+    jax.eval_shape(solve, *map(jax.ShapeDtypeStruct, shapes, dtypes))
 
 
-def _known(
+def _facts(
     op: LinearOp,
     leaves: Leaves,
     statistics: InputStatistics | None,
     devices: PerDevice | None,
 ) -> Weight:
-    """What a rule may know of a weight."""
+    """What an allocation may know of a weight."""
 
     def read() -> jax.Array:
         weight = op.view.read(array(leaves.all[op.view.leaf]))
         # Whole beside its statistics: sums of parts would differ in their last bits.
-        whole = devices is not None and statistics is not None
-        return devices.everywhere(weight) if devices and whole else weight
+        beside = devices is not None and statistics is not None
+        return devices.everywhere(weight) if devices and beside else weight
 
     return Weight(
         name=op.name,

@@ -1,17 +1,17 @@
-"""What a long pruning has done so far, on disk, so that a killed one can resume.
+"""What a long job has done so far, on disk, so that a killed one can resume.
 
-One pair of files a segment: the weights that were pruned in it, and a record that names
-their digest and is renamed into place last; so too for a block that was refined. What
-has no whole record is done again. A directory belongs to one job; another job's is
-refused. Of several processes, which share the directory, the first one looks and
-writes.
+A directory belongs to one job: `job.json` holds its identity, and another job's
+directory is refused. What is done is an entry with a name: some arrays in one file, and
+a record that names the file's digest and is renamed into place last. What has no whole
+record is done again. Of several processes, which share the directory, the first one
+looks and writes.
 """
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -20,82 +20,101 @@ from jaxprune.files import atomic, safetensors_file
 
 _JOB = "job.json"
 
-Part: TypeAlias = Literal["segment", "block"]
-"""What a pair of files is of: a pruned segment, or a block that was refined after."""
-
 
 class ProgressLog:
-    """The segments that are done.
+    """The entries of a job that are done, each by its name.
 
     Attributes:
-      directory: where they are.
+      directory: directory of the files.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> place = pathlib.Path(tempfile.mkdtemp())
+      >>> log = ProgressLog(place, {"batches": 8})
+      >>> log.write("segment_00000", {"w": np.ones(2)}, {"error": 0.5})
+      >>> arrays, record = ProgressLog(place, {"batches": 8}).read("segment_00000")
+      >>> arrays["w"].tolist(), record
+      ([1.0, 1.0], {'error': 0.5})
+      >>> log.read("segment_00001") is None
+      True
     """
 
     def __init__(self, directory: Path, job: Mapping[str, Any]) -> None:
-        """Opens or begins the directory of a job, which is what decides the result."""
+        """Opens or begins the directory of a job.
+
+        Args:
+          directory: directory of its own, which is made.
+          job: JSON-able identity of the job: all that decides the result.
+
+        Raises:
+          ValueError: the directory is another job's.
+        """
         self.directory = directory
         processes.on_first(lambda: atomic.begin_or_resume(directory / _JOB, job))
 
-    def read(
-        self, number: int, part: Part = "segment"
-    ) -> tuple[dict[str, np.ndarray], Any] | None:
-        """The weights and the record of a part; None where its files are damaged."""
-        rows = processes.on_first(lambda: self._record(number, part))
-        if rows is None:
+    def read(self, entry: str) -> tuple[dict[str, np.ndarray], Any] | None:
+        """The arrays of an entry, mapped from its file, and its record.
+
+        Args:
+          entry: name of the entry.
+
+        Returns:
+          Arrays by name and the record; None where the files are missing or damaged.
+        """
+        record = processes.on_first(lambda: self._record(entry))
+        if record is None:
             return None
-        weights, _ = self._paths(number, part)
+        path, _ = self._paths(entry)
 
         def mapped() -> dict[str, np.ndarray]:
-            tensors, _ = safetensors_file.read_header(weights)
-            return {k: safetensors_file.view(weights, v) for k, v in tensors.items()}
+            tensors, _ = safetensors_file.read_header(path)
+            return {k: safetensors_file.view(path, v) for k, v in tensors.items()}
 
-        return processes.together(mapped), rows
+        return processes.together(mapped), record
 
-    def _record(self, number: int, part: Part) -> Any:
-        """The record of a part; None where its files are damaged."""
-        weights, record = self._paths(number, part)
+    def array(self, entry: str, name: str) -> np.ndarray:
+        """One array of an entry whose files are whole, mapped from its file."""
+        path, _ = self._paths(entry)
+        tensors, _ = safetensors_file.read_header(path)
+        return safetensors_file.view(path, tensors[name])
+
+    def write(self, entry: str, arrays: Mapping[str, np.ndarray], record: Any) -> None:
+        """Notes an entry as done.
+
+        Args:
+          entry: name of the entry, which files are named by.
+          arrays: arrays by name.
+          record: anything JSON-able but None.
+        """
+        processes.on_first(lambda: self._write(entry, arrays, record))
+
+    def forget(self, entry: str) -> None:
+        """Makes room: the entry counts as not done."""
+        for path in reversed(self._paths(entry)):
+            path.unlink(missing_ok=True)
+
+    def _record(self, entry: str) -> Any:
+        """The record of an entry; None where its files are missing or damaged."""
+        path, record = self._paths(entry)
         try:
             body = json.loads(record.read_text(encoding="utf-8"))
-            digest, rows = body["sha256"], body["record"]
-            if digest != atomic.digest(weights):
+            if body["sha256"] != atomic.digest(path):
                 return None
-            safetensors_file.read_header(weights)
+            safetensors_file.read_header(path)
+            return body["record"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return rows
 
-    def weight(self, number: int, name: str, part: Part = "segment") -> np.ndarray:
-        """One weight of a part whose files are whole, mapped from its file."""
-        weights, _ = self._paths(number, part)
-        tensors, _ = safetensors_file.read_header(weights)
-        return safetensors_file.view(weights, tensors[name])
-
-    def write(
-        self,
-        number: int,
-        arrays: Mapping[str, np.ndarray],
-        record: Any,
-        part: Part = "segment",
-    ) -> None:
-        """Notes a part as done: its weights by name, and a JSON-able record."""
-        processes.on_first(lambda: self._write(number, arrays, record, part))
-
-    def _write(
-        self, number: int, arrays: Mapping[str, np.ndarray], record: Any, part: Part
-    ) -> None:
-        path, place = self._paths(number, part)
+    def _write(self, entry: str, arrays: Mapping[str, np.ndarray], record: Any) -> None:
+        path, place = self._paths(entry)
         partial = path.with_suffix(".partial")
         entries = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         safetensors_file.write(partial, entries, lambda name: arrays[name])
         os.replace(partial, path)
+        # Last, so that a record stands for arrays that are whole.
         body = {"sha256": atomic.digest(path), "record": record}
         atomic.replace(place, json.dumps(body).encode())
 
-    def forget(self, number: int, part: Part = "segment") -> None:
-        """Makes room: the part counts as not done."""
-        for path in reversed(self._paths(number, part)):
-            path.unlink(missing_ok=True)
-
-    def _paths(self, number: int, part: Part) -> tuple[Path, Path]:
-        name = f"{part}_{number:05d}"
-        return self.directory / f"{name}.safetensors", self.directory / f"{name}.json"
+    def _paths(self, entry: str) -> tuple[Path, Path]:
+        place = self.directory
+        return place / f"{entry}.safetensors", place / f"{entry}.json"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.axis_dims import Dim, unit_numbers
 from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
@@ -24,8 +25,8 @@ class Consumer(NamedTuple):
     """The weight that a group's units go out by.
 
     Attributes:
-      op: the linear op; its weight is one matrix (1, in, out).
-      rows: the rows of each unit, (units, rows of one).
+      op: linear op whose weight is one matrix (1, in, out).
+      rows: rows of each unit, (units, rows of one).
     """
 
     op: LinearOp
@@ -38,9 +39,9 @@ def consumers(
     """The consumer of each group.
 
     Args:
-      groups: of the function.
-      names: of the groups of interest.
-      traced: the function's linear ops.
+      groups: axis groups of the function.
+      names: names of the groups whose consumers are looked for.
+      traced: linear ops of the function.
 
     Returns:
       Group name to its consumer, in the order of the groups.
@@ -51,30 +52,38 @@ def consumers(
     """
     chosen = {group.name: group for group in groups if group.name in {*names}}
     uses = collections.Counter(op.name for op in traced.linear_ops)
-    found: dict[str, list[Consumer]] = {name: [] for name in chosen}
+    candidates: dict[str, list[Consumer]] = {name: [] for name in chosen}
     for leaf in groups.trace.leaves:
         ops = [op for op in traced.linear_ops if op.leaf == leaf.name]
         for axis in range(len(leaf.shape)):
-            for own in _on_axis(leaf, axis, list(chosen.values())) if ops else ():
-                for name, consumer in _consumers(leaf, axis, own, ops):
-                    found[name] += [consumer] * uses[consumer.op.name]
-    wrong = {name: own for name, own in found.items() if not _is_one(own)}
-    if wrong:
-        seen = {
-            name: [f"{c.op.name} {c.op.shape}" for c in own] or ["none"]
-            for name, own in wrong.items()
-        }
-        raise ValueError(
-            "the units of a group must go out by one matrix, whose other rows can make "
-            f"up for them, but those of {listed(wrong)} do not: "
-            f"{dict(itertools.islice(seen.items(), 3))}; remove them by jp.shrink with "
-            "scores, or ask for other groups"
-        )
-    return {name: own[0] for name, own in found.items()}
+            for members in _on_axis(leaf, axis, list(chosen.values())) if ops else ():
+                for name, consumer in _consumers(leaf, axis, members, ops):
+                    candidates[name] += [consumer] * uses[consumer.op.name]
+    wrong = {name: ops for name, ops in candidates.items() if not _is_one(ops)}
+    ways_out = {
+        name: [f"{c.op.name} {c.op.shape}" for c in ops] or ["none"]
+        for name, ops in wrong.items()
+    }
+    check(
+        _ONE_MATRIX,
+        wrong=listed(wrong),
+        ways_out=dict(itertools.islice(ways_out.items(), 3)),
+    )
+    return {name: members[0] for name, members in candidates.items()}
 
 
-def _is_one(found: Sequence[Consumer]) -> bool:
-    return len(found) == 1 and found[0].op.shape[0] == 1
+_ONE_MATRIX = [
+    Rule(
+        lambda v: not v.wrong,
+        "the units of a group must go out by one matrix, whose other rows can make up "
+        "for them, but those of {wrong} do not: {ways_out}",
+        "remove them by jp.shrink with scores, or ask for other groups",
+    )
+]
+
+
+def _is_one(candidates: Sequence[Consumer]) -> bool:
+    return len(candidates) == 1 and candidates[0].op.shape[0] == 1
 
 
 def _on_axis(
@@ -91,7 +100,7 @@ def _on_axis(
                 parts[member.part].append(group)
     most = max(map(len, parts.values()), default=0)
     return [
-        {part: own[n] for part, own in parts.items() if n < len(own)}
+        {part: members[n] for part, members in parts.items() if n < len(members)}
         for n in range(most)
     ]
 
@@ -105,29 +114,29 @@ def _consumers(
     ends = np.cumsum([0, *(group.units for group in groups.values())])
     numbers = np.full(leaf.shape, -1, np.int32)
     for start, (part, group) in zip(ends, groups.items(), strict=False):
-        own = _numbered(leaf.parts[part][axis], group.dim, int(start))
+        places = _numbered(leaf.parts[part][axis], group.dim, int(start))
         shape = [1] * len(leaf.shape)
         shape[axis] = leaf.shape[axis]
         place: list[Any] = [slice(None)] * len(leaf.shape)
         if leaf.stacked is not None:
             place[leaf.stacked] = slice(part, part + 1)
-        numbers[tuple(place)] = own.reshape(shape)
-    found, names = [], [group.name for group in groups.values()]
+        numbers[tuple(place)] = places.reshape(shape)
+    pairs, names = [], [group.name for group in groups.values()]
     array = jnp.asarray(numbers)
     for op in ops:
-        seen = np.asarray(op.view.read(array))  # (batch, in, out)
-        rows = seen[:, :, 0]  # (batch, in)
-        if (seen != rows[:, :, None]).any() or (rows == rows[:, :1]).all():
+        numbers_read = np.asarray(op.view.read(array))  # (batch, in, out)
+        rows = numbers_read[:, :, 0]  # (batch, in)
+        if (numbers_read != rows[:, :, None]).any() or (rows == rows[:, :1]).all():
             continue  # it makes the units, or has nothing to do with them
-        known = rows[rows >= 0]
+        known = rows[rows >= 0]  # unit numbers of the rows that have one
         which = int(np.searchsorted(ends, known[0], "right")) - 1
         # The inputs that have a unit, unit by unit.
         order = np.argsort(rows[0], kind="stable")[(rows[0] < 0).sum() :]
         units_ = ends[which + 1] - ends[which]
-        found.append((names[which], Consumer(op, order.reshape(units_, -1))))
-    return found
+        pairs.append((names[which], Consumer(op, order.reshape(units_, -1))))
+    return pairs
 
 
 def _numbered(dim: Dim, atom: Dim, start: int) -> np.ndarray:
-    own = unit_numbers(dim, atom)
-    return np.where(own < 0, -1, own + start)
+    numbers = unit_numbers(dim, atom)
+    return np.where(numbers < 0, -1, numbers + start)

@@ -1,9 +1,9 @@
-"""A smaller model of any function: smaller parameters, and what runs them.
+"""What is left of a model without some of its units: how many go, and what runs it.
 
 Units of the groups of `jp.axis_groups` are removed: heads, neurons, channels. The
 result computes what the function computes with all weights of those units zero, in less
 time and memory. It runs the traced program with smaller sizes, so no model class has to
-know of it.
+know of it. `jp.shrink` chooses the units, and is `jaxprune.posttraining.shrink`.
 """
 
 import math
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from jaxprune.arrays.rules import Rule, check, error
-from jaxprune.graph.axis_groups import AxisGroup, AxisGroups, axis_groups
+from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
-from jaxprune.structured import choice, cut, timing
+from jaxprune.structured import choice, cut
 from jaxprune.structured.budget import (
     Costs,
     Measure,
@@ -27,13 +27,16 @@ from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
 from jaxprune.structured.shrunk_function import ShrunkFunction, atom_masks
 from jaxprune.structured.timing import Timed
-from jaxprune.typing import Masks, Params, Scores
+from jaxprune.typing import Params
 
 Rules = Sequence[str] | Mapping[str, float]
 """Globs, kinds or names of groups that lose one share, or these to relative shares."""
 
 ALL: Sequence[Rules] = (("*",), ["*"])
 """The groups that a budget is met with, where nothing is said."""
+
+Budget = float | Mapping[Measure, float]
+"""The share that may be left of the parameters, or {measure: share}."""
 
 Sizes = Mapping[str, Iterable[int]]
 """Globs, kinds or names of groups to the numbers of units that each may keep."""
@@ -71,94 +74,6 @@ class ShrinkResult(NamedTuple):
             another shape than that.
         """
         return self.fn.cut(state)
-
-
-def shrink(
-    fn: Callable[[Params, Any], Any],
-    params: Params,
-    batch: Any,
-    scores_or_masks: Scores | Masks,
-    sparsity: float | Mapping[str, float] | None = None,
-    *,
-    budget: float | None = None,
-    measure: Measure = "parameters",
-    groups: Rules = ("*",),
-    sizes: Sizes | None = None,
-) -> ShrinkResult:
-    """Removes whole units of a model: smaller parameters and a function that runs them.
-
-    The result is what the function gives with all weights of the removed units zero.
-    Groups that are alike, as the layers of a model are, lose as many units each, and
-    each chooses its own. By default the width of a residual stream, units inside other
-    units and units that only one leaf has are not removed.
-
-    Args:
-      fn: parameters and a batch to anything; traceable by JAX.
-      params: a pytree of arrays or `jp.LazyArray`.
-      batch: one batch, arrays or `jax.ShapeDtypeStruct`. The result takes batches of
-        any shape that the function takes.
-      scores_or_masks: scores like the parameters: a unit's is the sum of those of its
-        weights. Or masks, which must prune whole units; those go, and with them their
-        weights in leaves that have no mask: the result is what zeros there would give.
-      sparsity: share of its units that each group loses, in [0, 1), or {glob, kind or
-        name of a group: share}. A glob means groups that are removable by default;
-        any other removable group is named in full. None with masks or a budget.
-      budget: share of the whole that may be left, in (0, 1), in place of a sparsity;
-        one share of units is found for all groups.
-      measure: quantity that the budget is of: "parameters", "bytes", "flops", or the
-        "milliseconds" that the jitted function takes for the batch. These are measured
-        here, of some sizes beside the whole model, so they are of this device.
-      groups: globs or names of the groups that the budget is met with, by one share;
-        or {glob or name: how large a share it loses beside the others}.
-      sizes: {glob, kind or name of a group: the numbers of units that it may keep}, as
-        {"*/mlp/*": range(128, 8193, 128)}. The number of units that a share or the
-        budget asks for becomes the nearest of these numbers; of two as near, the larger
-        one. Where more is then removed than the budget requires, the groups with the
-        most numbers to choose from lose less (not for "milliseconds").
-
-    Returns:
-      `ShrinkResult(fn, params, report)`; its `cut` cuts an optimizer's state. The
-      function can be jitted, differentiated and exported; custom derivatives and
-      rematerialisation of the original are not in it.
-
-    Raises:
-      ValueError: arguments disagree, a share or budget is out of range or cannot be
-        met, a rule matches nothing, a group would lose all units or may keep no number
-        that it could, scores are NaN, or masks are not of whole units.
-      TypeError: a share stands in the place of the scores.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxprune as jp
-      >>> fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
-      >>> up, down = jnp.arange(12.0).reshape(2, 6), jnp.ones((6, 3))
-      >>> params, x = {"up": up, "down": down}, jnp.ones((5, 2))
-      >>> small = jp.shrink(fn, params, x, jp.scores.magnitude(params), 0.5)
-      >>> small.params["up"].shape, small.params["down"].shape
-      ((2, 3), (3, 3))
-      >>> small.report["kept"]
-      {'down:0': [3, 4, 5]}
-      >>> small.fn(small.params, x).shape
-      (5, 3)
-    """
-    check([_ORDER], scores=scores_or_masks)
-    masks = choice.is_masks(scores_or_masks)
-    tree = "masks" if masks else "scores"
-    check([_TARGET], tree=tree, sparsity=sparsity, budget=budget)
-    check([_MASKS_ALONE], tree=tree, sizes=sizes, groups=groups)
-    check_budget(budget, measure)
-    traced, timed = axis_groups(fn, params, batch), None
-    if masks:  # they say which units go; nothing is chosen
-        kept = choice.by_masks(traced, params, scores_or_masks)
-        cuts = cut.of_groups(traced, kept)
-        choice.check_whole(choice.masked_leaves(params, scores_or_masks), cuts)
-    else:
-        timed = timing.needed(measure, budget, traced.trace, params, batch)
-        lost = lost_units(traced, sparsity, budget, measure, groups, sizes, timed)
-        kept = choice.by_scores(traced, params, scores_or_masks, lost)
-        cuts = cut.of_groups(traced, kept)
-    result = of_cuts(fn, params, batch, traced, kept, cuts)
-    return timed_too(result, timed)
 
 
 def lost_units(
@@ -229,10 +144,44 @@ def of_cuts(
     return ShrinkResult(shrunk, small, _report(groups, kept, cuts, shrunk))
 
 
-def check_budget(budget: float | None, measure: Measure) -> None:
-    """Refuses a budget that is no share, and a measure that is unknown."""
-    names = get_args(Measure)
-    check(_BUDGET, budget=budget, measure=measure, names=names, listed=", ".join(names))
+def as_budget(budget: Budget | None) -> tuple[float | None, Measure]:
+    """The share that may be left, or None, and what it is a share of.
+
+    Args:
+      budget: a share of the parameters, {measure: share}, or None.
+
+    Returns:
+      The share and the measure.
+
+    Raises:
+      ValueError: the share is out of range, or the measure unknown.
+    """
+    if not isinstance(budget, Mapping):
+        budget = {"parameters": budget} if budget is not None else {}
+    check(
+        _BUDGET,
+        shares=list(budget.values()),
+        asked=", ".join(map(str, budget.values())),
+        measures=list(budget),
+        known=get_args(Measure),
+        names=", ".join(get_args(Measure)),
+    )
+    for measure, share in budget.items():
+        return share, measure
+    return None, "parameters"
+
+
+_BUDGET = [
+    Rule(
+        lambda v: all(measure in v.known for measure in v.measures),
+        "the measure of a budget must be one of {names}, got {measures}",
+    ),
+    Rule(lambda v: len(v.shares) <= 1, "a budget has one measure, got {measures}"),
+    Rule(
+        lambda v: all(0 < share < 1 for share in v.shares),
+        "a budget is a share in (0, 1), got {asked}",
+    ),
+]
 
 
 def _within_budget(
@@ -340,34 +289,6 @@ def _uncut(leaf: LeafAxes) -> LeafCut:
     return LeafCut(leaf.shape, leaf.shape, leaf.stacked, kept)
 
 
-_ORDER = Rule(
-    lambda v: not isinstance(v.scores, int | float),
-    "shrink takes scores or masks fourth and the share fifth, got {scores}",
-    "call jp.shrink(fn, params, batch, jp.scores.magnitude(params), 0.5)",
-    error=TypeError,
-)
-_TARGET = Rule(
-    lambda v: (
-        (v.tree == "masks") + (v.sparsity is not None) + (v.budget is not None) == 1
-    ),
-    "shrink needs masks, or scores and either a sparsity or a budget, got {tree}, "
-    "sparsity={sparsity}, budget={budget}",
-)
-_MASKS_ALONE = Rule(
-    lambda v: v.tree != "masks" or (not v.sizes and v.groups in ALL),
-    "masks say which units are left, so shrink takes no sizes and no groups",
-    "leave them out",
-)
-_BUDGET = [
-    Rule(
-        lambda v: v.budget is None or 0 < v.budget < 1,
-        "a budget is a share in (0, 1), got {budget}",
-    ),
-    Rule(
-        lambda v: v.measure in v.names,
-        "measure must be one of {listed}, got {measure!r}",
-    ),
-]
 _GROUPS_OF_BUDGET = Rule(
     lambda v: v.budget is not None or v.groups in ALL,
     "groups are those that a budget is met with, got {groups} and no budget",

@@ -201,7 +201,7 @@ def test_a_circle_is_found():
         ("arrays.tree", "from jaxprune.typing import Params"),
         ("lm.models.decoder.model", "from jaxprune import masking"),
         ("lm.models.decoder.model", "from jaxprune.masking import masks"),
-        ("lm.models.hf.loading", "from jaxprune.posttraining import methods"),
+        ("lm.models.hf.loading", "from jaxprune.posttraining import passes"),
         ("lm.report.page", "from jaxprune.lm.checkpoints import rewrite"),
         ("masking.masks", "from flax import nnx"),
         ("training.keep_masks", "import orbax.checkpoint as ocp"),

@@ -139,11 +139,11 @@ def test_averages_in_and_out_of_their_storage(storage):
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_method(method, pattern):
-    method, pattern = jp.methods.METHODS[method], jp.patterns.parse(pattern)
+    method, pattern = jp.passes.METHODS[method](), jp.patterns.parse(pattern)
 
     def pruned(weight, square, kept):
-        matrix = jp.methods.Matrix(weight, square, None, kept, pattern)
-        return method.prune(matrix)
+        matrix = jp.passes.Matrix(weight, square, None, kept, pattern)
+        return method.solve(matrix)
 
     square = np.ones(16, np.float32)
     lowered(pruned, draw(3, 16, 8), square, np.uint32(64))
@@ -203,10 +203,11 @@ INPUTS = [correlated(i, 32, 16) for i in range(8)]
 
 @pytest.mark.full
 def test_what_prune_trained_compiles_and_refines_by(programs):
-    refine = jp.Refine(passes=1, learning_rate=1e-3)
-    options = {"sparsity": 0.5, "progress": False, "refine": refine}
+    refine = jp.passes.refine(passes=1, learning_rate=1e-3)
+    options = {"sparsity": 0.5, "progress": False}
     params = jax.tree.map(jnp.asarray, WEIGHTS)
-    jp.prune_trained(attention, params, INPUTS[:2], method="wanda", **options)
+    method = jp.passes.chain(jp.passes.wanda(), refine)
+    jp.prune_trained(attention, params, INPUTS[:2], method=method, **options)
     assert sum("Subgraph.run" in name for name in programs.names) >= 2
     assert any("refine" in name or "step" in name for name in programs.names)
 
@@ -215,7 +216,7 @@ def test_what_prune_trained_compiles_and_refines_by(programs):
 def test_what_each_device_of_a_mesh_runs(programs):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     # Settings of no other test: what is compiled already is not compiled again.
-    method = jp.methods.ALPS(damping=0.03)
+    method = jp.passes.alps(damping=0.03)
     options = {"sparsity": 0.5, "progress": False, "mesh": mesh}
     jp.prune_trained(attention, WEIGHTS, INPUTS, method=method, **options)
     # Of one device, as `PerDevice.compiled` makes it: model, sums, solvers.

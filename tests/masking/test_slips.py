@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxprune as jp
+from jaxprune.posttraining.passes.chaining import as_chain
 from tests.support.trajectories import same_bits, weights
 
 # Made when the first test needs them: whoever collects the tests compiles nothing.
@@ -144,16 +145,16 @@ SLIPS = {
         r"allocation must be one of layer, global, erk, owl, .*, got 'ekr'",
     ),
     "no such method": (
-        lambda: jp.methods.named("gpt"),
+        lambda: as_chain("gpt", {}),
         r"method must be one of magnitude, .*, got 'gpt'",
     ),
     "method=None": (
-        lambda: jp.methods.named(None),
-        r"method must be one of .* such as jp\.methods\.SparseGPT\(\), got None",
+        lambda: as_chain(None, {}),
+        r"method must be one of .* such as jp\.passes\.sparsegpt\(\), got None",
     ),
     "a method's class": (
-        lambda: jp.methods.named(jp.methods.Wanda),
-        r"method must be one of .* such as jp\.methods\.SparseGPT\(\), got <class",
+        lambda: as_chain(jp.passes.wanda, {}),
+        r"method must be one of .* such as jp\.passes\.sparsegpt\(\), got <class",
     ),
 }
 

@@ -12,6 +12,7 @@ from jax.experimental import io_callback
 import jaxprune as jp
 from jaxprune.posttraining.solvers import alps, dense_target, sparsegpt
 from jaxprune.posttraining.solvers.dense_target import corrected
+from tests.support.chained import chained
 from tests.support.small_models import (
     chain,
     chain_by_hand,
@@ -62,12 +63,20 @@ run_residual, run_parallel = jax.jit(residual), jax.jit(parallel)
 
 
 def method(name="sparsegpt", correction=0.75, **settings):
-    settings = {"correction": correction} | settings
-    return dataclasses.replace(jp.methods.METHODS[name], **settings)
+    return chained(jp.passes.METHODS[name](**settings), jp.passes.correct(correction))
 
 
-def prune(how, params=PARAMS, fn=residual, batches=BATCHES, **options):
+def prune(
+    how,
+    params=PARAMS,
+    fn=residual,
+    batches=BATCHES,
+    refine=None,
+    quantize=None,
+    **options,
+):
     options = {"sparsity": 0.5, "progress": False} | options
+    how = chained(how, refine=refine, quantize=quantize)
     return jp.prune_trained(fn, params, batches, method=how, **options)
 
 
@@ -219,7 +228,7 @@ def test_what_does_not_count_is_in_no_sum():
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     "options",
-    [pytest.param({}, marks=pytest.mark.full), {"refine": jp.Refine(passes=2)}],
+    [pytest.param({}, marks=pytest.mark.full), {"refine": jp.passes.refine(passes=2)}],
     ids=repr,
 )
 def test_the_dense_model_beside_changes_nothing_by_itself(model, options):
@@ -243,7 +252,7 @@ def test_a_branch_makes_up_for_the_branch_beside_it():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("refine", [None, jp.Refine(passes=1)], ids=repr)
+@pytest.mark.parametrize("refine", [None, jp.passes.refine(passes=1)], ids=repr)
 def test_it_ends_nearer_where_branches_lie_side_by_side(refine):
     batches = [draw(i, SAMPLES, WIDTH) for i in range(10, 18)]
 
@@ -270,7 +279,7 @@ def test_leaves_of_two_bytes_are_corrected_in_four_and_stay_so():
 
 @pytest.mark.full
 def test_kept_weights_are_two_of_four_and_on_levels_where_both_are_asked_for():
-    how = {"sparsity": None, "pattern": "2:4", "rounding": "int4"}
+    how = {"sparsity": None, "pattern": "2:4", "quantize": jp.passes.quantize("int4")}
     found = prune(method(), **how).params
     assert not np.array_equal(
         found["out"], prune(method(correction=0.0), **how).params["out"]
@@ -306,20 +315,16 @@ def test_over_a_mesh_it_is_bit_for_bit_that_of_one_device():
 
 
 @dataclasses.dataclass(frozen=True)
-class Stopping:
-    """SparseGPT with a correction that fails after so many weights."""
+class Stopping(jp.passes.sparsegpt):
+    """SparseGPT that fails after so many weights."""
 
-    correction: float = 0.75
     left: ClassVar[list[int]] = [0]
-    inputs: ClassVar[str] = "left"
-    needs: ClassVar[str] = "hessian"
-    pattern: ClassVar = jp.patterns.Unstructured()
 
-    def prune(self, matrix):
+    def solve(self, matrix):
         # When it runs, not when it is traced.
         kind = jax.ShapeDtypeStruct((), np.float32)
         weight = matrix.weight + io_callback(self.meet, kind, matrix.weight)[None, None]
-        return jp.methods.SparseGPT().prune(matrix._replace(weight=weight))
+        return super().solve(matrix._replace(weight=weight))
 
     @staticmethod
     def meet(_):
@@ -329,15 +334,19 @@ class Stopping:
         return np.zeros((), np.float32)
 
 
+def stopping():
+    return chained(Stopping(), jp.passes.correct(0.75))
+
+
 @pytest.mark.parametrize("weights", [1, 3])
 def test_a_job_that_was_stopped_ends_with_the_same_bits(weights, tmp_path):
     Stopping.left[0] = 100
-    whole = prune(Stopping())
+    whole = prune(stopping())
     Stopping.left[0] = weights
     with pytest.raises(RuntimeError, match="stopped on purpose"):
-        prune(Stopping(), directory=tmp_path)
+        prune(stopping(), directory=tmp_path)
     Stopping.left[0] = 100
-    found = prune(Stopping(), directory=tmp_path)
+    found = prune(stopping(), directory=tmp_path)
     assert Stopping.left[0] == 100 - (5 - weights)
     assert same_bits(found.params, whole.params)
     errors = [[row["error"] for row in own.report["weights"]] for own in (found, whole)]
@@ -377,7 +386,7 @@ def test_experts_are_pruned_without_it(fn):
         ({"correction": "0.5"}, r"share in \[0, 1\], got '0.5'"),
         ({"correction": True}, r"share in \[0, 1\], got True"),
         ({"correction": None}, r"share in \[0, 1\], got None"),
-        ({"inputs": "dense"}, 'needs inputs="left"'),
+        ({"inputs": "dense"}, 'but inputs="dense" was given; leave one of the two'),
     ],
 )
 def test_bad_settings_are_refused_with_the_way_out(how, words):

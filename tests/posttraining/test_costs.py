@@ -136,17 +136,15 @@ def _look():
 
 
 @dataclasses.dataclass(frozen=True)
-class Watching:
+class Watching(jp.passes.Prune):
     """Magnitude pruning that asks for Hessians and looks at what is in memory."""
 
-    needs: ClassVar = "hessian"
-    inputs: ClassVar = "left"
-    pattern: ClassVar = jp.patterns.Unstructured()
+    observes: ClassVar = frozenset({"hessian"})
 
-    def prune(self, matrix):
+    def solve(self, matrix):
         assert matrix.hessian.shape == (matrix.weight.shape[0],) * 2
         jax.debug.callback(_look)
-        return jp.methods.Magnitude().prune(matrix)
+        return jp.passes.magnitude().solve(matrix)
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ import pytest
 import jaxprune as jp
 from jaxprune.graph import segments
 from jaxprune.graph.linear_ops import trace
-from jaxprune.posttraining import calibration
+from jaxprune.posttraining.pipeline import preparation
 from jaxprune.posttraining.solvers import sparsegpt
 from tests.support import oracles
 from tests.support.oracles_trained import wanda
@@ -61,7 +61,7 @@ def by_sparsegpt(kernel, rows):
     return np.asarray(found.weight, np.float64)
 
 
-DENSE = jp.methods.Wanda(inputs="dense")
+DENSE = jp.passes.wanda(inputs="dense")
 
 
 def prune(method, **options):
@@ -75,8 +75,8 @@ def prune(method, **options):
 @pytest.mark.parametrize(
     ("method", "rule"),
     [
-        (jp.methods.Wanda(), by_wanda),
-        pytest.param(jp.methods.SparseGPT(), by_sparsegpt, marks=pytest.mark.full),
+        (jp.passes.wanda(), by_wanda),
+        pytest.param(jp.passes.sparsegpt(), by_sparsegpt, marks=pytest.mark.full),
     ],
     ids=["wanda", "sparsegpt"],
 )
@@ -95,10 +95,10 @@ def test_each_weight_is_chosen_by_the_inputs_asked_for(method, rule, inputs):
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(jp.methods.Wanda(relative=True), marks=pytest.mark.full),
-        pytest.param(jp.methods.RIA(relative=True), marks=pytest.mark.full),
-        jp.methods.SparseGPT(relative=True),
-        pytest.param(jp.methods.ALPS(relative=True), marks=pytest.mark.full),
+        pytest.param(jp.passes.wanda(relative=True), marks=pytest.mark.full),
+        pytest.param(jp.passes.ria(relative=True), marks=pytest.mark.full),
+        jp.passes.sparsegpt(relative=True),
+        pytest.param(jp.passes.alps(relative=True), marks=pytest.mark.full),
     ],
     ids=lambda method: type(method).__name__,
 )
@@ -153,7 +153,7 @@ def test_no_program_is_compiled_for_the_second_look():
 def parts(fn, params, x):
     """The names of the weights of each layer, as the pipeline would take them."""
     traced = trace(fn, params, x)
-    chosen = calibration.chosen(traced, params, jp.tree.prunable)
+    chosen = preparation.prunable_ops(traced, params, jp.tree.prunable)
     cut = segments.cut_at_inputs(traced, chosen)
     return [
         [p.name for i in own for p in cut[i].linear_ops]

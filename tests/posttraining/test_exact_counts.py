@@ -78,7 +78,7 @@ def test_exactly_as_many_go_as_were_asked_for_and_ties_keep_the_first(name):
 
 @pytest.mark.full
 def test_every_method_takes_n_of_m():
-    for method in jp.methods.METHODS:
+    for method in jp.passes.METHODS:
         pruned, _ = prune(
             product,
             {"w": draw(1, 12, 8)},

@@ -11,10 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from jaxprune.arrays.per_device import PerDevice
-from jaxprune.posttraining import input_statistics, solve_weight
-from jaxprune.posttraining.pipeline import SequentialPipeline
+from jaxprune.posttraining import solve_weight
+from jaxprune.posttraining.pipeline import sums
+from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
 from jaxprune.posttraining.progress import ProgressLog
 from tests.across.test_sharding_hlo import ARRAY, COLLECTIVE, size
+from tests.support.chained import chained
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
@@ -129,7 +131,7 @@ def test_positions_that_do_not_count_are_those_of_each_batch():
 
 @pytest.mark.full
 def test_methods_of_the_dense_layer_and_parameters_that_one_device_has():
-    method = jp.methods.Wanda(inputs="dense", relative=True)
+    method = jp.passes.wanda(inputs="dense", relative=True)
     expected = prune(PARAMS, method)
     assert same_bits(prune(PARAMS, method, mesh=mesh_of("8")).params, expected.params)
 
@@ -188,7 +190,7 @@ def test_a_batch_and_a_matrix_stay_where_they_are(monkeypatch):
     monkeypatch.setattr(PerDevice, "compiled", recorded)
     mesh = mesh_of("2x4")
     # Or what another test has made is not made again, and not recorded.
-    input_statistics._adding.cache_clear()
+    sums._adding.cache_clear()
     solve_weight._solving.cache_clear()
     prune(placed(mesh), "sparsegpt", mesh=mesh)
     sent = {
@@ -252,22 +254,30 @@ def bytes_on(device):
     return sum({x.unsafe_buffer_pointer(): x.nbytes for x in own}.values())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batches": BATCHES[:6]}, "number of batches divisible by 8, got 6"),
-        ({"refine": jp.Refine()}, "it takes no mesh; leave mesh out"),
-    ],
-)
-def test_what_a_mesh_cannot_do_is_refused(options, message, tmp_path):
-    options = {"batches": BATCHES} | options
-    batches = options.pop("batches")
-    with pytest.raises(ValueError, match=message):
+def test_batches_that_devices_cannot_take_one_each_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="number of batches divisible by 8, got 6"):
         jp.prune_trained(
-            fn, PARAMS, batches, method="wanda", sparsity=0.5, mesh=mesh_of("8"),
-            directory=tmp_path, **options,
+            fn, PARAMS, BATCHES[:6], "wanda", sparsity=0.5, mesh=mesh_of("8"),
+            directory=tmp_path,
         )  # fmt: skip
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("positions", [None, lambda x: jnp.abs(x[..., 0]) < 1])
+def test_refined_blocks_are_those_of_one_device(positions):
+    chain = chained(
+        "wanda",
+        correct=jp.passes.correct(0.5),
+        refine=jp.passes.refine(passes=2, learning_rate=1e-2, held_out=0.3),
+    )
+    expected = prune(PARAMS, chain, positions=positions)
+    mesh = mesh_of("2x4")
+    found = prune(placed(mesh), chain, positions=positions, mesh=mesh)
+    assert same_bits(found.params, expected.params)
+    losses = [row["losses"] for row in expected.report["refined"]]
+    assert any(min(row) < row[0] for row in losses)
+    assert [row["losses"] for row in found.report["refined"]] == losses
 
 
 def test_parameters_of_explicit_axes_are_refused():

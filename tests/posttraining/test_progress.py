@@ -22,8 +22,8 @@ RECORD = [{"name": "blocks/0/w", "zeros": 3, "error": 0.25}]
 def log(tmp_path):
     """A log with segments 0 and 2."""
     own = ProgressLog(tmp_path / "deep" / "directory", JOB)
-    own.write(0, ARRAYS, RECORD)
-    own.write(2, {"c": ARRAYS["b"]}, [])
+    own.write("segment_00000", ARRAYS, RECORD)
+    own.write("segment_00002", {"c": ARRAYS["b"]}, [])
     return own
 
 
@@ -33,45 +33,45 @@ def files(log, segment):
 
 
 def test_a_segment_comes_back_as_it_was_written(log):
-    arrays, record = log.read(0)
+    arrays, record = log.read("segment_00000")
     assert record == RECORD
     assert set(arrays) == set(ARRAYS)
     for name, array in ARRAYS.items():
         assert same_bits(arrays[name], array)
-    assert log.read(1) is None
-    assert log.read(2)[1] == []
+    assert log.read("segment_00001") is None
+    assert log.read("segment_00002")[1] == []
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_every_dtype_keeps_its_bits(log, dtype):
     array = np.asarray(jnp.asarray(draw(3, 1, 5, 2), dtype))
-    log.write(7, {"w": array}, {})
-    assert same_bits(log.read(7)[0]["w"], array)
+    log.write("segment_00007", {"w": array}, {})
+    assert same_bits(log.read("segment_00007")[0]["w"], array)
 
 
 def test_a_transposed_array_comes_back_in_its_own_order(log):
     array = draw(3, 4, 5, 2).T
-    log.write(7, {"w": array}, {})
-    np.testing.assert_array_equal(log.read(7)[0]["w"], array)
+    log.write("segment_00007", {"w": array}, {})
+    np.testing.assert_array_equal(log.read("segment_00007")[0]["w"], array)
 
 
 def test_a_segment_without_weights_is_a_segment(log):
-    log.write(5, {}, [])
-    arrays, record = log.read(5)
+    log.write("segment_00005", {}, [])
+    arrays, record = log.read("segment_00005")
     assert (dict(arrays), record) == ({}, [])
 
 
 def test_a_segment_that_is_forgotten_leaves_no_file(log):
-    log.forget(0)
-    log.forget(1)
-    assert log.read(0) is None
+    log.forget("segment_00000")
+    log.forget("segment_00001")
+    assert log.read("segment_00000") is None
     assert files(log, 0) == []
-    assert log.read(2) is not None
+    assert log.read("segment_00002") is not None
 
 
 def test_the_same_job_goes_on_in_the_same_directory(log):
     again = ProgressLog(log.directory, JOB)
-    assert again.read(0)[1] == RECORD
+    assert again.read("segment_00000")[1] == RECORD
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_another_jobs_directory_is_refused_and_says_what_differs(log, change, na
     with pytest.raises(ValueError, match=named) as caught:
         ProgressLog(log.directory, {**JOB, **change})
     assert str(log.directory) in str(caught.value)
-    assert log.read(0)[1] == RECORD
+    assert log.read("segment_00000")[1] == RECORD
 
 
 def test_a_job_with_less_in_it_is_another_job(log):
@@ -101,9 +101,9 @@ def test_a_file_that_was_cut_off_is_no_segment(log, cut):
     for path in files(log, 0):
         whole = path.read_bytes()
         path.write_bytes(whole[:cut])
-        assert log.read(0) is None
+        assert log.read("segment_00000") is None
         path.write_bytes(whole)
-        assert log.read(0) is not None
+        assert log.read("segment_00000") is not None
 
 
 def test_a_changed_byte_is_no_segment(log):
@@ -111,27 +111,27 @@ def test_a_changed_byte_is_no_segment(log):
     whole = bytearray(path.read_bytes())
     whole[-1] ^= 1
     path.write_bytes(whole)
-    assert log.read(0) is None
+    assert log.read("segment_00000") is None
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_missing_file_is_no_segment(log, index):
     files(log, 0)[index].unlink()
-    assert log.read(0) is None
+    assert log.read("segment_00000") is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", "3", '{"sha256": 1}', "\xff"])
 def test_a_record_of_another_kind_is_no_segment(log, text):
     path = next(p for p in files(log, 0) if p.suffix == ".json")
     path.write_bytes(text.encode("latin-1"))
-    assert log.read(0) is None
+    assert log.read("segment_00000") is None
 
 
 def test_a_record_without_its_rows_is_no_segment(log):
     path = next(p for p in files(log, 0) if p.suffix == ".json")
     body = json.loads(path.read_text())
     path.write_text(json.dumps({"sha256": body["sha256"]}))
-    assert log.read(0) is None
+    assert log.read("segment_00000") is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])
@@ -143,8 +143,8 @@ def test_a_damaged_job_file_is_refused_in_a_sentence(log, text):
 
 
 def test_a_segment_that_is_written_again_replaces_the_first(log):
-    log.write(0, {"w": ARRAYS["b"]}, ["second"])
-    arrays, record = log.read(0)
+    log.write("segment_00000", {"w": ARRAYS["b"]}, ["second"])
+    arrays, record = log.read("segment_00000")
     assert record == ["second"]
     assert list(arrays) == ["w"]
 
@@ -152,9 +152,9 @@ def test_a_segment_that_is_written_again_replaces_the_first(log):
 def test_weights_of_one_write_and_the_record_of_another_are_no_segment(log):
     record = next(p for p in files(log, 0) if p.suffix == ".json")
     old = record.read_bytes()
-    log.write(0, {"w": ARRAYS["b"]}, ["second"])
+    log.write("segment_00000", {"w": ARRAYS["b"]}, ["second"])
     record.write_bytes(old)
-    assert log.read(0) is None
+    assert log.read("segment_00000") is None
 
 
 def test_nothing_half_written_is_left_behind(log):

@@ -9,10 +9,11 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.arrays.lazy import Leaves
-from jaxprune.posttraining import refine
-from jaxprune.posttraining.pipeline import SegmentedProgram
-from jaxprune.posttraining.relative_error import relative_error as relative_error_
+from jaxprune.posttraining import refiner
+from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
+from jaxprune.posttraining.relative_error import block_error
 from tests.support import resumed
+from tests.support.chained import chained
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
@@ -60,13 +61,14 @@ def stacked(p):
 
 BATCHES = np.split(correlated(0, 64, WIDTH), 4)  # of one distribution
 HELD_OUT = BATCHES[-1]
-HOW = jp.Refine(passes=6, learning_rate=1e-2)
+HOW = jp.passes.refine(passes=6, learning_rate=1e-2)
 
 
-def prune(fn=run, params=None, batches=BATCHES, **options):
-    options = {"method": "wanda", "sparsity": 0.5, "refine": HOW} | options
+def prune(fn=run, params=None, batches=BATCHES, method="wanda", refine=HOW, **options):
+    options = {"sparsity": 0.5, "progress": False} | options
     params = parameters() if params is None else params
-    return jp.prune_trained(fn, params, batches, progress=False, **options)
+    method = chained(method, refine=refine)
+    return jp.prune_trained(fn, params, batches, method, **options)
 
 
 def error(y, target):
@@ -102,7 +104,7 @@ def trained(fn, params, batch=BATCHES[0], prunable=lambda name, leaf: leaf.ndim 
     ops = [op for op in traced.linear_ops if prunable(op.leaf, named[op.leaf])]
     leaves = Leaves(jax.tree.leaves(params))
     program = SegmentedProgram(traced, leaves, ops, outputs=True)
-    return [{v.leaf for v in own} for own in refine.trained_values(program)]
+    return [{v.leaf for v in own} for own in refiner.trained_values(program)]
 
 
 def test_each_layer_trains_its_matrices_its_bias_and_the_norm_behind_it():
@@ -136,7 +138,7 @@ def test_a_matrix_that_is_not_pruned_is_not_trained():
 # What is made small.
 
 
-relative_error = jax.jit(relative_error_)
+relative_error = jax.jit(block_error)
 
 
 def test_a_token_a_thousand_times_larger_weighs_as_much_as_any_other():
@@ -179,7 +181,7 @@ def test_the_floor_is_of_the_tokens_that_count():
 def test_a_linear_block_comes_to_the_least_squares_solution_under_its_mask():
     x, w = correlated(0, 24, WIDTH), draw(1, WIDTH, 3)
     x /= np.exp(np.arange(WIDTH) % 2)[None]
-    how = jp.Refine(passes=600, learning_rate=3e-2, patience=600)
+    how = jp.passes.refine(passes=600, learning_rate=3e-2, patience=600)
     result = prune(lambda p, x: x @ p["w"], {"w": w}, [x, x], refine=how)
     found = np.asarray(result.params["w"])
     # Each token is weighed by the norm of its target, and each output is by itself.
@@ -228,7 +230,7 @@ def test_the_last_loss_is_that_of_the_models_output(refined):
 
 @pytest.mark.full
 def test_a_rate_that_ruins_everything_changes_nothing(solved):
-    result = prune(refine=jp.Refine(passes=2, learning_rate=0.9))
+    result = prune(refine=jp.passes.refine(passes=2, learning_rate=0.9))
     rows = result.report["refined"]
     assert all(row["after"] == row["before"] for row in rows)
     assert same_bits(result.params, solved.params)
@@ -248,35 +250,39 @@ def test_stacked_layers_are_refined_like_those_in_a_list(refined):
 @pytest.mark.full
 def test_equal_blocks_share_their_steps(monkeypatch):
     built = []
-    compiled = refine._compiled
-    monkeypatch.setattr(refine, "_compiled", lambda *a: built.append(1) or compiled(*a))
+    compiled = refiner._compiled
+    monkeypatch.setattr(
+        refiner, "_compiled", lambda *a: built.append(1) or compiled(*a)
+    )
     params = parameters()
     counts = []
     for layers in (3, 5):
         built.clear()
         own = params | {"layers": [params["layers"][i % 2] for i in range(layers)]}
         own = jax.tree.map(jnp.array, own)
-        programs = prune(params=own, refine=jp.Refine(passes=1)).report["programs"]
+        programs = prune(params=own, refine=jp.passes.refine(passes=1)).report[
+            "programs"
+        ]
         counts.append((len(built), programs))
     assert counts[0] == counts[1]
 
 
 def test_a_step_compiles_once_where_some_leaves_are_committed(monkeypatch):
     built = []
-    make = refine._compiled
+    make = refiner._compiled
     monkeypatch.setattr(
-        refine, "_compiled", lambda *a: built.append(make(*a)) or built[-1]
+        refiner, "_compiled", lambda *a: built.append(make(*a)) or built[-1]
     )
     params = parameters()
     for own in params["layers"]:
         own["norm"] = jax.device_put(own["norm"], jax.devices()[0])
-    prune(params=params, refine=jp.Refine(passes=1))
+    prune(params=params, refine=jp.passes.refine(passes=1))
     assert [step._cache_size() for step in built] == [1] * len(built) != []
 
 
 @pytest.mark.full
 def test_either_kind_of_inputs_can_be_refined(refined, solved):
-    dense = jp.methods.Wanda(inputs="dense")
+    dense = jp.passes.wanda(inputs="dense")
     pairs = [(refined, solved), (prune(method=dense), prune(method=dense, refine=None))]
     for result, before in pairs:
         assert output_error(result.params) < output_error(before.params)
@@ -314,7 +320,7 @@ class Stopped(Exception):
 def test_a_job_killed_in_a_block_goes_on_to_the_same_bits(
     tmp_path, monkeypatch, block, in_training, refined
 ):
-    train, calls = refine.Refiner.train, []
+    train, calls = refiner.Refiner.train, []
 
     def stop(loss):
         raise Stopped
@@ -328,13 +334,13 @@ def test_a_job_killed_in_a_block_goes_on_to_the_same_bits(
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(refine.Refiner, "train", stopping)
+        patched.setattr(refiner.Refiner, "train", stopping)
         with pytest.raises(Stopped):
             prune(directory=tmp_path)
     assert calls == list(range(block + 1))
     calls.clear()
     monkeypatch.setattr(
-        refine.Refiner,
+        refiner.Refiner,
         "train",
         lambda self, number, shown: calls.append(number) or train(self, number, shown),
     )
@@ -382,9 +388,9 @@ def test_zeros_of_a_branch_that_is_computed_late_stay_zeros():
         for i, (name, shape) in enumerate(shapes.items())
     }
     batches = [draw(i, 64, 16) for i in range(4, 8)]
-    how = jp.Refine(passes=4, learning_rate=1e-2)
+    how = jp.passes.refine(passes=4, learning_rate=1e-2)
     found = jp.prune_trained(
-        fn, params, batches, method="wanda", sparsity=0.5, refine=how
+        fn, params, batches, chained("wanda", refine=how), sparsity=0.5
     ).params
     zeros = {name: int((leaf == 0).sum()) for name, leaf in found.items()}
     assert zeros == {name: leaf.size // 2 for name, leaf in params.items()}

@@ -32,11 +32,14 @@ from tests.support.small_models import quick_compilation as quick_compilation
 )
 def test_what_is_no_training_is_refused(wrong, named):
     with pytest.raises(ValueError, match=named):
-        jp.Refine(**wrong)
+        jp.passes.refine(**wrong)
 
 
 def test_a_number_of_passes_is_refused_with_the_way_out():
-    with pytest.raises(TypeError, match=r"got 8; give jp\.Refine\(passes=8\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"takes passes, got \[8\]; write jp\.passes\.refine\(passes=8\)",
+    ):
         prune(refine=8)
 
 
@@ -96,4 +99,4 @@ def test_positions_that_count_nothing_on_one_side_are_refused(tmp_path, count):
 
 @pytest.mark.parametrize(("share", "batches"), [(0.75, 2), (0.9, 3), (0.1, 2)])
 def test_something_is_left_to_train_on(share, batches):
-    assert 0 < jp.Refine(held_out=share).split(batches) < batches
+    assert 0 < jp.passes.refine(held_out=share).split(batches) < batches

@@ -35,7 +35,7 @@ NM = jp.patterns.NM(2, 4)
 REFUSED = {
     "an unknown method": ({"method": "lasso"}, "magnitude, wanda, ria, sparsegpt"),
     "unknown inputs": (
-        {"method": jp.methods.Wanda(inputs="whole")},
+        {"method": "wanda", "inputs": "whole"},
         "inputs must be one of left, dense, got 'whole'",
     ),
     "no batch": ({"batches": []}, "at least one batch"),

@@ -63,7 +63,7 @@ def name_of(weight):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stopping:
+class Stopping(jp.passes.wanda):
     """Wanda that fails, or kills its process, when it has pruned `left` weights.
 
     Attributes:
@@ -73,19 +73,16 @@ class Stopping:
       inputs: "dense" prunes a layer after all of it was seen.
     """
 
-    inputs: str = "left"
     left: ClassVar[int] = 10**6
     met: ClassVar[list] = []
     die: ClassVar[bool] = False
-    needs: ClassVar = "mean_square"
-    pattern: ClassVar = jp.patterns.PerOutput()
 
-    def prune(self, matrix):
+    def solve(self, matrix):
         kind = jax.ShapeDtypeStruct((), np.float32)
         # When it runs, not when it is traced.
         zero = io_callback(self.meet, kind, matrix.weight)
         weight = matrix.weight + zero[None, None]
-        return jp.methods.Wanda().prune(matrix._replace(weight=weight))
+        return super().solve(matrix._replace(weight=weight))
 
     @staticmethod
     def meet(weight):
@@ -289,7 +286,7 @@ def test_a_tied_weight_of_dense_inputs_is_resumed_to_the_same_bits(tmp_path):
 
     params = {"a": draw(0, 7, 7) / 2, "b": draw(1, 7, 7) / 2}
     batches = [correlated(i, 32, 7) for i in range(2)]
-    method = jp.methods.SparseGPT(inputs="dense")
+    method = jp.passes.sparsegpt(inputs="dense")
 
     def prune():
         return jp.prune_trained(

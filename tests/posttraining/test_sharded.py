@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from tests.support import resumed
+from tests.support.chained import chained
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -210,13 +211,13 @@ def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path, monkeypatch):
 
 
 ONE_KIND = np.split(correlated(0, 64, 16) / 3, 4)
-REFINE = jp.Refine(passes=2, learning_rate=1e-2)
+REFINED = chained("wanda", refine=jp.passes.refine(passes=2, learning_rate=1e-2))
 
 
 @functools.cache
 def refined_alone():
     """What one device gives."""
-    return prune(whole, PARAMS, ONE_KIND, refine=REFINE)
+    return prune(whole, PARAMS, ONE_KIND, REFINED)
 
 
 @pytest.mark.full
@@ -232,7 +233,7 @@ def test_refined_leaves_are_those_of_one_device_and_stay_sharded(kind, layout):
     expected = refined_alone()
     assert any(row["after"] < row["before"] for row in expected.report["refined"])
     with in_mesh(kind, mesh):
-        pruned, report = prune(fn, params, batches, refine=REFINE)
+        pruned, report = prune(fn, params, batches, REFINED)
     stays(params, pruned)
     for name, leaf in expected.params.items():
         np.testing.assert_allclose(pruned[name], leaf, atol=1e-4)
@@ -247,8 +248,9 @@ def test_units_are_removed_as_on_one_device_and_leaves_stay_in_place():
         name: jax.device_put(PARAMS[name], NamedSharding(mesh, spec))
         for name, spec in LAYOUTS["tensor parallel"].items()
     }
-    alone = jp.shrink_trained(whole, PARAMS, BATCHES, 0.5, progress=False)
-    found = jp.shrink_trained(whole, placed, BATCHES, 0.5, progress=False)
+    options = {"sparsity": 0.5, "batches": BATCHES, "relative": True, "progress": False}
+    alone = jp.shrink(whole, PARAMS, BATCHES[0], **options)
+    found = jp.shrink(whole, placed, BATCHES[0], **options)
     assert found.report["kept"] == alone.report["kept"]
     for name, leaf in found.params.items():
         np.testing.assert_allclose(leaf, alone.params[name], rtol=1e-4, atol=1e-5)

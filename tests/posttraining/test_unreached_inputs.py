@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.posttraining import methods, solve_weight
-from jaxprune.posttraining.input_statistics import InputStatistics
+from jaxprune.posttraining import solve_weight
+from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.solvers import alps, sparsegpt
 from tests.support import oracles
 from tests.support import oracles_trained as slow
+from tests.support.chained import chained
 from tests.support.small_models import correlated, draw, keep_per_output
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -122,7 +123,7 @@ def test_an_expert_that_no_sample_was_sent_to_is_pruned_by_magnitude(method, cap
         kept = after[3] != 0
         np.testing.assert_array_equal(after[3][kept], before[3][kept])
     assert report["achieved"] == 0.5
-    pattern = jp.methods.METHODS[method].pattern
+    pattern = jp.passes.METHODS[method]().usual_pattern
     for name in MIXTURE:
         expected = mask_of(MIXTURE[name][3], 128, pattern)
         np.testing.assert_array_equal(np.asarray(pruned[name])[3] != 0, expected)
@@ -164,10 +165,10 @@ def test_an_expert_that_few_samples_reached_is_pruned_by_magnitude():
     square[3] = 0
     reached = np.array([15, 16, 40, 0], np.float32)
     routed = InputStatistics(np.float32(40), square, None, reached)
-    assert solve_weight._unreached(methods.Wanda(), routed) == [0, 3]
-    assert solve_weight._unreached(methods.Magnitude(), routed) == []
+    assert solve_weight._unreached(chained("wanda"), routed) == [0, 3]
+    assert solve_weight._unreached(chained("magnitude"), routed) == []
     # Nothing chose among these: there are ten samples, and each matrix has them all.
     every = InputStatistics(
         np.float32(10), np.ones((2, 3), np.float32), None, np.full(2, 10, np.float32)
     )
-    assert solve_weight._unreached(methods.Wanda(), every) == []
+    assert solve_weight._unreached(chained("wanda"), every) == []

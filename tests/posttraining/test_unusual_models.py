@@ -114,5 +114,5 @@ def test_a_complex_input_is_not_seen_rather_than_halved():
 
 @pytest.mark.parametrize("how", [{"passes": 2.0}, {"patience": 1.5}, {"passes": "3"}])
 def test_a_refinement_counts_in_integers(how):
-    with pytest.raises(TypeError, match="Refine needs an integer"):
-        jp.Refine(**how)
+    with pytest.raises(TypeError, match="refine needs an integer"):
+        jp.passes.refine(**how)

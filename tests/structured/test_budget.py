@@ -13,7 +13,7 @@ from tests.support.small_models import quick_compilation as quick_compilation
 @pytest.mark.parametrize("measure", ["parameters", "bytes", "flops"])
 def test_a_budget_is_met_and_not_by_more_than_it_must(measure):
     scores = jp.scores.magnitude(PARAMS)
-    result = jp.shrink(fn, PARAMS, X, scores, budget=0.6, measure=measure)
+    result = jp.shrink(fn, PARAMS, X, scores, budget={measure: 0.6})
     whole, left = result.report["before"][measure], result.report["after"][measure]
     assert left <= 0.6 * whole
     # One unit more of every group would be too much.
@@ -113,7 +113,7 @@ def test_sizes_are_numbers_of_units(sizes):
 def test_masks_take_neither_sizes_nor_groups(given):
     masks = jax.tree.map(lambda x: np.ones(x.shape, bool), PARAMS)
     with pytest.raises(ValueError, match="masks say which units are left"):
-        jp.shrink(fn, PARAMS, X, masks, **given)
+        jp.shrink(fn, PARAMS, X, masks=masks, **given)
 
 
 def weights_times(self, program, leaves):
@@ -129,7 +129,7 @@ def weights_times(self, program, leaves):
 def test_a_budget_of_time_is_met_by_what_is_measured(batch, monkeypatch):
     monkeypatch.setattr(timing.Timed, "_seconds", weights_times)
     scores = jp.scores.magnitude(PARAMS)
-    result = jp.shrink(fn, PARAMS, batch, scores, budget=0.6, measure="milliseconds")
+    result = jp.shrink(fn, PARAMS, batch, scores, budget={"milliseconds": 0.6})
     same = jp.shrink(fn, PARAMS, X, scores, budget=0.6)
     assert result.report["kept"] == same.report["kept"]
     before, after = (result.report[when]["parameters"] for when in ("before", "after"))
@@ -143,7 +143,7 @@ def test_a_budget_of_time_out_of_reach_is_refused(monkeypatch):
     scores = jp.scores.magnitude(PARAMS)
     told = r"0.01 of 248,000.0 milliseconds is not: .* allow has 72,000.0"
     with pytest.raises(ValueError, match=told):
-        jp.shrink(fn, PARAMS, X, scores, budget=0.01, measure="milliseconds")
+        jp.shrink(fn, PARAMS, X, scores, budget={"milliseconds": 0.01})
 
 
 @pytest.mark.full

@@ -132,7 +132,7 @@ def test_a_state_of_one_bare_array_is_cut():
 
 
 def test_a_share_in_the_place_of_scores_is_refused():
-    with pytest.raises(TypeError, match=r"scores or masks fourth .* got 0.5; call jp"):
+    with pytest.raises(TypeError, match=r"scores fourth .* got 0.5; call jp"):
         jp.shrink(with_a_mean, MLP, X, 0.5)
 
 

@@ -277,7 +277,7 @@ def whole_masks():
 
 
 def test_masks_of_whole_units_make_it_smaller():
-    result = jp.shrink(fn, PARAMS, X, whole_masks())
+    result = jp.shrink(fn, PARAMS, X, masks=whole_masks())
     assert result.report["kept"] == {"down:0": [0, 2, 3, 5]}
     close(
         jax.jit(result.fn)(result.params, X),
@@ -289,14 +289,14 @@ def test_masks_that_prune_single_weights_are_refused():
     masks = whole_masks()
     masks["up"][0, 0] = False
     with pytest.raises(ValueError, match="those of 'up' also prune single weights"):
-        jp.shrink(fn, PARAMS, X, masks)
+        jp.shrink(fn, PARAMS, X, masks=masks)
 
 
 def test_masks_that_prune_one_side_of_a_unit_are_refused():
     masks = whole_masks()
     masks["up"][:, 0] = False
     with pytest.raises(ValueError, match="also prune single weights"):
-        jp.shrink(fn, PARAMS, X, masks)
+        jp.shrink(fn, PARAMS, X, masks=masks)
 
 
 def test_masks_that_leave_layers_of_different_sizes_are_refused():
@@ -304,7 +304,7 @@ def test_masks_that_leave_layers_of_different_sizes_are_refused():
     masks["stack"]["up"][0, :, 1] = False
     masks["stack"]["down"][0, 1] = False
     with pytest.raises(ValueError, match="must keep as many units in each"):
-        jp.shrink(fn, PARAMS, X, masks)
+        jp.shrink(fn, PARAMS, X, masks=masks)
 
 
 def test_masks_that_leave_nothing_of_a_group_are_refused():
@@ -312,7 +312,7 @@ def test_masks_that_leave_nothing_of_a_group_are_refused():
     masks["up"][:] = False
     masks["down"][:] = False
     with pytest.raises(ValueError, match="the masks prune all of 'down:0'"):
-        jp.shrink(fn, PARAMS, X, masks)
+        jp.shrink(fn, PARAMS, X, masks=masks)
 
 
 # What is refused.
@@ -328,11 +328,14 @@ SCORES = jp.scores.magnitude(PARAMS)
         (dict(sparsity=0.95), "a group must keep a unit, but .* would lose all"),
         (dict(sparsity={"nowhere*": 0.5}), "'nowhere\\*' match none of 'down:0'"),
         (dict(sparsity={"head:1": 0.5}), "head:1: is an axis of the result"),
-        (dict(), "needs masks, or scores and either a sparsity or a budget"),
+        (dict(), "needs masks, or either a sparsity or a budget"),
         (dict(sparsity=0.5, budget=0.5), "either a sparsity or a budget"),
         (dict(budget=1.0), r"a share in \(0, 1\), got 1"),
         (dict(budget=0.01), "must be within reach, but 0.01 of .* parameters is not"),
-        (dict(budget=0.5, measure="hours"), "measure must be one of parameters"),
+        (dict(budget={"hours": 0.5}), "measure of a budget must be one of parameters"),
+        (dict(budget={"bytes": 0.5, "flops": 0.5}), "has one measure, got"),
+        (dict(batches=[X], sparsity=0.5), "scores, masks or batches .* one of them"),
+        (dict(masks=PARAMS), "scores, masks or batches .* one of them alone"),
     ],
 )
 def test_bad_arguments_are_refused(given, told):
@@ -352,8 +355,25 @@ def test_units_under_a_statistic_are_refused_with_its_name():
 
 
 def test_masks_and_a_sparsity_exclude_each_other():
-    with pytest.raises(ValueError, match=r"got masks, sparsity=0\.5"):
-        jp.shrink(fn, PARAMS, X, whole_masks(), 0.5)
+    with pytest.raises(ValueError, match=r"needs masks, or .* got sparsity=0\.5"):
+        jp.shrink(fn, PARAMS, X, masks=whole_masks(), sparsity=0.5)
+
+
+def test_masks_in_the_place_of_scores_are_refused():
+    with pytest.raises(ValueError, match="these are masks; give masks=masks"):
+        jp.shrink(fn, PARAMS, X, whole_masks())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "told"),
+    [
+        ({"damping": 0.1}, ValueError, "damping is of the choice by batches"),
+        ({"measure": "bytes"}, TypeError, "no setting measure, only damping, relative"),
+    ],
+)
+def test_settings_of_the_solver_are_for_it_alone(settings, error, told):
+    with pytest.raises(error, match=told):
+        jp.shrink(fn, PARAMS, X, SCORES, 0.5, **settings)
 
 
 def test_nan_scores_are_refused():

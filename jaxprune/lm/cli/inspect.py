@@ -15,7 +15,7 @@ from jaxprune.lm.cli.console import Console, Options
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.masking import counts
-from jaxprune.posttraining import methods
+from jaxprune.posttraining.passes.pruning import Name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def _able(source: CheckpointDir) -> dict[str, Any]:
         )
         return {"methods": ["magnitude"], "shrinkable": [], "unsupported": why}
     return {
-        "methods": list(get_args(methods.Name)),
+        "methods": list(get_args(Name)),
         "shrinkable": hf.shrinkable(source.config),
         "unsupported": None,
     }

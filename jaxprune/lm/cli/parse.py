@@ -11,7 +11,9 @@ from jaxprune import leaves
 from jaxprune.arrays.messages import listed
 from jaxprune.lm.checkpoints.checkpoint_dir import TensorInfo
 from jaxprune.masking import patterns
-from jaxprune.posttraining import methods
+from jaxprune.posttraining import passes
+from jaxprune.posttraining.passes.base import Inputs
+from jaxprune.posttraining.passes.pruning import Name
 from jaxprune.typing import Pattern
 
 CORRECTION = 0.5
@@ -19,13 +21,13 @@ CORRECTION = 0.5
 
 
 def method(
-    name: methods.Name,
+    name: Name,
     damping: float | None,
-    inputs: methods.Inputs,
+    inputs: Inputs,
     *,
     relative: bool | None = None,
     correction: float | None = None,
-) -> methods.Method:
+) -> passes.Chain:
     """A method with the settings asked for.
 
     Args:
@@ -41,8 +43,9 @@ def method(
     Raises:
       ValueError: the method has no such setting, or not this value of it.
     """
-    found: Any = methods.named(name)
+    found: Any = passes.METHODS[name]()
     own = {field.name for field in dataclasses.fields(found)}
+    own |= {"correction"} if "hessian" in found.observes else set()
     if damping is not None and "damping" not in own:
         raise ValueError(f"--damping is for sparsegpt and alps, not for {name}")
     if damping is not None and not (math.isfinite(damping) and damping > 0):
@@ -60,7 +63,7 @@ def method(
             "--correction goes by the inputs that earlier layers leave; give it "
             "without --inputs dense"
         )
-    asked = {
+    asked: dict[str, Any] = {
         "damping": damping,
         "inputs": inputs,
         "relative": relative is None or relative,
@@ -68,21 +71,29 @@ def method(
     }
     if correction is None and inputs == "left":
         asked["correction"] = CORRECTION
-    return methods.named(
-        dataclasses.replace(
-            found, **{k: v for k, v in asked.items() if k in own and v is not None}
-        )
-    )
+    asked = {k: v for k, v in asked.items() if k in own and v is not None}
+    share = asked.pop("correction", 0.0)
+    steps = [passes.correct(share)] if share else []
+    return passes.chain(dataclasses.replace(found, **asked), *steps)
 
 
 def settings(value: Any) -> str:
     """The settings of a method or of another value, in words."""
     words = (
         f"{name.replace('_', ' ')} {'yes' if setting is True else setting}"
-        for name, setting in dataclasses.asdict(value).items()
+        for name, setting in _settings(value).items()
         if setting is not False and setting is not None
     )
     return ", ".join(words) or "none"
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """The settings of a chain's passes, or of another value, by name."""
+    if not isinstance(value, passes.Chain):
+        return dataclasses.asdict(value)
+    own = value.pruning.settings
+    more = {"correction": value.correction} if "hessian" in value.observes else {}
+    return {**own, **more}
 
 
 def why_kept(name: str, info: TensorInfo, exclude: Sequence[str] = ()) -> str | None:
@@ -167,8 +178,8 @@ _SPOKEN = (
     (r"name an attribute in ignore_config", "give --ignore-config ATTRIBUTE"),
     (r"(?<![/\w'])sparsity=(\d[\d.]*)(?![/\w])", r"--sparsity \1"),
     (r", or a value such as jp\.patterns\.NM\(2, 4\)", ""),
-    (r", or a value of (jp\.patterns|jaxprune\.posttraining\.methods)", ""),
-    (r"Unstructured\(\)", "unstructured"),
+    (r", or a value of jp\.patterns", ""),
+    (r"Unstructured\(\)", "per-layer"),
     (r"PerOutput\(\)", "per-output"),
     (r"NM\(n=(\d+), m=(\d+)\)", r"\1:\2"),
     (r"Block\(rows=(\d+), columns=(\d+)\)", r"\1x\2"),

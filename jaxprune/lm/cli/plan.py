@@ -20,7 +20,6 @@ from jaxprune.lm.cli.estimates import Needs
 from jaxprune.lm.cli.prune_options import Job, Meaning
 from jaxprune.lm.cli.shrink_options import Job as ShrinkJob
 from jaxprune.lm.cli.shrink_options import neurons_left
-from jaxprune.posttraining.methods import correction
 from jaxprune.typing import Pattern
 
 _HEAVIER = {"alps": 2.5}  # than SparseGPT
@@ -136,15 +135,15 @@ def _streaming(
 def _pruning(job: Job, meaning: Meaning, run: Any) -> Needs:
     """What a pruning with calibration needs."""
     does = estimates.work(job, run.model, run.ready)
-    dense = meaning.method.inputs == "dense"
-    with_dense = correction(meaning.method) > 0  # runs beside the pruned model
+    dense = meaning.method.pruning.inputs == "dense"
+    with_dense = meaning.method.correction > 0  # runs beside the pruned model
     again, held = estimates.recovery(job, does)
     stages = 3 if job.recovery else 2
     own = job.own_sequences * job.length
     flops = does.forward(stages * does.evaluated + 4 * own)
     pruning = does.forward(does.tokens, head=False) * (2 if dense or with_dense else 1)
     hessian = 0
-    if meaning.method.needs == "hessian":
+    if "hessian" in meaning.method.observes:
         solving = sum(
             count * (3.0 * rows**3 + rows**2 * columns) * (2 if with_dense else 1)
             for count, rows, columns in does.matrices.values()

@@ -10,7 +10,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.checkpoints.compact_sizes import packed_bytes
 from jaxprune.lm.checkpoints.levels import Grid
 from jaxprune.lm.measure import machine
-from jaxprune.posttraining.solvers.rounding import Rounding
+from jaxprune.posttraining.solvers.quantization import Quantization
 
 PAGE = "report.html"
 
@@ -18,7 +18,7 @@ PAGE = "report.html"
 def sizes(
     source: CheckpointDir,
     counts: Mapping[str, tuple[int, int]],
-    rounding: Rounding | None = None,
+    rounding: Quantization | None = None,
 ) -> dict[str, int]:
     """Bytes of the weights as they are, and in a compact file."""
     # `counts` are zeros and size of each pruned tensor; others count as dense.

@@ -10,9 +10,11 @@ from jaxprune.lm.cli.job_options import SELF
 from jaxprune.lm.texts import text_files
 from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
-from jaxprune.posttraining import methods
-from jaxprune.posttraining.refine import Refine
-from jaxprune.posttraining.solvers.rounding import Rounding
+from jaxprune.posttraining import passes
+from jaxprune.posttraining.passes.base import Inputs
+from jaxprune.posttraining.passes.pruning import Name
+from jaxprune.posttraining.passes.refinement import Refine
+from jaxprune.posttraining.solvers.quantization import Quantization
 from jaxprune.typing import Pattern
 
 
@@ -83,12 +85,12 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
         "jaxprune prune MODEL OUT --sparsity 0.5 --calibration prose.txt code.jsonl"
     )
 
-    method: methods.Name | None = None
+    method: Name | None = None
     sparsity: float | None = None
     pattern: str | None = None
     allocation: Literal["layer", "global", "erk", "owl"] = "layer"
     damping: float | None = None
-    inputs: methods.Inputs = "left"
+    inputs: Inputs = "left"
     relative: Literal["yes", "no"] | None = None
     correction: float | None = None
     bits: Literal[4, 8] | None = None
@@ -122,9 +124,9 @@ class Job(job_options.JobOptions, launch.ProcessOptions):
         return Refine(passes=self.refine, learning_rate=self.refine_learning_rate)
 
     @property
-    def rounding(self) -> Rounding | None:
+    def rounding(self) -> Quantization | None:
         """The levels of the weights that stay, or None."""
-        return None if self.bits is None else Rounding(self.bits, self.group)
+        return None if self.bits is None else Quantization(self.bits, self.group)
 
     @property
     def recovery(self) -> job_options.Recovery | None:
@@ -150,7 +152,7 @@ class Meaning(NamedTuple):
       allocation: how the sparsity is shared out.
     """
 
-    method: methods.Method
+    method: passes.Chain
     pattern: Pattern
     sparsity: Any
     allocation: allocations.Rule
@@ -166,7 +168,8 @@ def check(job: Job) -> Meaning:
         relative=None if job.relative is None else job.relative == "yes",
         correction=job.correction,
     )
-    pattern = method.pattern if job.pattern is None else patterns.parse(job.pattern)
+    usual = method.pruning.usual_pattern
+    pattern = usual if job.pattern is None else patterns.parse(job.pattern)
     sparsity, rule = counts.agreed(job.sparsity, pattern, job.allocation)
     job_options.check(job)
     if not job.streams and job.sequences % job.batch:

@@ -201,14 +201,12 @@ def _pruned(run: Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]
         functools.partial(_states, model.graphdef),
         model.params,
         _embedded(job, model, run.ready),
-        method=run.meaning.method,
+        method=_passes(run),
         sparsity=job.sparsity,
         pattern=run.meaning.pattern,
         allocation=run.meaning.allocation,
         prunable=run.prunable,
         directory=job.work,
-        refine=job.refinement,
-        rounding=job.rounding,
         mesh=run.mesh,
         progress=processes.is_first(),
     )
@@ -216,6 +214,18 @@ def _pruned(run: Run) -> tuple[models.Model, set[str], set[str], dict[str, Any]]
     moved = leaves.union(*(row["leaves"] for row in result.report["refined"]))
     found = recovery.rounded(model._replace(params=result.params).read(), moved)
     return found, leaves, moved, _record(run, result.report)
+
+
+def _passes(run: Run) -> jp.passes.Chain:
+    """The method, and what the job does to a layer besides."""
+    job = run.job
+    steps: list[jp.passes.Pass] = [run.meaning.method]
+    if job.refinement is not None:
+        steps.append(job.refinement)
+    if job.bits is not None:
+        levels: Any = f"int{job.bits}"
+        steps.append(jp.passes.quantize(levels, group=job.group))
+    return jp.passes.chain(*steps)
 
 
 def _states(graphdef: Any, params: Any, x: jax.Array) -> jax.Array:

@@ -131,7 +131,7 @@ def narrower(
     if budget is not None:
         parts = {"ffn": 1.0, "heads": heads}
         own = {n: parts[role] for n, role in roles.items() if parts.get(role)}
-        asked = {"budget": budget, "measure": job.measure, "groups": own}
+        asked = {"budget": {job.measure: budget}, "groups": own}
     else:
         shares = {"ffn": job.ffn, "heads": job.heads, "query heads": job.query_heads}
         asked = {"sparsity": {name: shares[role] for name, role in roles.items()}}
@@ -151,7 +151,8 @@ def narrower(
         found = jp.shrink(fn, model.params, batch, scores, **asked)
     else:
         batches = _alike(tokens, job.batch)
-        found = jp.shrink_trained(fn, model.params, batches, **asked)
+        asked |= {"batches": batches, "relative": True}
+        found = jp.shrink(fn, model.params, batches[0], **asked)
     if timed is not None:
         found.report["milliseconds"] = timed["milliseconds"]
     elif job.measure == "milliseconds":

@@ -49,7 +49,7 @@ class Checkpoints:
         Returns:
           Step 0, `like` and None where nothing was written.
         """
-        entries = [(slot, self._log.read(slot)) for slot in (0, 1)]
+        entries = [(slot, self._log.read(f"state_{slot}")) for slot in (0, 1)]
         complete = [(slot, *entry) for slot, entry in entries if entry is not None]
         if not complete:
             return 0, like, None
@@ -70,9 +70,9 @@ class Checkpoints:
     def write(self, step: int, state: Any, record: Any) -> None:
         """Keeps the state after so many steps, and a JSON-able record."""
         began = time.monotonic()
-        self._log.forget(self._slot)  # two states at most are on disk
+        self._log.forget(f"state_{self._slot}")  # two states at most are on disk
         arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
-        self._log.write(self._slot, arrays, {"step": step, "record": record})
+        self._log.write(f"state_{self._slot}", arrays, {"step": step, "record": record})
         self._slot, self._since = 1 - self._slot, time.monotonic()
         # So that writing takes 5 % of the time.
         self._wait = max(_SECONDS, (self._since - began) / _SHARE)

@@ -2,9 +2,10 @@
 
 __all__ = [
     "alps",
+    "block_mask",
     "dense_target",
     "layer_problem",
-    "rounding",
+    "quantization",
     "sparsegpt",
     "units",
 ]

@@ -4,6 +4,19 @@ The layer problem min tr (W - V)^T H (W - V) over all V with the pattern, in uni
 which H has a unit diagonal. A copy D of V obeys the pattern, V does not, and a growing
 penalty rho ||V - D||^2 draws the two together until the support of D settles. Then
 conjugate gradients find the best weights on that support, for all outputs at once.
+
+| paper (algorithms 1 and 2) | here |
+|---|---|
+| X^T X, after scaling by E | `problem.matrix` (`_Problem`), unit diagonal |
+| W-hat, the dense weights | `problem.weight` |
+| W, the iterate | `free` |
+| D, the copy with the pattern | `copy` |
+| V / rho, the scaled dual | `dual` |
+| S = supp(D) | `support` |
+| rho, raised in step t | `penalty`, from `_FIRST` by `_GROWTH` |
+| (H + rho I)^-1 | `inverse` / `penalty` |
+| R, P of the conjugate gradients | `residual`, `direction` |
+| alpha, beta | `step`, `turn` |
 """
 
 import functools
@@ -41,14 +54,14 @@ def solve(
     """Prunes a kernel to the pattern with little error, and updates what is kept.
 
     Args:
-      weight: (in, out), floating.
-      hessian: (in, in), proportional to X^T X of the inputs.
-      kept: how many units of the pattern are kept, an integer, traced or not; `NM`
-        does not look at it.
-      pattern: `Unstructured`, `PerOutput`, `NM` or `Block`.
-      damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
+      weight: kernel (in, out), floating.
+      hessian: matrix (in, in), proportional to X^T X of the inputs.
+      kept: number of units of the pattern that are kept, an integer, traced or not;
+        `NM` does not look at it.
+      pattern: pattern of the mask, `Unstructured`, `PerOutput`, `NM` or `Block`.
+      damping: share of the Hessian's mean diagonal added to its diagonal. Where the
         factorisation fails it is raised tenfold until it does not.
-      steps: steps of conjugate gradients on the support that was found.
+      steps: number of steps of conjugate gradients on the chosen support.
 
     Returns:
       The pruned weight, its mask and the damping used, infinity where nothing helped:
@@ -93,12 +106,12 @@ def refine(
     """The weights on a given support that keep the outputs best.
 
     Args:
-      weight: (in, out), floating: what the outputs are to be those of.
-      hessian: as for `solve`.
-      mask: (in, out), boolean, True where kept.
-      damping: the share of the Hessian's mean diagonal added to its diagonal.
-      steps: steps of conjugate gradients. With as many steps as an output keeps inputs,
-        its weights are exact up to rounding.
+      weight: kernel (in, out), floating, whose outputs are to be kept.
+      hessian: matrix (in, in), proportional to X^T X of the inputs.
+      mask: mask (in, out), boolean, True where kept.
+      damping: share of the Hessian's mean diagonal added to its diagonal.
+      steps: number of steps of conjugate gradients. With as many steps as an output
+        keeps inputs, its weights are exact up to rounding.
 
     Returns:
       The weights, exactly zero outside of the mask.
@@ -174,9 +187,9 @@ def _refine(
 
 def _scaled(weight: jax.Array, matrix: jax.Array, hessian: jax.Array) -> _Problem:
     scale = jnp.sqrt(jnp.diagonal(matrix))[:, None]
-    own = weight.astype(jnp.float32) * scale
+    scaled = weight.astype(jnp.float32) * scale
     reached = jnp.diagonal(hessian)[:, None] != 0
-    return _Problem(own, matrix / (scale * scale.T), scale, reached)
+    return _Problem(scaled, matrix / (scale * scale.T), scale, reached)
 
 
 def _back(best: jax.Array, problem: _Problem, dtype: Any) -> jax.Array:
@@ -187,14 +200,14 @@ def _support(problem: _Problem, project: Any) -> tuple[jax.Array, jax.Array]:
     """The copy that the alternating directions settle on, and its support."""
     eye = jnp.eye(len(problem.matrix), dtype=jnp.float32)
 
-    def projected(wanted: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        support = project(jnp.square(wanted))  # (in, out), bool
-        copy = jnp.where(support, wanted, 0)
-        return copy, wanted - copy, support
+    def projected(target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        support = project(jnp.square(target))  # (in, out), bool
+        copy = jnp.where(support, target, 0)
+        return copy, target - copy, support
 
     def iterate(_: Any, state: Any, inverse: jax.Array) -> Any:
         copy, dual, _ = state  # (in, out) each
-        away = problem.weight - copy + dual
+        away = problem.weight - copy + dual  # (in, out)
         # The best V for this D: without the pattern, drawn to it by the penalty.
         free = problem.weight - inverse @ away
         free = copy + _RELAXATION * (free - copy)
@@ -225,6 +238,7 @@ def _inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
         half = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
         return half.T @ half
     middle = size // 2
+    # [[A, B], [B^T, C]] by the Schur complement C - B^T A^-1 B.
     corner = matrix[:middle, middle:]
     first = _inverse(matrix[:middle, :middle])
     across = first @ corner  # (middle, rest)
@@ -242,15 +256,16 @@ def _conjugate(
     """
 
     def one(_: Any, state: Any) -> Any:
-        best, rest, direction, size = state  # (in, out) three times, (1, out)
-        image = jnp.where(support, problem.matrix @ direction, 0)
+        best, residual, direction, size = state  # (in, out) three times, (1, out)
+        image = jnp.where(support, problem.matrix @ direction, 0)  # (in, out)
         curve = jnp.sum(direction * image, 0, keepdims=True)
+        # Of an output that is solved already both are zero, and it stays.
         step = jnp.where(curve > 0, size / jnp.where(curve > 0, curve, 1), 0)
-        best, rest = best + step * direction, rest - step * image
-        left = jnp.sum(rest * rest, 0, keepdims=True)
-        turn = jnp.where(size > 0, left / jnp.where(size > 0, size, 1), 0)
-        return best, rest, rest + turn * direction, left
+        best, residual = best + step * direction, residual - step * image
+        squares = jnp.sum(residual * residual, 0, keepdims=True)
+        turn = jnp.where(size > 0, squares / jnp.where(size > 0, size, 1), 0)
+        return best, residual, residual + turn * direction, squares
 
-    rest = jnp.where(support, problem.matrix @ (problem.weight - start), 0)
-    size = jnp.sum(rest * rest, 0, keepdims=True)
-    return jax.lax.fori_loop(0, steps, one, (start, rest, rest, size))[0]
+    residual = jnp.where(support, problem.matrix @ (problem.weight - start), 0)
+    size = jnp.sum(residual * residual, 0, keepdims=True)
+    return jax.lax.fori_loop(0, steps, one, (start, residual, residual, size))[0]

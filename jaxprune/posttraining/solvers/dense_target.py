@@ -15,7 +15,7 @@ References:
   ICML 2025, arXiv 2504.02692.
   Arai, Ichikawa, "Quantization Error Propagation: Revisiting Layer-Wise Post-Training
   Quantization", NeurIPS 2025, arXiv 2504.09629; their alpha is `share`.
-  Both are about rounding.
+  Both are about quantization.
 """
 
 import functools
@@ -47,24 +47,25 @@ def corrected(
     """The matrix for the inputs X whose outputs are those of the dense model for D.
 
     Args:
-      weight: W, floating.
-      hessian: X^T X / samples.
-      drift: X^T (D - X) / samples.
-      share: how much of the way from W to go, in [0, 1].
-      damping: of the solver, a share of the Hessian's mean diagonal. Ten times as much
-        is used here, and more where the Hessian cannot be factorised so.
+      weight: kernel W (in, out), floating.
+      hessian: matrix X^T X / samples, (in, in).
+      drift: matrix X^T (D - X) / samples, (in, in).
+      share: share of the way from W to go, in [0, 1].
+      damping: damping of the solver, a share of the Hessian's mean diagonal. Ten times
+        as much is used here, and more where the Hessian cannot be factorised so.
 
     Returns:
       Of the weight's dtype; the weight itself where nothing drifted, and where no
       damping helped.
     """
-    found = layer_problem.damped(hessian, _DAMPING_FACTOR * damping)
+    damped = layer_problem.damped(hessian, _DAMPING_FACTOR * damping)
     # By itself: as a part of what uses it XLA may add it up in another order on a mesh.
     mean = jax.lax.optimization_barrier(jnp.mean(jnp.diagonal(hessian)))
     scale = share / jnp.where(mean > 0, mean, 1)
+    # X^T (D - X) W / samples, (in, out), and from it the step from W.
     toward = (drift.astype(jnp.float32) * scale) @ weight.astype(jnp.float32)
-    step = _solved(found.factor, toward)
-    step = jnp.where(jnp.isfinite(found.damping), step, jnp.zeros_like(step))
+    step = _solved(damped.factor, toward)
+    step = jnp.where(jnp.isfinite(damped.damping), step, jnp.zeros_like(step))
     return (weight + step).astype(weight.dtype)
 
 
@@ -76,16 +77,22 @@ def _solved(
     LAPACK divides many right sides among its threads: how many there are would show in
     the last bits.
     """
-    own = [slice(at, at + _BLOCK) for at in range(0, len(factor), _BLOCK)]
-    halves = [_inverted(factor[block, block]) for block in own]
-    found = right
-    for block, half in zip(own, halves, strict=True):
-        left = found[block] - factor[block, : block.start] @ found[: block.start]
-        found = found.at[block].set(half @ left)
-    for block, half in reversed([*zip(own, halves, strict=True)]):
-        left = found[block] - factor[block.stop :, block].T @ found[block.stop :]
-        found = found.at[block].set(half.T @ left)
-    return found
+    blocks = [slice(at, at + _BLOCK) for at in range(0, len(factor), _BLOCK)]
+    # Inverses of L's diagonal blocks, (block, block) each.
+    halves = [_inverted(factor[block, block]) for block in blocks]
+    solution = right
+    # L y = right, from the first block down; then L^T x = y, from the last one up.
+    for block, half in zip(blocks, halves, strict=True):
+        residual = (
+            solution[block] - factor[block, : block.start] @ solution[: block.start]
+        )
+        solution = solution.at[block].set(half @ residual)
+    for block, half in reversed([*zip(blocks, halves, strict=True)]):
+        residual = (
+            solution[block] - factor[block.stop :, block].T @ solution[block.stop :]
+        )
+        solution = solution.at[block].set(half.T @ residual)
+    return solution
 
 
 def _inverted(factor: Float[Array, "n n"]) -> Float[Array, "n n"]:

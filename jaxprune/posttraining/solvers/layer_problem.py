@@ -31,9 +31,9 @@ class Solution(NamedTuple):
     """One matrix, pruned.
 
     Attributes:
-      weight: (in, out), in the weight's dtype, zero where pruned.
-      mask: (in, out), True where kept; a kept weight may be zero by itself.
-      damping: the damping that was really used, float32, 0 where a method has none;
+      weight: kernel (in, out), in the weight's dtype, zero where pruned.
+      mask: mask (in, out), True where kept; a kept weight may be zero by itself.
+      damping: damping that was really used, float32, 0 where a method has none;
         infinity where no damping up to `MOST_DAMPING` made the Hessian positive
         definite, and then the weight is not to be used.
     """
@@ -47,10 +47,10 @@ class Damped(NamedTuple):
     """A Hessian of mean diagonal 1, damped until it could be factorised.
 
     Attributes:
-      matrix: (in, in), damping included.
-      factor: (in, in), the lower Cholesky factor of `matrix`, or, with `reverse`, of
+      matrix: Hessian (in, in), damping included.
+      factor: lower Cholesky factor (in, in) of `matrix`, or, with `reverse`, of
         `matrix` with its inputs in reverse order.
-      damping: what was added to the diagonal; infinity where nothing helped.
+      damping: amount that was added to the diagonal; infinity where nothing helped.
     """
 
     matrix: Float[Array, "in in"]
@@ -80,7 +80,7 @@ def normalised(
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
     mean, nonzero = jnp.mean(diagonal), diagonal != 0
-    both = nonzero[:, None] & nonzero[None, :]
+    both = nonzero[:, None] & nonzero[None, :]  # (in, in)
     scaled = hessian / jnp.where(mean > 0, mean, 1)
     least = _UNREACHED * jnp.eye(len(hessian), dtype=jnp.float32)
     return jnp.where(both, scaled, least), jnp.diag(nonzero.astype(jnp.float32))
@@ -100,8 +100,8 @@ def damped(
         return jax.lax.linalg.cholesky(ordered, symmetrize_input=False)
 
     def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        amount, found = state
-        return ~jnp.all(jnp.isfinite(found)) & (amount < MOST_DAMPING)
+        amount, factored = state
+        return ~jnp.all(jnp.isfinite(factored)) & (amount < MOST_DAMPING)
 
     def retried(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         more = jnp.maximum(10 * state[0], jnp.float32(_LEAST_DAMPING))
@@ -109,10 +109,11 @@ def damped(
         return more, factor(more)
 
     start = jnp.asarray(damping, jnp.float32)
-    amount, found = jax.lax.while_loop(failed, retried, (start, factor(start)))
-    good = jnp.all(jnp.isfinite(found))
+    amount, factored = jax.lax.while_loop(failed, retried, (start, factor(start)))
+    # What could not be factorised is not finite: LAPACK's failure is XLA's NaN.
+    good = jnp.all(jnp.isfinite(factored))
     matrix = scaled + unit * amount
-    return Damped(matrix, found, jnp.where(good, amount, jnp.inf))
+    return Damped(matrix, factored, jnp.where(good, amount, jnp.inf))
 
 
 def checked(

@@ -4,24 +4,36 @@ Optimal brain surgery in one fixed order. With H = R R^T, R upper triangular, U 
 is the upper Cholesky factor of H^-1 = U^T U that the paper sweeps with. Only its
 diagonal blocks are ever needed: what the inputs S of earlier blocks have lost, D_S =
 W_S - V_S, moves the next block B by R_BB^-T R_SB^T D_S. So H is factorised once, never
-inverted, and no update is written twice.
+inverted, and no update is written twice. Kernels are (in, out): the paper's W is ours
+transposed.
+
+| paper and its program | here |
+|---|---|
+| H, damped | `layer_problem.damped`; its factor R is `factor` |
+| Hinv, upper Cholesky factor of H^-1 | U; its diagonal blocks are `inverse` |
+| Hinv1 = Hinv[i1:i2, i1:i2] | `inverse` of a block |
+| B, Bs: columns of a block, of a mask | `block`, for both |
+| W1, a block as updated by now | `start` |
+| Q1, what is kept of a block | `kept` |
+| w, d, q: a column, its pivot, what is kept | `weight[j]`, `inverse[j, j]`, `kept` |
+| Err1 = (w - q) / d | `errors` |
+| Losses, tmp = w^2 / d^2 | `scores`, squared |
+| W[:, i2:] -= Err1 Hinv[i1:i2, i2:] | `_history`, when the later block's turn comes |
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.arrays.topk.thresholds import highest
-from jaxprune.masking import matrix_mask, patterns
+from jaxprune.masking import patterns
 from jaxprune.posttraining.solvers import layer_problem
+from jaxprune.posttraining.solvers.block_mask import block_mask
 from jaxprune.posttraining.solvers.layer_problem import Solution
-from jaxprune.posttraining.solvers.rounding import Rounding
+from jaxprune.posttraining.solvers.quantization import Quantization
 from jaxprune.typing import Pattern
 
 # Inputs that are swept one by one before the rest of their block is updated at once.
@@ -36,7 +48,7 @@ def solve(
     pattern: Pattern = patterns.Unstructured(),
     damping: Any = 0.01,
     block: int = 128,
-    rounding: Rounding | None = None,
+    quantization: Quantization | None = None,
 ) -> Solution:
     """Prunes a kernel and updates what is kept, so that its outputs change little.
 
@@ -46,21 +58,21 @@ def solve(
     (`Block`, the mean of a tile). Each block loses its share of what is not kept,
     rounded so that the sum is exact; ties keep the first. Then, input by input, a
     removed w_j is made up for by w_i -= U_ji w_j / U_jj in all later inputs i. With
-    `rounding` a kept w_j becomes its nearest level, and later inputs make up for the
-    difference as well.
+    `quantization` a kept w_j becomes its nearest level, and later inputs make up for
+    the difference as well.
 
     Args:
-      weight: (in, out), floating, at most 65535 inputs.
-      hessian: (in, in), proportional to X^T X of the inputs.
-      kept: how many units of the pattern are kept, an integer, traced or not; `NM`
-        does not look at it.
-      pattern: `Unstructured`, `PerOutput`, `NM` or `Block`.
-      damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
+      weight: kernel (in, out), floating, at most 65535 inputs.
+      hessian: matrix (in, in), proportional to X^T X of the inputs.
+      kept: number of units of the pattern that are kept, an integer, traced or not;
+        `NM` does not look at it.
+      pattern: pattern of the mask, `Unstructured`, `PerOutput`, `NM` or `Block`.
+      damping: share of the Hessian's mean diagonal added to its diagonal. Where the
         factorisation fails it is raised tenfold until it does not.
-      block: inputs whose mask is chosen at once; raised to whole groups or tiles. With
-        `rounding` it is that one's group.
-      rounding: the levels on which the kept weights shall lie, or None. The scale of a
-        group is chosen by its weights when its turn comes.
+      block: number of inputs whose mask is chosen at once; raised to whole groups or
+        tiles. With `quantization` it is that one's group.
+      quantization: levels on which the kept weights shall lie, or None. The scale of
+        a group is chosen by its weights when its turn comes.
 
     Returns:
       The pruned weight, its mask and the damping used, infinity where nothing helped:
@@ -86,8 +98,8 @@ def solve(
     layer_problem.checked(weight, hessian, damping, kept, pattern)
     if block < 1:
         raise ValueError(f"block must be at least 1 input, got {block}; 128 is usual")
-    if rounding is not None:
-        block = rounding.block(pattern)
+    if quantization is not None:
+        block = quantization.block(pattern)
     return _solve(
         weight,
         hessian,
@@ -95,7 +107,7 @@ def solve(
         damping,
         pattern=pattern,
         block=block,
-        rounding=rounding,
+        quantization=quantization,
     )
 
 
@@ -106,18 +118,18 @@ def update(
     *,
     damping: Any = 0.01,
     block: int = 128,
-    rounding: Rounding | None = None,
+    quantization: Quantization | None = None,
 ) -> Solution:
     """The same sweep for a mask that is given.
 
     Args:
-      weight: (in, out), floating.
-      hessian: (in, in), proportional to X^T X of the inputs.
-      mask: (in, out), boolean, True where kept.
-      damping: as in `solve`.
-      block: inputs that are swept before later ones are updated; only speed depends on
-        it. With `rounding` it is that one's group.
-      rounding: as in `solve`.
+      weight: kernel (in, out), floating.
+      hessian: matrix (in, in), proportional to X^T X of the inputs.
+      mask: mask (in, out), boolean, True where kept.
+      damping: share of the Hessian's mean diagonal added to its diagonal; see `solve`.
+      block: number of inputs that are swept before later ones are updated; only speed
+        depends on it. With `quantization` it is that one's group.
+      quantization: levels of the kept weights, or None; see `solve`.
 
     Returns:
       As `solve`, with the given mask.
@@ -136,9 +148,11 @@ def update(
     """
     layer_problem.checked(weight, hessian, damping)
     layer_problem.checked_mask(mask, weight)
-    if rounding is not None:
-        block = rounding.group
-    return _update(weight, hessian, mask, damping, block=block, rounding=rounding)
+    if quantization is not None:
+        block = quantization.group
+    return _update(
+        weight, hessian, mask, damping, block=block, quantization=quantization
+    )
 
 
 class _Plan(NamedTuple):
@@ -147,17 +161,17 @@ class _Plan(NamedTuple):
     block: int
     swept: int
     early: bool
-    rounding: Rounding | None = None
+    quantization: Quantization | None = None
 
 
 class _Problem(NamedTuple):
     """The blocks (blocks, inputs of a block, ...) of a padded problem.
 
     Attributes:
-      weight: (blocks, block, out), zero where an input is padding.
+      weight: kernel (blocks, block, out), zero where an input is padding.
       factor: R by columns of blocks, (blocks, in, block): R[:, B].
       inverse: U_BB, the inverses of R's diagonal blocks, (blocks, block, block).
-      damping: the damping used.
+      damping: damping that was used, scalar.
     """
 
     weight: Float[Array, "blocks block out"]
@@ -166,7 +180,7 @@ class _Problem(NamedTuple):
     damping: Float[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "block", "rounding"))
+@functools.partial(jax.jit, static_argnames=("pattern", "block", "quantization"))
 @layer_problem.precise
 def _solve(
     weight: Float[Array, "in out"],
@@ -176,19 +190,22 @@ def _solve(
     *,
     pattern: Pattern,
     block: int,
-    rounding: Rounding | None,
+    quantization: Quantization | None,
 ) -> Solution:
     inputs = len(weight)
     if not weight.size:
         empty = jnp.zeros(weight.shape, bool)
         return Solution(weight, empty, jnp.asarray(damping, jnp.float32))
-    plan = _plan(pattern, block, inputs, rounding)
+    plan = _plan(pattern, block, inputs, quantization)
+    # Traced, so that one program serves every sparsity.
     pruned = layer_problem.unit_count(weight.shape, pattern) - jnp.asarray(kept)
-    choose = functools.partial(_chosen, pruned=pruned, pattern=pattern, inputs=inputs)
+    choose = functools.partial(
+        block_mask, pruned=pruned, pattern=pattern, inputs=inputs
+    )
     return _swept(weight, hessian, damping, plan, choose)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "rounding"))
+@functools.partial(jax.jit, static_argnames=("block", "quantization"))
 @layer_problem.precise
 def _update(
     weight: Float[Array, "in out"],
@@ -197,11 +214,11 @@ def _update(
     damping: Any,
     *,
     block: int,
-    rounding: Rounding | None,
+    quantization: Quantization | None,
 ) -> Solution:
     if not weight.size:
         return Solution(weight, mask, jnp.asarray(damping, jnp.float32))
-    plan = _plan(patterns.Unstructured(), block, len(weight), rounding)
+    plan = _plan(patterns.Unstructured(), block, len(weight), quantization)
     padded = _padded(mask, plan.block)
 
     def choose(scores: jax.Array, first: jax.Array) -> jax.Array:
@@ -211,67 +228,27 @@ def _update(
 
 
 def _plan(
-    pattern: Pattern, block: int, inputs: int, rounding: Rounding | None
+    pattern: Pattern, block: int, inputs: int, quantization: Quantization | None
 ) -> _Plan:
     """Blocks of whole groups or tiles, swept so many inputs at a time."""
     block = min(block, inputs)
     unit = pattern.m if isinstance(pattern, patterns.NM) else 1
     if isinstance(pattern, patterns.Block):
         unit = pattern.rows
-    if unit >= _SWEPT and rounding is None:  # a row of tiles is a block of its own
+    if unit >= _SWEPT and quantization is None:  # a row of tiles is a block of its own
         return _Plan(unit, _divisor(unit), early=True)
     if unit > 1 or isinstance(pattern, patterns.Block):
-        return _Plan(-(-block // unit) * unit, unit, early=False, rounding=rounding)
+        return _Plan(
+            -(-block // unit) * unit, unit, early=False, quantization=quantization
+        )
     swept = min(_SWEPT, block)
-    return _Plan(-(-block // swept) * swept, swept, early=True, rounding=rounding)
+    return _Plan(
+        -(-block // swept) * swept, swept, early=True, quantization=quantization
+    )
 
 
 def _divisor(size: int) -> int:
     return next(part for part in range(_SWEPT, 0, -1) if size % part == 0)
-
-
-def _chosen(
-    scores: jax.Array,
-    first: jax.Array,
-    *,
-    pruned: jax.Array,
-    pattern: Pattern,
-    inputs: int,
-) -> jax.Array:
-    """The mask of the inputs from `first` on, of sqrt(w^2 / U_jj^2), (rows, out).
-
-    `pruned` is how many units the whole weight loses; these inputs lose their share.
-    """
-    rows, outputs = scores.shape
-    if isinstance(pattern, patterns.NM):
-        return matrix_mask.mask(scores, kept=0, pattern=pattern)
-    last = first + rows
-    if isinstance(pattern, patterns.Block):  # these rows are one row of tiles
-        tall, wide = math.ceil(inputs / rows), math.ceil(outputs / pattern.columns)
-        lost = _share(pruned, first // rows, last // rows, tall)
-        return matrix_mask.mask(jnp.square(scores), kept=wide - lost, pattern=pattern)
-    # NaN ranks lowest, so padding is never kept, and the counts do not include it.
-    index = first + jnp.arange(rows)
-    scores = jnp.where((index < inputs)[:, None], scores, jnp.nan)
-    whole = jnp.clip(inputs - first, 0, rows)
-    if isinstance(pattern, patterns.PerOutput):
-        lost = _share(matrix_mask.spread(pruned, outputs), first, last, inputs)
-        return highest(scores, whole - lost, axis=0)
-    return highest(scores, whole * outputs - _share(pruned, first, last, inputs))
-
-
-def _share(total: jax.Array, first: Any, last: Any, parts: int) -> jax.Array:
-    """What the parts from `first` to `last` lose of a total, which they sum up to."""
-    # Not total * end / parts, which 32 bits do not hold; rest * end they do, of at most
-    # 65535 parts.
-    each, rest = total // parts, (total % parts).astype(np.uint32)
-
-    def until(end: Any) -> jax.Array:
-        end = jnp.minimum(end, parts).astype(np.uint32)
-        over = (rest * end + np.uint32(parts // 2)) // np.uint32(parts)
-        return each * end.astype(each.dtype) + over.astype(each.dtype)
-
-    return until(last) - until(first)
 
 
 def _swept(
@@ -282,12 +259,12 @@ def _swept(
     count, block, outputs = problem.weight.shape
 
     def one(lost: jax.Array, step: Any) -> Any:
-        index, own, factor, inverse = step
+        index, weight, factor, inverse = step
         moved = _history(factor, lost, index)  # (block, out)
-        start = own + inverse.T @ moved  # the block's weights as updated by now
+        start = weight + inverse.T @ moved  # the block's weights as updated by now
         kept, mask = _one_block(start, inverse, index * block, plan, choose)
         lost = jax.lax.dynamic_update_slice_in_dim(
-            lost, own - kept, index * block, axis=0
+            lost, weight - kept, index * block, axis=0
         )
         return lost, (kept, mask)
 
@@ -303,8 +280,8 @@ def _problem(
 ) -> _Problem:
     """The problem in blocks, padded by inputs that have nothing to do with the rest."""
     ready = layer_problem.damped(hessian, damping, reverse=True)
-    own, factor = _padded(weight.astype(jnp.float32), block), jnp.flip(ready.factor)
-    size = len(own)
+    padded, factor = _padded(weight.astype(jnp.float32), block), jnp.flip(ready.factor)
+    size = len(padded)
     factor = jnp.pad(factor, (0, size - len(factor)))
     padding = jnp.arange(size) >= len(weight)
     factor = factor + jnp.diag(padding.astype(jnp.float32))
@@ -313,12 +290,12 @@ def _problem(
     eye = jnp.eye(block, dtype=jnp.float32)
 
     def inverted(column: jax.Array, index: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(column, index * block, block)
-        return jax.lax.linalg.triangular_solve(own, eye, left_side=True)
+        diagonal = jax.lax.dynamic_slice_in_dim(column, index * block, block)
+        return jax.lax.linalg.triangular_solve(diagonal, eye, left_side=True)
 
     inverse = jax.vmap(inverted)(columns, jnp.arange(size // block))
     return _Problem(
-        own.reshape(-1, block, own.shape[1]), columns, inverse, ready.damping
+        padded.reshape(-1, block, padded.shape[1]), columns, inverse, ready.damping
     )
 
 
@@ -327,9 +304,9 @@ def _history(factor: jax.Array, lost: jax.Array, index: jax.Array) -> jax.Array:
     block, outputs = factor.shape[1], lost.shape[1]
 
     def add(earlier: jax.Array, moved: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(factor, earlier * block, block)
+        rows = jax.lax.dynamic_slice_in_dim(factor, earlier * block, block)
         gone = jax.lax.dynamic_slice_in_dim(lost, earlier * block, block)
-        return moved + own.T @ gone
+        return moved + rows.T @ gone
 
     start = jnp.zeros((block, outputs), jnp.float32)
     return jax.lax.fori_loop(0, index, add, start)
@@ -348,32 +325,35 @@ def _one_block(
     if plan.early:  # the mask of the whole block, by the weights it begins with
         early = choose(jnp.abs(start) / pivots[:, None], first)
     rounded = None
-    if plan.rounding is not None:
+    if plan.quantization is not None:
         whole = jnp.where(early, start, 0) if plan.early else start
-        rounded = functools.partial(plan.rounding.on, scale=plan.rounding.scale(whole))
+        rounded = functools.partial(
+            plan.quantization.on, scale=plan.quantization.scale(whole)
+        )
 
     def sweep(errors: jax.Array, at: jax.Array) -> Any:
         take = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=plan.swept
         )
         columns = take(inverse, axis=1)  # (block, swept)
-        own = take(start) - columns.T @ errors  # (swept, out)
+        rows = take(start) - columns.T @ errors  # (swept, out)
         if plan.early:
             mask = take(early)
         else:  # groups and tiles are chosen when their turn comes, by updated weights
-            mask = choose(jnp.abs(own) / take(pivots)[:, None], first + at)
-        own, error = _inputs(own, take(columns), mask, rounded)
+            mask = choose(jnp.abs(rows) / take(pivots)[:, None], first + at)
+        rows, error = _inputs(rows, take(columns), mask, rounded)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, error, at, axis=0)
-        return errors, (jnp.where(mask, own, 0), mask)
+        return errors, (jnp.where(mask, rows, 0), mask)
 
     places = jnp.arange(0, plan.block, plan.swept)
-    _, found = jax.lax.scan(sweep, jnp.zeros_like(start), places)
-    kept, mask = (x.reshape(start.shape) for x in found)
+    _, swept = jax.lax.scan(sweep, jnp.zeros_like(start), places)
+    # From (sweeps, swept, out) to (block, out).
+    kept, mask = (x.reshape(start.shape) for x in swept)
     return kept, mask
 
 
 def _inputs(
-    own: jax.Array,
+    weight: jax.Array,
     inverse: jax.Array,
     mask: jax.Array,
     rounded: Callable[[jax.Array], jax.Array] | None,
@@ -381,17 +361,17 @@ def _inputs(
     """Input by input: what is left of these, and the error each one hands on."""
 
     def one(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
-        own, errors = state
+        weight, errors = state
         if rounded is None:
-            error = jnp.where(mask[j], 0, own[j] / inverse[j, j])[None]
-            own = own - inverse[j][:, None] * error
+            error = jnp.where(mask[j], 0, weight[j] / inverse[j, j])[None]
+            weight = weight - inverse[j][:, None] * error
         else:
-            left = jnp.where(mask[j], rounded(own[j]), 0)
-            error = ((own[j] - left) / inverse[j, j])[None]
-            own = (own - inverse[j][:, None] * error).at[j].set(left)
-        return own, jax.lax.dynamic_update_slice_in_dim(errors, error, j, axis=0)
+            kept = jnp.where(mask[j], rounded(weight[j]), 0)
+            error = ((weight[j] - kept) / inverse[j, j])[None]
+            weight = (weight - inverse[j][:, None] * error).at[j].set(kept)
+        return weight, jax.lax.dynamic_update_slice_in_dim(errors, error, j, axis=0)
 
-    return jax.lax.fori_loop(0, len(own), one, (own, jnp.zeros_like(own)))
+    return jax.lax.fori_loop(0, len(weight), one, (weight, jnp.zeros_like(weight)))
 
 
 def _padded(matrix: jax.Array, block: int) -> jax.Array:

@@ -25,9 +25,9 @@ class Removal(NamedTuple):
     """A kernel without some of its units.
 
     Attributes:
-      weight: (in, out), in the weight's dtype; rows of removed units are zero.
-      kept: (units,), True where kept.
-      damping: as in `Solution`.
+      weight: kernel (in, out), in the weight's dtype; rows of removed units are zero.
+      kept: mask (units,), True where kept.
+      damping: damping that was used, infinity where none helped; see `Solution`.
     """
 
     weight: Float[Array, "in out"]
@@ -60,16 +60,16 @@ def remove(
     the rounds.
 
     Args:
-      weight: (in, out), floating.
-      hessian: (in, in), proportional to X^T X of the inputs.
-      units: the rows of each unit, (units, rows); no row is in two. Rows in no unit
-        stay, and are updated as well.
-      lost: how many units go, an integer, traced or not.
-      damping: the share of the Hessian's mean diagonal added to its diagonal. Where the
+      weight: kernel (in, out), floating.
+      hessian: matrix (in, in), proportional to X^T X of the inputs.
+      units: rows of each unit, (units, rows); no row is in two. Rows in no unit stay,
+        and are updated as well.
+      lost: number of units that go, an integer, traced or not.
+      damping: share of the Hessian's mean diagonal added to its diagonal. Where the
         factorisation fails it is raised tenfold until it does not.
-      at_once: how many units are removed in one round; the cost of each ignores that
-        the others go too. By default 1 for up to 256 units, and for more the smallest
-        number with which 256 rounds are enough.
+      at_once: number of units that are removed in one round; the cost of each ignores
+        that the others go too. By default 1 for up to 256 units, and for more the
+        smallest number with which 256 rounds are enough.
 
     Returns:
       The kernel with zeros in the rows that are gone, which units are kept, and the
@@ -134,18 +134,19 @@ def _remove(
     damped = layer_problem.damped(hessian, damping)
     wide = weight.astype(jnp.float32)
     identity = jnp.eye(len(hessian), dtype=jnp.float32)
-    inverse = jax.scipy.linalg.cho_solve((damped.factor, True), identity)
-    left = len(units) - jnp.asarray(lost)
+    inverse = jax.scipy.linalg.cho_solve((damped.factor, True), identity)  # (in, in)
+    remaining = len(units) - jnp.asarray(lost)
 
     def unfinished(state: _State) -> jax.Array:
-        return jnp.sum(state.kept) > left
+        return jnp.sum(state.kept) > remaining
 
     def step(state: _State) -> _State:
         cheapest = jnp.argsort(_costs(state, units), stable=True)[:at_once]
-        going = jnp.arange(at_once) < jnp.sum(state.kept) - left
+        going = jnp.arange(at_once) < jnp.sum(state.kept) - remaining
         return _without(state, units, cheapest, going)
 
     start = _State(wide, inverse, jnp.ones(len(units), bool))
+    # Only the choice is taken from the sweep: its updates carry rounding errors.
     kept = jax.lax.while_loop(unfinished, step, start).kept
     rows = jnp.ones(len(weight), bool).at[units].set(kept[:, None])  # (in,)
     solved = solve_rows(wide, damped.matrix, rows)
@@ -213,9 +214,9 @@ def solve_rows(
     """The rows S that are kept, at best: (H_SS)^-1 H_S: W; zero elsewhere.
 
     Args:
-      weight: (in, out) float32.
-      hessian: (in, in), positive definite.
-      kept: (in,), True where a row is kept.
+      weight: kernel (in, out) float32.
+      hessian: matrix (in, in), positive definite.
+      kept: mask (in,), True where a row is kept.
 
     Returns:
       (in, out) float32.

@@ -71,7 +71,7 @@ def test_its_compact_file_is_smaller_and_gives_every_byte_back(place, rounded, c
     ("options", "told"),
     [
         (["--refine", "1"], "--bits comes last, so it takes no --refine"),
-        (["--pattern", "8x8"], "rounding takes Unstructured, PerOutput and NM"),
+        (["--pattern", "8x8"], "quantize takes Unstructured, PerOutput and NM"),
         (["--group", "10"], "group must be a multiple of 16 inputs, got 10"),
         (["--method", "magnitude"], "magnitude without --calibration does no --bits"),
     ],

@@ -9,21 +9,23 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.lm.checkpoints import levels
-from jaxprune.posttraining import methods
 from jaxprune.posttraining.solvers import sparsegpt
+from jaxprune.posttraining.solvers.quantization import Quantization
 from tests.support import oracles_trained as slow
 from tests.support import resumed
+from tests.support.chained import chained
 from tests.support.small_models import draw
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
 
 IN, OUT, GROUP = 72, 6, 32  # three groups, the last in part
+INT4 = jp.passes.quantize("int4", group=16)
 problem = functools.partial(slow.problem, size=IN, outputs=OUT, rows=300)
 
 
-def lie_on_levels(weight, rounding):
-    grid = levels.Grid(rounding.bits, rounding.group)
-    found = levels.find_scales(np.asarray(weight), grid)
+def lie_on_levels(weight, quantization):
+    grid = levels.Grid(quantization.bits, quantization.group)
+    found = levels.find(np.asarray(weight), grid)
     return found is not None and found.axis == -2
 
 
@@ -46,14 +48,14 @@ def test_the_sweep_rounds_and_makes_up_for_it_as_the_formulas_say(
     bits, pattern, inner, choose, removed
 ):
     weight, hessian = problem(bits)
-    rounding = jp.Rounding(bits, GROUP)
+    quantization = Quantization(bits, GROUP)
     kept = weight.size - removed
     found = sparsegpt.solve(
         jnp.asarray(weight),
         jnp.asarray(hessian),
         kept,
         pattern=pattern,
-        rounding=rounding,
+        quantization=quantization,
     )
     expected, mask = slow.sparsegpt(
         weight, hessian, 0.01, GROUP, inner, choose(removed, IN), bits
@@ -61,12 +63,12 @@ def test_the_sweep_rounds_and_makes_up_for_it_as_the_formulas_say(
     np.testing.assert_array_equal(found.mask, mask)
     np.testing.assert_allclose(found.weight, expected, rtol=1e-5, atol=1e-6)
     assert not np.asarray(found.weight)[~mask].any()
-    assert lie_on_levels(found.weight, rounding)
+    assert lie_on_levels(found.weight, quantization)
 
 
 @pytest.mark.full
-def test_long_groups_of_a_pattern_share_the_scales_of_the_roundings_groups():
-    rounding = jp.Rounding(4, 32)
+def test_long_groups_of_a_pattern_share_the_scales_of_the_quantizations_groups():
+    quantization = Quantization(4, 32)
     weight = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
     inputs = slow.inputs(300, 64, 0)
     hessian = (inputs.T @ inputs).astype(np.float32)
@@ -74,19 +76,19 @@ def test_long_groups_of_a_pattern_share_the_scales_of_the_roundings_groups():
         *map(jnp.asarray, (weight, hessian)),
         0,
         pattern=jp.patterns.NM(8, 16),
-        rounding=rounding,
+        quantization=quantization,
     )
     choose = slow.choose_nm(8, 16)
     expected, mask = slow.sparsegpt(weight, hessian, 0.01, 32, 16, choose, 4)
     np.testing.assert_array_equal(found.mask, mask)
     np.testing.assert_allclose(found.weight, expected, rtol=1e-5, atol=1e-6)
-    assert lie_on_levels(found.weight, rounding)
+    assert lie_on_levels(found.weight, quantization)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nearest_levels_are_each_groups_own(bits):
     weight, _ = problem(7)
-    found = np.asarray(jp.Rounding(bits, GROUP).nearest(jnp.asarray(weight)))
+    found = np.asarray(Quantization(bits, GROUP).nearest(jnp.asarray(weight)))
     for first in range(0, IN, GROUP):
         own = weight[first : first + GROUP].astype(np.float64)
         expected = slow.on_levels(own, slow.level_scale(own, bits), bits)
@@ -96,27 +98,28 @@ def test_nearest_levels_are_each_groups_own(bits):
 
 
 @pytest.mark.full
-def test_making_up_for_rounding_beats_rounding_afterwards():
-    rounding = jp.Rounding(4, GROUP)
+def test_making_up_for_quantization_beats_nearest_levels_afterwards():
+    quantization = Quantization(4, GROUP)
     for seed in range(3):
         weight, hessian = problem(seed)
-        matrix = methods.Matrix(
+        matrix = jp.passes.Matrix(
             jnp.asarray(weight),
             jnp.asarray(np.diagonal(hessian)),
             jnp.asarray(hessian),
             np.uint32(weight.size // 2),
             jp.patterns.Unstructured(),
         )
-        for method in (methods.SparseGPT(block=GROUP), methods.ALPS()):
-            plain = method.prune(matrix)
-            found = methods.pruned(method, matrix._replace(rounding=rounding))
+        for method in (jp.passes.sparsegpt(block=GROUP), jp.passes.alps()):
+            plain = method.solve(matrix)
+            chain = chained(method, quantize=jp.passes.quantize("int4", group=GROUP))
+            found = chain.solve(matrix._replace(quantization=chain.quantization))
             swept = slow.loss(weight, found.weight, hessian)
-            afterwards = rounding.nearest(plain.weight)
+            afterwards = quantization.nearest(plain.weight)
             assert swept < slow.loss(weight, afterwards, hessian)
-            if isinstance(method, methods.ALPS):  # whose support is the same
+            if isinstance(method, jp.passes.alps):  # whose support is the same
                 assert slow.loss(weight, plain.weight, hessian) < swept
             assert not np.asarray(found.weight)[~np.asarray(found.mask)].any()
-            assert lie_on_levels(found.weight, rounding)
+            assert lie_on_levels(found.weight, quantization)
 
 
 def tiny():
@@ -139,15 +142,14 @@ def tiny():
     ],
 )
 def test_a_trained_model_ends_on_its_levels(method, how):
-    rounding = jp.Rounding(4, 16)
+    quantization = Quantization(4, 16)
     fn, params, batches = tiny()
-    result = jp.prune_trained(
-        fn, params, batches, method=method, rounding=rounding, progress=False, **how
-    )
-    assert result.report["rounding"] == "Rounding(bits=4, group=16)"
+    method = chained(method, quantize=INT4)
+    result = jp.prune_trained(fn, params, batches, method, progress=False, **how)
+    assert result.report["quantization"] == "Quantization(bits=4, group=16)"
     assert result.report["achieved"] >= 0.5
     for name, leaf in result.params.items():
-        assert lie_on_levels(leaf, rounding), name
+        assert lie_on_levels(leaf, quantization), name
         assert (np.asarray(leaf) == 0).sum() >= leaf.size // 2
 
 
@@ -155,20 +157,27 @@ def test_a_trained_model_ends_on_its_levels(method, how):
 def test_weights_of_two_bytes_lie_on_levels_too():
     fn, params, batches = tiny()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    options = {"method": "sparsegpt", "pattern": "2:4", "progress": False}
-    for rounding in (jp.Rounding(4, 16), jp.Rounding(8, 16)):
-        result = jp.prune_trained(fn, params, batches, rounding=rounding, **options)
+    options = {"pattern": "2:4", "progress": False}
+    for bits in (4, 8):
+        quantization = Quantization(bits, 16)
+        quantize = jp.passes.quantize(f"int{bits}", group=16)
+        method = chained("sparsegpt", quantize=quantize)
+        result = jp.prune_trained(fn, params, batches, method, **options)
         for name, leaf in result.params.items():
             assert leaf.dtype == jnp.bfloat16
-            assert lie_on_levels(leaf, rounding), name
+            assert lie_on_levels(leaf, quantization), name
 
 
 def test_names_stand_for_groups_of_128():
     fn, params, batches = tiny()
-    options = {"method": "magnitude", "sparsity": 0.5, "progress": False}
-    named = jp.prune_trained(fn, params, batches, rounding="int8", **options)
-    given = jp.prune_trained(fn, params, batches, rounding=jp.Rounding(8), **options)
-    assert named.report["rounding"] == "Rounding(bits=8, group=128)"
+    options = {"sparsity": 0.5, "progress": False}
+    named, given = (
+        jp.prune_trained(
+            fn, params, batches, chained("magnitude", quantize=q), **options
+        )
+        for q in (jp.passes.quantize("int8"), jp.passes.quantize("int8", group=128))
+    )
+    assert named.report["quantization"] == "Quantization(bits=8, group=128)"
     assert same_bits(named.params, given.params)
 
 
@@ -178,21 +187,22 @@ def test_a_rounded_job_resumes_and_is_another_job_than_one_that_is_not(
 ):
     fn, params, batches = tiny()
     options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
-    rounded = {**options, "rounding": jp.Rounding(4, 16), "directory": tmp_path}
+    method = chained("sparsegpt", quantize=INT4)
+    rounded = {**options, "method": method, "directory": tmp_path}
     once = jp.prune_trained(fn, params, batches, **rounded)
     found = resumed.reads(monkeypatch)
     again = jp.prune_trained(fn, params, batches, **rounded)
     assert {*found} == {True}
     assert same_bits(once.params, again.params)
-    with pytest.raises(ValueError, match="rounding"):
+    with pytest.raises(ValueError, match="quantization"):
         jp.prune_trained(fn, params, batches, **options, directory=tmp_path)
 
 
 @pytest.mark.full
 def test_over_a_mesh_the_levels_are_those_of_one_device():
     fn, params, batches = tiny()
-    options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
-    options["rounding"] = jp.Rounding(4, 16)
+    method = chained("sparsegpt", quantize=INT4)
+    options = {"method": method, "sparsity": 0.5, "progress": False}
     alone = jp.prune_trained(fn, params, batches, **options)
     mesh = jax.make_mesh((4,), ("data",))
     spread = jp.prune_trained(fn, params, batches, mesh=mesh, **options)
@@ -200,30 +210,26 @@ def test_over_a_mesh_the_levels_are_those_of_one_device():
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "told"),
+    ("changes", "told"),
     [
-        ({"rounding": "int3"}, ValueError, "must be one of int4, int8"),
-        ({"rounding": 4}, TypeError, "must be one of int4, int8, a value"),
-        ({"refine": jp.Refine(passes=1)}, ValueError, "refine moves the weights off"),
         (
             {"pattern": jp.patterns.Block(4, 4)},
-            ValueError,
-            "rounding takes Unstructured, PerOutput and NM, got Block",
+            "quantize takes Unstructured, PerOutput and NM, got Block",
         ),
         (
             {"pattern": "3:6", "sparsity": None},
-            ValueError,
             "must be whole groups of NM.*got 128 inputs",
         ),
     ],
 )
-def test_what_cannot_be_rounded_is_refused(changes, error, told):
+def test_what_has_no_levels_is_refused(changes, told):
     fn, params, batches = tiny()
-    options = {"method": "sparsegpt", "sparsity": 0.5, "rounding": "int4"}
+    method = chained("sparsegpt", quantize=jp.passes.quantize())
+    options = {"method": method, "sparsity": 0.5}
     if changes.get("pattern") == "3:6":
         params = {name: leaf[:30, :30] for name, leaf in params.items()}
         batches = [batch[:, :30] for batch in batches]
-    with pytest.raises(error, match=told):
+    with pytest.raises(ValueError, match=told):
         jp.prune_trained(fn, params, batches, progress=False, **{**options, **changes})
 
 
@@ -231,6 +237,32 @@ def test_what_cannot_be_rounded_is_refused(changes, error, told):
     ("numbers", "told"),
     [((3, 128), "bits must be 4 or 8"), ((4, 100), "a multiple of 16 inputs, got 100")],
 )
-def test_a_rounding_that_no_file_holds_is_refused(numbers, told):
+def test_levels_that_no_file_holds_are_refused(numbers, told):
     with pytest.raises(ValueError, match=told):
-        jp.Rounding(*numbers)
+        Quantization(*numbers)
+
+
+@pytest.mark.parametrize("levels", ["int3", 4, None])
+def test_levels_of_another_name_are_refused(levels):
+    with pytest.raises(ValueError, match="levels must be one of int4, int8, got"):
+        jp.passes.quantize(levels)
+
+
+@pytest.mark.parametrize(
+    "method", ["wanda", pytest.param("alps", marks=pytest.mark.full)]
+)
+def test_refined_weights_end_on_their_nearest_levels(method, tmp_path):
+    fn, params, batches = tiny()
+    refine = jp.passes.refine(passes=2, learning_rate=1e-2)
+    prune = functools.partial(
+        jp.prune_trained, fn, params, batches, sparsity=0.5, progress=False
+    )
+    both = chained(method, refine=refine, quantize=INT4)
+    once = prune(both, directory=tmp_path)
+    plain = prune(chained(method, refine=refine))
+    # Before the second block, nothing but the levels differs.
+    first = np.asarray(Quantization(4, 16).nearest(plain.params["up"]))
+    np.testing.assert_array_equal(once.params["up"], first)
+    assert lie_on_levels(once.params["down"], Quantization(4, 16))
+    assert all(row["quantized"] > 0 for row in once.report["refined"])
+    assert same_bits(prune(both, directory=tmp_path).params, once.params)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune.arrays.messages import chosen
 from jaxprune.masking import patterns
 from jaxprune.typing import Pattern
 
@@ -21,25 +20,29 @@ from jaxprune.typing import Pattern
 _SHARES = np.linspace(1, 0.6, 9, dtype=np.float32)
 
 Name: TypeAlias = Literal["int4", "int8"]
-"""The roundings by the names that commands give them."""
+"""The levels by the names that commands give them."""
+
+BITS: dict[str, int] = {"int4": 4, "int8": 8}
+"""Each name's number of bits."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Rounding:
-    """How the weights that are kept are rounded.
+class Quantization:
+    """The levels of a matrix, by output and group of inputs.
 
     Attributes:
-      bits: of a level, 4 or 8.
-      group: inputs that share a scale, a multiple of 16; the last group may be smaller.
+      bits: number of bits of a level, 4 or 8.
+      group: number of inputs that share a scale, a multiple of 16; the last group may
+        be smaller.
 
     Raises:
       ValueError: a number does not fit.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
+      >>> from jaxprune.posttraining.solvers.quantization import Quantization
       >>> weight = jnp.array([[7.0], [2.2], [0.0], [-0.6]])
-      >>> jp.Rounding(bits=4).nearest(weight).ravel().tolist()
+      >>> Quantization(bits=4).nearest(weight).ravel().tolist()
       [7.0, 2.0, 0.0, -1.0]
 
     Reference:
@@ -67,15 +70,15 @@ class Rounding:
         return 2 ** (self.bits - 1) - 1
 
     def block(self, pattern: Pattern) -> int:
-        """How many inputs a solver takes at once; refuses patterns it cannot round."""
+        """How many inputs a solver takes at once; refuses patterns without levels."""
         if isinstance(pattern, patterns.Block):
             raise ValueError(
-                f"rounding takes Unstructured, PerOutput and NM, got {pattern}; leave "
-                "rounding out, or take another pattern"
+                f"quantize takes Unstructured, PerOutput and NM, got {pattern}; leave "
+                "quantize out, or take another pattern"
             )
         if isinstance(pattern, patterns.NM) and self.group % pattern.m:
             raise ValueError(
-                f"a rounding's group must be whole groups of {pattern}, got "
+                f"the groups of quantize must be whole groups of {pattern}, got "
                 f"{self.group} inputs; give a multiple of 16 and {pattern.m}"
             )
         return self.group
@@ -86,7 +89,7 @@ class Rounding:
         Tried are the one whose highest level is the largest weight, and smaller ones,
         where that weight is cut down to the highest level.
         """
-        largest = jnp.max(jnp.abs(weight), axis=0)
+        largest = jnp.max(jnp.abs(weight), axis=0)  # (out,)
 
         def tried(share: jax.Array) -> tuple[jax.Array, jax.Array]:
             # `astype` there and back is a pair that XLA may leave out.
@@ -97,7 +100,7 @@ class Rounding:
             )
 
         scales, errors = jax.lax.map(tried, jnp.asarray(_SHARES))  # (shares, out)
-        best = jnp.argmin(errors, axis=0)[None]
+        best = jnp.argmin(errors, axis=0)[None]  # (1, out)
         return jnp.take_along_axis(scales, best, axis=0)[0]
 
     def on(
@@ -115,21 +118,12 @@ class Rounding:
           weight: (in, out), floating.
 
         Returns:
-          The rounded weight, in its dtype.
+          The quantized weight, in its dtype.
         """
         inputs, outputs = weight.shape
         group = max(1, min(self.group, inputs))
         wide = jnp.pad(weight.astype(np.float32), ((0, -inputs % group), (0, 0)))
         groups = wide.reshape(-1, group, outputs)  # (groups, group, out)
         scales = jax.vmap(self.scale)(groups)[:, None]  # (groups, 1, out)
-        rounded = self.on(groups, scales).reshape(-1, outputs)
-        return rounded[:inputs].astype(weight.dtype)
-
-
-def named(rounding: "Rounding | Name | None") -> Rounding | None:
-    """A rounding from its name, the value itself, or None."""
-    if rounding is None:
-        return None
-    known = {"int4": Rounding(4), "int8": Rounding(8)}
-    choices = "a value such as jp.Rounding(bits=4), or None"
-    return chosen("rounding", rounding, known, "nearest", choices)
+        on_levels = self.on(groups, scales).reshape(-1, outputs)
+        return on_levels[:inputs].astype(weight.dtype)

@@ -10,6 +10,7 @@ import pytest
 import jaxprune as jp
 from jaxprune.arrays.lazy import LazyArray
 from jaxprune.posttraining import unit_rows
+from jaxprune.posttraining.solvers import units
 from jaxprune.structured import timing
 from tests.support.small_models import draw
 from tests.support.small_models import quick_compilation as quick_compilation
@@ -30,8 +31,10 @@ def fn(params, x):
     return x + hidden(params["second"], x) @ params["second"]["down"]
 
 
-def quiet(*args, **options):
-    return jp.shrink_trained(*args, progress=False, **options)
+def quiet(fn, params, batches, sparsity=None, **options):
+    options = {"sparsity": sparsity, "batches": batches, "progress": False} | options
+    first = next(iter(batches), BATCHES[0])
+    return jp.shrink(fn, params, first, **options)
 
 
 def cheapest(x, weight, count):
@@ -189,7 +192,7 @@ def test_a_budget_may_be_of_measured_time(monkeypatch):
         return float(sum(leaf.size for leaf in leaves))
 
     monkeypatch.setattr(timing.Timed, "_seconds", weights)
-    small = quiet(fn, PARAMS, BATCHES, budget=0.7, measure="milliseconds")
+    small = quiet(fn, PARAMS, BATCHES, budget={"milliseconds": 0.7})
     found = small.report["milliseconds"]
     assert found["after"] == 1e3 * sum(x.size for x in jax.tree.leaves(small.params))
     assert found["after"] <= 0.7 * found["before"]
@@ -211,6 +214,35 @@ def test_lazy_leaves_and_the_callers_own_stay_what_they_are():
     assert isinstance(found["first"]["up"], LazyArray)
     np.testing.assert_array_equal(found["first"]["down"], direct["first"]["down"])
     jax.tree.map(np.testing.assert_array_equal, arrays, PARAMS)
+
+
+class Stopped(Exception):
+    """On purpose."""
+
+
+def test_a_job_killed_in_a_layer_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    expected = quiet(fn, PARAMS, BATCHES, 0.5)
+    remove, calls = units.remove, []
+
+    def stopping(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped
+        return remove(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(units, "remove", stopping)
+        with pytest.raises(Stopped):
+            quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path)
+    monkeypatch.setattr(
+        units, "remove", lambda *a, **k: calls.append(2) or remove(*a, **k)
+    )
+    found = quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path)
+    assert calls == [1, 1, 2]  # the first layer is there already
+    assert found.report == expected.report
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    with pytest.raises(ValueError, match="damping"):
+        quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path, damping=0.1)
 
 
 def test_the_report_is_json_and_has_a_row_for_each_updated_weight():
@@ -240,7 +272,7 @@ UP = {"up": draw(0, 5, 8)}
         (fn, PARAMS, {"budget": 0.5}, "either a sparsity or a budget"),
         (fn, PARAMS, {"sparsity": None, "budget": 1.5}, "share in"),
         (fn, PARAMS, {"damping": 3.0}, "damping must be"),
-        (fn, PARAMS, {"batches": []}, "shrink_trained needs at least one batch"),
+        (fn, PARAMS, {"batches": []}, "shrink needs at least one batch"),
         (fn, PARAMS, {"batches": [BATCHES[0], BATCHES[1][:9]]}, "those at '?1"),
         (fn, PARAMS, {"batches": [np.nan * BATCHES[0]]}, "must be finite"),
     ],

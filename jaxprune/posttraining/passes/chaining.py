@@ -1,0 +1,272 @@
+"""Passes in a row, and the one place that says which of them go together.
+
+A chain has one pass that chooses which weights are kept, and at most one of each other
+kind. `RULES` is all that does not compose; whoever runs a chain asks for nothing else.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check, excludes
+from jaxprune.posttraining.passes.base import Matrix, Observation, Pass
+from jaxprune.posttraining.passes.correction import Correct
+from jaxprune.posttraining.passes.pruning import METHODS, Magnitude, Prune
+from jaxprune.posttraining.passes.quantization import Quantize
+from jaxprune.posttraining.passes.refinement import Refine
+from jaxprune.posttraining.solvers.layer_problem import Solution
+from jaxprune.posttraining.solvers.quantization import Quantization
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Pass):
+    """Passes that `jp.prune_trained` makes together, segment by segment.
+
+    Attributes:
+      passes: the passes, in order; a chain among them stands for its passes.
+    """
+
+    passes: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses what does not compose."""
+        kinds = [_kind(step) for step in self.passes]
+        order = [_ORDER.index(pass_kind) for pass_kind in kinds if pass_kind in _ORDER]
+        pruning = [step for step in self.passes if isinstance(step, Prune)]
+        check(
+            RULES,
+            passes=self.passes,
+            names=", ".join(type(step).__name__ for step in self.passes) or "none",
+            pruning=len(pruning),
+            repeated=len({*kinds}) < len(kinds)
+            and max(kinds, key=kinds.count).__name__,
+            ordered=order == sorted(order),
+            correct=Correct in kinds and self.correction > 0,
+            dense_inputs=bool(pruning) and pruning[0].inputs == "dense",
+        )
+
+    @property
+    def observes(self) -> frozenset[Observation]:
+        """What its passes observe."""
+        return frozenset().union(*(step.observes for step in self.passes))
+
+    @property
+    def pruning(self) -> Prune:
+        """The pass that chooses which weights are kept."""
+        return next(step for step in self.passes if isinstance(step, Prune))
+
+    @property
+    def refinement(self) -> Refine | None:
+        """The pass that trains blocks, or None."""
+        return next((step for step in self.passes if isinstance(step, Refine)), None)
+
+    @property
+    def correction(self) -> float:
+        """Share of earlier errors that is made up for; 0 without a correction."""
+        shares = (step.share for step in self.passes if isinstance(step, Correct))
+        return next(shares, 0.0)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The levels that kept weights lie on in the end, or None."""
+        steps = (step.quantization for step in self.passes)
+        return next((levels for levels in steps if levels is not None), None)
+
+    @property
+    def others(self) -> list[Pass]:
+        """The passes of no kind of ours: a caller's own."""
+        return [step for step in self.passes if not isinstance(step, _KINDS)]
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether what it does to a matrix depends on the matrix' input."""
+        return not self.observes.isdisjoint({"squares", "hessian"})
+
+    @property
+    def solver(self) -> "Chain":
+        """The passes of a segment's weights alone, as programs are compiled for them.
+
+        Without sparsities, and without what waits for a block to be refined.
+        """
+        later = (Refine, Quantize) if self.refinement else (Refine,)
+        steps = [step for step in self.passes if not isinstance(step, later)]
+        return Chain(
+            tuple(step.bare if isinstance(step, Prune) else step for step in steps)
+        )
+
+    @property
+    def by_magnitude(self) -> "Chain":
+        """The chain for a matrix whose input says too little: by the weights alone."""
+        levels = [step for step in self.passes if step.quantization is not None]
+        return Chain((Magnitude(), *levels))
+
+    def target(
+        self,
+        weight: Float[Array, "in out"],
+        hessian: Float[Array, "in in"],
+        drift: Float[Array, "in in"],
+        damping: float,
+    ) -> jax.Array:
+        """The matrix that the solver is to come near, by all passes."""
+        for step in self.passes:
+            if "drift" in step.observes:
+                weight = step.target(weight, hessian, drift, damping)
+        return weight
+
+    def solve(self, matrix: Matrix) -> Solution:
+        """The matrix, pruned, and settled by the other passes.
+
+        Args:
+          matrix: what to prune; its `quantization` is this chain's.
+
+        Returns:
+          The solution.
+        """
+        pruning = self.pruning
+        solution = pruning.solve(matrix)
+        for step in self.passes:
+            if step.quantization is None or not pruning.quantizes:
+                solution = step.settle(matrix, solution, pruning.damping)
+        return solution
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Chain":
+        """The chain with some settings of its pruning pass replaced."""
+        pruning = self.pruning
+        names = {field.name for field in dataclasses.fields(pruning)}
+        check(
+            _SETTINGS,
+            unknown=listed(sorted(settings.keys() - names)),
+            method=type(pruning).__name__,
+            names=", ".join(sorted(names)),
+        )
+        changed = dataclasses.replace(pruning, **settings)
+        return Chain(
+            tuple(changed if step is pruning else step for step in self.passes)
+        )
+
+
+def chain(*passes: Pass) -> Chain:
+    """Passes that are made together, segment by segment, for `jp.prune_trained`.
+
+    Args:
+      *passes: one that chooses which weights are kept, such as `sparsegpt`, then any of
+        `correct`, `refine` and `quantize`, in this order; or chains of them.
+
+    Returns:
+      The chain, itself a pass.
+
+    Raises:
+      ValueError: the passes do not go together.
+      TypeError: one is no pass.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> passes = jp.passes.chain(jp.passes.alps(0.5), jp.passes.quantize("int4"))
+      >>> [type(step).__name__ for step in passes.passes]
+      ['ALPS', 'Quantize']
+    """
+    check(_PASSES, passes=passes, wrong=[p for p in passes if not isinstance(p, Pass)])
+    flat: list[Pass] = []
+    for step in passes:
+        flat += step.passes if isinstance(step, Chain) else [step]
+    return Chain(tuple(flat))
+
+
+def as_chain(method: Pass | str, settings: Mapping[str, Any]) -> Chain:
+    """What a call of `jp.prune_trained` asks for, as a chain.
+
+    Args:
+      method: a name of `METHODS`, a pass, or a chain.
+      settings: settings of the pruning pass, which replace its own.
+
+    Returns:
+      The chain.
+
+    Raises:
+      ValueError: the name is unknown, or a setting out of range.
+      TypeError: it is neither a name nor a pass, or has no such setting.
+
+    Example:
+      >>> from jaxprune.posttraining.passes.chaining import as_chain
+      >>> as_chain("wanda", {"sparsity": 0.5}).pruning.settings
+      {'inputs': 'left', 'relative': False}
+    """
+    named = isinstance(method, str)
+    check(
+        _METHOD,
+        method=method,
+        names=", ".join(METHODS),
+        is_pass=isinstance(method, Pass),
+        is_known=named and method in METHODS,
+        is_named=named,
+    )
+    steps = METHODS[cast(str, method)]() if named else cast(Pass, method)
+    return chain(steps).with_settings(settings)
+
+
+# A correction may stand on either side of the pass whose target it changes.
+_ORDER = (Prune, Refine, Quantize)
+_KINDS = (Prune, Correct, Refine, Quantize)
+
+
+def _kind(step: Pass) -> type[Pass]:
+    """The kind of pass of which a chain has one at most."""
+    return next(
+        (pass_kind for pass_kind in _KINDS if isinstance(step, pass_kind)), type(step)
+    )
+
+
+RULES = [
+    Rule(
+        lambda v: v.pruning == 1,
+        "a chain needs one pass that chooses which weights are kept, got {names}",
+        "begin with jp.passes.sparsegpt(0.5), or leave the others out",
+    ),
+    Rule(
+        lambda v: not v.repeated,
+        "a chain takes each kind of pass once, got {names}",
+        "leave one {repeated} out",
+    ),
+    Rule(
+        lambda v: v.ordered,
+        "a chain prunes, then refines, then quantizes, got {names}",
+        "refine moves weights off their levels, so quantize goes last",
+    ),
+    excludes(
+        "correct",
+        "dense_inputs",
+        'correct goes by the inputs that earlier layers leave, but inputs="dense" was '
+        "given",
+        "leave one of the two out",
+    ),
+]
+"""What does not compose, and the way out."""
+
+_PASSES = [
+    Rule(
+        lambda v: not v.wrong,
+        "a chain takes passes, got {wrong}",
+        "write jp.passes.refine(passes=8), and the like",
+        error=TypeError,
+    )
+]
+_CHOICES = (
+    "method must be one of {names}, or a value such as jp.passes.sparsegpt(), got "
+    "{method!r}"
+)
+_METHOD = [
+    Rule(lambda v: v.is_known or not v.is_named, _CHOICES),
+    Rule(lambda v: v.is_pass or v.is_named, _CHOICES, error=TypeError),
+]
+_SETTINGS = [
+    Rule(
+        lambda v: not v.unknown,
+        "{method} has no setting {unknown}, only {names}",
+        "give other passes with jp.passes.chain",
+        error=TypeError,
+    )
+]

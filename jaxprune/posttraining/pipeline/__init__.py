@@ -1,0 +1,11 @@
+"""A model's segments, the batches that go through them, and one loop over both."""
+
+__all__ = [
+    "input_statistics",
+    "preparation",
+    "segment_job",
+    "segmented_program",
+    "sequential_pipeline",
+    "sums",
+    "weight_store",
+]

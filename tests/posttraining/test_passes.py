@@ -1,0 +1,160 @@
+"""Passes that chain: the short form and the long one, what composes, and one's own."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune.posttraining.passes.chaining import as_chain
+from tests.support.small_models import chain as kernels
+from tests.support.small_models import correlated, run_chain
+from tests.support.small_models import quick_compilation as quick_compilation
+from tests.support.trajectories import same_bits
+
+PARAMS = kernels([8, 8, 8])
+BATCHES = [correlated(i, 40, 8) for i in range(3)]
+alps, correct, wanda = jp.passes.alps, jp.passes.correct, jp.passes.wanda
+chain, quantize, refine = jp.passes.chain, jp.passes.quantize, jp.passes.refine
+
+
+def prune(method, **options):
+    return jp.prune_trained(
+        run_chain, PARAMS, BATCHES, method, **({"progress": False} | options)
+    )
+
+
+def test_a_name_with_settings_is_the_pass_with_them():
+    named = prune("wanda", pattern="2:4", relative=True)
+    for method, options in (
+        (wanda(pattern="2:4", relative=True), {}),
+        (wanda(0.3, relative=True), {"sparsity": None, "pattern": "2:4"}),
+        (chain(wanda(relative=True)), {"pattern": jp.patterns.NM(2, 4)}),
+    ):
+        found = prune(method, **options)
+        assert same_bits(found.params, named.params)
+        assert found.report["method"] == named.report["method"]
+
+
+def test_a_setting_replaces_that_of_the_pass_that_chooses():
+    passes = chain(wanda(0.5), correct(0.25), quantize("int8"))
+    changed = as_chain(passes, {"sparsity": 0.75})
+    assert changed == chain(wanda(0.75), correct(0.25), quantize("int8"))
+    assert as_chain("alps", {"sparsity": 0.5}) == chain(alps(0.5))
+
+
+def test_chains_in_a_chain_are_their_passes():
+    inner = chain(wanda(0.5), correct(0.5))
+    assert chain(inner, quantize()) == chain(wanda(0.5), correct(0.5), quantize())
+
+
+@pytest.mark.parametrize(
+    ("passes", "words"),
+    [
+        ([], "needs one pass that chooses which weights are kept, got none; begin"),
+        ([quantize()], "chooses which weights are kept, got Quantize"),
+        ([wanda(), alps()], "chooses which weights are kept, got Wanda, ALPS"),
+        ([wanda(), quantize(), quantize()], "each kind of pass once.* one Quantize"),
+        ([wanda(), correct(), correct(0.1)], "each kind of pass once.* one Correct"),
+        ([wanda(), quantize(), refine()], "prunes, then refines, then quantizes"),
+        ([refine(), wanda()], "prunes, then refines, .* got Refine, Wanda"),
+        ([wanda(inputs="dense"), correct()], 'correct goes by .* but inputs="dense"'),
+    ],
+)
+def test_what_does_not_compose_is_refused_where_it_is_chained(passes, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        chain(*passes)
+    assert not str(raised.value).endswith(".")
+
+
+def test_what_composes():
+    for passes in (
+        [correct(), wanda()],
+        [wanda(inputs="dense"), correct(0.0)],
+        [wanda(), refine(), quantize()],
+        [alps(), correct(), refine(), quantize()],
+    ):
+        assert chain(*passes).passes == tuple(passes)
+
+
+def test_what_is_no_pass_and_what_is_no_setting_are_type_errors():
+    with pytest.raises(TypeError, match=r"takes passes, got \['wanda'\]; write"):
+        chain("wanda")
+    with pytest.raises(TypeError, match=r"Wanda has no setting 'damping', only "):
+        prune("wanda", sparsity=0.5, damping=0.1)
+    with pytest.raises(
+        TypeError, match=r"no setting 'refine', only .* jp\.passes\.chain"
+    ):
+        prune("wanda", sparsity=0.5, refine=8)
+
+
+def test_a_chain_observes_what_its_passes_do():
+    assert chain(jp.passes.magnitude()).observes == frozenset()
+    assert chain(wanda()).observes == {"squares"}
+    assert chain(wanda(), correct(0.0)).observes == {"squares"}
+    assert chain(wanda(), correct()).observes == {"squares", "hessian", "drift"}
+    assert chain(alps(), refine()).observes == {"hessian", "outputs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class InputPower(jp.passes.Prune):
+    """Keeps the largest |w| * norm(x) ** power."""
+
+    power: float = 1.0
+    observes = frozenset({"squares"})
+
+    def solve(self, matrix):
+        norms = jnp.sqrt(matrix.mean_square)[:, None]
+        return matrix.keep_highest(jnp.abs(matrix.weight) * norms**self.power)
+
+
+@dataclasses.dataclass(frozen=True)
+class Halve(jp.passes.Pass):
+    """Half of each kept weight, which no solver would do."""
+
+    def settle(self, matrix, solution, damping):
+        return solution._replace(weight=solution.weight / 2)
+
+
+@pytest.mark.parametrize("pattern", ["per-output", "2:4"])
+def test_a_pass_of_ones_own_prunes_by_its_formula(pattern):
+    sparsity = None if pattern == "2:4" else 0.5
+    found = prune(InputPower(sparsity, pattern=pattern))
+    expected = prune(wanda(sparsity, pattern=pattern))
+    assert same_bits(found.params, expected.params)
+    assert found.report["method"] == "InputPower(power=1.0)"
+
+
+def test_a_pass_of_ones_own_may_change_what_is_kept():
+    found = prune(chain(jp.passes.magnitude(0.5), Halve()))
+    expected = prune(jp.passes.magnitude(0.5))
+    for name, layer in found.params.items():
+        half = np.asarray(expected.params[name]["kernel"]) / 2
+        np.testing.assert_array_equal(layer["kernel"], half)
+    assert found.report["other_passes"] == ["Halve()"]
+
+
+def test_a_pass_without_a_solver_says_so():
+    with pytest.raises(NotImplementedError, match=r"Prune needs a method solve"):
+        prune(jp.passes.Prune(0.5))
+
+
+@pytest.mark.full
+def test_any_method_may_make_up_for_what_was_lost():
+    params = kernels([8, 16, 16, 16, 8])
+    batches = [correlated(i, 200, 8) for i in range(2)]
+
+    def lost(*passes):
+        pruned = jp.prune_trained(
+            run_chain, params, batches, chain(wanda(0.5), *passes), progress=False
+        )
+        return pruned.report["weights"][-1]["error"]
+
+    def end(params):
+        return np.concatenate([run_chain(params, x) for x in batches])
+
+    plain = jp.prune_trained(run_chain, params, batches, wanda(0.5), progress=False)
+    whole = end(params)
+    before = np.square(end(plain.params) - whole).sum() / np.square(whole).sum()
+    assert lost(correct(0.5)) < before
