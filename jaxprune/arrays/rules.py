@@ -64,6 +64,36 @@ def error(rule: Rule, **values: Any) -> Exception:
     return exception
 
 
+def command_words(error: BaseException) -> str:
+    """What an exception says to a user of the command: in its words where it has any.
+
+    Example:
+      >>> rule = Rule(bool, "a seed is needed", "pass seed=0", "give --seed 0")
+      >>> command_words(error(rule)), command_words(ValueError("no seed"))
+      ('a seed is needed; give --seed 0', 'no seed')
+    """
+    return getattr(error, "command", "") or str(error)
+
+
+def reworded(
+    error: Exception, exception_type: type[Exception], prefix: str = ""
+) -> Exception:
+    """An error of another type, behind a prefix, in the words of both.
+
+    Args:
+      error: exception that was caught.
+      exception_type: type of the new one.
+      prefix: text before its sentence, such as the file that it is about.
+
+    Returns:
+      The exception; not raised yet.
+    """
+    exception = exception_type(f"{prefix}{error}")
+    command = f"{prefix}{command_words(error)}"
+    exception.command = command  # type: ignore[attr-defined]
+    return exception
+
+
 def excludes(
     first: str, second: str, sentence: str, hint: str = "", **more: Any
 ) -> Rule:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jaxprune.arrays import rules
 from jaxprune.files.safetensors_file import damaged, read_json
 
 _CHUNK = 1 << 20
@@ -341,7 +342,7 @@ def _check_still_free(place: Path, replaceable: Replaceable | None) -> None:
     try:
         check_free(place, replaceable)
     except ValueError as error:  # the same run ends well once the place is free
-        raise FileExistsError(str(error)) from None
+        raise rules.reworded(error, FileExistsError) from None
 
 
 def check_free(place: Path, replaceable: Replaceable | None) -> None:
@@ -358,15 +359,21 @@ def check_free(place: Path, replaceable: Replaceable | None) -> None:
         )
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
-    reason: str | None = "there is something already"
-    way = ", or pass overwrite=True if it is an earlier result"
-    if replaceable is not None:
-        reason, way = replaceable(place), ""
-    if reason:
+    if replaceable is None:
+        raise rules.error(_TAKEN, place=place)
+    if reason := replaceable(place):
         raise ValueError(
             f"the result must not destroy what is at '{place}', but {reason}; choose "
-            f"another place{way}"
+            "another place"
         )
+
+
+_TAKEN = rules.Rule(
+    lambda v: not v.place.exists(),
+    "the result must not destroy what is at '{place}', but there is something already",
+    "choose another place, or pass overwrite=True if it is an earlier result",
+    "choose another place, or give --overwrite if it is an earlier result",
+)
 
 
 def _place(partial: Path, place: Path) -> None:

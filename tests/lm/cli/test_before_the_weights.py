@@ -21,7 +21,8 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.cli import inspect as inspect_command
-from jaxprune.lm.cli import models, parse
+from jaxprune.lm.jobs import passes
+from jaxprune.lm.models.loaded_model import LoadedModel
 
 __all__ = ["place"]
 
@@ -36,7 +37,7 @@ def no_weights(monkeypatch):
     def read(self):
         raise AssertionError("the weights are read")
 
-    monkeypatch.setattr(models.Model, "read", read)
+    monkeypatch.setattr(LoadedModel, "read", read)
 
 
 def edited(place, tmp_path, **changes):
@@ -152,13 +153,11 @@ def test_weights_of_one_byte_are_no_weights_to_prune(place, tmp_path, capsys):
     assert (code, list(record["tensors"])) == (0, [first]), err
 
 
-@pytest.mark.parametrize("word", ["2:4", "8x4", "per-layer", "per-output"])
+@pytest.mark.parametrize("word", ["2:4", "8x4", "unstructured", "per-output"])
 def test_patterns_are_written_as_they_are_asked_for(word):
     from jaxprune.masking import patterns
 
-    assert parse.pattern_word(patterns.named(word)) == word
-    said = parse.spoken(f"divisible by {patterns.named(word)}; pass overwrite=True")
-    assert said == f"divisible by {word}; give --overwrite"
+    assert passes.pattern_word(patterns.named(word)) == word
 
 
 def test_the_version_is_printed(capsys):
@@ -219,11 +218,11 @@ def test_a_disk_that_is_mounted_is_no_place_for_a_result(place, capsys, monkeypa
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--group", "64"], "--group needs --bits"),
-        (["--distill-train", "lora"], "--distill-train needs --distill-steps"),
-        (["--distill-hidden", "0.5"], "--distill-hidden needs --distill-steps"),
-        (["--distill-learning-rate", "0.1"], "rate needs --distill-steps N"),
-        (["--retrain-learning-rate", "0.1"], "rate needs --retrain-steps N"),
+        (["--group", "64"], "--group needs --quantize"),
+        (["--recover-train", "lora"], "--recover-train needs --recover-steps"),
+        (["--recover-hidden", "0.5"], "--recover-hidden needs --recover-steps"),
+        (["--recover-learning-rate", "0.1"], "rate needs --recover-steps N"),
+        (["--recover-by", "retraining"], "--recover-by needs --recover-steps N"),
         (["--refine-learning-rate", "0.1"], "--refine-learning-rate needs --refine N"),
         (
             ["--method", "magnitude", "--calibration-temperature", "2"],
@@ -283,7 +282,7 @@ def test_folders_of_the_model_come_along_and_what_does_not_is_named(
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
     module = Path("2_Dense", "model.safetensors")
     assert (tmp_path / "out" / module).read_bytes() == (model / module).read_bytes()
-    assert found["pattern"] == "per-layer"
+    assert found["pattern"] == "unstructured"
     code, _, err = run(capsys, *words, "--sparsity", "0.5")
     assert code == 1
     assert "is whole, and this very command made it" in err

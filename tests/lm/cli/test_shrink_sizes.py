@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers")
 
 from safetensors.numpy import save_file
 
-from jaxprune.lm.cli import recovery
+from jaxprune.lm.jobs import recovery
 from jaxprune.lm.models import hf
 
 

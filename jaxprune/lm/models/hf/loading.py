@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.rules import reworded
 from jaxprune.lm.checkpoints.checkpoint_dir import (
     CheckpointDir,
     Damaged,
@@ -104,7 +105,7 @@ def load(
         family = families.find(opened.config)
         config, ignored = family.read(families.without(opened.config, ignore_config))
     except ValueError as error:
-        raise Unknown(f"'{opened.path / 'config.json'}': {error}") from None
+        raise reworded(error, Unknown, f"'{opened.path / 'config.json'}': ") from None
     _check_layers(opened, config)
     config = family.from_directory(opened.path, config)
     shapes = parameters.shapes(abstract(config))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxprune.arrays.rules import Rule, error
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import rope_config
 from jaxprune.lm.models.hf.config_reader import IGNORED, ONLY, Attributes
@@ -97,6 +98,14 @@ DIVIDING_HEADS = HeadsRule(
 )
 
 
+_UNDERSTOOD = Rule(
+    lambda v: not v.problems,
+    "a {model} configuration is refused unless all of it is understood: {problems}",
+    "name an attribute in ignore_config if the model computes the same without it",
+    "give --ignore-config ATTRIBUTE if the model computes the same without it",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One family of checkpoints.
@@ -151,11 +160,8 @@ class Family:
         fields = self.fields(attributes)
         attributes.rest(ignored=IGNORED, only={**ONLY, **self.only})
         if attributes.problems:
-            raise ValueError(
-                f"a {config['model_type']} configuration is refused unless all of it "
-                f"is understood: {'; '.join(attributes.problems)}; name an attribute "
-                "in ignore_config if the model computes the same without it"
-            )
+            problems = "; ".join(attributes.problems)
+            raise error(_UNDERSTOOD, model=config["model_type"], problems=problems)
         return self.shape(**fields), tuple(attributes.ignored)
 
     def of(self, config: Mapping[str, Any]) -> "Family":

@@ -1,33 +1,16 @@
-"""What a command says, and where: results on stdout, all else on stderr.
+"""What a job says, and where: results on stdout, all else on stderr.
 
 With `--json` stdout gets one JSON object and nothing else. A refusal is one sentence
 and exit code 1. A long job shows a bar on a terminal, elsewhere a line now and then.
 """
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxprune.arrays.console_progress import Progress, to_stderr
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every command takes. `GROUPS` and `EXAMPLE` are for its --help.
-
-    Attributes:
-      json: print one JSON object to stdout, and nothing else there.
-      debug: show where an error came from.
-    """
-
-    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {}
-    EXAMPLE: ClassVar[str]
-
-    json: bool = False
-    debug: bool = False
 
 
 class Console:

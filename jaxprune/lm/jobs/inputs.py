@@ -1,0 +1,273 @@
+"""What a job looks at: sequences to calibrate on, windows to measure it by."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxprune.arrays.rules import Rule, check, reworded
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.jobs.opening import Beginning, needed_tokenizer, text_beginning
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.settings import Calibration, Recovery
+from jaxprune.lm.jobs.shrink_settings import ShrinkJob
+from jaxprune.lm.measure import perplexity
+from jaxprune.lm.measure.tables import name_texts
+from jaxprune.lm.models import hf
+from jaxprune.lm.texts import texts
+
+_TOKENIZER = "tokenizer.json"
+_HELD_OUT = "held out from calibration"
+
+
+class JobTexts(NamedTuple):
+    """All that a job reads of texts.
+
+    Attributes:
+      tokenizer: tokenizer of the model; None where only token ids are read, or nothing.
+      begins: what sequences begin with.
+      calibration: texts that are calibrated on, without their held-out ends.
+      drawn: sequences of them; None without any.
+      windows: name of a text to the windows that are evaluated.
+      roles: name of an evaluated text to what it is to the calibration.
+      training: int32 (sequences, length) to train on afterwards, or None.
+      vocab_size: number of tokens that the model knows.
+      written: int32 (sequences, length) that the model wrote itself, once it has.
+    """
+
+    tokenizer: hf.Tokenizer | None
+    begins: Beginning
+    calibration: list[texts.AnyText]
+    drawn: texts.Drawn | None
+    windows: dict[str, perplexity.Windows]
+    roles: dict[str, str]
+    training: Int[np.ndarray, "sequences length"] | None
+    vocab_size: int
+    written: Int[np.ndarray, "sequences length"] | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of sequences of each calibration text."""
+        return [] if self.drawn is None else self.drawn.counts
+
+    @property
+    def sequences(self) -> Int[np.ndarray, "sequences length"]:
+        """All that is calibrated on, the texts in turn."""
+        parts = [] if self.drawn is None else list(self.drawn.parts)
+        if self.written is not None:
+            parts.append(self.written)
+        return texts.in_turn(parts)
+
+
+_RULES = (
+    Rule(
+        lambda v: not v.reads or v.length <= v.context,
+        "--length must be at most the model's context {context}, got {length}",
+        "give a shorter one, or leave it out",
+    ),
+)
+_APART = Rule(
+    lambda v: not v.repeated,
+    "each --calibration text must be given once, since its sequences must not overlap, "
+    "but {repeated} are the same",
+    "leave all but one out",
+)
+
+
+def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
+    """Reads the texts, draws the sequences, makes the windows.
+
+    Args:
+      job: settings of the texts, and of how the model's directory is read.
+      source: directory of the model.
+
+    Returns:
+      The texts; nothing of the model but its configuration and tokenizer was read.
+
+    Raises:
+      ValueError: the configuration or a text does not fit.
+    """
+    config = _config(source, job.loading.ignore_config)
+    calibration, recovery = job.calibration, job.recovery
+    trained = ()
+    if recovery.recover_steps:
+        trained = recovery.recover_text or calibration.files
+    paths = (*calibration.files, *job.evaluation.evaluate, *trained)
+    reads = bool(paths or calibration.self_sequences)
+    check(_RULES, reads=reads, length=calibration.length, context=config.context)
+    tokenizer = needed_tokenizer(job.model, paths)
+    if tokenizer is None and calibration.self_sequences:
+        tokenizer = optional_tokenizer(source)
+    tokenizer, begins = text_beginning(tokenizer, job.loading, config.vocab_size)
+    by_path = {path: texts.read(path, tokenizer, config.vocab_size) for path in paths}
+    files = [by_path[path] for path in calibration.files]
+    _check_apart(files)
+    ends: list[texts.Text | None] = [None] * len(files)
+    if files and not job.evaluation.evaluate:  # the end of each text is evaluated
+        most = job.evaluation.limit * calibration.length
+        parts = [texts.without_end(text, most) for text in files]
+        files, ends = [list(part) for part in zip(*parts, strict=True)]
+    drawn = _draw(calibration, files, begins, job.evaluation.limit) if files else None
+    evaluated, roles = _evaluated(job, by_path, files, ends, drawn)
+    training = None
+    if trained:
+        from_texts = _without_rows(job, by_path, trained, files, drawn)
+        training = _draw_training(recovery, calibration, from_texts, begins.token)
+        roles = _roles_of_trained(roles, evaluated, from_texts)
+    windows = {
+        name: perplexity.windows(
+            text,
+            context=calibration.length,
+            bos=begins.token,
+            limit=job.evaluation.limit,
+            longest=config.context,
+        )
+        for name, text in evaluated.items()
+    }
+    return JobTexts(
+        *(tokenizer, begins, files, drawn, windows, roles, training),
+        vocab_size=config.vocab_size,
+    )
+
+
+def optional_tokenizer(source: CheckpointDir) -> hf.Tokenizer | None:
+    """The tokenizer of a directory that has one, or None."""
+    if not (source.path / _TOKENIZER).is_file():
+        return None
+    return hf.load_tokenizer(source.path)
+
+
+def describe_calibration(calibration: Calibration, inputs: JobTexts) -> dict[str, Any]:
+    """What jaxprune.json says of the texts that were calibrated on."""
+    files = [
+        {"name": text.path.name, "sha256": text.sha256, "sequences": count}
+        for text, count in zip(inputs.calibration, inputs.counts, strict=True)
+    ]
+    return {
+        "files": files,
+        "self": calibration.self_sequences,
+        "sequences": sum(inputs.counts) + calibration.self_sequences,
+        "length": calibration.length,
+        "seed": calibration.seed,
+        "bos": inputs.begins.why,
+    }
+
+
+def _config(source: CheckpointDir, ignore_config: tuple[str, ...]) -> Any:
+    try:
+        return hf.decoder_config(source.config, ignore_config=ignore_config)
+    except ValueError as error:
+        raise reworded(
+            error, ValueError, f"'{source.path / 'config.json'}': "
+        ) from None
+
+
+def _check_apart(files: Sequence[texts.AnyText]) -> None:
+    """Refuses one text under two names."""
+    digests = [text.sha256 for text in files]
+    repeated = [str(t.path) for t in files if digests.count(t.sha256) > 1]
+    check([_APART], repeated=", ".join(repeated))
+
+
+def _draw(
+    calibration: Calibration,
+    files: list[texts.AnyText],
+    begins: Beginning,
+    most: int,
+) -> texts.Drawn:
+    """The calibration's sequences; `most` of the rows of a text are held out."""
+    return texts.draw(
+        files,
+        sequences=calibration.sequences - calibration.self_sequences,
+        length=calibration.length,
+        bos=begins.token,
+        seed=calibration.seed,
+        most=most,
+    )
+
+
+def _evaluated(
+    job: PruneJob | ShrinkJob,
+    by_path: Mapping[Path, texts.AnyText],
+    files: Sequence[texts.AnyText],
+    ends: Sequence[texts.Text | None],
+    drawn: texts.Drawn | None,
+) -> tuple[dict[str, texts.AnyText], dict[str, str]]:
+    """Which texts are evaluated, by name, and what they are to the calibration."""
+    if paths := job.evaluation.evaluate:
+        digests = {text.sha256 for text in files}
+        pairs = zip(name_texts(paths), paths, strict=True)
+        asked = {name: by_path[path] for name, path in pairs}
+        return asked, {
+            name: "also calibrated on" if text.sha256 in digests else "given"
+            for name, text in asked.items()
+        }
+    undrawn = [] if drawn is None else drawn.left
+    names = name_texts(job.calibration.files)
+    evaluated: dict[str, texts.AnyText] = {}
+    for name, end, rows in zip(names, ends, undrawn, strict=True):
+        text = end if end is not None else rows  # rows have no end: some are not drawn
+        if text is not None:
+            evaluated[name] = text
+    if not evaluated and drawn is not None:
+        text = texts.Text(files[0].path, files[0].sha256, drawn.tokens)
+        return {"calibration": text}, {"calibration": "calibrated on"}
+    return evaluated, dict.fromkeys(evaluated, _HELD_OUT)
+
+
+def _without_rows(
+    job: PruneJob | ShrinkJob,
+    by_path: Mapping[Path, texts.AnyText],
+    trained: Sequence[Path],
+    files: Sequence[texts.AnyText],
+    drawn: texts.Drawn | None,
+) -> list[texts.AnyText]:
+    """The texts to train on, without what of them is evaluated."""
+    allowed = {text.sha256: text for text in files}
+    for text, part in zip(files, drawn.parts if drawn else (), strict=True):
+        # Rows that were not drawn are held out, unless other texts are evaluated.
+        held_out = not job.evaluation.evaluate
+        if held_out and isinstance(text, texts.Text) and text.is_rows:
+            allowed[text.sha256] = text._replace(tokens=part)
+    return [allowed.get(by_path[p].sha256, by_path[p]) for p in trained]
+
+
+def _roles_of_trained(
+    roles: Mapping[str, str],
+    evaluated: Mapping[str, texts.AnyText],
+    trained: Sequence[texts.AnyText],
+) -> dict[str, str]:
+    """The roles, with a word for texts that are evaluated and trained on."""
+    digests = {text.sha256 for text in trained}
+    return {
+        name: f"{role}, also trained on"
+        if evaluated[name].sha256 in digests and role != _HELD_OUT
+        else role
+        for name, role in roles.items()
+    }
+
+
+def _draw_training(
+    recovery: Recovery,
+    calibration: Calibration,
+    trained: list[texts.AnyText],
+    bos: int | None,
+) -> Int[np.ndarray, "sequences length"]:
+    """Sequences to train on: all that the texts have, or as many as are used."""
+    body = calibration.length - (bos is not None)
+    used = recovery.recover_steps * calibration.batch
+    share = math.ceil(used / len(trained))
+    available = min(text.room(body, share) for text in trained)
+    number = max(len(trained), min(available * len(trained), used))
+    drawn = texts.draw(
+        trained,
+        sequences=number,
+        length=calibration.length,
+        bos=bos,
+        seed=calibration.seed + 1,
+        most=0,
+    )
+    return drawn.tokens

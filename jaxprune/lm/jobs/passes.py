@@ -1,0 +1,213 @@
+"""What a job asks of the library: one place for methods, `prune_trained`, refinement.
+
+The words of the command become values here, and nowhere else.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+import jaxprune as jp
+from jaxprune.arrays import processes
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.masking import allocation as allocations
+from jaxprune.masking import counts, patterns
+from jaxprune.posttraining import methods
+from jaxprune.posttraining.refine import Refine
+from jaxprune.posttraining.solvers.rounding import Rounding
+from jaxprune.typing import Pattern, Prunable
+
+CORRECTION = 0.5
+"""How much of what was lost before the command makes up for, if nothing is said."""
+
+
+class Pass(NamedTuple):
+    """What a pruning's words mean.
+
+    Attributes:
+      method: how a matrix is pruned.
+      pattern: which weights are pruned together.
+      sparsity: share to remove.
+      allocation: how the sparsity is shared out.
+      refine: how each layer is refined, or None.
+      quantizer: levels of the weights that stay, or None.
+    """
+
+    method: methods.Method
+    pattern: Pattern
+    sparsity: Any
+    allocation: allocations.Rule
+    refine: Refine | None
+    quantizer: Rounding | None
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the method reads the Hessian of each input."""
+        return self.method.needs == "hessian"
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the dense model runs beside the pruned one."""
+        return methods.correction(self.method) > 0
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the pruned weights, in words."""
+        return {
+            "settings": describe(self.method),
+            "pattern": pattern_word(self.pattern),
+            "refine": self.refine and describe(self.refine),
+            "quantization": self.quantizer and describe(self.quantizer),
+        }
+
+
+def method_settings(name: str) -> set[str]:
+    """The settings that a method has, by their names."""
+    method: Any = methods.METHODS[name]
+    return {field.name for field in dataclasses.fields(method)}
+
+
+def choose_method(
+    name: str,
+    *,
+    damping: float | None = None,
+    inputs: methods.Inputs = "left",
+    relative: bool | None = None,
+    correction: float | None = None,
+) -> methods.Method:
+    """A method with the settings that were asked for, as far as it has them.
+
+    Args:
+      name: name of the method.
+      damping: share of the Hessian's mean diagonal; the method's usual one if None.
+      inputs: which inputs a weight is pruned for; see `jp.methods`.
+      relative: whether tokens count by their direction alone; None is yes, which was
+        best on real models.
+      correction: share of the earlier loss that is made up for; None is `CORRECTION`
+        with inputs "left", for the same reason.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: a setting is out of range.
+
+    Example:
+      >>> from jaxprune.lm.jobs import passes
+      >>> passes.choose_method("wanda")
+      Wanda(inputs='left', relative=True)
+    """
+    if correction is None and inputs == "left":
+        correction = CORRECTION
+    settings = {
+        "damping": damping,
+        "inputs": inputs,
+        "relative": relative is None or relative,
+        "correction": correction,
+    }
+    available = method_settings(name)
+    changes = {
+        setting: value
+        for setting, value in settings.items()
+        if setting in available and value is not None
+    }
+    method: Any = methods.METHODS[name]
+    return methods.named(dataclasses.replace(method, **changes))
+
+
+def choose_pattern(job: PruneJob) -> Pattern:
+    """Which weights are pruned together: as asked for, or as the method's paper has."""
+    method = methods.METHODS[job.pruning.method or "sparsegpt"]
+    return patterns.named(job.pruning.pattern or method.pattern)
+
+
+def pattern_word(pattern: Pattern) -> str:
+    """A pattern as --pattern takes it."""
+    match pattern:
+        case patterns.NM():
+            return f"{pattern.n}:{pattern.m}"
+        case patterns.Block():
+            return f"{pattern.rows}x{pattern.columns}"
+        case patterns.Unstructured():
+            return "unstructured"
+        case patterns.PerOutput():
+            return "per-output"
+    return str(pattern)
+
+
+def choose_pass(job: PruneJob) -> Pass:
+    """What the words of a pruning mean; refuses values that do not agree."""
+    pruning, solver, bits = job.pruning, job.solver, job.quantization.bits
+    method = choose_method(
+        pruning.method or "sparsegpt",
+        damping=solver.damping,
+        inputs=solver.inputs,
+        relative=None if solver.relative is None else solver.relative == "yes",
+        correction=solver.correction,
+    )
+    pattern = choose_pattern(job)
+    sparsity, rule = counts.agreed(pruning.sparsity, pattern, pruning.allocation)
+    refine = None
+    if solver.refine > 0:
+        refine = Refine(passes=solver.refine, learning_rate=solver.refine_learning_rate)
+    quantizer = None if bits is None else Rounding(bits, job.quantization.group)
+    return Pass(method, pattern, sparsity, rule, refine, quantizer)
+
+
+def describe(value: Any) -> str:
+    """The settings of a method or of another value, in words."""
+    words = (
+        f"{name.replace('_', ' ')} {'yes' if setting is True else setting}"
+        for name, setting in dataclasses.asdict(value).items()
+        if setting is not False and setting is not None
+    )
+    return ", ".join(words) or "none"
+
+
+def prune_states(
+    chosen: Pass,
+    model: LoadedModel,
+    embedded: Iterator[jax.Array],
+    prunable: Prunable,
+    directory: Path,
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Prunes a model by what its layers do to embedded calibration batches.
+
+    Args:
+      chosen: what is done.
+      model: model whose parameters may lie in their files.
+      embedded: batches of embeddings, (batch, length, width) each.
+      prunable: which leaves may be pruned.
+      directory: place of the progress.
+      mesh: devices that take a batch each, or None.
+
+    Returns:
+      The parameters, and the report of `jp.prune_trained`.
+    """
+    result = jp.prune_trained(
+        functools.partial(_final_states, model.graphdef),
+        model.params,
+        embedded,
+        method=chosen.method,
+        sparsity=chosen.sparsity,
+        pattern=chosen.pattern,
+        allocation=chosen.allocation,
+        prunable=prunable,
+        directory=directory,
+        refine=chosen.refine,
+        rounding=chosen.quantizer,
+        mesh=mesh,
+        progress=processes.is_first(),
+    )
+    return result.params, result.report
+
+
+def _final_states(graphdef: Any, params: Any, embedded: jax.Array) -> jax.Array:
+    """The final states (batch, length, width): all that is pruned is before them."""
+    return nnx.merge(graphdef, params).states(embedded)[0]

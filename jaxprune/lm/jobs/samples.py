@@ -1,0 +1,146 @@
+"""What a model writes after a prompt."""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays import processes
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.jobs.opening import text_beginning
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.models.generate import generate
+from jaxprune.lm.models.hf import Tokenizer
+
+_PROMPT, _TEMPERATURE = 16, 0.8  # tokens of a text that are a prompt
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn.
+
+    Attributes:
+      steps: number of tokens.
+      temperature: 0 takes the likeliest token.
+      top_k: number of the likeliest tokens that are drawn among; all if None.
+      seed: seed of the draws.
+    """
+
+    steps: int
+    temperature: float = _TEMPERATURE
+    top_k: int | None = None
+    seed: int = 0
+
+
+class Sample(NamedTuple):
+    """What a model wrote.
+
+    Attributes:
+      text: prompt and tokens in words, up to one that ends a text.
+      tokens: all tokens that were drawn.
+    """
+
+    text: str
+    tokens: list[int]
+
+
+_PROMPT_RULES = (
+    Rule(lambda v: v.tokens, "--prompt must have at least one token, got none"),
+)
+_RULES = (
+    Rule(
+        lambda v: v.prompt is None or v.tokenizer is not None,
+        "--prompt needs a tokenizer, but '{model}' has no tokenizer.json; leave "
+        "--prompt out",
+    ),
+    Rule(
+        lambda v: not v.tokens or len(v.tokens) <= v.context - v.steps,
+        "a sample must fit the model's context of {context} tokens, got a prompt of "
+        "{length} and --prompt-steps {steps}; take fewer steps",
+    ),
+)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, bos: int | None) -> list[int]:
+    """The tokens of a prompt after `bos`, at least one."""
+    tokens = tokenizer.encode(prompt, bos=False)
+    tokens = [bos, *tokens] if bos is not None else tokens
+    check(_PROMPT_RULES, tokens=tokens)
+    return tokens
+
+
+def sample_text(
+    decoder: Decoder, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling
+) -> Sample:
+    """What a model draws after a prompt, as `generate` draws it.
+
+    Args:
+      decoder: model that writes.
+      tokenizer: tokenizer of the model.
+      prompt: tokens of the prompt, at least one.
+      sampling: number of tokens and how they are drawn.
+
+    Returns:
+      The text and the tokens.
+    """
+    written = generate(
+        decoder,
+        jnp.array([prompt], jnp.int32),  # (1, prompt)
+        steps=sampling.steps,
+        key=jax.random.key(sampling.seed),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+    )  # (1, prompt + steps)
+    tokens = [int(token) for token in processes.fetch(written)[0, len(prompt) :]]
+    return Sample(decode_sample(tokenizer, prompt, tokens), tokens)
+
+
+def decode_sample(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of a prompt and of the tokens behind it, up to one that ends it."""
+
+    def goes_on(token: int) -> bool:
+        return token not in tokenizer.eos
+
+    return tokenizer.decode([*prompt, *itertools.takewhile(goes_on, tokens)])
+
+
+def choose_prompt(job: PruneJob, texts: JobTexts, context: int) -> list[int] | None:
+    """The tokens before the samples of a pruning, or None where none is made.
+
+    Args:
+      job: settings with a prompt and a number of steps.
+      texts: what is evaluated, whose first tokens are the prompt if none is given.
+      context: number of tokens that the model sees at once.
+
+    Returns:
+      The tokens.
+
+    Raises:
+      ValueError: there is no tokenizer, or prompt and sample do not fit the context.
+    """
+    prompt, steps = job.evaluation.prompt, job.evaluation.prompt_steps
+    tokenizer = texts.tokenizer
+    values = {"prompt": prompt, "tokenizer": tokenizer, "model": job.model}
+    tokens: list[int] = []
+    if steps and tokenizer is not None:
+        # Token ids are used as they are, but a prompt in words begins as a text does.
+        bos = text_beginning(tokenizer, job.loading, texts.vocab_size)[1].token
+        if prompt is not None:
+            tokens = encode_prompt(tokenizer, prompt, bos)
+        elif texts.windows:
+            first = next(iter(texts.windows.values())).tokens[0]  # (length,)
+            most = max(1, min(_PROMPT, context - steps))
+            tokens = [int(token) for token in first[:most]]
+        else:
+            tokens = [] if bos is None else [bos]
+    check(
+        _RULES,
+        **values,
+        tokens=tokens,
+        length=len(tokens),
+        steps=steps,
+        context=context,
+    )
+    return tokens or None
