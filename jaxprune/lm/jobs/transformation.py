@@ -14,12 +14,11 @@ from jaxtyping import Int
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.jobs import provenance
+from jaxprune.lm.jobs import provenance, recovery
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.prune_settings import PruneJob
-from jaxprune.lm.jobs.recovery import recover
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.machine import Costs
@@ -210,10 +209,10 @@ class Transformation(abc.ABC, Generic[AnyJob]):
         self, change: Change, sequences: Int[np.ndarray, "sequences length"]
     ) -> Change:
         """The change after the recovery, which is measured too."""
-        recovery = self.job.recovery
-        with self.costs.phase(recovery.recover_by):
-            model, trained, change.record[recovery.recover_by] = recover(
-                recovery,
+        settings = self.job.recovery
+        with self.costs.phase(settings.recover_by):
+            model, trained, change.record[settings.recover_by] = recovery.recover(
+                settings,
                 self.job.calibration,
                 sequences,
                 change.model,
@@ -221,6 +220,6 @@ class Transformation(abc.ABC, Generic[AnyJob]):
                 change.matrices,
                 self.job.work,
             )
-        with self.costs.phase(f"evaluate {recovery.stage}"):
-            self.measurements.measure(recovery.stage, model.decoder())
+        with self.costs.phase(f"evaluate {settings.stage}"):
+            self.measurements.measure(settings.stage, model.decoder())
         return change._replace(model=model, moved=change.moved | trained)

@@ -75,7 +75,7 @@ def test_its_compact_file_is_smaller_and_gives_every_byte_back(place, rounded, c
         (["--group", "10"], "group must be a multiple of 16 inputs, got 10"),
         (
             ["--method", "magnitude"],
-            "magnitude without --calibration does no --quantize",
+            "without --calibration does no --quantize",
         ),
     ],
 )
