@@ -54,13 +54,32 @@ def check(rules: Iterable[Rule], **values: Any) -> None:
 
 def error(rule: Rule, **values: Any) -> Exception:
     """The exception of a rule, with its sentence filled in; not raised yet."""
-    ways_out = rule.hint, rule.command or rule.hint
-    python, command = (
-        "; ".join(filter(None, [rule.sentence, way_out])).format(**values)
-        for way_out in ways_out
+    sentence, hint, command = (
+        text.format(**values) for text in (rule.sentence, rule.hint, rule.command)
     )
-    exception = rule.error(python)
-    exception.command = command  # type: ignore[attr-defined]
+    return refusal(sentence, hint, command, rule.error)
+
+
+def refusal(
+    sentence: str,
+    hint: str = "",
+    command: str = "",
+    error: type[Exception] = ValueError,
+) -> Exception:
+    """An exception that says the way out in Python's words and in the command's.
+
+    Args:
+      sentence: the rule and the value.
+      hint: the way out for a caller in Python.
+      command: the way out for a user of the command; empty where it is the same.
+      error: type of the exception.
+
+    Returns:
+      The exception; not raised yet.
+    """
+    exception = error("; ".join(filter(None, [sentence, hint])))
+    words = "; ".join(filter(None, [sentence, command or hint]))
+    exception.command = words  # type: ignore[attr-defined]
     return exception
 
 

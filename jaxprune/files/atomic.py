@@ -359,21 +359,13 @@ def check_free(place: Path, replaceable: Replaceable | None) -> None:
         )
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
+    taken = f"the result must not destroy what is at '{place}', but"
     if replaceable is None:
-        raise rules.error(_TAKEN, place=place)
+        way = "choose another place, or {} if it is an earlier result".format
+        ways_out = way("pass overwrite=True"), way("give --overwrite")
+        raise rules.refusal(f"{taken} there is something already", *ways_out)
     if reason := replaceable(place):
-        raise ValueError(
-            f"the result must not destroy what is at '{place}', but {reason}; choose "
-            "another place"
-        )
-
-
-_TAKEN = rules.Rule(
-    lambda v: not v.place.exists(),
-    "the result must not destroy what is at '{place}', but there is something already",
-    "choose another place, or pass overwrite=True if it is an earlier result",
-    "choose another place, or give --overwrite if it is an earlier result",
-)
+        raise ValueError(f"{taken} {reason}; choose another place")
 
 
 def _place(partial: Path, place: Path) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from jaxprune import leaves
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, error
+from jaxprune.arrays.rules import refusal
 from jaxprune.leaves import check_rule
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, TensorInfo
@@ -191,8 +191,13 @@ def to_prune(
             f"give another rule for prunable"
         )
     if narrow := [name for name, info in chosen.items() if info.dtype not in _FLOATS]:
-        dtype = chosen[narrow[0]].dtype
-        raise error(_WIDE, names=listed(narrow), dtype=dtype)
+        way = "save the model in bfloat16, or leave them out with {}".format
+        raise refusal(
+            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
+            f"{chosen[narrow[0]].dtype}",
+            way("prunable=jp.tree.excluding('...')"),
+            way("--exclude '...'"),
+        )
     first = {
         name: _input_first(source.config, name, info) for name, info in chosen.items()
     }
@@ -213,22 +218,11 @@ def _check_pattern(
         )
     ]
     if problems:
-        raise error(_FITTING, problems="; ".join(problems[:6]))
-
-
-_WIDE = Rule(
-    lambda v: v.dtype.itemsize > 1,
-    "weights to prune must be of two bytes or more, but {names} are {dtype}",
-    "save the model in bfloat16, or leave them out with "
-    "prunable=jp.tree.excluding('...')",
-    "save the model in bfloat16, or leave them out with --exclude '...'",
-)
-_FITTING = Rule(
-    lambda v: not v.problems,
-    "{problems}",
-    "leave such tensors out with prunable=jp.tree.excluding('...')",
-    "leave such tensors out with --exclude '...'",
-)
+        raise refusal(
+            "; ".join(problems[:6]),
+            "leave such tensors out with prunable=jp.tree.excluding('...')",
+            "leave such tensors out with --exclude '...'",
+        )
 
 
 def _counts(

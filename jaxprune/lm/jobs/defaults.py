@@ -33,7 +33,10 @@ def complete(job: PruneJob, console: Console) -> PruneJob:
     if job.pruning.method is None:
         pruning = dataclasses.replace(job.pruning, method=_method(job, console))
         job = dataclasses.replace(job, pruning=pruning)
-    return job.calibrated()
+    if job.calibration.calibration or job.streams:
+        return job
+    calibration = dataclasses.replace(job.calibration, calibration=(settings.SELF,))
+    return dataclasses.replace(job, calibration=calibration)
 
 
 def _method(job: PruneJob, console: Console) -> MethodName:

@@ -91,11 +91,11 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
       ValueError: the configuration or a text does not fit.
     """
     config = _config(source, job.loading.ignore_config)
-    calibration, recovery = job.calibration, job.recovery
+    calibration, evaluation, recovery = job.calibration, job.evaluation, job.recovery
     trained = ()
     if recovery.recover_steps:
         trained = recovery.recover_text or calibration.files
-    paths = (*calibration.files, *job.evaluation.evaluate, *trained)
+    paths = (*calibration.files, *evaluation.evaluate, *trained)
     reads = bool(paths or calibration.self_sequences)
     check(_RULES, reads=reads, length=calibration.length, context=config.context)
     tokenizer = needed_tokenizer(job.model, paths)
@@ -106,15 +106,19 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     files = [by_path[path] for path in calibration.files]
     _check_apart(files)
     ends: list[texts.Text | None] = [None] * len(files)
-    if files and not job.evaluation.evaluate:  # the end of each text is evaluated
-        most = job.evaluation.limit * calibration.length
+    if files and not evaluation.evaluate:  # the end of each text is evaluated
+        most = evaluation.limit * calibration.length
         parts = [texts.without_end(text, most) for text in files]
         files, ends = [list(part) for part in zip(*parts, strict=True)]
-    drawn = _draw(calibration, files, begins, job.evaluation.limit) if files else None
-    evaluated, roles = _evaluated(job, by_path, files, ends, drawn)
+    drawn = _draw(calibration, files, begins, evaluation.limit) if files else None
+    evaluated, roles = _evaluated(
+        evaluation.evaluate, by_path, name_texts(calibration.files), files, ends, drawn
+    )
     training = None
     if trained:
-        from_texts = _without_rows(job, by_path, trained, files, drawn)
+        # Rows that were not drawn are held out, unless other texts are evaluated.
+        parts = drawn.parts if drawn and not evaluation.evaluate else ()
+        from_texts = _without_rows([by_path[path] for path in trained], files, parts)
         training = _draw_training(recovery, calibration, from_texts, begins.token)
         roles = _roles_of_trained(roles, evaluated, from_texts)
     windows = {
@@ -122,7 +126,7 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
             text,
             context=calibration.length,
             bos=begins.token,
-            limit=job.evaluation.limit,
+            limit=evaluation.limit,
             longest=config.context,
         )
         for name, text in evaluated.items()
@@ -190,14 +194,15 @@ def _draw(
 
 
 def _evaluated(
-    job: PruneJob | ShrinkJob,
+    paths: tuple[Path, ...],
     by_path: Mapping[Path, texts.AnyText],
+    names: Sequence[str],
     files: Sequence[texts.AnyText],
     ends: Sequence[texts.Text | None],
     drawn: texts.Drawn | None,
 ) -> tuple[dict[str, texts.AnyText], dict[str, str]]:
     """Which texts are evaluated, by name, and what they are to the calibration."""
-    if paths := job.evaluation.evaluate:
+    if paths:
         digests = {text.sha256 for text in files}
         pairs = zip(name_texts(paths), paths, strict=True)
         asked = {name: by_path[path] for name, path in pairs}
@@ -206,7 +211,6 @@ def _evaluated(
             for name, text in asked.items()
         }
     undrawn = [] if drawn is None else drawn.left
-    names = name_texts(job.calibration.files)
     evaluated: dict[str, texts.AnyText] = {}
     for name, end, rows in zip(names, ends, undrawn, strict=True):
         text = end if end is not None else rows  # rows have no end: some are not drawn
@@ -219,20 +223,19 @@ def _evaluated(
 
 
 def _without_rows(
-    job: PruneJob | ShrinkJob,
-    by_path: Mapping[Path, texts.AnyText],
-    trained: Sequence[Path],
+    trained: Sequence[texts.AnyText],
     files: Sequence[texts.AnyText],
-    drawn: texts.Drawn | None,
+    parts: Sequence[np.ndarray],
 ) -> list[texts.AnyText]:
-    """The texts to train on, without what of them is evaluated."""
+    """The texts to train on, without what of them is evaluated.
+
+    Of a calibration text its end, or the rows that are not in its part of the draw.
+    """
     allowed = {text.sha256: text for text in files}
-    for text, part in zip(files, drawn.parts if drawn else (), strict=True):
-        # Rows that were not drawn are held out, unless other texts are evaluated.
-        held_out = not job.evaluation.evaluate
-        if held_out and isinstance(text, texts.Text) and text.is_rows:
+    for text, part in zip(files, parts, strict=False):  # no parts: nothing held out
+        if isinstance(text, texts.Text) and text.is_rows:
             allowed[text.sha256] = text._replace(tokens=part)
-    return [allowed.get(by_path[p].sha256, by_path[p]) for p in trained]
+    return [allowed.get(text.sha256, text) for text in trained]
 
 
 def _roles_of_trained(

@@ -58,7 +58,9 @@ def begin_pruning(
         copies = 3 if job.solver.refine else 2
         progress_dir.check_room(job, job.recovery, source, copies)
     note_ignored(model, console)
-    prompt = samples.choose_prompt(job, texts, model.config.context)
+    prompt = samples.choose_prompt(
+        job.evaluation, job.loading, texts, model.config.context
+    )
     return ModelPruning(
         *(job, source, model, texts, console, costs),
         chosen=chosen,

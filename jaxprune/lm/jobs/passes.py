@@ -14,7 +14,7 @@ from flax import nnx
 
 import jaxprune as jp
 from jaxprune.arrays import processes
-from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.prune_settings import PruneJob, Pruning
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
@@ -120,10 +120,10 @@ def choose_method(
     return methods.named(dataclasses.replace(method, **changes))
 
 
-def choose_pattern(job: PruneJob) -> Pattern:
+def choose_pattern(pruning: Pruning) -> Pattern:
     """Which weights are pruned together: as asked for, or as the method's paper has."""
-    method = methods.METHODS[job.pruning.method or "sparsegpt"]
-    return patterns.named(job.pruning.pattern or method.pattern)
+    method = methods.METHODS[pruning.method or "sparsegpt"]
+    return patterns.named(pruning.pattern or method.pattern)
 
 
 def pattern_word(pattern: Pattern) -> str:
@@ -150,7 +150,7 @@ def choose_pass(job: PruneJob) -> Pass:
         relative=None if solver.relative is None else solver.relative == "yes",
         correction=solver.correction,
     )
-    pattern = choose_pattern(job)
+    pattern = choose_pattern(pruning)
     sparsity, rule = counts.agreed(pruning.sparsity, pattern, pruning.allocation)
     refine = None
     if solver.refine > 0:

@@ -232,7 +232,7 @@ def check_prune(job: PruneJob) -> passes.Pass:
         "streams": job.streams,
     }
     check(_WORDS, **values)
-    pattern = passes.choose_pattern(job)
+    pattern = passes.choose_pattern(job.pruning)
     mesh = device_mesh(job.devices.mesh)
     check(
         (*_SHARES, *settings.RULES, *_NUMBERS, *_QUANTIZED, *_DEVICES, *_STREAMED),

@@ -15,7 +15,7 @@ from jaxprune.lm.jobs.option_types import (
     Names,
     Number,
 )
-from jaxprune.lm.jobs.settings import SELF, Job, Loading, LoadingGroup, Recovery
+from jaxprune.lm.jobs.settings import Job, Loading, LoadingGroup, Recovery
 
 MethodName: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 """The methods by the names that the command gives them."""
@@ -164,10 +164,3 @@ class PruneJob(Job):
     def streams(self) -> bool:
         """Whether the model is pruned tensor by tensor, without its code."""
         return self.pruning.method == "magnitude" and not self.calibration.calibration
-
-    def calibrated(self) -> "PruneJob":
-        """The job with what the model writes itself in the place of no text."""
-        if self.calibration.calibration or self.streams:
-            return self
-        calibration = dataclasses.replace(self.calibration, calibration=(SELF,))
-        return dataclasses.replace(self, calibration=calibration)

@@ -10,7 +10,8 @@ from jaxprune.arrays import processes
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.opening import text_beginning
-from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.prune_settings import Evaluation
+from jaxprune.lm.jobs.settings import Loading
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.generate import generate
 from jaxprune.lm.models.hf import Tokenizer
@@ -52,8 +53,8 @@ _PROMPT_RULES = (
 _RULES = (
     Rule(
         lambda v: v.prompt is None or v.tokenizer is not None,
-        "--prompt needs a tokenizer, but '{model}' has no tokenizer.json; leave "
-        "--prompt out",
+        "--prompt needs a tokenizer, but the model's directory has no tokenizer.json; "
+        "leave --prompt out",
     ),
     Rule(
         lambda v: not v.tokens or len(v.tokens) <= v.context - v.steps,
@@ -106,11 +107,14 @@ def decode_sample(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) ->
     return tokenizer.decode([*prompt, *itertools.takewhile(goes_on, tokens)])
 
 
-def choose_prompt(job: PruneJob, texts: JobTexts, context: int) -> list[int] | None:
+def choose_prompt(
+    evaluation: Evaluation, loading: Loading, texts: JobTexts, context: int
+) -> list[int] | None:
     """The tokens before the samples of a pruning, or None where none is made.
 
     Args:
-      job: settings with a prompt and a number of steps.
+      evaluation: settings with a prompt and a number of steps.
+      loading: settings that say what a text begins with.
       texts: what is evaluated, whose first tokens are the prompt if none is given.
       context: number of tokens that the model sees at once.
 
@@ -120,13 +124,12 @@ def choose_prompt(job: PruneJob, texts: JobTexts, context: int) -> list[int] | N
     Raises:
       ValueError: there is no tokenizer, or prompt and sample do not fit the context.
     """
-    prompt, steps = job.evaluation.prompt, job.evaluation.prompt_steps
+    prompt, steps = evaluation.prompt, evaluation.prompt_steps
     tokenizer = texts.tokenizer
-    values = {"prompt": prompt, "tokenizer": tokenizer, "model": job.model}
     tokens: list[int] = []
     if steps and tokenizer is not None:
         # Token ids are used as they are, but a prompt in words begins as a text does.
-        bos = text_beginning(tokenizer, job.loading, texts.vocab_size)[1].token
+        bos = text_beginning(tokenizer, loading, texts.vocab_size)[1].token
         if prompt is not None:
             tokens = encode_prompt(tokenizer, prompt, bos)
         elif texts.windows:
@@ -137,7 +140,8 @@ def choose_prompt(job: PruneJob, texts: JobTexts, context: int) -> list[int] | N
             tokens = [] if bos is None else [bos]
     check(
         _RULES,
-        **values,
+        prompt=prompt,
+        tokenizer=tokenizer,
         tokens=tokens,
         length=len(tokens),
         steps=steps,

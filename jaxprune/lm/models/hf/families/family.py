@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxprune.arrays.rules import Rule, error
+from jaxprune.arrays.rules import refusal
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import rope_config
 from jaxprune.lm.models.hf.config_reader import IGNORED, ONLY, Attributes
@@ -98,14 +98,6 @@ DIVIDING_HEADS = HeadsRule(
 )
 
 
-_UNDERSTOOD = Rule(
-    lambda v: not v.problems,
-    "a {model} configuration is refused unless all of it is understood: {problems}",
-    "name an attribute in ignore_config if the model computes the same without it",
-    "give --ignore-config ATTRIBUTE if the model computes the same without it",
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One family of checkpoints.
@@ -160,8 +152,13 @@ class Family:
         fields = self.fields(attributes)
         attributes.rest(ignored=IGNORED, only={**ONLY, **self.only})
         if attributes.problems:
-            problems = "; ".join(attributes.problems)
-            raise error(_UNDERSTOOD, model=config["model_type"], problems=problems)
+            way = "{} if the model computes the same without it".format
+            raise refusal(
+                f"a {config['model_type']} configuration is refused unless all of it "
+                f"is understood: {'; '.join(attributes.problems)}",
+                way("name an attribute in ignore_config"),
+                way("give --ignore-config ATTRIBUTE"),
+            )
         return self.shape(**fields), tuple(attributes.ignored)
 
     def of(self, config: Mapping[str, Any]) -> "Family":
