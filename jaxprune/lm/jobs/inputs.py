@@ -92,7 +92,7 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     """
     config = _config(source, job.loading.ignore_config)
     calibration, evaluation, recovery = job.calibration, job.evaluation, job.recovery
-    trained = ()
+    trained: tuple[Path, ...] = ()
     if recovery.recover_steps:
         trained = recovery.recover_text or calibration.files
     paths = (*calibration.files, *evaluation.evaluate, *trained)

@@ -54,7 +54,7 @@ _WORDS = (
         "--inputs dense",
     ),
     Rule(
-        lambda v: v.pattern is None or _PATTERN.fullmatch(v.pattern),
+        lambda v: v.pattern is None or bool(_PATTERN.fullmatch(v.pattern)),
         "--pattern must be one of unstructured, per-output, n:m as in 2:4, or a block "
         "as in 16x16, got '{pattern}'",
     ),

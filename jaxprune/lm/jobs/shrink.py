@@ -109,7 +109,7 @@ class ModelShrinking(Transformation[ShrinkJob]):
         """Adds the sizes of both models, and how fast they are."""
         sizes = {"before": _sizes(self.model), "after": _sizes(change.model)}
         before, after = (sizes[when]["parameters"] for when in ("before", "after"))
-        change.record |= {"sizes": sizes, "achieved": 1 - after / before}
+        change.record.update(sizes=sizes, achieved=1 - after / before)
         if rounds := self.job.evaluation.speed_rounds:
             with self.costs.phase("time"):
                 change.record["speed"] = _timed(self.model, change.model, rounds)

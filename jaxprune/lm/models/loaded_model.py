@@ -44,7 +44,7 @@ class LoadedModel(NamedTuple):
 def open_model(
     path: Path,
     *,
-    dtype: str | None = None,
+    dtype: hf.Dtype | None = None,
     mesh: jax.sharding.Mesh | None = None,
     ignore_config: tuple[str, ...] = (),
 ) -> LoadedModel:
