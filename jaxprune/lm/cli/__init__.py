@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       1
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Not an option of tyro, which would list it for each subcommand.
     if words == ["--version"]:
         print(f"jaxprune {importlib.metadata.version('jaxprune')}")
         return 0
@@ -91,10 +92,11 @@ def _run(words: list[str]) -> int:
     except SystemExit as stop:
         code = stop.code or 0  # a text is wrong usage
         return code if isinstance(code, int) else 2
+    # From here on a failure is one sentence, and stdout has a result or nothing.
     console = Console(quiet=command.json)
     try:
         console.finish(command.run(console, words))
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError, but no refusal
         raise
     except KeyboardInterrupt:
         console.note("jaxprune: interrupted")
@@ -102,6 +104,7 @@ def _run(words: list[str]) -> int:
     except _REFUSALS as error:
         if command.debug:
             traceback.print_exc()
+        # JAX's errors have several lines.
         sentence = " ".join(command_words(error).split()) or type(error).__name__
         console.fail(f"jaxprune {words[0]}: {sentence}")
         return 1

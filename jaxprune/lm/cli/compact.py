@@ -67,5 +67,6 @@ class Expand(Options):
         """Writes the directory; the names of its files."""
         paths = expand(self.file, self.out)
         console.say(f"'{self.out}': {len(paths)} files, checked by their SHA-256")
+        # With "/" on each system, as in the file.
         names = [path.relative_to(self.out.resolve()).as_posix() for path in paths]
         return {"out": str(self.out), "files": names}

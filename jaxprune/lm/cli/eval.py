@@ -82,7 +82,7 @@ class Evaluate(Options):
             needed_tokenizer(self.model, self.text), self.loading, vocab_size
         )
         note_ignored(model, console)
-        paths = tuple(dict.fromkeys(self.text))
+        paths = tuple(dict.fromkeys(self.text))  # one given twice is read once
         files = [texts.read(path, tokenizer, vocab_size) for path in paths]
         # A length that nobody asked for gives way to a short context.
         context = longest if self.context == _CONTEXT > longest else self.context
@@ -97,6 +97,7 @@ class Evaluate(Options):
             )
             for name, file in zip(name_texts(paths), files, strict=True)
         }
+        # All has been checked: now the weights are read.
         measured = measure_texts(model.read().decoder(), windows, self.batch)
         results = {
             name: describe_windows(windows[name])

@@ -42,7 +42,7 @@ class Inspect(Options):
         if self.sparsity is not None:
             counts.checked(self.sparsity)
         source = open_directory(self.model)
-        if self.exclude:
+        if self.exclude:  # without any, a model of nothing prunable is listed too
             check_globs(self.exclude, source.tensors)
         measured = sizes(source)
         rows = _rows(source, measured, self.exclude)
@@ -106,9 +106,10 @@ def _zeros_after(rows: list[dict[str, Any]], sparsity: float) -> dict[str, int]:
 
 def _possible(source: CheckpointDir) -> dict[str, Any]:
     """The methods that a directory can have, what it can be shrunk by, and why not."""
+    # Magnitude needs no model, so that it prunes what nothing here can run.
     magnitude = {"methods": ["magnitude"], "shrinkable": []}
     try:
-        config = hf.load(source.path, lazy=True).config
+        config = hf.load(source.path, lazy=True).config  # reads headers alone
     except (ValueError, OSError) as error:
         return magnitude | {"unsupported": command_words(error)}
     if not isinstance(config, DecoderConfig):
@@ -159,7 +160,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _totals(totals: dict[str, Any], sparsity: float | None) -> str:
-    share = totals["zeros"] / max(totals["size"], 1)
+    share = totals["zeros"] / max(totals["size"], 1)  # a tensor may be empty
     lines = [
         f"\n{totals['size']:,} weights, {share:.2%} of them zero, "
         f"{totals['prunable']:,} in tensors that would be pruned",

@@ -41,6 +41,7 @@ def join_processes(
       ValueError: an option is out of range, or the processes' words differ.
       OSError: the others did not come.
     """
+    # JAX must know the others before it looks for devices.
     processes.join(devices.coordinator, devices.processes, devices.process_id)
     if devices.coordinator is None:
         yield

@@ -27,6 +27,7 @@ class Prune(PruneJob, Options):
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
         with launch.join_processes(self.devices, console, words):
+            # The same in all processes, so that a run resumes with another number.
             command = summary.command_line(launch.without_start(words))
             record = run_prune(self, console, command, _page)
             lines = [] if self.plan else summary.prune_lines(record)

@@ -66,13 +66,14 @@ class Sample(Options):
         tokenizer = hf.load_tokenizer(self.model)
         vocab_size, context = model.config.vocab_size, model.config.context
         _, begins = text_beginning(tokenizer, self.loading, vocab_size)
+        # Its tokenizer begins with BOS where the options or the directory say so.
         prompt = samples.encode_prompt(tokenizer, self.prompt, begins.token)
         length, steps = len(prompt), self.steps
         total = length + steps
         check([_FITS], context=context, length=length, steps=steps, total=total)
         note_ignored(model, console)
         sampling = samples.Sampling(steps, self.temperature, self.top_k, self.seed)
-        decoder = model.read().decoder()
+        decoder = model.read().decoder()  # only now are the weights read
         sample = samples.sample_text(decoder, tokenizer, prompt, sampling)
         console.note(f"the prompt begins with {begins.why}")
         console.say(sample.text)

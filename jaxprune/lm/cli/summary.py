@@ -37,6 +37,7 @@ def say_done(
         console.say(stage_table(measured(record), record["perplexity"]))
     console.say("\n".join(lines))
     console.say(f"'{job.out}': the model, jaxprune.json, report.html")
+    # Files of other formats, which a loader may miss.
     if omitted := open_directory(job.model).left:
         console.note(f"not copied: {', '.join(omitted)}")
     return {**record, "out": str(job.out)}

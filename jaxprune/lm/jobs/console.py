@@ -31,6 +31,7 @@ class Console:
     def say(self, text: str) -> None:
         """Writes a result for people, to stdout; nothing under `--json`."""
         if not (self.quiet or self._silent):
+            # A text may have letters that the terminal has not.
             encoding = sys.stdout.encoding or "utf-8"
             print(text.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -52,7 +53,7 @@ class Console:
 @contextlib.contextmanager
 def byte_progress(total: int, what: str) -> Iterator[Callable[[str, int, int], None]]:
     """Shows how many bytes are done; what it yields is a writer's `progress=`."""
-    before = 0
+    before = 0  # a writer says how much is done in all, a bar wants what is new
     with Progress(total, what, unit="B", leave=False) as progress:
 
         def advance(what: str, done: int, total: int) -> None:

@@ -30,6 +30,7 @@ def complete(job: PruneJob, console: Console) -> PruneJob:
       The job whose method is SparseGPT, or magnitude where nothing else is there, and
       which calibrates on what the model writes itself where no text was given.
     """
+    # The method first: magnitude needs no text.
     if job.pruning.method is None:
         pruning = dataclasses.replace(job.pruning, method=_method(job, console))
         job = dataclasses.replace(job, pruning=pruning)
@@ -66,6 +67,7 @@ def shorten(job: PruneJob) -> PruneJob:
     context = model_context(source, job.loading.ignore_config)
     evaluation = job.evaluation
     usual = Evaluation.prompt_steps
+    # Half of the context for the prompt, half for the sample.
     if context is not None and evaluation.prompt_steps == usual >= context:
         evaluation = dataclasses.replace(evaluation, prompt_steps=context // 2)
     return dataclasses.replace(

@@ -88,6 +88,7 @@ def count_work(calibration: Calibration, model: LoadedModel, texts: JobTexts) ->
         math.prod(shape) * (used if shape[0] > 1 else 1.0)
         for shape in matrices.values()
     )
+    # What the model writes itself is not there yet, but counts.
     drawn = 0 if texts.drawn is None else texts.drawn.tokens.size
     return Work(
         matrices=matrices,
@@ -122,6 +123,7 @@ def statistics_flops(work: Work) -> float:
         (name.rsplit("/", 2)[0], name.rsplit("/", 2)[1] in ("out", "down"), rows)
         for name, (_, rows, _) in work.matrices.items()
     }
+    # (rows, tokens) x (tokens, rows)
     return sum(2.0 * work.tokens * rows**2 for _, _, rows in inputs)
 
 
@@ -152,7 +154,7 @@ def rate() -> float:
     """FLOPs a second of one float32 product on this device, the best of five."""
     side = jnp.ones((_SIDE, _SIDE), jnp.float32)
     product = jax.jit(jnp.matmul)
-    product(side, side).block_until_ready()
+    product(side, side).block_until_ready()  # compiles
     times = []
     for _ in range(5):
         start = time.perf_counter()

@@ -15,7 +15,7 @@ def why_kept(name: str, info: TensorInfo, exclude: Sequence[str] = ()) -> str | 
     """Why a tensor of a directory is not pruned, in a few words; None if it may be."""
     if why := leaves.why_unprunable(name.replace(".", "/"), info):
         return why
-    if info.dtype.itemsize == 1:
+    if info.dtype.itemsize == 1:  # scaled elsewhere, so its size says nothing
         return "of one byte a weight"
     if info.ndim > 3 or (info.ndim == 3 and "conv" in name.lower()):
         return "a convolution"
@@ -24,6 +24,7 @@ def why_kept(name: str, info: TensorInfo, exclude: Sequence[str] = ()) -> str | 
 
 def matches_any(name: str, globs: Iterable[str]) -> bool:
     """Whether a tensor's name matches a glob, written with "." or with "/"."""
+    # In files a name has dots, in Python slashes.
     spellings = (name.replace("/", "."), name.replace(".", "/"))
     return any(fnmatch.fnmatchcase(s, glob) for glob in globs for s in spellings)
 
@@ -52,6 +53,7 @@ _RULES = (
 def check_globs(globs: Sequence[str], tensors: Mapping[str, TensorInfo]) -> None:
     """Refuses a glob that excludes nothing, and globs that exclude all."""
     reasons = {name: why_kept(name, info) for name, info in tensors.items()}
+    # Before any exclusion.
     free = [name for name, why in reasons.items() if why is None]
     unused = [g for g in globs if not any(matches_any(name, [g]) for name in free)]
     check(

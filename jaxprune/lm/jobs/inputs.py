@@ -102,13 +102,14 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     if tokenizer is None and calibration.self_sequences:
         tokenizer = optional_tokenizer(source)
     tokenizer, begins = text_beginning(tokenizer, job.loading, config.vocab_size)
+    # A text in several roles is read once.
     by_path = {path: texts.read(path, tokenizer, config.vocab_size) for path in paths}
     files = [by_path[path] for path in calibration.files]
     _check_apart(files)
     ends: list[texts.Text | None] = [None] * len(files)
     if files and not evaluation.evaluate:  # the end of each text is evaluated
         most = evaluation.limit * calibration.length
-        parts = [texts.without_end(text, most) for text in files]
+        parts = [texts.without_end(text, most) for text in files]  # of rows no end
         files, ends = [list(part) for part in zip(*parts, strict=True)]
     drawn = _draw(calibration, files, begins, evaluation.limit) if files else None
     evaluated, roles = _evaluated(
@@ -171,7 +172,7 @@ def _config(source: CheckpointDir, ignore_config: tuple[str, ...]) -> Any:
 
 def _check_apart(files: Sequence[texts.AnyText]) -> None:
     """Refuses one text under two names."""
-    digests = [text.sha256 for text in files]
+    digests = [text.sha256 for text in files]  # a link or a copy has another name
     repeated = [str(t.path) for t in files if digests.count(t.sha256) > 1]
     check([_APART], repeated=", ".join(repeated))
 
@@ -216,6 +217,7 @@ def _evaluated(
         text = end if end is not None else rows  # rows have no end: some are not drawn
         if text is not None:
             evaluated[name] = text
+    # All rows are drawn: better to measure on those than on nothing.
     if not evaluated and drawn is not None:
         text = texts.Text(files[0].path, files[0].sha256, drawn.tokens)
         return {"calibration": text}, {"calibration": "calibrated on"}
@@ -260,8 +262,8 @@ def _draw_training(
     bos: int | None,
 ) -> Int[np.ndarray, "sequences length"]:
     """Sequences to train on: all that the texts have, or as many as are used."""
-    body = calibration.length - (bos is not None)
-    used = recovery.recover_steps * calibration.batch
+    body = calibration.length - (bos is not None)  # tokens of the text
+    used = recovery.recover_steps * calibration.batch  # each once, if there are
     share = math.ceil(used / len(trained))
     available = min(text.room(body, share) for text in trained)
     number = max(len(trained), min(available * len(trained), used))
@@ -270,7 +272,7 @@ def _draw_training(
         sequences=number,
         length=calibration.length,
         bos=bos,
-        seed=calibration.seed + 1,
+        seed=calibration.seed + 1,  # other sequences than those calibrated on
         most=0,
     )
-    return drawn.tokens
+    return drawn.tokens  # (number, length)

@@ -47,6 +47,7 @@ def begin_pruning(
     costs = Costs()
     with costs.phase("read"):
         source = open_directory(job.model)
+        # By names and shapes, before a text is tokenized.
         check_globs(job.pruning.exclude, source.tensors)
         texts = inputs.read_texts(job, source)
         if texts.tokenizer is None:  # for the samples
@@ -108,7 +109,7 @@ class ModelPruning(Transformation[PruneJob]):
     def look_at_dense(self) -> None:
         """Measures the dense model and lets it write: a sample, a calibration."""
         with self.costs.phase("evaluate before"):
-            dense = self.model.read()
+            dense = self.model.read()  # freed when this is done
             self.measure_dense(dense.decoder())
             self._sample("dense", dense)
         if self.job.calibration.self_sequences:
@@ -120,7 +121,7 @@ class ModelPruning(Transformation[PruneJob]):
         job, model = self.job, self.model
         self.console.note(f"what is done is kept in '{job.work}' until the end")
         tokens = self.texts.sequences  # (sequences, length)
-        # The table of embeddings stays in its file.
+        # (batch, length, width) each. The table of embeddings stays in its file.
         embedded = (
             hf.embedded(job.model, model.names, model.config, part, job.loading.dtype)
             for part in np.split(tokens, len(tokens) // job.calibration.batch)
@@ -129,6 +130,7 @@ class ModelPruning(Transformation[PruneJob]):
         params, report = passes.prune_states(
             self.chosen, model, embedded, self.prunable, job.work, mesh
         )
+        # A refinement moves norms and biases too, which are not pruned.
         leaves = {row["name"] for row in report["weights"]}
         moved = leaves.union(*(row["leaves"] for row in report["refined"]))
         pruned = as_stored(model._replace(params=params).read(), moved)
@@ -148,6 +150,7 @@ class ModelPruning(Transformation[PruneJob]):
 
     def finish(self, change: Change) -> None:
         """Adds a sample of the pruned model, and its sizes."""
+        # Of the model that is written, whatever stage it has come to.
         self._sample(self.last_stage, change.model)
         counts = count_zeros(change.model, change.matrices)
         change.record["samples"] = self.samples

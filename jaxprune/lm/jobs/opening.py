@@ -80,8 +80,9 @@ def text_beginning(
       ValueError: the options contradict each other, or there is no such token.
     """
     check(_RULES, bos=loading.bos, no_bos=loading.no_bos, tokenizer=tokenizer)
-    if tokenizer is None:
+    if tokenizer is None:  # rows of ids have been made for this model
         return None, Beginning(None, "token ids are used as they are")
+    # The directory names the token, but nothing holds it to the model's vocabulary.
     begins = _beginning(tokenizer, loading)
     check(
         [_IN_VOCABULARY],
@@ -93,6 +94,7 @@ def text_beginning(
 
 
 def _beginning(tokenizer: Tokenizer, loading: Loading) -> Beginning:
+    # What was asked for goes before what the directory says.
     if loading.no_bos:
         return Beginning(None, "no BOS, as asked for")
     if loading.bos:

@@ -15,6 +15,7 @@ from jaxprune.arrays.rules import Rule, within
 def option_values(job: Any) -> dict[str, Any]:
     """Name of each option of a job, whatever its group, to its value."""
     fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
+    # After the job's own names: an option may be called as its group is.
     for group in list(fields.values()):
         if dataclasses.is_dataclass(group):
             fields |= option_values(group)
@@ -49,7 +50,7 @@ def idle_without(group: type[Any], option: str, condition: str, needed: str) -> 
     Returns:
       The rule.
     """
-    default = getattr(group, option)
+    default = getattr(group, option)  # a dataclass keeps it on the class
     return Rule(
         lambda v: getattr(v, condition) or getattr(v, option) == default,
         f"{_flag(option)} needs {needed}",

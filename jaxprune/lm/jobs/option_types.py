@@ -9,6 +9,7 @@ from typing import Annotated, TypeAlias
 
 import tyro
 
+# tyro's own words for these would be INT, FLOAT, STR and PATH, and {None}|INT.
 _arg = tyro.conf.arg
 
 UNSET = _arg(help_behavior_hint="")

@@ -102,6 +102,7 @@ def choose_method(
       >>> passes.choose_method("wanda")
       Wanda(inputs='left', relative=True)
     """
+    # It goes by the inputs that earlier layers leave, which "dense" does not look at.
     if correction is None and inputs == "left":
         correction = CORRECTION
     settings = {
@@ -110,6 +111,7 @@ def choose_method(
         "relative": relative is None or relative,
         "correction": correction,
     }
+    # What a method lacks was refused where it was asked for; defaults are dropped.
     available = method_settings(name)
     changes = {
         setting: value
@@ -153,7 +155,7 @@ def choose_pass(job: PruneJob) -> Pass:
     pattern = choose_pattern(pruning)
     sparsity, rule = counts.agreed(pruning.sparsity, pattern, pruning.allocation)
     refine = None
-    if solver.refine > 0:
+    if solver.refine > 0:  # below, a rule of the job says so
         refine = Refine(passes=solver.refine, learning_rate=solver.refine_learning_rate)
     quantizer = None if bits is None else Rounding(bits, job.quantization.group)
     return Pass(method, pattern, sparsity, rule, refine, quantizer)

@@ -83,6 +83,7 @@ def job_facts(
       A JSON-able record; a run goes on only with the progress of an equal one.
     """
     configs = [n for n in source.others if n.endswith((".json", ".jinja"))]
+    # By size and time: to hash the weights would take as long as to read them.
     files = {n: (source.path / n).stat() for n in (*source.metadata, *configs)}
     recovery = job.recovery
     return {
@@ -118,6 +119,7 @@ def hold_progress(work: Path, facts: Mapping[str, Any]) -> Iterator[None]:
     begun = work / _BEGUN
     with atomic.locked(work):
         try:
+            # Nothing was done yet, so the place is free for any job.
             if not _has_progress(work):
                 begun.unlink(missing_ok=True)
             atomic.begin_or_resume(begun, facts)

@@ -34,7 +34,7 @@ def weight_sizes(
       JSON-able sizes.
     """
     zeros = {name: count for name, (count, _) in counts.items()}
-    grids: dict[str, Grid] = {}
+    grids: dict[str, Grid] = {}  # only what was pruned was quantized
     if quantization is not None and quantization.bits is not None:
         grids = dict.fromkeys(zeros, Grid(quantization.bits, quantization.group))
     return {

@@ -41,6 +41,7 @@ def run_prune(
             "used on does better: --calibration FILE..."
         )
     job = defaults.shorten(complete)
+    # Without texts magnitude needs no code of the model.
     if job.streams:
         if job.plan:
             return plan_prune(job, chosen, None, console)
@@ -48,6 +49,7 @@ def run_prune(
     pruning = processes.together(lambda: begin_pruning(job, chosen, console))
     if job.plan:
         return plan_prune(job, chosen, pruning, console)
+    # The first process alone holds the place; each has its part of the progress.
     with contextlib.ExitStack() as place:
         held = progress_dir.hold_progress(job.work, pruning.facts())
         processes.on_first(lambda: place.enter_context(held))

@@ -87,7 +87,7 @@ def plan_prune(
 
 def _plan_pruning(pruning: ModelPruning) -> _Plan:
     model = pruning.model
-    names = {
+    names = {  # experts are several
         tensor
         for name, leaf in tree.named_leaves(model.params).items()
         if pruning.prunable(name, leaf)
@@ -114,6 +114,7 @@ def _plan_streaming(job: PruneJob, pattern: Pattern) -> _Plan:
     model = open_for_job(job.model, job.loading, job.devices)
     calibration = job.calibration
     work = estimates.count_work(calibration, model, texts)
+    # Before and after.
     time = estimates.seconds(2 * work.forward(work.evaluated))
     scores = calibration.batch * calibration.length * work.scores
     needs = needs._replace(
@@ -131,6 +132,7 @@ def _needs(pruning: ModelPruning) -> Needs:
     training, memory = estimates.recovery_needs(job.recovery, calibration, work)
     stages = 3 if job.recovery.recover_steps else 2
     written = calibration.self_sequences * calibration.length
+    # What the model writes goes token by token, which reaches less of the rate.
     flops = work.forward(stages * work.evaluated + 4 * written)
     once = work.forward(work.tokens, head=False)
     solving = once * (2 if dense or corrects else 1)
@@ -145,7 +147,7 @@ def _needs(pruning: ModelPruning) -> Needs:
         copies = 6 if dense else 5 if corrects else 3
         hessian = estimates.largest_hessian(work) * copies
     solving *= _HEAVIER.get(job.pruning.method or "", 1.0)
-    solving += 3 * job.solver.refine * once
+    solving += 3 * job.solver.refine * once  # forward and back
     layer = work.weights // max(pruning.model.config.layers, 1)
     # The greatest of three moments: measuring, pruning a layer, training.
     activations = (5 if corrects else 3) * work.tokens * work.wide

@@ -73,7 +73,7 @@ def describe_pruning(
 def count_zeros(model: LoadedModel, leaves: set[str]) -> dict[str, tuple[int, int]]:
     """Tensor name to zeros and size, of the pruned leaves."""
     named = jp.tree.named_leaves(model.params)
-    tensors = {
+    tensors = {  # an expert's matrix is a tensor of its own
         tensor: named[name][i] if model.names[name].experts else named[name]
         for name in leaves
         for i, tensor in enumerate(model.names[name].names)
@@ -98,7 +98,7 @@ def write_pruned(
     def stored(leaf: str, i: int) -> Any:
         return model.names[leaf].stored(processes.fetch(named[leaf]), i)
 
-    replaced: dict[str, Any] = {}
+    replaced: dict[str, Any] = {}  # tensor name to what gives it when it is due
     for name in sorted(change.moved):
         origin = model.names[name]
         for i, tensor in enumerate((*origin.names, *origin.copies)):
@@ -113,7 +113,7 @@ def write_pruned(
             source,
             job.out,
             replaced,
-            uncounted=replaced.keys() - pruned,
+            uncounted=replaced.keys() - pruned,  # vectors have no sparsity
             provenance=change.record,
             overwrite=job.overwrite,
             progress=progress,

@@ -40,6 +40,7 @@ def _setting(option: str, methods: str, is_given: Any) -> Rule:
 
 
 _WORDS = (
+    # What a method does not have would be left out without a word.
     _setting("damping", _SOLVERS, lambda v: v.damping is not None),
     Rule(
         lambda v: v.damping is None or 0 < v.damping < math.inf,
@@ -66,6 +67,7 @@ _WORDS = (
 """What the words of a pruning keep, before they are read as values."""
 
 _SHARES = (
+    # n:m fixes the share of each matrix; all other patterns leave it to --sparsity.
     Rule(
         lambda v: v.fixed is not None or v.sparsity is not None,
         "{pattern} leaves the sparsity free",
@@ -86,6 +88,7 @@ _SHARES = (
 )
 
 _NUMBERS = (
+    # Another shape would be another program; the streamed way has no batches.
     Rule(
         lambda v: v.streams or v.sequences % v.batch == 0,
         "--sequences must be divisible by --batch, got {sequences} and {batch}; all "
@@ -94,6 +97,7 @@ _NUMBERS = (
     at_least("prompt_steps", 0),
     at_least("refine", 0),
     Rule(
+        # The model's own text has the last share of a mixture, rounded down.
         lambda v: v.self_sequences or SELF not in v.calibration,
         "--sequences {sequences} must be enough for each calibration text and self; "
         "give more",
@@ -152,6 +156,7 @@ _QUANTIZED = (
 )
 
 _DEVICES = (
+    # Batches are handed to devices in rounds, in which none may be without one.
     Rule(
         lambda v: (
             v.device_count is None or (v.sequences // v.batch) % v.device_count == 0
@@ -165,6 +170,7 @@ _DEVICES = (
         "--refine takes one batch after the other, so no --mesh",
     ),
     Rule(
+        # Without a mesh each process would prune by itself.
         lambda v: v.coordinator is None or v.mesh,
         "--coordinator needs a --mesh of all devices, got none",
     ),
@@ -183,6 +189,7 @@ _DEVICES = (
     ),
 )
 
+# The model's code is not there, so what runs the model cannot be done.
 _STREAMED = tuple(
     not_while(
         "streams",
@@ -232,6 +239,7 @@ def check_prune(job: PruneJob) -> passes.Pass:
         "streams": job.streams,
     }
     check(_WORDS, **values)
+    # Only now, since these refuse what they cannot read.
     pattern = passes.choose_pattern(job.pruning)
     mesh = device_mesh(job.devices.mesh)
     check(
@@ -242,6 +250,7 @@ def check_prune(job: PruneJob) -> passes.Pass:
         device_count=None if mesh is None else mesh.size,
     )
     chosen = passes.choose_pass(job)
+    # Last, since it looks at the disk.
     texts.check_files(
         (*job.calibration.files, *job.evaluation.evaluate, *job.recovery.recover_text)
     )

@@ -72,6 +72,7 @@ class Solver:
 
     damping: MaybeNumber = None
     inputs: Literal["left", "dense"] = "left"
+    # Not a switch: left out is yes for methods that have it, and fits the others.
     relative: Annotated[Literal["yes", "no"] | None, UNSET] = None
     correction: MaybeNumber = None
     refine: Count = 0
@@ -91,7 +92,7 @@ class Quantization:
     """
 
     quantize: Annotated[Literal["int4", "int8"] | None, UNSET] = None
-    group: Count = 128
+    group: Count = 128  # the usual one of GPTQ and AWQ
 
     @property
     def bits(self) -> int | None:

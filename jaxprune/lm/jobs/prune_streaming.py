@@ -43,7 +43,7 @@ def prune_by_magnitude(
     costs = Costs()
     source = open_directory(job.model)
     check_globs(job.pruning.exclude, source.tensors)
-    progress_dir.check_room(job, job.recovery, source, 1)
+    progress_dir.check_room(job, job.recovery, source, 1)  # there is no progress
     measurements = None
     if job.evaluation.evaluate:
         measurements = _measure_dense(job, source, console, costs)
@@ -53,7 +53,7 @@ def prune_by_magnitude(
         written: Path, record: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
         """Measures what was written, before it takes its place."""
-        pruning.close()
+        pruning.close()  # its bar and its phase
         facts: dict[str, Any] = {}
         if measurements is not None:
             with costs.phase("evaluate after"):

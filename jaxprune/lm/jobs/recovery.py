@@ -47,7 +47,7 @@ def recover(
     """
     names = _trained_leaves(model, recovery, matrices)
     distils = recovery.recover_by == "distillation"
-    loss = None
+    loss = None  # that of the text
     if distils:
         loss = distill.from_teacher(teacher(), hidden=recovery.recover_hidden)
     settings = retrain.Settings(
@@ -70,7 +70,7 @@ def recover(
             sequences,
             settings,
             loss=loss,
-            masked=_sparse_leaves(model),
+            masked=_sparse_leaves(model),  # zeros of an earlier job stay too
             directory=work / recovery.recover_by,
             tick=tick,
         )
@@ -90,7 +90,7 @@ def _record(
         "texts": [path.name for path in recovery.recover_text or calibration.files],
         "losses": losses,
     }
-    if recovery.recover_hidden:
+    if recovery.recover_hidden:  # the record has what was used
         record["hidden"] = recovery.recover_hidden
     return record
 
@@ -130,6 +130,7 @@ def as_stored(model: LoadedModel, leaves: Set[str]) -> LoadedModel:
         stored = model.names[name].dtype
         if name not in leaves or stored == leaf.dtype:
             return leaf
+        # There and back: measured with the bits that the file has.
         return leaf.astype(stored).astype(leaf.dtype)
 
     named = tree.named_leaves(model.params)

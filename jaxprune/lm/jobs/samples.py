@@ -67,7 +67,7 @@ _RULES = (
 def encode_prompt(tokenizer: Tokenizer, prompt: str, bos: int | None) -> list[int]:
     """The tokens of a prompt after `bos`, at least one."""
     tokens = tokenizer.encode(prompt, bos=False)
-    tokens = [bos, *tokens] if bos is not None else tokens
+    tokens = [bos, *tokens] if bos is not None else tokens  # (prompt,)
     check(_PROMPT_RULES, tokens=tokens)
     return tokens
 
@@ -134,9 +134,9 @@ def choose_prompt(
             tokens = encode_prompt(tokenizer, prompt, bos)
         elif texts.windows:
             first = next(iter(texts.windows.values())).tokens[0]  # (length,)
-            most = max(1, min(_PROMPT, context - steps))
+            most = max(1, min(_PROMPT, context - steps))  # the sample must fit
             tokens = [int(token) for token in first[:most]]
-        else:
+        else:  # no text: the model begins by itself, if it can
             tokens = [] if bos is None else [bos]
     check(
         _RULES,

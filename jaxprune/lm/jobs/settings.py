@@ -101,6 +101,7 @@ class Calibration:
         """Number of sequences that the model writes itself; the last of the texts."""
         if SELF not in self.calibration:
             return 0
+        # A mixture has as many sequences of each of its texts.
         return self.sequences // (1 + len(self.files))
 
 
@@ -196,13 +197,14 @@ RULES = (
         "--recover-steps needs --recover-text FILE..., or --calibration FILE..., "
         "whose texts it then takes",
     ),
-    open_share("recover_learning_rate"),
+    open_share("recover_learning_rate"),  # Adam's, which moves each weight so far
     within(
         "recover_hidden",
         0,
         sys.float_info.max,
         "--recover-hidden must be at least 0, got {recover_hidden}",
     ),
+    # An option that would do nothing was meant to do something.
     *(
         idle_without(Recovery, option, "recover_steps", _STEPS)
         for option in (

@@ -70,6 +70,7 @@ def run_shrink(
     facts = progress_dir.job_facts(job, source, calibrated, texts.begins.why)
     facts["asked"] = job.removal.asked
     with progress_dir.hold_progress(job.work, facts):
+        # In memory to the end: it teaches, and is timed beside the small one.
         dense = model.read()
         shrinking = ModelShrinking(job, source, dense, texts, console, costs)
         shrinking.transform(page, command)
@@ -138,6 +139,7 @@ class ModelShrinking(Transformation[ShrinkJob]):
         possible = units.possible_head_units(self.source.config, self.model.config)
         narrowing = narrowing._replace(head_units=possible)
         record: dict[str, Any] = {}
+        # Layers first, then experts of those that stay, then their heads and neurons.
         if removal.search and tokens is not None:
             division = search.divide_budget(
                 self.model, narrowing, tokens, batch=batch, work=work, note=note
@@ -161,6 +163,7 @@ class ModelShrinking(Transformation[ShrinkJob]):
             small, record["experts"] = units.without_experts(
                 small, tokens, share, batch=batch
             )
+        # What is gone counts: the rest of the budget is a larger share of what stays.
         if narrowing.budget is not None and not removal.search:
             share = _remaining_budget(removal, self.model, small)
             narrowing = narrowing._replace(budget=share)
@@ -195,7 +198,7 @@ class ModelShrinking(Transformation[ShrinkJob]):
 
 def _note_narrowed(dtype: str | None, source: CheckpointDir, console: Console) -> None:
     """Names weights that are written with fewer bits than they were stored with."""
-    digits = jnp.finfo(dtype or np.float32).nmant
+    digits = jnp.finfo(dtype or np.float32).nmant  # bits of the fraction
     narrowed = [
         name
         for name, info in source.tensors.items()
@@ -216,6 +219,7 @@ def _remaining_budget(
     budget = removal.budget or 1.0
     if small.config == dense.config:
         return budget
+    # Both by the same count, since the budget is of the dense model.
     before, after = (units.count_cost(m, removal.measure) for m in (dense, small))
     return min(budget * before / after, 1.0)
 
@@ -252,7 +256,7 @@ def _sizes(model: LoadedModel) -> dict[str, int]:
 def _timed(dense: LoadedModel, small: LoadedModel, rounds: int) -> dict[str, Any]:
     """Tokens per second of both, in turn."""
     context = dense.config.context
-    steps = min(_STEPS, context // 2)
+    steps = min(_STEPS, context // 2)  # as many fit a short context
     prompt = min(_PROMPT, context - steps)
     models = {"before": dense.decoder(), "after": small.decoder()}
     with Progress(2 * rounds, "timing", unit="run", leave=False) as progress:

@@ -99,6 +99,7 @@ def _needs(
         flops += (3 if removal.search else 1) * (
             once + estimates.statistics_flops(work)
         )
+        # The inverse of each input's Hessian, and its updates.
         flops += sum(
             4.0 * rows**3 * (removal.search * 2 + 1)
             for name, (_, rows, _) in work.matrices.items()
@@ -106,6 +107,7 @@ def _needs(
         )
     if removal.search:  # three ways for heads, then one for each layer that may go
         flops += once * total
+    # Both models: a prompt, then steps one by one, which reach less of the rate.
     timed = 2 * job.evaluation.speed_rounds * work.forward(256 + 8 * 32)
     activations = 3 * work.tokens * work.wide if removal.narrowing.narrows else 0
     # The greatest of three moments: measuring, narrowing, training.

@@ -31,6 +31,7 @@ def _share(option: str) -> Rule:
 
 
 _BUDGET = (
+    # A budget and a share would be two answers to one question.
     Rule(
         lambda v: v.budget is None or 0 < v.budget < 1,
         "--budget must be a share in (0, 1), got {budget}",
@@ -46,6 +47,7 @@ _BUDGET = (
     ),
     Rule(
         lambda v: (
+            # A time is known of a whole model that was timed, not of what left it.
             v.measure != "milliseconds"
             or not (v.layers is not None or v.drop_layers or v.experts)
         ),
@@ -69,6 +71,7 @@ _SEARCH = (
         "--search finds the layers too; leave out --layers and --drop-layers",
     ),
     Rule(
+        # One sequence judges, three are calibrated on.
         lambda v: not v.search or v.sequences >= LEAST_SEQUENCES,
         f"--search needs at least {LEAST_SEQUENCES} sequences, since a quarter of them "
         "judges, got --sequences {sequences}",
@@ -140,12 +143,14 @@ _LAYERS = (
         "--drop-layers must be numbers from 0 to {last}, not all, got {dropped}",
     ),
     Rule(
+        # With one key head or one for each query head, --heads says it all.
         lambda v: not v.query_heads or v.kv_heads not in (1, v.head_count),
         "--query-heads needs several key heads with several query heads each, got "
         "{head_count} query and {kv_heads} key heads; give --heads",
     ),
 )
 _UNITS = (
+    # config.json cannot say that a layer has none.
     Rule(
         lambda v: v.lost < v.units,
         "a group must keep a unit, but --{option} {share:g} would remove all {units} "
@@ -153,16 +158,19 @@ _UNITS = (
         "give at most {most:.4g}",
     ),
     Rule(
+        # Rounded to nothing, a share would be taken for done.
         lambda v: v.lost or not v.share,
         "--{option} {share:g} of {units} {name} is less than one of them",
         "give at least {least:.4g}",
     ),
 )
+# The router picks so many of the experts for each token.
 _EXPERTS = Rule(
     lambda v: v.lost <= v.most,
     "each token is given to {used} of the {count} experts, so at most {most} can go",
     "give --experts at most {share:.4g}",
 )
+# Loaders would refuse the directory.
 _HEADS = Rule(
     lambda v: v.remaining in (*v.fit, v.count),
     "transformers takes a {family} model only where {condition}, but {remaining} of "
@@ -170,6 +178,7 @@ _HEADS = Rule(
     "give {alternatives}",
 )
 _MULTIPLE = (
+    # The nearest multiple may be all of them.
     Rule(
         lambda v: not v.ffn or v.remaining < v.width,
         "--ffn {ffn:g} with --multiple {multiple} leaves all {width} neurons",
@@ -242,10 +251,10 @@ def check_fits(removal: Removal, source: CheckpointDir, config: DecoderConfig) -
 
 def neurons_left(removal: Removal, width: int) -> int:
     """Number of neurons of a layer that `--ffn` leaves."""
-    nearest = width - round(removal.ffn * width)
+    nearest = width - round(removal.ffn * width)  # before it is made a multiple
     if nearest == width:
         return width
-    possible = multiples(removal.multiple, width)
+    possible = multiples(removal.multiple, width)  # of two as near, the larger
     return min(possible, key=lambda n: (abs(n - nearest), -n), default=width)
 
 
@@ -298,7 +307,7 @@ def _check_heads(
 ) -> None:
     """Refuses to leave so many query heads that transformers would not take them."""
     units = count_head_units(config)
-    per_unit = config.heads // units
+    per_unit = config.heads // units  # query heads
     kept = units - round(removal.heads * units)
     shared = per_unit - round(removal.query_heads * per_unit)
     fit = hf.heads_that_fit(source.config, config)

@@ -107,6 +107,7 @@ class Measurements:
         self._check_sane(any_perplexity)
 
     def _check_sane(self, any_perplexity: bool) -> None:
+        # A model may know one kind of text and not another.
         size = self.texts.vocab_size
         texts = self.perplexity
         sane = [
@@ -165,12 +166,14 @@ class Transformation(abc.ABC, Generic[AnyJob]):
         self.look_at_dense()
         with self.costs.phase(self.NAME):
             change = self.change()
+        # The same object: later stages are added to it.
         change.record["perplexity"] = self.measurements.perplexity
         with self.costs.phase("evaluate after"):
             self.measurements.measure(self.STAGE, change.model.decoder())
         if self.texts.training is not None:
             change = self._recover(change, self.texts.training)
         self.finish(change)
+        # Last, so that the record has what the result was made with.
         change.record.update(provenance.environment(command))
         self.write(change, page)
 

@@ -149,6 +149,7 @@ def without_experts(
             model.graphdef, model.params, tokens, batch=batch, tick=progress.update
         )  # (layers, experts) both
     remaining = count - round(share * count)
+    # Of equal scores the first stays.
     highest = np.argsort(-scores, axis=1, kind="stable")[:, :remaining]
     kept = np.sort(highest, axis=1).tolist()
     config, params = hf.keep_experts(model.config, model.params, kept)
@@ -271,6 +272,7 @@ def _request(
         groups = {n: weights[role] for n, role in roles.items() if weights.get(role)}
         budget, measure = narrowing.budget, narrowing.measure
         request = {"budget": budget, "measure": measure, "groups": groups}
+        # A share of the heads is checked by the command; a budget chooses it here.
         sizes["heads"] = [*narrowing.head_units]
     return request | {"sizes": {n: sizes[r] for n, r in roles.items() if r in sizes}}
 
