@@ -8,11 +8,16 @@ import tyro
 
 from jaxprune.arrays.rules import Rule, check, within
 from jaxprune.lm.cli.options import Options
-from jaxprune.lm.jobs import samples
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.opening import note_ignored, open_for_job, text_beginning
 from jaxprune.lm.jobs.option_rules import SEED, at_least, option_values
 from jaxprune.lm.jobs.option_types import Count, MaybeCount, ModelPath, Number
+from jaxprune.lm.jobs.samples import (
+    Sampling,
+    decode_sample,
+    draw_tokens,
+    encode_prompt,
+)
 from jaxprune.lm.jobs.settings import Devices, Loading, LoadingGroup
 from jaxprune.lm.models import hf
 
@@ -67,21 +72,22 @@ class Sample(Options):
         vocab_size, context = model.config.vocab_size, model.config.context
         _, begins = text_beginning(tokenizer, self.loading, vocab_size)
         # Its tokenizer begins with BOS where the options or the directory say so.
-        prompt = samples.encode_prompt(tokenizer, self.prompt, begins.token)
+        prompt = encode_prompt(tokenizer, self.prompt, begins.token)
         length, steps = len(prompt), self.steps
         total = length + steps
         check([_FITS], context=context, length=length, steps=steps, total=total)
         note_ignored(model, console)
-        sampling = samples.Sampling(steps, self.temperature, self.top_k, self.seed)
+        sampling = Sampling(steps, self.temperature, self.top_k, self.seed)
         decoder = model.read().decoder()  # only now are the weights read
-        sample = samples.sample_text(decoder, tokenizer, prompt, sampling)
+        tokens = draw_tokens(decoder, prompt, sampling)
+        text = decode_sample(tokenizer, prompt, tokens)
         console.note(f"the prompt begins with {begins.why}")
-        console.say(sample.text)
+        console.say(text)
         return {
-            "text": sample.text,
+            "text": text,
             "prompt": self.prompt,
             "bos": begins.why,
-            "tokens": sample.tokens,
+            "tokens": tokens,
             "seed": self.seed,
             "ignored_config": model.ignored,
         }

@@ -118,24 +118,37 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     training = None
     if trained:
         # Rows that were not drawn are held out, unless other texts are evaluated.
-        parts = drawn.parts if drawn and not evaluation.evaluate else ()
-        from_texts = _without_rows([by_path[path] for path in trained], files, parts)
+        rows = drawn.parts if drawn and not evaluation.evaluate else ()
+        from_texts = _without_rows([by_path[path] for path in trained], files, rows)
         training = _draw_training(recovery, calibration, from_texts, begins.token)
         roles = _roles_of_trained(roles, evaluated, from_texts)
-    windows = {
-        name: perplexity.windows(
-            text,
-            context=calibration.length,
-            bos=begins.token,
-            limit=evaluation.limit,
-            longest=config.context,
-        )
-        for name, text in evaluated.items()
-    }
+    windows = _windows(
+        calibration.length, evaluation.limit, config.context, begins, evaluated
+    )
     return JobTexts(
         *(tokenizer, begins, files, drawn, windows, roles, training),
         vocab_size=config.vocab_size,
     )
+
+
+def _windows(
+    length: int,
+    limit: int,
+    longest: int,
+    begins: Beginning,
+    evaluated: Mapping[str, texts.AnyText],
+) -> dict[str, perplexity.Windows]:
+    """The windows of each text that is evaluated, as long as a sequence."""
+    return {
+        name: perplexity.windows(
+            text,
+            context=length,
+            bos=begins.token,
+            limit=limit,
+            longest=longest,
+        )
+        for name, text in evaluated.items()
+    }
 
 
 def optional_tokenizer(source: CheckpointDir) -> hf.Tokenizer | None:

@@ -18,7 +18,6 @@ from jaxprune.lm.jobs import (
     passes,
     progress_dir,
     provenance,
-    samples,
 )
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.exclusions import check_globs, prunable_leaf
@@ -31,6 +30,12 @@ from jaxprune.lm.jobs.prune_record import (
 )
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.recovery import as_stored
+from jaxprune.lm.jobs.samples import (
+    Sampling,
+    choose_prompt,
+    decode_sample,
+    draw_tokens,
+)
 from jaxprune.lm.jobs.transformation import Change, Transformation
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
@@ -59,9 +64,8 @@ def begin_pruning(
         copies = 3 if job.solver.refine else 2
         progress_dir.check_room(job, job.recovery, source, copies)
     note_ignored(model, console)
-    prompt = samples.choose_prompt(
-        job.evaluation, job.loading, texts, model.config.context
-    )
+    context = model.config.context
+    prompt = choose_prompt(job.evaluation, job.loading, texts, context)
     return ModelPruning(
         *(job, source, model, texts, console, costs),
         chosen=chosen,
@@ -169,14 +173,10 @@ class ModelPruning(Transformation[PruneJob]):
         tokenizer = self.texts.tokenizer
         if self.prompt is None or tokenizer is None:
             return
-        text = samples.sample_text(
-            model.decoder(),
-            tokenizer,
-            self.prompt,
-            samples.Sampling(
-                self.job.evaluation.prompt_steps, seed=self.job.calibration.seed
-            ),
-        ).text
+        steps, seed = self.job.evaluation.prompt_steps, self.job.calibration.seed
+        sampling = Sampling(steps, seed=seed)
+        tokens = draw_tokens(model.decoder(), self.prompt, sampling)
+        text = decode_sample(tokenizer, self.prompt, tokens)
         self.samples.append({"label": stage, "text": text})
 
     def _written(self, dense: LoadedModel) -> np.ndarray:

@@ -39,7 +39,7 @@ def _setting(option: str, methods: str, is_given: Any) -> Rule:
     )
 
 
-_WORDS = (
+WORDS = (
     # What a method does not have would be left out without a word.
     _setting("damping", _SOLVERS, lambda v: v.damping is not None),
     Rule(
@@ -218,6 +218,13 @@ _STREAMED = tuple(
 )
 
 
+RULES = (
+    *(*_SHARES, *settings.RULES, *_NUMBERS, *_QUANTIZED),
+    *(*_DEVICES, *_STREAMED),
+)
+"""What the options keep among themselves, with the pattern read as `units`."""
+
+
 def check_prune(job: PruneJob) -> passes.Pass:
     """Refuses what can be refused without opening the model.
 
@@ -238,12 +245,12 @@ def check_prune(job: PruneJob) -> passes.Pass:
         "self_sequences": job.calibration.self_sequences,
         "streams": job.streams,
     }
-    check(_WORDS, **values)
+    check(WORDS, **values)
     # Only now, since these refuse what they cannot read.
     pattern = passes.choose_pattern(job.pruning)
     mesh = device_mesh(job.devices.mesh)
     check(
-        (*_SHARES, *settings.RULES, *_NUMBERS, *_QUANTIZED, *_DEVICES, *_STREAMED),
+        RULES,
         **values | {"pattern": passes.pattern_word(pattern)},
         units=pattern,
         fixed=pattern.sparsity,

@@ -35,18 +35,6 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-class Sample(NamedTuple):
-    """What a model wrote.
-
-    Attributes:
-      text: prompt and tokens in words, up to one that ends a text.
-      tokens: all tokens that were drawn.
-    """
-
-    text: str
-    tokens: list[int]
-
-
 _PROMPT_RULES = (
     Rule(lambda v: v.tokens, "--prompt must have at least one token, got none"),
 )
@@ -72,19 +60,16 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, bos: int | None) -> list[in
     return tokens
 
 
-def sample_text(
-    decoder: Decoder, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling
-) -> Sample:
-    """What a model draws after a prompt, as `generate` draws it.
+def draw_tokens(decoder: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
+    """The tokens that a model draws after a prompt, as `generate` draws them.
 
     Args:
       decoder: model that writes.
-      tokenizer: tokenizer of the model.
       prompt: tokens of the prompt, at least one.
       sampling: number of tokens and how they are drawn.
 
     Returns:
-      The text and the tokens.
+      The tokens behind the prompt.
     """
     written = generate(
         decoder,
@@ -94,8 +79,7 @@ def sample_text(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
     )  # (1, prompt + steps)
-    tokens = [int(token) for token in processes.fetch(written)[0, len(prompt) :]]
-    return Sample(decode_sample(tokenizer, prompt, tokens), tokens)
+    return [int(token) for token in processes.fetch(written)[0, len(prompt) :]]
 
 
 def decode_sample(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:

@@ -124,7 +124,7 @@ def test_a_disk_without_room_is_told_first(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_in_the_way_is_told_by_the_word_of_the_command(place, capsys):
+def test_a_matrix_that_a_pattern_does_not_fit_is_refused_with_exclude(place, capsys):
     words = ["prune", place / "model", place / "free", "--method", "magnitude"]
     code, _, err = run(capsys, *words, "--pattern", "3:7")
     assert code == 1
@@ -166,7 +166,7 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"jaxprune {version}\n"
 
 
-def test_who_reads_may_stop(place, monkeypatch, capsys):
+def test_a_closed_stdout_is_no_failure(place, monkeypatch, capsys):
     class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError(32, "Broken pipe")
@@ -177,7 +177,7 @@ def test_who_reads_may_stop(place, monkeypatch, capsys):
 
 
 @pytest.mark.full
-def test_what_is_said_to_nobody_stops_no_job(place, tmp_path):
+def test_a_closed_stderr_stops_no_job(place, tmp_path):
     read, write = os.pipe()
     os.close(read)
     words = ["--method", "magnitude", "--sparsity", "0.5"]
