@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tyro")
 
 from jaxprune.arrays.rules import check, error
-from jaxprune.lm.jobs import option_rules, prune_rules, settings, shrink_rules
+from jaxprune.lm.jobs import option_rules, prune_rules, shrink_rules
 from jaxprune.lm.jobs.prune_settings import Calibration, PruneJob, Solver
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.masking import patterns
@@ -21,21 +21,10 @@ DERIVED = {
     "device_count": 2,
     "sparsity": 0.25,
 }
-PRUNE = [
-    rule
-    for table in (
-        "_WORDS",
-        "_SHARES",
-        "_NUMBERS",
-        "_QUANTIZED",
-        "_DEVICES",
-        "_STREAMED",
-    )
-    for rule in getattr(prune_rules, table)
-]
+PRUNE = [*prune_rules.WORDS, *prune_rules.RULES]
 
 
-@pytest.mark.parametrize("rule", [*PRUNE, *settings.RULES], ids=lambda r: r.sentence)
+@pytest.mark.parametrize("rule", PRUNE, ids=lambda rule: rule.sentence)
 def test_each_sentence_of_a_pruning_can_be_filled_in_and_ends_without_a_stop(rule):
     values = option_rules.option_values(PruneJob(**PLACES)) | DERIVED
     sentence = str(error(rule, **values))
@@ -43,7 +32,7 @@ def test_each_sentence_of_a_pruning_can_be_filled_in_and_ends_without_a_stop(rul
     assert not sentence.endswith(".")
 
 
-@pytest.mark.parametrize("rule", shrink_rules.RULES, ids=lambda r: r.sentence)
+@pytest.mark.parametrize("rule", shrink_rules.RULES, ids=lambda rule: rule.sentence)
 def test_each_sentence_of_a_shrinking_can_be_filled_in_and_ends_without_a_stop(rule):
     sentence = str(error(rule, **option_rules.option_values(ShrinkJob(**PLACES))))
     assert "{" not in sentence
