@@ -114,7 +114,7 @@ class ModelPruning(Transformation[PruneJob]):
         """Measures the dense model and lets it write: a sample, a calibration."""
         with self.costs.phase("evaluate before"):
             dense = self.model.read()  # freed when this is done
-            self.measure_dense(dense.decoder())
+            self.measurements.measure_dense(dense.decoder())
             self._sample("dense", dense)
         if self.job.calibration.self_sequences:
             with self.costs.phase("write calibration"):

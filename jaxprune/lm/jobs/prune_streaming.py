@@ -92,9 +92,9 @@ def _measure_dense(
     texts = inputs.read_texts(job, source)
     model = open_for_job(job.model, job.loading, job.devices)
     note_ignored(model, console)
-    measurements = Measurements(texts, job.calibration.batch, console)
+    measurements = Measurements(
+        texts, job.calibration.batch, job.evaluation.any_perplexity, console
+    )
     with costs.phase("evaluate before"):
-        measurements.measure_dense(
-            model.read().decoder(), any_perplexity=job.evaluation.any_perplexity
-        )
+        measurements.measure_dense(model.read().decoder())
     return measurements

@@ -62,12 +62,14 @@ class Measurements:
     Attributes:
       texts: what is evaluated.
       batch: number of windows that the model sees at once.
+      any_perplexity: whether a dense model that knows nothing is accepted.
       console: where a result is noted.
       perplexity: name of a text to how it is evaluated and what each stage gave.
     """
 
     texts: JobTexts
     batch: int
+    any_perplexity: bool
     console: Console
     perplexity: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -84,12 +86,11 @@ class Measurements:
             self.perplexity[name][stage] = result
         return results
 
-    def measure_dense(self, decoder: Decoder, *, any_perplexity: bool) -> None:
+    def measure_dense(self, decoder: Decoder) -> None:
         """Measures the model as it is, and refuses one that knows nothing.
 
         Args:
           decoder: dense model.
-          any_perplexity: whether one that knows nothing is accepted.
 
         Raises:
           ValueError: it predicts no text better than a guess by frequency.
@@ -104,9 +105,9 @@ class Measurements:
                 f"{name} ({text['role']}; {result['tokens']} tokens, context "
                 f"{text['context']}, {self.texts.begins.why})"
             )
-        self._check_sane(any_perplexity)
+        self._check_sane()
 
-    def _check_sane(self, any_perplexity: bool) -> None:
+    def _check_sane(self) -> None:
         # A model may know one kind of text and not another.
         size = self.texts.vocab_size
         texts = self.perplexity
@@ -119,7 +120,7 @@ class Measurements:
             f"guessing by frequency has {format_perplexity(text['by_frequency'])}"
             for name, text in texts.items()
         )
-        accepted = any_perplexity or not texts or any(sane)
+        accepted = self.any_perplexity or not texts or any(sane)
         check([_SANE], sane=accepted, results=results, vocab_size=size)
 
 
@@ -153,8 +154,12 @@ class Transformation(abc.ABC, Generic[AnyJob]):
 
     def __post_init__(self) -> None:
         """Begins with nothing measured."""
-        batch = self.job.calibration.batch
-        self.measurements = Measurements(self.texts, batch, self.console)
+        self.measurements = Measurements(
+            self.texts,
+            self.job.calibration.batch,
+            self.job.evaluation.any_perplexity,
+            self.console,
+        )
 
     def transform(self, page: Page, command: str) -> None:
         """Takes the job from the dense model to its directory.
@@ -180,12 +185,7 @@ class Transformation(abc.ABC, Generic[AnyJob]):
     def look_at_dense(self) -> None:
         """Measures the dense model, while its parameters are in memory."""
         with self.costs.phase("evaluate before"):
-            self.measure_dense(self.model.decoder())
-
-    def measure_dense(self, decoder: Decoder) -> None:
-        """Measures the dense model, and refuses one that knows nothing."""
-        accepted = self.job.evaluation.any_perplexity
-        self.measurements.measure_dense(decoder, any_perplexity=accepted)
+            self.measurements.measure_dense(self.model.decoder())
 
     @abc.abstractmethod
     def change(self) -> Change:
