@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from jaxprune.arrays import processes
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.prune_settings import Devices
+from jaxprune.lm.jobs.prune_settings import PruneDevices
 
 _START_FLAGS = ("--coordinator", "--processes", "--process-id")
 
@@ -25,7 +25,7 @@ _SAME = Rule(
 
 @contextlib.contextmanager
 def join_processes(
-    devices: Devices, console: Console, arguments: Sequence[str]
+    devices: PruneDevices, console: Console, arguments: Sequence[str]
 ) -> Iterator[None]:
     """Joins the other processes; all but the first are silent inside.
 

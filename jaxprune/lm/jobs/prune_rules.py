@@ -15,8 +15,8 @@ from jaxprune.lm.jobs.option_rules import (
     option_values,
 )
 from jaxprune.lm.jobs.prune_settings import (
-    Calibration,
-    Evaluation,
+    PruneCalibration,
+    PruneEvaluation,
     PruneJob,
     Quantization,
     Solver,
@@ -118,7 +118,7 @@ _NUMBERS = (
         Quantization, "group", "quantize", "--quantize int4, whose scales it is for"
     ),
     idle_without(
-        Calibration,
+        PruneCalibration,
         "calibration_temperature",
         "self_sequences",
         "--calibration self",
@@ -210,7 +210,7 @@ _STREAMED = tuple(
         (  # 0 asks for no sample, and there is none
             "prompt_steps",
             "--prompt-steps",
-            lambda v: v.prompt_steps not in (0, Evaluation.prompt_steps),
+            lambda v: v.prompt_steps not in (0, PruneEvaluation.prompt_steps),
         ),
         ("refine", "--refine", None),
         ("recover_steps", "--recover-steps", None),

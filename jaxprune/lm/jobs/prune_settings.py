@@ -5,7 +5,6 @@ from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
-from jaxprune.lm.jobs import settings
 from jaxprune.lm.jobs.option_types import (
     UNSET,
     Count,
@@ -15,7 +14,15 @@ from jaxprune.lm.jobs.option_types import (
     Names,
     Number,
 )
-from jaxprune.lm.jobs.settings import Job, Loading, LoadingGroup, Recovery
+from jaxprune.lm.jobs.settings import (
+    Calibration,
+    Devices,
+    Evaluation,
+    Job,
+    Loading,
+    LoadingGroup,
+    Recovery,
+)
 
 MethodName: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 """The methods by the names that the command gives them."""
@@ -101,7 +108,7 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibration(settings.Calibration):
+class PruneCalibration(Calibration):
     """The texts that show what the model is for.
 
     Attributes:
@@ -113,7 +120,7 @@ class Calibration(settings.Calibration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation(settings.Evaluation):
+class PruneEvaluation(Evaluation):
     """What the model is measured by, before and after.
 
     Attributes:
@@ -127,7 +134,7 @@ class Evaluation(settings.Evaluation):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Devices(settings.Devices):
+class PruneDevices(Devices):
     """What the model runs on.
 
     Attributes:
@@ -155,11 +162,11 @@ class PruneJob(Job):
         default_factory=Solver
     )
     quantization: Quantization = dataclasses.field(default_factory=Quantization)
-    calibration: Calibration = dataclasses.field(default_factory=Calibration)
-    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    calibration: PruneCalibration = dataclasses.field(default_factory=PruneCalibration)
+    evaluation: PruneEvaluation = dataclasses.field(default_factory=PruneEvaluation)
     recovery: Recovery = dataclasses.field(default_factory=Recovery)
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
-    devices: Devices = dataclasses.field(default_factory=Devices)
+    devices: PruneDevices = dataclasses.field(default_factory=PruneDevices)
 
     @property
     def streams(self) -> bool:

@@ -10,7 +10,7 @@ from jaxprune.arrays import processes
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.opening import text_beginning
-from jaxprune.lm.jobs.prune_settings import Evaluation
+from jaxprune.lm.jobs.prune_settings import PruneEvaluation
 from jaxprune.lm.jobs.settings import Loading
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.generate import generate
@@ -92,7 +92,7 @@ def decode_sample(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) ->
 
 
 def choose_prompt(
-    evaluation: Evaluation, loading: Loading, texts: JobTexts, context: int
+    evaluation: PruneEvaluation, loading: Loading, texts: JobTexts, context: int
 ) -> list[int] | None:
     """The tokens before the samples of a pruning, or None where none is made.
 

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from jaxprune.lm.jobs import settings
 from jaxprune.lm.jobs.option_types import (
     Count,
     Counts,
@@ -13,7 +12,9 @@ from jaxprune.lm.jobs.option_types import (
     Switch,
 )
 from jaxprune.lm.jobs.settings import (
+    Calibration,
     Devices,
+    Evaluation,
     Job,
     Loading,
     LoadingGroup,
@@ -85,7 +86,7 @@ class Removal:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibration(settings.Calibration):
+class ShrinkCalibration(Calibration):
     """The texts that show what the model is for."""
 
     sequences: Count = 32  # a search of layers reads them many times
@@ -93,7 +94,7 @@ class Calibration(settings.Calibration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation(settings.Evaluation):
+class ShrinkEvaluation(Evaluation):
     """What the model is measured by, before and after.
 
     Attributes:
@@ -108,8 +109,10 @@ class ShrinkJob(Job):
     """A model that becomes smaller."""
 
     removal: Removal = dataclasses.field(default_factory=Removal)
-    calibration: Calibration = dataclasses.field(default_factory=Calibration)
-    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    calibration: ShrinkCalibration = dataclasses.field(
+        default_factory=ShrinkCalibration
+    )
+    evaluation: ShrinkEvaluation = dataclasses.field(default_factory=ShrinkEvaluation)
     recovery: Recovery = dataclasses.field(default_factory=Recovery)
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
     devices: Devices = dataclasses.field(default_factory=Devices)

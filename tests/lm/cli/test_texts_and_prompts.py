@@ -37,10 +37,10 @@ def begun(model, out, calibration, *, prompt=None, bos=False):
         model=model,
         out=out,
         pruning=settings.Pruning(method="sparsegpt", sparsity=0.5),
-        calibration=settings.Calibration(
+        calibration=settings.PruneCalibration(
             calibration=(calibration,), sequences=8, length=16, batch=4
         ),
-        evaluation=settings.Evaluation(prompt=prompt, prompt_steps=8),
+        evaluation=settings.PruneEvaluation(prompt=prompt, prompt_steps=8),
         loading=settings.Loading(bos=bos),
     )
     return begin_pruning(job, check_prune(job), Console(quiet=True))
@@ -94,7 +94,7 @@ def test_a_prompt_without_a_tokenizer_is_refused(rows, tmp_path, capsys):
 
 def test_a_sample_fits_a_model_of_as_many_tokens_as_it_has(place, tmp_path, capsys):
     model = tiny_cli.model(tmp_path / "model")
-    steps = settings.Evaluation.prompt_steps
+    steps = settings.PruneEvaluation.prompt_steps
     tiny_hf.edit(model, max_position_embeddings=steps)
     words = ["prune", model, tmp_path / "out", *SMALL, "--plan"]
     code, *_ = run(capsys, *words, "--calibration", place / "a.txt")
