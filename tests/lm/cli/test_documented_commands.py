@@ -18,7 +18,7 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LAYERS = 16  # the docs leave 14
