@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.gemma import PACKAGES
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CELLS = [
     "torch_sparsegpt_0.6",
     "jax_sparsegpt_0.6",
