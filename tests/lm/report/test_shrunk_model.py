@@ -3,9 +3,9 @@ import json
 
 import numpy as np
 import pytest
-from tests.report.test_pruned_model import Page
 
 from jaxprune.lm.report import shrunk_model
+from tests.lm.report.test_pruned_model import Page
 
 BEFORE = {
     "parameters": 1000, "bytes": 4000, "layers": 3, "heads": 4, "kv_heads": 2,
