@@ -61,12 +61,61 @@ def error(rule: Rule, /, **values: Any) -> Exception:
     """The exception of a rule, with its sentence filled in; not raised yet."""
     if rule.details is not None:
         values |= rule.details(SimpleNamespace(**values))
-    ways_out = rule.hint, rule.command or rule.hint
-    python, command = (
-        "; ".join(filter(None, [rule.sentence, way_out])).format(**values)
-        for way_out in ways_out
+    sentence, hint, command = (
+        text.format(**values) for text in (rule.sentence, rule.hint, rule.command)
     )
-    exception = rule.error(python)
+    return refusal(sentence, hint, command, rule.error)
+
+
+def refusal(
+    sentence: str,
+    hint: str = "",
+    command: str = "",
+    error: type[Exception] = ValueError,
+) -> Exception:
+    """An exception that says the way out in Python's words and in the command's.
+
+    Args:
+      sentence: the rule and the value.
+      hint: the way out for a caller in Python.
+      command: the way out for a user of the command; empty where it is the same.
+      error: type of the exception.
+
+    Returns:
+      The exception; not raised yet.
+    """
+    exception = error("; ".join(filter(None, [sentence, hint])))
+    words = "; ".join(filter(None, [sentence, command or hint]))
+    exception.command = words  # type: ignore[attr-defined]
+    return exception
+
+
+def command_words(error: BaseException) -> str:
+    """What an exception says to a user of the command: in its words where it has any.
+
+    Example:
+      >>> rule = Rule(bool, "a seed is needed", "pass seed=0", "give --seed 0")
+      >>> command_words(error(rule)), command_words(ValueError("no seed"))
+      ('a seed is needed; give --seed 0', 'no seed')
+    """
+    return getattr(error, "command", "") or str(error)
+
+
+def reworded(
+    error: Exception, exception_type: type[Exception], prefix: str = ""
+) -> Exception:
+    """An error of another type, behind a prefix, in the words of both.
+
+    Args:
+      error: exception that was caught.
+      exception_type: type of the new one.
+      prefix: text before its sentence, such as the file that it is about.
+
+    Returns:
+      The exception; not raised yet.
+    """
+    exception = exception_type(f"{prefix}{error}")
+    command = f"{prefix}{command_words(error)}"
     exception.command = command  # type: ignore[attr-defined]
     return exception
 

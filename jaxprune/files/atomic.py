@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxprune.arrays import rules
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.files.safetensors_file import read_json
 from jaxprune.files.sink import Sink
@@ -272,7 +273,7 @@ def _check_still_free(place: Path, replaceable: Replaceable | None) -> None:
     try:
         check_free(place, replaceable)
     except ValueError as error:  # the same run ends well once the place is free
-        raise FileExistsError(str(error)) from None
+        raise rules.reworded(error, FileExistsError) from None
 
 
 def check_free(place: Path, replaceable: Replaceable | None) -> None:
@@ -281,10 +282,10 @@ def check_free(place: Path, replaceable: Replaceable | None) -> None:
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     reason: str | None = "there is something already"
-    way = ", or pass overwrite=True if it is an earlier result"
+    ways = [f", or {way} if it is an earlier result" for way in _OVERWRITE]
     if replaceable is not None:
-        reason, way = replaceable(place), ""
-    check(_REPLACEABLE, place=place, reason=reason, way=way)
+        reason, ways = replaceable(place), ["", ""]
+    check(_REPLACEABLE, place=place, reason=reason, python=ways[0], command=ways[1])
 
 
 def _place(partial: Path, place: Path) -> None:
@@ -355,5 +356,7 @@ _MOVABLE = (
 _REPLACEABLE = Rule(
     lambda v: not v.reason,
     "the result must not destroy what is at '{place}', but {reason}",
-    "choose another place{way}",
+    "choose another place{python}",
+    "choose another place{command}",
 )
+_OVERWRITE = "pass overwrite=True", "give --overwrite"

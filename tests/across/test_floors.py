@@ -38,8 +38,9 @@ FLOORS: dict[str, set[str]] = {
     "lm.measure": {"flax"},
     "lm.recovery": {"flax"},
     "lm.shrinking": {"flax"},
+    "lm.jobs": {"flax", "tyro"},
     "lm.report": {"jinja2", "matplotlib"},
-    "lm.cli": {"flax", "tyro"},
+    "lm.cli": {"tyro"},
     "lm.__init__": set(),
     "__main__": set(),
 }

@@ -4,7 +4,17 @@ import math
 
 import pytest
 
-from jaxprune.arrays.rules import Rule, check, excludes, finds_none, needs, within
+from jaxprune.arrays.rules import (
+    Rule,
+    check,
+    command_words,
+    excludes,
+    finds_none,
+    needs,
+    refusal,
+    reworded,
+    within,
+)
 
 RULES = (
     within("share", 0, 1, "share must lie in [0, 1], got {share}", "give 0.5"),
@@ -55,3 +65,14 @@ def test_all_that_breaks_a_rule_is_named_at_once():
 def test_a_rule_names_its_error():
     with pytest.raises(TypeError):
         check(RULES, **{**NONE, "share": 0.25})
+
+
+def test_a_refusal_says_the_way_out_to_both():
+    refused = refusal("no place", "pass place=", "give --place", OSError)
+    assert isinstance(refused, OSError)
+    assert str(refused) == "no place; pass place="
+    assert command_words(refused) == "no place; give --place"
+    moved = reworded(refused, ValueError, "'a': ")
+    assert str(moved) == "'a': no place; pass place="
+    assert command_words(moved) == "'a': no place; give --place"
+    assert command_words(KeyError("x")) == "'x'"

@@ -307,7 +307,7 @@ def _index(directory: Path) -> dict[str, str] | None:
     if not (directory / INDEX).is_file():
         return None
     path = _inside(directory, INDEX)
-    weight_map = read_json(path).get("weight_map")
+    weight_map: Any = read_json(path).get("weight_map")
     rules.check([_WEIGHT_MAP], path=path, weight_map=weight_map)
     files = sorted({*weight_map.values()})
     rules.check(

@@ -62,12 +62,14 @@ _CHOSEN = (
         "weights to prune must be of two bytes or more, but {narrow} are {dtype}",
         "save the model in bfloat16, or leave them out with "
         "prunable=jp.tree.excluding('...')",
+        "save the model in bfloat16, or leave them out with --exclude '...'",
     ),
 )
 _FITS = Rule(
     lambda v: not v.problems,
     "{problems}",
     "leave such tensors out with prunable=jp.tree.excluding('...')",
+    "leave such tensors out with --exclude '...'",
 )
 
 

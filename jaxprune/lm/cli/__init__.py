@@ -10,19 +10,20 @@ import operator
 import sys
 import traceback
 from collections.abc import Sequence
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import tyro
 
 from jaxprune.arrays.console_progress import to_nowhere
-from jaxprune.lm.cli import option_groups, parse
+from jaxprune.arrays.rules import command_words
 from jaxprune.lm.cli.compact import Compact, Expand
-from jaxprune.lm.cli.console import Console
 from jaxprune.lm.cli.eval import Evaluate
 from jaxprune.lm.cli.inspect import Inspect
 from jaxprune.lm.cli.prune import Prune
 from jaxprune.lm.cli.sample import Sample
 from jaxprune.lm.cli.shrink import Shrink
+from jaxprune.lm.jobs.console import Console
 
 __all__ = ["main"]
 
@@ -44,8 +45,13 @@ _ABOUT = (
     "  jaxprune --version             the version\n"
     "  jaxprune --tyro-write-completion bash FILE    completion for bash, zsh or fish"
 )
-# Options are set by their flags alone, and no value is spelled "None".
-_STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+# Options are set by their flags alone, whatever group they are in, and no value is
+# spelled "None".
+_STYLE = (
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.DisallowNone,
+    tyro.conf.OmitArgPrefixes,
+)
 
 # A RuntimeError is JAX's: no such device, or none of its memory is left.
 _REFUSALS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
@@ -55,40 +61,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-      arguments: without the program's name; those of the process if left out.
+      arguments: words without the program's name; those of the process if left out.
 
     Returns:
       The exit code.
 
     Example:
-      >>> from jaxprune import cli
+      >>> from jaxprune.lm import cli
       >>> cli.main(["expand", "no-such-file", "out"])
       1
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments == ["--version"]:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Not an option of tyro, which would list it for each subcommand.
+    if words == ["--version"]:
         print(f"jaxprune {importlib.metadata.version('jaxprune')}")
         return 0
     try:
-        code = _ran(arguments)
+        code = _run(words)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        to_nowhere(sys.stdout)  # who reads has seen enough
+        to_nowhere(sys.stdout)  # the reader of the pipe has seen enough
         return 0
 
 
-def _ran(arguments: list[str]) -> int:
+def _run(words: list[str]) -> int:
     """The exit code of a subcommand, of help and of wrong usage."""
     try:
-        command = _parsed(arguments)
+        command = _parse(words)
     except SystemExit as stop:
         code = stop.code or 0  # a text is wrong usage
         return code if isinstance(code, int) else 2
+    # From here on a failure is one sentence, and stdout has a result or nothing.
     console = Console(quiet=command.json)
     try:
-        console.finish(command.run(console, arguments))
-    except BrokenPipeError:
+        console.finish(command.run(console, words))
+    except BrokenPipeError:  # an OSError, but no refusal
         raise
     except KeyboardInterrupt:
         console.note("jaxprune: interrupted")
@@ -96,31 +104,36 @@ def _ran(arguments: list[str]) -> int:
     except _REFUSALS as error:
         if command.debug:
             traceback.print_exc()
-        text = " ".join(str(error).split()) or type(error).__name__
-        console.fail(f"jaxprune {arguments[0]}: {parse.spoken(text)}")
+        # JAX's errors have several lines.
+        sentence = " ".join(command_words(error).split()) or type(error).__name__
+        console.fail(f"jaxprune {words[0]}: {sentence}")
         return 1
     return 0
 
 
-def _parsed(arguments: list[str]) -> Any:
+def _parse(words: list[str]) -> Any:
     """The subcommand with its options; leaves the process for help and wrong usage."""
-    if arguments and (command := _COMMANDS.get(arguments[0])):
-        twin = option_groups.nested(command, whole=True)
-        prog = f"jaxprune {arguments[0]}"
-        filled = tyro.cli(twin, prog=prog, args=arguments[1:], config=_STYLE)
-        return option_groups.flat(command, filled)
+    if words and (command := _COMMANDS.get(words[0])):
+        return tyro.cli(
+            command,
+            prog=f"jaxprune {words[0]}",
+            description=f"{_described(command)}\n\nFor example:\n  {command.EXAMPLE}",
+            args=words[1:],
+            config=_STYLE,
+        )
     # No subcommand: this ends in a list of them, or in a script for completion.
-    twins: list[Any] = [
-        Annotated[
-            option_groups.nested(command, whole=False), tyro.conf.subcommand(name)
-        ]
-        for name, command in _COMMANDS.items()
-    ]
-    any_of_them: Any = functools.reduce(operator.or_, twins)
+    choices: list[Any] = []
+    for name, command in _COMMANDS.items():
+        summary = _described(command).partition("\n\n")[0]
+        choice = tyro.conf.subcommand(name, description=summary)
+        choices.append(Annotated[command, choice])
+    union: Any = functools.reduce(operator.or_, choices)
     return tyro.cli(
-        any_of_them,
-        prog="jaxprune",
-        description=_ABOUT,
-        args=arguments,
-        config=_STYLE,
+        union, prog="jaxprune", description=_ABOUT, args=words, config=_STYLE
     )
+
+
+def _described(command: type[Any]) -> str:
+    """What a subcommand's docstring says, without the section on its options."""
+    text = cleandoc(command.__doc__ or "")
+    return text.partition("Attributes:\n")[0].rstrip()

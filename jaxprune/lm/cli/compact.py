@@ -1,14 +1,13 @@
 """`jaxprune compact` and `jaxprune expand`: a directory in one file, and back."""
 
 import dataclasses
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-import tyro
+from typing import Any, ClassVar
 
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.checkpoints.compact import compact, expand
-from jaxprune.lm.cli.console import Console, Options, byte_progress
+from jaxprune.lm.cli.options import Options
+from jaxprune.lm.jobs.console import Console, byte_progress
+from jaxprune.lm.jobs.option_types import FilePath, ModelPath, OutPath, Switch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,13 +24,14 @@ class Compact(Options):
 
     EXAMPLE: ClassVar = "jaxprune compact OUT model.jaxprune"
 
-    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
-    overwrite: bool = False
+    model: ModelPath
+    file: FilePath
+    overwrite: Switch = False
 
-    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+    def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Packs the directory; the sizes."""
         source = open_directory(self.model)
+        # Read once to count what each tensor needs, and once to write it.
         with byte_progress(2 * source.size, "packing") as progress:
             result = compact(
                 source, self.file, overwrite=self.overwrite, progress=progress
@@ -60,12 +60,13 @@ class Expand(Options):
 
     EXAMPLE: ClassVar = "jaxprune expand model.jaxprune RESTORED"
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    file: FilePath
+    out: OutPath
 
-    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+    def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Writes the directory; the names of its files."""
         paths = expand(self.file, self.out)
         console.say(f"'{self.out}': {len(paths)} files, checked by their SHA-256")
+        # With "/" on each system, as in the file.
         names = [path.relative_to(self.out.resolve()).as_posix() for path in paths]
         return {"out": str(self.out), "files": names}

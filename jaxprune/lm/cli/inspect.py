@@ -2,20 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args
-
-import tyro
+from typing import Any, ClassVar, get_args
 
 from jaxprune.arrays.messages import columns
+from jaxprune.arrays.rules import command_words
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.checkpoints.compact_sizes import Sizes, directory_sizes, packed_bytes
-from jaxprune.lm.cli import parse
-from jaxprune.lm.cli.console import Console, Options
+from jaxprune.lm.cli.options import Options
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.exclusions import check_globs, why_kept
+from jaxprune.lm.jobs.option_types import MaybeNumber, ModelPath, Names
+from jaxprune.lm.jobs.prune_settings import MethodName
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.masking import counts
-from jaxprune.posttraining.passes.pruning import Name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,54 +33,52 @@ class Inspect(Options):
 
     EXAMPLE: ClassVar = "jaxprune inspect MODEL --sparsity 0.5"
 
-    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    sparsity: float | None = None
-    exclude: tuple[str, ...] = ()
+    model: ModelPath
+    sparsity: MaybeNumber = None
+    exclude: Names = ()
 
-    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+    def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Lists the tensors."""
         if self.sparsity is not None:
             counts.checked_sparsity(self.sparsity)
         source = open_directory(self.model)
-        if self.exclude:
-            parse.check_globs(self.exclude, source.tensors)
-        counted = directory_sizes(source)
-        rows = _rows(source, counted, self.exclude)
-        made = _provenance(self.model)
+        if self.exclude:  # without any, a model of nothing prunable is listed too
+            check_globs(self.exclude, source.tensors)
+        measured = directory_sizes(source)
+        rows = _rows(source, measured, self.exclude)
         totals = {
-            "dense_bytes": counted.dense_bytes,
-            "compact_bytes": counted.compact_bytes,
-            "zeros": counted.zeros,
-            "size": counted.size,
+            "dense_bytes": measured.dense_bytes,
+            "compact_bytes": measured.compact_bytes,
+            "zeros": measured.zeros,
+            "size": measured.size,
             "prunable": sum(row["size"] for row in rows if row["pruned"]),
         }
         if self.sparsity is not None:
-            zeros = {
-                row["name"]: max(round(self.sparsity * row["size"]), row["zeros"])
-                if row["pruned"]
-                else row["zeros"]
-                for row in rows
-            }
+            zeros = _zeros_after(rows, self.sparsity)
             totals["compact_bytes_pruned"] = packed_bytes(source, zeros)
-        able = _able(source)
-        _say(console, rows, totals, made, self.sparsity)
-        _say_able(console, able)
+        possible = _possible(source)
+        provenance = _provenance(self.model)
+        console.say(_table(rows))
+        console.say(_totals(totals, self.sparsity))
+        if provenance is not None:
+            console.say(_made_by(provenance))
+        console.say(_possible_words(possible))
         return {
             "model": str(self.model),
             "tensors": rows,
             "totals": totals,
-            **able,
-            "provenance": made,
+            **possible,
+            "provenance": provenance,
         }
 
 
 def _rows(
-    source: CheckpointDir, counted: Sizes, exclude: tuple[str, ...]
+    source: CheckpointDir, measured: Sizes, exclude: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     rows = []
     for name, info in source.tensors.items():
-        why = parse.why_kept(name, info, exclude)
-        zeros, size = counted.by_tensor[name]
+        why = why_kept(name, info, exclude)
+        zeros, size = measured.by_tensor[name]
         rows.append(
             {
                 "name": name,
@@ -95,37 +94,47 @@ def _rows(
     return rows
 
 
-def _able(source: CheckpointDir) -> dict[str, Any]:
+def _zeros_after(rows: list[dict[str, Any]], sparsity: float) -> dict[str, int]:
+    """Zeros of each tensor after a pruning, which keeps those of an earlier one."""
+    return {
+        row["name"]: max(round(sparsity * row["size"]), row["zeros"])
+        if row["pruned"]
+        else row["zeros"]
+        for row in rows
+    }
+
+
+def _possible(source: CheckpointDir) -> dict[str, Any]:
     """The methods that a directory can have, what it can be shrunk by, and why not."""
+    # Magnitude needs no model, so that it prunes what nothing here can run.
+    magnitude = {"methods": ["magnitude"], "shrinkable": []}
     try:
-        shape = hf.load(source.path, lazy=True).config
+        config = hf.load(source.path, lazy=True).config  # reads headers alone
     except (ValueError, OSError) as error:
-        return {"methods": ["magnitude"], "shrinkable": [], "unsupported": str(error)}
-    if not isinstance(shape, DecoderConfig):
+        return magnitude | {"unsupported": command_words(error)}
+    if not isinstance(config, DecoderConfig):
         why = (
             "it sees pictures; jaxprune.lm.models.hf.load reads it for jp.prune_trained"
         )
-        return {"methods": ["magnitude"], "shrinkable": [], "unsupported": why}
+        return magnitude | {"unsupported": why}
     return {
-        "methods": list(get_args(Name)),
+        "methods": list(get_args(MethodName)),
         "shrinkable": hf.shrinkable(source.config),
         "unsupported": None,
     }
 
 
-def _say_able(console: Console, able: dict[str, Any]) -> None:
-    if able["unsupported"]:
-        console.say(
-            f"can be pruned by magnitude alone: {parse.spoken(able['unsupported'])}"
-        )
-        return
-    console.say(
-        f"can be pruned by {', '.join(able['methods'])}; `jaxprune shrink` can remove "
-        f"{', '.join(able['shrinkable'])}"
+def _possible_words(possible: dict[str, Any]) -> str:
+    if possible["unsupported"]:
+        return f"can be pruned by magnitude alone: {possible['unsupported']}"
+    return (
+        f"can be pruned by {', '.join(possible['methods'])}; `jaxprune shrink` can "
+        f"remove {', '.join(possible['shrinkable'])}"
     )
 
 
 def _provenance(directory: Path) -> dict[str, Any] | None:
+    """What jaxprune.json says, where there is one."""
     if not (directory / rewrite.NAME).is_file():
         return None
     record = rewrite.read_provenance(directory)
@@ -133,14 +142,8 @@ def _provenance(directory: Path) -> dict[str, Any] | None:
     return {name: record[name] for name in known if name in record}
 
 
-def _say(
-    console: Console,
-    rows: list[dict[str, Any]],
-    totals: dict[str, Any],
-    made: dict[str, Any] | None,
-    sparsity: float | None,
-) -> None:
-    table = [
+def _table(rows: list[dict[str, Any]]) -> str:
+    cells = [
         [
             row["name"],
             " x ".join(map(str, row["shape"])),
@@ -153,26 +156,35 @@ def _say(
         for row in rows
     ]
     header = ["tensor", "shape", "dtype", "zeros", "bytes", "pruned", "why"]
-    console.say(columns([header, *table], right=True))
-    share = totals["zeros"] / max(totals["size"], 1)
-    console.say(
+    return columns([header, *cells], right=True)
+
+
+def _totals(totals: dict[str, Any], sparsity: float | None) -> str:
+    share = totals["zeros"] / max(totals["size"], 1)  # a tensor may be empty
+    lines = [
         f"\n{totals['size']:,} weights, {share:.2%} of them zero, "
-        f"{totals['prunable']:,} in tensors that would be pruned"
-    )
-    console.say(
+        f"{totals['prunable']:,} in tensors that would be pruned",
         f"{totals['dense_bytes']:,} bytes, about {totals['compact_bytes']:,} as a "
-        "compact file"
-    )
+        "compact file",
+    ]
     if sparsity is not None:
-        console.say(
+        lines.append(
             f"pruned to a sparsity of {sparsity:g}: about "
             f"{totals['compact_bytes_pruned']:,} bytes as a compact file"
         )
-    if made is not None:
-        known = {"method": "{}", "pattern": "{}", "sparsity": "sparsity {} asked"}
-        known["achieved"] = "{:.4f} achieved"
-        asked = made.get("sparsity")
-        if isinstance(asked, dict):  # of `jaxprune shrink`, a share of each kind
-            made = {**made, "sparsity": ", ".join(f"{k} {v}" for k, v in asked.items())}
-        facts = [form.format(made[k]) for k, form in known.items() if k in made]
-        console.say(f"made by jaxprune: {', '.join(facts)}")
+    return "\n".join(lines)
+
+
+def _made_by(provenance: dict[str, Any]) -> str:
+    sparsity = provenance.get("sparsity")
+    if isinstance(sparsity, dict):  # of `jaxprune shrink`, a share of each unit
+        words = ", ".join(f"{unit} {share}" for unit, share in sparsity.items())
+        provenance = {**provenance, "sparsity": words}
+    formats = {
+        "method": "{}",
+        "pattern": "{}",
+        "sparsity": "sparsity {} asked",
+        "achieved": "{:.4f} achieved",
+    }
+    facts = [f.format(provenance[k]) for k, f in formats.items() if k in provenance]
+    return f"made by jaxprune: {', '.join(facts)}"

@@ -5,47 +5,34 @@ writes. They share the model's directory, the texts and the place of the result.
 """
 
 import contextlib
-import dataclasses
 import io
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 from jaxprune.arrays import processes
-from jaxprune.lm.cli.console import Console
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.prune_settings import PruneDevices
 
-_OF_THE_START = ("--coordinator", "--processes", "--process-id")
+_START_FLAGS = ("--coordinator", "--processes", "--process-id")
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcessOptions:
-    """Which of several processes this is.
-
-    Attributes:
-      coordinator: HOST:PORT of the first of several processes that do this together, or
-        "auto" where the cluster knows (Slurm, Open MPI, Kubernetes, Cloud TPU).
-      processes: how many there are; left out where the cluster knows.
-      process_id: which of them this is, from 0; left out likewise.
-    """
-
-    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "devices": ("coordinator", "processes", "process_id")
-    }
-
-    coordinator: str | None = None
-    processes: int | None = None
-    process_id: int | None = None
+_SAME = Rule(
+    lambda v: v.first == v.words,
+    "all processes must be started with the same words, but the first one has "
+    "'{first}' and another one '{words}'",
+    "give all the same",
+)
 
 
 @contextlib.contextmanager
-def joined(
-    options: ProcessOptions, console: Console, arguments: Sequence[str]
+def join_processes(
+    devices: PruneDevices, console: Console, arguments: Sequence[str]
 ) -> Iterator[None]:
     """Joins the other processes; all but the first are silent inside.
 
     Args:
-      options: of this process.
+      devices: settings of this process.
       console: where the command writes.
-      arguments: the command's words.
+      arguments: words of the command.
 
     Yields:
       Nothing; what is inside is done by all.
@@ -54,22 +41,15 @@ def joined(
       ValueError: an option is out of range, or the processes' words differ.
       OSError: the others did not come.
     """
-    processes.join(options.coordinator, options.processes, options.process_id)
-    if options.coordinator is None:
+    # JAX must know the others before it looks for devices.
+    processes.join(devices.coordinator, devices.processes, devices.process_id)
+    if devices.coordinator is None:
         yield
         return
-    own = without_start(arguments)
-    first = processes.on_first(lambda: own)
-
-    def check() -> None:
-        if first != own:
-            raise ValueError(
-                "all processes must be started with the same words, but the first one "
-                f"has '{' '.join(first)}' and another one '{' '.join(own)}'; give all "
-                "the same"
-            )
-
-    processes.together(check)
+    words = " ".join(without_start(arguments))
+    first = processes.on_first(lambda: words)
+    # All learn of it, so that none waits for one that was refused.
+    processes.together(lambda: check([_SAME], first=first, words=words))
     if processes.is_first():
         yield
         return
@@ -80,11 +60,11 @@ def joined(
 
 def without_start(arguments: Sequence[str]) -> list[str]:
     """The words without those that say which process of which run this is."""
-    words, left = [], iter(arguments)
-    for word in left:
-        option, given, _ = word.partition("=")
-        if option.replace("_", "-") not in _OF_THE_START:
+    words, remaining = [], iter(arguments)
+    for word in remaining:
+        option, equals, _ = word.partition("=")
+        if option.replace("_", "-") not in _START_FLAGS:
             words.append(word)
-        elif not given:
-            next(left, None)
+        elif not equals:  # its value is the next word
+            next(remaining, None)
     return words

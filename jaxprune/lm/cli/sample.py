@@ -1,24 +1,46 @@
 """`jaxprune sample`: what a model writes after a prompt."""
 
 import dataclasses
-import itertools
-import math
-from pathlib import Path
+import sys
 from typing import Annotated, Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import tyro
 
-from jaxprune.arrays import processes
-from jaxprune.lm.cli import models, parse
-from jaxprune.lm.cli.console import Console
+from jaxprune.arrays.rules import Rule, check, within
+from jaxprune.lm.cli.options import Options
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.opening import note_ignored, open_for_job, text_beginning
+from jaxprune.lm.jobs.option_rules import SEED, at_least, option_values
+from jaxprune.lm.jobs.option_types import Count, MaybeCount, ModelPath, Number
+from jaxprune.lm.jobs.samples import (
+    Sampling,
+    decode_sample,
+    draw_tokens,
+    encode_prompt,
+)
+from jaxprune.lm.jobs.settings import Devices, Loading, LoadingGroup
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.generate import generate
+
+_RULES = (
+    at_least("top_k", 1),
+    SEED,
+    at_least("steps", 0),
+    within(
+        "temperature",
+        0,
+        sys.float_info.max,
+        "--temperature must be 0 or more and finite, got {temperature}",
+    ),
+)
+_FITS = Rule(
+    lambda v: v.length + v.steps <= v.context,
+    "the prompt and --steps must fit the model's context of {context} tokens, got "
+    "{length} and {steps}, {total} in all; take a shorter prompt or fewer steps",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample(models.ModelOptions):
+class Sample(Options):
     """Continues a prompt.
 
     Attributes:
@@ -33,86 +55,39 @@ class Sample(models.ModelOptions):
 
     EXAMPLE: ClassVar = 'jaxprune sample MODEL --prompt "Once upon a time"'
 
-    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    prompt: str
-    steps: int = 100
-    temperature: float = 1.0
-    top_k: int | None = None
-    seed: int = 0
+    model: ModelPath
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
+    steps: Count = 100
+    temperature: Number = 1.0
+    top_k: MaybeCount = None
+    seed: Count = 0
+    loading: LoadingGroup = dataclasses.field(default_factory=Loading)
+    devices: Devices = dataclasses.field(default_factory=Devices)
 
-    def run(self, console: Console, arguments: list[str]) -> dict[str, Any]:
+    def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Draws the text."""
-        self._check()
-        model = models.find(self.model, self)
+        check(_RULES, **option_values(self))
+        model = open_for_job(self.model, self.loading, self.devices)
         tokenizer = hf.load_tokenizer(self.model)
-        begins = models.beginning(tokenizer, self, model.config.vocab_size)
-        prompt = start(tokenizer, self.prompt, begins.token)
-        if (whole := len(prompt) + self.steps) > model.config.context:
-            raise ValueError(
-                f"the prompt and --steps must fit the model's context of "
-                f"{model.config.context} tokens, got {len(prompt)} and {self.steps}, "
-                f"{whole} in all; take a shorter prompt or fewer steps"
-            )
-        models.say_ignored(model, console)
-        tokens = continued(
-            model.read(),
-            prompt,
-            self.steps,
-            self.temperature,
-            self.top_k,
-            self.seed,
-        )
-        text = shown(tokenizer, prompt, tokens)
+        vocab_size, context = model.config.vocab_size, model.config.context
+        _, begins = text_beginning(tokenizer, self.loading, vocab_size)
+        # Its tokenizer begins with BOS where the options or the directory say so.
+        prompt = encode_prompt(tokenizer, self.prompt, begins.token)
+        length, steps = len(prompt), self.steps
+        total = length + steps
+        check([_FITS], context=context, length=length, steps=steps, total=total)
+        note_ignored(model, console)
+        sampling = Sampling(steps, self.temperature, self.top_k, self.seed)
+        decoder = model.read().decoder()  # only now are the weights read
+        tokens = draw_tokens(decoder, prompt, sampling)
+        text = decode_sample(tokenizer, prompt, tokens)
         console.note(f"the prompt begins with {begins.why}")
         console.say(text)
-        return {"text": text, "prompt": self.prompt, "bos": begins.why} | {
+        return {
+            "text": text,
+            "prompt": self.prompt,
+            "bos": begins.why,
             "tokens": tokens,
             "seed": self.seed,
             "ignored_config": model.ignored,
         }
-
-    def _check(self) -> None:
-        """Refuses options before the model is looked at."""
-        parse.check_at_least_one(top_k=self.top_k)
-        parse.check_seed(self.seed)
-        if self.steps < 0:
-            raise ValueError(f"--steps must not be negative, got {self.steps}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"--temperature must be 0 or more and finite, got {self.temperature}"
-            )
-
-
-def start(tokenizer: hf.Tokenizer, prompt: str, bos: int | None) -> list[int]:
-    """The tokens of a prompt after `bos`, at least one."""
-    tokens = tokenizer.encode(prompt, bos=False)
-    tokens = [bos, *tokens] if bos is not None else tokens
-    if not tokens:
-        raise ValueError("--prompt must have at least one token, got none")
-    return tokens
-
-
-def continued(
-    model: models.Model,
-    prompt: list[int],
-    steps: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-) -> list[int]:
-    """The tokens that a model draws after a prompt, as `generate` draws them."""
-    whole = generate(
-        model.decoder(),
-        jnp.array([prompt], jnp.int32),
-        steps=steps,
-        key=jax.random.key(seed),
-        temperature=temperature,
-        top_k=top_k,
-    )
-    return [int(token) for token in processes.fetch(whole)[0, len(prompt) :]]
-
-
-def shown(tokenizer: hf.Tokenizer, prompt: list[int], tokens: list[int]) -> str:
-    """The text of a prompt and of the tokens behind it, up to one that ends it."""
-    going_on = lambda token: token not in tokenizer.eos  # noqa: E731
-    return tokenizer.decode([*prompt, *itertools.takewhile(going_on, tokens)])

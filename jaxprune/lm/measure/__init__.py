@@ -4,4 +4,5 @@ __all__ = [
     "machine",
     "perplexity",
     "speed",
+    "tables",
 ]

@@ -4,6 +4,7 @@ __all__ = [
     "decoder",
     "generate",
     "hf",
+    "loaded_model",
     "phi3_vision",
     "placement",
 ]

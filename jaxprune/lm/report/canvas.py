@@ -8,6 +8,7 @@ import io
 import matplotlib
 from matplotlib.figure import Figure
 
+# Both are replaced by CSS variables on a page, see `DARK`.
 INK, FAINT = "#1c2127", "#8b929b"
 KEPT, REMOVED = "#1b7837", "#9c4fb0"
 # Light and dark page, equally far from both grounds.
@@ -33,7 +34,7 @@ STYLE = matplotlib.rc_context(
         "axes.spines.right": False,
         "axes.titlelocation": "left",
         "axes.titlepad": 10,
-        "text.parse_math": False,
+        "text.parse_math": False,  # names are no formulas
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": FAINT,
@@ -47,8 +48,8 @@ STYLE = matplotlib.rc_context(
         "grid.color": FAINT,
         "grid.alpha": 0.22,
         "grid.linewidth": 0.7,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "jaxprune",
+        "svg.fonttype": "none",  # text that can be selected and searched
+        "svg.hashsalt": "jaxprune",  # the same ids in each run
     }
 )
 
@@ -67,6 +68,6 @@ def svg(figure: Figure, *, ground: str = "none") -> str:
     """
     stream = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    how = {"transparent": True} if ground == "none" else {"facecolor": ground}
-    figure.savefig(stream, format="svg", metadata=nothing, **how)
+    background = {"transparent": True} if ground == "none" else {"facecolor": ground}
+    figure.savefig(stream, format="svg", metadata=nothing, **background)
     return stream.getvalue()

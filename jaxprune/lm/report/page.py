@@ -20,6 +20,7 @@ _OWN = Path(__file__).with_name("templates")
 
 def templates(*folders: Path) -> jinja2.Environment:
     """The templates of these folders, which may extend those beside this module."""
+    # A record that lacks a value is an error here and not a gap on the page.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([*folders, _OWN]),
         undefined=jinja2.StrictUndefined,
@@ -60,10 +61,10 @@ def inline(figure: Figure, name: str) -> str:
     # `name`, which no other figure on the page has, is put before every id; colours are
     # CSS variables (see `variables`).
     text = canvas.svg(figure)
-    text = text[text.index("<svg") :]
+    text = text[text.index("<svg") :]  # the declaration is for files
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", text, count=4)
-    text = text.replace("xlink:href", "href")
+    text = text.replace("xlink:href", "href")  # HTML knows no namespaces
     text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for colour in canvas.DARK:
         text = text.replace(colour, f"var(--{colour[1:]})")

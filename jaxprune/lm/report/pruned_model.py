@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from jaxprune.lm.report import canvas, page
 from jaxprune.lm.report.stages import measured
 
-_WORST = 12
-_WIDEST = 40
+_WORST = 12  # rows of the table of errors
+_WIDEST = 40  # layers whose cells have numbers
 _MAP = LinearSegmentedColormap.from_list(
     "share", [(0.84, 0.37, 0, 0), (0.84, 0.37, 0, 0.75)]
 )
@@ -68,17 +68,18 @@ def layers(tensors: Mapping[str, float], *, logarithmic: bool, title: str) -> Fi
     # Names without a layer are left out. Colours follow the logarithm, for errors, or
     # are from 0 to 1.
     places = {name: place for name in tensors if (place := _place(name))}
-    found = {place: tensors[name] for name, place in places.items()}
-    if len(found) < len(places):  # an encoder and a decoder: the kind says whose
-        found = {
-            (layer, f"{re.split(r'[./][0-9]', name)[0]}.{kind}"): tensors[name]
-            for name, (layer, kind) in places.items()
+    values = {place: tensors[name] for name, place in places.items()}
+    if len(values) < len(places):  # an encoder and a decoder: the kind says whose
+        values = {
+            (layer, f"{re.split(r'[./][0-9]', name)[0]}.{role}"): tensors[name]
+            for name, (layer, role) in places.items()
         }
-    kinds = list(dict.fromkeys(kind for _, kind in found))
-    numbers = sorted({layer for layer, _ in found})
+    kinds = list(dict.fromkeys(role for _, role in values))
+    numbers = sorted({layer for layer, _ in values})
+    # (kinds, layers); a layer that lacks a matrix stays white
     grid = np.full((len(kinds), len(numbers)), np.nan)
-    for (layer, kind), value in found.items():
-        grid[kinds.index(kind), numbers.index(layer)] = value
+    for (layer, role), value in values.items():
+        grid[kinds.index(role), numbers.index(layer)] = value
     return _heat(grid, kinds, numbers, logarithmic=logarithmic, title=title)
 
 
@@ -91,20 +92,21 @@ def _heat(
     logarithmic: bool,
     title: str,
 ) -> Figure:
-    narrow = len(numbers) > _WIDEST
+    narrow = len(numbers) > _WIDEST  # a cell then has no room for its number
     cell = 0.16 if narrow else 0.42
-    left, right, top, low = 0.09 * max(map(len, kinds)) + 0.2, 0.2, 0.55, 0.5
-    width = max(left + cell * len(numbers) + right, 0.085 * len(title) + 0.4)
+    margin, right, top, low = 0.09 * max(map(len, kinds)) + 0.2, 0.2, 0.55, 0.5
+    width = max(margin + cell * len(numbers) + right, 0.085 * len(title) + 0.4)
     height = top + 0.3 * len(kinds) + low
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes(
         (
-            left / width,
+            margin / width,
             low / height,
             cell * len(numbers) / width,
             0.3 * len(kinds) / height,
         )
     )
+    # Errors span orders of magnitude; without any above zero there is no logarithm.
     norm = Normalize(0, 1)
     if logarithmic:
         positive = grid[grid > 0]
@@ -115,9 +117,9 @@ def _heat(
     for (row, column), value in np.ndenumerate(grid):
         if not (narrow or np.isnan(value)):
             text = _small(value) if logarithmic else f"{100 * value:.0f}"
-            where = (column + 0.5, row + 0.52)
-            axes.text(*where, text, ha="center", va="center", size=7.5)
-    step = 5 if narrow else 1
+            center = (column + 0.5, row + 0.52)
+            axes.text(*center, text, ha="center", va="center", size=7.5)
+    step = 5 if narrow else 1  # labels would overlap
     axes.set_xticks(
         np.arange(0, len(numbers), step) + 0.5, list(map(str, numbers[::step]))
     )
@@ -131,8 +133,8 @@ def _heat(
 
 def _place(name: str) -> tuple[int, str] | None:
     """The layer and the kind of a tensor, or None where it has no layer."""
-    found = re.search(r"(?:^|[./])(\d+)[./](.+?)(?:[./](?:weight|kernel))?$", name)
-    return (int(found[1]), found[2]) if found else None
+    match = re.search(r"(?:^|[./])(\d+)[./](.+?)(?:[./](?:weight|kernel))?$", name)
+    return (int(match[1]), match[2]) if match else None
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, str]:
@@ -172,6 +174,7 @@ def _passes(refine: Mapping[str, Any] | None) -> str:
 def _zeros(record: Mapping[str, Any]) -> dict[str, Figure]:
     """How much of each matrix is zero; nothing where no matrix has a layer."""
     tensors = record["tensors"]
+    # In the order of pruning, which is that of the layers; files may have another.
     order = [
         row["name"] for row in record.get("weights") or () if row["name"] in tensors
     ]

@@ -106,9 +106,9 @@ def _speed(timed: Mapping[str, Any] | None) -> list[list[str]]:
     if not timed:
         return []
     rows = []
-    for kind in ("prefill", "decode"):
-        before, after = (timed[when][kind] for when in ("before", "after"))
-        rows.append([kind, f"{before:,.1f}", f"{after:,.1f}", f"{after / before:.2f}"])
+    for phase in ("prefill", "decode"):
+        before, after = (timed[when][phase] for when in ("before", "after"))
+        rows.append([phase, f"{before:,.1f}", f"{after:,.1f}", f"{after / before:.2f}"])
     return rows
 
 
@@ -134,20 +134,21 @@ def _kept(record: Mapping[str, Any]) -> dict[str, Figure]:
     units = record.get("units")
     if not units:
         return {}
+    # Groups are named by the layers that stayed; the figure has all layers.
     layers: dict[str, dict[int, Sequence[int]]] = {}
     whole: dict[str, int] = {}
     stayed = record["layers"]["kept"]
     for name, kept in units["kept"].items():
-        found = re.match(r"layers/(\d+)/", name)
+        match = re.match(r"layers/(\d+)/", name)
         role = units["roles"].get(name)
-        if found is None or role is None:
+        if match is None or role is None:
             continue
-        layers.setdefault(role, {})[stayed[int(found[1])]] = kept
+        layers.setdefault(role, {})[stayed[int(match[1])]] = kept
         whole[role] = units["groups"][name]["before"]
     count = record["sizes"]["before"]["layers"]
     return {
-        role.replace(" ", "-"): kept_units(own, whole[role], count, _KINDS[role])
-        for role, own in layers.items()
+        role.replace(" ", "-"): kept_units(rows, whole[role], count, _KINDS[role])
+        for role, rows in layers.items()
     }
 
 
@@ -166,13 +167,14 @@ def kept_units(
     Returns:
       The figure.
     """
-    places = min(units, _MOST)
+    places = min(units, _MOST)  # a column may stand for several units
     edges = np.linspace(0, units, places + 1).round().astype(int)
-    grid = np.full((layers, places), np.nan)
-    for layer, own in kept.items():
-        here = np.zeros(units)
-        here[list(own)] = 1
-        grid[layer] = np.add.reduceat(here, edges[:-1]) / np.diff(edges)
+    grid = np.full((layers, places), np.nan)  # a removed layer stays white
+    for layer, kept_here in kept.items():
+        is_kept = np.zeros(units)  # (units,)
+        is_kept[list(kept_here)] = 1
+        # The share that is kept of the units of each column.
+        grid[layer] = np.add.reduceat(is_kept, edges[:-1]) / np.diff(edges)
     height = 0.17 * layers if layers > 16 else 0.26 * layers
     figure = Figure(figsize=(5.4, height + 1.0))
     axes = figure.add_axes((0.1, 0.5 / (height + 1), 0.86, height / (height + 1)))

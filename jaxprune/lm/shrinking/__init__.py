@@ -3,4 +3,6 @@
 __all__ = [
     "expert_scores",
     "layer_search",
+    "search",
+    "units",
 ]

@@ -58,7 +58,7 @@ _ARRAY = (
         "{tokens.shape}",
     ),
     Rule(
-        lambda v: v.tokens.shape[1] >= 2 and len(v.tokens),
+        lambda v: v.tokens.shape[1] >= 2 and len(v.tokens) > 0,
         "'{path}' must hold sequences of at least 2 tokens, got {tokens.shape}",
     ),
 )

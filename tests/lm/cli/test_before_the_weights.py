@@ -21,7 +21,8 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.cli import inspect as inspect_command
-from jaxprune.lm.cli import models, parse
+from jaxprune.lm.jobs import passes
+from jaxprune.lm.models.loaded_model import LoadedModel
 
 __all__ = ["place"]
 
@@ -36,7 +37,7 @@ def no_weights(monkeypatch):
     def read(self):
         raise AssertionError("the weights are read")
 
-    monkeypatch.setattr(models.Model, "read", read)
+    monkeypatch.setattr(LoadedModel, "read", read)
 
 
 def edited(place, tmp_path, **changes):
@@ -123,7 +124,7 @@ def test_a_disk_without_room_is_told_first(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_in_the_way_is_told_by_the_word_of_the_command(place, capsys):
+def test_a_matrix_that_a_pattern_does_not_fit_is_refused_with_exclude(place, capsys):
     words = ["prune", place / "model", place / "free", "--method", "magnitude"]
     code, _, err = run(capsys, *words, "--pattern", "3:7")
     assert code == 1
@@ -156,9 +157,7 @@ def test_weights_of_one_byte_are_no_weights_to_prune(place, tmp_path, capsys):
 def test_patterns_are_written_as_they_are_asked_for(word):
     from jaxprune.masking import patterns
 
-    assert parse.pattern_word(patterns.parse(word)) == word
-    said = parse.spoken(f"divisible by {patterns.parse(word)}; pass overwrite=True")
-    assert said == f"divisible by {word}; give --overwrite"
+    assert passes.pattern_word(patterns.parse(word)) == word
 
 
 def test_the_version_is_printed(capsys):
@@ -167,7 +166,7 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"jaxprune {version}\n"
 
 
-def test_who_reads_may_stop(place, monkeypatch, capsys):
+def test_a_closed_stdout_is_no_failure(place, monkeypatch, capsys):
     class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError(32, "Broken pipe")
@@ -178,7 +177,7 @@ def test_who_reads_may_stop(place, monkeypatch, capsys):
 
 
 @pytest.mark.full
-def test_what_is_said_to_nobody_stops_no_job(place, tmp_path):
+def test_a_closed_stderr_stops_no_job(place, tmp_path):
     read, write = os.pipe()
     os.close(read)
     words = ["--method", "magnitude", "--sparsity", "0.5"]
@@ -219,11 +218,11 @@ def test_a_disk_that_is_mounted_is_no_place_for_a_result(place, capsys, monkeypa
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--group", "64"], "--group needs --bits"),
-        (["--distill-train", "lora"], "--distill-train needs --distill-steps"),
-        (["--distill-hidden", "0.5"], "--distill-hidden needs --distill-steps"),
-        (["--distill-learning-rate", "0.1"], "rate needs --distill-steps N"),
-        (["--retrain-learning-rate", "0.1"], "rate needs --retrain-steps N"),
+        (["--group", "64"], "--group needs --quantize"),
+        (["--recover-train", "lora"], "--recover-train needs --recover-steps"),
+        (["--recover-hidden", "0.5"], "--recover-hidden needs --recover-steps"),
+        (["--recover-learning-rate", "0.1"], "rate needs --recover-steps N"),
+        (["--recover-by", "retraining"], "--recover-by needs --recover-steps N"),
         (["--refine-learning-rate", "0.1"], "--refine-learning-rate needs --refine N"),
         (
             ["--method", "magnitude", "--calibration-temperature", "2"],

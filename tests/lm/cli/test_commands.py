@@ -34,8 +34,7 @@ def refused(*options, model="model", out="free"):
 
 CALIBRATED = ("--calibration", "a.txt", "--length", "16", "--sequences", "8")
 HALF = ("--sparsity", "0.5")
-RETRAINED = ("--retrain-steps", "2", "--retrain-text", "a.txt")
-DISTILLED = ("--distill-steps", "2", "--distill-text", "a.txt")
+RECOVERED = ("--recover-steps", "2", "--recover-text", "a.txt")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ DISTILLED = ("--distill-steps", "2", "--distill-text", "a.txt")
         (refused(*CALIBRATED, "--sparsity", "1"), r"in \[0, 1\), .* got 1"),
         (
             refused(*CALIBRATED, *HALF, "--pattern", "2of4"),
-            "pattern must be one of unstructured, per-output",
+            "--pattern must be one of unstructured, per-output",
         ),
         (refused(*CALIBRATED, "--sparsity", "0.6", "--pattern", "2:4"), "exactly 0.5"),
         (refused(*CALIBRATED, "--pattern", "1:3"), "divisible by 3, got 32 at 'model"),
@@ -90,6 +89,14 @@ DISTILLED = ("--distill-steps", "2", "--distill-text", "a.txt")
         ),
         (refused(*CALIBRATED, *HALF, "--damping", "-1"), "--damping must be positive"),
         (
+            refused(*CALIBRATED, *HALF, "--method", "wanda", "--correction", "0.5"),
+            "--correction is for sparsegpt and alps",
+        ),
+        (
+            refused(*CALIBRATED, *HALF, "--correction", "0.5", "--inputs", "dense"),
+            "without --inputs dense",
+        ),
+        (
             refused(*CALIBRATED, *HALF, "--method", "magnitude", "--inputs", "dense"),
             "--inputs is for methods that look at inputs",
         ),
@@ -105,14 +112,20 @@ DISTILLED = ("--distill-steps", "2", "--distill-text", "a.txt")
         (refused(*CALIBRATED, *HALF, "--exclude", "*.nothing"), "must match"),
         (refused(*CALIBRATED, *HALF, "--exclude", "*"), "must be left"),
         (refused(*CALIBRATED, *HALF, "--bos", "--no-bos"), "exclude each other"),
-        (refused(*CALIBRATED, *HALF, "--retrain-steps", "2"), "belong together"),
         (
-            refused(*CALIBRATED, *HALF, *RETRAINED, "--distill-steps", "2"),
-            "--retrain-steps and --distill-steps exclude each other",
+            refused(*HALF, "--recover-steps", "2", "--recover-by", "retraining"),
+            "--recover-steps needs --recover-text",
         ),
         (
-            refused(*HALF, "--method", "magnitude", *DISTILLED),
-            "does no --distill-steps",
+            refused(
+                *(*CALIBRATED, *HALF, *RECOVERED, "--recover-hidden", "1"),
+                *("--recover-by", "retraining"),
+            ),
+            "needs --recover-by distillation",
+        ),
+        (
+            refused(*HALF, "--method", "magnitude", *RECOVERED),
+            "does no --recover-steps",
         ),
         (refused(*CALIBRATED, *HALF, "--prompt-steps", "80"), "context of 64"),
         (refused(*CALIBRATED, *HALF, out="model/in"), "apart"),

@@ -33,12 +33,12 @@ COMMANDS = {
     ],
     "distilled": lambda p, out: [
         "prune", p / "model", out, *SMALL, "--method", "wanda", "--sequences", "8",
-        "--calibration", p / "a.txt", "--prompt-steps", "0", "--distill-steps", "300",
+        "--calibration", p / "a.txt", "--prompt-steps", "0", "--recover-steps", "300",
     ],
     "shrunk": lambda p, out: [
         "shrink", p / "deep", out, "--length", "16", "--limit", "4", "--ffn", "0.5",
         "--layers", "2", "--calibration", p / "a.txt", "--sequences", "8",
-        "--distill-steps", "300", "--speed-rounds", "1",
+        "--recover-steps", "300", "--speed-rounds", "1",
     ],
     "compact": lambda p, out: ["compact", p / "model", out],
     "expand": lambda p, out: ["expand", p / "packed", out],

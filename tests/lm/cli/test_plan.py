@@ -13,8 +13,9 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.files import atomic
 from jaxprune.lm import cli
-from jaxprune.lm.cli import estimates, models
+from jaxprune.lm.jobs import estimates
 from jaxprune.lm.measure import machine
+from jaxprune.lm.models.loaded_model import LoadedModel
 
 __all__ = ["place"]
 
@@ -31,7 +32,7 @@ def nothing_read_or_written(monkeypatch, place):
     def read(self):
         raise AssertionError("the weights are read")
 
-    monkeypatch.setattr(models.Model, "read", read)
+    monkeypatch.setattr(LoadedModel, "read", read)
     monkeypatch.setattr(atomic, "locked", read)
     monkeypatch.setattr(estimates, "rate", lambda: 1e9)
     yield
@@ -179,7 +180,7 @@ def test_a_plan_counts_the_checkpoints_of_a_recovery(place, tmp_path, capsys):
     words += ["--calibration", place / "a.txt", *SMALL]
     plain, taught = (
         run(capsys, *words, *more)[1]["disk_bytes"]
-        for more in ([], ["--distill-steps", "5"])
+        for more in ([], ["--recover-steps", "5"])
     )
     size = sum(value.size for value in tiny_cli.tensors().values())
     assert taught - plain == 2 * 12 * size
@@ -190,9 +191,9 @@ def test_a_text_that_is_evaluated_and_trained_on_is_told(place, tmp_path, capsys
     words += ["--calibration", "b.txt", "--evaluate", "a.txt", "b.txt"]
     words = [place / w if str(w).endswith(".txt") else w for w in words]
     words += [
-        "--distill-steps",
+        "--recover-steps",
         "5",
-        "--distill-text",
+        "--recover-text",
         place / "model" / ".." / "a.txt",
     ]
     assert cli.main([*map(str, words)]) == 0

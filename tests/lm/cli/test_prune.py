@@ -137,8 +137,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatc
 def test_retraining_moves_what_is_kept_and_nothing_else(place, pruned, capsys):
     code, found, _ = prune(
         capsys, place, "retrained", *WANDA, "--calibration", place / "rows.npy",
-        "--retrain-steps", "3", "--retrain-text", place / "a.txt",
-        "--retrain-learning-rate", "1e-3",
+        "--recover-steps", "3", "--recover-text", place / "a.txt",
+        "--recover-learning-rate", "1e-3", "--recover-by", "retraining",
     )  # fmt: skip
     assert code == 0
     assert len(found["retraining"]["losses"]) == 3
@@ -160,7 +160,7 @@ def test_retraining_moves_what_is_kept_and_nothing_else(place, pruned, capsys):
 def test_distillation_moves_all_but_the_zeros(place, pruned, capsys):
     code, found, _ = prune(
         capsys, place, "distilled", *WANDA, "--calibration", place / "rows.npy",
-        "--distill-steps", "20", "--distill-learning-rate", "1e-3",
+        "--recover-steps", "20", "--recover-learning-rate", "1e-3",
     )  # fmt: skip
     assert code == 0
     assert found["achieved"] == 0.5
@@ -192,7 +192,7 @@ def test_rows_that_measure_the_model_are_not_trained_on(place, capsys, monkeypat
     code, *_ = run(
         capsys, "prune", place / "model", place / "apart", *WANDA, "--length", "16",
         "--calibration", place / "rows.npy", "--sequences", "4", "--prompt-steps", "0",
-        "--distill-steps", "5", "--any-perplexity",
+        "--recover-steps", "5", "--any-perplexity",
     )  # fmt: skip
     assert code == 0
     rows = np.load(place / "rows.npy")

@@ -1,4 +1,4 @@
-"""`jaxprune prune --bits`: few levels, and a compact file of few bits."""
+"""`jaxprune prune --quantize`: few levels, and a compact file of few bits."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ GROUP = 16
 def rounded(place):
     """A directory at 50 %, its weights integers of four bits; its place."""
     words = ["prune", str(place / "model"), str(place / "rounded"), *SMALL]
-    words += ["--sparsity", "0.5", "--bits", "4", "--group", str(GROUP)]
+    words += ["--sparsity", "0.5", "--quantize", "int4", "--group", str(GROUP)]
     assert cli.main([*words, "--calibration", str(place / "rows.npy")]) == 0
     return place / "rounded"
 
@@ -70,14 +70,17 @@ def test_its_compact_file_is_smaller_and_gives_every_byte_back(place, rounded, c
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--refine", "1"], "--bits comes last, so it takes no --refine"),
-        (["--pattern", "8x8"], "quantize takes Unstructured, PerOutput and NM"),
+        (["--refine", "1"], "--quantize comes last, so it takes no --refine"),
+        (["--pattern", "8x8"], "--quantize takes unstructured, per-output and n:m"),
         (["--group", "10"], "group must be a multiple of 16 inputs, got 10"),
-        (["--method", "magnitude"], "magnitude without --calibration does no --bits"),
+        (
+            ["--method", "magnitude"],
+            "without --calibration does no --quantize",
+        ),
     ],
 )
 def test_what_cannot_be_rounded_is_refused_first(place, capsys, options, told):
-    words = ["--sparsity", "0.5", "--bits", "4", *SMALL, *options]
+    words = ["--sparsity", "0.5", "--quantize", "int4", *SMALL, *options]
     code, _, error = run(capsys, "prune", place / "model", place / "none", *words)
     assert code == 1
     assert told in error

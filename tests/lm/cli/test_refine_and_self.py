@@ -11,7 +11,7 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.cli import prune_with_calibration as command
+from jaxprune.lm.jobs import model_pruning as command
 
 __all__ = ["place"]
 
@@ -29,7 +29,7 @@ def test_a_distillation_leaves_the_zeros_of_an_earlier_job(capsys, place):
     how = ["--method", "magnitude", "--sparsity", "0.5"]
     assert prune(capsys, place, "half", *how, "--exclude", "*mlp*")[0] == 0
     more = ["--exclude", "*self_attn*", "--calibration", place / "a.txt"]
-    more += ["--distill-steps", "2", "--distill-learning-rate", "1e-2"]
+    more += ["--recover-steps", "2", "--recover-learning-rate", "1e-2"]
     words = [place / "half", place / "again", *SMALL, *how, *more]
     assert run(capsys, "prune", *words)[0] == 0
     before, after = tiny_cli.weights(place / "half"), tiny_cli.weights(place / "again")
@@ -118,13 +118,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 ):
     out = f"killed-{after}"
     words = [*REFINED, "--calibration", "self"]
-    name = "_pruned" if after == "written" else "_record"
+    owner, name = command.passes, "prune_states"
+    if after == "pruned":
+        owner, name = command, "describe_pruning"
 
     def dies(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(command, name, dies)
+        patched.setattr(owner, name, dies)
         assert prune(capsys, place, out, *words)[0] == 130
 
     def never(*args, **options):

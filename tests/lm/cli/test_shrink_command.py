@@ -155,8 +155,8 @@ def recovered(place):
     (place / "learned.txt").write_text(tiny_cli.text(900))
     words = ["--ffn", "0.5", "--calibration", place / "learned.txt", "--length", "16"]
     words += ["--sequences", "8", "--limit", "4", "--speed-rounds", "1"]
-    words += ["--distill-steps", "30", "--distill-learning-rate", "3e-3"]
-    words += ["--distill-hidden", "0.5"]
+    words += ["--recover-steps", "30", "--recover-learning-rate", "3e-3"]
+    words += ["--recover-hidden", "0.5"]
     words = map(str, ["shrink", place / "deep", place / "recovered", *words])
     assert cli.main([*words]) == 0
     return place / "recovered", rewrite.read_provenance(
@@ -202,8 +202,8 @@ def undistilled(place):
 @pytest.mark.full
 @pytest.mark.parametrize("trained", ["norms", "matrices", "lora"])
 def test_a_part_can_be_distilled_alone(place, undistilled, trained, capsys):
-    words = ("--ffn", 0.5, "--distill-text", place / "rows.npy", "--length", 16)
-    words = (*words, "--distill-steps", 2, "--distill-train", trained)
+    words = ("--ffn", 0.5, "--recover-text", place / "rows.npy", "--length", 16)
+    words = (*words, "--recover-steps", 2, "--recover-train", trained)
     out = place / f"only-{trained}"
     assert shrink(capsys, place / "knowing", out, *words)[0] == 0
     for name, value in tiny_cli.weights(out).items():
@@ -308,19 +308,19 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         ("llama", ("--ffn", "0.5", "--multiple", "0"), "--multiple must be at least 1"),
         ("llama", ("--query-heads", "0.9"), "all 2 query heads of each key head"),
         ("llama", ("--heads", "0.2"), "2 key heads is less than one .* at least 0.5"),
-        ("llama", ("--ffn", "0.5", "--distill-steps", "2"), "needs --distill-text"),
-        ("llama", ("--ffn", "0.5", "--distill-steps", "-1"), "must not be negative"),
+        ("llama", ("--ffn", "0.5", "--recover-steps", "2"), "needs --recover-text"),
+        ("llama", ("--ffn", "0.5", "--recover-steps", "-1"), "must not be negative"),
         (
             "llama",
-            ("--ffn", "0.5", "--distill-text", "rows.npy"),
-            "--distill-text needs --distill-steps N",
+            ("--ffn", "0.5", "--recover-text", "rows.npy"),
+            "--recover-text needs --recover-steps N",
         ),
         (
             "llama",
-            ("--ffn", "0.5", "--distill-learning-rate", "0"),
+            ("--ffn", "0.5", "--recover-learning-rate", "0"),
             r"must be in \(0, 1\), got 0",
         ),
-        ("llama", ("--ffn", "0.5", "--distill-hidden", "-1"), "at least 0, got -1"),
+        ("llama", ("--ffn", "0.5", "--recover-hidden", "-1"), "at least 0, got -1"),
         ("llama", ("--ffn", "0.5", "--speed-rounds", "-1"), "must not be negative"),
         ("llama", ("--budget", "2"), "--budget must be a share"),
         ("llama", ("--budget", "0.5", "--ffn", "0.5"), "leave out --ffn"),

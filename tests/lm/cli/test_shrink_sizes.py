@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers")
 
 from safetensors.numpy import save_file
 
-from jaxprune.lm.cli import recovery
+from jaxprune.lm.jobs import recovery
 from jaxprune.lm.models import hf
 
 
@@ -131,8 +131,8 @@ def test_a_budget_is_of_the_whole_model_where_layers_go_too(place, capsys):
 @pytest.mark.full
 def test_a_timed_budget_goes_on_with_what_was_chosen(place, capsys, monkeypatch):
     words = (place / "llama", place / "timed", "--budget", 0.7, "--length", 16)
-    words += ("--measure", "milliseconds", "--distill-steps", 2, "--any-perplexity")
-    words += ("--distill-text", place / "rows.npy")
+    words += ("--measure", "milliseconds", "--recover-steps", 2, "--any-perplexity")
+    words += ("--recover-text", place / "rows.npy")
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -186,7 +186,7 @@ def test_zeros_of_a_pruned_model_stay_where_it_is_distilled(tmp_path, capsys):
     save_file(stored, model / "model.safetensors", {"format": "pt"})
     (tmp_path / "a.txt").write_text(tiny_cli.text(900))
     words = ("--drop-layers", 0, "--calibration", tmp_path / "a.txt")
-    small = ("--distill-steps", 2, "--length", 16, "--sequences", 4)
+    small = ("--recover-steps", 2, "--length", 16, "--sequences", 4)
     code, *_ = shrink(capsys, model, tmp_path / "out", *words, *small)
     assert code == 0
     left = tiny_cli.weights(tmp_path / "out")[name.replace(".1.", ".0.")]

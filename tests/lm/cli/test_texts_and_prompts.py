@@ -13,9 +13,12 @@ pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-from jaxprune.lm.cli import launch, parse, progress_dir, prune_options
-from jaxprune.lm.cli import prune_with_calibration as prune
-from jaxprune.lm.cli.console import Console
+from jaxprune.lm.cli import launch
+from jaxprune.lm.jobs import progress_dir
+from jaxprune.lm.jobs import prune_settings as settings
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.model_pruning import begin_pruning
+from jaxprune.lm.jobs.prune_rules import check_prune
 
 __all__ = ["place"]
 
@@ -29,18 +32,18 @@ def rows(tmp_path):
     return tmp_path / "rows.npy"
 
 
-def begun(model, out, calibration, **options):
-    small = {"sequences": 8, "length": 16, "batch": 4, "sparsity": 0.5}
-    job = prune_options.Job(
+def begun(model, out, calibration, *, prompt=None, bos=False):
+    job = settings.PruneJob(
         model=model,
         out=out,
-        calibration=(calibration,),
-        method="sparsegpt",
-        prompt_steps=8,
-        **small,
-        **options,
+        pruning=settings.Pruning(method="sparsegpt", sparsity=0.5),
+        calibration=settings.PruneCalibration(
+            calibration=(calibration,), sequences=8, length=16, batch=4
+        ),
+        evaluation=settings.PruneEvaluation(prompt=prompt, prompt_steps=8),
+        loading=settings.Loading(bos=bos),
     )
-    return prune.begin(job, prune_options.check(job), Console(quiet=True))
+    return begin_pruning(job, check_prune(job), Console(quiet=True))
 
 
 def test_a_text_given_twice_is_refused_under_any_name(place, rows, tmp_path, capsys):
@@ -91,7 +94,7 @@ def test_a_prompt_without_a_tokenizer_is_refused(rows, tmp_path, capsys):
 
 def test_a_sample_fits_a_model_of_as_many_tokens_as_it_has(place, tmp_path, capsys):
     model = tiny_cli.model(tmp_path / "model")
-    steps = prune_options.Job.prompt_steps
+    steps = settings.PruneEvaluation.prompt_steps
     tiny_hf.edit(model, max_position_embeddings=steps)
     words = ["prune", model, tmp_path / "out", *SMALL, "--plan"]
     code, *_ = run(capsys, *words, "--calibration", place / "a.txt")
@@ -102,9 +105,9 @@ def test_another_configuration_is_another_job(place, tmp_path):
     model = tiny_cli.model(tmp_path / "model")
     source = open_directory(model)
     job = begun(model, tmp_path / "out", place / "a.txt").job
-    before = progress_dir.facts(job, source, [], "")
+    before = progress_dir.job_facts(job, source, [], "")
     tiny_hf.edit(model, rms_norm_eps=1e-3)
-    assert progress_dir.facts(job, source, [], "") != before
+    assert progress_dir.job_facts(job, source, [], "") != before
 
 
 def test_magnitude_needs_no_batches_of_one_shape(place, tmp_path, capsys):
@@ -126,18 +129,6 @@ def test_a_model_type_that_is_no_word_is_refused(rows, tmp_path, capsys):
 def test_what_starts_a_process_is_known_in_each_spelling():
     words = ["prune", "M", "O", "--process_id", "1", "--processes=2", "--process-id=3"]
     assert launch.without_start(words) == ["prune", "M", "O"]
-
-
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        ("give sparsity=0.5", "give --sparsity 0.5"),
-        ("no directory 'runs/sparsity=0.5/model'", None),
-        ("no directory 'sparsity=0.5/model'", None),
-    ],
-)
-def test_only_what_is_passed_is_put_in_the_words_of_the_command(said, told):
-    assert parse.spoken(said) == (told or said)
 
 
 def test_a_seed_of_more_bits_than_jax_reads_is_refused(place, capsys):

@@ -7,6 +7,7 @@ config.json.
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from typing import Any, Literal, get_args
 
@@ -203,6 +204,11 @@ class DecoderConfig:
         return self.windows[layer] if self.windows else None
 
 
+def _has_entries(name: str, values: Any) -> bool:
+    """Whether a list has no entry, or one for each layer."""
+    return getattr(values, name) in (0, values.layers)
+
+
 # What must hold between fields, each of which is in its range by itself.
 _RULES = (
     Rule(
@@ -228,7 +234,7 @@ _RULES = (
     ),
     *(
         Rule(
-            lambda v, entries=f"{name}_entries": getattr(v, entries) in (0, v.layers),
+            functools.partial(_has_entries, f"{name}_entries"),
             f"DecoderConfig needs {name} to have one entry for each of the {{layers}} "
             f"layers, got {{{name}_entries}}",
         )

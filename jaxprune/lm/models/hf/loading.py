@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.rules import reworded
 from jaxprune.lm.checkpoints.checkpoint_dir import (
     CheckpointDir,
     Damaged,
@@ -106,7 +107,7 @@ def load(
             families.without_ignored(opened.config, ignore_config)
         )
     except ValueError as error:
-        raise Unknown(f"'{opened.path / 'config.json'}': {error}") from None
+        raise reworded(error, Unknown, f"'{opened.path / 'config.json'}': ") from None
     _check_layers(opened, config)
     # What other files say of the model.
     config = family.from_directory(opened.path, config)

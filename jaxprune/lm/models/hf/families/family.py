@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxprune.arrays.rules import refusal
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import rope_config
 from jaxprune.lm.models.hf.config_reader import IGNORED, ONLY, Attributes
@@ -152,10 +153,12 @@ class Family:
         fields = self.fields(attributes)
         attributes.rest(ignored=IGNORED, only={**ONLY, **self.only})
         if attributes.problems:
-            raise ValueError(
+            way = "{} if the model computes the same without it".format
+            raise refusal(
                 f"a {config['model_type']} configuration is refused unless all of it "
-                f"is understood: {'; '.join(attributes.problems)}; name an attribute "
-                "in ignore_config if the model computes the same without it"
+                f"is understood: {'; '.join(attributes.problems)}",
+                way("name an attribute in ignore_config"),
+                way("give --ignore-config ATTRIBUTE"),
             )
         return self.shape(**fields), tuple(attributes.ignored)
 

@@ -16,10 +16,10 @@ import numpy as np
 from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.cli import models
-from jaxprune.lm.cli.inputs import Ready
-from jaxprune.lm.cli.job_options import JobOptions
+from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.jobs.settings import Calibration, Recovery
 from jaxprune.lm.measure import machine
+from jaxprune.lm.models.loaded_model import LoadedModel
 
 _COMPILING = 15.0  # seconds of every job that runs the model
 _PROGRAMS = 150_000_000  # bytes of what is compiled
@@ -32,9 +32,9 @@ class Needs(NamedTuple):
     """What a job needs.
 
     Attributes:
-      memory_bytes: the peak of the process, or of a device.
-      seconds: how long it takes on this device.
-      disk_bytes: the result, and the progress until then.
+      memory_bytes: peak of the process, or of a device.
+      seconds: time that it takes on this device.
+      disk_bytes: size of the result, and of the progress until then.
     """
 
     memory_bytes: int
@@ -47,12 +47,12 @@ class Work(NamedTuple):
 
     Attributes:
       matrices: name of a leaf to (matrices, in, out): experts are several.
-      active: weights of the layers that a token is multiplied with.
-      head: weights of the output head.
-      parameters: of the model.
+      active: number of weights of the layers that a token is multiplied with.
+      head: number of weights of the output head.
+      parameters: number of parameters of the model.
       weights: bytes of the parameters in memory.
-      tokens: that are calibrated on.
-      evaluated: tokens that are evaluated, at one stage.
+      tokens: number of tokens that are calibrated on.
+      evaluated: number of tokens that are evaluated, at one stage.
       wide: bytes of a token's activations.
       scores: bytes of a token's predictions.
     """
@@ -69,10 +69,11 @@ class Work(NamedTuple):
 
     def forward(self, tokens: int, *, head: bool = True) -> float:
         """FLOPs of running the model on so many tokens."""
+        # A multiplication and an addition for each weight.
         return 2.0 * tokens * (self.active + (self.head if head else 0))
 
 
-def work(job: JobOptions, model: models.Model, ready: Ready) -> Work:
+def count_work(calibration: Calibration, model: LoadedModel, texts: JobTexts) -> Work:
     """What a job does, from the shapes alone."""
     config = model.config
     named = tree.named_leaves(model.params)
@@ -81,48 +82,54 @@ def work(job: JobOptions, model: models.Model, ready: Ready) -> Work:
         for name, leaf in named.items()
         if leaves.prunable(name, leaf)
     }
+    # A token runs through a few of a layer's experts.
     used = config.experts_per_token / config.experts if config.experts else 1.0
     active = sum(
         math.prod(shape) * (used if shape[0] > 1 else 1.0)
         for shape in matrices.values()
     )
-    drawn = 0 if ready.drawn is None else ready.drawn.tokens.size
+    # What the model writes itself is not there yet, but counts.
+    drawn = 0 if texts.drawn is None else texts.drawn.tokens.size
     return Work(
         matrices=matrices,
         active=active,
         head=config.vocab_size * config.width,
         parameters=sum(leaf.size for leaf in named.values()),
         weights=sum(leaf.size * leaf.dtype.itemsize for leaf in named.values()),
-        tokens=drawn + job.own_sequences * job.length,
-        evaluated=sum(seen.tokens.size for seen in ready.seen.values()),
+        tokens=drawn + calibration.self_sequences * calibration.length,
+        evaluated=sum(windows.tokens.size for windows in texts.windows.values()),
         wide=config.width * np.dtype(config.dtype).itemsize,
         scores=4 * config.vocab_size,
     )
 
 
-def recovery(job: JobOptions, does: Work) -> tuple[float, int]:
+def recovery_needs(
+    recovery: Recovery, calibration: Calibration, work: Work
+) -> tuple[float, int]:
     """FLOPs of the training afterwards, and bytes of what it holds."""
-    if (found := job.recovery) is None:
+    if not recovery.recover_steps:
         return 0.0, 0
-    teacher = found.kind == "distillation"
-    passes = found.steps * (4 if teacher else 3)  # forward and back, and the teacher's
-    moved = 16 * does.parameters  # float32: weights, gradients, two moments
-    held = moved + (does.weights if teacher else 0)
-    return does.forward(passes * job.batch * job.length), held
+    teacher = recovery.recover_by == "distillation"
+    # Forward and back, and the teacher's forward.
+    passes = recovery.recover_steps * (4 if teacher else 3)
+    trained = 16 * work.parameters  # float32: weights, gradients, two moments
+    memory = trained + (work.weights if teacher else 0)
+    return work.forward(passes * calibration.batch * calibration.length), memory
 
 
-def statistics(does: Work) -> float:
+def statistics_flops(work: Work) -> float:
     """FLOPs of X^T X of each input; matrices that read the same one share it."""
     inputs = {
         (name.rsplit("/", 2)[0], name.rsplit("/", 2)[1] in ("out", "down"), rows)
-        for name, (_, rows, _) in does.matrices.items()
+        for name, (_, rows, _) in work.matrices.items()
     }
-    return sum(2.0 * does.tokens * rows**2 for _, _, rows in inputs)
+    # (rows, tokens) x (tokens, rows)
+    return sum(2.0 * work.tokens * rows**2 for _, _, rows in inputs)
 
 
-def largest(does: Work) -> int:
+def largest_hessian(work: Work) -> int:
     """Bytes of the largest X^T X."""
-    return 4 * max((rows**2 for _, rows, _ in does.matrices.values()), default=0)
+    return 4 * max((rows**2 for _, rows, _ in work.matrices.values()), default=0)
 
 
 def seconds(flops: float) -> float:
@@ -130,7 +137,7 @@ def seconds(flops: float) -> float:
     return _COMPILING + flops / (_REACHED * rate())
 
 
-def streamed(source: CheckpointDir) -> Needs:
+def streaming_needs(source: CheckpointDir) -> Needs:
     """What magnitude needs that goes through the files tensor by tensor."""
     sizes = [math.prod(info.shape) for info in source.tensors.values()]
     # The tensor, its float32 scores, and what is written.
@@ -138,7 +145,7 @@ def streamed(source: CheckpointDir) -> Needs:
     return Needs(peak, 2 + _STREAMED * sum(sizes), source.size)
 
 
-def base() -> int:
+def base_memory() -> int:
     """Bytes of the process before it does anything, and of its programs."""
     return (machine.peak_memory() or 0) + _PROGRAMS
 
@@ -147,10 +154,10 @@ def rate() -> float:
     """FLOPs a second of one float32 product on this device, the best of five."""
     side = jnp.ones((_SIDE, _SIDE), jnp.float32)
     product = jax.jit(jnp.matmul)
-    product(side, side).block_until_ready()
-    taken = []
+    product(side, side).block_until_ready()  # compiles
+    times = []
     for _ in range(5):
         start = time.perf_counter()
         product(side, side).block_until_ready()
-        taken.append(time.perf_counter() - start)
-    return 2.0 * _SIDE**3 / min(taken)
+        times.append(time.perf_counter() - start)
+    return 2.0 * _SIDE**3 / min(times)

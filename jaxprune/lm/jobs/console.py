@@ -1,33 +1,16 @@
-"""What a command says, and where: results on stdout, all else on stderr.
+"""What a job says, and where: results on stdout, all else on stderr.
 
 With `--json` stdout gets one JSON object and nothing else. A refusal is one sentence
 and exit code 1. A long job shows a bar on a terminal, elsewhere a line now and then.
 """
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxprune.arrays.console_progress import Progress, to_stderr
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every command takes. `GROUPS` and `EXAMPLE` are for its --help.
-
-    Attributes:
-      json: print one JSON object to stdout, and nothing else there.
-      debug: show where an error came from.
-    """
-
-    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {}
-    EXAMPLE: ClassVar[str]
-
-    json: bool = False
-    debug: bool = False
 
 
 class Console:
@@ -48,6 +31,7 @@ class Console:
     def say(self, text: str) -> None:
         """Writes a result for people, to stdout; nothing under `--json`."""
         if not (self.quiet or self._silent):
+            # A text may have letters that the terminal has not.
             encoding = sys.stdout.encoding or "utf-8"
             print(text.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -69,7 +53,7 @@ class Console:
 @contextlib.contextmanager
 def byte_progress(total: int, what: str) -> Iterator[Callable[[str, int, int], None]]:
     """Shows how many bytes are done; what it yields is a writer's `progress=`."""
-    before = 0
+    before = 0  # a writer says how much is done in all, a bar wants what is new
     with Progress(total, what, unit="B", leave=False) as progress:
 
         def advance(what: str, done: int, total: int) -> None:

@@ -1,0 +1,72 @@
+"""What `prune` and `shrink` say for people when they are done."""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from jaxprune.arrays.messages import columns
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.settings import Job
+from jaxprune.lm.measure.tables import stage_table
+from jaxprune.lm.report.stages import measured
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The command as it may be typed again."""
+    return shlex.join(["jaxprune", *words])
+
+
+def say_done(
+    job: Job, record: dict[str, Any], lines: Sequence[str], console: Console
+) -> dict[str, Any]:
+    """Says what became of a job.
+
+    Args:
+      job: what was asked for.
+      record: record of the result.
+      lines: results that only such a job has.
+      console: where it is said.
+
+    Returns:
+      The object of `--json`.
+    """
+    if job.plan:  # which has said all
+        return record
+    if record.get("perplexity"):
+        console.say(stage_table(measured(record), record["perplexity"]))
+    console.say("\n".join(lines))
+    console.say(f"'{job.out}': the model, jaxprune.json, report.html")
+    # Files of other formats, which a loader may miss.
+    if omitted := open_directory(job.model).uncopied:
+        console.note(f"not copied: {', '.join(omitted)}")
+    return {**record, "out": str(job.out)}
+
+
+def prune_lines(record: dict[str, Any]) -> list[str]:
+    """The results of a pruning."""
+    sizes = record["sizes"]
+    return [
+        f"{record['achieved']:.4%} of {sizes['size']:,} weights are zero "
+        f"({record['method']}, {record['pattern']}); {sizes['dense_bytes']:,} bytes, "
+        f"about {sizes['compact_bytes']:,} as a compact file; "
+        f"{record['seconds']:.1f} s"
+    ]
+
+
+def shrink_lines(record: dict[str, Any]) -> list[str]:
+    """The results of a shrinking."""
+    lines = []
+    if speed := record.get("speed"):
+        rows = [
+            [phase, *(f"{speed[when][phase]:,.1f}" for when in ("before", "after"))]
+            for phase in ("prefill", "decode")
+        ]
+        header = ["tokens per second", "before", "after"]
+        lines.append(columns([header, *rows], right=True))
+    before, after = (record["sizes"][when] for when in ("before", "after"))
+    lines.append(
+        f"{after['parameters']:,} of {before['parameters']:,} parameters, "
+        f"{after['layers']} of {before['layers']} layers; {record['seconds']:.1f} s"
+    )
+    return lines

@@ -1,0 +1,213 @@
+"""`jaxprune prune` of a loaded model: measured, pruned, trained again, written."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+import jaxprune as jp
+from jaxprune.arrays import lazy
+from jaxprune.arrays.axes import Axes
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.messages import listed
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.jobs import (
+    inputs,
+    passes,
+    progress_dir,
+    provenance,
+)
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.exclusions import check_globs, prunable_leaf
+from jaxprune.lm.jobs.opening import note_ignored, open_for_job
+from jaxprune.lm.jobs.provenance import Page
+from jaxprune.lm.jobs.prune_record import (
+    count_zeros,
+    describe_pruning,
+    write_pruned,
+)
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.recovery import as_stored
+from jaxprune.lm.jobs.samples import (
+    Sampling,
+    choose_prompt,
+    decode_sample,
+    draw_tokens,
+)
+from jaxprune.lm.jobs.transformation import Change, Transformation
+from jaxprune.lm.measure.machine import Costs
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.models.loaded_model import LoadedModel, device_mesh
+from jaxprune.lm.texts.self_calibration import self_calibration
+from jaxprune.typing import Pattern, Prunable
+
+
+def begin_pruning(
+    job: PruneJob, chosen: passes.Pass, console: Console
+) -> "ModelPruning":
+    """Reads the texts and the model's headers, and refuses what does not fit."""
+    costs = Costs()
+    with costs.phase("read"):
+        source = open_directory(job.model)
+        # By names and shapes, before a text is tokenized.
+        check_globs(job.pruning.exclude, source.tensors)
+        texts = inputs.read_texts(job, source)
+        if texts.tokenizer is None:  # for the samples
+            texts = texts._replace(tokenizer=inputs.optional_tokenizer(source))
+        model = open_for_job(job.model, job.loading, job.devices)
+        names = model.names
+        prunable = prunable_leaf(lambda leaf: names[leaf].names, job.pruning.exclude)
+        _check_pattern(chosen.pattern, model, prunable)
+        copies = 3 if job.solver.refine else 2
+        progress_dir.check_room(job, job.recovery, source, copies)
+    note_ignored(model, console)
+    context = model.config.context
+    prompt = choose_prompt(job.evaluation, job.loading, texts, context)
+    return ModelPruning(
+        *(job, source, model, texts, console, costs),
+        chosen=chosen,
+        prunable=prunable,
+        prompt=prompt,
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelPruning(Transformation[PruneJob]):
+    """A pruning of a loaded model after a look at calibration texts.
+
+    Attributes:
+      chosen: method, pattern and what else is done.
+      prunable: which leaves may be pruned.
+      prompt: tokens before a sample, or None where none is made.
+      samples: "label" and "text" of each stage that wrote one.
+    """
+
+    NAME, STAGE = "prune", "pruned"
+
+    chosen: passes.Pass
+    prunable: Prunable
+    prompt: list[int] | None
+    samples: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the pruned weights, as far as it is known without reading."""
+        job, texts, words = self.job, self.texts, self.chosen.facts()
+        return {
+            **progress_dir.job_facts(
+                job, self.source, texts.calibration, texts.begins.why
+            ),
+            **words,
+            "method": f"{job.pruning.method}: {words['settings']}",
+            "sparsity": job.pruning.sparsity,
+            "allocation": job.pruning.allocation,
+            "excluded": list(job.pruning.exclude),
+            "self": [
+                job.calibration.self_sequences,
+                job.calibration.calibration_temperature,
+            ],
+        }
+
+    def look_at_dense(self) -> None:
+        """Measures the dense model and lets it write: a sample, a calibration."""
+        with self.costs.phase("evaluate before"):
+            dense = self.model.read()  # freed when this is done
+            self.measurements.measure_dense(dense.decoder())
+            self._sample("dense", dense)
+        if self.job.calibration.self_sequences:
+            with self.costs.phase("write calibration"):
+                self.texts = self.texts._replace(written=self._written(dense))
+
+    def change(self) -> Change:
+        """Prunes the model segment by segment, its parameters read as they are due."""
+        job, model = self.job, self.model
+        self.console.note(f"what is done is kept in '{job.work}' until the end")
+        tokens = self.texts.sequences  # (sequences, length)
+        # (batch, length, width) each. The table of embeddings stays in its file.
+        embedded = (
+            hf.embedded(job.model, model.names, model.config, part, job.loading.dtype)
+            for part in np.split(tokens, len(tokens) // job.calibration.batch)
+        )
+        mesh = device_mesh(job.devices.mesh)
+        params, report = passes.prune_states(
+            self.chosen, model, embedded, self.prunable, job.work, mesh
+        )
+        # A refinement moves norms and biases too, which are not pruned.
+        leaves = {row["name"] for row in report["weights"]}
+        moved = leaves.union(*(row["leaves"] for row in report["refined"]))
+        pruned = as_stored(model._replace(params=params).read(), moved)
+        record = describe_pruning(job, self.chosen, model, self.texts, report)
+        return Change(pruned, moved, leaves, record)
+
+    def teacher(self, change: Change) -> Decoder:
+        """The model before; what has not moved is shared with the pruned one."""
+        model = change.model
+        before = jp.tree.named_leaves(self.model.params)
+        params = [
+            lazy.array(before[name]) if name in change.moved else leaf
+            for name, leaf in jp.tree.named_leaves(model.params).items()
+        ]
+        structure = jax.tree.structure(model.params)
+        return nnx.merge(model.graphdef, jax.tree.unflatten(structure, params))
+
+    def finish(self, change: Change) -> None:
+        """Adds a sample of the pruned model, and its sizes."""
+        # Of the model that is written, whatever stage it has come to.
+        self._sample(self.last_stage, change.model)
+        counts = count_zeros(change.model, change.matrices)
+        change.record["samples"] = self.samples
+        change.record["ignored_config"] = list(self.model.ignored)
+        change.record["sizes"] = provenance.weight_sizes(
+            self.source, counts, self.job.quantization
+        )
+
+    def write(self, change: Change, page: Page) -> None:
+        """Writes the leaves that moved; the zeros of those that were pruned count."""
+        change.record.update(self.costs.facts())
+        write_pruned(self.job, self.source, change, page)
+
+    def _sample(self, stage: str, model: LoadedModel) -> None:
+        """Lets the model write at a stage."""
+        tokenizer = self.texts.tokenizer
+        if self.prompt is None or tokenizer is None:
+            return
+        steps, seed = self.job.evaluation.prompt_steps, self.job.calibration.seed
+        sampling = Sampling(steps, seed=seed)
+        tokens = draw_tokens(model.decoder(), self.prompt, sampling)
+        text = decode_sample(tokenizer, self.prompt, tokens)
+        self.samples.append({"label": stage, "text": text})
+
+    def _written(self, dense: LoadedModel) -> np.ndarray:
+        """What the dense model writes to be calibrated on, (sequences, length)."""
+        calibration, tokenizer = self.job.calibration, self.texts.tokenizer
+        special: set[int] = set()
+        if tokenizer is not None:  # behind its tokens a model may have rows for none
+            unused = range(tokenizer.vocab_size, self.texts.vocab_size)
+            special = {*tokenizer.special, *unused}
+        number = calibration.self_sequences
+        with Progress(number, "writing", unit="sequence", leave=False) as progress:
+            return self_calibration(
+                dense.decoder(),
+                sequences=number,
+                length=calibration.length,
+                seed=calibration.seed,
+                temperature=calibration.calibration_temperature,
+                bos=self.texts.begins.token,
+                special=special,
+                batch=calibration.batch,
+                directory=self.job.work / "self",
+                progress=progress.update,
+            )
+
+
+def _check_pattern(pattern: Pattern, model: LoadedModel, prunable: Prunable) -> None:
+    """Refuses matrices that the pattern does not fit, by the directory's names."""
+    problems: dict[str, list[str]] = {}
+    for name, leaf in jp.tree.named_leaves(model.params).items():
+        if prunable(name, leaf) and (problem := pattern.problem(leaf.shape, Axes())):
+            problems.setdefault(problem, []).append(model.names[name].name)
+    if problems:
+        places = (f"{why} at {listed(names)}" for why, names in problems.items())
+        raise ValueError(f"{'; '.join(places)}; leave such tensors out with --exclude")

@@ -1,0 +1,234 @@
+"""What a job asks of the library: one place for methods, `prune_trained`, refinement.
+
+The words of the command become values here, and nowhere else.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+import jaxprune as jp
+from jaxprune.arrays import processes
+from jaxprune.lm.jobs.prune_settings import PruneJob, Pruning
+from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.masking import allocation as allocations
+from jaxprune.masking import counts, patterns
+from jaxprune.posttraining.passes import METHODS, Chain, correct, quantize
+from jaxprune.posttraining.passes.base import Inputs
+from jaxprune.posttraining.passes.quantization import Quantize
+from jaxprune.posttraining.passes.refinement import Refine
+from jaxprune.typing import Pattern, Prunable
+
+CORRECTION = 0.5
+"""How much of what was lost before the command makes up for, if nothing is said."""
+
+
+class Pass(NamedTuple):
+    """What a pruning's words mean.
+
+    Attributes:
+      method: how a matrix is pruned, with the correction of its target.
+      pattern: which weights are pruned together.
+      sparsity: share to remove.
+      allocation: how the sparsity is shared out.
+      refine: how each layer is refined, or None.
+      quantizer: pass that puts the weights that stay on levels, or None.
+    """
+
+    method: Chain
+    pattern: Pattern
+    sparsity: Any
+    allocation: allocations.Rule
+    refine: Refine | None
+    quantizer: Quantize | None
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the method reads the Hessian of each input."""
+        return "hessian" in self.method.observes
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the dense model runs beside the pruned one."""
+        return self.method.correction > 0
+
+    @property
+    def chain(self) -> Chain:
+        """All passes in a row, as `jp.prune_trained` takes them."""
+        steps = (self.method, self.refine, self.quantizer)
+        return jp.passes.chain(*(step for step in steps if step is not None))
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the pruned weights, in words."""
+        return {
+            "settings": describe(self.method),
+            "pattern": pattern_word(self.pattern),
+            "refine": self.refine and describe(self.refine),
+            "quantization": self.quantizer and describe(self.quantizer.quantization),
+        }
+
+
+def method_settings(name: str) -> set[str]:
+    """The settings that a method has, by their names."""
+    method = METHODS[name]()
+    solves = {"correction"} if "hessian" in method.observes else set()
+    return {*method.settings, *solves}
+
+
+def choose_method(
+    name: str,
+    *,
+    damping: float | None = None,
+    inputs: Inputs = "left",
+    relative: bool | None = None,
+    correction: float | None = None,
+) -> Chain:
+    """A method with the settings that were asked for, as far as it has them.
+
+    Args:
+      name: name of the method.
+      damping: share of the Hessian's mean diagonal; the method's usual one if None.
+      inputs: which inputs a weight is pruned for; see `jp.passes`.
+      relative: whether tokens count by their direction alone; None is yes, which was
+        best on real models.
+      correction: share of the earlier loss that is made up for; None is `CORRECTION`
+        with inputs "left", for the same reason.
+
+    Returns:
+      The method, chained with the correction of its target where it has one.
+
+    Raises:
+      ValueError: a setting is out of range.
+
+    Example:
+      >>> from jaxprune.lm.jobs import passes
+      >>> passes.choose_method("wanda").pruning.settings
+      {'inputs': 'left', 'relative': True}
+    """
+    # It goes by the inputs that earlier layers leave, which "dense" does not look at.
+    if correction is None and inputs == "left":
+        correction = CORRECTION
+    settings: dict[str, Any] = {
+        "damping": damping,
+        "inputs": inputs,
+        "relative": relative is None or relative,
+        "correction": correction,
+    }
+    # What a method lacks was refused where it was asked for; defaults are dropped.
+    available = method_settings(name)
+    changes = {
+        setting: value
+        for setting, value in settings.items()
+        if setting in available and value is not None
+    }
+    share = changes.pop("correction", 0.0)
+    steps = [correct(share)] if share else []
+    return jp.passes.chain(METHODS[name](**changes), *steps)
+
+
+def choose_pattern(pruning: Pruning) -> Pattern:
+    """Which weights are pruned together: as asked for, or as the method's paper has."""
+    method = METHODS[pruning.method or "sparsegpt"]()
+    return patterns.parse(pruning.pattern or method.usual_pattern)
+
+
+def pattern_word(pattern: Pattern) -> str:
+    """A pattern as --pattern takes it."""
+    match pattern:
+        case patterns.NM():
+            return f"{pattern.n}:{pattern.m}"
+        case patterns.Block():
+            return f"{pattern.rows}x{pattern.columns}"
+        case patterns.Unstructured():
+            return "unstructured"
+        case patterns.PerOutput():
+            return "per-output"
+    return str(pattern)
+
+
+def choose_pass(job: PruneJob) -> Pass:
+    """What the words of a pruning mean; refuses values that do not agree."""
+    pruning, solver, bits = job.pruning, job.solver, job.quantization.bits
+    method = choose_method(
+        pruning.method or "sparsegpt",
+        damping=solver.damping,
+        inputs=solver.inputs,
+        relative=None if solver.relative is None else solver.relative == "yes",
+        correction=solver.correction,
+    )
+    pattern = choose_pattern(pruning)
+    sparsity, rule = counts.agreed(pruning.sparsity, pattern, pruning.allocation)
+    refine = None
+    if solver.refine > 0:  # below, a rule of the job says so
+        refine = Refine(passes=solver.refine, learning_rate=solver.refine_learning_rate)
+    quantizer = None
+    if bits is not None:
+        levels: Any = f"int{bits}"
+        quantizer = quantize(levels, group=job.quantization.group)
+    return Pass(method, pattern, sparsity, rule, refine, quantizer)
+
+
+def describe(value: Any) -> str:
+    """The settings of a method or of another value, in words."""
+    words = (
+        f"{name.replace('_', ' ')} {'yes' if setting is True else setting}"
+        for name, setting in _settings(value).items()
+        if setting is not False and setting is not None
+    )
+    return ", ".join(words) or "none"
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """The settings of a chain's passes, or of another value, by name."""
+    if not isinstance(value, Chain):
+        return dataclasses.asdict(value)
+    solves = "hessian" in value.observes
+    correction = {"correction": value.correction} if solves else {}
+    return {**value.pruning.settings, **correction}
+
+
+def prune_states(
+    chosen: Pass,
+    model: LoadedModel,
+    embedded: Iterator[jax.Array],
+    prunable: Prunable,
+    directory: Path,
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Prunes a model by what its layers do to embedded calibration batches.
+
+    Args:
+      chosen: what is done.
+      model: model whose parameters may lie in their files.
+      embedded: batches of embeddings, (batch, length, width) each.
+      prunable: which leaves may be pruned.
+      directory: place of the progress.
+      mesh: devices that take a batch each, or None.
+
+    Returns:
+      The parameters, and the report of `jp.prune_trained`.
+    """
+    result = jp.prune_trained(
+        functools.partial(_final_states, model.graphdef),
+        model.params,
+        embedded,
+        chosen.chain,
+        sparsity=chosen.sparsity,
+        pattern=chosen.pattern,
+        allocation=chosen.allocation,
+        prunable=prunable,
+        directory=directory,
+        mesh=mesh,
+        progress=processes.is_first(),
+    )
+    return result.params, result.report
+
+
+def _final_states(graphdef: Any, params: Any, embedded: jax.Array) -> jax.Array:
+    """The final states (batch, length, width): all that is pruned is before them."""
+    return nnx.merge(graphdef, params).states(embedded)[0]

@@ -1,0 +1,47 @@
+"""`--plan`, in words: which texts, how much memory, disk and time; nothing is written.
+
+All checks of the job are made, texts and headers are read, no weight is.
+"""
+
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.estimates import Needs
+from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.jobs.settings import Calibration
+
+
+def say_texts(
+    calibration: Calibration, texts: JobTexts | None, console: Console
+) -> None:
+    """Says what would be calibrated and evaluated on."""
+    if texts is None:
+        console.say("calibrated on nothing, evaluated on nothing")
+        return
+    pairs = zip(texts.calibration, texts.counts, strict=True)
+    parts = [f"{text.path.name} {count}" for text, count in pairs]
+    if calibration.self_sequences:
+        parts.append(f"what the model writes itself {calibration.self_sequences}")
+    if parts:
+        console.say(
+            f"calibrated on sequences of {calibration.length} tokens: "
+            f"{', '.join(parts)}"
+        )
+    else:
+        console.say("calibrated on nothing")
+    windows = [f"{name} ({texts.roles[name]})" for name in texts.windows]
+    console.say(f"evaluated on {', '.join(windows) or 'nothing'}")
+
+
+def say_needs(needs: Needs, console: Console) -> None:
+    """Says what the job would need."""
+    console.say(
+        f"memory about {needs.memory_bytes / 1e9:.1f} GB, disk about "
+        f"{needs.disk_bytes / 1e9:.2f} GB, time on this device about "
+        f"{_duration(needs.seconds)}: a third to three times of it"
+    )
+    console.say("nothing was written")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

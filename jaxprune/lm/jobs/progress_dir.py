@@ -1,0 +1,140 @@
+"""Where a run that is not done keeps what it has, so that it resumes after a kill."""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprune.files import atomic
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.jobs import provenance
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.settings import Job, Recovery
+from jaxprune.lm.jobs.shrink_settings import ShrinkJob
+from jaxprune.lm.texts import text_files
+
+_BEGUN = "command.json"  # which job the progress is of
+
+
+def refuse_done(job: Job, command: str) -> None:
+    """Refuses to make again what this very command made."""
+    if job.overwrite or not provenance.is_done(job.out, command):
+        return
+    with atomic.locked(job.work):
+        if not _is_later(job.work / _BEGUN, job.out / rewrite.NAME):
+            # What the run that made it left, killed at its very end.
+            shutil.rmtree(job.work, ignore_errors=True)
+    raise ValueError(
+        f"'{job.out}' is whole, and this very command made it; give --overwrite to "
+        "make it again, or another place"
+    )
+
+
+def check_room(
+    job: Job, recovery: Recovery, source: CheckpointDir, copies: int
+) -> None:
+    """Refuses, before a long job, a disk without room for the result and progress.
+
+    Args:
+      job: place of the result and of the progress.
+      recovery: training whose checkpoints take room too.
+      source: directory of the dense model.
+      copies: number of copies of the model that are written, the result included.
+
+    Raises:
+      OSError: the disk has less room.
+    """
+    out = job.out.resolve()
+    # What an earlier run left there is written again, or replaced.
+    before = [job.work, out.with_name(f".{out.name}.partial")]
+    written = sum(map(atomic.bytes_in, before))
+    needed = source.size * copies + checkpoint_bytes(recovery, source)
+    atomic.check_room(job.out, needed - written)
+
+
+def checkpoint_bytes(recovery: Recovery, source: CheckpointDir) -> int:
+    """Bytes that the checkpoints of a recovery may take: two of them."""
+    if not recovery.recover_steps or recovery.trained == "norms":
+        return 0
+    # In float32 the weights; AdamW's moments are of small factors under "lora".
+    weight_bytes = 4 if recovery.trained == "lora" else 12
+    sizes = (math.prod(info.shape) for info in source.tensors.values())
+    return 2 * weight_bytes * sum(sizes)
+
+
+def job_facts(
+    job: PruneJob | ShrinkJob,
+    source: CheckpointDir,
+    calibration: Sequence[text_files.AnyText],
+    bos: str,
+) -> dict[str, Any]:
+    """What decides the result of any job, known without reading a weight.
+
+    Args:
+      job: what was asked for.
+      source: directory of the dense model, whose files are told by size and time.
+      calibration: texts that are calibrated on.
+      bos: what sequences begin with, in words.
+
+    Returns:
+      A JSON-able record; a run goes on only with the progress of an equal one.
+    """
+    configs = [n for n in source.others if n.endswith((".json", ".jinja"))]
+    # By size and time: to hash the weights would take as long as to read them.
+    files = {n: (source.path / n).stat() for n in (*source.metadata, *configs)}
+    recovery = job.recovery
+    return {
+        "model": str(source.path),
+        "files": {n: [s.st_size, s.st_mtime_ns] for n, s in files.items()},
+        "ignored_config": list(job.loading.ignore_config),
+        "dtype": job.loading.dtype,
+        "calibration": [text.sha256 for text in calibration],
+        "held_out": not job.evaluation.evaluate and job.evaluation.limit,
+        "sequences": job.calibration.sequences,
+        "length": job.calibration.length,
+        "batch": job.calibration.batch,
+        "seed": job.calibration.seed,
+        "bos": bos,
+        "recovery": [str(recovery)] if recovery.recover_steps else None,
+    }
+
+
+@contextlib.contextmanager
+def hold_progress(work: Path, facts: Mapping[str, Any]) -> Iterator[None]:
+    """Keeps the place of the progress for this run, and for this job.
+
+    Args:
+      work: place of the progress.
+      facts: what decides the job's result, JSON-able.
+
+    Yields:
+      Nothing; the place is removed when the run ends well, or did nothing.
+
+    Raises:
+      ValueError: the progress there is another job's.
+    """
+    begun = work / _BEGUN
+    with atomic.locked(work):
+        try:
+            # Nothing was done yet, so the place is free for any job.
+            if not _has_progress(work):
+                begun.unlink(missing_ok=True)
+            atomic.begin_or_resume(begun, facts)
+            yield
+        except BaseException:
+            if not _has_progress(work):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_later(file: Path, reference: Path) -> bool:
+    """Whether a file is there that was written after another one."""
+    return file.exists() and file.stat().st_mtime_ns > reference.stat().st_mtime_ns
+
+
+def _has_progress(work: Path) -> bool:
+    return any(path.name != _BEGUN for path in work.iterdir())

@@ -1,0 +1,70 @@
+"""What is written down of a job, and read again by its page: jaxprune.json."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.compact_sizes import packed_bytes
+from jaxprune.lm.checkpoints.levels import Grid
+from jaxprune.lm.jobs.prune_settings import Quantization
+from jaxprune.lm.measure import machine
+
+PAGE = "report.html"
+
+Page: TypeAlias = Callable[[Mapping[str, Any]], str]
+"""The HTML page of a whole record."""
+
+
+def weight_sizes(
+    source: CheckpointDir,
+    counts: Mapping[str, tuple[int, int]],
+    quantization: Quantization | None = None,
+) -> dict[str, int]:
+    """Bytes of the weights as they are, and in a compact file.
+
+    Args:
+      source: directory of the dense model.
+      counts: tensor name to its zeros and its size, of those that were pruned; the
+        others count as dense.
+      quantization: bits and group of the weights that stay.
+
+    Returns:
+      JSON-able sizes.
+    """
+    zeros = {name: count for name, (count, _) in counts.items()}
+    grids: dict[str, Grid] = {}  # only what was pruned was quantized
+    if quantization is not None and quantization.bits is not None:
+        grids = dict.fromkeys(zeros, Grid(quantization.bits, quantization.group))
+    return {
+        "dense_bytes": source.size,
+        "compact_bytes": packed_bytes(source, zeros, grids),
+        "zeros": sum(zeros.values()),
+        "size": sum(size for _, size in counts.values()),
+    }
+
+
+def environment(command: str) -> dict[str, Any]:
+    """The command, the versions and the devices; JSON-able."""
+    return {
+        "command": command,
+        "versions": machine.versions(),
+        "device": machine.device(),
+    }
+
+
+def page_file(page: Page, record: Mapping[str, Any]) -> dict[str, bytes]:
+    """The page of a whole record, by its file's name."""
+    return {PAGE: page(record).encode(errors="replace")}
+
+
+def is_done(directory: Path, command: str) -> bool:
+    """Whether a directory is what this very command made; it may be killed since."""
+    if not (directory / rewrite.NAME).is_file():
+        return False
+    try:
+        record = rewrite.read_provenance(directory)
+    except ValueError:
+        return False
+    return record.get("command") == command

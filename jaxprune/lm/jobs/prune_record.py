@@ -1,0 +1,121 @@
+"""What is written of a pruned model: its tensors, and what jaxprune.json says."""
+
+import functools
+from typing import Any
+
+import jaxprune as jp
+from jaxprune.arrays import processes
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.jobs import inputs, passes, provenance
+from jaxprune.lm.jobs.console import byte_progress
+from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.jobs.provenance import Page
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.transformation import Change
+from jaxprune.lm.models.loaded_model import LoadedModel
+
+_NAMED = ("weights", "leaves")  # columns of a refined block
+
+
+def describe_pruning(
+    job: PruneJob,
+    chosen: passes.Pass,
+    model: LoadedModel,
+    texts: JobTexts,
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """What jaxprune.json says besides what was measured.
+
+    Args:
+      job: what was asked for.
+      chosen: method, pattern and what else was done.
+      model: dense model, whose tensors the rows are named by.
+      texts: what was calibrated on.
+      report: report of `jp.prune_trained`.
+
+    Returns:
+      A JSON-able record.
+    """
+    names, quantization = model.names, job.quantization
+    words = chosen.facts()
+    rounding = {"bits": quantization.bits, "group": quantization.group}
+    return {
+        "method": job.pruning.method,
+        "settings": words["settings"],
+        "pattern": words["pattern"],
+        "sparsity": chosen.sparsity,
+        "allocation": job.pruning.allocation,
+        "rounding": rounding if quantization.quantize else None,
+        "excluded": list(job.pruning.exclude),
+        "dtype": model.config.dtype,
+        "calibration": {
+            **inputs.describe_calibration(job.calibration, texts),
+            "positions": report["positions"],
+        },
+        "unseen": report["unseen"],
+        "weights": [
+            {**row, "name": names[row["name"]].name, "leaf": row["name"]}
+            for row in report["weights"]
+        ],
+        "refine": job.solver.refine
+        and {
+            "passes": job.solver.refine,
+            "learning_rate": job.solver.refine_learning_rate,
+            "blocks": [
+                {**row, **{k: [names[x].name for x in row[k]] for k in _NAMED}}
+                for row in report["refined"]
+            ],
+        },
+    }
+
+
+def count_zeros(model: LoadedModel, leaves: set[str]) -> dict[str, tuple[int, int]]:
+    """Tensor name to zeros and size, of the pruned leaves."""
+    named = jp.tree.named_leaves(model.params)
+    tensors = {  # an expert's matrix is a tensor of its own
+        tensor: named[name][i] if model.names[name].experts else named[name]
+        for name in leaves
+        for i, tensor in enumerate(model.names[name].names)
+    }
+    return jp.sparsity(tensors).by_leaf
+
+
+def write_pruned(
+    job: PruneJob, source: CheckpointDir, change: Change, page: Page
+) -> None:
+    """Writes the directory of a pruned model; each process hands over its parts.
+
+    Args:
+      job: place of the result, and whether an earlier one is replaced.
+      source: directory of the dense model, which all else is copied from.
+      change: model whose leaves that moved are written.
+      page: function that makes report.html of the record.
+    """
+    model = change.model
+    named = jp.tree.named_leaves(model.params)
+
+    def stored(leaf: str, i: int) -> Any:
+        return model.names[leaf].stored(processes.fetch(named[leaf]), i)
+
+    replaced: dict[str, Any] = {}  # tensor name to what gives it when it is due
+    for name in sorted(change.moved):
+        origin = model.names[name]
+        for i, tensor in enumerate((*origin.names, *origin.copies)):
+            replaced[tensor] = functools.partial(stored, name, i)
+    if not processes.is_first():  # hands over its parts, in the order of writing
+        for name in rewrite.order(source, replaced):
+            replaced[name]()
+        return
+    pruned = {tensor for name in change.matrices for tensor in model.names[name].names}
+    with byte_progress(source.size, "writing") as progress:
+        rewrite.write_directory(
+            source,
+            job.out,
+            replaced,
+            uncounted=replaced.keys() - pruned,  # vectors have no sparsity
+            provenance=change.record,
+            overwrite=job.overwrite,
+            progress=progress,
+            finish=lambda _, record: ({}, provenance.page_file(page, record)),
+        )

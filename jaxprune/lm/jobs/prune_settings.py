@@ -1,0 +1,174 @@
+"""The settings of `jaxprune prune`, group by group."""
+
+import dataclasses
+from typing import Annotated, Literal, TypeAlias
+
+import tyro
+
+from jaxprune.lm.jobs.option_types import (
+    UNSET,
+    Count,
+    MaybeCount,
+    MaybeNumber,
+    MaybeText,
+    Names,
+    Number,
+)
+from jaxprune.lm.jobs.settings import (
+    Calibration,
+    Devices,
+    Evaluation,
+    Job,
+    Loading,
+    LoadingGroup,
+    Recovery,
+)
+
+MethodName: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
+"""The methods by the names that the command gives them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """Which weights are removed.
+
+    Attributes:
+      method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
+        too; sparsegpt and alps also update the weights that stay, alps better and more
+        slowly. magnitude without --calibration goes through any safetensors directory
+        in the memory of one tensor. If left out, sparsegpt for the families of
+        docs/command.md; magnitude for others, which take no text and no option that
+        runs the model.
+      sparsity: the share to remove, in [0, 1). Leave it out with --pattern n:m.
+      pattern: "unstructured" ranks the weights of a matrix together, "per-output" those
+        of each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks.
+        If left out, per-output for wanda and unstructured for the others.
+      allocation: how the sparsity is shared out: layer (to each matrix the same),
+        global (one ranking of all magnitudes), erk (by its shape), owl (layers with
+        outliers keep more). Shares by name are for Python.
+      exclude: names of tensors to leave alone, also as globs: "*.down_proj.weight".
+    """
+
+    method: Annotated[MethodName | None, UNSET] = None
+    sparsity: MaybeNumber = None
+    pattern: MaybeText = None
+    allocation: Literal["layer", "global", "erk", "owl"] = "layer"
+    exclude: Names = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solver:
+    """The settings of the method.
+
+    Attributes:
+      damping: the damping of sparsegpt and alps, as a share of the Hessian's mean
+        diagonal; 0.01 if left out.
+      inputs: which inputs a weight is pruned for: those that the layers pruned before
+        it produce ("left"), or those of the dense layer ("dense"), as in the papers.
+      relative: divide each token by the size of its activations, so that a few massive
+        ones do not decide; yes if left out. The papers do not.
+      correction: how much of what the layers before it lost each matrix makes up for,
+        in [0, 1], by sparsegpt and alps; 0.5 if left out, without --inputs dense. The
+        papers have 0.
+      refine: passes over the calibration sequences, after each layer is pruned, that
+        bring its output back to that of the dense layer by gradient steps on its kept
+        weights, norms and biases; zeros stay zeros. A tenth of the sequences, which
+        are not trained on, says which pass is kept. 0 does nothing.
+      refine_learning_rate: the learning rate of the first step; it falls to zero.
+    """
+
+    damping: MaybeNumber = None
+    inputs: Literal["left", "dense"] = "left"
+    # Not a switch: left out is yes for methods that have it, and fits the others.
+    relative: Annotated[Literal["yes", "no"] | None, UNSET] = None
+    correction: MaybeNumber = None
+    refine: Count = 0
+    refine_learning_rate: Number = 1e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Few bits for the weights that stay.
+
+    Attributes:
+      quantize: quantize the weights that stay to integers of 4 or 8 bits, with a scale
+        for each output and --group inputs: `jaxprune compact` then stores so few bits
+        of each. sparsegpt and alps make up for the difference. The directory holds them
+        as before, in the model's dtype.
+      group: inputs that share a scale with --quantize, a multiple of 16.
+    """
+
+    quantize: Annotated[Literal["int4", "int8"] | None, UNSET] = None
+    group: Count = 128  # the usual one of GPTQ and AWQ
+
+    @property
+    def bits(self) -> int | None:
+        """Number of bits of a weight, or None."""
+        return {None: None, "int4": 4, "int8": 8}[self.quantize]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneCalibration(Calibration):
+    """The texts that show what the model is for.
+
+    Attributes:
+      calibration_temperature: the temperature of what the model writes for
+        --calibration self.
+    """
+
+    calibration_temperature: Number = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneEvaluation(Evaluation):
+    """What the model is measured by, before and after.
+
+    Attributes:
+      prompt: the prompt of the samples before and after; the beginning of an evaluated
+        text if left out.
+      prompt_steps: how many tokens a sample has; 0 makes none.
+    """
+
+    prompt: MaybeText = None
+    prompt_steps: Count = 48
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneDevices(Devices):
+    """What the model runs on.
+
+    Attributes:
+      coordinator: HOST:PORT of the first of several processes that do this together, or
+        "auto" where the cluster knows (Slurm, Open MPI, Kubernetes, Cloud TPU).
+      processes: how many there are; left out where the cluster knows.
+      process_id: which of them this is, from 0; left out likewise.
+    """
+
+    coordinator: MaybeText = None
+    processes: MaybeCount = None
+    process_id: MaybeCount = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneJob(Job):
+    """A pruning.
+
+    Without --calibration all methods but magnitude look at what the model writes
+    itself, as with --calibration self.
+    """
+
+    pruning: Pruning = dataclasses.field(default_factory=Pruning)
+    solver: Annotated[Solver, tyro.conf.arg(name="method")] = dataclasses.field(
+        default_factory=Solver
+    )
+    quantization: Quantization = dataclasses.field(default_factory=Quantization)
+    calibration: PruneCalibration = dataclasses.field(default_factory=PruneCalibration)
+    evaluation: PruneEvaluation = dataclasses.field(default_factory=PruneEvaluation)
+    recovery: Recovery = dataclasses.field(default_factory=Recovery)
+    loading: LoadingGroup = dataclasses.field(default_factory=Loading)
+    devices: PruneDevices = dataclasses.field(default_factory=PruneDevices)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model is pruned tensor by tensor, without its code."""
+        return self.pruning.method == "magnitude" and not self.calibration.calibration

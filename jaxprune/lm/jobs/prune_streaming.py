@@ -1,0 +1,100 @@
+"""`jaxprune prune --method magnitude`: tensor by tensor, without the model's code.
+
+With `--evaluate` the model is loaded too, before and after, to measure it. OUT appears
+when all of that is done.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.checkpoints.prune_magnitude import prune_directory
+from jaxprune.lm.jobs import inputs, passes, progress_dir, provenance
+from jaxprune.lm.jobs.console import Console, byte_progress
+from jaxprune.lm.jobs.exclusions import check_globs, prunable_tensor
+from jaxprune.lm.jobs.opening import note_ignored, open_for_job
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.transformation import Measurements
+from jaxprune.lm.measure.machine import Costs
+
+
+def prune_by_magnitude(
+    job: PruneJob,
+    chosen: passes.Pass,
+    console: Console,
+    command: str,
+    page: provenance.Page,
+) -> dict[str, Any]:
+    """Prunes a directory by magnitude.
+
+    Args:
+      job: what was asked for.
+      chosen: pattern and sparsity.
+      console: where the job speaks.
+      command: words that the record says made it.
+      page: function that makes report.html of the record.
+
+    Returns:
+      The record.
+    """
+    costs = Costs()
+    source = open_directory(job.model)
+    check_globs(job.pruning.exclude, source.tensors)
+    progress_dir.check_room(job, job.recovery, source, 1)  # there is no progress
+    measurements = None
+    if job.evaluation.evaluate:
+        measurements = _measure_dense(job, source, console, costs)
+    pruning = contextlib.ExitStack()  # closed where the weights are written
+
+    def finish(
+        written: Path, record: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+        """Measures what was written, before it takes its place."""
+        pruning.close()  # its bar and its phase
+        facts: dict[str, Any] = {}
+        if measurements is not None:
+            with costs.phase("evaluate after"):
+                pruned = open_for_job(written, job.loading, job.devices).read()
+                measurements.add("pruned", pruned.decoder())
+            facts["perplexity"] = measurements.perplexity
+        counts = {k: (v["zeros"], v["size"]) for k, v in record["tensors"].items()}
+        facts |= {"sizes": provenance.weight_sizes(source, counts), **costs.facts()}
+        return facts, provenance.page_file(page, {**record, **facts})
+
+    with pruning:
+        pruning.enter_context(costs.phase("prune"))
+        progress = pruning.enter_context(byte_progress(source.size, "pruning"))
+        pruned = prune_directory(
+            source,
+            job.out,
+            sparsity=job.pruning.sparsity,
+            pattern=chosen.pattern,
+            prunable=prunable_tensor(job.pruning.exclude),
+            provenance=provenance.environment(command)
+            | {
+                "excluded": list(job.pruning.exclude),
+                "pattern": passes.pattern_word(chosen.pattern),
+            },
+            overwrite=job.overwrite,
+            progress=progress,
+            finish=finish,
+        )
+    return rewrite.read_provenance(pruned.path)
+
+
+def _measure_dense(
+    job: PruneJob, source: CheckpointDir, console: Console, costs: Costs
+) -> Measurements:
+    """Loads the dense model for once, and measures it."""
+    texts = inputs.read_texts(job, source)
+    model = open_for_job(job.model, job.loading, job.devices)
+    note_ignored(model, console)
+    measurements = Measurements(
+        texts, job.calibration.batch, job.evaluation.any_perplexity, console
+    )
+    with costs.phase("evaluate before"):
+        measurements.measure_dense(model.read().decoder())
+    return measurements

@@ -1,0 +1,139 @@
+"""Recovery of a pruned or smaller model: training on a text, or distillation."""
+
+from collections.abc import Callable, Set
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from jaxprune import leaves
+from jaxprune.arrays import tree
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.lm.jobs.settings import Calibration, Recovery
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.lm.recovery import distill, retrain
+
+_RANK = 16  # of "lora"
+
+
+def recover(
+    recovery: Recovery,
+    calibration: Calibration,
+    sequences: Int[np.ndarray, "sequences length"],
+    model: LoadedModel,
+    teacher: Callable[[], Decoder],
+    matrices: Set[str],
+    work: Path,
+) -> tuple[LoadedModel, set[str], dict[str, Any]]:
+    """The model after some steps, which leaves moved, and what the record says.
+
+    The zeros of matrices stay, of those too that were pruned before this job.
+
+    Args:
+      recovery: steps, learning rate, loss and which leaves are trained.
+      calibration: settings whose batch and seed count.
+      sequences: int32 tokens that are trained on.
+      model: model that is trained.
+      teacher: function that gives the model before; called by a distillation alone.
+      matrices: names of the leaves that "matrices" and "lora" mean.
+      work: directory of the progress.
+
+    Returns:
+      The model, the names of the leaves that moved, and a JSON-able record.
+    """
+    names = _trained_leaves(model, recovery, matrices)
+    distils = recovery.recover_by == "distillation"
+    loss = None  # that of the text
+    if distils:
+        loss = distill.from_teacher(teacher(), hidden=recovery.recover_hidden)
+    settings = retrain.Settings(
+        steps=recovery.recover_steps,
+        learning_rate=recovery.recover_learning_rate,
+        batch=calibration.batch,
+        seed=calibration.seed,
+        rank=_RANK if recovery.trained == "lora" else None,
+    )
+    title = "distilling" if distils else "retraining"
+    with Progress(settings.steps, title, unit="step", leave=False) as progress:
+
+        def tick(steps: int, loss: float) -> None:
+            progress.note(f"loss {loss:.3f}")
+            progress.update(steps)
+
+        decoder, losses = retrain.retrain(
+            model.decoder(),
+            names,
+            sequences,
+            settings,
+            loss=loss,
+            masked=_sparse_leaves(model),  # zeros of an earlier job stay too
+            directory=work / recovery.recover_by,
+            progress=tick,
+        )
+    params = nnx.state(decoder, nnx.Param)
+    trained = as_stored(model._replace(params=params), names)
+    return trained, names, _record(recovery, calibration, losses)
+
+
+def _record(
+    recovery: Recovery, calibration: Calibration, losses: list[float]
+) -> dict[str, Any]:
+    record = {
+        "steps": recovery.recover_steps,
+        "learning_rate": recovery.recover_learning_rate,
+        "batch": calibration.batch,
+        "trained": recovery.trained,
+        "texts": [path.name for path in recovery.recover_text or calibration.files],
+        "losses": losses,
+    }
+    if recovery.recover_hidden:  # the record has what was used
+        record["hidden"] = recovery.recover_hidden
+    return record
+
+
+def _sparse_leaves(model: LoadedModel) -> set[str]:
+    """The matrices that have zeros."""
+    named = tree.named_leaves(model.params)
+    return {
+        n for n, leaf in named.items() if leaves.prunable(n, leaf) and (leaf == 0).any()
+    }
+
+
+def _trained_leaves(
+    model: LoadedModel, recovery: Recovery, matrices: Set[str]
+) -> set[str]:
+    names = tree.names(model.params)
+    if recovery.trained == "all":
+        return set(names)
+    if recovery.trained == "norms":
+        # By name, since norms of heads and biases of experts have two axes.
+        return {name for name in names if name.rsplit("/", 1)[-1] in ("scale", "bias")}
+    return set(matrices)
+
+
+def as_stored(model: LoadedModel, leaves: Set[str]) -> LoadedModel:
+    """The model as it will be written: these leaves as their tensors hold them.
+
+    Args:
+      model: model with its parameters in memory.
+      leaves: names of the leaves that are written anew.
+
+    Returns:
+      The model, in the dtypes of `model`.
+    """
+
+    def rounded(name: str, leaf: jax.Array) -> jax.Array:
+        stored = model.names[name].dtype
+        if name not in leaves or stored == leaf.dtype:
+            return leaf
+        # There and back: measured with the bits that the file has.
+        return leaf.astype(stored).astype(leaf.dtype)
+
+    named = tree.named_leaves(model.params)
+    rounded_leaves = [rounded(name, leaf) for name, leaf in named.items()]
+    structure = jax.tree.structure(model.params)
+    return model._replace(params=jax.tree.unflatten(structure, rounded_leaves))

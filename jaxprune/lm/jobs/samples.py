@@ -1,0 +1,134 @@
+"""What a model writes after a prompt."""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arrays import processes
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.jobs.opening import text_beginning
+from jaxprune.lm.jobs.prune_settings import PruneEvaluation
+from jaxprune.lm.jobs.settings import Loading
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.models.generate import generate
+from jaxprune.lm.models.hf import Tokenizer
+
+_PROMPT, _TEMPERATURE = 16, 0.8  # tokens of a text that are a prompt
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn.
+
+    Attributes:
+      steps: number of tokens.
+      temperature: 0 takes the likeliest token.
+      top_k: number of the likeliest tokens that are drawn among; all if None.
+      seed: seed of the draws.
+    """
+
+    steps: int
+    temperature: float = _TEMPERATURE
+    top_k: int | None = None
+    seed: int = 0
+
+
+_PROMPT_RULES = (
+    Rule(lambda v: v.tokens, "--prompt must have at least one token, got none"),
+)
+_RULES = (
+    Rule(
+        lambda v: v.prompt is None or v.tokenizer is not None,
+        "--prompt needs a tokenizer, but the model's directory has no tokenizer.json; "
+        "leave --prompt out",
+    ),
+    Rule(
+        lambda v: not v.tokens or len(v.tokens) <= v.context - v.steps,
+        "a sample must fit the model's context of {context} tokens, got a prompt of "
+        "{length} and --prompt-steps {steps}; take fewer steps",
+    ),
+)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, bos: int | None) -> list[int]:
+    """The tokens of a prompt after `bos`, at least one."""
+    tokens = tokenizer.encode(prompt, bos=False)
+    tokens = [bos, *tokens] if bos is not None else tokens  # (prompt,)
+    check(_PROMPT_RULES, tokens=tokens)
+    return tokens
+
+
+def draw_tokens(decoder: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
+    """The tokens that a model draws after a prompt, as `generate` draws them.
+
+    Args:
+      decoder: model that writes.
+      prompt: tokens of the prompt, at least one.
+      sampling: number of tokens and how they are drawn.
+
+    Returns:
+      The tokens behind the prompt.
+    """
+    written = generate(
+        decoder,
+        jnp.array([prompt], jnp.int32),  # (1, prompt)
+        steps=sampling.steps,
+        key=jax.random.key(sampling.seed),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+    )  # (1, prompt + steps)
+    return [int(token) for token in processes.fetch(written)[0, len(prompt) :]]
+
+
+def decode_sample(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of a prompt and of the tokens behind it, up to one that ends it."""
+
+    def goes_on(token: int) -> bool:
+        return token not in tokenizer.eos
+
+    return tokenizer.decode([*prompt, *itertools.takewhile(goes_on, tokens)])
+
+
+def choose_prompt(
+    evaluation: PruneEvaluation, loading: Loading, texts: JobTexts, context: int
+) -> list[int] | None:
+    """The tokens before the samples of a pruning, or None where none is made.
+
+    Args:
+      evaluation: settings with a prompt and a number of steps.
+      loading: settings that say what a text begins with.
+      texts: what is evaluated, whose first tokens are the prompt if none is given.
+      context: number of tokens that the model sees at once.
+
+    Returns:
+      The tokens.
+
+    Raises:
+      ValueError: there is no tokenizer, or prompt and sample do not fit the context.
+    """
+    prompt, steps = evaluation.prompt, evaluation.prompt_steps
+    tokenizer = texts.tokenizer
+    tokens: list[int] = []
+    if steps and tokenizer is not None:
+        # Token ids are used as they are, but a prompt in words begins as a text does.
+        bos = text_beginning(tokenizer, loading, texts.vocab_size)[1].token
+        if prompt is not None:
+            tokens = encode_prompt(tokenizer, prompt, bos)
+        elif texts.windows:
+            first = next(iter(texts.windows.values())).tokens[0]  # (length,)
+            most = max(1, min(_PROMPT, context - steps))  # the sample must fit
+            tokens = [int(token) for token in first[:most]]
+        else:  # no text: the model begins by itself, if it can
+            tokens = [] if bos is None else [bos]
+    check(
+        _RULES,
+        prompt=prompt,
+        tokenizer=tokenizer,
+        tokens=tokens,
+        length=len(tokens),
+        steps=steps,
+        context=context,
+    )
+    return tokens or None

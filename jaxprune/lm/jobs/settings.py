@@ -1,0 +1,225 @@
+"""What jobs share: the settings of a model, its texts, and the recovery of the result.
+
+A job is a frozen dataclass of groups, and a group is a frozen dataclass of options. The
+command shows each group under its title, and takes each option by its name alone.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import tyro
+
+from jaxprune.arrays.rules import Rule, within
+from jaxprune.lm.jobs.option_rules import SEED, at_least, idle_without, open_share
+from jaxprune.lm.jobs.option_types import (
+    UNSET,
+    Count,
+    Files,
+    MaybeText,
+    ModelPath,
+    Names,
+    Number,
+    OutPath,
+    Switch,
+)
+
+SELF = Path("self")
+"""In the place of a calibration text: what the model writes itself."""
+
+Trained: TypeAlias = Literal["all", "matrices", "norms", "lora"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How the directory is read.
+
+    Attributes:
+      dtype: the dtype of parameters and products; as they are stored if left out.
+      bos: begin each sequence of a text with the BOS token, whatever the directory
+        says. If left out, the directory decides.
+      no_bos: begin no sequence with it.
+      ignore_config: attributes of config.json to read as if they were not there; an
+        unknown one that could change what the model computes is refused otherwise.
+    """
+
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, UNSET] = None
+    bos: Switch = False
+    no_bos: Switch = False
+    ignore_config: Names = ()
+
+
+LoadingGroup: TypeAlias = Annotated[Loading, tyro.conf.arg(name="model")]
+"""Beside the directory, which is called "model" too."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """What the model runs on.
+
+    Attributes:
+      mesh: devices to run on, "data=2,fsdp=4" say: each parameter is split over the
+        devices of "fsdp" and repeated over those of "data". `prune` takes a batch of
+        calibration on each device. The first device alone if left out.
+    """
+
+    mesh: MaybeText = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The texts that show what the model is for.
+
+    Attributes:
+      calibration: texts that show what the model is for: .txt, .md; .jsonl or .parquet
+        with a "text" in each line or row, or "messages", which the model's chat
+        template writes; or .npy of int32 token ids (sequences, length). Several are a
+        mixture with as many sequences of each. Give each kind of text that the model is
+        for: that is worth more than the choice of a method (benchmarks/README.md). The
+        word "self" stands for text that the model writes, with `prune` alone.
+      sequences: how many sequences are calibrated on.
+      length: tokens of a sequence, BOS included, and of a window in evaluation; the
+        model's context where that is less.
+      seed: decides which sequences are drawn and what is sampled.
+      batch: how many sequences the model sees at once.
+    """
+
+    calibration: Files = ()
+    sequences: Count = 64
+    length: Count = 512
+    seed: Count = 0
+    batch: Count = 4
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The texts that are calibrated on, without what the model writes itself."""
+        return tuple(path for path in self.calibration if path != SELF)
+
+    @property
+    def self_sequences(self) -> int:
+        """Number of sequences that the model writes itself; the last of the texts."""
+        if SELF not in self.calibration:
+            return 0
+        # A mixture has as many sequences of each of its texts.
+        return self.sequences // (1 + len(self.files))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What the model is measured by, before and after.
+
+    Attributes:
+      evaluate: texts to measure the perplexity on, before and after. If left out, the
+        last tenth of each calibration text, which then is not calibrated on.
+      limit: how many windows of each text are evaluated.
+      any_perplexity: go on even with a model that is worse than guessing by frequency.
+    """
+
+    evaluate: Files = ()
+    limit: Count = 16
+    any_perplexity: Switch = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """Training afterwards that makes up for what was removed.
+
+    Attributes:
+      recover_steps: steps of Adam afterwards; zeros stay zeros, and sizes stay as they
+        are. 0 does not train.
+      recover_by: "distillation" brings the next-token distributions of what is left
+        back to those of the model before (KL divergence); "retraining" learns to
+        predict the texts.
+      recover_text: texts for that; those that are calibrated on if left out.
+      recover_learning_rate: the learning rate of the first step; it falls to zero.
+      recover_train: what is trained: all parameters, the matrices that were pruned (of
+        a smaller model, those of its layers), norms and biases, or those matrices by
+        changes of rank 16 (lora). If left out, all parameters by distillation, the
+        matrices by retraining.
+      recover_hidden: the weight of the last hidden states in the loss of a
+        distillation, where the predictions weigh 1: their squared distance over the
+        dense ones' squared norm.
+    """
+
+    recover_steps: Count = 0
+    recover_by: Literal["distillation", "retraining"] = "distillation"
+    recover_text: Files = ()
+    recover_learning_rate: Number = 3e-5
+    recover_train: Annotated[Trained | None, UNSET] = None
+    recover_hidden: Number = 0.0
+
+    @property
+    def trained(self) -> Trained:
+        """Which parameters are trained."""
+        usual: Trained = "all" if self.recover_by == "distillation" else "matrices"
+        return self.recover_train or usual
+
+    @property
+    def stage(self) -> str:
+        """What the model then is."""
+        return {"distillation": "distilled", "retraining": "retrained"}[self.recover_by]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A directory that is made of another one.
+
+    Attributes:
+      model: the directory of the model: config.json, *.safetensors, tokenizer.json.
+      out: the directory to write, of the same form, with jaxprune.json and report.html.
+      plan: say what would be done, with how much memory, disk and time, and write
+        nothing.
+      overwrite: replace an earlier result.
+    """
+
+    model: ModelPath
+    out: OutPath
+    plan: Switch = False
+    overwrite: Switch = False
+
+    @property
+    def work(self) -> Path:
+        """Where a run that is not done keeps what it has."""
+        out = self.out.resolve()
+        return out.with_name(f".{out.name}.work")
+
+
+_STEPS = "--recover-steps N"
+
+RULES = (
+    *(at_least(option, 1) for option in ("sequences", "batch", "limit", "length")),
+    at_least("length", 8, " tokens"),
+    SEED,
+    at_least("recover_steps", 0),
+    Rule(
+        lambda v: not v.recover_steps or v.recover_text or v.files,
+        "--recover-steps needs --recover-text FILE..., or --calibration FILE..., "
+        "whose texts it then takes",
+    ),
+    open_share("recover_learning_rate"),  # Adam's, which moves each weight so far
+    within(
+        "recover_hidden",
+        0,
+        sys.float_info.max,
+        "--recover-hidden must be at least 0, got {recover_hidden}",
+    ),
+    # An option that would do nothing was meant to do something.
+    *(
+        idle_without(Recovery, option, "recover_steps", _STEPS)
+        for option in (
+            *("recover_text", "recover_train", "recover_hidden"),
+            *("recover_learning_rate", "recover_by"),
+        )
+    ),
+    Rule(
+        lambda v: not v.recover_hidden or v.recover_by == "distillation",
+        "--recover-hidden compares with the model before, so it needs --recover-by "
+        "distillation",
+    ),
+    Rule(
+        lambda v: v.calibration.count(SELF) <= 1,
+        "--calibration self is given twice; once is enough",
+    ),
+)
+"""What every job's options keep; `files` are the calibration's without "self"."""

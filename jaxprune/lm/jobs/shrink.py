@@ -1,0 +1,267 @@
+"""`jaxprune shrink`: a smaller model, as a directory that every loader reads."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+import jaxprune as jp
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.arrays.messages import listed
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.jobs import defaults, inputs, progress_dir, provenance
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.opening import model_context, note_ignored, open_for_job
+from jaxprune.lm.jobs.provenance import Page
+from jaxprune.lm.jobs.recovery import as_stored
+from jaxprune.lm.jobs.shrink_plan import plan_shrink
+from jaxprune.lm.jobs.shrink_rules import check_fits, check_shrink
+from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
+from jaxprune.lm.jobs.transformation import Change, Transformation
+from jaxprune.lm.measure import speed
+from jaxprune.lm.measure.machine import Costs
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.lm.shrinking import search, units
+from jaxprune.structured.budget import OutOfReach
+
+_PROMPT, _STEPS = 256, 32  # tokens, of what is timed
+
+
+def run_shrink(
+    job: ShrinkJob, console: Console, command: str, page: Page
+) -> dict[str, Any]:
+    """Writes a smaller model.
+
+    Args:
+      job: what was asked for.
+      console: where the job speaks.
+      command: words that the record says made it, and that a second run is known by.
+      page: function that makes report.html of the record.
+
+    Returns:
+      The record, as in jaxprune.json; with `plan`, what would be done.
+
+    Raises:
+      ValueError: something does not fit; nothing was written.
+    """
+    progress_dir.refuse_done(job, command)
+    check_shrink(job)
+    costs = Costs()
+    with costs.phase("read"):
+        source = open_directory(job.model)
+        context = model_context(source, job.loading.ignore_config)
+        calibration = defaults.shorten_sequences(job.calibration, context)
+        job = dataclasses.replace(job, calibration=calibration)
+        model = open_for_job(job.model, job.loading, job.devices)
+        check_fits(job.removal, source, model.config)
+        texts = inputs.read_texts(job, source)
+        progress_dir.check_room(job, job.recovery, source, 1)
+    note_ignored(model, console)
+    _note_narrowed(job.loading.dtype, source, console)
+    if job.plan:
+        return plan_shrink(job, source, model, texts, console)
+    calibrated = texts.calibration
+    facts = progress_dir.job_facts(job, source, calibrated, texts.begins.why)
+    facts["asked"] = job.removal.asked
+    with progress_dir.hold_progress(job.work, facts):
+        # In memory to the end: it teaches, and is timed beside the small one.
+        dense = model.read()
+        shrinking = ModelShrinking(job, source, dense, texts, console, costs)
+        shrinking.transform(page, command)
+    return rewrite.read_provenance(job.out)
+
+
+class ModelShrinking(Transformation[ShrinkJob]):
+    """A model that loses layers, experts, heads and neurons."""
+
+    NAME, STAGE = "shrink", "shrunk"
+
+    def change(self) -> Change:
+        """Removes what was asked for; the weights that stay are as they are stored."""
+        tokens = None if self.texts.drawn is None else self.texts.drawn.tokens
+        small, record = self._without(tokens)
+        if tokens is not None:
+            calibration = self.job.calibration
+            described = inputs.describe_calibration(calibration, self.texts)
+            record["calibration"] = described
+        record |= {
+            "pattern": "whole layers, experts, heads and neurons",
+            "sparsity": self.job.removal.asked,
+            "ignored_config": list(self.model.ignored),
+            "method": "shrink by " + ", ".join(_ways(self.job, "units" in record)),
+        }
+        # Measured is what will be written.
+        small = as_stored(small, set(jp.tree.names(small.params)))
+        named = jp.tree.named_leaves(small.params)
+        matrices = {n for n, leaf in named.items() if jp.tree.prunable(n, leaf)}
+        return Change(small, set(named), matrices, record)
+
+    def teacher(self, change: Change) -> Decoder:
+        """The model before."""
+        return self.model.decoder()
+
+    def finish(self, change: Change) -> None:
+        """Adds the sizes of both models, and how fast they are."""
+        sizes = {"before": _sizes(self.model), "after": _sizes(change.model)}
+        before, after = (sizes[when]["parameters"] for when in ("before", "after"))
+        change.record.update(sizes=sizes, achieved=1 - after / before)
+        if rounds := self.job.evaluation.speed_rounds:
+            with self.costs.phase("time"):
+                change.record["speed"] = _timed(self.model, change.model, rounds)
+
+    def write(self, change: Change, page: Page) -> None:
+        """Writes all of the smaller model."""
+        hf.write_smaller(
+            self.source.path,
+            self.job.out,
+            change.model.params,
+            self.model.names,  # of all layers
+            kept=change.record["layers"]["kept"],
+            ignore_config=self.job.loading.ignore_config,
+            provenance={**change.record, **self.costs.facts()},
+            overwrite=self.job.overwrite,
+            finish=lambda _, record: ({}, provenance.page_file(page, record)),
+        )
+
+    def _without(
+        self, tokens: Int[np.ndarray, "sequences length"] | None
+    ) -> tuple[LoadedModel, dict[str, Any]]:
+        """The model without what was asked to go, and what that was."""
+        removal, batch = self.job.removal, self.job.calibration.batch
+        work, note = self.job.work, self.console.note
+        layers, narrowing = removal.layers, removal.narrowing
+        possible = units.possible_head_units(self.source.config, self.model.config)
+        narrowing = narrowing._replace(head_units=possible)
+        record: dict[str, Any] = {}
+        # Layers first, then experts of those that stay, then their heads and neurons.
+        if removal.search and tokens is not None:
+            division = search.divide_budget(
+                self.model, narrowing, tokens, batch=batch, work=work, note=note
+            )
+            record["search"] = division.tried
+            layers = division.layers
+            narrowing = narrowing._replace(
+                budget=division.budget, heads_per_neurons=division.heads
+            )
+        if layers is None or tokens is None:
+            count = self.model.config.layers
+            kept = [i for i in range(count) if i not in removal.drop_layers]
+            record["layers"] = {"kept": kept}
+        else:
+            record["layers"] = units.search_layers(
+                self.model, tokens, layers, batch=batch, work=work, note=note
+            )._asdict()
+        small = units.keep_layers(self.model, record["layers"]["kept"])
+        if removal.experts and tokens is not None:
+            share = removal.experts
+            small, record["experts"] = units.without_experts(
+                small, tokens, share, batch=batch
+            )
+        # What is gone counts: the rest of the budget is a larger share of what stays.
+        if narrowing.budget is not None and not removal.search:
+            share = _remaining_budget(removal, self.model, small)
+            narrowing = narrowing._replace(budget=share)
+        if narrowing.narrows and narrowing.budget != 1:
+            small, record["units"] = self._narrow(small, narrowing, tokens)
+        return small, record
+
+    def _narrow(
+        self,
+        small: LoadedModel,
+        narrowing: units.Narrowing,
+        tokens: Int[np.ndarray, "sequences length"] | None,
+    ) -> tuple[LoadedModel, dict[str, Any]]:
+        """As `units.narrow`; a budget out of reach is named as it was asked for."""
+        removal = self.job.removal
+        try:
+            return units.narrow(
+                small,
+                narrowing,
+                tokens,
+                batch=self.job.calibration.batch,
+                work=self.job.work,
+            )
+        except OutOfReach as error:
+            if removal.search or narrowing.budget == removal.budget:
+                raise
+            raise OutOfReach(
+                f"--budget {removal.budget:g} of the whole is out of reach without "
+                f"what else goes: of what is left {error}"
+            ) from None
+
+
+def _note_narrowed(dtype: str | None, source: CheckpointDir, console: Console) -> None:
+    """Names weights that are written with fewer bits than they were stored with."""
+    digits = jnp.finfo(dtype or np.float32).nmant  # bits of the fraction
+    narrowed = [
+        name
+        for name, info in source.tensors.items()
+        if jnp.issubdtype(info.dtype, jnp.floating)
+        and jnp.finfo(info.dtype).nmant > digits
+    ]
+    if narrowed:
+        console.note(
+            f"all weights are written as they are read, in {dtype or 'float32'}: "
+            f"{listed(narrowed)} lose bits"
+        )
+
+
+def _remaining_budget(
+    removal: Removal, dense: LoadedModel, small: LoadedModel
+) -> float:
+    """The share that may stay of a model which lost layers or experts before."""
+    budget = removal.budget or 1.0
+    if small.config == dense.config:
+        return budget
+    # Both by the same count, since the budget is of the dense model.
+    before, after = (units.count_cost(m, removal.measure) for m in (dense, small))
+    return min(budget * before / after, 1.0)
+
+
+def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
+    """What chose what goes, in a word for each."""
+    removal = job.removal
+    ways = {
+        "a search": removal.search,
+        "the loss without each layer": removal.layers is not None,
+        "the layers named": bool(removal.drop_layers),
+        "reap": bool(removal.experts),
+        "obs" if job.calibration.calibration else "magnitude": narrowed,
+    }
+    return [way for way, used in ways.items() if used]
+
+
+def _sizes(model: LoadedModel) -> dict[str, int]:
+    """Parameters, bytes as they are stored, and the shape."""
+    named = jp.tree.named_leaves(model.params)
+    stored = {name: model.names[name].dtype.itemsize for name in named}
+    config = model.config
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+        "bytes": sum(leaf.size * stored[name] for name, leaf in named.items()),
+        "layers": config.layers,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "mlp_width": config.mlp_width,
+        "experts": config.experts,
+    }
+
+
+def _timed(dense: LoadedModel, small: LoadedModel, rounds: int) -> dict[str, Any]:
+    """Tokens per second of both, in turn."""
+    context = dense.config.context
+    steps = min(_STEPS, context // 2)  # as many fit a short context
+    prompt = min(_PROMPT, context - steps)
+    models = {"before": dense.decoder(), "after": small.decoder()}
+    with Progress(2 * rounds, "timing", unit="run", leave=False) as progress:
+        times = speed.measure_speed(
+            models, prompt=prompt, steps=steps, rounds=rounds, progress=progress.update
+        )
+    facts = {"prompt": prompt, "steps": steps, "batch": 1, "rounds": rounds}
+    return {**facts, "dtype": dense.config.dtype, **times}

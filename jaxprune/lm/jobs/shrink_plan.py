@@ -1,0 +1,121 @@
+"""`jaxprune shrink --plan`: the smaller shape, and what the job would need."""
+
+from typing import Any
+
+from jaxprune.arrays.messages import columns
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.jobs import estimates, progress_dir
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.estimates import Needs
+from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.jobs.plan_words import say_needs, say_texts
+from jaxprune.lm.jobs.shrink_rules import neurons_left
+from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.lm.shrinking.units import count_head_units
+
+
+def plan_shrink(
+    job: ShrinkJob,
+    source: CheckpointDir,
+    model: LoadedModel,
+    texts: JobTexts,
+    console: Console,
+) -> dict[str, Any]:
+    """Says what `jaxprune shrink` would do.
+
+    Args:
+      job: what was asked for.
+      source: directory of the model.
+      model: model whose parameters are in their files.
+      texts: what would be calibrated and evaluated on.
+      console: where it is said.
+
+    Returns:
+      A JSON-able plan.
+    """
+    removal = job.removal
+    shapes = _shapes(removal, model.config)
+    if removal.budget:  # what it is divided over is not known yet
+        shapes = [] if removal.search else [s for s in shapes if s[1] != s[2]]
+        division = "over layers, heads and neurons" if removal.search else "over both"
+        console.say(
+            f"{removal.budget:.1%} of the {removal.measure} would be left; what goes "
+            f"is divided {division}{'' if removal.search else ' alike'} when it runs"
+        )
+    if shapes:
+        rows = [[what, f"{now:,}", f"{then:,}"] for what, now, then in shapes]
+        console.say(columns([["", "now", "then"], *rows], right=True))
+    say_texts(job.calibration, texts, console)
+    work = estimates.count_work(job.calibration, model, texts)
+    needs = _needs(job, source, work, _layers_left(removal, model.config))
+    say_needs(needs, console)
+    return {
+        "plan": {what: [now, then] for what, now, then in shapes},
+        "asked": removal.asked,
+        **needs._asdict(),
+    }
+
+
+def _layers_left(removal: Removal, config: DecoderConfig) -> int:
+    return removal.layers or config.layers - len({*removal.drop_layers})
+
+
+def _shapes(removal: Removal, config: DecoderConfig) -> list[tuple[str, int, int]]:
+    """What the model has, now and then."""
+    heads, width = count_head_units(config), config.mlp_width
+    shapes = [
+        ("layers", config.layers, _layers_left(removal, config)),
+        ("neurons a layer", width, neurons_left(removal, width)),
+        ("heads a layer", heads, _without_share(heads, removal.heads)),
+    ]
+    if removal.query_heads:
+        queries = config.heads // config.kv_heads
+        name = "query heads of each key head"
+        shapes.append((name, queries, _without_share(queries, removal.query_heads)))
+    if config.experts:
+        remaining = _without_share(config.experts, removal.experts)
+        shapes.append(("experts a layer", config.experts, remaining))
+    return shapes
+
+
+def _without_share(units: int, share: float) -> int:
+    return units - round(share * units)
+
+
+def _needs(
+    job: ShrinkJob, source: CheckpointDir, work: estimates.Work, layers: int
+) -> Needs:
+    """What `shrink` needs."""
+    removal, calibration = job.removal, job.calibration
+    training, memory = estimates.recovery_needs(job.recovery, calibration, work)
+    once = work.forward(work.tokens)
+    flops = work.forward((3 if job.recovery.recover_steps else 2) * work.evaluated)
+    total = len({name.split("/")[1] for name in work.matrices})
+    if removal.layers is not None:  # a search runs what is left without each layer
+        flops += once * sum(range(layers + 1, total + 1)) / total
+    if removal.narrowing.narrows and calibration.calibration:
+        flops += (3 if removal.search else 1) * (
+            once + estimates.statistics_flops(work)
+        )
+        # The inverse of each input's Hessian, and its updates.
+        flops += sum(
+            4.0 * rows**3 * (removal.search * 2 + 1)
+            for name, (_, rows, _) in work.matrices.items()
+            if name.rsplit("/", 2)[1] in ("out", "down")
+        )
+    if removal.search:  # three ways for heads, then one for each layer that may go
+        flops += once * total
+    # Both models: a prompt, then steps one by one, which reach less of the rate.
+    timed = 2 * job.evaluation.speed_rounds * work.forward(256 + 8 * 32)
+    activations = 3 * work.tokens * work.wide if removal.narrowing.narrows else 0
+    # The greatest of three moments: measuring, narrowing, training.
+    measured = 3 * calibration.batch * calibration.length * work.scores
+    peak = estimates.base_memory() + max(
+        2 * work.weights + measured,
+        2 * work.weights + activations + 3 * estimates.largest_hessian(work),
+        work.weights + memory,
+    )
+    disk = source.size + progress_dir.checkpoint_bytes(job.recovery, source)
+    return Needs(int(peak), estimates.seconds(flops + timed + training), disk)

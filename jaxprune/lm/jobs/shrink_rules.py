@@ -1,0 +1,332 @@
+"""The rules that the settings of `jaxprune shrink` keep, of themselves and the model.
+
+Those of themselves are asked before anything is opened, those of the model before its
+parameters are read.
+"""
+
+import math
+from typing import Any
+
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.jobs import settings
+from jaxprune.lm.jobs.option_rules import at_least, not_while, option_values
+from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.shrinking.search import LEAST_SEQUENCES
+from jaxprune.lm.shrinking.units import count_head_units, multiples
+from jaxprune.lm.texts import text_files
+
+_SHARES = ("ffn", "heads", "query_heads", "experts")
+
+
+def _share(option: str) -> Rule:
+    flag = option.replace("_", "-")
+    return Rule(
+        lambda v: 0 <= getattr(v, option) < 1,
+        f"--{flag} must be a share in [0, 1), got {{{option}}}",
+    )
+
+
+_BUDGET = (
+    # A budget and a share would be two answers to one question.
+    Rule(
+        lambda v: v.budget is None or 0 < v.budget < 1,
+        "--budget must be a share in (0, 1), got {budget}",
+    ),
+    Rule(
+        lambda v: v.budget is None or max(v.ffn, v.heads, v.query_heads) <= 0,
+        "--budget finds the shares of neurons and heads itself; leave out --ffn, "
+        "--heads and --query-heads, or the budget",
+    ),
+    Rule(
+        lambda v: v.budget is not None or v.measure == "parameters",
+        "--measure {measure} says what a budget is of; give --budget too",
+    ),
+    Rule(
+        lambda v: (
+            # A time is known of a whole model that was timed, not of what left it.
+            v.measure != "milliseconds"
+            or not (v.layers is not None or v.drop_layers or v.experts)
+        ),
+        "what layers and experts take of a budget is counted, so with them it is not "
+        "of milliseconds; give --measure flops, bytes or parameters",
+    ),
+)
+_SEARCH = (
+    Rule(
+        lambda v: not v.search or (v.budget is not None and v.calibration),
+        "--search divides a budget by the loss on a text; give --budget and "
+        "--calibration FILE..., or leave it out",
+    ),
+    Rule(
+        lambda v: not v.search or v.measure != "milliseconds",
+        "--search counts, and cannot divide milliseconds; give --measure flops, bytes "
+        "or parameters",
+    ),
+    Rule(
+        lambda v: not v.search or (v.layers is None and not v.drop_layers),
+        "--search finds the layers too; leave out --layers and --drop-layers",
+    ),
+    Rule(
+        # One sequence judges, three are calibrated on.
+        lambda v: not v.search or v.sequences >= LEAST_SEQUENCES,
+        f"--search needs at least {LEAST_SEQUENCES} sequences, since a quarter of them "
+        "judges, got --sequences {sequences}",
+    ),
+)
+_REMOVAL = (
+    Rule(
+        lambda v: v.layers is None or not v.drop_layers,
+        "--layers and --drop-layers exclude each other; give one",
+    ),
+    Rule(
+        lambda v: v.asked,
+        "something must be removed; give --ffn, --heads, --query-heads, --experts, "
+        "--layers, --drop-layers or --budget",
+    ),
+    Rule(
+        lambda v: not v.self_sequences,
+        "--calibration self is for prune alone; give --calibration FILE..., or leave "
+        "it out",
+    ),
+    Rule(
+        lambda v: v.layers is None or v.calibration,
+        "--layers needs --calibration FILE..., by which the layers are chosen; "
+        "--drop-layers names them without",
+    ),
+    Rule(
+        lambda v: not v.experts or v.calibration,
+        "--experts needs --calibration FILE..., on which the router shows what it "
+        "gives each expert",
+    ),
+    at_least("speed_rounds", 0),
+    at_least("layers", 1),
+    at_least("multiple", 1),
+    Rule(
+        lambda v: v.multiple <= 1 or v.ffn or v.budget,
+        "--multiple is a rule for the neurons that stay, so some must go; give --ffn "
+        "or --budget too, or leave it out",
+    ),
+)
+RULES = (*map(_share, _SHARES), *_BUDGET, *_SEARCH, *_REMOVAL, *settings.RULES)
+"""What the options keep among themselves."""
+
+
+def check_shrink(job: ShrinkJob) -> None:
+    """Refuses what can be refused without opening the model."""
+    check(
+        RULES,
+        **option_values(job),
+        asked=job.removal.asked,
+        files=job.calibration.files,
+        self_sequences=job.calibration.self_sequences,
+    )
+    text_files.check_text_files(
+        (*job.calibration.files, *job.evaluation.evaluate, *job.recovery.recover_text)
+    )
+    rewrite.check_place(job.out, job.model, overwrite=job.overwrite)
+
+
+_LAYERS = (
+    Rule(
+        lambda v: v.layers is None or v.layers <= v.count,
+        "--layers must be at most the {count} that there are, got {layers}",
+    ),
+    Rule(
+        lambda v: (
+            all(0 <= layer < v.count for layer in v.drop_layers)
+            and len({*v.drop_layers}) < v.count
+        ),
+        "--drop-layers must be numbers from 0 to {last}, not all, got {dropped}",
+    ),
+    Rule(
+        # With one key head or one for each query head, --heads says it all.
+        lambda v: not v.query_heads or v.kv_heads not in (1, v.head_count),
+        "--query-heads needs several key heads with several query heads each, got "
+        "{head_count} query and {kv_heads} key heads; give --heads",
+    ),
+)
+_UNITS = (
+    # config.json cannot say that a layer has none.
+    Rule(
+        lambda v: v.lost < v.units,
+        "a group must keep a unit, but --{option} {share:g} would remove all {units} "
+        "{name}",
+        "give at most {most:.4g}",
+    ),
+    Rule(
+        # Rounded to nothing, a share would be taken for done.
+        lambda v: v.lost or not v.share,
+        "--{option} {share:g} of {units} {name} is less than one of them",
+        "give at least {least:.4g}",
+    ),
+)
+# The router picks so many of the experts for each token.
+_EXPERTS = Rule(
+    lambda v: v.lost <= v.most,
+    "each token is given to {used} of the {count} experts, so at most {most} can go",
+    "give --experts at most {share:.4g}",
+)
+# Loaders would refuse the directory.
+_HEADS = Rule(
+    lambda v: v.remaining in (*v.fit, v.count),
+    "transformers takes a {family} model only where {condition}, but {remaining} of "
+    "{count} query heads would be left",
+    "give {alternatives}",
+)
+_MULTIPLE = (
+    # The nearest multiple may be all of them.
+    Rule(
+        lambda v: not v.ffn or v.remaining < v.width,
+        "--ffn {ffn:g} with --multiple {multiple} leaves all {width} neurons",
+        "give a larger share or a smaller multiple",
+    ),
+    Rule(
+        lambda v: not v.budget or v.multiple < v.width,
+        "--multiple must be less than the {width} neurons for some to go, got "
+        "{multiple}",
+    ),
+)
+_FAMILY = (
+    not_while(
+        "without_experts",
+        "experts",
+        "{flag} is for mixtures of experts, which model_type {family} is not",
+        "leave it out",
+    ),
+    *(
+        not_while(
+            f"without_{unit}",
+            f"removes_{unit}",
+            f"a directory of model_type {{family}} cannot have fewer {unit}",
+            "give {able}--layers or --drop-layers",
+        )
+        for unit in ("neurons", "heads")
+    ),
+)
+
+
+def check_fits(removal: Removal, source: CheckpointDir, config: DecoderConfig) -> None:
+    """Refuses what this model cannot lose, before its parameters are read.
+
+    Args:
+      removal: what is to go.
+      source: directory of the model, whose family may forbid it.
+      config: shape of the model.
+
+    Raises:
+      ValueError: it cannot go; the sentence says what can.
+    """
+    check(
+        _LAYERS,
+        **option_values(removal),
+        count=config.layers,
+        last=config.layers - 1,
+        dropped=", ".join(map(str, removal.drop_layers)),
+        kv_heads=config.kv_heads,
+        head_count=config.heads,
+    )
+    _check_family(removal, source)
+    units = count_head_units(config)
+    name = "query heads" if config.kv_heads == 1 else "key heads"
+    _check_units("ffn", removal.ffn, config.mlp_width, "neurons")
+    _check_units("heads", removal.heads, units, name)
+    if removal.experts:
+        _check_experts(removal.experts, config)
+    queries = config.heads // config.kv_heads
+    name = "query heads of each key head"
+    _check_units("query-heads", removal.query_heads, queries, name)
+    _check_heads(removal, source, config)
+    if removal.multiple > 1 and "neurons" in hf.shrinkable(source.config):
+        check(
+            _MULTIPLE,
+            **option_values(removal),
+            width=config.mlp_width,
+            remaining=neurons_left(removal, config.mlp_width),
+        )
+
+
+def neurons_left(removal: Removal, width: int) -> int:
+    """Number of neurons of a layer that `--ffn` leaves."""
+    nearest = width - round(removal.ffn * width)  # before it is made a multiple
+    if nearest == width:
+        return width
+    possible = multiples(removal.multiple, width)  # of two as near, the larger
+    return min(possible, key=lambda n: (abs(n - nearest), -n), default=width)
+
+
+def _check_family(removal: Removal, source: CheckpointDir) -> None:
+    """Refuses to take what the directories of a family cannot have fewer of."""
+    able = hf.shrinkable(source.config)
+    flags = {"neurons": "--ffn, ", "heads": "--heads, "}
+    heads = removal.heads or removal.query_heads or removal.budget
+    check(
+        _FAMILY,
+        experts=removal.experts,
+        **{f"without_{unit}": unit not in able for unit in (*flags, "experts")},
+        removes_neurons=removal.ffn or removal.budget,
+        removes_heads=heads,
+        family=source.config["model_type"],
+        able="".join(flags[unit] for unit in able if unit in flags),
+    )
+
+
+def _check_units(option: str, share: float, units: int, name: str) -> None:
+    """Refuses a share that leaves no unit, or takes none."""
+    check(
+        _UNITS,
+        option=option,
+        share=share,
+        units=units,
+        name=name,
+        lost=round(share * units),
+        most=(units - 1) / units if units else math.nan,
+        least=1 / units if units else math.nan,
+    )
+
+
+def _check_experts(share: float, config: DecoderConfig) -> None:
+    """Refuses to leave fewer experts than a token is given to."""
+    _check_units("experts", share, config.experts, "experts")
+    most = config.experts - config.experts_per_token
+    check(
+        [_EXPERTS],
+        lost=round(share * config.experts),
+        most=most,
+        used=config.experts_per_token,
+        count=config.experts,
+        share=most / config.experts,
+    )
+
+
+def _check_heads(
+    removal: Removal, source: CheckpointDir, config: DecoderConfig
+) -> None:
+    """Refuses to leave so many query heads that transformers would not take them."""
+    units = count_head_units(config)
+    per_unit = config.heads // units  # query heads
+    kept = units - round(removal.heads * units)
+    shared = per_unit - round(removal.query_heads * per_unit)
+    fit = hf.heads_that_fit(source.config, config)
+    alternatives = _fitting("heads", removal.heads, units, shared, fit)
+    alternatives += _fitting("query-heads", removal.query_heads, per_unit, kept, fit)
+    check(
+        [_HEADS],
+        remaining=kept * shared,
+        fit=fit,
+        count=config.heads,
+        family=source.config["model_type"],
+        condition=hf.when_heads_fit(source.config, config),
+        alternatives=" or ".join(alternatives) or "no share of the heads",
+    )
+
+
+def _fitting(option: str, share: float, units: int, factor: int, fit: Any) -> list[str]:
+    """The shares of an option that leave a number of query heads which fits."""
+    if not share:
+        return []
+    counts = (n for n in range(units - 1, 0, -1) if n * factor in fit)
+    return [f"--{option} {1 - n / units:.4g}" for n in counts]

@@ -1,0 +1,118 @@
+"""The settings of `jaxprune shrink`, group by group."""
+
+import dataclasses
+from typing import Any
+
+from jaxprune.lm.jobs.option_types import (
+    Count,
+    Counts,
+    MaybeCount,
+    MaybeNumber,
+    Number,
+    Switch,
+)
+from jaxprune.lm.jobs.settings import (
+    Calibration,
+    Devices,
+    Evaluation,
+    Job,
+    Loading,
+    LoadingGroup,
+    Recovery,
+)
+from jaxprune.lm.shrinking.units import Narrowing
+from jaxprune.structured.budget import Measure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What is removed.
+
+    Attributes:
+      ffn: the share of the neurons of each MLP to remove.
+      multiple: the neurons that are left are the nearest multiple of this; 64 or
+        128 suits the kernels of GPUs and TPUs.
+      heads: the share of the heads to remove: of key heads, each with all query heads
+        that share it; where all share one key head, of query heads. transformers takes
+        Llama and Gemma only with query heads that divide the width.
+      query_heads: the share of the query heads of each key head to remove.
+      experts: the share of the experts of each layer to remove: those that the router,
+        on --calibration, gives the least weight to and that answer the least (REAP).
+      layers: how many layers to leave; those go whose absence changes least what the
+        model predicts on --calibration.
+      drop_layers: the numbers of the layers to remove, in place of --layers.
+      budget: in place of --ffn and --heads, the share that may be left of the
+        parameters, or of what --measure says; neurons and heads then lose one share.
+      measure: what the budget is of. FLOPs and the milliseconds, which are measured
+        here, are those of reading a prompt, without the head.
+      search: divide what goes over neurons, heads and whole layers by the loss on the
+        last quarter of the calibration's sequences; that takes several times as long.
+    """
+
+    ffn: Number = 0.0
+    multiple: Count = 1
+    heads: Number = 0.0
+    query_heads: Number = 0.0
+    experts: Number = 0.0
+    layers: MaybeCount = None
+    drop_layers: Counts = ()
+    budget: MaybeNumber = None
+    measure: Measure = "parameters"
+    search: Switch = False
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is to go; JSON-able."""
+        shares = ("ffn", "heads", "query_heads", "experts", "layers", "drop_layers")
+        names = (*shares, "budget")
+        asked = {name: value for name in names if (value := getattr(self, name))}
+        if asked and self.multiple > 1:
+            asked["multiple"] = self.multiple
+        if self.budget:
+            asked["measure"] = self.measure
+        return {**asked, "search": True} if self.search else asked
+
+    @property
+    def narrowing(self) -> Narrowing:
+        """How many heads and neurons go."""
+        return Narrowing(
+            ffn=self.ffn,
+            heads=self.heads,
+            query_heads=self.query_heads,
+            multiple=self.multiple,
+            budget=self.budget,
+            measure=self.measure,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkCalibration(Calibration):
+    """The texts that show what the model is for."""
+
+    sequences: Count = 32  # a search of layers reads them many times
+    length: Count = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkEvaluation(Evaluation):
+    """What the model is measured by, before and after.
+
+    Attributes:
+      speed_rounds: how often both models are timed, in turn; 0 does not time them.
+    """
+
+    speed_rounds: Count = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkJob(Job):
+    """A model that becomes smaller."""
+
+    removal: Removal = dataclasses.field(default_factory=Removal)
+    calibration: ShrinkCalibration = dataclasses.field(
+        default_factory=ShrinkCalibration
+    )
+    evaluation: ShrinkEvaluation = dataclasses.field(default_factory=ShrinkEvaluation)
+    recovery: Recovery = dataclasses.field(default_factory=Recovery)
+    loading: LoadingGroup = dataclasses.field(default_factory=Loading)
+    devices: Devices = dataclasses.field(default_factory=Devices)

@@ -1,0 +1,308 @@
+"""Smaller models of a model: without layers, without experts, with fewer heads.
+
+What takes long is noted in a directory of progress, where a run that was stopped finds
+it.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+import jaxprune as jp
+from jaxprune.arrays.console_progress import Progress
+from jaxprune.files import atomic
+from jaxprune.files.safetensors_file import read_json
+from jaxprune.graph.axis_dims import root
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.hf.smaller import name_before
+from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.lm.shrinking import layer_search
+from jaxprune.lm.shrinking.expert_scores import expert_scores
+from jaxprune.structured import shrink
+from jaxprune.structured.budget import Measure
+
+_DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
+_SEARCHED = "layers.json"
+_CHOSEN = "units.json"
+_PROMPT = 256  # tokens, whose FLOPs or time a budget may be of
+
+
+class Narrowing(NamedTuple):
+    """How many heads and neurons go.
+
+    Attributes:
+      ffn: share of the neurons to remove, where there is no budget.
+      heads: share of the heads to remove, likewise.
+      query_heads: share of the query heads of each key head to remove, likewise.
+      multiple: number that the neurons of a layer are a multiple of afterwards.
+      budget: share of the model that may stay, or None.
+      measure: what the budget is of.
+      heads_per_neurons: share of the heads that goes, beside a share 1 of the neurons,
+        to meet a budget.
+      head_units: numbers of units of heads that a checkpoint can have.
+    """
+
+    ffn: float = 0.0
+    heads: float = 0.0
+    query_heads: float = 0.0
+    multiple: int = 1
+    budget: float | None = None
+    measure: Measure = "parameters"
+    heads_per_neurons: float = 1.0
+    head_units: tuple[int, ...] = ()
+
+    @property
+    def narrows(self) -> bool:
+        """Whether neurons or heads are to go."""
+        return bool(self.budget or self.ffn or self.heads or self.query_heads)
+
+
+def keep_layers(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
+    """The model with these of its layers alone."""
+    config, params = hf.keep_layers(model.config, model.params, kept)
+    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    # A layer that moved up is still stored in its own dtypes.
+    names = {
+        name: model.names[name_before(name, kept)] for name in jp.tree.names(params)
+    }
+    return model._replace(graphdef=graphdef, params=params, config=config, names=names)
+
+
+def search_layers(
+    model: LoadedModel,
+    tokens: Int[np.ndarray, "sequences length"],
+    layers: int,
+    *,
+    batch: int,
+    work: Path,
+    note: Callable[[str], None],
+) -> layer_search.LayerSearch:
+    """The layers that a search leaves; each that went is noted on disk.
+
+    Args:
+      model: model with its parameters in memory.
+      tokens: tokens of the calibration.
+      layers: number of layers that stay.
+      batch: number of sequences that the model sees at once.
+      work: directory of the progress.
+      note: function that says what became of the search.
+
+    Returns:
+      The layers that stay, and those that went with the loss without them.
+    """
+    place, total = work / _SEARCHED, model.config.layers
+    begun = layer_search.LayerSearch(**read_json(place)) if place.is_file() else None
+    if begun and len(begun.kept) <= layers:  # a search of the budget went further
+        dropped = begun.dropped[: total - layers]
+        kept = [layer for layer in range(total) if layer not in dropped]
+        return layer_search.LayerSearch(kept, dropped, begun.nats[: len(dropped)])
+    remaining = len(begun.kept) if begun else total
+    passes = sum(range(layers + 1, remaining + 1)) + 1  # and one of the dense model
+    batches = passes * -(-len(tokens) // batch)
+    with Progress(batches, "searching layers", unit="batch", leave=False) as progress:
+        result = layer_search.search_layers(
+            model.graphdef,
+            model.params,
+            tokens,
+            layers,
+            batch=batch,
+            start=begun,
+            progress=progress.update,
+            save=lambda search: atomic.replace_json(place, search._asdict()),
+        )
+    steps = zip(result.dropped, result.nats, strict=True)
+    note(
+        "KL(dense || smaller) in nats a token, as layers went: "
+        + (", ".join(f"{layer}: {nats:.4f}" for layer, nats in steps) or "none did")
+    )
+    return result
+
+
+def without_experts(
+    model: LoadedModel,
+    tokens: Int[np.ndarray, "sequences length"],
+    share: float,
+    *,
+    batch: int,
+) -> tuple[LoadedModel, dict[str, Any]]:
+    """The model with the experts of each layer that score highest, and the scores.
+
+    Args:
+      model: mixture of experts with its parameters in memory.
+      tokens: tokens of the calibration.
+      share: share of the experts of each layer that goes.
+      batch: number of sequences that the model sees at once.
+
+    Returns:
+      The smaller model; the kept experts, scores and tokens of each layer.
+    """
+    count = model.config.experts
+    with Progress(len(tokens), "scoring experts", leave=False) as progress:
+        scores, routed = expert_scores(
+            model.graphdef, model.params, tokens, batch=batch, progress=progress.update
+        )  # (layers, experts) both
+    remaining = count - round(share * count)
+    # Of equal scores the first stays.
+    highest = np.argsort(-scores, axis=1, kind="stable")[:, :remaining]
+    kept = np.sort(highest, axis=1).tolist()
+    config, params = hf.keep_experts(model.config, model.params, kept)
+    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    record = {"kept": kept, "scores": scores.tolist(), "tokens": routed.tolist()}
+    return model._replace(graphdef=graphdef, params=params, config=config), record
+
+
+def narrow(
+    model: LoadedModel,
+    narrowing: Narrowing,
+    tokens: Int[np.ndarray, "sequences length"] | None,
+    *,
+    batch: int,
+    work: Path,
+) -> tuple[LoadedModel, dict[str, Any]]:
+    """The model with fewer heads and neurons, and the report of what became fewer.
+
+    Args:
+      model: model with all its parameters in memory.
+      narrowing: number of heads and neurons to remove.
+      tokens: tokens of the calibration; None goes by the weights alone.
+      batch: number of sequences that the model sees at once, at most.
+      work: directory of the progress.
+
+    Returns:
+      The smaller model; the report, as of `jp.shrink`, with "roles" of its groups.
+    """
+    fn, example, groups = group_axes(model)
+    roles = _group_roles(groups, model.config)
+    request = _request(narrowing, roles, model.config)
+    # Times differ from run to run: one that goes on takes what was chosen by the first.
+    place, timed = work / _CHOSEN, None
+    times = narrowing.measure == "milliseconds"
+    if times and place.is_file():
+        timed = read_json(place)
+        request = {"sparsity": timed["shares"]}
+    if tokens is None:
+        scores = jp.scores.magnitude(model.params)
+        result = jp.shrink(fn, model.params, example, scores, **request)
+    else:
+        batches = _equal_batches(tokens, batch)
+        # Tokens count by their direction alone: best on real models.
+        request |= {"batches": batches, "relative": True}
+        result = jp.shrink(fn, model.params, batches[0], **request)
+    report = result.report
+    if timed is not None:
+        report["milliseconds"] = timed["milliseconds"]
+    elif times:
+        sizes = report["groups"].items()
+        shares = {name: 1 - size["after"] / size["before"] for name, size in sizes}
+        choice = {"shares": shares, "milliseconds": report["milliseconds"]}
+        atomic.replace_json(place, choice)
+    config = hf.resized(model.config, result.params)
+    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    small = model._replace(graphdef=graphdef, params=result.params, config=config)
+    return small, {**report, "roles": {name: roles[name] for name in report["kept"]}}
+
+
+def group_axes(
+    model: LoadedModel,
+) -> tuple[Any, jax.ShapeDtypeStruct, jp.AxisGroups]:
+    """The model as a function of parameters and tokens, a batch of it, its groups."""
+    # What the head reads is enough to find the groups by, and to calibrate on.
+    fn = functools.partial(_final_states, model.graphdef)
+    shape = (1, min(_PROMPT, model.config.context))
+    batch = jax.ShapeDtypeStruct(shape, np.int32)
+    return fn, batch, jp.axis_groups(fn, model.params, batch)
+
+
+def count_cost(model: LoadedModel, measure: Measure) -> float:
+    """What a model costs: its parameters, bytes or FLOPs."""
+    return float(getattr(shrink.whole_costs(group_axes(model)[2]), measure))
+
+
+def count_head_units(config: DecoderConfig) -> int:
+    """Number of units that heads are removed by: key heads, or query heads of one."""
+    return config.heads if config.kv_heads == 1 else config.kv_heads
+
+
+def multiples(multiple: int, width: int) -> range:
+    """The numbers of neurons that may stay of so many."""
+    return range(multiple, width + 1, multiple)
+
+
+def possible_head_units(
+    checkpoint_config: Any, config: DecoderConfig
+) -> tuple[int, ...]:
+    """The numbers of units of heads that a checkpoint can have, that of today too.
+
+    Args:
+      checkpoint_config: config.json of the directory.
+      config: shape of the model.
+
+    Returns:
+      The numbers.
+    """
+    units = count_head_units(config)
+    heads_per_unit = config.heads // units
+    fit = hf.heads_that_fit(checkpoint_config, config)
+    whole = (heads // heads_per_unit for heads in fit if heads % heads_per_unit == 0)
+    return (*whole, units)
+
+
+def _request(
+    narrowing: Narrowing, roles: dict[str, str], config: DecoderConfig
+) -> dict[str, Any]:
+    """The arguments of `jp.shrink`, by the names of groups."""
+    request: dict[str, Any]
+    sizes: dict[str, Collection[int]] = {}
+    if narrowing.multiple > 1:
+        sizes["ffn"] = [*multiples(narrowing.multiple, config.mlp_width)]
+    if narrowing.budget is None:
+        shares = {
+            "ffn": narrowing.ffn,
+            "heads": narrowing.heads,
+            "query heads": narrowing.query_heads,
+        }
+        request = {"sparsity": {name: shares[role] for name, role in roles.items()}}
+    else:
+        weights = {"ffn": 1.0, "heads": narrowing.heads_per_neurons}
+        groups = {n: weights[role] for n, role in roles.items() if weights.get(role)}
+        budget, measure = narrowing.budget, narrowing.measure
+        request = {"budget": {measure: budget}, "groups": groups}
+        # A share of the heads is checked by the command; a budget chooses it here.
+        sizes["heads"] = [*narrowing.head_units]
+    return request | {"sizes": {n: sizes[r] for n, r in roles.items() if r in sizes}}
+
+
+def _equal_batches(tokens: np.ndarray, most: int) -> list[np.ndarray]:
+    """Batches of one size, the largest that leaves no sequence over."""
+    size = max(n for n in range(1, most + 1) if len(tokens) % n == 0)
+    return np.split(tokens, len(tokens) // size)  # (size, length) each
+
+
+def _final_states(graphdef: Any, params: Any, tokens: Any) -> Any:
+    model = nnx.merge(graphdef, params)
+    return model.states(model.embed(tokens))[0]  # (batch, length, width)
+
+
+def _group_roles(groups: jp.AxisGroups, config: DecoderConfig) -> dict[str, str]:
+    """Name of a group to what it is: "ffn", "heads", "query heads"."""
+    names = {group.dim: group.name for group in groups}
+    dims = {leaf.name: leaf.parts[0] for leaf in groups.trace.leaves}
+    roles = {}
+    for layer in range(config.layers):
+        if not config.experts:
+            roles[names[root(dims[f"layers/{layer}/{_DOWN}"][0])]] = "ffn"
+        # Key heads x query heads of each x features; those of one are left out.
+        inputs = root(dims[f"layers/{layer}/{_OUT}"][0])
+        parts = inputs.parts or [inputs]
+        if config.heads > 1:
+            roles[names[root(parts[0])]] = "heads"
+        if 1 < config.kv_heads < config.heads:
+            roles[names[root(parts[1])]] = "query heads"
+    return roles

@@ -1,0 +1,67 @@
+"""Rules of options: tables whose sentences can be filled in and name the way out."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro")
+
+from jaxprune.arrays.rules import check, error
+from jaxprune.lm.jobs import option_rules, prune_rules, shrink_rules
+from jaxprune.lm.jobs.prune_settings import PruneCalibration, PruneJob, Solver
+from jaxprune.lm.jobs.shrink_settings import ShrinkJob
+from jaxprune.masking import patterns
+
+PLACES = {"model": Path("M"), "out": Path("O")}
+DERIVED = {
+    "method": "wanda",
+    "units": patterns.NM(2, 4),
+    "fixed": 0.5,
+    "device_count": 2,
+    "sparsity": 0.25,
+}
+PRUNE = [*prune_rules.WORDS, *prune_rules.RULES]
+
+
+@pytest.mark.parametrize("rule", PRUNE, ids=lambda rule: rule.sentence)
+def test_each_sentence_of_a_pruning_can_be_filled_in_and_ends_without_a_stop(rule):
+    values = option_rules.option_values(PruneJob(**PLACES)) | DERIVED
+    sentence = str(error(rule, **values))
+    assert "{" not in sentence
+    assert not sentence.endswith(".")
+
+
+@pytest.mark.parametrize("rule", shrink_rules.RULES, ids=lambda rule: rule.sentence)
+def test_each_sentence_of_a_shrinking_can_be_filled_in_and_ends_without_a_stop(rule):
+    sentence = str(error(rule, **option_rules.option_values(ShrinkJob(**PLACES))))
+    assert "{" not in sentence
+    assert not sentence.endswith(".")
+
+
+def test_an_option_is_found_by_its_name_in_whatever_group_it_is():
+    job = PruneJob(**PLACES, calibration=PruneCalibration(calibration=(Path("a.txt"),)))
+    values = option_rules.option_values(job)
+    assert values["calibration"] == (Path("a.txt"),)
+    assert values["damping"] is None
+    assert values["model"] == Path("M")
+
+
+def test_an_option_without_what_it_is_for_must_be_at_its_default():
+    rule = option_rules.idle_without(Solver, "refine_learning_rate", "refine", "more")
+    for refine, rate in ((0, 1e-4), (1, 1e-4), (1, 1.0)):
+        check([rule], refine=refine, refine_learning_rate=rate)
+    with pytest.raises(ValueError, match="--refine-learning-rate needs more"):
+        check([rule], refine=0, refine_learning_rate=1.0)
+
+
+@pytest.mark.parametrize("job", [PruneJob, ShrinkJob])
+def test_no_two_groups_have_an_option_of_one_name(job):
+    names = [
+        field.name
+        for group in dataclasses.fields(job)
+        if dataclasses.is_dataclass(group.default_factory)
+        for field in dataclasses.fields(group.default_factory)
+    ]
+    assert len(names) > 20
+    assert len(set(names)) == len(names)
