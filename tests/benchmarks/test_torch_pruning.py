@@ -13,6 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 from benchmarks import texts, torch_pruning  # noqa: E402 (they import torch)
 
+pytestmark = pytest.mark.parity
+
 CONFIG = torch_pruning.Config(model=Path(), method="wanda", block=4)
 
 
