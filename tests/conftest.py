@@ -6,6 +6,7 @@ what is already chosen is left alone (of two equal XLA flags the last one counts
 """
 
 import atexit
+import functools
 import importlib.util
 import os
 import shutil
@@ -69,9 +70,10 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 QUICK = {"benchmarks", "experiments", "graph", "lm"}
 
 
+@functools.cache
 def folders(path: Path) -> set[str]:
     """Names of the folders of the project that a test lies in."""
-    return {*path.parent.relative_to(ROOT).parts}
+    return {*path.parent.resolve().relative_to(ROOT).parts}
 
 
 # What these hold does not depend on the Python, so `.ci/run` runs them on one.
