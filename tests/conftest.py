@@ -6,6 +6,7 @@ what is already chosen is left alone (of two equal XLA flags the last one counts
 """
 
 import atexit
+import functools
 import importlib.util
 import os
 import shutil
@@ -38,10 +39,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -66,11 +70,30 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 QUICK = {"benchmarks", "experiments", "graph", "lm"}
 
 
+@functools.cache
+def folders(path: Path) -> set[str]:
+    """Names of the folders of the project that a test lies in."""
+    return {*path.parent.resolve().relative_to(ROOT).parts}
+
+
+# What these hold does not depend on the Python, so `.ci/run` runs them on one.
+ONE_PYTHON = {"benchmarks", "experiments"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before what `-m` leaves out is chosen
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what one Python is enough for, unless its own marks ask for both."""
+    for item in items:
+        both = item.get_closest_marker("parity") or item.get_closest_marker("jax_api")
+        if not both and not ONE_PYTHON.isdisjoint(folders(item.path)):
+            item.add_marker("one_python")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_folders(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compiles quickly in the folders of `QUICK`."""
     asked = jax.config.read("jax_disable_most_optimizations")
-    quick = asked or not QUICK.isdisjoint(request.path.parts)
+    quick = asked or not QUICK.isdisjoint(folders(request.path))
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", asked)

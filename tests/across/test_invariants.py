@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxprune as jp
 from tests.support.trajectories import containers, gradients, leaves, same_bits, weights
 
+pytestmark = pytest.mark.jax_api
+
 MASKS = {
     "layer": {
         "bias": optax.MaskedNode(),

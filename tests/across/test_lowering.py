@@ -19,6 +19,8 @@ from jaxprune.posttraining.solvers import alps, sparsegpt, units
 from tests.support import tiny_families, tiny_hf
 from tests.support.small_models import correlated, draw
 
+pytestmark = pytest.mark.jax_api
+
 PARAMS = {"up": {"kernel": draw(0, 8, 16), "bias": draw(1, 16)}, "down": draw(2, 16, 8)}
 EVENTS = {1: 0.25, 2: 0.5}
 TRANSFORMATIONS = {

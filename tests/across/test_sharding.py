@@ -32,9 +32,12 @@ SHAPES = {
     "bias": (16,),
 }
 
-pytestmark = pytest.mark.skipif(
-    len(jax.devices()) < 8, reason="needs the eight CPU devices of conftest.py"
-)
+pytestmark = [
+    pytest.mark.jax_api,
+    pytest.mark.skipif(
+        len(jax.devices()) < 8, reason="needs the eight CPU devices of conftest.py"
+    ),
+]
 
 
 def on_one_device():

@@ -40,9 +40,12 @@ SORT = re.compile(r"= \w+\[([\d,]+)\]\S* sort\(.*? dimensions=\{(\d+)\}")
 ANY_SORT = re.compile(r"\bsort\(")
 ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
-pytestmark = pytest.mark.skipif(
-    len(jax.devices()) < 8, reason="needs the eight CPU devices of conftest.py"
-)
+pytestmark = [
+    pytest.mark.jax_api,
+    pytest.mark.skipif(
+        len(jax.devices()) < 8, reason="needs the eight CPU devices of conftest.py"
+    ),
+]
 
 
 def compiled(function, *arguments):

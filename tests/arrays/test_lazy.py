@@ -11,6 +11,8 @@ from tests.support.small_models import chain, correlated, kernels_of, run_chain
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
 
+pytestmark = pytest.mark.jax_api
+
 WIDTHS = [6, 6, 6, 6]
 PARAMS = chain(WIDTHS)
 BATCHES = [correlated(i, 24, 6) / 3 for i in range(2)]

@@ -14,6 +14,8 @@ transformers = pytest.importorskip("transformers")
 from benchmarks import texts, torch_pruning  # noqa: E402 (they import torch)
 from benchmarks.cost import Cost  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 CONFIG = torch_pruning.Config(model=Path(), method="wanda", block=4)
 
 

@@ -11,6 +11,8 @@ transformers = pytest.importorskip("transformers")
 
 from benchmarks import torch_recovery, torch_shrinking  # noqa: E402 (they import torch)
 
+pytestmark = pytest.mark.parity
+
 CONFIG = torch_shrinking.Config(model=Path(), method="none", ffn=0.25, heads=0.5)
 
 

@@ -28,9 +28,12 @@ SPECS = {
     (4, 4): P(),
 }
 
-pytestmark = pytest.mark.skipif(
-    len(jax.devices()) < 8, reason="needs the eight CPU devices of conftest.py"
-)
+pytestmark = [
+    pytest.mark.jax_api,
+    pytest.mark.skipif(
+        len(jax.devices()) < 8, reason="needs the eight CPU devices of conftest.py"
+    ),
+]
 
 
 @pytest.fixture(params=KINDS, ids=str)

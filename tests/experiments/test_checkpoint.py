@@ -30,6 +30,8 @@ from tests.support.checkpoints import (
 )
 from tests.support.compilations import compiled
 
+pytestmark = pytest.mark.jax_api
+
 
 def test_every_container_and_dtype_comes_back_bit_for_bit(tmp_path):
     class Pair(typing.NamedTuple):

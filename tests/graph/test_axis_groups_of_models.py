@@ -24,6 +24,8 @@ from tests.support.removal import check, check_alone, check_each_kind, row
 from tests.support.small_models import draw, filled
 from tests.support.traced import divided
 
+pytestmark = pytest.mark.jax_api
+
 IMAGES = draw(0, 2, 8, 8, 3)
 
 

@@ -19,6 +19,8 @@ from tests.support.small_models import draw, filled, hessian
 from tests.support.traced import FLAT, X, check, divided, inputs_of, shapes
 from tests.support.trajectories import same_bits
 
+pytestmark = pytest.mark.jax_api
+
 # Linen.
 
 

@@ -11,6 +11,8 @@ import jaxprune as jp
 from tests.support import removal
 from tests.support.trainer_layouts import HEADS, KEYS, LAYERS, LAYOUTS, NEURONS, TOKENS
 
+pytestmark = pytest.mark.jax_api
+
 names = pytest.mark.parametrize("name", LAYOUTS)
 some = pytest.mark.parametrize(
     "name",

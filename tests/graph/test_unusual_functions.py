@@ -11,6 +11,8 @@ import jaxprune as jp
 from tests.support import removal
 from tests.support.small_models import draw
 
+pytestmark = pytest.mark.jax_api
+
 WEIGHTS = {"w": draw(0, 4, 6), "k": draw(1, 6), "o": draw(2, 6, 3)}
 X = draw(3, 20, 4)
 

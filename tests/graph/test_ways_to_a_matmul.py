@@ -11,6 +11,8 @@ from jax import lax
 import jaxprune as jp
 from tests.support.small_models import correlated, draw
 
+pytestmark = pytest.mark.jax_api
+
 IN, OUT = 8, 6
 W, X = draw(1, IN, OUT), correlated(2, 40, IN)
 FACTOR = jnp.float32(0.3)

@@ -11,7 +11,7 @@ from tests.support import oracles
 from tests.support.trajectories import same_bits
 
 # Seconds each: programs for several places.
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.jax_api, pytest.mark.full]
 
 RANDOM = np.random.default_rng(0)
 # Of one shape, for which a device's programs are compiled once.

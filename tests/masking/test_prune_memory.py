@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.jax_api
+
 ALLOCATIONS = ["layer", "global"]
 LEAF = (256, 128)
 

@@ -16,6 +16,8 @@ from tests.support.chained import chained
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
+pytestmark = pytest.mark.jax_api
+
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 PARAMS = {"up": draw(0, 16, 16) / 3, "bias": draw(1, 16), "down": draw(2, 16, 16) / 3}
 BATCHES = [correlated(i, 16, 16) / 3 for i in range(2)]

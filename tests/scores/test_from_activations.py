@@ -46,10 +46,3 @@ def test_scores_are_float32_and_can_be_mapped_over_a_stack():
         assert each.dtype == jnp.float32
         expected = jax.jit(score)(weight, SQUARE)
         np.testing.assert_allclose(np.asarray(each)[0], expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("square", [np.ones(5), np.ones((7, 1))])
-def test_a_mean_square_of_another_layer_is_refused(square):
-    for score in (from_activations.wanda, from_activations.ria):
-        with pytest.raises(ValueError, match=r"\(7, 5\)"):
-            score(jnp.asarray(WEIGHT), square)

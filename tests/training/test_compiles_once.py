@@ -14,6 +14,8 @@ import pytest
 import jaxprune as jp
 from tests.support.compilations import compiled
 
+pytestmark = pytest.mark.jax_api
+
 PARAMS = {
     "up": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), "f4")},
     "down": {"kernel": jnp.ones((16, 8)), "bias": jnp.zeros(8)},

@@ -15,6 +15,8 @@ import jaxprune as jp
 from tests.support.compilations import compiled
 from tests.support.trajectories import gradients, record, same_bits
 
+pytestmark = pytest.mark.jax_api
+
 SCHEDULE = jp.schedules.linear(0.75, begin=2, end=9, every=3)
 STEPS = 12
 SIZE = 12 * 20

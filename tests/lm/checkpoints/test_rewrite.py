@@ -244,6 +244,7 @@ def test_sizes_count_zeros_and_the_compact_file(tmp_path):
     assert sizes.compact_bytes == 4 + 16 * 2 + 64
 
 
+@pytest.mark.parity
 def test_transformers_loads_the_result_with_the_same_logits(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

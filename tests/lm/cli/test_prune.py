@@ -276,6 +276,7 @@ def test_a_model_that_knows_nothing_is_not_pruned_unless_asked(place, capsys):
     assert run(capsys, *words, "--any-perplexity")[0] == 0
 
 
+@pytest.mark.parity
 def test_transformers_reads_the_result_and_agrees(place, pruned):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -24,6 +24,7 @@ def logits(folder, ids):
     return np.asarray(jax.jit(lambda p, t: nnx.merge(graphdef, p)(t))(params, ids))
 
 
+@pytest.mark.parity
 @pytest.mark.full
 @pytest.mark.parametrize("name", MIXTURES)
 def test_logits_are_those_of_transformers(name, tmp_path):
@@ -216,6 +217,7 @@ def test_the_command_says_what_it_cannot_do_with_experts(tmp_path, capsys):
     assert "must match all experts of a layer's matrix" in capsys.readouterr().err
 
 
+@pytest.mark.parity
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
 def test_fewer_layers_are_loaded_by_transformers(name, tmp_path):

@@ -89,6 +89,7 @@ def test_an_expert_that_answers_nothing_scores_zero(qwen):
     assert (scores[1] > 0).all()
 
 
+@pytest.mark.parity
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe", "gpt-oss"])
 def test_transformers_reads_fewer_experts(name, tmp_path, capsys):

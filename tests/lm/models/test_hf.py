@@ -35,6 +35,7 @@ def _logits(model, tokens):
 # ---- parity with transformers
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "name",
     [
@@ -53,6 +54,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
         np.testing.assert_allclose(_logits(model, tokens), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "name", ["gemma3", *(pytest.param(n, marks=pytest.mark.full) for n in OTHERS)]
 )
@@ -73,6 +75,7 @@ def test_generation_is_that_of_transformers(name, tmp_path):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parity
 def test_bfloat16_logits_are_near_those_of_transformers(tmp_path):
     pytest.importorskip("torch")
     theirs = tiny_hf.torch_model("gemma3", tmp_path, dtype="bfloat16")

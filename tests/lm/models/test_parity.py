@@ -11,6 +11,8 @@ from experiments.gpt.config import GPTConfig
 from jaxprune.arrays import tree
 from jaxprune.lm.models.generate import generate
 
+pytestmark = pytest.mark.parity
+
 CONFIG = GPTConfig(
     vocab_size=17, context=12, layers=2, heads=4, width=16, bias=True, gelu="tanh"
 )

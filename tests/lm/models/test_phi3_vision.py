@@ -20,6 +20,8 @@ from jaxprune.lm.models.phi3_vision import Phi3Vision, preprocess
 torch = pytest.importorskip("torch")
 torch_phi3_vision = pytest.importorskip("tests.support.torch_phi3_vision")
 
+pytestmark = pytest.mark.parity
+
 # First pictures of prompts that are shorter, and longer, than the 64 tokens at which
 # the rotary angles change.
 SHORT, LONG = (60, 50), (60, 140)

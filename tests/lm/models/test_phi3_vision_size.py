@@ -14,6 +14,8 @@ from jaxprune.lm.models.phi3_vision import Phi3VisionConfig
 
 torch_phi3_vision = pytest.importorskip("tests.support.torch_phi3_vision")
 
+pytestmark = pytest.mark.parity
+
 PUBLISHED = {
     **torch_phi3_vision.CONFIG,
     "vocab_size": 32064,

@@ -40,6 +40,7 @@ def _expected(image, size, crops):
     return pixels.numpy().transpose(0, 2, 3, 1), rows, columns
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pixels_are_those_of_the_torch_processor(shape):
     image = _photograph(*shape)
@@ -49,6 +50,7 @@ def test_pixels_are_those_of_the_torch_processor(shape):
     np.testing.assert_allclose(got.pixels, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK", "I;16"])
 def test_every_kind_of_picture_is_taken_as_rgb(mode):
     image = _photograph(200, 130, "L" if mode == "I;16" else mode)
@@ -59,6 +61,7 @@ def test_every_kind_of_picture_is_taken_as_rgb(mode):
     np.testing.assert_allclose(got.pixels, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parity
 def test_a_real_photograph_has_the_pixels_of_the_torch_processor():
     datasets = pytest.importorskip("sklearn.datasets")
     image = Image.fromarray(datasets.load_sample_image("china.jpg"))
@@ -125,6 +128,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_prompt_has_the_tokens_of_the_processor(text):
     torch_phi3_vision = pytest.importorskip("tests.support.torch_phi3_vision")
@@ -143,6 +147,7 @@ def test_a_prompt_has_the_tokens_of_the_processor(text):
     assert len(got.pixels) == sum(1 + h * w for h, w in shapes)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("text", "count"),
     [("no picture", 1), ("<|image_2|>", 1), ("<|image_1|>", 0), ("<|image_1|>", 2)],
@@ -154,6 +159,7 @@ def test_a_prompt_that_does_not_name_its_pictures_is_refused(text, count):
         preprocess.prompt(text, images, _encode, _config())
 
 
+@pytest.mark.parity
 def test_a_prompt_without_pictures_is_its_text():
     pytest.importorskip("tests.support.torch_phi3_vision")
     got = preprocess.prompt("text", [], _encode, _config(), bos=1)

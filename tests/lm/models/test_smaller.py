@@ -83,6 +83,7 @@ def test_a_smaller_directory_has_the_logits_of_the_shrunk_function(name, tmp_pat
     )
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "name",
     [
@@ -250,6 +251,7 @@ def refusal(config):
     return ""
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", [*FAMILIES, "phi3-long"])
 def test_heads_that_transformers_refuses_are_refused(name):
     pytest.importorskip("transformers")

@@ -92,6 +92,7 @@ def test_a_file_of_few_rows_is_cut_whole(tokenizer, tmp_path):
     assert len({piece.tobytes() for piece in drawn}) == 39
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("messages", [MESSAGES, [{"role": "system", "content": "é"}]])
 def test_a_template_gives_what_transformers_gives(messages, tmp_path):
     pytest.importorskip("transformers")

@@ -1,0 +1,124 @@
+"""What the criteria refuse."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxprune as jp
+from jaxprune.scores import from_activations
+from tests.support.refusals import Refusal
+
+KERNEL = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+
+def params():
+    return {"layer": {"kernel": jnp.asarray(KERNEL)}}
+
+
+def statistics(kernel=KERNEL, layer="layer", fields=jp.Importance._fields):
+    """An importance with the fields asked for."""
+    tree = {layer: {"kernel": jnp.asarray(kernel)}}
+    return jp.Importance(
+        *[tree if f in fields else None for f in jp.Importance._fields]
+    )
+
+
+def score(name, importance, **options):
+    return getattr(jp.scores, name)(params(), importance, **options)
+
+
+def above(rate):
+    return jp.masks.above(score("threshold", statistics()), rate)
+
+
+def swapped(name, first):
+    return getattr(jp.scores, name)(first, params())
+
+
+def layer_of(score, square):
+    """A layer's score of (7, 5) weights, inputs first."""
+    return score(jnp.ones((7, 5)), square)
+
+
+MISSING = {
+    "averaged_weight": r"track_importance",
+    "averaged_magnitude": r"track_importance\(.*magnitude",
+    "obd": r"track_gradients",
+    "trajectory": r"track_gradients",
+    "taylor": r"track_gradients\(.*taylor",
+}
+PARTIAL = functools.partial
+REFUSED = {
+    **{
+        f"{name} without its statistic": Refusal(
+            PARTIAL(score, name, jp.Importance(None, None, None, None)), way_out
+        )
+        for name, way_out in MISSING.items()
+    },
+    **{
+        f"{name} with an importance for parameters": Refusal(
+            lambda name=name: swapped(name, statistics(fields=["square"])),
+            "parameters first.* but got an Importance",
+            TypeError,
+        )
+        for name in ("magnitude", "trajectory", "taylor", "random")
+    },
+    **{
+        f"{name} with a state for parameters": Refusal(
+            lambda name=name: swapped(name, optax.adam(0.1).init(params())),
+            "parameters first.* but got an optim",
+            TypeError,
+        )
+        for name in ("magnitude", "trajectory", "taylor", "random")
+    },
+    "a state without squares": Refusal(
+        lambda: score("trajectory", optax.sgd(0.1).init(params())),
+        r"chain jp\.track_gradients\(\) first",
+    ),
+    "a state without averages": Refusal(
+        lambda: score("averaged_weight", optax.sgd(0.1).init(params())),
+        r"chain jp\.track_importance\(\) last",
+    ),
+    "a tree that is no state": Refusal(
+        lambda: score("averaged_weight", {"layer": jnp.ones(3)}),
+        r"chain jp\.track_importance\(\) last",
+    ),
+    "squares that nobody gives": Refusal(
+        lambda: jp.scores.trajectory(params()),
+        r"Importance\.square, which was not tracked",
+    ),
+    **{
+        f"{name} of another model": Refusal(
+            lambda name=name: score(name, statistics(layer="other")), r"layer|other"
+        )
+        for name in ("averaged_weight", "obd", "taylor")
+    },
+    **{
+        f"{name} of another shape": Refusal(
+            lambda name=name: score(name, statistics(KERNEL.T)), "layer/kernel"
+        )
+        for name in ("averaged_weight", "obd")
+    },
+    **{
+        f"a threshold of {rate}": Refusal(PARTIAL(above, rate), r"threshold|rate")
+        for rate in (-0.5, float("nan"), float("inf"))
+    },
+    "a threshold's unknown reading": Refusal(
+        lambda: score("threshold", statistics(), compare="median"), "median"
+    ),
+    "a rule that matches nothing": Refusal(
+        lambda: score("magnitude", None, prunable=lambda name, leaf: False), "prunable"
+    ),
+    **{
+        f"{name} with squares of shape {shape}": Refusal(
+            lambda name=name, shape=shape: layer_of(
+                getattr(from_activations, name), np.ones(shape)
+            ),
+            r"\(7, 5\)",
+        )
+        for name in ("wanda", "ria")
+        for shape in ((5,), (7, 1))
+    },
+}
