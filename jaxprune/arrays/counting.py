@@ -4,6 +4,8 @@ JAX has no 64-bit integers by default. What a uint32 may not hold is added up al
 last axes only, and the host adds the rest.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,8 @@ def parts(numbers: jax.Array, most: int) -> jax.Array:
     return jnp.sum(numbers, tuple(range(apart, numbers.ndim)), dtype=np.uint32)
 
 
-def whole(sums: jax.Array | np.ndarray) -> int:
-    """The sum of which `parts` made parts."""
+def whole(sums: jax.Array | np.ndarray) -> Any:
+    """The sum of which `parts` made parts: a Python integer, float32 under `jit`."""
+    if isinstance(sums, jax.core.Tracer):
+        return jnp.sum(sums.astype(np.float32))
     return int(np.sum(np.asarray(sums), dtype=np.uint64))

@@ -28,6 +28,7 @@ from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking.counts import Allocation
+from jaxprune.scores.names import parse_criterion
 from jaxprune.training import schedules, weightings
 from jaxprune.training.event_table import EventTable
 from jaxprune.training.mask_events import MaskEvents
@@ -72,7 +73,7 @@ def admm(
     freeze: int,
     every: int = 32,
     penalty: float | optax.Schedule = 0.01,
-    criterion: Criterion = scores.obd,
+    criterion: Criterion | str = scores.obd,
     allocation: Allocation = "layer",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
@@ -131,7 +132,9 @@ def admm(
       moment, and z begins as the projection by magnitude.
     """
     table = EventTable(schedule, allocation, pattern, axes)
-    masking = MaskEvents("admm", table, criterion, prunable, every=every, freeze=freeze)
+    masking = MaskEvents(
+        "admm", table, parse_criterion(criterion), prunable, every=every, freeze=freeze
+    )
     first = int(table.steps[0])
     check(_RULES, freeze=freeze, first=first, penalty=penalty)
     tracker = track_gradients(weightings.exponential(_DECAY))

@@ -3,6 +3,7 @@
 __all__ = [
     "allocation",
     "checks",
+    "combine",
     "counts",
     "find_masks",
     "masks",

@@ -5,7 +5,7 @@ wrote it. `nnx.state(optimizer)` keeps only the names of fields; they are enough
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +16,7 @@ from jaxprune.arrays import merge, placement, tree
 from jaxprune.arrays.rules import Rule, check, finds_none
 from jaxprune.masking import packing
 from jaxprune.masking.checks import aligned_masks
+from jaxprune.masking.combine import combine
 from jaxprune.masking.packed_mask import PackedMask, is_packed
 from jaxprune.typing import Masks, Params
 
@@ -36,11 +37,13 @@ def get(state: Any, params: Params | None = None) -> Masks:
         `nnx.Optimizer` holds, which drops the shapes they have packed.
 
     Returns:
-      Boolean masks like the parameters; packed ones are unpacked. Leaves without a mask
-      are `optax.MaskedNode()`.
+      Boolean masks like the parameters; packed ones are unpacked. Of masks in masks,
+      as of `keep_masks(gradual(...), masks)`, what all of them keep. Leaves without a
+      mask are `optax.MaskedNode()`.
 
     Raises:
-      ValueError: the state holds no masks, a leaf has two, or shapes are missing.
+      ValueError: the state holds no masks, two transformations side by side mask one
+        leaf, or shapes are missing.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -50,13 +53,9 @@ def get(state: Any, params: Params | None = None) -> Masks:
       >>> jp.masks.get(tx.init({"w": jnp.ones(2)}))["w"].tolist()
       [True, False]
     """
-    trees = [_read(node, params) for node in _holders(state)]
+    trees = [_read_nested(node, params) for node in _holders(state)]
     check(_HELD, trees=trees)
-    conflict = (
-        "each leaf must have one mask, but two transformations in this state mask the "
-        "same leaf; remove all but one"
-    )
-    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), trees)
+    return _side_by_side(trees)
 
 
 def replace(state: T, masks: Masks) -> T:
@@ -105,9 +104,12 @@ def replace(state: T, masks: Masks) -> T:
         packed = any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(held))
         leaves = jax.tree.leaves(packing.pack(new_leaves) if packed else new_leaves)
         new = jax.tree.unflatten(jax.tree.structure(held), leaves)
+        # What the wrapped optimizer masks too would else bring the old masks back.
+        inner = jax.tree.map(replaced, _inner(node), is_leaf=_holds)
         if isinstance(node, Mapping):
-            return type(node)({**node, "masks": new})  # type: ignore[call-arg]
-        return node._replace(masks=new)
+            fields = {"masks": new} | ({"inner": inner} if "inner" in node else {})
+            return type(node)({**node, **fields})  # type: ignore[call-arg]
+        return node._replace(masks=new, inner=inner)
 
     return jax.tree.map(replaced, state, is_leaf=_holds)
 
@@ -127,6 +129,27 @@ def _holders(state: Any) -> list[Any]:
 def _masks(node: Any) -> Any:
     """A node's masks as it holds them."""
     return node["masks"] if isinstance(node, Mapping) else node.masks
+
+
+def _inner(node: Any) -> Any:
+    """The state of the optimizer that a node's transformation wraps."""
+    return node.get("inner") if isinstance(node, Mapping) else node.inner
+
+
+def _side_by_side(trees: Sequence[Masks]) -> Masks:
+    """One tree of the masks of transformations that share the leaves out."""
+    conflict = (
+        "each leaf must have one mask, but two transformations in this state mask the "
+        "same leaf; remove all but one"
+    )
+    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), trees)
+
+
+def _read_nested(node: Any, params: Any) -> Masks:
+    """What a node's masks and those of the optimizer that it wraps keep."""
+    masks = _read(node, params)
+    nested = [_read_nested(below, params) for below in _holders(_inner(node))]
+    return combine(masks, _side_by_side(nested)) if nested else masks
 
 
 def _read(node: Any, params: Any) -> Masks:

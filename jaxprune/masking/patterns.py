@@ -247,11 +247,17 @@ class Block(_Free):
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
     ) -> Bool[Array, "*shape"]:
         """Each tile's bit on all of its weights."""
-        # The last tiles may reach over the edge: they are cut after the repeat.
+        # The last tiles may reach over the edge: they are cut at the end.
         _, inputs, outputs = jax.eval_shape(
             axes.matrix, jax.ShapeDtypeStruct(shape, bool)
         ).shape
-        mask = jnp.repeat(jnp.repeat(kept, self.rows, 1), self.columns, 2)
+        batch, high, wide = kept.shape
+        # One axis after the other, not `jnp.repeat`: inside an Explicit mesh it asks
+        # for the sharding of its result.
+        tall = jnp.broadcast_to(kept[:, :, None], (batch, high, self.rows, wide))
+        tall = tall.reshape(batch, high * self.rows, wide)  # (batch, in, out tiles)
+        mask = jnp.broadcast_to(tall[..., None], (*tall.shape, self.columns))
+        mask = mask.reshape(*tall.shape[:2], wide * self.columns)  # (batch, in, out)
         return axes.restore(mask[:, :inputs, :outputs], shape)
 
     def _sizes(

@@ -18,6 +18,8 @@ from jaxprune.typing import Masks
 class Sparsity(NamedTuple):
     """How many weights are zero, counted exactly.
 
+    Under `jit` the counts are float32 scalars, which a step can return as a metric.
+
     Attributes:
       zeros: zeros in all leaves, a Python integer.
       size: weights in all leaves, a Python integer.
@@ -40,7 +42,7 @@ class Sparsity(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """What two masks keep, counted exactly.
+    """What two masks keep, counted exactly; under `jit` in float32 scalars.
 
     Attributes:
       both: weights that both keep, a Python integer.
@@ -53,8 +55,10 @@ class Overlap(NamedTuple):
     by_leaf: dict[str, tuple[int, int]]
 
     @property
-    def total(self) -> float:
+    def total(self) -> Any:
         """both / either, in [0, 1]: 1 where the masks are the same."""
+        if isinstance(self.either, jax.core.Tracer):
+            return jnp.where(self.either > 0, self.both / self.either, 1.0)
         return self.both / self.either if self.either else 1.0
 
     def __str__(self) -> str:
@@ -99,7 +103,7 @@ def sparsity(params: Any, masks: Any = None) -> Sparsity:
         if _is_counted(leaf) and not tree.is_excluded(mask)
     }
     # Every count is started before the first is waited for.
-    nonzero = jax.device_get({k: _nonzero(v) for k, v in leaves.items()})
+    nonzero = _fetched({k: _nonzero(v) for k, v in leaves.items()})
     by_leaf = {
         name: (int(leaf.size) - counting.whole(nonzero[name]), int(leaf.size))
         for name, leaf in leaves.items()
@@ -144,10 +148,16 @@ def overlap(masks: Masks, others: Masks) -> Overlap:
     }
     by_leaf = {
         name: (counting.whole(both), counting.whole(either))
-        for name, (both, either) in jax.device_get(counts).items()
+        for name, (both, either) in _fetched(counts).items()
     }
     both, either = (sum(row[i] for row in by_leaf.values()) for i in range(2))
     return Overlap(both, either, by_leaf)
+
+
+def _fetched(counts: Any) -> Any:
+    """The counts on the host; under `jit`, where there is none, as they are."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(counts))
+    return counts if traced else jax.device_get(counts)
 
 
 def _table(rows: Iterable[tuple[str, float, int]]) -> str:

@@ -10,7 +10,9 @@ from jaxprune.arrays import exact_sum, low_bit, placement
 
 
 def size_of_weight(w: jax.Array) -> jax.Array:
-    """|w|."""
+    """|w|, of a complex weight its modulus."""
+    if jnp.iscomplexobj(w):  # float32 would drop the imaginary part
+        return jnp.abs(w).astype(jnp.float32)
     return jnp.abs(low_bit.decode(w))
 
 
@@ -26,7 +28,7 @@ def size_of_average(_: jax.Array, average: jax.Array) -> jax.Array:
 
 def brain_damage(w: jax.Array, square: jax.Array) -> jax.Array:
     """w^2 E[g^2]."""
-    return jnp.square(low_bit.decode(w)) * low_bit.decode(square)
+    return jnp.square(size_of_weight(w)) * low_bit.decode(square)
 
 
 def size_and_power(w: jax.Array, square: jax.Array, exponent: jax.Array) -> jax.Array:

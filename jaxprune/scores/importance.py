@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxprune.arrays import low_bit, merge, tree
 from jaxprune.arrays.rules import Rule, check
@@ -284,7 +285,9 @@ def _are_maxima(count: Any, mu: Any, nu: Any) -> bool:
             return False
         first, second = (jnp.asarray(x).addressable_data(0) for x in pair)
         steps = np.asarray(jax.tree.leaves(count)[0]).max()  # of seeds side by side
-        over, some = jax.device_get(_over(steps, first, second))
+        # One shard is on one device; inside `jax.set_mesh` that is not the mesh's.
+        with jax.set_mesh(Mesh(np.array([*first.devices()]), ("device",))):
+            over, some = jax.device_get(_over(steps, first, second))
         if over:
             return False
         moved |= bool(some)

@@ -19,9 +19,10 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking.counts import Allocation
 from jaxprune.masking.patterns import Block, Channel
+from jaxprune.scores.names import parse_criterion
 from jaxprune.training import schedules
 from jaxprune.training.event_table import Event, EventTable
-from jaxprune.training.grow import Grow
+from jaxprune.training.grow import Grow, parse_growth
 from jaxprune.training.mask_events import MaskEvents
 from jaxprune.training.masked import masked_step, require_params, wrapped_optimizer
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Prunable
@@ -45,12 +46,12 @@ def gradual(
     optimizer: optax.GradientTransformation,
     schedule: schedules.Events,
     *,
-    criterion: Criterion = scores.trajectory,
+    criterion: Criterion | str = scores.trajectory,
     allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
     prunable: Prunable = leaves.prunable,
-    grow: Grow | None = None,
+    grow: Grow | str | None = None,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while it trains; a pruned weight stays so, unless `grow` returns it.
@@ -72,14 +73,15 @@ def gradual(
         inside it: Adam's second moment, or a tracker that is chained to it.
       schedule: value of `jp.schedules`, or {step: sparsity}. Where an n:m pattern
         stands for a sparsity, as in {500: "4:8", 900: "2:4"}, it holds from there on.
-      criterion: function of `jp.scores` that ranks the weights, or one of your own,
-        (params, importance) -> scores, that takes the optimizer's state as importance.
+      criterion: function of `jp.scores` that ranks the weights, or its name; or one of
+        your own, (params, importance) -> scores, that takes the optimizer's state as
+        importance.
       allocation: rule by which each sparsity is shared out between leaves: "global",
         "layer", "erk" or one of `jp.allocation`.
       pattern: which weights are pruned together; see `masks.make`.
       axes: input and output axes of the leaves; see `masks.make`.
       prunable: which leaves may be pruned, a function of leaf name and leaf.
-      grow: rule of what comes back at each event, `jp.grow.gradient()` (RigL) or
+      grow: rule of what comes back at each event, `jp.grow.gradient()` or "rigl",
         `jp.grow.random()` (SET), by which the number kept is still the schedule's. The
         first event grows nothing.
       packed: whether the state holds masks at one bit a weight rather than eight. Of
@@ -114,9 +116,10 @@ def gradual(
       model compression", 2017, arXiv 1710.01878; theirs ranks magnitudes and lets
       pruned weights come back.
     """
+    grow = parse_growth(grow)
     table = EventTable(schedule, allocation, pattern, axes, grow)
     _check_events(table.events, grow)
-    masking = MaskEvents("gradual", table, criterion, prunable, packed)
+    masking = MaskEvents("gradual", table, parse_criterion(criterion), prunable, packed)
     optimizer = wrapped_optimizer(optimizer, "gradual", "schedule")
 
     def init(params: Params) -> GradualState:

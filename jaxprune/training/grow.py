@@ -16,7 +16,7 @@ elsewhere, so that the number kept is the schedule's. The values are read as fun
 
 import dataclasses
 import math
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -151,3 +151,40 @@ _RULES = [
         "grow.{name} needs decay='cosine' or 'constant', got {decay!r}",
     ),
 ]
+
+
+def parse_growth(growth: Any) -> Grow | None:
+    """A growth from its name, "rigl" or "set", or the value itself.
+
+    Args:
+      growth: name, a value of `jp.grow`, or None for no growth.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: the name is unknown.
+      TypeError: it is no growth; a class that was not called, say.
+    """
+    check(_GROWTH, growth=growth)
+    if isinstance(growth, str):
+        return {"rigl": gradient, "set": random}[growth]()
+    return growth
+
+
+_GROWTH = (
+    Rule(
+        lambda v: not isinstance(v.growth, str) or v.growth in ("rigl", "set"),
+        "grow must be 'rigl', 'set' or a value of jp.grow, got {growth!r}",
+    ),
+    Rule(
+        lambda v: (
+            v.growth is None
+            or isinstance(v.growth, str)
+            or (hasattr(v.growth, "scores") and not isinstance(v.growth, type))
+        ),
+        "grow must be a value of jp.grow, got {growth!r}",
+        "call it, as in grow=jp.grow.gradient()",
+        error=TypeError,
+    ),
+)

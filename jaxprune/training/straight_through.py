@@ -25,6 +25,7 @@ from jaxprune import leaves, scores
 from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking.counts import Allocation
+from jaxprune.scores.names import parse_criterion
 from jaxprune.training import schedules
 from jaxprune.training.event_table import EventTable
 from jaxprune.training.mask_events import MaskEvents
@@ -63,7 +64,7 @@ def straight_through(
     *,
     freeze: int | None,
     every: int = 1,
-    criterion: Criterion = scores.trajectory,
+    criterion: Criterion | str = scores.trajectory,
     allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
@@ -119,7 +120,13 @@ def straight_through(
     """
     table = EventTable(schedule, allocation, pattern, axes)
     masking = MaskEvents(
-        "straight_through", table, criterion, prunable, packed, every, freeze
+        "straight_through",
+        table,
+        parse_criterion(criterion),
+        prunable,
+        packed,
+        every,
+        freeze,
     )
     optimizer = wrapped_optimizer(optimizer, "straight_through", "schedule")
 
