@@ -2,10 +2,10 @@
 
 `python -m benchmarks.digits_structure` trains both on the 8 x 8 digits of scikit-learn,
 the CNN in Linen, the ViT in NNX, and removes shares of all their units: by `jp.shrink`
-with the weights' magnitude or with the trajectory score of the optimizer's own state,
-and by `jp.shrink` with batches. The smaller program is trained on with the optimizer's
-state cut alike. Beside it: dense, and built at the smaller shape, with as many steps.
-Prints two Markdown tables and one JSON line.
+with the weights' magnitude or with the preconditioned magnitude of the optimizer's own
+state, and by `jp.shrink` with batches. The smaller program is trained on with the
+optimizer's state cut alike. Beside it: dense, and built at the smaller shape, with as
+many steps. Prints two Markdown tables and one JSON line.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from experiments.datasets import picture_questions
 
 CHANNELS, DENSE = (16, 32, 32), 64
 WIDTH, LAYERS, HEADS, FEATURES, NEURONS = 32, 3, 4, 8, 64  # of the ViT
-METHODS = ("magnitude", "trajectory", "shrink_trained")
+METHODS = ("magnitude", "preconditioned_magnitude", "shrink_trained")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +238,8 @@ def shrunk(config: Config, dense: Run, method: str, gone: float, data: Data) -> 
         )
     else:
         scores = jp.scores.magnitude(params)
-        if method == "trajectory":
-            scores = jp.scores.trajectory(params, state)
+        if method == "preconditioned_magnitude":
+            scores = jp.scores.preconditioned_magnitude(params, state)
         result = jp.shrink(fn, params, data.images[:1], scores, gone)
     # The optimizer's moments are cut alike, so that training goes on without a jolt.
     return Run(result.fn, result.params, result.cut(state))

@@ -145,7 +145,7 @@ def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> A
         params,
         np.split(ids, len(ids))[: config.gradient_sequences],
     )
-    return jp.allocation.Ranked(jp.scores.trajectory(params, importance))
+    return jp.allocation.Ranked(jp.scores.preconditioned_magnitude(params, importance))
 
 
 def pruned(

@@ -26,7 +26,7 @@ from jaxprune.arrays import low_bit
 SPARSITIES = (0.5, 0.8, 0.9)
 CRITERIA = {
     "averaged_weight": jp.scores.averaged_weight,
-    "trajectory": jp.scores.trajectory,
+    "preconditioned_magnitude": jp.scores.preconditioned_magnitude,
 }
 
 

@@ -1,11 +1,11 @@
 """A GPT whose MLPs shrink while it trains, beside dense training with as many steps.
 
 `python -m benchmarks.shrink_while_training` trains a character GPT on Shakespeare's
-plays. Every so many steps `jp.shrink` takes some neurons out, by the trajectory score
-of the optimizer's own second moment, and cuts the optimizer's state alike; training
-goes on with the smaller program. Beside it: dense to the end; dense to the end and
-shrunk then; shrunk late, in one event with the rest of the steps behind it; and half as
-wide from the start. Prints a Markdown table and one JSON line for all seeds.
+plays. Every so many steps `jp.shrink` takes some neurons out, by the preconditioned
+magnitude of the optimizer's own second moment, and cuts the optimizer's state alike;
+training goes on with the smaller program. Beside it: dense to the end; dense to the end
+and shrunk then; shrunk late, in one event with the rest of the steps behind it; and
+half as wide from the start. Prints a Markdown table and one JSON line for all seeds.
 """
 
 import dataclasses
@@ -181,7 +181,7 @@ def _shrunk(
     fresh = all(not np.any(leaf) for leaf in jax.tree.leaves(state))
     criterion = jp.scores.magnitude(params)
     if not fresh:
-        criterion = jp.scores.trajectory(params, state)
+        criterion = jp.scores.preconditioned_magnitude(params, state)
     return jp.shrink(fn, params, batch, criterion, {NEURONS: share})
 
 

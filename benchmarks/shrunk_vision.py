@@ -4,10 +4,10 @@
 
 Takes the finished seeds of `experiments.phi3_vision`. Shares of the heads and neurons
 of the decoder, of the tower or of both are removed: by `jp.shrink` with the weights'
-magnitude or the trajectory score of the run, or by `jp.shrink` with batches. What is
-left is trained on as that run retrains what it pruned: as many steps, the same rate and
-pictures. Every cell is one small file, so a run that was stopped continues. Prints two
-Markdown tables and one JSON line.
+magnitude or the preconditioned magnitude of the run, or by `jp.shrink` with batches.
+What is left is trained on as that run retrains what it pruned: as many steps, the same
+rate and pictures. Every cell is one small file, so a run that was stopped continues.
+Prints two Markdown tables and one JSON line.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from experiments.tasks.picture_task import PictureTask
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.files import atomic
 
-Method = Literal["magnitude", "trajectory", "shrink_trained"]
+Method = Literal["magnitude", "preconditioned_magnitude", "shrink_trained"]
 Part = Literal["decoder", "tower", "all"]
 GLOBS = {"decoder": ("decoder/*",), "tower": ("tower/*",)}
 GLOBS["all"] = GLOBS["decoder"] + GLOBS["tower"]
@@ -63,7 +63,11 @@ class Config:
     data_dir: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     parts: tuple[Part, ...] = ("all", "decoder", "tower")
-    methods: tuple[Method, ...] = ("magnitude", "trajectory", "shrink_trained")
+    methods: tuple[Method, ...] = (
+        "magnitude",
+        "preconditioned_magnitude",
+        "shrink_trained",
+    )
     shares: tuple[float, ...] = (0.25, 0.5)
     calibrated: int = 512
     timed: int = 64
@@ -208,8 +212,8 @@ def shrunk(
             progress=False,
         )
     scores = jp.scores.magnitude(params)
-    if cell.method == "trajectory":
-        scores = jp.scores.trajectory(params, dense.tracked)
+    if cell.method == "preconditioned_magnitude":
+        scores = jp.scores.preconditioned_magnitude(params, dense.tracked)
     # By scores a batch is traced for its shapes, and never looked at.
     return jp.shrink(fn, params, next(batches), scores, shares)
 

@@ -42,7 +42,7 @@ def train(tx, params, steps):
 
 tx = optax.chain(optax.adamw(1e-2), jp.track_importance(storage="int8"))
 params, state = train(tx, params, 50)
-scores = jp.scores.trajectory(params, jp.get_importance(state))
+scores = jp.scores.preconditioned_magnitude(params, jp.get_importance(state))
 masks = jp.masks.make(scores, sparsity=0.5, allocation="global")
 params, _ = train(
     jp.keep_masks(optax.adamw(1e-3), masks), jp.masks.apply(params, masks), 20

@@ -48,7 +48,7 @@ params, state = train(
 )
 print(f"dense:     loss {loss(params):.4f}")
 
-scores = jp.scores.trajectory(params, jp.get_importance(state))
+scores = jp.scores.preconditioned_magnitude(params, jp.get_importance(state))
 masks = jp.masks.make(scores, sparsity=0.6, allocation="global")
 params = jp.masks.apply(params, masks)
 print(f"pruned:    loss {loss(params):.4f}")

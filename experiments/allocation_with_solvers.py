@@ -5,9 +5,10 @@
 A dense GPT of the main experiment is pruned layer by layer from calibration sequences
 of its own training text. The solver chooses inside each matrix and repairs what it
 keeps; how many weights a matrix loses is fixed by the allocation: uniform, ERK, OWL, or
-one global ranking of all matrices by a criterion, such as the trajectory score of the
-training itself. Every cell is one small file, so a run that was stopped continues, and
-one of other seeds, allocations or sparsities in the same directory adds to it.
+one global ranking of all matrices by a criterion, such as the preconditioned magnitude
+of the training itself. Every cell is one small file, so a run that was stopped
+continues, and one of other seeds, allocations or sparsities in the same directory adds
+to it.
 """
 
 import dataclasses
@@ -38,11 +39,11 @@ from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.rules import Rule
 from jaxprune.typing import Scores
 
-CALIBRATED = "trajectory_calibrated"
+CALIBRATED = "preconditioned_calibrated"
 """The allocation by |w| E[g^2]^(1/4) with gradients of the dense model on the
 calibration sequences, as for a checkpoint of which no optimizer state is left."""
 
-ALONE = {"wanda": "uniform", "mask": "trajectory"}
+ALONE = {"wanda": "uniform", "mask": "preconditioned_magnitude"}
 """What is there to compare with, each by one allocation only; "mask" prunes the lowest
 scores and repairs nothing."""
 
@@ -106,7 +107,7 @@ class Config:
       data_dir: where data sets are kept.
       seeds: one dense model each.
       allocations: how the sparsity is allocated: uniform, owl, erk, a criterion, or
-        trajectory_calibrated.
+        preconditioned_calibrated.
       solvers: what prunes each matrix: sparsegpt, alps, either with "+correction"; and
         for comparison wanda and mask, which have one allocation each.
       sparsities: fractions of the decoder's matrices to remove.
@@ -125,7 +126,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     allocations: tuple[str, ...] = (
         *("uniform", "owl", "erk"),
-        *("magnitude", "trajectory", "trajectory_adam"),
+        *("magnitude", "preconditioned_magnitude", "preconditioned_adam"),
     )
     solvers: tuple[str, ...] = ("sparsegpt", "alps", "wanda", "mask")
     sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -242,7 +243,7 @@ class Run:
         # batches of one would have seen it; the mean of a batch would hide their
         # variance.
         single = (tokens[None] for batch in batches for tokens in batch)
-        return jp.scores.trajectory(
+        return jp.scores.preconditioned_magnitude(
             params, jp.contrib.calibrate_gradients(loss, params, single)
         )
 

@@ -101,7 +101,7 @@ class Config:
       data_dir: where data sets are kept; TFDS's default if left out.
       seeds: one fine-tuning each; a seed draws the batches.
       criteria: what to prune by; see experiments/harness/criteria.py, and
-        SOLVER_ALLOCATION as "sparsegpt_trajectory", experiments/harness/solvers.py.
+        SOLVER_ALLOCATION as "sparsegpt_preconditioned", experiments/harness/solvers.py.
       retrain_criteria: those retrained too; all of `criteria` if left out.
       allocations: "global" ranks all matrices together, "layer" each alone; the first
         one is retrained. A solver has its own.
@@ -143,8 +143,14 @@ class Config:
     data_dir: Path | None = None
     seeds: tuple[int, ...] = (0, 1)
     criteria: tuple[str, ...] = (
-        *("trajectory", "trajectory_adam", "averaged_weight", "movement", "magnitude"),
-        *("sparsegpt_uniform", "sparsegpt_trajectory"),
+        *(
+            "preconditioned_magnitude",
+            "preconditioned_adam",
+            "averaged_weight",
+            "movement",
+            "magnitude",
+        ),
+        *("sparsegpt_uniform", "sparsegpt_preconditioned"),
     )
     retrain_criteria: tuple[str, ...] | None = None
     allocations: tuple[Literal["layer", "global"], ...] = ("global",)

@@ -41,10 +41,10 @@ _RULES = (
         *("lora", 1, math.inf), "lora must be a rank of at least 1, got {lora}"
     ),
     rules.excludes(
-        *("partly_trained", "trajectory_adam"),
-        "trajectory_adam needs Adam's moments of every weight, but with --frozen or "
-        "--lora there are none of some",
-        "take trajectory",
+        *("partly_trained", "preconditioned_adam"),
+        "preconditioned_adam needs Adam's moments of every weight, but with --frozen "
+        "or --lora there are none of some",
+        "take preconditioned_magnitude",
     ),
     Rule(
         lambda v: not {*v.frozen} & {*v.allocations},
@@ -111,7 +111,11 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     data_dir: Path | None = None
     seeds: tuple[int, ...] = (0,)
-    criteria: tuple[str, ...] = ("trajectory", "averaged_weight", "magnitude")
+    criteria: tuple[str, ...] = (
+        "preconditioned_magnitude",
+        "averaged_weight",
+        "magnitude",
+    )
     retrain_criteria: tuple[str, ...] | None = None
     allocations: tuple[Part, ...] = ("all", "decoder", "tower")
     retrain_allocations: tuple[Part, ...] | None = None
@@ -180,7 +184,7 @@ class Config:
         rules.check(
             _RULES,
             partly_trained=bool(self.frozen or self.lora),
-            trajectory_adam="trajectory_adam" in self.criteria,
+            preconditioned_adam="preconditioned_adam" in self.criteria,
             frozen_parts=", ".join(self.frozen),
             **vars(self),
         )

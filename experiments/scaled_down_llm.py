@@ -77,7 +77,11 @@ class Config:
     text: Path | None = None
     data_dir: Path | None = None
     seeds: tuple[int, ...] = (0, 1)
-    criteria: tuple[str, ...] = ("trajectory", "averaged_weight", "magnitude")
+    criteria: tuple[str, ...] = (
+        "preconditioned_magnitude",
+        "averaged_weight",
+        "magnitude",
+    )
     retrain_criteria: tuple[str, ...] | None = None
     allocations: tuple[Literal["layer", "global"], ...] = ("global",)
     sparsities: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

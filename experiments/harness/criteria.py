@@ -30,7 +30,9 @@ class Watched(NamedTuple):
 def _family(exponent: float, of_average: bool, watched: Watched) -> Scores:
     """|w| or |A| times E[g^2]^exponent."""
     weights = watched.tracked.weight if of_average else watched.params
-    return jp.scores.trajectory(weights, watched.tracked, exponent=exponent)
+    return jp.scores.preconditioned_magnitude(
+        weights, watched.tracked, exponent=exponent
+    )
 
 
 def _movement(watched: Watched) -> Scores:
@@ -43,15 +45,19 @@ def _movement(watched: Watched) -> Scores:
 
 
 GRADUAL = "gradual"
-"""Ranks as "trajectory" does; the steps after training prune, in place of holding what
-was pruned before them."""
+"""Ranks as "preconditioned_magnitude" does; the steps after training prune, in place of
+holding what was pruned before them."""
 
 EXPONENTS = (0.125, 0.19, 0.25, 0.31, 0.375, 0.5)
 
 CRITERIA: dict[str, Callable[[Watched], Scores]] = {
-    "trajectory": lambda w: jp.scores.trajectory(w.params, w.tracked),
-    GRADUAL: lambda w: jp.scores.trajectory(w.params, w.tracked),
-    "trajectory_adam": lambda w: jp.scores.trajectory(w.params, w.adam),
+    "preconditioned_magnitude": lambda w: jp.scores.preconditioned_magnitude(
+        w.params, w.tracked
+    ),
+    GRADUAL: lambda w: jp.scores.preconditioned_magnitude(w.params, w.tracked),
+    "preconditioned_adam": lambda w: jp.scores.preconditioned_magnitude(
+        w.params, w.adam
+    ),
     "averaged_weight": lambda w: jp.scores.averaged_weight(w.params, w.tracked),
     "magnitude": lambda w: jp.scores.magnitude(w.params),
     "averaged_magnitude": lambda w: jp.scores.averaged_magnitude(w.params, w.tracked),
@@ -64,21 +70,22 @@ CRITERIA: dict[str, Callable[[Watched], Scores]] = {
         w.params, w.tracked, compare="average"
     ),
     **{
-        f"{'averaged_' if of_average else ''}trajectory_{exponent}": functools.partial(
+        f"{prefix}preconditioned_{exponent}": functools.partial(
             _family, exponent, of_average
         )
         for exponent in EXPONENTS
-        for of_average in (False, True)
+        for prefix, of_average in (("", False), ("averaged_", True))
     },
 }
 """Name to criterion. The last twelve are the family that the default was chosen from:
-trajectory_P is |w| E[g^2]^P, averaged_trajectory_P has |A| in the place of |w|."""
+preconditioned_P is |w| E[g^2]^P, averaged_preconditioned_P has |A| in the place of
+|w|."""
 
 _NEEDED = {
-    "trajectory": {"square"},
+    "preconditioned_magnitude": {"square"},
     GRADUAL: {"square"},
-    "trajectory_adam": set(),
-    "averaged_trajectory": {"square", "weight"},
+    "preconditioned_adam": set(),
+    "averaged_preconditioned": {"square", "weight"},
     "averaged_magnitude": {"magnitude"},
     "averaged_weight": {"weight"},
     "obd": {"square"},
@@ -93,7 +100,7 @@ def averages(criteria: Collection[str]) -> frozenset[str]:
     # A, which the report draws beside each sampled weight.
     fields = {"weight"}
     for name in criteria:
-        # "averaged_trajectory_0.25" needs what "averaged_trajectory" does.
+        # "averaged_preconditioned_0.25" needs what "averaged_preconditioned" does.
         stem, _, suffix = name.rpartition("_")
         fields |= _NEEDED.get(stem if suffix[:1].isdigit() else name, set())
     return frozenset(fields)

@@ -70,7 +70,7 @@ class SeedTrainer:
         state = checkpoint.restore(self._directory / "train", target).state
         tracked = jp.get_importance(state.opt_state)
         adam = tracked
-        if "trajectory_adam" in rankings(self._plan.criteria):
+        if "preconditioned_adam" in rankings(self._plan.criteria):
             # Adam's nu: an average of the squared gradients after the clipping.
             square = jp.get_importance(state.opt_state[ADAMW]).square
             adam = tracked._replace(square=square)

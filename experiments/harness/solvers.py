@@ -1,9 +1,9 @@
 """Solvers in the place of a criterion, each with the allocation that feeds it.
 
-"sparsegpt_trajectory" is SparseGPT, the sparsity shared out by one global ranking of
-the trajectory scores; "alps_uniform" is ALPS, each matrix losing the same share. The
-criterion then says how many weights a matrix loses, and the solver which. With
-"+correction" each matrix makes up for half of what those before it lost.
+"sparsegpt_preconditioned" is SparseGPT, the sparsity shared out by one global ranking
+of the preconditioned magnitudes; "alps_uniform" is ALPS, each matrix losing the same
+share. The criterion then says how many weights a matrix loses, and the solver which.
+With "+correction" each matrix makes up for half of what those before it lost.
 """
 
 from collections.abc import Callable, Iterable
@@ -58,9 +58,9 @@ def named(name: str) -> Solver | None:
     """What a name stands for; None where that is no solver with its allocation.
 
     Example:
-      >>> named("sparsegpt_trajectory_adam")
-      Solver(method='sparsegpt', allocation='trajectory_adam')
-      >>> named("trajectory_adam") is None
+      >>> named("sparsegpt_preconditioned_adam")
+      Solver(method='sparsegpt', allocation='preconditioned_adam')
+      >>> named("preconditioned_adam") is None
       True
     """
     method, _, allocation = name.partition("_")

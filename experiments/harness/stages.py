@@ -45,7 +45,9 @@ class Stages:
         country = self._country if is_first() else None
 
         def measured() -> dict[str, Any]:
-            name = stage.split("/")[0]  # "prune/trajectory-global-0.5" is a "prune"
+            name = stage.split("/")[
+                0
+            ]  # "prune/preconditioned_magnitude-global-0.5" is a "prune"
             with measure(name, seed=self._seed, country=country) as phase:
                 content = compute()
                 phase.tokens = content.pop("tokens", None)

@@ -88,8 +88,8 @@ class Config:
     text: Path | None = None
     data_dir: Path | None = None
     methods: tuple[str, ...] = (
-        *("dense_small", "gradual_magnitude", "gradual_trajectory"),
-        *("gradual_trajectory_late", "ste_magnitude", "ste_trajectory"),
+        *("dense_small", "gradual_magnitude", "gradual_preconditioned"),
+        *("gradual_preconditioned_late", "ste_magnitude", "ste_preconditioned"),
     )
     sparsities: tuple[float, ...] = (0.9, 0.8, 0.6, 0.95)
     steps: tuple[int, ...] = (1000, 4000)

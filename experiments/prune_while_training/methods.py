@@ -157,22 +157,24 @@ METHODS: dict[str, Method] = {
     DENSE_SMALL: _dense,
     "once": _once,
     "gradual_magnitude": functools.partial(_gradual, **_MAGNITUDE),
-    "gradual_trajectory": _gradual,
+    "gradual_preconditioned": _gradual,
     "gradual_magnitude_late": late(functools.partial(_gradual, **_MAGNITUDE)),
-    "gradual_trajectory_late": late(_gradual),
+    "gradual_preconditioned_late": late(_gradual),
     "ste_magnitude": functools.partial(_straight, **_MAGNITUDE),
-    "ste_trajectory": _straight,
-    "ste_trajectory_late": late(_straight),
+    "ste_preconditioned": _straight,
+    "ste_preconditioned_late": late(_straight),
     "ste_layer_magnitude": functools.partial(_straight, criterion=layer_magnitude),
     "ste_magnitude_free": functools.partial(_straight, freezes=False, **_MAGNITUDE),
-    "ste_trajectory_free": functools.partial(_straight, freezes=False),
+    "ste_preconditioned_free": functools.partial(_straight, freezes=False),
     "admm": _admm,
     "admm_global": functools.partial(_admm, allocation="global"),
     "admm_magnitude": functools.partial(_admm, **_MAGNITUDE),
-    "admm_trajectory": functools.partial(
-        _admm, criterion=jp.scores.trajectory, allocation="global"
+    "admm_preconditioned": functools.partial(
+        _admm, criterion=jp.scores.preconditioned_magnitude, allocation="global"
     ),
-    "admm_trajectory_layer": functools.partial(_admm, criterion=jp.scores.trajectory),
+    "admm_preconditioned_layer": functools.partial(
+        _admm, criterion=jp.scores.preconditioned_magnitude
+    ),
     "set": functools.partial(_sparse, grow=jp.grow.random()),
     "rigl": functools.partial(_sparse, grow=jp.grow.gradient()),
     "static_random": _sparse,

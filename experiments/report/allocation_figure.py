@@ -26,7 +26,14 @@ COLUMNS = (
     *("seed", "draw", "solver", "allocation", "sparsity", "achieved", "zeros", "size"),
     *("loss", "dense_loss", "above", "seconds"),
 )
-_ALLOCATIONS = ("uniform", "owl", "erk", "magnitude", "trajectory", "trajectory_adam")
+_ALLOCATIONS = (
+    "uniform",
+    "owl",
+    "erk",
+    "magnitude",
+    "preconditioned_magnitude",
+    "preconditioned_adam",
+)
 _SOLVERS = ("sparsegpt", "sparsegpt+correction", "alps", "alps+correction")
 _LAST = ("wanda", "mask")  # no lines of their own: one allocation each
 
@@ -122,8 +129,8 @@ def _order(pair: tuple[str, str]) -> tuple[int, str, int, str]:
 def figure(all_results: Sequence[Results]) -> Figure:
     """Loss above dense against sparsity: a panel a run and solver, lines by allocation.
 
-    Lines are means over the seeds, bands their range. Variants of the trajectory score
-    are left to the tables, unless there is nothing else.
+    Lines are means over the seeds, bands their range. Variants of the preconditioned
+    magnitude are left to the tables, unless there is nothing else.
     """
     lines: dict[str, dict[int, list[dict[str, Any]]]] = {}
     rows_by_run = [(results, rows(results)) for results in all_results]

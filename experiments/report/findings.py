@@ -14,7 +14,7 @@ from experiments.report import results as results_
 
 CLOSE_SHARE = 0.01  # of the reference's loss
 _TYPICAL = 0.6  # the sparsity whose layers are shown
-_WATCHED = ("averaged_weight", "trajectory", "magnitude")
+_WATCHED = ("averaged_weight", "preconditioned_magnitude", "magnitude")
 
 
 def headline(results: Mapping[str, Any]) -> list[str]:

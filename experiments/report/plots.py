@@ -17,7 +17,7 @@ from jaxprune.lm.report.canvas import COLOURS, STYLE
 
 # In the order of COLOURS.
 _KNOWN = (
-    "trajectory",
+    "preconditioned_magnitude",
     "averaged_weight",
     "magnitude",
     "obd",

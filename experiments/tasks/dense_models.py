@@ -74,6 +74,8 @@ def trained(
     return Watched(
         state.params,
         tracked,
-        tracked._replace(square=adam.square),  # E[g^2] of Adam, for "trajectory_adam"
+        tracked._replace(
+            square=adam.square
+        ),  # E[g^2] of Adam, for "preconditioned_adam"
         lambda: model.init(seed),
     )

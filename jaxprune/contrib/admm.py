@@ -98,7 +98,7 @@ def admm(
       every: number of steps between two projections at the same sparsity.
       penalty: lambda, over 0, or a schedule of it over the steps since the first event.
       criterion: function that ranks v, of v and E[g^2]: `scores.obd` is p = 1 (ELSA),
-        `scores.trajectory` p = 1/2 and `scores.magnitude` p = 0.
+        `scores.preconditioned_magnitude` p = 1/2 and `scores.magnitude` p = 0.
       allocation: rule by which each sparsity is shared out; see `gradual`.
       pattern: which weights are pruned together; see `gradual`.
       axes: input and output axes of the leaves; see `gradual`.

@@ -1,8 +1,8 @@
 """The squared gradients of a trained model's own loss, over calibration batches.
 
 For checkpoints of which no optimizer state is left: what `jp.track_gradients` averages
-over training, at the trained weights. The criteria `scores.obd` and `scores.trajectory`
-take it.
+over training, at the trained weights. The criteria `scores.obd` and
+`scores.preconditioned_magnitude` take it.
 """
 
 import functools

@@ -213,9 +213,9 @@ class OWL:
 class Ranked:
     """The sparsity that one global ranking of given scores leaves each weight with.
 
-    With `scores.trajectory(params, state)` training itself says how much of each matrix
-    matters; Adam's second moment is enough. What is pruned inside a matrix is chosen by
-    the method of `prune_trained`, or by the scores of `prune`.
+    With `scores.preconditioned_magnitude(params, state)` training itself says how much
+    of each matrix matters; Adam's second moment is enough. What is pruned inside a
+    matrix is chosen by the method of `prune_trained`, or by the scores of `prune`.
 
     Attributes:
       scores: scores of these parameters, any criterion's.

@@ -68,7 +68,7 @@ _MADE_BY_A_CRITERION = Rule(
     lambda v: not isinstance(v.scores, Importance | int | float),
     "scores must be a tree that a criterion made, got {what}",
     "call jp.masks.make(scores, sparsity) or jp.prune(params, scores, sparsity), "
-    "with scores = jp.scores.trajectory(params, importance)",
+    "with scores = jp.scores.preconditioned_magnitude(params, importance)",
     error=TypeError,
     details=lambda v: {
         "what": "an Importance" if isinstance(v.scores, Importance) else v.scores

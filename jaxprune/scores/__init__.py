@@ -7,20 +7,22 @@ from jaxprune.scores.from_training import averaged_magnitude as averaged_magnitu
 from jaxprune.scores.from_training import averaged_weight as averaged_weight
 from jaxprune.scores.from_training import magnitude as magnitude
 from jaxprune.scores.from_training import obd as obd
+from jaxprune.scores.from_training import (
+    preconditioned_magnitude as preconditioned_magnitude,
+)
 from jaxprune.scores.from_training import random as random
 from jaxprune.scores.from_training import taylor as taylor
 from jaxprune.scores.from_training import threshold as threshold
-from jaxprune.scores.from_training import trajectory as trajectory
 
 __all__ = [
     "averaged_magnitude",
     "averaged_weight",
     "magnitude",
     "obd",
+    "preconditioned_magnitude",
     "random",
     "taylor",
     "threshold",
-    "trajectory",
 ]
 
 

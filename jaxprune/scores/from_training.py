@@ -148,7 +148,7 @@ def obd(
     return _score(formulas.brain_damage, params, prunable, square)
 
 
-def trajectory(
+def preconditioned_magnitude(
     params: Params,
     importance: Any = None,
     *,
@@ -181,7 +181,8 @@ def trajectory(
       >>> import jaxprune as jp
       >>> w = {"w": jnp.array([[1.0, -2.0]])}
       >>> squares = {"w": jnp.array([[16.0, 1.0]])}
-      >>> jp.scores.trajectory(w, jp.Importance(square=squares))["w"].tolist()
+      >>> importance = jp.Importance(square=squares)
+      >>> jp.scores.preconditioned_magnitude(w, importance)["w"].tolist()
       [[2.0, 2.0]]
     """
     check(_EXPONENT, exponent=exponent)

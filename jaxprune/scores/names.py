@@ -17,7 +17,7 @@ CRITERIA: Mapping[str, Criterion] = {
         from_training.random,
         from_training.taylor,
         from_training.threshold,
-        from_training.trajectory,
+        from_training.preconditioned_magnitude,
     )
 }
 """Each criterion by its name."""

@@ -46,7 +46,7 @@ def gradual(
     optimizer: optax.GradientTransformation,
     schedule: schedules.Events,
     *,
-    criterion: Criterion | str = scores.trajectory,
+    criterion: Criterion | str = scores.preconditioned_magnitude,
     allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,

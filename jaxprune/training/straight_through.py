@@ -64,7 +64,7 @@ def straight_through(
     *,
     freeze: int | None,
     every: int = 1,
-    criterion: Criterion | str = scores.trajectory,
+    criterion: Criterion | str = scores.preconditioned_magnitude,
     allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,

@@ -181,7 +181,7 @@ def track_gradients(
     Where a gradient is not finite, the average of that weight keeps its value. Squares
     jump from step to step, so rounding errors do not cancel as they do for weights:
     after 2000 steps of noise they are 3 % in "bfloat16" and 11 % in "int8", of which
-    `scores.trajectory` sees a quarter and `scores.obd` all. The
+    `scores.preconditioned_magnitude` sees a quarter and `scores.obd` all. The
     square of a gradient under 1e-19 is zero in float32.
 
     Args:

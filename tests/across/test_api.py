@@ -50,7 +50,7 @@ FUNCTIONS = [
     "scores.random",
     "scores.taylor",
     "scores.threshold",
-    "scores.trajectory",
+    "scores.preconditioned_magnitude",
     "shrink",
     "sparsity",
     "contrib.state_shardings",

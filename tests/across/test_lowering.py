@@ -113,7 +113,7 @@ def test_every_score_and_what_is_done_with_masks():
                 jp.scores.averaged_weight,
                 jp.scores.averaged_magnitude,
                 jp.scores.obd,
-                jp.scores.trajectory,
+                jp.scores.preconditioned_magnitude,
                 jp.scores.taylor,
                 jp.scores.random,
                 jp.scores.threshold,

@@ -68,7 +68,7 @@ def test_results_are_of_different_things(written):
     twins = {
         "jitted: unpacked": "jitted: Unstructured() global",
         "eagerly: unpacked": "eagerly: masks",
-        "eagerly: scores": "jitted: trajectory",
+        "eagerly: scores": "jitted: preconditioned_magnitude",
     }
     for run in written.values():
         for digests in run["digests"].values():

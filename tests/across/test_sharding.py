@@ -124,7 +124,13 @@ def test_averages_have_the_bits_of_one_device(kind):
 
 
 CRITERIA = [
-    *("trajectory", "magnitude", "averaged_weight", "averaged_magnitude", "obd"),
+    *(
+        "preconditioned_magnitude",
+        "magnitude",
+        "averaged_weight",
+        "averaged_magnitude",
+        "obd",
+    ),
     *("taylor", "random"),
 ]
 
@@ -139,7 +145,7 @@ def every_score(params, importance):
     ("kind", "outside_of_jit"),
     [
         # The others are as elementwise, but for the drawn numbers.
-        (AUTO, ["trajectory", "random"]),
+        (AUTO, ["preconditioned_magnitude", "random"]),
         (EXPLICIT, CRITERIA),
     ],
 )

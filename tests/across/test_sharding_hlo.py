@@ -162,7 +162,7 @@ def test_scores(params):
         jp.scores.averaged_weight,
         jp.scores.averaged_magnitude,
         jp.scores.obd,
-        jp.scores.trajectory,
+        jp.scores.preconditioned_magnitude,
         jp.scores.taylor,
         jp.scores.random,
         jp.scores.threshold,

@@ -183,7 +183,7 @@ def watching(name, memory, every):
         "averaged_weight",
         "averaged_magnitude",
         "obd",
-        "trajectory",
+        "preconditioned_magnitude",
         "taylor",
         "threshold",
     ],
@@ -215,7 +215,10 @@ def test_the_averaged_weights_can_be_ranked_in_place_of_the_weights(
 ):
     after, state = trained(name, memory)
     importance = jp.get_importance(state)
-    for score in (jp.scores.trajectory, jax.jit(jp.scores.trajectory)):
+    for score in (
+        jp.scores.preconditioned_magnitude,
+        jax.jit(jp.scores.preconditioned_magnitude),
+    ):
         scores = score(importance.weight, importance)
         assert scores["kernel"].sharding.memory_kind == "device"
         assert jp.sparsity(jp.prune(after, scores, 0.5)).total == 0.5
@@ -247,7 +250,7 @@ def test_host_memory_holds_the_same_bits(params, trained, name, every):
     for leaf in jax.tree.leaves(host):
         expected = "pinned_host" if leaf.ndim or leaf.dtype != jnp.int32 else None
         assert expected is None or leaf.sharding.memory_kind == expected
-    scores = jp.scores.trajectory(params, jp.get_importance(host))
+    scores = jp.scores.preconditioned_magnitude(params, jp.get_importance(host))
     assert scores["kernel"].sharding.memory_kind == "device"
 
 

@@ -61,7 +61,7 @@ def admm(inner, **options):
     ("criterion", "power"),
     [
         (jp.scores.obd, 1.0),
-        pytest.param(jp.scores.trajectory, 0.5, marks=pytest.mark.full),
+        pytest.param(jp.scores.preconditioned_magnitude, 0.5, marks=pytest.mark.full),
         pytest.param(jp.scores.magnitude, 0.0, marks=pytest.mark.full),
     ],
 )

@@ -45,7 +45,7 @@ def test_batches_of_different_sizes_count_alike():
 def test_criteria_read_calibrated_gradients():
     importance = jp.contrib.calibrate_gradients(squared_error, PARAMS, BATCHES)
     expected = np.abs(PARAMS["w"]) * by_hand(BATCHES) ** 0.25
-    scores = jp.scores.trajectory(PARAMS, importance)
+    scores = jp.scores.preconditioned_magnitude(PARAMS, importance)
     np.testing.assert_allclose(scores["w"], expected, rtol=1e-5)
     obd = jp.scores.obd(PARAMS, importance)["w"]
     np.testing.assert_allclose(obd, PARAMS["w"] ** 2 * by_hand(BATCHES), rtol=1e-5)

@@ -182,7 +182,7 @@ def test_the_factors_moments_are_not_taken_for_the_weights():
     state = tx.init(params)
     assert jp.get_importance(state).square is None
     with pytest.raises(ValueError, match="track_gradients"):
-        jp.scores.trajectory(params, jp.get_importance(state))
+        jp.scores.preconditioned_magnitude(params, jp.get_importance(state))
     with pytest.raises(ValueError, match="tracks nothing"):
         jp.get_importance(jp.contrib.lora(optax.adam(1e-2), rank=2).init(params))
 

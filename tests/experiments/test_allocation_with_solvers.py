@@ -24,7 +24,7 @@ def config(tmp_path_factory):
         out=folder / "out",
         text=write_text(folder / "tiny.txt"),
         seeds=(0,),
-        allocations=("uniform", "trajectory"),
+        allocations=("uniform", "preconditioned_magnitude"),
         solvers=("sparsegpt", "sparsegpt+correction", "mask"),
         smoke=True,
     )
@@ -61,7 +61,8 @@ def test_a_ranking_allocates_the_sparsity_as_pruning_by_it_would(results):
         return {
             cell["sparsity"]: cell["sparsity_by_leaf"]
             for cell in results["cells"]
-            if (cell["solver"], cell["allocation"]) == (solver, "trajectory")
+            if (cell["solver"], cell["allocation"])
+            == (solver, "preconditioned_magnitude")
         }
 
     masked = by_leaf("mask")
@@ -124,7 +125,7 @@ def test_the_csv_and_the_figure_hold_every_cell(config, results):
     assert len(lines) == 1 + len(results["cells"])
     svg = (config.out / "loss.svg").read_text()
     assert "cpu: sparsegpt" in svg
-    assert "trajectory" in svg
+    assert "preconditioned_magnitude" in svg
     assert "cpu: sparsegpt" in (config.out / "report.html").read_text()
 
 
@@ -191,9 +192,9 @@ def _made_up(above):
 def test_the_tables_give_means_and_differences_of_the_same_seed():
     results = _made_up(
         {
-            ("sparsegpt", "trajectory"): (0.1, 0.3),
+            ("sparsegpt", "preconditioned_magnitude"): (0.1, 0.3),
             ("sparsegpt", "uniform"): (0.2, 0.6),
-            ("mask", "trajectory"): (0.5, 0.5),
+            ("mask", "preconditioned_magnitude"): (0.5, 0.5),
         }
     )
     report = allocation_figure.report(results)
@@ -201,15 +202,21 @@ def test_the_tables_give_means_and_differences_of_the_same_seed():
     absolute, relative = report.tables
     assert absolute.rows == [
         ["sparsegpt", "uniform", "+0.400 ± 0.283"],
-        ["sparsegpt", "trajectory", "+0.200 ± 0.141"],
-        ["mask", "trajectory", "+0.500 ± 0.000"],
+        ["sparsegpt", "preconditioned_magnitude", "+0.200 ± 0.141"],
+        ["mask", "preconditioned_magnitude", "+0.500 ± 0.000"],
     ]
     # -0.1 and -0.3, not the difference of two means' spreads.
-    assert relative.rows == [["sparsegpt", "trajectory", "−0.200 ± 0.141"]]
+    assert relative.rows == [
+        ["sparsegpt", "preconditioned_magnitude", "−0.200 ± 0.141"]
+    ]
 
 
 def test_the_figure_has_a_panel_for_each_run_and_solver_and_a_line_for_each_rule():
-    pairs = [(s, r) for s in ("sparsegpt", "alps") for r in ("uniform", "trajectory")]
+    pairs = [
+        (s, r)
+        for s in ("sparsegpt", "alps")
+        for r in ("uniform", "preconditioned_magnitude")
+    ]
     results = _made_up({pair: (0.1, 0.2) for pair in [*pairs, ("wanda", "uniform")]})
     medium = {**results, "config": {"preset": "medium"}}
     drawn = allocation_figure.figure([results, medium])
@@ -217,7 +224,7 @@ def test_the_figure_has_a_panel_for_each_run_and_solver_and_a_line_for_each_rule
         *("cpu: sparsegpt", "medium: sparsegpt", "cpu: alps", "medium: alps"),
     ]
     labels = {line.get_label() for line in drawn.axes[0].lines}
-    assert {"uniform", "trajectory"} <= labels
+    assert {"uniform", "preconditioned_magnitude"} <= labels
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def by_hand(weights, gradients):
     weight, average = np.abs(weights[-1]), np.tensordot(gain, weights, 1)
     square = np.mean([g**2 for _, g in gradients], 0)
     scores = {
-        "trajectory": weight * square**0.25,
+        "preconditioned_magnitude": weight * square**0.25,
         "gradual": weight * square**0.25,
-        "trajectory_adam": weight * second**0.25,
+        "preconditioned_adam": weight * second**0.25,
         "averaged_weight": np.abs(average),
         "magnitude": weight,
         "movement": np.abs(weights[-1] - gradients[0][0]),
@@ -65,8 +65,8 @@ def by_hand(weights, gradients):
         "threshold_average": np.abs(average) / average.std(),
     }
     for p in EXPONENTS:
-        scores[f"trajectory_{p}"] = weight * square**p
-        scores[f"averaged_trajectory_{p}"] = np.abs(average) * square**p
+        scores[f"preconditioned_{p}"] = weight * square**p
+        scores[f"averaged_preconditioned_{p}"] = np.abs(average) * square**p
     return scores
 
 

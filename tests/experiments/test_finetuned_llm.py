@@ -27,7 +27,7 @@ from tests.support.tiny_run import snapshot, write_text
 
 LENGTH, STEPS, RETRAIN, TOKENS, BOS = 16, 6, 3, 70, 256
 SPARSITY = 0.5
-CRITERIA = ("movement", "trajectory", "sparsegpt_trajectory")
+CRITERIA = ("movement", "preconditioned_magnitude", "sparsegpt_preconditioned")
 MODEL = {  # its matrices are of one shape, which a solver compiles once
     **tiny_directory.CONFIG,
     "intermediate_size": 32,
@@ -192,7 +192,7 @@ def test_the_tables_are_left_alone_and_everything_else_is_trained(began, ended):
     assert jp.tree.is_excluded(square["embedding/embedding"])
 
 
-@pytest.mark.parametrize("criterion", ["movement", "trajectory"])
+@pytest.mark.parametrize("criterion", ["movement", "preconditioned_magnitude"])
 @pytest.mark.full
 def test_a_cell_is_the_loss_with_the_lowest_scores_at_zero(
     files, seed, began, ended, criterion
@@ -214,12 +214,14 @@ def test_a_cell_is_the_loss_with_the_lowest_scores_at_zero(
 def test_a_solver_takes_as_many_of_each_matrix_as_the_ranking_and_repairs_the_rest(
     seed, began, ended
 ):
-    kept = kept_by_hand(scores_by_hand("trajectory", began, ended))
-    cell = cell_of(seed, "sparsegpt_trajectory")
+    kept = kept_by_hand(scores_by_hand("preconditioned_magnitude", began, ended))
+    cell = cell_of(seed, "sparsegpt_preconditioned")
     shares = {name: 1 - mask.mean() for name, mask in kept.items()}
     assert cell["sparsity_by_leaf"] == pytest.approx(shares, abs=2e-3)
     assert cell["achieved"] == pytest.approx(SPARSITY, abs=2e-3)
-    assert cell["loss_pruned"] != cell_of(seed, "trajectory")["loss_pruned"]
+    assert (
+        cell["loss_pruned"] != cell_of(seed, "preconditioned_magnitude")["loss_pruned"]
+    )
 
 
 @pytest.mark.full
@@ -313,11 +315,14 @@ def stopping(function, calls):
 @pytest.mark.usefixtures("numbers_alone")
 def test_on_a_mesh_the_losses_are_the_same(run, seed, tmp_path):
     changed = {"mesh": "fsdp=2", "out": tmp_path / "run"}
-    changed |= {"criteria": ("movement", "trajectory"), "retrain_criteria": ()}
+    changed |= {
+        "criteria": ("movement", "preconditioned_magnitude"),
+        "retrain_criteria": (),
+    }
     changed |= {"retrain_steps": 0}
     finetuned_llm.main(dataclasses.replace(run, **changed))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    for name in ("movement", "trajectory"):
+    for name in ("movement", "preconditioned_magnitude"):
         one, other = cell_of(seed, name), cell_of(results["seeds"][0], name)
         for loss in ("loss_pruned", "foreign_loss_pruned"):
             assert other[loss] == pytest.approx(one[loss], abs=2e-3)
@@ -330,7 +335,7 @@ def test_smoke_makes_what_it_needs_and_lean_averages_rank_the_trained_leaves(
 ):
     chosen = finetuned_llm.Config(
         text=files["text"],
-        criteria=("trajectory_adam", "trajectory"),
+        criteria=("preconditioned_adam", "preconditioned_magnitude"),
         storage="int8",
         mesh="data=1",
         smoke=True,
@@ -339,7 +344,7 @@ def test_smoke_makes_what_it_needs_and_lean_averages_rank_the_trained_leaves(
     finetuned_llm.main(chosen)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {c["criterion"] for c in results["seeds"][0]["cells"]} == {
-        "trajectory_adam",
+        "preconditioned_adam",
         "movement",
     }
 

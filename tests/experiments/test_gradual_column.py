@@ -16,8 +16,8 @@ from experiments.tasks.language_task import LanguageTask
 from tests.support.tiny_run import BATCH, CONTEXT, RETRAIN, flags, write_text
 
 COLUMN = [
-    *("--seeds", "0", "--criteria", "gradual", "trajectory"),
-    *("--retrain-criteria", "gradual", "trajectory"),
+    *("--seeds", "0", "--criteria", "gradual", "preconditioned_magnitude"),
+    *("--retrain-criteria", "gradual", "preconditioned_magnitude"),
 ]
 
 
@@ -51,14 +51,16 @@ def test_its_steps_end_at_the_cells_sparsity(text, tmp_path, allocation):
 
 
 @pytest.mark.full
-def test_before_those_steps_it_is_trajectory_and_afterwards_it_is_not(text, tmp_path):
+def test_before_those_steps_it_is_the_criterion_and_afterwards_it_is_not(
+    text, tmp_path
+):
     out = tmp_path / "out"
     arguments = flags(text, out, *COLUMN)
     scaled_down_llm.main(tyro.cli(scaled_down_llm.Config, args=arguments))
     (seed,) = json.loads((out / "results.json").read_text())["seeds"]
     gradual, ranked = (
         {c["sparsity"]: c for c in seed["cells"] if c["criterion"] == criterion}
-        for criterion in ("gradual", "trajectory")
+        for criterion in ("gradual", "preconditioned_magnitude")
     )
     for sparsity, cell in gradual.items():
         assert cell["loss_pruned"] == ranked[sparsity]["loss_pruned"]

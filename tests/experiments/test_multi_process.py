@@ -18,8 +18,8 @@ from tests.support.xla_flags import xla_flags
 
 FLAGS = [
     *("--seeds", "0"),
-    *("--criteria", "trajectory", "random"),
-    *("--retrain-criteria", "trajectory"),
+    *("--criteria", "preconditioned_magnitude", "random"),
+    *("--retrain-criteria", "preconditioned_magnitude"),
     *("--sparsities", "0.5", "0.9"),
     *("--retrain-sparsities", "0.9"),
     *("--show-sparsity", "0.9"),

@@ -54,7 +54,7 @@ def _config(folder, data, out, **changes):
         "model": folder,
         "data": str(data),
         "crops": 2,
-        "criteria": ("trajectory",),
+        "criteria": ("preconditioned_magnitude",),
         "allocations": ("all",),
         "sparsities": (0.5,),
         "steps": 6,
@@ -93,7 +93,7 @@ def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_pat
     (cell,) = seed["cells"]
     written = tmp_path / "run" / "seed-0" / "model"
     provenance = rewrite.read_provenance(written)
-    assert provenance["method"] == "trajectory"
+    assert provenance["method"] == "preconditioned_magnitude"
     assert provenance["retrain_steps"] == 2
     assert provenance["sparsity"] == 0.5
     assert provenance["allocation"] == "all"
@@ -163,10 +163,13 @@ def test_checkpointing_changes_no_gradient(model, data, tmp_path):
     [
         ({"model": None}, "needs --model DIR"),
         ({"allocations": ("tower",)}, "what is frozen is not pruned"),
-        ({"criteria": ("trajectory_adam",)}, "none of some"),
+        ({"criteria": ("preconditioned_adam",)}, "none of some"),
         ({"held_out": 0}, "held_out must be at least 1"),
         ({"lora": 0}, "lora must be a rank of at least 1"),
-        ({"lora": 2, "frozen": (), "criteria": ("trajectory_adam",)}, "none of some"),
+        (
+            {"lora": 2, "frozen": (), "criteria": ("preconditioned_adam",)},
+            "none of some",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_first(changes, sentence, model, data, tmp_path):

@@ -22,7 +22,7 @@ def run(tmp_path_factory, steps):
     config = phi3_vision.Config(
         out=folder / "run",
         data_dir=folder / "data",
-        criteria=("trajectory",),
+        criteria=("preconditioned_magnitude",),
         mesh="data=1",  # a step on a mesh: tests/lm/models/test_phi3_vision_sharded.py
         smoke=True,
     )

@@ -30,7 +30,7 @@ def config(tmp_path_factory):
         out=folder / "out",
         preset="cpu",
         text=folder / "tiny.txt",
-        methods=("gradual_trajectory",),
+        methods=("gradual_preconditioned",),
         sparsities=(0.5,),
         tune_sparsity=0.5,
         steps=(STEPS,),
@@ -109,7 +109,7 @@ def test_layer_magnitude_does_not_depend_on_a_matrix_s_scale():
 
 def test_a_cell_counts_exactly_and_is_watched_to_its_end(results):
     cells = {cell["method"]: cell for cell in results["cells"]}
-    pruned = cells["gradual_trajectory"]
+    pruned = cells["gradual_preconditioned"]
     assert pruned["zeros"] == round(0.5 * pruned["size"])
     assert cells["dense"]["zeros"] == 0
     assert [point["step"] for point in pruned["curve"]] == [*range(0, STEPS + 1, 2)]
@@ -128,7 +128,7 @@ def test_every_method_has_its_own_rate_and_the_control_too(config, results, tmp_
         of.setdefault(cell["method"], {})[cell["learning_rate"]] = cell["loss"]
     assert {name: set(losses) for name, losses in of.items()} == {
         "dense": {*RATES},
-        "gradual_trajectory": {*RATES},
+        "gradual_preconditioned": {*RATES},
     }
     lines = csv.DictReader((tuned.out / "results.csv").read_text().splitlines())
     best = {name: min(losses, key=losses.get) for name, losses in of.items()}
@@ -141,7 +141,7 @@ def test_every_method_has_its_own_rate_and_the_control_too(config, results, tmp_
 
 def test_the_figures_and_the_page_name_the_methods(config, results):
     for name in ("loss.svg", "steps.svg", "report.html"):
-        assert "gradual_trajectory" in (config.out / name).read_text()
+        assert "gradual_preconditioned" in (config.out / name).read_text()
 
 
 def test_a_finished_run_trains_no_more(config, results, monkeypatch):

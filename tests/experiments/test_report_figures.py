@@ -79,8 +79,13 @@ def test_labels_move_only_as_far_as_they_must():
 
 
 def test_a_criterion_looks_the_same_in_every_report():
-    alone = plots.styles(["trajectory"])["trajectory"]
-    assert plots.styles(["mine", "magnitude", "trajectory"])["trajectory"] == alone
+    alone = plots.styles(["preconditioned_magnitude"])["preconditioned_magnitude"]
+    assert (
+        plots.styles(["mine", "magnitude", "preconditioned_magnitude"])[
+            "preconditioned_magnitude"
+        ]
+        == alone
+    )
     assert len({*plots.styles(NAMES).values()}) == len(NAMES)
     assert len({*plots.styles([f"run {i}" for i in range(15)]).values()}) == 15
 

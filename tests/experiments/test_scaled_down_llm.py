@@ -61,7 +61,7 @@ def test_killed_at_any_stage_and_started_again_it_ends_with_the_same_bits(
         "config.json",  # nothing is done yet
         "seed-0/train/4/checkpoint.json",  # while it trains
         "seed-0/control.json",  # while it prunes
-        "seed-1/retrain/trajectory-global-0.9/4/checkpoint.json",
+        "seed-1/retrain/preconditioned_magnitude-global-0.9/4/checkpoint.json",
         "seed-1/weights.json",  # while the report is drawn
     ):
         assert not (out / moment).exists(), f"{moment} was there too early"

@@ -90,7 +90,7 @@ def test_the_csv_has_the_numbers_of_the_results(run, results):
 
 def test_the_record_has_every_step_of_every_stage_once(run, results):
     entries = metrics(run.out)
-    stages = ["train", "control", "retrain/trajectory-global-0.9"]
+    stages = ["train", "control", "retrain/preconditioned_magnitude-global-0.9"]
     expected = [
         (seed, stage, step)
         for seed in SEEDS
@@ -226,7 +226,7 @@ def test_the_shown_weights_are_those_of_the_run_and_so_are_their_flags(trained):
         shown["averages"], after @ weighing / weighing.sum(), rtol=1e-5, atol=1e-8
     )
     assert shown["sparsity"] == 0.9
-    assert shown["kept"].keys() == {"trajectory", "magnitude"}
+    assert shown["kept"].keys() == {"preconditioned_magnitude", "magnitude"}
     for criterion, flags_ in shown["kept"].items():
         kept = kept_by_hand(scores_by_hand(criterion, state), 0.9)
         assert flags_ == [bool(kept[n].ravel()[int(i)]) for n, i in places]
@@ -238,8 +238,8 @@ def test_samples_go_on_from_the_validation_text(trained, model, corpus):
     seed, _ = trained
     assert [sample["label"] for sample in seed["samples"]] == [
         "dense",
-        "trajectory, 90% removed",
-        "trajectory, 90% removed, retrained",
+        "preconditioned_magnitude, 90% removed",
+        "preconditioned_magnitude, 90% removed, retrained",
         "magnitude, 90% removed",
     ]
     length = model.config.context // 4
@@ -287,7 +287,14 @@ def test_costs_are_counted(results):
 @pytest.mark.full
 @pytest.mark.usefixtures("numbers_alone")
 def test_retraining_has_a_learning_rate_of_its_own(run, tmp_path):
-    less = ["--seeds", "0", "--criteria", "trajectory", "--sparsities", "0.9"]
+    less = [
+        "--seeds",
+        "0",
+        "--criteria",
+        "preconditioned_magnitude",
+        "--sparsities",
+        "0.9",
+    ]
     less += ["--retrain-learning-rate", "1e-12"]
     args = flags(run.text, tmp_path / "run", *less)
     scaled_down_llm.main(tyro.cli(scaled_down_llm.Config, args=args))
@@ -315,7 +322,7 @@ def test_a_finished_run_told_its_own_command_says_so_and_changes_no_file(run, co
         (["--steps", "13"], ["steps"]),
         (["--learning-rate", "0.5"], ["learning_rate", "retrain_learning_rate"]),
         (["--retrain-learning-rate", "0.5"], ["retrain_learning_rate"]),
-        (["--criteria", "trajectory", "random"], ["criteria"]),
+        (["--criteria", "preconditioned_magnitude", "random"], ["criteria"]),
         (["--seeds", "0"], ["seeds"]),
     ],
 )

@@ -226,7 +226,7 @@ def test_owl_without_any_difference_is_uniform():
 @pytest.mark.parametrize("sparsity", [0.2, pytest.param(0.85, marks=pytest.mark.full)])
 def test_ranked_shares_are_those_of_a_global_ranking(sparsity):
     square = jax.tree.map(lambda w: jnp.asarray(np.abs(np.roll(w, 1)) + 0.01), PARAMS)
-    scores = jp.scores.trajectory(PARAMS, jp.Importance(square=square))
+    scores = jp.scores.preconditioned_magnitude(PARAMS, jp.Importance(square=square))
     masks = jp.masks.make(scores, sparsity, allocation="global")
     gone = [int((~np.asarray(masks[k]["kernel"])).sum()) for k in PARAMS]
     assert len(set(np.round(gone / SIZES, 2))) > 1

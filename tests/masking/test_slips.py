@@ -45,7 +45,7 @@ def importance():
 
 SLIPS = {
     "criterion(importance, params)": (
-        lambda: jp.scores.trajectory(importance(), params()),
+        lambda: jp.scores.preconditioned_magnitude(importance(), params()),
         r"parameters first and the importance second, but got an Importance",
     ),
     "criterion(state, params)": (
@@ -58,7 +58,7 @@ SLIPS = {
     ),
     "make(importance)": (
         lambda: jp.masks.make(importance(), 0.5),
-        r"that a criterion made, got an Importance; .* jp\.scores\.trajectory",
+        r"a criterion made, got an Importance; .* jp\.scores\.preconditioned_magnitude",
     ),
     "make(masks)": (
         lambda: jp.masks.make(masks(), 0.5),

@@ -46,7 +46,7 @@ MISSING = {
     "averaged_weight": r"track_importance",
     "averaged_magnitude": r"track_importance\(.*magnitude",
     "obd": r"track_gradients",
-    "trajectory": r"track_gradients",
+    "preconditioned_magnitude": r"track_gradients",
     "taylor": r"track_gradients\(.*taylor",
 }
 PARTIAL = functools.partial
@@ -63,7 +63,7 @@ REFUSED = {
             "parameters first.* but got an Importance",
             TypeError,
         )
-        for name in ("magnitude", "trajectory", "taylor", "random")
+        for name in ("magnitude", "preconditioned_magnitude", "taylor", "random")
     },
     **{
         f"{name} with a state for parameters": Refusal(
@@ -71,10 +71,10 @@ REFUSED = {
             "parameters first.* but got an optim",
             TypeError,
         )
-        for name in ("magnitude", "trajectory", "taylor", "random")
+        for name in ("magnitude", "preconditioned_magnitude", "taylor", "random")
     },
     "a state without squares": Refusal(
-        lambda: score("trajectory", optax.sgd(0.1).init(params())),
+        lambda: score("preconditioned_magnitude", optax.sgd(0.1).init(params())),
         r"chain jp\.track_gradients\(\) first",
     ),
     "a state without averages": Refusal(
@@ -86,7 +86,7 @@ REFUSED = {
         r"chain jp\.track_importance\(\) last",
     ),
     "squares that nobody gives": Refusal(
-        lambda: jp.scores.trajectory(params()),
+        lambda: jp.scores.preconditioned_magnitude(params()),
         r"Importance\.square, which was not tracked",
     ),
     **{

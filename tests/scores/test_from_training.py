@@ -32,7 +32,10 @@ FORMULAS = {
     "averaged_weight": (["weight"], lambda i: np.abs(i.weight)),
     "averaged_magnitude": (["magnitude"], lambda i: i.magnitude),
     "obd": (["square"], lambda i: oracles.obd(KERNEL, i.square)),
-    "trajectory": (["square"], lambda i: oracles.trajectory(KERNEL, i.square)),
+    "preconditioned_magnitude": (
+        ["square"],
+        lambda i: oracles.preconditioned_magnitude(KERNEL, i.square),
+    ),
     "taylor": (["taylor"], lambda i: i.taylor),
 }
 
@@ -64,7 +67,7 @@ def test_every_kind_of_tree_is_scored(name):
     params = containers()[name]
     tx = optax.chain(optax.adam(0.1), jp.track_importance())
     run = record(tx, params, gradients(params, 2))
-    scores = jp.scores.trajectory(
+    scores = jp.scores.preconditioned_magnitude(
         run.params, jp.get_importance(run.state), prunable=lambda name, leaf: True
     )
     assert jax.tree.structure(scores) == jax.tree.structure(params)
@@ -81,8 +84,11 @@ STATES = {
 def test_a_state_serves_as_its_importance(name):
     state = STATES[name](PARAMS).init(PARAMS)
     state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 1, x.dtype), state)
-    expected = jp.scores.trajectory(PARAMS, jp.get_importance(state))
-    for criterion in (jp.scores.trajectory, jax.jit(jp.scores.trajectory)):
+    expected = jp.scores.preconditioned_magnitude(PARAMS, jp.get_importance(state))
+    for criterion in (
+        jp.scores.preconditioned_magnitude,
+        jax.jit(jp.scores.preconditioned_magnitude),
+    ):
         scores = criterion(PARAMS, state)["layer"]["kernel"]
         np.testing.assert_allclose(scores, expected["layer"]["kernel"], rtol=1e-6)
 
@@ -119,7 +125,7 @@ def test_the_moments_of_loras_factors_are_no_importance():
     adapted = nnx.Optimizer(model, jp.contrib.lora(optax.adam(0.1), 2), wrt=nnx.Param)
     for held in (state, nnx.state(adapted)):
         with pytest.raises(ValueError, match="tracks nothing"):
-            jp.scores.trajectory(params, held)
+            jp.scores.preconditioned_magnitude(params, held)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

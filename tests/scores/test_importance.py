@@ -79,7 +79,7 @@ def test_what_is_no_mean_of_squares_is_refused_with_the_tracker_that_serves(name
     assert jp.get_importance(state).square is None
     way_out = rf"{word}.*optax\.chain\(jp\.track_gradients\(\), optimizer\)"
     with pytest.raises(ValueError, match=way_out):
-        jp.scores.trajectory(PARAMS, state)
+        jp.scores.preconditioned_magnitude(PARAMS, state)
     state = trained(optax.chain(jp.track_gradients(), tx))
     square = np.asarray(jp.get_importance(state).square["kernel"], np.float64)
     np.testing.assert_allclose(square, np.asarray(SIZES, np.float64) ** 2, rtol=1e-5)
@@ -154,12 +154,12 @@ def test_labels_of_whole_subtrees_are_as_good_as_those_of_leaves(name):
     _, state = jax.jit(tx.update)(TREE, jax.jit(tx.init)(TREE), TREE)
     half_frozen = name in ("frozen", "masked")
     rule = jp.tree.excluding("out/*") if half_frozen else jp.tree.prunable
-    scores = jp.scores.trajectory(TREE, state, prunable=rule)
+    scores = jp.scores.preconditioned_magnitude(TREE, state, prunable=rule)
     assert jax.tree.structure(scores["body"]) == jax.tree.structure(TREE["body"])
     assert isinstance(scores["out"]["kernel"], optax.MaskedNode) == half_frozen
     if half_frozen:
         with pytest.raises(ValueError, match="'out/kernel' were not"):
-            jp.scores.trajectory(TREE, state)
+            jp.scores.preconditioned_magnitude(TREE, state)
 
 
 @pytest.mark.parametrize("make", [jp.track_importance, jp.track_gradients])

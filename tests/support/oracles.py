@@ -79,7 +79,7 @@ def obd(weight: Array, square: Array) -> Array:
     return magnitude(weight) ** 2 * np.asarray(square, np.float64)
 
 
-def trajectory(weight: Array, square: Array) -> Array:
+def preconditioned_magnitude(weight: Array, square: Array) -> Array:
     """|w| E[g^2]^(1/4)."""
     return magnitude(weight) * np.asarray(square, np.float64) ** 0.25
 

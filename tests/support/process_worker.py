@@ -110,7 +110,7 @@ def watched(params, storages):
 def eagerly(params, importance):
     """What a user types at a prompt, each call a small program of its own."""
     yield "state", jp.track_importance().init(params)
-    scores = jp.scores.trajectory(params, importance)
+    scores = jp.scores.preconditioned_magnitude(params, importance)
     yield "scores", scores
     masks = jp.masks.make(scores, 0.5, allocation="global")
     yield "masks", masks
@@ -134,7 +134,7 @@ def jitted(params, importance, masked):
     def everything(params, importance):
         criteria = [
             jp.scores.magnitude,
-            jp.scores.trajectory,
+            jp.scores.preconditioned_magnitude,
             jp.scores.obd,
             jp.scores.random,
             jp.scores.threshold,

@@ -11,7 +11,7 @@ NAMES = (
     "averaged_weight",
     "averaged_magnitude",
     "obd",
-    "trajectory",
+    "preconditioned_magnitude",
     "taylor",
     "random",
     "threshold_average",
@@ -19,7 +19,7 @@ NAMES = (
     "wanda",
 )
 BEST_FIRST = (
-    "trajectory",
+    "preconditioned_magnitude",
     "obd",
     "averaged_magnitude",
     "taylor",
@@ -125,7 +125,11 @@ def synthetic(
             ],
             "samples": [
                 {"label": label, "text": text * 4}
-                for label in ("dense", "trajectory 60 %", "trajectory 60 %, retrained")
+                for label in (
+                    "dense",
+                    "preconditioned_magnitude 60 %",
+                    "preconditioned_magnitude 60 %, retrained",
+                )
             ],
             "weights": weights(NAMES[:criteria]),
         }

@@ -54,8 +54,8 @@ def start(mesh):
 
 @jax.jit
 def pruned(params, importance):
-    """The masks by the trajectory, and the parameters that they leave."""
-    scores = jp.scores.trajectory(params, importance)
+    """The masks by the preconditioned magnitude, and the parameters that they leave."""
+    scores = jp.scores.preconditioned_magnitude(params, importance)
     masks = jp.masks.make(scores, SPARSITY, allocation="global")
     return masks, jp.masks.apply(params, masks)
 

@@ -17,12 +17,12 @@ from experiments import scaled_down_llm
 MODULE = "experiments.scaled_down_llm"
 STEPS, RETRAIN, BATCH, CONTEXT, TOKENS = 12, 10, 2, 64, 512
 SEEDS = (0, 1)
-CELLS = [(c, s) for c in ("trajectory", "magnitude") for s in (0.5, 0.9)]
-RETRAINED = ("trajectory", 0.9)
+CELLS = [(c, s) for c in ("preconditioned_magnitude", "magnitude") for s in (0.5, 0.9)]
+RETRAINED = ("preconditioned_magnitude", 0.9)
 TINY = [
     *("--seeds", "0", "1"),
-    *("--criteria", "trajectory", "magnitude"),
-    *("--retrain-criteria", "trajectory"),
+    *("--criteria", "preconditioned_magnitude", "magnitude"),
+    *("--retrain-criteria", "preconditioned_magnitude"),
     *("--sparsities", "0.5", "0.9"),
     *("--retrain-sparsities", "0.9"),
     *("--show-sparsity", "0.9"),

@@ -46,7 +46,7 @@ def compiles(tx, params, steps=4, *, init=None):
 
 def masked(allocation="layer", pattern="unstructured"):
     importance = jp.get_importance(optax.adam(0.1).init(PARAMS))
-    scores = jp.scores.trajectory(PARAMS, importance)
+    scores = jp.scores.preconditioned_magnitude(PARAMS, importance)
     sparsity = None if pattern == "2:4" else 0.5
     return scores, jp.masks.make(
         scores, sparsity, allocation=allocation, pattern=pattern

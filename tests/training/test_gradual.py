@@ -159,7 +159,7 @@ def by_hand(tx, params, grads, masks_at):
 @pytest.mark.parametrize(
     "criterion",
     [
-        jp.scores.trajectory,
+        jp.scores.preconditioned_magnitude,
         pytest.param(jp.scores.magnitude, marks=pytest.mark.full),
         pytest.param(jp.scores.averaged_weight, marks=pytest.mark.full),
     ],

@@ -166,7 +166,14 @@ def test_with_x64_everything_is_float32_still():
         importance = jp.get_importance(state)
         for average in importance:
             assert average["w"].dtype == jnp.float32
-        names = ("random", "magnitude", "trajectory", "obd", "taylor", "threshold")
+        names = (
+            "random",
+            "magnitude",
+            "preconditioned_magnitude",
+            "obd",
+            "taylor",
+            "threshold",
+        )
         scores = jax.jit(
             lambda *read: {name: getattr(jp.scores, name)(*read) for name in names}
         )(params, importance)

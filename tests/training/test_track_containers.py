@@ -119,7 +119,7 @@ def test_nnx_optimizer_tracks_its_model():
     for held in (optimizer, optimizer.opt_state):
         importance = jp.get_importance(held)
         assert_averages(importance.weight, stacked)
-        scores = jp.scores.trajectory(params, importance)
+        scores = jp.scores.preconditioned_magnitude(params, importance)
         pruned = jp.prune(params, scores, 0.5)
     nnx.update(model, pruned)
     assert np.count_nonzero(np.asarray(model.kernel[...])) == 6
