@@ -143,15 +143,12 @@ _QUANTIZED = (
         "--group must be whole groups of --pattern {pattern}, got {group} inputs; give "
         "a multiple of 16 and {units.m}",
     ),
-    *(
-        not_while(
-            "quantize",
-            option,
-            "--quantize comes last, so it takes no {flag}, which would move the "
-            "weights off their levels",
-            "leave one of them out",
-        )
-        for option in ("refine", "recover_steps")
+    not_while(
+        "quantize",
+        "recover_steps",
+        "--quantize comes last, so it takes no {flag}, which would move the weights "
+        "off their levels",
+        "leave one of them out",
     ),
 )
 
@@ -164,10 +161,6 @@ _DEVICES = (
         "each of the {device_count} devices of --mesh {mesh} takes a batch, so "
         "--sequences must be divisible by {device_count} x --batch {batch}, got "
         "{sequences}; give other numbers, or a smaller mesh",
-    ),
-    Rule(
-        lambda v: not (v.mesh and v.refine),
-        "--refine takes one batch after the other, so no --mesh",
     ),
     Rule(
         # Without a mesh each process would prune by itself.

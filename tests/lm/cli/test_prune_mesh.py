@@ -98,7 +98,6 @@ def test_what_two_processes_left_is_ended_by_one_on_another_layout(
         (["--mesh", "data=16"], "data=16 needs 16 devices, got 8; give smaller sizes"),
         (["--mesh", "rows=2"], "--mesh must name each of data, fsdp once at most"),
         (["--mesh", "fsdp=3"], "--sequences must be divisible by 3 x --batch 4, got"),
-        (["--mesh", "fsdp=8", "--refine", "1"], "--refine takes one batch after"),
         (["--processes", "2"], "need --coordinator HOST:PORT, got none"),
     ],
 )
