@@ -35,14 +35,14 @@ class Joined(NamedTuple):
 
     def slice(self, starts: Sequence[int], sizes: Sequence[int]) -> WeightView | None:
         """The view of a box of the joined array, where it lies in one part."""
-        starts, first = list(starts), starts[self.axis]
+        starts_in_part, first = list(starts), starts[self.axis]
         ends = itertools.accumulate(part.shape[self.axis] for part in self.parts)
         # A box across a seam would be of two leaves.
         for part, end in zip(self.parts, ends, strict=True):
             begin = end - part.shape[self.axis]
             if begin <= first and first + sizes[self.axis] <= end:
-                starts[self.axis] = first - begin
-                return part.slice(starts, sizes)
+                starts_in_part[self.axis] = first - begin
+                return part.slice(starts_in_part, sizes)
         return None
 
 

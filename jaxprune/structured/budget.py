@@ -38,6 +38,7 @@ def costs(
 ) -> Costs:
     """What a model costs whose leaves are cut."""
     shapes = [(leaf, kept[leaf.name].after) for leaf in trace.leaves]
+    # Leaves of other dtypes than the rest, as integers, count with their own bytes.
     sizes = [(math.prod(shape), leaf.dtype) for leaf, shape in shapes]
     return Costs(
         sum(size for size, _ in sizes),
